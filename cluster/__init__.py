@@ -1,0 +1,1 @@
+"""Control plane and wire: configuration, errors, frames, transports, placement, controller."""

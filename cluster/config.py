@@ -1,0 +1,170 @@
+"""The ``args:`` of a deployment file, validated; every error names its YAML path.
+
+A deployment file is a Ray Serve config whose ``import_path`` is ``router.app:build``; what stands
+under ``args:`` is :class:`AppConfig`. Unknown keys are errors that list the allowed ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from cluster.errors import ConfigError
+
+IMPORT_PATH = "router.app:build"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """One model to serve.
+
+    ``path`` is a folder (absolute, relative to the working directory, or inside the installed
+    ``deploy`` package) or a Hugging Face hub id. ``dtype`` auto takes the checkpoint's own.
+    ``max_model_len`` bounds prompt plus output, in tokens; by default the model's own context.
+    """
+
+    id: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
+    path: str = Field(min_length=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = Field(default=None, ge=2)
+
+
+class ExpertsConfig(_Section):
+    """The pool of expert actors, one to a device.
+
+    ``threads`` are compute threads of one actor. ``memory_budget_bytes`` bounds the expert weights
+    that one actor holds. ``max_queue_rows`` bounds the token rows that wait in an actor; a frame
+    beyond it is refused and tried again. ``call_timeout_s`` is how long a router waits for one
+    answer before it reports the actor and tries again.
+    """
+
+    actors: int = Field(default=2, ge=1, le=1000)
+    num_cpus: float = Field(default=0.1, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+    threads: int = Field(default=1, ge=1, le=256)
+    memory_budget_bytes: int | None = Field(default=None, gt=0)
+    max_queue_rows: int = Field(default=65_536, ge=1)
+    call_timeout_s: float = Field(default=10.0, gt=0)
+
+
+class RouterConfig(_Section):
+    """Router replicas of each model: batch, queue and cache limits of one replica.
+
+    ``max_batch_size`` is how many sequences decode together, ``max_batch_tokens`` how many tokens
+    one step computes (so it is the prefill chunk), ``max_queue_requests`` how many requests wait;
+    one more is refused. ``cache_tokens`` is the size of the key/value cache; by default enough for
+    ``max_batch_size`` sequences of full length, at most 65,536 tokens.
+    """
+
+    replicas: int = Field(default=1, ge=1, le=1000)
+    num_cpus: float = Field(default=0.1, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+    threads: int = Field(default=1, ge=1, le=256)
+    max_batch_size: int = Field(default=32, ge=1, le=4096)
+    max_batch_tokens: int = Field(default=512, ge=1)
+    max_queue_requests: int = Field(default=256, ge=1)
+    cache_tokens: int | None = Field(default=None, ge=16)
+
+
+class GatewayConfig(_Section):
+    """Gateway replicas and the limits that requests are checked against.
+
+    ``default_timeout_s`` is the deadline of a request that names none.
+    """
+
+    replicas: int = Field(default=1, ge=1, le=1000)
+    num_cpus: float = Field(default=0.1, ge=0)
+    max_ongoing_requests: int = Field(default=1024, ge=1)
+    default_timeout_s: float = Field(default=120.0, gt=0)
+    max_timeout_s: float = Field(default=3600.0, gt=0)
+    max_choices: int = Field(default=16, ge=1, le=128)
+    max_logprobs: int = Field(default=20, ge=0, le=100)
+
+
+class AppConfig(_Section):
+    """Everything under ``args:`` of a deployment file."""
+
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    experts: ExpertsConfig = ExpertsConfig()
+    router: RouterConfig = RouterConfig()
+    gateway: GatewayConfig = GatewayConfig()
+
+    @field_validator("models")
+    @classmethod
+    def _ids_are_unique(cls, models: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
+        ids = [model.id for model in models]
+        doubled = sorted({name for name in ids if ids.count(name) > 1})
+        if doubled:
+            raise ValueError(f"model ids must differ; given more than once: {', '.join(doubled)}")
+        return models
+
+
+def _yaml_path(loc: tuple[int | str, ...], root: str) -> str:
+    return root + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+
+
+def _allowed_keys(loc: tuple[int | str, ...]) -> list[str]:
+    section: Any = AppConfig
+    for part in loc[:-1]:
+        if isinstance(part, str):
+            section = {
+                "models": ModelConfig,
+                "experts": ExpertsConfig,
+                "router": RouterConfig,
+                "gateway": GatewayConfig,
+            }[part]
+    return sorted(section.model_fields)
+
+
+def parse_args(args: dict[str, Any], root: str = "args") -> AppConfig:
+    """Validate ``args:`` of a deployment file.
+
+    Raises :class:`ConfigError` with the YAML path of the first thing that is wrong, what was given
+    and what is allowed.
+    """
+    try:
+        return AppConfig.model_validate(args)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = _yaml_path(first["loc"], root)
+        if first["type"] == "extra_forbidden":
+            keys = ", ".join(_allowed_keys(first["loc"]))
+            raise ConfigError(f"unknown key; allowed keys: {keys}", path) from None
+        given = "" if first["type"] == "missing" else f" (given: {first['input']!r:.80})"
+        raise ConfigError(f"{first['msg']}{given}", path) from None
+
+
+def load_deployment(file: Path) -> list[tuple[str, AppConfig]]:
+    """Read a deployment file and validate each application's args; returns (name, config) pairs.
+
+    Raises :class:`ConfigError` naming the file and YAML path.
+    """
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", str(file)) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"is not YAML: {' '.join(str(error).split())}", str(file)) from None
+    applications = document.get("applications") if isinstance(document, dict) else None
+    if not isinstance(applications, list) or not applications:
+        raise ConfigError("needs a list 'applications' with at least one entry", str(file))
+    return [_parse_application(file, i, app) for i, app in enumerate(applications)]
+
+
+def _parse_application(file: Path, index: int, app: Any) -> tuple[str, AppConfig]:
+    where = f"{file}: applications[{index}]"
+    if not isinstance(app, dict):
+        raise ConfigError("must be a mapping with name, import_path and args", where)
+    if app.get("import_path") != IMPORT_PATH:
+        given = app.get("import_path")
+        raise ConfigError(f"must be {IMPORT_PATH} (given: {given!r})", f"{where}.import_path")
+    args = app.get("args")
+    if not isinstance(args, dict):
+        raise ConfigError("must be a mapping with at least 'models'", f"{where}.args")
+    return str(app.get("name", "default")), parse_args(args, f"{where}.args")

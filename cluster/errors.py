@@ -1,0 +1,150 @@
+"""Every error that ExpertMesh raises on purpose, each with the code that a client sees.
+
+An error says what was given, what is allowed and where (``field``). The code is one of
+:class:`Code`; ``router/gateway/status.py`` holds the one table from code to gRPC and HTTP status.
+Errors cross process boundaries as plain dictionaries (:meth:`ExpertMeshError.to_wire`), never as
+pickled exceptions, so no stack, pid or path of a server reaches a client.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, ClassVar
+
+
+class Code(enum.StrEnum):
+    """What kind of failure a client is told of; named as gRPC names its status codes."""
+
+    INVALID_ARGUMENT = "invalid_argument"
+    NOT_FOUND = "not_found"
+    RESOURCE_EXHAUSTED = "resource_exhausted"
+    UNAVAILABLE = "unavailable"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    CANCELLED = "cancelled"
+    UNIMPLEMENTED = "unimplemented"
+    INTERNAL = "internal"
+
+
+class ExpertMeshError(Exception):
+    """Base of all errors raised on purpose.
+
+    ``field`` is the path of the offending input (``sampling.top_p``, ``args.models[0].dtype``) or
+    the empty string; ``retry_after_s`` is a hint when trying again can help, else ``None``.
+    """
+
+    code: ClassVar[Code] = Code.INTERNAL
+
+    def __init__(self, message: str, field: str = "", retry_after_s: float | None = None) -> None:
+        # All arguments reach the base constructor, so that the error survives pickling by Ray.
+        super().__init__(message, field, retry_after_s)
+        self.message = message
+        self.field = field
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}" if self.field else self.message
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the error as a msgpack-able dictionary; :func:`error_from_wire` reads it back."""
+        return {
+            "code": self.code.value,
+            "message": self.message,
+            "field": self.field,
+            "retry_after_s": self.retry_after_s,
+        }
+
+
+class ConfigError(ExpertMeshError):
+    """The deployment's configuration is wrong; ``field`` is its YAML path."""
+
+    code = Code.INVALID_ARGUMENT
+
+
+class CheckpointError(ExpertMeshError):
+    """A checkpoint's files are missing, damaged or disagree; ``field`` is the file."""
+
+    code = Code.INVALID_ARGUMENT
+
+
+class InvalidRequestError(ExpertMeshError):
+    """A request is wrong; ``field`` names the part of it."""
+
+    code = Code.INVALID_ARGUMENT
+
+
+class UnknownModelError(ExpertMeshError):
+    """A request names a model that is not served here."""
+
+    code = Code.NOT_FOUND
+
+
+class UnsupportedError(ExpertMeshError):
+    """A request asks for something that exists but that this deployment does not do."""
+
+    code = Code.UNIMPLEMENTED
+
+
+class OverloadedError(ExpertMeshError):
+    """A bounded queue is full; the caller may come back after ``retry_after_s``."""
+
+    code = Code.RESOURCE_EXHAUSTED
+
+
+class ExpertUnavailableError(ExpertMeshError):
+    """No live copy of an expert was reachable in time."""
+
+    code = Code.UNAVAILABLE
+
+
+class UnavailableError(ExpertMeshError):
+    """A part of the cluster (a router, the controller) is not reachable at the moment."""
+
+    code = Code.UNAVAILABLE
+
+
+class DeadlineExceededError(ExpertMeshError):
+    """The request's own deadline has passed."""
+
+    code = Code.DEADLINE_EXCEEDED
+
+
+class CancelledRequestError(ExpertMeshError):
+    """The client went away or asked to stop."""
+
+    code = Code.CANCELLED
+
+
+class WrongPlacementError(ExpertMeshError):
+    """An actor was asked for an expert that it does not hold; the caller's placement is old."""
+
+    code = Code.UNAVAILABLE
+
+
+class FrameError(ExpertMeshError):
+    """A frame of the data plane is malformed."""
+
+    code = Code.INVALID_ARGUMENT
+
+
+class InternalError(ExpertMeshError):
+    """Something that should not happen did; details are in the server's log, not here."""
+
+    code = Code.INTERNAL
+
+
+_BY_CODE: dict[Code, type[ExpertMeshError]] = {
+    Code.INVALID_ARGUMENT: InvalidRequestError,
+    Code.NOT_FOUND: UnknownModelError,
+    Code.RESOURCE_EXHAUSTED: OverloadedError,
+    Code.UNAVAILABLE: UnavailableError,
+    Code.DEADLINE_EXCEEDED: DeadlineExceededError,
+    Code.CANCELLED: CancelledRequestError,
+    Code.UNIMPLEMENTED: UnsupportedError,
+    Code.INTERNAL: InternalError,
+}
+
+
+def error_from_wire(wire: dict[str, Any]) -> ExpertMeshError:
+    """Rebuild a typed error from :meth:`ExpertMeshError.to_wire`; the code decides the class."""
+    cls = _BY_CODE[Code(wire["code"])]
+    return cls(wire["message"], wire["field"], wire["retry_after_s"])

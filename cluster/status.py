@@ -1,0 +1,67 @@
+"""What the controller knows of the cluster, as plain data that gateways and commands show."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ActorStatus:
+    """One live expert actor; ``experts`` are (model, layer, expert), ``tokens`` rows computed."""
+
+    actor_id: str
+    pid: int
+    node: str
+    device: str
+    generation: int
+    experts: tuple[tuple[str, int, int], ...]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStatus:
+    """A router or gateway replica that has been heard of lately."""
+
+    pid: int
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """The answer of ``Admin/GetStatus`` and ``expertmesh status``.
+
+    ``missing_experts`` is how many (model, layer, expert) have no live copy; 0 means ready.
+    """
+
+    models: tuple[str, ...]
+    epoch: int
+    placement_version: int
+    controller_pid: int
+    missing_experts: int
+    routers: tuple[ProcessStatus, ...] = ()
+    gateways: tuple[ProcessStatus, ...] = ()
+    actors: tuple[ActorStatus, ...] = field(default=())
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the status as a msgpack-able dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> ClusterStatus:
+        """Rebuild a status from :meth:`to_wire`."""
+        actors = tuple(
+            ActorStatus(**{**a, "experts": tuple((m, i, e) for m, i, e in a["experts"])})
+            for a in wire["actors"]
+        )
+        routers = tuple(ProcessStatus(**p) for p in wire["routers"])
+        gateways = tuple(ProcessStatus(**p) for p in wire["gateways"])
+        return cls(
+            **{
+                **wire,
+                "models": tuple(wire["models"]),
+                "routers": routers,
+                "gateways": gateways,
+                "actors": actors,
+            }
+        )

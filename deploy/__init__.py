@@ -1,0 +1,1 @@
+"""Deployment files (Serve configurations and the bundled model) as package data."""

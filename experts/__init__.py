@@ -1,0 +1,1 @@
+"""Expert back ends: checkpoint slices, grouped products, batching and the expert actor."""

@@ -1,0 +1,1 @@
+"""Router and gateway: from a request to tokens, through the expert actors."""

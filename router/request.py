@@ -1,0 +1,105 @@
+"""The nouns that travel between gateway and router: a request and the tokens of one step.
+
+Both are plain data that msgpack can carry. Token ids only: text is the gateway's business.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+ON_EXPERT_LOSS = ("strict",)
+"""What a request may ask for when an expert has no live copy; ``strict`` waits for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn; checked by ``router/gateway/validate.py`` before it gets here.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 and ``min_p`` 0 are off. ``seed`` is
+    always set (the gateway draws a missing one); choice ``i`` of ``n`` samples from a stream of
+    its own that is a function of (seed, i, position). ``logprobs`` is the number of most likely
+    tokens reported beside the sampled one, or ``None`` for no log probabilities at all.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    n: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One accepted request: ids in, ``sampling.n`` choices of ids out.
+
+    ``deadline_s`` is wall-clock time (``time.time()``) after which the answer is of no use.
+    """
+
+    request_id: str
+    model: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    deadline_s: float
+    on_expert_loss: str = "strict"
+
+    def remaining_s(self) -> float:
+        """Return the seconds left until the deadline; negative when it has passed."""
+        return self.deadline_s - time.time()
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the request as a msgpack-able dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> GenerationRequest:
+        """Rebuild a request from :meth:`to_wire`."""
+        sampling = SamplingParams(**wire["sampling"])
+        ids = tuple(wire["prompt_token_ids"])
+        return cls(**{**wire, "sampling": sampling, "prompt_token_ids": ids})
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log probabilities at one position, of the untempered, unfiltered distribution.
+
+    ``logprob`` is the sampled token's; ``top_ids``/``top_logprobs`` are the most likely ones in
+    descending order.
+    """
+
+    logprob: float
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """New tokens of one choice.
+
+    ``finish_reason`` is ``None`` while the choice goes on, else ``stop`` (an end-of-sequence token,
+    which is then the last id) or ``length``. ``exact`` is false when any expert's share was
+    replaced or dropped.
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: str | None = None
+    exact: bool = True
+
+    def to_wire(self) -> list[Any]:
+        """Return the event as a msgpack-able list."""
+        logprobs = [[p.logprob, p.top_ids, p.top_logprobs] for p in self.logprobs]
+        return [self.index, self.token_ids, logprobs, self.finish_reason, self.exact]
+
+    @classmethod
+    def from_wire(cls, wire: list[Any]) -> TokenEvent:
+        """Rebuild an event from :meth:`to_wire`."""
+        index, token_ids, logprobs, finish_reason, exact = wire
+        rows = tuple(TokenLogprobs(p[0], tuple(p[1]), tuple(p[2])) for p in logprobs)
+        return cls(index, tuple(token_ids), rows, finish_reason, exact)
