@@ -120,6 +120,12 @@ class WrongPlacementError(ExpertMeshError):
     code = Code.UNAVAILABLE
 
 
+class StaleEpochError(ExpertMeshError):
+    """A controller that was replaced by a newer one still gives orders."""
+
+    code = Code.UNAVAILABLE
+
+
 class FrameError(ExpertMeshError):
     """A frame of the data plane is malformed."""
 

@@ -83,7 +83,7 @@ class TokenEvent:
 
     ``finish_reason`` is ``None`` while the choice goes on, else ``stop`` (an end-of-sequence token,
     which is then the last id) or ``length``. ``exact`` is false when any expert's share was
-    replaced or dropped.
+    replaced or dropped. ``start`` is how many tokens of the choice came before these.
     """
 
     index: int
@@ -91,15 +91,16 @@ class TokenEvent:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: str | None = None
     exact: bool = True
+    start: int = 0
 
     def to_wire(self) -> list[Any]:
         """Return the event as a msgpack-able list."""
         logprobs = [[p.logprob, p.top_ids, p.top_logprobs] for p in self.logprobs]
-        return [self.index, self.token_ids, logprobs, self.finish_reason, self.exact]
+        return [self.index, self.token_ids, logprobs, self.finish_reason, self.exact, self.start]
 
     @classmethod
     def from_wire(cls, wire: list[Any]) -> TokenEvent:
         """Rebuild an event from :meth:`to_wire`."""
-        index, token_ids, logprobs, finish_reason, exact = wire
+        index, token_ids, logprobs, finish_reason, exact, start = wire
         rows = tuple(TokenLogprobs(p[0], tuple(p[1]), tuple(p[2])) for p in logprobs)
-        return cls(index, tuple(token_ids), rows, finish_reason, exact)
+        return cls(index, tuple(token_ids), rows, finish_reason, exact, start)

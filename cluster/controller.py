@@ -1,0 +1,257 @@
+"""The controller: keeps every expert on a living actor and publishes who holds what.
+
+One coroutine per actor keeps it alive: create, load, publish, then heartbeats; on death publish
+the loss, create the next generation, load, publish. All of them run on one event loop, so a
+placement changes in one place and one step at a time. Actors are detached: they outlive a
+controller, and the next one adopts them under a higher epoch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+
+from cluster.errors import ExpertMeshError, StaleEpochError
+from cluster.lease import serve_lists_app
+from cluster.placement import ExpertKey, Placement, assign_experts, empty_placement
+from cluster.pool import ExpertPool
+from cluster.spec import ActorReport, ActorSpec
+from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
+
+HEARTBEAT_PERIOD_S = 1.0
+HEARTBEAT_TIMEOUT_S = 3.0
+LOAD_TIMEOUT_S = 600.0
+MEMBER_TTL_S = 15.0
+MAX_WATCH_S = 10.0
+FIRST_RETRY_S = 0.2
+MAX_RETRY_S = 15.0
+
+logger = logging.getLogger("expertmesh.controller")
+
+
+@dataclass(slots=True)
+class _Member:
+    """A router or gateway replica, as its last watch call told."""
+
+    kind: str
+    process: ProcessStatus
+    seen_s: float
+
+
+class Controller:
+    """Keeps the expert actors of one application; a Serve deployment of one replica."""
+
+    def __init__(
+        self, spec: ActorSpec, actor_class: type, num_actors: int, memory_budget_bytes: int | None
+    ) -> None:
+        """Set up; :meth:`start` adopts or creates the actors."""
+        models = [source.experts for source in spec.models]
+        self._spec = spec
+        self._pool = ExpertPool(spec, actor_class)
+        self._actor_ids = [f"expert-{i}" for i in range(num_actors)]
+        self._shares = assign_experts(models, self._actor_ids, memory_budget_bytes)
+        self._placement: Placement = empty_placement(0, models)
+        self._changed = asyncio.Condition()
+        self._last_generation: dict[str, int] = dict.fromkeys(self._actor_ids, 0)
+        self._reports: dict[str, ActorReport] = {}
+        self._members: dict[str, _Member] = {}
+        self._suspected = {actor_id: asyncio.Event() for actor_id in self._actor_ids}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Take the next epoch, adopt the living actors that fit, and keep all of them alive."""
+        adopted = await self._adopt()
+        for actor_id in self._actor_ids:
+            keeper = self._keep(actor_id, adopted.get(actor_id))
+            self._tasks.append(asyncio.create_task(keeper, name=f"keep {actor_id}"))
+
+    async def _adopt(self) -> dict[str, ActorHandle]:
+        found = await asyncio.to_thread(self._pool.find)
+        epoch, adopted = 0, {}
+        for actor_id, generation, handle in sorted(found, key=lambda entry: entry[:2]):
+            self._last_generation[actor_id] = generation
+            try:
+                report = await self._pool.describe(handle, HEARTBEAT_TIMEOUT_S)
+            except (RayActorError, RayTaskError, TimeoutError) as error:
+                logger.warning("%s g%d: not adopted (%s)", actor_id, generation, _kind(error))
+                self._pool.kill(handle)
+                continue
+            epoch = max(epoch, report.epoch)
+            if actor_id in adopted:  # an older generation that should be gone
+                self._pool.kill(adopted.pop(actor_id))
+            if report.digest == self._spec.digest and actor_id in self._shares:
+                adopted[actor_id] = handle
+            else:
+                logger.info("%s g%d: has another configuration, ending it", actor_id, generation)
+                self._pool.kill(handle)
+        models = [source.experts for source in self._spec.models]
+        self._placement = empty_placement(epoch + 1, models)
+        return adopted
+
+    # Keeping one actor alive.
+
+    async def _keep(self, actor_id: str, handle: ActorHandle | None) -> None:
+        delay_s = FIRST_RETRY_S
+        while True:
+            try:
+                handle = await self._bring_up(actor_id, handle)
+                delay_s = FIRST_RETRY_S
+                await self._watch_actor(actor_id, handle)
+            except StaleEpochError:
+                logger.warning("a newer controller took over; this one stops")
+                return
+            except (RayActorError, RayTaskError, TimeoutError) as error:
+                logger.warning("%s: %s", actor_id, _reason(error))
+            except ExpertMeshError as error:
+                logger.error("%s: %s", actor_id, error)
+            except Exception:
+                logger.exception("%s: unexpected failure; trying again", actor_id)
+            if handle is not None:
+                self._pool.kill(handle)
+                handle = None
+            if actor_id in self._placement.generations:
+                await self._publish(self._placement.without(actor_id))
+                self._reports.pop(actor_id, None)
+            else:  # it never came up: do not spin
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, MAX_RETRY_S)
+
+    async def _bring_up(self, actor_id: str, handle: ActorHandle | None) -> ActorHandle:
+        started_s = time.monotonic()
+        if handle is None:
+            self._last_generation[actor_id] += 1
+            generation = self._last_generation[actor_id]
+            handle = self._pool.create(actor_id, generation, self._placement.epoch)
+        epoch, keys = self._placement.epoch, self._shares[actor_id]
+        report = await self._load_typed(handle, epoch, keys)
+        self._reports[actor_id] = report
+        await self._publish(self._placement.with_actor(actor_id, report.generation, report.experts))
+        logger.info(
+            "%s g%d on %s holds %d experts, pid %d, %.1f s",
+            actor_id,
+            report.generation,
+            report.device,
+            len(report.experts),
+            report.pid,
+            time.monotonic() - started_s,
+        )
+        return handle
+
+    async def _load_typed(
+        self, handle: ActorHandle, epoch: int, keys: list[ExpertKey]
+    ) -> ActorReport:
+        try:
+            return await self._pool.load(handle, epoch, keys, LOAD_TIMEOUT_S)
+        except RayTaskError as error:
+            raise _cause(error) from None
+
+    async def _watch_actor(self, actor_id: str, handle: ActorHandle) -> None:
+        suspected = self._suspected[actor_id]
+        while True:
+            suspected.clear()
+            try:
+                report = await self._pool.heartbeat(
+                    handle, self._placement.epoch, HEARTBEAT_TIMEOUT_S
+                )
+            except RayTaskError as error:
+                raise _cause(error) from None
+            self._reports[actor_id] = report
+            try:
+                await asyncio.wait_for(suspected.wait(), HEARTBEAT_PERIOD_S)
+            except TimeoutError:
+                continue
+
+    async def _publish(self, placement: Placement) -> None:
+        async with self._changed:
+            self._placement = placement
+            self._changed.notify_all()
+
+    # What routers and gateways call.
+
+    async def watch(
+        self, kind: str, pid: int, node: str, known: tuple[int, int], timeout_s: float
+    ) -> dict[str, Any] | None:
+        """Return the placement once it differs from ``known`` (epoch, version).
+
+        Returns ``None`` when nothing changed within ``timeout_s`` (at most ``MAX_WATCH_S``). The
+        call also says that this router or gateway is alive.
+        """
+        process = ProcessStatus(pid, node)
+        self._members[f"{kind}:{node}:{pid}"] = _Member(kind, process, time.monotonic())
+        async with self._changed:
+            try:
+                await asyncio.wait_for(
+                    self._changed.wait_for(lambda: self._placement.order != tuple(known)),
+                    min(timeout_s, MAX_WATCH_S),
+                )
+            except TimeoutError:
+                return None
+            return self._placement.to_wire()
+
+    async def suspect(self, actor_id: str, generation: int) -> None:
+        """Have an actor looked at now, since a router had no answer from this generation."""
+        report = self._reports.get(actor_id)
+        if report is not None and report.generation == generation:
+            self._suspected[actor_id].set()
+
+    async def status(self) -> dict[str, Any]:
+        """Return :class:`ClusterStatus` as plain data."""
+        now_s = time.monotonic()
+        self._members = {
+            key: m for key, m in self._members.items() if now_s - m.seen_s < MEMBER_TTL_S
+        }
+        members = list(self._members.values())
+        return ClusterStatus(
+            models=tuple(source.experts.model for source in self._spec.models),
+            epoch=self._placement.epoch,
+            placement_version=self._placement.version,
+            controller_pid=os.getpid(),
+            missing_experts=len(self._placement.missing()),
+            routers=tuple(m.process for m in members if m.kind == "router"),
+            gateways=tuple(m.process for m in members if m.kind == "gateway"),
+            actors=tuple(_actor_status(report) for _, report in sorted(self._reports.items())),
+        ).to_wire()
+
+    def end_actors_if_app_is_gone(self) -> None:
+        """End the actors when Serve is deleting the application; keep them on a mere restart."""
+        if serve_lists_app(self._spec.app):
+            return
+        for _, _, handle in self._pool.find():
+            self._pool.kill(handle)
+
+
+def _actor_status(report: ActorReport) -> ActorStatus:
+    return ActorStatus(
+        actor_id=report.actor_id,
+        pid=report.pid,
+        node=report.node,
+        device=report.device,
+        generation=report.generation,
+        experts=tuple((k.model, k.layer_id, k.expert_id) for k in report.experts),
+        tokens=sum(report.tokens.values()),
+    )
+
+
+def _cause(error: RayTaskError) -> Exception:
+    """Return the actor's own exception instead of Ray's wrapper with its stack."""
+    cause = error.cause
+    return cause if isinstance(cause, Exception) else error
+
+
+def _kind(error: BaseException) -> str:
+    return type(error).__name__
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return "does not answer; replacing it"
+    if isinstance(error, RayActorError):
+        return "died; replacing it"
+    return f"{_kind(error)}; replacing it"

@@ -1,0 +1,123 @@
+"""Which actor holds which expert: the versioned map, and the pure functions that decide it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from cluster.errors import ConfigError
+
+
+class ExpertKey(NamedTuple):
+    """A logical expert: which model, which layer of it, which expert of that layer."""
+
+    model: str
+    layer_id: int
+    expert_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelExperts:
+    """The experts of one model as placement sees them: how many, where, how large."""
+
+    model: str
+    layers: tuple[int, ...]
+    num_experts: int
+    expert_bytes: int
+
+    def expert_keys(self) -> list[ExpertKey]:
+        """Return every logical expert of the model, layer by layer."""
+        return [
+            ExpertKey(self.model, layer_id, expert_id)
+            for layer_id in self.layers
+            for expert_id in range(self.num_experts)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The cluster-wide assignment under one (epoch, version).
+
+    ``holders`` maps each logical expert to the actors that hold a physical copy of it (none, while
+    its only actor is being recreated). ``generations`` has every live actor's generation; together
+    they name the Ray actor. A higher epoch, or the same and a higher version, is newer.
+    """
+
+    epoch: int
+    version: int
+    holders: Mapping[ExpertKey, tuple[str, ...]]
+    generations: Mapping[str, int]
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """What decides which of two placements is newer."""
+        return (self.epoch, self.version)
+
+    def missing(self) -> list[ExpertKey]:
+        """Return the experts without a live copy."""
+        return [key for key, actors in self.holders.items() if not actors]
+
+    def without(self, actor_id: str) -> Placement:
+        """Return the next version, in which ``actor_id`` is dead and holds nothing."""
+        holders = {
+            key: tuple(a for a in actors if a != actor_id) for key, actors in self.holders.items()
+        }
+        generations = {a: g for a, g in self.generations.items() if a != actor_id}
+        return replace(self, version=self.version + 1, holders=holders, generations=generations)
+
+    def with_actor(self, actor_id: str, generation: int, keys: Iterable[ExpertKey]) -> Placement:
+        """Return the next version, in which ``actor_id`` is alive and holds ``keys``."""
+        added = set(keys)
+        holders = {
+            key: (*actors, actor_id) if key in added and actor_id not in actors else actors
+            for key, actors in self.holders.items()
+        }
+        generations = {**self.generations, actor_id: generation}
+        return replace(self, version=self.version + 1, holders=holders, generations=generations)
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the placement as plain data."""
+        return {
+            "epoch": self.epoch,
+            "version": self.version,
+            "holders": [[*key, list(actors)] for key, actors in self.holders.items()],
+            "generations": dict(self.generations),
+        }
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> Placement:
+        """Rebuild a placement from :meth:`to_wire`."""
+        holders = {ExpertKey(m, i, e): tuple(actors) for m, i, e, actors in wire["holders"]}
+        return cls(wire["epoch"], wire["version"], holders, dict(wire["generations"]))
+
+
+def empty_placement(epoch: int, models: Sequence[ModelExperts]) -> Placement:
+    """Return version 0 of an epoch: every expert of the models, none with a copy."""
+    return Placement(epoch, 0, {key: () for model in models for key in model.expert_keys()}, {})
+
+
+def assign_experts(
+    models: Sequence[ModelExperts], actor_ids: Sequence[str], memory_budget_bytes: int | None
+) -> dict[str, list[ExpertKey]]:
+    """Decide which experts each actor holds: one copy each, every layer spread over all actors.
+
+    Expert e of layer l goes to actor (e + l) mod A, so that the actors' shares of any layer differ
+    by at most one expert and those of all layers even out. Raises :class:`ConfigError` when a share
+    is larger than ``memory_budget_bytes``.
+    """
+    shares: dict[str, list[ExpertKey]] = {actor_id: [] for actor_id in actor_ids}
+    share_bytes = dict.fromkeys(actor_ids, 0)
+    for model in models:
+        for key in model.expert_keys():
+            actor_id = actor_ids[(key.expert_id + key.layer_id) % len(actor_ids)]
+            shares[actor_id].append(key)
+            share_bytes[actor_id] += model.expert_bytes
+    largest = max(share_bytes.values())
+    if memory_budget_bytes is not None and largest > memory_budget_bytes:
+        raise ConfigError(
+            f"{len(actor_ids)} actors need up to {largest} bytes each for their experts; the "
+            f"budget is {memory_budget_bytes}. Raise it or the number of actors.",
+            "args.experts.memory_budget_bytes",
+        )
+    return shares

@@ -1,0 +1,93 @@
+"""Ray's side of the expert pool: creating, finding, asking and killing expert actors.
+
+Nothing is decided here; :mod:`cluster.controller` decides. Every wait has a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.util import list_named_actors
+
+from cluster.placement import ExpertKey
+from cluster.spec import ACTOR_NAMESPACE, ActorReport, ActorSpec, actor_name, parse_actor_name
+
+DATA_CALLS = 1000
+"""How many dispatch calls may be in an actor at once; its own queue bounds the rows."""
+CONTROL_CALLS = 16
+
+
+def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
+    """Return the Ray options of an expert actor: detached, never restarted by Ray itself."""
+    return {
+        "name": name,
+        "namespace": ACTOR_NAMESPACE,
+        "lifetime": "detached",
+        "max_restarts": 0,
+        "num_cpus": spec.num_cpus,
+        "num_gpus": spec.num_gpus,
+        "scheduling_strategy": "SPREAD",
+        "max_concurrency": DATA_CALLS,
+        "enable_task_events": False,
+        # Threads started later than torch.set_num_threads obey only the environment.
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(spec.threads)}},
+    }
+
+
+class ExpertPool:
+    """The actors of one application, all of one injected class."""
+
+    def __init__(self, spec: ActorSpec, actor_class: type) -> None:
+        """``actor_class`` takes (spec, actor_id, generation, epoch); see :mod:`cluster.spec`."""
+        self._spec = spec
+        self._remote = ray.remote(concurrency_groups={"control": CONTROL_CALLS})(actor_class)
+
+    def create(self, actor_id: str, generation: int, epoch: int) -> ActorHandle:
+        """Ask Ray for a new actor; returns at once, the first call waits for its start."""
+        name = actor_name(self._spec.app, actor_id, generation)
+        options = actor_options(self._spec, name)
+        return self._remote.options(**options).remote(self._spec, actor_id, generation, epoch)
+
+    def find(self) -> list[tuple[str, int, ActorHandle]]:
+        """Return (actor_id, generation, handle) of every living actor of the application."""
+        found = []
+        for entry in list_named_actors(all_namespaces=True):
+            parsed = parse_actor_name(entry["name"], self._spec.app)
+            if parsed is None or entry["namespace"] != ACTOR_NAMESPACE:
+                continue
+            try:
+                handle = ray.get_actor(entry["name"], namespace=ACTOR_NAMESPACE)
+            except ValueError:  # it died between the two calls
+                continue
+            found.append((*parsed, handle))
+        return found
+
+    async def describe(self, handle: ActorHandle, timeout_s: float) -> ActorReport:
+        """Ask an actor what it is and holds."""
+        return await _within(handle.describe.remote(), timeout_s)
+
+    async def heartbeat(self, handle: ActorHandle, epoch: int, timeout_s: float) -> ActorReport:
+        """Renew an actor's lease and get its report."""
+        return await _within(handle.heartbeat.remote(epoch), timeout_s)
+
+    async def load(
+        self, handle: ActorHandle, epoch: int, keys: Sequence[ExpertKey], timeout_s: float
+    ) -> ActorReport:
+        """Have an actor load experts; returns when it holds them."""
+        return await _within(handle.load.remote(epoch, list(keys)), timeout_s)
+
+    def kill(self, handle: ActorHandle) -> None:
+        """End an actor at once; routers see it as dead and try elsewhere."""
+        ray.kill(handle, no_restart=True)
+
+
+async def _within(answer: Awaitable[ActorReport], timeout_s: float) -> ActorReport:
+    return await asyncio.wait_for(_awaited(answer), timeout_s)
+
+
+async def _awaited(answer: Awaitable[ActorReport]) -> ActorReport:
+    return await answer

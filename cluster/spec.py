@@ -1,0 +1,78 @@
+"""What an expert actor is told at its start, and what it reports: the actor's contract.
+
+``cluster`` creates and watches expert actors but does not know their class, which
+``router/app.py`` injects; this file is what both sides agree on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from cluster.placement import ExpertKey, ModelExperts
+
+ACTOR_NAMESPACE = "serve"
+"""Serve's own namespace, so that every replica finds the actors without naming another."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where one model's experts come from and how placement sees them."""
+
+    path: str
+    dtype: str
+    experts: ModelExperts
+
+
+@dataclass(frozen=True, slots=True)
+class ActorSpec:
+    """What an expert actor is made of; two actors with equal digests are interchangeable."""
+
+    app: str
+    models: tuple[ModelSource, ...]
+    num_cpus: float
+    num_gpus: float
+    threads: int
+    max_queue_rows: int
+
+    @property
+    def digest(self) -> str:
+        """A short hash of the specification; an actor with another one is not adopted."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class ActorReport:
+    """An expert actor's answer to a heartbeat.
+
+    ``tokens`` counts the token rows computed per expert since the actor's start; ``queued_rows``
+    wait now; ``steps`` counts batches computed, so that a hung compute thread shows as no progress.
+    """
+
+    actor_id: str
+    generation: int
+    digest: str
+    epoch: int
+    pid: int
+    node: str
+    device: str
+    experts: tuple[ExpertKey, ...]
+    tokens: dict[ExpertKey, int]
+    queued_rows: int
+    steps: int
+
+
+def actor_name(app: str, actor_id: str, generation: int) -> str:
+    """Return the Ray name of one generation of an expert actor."""
+    return f"expertmesh:{app}:{actor_id}:g{generation}"
+
+
+def parse_actor_name(name: str, app: str) -> tuple[str, int] | None:
+    """Return (actor_id, generation) of an actor of ``app``, or ``None`` for any other name."""
+    prefix = f"expertmesh:{app}:"
+    actor_id, separator, generation = name.removeprefix(prefix).rpartition(":g")
+    if not name.startswith(prefix) or not separator or not generation.isdigit():
+        return None
+    return actor_id, int(generation)

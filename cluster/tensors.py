@@ -1,0 +1,36 @@
+"""Tensors as raw bytes and back, without pickle.
+
+Dimension letters: N rows, H hidden size.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+# Received bytes are read-only and nobody writes to them; torch warns about it on first use.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the frame's name of a dtype; ``KeyError`` for one that frames do not carry."""
+    return _NAMES[dtype]
+
+
+def to_bytes(rows: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor; no copy is made when it is contiguous on the CPU."""
+    flat = rows.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return memoryview(flat.numpy())
+
+
+def from_bytes(data: bytes | memoryview, dtype: str, num_rows: int, size: int) -> torch.Tensor:
+    """Return an [N, H] tensor over ``data`` without a copy; it must not be written to."""
+    return torch.frombuffer(data, dtype=TORCH_DTYPES[dtype]).view(num_rows, size)

@@ -1,0 +1,203 @@
+"""The expert actor: one Ray actor per device, holding any subset of the experts.
+
+An asyncio front takes messages from all routers into a bounded queue; one compute thread drains
+the queue, merges what waits (:mod:`experts.bank`) and answers. Control calls have a concurrency
+group of their own, so that a busy or slow compute thread does not delay them. Calls are pure:
+computing a frame twice gives the same answer, so a router may always try again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ray
+import torch
+
+from cluster.errors import (
+    DeadlineExceededError,
+    ExpertMeshError,
+    FrameError,
+    InternalError,
+    OverloadedError,
+    StaleEpochError,
+)
+from cluster.frames import DispatchFrame, ErrorFrame, decode, encode
+from cluster.lease import Lease
+from cluster.placement import ExpertKey
+from cluster.spec import ActorReport, ActorSpec
+from cluster.tensors import TORCH_DTYPES
+from experts.bank import ExpertBank, GatedFfnExpert
+from experts.checkpoint import Checkpoint, open_checkpoint, resolve_folder
+from experts.ffn import activation
+from experts.weights import load_expert
+
+logger = logging.getLogger("expertmesh.actor")
+
+
+@dataclass(slots=True)
+class _Waiting:
+    frame: DispatchFrame
+    answer: asyncio.Future[bytes]
+    loop: asyncio.AbstractEventLoop
+
+
+class ExpertActor:
+    """Serves the experts that its controller assigned to it, until the controller lets it go."""
+
+    def __init__(self, spec: ActorSpec, actor_id: str, generation: int, epoch: int) -> None:
+        """Start empty; :meth:`load` brings the experts."""
+        torch.set_num_threads(spec.threads)
+        torch.set_grad_enabled(False)
+        self._spec = spec
+        self._actor_id = actor_id
+        self._generation = generation
+        self._epoch = epoch
+        self._device = torch.device("cuda" if spec.num_gpus > 0 else "cpu")
+        self._bank = ExpertBank()
+        self._checkpoints: dict[str, Checkpoint] = {}
+        self._load_lock = threading.Lock()
+        self._queue: queue.SimpleQueue[_Waiting] = queue.SimpleQueue()
+        self._queued_rows = 0
+        self._max_queue_rows = spec.max_queue_rows
+        self._steps = 0
+        self._lease = Lease(spec.app)
+        self._lease.start()
+        threading.Thread(target=self._compute_forever, name="compute", daemon=True).start()
+
+    # Control calls.
+
+    @ray.method(concurrency_group="control")
+    async def load(self, epoch: int, keys: Sequence[ExpertKey]) -> ActorReport:
+        """Load the given experts beside those already held; returns when all can be asked for.
+
+        Raises :class:`CheckpointError` when the checkpoint cannot be read on this node.
+        """
+        self._accept(epoch)
+        await asyncio.to_thread(self._load, [ExpertKey(*key) for key in keys])
+        return self._report()
+
+    @ray.method(concurrency_group="control")
+    async def heartbeat(self, epoch: int) -> ActorReport:
+        """Renew the lease and report; refuses a controller of an older epoch."""
+        self._accept(epoch)
+        return self._report()
+
+    @ray.method(concurrency_group="control")
+    async def describe(self) -> ActorReport:
+        """Report without renewing the lease, for a controller that looks whom it can adopt."""
+        return self._report()
+
+    def _accept(self, epoch: int) -> None:
+        if epoch < self._epoch:
+            raise StaleEpochError(f"is older than {self._epoch} (given: {epoch})", "epoch")
+        self._epoch = epoch
+        self._lease.renew()
+
+    def _load(self, keys: Sequence[ExpertKey]) -> None:
+        sources = {source.experts.model: source for source in self._spec.models}
+        with self._load_lock:
+            for key in keys:
+                if key in self._bank.experts:
+                    continue
+                source = sources[key.model]
+                if key.model not in self._checkpoints:
+                    self._checkpoints[key.model] = open_checkpoint(resolve_folder(source.path))
+                checkpoint = self._checkpoints[key.model]
+                dtype = TORCH_DTYPES[source.dtype]
+                weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype, self._device)
+                act = activation(checkpoint.shape.activation)
+                self._bank.experts[key] = GatedFfnExpert(weights, act)
+
+    def _report(self) -> ActorReport:
+        return ActorReport(
+            actor_id=self._actor_id,
+            generation=self._generation,
+            digest=self._spec.digest,
+            epoch=self._epoch,
+            pid=os.getpid(),
+            node=ray.get_runtime_context().get_node_id(),
+            device=str(self._device),
+            experts=tuple(sorted(self._bank.experts)),
+            tokens=dict(self._bank.tokens),
+            queued_rows=self._queued_rows,
+            steps=self._steps,
+        )
+
+    # The data plane.
+
+    async def compute(self, data: bytes) -> bytes:
+        """Answer one dispatch frame by a rows frame, or by an error frame; never raises.
+
+        A frame that would make more than ``max_queue_rows`` rows wait is refused with
+        RESOURCE_EXHAUSTED; the router tries again.
+        """
+        try:
+            frame = decode(data)
+            if not isinstance(frame, DispatchFrame):
+                raise FrameError("only dispatch frames are computed", "frame.kind")
+        except FrameError as error:
+            return _error(0, error)
+        if (
+            self._queued_rows > 0
+            and self._queued_rows + frame.num_pairs > self._spec.max_queue_rows
+        ):
+            return _error(
+                frame.request_id,
+                OverloadedError(f"{self._queued_rows} rows wait already", "queue", 0.01),
+            )
+        self._queued_rows += frame.num_pairs
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(frame, loop.create_future(), loop)
+        self._queue.put(waiting)
+        try:
+            return await waiting.answer
+        finally:
+            self._queued_rows -= frame.num_pairs
+
+    def _compute_forever(self) -> None:
+        torch.set_grad_enabled(False)
+        while True:
+            batch = [self._queue.get()]
+            try:
+                while True:
+                    batch.append(self._queue.get_nowait())
+            except queue.Empty:
+                pass
+            answers = self._compute_batch(batch)
+            self._steps += 1
+            batch[0].loop.call_soon_threadsafe(_deliver, batch, answers)
+
+    def _compute_batch(self, batch: Sequence[_Waiting]) -> list[bytes]:
+        now_s = time.time()
+        live = [w.frame for w in batch if w.frame.deadline_s > now_s]
+        try:
+            computed = iter(self._bank.compute(live))
+        except Exception:
+            # A failure of the device or of torch: say so to every router, stay alive.
+            logger.exception("expert actor %s: a batch failed", self._actor_id)
+            failure = InternalError("the expert actor failed to compute the batch")
+            return [_error(w.frame.request_id, failure) for w in batch]
+        late = DeadlineExceededError("the frame's deadline passed while it waited")
+        return [
+            encode(next(computed))
+            if w.frame.deadline_s > now_s
+            else _error(w.frame.request_id, late)
+            for w in batch
+        ]
+
+
+def _deliver(batch: Sequence[_Waiting], answers: Sequence[bytes]) -> None:
+    for waiting, answer in zip(batch, answers, strict=True):
+        if not waiting.answer.done():
+            waiting.answer.set_result(answer)
+
+
+def _error(request_id: int, error: ExpertMeshError) -> bytes:
+    return encode(ErrorFrame(request_id, type(error).__name__, error))

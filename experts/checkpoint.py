@@ -1,0 +1,255 @@
+"""Reading a Hugging Face safetensors folder: configuration, headers, and single tensors.
+
+Opening a checkpoint reads ``config.json``, the index and the shards' headers, never a weight, and
+checks every tensor's name, shape and dtype against the model family, so that a damaged or unknown
+checkpoint is refused before any process is started for it. Pickle formats are refused unread.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from cluster.errors import CheckpointError
+from cluster.frames import DTYPE_BYTES
+from experts.families import FAMILIES, ExpertShape, Family
+from experts.families.base import Config
+
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+_MAX_JSON_BYTES = 64 << 20
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies and what its header says."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened and checked checkpoint folder; holds headers only."""
+
+    folder: Path
+    config: Config
+    family: Family
+    shape: ExpertShape
+    tensors: dict[str, TensorInfo]
+    dtype: str
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """The longest context, in tokens, that the model was made for."""
+        return int(self.config["max_position_embeddings"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return int(self.config["vocab_size"])
+
+    def expert_bytes(self, dtype: str) -> int:
+        """Return the bytes of one expert's weights when they are held in ``dtype``."""
+        parameters = 3 * self.shape.hidden_size * self.shape.intermediate_size
+        return parameters * DTYPE_BYTES[dtype]
+
+
+def resolve_folder(path: str) -> Path:
+    """Find a model's folder on this machine.
+
+    An absolute path is taken as it is; a relative one is looked up in the installed ``deploy``
+    package; anything else that looks like ``owner/name`` is a hub id, fetched into the hub's local
+    cache. Raises :class:`CheckpointError` when there is no such folder.
+    """
+    if Path(path).is_absolute():
+        if Path(path).is_dir():
+            return Path(path)
+        raise CheckpointError("no such folder", path)
+    bundled = Path(str(importlib.resources.files("deploy"))) / path
+    if bundled.is_dir():
+        return bundled
+    if _HUB_ID.match(path):
+        return _fetch_from_hub(path)
+    raise CheckpointError(
+        "is neither an absolute folder, nor a folder in the deploy package, nor a hub id", path
+    )
+
+
+def _fetch_from_hub(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import and seldom needed
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub client raises many unrelated types
+        reason = f"{type(error).__name__}"
+        raise CheckpointError(
+            f"is no folder of the deploy package and could not be fetched from the hub ({reason})",
+            hub_id,
+        ) from None
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read and check a checkpoint's configuration and headers.
+
+    Raises :class:`CheckpointError` whose field is the file: no or broken ``config.json``, an
+    unknown architecture, a missing or truncated shard, pickle weights, and tensors that are
+    missing, unexpected, or of another shape or dtype than the configuration says.
+    """
+    config_file = folder / "config.json"
+    config = _read_json(config_file)
+    family = _family(config, config_file)
+    shape = _checked_shape(family, config, config_file)
+    tensors = _read_headers(folder)
+    _check_tensors(folder, family, config, shape, tensors)
+    return Checkpoint(folder, config, family, shape, tensors, _expert_dtype(folder, tensors))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"is larger than {_MAX_JSON_BYTES} bytes", str(file))
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", str(file)) from None
+    except ValueError as error:
+        raise CheckpointError(f"is not JSON: {error}", str(file)) from None
+    if not isinstance(value, dict):
+        raise CheckpointError("must hold a JSON object", str(file))
+    return value
+
+
+def _family(config: Config, file: Path) -> Family:
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        known = ", ".join(sorted(FAMILIES))
+        given = config.get("model_type")
+        raise CheckpointError(f"unknown model_type {given!r}; known: {known}", str(file))
+    architectures = config.get("architectures") or list(family.architectures)
+    if not set(architectures) & set(family.architectures):
+        known = ", ".join(family.architectures)
+        raise CheckpointError(f"unknown architectures {architectures}; known: {known}", str(file))
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise CheckpointError(f"quantization_config {method!r} is not supported", str(file))
+    return family
+
+
+def _checked_shape(family: Family, config: Config, file: Path) -> ExpertShape:
+    needed = ("vocab_size", "max_position_embeddings", "hidden_size", "num_attention_heads")
+    for key in needed:
+        if type(config.get(key)) is not int or config[key] < 1:
+            raise CheckpointError(f"{key} must be a positive integer", str(file))
+    try:
+        shape = family.expert_shape(config)
+    except KeyError as error:
+        raise CheckpointError(f"lacks the key {error.args[0]}", str(file)) from None
+    numbers = (shape.num_experts, shape.num_experts_per_tok, shape.intermediate_size)
+    if any(type(n) is not int or n < 1 for n in numbers) or not shape.layers:
+        raise CheckpointError("has no experts, layers or sizes that are positive", str(file))
+    if shape.num_experts_per_tok > shape.num_experts:
+        raise CheckpointError("num_experts_per_tok is larger than the number of experts", str(file))
+    return shape
+
+
+def _read_headers(folder: Path) -> dict[str, TensorInfo]:
+    index_file = folder / "model.safetensors.index.json"
+    if not index_file.exists():
+        if not (folder / "model.safetensors").exists():
+            raise CheckpointError(_no_weights(folder), str(folder))
+        return _shard_header(folder, "model.safetensors")
+    weight_map = _read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError("needs a mapping 'weight_map'", str(index_file))
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted({str(name) for name in weight_map.values()}):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"names the shard {file!r}; only plain .safetensors file names are allowed",
+                str(index_file),
+            )
+        for name, info in _shard_header(folder, file).items():
+            if name in tensors:
+                raise CheckpointError(f"tensor {name} is also in {tensors[name].file}", file)
+            tensors[name] = info
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file != file:
+            raise CheckpointError(f"tensor {name} is not in {file} as the index says", file)
+    return tensors
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        return (
+            f"has only pickle weights ({', '.join(pickles[:3])}), which are never loaded; "
+            "convert them to safetensors"
+        )
+    return "has neither model.safetensors nor model.safetensors.index.json"
+
+
+def _shard_header(folder: Path, file: str) -> dict[str, TensorInfo]:
+    path = folder / file
+    if not path.is_file():
+        raise CheckpointError("the shard is missing", str(path))
+    tensors = {}
+    try:
+        with safe_open(str(path), framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 - safe_open is not a mapping
+                view = shard.get_slice(name)
+                tensors[name] = TensorInfo(file, tuple(view.get_shape()), view.get_dtype())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"is not a whole safetensors file ({error})", str(path)) from None
+    return tensors
+
+
+def _check_tensors(
+    folder: Path,
+    family: Family,
+    config: Config,
+    shape: ExpertShape,
+    tensors: dict[str, TensorInfo],
+) -> None:
+    expected = family.dense_tensors(config)
+    inner, hidden = shape.intermediate_size, shape.hidden_size
+    for layer_id in shape.layers:
+        for expert_id in range(shape.num_experts):
+            names = family.expert_tensors(layer_id, expert_id)
+            expected[names.gate] = expected[names.up] = (inner, hidden)
+            expected[names.down] = (hidden, inner)
+    ignored = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+    missing = sorted(expected.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - expected.keys() - ignored)
+    for what, names_ in (("lacks", missing), ("has unexpected", unexpected)):
+        if names_:
+            listed = ", ".join(names_[:3]) + (", …" if len(names_) > 3 else "")
+            raise CheckpointError(f"{what} {len(names_)} tensors: {listed}", str(folder))
+    for name, wanted in expected.items():
+        info = tensors[name]
+        if info.shape != wanted:
+            raise CheckpointError(
+                f"tensor {name} has shape {list(info.shape)}; config.json says {list(wanted)}",
+                str(folder / info.file),
+            )
+        if info.dtype not in DTYPES:
+            allowed = ", ".join(DTYPES)
+            raise CheckpointError(
+                f"tensor {name} has dtype {info.dtype}; supported: {allowed}",
+                str(folder / info.file),
+            )
+
+
+def _expert_dtype(folder: Path, tensors: dict[str, TensorInfo]) -> str:
+    kinds = sorted({info.dtype for info in tensors.values()})
+    if len(kinds) > 1:
+        raise CheckpointError(f"mixes the dtypes {', '.join(kinds)}", str(folder))
+    return DTYPES[kinds[0]]

@@ -1,0 +1,176 @@
+"""The paged key/value cache, and the attention that reads and writes it.
+
+The tokens of one engine step are packed into a single row without padding: first the tokens of
+decoding sequences, one each, then the prefill chunks. transformers' model runs over that row and
+calls :func:`paged_attention` in every layer, which stores the new keys and values in their slots
+and attends each sequence to its own.
+
+Dimension letters: T packed tokens, B decoding sequences, C tokens of a chunk, L cached tokens
+attended to, S cache slots, G key/value heads, Q query heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+ATTENTION_NAME = "expertmesh_paged"
+PAGE_SIZE = 16
+
+
+class PagePool:
+    """Hands out pages of ``PAGE_SIZE`` token slots; a sequence's pages need not be adjacent."""
+
+    def __init__(self, num_pages: int) -> None:
+        """All pages are free at first."""
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        """How many pages are free."""
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """Take ``count`` pages; the caller has checked ``num_free``."""
+        if count > len(self._free):
+            raise IndexError(f"{count} pages asked for, {len(self._free)} free")
+        taken = self._free[len(self._free) - count :]
+        del self._free[len(self._free) - count :]
+        return taken[::-1]
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        """Return pages to the pool."""
+        self._free.extend(reversed(pages))
+
+
+def pages_needed(num_tokens: int) -> int:
+    """Return how many pages hold ``num_tokens`` tokens."""
+    return -(-num_tokens // PAGE_SIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A prefill chunk in the packed row: tokens ``start:end``, and the slots it attends to.
+
+    ``slots`` [L] are the sequence's slots up to and including the chunk's last token; ``mask``
+    [C, L] is true where a token may look, or ``None`` when plain causal attention says the same.
+    """
+
+    start: int
+    end: int
+    slots: torch.Tensor
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class PagedBatch:
+    """Where the tokens of one packed step live in the cache.
+
+    ``new_slots`` [T] is where each token's key and value go. The first ``num_decode`` tokens
+    belong to decoding sequences: ``decode_slots`` [B, L] are the slots that they attend to, right
+    padded, and ``decode_mask`` [B, 1, 1, L] is false at the padding and outside the window.
+    """
+
+    new_slots: torch.Tensor
+    num_decode: int
+    decode_slots: torch.Tensor
+    decode_mask: torch.Tensor
+    chunks: tuple[Chunk, ...]
+
+
+class PagedCache:
+    """Keys and values of all layers, [S, G, D] each; memory is touched only where tokens are."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_slots: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Allocate ``2 * num_layers`` tensors of [num_slots, num_kv_heads, head_dim]."""
+        shape = (num_slots, num_kv_heads, head_dim)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+
+@dataclass(frozen=True, slots=True)
+class PagedContext:
+    """What travels through transformers' model to :func:`paged_attention`."""
+
+    cache: PagedCache
+    batch: PagedBatch
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    paged: PagedContext,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend packed tokens to their sequences' cached keys and values.
+
+    An attention implementation in the sense of transformers' registry. ``query`` is [1, Q, T, D],
+    ``key`` and ``value`` [1, G, T, D]; ``paged`` comes from the model's caller. Returns
+    [1, T, Q, D]. Masks are in ``paged``; sliding windows are part of them.
+    """
+    keys = paged.cache.keys[module.layer_idx]
+    values = paged.cache.values[module.layer_idx]
+    batch = paged.batch
+    keys.index_copy_(0, batch.new_slots, key[0].transpose(0, 1))
+    values.index_copy_(0, batch.new_slots, value[0].transpose(0, 1))
+    tokens = query[0].transpose(0, 1)  # [T, Q, D]
+    output = torch.empty_like(tokens)
+    if batch.num_decode:
+        output[: batch.num_decode] = _attend(
+            tokens[: batch.num_decode].unsqueeze(2),  # [B, Q, 1, D]
+            _gather(keys, batch.decode_slots),
+            _gather(values, batch.decode_slots),
+            batch.decode_mask,
+            scaling,
+        ).squeeze(2)
+    for chunk in batch.chunks:
+        output[chunk.start : chunk.end] = _attend(
+            tokens[chunk.start : chunk.end].transpose(0, 1).unsqueeze(0),  # [1, Q, C, D]
+            _gather(keys, chunk.slots.unsqueeze(0)),
+            _gather(values, chunk.slots.unsqueeze(0)),
+            chunk.mask,
+            scaling,
+        )[0].transpose(0, 1)
+    return output.unsqueeze(0), None
+
+
+def _gather(cached: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Return cached rows [S, G, D] at slots [B, L] as [B, G, L, D]."""
+    rows = cached.index_select(0, slots.reshape(-1))
+    return rows.view(*slots.shape, *cached.shape[1:]).transpose(1, 2)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    return functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        scale=scaling,
+        is_causal=mask is None,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )

@@ -1,0 +1,35 @@
+"""``expertmesh check FILE``: what a deployment file says, checked without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.config import load_deployment
+from router.served import ServedModel, inspect_models
+
+
+def check_file(path: Path) -> list[str]:
+    """Check a deployment file and its models' headers; returns a line for each thing found fine.
+
+    Raises :class:`ConfigError` or :class:`CheckpointError` for the first thing that is wrong.
+    """
+    lines = []
+    for name, config in load_deployment(path):
+        served = inspect_models(config, f"{path}: applications.{name}.args")
+        actors, routers = config.experts.actors, config.router.replicas
+        lines.append(
+            f"application {name}: {actors} expert actors, {routers} routers per model, "
+            f"{config.gateway.replicas} gateways"
+        )
+        lines.extend(_describe(model) for model in served)
+    return lines
+
+
+def _describe(model: ServedModel) -> str:
+    experts = model.source.experts
+    total_mb = len(experts.expert_keys()) * experts.expert_bytes / 1e6
+    return (
+        f"model {model.id}: {model.family}, {model.num_layers} layers of {model.num_experts} "
+        f"experts (top {model.num_experts_per_tok}), {model.dtype}, experts {total_mb:.1f} MB, "
+        f"context {model.max_model_len} tokens"
+    )

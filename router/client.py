@@ -1,0 +1,251 @@
+"""A synchronous gRPC client: generate, stream, status and model info, each with a deadline.
+
+Needs neither torch nor ray nor transformers. Errors are those of :mod:`cluster.errors`, rebuilt by
+the table that the gateway writes them with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from cluster.errors import ExpertMeshError, InvalidRequestError, UnavailableError
+from cluster.status import ClusterStatus
+from router.gateway.status import DETAILS_KEY, error_from_grpc, is_from_server
+from router.protos import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from router.request import TokenLogprobs
+
+DEFAULT_ADDRESS = "127.0.0.1:9000"
+DEFAULT_TIMEOUT_S = 120.0
+_INFO_TIMEOUT_S = 10.0
+# The server answers DEADLINE_EXCEEDED itself at the request's timeout; this is the way back.
+_GRACE_S = 5.0
+_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
+
+class UnreachableError(UnavailableError):
+    """No ExpertMesh server answers at the address."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a whole request: the prompt once, the output of all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One choice, or in a stream a new piece of one.
+
+    ``finish_reason`` is ``stop``, ``length`` or, while the choice goes on, ``None``. ``usage`` is
+    there on the first choice of :meth:`Client.generate` and the last piece of a stream.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: str | None
+    exact: bool
+    usage: Usage | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The numbers of a served model."""
+
+    id: str
+    family: str
+    num_layers: int
+    num_experts: int
+    num_experts_per_tok: int
+    vocab_size: int
+    max_model_len: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample; ``None`` leaves a field to the server's default."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    ignore_eos: bool | None = None
+    logprobs: int | None = None
+    n: int | None = None
+
+
+class Client:
+    """Talks to one gateway address; a context manager, safe to use from several threads."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+        options = [("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES)]
+        self._channel = grpc.insecure_channel(address, options=options)
+        self._inference = inference_pb2_grpc.InferenceStub(self._channel)
+        self._admin = admin_pb2_grpc.AdminStub(self._channel)
+
+    def __enter__(self) -> Client:
+        """Return the client itself."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Close the connection."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls under way are cancelled."""
+        self._channel.close()
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        model: str = "",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        on_expert_loss: str | None = None,
+    ) -> list[Reply]:
+        """Return all choices of a prompt (text or token ids), by index.
+
+        An empty ``model`` is the first that is served. Raises :class:`ExpertMeshError`, and
+        :class:`UnreachableError` when no server answers.
+        """
+        request = self._request(prompt, sampling, model, timeout_s, on_expert_loss)
+        answer = _call(lambda: self._inference.Generate(request, timeout=timeout_s + _GRACE_S))
+        return [_reply(answer), *(_reply(choice) for choice in answer.other_choices)]
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        model: str = "",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        on_expert_loss: str | None = None,
+    ) -> Iterator[Reply]:
+        """Yield pieces of all choices as they come; leaving the loop cancels the request.
+
+        Raises as :meth:`generate` does, at any piece.
+        """
+        request = self._request(prompt, sampling, model, timeout_s, on_expert_loss)
+        call = self._inference.GenerateStream(request, timeout=timeout_s + _GRACE_S)
+        try:
+            while (message := _call(lambda: next(call, None))) is not None:
+                yield _reply(message)
+        finally:
+            call.cancel()
+
+    def model_info(self, model: str = "") -> list[ModelInfo]:
+        """Return one model's numbers, or those of all served models when none is named."""
+        request = inference_pb2.GetModelInfoRequest(model=model)
+        answer = _call(lambda: self._inference.GetModelInfo(request, timeout=_INFO_TIMEOUT_S))
+        names = ModelInfo.__dataclass_fields__
+        return [ModelInfo(**{name: getattr(one, name) for name in names}) for one in answer.models]
+
+    def status(self) -> ClusterStatus:
+        """Return what the controller knows of the cluster."""
+        request = admin_pb2.GetStatusRequest()
+        answer = _call(lambda: self._admin.GetStatus(request, timeout=_INFO_TIMEOUT_S))
+        return ClusterStatus.from_wire(_status_wire(answer))
+
+    def _request(
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling | None,
+        model: str,
+        timeout_s: float,
+        on_expert_loss: str | None,
+    ) -> Any:
+        model = model or self.model_info()[0].id
+        request = inference_pb2.GenerateRequest(model=model, timeout_s=timeout_s)
+        try:
+            if isinstance(prompt, str):
+                request.prompt = prompt
+            else:
+                request.prompt_token_ids.SetInParent()
+                request.prompt_token_ids.ids.extend(prompt)
+            if on_expert_loss is not None:
+                request.on_expert_loss = on_expert_loss
+            request.sampling.CopyFrom(_sampling_message(sampling or Sampling()))
+        except (TypeError, ValueError) as error:
+            raise InvalidRequestError(f"cannot be sent: {error}") from None
+        return request
+
+
+def _sampling_message(sampling: Sampling) -> Any:
+    names = [name for name in Sampling.__dataclass_fields__ if name != "stop"]
+    given = {name: getattr(sampling, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    return inference_pb2.Sampling(**given, stop=sampling.stop)
+
+
+def _call(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except grpc.RpcError as error:
+        raise _typed(error) from None
+
+
+def _typed(error: Any) -> ExpertMeshError:
+    metadata = dict(error.trailing_metadata() or ())
+    status_details = metadata.get(DETAILS_KEY)
+    code, details = error.code(), error.details() or "no details"
+    if code is grpc.StatusCode.UNAVAILABLE and not is_from_server(status_details):
+        return UnreachableError("no ExpertMesh server answers at this address", retry_after_s=1.0)
+    return error_from_grpc(code, details, status_details)
+
+
+def _reply(message: Any) -> Reply:
+    rows = tuple(
+        TokenLogprobs(
+            row.logprob,
+            tuple(top.token_id for top in row.top),
+            tuple(top.logprob for top in row.top),
+        )
+        for row in message.logprobs
+    )
+    usage = Usage(message.usage.prompt_tokens, message.usage.completion_tokens)
+    return Reply(
+        index=message.index,
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        logprobs=rows,
+        finish_reason=message.finish_reason or None,
+        exact=message.exact,
+        usage=usage if message.HasField("usage") else None,
+    )
+
+
+def _status_wire(answer: Any) -> dict[str, Any]:
+    actors = [
+        {
+            "actor_id": actor.actor_id,
+            "pid": actor.pid,
+            "node": actor.node,
+            "device": actor.device,
+            "generation": actor.generation,
+            "experts": [(one.model, one.layer, one.expert) for one in actor.experts],
+            "tokens": actor.tokens,
+        }
+        for actor in answer.actors
+    ]
+    return {
+        "models": list(answer.models),
+        "epoch": answer.epoch,
+        "placement_version": answer.placement_version,
+        "controller_pid": answer.controller_pid,
+        "missing_experts": answer.missing_experts,
+        "routers": [{"pid": one.pid, "node": one.node} for one in answer.routers],
+        "gateways": [{"pid": one.pid, "node": one.node} for one in answer.gateways],
+        "actors": actors,
+    }

@@ -1,0 +1,197 @@
+"""The engine: one thread that turns queued requests into tokens, step by step.
+
+``step`` is the table of contents: schedule, forward, sample, emit. Requests join and leave at any
+step. A step changes nothing before its tokens are sampled, so one that failed for want of an
+expert is simply done again.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from cluster.errors import (
+    CancelledRequestError,
+    DeadlineExceededError,
+    ExpertMeshError,
+    ExpertUnavailableError,
+    InternalError,
+)
+from router.exchange import RemoteExchange
+from router.model import MoEModel
+from router.request import GenerationRequest, TokenEvent, TokenLogprobs
+from router.sampling import Draw, sample
+from router.scheduler import Scheduler, Sequence, Work
+from router.step import StepInput, pack
+
+IDLE_S = 0.1
+
+logger = logging.getLogger("expertmesh.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """What one step has for one request: tokens of a choice, or the error that ended it."""
+
+    request_id: str
+    outcome: TokenEvent | ExpertMeshError
+
+
+Emit = Callable[[list[Emission]], None]
+Command = Callable[[], None]
+
+
+class Engine:
+    """Generates for one model; all methods but :meth:`run` may be called from any thread."""
+
+    def __init__(
+        self,
+        model: MoEModel,
+        exchange: RemoteExchange,
+        scheduler: Scheduler,
+        eos_token_ids: frozenset[int],
+        emit: Emit,
+    ) -> None:
+        """``emit`` is called on the engine's thread, at most once a step."""
+        self._model = model
+        self._exchange = exchange
+        self._scheduler = scheduler
+        self._eos_token_ids = eos_token_ids
+        self._emit = emit
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._outbox: list[Emission] = []
+        self._closing = False
+
+    def start(self) -> None:
+        """Run on a daemon thread of its own."""
+        threading.Thread(target=self.run, name="engine", daemon=True).start()
+
+    def close(self) -> None:
+        """Have the engine's thread end after the step that it is in."""
+
+        def stop() -> None:
+            self._closing = True
+
+        self._commands.put(stop)
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queue a request; tokens or an error come through ``emit``."""
+
+        def add() -> None:
+            try:
+                self._scheduler.add(request)
+            except ExpertMeshError as error:
+                self._outbox.append(Emission(request.request_id, error))
+
+        self._commands.put(add)
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request's choices; nothing more is emitted for it than the cancellation."""
+        error = CancelledRequestError("the request was cancelled")
+        self._commands.put(lambda: self._fail(lambda s: s.request.request_id == request_id, error))
+
+    def stop_choice(self, request_id: str, index: int) -> None:
+        """End one choice as if it had met its stop, since the gateway found a stop string."""
+
+        def stop() -> None:
+            for sequence in self._scheduler.sequences():
+                if (sequence.request.request_id, sequence.index) == (request_id, index):
+                    self._scheduler.finish(sequence)
+                    event = TokenEvent(
+                        index, (), finish_reason="stop", start=sequence.num_generated
+                    )
+                    self._outbox.append(Emission(request_id, event))
+
+        self._commands.put(stop)
+
+    def run(self) -> None:
+        """Serve until :meth:`close`."""
+        torch.set_grad_enabled(False)
+        while not self._closing:
+            self._obey(wait=not self._scheduler.sequences())
+            self._expire()
+            if self._scheduler.sequences():
+                self._guarded_step()
+            self._flush()
+
+    def _obey(self, wait: bool) -> None:
+        try:
+            if wait:
+                self._commands.get(timeout=IDLE_S)()
+            while True:
+                self._commands.get_nowait()()
+        except queue.Empty:
+            pass
+
+    def _guarded_step(self) -> None:
+        work = self._scheduler.schedule()
+        try:
+            self.step(work)
+        except ExpertUnavailableError as error:
+            # The step's earliest deadline passed while an expert was away; the others go on.
+            self._expire(error)
+        except Exception:
+            logger.exception("a step failed; its requests are answered by an error")
+            failed = {w.sequence.request.request_id for w in work}
+            error = InternalError("the router failed to compute a step")
+            self._fail(lambda s: s.request.request_id in failed, error)
+
+    def step(self, work: list[Work]) -> None:
+        """Compute the scheduled work, sample, and note what is to be emitted."""
+        step = pack(work, self._model.sliding_window)
+        self._exchange.deadline_s = min(w.sequence.request.deadline_s for w in work)
+        logits = self._model.forward(step.token_ids, step.positions, step.batch, step.sample_rows)
+        token_ids, logprobs = sample(logits, [_draw(s) for s in step.sampled])
+        self._advance(work, step, token_ids, logprobs)
+
+    def _advance(
+        self,
+        work: list[Work],
+        step: StepInput,
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs | None],
+    ) -> None:
+        for item in work:
+            item.sequence.num_computed = item.end
+        for sequence, token_id, row in zip(step.sampled, token_ids, logprobs, strict=True):
+            sequence.token_ids.append(token_id)
+            reason = self._finish_reason(sequence, token_id)
+            if reason is not None:
+                self._scheduler.finish(sequence)
+            rows = () if row is None else (row,)
+            start = sequence.num_generated - 1
+            event = TokenEvent(sequence.index, (token_id,), rows, reason, start=start)
+            self._outbox.append(Emission(sequence.request.request_id, event))
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
+        sampling = sequence.request.sampling
+        if token_id in self._eos_token_ids and not sampling.ignore_eos:
+            return "stop"
+        return "length" if sequence.num_generated >= sampling.max_tokens else None
+
+    def _expire(self, error: ExpertMeshError | None = None) -> None:
+        now_s = time.time()
+        error = error or DeadlineExceededError("the request's deadline passed")
+        self._fail(lambda s: s.request.deadline_s <= now_s, error)
+
+    def _fail(self, affected: Callable[[Sequence], bool], error: ExpertMeshError) -> None:
+        ended = [s for s in self._scheduler.sequences() if affected(s)]
+        request_ids = dict.fromkeys(s.request.request_id for s in ended)
+        for sequence in ended:
+            self._scheduler.finish(sequence)
+        self._outbox.extend(Emission(request_id, error) for request_id in request_ids)
+
+    def _flush(self) -> None:
+        if self._outbox:
+            emissions, self._outbox = self._outbox, []
+            self._emit(emissions)
+
+
+def _draw(sequence: Sequence) -> Draw:
+    return Draw(sequence.request.sampling, sequence.index, len(sequence.token_ids))

@@ -1,0 +1,116 @@
+"""A replica's copy of the placement, kept up to date by long polls of the controller.
+
+The engine's thread reads it and waits on it; the replica's event loop writes it. While the
+controller is away the last placement stays in force.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+import ray
+
+from cluster.placement import Placement
+
+WATCH_S = 5.0
+CALL_TIMEOUT_S = 15.0
+RETRY_S = 0.5
+
+logger = logging.getLogger("expertmesh.placement")
+
+
+class ControllerClient(Protocol):
+    """The controller's methods that a view needs; in a deployment, a Serve handle behind them."""
+
+    def watch(
+        self, kind: str, pid: int, node: str, known: tuple[int, int], timeout_s: float
+    ) -> Awaitable[dict[str, Any] | None]:
+        """See :meth:`cluster.controller.Controller.watch`."""
+        ...
+
+    def suspect(self, actor_id: str, generation: int) -> Awaitable[None]:
+        """See :meth:`cluster.controller.Controller.suspect`."""
+        ...
+
+
+class PlacementView:
+    """The newest placement that this replica has heard of; safe to read from any thread."""
+
+    def __init__(self) -> None:
+        """Start without a placement; :meth:`current` is then ``None``."""
+        self._placement: Placement | None = None
+        self._changed = threading.Condition()
+
+    def current(self) -> Placement | None:
+        """Return the newest placement, or ``None`` before the first."""
+        return self._placement
+
+    def publish(self, placement: Placement) -> None:
+        """Take a placement if it is newer than the current one, and wake those who wait."""
+        with self._changed:
+            if self._placement is None or placement.order > self._placement.order:
+                self._placement = placement
+                self._changed.notify_all()
+
+    def wait_newer(self, than: Placement | None, timeout_s: float) -> bool:
+        """Block until the placement is newer than ``than``; returns whether it became so."""
+        order = (-1, -1) if than is None else than.order
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self._placement is not None and self._placement.order > order, timeout_s
+            )
+
+
+class PlacementWatcher:
+    """Feeds a view from the controller, on an event loop; also passes suspicions on."""
+
+    def __init__(self, kind: str, view: PlacementView, controller: ControllerClient) -> None:
+        """``kind`` is ``router`` or ``gateway``, as it is to appear in the status."""
+        self._kind = kind
+        self._view = view
+        self._controller = controller
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.create_task(self._watch_forever(), name="placement watch")
+
+    def stop(self) -> None:
+        """Stop polling."""
+        self._task.cancel()
+
+    def suspect(self, actor_id: str, generation: int) -> None:
+        """Tell the controller that an actor gave no answer; callable from any thread."""
+
+        async def tell() -> None:
+            await self._bounded(lambda: self._controller.suspect(actor_id, generation))
+
+        asyncio.run_coroutine_threadsafe(tell(), self._loop)
+
+    async def _watch_forever(self) -> None:
+        node = ray.get_runtime_context().get_node_id()
+        while True:
+            current = self._view.current()
+            known = (-1, -1) if current is None else current.order
+            answered, wire = await self._bounded(
+                lambda known=known: self._controller.watch(  # type: ignore[misc]
+                    self._kind, os.getpid(), node, known, WATCH_S
+                )
+            )
+            if not answered:
+                await asyncio.sleep(RETRY_S)
+            elif wire is not None:
+                self._view.publish(Placement.from_wire(wire))
+
+    async def _bounded(self, call: Callable[[], Awaitable[Any]]) -> tuple[bool, Any]:
+        try:
+            return True, await asyncio.wait_for(_awaited(call), CALL_TIMEOUT_S)
+        except Exception as error:  # away, restarting, or slow: the view stays as it is
+            logger.warning("the controller does not answer (%s)", type(error).__name__)
+            return False, None
+
+
+async def _awaited(call: Callable[[], Awaitable[Any]]) -> Any:
+    return await call()

@@ -1,0 +1,168 @@
+"""The router replica: the engine behind one call per request.
+
+``generate`` spans a request: it returns when all of its choices are finished, with all their
+tokens, and its cancellation ends the request. Meanwhile each engine step's tokens travel to the
+gateways as one frame per gateway (:mod:`router.link`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+
+from cluster.config import ExpertsConfig, RouterConfig
+from cluster.errors import ExpertMeshError
+from cluster.tensors import TORCH_DTYPES
+from cluster.transport import RayTransport
+from experts.checkpoint import open_checkpoint, resolve_folder
+from router.cache import PAGE_SIZE, pages_needed
+from router.dispatch import Dispatcher
+from router.engine import Emission, Engine
+from router.exchange import RemoteExchange
+from router.link import LinkAddress, LinkClient
+from router.model import MoEModel
+from router.placement_view import ControllerClient, PlacementView, PlacementWatcher
+from router.request import GenerationRequest, TokenEvent, TokenLogprobs
+from router.scheduler import Limits, Scheduler
+from router.served import ServedModel
+
+MAX_DEFAULT_CACHE_TOKENS = 65_536
+
+logger = logging.getLogger("expertmesh.router")
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request in flight: what has been generated, and who waits for it."""
+
+    address: LinkAddress
+    done: asyncio.Future[None]
+    unfinished: int
+    events: list[TokenEvent] = field(default_factory=list)
+
+
+class RouterReplica:
+    """Attention, gate and sampling of one model; the experts are elsewhere."""
+
+    def __init__(
+        self,
+        app: str,
+        model: ServedModel,
+        config: RouterConfig,
+        experts: ExpertsConfig,
+        controller: ControllerClient,
+    ) -> None:
+        """Load the dense part of the model and start the engine; needs a running event loop."""
+        torch.set_num_threads(config.threads)
+        self._loop = asyncio.get_running_loop()
+        self._requests: dict[str, _Request] = {}
+        view = PlacementView()
+        self._watcher = PlacementWatcher("router", view, controller)
+        self._dispatcher = Dispatcher(
+            model.id, view, RayTransport(app), self._watcher.suspect, experts.call_timeout_s
+        )
+        self._exchange = RemoteExchange(self._dispatcher)
+        num_pages = pages_needed(_cache_tokens(config, model.max_model_len))
+        self._engine = Engine(
+            MoEModel(
+                open_checkpoint(resolve_folder(model.path)),
+                TORCH_DTYPES[model.dtype],
+                num_pages * PAGE_SIZE,
+                self._exchange,
+            ),
+            self._exchange,
+            Scheduler(
+                Limits(config.max_batch_size, config.max_batch_tokens, config.max_queue_requests),
+                num_pages,
+            ),
+            frozenset(model.eos_token_ids),
+            lambda emissions: self._loop.call_soon_threadsafe(self._deliver, emissions),
+        )
+        self._links = LinkClient(self._engine.stop_choice)
+        self._engine.start()
+        logger.info(
+            "router of %s: %s, cache of %d tokens", model.id, model.dtype, num_pages * PAGE_SIZE
+        )
+
+    async def generate(self, wire: dict[str, Any], address: LinkAddress) -> dict[str, Any]:
+        """Generate all choices of a request.
+
+        Returns ``{"events": […]}``, one event per choice with all its tokens, or
+        ``{"error": …}``; early tokens go to ``address`` as they are sampled.
+        """
+        request = GenerationRequest.from_wire(wire)
+        await self._links.connect(address)
+        pending = _Request(address, self._loop.create_future(), request.sampling.n)
+        self._requests[request.request_id] = pending
+        self._engine.submit(request)
+        try:
+            await pending.done
+        except ExpertMeshError as error:
+            return {"error": error.to_wire()}
+        except asyncio.CancelledError:
+            self._engine.cancel(request.request_id)
+            raise
+        finally:
+            del self._requests[request.request_id]
+        return {"events": [e.to_wire() for e in merge_events(pending.events)]}
+
+    def _deliver(self, emissions: list[Emission]) -> None:
+        frames: defaultdict[LinkAddress, list[tuple[str, TokenEvent]]] = defaultdict(list)
+        for emission in emissions:
+            request = self._requests.get(emission.request_id)
+            if request is None or request.done.done():
+                continue
+            if isinstance(emission.outcome, ExpertMeshError):
+                request.done.set_exception(emission.outcome)
+                continue
+            request.events.append(emission.outcome)
+            frames[request.address].append((emission.request_id, emission.outcome))
+            request.unfinished -= emission.outcome.finish_reason is not None
+            if request.unfinished == 0:
+                request.done.set_result(None)
+        for address, events in frames.items():
+            self._links.send(address, events)
+
+    async def stats(self) -> dict[str, Any]:
+        """Return measurements: latest layer times (s), retries by reason, resident bytes."""
+        return {
+            "layer_s": list(self._exchange.timings_s),
+            "retries": dict(self._dispatcher.retries),
+            "rss_bytes": psutil.Process().memory_info().rss,
+        }
+
+    def close(self) -> None:
+        """Stop the engine after its step, and the background work."""
+        self._engine.close()
+        self._watcher.stop()
+        self._links.close()
+
+
+def _cache_tokens(config: RouterConfig, max_model_len: int) -> int:
+    if config.cache_tokens is not None:
+        return config.cache_tokens
+    wanted = config.max_batch_size * max_model_len
+    return max(max_model_len, min(wanted, MAX_DEFAULT_CACHE_TOKENS))
+
+
+def merge_events(events: list[TokenEvent]) -> list[TokenEvent]:
+    """Join each choice's events into one that has all its tokens and its finish reason."""
+    token_ids: defaultdict[int, list[int]] = defaultdict(list)
+    logprobs: defaultdict[int, list[TokenLogprobs]] = defaultdict(list)
+    last: dict[int, TokenEvent] = {}
+    exact: defaultdict[int, bool] = defaultdict(lambda: True)
+    for event in events:
+        token_ids[event.index].extend(event.token_ids)
+        logprobs[event.index].extend(event.logprobs)
+        exact[event.index] &= event.exact
+        last[event.index] = event
+    return [
+        TokenEvent(i, tuple(token_ids[i]), tuple(logprobs[i]), last[i].finish_reason, exact[i])
+        for i in sorted(last)
+    ]

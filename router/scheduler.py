@@ -1,0 +1,147 @@
+"""Continuous batching: who waits, who runs, and which tokens the next step computes.
+
+A sequence is admitted only when the cache has pages for its prompt and all tokens that it may
+generate, so nothing admitted is ever evicted. Decoding sequences go first, one token each; what is
+left of the step's token budget goes to prefill chunks, so that a long prompt does not stall others.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cluster.errors import OverloadedError
+from router.cache import PAGE_SIZE, PagePool, pages_needed
+from router.request import GenerationRequest
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice of one request: its tokens so far, and where they are in the cache.
+
+    ``num_computed`` tokens have their keys and values in the cache. ``pages`` and ``slots`` (the
+    cache slot of every position up to ``max_length``) are empty while the sequence waits.
+    """
+
+    request: GenerationRequest
+    index: int
+    token_ids: list[int]
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    @property
+    def num_generated(self) -> int:
+        """How many tokens have been sampled."""
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that the sequence can ever have."""
+        return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens
+
+    def occupy(self, pages: list[int]) -> None:
+        """Take pages for all positions that the sequence can ever have."""
+        positions = np.arange(self.max_length)
+        self.pages = pages
+        first_slots = np.asarray(pages, dtype=np.int64) * PAGE_SIZE
+        self.slots = first_slots[positions // PAGE_SIZE] + positions % PAGE_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Tokens ``start:end`` of a sequence, to be computed in the next step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step ends with a new token for the sequence."""
+        return self.end == len(self.sequence.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """A replica's limits; see :class:`cluster.config.RouterConfig`."""
+
+    max_batch_size: int
+    max_batch_tokens: int
+    max_queue_requests: int
+
+
+class Scheduler:
+    """Holds all sequences of a router replica; used by the engine's thread alone."""
+
+    def __init__(self, limits: Limits, num_pages: int) -> None:
+        """Start empty with ``num_pages`` pages of cache."""
+        self._limits = limits
+        self._pool = PagePool(num_pages)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    def add(self, request: GenerationRequest) -> list[Sequence]:
+        """Queue a request's choices.
+
+        Raises :class:`OverloadedError` when the queue is full, or when the cache could not hold one
+        of the request's sequences even if it were empty.
+        """
+        waiting = {sequence.request.request_id for sequence in self.waiting}
+        if len(waiting) >= self._limits.max_queue_requests:
+            raise OverloadedError(f"{len(waiting)} requests wait already", "queue", 1.0)
+        prompt = request.prompt_token_ids
+        length = len(prompt) + request.sampling.max_tokens
+        if pages_needed(length) > self._pool.num_pages:
+            capacity = self._pool.num_pages * PAGE_SIZE
+            raise OverloadedError(
+                f"prompt and max_tokens need {length} cache tokens; a router has {capacity}"
+            )
+        added = [Sequence(request, i, list(prompt)) for i in range(request.sampling.n)]
+        self.waiting.extend(added)
+        return added
+
+    def sequences(self) -> list[Sequence]:
+        """Return every sequence that is not finished."""
+        return [*self.running, *self.waiting]
+
+    def schedule(self) -> list[Work]:
+        """Admit what fits and return the next step's work: decodes first, then prefill chunks."""
+        self._admit()
+        decodes = [s for s in self.running if s.num_computed == len(s.token_ids) - 1]
+        budget = self._limits.max_batch_tokens
+        work = [Work(s, s.num_computed, len(s.token_ids)) for s in decodes]
+        budget = max(budget - len(work), 1 if not work else 0)
+        for sequence in self.running:
+            left = len(sequence.token_ids) - sequence.num_computed
+            if left > 1 and budget > 0:
+                count = min(left, budget)
+                start = sequence.num_computed
+                work.append(Work(sequence, start, start + count))
+                budget -= count
+        return work
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self._limits.max_batch_size:
+            needed = pages_needed(self.waiting[0].max_length)
+            if needed > self._pool.num_free:
+                return
+            sequence = self.waiting.popleft()
+            sequence.occupy(self._pool.take(needed))
+            self.running.append(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free its pages."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._pool.give_back(sequence.pages)
+        sequence.pages = []
+
+    @property
+    def num_free_pages(self) -> int:
+        """How many cache pages are free."""
+        return self._pool.num_free

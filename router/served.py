@@ -1,0 +1,102 @@
+"""What the builder found out about a model before anything is deployed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config import AppConfig, ModelConfig
+from cluster.errors import CheckpointError, ConfigError
+from cluster.placement import ModelExperts, assign_experts
+from cluster.spec import ModelSource
+from experts.checkpoint import Checkpoint, open_checkpoint, resolve_folder
+from experts.ffn import activation
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model as routers, gateways and expert actors are told of it; plain data."""
+
+    id: str
+    path: str
+    family: str
+    dtype: str
+    max_model_len: int
+    vocab_size: int
+    num_layers: int
+    num_experts: int
+    num_experts_per_tok: int
+    eos_token_ids: tuple[int, ...]
+    source: ModelSource
+
+
+def inspect_models(config: AppConfig, root: str = "args") -> list[ServedModel]:
+    """Open every configured checkpoint and check that the pool can hold its experts.
+
+    Reads headers only. Raises :class:`ConfigError` or :class:`CheckpointError` that names the YAML
+    path or the file.
+    """
+    served = [_inspect(model, f"{root}.models[{i}]") for i, model in enumerate(config.models)]
+    actor_ids = [str(i) for i in range(config.experts.actors)]
+    experts = [model.source.experts for model in served]
+    assign_experts(experts, actor_ids, config.experts.memory_budget_bytes)
+    return served
+
+
+def _inspect(model: ModelConfig, where: str) -> ServedModel:
+    try:
+        checkpoint = open_checkpoint(resolve_folder(model.path))
+        activation(checkpoint.shape.activation)
+    except CheckpointError as error:
+        raise CheckpointError(error.message, f"{where}.path: {error.field}") from None
+    _check_tokenizer(checkpoint, where)
+    longest = checkpoint.max_position_embeddings
+    if model.max_model_len is not None and model.max_model_len > longest:
+        raise ConfigError(
+            f"must be at most the model's own {longest} (given: {model.max_model_len})",
+            f"{where}.max_model_len",
+        )
+    dtype = checkpoint.dtype if model.dtype == "auto" else model.dtype
+    shape = checkpoint.shape
+    experts = ModelExperts(
+        model.id, shape.layers, shape.num_experts, checkpoint.expert_bytes(dtype)
+    )
+    return ServedModel(
+        id=model.id,
+        path=model.path,
+        family=checkpoint.family.model_type,
+        dtype=dtype,
+        max_model_len=model.max_model_len or longest,
+        vocab_size=checkpoint.vocab_size,
+        num_layers=len(shape.layers),
+        num_experts=shape.num_experts,
+        num_experts_per_tok=shape.num_experts_per_tok,
+        eos_token_ids=_eos_token_ids(checkpoint),
+        source=ModelSource(model.path, dtype, experts),
+    )
+
+
+def _check_tokenizer(checkpoint: Checkpoint, where: str) -> None:
+    names = ("tokenizer.json", "tokenizer.model")
+    if not any((checkpoint.folder / name).is_file() for name in names):
+        raise CheckpointError(
+            f"has no tokenizer ({' or '.join(names)})", f"{where}.path: {checkpoint.folder}"
+        )
+
+
+def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Return the ids that end a text; ``generation_config.json`` decides where it names any."""
+    eos = checkpoint.config.get("eos_token_id")
+    file: Path = checkpoint.folder / "generation_config.json"
+    if file.is_file():
+        try:
+            eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id", eos)
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"cannot be read: {error}", str(file)) from None
+    if eos is None:
+        return ()
+    ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    if any(type(i) is not int or not 0 <= i < checkpoint.vocab_size for i in ids):
+        raise CheckpointError(f"eos_token_id {eos!r} is not in the vocabulary", str(file))
+    return ids

@@ -1,0 +1,63 @@
+"""Small random checkpoints in the Mixtral format, with nothing left at its initial value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+VOCAB_SIZE = 320
+
+
+def save_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> None:
+    """Save a byte-level BPE tokenizer with an end-of-sequence token (id 0)."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    text = ["the quick brown fox jumps over the lazy dog and then the other things there"] * 4
+    tokenizer.train_from_iterator(text, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+    )
+    fast.save_pretrained(folder)
+
+
+def save_mixtral(
+    folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: object
+) -> MixtralForCausalLM:
+    """Save a random Mixtral checkpoint with tokenizer; returns the model with eager experts."""
+    torch.manual_seed(seed)
+    sizes: dict[str, object] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+        "attn_implementation": "eager",
+        "experts_implementation": "eager",
+    }
+    model = MixtralForCausalLM(MixtralConfig(**{**sizes, **overrides}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.2 if "norm" in name else 0.15
+            offset = 1.0 if "norm" in name else 0.0
+            parameter.copy_(torch.randn_like(parameter) * scale + offset)
+    model = model.to(dtype).eval()
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return model

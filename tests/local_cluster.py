@@ -1,0 +1,175 @@
+"""A router's engine with its experts in the same process: the real path without Ray.
+
+Everything is the product's own code except the transport, which hands the encoded frames to
+expert banks directly; it can be told to lose calls.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cluster.errors import ExpertMeshError
+from cluster.frames import DispatchFrame, decode, encode
+from cluster.placement import ExpertKey, ModelExperts, assign_experts, empty_placement
+from cluster.tensors import TORCH_DTYPES
+from cluster.transport import Call, CallFailure
+from experts.bank import ExpertBank, GatedFfnExpert
+from experts.checkpoint import Checkpoint, open_checkpoint
+from experts.ffn import activation
+from experts.weights import load_expert
+from router.cache import PAGE_SIZE
+from router.dispatch import Dispatcher
+from router.engine import Emission, Engine
+from router.exchange import RemoteExchange
+from router.model import MoEModel
+from router.placement_view import PlacementView
+from router.replica import merge_events
+from router.request import GenerationRequest, SamplingParams, TokenEvent
+from router.scheduler import Limits, Scheduler
+
+MODEL = "m"
+
+
+@dataclass
+class BankTransport:
+    """A transport whose actors are expert banks in this process."""
+
+    banks: dict[str, ExpertBank]
+    fail: Callable[[Call, int], CallFailure | bytes | None] = lambda call, number: None
+    frames: list[DispatchFrame] = field(default_factory=list)
+
+    def call(self, calls: Sequence[Call], timeout_s: float) -> list[bytes | CallFailure]:
+        """Answer each call from its bank, unless ``fail`` says otherwise."""
+        return [self._answer(call) for call in calls]
+
+    def _answer(self, call: Call) -> bytes | CallFailure:
+        frame = decode(call.frame)
+        assert isinstance(frame, DispatchFrame)
+        self.frames.append(frame)
+        failure = self.fail(call, len(self.frames))
+        if failure is not None:
+            return failure
+        return encode(self.banks[call.actor_id].compute([frame])[0])
+
+
+def load_banks(
+    checkpoint: Checkpoint, shares: dict[str, list[ExpertKey]], dtype: str
+) -> dict[str, ExpertBank]:
+    """Load each actor's share of the experts into a bank."""
+    act = activation(checkpoint.shape.activation)
+    banks = {}
+    for actor_id, keys in shares.items():
+        bank = ExpertBank()
+        for key in keys:
+            weights = load_expert(
+                checkpoint, key.layer_id, key.expert_id, TORCH_DTYPES[dtype], torch.device("cpu")
+            )
+            bank.experts[key] = GatedFfnExpert(weights, act)
+        banks[actor_id] = bank
+    return banks
+
+
+class LocalCluster:
+    """One engine over ``num_actors`` banks; ``generate`` runs requests to their end."""
+
+    def __init__(
+        self,
+        folder: Path,
+        num_actors: int = 2,
+        limits: Limits | None = None,
+        num_pages: int = 512,
+        dtype: str | None = None,
+        threaded: bool = True,
+    ) -> None:
+        limits = limits or Limits(32, 64, 256)
+        self.checkpoint = open_checkpoint(folder)
+        dtype = dtype or self.checkpoint.dtype
+        shape = self.checkpoint.shape
+        experts = ModelExperts(MODEL, shape.layers, shape.num_experts, 1)
+        shares = assign_experts([experts], [f"a{i}" for i in range(num_actors)], None)
+        self.view = PlacementView()
+        placement = empty_placement(1, [experts])
+        for actor_id, keys in shares.items():
+            placement = placement.with_actor(actor_id, 1, keys)
+        self.placement = placement
+        self.view.publish(placement)
+        self.suspected: list[tuple[str, int]] = []
+        self.transport = BankTransport(load_banks(self.checkpoint, shares, dtype))
+        self.dispatcher = Dispatcher(
+            MODEL, self.view, self.transport, lambda a, g: self.suspected.append((a, g)), 5.0
+        )
+        self.exchange = RemoteExchange(self.dispatcher)
+        model = MoEModel(self.checkpoint, TORCH_DTYPES[dtype], num_pages * PAGE_SIZE, self.exchange)
+        self.scheduler = Scheduler(limits, num_pages)
+        self._outcomes: defaultdict[str, list[TokenEvent | ExpertMeshError]] = defaultdict(list)
+        self._changed = threading.Condition()
+        eos = self.checkpoint.config["eos_token_id"]
+        self.engine = Engine(
+            model, self.exchange, self.scheduler, frozenset([eos]), self._on_emissions
+        )
+        if threaded:
+            self.engine.start()
+
+    def _on_emissions(self, emissions: list[Emission]) -> None:
+        with self._changed:
+            for emission in emissions:
+                self._outcomes[emission.request_id].append(emission.outcome)
+            self._changed.notify_all()
+
+    def wait(
+        self, request_id: str, until: Callable[[list[TokenEvent | ExpertMeshError]], bool]
+    ) -> list[TokenEvent | ExpertMeshError]:
+        """Wait (at most 60 s) until the request's outcomes satisfy ``until``."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: until(self._outcomes[request_id]), 60)
+            return list(self._outcomes[request_id])
+
+    def result(self, request: GenerationRequest) -> list[TokenEvent]:
+        """Return one event per choice of a submitted request; raises the error that ended it."""
+        n = request.sampling.n
+
+        def ended(outcomes: list[TokenEvent | ExpertMeshError]) -> bool:
+            errors = any(isinstance(o, ExpertMeshError) for o in outcomes)
+            finished = sum(isinstance(o, TokenEvent) and bool(o.finish_reason) for o in outcomes)
+            return errors or finished == n
+
+        outcomes = self.wait(request.request_id, ended)
+        for outcome in outcomes:
+            if isinstance(outcome, ExpertMeshError):
+                raise outcome
+        return merge_events([o for o in outcomes if isinstance(o, TokenEvent)])
+
+    def generate(self, *requests: GenerationRequest) -> list[list[TokenEvent]]:
+        """Submit all requests at once and return their results in order."""
+        for request in requests:
+            self.engine.submit(request)
+        return [self.result(request) for request in requests]
+
+    def close(self) -> None:
+        """End the engine's thread."""
+        self.engine.close()
+
+
+def greedy_request(
+    request_id: str,
+    prompt: Sequence[int],
+    max_tokens: int,
+    timeout_s: float = 60,
+    **sampling: object,
+) -> GenerationRequest:
+    """A greedy request that ignores the end-of-sequence token."""
+    params = {"temperature": 0.0, "ignore_eos": True, **sampling}
+    return GenerationRequest(
+        request_id=request_id,
+        model=MODEL,
+        prompt_token_ids=tuple(prompt),
+        sampling=SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
+        deadline_s=time.time() + timeout_s,
+    )
