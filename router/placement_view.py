@@ -17,7 +17,7 @@ import ray
 
 from cluster.placement import Placement
 
-WATCH_S = 5.0
+WATCH_S = 1.0
 CALL_TIMEOUT_S = 15.0
 RETRY_S = 0.5
 

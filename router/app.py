@@ -1,0 +1,161 @@
+"""The composition root: builds the Serve application from a deployment file's ``args``.
+
+One controller, one router deployment per model, one gateway deployment as the ingress; the
+controller creates the expert actors. Everything is checked before anything is deployed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import asdict, replace
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from cluster.config import AppConfig, RouterConfig, parse_args
+from cluster.controller import Controller
+from cluster.errors import ConfigError, ExpertMeshError
+from cluster.spec import ActorSpec
+from experts.actor import ExpertActor
+from router.abort import abort_serve_run
+from router.gateway.deployment import Gateway
+from router.gateway.models import GatewayModel
+from router.gateway.ray_upstream import HandleController, RayUpstream
+from router.link import LinkAddress
+from router.logs import setup_logging
+from router.replica import RouterReplica
+from router.served import ServedModel, inspect_models
+
+MAX_CONTROL_CALLS = 10_000
+GRACEFUL_SHUTDOWN_S = 5.0
+
+logger = logging.getLogger("expertmesh.app")
+
+
+class ControllerDeployment(Controller):
+    """The controller as a Serve replica; adds Serve's name of the application."""
+
+    async def __init__(self, spec: ActorSpec, config: AppConfig) -> None:  # type: ignore[misc]
+        """Start the controller on the replica's event loop."""
+        setup_logging()
+        app = serve.get_replica_context().app_name
+        super().__init__(
+            replace(spec, app=app),
+            ExpertActor,
+            config.experts.actors,
+            config.experts.memory_budget_bytes,
+        )
+        await self.start()
+
+    def __del__(self) -> None:
+        """Serve calls this at a graceful end of the replica."""
+        self.end_actors_if_app_is_gone()
+
+
+class RouterDeployment(RouterReplica):
+    """A router as a Serve replica."""
+
+    async def __init__(  # type: ignore[misc]
+        self, model: ServedModel, config: AppConfig, controller: Any
+    ) -> None:
+        """Load the model's dense part and start the engine."""
+        setup_logging()
+        app = serve.get_replica_context().app_name
+        super().__init__(app, model, config.router, config.experts, HandleController(controller))
+
+    async def generate(self, wire: dict[str, Any], address: LinkAddress) -> dict[str, Any]:
+        """See :meth:`RouterReplica.generate`."""
+        return await super().generate(wire, address)
+
+    def __del__(self) -> None:
+        """Serve calls this at a graceful end of the replica."""
+        self.close()
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Build the application; what ``import_path: router.app:build`` names.
+
+    A wrong configuration or checkpoint ends ``serve run`` with one line and a non-zero status, and
+    is the application's message in Serve's status otherwise.
+    """
+    try:
+        config = parse_args(args)
+        models = inspect_models(config)
+        names = deployment_names(models)
+    except ExpertMeshError as error:
+        abort_serve_run(str(error))
+    spec = ActorSpec(
+        app="",
+        models=tuple(model.source for model in models),
+        num_cpus=config.experts.num_cpus,
+        num_gpus=config.experts.num_gpus,
+        threads=config.experts.threads,
+        max_queue_rows=config.experts.max_queue_rows,
+    )
+    controller = _controller().bind(spec, config)
+    routers = {
+        model.id: _router(names[model.id], config.router).bind(model, config, controller)
+        for model in models
+    }
+    gateway_models = tuple(_gateway_model(model) for model in models)
+    return _gateway(config).bind(  # type: ignore[no-any-return]
+        gateway_models, config.gateway, RayUpstream, controller, routers
+    )
+
+
+def deployment_names(models: list[ServedModel]) -> dict[str, str]:
+    """Return the router deployment's name of each model; Serve allows fewer characters than ids.
+
+    Raises :class:`ConfigError` when two ids come to the same name.
+    """
+    names: dict[str, str] = {}
+    for model in models:
+        name = "Router-" + re.sub(r"[^A-Za-z0-9._-]", "-", model.id)
+        if name in names.values():
+            raise ConfigError(f"ids {', '.join(m.id for m in models)} are too alike", "args.models")
+        names[model.id] = name
+    return names
+
+
+def _controller() -> Any:
+    return serve.deployment(
+        name="Controller",
+        num_replicas=1,
+        max_ongoing_requests=MAX_CONTROL_CALLS,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+    )(ControllerDeployment)
+
+
+def _router(name: str, config: RouterConfig) -> Any:
+    threads = str(config.threads)
+    return serve.deployment(
+        name=name,
+        num_replicas=config.replicas,
+        # Everything beyond the engine's own queue is refused there, with a typed error.
+        max_ongoing_requests=4 * (config.max_batch_size + config.max_queue_requests),
+        ray_actor_options={
+            "num_cpus": config.num_cpus,
+            "num_gpus": config.num_gpus,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}},
+        },
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+    )(RouterDeployment)
+
+
+def _gateway(config: AppConfig) -> Any:
+    return serve.deployment(
+        name="Gateway",
+        num_replicas=config.gateway.replicas,
+        max_ongoing_requests=config.gateway.max_ongoing_requests,
+        ray_actor_options={"num_cpus": config.gateway.num_cpus},
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+    )(Gateway)
+
+
+def _gateway_model(model: ServedModel) -> GatewayModel:
+    fields = asdict(model)
+    del fields["source"]
+    return GatewayModel(**{**fields, "eos_token_ids": model.eos_token_ids})

@@ -1,0 +1,218 @@
+"""The gateway's upstream on Ray: a call to a router per request, early tokens over the link.
+
+When the router replica that serves a request dies, the request is sent to another one and starts
+again; draws are a function of (seed, choice, position), so it comes to the same tokens, and those
+that the client has already are left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from cluster.errors import (
+    DeadlineExceededError,
+    ExpertMeshError,
+    InternalError,
+    OverloadedError,
+    UnavailableError,
+    error_from_wire,
+)
+from cluster.status import ClusterStatus
+from router.link import LinkAddress, LinkServer
+from router.placement_view import PlacementView, PlacementWatcher
+from router.request import GenerationRequest, TokenEvent
+
+STATUS_TIMEOUT_S = 5.0
+RESEND_S = 0.2
+MAX_BUFFERED_EVENTS = 100_000
+
+logger = logging.getLogger("expertmesh.gateway")
+
+_Item = TokenEvent | BaseException | dict[str, Any]
+
+
+class RayUpstream:
+    """Implements :class:`router.gateway.upstream.Upstream` over Serve handles."""
+
+    def __init__(
+        self, controller: DeploymentHandle, routers: Mapping[str, DeploymentHandle]
+    ) -> None:
+        """``routers`` are handles by model id. Needs a running event loop."""
+        self._controller = controller
+        self._routers = routers
+        self._view = PlacementView()
+        self._watcher = PlacementWatcher("gateway", self._view, HandleController(controller))
+        self._streams: dict[str, asyncio.Queue[_Item]] = {}
+        self._attempts: dict[str, str] = {}
+        self._link = LinkServer(ray.util.get_node_ip_address(), self._on_tokens)
+        self._address: asyncio.Task[LinkAddress] | None = None
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+        """See :class:`Upstream`; resends the request when its router dies."""
+        sent: Counter[int] = Counter()
+        attempt = 0
+        while True:
+            wire_id = f"{request.request_id}#{attempt}"
+            self._attempts[request.request_id] = wire_id
+            try:
+                async for event in self._attempt(replace(request, request_id=wire_id), sent):
+                    yield event
+                return
+            except (RayActorError, DeploymentUnavailableError) as error:
+                if request.remaining_s() < RESEND_S:
+                    raise UnavailableError("the router is not reachable", "", 1.0) from None
+                logger.warning("a router was lost (%s); sending again", type(error).__name__)
+                await asyncio.sleep(RESEND_S)
+                attempt += 1
+            finally:
+                self._attempts.pop(request.request_id, None)
+
+    async def _attempt(
+        self, request: GenerationRequest, sent: Counter[int]
+    ) -> AsyncGenerator[TokenEvent, None]:
+        stream: asyncio.Queue[_Item] = asyncio.Queue(MAX_BUFFERED_EVENTS)
+        self._streams[request.request_id] = stream
+        address = await self._listening()
+        call = self._routers[request.model].generate.remote(request.to_wire(), address)
+        reply = asyncio.ensure_future(_put_reply(call, stream))
+        try:
+            while True:
+                item = await _get(stream, request)
+                if isinstance(item, BaseException):
+                    raise _typed(item)
+                if isinstance(item, TokenEvent):
+                    fresh = unseen(item, sent)
+                    if fresh is not None:
+                        yield fresh
+                    continue
+                if "error" in item:
+                    raise error_from_wire(item["error"])
+                for wire in item["events"]:
+                    fresh = unseen(TokenEvent.from_wire(wire), sent)
+                    if fresh is not None:
+                        yield fresh
+                return
+        finally:
+            del self._streams[request.request_id]
+            self._link.forget(request.request_id)
+            if not reply.done():
+                call.cancel()
+                reply.cancel()
+
+    async def _listening(self) -> LinkAddress:
+        if self._address is None:
+            self._address = asyncio.ensure_future(self._link.start())
+        return await self._address
+
+    def _on_tokens(self, request_id: str, event: TokenEvent) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None and not stream.full():  # what is left out comes with the reply
+            stream.put_nowait(event)
+
+    def stop(self, request_id: str, index: int) -> None:
+        """See :class:`Upstream`."""
+        wire_id = self._attempts.get(request_id)
+        if wire_id is not None:
+            self._link.stop_choice(wire_id, index)
+
+    async def status(self) -> ClusterStatus:
+        """See :class:`Upstream`."""
+        try:
+            wire = await asyncio.wait_for(
+                _awaited(self._controller.status.remote()), STATUS_TIMEOUT_S
+            )
+        except (RayActorError, RayServeException, TimeoutError):
+            raise UnavailableError("the controller does not answer", "", 1.0) from None
+        return ClusterStatus.from_wire(wire)
+
+    def ready(self) -> tuple[bool, str]:
+        """See :class:`Upstream`."""
+        placement = self._view.current()
+        if placement is None:
+            return False, "no placement of the experts is known yet"
+        missing = len(placement.missing())
+        if missing:
+            return False, f"{missing} experts have no live copy"
+        return True, ""
+
+
+class HandleController:
+    """The controller behind a Serve handle, as :class:`router.placement_view.ControllerClient`."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        """``handle`` is the controller deployment's."""
+        self._handle = handle
+
+    async def watch(
+        self, kind: str, pid: int, node: str, known: tuple[int, int], timeout_s: float
+    ) -> dict[str, Any] | None:
+        """See :meth:`cluster.controller.Controller.watch`."""
+        wire: dict[str, Any] | None = await self._handle.watch.remote(
+            kind, pid, node, known, timeout_s
+        )
+        return wire
+
+    async def suspect(self, actor_id: str, generation: int) -> None:
+        """See :meth:`cluster.controller.Controller.suspect`."""
+        await self._handle.suspect.remote(actor_id, generation)
+
+
+def unseen(event: TokenEvent, sent: Counter[int]) -> TokenEvent | None:
+    """Return the part of an event that has not been passed on, and count it as passed on.
+
+    ``sent`` counts the tokens passed on per choice; -1 marks a finished one. Returns ``None`` for
+    an event with nothing new, or one that leaves a gap (the call's reply fills it).
+    """
+    have = sent[event.index]
+    if have < 0 or event.start > have:
+        return None
+    skip = have - event.start
+    token_ids = event.token_ids[skip:]
+    if not token_ids and event.finish_reason is None:
+        return None
+    sent[event.index] = have + len(token_ids) if event.finish_reason is None else -1
+    return replace(event, token_ids=token_ids, logprobs=event.logprobs[skip:], start=have)
+
+
+async def _put_reply(call: Any, stream: asyncio.Queue[_Item]) -> None:
+    try:
+        await stream.put(await call)
+    except Exception as error:
+        await stream.put(error)
+
+
+async def _get(stream: asyncio.Queue[_Item], request: GenerationRequest) -> _Item:
+    # A moment past the deadline, so that the router's own word on it comes first.
+    timeout_s = max(0.0, request.deadline_s - time.time()) + 1.0
+    try:
+        return await asyncio.wait_for(stream.get(), timeout_s)
+    except TimeoutError:
+        raise DeadlineExceededError("the request's deadline passed") from None
+
+
+def _typed(error: BaseException) -> BaseException:
+    """Return the error as one that may leave the gateway, or as one that means "send again"."""
+    if isinstance(error, (RayActorError, DeploymentUnavailableError, ExpertMeshError)):
+        return error
+    if isinstance(error, BackPressureError):
+        return OverloadedError("the router's queue is full", "queue", 1.0)
+    if isinstance(error, RayTaskError):
+        logger.error("a router failed: %s", error)
+    else:
+        logger.error("a call to a router failed: %r", error)
+    return InternalError("the router failed")
+
+
+async def _awaited(call: Any) -> Any:
+    return await call
