@@ -1,0 +1,114 @@
+"""Noisy top-k gating and the losses that keep experts in balance.
+
+After Shazeer et al. 2017, "Outrageously Large Neural Networks", sections 2.1 and 4, appendix A.
+T: tokens, E: experts, k: experts per token, H: hidden size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+from router.workshop.settings import GatingSettings
+
+
+def top_k_gates(
+    logits: torch.Tensor, num_experts_per_tok: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return topk_weights and topk_ids, both [T, k]: a softmax over the k largest logits.
+
+    Equals Softmax(KeepTopK(H, k)), equations 3 and 5; every other gate is zero.
+    """
+    topk_logits, topk_ids = logits.topk(num_experts_per_tok, dim=-1)
+    return topk_logits.float().softmax(dim=-1), topk_ids
+
+
+def dense_gates(
+    topk_weights: torch.Tensor, topk_ids: torch.Tensor, num_experts: int
+) -> torch.Tensor:
+    """Spread topk_weights [T, k] over all experts: [T, E] with exactly k nonzeros a row."""
+    zeros = topk_weights.new_zeros(len(topk_ids), num_experts)
+    return zeros.scatter(1, topk_ids, topk_weights)
+
+
+def load_probability(
+    clean_logits: torch.Tensor,
+    noisy_logits: torch.Tensor,
+    noise_std: torch.Tensor,
+    num_experts_per_tok: int,
+) -> torch.Tensor:
+    """Return P [T, E], the chance that an expert is in the top k if only its noise is drawn anew.
+
+    All inputs are [T, E], k < E. Differentiable in all of them; equations 8 and 9. Its sum over
+    tokens is the load.
+    """
+    largest, topk_ids = noisy_logits.topk(num_experts_per_tok + 1, dim=-1)
+    is_chosen = torch.zeros_like(noisy_logits, dtype=torch.bool)
+    is_chosen.scatter_(1, topk_ids[:, :-1], True)
+    # kth_excluding(H, k, i): a chosen expert must stay above the (k+1)-th, another reach the k-th.
+    threshold = torch.where(is_chosen, largest[:, -1:], largest[:, -2:-1])
+    return torch.special.ndtr((clean_logits - threshold) / noise_std)
+
+
+def squared_variation(per_expert: torch.Tensor) -> torch.Tensor:
+    """Return the squared coefficient of variation of [E] values: zero iff all are equal."""
+    return per_expert.var(unbiased=False) / per_expert.mean().square()
+
+
+class TrainingGate(MixtralTopKRouter):
+    """Mixtral's gate with noise while training; in eval mode it is Mixtral's own, bit by bit.
+
+    After a forward pass in training mode `balancing_loss` holds this layer's scalar, equations 7
+    and 11. Noise is drawn from `noise_generator`, so that it is a function of its seed.
+    """
+
+    def __init__(
+        self, config: MixtralConfig, gating: GatingSettings, noise_generator: torch.Generator
+    ) -> None:
+        super().__init__(config)
+        self.gating = gating
+        self.noise_generator = noise_generator
+        self.balancing_loss = torch.zeros(())
+        if gating.noisy:
+            self.noise_weight = nn.Parameter(torch.zeros(self.num_experts, self.hidden_dim))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return router_logits [T, E], topk_weights [T, k], topk_ids [T, k] of [..., H]."""
+        if not self.training:
+            return tuple(super().forward(hidden_states))
+        hidden_states = hidden_states.reshape(-1, self.hidden_dim)
+        router_logits = F.linear(hidden_states, self.weight)
+        noisy_logits = router_logits
+        loss = router_logits.new_zeros(())
+        if self.gating.noisy:
+            noise_std = F.softplus(F.linear(hidden_states, self.noise_weight))
+            noise = torch.empty_like(noise_std).normal_(generator=self.noise_generator)
+            noisy_logits = router_logits + noise * noise_std
+            load = load_probability(router_logits, noisy_logits, noise_std, self.top_k).sum(0)
+            loss = loss + self.gating.load_weight * squared_variation(load)
+        topk_weights, topk_ids = top_k_gates(noisy_logits, self.top_k)
+        importance = dense_gates(topk_weights, topk_ids, self.num_experts).sum(0)
+        self.balancing_loss = loss + self.gating.importance_weight * squared_variation(importance)
+        return router_logits, topk_weights, topk_ids
+
+
+def use_training_gates(
+    model: MixtralForCausalLM, gating: GatingSettings, noise_generator: torch.Generator
+) -> list[TrainingGate]:
+    """Swap every layer's gate for a TrainingGate with the same weight; return them in order."""
+    gates = []
+    for layer in model.model.layers:
+        gate = TrainingGate(model.config, gating, noise_generator)
+        gate.weight = layer.mlp.gate.weight
+        layer.mlp.gate = gate
+        gates.append(gate)
+    return gates
+
+
+def use_serving_gates(model: MixtralForCausalLM) -> None:
+    """Swap every layer's gate back for Mixtral's own; the noise weights are dropped."""
+    for layer in model.model.layers:
+        gate = MixtralTopKRouter(model.config)
+        gate.weight = layer.mlp.gate.weight
+        layer.mlp.gate = gate

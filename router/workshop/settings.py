@@ -1,0 +1,144 @@
+"""What a training run is told: the YAML file, validated before any work begins."""
+
+from pathlib import Path
+from typing import Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+
+class TrainingError(ValueError):
+    """A training run cannot go on as asked; the message says what was given and what is allowed."""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(_Settings):
+    """Sizes of the Mixtral model, named as in transformers' `MixtralConfig`."""
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    num_local_experts: PositiveInt
+    num_experts_per_tok: PositiveInt
+    max_position_embeddings: PositiveInt
+    rope_theta: PositiveFloat
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of twice "
+                f"num_attention_heads {self.num_attention_heads} (rotary halves)"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.num_experts_per_tok >= self.num_local_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} must be less than "
+                f"num_local_experts {self.num_local_experts}"
+            )
+        return self
+
+
+class GatingSettings(_Settings):
+    """Noisy top-k gating and the weights of its balancing losses (Shazeer et al. 2017)."""
+
+    noisy: bool
+    importance_weight: NonNegativeFloat
+    load_weight: NonNegativeFloat
+
+    @model_validator(mode="after")
+    def _load_needs_noise(self) -> Self:
+        if self.load_weight and not self.noisy:
+            raise ValueError(
+                f"load_weight {self.load_weight} needs noisy: true; "
+                "without noise the load has no gradient, so give 0"
+            )
+        return self
+
+
+class OptimizationSettings(_Settings):
+    """Batches and steps; the learning rate warms up linearly, then falls along a cosine."""
+
+    sequence_length: int = Field(ge=2)
+    batch_size: PositiveInt
+    steps: PositiveInt
+    learning_rate: PositiveFloat
+    final_learning_rate: NonNegativeFloat
+    warmup_steps: NonNegativeInt
+    weight_decay: NonNegativeFloat
+    max_grad_norm: PositiveFloat
+    checkpoint_every_steps: PositiveInt
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} must be less than steps {self.steps}"
+            )
+        return self
+
+
+class CardSettings(_Settings):
+    """What only a person knows for the model card: a name, the text and how it was made."""
+
+    name: str
+    text: str
+    text_commands: str
+
+
+class TrainingConfig(_Settings):
+    """One training run; together with the text it determines every weight on one thread."""
+
+    seed: NonNegativeInt
+    holdout_every_blocks: int = Field(ge=2)
+    model: ModelSettings
+    gating: GatingSettings
+    optimization: OptimizationSettings
+    card: CardSettings
+
+    @model_validator(mode="after")
+    def _sequence_fits(self) -> Self:
+        if self.optimization.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"sequence_length {self.optimization.sequence_length} must be at most "
+                f"max_position_embeddings {self.model.max_position_embeddings}"
+            )
+        return self
+
+
+def load_config(path: Path) -> TrainingConfig:
+    """Read and validate a training configuration.
+
+    Raises TrainingError that names the file and every offending key.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return TrainingConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc']) or 'the file'}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise TrainingError(f"{path}: {problems}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise TrainingError(f"{path}: cannot be read as YAML: {error}") from error
