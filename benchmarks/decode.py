@@ -73,9 +73,7 @@ def baseline(folder: Path, streams: int, tokens: int, rounds: int) -> dict[str, 
     """Measure transformers in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.decode", "--baseline", str(folder)]
     sizes = ["--streams", str(streams), "--tokens", str(tokens), "--rounds", str(rounds)]
-    done = subprocess.run(
-        command + sizes, check=True, capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run(command + sizes, check=True, capture_output=True, text=True, timeout=600)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -182,9 +180,7 @@ def run(tokens: int, rounds: int, actors: int) -> dict[str, Any]:
         folder = Path(name)
         make_checkpoint(folder)
         result: dict[str, Any] = {"benchmark": "decode", "machine": machine(), "sizes": SIZES}
-        result["transformers"] = {
-            str(n): baseline(folder, n, tokens, rounds) for n in (32, 1)
-        }
+        result["transformers"] = {str(n): baseline(folder, n, tokens, rounds) for n in (32, 1)}
         start_cluster(folder, actors)
         try:
             wait_ready()

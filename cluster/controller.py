@@ -15,11 +15,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.schema import ApplicationStatus
 
 from cluster.errors import ExpertMeshError, StaleEpochError
-from cluster.lease import serve_lists_app
 from cluster.placement import ExpertKey, Placement, assign_experts, empty_placement
 from cluster.pool import ExpertPool
 from cluster.spec import ActorReport, ActorSpec
@@ -74,7 +75,8 @@ class Controller:
 
     async def _adopt(self) -> dict[str, ActorHandle]:
         found = await asyncio.to_thread(self._pool.find)
-        epoch, adopted = 0, {}
+        epoch = 0
+        adopted: dict[str, ActorHandle] = {}
         for actor_id, generation, handle in sorted(found, key=lambda entry: entry[:2]):
             self._last_generation[actor_id] = generation
             try:
@@ -219,12 +221,26 @@ class Controller:
             actors=tuple(_actor_status(report) for _, report in sorted(self._reports.items())),
         ).to_wire()
 
-    def end_actors_if_app_is_gone(self) -> None:
-        """End the actors when Serve is deleting the application; keep them on a mere restart."""
-        if serve_lists_app(self._spec.app):
+    async def close(self) -> None:
+        """Stop keeping; end the actors too when Serve is deleting the application.
+
+        On a mere restart or a new configuration they live on for the next controller to adopt.
+        """
+        for task in self._tasks:
+            task.cancel()
+        if await asyncio.to_thread(app_is_wanted, self._spec.app):
             return
-        for _, _, handle in self._pool.find():
+        for _, _, handle in await asyncio.to_thread(self._pool.find):
             self._pool.kill(handle)
+
+
+def app_is_wanted(app: str) -> bool:
+    """Return whether Serve lists the application as one that is to run; asks Serve itself."""
+    status = serve.status().applications.get(app)
+    return status is not None and status.status not in (
+        ApplicationStatus.DELETING,
+        ApplicationStatus.NOT_STARTED,
+    )
 
 
 def _actor_status(report: ActorReport) -> ActorStatus:

@@ -10,6 +10,7 @@ Dimension letters: N unique token rows of the frame, P (token row, expert) pairs
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,11 +139,14 @@ def decode(data: bytes | memoryview) -> Frame:
     version, kind = body[0], body[1]
     if version != FRAME_VERSION:
         raise FrameError(f"version {version!r:.20}; this build reads {FRAME_VERSION}", "frame")
-    decoder = {
+    if type(kind) is not int:
+        raise FrameError(f"unknown kind {kind!r:.20}", "frame.kind")
+    decoders: dict[int, Callable[[tuple[Any, ...]], Frame]] = {
         FrameKind.DISPATCH: _decode_dispatch,
         FrameKind.ROWS: _decode_rows,
         FrameKind.ERROR: _decode_error,
-    }.get(kind if type(kind) is int else -1)
+    }
+    decoder = decoders.get(kind)
     if decoder is None:
         raise FrameError(f"unknown kind {kind!r:.20}", "frame.kind")
     return decoder(body[2:])

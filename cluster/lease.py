@@ -1,8 +1,8 @@
 """The lease of a detached expert actor: it ends by itself when nobody owns it any more.
 
 The controller renews the lease with every heartbeat. A controller may be away for a while (it is
-being restarted), so a lapsed lease alone ends nothing: the actor then asks whether Serve still
-lists its application, and ends when it does not.
+being restarted), so a lapsed lease alone ends nothing: the actor then looks whether Serve still has
+a replica of its application, and ends when there has been none for a while.
 """
 
 from __future__ import annotations
@@ -11,50 +11,67 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
+
+from ray.util import list_named_actors
 
 LEASE_S = 60.0
+ABSENT_S = 20.0
 CHECK_PERIOD_S = 2.0
 
 logger = logging.getLogger("expertmesh.lease")
 
 
 class Lease:
-    """Watches, on a daemon thread, for the controller's renewals; see the module for the rule."""
+    """When an actor may end: a pure state of times, so that a test can turn the clock."""
 
-    def __init__(self, app: str) -> None:
+    def __init__(self, now_s: float) -> None:
         """Begin with a full lease of ``LEASE_S`` seconds."""
-        self._app = app
-        self._renewed_s = time.monotonic()
+        self._renewed_s = now_s
+        self._absent_since_s: float | None = None
 
-    def start(self) -> None:
-        """Start watching; the process exits when the lease has lapsed and the app is gone."""
-        threading.Thread(target=self._watch, name="lease", daemon=True).start()
-
-    def renew(self) -> None:
+    def renew(self, now_s: float) -> None:
         """Begin a new lease."""
-        self._renewed_s = time.monotonic()
+        self._renewed_s = now_s
+        self._absent_since_s = None
 
-    def _watch(self) -> None:
+    def lapsed(self, now_s: float) -> bool:
+        """Return whether the controller has been silent for ``LEASE_S``."""
+        return now_s - self._renewed_s >= LEASE_S
+
+    def orphaned(self, now_s: float, app_is_there: bool) -> bool:
+        """Return whether the lease has lapsed and the app has been gone for ``ABSENT_S``."""
+        if not self.lapsed(now_s) or app_is_there:
+            self._absent_since_s = None
+            return False
+        if self._absent_since_s is None:
+            self._absent_since_s = now_s
+        return now_s - self._absent_since_s >= ABSENT_S
+
+
+def end_when_orphaned(
+    lease: Lease, app: str, end: Callable[[], None] = lambda: os._exit(0)
+) -> None:
+    """Watch a lease on a daemon thread and call ``end`` when it makes the actor an orphan."""
+
+    def watch() -> None:
         while True:
             time.sleep(CHECK_PERIOD_S)
-            if time.monotonic() - self._renewed_s < LEASE_S:
-                continue
-            if serve_lists_app(self._app):
-                self.renew()
-                continue
-            logger.warning("lease of app %s lapsed and Serve does not list it: ending", self._app)
-            os._exit(0)
+            now_s = time.monotonic()
+            if lease.lapsed(now_s) and lease.orphaned(now_s, app_has_replicas(app)):
+                logger.warning("the controller and the app %s are gone: ending", app)
+                end()
+                return
+
+    threading.Thread(target=watch, name="lease", daemon=True).start()
 
 
-def serve_lists_app(app: str) -> bool:
-    """Return whether Ray Serve runs on this cluster and lists the application as not deleted."""
-    from ray import serve  # tens of megabytes that an actor needs only when its lease lapsed
-    from ray.serve.schema import ApplicationStatus
+def app_has_replicas(app: str) -> bool:
+    """Return whether Ray knows a Serve replica of the application; costs about a millisecond.
 
-    try:
-        applications = serve.status().applications
-    except Exception as error:  # Serve is not running, or its controller does not answer
-        logger.warning("Serve did not tell its applications: %s", type(error).__name__)
-        return False
-    status = applications.get(app)
-    return status is not None and status.status != ApplicationStatus.DELETING
+    Goes by the names that Serve gives its replicas, since asking Serve itself would bring 50 MB of
+    its modules into an expert actor.
+    """
+    prefix = f"SERVE_REPLICA::{app}#"
+    actors = list_named_actors(all_namespaces=True)
+    return any(entry["name"].startswith(prefix) for entry in actors)

@@ -16,9 +16,10 @@ from ray.util import list_named_actors
 from cluster.placement import ExpertKey
 from cluster.spec import ACTOR_NAMESPACE, ActorReport, ActorSpec, actor_name, parse_actor_name
 
-DATA_CALLS = 1000
-"""How many dispatch calls may be in an actor at once; its own queue bounds the rows."""
-CONTROL_CALLS = 16
+DATA_CALLS = 32
+"""How many dispatch calls may be in an actor at once, each on a thread of its own; a router has at
+most one under way, so this is how many routers' messages can merge."""
+CONTROL_CALLS = 4
 
 
 def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from cluster.errors import CheckpointError
 from cluster.frames import DTYPE_BYTES
 from experts.families import FAMILIES, ExpertShape, Family
-from experts.families.base import Config
+from experts.families.base import ACTIVATION_NAMES, Config
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -156,6 +156,9 @@ def _checked_shape(family: Family, config: Config, file: Path) -> ExpertShape:
     numbers = (shape.num_experts, shape.num_experts_per_tok, shape.intermediate_size)
     if any(type(n) is not int or n < 1 for n in numbers) or not shape.layers:
         raise CheckpointError("has no experts, layers or sizes that are positive", str(file))
+    if shape.activation not in ACTIVATION_NAMES:
+        known = ", ".join(ACTIVATION_NAMES)
+        raise CheckpointError(f"unknown hidden_act {shape.activation!r}; known: {known}", str(file))
     if shape.num_experts_per_tok > shape.num_experts:
         raise CheckpointError("num_experts_per_tok is larger than the number of experts", str(file))
     return shape
@@ -203,7 +206,7 @@ def _shard_header(folder: Path, file: str) -> dict[str, TensorInfo]:
         raise CheckpointError("the shard is missing", str(path))
     tensors = {}
     try:
-        with safe_open(str(path), framework="pt") as shard:
+        with safe_open(str(path), framework="numpy") as shard:
             for name in shard.keys():  # noqa: SIM118 - safe_open is not a mapping
                 view = shard.get_slice(name)
                 tensors[name] = TensorInfo(file, tuple(view.get_shape()), view.get_dtype())

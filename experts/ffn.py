@@ -11,28 +11,17 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from cluster.errors import CheckpointError
 from experts.weights import GatedFfnWeights
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
+# By hidden_act; families.base.ACTIVATION_NAMES are the same ones.
 ACTIVATIONS: dict[str, Activation] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
 }
-
-
-def activation(name: str) -> Activation:
-    """Return the activation of a checkpoint's ``hidden_act``.
-
-    Raises :class:`CheckpointError` that lists the known names.
-    """
-    if name not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise CheckpointError(f"unknown hidden_act {name!r}; known: {known}", "config.json")
-    return ACTIVATIONS[name]
 
 
 def gated_ffn(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> torch.Tensor:

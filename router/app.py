@@ -13,23 +13,25 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from cluster.config import AppConfig, RouterConfig, parse_args
 from cluster.controller import Controller
 from cluster.errors import ConfigError, ExpertMeshError
 from cluster.spec import ActorSpec
 from experts.actor import ExpertActor
-from router.abort import abort_serve_run
 from router.gateway.deployment import Gateway
 from router.gateway.models import GatewayModel
 from router.gateway.ray_upstream import HandleController, RayUpstream
 from router.link import LinkAddress
-from router.logs import setup_logging
+from router.logs import failures_logged, setup_logging
 from router.replica import RouterReplica
 from router.served import ServedModel, inspect_models
 
 MAX_CONTROL_CALLS = 10_000
 GRACEFUL_SHUTDOWN_S = 5.0
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 logger = logging.getLogger("expertmesh.app")
 
@@ -41,17 +43,18 @@ class ControllerDeployment(Controller):
         """Start the controller on the replica's event loop."""
         setup_logging()
         app = serve.get_replica_context().app_name
-        super().__init__(
-            replace(spec, app=app),
-            ExpertActor,
-            config.experts.actors,
-            config.experts.memory_budget_bytes,
-        )
-        await self.start()
+        with failures_logged("the controller"):
+            super().__init__(
+                replace(spec, app=app),
+                ExpertActor,
+                config.experts.actors,
+                config.experts.memory_budget_bytes,
+            )
+            await self.start()
 
-    def __del__(self) -> None:
-        """Serve calls this at a graceful end of the replica."""
-        self.end_actors_if_app_is_gone()
+    async def __del__(self) -> None:
+        """Serve awaits this at a graceful end of the replica."""
+        await self.close()
 
 
 class RouterDeployment(RouterReplica):
@@ -63,7 +66,9 @@ class RouterDeployment(RouterReplica):
         """Load the model's dense part and start the engine."""
         setup_logging()
         app = serve.get_replica_context().app_name
-        super().__init__(app, model, config.router, config.experts, HandleController(controller))
+        with failures_logged(f"the router of {model.id}"):
+            client = HandleController(controller)
+            super().__init__(app, model, config.router, config.experts, client)
 
     async def generate(self, wire: dict[str, Any], address: LinkAddress) -> dict[str, Any]:
         """See :meth:`RouterReplica.generate`."""
@@ -77,15 +82,16 @@ class RouterDeployment(RouterReplica):
 def build(args: dict[str, Any]) -> Application:
     """Build the application; what ``import_path: router.app:build`` names.
 
-    A wrong configuration or checkpoint ends ``serve run`` with one line and a non-zero status, and
-    is the application's message in Serve's status otherwise.
+    A wrong configuration or checkpoint becomes the application's message in Serve's status; the
+    commands ``serve run`` and ``serve deploy`` have found it before (:mod:`router.preflight`).
     """
     try:
         config = parse_args(args)
         models = inspect_models(config)
         names = deployment_names(models)
     except ExpertMeshError as error:
-        abort_serve_run(str(error))
+        # Serve's own exception is the one that it shows without a stack.
+        raise RayServeException(str(error)) from None
     spec = ActorSpec(
         app="",
         models=tuple(model.source for model in models),
@@ -101,8 +107,14 @@ def build(args: dict[str, Any]) -> Application:
     }
     gateway_models = tuple(_gateway_model(model) for model in models)
     return _gateway(config).bind(  # type: ignore[no-any-return]
-        gateway_models, config.gateway, RayUpstream, controller, routers
+        gateway_models, config.gateway, _upstream, controller, routers
     )
+
+
+def _upstream(controller: DeploymentHandle, routers: dict[str, DeploymentHandle]) -> RayUpstream:
+    """Make a gateway replica's upstream, in the replica."""
+    setup_logging()
+    return RayUpstream(controller, routers)
 
 
 def deployment_names(models: list[ServedModel]) -> dict[str, str]:
@@ -126,6 +138,7 @@ def _controller() -> Any:
         max_ongoing_requests=MAX_CONTROL_CALLS,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        logging_config=QUIET,
     )(ControllerDeployment)
 
 
@@ -142,6 +155,7 @@ def _router(name: str, config: RouterConfig) -> Any:
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}},
         },
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        logging_config=QUIET,
     )(RouterDeployment)
 
 
@@ -152,6 +166,7 @@ def _gateway(config: AppConfig) -> Any:
         max_ongoing_requests=config.gateway.max_ongoing_requests,
         ray_actor_options={"num_cpus": config.gateway.num_cpus},
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        logging_config=QUIET,
     )(Gateway)
 
 

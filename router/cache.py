@@ -126,8 +126,9 @@ def paged_attention(
     ``key`` and ``value`` [1, G, T, D]; ``paged`` comes from the model's caller. Returns
     [1, T, Q, D]. Masks are in ``paged``; sliding windows are part of them.
     """
-    keys = paged.cache.keys[module.layer_idx]
-    values = paged.cache.values[module.layer_idx]
+    layer_id: int = module.layer_idx  # type: ignore[assignment]
+    keys = paged.cache.keys[layer_id]
+    values = paged.cache.values[layer_id]
     batch = paged.batch
     keys.index_copy_(0, batch.new_slots, key[0].transpose(0, 1))
     values.index_copy_(0, batch.new_slots, value[0].transpose(0, 1))

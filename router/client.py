@@ -200,7 +200,9 @@ def _typed(error: Any) -> ExpertMeshError:
     metadata = dict(error.trailing_metadata() or ())
     status_details = metadata.get(DETAILS_KEY)
     code, details = error.code(), error.details() or "no details"
-    if code is grpc.StatusCode.UNAVAILABLE and not is_from_server(status_details):
+    # A server answers at the request's own timeout, so a deadline without its word is silence.
+    silent = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    if code in silent and not is_from_server(status_details):
         return UnreachableError("no ExpertMesh server answers at this address", retry_after_s=1.0)
     return error_from_grpc(code, details, status_details)
 

@@ -139,8 +139,8 @@ class Engine:
         except Exception:
             logger.exception("a step failed; its requests are answered by an error")
             failed = {w.sequence.request.request_id for w in work}
-            error = InternalError("the router failed to compute a step")
-            self._fail(lambda s: s.request.request_id in failed, error)
+            internal = InternalError("the router failed to compute a step")
+            self._fail(lambda s: s.request.request_id in failed, internal)
 
     def step(self, work: list[Work]) -> None:
         """Compute the scheduled work, sample, and note what is to be emitted."""

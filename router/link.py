@@ -124,8 +124,8 @@ class LinkClient:
     async def connect(self, address: LinkAddress) -> None:
         """Have a link to a gateway; returns without one when the gateway cannot be reached."""
         async with self._connecting:
-            writer = self._links.get(address)
-            if writer is not None and not writer.is_closing():
+            known = self._links.get(address)
+            if known is not None and not known.is_closing():
                 return
             try:
                 reader, writer = await asyncio.wait_for(

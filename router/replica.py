@@ -82,7 +82,7 @@ class RouterReplica:
                 num_pages,
             ),
             frozenset(model.eos_token_ids),
-            lambda emissions: self._loop.call_soon_threadsafe(self._deliver, emissions),
+            self._emit,
         )
         self._links = LinkClient(self._engine.stop_choice)
         self._engine.start()
@@ -111,6 +111,10 @@ class RouterReplica:
         finally:
             del self._requests[request.request_id]
         return {"events": [e.to_wire() for e in merge_events(pending.events)]}
+
+    def _emit(self, emissions: list[Emission]) -> None:
+        """Take a step's emissions from the engine's thread to the event loop."""
+        self._loop.call_soon_threadsafe(self._deliver, emissions)
 
     def _deliver(self, emissions: list[Emission]) -> None:
         frames: defaultdict[LinkAddress, list[tuple[str, TokenEvent]]] = defaultdict(list)

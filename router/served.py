@@ -11,7 +11,6 @@ from cluster.errors import CheckpointError, ConfigError
 from cluster.placement import ModelExperts, assign_experts
 from cluster.spec import ModelSource
 from experts.checkpoint import Checkpoint, open_checkpoint, resolve_folder
-from experts.ffn import activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,6 @@ def inspect_models(config: AppConfig, root: str = "args") -> list[ServedModel]:
 def _inspect(model: ModelConfig, where: str) -> ServedModel:
     try:
         checkpoint = open_checkpoint(resolve_folder(model.path))
-        activation(checkpoint.shape.activation)
     except CheckpointError as error:
         raise CheckpointError(error.message, f"{where}.path: {error.field}") from None
     _check_tokenizer(checkpoint, where)

@@ -22,7 +22,7 @@ from cluster.tensors import TORCH_DTYPES
 from cluster.transport import Call, CallFailure
 from experts.bank import ExpertBank, GatedFfnExpert
 from experts.checkpoint import Checkpoint, open_checkpoint
-from experts.ffn import activation
+from experts.ffn import ACTIVATIONS
 from experts.weights import load_expert
 from router.cache import PAGE_SIZE
 from router.dispatch import Dispatcher
@@ -63,7 +63,7 @@ def load_banks(
     checkpoint: Checkpoint, shares: dict[str, list[ExpertKey]], dtype: str
 ) -> dict[str, ExpertBank]:
     """Load each actor's share of the experts into a bank."""
-    act = activation(checkpoint.shape.activation)
+    act = ACTIVATIONS[checkpoint.shape.activation]
     banks = {}
     for actor_id, keys in shares.items():
         bank = ExpertBank()

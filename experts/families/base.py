@@ -12,6 +12,10 @@ from typing import Any
 Config = dict[str, Any]
 """A checkpoint's ``config.json``."""
 
+ACTIVATION_NAMES = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
+"""The values of ``hidden_act`` that :mod:`experts.ffn` computes; here, so that a checkpoint can be
+checked without importing torch."""
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:

@@ -1,0 +1,1 @@
+"""Gateway: everything between a client and the stream of tokens from a router."""

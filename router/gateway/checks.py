@@ -1,0 +1,67 @@
+"""Checks of single values that a client gave; each raises ``InvalidRequestError`` for its field."""
+
+from __future__ import annotations
+
+import math
+
+from cluster.errors import InvalidRequestError
+
+_MAX_SHOWN_CHARS = 60
+
+
+def show(value: object) -> str:
+    """Return a short, printable form of what a client gave."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
+        return "a very large integer"
+    if isinstance(value, str):
+        value = value[: _MAX_SHOWN_CHARS + 1]
+    elif isinstance(value, list | dict):
+        return f"a {'list' if isinstance(value, list) else 'mapping'} of {len(value)}"
+    shown = repr(value)
+    return shown if len(shown) <= _MAX_SHOWN_CHARS else f"{shown[:_MAX_SHOWN_CHARS]}..."
+
+
+def wrong(value: object, allowed: str) -> str:
+    """Return the message for a value that is not allowed."""
+    return f"given {show(value)}, must be {allowed}"
+
+
+def integer(value: object, field: str, low: int, high: int) -> int:
+    """Return ``value`` if it is an integer from ``low`` to ``high``; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequestError(wrong(value, f"an integer from {low} to {high}"), field)
+    return value
+
+
+def number(value: object, field: str, low: float, high: float, above: bool = False) -> float:
+    """Return ``value`` as a float if it is a finite number from ``low`` to ``high``.
+
+    With ``above`` it must be greater than ``low``.
+    """
+    allowed = f"a number above {low:g} and up to {high:g}" if above else f"from {low:g} to {high:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequestError(wrong(value, allowed), field)
+    # Comparing first, since an integer may be too large for a float; NaN compares false.
+    if not low <= value <= high or (above and value == low) or not math.isfinite(value):
+        raise InvalidRequestError(wrong(value, allowed), field)
+    return float(value)
+
+
+def boolean(value: object, field: str) -> bool:
+    """Return ``value`` if it is a bool."""
+    if not isinstance(value, bool):
+        raise InvalidRequestError(wrong(value, "true or false"), field)
+    return value
+
+
+def text(value: object, field: str) -> str:
+    """Return ``value`` if it is a text that UTF-8 can carry."""
+    if not isinstance(value, str):
+        raise InvalidRequestError(wrong(value, "a text"), field)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"character {error.start} is half of a surrogate pair, not Unicode text", field
+        ) from None
+    return value

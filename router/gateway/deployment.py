@@ -1,0 +1,49 @@
+"""The gateway as a Serve deployment class: one replica serves HTTP and gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+
+from cluster.config import GatewayConfig
+from router.gateway.generation import GenerationService
+from router.gateway.grpc_handlers import GrpcHandlers
+from router.gateway.grpc_service import GrpcMethods
+from router.gateway.http import create_app
+from router.gateway.metrics import Metrics
+from router.gateway.models import GatewayModel, load_models
+from router.gateway.upstream import Upstream
+
+
+class GatewayReplica(GrpcMethods):
+    """One gateway process; loads the tokenizers, and knows no weights.
+
+    Serve builds the HTTP app after the constructor (``__serve_build_asgi_app__``), so nothing of
+    it is ever pickled.
+    """
+
+    def __init__(
+        self,
+        models: tuple[GatewayModel, ...],
+        limits: GatewayConfig,
+        make_upstream: Callable[..., Upstream],
+        *upstream_args: Any,
+    ) -> None:
+        """Load the tokenizers and call ``make_upstream(*upstream_args)`` in the event loop.
+
+        The arguments are the constructor's own, so that Serve puts handles in place of bound
+        deployments among them.
+        """
+        upstream = make_upstream(*upstream_args)
+        self.service = GenerationService(load_models(models), limits, upstream, Metrics())
+        self.grpc_handlers = GrpcHandlers(self.service)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self.service, echoes_request_id=False)
+
+
+Gateway = serve.ingress()(GatewayReplica)
+"""Bind it: ``serve.deployment(Gateway, …).bind(models, limits, make_upstream, *upstream_args)``."""

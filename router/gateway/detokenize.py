@@ -1,0 +1,120 @@
+"""From a stream of token ids to a stream of text: whole characters only, cut at a stop string.
+
+:class:`Detokenizer` and :class:`StopMatcher` each keep back what the next token may still change;
+:class:`ChoiceText` joins them for one choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from router.gateway.tokenizer import Tokenizer
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# Enough of the prompt for a tokenizer whose decoder treats the first token in its own way.
+_CONTEXT_TOKENS = 4
+
+
+class Detokenizer:
+    """Turns ids into text as they come; the pieces together are the decoding of all ids.
+
+    ``context_ids`` are what stands before (the prompt): some decoders strip the space before the
+    first token, which is wrong for text that goes on. Text that ends in the middle of a UTF-8
+    character is kept back until the character is whole, or until :meth:`flush`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context_ids: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        # Tokens whose text is out already, and after them those whose text is not yet.
+        kept = [i for i in context_ids[-_CONTEXT_TOKENS:] if i not in tokenizer.skipped_ids]
+        text = tokenizer.decode(kept)
+        self._window = [] if text.endswith(_REPLACEMENT) else kept
+        self._emitted_chars = len(text) if self._window else 0
+        self._window_ids_emitted = len(self._window)
+
+    def push(self, token_id: int) -> str:
+        """Take one more token and return the new text, which may be empty."""
+        if token_id in self._tokenizer.skipped_ids:
+            return ""
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        whole = text.rstrip(_REPLACEMENT)
+        new = whole[self._emitted_chars :]
+        if new and len(whole) == len(text):
+            self._advance()
+        else:
+            self._emitted_chars += len(new)
+        return new
+
+    def flush(self) -> str:
+        """Return what is still kept back; the stream has ended."""
+        return self._tokenizer.decode(self._window)[self._emitted_chars :]
+
+    def _advance(self) -> None:
+        # The tokens just told of stay as context of the next ones; what was before them goes.
+        self._window = self._window[self._window_ids_emitted :]
+        self._window_ids_emitted = len(self._window)
+        self._emitted_chars = len(self._tokenizer.decode(self._window))
+
+
+class StopMatcher:
+    """Lets text through up to the first stop string, however it is cut into pieces.
+
+    First is the one that is complete first; of those, the one that begins first.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Take more text; return what may go out and whether a stop string was found."""
+        text = self._held + text
+        found = [(text.find(stop), len(stop)) for stop in self._stops]
+        ends = [(start + length, start) for start, length in found if start >= 0]
+        if ends:
+            self._held = ""
+            return text[: min(ends)[1]], True
+        keep = self._possible_beginning(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """Return the text kept back as a possible beginning of a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    def _possible_beginning(self, text: str) -> int:
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        for keep in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-keep:]) for stop in self._stops):
+                return keep
+        return 0
+
+
+class ChoiceText:
+    """The text of one choice, token by token, up to a stop string."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str], context_ids: Sequence[int] = ()
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, context_ids)
+        self._matcher = StopMatcher(stops)
+
+    def push(self, token_ids: Sequence[int]) -> tuple[str, int, bool]:
+        """Take new tokens; return the new text, how many tokens count, whether a stop was found.
+
+        The token that completes a stop string counts, those after it do not.
+        """
+        pieces: list[str] = []
+        for used, token_id in enumerate(token_ids, start=1):
+            text, found = self._matcher.push(self._detokenizer.push(token_id))
+            pieces.append(text)
+            if found:
+                return "".join(pieces), used, True
+        return "".join(pieces), len(token_ids), False
+
+    def flush(self) -> tuple[str, bool]:
+        """Return the text kept back when the choice ends, and whether a stop string is in it."""
+        text, found = self._matcher.push(self._detokenizer.flush())
+        return (text, True) if found else (text + self._matcher.flush(), False)

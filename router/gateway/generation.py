@@ -1,0 +1,202 @@
+"""From a raw request to a stream of text: the part of the gateway that no surface shows."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from cluster.config import GatewayConfig
+from cluster.errors import (
+    Code,
+    DeadlineExceededError,
+    InternalError,
+)
+from cluster.status import ClusterStatus
+from router.gateway.detokenize import ChoiceText
+from router.gateway.metrics import Metrics
+from router.gateway.models import GatewayModel, ServedModel
+from router.gateway.status import public_error
+from router.gateway.upstream import Upstream
+from router.gateway.validate import CheckedRequest, RawRequest, Validator
+from router.request import TokenEvent, TokenLogprobs
+
+_LEAST_LOGPROB = -9999.0
+Surface = Literal["http", "grpc"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a whole request: the prompt once, the output of all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A new piece of one choice.
+
+    ``text`` may lag behind ``token_ids``. ``finish_reason`` (``stop`` or ``length``) ends the
+    choice; ``usage`` is there on the last delta of the request.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: str | None = None
+    exact: bool = True
+    usage: Usage | None = None
+
+
+class GenerationService:
+    """Checks requests, sends them upstream and turns tokens into text.
+
+    Both surfaces use it and nothing below it. ``models`` are the served ones by id.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        limits: GatewayConfig,
+        upstream: Upstream,
+        metrics: Metrics,
+    ) -> None:
+        self.metrics = metrics
+        self._models = models
+        self._validator = Validator(models, limits)
+        self._upstream = upstream
+
+    def models(self) -> list[GatewayModel]:
+        """Return what is served, in the deployment's order."""
+        return [model.info for model in self._models.values()]
+
+    def model(self, model_id: object) -> ServedModel:
+        """Return one served model; raises ``UnknownModelError``."""
+        return self._validator.model(model_id)
+
+    def check(self, raw: RawRequest) -> CheckedRequest:
+        """Validate a request without starting it; raises ``InvalidRequestError``."""
+        return self._validator.check(raw)
+
+    def ready(self) -> tuple[bool, str]:
+        """Tell whether requests can be served, and if not, why."""
+        return self._upstream.ready()
+
+    async def status(self) -> ClusterStatus:
+        """Return what the controller knows of the cluster."""
+        return await self._upstream.status()
+
+    async def generate(
+        self, checked: CheckedRequest, surface: Surface
+    ) -> AsyncGenerator[Delta, None]:
+        """Yield the deltas of all choices; the last one has the usage.
+
+        Raises :class:`ExpertMeshError`. Closing or cancelling the generator ends the request
+        upstream. Counts the outcome.
+        """
+        model_id = checked.request.model
+        started_s = time.monotonic()
+        self.metrics.started(model_id, len(checked.request.prompt_token_ids))
+        code: Code | None = None
+        waiting = True
+        try:
+            async with aclosing(self._deltas(checked)) as deltas:
+                async for delta in deltas:
+                    if waiting:
+                        waiting = False
+                        self.metrics.first_token(model_id, time.monotonic() - started_s)
+                    self.metrics.tokens(model_id, len(delta.token_ids))
+                    yield delta
+        except (asyncio.CancelledError, GeneratorExit):
+            code = Code.CANCELLED
+            raise
+        except Exception as error:
+            code = public_error(error).code
+            raise
+        finally:
+            self.metrics.ended(model_id, time.monotonic() - started_s)
+            self.metrics.finished(surface, code)
+
+    async def _deltas(self, checked: CheckedRequest) -> AsyncGenerator[Delta, None]:
+        choices = _Choices(checked)
+        async with aclosing(self._upstream.generate(checked.request)) as events:
+            while (event := await _next_event(events, checked.request.remaining_s())) is not None:
+                delta = choices.push(event)
+                if delta is None:
+                    continue
+                if delta.finish_reason is not None and event.finish_reason is None:
+                    self._upstream.stop(checked.request.request_id, event.index)
+                yield delta
+                if delta.usage is not None:
+                    return
+        raise InternalError("the stream of tokens ended before every choice was finished")
+
+
+class _Choices:
+    """The choices of one request: their texts, and which of them go on."""
+
+    def __init__(self, checked: CheckedRequest) -> None:
+        request = checked.request
+        self._prompt_tokens = len(request.prompt_token_ids)
+        self._completion_tokens = 0
+        self._going = {
+            index: ChoiceText(checked.model.tokenizer, checked.stops, request.prompt_token_ids)
+            for index in range(request.sampling.n)
+        }
+        self._n = request.sampling.n
+
+    def push(self, event: TokenEvent) -> Delta | None:
+        """Return the delta of an event, or ``None`` when its choice is finished already."""
+        if not 0 <= event.index < self._n:
+            raise InternalError("tokens came for a choice that was not asked for")
+        choice = self._going.get(event.index)
+        if choice is None:
+            return None
+        text, used, stopped = choice.push(event.token_ids)
+        finish_reason = event.finish_reason
+        if not stopped and finish_reason is not None:
+            rest, stopped = choice.flush()
+            text += rest
+        if stopped:
+            finish_reason = "stop"
+        self._completion_tokens += used
+        delta = Delta(
+            index=event.index,
+            text=text,
+            token_ids=event.token_ids[:used],
+            logprobs=_finite(event.logprobs[:used]),
+            finish_reason=finish_reason,
+            exact=event.exact,
+        )
+        if finish_reason is not None:
+            del self._going[event.index]
+        if self._going:
+            return delta
+        return replace(delta, usage=Usage(self._prompt_tokens, self._completion_tokens))
+
+
+def _finite(rows: tuple[TokenLogprobs, ...]) -> tuple[TokenLogprobs, ...]:
+    """Replace minus infinity, which JSON has no way to write, by a very small number."""
+    return tuple(
+        TokenLogprobs(
+            max(row.logprob, _LEAST_LOGPROB),
+            row.top_ids,
+            tuple(max(logprob, _LEAST_LOGPROB) for logprob in row.top_logprobs),
+        )
+        for row in rows
+    )
+
+
+async def _next_event(
+    events: AsyncGenerator[TokenEvent, None], remaining_s: float
+) -> TokenEvent | None:
+    try:
+        async with asyncio.timeout(remaining_s):
+            return await anext(events, None)
+    except TimeoutError:
+        raise DeadlineExceededError("the request's time ran out before its last token") from None

@@ -1,0 +1,209 @@
+"""The gRPC methods, from request bytes to reply messages; they know nothing of Serve or of gRPC.
+
+Each raises :class:`cluster.errors.ExpertMeshError`; ``grpc_service.py`` turns that into a status.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health_pb2
+
+from cluster.errors import InvalidRequestError, UnknownModelError
+from router.gateway import checks
+from router.gateway.generation import Delta, GenerationService, Usage
+from router.gateway.openai_call import Collected
+from router.gateway.tokenizer import Tokenizer
+from router.gateway.validate import CheckedRequest, RawRequest
+from router.protos import admin_pb2, inference_pb2
+from router.request import TokenLogprobs
+
+SERVICES = ("expertmesh.v1.Inference", "expertmesh.v1.Admin")
+"""The names that health knows, beside the empty one for the whole server."""
+
+_SAMPLING_FIELDS = (
+    "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "logprobs", "n",
+)  # fmt: skip
+
+
+class GrpcHandlers:
+    """Answers parsed requests through the :class:`GenerationService`."""
+
+    def __init__(self, service: GenerationService) -> None:
+        self.service = service
+
+    async def generate(self, data: bytes) -> Any:
+        """Run a ``GenerateRequest`` to its end and return one ``GenerateReply``."""
+        checked = self._check(data)
+        wholes = [Collected() for _ in range(checked.request.sampling.n)]
+        usage: Usage | None = None
+        async with aclosing(self.service.generate(checked, "grpc")) as deltas:
+            async for delta in deltas:
+                wholes[delta.index].add(delta)
+                usage = delta.usage
+        tokenizer = checked.model.tokenizer
+        replies = [_whole_reply(index, whole, tokenizer) for index, whole in enumerate(wholes)]
+        reply = replies[0]
+        reply.other_choices.extend(replies[1:])
+        if usage is not None:
+            reply.usage.CopyFrom(_usage(usage))
+        return reply
+
+    async def generate_stream(self, data: bytes) -> AsyncGenerator[Any, None]:
+        """Run a ``GenerateRequest`` and yield a ``GenerateReply`` per delta."""
+        checked = self._check(data)
+        async with aclosing(self.service.generate(checked, "grpc")) as deltas:
+            async for delta in deltas:
+                yield _delta_reply(delta, checked.model.tokenizer)
+
+    async def get_model_info(self, data: bytes) -> Any:
+        """Return the numbers of one model, or of all when none is named."""
+        request = _parse(inference_pb2.GetModelInfoRequest, data)
+        models = self.service.models()
+        if request.model:
+            models = [self.service.model(request.model).info]
+        infos = [
+            inference_pb2.ModelInfo(
+                id=model.id,
+                family=model.family,
+                num_layers=model.num_layers,
+                num_experts=model.num_experts,
+                num_experts_per_tok=model.num_experts_per_tok,
+                vocab_size=model.vocab_size,
+                max_model_len=model.max_model_len,
+                dtype=model.dtype,
+            )
+            for model in models
+        ]
+        return inference_pb2.GetModelInfoReply(models=infos)
+
+    async def get_status(self, data: bytes) -> Any:
+        """Return what the controller knows of the cluster."""
+        _parse(admin_pb2.GetStatusRequest, data)
+        wire = (await self.service.status()).to_wire()
+        for actor in wire["actors"]:
+            actor["experts"] = [
+                admin_pb2.ExpertKey(model=model, layer=layer, expert=expert)
+                for model, layer, expert in actor["experts"]
+            ]
+        return admin_pb2.GetStatusReply(**wire)
+
+    async def check_health(self, data: bytes) -> Any:
+        """Answer ``grpc.health.v1.Health/Check``; an unknown service is NOT_FOUND."""
+        name = _parse(health_pb2.HealthCheckRequest, data).service
+        if name and name not in SERVICES:
+            served = ", ".join(SERVICES)
+            raise UnknownModelError(f"{checks.show(name)} is not one of {served}", "service")
+        return self.health()
+
+    async def list_health(self, data: bytes) -> Any:
+        """Answer ``grpc.health.v1.Health/List`` with all services and the server itself."""
+        _parse(health_pb2.HealthListRequest, data)
+        return health_pb2.HealthListResponse(
+            statuses={name: self.health() for name in ("", *SERVICES)}
+        )
+
+    def health(self) -> Any:
+        """Return SERVING when every expert has a live copy and a router is there."""
+        is_ready, _ = self.service.ready()
+        status = health_pb2.HealthCheckResponse
+        return status(status=status.SERVING if is_ready else status.NOT_SERVING)
+
+    def _check(self, data: bytes) -> CheckedRequest:
+        with self.service.metrics.refusals("grpc"):
+            request = _parse(inference_pb2.GenerateRequest, data)
+            return self.service.check(_raw_request(request))
+
+
+def parse_health_check(data: bytes) -> str:
+    """Return the service that a ``HealthCheckRequest`` names."""
+    return str(_parse(health_pb2.HealthCheckRequest, data).service)
+
+
+def _parse(message_type: Any, data: bytes) -> Any:
+    try:
+        return message_type.FromString(data)
+    except DecodeError:
+        name = message_type.DESCRIPTOR.full_name
+        raise InvalidRequestError(f"the bytes are not a {name} message") from None
+
+
+def _raw_request(request: Any) -> RawRequest:
+    which = request.WhichOneof("input")
+    if which is None:
+        raise InvalidRequestError("is missing; give it or prompt_token_ids", "prompt")
+    is_text = which == "prompt"
+    given = request.sampling
+    sampling: dict[str, object] = {
+        name: getattr(given, name) for name in _SAMPLING_FIELDS if given.HasField(name)
+    }
+    if given.stop:
+        sampling["stop"] = list(given.stop)
+    return RawRequest(
+        model=request.model,
+        prompt=request.prompt if is_text else list(request.prompt_token_ids.ids),
+        sampling=sampling,
+        options={
+            name: getattr(request, name)
+            for name in ("timeout_s", "on_expert_loss")
+            if request.HasField(name)
+        },
+        prompt_field="prompt" if is_text else "prompt_token_ids.ids",
+        sampling_prefix="sampling.",
+    )
+
+
+def _whole_reply(index: int, whole: Collected, tokenizer: Tokenizer) -> Any:
+    return inference_pb2.GenerateReply(
+        index=index,
+        text=whole.text,
+        token_ids=whole.token_ids,
+        logprobs=_logprobs(whole.token_ids, whole.logprobs, tokenizer),
+        finish_reason=whole.finish_reason or "",
+        exact=whole.exact,
+    )
+
+
+def _delta_reply(delta: Delta, tokenizer: Tokenizer) -> Any:
+    return inference_pb2.GenerateReply(
+        index=delta.index,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        logprobs=_logprobs(delta.token_ids, delta.logprobs, tokenizer),
+        finish_reason=delta.finish_reason or "",
+        usage=None if delta.usage is None else _usage(delta.usage),
+        exact=delta.exact,
+    )
+
+
+def _usage(usage: Usage) -> Any:
+    return inference_pb2.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+    )
+
+
+def _logprobs(
+    token_ids: list[int] | tuple[int, ...],
+    rows: list[TokenLogprobs] | tuple[TokenLogprobs, ...],
+    tokenizer: Tokenizer,
+) -> list[Any]:
+    if not rows:
+        return []
+    replies = []
+    for token_id, row in zip(token_ids, rows, strict=True):
+        top = [
+            inference_pb2.TopLogprob(
+                token_id=top_id, token=tokenizer.token_text(top_id), logprob=logprob
+            )
+            for top_id, logprob in zip(row.top_ids, row.top_logprobs, strict=True)
+        ]
+        token = tokenizer.token_text(token_id)
+        replies.append(
+            inference_pb2.TokenLogprob(token_id=token_id, token=token, logprob=row.logprob, top=top)
+        )
+    return replies

@@ -1,0 +1,108 @@
+"""Which fields of OpenAI's requests are known, which only at a value that changes nothing.
+
+A field that is neither is refused by name, so that nothing a client asks for is dropped silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import InvalidRequestError
+from router.gateway import checks
+
+ANY = None
+"""In a table of harmless values: every value is (the field cannot change the output)."""
+
+SAMPLING_FIELDS = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "seed", "ignore_eos",
+)  # fmt: skip
+OPTION_FIELDS = ("timeout_s", "on_expert_loss")
+_COMMON_FIELDS = frozenset(
+    {"model", "stream", "stream_options", "return_token_ids", *SAMPLING_FIELDS, *OPTION_FIELDS}
+)
+_COMMON_HARMLESS: dict[str, tuple[object, ...] | None] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "metadata": ANY,
+    "prompt_cache_key": ANY,
+    "safety_identifier": ANY,
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "user": ANY,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """The fields of one endpoint; ``harmless`` are known but served at these values only."""
+
+    supported: frozenset[str]
+    harmless: Mapping[str, tuple[object, ...] | None]
+
+
+COMPLETION = Fields(
+    _COMMON_FIELDS | {"prompt", "logprobs"},
+    {**_COMMON_HARMLESS, "best_of": (1,), "echo": (False,), "suffix": ("",)},
+)
+CHAT = Fields(
+    _COMMON_FIELDS | {"messages", "logprobs", "top_logprobs", "max_completion_tokens"},
+    {
+        **_COMMON_HARMLESS,
+        "audio": (),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "parallel_tool_calls": (True, False),
+        "prediction": (),
+        "reasoning_effort": (),
+        "response_format": ({"type": "text"},),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "verbosity": (),
+        "web_search_options": (),
+    },
+)
+
+
+def known_fields(body: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
+    """Return the supported fields that are set; ``null`` is not set, as OpenAI has it.
+
+    Raises :class:`InvalidRequestError` for an unknown field or an unsupported value.
+    """
+    given = {name: value for name, value in body.items() if value is not None}
+    for name, value in given.items():
+        if name in fields.supported:
+            continue
+        if name not in fields.harmless:
+            allowed = ", ".join(sorted(fields.supported))
+            raise InvalidRequestError(f"unknown field; allowed: {allowed}", name)
+        harmless = fields.harmless[name]
+        if harmless is not None and value not in harmless:
+            only = " or ".join(str(one) for one in (*harmless, "null"))
+            raise InvalidRequestError(
+                f"given {checks.show(value)}, which is not supported; only {only}", name
+            )
+    return {name: value for name, value in given.items() if name in fields.supported}
+
+
+def stream_options(given: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Return (stream, include usage) of the given fields."""
+    stream = checks.boolean(given.get("stream", False), "stream")
+    options = given.get("stream_options")
+    if options is None:
+        return stream, False
+    if not stream:
+        raise InvalidRequestError("is allowed only with stream true", "stream_options")
+    if not isinstance(options, dict):
+        raise InvalidRequestError(checks.wrong(options, "a mapping"), "stream_options")
+    unknown = sorted(set(options) - {"include_usage", "include_obfuscation"})
+    if unknown:
+        raise InvalidRequestError(
+            "unknown field; allowed: include_usage", f"stream_options.{unknown[0]}"
+        )
+    include_usage = options.get("include_usage")
+    where = "stream_options.include_usage"
+    return stream, include_usage is not None and checks.boolean(include_usage, where)

@@ -1,0 +1,106 @@
+"""A thin, typed face of a Hugging Face tokenizer: text to ids, ids to text, chat template."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from cluster.errors import InvalidRequestError
+
+
+class Tokenizer:
+    """Encodes prompts and decodes tokens; special tokens and ``eos_token_ids`` have no text."""
+
+    def __init__(self, tokenizer: Any, eos_token_ids: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        special = {token_id for token_id, token in added.items() if token.special}
+        self.skipped_ids = frozenset(special | set(tokenizer.all_special_ids) | set(eos_token_ids))
+        self._is_byte_level = _is_byte_level(tokenizer)
+        # No token stands for more bytes than this, so a prompt's size bounds its length from below.
+        self.max_token_bytes = max(len(token.encode()) for token in tokenizer.get_vocab())
+
+    @classmethod
+    def load(cls, path: str, eos_token_ids: Sequence[int] = ()) -> Tokenizer:
+        """Load the tokenizer in folder ``path``; no code from the folder is run."""
+        # Imported here, so that the command line and the client never load transformers.
+        from transformers import AutoTokenizer
+
+        return cls(AutoTokenizer.from_pretrained(path, trust_remote_code=False), eos_token_ids)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of ``text``, with the tokenizer's own begin-of-sequence token if asked."""
+        ids = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        return list(ids["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ``ids`` without special tokens; bytes that are not UTF-8 become �."""
+        kept = [token_id for token_id in ids if token_id not in self.skipped_ids]
+        text = self._tokenizer.decode(
+            kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    @functools.lru_cache(maxsize=65_536)  # noqa: B019 - a tokenizer lives as long as the process
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that one token stands for; a special token stands for its name."""
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:
+            return b""
+        if token_id in self.skipped_ids:
+            return str(piece).encode()
+        if self._is_byte_level:
+            byte_of = _bytes_of_characters()
+            if all(char in byte_of for char in piece):
+                return bytes(byte_of[char] for char in piece)
+            return str(piece).encode()
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return str(piece).replace("▁", " ").encode()
+
+    def token_text(self, token_id: int) -> str:
+        """Return one token as text; half a character shows as �."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> str:
+        """Return the text that the model's chat template makes of ``messages``.
+
+        Raises :class:`InvalidRequestError` when there is no template or it refuses them.
+        """
+        from jinja2 import TemplateError
+
+        if not self._tokenizer.chat_template:
+            raise InvalidRequestError(
+                "this model has no chat template; use /v1/completions", "messages"
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            # A template refuses by raise_exception, whose text is written for the caller.
+            reason = f": {error}" if isinstance(error, TemplateError) else ""
+            raise InvalidRequestError(
+                f"the model's chat template refuses them{reason}", "messages"
+            ) from None
+        return str(text)
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return False
+    decoder = json.loads(backend.to_str()).get("decoder")
+    return "ByteLevel" in json.dumps(decoder)
+
+
+@functools.cache
+def _bytes_of_characters() -> dict[str, int]:
+    # Byte-level BPE writes printable bytes as themselves and the others as U+0100 and up.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    table.update({chr(0x100 + place): byte for place, byte in enumerate(others)})
+    return table

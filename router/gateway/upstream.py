@@ -1,0 +1,36 @@
+"""What the gateway needs of the cluster behind it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from cluster.status import ClusterStatus
+from router.request import GenerationRequest, TokenEvent
+
+
+class Upstream(Protocol):
+    """The routers and the controller, as one object that tests can replace."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+        """Yield the events of all choices; each choice ends with a ``finish_reason``.
+
+        Raises :class:`cluster.errors.ExpertMeshError`. Closing the generator (``aclose``) or
+        cancelling it ends the request upstream.
+        """
+        ...
+
+    def stop(self, request_id: str, index: int) -> None:
+        """Say that choice ``index`` needs no more tokens; its events then end.
+
+        Does not wait. An unknown or finished request is not an error.
+        """
+        ...
+
+    async def status(self) -> ClusterStatus:
+        """Return what the controller knows; raises ``UnavailableError`` while it is away."""
+        ...
+
+    def ready(self) -> tuple[bool, str]:
+        """Tell whether a router is there and every expert has a live copy, and if not, why."""
+        ...

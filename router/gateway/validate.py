@@ -1,0 +1,209 @@
+"""The one validation below HTTP and gRPC: raw values in, a :class:`CheckedRequest` out.
+
+Both surfaces hand over what the client wrote; nothing is checked before, so both accept and refuse
+the same. An error names the caller's own field, says what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cluster.config import GatewayConfig
+from cluster.errors import InvalidRequestError, UnknownModelError
+from router.gateway import checks
+from router.gateway.models import ServedModel
+from router.request import ON_EXPERT_LOSS, GenerationRequest, SamplingParams
+
+MAX_TEMPERATURE = 100.0
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+DEFAULT_MAX_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RawRequest:
+    """What a client asked for, unchecked.
+
+    ``prompt`` is a text or a sequence of token ids; a ``rendered`` one comes from a chat template
+    and has its special tokens already. ``sampling`` and ``options`` hold only what the client set:
+    the fields of ``SamplingParams`` and ``stop``; ``timeout_s`` and ``on_expert_loss``.
+    ``default_max_tokens`` ``None`` is all that is left of the context. ``prompt_field`` and
+    ``field_names`` are how the caller writes the fields; ``sampling_prefix`` stands before those of
+    ``sampling``.
+    """
+
+    model: object
+    prompt: object
+    sampling: Mapping[str, object]
+    options: Mapping[str, object] = field(default_factory=dict)
+    rendered: bool = False
+    default_max_tokens: int | None = DEFAULT_MAX_TOKENS
+    prompt_field: str = "prompt"
+    sampling_prefix: str = ""
+    field_names: Mapping[str, str] = field(default_factory=dict)
+
+    def path(self, name: str) -> str:
+        """Return how the caller writes the sampling field ``name``."""
+        return self.sampling_prefix + self.field_names.get(name, name)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedRequest:
+    """A request that may be sent upstream, and what the gateway itself does with its tokens."""
+
+    request: GenerationRequest
+    model: ServedModel
+    stops: tuple[str, ...]
+
+
+class Validator:
+    """Checks requests against the served models and the deployment's limits."""
+
+    def __init__(self, models: Mapping[str, ServedModel], limits: GatewayConfig) -> None:
+        self._models = models
+        self._limits = limits
+
+    def model(self, model_id: object) -> ServedModel:
+        """Return the served model; raises :class:`UnknownModelError` naming those that are."""
+        if not isinstance(model_id, str):
+            raise InvalidRequestError(checks.wrong(model_id, "the id of a model"), "model")
+        served = ", ".join(self._models)
+        if not model_id:
+            raise InvalidRequestError(f"is missing; served: {served}", "model")
+        if model_id not in self._models:
+            raise UnknownModelError(
+                f"{checks.show(model_id)} is not served here; served: {served}", "model"
+            )
+        return self._models[model_id]
+
+    def check(self, raw: RawRequest) -> CheckedRequest:
+        """Check, tokenise, fill in defaults and a seed, and set the deadline.
+
+        Raises :class:`InvalidRequestError` or :class:`UnknownModelError`.
+        """
+        model = self.model(raw.model)
+        stops = _check_stops(raw)
+        timeout_s = self._check_timeout(raw)
+        ids = _prompt_ids(raw, model)
+        request = GenerationRequest(
+            request_id=uuid.uuid4().hex,
+            model=model.info.id,
+            prompt_token_ids=ids,
+            sampling=self._check_sampling(raw, model, len(ids)),
+            deadline_s=time.time() + timeout_s,
+            on_expert_loss=_check_on_expert_loss(raw),
+        )
+        return CheckedRequest(request, model, stops)
+
+    def _check_timeout(self, raw: RawRequest) -> float:
+        if "timeout_s" not in raw.options:
+            return self._limits.default_timeout_s
+        limit = self._limits.max_timeout_s
+        return checks.number(raw.options["timeout_s"], "timeout_s", 0.0, limit, above=True)
+
+    def _check_sampling(
+        self, raw: RawRequest, model: ServedModel, prompt_len: int
+    ) -> SamplingParams:
+        given, path, vocab_size = raw.sampling, raw.path, model.info.vocab_size
+        max_choices = self._limits.max_choices
+        # vLLM writes "off" as -1, we as 0; more than the vocabulary is the vocabulary.
+        top_k = checks.integer(given.get("top_k", 0), path("top_k"), -1, 2**31 - 1)
+        return SamplingParams(
+            max_tokens=_check_max_tokens(raw, model, prompt_len),
+            temperature=checks.number(
+                given.get("temperature", 1.0), path("temperature"), 0.0, MAX_TEMPERATURE
+            ),
+            top_k=min(max(top_k, 0), vocab_size),
+            top_p=checks.number(given.get("top_p", 1.0), path("top_p"), 0.0, 1.0, above=True),
+            min_p=checks.number(given.get("min_p", 0.0), path("min_p"), 0.0, 1.0),
+            seed=checks.integer(
+                given.get("seed", secrets.randbits(63)), path("seed"), -(2**63), 2**63 - 1
+            ),
+            ignore_eos=checks.boolean(given.get("ignore_eos", False), path("ignore_eos")),
+            logprobs=self._check_logprobs(raw, vocab_size),
+            n=checks.integer(given.get("n", 1), path("n"), 1, max_choices),
+        )
+
+    def _check_logprobs(self, raw: RawRequest, vocab_size: int) -> int | None:
+        if "logprobs" not in raw.sampling:
+            return None
+        limit = min(self._limits.max_logprobs, vocab_size)
+        return checks.integer(raw.sampling["logprobs"], raw.path("logprobs"), 0, limit)
+
+
+def _prompt_ids(raw: RawRequest, model: ServedModel) -> tuple[int, ...]:
+    context = model.info.max_model_len
+    where = raw.prompt_field
+    if isinstance(raw.prompt, str):
+        text = checks.text(raw.prompt, where)
+        if not text:
+            raise InvalidRequestError("is empty; at least one token is needed", where)
+        # Tokenising takes time in proportion, so text that cannot fit is refused before it.
+        if len(text.encode()) > context * model.tokenizer.max_token_bytes:
+            raise InvalidRequestError(
+                f"has {len(text)} characters, more than {context} tokens can hold", where
+            )
+        ids = tuple(model.tokenizer.encode(text, add_special_tokens=not raw.rendered))
+    else:
+        ids = _check_ids(raw.prompt, model.info.vocab_size, where)
+    if not ids:
+        raise InvalidRequestError("is empty; at least one token is needed", where)
+    if len(ids) >= context:
+        raise InvalidRequestError(
+            f"has {len(ids)} tokens; the context of {context} must leave room for a new one",
+            where,
+        )
+    return ids
+
+
+def _check_ids(prompt: object, vocab_size: int, where: str) -> tuple[int, ...]:
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes):
+        raise InvalidRequestError(checks.wrong(prompt, "a text or a list of token ids"), where)
+    for place, token_id in enumerate(prompt):
+        checks.integer(token_id, f"{where}[{place}]", 0, vocab_size - 1)
+    return tuple(prompt)
+
+
+def _check_max_tokens(raw: RawRequest, model: ServedModel, prompt_len: int) -> int:
+    context = model.info.max_model_len
+    left = context - prompt_len
+    if "max_tokens" not in raw.sampling:
+        return left if raw.default_max_tokens is None else min(raw.default_max_tokens, left)
+    where = raw.path("max_tokens")
+    max_tokens = checks.integer(raw.sampling["max_tokens"], where, 1, context)
+    if max_tokens > left:
+        raise InvalidRequestError(
+            f"{max_tokens} and the prompt's {prompt_len} tokens are more than the context of "
+            f"{context}; at most {left} here",
+            where,
+        )
+    return max_tokens
+
+
+def _check_stops(raw: RawRequest) -> tuple[str, ...]:
+    given = raw.sampling.get("stop", ())
+    where = raw.path("stop")
+    stops = (given,) if isinstance(given, str) else given
+    if not isinstance(stops, Sequence) or isinstance(stops, bytes):
+        raise InvalidRequestError(checks.wrong(given, "a text or a list of texts"), where)
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequestError(f"has {len(stops)} texts; at most {MAX_STOPS}", where)
+    for place, stop in enumerate(stops):
+        path = where if isinstance(given, str) else f"{where}[{place}]"
+        if not checks.text(stop, path) or len(stop) > MAX_STOP_CHARS:
+            allowed = f"a text of 1 to {MAX_STOP_CHARS} characters"
+            raise InvalidRequestError(checks.wrong(stop, allowed), path)
+    return tuple(stops)
+
+
+def _check_on_expert_loss(raw: RawRequest) -> str:
+    value = raw.options.get("on_expert_loss", ON_EXPERT_LOSS[0])
+    if value not in ON_EXPERT_LOSS:
+        raise InvalidRequestError(
+            checks.wrong(value, f"one of {', '.join(ON_EXPERT_LOSS)}"), "on_expert_loss"
+        )
+    return str(value)

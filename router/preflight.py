@@ -1,0 +1,50 @@
+"""Checks a deployment file inside ``serve run`` and ``serve deploy``, before Ray starts.
+
+Serve builds an application in a task of the cluster, long after the command has told the user that
+all is well, and ``serve run`` does not end when that fails. But while the command reads its file,
+it imports the class that a ``request_router_config`` names. Our files name the one below (Serve's
+own default), so that importing this module checks the whole file in the command's own process: a
+bad one ends the command with one line and status 2. Everywhere else importing this does nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
+
+from cluster.errors import ExpertMeshError
+from router.check import check_file
+
+__all__ = ["PowerOfTwoChoicesRequestRouter"]
+
+COMMANDS = ("run", "deploy")
+EXIT_BAD_CONFIG = 2
+
+
+def deployment_file(argv: Sequence[str]) -> Path | None:
+    """Return the file that a ``serve run FILE`` or ``serve deploy FILE`` was given, if this is one.
+
+    ``argv`` is the process's command line, program first.
+    """
+    if len(argv) < 3 or Path(argv[0]).name != "serve" or argv[1] not in COMMANDS:
+        return None
+    files = [Path(word) for word in argv[2:] if word.endswith((".yaml", ".yml"))]
+    return next((file for file in files if file.is_file()), None)
+
+
+def check_command_line(argv: Sequence[str]) -> None:
+    """Exit with status 2 and one line on stderr when the command's deployment file is wrong."""
+    file = deployment_file(argv)
+    if file is None:
+        return
+    try:
+        check_file(file)
+    except ExpertMeshError as error:
+        print(f"expertmesh: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_CONFIG)
+
+
+check_command_line(sys.argv)

@@ -1,0 +1,180 @@
+"""A gateway without a cluster: a small real tokenizer and an upstream that plays a script."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import tempfile
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import grpc
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from cluster.config import GatewayConfig
+from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
+from router.gateway.generation import GenerationService
+from router.gateway.grpc_handlers import GrpcHandlers
+from router.gateway.grpc_service import GrpcMethods, add_services_to_server
+from router.gateway.metrics import Metrics
+from router.gateway.models import GatewayModel, ServedModel
+from router.gateway.tokenizer import Tokenizer
+from router.request import GenerationRequest, TokenEvent, TokenLogprobs
+
+EOS = 1
+CONTEXT = 64
+TEXT = ["in the beginning was the word", "häuser ünter — 中文字 🙂🙂 end", "stop here, stop there"]
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
+    "{{ raise_exception('system comes first') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@functools.cache
+def tokenizer(chat_template: str | None = TEMPLATE) -> Tokenizer:
+    """A byte-level BPE that AutoTokenizer has loaded from a folder; it knows every byte."""
+    raw = RawTokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
+    )
+    raw.train_from_iterator(TEXT * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = chat_template
+    with tempfile.TemporaryDirectory() as folder:
+        fast.save_pretrained(folder)
+        return Tokenizer.load(folder, (EOS,))
+
+
+def vocab_size() -> int:
+    """Ids of the tokenizer, and a few more that it does not know, as padded checkpoints have."""
+    return 330
+
+
+def served(model_id: str = "tiny", chat_template: str | None = TEMPLATE) -> ServedModel:
+    """A model of which only the tokenizer is real."""
+    info = GatewayModel(
+        model_id, "unused", "mixtral", 2, 8, 2, vocab_size(), CONTEXT, "float32", (EOS,)
+    )
+    return ServedModel(info, tokenizer(chat_template))
+
+
+STATUS = ClusterStatus(
+    models=("tiny",),
+    epoch=3,
+    placement_version=7,
+    controller_pid=41,
+    missing_experts=0,
+    routers=(ProcessStatus(42, "n1"),),
+    gateways=(ProcessStatus(43, "n1"),),
+    actors=(ActorStatus("a0", 44, "n1", "cpu", 2, (("tiny", 0, 1), ("tiny", 1, 5)), 99),),
+)
+Script = Callable[[GenerationRequest], Iterable[TokenEvent | Exception]]
+
+
+class FakeUpstream:
+    """Plays a script of events per request; an exception in it is raised.
+
+    With ``endless`` the stream stays open after the script. Records what was asked of it.
+    """
+
+    def __init__(self, script: Script, endless: bool = False) -> None:
+        self.script = script
+        self.endless = endless
+        self.requests: list[GenerationRequest] = []
+        self.stopped: list[tuple[str, int]] = []
+        self.closed = threading.Event()
+        self.is_ready = (True, "")
+        self.status_error: Exception | None = None
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+        self.requests.append(request)
+        try:
+            for event in self.script(request):
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+            if self.endless:
+                await asyncio.Event().wait()
+        finally:
+            self.closed.set()
+
+    def stop(self, request_id: str, index: int) -> None:
+        self.stopped.append((request_id, index))
+
+    async def status(self) -> ClusterStatus:
+        if self.status_error is not None:
+            raise self.status_error
+        return STATUS
+
+    def ready(self) -> tuple[bool, str]:
+        return self.is_ready
+
+
+def says(text: str, finish_reason: str | None = "length", exact: bool = True) -> Script:
+    """A script in which every choice says ``text``, one token per event."""
+
+    def script(request: GenerationRequest) -> Iterable[TokenEvent]:
+        ids = tokenizer().encode(text)
+        for place, token_id in enumerate(ids):
+            last = place == len(ids) - 1
+            for index in range(request.sampling.n):
+                yield TokenEvent(
+                    index,
+                    (token_id,),
+                    _logprobs(token_id, request.sampling.logprobs),
+                    finish_reason if last else None,
+                    exact,
+                )
+
+    return script
+
+
+def _logprobs(token_id: int, top: int | None) -> tuple[TokenLogprobs, ...]:
+    if top is None:
+        return ()
+    ids = tuple((token_id + step) % vocab_size() for step in range(top))
+    return (TokenLogprobs(-0.25, ids, tuple(-0.25 - step for step in range(top))),)
+
+
+def service(upstream: FakeUpstream, limits: GatewayConfig | None = None) -> GenerationService:
+    """The service over two models: ``tiny``, and ``bare`` without a chat template."""
+    both = {"tiny": served(), "bare": served("bare", None)}
+    return GenerationService(both, limits or GatewayConfig(), upstream, Metrics())
+
+
+class Servicer(GrpcMethods):
+    """The gRPC methods as Serve's replica has them, without Serve."""
+
+    def __init__(self, upstream: FakeUpstream) -> None:
+        self.grpc_handlers = GrpcHandlers(service(upstream))
+
+
+@contextmanager
+def grpc_server(upstream: FakeUpstream) -> Iterator[str]:
+    """Run a real gRPC server on a loopback port, in a thread; gives its address."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def start() -> tuple[grpc.aio.Server, int]:
+        server = grpc.aio.server()
+        add_services_to_server(Servicer(upstream), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        return server, port
+
+    server, port = asyncio.run_coroutine_threadsafe(start(), loop).result(20)
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(0), loop).result(20)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(20)
+        loop.close()

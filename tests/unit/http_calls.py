@@ -1,0 +1,60 @@
+"""Calls of the HTTP app over a scripted upstream, and checks that every reply must pass."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+
+from router.gateway.http import create_app
+from tests.unit.gateway_fakes import FakeUpstream, service
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "in the"}]
+
+
+def call(
+    upstream: FakeUpstream, path: str, body: Any = None, headers: dict[str, str] | None = None
+) -> httpx.Response:
+    """One request to a fresh app; ``body`` is JSON, or raw bytes."""
+
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(service(upstream)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            if body is None:
+                return await client.get(path, headers=headers)
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            return await client.post(path, content=content, headers=headers)
+
+    async def bounded() -> httpx.Response:
+        return await asyncio.wait_for(send(), 20)
+
+    return asyncio.run(bounded())
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The events of an SSE reply, after checking its frame."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = response.text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+def completion(upstream: FakeUpstream, **body: Any) -> httpx.Response:
+    return call(upstream, COMPLETIONS, {"model": "tiny", "prompt": "in the", **body})
+
+
+def chat(upstream: FakeUpstream, **body: Any) -> httpx.Response:
+    return call(upstream, CHAT, {"model": "tiny", "messages": HELLO, **body})
+
+
+def refusal(response: httpx.Response, status: int, param: str | None) -> str:
+    """Check an error's shape; returns its message."""
+    assert response.status_code == status
+    assert set(response.json()) == {"error"}
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    return str(error["message"])

@@ -1,0 +1,177 @@
+"""The ``expertmesh`` command against a real gRPC server with a scripted upstream."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from cluster.errors import CheckpointError, ConfigError, OverloadedError
+from router.cli import app
+from tests.unit.gateway_fakes import FakeUpstream, grpc_server, says, tokenizer
+
+NOBODY = "127.0.0.1:1"
+
+
+@pytest.fixture
+def upstream() -> FakeUpstream:
+    return FakeUpstream(says(" was the word 🙂"))
+
+
+@pytest.fixture
+def address(upstream: FakeUpstream) -> Iterator[str]:
+    with grpc_server(upstream) as opened:
+        yield opened
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(app, args)
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_generate_prints_the_text(address: str, stream: list[str]) -> None:
+    result = run("generate", "in the", "--address", address, *stream)
+    assert (result.exit_code, result.stdout) == (0, " was the word 🙂\n")
+
+
+def test_generate_passes_its_options_on(address: str, upstream: FakeUpstream) -> None:
+    options = {"--max-tokens": 5, "--temperature": 0.5, "--top-p": 0.9, "--top-k": 3, "--seed": 7}
+    flat = [str(one) for pair in options.items() for one in pair]
+    result = run(
+        "generate", "in", "--address", address, "--model", "bare", "--stop", "the", "--stop", "zzz",
+        "--timeout", "30", *flat,
+    )  # fmt: skip
+    assert (result.exit_code, result.stdout) == (0, " was \n")
+    [request] = upstream.requests
+    assert request.model == "bare"
+    sampling = request.sampling
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (5, 0.5, 0.9)
+    assert (sampling.top_k, sampling.seed) == (3, 7)
+
+
+def test_generate_as_json(address: str) -> None:
+    result = run("generate", "in", "--address", address, "--json")
+    reply = json.loads(result.stdout)
+    assert reply["text"] == " was the word 🙂"
+    assert reply["token_ids"] == tokenizer().encode(" was the word 🙂")
+    assert reply["finish_reason"] == "length"
+    assert reply["usage"]["completion_tokens"] == len(reply["token_ids"])
+    lines = run("generate", "in", "--address", address, "--json", "--stream").stdout.splitlines()
+    assert "".join(json.loads(line)["text"] for line in lines) == " was the word 🙂"
+
+
+def test_status_as_json(address: str) -> None:
+    result = run("status", "--json", "--address", address)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == {
+        "models": ["tiny"],
+        "epoch": 3,
+        "placement_version": 7,
+        "controller_pid": 41,
+        "missing_experts": 0,
+        "routers": [{"pid": 42, "node": "n1"}],
+        "gateways": [{"pid": 43, "node": "n1"}],
+        "actors": [
+            {
+                "actor_id": "a0",
+                "pid": 44,
+                "node": "n1",
+                "device": "cpu",
+                "generation": 2,
+                "experts": [["tiny", 0, 1], ["tiny", 1, 5]],
+                "tokens": 99,
+            }
+        ],
+    }
+
+
+def test_status_as_a_table(address: str) -> None:
+    result = run("status", "--address", address)
+    assert result.exit_code == 0
+    for shown in ("tiny", "version 7", "ready", "pid 41", "42@n1", "43@n1", "a0", "44", "99"):
+        assert shown in result.stdout
+
+
+def test_a_refusal_is_one_line_and_1(address: str, upstream: FakeUpstream) -> None:
+    result = run("generate", "in", "--address", address, "--top-p", "2")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "sampling.top_p" in result.stderr
+    assert result.stderr.count("\n") == 1
+    upstream.script = lambda request: [OverloadedError("the queue is full", retry_after_s=1)]
+    result = run("generate", "in", "--address", address, "--stream")
+    assert (result.exit_code, result.stderr) == (1, "expertmesh: the queue is full\n")
+
+
+@pytest.mark.parametrize("command", [["status"], ["generate", "in"], ["generate", "x", "--stream"]])
+def test_nobody_at_the_address_is_3(command: list[str]) -> None:
+    result = run(*command, "--address", NOBODY)
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert NOBODY in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command", [["nothing"], ["generate"], ["generate", "x", "--max-tokens", "many"], ["check"]]
+)
+def test_bad_usage_is_2(command: list[str]) -> None:
+    assert run(*command).exit_code == 2
+
+
+def stub_check(monkeypatch: pytest.MonkeyPatch, result: list[str] | Exception) -> None:
+    def check_file(path: Path) -> list[str]:
+        if isinstance(result, Exception):
+            raise result
+        return [f"{path.name}: {line}" for line in result]
+
+    module: Any = types.ModuleType("router.check")
+    module.check_file = check_file
+    monkeypatch.setitem(sys.modules, "router.check", module)
+
+
+def test_check_prints_what_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_check(monkeypatch, ["two models"])
+    result = run("check", "some/cluster.yaml")
+    assert (result.exit_code, result.stdout) == (0, "cluster.yaml: two models\n")
+    told = json.loads(run("check", "some/cluster.yaml", "--json").stdout)
+    assert told == {"ok": True, "checks": ["cluster.yaml: two models"]}
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError("unknown key", "args.modles"), CheckpointError("is cut\noff", "a.st")]
+)
+def test_check_of_something_wrong_is_one_line_and_2(
+    monkeypatch: pytest.MonkeyPatch, error: ConfigError
+) -> None:
+    stub_check(monkeypatch, error)
+    result = run("check", "some/cluster.yaml")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"expertmesh: {' '.join(str(error).split())}\n"
+    told = run("check", "some/cluster.yaml", "--json")
+    assert told.exit_code == 2
+    assert json.loads(told.stdout)["error"]["field"] == error.field
+
+
+@pytest.mark.parametrize("command", ["generate", "status", "check"])
+def test_help_has_an_example(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: expertmesh {command}" in result.stdout
+
+
+def test_help_tells_the_exit_codes() -> None:
+    assert "Exit codes" in run("--help").stdout
+
+
+def test_the_command_starts_without_heavy_imports() -> None:
+    heavy = ("torch", "ray", "transformers", "tokenizers", "numpy", "fastapi")
+    code = f"import sys, router.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")

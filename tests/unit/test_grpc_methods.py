@@ -1,0 +1,350 @@
+"""The gRPC methods: alone with a small context, and behind a real server with our client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.errors import (
+    DeadlineExceededError,
+    ExpertMeshError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+    UnknownModelError,
+)
+from router.client import Client, Sampling, UnreachableError, Usage
+from router.protos import admin_pb2, inference_pb2
+from router.request import GenerationRequest, TokenEvent
+from tests.unit.gateway_fakes import (
+    STATUS,
+    FakeUpstream,
+    Servicer,
+    grpc_server,
+    says,
+    tokenizer,
+    vocab_size,
+)
+
+CORRUPT = b"\xff\xff\xff"
+INFERENCE = "/expertmesh.v1.Inference"
+UNARY = ["Generate", "GetModelInfo", "GetStatus", "Check", "List"]
+STREAMS = ["GenerateStream", "Watch"]
+
+
+class FakeContext:
+    """Keeps what a method sets on its call."""
+
+    def __init__(self) -> None:
+        self.code: grpc.StatusCode | None = None
+        self.details = ""
+        self.trailing: dict[str, bytes] = {}
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.code = code
+
+    def set_details(self, details: str) -> None:
+        self.details = details
+
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        self.trailing = dict(trailing_metadata)
+
+
+def call(upstream: FakeUpstream, method: str, request: Any) -> tuple[list[Any], FakeContext]:
+    """Call a method as Serve's replica does; returns its messages and the context."""
+    context = FakeContext()
+    data = request if isinstance(request, bytes) else request.SerializeToString()
+
+    async def run() -> list[Any]:
+        result = getattr(Servicer(upstream), method)(data, grpc_context=context)
+        if method in STREAMS:
+            return [message async for message in result]
+        return [await result]
+
+    async def bounded() -> list[Any]:
+        return await asyncio.wait_for(run(), 20)
+
+    return asyncio.run(bounded()), context
+
+
+def request(prompt: str = "in", **sampling: Any) -> Any:
+    return inference_pb2.GenerateRequest(
+        model="tiny", prompt=prompt, sampling=inference_pb2.Sampling(**sampling)
+    )
+
+
+@pytest.fixture
+def upstream() -> FakeUpstream:
+    return FakeUpstream(says(" was the word 🙂"))
+
+
+@pytest.fixture
+def client(upstream: FakeUpstream) -> Iterator[Client]:
+    with grpc_server(upstream) as address, Client(address) as connected:
+        yield connected
+
+
+@pytest.fixture
+def channel(upstream: FakeUpstream) -> Iterator[grpc.Channel]:
+    with grpc_server(upstream) as address, grpc.insecure_channel(address) as opened:
+        yield opened
+
+
+def test_generate_fills_every_field_of_the_reply(upstream: FakeUpstream) -> None:
+    ids = tokenizer().encode(" was the word 🙂")
+    [reply], context = call(upstream, "Generate", request(logprobs=2, max_tokens=9))
+    assert context.code is None
+    assert (reply.index, reply.text, list(reply.token_ids)) == (0, " was the word 🙂", ids)
+    assert (reply.finish_reason, reply.exact) == ("length", True)
+    assert [row.token_id for row in reply.logprobs] == ids
+    assert [len(row.top) for row in reply.logprobs] == [2] * len(ids)
+    assert reply.logprobs[0].token == tokenizer().token_text(ids[0])
+    assert reply.usage.total_tokens == len(tokenizer().encode("in")) + len(ids)
+    assert not reply.other_choices
+
+
+def test_choices_beyond_the_first_are_other_choices(upstream: FakeUpstream) -> None:
+    [reply], _ = call(upstream, "Generate", request(n=3))
+    assert [one.index for one in reply.other_choices] == [1, 2]
+    assert {one.text for one in reply.other_choices} == {reply.text}
+    assert reply.usage.completion_tokens == 3 * len(reply.token_ids)
+    assert not reply.other_choices[0].HasField("usage")
+
+
+def test_a_stream_has_usage_and_reason_at_the_end(upstream: FakeUpstream) -> None:
+    replies, context = call(upstream, "GenerateStream", request())
+    assert context.code is None
+    assert "".join(reply.text for reply in replies) == " was the word 🙂"
+    assert [reply.finish_reason for reply in replies] == [""] * (len(replies) - 1) + ["length"]
+    assert [reply.HasField("usage") for reply in replies] == [False] * (len(replies) - 1) + [True]
+
+
+def test_only_fields_that_are_set_replace_defaults(upstream: FakeUpstream) -> None:
+    call(upstream, "Generate", request())
+    call(upstream, "Generate", request(temperature=0, seed=0, top_k=0))
+    plain, given = (one.sampling for one in upstream.requests)
+    assert (plain.temperature, plain.max_tokens, plain.n) == (1.0, 16, 1)
+    assert (given.temperature, given.seed) == (0.0, 0)
+    with_zero = inference_pb2.Sampling(max_tokens=0)
+    assert with_zero.HasField("max_tokens")
+    _, context = call(upstream, "Generate", request(max_tokens=0))
+    assert context.details.startswith("sampling.max_tokens:")
+
+
+@pytest.mark.parametrize("method", UNARY + STREAMS)
+def test_corrupt_bytes_are_an_invalid_argument(upstream: FakeUpstream, method: str) -> None:
+    messages, context = call(upstream, method, CORRUPT)
+    assert context.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "grpc-status-details-bin" in context.trailing
+    assert len(messages) == 1
+    assert messages[0].ByteSize() == 0
+    assert upstream.requests == []
+
+
+def ids_request(*ids: int) -> Any:
+    return inference_pb2.GenerateRequest(
+        model="tiny", prompt_token_ids=inference_pb2.TokenIds(ids=ids)
+    )
+
+
+@pytest.mark.parametrize(
+    ("bad", "field"),
+    [
+        (inference_pb2.GenerateRequest(model="tiny"), "prompt"),
+        (request(""), "prompt"),
+        (request("x" * 10_000), "prompt"),
+        (ids_request(), "prompt_token_ids.ids"),
+        (ids_request(3, -1), "prompt_token_ids.ids[1]"),
+        (ids_request(vocab_size()), "prompt_token_ids.ids[0]"),
+        (request(max_tokens=2**31), "sampling.max_tokens"),
+        (request(temperature=float("nan")), "sampling.temperature"),
+        (request(top_p=0), "sampling.top_p"),
+        (request(stop=["ok", ""]), "sampling.stop[1]"),
+        (request(n=17), "sampling.n"),
+        (request(logprobs=21), "sampling.logprobs"),
+        (inference_pb2.GenerateRequest(model="tiny", prompt="x", timeout_s=-1), "timeout_s"),
+        (
+            inference_pb2.GenerateRequest(model="tiny", prompt="x", on_expert_loss="guess"),
+            "on_expert_loss",
+        ),
+    ],
+)
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+def test_bad_fields_are_violations(
+    upstream: FakeUpstream, method: str, bad: Any, field: str
+) -> None:
+    _, context = call(upstream, method, bad)
+    assert context.code is grpc.StatusCode.INVALID_ARGUMENT
+    status = status_pb2.Status.FromString(context.trailing["grpc-status-details-bin"])
+    bad_request = error_details_pb2.BadRequest()
+    assert any(one.Unpack(bad_request) for one in status.details)
+    assert [one.field for one in bad_request.field_violations] == [field]
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+def test_what_is_not_ours_tells_nothing(method: str) -> None:
+    _, context = call(FakeUpstream(lambda _: [ValueError("/secret 7")]), method, request())
+    assert context.code is grpc.StatusCode.INTERNAL
+    assert "secret" not in context.details + str(context.trailing)
+
+
+def test_cancelling_a_call_ends_it_upstream() -> None:
+    upstream = FakeUpstream(says(" was", finish_reason=None), endless=True)
+
+    async def run() -> None:
+        work = Servicer(upstream).Generate(request().SerializeToString(), FakeContext())
+        task = asyncio.create_task(work)
+        while not upstream.requests:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert upstream.closed.is_set()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_closing_a_stream_ends_it_upstream() -> None:
+    upstream = FakeUpstream(says(" was", finish_reason=None), endless=True)
+
+    async def run() -> None:
+        data = request().SerializeToString()
+        stream = Servicer(upstream).GenerateStream(data, FakeContext())
+        assert (await anext(stream)).token_ids
+        await stream.aclose()
+        assert upstream.closed.is_set()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_the_client_generates(client: Client, upstream: FakeUpstream) -> None:
+    ids = tokenizer().encode(" was the word 🙂")
+    replies = client.generate("in", Sampling(n=2, logprobs=1, seed=-5), timeout_s=20)
+    assert [one.text for one in replies] == [" was the word 🙂"] * 2
+    assert replies[0].token_ids == tuple(ids)
+    assert replies[0].logprobs[0].top_ids == (ids[0],)
+    assert replies[0].usage == Usage(len(tokenizer().encode("in")), 2 * len(ids))
+    assert replies[1].finish_reason == "length"
+    assert upstream.requests[0].sampling.seed == -5
+    by_ids = client.generate([5, 6], model="tiny")
+    assert by_ids[0].text == " was the word 🙂"
+    assert upstream.requests[1].prompt_token_ids == (5, 6)
+
+
+def test_the_client_streams(client: Client) -> None:
+    pieces = list(client.stream("in", Sampling(stop=["word"])))
+    assert "".join(piece.text for piece in pieces) == " was the "
+    assert pieces[-1].finish_reason == "stop"
+    assert pieces[-1].usage is not None
+
+
+def test_the_client_asks_for_models_and_status(client: Client) -> None:
+    assert [model.id for model in client.model_info()] == ["tiny", "bare"]
+    [tiny] = client.model_info("tiny")
+    assert (tiny.num_experts, tiny.num_experts_per_tok, tiny.dtype) == (8, 2, "float32")
+    assert client.status() == STATUS
+    with pytest.raises(UnknownModelError):
+        client.model_info("nope")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OverloadedError("full", retry_after_s=2.5),
+        UnavailableError("away", retry_after_s=1.0),
+        DeadlineExceededError("late"),
+        InternalError("odd"),
+    ],
+)
+@pytest.mark.parametrize("after", [0, 1])
+def test_the_client_raises_typed_errors(error: ExpertMeshError, after: int) -> None:
+    def script(request: GenerationRequest) -> list[TokenEvent | Exception]:
+        return [*([TokenEvent(0, (5,))] * after), error]
+
+    with grpc_server(FakeUpstream(script)) as address, Client(address) as client:
+        for attempt in (client.generate, client.stream):
+            pieces: list[Any] = []
+            with pytest.raises(type(error)) as caught:
+                pieces.extend(attempt("in"))
+            assert caught.value.message == error.message
+            assert caught.value.retry_after_s == error.retry_after_s
+            assert not isinstance(caught.value, UnreachableError)
+            # A stream's error is a status alone; no empty message comes before it.
+            assert len(pieces) == (after if attempt == client.stream else 0)
+
+
+def test_the_client_names_the_bad_field(client: Client) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        client.generate([3, -4])
+    assert caught.value.field == "prompt_token_ids.ids[1]"
+    with pytest.raises(InvalidRequestError, match="cannot be sent"):
+        client.generate("in", Sampling(seed=2**70))
+
+
+def test_nobody_at_the_address_is_unreachable() -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(UnreachableError):
+        client.status()
+
+
+def test_leaving_a_stream_ends_it_upstream() -> None:
+    upstream = FakeUpstream(says(" was", finish_reason=None), endless=True)
+    with grpc_server(upstream) as address, Client(address) as client:
+        stream = client.stream("in")
+        assert next(stream).token_ids
+        assert not upstream.closed.is_set()
+        stream.close()
+        assert upstream.closed.wait(10)
+
+
+@pytest.mark.parametrize("method", ["Generate", "GetModelInfo"])
+def test_corrupt_bytes_on_the_wire(channel: grpc.Channel, method: str) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        channel.unary_unary(f"{INFERENCE}/{method}")(CORRUPT, timeout=10)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_health(channel: grpc.Channel, upstream: FakeUpstream) -> None:
+    health = health_pb2_grpc.HealthStub(channel)
+    serving, not_serving = 1, 2
+    everything = health_pb2.HealthCheckRequest()
+    assert health.Check(everything, timeout=10).status == serving
+    named = health_pb2.HealthCheckRequest(service="expertmesh.v1.Inference")
+    assert health.Check(named, timeout=10).status == serving
+    watch = health.Watch(everything, timeout=30)
+    assert next(watch).status == serving
+    upstream.is_ready = (False, "an expert is missing")
+    assert next(watch).status == not_serving
+    watch.cancel()
+    assert health.Check(named, timeout=10).status == not_serving
+    statuses = health.List(health_pb2.HealthListRequest(), timeout=10).statuses
+    assert set(statuses) == {"", "expertmesh.v1.Inference", "expertmesh.v1.Admin"}
+    with pytest.raises(grpc.RpcError) as caught:
+        health.Check(health_pb2.HealthCheckRequest(service="nope"), timeout=10)
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_watching_an_unknown_service_says_so(channel: grpc.Channel) -> None:
+    watch = health_pb2_grpc.HealthStub(channel).Watch(
+        health_pb2.HealthCheckRequest(service="nope"), timeout=10
+    )
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    watch.cancel()
+
+
+def test_status_as_a_message(upstream: FakeUpstream) -> None:
+    [reply], _ = call(upstream, "GetStatus", admin_pb2.GetStatusRequest())
+    assert [(one.model, one.layer, one.expert) for one in reply.actors[0].experts] == [
+        ("tiny", 0, 1),
+        ("tiny", 1, 5),
+    ]
+    upstream.status_error = UnavailableError("away", retry_after_s=1)
+    _, context = call(upstream, "GetStatus", admin_pb2.GetStatusRequest())
+    assert context.code is grpc.StatusCode.UNAVAILABLE

@@ -1,0 +1,323 @@
+"""The OpenAI surface over a scripted upstream: answers, streams, metrics, disconnects."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.errors import InternalError, UnavailableError
+from router.gateway.http import create_app
+from router.request import GenerationRequest, TokenEvent, TokenLogprobs
+from tests.unit.gateway_fakes import EOS, FakeUpstream, says, service, tokenizer
+from tests.unit.http_calls import COMPLETIONS, call, chat, completion, events
+
+
+def test_a_completion() -> None:
+    upstream = FakeUpstream(says(" beginning 🙂"))
+    response = completion(upstream, max_tokens=9, seed=4, temperature=0.5)
+    assert response.status_code == 200
+    assert response.headers["x-expertmesh-exact"] == "true"
+    body = response.json()
+    assert body["object"] == "text_completion"
+    assert body["id"] == f"cmpl-{response.headers['x-request-id']}"
+    assert body["choices"] == [
+        {"index": 0, "text": " beginning 🙂", "logprobs": None, "finish_reason": "length"}
+    ]
+    prompt, output = len(tokenizer().encode("in the")), len(tokenizer().encode(" beginning 🙂"))
+    assert body["usage"] == {
+        "prompt_tokens": prompt,
+        "completion_tokens": output,
+        "total_tokens": prompt + output,
+    }
+    sampling = upstream.requests[0].sampling
+    assert (sampling.max_tokens, sampling.seed, sampling.temperature) == (9, 4, 0.5)
+
+
+def test_a_streamed_completion_says_the_same() -> None:
+    response = completion(FakeUpstream(says(" beginning 🙂")), stream=True)
+    chunks = events(response)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == " beginning 🙂"
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert reasons == [None] * (len(chunks) - 1) + ["length"]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+def test_stream_usage_comes_last() -> None:
+    options = {"include_usage": True}
+    chunks = events(completion(FakeUpstream(says(" was")), stream=True, stream_options=options))
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["completion_tokens"] == len(tokenizer().encode(" was"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_and_choices_are_numbered(stream: bool) -> None:
+    upstream = FakeUpstream(says(" was"))
+    prompts = ["in", [5, 6, 7], "the word"]
+    response = completion(upstream, prompt=prompts, n=2, stream=stream)
+    if stream:
+        texts: dict[int, str] = {}
+        for chunk in events(response):
+            choice = chunk["choices"][0]
+            texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+    else:
+        choices = response.json()["choices"]
+        assert [choice["index"] for choice in choices] == list(range(6))
+        texts = {choice["index"]: choice["text"] for choice in choices}
+    assert texts == dict.fromkeys(range(6), " was")
+    assert {request.prompt_token_ids for request in upstream.requests} == {
+        tuple(tokenizer().encode("in")),
+        (5, 6, 7),
+        tuple(tokenizer().encode("the word")),
+    }
+
+
+def test_token_ids_are_returned_when_asked_for() -> None:
+    ids = tokenizer().encode(" was the")
+    body = completion(FakeUpstream(says(" was the")), prompt=[7, 8], return_token_ids=True).json()
+    assert body["choices"][0]["token_ids"] == ids
+    assert body["choices"][0]["prompt_token_ids"] == [7, 8]
+    stream = completion(
+        FakeUpstream(says(" was the")), prompt=[7, 8], return_token_ids=True, stream=True
+    )
+    choices = [chunk["choices"][0] for chunk in events(stream)]
+    assert [one for choice in choices for one in choice["token_ids"]] == ids
+    assert choices[0]["prompt_token_ids"] == [7, 8]
+    assert "prompt_token_ids" not in choices[1]
+
+
+def test_completion_logprobs() -> None:
+    ids = tokenizer().encode(" was the")
+    texts = [tokenizer().token_text(one) for one in ids]
+    logprobs = completion(FakeUpstream(says(" was the")), logprobs=2).json()["choices"][0][
+        "logprobs"
+    ]
+    assert logprobs["tokens"] == texts
+    assert logprobs["token_logprobs"] == [-0.25] * len(ids)
+    assert logprobs["text_offset"][:2] == [0, len(texts[0])]
+    assert logprobs["top_logprobs"][0][texts[0]] == -0.25
+    chunks = events(completion(FakeUpstream(says(" was the")), logprobs=2, stream=True))
+    offsets = [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks]
+    assert [one for part in offsets for one in part] == logprobs["text_offset"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_logprob_of_minus_infinity_can_be_sent(stream: bool) -> None:
+    def script(request: GenerationRequest) -> list[TokenEvent]:
+        row = TokenLogprobs(-math.inf, (5, 6), (-0.5, -math.inf))
+        return [TokenEvent(0, (5,), (row,), "length")]
+
+    response = completion(FakeUpstream(script), logprobs=2, stream=stream)
+    body = events(response)[0] if stream else response.json()
+    logprobs = body["choices"][0]["logprobs"]
+    assert logprobs["token_logprobs"] == [-9999.0]
+    assert sorted(logprobs["top_logprobs"][0].values()) == [-9999.0, -0.5]
+    assert "Infinity" not in response.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_cuts_the_text_and_ends_the_choice_upstream(stream: bool) -> None:
+    upstream = FakeUpstream(says(" was the word", finish_reason=None), endless=True)
+    response = completion(upstream, stop=["the wo"], stream=stream)
+    if stream:
+        choices = [chunk["choices"][0] for chunk in events(response)]
+        text, reason = "".join(one["text"] for one in choices), choices[-1]["finish_reason"]
+    else:
+        choice = response.json()["choices"][0]
+        text, reason = choice["text"], choice["finish_reason"]
+    assert (text, reason) == (" was ", "stop")
+    assert upstream.stopped == [(upstream.requests[0].request_id, 0)]
+    assert upstream.closed.is_set()
+
+
+def test_a_stopped_choice_waits_for_the_others() -> None:
+    def script(request: GenerationRequest) -> list[TokenEvent]:
+        word, other = tokenizer().encode("stop"), tokenizer().encode("in the word")
+        return [
+            TokenEvent(0, tuple(word)),
+            TokenEvent(1, tuple(other[:1])),
+            TokenEvent(0, tuple(other)),
+            TokenEvent(0, (), finish_reason="length"),
+            TokenEvent(1, tuple(other[1:]), finish_reason="length"),
+        ]
+
+    body = completion(FakeUpstream(script), stop="stop", n=2).json()
+    assert [one["text"] for one in body["choices"]] == ["", "in the word"]
+    assert [one["finish_reason"] for one in body["choices"]] == ["stop", "length"]
+    used = len(tokenizer().encode("stop")) + len(tokenizer().encode("in the word"))
+    assert body["usage"]["completion_tokens"] == used
+
+
+def test_the_end_of_sequence_token_has_no_text() -> None:
+    def script(request: GenerationRequest) -> list[TokenEvent]:
+        return [TokenEvent(0, (*tokenizer().encode(" was"), EOS), finish_reason="stop")]
+
+    body = completion(FakeUpstream(script), return_token_ids=True).json()
+    assert body["choices"][0]["text"] == " was"
+    assert body["choices"][0]["token_ids"][-1] == EOS
+    assert body["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_chat() -> None:
+    upstream = FakeUpstream(says("the word"))
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "in"}], "name": "ann"},
+    ]
+    body = chat(upstream, messages=messages, max_completion_tokens=12).json()
+    assert body["object"] == "chat.completion"
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "the word"}
+    prompt = "system: be brief\nuser: in\nassistant:"
+    assert upstream.requests[0].prompt_token_ids == tuple(tokenizer().encode(prompt))
+    assert upstream.requests[0].sampling.max_tokens == 12
+
+
+def test_a_chat_without_max_tokens_has_the_rest_of_the_context() -> None:
+    upstream = FakeUpstream(says("the word"))
+    chat(upstream)
+    request = upstream.requests[0]
+    assert request.sampling.max_tokens == 64 - len(request.prompt_token_ids)
+
+
+def test_a_streamed_chat() -> None:
+    chunks = events(chat(FakeUpstream(says("the word")), stream=True, n=2))
+    opening = [chunk["choices"][0]["delta"] for chunk in chunks[:2]]
+    assert opening == [{"role": "assistant", "content": ""}] * 2
+    texts = {0: "", 1: ""}
+    for chunk in chunks[2:]:
+        choice = chunk["choices"][0]
+        texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == {0: "the word", 1: "the word"}
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+
+
+def test_chat_logprobs() -> None:
+    upstream = FakeUpstream(says("the word"))
+    body = chat(upstream, logprobs=True, top_logprobs=2, return_token_ids=True).json()
+    content = body["choices"][0]["logprobs"]["content"]
+    assert b"".join(bytes(one["bytes"]) for one in content) == b"the word"
+    assert [len(one["top_logprobs"]) for one in content] == [2] * len(content)
+    assert content[0]["top_logprobs"][0]["token"] == content[0]["token"]
+    assert body["prompt_token_ids"] == list(upstream.requests[0].prompt_token_ids)
+    plain = chat(FakeUpstream(says("the word")), logprobs=True).json()
+    assert plain["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+def test_what_is_not_exact_is_flagged() -> None:
+    response = completion(FakeUpstream(says(" was", exact=False)))
+    assert response.headers["x-expertmesh-exact"] == "false"
+    chunks = events(completion(FakeUpstream(says(" was", exact=False)), stream=True))
+    assert all(chunk["choices"][0]["exact"] is False for chunk in chunks)
+
+
+def test_models_are_listed() -> None:
+    body = call(FakeUpstream(says("x")), "/v1/models").json()
+    assert [model["id"] for model in body["data"]] == ["tiny", "bare"]
+    one = call(FakeUpstream(says("x")), "/v1/models/tiny").json()
+    assert one == body["data"][0]
+    assert one["max_model_len"] == 64
+
+
+def test_the_callers_request_id_is_kept_if_it_is_sensible() -> None:
+    upstream = FakeUpstream(says("x"))
+    named = call(upstream, "/health", headers={"X-Request-Id": "abc-1"})
+    assert named.headers["x-request-id"] == "abc-1"
+    odd = call(upstream, "/health", headers={"X-Request-Id": "a b\tc"})
+    assert odd.headers["x-request-id"] != "a b\tc"
+
+
+def test_health_and_readiness() -> None:
+    upstream = FakeUpstream(says("x"))
+    assert call(upstream, "/health").status_code == 200
+    assert call(upstream, "/ready").json() == {"ready": True}
+    upstream.is_ready = (False, "2 experts have no live copy")
+    assert call(upstream, "/health").status_code == 200
+    response = call(upstream, "/ready")
+    assert response.status_code == 503
+    assert response.json()["reason"] == "2 experts have no live copy"
+
+
+def test_metrics_count_requests_tokens_and_actors() -> None:
+    upstream = FakeUpstream(says(" was"))
+
+    async def run() -> tuple[str, str]:
+        transport = httpx.ASGITransport(create_app(service(upstream)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            body = {"model": "tiny", "prompt": [5, 6]}
+            assert (await client.post(COMPLETIONS, json=body)).status_code == 200
+            await client.post(COMPLETIONS, json={**body, "n": 0})
+            await client.post(COMPLETIONS, content=b"{")
+            upstream.script = lambda request: [InternalError("x")]
+            await client.post(COMPLETIONS, json=body)
+            first = (await client.get("/metrics")).text
+            upstream.status_error = UnavailableError("away")
+            return first, (await client.get("/metrics")).text
+
+    told, away = asyncio.run(asyncio.wait_for(run(), 20))
+    lines = dict(line.rsplit(" ", 1) for line in told.splitlines() if not line.startswith("#"))
+    count = "expertmesh_requests_total"
+    assert lines[f'{count}{{code="ok",surface="http"}}'] == "1.0"
+    assert lines[f'{count}{{code="invalid_argument",surface="http"}}'] == "2.0"
+    assert lines[f'{count}{{code="internal",surface="http"}}'] == "1.0"
+    model = '{model_name="tiny"}'
+    assert lines[f"expertmesh_prompt_tokens_total{model}"] == "4.0"
+    tokens = float(len(tokenizer().encode(" was")))
+    assert lines[f"expertmesh_generation_tokens_total{model}"] == str(tokens)
+    assert lines[f"expertmesh_num_requests_running{model}"] == "0.0"
+    assert lines[f"expertmesh_time_to_first_token_seconds_count{model}"] == "1.0"
+    assert lines[f"expertmesh_e2e_request_latency_seconds_count{model}"] == "2.0"
+    assert lines['expertmesh_actor_tokens{actor_id="a0"}'] == "99.0"
+    assert lines["expertmesh_placement_version"] == "7.0"
+    assert lines["expertmesh_missing_experts"] == "0.0"
+    assert "expertmesh_actor_tokens{" not in away
+    assert "expertmesh_missing_experts NaN" in away
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_a_client_that_leaves_ends_the_request_upstream(stream: bool, tokens_first: bool) -> None:
+    script = says(" was", finish_reason=None) if tokens_first else (lambda request: [])
+    upstream = FakeUpstream(script, endless=True)
+    body = json.dumps({"model": "tiny", "prompt": "in", "stream": stream}).encode()
+
+    async def run() -> None:
+        app = create_app(service(upstream))
+        left = asyncio.Event()
+        sent: list[Any] = []
+        incoming = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Any:
+            if incoming:
+                return incoming.pop()
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": COMPLETIONS,
+            "raw_path": COMPLETIONS.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [],
+        }
+        serving = asyncio.create_task(app(scope, receive, send))
+        while not upstream.requests:
+            await asyncio.sleep(0)
+        assert not upstream.closed.is_set()
+        left.set()
+        await serving
+        assert upstream.closed.is_set()
+
+    asyncio.run(asyncio.wait_for(run(), 20))

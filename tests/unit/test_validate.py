@@ -1,0 +1,202 @@
+"""What the one validation below HTTP and gRPC takes, refuses and fills in."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import pytest
+
+from cluster.config import GatewayConfig
+from cluster.errors import InvalidRequestError, UnknownModelError
+from router.gateway.validate import CheckedRequest, RawRequest, Validator
+from tests.unit.gateway_fakes import CONTEXT, served, tokenizer, vocab_size
+
+LIMITS = GatewayConfig(max_choices=4, max_logprobs=5, default_timeout_s=20, max_timeout_s=60)
+HUGE = 10**400
+
+
+def check(
+    prompt: Any = "in the", model: Any = "tiny", options: Any = None, **sampling: Any
+) -> CheckedRequest:
+    raw = RawRequest(model, prompt, sampling, options or {})
+    return Validator({"tiny": served()}, LIMITS).check(raw)
+
+
+def test_defaults_are_filled_in() -> None:
+    before = time.time()
+    checked = check()
+    sampling = checked.request.sampling
+    assert checked.request.prompt_token_ids == tuple(tokenizer().encode("in the"))
+    assert (sampling.max_tokens, sampling.temperature, sampling.n) == (16, 1.0, 1)
+    assert (sampling.top_k, sampling.top_p, sampling.min_p) == (0, 1.0, 0.0)
+    assert sampling.logprobs is None
+    assert checked.stops == ()
+    assert before + 20 <= checked.request.deadline_s <= time.time() + 20
+
+
+def test_a_missing_seed_is_drawn_anew_each_time() -> None:
+    seeds = {check().request.sampling.seed for _ in range(8)}
+    assert len(seeds) == 8
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_request_ids_differ() -> None:
+    assert check().request.request_id != check().request.request_id
+
+
+def test_what_is_given_is_taken() -> None:
+    checked = check(
+        [5, vocab_size() - 1],
+        max_tokens=CONTEXT - 2,
+        temperature=0,
+        top_k=-1,
+        top_p=0.5,
+        min_p=1,
+        seed=-(2**63),
+        stop="end",
+        ignore_eos=True,
+        logprobs=5,
+        n=4,
+        options={"timeout_s": 60, "on_expert_loss": "strict"},
+    )
+    sampling = checked.request.sampling
+    assert checked.request.prompt_token_ids == (5, vocab_size() - 1)
+    assert sampling.max_tokens == CONTEXT - 2
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.0, 0, 0.5)
+    assert (sampling.min_p, sampling.seed, sampling.ignore_eos) == (1.0, -(2**63), True)
+    assert (sampling.logprobs, sampling.n, checked.stops) == (5, 4, ("end",))
+
+
+def test_default_max_tokens_is_what_is_left_of_the_context() -> None:
+    assert check([5] * (CONTEXT - 3)).request.sampling.max_tokens == 3
+    raw = RawRequest("tiny", [5] * 4, {}, default_max_tokens=None)
+    rest = Validator({"tiny": served()}, LIMITS).check(raw)
+    assert rest.request.sampling.max_tokens == CONTEXT - 4
+
+
+def test_top_k_beyond_the_vocabulary_is_the_vocabulary() -> None:
+    assert check(top_k=2**31 - 1).request.sampling.top_k == vocab_size()
+
+
+BAD_SAMPLING: list[tuple[str, Any]] = [
+    *(("max_tokens", bad) for bad in (0, -1, 2**31, CONTEXT + 1, True, 1.0, "5", None, HUGE)),
+    *(("temperature", bad) for bad in (-0.1, 100.1, math.nan, math.inf, True, "1", HUGE, [])),
+    *(("top_p", bad) for bad in (0, -0.5, 1.01, math.nan, False, HUGE)),
+    *(("min_p", bad) for bad in (-0.1, 1.1, math.nan, "0")),
+    *(("top_k", bad) for bad in (-2, 2**31, 1.5, True)),
+    *(("seed", bad) for bad in (2**63, -(2**63) - 1, 1.0, True, "1")),
+    *(("n", bad) for bad in (0, 5, -1, True, HUGE)),
+    *(("logprobs", bad) for bad in (-1, 6, True, 1.0)),
+    *(("ignore_eos", bad) for bad in (1, "true", None)),
+    *(("stop", bad) for bad in ("", 5, {"a": 1}, ["a"] * 17, b"a")),
+]
+
+
+@pytest.mark.parametrize(("field", "bad"), BAD_SAMPLING)
+def test_bad_sampling_names_its_field(field: str, bad: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        check(**{field: bad})
+    assert caught.value.field == field
+    assert len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize("bad", ["", 5, None, "x" * 257, "\ud800"])
+def test_a_bad_stop_in_a_list_names_its_place(bad: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        check(stop=["fine", bad])
+    assert caught.value.field == "stop[1]"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field"),
+    [
+        ("", "prompt"),
+        ([], "prompt"),
+        (None, "prompt"),
+        (7, "prompt"),
+        ({"a": 1}, "prompt"),
+        (b"bytes", "prompt"),
+        ("half \ud83d", "prompt"),
+        ([3, -1], "prompt[1]"),
+        ([vocab_size()], "prompt[0]"),
+        ([3, 4, True], "prompt[2]"),
+        ([1.0], "prompt[0]"),
+        ([HUGE], "prompt[0]"),
+        ([5] * CONTEXT, "prompt"),
+        ("\x00" * CONTEXT, "prompt"),
+        ("x" * 1_000_000, "prompt"),
+    ],
+)
+def test_bad_prompts(prompt: Any, field: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        check(prompt)
+    assert caught.value.field == field
+    assert len(caught.value.message) < 300
+
+
+def test_text_that_cannot_fit_is_refused_before_it_is_tokenised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_encode(*args: Any, **kwargs: Any) -> list[int]:
+        raise AssertionError("tokenised a prompt that cannot fit")
+
+    monkeypatch.setattr(type(tokenizer()), "encode", no_encode)
+    with pytest.raises(InvalidRequestError, match="characters"):
+        check("x" * 1_000_000)
+
+
+def test_prompt_and_max_tokens_together_must_fit() -> None:
+    assert check([5] * (CONTEXT - 2), max_tokens=2).request.sampling.max_tokens == 2
+    with pytest.raises(InvalidRequestError, match="at most 2 here") as caught:
+        check([5] * (CONTEXT - 2), max_tokens=3)
+    assert caught.value.field == "max_tokens"
+
+
+@pytest.mark.parametrize("bad", [0, -1, 61, math.nan, math.inf, True, "5", HUGE])
+def test_bad_timeouts(bad: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        check(options={"timeout_s": bad})
+    assert caught.value.field == "timeout_s"
+
+
+@pytest.mark.parametrize("bad", ["drop", "", 1, None, ["strict"]])
+def test_unknown_on_expert_loss(bad: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="strict") as caught:
+        check(options={"on_expert_loss": bad})
+    assert caught.value.field == "on_expert_loss"
+
+
+@pytest.mark.parametrize("bad", ["nope", "tiny ", "\ud800"])
+def test_an_unknown_model_is_told_which_are_served(bad: str) -> None:
+    with pytest.raises(UnknownModelError, match="served: tiny") as caught:
+        check(model=bad)
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize("bad", ["", None, 5, ["tiny"], {}])
+def test_a_model_must_be_a_text(bad: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        check(model=bad)
+    assert caught.value.field == "model"
+
+
+def test_fields_are_named_as_the_caller_writes_them() -> None:
+    raw = RawRequest(
+        "tiny",
+        [1],
+        {"max_tokens": 0},
+        sampling_prefix="sampling.",
+        field_names={"max_tokens": "max_new"},
+    )
+    with pytest.raises(InvalidRequestError) as caught:
+        Validator({"tiny": served()}, LIMITS).check(raw)
+    assert caught.value.field == "sampling.max_new"
+
+
+def test_messages_do_not_repeat_the_prompt() -> None:
+    secret = "word " * 200
+    with pytest.raises(InvalidRequestError) as caught:
+        check(secret)
+    assert "word" not in str(caught.value)
