@@ -172,8 +172,15 @@ class Controller:
 
     async def _publish(self, placement: Placement) -> None:
         async with self._changed:
+            complete = self._placement.missing() and not placement.missing()
             self._placement = placement
             self._changed.notify_all()
+        if complete:
+            logger.info(
+                "all %d experts have a live copy (epoch %d, placement %d)",
+                len(placement.holders),
+                *placement.order,
+            )
 
     # What routers and gateways call.
 

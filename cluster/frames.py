@@ -137,10 +137,10 @@ def decode(data: bytes | memoryview) -> Frame:
     if not isinstance(body, tuple) or len(body) < 3:
         raise FrameError("must be an array of at least 3 elements", "frame")
     version, kind = body[0], body[1]
-    if version != FRAME_VERSION:
-        raise FrameError(f"version {version!r:.20}; this build reads {FRAME_VERSION}", "frame")
+    if type(version) is not int or version != FRAME_VERSION:
+        raise FrameError(f"version {_shown(version)}; this build reads {FRAME_VERSION}", "frame")
     if type(kind) is not int:
-        raise FrameError(f"unknown kind {kind!r:.20}", "frame.kind")
+        raise FrameError(f"unknown kind {_shown(kind)}", "frame.kind")
     decoders: dict[int, Callable[[tuple[Any, ...]], Frame]] = {
         FrameKind.DISPATCH: _decode_dispatch,
         FrameKind.ROWS: _decode_rows,
@@ -148,19 +148,27 @@ def decode(data: bytes | memoryview) -> Frame:
     }
     decoder = decoders.get(kind)
     if decoder is None:
-        raise FrameError(f"unknown kind {kind!r:.20}", "frame.kind")
+        raise FrameError(f"unknown kind {_shown(kind)}", "frame.kind")
     return decoder(body[2:])
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message; never the inside of a container, which can be deep or huge."""
+    if isinstance(value, (str, bytes)):
+        return repr(value[:40])
+    scalar = value is None or isinstance(value, (bool, int, float))
+    return repr(value) if scalar else f"a {type(value).__name__}"
 
 
 def _integer(value: Any, field: str, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
-        raise FrameError(f"must be an integer in {low}..{high} (given: {value!r:.40})", field)
+        raise FrameError(f"must be an integer in {low}..{high} (given: {_shown(value)})", field)
     return value
 
 
 def _text(value: Any, field: str) -> str:
     if type(value) is not str or not 0 < len(value) <= 256:
-        raise FrameError(f"must be a string of 1 to 256 characters (given: {value!r:.40})", field)
+        raise FrameError(f"must be a string of 1 to 256 characters (given: {_shown(value)})", field)
     return value
 
 
@@ -174,7 +182,7 @@ def _rows(value: Any, field: str, expected_bytes: int) -> bytes:
 def _dtype(value: Any) -> str:
     if type(value) is not str or value not in DTYPE_BYTES:
         allowed = ", ".join(sorted(DTYPE_BYTES))
-        raise FrameError(f"must be one of {allowed} (given: {value!r:.40})", "frame.dtype")
+        raise FrameError(f"must be one of {allowed} (given: {_shown(value)})", "frame.dtype")
     return value
 
 
@@ -239,8 +247,12 @@ def _decode_error(body: tuple[Any, ...]) -> ErrorFrame:
     wire = body[2]
     if not isinstance(wire, dict) or set(wire) != {"code", "message", "field", "retry_after_s"}:
         raise FrameError("must be an error's dictionary", "frame.error")
-    if wire["code"] not in set(Code):
-        raise FrameError(f"unknown code {wire['code']!r:.40}", "frame.error.code")
+    if type(wire["code"]) is not str or wire["code"] not in set(Code):
+        raise FrameError(f"unknown code {_shown(wire['code'])}", "frame.error.code")
+    if type(wire["message"]) is not str or type(wire["field"]) is not str:
+        raise FrameError("message and field must be strings", "frame.error")
+    if wire["retry_after_s"] is not None and type(wire["retry_after_s"]) not in (int, float):
+        raise FrameError("must be a number or nil", "frame.error.retry_after_s")
     known = _KNOWN_ERRORS.get(kind)
     error = error_from_wire(wire) if known is None else known(wire["message"], wire["field"])
     return ErrorFrame(request_id, kind, error)

@@ -73,6 +73,6 @@ def parse_actor_name(name: str, app: str) -> tuple[str, int] | None:
     """Return (actor_id, generation) of an actor of ``app``, or ``None`` for any other name."""
     prefix = f"expertmesh:{app}:"
     actor_id, separator, generation = name.removeprefix(prefix).rpartition(":g")
-    if not name.startswith(prefix) or not separator or not generation.isdigit():
+    if not name.startswith(prefix) or not separator or not generation.isdecimal():
         return None
     return actor_id, int(generation)

@@ -1,21 +1,21 @@
 """The expert actor: one Ray actor per device, holding any subset of the experts.
 
-Each call has a thread that puts its frame into a bounded queue and waits; one compute thread drains
-the queue, merges what waits (:mod:`experts.bank`) and answers. Threads rather than asyncio, since a
-Ray call to an async actor takes 0.3 ms longer. Control calls have a concurrency group of their own,
-so that a busy or slow compute thread does not delay them. Calls are pure: computing a frame twice
-gives the same answer, so a router may always try again.
+Each call has a thread that puts its frame into a bounded queue. One of the threads at a time
+computes: it takes all that waits, merges it (:mod:`experts.bank`) and answers for the others too;
+so a lone call changes threads nowhere, and many calls share products. Threads rather than asyncio,
+since a Ray call to an async actor takes 0.3 ms longer. Control calls have a concurrency group of
+their own, so that slow products do not delay them. Calls are pure: computing a frame twice gives
+the same answer, so a router may always try again.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import queue
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import ray
 import torch
@@ -44,8 +44,7 @@ logger = logging.getLogger("expertmesh.actor")
 @dataclass(slots=True)
 class _Waiting:
     frame: DispatchFrame
-    answer: bytes = b""
-    done: threading.Event = field(default_factory=threading.Event)
+    answer: bytes | None = None
 
 
 class ExpertActor:
@@ -54,7 +53,6 @@ class ExpertActor:
     def __init__(self, spec: ActorSpec, actor_id: str, generation: int, epoch: int) -> None:
         """Start empty; :meth:`load` brings the experts."""
         torch.set_num_threads(spec.threads)
-        torch.set_grad_enabled(False)
         self._spec = spec
         self._actor_id = actor_id
         self._generation = generation
@@ -63,13 +61,13 @@ class ExpertActor:
         self._bank = ExpertBank()
         self._checkpoints: dict[str, Checkpoint] = {}
         self._load_lock = threading.Lock()
-        self._queue: queue.SimpleQueue[_Waiting] = queue.SimpleQueue()
-        self._queue_lock = threading.Lock()
+        self._queue: list[_Waiting] = []
         self._queued_rows = 0
+        self._computing = False
+        self._changed = threading.Condition()
         self._steps = 0
         self._lease = Lease(time.monotonic())
         end_when_orphaned(self._lease, spec.app)
-        threading.Thread(target=self._compute_forever, name="compute", daemon=True).start()
 
     # Control calls.
 
@@ -144,34 +142,32 @@ class ExpertActor:
                 raise FrameError("only dispatch frames are computed", "frame.kind")
         except FrameError as error:
             return _error(0, error)
-        with self._queue_lock:
-            waiting_rows = self._queued_rows
-            if waiting_rows > 0 and waiting_rows + frame.num_pairs > self._spec.max_queue_rows:
-                full = OverloadedError(f"{waiting_rows} rows wait already", "queue", 0.01)
+        waiting = _Waiting(frame)
+        with self._changed:
+            rows = self._queued_rows
+            if rows > 0 and rows + frame.num_pairs > self._spec.max_queue_rows:
+                full = OverloadedError(f"{rows} rows wait already", "queue", 0.01)
                 return _error(frame.request_id, full)
             self._queued_rows += frame.num_pairs
-        waiting = _Waiting(frame)
-        self._queue.put(waiting)
-        waiting.done.wait()  # bounded: the compute thread answers what has passed its deadline too
+            self._queue.append(waiting)
+            # Bounded: whoever computes answers every frame that waits, late ones too.
+            self._changed.wait_for(lambda: waiting.answer is not None or not self._computing)
+            if waiting.answer is not None:
+                return waiting.answer
+            self._computing = True
+            batch, self._queue = self._queue, []
+        answers = self._compute_batch(batch)
+        with self._changed:
+            for done, answer in zip(batch, answers, strict=True):
+                done.answer = answer
+                self._queued_rows -= done.frame.num_pairs
+            self._computing = False
+            self._steps += 1
+            self._changed.notify_all()
+        assert waiting.answer is not None  # it was in the batch
         return waiting.answer
 
-    def _compute_forever(self) -> None:
-        torch.set_grad_enabled(False)
-        while True:
-            batch = [self._queue.get()]
-            try:
-                while True:
-                    batch.append(self._queue.get_nowait())
-            except queue.Empty:
-                pass
-            answers = self._compute_batch(batch)
-            self._steps += 1
-            with self._queue_lock:
-                self._queued_rows -= sum(waiting.frame.num_pairs for waiting in batch)
-            for waiting, answer in zip(batch, answers, strict=True):
-                waiting.answer = answer
-                waiting.done.set()
-
+    @torch.inference_mode()
     def _compute_batch(self, batch: Sequence[_Waiting]) -> list[bytes]:
         now_s = time.time()
         live = [w.frame for w in batch if w.frame.deadline_s > now_s]

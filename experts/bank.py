@@ -9,10 +9,11 @@ Dimension letters: N unique rows of a frame, P (row, expert) pairs of a frame, H
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from cluster.errors import FrameError, WrongPlacementError
@@ -23,39 +24,23 @@ from experts.ffn import Activation, gated_ffn
 from experts.weights import GatedFfnWeights
 
 
-@dataclass(frozen=True, slots=True)
 class GatedFfnExpert:
-    """A loaded expert: weights and activation."""
+    """A loaded expert: weights and activation, and what rows it takes: H, dtype and device."""
 
-    weights: GatedFfnWeights
-    act: Activation
+    def __init__(self, weights: GatedFfnWeights, act: Activation) -> None:
+        self.weights = weights
+        self.act = act
+        self.hidden_size = weights.down.shape[0]
+        self.dtype = weights.down.dtype
+        self.device = weights.down.device
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [P, H] to rows [P, H]."""
         return gated_ffn(rows, self.weights, self.act)
 
-    @property
-    def hidden_size(self) -> int:
-        """H, the width of rows that the expert takes."""
-        return self.weights.down.shape[0]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of rows that the expert takes."""
-        return self.weights.down.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.weights.down.device
-
-
-@dataclass(slots=True)
-class _Segment:
-    """The pairs of one frame that go to one expert, and where their results belong."""
-
-    rows: torch.Tensor
-    result: torch.Tensor
+_Segment = tuple[torch.Tensor, torch.Tensor]
+"""Views of one frame: the rows of its pairs for one expert, and where their results belong."""
 
 
 @dataclass(slots=True)
@@ -71,42 +56,39 @@ class ExpertBank:
         A frame that asks for an expert that is not held is answered by WrongPlacementError, one
         whose rows do not fit the expert by FrameError; other frames are not disturbed.
         """
-        answers: list[RowsFrame | ErrorFrame | None] = []
-        results: list[torch.Tensor | None] = []
-        segments: defaultdict[ExpertKey, list[_Segment]] = defaultdict(list)
+        answers: list[ErrorFrame | torch.Tensor] = []
+        segments: dict[ExpertKey, list[_Segment]] = {}
         for frame in frames:
             try:
-                results.append(self._collect(frame, segments))
-                answers.append(None)
+                answers.append(self._collect(frame, segments))
             except (WrongPlacementError, FrameError) as error:
-                results.append(None)
                 answers.append(ErrorFrame(frame.request_id, type(error).__name__, error))
-        for key in sorted(segments):
-            self._run(key, segments[key])
+        for key, parts in segments.items():
+            self._run(key, parts)
         return [
-            answer if answer is not None else _rows_frame(frame, result)
-            for frame, answer, result in zip(frames, answers, results, strict=True)
+            answer if isinstance(answer, ErrorFrame) else _rows_frame(frame, answer)
+            for frame, answer in zip(frames, answers, strict=True)
         ]
 
     def _collect(
-        self, frame: DispatchFrame, segments: defaultdict[ExpertKey, list[_Segment]]
+        self, frame: DispatchFrame, segments: dict[ExpertKey, list[_Segment]]
     ) -> torch.Tensor:
+        """Add a frame's pairs to the segments; returns the (yet empty) results, [P, H]."""
         keys = [ExpertKey(frame.model, frame.layer_id, e) for e in frame.expert_ids]
         device = self._check(frame, keys)
-        rows = from_bytes(frame.rows, frame.dtype, frame.num_rows, frame.hidden_size)  # [N, H]
-        index = torch.frombuffer(frame.row_index, dtype=torch.int32)  # [P]
-        if int(index.min()) < 0 or int(index.max()) >= frame.num_rows:
+        index = np.frombuffer(frame.row_index, dtype="<i4")  # [P]
+        if index.min() < 0 or index.max() >= frame.num_rows:
             raise FrameError(f"must be in 0..{frame.num_rows - 1}", "frame.row_index")
-        gathered = rows.index_select(0, index).to(device)  # [P, H]
+        rows = from_bytes(frame.rows, frame.dtype, frame.num_rows, frame.hidden_size)  # [N, H]
+        gathered = rows.index_select(0, torch.from_numpy(index.astype(np.int64))).to(device)
         result = torch.empty_like(gathered)
-        start = 0
-        for key, count in zip(keys, frame.num_tokens_per_expert, strict=True):
-            part = slice(start, start + count)
-            segments[key].append(_Segment(gathered[part], result[part]))
-            start += count
+        counts = list(frame.num_tokens_per_expert)
+        for key, *segment in zip(keys, gathered.split(counts), result.split(counts), strict=True):
+            segments.setdefault(key, []).append((segment[0], segment[1]))
         return result
 
     def _check(self, frame: DispatchFrame, keys: Sequence[ExpertKey]) -> torch.device:
+        dtype = TORCH_DTYPES[frame.dtype]
         for key in keys:
             expert = self.experts.get(key)
             if expert is None:
@@ -118,24 +100,23 @@ class ExpertBank:
                     f"must be {expert.hidden_size} (given: {frame.hidden_size})",
                     "frame.hidden_size",
                 )
-            if TORCH_DTYPES[frame.dtype] != expert.dtype:
+            if dtype != expert.dtype:
                 raise FrameError(f"must be {expert.dtype} (given: {frame.dtype})", "frame.dtype")
         return self.experts[keys[0]].device
 
     def _run(self, key: ExpertKey, parts: list[_Segment]) -> None:
-        expert = self.experts[key]
-        rows = parts[0].rows if len(parts) == 1 else torch.cat([part.rows for part in parts])
-        output = expert(rows)
+        """Run one expert once over the rows of all its segments."""
+        rows = parts[0][0] if len(parts) == 1 else torch.cat([rows for rows, _ in parts])
+        output = self.experts[key](rows)
         self.tokens[key] += rows.shape[0]
         start = 0
-        for part in parts:
-            end = start + part.rows.shape[0]
-            part.result.copy_(output[start:end])
+        for _, result in parts:
+            end = start + result.shape[0]
+            result.copy_(output[start:end])
             start = end
 
 
-def _rows_frame(frame: DispatchFrame, result: torch.Tensor | None) -> RowsFrame:
-    assert result is not None
+def _rows_frame(frame: DispatchFrame, result: torch.Tensor) -> RowsFrame:
     return RowsFrame(
         frame.request_id, frame.dtype, result.shape[0], result.shape[1], to_bytes(result)
     )

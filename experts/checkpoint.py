@@ -25,6 +25,15 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
 _MAX_JSON_BYTES = 64 << 20
+_MAX_LAYERS = 10_000
+_SIZES = (
+    "vocab_size",
+    "max_position_embeddings",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -106,7 +115,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     missing, unexpected, or of another shape or dtype than the configuration says.
     """
     config_file = folder / "config.json"
-    config = _read_json(config_file)
+    config = read_json(config_file)
     family = _family(config, config_file)
     shape = _checked_shape(family, config, config_file)
     tensors = _read_headers(folder)
@@ -114,14 +123,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, family, shape, tensors, _expert_dtype(folder, tensors))
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read one of a checkpoint's JSON files; raises :class:`CheckpointError` naming it."""
     try:
+        if file.exists() and not file.is_file():  # reading a pipe would wait for ever
+            raise CheckpointError("is not a file", str(file))
         if file.stat().st_size > _MAX_JSON_BYTES:
             raise CheckpointError(f"is larger than {_MAX_JSON_BYTES} bytes", str(file))
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", str(file)) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"is not JSON: {error}", str(file)) from None
     if not isinstance(value, dict):
         raise CheckpointError("must hold a JSON object", str(file))
@@ -135,20 +147,25 @@ def _family(config: Config, file: Path) -> Family:
         given = config.get("model_type")
         raise CheckpointError(f"unknown model_type {given!r}; known: {known}", str(file))
     architectures = config.get("architectures") or list(family.architectures)
-    if not set(architectures) & set(family.architectures):
+    if not isinstance(architectures, list) or not any(
+        name in architectures for name in family.architectures
+    ):
         known = ", ".join(family.architectures)
         raise CheckpointError(f"unknown architectures {architectures}; known: {known}", str(file))
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    quantization = config.get("quantization_config")
+    if quantization:
+        named = isinstance(quantization, dict) and quantization.get("quant_method")
+        method = named or "unknown"
         raise CheckpointError(f"quantization_config {method!r} is not supported", str(file))
     return family
 
 
 def _checked_shape(family: Family, config: Config, file: Path) -> ExpertShape:
-    needed = ("vocab_size", "max_position_embeddings", "hidden_size", "num_attention_heads")
-    for key in needed:
+    for key in (*_SIZES, *(key for key in _OPTIONAL_SIZES if config.get(key) is not None)):
         if type(config.get(key)) is not int or config[key] < 1:
             raise CheckpointError(f"{key} must be a positive integer", str(file))
+    if config["num_hidden_layers"] > _MAX_LAYERS:
+        raise CheckpointError(f"num_hidden_layers must be at most {_MAX_LAYERS}", str(file))
     try:
         shape = family.expert_shape(config)
     except KeyError as error:
@@ -170,7 +187,7 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
         if not (folder / "model.safetensors").exists():
             raise CheckpointError(_no_weights(folder), str(folder))
         return _shard_header(folder, "model.safetensors")
-    weight_map = _read_json(index_file).get("weight_map")
+    weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("needs a mapping 'weight_map'", str(index_file))
     tensors: dict[str, TensorInfo] = {}
@@ -224,6 +241,12 @@ def _check_tensors(
 ) -> None:
     expected = family.dense_tensors(config)
     inner, hidden = shape.intermediate_size, shape.hidden_size
+    if len(shape.layers) * shape.num_experts > len(tensors):  # before that many names are made
+        raise CheckpointError(
+            f"lacks tensors: config.json says {shape.num_experts} experts in each of "
+            f"{len(shape.layers)} layers, the files hold {len(tensors)} tensors",
+            str(folder),
+        )
     for layer_id in shape.layers:
         for expert_id in range(shape.num_experts):
             names = family.expert_tensors(layer_id, expert_id)

@@ -31,6 +31,7 @@ from router.served import ServedModel, inspect_models
 
 MAX_CONTROL_CALLS = 10_000
 GRACEFUL_SHUTDOWN_S = 5.0
+DRAIN_CHECK_S = 0.2
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 logger = logging.getLogger("expertmesh.app")
@@ -138,6 +139,7 @@ def _controller() -> Any:
         max_ongoing_requests=MAX_CONTROL_CALLS,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
         logging_config=QUIET,
     )(ControllerDeployment)
 
@@ -155,6 +157,7 @@ def _router(name: str, config: RouterConfig) -> Any:
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}},
         },
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
         logging_config=QUIET,
     )(RouterDeployment)
 
@@ -166,6 +169,7 @@ def _gateway(config: AppConfig) -> Any:
         max_ongoing_requests=config.gateway.max_ongoing_requests,
         ray_actor_options={"num_cpus": config.gateway.num_cpus},
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
         logging_config=QUIET,
     )(Gateway)
 

@@ -16,7 +16,7 @@ def combine(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     actors or a retry. Returns [T, H].
     """
     weighted = (rows * weights.unsqueeze(-1)).to(rows.dtype)  # [T, K, H]
-    combined = weighted[:, 0].clone()
+    combined = weighted[:, 0]
     for rank in range(1, rows.shape[1]):
         combined += weighted[:, rank]
     return combined

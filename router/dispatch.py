@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ import torch
 
 from cluster.errors import Code, ExpertUnavailableError, FrameError, InternalError
 from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode
-from cluster.placement import ExpertKey, Placement
+from cluster.placement import Placement
 from cluster.tensors import dtype_name, from_bytes, to_bytes
 from cluster.transport import Call, CallFailure, Transport
 from router.placement_view import PlacementView
@@ -61,6 +61,8 @@ class Dispatcher:
         self._suspect = suspect
         self._call_timeout_s = call_timeout_s
         self._request_ids = itertools.count(1)
+        self._holders_of: Placement | None = None
+        self._holders_by_layer: dict[int, tuple[list[str], np.ndarray]] = {}
         self.retries: Counter[str] = Counter()
 
     def dispatch(
@@ -100,27 +102,47 @@ class Dispatcher:
     def _split(
         self, placement: Placement, layer_id: int, flat_ids: np.ndarray, pairs: np.ndarray
     ) -> tuple[list[_Part], np.ndarray]:
-        ids, starts = np.unique(flat_ids[pairs], return_index=True)
-        bounds = [*starts.tolist(), len(pairs)]
-        shares: defaultdict[str, list[tuple[int, int, int]]] = defaultdict(list)
-        homeless = [pairs[:0]]
-        for i, expert_id in enumerate(ids.tolist()):
-            holders = placement.holders.get(ExpertKey(self._model, layer_id, expert_id), ())
-            if holders:
-                shares[holders[0]].append((expert_id, bounds[i], bounds[i + 1]))
-            else:
-                homeless.append(pairs[bounds[i] : bounds[i + 1]])
-        parts = [
-            _Part(
-                actor_id=actor_id,
-                generation=placement.generations[actor_id],
-                expert_ids=tuple(expert_id for expert_id, _, _ in share),
-                counts=tuple(end - start for _, start, end in share),
-                pairs=np.concatenate([pairs[start:end] for _, start, end in share]),
-            )
-            for actor_id, share in shares.items()
-        ]
-        return parts, np.concatenate(homeless)
+        """Divide the pairs (grouped by expert) among actors; also return those without a holder."""
+        actor_ids, holder_of = self._holders(placement, layer_id)
+        expert_of_pair = flat_ids[pairs]
+        holder_of_pair = holder_of[expert_of_pair]
+        num_pairs = np.bincount(expert_of_pair, minlength=len(holder_of)).tolist()
+        shares: dict[int, list[int]] = {}
+        for expert_id, holder in enumerate(holder_of.tolist()):
+            if num_pairs[expert_id]:
+                shares.setdefault(holder, []).append(expert_id)
+        homeless = pairs[:0]
+        parts = []
+        for holder, expert_ids in shares.items():
+            own = pairs if len(shares) == 1 else pairs[holder_of_pair == holder]
+            if holder < 0:
+                homeless = own
+                continue
+            actor_id = actor_ids[holder]
+            counts = tuple(num_pairs[expert_id] for expert_id in expert_ids)
+            generation = placement.generations[actor_id]
+            parts.append(_Part(actor_id, generation, tuple(expert_ids), counts, own))
+        return parts, homeless
+
+    def _holders(self, placement: Placement, layer_id: int) -> tuple[list[str], np.ndarray]:
+        """Return the actors, and for each expert of the layer its holder's place among them.
+
+        An expert without a copy has -1. Kept per layer for as long as the placement lasts.
+        """
+        if self._holders_of is not placement:
+            self._holders_of, self._holders_by_layer = placement, {}
+        known = self._holders_by_layer.get(layer_id)
+        if known is None:
+            actor_ids = sorted(placement.generations)
+            places = {actor_id: place for place, actor_id in enumerate(actor_ids)}
+            holders = {
+                key.expert_id: places[actors[0]] if actors else -1
+                for key, actors in placement.holders.items()
+                if (key.model, key.layer_id) == (self._model, layer_id)
+            }
+            holder_of = np.array([holders[expert_id] for expert_id in range(len(holders))])
+            known = self._holders_by_layer[layer_id] = (actor_ids, holder_of)
+        return known
 
     def _attempt(
         self,
@@ -162,10 +184,13 @@ class Dispatcher:
         part: _Part,
         deadline_s: float,
     ) -> DispatchFrame:
-        tokens = part.pairs // k
-        unique, index = np.unique(tokens, return_inverse=True)
-        whole = len(unique) == hidden_states.shape[0]
-        sent = hidden_states if whole else hidden_states[torch.from_numpy(unique)]
+        index = part.pairs // k  # the token of each pair
+        used = np.zeros(hidden_states.shape[0], dtype=bool)
+        used[index] = True
+        sent = hidden_states
+        if not used.all():
+            sent = hidden_states.index_select(0, torch.from_numpy(np.flatnonzero(used)))
+            index = (np.cumsum(used) - 1)[index]
         return DispatchFrame(
             request_id=next(self._request_ids),
             epoch=placement.epoch,
@@ -208,7 +233,7 @@ class Dispatcher:
             self.retries["malformed"] += 1
             return False
         received = from_bytes(answer.rows, answer.dtype, answer.num_rows, answer.hidden_size)
-        rows[torch.from_numpy(part.pairs)] = received.to(rows.device)
+        rows.index_copy_(0, torch.from_numpy(part.pairs), received.to(rows.device))
         return True
 
     def _refused(self, part: _Part, answer: ErrorFrame) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from cluster.config import AppConfig, ModelConfig
 from cluster.errors import CheckpointError, ConfigError
 from cluster.placement import ModelExperts, assign_experts
 from cluster.spec import ModelSource
-from experts.checkpoint import Checkpoint, open_checkpoint, resolve_folder
+from experts.checkpoint import Checkpoint, open_checkpoint, read_json, resolve_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +87,7 @@ def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     eos = checkpoint.config.get("eos_token_id")
     file: Path = checkpoint.folder / "generation_config.json"
     if file.is_file():
-        try:
-            eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id", eos)
-        except (ValueError, OSError) as error:
-            raise CheckpointError(f"cannot be read: {error}", str(file)) from None
+        eos = read_json(file).get("eos_token_id", eos)
     if eos is None:
         return ()
     ids = tuple(eos) if isinstance(eos, list) else (eos,)

@@ -12,8 +12,8 @@ from router.gateway.tokenizer import Tokenizer
 class GatewayModel:
     """What clients may ask of a served model, and where its tokenizer lies.
 
-    ``path`` is the configured one; the tokenizer's files lie in its folder. ``max_model_len`` bounds prompt plus output, in
-    tokens. ``eos_token_ids`` end a choice and never show in its text.
+    ``path`` is the configured one; the tokenizer's files lie in its folder. ``max_model_len``
+    bounds prompt plus output, in tokens. ``eos_token_ids`` end a choice and never show in its text.
     """
 
     id: str

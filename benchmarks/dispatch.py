@@ -1,0 +1,137 @@
+"""Time of one layer's dispatch and combine, with experts that return their input.
+
+    python -m benchmarks.dispatch [--json FILE]
+
+Real expert actors on a local Ray, the router's own dispatcher, frames and combine; only the
+experts' products are replaced, so that what is left is what serving experts apart costs. Prints
+p50 and p99 for 16 KB of token rows to one actor and to four, beside a bare Ray call of as many
+bytes in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import machine, show, summary_ms, write_json
+from cluster.placement import ExpertKey, ModelExperts, assign_experts, empty_placement
+from cluster.spec import ActorSpec, ModelSource
+from experts.actor import ExpertActor
+from router.placement_view import PlacementView
+
+MODEL, APP = "bench", "bench-dispatch"
+HIDDEN, NUM_EXPERTS, TOP_K = 512, 8, 2
+TURN = 50
+
+
+class IdentityExpert:
+    """An expert that returns its input."""
+
+    hidden_size = HIDDEN
+    dtype = torch.bfloat16
+    device = torch.device("cpu")
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the rows."""
+        return rows
+
+
+class IdentityActor(ExpertActor):
+    """The expert actor with identity experts; everything else is the product's."""
+
+    def _load(self, keys: Sequence[ExpertKey]) -> None:
+        for key in keys:
+            self._bank.experts[ExpertKey(*key)] = IdentityExpert()  # type: ignore[assignment]
+
+    def echo(self, data: bytes) -> bytes:
+        """Return the bytes; the bare Ray call to compare with."""
+        return data
+
+
+def start(num_actors: int) -> tuple[PlacementView, list[Any]]:
+    """Start actors that share one layer's experts; returns the placement and the handles."""
+    import ray
+
+    from cluster.pool import CONTROL_CALLS, actor_options
+
+    experts = ModelExperts(MODEL, (0,), NUM_EXPERTS, 1)
+    spec = ActorSpec(APP, (ModelSource("", "bfloat16", experts),), 0.1, 0, 1, 65_536)
+    actor_ids = [f"bench-{num_actors}-{i}" for i in range(num_actors)]
+    remote = ray.remote(concurrency_groups={"control": CONTROL_CALLS})(IdentityActor)
+    placement = empty_placement(1, [experts])
+    handles = []
+    for actor_id, keys in assign_experts([experts], actor_ids, None).items():
+        options = actor_options(spec, f"expertmesh:{APP}:{actor_id}:g1")
+        handle = remote.options(**options).remote(spec, actor_id, 1, 1)
+        ray.get(handle.load.remote(1, keys), timeout=60)
+        placement = placement.with_actor(actor_id, 1, keys)
+        handles.append(handle)
+    view = PlacementView()
+    view.publish(placement)
+    return view, handles
+
+
+def measure(num_actors: int, payload_bytes: int, calls: int) -> dict[str, Any]:
+    """Measure bare calls and whole layers, taking turns so that both see the same machine."""
+    import ray
+
+    from cluster.transport import RayTransport
+    from router.dispatch import Dispatcher
+    from router.exchange import RemoteExchange
+
+    view, handles = start(num_actors)
+    dispatcher = Dispatcher(MODEL, view, RayTransport(APP), lambda a, g: None, 10.0)
+    exchange = RemoteExchange(dispatcher)
+    exchange.deadline_s = time.time() + 600
+    tokens = payload_bytes // (HIDDEN * 2)
+    rows = torch.randn(tokens, HIDDEN).bfloat16()
+    pairs = list(itertools.combinations(range(NUM_EXPERTS), TOP_K))
+    topk_ids = torch.from_numpy(np.array([pairs[t % len(pairs)] for t in range(tokens)]))
+    topk_weights = torch.full((tokens, TOP_K), 0.5)
+    data = bytes(payload_bytes)
+    bare_s = []
+    for _ in range(calls // TURN + 1):
+        for _ in range(TURN):
+            started_s = time.perf_counter()
+            ray.get([handle.echo.remote(data) for handle in handles], timeout=10)
+            bare_s.append(time.perf_counter() - started_s)
+        for _ in range(TURN):
+            combined = exchange(0, rows, topk_ids, topk_weights)
+    assert torch.equal(combined, rows), "identity experts with weights that sum to 1"
+    for handle in handles:
+        ray.kill(handle)
+    bare_s, layers = bare_s[TURN:], list(exchange.timings_s)[TURN:]  # the first turn warms up
+    return {"bare_call": summary_ms(bare_s), "dispatch_combine": summary_ms(layers)}
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    import ray
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--calls", type=int, default=500)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # as a router has it
+    ray.init(address="local", include_dashboard=False, logging_level="warning", namespace="serve")
+    result: dict[str, Any] = {"benchmark": "dispatch", "machine": machine(), "transport": "ray"}
+    result["16 KB"] = {str(n): measure(n, 16_384, options.calls) for n in (1, 4)}
+    ray.shutdown()
+    rows = []
+    for n, figures in result["16 KB"].items():
+        for what in ("bare_call", "dispatch_combine"):
+            f = figures[what]
+            rows.append((f"{what}, {n} actors", f"{f['p50_ms']:.2f}", f"{f['p99_ms']:.2f}"))
+    show("16 KB of rows over Ray", rows, ["", "p50 ms", "p99 ms"])
+    write_json(options.json, result)
+
+
+if __name__ == "__main__":
+    main()
