@@ -2,8 +2,9 @@
 
     python -m benchmarks.decode [--json FILE]
 
-Makes a random bf16 Mixtral checkpoint, generates greedily with one-process transformers
-(``grouped_mm`` experts, all cores), then with a real deployment (gateway, one router, two expert
+Makes a random bf16 Mixtral checkpoint, generates greedily with one-process transformers (all cores;
+``grouped_mm`` experts, and ``eager`` ones, which are faster on processors without bf16
+instructions), then with a real deployment (gateway, one router, two expert
 actors, over gRPC), for 32 streams and for one; prints tokens per second, the time of a layer's
 dispatch+combine, and the memory of each process. Ratios are what to keep: absolute figures move
 with the machine.
@@ -27,6 +28,8 @@ from benchmarks.common import SIZES, machine, make_checkpoint, show, summary_ms,
 PROMPT_TOKENS = 16
 HTTP_PORT, GRPC_PORT = 18_700, 19_700
 MODEL = "bench"
+STREAMS = ("32", "1")
+EXPERTS = ("grouped_mm", "eager")
 
 
 def prompts(streams: int) -> list[list[int]]:
@@ -37,7 +40,9 @@ def prompts(streams: int) -> list[list[int]]:
     ]
 
 
-def measure_transformers(folder: Path, streams: int, tokens: int, rounds: int) -> dict[str, Any]:
+def measure_transformers(
+    folder: Path, experts: str, streams: int, tokens: int, rounds: int
+) -> dict[str, Any]:
     """Run in a process of its own (see ``--baseline``): median tokens per second, and memory."""
     import psutil
     import torch
@@ -45,33 +50,34 @@ def measure_transformers(folder: Path, streams: int, tokens: int, rounds: int) -
 
     torch.set_num_threads(psutil.cpu_count() or 1)
     model = MixtralForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, experts_implementation="grouped_mm"
+        folder, dtype=torch.bfloat16, experts_implementation=experts
     ).eval()
     ids = torch.tensor(prompts(streams))
 
-    def once() -> float:
+    def once(count: int) -> float:
         started_s = time.perf_counter()
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
+            max_new_tokens=count,
+            min_new_tokens=count,
             eos_token_id=None,
         )
-        return streams * tokens / (time.perf_counter() - started_s)
+        return streams * count / (time.perf_counter() - started_s)
 
-    once()
-    rates = [once() for _ in range(rounds)]
+    once(2)
+    rates = [once(tokens) for _ in range(rounds)]
     return {
         "tokens_per_s": statistics.median(rates),
         "rss_mb": psutil.Process().memory_info().rss / 1e6,
     }
 
 
-def baseline(folder: Path, streams: int, tokens: int, rounds: int) -> dict[str, Any]:
+def baseline(folder: Path, experts: str, streams: int, tokens: int, rounds: int) -> dict[str, Any]:
     """Measure transformers in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.decode", "--baseline", str(folder)]
+    command += ["--experts", experts]
     sizes = ["--streams", str(streams), "--tokens", str(tokens), "--rounds", str(rounds)]
     done = subprocess.run(command + sizes, check=True, capture_output=True, text=True, timeout=600)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -180,18 +186,25 @@ def run(tokens: int, rounds: int, actors: int) -> dict[str, Any]:
         folder = Path(name)
         make_checkpoint(folder)
         result: dict[str, Any] = {"benchmark": "decode", "machine": machine(), "sizes": SIZES}
-        result["transformers"] = {str(n): baseline(folder, n, tokens, rounds) for n in (32, 1)}
+        result["transformers"] = {
+            experts: {n: baseline(folder, experts, int(n), tokens, rounds) for n in STREAMS}
+            for experts in EXPERTS
+        }
         start_cluster(folder, actors)
         try:
             wait_ready()
-            result["cluster"] = {str(n): measure_cluster(n, tokens, rounds) for n in (32, 1)}
+            result["cluster"] = {n: measure_cluster(int(n), tokens, rounds) for n in STREAMS}
             result["memory"] = memory()
         finally:
             serve.shutdown()
             ray.shutdown()
     result["ratio"] = {
-        n: result["cluster"][n]["tokens_per_s"] / result["transformers"][n]["tokens_per_s"]
-        for n in ("32", "1")
+        experts: {
+            n: result["cluster"][n]["tokens_per_s"]
+            / result["transformers"][experts][n]["tokens_per_s"]
+            for n in STREAMS
+        }
+        for experts in EXPERTS
     }
     return result
 
@@ -200,14 +213,15 @@ def report(result: dict[str, Any]) -> None:
     """Print the tables."""
     rows = [
         (
-            f"{n} streams",
-            f"{result['transformers'][n]['tokens_per_s']:.0f}",
+            f"{n} streams, {experts}",
+            f"{result['transformers'][experts][n]['tokens_per_s']:.0f}",
             f"{result['cluster'][n]['tokens_per_s']:.0f}",
-            f"{result['ratio'][n]:.2f}",
+            f"{result['ratio'][experts][n]:.2f}",
             f"{result['cluster'][n]['layer']['p50_ms']:.2f}",
             f"{result['cluster'][n]['layer']['p99_ms']:.2f}",
         )
-        for n in ("32", "1")
+        for n in STREAMS
+        for experts in EXPERTS
     ]
     columns = ["", "transformers tok/s", "cluster tok/s", "ratio", "layer p50 ms", "p99 ms"]
     show("decode", rows, columns)
@@ -226,11 +240,13 @@ def main() -> None:
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--baseline", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--experts", default="eager", help=argparse.SUPPRESS)
     parser.add_argument("--streams", type=int, default=32, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.baseline:
         streams, tokens, rounds = options.streams, options.tokens, options.rounds
-        print(json.dumps(measure_transformers(options.baseline, streams, tokens, rounds)))
+        measured = measure_transformers(options.baseline, options.experts, streams, tokens, rounds)
+        print(json.dumps(measured))
         return
     result = run(options.tokens, options.rounds, options.actors)
     report(result)

@@ -27,7 +27,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def to_bytes(rows: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor; no copy is made when it is contiguous on the CPU."""
-    return memoryview(rows.cpu().contiguous().view(torch.uint8).numpy().data).cast("B")
+    if not rows.is_cpu:
+        rows = rows.cpu()
+    return memoryview(rows.contiguous().view(torch.uint8).numpy().data).cast("B")
 
 
 def from_bytes(data: bytes | memoryview, dtype: str, num_rows: int, size: int) -> torch.Tensor:

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from cluster.errors import FrameError, WrongPlacementError
@@ -39,8 +38,8 @@ class GatedFfnExpert:
         return gated_ffn(rows, self.weights, self.act)
 
 
-_Segment = tuple[torch.Tensor, torch.Tensor]
-"""Views of one frame: the rows of its pairs for one expert, and where their results belong."""
+_Pieces = list[torch.Tensor]
+"""One frame's rows, a piece per expert; each piece's results take its place."""
 
 
 @dataclass(slots=True)
@@ -56,36 +55,37 @@ class ExpertBank:
         A frame that asks for an expert that is not held is answered by WrongPlacementError, one
         whose rows do not fit the expert by FrameError; other frames are not disturbed.
         """
-        answers: list[ErrorFrame | torch.Tensor] = []
-        segments: dict[ExpertKey, list[_Segment]] = {}
+        answers: list[ErrorFrame | _Pieces] = []
+        waiting: dict[ExpertKey, list[tuple[_Pieces, int]]] = {}
         for frame in frames:
             try:
-                answers.append(self._collect(frame, segments))
+                keys = [ExpertKey(frame.model, frame.layer_id, e) for e in frame.expert_ids]
+                pieces = self._pieces(frame, keys)
             except (WrongPlacementError, FrameError) as error:
                 answers.append(ErrorFrame(frame.request_id, type(error).__name__, error))
-        for key, parts in segments.items():
-            self._run(key, parts)
+                continue
+            answers.append(pieces)
+            for place, key in enumerate(keys):
+                waiting.setdefault(key, []).append((pieces, place))
+        for key, places in waiting.items():
+            self._run(key, places)
         return [
             answer if isinstance(answer, ErrorFrame) else _rows_frame(frame, answer)
             for frame, answer in zip(frames, answers, strict=True)
         ]
 
-    def _collect(
-        self, frame: DispatchFrame, segments: dict[ExpertKey, list[_Segment]]
-    ) -> torch.Tensor:
-        """Add a frame's pairs to the segments; returns the (yet empty) results, [P, H]."""
-        keys = [ExpertKey(frame.model, frame.layer_id, e) for e in frame.expert_ids]
+    def _pieces(self, frame: DispatchFrame, keys: Sequence[ExpertKey]) -> _Pieces:
+        """Return the rows of a frame's pairs, [P, H] in all, a piece per expert."""
         device = self._check(frame, keys)
-        index = np.frombuffer(frame.row_index, dtype="<i4")  # [P]
-        if index.min() < 0 or index.max() >= frame.num_rows:
-            raise FrameError(f"must be in 0..{frame.num_rows - 1}", "frame.row_index")
+        index = torch.frombuffer(frame.row_index, dtype=torch.int32)  # [P]
         rows = from_bytes(frame.rows, frame.dtype, frame.num_rows, frame.hidden_size)  # [N, H]
-        gathered = rows.index_select(0, torch.from_numpy(index.astype(np.int64))).to(device)
-        result = torch.empty_like(gathered)
-        counts = list(frame.num_tokens_per_expert)
-        for key, *segment in zip(keys, gathered.split(counts), result.split(counts), strict=True):
-            segments.setdefault(key, []).append((segment[0], segment[1]))
-        return result
+        try:
+            gathered = rows.index_select(0, index)
+        except IndexError:
+            raise FrameError(f"must be in 0..{frame.num_rows - 1}", "frame.row_index") from None
+        if device.type != "cpu":
+            gathered = gathered.to(device)
+        return list(gathered.split(list(frame.num_tokens_per_expert)))
 
     def _check(self, frame: DispatchFrame, keys: Sequence[ExpertKey]) -> torch.device:
         dtype = TORCH_DTYPES[frame.dtype]
@@ -104,19 +104,18 @@ class ExpertBank:
                 raise FrameError(f"must be {expert.dtype} (given: {frame.dtype})", "frame.dtype")
         return self.experts[keys[0]].device
 
-    def _run(self, key: ExpertKey, parts: list[_Segment]) -> None:
-        """Run one expert once over the rows of all its segments."""
-        rows = parts[0][0] if len(parts) == 1 else torch.cat([rows for rows, _ in parts])
-        output = self.experts[key](rows)
-        self.tokens[key] += rows.shape[0]
-        start = 0
-        for _, result in parts:
-            end = start + result.shape[0]
-            result.copy_(output[start:end])
-            start = end
+    def _run(self, key: ExpertKey, places: list[tuple[_Pieces, int]]) -> None:
+        """Run one expert once over all pieces that wait for it, and put the results there."""
+        rows = [pieces[place] for pieces, place in places]
+        outputs = self.experts[key](rows[0] if len(rows) == 1 else torch.cat(rows))
+        self.tokens[key] += outputs.shape[0]
+        sizes = [piece.shape[0] for piece in rows]
+        for (pieces, place), output in zip(places, outputs.split(sizes), strict=True):
+            pieces[place] = output
 
 
-def _rows_frame(frame: DispatchFrame, result: torch.Tensor) -> RowsFrame:
+def _rows_frame(frame: DispatchFrame, pieces: _Pieces) -> RowsFrame:
+    result = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return RowsFrame(
         frame.request_id, frame.dtype, result.shape[0], result.shape[1], to_bytes(result)
     )
