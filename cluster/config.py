@@ -64,7 +64,6 @@ class RouterConfig(_Section):
 
     replicas: int = Field(default=1, ge=1, le=1000)
     num_cpus: float = Field(default=0.1, ge=0)
-    num_gpus: float = Field(default=0.0, ge=0)
     threads: int = Field(default=1, ge=1, le=256)
     max_batch_size: int = Field(default=32, ge=1, le=4096)
     max_batch_tokens: int = Field(default=512, ge=1)

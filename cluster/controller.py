@@ -12,6 +12,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +104,8 @@ class Controller:
         delay_s = FIRST_RETRY_S
         while True:
             try:
-                handle = await self._bring_up(actor_id, handle)
+                handle = handle or self._create(actor_id)
+                await self._bring_up(actor_id, handle)
                 delay_s = FIRST_RETRY_S
                 await self._watch_actor(actor_id, handle)
             except StaleEpochError:
@@ -119,22 +121,25 @@ class Controller:
                 self._pool.kill(handle)
                 handle = None
             if actor_id in self._placement.generations:
-                await self._publish(self._placement.without(actor_id))
+                await self._publish(lambda placement: placement.without(actor_id))
                 self._reports.pop(actor_id, None)
             else:  # it never came up: do not spin
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, MAX_RETRY_S)
 
-    async def _bring_up(self, actor_id: str, handle: ActorHandle | None) -> ActorHandle:
+    def _create(self, actor_id: str) -> ActorHandle:
+        self._last_generation[actor_id] += 1
+        generation = self._last_generation[actor_id]
+        return self._pool.create(actor_id, generation, self._placement.epoch)
+
+    async def _bring_up(self, actor_id: str, handle: ActorHandle) -> None:
         started_s = time.monotonic()
-        if handle is None:
-            self._last_generation[actor_id] += 1
-            generation = self._last_generation[actor_id]
-            handle = self._pool.create(actor_id, generation, self._placement.epoch)
         epoch, keys = self._placement.epoch, self._shares[actor_id]
         report = await self._load_typed(handle, epoch, keys)
         self._reports[actor_id] = report
-        await self._publish(self._placement.with_actor(actor_id, report.generation, report.experts))
+        await self._publish(
+            lambda placement: placement.with_actor(actor_id, report.generation, report.experts)
+        )
         logger.info(
             "%s g%d on %s holds %d experts, pid %d, %.1f s",
             actor_id,
@@ -144,7 +149,6 @@ class Controller:
             report.pid,
             time.monotonic() - started_s,
         )
-        return handle
 
     async def _load_typed(
         self, handle: ActorHandle, epoch: int, keys: list[ExpertKey]
@@ -170,8 +174,10 @@ class Controller:
             except TimeoutError:
                 continue
 
-    async def _publish(self, placement: Placement) -> None:
+    async def _publish(self, change: Callable[[Placement], Placement]) -> None:
         async with self._changed:
+            # Applied under the lock: keepers that wait for it must not undo each other's changes.
+            placement = change(self._placement)
             complete = self._placement.missing() and not placement.missing()
             self._placement = placement
             self._changed.notify_all()

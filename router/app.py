@@ -75,6 +75,11 @@ class RouterDeployment(RouterReplica):
         """See :meth:`RouterReplica.generate`."""
         return await super().generate(wire, address)
 
+    def check_health(self) -> None:
+        """Raise when the engine's thread has ended; Serve then replaces the replica."""
+        if not self.is_alive():
+            raise RuntimeError("the engine's thread has ended")
+
     def __del__(self) -> None:
         """Serve calls this at a graceful end of the replica."""
         self.close()
@@ -153,7 +158,6 @@ def _router(name: str, config: RouterConfig) -> Any:
         max_ongoing_requests=4 * (config.max_batch_size + config.max_queue_requests),
         ray_actor_options={
             "num_cpus": config.num_cpus,
-            "num_gpus": config.num_gpus,
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}},
         },
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,

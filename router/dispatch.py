@@ -66,13 +66,20 @@ class Dispatcher:
         self.retries: Counter[str] = Counter()
 
     def dispatch(
-        self, layer_id: int, hidden_states: torch.Tensor, topk_ids: np.ndarray, deadline_s: float
+        self,
+        layer_id: int,
+        hidden_states: torch.Tensor,
+        topk_ids: np.ndarray,
+        ranks: np.ndarray,
+        deadline_s: float,
     ) -> torch.Tensor:
         """Return the experts' unweighted rows [T, K, H] for hidden states [T, H].
 
         ``topk_ids`` [T, K] must ascend along K; row (t, r) of the result is expert
-        ``topk_ids[t, r]`` applied to token t. Raises :class:`ExpertUnavailableError` when not every
-        share could be had before ``deadline_s`` (wall clock).
+        ``topk_ids[t, r]`` applied to token t. ``ranks`` [T, K] says where the gate had that expert:
+        an expert gets its rows by rank, then by token, as transformers' eager experts do, since a
+        row's bits depend on its place in the product. Raises :class:`ExpertUnavailableError` when
+        not every share could be had before ``deadline_s`` (wall clock).
         """
         num_tokens, k = topk_ids.shape
         flat_ids = topk_ids.ravel()
@@ -81,14 +88,17 @@ class Dispatcher:
             dtype=hidden_states.dtype,
             device=hidden_states.device,
         )
-        pending = np.argsort(flat_ids, kind="stable")  # pairs by expert, then by token
+        # Pairs by expert, then by rank, then by token.
+        pending = np.argsort(flat_ids * k + ranks.ravel(), kind="stable")
         while len(pending):
             placement = self._placement(deadline_s)
             parts, homeless = self._split(placement, layer_id, flat_ids, pending)
             failed = self._attempt(placement, layer_id, hidden_states, k, parts, rows, deadline_s)
             if failed or len(homeless):
                 self._wait(placement, bool(len(homeless)), deadline_s)
-            pending = np.concatenate([homeless, *failed]) if failed else homeless
+            left = np.concatenate([homeless, *failed]) if failed else homeless
+            # By expert again: another placement may bring together what was apart.
+            pending = left[np.argsort(flat_ids[left], kind="stable")]
         return rows.view(num_tokens, k, -1)
 
     def _placement(self, deadline_s: float) -> Placement:
@@ -233,7 +243,9 @@ class Dispatcher:
             self.retries["malformed"] += 1
             return False
         received = from_bytes(answer.rows, answer.dtype, answer.num_rows, answer.hidden_size)
-        rows.index_copy_(0, torch.from_numpy(part.pairs), received.to(rows.device))
+        if not rows.is_cpu:
+            received = received.to(rows.device)
+        rows.index_copy_(0, torch.from_numpy(part.pairs), received)
         return True
 
     def _refused(self, part: _Part, answer: ErrorFrame) -> bool:

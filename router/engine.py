@@ -67,10 +67,15 @@ class Engine:
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._outbox: list[Emission] = []
         self._closing = False
+        self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
 
     def start(self) -> None:
         """Run on a daemon thread of its own."""
-        threading.Thread(target=self.run, name="engine", daemon=True).start()
+        self._thread.start()
+
+    def is_alive(self) -> bool:
+        """Return whether the engine's thread runs."""
+        return self._thread.is_alive()
 
     def close(self) -> None:
         """Have the engine's thread end after the step that it is in."""

@@ -44,7 +44,7 @@ class RemoteExchange:
         # Ascending expert order, so that the sum below is the same whoever computes the shares.
         ascending, order = topk_ids.sort(dim=1)
         rows = self._dispatcher.dispatch(
-            layer_id, hidden_states, ascending.numpy(), self.deadline_s
+            layer_id, hidden_states, ascending.numpy(), order.numpy(), self.deadline_s
         )
         combined = combine(rows, topk_weights.gather(1, order))
         self.timings_s.append(time.perf_counter() - started_s)

@@ -23,6 +23,7 @@ import msgpack
 from router.request import TokenEvent
 
 MAX_FRAME_BYTES = 16 << 20
+MAX_HELLO_BYTES = 1024
 MAX_BUFFERED_BYTES = 8 << 20
 CONNECT_TIMEOUT_S = 5.0
 HELLO_TIMEOUT_S = 5.0
@@ -40,10 +41,10 @@ class LinkAddress:
     secret: str
 
 
-async def _read_frame(reader: asyncio.StreamReader) -> list[Any]:
+async def _read_frame(reader: asyncio.StreamReader, max_bytes: int = MAX_FRAME_BYTES) -> list[Any]:
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    if length > MAX_FRAME_BYTES:
-        raise ConnectionError(f"a link frame of {length} bytes; at most {MAX_FRAME_BYTES}")
+    if length > max_bytes:
+        raise ConnectionError(f"a link frame of {length} bytes; at most {max_bytes}")
     frame = msgpack.unpackb(await reader.readexactly(length))
     if not isinstance(frame, list):
         raise ConnectionError("a link frame that is no array")
@@ -55,12 +56,15 @@ def _pack_frame(body: list[Any]) -> bytes:
     return _LENGTH.pack(len(packed)) + packed
 
 
-OnTokens = Callable[[str, TokenEvent], None]
+OnTokens = Callable[[str, TokenEvent], bool]
 OnStop = Callable[[str, int], None]
 
 
 class LinkServer:
-    """A gateway's end: hands each token event to ``on_tokens(request_id, event)``."""
+    """A gateway's end: hands each token event to ``on_tokens(request_id, event)``.
+
+    That returns whether the request is still wanted; nothing is remembered of one that is not.
+    """
 
     def __init__(self, host: str, on_tokens: OnTokens) -> None:
         """``host`` is the address that routers can reach; :meth:`start` opens a free port."""
@@ -95,13 +99,14 @@ class LinkServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            hello = await asyncio.wait_for(_read_frame(reader), HELLO_TIMEOUT_S)
-            if len(hello) != 1 or not hmac.compare_digest(str(hello[0]), self._secret):
+            hello = await asyncio.wait_for(_read_frame(reader, MAX_HELLO_BYTES), HELLO_TIMEOUT_S)
+            said = hello[0] if len(hello) == 1 and isinstance(hello[0], str) else ""
+            if not hmac.compare_digest(said.encode(), self._secret.encode()):
                 raise ConnectionError("a link with a wrong secret")
             while True:
                 for request_id, wire in await _read_frame(reader):
-                    self._routes[request_id] = writer
-                    self._on_tokens(request_id, TokenEvent.from_wire(wire))
+                    if self._on_tokens(request_id, TokenEvent.from_wire(wire)):
+                        self._routes[request_id] = writer
         except (OSError, asyncio.IncompleteReadError, TimeoutError, ValueError) as error:
             if not isinstance(error, asyncio.IncompleteReadError):
                 logger.warning("link closed: %s", error)
@@ -123,9 +128,10 @@ class LinkClient:
 
     async def connect(self, address: LinkAddress) -> None:
         """Have a link to a gateway; returns without one when the gateway cannot be reached."""
+        if self._is_linked(address):  # not behind the lock, where another gateway may keep us
+            return
         async with self._connecting:
-            known = self._links.get(address)
-            if known is not None and not known.is_closing():
+            if self._is_linked(address):
                 return
             try:
                 reader, writer = await asyncio.wait_for(
@@ -139,6 +145,10 @@ class LinkClient:
             task = asyncio.create_task(self._read_stops(address, reader, writer))
             self._readers.add(task)
             task.add_done_callback(self._readers.discard)
+
+    def _is_linked(self, address: LinkAddress) -> bool:
+        known = self._links.get(address)
+        return known is not None and not known.is_closing()
 
     def send(self, address: LinkAddress, events: list[tuple[str, TokenEvent]]) -> None:
         """Send one step's events for a gateway's requests; drops them where there is no link.

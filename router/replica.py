@@ -134,12 +134,18 @@ class RouterReplica:
             self._links.send(address, events)
 
     async def stats(self) -> dict[str, Any]:
-        """Return measurements: latest layer times (s), retries by reason, resident bytes."""
+        """Return measurements: layer times (s) since the last call, retries by reason, memory."""
+        layer_s = list(self._exchange.timings_s)
+        self._exchange.timings_s.clear()
         return {
-            "layer_s": list(self._exchange.timings_s),
+            "layer_s": layer_s,
             "retries": dict(self._dispatcher.retries),
             "rss_bytes": psutil.Process().memory_info().rss,
         }
+
+    def is_alive(self) -> bool:
+        """Return whether the engine still works."""
+        return self._engine.is_alive()
 
     def close(self) -> None:
         """Stop the engine after its step, and the background work."""

@@ -72,11 +72,28 @@ def _without_error_message(
     stream: Callable[[Any, Any], AsyncIterator[Any]],
 ) -> Callable[[Any, Any], AsyncIterator[Any]]:
     async def filtered(request: Any, context: Any) -> AsyncIterator[Any]:
-        async for message in stream(request, context):
-            if not context.code():
-                yield message
+        messages = stream(request, context)
+        try:
+            async for message in messages:
+                if not context.code():
+                    yield message
+        except (asyncio.CancelledError, GeneratorExit):
+            await _cancel(messages)
+            raise
 
     return filtered
+
+
+async def _cancel(messages: AsyncIterator[Any]) -> None:
+    """Have Serve cancel a call to a replica whose client went away while a message was sent to it.
+
+    Serve does so only where the cancellation meets it waiting for the next message; being closed
+    in between it would let the call run to its end.
+    """
+    following = asyncio.ensure_future(anext(messages, None))
+    await asyncio.sleep(0)  # lets it begin to wait
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
 
 
 def add_services_to_server(servicer: Any, server: Any) -> None:

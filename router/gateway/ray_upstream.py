@@ -115,10 +115,11 @@ class RayUpstream:
             self._address = asyncio.ensure_future(self._link.start())
         return await self._address
 
-    def _on_tokens(self, request_id: str, event: TokenEvent) -> None:
+    def _on_tokens(self, request_id: str, event: TokenEvent) -> bool:
         stream = self._streams.get(request_id)
         if stream is not None and not stream.full():  # what is left out comes with the reply
             stream.put_nowait(event)
+        return stream is not None
 
     def stop(self, request_id: str, index: int) -> None:
         """See :class:`Upstream`."""

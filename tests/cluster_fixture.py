@@ -1,0 +1,326 @@
+"""One ExpertMesh on a local Ray for all integration and fault tests, and how they use it.
+
+The cluster is whole (every expert live, a router per model) before each test; the tests that break
+something wait until it is whole again. Nothing here sleeps: every wait is for a condition, bounded.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import psutil
+import pytest
+import torch
+from transformers import MixtralForCausalLM
+
+from cluster.errors import ExpertMeshError
+from cluster.status import ActorStatus, ClusterStatus
+from router.client import Client, Reply, Sampling
+from tests.checkpoints import VOCAB_SIZE, save_mixtral
+
+APP, TINY, RANDOM = "expertmesh", "mesh-tiny", "random"
+NUM_ACTORS = 3
+LAYERS, NUM_EXPERTS, TOP_K = {TINY: 4, RANDOM: 3}, 8, 2
+RANDOM_CONTEXT = 256
+WHOLE_TIMEOUT_S = 60.0
+POLL_S = 0.05
+SETTLED_S = 1.5
+"""Longer than from one heartbeat of an actor to the next."""
+
+T = TypeVar("T")
+
+
+def wait_until(condition: Callable[[], T], what: str, timeout_s: float = WHOLE_TIMEOUT_S) -> T:
+    """Return the first true value of ``condition``; fails the test after ``timeout_s``.
+
+    An error of ours means "not yet": parts of the cluster may be away for a while.
+    """
+    pause = threading.Event()
+    deadline_s = time.monotonic() + timeout_s
+    last: object = None
+    while time.monotonic() < deadline_s:
+        try:
+            value = condition()
+        except (ExpertMeshError, httpx.TransportError) as error:
+            last = error
+        else:
+            if value:
+                return value
+            last = value
+        pause.wait(POLL_S)
+    pytest.fail(f"{what}: not within {timeout_s} s (last: {last!r})")
+
+
+def free_ports(count: int) -> list[int]:
+    """Return TCP ports that nobody listens on at the moment."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process runs; a zombie does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def prompt_of(length: int, seed: int, vocab_size: int = VOCAB_SIZE) -> list[int]:
+    """Return random token ids without the special ones."""
+    source = random.Random(seed)
+    return [source.randrange(2, vocab_size) for _ in range(length)]
+
+
+def greedy(max_tokens: int, **others: Any) -> Sampling:
+    """Return greedy sampling of exactly ``max_tokens`` tokens."""
+    return Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **others)
+
+
+def transformers_tokens(
+    oracle: MixtralForCausalLM, prompt: Sequence[int], count: int
+) -> tuple[int, ...]:
+    """Return what ``transformers.generate`` makes of a prompt, greedily and past any end."""
+    ids = torch.tensor([list(prompt)])
+    with torch.inference_mode():
+        output = oracle.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            eos_token_id=None,
+        )
+    return tuple(output[0, len(prompt) :].tolist())
+
+
+class StreamReader:
+    """Reads one stream on a thread of its own; keeps the pieces, or the error that ended it."""
+
+    def __init__(
+        self,
+        client: Client,
+        prompt: str | Sequence[int],
+        sampling: Sampling,
+        model: str = "random",
+        timeout_s: float = 60.0,
+    ) -> None:
+        self.pieces: list[Reply] = []
+        self.error: Exception | None = None
+        self.took_s = 0.0
+        self._changed = threading.Condition()
+        self._ended = False
+        self._args = (client, prompt, sampling, model, timeout_s)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        client, prompt, sampling, model, timeout_s = self._args
+        started_s = time.monotonic()
+        try:
+            for piece in client.stream(prompt, sampling, model=model, timeout_s=timeout_s):
+                with self._changed:
+                    self.pieces.append(piece)
+                    self._changed.notify_all()
+        except Exception as error:  # handed to the test's thread
+            self.error = error
+        with self._changed:
+            self.took_s = time.monotonic() - started_s
+            self._ended = True
+            self._changed.notify_all()
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All tokens so far, of all choices."""
+        return tuple(token_id for piece in self.pieces for token_id in piece.token_ids)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the stream is over, well or not."""
+        return self._ended
+
+    def wait_tokens(self, count: int, timeout_s: float = 30.0) -> None:
+        """Wait until so many tokens have come; the stream must still go on then."""
+        with self._changed:
+            came = self._changed.wait_for(
+                lambda: self._ended or len(self.token_ids) >= count, timeout_s
+            )
+            assert came, f"only {len(self.token_ids)} tokens in {timeout_s} s"
+            assert not self._ended, f"the stream ended before the fault: {self.error!r}"
+
+    def wait_end(self, timeout_s: float = 60.0) -> None:
+        """Wait until the stream is over."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._ended, timeout_s), (
+                f"still {len(self.token_ids)} tokens after {timeout_s} s"
+            )
+
+    def result(self, timeout_s: float = 60.0) -> tuple[int, ...]:
+        """Return all tokens of a stream that ended well, as the last piece says it did."""
+        self.wait_end(timeout_s)
+        if self.error is not None:
+            raise self.error
+        assert [piece.finish_reason for piece in self.pieces[:-1]] == [None] * (
+            len(self.pieces) - 1
+        )
+        usage = self.pieces[-1].usage
+        assert usage is not None
+        assert usage.completion_tokens == len(self.token_ids)
+        return self.token_ids
+
+
+@dataclass(frozen=True)
+class ServedCluster:
+    """A running ExpertMesh: where it answers, and the checkpoint that no other has."""
+
+    http_url: str
+    grpc_address: str
+    args: dict[str, Any]
+    random_folder: Path
+    oracle: MixtralForCausalLM
+    client: Client
+    _expected: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = field(default_factory=dict)
+
+    def expected(self, prompt: Sequence[int], count: int) -> tuple[int, ...]:
+        """Return the random model's greedy tokens as transformers has them; remembered."""
+        key = (tuple(prompt), count)
+        if key not in self._expected:
+            self._expected[key] = transformers_tokens(self.oracle, prompt, count)
+        return self._expected[key]
+
+    def status(self) -> ClusterStatus:
+        """Ask the controller."""
+        return self.client.status()
+
+    def actors(self) -> dict[str, ActorStatus]:
+        """Return the live actors by id."""
+        return {actor.actor_id: actor for actor in self.status().actors}
+
+    def pids(self) -> dict[str, tuple[int, ...]]:
+        """Return the pids of all parts."""
+        told = self.status()
+        return {
+            "controller": (told.controller_pid,),
+            "routers": tuple(sorted(one.pid for one in told.routers)),
+            "gateways": tuple(sorted(one.pid for one in told.gateways)),
+            "actors": tuple(actor.pid for actor in told.actors),
+        }
+
+    def is_whole(self) -> bool:
+        """Tell whether every part is there and every process that the status names lives."""
+        told = self.status()
+        pids = [pid for group in self.pids().values() for pid in group]
+        return (
+            told.missing_experts == 0
+            and len(told.actors) == NUM_ACTORS
+            and len(told.routers) == len(told.models)
+            and len(told.gateways) == 1
+            and all(is_alive(pid) for pid in pids)
+            and httpx.get(f"{self.http_url}/ready").status_code == 200
+        )
+
+    def wait_whole(self, timeout_s: float = WHOLE_TIMEOUT_S) -> ClusterStatus:
+        """Wait until every part is there."""
+        wait_until(self.is_whole, "the cluster is whole", timeout_s)
+        return self.status()
+
+    def crowd(
+        self, model: str, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]
+    ) -> list[tuple[int, ...]]:
+        """Send all prompts at once; returns each one's tokens."""
+
+        def one(prompt: Sequence[int], sampling: Sampling) -> tuple[int, ...]:
+            [reply] = self.client.generate(prompt, sampling, model=model, timeout_s=60)
+            return reply.token_ids
+
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(one, prompts, samplings))
+
+    def metric(self, name: str) -> dict[str, float]:
+        """Return the samples of one metric by their labels."""
+        text = httpx.get(f"{self.http_url}/metrics").text
+        lines = [line for line in text.splitlines() if line.startswith((f"{name}{{", f"{name} "))]
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+    def running(self) -> float:
+        """Return how many requests the gateway says are generating."""
+        return sum(self.metric("expertmesh_num_requests_running").values())
+
+    def settled_tokens(self) -> int:
+        """Return how many rows all actors have computed, once no more are told for a while."""
+        last, since_s = -1, 0.0
+
+        def settled() -> bool:
+            nonlocal last, since_s
+            total = sum(actor.tokens for actor in self.status().actors)
+            if total != last:
+                last, since_s = total, time.monotonic()
+            return time.monotonic() - since_s > SETTLED_S
+
+        wait_until(settled, "the actors have nothing to do", 20)
+        return last
+
+
+@contextmanager
+def served_cluster(folder: Path) -> Iterator[ServedCluster]:
+    """Start Ray, Serve and the application; ends all of them."""
+    import ray
+    from ray import serve
+
+    from router.app import build
+
+    oracle = save_mixtral(folder)
+    http_port, grpc_port = free_ports(2)
+    args: dict[str, Any] = {
+        "models": [
+            {"id": TINY, "path": "models/mesh-tiny"},
+            {"id": RANDOM, "path": str(folder)},
+        ],
+        "experts": {"actors": NUM_ACTORS},
+    }
+    os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"  # Ray hands it on to the processes it starts
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="warning",
+        namespace="serve",
+    )
+    try:
+        serve.start(
+            http_options={"host": "127.0.0.1", "port": http_port},
+            grpc_options={
+                "port": grpc_port,
+                "grpc_servicer_functions": ["router.gateway.grpc_service:add_services_to_server"],
+                "enable_reflection": True,
+            },
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        serve.run(build(args), name=APP, route_prefix="/")
+        address = f"127.0.0.1:{grpc_port}"
+        with Client(address) as client:
+            cluster = ServedCluster(
+                f"http://127.0.0.1:{http_port}", address, args, folder, oracle, client
+            )
+            cluster.wait_whole()
+            yield cluster
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+        del os.environ["RAY_SERVE_LOG_TO_STDERR"]

@@ -1,0 +1,31 @@
+"""The one cluster of a test session, and the order of the tests: quick ones first, faults last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster_fixture import ServedCluster, served_cluster
+
+ORDER = ("unit", "integration", "fault")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests that break the cluster after those that look at a fresh one."""
+    places = {folder: place for place, folder in enumerate(ORDER)}
+    items.sort(key=lambda item: places.get(item.path.parent.name, 0))
+
+
+@pytest.fixture(scope="session")
+def served_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedCluster]:
+    """Start the cluster for the first test that asks for it."""
+    with served_cluster(tmp_path_factory.mktemp("checkpoints") / "random") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def served(served_session: ServedCluster) -> ServedCluster:
+    """Give the cluster once it is whole."""
+    served_session.wait_whole()
+    return served_session

@@ -1,0 +1,166 @@
+"""gRPC as clients meet it: our client, reflection, health, and bytes that are no message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message_factory import GetMessageClass
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+
+from router.client import Client, Sampling
+from tests.cluster_fixture import (
+    LAYERS,
+    NUM_EXPERTS,
+    RANDOM,
+    RANDOM_CONTEXT,
+    TINY,
+    TOP_K,
+    ServedCluster,
+    greedy,
+    prompt_of,
+)
+
+PACKAGE = "expertmesh.v1"
+
+
+def test_text_in_and_text_out(served: ServedCluster) -> None:
+    [reply] = served.client.generate("In the beginning", greedy(12), model=TINY)
+    assert reply.finish_reason == "length"
+    assert len(reply.token_ids) == 12
+    assert reply.text
+    assert reply.exact
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens == 12
+    assert reply.usage.prompt_tokens > 0
+
+
+def test_without_a_model_the_first_served_one_answers(served: ServedCluster) -> None:
+    [reply] = served.client.generate("In the beginning", greedy(5))
+    [named] = served.client.generate("In the beginning", greedy(5), model=TINY)
+    assert reply.token_ids == named.token_ids
+
+
+def test_a_stream_comes_in_pieces_that_make_the_whole(served: ServedCluster) -> None:
+    [whole] = served.client.generate("In the beginning", greedy(30), model=TINY)
+    pieces = list(served.client.stream("In the beginning", greedy(30), model=TINY))
+    assert len(pieces) > 10
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert tuple(t for piece in pieces for t in piece.token_ids) == whole.token_ids
+    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert pieces[-1].finish_reason == "length"
+    assert pieces[-1].usage == whole.usage
+
+
+def test_choices_logprobs_and_stops(served: ServedCluster) -> None:
+    sampling = Sampling(max_tokens=8, seed=3, n=3, logprobs=2, ignore_eos=True)
+    replies = served.client.generate("God said", sampling, model=TINY)
+    assert [reply.index for reply in replies] == [0, 1, 2]
+    for reply in replies:
+        assert len(reply.logprobs) == len(reply.token_ids) == 8
+        assert all(len(row.top_ids) == 2 and row.logprob <= 0 for row in reply.logprobs)
+    assert len({reply.token_ids for reply in replies}) > 1
+    [plain] = served.client.generate("God said", greedy(30), model=TINY)
+    stop = plain.text[5:8]
+    [stopped] = served.client.generate("God said", greedy(30, stop=[stop]), model=TINY)
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == plain.text[: plain.text.index(stop)]
+
+
+def test_model_info_tells_each_models_numbers(served: ServedCluster) -> None:
+    infos = {info.id: info for info in served.client.model_info()}
+    assert set(infos) == {TINY, RANDOM}
+    for model, info in infos.items():
+        assert info.family == "mixtral"
+        assert (info.num_experts, info.num_experts_per_tok) == (NUM_EXPERTS, TOP_K)
+        assert info.num_layers == LAYERS[model]
+        assert info.dtype == "float32"
+    assert infos[RANDOM].max_model_len == RANDOM_CONTEXT
+    assert served.client.model_info(RANDOM) == [infos[RANDOM]]
+
+
+def test_a_client_that_knows_nothing_calls_through_reflection(served: ServedCluster) -> None:
+    with grpc.insecure_channel(served.grpc_address) as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        services = set(database.get_services())
+        assert {f"{PACKAGE}.Inference", f"{PACKAGE}.Admin", "grpc.health.v1.Health"} <= services
+        method = (
+            DescriptorPool(database)
+            .FindServiceByName(f"{PACKAGE}.Inference")
+            .FindMethodByName("Generate")
+        )
+        request = GetMessageClass(method.input_type)(
+            model=RANDOM,
+            prompt_token_ids={"ids": prompt_of(9, 1)},
+            sampling={"max_tokens": 6, "temperature": 0.0, "ignore_eos": True},
+        )
+        call = channel.unary_unary(
+            f"/{PACKAGE}.Inference/Generate",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=GetMessageClass(method.output_type).FromString,
+        )
+        reply: Any = call(request, timeout=30)
+    assert tuple(reply.token_ids) == served.expected(prompt_of(9, 1), 6)
+
+
+def test_health_is_serving(served: ServedCluster) -> None:
+    with grpc.insecure_channel(served.grpc_address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", f"{PACKAGE}.Inference", f"{PACKAGE}.Admin"):
+            reply = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            health.Check(health_pb2.HealthCheckRequest(service="nope"), timeout=10)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("method", "streams"),
+    [
+        ("Inference/Generate", False),
+        ("Inference/GenerateStream", True),
+        ("Inference/GetModelInfo", False),
+        ("Admin/GetStatus", False),
+    ],
+)
+def test_bytes_that_are_no_protobuf_are_an_invalid_argument(
+    served: ServedCluster, method: str, streams: bool
+) -> None:
+    before = served.pids()
+    with grpc.insecure_channel(served.grpc_address) as channel:
+        open_call = channel.unary_stream if streams else channel.unary_unary
+        call = open_call(f"/{PACKAGE}.{method}")
+        answer = call(b"\xff\xff\xff", timeout=30) if streams else None
+        with pytest.raises(grpc.RpcError) as caught:
+            next(answer) if answer else call(b"\xff\xff\xff", timeout=30)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    trailing = dict(caught.value.trailing_metadata())
+    status = status_pb2.Status.FromString(trailing["grpc-status-details-bin"])
+    details = [
+        packed for packed in status.details if packed.Is(error_details_pb2.BadRequest.DESCRIPTOR)
+    ]
+    bad_request = error_details_pb2.BadRequest()
+    assert details[0].Unpack(bad_request)
+    assert "not a" in bad_request.field_violations[0].description
+    [reply] = served.client.generate("In", greedy(2), model=TINY)
+    assert len(reply.token_ids) == 2
+    assert served.pids() == before
+
+
+def test_several_clients_at_once_each_get_their_own(served: ServedCluster) -> None:
+    prompts = [prompt_of(4 + i, i) for i in range(4)]
+    streams = []
+    clients = [Client(served.grpc_address) for _ in prompts]
+    for client, prompt in zip(clients, prompts, strict=True):
+        streams.append(client.stream(prompt, greedy(20), model=RANDOM, timeout_s=30))
+    for stream, prompt in zip(streams, prompts, strict=True):
+        tokens = tuple(token for piece in stream for token in piece.token_ids)
+        assert tokens == served.expected(prompt, 20)
+    for client in clients:
+        client.close()

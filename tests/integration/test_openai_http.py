@@ -1,0 +1,193 @@
+"""The HTTP surface as its users have it: the openai client, httpx, and what an operator asks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+
+from tests.cluster_fixture import RANDOM, RANDOM_CONTEXT, TINY, ServedCluster, prompt_of
+
+HELLO = [{"role": "user", "content": "Who made the heaven?"}]
+GREEDY = {"temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture
+def api(served: ServedCluster) -> Iterator[openai.OpenAI]:
+    """The real client, without its retries."""
+    url = f"{served.http_url}/v1"
+    with openai.OpenAI(api_key="none", base_url=url, max_retries=0, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+def http(served: ServedCluster) -> Iterator[httpx.Client]:
+    """Plain HTTP."""
+    with httpx.Client(base_url=served.http_url, timeout=30) as client:
+        yield client
+
+
+def test_models_are_listed_with_their_context(api: openai.OpenAI) -> None:
+    assert [model.id for model in api.models.list()] == [TINY, RANDOM]
+    assert api.models.retrieve(RANDOM).to_dict()["max_model_len"] == RANDOM_CONTEXT
+
+
+def test_a_text_completion_counts_its_tokens(api: openai.OpenAI) -> None:
+    answer = api.completions.create(
+        model=TINY, prompt="In the beginning", max_tokens=7, temperature=0, extra_body=GREEDY
+    )
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.choices[0].text
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 7
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 7
+
+
+def test_token_ids_in_and_token_ids_out(api: openai.OpenAI, served: ServedCluster) -> None:
+    prompt = prompt_of(11, 4)
+    answer = api.completions.create(
+        model=RANDOM, prompt=prompt, max_tokens=9, extra_body={**GREEDY, "return_token_ids": True}
+    )
+    choice = answer.choices[0].to_dict()
+    assert choice["prompt_token_ids"] == prompt
+    assert tuple(choice["token_ids"]) == served.expected(prompt, 9)  # type: ignore[arg-type]
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (11, 9)
+
+
+def test_a_list_of_prompts_is_answered_in_order(api: openai.OpenAI, served: ServedCluster) -> None:
+    prompts = [prompt_of(3, 5), prompt_of(12, 6), prompt_of(7, 7)]
+    answer = api.completions.create(
+        model=RANDOM, prompt=prompts, max_tokens=6, extra_body={**GREEDY, "return_token_ids": True}
+    )
+    got = [tuple(choice.to_dict()["token_ids"]) for choice in answer.choices]  # type: ignore[arg-type]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert got == [served.expected(prompt, 6) for prompt in prompts]
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (22, 18)
+
+
+def test_a_streamed_completion_is_the_whole_one(api: openai.OpenAI) -> None:
+    whole = api.completions.create(
+        model=TINY, prompt="In the beginning", max_tokens=20, extra_body=GREEDY
+    )
+    chunks = list(
+        api.completions.create(
+            model=TINY,
+            prompt="In the beginning",
+            max_tokens=20,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body=GREEDY,
+        )
+    )
+    assert len(chunks) > 5
+    texts = [chunk.choices[0].text for chunk in chunks if chunk.choices]
+    assert "".join(texts) == whole.choices[0].text
+    assert chunks[-1].usage == whole.usage
+
+
+def test_a_chat_is_answered_whole_and_streamed(api: openai.OpenAI) -> None:
+    whole = api.chat.completions.create(
+        model=TINY,
+        messages=HELLO,
+        max_tokens=16,
+        extra_body=GREEDY,  # type: ignore[arg-type]
+    )
+    assert whole.choices[0].message.role == "assistant"
+    assert whole.choices[0].message.content
+    stream = api.chat.completions.create(
+        model=TINY,
+        messages=HELLO,  # type: ignore[arg-type]
+        max_tokens=16,
+        stream=True,
+        extra_body=GREEDY,
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert "".join(texts) == whole.choices[0].message.content
+    assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["length"]
+
+
+def test_logprobs_of_a_chat_and_a_completion(api: openai.OpenAI) -> None:
+    text = api.completions.create(
+        model=TINY, prompt="God", max_tokens=4, logprobs=3, extra_body=GREEDY
+    )
+    logprobs = text.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert logprobs.token_logprobs is not None
+    assert logprobs.top_logprobs is not None
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == 4
+    for chosen, top in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert len(top) == 3
+        assert chosen == max(top.values())  # greedy takes the likeliest
+    chat = api.chat.completions.create(
+        model=TINY,
+        messages=HELLO,  # type: ignore[arg-type]
+        max_tokens=4,
+        logprobs=True,
+        top_logprobs=2,
+        extra_body=GREEDY,
+    )
+    content = chat.choices[0].logprobs
+    assert content is not None
+    assert content.content is not None
+    assert [len(token.top_logprobs) for token in content.content] == [2] * 4
+
+
+def test_two_choices_differ_and_a_seed_repeats_them(api: openai.OpenAI) -> None:
+    first, again = (
+        api.completions.create(model=TINY, prompt="And", max_tokens=12, n=2, seed=11, temperature=1)
+        for _ in range(2)
+    )
+    assert [choice.index for choice in first.choices] == [0, 1]
+    assert first.choices[0].text != first.choices[1].text
+    assert [c.text for c in first.choices] == [c.text for c in again.choices]
+
+
+def test_a_stop_string_ends_the_text_before_it(api: openai.OpenAI) -> None:
+    plain = api.completions.create(model=TINY, prompt="And", max_tokens=24, extra_body=GREEDY)
+    text = plain.choices[0].text
+    stop = text[6:9]
+    stopped = api.completions.create(
+        model=TINY, prompt="And", max_tokens=24, stop=stop, extra_body=GREEDY
+    )
+    assert stopped.choices[0].finish_reason == "stop"
+    assert stopped.choices[0].text == text[: text.index(stop)]
+    assert stopped.usage is not None
+    assert plain.usage is not None
+    assert stopped.usage.completion_tokens < plain.usage.completion_tokens
+
+
+def test_server_sent_events_end_with_done(http: httpx.Client) -> None:
+    body = {"model": TINY, "prompt": "In", "max_tokens": 5, "stream": True, **GREEDY}
+    with http.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert events[-1] == "[DONE]"
+    assert all(json.loads(event)["object"] == "text_completion" for event in events[:-1])
+
+
+def test_operators_see_life_readiness_and_metrics(
+    http: httpx.Client, served: ServedCluster
+) -> None:
+    assert http.get("/health").status_code == 200
+    assert http.get("/ready").json() == {"ready": True}
+
+    def generated() -> float:
+        labels = f'expertmesh_generation_tokens_total{{model_name="{TINY}"}}'
+        return served.metric("expertmesh_generation_tokens_total").get(labels, 0.0)
+
+    before = generated()
+    body = {"model": TINY, "prompt": "In", "max_tokens": 5, **GREEDY}
+    assert http.post("/v1/completions", json=body).status_code == 200
+    assert generated() == before + 5
+    assert served.running() == 0
+    assert served.metric("expertmesh_missing_experts") == {"expertmesh_missing_experts": 0}
+    assert len(served.metric("expertmesh_actor_tokens")) == len(served.actors())

@@ -1,0 +1,99 @@
+"""``serve run deploy/cluster.yaml`` as the README has it: ready, quiet, and gone after Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+import deploy
+from router.client import Client
+from tests.cluster_fixture import TINY, free_ports, greedy, is_alive, wait_until
+
+SERVE = str(Path(sysconfig.get_path("scripts")) / "serve")
+DEPLOYED = Path(deploy.__file__).parent / "cluster.yaml"
+READY_S, GONE_S, MAX_LINES = 90.0, 20.0, 16
+
+
+@contextmanager
+def serve_run(file: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run ``serve run`` on a Ray of its own; ends what is left of it, and nothing else."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [SERVE, "run", "-a", "local", str(file)],
+            cwd=file.parent,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    left: list[psutil.Process] = []
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            left = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+        for child in left:
+            if child.is_running():
+                child.kill()
+        process.wait(10)
+
+
+def copy_with_ports(folder: Path, http_port: int, grpc_port: int) -> Path:
+    """Write a copy of the deployed file that listens elsewhere."""
+    document = yaml.safe_load(DEPLOYED.read_text())
+    document["http_options"]["port"] = http_port
+    document["grpc_options"]["port"] = grpc_port
+    file = folder / "cluster.yaml"
+    file.write_text(yaml.safe_dump(document, sort_keys=False))
+    return file
+
+
+@pytest.mark.timeout(180)
+def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    http_port, grpc_port = free_ports(2)
+    file, log = copy_with_ports(tmp_path, http_port, grpc_port), tmp_path / "log"
+    with serve_run(file, log) as process, Client(f"127.0.0.1:{grpc_port}") as client:
+
+        def ready() -> bool:
+            assert process.poll() is None, log.read_text()
+            return httpx.get(f"http://127.0.0.1:{http_port}/ready").status_code == 200
+
+        wait_until(ready, "serve run is ready", READY_S)
+        [reply] = client.generate("In the beginning", greedy(5), model=TINY)
+        assert len(reply.token_ids) == 5
+        told = client.status()
+        pids = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+        pids |= {part.pid for part in (*told.routers, *told.gateways, *told.actors)}
+        pids |= {told.controller_pid}
+        assert len(pids) > 5
+        lines = log.read_text().splitlines()
+        assert len(lines) <= MAX_LINES, "\n".join(lines)
+        assert any("experts have a live copy" in line for line in lines)
+
+        process.send_signal(signal.SIGINT)
+        process.wait(GONE_S)
+        wait_until(lambda: not [pid for pid in pids if is_alive(pid)], "no process is left", GONE_S)
+    assert "Traceback" not in log.read_text()
+
+
+def test_serve_run_on_a_bad_file_ends_with_one_clear_line(tmp_path: Path) -> None:
+    file, log = copy_with_ports(tmp_path, *free_ports(2)), tmp_path / "log"
+    file.write_text(file.read_text().replace("actors: 2", "actors: none"))
+    with serve_run(file, log) as process:
+        assert process.wait(60) not in (0, None)
+    lines = [line for line in log.read_text().splitlines() if "expertmesh:" in line]
+    assert len(lines) == 1
+    assert "args.experts.actors" in lines[0]
+    assert "Traceback" not in log.read_text()

@@ -1,0 +1,123 @@
+"""``expertmesh`` as a user runs it, and what its status tells of the processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.cluster_fixture import (
+    LAYERS,
+    NUM_ACTORS,
+    NUM_EXPERTS,
+    RANDOM,
+    TINY,
+    ServedCluster,
+    free_ports,
+    greedy,
+    is_alive,
+)
+
+MB = 1_000_000
+COMMAND = str(Path(sysconfig.get_path("scripts")) / "expertmesh")
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run([COMMAND, *words], capture_output=True, text=True, timeout=60)
+
+
+def status_json(served: ServedCluster) -> dict[str, Any]:
+    """Return what ``expertmesh status --json`` prints."""
+    done = run("status", "--json", "--address", served.grpc_address)
+    assert (done.returncode, done.stderr) == (0, "")
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
+def test_status_tells_every_part_and_every_expert_once(served: ServedCluster) -> None:
+    told = status_json(served)
+    assert told["models"] == [TINY, RANDOM]
+    assert told["placement_version"] >= NUM_ACTORS
+    assert told["missing_experts"] == 0
+    assert len(told["routers"]) == 2
+    assert len(told["gateways"]) == 1
+    members = [*told["routers"], *told["gateways"]]
+    pids = [told["controller_pid"], *(part["pid"] for part in [*members, *told["actors"]])]
+    assert all(is_alive(pid) for pid in pids)
+    assert len(set(pids)) == len(pids)
+    assert len({part["node"] for part in [*members, *told["actors"]]}) == 1
+    actors = told["actors"]
+    assert [actor["actor_id"] for actor in actors] == [f"expert-{i}" for i in range(NUM_ACTORS)]
+    assert [actor["generation"] for actor in actors] == [1] * NUM_ACTORS
+    assert [actor["device"] for actor in actors] == ["cpu"] * NUM_ACTORS
+    assert all(actor["tokens"] >= 0 for actor in actors)
+    held = sorted(tuple(expert) for actor in actors for expert in actor["experts"])
+    assert held == sorted(
+        (model, layer, expert)
+        for model, layers in LAYERS.items()
+        for layer in range(layers)
+        for expert in range(NUM_EXPERTS)
+    )
+
+
+def test_status_is_a_table_for_people(served: ServedCluster) -> None:
+    done = run("status", "--address", served.grpc_address)
+    assert done.returncode == 0
+    assert "ready" in done.stdout
+    for actor in served.status().actors:
+        assert actor.actor_id in done.stdout
+        assert str(actor.pid) in done.stdout
+
+
+def test_generate_prints_the_text_whole_or_as_it_comes(served: ServedCluster) -> None:
+    [reply] = served.client.generate("In the beginning", greedy(12), model=TINY)
+    words = ("generate", "In the beginning", "--max-tokens", "12", "--temperature", "0")
+    address = ("--address", served.grpc_address)
+    whole = run(*words, *address)
+    assert (whole.returncode, whole.stdout, whole.stderr) == (0, reply.text + "\n", "")
+    streamed = run(*words, "--stream", *address)
+    assert (streamed.returncode, streamed.stdout) == (0, reply.text + "\n")
+
+
+def test_generate_prints_json(served: ServedCluster) -> None:
+    [reply] = served.client.generate("In the beginning", greedy(9), model=TINY)
+    words = ("generate", "In the beginning", "--max-tokens", "9", "--temperature", "0", "--json")
+    address = ("--address", served.grpc_address)
+    told = json.loads(run(*words, *address).stdout)
+    assert (told["text"], tuple(told["token_ids"])) == (reply.text, reply.token_ids)
+    lines = run(*words, "--stream", *address).stdout.splitlines()
+    assert len(lines) > 1
+    assert "".join(json.loads(line)["text"] for line in lines) == reply.text
+
+
+def test_exit_codes_tell_refused_from_unreachable(served: ServedCluster) -> None:
+    refused = run("generate", "x", "--model", "nope", "--address", served.grpc_address)
+    assert refused.returncode == 1
+    assert "nope" in refused.stderr
+    usage = run("generate", "x", "--no-such-option", "--address", served.grpc_address)
+    assert usage.returncode == 2
+    [nobody] = free_ports(1)
+    for words in (("status",), ("generate", "x")):
+        unreachable = run(*words, "--address", f"127.0.0.1:{nobody}")
+        assert unreachable.returncode == 3
+        assert len(unreachable.stderr.splitlines()) == 1
+
+
+def test_processes_stay_small_beside_their_weights(served: ServedCluster) -> None:
+    expert_bytes = {
+        TINY: 3 * 128 * 128 * 4,  # three matrices of hidden x intermediate in fp32
+        RANDOM: 3 * 64 * 96 * 4,
+    }
+    told = served.status()
+    for actor in told.actors:
+        weights = sum(expert_bytes[model] for model, _, _ in actor.experts)
+        beyond = psutil.Process(actor.pid).memory_info().rss - weights
+        assert beyond <= 350 * MB, f"{actor.actor_id}: {beyond / MB:.0f} MB"
+    for router in told.routers:
+        rss = psutil.Process(router.pid).memory_info().rss
+        assert rss <= 550 * MB, f"router: {rss / MB:.0f} MB"

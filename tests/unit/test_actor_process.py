@@ -1,0 +1,405 @@
+"""The expert actor in this process, without Ray: answers, limits, merging, failures, lease."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.errors import Code, StaleEpochError
+from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode
+from cluster.lease import ABSENT_S, LEASE_S, Lease
+from cluster.placement import ExpertKey, ModelExperts
+from cluster.spec import ActorReport, ActorSpec, ModelSource
+from cluster.tensors import from_bytes, to_bytes
+from experts import actor as actor_module
+from experts.actor import ExpertActor
+from experts.bank import GatedFfnExpert
+from experts.checkpoint import open_checkpoint
+from experts.ffn import ACTIVATIONS, gated_ffn
+from experts.weights import load_expert
+from tests.checkpoints import save_mixtral
+
+HIDDEN = 64
+LIMIT_S = 30.0
+KEYS = [ExpertKey("m", 0, 0), ExpertKey("m", 0, 3), ExpertKey("m", 2, 3)]
+
+
+class Actor(ExpertActor):
+    """The actor, but for the one thing that it asks Ray."""
+
+    def _report(self) -> ActorReport:
+        return ActorReport(
+            self._actor_id,
+            self._generation,
+            self._spec.digest,
+            self._epoch,
+            os.getpid(),
+            "node",
+            str(self._device),
+            tuple(sorted(self._bank.experts)),
+            dict(self._bank.tokens),
+            self._queued_rows,
+            self._steps,
+        )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixtral")
+    save_mixtral(path)
+    return path
+
+
+@pytest.fixture
+def make(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Actor]]:
+    """Make actors with loaded experts; no lease watches this process."""
+    monkeypatch.setattr(actor_module, "end_when_orphaned", lambda lease, app: None)
+    threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
+
+    def made(max_queue_rows: int = 1000) -> Actor:
+        source = ModelSource(str(folder), "float32", ModelExperts("m", (0, 1, 2), 8, 1))
+        actor = Actor(ActorSpec("app", (source,), 0.1, 0.0, 1, max_queue_rows), "expert-0", 1, 1)
+        actor.load(1, KEYS)
+        return actor
+
+    yield made
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(grad)
+
+
+def rows_of(num_rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(num_rows, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def frame_of(
+    rows: torch.Tensor, request_id: int = 1, timeout_s: float = LIMIT_S, expert_id: int = 3
+) -> bytes:
+    """A frame that sends all rows to one expert of layer 0."""
+    return encode(
+        DispatchFrame(
+            request_id=request_id,
+            epoch=1,
+            placement_version=1,
+            model="m",
+            layer_id=0,
+            expert_ids=(expert_id,),
+            num_tokens_per_expert=(len(rows),),
+            dtype="float32",
+            num_rows=len(rows),
+            hidden_size=HIDDEN,
+            deadline_s=time.time() + timeout_s,
+            row_index=np.arange(len(rows), dtype="<i4").tobytes(),
+            rows=to_bytes(rows),
+        )
+    )
+
+
+def expected(folder: Path, rows: torch.Tensor) -> torch.Tensor:
+    weights = load_expert(open_checkpoint(folder), 0, 3, torch.float32, torch.device("cpu"))
+    return gated_ffn(rows, weights, ACTIVATIONS["silu"])
+
+
+def rows_answer(data: bytes) -> torch.Tensor:
+    answer = decode(data)
+    assert isinstance(answer, RowsFrame), answer
+    return from_bytes(answer.rows, answer.dtype, answer.num_rows, answer.hidden_size)
+
+
+def error_answer(data: bytes) -> ErrorFrame:
+    answer = decode(data)
+    assert isinstance(answer, ErrorFrame)
+    return answer
+
+
+class Gate:
+    """Holds the actor's products until it is opened, and counts them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entered = threading.Semaphore(0)
+        self.open = threading.Event()
+        self.products: list[int] = []
+        self.failure: Exception | None = None
+        product = GatedFfnExpert.__call__
+
+        def gated(expert: GatedFfnExpert, rows: torch.Tensor) -> torch.Tensor:
+            self.products.append(rows.shape[0])
+            self.entered.release()
+            assert self.open.wait(LIMIT_S)
+            if self.failure is not None:
+                raise self.failure
+            return product(expert, rows)
+
+        monkeypatch.setattr(GatedFfnExpert, "__call__", gated)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.open.set()
+
+
+@pytest.fixture
+def calls(gate: Gate) -> Iterator[ThreadPoolExecutor]:
+    """Threads that call the actor; the gate is opened before they are waited for."""
+    pool = ThreadPoolExecutor(16)
+    yield pool
+    gate.open.set()
+    pool.shutdown()
+
+
+def queued(actor: Actor, rows: int) -> None:
+    """Wait until so many rows are in the actor, computing or waiting."""
+    deadline_s = time.monotonic() + LIMIT_S
+    tick = threading.Event()
+    while actor.describe().queued_rows != rows:
+        assert time.monotonic() < deadline_s
+        tick.wait(0.001)
+
+
+def test_a_frame_is_answered_with_its_experts_rows(
+    make: Callable[..., Actor], folder: Path
+) -> None:
+    rows = rows_of(5)
+    answer = decode(make().compute(frame_of(rows, request_id=9)))
+    assert isinstance(answer, RowsFrame)
+    assert (answer.request_id, answer.num_rows) == (9, 5)
+    assert torch.equal(rows_answer(encode(answer)), expected(folder, rows))
+
+
+def test_a_frame_may_be_computed_again_with_the_same_answer(make: Callable[..., Actor]) -> None:
+    actor, frame = make(), frame_of(rows_of(5))
+    assert actor.compute(frame) == actor.compute(frame)
+
+
+def test_the_report_tells_experts_tokens_and_steps(make: Callable[..., Actor]) -> None:
+    actor = make()
+    actor.compute(frame_of(rows_of(5)))
+    actor.compute(frame_of(rows_of(2)))
+    report = actor.describe()
+    assert report.experts == tuple(KEYS)
+    assert report.tokens == {ExpertKey("m", 0, 3): 7}
+    assert (report.queued_rows, report.steps, report.pid) == (0, 2, os.getpid())
+    assert report.digest == actor._spec.digest
+
+
+def test_experts_are_loaded_beside_those_already_held(make: Callable[..., Actor]) -> None:
+    actor = make()
+    held = actor._bank.experts[KEYS[0]]
+    more = [KEYS[0], ExpertKey("m", 1, 1)]
+    report = actor.load(1, [tuple(key) for key in more])  # type: ignore[misc]
+    assert report.experts == tuple(sorted({*KEYS, *more}))
+    assert actor._bank.experts[KEYS[0]] is held  # not read again
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"garbage", b"\xc1", encode(RowsFrame(1, "float32", 1, 1, bytes(4)))]
+)
+def test_what_is_no_dispatch_frame_is_answered_by_a_frame_error(
+    make: Callable[..., Actor], data: bytes
+) -> None:
+    actor = make()
+    answer = error_answer(actor.compute(data))
+    assert (answer.kind, answer.error.code) == ("FrameError", Code.INVALID_ARGUMENT)
+    assert rows_answer(actor.compute(frame_of(rows_of(1)))).shape == (1, HIDDEN)
+
+
+def test_an_expert_that_is_not_held_is_wrong_placement_and_never_an_empty_share(
+    make: Callable[..., Actor],
+) -> None:
+    answer = error_answer(make().compute(frame_of(rows_of(1), request_id=4, expert_id=5)))
+    assert (answer.request_id, answer.kind) == (4, "WrongPlacementError")
+
+
+def test_a_frame_past_its_deadline_is_dropped_uncomputed(
+    make: Callable[..., Actor], gate: Gate
+) -> None:
+    gate.open.set()
+    actor = make()
+    answer = error_answer(actor.compute(frame_of(rows_of(3), request_id=6, timeout_s=-1)))
+    assert (answer.request_id, answer.kind) == (6, "DeadlineExceededError")
+    assert gate.products == []
+    assert actor.describe().queued_rows == 0
+
+
+def test_a_frame_whose_deadline_passes_while_it_waits_is_dropped_and_its_mates_are_not(
+    make: Callable[..., Actor],
+    gate: Gate,
+    calls: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    actor = make()
+    blocking = calls.submit(actor.compute, frame_of(rows_of(1)))
+    assert gate.entered.acquire(timeout=LIMIT_S)
+    hasty = calls.submit(actor.compute, frame_of(rows_of(2), timeout_s=LIMIT_S))
+    patient = calls.submit(actor.compute, frame_of(rows_of(4), timeout_s=1000))
+    queued(actor, 7)
+    later_s = time.time() + LIMIT_S + 1
+    monkeypatch.setattr(actor_module.time, "time", lambda: later_s)
+    gate.open.set()
+    assert rows_answer(blocking.result(LIMIT_S)).shape[0] == 1
+    assert error_answer(hasty.result(LIMIT_S)).kind == "DeadlineExceededError"
+    assert rows_answer(patient.result(LIMIT_S)).shape[0] == 4
+    assert gate.products == [1, 4]
+
+
+def test_calls_that_wait_together_share_one_product_and_get_their_own_rows(
+    make: Callable[..., Actor], folder: Path, gate: Gate, calls: ThreadPoolExecutor
+) -> None:
+    actor = make()
+    first = calls.submit(actor.compute, frame_of(rows_of(1), 1))
+    assert gate.entered.acquire(timeout=LIMIT_S)
+    batches = {i: rows_of(i, seed=i) for i in range(2, 8)}
+    mates: dict[int, Future[bytes]] = {
+        i: calls.submit(actor.compute, frame_of(rows, i)) for i, rows in batches.items()
+    }
+    queued(actor, 1 + sum(batches))
+    gate.open.set()
+    assert rows_answer(first.result(LIMIT_S)).shape[0] == 1
+    for i, mate in mates.items():
+        answer = decode(mate.result(LIMIT_S))
+        assert answer.request_id == i
+        torch.testing.assert_close(rows_answer(mate.result(LIMIT_S)), expected(folder, batches[i]))
+    assert gate.products == [1, sum(batches)]
+    queued(actor, 0)
+    assert actor.describe().steps == 2
+
+
+def test_a_full_queue_refuses_the_next_frame_and_serves_those_that_wait(
+    make: Callable[..., Actor], gate: Gate, calls: ThreadPoolExecutor
+) -> None:
+    actor = make(10)
+    accepted = [calls.submit(actor.compute, frame_of(rows_of(6)))]
+    assert gate.entered.acquire(timeout=LIMIT_S)
+    accepted.append(calls.submit(actor.compute, frame_of(rows_of(4))))
+    queued(actor, 10)
+    refused = error_answer(actor.compute(frame_of(rows_of(1), request_id=8)))
+    assert (refused.request_id, refused.kind) == (8, "OverloadedError")
+    assert refused.error.code is Code.RESOURCE_EXHAUSTED
+    assert refused.error.retry_after_s
+    gate.open.set()
+    assert [len(rows_answer(call.result(LIMIT_S))) for call in accepted] == [6, 4]
+    queued(actor, 0)
+    assert len(rows_answer(actor.compute(frame_of(rows_of(1))))) == 1
+
+
+def test_an_empty_actor_takes_a_frame_larger_than_its_queue(make: Callable[..., Actor]) -> None:
+    assert len(rows_answer(make(10).compute(frame_of(rows_of(11))))) == 11
+
+
+def test_a_batch_that_fails_is_answered_by_internal_errors_and_the_next_one_is_computed(
+    make: Callable[..., Actor], folder: Path, gate: Gate, calls: ThreadPoolExecutor
+) -> None:
+    actor = make()
+    gate.failure = RuntimeError("secret of the device")
+    failing = [calls.submit(actor.compute, frame_of(rows_of(1), 1))]
+    assert gate.entered.acquire(timeout=LIMIT_S)
+    failing += [calls.submit(actor.compute, frame_of(rows_of(i), i)) for i in (2, 3)]
+    queued(actor, 6)
+    gate.open.set()
+    for i, call in enumerate(failing, start=1):
+        answer = error_answer(call.result(LIMIT_S))
+        assert (answer.request_id, answer.kind) == (i, "InternalError")
+        assert answer.error.code is Code.INTERNAL
+        assert "secret" not in str(answer.error)
+    queued(actor, 0)
+    gate.failure = None
+    rows = rows_of(3)
+    assert torch.equal(rows_answer(actor.compute(frame_of(rows))), expected(folder, rows))
+
+
+def test_many_callers_at_once_all_get_their_own_rows(
+    make: Callable[..., Actor], folder: Path
+) -> None:
+    actor = make()
+    batches = [rows_of(1 + i % 5, seed=i) for i in range(200)]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda rows: rows_answer(actor.compute(frame_of(rows))), batches))
+    for rows, answer in zip(batches, answers, strict=True):
+        torch.testing.assert_close(answer, expected(folder, rows))
+    report = actor.describe()
+    assert report.tokens == {ExpertKey("m", 0, 3): sum(len(rows) for rows in batches)}
+    assert report.queued_rows == 0
+
+
+def test_orders_of_an_older_epoch_are_refused_and_those_of_a_newer_accepted(
+    make: Callable[..., Actor],
+) -> None:
+    actor = make()
+    assert actor.heartbeat(5).epoch == 5
+    for order in (lambda: actor.heartbeat(4), lambda: actor.load(4, [ExpertKey("m", 1, 1)])):
+        with pytest.raises(StaleEpochError, match=r"older than 5 \(given: 4\)"):
+            order()
+    assert actor.describe().experts == tuple(KEYS)
+    assert actor.heartbeat(5).epoch == 5
+
+
+def test_heartbeats_and_loads_renew_the_lease_and_other_calls_do_not(
+    make: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor = make()
+    renewed: list[float] = []
+    monkeypatch.setattr(actor._lease, "renew", renewed.append)
+    actor.describe()
+    actor.compute(frame_of(rows_of(1)))
+    with pytest.raises(StaleEpochError):
+        actor.heartbeat(0)
+    assert renewed == []
+    actor.heartbeat(1)
+    actor.load(1, [])
+    assert len(renewed) == 2
+
+
+# The lease, by a clock of the test's own.
+
+
+def test_a_lease_lapses_after_its_time_and_not_before() -> None:
+    lease = Lease(100.0)
+    assert not lease.lapsed(100 + LEASE_S - 0.1)
+    assert lease.lapsed(100 + LEASE_S)
+    lease.renew(200.0)
+    assert not lease.lapsed(200 + LEASE_S - 0.1)
+
+
+def test_a_lapsed_lease_alone_orphans_nobody() -> None:
+    lease = Lease(0.0)
+    for now_s in (LEASE_S, LEASE_S + ABSENT_S, 10 * LEASE_S):
+        assert not lease.orphaned(now_s, app_is_there=True)
+
+
+def test_an_actor_is_an_orphan_when_the_app_stays_away() -> None:
+    lease = Lease(0.0)
+    assert not lease.orphaned(LEASE_S - 1, app_is_there=False)
+    assert not lease.orphaned(LEASE_S, app_is_there=False)
+    assert not lease.orphaned(LEASE_S + ABSENT_S - 0.1, app_is_there=False)
+    assert lease.orphaned(LEASE_S + ABSENT_S, app_is_there=False)
+
+
+@pytest.mark.parametrize("sign_of_life", ["the app is seen", "a heartbeat"])
+def test_a_sign_of_life_starts_the_absence_anew(sign_of_life: str) -> None:
+    lease = Lease(0.0)
+    assert not lease.orphaned(LEASE_S, app_is_there=False)
+    now_s = LEASE_S + ABSENT_S - 1
+    if sign_of_life == "a heartbeat":
+        lease.renew(now_s)
+        now_s += LEASE_S
+    else:
+        assert not lease.orphaned(now_s, app_is_there=True)
+    assert not lease.orphaned(now_s + 1, app_is_there=False)
+    assert not lease.orphaned(now_s + ABSENT_S, app_is_there=False)
+    assert lease.orphaned(now_s + 1 + ABSENT_S, app_is_there=False)
+
+
+def test_the_actor_has_what_the_pool_calls() -> None:
+    methods: list[Any] = [ExpertActor.load, ExpertActor.heartbeat, ExpertActor.describe]
+    assert [m.__ray_concurrency_group__ for m in methods] == ["control"] * 3
+    assert not hasattr(ExpertActor.compute, "__ray_concurrency_group__")

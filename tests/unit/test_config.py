@@ -1,0 +1,482 @@
+"""Deployment files: what is wrong is said with its place, before Ray is started for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.exceptions import RayServeException
+
+import deploy
+from cluster.config import (
+    AppConfig,
+    ExpertsConfig,
+    GatewayConfig,
+    ModelConfig,
+    RouterConfig,
+    load_deployment,
+    parse_args,
+)
+from cluster.errors import CheckpointError, ConfigError, ExpertMeshError
+from router.app import build, deployment_names
+from router.check import check_file
+from router.preflight import check_command_line, deployment_file
+from router.served import ServedModel, inspect_models
+from tests.checkpoints import VOCAB_SIZE, save_mixtral
+
+DEPLOY = Path(deploy.__file__).parent
+DEPLOYMENT_FILES = sorted(DEPLOY.rglob("*.yaml"))
+SERVE_CONFIGS = [file for file in DEPLOYMENT_FILES if "models" not in file.parts]
+MODEL = {"id": "a", "path": "models/mesh-tiny"}
+PREFLIGHT = "router.preflight:PowerOfTwoChoicesRequestRouter"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixtral")
+    save_mixtral(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A small checkpoint that a test may change."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def config_of(folder: Path, **sections: Any) -> AppConfig:
+    model = {"id": "a", "path": str(folder), **sections.pop("model", {})}
+    return parse_args({"models": [model], **sections})
+
+
+# Arguments.
+
+
+def test_the_smallest_arguments_are_a_model() -> None:
+    config = parse_args({"models": [MODEL]})
+    assert config.models == (ModelConfig(id="a", path="models/mesh-tiny"),)
+    assert (config.experts, config.router, config.gateway) == (
+        ExpertsConfig(),
+        RouterConfig(),
+        GatewayConfig(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "field", "section"),
+    [
+        ({"models": [MODEL], "modles": 1}, "args.modles", AppConfig),
+        ({"models": [{**MODEL, "pth": "x"}]}, "args.models[0].pth", ModelConfig),
+        ({"models": [MODEL, {**MODEL, "id": "b", "x": 1}]}, "args.models[1].x", ModelConfig),
+        ({"models": [MODEL], "experts": {"actor": 2}}, "args.experts.actor", ExpertsConfig),
+        ({"models": [MODEL], "router": {"batch": 2}}, "args.router.batch", RouterConfig),
+        ({"models": [MODEL], "gateway": {"port": 1}}, "args.gateway.port", GatewayConfig),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_allowed_ones(
+    args: dict[str, Any], field: str, section: type[Any]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_args(args)
+    assert caught.value.field == field
+    assert caught.value.message == "unknown key; allowed keys: " + ", ".join(
+        sorted(section.model_fields)
+    )
+
+
+BAD_VALUES: list[tuple[dict[str, Any], str, str]] = [
+    ({}, "args.models", "Field required"),
+    ({"models": []}, "args.models", "at least 1 item"),
+    ({"models": "x"}, "args.models", "given: 'x'"),
+    ({"models": ["x"]}, "args.models[0]", "given: 'x'"),
+    ({"models": [{"path": "x"}]}, "args.models[0].id", "Field required"),
+    ({"models": [{"id": "a"}]}, "args.models[0].path", "Field required"),
+    ({"models": [{"id": "a", "path": ""}]}, "args.models[0].path", "given: ''"),
+    ({"models": [{**MODEL, "dtype": "int8"}]}, "args.models[0].dtype", "float32"),
+    ({"models": [{**MODEL, "max_model_len": 1}]}, "args.models[0].max_model_len", "given: 1"),
+    ({"models": [MODEL, MODEL]}, "args.models", "more than once: a"),
+    ({"models": [MODEL], "experts": {"actors": 0}}, "args.experts.actors", "given: 0"),
+    ({"models": [MODEL], "experts": {"actors": "two"}}, "args.experts.actors", "given: 'two'"),
+    ({"models": [MODEL], "experts": {"num_cpus": -1}}, "args.experts.num_cpus", "given: -1"),
+    ({"models": [MODEL], "experts": None}, "args.experts", "given: None"),
+    ({"models": [MODEL], "router": {"replicas": 1.5}}, "args.router.replicas", "given: 1.5"),
+    ({"models": [MODEL], "router": {"cache_tokens": 15}}, "args.router.cache_tokens", "given: 15"),
+    ({"models": [MODEL], "gateway": {"max_choices": 0}}, "args.gateway.max_choices", "given: 0"),
+    (
+        {"models": [MODEL], "gateway": {"default_timeout_s": 0}},
+        "args.gateway.default_timeout_s",
+        "greater than 0",
+    ),
+    *(
+        ({"models": [{"id": name, "path": "x"}]}, "args.models[0].id", "given")
+        for name in ("", " ", "a b", "-a", "a\n", "ü", "a" * 129, 5, None)
+    ),
+]
+
+
+@pytest.mark.parametrize(("args", "field", "words"), BAD_VALUES)
+def test_a_bad_value_is_named_with_its_place_and_what_was_given(
+    args: dict[str, Any], field: str, words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_args(args)
+    assert caught.value.field == field
+    assert words in caught.value.message
+    assert "\n" not in str(caught.value)
+
+
+# Files.
+
+
+def write(file: Path, document: object) -> Path:
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return file
+
+
+def application(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "x",
+        "import_path": "router.app:build",
+        "args": {"models": [MODEL]},
+        "deployments": [
+            {"name": "Gateway", "request_router_config": {"request_router_class": PREFLIGHT}}
+        ],
+        **changes,
+    }
+
+
+def test_a_file_is_read_to_its_applications(tmp_path: Path) -> None:
+    second = {"models": [{"id": "b", "path": "p"}]}
+    document = {"applications": [application(), application(name="y", args=second)]}
+    [(first, _), (name, config)] = load_deployment(write(tmp_path / "a.yaml", document))
+    assert (first, name, config.models[0].id) == ("x", "y", "b")
+
+
+@pytest.mark.parametrize(
+    "text", [b"a: [", b"\xff\xfe\x00", b"a: b: c", b"\x00", b"!!python/name:os.x"]
+)
+def test_a_file_that_is_not_yaml_is_refused(tmp_path: Path, text: bytes) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_bytes(text)
+    with pytest.raises(ConfigError, match="is not YAML") as caught:
+        load_deployment(file)
+    assert caught.value.field == str(file)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["absent", "folder"])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, what: str) -> None:
+    file = tmp_path / "a.yaml"
+    if what == "folder":
+        file.mkdir()
+    with pytest.raises(ConfigError, match="cannot be read") as caught:
+        load_deployment(file)
+    assert caught.value.field == str(file)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        None,
+        [],
+        "x",
+        3,
+        {},
+        {"applications": None},
+        {"applications": []},
+        {"applications": {"a": 1}},
+    ],
+)
+def test_a_file_without_applications_is_refused(tmp_path: Path, document: object) -> None:
+    with pytest.raises(ConfigError, match="needs a list 'applications'"):
+        load_deployment(write(tmp_path / "a.yaml", document))
+
+
+@pytest.mark.parametrize(
+    ("app", "field", "words"),
+    [
+        ("x", "applications[1]", "must be a mapping"),
+        (None, "applications[1]", "must be a mapping"),
+        (application(import_path="other:app"), "applications[1].import_path", "'other:app'"),
+        ({"args": {}}, "applications[1].import_path", "router.app:build"),
+        (application(args=None), "applications[1].args", "must be a mapping"),
+        (application(args=[MODEL]), "applications[1].args", "must be a mapping"),
+        (application(args={}), "applications[1].args.models", "Field required"),
+        (
+            application(args={"models": [MODEL], "router": {"x": 1}}),
+            "applications[1].args.router.x",
+            "allowed keys: cache_tokens",
+        ),
+    ],
+)
+def test_a_bad_application_is_named_with_its_file_and_place(
+    tmp_path: Path, app: object, field: str, words: str
+) -> None:
+    file = write(tmp_path / "a.yaml", {"applications": [application(), app]})
+    with pytest.raises(ConfigError) as caught:
+        load_deployment(file)
+    assert caught.value.field == f"{file}: {field}"
+    assert words in caught.value.message
+
+
+def test_there_are_deployment_files() -> None:
+    assert DEPLOY / "cluster.yaml" in SERVE_CONFIGS
+
+
+@pytest.mark.parametrize("file", SERVE_CONFIGS, ids=lambda f: f.name)
+def test_every_deployment_file_of_ours_is_fine(file: Path) -> None:
+    lines = check_file(file)
+    assert any(line.startswith("application ") for line in lines)
+    assert any(line.startswith("model ") for line in lines)
+
+
+@pytest.mark.parametrize("file", SERVE_CONFIGS, ids=lambda f: f.name)
+def test_every_deployment_file_of_ours_is_checked_by_the_serve_command(file: Path) -> None:
+    for app in yaml.safe_load(file.read_text(encoding="utf-8"))["applications"]:
+        classes = [
+            entry.get("request_router_config", {}).get("request_router_class")
+            for entry in app["deployments"]
+        ]
+        assert PREFLIGHT in classes
+
+
+# What the builder finds out about models.
+
+
+def test_a_model_is_described_by_its_checkpoint(folder: Path) -> None:
+    [served] = inspect_models(config_of(folder))
+    assert (served.family, served.dtype, served.max_model_len) == ("mixtral", "float32", 256)
+    assert (served.num_layers, served.num_experts, served.num_experts_per_tok) == (3, 8, 2)
+    assert served.vocab_size == VOCAB_SIZE
+    assert served.source.experts.expert_bytes == 3 * 64 * 96 * 4
+
+
+def test_dtype_and_length_of_the_configuration_win(folder: Path) -> None:
+    config = config_of(folder, model={"dtype": "bfloat16", "max_model_len": 256})
+    [served] = inspect_models(config)
+    assert (served.dtype, served.max_model_len) == ("bfloat16", 256)
+    assert served.source.dtype == "bfloat16"
+    assert served.source.experts.expert_bytes == 3 * 64 * 96 * 2
+
+
+def test_a_context_longer_than_the_models_own_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"at most the model's own 256 \(given: 257\)") as caught:
+        inspect_models(config_of(folder, model={"max_model_len": 257}))
+    assert caught.value.field == "args.models[0].max_model_len"
+
+
+def test_a_memory_budget_that_cannot_hold_a_share_is_refused(folder: Path) -> None:
+    share = 3 * 4 * 3 * 64 * 96 * 4  # layers, experts of one of two actors, bytes of an expert
+    inspect_models(config_of(folder, experts={"memory_budget_bytes": share}))
+    with pytest.raises(ConfigError, match=str(share)) as caught:
+        inspect_models(config_of(folder, experts={"memory_budget_bytes": share - 1}))
+    assert caught.value.field == "args.experts.memory_budget_bytes"
+
+
+def test_a_missing_tokenizer_is_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer") as caught:
+        inspect_models(config_of(folder))
+    assert caught.value.field == f"args.models[0].path: {folder}"
+
+
+def test_a_damaged_checkpoint_is_refused_with_yaml_path_and_file(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 1000)
+    with pytest.raises(CheckpointError) as caught:
+        inspect_models(config_of(folder), "file: args")
+    assert caught.value.field == f"file: args.models[0].path: {folder / 'model.safetensors'}"
+
+
+def with_eos(folder: Path, config: object, generation: object) -> Path:
+    """Write the end-of-sequence ids into both files; ``...`` leaves the key or the file out."""
+    file = folder / "config.json"
+    values = {k: v for k, v in json.loads(file.read_text()).items() if k != "eos_token_id"}
+    if config is not ...:
+        values["eos_token_id"] = config
+    file.write_text(json.dumps(values))
+    other = folder / "generation_config.json"
+    other.unlink(missing_ok=True)
+    if generation is not ...:
+        other.write_text(json.dumps(generation))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        (3, ..., (3,)),
+        ([3, 4], ..., (3, 4)),
+        (3, {}, (3,)),
+        (3, {"eos_token_id": 5}, (5,)),
+        (3, {"eos_token_id": [5, 6]}, (5, 6)),
+        (..., {"eos_token_id": 5}, (5,)),
+        (..., ..., ()),
+        (None, {}, ()),
+    ],
+)
+def test_the_generation_configuration_decides_what_ends_a_text(
+    folder: Path, config: object, generation: object, expected: tuple[int, ...]
+) -> None:
+    [served] = inspect_models(config_of(with_eos(folder, config, generation)))
+    assert served.eos_token_ids == expected
+
+
+@pytest.mark.parametrize("eos", [-1, VOCAB_SIZE, "3", 3.0, True, [3, -1], [[3]], {"a": 1}])
+def test_an_end_of_sequence_id_outside_the_vocabulary_is_refused(folder: Path, eos: object) -> None:
+    for config, generation in ((eos, ...), (3, {"eos_token_id": eos})):
+        with pytest.raises(CheckpointError, match="not in the vocabulary"):
+            inspect_models(config_of(with_eos(folder, config, generation)))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", "null", '"x"', "[" * 100_000])
+def test_a_damaged_generation_configuration_is_refused(folder: Path, text: str) -> None:
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError) as caught:
+        inspect_models(config_of(folder))
+    assert caught.value.field.endswith("generation_config.json")
+
+
+def served(*ids: str) -> list[ServedModel]:
+    [model] = inspect_models(parse_args({"models": [MODEL]}))
+    return [
+        ServedModel(**{name: getattr(model, name) for name in model.__slots__} | {"id": model_id})
+        for model_id in ids
+    ]
+
+
+def test_deployments_are_named_after_their_models() -> None:
+    assert deployment_names(served("a", "org/b", "c.d_e-f")) == {
+        "a": "Router-a",
+        "org/b": "Router-org-b",
+        "c.d_e-f": "Router-c.d_e-f",
+    }
+
+
+def test_models_whose_deployments_would_clash_are_refused() -> None:
+    with pytest.raises(ConfigError, match="too alike") as caught:
+        deployment_names(served("org/b", "org-b"))
+    assert caught.value.field == "args.models"
+
+
+def test_the_builder_reports_what_is_wrong_as_serve_shows_it(folder: Path) -> None:
+    with pytest.raises(RayServeException, match=r"args\.models\[0\]\.x: unknown key"):
+        build({"models": [{**MODEL, "x": 1}]})
+    clashing = [{"id": name, "path": str(folder)} for name in ("a/b", "a-b")]
+    with pytest.raises(RayServeException, match="too alike"):
+        build({"models": clashing})
+
+
+# The check inside the serve command.
+
+
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        (["/bin/serve", "run", "FILE"], True),
+        (["serve", "deploy", "FILE"], True),
+        (["serve", "run", "--address", "local", "FILE"], True),
+        (["serve", "run", "FILE", "--address", "local"], True),
+        (["serve", "run", "absent.yaml"], False),
+        (["serve", "run", "router.app:build"], False),
+        (["serve", "run"], False),
+        (["serve", "status", "FILE"], False),
+        (["serve"], False),
+        ([], False),
+        (["pytest", "run", "FILE"], False),
+        (["server", "run", "FILE"], False),
+        (["expertmesh", "check", "FILE"], False),
+    ],
+)
+def test_the_file_of_a_serve_command_is_found_and_no_others(
+    tmp_path: Path, argv: list[str], found: bool
+) -> None:
+    file = tmp_path / "a.yaml"
+    file.touch()
+    words = [str(file) if word == "FILE" else word for word in argv]
+    assert deployment_file(words) == (file if found else None)
+
+
+@pytest.fixture
+def bad_file(tmp_path: Path) -> Path:
+    args = {"models": [MODEL], "experts": {"actor": 1}}
+    return write(tmp_path / "bad.yaml", {"applications": [application(args=args)]})
+
+
+@pytest.mark.parametrize("command", ["run", "deploy"])
+def test_a_bad_file_ends_the_serve_command_with_one_line(
+    bad_file: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        check_command_line(["serve", command, str(bad_file)])
+    assert caught.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.splitlines() == [
+        f"expertmesh: {bad_file}: applications[0].args.experts.actor: unknown key; allowed keys: "
+        + ", ".join(sorted(ExpertsConfig.model_fields))
+    ]
+
+
+@pytest.mark.parametrize(
+    "words", [["pytest", "run"], ["serve", "status"], ["python", "-m"], ["expertmesh", "check"]]
+)
+def test_other_programs_are_left_alone(
+    bad_file: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_command_line([*words, str(bad_file)])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_good_file_lets_the_serve_command_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    check_command_line(["serve", "run", str(DEPLOY / "cluster.yaml")])
+    assert capsys.readouterr() == ("", "")
+
+
+def bad_yaml(tmp_path: Path, wrong: Callable[[dict[str, Any]], None]) -> Path:
+    document = yaml.safe_load((DEPLOY / "cluster.yaml").read_text(encoding="utf-8"))
+    wrong(document["applications"][0])
+    return write(tmp_path / "bad.yaml", document)
+
+
+@pytest.mark.parametrize("command", [["run", "--address", "local"], ["deploy"]], ids=" ".join)
+def test_the_real_command_refuses_a_bad_file_with_one_line_and_starts_no_ray(
+    tmp_path: Path, command: list[str]
+) -> None:
+    def wrong(app: dict[str, Any]) -> None:
+        app["args"]["models"][0]["path"] = str(tmp_path / "nowhere")
+
+    file = bad_yaml(tmp_path, wrong)
+    temp = tmp_path / "ray"
+    temp.mkdir()
+    serve = Path(sys.executable).with_name("serve")
+    result = subprocess.run(
+        [str(serve), command[0], str(file), *command[1:]],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "RAY_TMPDIR": str(temp), "PYTHONFAULTHANDLER": "1"},
+        check=False,
+    )
+    assert result.returncode == 2
+    lines = (result.stdout + result.stderr).splitlines()
+    assert [line for line in lines if line.startswith("expertmesh:")] == [
+        f"expertmesh: {file}: applications.expertmesh.args.models[0].path: {tmp_path / 'nowhere'}: "
+        "no such folder"
+    ]
+    assert not any("Traceback" in line or "Started a local Ray" in line for line in lines)
+    # Whatever Ray starts puts its session there first.
+    assert list(temp.iterdir()) == []
+
+
+def test_every_error_of_a_check_is_one_of_ours(tmp_path: Path) -> None:
+    for args in ({"models": [{**MODEL, "path": "nowhere"}]}, {"models": [MODEL], "experts": 3}):
+        with pytest.raises(ExpertMeshError):
+            check_file(write(tmp_path / "a.yaml", {"applications": [application(args=args)]}))

@@ -1,0 +1,569 @@
+"""The controller over a fake pool: every expert stays on a living actor, and routers are told."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from cluster import controller as controller_module
+from cluster.controller import Controller
+from cluster.errors import CheckpointError, StaleEpochError
+from cluster.placement import ExpertKey, ModelExperts, Placement
+from cluster.spec import ActorReport, ActorSpec, ModelSource
+from cluster.status import ClusterStatus
+
+NUM_EXPERTS = 4
+LIMIT_S = 20.0
+
+
+def spec_of(threads: int = 1) -> ActorSpec:
+    experts = ModelExperts("m", (0, 1), NUM_EXPERTS, 10)
+    return ActorSpec("app", (ModelSource("path", "float32", experts),), 0.1, 0.0, threads, 100)
+
+
+@dataclass(eq=False)
+class FakeActor:
+    """An actor as the pool's callers see it; a test may kill or hang it."""
+
+    actor_id: str
+    generation: int
+    digest: str
+    epoch: int
+    pid: int
+    keys: list[ExpertKey] = field(default_factory=list)
+    tokens: dict[ExpertKey, int] = field(default_factory=dict)
+    alive: bool = True
+    killed: bool = False
+    hung: bool = False
+    heartbeats: int = 0
+    loads: int = 0
+
+    def report(self) -> ActorReport:
+        return ActorReport(
+            actor_id=self.actor_id,
+            generation=self.generation,
+            digest=self.digest,
+            epoch=self.epoch,
+            pid=self.pid,
+            node="node",
+            device="cpu",
+            experts=tuple(sorted(self.keys)),
+            tokens=dict(self.tokens),
+            queued_rows=0,
+            steps=0,
+        )
+
+    async def answer(self, epoch: int | None, timeout_s: float) -> ActorReport:
+        if not self.alive:
+            raise RayActorError
+        if self.hung:
+            await asyncio.wait_for(asyncio.Event().wait(), timeout_s)
+        if epoch is not None:
+            if epoch < self.epoch:
+                raise StaleEpochError(f"is older than {self.epoch}", "epoch")
+            self.epoch = epoch
+        return self.report()
+
+
+class FakePool:
+    """Stands in for :class:`cluster.pool.ExpertPool`; keeps what was asked of it."""
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+        self.actors: list[FakeActor] = []
+        self.load_gate: Callable[[FakeActor], Awaitable[None]] | None = None
+        self._pids = itertools.count(1000)
+
+    def add(self, actor_id: str, generation: int, epoch: int, /, **changes: Any) -> FakeActor:
+        actor = FakeActor(actor_id, generation, self.digest, epoch, next(self._pids))
+        for name, value in changes.items():
+            setattr(actor, name, value)
+        self.actors.append(actor)
+        return actor
+
+    def create(self, actor_id: str, generation: int, epoch: int) -> FakeActor:
+        return self.add(actor_id, generation, epoch)
+
+    def find(self) -> list[tuple[str, int, FakeActor]]:
+        return [(a.actor_id, a.generation, a) for a in self.actors if a.alive]
+
+    async def describe(self, actor: FakeActor, timeout_s: float) -> ActorReport:
+        return await actor.answer(None, timeout_s)
+
+    async def heartbeat(self, actor: FakeActor, epoch: int, timeout_s: float) -> ActorReport:
+        actor.heartbeats += 1
+        return await actor.answer(epoch, timeout_s)
+
+    async def load(
+        self, actor: FakeActor, epoch: int, keys: Sequence[ExpertKey], timeout_s: float
+    ) -> ActorReport:
+        actor.loads += 1
+        if self.load_gate is not None:
+            await self.load_gate(actor)
+        await actor.answer(epoch, timeout_s)
+        actor.keys = sorted({*actor.keys, *keys})
+        return actor.report()
+
+    def kill(self, actor: FakeActor) -> None:
+        actor.alive = False
+        actor.killed = True
+
+    def of(self, actor_id: str) -> list[FakeActor]:
+        return [actor for actor in self.actors if actor.actor_id == actor_id]
+
+
+@pytest.fixture(autouse=True)
+def _short_periods(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_module, "HEARTBEAT_PERIOD_S", 0.01)
+    monkeypatch.setattr(controller_module, "HEARTBEAT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(controller_module, "FIRST_RETRY_S", 0.001)
+    monkeypatch.setattr(controller_module, "MAX_RETRY_S", 0.01)
+
+
+class Cluster:
+    """A controller over a fake pool, and every placement that it ever published."""
+
+    def __init__(self, num_actors: int = 2, pool: FakePool | None = None) -> None:
+        self.spec = spec_of()
+        self.controller = Controller(self.spec, object, num_actors, None)
+        self.pool = pool or FakePool(self.spec.digest)
+        self.controller._pool = self.pool  # type: ignore[assignment]
+        self.published: list[Placement] = []
+        publish = self.controller._publish
+
+        async def recorded(change: Callable[[Placement], Placement]) -> None:
+            await publish(change)
+            self.published.append(self.controller._placement)
+
+        self.controller._publish = recorded  # type: ignore[method-assign]
+
+    async def start(self) -> None:
+        await self.controller.start()
+
+    async def until(self, condition: Callable[[Placement], bool]) -> Placement:
+        """Wait until the newest published placement satisfies ``condition``."""
+        known = (-1, -1)
+        async with asyncio.timeout(LIMIT_S):
+            while True:
+                wire = await self.controller.watch("test", 2, "test", known, 5.0)
+                if wire is None:
+                    continue
+                placement = Placement.from_wire(wire)
+                if condition(placement):
+                    return placement
+                known = placement.order
+
+    async def complete(self) -> Placement:
+        return await self.until(lambda placement: not placement.missing())
+
+    async def stop(self) -> None:
+        for task in self.controller._tasks:
+            task.cancel()
+
+
+@asynccontextmanager
+async def running(num_actors: int = 2, pool: FakePool | None = None) -> AsyncIterator[Cluster]:
+    cluster = Cluster(num_actors, pool)
+    await cluster.start()
+    try:
+        yield cluster
+    finally:
+        await cluster.stop()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    """Run a test's coroutine on an event loop of its own, within a time limit."""
+
+    async def limited() -> None:
+        async with asyncio.timeout(2 * LIMIT_S):
+            await test()
+
+    asyncio.run(limited())
+
+
+async def happens(condition: Callable[[], bool]) -> None:
+    """Let the event loop run until the condition holds."""
+    async with asyncio.timeout(LIMIT_S):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+def test_actors_are_started_loaded_and_published() -> None:
+    async def test() -> None:
+        async with running(3) as cluster:
+            placement = await cluster.complete()
+            assert placement.epoch == 1
+            assert placement.generations == {"expert-0": 1, "expert-1": 1, "expert-2": 1}
+            assert all(len(actors) == 1 for actors in placement.holders.values())
+            for actor in cluster.pool.actors:
+                assert actor.epoch == 1
+                held = [k for k, actors in placement.holders.items() if actor.actor_id in actors]
+                assert sorted(held) == sorted(actor.keys)
+
+    run(test)
+
+
+def test_nothing_is_published_before_it_is_loaded() -> None:
+    async def test() -> None:
+        gate = asyncio.Event()
+        cluster = Cluster(1)
+        cluster.pool.load_gate = lambda actor: gate.wait()
+        await cluster.start()
+        await happens(lambda: bool(cluster.pool.actors) and cluster.pool.actors[0].loads == 1)
+        assert len(cluster.controller._placement.missing()) == 2 * NUM_EXPERTS
+        gate.set()
+        await cluster.complete()
+        await cluster.stop()
+
+    run(test)
+
+
+def test_a_dead_actor_is_replaced_by_the_next_generation_and_its_loss_published_first() -> None:
+    async def test() -> None:
+        async with running() as cluster:
+            before = await cluster.complete()
+            [victim] = cluster.pool.of("expert-1")
+            victim.alive = False
+            after = await cluster.until(lambda p: p.generations.get("expert-1") == 2)
+            assert after.missing() == []
+            assert after.generations["expert-0"] == 1
+            [loss] = [p for p in cluster.published if before.order < p.order < after.order]
+            assert loss.generations == {"expert-0": 1}
+            assert loss.missing() == [k for k, a in before.holders.items() if a == ("expert-1",)]
+            assert [actor.generation for actor in cluster.pool.of("expert-1")] == [1, 2]
+
+    run(test)
+
+
+def test_an_actor_that_dies_again_and_again_is_always_replaced() -> None:
+    async def test() -> None:
+        async with running(1) as cluster:
+            for generation in range(1, 6):
+                placement = await cluster.until(
+                    lambda p, g=generation: p.generations == {"expert-0": g}  # type: ignore[misc]
+                )
+                assert placement.missing() == []
+                cluster.pool.actors[-1].alive = False
+
+    run(test)
+
+
+def test_a_hung_actor_is_killed_and_replaced() -> None:
+    async def test() -> None:
+        async with running() as cluster:
+            await cluster.complete()
+            [victim] = cluster.pool.of("expert-0")
+            victim.hung = True
+            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+            assert victim.killed
+
+    run(test)
+
+
+@pytest.mark.parametrize("failure", [CheckpointError("gone", "file"), TimeoutError(), OSError()])
+def test_an_actor_that_fails_to_load_is_killed_and_tried_again_until_it_works(
+    failure: Exception,
+) -> None:
+    async def test() -> None:
+        cluster = Cluster(1)
+
+        async def fail(actor: FakeActor) -> None:
+            if actor.generation < 4:
+                raise failure
+
+        cluster.pool.load_gate = fail
+        await cluster.start()
+        placement = await cluster.complete()
+        assert placement.generations == {"expert-0": 4}
+        # A detached actor that nobody knows of would hold its memory for ever.
+        assert [actor.alive for actor in cluster.pool.actors] == [False, False, False, True]
+        await cluster.stop()
+
+    run(test)
+
+
+def test_actors_that_come_up_at_the_same_time_do_not_undo_each_others_publication() -> None:
+    async def test() -> None:
+        cluster = Cluster(6)
+        gates: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        cluster.pool.load_gate = lambda actor: gates[actor.actor_id].wait()
+        await cluster.start()
+        watchers = [
+            asyncio.create_task(cluster.controller.watch("router", i, "n", (1, 0), 10))
+            for i in range(20)
+        ]
+        await happens(lambda: sum(actor.loads for actor in cluster.pool.actors) == 6)
+        for i in range(6):
+            gates[f"expert-{i}"].set()
+        await happens(lambda: min(actor.heartbeats for actor in cluster.pool.actors) > 1)
+        assert len(cluster.controller._placement.generations) == 6
+        assert cluster.controller._placement.missing() == []
+        assert cluster.controller._placement.version == 6
+        await asyncio.gather(*watchers)
+        await cluster.stop()
+
+    run(test)
+
+
+def test_living_actors_of_the_same_configuration_are_adopted_under_a_higher_epoch() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        keys = ModelExperts("m", (0, 1), NUM_EXPERTS, 10).expert_keys()
+        old = pool.add("expert-0", 7, 41, keys=keys[:2])
+        async with running(2, pool) as cluster:
+            placement = await cluster.complete()
+            assert placement.epoch == 42
+            assert placement.generations == {"expert-0": 7, "expert-1": 1}
+            assert [actor.actor_id for actor in pool.actors] == ["expert-0", "expert-1"]
+            assert (old.alive, old.killed, old.epoch) == (True, False, 42)
+
+    run(test)
+
+
+def test_an_adopted_actor_that_dies_is_followed_by_its_next_generation() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        old = pool.add("expert-0", 7, 3)
+        async with running(1, pool) as cluster:
+            await cluster.complete()
+            old.alive = False
+            await cluster.until(lambda p: p.generations == {"expert-0": 8})
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"digest": "another"}, {"actor_id": "expert-9"}, {"hung": True}],
+    ids=["another configuration", "one too many", "hung"],
+)
+def test_an_actor_that_does_not_fit_is_ended_and_not_adopted(changes: dict[str, Any]) -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        old = pool.add("expert-0", 2, 5, **changes)
+        async with running(1, pool) as cluster:
+            placement = await cluster.complete()
+            assert old.killed
+            expected = 1 if "actor_id" in changes else 3
+            assert placement.generations == {"expert-0": expected}
+            # Even an actor that is ended tells which epochs are used up.
+            assert placement.epoch == (1 if "hung" in changes else 6)
+
+    run(test)
+
+
+def test_of_two_generations_the_newer_is_adopted_and_the_older_ended() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        newer, older = pool.add("expert-0", 3, 1), pool.add("expert-0", 2, 1)
+        async with running(1, pool) as cluster:
+            assert (await cluster.complete()).generations == {"expert-0": 3}
+            assert (newer.killed, older.killed) == (False, True)
+
+    run(test)
+
+
+def test_a_controller_that_was_superseded_stops_and_kills_nothing() -> None:
+    async def test() -> None:
+        async with running() as cluster:
+            await cluster.complete()
+            for actor in cluster.pool.actors:
+                actor.epoch = 2  # a newer controller has been here
+            await asyncio.wait(cluster.controller._tasks, timeout=LIMIT_S)
+            assert all(task.done() for task in cluster.controller._tasks)
+            assert [task.exception() for task in cluster.controller._tasks] == [None, None]
+            assert [(a.alive, a.killed) for a in cluster.pool.actors] == [(True, False)] * 2
+            assert cluster.controller._placement.missing() == []
+
+    run(test)
+
+
+def test_a_superseded_controller_does_not_take_actors_while_it_starts() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        actor = pool.add("expert-0", 1, 5)
+
+        async def overtaken(_: FakeActor) -> None:
+            actor.epoch = 9
+
+        pool.load_gate = overtaken
+        async with running(1, pool) as cluster:
+            await asyncio.wait(cluster.controller._tasks, timeout=LIMIT_S)
+            assert (actor.alive, actor.killed, actor.epoch) == (True, False, 9)
+            assert pool.actors == [actor]
+
+    run(test)
+
+
+def test_a_watch_returns_at_once_when_something_else_is_known() -> None:
+    async def test() -> None:
+        async with running() as cluster:
+            placement = await cluster.complete()
+            for known in ((-1, -1), (0, 5), (placement.epoch, placement.version + 7), (9, 9)):
+                wire = await asyncio.wait_for(
+                    cluster.controller.watch("router", 1, "n", known, 3600), LIMIT_S
+                )
+                assert wire is not None
+                assert Placement.from_wire(wire) == placement
+
+    run(test)
+
+
+def test_a_watch_returns_none_when_nothing_changes_in_time() -> None:
+    async def test() -> None:
+        async with running() as cluster:
+            placement = await cluster.complete()
+            order = placement.order
+            assert await cluster.controller.watch("router", 1, "n", order, 0.01) is None
+            # What comes over Ray may be a list.
+            known: Any = list(order)
+            assert await cluster.controller.watch("router", 1, "n", known, 0.01) is None
+
+    run(test)
+
+
+def test_a_watch_never_lasts_longer_than_the_controller_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(controller_module, "MAX_WATCH_S", 0.01)
+
+    async def test() -> None:
+        async with running() as cluster:
+            placement = await cluster.complete()
+            watch = cluster.controller.watch("router", 1, "n", placement.order, 3600)
+            assert await asyncio.wait_for(watch, LIMIT_S) is None
+
+    run(test)
+
+
+def test_a_suspicion_brings_the_next_heartbeat_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_module, "HEARTBEAT_PERIOD_S", 3600)
+
+    async def test() -> None:
+        async with running() as cluster:
+            await cluster.complete()
+            [first], [second] = cluster.pool.of("expert-0"), cluster.pool.of("expert-1")
+            await happens(lambda: first.heartbeats == second.heartbeats == 1)
+            first.alive = False
+            # About an older generation, or nobody: not worth a look.
+            await cluster.controller.suspect("expert-0", 0)
+            await cluster.controller.suspect("nobody", 1)
+            assert not any(event.is_set() for event in cluster.controller._suspected.values())
+            await cluster.controller.suspect("expert-0", 1)
+            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+            assert second.heartbeats == 1
+
+    run(test)
+
+
+def test_a_suspected_actor_that_answers_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_module, "HEARTBEAT_PERIOD_S", 3600)
+
+    async def test() -> None:
+        async with running(1) as cluster:
+            await cluster.complete()
+            [actor] = cluster.pool.actors
+            await happens(lambda: actor.heartbeats == 1)
+            await cluster.controller.suspect("expert-0", 1)
+            await happens(lambda: actor.heartbeats == 2)
+            assert cluster.controller._placement.generations == {"expert-0": 1}
+            assert not actor.killed
+
+    run(test)
+
+
+def test_the_status_tells_what_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_module, "MEMBER_TTL_S", 1000)
+    monkeypatch.setattr(controller_module, "HEARTBEAT_PERIOD_S", 3600)
+
+    async def test() -> None:
+        async with running() as cluster:
+            placement = await cluster.complete()
+            [first] = cluster.pool.of("expert-0")
+            first.tokens = {key: 3 for key in first.keys}
+            await cluster.controller.suspect("expert-0", 1)
+            await happens(lambda: first.heartbeats == 2)
+            await cluster.controller.watch("router", 11, "n1", placement.order, 0)
+            await cluster.controller.watch("router", 11, "n1", placement.order, 0)
+            await cluster.controller.watch("router", 12, "n1", placement.order, 0)
+            await cluster.controller.watch("gateway", 1, "n2", placement.order, 0)
+            status = ClusterStatus.from_wire(await cluster.controller.status())
+            assert status.models == ("m",)
+            assert (status.epoch, status.placement_version) == placement.order
+            assert status.missing_experts == 0
+            assert [(p.pid, p.node) for p in status.routers] == [(11, "n1"), (12, "n1")]
+            assert [p.pid for p in status.gateways] == [1]
+            assert [a.actor_id for a in status.actors] == ["expert-0", "expert-1"]
+            actor = status.actors[0]
+            assert (actor.pid, actor.generation, actor.device) == (first.pid, 1, "cpu")
+            assert actor.experts == tuple(tuple(key) for key in first.keys)
+            assert actor.tokens == 3 * len(first.keys)
+
+    run(test)
+
+
+def test_the_status_of_a_cluster_without_actors_misses_everything() -> None:
+    async def test() -> None:
+        cluster = Cluster()
+        status = ClusterStatus.from_wire(await cluster.controller.status())
+        assert status.missing_experts == 2 * NUM_EXPERTS
+        assert (status.actors, status.routers, status.gateways) == ((), (), ())
+
+    run(test)
+
+
+def test_a_dead_actor_leaves_the_status_until_it_is_replaced() -> None:
+    async def test() -> None:
+        async with running() as cluster:
+            await cluster.complete()
+            gate = asyncio.Event()
+            cluster.pool.load_gate = lambda actor: gate.wait()
+            cluster.pool.of("expert-0")[0].alive = False
+            await happens(lambda: len(cluster.pool.of("expert-0")) == 2)
+            status = ClusterStatus.from_wire(await cluster.controller.status())
+            assert [a.actor_id for a in status.actors] == ["expert-1"]
+            assert status.missing_experts == NUM_EXPERTS
+            gate.set()
+            await cluster.complete()
+
+    run(test)
+
+
+def test_members_that_are_not_heard_of_leave_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        cluster = Cluster()
+        await cluster.controller.watch("router", 11, "n1", (-1, -1), 0)
+        assert len((await cluster.controller.status())["routers"]) == 1
+        monkeypatch.setattr(controller_module, "MEMBER_TTL_S", 0)
+        assert len((await cluster.controller.status())["routers"]) == 0
+
+    run(test)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_closing_ends_the_actors_only_when_the_application_is_deleted(
+    monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    monkeypatch.setattr(controller_module, "app_is_wanted", lambda app: wanted)
+
+    async def test() -> None:
+        async with running() as cluster:
+            await cluster.complete()
+            await cluster.controller.close()
+            assert [actor.killed for actor in cluster.pool.actors] == [not wanted] * 2
+            await asyncio.wait(cluster.controller._tasks, timeout=LIMIT_S)
+            assert len(cluster.pool.actors) == 2  # and nobody brings them back
+
+    run(test)
+
+
+def test_reports_of_other_threads_are_another_configuration() -> None:
+    assert replace(spec_of(), threads=2).digest == spec_of(2).digest != spec_of().digest

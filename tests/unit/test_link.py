@@ -1,0 +1,404 @@
+"""The token link over loopback, and the joining of its events with the call's own reply."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router import link as link_module
+from router.gateway.ray_upstream import unseen
+from router.link import LinkAddress, LinkClient, LinkServer
+from router.request import TokenEvent, TokenLogprobs
+
+LIMIT_S = 20.0
+EVENT = TokenEvent(
+    1, (5, 6), (TokenLogprobs(-0.5, (5,), (-0.5,)), TokenLogprobs(-1.5, (), ())), "stop", False, 3
+)
+
+
+class Gateway:
+    """A link's server, what came to it, and which requests it still wants."""
+
+    def __init__(self) -> None:
+        self.received: asyncio.Queue[tuple[str, TokenEvent]] = asyncio.Queue()
+        self.unwanted: set[str] = set()
+        self.server = LinkServer("127.0.0.1", self._on_tokens)
+
+    def _on_tokens(self, request_id: str, event: TokenEvent) -> bool:
+        self.received.put_nowait((request_id, event))
+        return request_id not in self.unwanted
+
+    async def next(self) -> tuple[str, TokenEvent]:
+        return await asyncio.wait_for(self.received.get(), LIMIT_S)
+
+
+class Router:
+    """A link's client, and the stops that came to it."""
+
+    def __init__(self) -> None:
+        self.stops: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
+        self.client = LinkClient(
+            lambda request_id, index: self.stops.put_nowait((request_id, index))
+        )
+
+    async def next_stop(self) -> tuple[str, int]:
+        return await asyncio.wait_for(self.stops.get(), LIMIT_S)
+
+
+@asynccontextmanager
+async def linked(num_routers: int = 1) -> AsyncIterator[tuple[Gateway, LinkAddress, list[Router]]]:
+    gateway, routers = Gateway(), [Router() for _ in range(num_routers)]
+    address = await gateway.server.start()
+    for router in routers:
+        await router.client.connect(address)
+    try:
+        yield gateway, address, routers
+    finally:
+        for router in routers:
+            router.client.close()
+        gateway.server.close()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    """Run a test's coroutine on an event loop of its own; what that loop reports is a failure."""
+    reported: list[dict[str, Any]] = []
+
+    async def limited() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, what: reported.append(what))
+        async with asyncio.timeout(2 * LIMIT_S):
+            await test()
+        # What the end of the loop cancels is not of interest.
+        loop.set_exception_handler(lambda _, what: None)
+
+    asyncio.run(limited())
+    assert reported == []
+
+
+async def happens(condition: Callable[[], bool]) -> None:
+    """Let the event loop run until the condition holds."""
+    async with asyncio.timeout(LIMIT_S):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def event_of(start: int, *token_ids: int) -> TokenEvent:
+    return TokenEvent(0, token_ids, start=start)
+
+
+def test_events_arrive_whole_and_in_order() -> None:
+    async def test() -> None:
+        async with linked() as (gateway, address, [router]):
+            sent = [(f"r{i % 3}", event_of(i, i, i + 1)) for i in range(300)]
+            for i in range(0, 300, 3):
+                router.client.send(address, sent[i : i + 3])
+            router.client.send(address, [("last", EVENT)])
+            assert [await gateway.next() for _ in range(300)] == sent
+            assert await gateway.next() == ("last", EVENT)
+
+    run(test)
+
+
+def test_a_stop_travels_back_to_the_router_that_serves_the_request() -> None:
+    async def test() -> None:
+        async with linked(2) as (gateway, address, [first, second]):
+            first.client.send(address, [("a", EVENT)])
+            second.client.send(address, [("b", EVENT)])
+            for _ in range(2):
+                await gateway.next()
+            gateway.server.stop_choice("b", 2)
+            gateway.server.stop_choice("a", 0)
+            gateway.server.stop_choice("unknown", 0)
+            assert await second.next_stop() == ("b", 2)
+            assert await first.next_stop() == ("a", 0)
+            assert first.stops.empty()
+            assert second.stops.empty()
+
+    run(test)
+
+
+def test_a_request_that_moved_is_stopped_where_it_is_now() -> None:
+    async def test() -> None:
+        async with linked(2) as (gateway, address, [first, second]):
+            first.client.send(address, [("a", EVENT)])
+            await gateway.next()
+            second.client.send(address, [("a", EVENT)])
+            await gateway.next()
+            first.client.close()  # its end must not take the other's route away
+            await happens(lambda: len(set(gateway.server._routes.values())) == 1)
+            gateway.server.stop_choice("a", 1)
+            assert await second.next_stop() == ("a", 1)
+
+    run(test)
+
+
+def test_a_forgotten_request_is_not_remembered_again_by_late_tokens() -> None:
+    async def test() -> None:
+        async with linked() as (gateway, address, [router]):
+            router.client.send(address, [("a", EVENT), ("b", EVENT)])
+            for _ in range(2):
+                await gateway.next()
+            gateway.server.forget("a")
+            gateway.server.forget("unknown")
+            gateway.unwanted.add("a")
+            router.client.send(address, [("a", EVENT)])
+            await gateway.next()
+            assert list(gateway.server._routes) == ["b"]
+            gateway.server.stop_choice("a", 0)
+            gateway.server.stop_choice("b", 0)
+            assert await router.next_stop() == ("b", 0)
+
+    run(test)
+
+
+def frame(body: object) -> bytes:
+    packed: bytes = msgpack.packb(body)
+    return len(packed).to_bytes(4, "big") + packed
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        frame(["wrong"]),
+        frame([""]),
+        frame([]),
+        frame(["ünïcode"]),
+        frame([None]),
+        frame([b"bytes"]),
+        frame([["nested"]]),
+        frame(["x", "y"]),
+        frame({"a": 1}),
+        frame(5),
+        b"\x00\x00\x00\x01\xc1",
+        b"\x00\x00\x00\x00",
+        b"\xff\xff\xff\xff",
+        (link_module.MAX_HELLO_BYTES + 1).to_bytes(4, "big") + bytes(2000),
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x00\x00",
+        b"",
+    ],
+)
+def test_a_stranger_is_cut_off_and_disturbs_nobody(first: bytes) -> None:
+    async def test() -> None:
+        async with linked() as (gateway, address, [router]):
+            reader, writer = await asyncio.open_connection(address.host, address.port)
+            writer.write(first)
+            writer.write_eof()
+            assert await asyncio.wait_for(reader.read(), LIMIT_S) == b""
+            writer.close()
+            router.client.send(address, [("a", EVENT)])
+            assert await gateway.next() == ("a", EVENT)
+            assert gateway.received.empty()
+
+    run(test)
+
+
+def test_tokens_after_a_wrong_secret_are_not_taken() -> None:
+    async def test() -> None:
+        async with linked() as (gateway, address, [router]):
+            other = Router()
+            wrong = replace(address, secret="x" * len(address.secret))
+            await other.client.connect(wrong)
+            other.client.send(wrong, [("forged", EVENT)])
+            await happens(lambda: not other.client._links)
+            router.client.send(address, [("a", EVENT)])
+            assert await gateway.next() == ("a", EVENT)
+
+    run(test)
+
+
+def test_a_stranger_that_says_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "HELLO_TIMEOUT_S", 0.01)
+
+    async def test() -> None:
+        async with linked() as (_, address, _):
+            reader, writer = await asyncio.open_connection(address.host, address.port)
+            assert await asyncio.wait_for(reader.read(), LIMIT_S) == b""
+            writer.close()
+
+    run(test)
+
+
+def test_an_oversized_frame_closes_its_link_and_no_other() -> None:
+    async def test() -> None:
+        async with linked(2) as (gateway, address, [first, second]):
+            first.client.send(address, [("a", EVENT)])
+            await gateway.next()
+            writer = first.client._links[address]
+            writer.write((link_module.MAX_FRAME_BYTES + 1).to_bytes(4, "big") + b"x")
+            await happens(lambda: not first.client._links)
+            assert gateway.server._routes == {}
+            second.client.send(address, [("b", EVENT)])
+            assert await gateway.next() == ("b", EVENT)
+
+    run(test)
+
+
+def test_a_router_whose_link_broke_links_again() -> None:
+    async def test() -> None:
+        async with linked() as (gateway, address, [router]):
+            await router.client.connect(address)  # has a link: keeps it
+            router.client.send(address, [("a", EVENT)])
+            await gateway.next()
+            assert len(set(gateway.server._routes.values())) == 1
+            router.client._links[address].transport.abort()
+            router.client.send(address, [("lost", EVENT)])  # dropped; the reply has it
+            await happens(lambda: not gateway.server._routes)
+            await router.client.connect(address)
+            router.client.send(address, [("b", EVENT)])
+            assert await gateway.next() == ("b", EVENT)
+            gateway.server.stop_choice("b", 0)
+            assert await router.next_stop() == ("b", 0)
+
+    run(test)
+
+
+def test_a_gateway_that_is_gone_is_no_error() -> None:
+    async def test() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        router, gone = Router(), LinkAddress("127.0.0.1", port, "secret")
+        await router.client.connect(gone)
+        router.client.send(gone, [("a", EVENT)])
+        router.client.close()
+
+    run(test)
+
+
+def test_a_gateway_that_cannot_be_reached_does_not_keep_linked_ones_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test() -> None:
+        async with linked() as (_, address, [router]):
+            reaching = asyncio.Event()
+
+            async def unreachable(host: str, port: int) -> None:
+                reaching.set()
+                await asyncio.Event().wait()
+
+            monkeypatch.setattr(link_module.asyncio, "open_connection", unreachable)
+            lost = asyncio.create_task(router.client.connect(LinkAddress("192.0.2.1", 9, "secret")))
+            await asyncio.wait_for(reaching.wait(), LIMIT_S)
+            await asyncio.wait_for(router.client.connect(address), 1)
+            assert not lost.done()
+            lost.cancel()
+
+    run(test)
+
+
+def test_a_gateway_that_does_not_read_is_cut_off_at_a_bounded_backlog(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link_module, "MAX_BUFFERED_BYTES", 1 << 16)
+
+    async def test() -> None:
+        async def never_reads(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+
+        server = await asyncio.start_server(never_reads, "127.0.0.1", 0, limit=1024)
+        address = LinkAddress("127.0.0.1", server.sockets[0].getsockname()[1], "secret")
+        router = Router()
+        await router.client.connect(address)
+        writer = router.client._links[address]
+        big = [("a", event_of(0, *range(20_000)))]
+        largest = 0
+        async with asyncio.timeout(LIMIT_S):
+            while not writer.is_closing():
+                router.client.send(address, big)
+                largest = max(largest, writer.transport.get_write_buffer_size())
+                await asyncio.sleep(0)
+        assert largest < 1 << 18
+        router.client.close()
+        server.close()
+
+    run(test)
+
+
+# Joining the link's events with the reply.
+
+
+@st.composite
+def deliveries(draw: st.DrawFn) -> tuple[list[TokenEvent], list[TokenEvent]]:
+    """Events as the link may bring them (steps, some lost), and the reply's, one per choice."""
+    link: list[TokenEvent] = []
+    reply: list[TokenEvent] = []
+    per_choice: list[list[TokenEvent]] = []
+    for index in range(draw(st.integers(1, 3))):
+        token_ids = draw(st.lists(st.integers(0, 99), min_size=1, max_size=8))
+        rows = tuple(TokenLogprobs(-float(t), (), ()) for t in token_ids)
+        with_logprobs = draw(st.booleans())
+        reason = draw(st.sampled_from(["stop", "length"]))
+        cuts = draw(st.sets(st.integers(1, len(token_ids)), max_size=len(token_ids)))
+        bounds = [0, *sorted(cuts | {len(token_ids)})]
+        late_finish = draw(st.booleans())  # a stop that came from the gateway has no token
+        steps = [
+            TokenEvent(
+                index,
+                tuple(token_ids[start:end]),
+                rows[start:end] if with_logprobs else (),
+                reason if end == len(token_ids) and not late_finish else None,
+                start=start,
+            )
+            for start, end in zip(bounds, bounds[1:], strict=False)
+        ]
+        if late_finish:
+            steps.append(TokenEvent(index, (), (), reason, start=len(token_ids)))
+        per_choice.append([step for step in steps if draw(st.integers(0, 3)) > 0])
+        reply.append(
+            TokenEvent(index, tuple(token_ids), rows if with_logprobs else (), reason, start=0)
+        )
+    while any(per_choice):
+        waiting = [events for events in per_choice if events]
+        link.append(waiting[draw(st.integers(0, len(waiting) - 1))].pop(0))
+    return link, reply
+
+
+@settings(deadline=None, max_examples=300)
+@given(deliveries(), st.data())
+def test_whatever_the_link_loses_each_token_is_passed_on_once_and_in_order(
+    delivery: tuple[list[TokenEvent], list[TokenEvent]], data: st.DataObject
+) -> None:
+    link, reply = delivery
+    # The reply may overtake what is still under way on the link.
+    split = data.draw(st.integers(0, len(link)))
+    # A request that was sent again brings everything from the start again.
+    again = data.draw(st.booleans())
+    arriving = [*link[:split], *(link if again else []), *reply, *link[split:]]
+    sent: Counter[int] = Counter()
+    passed = [fresh for event in arriving if (fresh := unseen(event, sent)) is not None]
+    for whole in reply:
+        own = [event for event in passed if event.index == whole.index]
+        assert tuple(t for event in own for t in event.token_ids) == whole.token_ids
+        assert tuple(row for event in own for row in event.logprobs) == whole.logprobs
+        assert [event.finish_reason for event in own if event.finish_reason] == [
+            whole.finish_reason
+        ]
+        assert own[-1].finish_reason is not None
+        starts = [event.start for event in own]
+        lengths = [len(event.token_ids) for event in own]
+        assert starts == [sum(lengths[:i]) for i in range(len(own))]
+
+
+def test_an_event_that_leaves_a_gap_is_left_to_the_reply() -> None:
+    sent: Counter[int] = Counter()
+    assert unseen(event_of(0, 7), sent) == event_of(0, 7)
+    assert unseen(event_of(2, 9), sent) is None
+    assert unseen(event_of(0, 7, 8, 9), sent) == event_of(1, 8, 9)
+
+
+def test_nothing_comes_after_the_end() -> None:
+    sent: Counter[int] = Counter()
+    end = TokenEvent(0, (7,), finish_reason="length")
+    assert unseen(end, sent) == end
+    assert unseen(end, sent) is None
+    assert unseen(event_of(1, 8), sent) is None

@@ -1,0 +1,213 @@
+"""A router's model: transformers' own but for the experts, which it neither holds nor reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import MixtralForCausalLM
+from transformers.models.mixtral import modeling_mixtral
+
+from cluster.errors import CheckpointError
+from experts.checkpoint import open_checkpoint
+from router.model import MoEModel, RemoteExperts, load_dense
+from tests.checkpoints import save_mixtral
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixtral")
+    save_mixtral(path)
+    return path
+
+
+def dense_parameters(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p for n, p in model.state_dict().items() if ".experts." not in n}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dense_part_is_transformers_own(folder: Path, dtype: torch.dtype) -> None:
+    whole = MixtralForCausalLM.from_pretrained(folder, dtype=dtype)
+    loaded = load_dense(open_checkpoint(folder), dtype).state_dict()
+    expected = dense_parameters(whole)
+    assert loaded.keys() == expected.keys()
+    for name, tensor in loaded.items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    save_mixtral(tmp_path, tie_word_embeddings=True)
+    model = load_dense(open_checkpoint(tmp_path), torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_no_parameter_is_an_experts(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    model = load_dense(checkpoint, torch.float32)
+    hidden, inner = checkpoint.shape.hidden_size, checkpoint.shape.intermediate_size
+    tensors = [*model.parameters(), *model.buffers()]
+    assert not any({inner, 2 * inner} & set(tensor.shape) for tensor in tensors)
+    replaced = [m for m in model.modules() if isinstance(m, RemoteExperts)]
+    assert len(replaced) == 3
+    assert [list(m.parameters()) + list(m.buffers()) for m in replaced] == [[], [], []]
+    expected = sum(
+        torch.Size(shape).numel()
+        for shape in checkpoint.family.dense_tensors(checkpoint.config).values()
+    )
+    assert sum(p.numel() for p in model.parameters()) == expected
+    assert hidden < inner  # or the first assertion says nothing
+
+
+def test_nothing_is_trained_and_everything_is_in_evaluation_mode(folder: Path) -> None:
+    model = load_dense(open_checkpoint(folder), torch.float32)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.training
+
+
+def test_transformers_own_class_is_put_back_even_after_a_failure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = modeling_mixtral.MixtralExperts
+    load_dense(open_checkpoint(folder), torch.float32)
+    assert modeling_mixtral.MixtralExperts is original
+    import transformers
+
+    def fails(*_: object, **__: object) -> None:
+        assert modeling_mixtral.MixtralExperts is RemoteExperts
+        raise RuntimeError("a fault of the test's")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fails)
+    with pytest.raises(RuntimeError, match="a fault of the test's"):
+        load_dense(open_checkpoint(folder), torch.float32)
+    assert modeling_mixtral.MixtralExperts is original
+
+
+def test_each_layers_experts_know_their_layer_and_exchange(folder: Path) -> None:
+    def exchange(*_: object) -> torch.Tensor:
+        raise AssertionError("not called")
+
+    model = MoEModel(open_checkpoint(folder), torch.float32, 32, exchange)
+    replaced = [m for m in model._model.modules() if isinstance(m, RemoteExperts)]
+    assert [m.layer_id for m in replaced] == [0, 1, 2]
+    assert all(m.exchange is exchange for m in replaced)
+
+
+def test_experts_without_an_exchange_say_so() -> None:
+    with pytest.raises(RuntimeError, match="no exchange"):
+        RemoteExperts(None)(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1))
+
+
+def test_a_checkpoint_that_lost_a_tensor_meanwhile_is_refused(tmp_path: Path) -> None:
+    save_mixtral(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    with safe_open(tmp_path / "model.safetensors", "pt") as shard:
+        tensors = {key: shard.get_tensor(key) for key in shard.keys() if key != name}  # noqa: SIM118
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="did not give the router"):
+        load_dense(checkpoint, torch.float32)
+
+
+def move_experts(folder: Path, fill: int | None, inner: int | None = None) -> int:
+    """Move all experts to a shard of their own whose data is nothing but ``fill`` bytes.
+
+    ``None`` leaves the data a hole that takes no room on disk; ``inner`` gives the experts another
+    intermediate size. Returns the bytes of the experts' data.
+    """
+    single = folder / "model.safetensors"
+    with safe_open(single, "pt") as shard:
+        tensors = {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118
+    single.unlink()
+    dense = {n: t for n, t in tensors.items() if ".experts." not in n}
+    save_file(dense, folder / "dense.safetensors", {"format": "pt"})
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        if name in dense:
+            continue
+        old = json.loads((folder / "config.json").read_text())["intermediate_size"]
+        shape = [inner if inner and size == old else size for size in tensor.shape]
+        size = 4 * shape[0] * shape[1]
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(folder / "experts.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        if fill is not None:
+            file.write(bytes([fill]) * end)
+        file.truncate(8 + len(raw) + end)
+    weight_map = {n: "dense.safetensors" if n in dense else "experts.safetensors" for n in tensors}
+    index = {"metadata": {"total_size": end}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if inner:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": inner}))
+    return end
+
+
+def test_the_experts_values_have_no_part_in_the_routers_model(tmp_path: Path) -> None:
+    expected = dense_parameters(save_mixtral(tmp_path))
+    move_experts(tmp_path, fill=0xFF)  # each of them a NaN
+    loaded = load_dense(open_checkpoint(tmp_path), torch.float32).state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+MEASURE = """
+import json, os, resource, sys
+from pathlib import Path
+import torch
+from experts.checkpoint import open_checkpoint
+from router.model import load_dense
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+load_dense(open_checkpoint(Path(sys.argv[1])), torch.float32)  # whatever loading costs once
+checkpoint = open_checkpoint(Path(sys.argv[2]))
+before = peak_mb()
+if sys.argv[3] == "whole":
+    from transformers import MixtralForCausalLM
+    model = MixtralForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32)
+    sum(float(p.sum()) for p in model.parameters())
+else:
+    load_dense(checkpoint, torch.float32)
+print(json.dumps(peak_mb() - before))
+"""
+
+
+@pytest.mark.parametrize("how", ["dense", "whole"])
+def test_loading_a_router_takes_no_memory_for_the_experts(
+    folder: Path, tmp_path: Path, how: str
+) -> None:
+    save_mixtral(tmp_path)
+    experts_mb = move_experts(tmp_path, fill=None, inner=9000) / 2**20
+    assert experts_mb > 150
+    script = tmp_path / "measure.py"
+    script.write_text(MEASURE)
+    result = subprocess.run(
+        [sys.executable, str(script), str(folder), str(tmp_path), how],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    grown_mb = json.loads(result.stdout.splitlines()[-1])
+    if how == "dense":
+        # A page of a mapped file counts as soon as it is read, so this says "unread" as well.
+        assert grown_mb < experts_mb / 10
+    else:
+        assert grown_mb > experts_mb / 2  # the measurement sees experts where there are some

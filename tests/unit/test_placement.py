@@ -1,0 +1,181 @@
+"""Placement: who holds which expert, and the names that actors go by."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import ConfigError
+from cluster.placement import (
+    ExpertKey,
+    ModelExperts,
+    Placement,
+    assign_experts,
+    empty_placement,
+)
+from cluster.spec import ActorSpec, ModelSource, actor_name, parse_actor_name
+
+ACTORS = st.integers(1, 9).map(lambda count: [f"expert-{i}" for i in range(count)])
+MODELS = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 40), min_size=1, max_size=6, unique=True), st.integers(1, 17)
+    ),
+    min_size=1,
+    max_size=3,
+).map(
+    lambda sizes: [
+        ModelExperts(f"m{i}", tuple(sorted(layers)), experts, 10)
+        for i, (layers, experts) in enumerate(sizes)
+    ]
+)
+
+
+def test_experts_are_dealt_out_as_worked_by_hand() -> None:
+    shares = assign_experts([ModelExperts("m", (0, 1), 4, 1)], ["a", "b", "c"], None)
+    assert shares == {
+        "a": [("m", 0, 0), ("m", 0, 3), ("m", 1, 2)],
+        "b": [("m", 0, 1), ("m", 1, 0), ("m", 1, 3)],
+        "c": [("m", 0, 2), ("m", 1, 1)],
+    }
+
+
+@settings(deadline=None)
+@given(MODELS, ACTORS)
+def test_each_expert_gets_one_actor_and_each_layer_is_spread_evenly(
+    models: list[ModelExperts], actor_ids: list[str]
+) -> None:
+    shares = assign_experts(models, actor_ids, None)
+    assert list(shares) == actor_ids
+    held = Counter(key for keys in shares.values() for key in keys)
+    assert held == Counter(key for model in models for key in model.expert_keys())
+    for model in models:
+        for layer_id in model.layers:
+            of_layer = [
+                sum((key.model, key.layer_id) == (model.model, layer_id) for key in keys)
+                for keys in shares.values()
+            ]
+            assert max(of_layer) - min(of_layer) <= 1
+
+
+def test_a_share_may_fill_the_budget_and_not_exceed_it() -> None:
+    models = [ModelExperts("m", (0, 1), 3, 100), ModelExperts("n", (0,), 2, 7)]
+    # By hand: a gets m(0,0), m(0,2), m(1,1), n(0,0) = 307 bytes, b the rest.
+    assert len(assign_experts(models, ["a", "b"], 307)["a"]) == 4
+    with pytest.raises(ConfigError, match="up to 307 bytes") as caught:
+        assign_experts(models, ["a", "b"], 306)
+    assert caught.value.field == "args.experts.memory_budget_bytes"
+
+
+def placement_of(models: list[ModelExperts], shares: dict[str, list[ExpertKey]]) -> Placement:
+    placement = empty_placement(3, models)
+    for generation, (actor_id, keys) in enumerate(shares.items(), start=1):
+        placement = placement.with_actor(actor_id, generation, keys)
+    return placement
+
+
+def test_an_empty_placement_misses_every_expert() -> None:
+    model = ModelExperts("m", (2, 5), 2, 1)
+    placement = empty_placement(4, [model])
+    assert placement.order == (4, 0)
+    assert placement.missing() == [("m", 2, 0), ("m", 2, 1), ("m", 5, 0), ("m", 5, 1)]
+    assert placement.generations == {}
+
+
+def test_an_actor_that_comes_adds_copies_and_one_that_goes_takes_its_own_only() -> None:
+    model = ModelExperts("m", (0,), 3, 1)
+    keys = model.expert_keys()
+    first = empty_placement(1, [model]).with_actor("a", 4, keys[:2])
+    assert first.missing() == [keys[2]]
+    both = first.with_actor("b", 9, keys[1:])
+    assert both.missing() == []
+    assert both.holders == {keys[0]: ("a",), keys[1]: ("a", "b"), keys[2]: ("b",)}
+    assert both.generations == {"a": 4, "b": 9}
+    left = both.without("a")
+    assert left.holders == {keys[0]: (), keys[1]: ("b",), keys[2]: ("b",)}
+    assert left.generations == {"b": 9}
+    assert left.missing() == [keys[0]]
+    assert [p.order for p in (first, both, left)] == [(1, 1), (1, 2), (1, 3)]
+    assert first.holders[keys[1]] == ("a",)  # earlier versions are untouched
+
+
+def test_an_actor_that_comes_again_is_listed_once_under_its_new_generation() -> None:
+    model = ModelExperts("m", (0,), 2, 1)
+    once = empty_placement(1, [model]).with_actor("a", 1, model.expert_keys())
+    again = once.with_actor("a", 2, model.expert_keys())
+    assert set(again.holders.values()) == {("a",)}
+    assert again.generations == {"a": 2}
+
+
+def test_an_actor_cannot_bring_an_expert_that_no_model_has() -> None:
+    model = ModelExperts("m", (0,), 1, 1)
+    placement = empty_placement(1, [model]).with_actor("a", 1, [ExpertKey("other", 0, 0)])
+    assert list(placement.holders.items()) == [(("m", 0, 0), ())]
+
+
+def test_a_placement_is_newer_by_epoch_first_and_version_second() -> None:
+    orders = [Placement(e, v, {}, {}).order for e, v in itertools.product((1, 2, 10), (0, 9, 10))]
+    assert orders == sorted(orders)
+
+
+@settings(deadline=None)
+@given(MODELS, ACTORS)
+def test_a_placement_survives_the_wire_as_plain_data(
+    models: list[ModelExperts], actor_ids: list[str]
+) -> None:
+    placement = placement_of(models, assign_experts(models, actor_ids, None)).without("expert-0")
+    read = Placement.from_wire(msgpack.unpackb(msgpack.packb(placement.to_wire())))
+    assert read == placement
+    assert all(type(key) is ExpertKey for key in read.holders)
+    assert read.missing() == placement.missing()
+
+
+@settings(deadline=None)
+@given(st.text(max_size=20), st.text(max_size=20), st.integers(0, 10**9))
+def test_an_actors_name_is_parsed_to_what_it_was_made_of(
+    app: str, actor_id: str, generation: int
+) -> None:
+    assert parse_actor_name(actor_name(app, actor_id, generation), app) == (actor_id, generation)
+
+
+def test_names_that_look_like_a_generation_are_told_apart() -> None:
+    assert actor_name("app", "expert-0", 3) == "expertmesh:app:expert-0:g3"
+    assert parse_actor_name("expertmesh:app:a:g1:g2", "app") == ("a:g1", 2)
+    assert parse_actor_name(actor_name("a:b", "c", 1), "a:b") == ("c", 1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "expertmesh:app",
+        "expertmesh:app:",
+        "expertmesh:app:expert-0",
+        "expertmesh:app:expert-0:g",
+        "expertmesh:app:expert-0:gx",
+        "expertmesh:app:expert-0:g-1",
+        "expertmesh:app:expert-0:g1.5",
+        "expertmesh:app:expert-0:g1 ",
+        "expertmesh:app:expert-0:g²",
+        "expertmesh:other:expert-0:g1",
+        "expertmesh:app2:expert-0:g1",
+        "SERVE_REPLICA::app#Gateway#x",
+        "x:expertmesh:app:expert-0:g1",
+    ],
+)
+def test_other_names_are_no_actors_of_the_application(name: str) -> None:
+    assert parse_actor_name(name, "app") is None
+
+
+def test_a_digest_tells_specifications_apart() -> None:
+    def spec(threads: int, dtype: str) -> ActorSpec:
+        model = ModelSource("path", dtype, ModelExperts("m", (0,), 2, 8))
+        return ActorSpec("app", (model,), 0.1, 0.0, threads, 100)
+
+    assert spec(1, "float32").digest == spec(1, "float32").digest
+    others = {spec(2, "float32").digest, spec(1, "bfloat16").digest, spec(1, "float32").digest}
+    assert len(others) == 3

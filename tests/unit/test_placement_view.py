@@ -1,0 +1,184 @@
+"""A replica's copy of the placement: only newer ones are taken, and those who wait are woken."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.placement import Placement
+from router import placement_view
+from router.placement_view import PlacementView, PlacementWatcher
+
+LIMIT_S = 20.0
+
+
+def placement_of(epoch: int, version: int) -> Placement:
+    return Placement(epoch, version, {}, {})
+
+
+def test_a_view_starts_without_a_placement() -> None:
+    view = PlacementView()
+    assert view.current() is None
+    assert view.wait_newer(None, 0) is False
+
+
+@pytest.mark.parametrize("older", [(2, 5), (2, 4), (1, 9), (0, 0)])
+def test_an_older_placement_or_the_same_is_ignored(older: tuple[int, int]) -> None:
+    view, current = PlacementView(), placement_of(2, 5)
+    view.publish(current)
+    view.publish(placement_of(*older))
+    assert view.current() is current
+
+
+@pytest.mark.parametrize("newer", [(2, 6), (3, 0)])
+def test_a_newer_placement_is_taken(newer: tuple[int, int]) -> None:
+    view = PlacementView()
+    view.publish(placement_of(2, 5))
+    view.publish(placement_of(*newer))
+    current = view.current()
+    assert current is not None
+    assert current.order == newer
+
+
+def test_waiting_for_what_is_there_already_returns_at_once() -> None:
+    view = PlacementView()
+    view.publish(placement_of(1, 1))
+    assert view.wait_newer(None, LIMIT_S) is True
+    assert view.wait_newer(placement_of(1, 0), LIMIT_S) is True
+    assert view.wait_newer(placement_of(0, 7), LIMIT_S) is True
+
+
+def test_waiting_ends_without_a_newer_placement_when_the_time_is_over() -> None:
+    view = PlacementView()
+    view.publish(placement_of(1, 1))
+    assert view.wait_newer(placement_of(1, 1), 0.01) is False
+    assert view.wait_newer(placement_of(2, 0), 0.01) is False
+
+
+def test_a_newer_placement_wakes_everyone_who_waits_and_an_older_one_nobody() -> None:
+    view, known = PlacementView(), placement_of(1, 1)
+    view.publish(known)
+    waiting = threading.Semaphore(0)
+    wait_for = view._changed.wait_for
+
+    def observed(predicate: Callable[[], bool], timeout: float | None = None) -> bool:
+        waiting.release()  # under the lock: whoever publishes next finds this one waiting
+        return wait_for(predicate, timeout)
+
+    view._changed.wait_for = observed  # type: ignore[method-assign]
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(view.wait_newer, known, LIMIT_S) for _ in range(3)]
+        for _ in calls:
+            assert waiting.acquire(timeout=LIMIT_S)
+        view.publish(placement_of(1, 0))
+        view.publish(placement_of(1, 1))
+        assert not any(call.done() for call in calls)
+        view.publish(placement_of(1, 2))
+        assert [call.result(LIMIT_S) for call in calls] == [True] * 3
+
+
+class FakeController:
+    """Answers watches from a list; an exception in it is raised."""
+
+    def __init__(self, *answers: dict[str, Any] | None | Exception) -> None:
+        self.answers = list(answers)
+        self.known: list[tuple[int, int]] = []
+        self.suspects: list[tuple[str, int]] = []
+        self.exhausted = asyncio.Event()
+
+    async def watch(
+        self, kind: str, pid: int, node: str, known: tuple[int, int], timeout_s: float
+    ) -> dict[str, Any] | None:
+        assert (kind, node) == ("router", "node")
+        self.known.append(known)
+        if not self.answers:
+            self.exhausted.set()
+            await asyncio.Event().wait()
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def suspect(self, actor_id: str, generation: int) -> None:
+        self.suspects.append((actor_id, generation))
+        if actor_id == "broken":
+            raise ConnectionError("a fault of the test's")
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = SimpleNamespace(get_node_id=lambda: "node")
+    monkeypatch.setattr(placement_view.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(placement_view, "RETRY_S", 0.001)
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(LIMIT_S):
+            await test()
+
+    asyncio.run(limited())
+
+
+def test_the_watcher_feeds_the_view_and_says_what_is_known() -> None:
+    async def test() -> None:
+        answers = [placement_of(1, 1).to_wire(), None, placement_of(1, 4).to_wire()]
+        view, controller = PlacementView(), FakeController(*answers)
+        watcher = PlacementWatcher("router", view, controller)
+        await controller.exhausted.wait()
+        assert view.current() == placement_of(1, 4)
+        assert controller.known == [(-1, -1), (1, 1), (1, 1), (1, 4)]
+        watcher.stop()
+
+    run(test)
+
+
+def test_while_the_controller_is_away_the_placement_stays_and_watching_goes_on() -> None:
+    async def test() -> None:
+        view = PlacementView()
+        controller = FakeController(
+            placement_of(1, 1).to_wire(),
+            ConnectionError("away"),
+            RuntimeError("restarting"),
+            placement_of(2, 0).to_wire(),
+        )
+        watcher = PlacementWatcher("router", view, controller)
+        await controller.exhausted.wait()
+        assert controller.known == [(-1, -1), (1, 1), (1, 1), (1, 1), (2, 0)]
+        assert view.current() == placement_of(2, 0)
+        watcher.stop()
+
+    run(test)
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement_view, "CALL_TIMEOUT_S", 0.01)
+
+    async def test() -> None:
+        view, controller = PlacementView(), FakeController()
+        watcher = PlacementWatcher("router", view, controller)
+        while len(controller.known) < 3:
+            await asyncio.sleep(0.001)
+        watcher.stop()
+
+    run(test)
+
+
+def test_suspicions_reach_the_controller_from_any_thread_and_its_failure_hurts_nobody() -> None:
+    async def test() -> None:
+        view, controller = PlacementView(), FakeController()
+        watcher = PlacementWatcher("router", view, controller)
+        await asyncio.to_thread(watcher.suspect, "broken", 1)
+        await asyncio.to_thread(watcher.suspect, "expert-1", 4)
+        while len(controller.suspects) < 2:
+            await asyncio.sleep(0.001)
+        assert controller.suspects == [("broken", 1), ("expert-1", 4)]
+        watcher.stop()
+
+    run(test)

@@ -1,0 +1,260 @@
+"""Sampling against a slow plain oracle: what may be drawn, how often, and on what it depends."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router.request import SamplingParams
+from router.sampling import Draw, sample
+
+INF = float("inf")
+
+
+def draw_of(position: int = 0, choice: int = 0, **params: float | int | None) -> Draw:
+    return Draw(SamplingParams(max_tokens=1, **params), choice, position)  # type: ignore[arg-type]
+
+
+def oracle(logits: list[float], params: SamplingParams) -> dict[int, float]:
+    """The probability of every token that may be drawn, in plain Python."""
+    top = max(logits)
+    weights = {i: math.exp((x - top) / params.temperature) for i, x in enumerate(logits)}
+    ordered = sorted(weights, key=lambda i: (-weights[i], i))
+    if params.top_k:
+        ordered = ordered[: params.top_k]
+    total = sum(weights[i] for i in ordered)
+    kept, reached = [], 0.0
+    for i in ordered:
+        if kept and reached >= params.top_p:
+            break
+        kept.append(i)
+        reached += weights[i] / total
+    kept = [i for i in kept if weights[i] >= params.min_p * weights[ordered[0]]]
+    total = sum(weights[i] for i in kept)
+    return {i: weights[i] / total for i in kept if weights[i] > 0}
+
+
+def drawn(logits: list[float], params: SamplingParams, count: int) -> Counter[int]:
+    """How often each token is drawn at ``count`` positions."""
+    rows = torch.tensor([logits]).expand(count, -1)
+    token_ids, _ = sample(rows, [Draw(params, 0, position) for position in range(count)])
+    return Counter(token_ids)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=12))
+def test_temperature_zero_takes_a_largest_logit(logits: list[float]) -> None:
+    [token_id], _ = sample(torch.tensor([logits]), [draw_of(temperature=0.0)])
+    assert logits[token_id] == max(logits)
+
+
+LOGITS = st.lists(st.integers(-40, 40).map(lambda x: x / 8), min_size=1, max_size=8)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    LOGITS,
+    st.sampled_from([0.25, 0.5, 1.0, 2.0]),
+    st.integers(0, 9),
+    # Off the values at which rounding decides; those are worked by hand below.
+    st.sampled_from([0.0713, 0.2971, 0.5039, 0.7193, 0.9017, 0.9871, 1.0]),
+    st.sampled_from([0.0, 0.0317, 0.1093, 0.4931, 0.8137]),
+)
+def test_only_what_the_filters_leave_is_drawn_and_all_of_it(
+    logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    params = SamplingParams(1, temperature, top_k, top_p, min_p, seed=5)
+    allowed = oracle(logits, params)
+    seen = drawn(logits, params, 400)
+    assert set(seen) <= set(allowed)
+    # Whatever has 5 % fails to come 400 times with a chance of 1e-9.
+    assert {i for i, p in allowed.items() if p > 0.05} <= set(seen)
+
+
+# The 99.9999 % quantile of chi-square is below df + 5 * sqrt(2 * df) + 15 for small df.
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(1, 1.0, seed=1),
+        SamplingParams(1, 0.6, seed=2),
+        SamplingParams(1, 1.7, seed=3),
+        SamplingParams(1, 1.0, top_k=3, seed=4),
+        SamplingParams(1, 1.0, top_p=0.8, seed=5),
+        SamplingParams(1, 1.0, min_p=0.2, seed=6),
+        SamplingParams(1, 1.3, top_k=5, top_p=0.9, min_p=0.1, seed=7),
+    ],
+)
+@pytest.mark.parametrize("over", ["positions", "seeds", "choices"])
+def test_tokens_are_drawn_as_often_as_their_probabilities_say(
+    params: SamplingParams, over: str
+) -> None:
+    logits = [0.0, 1.0, -1.0, 2.0, 0.5, 1.5, -3.0]
+    count = 20_000
+    probabilities = oracle(logits, params)
+    rows = torch.tensor([logits]).expand(count, -1)
+    draws = {
+        "positions": [Draw(params, 0, i) for i in range(count)],
+        "choices": [Draw(params, i, 3) for i in range(count)],
+        "seeds": [
+            draw_of(
+                position=3,
+                temperature=params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p,
+                min_p=params.min_p,
+                seed=params.seed + 7 * i,
+            )
+            for i in range(count)
+        ],
+    }[over]
+    seen = Counter(sample(rows, draws)[0])
+    assert set(seen) <= set(probabilities)
+    statistic = sum((seen[i] - count * p) ** 2 / (count * p) for i, p in probabilities.items())
+    freedom = len(probabilities) - 1
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom) + 15
+
+
+def test_consecutive_positions_are_independent() -> None:
+    token_ids, _ = sample(
+        torch.zeros(20_000, 2), [draw_of(position=i, seed=9) for i in range(20_000)]
+    )
+    pairs = Counter(zip(token_ids, token_ids[1:], strict=False))
+    for pair in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        assert pairs[pair] == pytest.approx(5000, abs=400)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    logits = [math.log(p) for p in (0.5, 0.25, 0.125, 0.125)]
+    for top_p, allowed in ((0.49, {0}), (0.51, {0, 1}), (0.74, {0, 1}), (0.76, {0, 1, 2})):
+        assert set(drawn(logits, SamplingParams(1, top_p=top_p), 500)) == allowed
+
+
+def test_top_p_is_a_share_of_what_top_k_left() -> None:
+    # Of the two that top-k leaves, the first has 2/3: enough for 0.6, not for 0.7.
+    logits = [math.log(p) for p in (0.5, 0.25, 0.125, 0.125)]
+    assert set(drawn(logits, SamplingParams(1, top_k=2, top_p=0.6), 500)) == {0}
+    assert set(drawn(logits, SamplingParams(1, top_k=2, top_p=0.7), 500)) == {0, 1}
+
+
+def test_min_p_is_relative_to_the_likeliest() -> None:
+    logits = [math.log(p) for p in (0.5, 0.26, 0.12, 0.12)]
+    assert set(drawn(logits, SamplingParams(1, min_p=0.5), 500)) == {0, 1}
+    assert set(drawn(logits, SamplingParams(1, min_p=0.2), 500)) == {0, 1, 2, 3}
+    assert set(drawn(logits, SamplingParams(1, min_p=1.0), 500)) == {0}
+
+
+EXTREMES: dict[str, tuple[list[float], SamplingParams, set[int]]] = {
+    "a tiny temperature": ([1.0, 1.5, 1.4], SamplingParams(1, 1e-9), {1}),
+    "a tiny temperature and huge logits": ([-1e30, 1e30, 9e29], SamplingParams(1, 1e-9), {1}),
+    "a huge temperature": ([0.0, 1.0, 2.0], SamplingParams(1, 100.0), {0, 1, 2}),
+    "a tiny top_p": ([0.0, 1.0, 2.0], SamplingParams(1, 1.0, top_p=1e-12), {2}),
+    "top_k of one": ([0.0, 5.0, 4.9], SamplingParams(1, 100.0, top_k=1), {1}),
+    "top_k beyond the vocabulary": ([0.0, 0.0], SamplingParams(1, 1.0, top_k=10**6), {0, 1}),
+    "impossible tokens": ([-INF, 0.0, -INF, 0.0], SamplingParams(1, 1.0), {1, 3}),
+    "impossible tokens, hot": ([-INF, 0.0, -INF, 0.0], SamplingParams(1, 100.0), {1, 3}),
+    "one possible token": ([-INF, -INF, 3.0], SamplingParams(1, 1.0, top_k=2), {2}),
+    "all alike": ([2.0] * 4, SamplingParams(1, 1.0), {0, 1, 2, 3}),
+    "all alike, the first two": ([2.0] * 4, SamplingParams(1, 1.0, top_k=2), {0, 1}),
+    "all alike, at least as likely": ([2.0] * 4, SamplingParams(1, 1.0, min_p=1.0), {0, 1, 2, 3}),
+    "a vocabulary of one": ([-7.0], SamplingParams(1, 1.0, top_k=3, top_p=0.1, min_p=0.9), {0}),
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extremes_draw_exactly_what_they_should(name: str) -> None:
+    logits, params, expected = EXTREMES[name]
+    assert set(drawn(logits, params, 300)) == expected
+
+
+DRAWS = [
+    draw_of(0, 0, temperature=1.0, seed=1),
+    draw_of(5, 0, temperature=0.0, seed=1),
+    draw_of(5, 1, temperature=0.7, seed=2, top_k=3),
+    draw_of(9, 0, temperature=1.3, seed=3, top_p=0.9),
+    draw_of(9, 2, temperature=1.0, seed=3, min_p=0.05, logprobs=2),
+    draw_of(2, 0, temperature=0.0, seed=3, logprobs=0),
+]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.permutations(range(len(DRAWS))), st.integers(1, len(DRAWS)), st.integers(0, 1000))
+def test_a_draw_depends_neither_on_its_place_nor_on_its_mates(
+    order: list[int], size: int, seed: int
+) -> None:
+    logits = torch.randn(len(DRAWS), 50, generator=torch.Generator().manual_seed(seed))
+    alone = [sample(logits[i : i + 1], [DRAWS[i]]) for i in range(len(DRAWS))]
+    chosen = order[:size]
+    token_ids, logprobs = sample(logits[chosen], [DRAWS[i] for i in chosen])
+    assert token_ids == [alone[i][0][0] for i in chosen]
+    assert logprobs == [alone[i][1][0] for i in chosen]
+
+
+def test_a_draw_can_be_made_again() -> None:
+    logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
+    draws = [draw_of(position=i, seed=2**63 - 1) for i in range(50)]
+    rows = logits.expand(50, -1)
+    assert sample(rows, draws) == sample(rows, draws)
+
+
+@pytest.mark.parametrize("what", ["seed", "choice", "position"])
+def test_seed_choice_and_position_each_change_the_stream(what: str) -> None:
+    rows = torch.zeros(64, 1000)
+    draws = {
+        "seed": [draw_of(seed=i) for i in range(64)],
+        "choice": [draw_of(choice=i) for i in range(64)],
+        "position": [draw_of(position=i) for i in range(64)],
+    }[what]
+    assert len(set(sample(rows, draws)[0])) > 55
+
+
+def test_every_seed_that_a_request_may_have_works() -> None:
+    seeds = [0, 1, -1, 2**31, 2**63 - 1, -(2**63), 2**64 - 1]
+    token_ids, _ = sample(torch.zeros(7, 10**4), [draw_of(seed=seed) for seed in seeds])
+    # -1 and 2**64 - 1 are the same 64 bits; all others have a stream of their own.
+    assert token_ids[2] == token_ids[6]
+    assert len(set(token_ids)) == 6
+
+
+def test_choices_of_one_request_draw_different_streams() -> None:
+    rows = torch.zeros(32, 100)
+    first, second = (
+        sample(rows, [draw_of(position=i, choice=choice, seed=4) for i in range(32)])[0]
+        for choice in (0, 1)
+    )
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < 8
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 2.0])
+def test_log_probabilities_are_those_of_the_logits_as_they_came(temperature: float) -> None:
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
+    draws = [
+        draw_of(temperature=temperature, seed=i, top_k=2, logprobs=count)
+        for i, count in enumerate((0, 4, 50))
+    ]
+    token_ids, logprobs = sample(logits, draws)
+    for row, token_id, found, count in zip(logits, token_ids, logprobs, (0, 4, 20), strict=True):
+        expected = row.log_softmax(-1)
+        assert found is not None
+        assert found.logprob == float(expected[token_id])
+        top = expected.topk(count)
+        assert found.top_ids == tuple(top.indices.tolist())
+        assert found.top_logprobs == tuple(top.values.tolist())
+        assert list(found.top_logprobs) == sorted(found.top_logprobs, reverse=True)
+
+
+def test_log_probabilities_are_computed_only_for_those_who_ask() -> None:
+    _, logprobs = sample(torch.zeros(2, 4), [draw_of(), draw_of(logprobs=1)])
+    assert logprobs[0] is None
+    assert logprobs[1] is not None
+
+
+def test_the_logits_are_left_alone() -> None:
+    logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(1))
+    before = logits.clone()
+    sample(logits, [draw_of(top_k=1, logprobs=2), draw_of(temperature=0.0)])
+    assert torch.equal(logits, before)

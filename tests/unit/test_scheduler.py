@@ -1,0 +1,244 @@
+"""Continuous batching: pages, admission, and which tokens a step computes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import OverloadedError
+from router.cache import PAGE_SIZE, PagePool, pages_needed
+from router.request import GenerationRequest, SamplingParams
+from router.scheduler import Limits, Scheduler, Sequence, Work
+
+
+def request_of(request_id: str, length: int, max_tokens: int = 4, n: int = 1) -> GenerationRequest:
+    sampling = SamplingParams(max_tokens=max_tokens, n=n)
+    return GenerationRequest(request_id, "m", tuple(range(1, length + 1)), sampling, 0.0)
+
+
+def computed(work: list[Work]) -> list[tuple[str, int, int]]:
+    return [(w.sequence.request.request_id, w.start, w.end) for w in work]
+
+
+def advance(scheduler: Scheduler, work: list[Work]) -> list[Sequence]:
+    """Do a step's work as the engine does: count it, sample, finish; returns who sampled."""
+    sampled = []
+    for item in work:
+        item.sequence.num_computed = item.end
+    for item in work:
+        if item.sequence.num_computed == len(item.sequence.token_ids):
+            item.sequence.token_ids.append(99)
+            sampled.append(item.sequence)
+            if item.sequence.num_generated == item.sequence.request.sampling.max_tokens:
+                scheduler.finish(item.sequence)
+    return sampled
+
+
+# Pages.
+
+
+def test_a_pool_hands_out_each_page_once_and_takes_it_back() -> None:
+    pool = PagePool(5)
+    first, second = pool.take(2), pool.take(3)
+    assert sorted([*first, *second]) == [0, 1, 2, 3, 4]
+    assert pool.num_free == 0
+    pool.give_back(first)
+    assert pool.num_free == 2
+    assert sorted(pool.take(2)) == sorted(first)
+
+
+def test_a_pool_never_hands_out_what_it_does_not_have() -> None:
+    pool = PagePool(2)
+    pool.take(1)
+    with pytest.raises(IndexError, match="2 pages asked for, 1 free"):
+        pool.take(2)
+    assert pool.num_free == 1
+
+
+@pytest.mark.parametrize(("tokens", "pages"), [(1, 1), (15, 1), (16, 1), (17, 2), (32, 2), (33, 3)])
+def test_pages_are_rounded_up(tokens: int, pages: int) -> None:
+    assert pages_needed(tokens) == pages
+
+
+def test_a_sequences_slots_follow_its_pages() -> None:
+    sequence = Sequence(request_of("a", 20, 15), 0, list(range(20)))
+    sequence.occupy([7, 2, 5])
+    slots = sequence.slots.tolist()
+    assert len(slots) == sequence.max_length == 35
+    assert slots[:16] == list(range(112, 128))
+    assert slots[16:32] == list(range(32, 48))
+    assert slots[32:] == [80, 81, 82]
+
+
+# Admission.
+
+
+def test_requests_are_admitted_in_the_order_of_their_arrival() -> None:
+    scheduler = Scheduler(Limits(2, 100, 10), 100)
+    for name in "abc":
+        scheduler.add(request_of(name, 5))
+    assert computed(scheduler.schedule()) == [("a", 0, 5), ("b", 0, 5)]
+    assert [s.request.request_id for s in scheduler.waiting] == ["c"]
+    scheduler.finish(scheduler.running[0])
+    scheduler.schedule()
+    assert [s.request.request_id for s in scheduler.running] == ["b", "c"]
+
+
+def test_pages_are_reserved_for_all_that_a_sequence_may_ever_need() -> None:
+    scheduler = Scheduler(Limits(8, 100, 10), 10)
+    scheduler.add(request_of("a", 10, 6))  # 16 tokens: one page
+    scheduler.add(request_of("b", 10, 7))  # 17 tokens: two
+    scheduler.schedule()
+    assert scheduler.num_free_pages == 7
+    assert [len(s.pages) for s in scheduler.running] == [1, 2]
+
+
+def test_a_request_that_does_not_fit_yet_waits_and_is_not_overtaken() -> None:
+    scheduler = Scheduler(Limits(8, 1000, 10), 4)
+    scheduler.add(request_of("a", 2 * PAGE_SIZE, 1))  # three pages
+    scheduler.add(request_of("b", PAGE_SIZE, 1))  # two: not yet
+    scheduler.add(request_of("c", 1, 1))  # one: would fit, but comes later
+    assert [w.sequence.request.request_id for w in scheduler.schedule()] == ["a"]
+    scheduler.finish(scheduler.running[0])
+    scheduler.schedule()
+    assert [s.request.request_id for s in scheduler.running] == ["b", "c"]
+
+
+def test_every_choice_is_a_sequence_of_its_own() -> None:
+    scheduler = Scheduler(Limits(8, 100, 10), 10)
+    added = scheduler.add(request_of("a", 3, n=3))
+    assert [s.index for s in added] == [0, 1, 2]
+    added[0].token_ids.append(7)
+    assert added[1].token_ids == [1, 2, 3]
+    scheduler.schedule()
+    assert scheduler.running == added
+    assert len({page for s in added for page in s.pages}) == 3
+
+
+def test_a_full_queue_refuses_the_next_request_with_a_hint() -> None:
+    scheduler = Scheduler(Limits(1, 100, 2), 100)
+    scheduler.add(request_of("a", 3, n=4))  # counts as one
+    scheduler.add(request_of("b", 3))
+    with pytest.raises(OverloadedError, match="2 requests wait already") as caught:
+        scheduler.add(request_of("c", 3))
+    assert (caught.value.field, caught.value.retry_after_s) == ("queue", 1.0)
+    assert len(scheduler.sequences()) == 5
+
+
+def test_a_request_that_could_never_fit_is_refused_without_a_hint() -> None:
+    scheduler = Scheduler(Limits(1, 100, 2), 2)
+    scheduler.add(request_of("a", 30, 2))  # 32 tokens: exactly all
+    with pytest.raises(OverloadedError, match="need 33 cache tokens; a router has 32") as caught:
+        scheduler.add(request_of("b", 30, 3))
+    assert caught.value.retry_after_s is None
+    assert [s.request.request_id for s in scheduler.sequences()] == ["a"]
+
+
+# The step's work.
+
+
+def test_decodes_come_first_and_prefill_gets_the_rest_of_the_budget() -> None:
+    scheduler = Scheduler(Limits(8, 10, 10), 100)
+    for name in "ab":
+        scheduler.add(request_of(name, 3))
+    advance(scheduler, scheduler.schedule())
+    scheduler.add(request_of("long", 30))
+    assert computed(scheduler.schedule()) == [("a", 3, 4), ("b", 3, 4), ("long", 0, 8)]
+
+
+def test_a_long_prompt_is_chunked_and_samples_after_its_last_chunk_only() -> None:
+    scheduler = Scheduler(Limits(8, 8, 10), 100)
+    scheduler.add(request_of("a", 20))
+    steps, sampled = [], []
+    for _ in range(4):
+        work = scheduler.schedule()
+        steps += computed(work)
+        sampled.append([w.samples for w in work])
+        advance(scheduler, work)
+    assert steps == [("a", 0, 8), ("a", 8, 16), ("a", 16, 20), ("a", 20, 21)]
+    assert sampled == [[False], [False], [True], [True]]
+
+
+def test_several_prompts_share_the_budget_in_order() -> None:
+    scheduler = Scheduler(Limits(8, 12, 10), 100)
+    for name, length in (("a", 5), ("b", 5), ("c", 5)):
+        scheduler.add(request_of(name, length))
+    assert computed(scheduler.schedule()) == [("a", 0, 5), ("b", 0, 5), ("c", 0, 2)]
+
+
+def test_a_prompts_last_token_alone_is_computed_with_the_decodes() -> None:
+    scheduler = Scheduler(Limits(8, 4, 10), 100)
+    scheduler.add(request_of("a", 5))
+    scheduler.add(request_of("b", 9))
+    advance(scheduler, scheduler.schedule())
+    work = scheduler.schedule()
+    assert computed(work) == [("a", 4, 5), ("b", 0, 3)]
+    assert work[0].samples
+
+
+def test_scheduling_alone_changes_no_sequence() -> None:
+    scheduler = Scheduler(Limits(8, 8, 10), 100)
+    scheduler.add(request_of("a", 20))
+    assert computed(scheduler.schedule()) == computed(scheduler.schedule()) == [("a", 0, 8)]
+
+
+def test_no_requests_are_no_work() -> None:
+    assert Scheduler(Limits(8, 8, 10), 100).schedule() == []
+
+
+def test_finishing_frees_pages_once_wherever_the_sequence_is() -> None:
+    scheduler = Scheduler(Limits(1, 100, 10), 10)
+    [running] = scheduler.add(request_of("a", 20))
+    [waiting] = scheduler.add(request_of("b", 20))
+    scheduler.schedule()
+    assert scheduler.num_free_pages == 8
+    for _ in range(2):  # a second time changes nothing
+        scheduler.finish(waiting)
+        assert scheduler.num_free_pages == 8
+    for _ in range(2):
+        scheduler.finish(running)
+        assert scheduler.num_free_pages == 10
+    assert scheduler.sequences() == []
+
+
+REQUESTS = st.lists(
+    st.tuples(st.integers(1, 40), st.integers(1, 8), st.integers(1, 3)), min_size=1, max_size=12
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(REQUESTS, st.integers(1, 6), st.integers(1, 20), st.integers(3, 12), st.data())
+def test_whatever_comes_is_served_within_the_limits(
+    sizes: list[tuple[int, int, int]],
+    max_batch_size: int,
+    max_batch_tokens: int,
+    num_pages: int,
+    data: st.DataObject,
+) -> None:
+    scheduler = Scheduler(Limits(max_batch_size, max_batch_tokens, 100), num_pages)
+    expected, arriving = 0, list(enumerate(sizes))
+    generated = 0
+    for _ in range(3000):
+        while arriving and data.draw(st.booleans()):
+            i, (length, max_tokens, n) = arriving.pop()
+            scheduler.add(request_of(f"r{i}", min(length, 16 * num_pages - 8), max_tokens, n))
+            expected += max_tokens * n
+        work = scheduler.schedule()
+        if not work:
+            assert not scheduler.sequences()
+            if not arriving:
+                break
+            continue
+        assert len(scheduler.running) <= max_batch_size
+        sizes_ = [w.end - w.start for w in work]
+        # Decodes always run, each a token; prefill never takes more than what they leave.
+        assert sum(sizes_) <= max(max_batch_tokens, len(work) if max(sizes_) == 1 else 0)
+        assert len({id(w.sequence) for w in work}) == len(work)
+        for w in work:
+            assert w.start == w.sequence.num_computed < w.end <= len(w.sequence.token_ids)
+        held = [page for s in scheduler.running for page in s.pages]
+        assert len(held) == len(set(held)) == num_pages - scheduler.num_free_pages
+        generated += len(advance(scheduler, work))
+    assert generated == expected
+    assert scheduler.num_free_pages == num_pages

@@ -1,0 +1,206 @@
+"""Packing a step: slots, positions and masks, and that packed attention is dense attention.
+
+Dimension letters: T tokens, G key/value heads, Q query heads, D head size.
+"""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router.cache import (
+    PAGE_SIZE,
+    PagedCache,
+    PagedContext,
+    PagePool,
+    paged_attention,
+    pages_needed,
+)
+from router.request import GenerationRequest, SamplingParams
+from router.scheduler import Sequence, Work
+from router.step import pack
+
+
+def sequence_of(name: str, token_ids: list[int], pages: list[int], computed: int = 0) -> Sequence:
+    prompt = tuple(token_ids)
+    request = GenerationRequest(name, "m", prompt, SamplingParams(max_tokens=4), 0.0)
+    sequence = Sequence(request, 0, list(token_ids), computed)
+    sequence.occupy(pages)
+    return sequence
+
+
+def test_a_step_is_packed_as_worked_by_hand() -> None:
+    # a decodes its 5th token, b its 2nd; c prefills tokens 2..5 of 7, d a whole prompt of 2.
+    a = sequence_of("a", [10, 11, 12, 13, 14], [3], 4)
+    b = sequence_of("b", [20, 21], [1], 1)
+    c = sequence_of("c", [30, 31, 32, 33, 34, 35, 36], [0], 2)
+    d = sequence_of("d", [40, 41], [2])
+    work = [Work(c, 2, 5), Work(a, 4, 5), Work(d, 0, 2), Work(b, 1, 2)]
+    step = pack(work, sliding_window=3)
+    assert step.token_ids.tolist() == [14, 21, 32, 33, 34, 40, 41]
+    assert step.positions.tolist() == [4, 1, 2, 3, 4, 0, 1]
+    assert step.batch.new_slots.tolist() == [52, 17, 2, 3, 4, 32, 33]
+    assert step.sampled == (a, b, d)
+    assert step.sample_rows.tolist() == [0, 1, 6]
+    assert step.batch.num_decode == 2
+    # Padding repeats the first slot and is masked; the window shows the last 3 tokens.
+    assert step.batch.decode_slots.tolist() == [[48, 49, 50, 51, 52], [16, 17, 16, 16, 16]]
+    assert step.batch.decode_mask[:, 0, 0].int().tolist() == [[0, 0, 1, 1, 1], [1, 1, 0, 0, 0]]
+    first, second = step.batch.chunks
+    assert (first.start, first.end, first.slots.tolist()) == (2, 5, [0, 1, 2, 3, 4])
+    assert first.mask is not None
+    assert first.mask.int().tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert (second.start, second.end, second.slots.tolist()) == (5, 7, [32, 33])
+    assert second.mask is None  # plain causal attention says the same
+
+
+def test_without_a_window_everything_before_is_seen() -> None:
+    a = sequence_of("a", [1, 2, 3], [0], 2)
+    c = sequence_of("c", [1, 2, 3], [1], 1)
+    step = pack([Work(a, 2, 3), Work(c, 1, 3)], sliding_window=None)
+    assert step.batch.decode_mask.flatten().tolist() == [True] * 3
+    [chunk] = step.batch.chunks
+    assert chunk.mask is not None
+    assert chunk.mask.int().tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+def test_decodes_alone_and_chunks_alone_are_steps_too() -> None:
+    a = sequence_of("a", [1, 2, 3], [0], 2)
+    alone = pack([Work(a, 2, 3)], None)
+    assert (alone.batch.num_decode, alone.batch.chunks) == (1, ())
+    b = sequence_of("b", [1, 2, 3], [1])
+    chunk = pack([Work(b, 0, 2)], None)
+    assert (chunk.batch.num_decode, len(chunk.batch.chunks)) == (0, 1)
+    assert chunk.sampled == ()
+    assert chunk.sample_rows.tolist() == []
+
+
+class Attention:
+    """One layer over a paged cache, fed step by step, beside the dense truth."""
+
+    def __init__(self, num_pages: int, heads: int, kv_heads: int, layer_idx: int) -> None:
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, 8
+        self.cache = PagedCache(
+            2, num_pages * PAGE_SIZE, kv_heads, 8, torch.float32, torch.device("cpu")
+        )
+        for cached in (*self.cache.keys, *self.cache.values):
+            cached.fill_(1e4)  # a slot that is read before it is written shows
+        self.module: Any = SimpleNamespace(layer_idx=layer_idx)
+
+    def vectors(self, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query [T, Q, D], key and value [T, G, D] of a sequence, a function of its name."""
+        generator = torch.Generator().manual_seed(int(sequence.request.request_id))
+        length = len(sequence.token_ids)
+        query = torch.randn(length, self.heads, self.head_dim, generator=generator)
+        key = torch.randn(length, self.kv_heads, self.head_dim, generator=generator)
+        value = torch.randn(length, self.kv_heads, self.head_dim, generator=generator)
+        return query, key, value
+
+    def packed(self, work: list[Work], window: int | None) -> dict[str, torch.Tensor]:
+        """Run a step and return each sequence's new outputs, [T, Q, D]."""
+        step = pack(work, window)
+        ordered = sorted(work, key=lambda w: w.end - w.start > 1)
+        parts = [[vector[w.start : w.end] for vector in self.vectors(w.sequence)] for w in ordered]
+        query, key, value = (
+            torch.cat([part[i] for part in parts]).transpose(0, 1).unsqueeze(0) for i in range(3)
+        )
+        output, weights = paged_attention(
+            self.module,
+            query,
+            key,
+            value,
+            None,
+            scaling=0.3,
+            paged=PagedContext(self.cache, step.batch),
+        )
+        assert weights is None
+        split = output[0].split([w.end - w.start for w in ordered])
+        return {w.sequence.request.request_id: part for w, part in zip(ordered, split, strict=True)}
+
+    def dense(self, sequence: Sequence, window: int | None) -> torch.Tensor:
+        """Return the outputs of all of a sequence's tokens by plain attention, [T, Q, D]."""
+        query, key, value = self.vectors(sequence)
+        key = key.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        value = value.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        scores = torch.einsum("tqd,sqd->qts", query, key) * 0.3
+        at = torch.arange(len(query))
+        hidden = at[None, :] > at[:, None]
+        if window is not None:
+            hidden |= at[None, :] <= at[:, None] - window
+        probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return torch.einsum("qts,sqd->tqd", probabilities, value)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(1, 45), min_size=1, max_size=5),
+    st.one_of(st.none(), st.integers(1, 20)),
+    st.sampled_from([(4, 2), (2, 2), (4, 1)]),
+    st.integers(0, 1),
+    st.randoms(use_true_random=False),
+)
+def test_packed_attention_over_any_mixture_of_work_is_dense_attention_of_each_sequence(
+    lengths: list[int],
+    window: int | None,
+    heads: tuple[int, int],
+    layer_idx: int,
+    source: random.Random,
+) -> None:
+    pool = PagePool(sum(pages_needed(length + 4) for length in lengths))
+    attention = Attention(pool.num_pages, *heads, layer_idx)
+    scattered = pool.take(pool.num_pages)
+    source.shuffle(scattered)
+    pool.give_back(scattered)
+    sequences = [
+        sequence_of(str(i), list(range(length)), pool.take(pages_needed(length + 4)))
+        for i, length in enumerate(lengths)
+    ]
+    got: dict[str, list[torch.Tensor]] = {str(i): [] for i in range(len(lengths))}
+    while any(s.num_computed < len(s.token_ids) for s in sequences):
+        unfinished = [s for s in sequences if s.num_computed < len(s.token_ids)]
+        chosen = source.sample(unfinished, source.randint(1, len(unfinished)))
+        work = []
+        for sequence in chosen:
+            left = len(sequence.token_ids) - sequence.num_computed
+            count = 1 if source.random() < 0.4 else source.randint(1, left)
+            work.append(Work(sequence, sequence.num_computed, sequence.num_computed + count))
+        for name, output in attention.packed(work, window).items():
+            got[name].append(output)
+        for item in work:
+            item.sequence.num_computed = item.end
+    for sequence in sequences:
+        torch.testing.assert_close(
+            torch.cat(got[sequence.request.request_id]),
+            attention.dense(sequence, window),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
+def test_a_step_writes_only_the_slots_of_its_own_tokens() -> None:
+    attention = Attention(2, 2, 2, 1)
+    sequence = sequence_of("5", list(range(10)), [1], 4)
+    attention.packed([Work(sequence, 4, 7)], None)
+    written = (attention.cache.keys[1] != 1e4).all(dim=-1).all(dim=-1)
+    assert np.flatnonzero(written.numpy()).tolist() == [20, 21, 22]
+    assert (attention.cache.keys[0] == 1e4).all()
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
+def test_the_order_of_the_work_changes_no_sequences_output(order: list[int]) -> None:
+    outputs = []
+    for chosen in ([0, 1, 2], order):
+        attention = Attention(3, 4, 2, 0)
+        sequences = [sequence_of(str(i), list(range(6)), [i]) for i in range(3)]
+        work = [Work(sequences[i], 0, 6) for i in chosen]
+        outputs.append(attention.packed(work, None))
+    assert outputs[0].keys() == outputs[1].keys()
+    for name, output in outputs[0].items():
+        assert torch.equal(output, outputs[1][name])

@@ -1,0 +1,378 @@
+"""Experts loaded by slices and computed in banks: bit for bit what transformers computes.
+
+Dimension letters: T tokens, K experts per token, H hidden size, P (token, expert) pairs.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from transformers import MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from cluster.errors import FrameError, WrongPlacementError
+from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame
+from cluster.placement import ExpertKey, ModelExperts, assign_experts, empty_placement
+from cluster.tensors import TORCH_DTYPES, dtype_name, from_bytes, to_bytes
+from cluster.transport import Call, CallFailure
+from experts.bank import ExpertBank
+from experts.checkpoint import Checkpoint, open_checkpoint
+from experts.families.base import ACTIVATION_NAMES
+from experts.ffn import ACTIVATIONS
+from experts.weights import load_expert
+from router.combine import combine
+from router.dispatch import Dispatcher
+from router.exchange import RemoteExchange
+from router.placement_view import PlacementView
+from tests.checkpoints import save_mixtral
+from tests.local_cluster import MODEL, BankTransport, load_banks
+
+HIDDEN = 64
+CPU = torch.device("cpu")
+DTYPES = ("float32", "bfloat16")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small products on many threads only get in each other's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {}
+    for dtype in DTYPES:
+        folders[dtype] = tmp_path_factory.mktemp(dtype)
+        save_mixtral(folders[dtype], TORCH_DTYPES[dtype])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def oracles(folders: dict[str, Path]) -> dict[str, list[MixtralExperts]]:
+    """transformers' eager experts of every layer, by dtype."""
+    models = {
+        dtype: MixtralForCausalLM.from_pretrained(
+            folder, dtype=TORCH_DTYPES[dtype], experts_implementation="eager"
+        )
+        for dtype, folder in folders.items()
+    }
+    return {
+        dtype: [layer.mlp.experts for layer in model.model.layers]
+        for dtype, model in models.items()
+    }
+
+
+def whole_bank(checkpoint: Checkpoint, dtype: str) -> ExpertBank:
+    keys = ModelExperts(MODEL, checkpoint.shape.layers, 8, 1).expert_keys()
+    return load_banks(checkpoint, {"all": keys}, dtype)["all"]
+
+
+@pytest.fixture
+def bank(folders: dict[str, Path]) -> ExpertBank:
+    """A bank with all fp32 experts of the small checkpoint."""
+    return whole_bank(open_checkpoint(folders["float32"]), "float32")
+
+
+def rows_of(num_rows: int, seed: int = 0, dtype: str = "float32") -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_rows, HIDDEN, generator=generator).to(TORCH_DTYPES[dtype])
+
+
+def frame_of(
+    rows: torch.Tensor, pairs: dict[int, Sequence[int]], layer_id: int = 0, request_id: int = 1
+) -> DispatchFrame:
+    """A frame that sends ``rows[i]`` for every i in ``pairs[expert]`` to that expert."""
+    index = [i for rows_ in pairs.values() for i in rows_]
+    return DispatchFrame(
+        request_id=request_id,
+        epoch=1,
+        placement_version=1,
+        model=MODEL,
+        layer_id=layer_id,
+        expert_ids=tuple(pairs),
+        num_tokens_per_expert=tuple(len(rows_) for rows_ in pairs.values()),
+        dtype=dtype_name(rows.dtype),
+        num_rows=rows.shape[0],
+        hidden_size=rows.shape[1],
+        deadline_s=time.time() + 60,
+        row_index=np.array(index, dtype="<i4").tobytes(),
+        rows=bytes(to_bytes(rows)),
+    )
+
+
+def answer_rows(answer: RowsFrame | ErrorFrame) -> torch.Tensor:
+    assert isinstance(answer, RowsFrame)
+    return from_bytes(answer.rows, answer.dtype, answer.num_rows, answer.hidden_size)
+
+
+# Weights.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_expert_loaded_by_slices_is_transformers_expert_bit_for_bit(
+    folders: dict[str, Path], oracles: dict[str, list[MixtralExperts]], dtype: str
+) -> None:
+    checkpoint = open_checkpoint(folders[dtype])
+    for layer_id, experts in enumerate(oracles[dtype]):
+        for expert_id in range(8):
+            weights = load_expert(checkpoint, layer_id, expert_id, TORCH_DTYPES[dtype], CPU)
+            assert torch.equal(weights.gate_up, experts.gate_up_proj[expert_id])
+            assert torch.equal(weights.down, experts.down_proj[expert_id])
+            assert weights.gate_up.is_contiguous()
+            assert weights.num_bytes == 3 * 64 * 96 * experts.down_proj.element_size()
+
+
+def test_an_expert_is_converted_to_the_dtype_that_is_asked_for(folders: dict[str, Path]) -> None:
+    checkpoint = open_checkpoint(folders["float32"])
+    wide = load_expert(checkpoint, 1, 3, torch.float32, CPU)
+    narrow = load_expert(checkpoint, 1, 3, torch.bfloat16, CPU)
+    assert torch.equal(narrow.gate_up, wide.gate_up.bfloat16())
+    assert torch.equal(narrow.down, wide.down.bfloat16())
+
+
+def test_every_activation_that_a_checkpoint_may_name_can_be_computed() -> None:
+    assert set(ACTIVATIONS) == set(ACTIVATION_NAMES)
+    assert len(set(ACTIVATION_NAMES)) == len(ACTIVATION_NAMES)
+
+
+@pytest.mark.parametrize("name", ACTIVATION_NAMES)
+def test_each_activation_is_transformers_own(name: str) -> None:
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-4, 4, 101)
+    assert torch.equal(ACTIVATIONS[name](x), ACT2FN[name](x))
+
+
+# Banks.
+
+
+def test_a_bank_computes_what_a_plain_loop_computes(
+    bank: ExpertBank, oracles: dict[str, list[MixtralExperts]]
+) -> None:
+    rows, pairs = rows_of(5), {2: [4, 0, 3], 0: [1], 7: [2, 2]}
+    [answer] = bank.compute([frame_of(rows, pairs, layer_id=1, request_id=9)])
+    expected = []
+    for expert_id, indices in pairs.items():
+        experts = oracles["float32"][1]
+        gate, up = functional.linear(rows[indices], experts.gate_up_proj[expert_id]).chunk(2, -1)
+        expected.append(functional.linear(functional.silu(gate) * up, experts.down_proj[expert_id]))
+    assert answer.request_id == 9
+    assert torch.equal(answer_rows(answer), torch.cat(expected))
+
+
+def test_one_row_and_many_rows_agree(bank: ExpertBank) -> None:
+    rows = rows_of(200)
+    [many] = bank.compute([frame_of(rows, {3: range(200)})])
+    for i in (0, 77, 199):
+        [one] = bank.compute([frame_of(rows[i : i + 1], {3: [0]})])
+        torch.testing.assert_close(answer_rows(one)[0], answer_rows(many)[i])
+
+
+def test_merged_frames_get_what_each_gets_alone(bank: ExpertBank) -> None:
+    frames = [
+        frame_of(rows_of(4, 1), {1: [0, 1], 2: [2, 3]}, request_id=1),
+        frame_of(rows_of(6, 2), {2: [5, 0], 1: [1, 2, 3]}, request_id=2),
+        frame_of(rows_of(2, 3), {5: [0, 1]}, request_id=3),
+        frame_of(rows_of(2, 4), {5: [1]}, layer_id=2, request_id=4),
+    ]
+    alone = [answer_rows(bank.compute([frame])[0]) for frame in frames]
+    merged = bank.compute(frames)
+    assert [answer.request_id for answer in merged] == [1, 2, 3, 4]
+    for answer, expected in zip(merged, alone, strict=True):
+        torch.testing.assert_close(answer_rows(answer), expected)
+    # Where nobody shared an expert, the product was the same one.
+    assert torch.equal(answer_rows(merged[2]), alone[2])
+    assert torch.equal(answer_rows(merged[3]), alone[3])
+
+
+def test_frames_are_merged_into_one_product_per_expert(
+    bank: ExpertBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products: list[int] = []
+    expert = type(next(iter(bank.experts.values())))
+    product = expert.__call__
+
+    def counted(self: object, rows: torch.Tensor) -> torch.Tensor:
+        products.append(rows.shape[0])
+        return product(self, rows)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(expert, "__call__", counted)
+    bank.compute([frame_of(rows_of(4, i), {1: [0, 1], 2: [3]}) for i in range(3)])
+    assert products == [6, 3]
+
+
+def test_tokens_are_counted_per_expert_and_only_the_chosen_ones_run(bank: ExpertBank) -> None:
+    bank.compute([frame_of(rows_of(4), {1: [0, 1], 2: [3]}), frame_of(rows_of(2), {2: [0, 1, 1]})])
+    bank.compute([frame_of(rows_of(4), {1: [0]}, layer_id=2)])
+    assert dict(bank.tokens) == {
+        ExpertKey(MODEL, 0, 1): 2,
+        ExpertKey(MODEL, 0, 2): 4,
+        ExpertKey(MODEL, 2, 1): 1,
+    }
+
+
+def test_the_order_of_experts_in_a_frame_is_the_order_of_its_answer(bank: ExpertBank) -> None:
+    rows = rows_of(3)
+    [ascending] = bank.compute([frame_of(rows, {1: [0], 4: [1], 6: [2]})])
+    [descending] = bank.compute([frame_of(rows, {6: [2], 4: [1], 1: [0]})])
+    assert torch.equal(answer_rows(ascending), answer_rows(descending).flip(0))
+
+
+GOOD = frame_of(rows_of(3, 5), {1: [0, 2], 2: [1]}, request_id=77)
+WIDE = frame_of(torch.zeros(2, HIDDEN + 1), {1: [0]})
+BAD: dict[str, tuple[DispatchFrame, type[Exception], str]] = {
+    "an expert that is not held": (
+        frame_of(rows_of(1), {1: [0], 8: [0]}),
+        WrongPlacementError,
+        "expert 8 of layer 0",
+    ),
+    "a layer that is not held": (
+        frame_of(rows_of(1), {1: [0]}, layer_id=3),
+        WrongPlacementError,
+        "layer 3",
+    ),
+    "a model that is not held": (
+        replace(frame_of(rows_of(1), {1: [0]}), model="other"),
+        WrongPlacementError,
+        "not held",
+    ),
+    "a row beyond the last": (frame_of(rows_of(2), {1: [0, 2]}), FrameError, "0..1"),
+    "a row before the first": (frame_of(rows_of(2), {1: [0, -1]}), FrameError, "0..1"),
+    "another hidden size": (WIDE, FrameError, "must be 64 (given: 65)"),
+    "another dtype": (frame_of(rows_of(1, 0, "bfloat16"), {1: [0]}), FrameError, "float32"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_frame_that_does_not_fit_is_refused_and_disturbs_no_other(
+    bank: ExpertBank, name: str
+) -> None:
+    frame, error_class, words = BAD[name]
+    [alone] = bank.compute([GOOD])
+    counted = sum(bank.tokens.values())
+    before, refused, after = bank.compute([GOOD, replace(frame, request_id=5), GOOD])
+    assert isinstance(refused, ErrorFrame)
+    assert (refused.request_id, refused.kind) == (5, error_class.__name__)
+    assert isinstance(refused.error, error_class)
+    assert words in str(refused.error)
+    for answer in (before, after):
+        assert answer.request_id == 77
+        torch.testing.assert_close(answer_rows(answer), answer_rows(alone))
+    assert sum(bank.tokens.values()) == counted + 2 * 3  # the refused frame ran nothing
+
+
+def test_no_frames_give_no_answers(bank: ExpertBank) -> None:
+    assert bank.compute([]) == []
+
+
+# Dispatch and combine against transformers.
+
+
+@functools.cache
+def exchange_over(folder: Path, dtype: str, num_banks: int) -> RemoteExchange:
+    checkpoint = open_checkpoint(folder)
+    experts = ModelExperts(MODEL, checkpoint.shape.layers, 8, 1)
+    shares = assign_experts([experts], [f"a{i}" for i in range(num_banks)], None)
+    placement = empty_placement(1, [experts])
+    for actor_id, keys in shares.items():
+        placement = placement.with_actor(actor_id, 1, keys)
+    view = PlacementView()
+    view.publish(placement)
+    transport = BankTransport(load_banks(checkpoint, shares, dtype))
+    exchange = RemoteExchange(Dispatcher(MODEL, view, transport, lambda a, g: None, 30.0))
+    exchange.deadline_s = time.time() + 3600
+    return exchange
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_banks", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_tokens", [1, 2, 33])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
+def test_remote_experts_equal_transformers_eager_experts_bit_for_bit(
+    folders: dict[str, Path],
+    oracles: dict[str, list[MixtralExperts]],
+    dtype: str,
+    num_banks: int,
+    num_tokens: int,
+    top_k: int,
+) -> None:
+    exchange = exchange_over(folders[dtype], dtype, num_banks)
+    generator = torch.Generator().manual_seed(100 * num_tokens + top_k)
+    hidden_states = torch.randn(num_tokens, HIDDEN, generator=generator).to(TORCH_DTYPES[dtype])
+    logits = torch.randn(num_tokens, 8, generator=generator)
+    # Unsorted on purpose: the likeliest expert comes first, as a gate has it.
+    weights, ids = logits.softmax(-1).topk(top_k)
+    for layer_id, experts in enumerate(oracles[dtype]):
+        # A gate hands over fp32 weights, or weights of the model's dtype.
+        for gate_weights in (weights, weights.to(TORCH_DTYPES[dtype])):
+            with torch.no_grad():
+                expected = experts(hidden_states, ids, gate_weights)
+            got = exchange(layer_id, hidden_states, ids, gate_weights)
+            assert got.dtype == hidden_states.dtype
+            assert torch.equal(got, expected)
+
+
+def test_shares_that_come_together_under_another_placement_are_not_mixed_up(
+    folders: dict[str, Path], oracles: dict[str, list[MixtralExperts]]
+) -> None:
+    checkpoint = open_checkpoint(folders["float32"])
+    experts = ModelExperts(MODEL, checkpoint.shape.layers, 8, 1)
+    keys = experts.expert_keys()
+    even = [key for key in keys if key.expert_id % 2 == 0]
+    odd = [key for key in keys if key.expert_id % 2]
+    empty = empty_placement(1, [experts])
+    apart = empty.with_actor("a", 1, odd).with_actor("b", 1, even)
+    together = empty_placement(2, [experts]).with_actor("a", 1, keys)
+    view = PlacementView()
+    view.publish(apart)
+
+    def both_die(call: Call, number: int) -> CallFailure | None:
+        if number > 2:
+            return None
+        view.publish(together)
+        return CallFailure.DIED
+
+    transport = BankTransport(load_banks(checkpoint, {"a": keys, "b": even}, "float32"), both_die)
+    exchange = RemoteExchange(Dispatcher(MODEL, view, transport, lambda a, g: None, 30.0))
+    exchange.deadline_s = time.time() + 60
+    hidden_states = rows_of(33)
+    weights, ids = torch.randn(33, 8).softmax(-1).topk(3)
+    got = exchange(0, hidden_states, ids, weights)
+    with torch.no_grad():
+        assert torch.equal(got, oracles["float32"][0](hidden_states, ids, weights))
+    assert len(transport.frames) == 3
+
+
+def test_every_token_may_choose_the_same_expert(
+    folders: dict[str, Path], oracles: dict[str, list[MixtralExperts]]
+) -> None:
+    hidden_states, ids = rows_of(17), torch.full((17, 1), 5)
+    weights = torch.linspace(0.1, 1, 17).unsqueeze(1)
+    got = exchange_over(folders["float32"], "float32", 3)(0, hidden_states, ids, weights)
+    with torch.no_grad():
+        assert torch.equal(got, oracles["float32"][0](hidden_states, ids, weights))
+
+
+def test_combine_sums_in_the_rows_own_precision_in_the_given_order() -> None:
+    # 256 + 1 is not a bf16 number: each 1 is lost when added to 256, not when added first.
+    rows = torch.tensor([[[256.0], [1.0], [1.0]], [[1.0], [1.0], [256.0]]]).bfloat16()
+    weights = torch.ones(2, 3)
+    assert combine(rows, weights).flatten().tolist() == [256.0, 258.0]
+
+
+def test_combine_leaves_its_arguments_alone() -> None:
+    rows, weights = torch.ones(2, 2, 3), torch.full((2, 2), 0.5)
+    assert torch.equal(combine(rows, weights), torch.ones(2, 3))
+    assert torch.equal(rows, torch.ones(2, 2, 3))
+    assert torch.equal(weights, torch.full((2, 2), 0.5))
