@@ -70,25 +70,46 @@ class _Handlers(grpc.GenericRpcHandler):
 
 def _without_error_message(
     stream: Callable[[Any, Any], AsyncIterator[Any]],
-) -> Callable[[Any, Any], AsyncIterator[Any]]:
-    async def filtered(request: Any, context: Any) -> AsyncIterator[Any]:
-        messages = stream(request, context)
+) -> Callable[[Any, Any], Awaitable[None]]:
+    async def filtered(request: Any, context: Any) -> None:
+        # Writes by itself, so that a client's leaving is noticed here while a message is sent too.
+        messages = stream(request, _ContextWithPeer(context))
         try:
             async for message in messages:
                 if not context.code():
-                    yield message
-        except (asyncio.CancelledError, GeneratorExit):
+                    await context.write(message)
+        except asyncio.CancelledError:
             await _cancel(messages)
             raise
 
     return filtered
 
 
+class _ContextWithPeer:
+    """A call's context that still knows its peer when the call is over.
+
+    Serve asks for the peer once more after a cancelled stream, for its log; asking grpcio then
+    reads freed memory and has ended the whole proxy.
+    """
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self._peer: str = context.peer()
+
+    def peer(self) -> str:
+        """Return the address that the call came from."""
+        return self._peer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
 async def _cancel(messages: AsyncIterator[Any]) -> None:
     """Have Serve cancel a call to a replica whose client went away while a message was sent to it.
 
-    Serve does so only where the cancellation meets it waiting for the next message; being closed
-    in between it would let the call run to its end.
+    Serve does so only where the cancellation meets it waiting for the next message; otherwise the
+    call would run to its end. Must be done before the handler returns: Serve then still looks at
+    the client's address, and grpcio crashes when asked for that later.
     """
     following = asyncio.ensure_future(anext(messages, None))
     await asyncio.sleep(0)  # lets it begin to wait

@@ -74,7 +74,7 @@ def sharded(tmp_path: Path) -> Path:
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file, part in (("a.safetensors", names[::2]), ("b.safetensors", names[1::2])):
         save_file({name: tensors[name] for name in part}, folder / file)
         weight_map |= dict.fromkeys(part, file)
@@ -99,7 +99,7 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 
 def change_tensors(
-    folder: Path, change: Callable[[dict[str, torch.Tensor]], None], file: str = WEIGHTS
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], object], file: str = WEIGHTS
 ) -> None:
     tensors = load_file(folder / file)
     change(tensors)

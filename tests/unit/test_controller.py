@@ -79,7 +79,7 @@ class FakePool:
     def __init__(self, digest: str) -> None:
         self.digest = digest
         self.actors: list[FakeActor] = []
-        self.load_gate: Callable[[FakeActor], Awaitable[None]] | None = None
+        self.load_gate: Callable[[FakeActor], Awaitable[object]] | None = None
         self._pids = itertools.count(1000)
 
     def add(self, actor_id: str, generation: int, epoch: int, /, **changes: Any) -> FakeActor:
@@ -488,7 +488,7 @@ def test_the_status_tells_what_lives(monkeypatch: pytest.MonkeyPatch) -> None:
         async with running() as cluster:
             placement = await cluster.complete()
             [first] = cluster.pool.of("expert-0")
-            first.tokens = {key: 3 for key in first.keys}
+            first.tokens = dict.fromkeys(first.keys, 3)
             await cluster.controller.suspect("expert-0", 1)
             await happens(lambda: first.heartbeats == 2)
             await cluster.controller.watch("router", 11, "n1", placement.order, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -349,7 +350,7 @@ def deliveries(draw: st.DrawFn) -> tuple[list[TokenEvent], list[TokenEvent]]:
                 reason if end == len(token_ids) and not late_finish else None,
                 start=start,
             )
-            for start, end in zip(bounds, bounds[1:], strict=False)
+            for start, end in itertools.pairwise(bounds)
         ]
         if late_finish:
             steps.append(TokenEvent(index, (), (), reason, start=len(token_ids)))

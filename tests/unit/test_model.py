@@ -96,7 +96,7 @@ def test_each_layers_experts_know_their_layer_and_exchange(folder: Path) -> None
     def exchange(*_: object) -> torch.Tensor:
         raise AssertionError("not called")
 
-    model = MoEModel(open_checkpoint(folder), torch.float32, 32, exchange)
+    model = MoEModel(open_checkpoint(folder), torch.float32, 32, exchange)  # type: ignore[arg-type]
     replaced = [m for m in model._model.modules() if isinstance(m, RemoteExperts)]
     assert [m.layer_id for m in replaced] == [0, 1, 2]
     assert all(m.exchange is exchange for m in replaced)

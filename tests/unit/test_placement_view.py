@@ -71,7 +71,7 @@ def test_a_newer_placement_wakes_everyone_who_waits_and_an_older_one_nobody() ->
         waiting.release()  # under the lock: whoever publishes next finds this one waiting
         return wait_for(predicate, timeout)
 
-    view._changed.wait_for = observed  # type: ignore[method-assign]
+    view._changed.wait_for = observed  # type: ignore[method-assign, assignment]
     with ThreadPoolExecutor(3) as pool:
         calls = [pool.submit(view.wait_newer, known, LIMIT_S) for _ in range(3)]
         for _ in calls:
@@ -86,7 +86,7 @@ def test_a_newer_placement_wakes_everyone_who_waits_and_an_older_one_nobody() ->
 class FakeController:
     """Answers watches from a list; an exception in it is raised."""
 
-    def __init__(self, *answers: dict[str, Any] | None | Exception) -> None:
+    def __init__(self, *answers: dict[str, Any] | Exception | None) -> None:
         self.answers = list(answers)
         self.known: list[tuple[int, int]] = []
         self.suspects: list[tuple[str, int]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 
@@ -28,7 +29,8 @@ def oracle(logits: list[float], params: SamplingParams) -> dict[int, float]:
     if params.top_k:
         ordered = ordered[: params.top_k]
     total = sum(weights[i] for i in ordered)
-    kept, reached = [], 0.0
+    kept: list[int] = []
+    reached = 0.0
     for i in ordered:
         if kept and reached >= params.top_p:
             break
@@ -123,7 +125,7 @@ def test_consecutive_positions_are_independent() -> None:
     token_ids, _ = sample(
         torch.zeros(20_000, 2), [draw_of(position=i, seed=9) for i in range(20_000)]
     )
-    pairs = Counter(zip(token_ids, token_ids[1:], strict=False))
+    pairs = Counter(itertools.pairwise(token_ids))
     for pair in ((0, 0), (0, 1), (1, 0), (1, 1)):
         assert pairs[pair] == pytest.approx(5000, abs=400)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def rows_of(num_rows: int, seed: int = 0, dtype: str = "float32") -> torch.Tenso
 
 
 def frame_of(
-    rows: torch.Tensor, pairs: dict[int, Sequence[int]], layer_id: int = 0, request_id: int = 1
+    rows: torch.Tensor, pairs: Mapping[int, Sequence[int]], layer_id: int = 0, request_id: int = 1
 ) -> DispatchFrame:
     """A frame that sends ``rows[i]`` for every i in ``pairs[expert]`` to that expert."""
     index = [i for rows_ in pairs.values() for i in rows_]
