@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cluster.errors import ConfigError
 
@@ -69,6 +69,15 @@ class RouterConfig(_Section):
     max_batch_tokens: int = Field(default=512, ge=1)
     max_queue_requests: int = Field(default=256, ge=1)
     cache_tokens: int | None = Field(default=None, ge=16)
+
+    @model_validator(mode="after")
+    def _a_step_holds_the_batch(self) -> RouterConfig:
+        if self.max_batch_tokens < self.max_batch_size:  # decodes alone would leave no prefill
+            raise ValueError(
+                f"max_batch_tokens must be at least max_batch_size, {self.max_batch_size} "
+                f"(given: {self.max_batch_tokens})"
+            )
+        return self
 
 
 class GatewayConfig(_Section):

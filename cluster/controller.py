@@ -24,6 +24,7 @@ from ray.serve.schema import ApplicationStatus
 from cluster.errors import ExpertMeshError, StaleEpochError
 from cluster.placement import ExpertKey, Placement, assign_experts, empty_placement
 from cluster.pool import ExpertPool
+from cluster.progress import Progress
 from cluster.spec import ActorReport, ActorSpec
 from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
 
@@ -160,6 +161,7 @@ class Controller:
 
     async def _watch_actor(self, actor_id: str, handle: ActorHandle) -> None:
         suspected = self._suspected[actor_id]
+        progress = Progress(time.monotonic())
         while True:
             suspected.clear()
             try:
@@ -169,6 +171,8 @@ class Controller:
             except RayTaskError as error:
                 raise _cause(error) from None
             self._reports[actor_id] = report
+            if progress.is_hung(report.steps, report.queued_rows, time.monotonic()):
+                raise TimeoutError("rows wait and none is computed")
             try:
                 await asyncio.wait_for(suspected.wait(), HEARTBEAT_PERIOD_S)
             except TimeoutError:
@@ -199,7 +203,9 @@ class Controller:
         call also says that this router or gateway is alive.
         """
         process = ProcessStatus(pid, node)
-        self._members[f"{kind}:{node}:{pid}"] = _Member(kind, process, time.monotonic())
+        now_s = time.monotonic()
+        self._members[f"{kind}:{node}:{pid}"] = _Member(kind, process, now_s)
+        self._members = self._recent_members(now_s)
         async with self._changed:
             try:
                 await asyncio.wait_for(
@@ -216,13 +222,12 @@ class Controller:
         if report is not None and report.generation == generation:
             self._suspected[actor_id].set()
 
+    def _recent_members(self, now_s: float) -> dict[str, _Member]:
+        return {key: m for key, m in self._members.items() if now_s - m.seen_s < MEMBER_TTL_S}
+
     async def status(self) -> dict[str, Any]:
         """Return :class:`ClusterStatus` as plain data."""
-        now_s = time.monotonic()
-        self._members = {
-            key: m for key, m in self._members.items() if now_s - m.seen_s < MEMBER_TTL_S
-        }
-        members = list(self._members.values())
+        members = list(self._recent_members(time.monotonic()).values())
         return ClusterStatus(
             models=tuple(source.experts.model for source in self._spec.models),
             epoch=self._placement.epoch,

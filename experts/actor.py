@@ -156,35 +156,40 @@ class ExpertActor:
                 return waiting.answer
             self._computing = True
             batch, self._queue = self._queue, []
-        answers = self._compute_batch(batch)
-        with self._changed:
-            for done, answer in zip(batch, answers, strict=True):
-                done.answer = answer
-                self._queued_rows -= done.frame.num_pairs
-            self._computing = False
-            self._steps += 1
-            self._changed.notify_all()
+        answers: list[bytes] = []
+        try:
+            answers = self._compute_batch(batch)
+        finally:  # whatever happens, nobody waits for this thread for ever
+            failure = InternalError("the expert actor failed to compute the batch")
+            answers = answers or [_error(w.frame.request_id, failure) for w in batch]
+            with self._changed:
+                for done, answer in zip(batch, answers, strict=True):
+                    done.answer = answer
+                    self._queued_rows -= done.frame.num_pairs
+                self._computing = False
+                self._steps += 1
+                self._changed.notify_all()
         assert waiting.answer is not None  # it was in the batch
         return waiting.answer
 
     @torch.inference_mode()
     def _compute_batch(self, batch: Sequence[_Waiting]) -> list[bytes]:
+        """Return an answer to each waiting frame, or nothing at all when the batch failed."""
         now_s = time.time()
         live = [w.frame for w in batch if w.frame.deadline_s > now_s]
+        late = DeadlineExceededError("the frame's deadline passed while it waited")
         try:
             computed = iter(self._bank.compute(live))
+            return [
+                encode(next(computed))
+                if w.frame.deadline_s > now_s
+                else _error(w.frame.request_id, late)
+                for w in batch
+            ]
         except Exception:
             # A failure of the device or of torch: say so to every router, stay alive.
             logger.exception("expert actor %s: a batch failed", self._actor_id)
-            failure = InternalError("the expert actor failed to compute the batch")
-            return [_error(w.frame.request_id, failure) for w in batch]
-        late = DeadlineExceededError("the frame's deadline passed while it waited")
-        return [
-            encode(next(computed))
-            if w.frame.deadline_s > now_s
-            else _error(w.frame.request_id, late)
-            for w in batch
-        ]
+            return []
 
 
 def _error(request_id: int, error: ExpertMeshError) -> bytes:

@@ -166,7 +166,7 @@ def _print_status(told: ClusterStatus) -> None:
         table.add_row(
             actor.actor_id,
             str(actor.pid),
-            actor.node,
+            _short(actor.node),
             actor.device,
             str(actor.generation),
             _experts(actor),
@@ -176,7 +176,12 @@ def _print_status(told: ClusterStatus) -> None:
 
 
 def _pids(processes: tuple[ProcessStatus, ...]) -> str:
-    return ", ".join(f"{one.pid}@{one.node}" for one in processes) or "none"
+    return ", ".join(f"{one.pid}@{_short(one.node)}" for one in processes) or "none"
+
+
+def _short(node: str) -> str:
+    """Return the beginning of a node's id, enough to tell nodes apart; --json has all of it."""
+    return node[:10]
 
 
 def _experts(actor: ActorStatus) -> str:

@@ -19,7 +19,6 @@ from cluster.errors import (
     OverloadedError,
 )
 from cluster.transport import CallFailure
-from router.request import TokenEvent
 from router.scheduler import Limits
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request
@@ -314,11 +313,13 @@ def test_an_unexpected_failure_of_a_step_is_answered_and_the_next_request_is_ser
     assert len(event.token_ids) == 5
 
 
-def test_bf16_generates_what_it_would_generate_alone_most_of_the_time(tmp_path: Path) -> None:
+def test_bf16_gives_the_first_token_that_transformers_gives(tmp_path: Path) -> None:
     oracle = save_mixtral(tmp_path, dtype=torch.bfloat16)
     cluster = LocalCluster(tmp_path)
-    prompt = prompt_of(12, 15)
-    [[event]] = cluster.generate(greedy_request("r", prompt, 1))
-    assert isinstance(event, TokenEvent)
-    assert list(event.token_ids) == expected_tokens(oracle, prompt, 1)
+    prompts = [prompt_of(12, seed) for seed in range(8)]
+    requests = [greedy_request(f"r{i}", prompt, 1) for i, prompt in enumerate(prompts)]
+    # One at a time: in bf16 the bits of a row depend on how many share its product.
+    for prompt, request in zip(prompts, requests, strict=True):
+        [[event]] = cluster.generate(request)
+        assert list(event.token_ids) == expected_tokens(oracle, prompt, 1)
     cluster.close()

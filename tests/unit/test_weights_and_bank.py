@@ -354,6 +354,31 @@ def test_shares_that_come_together_under_another_placement_are_not_mixed_up(
     assert len(transport.frames) == 3
 
 
+def test_an_expert_gets_its_rows_in_the_order_in_which_transformers_computes_them(
+    folders: dict[str, Path],
+) -> None:
+    # A row's bits can depend on its place in the product: on two threads they do, on one seldom.
+    exchange = exchange_over(folders["float32"], "float32", 2)
+    transport = exchange._dispatcher._transport
+    assert isinstance(transport, BankTransport)
+    hidden_states = rows_of(33)
+    generator = torch.Generator().manual_seed(4)
+    weights, ids = torch.randn(33, 8, generator=generator).softmax(-1).topk(3)
+    transport.frames.clear()
+    exchange(0, hidden_states, ids, weights)
+    seen: dict[int, torch.Tensor] = {}
+    for frame in transport.frames:
+        rows = from_bytes(frame.rows, frame.dtype, frame.num_rows, frame.hidden_size)
+        gathered = rows[torch.frombuffer(bytearray(frame.row_index), dtype=torch.int32).long()]
+        parts = gathered.split(list(frame.num_tokens_per_expert))
+        seen |= dict(zip(frame.expert_ids, parts, strict=True))
+    assert sorted(seen) == list(range(8))
+    for expert_id, part in seen.items():
+        # As MixtralExperts.forward finds them: by rank first, then by token.
+        _, tokens = torch.where((ids == expert_id).T)
+        assert torch.equal(part, hidden_states[tokens])
+
+
 def test_every_token_may_choose_the_same_expert(
     folders: dict[str, Path], oracles: dict[str, list[MixtralExperts]]
 ) -> None:
