@@ -313,13 +313,21 @@ def test_an_unexpected_failure_of_a_step_is_answered_and_the_next_request_is_ser
     assert len(event.token_ids) == 5
 
 
-def test_bf16_gives_the_first_token_that_transformers_gives(tmp_path: Path) -> None:
-    oracle = save_mixtral(tmp_path, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_alone_gets_transformers_logits_bit_for_bit(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    save_mixtral(tmp_path, dtype=dtype)
+    oracle = MixtralForCausalLM.from_pretrained(
+        tmp_path, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
+    )
     cluster = LocalCluster(tmp_path)
-    prompts = [prompt_of(12, seed) for seed in range(8)]
-    requests = [greedy_request(f"r{i}", prompt, 1) for i, prompt in enumerate(prompts)]
-    # One at a time: in bf16 the bits of a row depend on how many share its product.
-    for prompt, request in zip(prompts, requests, strict=True):
-        [[event]] = cluster.generate(request)
-        assert list(event.token_ids) == expected_tokens(oracle, prompt, 1)
+    for seed in range(8):  # one at a time: a row's bits depend on how many share its product
+        prompt = prompt_of(12, seed)
+        [[event]] = cluster.generate(greedy_request(f"r{seed}", prompt, 1, logprobs=VOCAB_SIZE))
+        with torch.inference_mode():
+            logits = oracle(torch.tensor([prompt])).logits[0, -1].float()
+        expected = logits.log_softmax(-1).sort(descending=True)
+        assert event.token_ids[0] == int(logits.argmax())
+        assert event.logprobs[0].top_logprobs == tuple(expected.values.tolist())
     cluster.close()
