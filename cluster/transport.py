@@ -71,6 +71,9 @@ class RayTransport:
             answers = [_outcome(ref, deadline_s) for ref in refs]
         for place, answer in zip(places, answers, strict=True):
             outcomes[place] = answer
+            if answer is CallFailure.DIED:
+                # A controller that never knew this one may give its generation to another.
+                self._handles.pop(calls[place].actor_id, None)
         return outcomes
 
     def _handle(self, call: Call) -> ActorHandle | None:

@@ -1,0 +1,94 @@
+"""The controller or a router dies, or a whole application goes: what stays behind is right."""
+
+from __future__ import annotations
+
+import pytest
+from ray import serve
+from ray.util import list_named_actors
+
+from router.app import build
+from tests.cluster_fixture import (
+    APP,
+    RANDOM,
+    TINY,
+    ServedCluster,
+    StreamReader,
+    greedy,
+    is_alive,
+    wait_until,
+)
+from tests.fault.faults import LENGTH, PROMPTS, expected_tokens, kill, start_streams
+
+BACK_S = 40.0
+GONE_S = 10.0
+THROWAWAY = "throwaway"
+
+
+def actor_names(app: str) -> set[str]:
+    """Return the Ray names of an application's expert actors that live."""
+    names = (entry["name"] for entry in list_named_actors(all_namespaces=True))
+    return {name for name in names if name.startswith(f"expertmesh:{app}:")}
+
+
+def test_requests_do_not_notice_that_the_controller_is_replaced(served: ServedCluster) -> None:
+    told, before = served.status(), served.actors()
+    streams = start_streams(served)
+    kill(told, told.controller_pid)
+    assert not any(stream.ended for stream in streams)
+    new = served.crowd(RANDOM, PROMPTS, [greedy(20)] * len(PROMPTS))
+    expected = expected_tokens(served)
+    assert new == [tokens[:20] for tokens in expected]
+    assert [stream.result() for stream in streams] == expected
+    after = wait_until(
+        lambda: fresh if (fresh := served.status()).controller_pid != told.controller_pid else None,
+        "another controller answers",
+        BACK_S,
+    )
+    assert after.epoch > told.epoch
+    served.wait_whole()
+    ids = {actor_id: (a.pid, a.generation, a.experts) for actor_id, a in before.items()}
+    adopted = served.actors()
+    assert {i: (a.pid, a.generation, a.experts) for i, a in adopted.items()} == ids
+
+
+@pytest.mark.timeout(180)
+def test_streams_survive_the_loss_of_every_router(served: ServedCluster) -> None:
+    tiny = served.crowd(TINY, PROMPTS[:2], [greedy(LENGTH)] * 2)
+    told, before = served.status(), served.actors()
+    pids = [router.pid for router in told.routers]
+    sampling = greedy(LENGTH)
+    tiny_streams = [StreamReader(served.client, p, sampling, TINY, 60) for p in PROMPTS[:2]]
+    streams = start_streams(served)
+    for stream in tiny_streams:
+        stream.wait_tokens(1)
+    kill(told, *pids)
+    assert not any(stream.ended for stream in (*streams, *tiny_streams))
+    assert [stream.result() for stream in streams] == expected_tokens(served)
+    assert [stream.result() for stream in tiny_streams] == tiny
+    after = served.wait_whole()
+    assert not {router.pid for router in after.routers} & set(pids)
+    assert after.controller_pid == told.controller_pid
+    assert served.actors().keys() == before.keys()
+    assert all(actor.pid == before[i].pid for i, actor in served.actors().items())
+
+
+@pytest.mark.timeout(180)
+def test_a_deleted_application_takes_its_actors_with_it_and_no_others(
+    served: ServedCluster,
+) -> None:
+    # While there are two applications, gRPC calls would have to name theirs: no client here.
+    told, main = served.status(), actor_names(APP)
+    assert len(main) == len(told.actors)
+    args = {"models": [{"id": TINY, "path": f"models/{TINY}"}], "experts": {"actors": 1}}
+    serve.run(build(args), name=THROWAWAY, route_prefix=f"/{THROWAWAY}")
+    try:
+        wait_until(lambda: len(actor_names(THROWAWAY)) == 1, "its actor is there", BACK_S)
+        assert actor_names(APP) == main
+    finally:
+        serve.delete(THROWAWAY)
+    wait_until(lambda: not actor_names(THROWAWAY), "its actor is gone", GONE_S)
+    assert actor_names(APP) == main
+    assert all(is_alive(actor.pid) for actor in told.actors)
+    served.wait_whole()
+    [reply] = served.client.generate(PROMPTS[0], greedy(20), model=RANDOM)
+    assert reply.token_ids == expected_tokens(served)[0][:20]

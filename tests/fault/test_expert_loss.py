@@ -1,0 +1,170 @@
+"""Expert actors die or hang: no request fails, every token is right, only the lost are replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import grpc
+import httpx
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.errors import Code, ExpertMeshError
+from cluster.status import ActorStatus
+from tests.cluster_fixture import (
+    RANDOM,
+    ServedCluster,
+    StreamReader,
+    greedy,
+    is_alive,
+    wait_until,
+)
+from tests.fault.faults import (
+    PROMPTS,
+    expected_tokens,
+    kill,
+    let_go,
+    start_streams,
+    stopped,
+    wait_stalled,
+)
+
+IMPATIENT_S = 1.5
+"""Shorter than a recovery: a new process has to import torch and load its experts."""
+ANSWER_S = 4.0
+REPLACED_S = 30.0
+
+
+def check_replaced(
+    before: dict[str, ActorStatus], after: dict[str, ActorStatus], lost: Iterable[str]
+) -> None:
+    """Check that exactly the lost actors have a next generation, and hold what they held."""
+    assert set(before) == set(after)
+    for actor_id, old in before.items():
+        new = after[actor_id]
+        assert new.experts == old.experts
+        if actor_id in lost:
+            assert new.generation > old.generation
+            assert new.pid != old.pid
+            assert not is_alive(old.pid)
+        else:
+            assert (new.pid, new.generation) == (old.pid, old.generation)
+
+
+def test_streams_survive_a_killed_actor(served: ServedCluster) -> None:
+    told, before = served.status(), served.actors()
+    streams = start_streams(served)
+    kill(told, before["expert-1"].pid)
+    assert not any(stream.ended for stream in streams)
+    assert [stream.result() for stream in streams] == expected_tokens(served)
+    served.wait_whole()
+    check_replaced(before, served.actors(), ["expert-1"])
+
+
+def test_old_and_new_requests_survive_the_loss_of_all_actors(served: ServedCluster) -> None:
+    told, before = served.status(), served.actors()
+    streams = start_streams(served)
+    kill(told, *(actor.pid for actor in before.values()))
+    assert not any(stream.ended for stream in streams)
+    new = served.crowd(RANDOM, PROMPTS, [greedy(20)] * len(PROMPTS))
+    expected = expected_tokens(served)
+    assert new == [tokens[:20] for tokens in expected]
+    assert [stream.result() for stream in streams] == expected
+    served.wait_whole()
+    check_replaced(before, served.actors(), before)
+
+
+def test_an_actor_killed_again_and_again_comes_back(served: ServedCluster) -> None:
+    streams = start_streams(served)
+    first = served.actors()["expert-0"]
+    killed = first
+    for _ in range(2):
+        kill(served.status(), killed.pid)
+        generation = killed.generation
+        killed = wait_until(
+            lambda generation=generation: next(
+                (
+                    actor
+                    for actor_id, actor in served.actors().items()
+                    if actor_id == "expert-0" and actor.generation > generation
+                ),
+                None,
+            ),
+            "the actor is replaced",
+            REPLACED_S,
+        )
+    assert killed.generation >= first.generation + 2
+    assert [stream.result() for stream in streams] == expected_tokens(served)
+    served.wait_whole()
+
+
+def test_a_hung_actor_is_replaced_and_its_requests_end_well(served: ServedCluster) -> None:
+    told, before = served.status(), served.actors()
+    streams = start_streams(served)
+    hung = before["expert-2"].pid
+    with stopped(told, hung):
+        assert not any(stream.ended for stream in streams)
+        with pytest.raises(ExpertMeshError) as impatient:
+            served.client.generate(PROMPTS[0], greedy(20), model=RANDOM, timeout_s=IMPATIENT_S)
+        assert impatient.value.code in (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED)
+        assert [stream.result() for stream in streams] == expected_tokens(served)
+        wait_until(lambda: not is_alive(hung), "the hung process is gone", REPLACED_S)
+    served.wait_whole()
+    check_replaced(before, served.actors(), ["expert-2"])
+
+
+def test_an_actor_that_hangs_for_a_moment_is_not_replaced(served: ServedCluster) -> None:
+    told, before = served.status(), served.actors()
+    streams = start_streams(served)
+    paused = before["expert-0"].pid
+    with stopped(told, paused):
+        wait_stalled(streams)
+        let_go(told, paused)
+        assert [stream.result() for stream in streams] == expected_tokens(served)
+    served.wait_whole()
+    check_replaced(before, served.actors(), [])
+
+
+def test_an_impatient_request_fails_typed_and_a_patient_one_waits(served: ServedCluster) -> None:
+    told, before = served.status(), served.actors()
+    expected = expected_tokens(served)
+    kill(told, *(actor.pid for actor in before.values()))
+    patient = StreamReader(served.client, PROMPTS[0], greedy(60), RANDOM, 60)
+    impatient = StreamReader(served.client, PROMPTS[1], greedy(60), RANDOM, IMPATIENT_S)
+    impatient.wait_end(20)
+    assert isinstance(impatient.error, ExpertMeshError)
+    assert impatient.error.code in (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED)
+    assert IMPATIENT_S * 0.9 < impatient.took_s < ANSWER_S
+    assert not patient.ended
+    assert patient.result() == expected[0][:60]
+    served.wait_whole()
+    check_replaced(before, served.actors(), before)
+
+
+def test_readiness_and_health_tell_of_missing_experts(served: ServedCluster) -> None:
+    told, before = served.status(), served.actors()
+    serving = health_pb2.HealthCheckResponse.SERVING
+    not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
+    with grpc.insecure_channel(served.grpc_address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+
+        def health() -> int:
+            status: int = stub.Check(health_pb2.HealthCheckRequest(), timeout=10).status
+            return status
+
+        def ready() -> httpx.Response:
+            return httpx.get(f"{served.http_url}/ready")
+
+        assert (ready().status_code, health()) == (200, serving)
+        kill(told, before["expert-1"].pid)
+        wait_until(lambda: health() == not_serving, "health says NOT_SERVING", 10)
+        refusal = ready()
+        assert refusal.status_code == 503
+        assert refusal.json()["ready"] is False
+        missing = len(before["expert-1"].experts)
+        assert refusal.json()["reason"] == f"{missing} experts have no live copy"
+        assert httpx.get(f"{served.http_url}/health").status_code == 200
+        wait_until(lambda: health() == serving, "health says SERVING", REPLACED_S)
+        assert ready().status_code == 200
+    served.wait_whole()
+    check_replaced(before, served.actors(), ["expert-1"])

@@ -1,0 +1,94 @@
+"""Faults one after another and on top of each other, while requests never stop coming."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from cluster.status import ActorStatus
+from tests.cluster_fixture import RANDOM, ServedCluster, greedy, wait_until
+from tests.fault.faults import PROMPTS, expected_tokens, kill
+
+WORKERS, LENGTH = 3, 12
+REPLACED_S, BACK_S = 30.0, 45.0
+
+
+@contextmanager
+def steady_load(served: ServedCluster) -> Iterator[list[int]]:
+    """Ask again and again while the block runs; every answer must come and be the right one.
+
+    Yields a list that grows by one entry with every answer.
+    """
+    expected = expected_tokens(served)
+    ended = threading.Event()
+    answered: list[int] = []
+
+    def ask(worker: int) -> None:
+        while not ended.is_set():
+            for place in range(worker, len(PROMPTS), WORKERS):
+                [reply] = served.client.generate(PROMPTS[place], greedy(LENGTH), model=RANDOM)
+                assert reply.token_ids == expected[place][:LENGTH]
+                answered.append(place)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        workers = [pool.submit(ask, worker) for worker in range(WORKERS)]
+        try:
+            yield answered
+        finally:
+            ended.set()
+    for worker in workers:
+        worker.result()
+
+
+def wait_answers(answered: list[int], count: int) -> None:
+    """Wait for so many more answers."""
+    wanted = len(answered) + count
+    wait_until(lambda: len(answered) >= wanted, f"{count} more answers", REPLACED_S)
+
+
+def wait_replaced(served: ServedCluster, old: ActorStatus, timeout_s: float) -> None:
+    """Wait until another process of a later generation holds what a killed actor held."""
+    new = wait_until(
+        lambda: next(
+            (a for i, a in served.actors().items() if i == old.actor_id and a.pid != old.pid), None
+        ),
+        f"{old.actor_id} is replaced",
+        timeout_s,
+    )
+    assert new is not None
+    assert new.generation > old.generation
+    assert new.experts == old.experts
+
+
+def test_no_request_fails_while_every_actor_is_killed_in_turn(served: ServedCluster) -> None:
+    told = served.status()
+    with steady_load(served) as answered:
+        wait_answers(answered, WORKERS)
+        for victim in told.actors:
+            kill(told, victim.pid)
+            wait_replaced(served, victim, REPLACED_S)
+            wait_answers(answered, WORKERS)
+    after = served.wait_whole()
+    assert not {a.pid for a in after.actors} & {a.pid for a in told.actors}
+    assert (after.controller_pid, after.routers) == (told.controller_pid, told.routers)
+
+
+def test_no_request_fails_when_an_actor_dies_while_the_controller_is_away(
+    served: ServedCluster,
+) -> None:
+    told = served.status()
+    victim, *others = told.actors
+    with steady_load(served) as answered:
+        wait_answers(answered, WORKERS)
+        kill(told, told.controller_pid, victim.pid)
+        wait_replaced(served, victim, BACK_S)
+        wait_answers(answered, WORKERS)
+    after = served.wait_whole()
+    assert after.controller_pid != told.controller_pid
+    assert after.epoch > told.epoch
+    kept = {
+        a.actor_id: (a.pid, a.generation) for a in after.actors if a.actor_id != victim.actor_id
+    }
+    assert kept == {a.actor_id: (a.pid, a.generation) for a in others}
