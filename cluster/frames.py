@@ -227,7 +227,10 @@ def _decode_dispatch(body: tuple[Any, ...]) -> DispatchFrame:
 def _id_list(value: Any, field: str, low: int, high: int) -> tuple[int, ...]:
     if type(value) is not tuple or len(value) > MAX_EXPERTS:
         raise FrameError(f"must be an array of at most {MAX_EXPERTS} integers", field)
-    return tuple(_integer(item, field, low, high) for item in value)
+    if set(map(type, value)) - {int} or (value and (min(value) < low or max(value) > high)):
+        for item in value:
+            _integer(item, field, low, high)  # names the first that is wrong
+    return value
 
 
 def _decode_rows(body: tuple[Any, ...]) -> RowsFrame:

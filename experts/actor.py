@@ -160,8 +160,9 @@ class ExpertActor:
         try:
             answers = self._compute_batch(batch)
         finally:  # whatever happens, nobody waits for this thread for ever
-            failure = InternalError("the expert actor failed to compute the batch")
-            answers = answers or [_error(w.frame.request_id, failure) for w in batch]
+            if not answers:
+                failure = InternalError("the expert actor failed to compute the batch")
+                answers = [_error(w.frame.request_id, failure) for w in batch]
             with self._changed:
                 for done, answer in zip(batch, answers, strict=True):
                     done.answer = answer

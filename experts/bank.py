@@ -107,11 +107,14 @@ class ExpertBank:
     def _run(self, key: ExpertKey, places: list[tuple[_Pieces, int]]) -> None:
         """Run one expert once over all pieces that wait for it, and put the results there."""
         rows = [pieces[place] for pieces, place in places]
-        outputs = self.experts[key](rows[0] if len(rows) == 1 else torch.cat(rows))
-        self.tokens[key] += outputs.shape[0]
-        sizes = [piece.shape[0] for piece in rows]
-        for (pieces, place), output in zip(places, outputs.split(sizes), strict=True):
+        if len(rows) == 1:
+            outputs: Sequence[torch.Tensor] = (self.experts[key](rows[0]),)
+        else:
+            sizes = [piece.shape[0] for piece in rows]
+            outputs = self.experts[key](torch.cat(rows)).split(sizes)
+        for (pieces, place), output in zip(places, outputs, strict=True):
             pieces[place] = output
+            self.tokens[key] += output.shape[0]
 
 
 def _rows_frame(frame: DispatchFrame, pieces: _Pieces) -> RowsFrame:

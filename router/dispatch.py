@@ -90,16 +90,16 @@ class Dispatcher:
         )
         # Pairs by expert, then by rank, then by token.
         pending = np.argsort(flat_ids * k + ranks.ravel(), kind="stable")
-        while len(pending):
+        while True:
             placement = self._placement(deadline_s)
             parts, homeless = self._split(placement, layer_id, flat_ids, pending)
             failed = self._attempt(placement, layer_id, hidden_states, k, parts, rows, deadline_s)
-            if failed or len(homeless):
-                self._wait(placement, bool(len(homeless)), deadline_s)
-            left = np.concatenate([homeless, *failed]) if failed else homeless
+            if not failed and not len(homeless):
+                return rows.view(num_tokens, k, -1)
+            self._wait(placement, bool(len(homeless)), deadline_s)
+            left = np.concatenate([homeless, *failed])
             # By expert again: another placement may bring together what was apart.
             pending = left[np.argsort(flat_ids[left], kind="stable")]
-        return rows.view(num_tokens, k, -1)
 
     def _placement(self, deadline_s: float) -> Placement:
         placement = self._view.current()

@@ -29,7 +29,7 @@ from tests.fault.faults import (
     wait_stalled,
 )
 
-IMPATIENT_S = 1.5
+IMPATIENT_S = 1.0
 """Shorter than a recovery: a new process has to import torch and load its experts."""
 ANSWER_S = 4.0
 REPLACED_S = 30.0
@@ -72,30 +72,6 @@ def test_old_and_new_requests_survive_the_loss_of_all_actors(served: ServedClust
     assert [stream.result() for stream in streams] == expected
     served.wait_whole()
     check_replaced(before, served.actors(), before)
-
-
-def test_an_actor_killed_again_and_again_comes_back(served: ServedCluster) -> None:
-    streams = start_streams(served)
-    first = served.actors()["expert-0"]
-    killed = first
-    for _ in range(2):
-        kill(served.status(), killed.pid)
-        generation = killed.generation
-        killed = wait_until(
-            lambda generation=generation: next(
-                (
-                    actor
-                    for actor_id, actor in served.actors().items()
-                    if actor_id == "expert-0" and actor.generation > generation
-                ),
-                None,
-            ),
-            "the actor is replaced",
-            REPLACED_S,
-        )
-    assert killed.generation >= first.generation + 2
-    assert [stream.result() for stream in streams] == expected_tokens(served)
-    served.wait_whole()
 
 
 def test_a_hung_actor_is_replaced_and_its_requests_end_well(served: ServedCluster) -> None:
