@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.schema import ApplicationStatus
 
 from cluster.errors import ExpertMeshError, StaleEpochError
+from cluster.ledger import Ledger
 from cluster.placement import ExpertKey, Placement, assign_experts, empty_placement
 from cluster.pool import ExpertPool
 from cluster.progress import Progress
@@ -77,10 +78,14 @@ class Controller:
 
     async def _adopt(self) -> dict[str, ActorHandle]:
         found = await asyncio.to_thread(self._pool.find)
-        epoch = 0
+        ledger = await asyncio.to_thread(self._pool.ledger.read)
+        epoch = ledger.epoch
+        self._last_generation |= ledger.generations
         adopted: dict[str, ActorHandle] = {}
         for actor_id, generation, handle in sorted(found, key=lambda entry: entry[:2]):
-            self._last_generation[actor_id] = generation
+            self._last_generation[actor_id] = max(
+                generation, self._last_generation.get(actor_id, 0)
+            )
             try:
                 report = await self._pool.describe(handle, HEARTBEAT_TIMEOUT_S)
             except (RayActorError, RayTaskError, TimeoutError) as error:
@@ -97,7 +102,12 @@ class Controller:
                 self._pool.kill(handle)
         models = [source.experts for source in self._spec.models]
         self._placement = empty_placement(epoch + 1, models)
+        self._write_ledger()
         return adopted
+
+    def _write_ledger(self) -> None:
+        """Put down what the next controller must go beyond, even if no actor lives to tell it."""
+        self._pool.ledger.write(Ledger(self._placement.epoch, dict(self._last_generation)))
 
     # Keeping one actor alive.
 
@@ -131,6 +141,7 @@ class Controller:
     def _create(self, actor_id: str) -> ActorHandle:
         self._last_generation[actor_id] += 1
         generation = self._last_generation[actor_id]
+        self._write_ledger()
         return self._pool.create(actor_id, generation, self._placement.epoch)
 
     async def _bring_up(self, actor_id: str, handle: ActorHandle) -> None:
@@ -250,6 +261,7 @@ class Controller:
             return
         for _, _, handle in await asyncio.to_thread(self._pool.find):
             self._pool.kill(handle)
+        await asyncio.to_thread(self._pool.ledger.clear)
 
 
 def app_is_wanted(app: str) -> bool:

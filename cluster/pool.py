@@ -13,6 +13,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.util import list_named_actors
 
+from cluster.ledger import LedgerStore
 from cluster.placement import ExpertKey
 from cluster.spec import ACTOR_NAMESPACE, ActorReport, ActorSpec, actor_name, parse_actor_name
 
@@ -45,6 +46,7 @@ class ExpertPool:
     def __init__(self, spec: ActorSpec, actor_class: type) -> None:
         """``actor_class`` takes (spec, actor_id, generation, epoch); see :mod:`cluster.spec`."""
         self._spec = spec
+        self.ledger = LedgerStore(spec.app)
         self._remote = ray.remote(concurrency_groups={"control": CONTROL_CALLS})(actor_class)
 
     def create(self, actor_id: str, generation: int, epoch: int) -> ActorHandle:

@@ -92,3 +92,17 @@ def test_no_request_fails_when_an_actor_dies_while_the_controller_is_away(
         a.actor_id: (a.pid, a.generation) for a in after.actors if a.actor_id != victim.actor_id
     }
     assert kept == {a.actor_id: (a.pid, a.generation) for a in others}
+
+
+def test_requests_survive_the_loss_of_the_controller_and_every_actor(
+    served: ServedCluster,
+) -> None:
+    told = served.status()
+    with steady_load(served) as answered:
+        wait_answers(answered, WORKERS)
+        kill(told, told.controller_pid, *(actor.pid for actor in told.actors))
+        for victim in told.actors:
+            wait_replaced(served, victim, BACK_S)
+        wait_answers(answered, WORKERS)
+    after = served.wait_whole()
+    assert after.epoch > told.epoch

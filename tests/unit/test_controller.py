@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError
 from cluster import controller as controller_module
 from cluster.controller import Controller
 from cluster.errors import CheckpointError, StaleEpochError
+from cluster.ledger import Ledger
 from cluster.placement import ExpertKey, ModelExperts, Placement
 from cluster.spec import ActorReport, ActorSpec, ModelSource
 from cluster.status import ClusterStatus
@@ -73,12 +74,29 @@ class FakeActor:
         return self.report()
 
 
+class FakeLedger:
+    """Stands in for :class:`cluster.ledger.LedgerStore`."""
+
+    def __init__(self) -> None:
+        self.kept = Ledger()
+
+    def read(self) -> Ledger:
+        return self.kept
+
+    def write(self, ledger: Ledger) -> None:
+        self.kept = ledger
+
+    def clear(self) -> None:
+        self.kept = Ledger()
+
+
 class FakePool:
     """Stands in for :class:`cluster.pool.ExpertPool`; keeps what was asked of it."""
 
     def __init__(self, digest: str) -> None:
         self.digest = digest
         self.actors: list[FakeActor] = []
+        self.ledger = FakeLedger()
         self.load_gate: Callable[[FakeActor], Awaitable[object]] | None = None
         self._pids = itertools.count(1000)
 
@@ -324,6 +342,35 @@ def test_living_actors_of_the_same_configuration_are_adopted_under_a_higher_epoc
             assert placement.generations == {"expert-0": 7, "expert-1": 1}
             assert [actor.actor_id for actor in pool.actors] == ["expert-0", "expert-1"]
             assert (old.alive, old.killed, old.epoch) == (True, False, 42)
+
+    run(test)
+
+
+def test_after_the_loss_of_controller_and_actors_nothing_goes_backwards() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        async with running(2, pool) as first:
+            before = await first.complete()
+        for actor in pool.actors:
+            actor.alive = False
+        async with running(2, pool) as second:
+            after = await second.complete()
+            assert after.order > before.order
+            assert after.epoch == before.epoch + 1
+            assert after.generations == {"expert-0": 2, "expert-1": 2}
+
+    run(test)
+
+
+def test_an_actor_that_died_while_the_controller_was_away_gets_its_next_generation() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        async with running(2, pool) as first:
+            await first.complete()
+        pool.of("expert-0")[0].alive = False
+        async with running(2, pool) as second:
+            after = await second.complete()
+            assert after.generations == {"expert-0": 2, "expert-1": 1}
 
     run(test)
 

@@ -165,14 +165,15 @@ def test_the_experts_values_have_no_part_in_the_routers_model(tmp_path: Path) ->
 
 
 MEASURE = """
-import json, os, resource, sys
+import json, re, sys
 from pathlib import Path
 import torch
 from experts.checkpoint import open_checkpoint
 from router.model import load_dense
 
 def peak_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage: its peak is handed down from the process that started this one.
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 load_dense(open_checkpoint(Path(sys.argv[1])), torch.float32)  # whatever loading costs once
 checkpoint = open_checkpoint(Path(sys.argv[2]))
@@ -210,4 +211,4 @@ def test_loading_a_router_takes_no_memory_for_the_experts(
         # A page of a mapped file counts as soon as it is read, so this says "unread" as well.
         assert grown_mb < experts_mb / 10
     else:
-        assert grown_mb > experts_mb / 2  # the measurement sees experts where there are some
+        assert grown_mb > experts_mb  # the measurement sees experts where there are some
