@@ -35,8 +35,14 @@ def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
         "scheduling_strategy": "SPREAD",
         "max_concurrency": DATA_CALLS,
         "enable_task_events": False,
-        # Threads started later than torch.set_num_threads obey only the environment.
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(spec.threads)}},
+        "runtime_env": {
+            "env_vars": {
+                # Threads started later than torch.set_num_threads obey only the environment.
+                "OMP_NUM_THREADS": str(spec.threads),
+                # A heap per calling thread would keep memory that no other thread reuses.
+                "MALLOC_ARENA_MAX": "1",
+            }
+        },
     }
 
 

@@ -12,7 +12,8 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import replace
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -42,6 +43,14 @@ logger = logging.getLogger("expertmesh.gateway")
 _Item = TokenEvent | BaseException | dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """One sending of a request: its id on the wire, and the choices that need no more tokens."""
+
+    wire_id: str
+    stopped: set[int]
+
+
 class RayUpstream:
     """Implements :class:`router.gateway.upstream.Upstream` over Serve handles."""
 
@@ -54,32 +63,35 @@ class RayUpstream:
         self._view = PlacementView()
         self._watcher = PlacementWatcher("gateway", self._view, HandleController(controller))
         self._streams: dict[str, asyncio.Queue[_Item]] = {}
-        self._attempts: dict[str, str] = {}
+        self._attempts: dict[str, _Attempt] = {}
         self._link = LinkServer(ray.util.get_node_ip_address(), self._on_tokens)
         self._address: asyncio.Task[LinkAddress] | None = None
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """See :class:`Upstream`; resends the request when its router dies."""
         sent: Counter[int] = Counter()
-        attempt = 0
+        stopped: set[int] = set()
+        number = 0
         while True:
-            wire_id = f"{request.request_id}#{attempt}"
-            self._attempts[request.request_id] = wire_id
+            attempt = _Attempt(f"{request.request_id}#{number}", stopped)
+            self._attempts[request.request_id] = attempt
+            resent = replace(request, request_id=attempt.wire_id)
             try:
-                async for event in self._attempt(replace(request, request_id=wire_id), sent):
-                    yield event
+                async with aclosing(self._attempt(resent, sent, stopped)) as events:
+                    async for event in events:
+                        yield event
                 return
             except (RayActorError, DeploymentUnavailableError) as error:
                 if request.remaining_s() < RESEND_S:
                     raise UnavailableError("the router is not reachable", "", 1.0) from None
                 logger.warning("a router was lost (%s); sending again", type(error).__name__)
                 await asyncio.sleep(RESEND_S)
-                attempt += 1
+                number += 1
             finally:
                 self._attempts.pop(request.request_id, None)
 
     async def _attempt(
-        self, request: GenerationRequest, sent: Counter[int]
+        self, request: GenerationRequest, sent: Counter[int], stopped: set[int]
     ) -> AsyncGenerator[TokenEvent, None]:
         stream: asyncio.Queue[_Item] = asyncio.Queue(MAX_BUFFERED_EVENTS)
         self._streams[request.request_id] = stream
@@ -92,6 +104,8 @@ class RayUpstream:
                 if isinstance(item, BaseException):
                     raise _typed(item)
                 if isinstance(item, TokenEvent):
+                    if item.index in stopped and item.finish_reason is None:
+                        self._link.stop_choice(request.request_id, item.index)
                     fresh = unseen(item, sent)
                     if fresh is not None:
                         yield fresh
@@ -123,9 +137,10 @@ class RayUpstream:
 
     def stop(self, request_id: str, index: int) -> None:
         """See :class:`Upstream`."""
-        wire_id = self._attempts.get(request_id)
-        if wire_id is not None:
-            self._link.stop_choice(wire_id, index)
+        attempt = self._attempts.get(request_id)
+        if attempt is not None:
+            attempt.stopped.add(index)  # another router must be told again
+            self._link.stop_choice(attempt.wire_id, index)
 
     async def status(self) -> ClusterStatus:
         """See :class:`Upstream`."""
