@@ -4,8 +4,8 @@
 
 Real expert actors on a local Ray, the router's own dispatcher, frames and combine; only the
 experts' products are replaced, so that what is left is what serving experts apart costs. Prints
-p50 and p99 for one token's row (1 KB) and for 16 KB of rows, to one actor and to four, beside a bare Ray call of as many
-bytes in the same run.
+p50 and p99 for one token's row (1 KB) and for 16 KB of rows, to one actor and to four, beside a
+bare Ray call of as many bytes in the same run.
 """
 
 from __future__ import annotations
