@@ -1,8 +1,8 @@
 """Frames of the data plane: what a router sends to an expert actor for one layer, and the answer.
 
-A frame is a msgpack array whose last element is the raw bytes of the rows. Decoding takes no
-memory beyond the frame itself before shapes and lengths were checked against each other, and
-nothing is ever unpickled.
+A frame is a msgpack array whose last element is the raw bytes of the rows. Decoding takes memory in
+proportion to the frame's own length; shapes and lengths are checked against each other before a
+tensor is made of them, and nothing is ever unpickled.
 
 Dimension letters: N unique token rows of the frame, P (token row, expert) pairs, H hidden size.
 """
