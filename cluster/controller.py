@@ -185,7 +185,8 @@ class Controller:
             if progress.is_hung(report.steps, report.queued_rows, time.monotonic()):
                 raise TimeoutError("rows wait and none is computed")
             try:
-                await asyncio.wait_for(suspected.wait(), HEARTBEAT_PERIOD_S)
+                async with asyncio.timeout(HEARTBEAT_PERIOD_S):
+                    await suspected.wait()
             except TimeoutError:
                 continue
 
@@ -219,10 +220,8 @@ class Controller:
         self._members = self._recent_members(now_s)
         async with self._changed:
             try:
-                await asyncio.wait_for(
-                    self._changed.wait_for(lambda: self._placement.order != tuple(known)),
-                    min(timeout_s, MAX_WATCH_S),
-                )
+                async with asyncio.timeout(min(timeout_s, MAX_WATCH_S)):
+                    await self._changed.wait_for(lambda: self._placement.order != tuple(known))
             except TimeoutError:
                 return None
             return self._placement.to_wire()

@@ -95,8 +95,5 @@ class ExpertPool:
 
 
 async def _within(answer: Awaitable[ActorReport], timeout_s: float) -> ActorReport:
-    return await asyncio.wait_for(_awaited(answer), timeout_s)
-
-
-async def _awaited(answer: Awaitable[ActorReport]) -> ActorReport:
-    return await answer
+    async with asyncio.timeout(timeout_s):
+        return await answer

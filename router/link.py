@@ -99,7 +99,8 @@ class LinkServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            hello = await asyncio.wait_for(_read_frame(reader, MAX_HELLO_BYTES), HELLO_TIMEOUT_S)
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                hello = await _read_frame(reader, MAX_HELLO_BYTES)
             said = hello[0] if len(hello) == 1 and isinstance(hello[0], str) else ""
             if not hmac.compare_digest(said.encode(), self._secret.encode()):
                 raise ConnectionError("a link with a wrong secret")
@@ -134,9 +135,8 @@ class LinkClient:
             if self._is_linked(address):
                 return
             try:
-                reader, writer = await asyncio.wait_for(
-                    asyncio.open_connection(address.host, address.port), CONNECT_TIMEOUT_S
-                )
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    reader, writer = await asyncio.open_connection(address.host, address.port)
             except (OSError, TimeoutError) as error:
                 logger.warning("no link to a gateway (%s): its tokens come late", error)
                 return

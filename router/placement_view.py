@@ -106,11 +106,8 @@ class PlacementWatcher:
 
     async def _bounded(self, call: Callable[[], Awaitable[Any]]) -> tuple[bool, Any]:
         try:
-            return True, await asyncio.wait_for(_awaited(call), CALL_TIMEOUT_S)
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                return True, await call()
         except Exception as error:  # away, restarting, or slow: the view stays as it is
             logger.warning("the controller does not answer (%s)", type(error).__name__)
             return False, None
-
-
-async def _awaited(call: Callable[[], Awaitable[Any]]) -> Any:
-    return await call()

@@ -145,9 +145,8 @@ class RayUpstream:
     async def status(self) -> ClusterStatus:
         """See :class:`Upstream`."""
         try:
-            wire = await asyncio.wait_for(
-                _awaited(self._controller.status.remote()), STATUS_TIMEOUT_S
-            )
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                wire = await self._controller.status.remote()
         except (RayActorError, RayServeException, TimeoutError):
             raise UnavailableError("the controller does not answer", "", 1.0) from None
         return ClusterStatus.from_wire(wire)
@@ -212,7 +211,8 @@ async def _get(stream: asyncio.Queue[_Item], request: GenerationRequest) -> _Ite
     # A moment past the deadline, so that the router's own word on it comes first.
     timeout_s = max(0.0, request.deadline_s - time.time()) + 1.0
     try:
-        return await asyncio.wait_for(stream.get(), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            return await stream.get()
     except TimeoutError:
         raise DeadlineExceededError("the request's deadline passed") from None
 
@@ -228,7 +228,3 @@ def _typed(error: BaseException) -> BaseException:
     else:
         logger.error("a call to a router failed: %r", error)
     return InternalError("the router failed")
-
-
-async def _awaited(call: Any) -> Any:
-    return await call
