@@ -4,8 +4,8 @@
 
 Real expert actors on a local Ray, the router's own dispatcher, frames and combine; only the
 experts' products are replaced, so that what is left is what serving experts apart costs. Prints
-p50 and p99 for one token's row (1 KB) and for 16 KB of rows, to one actor and to four, beside a
-bare Ray call of as many bytes in the same run.
+p50 and p99 for one token's row (1 KB), 16 KB, 128 KB and 1 MB of rows, to one actor and to four,
+over streams and over Ray calls, beside a bare Ray call of as many bytes in the same run.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ import torch
 from benchmarks.common import machine, show, summary_ms, write_json
 from cluster.placement import ExpertKey, ModelExperts, assign_experts, empty_placement
 from cluster.spec import ActorSpec, ModelSource
+from cluster.transports import TransportKind, open_transport
 from experts.actor import ExpertActor
 from router.placement_view import PlacementView
 
 MODEL, APP = "bench", "bench-dispatch"
 HIDDEN, NUM_EXPERTS, TOP_K = 512, 8, 2
 TURN = 50
-SIZES_BYTES = (1024, 16_384)
+SIZES_BYTES = (1024, 16_384, 131_072, 1_048_576)
+TRANSPORTS: tuple[TransportKind, ...] = ("stream", "ray")
 
 
 _RUNS = itertools.count()  # actor names must differ from run to run
@@ -83,17 +85,18 @@ def start(num_actors: int) -> tuple[PlacementView, list[Any]]:
 
 
 def measure(num_actors: int, payload_bytes: int, calls: int) -> dict[str, Any]:
-    """Measure bare calls and whole layers, taking turns so that both see the same machine."""
+    """Measure bare calls and layers over each transport, by turns, so that all see one machine."""
     import ray
 
-    from cluster.transport import RayTransport
     from router.dispatch import Dispatcher
     from router.exchange import RemoteExchange
 
     view, handles = start(num_actors)
-    dispatcher = Dispatcher(MODEL, view, RayTransport(APP), lambda a, g: None, 10.0)
-    exchange = RemoteExchange(dispatcher)
-    exchange.deadline_s = time.time() + 600
+    exchanges = {}
+    for kind in TRANSPORTS:
+        dispatcher = Dispatcher(MODEL, view, open_transport(APP, kind), lambda a, g: None, 10.0)
+        exchanges[kind] = RemoteExchange(dispatcher)
+        exchanges[kind].deadline_s = time.time() + 600
     tokens = payload_bytes // (HIDDEN * 2)
     rows = torch.randn(tokens, HIDDEN).bfloat16()
     pairs = list(itertools.combinations(range(NUM_EXPERTS), TOP_K))
@@ -106,13 +109,16 @@ def measure(num_actors: int, payload_bytes: int, calls: int) -> dict[str, Any]:
             started_s = time.perf_counter()
             ray.get([handle.echo.remote(data) for handle in handles], timeout=10)
             bare_s.append(time.perf_counter() - started_s)
-        for _ in range(TURN):
-            combined = exchange(0, rows, topk_ids, topk_weights)
-    assert torch.equal(combined, rows), "identity experts with weights that sum to 1"
+        for exchange in exchanges.values():
+            for _ in range(TURN):
+                combined = exchange(0, rows, topk_ids, topk_weights)
+            assert torch.equal(combined, rows), "identity experts with weights that sum to 1"
     for handle in handles:
         ray.kill(handle)
-    bare_s, layers = bare_s[TURN:], list(exchange.timings_s)[TURN:]  # the first turn warms up
-    return {"bare_call": summary_ms(bare_s), "dispatch_combine": summary_ms(layers)}
+    figures = {"bare_call": summary_ms(bare_s[TURN:])}  # the first turn warms up
+    for kind, exchange in exchanges.items():
+        figures[kind] = summary_ms(list(exchange.timings_s)[TURN:])
+    return figures
 
 
 def main() -> None:
@@ -125,7 +131,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # as a router has it
     ray.init(address="local", include_dashboard=False, logging_level="warning", namespace="serve")
-    result: dict[str, Any] = {"benchmark": "dispatch", "machine": machine(), "transport": "ray"}
+    result: dict[str, Any] = {"benchmark": "dispatch", "machine": machine()}
     result["figures"] = {
         f"{size // 1024} KB, {n} actors": measure(n, size, options.calls)
         for size in SIZES_BYTES
@@ -133,12 +139,13 @@ def main() -> None:
     }
     ray.shutdown()
     rows = []
+    columns = ["rows"]
+    for name in ("bare_call", *TRANSPORTS):
+        columns += [f"{name.replace('_', ' ')} p50", "p99"]
     for case, figures in result["figures"].items():
-        bare, layer = figures["bare_call"], figures["dispatch_combine"]
-        values = (bare["p50_ms"], bare["p99_ms"], layer["p50_ms"], layer["p99_ms"])
+        values = [figures[name][p] for name in figures for p in ("p50_ms", "p99_ms")]
         rows.append((case, *(f"{value:.2f}" for value in values)))
-    columns = ["rows", "bare call p50", "p99", "dispatch+combine p50", "p99"]
-    show("one layer over Ray, ms", rows, columns)
+    show("dispatch and combine of one layer, ms", rows, columns)
     write_json(options.json, result)
 
 

@@ -13,6 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cluster.errors import ConfigError
+from cluster.stream.tls import TlsFiles
+from cluster.transports import TransportKind
 
 IMPORT_PATH = "router.app:build"
 
@@ -35,13 +37,30 @@ class ModelConfig(_Section):
     max_model_len: int | None = Field(default=None, ge=2)
 
 
+class TlsConfig(_Section):
+    """PEM files, at the same paths on every node; see :mod:`cluster.stream.tls`.
+
+    ``certificate`` and ``key`` are the node's own, signed by ``authority``.
+    """
+
+    certificate: str = Field(min_length=1)
+    key: str = Field(min_length=1)
+    authority: str = Field(min_length=1)
+
+    def files(self) -> TlsFiles:
+        """Return the paths as the streams take them."""
+        return TlsFiles(self.certificate, self.key, self.authority)
+
+
 class ExpertsConfig(_Section):
     """The pool of expert actors, one to a device.
 
     ``threads`` are compute threads of one actor. ``memory_budget_bytes`` bounds the expert weights
     that one actor holds. ``max_queue_rows`` bounds the token rows that wait in an actor; a frame
     beyond it is refused and tried again. ``call_timeout_s`` is how long a router waits for one
-    answer before it reports the actor and tries again.
+    answer before it reports the actor and tries again. ``transport`` is how frames travel:
+    ``stream`` over connections held open to the actors, ``ray`` by Ray calls, ``auto`` over streams
+    and by Ray calls where and while there is none. ``tls`` encrypts the streams between hosts.
     """
 
     actors: int = Field(default=2, ge=1, le=1000)
@@ -51,6 +70,8 @@ class ExpertsConfig(_Section):
     memory_budget_bytes: int | None = Field(default=None, gt=0)
     max_queue_rows: int = Field(default=65_536, ge=1)
     call_timeout_s: float = Field(default=10.0, gt=0)
+    transport: TransportKind = "auto"
+    tls: TlsConfig | None = None
 
 
 class RouterConfig(_Section):
@@ -126,6 +147,7 @@ def _allowed_keys(loc: tuple[int | str, ...]) -> list[str]:
                 "experts": ExpertsConfig,
                 "router": RouterConfig,
                 "gateway": GatewayConfig,
+                "tls": TlsConfig,
             }[part]
     return sorted(section.model_fields)
 

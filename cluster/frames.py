@@ -1,8 +1,10 @@
 """Frames of the data plane: what a router sends to an expert actor for one layer, and the answer.
 
-A frame is a msgpack array whose last element is the raw bytes of the rows. Decoding takes memory in
-proportion to the frame's own length; shapes and lengths are checked against each other before a
-tensor is made of them, and nothing is ever unpickled.
+A frame is eight bytes (version, kind, length of the header), a header (a msgpack array), and the
+raw bytes of index and rows, which begin at a multiple of ``ALIGNMENT`` so that tensors can be made
+over a received frame in place. Encoding gives the parts unjoined, so that rows are not copied to be
+sent. Decoding takes memory in proportion to the header's own length; shapes and lengths are checked
+against each other before a tensor is made of them, and nothing is ever unpickled.
 
 Dimension letters: N unique token rows of the frame, P (token row, expert) pairs, H hidden size.
 """
@@ -10,6 +12,7 @@ Dimension letters: N unique token rows of the frame, P (token row, expert) pairs
 from __future__ import annotations
 
 import enum
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +21,23 @@ import msgpack
 
 from cluster.errors import Code, ExpertMeshError, FrameError, WrongPlacementError, error_from_wire
 
-FRAME_VERSION = 1
+FRAME_VERSION = 2
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MAX_HEADER_BYTES = 1 << 20
 MAX_ROWS = 1 << 20
 MAX_HIDDEN_SIZE = 1 << 20
 MAX_EXPERTS = 1 << 16
 INDEX_BYTES = 4
+ALIGNMENT = 16
+_START = struct.Struct("<HHI")  # version, kind, bytes of the header
+
+Buffer = bytes | memoryview
+Parts = tuple[Buffer, ...]
+"""The bytes of one frame in pieces, to be sent one after the other."""
 
 
 class FrameKind(enum.IntEnum):
-    """First number after the version in every frame."""
+    """What stands after the version in every frame."""
 
     DISPATCH = 1
     ROWS = 2
@@ -55,8 +65,8 @@ class DispatchFrame:
     num_rows: int
     hidden_size: int
     deadline_s: float
-    row_index: bytes
-    rows: bytes | memoryview
+    row_index: Buffer
+    rows: Buffer
 
     @property
     def num_pairs(self) -> int:
@@ -72,7 +82,7 @@ class RowsFrame:
     dtype: str
     num_rows: int
     hidden_size: int
-    rows: bytes | memoryview
+    rows: Buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +98,10 @@ Frame = DispatchFrame | RowsFrame | ErrorFrame
 _KNOWN_ERRORS = {cls.__name__: cls for cls in (WrongPlacementError, FrameError)}
 
 
-def encode(frame: Frame) -> bytes:
-    """Return the frame as bytes."""
+def encode(frame: Frame) -> Parts:
+    """Return the frame's bytes in parts; the rows are not copied."""
     if isinstance(frame, DispatchFrame):
-        body = [
-            FRAME_VERSION,
-            FrameKind.DISPATCH,
+        header = (
             frame.request_id,
             frame.epoch,
             frame.placement_version,
@@ -105,51 +113,46 @@ def encode(frame: Frame) -> bytes:
             frame.num_rows,
             frame.hidden_size,
             frame.deadline_s,
-            frame.row_index,
-            frame.rows,
-        ]
-    elif isinstance(frame, RowsFrame):
-        body = [
-            FRAME_VERSION,
-            FrameKind.ROWS,
-            frame.request_id,
-            frame.dtype,
-            frame.num_rows,
-            frame.hidden_size,
-            frame.rows,
-        ]
-    else:
-        error = frame.error.to_wire()
-        body = [FRAME_VERSION, FrameKind.ERROR, frame.request_id, frame.kind, error]
-    return msgpack.packb(body)  # type: ignore[no-any-return]
+        )
+        return _start(FrameKind.DISPATCH, header), frame.row_index, frame.rows
+    if isinstance(frame, RowsFrame):
+        shape = (frame.request_id, frame.dtype, frame.num_rows, frame.hidden_size)
+        return _start(FrameKind.ROWS, shape), frame.rows
+    refusal = (frame.request_id, frame.kind, frame.error.to_wire())
+    return (_start(FrameKind.ERROR, refusal),)
 
 
-def decode(data: bytes | memoryview) -> Frame:
-    """Parse and check a frame.
+def _start(kind: FrameKind, header: tuple[Any, ...]) -> bytes:
+    packed: bytes = msgpack.packb(header)
+    padding = -(_START.size + len(packed)) % ALIGNMENT
+    return _START.pack(FRAME_VERSION, kind, len(packed)) + packed + bytes(padding)
+
+
+def decode(data: Buffer) -> Frame:
+    """Parse and check a frame; index and rows of the result are views of ``data``.
 
     Raises :class:`FrameError` naming the field for anything malformed: an unknown version, kind or
     dtype, a wrong type, a count outside its bounds, or bytes whose length disagrees with the shape.
     """
-    try:
-        body = msgpack.unpackb(data, use_list=False, raw=False)
-    except Exception as error:  # msgpack raises a family of types for malformed input
-        raise FrameError(f"is not msgpack ({type(error).__name__})", "frame") from None
-    if not isinstance(body, tuple) or len(body) < 3:
-        raise FrameError("must be an array of at least 3 elements", "frame")
-    version, kind = body[0], body[1]
-    if type(version) is not int or version != FRAME_VERSION:
-        raise FrameError(f"version {_shown(version)}; this build reads {FRAME_VERSION}", "frame")
-    if type(kind) is not int:
-        raise FrameError(f"unknown kind {_shown(kind)}", "frame.kind")
-    decoders: dict[int, Callable[[tuple[Any, ...]], Frame]] = {
-        FrameKind.DISPATCH: _decode_dispatch,
-        FrameKind.ROWS: _decode_rows,
-        FrameKind.ERROR: _decode_error,
-    }
-    decoder = decoders.get(kind)
+    view = memoryview(data)
+    if len(view) < _START.size:
+        raise FrameError(f"must have at least {_START.size} bytes (given: {len(view)})", "frame")
+    version, kind, size = _START.unpack_from(view)
+    if version != FRAME_VERSION:
+        raise FrameError(f"version {version}; this build reads {FRAME_VERSION}", "frame")
+    decoder = _DECODERS.get(kind)
     if decoder is None:
-        raise FrameError(f"unknown kind {_shown(kind)}", "frame.kind")
-    return decoder(body[2:])
+        raise FrameError(f"unknown kind {kind}", "frame.kind")
+    end = _START.size + size
+    if size > MAX_HEADER_BYTES or end > len(view):
+        raise FrameError(f"a header of {size} bytes in a frame of {len(view)}", "frame")
+    try:
+        header = msgpack.unpackb(view[_START.size : end], use_list=False, raw=False)
+    except Exception as error:  # msgpack raises a family of types for malformed input
+        raise FrameError(f"is not msgpack ({type(error).__name__})", "frame.header") from None
+    if not isinstance(header, tuple):
+        raise FrameError("must be an array", "frame.header")
+    return decoder(header, view[end + -end % ALIGNMENT :])
 
 
 def _shown(value: Any) -> str:
@@ -172,11 +175,12 @@ def _text(value: Any, field: str) -> str:
     return value
 
 
-def _rows(value: Any, field: str, expected_bytes: int) -> bytes:
-    if type(value) is not bytes or len(value) != expected_bytes:
-        size = len(value) if type(value) is bytes else type(value).__name__
-        raise FrameError(f"must be {expected_bytes} bytes as the shape says (given: {size})", field)
-    return value
+def _check_size(payload: memoryview, expected_bytes: int) -> None:
+    if len(payload) != expected_bytes:
+        raise FrameError(
+            f"must be {expected_bytes} bytes as the shape says (given: {len(payload)})",
+            "frame.rows",
+        )
 
 
 def _dtype(value: Any) -> str:
@@ -186,41 +190,43 @@ def _dtype(value: Any) -> str:
     return value
 
 
-def _arity(body: tuple[Any, ...], expected: int) -> None:
-    if len(body) != expected:
-        raise FrameError(f"must have {expected + 2} elements (given: {len(body) + 2})", "frame")
+def _check_arity(header: tuple[Any, ...], expected: int) -> None:
+    if len(header) != expected:
+        raise FrameError(f"must have {expected} elements (given: {len(header)})", "frame.header")
 
 
 _U63 = (1 << 63) - 1
 
 
-def _decode_dispatch(body: tuple[Any, ...]) -> DispatchFrame:
-    _arity(body, 13)
-    expert_ids = _id_list(body[5], "frame.expert_ids", 0, MAX_EXPERTS)
-    counts = _id_list(body[6], "frame.num_tokens_per_expert", 1, MAX_ROWS)
+def _decode_dispatch(header: tuple[Any, ...], payload: memoryview) -> DispatchFrame:
+    _check_arity(header, 11)
+    expert_ids = _id_list(header[5], "frame.expert_ids", 0, MAX_EXPERTS)
+    counts = _id_list(header[6], "frame.num_tokens_per_expert", 1, MAX_ROWS)
     if not expert_ids or len(expert_ids) != len(counts) or len(set(expert_ids)) != len(expert_ids):
         raise FrameError("needs distinct ids, one count each", "frame.expert_ids")
     num_pairs = _integer(sum(counts), "frame.num_tokens_per_expert", 1, MAX_ROWS)
-    dtype = _dtype(body[7])
-    num_rows = _integer(body[8], "frame.num_rows", 1, MAX_ROWS)
-    hidden_size = _integer(body[9], "frame.hidden_size", 1, MAX_HIDDEN_SIZE)
-    deadline_s = body[10]
+    dtype = _dtype(header[7])
+    num_rows = _integer(header[8], "frame.num_rows", 1, MAX_ROWS)
+    hidden_size = _integer(header[9], "frame.hidden_size", 1, MAX_HIDDEN_SIZE)
+    deadline_s = header[10]
     if type(deadline_s) is not float:
         raise FrameError("must be a float", "frame.deadline_s")
+    index_bytes = num_pairs * INDEX_BYTES
+    _check_size(payload, index_bytes + num_rows * hidden_size * DTYPE_BYTES[dtype])
     return DispatchFrame(
-        request_id=_integer(body[0], "frame.request_id", 0, _U63),
-        epoch=_integer(body[1], "frame.epoch", 0, _U63),
-        placement_version=_integer(body[2], "frame.placement_version", 0, _U63),
-        model=_text(body[3], "frame.model"),
-        layer_id=_integer(body[4], "frame.layer_id", 0, 1 << 20),
+        request_id=_integer(header[0], "frame.request_id", 0, _U63),
+        epoch=_integer(header[1], "frame.epoch", 0, _U63),
+        placement_version=_integer(header[2], "frame.placement_version", 0, _U63),
+        model=_text(header[3], "frame.model"),
+        layer_id=_integer(header[4], "frame.layer_id", 0, 1 << 20),
         expert_ids=expert_ids,
         num_tokens_per_expert=counts,
         dtype=dtype,
         num_rows=num_rows,
         hidden_size=hidden_size,
         deadline_s=deadline_s,
-        row_index=_rows(body[11], "frame.row_index", num_pairs * INDEX_BYTES),
-        rows=_rows(body[12], "frame.rows", num_rows * hidden_size * DTYPE_BYTES[dtype]),
+        row_index=payload[:index_bytes],
+        rows=payload[index_bytes:],
     )
 
 
@@ -233,21 +239,22 @@ def _id_list(value: Any, field: str, low: int, high: int) -> tuple[int, ...]:
     return value
 
 
-def _decode_rows(body: tuple[Any, ...]) -> RowsFrame:
-    _arity(body, 5)
-    dtype = _dtype(body[1])
-    num_rows = _integer(body[2], "frame.num_rows", 1, MAX_ROWS)
-    hidden_size = _integer(body[3], "frame.hidden_size", 1, MAX_HIDDEN_SIZE)
-    rows = _rows(body[4], "frame.rows", num_rows * hidden_size * DTYPE_BYTES[dtype])
-    request_id = _integer(body[0], "frame.request_id", 0, _U63)
-    return RowsFrame(request_id, dtype, num_rows, hidden_size, rows)
+def _decode_rows(header: tuple[Any, ...], payload: memoryview) -> RowsFrame:
+    _check_arity(header, 4)
+    dtype = _dtype(header[1])
+    num_rows = _integer(header[2], "frame.num_rows", 1, MAX_ROWS)
+    hidden_size = _integer(header[3], "frame.hidden_size", 1, MAX_HIDDEN_SIZE)
+    _check_size(payload, num_rows * hidden_size * DTYPE_BYTES[dtype])
+    request_id = _integer(header[0], "frame.request_id", 0, _U63)
+    return RowsFrame(request_id, dtype, num_rows, hidden_size, payload)
 
 
-def _decode_error(body: tuple[Any, ...]) -> ErrorFrame:
-    _arity(body, 3)
-    request_id = _integer(body[0], "frame.request_id", 0, _U63)
-    kind = _text(body[1], "frame.error_kind")
-    wire = body[2]
+def _decode_error(header: tuple[Any, ...], payload: memoryview) -> ErrorFrame:
+    _check_arity(header, 3)
+    _check_size(payload, 0)
+    request_id = _integer(header[0], "frame.request_id", 0, _U63)
+    kind = _text(header[1], "frame.error_kind")
+    wire = header[2]
     if not isinstance(wire, dict) or set(wire) != {"code", "message", "field", "retry_after_s"}:
         raise FrameError("must be an error's dictionary", "frame.error")
     if type(wire["code"]) is not str or wire["code"] not in set(Code):
@@ -259,3 +266,10 @@ def _decode_error(body: tuple[Any, ...]) -> ErrorFrame:
     known = _KNOWN_ERRORS.get(kind)
     error = error_from_wire(wire) if known is None else known(wire["message"], wire["field"])
     return ErrorFrame(request_id, kind, error)
+
+
+_DECODERS: dict[int, Callable[[tuple[Any, ...], memoryview], Frame]] = {
+    FrameKind.DISPATCH: _decode_dispatch,
+    FrameKind.ROWS: _decode_rows,
+    FrameKind.ERROR: _decode_error,
+}

@@ -11,6 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from cluster.placement import ExpertKey, ModelExperts
+from cluster.stream.tls import TlsFiles
 
 ACTOR_NAMESPACE = "serve"
 """Serve's own namespace, so that every replica finds the actors without naming another."""
@@ -35,6 +36,7 @@ class ActorSpec:
     num_gpus: float
     threads: int
     max_queue_rows: int
+    tls: TlsFiles | None = None
 
     @property
     def digest(self) -> str:

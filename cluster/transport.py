@@ -1,13 +1,15 @@
 """How a router's frames reach expert actors: the transport interface, and the one over Ray calls.
 
 A transport only carries bytes. It tells an actor that is gone from one that does not answer in
-time; what to do about either is the dispatcher's business.
+time; what to do about either is the dispatcher's business. The other transport is
+:mod:`cluster.stream`.
 """
 
 from __future__ import annotations
 
 import enum
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +18,9 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 
+from cluster.frames import Buffer, Parts
 from cluster.spec import ACTOR_NAMESPACE, actor_name
+from cluster.stream.offer import Network, StreamOffer
 
 
 class CallFailure(enum.StrEnum):
@@ -32,68 +36,137 @@ class Call:
 
     actor_id: str
     generation: int
-    frame: bytes
+    frame: Parts
+
+
+Outcome = Buffer | CallFailure
+
+
+class Flight(Protocol):
+    """Calls that are under way."""
+
+    def wait(self) -> list[Outcome]:
+        """Return one outcome per call, in order, within the time that the calls were given.
+
+        Never raises for an actor's failure. An answer that comes after the time is dropped. The
+        answers may be views of memory that the transport's next wait uses again.
+        """
+        ...
 
 
 class Transport(Protocol):
-    """Carries frames to actors and brings their answers back."""
+    """Carries frames to actors and brings their answers back; used from one thread."""
 
-    def call(self, calls: Sequence[Call], timeout_s: float) -> list[bytes | CallFailure]:
-        """Send all calls at once and wait for their answers, at most ``timeout_s`` altogether.
+    calls: Counter[str]
+    """How many calls went over which transport, ``ray`` or ``stream``."""
 
-        Returns one outcome per call, in order; never raises for an actor's failure. An answer
-        that comes after the time is dropped.
-        """
+    def begin(self, calls: Sequence[Call], timeout_s: float) -> Flight:
+        """Send all calls at once; ``timeout_s`` bounds the wait for all of their answers."""
+        ...
+
+    def close(self) -> None:
+        """Drop connections and end threads, where there are any."""
         ...
 
 
 class RayTransport:
     """One Ray actor call per frame. Works everywhere; must be used from one thread."""
 
+    def __init__(self, actors: RayActors) -> None:
+        """``actors`` finds the actors' handles."""
+        self.calls: Counter[str] = Counter()
+        self._actors = actors
+
+    def begin(self, calls: Sequence[Call], timeout_s: float) -> Flight:
+        """See :class:`Transport`."""
+        deadline_s = time.monotonic() + timeout_s
+        refs: list[ray.ObjectRef | None] = []
+        for call in calls:
+            handle = self._actors.handle(call.actor_id, call.generation)
+            frame = call.frame[0] if len(call.frame) == 1 else b"".join(call.frame)
+            refs.append(None if handle is None else handle.compute.remote(frame))
+        self.calls["ray"] += len(calls)
+        return _RayFlight(self._actors, calls, refs, deadline_s)
+
+    def close(self) -> None:
+        """See :class:`Transport`; Ray keeps the connections."""
+
+
+class _RayFlight:
+    def __init__(
+        self,
+        actors: RayActors,
+        calls: Sequence[Call],
+        refs: Sequence[ray.ObjectRef | None],
+        deadline_s: float,
+    ) -> None:
+        self._actors = actors
+        self._calls = calls
+        self._refs = refs
+        self._deadline_s = deadline_s
+
+    def wait(self) -> list[Outcome]:
+        """See :class:`Flight`."""
+        refs = [ref for ref in self._refs if ref is not None]
+        try:
+            answers: list[Outcome] = ray.get(refs, timeout=self._remaining_s())
+        except RayError:
+            answers = [self._outcome(ref) for ref in refs]
+        came = iter(answers)
+        outcomes = [CallFailure.DIED if ref is None else next(came) for ref in self._refs]
+        for call, outcome in zip(self._calls, outcomes, strict=True):
+            if outcome is CallFailure.DIED:
+                # A controller that never knew this one may give its generation to another.
+                self._actors.forget(call.actor_id)
+        return outcomes
+
+    def _remaining_s(self) -> float:
+        return max(0.0, self._deadline_s - time.monotonic())
+
+    def _outcome(self, ref: ray.ObjectRef) -> Outcome:
+        try:
+            answer: bytes = ray.get(ref, timeout=self._remaining_s())
+            return answer
+        except GetTimeoutError:
+            return CallFailure.TIMED_OUT
+        except RayError:
+            return CallFailure.DIED
+
+
+class RayActors:
+    """Finds one application's expert actors by their names; safe to use from several threads."""
+
     def __init__(self, app: str) -> None:
         """``app`` is the Serve application whose actors are called."""
         self._app = app
         self._handles: dict[str, tuple[int, ActorHandle]] = {}
 
-    def call(self, calls: Sequence[Call], timeout_s: float) -> list[bytes | CallFailure]:
-        """See :class:`Transport`."""
-        deadline_s = time.monotonic() + timeout_s
-        outcomes: list[bytes | CallFailure] = [CallFailure.DIED] * len(calls)
-        refs, places = [], []
-        for place, call in enumerate(calls):
-            handle = self._handle(call)
-            if handle is not None:
-                refs.append(handle.compute.remote(call.frame))
-                places.append(place)
-        try:
-            answers = ray.get(refs, timeout=timeout_s)
-        except RayError:
-            answers = [_outcome(ref, deadline_s) for ref in refs]
-        for place, answer in zip(places, answers, strict=True):
-            outcomes[place] = answer
-            if answer is CallFailure.DIED:
-                # A controller that never knew this one may give its generation to another.
-                self._handles.pop(calls[place].actor_id, None)
-        return outcomes
-
-    def _handle(self, call: Call) -> ActorHandle | None:
-        generation, handle = self._handles.get(call.actor_id, (0, None))
-        if handle is not None and generation == call.generation:
+    def handle(self, actor_id: str, generation: int) -> ActorHandle | None:
+        """Return the handle of one generation of an actor, or ``None`` when Ray knows no such."""
+        known, handle = self._handles.get(actor_id, (0, None))
+        if handle is not None and known == generation:
             return handle
-        name = actor_name(self._app, call.actor_id, call.generation)
+        name = actor_name(self._app, actor_id, generation)
         try:
             handle = ray.get_actor(name, namespace=ACTOR_NAMESPACE)
         except ValueError:  # Ray knows no living actor of this name
             return None
-        self._handles[call.actor_id] = (call.generation, handle)
+        self._handles[actor_id] = (generation, handle)
         return handle
 
+    def forget(self, actor_id: str) -> None:
+        """Look the actor up again at its next call."""
+        self._handles.pop(actor_id, None)
 
-def _outcome(ref: ray.ObjectRef, deadline_s: float) -> bytes | CallFailure:
-    try:
-        answer: bytes = ray.get(ref, timeout=max(0.0, deadline_s - time.monotonic()))
-        return answer
-    except GetTimeoutError:
-        return CallFailure.TIMED_OUT
-    except RayError:
-        return CallFailure.DIED
+    def offer(
+        self, actor_id: str, generation: int, network: Network, timeout_s: float
+    ) -> StreamOffer | None:
+        """Ask an actor where it listens for streams; ``None`` when it does not tell in time."""
+        handle = self.handle(actor_id, generation)
+        if handle is None:
+            return None
+        try:
+            offer: StreamOffer = ray.get(handle.offer_stream.remote(network), timeout=timeout_s)
+            return offer
+        except RayError:
+            return None

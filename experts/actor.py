@@ -28,10 +28,12 @@ from cluster.errors import (
     OverloadedError,
     StaleEpochError,
 )
-from cluster.frames import DispatchFrame, ErrorFrame, decode, encode
+from cluster.frames import Buffer, DispatchFrame, ErrorFrame, Parts, decode, encode
 from cluster.lease import Lease, end_when_orphaned
 from cluster.placement import ExpertKey
 from cluster.spec import ActorReport, ActorSpec
+from cluster.stream.offer import Network, StreamOffer
+from cluster.stream.server import StreamServer
 from cluster.tensors import TORCH_DTYPES
 from experts.bank import ExpertBank, GatedFfnExpert
 from experts.checkpoint import Checkpoint, open_checkpoint, resolve_folder
@@ -44,7 +46,7 @@ logger = logging.getLogger("expertmesh.actor")
 @dataclass(slots=True)
 class _Waiting:
     frame: DispatchFrame
-    answer: bytes | None = None
+    answer: Parts | None = None
 
 
 class ExpertActor:
@@ -66,6 +68,8 @@ class ExpertActor:
         self._computing = False
         self._changed = threading.Condition()
         self._steps = 0
+        tls = None if spec.tls is None else spec.tls.server_context()
+        self._streams = StreamServer(self.compute_all, ray.util.get_node_ip_address(), tls)
         self._lease = Lease(time.monotonic())
         end_when_orphaned(self._lease, spec.app)
 
@@ -91,6 +95,11 @@ class ExpertActor:
     def describe(self) -> ActorReport:
         """Report without renewing the lease, for a controller that looks whom it can adopt."""
         return self._report()
+
+    @ray.method(concurrency_group="control")
+    def offer_stream(self, network: Network) -> StreamOffer:
+        """Tell a router how to open one stream to this actor; raises ``OSError`` if it cannot."""
+        return self._streams.offer(network)
 
     def _accept(self, epoch: int) -> None:
         if epoch < self._epoch:
@@ -131,35 +140,51 @@ class ExpertActor:
     # The data plane.
 
     def compute(self, data: bytes) -> bytes:
-        """Answer one dispatch frame by a rows frame, or by an error frame; never raises.
+        """Answer one frame that came by a Ray call; see :meth:`compute_all`."""
+        return b"".join(self.compute_all([data])[0])
+
+    def compute_all(self, data: Sequence[Buffer]) -> list[Parts]:
+        """Answer each dispatch frame by a rows frame, or by an error frame; never raises.
 
         A frame that would make more than ``max_queue_rows`` rows wait is refused with
         RESOURCE_EXHAUSTED; the router tries again.
         """
-        try:
-            frame = decode(data)
-            if not isinstance(frame, DispatchFrame):
-                raise FrameError("only dispatch frames are computed", "frame.kind")
-        except FrameError as error:
-            return _error(0, error)
-        waiting = _Waiting(frame)
+        frames = [_read(one) for one in data]
         with self._changed:
-            rows = self._queued_rows
-            if rows > 0 and rows + frame.num_pairs > self._spec.max_queue_rows:
-                full = OverloadedError(f"{rows} rows wait already", "queue", 0.01)
-                return _error(frame.request_id, full)
+            waiting = [self._enqueue(f) if isinstance(f, DispatchFrame) else None for f in frames]
+            mine = [w for w in waiting if w is not None]
+            # Bounded: whoever computes answers every frame that waits, late ones too.
+            while self._computing and any(w.answer is None for w in mine):
+                self._changed.wait()
+            batch: list[_Waiting] = []
+            if any(w.answer is None for w in mine):
+                self._computing = True
+                batch, self._queue = self._queue, []
+        if batch:
+            self._answer(batch)
+        return [
+            _answered(frame) if w is None else _answered(w.answer)
+            for frame, w in zip(frames, waiting, strict=True)
+        ]
+
+    def _enqueue(self, frame: DispatchFrame) -> _Waiting:
+        """Have a frame wait for its products, or refuse it; under the lock."""
+        waiting = _Waiting(frame)
+        rows = self._queued_rows
+        if rows > 0 and rows + frame.num_pairs > self._spec.max_queue_rows:
+            full = OverloadedError(f"{rows} rows wait already", "queue", 0.01)
+            waiting.answer = _error(frame.request_id, full)
+        else:
             self._queued_rows += frame.num_pairs
             self._queue.append(waiting)
-            # Bounded: whoever computes answers every frame that waits, late ones too.
-            self._changed.wait_for(lambda: waiting.answer is not None or not self._computing)
-            if waiting.answer is not None:
-                return waiting.answer
-            self._computing = True
-            batch, self._queue = self._queue, []
-        answers: list[bytes] = []
+        return waiting
+
+    def _answer(self, batch: list[_Waiting]) -> None:
+        """Compute a batch; whatever happens, nobody waits for this thread for ever."""
+        answers: list[Parts] = []
         try:
             answers = self._compute_batch(batch)
-        finally:  # whatever happens, nobody waits for this thread for ever
+        finally:
             if not answers:
                 failure = InternalError("the expert actor failed to compute the batch")
                 answers = [_error(w.frame.request_id, failure) for w in batch]
@@ -170,11 +195,9 @@ class ExpertActor:
                 self._computing = False
                 self._steps += 1
                 self._changed.notify_all()
-        assert waiting.answer is not None  # it was in the batch
-        return waiting.answer
 
     @torch.inference_mode()
-    def _compute_batch(self, batch: Sequence[_Waiting]) -> list[bytes]:
+    def _compute_batch(self, batch: Sequence[_Waiting]) -> list[Parts]:
         """Return an answer to each waiting frame, or nothing at all when the batch failed."""
         now_s = time.time()
         live = [w.frame for w in batch if w.frame.deadline_s > now_s]
@@ -193,5 +216,21 @@ class ExpertActor:
             return []
 
 
-def _error(request_id: int, error: ExpertMeshError) -> bytes:
+def _read(data: Buffer) -> DispatchFrame | Parts:
+    """Return a dispatch frame, or the answer to what is none."""
+    try:
+        frame = decode(data)
+        if not isinstance(frame, DispatchFrame):
+            raise FrameError("only dispatch frames are computed", "frame.kind")
+    except FrameError as error:
+        return _error(0, error)
+    return frame
+
+
+def _answered(answer: DispatchFrame | Parts | None) -> Parts:
+    assert isinstance(answer, tuple)  # every frame has been answered, in one way or another
+    return answer
+
+
+def _error(request_id: int, error: ExpertMeshError) -> Parts:
     return encode(ErrorFrame(request_id, type(error).__name__, error))

@@ -105,6 +105,7 @@ def build(args: dict[str, Any]) -> Application:
         num_gpus=config.experts.num_gpus,
         threads=config.experts.threads,
         max_queue_rows=config.experts.max_queue_rows,
+        tls=None if config.experts.tls is None else config.experts.tls.files(),
     )
     controller = _controller().bind(spec, config)
     routers = {

@@ -23,7 +23,7 @@ from cluster.errors import Code, ExpertUnavailableError, FrameError, InternalErr
 from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode
 from cluster.placement import Placement
 from cluster.tensors import dtype_name, from_bytes, to_bytes
-from cluster.transport import Call, CallFailure, Transport
+from cluster.transport import Call, CallFailure, Outcome, Transport
 from router.placement_view import PlacementView
 
 BACKOFF_S = 0.02
@@ -178,7 +178,7 @@ class Dispatcher:
             Call(part.actor_id, part.generation, encode(frame))
             for part, frame in zip(parts, frames, strict=True)
         ]
-        outcomes = self._transport.call(calls, timeout_s)
+        outcomes = self._transport.begin(calls, timeout_s).wait()
         return [
             part.pairs
             for part, frame, outcome in zip(parts, frames, outcomes, strict=True)
@@ -217,9 +217,7 @@ class Dispatcher:
             rows=to_bytes(sent),
         )
 
-    def _take(
-        self, part: _Part, sent: DispatchFrame, outcome: bytes | CallFailure, rows: torch.Tensor
-    ) -> bool:
+    def _take(self, part: _Part, sent: DispatchFrame, outcome: Outcome, rows: torch.Tensor) -> bool:
         if isinstance(outcome, CallFailure):
             self.retries[outcome.value] += 1
             self._suspect(part.actor_id, part.generation)

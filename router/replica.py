@@ -19,7 +19,7 @@ import torch
 from cluster.config import ExpertsConfig, RouterConfig
 from cluster.errors import ExpertMeshError
 from cluster.tensors import TORCH_DTYPES
-from cluster.transport import RayTransport
+from cluster.transports import open_transport
 from experts.checkpoint import open_checkpoint, resolve_folder
 from router.cache import PAGE_SIZE, pages_needed
 from router.dispatch import Dispatcher
@@ -64,8 +64,10 @@ class RouterReplica:
         self._requests: dict[str, _Request] = {}
         view = PlacementView()
         self._watcher = PlacementWatcher("router", view, controller)
+        tls = None if experts.tls is None else experts.tls.files()
+        self._transport = open_transport(app, experts.transport, tls)
         self._dispatcher = Dispatcher(
-            model.id, view, RayTransport(app), self._watcher.suspect, experts.call_timeout_s
+            model.id, view, self._transport, self._watcher.suspect, experts.call_timeout_s
         )
         self._exchange = RemoteExchange(self._dispatcher)
         num_pages = pages_needed(_cache_tokens(config, model.max_model_len))
@@ -134,12 +136,14 @@ class RouterReplica:
             self._links.send(address, events)
 
     async def stats(self) -> dict[str, Any]:
-        """Return measurements: layer times (s) since the last call, retries by reason, memory."""
+        """Return measurements: layer times (s) since the last call, retries by reason, calls by
+        transport, memory."""
         layer_s = list(self._exchange.timings_s)
         self._exchange.timings_s.clear()
         return {
             "layer_s": layer_s,
             "retries": dict(self._dispatcher.retries),
+            "calls": dict(self._transport.calls),
             "rss_bytes": psutil.Process().memory_info().rss,
         }
 

@@ -35,6 +35,8 @@ def inspect_models(config: AppConfig, root: str = "args") -> list[ServedModel]:
     Reads headers only. Raises :class:`ConfigError` or :class:`CheckpointError` that names the YAML
     path or the file.
     """
+    if config.experts.tls is not None:
+        config.experts.tls.files().server_context(f"{root}.experts.tls")
     served = [_inspect(model, f"{root}.models[{i}]") for i, model in enumerate(config.models)]
     actor_ids = [str(i) for i in range(config.experts.actors)]
     experts = [model.source.experts for model in served]

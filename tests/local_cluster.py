@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from cluster.errors import ExpertMeshError
 from cluster.frames import DispatchFrame, decode, encode
 from cluster.placement import ExpertKey, ModelExperts, assign_experts, empty_placement
 from cluster.tensors import TORCH_DTYPES
-from cluster.transport import Call, CallFailure
+from cluster.transport import Call, CallFailure, Outcome
 from experts.bank import ExpertBank, GatedFfnExpert
 from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.ffn import ACTIVATIONS
@@ -38,25 +38,40 @@ MODEL = "m"
 
 
 @dataclass
+class Answered:
+    """A flight that has its answers from the start."""
+
+    outcomes: list[Outcome]
+
+    def wait(self) -> list[Outcome]:
+        """Return them."""
+        return self.outcomes
+
+
+@dataclass
 class BankTransport:
     """A transport whose actors are expert banks in this process."""
 
     banks: dict[str, ExpertBank]
     fail: Callable[[Call, int], CallFailure | bytes | None] = lambda call, number: None
     frames: list[DispatchFrame] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)
 
-    def call(self, calls: Sequence[Call], timeout_s: float) -> list[bytes | CallFailure]:
+    def begin(self, calls: Sequence[Call], timeout_s: float) -> Answered:
         """Answer each call from its bank, unless ``fail`` says otherwise."""
-        return [self._answer(call) for call in calls]
+        return Answered([self._answer(call) for call in calls])
 
-    def _answer(self, call: Call) -> bytes | CallFailure:
-        frame = decode(call.frame)
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    def _answer(self, call: Call) -> Outcome:
+        frame = decode(b"".join(call.frame))
         assert isinstance(frame, DispatchFrame)
         self.frames.append(frame)
         failure = self.fail(call, len(self.frames))
         if failure is not None:
             return failure
-        return encode(self.banks[call.actor_id].compute([frame])[0])
+        return b"".join(encode(self.banks[call.actor_id].compute([frame])[0]))
 
 
 def load_banks(

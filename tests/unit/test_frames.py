@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import time
 import tracemalloc
 from dataclasses import replace
@@ -24,13 +25,17 @@ from cluster.errors import (
     error_from_wire,
 )
 from cluster.frames import (
+    ALIGNMENT,
     DTYPE_BYTES,
+    FRAME_VERSION,
     MAX_EXPERTS,
+    MAX_HEADER_BYTES,
     MAX_HIDDEN_SIZE,
     MAX_ROWS,
     DispatchFrame,
     ErrorFrame,
     Frame,
+    FrameKind,
     RowsFrame,
     decode,
     encode,
@@ -41,8 +46,6 @@ NAMES = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=
 PLAIN_TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
 DTYPES = st.sampled_from(sorted(DTYPE_BYTES))
 DISPATCH_FIELDS = (
-    "version",
-    "kind",
     "request_id",
     "epoch",
     "placement_version",
@@ -54,11 +57,9 @@ DISPATCH_FIELDS = (
     "num_rows",
     "hidden_size",
     "deadline_s",
-    "row_index",
-    "rows",
 )
-ROWS_FIELDS = ("version", "kind", "request_id", "dtype", "num_rows", "hidden_size", "rows")
-ERROR_FIELDS = ("version", "kind", "request_id", "error_kind", "error")
+ROWS_FIELDS = ("request_id", "dtype", "num_rows", "hidden_size")
+ERROR_FIELDS = ("request_id", "error_kind", "error")
 
 
 @st.composite
@@ -130,20 +131,47 @@ ROWS = RowsFrame(7, "bfloat16", 2, 3, bytes(12))
 ERROR = ErrorFrame(7, "OverloadedError", OverloadedError("full", "queue", 0.5))
 
 
+def wire_of(frame: Frame) -> bytes:
+    """All bytes of a frame."""
+    return b"".join(encode(frame))
+
+
 def described(frame: Frame) -> Any:
     """A frame in a form that compares by value, errors too."""
     if isinstance(frame, ErrorFrame):
         return (frame.request_id, frame.kind, type(frame.error), frame.error.to_wire())
+    if isinstance(frame, DispatchFrame):
+        frame = replace(frame, row_index=bytes(frame.row_index))
     return replace(frame, rows=bytes(frame.rows))
+
+
+def assembled(
+    header: bytes, payload: bytes = b"", kind: int = 1, version: int = FRAME_VERSION
+) -> bytes:
+    """A frame of any header and payload, laid out as the format says."""
+    start = struct.pack("<HHI", version, kind, len(header)) + header
+    return start + bytes(-len(start) % ALIGNMENT) + payload
+
+
+def taken_apart(frame: Frame) -> tuple[list[Any], bytes, int]:
+    """A frame's header, its payload and its kind."""
+    wire = wire_of(frame)
+    _, kind, size = struct.unpack_from("<HHI", wire)
+    return msgpack.unpackb(wire[8 : 8 + size]), wire[-(-(8 + size) // 16) * 16 :], kind
 
 
 def altered(frame: Frame, field: str, value: object) -> bytes:
     """The frame's bytes with one element replaced by ``value``."""
-    body = msgpack.unpackb(encode(frame))
-    names = {DispatchFrame: DISPATCH_FIELDS, RowsFrame: ROWS_FIELDS, ErrorFrame: ERROR_FIELDS}
-    body[names[type(frame)].index(field)] = value
-    packed: bytes = msgpack.packb(body)
-    return packed
+    header, payload, kind = taken_apart(frame)
+    if field in ("row_index", "rows"):
+        parts = {"row_index": b"", "rows": b""}
+        for name in parts:
+            parts[name] = bytes(getattr(frame, name, b""))
+        payload = b"".join({**parts, field: value}.values())  # type: ignore[arg-type]
+    else:
+        names = {DispatchFrame: DISPATCH_FIELDS, RowsFrame: ROWS_FIELDS, ErrorFrame: ERROR_FIELDS}
+        header[names[type(frame)].index(field)] = value
+    return assembled(msgpack.packb(header), payload, kind)
 
 
 @settings(deadline=None)
@@ -154,19 +182,34 @@ def test_every_frame_is_read_back_as_it_was_written(frame: Frame) -> None:
         if frame.kind in ("FrameError", "WrongPlacementError"):
             expected = frame.error
         frame = ErrorFrame(frame.request_id, frame.kind, expected)
-    assert described(decode(encode(frame))) == described(frame)
-    assert described(decode(memoryview(encode(frame)))) == described(frame)
+    assert described(decode(wire_of(frame))) == described(frame)
+    assert described(decode(memoryview(bytearray(wire_of(frame))))) == described(frame)
+
+
+@settings(deadline=None)
+@given(FRAMES)
+def test_index_and_rows_begin_at_an_aligned_place(frame: Frame) -> None:
+    assert len(encode(frame)[0]) % ALIGNMENT == 0
 
 
 def test_rows_may_be_a_view_of_memory() -> None:
     frame = replace(ROWS, rows=memoryview(bytes(range(12))))
-    assert decode(encode(frame)) == replace(ROWS, rows=bytes(range(12)))
+    answer = decode(wire_of(frame))
+    assert described(answer) == described(replace(ROWS, rows=bytes(range(12))))
+
+
+def test_the_rows_of_a_decoded_frame_are_views_of_what_was_received() -> None:
+    received = bytearray(wire_of(DISPATCH))
+    frame = decode(memoryview(received))
+    assert isinstance(frame, DispatchFrame)
+    received[-1] = 77
+    assert frame.rows[-1] == 77
 
 
 @settings(deadline=None, max_examples=300)
 @given(st.data())
 def test_mutated_frames_are_read_or_refused_and_never_fail_otherwise(data: st.DataObject) -> None:
-    wire = bytearray(encode(data.draw(FRAMES)))
+    wire = bytearray(wire_of(data.draw(FRAMES)))
     for _ in range(data.draw(st.integers(1, 3))):
         place = data.draw(st.integers(0, len(wire) - 1))
         wire[place] = data.draw(st.integers(0, 255))
@@ -191,11 +234,13 @@ def test_arbitrary_bytes_are_refused(wire: bytes) -> None:
 
 @pytest.mark.parametrize("frame", [DISPATCH, ROWS, ERROR])
 def test_a_frame_cut_anywhere_or_followed_by_anything_is_refused(frame: Frame) -> None:
-    wire = encode(frame)
-    for end in range(len(wire)):
-        with pytest.raises(FrameError, match="is not msgpack"):
+    wire = wire_of(frame)
+    header = sum(map(len, encode(frame)[:1]))
+    ends = [end for end in range(len(wire)) if end < header - ALIGNMENT or end >= header]
+    for end in ends:
+        with pytest.raises(FrameError):
             decode(wire[:end])
-    with pytest.raises(FrameError, match="is not msgpack"):
+    with pytest.raises(FrameError, match="as the shape says"):
         decode(wire + b"\xc0")
 
 
@@ -207,14 +252,12 @@ BAD_DISPATCH: list[tuple[str, object]] = [
     *(("layer_id", value) for value in [*BAD_INTEGERS, (1 << 20) + 1]),
     *(("num_rows", value) for value in [*BAD_INTEGERS, 0, 1, 3, MAX_ROWS + 1]),
     *(("hidden_size", value) for value in [*BAD_INTEGERS, 0, 2, 4, MAX_HIDDEN_SIZE + 1]),
-    *(("version", value) for value in [0, 2, -1, True, 1.0, None, "1", [1], {}]),
-    *(("kind", value) for value in [0, 4, -1, True, 1.0, None, "1", [1], {}]),
     *(("model", value) for value in ["", "m" * 257, 1, None, b"m", ["m"]]),
     *(("dtype", value) for value in ["", "int8", "float64", "FLOAT32", 1, None, b"float32", {}]),
     *(("dtype", value) for value in ["bfloat16", "float16"]),
     *(("deadline_s", value) for value in [1, None, "1", True, [1.5]]),
-    *(("row_index", value) for value in [b"", bytes(8), bytes(11), bytes(13), "x" * 12, [0] * 3]),
-    *(("rows", value) for value in [b"", bytes(20), bytes(23), bytes(25), "x" * 24, None, [0]]),
+    *(("row_index", value) for value in [b"", bytes(8), bytes(11), bytes(13)]),
+    *(("rows", value) for value in [b"", bytes(20), bytes(23), bytes(25)]),
     *(("expert_ids", value) for value in [[4], [4, 4], [4, 6, 8], [], [4, -1], [4, True], {}]),
     *(("expert_ids", value) for value in [[4, 6.0], [4, MAX_EXPERTS + 1], 4, b"46", [[4], [6]]]),
     *(("num_tokens_per_expert", value) for value in [[3], [3, 0], [4, -1], [2, 1, 1], [], 3]),
@@ -236,7 +279,7 @@ BAD_ROWS: list[tuple[str, object]] = [
     *(("num_rows", value) for value in [*BAD_INTEGERS, 0, 3, MAX_ROWS]),
     *(("hidden_size", value) for value in [*BAD_INTEGERS, 0, 4, MAX_HIDDEN_SIZE]),
     *(("dtype", value) for value in ["float32", "int8", None, 2]),
-    *(("rows", value) for value in [b"", bytes(11), bytes(13), "x" * 12, None, []]),
+    *(("rows", value) for value in [b"", bytes(11), bytes(13)]),
 ]
 
 
@@ -266,19 +309,35 @@ def test_an_error_frame_with_one_bad_field_is_refused(field: str, value: object)
 
 @pytest.mark.parametrize("frame", [DISPATCH, ROWS, ERROR])
 def test_a_frame_with_an_element_too_many_or_too_few_is_refused(frame: Frame) -> None:
-    body = msgpack.unpackb(encode(frame))
-    for wrong in (body[:-1], [*body, 0], body[:3], body[:2], [], body[0], {"frame": body}):
+    body, payload, kind = taken_apart(frame)
+    for wrong in (body[:-1], [*body, 0], body[:1], [], body[0], {"frame": body}):
         with pytest.raises(FrameError):
-            decode(msgpack.packb(wrong))
+            decode(assembled(msgpack.packb(wrong), payload, kind))
+
+
+@pytest.mark.parametrize("frame", [DISPATCH, ROWS, ERROR])
+def test_a_frame_of_another_version_kind_or_header_length_is_refused(frame: Frame) -> None:
+    body, payload, kind = taken_apart(frame)
+    header = msgpack.packb(body)
+    for version in (0, FRAME_VERSION - 1, FRAME_VERSION + 1, 65_535):
+        with pytest.raises(FrameError, match="version"):
+            decode(assembled(header, payload, kind, version))
+    for other in {0, 4, 65_535, *FrameKind} - {kind}:
+        with pytest.raises(FrameError):
+            decode(assembled(header, payload, other))
+    wire = wire_of(frame)
+    for size in (0, len(header) - 1, len(header) + 1, MAX_HEADER_BYTES + 1, (1 << 32) - 1):
+        with pytest.raises(FrameError):
+            decode(wire[:4] + struct.pack("<I", size) + wire[8:])
 
 
 @pytest.mark.parametrize("place", range(len(DISPATCH_FIELDS)))
 def test_extension_types_are_refused_in_every_field(place: int) -> None:
     for extension in (msgpack.ExtType(5, b"x" * 24), msgpack.Timestamp(1, 2)):
-        body = msgpack.unpackb(encode(DISPATCH))
+        body, payload, kind = taken_apart(DISPATCH)
         body[place] = extension
         with pytest.raises(FrameError):
-            decode(msgpack.packb(body))
+            decode(assembled(msgpack.packb(body), payload, kind))
 
 
 EXECUTED: list[str] = []
@@ -311,24 +370,29 @@ def nested(depth: int, innermost: bytes = b"\xc0") -> bytes:
 
 
 BIG = (1 << 32) - 1
+HEADER_BOMBS: dict[str, tuple[bytes, int]] = {
+    "a deep array": (nested(1_000_000), 1),
+    "as deep as msgpack allows": (nested(1000), 1),
+    "a deep request id": (b"\x94" + nested(1000) + b"\xa7float32\x01\x01", 2),
+    "a deep error code": (
+        b"\x93\x07\xa1x\x84\xa4code"
+        + nested(900)
+        + b"\xa7message\xa0\xa5field\xa0\xadretry_after_s\xc0",
+        3,
+    ),
+    "an array of 4 billion": (b"\xdd" + BIG.to_bytes(4, "big"), 1),
+    "a map of 4 billion": (b"\xdf" + BIG.to_bytes(4, "big"), 1),
+    "4 GB of bytes": (b"\x94\x07\xa7float32\x01\xc6" + BIG.to_bytes(4, "big") + b"x", 2),
+    "4 GB of text": (b"\xdb" + BIG.to_bytes(4, "big") + b"x", 1),
+    "a 4 GB extension": (b"\xc9" + BIG.to_bytes(4, "big") + b"\x01x", 1),
+    "arrays that each claim all that follows": (
+        b"".join(b"\xdd" + (200_000).to_bytes(4, "big") for _ in range(1000)) + b"\xc0" * 200_000,
+        1,
+    ),
+    "many empty maps": (b"\xdd" + (100_000).to_bytes(4, "big") + b"\x80" * 100_000, 1),
+}
 BOMBS: dict[str, bytes] = {
-    "a deep array": nested(1_000_000),
-    "as deep as msgpack allows": nested(1000),
-    "a deep version": b"\x93" + nested(1000) + b"\x02\x01",
-    "a deep kind": b"\x93\x01" + nested(1000) + b"\x01",
-    "a deep request id": b"\x97\x01\x02" + nested(1000) + b"\xa7float32\x01\x01\xc4\x04abcd",
-    "a deep error code": b"\x95\x01\x03\x07\xa1x\x84\xa4code" + nested(900) + b"\xa7message\xa0"
-    b"\xa5field\xa0\xadretry_after_s\xc0",
-    "an array of 4 billion": b"\xdd" + BIG.to_bytes(4, "big"),
-    "a map of 4 billion": b"\xdf" + BIG.to_bytes(4, "big"),
-    "4 GB of bytes": b"\x97\x01\x02\x07\xa7float32\x01\x01\xc6" + BIG.to_bytes(4, "big") + b"x",
-    "4 GB of text": b"\xdb" + BIG.to_bytes(4, "big") + b"x",
-    "a 4 GB extension": b"\xc9" + BIG.to_bytes(4, "big") + b"\x01x",
-    "arrays that each claim all that follows": b"".join(
-        b"\xdd" + (200_000).to_bytes(4, "big") for _ in range(1000)
-    )
-    + b"\xc0" * 200_000,
-    "many empty maps": b"\xdd" + (100_000).to_bytes(4, "big") + b"\x80" * 100_000,
+    **{name: assembled(header, b"", kind) for name, (header, kind) in HEADER_BOMBS.items()},
     "rows of 2**40 bytes": altered(replace(ROWS, num_rows=MAX_ROWS), "hidden_size", 1 << 20),
     "a long text for a number": altered(DISPATCH, "epoch", "x" * 200_000),
     "many experts": altered(DISPATCH, "expert_ids", list(range(MAX_EXPERTS + 1))),

@@ -1,0 +1,1 @@
+"""The stream transport: framed connections that routers hold open to expert actors."""

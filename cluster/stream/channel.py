@@ -1,0 +1,198 @@
+"""Framed messages over one non-blocking socket.
+
+A message is a length (8 bytes), the id of the call that it belongs to (8 bytes), the bytes of a
+frame, and padding to a multiple of ``ALIGNMENT``. A message of no bytes is an actor's word that the
+answer does not fit the stream. Receiving keeps what has come in one buffer and hands out views of
+it, so rows go from the socket to the product without another copy.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import struct
+from collections import deque
+from collections.abc import Sequence
+
+from cluster.frames import ALIGNMENT, Buffer
+
+MAX_MESSAGE_BYTES = 256 << 20
+BUFFER_BYTES = 256 << 10
+KEPT_BUFFER_BYTES = 4 << 20
+_START = struct.Struct("<QQ")
+_PADDING = [bytes(count) for count in range(ALIGNMENT)]
+_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+Message = tuple[int, memoryview]
+"""The id of a call and its frame."""
+
+
+class Channel:
+    """One end of a connection; used by one thread at a time."""
+
+    def __init__(self, sock: socket.socket, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        """Take over ``sock``. A longer message than ``max_message_bytes`` is an error."""
+        sock.setblocking(False)
+        self.sock = sock
+        self.max_message_bytes = max_message_bytes
+        self._outgoing: deque[memoryview] = deque()
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._start = self._end = 0
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether bytes wait for the peer to read."""
+        return bool(self._outgoing)
+
+    def send(self, call_id: int, parts: Sequence[Buffer] = ()) -> None:
+        """Send a message, or as much of it as the peer takes now; :meth:`flush` sends the rest.
+
+        The parts must not change before it is sent. Raises ``OSError`` when the connection is gone.
+        """
+        length = sum(map(len, parts))
+        pieces = [_START.pack(length, call_id), *parts, _PADDING[-length % ALIGNMENT]]
+        if self._outgoing:
+            self._outgoing.extend(memoryview(piece) for piece in pieces if len(piece))
+            return
+        sent = self._send(pieces)
+        if sent < _START.size + length + -length % ALIGNMENT:
+            self._outgoing.extend(memoryview(piece) for piece in pieces if len(piece))
+            self._skip(sent)
+
+    def flush(self) -> None:
+        """Send what waits, as far as the peer takes it now; raises ``OSError``."""
+        while self._outgoing:
+            sent = self._send(list(self._outgoing)[:64])
+            if not sent:
+                return
+            self._skip(sent)
+
+    def _skip(self, sent: int) -> None:
+        while sent:
+            first = self._outgoing.popleft()
+            if len(first) > sent:
+                self._outgoing.appendleft(first[sent:])
+                return
+            sent -= len(first)
+
+    def _send(self, pieces: Sequence[Buffer]) -> int:
+        try:
+            return self.sock.sendmsg(pieces)
+        except _WOULD_BLOCK:
+            return 0
+
+    def receive(self) -> list[Message]:
+        """Return the messages that have come whole; their bytes last until the next call.
+
+        Raises ``ConnectionError`` when the peer has closed or a message is too long.
+        """
+        self._make_room()
+        received = self._receive_into(self._buffer[self._end :])
+        if received is None:
+            return []
+        if not received:
+            raise ConnectionError("the peer closed the stream")
+        self._end += received
+        messages: list[Message] = []
+        while self._end - self._start >= _START.size:
+            length, call_id = _START.unpack_from(self._buffer, self._start)
+            if length > self.max_message_bytes:
+                raise ConnectionError(
+                    f"a message of {length} bytes; at most {self.max_message_bytes}"
+                )
+            begin = self._start + _START.size
+            end = begin + length + -length % ALIGNMENT
+            if end > self._end:
+                break
+            messages.append((call_id, self._buffer[begin : begin + length]))
+            self._start = end
+        return messages
+
+    def _make_room(self) -> None:
+        """Move what is left of a message to the front of a buffer that holds all of it."""
+        left = self._end - self._start
+        if not left and len(self._buffer) <= KEPT_BUFFER_BYTES:
+            self._start = self._end = 0
+            return
+        needed = BUFFER_BYTES
+        if left >= _START.size:
+            length, _ = _START.unpack_from(self._buffer, self._start)
+            # In proportion to what has come, not to what a length says.
+            needed = max(needed, min(_START.size + length + ALIGNMENT, 4 * left))
+        room = self._buffer
+        if needed > len(room) or len(room) > max(needed, KEPT_BUFFER_BYTES):
+            room = memoryview(bytearray(needed))
+        if self._start or room is not self._buffer:
+            room[:left] = bytes(self._buffer[self._start : self._end])
+        self._buffer, self._start, self._end = room, 0, left
+
+    def _receive_into(self, room: memoryview) -> int | None:
+        try:
+            return self.sock.recv_into(room)
+        except _WOULD_BLOCK:
+            return None
+
+    @property
+    def has_more(self) -> bool:
+        """Whether bytes wait that no selector tells of."""
+        return False
+
+    def close(self) -> None:
+        """Close the socket; what waits is dropped."""
+        self._outgoing.clear()
+        self.sock.close()
+
+
+class TlsChannel(Channel):
+    """A channel whose socket encrypts; the handshake happens with the first bytes."""
+
+    sock: ssl.SSLSocket
+
+    def _send(self, pieces: Sequence[Buffer]) -> int:
+        sent = 0
+        try:
+            for piece in pieces:
+                while len(piece):
+                    count = self.sock.send(piece)
+                    sent += count
+                    piece = memoryview(piece)[count:]
+        except _WOULD_BLOCK:
+            pass
+        return sent
+
+    def _receive_into(self, room: memoryview) -> int | None:
+        received = 0
+        try:
+            while received < len(room):
+                count = self.sock.recv_into(room[received:])
+                if not count:
+                    return received
+                received += count
+        except _WOULD_BLOCK:
+            return received or None
+        return received
+
+    @property
+    def has_more(self) -> bool:
+        """Whether decrypted bytes wait, which do not wake a selector."""
+        return self.sock.pending() > 0
+
+
+def channel_over(sock: socket.socket, max_message_bytes: int) -> Channel:
+    """Return the right kind of channel for a socket."""
+    kind = TlsChannel if isinstance(sock, ssl.SSLSocket) else Channel
+    return kind(sock, max_message_bytes)
+
+
+def prepare_tcp(sock: socket.socket) -> None:
+    """Send without delay, and notice within seconds that the other host is gone."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", 2),
+        ("TCP_KEEPINTVL", 1),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", 5000),
+    ):
+        if hasattr(socket, name):  # not every system has every option
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -1,0 +1,208 @@
+"""A router's end of the streams: the transport that holds a connection to every actor.
+
+A connection is made in the background by a thread of its own, since it takes a Ray call; until it
+is there, and whenever it breaks, is full, or cannot carry a frame, the same call goes over the
+fall-back transport.
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cluster.frames import Buffer
+from cluster.stream.channel import MAX_MESSAGE_BYTES, Channel
+from cluster.stream.connect import Connector
+from cluster.transport import Call, CallFailure, Flight, Outcome, Transport
+
+WINDOW = 8
+"""Unanswered calls on one connection; beyond it (an actor that hangs) calls go elsewhere."""
+
+logger = logging.getLogger("expertmesh.stream")
+
+
+@dataclass(slots=True, eq=False)
+class _Link:
+    """A connection to one generation of an actor, and the calls that it has not answered."""
+
+    actor_id: str
+    generation: int
+    channel: Channel
+    unanswered: set[int] = field(default_factory=set)
+
+
+class StreamTransport:
+    """Implements :class:`cluster.transport.Transport` over streams; used from one thread."""
+
+    def __init__(self, connector: Connector, fallback: Transport | None) -> None:
+        """Without a ``fallback`` a call waits for its connection, and fails when it breaks."""
+        self.calls: Counter[str] = Counter() if fallback is None else fallback.calls
+        self._connector = connector
+        self._fallback = fallback
+        self._selector = selectors.DefaultSelector()
+        self._links: dict[str, _Link] = {}
+        self._flights: dict[int, _StreamFlight] = {}
+        self._last_id = 0
+
+    def begin(self, calls: Sequence[Call], timeout_s: float) -> Flight:
+        """See :class:`Transport`."""
+        flight = _StreamFlight(self, calls, time.monotonic() + timeout_s)
+        left = [place for place, call in enumerate(calls) if not self._send(flight, place, call)]
+        if left:
+            flight.send_elsewhere(left)
+        return flight
+
+    def close(self) -> None:
+        """See :class:`Transport`."""
+        self._connector.close()
+        for link in list(self._links.values()):
+            self._drop(link)
+        self._selector.close()
+        if self._fallback is not None:
+            self._fallback.close()
+
+    def _send(self, flight: _StreamFlight, place: int, call: Call) -> bool:
+        link = self._link(call, flight.remaining_s())
+        if link is None or link.channel.is_sending or len(link.unanswered) >= WINDOW:
+            return False
+        if sum(map(len, call.frame)) > MAX_MESSAGE_BYTES:
+            return False
+        self._last_id = call_id = self._last_id + 1
+        try:
+            link.channel.send(call_id, call.frame)
+        except OSError as error:
+            self._lose(link, error)
+            return False
+        if link.channel.is_sending:
+            self._watch(link)
+        link.unanswered.add(call_id)
+        self._flights[call_id] = flight
+        flight.places[call_id] = place
+        self.calls["stream"] += 1
+        return True
+
+    def _link(self, call: Call, timeout_s: float) -> _Link | None:
+        link = self._links.get(call.actor_id)
+        if link is not None:
+            if link.generation == call.generation:
+                return link
+            self._drop(link)
+        patience_s = 0.0 if self._fallback is not None else timeout_s
+        channel = self._connector.take(call.actor_id, call.generation, patience_s)
+        if channel is None:
+            return None
+        link = self._links[call.actor_id] = _Link(call.actor_id, call.generation, channel)
+        self._selector.register(channel.sock, selectors.EVENT_READ, link)
+        return link
+
+    def _watch(self, link: _Link) -> None:
+        events = selectors.EVENT_READ
+        if link.channel.is_sending:
+            events |= selectors.EVENT_WRITE
+        self._selector.modify(link.channel.sock, events, link)
+
+    def receive(self, waiting: _StreamFlight, timeout_s: float) -> None:
+        """Wait for something to come, and give each answer to its flight."""
+        pending = [link for link in self._links.values() if link.channel.has_more]
+        ready = self._selector.select(0 if pending else timeout_s)
+        links = {key.data: events for key, events in ready}
+        links |= {link: selectors.EVENT_READ for link in pending if link not in links}
+        for link, events in links.items():
+            try:
+                if link.channel.is_sending:
+                    link.channel.flush()
+                    if not link.channel.is_sending:
+                        self._watch(link)
+                if not events & selectors.EVENT_READ:
+                    continue
+                messages = link.channel.receive()
+            except OSError as error:
+                self._lose(link, error)
+                continue
+            for call_id, frame in messages:
+                link.unanswered.discard(call_id)
+                flight = self._flights.pop(call_id, None)
+                if flight is None:  # the answer comes too late
+                    continue
+                # What else comes over the link would overwrite an answer that is kept.
+                is_safe = flight is waiting and not link.unanswered
+                flight.take(call_id, frame if is_safe else bytes(frame))
+
+    def forget(self, call_ids: Sequence[int]) -> None:
+        """Wait no longer for these calls' answers."""
+        for call_id in call_ids:
+            self._flights.pop(call_id, None)
+
+    def elsewhere(self, calls: Sequence[Call], timeout_s: float) -> Flight | None:
+        """Send calls over the fall-back, if there is one."""
+        return None if self._fallback is None else self._fallback.begin(calls, timeout_s)
+
+    def _lose(self, link: _Link, error: OSError) -> None:
+        """Give up a broken connection; its unanswered calls go elsewhere."""
+        logger.info("the stream to %s g%d broke (%s)", link.actor_id, link.generation, error)
+        self._drop(link)
+
+    def _drop(self, link: _Link) -> None:
+        del self._links[link.actor_id]
+        self._selector.unregister(link.channel.sock)
+        link.channel.close()
+        lost: dict[_StreamFlight, list[int]] = {}
+        for call_id in link.unanswered:
+            flight = self._flights.pop(call_id, None)
+            if flight is not None:
+                lost.setdefault(flight, []).append(call_id)
+        for flight, call_ids in lost.items():
+            flight.send_elsewhere([flight.places.pop(call_id) for call_id in call_ids])
+
+
+class _StreamFlight:
+    """Calls under way; what the streams do not carry is under way over the fall-back."""
+
+    def __init__(
+        self, transport: StreamTransport, calls: Sequence[Call], deadline_s: float
+    ) -> None:
+        self.places: dict[int, int] = {}
+        self._transport = transport
+        self._calls = calls
+        self._deadline_s = deadline_s
+        self._outcomes: list[Outcome] = [CallFailure.TIMED_OUT] * len(calls)
+        self._elsewhere: list[tuple[list[int], Flight]] = []
+
+    def remaining_s(self) -> float:
+        """Return the seconds left; negative when the time is over."""
+        return self._deadline_s - time.monotonic()
+
+    def wait(self) -> list[Outcome]:
+        """See :class:`Flight`."""
+        while self.places:
+            remaining_s = self.remaining_s()
+            if remaining_s <= 0:
+                break
+            self._transport.receive(self, remaining_s)
+        self._transport.forget(list(self.places))
+        for places, other in self._elsewhere:
+            for place, outcome in zip(places, other.wait(), strict=True):
+                self._outcomes[place] = outcome
+        return self._outcomes
+
+    def take(self, call_id: int, answer: Buffer) -> None:
+        """Keep an answer; one of no bytes says that the stream cannot carry it."""
+        place = self.places.pop(call_id)
+        if len(answer):
+            self._outcomes[place] = answer
+        else:
+            self.send_elsewhere([place])
+
+    def send_elsewhere(self, places: list[int]) -> None:
+        """Send calls over the fall-back; without one they have failed."""
+        calls = [self._calls[place] for place in places]
+        other = self._transport.elsewhere(calls, max(0.0, self.remaining_s()))
+        if other is not None:
+            self._elsewhere.append((places, other))
+            return
+        for place in places:
+            self._outcomes[place] = CallFailure.DIED
