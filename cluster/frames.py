@@ -1,12 +1,12 @@
 """Frames of the data plane: what a router sends to an expert actor for one layer, and the answer.
 
 A frame is eight bytes (version, kind, length of the header), a header (a msgpack array), and the
-raw bytes of index and rows, which begin at a multiple of ``ALIGNMENT`` so that tensors can be made
-over a received frame in place. Encoding gives the parts unjoined, so that rows are not copied to be
+raw bytes of the rows, which begin at a multiple of ``ALIGNMENT`` so that a tensor can be made over
+a received frame in place. Encoding gives the parts unjoined, so that rows are not copied to be
 sent. Decoding takes memory in proportion to the header's own length; shapes and lengths are checked
 against each other before a tensor is made of them, and nothing is ever unpickled.
 
-Dimension letters: N unique token rows of the frame, P (token row, expert) pairs, H hidden size.
+Dimension letters: P (token, expert) pairs of a frame, H hidden size.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_ROWS = 1 << 20
 MAX_HIDDEN_SIZE = 1 << 20
 MAX_EXPERTS = 1 << 16
-INDEX_BYTES = 4
 ALIGNMENT = 16
 _START = struct.Struct("<HHI")  # version, kind, bytes of the header
 
@@ -48,10 +47,11 @@ class FrameKind(enum.IntEnum):
 class DispatchFrame:
     """One layer's token rows for the experts of one actor.
 
-    ``rows`` are N×H values of ``dtype``, row-major, little-endian. The pairs are grouped by expert:
-    ``num_tokens_per_expert[i]`` of them belong to ``expert_ids[i]``, and ``row_index`` (P
-    little-endian int32) says which row each pair takes. The answer has one row per pair in the
-    same order. ``deadline_s`` is wall-clock time; an actor may drop the work after it.
+    ``rows`` are P×H values of ``dtype``, row-major, little-endian, grouped by expert: the first
+    ``num_tokens_per_expert[0]`` rows are for ``expert_ids[0]``, and so on. A token that two experts
+    of the actor take is there twice, so that each expert's rows lie together as its product wants
+    them. The answer has one row per pair in the same order. ``deadline_s`` is wall-clock time; an
+    actor may drop the work after it.
     """
 
     request_id: int
@@ -62,15 +62,13 @@ class DispatchFrame:
     expert_ids: tuple[int, ...]
     num_tokens_per_expert: tuple[int, ...]
     dtype: str
-    num_rows: int
     hidden_size: int
     deadline_s: float
-    row_index: Buffer
     rows: Buffer
 
     @property
     def num_pairs(self) -> int:
-        """P, the number of (token row, expert) pairs."""
+        """P, the number of rows."""
         return sum(self.num_tokens_per_expert)
 
 
@@ -110,11 +108,10 @@ def encode(frame: Frame) -> Parts:
             frame.expert_ids,
             frame.num_tokens_per_expert,
             frame.dtype,
-            frame.num_rows,
             frame.hidden_size,
             frame.deadline_s,
         )
-        return _start(FrameKind.DISPATCH, header), frame.row_index, frame.rows
+        return _start(FrameKind.DISPATCH, header), frame.rows
     if isinstance(frame, RowsFrame):
         shape = (frame.request_id, frame.dtype, frame.num_rows, frame.hidden_size)
         return _start(FrameKind.ROWS, shape), frame.rows
@@ -129,7 +126,7 @@ def _start(kind: FrameKind, header: tuple[Any, ...]) -> bytes:
 
 
 def decode(data: Buffer) -> Frame:
-    """Parse and check a frame; index and rows of the result are views of ``data``.
+    """Parse and check a frame; the rows of the result are a view of ``data``.
 
     Raises :class:`FrameError` naming the field for anything malformed: an unknown version, kind or
     dtype, a wrong type, a count outside its bounds, or bytes whose length disagrees with the shape.
@@ -199,20 +196,18 @@ _U63 = (1 << 63) - 1
 
 
 def _decode_dispatch(header: tuple[Any, ...], payload: memoryview) -> DispatchFrame:
-    _check_arity(header, 11)
+    _check_arity(header, 10)
     expert_ids = _id_list(header[5], "frame.expert_ids", 0, MAX_EXPERTS)
     counts = _id_list(header[6], "frame.num_tokens_per_expert", 1, MAX_ROWS)
     if not expert_ids or len(expert_ids) != len(counts) or len(set(expert_ids)) != len(expert_ids):
         raise FrameError("needs distinct ids, one count each", "frame.expert_ids")
     num_pairs = _integer(sum(counts), "frame.num_tokens_per_expert", 1, MAX_ROWS)
     dtype = _dtype(header[7])
-    num_rows = _integer(header[8], "frame.num_rows", 1, MAX_ROWS)
-    hidden_size = _integer(header[9], "frame.hidden_size", 1, MAX_HIDDEN_SIZE)
-    deadline_s = header[10]
+    hidden_size = _integer(header[8], "frame.hidden_size", 1, MAX_HIDDEN_SIZE)
+    deadline_s = header[9]
     if type(deadline_s) is not float:
         raise FrameError("must be a float", "frame.deadline_s")
-    index_bytes = num_pairs * INDEX_BYTES
-    _check_size(payload, index_bytes + num_rows * hidden_size * DTYPE_BYTES[dtype])
+    _check_size(payload, num_pairs * hidden_size * DTYPE_BYTES[dtype])
     return DispatchFrame(
         request_id=_integer(header[0], "frame.request_id", 0, _U63),
         epoch=_integer(header[1], "frame.epoch", 0, _U63),
@@ -222,11 +217,9 @@ def _decode_dispatch(header: tuple[Any, ...], payload: memoryview) -> DispatchFr
         expert_ids=expert_ids,
         num_tokens_per_expert=counts,
         dtype=dtype,
-        num_rows=num_rows,
         hidden_size=hidden_size,
         deadline_s=deadline_s,
-        row_index=payload[:index_bytes],
-        rows=payload[index_bytes:],
+        rows=payload,
     )
 
 

@@ -4,7 +4,7 @@ Messages of all routers that wait at the same time are merged: all rows for one 
 expert) go through one product. Rows are independent of each other, so an answer does not depend
 on who shares the product beyond the rounding of a differently sized matrix product.
 
-Dimension letters: N unique rows of a frame, P (row, expert) pairs of a frame, H hidden size.
+Dimension letters: P rows of a frame or of one expert, H hidden size.
 """
 
 from __future__ import annotations
@@ -77,15 +77,10 @@ class ExpertBank:
     def _pieces(self, frame: DispatchFrame, keys: Sequence[ExpertKey]) -> _Pieces:
         """Return the rows of a frame's pairs, [P, H] in all, a piece per expert."""
         device = self._check(frame, keys)
-        index = torch.frombuffer(frame.row_index, dtype=torch.int32)  # [P]
-        rows = from_bytes(frame.rows, frame.dtype, frame.num_rows, frame.hidden_size)  # [N, H]
-        try:
-            gathered = rows.index_select(0, index)
-        except IndexError:
-            raise FrameError(f"must be in 0..{frame.num_rows - 1}", "frame.row_index") from None
+        rows = from_bytes(frame.rows, frame.dtype, frame.num_pairs, frame.hidden_size)
         if device.type != "cpu":
-            gathered = gathered.to(device)
-        return list(gathered.split(list(frame.num_tokens_per_expert)))
+            rows = rows.to(device)
+        return list(rows.split(frame.num_tokens_per_expert))
 
     def _check(self, frame: DispatchFrame, keys: Sequence[ExpertKey]) -> torch.device:
         dtype = TORCH_DTYPES[frame.dtype]

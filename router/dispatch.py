@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,28 @@ BACKOFF_S = 0.02
 MAX_WAIT_S = 0.5
 
 logger = logging.getLogger("expertmesh.dispatch")
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """Experts ``start:end`` of a layout; ``actor_id`` is ``None`` where they have no live copy."""
+
+    actor_id: str | None
+    generation: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """One layer's experts in an order in which those of one actor stand together.
+
+    ``expert_ids[place_of[e]] == e``.
+    """
+
+    place_of: np.ndarray
+    expert_ids: list[int]
+    shares: tuple[_Share, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +83,8 @@ class Dispatcher:
         self._suspect = suspect
         self._call_timeout_s = call_timeout_s
         self._request_ids = itertools.count(1)
-        self._holders_of: Placement | None = None
-        self._holders_by_layer: dict[int, tuple[list[str], np.ndarray]] = {}
+        self._laid_out: Placement | None = None
+        self._layouts: dict[int, _Layout] = {}
         self.retries: Counter[str] = Counter()
 
     def dispatch(
@@ -82,24 +104,21 @@ class Dispatcher:
         not every share could be had before ``deadline_s`` (wall clock).
         """
         num_tokens, k = topk_ids.shape
-        flat_ids = topk_ids.ravel()
+        choices = _Choices(topk_ids.ravel(), ranks.ravel(), k)
         rows = torch.empty(
             (num_tokens * k, hidden_states.shape[1]),
             dtype=hidden_states.dtype,
             device=hidden_states.device,
         )
-        # Pairs by expert, then by rank, then by token.
-        pending = np.argsort(flat_ids * k + ranks.ravel(), kind="stable")
+        pending = np.arange(num_tokens * k)
         while True:
             placement = self._placement(deadline_s)
-            parts, homeless = self._split(placement, layer_id, flat_ids, pending)
+            parts, homeless = split(self._layout(placement, layer_id), choices, pending)
             failed = self._attempt(placement, layer_id, hidden_states, k, parts, rows, deadline_s)
-            if not failed and not len(homeless):
+            if not failed and not homeless:
                 return rows.view(num_tokens, k, -1)
-            self._wait(placement, bool(len(homeless)), deadline_s)
-            left = np.concatenate([homeless, *failed])
-            # By expert again: another placement may bring together what was apart.
-            pending = left[np.argsort(flat_ids[left], kind="stable")]
+            self._wait(placement, bool(homeless), deadline_s)
+            pending = np.concatenate([*homeless, *failed])
 
     def _placement(self, deadline_s: float) -> Placement:
         placement = self._view.current()
@@ -109,50 +128,19 @@ class Dispatcher:
             raise ExpertUnavailableError("no placement is known yet", self._model, 1.0)
         return placement
 
-    def _split(
-        self, placement: Placement, layer_id: int, flat_ids: np.ndarray, pairs: np.ndarray
-    ) -> tuple[list[_Part], np.ndarray]:
-        """Divide the pairs (grouped by expert) among actors; also return those without a holder."""
-        actor_ids, holder_of = self._holders(placement, layer_id)
-        expert_of_pair = flat_ids[pairs]
-        holder_of_pair = holder_of[expert_of_pair]
-        num_pairs = np.bincount(expert_of_pair, minlength=len(holder_of)).tolist()
-        shares: dict[int, list[int]] = {}
-        for expert_id, holder in enumerate(holder_of.tolist()):
-            if num_pairs[expert_id]:
-                shares.setdefault(holder, []).append(expert_id)
-        homeless = pairs[:0]
-        parts = []
-        for holder, expert_ids in shares.items():
-            own = pairs if len(shares) == 1 else pairs[holder_of_pair == holder]
-            if holder < 0:
-                homeless = own
-                continue
-            actor_id = actor_ids[holder]
-            counts = tuple(num_pairs[expert_id] for expert_id in expert_ids)
-            generation = placement.generations[actor_id]
-            parts.append(_Part(actor_id, generation, tuple(expert_ids), counts, own))
-        return parts, homeless
-
-    def _holders(self, placement: Placement, layer_id: int) -> tuple[list[str], np.ndarray]:
-        """Return the actors, and for each expert of the layer its holder's place among them.
-
-        An expert without a copy has -1. Kept per layer for as long as the placement lasts.
-        """
-        if self._holders_of is not placement:
-            self._holders_of, self._holders_by_layer = placement, {}
-        known = self._holders_by_layer.get(layer_id)
-        if known is None:
-            actor_ids = sorted(placement.generations)
-            places = {actor_id: place for place, actor_id in enumerate(actor_ids)}
+    def _layout(self, placement: Placement, layer_id: int) -> _Layout:
+        """Return the layer's layout; kept for as long as the placement lasts."""
+        if self._laid_out is not placement:
+            self._laid_out, self._layouts = placement, {}
+        layout = self._layouts.get(layer_id)
+        if layout is None:
             holders = {
-                key.expert_id: places[actors[0]] if actors else -1
+                key.expert_id: actors[0] if actors else None
                 for key, actors in placement.holders.items()
                 if (key.model, key.layer_id) == (self._model, layer_id)
             }
-            holder_of = np.array([holders[expert_id] for expert_id in range(len(holders))])
-            known = self._holders_by_layer[layer_id] = (actor_ids, holder_of)
-        return known
+            layout = self._layouts[layer_id] = lay_out(holders, placement.generations)
+        return layout
 
     def _attempt(
         self,
@@ -194,13 +182,8 @@ class Dispatcher:
         part: _Part,
         deadline_s: float,
     ) -> DispatchFrame:
-        index = part.pairs // k  # the token of each pair
-        used = np.zeros(hidden_states.shape[0], dtype=bool)
-        used[index] = True
-        sent = hidden_states
-        if not used.all():
-            sent = hidden_states.index_select(0, torch.from_numpy(np.flatnonzero(used)))
-            index = (np.cumsum(used) - 1)[index]
+        tokens = torch.from_numpy(part.pairs // k).to(hidden_states.device)
+        sent = hidden_states.index_select(0, tokens)
         return DispatchFrame(
             request_id=next(self._request_ids),
             epoch=placement.epoch,
@@ -210,10 +193,8 @@ class Dispatcher:
             expert_ids=part.expert_ids,
             num_tokens_per_expert=part.counts,
             dtype=dtype_name(sent.dtype),
-            num_rows=sent.shape[0],
             hidden_size=sent.shape[1],
             deadline_s=deadline_s,
-            row_index=index.astype("<i4").tobytes(),
             rows=to_bytes(sent),
         )
 
@@ -263,3 +244,56 @@ class Dispatcher:
             )
         longest_s = MAX_WAIT_S if homeless else BACKOFF_S
         self._view.wait_newer(placement, min(longest_s, remaining_s))
+
+
+@dataclass(frozen=True, slots=True)
+class _Choices:
+    """The gate's choices, a pair per place: its expert, and the rank that the gate gave it [P]."""
+
+    expert_ids: np.ndarray
+    ranks: np.ndarray
+    k: int
+
+
+def lay_out(holders: Mapping[int, str | None], generations: Mapping[str, int]) -> _Layout:
+    """Order a layer's experts by holder, then by id; ``holders`` has every expert of the layer."""
+    expert_ids = sorted(holders, key=lambda expert_id: (holders[expert_id] or "", expert_id))
+    place_of = np.empty(len(expert_ids), dtype=np.int64)
+    place_of[expert_ids] = np.arange(len(expert_ids))
+    shares = []
+    start = 0
+    for actor_id, group in itertools.groupby(expert_ids, key=lambda e: holders[e]):
+        end = start + len(list(group))
+        generation = 0 if actor_id is None else generations[actor_id]
+        shares.append(_Share(actor_id, generation, start, end))
+        start = end
+    return _Layout(place_of, expert_ids, tuple(shares))
+
+
+def split(
+    layout: _Layout, choices: _Choices, pairs: np.ndarray
+) -> tuple[list[_Part], list[np.ndarray]]:
+    """Divide pairs among actors: by expert, then by rank, then by token.
+
+    Also returns the pairs whose experts have no live copy, an array each lot.
+    """
+    places = layout.place_of[choices.expert_ids[pairs]]
+    # A pair's number is its token's times k plus something smaller, so it orders by token.
+    keys = (places * choices.k + choices.ranks[pairs]) * len(choices.ranks) + pairs
+    ordered = pairs[keys.argsort()]
+    counts = np.bincount(places, minlength=len(layout.expert_ids)).tolist()
+    parts: list[_Part] = []
+    homeless: list[np.ndarray] = []
+    end = 0
+    for share in layout.shares:
+        asked = [place for place in range(share.start, share.end) if counts[place]]
+        if not asked:
+            continue
+        sizes = tuple(counts[place] for place in asked)
+        begin, end = end, end + sum(sizes)
+        if share.actor_id is None:
+            homeless.append(ordered[begin:end])
+            continue
+        expert_ids = tuple(layout.expert_ids[place] for place in asked)
+        parts.append(_Part(share.actor_id, share.generation, expert_ids, sizes, ordered[begin:end]))
+    return parts, homeless

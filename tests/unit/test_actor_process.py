@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -95,10 +94,8 @@ def frame_of(
                 expert_ids=(expert_id,),
                 num_tokens_per_expert=(len(rows),),
                 dtype="float32",
-                num_rows=len(rows),
                 hidden_size=HIDDEN,
                 deadline_s=time.time() + timeout_s,
-                row_index=np.arange(len(rows), dtype="<i4").tobytes(),
                 rows=to_bytes(rows),
             )
         )

@@ -54,7 +54,6 @@ DISPATCH_FIELDS = (
     "expert_ids",
     "num_tokens_per_expert",
     "dtype",
-    "num_rows",
     "hidden_size",
     "deadline_s",
 )
@@ -67,8 +66,8 @@ def dispatch_frames(draw: st.DrawFn) -> DispatchFrame:
     expert_ids = draw(st.lists(st.integers(0, MAX_EXPERTS), min_size=1, max_size=5, unique=True))
     size = len(expert_ids)
     counts = draw(st.lists(st.integers(1, 4), min_size=size, max_size=size))
-    dtype, num_rows, hidden_size = draw(DTYPES), draw(st.integers(1, 4)), draw(st.integers(1, 8))
-    num_bytes = num_rows * hidden_size * DTYPE_BYTES[dtype]
+    dtype, hidden_size = draw(DTYPES), draw(st.integers(1, 8))
+    num_bytes = sum(counts) * hidden_size * DTYPE_BYTES[dtype]
     return DispatchFrame(
         request_id=draw(NUMBERS),
         epoch=draw(NUMBERS),
@@ -78,10 +77,8 @@ def dispatch_frames(draw: st.DrawFn) -> DispatchFrame:
         expert_ids=tuple(expert_ids),
         num_tokens_per_expert=tuple(counts),
         dtype=dtype,
-        num_rows=num_rows,
         hidden_size=hidden_size,
         deadline_s=draw(st.floats(allow_nan=False)),
-        row_index=draw(st.binary(min_size=4 * sum(counts), max_size=4 * sum(counts))),
         rows=draw(st.binary(min_size=num_bytes, max_size=num_bytes)),
     )
 
@@ -121,11 +118,9 @@ DISPATCH = DispatchFrame(
     expert_ids=(4, 6),
     num_tokens_per_expert=(2, 1),
     dtype="float32",
-    num_rows=2,
     hidden_size=3,
     deadline_s=1.5,
-    row_index=bytes(12),
-    rows=bytes(24),
+    rows=bytes(36),
 )
 ROWS = RowsFrame(7, "bfloat16", 2, 3, bytes(12))
 ERROR = ErrorFrame(7, "OverloadedError", OverloadedError("full", "queue", 0.5))
@@ -140,8 +135,6 @@ def described(frame: Frame) -> Any:
     """A frame in a form that compares by value, errors too."""
     if isinstance(frame, ErrorFrame):
         return (frame.request_id, frame.kind, type(frame.error), frame.error.to_wire())
-    if isinstance(frame, DispatchFrame):
-        frame = replace(frame, row_index=bytes(frame.row_index))
     return replace(frame, rows=bytes(frame.rows))
 
 
@@ -163,11 +156,9 @@ def taken_apart(frame: Frame) -> tuple[list[Any], bytes, int]:
 def altered(frame: Frame, field: str, value: object) -> bytes:
     """The frame's bytes with one element replaced by ``value``."""
     header, payload, kind = taken_apart(frame)
-    if field in ("row_index", "rows"):
-        parts = {"row_index": b"", "rows": b""}
-        for name in parts:
-            parts[name] = bytes(getattr(frame, name, b""))
-        payload = b"".join({**parts, field: value}.values())  # type: ignore[arg-type]
+    if field == "rows":
+        assert isinstance(value, bytes)
+        payload = value
     else:
         names = {DispatchFrame: DISPATCH_FIELDS, RowsFrame: ROWS_FIELDS, ErrorFrame: ERROR_FIELDS}
         header[names[type(frame)].index(field)] = value
@@ -188,7 +179,7 @@ def test_every_frame_is_read_back_as_it_was_written(frame: Frame) -> None:
 
 @settings(deadline=None)
 @given(FRAMES)
-def test_index_and_rows_begin_at_an_aligned_place(frame: Frame) -> None:
+def test_the_rows_begin_at_an_aligned_place(frame: Frame) -> None:
     assert len(encode(frame)[0]) % ALIGNMENT == 0
 
 
@@ -218,9 +209,8 @@ def test_mutated_frames_are_read_or_refused_and_never_fail_otherwise(data: st.Da
     except FrameError:
         return
     if not isinstance(frame, ErrorFrame):
-        assert len(frame.rows) == frame.num_rows * frame.hidden_size * DTYPE_BYTES[frame.dtype]
-    if isinstance(frame, DispatchFrame):
-        assert len(frame.row_index) == 4 * frame.num_pairs
+        count = frame.num_rows if isinstance(frame, RowsFrame) else frame.num_pairs
+        assert len(frame.rows) == count * frame.hidden_size * DTYPE_BYTES[frame.dtype]
     # What was accepted is itself a frame that can be written and read.
     encode(frame)
 
@@ -250,14 +240,12 @@ BAD_DISPATCH: list[tuple[str, object]] = [
     *(("epoch", value) for value in BAD_INTEGERS),
     *(("placement_version", value) for value in BAD_INTEGERS),
     *(("layer_id", value) for value in [*BAD_INTEGERS, (1 << 20) + 1]),
-    *(("num_rows", value) for value in [*BAD_INTEGERS, 0, 1, 3, MAX_ROWS + 1]),
     *(("hidden_size", value) for value in [*BAD_INTEGERS, 0, 2, 4, MAX_HIDDEN_SIZE + 1]),
     *(("model", value) for value in ["", "m" * 257, 1, None, b"m", ["m"]]),
     *(("dtype", value) for value in ["", "int8", "float64", "FLOAT32", 1, None, b"float32", {}]),
     *(("dtype", value) for value in ["bfloat16", "float16"]),
     *(("deadline_s", value) for value in [1, None, "1", True, [1.5]]),
-    *(("row_index", value) for value in [b"", bytes(8), bytes(11), bytes(13)]),
-    *(("rows", value) for value in [b"", bytes(20), bytes(23), bytes(25)]),
+    *(("rows", value) for value in [b"", bytes(24), bytes(35), bytes(37)]),
     *(("expert_ids", value) for value in [[4], [4, 4], [4, 6, 8], [], [4, -1], [4, True], {}]),
     *(("expert_ids", value) for value in [[4, 6.0], [4, MAX_EXPERTS + 1], 4, b"46", [[4], [6]]]),
     *(("num_tokens_per_expert", value) for value in [[3], [3, 0], [4, -1], [2, 1, 1], [], 3]),
