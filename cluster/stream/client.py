@@ -51,9 +51,10 @@ class StreamTransport:
     def begin(self, calls: Sequence[Call], timeout_s: float) -> Flight:
         """See :class:`Transport`."""
         flight = _StreamFlight(self, calls, time.monotonic() + timeout_s)
-        left = [place for place, call in enumerate(calls) if not self._send(flight, place, call)]
-        if left:
-            flight.send_elsewhere(left)
+        for place, call in enumerate(calls):
+            failure = self._send(flight, place, call)
+            if failure is not None:
+                flight.send_elsewhere(place, failure)
         return flight
 
     def close(self) -> None:
@@ -65,25 +66,26 @@ class StreamTransport:
         if self._fallback is not None:
             self._fallback.close()
 
-    def _send(self, flight: _StreamFlight, place: int, call: Call) -> bool:
+    def _send(self, flight: _StreamFlight, place: int, call: Call) -> CallFailure | None:
+        """Send a call over its stream; tell what it comes to when that cannot be."""
         link = self._link(call, flight.remaining_s())
-        if link is None or link.channel.is_sending or len(link.unanswered) >= WINDOW:
-            return False
-        if sum(map(len, call.frame)) > MAX_MESSAGE_BYTES:
-            return False
+        if link is None:
+            return CallFailure.DIED
+        if len(link.unanswered) >= WINDOW or sum(map(len, call.frame)) > MAX_MESSAGE_BYTES:
+            return CallFailure.TIMED_OUT
         self._last_id = call_id = self._last_id + 1
         try:
             link.channel.send(call_id, call.frame)
         except OSError as error:
             self._lose(link, error)
-            return False
+            return CallFailure.DIED
         if link.channel.is_sending:
             self._watch(link)
         link.unanswered.add(call_id)
         self._flights[call_id] = flight
         flight.places[call_id] = place
         self.calls["stream"] += 1
-        return True
+        return None
 
     def _link(self, call: Call, timeout_s: float) -> _Link | None:
         link = self._links.get(call.actor_id)
@@ -137,9 +139,9 @@ class StreamTransport:
         for call_id in call_ids:
             self._flights.pop(call_id, None)
 
-    def elsewhere(self, calls: Sequence[Call], timeout_s: float) -> Flight | None:
-        """Send calls over the fall-back, if there is one."""
-        return None if self._fallback is None else self._fallback.begin(calls, timeout_s)
+    def elsewhere(self, call: Call, timeout_s: float) -> Flight | None:
+        """Send a call over the fall-back, if there is one."""
+        return None if self._fallback is None else self._fallback.begin([call], timeout_s)
 
     def _lose(self, link: _Link, error: OSError) -> None:
         """Give up a broken connection; its unanswered calls go elsewhere."""
@@ -150,13 +152,10 @@ class StreamTransport:
         del self._links[link.actor_id]
         self._selector.unregister(link.channel.sock)
         link.channel.close()
-        lost: dict[_StreamFlight, list[int]] = {}
         for call_id in link.unanswered:
             flight = self._flights.pop(call_id, None)
             if flight is not None:
-                lost.setdefault(flight, []).append(call_id)
-        for flight, call_ids in lost.items():
-            flight.send_elsewhere([flight.places.pop(call_id) for call_id in call_ids])
+                flight.send_elsewhere(flight.places.pop(call_id), CallFailure.DIED)
 
 
 class _StreamFlight:
@@ -170,7 +169,7 @@ class _StreamFlight:
         self._calls = calls
         self._deadline_s = deadline_s
         self._outcomes: list[Outcome] = [CallFailure.TIMED_OUT] * len(calls)
-        self._elsewhere: list[tuple[list[int], Flight]] = []
+        self._elsewhere: list[tuple[int, Flight]] = []
 
     def remaining_s(self) -> float:
         """Return the seconds left; negative when the time is over."""
@@ -184,9 +183,8 @@ class _StreamFlight:
                 break
             self._transport.receive(self, remaining_s)
         self._transport.forget(list(self.places))
-        for places, other in self._elsewhere:
-            for place, outcome in zip(places, other.wait(), strict=True):
-                self._outcomes[place] = outcome
+        for place, other in self._elsewhere:
+            [self._outcomes[place]] = other.wait()
         return self._outcomes
 
     def take(self, call_id: int, answer: Buffer) -> None:
@@ -195,14 +193,12 @@ class _StreamFlight:
         if len(answer):
             self._outcomes[place] = answer
         else:
-            self.send_elsewhere([place])
+            self.send_elsewhere(place, CallFailure.TIMED_OUT)
 
-    def send_elsewhere(self, places: list[int]) -> None:
-        """Send calls over the fall-back; without one they have failed."""
-        calls = [self._calls[place] for place in places]
-        other = self._transport.elsewhere(calls, max(0.0, self.remaining_s()))
-        if other is not None:
-            self._elsewhere.append((places, other))
-            return
-        for place in places:
-            self._outcomes[place] = CallFailure.DIED
+    def send_elsewhere(self, place: int, failure: CallFailure) -> None:
+        """Send a call over the fall-back; without one, its outcome is ``failure``."""
+        other = self._transport.elsewhere(self._calls[place], max(0.0, self.remaining_s()))
+        if other is None:
+            self._outcomes[place] = failure
+        else:
+            self._elsewhere.append((place, other))

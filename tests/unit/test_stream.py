@@ -1,0 +1,743 @@
+"""Streams between a router and actors in one process: what they carry, and what they refuse."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import trustme
+
+from cluster.errors import ConfigError
+from cluster.frames import Buffer, Parts
+from cluster.stream import channel as channel_module
+from cluster.stream import client as client_module
+from cluster.stream import server as server_module
+from cluster.stream.channel import BUFFER_BYTES, KEPT_BUFFER_BYTES, Channel
+from cluster.stream.client import WINDOW, StreamTransport
+from cluster.stream.connect import Connector, greet, open_socket
+from cluster.stream.offer import HELLO_BYTES, Network, Side, StreamOffer, new_nonce, proof
+from cluster.stream.server import StreamServer
+from cluster.stream.tls import TlsFiles
+from cluster.transport import Call, CallFailure, Outcome
+from tests.local_cluster import Answered
+
+LIMIT_S = 20.0
+NETWORKS = list(Network)
+
+
+class Echo:
+    """Answers every frame with itself, once the gate is open; keeps what it was asked together."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[bytes]] = []
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Semaphore(0)
+        self.answer: Callable[[bytes], Parts] = lambda frame: (frame[:1], frame[1:])
+
+    def __call__(self, frames: Sequence[Buffer]) -> list[Parts]:
+        batch = [bytes(frame) for frame in frames]
+        self.batches.append(batch)
+        self.entered.release()
+        assert self.open.wait(LIMIT_S)
+        return [self.answer(frame) for frame in batch]
+
+
+@dataclass
+class Elsewhere:
+    """A fall-back transport that answers everything by ``elsewhere``."""
+
+    frames: list[tuple[str, bytes]] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)
+
+    def begin(self, calls: Sequence[Call], timeout_s: float) -> Answered:
+        self.frames += [(call.actor_id, b"".join(call.frame)) for call in calls]
+        return Answered([b"elsewhere"] * len(calls))
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+class Actors:
+    """Stream servers by actor id, and the offers that they make."""
+
+    def __init__(self) -> None:
+        self.servers: dict[tuple[str, int], StreamServer] = {}
+        self.echoes: dict[str, Echo] = {}
+        self.asked: list[tuple[str, int, Network]] = []
+        self.networks = NETWORKS
+        self.altered: Callable[[StreamOffer], StreamOffer] = lambda offer: offer
+
+    def add(
+        self, actor_id: str, generation: int = 1, tls: ssl.SSLContext | None = None
+    ) -> StreamServer:
+        echo = self.echoes[actor_id] = Echo()
+        server = self.servers[actor_id, generation] = StreamServer(echo, "127.0.0.1", tls)
+        return server
+
+    def ask(
+        self, actor_id: str, generation: int, network: Network, timeout_s: float
+    ) -> StreamOffer | None:
+        self.asked.append((actor_id, generation, network))
+        server = self.servers.get((actor_id, generation))
+        if server is None:
+            return None
+        if network not in self.networks:
+            # As an actor of another host, whose Unix sockets are not to be found here.
+            return StreamOffer(network, b"\0no-such-name", bytes(16), bytes(32))
+        return self.altered(server.offer(network))
+
+
+@pytest.fixture
+def actors() -> Iterator[Actors]:
+    actors = Actors()
+    yield actors
+    for echo in actors.echoes.values():
+        echo.open.set()
+    for server in actors.servers.values():
+        server.close()
+
+
+Open = Callable[..., StreamTransport]
+
+
+@pytest.fixture
+def connect(actors: Actors) -> Iterator[Open]:
+    """Open transports; a call waits for its stream unless a fall-back is given."""
+    opened: list[StreamTransport] = []
+
+    def connected(
+        fallback: Elsewhere | None = None, tls: ssl.SSLContext | None = None
+    ) -> StreamTransport:
+        opened.append(StreamTransport(Connector(actors.ask, tls), fallback))
+        return opened[-1]
+
+    yield connected
+    for transport in opened:
+        transport.close()
+
+
+def call(frame: bytes, actor_id: str = "a", generation: int = 1) -> Call:
+    return Call(actor_id, generation, (frame[:3], frame[3:]))
+
+
+def answers(outcomes: Sequence[Outcome]) -> list[bytes | CallFailure]:
+    return [o if isinstance(o, CallFailure) else bytes(o) for o in outcomes]
+
+
+def ask(
+    transport: StreamTransport, *calls: Call, timeout_s: float = LIMIT_S
+) -> list[bytes | CallFailure]:
+    return answers(transport.begin(calls, timeout_s).wait())
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline_s = time.monotonic() + LIMIT_S
+    tick = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline_s, what
+        tick.wait(0.005)
+
+
+def greeted(actors: Actors, actor_id: str = "a", network: Network = Network.UNIX) -> Channel:
+    """A connection that has been admitted, to do with as a test likes."""
+    offer = actors.servers[actor_id, 1].offer(network)
+    return greet(open_socket(offer, None), offer)
+
+
+# What streams carry.
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 1000, BUFFER_BYTES, 3_000_000, 20_000_000])
+def test_a_frame_of_any_size_comes_back(
+    actors: Actors, connect: Open, network: Network, size: int
+) -> None:
+    actors.add("a")
+    actors.networks = [network]
+    frame = secrets.token_bytes(size)
+    transport = connect()
+    for _ in range(2):  # buffers that have grown are used again
+        assert ask(transport, call(frame)) == [frame]
+    assert ask(transport, call(b"small")) == [b"small"]
+    assert transport.calls == {"stream": 3}
+    # The Unix name of an actor on another host is not there, and TCP is tried then.
+    networks = [Network.UNIX] if network is Network.UNIX else [Network.UNIX, Network.TCP]
+    assert actors.asked == [("a", 1, one) for one in networks]
+
+
+def test_no_calls_have_no_outcomes(connect: Open) -> None:
+    assert ask(connect()) == []
+
+
+def test_answers_come_in_the_order_of_the_calls_whoever_is_first(
+    actors: Actors, connect: Open
+) -> None:
+    for name in "abc":
+        actors.add(name)
+    transport = connect()
+    ask(transport, *(call(b"hello", name) for name in "abc"))
+    actors.echoes["a"].open.clear()
+    flight = transport.begin([call(name.encode() * 9, name) for name in "abc"], LIMIT_S)
+    threading.Timer(0.05, actors.echoes["a"].open.set).start()
+    assert answers(flight.wait()) == [b"a" * 9, b"b" * 9, b"c" * 9]
+
+
+def test_flights_may_be_waited_for_in_any_order(actors: Actors, connect: Open) -> None:
+    actors.add("a")
+    actors.add("b")
+    transport = connect()
+    frames = [secrets.token_bytes(50_000) for _ in range(6)]
+    flights = [
+        transport.begin([call(frame, "a"), call(frame[::-1], "b")], LIMIT_S) for frame in frames
+    ]
+    kept = {i: answers(flights[i].wait()) for i in (5, 0, 3, 1, 4, 2)}
+    assert kept == {i: [frame, frame[::-1]] for i, frame in enumerate(frames)}
+
+
+def test_answers_of_a_flight_last_while_others_come_in(actors: Actors, connect: Open) -> None:
+    actors.add("a")
+    actors.add("b")
+    transport = connect()
+    first, second = (secrets.token_bytes(9000) for _ in range(2))
+    actors.echoes["b"].open.clear()
+    early = transport.begin([call(first, "a"), call(first, "b")], LIMIT_S)
+    late = transport.begin([call(second, "a")], LIMIT_S)
+    assert answers(late.wait()) == [second]
+    actors.echoes["b"].open.set()
+    assert answers(early.wait()) == [first, first]
+
+
+def test_frames_that_wait_together_are_answered_together(actors: Actors, connect: Open) -> None:
+    actors.add("a")
+    echo = actors.echoes["a"]
+    routers = [connect() for _ in range(3)]
+    for router in routers:
+        ask(router, call(b"hello"))
+    echo.batches.clear()
+    echo.open.clear()
+    while echo.entered.acquire(blocking=False):
+        pass
+    busy = routers[0].begin([call(b"first")], LIMIT_S)
+    assert echo.entered.acquire(timeout=LIMIT_S)
+    flights = [router.begin([call(b"later")], LIMIT_S) for router in routers]
+    echo.open.set()
+    assert answers(busy.wait()) == [b"first"]
+    assert [answers(flight.wait()) for flight in flights] == [[b"later"]] * 3
+    assert [b"first"] in echo.batches
+    assert max(map(len, echo.batches)) == 3
+
+
+def test_another_generation_has_a_connection_of_its_own(actors: Actors, connect: Open) -> None:
+    old = actors.add("a", 1)
+    transport = connect()
+    assert ask(transport, call(b"to the old")) == [b"to the old"]
+    actors.add("a", 2)
+    assert ask(transport, call(b"to the new", generation=2)) == [b"to the new"]
+    assert actors.echoes["a"].batches == [[b"to the new"]]
+    old.close()
+
+
+# What happens when they do not.
+
+
+def test_until_there_is_a_stream_calls_go_elsewhere(actors: Actors, connect: Open) -> None:
+    other = Elsewhere()
+    transport = connect(other)
+    assert ask(transport, call(b"early")) == [b"elsewhere"]  # nobody has this actor yet
+    actors.add("a")
+    until(lambda: ask(transport, call(b"x")) == [b"x"], "a stream is made in the end")
+    assert ("a", b"early") in other.frames
+
+
+def test_without_a_fall_back_an_unknown_actor_has_died(
+    connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started_s = time.monotonic()
+    assert ask(connect(), call(b"x"), timeout_s=0.2) == [CallFailure.DIED]
+    assert time.monotonic() - started_s < 2
+
+
+def test_a_call_under_way_goes_elsewhere_when_its_stream_breaks(
+    actors: Actors, connect: Open
+) -> None:
+    actors.add("a")
+    actors.add("b")
+    other = Elsewhere()
+    transport = connect(other)
+    calls = [call(b"one", "a"), call(b"two", "b")]
+    until(lambda: ask(transport, *calls) == [b"one", b"two"], "both streams are there")
+    other.frames.clear()
+    actors.echoes["a"].open.clear()
+    while actors.echoes["a"].entered.acquire(blocking=False):
+        pass
+    flight = transport.begin(calls, LIMIT_S)
+    assert actors.echoes["a"].entered.acquire(timeout=LIMIT_S)
+    for link in list(transport._links.values()):
+        if link.actor_id == "a":
+            link.channel.sock.shutdown(socket.SHUT_RDWR)
+    assert answers(flight.wait()) == [b"elsewhere", b"two"]
+    assert other.frames == [("a", b"one")]
+    actors.echoes["a"].open.set()
+    until(lambda: ask(transport, *calls) == [b"one", b"two"], "it is connected again")
+
+
+def test_without_a_fall_back_a_broken_stream_is_a_death_and_is_made_again(
+    actors: Actors, connect: Open
+) -> None:
+    actors.add("a")
+    transport = connect()
+    assert ask(transport, call(b"x")) == [b"x"]
+    [link] = transport._links.values()
+    link.channel.sock.shutdown(socket.SHUT_RDWR)
+    assert ask(transport, call(b"x")) in ([CallFailure.DIED], [b"x"])
+    until(lambda: ask(transport, call(b"x")) == [b"x"], "it is connected again")
+
+
+def test_late_answers_are_ignored_and_never_taken_for_another_calls(
+    actors: Actors, connect: Open
+) -> None:
+    actors.add("a")
+    transport = connect()
+    ask(transport, call(b"hello"))
+    actors.echoes["a"].open.clear()
+    assert ask(transport, call(b"late 1"), timeout_s=0.05) == [CallFailure.TIMED_OUT]
+    assert ask(transport, call(b"late 2"), timeout_s=0.05) == [CallFailure.TIMED_OUT]
+    flight = transport.begin([call(b"patient")], LIMIT_S)
+    actors.echoes["a"].open.set()
+    assert answers(flight.wait()) == [b"patient"]
+    assert transport._flights == {}
+    [link] = transport._links.values()
+    assert link.unanswered == set()
+
+
+def test_calls_beyond_the_window_go_elsewhere(actors: Actors, connect: Open) -> None:
+    actors.add("a")
+    other = Elsewhere()
+    transport = connect(other)
+    until(lambda: ask(transport, call(b"x")) == [b"x"], "a stream is made")
+    other.frames.clear()
+    actors.echoes["a"].open.clear()
+    flights = [transport.begin([call(b"%d" % i)], 1.0) for i in range(WINDOW + 3)]
+    assert other.frames == [("a", b"%d" % i) for i in range(WINDOW, WINDOW + 3)]
+    actors.echoes["a"].open.set()
+    expected = [[b"%d" % i] for i in range(WINDOW)] + [[b"elsewhere"]] * 3
+    assert [answers(flight.wait()) for flight in flights] == expected
+
+
+def test_frames_that_the_socket_does_not_take_at_once_are_sent_when_it_does(
+    actors: Actors, connect: Open
+) -> None:
+    actors.add("a")
+    transport = connect()
+    ask(transport, call(b"hello"))
+    actors.echoes["a"].open.clear()
+    frames = [secrets.token_bytes(3_000_000) for _ in range(3)]
+    flights = [transport.begin([call(frame)], LIMIT_S) for frame in frames]
+    [link] = transport._links.values()
+    assert link.channel.is_sending
+    actors.echoes["a"].open.set()
+    assert [answers(flight.wait()) for flight in flights] == [[frame] for frame in frames]
+
+
+def test_without_a_fall_back_a_full_window_is_no_death(actors: Actors, connect: Open) -> None:
+    actors.add("a")
+    transport = connect()
+    ask(transport, call(b"hello"))
+    actors.echoes["a"].open.clear()
+    flights = [transport.begin([call(b"x")], LIMIT_S) for _ in range(WINDOW)]
+    assert ask(transport, call(b"one more")) == [CallFailure.TIMED_OUT]
+    actors.echoes["a"].open.set()
+    assert [answers(flight.wait()) for flight in flights] == [[b"x"]] * WINDOW
+    assert ask(transport, call(b"one more")) == [b"one more"]
+
+
+def test_frames_and_answers_that_are_too_long_go_elsewhere(
+    actors: Actors, connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (client_module, server_module):
+        monkeypatch.setattr(module, "MAX_MESSAGE_BYTES", 1000)
+    actors.add("a")
+    other = Elsewhere()
+    transport = connect(other)
+    until(lambda: ask(transport, call(b"x")) == [b"x"], "a stream is made")
+    other.frames.clear()
+    assert ask(transport, call(bytes(1001))) == [b"elsewhere"]
+    actors.echoes["a"].answer = lambda frame: (frame, bytes(1000))
+    assert ask(transport, call(b"y")) == [b"elsewhere"]
+    assert other.frames == [("a", bytes(1001)), ("a", b"y")]
+    actors.echoes["a"].answer = lambda frame: (frame,)
+    assert ask(transport, call(bytes(1000))) == [bytes(1000)]
+
+
+def test_an_actor_that_ends_breaks_its_streams(actors: Actors, connect: Open) -> None:
+    server = actors.add("a")
+    other = Elsewhere()
+    transport = connect(other)
+    until(lambda: ask(transport, call(b"x")) == [b"x"], "a stream is made")
+    server.close()
+    until(lambda: ask(transport, call(b"x")) == [b"elsewhere"], "the stream has ended")
+    with pytest.raises(OSError, match="no streams any more"):
+        server.offer(Network.UNIX)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_server_whose_answering_fails_ends_its_streams(actors: Actors, connect: Open) -> None:
+    actors.add("a")
+    transport = connect(Elsewhere())
+    until(lambda: ask(transport, call(b"x")) == [b"x"], "a stream is made")
+
+    def fail(frame: bytes) -> Parts:
+        raise SystemExit  # ends a thread without a word
+
+    actors.echoes["a"].answer = fail
+    assert ask(transport, call(b"y")) == [b"elsewhere"]
+
+
+# Strangers.
+
+
+def still_serves(actors: Actors, connect: Open) -> None:
+    assert ask(connect(), call(b"good")) == [b"good"]
+
+
+def closed_by_peer(sock: socket.socket) -> bool:
+    sock.settimeout(LIMIT_S)
+    try:
+        while sock.recv(65_536):
+            pass
+    except ConnectionError:
+        pass
+    return True
+
+
+GARBAGE = {
+    "bytes": b"\xff" * 100,
+    "a browser": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a huge length": struct.pack("<QQ", 1 << 62, 1) + b"x",
+    "a message one byte too long": struct.pack("<QQ", HELLO_BYTES + 1, 1) + bytes(80),
+    "a message too short": struct.pack("<QQ", 8, 1) + bytes(16),
+    "no message": struct.pack("<QQ", 0, 1),
+    "an unknown key": struct.pack("<QQ", HELLO_BYTES, 1) + secrets.token_bytes(HELLO_BYTES),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("name", GARBAGE)
+def test_a_stranger_is_cut_off_and_nobody_else_is_disturbed(
+    actors: Actors, connect: Open, name: str, network: Network
+) -> None:
+    server = actors.add("a")
+    transport = connect()
+    assert ask(transport, call(b"before")) == [b"before"]
+    sock = open_socket(server.offer(network), None)
+    sock.sendall(GARBAGE[name])
+    assert closed_by_peer(sock)
+    sock.close()
+    assert ask(transport, call(b"after")) == [b"after"]
+    assert actors.echoes["a"].batches == [[b"before"], [b"after"]]
+    still_serves(actors, connect)
+
+
+def test_a_wrong_secret_is_refused(actors: Actors) -> None:
+    offer = actors.add("a").offer(Network.UNIX)
+    wrong = StreamOffer(offer.network, offer.address, offer.key_id, secrets.token_bytes(32))
+    with pytest.raises(OSError, match="closed"):
+        greet(open_socket(offer, None), wrong)
+    with pytest.raises(OSError, match="closed"):  # and has used up the key
+        greet(open_socket(offer, None), offer)
+
+
+def test_a_key_opens_one_stream_and_only_for_a_while(
+    actors: Actors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = actors.add("a")
+    offer = server.offer(Network.UNIX)
+    greet(open_socket(offer, None), offer).close()
+    with pytest.raises(OSError, match="closed"):
+        greet(open_socket(offer, None), offer)
+    monkeypatch.setattr(server_module, "KEY_LIFE_S", 0.0)
+    stale = server.offer(Network.UNIX)
+    with pytest.raises(OSError, match="closed"):
+        greet(open_socket(stale, None), stale)
+
+
+def test_keys_that_nobody_uses_are_bounded(actors: Actors, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "MAX_KEYS", 3)
+    server = actors.add("a")
+    offers = [server.offer(Network.UNIX) for _ in range(5)]
+    for offer in offers[:2]:
+        with pytest.raises(OSError, match="closed"):
+            greet(open_socket(offer, None), offer)
+    for offer in offers[2:]:
+        greet(open_socket(offer, None), offer).close()
+
+
+def test_the_actors_proof_is_no_good_as_the_routers(actors: Actors) -> None:
+    secret, actor_nonce, router_nonce = secrets.token_bytes(32), new_nonce(), new_nonce()
+    shown = {side: proof(secret, side, actor_nonce, router_nonce) for side in Side}
+    assert len(set(shown.values())) == len(Side)
+    assert shown[Side.ACTOR] != proof(secret, Side.ACTOR, router_nonce, actor_nonce)
+
+
+def test_a_router_does_not_talk_to_a_stranger_at_the_actors_address() -> None:
+    ours, theirs = socket.socketpair()
+    offer = StreamOffer(Network.UNIX, b"\0x", secrets.token_bytes(16), secrets.token_bytes(32))
+    stranger = Channel(theirs)
+
+    def pretend() -> None:
+        stranger.send(0, (bytes(16),))
+        received(stranger, 1)
+        stranger.send(0, (bytes(32),))
+
+    pretending = threading.Thread(target=pretend)
+    pretending.start()
+    with pytest.raises(ConnectionError, match="does not have the secret"):
+        greet(ours, offer)
+    pretending.join(LIMIT_S)
+    theirs.close()
+
+
+def test_a_router_gives_up_on_an_actor_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.stream.connect.CONNECT_TIMEOUT_S", 0.1)
+    ours, theirs = socket.socketpair()
+    offer = StreamOffer(Network.UNIX, b"\0x", bytes(16), bytes(32))
+    with pytest.raises(TimeoutError, match="no greeting"):
+        greet(ours, offer)
+    theirs.close()
+
+
+def test_a_half_open_connection_is_dropped_in_time(
+    actors: Actors, connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "HELLO_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(server_module, "LOOK_S", 0.05)
+    server = actors.add("a")
+    silent = open_socket(server.offer(Network.UNIX), None)
+    assert closed_by_peer(silent)
+    silent.close()
+    still_serves(actors, connect)
+
+
+def test_connections_are_bounded(
+    actors: Actors, connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 2)
+    server = actors.add("a")
+    transport = connect()
+    assert ask(transport, call(b"x")) == [b"x"]
+    second = open_socket(server.offer(Network.UNIX), None)
+    until(lambda: len(server._peers) == 2, "the second is there")
+    third = open_socket(server.offer(Network.UNIX), None)
+    assert closed_by_peer(third)
+    second.close()
+    third.close()
+    until(lambda: len(server._peers) == 1, "the second has left")
+    still_serves(actors, connect)
+
+
+def test_an_admitted_router_that_sends_an_oversized_message_is_cut_off(
+    actors: Actors, connect: Open
+) -> None:
+    actors.add("a")
+    router = greeted(actors)
+    router.sock.setblocking(True)
+    router.sock.sendall(struct.pack("<QQ", channel_module.MAX_MESSAGE_BYTES + 1, 1))
+    assert closed_by_peer(router.sock)
+    router.close()
+    still_serves(actors, connect)
+
+
+def test_a_router_that_does_not_read_is_not_read_from_and_is_cut_off_in_time(
+    actors: Actors, connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "STALLED_S", 0.3)
+    monkeypatch.setattr(server_module, "LOOK_S", 0.05)
+    server = actors.add("a")
+    router = greeted(actors)
+    router.sock.setblocking(True)
+    router.sock.settimeout(0.1)
+    frame = bytes(16 * 6250)
+    sent = 0
+    try:
+        for call_id in range(1000):
+            router.sock.sendall(struct.pack("<QQ", len(frame), call_id) + frame)
+            sent += 1
+    except OSError:  # it is not read any more, or cut off already
+        pass
+    assert sent < 100
+    until(lambda: not server._peers, "the actor has dropped it")
+    router.close()
+    still_serves(actors, connect)
+
+
+def test_a_router_that_leaves_in_the_middle_of_a_message_disturbs_nobody(
+    actors: Actors, connect: Open
+) -> None:
+    actors.add("a")
+    router = greeted(actors)
+    router.sock.setblocking(True)
+    router.sock.sendall(struct.pack("<QQ", 1000, 1) + bytes(500))
+    router.close()
+    still_serves(actors, connect)
+    assert actors.echoes["a"].batches == [[b"good"]]
+
+
+# The channel.
+
+
+def channels() -> tuple[Channel, Channel]:
+    left, right = socket.socketpair()
+    return Channel(left), Channel(right)
+
+
+def received(channel: Channel, count: int) -> list[tuple[int, bytes]]:
+    messages: list[tuple[int, bytes]] = []
+    deadline_s = time.monotonic() + LIMIT_S
+    while len(messages) < count:
+        assert time.monotonic() < deadline_s
+        messages += [(call_id, bytes(frame)) for call_id, frame in channel.receive()]
+    return messages
+
+
+def test_messages_that_come_byte_by_byte_are_put_together() -> None:
+    left, right = channels()
+    sent = [(1, b"abc"), (2, b""), (3, bytes(range(64)))]
+    wire = b"".join(
+        struct.pack("<QQ", len(frame), call_id) + frame + bytes(-len(frame) % 16)
+        for call_id, frame in sent
+    )
+    messages: list[tuple[int, bytes]] = []
+    for place in range(len(wire)):
+        left.sock.send(wire[place : place + 1])
+        messages += [(call_id, bytes(frame)) for call_id, frame in right.receive()]
+    assert messages == sent
+
+
+def test_many_messages_in_one_piece_are_taken_apart() -> None:
+    left, right = channels()
+    sent = [(i, secrets.token_bytes(i % 50)) for i in range(100)]
+    for call_id, frame in sent:
+        left.send(call_id, (frame,))
+    assert received(right, 100) == sent
+
+
+def test_what_the_socket_does_not_take_is_sent_later_in_order() -> None:
+    left, right = channels()
+    sent = [(i, secrets.token_bytes(300_001)) for i in range(5)]
+    for call_id, frame in sent:
+        left.send(call_id, (frame[:7], frame[7:]))
+    assert left.is_sending
+    messages: list[tuple[int, bytes]] = []
+    deadline_s = time.monotonic() + LIMIT_S
+    while len(messages) < 5:
+        assert time.monotonic() < deadline_s
+        left.flush()
+        messages += [(call_id, bytes(frame)) for call_id, frame in right.receive()]
+    assert messages == sent
+    assert not left.is_sending
+
+
+def test_memory_grows_with_what_has_come_and_not_with_what_a_length_says() -> None:
+    left, right = channels()
+    left.sock.send(struct.pack("<QQ", channel_module.MAX_MESSAGE_BYTES, 1) + bytes(1000))
+    assert right.receive() == []
+    assert right.receive() == []
+    assert len(right._buffer) <= 4 * BUFFER_BYTES
+
+
+def test_a_buffer_that_grew_for_a_long_message_is_given_back() -> None:
+    left, right = channels()
+    long = bytes(4 * KEPT_BUFFER_BYTES)
+    sender = threading.Thread(target=lambda: left.sock.setblocking(True) or left.send(1, (long,)))
+    sender.start()
+    assert received(right, 1) == [(1, long)]
+    sender.join(LIMIT_S)
+    left.send(2, (b"x",))
+    assert received(right, 1) == [(2, b"x")]
+    assert len(right._buffer) <= KEPT_BUFFER_BYTES
+
+
+# TLS.
+
+
+@dataclass
+class Authority:
+    """Certificates of one authority."""
+
+    files: TlsFiles
+    server: ssl.SSLContext
+    client: ssl.SSLContext
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Callable[[str], Authority]:
+    def made(name: str) -> Authority:
+        folder = tmp_path / name
+        folder.mkdir()
+        ca = trustme.CA()
+        node = ca.issue_cert("node.example")
+        ca.cert_pem.write_to_path(folder / "ca.pem")
+        node.private_key_pem.write_to_path(folder / "key.pem")
+        for i, pem in enumerate(node.cert_chain_pems):
+            pem.write_to_path(folder / "cert.pem", append=i > 0)
+        names = ("cert.pem", "key.pem", "ca.pem")
+        files = TlsFiles(*(str(folder / one) for one in names))
+        return Authority(files, files.server_context(), files.client_context())
+
+    return made
+
+
+@pytest.mark.parametrize("size", [1, 16_384, 5_000_000])
+def test_a_stream_between_hosts_can_be_encrypted(
+    actors: Actors, connect: Open, authority: Callable[[str], Authority], size: int
+) -> None:
+    ours = authority("ours")
+    actors.add("a", tls=ours.server)
+    actors.networks = [Network.TCP]
+    transport = connect(tls=ours.client)
+    frames = [secrets.token_bytes(size) for _ in range(5)]
+    assert [ask(transport, call(frame)) for frame in frames] == [[frame] for frame in frames]
+    [link] = transport._links.values()
+    assert isinstance(link.channel.sock, ssl.SSLSocket)
+    assert link.channel.sock.version() == "TLSv1.3"
+    flights = [transport.begin([call(frame)], LIMIT_S) for frame in frames]
+    assert [answers(flight.wait()) for flight in flights] == [[frame] for frame in frames]
+
+
+@pytest.mark.parametrize("who", ["the router", "the actor", "a router without TLS"])
+def test_who_has_no_certificate_of_the_authority_gets_no_stream(
+    actors: Actors, connect: Open, authority: Callable[[str], Authority], who: str
+) -> None:
+    ours, theirs = authority("ours"), authority("theirs")
+    actors.add("a", tls=(theirs if who == "the actor" else ours).server)
+    actors.networks = [Network.TCP]
+    client = {"the router": theirs.client, "the actor": ours.client}.get(who)
+    transport = connect(tls=client)
+    assert ask(transport, call(b"x"), timeout_s=0.5) == [CallFailure.DIED]
+    assert actors.echoes["a"].batches == []
+
+
+@pytest.mark.parametrize("broken", ["certificate", "key", "authority"])
+@pytest.mark.parametrize("content", [None, b"no certificate"])
+def test_unusable_tls_files_are_named(
+    authority: Callable[[str], Authority], broken: str, content: bytes | None
+) -> None:
+    files = authority("ours").files
+    path = Path(getattr(files, broken))
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        files.server_context("args.experts.tls")
+    named = "certificate" if broken == "key" and content else broken
+    assert caught.value.field == f"args.experts.tls.{named}"
