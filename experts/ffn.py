@@ -31,8 +31,11 @@ _PLACELESS = frozenset((functional.silu, functional.relu))
 _HAS_AMX: bool = torch.cpu._is_amx_tile_supported()
 # With more rows than two AMX tiles have oneDNN adds up in another order.
 _MAX_TILED_ROWS = 32
-# Products with smaller weights than this are torch's own, which add up in another order yet.
-_MIN_TILED_SIZE = 4096
+# Products with no more weights than this are torch's own, which add up in another order yet.
+_MAX_TINY_SIZE = 4096
+# One row adds up as two rows do where H and I are multiples of the one and at most the other.
+_ONE_ROW_STEP = 64
+_ONE_ROW_MAX = 2048
 
 
 def gated_ffn(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> torch.Tensor:
@@ -47,11 +50,14 @@ def gated_ffn(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> 
 
 
 def _fits_tiles(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> bool:
+    sizes = weights.down.shape
+    if rows.shape[0] == 1 and (max(sizes) > _ONE_ROW_MAX or any(n % _ONE_ROW_STEP for n in sizes)):
+        return False
     return (
-        1 < rows.shape[0] <= _MAX_TILED_ROWS  # one row is no faster so
+        0 < rows.shape[0] <= _MAX_TILED_ROWS
         and rows.dtype == torch.bfloat16
         and rows.is_cpu
-        and weights.down.numel() >= _MIN_TILED_SIZE
+        and weights.down.numel() > _MAX_TINY_SIZE
         and act in _PLACELESS
     )
 
@@ -61,10 +67,11 @@ def _tiled_ffn(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) ->
 
     ``functional.linear`` has them on the right, where oneDNN rearranges them for AMX in every
     call, which takes half as long again as the product. And oneDNN compiles and keeps code for
-    every number of rows (1.1 MB, 1 to 4 ms), so that only powers of two are computed.
+    every number of rows (1.1 MB, 1 to 4 ms), so that only powers of two are computed, from two
+    on: one row is a product of another kind, and slower.
     """
     num_rows = rows.shape[0]
-    padding = (1 << (num_rows - 1).bit_length()) - num_rows
+    padding = max(2, 1 << (num_rows - 1).bit_length()) - num_rows
     if padding > 0:
         rows = functional.pad(rows, (0, 0, 0, padding))
     gate, up = torch.mm(weights.gate_up, rows.t()).chunk(2)  # [I, P] each

@@ -77,6 +77,18 @@ def test_any_number_of_rows_has_the_bits_of_linear(
         assert torch.equal(got, plain_ffn(rows[:num_rows], weights, act)), num_rows
 
 
+@pytest.mark.parametrize(
+    ("hidden", "inner"), [(64, 64), (72, 128), (128, 72), (1024, 2048), (512, 5120), (3072, 1024)]
+)
+@pytest.mark.parametrize("make", [cancelling_first, cancelling_second])
+@torch.inference_mode()
+def test_one_row_has_the_bits_of_linear(make: Make, hidden: int, inner: int) -> None:
+    torch.manual_seed(hidden)
+    rows, weights = make(1, hidden, inner, torch.bfloat16)
+    got = gated_ffn(rows, weights, functional.silu)
+    assert torch.equal(got, plain_ffn(rows, weights, functional.silu))
+
+
 @pytest.mark.parametrize("name", ["silu", "relu"])
 def test_a_placeless_activation_has_one_result_for_a_value(name: str) -> None:
     act = ACTIVATIONS[name]
