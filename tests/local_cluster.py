@@ -17,9 +17,9 @@ import torch
 
 from cluster.errors import ExpertMeshError
 from cluster.frames import DispatchFrame, decode, encode
-from cluster.placement import ExpertKey, ModelExperts, assign_experts, empty_placement
+from cluster.placement import ExpertKey, ModelExperts, Placement, assign_experts, empty_placement
 from cluster.tensors import TORCH_DTYPES
-from cluster.transport import Call, CallFailure, Outcome
+from cluster.transport import Call, CallFailure, Outcome, Transport
 from experts.bank import ExpertBank, GatedFfnExpert
 from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.ffn import ACTIVATIONS
@@ -102,23 +102,32 @@ class LocalCluster:
         num_pages: int = 512,
         dtype: str | None = None,
         threaded: bool = True,
+        elsewhere: tuple[str, Transport, Placement] | None = None,
     ) -> None:
+        """``elsewhere`` is a model's id with transport and placement, where its experts live."""
         limits = limits or Limits(32, 64, 256)
         self.checkpoint = open_checkpoint(folder)
         dtype = dtype or self.checkpoint.dtype
         shape = self.checkpoint.shape
-        experts = ModelExperts(MODEL, shape.layers, shape.num_experts, 1)
+        model_id = MODEL if elsewhere is None else elsewhere[0]
+        experts = ModelExperts(model_id, shape.layers, shape.num_experts, 1)
         shares = assign_experts([experts], [f"a{i}" for i in range(num_actors)], None)
         self.view = PlacementView()
         placement = empty_placement(1, [experts])
         for actor_id, keys in shares.items():
             placement = placement.with_actor(actor_id, 1, keys)
-        self.placement = placement
-        self.view.publish(placement)
+        self.placement = placement if elsewhere is None else elsewhere[2]
+        self.view.publish(self.placement)
         self.suspected: list[tuple[str, int]] = []
-        self.transport = BankTransport(load_banks(self.checkpoint, shares, dtype))
+        self.transport = BankTransport({})
+        if elsewhere is None:
+            self.transport.banks = load_banks(self.checkpoint, shares, dtype)
         self.dispatcher = Dispatcher(
-            MODEL, self.view, self.transport, lambda a, g: self.suspected.append((a, g)), 5.0
+            model_id,
+            self.view,
+            self.transport if elsewhere is None else elsewhere[1],
+            lambda a, g: self.suspected.append((a, g)),
+            5.0,
         )
         self.exchange = RemoteExchange(self.dispatcher)
         model = MoEModel(self.checkpoint, TORCH_DTYPES[dtype], num_pages * PAGE_SIZE, self.exchange)

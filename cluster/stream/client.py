@@ -51,11 +51,15 @@ class StreamTransport:
     def begin(self, calls: Sequence[Call], timeout_s: float) -> Flight:
         """See :class:`Transport`."""
         flight = _StreamFlight(self, calls, time.monotonic() + timeout_s)
-        for place, call in enumerate(calls):
-            failure = self._send(flight, place, call)
+        for place in self._linked_first(calls):
+            failure = self._send(flight, place, calls[place])
             if failure is not None:
                 flight.send_elsewhere(place, failure)
         return flight
+
+    def _linked_first(self, calls: Sequence[Call]) -> list[int]:
+        """Return the calls' places, those last that may have to wait for a connection."""
+        return sorted(range(len(calls)), key=lambda place: calls[place].actor_id not in self._links)
 
     def close(self) -> None:
         """See :class:`Transport`."""
@@ -71,6 +75,8 @@ class StreamTransport:
         link = self._link(call, flight.remaining_s())
         if link is None:
             return CallFailure.DIED
+        if len(link.unanswered) >= WINDOW:
+            self.receive(flight, 0)  # late answers, which nobody has waited for
         if len(link.unanswered) >= WINDOW or sum(map(len, call.frame)) > MAX_MESSAGE_BYTES:
             return CallFailure.TIMED_OUT
         self._last_id = call_id = self._last_id + 1
@@ -149,6 +155,8 @@ class StreamTransport:
         self._drop(link)
 
     def _drop(self, link: _Link) -> None:
+        if self._links.get(link.actor_id) is not link:
+            return
         del self._links[link.actor_id]
         self._selector.unregister(link.channel.sock)
         link.channel.close()

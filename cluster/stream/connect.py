@@ -49,17 +49,18 @@ class Connector:
         self._closed = False
 
     def take(self, actor_id: str, generation: int, timeout_s: float) -> Channel | None:
-        """Return a new connection once it is there, waiting at most ``timeout_s``.
+        """Return a new connection once it is there, or ``None``.
 
-        Asks for it unless that is under way or failed a moment ago.
+        Asks for it unless that is under way or failed a moment ago, and waits at most ``timeout_s``
+        for what then comes of it.
         """
         with self._changed:
             self._want(actor_id, generation)
             if timeout_s > 0:
-                self._changed.wait_for(lambda: self._is_made(actor_id, generation), timeout_s)
+                self._changed.wait_for(lambda: not self._under_way(actor_id), timeout_s)
             if not self._is_made(actor_id, generation):
                 return None
-            del self._asked[actor_id]
+            self._asked.pop(actor_id, None)
             return self._made.pop(actor_id)[1]
 
     def close(self) -> None:
@@ -73,6 +74,10 @@ class Connector:
 
     def _is_made(self, actor_id: str, generation: int) -> bool:
         return actor_id in self._made and self._made[actor_id][0] == generation
+
+    def _under_way(self, actor_id: str) -> bool:
+        asked = self._asked.get(actor_id)
+        return actor_id not in self._made and asked is not None and asked[1] == float("inf")
 
     def _want(self, actor_id: str, generation: int) -> None:
         asked, again_s = self._asked.get(actor_id, (0, 0.0))

@@ -1,0 +1,40 @@
+"""An actor that answers frames without experts; light, so that tests can start many."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+
+import ray
+
+from cluster.frames import Buffer, Parts
+from cluster.stream.offer import Network, StreamOffer
+from cluster.stream.server import StreamServer
+
+
+class Echo:
+    """Answers a frame with itself, backwards; waits where the frame says so."""
+
+    def __init__(self) -> None:
+        self._server = StreamServer(self.compute_all, "127.0.0.1", None)
+
+    def compute_all(self, frames: Sequence[Buffer]) -> list[Parts]:
+        """Answer frames that came over streams."""
+        return [(self.compute(bytes(frame)),) for frame in frames]
+
+    def compute(self, frame: bytes) -> bytes:
+        """Answer a frame."""
+        if frame.startswith(b"wait "):
+            time.sleep(float(frame[5:]))
+        return frame[::-1]
+
+    @ray.method(concurrency_group="control")
+    def offer_stream(self, network: Network) -> StreamOffer:
+        """See :class:`experts.actor.ExpertActor`."""
+        return self._server.offer(network)
+
+    @ray.method(concurrency_group="control")
+    def pid(self) -> int:
+        """Return the process's id."""
+        return os.getpid()
