@@ -25,6 +25,7 @@ from cluster.errors import CheckpointError
 from experts.checkpoint import Checkpoint
 from experts.families import Family
 from router.cache import ATTENTION_NAME, PagedBatch, PagedCache, PagedContext, paged_attention
+from router.linear import pack_linears
 
 _REPLACING = threading.Lock()
 
@@ -109,6 +110,7 @@ class MoEModel:
     ) -> None:
         """Load the dense part and make a cache of ``cache_slots`` tokens."""
         self._model = load_dense(checkpoint, dtype)
+        pack_linears(self._model)
         config = self._model.config
         self.sliding_window: int | None = getattr(config, "sliding_window", None)
         self._cache = PagedCache(
