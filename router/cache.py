@@ -73,13 +73,14 @@ class PagedBatch:
 
     ``new_slots`` [T] is where each token's key and value go. The first ``num_decode`` tokens
     belong to decoding sequences: ``decode_slots`` [B, L] are the slots that they attend to, right
-    padded, and ``decode_mask`` [B, 1, 1, L] is false at the padding and outside the window.
+    padded, and ``decode_mask`` [B, 1, 1, L] is false at the padding and outside the window, or
+    ``None`` where nothing is hidden.
     """
 
     new_slots: torch.Tensor
     num_decode: int
     decode_slots: torch.Tensor
-    decode_mask: torch.Tensor
+    decode_mask: torch.Tensor | None
     chunks: tuple[Chunk, ...]
 
 
@@ -130,32 +131,36 @@ def paged_attention(
     keys = paged.cache.keys[layer_id]
     values = paged.cache.values[layer_id]
     batch = paged.batch
-    keys.index_copy_(0, batch.new_slots, key[0].transpose(0, 1))
-    values.index_copy_(0, batch.new_slots, value[0].transpose(0, 1))
-    tokens = query[0].transpose(0, 1)  # [T, Q, D]
-    output = torch.empty_like(tokens)
+    keys.index_copy_(0, batch.new_slots, key.squeeze(0).transpose(0, 1))
+    values.index_copy_(0, batch.new_slots, value.squeeze(0).transpose(0, 1))
+    outputs = []  # [1, T, Q, D] each
     if batch.num_decode:
-        output[: batch.num_decode] = _attend(
-            tokens[: batch.num_decode].unsqueeze(2),  # [B, Q, 1, D]
+        output = _attend(
+            query[:, :, : batch.num_decode].permute(2, 1, 0, 3),  # [B, Q, 1, D]
             _gather(keys, batch.decode_slots),
             _gather(values, batch.decode_slots),
             batch.decode_mask,
             scaling,
-        ).squeeze(2)
+            is_causal=False,
+        )
+        outputs.append(output.permute(2, 0, 1, 3))
     for chunk in batch.chunks:
-        output[chunk.start : chunk.end] = _attend(
-            tokens[chunk.start : chunk.end].transpose(0, 1).unsqueeze(0),  # [1, Q, C, D]
-            _gather(keys, chunk.slots.unsqueeze(0)),
-            _gather(values, chunk.slots.unsqueeze(0)),
+        slots = chunk.slots.unsqueeze(0)
+        output = _attend(
+            query[:, :, chunk.start : chunk.end],  # [1, Q, C, D]
+            _gather(keys, slots),
+            _gather(values, slots),
             chunk.mask,
             scaling,
-        )[0].transpose(0, 1)
-    return output.unsqueeze(0), None
+            is_causal=chunk.mask is None,
+        )
+        outputs.append(output.transpose(1, 2))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 
 def _gather(cached: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Return cached rows [S, G, D] at slots [B, L] as [B, G, L, D]."""
-    rows = cached.index_select(0, slots.reshape(-1))
+    rows = cached.index_select(0, slots.view(-1))
     return rows.view(*slots.shape, *cached.shape[1:]).transpose(1, 2)
 
 
@@ -165,6 +170,7 @@ def _attend(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float,
+    is_causal: bool,
 ) -> torch.Tensor:
     return functional.scaled_dot_product_attention(
         query,
@@ -172,6 +178,6 @@ def _attend(
         value,
         attn_mask=mask,
         scale=scaling,
-        is_causal=mask is None,
+        is_causal=is_causal,
         enable_gqa=query.shape[1] != key.shape[1],
     )
