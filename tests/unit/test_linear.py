@@ -1,0 +1,63 @@
+"""Packed linear layers: the same bits as torch's, and only where that is so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from router.linear import PackedLinear, pack_linears
+
+BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+needs_bf16 = pytest.mark.xfail(not BF16, reason="oneDNN has no bf16 on this processor")
+
+
+def model_of(*layers: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*layers).requires_grad_(False).eval()
+
+
+@needs_bf16
+@pytest.mark.parametrize("shape", [(512, 256), (48, 96), (33, 17)])
+def test_a_packed_layer_has_the_bits_of_torchs_for_any_number_of_rows(
+    shape: tuple[int, int],
+) -> None:
+    linear = nn.Linear(*shape, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    packed = PackedLinear(linear.weight)
+    for rows in (1, 2, 7, 16, 33, 64, 200):
+        inputs = torch.randn(1, rows, shape[0], dtype=torch.bfloat16)
+        assert torch.equal(packed(inputs), linear(inputs))
+
+
+@needs_bf16
+def test_layers_are_replaced_at_any_depth() -> None:
+    inner = nn.Linear(32, 16, bias=False, dtype=torch.bfloat16)
+    model = model_of(nn.Sequential(inner), nn.ReLU())
+    inputs = torch.randn(5, 32, dtype=torch.bfloat16)
+    expected = model(inputs)
+    pack_linears(model)
+    assert isinstance(model[0][0], PackedLinear)
+    assert torch.equal(model(inputs), expected)
+
+
+def test_what_has_no_packed_twin_stays() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(inputs)
+
+    model = model_of(
+        nn.Linear(8, 8, bias=False),
+        nn.Linear(8, 8, bias=True, dtype=torch.bfloat16),
+        Doubled(8, 8, bias=False, dtype=torch.bfloat16),
+    )
+    layers = list(model)
+    pack_linears(model)
+    assert list(model) == layers
+
+
+@needs_bf16
+def test_a_layer_whose_twin_gives_other_bits_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, rows: torch.zeros(1))
+    model = model_of(nn.Linear(8, 8, bias=False, dtype=torch.bfloat16))
+    pack_linears(model)
+    assert type(model[0]) is nn.Linear
