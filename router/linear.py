@@ -8,6 +8,8 @@ Dimension letters: T tokens, I input size, O output size.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 
@@ -37,16 +39,23 @@ def pack_linears(model: nn.Module) -> None:
     The others stay: other dtypes and devices, a bias, a processor for which oneDNN has no bf16, and
     whatever does not give bit for bit what it gave. A head tied to the embedding is copied.
     """
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if type(child) is not nn.Linear or child.bias is not None:
-                continue
-            if child.weight.is_cpu and child.weight.dtype == torch.bfloat16:
+            if is_packable(child):
                 packed = PackedLinear(child.weight)
                 if _same_bits(child, packed):
                     setattr(parent, name, packed)
+
+
+def is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Say whether a module is a linear layer that :class:`PackedLinear` can hold."""
+    return (
+        type(module) is nn.Linear
+        and module.bias is None
+        and module.weight.is_cpu
+        and module.weight.dtype == torch.bfloat16
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
 
 
 def _same_bits(linear: nn.Linear, packed: PackedLinear) -> bool:

@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from cluster.errors import CheckpointError
 from experts.checkpoint import Checkpoint
 from experts.families import Family
+from router.attention import fuse_attention
 from router.cache import ATTENTION_NAME, PagedBatch, PagedCache, PagedContext, paged_attention
 from router.linear import pack_linears
 
@@ -110,6 +111,7 @@ class MoEModel:
     ) -> None:
         """Load the dense part and make a cache of ``cache_slots`` tokens."""
         self._model = load_dense(checkpoint, dtype)
+        fuse_attention(self._model)
         pack_linears(self._model)
         config = self._model.config
         self.sliding_window: int | None = getattr(config, "sliding_window", None)
