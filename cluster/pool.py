@@ -44,7 +44,7 @@ def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
                 # oneDNN keeps the code that it compiles for each shape of a product, 0.5 MB, and
                 # torch a description of it for each thread, 0.5 MB too; both keep 1024 by default,
                 # and prompts bring new numbers of rows for ever.
-                "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+                "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
                 "LRU_CACHE_CAPACITY": "1",
             }
         },

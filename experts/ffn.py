@@ -31,6 +31,9 @@ _PLACELESS = frozenset((functional.silu, functional.relu))
 _HAS_AMX: bool = torch.cpu._is_amx_tile_supported()
 # With more rows than two AMX tiles have oneDNN adds up in another order.
 _MAX_TILED_ROWS = 32
+# From the first to the second number of rows it adds up in one and the same order again.
+_BLOCKED_ROWS = range(37, 353)
+_BLOCK = 32
 # Products with no more weights than this are torch's own, which add up in another order yet.
 _MAX_TINY_SIZE = 4096
 # One row adds up as two rows do where H and I are multiples of the one and at most the other.
@@ -43,23 +46,40 @@ def gated_ffn(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> 
 
     Bit for bit what two ``functional.linear`` make of just these rows.
     """
-    if _HAS_AMX and _fits_tiles(rows, weights, act):
-        return _tiled_ffn(rows, weights, act)
+    num_rows = rows.shape[0]
+    if _HAS_AMX and _is_placeless(rows, weights, act):
+        if _fits_tiles(num_rows, weights):
+            return _tiled_ffn(rows, weights, act)
+        if num_rows in _BLOCKED_ROWS:
+            # For the fewer numbers of rows that there is code for, as in _tiled_ffn.
+            return _plain_ffn(_padded(rows, -num_rows % _BLOCK), weights, act)[:num_rows]
+    return _plain_ffn(rows, weights, act)
+
+
+def _plain_ffn(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> torch.Tensor:
     gate, up = functional.linear(rows, weights.gate_up).chunk(2, dim=-1)  # [P, I] each
     return functional.linear(act(gate) * up, weights.down)
 
 
-def _fits_tiles(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> bool:
-    sizes = weights.down.shape
-    if rows.shape[0] == 1 and (max(sizes) > _ONE_ROW_MAX or any(n % _ONE_ROW_STEP for n in sizes)):
-        return False
+def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
+    return functional.pad(rows, (0, 0, 0, count)) if count else rows
+
+
+def _is_placeless(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> bool:
+    """Say whether a row's result is the same in a product with some more rows."""
     return (
-        0 < rows.shape[0] <= _MAX_TILED_ROWS
-        and rows.dtype == torch.bfloat16
+        rows.dtype == torch.bfloat16
         and rows.is_cpu
         and weights.down.numel() > _MAX_TINY_SIZE
         and act in _PLACELESS
     )
+
+
+def _fits_tiles(num_rows: int, weights: GatedFfnWeights) -> bool:
+    sizes = weights.down.shape
+    if num_rows == 1 and (max(sizes) > _ONE_ROW_MAX or any(n % _ONE_ROW_STEP for n in sizes)):
+        return False
+    return 0 < num_rows <= _MAX_TILED_ROWS
 
 
 def _tiled_ffn(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> torch.Tensor:
@@ -71,8 +91,6 @@ def _tiled_ffn(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) ->
     on: one row is a product of another kind, and slower.
     """
     num_rows = rows.shape[0]
-    padding = max(2, 1 << (num_rows - 1).bit_length()) - num_rows
-    if padding > 0:
-        rows = functional.pad(rows, (0, 0, 0, padding))
+    rows = _padded(rows, max(2, 1 << (num_rows - 1).bit_length()) - num_rows)
     gate, up = torch.mm(weights.gate_up, rows.t()).chunk(2)  # [I, P] each
     return torch.mm(weights.down, act(gate) * up).t()[:num_rows]

@@ -89,6 +89,36 @@ def test_one_row_has_the_bits_of_linear(make: Make, hidden: int, inner: int) -> 
     assert torch.equal(got, plain_ffn(rows, weights, functional.silu))
 
 
+@pytest.mark.parametrize(("hidden", "inner"), [(64, 96), (512, 1024)])
+@pytest.mark.parametrize("make", [cancelling_first, cancelling_second])
+@torch.inference_mode()
+def test_many_rows_have_the_bits_of_linear(make: Make, hidden: int, inner: int) -> None:
+    torch.manual_seed(hidden)
+    rows, weights = make(420, hidden, inner, torch.bfloat16)
+    for num_rows in (
+        41,
+        63,
+        64,
+        65,
+        95,
+        100,
+        127,
+        128,
+        200,
+        321,
+        344,
+        351,
+        352,
+        353,
+        354,
+        384,
+        420,
+    ):
+        got = gated_ffn(rows[:num_rows], weights, functional.silu)
+        expected = plain_ffn(rows[:num_rows], weights, functional.silu)
+        assert torch.equal(got, expected), num_rows
+
+
 @pytest.mark.parametrize("name", ["silu", "relu"])
 def test_a_placeless_activation_has_one_result_for_a_value(name: str) -> None:
     act = ACTIVATIONS[name]
