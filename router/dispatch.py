@@ -22,7 +22,7 @@ import torch
 from cluster.errors import Code, ExpertUnavailableError, FrameError, InternalError
 from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode
 from cluster.placement import Placement
-from cluster.tensors import dtype_name, from_bytes, to_bytes
+from cluster.tensors import dtype_name, from_raw, to_raw
 from cluster.transport import Call, CallFailure, Outcome, Transport
 from router.placement_view import PlacementView
 
@@ -65,6 +65,24 @@ class _Part:
     pairs: np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer's work. Pair t * K + r is token t with the expert that the gate put at rank r.
+
+    ``rows`` [T, H] and ``output`` [P, H] are raw values (:func:`cluster.tensors.to_raw`);
+    ``slots`` [P] says where in the output a pair's row belongs.
+    """
+
+    layer_id: int
+    rows: np.ndarray
+    expert_ids: np.ndarray
+    k: int
+    slots: np.ndarray
+    output: np.ndarray
+    dtype: str
+    deadline_s: float
+
+
 class Dispatcher:
     """Dispatches the layers of one model; one per router replica, used by one thread."""
 
@@ -92,31 +110,36 @@ class Dispatcher:
         layer_id: int,
         hidden_states: torch.Tensor,
         topk_ids: np.ndarray,
-        ranks: np.ndarray,
+        slots: np.ndarray,
         deadline_s: float,
     ) -> torch.Tensor:
-        """Return the experts' unweighted rows [T, K, H] for hidden states [T, H].
+        """Return the experts' unweighted rows [P, H] for hidden states [T, H].
 
-        ``topk_ids`` [T, K] must ascend along K; row (t, r) of the result is expert
-        ``topk_ids[t, r]`` applied to token t. ``ranks`` [T, K] says where the gate had that expert:
-        an expert gets its rows by rank, then by token, as transformers' eager experts do, since a
-        row's bits depend on its place in the product. Raises :class:`ExpertUnavailableError` when
-        not every share could be had before ``deadline_s`` (wall clock).
+        Pair t * K + r is token t with expert ``topk_ids[t, r]``, the gate's choices as they are
+        [T, K]; its row stands at ``slots[t * K + r]``. An expert gets its rows by rank, then by
+        token, as transformers' eager experts do, since a row's bits depend on its place in the
+        product. Raises :class:`ExpertUnavailableError` when not every share could be had before
+        ``deadline_s`` (wall clock).
         """
-        num_tokens, k = topk_ids.shape
-        choices = _Choices(topk_ids.ravel(), ranks.ravel(), k)
-        rows = torch.empty(
-            (num_tokens * k, hidden_states.shape[1]),
-            dtype=hidden_states.dtype,
-            device=hidden_states.device,
+        rows = to_raw(hidden_states)
+        layer = _Layer(
+            layer_id=layer_id,
+            rows=rows,
+            expert_ids=topk_ids.ravel(),
+            k=topk_ids.shape[1],
+            slots=slots,
+            output=np.empty((topk_ids.size, rows.shape[1]), rows.dtype),
+            dtype=dtype_name(hidden_states.dtype),
+            deadline_s=deadline_s,
         )
-        pending = np.arange(num_tokens * k)
+        pending = np.arange(topk_ids.size)
         while True:
             placement = self._placement(deadline_s)
-            parts, homeless = split(self._layout(placement, layer_id), choices, pending)
-            failed = self._attempt(placement, layer_id, hidden_states, k, parts, rows, deadline_s)
+            layout = self._layout(placement, layer_id)
+            ordered, parts, homeless = split(layout, layer.expert_ids, layer.k, pending)
+            failed = self._attempt(placement, layer, ordered, parts)
             if not failed and not homeless:
-                return rows.view(num_tokens, k, -1)
+                return from_raw(layer.output, layer.dtype).to(hidden_states.device)
             self._wait(placement, bool(homeless), deadline_s)
             pending = np.concatenate([*homeless, *failed])
 
@@ -143,62 +166,48 @@ class Dispatcher:
         return layout
 
     def _attempt(
-        self,
-        placement: Placement,
-        layer_id: int,
-        hidden_states: torch.Tensor,
-        k: int,
-        parts: Sequence[_Part],
-        rows: torch.Tensor,
-        deadline_s: float,
+        self, placement: Placement, layer: _Layer, ordered: np.ndarray, parts: Sequence[_Part]
     ) -> list[np.ndarray]:
-        """Send every part once; fill ``rows`` from the answers, return the pairs that got none."""
-        timeout_s = min(self._call_timeout_s, deadline_s - time.time())
+        """Send every part once and take the answers; return the pairs that got none."""
+        now_s = time.time()
+        timeout_s = min(self._call_timeout_s, layer.deadline_s - now_s)
         if timeout_s <= 0:
             raise ExpertUnavailableError(
                 "the experts of a layer did not answer in time", self._model, 1.0
             )
-        frames = [
-            self._frame(placement, layer_id, hidden_states, k, part, time.time() + timeout_s)
-            for part in parts
-        ]
-        calls = [
-            Call(part.actor_id, part.generation, encode(frame))
-            for part, frame in zip(parts, frames, strict=True)
-        ]
+        if not parts:
+            return []
+        # All parts' rows at once; each part's are a piece of them.
+        rows = layer.rows.take(ordered // layer.k, axis=0).data.cast("B")
+        row_bytes = len(rows) // len(ordered)
+        frames, calls = [], []
+        begin = 0
+        for part in parts:
+            end = begin + len(part.pairs) * row_bytes
+            frame = DispatchFrame(
+                request_id=next(self._request_ids),
+                epoch=placement.epoch,
+                placement_version=placement.version,
+                model=self._model,
+                layer_id=layer.layer_id,
+                expert_ids=part.expert_ids,
+                num_tokens_per_expert=part.counts,
+                dtype=layer.dtype,
+                hidden_size=layer.rows.shape[1],
+                deadline_s=now_s + timeout_s,
+                rows=rows[begin:end],
+            )
+            frames.append(frame)
+            calls.append(Call(part.actor_id, part.generation, encode(frame)))
+            begin = end
         outcomes = self._transport.begin(calls, timeout_s).wait()
         return [
             part.pairs
             for part, frame, outcome in zip(parts, frames, outcomes, strict=True)
-            if not self._take(part, frame, outcome, rows)
+            if not self._take(layer, part, frame, outcome)
         ]
 
-    def _frame(
-        self,
-        placement: Placement,
-        layer_id: int,
-        hidden_states: torch.Tensor,
-        k: int,
-        part: _Part,
-        deadline_s: float,
-    ) -> DispatchFrame:
-        tokens = torch.from_numpy(part.pairs // k).to(hidden_states.device)
-        sent = hidden_states.index_select(0, tokens)
-        return DispatchFrame(
-            request_id=next(self._request_ids),
-            epoch=placement.epoch,
-            placement_version=placement.version,
-            model=self._model,
-            layer_id=layer_id,
-            expert_ids=part.expert_ids,
-            num_tokens_per_expert=part.counts,
-            dtype=dtype_name(sent.dtype),
-            hidden_size=sent.shape[1],
-            deadline_s=deadline_s,
-            rows=to_bytes(sent),
-        )
-
-    def _take(self, part: _Part, sent: DispatchFrame, outcome: Outcome, rows: torch.Tensor) -> bool:
+    def _take(self, layer: _Layer, part: _Part, sent: DispatchFrame, outcome: Outcome) -> bool:
         if isinstance(outcome, CallFailure):
             self.retries[outcome.value] += 1
             self._suspect(part.actor_id, part.generation)
@@ -221,10 +230,8 @@ class Dispatcher:
             logger.warning("%s g%d: the answer is not the call's", part.actor_id, part.generation)
             self.retries["malformed"] += 1
             return False
-        received = from_bytes(answer.rows, answer.dtype, answer.num_rows, answer.hidden_size)
-        if not rows.is_cpu:
-            received = received.to(rows.device)
-        rows.index_copy_(0, torch.from_numpy(part.pairs), received)
+        received = np.frombuffer(answer.rows, layer.output.dtype)
+        layer.output[layer.slots[part.pairs]] = received.reshape(len(part.pairs), -1)
         return True
 
     def _refused(self, part: _Part, answer: ErrorFrame) -> bool:
@@ -246,17 +253,11 @@ class Dispatcher:
         self._view.wait_newer(placement, min(longest_s, remaining_s))
 
 
-@dataclass(frozen=True, slots=True)
-class _Choices:
-    """The gate's choices, a pair per place: its expert, and the rank that the gate gave it [P]."""
-
-    expert_ids: np.ndarray
-    ranks: np.ndarray
-    k: int
-
-
 def lay_out(holders: Mapping[int, str | None], generations: Mapping[str, int]) -> _Layout:
-    """Order a layer's experts by holder, then by id; ``holders`` has every expert of the layer."""
+    """Order a layer's experts by holder, those without one first, then by id.
+
+    ``holders`` has every expert of the layer.
+    """
     expert_ids = sorted(holders, key=lambda expert_id: (holders[expert_id] or "", expert_id))
     place_of = np.empty(len(expert_ids), dtype=np.int64)
     place_of[expert_ids] = np.arange(len(expert_ids))
@@ -271,29 +272,31 @@ def lay_out(holders: Mapping[int, str | None], generations: Mapping[str, int]) -
 
 
 def split(
-    layout: _Layout, choices: _Choices, pairs: np.ndarray
-) -> tuple[list[_Part], list[np.ndarray]]:
+    layout: _Layout, expert_ids: np.ndarray, k: int, pairs: np.ndarray
+) -> tuple[np.ndarray, list[_Part], list[np.ndarray]]:
     """Divide pairs among actors: by expert, then by rank, then by token.
 
-    Also returns the pairs whose experts have no live copy, an array each lot.
+    ``expert_ids`` [P] has the expert of every pair of the layer. Returns the pairs that have an
+    actor, in order; the parts, each a stretch of it; and those whose experts have no live copy.
     """
-    places = layout.place_of[choices.expert_ids[pairs]]
-    # A pair's number is its token's times k plus something smaller, so it orders by token.
-    keys = (places * choices.k + choices.ranks[pairs]) * len(choices.ranks) + pairs
+    places = layout.place_of[expert_ids[pairs]]
+    # A pair's number is its token's times k plus its rank.
+    keys = (places * k + pairs % k) * len(expert_ids) + pairs
     ordered = pairs[keys.argsort()]
     counts = np.bincount(places, minlength=len(layout.expert_ids)).tolist()
     parts: list[_Part] = []
     homeless: list[np.ndarray] = []
-    end = 0
+    end = first = 0
     for share in layout.shares:
         asked = [place for place in range(share.start, share.end) if counts[place]]
         if not asked:
             continue
         sizes = tuple(counts[place] for place in asked)
         begin, end = end, end + sum(sizes)
-        if share.actor_id is None:
+        if share.actor_id is None:  # the first share, if there is such
             homeless.append(ordered[begin:end])
+            first = end
             continue
-        expert_ids = tuple(layout.expert_ids[place] for place in asked)
-        parts.append(_Part(share.actor_id, share.generation, expert_ids, sizes, ordered[begin:end]))
-    return parts, homeless
+        asked_ids = tuple(layout.expert_ids[place] for place in asked)
+        parts.append(_Part(share.actor_id, share.generation, asked_ids, sizes, ordered[begin:end]))
+    return ordered[first:], parts, homeless

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
+import numpy as np
 import torch
 
 from router.combine import combine
@@ -41,11 +42,16 @@ class RemoteExchange:
         Raises :class:`ExpertUnavailableError` when the deadline passes first.
         """
         started_s = time.perf_counter()
+        ids = topk_ids.cpu().numpy()
+        num_tokens, k = ids.shape
         # Ascending expert order, so that the sum below is the same whoever computes the shares.
-        ascending, order = topk_ids.sort(dim=1)
-        rows = self._dispatcher.dispatch(
-            layer_id, hidden_states, ascending.numpy(), order.numpy(), self.deadline_s
+        pairs = (ids.argsort(axis=1) + np.arange(0, ids.size, k)[:, None]).ravel()
+        slots = np.empty_like(pairs)
+        slots[pairs] = np.arange(ids.size)
+        rows = self._dispatcher.dispatch(layer_id, hidden_states, ids, slots, self.deadline_s)
+        weights = topk_weights.reshape(-1).index_select(
+            0, torch.from_numpy(pairs).to(topk_weights.device)
         )
-        combined = combine(rows, topk_weights.gather(1, order))
+        combined = combine(rows.view(num_tokens, k, -1), weights.view(num_tokens, k))
         self.timings_s.append(time.perf_counter() - started_s)
         return combined
