@@ -22,6 +22,7 @@ from cluster.config import (
     GatewayConfig,
     ModelConfig,
     RouterConfig,
+    TlsConfig,
     load_deployment,
     parse_args,
 )
@@ -36,6 +37,7 @@ DEPLOY = Path(deploy.__file__).parent
 DEPLOYMENT_FILES = sorted(DEPLOY.rglob("*.yaml"))
 SERVE_CONFIGS = [file for file in DEPLOYMENT_FILES if "models" not in file.parts]
 MODEL = {"id": "a", "path": "models/mesh-tiny"}
+TLS = {"certificate": "c", "key": "k", "authority": "a", "cert": "x"}
 PREFLIGHT = "router.preflight:PowerOfTwoChoicesRequestRouter"
 
 
@@ -77,6 +79,7 @@ def test_the_smallest_arguments_are_a_model() -> None:
         ({"models": [{**MODEL, "pth": "x"}]}, "args.models[0].pth", ModelConfig),
         ({"models": [MODEL, {**MODEL, "id": "b", "x": 1}]}, "args.models[1].x", ModelConfig),
         ({"models": [MODEL], "experts": {"actor": 2}}, "args.experts.actor", ExpertsConfig),
+        ({"models": [MODEL], "experts": {"tls": TLS}}, "args.experts.tls.cert", TlsConfig),
         ({"models": [MODEL], "router": {"batch": 2}}, "args.router.batch", RouterConfig),
         ({"models": [MODEL], "gateway": {"port": 1}}, "args.gateway.port", GatewayConfig),
     ],
@@ -119,6 +122,8 @@ BAD_VALUES: list[tuple[dict[str, Any], str, str]] = [
         ({"models": [{"id": name, "path": "x"}]}, "args.models[0].id", "given")
         for name in ("", " ", "a b", "-a", "a\n", "ü", "a" * 129, 5, None)
     ),
+    ({"models": [MODEL], "experts": {"transport": "tcp"}}, "args.experts.transport", "'stream'"),
+    ({"models": [MODEL], "experts": {"tls": {}}}, "args.experts.tls.certificate", "required"),
 ]
 
 
@@ -279,6 +284,18 @@ def test_a_memory_budget_that_cannot_hold_a_share_is_refused(folder: Path) -> No
     with pytest.raises(ConfigError, match=str(share)) as caught:
         inspect_models(config_of(folder, experts={"memory_budget_bytes": share - 1}))
     assert caught.value.field == "args.experts.memory_budget_bytes"
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_tls_files_that_are_not_there_are_named_with_their_place(
+    folder: Path, tmp_path: Path, broken: int
+) -> None:
+    files = dict.fromkeys(TlsConfig.model_fields, str(folder / "config.json"))
+    name = list(files)[broken]
+    files[name] = str(tmp_path / "nothing.pem")
+    with pytest.raises(ConfigError, match="no such file") as caught:
+        inspect_models(config_of(folder, experts={"tls": files}), "file: args")
+    assert caught.value.field == f"file: args.experts.tls.{name}"
 
 
 def test_a_missing_tokenizer_is_refused(folder: Path) -> None:
