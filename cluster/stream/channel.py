@@ -34,10 +34,17 @@ class Channel:
         """Take over ``sock``. A longer message than ``max_message_bytes`` is an error."""
         sock.setblocking(False)
         self.sock = sock
-        self.max_message_bytes = max_message_bytes
         self._outgoing: deque[memoryview] = deque()
-        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._buffer = memoryview(b"")
         self._start = self._end = 0
+        self.allow(max_message_bytes)
+
+    def allow(self, max_message_bytes: int) -> None:
+        """Take messages of at most so many bytes from now on; a stranger's few cost little."""
+        self._max_message_bytes = max_message_bytes
+        size = min(BUFFER_BYTES, _START.size + max_message_bytes + ALIGNMENT)
+        if size > len(self._buffer):
+            self._replace_buffer(size)
 
     @property
     def is_sending(self) -> bool:
@@ -96,9 +103,9 @@ class Channel:
         messages: list[Message] = []
         while self._end - self._start >= _START.size:
             length, call_id = _START.unpack_from(self._buffer, self._start)
-            if length > self.max_message_bytes:
+            if length > self._max_message_bytes:
                 raise ConnectionError(
-                    f"a message of {length} bytes; at most {self.max_message_bytes}"
+                    f"a message of {length} bytes; at most {self._max_message_bytes}"
                 )
             begin = self._start + _START.size
             end = begin + length + -length % ALIGNMENT
@@ -114,17 +121,24 @@ class Channel:
         if not left and len(self._buffer) <= KEPT_BUFFER_BYTES:
             self._start = self._end = 0
             return
-        needed = BUFFER_BYTES
+        needed = min(len(self._buffer), BUFFER_BYTES)
         if left >= _START.size:
             length, _ = _START.unpack_from(self._buffer, self._start)
             # In proportion to what has come, not to what a length says.
             needed = max(needed, min(_START.size + length + ALIGNMENT, 4 * left))
-        room = self._buffer
-        if needed > len(room) or len(room) > max(needed, KEPT_BUFFER_BYTES):
-            room = memoryview(bytearray(needed))
-        if self._start or room is not self._buffer:
-            room[:left] = bytes(self._buffer[self._start : self._end])
-        self._buffer, self._start, self._end = room, 0, left
+        size = len(self._buffer)
+        if needed > size or size > max(needed, KEPT_BUFFER_BYTES):
+            self._replace_buffer(needed)
+        elif self._start:
+            self._buffer[:left] = bytes(self._buffer[self._start : self._end])
+            self._start, self._end = 0, left
+
+    def _replace_buffer(self, size: int) -> None:
+        """Take another buffer; views of the old one last as long as they are held."""
+        left = self._end - self._start
+        buffer = memoryview(bytearray(size))
+        buffer[:left] = self._buffer[self._start : self._end]
+        self._buffer, self._start, self._end = buffer, 0, left
 
     def _receive_into(self, room: memoryview) -> int | None:
         try:

@@ -156,7 +156,7 @@ def greet(sock: socket.socket, offer: StreamOffer) -> Channel:
     except OSError:
         channel.close()
         raise
-    channel.max_message_bytes = MAX_MESSAGE_BYTES
+    channel.allow(MAX_MESSAGE_BYTES)
     return channel
 
 

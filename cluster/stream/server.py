@@ -175,15 +175,24 @@ class StreamServer:
             logger.warning("%d streams are open; another one is refused", len(self._peers))
             sock.close()
             return
-        if sock.family != socket.AF_UNIX:
-            prepare_tcp(sock)
-            if self._tls is not None:
-                sock.setblocking(False)
-                sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        try:
+            sock = self._prepared(sock)
+        except OSError:
+            sock.close()
+            return
         peer = _Peer(channel_over(sock, HELLO_BYTES), new_nonce(), time.monotonic())
         self._peers.add(peer)
         self._selector.register(sock, selectors.EVENT_READ, peer)
         self._send(peer, 0, (peer.nonce,))
+
+    def _prepared(self, sock: socket.socket) -> socket.socket:
+        if sock.family == socket.AF_UNIX:
+            return sock
+        prepare_tcp(sock)
+        if self._tls is None:
+            return sock
+        sock.setblocking(False)
+        return self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
 
     def _serve(self, peer: _Peer, events: int) -> list[tuple[_Peer, Message]]:
         """Read and write what can be; returns the frames of an admitted router."""
@@ -211,7 +220,7 @@ class StreamServer:
         if not hmac.compare_digest(proof(secret, Side.ROUTER, peer.nonce, router_nonce), shown):
             raise ConnectionError("a stream with a wrong secret")
         peer.admitted = True
-        peer.channel.max_message_bytes = MAX_MESSAGE_BYTES
+        peer.channel.allow(MAX_MESSAGE_BYTES)
         self._send(peer, 0, (proof(secret, Side.ACTOR, peer.nonce, router_nonce),))
 
     def _reply(self, messages: list[tuple[_Peer, Message]]) -> None:

@@ -528,6 +528,16 @@ def test_a_half_open_connection_is_dropped_in_time(
     still_serves(actors, connect)
 
 
+def test_a_stranger_costs_little_memory(actors: Actors) -> None:
+    server = actors.add("a")
+    strangers = [open_socket(server.offer(Network.UNIX), None) for _ in range(20)]
+    until(lambda: len(server._peers) == 20, "all are there")
+    assert sum(len(peer.channel._buffer) for peer in server._peers) < 10_000
+    for stranger in strangers:
+        stranger.close()
+    until(lambda: not server._peers, "all have left")
+
+
 def test_connections_are_bounded(
     actors: Actors, connect: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
