@@ -392,7 +392,7 @@ def test_an_actor_that_ends_breaks_its_streams(actors: Actors, connect: Open) ->
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_server_whose_answering_fails_ends_its_streams(actors: Actors, connect: Open) -> None:
-    actors.add("a")
+    server = actors.add("a")
     transport = connect(Elsewhere())
     until(lambda: ask(transport, call(b"x")) == [b"x"], "a stream is made")
 
@@ -401,6 +401,8 @@ def test_a_server_whose_answering_fails_ends_its_streams(actors: Actors, connect
 
     actors.echoes["a"].answer = fail
     assert ask(transport, call(b"y")) == [b"elsewhere"]
+    assert server._thread is not None
+    server._thread.join(LIMIT_S)
 
 
 # Strangers.
