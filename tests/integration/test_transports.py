@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray import serve
@@ -30,6 +31,8 @@ APP = "contract"
 KINDS: tuple[TransportKind, ...] = ("ray", "stream", "auto")
 LIMIT_S = 30.0
 HURRIED_S = 0.3
+DIED_S = 10.0
+"""In which a death is known, on a machine that has other work too; a hung call takes longer."""
 NUMBERS = itertools.count()
 
 
@@ -188,7 +191,7 @@ def test_a_killed_actor_has_died_at_once(
     started_s = time.monotonic()
     came = ask(transport, call(mortal[0], frame), call(mortal[1], b"abc"))
     assert came == [CallFailure.DIED, b"cba"]
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < DIED_S
     assert not is_alive(actors.pids[mortal[0]])
 
 
@@ -197,6 +200,8 @@ def test_a_stopped_actor_times_out_and_answers_again_when_it_goes_on(
 ) -> None:
     settle(transport, kind, mortal)
     actors.signal(mortal[0], signal.SIGSTOP)
+    stopped = psutil.Process(actors.pids[mortal[0]])
+    wait_until(lambda: stopped.status() == psutil.STATUS_STOPPED, "the actor stands still", LIMIT_S)
     for _ in range(12):  # more than a stream's window
         calls = [call(mortal[0], b"lost"), call(mortal[1], b"abc")]
         assert ask(transport, *calls, timeout_s=0.1) == [CallFailure.TIMED_OUT, b"cba"]
