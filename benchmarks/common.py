@@ -1,16 +1,26 @@
-"""What the benchmarks share: a random checkpoint, percentiles, a table, and the JSON file."""
+"""What the benchmarks share: a random checkpoint, percentiles, tables, the JSON file, comparing."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+MODEL = "bench"
+PROMPT_TOKENS = 16
+CACHE_TOKENS = 8192
+TOLERANCE = 0.15
+"""How much slower a figure may be than before; shared machines differ by that from run to run."""
 
 SIZES: dict[str, int] = {
     "vocab_size": 4096,
@@ -39,6 +49,38 @@ def make_checkpoint(folder: Path, dtype: str = "bfloat16", seed: int = 0) -> Non
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+
+
+def prompts(streams: int) -> list[list[int]]:
+    """Return the streams' prompts, all different."""
+    return [
+        [1 + (31 * stream + 7 * i) % (SIZES["vocab_size"] - 1) for i in range(PROMPT_TOKENS)]
+        for stream in range(streams)
+    ]
+
+
+def expert_mb(count: int) -> float:
+    """Return what the weights of ``count`` experts take in bf16."""
+    return count * 3 * SIZES["hidden_size"] * SIZES["intermediate_size"] * 2 / 1e6
+
+
+def dense_mb(folder: Path) -> float:
+    """Return what the checkpoint's weights take without its experts."""
+    whole = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
+    return whole - expert_mb(SIZES["num_hidden_layers"] * SIZES["num_local_experts"])
+
+
+def resident_mb(pid: int) -> float:
+    """Return the resident memory of a process of this host."""
+    import psutil
+
+    return float(psutil.Process(pid).memory_info().rss) / 1e6
+
+
+def memory_of(pid: int, weights_mb: float) -> dict[str, float]:
+    """Return a process's memory: resident, of its weights, and the rest."""
+    rss_mb = resident_mb(pid)
+    return {"rss_mb": rss_mb, "weights_mb": weights_mb, "beyond_mb": rss_mb - weights_mb}
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -83,7 +125,153 @@ def show(title: str, rows: Sequence[tuple[str, ...]], columns: Sequence[str]) ->
     Console().print(table)
 
 
-def write_json(file: Path | None, result: dict[str, Any]) -> None:
-    """Write the result where ``--json`` says."""
-    if file is not None:
-        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+def show_memory(memory: Mapping[str, Mapping[str, float]]) -> None:
+    """Print what :func:`memory_of` gave for each process."""
+    rows = [
+        (name, *(f"{one[part]:.0f}" for part in ("rss_mb", "weights_mb", "beyond_mb")))
+        for name, one in memory.items()
+    ]
+    show("memory, MB", rows, ["process", "resident", "weights", "beyond weights"])
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Show a bar on stderr; the yielded function is told what begins, ``total`` times."""
+    columns = (
+        TextColumn(f"{title}: {{task.description}}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        begun = 0
+
+        def begin(what: str) -> None:
+            nonlocal begun
+            bar.update(task, description=what, completed=begun)
+            begun += 1
+
+        yield begin
+
+
+Better = Literal["higher", "lower", "context"]
+"""Which values of a figure are good; ``context`` is for what is not the project's own speed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number of a result that a later run is compared with."""
+
+    value: float
+    better: Better
+
+
+Figures = Mapping[str, Figure]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One figure in two runs.
+
+    ``ratio`` is new / old. ``verdict`` is ``slower`` or ``faster`` where the change is larger than
+    the tolerance, ``same`` where it is not, ``context`` for a figure without a good direction, and
+    ``new`` or ``missing`` for one that only one run has; those two have no ratio.
+    """
+
+    name: str
+    old: float | None
+    new: float | None
+    ratio: float | None
+    verdict: Literal["slower", "faster", "same", "context", "new", "missing"]
+
+
+def latency_figures(name: str, summary: Mapping[str, float]) -> dict[str, Figure]:
+    """Return the figures of what :func:`summary_ms` gave."""
+    return {f"{name} {p} ms": Figure(summary[f"{p}_ms"], "lower") for p in ("p50", "p99")}
+
+
+def compare(old: Figures, new: Figures, tolerance: float = TOLERANCE) -> list[Comparison]:
+    """Compare two runs' figures: the new run's in its order, then what it misses."""
+    compared = [_compare(name, old.get(name), figure, tolerance) for name, figure in new.items()]
+    missing = [
+        Comparison(name, figure.value, None, None, "missing")
+        for name, figure in old.items()
+        if name not in new
+    ]
+    return compared + missing
+
+
+def _compare(name: str, old: Figure | None, new: Figure, tolerance: float) -> Comparison:
+    if old is None:
+        return Comparison(name, None, new.value, None, "new")
+    if old.value <= 0 or new.value <= 0:  # nothing to divide by; no figure is below zero
+        ratio = 1.0 if old.value == new.value else float("inf") if new.value > 0 else 0.0
+    else:
+        ratio = new.value / old.value
+    if new.better == "context":
+        return Comparison(name, old.value, new.value, ratio, "context")
+    # Times are as bad as they are longer, rates as bad as what they count takes longer.
+    lower, upper = 1 / (1 + tolerance), 1 + tolerance
+    if lower <= ratio <= upper:
+        return Comparison(name, old.value, new.value, ratio, "same")
+    is_slower = (ratio > upper) == (new.better == "lower")
+    return Comparison(name, old.value, new.value, ratio, "slower" if is_slower else "faster")
+
+
+def figures_to_json(figures: Figures) -> dict[str, Any]:
+    """Return figures as they stand under ``compare`` in a result's JSON."""
+    return {name: {"value": f.value, "better": f.better} for name, f in figures.items()}
+
+
+def figures_from_json(result: Mapping[str, Any]) -> dict[str, Figure]:
+    """Return a result's figures; a result of before there were any has none."""
+    return {name: Figure(**one) for name, one in result.get("compare", {}).items()}
+
+
+def show_comparison(compared: Sequence[Comparison]) -> None:
+    """Print old, new and ratio of each figure, and its verdict."""
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+    marks = {"slower": "[red]slower[/red]", "faster": "[green]faster[/green]", "same": ""}
+    rows = [
+        (c.name, number(c.old), number(c.new), number(c.ratio), marks.get(c.verdict, c.verdict))
+        for c in compared
+    ]
+    show("compared with the old run", rows, ["figure", "old", "new", "new/old", ""])
+
+
+def output_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every benchmark has: ``--json`` and ``--compare``."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    parser.add_argument(
+        "--compare",
+        type=_read_result,
+        metavar="OLD.json",
+        help=f"compare with an older result; status 1 if any figure is {TOLERANCE:.0%} slower",
+    )
+
+
+def _read_result(name: str) -> dict[str, Any]:
+    """Read an older result when the command line is parsed, before the long run."""
+    try:
+        result: dict[str, Any] = json.loads(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"cannot read {name}: {error}") from None
+    return result
+
+
+def finish(result: dict[str, Any], figures: Figures, options: argparse.Namespace) -> int:
+    """Write and compare as the command line says; returns the exit status."""
+    if options.json is not None:
+        written = {**result, "compare": figures_to_json(figures)}
+        options.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    if options.compare is None:
+        return 0
+    compared = compare(figures_from_json(options.compare), figures)
+    show_comparison(compared)
+    if options.compare.get("machine") != result["machine"]:
+        Console().print("The old run was made on another machine or with other versions.")
+    return int(any(c.verdict == "slower" for c in compared))

@@ -1,257 +1,181 @@
-"""Decode speed of the cluster against one-process transformers, in one run on the same cores.
+"""Decode speed of one router's engine and its actors against one process, in one run.
 
-    python -m benchmarks.decode [--json FILE]
+    python -m benchmarks.decode [--json FILE] [--compare OLD.json] [--actors N]
+        [--transport auto|ray|stream ...] [--trace FILE.json]
 
-Makes a random bf16 Mixtral checkpoint, generates greedily with one-process transformers (all cores;
-``grouped_mm`` experts, and ``eager`` ones, which are faster on processors without bf16
-instructions), then with a real deployment (gateway, one router, two expert
-actors, over gRPC), for 32 streams and for one; prints tokens per second, the time of a layer's
-dispatch+combine, and the memory of each process. Ratios are what to keep: absolute figures move
-with the machine.
+Makes a random bf16 Mixtral checkpoint and generates greedily, 32 streams and one: with one-process
+transformers on all cores (``grouped_mm`` experts, and ``eager`` ones, which are faster on
+processors without bf16 instructions; with vLLM too where it is installed), then with a router's
+engine on one thread and its expert actors, without Serve and gateway (``benchmarks.serve`` has
+those). Ratios are what to keep: absolute figures move with the machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import SIZES, machine, make_checkpoint, show, summary_ms, write_json
+from benchmarks import baseline, engine
+from benchmarks.common import (
+    SIZES,
+    Figure,
+    finish,
+    latency_figures,
+    machine,
+    make_checkpoint,
+    output_options,
+    progress,
+    show,
+    show_memory,
+)
 
-PROMPT_TOKENS = 16
-HTTP_PORT, GRPC_PORT = 18_700, 19_700
-MODEL = "bench"
 STREAMS = ("32", "1")
-EXPERTS = ("grouped_mm", "eager")
+TRANSPORTS = ("auto", "ray", "stream")
 
 
-def prompts(streams: int) -> list[list[int]]:
-    """Return the streams' prompts, all different."""
-    return [
-        [1 + (31 * stream + 7 * i) % (SIZES["vocab_size"] - 1) for i in range(PROMPT_TOKENS)]
-        for stream in range(streams)
-    ]
-
-
-def measure_transformers(
-    folder: Path, experts: str, streams: int, tokens: int, rounds: int
+def run(
+    tokens: int, rounds: int, actors: int, transports: Sequence[str], trace: Path | None
 ) -> dict[str, Any]:
-    """Run in a process of its own (see ``--baseline``): median tokens per second, and memory."""
-    import psutil
-    import torch
-    from transformers import MixtralForCausalLM
-
-    torch.set_num_threads(psutil.cpu_count() or 1)
-    model = MixtralForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, experts_implementation=experts
-    ).eval()
-    ids = torch.tensor(prompts(streams))
-
-    def once(count: int) -> float:
-        started_s = time.perf_counter()
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=count,
-            min_new_tokens=count,
-            eos_token_id=None,
-        )
-        return streams * count / (time.perf_counter() - started_s)
-
-    once(2)
-    rates = [once(tokens) for _ in range(rounds)]
-    return {
-        "tokens_per_s": statistics.median(rates),
-        "rss_mb": psutil.Process().memory_info().rss / 1e6,
-    }
-
-
-def baseline(folder: Path, experts: str, streams: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Measure transformers in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.decode", "--baseline", str(folder)]
-    command += ["--experts", experts]
-    sizes = ["--streams", str(streams), "--tokens", str(tokens), "--rounds", str(rounds)]
-    done = subprocess.run(command + sizes, check=True, capture_output=True, text=True, timeout=600)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
-def start_cluster(folder: Path, actors: int) -> None:
-    """Start Ray, Serve and the application on ports of the benchmark's own."""
-    import ray
-    from ray import serve
-    from ray.serve.config import gRPCOptions
-
-    from router.app import build
-
-    ray.init(address="local", include_dashboard=False, logging_level="warning")
-    serve.start(
-        http_options={"port": HTTP_PORT},
-        grpc_options=gRPCOptions(
-            port=GRPC_PORT,
-            grpc_servicer_functions=["router.gateway.grpc_service:add_services_to_server"],
-        ),
-    )
-    args = {
-        "models": [{"id": MODEL, "path": str(folder)}],
-        "experts": {"actors": actors},
-        "router": {"cache_tokens": 8192},
-    }
-    serve.run(build(args), name=MODEL, route_prefix="/")
-
-
-def wait_ready(timeout_s: float = 120) -> None:
-    """Wait until every expert has a live copy."""
-    from router.client import Client
-
-    deadline_s = time.monotonic() + timeout_s
-    with Client(f"127.0.0.1:{GRPC_PORT}") as client:
-        while client.status().missing_experts:
-            if time.monotonic() > deadline_s:
-                raise TimeoutError(f"the experts were not there after {timeout_s} s")
-            time.sleep(0.2)
-
-
-def measure_cluster(streams: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Generate over gRPC, one call per stream, all at once; median tokens per second."""
-    from router.client import Client, Sampling
-
-    with Client(f"127.0.0.1:{GRPC_PORT}") as client, ThreadPoolExecutor(streams) as pool:
-
-        def generate(prompt: list[int]) -> int:
-            [reply] = client.generate(
-                prompt,
-                Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True),
-                timeout_s=300,
-            )
-            return len(reply.token_ids)
-
-        def once() -> float:
-            started_s = time.perf_counter()
-            generated = sum(pool.map(generate, prompts(streams)))
-            return generated / (time.perf_counter() - started_s)
-
-        once()
-        rates = [once() for _ in range(rounds)]
-    return {"tokens_per_s": statistics.median(rates)} | router_layers()
-
-
-def router_layers() -> dict[str, Any]:
-    """Return the router's latest layer times."""
-    from ray import serve
-
-    handle = serve.get_deployment_handle(f"Router-{MODEL}", app_name=MODEL)
-    stats = handle.stats.remote().result(timeout_s=30)
-    return {"layer": summary_ms(stats["layer_s"]), "router_rss_mb": stats["rss_bytes"] / 1e6}
-
-
-def memory() -> dict[str, Any]:
-    """Return the resident memory of routers, gateways and actors, and what actors' weights take."""
-    import psutil
-
-    from router.client import Client
-
-    with Client(f"127.0.0.1:{GRPC_PORT}") as client:
-        status = client.status()
-    expert_bytes = 3 * SIZES["hidden_size"] * SIZES["intermediate_size"] * 2
-    pids = {
-        **{f"router {i}": p.pid for i, p in enumerate(status.routers)},
-        **{f"gateway {i}": p.pid for i, p in enumerate(status.gateways)},
-        **{actor.actor_id: actor.pid for actor in status.actors},
-    }
-    weights = {a.actor_id: len(a.experts) * expert_bytes / 1e6 for a in status.actors}
-    return {
-        name: {
-            "rss_mb": psutil.Process(pid).memory_info().rss / 1e6,
-            "expert_weights_mb": weights.get(name, 0.0),
-        }
-        for name, pid in pids.items()
-    }
-
-
-def run(tokens: int, rounds: int, actors: int) -> dict[str, Any]:
     """Run the whole benchmark; returns what ``--json`` writes."""
-    import ray
-    from ray import serve
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_checkpoint(folder)
-        result: dict[str, Any] = {"benchmark": "decode", "machine": machine(), "sizes": SIZES}
-        result["transformers"] = {
-            experts: {n: baseline(folder, experts, int(n), tokens, rounds) for n in STREAMS}
-            for experts in EXPERTS
-        }
-        start_cluster(folder, actors)
-        try:
-            wait_ready()
-            result["cluster"] = {n: measure_cluster(int(n), tokens, rounds) for n in STREAMS}
-            result["memory"] = memory()
-        finally:
-            serve.shutdown()
-            ray.shutdown()
-    result["ratio"] = {
-        experts: {
-            n: result["cluster"][n]["tokens_per_s"]
-            / result["transformers"][experts][n]["tokens_per_s"]
-            for n in STREAMS
-        }
-        for experts in EXPERTS
+    kinds = baseline.kinds()
+    result: dict[str, Any] = {
+        "benchmark": "decode",
+        "machine": machine(),
+        "sizes": SIZES,
+        "tokens": tokens,
+        "actors": actors,
+        "one_process": {kind: {} for kind in kinds},
+        "cluster": {},
     }
+    total = 1 + len(kinds) * len(STREAMS) + len(transports) + (trace is not None)
+    with tempfile.TemporaryDirectory() as name, progress("decode", total) as begin:
+        folder = Path(name)
+        begin("checkpoint")
+        make_checkpoint(folder)
+        for kind in kinds:
+            for n in STREAMS:
+                begin(f"one process, {kind}, {n} streams")
+                measured = baseline.measure(folder, kind, int(n), tokens, rounds)
+                result["one_process"][kind][n] = measured
+        for transport in transports:
+            begin(f"cluster, {transport}")
+            result["cluster"][transport] = engine.measure(
+                folder, transport, actors, STREAMS, tokens, rounds
+            )
+        if trace is not None:
+            begin("trace")
+            engine.measure(folder, transports[0], actors, STREAMS[:1], tokens, 1, trace)
+    result["ratio"] = ratios(result)
+    result["same_tokens"] = same_tokens(result["cluster"])
     return result
 
 
-def report(result: dict[str, Any]) -> None:
+def ratios(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the cluster's speed over each one-process speed: by transport, kind, streams."""
+    return {
+        transport: {
+            kind: {
+                n: measured["streams"][n]["tokens_per_s"] / by_n[n]["tokens_per_s"] for n in by_n
+            }
+            for kind, by_n in result["one_process"].items()
+        }
+        for transport, measured in result["cluster"].items()
+    }
+
+
+def same_tokens(cluster: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Return how many streams have the tokens of the first transport: by transport, streams."""
+    first = next(iter(cluster.values()))["streams"]
+    return {
+        transport: {
+            n: sum(a == b for a, b in zip(one["tokens"], first[n]["tokens"], strict=True))
+            for n, one in measured["streams"].items()
+        }
+        for transport, measured in cluster.items()
+    }
+
+
+def comparable(result: Mapping[str, Any]) -> dict[str, Figure]:
+    """Return the figures that runs are compared by; the one-process speeds are context."""
+    figures: dict[str, Figure] = {}
+    for kind, by_n in result["one_process"].items():
+        for n, measured in by_n.items():
+            name = f"one process {kind}, {n} streams, tokens/s"
+            figures[name] = Figure(measured["tokens_per_s"], "context")
+    for transport, measured in result["cluster"].items():
+        for n, one in measured["streams"].items():
+            case = f"{transport}, {n} streams"
+            figures[f"{case}, tokens/s"] = Figure(one["tokens_per_s"], "higher")
+            for kind, by_n in result["ratio"][transport].items():
+                figures[f"{case}, ratio to {kind}"] = Figure(by_n[n], "higher")
+            figures[f"{case}, decode step p50 ms"] = Figure(one["step"]["p50_ms"], "lower")
+            figures |= latency_figures(f"{case}, layer", one["layer"])
+        for process, memory in measured["memory"].items():
+            figures[f"{transport}, {process} MB"] = Figure(memory["rss_mb"], "lower")
+    return figures
+
+
+def report(result: Mapping[str, Any]) -> None:
     """Print the tables."""
     rows = [
-        (
-            f"{n} streams, {experts}",
-            f"{result['transformers'][experts][n]['tokens_per_s']:.0f}",
-            f"{result['cluster'][n]['tokens_per_s']:.0f}",
-            f"{result['ratio'][experts][n]:.2f}",
-            f"{result['cluster'][n]['layer']['p50_ms']:.2f}",
-            f"{result['cluster'][n]['layer']['p99_ms']:.2f}",
-        )
-        for n in STREAMS
-        for experts in EXPERTS
+        (f"{n} streams, {kind}", f"{measured['tokens_per_s']:.0f}", f"{measured['rss_mb']:.0f}")
+        for kind, by_n in result["one_process"].items()
+        for n, measured in by_n.items()
     ]
-    columns = ["", "transformers tok/s", "cluster tok/s", "ratio", "layer p50 ms", "p99 ms"]
-    show("decode", rows, columns)
-    memory_rows = [
-        (name, f"{m['rss_mb']:.0f}", f"{m['expert_weights_mb']:.0f}")
-        for name, m in result["memory"].items()
-    ]
-    show("memory", memory_rows, ["process", "resident MB", "expert weights MB"])
+    show("one process, all cores", rows, ["", "tok/s", "resident MB"])
+    kinds = list(result["one_process"])
+    rows = []
+    for transport, measured in result["cluster"].items():
+        for n, one in measured["streams"].items():
+            calls = ", ".join(f"{kind} {count}" for kind, count in sorted(one["calls"].items()))
+            rows.append(
+                (
+                    f"{n} streams, {transport}",
+                    f"{one['tokens_per_s']:.0f}",
+                    *(f"{result['ratio'][transport][kind][n]:.2f}" for kind in kinds),
+                    f"{one['step']['p50_ms']:.2f}",
+                    f"{one['layer']['p50_ms']:.2f}",
+                    f"{one['layer']['p99_ms']:.2f}",
+                    calls,
+                    f"{result['same_tokens'][transport][n]}/{n}",
+                )
+            )
+    columns = ["", "tok/s", *(f"/ {kind}" for kind in kinds)]
+    columns += ["step p50 ms", "layer p50", "p99", "calls", "same tokens"]
+    show(f"router's engine and {result['actors']} actors", rows, columns)
+    show_memory(
+        {
+            f"{process}, {transport}": memory
+            for transport, measured in result["cluster"].items()
+            for process, memory in measured["memory"].items()
+        }
+    )
 
 
-def main() -> None:
-    """Parse the command line and run."""
+def main() -> int:
+    """Parse the command line and run; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--actors", type=int, default=2)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--baseline", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--experts", default="eager", help=argparse.SUPPRESS)
-    parser.add_argument("--streams", type=int, default=32, help=argparse.SUPPRESS)
+    parser.add_argument("--transport", nargs="+", choices=TRANSPORTS, default=["auto"])
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE.json",
+        help="write a Chrome trace of one more round, of 32 streams, and a picture FILE.svg",
+    )
+    output_options(parser)
     options = parser.parse_args()
-    if options.baseline:
-        streams, tokens, rounds = options.streams, options.tokens, options.rounds
-        measured = measure_transformers(options.baseline, options.experts, streams, tokens, rounds)
-        print(json.dumps(measured))
-        return
-    result = run(options.tokens, options.rounds, options.actors)
+    transports = list(dict.fromkeys(options.transport))
+    result = run(options.tokens, options.rounds, options.actors, transports, options.trace)
     report(result)
-    write_json(options.json, result)
+    return finish(result, comparable(result), options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Time of one layer's dispatch and combine, with experts that return their input.
 
-    python -m benchmarks.dispatch [--json FILE]
+    python -m benchmarks.dispatch [--json FILE] [--compare OLD.json]
 
 Real expert actors on a local Ray, the router's own dispatcher, frames and combine; only the
 experts' products are replaced, so that what is left is what serving experts apart costs. Prints
@@ -12,22 +12,32 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.common import machine, show, summary_ms, write_json
+from benchmarks.common import (
+    MODEL,
+    Figure,
+    finish,
+    latency_figures,
+    machine,
+    output_options,
+    progress,
+    show,
+    summary_ms,
+)
 from cluster.placement import ExpertKey, ModelExperts, assign_experts, empty_placement
 from cluster.spec import ActorSpec, ModelSource
 from cluster.transports import TransportKind, open_transport
 from experts.actor import ExpertActor
 from router.placement_view import PlacementView
 
-MODEL, APP = "bench", "bench-dispatch"
+APP = "bench-dispatch"
 HIDDEN, NUM_EXPERTS, TOP_K = 512, 8, 2
 TURN = 50
 SIZES_BYTES = (1024, 16_384, 131_072, 1_048_576)
@@ -121,23 +131,8 @@ def measure(num_actors: int, payload_bytes: int, calls: int) -> dict[str, Any]:
     return figures
 
 
-def main() -> None:
-    """Parse the command line and run."""
-    import ray
-
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--calls", type=int, default=500)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)  # as a router has it
-    ray.init(address="local", include_dashboard=False, logging_level="warning", namespace="serve")
-    result: dict[str, Any] = {"benchmark": "dispatch", "machine": machine()}
-    result["figures"] = {
-        f"{size // 1024} KB, {n} actors": measure(n, size, options.calls)
-        for size in SIZES_BYTES
-        for n in (1, 4)
-    }
-    ray.shutdown()
+def report(result: dict[str, Any]) -> None:
+    """Print the table."""
     rows = []
     columns = ["rows"]
     for name in ("bare_call", *TRANSPORTS):
@@ -146,8 +141,39 @@ def main() -> None:
         values = [figures[name][p] for name in figures for p in ("p50_ms", "p99_ms")]
         rows.append((case, *(f"{value:.2f}" for value in values)))
     show("dispatch and combine of one layer, ms", rows, columns)
-    write_json(options.json, result)
+
+
+def comparable(result: dict[str, Any]) -> dict[str, Figure]:
+    """Return the figures that runs are compared by; a bare call is Ray's own speed."""
+    figures: dict[str, Figure] = {}
+    for case, by_name in result["figures"].items():
+        figures[f"{case}, bare call p50 ms"] = Figure(by_name["bare_call"]["p50_ms"], "context")
+        for kind in TRANSPORTS:
+            figures |= latency_figures(f"{case}, {kind}", by_name[kind])
+    return figures
+
+
+def main() -> int:
+    """Parse the command line and run; returns the exit status."""
+    import ray
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--calls", type=int, default=500)
+    output_options(parser)
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # as a router has it
+    ray.init(address="local", include_dashboard=False, logging_level="warning", namespace="serve")
+    result: dict[str, Any] = {"benchmark": "dispatch", "machine": machine(), "figures": {}}
+    cases = [(size, n) for size in SIZES_BYTES for n in (1, 4)]
+    with progress("dispatch", len(cases)) as begin:
+        for size, n in cases:
+            case = f"{size // 1024} KB, {n} actors"
+            begin(case)
+            result["figures"][case] = measure(n, size, options.calls)
+    ray.shutdown()
+    report(result)
+    return finish(result, comparable(result), options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

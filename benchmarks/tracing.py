@@ -1,0 +1,133 @@
+"""Tracing of a router's engine and of expert actors, by subclasses: the product has no hook."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+import torch
+
+from cluster.frames import Buffer, Parts
+from cluster.transport import Call, Flight, Outcome, Transport
+from experts.actor import ExpertActor
+from router.exchange import RemoteExchange
+
+Recorded = tuple[str, float, float]
+"""Name, start and end (``time.perf_counter``) of a span of the process that recorded it."""
+
+
+class Recorder:
+    """Spans of the engine's thread; what lies between them in a step is ``dense``."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.spans: list[Recorded] = []
+        self._dense_since_s = 0.0
+        self.last_s = 0.0
+
+    def step(self, work: Callable[[], None]) -> None:
+        """Run a step."""
+        started_s = self._dense_since_s = time.perf_counter()
+        work()
+        ended_s = time.perf_counter()
+        self.spans.append(("dense", self._dense_since_s, ended_s))
+        self.spans.append(("step", started_s, ended_s))
+
+    def layer(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Run a layer's dispatch and combine; the rest after its last wait is ``combine``."""
+        started_s = self.last_s = time.perf_counter()
+        self.spans.append(("dense", self._dense_since_s, started_s))
+        combined = work()
+        self.mark("combine")
+        self.spans.append(("layer", started_s, self.last_s))
+        self._dense_since_s = self.last_s
+        return combined
+
+    def mark(self, name: str) -> None:
+        """Give what lies between the last mark and now a name."""
+        now_s = time.perf_counter()
+        self.spans.append((name, self.last_s, now_s))
+        self.last_s = now_s
+
+
+class TracingExchange(RemoteExchange):
+    """The router's exchange, recording each layer."""
+
+    def __init__(self, dispatcher: Any, recorder: Recorder) -> None:
+        """As :class:`RemoteExchange`."""
+        super().__init__(dispatcher)
+        self._recorder = recorder
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        """As :class:`RemoteExchange`."""
+        return self._recorder.layer(lambda: super(TracingExchange, self).__call__(*arguments))
+
+
+class TracingTransport:
+    """A transport around another one, recording what its calls and waits take."""
+
+    def __init__(self, inner: Transport, recorder: Recorder) -> None:
+        """Carry everything through ``inner``."""
+        self._inner = inner
+        self._recorder = recorder
+        self.calls = inner.calls
+
+    def begin(self, calls: Sequence[Call], timeout_s: float) -> Flight:
+        """See :class:`Transport`."""
+        flight = self._inner.begin(calls, timeout_s)
+        self._recorder.mark("send")
+        return _TracingFlight(flight, self._recorder)
+
+    def close(self) -> None:
+        """See :class:`Transport`."""
+        self._inner.close()
+
+
+class _TracingFlight:
+    def __init__(self, inner: Flight, recorder: Recorder) -> None:
+        self._inner = inner
+        self._recorder = recorder
+
+    def wait(self) -> list[Outcome]:
+        """See :class:`Flight`."""
+        outcomes = self._inner.wait()
+        self._recorder.mark("wait")
+        return outcomes
+
+
+class TracingActor(ExpertActor):
+    """The expert actor, recording; over Ray's calls there is no ``idle`` and no ``send``."""
+
+    def __init__(self, *arguments: Any) -> None:
+        """As :class:`ExpertActor`."""
+        self._recorded: list[Recorded] = []
+        super().__init__(*arguments)
+        server: Any = self._streams
+        server._selector.select = self._timed("idle", server._selector.select)
+        server._send = self._timed("send", server._send)
+
+    def _timed(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            started_s = time.perf_counter()
+            result = work(*arguments)
+            self._recorded.append((name, started_s, time.perf_counter()))
+            return result
+
+        return timed
+
+    def compute_all(self, data: Sequence[Buffer]) -> list[Parts]:
+        """As :class:`ExpertActor`."""
+        answers: list[Parts] = self._timed("answer", super().compute_all)(data)
+        return answers
+
+    def _compute_batch(self, batch: Any) -> list[Parts]:
+        answers: list[Parts] = self._timed("products", super()._compute_batch)(batch)
+        return answers
+
+    @ray.method(concurrency_group="control")
+    def recorded(self) -> list[Recorded]:
+        """Return what was recorded since the last call."""
+        spans, self._recorded = self._recorded, []
+        return spans
