@@ -40,7 +40,9 @@ def make_checkpoint(folder: Path, dtype: str = "bfloat16", seed: int = 0) -> Non
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     config = MixtralConfig(**SIZES, bos_token_id=None, eos_token_id=0, pad_token_id=None)
     MixtralForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)

@@ -1,0 +1,346 @@
+"""The whole deployment under load, over gRPC and HTTP, against one-process transformers.
+
+    python -m benchmarks.serve [--json FILE] [--compare OLD.json]
+
+Serves a random bf16 Mixtral (gateway, one router, two expert actors), and has 32 clients at once
+generate greedily: by gRPC and HTTP, unary and streamed. Prints tokens per second and their ratio to
+transformers' in the same run, the time to the first token, between tokens and of whole requests,
+and the memory of each process afterwards. The clients share the cores with the deployment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import baseline
+from benchmarks.common import (
+    CACHE_TOKENS,
+    MODEL,
+    SIZES,
+    Figure,
+    dense_mb,
+    expert_mb,
+    finish,
+    latency_figures,
+    machine,
+    make_checkpoint,
+    memory_of,
+    output_options,
+    progress,
+    prompts,
+    show,
+    show_memory,
+    summary_ms,
+)
+
+HTTP_PORT, GRPC_PORT = 18_700, 19_700
+TIMEOUT_S = 300.0
+TRANSFORMERS = "grouped_mm"
+PROMISED_MB = {"router": 550.0, "actor": 350.0}
+"""The project's own bounds: a router's resident memory, and an actor's beyond its weights."""
+
+
+@dataclass(slots=True)
+class Timed:
+    """When a request began, and the pieces of its answer came, each with some tokens."""
+
+    started_s: float = field(default_factory=time.perf_counter)
+    pieces: list[tuple[float, int]] = field(default_factory=list)
+    ended_s: float = 0.0
+
+    def piece(self, tokens: int) -> None:
+        """Note a piece that came now; one without tokens tells nothing."""
+        if tokens:
+            self.pieces.append((time.perf_counter(), tokens))
+
+    def end(self) -> Timed:
+        """Note the end of the answer."""
+        self.ended_s = time.perf_counter()
+        return self
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens came."""
+        return sum(tokens for _, tokens in self.pieces)
+
+
+Round = Callable[[], list[Timed]]
+"""Has every client make one request, all at once."""
+
+
+@contextmanager
+def deployed(folder: Path, actors: int) -> Iterator[None]:
+    """Run the application on a Ray and ports of the benchmark's own, until the block ends."""
+    import ray
+    from ray import serve
+    from ray.serve.config import gRPCOptions
+
+    from router.app import build
+
+    ray.init(address="local", include_dashboard=False, logging_level="warning", log_to_driver=False)
+    try:
+        serve.start(
+            http_options={"port": HTTP_PORT},
+            grpc_options=gRPCOptions(
+                port=GRPC_PORT,
+                grpc_servicer_functions=["router.gateway.grpc_service:add_services_to_server"],
+            ),
+        )
+        args = {
+            "models": [{"id": MODEL, "path": str(folder)}],
+            "experts": {"actors": actors},
+            "router": {"cache_tokens": CACHE_TOKENS},
+        }
+        serve.run(build(args), name=MODEL, route_prefix="/")
+        wait_ready()
+        yield
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def wait_ready(timeout_s: float = 120) -> None:
+    """Wait until every expert has a live copy."""
+    from router.client import Client
+
+    deadline_s = time.monotonic() + timeout_s
+    with Client(f"127.0.0.1:{GRPC_PORT}") as client:
+        while client.status().missing_experts:
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"the experts were not there after {timeout_s} s")
+            time.sleep(0.2)
+
+
+@contextmanager
+def grpc_clients(clients: int, tokens: int, stream: bool) -> Iterator[Round]:
+    """Yield a round over one gRPC connection, a thread for each client."""
+    from router.client import Client, Sampling
+
+    sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+
+    def ask(prompt: list[int]) -> Timed:
+        timed = Timed()
+        call = client.stream if stream else client.generate
+        for reply in call(prompt, sampling, model=MODEL, timeout_s=TIMEOUT_S):
+            timed.piece(len(reply.token_ids))
+        return timed.end()
+
+    with Client(f"127.0.0.1:{GRPC_PORT}") as client, ThreadPoolExecutor(clients) as pool:
+        yield lambda: list(pool.map(ask, prompts(clients)))
+
+
+@contextmanager
+def http_clients(clients: int, tokens: int, stream: bool) -> Iterator[Round]:
+    """Yield a round over HTTP, a connection for each client, all on one event loop."""
+    import httpx
+
+    url = f"http://127.0.0.1:{HTTP_PORT}/v1/completions"
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    body = {
+        "model": MODEL,
+        "max_tokens": tokens,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "stream": stream,
+        # Else a stream has no event for a token that ends no character.
+        "return_token_ids": True,
+    }
+
+    async def ask(http: httpx.AsyncClient, prompt: list[int]) -> Timed:
+        timed = Timed()
+        async with http.stream("POST", url, json={**body, "prompt": prompt}) as answer:
+            if answer.status_code != 200:
+                raise RuntimeError(f"{answer.status_code}: {(await answer.aread()).decode()}")
+            async for chunk in _sse(answer) if stream else _whole(answer):
+                for choice in chunk["choices"]:
+                    timed.piece(len(choice["token_ids"]))
+        return timed.end()
+
+    async def ask_all(http: httpx.AsyncClient) -> list[Timed]:
+        return await asyncio.gather(*(ask(http, prompt) for prompt in prompts(clients)))
+
+    with asyncio.Runner() as runner:
+        http = httpx.AsyncClient(limits=limits, timeout=TIMEOUT_S, trust_env=False)
+        try:
+            yield lambda: runner.run(ask_all(http))
+        finally:
+            runner.run(http.aclose())
+
+
+async def _sse(answer: Any) -> AsyncIterator[dict[str, Any]]:
+    async for line in answer.aiter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            chunk = json.loads(line.removeprefix("data: "))
+            if "error" in chunk:
+                raise RuntimeError(str(chunk["error"]))
+            yield chunk
+
+
+async def _whole(answer: Any) -> AsyncIterator[dict[str, Any]]:
+    yield json.loads(await answer.aread())
+
+
+WAYS: Mapping[str, tuple[Any, bool]] = {
+    "gRPC unary": (grpc_clients, False),
+    "gRPC stream": (grpc_clients, True),
+    "HTTP unary": (http_clients, False),
+    "HTTP SSE": (http_clients, True),
+}
+
+
+def measure(way: str, clients: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Load the deployment one way; a first round, which makes the connections, does not count.
+
+    Raises ``RuntimeError`` when an answer has not as many tokens as it was asked for.
+    """
+    opened, stream = WAYS[way]
+    with opened(clients, tokens, stream) as once:
+        once()
+        timed_rounds = [once() for _ in range(rounds)]
+    if any(timed.tokens != tokens for some in timed_rounds for timed in some):
+        raise RuntimeError(f"{way}: an answer has not {tokens} tokens")
+    return summarize(timed_rounds, stream)
+
+
+def summarize(rounds: Sequence[Sequence[Timed]], stream: bool) -> dict[str, Any]:
+    """Return median tokens per second of the rounds, and latencies over all their requests.
+
+    The time to the first token and between tokens only of a ``stream``. Where several tokens come
+    as one piece, the time since the last piece counts once.
+    """
+    rates = [
+        sum(timed.tokens for timed in some)
+        / (max(t.ended_s for t in some) - min(t.started_s for t in some))
+        for some in rounds
+    ]
+    requests = [timed for some in rounds for timed in some]
+    result: dict[str, Any] = {
+        "tokens_per_s": statistics.median(rates),
+        "request": summary_ms([t.ended_s - t.started_s for t in requests]),
+    }
+    if stream:
+        result["first_token"] = summary_ms([t.pieces[0][0] - t.started_s for t in requests])
+        gaps_s = [
+            later - sooner
+            for timed in requests
+            for (sooner, _), (later, _) in zip(timed.pieces, timed.pieces[1:], strict=False)
+        ]
+        if gaps_s:
+            result["between_tokens"] = summary_ms(gaps_s)
+    return result
+
+
+def memory(folder: Path) -> dict[str, dict[str, float]]:
+    """Return the memory of gateways, routers and actors."""
+    from router.client import Client
+
+    with Client(f"127.0.0.1:{GRPC_PORT}") as client:
+        status = client.status()
+    processes = {f"gateway {i}": (p.pid, 0.0) for i, p in enumerate(status.gateways)}
+    processes |= {f"router {i}": (p.pid, dense_mb(folder)) for i, p in enumerate(status.routers)}
+    processes |= {a.actor_id: (a.pid, expert_mb(len(a.experts))) for a in status.actors}
+    return {name: memory_of(pid, weights_mb) for name, (pid, weights_mb) in processes.items()}
+
+
+def router_layers() -> dict[str, Any]:
+    """Return the times of the router's latest layers, prefills' too, and its calls."""
+    from ray import serve
+
+    handle = serve.get_deployment_handle(f"Router-{MODEL}", app_name=MODEL)
+    stats = handle.stats.remote().result(timeout_s=30)
+    return {"layer": summary_ms(stats["layer_s"]), "calls": stats["calls"]}
+
+
+def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
+    """Run the whole benchmark; returns what ``--json`` writes."""
+    result: dict[str, Any] = {
+        "benchmark": "serve",
+        "machine": machine(),
+        "sizes": SIZES,
+        "clients": clients,
+        "tokens": tokens,
+        "actors": actors,
+        "ways": {},
+    }
+    with tempfile.TemporaryDirectory() as name, progress("serve", 3 + len(WAYS)) as begin:
+        folder = Path(name)
+        begin("checkpoint")
+        make_checkpoint(folder)
+        begin(f"transformers, {TRANSFORMERS}")
+        result["transformers"] = baseline.measure(folder, TRANSFORMERS, clients, tokens, rounds)
+        begin("deployment")
+        with deployed(folder, actors):
+            for way in WAYS:
+                begin(way)
+                result["ways"][way] = measure(way, clients, tokens, rounds)
+            result["router"] = router_layers()
+            result["memory"] = memory(folder)
+    alone = result["transformers"]["tokens_per_s"]
+    result["ratio"] = {way: one["tokens_per_s"] / alone for way, one in result["ways"].items()}
+    return result
+
+
+LATENCIES = ("first_token", "between_tokens", "request")
+
+
+def comparable(result: Mapping[str, Any]) -> dict[str, Figure]:
+    """Return the figures that runs are compared by; transformers' speed is context."""
+    alone = result["transformers"]["tokens_per_s"]
+    figures = {f"transformers {TRANSFORMERS}, tokens/s": Figure(alone, "context")}
+    for way, one in result["ways"].items():
+        figures[f"{way}, tokens/s"] = Figure(one["tokens_per_s"], "higher")
+        figures[f"{way}, ratio to transformers"] = Figure(result["ratio"][way], "higher")
+        for latency in LATENCIES:
+            if latency in one:
+                figures |= latency_figures(f"{way}, {latency.replace('_', ' ')}", one[latency])
+    for process, one in result["memory"].items():
+        figures[f"{process} MB"] = Figure(one["rss_mb"], "lower")
+    return figures
+
+
+def report(result: Mapping[str, Any]) -> None:
+    """Print the tables."""
+    rows = []
+    for way, one in result["ways"].items():
+        cells = [f"{one['tokens_per_s']:.0f}", f"{result['ratio'][way]:.2f}"]
+        for latency in LATENCIES:
+            summary = one.get(latency)
+            cells += [f"{summary[p]:.1f}" if summary else "" for p in ("p50_ms", "p99_ms")]
+        rows.append((way, *cells))
+    alone = result["transformers"]["tokens_per_s"]
+    rows.append((f"transformers {TRANSFORMERS}", f"{alone:.0f}", "1.00", *[""] * 6))
+    columns = ["", "tok/s", "ratio", "first token p50 ms", "p99", "between p50 ms", "p99"]
+    show(f"serve, {result['clients']} clients", rows, [*columns, "request p50 ms", "p99"])
+    show_memory(result["memory"])
+    bounds = f"router <= {PROMISED_MB['router']:.0f} MB resident"
+    print(f"Promised: {bounds}, actor <= {PROMISED_MB['actor']:.0f} MB beyond its weights.")
+
+
+def main() -> int:
+    """Parse the command line and run; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--actors", type=int, default=2)
+    output_options(parser)
+    options = parser.parse_args()
+    result = run(options.clients, options.tokens, options.rounds, options.actors)
+    report(result)
+    return finish(result, comparable(result), options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
