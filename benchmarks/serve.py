@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
+import socket
 import statistics
 import sys
 import tempfile
@@ -45,11 +47,31 @@ from benchmarks.common import (
     summary_ms,
 )
 
-HTTP_PORT, GRPC_PORT = 18_700, 19_700
 TIMEOUT_S = 300.0
 TRANSFORMERS = "grouped_mm"
 PROMISED_MB = {"router": 550.0, "actor": 350.0}
 """The project's own bounds: a router's resident memory, and an actor's beyond its weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Where the deployment listens; free ones, so that no other deployment answers instead."""
+
+    http: int
+    grpc: int
+
+    @property
+    def grpc_address(self) -> str:
+        """The address of the gRPC services."""
+        return f"127.0.0.1:{self.grpc}"
+
+
+def free_ports() -> Ports:
+    """Return two ports that nobody listens on now."""
+    with socket.socket() as first, socket.socket() as second:
+        for one in (first, second):
+            one.bind(("127.0.0.1", 0))
+        return Ports(first.getsockname()[1], second.getsockname()[1])
 
 
 @dataclass(slots=True)
@@ -81,7 +103,7 @@ Round = Callable[[], list[Timed]]
 
 
 @contextmanager
-def deployed(folder: Path, actors: int) -> Iterator[None]:
+def deployed(folder: Path, actors: int) -> Iterator[Ports]:
     """Run the application on a Ray and ports of the benchmark's own, until the block ends."""
     import ray
     from ray import serve
@@ -89,12 +111,14 @@ def deployed(folder: Path, actors: int) -> Iterator[None]:
 
     from router.app import build
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    ports = free_ports()
     ray.init(address="local", include_dashboard=False, logging_level="warning", log_to_driver=False)
     try:
         serve.start(
-            http_options={"port": HTTP_PORT},
+            http_options={"port": ports.http},
             grpc_options=gRPCOptions(
-                port=GRPC_PORT,
+                port=ports.grpc,
                 grpc_servicer_functions=["router.gateway.grpc_service:add_services_to_server"],
             ),
         )
@@ -104,19 +128,19 @@ def deployed(folder: Path, actors: int) -> Iterator[None]:
             "router": {"cache_tokens": CACHE_TOKENS},
         }
         serve.run(build(args), name=MODEL, route_prefix="/")
-        wait_ready()
-        yield
+        wait_ready(ports)
+        yield ports
     finally:
         serve.shutdown()
         ray.shutdown()
 
 
-def wait_ready(timeout_s: float = 120) -> None:
+def wait_ready(ports: Ports, timeout_s: float = 120) -> None:
     """Wait until every expert has a live copy."""
     from router.client import Client
 
     deadline_s = time.monotonic() + timeout_s
-    with Client(f"127.0.0.1:{GRPC_PORT}") as client:
+    with Client(ports.grpc_address) as client:
         while client.status().missing_experts:
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"the experts were not there after {timeout_s} s")
@@ -124,7 +148,7 @@ def wait_ready(timeout_s: float = 120) -> None:
 
 
 @contextmanager
-def grpc_clients(clients: int, tokens: int, stream: bool) -> Iterator[Round]:
+def grpc_clients(ports: Ports, clients: int, tokens: int, stream: bool) -> Iterator[Round]:
     """Yield a round over one gRPC connection, a thread for each client."""
     from router.client import Client, Sampling
 
@@ -137,16 +161,16 @@ def grpc_clients(clients: int, tokens: int, stream: bool) -> Iterator[Round]:
             timed.piece(len(reply.token_ids))
         return timed.end()
 
-    with Client(f"127.0.0.1:{GRPC_PORT}") as client, ThreadPoolExecutor(clients) as pool:
+    with Client(ports.grpc_address) as client, ThreadPoolExecutor(clients) as pool:
         yield lambda: list(pool.map(ask, prompts(clients)))
 
 
 @contextmanager
-def http_clients(clients: int, tokens: int, stream: bool) -> Iterator[Round]:
+def http_clients(ports: Ports, clients: int, tokens: int, stream: bool) -> Iterator[Round]:
     """Yield a round over HTTP, a connection for each client, all on one event loop."""
     import httpx
 
-    url = f"http://127.0.0.1:{HTTP_PORT}/v1/completions"
+    url = f"http://127.0.0.1:{ports.http}/v1/completions"
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
     body = {
         "model": MODEL,
@@ -200,13 +224,13 @@ WAYS: Mapping[str, tuple[Any, bool]] = {
 }
 
 
-def measure(way: str, clients: int, tokens: int, rounds: int) -> dict[str, Any]:
+def measure(ports: Ports, way: str, clients: int, tokens: int, rounds: int) -> dict[str, Any]:
     """Load the deployment one way; a first round, which makes the connections, does not count.
 
     Raises ``RuntimeError`` when an answer has not as many tokens as it was asked for.
     """
     opened, stream = WAYS[way]
-    with opened(clients, tokens, stream) as once:
+    with opened(ports, clients, tokens, stream) as once:
         once()
         timed_rounds = [once() for _ in range(rounds)]
     if any(timed.tokens != tokens for some in timed_rounds for timed in some):
@@ -242,11 +266,11 @@ def summarize(rounds: Sequence[Sequence[Timed]], stream: bool) -> dict[str, Any]
     return result
 
 
-def memory(folder: Path) -> dict[str, dict[str, float]]:
+def memory(ports: Ports, folder: Path) -> dict[str, dict[str, float]]:
     """Return the memory of gateways, routers and actors."""
     from router.client import Client
 
-    with Client(f"127.0.0.1:{GRPC_PORT}") as client:
+    with Client(ports.grpc_address) as client:
         status = client.status()
     processes = {f"gateway {i}": (p.pid, 0.0) for i, p in enumerate(status.gateways)}
     processes |= {f"router {i}": (p.pid, dense_mb(folder)) for i, p in enumerate(status.routers)}
@@ -281,12 +305,12 @@ def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
         begin(f"transformers, {TRANSFORMERS}")
         result["transformers"] = baseline.measure(folder, TRANSFORMERS, clients, tokens, rounds)
         begin("deployment")
-        with deployed(folder, actors):
+        with deployed(folder, actors) as ports:
             for way in WAYS:
                 begin(way)
-                result["ways"][way] = measure(way, clients, tokens, rounds)
+                result["ways"][way] = measure(ports, way, clients, tokens, rounds)
             result["router"] = router_layers()
-            result["memory"] = memory(folder)
+            result["memory"] = memory(ports, folder)
     alone = result["transformers"]["tokens_per_s"]
     result["ratio"] = {way: one["tokens_per_s"] / alone for way, one in result["ways"].items()}
     return result
