@@ -19,6 +19,7 @@ from rich.table import Table
 MODEL = "bench"
 PROMPT_TOKENS = 16
 CACHE_TOKENS = 8192
+FILE_WIDTH = 160
 TOLERANCE = 0.15
 """How much slower a figure may be than before; shared machines differ by that from run to run."""
 
@@ -124,7 +125,10 @@ def show(title: str, rows: Sequence[tuple[str, ...]], columns: Sequence[str]) ->
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a file has no width, for which rich takes 80 columns
+        console = Console(width=FILE_WIDTH)
+    console.print(table)
 
 
 def show_memory(memory: Mapping[str, Mapping[str, float]]) -> None:
