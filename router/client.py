@@ -7,12 +7,18 @@ the table that the gateway writes them with.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
-from cluster.errors import ExpertMeshError, InvalidRequestError, UnavailableError
+from cluster.errors import (
+    ExpertMeshError,
+    InvalidRequestError,
+    UnavailableError,
+    UnknownModelError,
+)
 from cluster.status import ClusterStatus
 from router.gateway.status import DETAILS_KEY, error_from_grpc, is_from_server
 from router.protos import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -93,6 +99,7 @@ class Client:
         self._channel = grpc.insecure_channel(address, options=options)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._admin = admin_pb2_grpc.AdminStub(self._channel)
+        self._default_model = ""
 
     def __enter__(self) -> Client:
         """Return the client itself."""
@@ -121,7 +128,8 @@ class Client:
         :class:`UnreachableError` when no server answers.
         """
         request = self._request(prompt, sampling, model, timeout_s, on_expert_loss)
-        answer = _call(lambda: self._inference.Generate(request, timeout=timeout_s + _GRACE_S))
+        with self._unknown_model_forgotten():
+            answer = _call(lambda: self._inference.Generate(request, timeout=timeout_s + _GRACE_S))
         return [_reply(answer), *(_reply(choice) for choice in answer.other_choices)]
 
     def stream(
@@ -140,8 +148,9 @@ class Client:
         request = self._request(prompt, sampling, model, timeout_s, on_expert_loss)
         call = self._inference.GenerateStream(request, timeout=timeout_s + _GRACE_S)
         try:
-            while (message := _call(lambda: next(call, None))) is not None:
-                yield _reply(message)
+            with self._unknown_model_forgotten():
+                while (message := _call(lambda: next(call, None))) is not None:
+                    yield _reply(message)
         finally:
             call.cancel()
 
@@ -166,7 +175,7 @@ class Client:
         timeout_s: float,
         on_expert_loss: str | None,
     ) -> Any:
-        model = model or self.model_info()[0].id
+        model = model or self._first_model()
         request = inference_pb2.GenerateRequest(model=model, timeout_s=timeout_s)
         try:
             if isinstance(prompt, str):
@@ -180,6 +189,21 @@ class Client:
         except (TypeError, ValueError) as error:
             raise InvalidRequestError(f"cannot be sent: {error}") from None
         return request
+
+    def _first_model(self) -> str:
+        # Asked for once: a call before each call would be a second round trip for every answer.
+        if not self._default_model:
+            self._default_model = self.model_info()[0].id
+        return self._default_model
+
+    @contextmanager
+    def _unknown_model_forgotten(self) -> Iterator[None]:
+        """Ask for the first model again after an answer that what was the first is not served."""
+        try:
+            yield
+        except UnknownModelError:
+            self._default_model = ""
+            raise
 
 
 def _sampling_message(sampling: Sampling) -> Any:
