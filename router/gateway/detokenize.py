@@ -32,11 +32,12 @@ class Detokenizer:
         self._emitted_chars = len(text) if self._window else 0
         self._window_ids_emitted = len(self._window)
 
-    def push(self, token_id: int) -> str:
-        """Take one more token and return the new text, which may be empty."""
-        if token_id in self._tokenizer.skipped_ids:
+    def push(self, *token_ids: int) -> str:
+        """Take more tokens and return the new text, which may be empty."""
+        kept = [i for i in token_ids if i not in self._tokenizer.skipped_ids]
+        if not kept:
             return ""
-        self._window.append(token_id)
+        self._window += kept
         text = self._tokenizer.decode(self._window)
         whole = text.rstrip(_REPLACEMENT)
         new = whole[self._emitted_chars :]
@@ -66,6 +67,10 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
+
+    def is_idle(self) -> bool:
+        """Return whether there is no stop string to look for."""
+        return not self._stops
 
     def push(self, text: str) -> tuple[str, bool]:
         """Take more text; return what may go out and whether a stop string was found."""
@@ -106,6 +111,9 @@ class ChoiceText:
 
         The token that completes a stop string counts, those after it do not.
         """
+        if self._matcher.is_idle():
+            # All tokens count and nothing is kept back, so one decoding does for them all.
+            return self._detokenizer.push(*token_ids), len(token_ids), False
         pieces: list[str] = []
         for used, token_id in enumerate(token_ids, start=1):
             text, found = self._matcher.push(self._detokenizer.push(token_id))

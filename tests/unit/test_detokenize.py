@@ -43,6 +43,18 @@ def test_the_prompt_before_does_not_change_byte_level_text(
     assert got == tokenizer().decode(ids)
 
 
+@given(st.lists(ids_of_any_bytes, max_size=6), st.data())
+@settings(deadline=None)
+def test_the_text_is_the_same_however_many_tokens_come_at_once(
+    groups: list[list[int]], data: st.DataObject
+) -> None:
+    context = data.draw(ids_of_any_bytes)
+    together, one_by_one = (ChoiceText(tokenizer(), (), context) for _ in range(2))
+    ids = [token_id for group in groups for token_id in group]
+    got = "".join(together.push(group)[0] for group in groups) + together.flush()[0]
+    assert got == "".join(one_by_one.push([i])[0] for i in ids) + one_by_one.flush()[0]
+
+
 @given(text)
 @settings(deadline=None)
 def test_no_piece_holds_half_a_character(whole: str) -> None:
