@@ -144,6 +144,11 @@ async def _merge(
     streams: list[AsyncGenerator[Delta, None]], n: int
 ) -> AsyncGenerator[tuple[int, Delta], None]:
     """Run streams side by side; the first error ends all, closing ends all."""
+    if len(streams) == 1:  # without a task and a queue in between
+        async with aclosing(streams[0]) as deltas:
+            async for delta in deltas:
+                yield delta.index, delta
+        return
     queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(maxsize=1)
 
     async def pump(place: int, stream: AsyncGenerator[Delta, None]) -> None:
