@@ -28,7 +28,7 @@ from router.exchange import RemoteExchange
 from router.link import LinkAddress, LinkClient
 from router.model import MoEModel
 from router.placement_view import ControllerClient, PlacementView, PlacementWatcher
-from router.request import GenerationRequest, TokenEvent, TokenLogprobs
+from router.request import GenerationRequest, TokenEvent, merge_events
 from router.scheduler import Limits, Scheduler
 from router.served import ServedModel
 
@@ -42,6 +42,7 @@ class _Request:
     """A request in flight: what has been generated, and who waits for it."""
 
     address: LinkAddress
+    streamed: bool
     done: asyncio.Future[None]
     unfinished: int
     events: list[TokenEvent] = field(default_factory=list)
@@ -96,11 +97,14 @@ class RouterReplica:
         """Generate all choices of a request.
 
         Returns ``{"events": […]}``, one event per choice with all its tokens, or
-        ``{"error": …}``; early tokens go to ``address`` as they are sampled.
+        ``{"error": …}``; a streamed request's tokens go to ``address`` as they are sampled, of
+        others the first of each choice.
         """
         request = GenerationRequest.from_wire(wire)
         await self._links.connect(address)
-        pending = _Request(address, self._loop.create_future(), request.sampling.n)
+        pending = _Request(
+            address, request.streamed, self._loop.create_future(), request.sampling.n
+        )
         self._requests[request.request_id] = pending
         self._engine.submit(request)
         try:
@@ -128,7 +132,8 @@ class RouterReplica:
                 request.done.set_exception(emission.outcome)
                 continue
             request.events.append(emission.outcome)
-            frames[request.address].append((emission.request_id, emission.outcome))
+            if request.streamed or emission.outcome.start == 0:
+                frames[request.address].append((emission.request_id, emission.outcome))
             request.unfinished -= emission.outcome.finish_reason is not None
             if request.unfinished == 0:
                 request.done.set_result(None)
@@ -163,20 +168,3 @@ def _cache_tokens(config: RouterConfig, max_model_len: int) -> int:
         return config.cache_tokens
     wanted = config.max_batch_size * max_model_len
     return max(max_model_len, min(wanted, MAX_DEFAULT_CACHE_TOKENS))
-
-
-def merge_events(events: list[TokenEvent]) -> list[TokenEvent]:
-    """Join each choice's events into one that has all its tokens and its finish reason."""
-    token_ids: defaultdict[int, list[int]] = defaultdict(list)
-    logprobs: defaultdict[int, list[TokenLogprobs]] = defaultdict(list)
-    last: dict[int, TokenEvent] = {}
-    exact: defaultdict[int, bool] = defaultdict(lambda: True)
-    for event in events:
-        token_ids[event.index].extend(event.token_ids)
-        logprobs[event.index].extend(event.logprobs)
-        exact[event.index] &= event.exact
-        last[event.index] = event
-    return [
-        TokenEvent(i, tuple(token_ids[i]), tuple(logprobs[i]), last[i].finish_reason, exact[i])
-        for i in sorted(last)
-    ]

@@ -6,6 +6,8 @@ Both are plain data that msgpack can carry. Token ids only: text is the gateway'
 from __future__ import annotations
 
 import time
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,7 +40,9 @@ class SamplingParams:
 class GenerationRequest:
     """One accepted request: ids in, ``sampling.n`` choices of ids out.
 
-    ``deadline_s`` is wall-clock time (``time.time()``) after which the answer is of no use.
+    ``deadline_s`` is wall-clock time (``time.time()``) after which the answer is of no use. Where
+    ``streamed`` is false, only each choice's first tokens are told early; the others come with the
+    reply.
     """
 
     request_id: str
@@ -47,6 +51,7 @@ class GenerationRequest:
     sampling: SamplingParams
     deadline_s: float
     on_expert_loss: str = "strict"
+    streamed: bool = True
 
     def remaining_s(self) -> float:
         """Return the seconds left until the deadline; negative when it has passed."""
@@ -104,3 +109,24 @@ class TokenEvent:
         index, token_ids, logprobs, finish_reason, exact, start = wire
         rows = tuple(TokenLogprobs(p[0], tuple(p[1]), tuple(p[2])) for p in logprobs)
         return cls(index, tuple(token_ids), rows, finish_reason, exact, start)
+
+
+def merge_events(events: Iterable[TokenEvent]) -> list[TokenEvent]:
+    """Join each choice's events, which follow one another, into one; in order of the choices."""
+    per_choice: defaultdict[int, list[TokenEvent]] = defaultdict(list)
+    for event in events:
+        per_choice[event.index].append(event)
+    return [_join(per_choice[index]) for index in sorted(per_choice)]
+
+
+def _join(events: list[TokenEvent]) -> TokenEvent:
+    if len(events) == 1:
+        return events[0]
+    return TokenEvent(
+        events[0].index,
+        tuple(token_id for event in events for token_id in event.token_ids),
+        tuple(row for event in events for row in event.logprobs),
+        events[-1].finish_reason,
+        all(event.exact for event in events),
+        events[0].start,
+    )

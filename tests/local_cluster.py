@@ -30,8 +30,7 @@ from router.engine import Emission, Engine
 from router.exchange import RemoteExchange
 from router.model import MoEModel
 from router.placement_view import PlacementView
-from router.replica import merge_events
-from router.request import GenerationRequest, SamplingParams, TokenEvent
+from router.request import GenerationRequest, SamplingParams, TokenEvent, merge_events
 from router.scheduler import Limits, Scheduler
 
 MODEL = "m"

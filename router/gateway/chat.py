@@ -51,6 +51,7 @@ def parse_chat(body: dict[str, Any], service: GenerationService, request_id: str
         default_max_tokens=None,
         prompt_field="messages",
         field_names=field_names,
+        streamed=stream,
     )
     return ChatCall(request_id, [service.check(raw)], stream, include_usage, return_token_ids)
 

@@ -37,6 +37,7 @@ def parse_completion(
             sampling={name: given[name] for name in sampling_fields if name in given},
             options={name: given[name] for name in OPTION_FIELDS if name in given},
             prompt_field=where,
+            streamed=stream,
         )
         checked.append(service.check(raw))
     return CompletionCall(request_id, checked, stream, include_usage, return_token_ids)

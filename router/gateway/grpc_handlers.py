@@ -37,7 +37,7 @@ class GrpcHandlers:
 
     async def generate(self, data: bytes) -> Any:
         """Run a ``GenerateRequest`` to its end and return one ``GenerateReply``."""
-        checked = self._check(data)
+        checked = self._check(data, streamed=False)
         wholes = [Collected() for _ in range(checked.request.sampling.n)]
         usage: Usage | None = None
         async with aclosing(self.service.generate(checked, "grpc")) as deltas:
@@ -54,7 +54,7 @@ class GrpcHandlers:
 
     async def generate_stream(self, data: bytes) -> AsyncGenerator[Any, None]:
         """Run a ``GenerateRequest`` and yield a ``GenerateReply`` per delta."""
-        checked = self._check(data)
+        checked = self._check(data, streamed=True)
         async with aclosing(self.service.generate(checked, "grpc")) as deltas:
             async for delta in deltas:
                 yield _delta_reply(delta, checked.model.tokenizer)
@@ -112,10 +112,10 @@ class GrpcHandlers:
         status = health_pb2.HealthCheckResponse
         return status(status=status.SERVING if is_ready else status.NOT_SERVING)
 
-    def _check(self, data: bytes) -> CheckedRequest:
+    def _check(self, data: bytes, streamed: bool) -> CheckedRequest:
         with self.service.metrics.refusals("grpc"):
             request = _parse(inference_pb2.GenerateRequest, data)
-            return self.service.check(_raw_request(request))
+            return self.service.check(_raw_request(request, streamed))
 
 
 def parse_health_check(data: bytes) -> str:
@@ -131,7 +131,7 @@ def _parse(message_type: Any, data: bytes) -> Any:
         raise InvalidRequestError(f"the bytes are not a {name} message") from None
 
 
-def _raw_request(request: Any) -> RawRequest:
+def _raw_request(request: Any, streamed: bool) -> RawRequest:
     which = request.WhichOneof("input")
     if which is None:
         raise InvalidRequestError("is missing; give it or prompt_token_ids", "prompt")
@@ -153,6 +153,7 @@ def _raw_request(request: Any) -> RawRequest:
         },
         prompt_field="prompt" if is_text else "prompt_token_ids.ids",
         sampling_prefix="sampling.",
+        streamed=streamed,
     )
 
 

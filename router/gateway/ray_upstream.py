@@ -32,15 +32,22 @@ from cluster.errors import (
 from cluster.status import ClusterStatus
 from router.link import LinkAddress, LinkServer
 from router.placement_view import PlacementView, PlacementWatcher
-from router.request import GenerationRequest, TokenEvent
+from router.request import GenerationRequest, TokenEvent, merge_events
 
 STATUS_TIMEOUT_S = 5.0
 RESEND_S = 0.2
 MAX_BUFFERED_EVENTS = 100_000
+MESSAGES_PER_S = 250
+MAX_PAUSE_S = 0.1
+"""Beyond so many messages of all streams together, tokens travel several to a message.
+
+A message costs gateway and proxy about a millisecond, more than a token costs router and experts;
+the pause between two of a stream's messages is bounded, so that it still reads as it comes.
+"""
 
 logger = logging.getLogger("expertmesh.gateway")
 
-_Item = TokenEvent | BaseException | dict[str, Any]
+_Reply = BaseException | dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,8 @@ class RayUpstream:
         self._routers = routers
         self._view = PlacementView()
         self._watcher = PlacementWatcher("gateway", self._view, HandleController(controller))
-        self._streams: dict[str, asyncio.Queue[_Item]] = {}
+        self._inboxes: dict[str, Inbox] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
         self._attempts: dict[str, _Attempt] = {}
         self._link = LinkServer(ray.util.get_node_ip_address(), self._on_tokens)
         self._address: asyncio.Task[LinkAddress] | None = None
@@ -93,34 +101,35 @@ class RayUpstream:
     async def _attempt(
         self, request: GenerationRequest, sent: Counter[int], stopped: set[int]
     ) -> AsyncGenerator[TokenEvent, None]:
-        stream: asyncio.Queue[_Item] = asyncio.Queue(MAX_BUFFERED_EVENTS)
-        self._streams[request.request_id] = stream
+        inbox = Inbox()
+        self._inboxes[request.request_id] = inbox
         address = await self._listening()
         call = self._routers[request.model].generate.remote(request.to_wire(), address)
-        reply = asyncio.ensure_future(_put_reply(call, stream))
+        reply = asyncio.create_task(_put_reply(call, inbox))
         try:
             while True:
-                item = await _get(stream, request)
-                if isinstance(item, BaseException):
-                    raise _typed(item)
-                if isinstance(item, TokenEvent):
-                    if item.index in stopped and item.finish_reason is None:
-                        self._link.stop_choice(request.request_id, item.index)
-                    fresh = unseen(item, sent)
-                    if fresh is not None:
-                        yield fresh
+                pause_s = min(len(self._inboxes) / MESSAGES_PER_S, MAX_PAUSE_S)
+                events, end = await _take(inbox, request, pause_s)
+                for index in stopped.intersection(e.index for e in events if not e.finish_reason):
+                    self._link.stop_choice(request.request_id, index)
+                fresh = [f for event in events if (f := unseen(event, sent)) is not None]
+                for event in merge_events(fresh):
+                    yield event
+                if end is None:
                     continue
-                if "error" in item:
-                    raise error_from_wire(item["error"])
-                for wire in item["events"]:
-                    fresh = unseen(TokenEvent.from_wire(wire), sent)
-                    if fresh is not None:
-                        yield fresh
+                for event in _events(end):
+                    rest = unseen(event, sent)
+                    if rest is not None:
+                        yield rest
                 return
         finally:
-            del self._streams[request.request_id]
+            del self._inboxes[request.request_id]
             self._link.forget(request.request_id)
-            if not reply.done():
+            if _is_answered(request, sent):
+                # The reply, which is under way, has nothing new.
+                self._leaving.add(reply)
+                reply.add_done_callback(self._leaving.discard)
+            elif not reply.done():
                 call.cancel()
                 reply.cancel()
 
@@ -130,10 +139,10 @@ class RayUpstream:
         return await self._address
 
     def _on_tokens(self, request_id: str, event: TokenEvent) -> bool:
-        stream = self._streams.get(request_id)
-        if stream is not None and not stream.full():  # what is left out comes with the reply
-            stream.put_nowait(event)
-        return stream is not None
+        inbox = self._inboxes.get(request_id)
+        if inbox is not None:
+            inbox.put(event)
+        return inbox is not None
 
     def stop(self, request_id: str, index: int) -> None:
         """See :class:`Upstream`."""
@@ -200,21 +209,77 @@ def unseen(event: TokenEvent, sent: Counter[int]) -> TokenEvent | None:
     return replace(event, token_ids=token_ids, logprobs=event.logprobs[skip:], start=have)
 
 
-async def _put_reply(call: Any, stream: asyncio.Queue[_Item]) -> None:
+def _is_answered(request: GenerationRequest, sent: Counter[int]) -> bool:
+    return all(sent[index] < 0 for index in range(request.sampling.n))
+
+
+class Inbox:
+    """What has come for one request: token events in order, and in the end the call's reply."""
+
+    def __init__(self) -> None:
+        self._reply: _Reply | None = None
+        self._loop = asyncio.get_running_loop()
+        self._events: list[TokenEvent] = []
+        self._due_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._changed = asyncio.Event()
+
+    def put(self, event: TokenEvent) -> None:
+        """Take one event; the reader is woken at once when it is a choice's end, or in its time."""
+        if len(self._events) >= MAX_BUFFERED_EVENTS:  # what is left out comes with the reply
+            return
+        self._events.append(event)
+        if event.finish_reason is not None or self._loop.time() >= self._due_s:
+            self._changed.set()
+        elif self._timer is None:
+            self._timer = self._loop.call_at(self._due_s, self._changed.set)
+
+    def end(self, reply: _Reply) -> None:
+        """Take the call's reply or the error that it ended with; the reader is woken at once."""
+        self._reply = reply
+        self._changed.set()
+
+    async def take(self, pause_s: float) -> tuple[list[TokenEvent], _Reply | None]:
+        """Wait for events or the reply; return all events that have come, and the reply if it has.
+
+        Events that follow are held back for ``pause_s``, so that they are returned together.
+        """
+        await self._changed.wait()
+        self._changed.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._due_s = self._loop.time() + pause_s
+        events, self._events = self._events, []
+        return events, self._reply
+
+
+async def _put_reply(call: Any, inbox: Inbox) -> None:
     try:
-        await stream.put(await call)
+        inbox.end(await call)
     except Exception as error:
-        await stream.put(error)
+        inbox.end(error)
 
 
-async def _get(stream: asyncio.Queue[_Item], request: GenerationRequest) -> _Item:
+async def _take(
+    inbox: Inbox, request: GenerationRequest, pause_s: float
+) -> tuple[list[TokenEvent], _Reply | None]:
     # A moment past the deadline, so that the router's own word on it comes first.
     timeout_s = max(0.0, request.deadline_s - time.time()) + 1.0
     try:
         async with asyncio.timeout(timeout_s):
-            return await stream.get()
+            return await inbox.take(pause_s)
     except TimeoutError:
         raise DeadlineExceededError("the request's deadline passed") from None
+
+
+def _events(reply: _Reply) -> list[TokenEvent]:
+    """Return the reply's events; raises the error that it is."""
+    if isinstance(reply, BaseException):
+        raise _typed(reply)
+    if "error" in reply:
+        raise error_from_wire(reply["error"])
+    return [TokenEvent.from_wire(wire) for wire in reply["events"]]
 
 
 def _typed(error: BaseException) -> BaseException:

@@ -33,7 +33,7 @@ class RawRequest:
     the fields of ``SamplingParams`` and ``stop``; ``timeout_s`` and ``on_expert_loss``.
     ``default_max_tokens`` ``None`` is all that is left of the context. ``prompt_field`` and
     ``field_names`` are how the caller writes the fields; ``sampling_prefix`` stands before those of
-    ``sampling``.
+    ``sampling``. ``streamed`` says that the answer is wanted piece by piece.
     """
 
     model: object
@@ -45,6 +45,7 @@ class RawRequest:
     prompt_field: str = "prompt"
     sampling_prefix: str = ""
     field_names: Mapping[str, str] = field(default_factory=dict)
+    streamed: bool = False
 
     def path(self, name: str) -> str:
         """Return how the caller writes the sampling field ``name``."""
@@ -96,6 +97,8 @@ class Validator:
             sampling=self._check_sampling(raw, model, len(ids)),
             deadline_s=time.time() + timeout_s,
             on_expert_loss=_check_on_expert_loss(raw),
+            # A stop string must be found in time to end its choice.
+            streamed=raw.streamed or bool(stops),
         )
         return CheckedRequest(request, model, stops)
 

@@ -348,3 +348,37 @@ def test_status_as_a_message(upstream: FakeUpstream) -> None:
     upstream.status_error = UnavailableError("away", retry_after_s=1)
     _, context = call(upstream, "GetStatus", admin_pb2.GetStatusRequest())
     assert context.code is grpc.StatusCode.UNAVAILABLE
+
+
+def test_only_streams_and_stop_strings_ask_for_tokens_as_they_come() -> None:
+    upstream = FakeUpstream(says(" was"))
+    with grpc_server(upstream) as address, Client(address) as client:
+        client.generate("in", model="tiny")
+        client.generate("in", Sampling(stop=["x"]), model="tiny")
+        list(client.stream("in", model="tiny"))
+    assert [request.streamed for request in upstream.requests] == [False, True, True]
+
+
+def test_the_first_model_is_asked_for_once_and_again_when_it_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with grpc_server(FakeUpstream(says(" was"))) as address, Client(address) as client:
+        served, asked = client.model_info(), []
+
+        def model_info() -> Any:
+            asked.append(1)
+            return served
+
+        monkeypatch.setattr(client, "model_info", model_info)
+        client.generate("in")
+        list(client.stream("in"))
+        assert len(asked) == 1
+        client._default_model = "gone"
+        with pytest.raises(UnknownModelError):
+            client.generate("in")
+        client.generate("in")
+        client._default_model = "gone"
+        with pytest.raises(UnknownModelError):
+            list(client.stream("in"))
+        client.generate("in")
+        assert len(asked) == 3

@@ -321,3 +321,15 @@ def test_a_client_that_leaves_ends_the_request_upstream(stream: bool, tokens_fir
         assert upstream.closed.is_set()
 
     asyncio.run(asyncio.wait_for(run(), 20))
+
+
+@pytest.mark.parametrize(
+    ("body", "streamed"), [({}, False), ({"stop": ["x"]}, True), ({"stream": True}, True)]
+)
+def test_only_streams_and_stop_strings_ask_for_tokens_as_they_come(
+    body: dict[str, Any], streamed: bool
+) -> None:
+    upstream = FakeUpstream(says(" was"))
+    assert completion(upstream, **body).status_code == 200
+    assert chat(upstream, **body).status_code == 200
+    assert [request.streamed for request in upstream.requests] == [streamed, streamed]
