@@ -70,6 +70,7 @@ class RayUpstream:
         self._view = PlacementView()
         self._watcher = PlacementWatcher("gateway", self._view, HandleController(controller))
         self._inboxes: dict[str, Inbox] = {}
+        self._num_streams = 0
         self._leaving: set[asyncio.Task[None]] = set()
         self._attempts: dict[str, _Attempt] = {}
         self._link = LinkServer(ray.util.get_node_ip_address(), self._on_tokens)
@@ -101,14 +102,15 @@ class RayUpstream:
     async def _attempt(
         self, request: GenerationRequest, sent: Counter[int], stopped: set[int]
     ) -> AsyncGenerator[TokenEvent, None]:
-        inbox = Inbox()
-        self._inboxes[request.request_id] = inbox
         address = await self._listening()
         call = self._routers[request.model].generate.remote(request.to_wire(), address)
+        inbox = Inbox()
+        self._inboxes[request.request_id] = inbox
+        self._num_streams += request.streamed
         reply = asyncio.create_task(_put_reply(call, inbox))
         try:
             while True:
-                pause_s = min(len(self._inboxes) / MESSAGES_PER_S, MAX_PAUSE_S)
+                pause_s = min(self._num_streams / MESSAGES_PER_S, MAX_PAUSE_S)
                 events, end = await _take(inbox, request, pause_s)
                 for index in stopped.intersection(e.index for e in events if not e.finish_reason):
                     self._link.stop_choice(request.request_id, index)
@@ -124,6 +126,7 @@ class RayUpstream:
                 return
         finally:
             del self._inboxes[request.request_id]
+            self._num_streams -= request.streamed
             self._link.forget(request.request_id)
             if _is_answered(request, sent):
                 # The reply, which is under way, has nothing new.
@@ -136,7 +139,7 @@ class RayUpstream:
     async def _listening(self) -> LinkAddress:
         if self._address is None:
             self._address = asyncio.ensure_future(self._link.start())
-        return await self._address
+        return await asyncio.shield(self._address)  # others wait for it too
 
     def _on_tokens(self, request_id: str, event: TokenEvent) -> bool:
         inbox = self._inboxes.get(request_id)

@@ -179,6 +179,26 @@ def test_a_call_is_cancelled_only_while_tokens_are_missing(
     asyncio.run(run())
 
 
+def test_a_request_that_is_cancelled_at_once_takes_no_other_along(
+    upstream: Callable[[], tuple[RayUpstream, Router]],
+) -> None:
+    async def run() -> None:
+        gateway, router = upstream()
+        gone = asyncio.ensure_future(anext(gateway.generate(request(30))))
+        await asyncio.sleep(0)  # lets it begin to wait for the link's server
+        gone.cancel()
+        await asyncio.wait({gone})
+        assert not router.calls
+        events = gateway.generate(request(30))
+        assert await first_of(gateway, router, events, event(0)) == event(0)
+        await events.aclose()
+        assert not gateway._inboxes
+        assert gateway._num_streams == 0
+        gateway._link.close()
+
+    asyncio.run(run())
+
+
 def test_the_reply_completes_what_came_early(
     upstream: Callable[[], tuple[RayUpstream, Router]],
 ) -> None:
