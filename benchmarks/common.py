@@ -20,6 +20,8 @@ MODEL = "bench"
 PROMPT_TOKENS = 16
 CACHE_TOKENS = 8192
 FILE_WIDTH = 160
+SETTINGS = ("benchmark", "machine", "sizes", "clients", "tokens", "actors")
+"""The parts of a result that must be the same for two runs to be comparable."""
 TOLERANCE = 0.15
 """How much slower a figure may be than before; shared machines differ by that from run to run."""
 
@@ -278,6 +280,7 @@ def finish(result: dict[str, Any], figures: Figures, options: argparse.Namespace
         return 0
     compared = compare(figures_from_json(options.compare), figures)
     show_comparison(compared)
-    if options.compare.get("machine") != result["machine"]:
-        Console().print("The old run was made on another machine or with other versions.")
+    other = [name for name in SETTINGS if options.compare.get(name) != result.get(name)]
+    if other:
+        Console().print(f"Not of one kind: the old run differs in {', '.join(other)}.")
     return int(any(c.verdict == "slower" for c in compared))
