@@ -159,7 +159,15 @@ def _router(name: str, config: RouterConfig) -> Any:
         max_ongoing_requests=4 * (config.max_batch_size + config.max_queue_requests),
         ray_actor_options={
             "num_cpus": config.num_cpus,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}},
+            "runtime_env": {
+                "env_vars": {
+                    "OMP_NUM_THREADS": threads,
+                    # Steps bring new numbers of tokens for ever, and oneDNN and torch would each
+                    # keep half a megabyte for 1024 shapes; a decode step has five.
+                    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+                    "LRU_CACHE_CAPACITY": "16",
+                }
+            },
         },
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,

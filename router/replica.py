@@ -8,6 +8,7 @@ gateways as one frame per gateway (:mod:`router.link`).
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -88,6 +89,8 @@ class RouterReplica:
             self._emit,
         )
         self._links = LinkClient(self._engine.stop_choice)
+        gc.collect()
+        gc.freeze()  # what is there now stays: no collection has to look through it again
         self._engine.start()
         logger.info(
             "router of %s: %s, cache of %d tokens", model.id, model.dtype, num_pages * PAGE_SIZE
