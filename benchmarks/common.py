@@ -75,6 +75,13 @@ def dense_mb(folder: Path) -> float:
     return whole - expert_mb(SIZES["num_hidden_layers"] * SIZES["num_local_experts"])
 
 
+def cache_mb(num_tokens: int) -> float:
+    """Return what the keys and values of ``num_tokens`` tokens take in bf16."""
+    head_dim = SIZES["hidden_size"] // SIZES["num_attention_heads"]
+    values = 2 * SIZES["num_hidden_layers"] * SIZES["num_key_value_heads"] * head_dim
+    return num_tokens * values * 2 / 1e6
+
+
 def resident_mb(pid: int) -> float:
     """Return the resident memory of a process of this host."""
     import psutil
@@ -139,7 +146,7 @@ def show_memory(memory: Mapping[str, Mapping[str, float]]) -> None:
         (name, *(f"{one[part]:.0f}" for part in ("rss_mb", "weights_mb", "beyond_mb")))
         for name, one in memory.items()
     ]
-    show("memory, MB", rows, ["process", "resident", "weights", "beyond weights"])
+    show("memory, MB", rows, ["process", "resident", "weights, cache", "beyond"])
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from benchmarks.baseline import run_module
 from benchmarks.common import (
     CACHE_TOKENS,
     MODEL,
+    PROMPT_TOKENS,
+    cache_mb,
     dense_mb,
     expert_mb,
     memory_of,
@@ -147,6 +149,7 @@ class Bench:
         torch.set_num_threads(config.threads)
         checkpoint = open_checkpoint(folder)
         self._folder = folder
+        self._cached_tokens = 0
         view, self._handles = start_actors(folder, checkpoint.shape, actors, traced)
         self._transport: Any = open_transport(APP, transport)  # type: ignore[arg-type]
         self._recorder = recorder = Recorder()
@@ -200,6 +203,7 @@ class Bench:
 
         # Without a controller nobody else renews their leases.
         ray.get([h.heartbeat.remote(EPOCH) for h in self._handles.values()], timeout=TIMEOUT_S)
+        self._cached_tokens = max(self._cached_tokens, streams * (PROMPT_TOKENS + tokens))
         sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         requests = [
             GenerationRequest(str(i), MODEL, tuple(ids), sampling, time.time() + TIMEOUT_S)
@@ -255,7 +259,8 @@ class Bench:
         """Return the memory of this process (it is Ray's driver too) and of the actors."""
         import ray
 
-        memory = {"router": memory_of(os.getpid(), dense_mb(self._folder))}
+        held_mb = dense_mb(self._folder) + cache_mb(self._cached_tokens)
+        memory = {"router": memory_of(os.getpid(), held_mb)}
         for actor_id, handle in self._handles.items():
             report = ray.get(handle.describe.remote(), timeout=TIMEOUT_S)
             memory[actor_id] = memory_of(report.pid, expert_mb(len(report.experts)))

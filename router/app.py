@@ -162,9 +162,11 @@ def _router(name: str, config: RouterConfig) -> Any:
             "runtime_env": {
                 "env_vars": {
                     "OMP_NUM_THREADS": threads,
+                    # A heap per thread would keep memory that no other thread reuses.
+                    "MALLOC_ARENA_MAX": "1",
                     # Steps bring new numbers of tokens for ever, and oneDNN and torch would each
                     # keep half a megabyte for 1024 shapes; a decode step has five.
-                    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+                    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
                     "LRU_CACHE_CAPACITY": "16",
                 }
             },
