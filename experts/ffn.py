@@ -5,6 +5,7 @@ Dimension letters: P rows of one expert, H hidden size, I intermediate size.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -28,7 +29,9 @@ ACTIVATIONS: dict[str, Activation] = {
 # so that a result does not depend on where in memory its value lay. Both gelus' do not.
 _PLACELESS = frozenset((functional.silu, functional.relu))
 
-_HAS_AMX: bool = torch.cpu._is_amx_tile_supported()
+# oneDNN can be told not to use what the processor has.
+_LIMITS = {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"}
+_HAS_AMX: bool = torch.cpu._is_amx_tile_supported() and not _LIMITS & os.environ.keys()
 # With more rows than two AMX tiles have oneDNN adds up in another order.
 _MAX_TILED_ROWS = 32
 # From the first to the second number of rows it adds up in one and the same order again.

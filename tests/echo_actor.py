@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
+import threading
 from collections.abc import Sequence
 
 import ray
@@ -26,7 +26,7 @@ class Echo:
     def compute(self, frame: bytes) -> bytes:
         """Answer a frame."""
         if frame.startswith(b"wait "):
-            time.sleep(float(frame[5:]))
+            threading.Event().wait(float(frame[5:]))
         return frame[::-1]
 
     @ray.method(concurrency_group="control")

@@ -8,24 +8,26 @@ import pytest
 import torch
 from torch import nn
 
+from experts import ffn
 from experts.checkpoint import open_checkpoint
 from router.attention import FusedAttention, fuse_attention
 from router.model import load_dense
 from tests.checkpoints import save_mixtral
 
-BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# Where fusing is sure to be possible; elsewhere a trial decides.
+AMX = ffn._HAS_AMX
 
 
 def attentions(model: nn.Module) -> list[str]:
     return [type(m).__name__ for m in model.modules() if type(m).__name__.endswith("Attention")]
 
 
-@pytest.mark.xfail(not BF16, reason="oneDNN has no bf16 on this processor")
 def test_every_layers_attention_is_fused_in_bf16(tmp_path: Path) -> None:
     save_mixtral(tmp_path, dtype=torch.bfloat16)
     model = load_dense(open_checkpoint(tmp_path), torch.bfloat16)
     fuse_attention(model)
-    assert attentions(model) == ["FusedAttention"] * 3
+    possible = [["FusedAttention"] * 3, *([] if AMX else [["MixtralAttention"] * 3])]
+    assert attentions(model) in possible
 
 
 def test_in_fp32_transformers_own_stays(tmp_path: Path) -> None:
