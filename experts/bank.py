@@ -19,23 +19,23 @@ from cluster.errors import FrameError, WrongPlacementError
 from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame
 from cluster.placement import ExpertKey
 from cluster.tensors import TORCH_DTYPES, from_bytes, to_bytes
-from experts.ffn import Activation, gated_ffn
+from experts.ffn import Activation, ffn_of
 from experts.weights import GatedFfnWeights
 
 
 class GatedFfnExpert:
-    """A loaded expert: weights and activation, and what rows it takes: H, dtype and device."""
+    """A loaded expert, and what rows it takes: H, dtype and device."""
 
     def __init__(self, weights: GatedFfnWeights, act: Activation) -> None:
-        self.weights = weights
-        self.act = act
+        """Take over ``weights``, which may be rearranged."""
+        self._ffn = ffn_of(weights, act)
         self.hidden_size = weights.down.shape[0]
         self.dtype = weights.down.dtype
         self.device = weights.down.device
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [P, H] to rows [P, H]."""
-        return gated_ffn(rows, self.weights, self.act)
+        return self._ffn(rows)
 
 
 _Pieces = list[torch.Tensor]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from router.cache import Chunk, PagedBatch, PagedCache, PagedContext, paged_attention
-from router.linear import PackedLinear, is_packable
+from router.packing import PackedLinear, is_packable
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _TRIED_TOKENS = (2, 48)

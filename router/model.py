@@ -26,7 +26,7 @@ from experts.checkpoint import Checkpoint
 from experts.families import Family
 from router.attention import fuse_attention
 from router.cache import ATTENTION_NAME, PagedBatch, PagedCache, PagedContext, paged_attention
-from router.linear import pack_linears
+from router.packing import pack_linears
 
 _REPLACING = threading.Lock()
 

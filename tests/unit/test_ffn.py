@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from experts import ffn
-from experts.ffn import ACTIVATIONS, Activation, gated_ffn
+from experts.ffn import ACTIVATIONS, Activation, PackedFfn, ffn_of, gated_ffn
 from experts.weights import GatedFfnWeights
 
 Make = Callable[[int, int, int, torch.dtype], tuple[torch.Tensor, GatedFfnWeights]]
@@ -73,8 +73,9 @@ def test_any_number_of_rows_has_the_bits_of_linear(
     rows, weights = make(max(NUM_ROWS), hidden, inner, dtype)
     act = ACTIVATIONS[name]
     for num_rows in NUM_ROWS:
-        got = gated_ffn(rows[:num_rows], weights, act)
-        assert torch.equal(got, plain_ffn(rows[:num_rows], weights, act)), num_rows
+        expected = plain_ffn(rows[:num_rows], weights, act)
+        assert torch.equal(gated_ffn(rows[:num_rows], weights, act), expected), num_rows
+        assert torch.equal(ffn_of(weights, act)(rows[:num_rows]), expected), num_rows
 
 
 @pytest.mark.parametrize(
@@ -85,8 +86,9 @@ def test_any_number_of_rows_has_the_bits_of_linear(
 def test_one_row_has_the_bits_of_linear(make: Make, hidden: int, inner: int) -> None:
     torch.manual_seed(hidden)
     rows, weights = make(1, hidden, inner, torch.bfloat16)
-    got = gated_ffn(rows, weights, functional.silu)
-    assert torch.equal(got, plain_ffn(rows, weights, functional.silu))
+    expected = plain_ffn(rows, weights, functional.silu)
+    assert torch.equal(gated_ffn(rows, weights, functional.silu), expected)
+    assert torch.equal(ffn_of(weights, functional.silu)(rows), expected)
 
 
 @pytest.mark.parametrize(("hidden", "inner"), [(64, 96), (512, 1024)])
@@ -95,6 +97,7 @@ def test_one_row_has_the_bits_of_linear(make: Make, hidden: int, inner: int) -> 
 def test_many_rows_have_the_bits_of_linear(make: Make, hidden: int, inner: int) -> None:
     torch.manual_seed(hidden)
     rows, weights = make(420, hidden, inner, torch.bfloat16)
+    packed = ffn_of(weights, functional.silu)
     for num_rows in (
         41,
         63,
@@ -114,9 +117,10 @@ def test_many_rows_have_the_bits_of_linear(make: Make, hidden: int, inner: int) 
         384,
         420,
     ):
-        got = gated_ffn(rows[:num_rows], weights, functional.silu)
         expected = plain_ffn(rows[:num_rows], weights, functional.silu)
+        got = gated_ffn(rows[:num_rows], weights, functional.silu)
         assert torch.equal(got, expected), num_rows
+        assert torch.equal(packed(rows[:num_rows]), expected), num_rows
 
 
 @pytest.mark.parametrize("name", ["silu", "relu"])
@@ -127,3 +131,23 @@ def test_a_placeless_activation_has_one_result_for_a_value(name: str) -> None:
     values = values[values.isfinite()]
     single = torch.cat([act(value) for value in values.split(1)])
     assert torch.equal(act(values), single)
+
+
+def test_weights_are_packed_only_where_bits_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ffn, "_HAS_AMX", False)
+    ffn._packing_keeps_bits.cache_clear()
+    weights = GatedFfnWeights(torch.ones(192, 64).bfloat16(), torch.ones(64, 96).bfloat16())
+    is_supported = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    with monkeypatch.context() as patched:
+        patched.setattr(PackedFfn, "__call__", lambda self, rows: rows * 2)
+        assert not isinstance(ffn_of(weights, functional.silu), PackedFfn)
+    ffn._packing_keeps_bits.cache_clear()
+    same = ffn._packing_keeps_bits(64, 96, functional.silu) if is_supported else False
+    assert isinstance(ffn_of(weights, functional.silu), PackedFfn) == same
+    assert not isinstance(
+        ffn_of(
+            GatedFfnWeights(*(w.float() for w in (weights.gate_up, weights.down))), functional.silu
+        ),
+        PackedFfn,
+    )
+    ffn._packing_keeps_bits.cache_clear()

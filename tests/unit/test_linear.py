@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from experts import ffn
-from router.linear import PackedLinear, pack_linears
+from router.packing import PackedLinear, pack_linears
 
 # Where packing is sure to be possible; elsewhere a trial decides, and the bits are the same anyway.
 AMX = ffn._HAS_AMX

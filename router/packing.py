@@ -1,7 +1,4 @@
-"""A linear layer whose weight lies in memory as the processor's matrix unit reads it.
-
-``torch.nn.Linear`` in bf16 has oneDNN rearrange the whole weight at every call, which costs a
-decode step a third of its products' time. Here that is done once, at loading.
+"""Replacing a model's linear layers by packed ones (:mod:`experts.linear`), where bits stay.
 
 Dimension letters: T tokens, I input size, O output size.
 """
@@ -13,6 +10,8 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
+from experts.linear import can_pack, pack, packed_linear
+
 _CHECKED_ROWS = (1, 48)
 
 
@@ -23,14 +22,11 @@ class PackedLinear(nn.Module):
         """Rearrange ``weight`` [O, I]; it is not kept."""
         super().__init__()
         # Not a buffer: oneDNN's layout is opaque, so it can neither be moved nor saved.
-        self._packed = torch.ops.mkldnn._reorder_linear_weight.default(weight)
-        self._product = torch.ops.mkldnn._linear_pointwise.default
+        self._packed = pack(weight)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map [..., T, I] to [..., T, O]."""
-        return self._product(  # type: ignore[no-any-return]
-            hidden_states, self._packed, None, "none", [], ""
-        )
+        return packed_linear(hidden_states, self._packed)
 
 
 def pack_linears(model: nn.Module) -> None:
@@ -49,13 +45,7 @@ def pack_linears(model: nn.Module) -> None:
 
 def is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Say whether a module is a linear layer that :class:`PackedLinear` can hold."""
-    return (
-        type(module) is nn.Linear
-        and module.bias is None
-        and module.weight.is_cpu
-        and module.weight.dtype == torch.bfloat16
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+    return type(module) is nn.Linear and module.bias is None and can_pack(module.weight)
 
 
 def _same_bits(linear: nn.Linear, packed: PackedLinear) -> bool:
