@@ -32,6 +32,7 @@ from cluster.errors import (
 from cluster.status import ClusterStatus
 from router.link import LinkAddress, LinkServer
 from router.placement_view import PlacementView, PlacementWatcher
+from router.readiness import Readiness, readiness
 from router.request import GenerationRequest, TokenEvent, merge_events
 
 STATUS_TIMEOUT_S = 5.0
@@ -163,15 +164,9 @@ class RayUpstream:
             raise UnavailableError("the controller does not answer", "", 1.0) from None
         return ClusterStatus.from_wire(wire)
 
-    def ready(self) -> tuple[bool, str]:
+    def ready(self) -> Readiness:
         """See :class:`Upstream`."""
-        placement = self._view.current()
-        if placement is None:
-            return False, "no placement of the experts is known yet"
-        missing = len(placement.missing())
-        if missing:
-            return False, f"{missing} experts have no live copy"
-        return True, ""
+        return readiness(self._view.current(), self._routers, self._view.loop_age_s())
 
 
 class HandleController:
@@ -183,12 +178,10 @@ class HandleController:
 
     async def watch(
         self, kind: str, pid: int, node: str, known: tuple[int, int], timeout_s: float
-    ) -> dict[str, Any] | None:
+    ) -> dict[str, Any]:
         """See :meth:`cluster.controller.Controller.watch`."""
-        wire: dict[str, Any] | None = await self._handle.watch.remote(
-            kind, pid, node, known, timeout_s
-        )
-        return wire
+        told: dict[str, Any] = await self._handle.watch.remote(kind, pid, node, known, timeout_s)
+        return told
 
     async def suspect(self, actor_id: str, generation: int) -> None:
         """See :meth:`cluster.controller.Controller.suspect`."""

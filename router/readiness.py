@@ -1,0 +1,47 @@
+"""Whether requests can be served now, and how old the knowledge is that this goes by: pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cluster.placement import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """What ``/ready`` and ``grpc.health.v1`` tell.
+
+    ``reason`` says why not, and is empty when ready. ``order`` is the (epoch, version) of the
+    placement that this goes by, and ``loop_age_s`` how long ago the controller last finished a
+    look at an actor, which grows while the controller is away; both ``None`` before the first word
+    from it.
+    """
+
+    reason: str
+    order: tuple[int, int] | None
+    loop_age_s: float | None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every expert of every served model has a live copy."""
+        return not self.reason
+
+
+def readiness(
+    placement: Placement | None, models: Iterable[str], loop_age_s: float | None
+) -> Readiness:
+    """Decide whether the served ``models`` can be served under the newest known placement."""
+    order = None if placement is None else placement.order
+    return Readiness(_reason(placement, models), order, loop_age_s)
+
+
+def _reason(placement: Placement | None, models: Iterable[str]) -> str:
+    if placement is None:
+        return "no placement of the experts is known yet"
+    placed = {key.model for key in placement.holders}
+    unplaced = sorted(set(models) - placed)
+    if unplaced:  # a new gateway may be there before the controller that knows its models
+        return f"no placement of the experts of {', '.join(unplaced)} is known yet"
+    missing = len(placement.missing())
+    return f"{missing} experts have no live copy" if missing else ""
