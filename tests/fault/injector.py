@@ -35,9 +35,10 @@ def inject(
 ) -> list[Hit]:
     """Carry out all faults in order, each at its time or as soon after as it can be; blocks.
 
-    A fault waits until the controller answers and names a living victim. ``told`` hears of every
-    hit. Raises ``AssertionError`` when a victim is not seen killed or stopped, or when there is
-    none for ``ASK_S``.
+    A fault waits until the controller answers and names a living victim; one on an expert actor
+    also until every expert has a copy, since faults that came faster than copies come back would
+    starve every request. ``told`` hears of every hit. Raises ``AssertionError`` when a victim is
+    not seen killed or stopped, or when there is none for ``ASK_S``.
     """
     pause, started_s = threading.Event(), time.monotonic()
     hits = []
@@ -66,16 +67,17 @@ def _victim(
         except ExpertMeshError:  # the controller is away, by the fault before
             pause.wait(_POLL_S)
             continue
-        pids = sorted(pid for pid in candidates(known, fault.kind) if is_running(pid))
+        pids = sorted(pid for pid in victims(known, fault.kind) if is_running(pid))
         if pids:
             return known, pids[fault.choice % len(pids)]
         pause.wait(_POLL_S)
     raise AssertionError(f"no victim to {fault.kind.value} within {ASK_S} s")
 
 
-def candidates(known: ClusterStatus, kind: Kind) -> Sequence[int]:
-    """Return the pids that a fault of this kind may hit."""
+def victims(known: ClusterStatus, kind: Kind) -> Sequence[int]:
+    """Return the pids that a fault of this kind may hit now."""
     if kind is Kind.KILL_CONTROLLER:
         return (known.controller_pid,)
-    parts = known.routers if kind is Kind.KILL_ROUTER else known.actors
-    return tuple(part.pid for part in parts)
+    if kind is Kind.KILL_ROUTER:
+        return tuple(router.pid for router in known.routers)
+    return tuple(actor.pid for actor in known.actors) if not known.missing_experts else ()

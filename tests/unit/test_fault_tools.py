@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
-from tests.fault.injector import candidates
+from tests.fault.injector import victims
 from tests.fault.load import WrongTokensError, check_next, check_whole
 from tests.fault.schedule import BAG, PAUSE_S, Kind, schedule
 from tests.fault.signals import kill, let_go, stop
@@ -43,13 +43,19 @@ def test_a_schedule_shorter_than_a_period_has_no_faults() -> None:
 
 
 def test_each_kind_has_its_own_victims() -> None:
-    victims = {kind: candidates(STATUS, kind) for kind in Kind}
-    assert victims == {
+    assert {kind: victims(STATUS, kind) for kind in Kind} == {
         Kind.KILL_ACTOR: (13,),
         Kind.PAUSE_ACTOR: (13,),
         Kind.KILL_ROUTER: (11,),
         Kind.KILL_CONTROLLER: (10,),
     }
+
+
+def test_no_actor_is_a_victim_while_an_expert_has_no_copy() -> None:
+    known = replace(STATUS, missing_experts=1)
+    assert victims(known, Kind.KILL_ACTOR) == victims(known, Kind.PAUSE_ACTOR) == ()
+    assert victims(known, Kind.KILL_ROUTER) == (11,)
+    assert victims(known, Kind.KILL_CONTROLLER) == (10,)
 
 
 @pytest.mark.parametrize("tool", [kill, stop])
