@@ -227,8 +227,8 @@ class ServedCluster:
         pids = [pid for group in self.pids().values() for pid in group]
         return (
             told.missing_experts == 0
-            and len(told.actors) == NUM_ACTORS
-            and len(told.routers) == len(told.models)
+            and len(told.actors) == self.args["experts"]["actors"]
+            and len(told.routers) == len(told.models) * self.args["router"]["replicas"]
             and len(told.gateways) == 1
             and all(is_alive(pid) for pid in pids)
             and httpx.get(f"{self.http_url}/ready").status_code == 200
@@ -292,6 +292,8 @@ def served_cluster(folder: Path) -> Iterator[ServedCluster]:
             {"id": RANDOM, "path": str(folder)},
         ],
         "experts": {"actors": NUM_ACTORS},
+        "router": {"replicas": 1},
+        "gateway": {},
     }
     os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"  # Ray hands it on to the processes it starts
     ray.init(
