@@ -135,15 +135,18 @@ def paged_attention(
     values.index_copy_(0, batch.new_slots, value.squeeze(0).transpose(0, 1))
     outputs = []  # [1, T, Q, D] each
     if batch.num_decode:
+        num_kv = keys.shape[1]
+        decoding = query[0, :, : batch.num_decode].transpose(0, 1)  # [B, Q, D]
+        # Query heads of one key/value head as if they were tokens: one product, not one for each.
         output = _attend(
-            query[:, :, : batch.num_decode].permute(2, 1, 0, 3),  # [B, Q, 1, D]
+            decoding.reshape(batch.num_decode, num_kv, -1, decoding.shape[2]),  # [B, G, Q/G, D]
             _gather(keys, batch.decode_slots),
             _gather(values, batch.decode_slots),
             batch.decode_mask,
             scaling,
             is_causal=False,
         )
-        outputs.append(output.permute(2, 0, 1, 3))
+        outputs.append(output.reshape(1, batch.num_decode, -1, decoding.shape[2]))
     for chunk in batch.chunks:
         slots = chunk.slots.unsqueeze(0)
         output = _attend(
