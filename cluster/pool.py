@@ -41,6 +41,8 @@ def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
                 "OMP_NUM_THREADS": str(spec.threads),
                 # A heap per calling thread would keep memory that no other thread reuses.
                 "MALLOC_ARENA_MAX": "1",
+                # Weights that are let go once they are rearranged must not leave holes in the heap.
+                "MALLOC_MMAP_THRESHOLD_": "1048576",
                 # oneDNN keeps the code that it compiles for each shape of a product, 0.5 MB, and
                 # torch a description of it for each thread, 0.5 MB too; both keep 1024 by default,
                 # and prompts bring new numbers of rows for ever.
