@@ -111,8 +111,8 @@ def assign_experts(
 ) -> dict[str, list[ExpertKey]]:
     """Decide which experts each actor holds: ``min_copies`` each, on different actors.
 
-    ``nodes`` has the node of each actor, as far as it is known; copies sit on different nodes as far
-    as there are several. Every layer is spread over all actors: of A actors, expert e of layer l
+    ``nodes`` has the node of each actor, as far as known; copies sit on different nodes as far as
+    there are several. Every layer is spread over all actors: of A actors, expert e of layer l
     begins at (e + l) mod A, so that the actors' shares of any layer differ by at most one expert
     where nodes leave the choice, and those of all layers even out. The copies of what one actor
     holds are spread over the others too, which take over evenly. Deterministic. Raises
