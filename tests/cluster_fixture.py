@@ -124,6 +124,8 @@ class StreamReader:
         self.pieces: list[Reply] = []
         self.error: Exception | None = None
         self.took_s = 0.0
+        self.arrived_s: list[float] = []
+        """When each piece came, by the monotonic clock."""
         self._changed = threading.Condition()
         self._ended = False
         self._args = (client, prompt, sampling, model, timeout_s)
@@ -136,6 +138,7 @@ class StreamReader:
             for piece in client.stream(prompt, sampling, model=model, timeout_s=timeout_s):
                 with self._changed:
                     self.pieces.append(piece)
+                    self.arrived_s.append(time.monotonic())
                     self._changed.notify_all()
         except Exception as error:  # handed to the test's thread
             self.error = error
@@ -226,7 +229,7 @@ class ServedCluster:
         told = self.status()
         pids = [pid for group in self.pids().values() for pid in group]
         return (
-            told.missing_experts == 0
+            told.live_copies >= told.min_copies
             and len(told.actors) == NUM_ACTORS
             and len(told.routers) == len(told.models)
             and len(told.gateways) == 1
@@ -277,7 +280,7 @@ class ServedCluster:
 
 
 @contextmanager
-def served_cluster(folder: Path) -> Iterator[ServedCluster]:
+def served_cluster(folder: Path, min_copies: int = 1) -> Iterator[ServedCluster]:
     """Start Ray, Serve and the application; ends all of them."""
     import ray
     from ray import serve
@@ -291,7 +294,7 @@ def served_cluster(folder: Path) -> Iterator[ServedCluster]:
             {"id": TINY, "path": "models/mesh-tiny"},
             {"id": RANDOM, "path": str(folder)},
         ],
-        "experts": {"actors": NUM_ACTORS},
+        "experts": {"actors": NUM_ACTORS, "min_copies": min_copies},
     }
     os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"  # Ray hands it on to the processes it starts
     ray.init(

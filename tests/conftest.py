@@ -18,9 +18,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def served_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedCluster]:
-    """Start the cluster for the first test that asks for it."""
-    with served_cluster(tmp_path_factory.mktemp("checkpoints") / "random") as cluster:
+def served_session(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServedCluster]:
+    """Start the cluster for the first test that asks for it.
+
+    Tests that need several copies of each expert give their number as an indirect parameter, and
+    get a cluster of their own after this one.
+    """
+    min_copies = getattr(request, "param", 1)
+    with served_cluster(tmp_path_factory.mktemp("checkpoints") / "random", min_copies) as cluster:
         yield cluster
 
 

@@ -6,6 +6,7 @@ before the test goes on.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -88,6 +89,15 @@ def start_streams(
 def expected_tokens(served: ServedCluster) -> list[tuple[int, ...]]:
     """Return what transformers makes of :data:`PROMPTS` with the random model."""
     return [served.expected(prompt, LENGTH) for prompt in PROMPTS]
+
+
+def longest_gap_s(streams: Sequence[StreamReader]) -> float:
+    """Return the longest time that any of the streams had to wait for its next tokens."""
+    return max(
+        after - before
+        for stream in streams
+        for before, after in itertools.pairwise(stream.arrived_s)
+    )
 
 
 def wait_stalled(streams: Sequence[StreamReader]) -> None:
