@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster_fixture import ServedCluster, served_cluster
+from tests.cluster_fixture import ServedCluster, Shape, served_cluster
 
 ORDER = ("unit", "integration", "fault")
 
@@ -23,11 +23,11 @@ def served_session(
 ) -> Iterator[ServedCluster]:
     """Start the cluster for the first test that asks for it.
 
-    Tests that need several copies of each expert give their number as an indirect parameter, and
-    get a cluster of their own after this one.
+    Tests that need another shape give it as an indirect parameter, and get a cluster of their own
+    after this one.
     """
-    min_copies = getattr(request, "param", 1)
-    with served_cluster(tmp_path_factory.mktemp("checkpoints") / "random", min_copies) as cluster:
+    shape = getattr(request, "param", Shape())
+    with served_cluster(tmp_path_factory.mktemp("checkpoints") / "random", shape) as cluster:
         yield cluster
 
 

@@ -75,12 +75,16 @@ def is_stopped(pid: int) -> bool:
 
 
 def start_streams(
-    served: ServedCluster, model: str = RANDOM, timeout_s: float = 60.0
+    served: ServedCluster, model: str = RANDOM, timeout_s: float = 60.0, times: int = 1
 ) -> list[StreamReader]:
-    """Return greedy streams of :data:`PROMPTS` that have begun and are far from their end."""
+    """Return greedy streams that have begun and are far from their end.
+
+    They are those of :data:`PROMPTS`, all of these ``times`` over.
+    """
     expected_tokens(served)  # nothing slow may come between their start and the fault
     sampling = greedy(LENGTH)
-    streams = [StreamReader(served.client, p, sampling, model, timeout_s) for p in PROMPTS]
+    prompts = PROMPTS * times
+    streams = [StreamReader(served.client, p, sampling, model, timeout_s) for p in prompts]
     for stream in streams:
         stream.wait_tokens(BEFORE)
     return streams
