@@ -70,10 +70,12 @@ class Controller:
         self._actor_ids = [f"expert-{i}" for i in range(num_actors)]
         self._nodes: dict[str, str] = {}
         """The node that each actor runs on, or ran on last."""
+        self._adopted: dict[str, tuple[ExpertKey, ...]] = {}
+        """What each adopted actor held."""
+        self._last_generation: dict[str, int] = dict.fromkeys(self._actor_ids, 0)
         self._shares = self._assign()
         self._placement: Placement = empty_placement(0, models)
         self._changed = asyncio.Condition()
-        self._last_generation: dict[str, int] = dict.fromkeys(self._actor_ids, 0)
         self._reports: dict[str, ActorReport] = {}
         self._members: dict[str, _Member] = {}
         self._suspected = {actor_id: asyncio.Event() for actor_id in self._actor_ids}
@@ -83,7 +85,8 @@ class Controller:
         """Take the next epoch, adopt the living actors that fit, and keep all of them alive."""
         handles = await self._adopt()
         if self._min_copies > 1 and await asyncio.to_thread(self._pool.count_nodes) > 1:
-            handles = await self._start_all(handles)
+            # Only before anything is served is there time to wait for all actors.
+            handles = handles or await self._start_all()
             self._shares = self._assign()
         for actor_id in self._actor_ids:
             keeper = self._keep(actor_id, handles.get(actor_id))
@@ -91,17 +94,20 @@ class Controller:
 
     def _assign(self) -> dict[str, list[ExpertKey]]:
         models = [source.experts for source in self._spec.models]
+        # An actor that is new to the pool is to get a share of what the others hold.
+        is_same_pool = all(self._last_generation.get(a, 0) > 0 for a in self._actor_ids)
+        held = self._adopted if is_same_pool else {}
         return assign_experts(
-            models, self._actor_ids, self._memory_budget_bytes, self._min_copies, self._nodes
+            models, self._actor_ids, self._memory_budget_bytes, self._min_copies, self._nodes, held
         )
 
-    async def _start_all(self, adopted: dict[str, ActorHandle]) -> dict[str, ActorHandle]:
-        """Create the actors that are not there yet, and learn where Ray puts them.
+    async def _start_all(self) -> dict[str, ActorHandle]:
+        """Create all actors, and learn where Ray puts them.
 
         Copies can be put on different nodes only when the nodes are known. An actor that does not
         come up in time counts as one on a node of its own.
         """
-        created = {a: self._create(a) for a in self._actor_ids if a not in adopted}
+        created = {actor_id: self._create(actor_id) for actor_id in self._actor_ids}
 
         async def learn(actor_id: str, handle: ActorHandle) -> None:
             try:
@@ -112,7 +118,7 @@ class Controller:
                 self._nodes[actor_id] = report.node
 
         await asyncio.gather(*(learn(actor_id, handle) for actor_id, handle in created.items()))
-        return adopted | created
+        return created
 
     async def _adopt(self) -> dict[str, ActorHandle]:
         found = await asyncio.to_thread(self._pool.find)
@@ -136,6 +142,7 @@ class Controller:
             if report.digest == self._spec.digest and actor_id in self._shares:
                 adopted[actor_id] = handle
                 self._nodes[actor_id] = report.node
+                self._adopted[actor_id] = report.experts
             else:
                 logger.info("%s g%d: has another configuration, ending it", actor_id, generation)
                 self._pool.kill(handle)

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -204,10 +205,17 @@ class Dispatcher:
         shunned = self._shunned(placement, layer)
         return has_other_copies(holders, part.expert_ids, part.actor_id, shunned)
 
-    def _is_gone(self, call: Call) -> bool:
-        """Tell whether the newest placement has replaced the actor that a call went to."""
+    def _is_gone(self, epoch: int, call: Call) -> bool:
+        """Tell whether the newest placement has given up the actor that a call went to.
+
+        ``epoch`` is that of the placement that the call was made under: a new controller may not
+        know the actor yet, and then nothing is said against it.
+        """
         placement = self._view.current()
-        return placement is None or placement.generations.get(call.actor_id) != call.generation
+        if placement is None:
+            return False
+        generation = placement.generations.get(call.actor_id)
+        return placement.epoch == epoch if generation is None else generation != call.generation
 
     def _attempt(
         self, placement: Placement, layer: _Layer, ordered: np.ndarray, parts: Sequence[_Part]
@@ -257,7 +265,7 @@ class Dispatcher:
         failed: list[_Part] = []
         for sent, flight in flights:
             # Taken before the next flight is waited for, which may use the answers' memory again.
-            outcomes = flight.wait(self._is_gone)
+            outcomes = flight.wait(partial(self._is_gone, placement.epoch))
             failed += [
                 part
                 for (part, frame, _), outcome in zip(sent, outcomes, strict=True)

@@ -538,6 +538,31 @@ def test_a_next_controller_comes_to_the_same_copies() -> None:
     run(test)
 
 
+def test_a_next_controller_does_not_wait_for_a_lost_actor_to_place_the_others() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        pool.nodes = ["n1", "n2", "n3"]
+        async with running(3, pool, min_copies=2) as first:
+            await first.until(lambda p: p.fewest_copies() == 2)
+        kept = {actor.actor_id: list(actor.keys) for actor in pool.actors[1:]}
+        pool.actors[0].alive = False
+        gate = asyncio.Event()
+
+        async def slow(actor: FakeActor) -> None:
+            if actor.actor_id == "expert-0":
+                await gate.wait()
+
+        pool.load_gate = slow
+        async with running(3, pool, min_copies=2) as second:
+            served = await second.until(lambda p: p.epoch == 2 and not p.missing())
+            assert "expert-0" not in served.generations
+            assert {a: pool.of(a)[0].keys for a in kept} == kept
+            gate.set()
+            await second.until(lambda p: p.fewest_copies() == 2)
+
+    run(test)
+
+
 def test_a_watch_returns_at_once_when_something_else_is_known() -> None:
     async def test() -> None:
         async with running() as cluster:

@@ -12,6 +12,7 @@ import pytest
 
 from cluster.errors import ExpertUnavailableError, OverloadedError
 from cluster.frames import ErrorFrame, encode
+from cluster.placement import Placement
 from cluster.transport import Call, CallFailure
 from router import dispatch as dispatch_module
 from tests.checkpoints import save_mixtral
@@ -155,10 +156,15 @@ def test_calls_say_whether_another_actor_can_answer(cluster: LocalCluster) -> No
 
 
 def test_an_actor_that_is_no_longer_placed_is_gone(cluster: LocalCluster) -> None:
-    call = Call("a0", 1, ())
-    assert not cluster.dispatcher._is_gone(call)
+    call, epoch = Call("a0", 1, ()), cluster.placement.epoch
+    assert not cluster.dispatcher._is_gone(epoch, call)
     cluster.view.publish(cluster.placement.without("a0"))
-    assert cluster.dispatcher._is_gone(call)
+    assert cluster.dispatcher._is_gone(epoch, call)
+    # The next controller begins without any: it has not looked yet.
+    cluster.view.publish(Placement(epoch + 1, 0, {}, {}))
+    assert not cluster.dispatcher._is_gone(epoch, call)
+    cluster.view.publish(Placement(epoch + 1, 1, {}, {"a0": 2}))
+    assert cluster.dispatcher._is_gone(epoch, call)
 
 
 def test_an_answer_is_waited_for_shortly_only_where_another_actor_can_give_it(

@@ -108,6 +108,20 @@ def test_an_actor_whose_node_is_not_known_counts_as_one_on_a_node_of_its_own() -
     assert len(shares["c"]) == 6
 
 
+def test_what_is_held_is_kept_and_a_lost_actors_successor_gets_what_it_held() -> None:
+    models = [ModelExperts("m", (0, 1, 2), 7, 1)]
+    actor_ids, nodes = ["a", "b", "c", "d"], {"a": "x", "b": "x", "c": "y", "d": "z"}
+    before = assign_experts(models, actor_ids, None, 2, nodes)
+    assert assign_experts(models, actor_ids, None, 2, nodes, before) == before
+    for lost in actor_ids:
+        held = {actor_id: keys for actor_id, keys in before.items() if actor_id != lost}
+        known = {actor_id: node for actor_id, node in nodes.items() if actor_id != lost}
+        after = assign_experts(models, actor_ids, None, 2, known, held)
+        assert {k: set(v) for k, v in after.items() if k != lost} == {
+            k: set(v) for k, v in held.items()
+        }, lost
+
+
 def test_more_copies_than_actors_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"number of actors, 2 \(given: 3\)") as caught:
         assign_experts([ModelExperts("m", (0,), 2, 1)], ["a", "b"], None, 3)
