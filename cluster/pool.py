@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.util import list_named_actors
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.ledger import LedgerStore
 from cluster.placement import ExpertKey
@@ -62,10 +63,17 @@ class ExpertPool:
         self.ledger = LedgerStore(spec.app)
         self._remote = ray.remote(concurrency_groups={"control": CONTROL_CALLS})(actor_class)
 
-    def create(self, actor_id: str, generation: int, epoch: int) -> ActorHandle:
-        """Ask Ray for a new actor; returns at once, the first call waits for its start."""
+    def create(
+        self, actor_id: str, generation: int, epoch: int, node: str | None = None
+    ) -> ActorHandle:
+        """Ask Ray for a new actor; returns at once, the first call waits for its start.
+
+        It comes on ``node``, when that is given and has room, else wherever Ray puts it.
+        """
         name = actor_name(self._spec.app, actor_id, generation)
         options = actor_options(self._spec, name)
+        if node is not None:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
         return self._remote.options(**options).remote(self._spec, actor_id, generation, epoch)
 
     def find(self) -> list[tuple[str, int, ActorHandle]]:
@@ -81,6 +89,10 @@ class ExpertPool:
                 continue
             found.append((*parsed, handle))
         return found
+
+    def count_nodes(self) -> int:
+        """Return how many nodes Ray has that live."""
+        return sum(node["Alive"] for node in ray.nodes())
 
     async def describe(self, handle: ActorHandle, timeout_s: float) -> ActorReport:
         """Ask an actor what it is and holds."""

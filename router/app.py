@@ -50,6 +50,7 @@ class ControllerDeployment(Controller):
                 ExpertActor,
                 config.experts.actors,
                 config.experts.memory_budget_bytes,
+                config.experts.min_copies,
             )
             await self.start()
 

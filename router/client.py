@@ -274,4 +274,6 @@ def _status_wire(answer: Any) -> dict[str, Any]:
         "routers": [{"pid": one.pid, "node": one.node} for one in answer.routers],
         "gateways": [{"pid": one.pid, "node": one.node} for one in answer.gateways],
         "actors": actors,
+        "min_copies": answer.min_copies,
+        "live_copies": answer.live_copies,
     }

@@ -19,7 +19,7 @@ from cluster.errors import ExpertMeshError
 from cluster.frames import DispatchFrame, decode, encode
 from cluster.placement import ExpertKey, ModelExperts, Placement, assign_experts, empty_placement
 from cluster.tensors import TORCH_DTYPES
-from cluster.transport import Call, CallFailure, Outcome, Transport
+from cluster.transport import Call, CallFailure, IsGone, Outcome, Transport, never_gone
 from experts.bank import ExpertBank, GatedFfnExpert
 from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.ffn import ACTIVATIONS
@@ -42,7 +42,7 @@ class Answered:
 
     outcomes: list[Outcome]
 
-    def wait(self) -> list[Outcome]:
+    def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """Return them."""
         return self.outcomes
 
@@ -102,6 +102,7 @@ class LocalCluster:
         dtype: str | None = None,
         threaded: bool = True,
         elsewhere: tuple[str, Transport, Placement] | None = None,
+        min_copies: int = 1,
     ) -> None:
         """``elsewhere`` is a model's id with transport and placement, where its experts live."""
         limits = limits or Limits(32, 64, 256)
@@ -110,7 +111,8 @@ class LocalCluster:
         shape = self.checkpoint.shape
         model_id = MODEL if elsewhere is None else elsewhere[0]
         experts = ModelExperts(model_id, shape.layers, shape.num_experts, 1)
-        shares = assign_experts([experts], [f"a{i}" for i in range(num_actors)], None)
+        actor_ids = [f"a{i}" for i in range(num_actors)]
+        shares = assign_experts([experts], actor_ids, None, min_copies)
         self.view = PlacementView()
         placement = empty_placement(1, [experts])
         for actor_id, keys in shares.items():
