@@ -26,7 +26,13 @@ def test_a_completion() -> None:
     assert body["object"] == "text_completion"
     assert body["id"] == f"cmpl-{response.headers['x-request-id']}"
     assert body["choices"] == [
-        {"index": 0, "text": " beginning 🙂", "logprobs": None, "finish_reason": "length"}
+        {
+            "index": 0,
+            "text": " beginning 🙂",
+            "logprobs": None,
+            "finish_reason": "length",
+            "exact": True,
+        }
     ]
     prompt, output = len(tokenizer().encode("in the")), len(tokenizer().encode(" beginning 🙂"))
     assert body["usage"] == {
