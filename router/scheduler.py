@@ -124,7 +124,7 @@ class Scheduler:
         There is none where all that run are parked.
         """
         self._admit()
-        ready = [s for s in self.running if not s.awaited]
+        ready = [s for s in self.running if not s.awaited][: self._limits.max_batch_size]
         decodes = [s for s in ready if s.num_computed == len(s.token_ids) - 1]
         budget = self._limits.max_batch_tokens
         work = [Work(s, s.num_computed, len(s.token_ids)) for s in decodes]
@@ -139,13 +139,17 @@ class Scheduler:
         return work
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._limits.max_batch_size:
+        # The parked take pages, but no place in the batch from those that can go on. When
+        # they are back the batch is for the oldest, and the others go on as these end.
+        num_ready = len(self.running) - len(self.parked())
+        while self.waiting and num_ready < self._limits.max_batch_size:
             needed = pages_needed(self.waiting[0].max_length)
             if needed > self._pool.num_free:
                 return
             sequence = self.waiting.popleft()
             sequence.occupy(self._pool.take(needed))
             self.running.append(sequence)
+            num_ready += 1
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its pages."""

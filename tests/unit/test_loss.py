@@ -349,6 +349,29 @@ def test_who_needs_the_lost_expert_waits_and_the_others_go_on(
     assert stepped.scheduler.num_free_pages == 512
 
 
+def test_parked_requests_take_no_place_in_the_batch(
+    folder: Path, plain: MixtralForCausalLM
+) -> None:
+    cluster = LocalCluster(folder, limits=Limits(2, 64, 16), threaded=False)
+    cluster.lose(ALL_OF_LAYER_1)
+    strict = [greedy_request(f"s{i}", prompt_of(4, i), 6) for i in range(3)]
+    going = [greedy_request(f"d{i}", prompt_of(4, i), 6, on_expert_loss="drop") for i in range(3)]
+    for request in (*strict, *going):
+        cluster.engine.submit(request)
+    most = 0
+    while done := step(cluster):
+        most = max(most, done)
+    assert [len(tokens_of(cluster, request.request_id)) for request in going] == [6] * 3
+    assert [s.request for s in cluster.scheduler.running] == strict
+    cluster.lose([])
+    while done := step(cluster):
+        most = max(most, done)
+    for i, request in enumerate(strict):
+        [event] = cluster.result(request)
+        assert list(event.token_ids) == expected_tokens(plain, prompt_of(4, i), 6)
+    assert most == 2
+
+
 def test_a_parked_request_can_be_cancelled(folder: Path, stepped: LocalCluster) -> None:
     first, _ = park(stepped, folder)
     stepped.engine.cancel("first")
