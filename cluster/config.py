@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from cluster.contract import OnExpertLoss
 from cluster.errors import ConfigError
 from cluster.stream.tls import TlsFiles
 from cluster.transports import TransportKind
@@ -123,7 +124,9 @@ class RouterConfig(_Section):
 class GatewayConfig(_Section):
     """Gateway replicas and the limits that requests are checked against.
 
-    ``default_timeout_s`` is the deadline of a request that names none.
+    ``default_timeout_s`` is the deadline of a request that names none. ``on_expert_loss`` is what
+    becomes of one that names nothing else when an expert has no live copy: ``strict`` waits for it,
+    ``next_expert`` and ``drop`` go on with an answer that is flagged as not exact.
     """
 
     replicas: int = Field(default=1, ge=1, le=1000)
@@ -133,6 +136,7 @@ class GatewayConfig(_Section):
     max_timeout_s: float = Field(default=3600.0, gt=0)
     max_choices: int = Field(default=16, ge=1, le=128)
     max_logprobs: int = Field(default=20, ge=0, le=100)
+    on_expert_loss: OnExpertLoss = "strict"
 
 
 class AppConfig(_Section):

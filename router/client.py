@@ -48,8 +48,9 @@ class Usage:
 class Reply:
     """One choice, or in a stream a new piece of one.
 
-    ``finish_reason`` is ``stop``, ``length`` or, while the choice goes on, ``None``. ``usage`` is
-    there on the first choice of :meth:`Client.generate` and the last piece of a stream.
+    ``finish_reason`` is ``stop``, ``length`` or, while the choice goes on, ``None``. ``exact`` is
+    false when for its tokens, or any before them, an expert's share was replaced or dropped.
+    ``usage`` is there on the first choice of :meth:`Client.generate` and a stream's last piece.
     """
 
     index: int
@@ -124,8 +125,9 @@ class Client:
     ) -> list[Reply]:
         """Return all choices of a prompt (text or token ids), by index.
 
-        An empty ``model`` is the first that is served. Raises :class:`ExpertMeshError`, and
-        :class:`UnreachableError` when no server answers.
+        An empty ``model`` is the first that is served. ``on_expert_loss`` is ``strict``,
+        ``next_expert`` or ``drop``; by default the deployment's. Raises
+        :class:`ExpertMeshError`, and :class:`UnreachableError` when no server answers.
         """
         request = self._request(prompt, sampling, model, timeout_s, on_expert_loss)
         with self._unknown_model_forgotten():

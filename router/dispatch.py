@@ -27,10 +27,10 @@ from cluster.placement import Placement
 from cluster.tensors import dtype_name, from_raw, to_raw
 from cluster.transport import Call, CallFailure, Outcome, Transport
 from router.copies import Copies, Pace, has_other_copies
+from router.loss import LostExperts
 from router.placement_view import PlacementView
 
 BACKOFF_S = 0.02
-MAX_WAIT_S = 0.5
 
 logger = logging.getLogger("expertmesh.dispatch")
 
@@ -115,6 +115,7 @@ class Dispatcher:
         self._copies = Copies()
         self._pace = Pace()
         self.retries: Counter[str] = Counter()
+        self.lost = LostExperts(model, view)
 
     def dispatch(
         self,
@@ -123,13 +124,16 @@ class Dispatcher:
         topk_ids: np.ndarray,
         slots: np.ndarray,
         deadline_s: float,
-    ) -> torch.Tensor:
+        pairs: np.ndarray | None = None,
+    ) -> torch.Tensor | None:
         """Return the experts' unweighted rows [P, H] for hidden states [T, H].
 
         Pair t * K + r is token t with expert ``topk_ids[t, r]``, the gate's choices as they are
         [T, K]; its row stands at ``slots[t * K + r]``. An expert gets its rows by rank, then by
         token, as transformers' eager experts do, since a row's bits depend on its place in the
-        product. Raises :class:`ExpertUnavailableError` when not every share could be had before
+        product. Only ``pairs`` are computed where they are given; the other rows are zeros.
+        Returns ``None`` when an expert has no live copy: what is then to be done is the caller's
+        business. Raises :class:`ExpertUnavailableError` when not every share could be had before
         ``deadline_s`` (wall clock).
         """
         rows = to_raw(hidden_states)
@@ -139,23 +143,27 @@ class Dispatcher:
             expert_ids=topk_ids.ravel(),
             k=topk_ids.shape[1],
             slots=slots,
-            output=np.empty((topk_ids.size, rows.shape[1]), rows.dtype),
+            output=(np.empty if pairs is None else np.zeros)(
+                (topk_ids.size, rows.shape[1]), rows.dtype
+            ),
             dtype=dtype_name(hidden_states.dtype),
             deadline_s=deadline_s,
         )
-        pending = np.arange(topk_ids.size)
+        pending = np.arange(topk_ids.size) if pairs is None else pairs
         while True:
             placement = self._placement(deadline_s)
             layout = self._layout(placement, layer, pending)
             ordered, parts, homeless = split(layout, layer.expert_ids, layer.k, pending)
+            if homeless:
+                return None
             failed = self._attempt(placement, layer, ordered, parts)
-            if not failed and not homeless:
+            if not failed:
                 return from_raw(layer.output, layer.dtype).to(hidden_states.device)
             layer.failed.update(part.actor_id for part in failed)
-            if homeless or not all(self._has_other(placement, layer, part) for part in failed):
+            if not all(self._has_other(placement, layer, part) for part in failed):
                 layer.failed.clear()
-                self._wait(placement, bool(homeless), deadline_s)
-            pending = np.concatenate([*homeless, *(part.pairs for part in failed)])
+                self._wait(placement, deadline_s)
+            pending = np.concatenate([part.pairs for part in failed])
 
     def _placement(self, deadline_s: float) -> Placement:
         placement = self._view.current()
@@ -311,15 +319,14 @@ class Dispatcher:
         self.retries[answer.kind] += 1
         return False
 
-    def _wait(self, placement: Placement, homeless: bool, deadline_s: float) -> None:
-        """Wait for another placement: long where an expert has no copy, else a moment."""
+    def _wait(self, placement: Placement, deadline_s: float) -> None:
+        """Wait a moment for another placement."""
         remaining_s = deadline_s - time.time()
         if remaining_s <= 0:
             raise ExpertUnavailableError(
                 "an expert has no live copy that answers in time", self._model, 1.0
             )
-        longest_s = MAX_WAIT_S if homeless else BACKOFF_S
-        self._view.wait_newer(placement, min(longest_s, remaining_s))
+        self._view.wait_newer(placement, min(BACKOFF_S, remaining_s))
 
 
 def lay_out(holders: Mapping[int, str | None], generations: Mapping[str, int]) -> _Layout:

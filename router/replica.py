@@ -145,13 +145,14 @@ class RouterReplica:
 
     async def stats(self) -> dict[str, Any]:
         """Return measurements: layer times (s) since the last call, retries by reason, calls by
-        transport, memory."""
+        transport, token rows computed without an expert by contract, memory."""
         layer_s = list(self._exchange.timings_s)
         self._exchange.timings_s.clear()
         return {
             "layer_s": layer_s,
             "retries": dict(self._dispatcher.retries),
             "calls": dict(self._transport.calls),
+            "inexact_rows": dict(self._exchange.inexact_rows),
             "rss_bytes": psutil.Process().memory_info().rss,
         }
 

@@ -11,9 +11,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-ON_EXPERT_LOSS = ("strict",)
-"""What a request may ask for when an expert has no live copy; ``strict`` waits for it."""
-
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -42,7 +39,7 @@ class GenerationRequest:
 
     ``deadline_s`` is wall-clock time (``time.time()``) after which the answer is of no use. Where
     ``streamed`` is false, only each choice's first tokens are told early; the others come with the
-    reply.
+    reply. ``on_expert_loss`` is one of :data:`cluster.contract.ON_EXPERT_LOSS`.
     """
 
     request_id: str
@@ -87,8 +84,9 @@ class TokenEvent:
     """New tokens of one choice.
 
     ``finish_reason`` is ``None`` while the choice goes on, else ``stop`` (an end-of-sequence token,
-    which is then the last id) or ``length``. ``exact`` is false when any expert's share was
-    replaced or dropped. ``start`` is how many tokens of the choice came before these.
+    which is then the last id) or ``length``. ``exact`` is false when for these tokens, or for any
+    before them, an expert's share was replaced or dropped. ``start`` is how many tokens of the
+    choice came before these.
     """
 
     index: int

@@ -121,6 +121,7 @@ class StreamReader:
         sampling: Sampling,
         model: str = "random",
         timeout_s: float = 60.0,
+        on_expert_loss: str | None = None,
     ) -> None:
         self.pieces: list[Reply] = []
         self.error: Exception | None = None
@@ -129,14 +130,17 @@ class StreamReader:
         """When each piece came, by the monotonic clock."""
         self._changed = threading.Condition()
         self._ended = False
-        self._args = (client, prompt, sampling, model, timeout_s)
+        self._args = (client, prompt, sampling, model, timeout_s, on_expert_loss)
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        client, prompt, sampling, model, timeout_s = self._args
+        client, prompt, sampling, model, timeout_s, on_expert_loss = self._args
         started_s = time.monotonic()
         try:
-            for piece in client.stream(prompt, sampling, model=model, timeout_s=timeout_s):
+            pieces = client.stream(
+                prompt, sampling, model=model, timeout_s=timeout_s, on_expert_loss=on_expert_loss
+            )
+            for piece in pieces:
                 with self._changed:
                     self.pieces.append(piece)
                     self.arrived_s.append(time.monotonic())

@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -119,6 +119,7 @@ class LocalCluster:
             placement = placement.with_actor(actor_id, 1, keys)
         self.placement = placement if elsewhere is None else elsewhere[2]
         self.view.publish(self.placement)
+        self._version = 0
         self.suspected: list[tuple[str, int]] = []
         self.transport = BankTransport({})
         if elsewhere is None:
@@ -177,6 +178,14 @@ class LocalCluster:
             self.engine.submit(request)
         return [self.result(request) for request in requests]
 
+    def lose(self, experts: Iterable[tuple[int, int]]) -> None:
+        """Publish a placement in which these (layer, expert) alone have no live copy."""
+        self._version += 1
+        lost = {ExpertKey(MODEL, *expert) for expert in experts}
+        holders = {k: () if k in lost else a for k, a in self.placement.holders.items()}
+        version = self.placement.version + self._version
+        self.view.publish(replace(self.placement, version=version, holders=holders))
+
     def close(self) -> None:
         """End the engine's thread."""
         self.engine.close()
@@ -187,6 +196,7 @@ def greedy_request(
     prompt: Sequence[int],
     max_tokens: int,
     timeout_s: float = 60,
+    on_expert_loss: str = "strict",
     **sampling: object,
 ) -> GenerationRequest:
     """A greedy request that ignores the end-of-sequence token."""
@@ -197,4 +207,5 @@ def greedy_request(
         prompt_token_ids=tuple(prompt),
         sampling=SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
         deadline_s=time.time() + timeout_s,
+        on_expert_loss=on_expert_loss,
     )

@@ -25,6 +25,7 @@ from router.gateway.validate import CheckedRequest, RawRequest, Validator
 from router.request import TokenEvent, TokenLogprobs
 
 _LEAST_LOGPROB = -9999.0
+GRACE_S = 0.5
 Surface = Literal["http", "grpc"]
 
 
@@ -111,6 +112,9 @@ class GenerationService:
                         waiting = False
                         self.metrics.first_token(model_id, time.monotonic() - started_s)
                     self.metrics.tokens(model_id, len(delta.token_ids))
+                    if not delta.exact:
+                        reason = checked.request.on_expert_loss
+                        self.metrics.inexact_tokens(model_id, reason, len(delta.token_ids))
                     yield delta
         except (asyncio.CancelledError, GeneratorExit):
             code = Code.CANCELLED
@@ -125,7 +129,10 @@ class GenerationService:
     async def _deltas(self, checked: CheckedRequest) -> AsyncGenerator[Delta, None]:
         choices = _Choices(checked)
         async with aclosing(self._upstream.generate(checked.request)) as events:
-            while (event := await _next_event(events, checked.request.remaining_s())) is not None:
+            # A moment past the deadline, so that the router's own word on it comes first.
+            while (
+                event := await _next_event(events, checked.request.remaining_s() + GRACE_S)
+            ) is not None:
                 delta = choices.push(event)
                 if delta is None:
                     continue

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.config import GatewayConfig
+from cluster.contract import ON_EXPERT_LOSS
 from cluster.errors import InvalidRequestError, UnknownModelError
 from router.gateway import checks
 from router.gateway.models import ServedModel
-from router.request import ON_EXPERT_LOSS, GenerationRequest, SamplingParams
+from router.request import GenerationRequest, SamplingParams
 
 MAX_TEMPERATURE = 100.0
 MAX_STOPS = 16
@@ -96,7 +97,7 @@ class Validator:
             prompt_token_ids=ids,
             sampling=self._check_sampling(raw, model, len(ids)),
             deadline_s=time.time() + timeout_s,
-            on_expert_loss=_check_on_expert_loss(raw),
+            on_expert_loss=self._check_on_expert_loss(raw),
             # A stop string must be found in time to end its choice.
             streamed=raw.streamed or bool(stops),
         )
@@ -107,6 +108,14 @@ class Validator:
             return self._limits.default_timeout_s
         limit = self._limits.max_timeout_s
         return checks.number(raw.options["timeout_s"], "timeout_s", 0.0, limit, above=True)
+
+    def _check_on_expert_loss(self, raw: RawRequest) -> str:
+        value = raw.options.get("on_expert_loss", self._limits.on_expert_loss)
+        if value not in ON_EXPERT_LOSS:
+            raise InvalidRequestError(
+                checks.wrong(value, f"one of {', '.join(ON_EXPERT_LOSS)}"), "on_expert_loss"
+            )
+        return str(value)
 
     def _check_sampling(
         self, raw: RawRequest, model: ServedModel, prompt_len: int
@@ -201,12 +210,3 @@ def _check_stops(raw: RawRequest) -> tuple[str, ...]:
             allowed = f"a text of 1 to {MAX_STOP_CHARS} characters"
             raise InvalidRequestError(checks.wrong(stop, allowed), path)
     return tuple(stops)
-
-
-def _check_on_expert_loss(raw: RawRequest) -> str:
-    value = raw.options.get("on_expert_loss", ON_EXPERT_LOSS[0])
-    if value not in ON_EXPERT_LOSS:
-        raise InvalidRequestError(
-            checks.wrong(value, f"one of {', '.join(ON_EXPERT_LOSS)}"), "on_expert_loss"
-        )
-    return str(value)

@@ -125,6 +125,11 @@ BAD_VALUES: list[tuple[dict[str, Any], str, str]] = [
     ({"models": [MODEL], "router": {"cache_tokens": 15}}, "args.router.cache_tokens", "given: 15"),
     ({"models": [MODEL], "gateway": {"max_choices": 0}}, "args.gateway.max_choices", "given: 0"),
     (
+        {"models": [MODEL], "gateway": {"on_expert_loss": "guess"}},
+        "args.gateway.on_expert_loss",
+        "'strict', 'next_expert' or 'drop' (given: 'guess')",
+    ),
+    (
         {"models": [MODEL], "gateway": {"default_timeout_s": 0}},
         "args.gateway.default_timeout_s",
         "greater than 0",

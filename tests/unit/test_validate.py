@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.config import GatewayConfig
+from cluster.contract import OnExpertLoss
 from cluster.errors import InvalidRequestError, UnknownModelError
 from router.gateway.validate import CheckedRequest, RawRequest, Validator
 from tests.unit.gateway_fakes import CONTEXT, served, tokenizer, vocab_size
@@ -59,8 +60,9 @@ def test_what_is_given_is_taken() -> None:
         ignore_eos=True,
         logprobs=5,
         n=4,
-        options={"timeout_s": 60, "on_expert_loss": "strict"},
+        options={"timeout_s": 60, "on_expert_loss": "drop"},
     )
+    assert checked.request.on_expert_loss == "drop"
     sampling = checked.request.sampling
     assert checked.request.prompt_token_ids == (5, vocab_size() - 1)
     assert sampling.max_tokens == CONTEXT - 2
@@ -161,9 +163,21 @@ def test_bad_timeouts(bad: Any) -> None:
     assert caught.value.field == "timeout_s"
 
 
-@pytest.mark.parametrize("bad", ["drop", "", 1, None, ["strict"]])
+@pytest.mark.parametrize("given", [None, "strict", "next_expert", "drop"])
+@pytest.mark.parametrize("default", ["strict", "next_expert", "drop"])
+def test_a_requests_on_expert_loss_overrides_the_deployments(
+    given: str | None, default: OnExpertLoss
+) -> None:
+    limits = GatewayConfig(on_expert_loss=default)
+    raw = RawRequest("tiny", [5], {}, {} if given is None else {"on_expert_loss": given})
+    checked = Validator({"tiny": served()}, limits).check(raw)
+    assert checked.request.on_expert_loss == (given or default)
+    assert check().request.on_expert_loss == "strict"
+
+
+@pytest.mark.parametrize("bad", ["guess", "", 1, None, ["strict"]])
 def test_unknown_on_expert_loss(bad: Any) -> None:
-    with pytest.raises(InvalidRequestError, match="strict") as caught:
+    with pytest.raises(InvalidRequestError, match="one of strict, next_expert, drop") as caught:
         check(options={"on_expert_loss": bad})
     assert caught.value.field == "on_expert_loss"
 
