@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +23,14 @@ import torch
 from cluster.errors import Code, ExpertUnavailableError, FrameError, InternalError
 from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode
 from cluster.placement import Placement
+from cluster.retry import RetryPolicy
 from cluster.tensors import dtype_name, from_raw, to_raw
 from cluster.transport import Call, CallFailure, Outcome, Transport
 from router.placement_view import PlacementView
 
-BACKOFF_S = 0.02
 MAX_WAIT_S = 0.5
+BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=MAX_WAIT_S)
+"""Between attempts where every expert has a copy; without one, a new placement is waited for."""
 
 logger = logging.getLogger("expertmesh.dispatch")
 
@@ -133,6 +136,7 @@ class Dispatcher:
             deadline_s=deadline_s,
         )
         pending = np.arange(topk_ids.size)
+        failures = 0
         while True:
             placement = self._placement(deadline_s)
             layout = self._layout(placement, layer_id)
@@ -140,8 +144,9 @@ class Dispatcher:
             failed = self._attempt(placement, layer, ordered, parts)
             if not failed and not homeless:
                 return from_raw(layer.output, layer.dtype).to(hidden_states.device)
-            self._wait(placement, bool(homeless), deadline_s)
+            self._wait(placement, bool(homeless), deadline_s, failures)
             pending = np.concatenate([*homeless, *failed])
+            failures += 1
 
     def _placement(self, deadline_s: float) -> Placement:
         placement = self._view.current()
@@ -242,15 +247,15 @@ class Dispatcher:
         self.retries[answer.kind] += 1
         return False
 
-    def _wait(self, placement: Placement, homeless: bool, deadline_s: float) -> None:
+    def _wait(self, placement: Placement, homeless: bool, deadline_s: float, failures: int) -> None:
         """Wait for another placement: long where an expert has no copy, else a moment."""
         remaining_s = deadline_s - time.time()
         if remaining_s <= 0:
             raise ExpertUnavailableError(
                 "an expert has no live copy that answers in time", self._model, 1.0
             )
-        longest_s = MAX_WAIT_S if homeless else BACKOFF_S
-        self._view.wait_newer(placement, min(longest_s, remaining_s))
+        wait_s = MAX_WAIT_S if homeless else BACKOFF.delay_s(failures, random.random())
+        self._view.wait_newer(placement, min(wait_s or 0.0, remaining_s))
 
 
 def lay_out(holders: Mapping[int, str | None], generations: Mapping[str, int]) -> _Layout:
