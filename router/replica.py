@@ -99,15 +99,14 @@ class RouterReplica:
     async def generate(self, wire: dict[str, Any], address: LinkAddress) -> dict[str, Any]:
         """Generate all choices of a request.
 
-        Returns ``{"events": […]}``, one event per choice with all its tokens, or
-        ``{"error": …}``; a streamed request's tokens go to ``address`` as they are sampled, of
-        others the first of each choice.
+        Returns ``{"events": […]}``, one event per choice with all its tokens but those that the
+        request says have been received, or ``{"error": …}``; a streamed request's tokens go to
+        ``address`` as they are sampled, of others the first of each choice.
         """
         request = GenerationRequest.from_wire(wire)
         await self._links.connect(address)
-        pending = _Request(
-            address, request.streamed, self._loop.create_future(), request.sampling.n
-        )
+        unfinished = sum(not request.received_of(i).finished for i in range(request.sampling.n))
+        pending = _Request(address, request.streamed, self._loop.create_future(), unfinished)
         self._requests[request.request_id] = pending
         self._engine.submit(request)
         try:
@@ -145,13 +144,14 @@ class RouterReplica:
 
     async def stats(self) -> dict[str, Any]:
         """Return measurements: layer times (s) since the last call, retries by reason, calls by
-        transport, memory."""
+        transport, forced tokens by whether they were sampled again, memory."""
         layer_s = list(self._exchange.timings_s)
         self._exchange.timings_s.clear()
         return {
             "layer_s": layer_s,
             "retries": dict(self._dispatcher.retries),
             "calls": dict(self._transport.calls),
+            "replayed": dict(self._engine.replayed),
             "rss_bytes": psutil.Process().memory_info().rss,
         }
 

@@ -21,7 +21,8 @@ from router.request import GenerationRequest
 class Sequence:
     """One choice of one request: its tokens so far, and where they are in the cache.
 
-    ``num_computed`` tokens have their keys and values in the cache. ``pages`` and ``slots`` (the
+    ``num_computed`` tokens have their keys and values in the cache. ``forced`` are the generated
+    tokens that are given, of a request that goes on after a failure. ``pages`` and ``slots`` (the
     cache slot of every position up to ``max_length``) are empty while the sequence waits.
     """
 
@@ -29,6 +30,7 @@ class Sequence:
     index: int
     token_ids: list[int]
     num_computed: int = 0
+    forced: tuple[int, ...] = ()
     pages: list[int] = field(default_factory=list)
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
@@ -41,6 +43,12 @@ class Sequence:
     def max_length(self) -> int:
         """The most tokens that the sequence can ever have."""
         return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens
+
+    @property
+    def next_forced(self) -> int | None:
+        """The next token where it is given, whatever is sampled."""
+        place = self.num_generated
+        return self.forced[place] if place < len(self.forced) else None
 
     def occupy(self, pages: list[int]) -> None:
         """Take pages for all positions that the sequence can ever have."""
@@ -84,7 +92,7 @@ class Scheduler:
         self.running: list[Sequence] = []
 
     def add(self, request: GenerationRequest) -> list[Sequence]:
-        """Queue a request's choices.
+        """Queue a request's choices that are not finished.
 
         Raises :class:`OverloadedError` when the queue is full, or when the cache could not hold one
         of the request's sequences even if it were empty.
@@ -99,7 +107,12 @@ class Scheduler:
             raise OverloadedError(
                 f"prompt and max_tokens need {length} cache tokens; a router has {capacity}"
             )
-        added = [Sequence(request, i, list(prompt)) for i in range(request.sampling.n)]
+        received = [(i, request.received_of(i)) for i in range(request.sampling.n)]
+        added = [
+            Sequence(request, i, list(prompt), forced=one.token_ids)
+            for i, one in received
+            if not one.finished
+        ]
         self.waiting.extend(added)
         return added
 
