@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,13 +145,15 @@ class RouterReplica:
 
     async def stats(self) -> dict[str, Any]:
         """Return measurements: layer times (s) since the last call, retries by reason, calls by
-        transport, forced tokens by whether they were sampled again, memory."""
+        transport, requests under way, forced tokens by whether they were sampled again, memory."""
         layer_s = list(self._exchange.timings_s)
         self._exchange.timings_s.clear()
         return {
             "layer_s": layer_s,
             "retries": dict(self._dispatcher.retries),
             "calls": dict(self._transport.calls),
+            "pid": os.getpid(),
+            "requests": len(self._requests),
             "replayed": dict(self._engine.replayed),
             "rss_bytes": psutil.Process().memory_info().rss,
         }

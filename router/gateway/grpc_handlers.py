@@ -154,6 +154,7 @@ def _raw_request(request: Any, streamed: bool) -> RawRequest:
         prompt_field="prompt" if is_text else "prompt_token_ids.ids",
         sampling_prefix="sampling.",
         streamed=streamed,
+        resume=[(list(choice.token_ids), choice.finished) for choice in request.resume],
     )
 
 

@@ -1,0 +1,82 @@
+"""One request of the client over several attempts: its deadline, what came, whether to go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cluster.errors import ExpertMeshError, OverloadedError, UnavailableError
+from cluster.retry import Retries
+from router.protos import inference_pb2
+
+
+class Attempts:
+    """The attempts of one request within its time; used by one thread."""
+
+    def __init__(
+        self,
+        request: Any,
+        timeout_s: float,
+        retries: Retries | None,
+        wait: Callable[[float], bool],
+    ) -> None:
+        """``retries`` is ``None`` for a request that is tried once.
+
+        ``wait(delay_s)`` waits, and returns whether there is any use in going on.
+        """
+        self.is_first = True
+        self._request = request
+        self._retries = retries
+        self._wait = wait
+        self._deadline_s = time.monotonic() + timeout_s
+        self._choices = [inference_pb2.ResumedChoice() for _ in range(request.sampling.n or 1)]
+
+    @property
+    def remaining_s(self) -> float:
+        """The time until the request's deadline."""
+        return self._deadline_s - time.monotonic()
+
+    def request(self) -> Any:
+        """Return the ``GenerateRequest`` of the next attempt: what has come, what time is left."""
+        if self.is_first:
+            return self._request
+        request = inference_pb2.GenerateRequest()
+        request.CopyFrom(self._request)
+        request.timeout_s = max(self.remaining_s, 1e-3)
+        if self._has_received():
+            request.resume.extend(self._choices)
+        return request
+
+    def took(self, index: int, token_ids: Sequence[int], finish_reason: str | None) -> None:
+        """Note a piece of a stream that has come."""
+        self._choices[index].token_ids.extend(token_ids)
+        self._choices[index].finished = finish_reason is not None
+        if self._retries is not None:
+            self._retries.progressed()
+
+    def all_finished(self) -> bool:
+        """Return whether every choice's end has come."""
+        return all(choice.finished for choice in self._choices)
+
+    def failed(self, error: ExpertMeshError) -> None:
+        """Wait until the request may be tried again; raises ``error`` where it must not be."""
+        if self._retries is None or not self._is_passing(error):
+            raise error
+        delay_s = self._retries.next_delay_s(self.remaining_s, error.retry_after_s)
+        if delay_s is None or not self._wait(delay_s):
+            raise error
+        self.is_first = False
+
+    def succeeded(self) -> None:
+        """Note that the request is answered."""
+        if self._retries is not None:
+            self._retries.succeeded()
+
+    def _has_received(self) -> bool:
+        return any(choice.token_ids or choice.finished for choice in self._choices)
+
+    def _is_passing(self, error: ExpertMeshError) -> bool:
+        # A full queue may refuse a new request; one that it had accepted waits for room.
+        is_full = isinstance(error, OverloadedError) and error.retry_after_s is not None
+        return isinstance(error, UnavailableError) or (is_full and self._has_received())
