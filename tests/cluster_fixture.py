@@ -314,7 +314,8 @@ def served_cluster(folder: Path) -> Iterator[ServedCluster]:
         )
         serve.run(build(args), name=APP, route_prefix="/")
         address = f"127.0.0.1:{grpc_port}"
-        with Client(address) as client:
+        # Without retries, so that a test sees what the server lets through.
+        with Client(address, retry=None) as client:
             cluster = ServedCluster(
                 f"http://127.0.0.1:{http_port}", address, args, folder, oracle, client
             )
