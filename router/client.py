@@ -200,7 +200,8 @@ class Client:
                 try:
                     yield from self._stream(attempts)
                 except ExpertMeshError as error:
-                    attempts.failed(error)
+                    if not attempts.all_finished():  # else nothing is missing
+                        attempts.failed(error)
             attempts.succeeded()
 
     def _stream(self, attempts: Attempts) -> Iterator[Reply]:
