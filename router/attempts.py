@@ -30,7 +30,9 @@ class Attempts:
         self._retries = retries
         self._wait = wait
         self._deadline_s = time.monotonic() + timeout_s
-        self._choices = [inference_pb2.ResumedChoice() for _ in range(request.sampling.n or 1)]
+        # Not made before they are there: nobody has checked yet how many were asked for.
+        self._choices: dict[int, Any] = {}
+        self._num_choices = request.sampling.n or 1
 
     @property
     def remaining_s(self) -> float:
@@ -44,20 +46,24 @@ class Attempts:
         request = inference_pb2.GenerateRequest()
         request.CopyFrom(self._request)
         request.timeout_s = max(self.remaining_s, 1e-3)
-        if self._has_received():
-            request.resume.extend(self._choices)
+        if self._choices:
+            request.resume.extend(
+                self._choices.get(index, inference_pb2.ResumedChoice())
+                for index in range(self._num_choices)
+            )
         return request
 
     def took(self, index: int, token_ids: Sequence[int], finish_reason: str | None) -> None:
         """Note a piece of a stream that has come."""
-        self._choices[index].token_ids.extend(token_ids)
-        self._choices[index].finished = finish_reason is not None
+        choice = self._choices.setdefault(index, inference_pb2.ResumedChoice())
+        choice.token_ids.extend(token_ids)
+        choice.finished = finish_reason is not None
         if self._retries is not None:
             self._retries.progressed()
 
     def all_finished(self) -> bool:
         """Return whether every choice's end has come."""
-        return all(choice.finished for choice in self._choices)
+        return sum(choice.finished for choice in self._choices.values()) == self._num_choices
 
     def failed(self, error: ExpertMeshError) -> None:
         """Wait until the request may be tried again; raises ``error`` where it must not be."""
@@ -73,10 +79,7 @@ class Attempts:
         if self._retries is not None:
             self._retries.succeeded()
 
-    def _has_received(self) -> bool:
-        return any(choice.token_ids or choice.finished for choice in self._choices)
-
     def _is_passing(self, error: ExpertMeshError) -> bool:
         # A full queue may refuse a new request; one that it had accepted waits for room.
         is_full = isinstance(error, OverloadedError) and error.retry_after_s is not None
-        return isinstance(error, UnavailableError) or (is_full and self._has_received())
+        return isinstance(error, UnavailableError) or (is_full and bool(self._choices))

@@ -16,7 +16,8 @@ from cluster.errors import (
     OverloadedError,
     UnavailableError,
 )
-from cluster.retry import RetryPolicy
+from cluster.retry import Retries, RetryBudget, RetryPolicy
+from router.attempts import Attempts
 from router.client import Client, Reply, Sampling, UnreachableError
 from router.protos import inference_pb2
 from router.request import GenerationRequest
@@ -66,7 +67,6 @@ def test_a_stream_goes_on_where_it_broke(count: int) -> None:
     assert again.received_of(0).token_ids == tuple(IDS[:count])
     if count:
         assert again.sampling == first.requests[0].sampling
-        assert again.deadline_s < first.requests[0].deadline_s + 0.01
 
 
 @pytest.mark.parametrize("count", range(TOKENS_TO_STOP))
@@ -93,6 +93,22 @@ def test_each_choice_goes_on_and_a_finished_one_is_not_asked_for_again() -> None
     assert [one.finished for one in second.requests[0].received] == [True, False]
     assert pieces[-1].usage is not None
     assert pieces[-1].usage.completion_tokens == sum(len(p.token_ids) for p in pieces)
+
+
+def test_another_attempt_has_what_is_left_of_the_time_and_what_has_come() -> None:
+    request = inference_pb2.GenerateRequest(prompt="in", timeout_s=10)
+    request.sampling.n = 2
+    attempts = Attempts(request, 10, Retries(QUICK, RetryBudget()), wait=lambda _: True)
+    assert attempts.request() == request
+    attempts.took(1, (5, 6), None)
+    attempts.failed(UnavailableError("away"))
+    again = attempts.request()
+    assert 0 < again.timeout_s < 10
+    assert [(list(one.token_ids), one.finished) for one in again.resume] == [
+        ([], False),
+        ([5, 6], False),
+    ]
+    assert not request.resume
 
 
 def test_a_call_without_a_stream_is_made_again_with_the_same_seed() -> None:
@@ -157,6 +173,14 @@ def test_what_cannot_pass_is_not_tried_again(error: ExpertMeshError) -> None:
         with pytest.raises(type(error)):
             client.generate("in", timeout_s=30)
         assert len(upstream.requests) == 1
+
+
+def test_a_number_of_choices_that_nobody_can_have_is_the_servers_to_refuse() -> None:
+    with grpc_server(FakeUpstream(says(TEXT))) as address, Client(address) as client:
+        for n in (0, -1, 2**62):
+            with pytest.raises(InvalidRequestError) as caught:
+                list(client.stream("in", Sampling(n=n)))
+            assert caught.value.field == "sampling.n"
 
 
 def test_without_a_policy_everything_is_tried_once() -> None:
