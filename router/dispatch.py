@@ -29,7 +29,7 @@ from cluster.transport import Call, CallFailure, Outcome, Transport
 from router.placement_view import PlacementView
 
 MAX_WAIT_S = 0.5
-BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=MAX_WAIT_S)
+BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
 """Between attempts where every expert has a copy; without one, a new placement is waited for."""
 
 logger = logging.getLogger("expertmesh.dispatch")
