@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +25,15 @@ import torch
 from cluster.errors import Code, ExpertUnavailableError, FrameError, InternalError
 from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode
 from cluster.placement import Placement
+from cluster.retry import RetryPolicy
 from cluster.tensors import dtype_name, from_raw, to_raw
 from cluster.transport import Call, CallFailure, Outcome, Transport
 from router.copies import Copies, Pace, has_other_copies
 from router.loss import LostExperts
 from router.placement_view import PlacementView
 
-BACKOFF_S = 0.02
+BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
+"""Between attempts where every expert has a copy."""
 
 logger = logging.getLogger("expertmesh.dispatch")
 
@@ -150,6 +153,7 @@ class Dispatcher:
             deadline_s=deadline_s,
         )
         pending = np.arange(topk_ids.size) if pairs is None else pairs
+        failures = 0
         while True:
             placement = self._placement(deadline_s)
             layout = self._layout(placement, layer, pending)
@@ -162,7 +166,8 @@ class Dispatcher:
             layer.failed.update(part.actor_id for part in failed)
             if not all(self._has_other(placement, layer, part) for part in failed):
                 layer.failed.clear()
-                self._wait(placement, deadline_s)
+                self._wait(placement, deadline_s, failures)
+                failures += 1
             pending = np.concatenate([part.pairs for part in failed])
 
     def _placement(self, deadline_s: float) -> Placement:
@@ -319,14 +324,15 @@ class Dispatcher:
         self.retries[answer.kind] += 1
         return False
 
-    def _wait(self, placement: Placement, deadline_s: float) -> None:
+    def _wait(self, placement: Placement, deadline_s: float, failures: int) -> None:
         """Wait a moment for another placement."""
         remaining_s = deadline_s - time.time()
         if remaining_s <= 0:
             raise ExpertUnavailableError(
                 "an expert has no live copy that answers in time", self._model, 1.0
             )
-        self._view.wait_newer(placement, min(BACKOFF_S, remaining_s))
+        wait_s = BACKOFF.delay_s(failures, random.random()) or 0.0
+        self._view.wait_newer(placement, min(wait_s, remaining_s))
 
 
 def lay_out(holders: Mapping[int, str | None], generations: Mapping[str, int]) -> _Layout:

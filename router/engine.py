@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,7 +63,10 @@ class Engine:
         eos_token_ids: frozenset[int],
         emit: Emit,
     ) -> None:
-        """``emit`` is called on the engine's thread, at most once a step."""
+        """``emit`` is called on the engine's thread, at most once a step.
+
+        ``replayed`` counts the forced tokens by whether the step sampled the same.
+        """
         self._model = model
         self._exchange = exchange
         self._scheduler = scheduler
@@ -70,6 +74,7 @@ class Engine:
         self._emit = emit
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._outbox: list[Emission] = []
+        self.replayed: Counter[str] = Counter()
         self._closing = False
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
 
@@ -187,6 +192,10 @@ class Engine:
         for sequence, token_id, row in zip(step.sampled, token_ids, logprobs, strict=True):
             if sequence.awaited:
                 continue
+            forced = sequence.next_forced
+            if forced is not None:
+                self._replay(sequence, forced, token_id)
+                continue
             sequence.token_ids.append(token_id)
             reason = self._finish_reason(sequence, token_id)
             if reason is not None:
@@ -195,6 +204,16 @@ class Engine:
             start = sequence.num_generated - 1
             event = TokenEvent(sequence.index, (token_id,), rows, reason, sequence.exact, start)
             self._outbox.append(Emission(sequence.request.request_id, event))
+
+    def _replay(self, sequence: Sequence, forced: int, sampled: int) -> None:
+        """Take a token that the caller has already; only the end of its choice is emitted."""
+        self.replayed["equal" if forced == sampled else "different"] += 1
+        sequence.token_ids.append(forced)
+        reason = self._finish_reason(sequence, forced)
+        if reason is not None:
+            self._scheduler.finish(sequence)
+            end = TokenEvent(sequence.index, (), (), reason, sequence.exact, sequence.num_generated)
+            self._outbox.append(Emission(sequence.request.request_id, end))
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
         sampling = sequence.request.sampling

@@ -26,8 +26,9 @@ class Sequence:
 
     ``num_computed`` tokens have their keys and values in the cache; ``exact`` is false when any of
     these were computed without an expert that they chose. A sequence that has ``awaited`` experts
-    is parked: it keeps its place and its pages, and no step computes it. ``pages`` and ``slots``
-    (the cache slot of every position up to ``max_length``) are empty while the sequence waits.
+    is parked: it keeps its place and its pages, and no step computes it. ``forced`` are the generated
+    tokens that are given, of a request that goes on after a failure. ``pages`` and ``slots`` (the
+    cache slot of every position up to ``max_length``) are empty while the sequence waits.
     """
 
     request: GenerationRequest
@@ -36,6 +37,7 @@ class Sequence:
     num_computed: int = 0
     exact: bool = True
     awaited: frozenset[Awaited] = frozenset()
+    forced: tuple[int, ...] = ()
     pages: list[int] = field(default_factory=list)
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
@@ -48,6 +50,12 @@ class Sequence:
     def max_length(self) -> int:
         """The most tokens that the sequence can ever have."""
         return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens
+
+    @property
+    def next_forced(self) -> int | None:
+        """The next token where it is given, whatever is sampled."""
+        place = self.num_generated
+        return self.forced[place] if place < len(self.forced) else None
 
     def occupy(self, pages: list[int]) -> None:
         """Take pages for all positions that the sequence can ever have."""
@@ -91,7 +99,7 @@ class Scheduler:
         self.running: list[Sequence] = []
 
     def add(self, request: GenerationRequest) -> list[Sequence]:
-        """Queue a request's choices.
+        """Queue a request's choices that are not finished.
 
         Raises :class:`OverloadedError` when the queue is full, or when the cache could not hold one
         of the request's sequences even if it were empty.
@@ -106,7 +114,12 @@ class Scheduler:
             raise OverloadedError(
                 f"prompt and max_tokens need {length} cache tokens; a router has {capacity}"
             )
-        added = [Sequence(request, i, list(prompt)) for i in range(request.sampling.n)]
+        received = [(i, request.received_of(i)) for i in range(request.sampling.n)]
+        added = [
+            Sequence(request, i, list(prompt), exact=one.exact, forced=one.token_ids)
+            for i, one in received
+            if not one.finished
+        ]
         self.waiting.extend(added)
         return added
 

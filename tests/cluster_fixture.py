@@ -355,7 +355,8 @@ def served_cluster(folder: Path, shape: Shape) -> Iterator[ServedCluster]:
         serve.run(build(args), name=APP, route_prefix="/")
         address = f"127.0.0.1:{grpc_port}"
         http_url = f"http://127.0.0.1:{http_port}"
-        with Client(address) as client:
+        # Without retries, so that a test sees what the server lets through.
+        with Client(address, retry=None) as client:
             cluster = ServedCluster(http_url, address, args, folder, oracle, client, removals)
             cluster.wait_whole()
             yield cluster

@@ -14,6 +14,7 @@ from cluster.errors import (
     Code,
     DeadlineExceededError,
     InternalError,
+    InvalidRequestError,
 )
 from cluster.status import ClusterStatus
 from router.gateway.detokenize import ChoiceText
@@ -151,11 +152,24 @@ class _Choices:
         request = checked.request
         self._prompt_tokens = len(request.prompt_token_ids)
         self._completion_tokens = 0
-        self._going = {
-            index: ChoiceText(checked.model.tokenizer, checked.stops, request.prompt_token_ids)
-            for index in range(request.sampling.n)
-        }
+        self._going: dict[int, ChoiceText] = {}
         self._n = request.sampling.n
+        for index in range(self._n):
+            self._begin(checked, index)
+
+    def _begin(self, checked: CheckedRequest, index: int) -> None:
+        """Take up a choice where its client has it; the text of its tokens is not told again."""
+        request, received = checked.request, checked.request.received_of(index)
+        self._completion_tokens += len(received.token_ids)
+        if received.finished:
+            return
+        choice = ChoiceText(checked.model.tokenizer, checked.stops, request.prompt_token_ids)
+        _, _, stopped = choice.push(received.token_ids)
+        if stopped:
+            raise InvalidRequestError(
+                "its text has a stop string, so it is finished", f"resume[{index}].finished"
+            )
+        self._going[index] = choice
 
     def push(self, event: TokenEvent) -> Delta | None:
         """Return the delta of an event, or ``None`` when its choice is finished already."""

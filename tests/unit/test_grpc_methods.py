@@ -309,7 +309,7 @@ def test_the_client_raises_typed_errors(error: ExpertMeshError, after: int) -> N
     def script(request: GenerationRequest) -> list[TokenEvent | Exception]:
         return [*([TokenEvent(0, (5,))] * after), error]
 
-    with grpc_server(FakeUpstream(script)) as address, Client(address) as client:
+    with grpc_server(FakeUpstream(script)) as address, Client(address, retry=None) as client:
         for attempt in (client.generate, client.stream):
             pieces: list[Any] = []
             with pytest.raises(type(error)) as caught:

@@ -12,7 +12,8 @@ from cluster.config import GatewayConfig
 from cluster.contract import OnExpertLoss
 from cluster.errors import InvalidRequestError, UnknownModelError
 from router.gateway.validate import CheckedRequest, RawRequest, Validator
-from tests.unit.gateway_fakes import CONTEXT, served, tokenizer, vocab_size
+from router.request import Received
+from tests.unit.gateway_fakes import CONTEXT, EOS, served, tokenizer, vocab_size
 
 LIMITS = GatewayConfig(max_choices=4, max_logprobs=5, default_timeout_s=20, max_timeout_s=60)
 HUGE = 10**400
@@ -214,3 +215,46 @@ def test_messages_do_not_repeat_the_prompt() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         check(secret)
     assert "word" not in str(caught.value)
+
+
+def check_resume(resume: Any, **sampling: Any) -> CheckedRequest:
+    received = [Received(tuple(ids), finished) for ids, finished in resume]
+    raw = RawRequest("tiny", "in the", {"seed": 1, **sampling}, resume=received)
+    return Validator({"tiny": served()}, LIMITS).check(raw)
+
+
+def test_what_a_client_has_of_each_choice_is_taken() -> None:
+    request = check_resume([([5, 6], False), ([7, EOS, 8], True)], n=2, max_tokens=3).request
+    assert request.received == (Received((5, 6)), Received((7, EOS, 8), True))
+    assert check_resume([([], False)]).request.received == (Received(),)
+    assert check_resume([([5, EOS], False)]).request.received == (Received((5, EOS)),)
+    assert check_resume([([EOS, 5], False)], ignore_eos=True).request.received
+    assert check().request.received == ()
+
+
+@pytest.mark.parametrize(
+    ("resume", "sampling", "field"),
+    [
+        ([([5], False)], {"n": 2}, "resume"),
+        ([([5], False)] * 3, {"n": 2}, "resume"),
+        ([([5], True)] * 2, {"n": 2}, "resume"),
+        ([([5] * 17, False)], {}, "resume[0].token_ids"),
+        ([([5] * 3, True), ([], False)], {"n": 2, "max_tokens": 2}, "resume[0].token_ids"),
+        ([([5, vocab_size()], False)], {}, "resume[0].token_ids[1]"),
+        ([([-1], False)], {}, "resume[0].token_ids[0]"),
+        ([([EOS, 5], False)], {}, "resume[0].token_ids"),
+    ],
+)
+def test_what_no_client_can_have_is_refused(
+    resume: Any, sampling: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        check_resume(resume, **sampling)
+    assert caught.value.field == field
+
+
+def test_a_request_goes_on_only_with_its_seed() -> None:
+    raw = RawRequest("tiny", "in the", {}, resume=[Received((5,))], sampling_prefix="sampling.")
+    with pytest.raises(InvalidRequestError) as caught:
+        Validator({"tiny": served()}, LIMITS).check(raw)
+    assert caught.value.field == "sampling.seed"
