@@ -80,6 +80,7 @@ class Controller:
         self._members: dict[str, _Member] = {}
         self._suspected = {actor_id: asyncio.Event() for actor_id in self._actor_ids}
         self._tasks: list[asyncio.Task[None]] = []
+        self._looped_s = time.monotonic()
 
     async def start(self) -> None:
         """Take the next epoch, adopt the living actors that fit, and keep all of them alive."""
@@ -160,6 +161,7 @@ class Controller:
     async def _keep(self, actor_id: str, handle: ActorHandle | None) -> None:
         delay_s = FIRST_RETRY_S
         while True:
+            self._looped_s = time.monotonic()
             try:
                 handle = handle or self._create(actor_id)
                 await self._bring_up(actor_id, handle)
@@ -231,6 +233,7 @@ class Controller:
             except RayTaskError as error:
                 raise _cause(error) from None
             self._reports[actor_id] = report
+            self._looped_s = time.monotonic()
             if progress.is_hung(report.steps, report.queued_rows, time.monotonic()):
                 raise TimeoutError("rows wait and none is computed")
             try:
@@ -257,11 +260,13 @@ class Controller:
 
     async def watch(
         self, kind: str, pid: int, node: str, known: tuple[int, int], timeout_s: float
-    ) -> dict[str, Any] | None:
+    ) -> dict[str, Any]:
         """Return the placement once it differs from ``known`` (epoch, version).
 
-        Returns ``None`` when nothing changed within ``timeout_s`` (at most ``MAX_WATCH_S``). The
-        call also says that this router or gateway is alive.
+        The answer is ``{"placement": …, "loop_age_s": …}``: the placement as plain data, ``None``
+        when nothing changed within ``timeout_s`` (at most ``MAX_WATCH_S``), and how long ago this
+        controller last finished a look at any actor. The call also says that this router or
+        gateway is alive.
         """
         process = ProcessStatus(pid, node)
         now_s = time.monotonic()
@@ -271,9 +276,10 @@ class Controller:
             try:
                 async with asyncio.timeout(min(timeout_s, MAX_WATCH_S)):
                     await self._changed.wait_for(lambda: self._placement.order != tuple(known))
+                wire = self._placement.to_wire()
             except TimeoutError:
-                return None
-            return self._placement.to_wire()
+                wire = None
+        return {"placement": wire, "loop_age_s": time.monotonic() - self._looped_s}
 
     async def suspect(self, actor_id: str, generation: int) -> None:
         """Have an actor looked at now, since a router had no answer from this generation."""

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ class ControllerClient(Protocol):
 
     def watch(
         self, kind: str, pid: int, node: str, known: tuple[int, int], timeout_s: float
-    ) -> Awaitable[dict[str, Any] | None]:
+    ) -> Awaitable[dict[str, Any]]:
         """See :meth:`cluster.controller.Controller.watch`."""
         ...
 
@@ -44,6 +45,7 @@ class PlacementView:
     def __init__(self) -> None:
         """Start without a placement; :meth:`current` is then ``None``."""
         self._placement: Placement | None = None
+        self._looped_s: float | None = None
         self._changed = threading.Condition()
 
     def current(self) -> Placement | None:
@@ -56,6 +58,14 @@ class PlacementView:
             if self._placement is None or placement.order > self._placement.order:
                 self._placement = placement
                 self._changed.notify_all()
+
+    def heard(self, loop_age_s: float) -> None:
+        """Take the controller's word on how long ago its last loop ended."""
+        self._looped_s = time.monotonic() - loop_age_s
+
+    def loop_age_s(self) -> float | None:
+        """Return how long ago the controller's last loop that is known of ended, if any is."""
+        return None if self._looped_s is None else time.monotonic() - self._looped_s
 
     def wait_newer(self, than: Placement | None, timeout_s: float) -> bool:
         """Block until the placement is newer than ``than``; returns whether it became so."""
@@ -94,15 +104,17 @@ class PlacementWatcher:
         while True:
             current = self._view.current()
             known = (-1, -1) if current is None else current.order
-            answered, wire = await self._bounded(
+            answered, told = await self._bounded(
                 lambda known=known: self._controller.watch(  # type: ignore[misc]
                     self._kind, os.getpid(), node, known, WATCH_S
                 )
             )
             if not answered:
                 await asyncio.sleep(RETRY_S)
-            elif wire is not None:
-                self._view.publish(Placement.from_wire(wire))
+                continue
+            self._view.heard(told["loop_age_s"])
+            if told["placement"] is not None:
+                self._view.publish(Placement.from_wire(told["placement"]))
 
     async def _bounded(self, call: Callable[[], Awaitable[Any]]) -> tuple[bool, Any]:
         try:

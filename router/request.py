@@ -38,8 +38,8 @@ class Received:
     """What has come of one choice already; a finished one is not computed again.
 
     The tokens of an unfinished one are forced: computed one to a step, as they were the first time,
-    so that what follows them is what would have followed then. They are not emitted again. ``exact``
-    is false where any of them was flagged so; then all that follow are.
+    so that what follows them is what would have followed then. They are not emitted again.
+    ``exact`` is false where any of them was flagged so; then all that follow are.
     """
 
     token_ids: tuple[int, ...] = ()

@@ -26,9 +26,10 @@ class Sequence:
 
     ``num_computed`` tokens have their keys and values in the cache; ``exact`` is false when any of
     these were computed without an expert that they chose. A sequence that has ``awaited`` experts
-    is parked: it keeps its place and its pages, and no step computes it. ``forced`` are the generated
-    tokens that are given, of a request that goes on after a failure. ``pages`` and ``slots`` (the
-    cache slot of every position up to ``max_length``) are empty while the sequence waits.
+    is parked: it keeps its place and its pages, and no step computes it. ``forced`` are the
+    generated tokens that are given, of a request that goes on after a failure. ``pages`` and
+    ``slots`` (the cache slot of every position up to ``max_length``) are empty while the sequence
+    waits.
     """
 
     request: GenerationRequest

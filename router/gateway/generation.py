@@ -23,6 +23,7 @@ from router.gateway.models import GatewayModel, ServedModel
 from router.gateway.status import public_error
 from router.gateway.upstream import Upstream
 from router.gateway.validate import CheckedRequest, RawRequest, Validator
+from router.readiness import Readiness
 from router.request import TokenEvent, TokenLogprobs
 
 _LEAST_LOGPROB = -9999.0
@@ -85,7 +86,7 @@ class GenerationService:
         """Validate a request without starting it; raises ``InvalidRequestError``."""
         return self._validator.check(raw)
 
-    def ready(self) -> tuple[bool, str]:
+    def ready(self) -> Readiness:
         """Tell whether requests can be served, and if not, why."""
         return self._upstream.ready()
 

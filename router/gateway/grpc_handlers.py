@@ -24,6 +24,10 @@ from router.request import Received, TokenLogprobs
 SERVICES = ("expertmesh.v1.Inference", "expertmesh.v1.Admin")
 """The names that health knows, beside the empty one for the whole server."""
 
+EPOCH_KEY = "expertmesh-epoch"
+VERSION_KEY = "expertmesh-placement-version"
+LOOP_AGE_KEY = "expertmesh-controller-loop-age-s"
+
 _SAMPLING_FIELDS = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "logprobs", "n",
 )  # fmt: skip
@@ -107,10 +111,20 @@ class GrpcHandlers:
         )
 
     def health(self) -> Any:
-        """Return SERVING when every expert has a live copy and a router is there."""
-        is_ready, _ = self.service.ready()
+        """Return SERVING when every expert has a live copy, else NOT_SERVING."""
         status = health_pb2.HealthCheckResponse
+        is_ready = self.service.ready().is_ready
         return status(status=status.SERVING if is_ready else status.NOT_SERVING)
+
+    def health_metadata(self) -> list[tuple[str, str]]:
+        """Return what health goes by, for a call's trailing metadata; its message has no room."""
+        told = self.service.ready()
+        metadata: list[tuple[str, str]] = []
+        if told.order is not None:
+            metadata += zip((EPOCH_KEY, VERSION_KEY), map(str, told.order), strict=True)
+        if told.loop_age_s is not None:
+            metadata.append((LOOP_AGE_KEY, f"{told.loop_age_s:.3f}"))
+        return metadata
 
     def _check(self, data: bytes, streamed: bool) -> CheckedRequest:
         with self.service.metrics.refusals("grpc"):

@@ -23,7 +23,7 @@ from router.protos import admin_pb2, inference_pb2
 
 logger = logging.getLogger(__name__)
 
-_WATCH_PERIOD_S = 1.0
+_WATCH_PERIOD_S = 0.5
 _UNARY = {
     "expertmesh.v1.Inference": ("Generate", "GetModelInfo"),
     "expertmesh.v1.Admin": ("GetStatus",),
@@ -183,6 +183,7 @@ class GrpcMethods:
 
     async def Check(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
         """Serve ``Health/Check``."""
+        grpc_context.set_trailing_metadata(self.grpc_handlers.health_metadata())
         empty = health_pb2.HealthCheckResponse
         return await _unary(self.grpc_handlers.check_health(request), empty, grpc_context)
 

@@ -31,6 +31,7 @@ from router.gateway.http_io import (
 )
 from router.gateway.models import GatewayModel
 from router.gateway.openai_call import OpenAiCall
+from router.readiness import Readiness
 
 EXACT_HEADER = f"x-{EXACT_KEY}"
 _STATUS_TIMEOUT_S = 2.0
@@ -80,13 +81,12 @@ def _add_operator_routes(app: FastAPI, service: GenerationService) -> None:
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        is_ready, reason = service.ready()
-        if is_ready:
-            return JSONResponse({"ready": True})
-        return JSONResponse({"ready": False, "reason": reason}, 503)
+        told = service.ready()
+        return JSONResponse(_ready_object(told), 200 if told.is_ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
+        service.metrics.show_loop_age(service.ready().loop_age_s)
         try:
             async with asyncio.timeout(_STATUS_TIMEOUT_S):
                 service.metrics.show_cluster(await service.status())
@@ -114,6 +114,17 @@ async def _answer(request: Request, service: GenerationService, parse: Parse) ->
         await deltas.aclose()
         raise
     return SseResponse(call.chunks(first, deltas), deltas)
+
+
+def _ready_object(told: Readiness) -> dict[str, Any]:
+    epoch, version = told.order or (None, None)
+    return {
+        "ready": told.is_ready,
+        "reason": told.reason or None,
+        "epoch": epoch,
+        "placement_version": version,
+        "controller_loop_age_s": told.loop_age_s,
+    }
 
 
 def _model_object(model: GatewayModel, created: int) -> dict[str, Any]:

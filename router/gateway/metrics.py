@@ -68,6 +68,11 @@ class Metrics:
         self._missing = Gauge(
             "expertmesh_missing_experts", "Experts without a live copy.", registry=registry
         )
+        self._loop_age = Gauge(
+            "expertmesh_controller_loop_age_seconds",
+            "Time since the controller last finished a look at an expert actor.",
+            registry=registry,
+        )
         self._actor_tokens = Gauge(
             "expertmesh_actor_tokens",
             "Token rows computed by each live expert actor.",
@@ -109,6 +114,10 @@ class Metrics:
     def inexact_tokens(self, model_id: str, reason: str, count: int) -> None:
         """Count generated tokens that are not exact; ``reason`` is what the request asked for."""
         self._inexact_tokens.labels(model_id, reason).inc(count)
+
+    def show_loop_age(self, loop_age_s: float | None) -> None:
+        """Set the gauge of the controller's last loop; ``None`` before the first word from it."""
+        self._loop_age.set(math.nan if loop_age_s is None else loop_age_s)
 
     def show_cluster(self, status: ClusterStatus) -> None:
         """Set the gauges to what the controller says; actors that are gone vanish."""

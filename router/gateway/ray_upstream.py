@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from cluster.contract import OnExpertLoss
 from cluster.errors import (
     DeadlineExceededError,
     ExpertMeshError,
@@ -33,6 +34,7 @@ from cluster.retry import Retries, RetryBudget, RetryPolicy
 from cluster.status import ClusterStatus
 from router.link import LinkAddress, LinkServer
 from router.placement_view import PlacementView, PlacementWatcher
+from router.readiness import Readiness, readiness
 from router.request import GenerationRequest, Receipts, TokenEvent, merge_events
 
 STATUS_TIMEOUT_S = 5.0
@@ -65,9 +67,16 @@ class RayUpstream:
     """Implements :class:`router.gateway.upstream.Upstream` over Serve handles."""
 
     def __init__(
-        self, controller: DeploymentHandle, routers: Mapping[str, DeploymentHandle]
+        self,
+        controller: DeploymentHandle,
+        routers: Mapping[str, DeploymentHandle],
+        on_expert_loss: OnExpertLoss,
     ) -> None:
-        """``routers`` are handles by model id. Needs a running event loop."""
+        """``routers`` are handles by model id. Needs a running event loop.
+
+        ``on_expert_loss`` is the deployment's, by which it is or is not ready.
+        """
+        self._on_expert_loss = on_expert_loss
         self._controller = controller
         self._routers = routers
         self._view = PlacementView()
@@ -168,15 +177,11 @@ class RayUpstream:
             raise UnavailableError("the controller does not answer", "", 1.0) from None
         return ClusterStatus.from_wire(wire)
 
-    def ready(self) -> tuple[bool, str]:
+    def ready(self) -> Readiness:
         """See :class:`Upstream`."""
-        placement = self._view.current()
-        if placement is None:
-            return False, "no placement of the experts is known yet"
-        missing = len(placement.missing())
-        if missing:
-            return False, f"{missing} experts have no live copy"
-        return True, ""
+        return readiness(
+            self._view.current(), self._routers, self._view.loop_age_s(), self._on_expert_loss
+        )
 
 
 class HandleController:
@@ -188,12 +193,10 @@ class HandleController:
 
     async def watch(
         self, kind: str, pid: int, node: str, known: tuple[int, int], timeout_s: float
-    ) -> dict[str, Any] | None:
+    ) -> dict[str, Any]:
         """See :meth:`cluster.controller.Controller.watch`."""
-        wire: dict[str, Any] | None = await self._handle.watch.remote(
-            kind, pid, node, known, timeout_s
-        )
-        return wire
+        told: dict[str, Any] = await self._handle.watch.remote(kind, pid, node, known, timeout_s)
+        return told
 
     async def suspect(self, actor_id: str, generation: int) -> None:
         """See :meth:`cluster.controller.Controller.suspect`."""

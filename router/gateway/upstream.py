@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from cluster.status import ClusterStatus
+from router.readiness import Readiness
 from router.request import GenerationRequest, TokenEvent
 
 
@@ -31,6 +32,6 @@ class Upstream(Protocol):
         """Return what the controller knows; raises ``UnavailableError`` while it is away."""
         ...
 
-    def ready(self) -> tuple[bool, str]:
-        """Tell whether a router is there and every expert has a live copy, and if not, why."""
+    def ready(self) -> Readiness:
+        """Tell whether every expert has a live copy, and if not, why; asks nobody."""
         ...

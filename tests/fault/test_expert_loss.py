@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import grpc
-import httpx
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.errors import Code, ExpertMeshError
 from cluster.status import ActorStatus
@@ -115,32 +112,3 @@ def test_an_impatient_request_fails_typed_and_a_patient_one_waits(served: Served
     assert patient.result() == expected[0][:60]
     served.wait_whole()
     check_replaced(before, served.actors(), before)
-
-
-def test_readiness_and_health_tell_of_missing_experts(served: ServedCluster) -> None:
-    told, before = served.status(), served.actors()
-    serving = health_pb2.HealthCheckResponse.SERVING
-    not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
-    with grpc.insecure_channel(served.grpc_address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-
-        def health() -> int:
-            status: int = stub.Check(health_pb2.HealthCheckRequest(), timeout=10).status
-            return status
-
-        def ready() -> httpx.Response:
-            return httpx.get(f"{served.http_url}/ready")
-
-        assert (ready().status_code, health()) == (200, serving)
-        kill(told, before["expert-1"].pid)
-        wait_until(lambda: health() == not_serving, "health says NOT_SERVING", 10)
-        refusal = ready()
-        assert refusal.status_code == 503
-        assert refusal.json()["ready"] is False
-        missing = len(before["expert-1"].experts)
-        assert refusal.json()["reason"] == f"{missing} experts have no live copy"
-        assert httpx.get(f"{served.http_url}/health").status_code == 200
-        wait_until(lambda: health() == serving, "health says SERVING", REPLACED_S)
-        assert ready().status_code == 200
-    served.wait_whole()
-    check_replaced(before, served.actors(), ["expert-1"])

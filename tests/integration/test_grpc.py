@@ -113,8 +113,14 @@ def test_health_is_serving(served: ServedCluster) -> None:
     with grpc.insecure_channel(served.grpc_address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for service in ("", f"{PACKAGE}.Inference", f"{PACKAGE}.Admin"):
-            reply = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+            request = health_pb2.HealthCheckRequest(service=service)
+            reply, ended = health.Check.with_call(request, timeout=10)
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
+            metadata = dict(ended.trailing_metadata())
+            told = served.status()
+            assert metadata["expertmesh-epoch"] == str(told.epoch)
+            assert metadata["expertmesh-placement-version"] == str(told.placement_version)
+            assert 0 <= float(metadata["expertmesh-controller-loop-age-s"]) < 10
         with pytest.raises(grpc.RpcError) as caught:
             health.Check(health_pb2.HealthCheckRequest(service="nope"), timeout=10)
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND

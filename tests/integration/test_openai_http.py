@@ -178,7 +178,10 @@ def test_operators_see_life_readiness_and_metrics(
     http: httpx.Client, served: ServedCluster
 ) -> None:
     assert http.get("/health").status_code == 200
-    assert http.get("/ready").json() == {"ready": True}
+    ready, told = http.get("/ready").json(), served.status()
+    assert (ready["ready"], ready["reason"]) == (True, None)
+    assert (ready["epoch"], ready["placement_version"]) == (told.epoch, told.placement_version)
+    assert 0 <= ready["controller_loop_age_s"] < 10
 
     def generated() -> float:
         labels = f'expertmesh_generation_tokens_total{{model_name="{TINY}"}}'

@@ -22,6 +22,7 @@ from router.gateway.grpc_service import GrpcMethods, add_services_to_server
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel, ServedModel
 from router.gateway.tokenizer import Tokenizer
+from router.readiness import Readiness
 from router.request import GenerationRequest, TokenEvent, TokenLogprobs
 
 EOS = 1
@@ -92,7 +93,7 @@ class FakeUpstream:
         self.requests: list[GenerationRequest] = []
         self.stopped: list[tuple[str, int]] = []
         self.closed = threading.Event()
-        self.is_ready = (True, "")
+        self.readiness = Readiness("", (3, 7), 0.25)
         self.status_error: Exception | None = None
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
@@ -115,8 +116,8 @@ class FakeUpstream:
             raise self.status_error
         return STATUS
 
-    def ready(self) -> tuple[bool, str]:
-        return self.is_ready
+    def ready(self) -> Readiness:
+        return self.readiness
 
 
 def says(text: str, finish_reason: str | None = "length", exact: bool = True) -> Script:

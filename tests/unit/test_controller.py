@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -182,7 +183,8 @@ class Cluster:
         known = (-1, -1)
         async with asyncio.timeout(LIMIT_S):
             while True:
-                wire = await self.controller.watch("test", 2, "test", known, 5.0)
+                told = await self.controller.watch("test", 2, "test", known, 5.0)
+                wire = told["placement"]
                 if wire is None:
                     continue
                 placement = Placement.from_wire(wire)
@@ -568,24 +570,25 @@ def test_a_watch_returns_at_once_when_something_else_is_known() -> None:
         async with running() as cluster:
             placement = await cluster.complete()
             for known in ((-1, -1), (0, 5), (placement.epoch, placement.version + 7), (9, 9)):
-                wire = await asyncio.wait_for(
+                told = await asyncio.wait_for(
                     cluster.controller.watch("router", 1, "n", known, 3600), LIMIT_S
                 )
-                assert wire is not None
-                assert Placement.from_wire(wire) == placement
+                assert Placement.from_wire(told["placement"]) == placement
 
     run(test)
 
 
-def test_a_watch_returns_none_when_nothing_changes_in_time() -> None:
+def test_a_watch_returns_no_placement_when_nothing_changes_in_time() -> None:
     async def test() -> None:
         async with running() as cluster:
             placement = await cluster.complete()
             order = placement.order
-            assert await cluster.controller.watch("router", 1, "n", order, 0.01) is None
+            told = await cluster.controller.watch("router", 1, "n", order, 0.01)
+            assert told["placement"] is None
             # What comes over Ray may be a list.
             known: Any = list(order)
-            assert await cluster.controller.watch("router", 1, "n", known, 0.01) is None
+            told = await cluster.controller.watch("router", 1, "n", known, 0.01)
+            assert told["placement"] is None
 
     run(test)
 
@@ -599,7 +602,29 @@ def test_a_watch_never_lasts_longer_than_the_controller_allows(
         async with running() as cluster:
             placement = await cluster.complete()
             watch = cluster.controller.watch("router", 1, "n", placement.order, 3600)
-            assert await asyncio.wait_for(watch, LIMIT_S) is None
+            assert (await asyncio.wait_for(watch, LIMIT_S))["placement"] is None
+
+    run(test)
+
+
+def test_a_watch_tells_how_long_ago_the_last_look_at_an_actor_ended() -> None:
+    async def test() -> None:
+        async with running() as cluster:
+            placement = await cluster.complete()
+
+            async def loop_age_s() -> float:
+                told = await cluster.controller.watch("gateway", 1, "n", placement.order, 0)
+                return float(told["loop_age_s"])
+
+            cluster.controller._looped_s -= 1000.0
+            await cluster.controller.suspect("expert-0", 1)
+            await happens(lambda: time.monotonic() - cluster.controller._looped_s < 500.0)
+            assert 0 <= await loop_age_s() < LIMIT_S
+            for task in cluster.controller._tasks:
+                task.cancel()
+            await asyncio.wait(cluster.controller._tasks, timeout=LIMIT_S)
+            cluster.controller._looped_s -= 1000.0
+            assert 1000.0 <= await loop_age_s() < 1000.0 + LIMIT_S
 
     run(test)
 

@@ -23,6 +23,7 @@ from cluster.errors import (
 )
 from router.client import Client, Sampling, UnreachableError, Usage
 from router.protos import admin_pb2, inference_pb2
+from router.readiness import Readiness
 from router.request import GenerationRequest, TokenEvent
 from tests.unit.gateway_fakes import (
     STATUS,
@@ -360,10 +361,16 @@ def test_health(channel: grpc.Channel, upstream: FakeUpstream) -> None:
     assert health.Check(named, timeout=10).status == serving
     watch = health.Watch(everything, timeout=30)
     assert next(watch).status == serving
-    upstream.is_ready = (False, "an expert is missing")
+    upstream.readiness = Readiness("an expert is missing", (3, 8), 1.5)
     assert next(watch).status == not_serving
     watch.cancel()
-    assert health.Check(named, timeout=10).status == not_serving
+    told, ended = health.Check.with_call(named, timeout=10)
+    assert told.status == not_serving
+    assert dict(ended.trailing_metadata()) == {
+        "expertmesh-epoch": "3",
+        "expertmesh-placement-version": "8",
+        "expertmesh-controller-loop-age-s": "1.500",
+    }
     statuses = health.List(health_pb2.HealthListRequest(), timeout=10).statuses
     assert set(statuses) == {"", "expertmesh.v1.Inference", "expertmesh.v1.Admin"}
     with pytest.raises(grpc.RpcError) as caught:

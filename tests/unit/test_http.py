@@ -13,6 +13,7 @@ import pytest
 
 from cluster.errors import InternalError, UnavailableError
 from router.gateway.http import create_app
+from router.readiness import Readiness
 from router.request import GenerationRequest, TokenEvent, TokenLogprobs
 from tests.unit.gateway_fakes import EOS, FakeUpstream, says, service, tokenizer
 from tests.unit.http_calls import COMPLETIONS, call, chat, completion, events
@@ -250,12 +251,27 @@ def test_the_callers_request_id_is_kept_if_it_is_sensible() -> None:
 def test_health_and_readiness() -> None:
     upstream = FakeUpstream(says("x"))
     assert call(upstream, "/health").status_code == 200
-    assert call(upstream, "/ready").json() == {"ready": True}
-    upstream.is_ready = (False, "2 experts have no live copy")
+    assert call(upstream, "/ready").json() == {
+        "ready": True,
+        "reason": None,
+        "epoch": 3,
+        "placement_version": 7,
+        "controller_loop_age_s": 0.25,
+    }
+    upstream.readiness = Readiness("2 experts have no live copy", (3, 8), 90.0)
     assert call(upstream, "/health").status_code == 200
     response = call(upstream, "/ready")
     assert response.status_code == 503
-    assert response.json()["reason"] == "2 experts have no live copy"
+    assert response.json() == {
+        "ready": False,
+        "reason": "2 experts have no live copy",
+        "epoch": 3,
+        "placement_version": 8,
+        "controller_loop_age_s": 90.0,
+    }
+    upstream.readiness = Readiness("nothing is known yet", None, None)
+    unknown = call(upstream, "/ready").json()
+    assert (unknown["epoch"], unknown["controller_loop_age_s"]) == (None, None)
 
 
 def test_metrics_count_inexact_tokens_by_what_was_asked_for() -> None:
@@ -286,6 +302,7 @@ def test_metrics_count_requests_tokens_and_actors() -> None:
             await client.post(COMPLETIONS, json=body)
             first = (await client.get("/metrics")).text
             upstream.status_error = UnavailableError("away")
+            upstream.readiness = Readiness("", (3, 7), 60.0)
             return first, (await client.get("/metrics")).text
 
     told, away = asyncio.run(asyncio.wait_for(run(), 20))
@@ -302,6 +319,8 @@ def test_metrics_count_requests_tokens_and_actors() -> None:
     assert lines[f"expertmesh_time_to_first_token_seconds_count{model}"] == "1.0"
     assert lines[f"expertmesh_e2e_request_latency_seconds_count{model}"] == "2.0"
     assert lines['expertmesh_actor_tokens{actor_id="a0"}'] == "99.0"
+    assert lines["expertmesh_controller_loop_age_seconds"] == "0.25"
+    assert "expertmesh_controller_loop_age_seconds 60.0" in away
     assert lines["expertmesh_placement_version"] == "7.0"
     assert lines["expertmesh_missing_experts"] == "0.0"
     assert "expertmesh_actor_tokens{" not in away

@@ -83,8 +83,22 @@ def test_a_newer_placement_wakes_everyone_who_waits_and_an_older_one_nobody() ->
         assert [call.result(LIMIT_S) for call in calls] == [True] * 3
 
 
+def test_the_age_of_the_controllers_loop_grows_until_it_is_heard_of_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    view, now_s = PlacementView(), 1000.0
+    monkeypatch.setattr(placement_view.time, "monotonic", lambda: now_s)
+    assert view.loop_age_s() is None
+    view.heard(0.5)
+    assert view.loop_age_s() == 0.5
+    now_s += 7.0
+    assert view.loop_age_s() == 7.5
+    view.heard(0.25)
+    assert view.loop_age_s() == 0.25
+
+
 class FakeController:
-    """Answers watches from a list; an exception in it is raised."""
+    """Answers watches with placements from a list; an exception in it is raised."""
 
     def __init__(self, *answers: dict[str, Any] | Exception | None) -> None:
         self.answers = list(answers)
@@ -94,7 +108,7 @@ class FakeController:
 
     async def watch(
         self, kind: str, pid: int, node: str, known: tuple[int, int], timeout_s: float
-    ) -> dict[str, Any] | None:
+    ) -> dict[str, Any]:
         assert (kind, node) == ("router", "node")
         self.known.append(known)
         if not self.answers:
@@ -103,7 +117,7 @@ class FakeController:
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        return {"placement": answer, "loop_age_s": 0.5}
 
     async def suspect(self, actor_id: str, generation: int) -> None:
         self.suspects.append((actor_id, generation))
@@ -134,6 +148,9 @@ def test_the_watcher_feeds_the_view_and_says_what_is_known() -> None:
         await controller.exhausted.wait()
         assert view.current() == placement_of(1, 4)
         assert controller.known == [(-1, -1), (1, 1), (1, 1), (1, 4)]
+        age_s = view.loop_age_s()
+        assert age_s is not None
+        assert 0.5 <= age_s < LIMIT_S
         watcher.stop()
 
     run(test)

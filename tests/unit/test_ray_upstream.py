@@ -145,7 +145,7 @@ def upstream(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[RayUpstream,
 
     def make() -> tuple[RayUpstream, Router]:
         router = Router()
-        return RayUpstream(None, {"m": router}), router  # type: ignore[arg-type, dict-item]
+        return RayUpstream(None, {"m": router}, "strict"), router  # type: ignore[arg-type, dict-item]
 
     return make
 

@@ -1,0 +1,251 @@
+"""Random faults against a deployment under load: nothing fails, nothing is wrong, nothing grows.
+
+    python -m benchmarks.soak [--minutes 20] [--every-s 5] [--seed N] [--json FILE]
+
+Serves the bundled model (gateway, two routers, three expert actors, fp32) and has streams and unary
+requests never stop, while a seeded schedule kills actors, routers and the controller, and stops
+actors and lets them go on. Every answer is compared with that of the same deployment before the
+first fault. Prints what failed, and memory and descriptors of the processes that live long; the
+exit status is 1 when a request failed or was wrong, or a process grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.common import MODEL, machine, progress, prompts, show
+from benchmarks.serve import deployed
+
+if TYPE_CHECKING:
+    from router.client import Client
+    from tests.fault.load import Case
+
+MODEL_PATH = "models/mesh-tiny"
+ACTORS, ROUTERS = 3, 2
+STREAMS, UNARY = 6, 2
+PROMPTS, TOKENS, VOCAB = 8, 48, 2000
+REQUEST_TIMEOUT_S = 60.0
+SAMPLE_S = 5.0
+SETTLE_SHARE = 0.25
+"""The part of a process's life that is not judged: caches fill, and code is compiled, at first."""
+MIN_SAMPLES = 8
+GROWTH_SHARE, GROWTH_MB, GROWTH_FDS = 0.05, 16.0, 16.0
+"""A process is flat when its trend rises over the judged time by less than the larger of 5 % and
+16 MB, and by less than 16 descriptors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A process's resident memory and open descriptors at one moment."""
+
+    at_s: float
+    rss_mb: float
+    descriptors: int
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """A long-lived process at the start and end of the run, and its trend over the judged time."""
+
+    name: str
+    pid: int
+    first: Sample
+    last: Sample
+    mb_per_min: float
+    descriptors_per_min: float
+    is_flat: bool
+
+
+def trend(points: Sequence[tuple[float, float]]) -> float:
+    """Return the slope that fits points (time, value) best: the median of all pairs' slopes.
+
+    Theil and Sen's estimator: a burst that passes does not move it.
+    """
+    slopes = [
+        (later - sooner) / (end_s - begin_s)
+        for place, (begin_s, sooner) in enumerate(points)
+        for end_s, later in points[place + 1 :]
+    ]
+    return statistics.median(slopes)
+
+
+def growth(name: str, pid: int, samples: Sequence[Sample]) -> Growth:
+    """Judge one process by its samples, at least two after the first :data:`SETTLE_SHARE`."""
+    judged = samples[int(len(samples) * SETTLE_SHARE) :]
+    minutes = (judged[-1].at_s - judged[0].at_s) / 60
+    mb_per_min = 60 * trend([(one.at_s, one.rss_mb) for one in judged])
+    descriptors_per_min = 60 * trend([(one.at_s, float(one.descriptors)) for one in judged])
+    is_flat = (
+        mb_per_min * minutes < max(GROWTH_SHARE * judged[0].rss_mb, GROWTH_MB)
+        and descriptors_per_min * minutes < GROWTH_FDS
+    )
+    return Growth(name, pid, samples[0], samples[-1], mb_per_min, descriptors_per_min, is_flat)
+
+
+class Sampler:
+    """Looks at every process below this one, again and again, on a thread of its own."""
+
+    def __init__(self) -> None:
+        self._samples: dict[tuple[int, str], list[Sample]] = {}
+        self._started_s = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def end(self) -> list[Growth]:
+        """Stop, and judge the processes that lived to the end and for long enough to be judged."""
+        self._ended.set()
+        self._thread.join()
+        self._look()
+        last_s = max(samples[-1].at_s for samples in self._samples.values())
+        return [
+            growth(name, pid, samples)
+            for (pid, name), samples in self._samples.items()
+            if samples[-1].at_s == last_s and len(samples) >= MIN_SAMPLES
+        ]
+
+    def _run(self) -> None:
+        while not self._ended.wait(SAMPLE_S):
+            self._look()
+
+    def _look(self) -> None:
+        import psutil
+
+        at_s = time.monotonic() - self._started_s
+        own = psutil.Process()
+        for process in (own, *own.children(recursive=True)):
+            try:
+                name = "clients" if process == own else name_of(process.cmdline())
+                sample = Sample(at_s, process.memory_info().rss / 1e6, process.num_fds())
+            except psutil.Error:  # it ended a moment ago
+                continue
+            self._samples.setdefault((process.pid, name), []).append(sample)
+
+
+def name_of(words: Sequence[str]) -> str:
+    """Return what a process is called in the tables, from its command line."""
+    if not words:
+        return "?"
+    if words[0].startswith("ray::"):
+        name = words[0].removeprefix("ray::").partition("(")[0].split(".")[0].strip()
+        return name.removeprefix("SERVE_REPLICA::").split("#")[-2] if "#" in name else name
+    scripts = [word for word in words if word.endswith(".py")]
+    return Path(scripts[0] if scripts else words[0]).name
+
+
+def run(minutes: float, every_s: float, seed: int) -> dict[str, Any]:
+    """Run the whole soak; returns what ``--json`` writes."""
+    from router.client import Client
+    from tests.fault.injector import Hit, inject
+    from tests.fault.load import Load
+    from tests.fault.schedule import schedule
+
+    faults = schedule(seed, 60 * minutes, every_s)
+    hits: Counter[str] = Counter()
+    with progress("soak", 2 + len(faults)) as begin:
+        begin("deployment")
+        served = deployed(Path(MODEL_PATH), ACTORS, ROUTERS)
+        with served as ports, Client(ports.grpc_address) as client:
+            begin("answers without faults")
+            load = Load(client, MODEL, answers(client), STREAMS, UNARY, REQUEST_TIMEOUT_S)
+            sampler, started_s = Sampler(), time.monotonic()
+
+            def told(hit: Hit) -> None:
+                hits[hit.fault.kind.value] += 1
+                failed = load.outcome().failures.total()
+                begin(f"{hit.fault.kind.value} {hit.pid}, {failed} failed")
+
+            try:
+                inject(faults, client.status, told)
+            finally:
+                outcome = load.end()
+            took_s = time.monotonic() - started_s
+            processes = sampler.end()
+    return {
+        "benchmark": "soak",
+        "machine": machine(),
+        "minutes": minutes,
+        "every_s": every_s,
+        "seed": seed,
+        "faults": dict(hits),
+        "requests": outcome.requests,
+        "failures": dict(outcome.failures),
+        "longest_gap_s": outcome.longest_gap_s,
+        "tokens_per_s": outcome.tokens / took_s,
+        "processes": [asdict(one) for one in processes],
+    }
+
+
+def answers(client: Client) -> list[Case]:
+    """Return prompts, all different, with what the deployment makes of them without a fault."""
+    from router.client import Sampling
+    from tests.fault.load import Case
+
+    sampling = Sampling(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
+    cases = []
+    for prompt in prompts(PROMPTS):
+        # The bundled vocabulary is smaller than that of the benchmarks' random model.
+        prompt = [2 + token_id % VOCAB for token_id in prompt]
+        [reply] = client.generate(prompt, sampling, model=MODEL, timeout_s=REQUEST_TIMEOUT_S)
+        cases.append(Case(tuple(prompt), reply.token_ids))
+    return cases
+
+
+def report(result: Mapping[str, Any]) -> None:
+    """Print the tables and the verdict."""
+    figures = [
+        *((kind, str(count)) for kind, count in result["faults"].items()),
+        ("requests", str(result["requests"])),
+        *((f"failed: {reason}", str(count)) for reason, count in result["failures"].items()),
+        ("longest gap between tokens, s", f"{result['longest_gap_s']:.2f}"),
+        ("tokens/s", f"{result['tokens_per_s']:.0f}"),
+    ]
+    show(f"soak, {result['minutes']:g} minutes, seed {result['seed']}", figures, ["", "count"])
+    rows = [
+        (
+            f"{one['name']} {one['pid']}",
+            f"{one['last']['at_s'] - one['first']['at_s']:.0f}",
+            *(f"{one[end]['rss_mb']:.0f}" for end in ("first", "last")),
+            f"{one['mb_per_min']:.2f}",
+            *(str(one[end]["descriptors"]) for end in ("first", "last")),
+            f"{one['descriptors_per_min']:.2f}",
+            "flat" if one["is_flat"] else "[red]grows[/red]",
+        )
+        for one in result["processes"]
+    ]
+    columns = ["process", "seconds", "MB at first", "at last", "MB/min"]
+    show("long-lived processes", rows, [*columns, "descriptors at first", "at last", "/min", ""])
+
+
+def is_good(result: Mapping[str, Any]) -> bool:
+    """Tell whether no request failed or was wrong, and every long-lived process is flat."""
+    return not result["failures"] and all(one["is_flat"] for one in result["processes"])
+
+
+def main() -> int:
+    """Parse the command line and run; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--every-s", type=float, default=5.0, help="seconds between two faults")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed has the same faults")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    options = parser.parse_args()
+    result = run(options.minutes, options.every_s, options.seed)
+    report(result)
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return int(not is_good(result))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

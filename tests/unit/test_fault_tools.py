@@ -1,0 +1,82 @@
+"""The fault tools themselves: a schedule is a function of its seed, and answers are checked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
+from tests.fault.injector import victims
+from tests.fault.load import WrongTokensError, check_next, check_whole
+from tests.fault.schedule import BAG, PAUSE_S, Kind, schedule
+from tests.fault.signals import kill, let_go, stop
+
+STATUS = ClusterStatus(
+    ("m",), 1, 1, 10, 0, (ProcessStatus(11, "n"),), (ProcessStatus(12, "n"),),
+    (ActorStatus("expert-0", 13, "n", "cpu", 1, (), 0),),
+)  # fmt: skip
+
+
+def test_a_schedule_is_a_function_of_its_seed() -> None:
+    assert schedule(3, 1200, 5) == schedule(3, 1200, 5)
+    assert schedule(3, 1200, 5) != schedule(4, 1200, 5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_schedule_has_a_fault_in_every_period_and_all_kinds_in_every_bag(seed: int) -> None:
+    faults = schedule(seed, 105, 5)
+    assert len(faults) == 20
+    for place, fault in enumerate(faults, 1):
+        assert abs(fault.at_s - 5 * place) <= 0.3 * 5
+        paused = fault.kind is Kind.PAUSE_ACTOR
+        assert PAUSE_S[0] <= fault.pause_s <= PAUSE_S[1] if paused else fault.pause_s == 0
+    assert [f.at_s for f in faults] == sorted(f.at_s for f in faults)
+    for begin in range(0, 20, len(BAG)):
+        kinds = [fault.kind for fault in faults[begin : begin + len(BAG)]]
+        assert Counter(kinds) == Counter(BAG)
+
+
+def test_a_schedule_shorter_than_a_period_has_no_faults() -> None:
+    assert schedule(1, 4.9, 5) == ()
+
+
+def test_each_kind_has_its_own_victims() -> None:
+    assert {kind: victims(STATUS, kind) for kind in Kind} == {
+        Kind.KILL_ACTOR: (13,),
+        Kind.PAUSE_ACTOR: (13,),
+        Kind.KILL_ROUTER: (11,),
+        Kind.KILL_CONTROLLER: (10,),
+    }
+
+
+def test_no_actor_is_a_victim_while_an_expert_has_no_copy() -> None:
+    known = replace(STATUS, missing_experts=1)
+    assert victims(known, Kind.KILL_ACTOR) == victims(known, Kind.PAUSE_ACTOR) == ()
+    assert victims(known, Kind.KILL_ROUTER) == (11,)
+    assert victims(known, Kind.KILL_CONTROLLER) == (10,)
+
+
+@pytest.mark.parametrize("tool", [kill, stop])
+def test_a_process_that_the_status_does_not_name_gets_no_signal(tool: object) -> None:
+    with pytest.raises(AssertionError, match="not processes of the cluster"):
+        tool(replace(STATUS, actors=()), 13)  # type: ignore[operator]
+
+
+def test_only_a_stopped_process_is_let_go() -> None:
+    with pytest.raises(AssertionError):
+        let_go(STATUS, 1 << 30)
+
+
+def test_tokens_must_come_once_and_in_order() -> None:
+    expected = (5, 6, 7, 8)
+    check_next((), (5, 6), expected)
+    check_next((5, 6), (7, 8), expected)
+    check_next((5, 6), (), expected)
+    check_whole((5, 6, 7, 8), expected)
+    for came, piece in [((5,), (5,)), ((5,), (7,)), ((5, 6, 7, 8), (9,))]:
+        with pytest.raises(WrongTokensError):
+            check_next(came, piece, expected)
+    with pytest.raises(WrongTokensError):
+        check_whole((5, 6, 7), expected)

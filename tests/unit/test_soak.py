@@ -1,0 +1,74 @@
+"""The soak's pure parts: what counts as growth, what processes are called, when a run is good."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from benchmarks.soak import Growth, Sample, growth, is_good, name_of, trend
+
+PERIOD_S, COUNT = 5.0, 240
+
+
+def judged(
+    rss_mb: Callable[[float], float], descriptors: Callable[[float], float] = lambda minute: 50
+) -> Growth:
+    """Judge twenty minutes of a process that has so much at each minute."""
+    times = [PERIOD_S * place for place in range(COUNT)]
+    samples = [Sample(at, rss_mb(at / 60), int(descriptors(at / 60))) for at in times]
+    return growth("router", 7, samples)
+
+
+def test_a_trend_is_the_slope_and_a_burst_does_not_move_it() -> None:
+    line = [(float(x), 3.0 + 2.0 * x) for x in range(20)]
+    assert trend(line) == pytest.approx(2.0)
+    line[7] = (7.0, 1000.0)
+    assert trend(line) == pytest.approx(2.0)
+
+
+def test_a_process_that_stays_as_it_is_is_flat() -> None:
+    told = judged(lambda minute: 400.0)
+    assert told.is_flat
+    assert (told.mb_per_min, told.descriptors_per_min) == (0.0, 0.0)
+    assert (told.first.at_s, told.last.at_s) == (0.0, PERIOD_S * (COUNT - 1))
+
+
+def test_what_comes_in_the_first_quarter_is_not_growth() -> None:
+    assert judged(lambda minute: 100.0 + 60.0 * min(minute, 5.0)).is_flat
+
+
+@pytest.mark.parametrize(("mb_per_min", "is_flat"), [(0.5, True), (1.5, True), (2.0, False)])
+def test_growth_is_a_twentieth_of_the_memory_or_more(mb_per_min: float, is_flat: bool) -> None:
+    told = judged(lambda minute: 480.0 + mb_per_min * minute)  # a twentieth of it in 15 minutes
+    assert told.mb_per_min == pytest.approx(mb_per_min)
+    assert told.is_flat is is_flat
+
+
+def test_a_leak_of_descriptors_is_growth() -> None:
+    assert not judged(lambda minute: 400.0, lambda minute: 50 + 2 * minute).is_flat
+    assert judged(lambda minute: 400.0, lambda minute: 50 + minute % 2 * 30).is_flat
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["ray::SERVE_REPLICA::bench#Gateway#abc.handle_request"], "Gateway"),
+        (["ray::SERVE_REPLICA::bench#Router-bench#abc"], "Router-bench"),
+        (["ray::ExpertActor.compute"], "ExpertActor"),
+        (["ray::IDLE"], "IDLE"),
+        (["/x/raylet/raylet", "--port=1"], "raylet"),
+        (["/usr/bin/python", "-u", "/x/monitor.py", "--y"], "monitor.py"),
+        ([], "?"),
+    ],
+)
+def test_processes_are_called_by_what_they_do(words: list[str], name: str) -> None:
+    assert name_of(words) == name
+
+
+def test_a_run_is_good_without_failures_and_without_growth() -> None:
+    flat: dict[str, Any] = {"failures": {}, "processes": [{"is_flat": True}] * 2}
+    assert is_good(flat)
+    assert not is_good({**flat, "failures": {"unavailable: x": 1}})
+    assert not is_good({**flat, "processes": [{"is_flat": True}, {"is_flat": False}]})
