@@ -20,7 +20,7 @@ from tests.fault.faults import (
 
 pytestmark = [
     pytest.mark.parametrize("served_session", [Shape(min_copies=2)], ids=str, indirect=True),
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(300),  # the first test starts a cluster of its own
 ]
 
 TIMES = 4
