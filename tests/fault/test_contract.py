@@ -14,7 +14,6 @@ from router.protos import inference_pb2, inference_pb2_grpc
 from tests.checkpoints import VOCAB_SIZE
 from tests.cluster_fixture import (
     RANDOM,
-    RANDOM_CONTEXT,
     TOP_K,
     ServedCluster,
     StreamReader,
@@ -23,12 +22,9 @@ from tests.cluster_fixture import (
 )
 from tests.fault.faults import (
     BEFORE,
-    LENGTH,
     PROMPTS,
-    expected_tokens,
     kill,
     let_go,
-    start_streams,
     stopped,
     wait_stalled,
 )
@@ -36,7 +32,7 @@ from tests.fault.faults import (
 VICTIM = "expert-1"
 DURING = 10
 """Tokens that a stream must have had while the experts are missing."""
-LOST_S = 10.0
+LENGTH, WAIT_S, LOST_S = 120, 60.0, 10.0
 SHORT_S = 0.5
 
 
@@ -96,18 +92,19 @@ def test_each_contract_is_kept_while_the_only_copy_is_away(served: ServedCluster
     told, before = served.status(), served.actors()
     free = without_need_of(served, before[VICTIM])
     answer = served.expected(free, 1)
-    expected = expected_tokens(served)
-    length = RANDOM_CONTEXT - len(PROMPTS[0])
-    streams = start_streams(served)
+    prompts = PROMPTS[:2]
+    expected = [served.expected(prompt, LENGTH) for prompt in prompts]
+    sampling = greedy(LENGTH)
+    streams = [StreamReader(served.client, p, sampling, RANDOM, WAIT_S) for p in prompts]
     going = {
-        contract: StreamReader(served.client, PROMPTS[0], greedy(length), RANDOM, 60.0, contract)
+        contract: StreamReader(served.client, prompts[0], sampling, RANDOM, WAIT_S, contract)
         for contract in ("next_expert", "drop")
     }
-    for stream in going.values():
+    for stream in (*streams, *going.values()):
         stream.wait_tokens(BEFORE)
     kill(told, before[VICTIM].pid)
     wait_until(lambda: is_missing(served), "the loss is known", LOST_S)
-    fresh = StreamReader(served.client, PROMPTS[1], greedy(LENGTH), RANDOM, 60.0, "next_expert")
+    fresh = StreamReader(served.client, prompts[1], sampling, RANDOM, WAIT_S, "next_expert")
     fresh.wait_tokens(DURING, LOST_S)
     # The successor is on its way, but nobody hears of it while the controller hangs.
     with stopped(told, told.controller_pid):
@@ -126,11 +123,11 @@ def test_each_contract_is_kept_while_the_only_copy_is_away(served: ServedCluster
     assert len(fresh.result()) == LENGTH
     assert not any(piece.exact for piece in fresh.pieces)
     for contract, stream in going.items():
-        assert len(stream.result()) == length
+        assert len(stream.result()) == LENGTH
         exact = exact_part(stream.pieces)
         assert len(exact) >= BEFORE
-        assert exact == served.expected(PROMPTS[0], length)[: len(exact)]
+        assert exact == expected[0][: len(exact)]
         inexact = served.metric("expertmesh_inexact_tokens_total")
         labels = f'{{model_name="{RANDOM}",reason="{contract}"}}'
-        assert inexact[f"expertmesh_inexact_tokens_total{labels}"] >= length - len(exact)
+        assert inexact[f"expertmesh_inexact_tokens_total{labels}"] >= LENGTH - len(exact)
     served.wait_whole()
