@@ -10,7 +10,7 @@ import ray
 import torch
 
 from cluster.frames import Buffer, Parts
-from cluster.transport import Call, Flight, Outcome, Transport
+from cluster.transport import Call, Flight, IsGone, Outcome, Transport, never_gone
 from experts.actor import ExpertActor
 from router.exchange import RemoteExchange
 
@@ -90,9 +90,9 @@ class _TracingFlight:
         self._inner = inner
         self._recorder = recorder
 
-    def wait(self) -> list[Outcome]:
+    def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """See :class:`Flight`."""
-        outcomes = self._inner.wait()
+        outcomes = self._inner.wait(is_gone)
         self._recorder.mark("wait")
         return outcomes
 

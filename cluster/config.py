@@ -10,8 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from cluster.contract import OnExpertLoss
 from cluster.errors import ConfigError
 from cluster.stream.tls import TlsFiles
 from cluster.transports import TransportKind
@@ -55,6 +64,8 @@ class TlsConfig(_Section):
 class ExpertsConfig(_Section):
     """The pool of expert actors, one to a device.
 
+    ``min_copies`` is how many actors hold each expert, on different nodes where there are several;
+    with two or more, a router goes on with another copy at once when an actor dies or hangs.
     ``threads`` are compute threads of one actor. ``memory_budget_bytes`` bounds the expert weights
     that one actor holds. ``max_queue_rows`` bounds the token rows that wait in an actor; a frame
     beyond it is refused and tried again. ``call_timeout_s`` is how long a router waits for one
@@ -64,6 +75,7 @@ class ExpertsConfig(_Section):
     """
 
     actors: int = Field(default=2, ge=1, le=1000)
+    min_copies: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=0.1, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
     threads: int = Field(default=1, ge=1, le=256)
@@ -72,6 +84,14 @@ class ExpertsConfig(_Section):
     call_timeout_s: float = Field(default=10.0, gt=0)
     transport: TransportKind = "auto"
     tls: TlsConfig | None = None
+
+    @field_validator("min_copies")
+    @classmethod
+    def _copies_need_actors(cls, min_copies: int, info: ValidationInfo) -> int:
+        actors = info.data.get("actors")  # absent when it is itself wrong
+        if actors is not None and min_copies > actors:
+            raise ValueError(f"must be at most the number of actors, {actors}")
+        return min_copies
 
 
 class RouterConfig(_Section):
@@ -104,7 +124,9 @@ class RouterConfig(_Section):
 class GatewayConfig(_Section):
     """Gateway replicas and the limits that requests are checked against.
 
-    ``default_timeout_s`` is the deadline of a request that names none.
+    ``default_timeout_s`` is the deadline of a request that names none. ``on_expert_loss`` is what
+    becomes of one that names nothing else when an expert has no live copy: ``strict`` waits for it,
+    ``next_expert`` and ``drop`` go on with an answer that is flagged as not exact.
     """
 
     replicas: int = Field(default=1, ge=1, le=1000)
@@ -114,6 +136,7 @@ class GatewayConfig(_Section):
     max_timeout_s: float = Field(default=3600.0, gt=0)
     max_choices: int = Field(default=16, ge=1, le=128)
     max_logprobs: int = Field(default=20, ge=0, le=100)
+    on_expert_loss: OnExpertLoss = "strict"
 
 
 class AppConfig(_Section):

@@ -32,6 +32,7 @@ from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
 HEARTBEAT_PERIOD_S = 1.0
 HEARTBEAT_TIMEOUT_S = 3.0
 LOAD_TIMEOUT_S = 600.0
+START_TIMEOUT_S = 30.0
 MEMBER_TTL_S = 15.0
 MAX_WATCH_S = 10.0
 FIRST_RETRY_S = 0.2
@@ -53,17 +54,28 @@ class Controller:
     """Keeps the expert actors of one application; a Serve deployment of one replica."""
 
     def __init__(
-        self, spec: ActorSpec, actor_class: type, num_actors: int, memory_budget_bytes: int | None
+        self,
+        spec: ActorSpec,
+        actor_class: type,
+        num_actors: int,
+        memory_budget_bytes: int | None,
+        min_copies: int = 1,
     ) -> None:
         """Set up; :meth:`start` adopts or creates the actors."""
         models = [source.experts for source in spec.models]
+        self._min_copies = min_copies
+        self._memory_budget_bytes = memory_budget_bytes
         self._spec = spec
         self._pool = ExpertPool(spec, actor_class)
         self._actor_ids = [f"expert-{i}" for i in range(num_actors)]
-        self._shares = assign_experts(models, self._actor_ids, memory_budget_bytes)
+        self._nodes: dict[str, str] = {}
+        """The node that each actor runs on, or ran on last."""
+        self._adopted: dict[str, tuple[ExpertKey, ...]] = {}
+        """What each adopted actor held."""
+        self._last_generation: dict[str, int] = dict.fromkeys(self._actor_ids, 0)
+        self._shares = self._assign()
         self._placement: Placement = empty_placement(0, models)
         self._changed = asyncio.Condition()
-        self._last_generation: dict[str, int] = dict.fromkeys(self._actor_ids, 0)
         self._reports: dict[str, ActorReport] = {}
         self._members: dict[str, _Member] = {}
         self._suspected = {actor_id: asyncio.Event() for actor_id in self._actor_ids}
@@ -72,10 +84,42 @@ class Controller:
 
     async def start(self) -> None:
         """Take the next epoch, adopt the living actors that fit, and keep all of them alive."""
-        adopted = await self._adopt()
+        handles = await self._adopt()
+        if self._min_copies > 1 and await asyncio.to_thread(self._pool.count_nodes) > 1:
+            # Only before anything is served is there time to wait for all actors.
+            handles = handles or await self._start_all()
+            self._shares = self._assign()
         for actor_id in self._actor_ids:
-            keeper = self._keep(actor_id, adopted.get(actor_id))
+            keeper = self._keep(actor_id, handles.get(actor_id))
             self._tasks.append(asyncio.create_task(keeper, name=f"keep {actor_id}"))
+
+    def _assign(self) -> dict[str, list[ExpertKey]]:
+        models = [source.experts for source in self._spec.models]
+        # An actor that is new to the pool is to get a share of what the others hold.
+        is_same_pool = all(self._last_generation.get(a, 0) > 0 for a in self._actor_ids)
+        held = self._adopted if is_same_pool else {}
+        return assign_experts(
+            models, self._actor_ids, self._memory_budget_bytes, self._min_copies, self._nodes, held
+        )
+
+    async def _start_all(self) -> dict[str, ActorHandle]:
+        """Create all actors, and learn where Ray puts them.
+
+        Copies can be put on different nodes only when the nodes are known. An actor that does not
+        come up in time counts as one on a node of its own.
+        """
+        created = {actor_id: self._create(actor_id) for actor_id in self._actor_ids}
+
+        async def learn(actor_id: str, handle: ActorHandle) -> None:
+            try:
+                report = await self._pool.describe(handle, START_TIMEOUT_S)
+            except (RayActorError, RayTaskError, TimeoutError) as error:
+                logger.warning("%s: its node is not known (%s)", actor_id, _kind(error))
+            else:
+                self._nodes[actor_id] = report.node
+
+        await asyncio.gather(*(learn(actor_id, handle) for actor_id, handle in created.items()))
+        return created
 
     async def _adopt(self) -> dict[str, ActorHandle]:
         found = await asyncio.to_thread(self._pool.find)
@@ -98,6 +142,8 @@ class Controller:
                 self._pool.kill(adopted.pop(actor_id))
             if report.digest == self._spec.digest and actor_id in self._shares:
                 adopted[actor_id] = handle
+                self._nodes[actor_id] = report.node
+                self._adopted[actor_id] = report.experts
             else:
                 logger.info("%s g%d: has another configuration, ending it", actor_id, generation)
                 self._pool.kill(handle)
@@ -144,13 +190,16 @@ class Controller:
         self._last_generation[actor_id] += 1
         generation = self._last_generation[actor_id]
         self._write_ledger()
-        return self._pool.create(actor_id, generation, self._placement.epoch)
+        # Where its predecessor was, if it can be, so that copies stay on different nodes.
+        node = self._nodes.get(actor_id) if self._min_copies > 1 else None
+        return self._pool.create(actor_id, generation, self._placement.epoch, node)
 
     async def _bring_up(self, actor_id: str, handle: ActorHandle) -> None:
         started_s = time.monotonic()
         epoch, keys = self._placement.epoch, self._shares[actor_id]
         report = await self._load_typed(handle, epoch, keys)
         self._reports[actor_id] = report
+        self._nodes[actor_id] = report.node
         await self._publish(
             lambda placement: placement.with_actor(actor_id, report.generation, report.experts)
         )
@@ -253,6 +302,8 @@ class Controller:
             routers=tuple(m.process for m in members if m.kind == "router"),
             gateways=tuple(m.process for m in members if m.kind == "gateway"),
             actors=tuple(_actor_status(report) for _, report in sorted(self._reports.items())),
+            min_copies=self._min_copies,
+            live_copies=self._placement.fewest_copies(),
         ).to_wire()
 
     async def close(self) -> None:

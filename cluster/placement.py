@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -58,6 +59,10 @@ class Placement:
         """Return the experts without a live copy."""
         return [key for key, actors in self.holders.items() if not actors]
 
+    def fewest_copies(self) -> int:
+        """Return how many live copies the expert with the fewest has; 0 where there is none."""
+        return min((len(actors) for actors in self.holders.values()), default=0)
+
     def without(self, actor_id: str) -> Placement:
         """Return the next version, in which ``actor_id`` is dead and holds nothing."""
         holders = {
@@ -98,21 +103,47 @@ def empty_placement(epoch: int, models: Sequence[ModelExperts]) -> Placement:
 
 
 def assign_experts(
-    models: Sequence[ModelExperts], actor_ids: Sequence[str], memory_budget_bytes: int | None
+    models: Sequence[ModelExperts],
+    actor_ids: Sequence[str],
+    memory_budget_bytes: int | None,
+    min_copies: int = 1,
+    nodes: Mapping[str, str] | None = None,
+    held: Mapping[str, Collection[ExpertKey]] | None = None,
 ) -> dict[str, list[ExpertKey]]:
-    """Decide which experts each actor holds: one copy each, every layer spread over all actors.
+    """Decide which experts each actor holds: ``min_copies`` each, on different actors.
 
-    Expert e of layer l goes to actor (e + l) mod A, so that the actors' shares of any layer differ
-    by at most one expert and those of all layers even out. Raises :class:`ConfigError` when a share
-    is larger than ``memory_budget_bytes``.
+    ``nodes`` has the node of each actor, as far as known; copies sit on different nodes as far as
+    there are several. Every layer is spread over all actors: of A actors, expert e of layer l
+    begins at (e + l) mod A, so that the actors' shares of any layer differ by at most one expert
+    where nodes leave the choice, and those of all layers even out. The copies of what one actor
+    holds are spread over the others too, which take over evenly. An actor keeps what it has
+    ``held``; copies that are missing go to actors that are not in ``held``, if nodes allow it, so
+    that nothing that runs has to load more. Deterministic. Raises :class:`ConfigError` when there
+    are more copies than actors, or a share is larger than ``memory_budget_bytes``.
     """
+    if min_copies > len(actor_ids):
+        raise ConfigError(
+            f"must be at most the number of actors, {len(actor_ids)} (given: {min_copies})",
+            "args.experts.min_copies",
+        )
     shares: dict[str, list[ExpertKey]] = {actor_id: [] for actor_id in actor_ids}
     share_bytes = dict.fromkeys(actor_ids, 0)
+    kept_by = {actor_id: frozenset((held or {}).get(actor_id, ())) for actor_id in actor_ids}
     for model in models:
-        for key in model.expert_keys():
-            actor_id = actor_ids[(key.expert_id + key.layer_id) % len(actor_ids)]
-            shares[actor_id].append(key)
-            share_bytes[actor_id] += model.expert_bytes
+        for layer_id in model.layers:
+            kept = [
+                [
+                    actor
+                    for actor in actor_ids
+                    if ExpertKey(model.model, layer_id, e) in kept_by[actor]
+                ]
+                for e in range(model.num_experts)
+            ]
+            holders = _spread_layer(layer_id, kept, actor_ids, min_copies, nodes or {}, held or {})
+            for expert_id, actors in enumerate(holders):
+                for actor_id in actors:
+                    shares[actor_id].append(ExpertKey(model.model, layer_id, expert_id))
+                    share_bytes[actor_id] += model.expert_bytes
     largest = max(share_bytes.values())
     if memory_budget_bytes is not None and largest > memory_budget_bytes:
         raise ConfigError(
@@ -121,3 +152,37 @@ def assign_experts(
             "args.experts.memory_budget_bytes",
         )
     return shares
+
+
+def _spread_layer(
+    layer_id: int,
+    kept: Sequence[list[str]],
+    actor_ids: Sequence[str],
+    num_copies: int,
+    nodes: Mapping[str, str],
+    running: Collection[str],
+) -> list[list[str]]:
+    """Return the actors that are to hold each expert of a layer, those that do already included."""
+    held = {actor_id: sum(actor_id in actors for actors in kept) for actor_id in actor_ids}
+    shared: Counter[frozenset[str]] = Counter()  # experts that two actors both hold
+    layer: list[list[str]] = []
+    for expert_id, actors in enumerate(kept):
+        begin = (expert_id + layer_id) % len(actor_ids)
+        in_turn = [*actor_ids[begin:], *actor_ids[:begin]]
+        chosen = list(actors)
+        for _ in range(num_copies - len(actors)):
+            actor_id = min(  # the first in turn where all else is equal
+                (actor for actor in in_turn if actor not in chosen),
+                key=lambda actor: (
+                    # An actor whose node is not known counts as one on a node of its own.
+                    sum(nodes.get(actor, actor) == nodes.get(other, other) for other in chosen),
+                    actor in running,
+                    held[actor],
+                    sum(shared[frozenset((actor, other))] for other in chosen),
+                ),
+            )
+            held[actor_id] += 1
+            shared.update(frozenset((actor_id, other)) for other in chosen)
+            chosen.append(actor_id)
+        layer.append(chosen)
+    return layer

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.util import list_named_actors
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.ledger import LedgerStore
 from cluster.placement import ExpertKey
@@ -41,6 +42,8 @@ def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
                 "OMP_NUM_THREADS": str(spec.threads),
                 # A heap per calling thread would keep memory that no other thread reuses.
                 "MALLOC_ARENA_MAX": "1",
+                # Weights that are let go once they are rearranged must not leave holes in the heap.
+                "MALLOC_MMAP_THRESHOLD_": "1048576",
                 # oneDNN keeps the code that it compiles for each shape of a product, 0.5 MB, and
                 # torch a description of it for each thread, 0.5 MB too; both keep 1024 by default,
                 # and prompts bring new numbers of rows for ever.
@@ -60,10 +63,17 @@ class ExpertPool:
         self.ledger = LedgerStore(spec.app)
         self._remote = ray.remote(concurrency_groups={"control": CONTROL_CALLS})(actor_class)
 
-    def create(self, actor_id: str, generation: int, epoch: int) -> ActorHandle:
-        """Ask Ray for a new actor; returns at once, the first call waits for its start."""
+    def create(
+        self, actor_id: str, generation: int, epoch: int, node: str | None = None
+    ) -> ActorHandle:
+        """Ask Ray for a new actor; returns at once, the first call waits for its start.
+
+        It comes on ``node``, when that is given and has room, else wherever Ray puts it.
+        """
         name = actor_name(self._spec.app, actor_id, generation)
         options = actor_options(self._spec, name)
+        if node is not None:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
         return self._remote.options(**options).remote(self._spec, actor_id, generation, epoch)
 
     def find(self) -> list[tuple[str, int, ActorHandle]]:
@@ -79,6 +89,10 @@ class ExpertPool:
                 continue
             found.append((*parsed, handle))
         return found
+
+    def count_nodes(self) -> int:
+        """Return how many nodes Ray has that live."""
+        return sum(node["Alive"] for node in ray.nodes())
 
     async def describe(self, handle: ActorHandle, timeout_s: float) -> ActorReport:
         """Ask an actor what it is and holds."""

@@ -32,6 +32,8 @@ class ClusterStatus:
     """The answer of ``Admin/GetStatus`` and ``expertmesh status``.
 
     ``missing_experts`` is how many (model, layer, expert) have no live copy; 0 means ready.
+    ``min_copies`` is how many copies of each the configuration asks for, ``live_copies`` how many
+    the expert with the fewest has.
     """
 
     models: tuple[str, ...]
@@ -42,6 +44,8 @@ class ClusterStatus:
     routers: tuple[ProcessStatus, ...] = ()
     gateways: tuple[ProcessStatus, ...] = ()
     actors: tuple[ActorStatus, ...] = field(default=())
+    min_copies: int = 1
+    live_copies: int = 0
 
     def to_wire(self) -> dict[str, Any]:
         """Return the status as a msgpack-able dictionary."""

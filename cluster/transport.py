@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,24 +32,40 @@ class CallFailure(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One frame for one generation of one actor."""
+    """One frame for one generation of one actor.
+
+    ``replaceable`` says that another actor can answer it: where its connection breaks, that is told
+    at once rather than asked of Ray, which needs longer to know that an actor is dead.
+    """
 
     actor_id: str
     generation: int
     frame: Parts
+    replaceable: bool = False
 
 
 Outcome = Buffer | CallFailure
+IsGone = Callable[[Call], bool]
+
+GONE_CHECK_S = 0.2
+"""How often a wait for answers looks whether an actor has been replaced meanwhile."""
+
+
+def never_gone(call: Call) -> bool:
+    """Wait for every call's actor until the time is over."""
+    return False
 
 
 class Flight(Protocol):
     """Calls that are under way."""
 
-    def wait(self) -> list[Outcome]:
+    def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """Return one outcome per call, in order, within the time that the calls were given.
 
-        Never raises for an actor's failure. An answer that comes after the time is dropped. The
-        answers may be views of memory that the transport's next wait uses again.
+        A call whose actor ``is_gone``, as is asked every ``GONE_CHECK_S``, is waited for no longer:
+        its outcome is DIED. Never raises for an actor's failure. An answer that comes after the
+        time is dropped. The answers may be views of memory that the transport's next wait uses
+        again.
         """
         ...
 
@@ -105,13 +121,13 @@ class _RayFlight:
         self._refs = refs
         self._deadline_s = deadline_s
 
-    def wait(self) -> list[Outcome]:
+    def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """See :class:`Flight`."""
-        refs = [ref for ref in self._refs if ref is not None]
+        sent = [(c, ref) for c, ref in zip(self._calls, self._refs, strict=True) if ref is not None]
         try:
-            answers: list[Outcome] = ray.get(refs, timeout=self._remaining_s())
+            answers: list[Outcome] = ray.get([ref for _, ref in sent], timeout=self._slice_s())
         except RayError:
-            answers = [self._outcome(ref) for ref in refs]
+            answers = [self._outcome(call, ref, is_gone) for call, ref in sent]
         came = iter(answers)
         outcomes = [CallFailure.DIED if ref is None else next(came) for ref in self._refs]
         for call, outcome in zip(self._calls, outcomes, strict=True):
@@ -123,14 +139,21 @@ class _RayFlight:
     def _remaining_s(self) -> float:
         return max(0.0, self._deadline_s - time.monotonic())
 
-    def _outcome(self, ref: ray.ObjectRef) -> Outcome:
-        try:
-            answer: bytes = ray.get(ref, timeout=self._remaining_s())
-            return answer
-        except GetTimeoutError:
-            return CallFailure.TIMED_OUT
-        except RayError:
-            return CallFailure.DIED
+    def _slice_s(self) -> float:
+        return min(self._remaining_s(), GONE_CHECK_S)
+
+    def _outcome(self, call: Call, ref: ray.ObjectRef, is_gone: IsGone) -> Outcome:
+        while True:
+            try:
+                answer: bytes = ray.get(ref, timeout=self._slice_s())
+                return answer
+            except GetTimeoutError:
+                if is_gone(call):
+                    return CallFailure.DIED
+                if self._remaining_s() == 0:
+                    return CallFailure.TIMED_OUT
+            except RayError:
+                return CallFailure.DIED
 
 
 class RayActors:

@@ -17,6 +17,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import AppConfig, RouterConfig, parse_args
+from cluster.contract import OnExpertLoss
 from cluster.controller import Controller
 from cluster.errors import ConfigError, ExpertMeshError
 from cluster.spec import ActorSpec
@@ -50,6 +51,7 @@ class ControllerDeployment(Controller):
                 ExpertActor,
                 config.experts.actors,
                 config.experts.memory_budget_bytes,
+                config.experts.min_copies,
             )
             await self.start()
 
@@ -114,14 +116,23 @@ def build(args: dict[str, Any]) -> Application:
     }
     gateway_models = tuple(_gateway_model(model) for model in models)
     return _gateway(config).bind(  # type: ignore[no-any-return]
-        gateway_models, config.gateway, _upstream, controller, routers
+        gateway_models,
+        config.gateway,
+        _upstream,
+        controller,
+        routers,
+        config.gateway.on_expert_loss,
     )
 
 
-def _upstream(controller: DeploymentHandle, routers: dict[str, DeploymentHandle]) -> RayUpstream:
+def _upstream(
+    controller: DeploymentHandle,
+    routers: dict[str, DeploymentHandle],
+    on_expert_loss: OnExpertLoss,
+) -> RayUpstream:
     """Make a gateway replica's upstream, in the replica."""
     setup_logging()
-    return RayUpstream(controller, routers)
+    return RayUpstream(controller, routers, on_expert_loss)
 
 
 def deployment_names(models: list[ServedModel]) -> dict[str, str]:

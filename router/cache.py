@@ -100,6 +100,35 @@ class PagedCache:
         shape = (num_slots, num_kv_heads, head_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        # Fresh memory for every layer's gathered rows costs more, page by page, than gathering.
+        self._gathered_keys = _Scratch(self.keys[0])
+        self._gathered_values = _Scratch(self.values[0])
+
+    def gather(self, layer_id: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a layer's keys and values at slots [B, L], [B, G, L, D] each.
+
+        They last until the next call, for whatever layer.
+        """
+        return (
+            self._gathered_keys.gather(self.keys[layer_id], slots),
+            self._gathered_values.gather(self.values[layer_id], slots),
+        )
+
+
+class _Scratch:
+    """Memory for gathered rows, as much as the largest gathering needed."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self._rows = like.new_empty((0, *like.shape[1:]))
+
+    def gather(self, cached: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Return cached rows [S, G, D] at slots [B, L] as [B, G, L, D]."""
+        count = slots.numel()
+        if self._rows.shape[0] < count:
+            self._rows = cached.new_empty((count, *cached.shape[1:]))
+        rows = self._rows[:count]
+        torch.index_select(cached, 0, slots.view(-1), out=rows)
+        return rows.view(*slots.shape, *cached.shape[1:]).transpose(1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,33 +164,27 @@ def paged_attention(
     values.index_copy_(0, batch.new_slots, value.squeeze(0).transpose(0, 1))
     outputs = []  # [1, T, Q, D] each
     if batch.num_decode:
+        num_kv = keys.shape[1]
+        decoding = query[0, :, : batch.num_decode].transpose(0, 1)  # [B, Q, D]
+        # Query heads of one key/value head as if they were tokens: one product, not one for each.
         output = _attend(
-            query[:, :, : batch.num_decode].permute(2, 1, 0, 3),  # [B, Q, 1, D]
-            _gather(keys, batch.decode_slots),
-            _gather(values, batch.decode_slots),
+            decoding.reshape(batch.num_decode, num_kv, -1, decoding.shape[2]),  # [B, G, Q/G, D]
+            *paged.cache.gather(layer_id, batch.decode_slots),
             batch.decode_mask,
             scaling,
             is_causal=False,
         )
-        outputs.append(output.permute(2, 0, 1, 3))
+        outputs.append(output.reshape(1, batch.num_decode, -1, decoding.shape[2]))
     for chunk in batch.chunks:
-        slots = chunk.slots.unsqueeze(0)
         output = _attend(
             query[:, :, chunk.start : chunk.end],  # [1, Q, C, D]
-            _gather(keys, slots),
-            _gather(values, slots),
+            *paged.cache.gather(layer_id, chunk.slots.unsqueeze(0)),
             chunk.mask,
             scaling,
             is_causal=chunk.mask is None,
         )
         outputs.append(output.transpose(1, 2))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
-
-
-def _gather(cached: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Return cached rows [S, G, D] at slots [B, L] as [B, G, L, D]."""
-    rows = cached.index_select(0, slots.view(-1))
-    return rows.view(*slots.shape, *cached.shape[1:]).transpose(1, 2)
 
 
 def _attend(

@@ -155,9 +155,10 @@ def _print_stream(pieces: Iterator[Reply], as_json: bool) -> None:
 
 def _print_status(told: ClusterStatus) -> None:
     ready = "ready" if told.missing_experts == 0 else f"{told.missing_experts} experts missing"
+    copies = f"copies: {told.live_copies} live, {told.min_copies} wanted"
     _write(
         f"models: {', '.join(told.models)}   placement: epoch {told.epoch}, "
-        f"version {told.placement_version}   {ready}\n"
+        f"version {told.placement_version}   {ready}   {copies}\n"
         f"controller: pid {told.controller_pid}   "
         f"routers: {_pids(told.routers)}   gateways: {_pids(told.gateways)}\n"
     )

@@ -1,11 +1,16 @@
 """A synchronous gRPC client: generate, stream, status and model info, each with a deadline.
 
+``generate`` and ``stream`` outlive a server: where the gateway, its proxy or the connection is lost
+they ask again within their deadline, and a stream goes on from the tokens that it has.
+
 Needs neither torch nor ray nor transformers. Errors are those of :mod:`cluster.errors`, rebuilt by
 the table that the gateway writes them with.
 """
 
 from __future__ import annotations
 
+import secrets
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,17 +24,35 @@ from cluster.errors import (
     UnavailableError,
     UnknownModelError,
 )
+from cluster.retry import Retries, RetryBudget, RetryPolicy
 from cluster.status import ClusterStatus
+from router.attempts import Attempts
 from router.gateway.status import DETAILS_KEY, error_from_grpc, is_from_server
 from router.protos import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from router.request import TokenLogprobs
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 DEFAULT_TIMEOUT_S = 120.0
+DEFAULT_RETRY = RetryPolicy(first_delay_s=0.1, max_delay_s=2.0)
 _INFO_TIMEOUT_S = 10.0
 # The server answers DEADLINE_EXCEEDED itself at the request's timeout; this is the way back.
 _GRACE_S = 5.0
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_OPTIONS = [
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    # gRPC's own grows to two minutes; a proxy is back within seconds.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+_LOST = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.NOT_FOUND,
+)
+"""Without our server's word: a connection, a proxy or its gateway is gone, or not yet there."""
 
 
 class UnreachableError(UnavailableError):
@@ -48,8 +71,9 @@ class Usage:
 class Reply:
     """One choice, or in a stream a new piece of one.
 
-    ``finish_reason`` is ``stop``, ``length`` or, while the choice goes on, ``None``. ``usage`` is
-    there on the first choice of :meth:`Client.generate` and the last piece of a stream.
+    ``finish_reason`` is ``stop``, ``length`` or, while the choice goes on, ``None``. ``exact`` is
+    false when for its tokens, or any before them, an expert's share was replaced or dropped.
+    ``usage`` is there on the first choice of :meth:`Client.generate` and a stream's last piece.
     """
 
     index: int
@@ -92,11 +116,23 @@ class Sampling:
 
 
 class Client:
-    """Talks to one gateway address; a context manager, safe to use from several threads."""
+    """Talks to one gateway address; a context manager, safe to use from several threads.
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
-        options = [("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES)]
-        self._channel = grpc.insecure_channel(address, options=options)
+    ``retry`` says how ``generate`` and ``stream`` are tried again when no server answers or it says
+    UNAVAILABLE: always within their ``timeout_s``, and all of a client's requests within one
+    :class:`RetryBudget`. They then go with a seed that the client draws where none is given, so
+    that another attempt comes to the same tokens. An address at which no server has ever answered
+    is not tried again. ``None`` tries everything once.
+    """
+
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, retry: RetryPolicy | None = DEFAULT_RETRY
+    ) -> None:
+        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._retry = retry
+        self._budget = RetryBudget()
+        self._was_reached = False
+        self._closed = threading.Event()
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._admin = admin_pb2_grpc.AdminStub(self._channel)
         self._default_model = ""
@@ -111,6 +147,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; calls under way are cancelled."""
+        self._closed.set()
         self._channel.close()
 
     def generate(
@@ -124,13 +161,25 @@ class Client:
     ) -> list[Reply]:
         """Return all choices of a prompt (text or token ids), by index.
 
-        An empty ``model`` is the first that is served. Raises :class:`ExpertMeshError`, and
-        :class:`UnreachableError` when no server answers.
+        An empty ``model`` is the first that is served. ``on_expert_loss`` is ``strict``,
+        ``next_expert`` or ``drop``; by default the deployment's. Raises
+        :class:`ExpertMeshError`, and :class:`UnreachableError` when no server answers.
         """
         request = self._request(prompt, sampling, model, timeout_s, on_expert_loss)
+        attempts = self._attempts(request, timeout_s)
         with self._unknown_model_forgotten():
-            answer = _call(lambda: self._inference.Generate(request, timeout=timeout_s + _GRACE_S))
-        return [_reply(answer), *(_reply(choice) for choice in answer.other_choices)]
+            while True:
+                try:
+                    answer = self._generate(attempts)
+                except ExpertMeshError as error:
+                    attempts.failed(error)
+                else:
+                    attempts.succeeded()
+                    return [_reply(answer), *(_reply(choice) for choice in answer.other_choices)]
+
+    def _generate(self, attempts: Attempts) -> Any:
+        request, options = attempts.request(), _options(attempts)
+        return self._call(lambda: self._inference.Generate(request, **options))
 
     def stream(
         self,
@@ -143,28 +192,52 @@ class Client:
     ) -> Iterator[Reply]:
         """Yield pieces of all choices as they come; leaving the loop cancels the request.
 
-        Raises as :meth:`generate` does, at any piece.
+        No token is left out or comes twice when the stream breaks and goes on. Raises as
+        :meth:`generate` does, at any piece.
         """
         request = self._request(prompt, sampling, model, timeout_s, on_expert_loss)
-        call = self._inference.GenerateStream(request, timeout=timeout_s + _GRACE_S)
+        attempts = self._attempts(request, timeout_s)
+        with self._unknown_model_forgotten():
+            while not attempts.all_finished():
+                try:
+                    yield from self._stream(attempts)
+                except ExpertMeshError as error:
+                    if not attempts.all_finished():  # else nothing is missing
+                        attempts.failed(error)
+            attempts.succeeded()
+
+    def _stream(self, attempts: Attempts) -> Iterator[Reply]:
+        """Yield what one attempt brings; raises unless it brings the end of every choice."""
+        call = self._inference.GenerateStream(attempts.request(), **_options(attempts))
         try:
-            with self._unknown_model_forgotten():
-                while (message := _call(lambda: next(call, None))) is not None:
-                    yield _reply(message)
+            while (message := self._call(lambda: next(call, None))) is not None:
+                reply = _reply(message)
+                attempts.took(reply.index, reply.token_ids, reply.finish_reason, reply.exact)
+                yield reply
         finally:
             call.cancel()
+        if not attempts.all_finished():
+            raise UnavailableError("the stream ended before its last token")
+
+    def _attempts(self, request: Any, timeout_s: float) -> Attempts:
+        retries = None if self._retry is None else Retries(self._retry, self._budget)
+        return Attempts(request, timeout_s, retries, self._may_go_on)
+
+    def _may_go_on(self, delay_s: float) -> bool:
+        """Wait; return whether there can be a server and the client is still open."""
+        return self._was_reached and not self._closed.wait(delay_s)
 
     def model_info(self, model: str = "") -> list[ModelInfo]:
         """Return one model's numbers, or those of all served models when none is named."""
         request = inference_pb2.GetModelInfoRequest(model=model)
-        answer = _call(lambda: self._inference.GetModelInfo(request, timeout=_INFO_TIMEOUT_S))
+        answer = self._call(lambda: self._inference.GetModelInfo(request, timeout=_INFO_TIMEOUT_S))
         names = ModelInfo.__dataclass_fields__
         return [ModelInfo(**{name: getattr(one, name) for name in names}) for one in answer.models]
 
     def status(self) -> ClusterStatus:
         """Return what the controller knows of the cluster."""
         request = admin_pb2.GetStatusRequest()
-        answer = _call(lambda: self._admin.GetStatus(request, timeout=_INFO_TIMEOUT_S))
+        answer = self._call(lambda: self._admin.GetStatus(request, timeout=_INFO_TIMEOUT_S))
         return ClusterStatus.from_wire(_status_wire(answer))
 
     def _request(
@@ -186,9 +259,21 @@ class Client:
             if on_expert_loss is not None:
                 request.on_expert_loss = on_expert_loss
             request.sampling.CopyFrom(_sampling_message(sampling or Sampling()))
+            if self._retry is not None and not request.sampling.HasField("seed"):
+                request.sampling.seed = secrets.randbits(63)
         except (TypeError, ValueError) as error:
             raise InvalidRequestError(f"cannot be sent: {error}") from None
         return request
+
+    def _call(self, work: Callable[[], Any]) -> Any:
+        try:
+            answer = work()
+        except grpc.RpcError as error:
+            typed = _typed(error)
+            self._was_reached |= not isinstance(typed, UnreachableError)
+            raise typed from None
+        self._was_reached = True
+        return answer
 
     def _first_model(self) -> str:
         # Asked for once: a call before each call would be a second round trip for every answer.
@@ -213,11 +298,11 @@ def _sampling_message(sampling: Sampling) -> Any:
     return inference_pb2.Sampling(**given, stop=sampling.stop)
 
 
-def _call(work: Callable[[], Any]) -> Any:
-    try:
-        return work()
-    except grpc.RpcError as error:
-        raise _typed(error) from None
+def _options(attempts: Attempts) -> dict[str, Any]:
+    """Return a call's timeout, and whether it waits for a server that is away."""
+    if attempts.is_first:
+        return {"timeout": attempts.remaining_s + _GRACE_S}
+    return {"timeout": max(attempts.remaining_s, 0.0), "wait_for_ready": True}
 
 
 def _typed(error: Any) -> ExpertMeshError:
@@ -225,8 +310,7 @@ def _typed(error: Any) -> ExpertMeshError:
     status_details = metadata.get(DETAILS_KEY)
     code, details = error.code(), error.details() or "no details"
     # A server answers at the request's own timeout, so a deadline without its word is silence.
-    silent = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-    if code in silent and not is_from_server(status_details):
+    if code in _LOST and not is_from_server(status_details):
         return UnreachableError("no ExpertMesh server answers at this address", retry_after_s=1.0)
     return error_from_grpc(code, details, status_details)
 
@@ -274,4 +358,6 @@ def _status_wire(answer: Any) -> dict[str, Any]:
         "routers": [{"pid": one.pid, "node": one.node} for one in answer.routers],
         "gateways": [{"pid": one.pid, "node": one.node} for one in answer.gateways],
         "actors": actors,
+        "min_copies": answer.min_copies,
+        "live_copies": answer.live_copies,
     }

@@ -1,8 +1,9 @@
 """Dispatch: send each token's row to the actors that hold its experts, and bring the rows back.
 
 One frame per actor per layer. Where an actor is dead, hung, overloaded or under another placement,
-its frame alone is built again from the then-current placement and sent again, until the deadline;
-calls are pure, so that is safe. Runs on the engine's thread.
+its frame alone is built again and sent again: at once where its experts have other copies
+(:mod:`router.copies` chooses), else under the then-current placement, until the deadline. Calls are
+pure, so that is safe. Runs on the engine's thread.
 
 Dimension letters: T tokens, K experts per token, H hidden size, P = T*K pairs.
 """
@@ -11,10 +12,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,12 +25,15 @@ import torch
 from cluster.errors import Code, ExpertUnavailableError, FrameError, InternalError
 from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode
 from cluster.placement import Placement
+from cluster.retry import RetryPolicy
 from cluster.tensors import dtype_name, from_raw, to_raw
 from cluster.transport import Call, CallFailure, Outcome, Transport
+from router.copies import Copies, Pace, has_other_copies
+from router.loss import LostExperts
 from router.placement_view import PlacementView
 
-BACKOFF_S = 0.02
-MAX_WAIT_S = 0.5
+BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
+"""Between attempts where every expert has a copy."""
 
 logger = logging.getLogger("expertmesh.dispatch")
 
@@ -65,6 +71,9 @@ class _Part:
     pairs: np.ndarray
 
 
+_Sent = tuple[_Part, DispatchFrame, Call]
+
+
 @dataclass(frozen=True, slots=True)
 class _Layer:
     """One layer's work. Pair t * K + r is token t with the expert that the gate put at rank r.
@@ -81,6 +90,8 @@ class _Layer:
     output: np.ndarray
     dtype: str
     deadline_s: float
+    failed: set[str] = field(default_factory=set)
+    """Actors that failed in this layer; they are asked again only where there is no other."""
 
 
 class Dispatcher:
@@ -103,7 +114,11 @@ class Dispatcher:
         self._request_ids = itertools.count(1)
         self._laid_out: Placement | None = None
         self._layouts: dict[int, _Layout] = {}
+        self._holders: dict[int, list[tuple[str, ...]]] = {}
+        self._copies = Copies()
+        self._pace = Pace()
         self.retries: Counter[str] = Counter()
+        self.lost = LostExperts(model, view)
 
     def dispatch(
         self,
@@ -112,13 +127,16 @@ class Dispatcher:
         topk_ids: np.ndarray,
         slots: np.ndarray,
         deadline_s: float,
-    ) -> torch.Tensor:
+        pairs: np.ndarray | None = None,
+    ) -> torch.Tensor | None:
         """Return the experts' unweighted rows [P, H] for hidden states [T, H].
 
         Pair t * K + r is token t with expert ``topk_ids[t, r]``, the gate's choices as they are
         [T, K]; its row stands at ``slots[t * K + r]``. An expert gets its rows by rank, then by
         token, as transformers' eager experts do, since a row's bits depend on its place in the
-        product. Raises :class:`ExpertUnavailableError` when not every share could be had before
+        product. Only ``pairs`` are computed where they are given; the other rows are zeros.
+        Returns ``None`` when an expert has no live copy: what is then to be done is the caller's
+        business. Raises :class:`ExpertUnavailableError` when not every share could be had before
         ``deadline_s`` (wall clock).
         """
         rows = to_raw(hidden_states)
@@ -128,20 +146,29 @@ class Dispatcher:
             expert_ids=topk_ids.ravel(),
             k=topk_ids.shape[1],
             slots=slots,
-            output=np.empty((topk_ids.size, rows.shape[1]), rows.dtype),
+            output=(np.empty if pairs is None else np.zeros)(
+                (topk_ids.size, rows.shape[1]), rows.dtype
+            ),
             dtype=dtype_name(hidden_states.dtype),
             deadline_s=deadline_s,
         )
-        pending = np.arange(topk_ids.size)
+        pending = np.arange(topk_ids.size) if pairs is None else pairs
+        failures = 0
         while True:
             placement = self._placement(deadline_s)
-            layout = self._layout(placement, layer_id)
+            layout = self._layout(placement, layer, pending)
             ordered, parts, homeless = split(layout, layer.expert_ids, layer.k, pending)
+            if homeless:
+                return None
             failed = self._attempt(placement, layer, ordered, parts)
-            if not failed and not homeless:
+            if not failed:
                 return from_raw(layer.output, layer.dtype).to(hidden_states.device)
-            self._wait(placement, bool(homeless), deadline_s)
-            pending = np.concatenate([*homeless, *failed])
+            layer.failed.update(part.actor_id for part in failed)
+            if not all(self._has_other(placement, layer, part) for part in failed):
+                layer.failed.clear()
+                self._wait(placement, deadline_s, failures)
+                failures += 1
+            pending = np.concatenate([part.pairs for part in failed])
 
     def _placement(self, deadline_s: float) -> Placement:
         placement = self._view.current()
@@ -151,24 +178,62 @@ class Dispatcher:
             raise ExpertUnavailableError("no placement is known yet", self._model, 1.0)
         return placement
 
-    def _layout(self, placement: Placement, layer_id: int) -> _Layout:
-        """Return the layer's layout; kept for as long as the placement lasts."""
+    def _layout(self, placement: Placement, layer: _Layer, pending: np.ndarray) -> _Layout:
+        """Return the layer's layout: a kept one where no expert has more than one copy."""
+        holders = self._holders_of(placement, layer.layer_id)
+        layout = self._layouts.get(layer.layer_id)
+        if layout is not None:
+            return layout
+        if all(len(actors) < 2 for actors in holders):
+            only = {e: actors[0] if actors else None for e, actors in enumerate(holders)}
+            layout = self._layouts[layer.layer_id] = lay_out(only, placement.generations)
+            return layout
+        counts = np.bincount(layer.expert_ids[pending], minlength=len(holders)).tolist()
+        chosen = self._copies.choose(holders, counts, self._shunned(placement, layer))
+        return lay_out(dict(enumerate(chosen)), placement.generations)
+
+    def _holders_of(self, placement: Placement, layer_id: int) -> list[tuple[str, ...]]:
+        """Return the actors of each expert of a layer; kept for as long as the placement lasts."""
         if self._laid_out is not placement:
-            self._laid_out, self._layouts = placement, {}
-        layout = self._layouts.get(layer_id)
-        if layout is None:
-            holders = {
-                key.expert_id: actors[0] if actors else None
+            self._laid_out, self._layouts, self._holders = placement, {}, {}
+        holders = self._holders.get(layer_id)
+        if holders is None:
+            actors_of = {
+                key.expert_id: actors
                 for key, actors in placement.holders.items()
                 if (key.model, key.layer_id) == (self._model, layer_id)
             }
-            layout = self._layouts[layer_id] = lay_out(holders, placement.generations)
-        return layout
+            holders = self._holders[layer_id] = [actors_of[e] for e in range(len(actors_of))]
+        return holders
+
+    def _shunned(self, placement: Placement, layer: _Layer) -> frozenset[str]:
+        """Return the actors to be asked only where there is no other."""
+        return self._copies.avoided(placement.generations, time.monotonic()) | layer.failed
+
+    def _has_other(self, placement: Placement, layer: _Layer, part: _Part) -> bool:
+        """Tell whether other actors hold all experts of a part and have not failed lately."""
+        if layer.layer_id in self._layouts:  # no expert has a second copy
+            return False
+        holders = self._holders_of(placement, layer.layer_id)
+        shunned = self._shunned(placement, layer)
+        return has_other_copies(holders, part.expert_ids, part.actor_id, shunned)
+
+    def _is_gone(self, epoch: int, call: Call) -> bool:
+        """Tell whether the newest placement has given up the actor that a call went to.
+
+        ``epoch`` is that of the placement that the call was made under: a new controller may not
+        know the actor yet, and then nothing is said against it.
+        """
+        placement = self._view.current()
+        if placement is None:
+            return False
+        generation = placement.generations.get(call.actor_id)
+        return placement.epoch == epoch if generation is None else generation != call.generation
 
     def _attempt(
         self, placement: Placement, layer: _Layer, ordered: np.ndarray, parts: Sequence[_Part]
-    ) -> list[np.ndarray]:
-        """Send every part once and take the answers; return the pairs that got none."""
+    ) -> list[_Part]:
+        """Send every part once and take the answers; return the parts that got none."""
         now_s = time.time()
         timeout_s = min(self._call_timeout_s, layer.deadline_s - now_s)
         if timeout_s <= 0:
@@ -177,12 +242,17 @@ class Dispatcher:
             )
         if not parts:
             return []
+        # Where others can do its work, an actor that does not answer is given up early.
+        others = [self._has_other(placement, layer, part) for part in parts]
+        most_rows = max(len(part.pairs) for part in parts)
+        hurried_s = min(timeout_s, self._pace.stall_s(most_rows)) if any(others) else timeout_s
         # All parts' rows at once; each part's are a piece of them.
         rows = layer.rows.take(ordered // layer.k, axis=0).data.cast("B")
         row_bytes = len(rows) // len(ordered)
-        frames, calls = [], []
+        hurried: list[_Sent] = []
+        patient: list[_Sent] = []
         begin = 0
-        for part in parts:
+        for part, has_other in zip(parts, others, strict=True):
             end = begin + len(part.pairs) * row_bytes
             frame = DispatchFrame(
                 request_id=next(self._request_ids),
@@ -194,22 +264,34 @@ class Dispatcher:
                 num_tokens_per_expert=part.counts,
                 dtype=layer.dtype,
                 hidden_size=layer.rows.shape[1],
-                deadline_s=now_s + timeout_s,
+                deadline_s=now_s + (hurried_s if has_other else timeout_s),
                 rows=rows[begin:end],
             )
-            frames.append(frame)
-            calls.append(Call(part.actor_id, part.generation, encode(frame)))
+            call = Call(part.actor_id, part.generation, encode(frame), has_other)
+            (hurried if has_other else patient).append((part, frame, call))
             begin = end
-        outcomes = self._transport.begin(calls, timeout_s).wait()
-        return [
-            part.pairs
-            for part, frame, outcome in zip(parts, frames, outcomes, strict=True)
-            if not self._take(layer, part, frame, outcome)
+        flights = [
+            (sent, self._transport.begin([call for _, _, call in sent], limit_s))
+            for sent, limit_s in ((hurried, hurried_s), (patient, timeout_s))
+            if sent
         ]
+        failed: list[_Part] = []
+        for sent, flight in flights:
+            # Taken before the next flight is waited for, which may use the answers' memory again.
+            outcomes = flight.wait(partial(self._is_gone, placement.epoch))
+            failed += [
+                part
+                for (part, frame, _), outcome in zip(sent, outcomes, strict=True)
+                if not self._take(layer, part, frame, outcome)
+            ]
+        if not failed:
+            self._pace.note(most_rows, time.time() - now_s)
+        return failed
 
     def _take(self, layer: _Layer, part: _Part, sent: DispatchFrame, outcome: Outcome) -> bool:
         if isinstance(outcome, CallFailure):
             self.retries[outcome.value] += 1
+            self._copies.avoid(part.actor_id, part.generation, time.monotonic())
             self._suspect(part.actor_id, part.generation)
             return False
         try:
@@ -242,15 +324,15 @@ class Dispatcher:
         self.retries[answer.kind] += 1
         return False
 
-    def _wait(self, placement: Placement, homeless: bool, deadline_s: float) -> None:
-        """Wait for another placement: long where an expert has no copy, else a moment."""
+    def _wait(self, placement: Placement, deadline_s: float, failures: int) -> None:
+        """Wait a moment for another placement."""
         remaining_s = deadline_s - time.time()
         if remaining_s <= 0:
             raise ExpertUnavailableError(
                 "an expert has no live copy that answers in time", self._model, 1.0
             )
-        longest_s = MAX_WAIT_S if homeless else BACKOFF_S
-        self._view.wait_newer(placement, min(longest_s, remaining_s))
+        wait_s = BACKOFF.delay_s(failures, random.random()) or 0.0
+        self._view.wait_newer(placement, min(wait_s, remaining_s))
 
 
 def lay_out(holders: Mapping[int, str | None], generations: Mapping[str, int]) -> _Layout:

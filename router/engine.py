@@ -1,8 +1,8 @@
 """The engine: one thread that turns queued requests into tokens, step by step.
 
 ``step`` is the table of contents: schedule, forward, sample, emit. Requests join and leave at any
-step. A step changes nothing before its tokens are sampled, so one that failed for want of an
-expert is simply done again.
+step. A step changes nothing before its tokens are sampled, so what failed for want of an expert is
+simply done again: a sequence that has to wait for one is parked, and the others go on.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from cluster.errors import (
     InternalError,
 )
 from router.exchange import RemoteExchange
+from router.loss import StepLoss
 from router.model import MoEModel
 from router.request import GenerationRequest, TokenEvent, TokenLogprobs
 from router.sampling import Draw, sample
@@ -31,6 +33,9 @@ from router.scheduler import Scheduler, Sequence, Work
 from router.step import StepInput, pack
 
 IDLE_S = 0.1
+PARKED_S = 0.02
+"""How long to wait for commands while there are no sequences, or while all of them are parked; the
+latter is how late a new placement may be noticed."""
 
 logger = logging.getLogger("expertmesh.engine")
 
@@ -58,7 +63,10 @@ class Engine:
         eos_token_ids: frozenset[int],
         emit: Emit,
     ) -> None:
-        """``emit`` is called on the engine's thread, at most once a step."""
+        """``emit`` is called on the engine's thread, at most once a step.
+
+        ``replayed`` counts the forced tokens by whether the step sampled the same.
+        """
         self._model = model
         self._exchange = exchange
         self._scheduler = scheduler
@@ -66,6 +74,7 @@ class Engine:
         self._emit = emit
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._outbox: list[Emission] = []
+        self.replayed: Counter[str] = Counter()
         self._closing = False
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
 
@@ -99,7 +108,7 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """Drop a request's choices; nothing more is emitted for it than the cancellation."""
         error = CancelledRequestError("the request was cancelled")
-        self._commands.put(lambda: self._fail(lambda s: s.request.request_id == request_id, error))
+        self._commands.put(lambda: self._fail_request(request_id, error))
 
     def stop_choice(self, request_id: str, index: int) -> None:
         """End one choice as if it had met its stop, since the gateway found a stop string."""
@@ -109,7 +118,7 @@ class Engine:
                 if (sequence.request.request_id, sequence.index) == (request_id, index):
                     self._scheduler.finish(sequence)
                     event = TokenEvent(
-                        index, (), finish_reason="stop", start=sequence.num_generated
+                        index, (), (), "stop", sequence.exact, sequence.num_generated
                     )
                     self._outbox.append(Emission(request_id, event))
 
@@ -118,24 +127,32 @@ class Engine:
     def run(self) -> None:
         """Serve until :meth:`close`."""
         torch.set_grad_enabled(False)
+        work: list[Work] = []
         while not self._closing:
-            self._obey(wait=not self._scheduler.sequences())
+            wait_s = PARKED_S if self._scheduler.sequences() else IDLE_S
+            self._obey(0.0 if work else wait_s)
             self._expire()
-            if self._scheduler.sequences():
-                self._guarded_step()
+            self._unpark()
+            work = self._scheduler.schedule()
+            if work:
+                self._guarded_step(work)
             self._flush()
 
-    def _obey(self, wait: bool) -> None:
+    def _obey(self, wait_s: float) -> None:
         try:
-            if wait:
-                self._commands.get(timeout=IDLE_S)()
+            if wait_s:
+                self._commands.get(timeout=wait_s)()
             while True:
                 self._commands.get_nowait()()
         except queue.Empty:
             pass
 
-    def _guarded_step(self) -> None:
-        work = self._scheduler.schedule()
+    def _unpark(self) -> None:
+        for sequence in self._scheduler.parked():
+            if self._exchange.lost.none_of(sequence.awaited):
+                sequence.awaited = frozenset()
+
+    def _guarded_step(self, work: list[Work]) -> None:
         try:
             self.step(work)
         except ExpertUnavailableError as error:
@@ -151,28 +168,52 @@ class Engine:
         """Compute the scheduled work, sample, and note what is to be emitted."""
         step = pack(work, self._model.sliding_window)
         self._exchange.deadline_s = min(w.sequence.request.deadline_s for w in work)
+        self._exchange.loss = loss = StepLoss(step.works)
         logits = self._model.forward(step.token_ids, step.positions, step.batch, step.sample_rows)
         token_ids, logprobs = sample(logits, [_draw(s) for s in step.sampled])
-        self._advance(work, step, token_ids, logprobs)
+        self._advance(step, loss, token_ids, logprobs)
 
     def _advance(
         self,
-        work: list[Work],
         step: StepInput,
+        loss: StepLoss,
         token_ids: list[int],
         logprobs: list[TokenLogprobs | None],
     ) -> None:
-        for item in work:
+        if loss.inexact:
+            self._exchange.inexact_rows += loss.rows_by_contract()
+        for place, item in enumerate(step.works):
+            if place in loss.awaited:
+                # What was stored for it is stored anew when it is computed again.
+                item.sequence.awaited = loss.awaited[place]
+                continue
             item.sequence.num_computed = item.end
+            item.sequence.exact = item.sequence.exact and place not in loss.inexact
         for sequence, token_id, row in zip(step.sampled, token_ids, logprobs, strict=True):
+            if sequence.awaited:
+                continue
+            forced = sequence.next_forced
+            if forced is not None:
+                self._replay(sequence, forced, token_id)
+                continue
             sequence.token_ids.append(token_id)
             reason = self._finish_reason(sequence, token_id)
             if reason is not None:
                 self._scheduler.finish(sequence)
             rows = () if row is None else (row,)
             start = sequence.num_generated - 1
-            event = TokenEvent(sequence.index, (token_id,), rows, reason, start=start)
+            event = TokenEvent(sequence.index, (token_id,), rows, reason, sequence.exact, start)
             self._outbox.append(Emission(sequence.request.request_id, event))
+
+    def _replay(self, sequence: Sequence, forced: int, sampled: int) -> None:
+        """Take a token that the caller has already; only the end of its choice is emitted."""
+        self.replayed["equal" if forced == sampled else "different"] += 1
+        sequence.token_ids.append(forced)
+        reason = self._finish_reason(sequence, forced)
+        if reason is not None:
+            self._scheduler.finish(sequence)
+            end = TokenEvent(sequence.index, (), (), reason, sequence.exact, sequence.num_generated)
+            self._outbox.append(Emission(sequence.request.request_id, end))
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
         sampling = sequence.request.sampling
@@ -182,8 +223,15 @@ class Engine:
 
     def _expire(self, error: ExpertMeshError | None = None) -> None:
         now_s = time.time()
+        parked = self._scheduler.parked()
+        starved = {s.request.request_id: s for s in parked if s.request.deadline_s <= now_s}
+        for request_id, sequence in starved.items():
+            self._fail_request(request_id, _unavailable(sequence))
         error = error or DeadlineExceededError("the request's deadline passed")
         self._fail(lambda s: s.request.deadline_s <= now_s, error)
+
+    def _fail_request(self, request_id: str, error: ExpertMeshError) -> None:
+        self._fail(lambda s: s.request.request_id == request_id, error)
 
     def _fail(self, affected: Callable[[Sequence], bool], error: ExpertMeshError) -> None:
         ended = [s for s in self._scheduler.sequences() if affected(s)]
@@ -196,6 +244,16 @@ class Engine:
         if self._outbox:
             emissions, self._outbox = self._outbox, []
             self._emit(emissions)
+
+
+def _unavailable(sequence: Sequence) -> ExpertUnavailableError:
+    layer_id, expert_id = min(sequence.awaited)
+    more = f" and {len(sequence.awaited) - 1} more" if len(sequence.awaited) > 1 else ""
+    return ExpertUnavailableError(
+        f"expert {expert_id} of layer {layer_id}{more} had no live copy until the deadline",
+        sequence.request.model,
+        1.0,
+    )
 
 
 def _draw(sequence: Sequence) -> Draw:

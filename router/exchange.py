@@ -6,13 +6,16 @@ Dimension letters: T tokens, K experts per token, H hidden size.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 
 import numpy as np
 import torch
 
+from cluster.errors import ExpertUnavailableError
 from router.combine import combine
 from router.dispatch import Dispatcher
+from router.gate import ChooseAmong
+from router.loss import Choice, StepLoss
 
 TIMINGS_KEPT = 8192
 
@@ -20,7 +23,9 @@ TIMINGS_KEPT = 8192
 class RemoteExchange:
     """The :class:`router.model.ExpertExchange` whose experts are actors.
 
-    ``deadline_s`` (wall clock) bounds every wait; the engine sets it before each step.
+    ``deadline_s`` (wall clock) bounds every wait, ``loss`` says what to do without an expert; the
+    engine sets both before each step. ``inexact_rows`` counts, by contract, the rows that were
+    computed without an expert that they chose; ``lost`` tells which experts have no live copy.
     ``timings_s`` keeps how long the latest layers took, dispatch and combine together.
     """
 
@@ -28,6 +33,9 @@ class RemoteExchange:
         """Exchange through ``dispatcher``."""
         self._dispatcher = dispatcher
         self.deadline_s = 0.0
+        self.loss: StepLoss | None = None
+        self.lost = dispatcher.lost
+        self.inexact_rows: Counter[str] = Counter()
         self.timings_s: deque[float] = deque(maxlen=TIMINGS_KEPT)
 
     def __call__(
@@ -36,22 +44,43 @@ class RemoteExchange:
         hidden_states: torch.Tensor,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
+        choose_among: ChooseAmong | None = None,
     ) -> torch.Tensor:
         """Map [T, H] and [T, K] ids and weights to [T, H].
 
-        Raises :class:`ExpertUnavailableError` when the deadline passes first.
+        ``choose_among`` is the layer's gate, asked where an expert has no live copy. Raises
+        :class:`ExpertUnavailableError` when the deadline passes first.
         """
         started_s = time.perf_counter()
-        ids = topk_ids.cpu().numpy()
+        gates_own = Choice(topk_ids.cpu().numpy(), topk_weights)
+        combined = None
+        while combined is None:  # once more only when an expert was lost in the middle of it
+            choice = gates_own
+            if self.loss is not None and choose_among is not None:
+                lost = self.lost.of_layer(layer_id)
+                choice = self.loss.choose(layer_id, lost, hidden_states, gates_own, choose_among)
+            combined = self._compute(layer_id, hidden_states, choice)
+            if combined is None and (self.loss is None or choose_among is None):
+                raise ExpertUnavailableError("an expert has no live copy", f"layer {layer_id}", 1.0)
+        self.timings_s.append(time.perf_counter() - started_s)
+        return combined
+
+    def _compute(
+        self, layer_id: int, hidden_states: torch.Tensor, choice: Choice
+    ) -> torch.Tensor | None:
+        """Dispatch and combine; returns ``None`` when an expert has no live copy."""
+        ids = choice.ids
         num_tokens, k = ids.shape
         # Ascending expert order, so that the sum below is the same whoever computes the shares.
         pairs = (ids.argsort(axis=1) + np.arange(0, ids.size, k)[:, None]).ravel()
         slots = np.empty_like(pairs)
         slots[pairs] = np.arange(ids.size)
-        rows = self._dispatcher.dispatch(layer_id, hidden_states, ids, slots, self.deadline_s)
-        weights = topk_weights.reshape(-1).index_select(
-            0, torch.from_numpy(pairs).to(topk_weights.device)
+        rows = self._dispatcher.dispatch(
+            layer_id, hidden_states, ids, slots, self.deadline_s, choice.pairs
         )
-        combined = combine(rows.view(num_tokens, k, -1), weights.view(num_tokens, k))
-        self.timings_s.append(time.perf_counter() - started_s)
-        return combined
+        if rows is None:
+            return None
+        weights = choice.weights.reshape(-1).index_select(
+            0, torch.from_numpy(pairs).to(choice.weights.device)
+        )
+        return combine(rows.view(num_tokens, k, -1), weights.view(num_tokens, k))

@@ -26,6 +26,7 @@ from experts.checkpoint import Checkpoint
 from experts.families import Family
 from router.attention import fuse_attention
 from router.cache import ATTENTION_NAME, PagedBatch, PagedCache, PagedContext, paged_attention
+from router.gate import ChooseAmong, chooser
 from router.packing import pack_linears
 
 _REPLACING = threading.Lock()
@@ -40,8 +41,12 @@ class ExpertExchange(Protocol):
         hidden_states: torch.Tensor,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
+        choose_among: ChooseAmong | None = None,
     ) -> torch.Tensor:
-        """Map hidden states [T, H], ids and weights [T, K] to the combined output [T, H]."""
+        """Map hidden states [T, H], ids and weights [T, K] to the combined output [T, H].
+
+        ``choose_among`` is the layer's gate, for tokens that must do without an expert.
+        """
         ...
 
 
@@ -56,6 +61,7 @@ class RemoteExperts(nn.Module):
         super().__init__()
         self.layer_id = -1
         self.exchange: ExpertExchange | None = None
+        self.choose_among: ChooseAmong | None = None
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -63,7 +69,9 @@ class RemoteExperts(nn.Module):
         """Return the combined output of the chosen experts, [T, H]."""
         if self.exchange is None:
             raise RuntimeError(f"layer {self.layer_id} has no exchange")
-        return self.exchange(self.layer_id, hidden_states, top_k_index, top_k_weights)
+        return self.exchange(
+            self.layer_id, hidden_states, top_k_index, top_k_weights, self.choose_among
+        )
 
 
 @contextmanager
@@ -124,9 +132,10 @@ class MoEModel:
             dtype=dtype,
             device=self._model.device,
         )
-        for layer_id, module in enumerate(_remote_experts(self._model, checkpoint)):
+        for layer_id, (module, gate) in enumerate(_remote_experts(self._model, checkpoint)):
             module.layer_id = checkpoint.shape.layers[layer_id]
             module.exchange = exchange
+            module.choose_among = chooser(gate)
 
     @torch.inference_mode()
     def forward(
@@ -151,8 +160,16 @@ class MoEModel:
         return self._model.lm_head(hidden_states).float()  # type: ignore[no-any-return]
 
 
-def _remote_experts(model: nn.Module, checkpoint: Checkpoint) -> list[RemoteExperts]:
-    found = [module for module in model.modules() if isinstance(module, RemoteExperts)]
+def _remote_experts(
+    model: nn.Module, checkpoint: Checkpoint
+) -> list[tuple[RemoteExperts, nn.Module]]:
+    """Return each layer's experts, and the gate that stands beside them."""
+    found = [
+        (module, block.get_submodule(checkpoint.family.gate_name))
+        for block in model.modules()
+        for module in block.children()
+        if isinstance(module, RemoteExperts)
+    ]
     if len(found) != len(checkpoint.shape.layers):
         raise CheckpointError(
             f"{len(found)} expert modules were replaced, {len(checkpoint.shape.layers)} expected",

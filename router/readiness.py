@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cluster.placement import Placement
+from cluster.contract import OnExpertLoss
+from cluster.placement import ExpertKey, Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,24 +25,44 @@ class Readiness:
 
     @property
     def is_ready(self) -> bool:
-        """Whether every expert of every served model has a live copy."""
+        """Whether requests that ask for nothing else go on now."""
         return not self.reason
 
 
 def readiness(
-    placement: Placement | None, models: Iterable[str], loop_age_s: float | None
+    placement: Placement | None,
+    models: Iterable[str],
+    loop_age_s: float | None,
+    on_expert_loss: OnExpertLoss = "strict",
 ) -> Readiness:
-    """Decide whether the served ``models`` can be served under the newest known placement."""
+    """Decide whether the served ``models`` can be served under the newest known placement.
+
+    ``on_expert_loss`` is the deployment's. Requests wait for an expert without a live copy under
+    ``strict``, and under ``next_expert`` where a whole layer has none; then this is not ready.
+    """
     order = None if placement is None else placement.order
-    return Readiness(_reason(placement, models), order, loop_age_s)
+    return Readiness(_reason(placement, models, on_expert_loss), order, loop_age_s)
 
 
-def _reason(placement: Placement | None, models: Iterable[str]) -> str:
+def _reason(
+    placement: Placement | None, models: Iterable[str], on_expert_loss: OnExpertLoss
+) -> str:
     if placement is None:
         return "no placement of the experts is known yet"
     placed = {key.model for key in placement.holders}
     unplaced = sorted(set(models) - placed)
     if unplaced:  # a new gateway may be there before the controller that knows its models
         return f"no placement of the experts of {', '.join(unplaced)} is known yet"
-    missing = len(placement.missing())
+    missing = len(_awaited(placement, on_expert_loss))
     return f"{missing} experts have no live copy" if missing else ""
+
+
+def _awaited(placement: Placement, on_expert_loss: OnExpertLoss) -> list[ExpertKey]:
+    """Return the experts without a live copy that keep requests waiting."""
+    missing = placement.missing()
+    if on_expert_loss == "strict" or not missing:
+        return missing
+    if on_expert_loss == "drop":
+        return []
+    living = {key[:2] for key, actors in placement.holders.items() if actors}  # (model, layer)
+    return [key for key in missing if key[:2] not in living]

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import logging
+import os
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -40,8 +42,13 @@ logger = logging.getLogger("expertmesh.router")
 
 @dataclass(slots=True)
 class _Request:
-    """A request in flight: what has been generated, and who waits for it."""
+    """A request in flight: what has been generated, and who waits for it.
 
+    ``wire_id`` is how its gateway calls it. The engine has an id of its own for every call, since
+    Serve may make a call twice when it takes a slow connection for a lost one.
+    """
+
+    wire_id: str
     address: LinkAddress
     streamed: bool
     done: asyncio.Future[None]
@@ -64,6 +71,7 @@ class RouterReplica:
         torch.set_num_threads(config.threads)
         self._loop = asyncio.get_running_loop()
         self._requests: dict[str, _Request] = {}
+        self._call_numbers = itertools.count()
         view = PlacementView()
         self._watcher = PlacementWatcher("router", view, controller)
         tls = None if experts.tls is None else experts.tls.files()
@@ -88,7 +96,7 @@ class RouterReplica:
             frozenset(model.eos_token_ids),
             self._emit,
         )
-        self._links = LinkClient(self._engine.stop_choice)
+        self._links = LinkClient(self._stop_choice)
         gc.collect()
         gc.freeze()  # what is there now stays: no collection has to look through it again
         self._engine.start()
@@ -99,15 +107,17 @@ class RouterReplica:
     async def generate(self, wire: dict[str, Any], address: LinkAddress) -> dict[str, Any]:
         """Generate all choices of a request.
 
-        Returns ``{"events": […]}``, one event per choice with all its tokens, or
-        ``{"error": …}``; a streamed request's tokens go to ``address`` as they are sampled, of
-        others the first of each choice.
+        Returns ``{"events": […]}``, one event per choice with all its tokens but those that the
+        request says have been received, or ``{"error": …}``; a streamed request's tokens go to
+        ``address`` as they are sampled, of others the first of each choice.
         """
         request = GenerationRequest.from_wire(wire)
         await self._links.connect(address)
+        unfinished = sum(not request.received_of(i).finished for i in range(request.sampling.n))
         pending = _Request(
-            address, request.streamed, self._loop.create_future(), request.sampling.n
+            request.request_id, address, request.streamed, self._loop.create_future(), unfinished
         )
+        request = replace(request, request_id=f"{request.request_id}/{next(self._call_numbers)}")
         self._requests[request.request_id] = pending
         self._engine.submit(request)
         try:
@@ -120,6 +130,11 @@ class RouterReplica:
         finally:
             del self._requests[request.request_id]
         return {"events": [e.to_wire() for e in merge_events(pending.events)]}
+
+    def _stop_choice(self, wire_id: str, index: int) -> None:
+        for request_id, request in self._requests.items():
+            if request.wire_id == wire_id:
+                self._engine.stop_choice(request_id, index)
 
     def _emit(self, emissions: list[Emission]) -> None:
         """Take a step's emissions from the engine's thread to the event loop."""
@@ -136,7 +151,7 @@ class RouterReplica:
                 continue
             request.events.append(emission.outcome)
             if request.streamed or emission.outcome.start == 0:
-                frames[request.address].append((emission.request_id, emission.outcome))
+                frames[request.address].append((request.wire_id, emission.outcome))
             request.unfinished -= emission.outcome.finish_reason is not None
             if request.unfinished == 0:
                 request.done.set_result(None)
@@ -145,13 +160,18 @@ class RouterReplica:
 
     async def stats(self) -> dict[str, Any]:
         """Return measurements: layer times (s) since the last call, retries by reason, calls by
-        transport, memory."""
+        transport, requests under way, forced tokens by whether they were sampled again, token rows
+        computed without an expert by contract, memory."""
         layer_s = list(self._exchange.timings_s)
         self._exchange.timings_s.clear()
         return {
             "layer_s": layer_s,
             "retries": dict(self._dispatcher.retries),
             "calls": dict(self._transport.calls),
+            "inexact_rows": dict(self._exchange.inexact_rows),
+            "pid": os.getpid(),
+            "requests": len(self._requests),
+            "replayed": dict(self._engine.replayed),
             "rss_bytes": psutil.Process().memory_info().rss,
         }
 

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Set
+from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-ON_EXPERT_LOSS = ("strict",)
-"""What a request may ask for when an expert has no live copy; ``strict`` waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +34,28 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Received:
+    """What has come of one choice already; a finished one is not computed again.
+
+    The tokens of an unfinished one are forced: computed one to a step, as they were the first time,
+    so that what follows them is what would have followed then. They are not emitted again.
+    ``exact`` is false where any of them was flagged so; then all that follow are.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    finished: bool = False
+    exact: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One accepted request: ids in, ``sampling.n`` choices of ids out.
 
     ``deadline_s`` is wall-clock time (``time.time()``) after which the answer is of no use. Where
     ``streamed`` is false, only each choice's first tokens are told early; the others come with the
-    reply.
+    reply. ``on_expert_loss`` is one of :data:`cluster.contract.ON_EXPERT_LOSS`. ``received`` has an
+    entry for every choice of a request that goes on after a failure, and none for a new one; its
+    tokens count towards ``max_tokens``.
     """
 
     request_id: str
@@ -52,6 +65,11 @@ class GenerationRequest:
     deadline_s: float
     on_expert_loss: str = "strict"
     streamed: bool = True
+    received: tuple[Received, ...] = ()
+
+    def received_of(self, index: int) -> Received:
+        """Return what has come of choice ``index`` already."""
+        return self.received[index] if self.received else Received()
 
     def remaining_s(self) -> float:
         """Return the seconds left until the deadline; negative when it has passed."""
@@ -66,7 +84,11 @@ class GenerationRequest:
         """Rebuild a request from :meth:`to_wire`."""
         sampling = SamplingParams(**wire["sampling"])
         ids = tuple(wire["prompt_token_ids"])
-        return cls(**{**wire, "sampling": sampling, "prompt_token_ids": ids})
+        received = tuple(
+            Received(tuple(one["token_ids"]), one["finished"], one["exact"])
+            for one in wire["received"]
+        )
+        return cls(**{**wire, "sampling": sampling, "prompt_token_ids": ids, "received": received})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +109,9 @@ class TokenEvent:
     """New tokens of one choice.
 
     ``finish_reason`` is ``None`` while the choice goes on, else ``stop`` (an end-of-sequence token,
-    which is then the last id) or ``length``. ``exact`` is false when any expert's share was
-    replaced or dropped. ``start`` is how many tokens of the choice came before these.
+    which is then the last id) or ``length``. ``exact`` is false when for these tokens, or for any
+    before them, an expert's share was replaced or dropped. ``start`` is how many tokens of the
+    choice came before these.
     """
 
     index: int
@@ -109,6 +132,52 @@ class TokenEvent:
         index, token_ids, logprobs, finish_reason, exact, start = wire
         rows = tuple(TokenLogprobs(p[0], tuple(p[1]), tuple(p[2])) for p in logprobs)
         return cls(index, tuple(token_ids), rows, finish_reason, exact, start)
+
+
+class Receipts:
+    """What has been passed on of each choice of a request, as events come early, late or twice."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        """Start with what the request says has been received."""
+        received = [request.received_of(index) for index in range(request.sampling.n)]
+        self._token_ids = [list(one.token_ids) for one in received]
+        self._finished = [one.finished for one in received]
+        self._exact = [one.exact for one in received]
+
+    def take(self, event: TokenEvent) -> TokenEvent | None:
+        """Return the part of an event that has not been passed on, and note it as passed on.
+
+        Returns ``None`` for an event with nothing new, or one that leaves a gap (another event,
+        the call's reply, fills it).
+        """
+        have = self._token_ids[event.index]
+        skip = len(have) - event.start
+        if self._finished[event.index] or skip < 0:
+            return None
+        token_ids = event.token_ids[skip:]
+        if not token_ids and event.finish_reason is None:
+            return None
+        have.extend(token_ids)
+        self._finished[event.index] = event.finish_reason is not None
+        self._exact[event.index] &= event.exact
+        logprobs = event.logprobs[skip:]
+        return replace(event, token_ids=token_ids, logprobs=logprobs, start=event.start + skip)
+
+    def all_finished(self) -> bool:
+        """Return whether no choice needs more tokens."""
+        return all(self._finished)
+
+    def received(self, stopped: Set[int] = frozenset()) -> tuple[Received, ...]:
+        """Return what has been passed on, for a request that goes on from there.
+
+        ``stopped`` are choices of which no more is wanted, finished or not.
+        """
+        return tuple(
+            Received(tuple(token_ids), finished or index in stopped, exact)
+            for index, (token_ids, finished, exact) in enumerate(
+                zip(self._token_ids, self._finished, self._exact, strict=True)
+            )
+        )
 
 
 def merge_events(events: Iterable[TokenEvent]) -> list[TokenEvent]:

@@ -16,19 +16,29 @@ from cluster.errors import OverloadedError
 from router.cache import PAGE_SIZE, PagePool, pages_needed
 from router.request import GenerationRequest
 
+Awaited = tuple[int, int]
+"""An expert that has no live copy and is waited for: (layer, expert)."""
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One choice of one request: its tokens so far, and where they are in the cache.
 
-    ``num_computed`` tokens have their keys and values in the cache. ``pages`` and ``slots`` (the
-    cache slot of every position up to ``max_length``) are empty while the sequence waits.
+    ``num_computed`` tokens have their keys and values in the cache; ``exact`` is false when any of
+    these were computed without an expert that they chose. A sequence that has ``awaited`` experts
+    is parked: it keeps its place and its pages, and no step computes it. ``forced`` are the
+    generated tokens that are given, of a request that goes on after a failure. ``pages`` and
+    ``slots`` (the cache slot of every position up to ``max_length``) are empty while the sequence
+    waits.
     """
 
     request: GenerationRequest
     index: int
     token_ids: list[int]
     num_computed: int = 0
+    exact: bool = True
+    awaited: frozenset[Awaited] = frozenset()
+    forced: tuple[int, ...] = ()
     pages: list[int] = field(default_factory=list)
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
@@ -41,6 +51,12 @@ class Sequence:
     def max_length(self) -> int:
         """The most tokens that the sequence can ever have."""
         return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens
+
+    @property
+    def next_forced(self) -> int | None:
+        """The next token where it is given, whatever is sampled."""
+        place = self.num_generated
+        return self.forced[place] if place < len(self.forced) else None
 
     def occupy(self, pages: list[int]) -> None:
         """Take pages for all positions that the sequence can ever have."""
@@ -84,7 +100,7 @@ class Scheduler:
         self.running: list[Sequence] = []
 
     def add(self, request: GenerationRequest) -> list[Sequence]:
-        """Queue a request's choices.
+        """Queue a request's choices that are not finished.
 
         Raises :class:`OverloadedError` when the queue is full, or when the cache could not hold one
         of the request's sequences even if it were empty.
@@ -99,7 +115,12 @@ class Scheduler:
             raise OverloadedError(
                 f"prompt and max_tokens need {length} cache tokens; a router has {capacity}"
             )
-        added = [Sequence(request, i, list(prompt)) for i in range(request.sampling.n)]
+        received = [(i, request.received_of(i)) for i in range(request.sampling.n)]
+        added = [
+            Sequence(request, i, list(prompt), exact=one.exact, forced=one.token_ids)
+            for i, one in received
+            if not one.finished
+        ]
         self.waiting.extend(added)
         return added
 
@@ -107,14 +128,22 @@ class Scheduler:
         """Return every sequence that is not finished."""
         return [*self.running, *self.waiting]
 
+    def parked(self) -> list[Sequence]:
+        """Return the running sequences that wait for experts."""
+        return [sequence for sequence in self.running if sequence.awaited]
+
     def schedule(self) -> list[Work]:
-        """Admit what fits and return the next step's work: decodes first, then prefill chunks."""
+        """Admit what fits and return the next step's work: decodes first, then prefill chunks.
+
+        There is none where all that run are parked.
+        """
         self._admit()
-        decodes = [s for s in self.running if s.num_computed == len(s.token_ids) - 1]
+        ready = [s for s in self.running if not s.awaited][: self._limits.max_batch_size]
+        decodes = [s for s in ready if s.num_computed == len(s.token_ids) - 1]
         budget = self._limits.max_batch_tokens
         work = [Work(s, s.num_computed, len(s.token_ids)) for s in decodes]
         budget = max(budget - len(work), 1 if not work else 0)
-        for sequence in self.running:
+        for sequence in ready:
             left = len(sequence.token_ids) - sequence.num_computed
             if left > 1 and budget > 0:
                 count = min(left, budget)
@@ -124,13 +153,17 @@ class Scheduler:
         return work
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._limits.max_batch_size:
+        # The parked take pages, but no place in the batch from those that can go on. When
+        # they are back the batch is for the oldest, and the others go on as these end.
+        num_ready = len(self.running) - len(self.parked())
+        while self.waiting and num_ready < self._limits.max_batch_size:
             needed = pages_needed(self.waiting[0].max_length)
             if needed > self._pool.num_free:
                 return
             sequence = self.waiting.popleft()
             sequence.occupy(self._pool.take(needed))
             self.running.append(sequence)
+            num_ready += 1
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its pages."""

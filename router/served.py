@@ -40,7 +40,8 @@ def inspect_models(config: AppConfig, root: str = "args") -> list[ServedModel]:
     served = [_inspect(model, f"{root}.models[{i}]") for i, model in enumerate(config.models)]
     actor_ids = [str(i) for i in range(config.experts.actors)]
     experts = [model.source.experts for model in served]
-    assign_experts(experts, actor_ids, config.experts.memory_budget_bytes)
+    pool = config.experts
+    assign_experts(experts, actor_ids, pool.memory_budget_bytes, pool.min_copies)
     return served
 
 

@@ -18,13 +18,17 @@ from router.scheduler import Sequence, Work
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """What :meth:`router.model.MoEModel.forward` takes; ``sampled`` are the rows' sequences."""
+    """What :meth:`router.model.MoEModel.forward` takes; ``sampled`` are the rows' sequences.
+
+    ``works`` is the step's work in the order of its tokens.
+    """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     batch: PagedBatch
     sample_rows: torch.Tensor
     sampled: tuple[Sequence, ...]
+    works: tuple[Work, ...]
 
 
 def pack(work: List[Work], sliding_window: int | None) -> StepInput:
@@ -59,6 +63,7 @@ def pack(work: List[Work], sliding_window: int | None) -> StepInput:
         ),
         sample_rows=_tensor(rows),
         sampled=tuple(w.sequence for w in ordered if w.samples),
+        works=tuple(ordered),
     )
 
 

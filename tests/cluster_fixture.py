@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -120,22 +121,29 @@ class StreamReader:
         sampling: Sampling,
         model: str = "random",
         timeout_s: float = 60.0,
+        on_expert_loss: str | None = None,
     ) -> None:
         self.pieces: list[Reply] = []
         self.error: Exception | None = None
         self.took_s = 0.0
+        self.arrived_s: list[float] = []
+        """When each piece came, by the monotonic clock."""
         self._changed = threading.Condition()
         self._ended = False
-        self._args = (client, prompt, sampling, model, timeout_s)
+        self._args = (client, prompt, sampling, model, timeout_s, on_expert_loss)
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        client, prompt, sampling, model, timeout_s = self._args
+        client, prompt, sampling, model, timeout_s, on_expert_loss = self._args
         started_s = time.monotonic()
         try:
-            for piece in client.stream(prompt, sampling, model=model, timeout_s=timeout_s):
+            pieces = client.stream(
+                prompt, sampling, model=model, timeout_s=timeout_s, on_expert_loss=on_expert_loss
+            )
+            for piece in pieces:
                 with self._changed:
                     self.pieces.append(piece)
+                    self.arrived_s.append(time.monotonic())
                     self._changed.notify_all()
         except Exception as error:  # handed to the test's thread
             self.error = error
@@ -194,6 +202,8 @@ class ServedCluster:
     random_folder: Path
     oracle: MixtralForCausalLM
     client: Client
+    removals: dict[str, Callable[[], None]] = field(default_factory=dict)
+    """What takes each node beside the head away without grace, by the node's id."""
     _expected: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = field(default_factory=dict)
 
     def expected(self, prompt: Sequence[int], count: int) -> tuple[int, ...]:
@@ -226,7 +236,7 @@ class ServedCluster:
         told = self.status()
         pids = [pid for group in self.pids().values() for pid in group]
         return (
-            told.missing_experts == 0
+            told.live_copies >= told.min_copies
             and len(told.actors) == self.args["experts"]["actors"]
             and len(told.routers) == len(told.models) * self.args["router"]["replicas"]
             and len(told.gateways) == 1
@@ -276,10 +286,47 @@ class ServedCluster:
         return last
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a cluster is made of: copies of each expert, and nodes beside the head."""
+
+    min_copies: int = 1
+    workers: int = 0
+
+
 @contextmanager
-def served_cluster(folder: Path) -> Iterator[ServedCluster]:
-    """Start Ray, Serve and the application; ends all of them."""
+def _running_ray(workers: int) -> Iterator[dict[str, Callable[[], None]]]:
+    """Start Ray; yields what takes each node beside the head away, by the node's id."""
     import ray
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"  # Ray hands it on to the processes it starts
+
+    quiet: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": "warning",
+        "namespace": "serve",
+    }
+    cluster = None
+    try:
+        if workers == 0:
+            ray.init(address="local", num_cpus=8, include_dashboard=False, **quiet)
+            yield {}
+        else:
+            cluster = Cluster(True, head_node_args={"num_cpus": 16, "include_dashboard": False})
+            nodes = [cluster.add_node(num_cpus=1) for _ in range(workers)]
+            ray.init(address=cluster.address, **quiet)
+            yield {node.node_id: partial(cluster.remove_node, node, False) for node in nodes}
+    finally:
+        ray.shutdown()
+        if cluster is not None:
+            cluster.shutdown()
+        del os.environ["RAY_SERVE_LOG_TO_STDERR"]
+
+
+@contextmanager
+def served_cluster(folder: Path, shape: Shape) -> Iterator[ServedCluster]:
+    """Start Ray, Serve and the application; ends all of them."""
     from ray import serve
 
     from router.app import build
@@ -291,20 +338,13 @@ def served_cluster(folder: Path) -> Iterator[ServedCluster]:
             {"id": TINY, "path": "models/mesh-tiny"},
             {"id": RANDOM, "path": str(folder)},
         ],
-        "experts": {"actors": NUM_ACTORS},
+        "experts": {"actors": NUM_ACTORS, "min_copies": shape.min_copies},
         "router": {"replicas": 1},
         "gateway": {},
     }
-    os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"  # Ray hands it on to the processes it starts
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="warning",
-        namespace="serve",
-    )
-    try:
+    if shape.workers:  # routers and the gateway find room on the head only
+        args |= {"router": {"replicas": 1, "num_cpus": 2}, "gateway": {"num_cpus": 2}}
+    with _running_ray(shape.workers) as removals:
         serve.start(
             http_options={"host": "127.0.0.1", "port": http_port},
             grpc_options={
@@ -316,13 +356,10 @@ def served_cluster(folder: Path) -> Iterator[ServedCluster]:
         )
         serve.run(build(args), name=APP, route_prefix="/")
         address = f"127.0.0.1:{grpc_port}"
-        with Client(address) as client:
-            cluster = ServedCluster(
-                f"http://127.0.0.1:{http_port}", address, args, folder, oracle, client
-            )
+        http_url = f"http://127.0.0.1:{http_port}"
+        # Without retries, so that a test sees what the server lets through.
+        with Client(address, retry=None) as client:
+            cluster = ServedCluster(http_url, address, args, folder, oracle, client, removals)
             cluster.wait_whole()
             yield cluster
         serve.shutdown()
-    finally:
-        ray.shutdown()
-        del os.environ["RAY_SERVE_LOG_TO_STDERR"]

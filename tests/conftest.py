@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster_fixture import ServedCluster, served_cluster
+from tests.cluster_fixture import ServedCluster, Shape, served_cluster
 
 ORDER = ("unit", "integration", "fault")
 
@@ -18,9 +18,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def served_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedCluster]:
-    """Start the cluster for the first test that asks for it."""
-    with served_cluster(tmp_path_factory.mktemp("checkpoints") / "random") as cluster:
+def served_session(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServedCluster]:
+    """Start the cluster for the first test that asks for it.
+
+    Tests that need another shape give it as an indirect parameter, and get a cluster of their own
+    after this one.
+    """
+    shape = getattr(request, "param", Shape())
+    with served_cluster(tmp_path_factory.mktemp("checkpoints") / "random", shape) as cluster:
         yield cluster
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from cluster.errors import ExpertMeshError
 from cluster.frames import DispatchFrame, decode, encode
 from cluster.placement import ExpertKey, ModelExperts, Placement, assign_experts, empty_placement
 from cluster.tensors import TORCH_DTYPES
-from cluster.transport import Call, CallFailure, Outcome, Transport
+from cluster.transport import Call, CallFailure, IsGone, Outcome, Transport, never_gone
 from experts.bank import ExpertBank, GatedFfnExpert
 from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.ffn import ACTIVATIONS
@@ -42,7 +42,7 @@ class Answered:
 
     outcomes: list[Outcome]
 
-    def wait(self) -> list[Outcome]:
+    def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """Return them."""
         return self.outcomes
 
@@ -102,6 +102,7 @@ class LocalCluster:
         dtype: str | None = None,
         threaded: bool = True,
         elsewhere: tuple[str, Transport, Placement] | None = None,
+        min_copies: int = 1,
     ) -> None:
         """``elsewhere`` is a model's id with transport and placement, where its experts live."""
         limits = limits or Limits(32, 64, 256)
@@ -110,13 +111,15 @@ class LocalCluster:
         shape = self.checkpoint.shape
         model_id = MODEL if elsewhere is None else elsewhere[0]
         experts = ModelExperts(model_id, shape.layers, shape.num_experts, 1)
-        shares = assign_experts([experts], [f"a{i}" for i in range(num_actors)], None)
+        actor_ids = [f"a{i}" for i in range(num_actors)]
+        shares = assign_experts([experts], actor_ids, None, min_copies)
         self.view = PlacementView()
         placement = empty_placement(1, [experts])
         for actor_id, keys in shares.items():
             placement = placement.with_actor(actor_id, 1, keys)
         self.placement = placement if elsewhere is None else elsewhere[2]
         self.view.publish(self.placement)
+        self._version = 0
         self.suspected: list[tuple[str, int]] = []
         self.transport = BankTransport({})
         if elsewhere is None:
@@ -175,6 +178,14 @@ class LocalCluster:
             self.engine.submit(request)
         return [self.result(request) for request in requests]
 
+    def lose(self, experts: Iterable[tuple[int, int]]) -> None:
+        """Publish a placement in which these (layer, expert) alone have no live copy."""
+        self._version += 1
+        lost = {ExpertKey(MODEL, *expert) for expert in experts}
+        holders = {k: () if k in lost else a for k, a in self.placement.holders.items()}
+        version = self.placement.version + self._version
+        self.view.publish(replace(self.placement, version=version, holders=holders))
+
     def close(self) -> None:
         """End the engine's thread."""
         self.engine.close()
@@ -185,6 +196,7 @@ def greedy_request(
     prompt: Sequence[int],
     max_tokens: int,
     timeout_s: float = 60,
+    on_expert_loss: str = "strict",
     **sampling: object,
 ) -> GenerationRequest:
     """A greedy request that ignores the end-of-sequence token."""
@@ -195,4 +207,5 @@ def greedy_request(
         prompt_token_ids=tuple(prompt),
         sampling=SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
         deadline_s=time.time() + timeout_s,
+        on_expert_loss=on_expert_loss,
     )

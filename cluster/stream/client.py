@@ -17,7 +17,16 @@ from dataclasses import dataclass, field
 from cluster.frames import Buffer
 from cluster.stream.channel import MAX_MESSAGE_BYTES, Channel
 from cluster.stream.connect import Connector
-from cluster.transport import Call, CallFailure, Flight, Outcome, Transport
+from cluster.transport import (
+    GONE_CHECK_S,
+    Call,
+    CallFailure,
+    Flight,
+    IsGone,
+    Outcome,
+    Transport,
+    never_gone,
+)
 
 WINDOW = 8
 """Unanswered calls on one connection; beyond it (an actor that hangs) calls go elsewhere."""
@@ -84,7 +93,8 @@ class StreamTransport:
             link.channel.send(call_id, call.frame)
         except OSError as error:
             self._lose(link, error)
-            return CallFailure.DIED
+            flight.lose(place)
+            return None
         if link.channel.is_sending:
             self._watch(link)
         link.unanswered.add(call_id)
@@ -150,7 +160,7 @@ class StreamTransport:
         return None if self._fallback is None else self._fallback.begin([call], timeout_s)
 
     def _lose(self, link: _Link, error: OSError) -> None:
-        """Give up a broken connection; its unanswered calls go elsewhere."""
+        """Give up a broken connection; its unanswered calls are lost or go elsewhere."""
         logger.info("the stream to %s g%d broke (%s)", link.actor_id, link.generation, error)
         self._drop(link)
 
@@ -163,7 +173,7 @@ class StreamTransport:
         for call_id in link.unanswered:
             flight = self._flights.pop(call_id, None)
             if flight is not None:
-                flight.send_elsewhere(flight.places.pop(call_id), CallFailure.DIED)
+                flight.lose(flight.places.pop(call_id))
 
 
 class _StreamFlight:
@@ -183,17 +193,30 @@ class _StreamFlight:
         """Return the seconds left; negative when the time is over."""
         return self._deadline_s - time.monotonic()
 
-    def wait(self) -> list[Outcome]:
+    def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """See :class:`Flight`."""
+        check_s = time.monotonic() + GONE_CHECK_S
         while self.places:
-            remaining_s = self.remaining_s()
-            if remaining_s <= 0:
+            now_s = time.monotonic()
+            if now_s >= check_s:
+                self._give_up(is_gone)
+                check_s = now_s + GONE_CHECK_S
+                continue
+            # When the time is over too: what came while this process did not run still counts.
+            self._transport.receive(self, max(0.0, min(self._deadline_s, check_s) - now_s))
+            if now_s >= self._deadline_s:
                 break
-            self._transport.receive(self, remaining_s)
         self._transport.forget(list(self.places))
         for place, other in self._elsewhere:
-            [self._outcomes[place]] = other.wait()
+            [self._outcomes[place]] = other.wait(is_gone)
         return self._outcomes
+
+    def _give_up(self, is_gone: IsGone) -> None:
+        """Wait no longer for the answers of actors that are gone."""
+        lost = [call_id for call_id, place in self.places.items() if is_gone(self._calls[place])]
+        self._transport.forget(lost)
+        for call_id in lost:
+            self._outcomes[self.places.pop(call_id)] = CallFailure.DIED
 
     def take(self, call_id: int, answer: Buffer) -> None:
         """Keep an answer; one of no bytes says that the stream cannot carry it."""
@@ -202,6 +225,13 @@ class _StreamFlight:
             self._outcomes[place] = answer
         else:
             self.send_elsewhere(place, CallFailure.TIMED_OUT)
+
+    def lose(self, place: int) -> None:
+        """Take it that a call's connection broke: tell of it, or send the call elsewhere."""
+        if self._calls[place].replaceable:
+            self._outcomes[place] = CallFailure.DIED
+        else:
+            self.send_elsewhere(place, CallFailure.DIED)
 
     def send_elsewhere(self, place: int, failure: CallFailure) -> None:
         """Send a call over the fall-back; without one, its outcome is ``failure``."""

@@ -46,7 +46,8 @@ class Family:
     """How to read one family's checkpoints and where its experts sit in transformers' class.
 
     ``experts_module`` and ``experts_class`` name the class that the router replaces by a
-    parameter-free one. ``dense_tensors`` lists name and shape of every tensor that a router
+    parameter-free one; ``gate_name`` is what the block that has it calls its gate, whose output is
+    (logits, weights, ids). ``dense_tensors`` lists name and shape of every tensor that a router
     needs; together with ``expert_tensors`` it is the whole checkpoint.
     """
 
@@ -57,3 +58,4 @@ class Family:
     expert_shape: Callable[[Config], ExpertShape]
     expert_tensors: Callable[[int, int], ExpertTensors]
     dense_tensors: Callable[[Config], dict[str, tuple[int, ...]]]
+    gate_name: str = "gate"

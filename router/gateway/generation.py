@@ -14,6 +14,7 @@ from cluster.errors import (
     Code,
     DeadlineExceededError,
     InternalError,
+    InvalidRequestError,
 )
 from cluster.status import ClusterStatus
 from router.gateway.detokenize import ChoiceText
@@ -26,6 +27,7 @@ from router.readiness import Readiness
 from router.request import TokenEvent, TokenLogprobs
 
 _LEAST_LOGPROB = -9999.0
+GRACE_S = 0.5
 Surface = Literal["http", "grpc"]
 
 
@@ -112,6 +114,9 @@ class GenerationService:
                         waiting = False
                         self.metrics.first_token(model_id, time.monotonic() - started_s)
                     self.metrics.tokens(model_id, len(delta.token_ids))
+                    if not delta.exact:
+                        reason = checked.request.on_expert_loss
+                        self.metrics.inexact_tokens(model_id, reason, len(delta.token_ids))
                     yield delta
         except (asyncio.CancelledError, GeneratorExit):
             code = Code.CANCELLED
@@ -126,7 +131,10 @@ class GenerationService:
     async def _deltas(self, checked: CheckedRequest) -> AsyncGenerator[Delta, None]:
         choices = _Choices(checked)
         async with aclosing(self._upstream.generate(checked.request)) as events:
-            while (event := await _next_event(events, checked.request.remaining_s())) is not None:
+            # A moment past the deadline, so that the router's own word on it comes first.
+            while (
+                event := await _next_event(events, checked.request.remaining_s() + GRACE_S)
+            ) is not None:
                 delta = choices.push(event)
                 if delta is None:
                     continue
@@ -145,11 +153,24 @@ class _Choices:
         request = checked.request
         self._prompt_tokens = len(request.prompt_token_ids)
         self._completion_tokens = 0
-        self._going = {
-            index: ChoiceText(checked.model.tokenizer, checked.stops, request.prompt_token_ids)
-            for index in range(request.sampling.n)
-        }
+        self._going: dict[int, ChoiceText] = {}
         self._n = request.sampling.n
+        for index in range(self._n):
+            self._begin(checked, index)
+
+    def _begin(self, checked: CheckedRequest, index: int) -> None:
+        """Take up a choice where its client has it; the text of its tokens is not told again."""
+        request, received = checked.request, checked.request.received_of(index)
+        self._completion_tokens += len(received.token_ids)
+        if received.finished:
+            return
+        choice = ChoiceText(checked.model.tokenizer, checked.stops, request.prompt_token_ids)
+        _, _, stopped = choice.push(received.token_ids)
+        if stopped:
+            raise InvalidRequestError(
+                "its text has a stop string, so it is finished", f"resume[{index}].finished"
+            )
+        self._going[index] = choice
 
     def push(self, event: TokenEvent) -> Delta | None:
         """Return the delta of an event, or ``None`` when its choice is finished already."""

@@ -19,7 +19,7 @@ from router.gateway.openai_call import Collected
 from router.gateway.tokenizer import Tokenizer
 from router.gateway.validate import CheckedRequest, RawRequest
 from router.protos import admin_pb2, inference_pb2
-from router.request import TokenLogprobs
+from router.request import Received, TokenLogprobs
 
 SERVICES = ("expertmesh.v1.Inference", "expertmesh.v1.Admin")
 """The names that health knows, beside the empty one for the whole server."""
@@ -168,6 +168,10 @@ def _raw_request(request: Any, streamed: bool) -> RawRequest:
         prompt_field="prompt" if is_text else "prompt_token_ids.ids",
         sampling_prefix="sampling.",
         streamed=streamed,
+        resume=[
+            Received(tuple(choice.token_ids), choice.finished, not choice.inexact)
+            for choice in request.resume
+        ],
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import grpc
 from grpc_health.v1 import health_pb2
 
+from cluster.contract import EXACT_KEY
 from cluster.errors import ExpertMeshError
 from router.gateway.grpc_handlers import SERVICES, GrpcHandlers, parse_health_check
 from router.gateway.status import DETAILS_KEY, grpc_error, public_error
@@ -156,13 +157,16 @@ class GrpcMethods:
     async def Generate(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
         """Serve ``Inference/Generate``."""
         empty = inference_pb2.GenerateReply
-        return await _unary(self.grpc_handlers.generate(request), empty, grpc_context)
+        reply = await _unary(self.grpc_handlers.generate(request), empty, grpc_context)
+        if reply.finish_reason:  # else it is an error, which has metadata of its own
+            _set_exact(all(one.exact for one in (reply, *reply.other_choices)), grpc_context)
+        return reply
 
     async def GenerateStream(  # noqa: N802
         self, request: bytes, grpc_context: CallContext
     ) -> AsyncGenerator[Any, None]:
         """Serve ``Inference/GenerateStream``."""
-        replies = self.grpc_handlers.generate_stream(request)
+        replies = _with_exact(self.grpc_handlers.generate_stream(request), grpc_context)
         async with aclosing(_stream(replies, inference_pb2.GenerateReply, grpc_context)) as safe:
             async for reply in safe:
                 yield reply
@@ -232,6 +236,24 @@ async def _stream(
         _set_error(error, context)
         # Serve passes a status on only together with a message; see _Handlers.
         yield empty()
+
+
+async def _with_exact(
+    replies: AsyncGenerator[Any, None], context: CallContext
+) -> AsyncGenerator[Any, None]:
+    """Keep the metadata at what the replies have been so far: Serve sends it with each of them."""
+    told: bool | None = None
+    async with aclosing(replies):
+        async for reply in replies:
+            exact = told is not False and reply.exact
+            if exact != told:
+                told = exact
+                _set_exact(exact, context)
+            yield reply
+
+
+def _set_exact(exact: bool, context: CallContext) -> None:
+    context.set_trailing_metadata([(EXACT_KEY, str(exact).lower())])
 
 
 def _set_error(error: Exception, context: CallContext) -> None:

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from cluster.contract import EXACT_KEY
 from cluster.errors import ExpertMeshError
 from router.gateway.chat import parse_chat
 from router.gateway.completions import parse_completion
@@ -32,7 +33,7 @@ from router.gateway.models import GatewayModel
 from router.gateway.openai_call import OpenAiCall
 from router.readiness import Readiness
 
-EXACT_HEADER = "x-expertmesh-exact"
+EXACT_HEADER = f"x-{EXACT_KEY}"
 _STATUS_TIMEOUT_S = 2.0
 Parse = Callable[[dict[str, Any], GenerationService, str], OpenAiCall]
 

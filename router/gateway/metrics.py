@@ -42,6 +42,12 @@ class Metrics:
         self._generation_tokens = Counter(
             "expertmesh_generation_tokens", "Tokens sent.", ["model_name"], registry=registry
         )
+        self._inexact_tokens = Counter(
+            "expertmesh_inexact_tokens",
+            "Tokens sent in pieces that are flagged as not exact, by on_expert_loss.",
+            ["model_name", "reason"],
+            registry=registry,
+        )
         self._first_token = Histogram(
             "expertmesh_time_to_first_token_seconds",
             "From a checked request to its first token.",
@@ -104,6 +110,10 @@ class Metrics:
     def tokens(self, model_id: str, count: int) -> None:
         """Count generated tokens."""
         self._generation_tokens.labels(model_id).inc(count)
+
+    def inexact_tokens(self, model_id: str, reason: str, count: int) -> None:
+        """Count generated tokens that are not exact; ``reason`` is what the request asked for."""
+        self._inexact_tokens.labels(model_id, reason).inc(count)
 
     def show_loop_age(self, loop_age_s: float | None) -> None:
         """Set the gauge of the controller's last loop; ``None`` before the first word from it."""

@@ -92,7 +92,10 @@ class OpenAiCall(ABC):
                 wholes.setdefault(index, Collected()).add(delta)
                 if delta.usage is not None:
                     usages.append(delta.usage)
-        choices = [self.choice(index, wholes[index]) for index in sorted(wholes)]
+        choices = [
+            {**self.choice(index, wholes[index]), "exact": wholes[index].exact}
+            for index in sorted(wholes)
+        ]
         body = self.envelope(choices, streamed=False)
         body["usage"] = usage_object(usages)
         return body, all(whole.exact for whole in wholes.values())
@@ -100,8 +103,12 @@ class OpenAiCall(ABC):
     async def chunks(
         self, first: tuple[int, Delta], rest: AsyncGenerator[tuple[int, Delta], None]
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield the chunks of a stream; ``first`` has been taken from ``rest`` already."""
+        """Yield the chunks of a stream; ``first`` has been taken from ``rest`` already.
+
+        A choice's last chunk says whether all of it is exact; an earlier one only where it is not.
+        """
         usages: list[Usage] = []
+        inexact: set[int] = set()
         async with aclosing(rest):
             for chunk in self.opening():
                 yield self._finish(chunk)
@@ -112,7 +119,9 @@ class OpenAiCall(ABC):
                 if self._is_worth_sending(delta):
                     piece = self.piece(index, delta)
                     if not delta.exact:
-                        piece["exact"] = False
+                        inexact.add(index)
+                    if delta.finish_reason or index in inexact:
+                        piece["exact"] = index not in inexact
                     yield self._finish(self.envelope([piece], streamed=True))
                 following = await anext(rest, None)
                 if following is None:

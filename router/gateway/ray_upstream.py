@@ -1,16 +1,16 @@
 """The gateway's upstream on Ray: a call to a router per request, early tokens over the link.
 
-When the router replica that serves a request dies, the request is sent to another one and starts
-again; draws are a function of (seed, choice, position), so it comes to the same tokens, and those
-that the client has already are left out.
+When the router replica that serves a request dies, the request is sent to another one with the
+tokens that the client has already. Those are forced there, and draws are a function of (seed,
+choice, position), so the rest is what the first one would have sent.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from cluster.contract import OnExpertLoss
 from cluster.errors import (
     DeadlineExceededError,
     ExpertMeshError,
@@ -29,14 +30,17 @@ from cluster.errors import (
     UnavailableError,
     error_from_wire,
 )
+from cluster.retry import Retries, RetryBudget, RetryPolicy
 from cluster.status import ClusterStatus
 from router.link import LinkAddress, LinkServer
 from router.placement_view import PlacementView, PlacementWatcher
 from router.readiness import Readiness, readiness
-from router.request import GenerationRequest, TokenEvent, merge_events
+from router.request import GenerationRequest, Receipts, TokenEvent, merge_events
 
 STATUS_TIMEOUT_S = 5.0
-RESEND_S = 0.2
+RESEND = RetryPolicy(first_delay_s=0.1, max_delay_s=1.0)
+RESEND_TOKENS = 8192
+"""A dying router may take along all requests of a gateway at once, which must not use up half."""
 MAX_BUFFERED_EVENTS = 100_000
 MESSAGES_PER_S = 250
 MAX_PAUSE_S = 0.1
@@ -63,9 +67,16 @@ class RayUpstream:
     """Implements :class:`router.gateway.upstream.Upstream` over Serve handles."""
 
     def __init__(
-        self, controller: DeploymentHandle, routers: Mapping[str, DeploymentHandle]
+        self,
+        controller: DeploymentHandle,
+        routers: Mapping[str, DeploymentHandle],
+        on_expert_loss: OnExpertLoss,
     ) -> None:
-        """``routers`` are handles by model id. Needs a running event loop."""
+        """``routers`` are handles by model id. Needs a running event loop.
+
+        ``on_expert_loss`` is the deployment's, by which it is or is not ready.
+        """
+        self._on_expert_loss = on_expert_loss
         self._controller = controller
         self._routers = routers
         self._view = PlacementView()
@@ -74,34 +85,36 @@ class RayUpstream:
         self._num_streams = 0
         self._leaving: set[asyncio.Task[None]] = set()
         self._attempts: dict[str, _Attempt] = {}
+        self._budget = RetryBudget(RESEND_TOKENS)
         self._link = LinkServer(ray.util.get_node_ip_address(), self._on_tokens)
         self._address: asyncio.Task[LinkAddress] | None = None
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """See :class:`Upstream`; resends the request when its router dies."""
-        sent: Counter[int] = Counter()
+        receipts = Receipts(request)
+        retries = Retries(RESEND, self._budget)
         stopped: set[int] = set()
-        number = 0
-        while True:
+        for number in itertools.count():
             attempt = _Attempt(f"{request.request_id}#{number}", stopped)
             self._attempts[request.request_id] = attempt
-            resent = replace(request, request_id=attempt.wire_id)
+            resent = replace(
+                request, request_id=attempt.wire_id, received=receipts.received(stopped)
+            )
             try:
-                async with aclosing(self._attempt(resent, sent, stopped)) as events:
+                async with aclosing(self._attempt(resent, receipts, stopped)) as events:
                     async for event in events:
                         yield event
+                retries.succeeded()
                 return
-            except (RayActorError, DeploymentUnavailableError) as error:
-                if request.remaining_s() < RESEND_S:
-                    raise UnavailableError("the router is not reachable", "", 1.0) from None
+            except (RayActorError, DeploymentUnavailableError, OverloadedError) as error:
+                delay_s = _resend_delay_s(error, retries, number > 0, request.remaining_s())
                 logger.warning("a router was lost (%s); sending again", type(error).__name__)
-                await asyncio.sleep(RESEND_S)
-                number += 1
+                await asyncio.sleep(delay_s)
             finally:
                 self._attempts.pop(request.request_id, None)
 
     async def _attempt(
-        self, request: GenerationRequest, sent: Counter[int], stopped: set[int]
+        self, request: GenerationRequest, receipts: Receipts, stopped: set[int]
     ) -> AsyncGenerator[TokenEvent, None]:
         address = await self._listening()
         call = self._routers[request.model].generate.remote(request.to_wire(), address)
@@ -115,13 +128,13 @@ class RayUpstream:
                 events, end = await _take(inbox, request, pause_s)
                 for index in stopped.intersection(e.index for e in events if not e.finish_reason):
                     self._link.stop_choice(request.request_id, index)
-                fresh = [f for event in events if (f := unseen(event, sent)) is not None]
+                fresh = [f for event in events if (f := receipts.take(event)) is not None]
                 for event in merge_events(fresh):
                     yield event
                 if end is None:
                     continue
                 for event in _events(end):
-                    rest = unseen(event, sent)
+                    rest = receipts.take(event)
                     if rest is not None:
                         yield rest
                 return
@@ -129,7 +142,7 @@ class RayUpstream:
             del self._inboxes[request.request_id]
             self._num_streams -= request.streamed
             self._link.forget(request.request_id)
-            if _is_answered(request, sent):
+            if receipts.all_finished():
                 # The reply, which is under way, has nothing new.
                 self._leaving.add(reply)
                 reply.add_done_callback(self._leaving.discard)
@@ -166,7 +179,9 @@ class RayUpstream:
 
     def ready(self) -> Readiness:
         """See :class:`Upstream`."""
-        return readiness(self._view.current(), self._routers, self._view.loop_age_s())
+        return readiness(
+            self._view.current(), self._routers, self._view.loop_age_s(), self._on_expert_loss
+        )
 
 
 class HandleController:
@@ -188,25 +203,22 @@ class HandleController:
         await self._handle.suspect.remote(actor_id, generation)
 
 
-def unseen(event: TokenEvent, sent: Counter[int]) -> TokenEvent | None:
-    """Return the part of an event that has not been passed on, and count it as passed on.
+def _resend_delay_s(
+    error: Exception, retries: Retries, is_resent: bool, remaining_s: float
+) -> float:
+    """Return when to send a request again; raises what its client is told if it is not to be.
 
-    ``sent`` counts the tokens passed on per choice; -1 marks a finished one. Returns ``None`` for
-    an event with nothing new, or one that leaves a gap (the call's reply fills it).
+    A full queue refuses a new request, but one that another router had accepted waits for room.
     """
-    have = sent[event.index]
-    if have < 0 or event.start > have:
-        return None
-    skip = have - event.start
-    token_ids = event.token_ids[skip:]
-    if not token_ids and event.finish_reason is None:
-        return None
-    sent[event.index] = have + len(token_ids) if event.finish_reason is None else -1
-    return replace(event, token_ids=token_ids, logprobs=event.logprobs[skip:], start=have)
-
-
-def _is_answered(request: GenerationRequest, sent: Counter[int]) -> bool:
-    return all(sent[index] < 0 for index in range(request.sampling.n))
+    retry_after_s = None
+    if isinstance(error, OverloadedError):
+        retry_after_s = error.retry_after_s
+        if not is_resent or retry_after_s is None:
+            raise error
+    delay_s = retries.next_delay_s(remaining_s, retry_after_s)
+    if delay_s is None:
+        raise UnavailableError("the router is not reachable", "", 1.0) from None
+    return delay_s
 
 
 class Inbox:

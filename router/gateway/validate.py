@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.config import GatewayConfig
+from cluster.contract import ON_EXPERT_LOSS
 from cluster.errors import InvalidRequestError, UnknownModelError
 from router.gateway import checks
 from router.gateway.models import ServedModel
-from router.request import ON_EXPERT_LOSS, GenerationRequest, SamplingParams
+from router.request import GenerationRequest, Received, SamplingParams
 
 MAX_TEMPERATURE = 100.0
 MAX_STOPS = 16
@@ -33,7 +34,8 @@ class RawRequest:
     the fields of ``SamplingParams`` and ``stop``; ``timeout_s`` and ``on_expert_loss``.
     ``default_max_tokens`` ``None`` is all that is left of the context. ``prompt_field`` and
     ``field_names`` are how the caller writes the fields; ``sampling_prefix`` stands before those of
-    ``sampling``. ``streamed`` says that the answer is wanted piece by piece.
+    ``sampling``. ``streamed`` says that the answer is wanted piece by piece. ``resume`` has, for a
+    request that goes on, each choice's tokens so far and whether it is finished.
     """
 
     model: object
@@ -46,6 +48,7 @@ class RawRequest:
     sampling_prefix: str = ""
     field_names: Mapping[str, str] = field(default_factory=dict)
     streamed: bool = False
+    resume: Sequence[Received] = ()
 
     def path(self, name: str) -> str:
         """Return how the caller writes the sampling field ``name``."""
@@ -90,15 +93,17 @@ class Validator:
         stops = _check_stops(raw)
         timeout_s = self._check_timeout(raw)
         ids = _prompt_ids(raw, model)
+        sampling = self._check_sampling(raw, model, len(ids))
         request = GenerationRequest(
             request_id=uuid.uuid4().hex,
             model=model.info.id,
             prompt_token_ids=ids,
-            sampling=self._check_sampling(raw, model, len(ids)),
+            sampling=sampling,
             deadline_s=time.time() + timeout_s,
-            on_expert_loss=_check_on_expert_loss(raw),
+            on_expert_loss=self._check_on_expert_loss(raw),
             # A stop string must be found in time to end its choice.
             streamed=raw.streamed or bool(stops),
+            received=_check_resume(raw, model, sampling),
         )
         return CheckedRequest(request, model, stops)
 
@@ -107,6 +112,14 @@ class Validator:
             return self._limits.default_timeout_s
         limit = self._limits.max_timeout_s
         return checks.number(raw.options["timeout_s"], "timeout_s", 0.0, limit, above=True)
+
+    def _check_on_expert_loss(self, raw: RawRequest) -> str:
+        value = raw.options.get("on_expert_loss", self._limits.on_expert_loss)
+        if value not in ON_EXPERT_LOSS:
+            raise InvalidRequestError(
+                checks.wrong(value, f"one of {', '.join(ON_EXPERT_LOSS)}"), "on_expert_loss"
+            )
+        return str(value)
 
     def _check_sampling(
         self, raw: RawRequest, model: ServedModel, prompt_len: int
@@ -187,6 +200,37 @@ def _check_max_tokens(raw: RawRequest, model: ServedModel, prompt_len: int) -> i
     return max_tokens
 
 
+def _check_resume(
+    raw: RawRequest, model: ServedModel, sampling: SamplingParams
+) -> tuple[Received, ...]:
+    if not raw.resume:
+        return ()
+    if len(raw.resume) != sampling.n:
+        raise InvalidRequestError(
+            f"has {len(raw.resume)} choices, must have {sampling.n}, as many as are asked for",
+            "resume",
+        )
+    if "seed" not in raw.sampling:
+        raise InvalidRequestError(
+            "is missing; a request can only go on with the seed that it began with",
+            raw.path("seed"),
+        )
+    if all(one.finished for one in raw.resume):
+        raise InvalidRequestError("every choice is finished already", "resume")
+    for index, one in enumerate(raw.resume):
+        where = f"resume[{index}].token_ids"
+        ids = one.token_ids
+        if len(ids) > sampling.max_tokens:
+            raise InvalidRequestError(
+                f"has {len(ids)} tokens; at most max_tokens, {sampling.max_tokens}", where
+            )
+        _check_ids(ids, model.info.vocab_size, where)
+        ends = () if sampling.ignore_eos or one.finished else model.info.eos_token_ids
+        if any(token_id in ends for token_id in ids[:-1]):
+            raise InvalidRequestError("goes on after an end-of-sequence token", where)
+    return tuple(raw.resume)
+
+
 def _check_stops(raw: RawRequest) -> tuple[str, ...]:
     given = raw.sampling.get("stop", ())
     where = raw.path("stop")
@@ -201,12 +245,3 @@ def _check_stops(raw: RawRequest) -> tuple[str, ...]:
             allowed = f"a text of 1 to {MAX_STOP_CHARS} characters"
             raise InvalidRequestError(checks.wrong(stop, allowed), path)
     return tuple(stops)
-
-
-def _check_on_expert_loss(raw: RawRequest) -> str:
-    value = raw.options.get("on_expert_loss", ON_EXPERT_LOSS[0])
-    if value not in ON_EXPERT_LOSS:
-        raise InvalidRequestError(
-            checks.wrong(value, f"one of {', '.join(ON_EXPERT_LOSS)}"), "on_expert_loss"
-        )
-    return str(value)

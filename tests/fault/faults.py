@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -29,12 +30,16 @@ PROMPTS = [prompt_of(5 + 5 * seed, 1000 + seed) for seed in range(STREAMS)]
 
 
 def start_streams(
-    served: ServedCluster, model: str = RANDOM, timeout_s: float = 60.0
+    served: ServedCluster, model: str = RANDOM, timeout_s: float = 60.0, times: int = 1
 ) -> list[StreamReader]:
-    """Return greedy streams of :data:`PROMPTS` that have begun and are far from their end."""
+    """Return greedy streams that have begun and are far from their end.
+
+    They are those of :data:`PROMPTS`, all of these ``times`` over.
+    """
     expected_tokens(served)  # nothing slow may come between their start and the fault
     sampling = greedy(LENGTH)
-    streams = [StreamReader(served.client, p, sampling, model, timeout_s) for p in PROMPTS]
+    prompts = PROMPTS * times
+    streams = [StreamReader(served.client, p, sampling, model, timeout_s) for p in prompts]
     for stream in streams:
         stream.wait_tokens(BEFORE)
     return streams
@@ -43,6 +48,15 @@ def start_streams(
 def expected_tokens(served: ServedCluster) -> list[tuple[int, ...]]:
     """Return what transformers makes of :data:`PROMPTS` with the random model."""
     return [served.expected(prompt, LENGTH) for prompt in PROMPTS]
+
+
+def longest_gap_s(streams: Sequence[StreamReader]) -> float:
+    """Return the longest time that any of the streams had to wait for its next tokens."""
+    return max(
+        after - before
+        for stream in streams
+        for before, after in itertools.pairwise(stream.arrived_s)
+    )
 
 
 def wait_stalled(streams: Sequence[StreamReader]) -> None:

@@ -25,9 +25,12 @@ READY_S, GONE_S, MAX_LINES = 90.0, 20.0, 16
 
 
 @contextmanager
-def serve_run(file: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run ``serve run`` on a Ray of its own; ends what is left of it, and nothing else."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+def serve_run(file: Path, log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run ``serve run`` on a Ray of its own; ends what is left of it, and nothing else.
+
+    ``variables`` are added to its environment.
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | variables
     with log.open("wb") as output:
         process = subprocess.Popen(
             [SERVE, "run", "-a", "local", str(file)],

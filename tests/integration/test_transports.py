@@ -136,6 +136,18 @@ def test_no_calls_have_no_outcomes(transport: Transport) -> None:
     assert ask(transport) == []
 
 
+def test_an_actor_that_is_gone_is_waited_for_no_longer(
+    transport: Transport, kind: TransportKind, mortal: list[str]
+) -> None:
+    settle(transport, kind, mortal)
+    hung, well = mortal
+    flight = transport.begin([call(hung, b"wait 5"), call(well, b"hello")], LIMIT_S)
+    started_s = time.monotonic()
+    outcomes = flight.wait(lambda one: one.actor_id == hung)
+    assert answers(outcomes) == [CallFailure.DIED, b"olleh"]
+    assert time.monotonic() - started_s < 4.0
+
+
 def test_outcomes_are_in_the_order_of_the_calls(
     transport: Transport, kind: TransportKind, names: list[str]
 ) -> None:

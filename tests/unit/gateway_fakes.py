@@ -75,6 +75,8 @@ STATUS = ClusterStatus(
     routers=(ProcessStatus(42, "n1"),),
     gateways=(ProcessStatus(43, "n1"),),
     actors=(ActorStatus("a0", 44, "n1", "cpu", 2, (("tiny", 0, 1), ("tiny", 1, 5)), 99),),
+    min_copies=2,
+    live_copies=1,
 )
 Script = Callable[[GenerationRequest], Iterable[TokenEvent | Exception]]
 
@@ -137,6 +139,27 @@ def says(text: str, finish_reason: str | None = "length", exact: bool = True) ->
     return script
 
 
+def goes_on(*texts: str, upto: int | None = None) -> Script:
+    """A script that says a text per choice, each from where the request has it.
+
+    With ``upto`` it breaks off before any choice's token of that number.
+    """
+
+    def script(request: GenerationRequest) -> Iterable[TokenEvent]:
+        for index, text in enumerate(texts):
+            received = request.received_of(index)
+            ids = tokenizer().encode(text)
+            assert received.finished or received.token_ids == tuple(ids[: len(received.token_ids)])
+            for place in range(len(received.token_ids), len(ids)):
+                if received.finished or place == upto:
+                    break
+                reason = "length" if place == len(ids) - 1 else None
+                rows = _logprobs(ids[place], request.sampling.logprobs)
+                yield TokenEvent(index, (ids[place],), rows, reason, start=place)
+
+    return script
+
+
 def _logprobs(token_id: int, top: int | None) -> tuple[TokenLogprobs, ...]:
     if top is None:
         return ()
@@ -158,8 +181,11 @@ class Servicer(GrpcMethods):
 
 
 @contextmanager
-def grpc_server(upstream: FakeUpstream) -> Iterator[str]:
-    """Run a real gRPC server on a loopback port, in a thread; gives its address."""
+def grpc_server(upstream: FakeUpstream, port: int = 0) -> Iterator[str]:
+    """Run a real gRPC server on a loopback port, in a thread; gives its address.
+
+    Its end breaks the calls under way.
+    """
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -167,13 +193,13 @@ def grpc_server(upstream: FakeUpstream) -> Iterator[str]:
     async def start() -> tuple[grpc.aio.Server, int]:
         server = grpc.aio.server()
         add_services_to_server(Servicer(upstream), server)
-        port = server.add_insecure_port("127.0.0.1:0")
+        bound = server.add_insecure_port(f"127.0.0.1:{port}")
         await server.start()
-        return server, port
+        return server, bound
 
-    server, port = asyncio.run_coroutine_threadsafe(start(), loop).result(20)
+    server, bound = asyncio.run_coroutine_threadsafe(start(), loop).result(20)
     try:
-        yield f"127.0.0.1:{port}"
+        yield f"127.0.0.1:{bound}"
     finally:
         asyncio.run_coroutine_threadsafe(server.stop(0), loop).result(20)
         loop.call_soon_threadsafe(loop.stop)

@@ -90,12 +90,15 @@ def test_status_as_json(address: str) -> None:
                 "tokens": 99,
             }
         ],
+        "min_copies": 2,
+        "live_copies": 1,
     }
 
 
 def test_status_as_a_table(address: str) -> None:
     result = run("status", "--address", address)
     assert result.exit_code == 0
+    assert "copies: 1 live, 2 wanted" in result.stdout
     for shown in ("tiny", "version 7", "ready", "pid 41", "42@n1", "43@n1", "a0", "44", "99"):
         assert shown in result.stdout
 

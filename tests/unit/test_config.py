@@ -107,12 +107,28 @@ BAD_VALUES: list[tuple[dict[str, Any], str, str]] = [
     ({"models": [{**MODEL, "max_model_len": 1}]}, "args.models[0].max_model_len", "given: 1"),
     ({"models": [MODEL, MODEL]}, "args.models", "more than once: a"),
     ({"models": [MODEL], "experts": {"actors": 0}}, "args.experts.actors", "given: 0"),
+    ({"models": [MODEL], "experts": {"min_copies": 0}}, "args.experts.min_copies", "given: 0"),
+    (
+        {"models": [MODEL], "experts": {"actors": 3, "min_copies": 4}},
+        "args.experts.min_copies",
+        "must be at most the number of actors, 3 (given: 4)",
+    ),
+    (
+        {"models": [MODEL], "experts": {"min_copies": 3}},
+        "args.experts.min_copies",
+        "must be at most the number of actors, 2 (given: 3)",
+    ),
     ({"models": [MODEL], "experts": {"actors": "two"}}, "args.experts.actors", "given: 'two'"),
     ({"models": [MODEL], "experts": {"num_cpus": -1}}, "args.experts.num_cpus", "given: -1"),
     ({"models": [MODEL], "experts": None}, "args.experts", "given: None"),
     ({"models": [MODEL], "router": {"replicas": 1.5}}, "args.router.replicas", "given: 1.5"),
     ({"models": [MODEL], "router": {"cache_tokens": 15}}, "args.router.cache_tokens", "given: 15"),
     ({"models": [MODEL], "gateway": {"max_choices": 0}}, "args.gateway.max_choices", "given: 0"),
+    (
+        {"models": [MODEL], "gateway": {"on_expert_loss": "guess"}},
+        "args.gateway.on_expert_loss",
+        "'strict', 'next_expert' or 'drop' (given: 'guess')",
+    ),
     (
         {"models": [MODEL], "gateway": {"default_timeout_s": 0}},
         "args.gateway.default_timeout_s",
@@ -284,6 +300,15 @@ def test_a_memory_budget_that_cannot_hold_a_share_is_refused(folder: Path) -> No
     with pytest.raises(ConfigError, match=str(share)) as caught:
         inspect_models(config_of(folder, experts={"memory_budget_bytes": share - 1}))
     assert caught.value.field == "args.experts.memory_budget_bytes"
+
+
+def test_a_memory_budget_has_to_hold_every_copy(folder: Path) -> None:
+    share = 3 * 8 * 3 * 64 * 96 * 4  # with two copies each of two actors holds all
+    inspect_models(config_of(folder, experts={"memory_budget_bytes": share, "min_copies": 2}))
+    with pytest.raises(ConfigError, match=str(share)):
+        inspect_models(
+            config_of(folder, experts={"memory_budget_bytes": share - 1, "min_copies": 2})
+        )
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])

@@ -45,6 +45,7 @@ class FakeActor:
     alive: bool = True
     killed: bool = False
     hung: bool = False
+    node: str = "node"
     heartbeats: int = 0
     loads: int = 0
 
@@ -55,7 +56,7 @@ class FakeActor:
             digest=self.digest,
             epoch=self.epoch,
             pid=self.pid,
-            node="node",
+            node=self.node,
             device="cpu",
             experts=tuple(sorted(self.keys)),
             tokens=dict(self.tokens),
@@ -98,6 +99,8 @@ class FakePool:
         self.digest = digest
         self.actors: list[FakeActor] = []
         self.ledger = FakeLedger()
+        self.nodes = ["node"]
+        """Ray's nodes; actors are put on them in turn."""
         self.load_gate: Callable[[FakeActor], Awaitable[object]] | None = None
         self._pids = itertools.count(1000)
 
@@ -108,8 +111,14 @@ class FakePool:
         self.actors.append(actor)
         return actor
 
-    def create(self, actor_id: str, generation: int, epoch: int) -> FakeActor:
-        return self.add(actor_id, generation, epoch)
+    def create(
+        self, actor_id: str, generation: int, epoch: int, node: str | None = None
+    ) -> FakeActor:
+        node = node or self.nodes[len(self.actors) % len(self.nodes)]
+        return self.add(actor_id, generation, epoch, node=node)
+
+    def count_nodes(self) -> int:
+        return len(self.nodes)
 
     def find(self) -> list[tuple[str, int, FakeActor]]:
         return [(a.actor_id, a.generation, a) for a in self.actors if a.alive]
@@ -150,9 +159,11 @@ def _short_periods(monkeypatch: pytest.MonkeyPatch) -> None:
 class Cluster:
     """A controller over a fake pool, and every placement that it ever published."""
 
-    def __init__(self, num_actors: int = 2, pool: FakePool | None = None) -> None:
+    def __init__(
+        self, num_actors: int = 2, pool: FakePool | None = None, min_copies: int = 1
+    ) -> None:
         self.spec = spec_of()
-        self.controller = Controller(self.spec, object, num_actors, None)
+        self.controller = Controller(self.spec, object, num_actors, None, min_copies)
         self.pool = pool or FakePool(self.spec.digest)
         self.controller._pool = self.pool  # type: ignore[assignment]
         self.published: list[Placement] = []
@@ -190,8 +201,10 @@ class Cluster:
 
 
 @asynccontextmanager
-async def running(num_actors: int = 2, pool: FakePool | None = None) -> AsyncIterator[Cluster]:
-    cluster = Cluster(num_actors, pool)
+async def running(
+    num_actors: int = 2, pool: FakePool | None = None, min_copies: int = 1
+) -> AsyncIterator[Cluster]:
+    cluster = Cluster(num_actors, pool, min_copies)
     await cluster.start()
     try:
         yield cluster
@@ -452,6 +465,106 @@ def test_a_superseded_controller_does_not_take_actors_while_it_starts() -> None:
     run(test)
 
 
+def test_the_loss_of_one_of_two_copies_leaves_every_expert_placed() -> None:
+    async def test() -> None:
+        async with running(3, min_copies=2) as cluster:
+            before = await cluster.until(lambda p: p.fewest_copies() == 2)
+            assert all(len(actors) == 2 for actors in before.holders.values())
+            gate = asyncio.Event()
+            cluster.pool.load_gate = lambda actor: gate.wait()
+            cluster.pool.of("expert-1")[0].alive = False
+            lost = await cluster.until(lambda p: "expert-1" not in p.generations)
+            assert (lost.missing(), lost.fewest_copies()) == ([], 1)
+            status = ClusterStatus.from_wire(await cluster.controller.status())
+            assert (status.missing_experts, status.min_copies, status.live_copies) == (0, 2, 1)
+            gate.set()
+            after = await cluster.until(lambda p: p.fewest_copies() == 2)
+            assert {k: set(v) for k, v in after.holders.items()} == {
+                k: set(v) for k, v in before.holders.items()
+            }
+
+    run(test)
+
+
+def test_copies_sit_on_different_nodes_and_a_successor_on_its_predecessors() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        pool.nodes = ["n1", "n1", "n2", "n2"]
+        async with running(4, pool, min_copies=2) as cluster:
+            placement = await cluster.until(lambda p: p.fewest_copies() == 2)
+            node_of = {actor.actor_id: actor.node for actor in pool.actors}
+            assert len(pool.actors) == 4
+            for actors in placement.holders.values():
+                assert {node_of[actor_id] for actor_id in actors} == {"n1", "n2"}
+            pool.nodes = ["n2"]
+            pool.of("expert-0")[0].alive = False
+            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+            assert pool.of("expert-0")[1].node == "n1"
+
+    run(test)
+
+
+def test_an_actor_that_does_not_tell_its_node_counts_as_one_on_a_node_of_its_own() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        pool.nodes = ["n1", "n1"]
+        describe = pool.describe
+
+        async def silent(actor: FakeActor, timeout_s: float) -> ActorReport:
+            if actor.actor_id == "expert-0":
+                raise TimeoutError
+            return await describe(actor, timeout_s)
+
+        pool.describe = silent  # type: ignore[method-assign]
+        async with running(3, pool, min_copies=2) as cluster:
+            placement = await cluster.until(lambda p: p.fewest_copies() == 2)
+            assert len(pool.actors) == 3
+            assert all("expert-0" in actors for actors in placement.holders.values())
+
+    run(test)
+
+
+def test_a_next_controller_comes_to_the_same_copies() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        pool.nodes = ["n1", "n2", "n3"]
+        async with running(3, pool, min_copies=2) as first:
+            before = await first.until(lambda p: p.fewest_copies() == 2)
+        async with running(3, pool, min_copies=2) as second:
+            after = await second.until(lambda p: p.epoch == 2 and p.fewest_copies() == 2)
+            assert len(pool.actors) == 3
+            assert {k: set(v) for k, v in after.holders.items()} == {
+                k: set(v) for k, v in before.holders.items()
+            }
+
+    run(test)
+
+
+def test_a_next_controller_does_not_wait_for_a_lost_actor_to_place_the_others() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        pool.nodes = ["n1", "n2", "n3"]
+        async with running(3, pool, min_copies=2) as first:
+            await first.until(lambda p: p.fewest_copies() == 2)
+        kept = {actor.actor_id: list(actor.keys) for actor in pool.actors[1:]}
+        pool.actors[0].alive = False
+        gate = asyncio.Event()
+
+        async def slow(actor: FakeActor) -> None:
+            if actor.actor_id == "expert-0":
+                await gate.wait()
+
+        pool.load_gate = slow
+        async with running(3, pool, min_copies=2) as second:
+            served = await second.until(lambda p: p.epoch == 2 and not p.missing())
+            assert "expert-0" not in served.generations
+            assert {a: pool.of(a)[0].keys for a in kept} == kept
+            gate.set()
+            await second.until(lambda p: p.fewest_copies() == 2)
+
+    run(test)
+
+
 def test_a_watch_returns_at_once_when_something_else_is_known() -> None:
     async def test() -> None:
         async with running() as cluster:
@@ -571,6 +684,7 @@ def test_the_status_tells_what_lives(monkeypatch: pytest.MonkeyPatch) -> None:
             assert status.models == ("m",)
             assert (status.epoch, status.placement_version) == placement.order
             assert status.missing_experts == 0
+            assert (status.min_copies, status.live_copies) == (1, 1)
             assert [(p.pid, p.node) for p in status.routers] == [(11, "n1"), (12, "n1")]
             assert [p.pid for p in status.gateways] == [1]
             assert [a.actor_id for a in status.actors] == ["expert-0", "expert-1"]

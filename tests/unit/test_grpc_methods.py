@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cluster.errors import (
     DeadlineExceededError,
     ExpertMeshError,
+    ExpertUnavailableError,
     InternalError,
     InvalidRequestError,
     OverloadedError,
@@ -125,6 +126,45 @@ def test_a_stream_has_usage_and_reason_at_the_end(upstream: FakeUpstream) -> Non
     assert "".join(reply.text for reply in replies) == " was the word 🙂"
     assert [reply.finish_reason for reply in replies] == [""] * (len(replies) - 1) + ["length"]
     assert [reply.HasField("usage") for reply in replies] == [False] * (len(replies) - 1) + [True]
+
+
+def test_a_whole_answer_says_in_its_metadata_whether_it_is_exact() -> None:
+    for exact, told in ((True, "true"), (False, "false")):
+        upstream = FakeUpstream(says(" was", exact=exact))
+        [reply], context = call(upstream, "Generate", request(n=2))
+        assert [reply.exact, reply.other_choices[0].exact] == [exact, exact]
+        assert context.trailing == {"expertmesh-exact": told}
+
+
+def test_a_stream_says_in_its_metadata_whether_all_of_it_is_exact() -> None:
+    def script(request: GenerationRequest) -> Iterator[TokenEvent]:
+        for place, exact in enumerate((True, False, True)):  # sent again, and whole the second time
+            reason = "length" if place == 2 else None
+            yield TokenEvent(0, (5 + place,), (), reason, exact, place)
+
+    replies, context = call(FakeUpstream(script), "GenerateStream", request())
+    assert [reply.exact for reply in replies] == [True, False, True]
+    assert context.trailing == {"expertmesh-exact": "false"}
+    _, context = call(FakeUpstream(says(" was")), "GenerateStream", request())
+    assert context.trailing == {"expertmesh-exact": "true"}
+
+
+def test_an_error_says_nothing_of_exactness() -> None:
+    upstream = FakeUpstream(lambda request: [ExpertUnavailableError("gone", "tiny", 1.0)])
+    for method in ("Generate", "GenerateStream"):
+        _, context = call(upstream, method, request())
+        assert context.code is grpc.StatusCode.UNAVAILABLE
+        assert "expertmesh-exact" not in context.trailing
+
+
+@pytest.mark.parametrize("contract", ["strict", "next_expert", "drop"])
+def test_the_contract_travels_and_the_client_tells_of_exactness(contract: str) -> None:
+    upstream = FakeUpstream(says(" was", exact=contract == "strict"))
+    with grpc_server(upstream) as address, Client(address) as client:
+        [reply] = client.generate("in", on_expert_loss=contract)
+        pieces = list(client.stream("in", on_expert_loss=contract))
+    assert [one.on_expert_loss for one in upstream.requests] == [contract] * 2
+    assert {reply.exact, *(piece.exact for piece in pieces)} == {contract == "strict"}
 
 
 def test_only_fields_that_are_set_replace_defaults(upstream: FakeUpstream) -> None:
@@ -270,7 +310,7 @@ def test_the_client_raises_typed_errors(error: ExpertMeshError, after: int) -> N
     def script(request: GenerationRequest) -> list[TokenEvent | Exception]:
         return [*([TokenEvent(0, (5,))] * after), error]
 
-    with grpc_server(FakeUpstream(script)) as address, Client(address) as client:
+    with grpc_server(FakeUpstream(script)) as address, Client(address, retry=None) as client:
         for attempt in (client.generate, client.stream):
             pieces: list[Any] = []
             with pytest.raises(type(error)) as caught:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import httpx
@@ -26,9 +27,8 @@ def test_a_completion() -> None:
     body = response.json()
     assert body["object"] == "text_completion"
     assert body["id"] == f"cmpl-{response.headers['x-request-id']}"
-    assert body["choices"] == [
-        {"index": 0, "text": " beginning 🙂", "logprobs": None, "finish_reason": "length"}
-    ]
+    choice = {"index": 0, "text": " beginning 🙂", "logprobs": None, "finish_reason": "length"}
+    assert body["choices"] == [{**choice, "exact": True}]
     prompt, output = len(tokenizer().encode("in the")), len(tokenizer().encode(" beginning 🙂"))
     assert body["usage"] == {
         "prompt_tokens": prompt,
@@ -210,11 +210,26 @@ def test_chat_logprobs() -> None:
     assert plain["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
-def test_what_is_not_exact_is_flagged() -> None:
-    response = completion(FakeUpstream(says(" was", exact=False)))
-    assert response.headers["x-expertmesh-exact"] == "false"
-    chunks = events(completion(FakeUpstream(says(" was", exact=False)), stream=True))
-    assert all(chunk["choices"][0]["exact"] is False for chunk in chunks)
+def loses_an_expert(request: GenerationRequest) -> Iterable[TokenEvent]:
+    """Choice 0 is exact to its end; choice 1 is not from its second token on."""
+    for place in range(3):
+        reason = "length" if place == 2 else None
+        for index in range(2):
+            exact = index == 0 or place == 0
+            yield TokenEvent(index, (70 + place,), (), reason, exact, place)
+
+
+@pytest.mark.parametrize("ask", [completion, chat])
+def test_what_is_not_exact_is_flagged(ask: Callable[..., httpx.Response]) -> None:
+    whole = ask(FakeUpstream(loses_an_expert), n=2)
+    assert whole.headers["x-expertmesh-exact"] == "false"
+    assert [choice["exact"] for choice in whole.json()["choices"]] == [True, False]
+    chunks = events(ask(FakeUpstream(loses_an_expert), n=2, stream=True, return_token_ids=True))
+    told: dict[int, list[bool | None]] = {0: [], 1: []}
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        if "token_ids" in choice:
+            told[choice["index"]].append(choice.get("exact"))
+    assert told == {0: [None, None, True], 1: [None, False, False]}
 
 
 def test_models_are_listed() -> None:
@@ -257,6 +272,20 @@ def test_health_and_readiness() -> None:
     upstream.readiness = Readiness("nothing is known yet", None, None)
     unknown = call(upstream, "/ready").json()
     assert (unknown["epoch"], unknown["controller_loop_age_s"]) == (None, None)
+
+
+def test_metrics_count_inexact_tokens_by_what_was_asked_for() -> None:
+    upstream = FakeUpstream(loses_an_expert)
+
+    async def run() -> str:
+        transport = httpx.ASGITransport(create_app(service(upstream)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            body = {"model": "tiny", "prompt": [5, 6], "n": 2}
+            await client.post(COMPLETIONS, json={**body, "on_expert_loss": "drop"})
+            return (await client.get("/metrics")).text
+
+    told = asyncio.run(asyncio.wait_for(run(), 20))
+    assert 'expertmesh_inexact_tokens_total{model_name="tiny",reason="drop"} 2.0' in told
 
 
 def test_metrics_count_requests_tokens_and_actors() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,9 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router import link as link_module
-from router.gateway.ray_upstream import unseen
 from router.link import LinkAddress, LinkClient, LinkServer
-from router.request import TokenEvent, TokenLogprobs
+from router.request import (
+    GenerationRequest,
+    Receipts,
+    Received,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprobs,
+)
 
 LIMIT_S = 20.0
 EVENT = TokenEvent(
@@ -328,6 +333,12 @@ def test_a_gateway_that_does_not_read_is_cut_off_at_a_bounded_backlog(
 # Joining the link's events with the reply.
 
 
+def receipts_of(n: int, *received: Received) -> Receipts:
+    """What has been passed on of a request with ``n`` choices."""
+    sampling = SamplingParams(max_tokens=8, n=n)
+    return Receipts(GenerationRequest("r", "m", (1,), sampling, 0.0, received=received))
+
+
 @st.composite
 def deliveries(draw: st.DrawFn) -> tuple[list[TokenEvent], list[TokenEvent]]:
     """Events as the link may bring them (steps, some lost), and the reply's, one per choice."""
@@ -375,8 +386,9 @@ def test_whatever_the_link_loses_each_token_is_passed_on_once_and_in_order(
     # A request that was sent again brings everything from the start again.
     again = data.draw(st.booleans())
     arriving = [*link[:split], *(link if again else []), *reply, *link[split:]]
-    sent: Counter[int] = Counter()
-    passed = [fresh for event in arriving if (fresh := unseen(event, sent)) is not None]
+    receipts = receipts_of(len(reply))
+    passed = [fresh for event in arriving if (fresh := receipts.take(event)) is not None]
+    assert receipts.all_finished()
     for whole in reply:
         own = [event for event in passed if event.index == whole.index]
         assert tuple(t for event in own for t in event.token_ids) == whole.token_ids
@@ -391,15 +403,52 @@ def test_whatever_the_link_loses_each_token_is_passed_on_once_and_in_order(
 
 
 def test_an_event_that_leaves_a_gap_is_left_to_the_reply() -> None:
-    sent: Counter[int] = Counter()
-    assert unseen(event_of(0, 7), sent) == event_of(0, 7)
-    assert unseen(event_of(2, 9), sent) is None
-    assert unseen(event_of(0, 7, 8, 9), sent) == event_of(1, 8, 9)
+    receipts = receipts_of(1)
+    assert receipts.take(event_of(0, 7)) == event_of(0, 7)
+    assert receipts.take(event_of(2, 9)) is None
+    assert receipts.take(event_of(0, 7, 8, 9)) == event_of(1, 8, 9)
 
 
 def test_nothing_comes_after_the_end() -> None:
-    sent: Counter[int] = Counter()
+    receipts = receipts_of(1)
     end = TokenEvent(0, (7,), finish_reason="length")
-    assert unseen(end, sent) == end
-    assert unseen(end, sent) is None
-    assert unseen(event_of(1, 8), sent) is None
+    assert receipts.take(end) == end
+    assert receipts.take(end) is None
+    assert receipts.take(event_of(1, 8)) is None
+
+
+@settings(deadline=None, max_examples=200)
+@given(deliveries(), st.data())
+def test_a_request_that_goes_on_elsewhere_loses_nothing_and_doubles_nothing(
+    delivery: tuple[list[TokenEvent], list[TokenEvent]], data: st.DataObject
+) -> None:
+    link, reply = delivery
+    died = data.draw(st.integers(0, len(link)))
+    receipts = receipts_of(len(reply))
+    before = [fresh for event in link[:died] if (fresh := receipts.take(event)) is not None]
+    resumed = receipts_of(len(reply), *receipts.received())
+    assert resumed.received() == receipts.received()
+    rest = [
+        replace(
+            whole,
+            token_ids=whole.token_ids[have:],
+            logprobs=whole.logprobs[have:],
+            start=have,
+        )
+        for whole, one in zip(reply, receipts.received(), strict=True)
+        if not one.finished and (have := len(one.token_ids)) is not None
+    ]
+    after = [fresh for event in rest if (fresh := resumed.take(event)) is not None]
+    assert after == rest
+    for whole in reply:
+        own = [event for event in [*before, *after] if event.index == whole.index]
+        assert tuple(t for event in own for t in event.token_ids) == whole.token_ids
+        assert tuple(row for event in own for row in event.logprobs) == whole.logprobs
+        assert own[-1].finish_reason == whole.finish_reason
+
+
+def test_a_stopped_choice_is_told_as_finished() -> None:
+    receipts = receipts_of(2)
+    receipts.take(event_of(0, 7))
+    assert receipts.received({1}) == (Received((7,)), Received((), True))
+    assert not receipts.all_finished()

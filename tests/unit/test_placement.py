@@ -62,6 +62,82 @@ def test_each_expert_gets_one_actor_and_each_layer_is_spread_evenly(
             assert max(of_layer) - min(of_layer) <= 1
 
 
+@settings(deadline=None)
+@given(MODELS, ACTORS, st.integers(1, 9))
+def test_each_expert_gets_its_copies_on_different_actors_and_layers_stay_even(
+    models: list[ModelExperts], actor_ids: list[str], copies: int
+) -> None:
+    copies = min(copies, len(actor_ids))
+    shares = assign_experts(models, actor_ids, None, copies)
+    assert assign_experts(models, actor_ids, None, copies) == shares
+    assert all(len(set(keys)) == len(keys) for keys in shares.values())
+    held = Counter(key for keys in shares.values() for key in keys)
+    assert held == {key: copies for model in models for key in model.expert_keys()}
+    layers = {(key.model, key.layer_id) for key in held}
+    for layer in layers:
+        of_layer = [sum(key[:2] == layer for key in keys) for keys in shares.values()]
+        assert max(of_layer) - min(of_layer) <= 1
+
+
+def test_the_copies_of_what_one_actor_holds_are_spread_over_the_others() -> None:
+    shares = assign_experts([ModelExperts("m", (0,), 12, 1)], ["a", "b", "c", "d"], None, 2)
+    for actor_id, keys in shares.items():
+        others = [len({*keys} & {*other}) for a, other in shares.items() if a != actor_id]
+        assert others == [2, 2, 2]
+
+
+@settings(deadline=None)
+@given(MODELS, st.lists(st.sampled_from("xyz"), min_size=2, max_size=8), st.integers(2, 3))
+def test_copies_sit_on_different_nodes_as_far_as_there_are_several(
+    models: list[ModelExperts], placed: list[str], copies: int
+) -> None:
+    copies = min(copies, len(placed))
+    nodes = {f"expert-{i}": node for i, node in enumerate(placed)}
+    shares = assign_experts(models, list(nodes), None, copies, nodes)
+    for model in models:
+        for key in model.expert_keys():
+            holders = [actor_id for actor_id, keys in shares.items() if key in keys]
+            assert len(holders) == copies
+            assert len({nodes[a] for a in holders}) == min(copies, len(set(placed)))
+
+
+def test_an_actor_whose_node_is_not_known_counts_as_one_on_a_node_of_its_own() -> None:
+    model = ModelExperts("m", (0,), 6, 1)
+    shares = assign_experts([model], ["a", "b", "c"], None, 2, {"a": "x", "b": "x"})
+    assert not {*shares["a"]} & {*shares["b"]}
+    assert len(shares["c"]) == 6
+
+
+def test_what_is_held_is_kept_and_a_lost_actors_successor_gets_what_it_held() -> None:
+    models = [ModelExperts("m", (0, 1, 2), 7, 1)]
+    actor_ids, nodes = ["a", "b", "c", "d"], {"a": "x", "b": "x", "c": "y", "d": "z"}
+    before = assign_experts(models, actor_ids, None, 2, nodes)
+    assert assign_experts(models, actor_ids, None, 2, nodes, before) == before
+    for lost in actor_ids:
+        held = {actor_id: keys for actor_id, keys in before.items() if actor_id != lost}
+        known = {actor_id: node for actor_id, node in nodes.items() if actor_id != lost}
+        after = assign_experts(models, actor_ids, None, 2, known, held)
+        assert {k: set(v) for k, v in after.items() if k != lost} == {
+            k: set(v) for k, v in held.items()
+        }, lost
+
+
+def test_more_copies_than_actors_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"number of actors, 2 \(given: 3\)") as caught:
+        assign_experts([ModelExperts("m", (0,), 2, 1)], ["a", "b"], None, 3)
+    assert caught.value.field == "args.experts.min_copies"
+
+
+def test_a_placement_tells_the_copies_of_the_expert_that_has_the_fewest() -> None:
+    model = ModelExperts("m", (0,), 2, 1)
+    keys = model.expert_keys()
+    placement = empty_placement(1, [model])
+    assert (Placement(1, 0, {}, {}).fewest_copies(), placement.fewest_copies()) == (0, 0)
+    both = placement.with_actor("a", 1, keys).with_actor("b", 1, keys[:1])
+    assert both.fewest_copies() == 1
+    assert both.with_actor("c", 1, keys[1:]).fewest_copies() == 2
+
+
 def test_a_share_may_fill_the_budget_and_not_exceed_it() -> None:
     models = [ModelExperts("m", (0, 1), 3, 100), ModelExperts("n", (0,), 2, 7)]
     # By hand: a gets m(0,0), m(0,2), m(1,1), n(0,0) = 307 bytes, b the rest.

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
-from cluster.errors import DeadlineExceededError
+from cluster.errors import DeadlineExceededError, OverloadedError, UnavailableError
+from cluster.retry import RetryBudget
 from router.gateway import ray_upstream
 from router.gateway.ray_upstream import Inbox, RayUpstream, _take
 from router.link import LinkAddress
@@ -126,8 +129,10 @@ class Router:
     def __init__(self) -> None:
         self.generate = self
         self.calls: list[Call] = []
+        self.wires: list[dict[str, Any]] = []
 
     def remote(self, wire: dict[str, Any], address: LinkAddress) -> Call:
+        self.wires.append(wire)
         self.calls.append(Call())
         return self.calls[-1]
 
@@ -140,7 +145,7 @@ def upstream(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[RayUpstream,
 
     def make() -> tuple[RayUpstream, Router]:
         router = Router()
-        return RayUpstream(None, {"m": router}), router  # type: ignore[arg-type, dict-item]
+        return RayUpstream(None, {"m": router}, "strict"), router  # type: ignore[arg-type, dict-item]
 
     return make
 
@@ -216,6 +221,111 @@ def test_the_reply_completes_what_came_early(
         gateway._link.close()
 
     asyncio.run(run())
+
+
+async def called(router: Router, count: int) -> None:
+    """Wait until so many calls have been made."""
+    async with asyncio.timeout(10):
+        while len(router.calls) < count:
+            await asyncio.sleep(0.001)
+
+
+def received_at(router: Router, number: int) -> list[tuple[tuple[int, ...], bool]]:
+    """What the call says that its client has, per choice."""
+    sent = GenerationRequest.from_wire(router.wires[number])
+    return [(one.token_ids, one.finished) for one in sent.received]
+
+
+@pytest.mark.parametrize("deaths", [1, 3])
+def test_a_request_whose_router_dies_goes_on_at_another_from_what_was_passed_on(
+    upstream: Callable[[], tuple[RayUpstream, Router]], deaths: int
+) -> None:
+    async def run() -> None:
+        gateway, router = upstream()
+        asked = replace(request(30), sampling=SamplingParams(max_tokens=9, n=3))
+        events = gateway.generate(asked)
+        got: list[TokenEvent] = []
+        reading = asyncio.ensure_future(_read_all(events, got))
+        for death in range(deaths):
+            await called(router, death + 1)
+            expected = [((*range(death),), False), ((5,), True), ((), True)]
+            if death > 0:
+                assert received_at(router, death) == expected
+            wire_id = f"r#{death}"
+            gateway._on_tokens(wire_id, TokenEvent(0, (death,), start=death))
+            gateway._on_tokens(wire_id, TokenEvent(1, (5,), finish_reason="stop"))
+            gateway.stop("r", 2)  # the gateway found a stop string
+            while len(got) < death + 2:
+                await asyncio.sleep(0.001)
+            router.calls[death].reply.set_exception(RayActorError())
+        await called(router, deaths + 1)
+        gateway._on_tokens("r#0", TokenEvent(0, (99,), start=deaths))  # too late: not wanted
+        rest = TokenEvent(0, (deaths, 77), finish_reason="length", start=deaths)
+        router.calls[deaths].reply.set_result({"events": [rest.to_wire()]})
+        async with asyncio.timeout(10):
+            await reading
+        assert merge_events(got) == [
+            TokenEvent(0, (*range(deaths + 1), 77), finish_reason="length"),
+            TokenEvent(1, (5,), finish_reason="stop"),
+        ]
+        gateway._link.close()
+
+    asyncio.run(run())
+
+
+async def _read_all(events: AsyncGenerator[TokenEvent, None], into: list[TokenEvent]) -> None:
+    async for one in events:
+        into.append(one)
+
+
+def overloaded(retry_after_s: float | None) -> dict[str, Any]:
+    return {"error": OverloadedError("full", "queue", retry_after_s).to_wire()}
+
+
+def test_a_full_queue_refuses_a_new_request_but_not_one_that_was_accepted(
+    upstream: Callable[[], tuple[RayUpstream, Router]],
+) -> None:
+    whole = TokenEvent(0, (1,), finish_reason="length")
+
+    async def run() -> None:
+        gateway, router = upstream()
+        got: list[TokenEvent] = []
+        refused = asyncio.ensure_future(_read_all(gateway.generate(request(30)), got))
+        await called(router, 1)
+        router.calls[0].reply.set_result(overloaded(0.01))
+        with pytest.raises(OverloadedError):
+            await refused
+        accepted = asyncio.ensure_future(_read_all(gateway.generate(request(30)), got))
+        await called(router, 2)
+        router.calls[1].reply.set_exception(RayActorError())
+        await called(router, 3)
+        router.calls[2].reply.set_result(overloaded(0.01))
+        await called(router, 4)
+        router.calls[3].reply.set_result({"events": [whole.to_wire()]})
+        await accepted
+        assert got == [whole]
+        gateway._link.close()
+
+    asyncio.run(run())
+
+
+def test_no_request_is_sent_again_past_its_deadline_or_the_budget(
+    upstream: Callable[[], tuple[RayUpstream, Router]],
+) -> None:
+    async def run(timeout_s: float, budget: RetryBudget) -> None:
+        gateway, router = upstream()
+        gateway._budget = budget
+        reading = asyncio.ensure_future(_read_all(gateway.generate(request(timeout_s)), []))
+        await called(router, 1)
+        router.calls[0].reply.set_exception(RayActorError())
+        with pytest.raises(UnavailableError) as caught:
+            await reading
+        assert caught.value.retry_after_s == 1.0
+        assert len(router.calls) == 1
+        gateway._link.close()
+
+    asyncio.run(run(-0.5, RetryBudget()))
+    asyncio.run(run(30, RetryBudget(max_tokens=1)))
 
 
 def test_joined_events_keep_their_order_and_what_any_of_them_says() -> None:

@@ -44,3 +44,21 @@ def test_without_a_placement_it_is_not_ready() -> None:
 
 def test_the_age_of_the_controllers_loop_alone_changes_nothing() -> None:
     assert readiness(placed(*MODELS), ["a"], 3600.0).is_ready
+
+
+def test_a_contract_that_goes_on_without_an_expert_is_ready_without_it() -> None:
+    first, *others = MODELS[0].expert_keys()
+    lost = placed(*MODELS).with_actor("expert-1", 1, others).without("expert-0")
+    lost = lost.with_actor("expert-2", 1, MODELS[1].expert_keys())
+    assert lost.missing() == [first]
+    assert not readiness(lost, ["a", "b"], 0.5, "strict").is_ready
+    assert readiness(lost, ["a", "b"], 0.5, "next_expert").is_ready
+    assert readiness(lost, ["a", "b"], 0.5, "drop").is_ready
+
+
+def test_a_lost_layer_has_no_next_expert() -> None:
+    whole = [key for key in MODELS[0].expert_keys() if key.layer_id == 1]
+    lost = placed(*MODELS).with_actor("expert-1", 1, whole).without("expert-0")
+    told = readiness(lost, ["a", "b"], 0.5, "next_expert")
+    assert told.reason == "4 experts have no live copy"
+    assert readiness(lost, ["a", "b"], 0.5, "drop").is_ready

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
 from cluster.errors import CancelledRequestError
 from router.engine import Emission
 from router.link import LinkAddress
 from router.replica import RouterReplica, _Request
-from router.request import TokenEvent
+from router.request import GenerationRequest, SamplingParams, TokenEvent
 
 HERE, THERE = LinkAddress("h", 1, ""), LinkAddress("h", 2, "")
 
@@ -29,7 +30,9 @@ def replica(**streamed: tuple[LinkAddress, bool]) -> tuple[Any, Links]:
     made, links = object.__new__(RouterReplica), Links()
     made._links = links  # type: ignore[assignment]
     made._requests = {
-        request_id: _Request(address, flag, asyncio.get_running_loop().create_future(), 1)
+        request_id: _Request(
+            request_id, address, flag, asyncio.get_running_loop().create_future(), 1
+        )
         for request_id, (address, flag) in streamed.items()
     }
     return made, links
@@ -51,6 +54,47 @@ def test_a_step_is_one_frame_per_gateway_and_of_unary_requests_only_the_first() 
         assert not made._requests["a"].done.done()
         assert made._requests["b"].done.done()
         assert [e.token_ids for e in made._requests["c"].events] == [(0,), (1,), (2,)]
+
+    asyncio.run(run())
+
+
+class EngineOfOneStep:
+    """Takes requests and stops; the test emits for them."""
+
+    def __init__(self) -> None:
+        self.submitted: list[GenerationRequest] = []
+        self.stopped: list[tuple[str, int]] = []
+
+    def submit(self, request: GenerationRequest) -> None:
+        self.submitted.append(request)
+
+    def stop_choice(self, request_id: str, index: int) -> None:
+        self.stopped.append((request_id, index))
+
+
+def test_a_call_that_comes_twice_doubles_no_token() -> None:
+    async def run() -> None:
+        made, links = replica()
+        made._engine = engine = EngineOfOneStep()
+        made._loop, made._call_numbers = asyncio.get_running_loop(), itertools.count()
+        links.connect = lambda address: asyncio.sleep(0)  # type: ignore[attr-defined]
+        asked = GenerationRequest("r#0", "m", (1,), SamplingParams(max_tokens=2), 0.0)
+        calls = [asyncio.ensure_future(made.generate(asked.to_wire(), HERE)) for _ in range(2)]
+        async with asyncio.timeout(10):
+            while len(engine.submitted) < 2:
+                await asyncio.sleep(0)
+        first, second = (request.request_id for request in engine.submitted)
+        made._stop_choice("r#0", 0)
+        assert engine.stopped == [(first, 0), (second, 0)]
+        made._deliver(step(0, first, second))
+        made._deliver(step(1, first, second, finish_reason="length"))
+        whole = TokenEvent(0, (0, 1), finish_reason="length").to_wire()
+        assert [await call for call in calls] == [{"events": [whole]}] * 2
+        told = [
+            (request_id, event.start) for _, frame in links.frames for request_id, event in frame
+        ]
+        assert told == [("r#0", 0)] * 2 + [("r#0", 1)] * 2
+        assert made._requests == {}
 
     asyncio.run(run())
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -289,6 +289,42 @@ def test_a_call_under_way_goes_elsewhere_when_its_stream_breaks(
     assert other.frames == [("a", b"one")]
     actors.echoes["a"].open.set()
     until(lambda: ask(transport, *calls) == [b"one", b"two"], "it is connected again")
+
+
+def test_a_call_that_another_actor_can_answer_is_lost_at_once_when_its_stream_breaks(
+    actors: Actors, connect: Open
+) -> None:
+    actors.add("a")
+    other = Elsewhere()
+    transport = connect(other)
+    replaceable = replace(call(b"one"), replaceable=True)
+    # Before there is a connection nothing speaks against the actor.
+    assert ask(transport, replaceable) in ([b"elsewhere"], [b"one"])
+    until(lambda: ask(transport, replaceable) == [b"one"], "a stream is made")
+    other.frames.clear()
+    actors.echoes["a"].open.clear()
+    flight = transport.begin([replaceable], LIMIT_S)
+    [link] = transport._links.values()
+    link.channel.sock.shutdown(socket.SHUT_RDWR)
+    assert answers(flight.wait()) == [CallFailure.DIED]
+    assert other.frames == []
+
+
+def test_an_actor_that_is_gone_is_waited_for_no_longer(actors: Actors, connect: Open) -> None:
+    actors.add("a")
+    actors.add("b")
+    transport = connect()
+    calls = [call(b"one", "a"), call(b"two", "b")]
+    until(lambda: ask(transport, *calls) == [b"one", b"two"], "both streams are there")
+    actors.echoes["a"].open.clear()
+    flight = transport.begin(calls, 10 * LIMIT_S)
+    started_s = time.monotonic()
+    outcomes = flight.wait(lambda one: one.actor_id == "a")
+    assert answers(outcomes) == [CallFailure.DIED, b"two"]
+    assert time.monotonic() - started_s < LIMIT_S
+    assert transport._flights == {}
+    actors.echoes["a"].open.set()
+    until(lambda: ask(transport, *calls) == [b"one", b"two"], "late answers disturb nobody")
 
 
 def test_without_a_fall_back_a_broken_stream_is_a_death_and_is_made_again(

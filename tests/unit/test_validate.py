@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from cluster.config import GatewayConfig
+from cluster.contract import OnExpertLoss
 from cluster.errors import InvalidRequestError, UnknownModelError
 from router.gateway.validate import CheckedRequest, RawRequest, Validator
-from tests.unit.gateway_fakes import CONTEXT, served, tokenizer, vocab_size
+from router.request import Received
+from tests.unit.gateway_fakes import CONTEXT, EOS, served, tokenizer, vocab_size
 
 LIMITS = GatewayConfig(max_choices=4, max_logprobs=5, default_timeout_s=20, max_timeout_s=60)
 HUGE = 10**400
@@ -59,8 +61,9 @@ def test_what_is_given_is_taken() -> None:
         ignore_eos=True,
         logprobs=5,
         n=4,
-        options={"timeout_s": 60, "on_expert_loss": "strict"},
+        options={"timeout_s": 60, "on_expert_loss": "drop"},
     )
+    assert checked.request.on_expert_loss == "drop"
     sampling = checked.request.sampling
     assert checked.request.prompt_token_ids == (5, vocab_size() - 1)
     assert sampling.max_tokens == CONTEXT - 2
@@ -161,9 +164,21 @@ def test_bad_timeouts(bad: Any) -> None:
     assert caught.value.field == "timeout_s"
 
 
-@pytest.mark.parametrize("bad", ["drop", "", 1, None, ["strict"]])
+@pytest.mark.parametrize("given", [None, "strict", "next_expert", "drop"])
+@pytest.mark.parametrize("default", ["strict", "next_expert", "drop"])
+def test_a_requests_on_expert_loss_overrides_the_deployments(
+    given: str | None, default: OnExpertLoss
+) -> None:
+    limits = GatewayConfig(on_expert_loss=default)
+    raw = RawRequest("tiny", [5], {}, {} if given is None else {"on_expert_loss": given})
+    checked = Validator({"tiny": served()}, limits).check(raw)
+    assert checked.request.on_expert_loss == (given or default)
+    assert check().request.on_expert_loss == "strict"
+
+
+@pytest.mark.parametrize("bad", ["guess", "", 1, None, ["strict"]])
 def test_unknown_on_expert_loss(bad: Any) -> None:
-    with pytest.raises(InvalidRequestError, match="strict") as caught:
+    with pytest.raises(InvalidRequestError, match="one of strict, next_expert, drop") as caught:
         check(options={"on_expert_loss": bad})
     assert caught.value.field == "on_expert_loss"
 
@@ -200,3 +215,46 @@ def test_messages_do_not_repeat_the_prompt() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         check(secret)
     assert "word" not in str(caught.value)
+
+
+def check_resume(resume: Any, **sampling: Any) -> CheckedRequest:
+    received = [Received(tuple(ids), finished) for ids, finished in resume]
+    raw = RawRequest("tiny", "in the", {"seed": 1, **sampling}, resume=received)
+    return Validator({"tiny": served()}, LIMITS).check(raw)
+
+
+def test_what_a_client_has_of_each_choice_is_taken() -> None:
+    request = check_resume([([5, 6], False), ([7, EOS, 8], True)], n=2, max_tokens=3).request
+    assert request.received == (Received((5, 6)), Received((7, EOS, 8), True))
+    assert check_resume([([], False)]).request.received == (Received(),)
+    assert check_resume([([5, EOS], False)]).request.received == (Received((5, EOS)),)
+    assert check_resume([([EOS, 5], False)], ignore_eos=True).request.received
+    assert check().request.received == ()
+
+
+@pytest.mark.parametrize(
+    ("resume", "sampling", "field"),
+    [
+        ([([5], False)], {"n": 2}, "resume"),
+        ([([5], False)] * 3, {"n": 2}, "resume"),
+        ([([5], True)] * 2, {"n": 2}, "resume"),
+        ([([5] * 17, False)], {}, "resume[0].token_ids"),
+        ([([5] * 3, True), ([], False)], {"n": 2, "max_tokens": 2}, "resume[0].token_ids"),
+        ([([5, vocab_size()], False)], {}, "resume[0].token_ids[1]"),
+        ([([-1], False)], {}, "resume[0].token_ids[0]"),
+        ([([EOS, 5], False)], {}, "resume[0].token_ids"),
+    ],
+)
+def test_what_no_client_can_have_is_refused(
+    resume: Any, sampling: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        check_resume(resume, **sampling)
+    assert caught.value.field == field
+
+
+def test_a_request_goes_on_only_with_its_seed() -> None:
+    raw = RawRequest("tiny", "in the", {}, resume=[Received((5,))], sampling_prefix="sampling.")
+    with pytest.raises(InvalidRequestError) as caught:
+        Validator({"tiny": served()}, LIMITS).check(raw)
+    assert caught.value.field == "sampling.seed"

@@ -1,0 +1,251 @@
+"""Our client when its server dies: streams go on, calls are made again, within their deadline."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from cluster.errors import (
+    ExpertMeshError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+)
+from cluster.retry import Retries, RetryBudget, RetryPolicy
+from router.attempts import Attempts
+from router.client import Client, Reply, Sampling, UnreachableError
+from router.protos import inference_pb2
+from router.request import GenerationRequest
+from tests.unit.gateway_fakes import FakeUpstream, goes_on, grpc_server, says, tokenizer
+
+TEXT = " was 🚀 the q🚀"
+STOP = "🚀 the q"
+IDS = tokenizer().encode(TEXT)
+TOKENS_TO_STOP = len(tokenizer().encode(" was " + STOP))
+QUICK = RetryPolicy(first_delay_s=0.01, max_delay_s=0.05)
+
+
+def broken_stream(
+    sampling: Sampling, first: FakeUpstream, second: FakeUpstream, count: int
+) -> list[Reply]:
+    """Read ``count`` pieces from one server and the rest, after its death, from another."""
+    pieces: list[Reply] = []
+    with grpc_server(first) as address:
+        client = Client(address, retry=QUICK)
+        stream = client.stream("in", sampling, model="tiny", timeout_s=30)
+        client.model_info()  # it has reached a server, also where no token comes from it
+        for _ in range(count):
+            pieces.append(next(stream))
+    with grpc_server(second, int(address.rpartition(":")[2])), client:
+        pieces.extend(stream)
+    return pieces
+
+
+def joined(pieces: Sequence[Reply], index: int = 0) -> tuple[str, tuple[int, ...]]:
+    own = [piece for piece in pieces if piece.index == index]
+    assert [piece.finish_reason is None for piece in own] == [True] * (len(own) - 1) + [False]
+    return "".join(p.text for p in own), tuple(t for p in own for t in p.token_ids)
+
+
+@pytest.mark.parametrize("count", range(len(IDS)))
+def test_a_stream_goes_on_where_it_broke(count: int) -> None:
+    first = FakeUpstream(goes_on(TEXT, upto=count), endless=True)
+    second = FakeUpstream(goes_on(TEXT))
+    pieces = broken_stream(Sampling(max_tokens=20, logprobs=1), first, second, count)
+    assert joined(pieces) == (TEXT, tuple(IDS))
+    assert [row.top_ids for piece in pieces for row in piece.logprobs] == [(i,) for i in IDS]
+    assert [piece.usage is not None for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    usage = pieces[-1].usage
+    assert usage is not None
+    assert usage.completion_tokens == len(IDS)
+    again = second.requests[0]
+    assert again.received_of(0).token_ids == tuple(IDS[:count])
+    if count:
+        assert again.sampling == first.requests[0].sampling
+
+
+@pytest.mark.parametrize("count", range(TOKENS_TO_STOP))
+def test_a_stop_string_across_the_break_is_found(count: int) -> None:
+    sampling = Sampling(max_tokens=30, stop=[STOP])
+    whole = FakeUpstream(goes_on(TEXT))
+    with grpc_server(whole) as address, Client(address) as client:
+        expected = joined(list(client.stream("in", sampling, model="tiny")))
+    first = FakeUpstream(goes_on(TEXT, upto=count), endless=True)
+    pieces = broken_stream(sampling, first, FakeUpstream(goes_on(TEXT)), count)
+    assert joined(pieces) == expected
+    assert pieces[-1].finish_reason == "stop"
+    assert expected[0] == " was "
+
+
+def test_each_choice_goes_on_and_a_finished_one_is_not_asked_for_again() -> None:
+    long, short = " was the word", " was"
+    first = FakeUpstream(goes_on(short, long, upto=2), endless=True)
+    count = len(tokenizer().encode(short)) + 2
+    second = FakeUpstream(goes_on(short, long))
+    pieces = broken_stream(Sampling(n=2, max_tokens=20), first, second, count)
+    assert joined(pieces, 0) == (short, tuple(tokenizer().encode(short)))
+    assert joined(pieces, 1) == (long, tuple(tokenizer().encode(long)))
+    assert [one.finished for one in second.requests[0].received] == [True, False]
+    assert pieces[-1].usage is not None
+    assert pieces[-1].usage.completion_tokens == sum(len(p.token_ids) for p in pieces)
+
+
+def test_another_attempt_has_what_is_left_of_the_time_and_what_has_come() -> None:
+    request = inference_pb2.GenerateRequest(prompt="in", timeout_s=10)
+    request.sampling.n = 2
+    attempts = Attempts(request, 10, Retries(QUICK, RetryBudget()), wait=lambda _: True)
+    assert attempts.request() == request
+    attempts.took(1, (5, 6), None, True)
+    attempts.failed(UnavailableError("away"))
+    again = attempts.request()
+    assert 0 < again.timeout_s < 10
+    assert [(list(one.token_ids), one.finished) for one in again.resume] == [
+        ([], False),
+        ([5, 6], False),
+    ]
+    assert not request.resume
+
+
+def test_a_call_without_a_stream_is_made_again_with_the_same_seed() -> None:
+    first, second = FakeUpstream(lambda _: [], endless=True), FakeUpstream(says(TEXT))
+    replies: list[list[Reply]] = []
+    with grpc_server(first) as address:
+        client = Client(address, retry=QUICK)
+        client.model_info()
+        asking = threading.Thread(
+            target=lambda: replies.append(client.generate("in", model="tiny", timeout_s=30))
+        )
+        asking.start()
+        deadline_s = time.monotonic() + 10
+        while not first.requests and time.monotonic() < deadline_s:
+            asking.join(0.01)
+    with grpc_server(second, int(address.rpartition(":")[2])), client:
+        asking.join(30)
+    assert [[one.text for one in reply] for reply in replies] == [[TEXT]]
+    assert first.requests[0].sampling == second.requests[0].sampling
+
+
+def failing(times: int, error: ExpertMeshError, before: int = 0) -> FakeUpstream:
+    """An upstream that fails so often after ``before`` tokens, and then answers."""
+
+    def script(request: GenerationRequest) -> Any:
+        if len(upstream.requests) > times:
+            yield from goes_on(TEXT)(request)
+        else:
+            yield from goes_on(TEXT, upto=before)(request)
+            yield error
+
+    upstream = FakeUpstream(script)
+    return upstream
+
+
+def test_unavailable_is_tried_again_after_the_time_that_the_server_asks_for() -> None:
+    upstream = failing(2, UnavailableError("away", retry_after_s=0.2))
+    with grpc_server(upstream) as address, Client(address, retry=QUICK) as client:
+        started_s = time.monotonic()
+        [reply] = client.generate("in", timeout_s=30)
+        assert reply.text == TEXT
+        assert time.monotonic() - started_s >= 0.4
+        assert len(upstream.requests) == 3
+
+
+def test_a_full_queue_refuses_a_new_request_but_not_one_that_goes_on() -> None:
+    new = failing(1, OverloadedError("full", retry_after_s=0.01))
+    with grpc_server(new) as address, Client(address, retry=QUICK) as client:
+        with pytest.raises(OverloadedError):
+            client.generate("in", timeout_s=30)
+        assert len(new.requests) == 1
+    going = failing(1, OverloadedError("full", retry_after_s=0.01), before=2)
+    with grpc_server(going) as address, Client(address, retry=QUICK) as client:
+        pieces = list(client.stream("in", Sampling(max_tokens=20), timeout_s=30))
+        assert joined(pieces) == (TEXT, tuple(IDS))
+
+
+@pytest.mark.parametrize("error", [InternalError("odd"), InvalidRequestError("bad", "prompt")])
+def test_what_cannot_pass_is_not_tried_again(error: ExpertMeshError) -> None:
+    upstream = failing(1, error)
+    with grpc_server(upstream) as address, Client(address, retry=QUICK) as client:
+        with pytest.raises(type(error)):
+            client.generate("in", timeout_s=30)
+        assert len(upstream.requests) == 1
+
+
+def test_a_number_of_choices_that_nobody_can_have_is_the_servers_to_refuse() -> None:
+    with grpc_server(FakeUpstream(says(TEXT))) as address, Client(address) as client:
+        for n in (0, -1, 2**62):
+            with pytest.raises(InvalidRequestError) as caught:
+                list(client.stream("in", Sampling(n=n)))
+            assert caught.value.field == "sampling.n"
+
+
+def test_without_a_policy_everything_is_tried_once() -> None:
+    upstream = failing(9, UnavailableError("away", retry_after_s=0.0), before=1)
+    with grpc_server(upstream) as address, Client(address, retry=None) as client:
+        for attempt in (client.generate, client.stream):
+            with pytest.raises(UnavailableError):
+                list(attempt("in", timeout_s=30))
+        assert len(upstream.requests) == 2
+        assert upstream.requests[0].sampling.seed != upstream.requests[1].sampling.seed
+
+
+def test_a_server_that_stays_away_ends_a_stream_at_its_deadline() -> None:
+    upstream = FakeUpstream(goes_on(TEXT, upto=2), endless=True)
+    with grpc_server(upstream) as address:
+        client = Client(address, retry=QUICK)
+        started_s = time.monotonic()
+        stream = client.stream("in", model="tiny", timeout_s=1.5)
+        assert next(stream).token_ids
+    with client, pytest.raises(UnreachableError):
+        list(stream)
+    assert 1.0 < time.monotonic() - started_s < 3.0
+
+
+def test_a_deterministic_failure_ends_with_the_budget() -> None:
+    upstream = failing(10_000, UnavailableError("away", retry_after_s=0.0))
+    with grpc_server(upstream) as address, Client(address, retry=RetryPolicy(0, 1, 0)) as client:
+        with pytest.raises(UnavailableError):
+            client.generate("in", timeout_s=60)
+        assert len(upstream.requests) == 100  # half of the budget's tokens
+
+
+def test_an_address_where_nobody_ever_answered_is_told_at_once() -> None:
+    started_s = time.monotonic()
+    with Client("127.0.0.1:1") as client, pytest.raises(UnreachableError):
+        client.generate("in", model="tiny", timeout_s=60)
+    assert time.monotonic() - started_s < 10
+
+
+def test_closing_the_client_ends_a_wait_for_its_server() -> None:
+    upstream = FakeUpstream(goes_on(TEXT, upto=1), endless=True)
+    with grpc_server(upstream) as address:
+        client = Client(address, retry=RetryPolicy(first_delay_s=60, max_delay_s=60))
+        stream = client.stream("in", model="tiny", timeout_s=100)
+        assert next(stream).token_ids
+    ended = threading.Event()
+
+    def read() -> None:
+        with pytest.raises(ExpertMeshError):
+            list(stream)
+        ended.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    client.close()
+    assert ended.wait(10)
+
+
+def test_the_gateway_refuses_tokens_that_hold_a_stop_string() -> None:
+    with grpc_server(FakeUpstream(says(TEXT))) as address, Client(address) as client:
+        request = inference_pb2.GenerateRequest(
+            model="tiny",
+            prompt="in",
+            sampling=inference_pb2.Sampling(seed=1, stop=["the"]),
+            resume=[inference_pb2.ResumedChoice(token_ids=tokenizer().encode(" was the"))],
+        )
+        with pytest.raises(InvalidRequestError) as caught:
+            client._call(lambda: client._inference.Generate(request, timeout=10))
+        assert caught.value.field == "resume[0].finished"

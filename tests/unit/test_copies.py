@@ -1,0 +1,111 @@
+"""Which copy of an expert is asked, and how soon another one is."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.copies import (
+    AVOID_S,
+    SLACK,
+    STALL_S,
+    Copies,
+    Pace,
+    choose_copies,
+    has_other_copies,
+)
+
+ACTORS = ("a", "b", "c", "d")
+LAYERS = st.lists(
+    st.tuples(st.lists(st.sampled_from(ACTORS), max_size=4, unique=True), st.integers(0, 50)),
+    min_size=1,
+    max_size=20,
+)
+
+
+def test_rows_are_evened_out_as_worked_by_hand() -> None:
+    copies = [("a", "b"), ("b", "c"), ("a",), (), ("a", "c"), ("a", "b", "c")]
+    # a has to take expert 2. Of the others the largest goes first, to b; then 1 to c; then 4 to c.
+    chosen, rows = choose_copies(copies, [0, 5, 6, 9, 3, 8], {}, ())
+    assert chosen == ["a", "c", "a", None, "c", "b"]
+    assert rows == {"a": 6, "b": 8, "c": 8}
+
+
+def test_of_equally_loaded_actors_the_one_with_fewer_recent_rows_is_asked_then_the_first() -> None:
+    assert choose_copies([("a", "b")], [1], {"a": 2.0, "b": 1.0}, ())[0] == ["b"]
+    assert choose_copies([("b", "a")], [1], {"a": 1.0, "b": 1.0}, ())[0] == ["a"]
+
+
+def test_a_shunned_actor_is_asked_only_where_there_is_no_other() -> None:
+    copies = [("a", "b"), ("a",), ("a", "c")]
+    assert choose_copies(copies, [1, 1, 1], {}, {"a"})[0] == ["b", "a", "c"]
+    assert choose_copies(copies, [1, 1, 1], {}, {"a", "b", "c"})[0][0] in ("a", "b")
+
+
+@given(LAYERS, st.sets(st.sampled_from(ACTORS)))
+def test_every_expert_that_has_a_copy_gets_one_of_its_own(
+    layer: list[tuple[list[str], int]], shunned: set[str]
+) -> None:
+    copies, counts = [tuple(actors) for actors, _ in layer], [count for _, count in layer]
+    chosen, rows = choose_copies(copies, counts, {}, shunned)
+    assert choose_copies(copies, counts, {}, shunned) == (chosen, rows)
+    for actors, actor_id in zip(copies, chosen, strict=True):
+        assert actor_id in actors if actors else actor_id is None
+        assert actor_id not in shunned or not set(actors) - shunned
+    assert sum(rows.values()) == sum(n for actors, n in zip(copies, counts, strict=True) if actors)
+
+
+def test_single_rows_take_turns() -> None:
+    copies = Copies()
+    asked = [copies.choose([("a", "b")], [1], ())[0] for _ in range(6)]
+    assert asked == ["a", "b"] * 3
+
+
+def test_an_actor_that_failed_is_avoided_for_a_while_or_until_its_next_generation() -> None:
+    copies = Copies()
+    copies.avoid("a", 3, now_s=100.0)
+    assert copies.avoided({"a": 3, "b": 3}, 100.0 + AVOID_S - 0.1) == {"a"}
+    assert copies.avoided({"a": 4, "b": 3}, 100.0) == frozenset()
+    assert copies.avoided({"b": 3}, 100.0) == frozenset()
+    assert copies.avoided({"a": 3, "b": 3}, 100.0 + AVOID_S) == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("expert_ids", "shunned", "expected"),
+    [
+        ([0], (), True),
+        ([0, 1], (), False),
+        ([0, 2], (), True),
+        ([0, 2], {"b"}, False),
+        ([2], "b", True),
+    ],
+)
+def test_other_copies_must_be_there_for_every_expert(
+    expert_ids: list[int], shunned: set[str], expected: bool
+) -> None:
+    copies = [("a", "b"), ("a",), ("a", "b", "c")]
+    assert has_other_copies(copies, expert_ids, "a", shunned) == expected
+
+
+def test_nothing_is_a_stall_before_anything_was_answered() -> None:
+    assert Pace().stall_s(1) == float("inf")
+
+
+def test_a_stall_is_longer_than_the_longest_answer_lately() -> None:
+    pace = Pace()
+    pace.note(5, 0.01)
+    assert pace.stall_s(5) == STALL_S
+    pace.note(5, 1.0)
+    assert pace.stall_s(5) == SLACK
+    assert pace.stall_s(1) == SLACK  # fewer rows never take longer
+    for _ in range(200):
+        pace.note(5, 0.01)
+    assert pace.stall_s(5) == STALL_S  # one slow answer is forgotten
+
+
+def test_more_rows_than_ever_are_given_more_time() -> None:
+    pace = Pace()
+    pace.note(4, 0.25)
+    assert pace.stall_s(7) == max(STALL_S, SLACK * 0.25)
+    assert pace.stall_s(64) == SLACK * 0.25 * 16
