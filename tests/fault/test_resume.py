@@ -1,21 +1,146 @@
-"""The gateway dies with streams under way: our client goes on where each of them was."""
+"""A router, the gateway or the proxy dies with streams under way: each goes on where it was."""
 
 from __future__ import annotations
 
-import pytest
+import json
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
+import httpx
+import pytest
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.util import list_named_actors
+
+from cluster.status import ClusterStatus
+from router.app import build
 from router.client import Client
-from tests.cluster_fixture import RANDOM, ServedCluster, StreamReader, greedy
+from tests.cluster_fixture import (
+    RANDOM,
+    ServedCluster,
+    StreamReader,
+    greedy,
+    is_alive,
+    wait_until,
+)
 from tests.fault import faults
 from tests.fault.faults import BEFORE, LENGTH, kill
+from tests.fault.signals import HIT_S
 
 PROMPTS = faults.PROMPTS[:4]
+TWIN = "twin"
 BACK_S = 90.0
+ANSWER_S = 10.0
+
+
+@dataclass
+class HttpStream:
+    """One stream of completions over HTTP: its tokens so far."""
+
+    token_ids: list[int] = field(default_factory=list)
+    finish_reasons: list[str] = field(default_factory=list)
+
+    def read(self, url: str, prompt: list[int]) -> tuple[int, ...]:
+        """Read to the end; returns all tokens."""
+        body = {
+            "model": RANDOM,
+            "prompt": prompt,
+            "max_tokens": LENGTH,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "return_token_ids": True,
+        }
+        with httpx.stream("POST", url, json=body, timeout=BACK_S) as response:
+            assert response.status_code == 200
+            for line in response.iter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    self._take(json.loads(line.removeprefix("data: ")))
+        return tuple(self.token_ids)
+
+    def _take(self, chunk: dict[str, Any]) -> None:
+        assert "error" not in chunk, chunk
+        for choice in chunk["choices"]:
+            self.token_ids += choice["token_ids"]
+            if choice["finish_reason"] is not None:
+                self.finish_reasons.append(choice["finish_reason"])
+
+
+@contextmanager
+def twin_routers(served: ServedCluster) -> Iterator[str]:
+    """Deploy a second application with two routers of one model; gives its URL."""
+    args = {
+        "models": [model for model in served.args["models"] if model["id"] == RANDOM],
+        "experts": {"actors": 1},
+        "router": {"replicas": 2},
+    }
+    serve.run(build(args), name=TWIN, route_prefix=f"/{TWIN}")
+    try:
+        wait_until(lambda: len(twin_status().routers) == 2, "two routers are there", BACK_S)
+        yield f"{served.http_url}/{TWIN}/v1/completions"
+    finally:
+        serve.delete(TWIN)
 
 
 def expected_tokens(served: ServedCluster) -> list[tuple[int, ...]]:
     """Return what transformers makes of :data:`PROMPTS`."""
     return [served.expected(prompt, LENGTH) for prompt in PROMPTS]
+
+
+def handle(name: str) -> DeploymentHandle:
+    return serve.get_deployment_handle(name, TWIN)
+
+
+def twin_status() -> ClusterStatus:
+    return ClusterStatus.from_wire(handle("Controller").status.remote().result(timeout_s=ANSWER_S))
+
+
+def router_stats() -> dict[str, Any]:
+    """Return what one of the routers, whichever Serve picks, tells of itself."""
+    stats: dict[str, Any] = (
+        handle(f"Router-{RANDOM}").stats.remote().result(timeout_s=ANSWER_S)
+    )  # fmt: skip
+    return stats
+
+
+def router_that(is_meant: str) -> dict[str, Any]:
+    """Return the stats of a router whose entry ``is_meant`` is not empty."""
+    found: dict[str, Any] = wait_until(
+        lambda: stats if (stats := router_stats())[is_meant] else {}, f"a router has {is_meant}"
+    )
+    return found
+
+
+@pytest.mark.timeout(300)
+def test_streams_go_on_at_another_router_when_theirs_is_killed(served: ServedCluster) -> None:
+    expected = expected_tokens(served)
+    with twin_routers(served) as url, ThreadPoolExecutor(len(PROMPTS)) as pool:
+        told = twin_status()
+        router_stats()  # the handle's first call is slow, and streams do not wait for it
+        streams = [HttpStream() for _ in PROMPTS]
+        reading: list[Future[tuple[int, ...]]] = [
+            pool.submit(stream.read, url, prompt)
+            for stream, prompt in zip(streams, PROMPTS, strict=True)
+        ]
+        wait_until(
+            lambda: all(len(stream.token_ids) >= BEFORE for stream in streams), "all have begun"
+        )
+        victim = router_that("requests")
+        assert not any(one.done() for one in reading)
+        kill(told, victim["pid"])
+        assert [one.result(BACK_S) for one in reading] == expected
+        assert [stream.finish_reasons for stream in streams] == [["length"]] * len(streams)
+        # The fault hit: what the dead one had sent was forced at another.
+        survivor = router_that("replayed")
+        assert survivor["pid"] != victim["pid"]
+        assert survivor["replayed"].keys() == {"equal"}
+    served.wait_whole()
 
 
 def start_own_streams(client: Client) -> list[StreamReader]:
@@ -37,3 +162,30 @@ def test_our_client_goes_on_when_the_gateway_is_killed(served: ServedCluster) ->
     after = served.wait_whole()
     assert not {one.pid for one in after.gateways} & {one.pid for one in told.gateways}
     assert after.routers == told.routers
+
+
+@pytest.mark.timeout(300)
+def test_our_client_goes_on_when_the_proxy_is_killed(served: ServedCluster) -> None:
+    expected, told = expected_tokens(served), served.status()
+    pid = proxy_pid()
+    with Client(served.grpc_address) as client:
+        streams = start_own_streams(client)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not is_alive(pid), "the proxy is killed", HIT_S)
+        assert not any(stream.ended for stream in streams)
+        assert [stream.result(BACK_S) for stream in streams] == expected
+    after = served.wait_whole(BACK_S)
+    assert proxy_pid() != pid
+    assert (after.gateways, after.routers) == (told.gateways, told.routers)
+
+
+def proxy_pid() -> int:
+    """Return the pid of the one proxy, as it tells it itself."""
+    [name] = [
+        entry["name"]
+        for entry in list_named_actors(all_namespaces=True)
+        if "PROXY_ACTOR" in entry["name"]
+    ]
+    proxy = ray.get_actor(name, namespace="serve")
+    pid: int = ray.get(proxy.__ray_call__.remote(lambda _: os.getpid()), timeout=ANSWER_S)
+    return pid
