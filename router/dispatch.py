@@ -22,7 +22,14 @@ from functools import partial
 import numpy as np
 import torch
 
-from cluster.errors import Code, ExpertUnavailableError, FrameError, InternalError
+from cluster.errors import (
+    Code,
+    DeadlineExceededError,
+    ExpertMeshError,
+    ExpertUnavailableError,
+    FrameError,
+    InternalError,
+)
 from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode
 from cluster.placement import Placement
 from cluster.retry import RetryPolicy
@@ -34,6 +41,8 @@ from router.placement_view import PlacementView
 
 BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
 """Between attempts where every expert has a copy."""
+LATE_S = 0.5
+"""An answer that the deadline cuts off sooner is not late: the request's time was simply over."""
 
 logger = logging.getLogger("expertmesh.dispatch")
 
@@ -137,7 +146,8 @@ class Dispatcher:
         product. Only ``pairs`` are computed where they are given; the other rows are zeros.
         Returns ``None`` when an expert has no live copy: what is then to be done is the caller's
         business. Raises :class:`ExpertUnavailableError` when not every share could be had before
-        ``deadline_s`` (wall clock).
+        ``deadline_s`` (wall clock), and :class:`DeadlineExceededError` where that was no expert's
+        fault.
         """
         rows = to_raw(hidden_states)
         layer = _Layer(
@@ -153,8 +163,10 @@ class Dispatcher:
             deadline_s=deadline_s,
         )
         pending = np.arange(topk_ids.size) if pairs is None else pairs
-        failures = 0
+        failures, started_s = 0, time.time()
         while True:
+            if time.time() >= deadline_s:
+                raise self._late(failures, started_s)
             placement = self._placement(deadline_s)
             layout = self._layout(placement, layer, pending)
             ordered, parts, homeless = split(layout, layer.expert_ids, layer.k, pending)
@@ -166,8 +178,9 @@ class Dispatcher:
             layer.failed.update(part.actor_id for part in failed)
             if not all(self._has_other(placement, layer, part) for part in failed):
                 layer.failed.clear()
-                self._wait(placement, deadline_s, failures)
-                failures += 1
+                if time.time() < deadline_s:
+                    self._wait(placement, deadline_s, failures)
+                    failures += 1
             pending = np.concatenate([part.pairs for part in failed])
 
     def _placement(self, deadline_s: float) -> Placement:
@@ -235,11 +248,7 @@ class Dispatcher:
     ) -> list[_Part]:
         """Send every part once and take the answers; return the parts that got none."""
         now_s = time.time()
-        timeout_s = min(self._call_timeout_s, layer.deadline_s - now_s)
-        if timeout_s <= 0:
-            raise ExpertUnavailableError(
-                "the experts of a layer did not answer in time", self._model, 1.0
-            )
+        timeout_s = max(0.0, min(self._call_timeout_s, layer.deadline_s - now_s))
         if not parts:
             return []
         # Where others can do its work, an actor that does not answer is given up early.
@@ -324,13 +333,17 @@ class Dispatcher:
         self.retries[answer.kind] += 1
         return False
 
-    def _wait(self, placement: Placement, deadline_s: float, failures: int) -> None:
-        """Wait a moment for another placement."""
-        remaining_s = deadline_s - time.time()
-        if remaining_s <= 0:
-            raise ExpertUnavailableError(
+    def _late(self, failures: int, started_s: float) -> ExpertMeshError:
+        """Return what to say when the deadline passes: whether it is an expert's fault."""
+        if failures or time.time() - started_s >= LATE_S:
+            return ExpertUnavailableError(
                 "an expert has no live copy that answers in time", self._model, 1.0
             )
+        return DeadlineExceededError("the request's deadline passed")
+
+    def _wait(self, placement: Placement, deadline_s: float, failures: int) -> None:
+        """Wait a moment for another placement."""
+        remaining_s = max(0.0, deadline_s - time.time())
         wait_s = BACKOFF.delay_s(failures, random.random()) or 0.0
         self._view.wait_newer(placement, min(wait_s, remaining_s))
 

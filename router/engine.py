@@ -155,7 +155,7 @@ class Engine:
     def _guarded_step(self, work: list[Work]) -> None:
         try:
             self.step(work)
-        except ExpertUnavailableError as error:
+        except (ExpertUnavailableError, DeadlineExceededError) as error:
             # The step's earliest deadline passed while an expert was away; the others go on.
             self._expire(error)
         except Exception:

@@ -272,7 +272,7 @@ def open_engine(served: ServedCluster) -> Iterator[Callable[[TransportKind], Loc
         controller = serve.get_deployment_handle("Controller", app_name=SERVED_APP)
         wire = controller.watch.remote("test", 0, "", (-1, -1), 5.0).result(timeout_s=LIMIT_S)
         transports.append(open_transport(SERVED_APP, kind))
-        elsewhere = (RANDOM, transports[-1], Placement.from_wire(wire))
+        elsewhere = (RANDOM, transports[-1], Placement.from_wire(wire["placement"]))
         clusters.append(LocalCluster(served.random_folder, elsewhere=elsewhere))
         return clusters[-1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import ExpertUnavailableError, OverloadedError
+from cluster.errors import DeadlineExceededError, ExpertUnavailableError, OverloadedError
 from cluster.frames import ErrorFrame, encode
 from cluster.placement import Placement
 from cluster.transport import Call, CallFailure
@@ -183,3 +184,24 @@ def test_an_answer_is_waited_for_shortly_only_where_another_actor_can_give_it(
     took_s = time.monotonic() - started_s
     assert limits[0] == pytest.approx(5.0, abs=0.5)  # nothing was answered before
     assert limits[-1] <= max(0.5, 3 * took_s)
+
+
+def test_a_deadline_within_an_answers_usual_time_is_no_experts_fault(folder: Path) -> None:
+    cluster = LocalCluster(folder, 3)
+    request = greedy_request("short", PROMPTS[0], LENGTH, timeout_s=0.3)
+
+    def cut_off(call: Call, number: int) -> CallFailure | None:
+        if number < 5:
+            return None
+        threading.Event().wait(max(0.0, request.deadline_s - time.time()))
+        return CallFailure.TIMED_OUT
+
+    cluster.transport.fail = cut_off
+    try:
+        with pytest.raises(DeadlineExceededError):
+            cluster.generate(request)
+        cluster.transport.fail = lambda call, number: CallFailure.DIED
+        with pytest.raises(ExpertUnavailableError):
+            cluster.generate(greedy_request("lost", PROMPTS[0], LENGTH, timeout_s=0.3))
+    finally:
+        cluster.close()
