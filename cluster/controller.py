@@ -127,6 +127,7 @@ class Controller:
         epoch = ledger.epoch
         self._last_generation |= ledger.generations
         adopted: dict[str, ActorHandle] = {}
+        reports: dict[str, ActorReport] = {}
         for actor_id, generation, handle in sorted(found, key=lambda entry: entry[:2]):
             self._last_generation[actor_id] = max(
                 generation, self._last_generation.get(actor_id, 0)
@@ -140,15 +141,20 @@ class Controller:
             epoch = max(epoch, report.epoch)
             if actor_id in adopted:  # an older generation that should be gone
                 self._pool.kill(adopted.pop(actor_id))
+                del reports[actor_id]
             if report.digest == self._spec.digest and actor_id in self._shares:
-                adopted[actor_id] = handle
+                adopted[actor_id], reports[actor_id] = handle, report
                 self._nodes[actor_id] = report.node
                 self._adopted[actor_id] = report.experts
             else:
                 logger.info("%s g%d: has another configuration, ending it", actor_id, generation)
                 self._pool.kill(handle)
         models = [source.experts for source in self._spec.models]
-        self._placement = empty_placement(epoch + 1, models)
+        placement = empty_placement(epoch + 1, models)
+        # From the first: an empty one would tell routers that living experts are lost.
+        for actor_id, report in reports.items():
+            placement = placement.with_actor(actor_id, report.generation, report.experts)
+        self._placement = placement
         self._write_ledger()
         return adopted
 

@@ -361,6 +361,21 @@ def test_living_actors_of_the_same_configuration_are_adopted_under_a_higher_epoc
     run(test)
 
 
+def test_a_new_controller_never_calls_living_experts_lost() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        async with running(2, pool) as first:
+            before = await first.complete()
+        async with running(2, pool) as second:
+            taken_over = second.controller._placement  # before any keeper has had its turn
+            assert taken_over.epoch == before.epoch + 1
+            assert taken_over.missing() == []
+            assert taken_over.generations == before.generations
+            await second.complete()
+
+    run(test)
+
+
 def test_after_the_loss_of_controller_and_actors_nothing_goes_backwards() -> None:
     async def test() -> None:
         pool = FakePool(spec_of().digest)
