@@ -44,6 +44,8 @@ def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
                 "MALLOC_ARENA_MAX": "1",
                 # Weights that are let go once they are rearranged must not leave holes in the heap.
                 "MALLOC_MMAP_THRESHOLD_": "1048576",
+                # But what products let go is needed by the next ones; fresh pages cost more.
+                "MALLOC_TRIM_THRESHOLD_": "33554432",
                 # oneDNN keeps the code that it compiles for each shape of a product, 0.5 MB, and
                 # torch a description of it for each thread, 0.5 MB too; both keep 1024 by default,
                 # and prompts bring new numbers of rows for ever.

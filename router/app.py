@@ -175,6 +175,10 @@ def _router(name: str, config: RouterConfig) -> Any:
                     "OMP_NUM_THREADS": threads,
                     # A heap per thread would keep memory that no other thread reuses.
                     "MALLOC_ARENA_MAX": "1",
+                    # What a layer of a prefill lets go is needed by the next one. To give it back
+                    # and fault it in again cost more than the layer's own work in the router.
+                    "MALLOC_MMAP_THRESHOLD_": "33554432",
+                    "MALLOC_TRIM_THRESHOLD_": "67108864",
                     # Steps bring new numbers of tokens for ever, and oneDNN and torch would each
                     # keep half a megabyte for 1024 shapes; a decode step has five.
                     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
