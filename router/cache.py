@@ -6,7 +6,8 @@ calls :func:`paged_attention` in every layer, which stores the new keys and valu
 and attends each sequence to its own.
 
 Dimension letters: T packed tokens, B decoding sequences, C tokens of a chunk, L cached tokens
-attended to, S cache slots, G key/value heads, Q query heads, D head size.
+attended to, S cache slots, G key/value heads, Q query heads, R of them to a key/value head, D head
+size.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch.nn import functional
 
 ATTENTION_NAME = "expertmesh_paged"
 PAGE_SIZE = 16
+_MANY = 8
+"""From so many decoding sequences on, batched products are faster than torch's own attention."""
 
 
 class PagePool:
@@ -73,7 +76,7 @@ class PagedBatch:
 
     ``new_slots`` [T] is where each token's key and value go. The first ``num_decode`` tokens
     belong to decoding sequences: ``decode_slots`` [B, L] are the slots that they attend to, right
-    padded, and ``decode_mask`` [B, 1, 1, L] is false at the padding and outside the window, or
+    padded, and ``decode_mask`` [B, 1, L] is false at the padding and outside the window, or
     ``None`` where nothing is hidden.
     """
 
@@ -85,7 +88,10 @@ class PagedBatch:
 
 
 class PagedCache:
-    """Keys and values of all layers, [S, G, D] each; memory is touched only where tokens are."""
+    """Keys and values of all layers, [G, S, D] each; memory is touched only where tokens are.
+
+    Heads come first, so that what is gathered of them lies as products of many heads want it.
+    """
 
     def __init__(
         self,
@@ -96,16 +102,23 @@ class PagedCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Allocate ``2 * num_layers`` tensors of [num_slots, num_kv_heads, head_dim]."""
-        shape = (num_slots, num_kv_heads, head_dim)
+        """Allocate ``2 * num_layers`` tensors of [num_kv_heads, num_slots, head_dim]."""
+        shape = (num_kv_heads, num_slots, head_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         # Fresh memory for every layer's gathered rows costs more, page by page, than gathering.
         self._gathered_keys = _Scratch(self.keys[0])
         self._gathered_values = _Scratch(self.values[0])
 
+    def store(
+        self, layer_id: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Put a layer's new keys and values [G, T, D] at slots [T]."""
+        self.keys[layer_id].index_copy_(1, slots, key)
+        self.values[layer_id].index_copy_(1, slots, value)
+
     def gather(self, layer_id: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a layer's keys and values at slots [B, L], [B, G, L, D] each.
+        """Return a layer's keys and values at slots [B, L], [G, B, L, D] each and contiguous.
 
         They last until the next call, for whatever layer.
         """
@@ -119,16 +132,17 @@ class _Scratch:
     """Memory for gathered rows, as much as the largest gathering needed."""
 
     def __init__(self, like: torch.Tensor) -> None:
-        self._rows = like.new_empty((0, *like.shape[1:]))
+        self._memory = like.new_empty(0)
 
     def gather(self, cached: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """Return cached rows [S, G, D] at slots [B, L] as [B, G, L, D]."""
-        count = slots.numel()
-        if self._rows.shape[0] < count:
-            self._rows = cached.new_empty((count, *cached.shape[1:]))
-        rows = self._rows[:count]
-        torch.index_select(cached, 0, slots.view(-1), out=rows)
-        return rows.view(*slots.shape, *cached.shape[1:]).transpose(1, 2)
+        """Return cached rows [G, S, D] at slots [B, L] as [G, B, L, D]."""
+        num_heads, _, size = cached.shape
+        count = num_heads * slots.numel() * size
+        if len(self._memory) < count:
+            self._memory = cached.new_empty(count)
+        rows = self._memory[:count].view(num_heads, -1, size)
+        torch.index_select(cached, 1, slots.view(-1), out=rows)
+        return rows.view(num_heads, *slots.shape, size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,50 +171,73 @@ def paged_attention(
     [1, T, Q, D]. Masks are in ``paged``; sliding windows are part of them.
     """
     layer_id: int = module.layer_idx  # type: ignore[assignment]
-    keys = paged.cache.keys[layer_id]
-    values = paged.cache.values[layer_id]
     batch = paged.batch
-    keys.index_copy_(0, batch.new_slots, key.squeeze(0).transpose(0, 1))
-    values.index_copy_(0, batch.new_slots, value.squeeze(0).transpose(0, 1))
+    paged.cache.store(layer_id, batch.new_slots, key.squeeze(0), value.squeeze(0))
     outputs = []  # [1, T, Q, D] each
     if batch.num_decode:
-        num_kv = keys.shape[1]
-        decoding = query[0, :, : batch.num_decode].transpose(0, 1)  # [B, Q, D]
-        # Query heads of one key/value head as if they were tokens: one product, not one for each.
-        output = _attend(
-            decoding.reshape(batch.num_decode, num_kv, -1, decoding.shape[2]),  # [B, G, Q/G, D]
-            *paged.cache.gather(layer_id, batch.decode_slots),
-            batch.decode_mask,
-            scaling,
-            is_causal=False,
+        keys, values = paged.cache.gather(layer_id, batch.decode_slots)
+        outputs.append(
+            _attend_decoding(
+                query[0, :, : batch.num_decode], keys, values, batch.decode_mask, scaling
+            )
         )
-        outputs.append(output.reshape(1, batch.num_decode, -1, decoding.shape[2]))
     for chunk in batch.chunks:
-        output = _attend(
+        keys, values = paged.cache.gather(layer_id, chunk.slots.unsqueeze(0))
+        output = functional.scaled_dot_product_attention(
             query[:, :, chunk.start : chunk.end],  # [1, Q, C, D]
-            *paged.cache.gather(layer_id, chunk.slots.unsqueeze(0)),
-            chunk.mask,
-            scaling,
+            keys.transpose(0, 1),  # [1, G, L, D]
+            values.transpose(0, 1),
+            attn_mask=chunk.mask,
+            scale=scaling,
             is_causal=chunk.mask is None,
+            enable_gqa=query.shape[1] != keys.shape[0],
         )
         outputs.append(output.transpose(1, 2))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 
-def _attend(
+def _attend_decoding(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float,
-    is_causal: bool,
 ) -> torch.Tensor:
-    return functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        scale=scaling,
-        is_causal=is_causal,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    """Attend one token [Q, B, D] of each sequence to keys and values [G, B, L, D].
+
+    Query heads of one key/value head as if they were tokens: one product, not one for each.
+    Returns [1, B, Q, D].
+    """
+    num_kv, num_decode, _, size = keys.shape
+    decoding = query.view(num_kv, -1, num_decode, size).transpose(1, 2)  # [G, B, Q/G, D]
+    if num_decode >= _MANY and query.is_cpu and query.dtype == torch.bfloat16:
+        output = _attend_bf16(decoding, keys, values, mask, scaling)
+    else:
+        output = functional.scaled_dot_product_attention(
+            decoding, keys, values, attn_mask=mask, scale=scaling
+        )
+    return output.transpose(0, 1).reshape(1, num_decode, -1, size)
+
+
+def _attend_bf16(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Attend queries [G, B, R, D] to keys and values [G, B, L, D] by batched products.
+
+    torch's own attention on a CPU spends its time in arranging each head's keys anew. A product in
+    bf16 rounds scores too coarsely for a softmax, so what the rounding lost is computed by a second
+    one, whose sum begins with the rounded scores: the two together are good to 16 bits.
+    """
+    rows = query.reshape(-1, *query.shape[2:])  # [G*B, R, D]
+    columns = keys.flatten(0, 1).transpose(1, 2)  # [G*B, D, L]
+    rounded = torch.bmm(rows, columns)
+    scores = rounded.float().add_(torch.baddbmm(rounded, rows, columns, beta=-1)).mul_(scaling)
+    scores = scores.view(*query.shape[:3], -1)  # [G, B, R, L]
+    if mask is not None:
+        scores.masked_fill_(~mask, -torch.inf)
+    shares = scores.softmax(-1).to(values.dtype).flatten(0, 1)
+    return torch.bmm(shares, values.flatten(0, 1)).view(query.shape)

@@ -89,7 +89,7 @@ def _decode_part(
     padded[mask] = np.concatenate(slots)
     if windowed:
         mask &= column >= lengths - sliding_window
-    return torch.from_numpy(padded), torch.from_numpy(mask)[:, None, None, :]
+    return torch.from_numpy(padded), torch.from_numpy(mask)[:, None, :]
 
 
 def _chunk(work: Work, slots: np.ndarray, end: int, sliding_window: int | None) -> Chunk:
