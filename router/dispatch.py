@@ -41,6 +41,8 @@ from router.placement_view import PlacementView
 
 BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
 """Between attempts where every expert has a copy."""
+MAX_REFUSALS = 3
+"""So often the same experts' rows are refused as malformed before that counts as our own fault."""
 LATE_S = 0.5
 """An answer that the deadline cuts off sooner is not late: the request's time was simply over."""
 
@@ -101,6 +103,8 @@ class _Layer:
     deadline_s: float
     failed: set[str] = field(default_factory=set)
     """Actors that failed in this layer; they are asked again only where there is no other."""
+    refusals: Counter[int] = field(default_factory=Counter)
+    """How often each expert's rows were refused as malformed."""
 
 
 class Dispatcher:
@@ -306,11 +310,9 @@ class Dispatcher:
         try:
             answer = decode(outcome)
         except FrameError as error:
-            logger.warning("%s g%d answered: %s", part.actor_id, part.generation, error)
-            self.retries["malformed"] += 1
-            return False
+            return self._damaged(part, error)
         if isinstance(answer, ErrorFrame):
-            return self._refused(part, answer)
+            return self._refused(layer, part, answer)
         expected = (sent.request_id, sent.dtype, len(part.pairs), sent.hidden_size)
         if not isinstance(answer, RowsFrame) or expected != (
             answer.request_id,
@@ -318,19 +320,30 @@ class Dispatcher:
             answer.num_rows,
             answer.hidden_size,
         ):
-            logger.warning("%s g%d: the answer is not the call's", part.actor_id, part.generation)
-            self.retries["malformed"] += 1
-            return False
+            return self._damaged(part, "the answer is not the call's")
         received = np.frombuffer(answer.rows, layer.output.dtype)
         layer.output[layer.slots[part.pairs]] = received.reshape(len(part.pairs), -1)
         return True
 
-    def _refused(self, part: _Part, answer: ErrorFrame) -> bool:
-        """Count a refusal that trying again can mend; raise for one that it cannot."""
-        if answer.error.code is Code.INVALID_ARGUMENT:
+    def _refused(self, layer: _Layer, part: _Part, answer: ErrorFrame) -> bool:
+        """Count a refusal; raises for a frame that is malformed whichever way it goes.
+
+        One that was damaged on its way is sent again.
+        """
+        if answer.error.code is not Code.INVALID_ARGUMENT:
+            self.retries[answer.kind] += 1
+            return False
+        layer.refusals.update(part.expert_ids)
+        if max(layer.refusals[expert_id] for expert_id in part.expert_ids) >= MAX_REFUSALS:
             logger.error("%s refused a frame: %s", part.actor_id, answer.error)
-            raise InternalError("an expert actor refused a frame as malformed")
-        self.retries[answer.kind] += 1
+            raise InternalError("expert actors refuse a frame as malformed")
+        return self._damaged(part, answer.error)
+
+    def _damaged(self, part: _Part, what: object) -> bool:
+        """Count a frame that was damaged on its way to or from an actor."""
+        logger.warning("%s g%d, a damaged frame: %s", part.actor_id, part.generation, what)
+        self.retries["malformed"] += 1
+        self._transport.renew(part.actor_id)
         return False
 
     def _late(self, failures: int, started_s: float) -> ExpertMeshError:

@@ -11,17 +11,26 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import DeadlineExceededError, ExpertUnavailableError, OverloadedError
+from cluster.errors import (
+    DeadlineExceededError,
+    ExpertUnavailableError,
+    FrameError,
+    InternalError,
+    OverloadedError,
+)
 from cluster.frames import ErrorFrame, encode
 from cluster.placement import Placement
 from cluster.transport import Call, CallFailure
 from router import dispatch as dispatch_module
+from router.dispatch import MAX_REFUSALS
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request
 
 PROMPTS = [[5, 9, 11], [7] * 30, list(range(2, 60))]
 LENGTH = 12
 NUMBERS = itertools.count()
+REFUSED = b"".join(encode(ErrorFrame(0, "FrameError", FrameError("is damaged", "frame"))))
+"""What an actor answers to a frame that it cannot read."""
 Fail = Callable[[Call, int], CallFailure | bytes | None]
 
 
@@ -76,8 +85,10 @@ def test_tokens_do_not_depend_on_the_copies_and_the_actors_share_the_work(
         CallFailure.DIED,
         CallFailure.TIMED_OUT,
         b"garbage",
+        REFUSED,
         b"".join(encode(ErrorFrame(0, "OverloadedError", OverloadedError("full", "queue", 0.01)))),
     ],
+    ids=["died", "timed_out", "garbage", "refused", "overloaded"],
 )
 def test_where_one_copy_fails_another_is_asked_at_once(
     cluster: LocalCluster,
@@ -99,6 +110,48 @@ def test_where_one_copy_fails_another_is_asked_at_once(
     else:
         assert asked.total() > 1
         assert cluster.suspected == []
+
+
+def test_a_frame_damaged_on_its_way_is_sent_again(
+    folder: Path, expected: list[tuple[int, ...]]
+) -> None:
+    cluster = LocalCluster(folder, 3)
+    sent: Counter[str] = Counter()
+
+    def damage(call: Call, number: int) -> bytes | None:
+        sent[call.actor_id] += 1
+        return REFUSED if sent[call.actor_id] % MAX_REFUSALS else None
+
+    cluster.transport.fail = damage
+    try:
+        assert tokens_of(cluster) == expected
+    finally:
+        cluster.close()
+    assert cluster.dispatcher.retries == {"malformed": sum(sent.values()) * 2 // 3}
+    assert cluster.suspected == []
+
+
+@pytest.mark.parametrize("min_copies", [1, 2])
+def test_a_frame_that_is_always_refused_is_our_own_fault(
+    folder: Path, expected: list[tuple[int, ...]], min_copies: int
+) -> None:
+    cluster = LocalCluster(folder, 3, min_copies=min_copies)
+    refused: Counter[tuple[int, int]] = Counter()
+
+    def refuse(call: Call, number: int) -> bytes:
+        frame = cluster.transport.frames[-1]
+        refused.update((frame.layer_id, expert_id) for expert_id in frame.expert_ids)
+        return REFUSED
+
+    cluster.transport.fail = refuse
+    try:
+        with pytest.raises(InternalError):
+            cluster.generate(greedy_request("ours", [3], 1))
+        assert max(refused.values()) == MAX_REFUSALS
+        cluster.transport.fail = lambda call, number: None
+        assert tokens_of(cluster) == expected
+    finally:
+        cluster.close()
 
 
 def test_only_the_failed_actors_rows_are_sent_again(cluster: LocalCluster) -> None:
