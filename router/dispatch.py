@@ -118,7 +118,7 @@ class Dispatcher:
         suspect: Callable[[str, int], None],
         call_timeout_s: float,
     ) -> None:
-        """``suspect`` is told (actor_id, generation) of an actor that did not answer."""
+        """``suspect`` is told (actor_id, generation) of an actor that has not answered."""
         self._model = model
         self._view = view
         self._transport = transport
@@ -247,6 +247,16 @@ class Dispatcher:
         generation = placement.generations.get(call.actor_id)
         return placement.epoch == epoch if generation is None else generation != call.generation
 
+    def _is_given_up(self, epoch: int, most_rows: int, sent_s: float, call: Call) -> bool:
+        """Tell whether to wait no longer for a call, as :meth:`_is_gone` does.
+
+        Has the controller look at an actor that takes longer than answers do; meanwhile the wait
+        goes on.
+        """
+        if time.time() - sent_s >= self._pace.stall_s(most_rows):
+            self._suspect(call.actor_id, call.generation)
+        return self._is_gone(epoch, call)
+
     def _attempt(
         self, placement: Placement, layer: _Layer, ordered: np.ndarray, parts: Sequence[_Part]
     ) -> list[_Part]:
@@ -291,7 +301,7 @@ class Dispatcher:
         failed: list[_Part] = []
         for sent, flight in flights:
             # Taken before the next flight is waited for, which may use the answers' memory again.
-            outcomes = flight.wait(partial(self._is_gone, placement.epoch))
+            outcomes = flight.wait(partial(self._is_given_up, placement.epoch, most_rows, now_s))
             failed += [
                 part
                 for (part, frame, _), outcome in zip(sent, outcomes, strict=True)

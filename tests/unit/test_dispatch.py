@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,11 @@ from cluster.errors import (
 )
 from cluster.frames import ErrorFrame, encode
 from cluster.placement import Placement
-from cluster.transport import Call, CallFailure
+from cluster.transport import Call, CallFailure, IsGone, Outcome, never_gone
 from router import dispatch as dispatch_module
 from router.dispatch import MAX_REFUSALS
 from tests.checkpoints import save_mixtral
-from tests.local_cluster import LocalCluster, greedy_request
+from tests.local_cluster import Answered, LocalCluster, greedy_request
 
 PROMPTS = [[5, 9, 11], [7] * 30, list(range(2, 60))]
 LENGTH = 12
@@ -219,6 +220,40 @@ def test_an_actor_that_is_no_longer_placed_is_gone(cluster: LocalCluster) -> Non
     assert not cluster.dispatcher._is_gone(epoch, call)
     cluster.view.publish(Placement(epoch + 1, 1, {}, {"a0": 2}))
     assert cluster.dispatcher._is_gone(epoch, call)
+
+
+def test_an_only_copy_that_takes_too_long_is_suspected_and_still_waited_for(
+    folder: Path, expected: list[tuple[int, ...]]
+) -> None:
+    cluster = LocalCluster(folder, 3)
+    try:
+        assert tokens_of(cluster) == expected
+        assert cluster.suspected == []
+        asked: list[bool] = []
+
+        @dataclass
+        class Slow(Answered):
+            def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
+                dispatcher, call = cluster.dispatcher, Call("a1", 1, ())
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(dispatcher._pace, "stall_s", lambda rows: 3600.0)
+                    asked.append(is_gone(call))
+                    assert cluster.suspected == []
+                    patch.setattr(dispatcher._pace, "stall_s", lambda rows: 0.0)
+                    asked.append(is_gone(call))
+                return self.outcomes
+
+        begin = cluster.transport.begin
+        flights = iter([Slow])
+        cluster.transport.begin = lambda calls, timeout_s: next(flights, Answered)(  # type: ignore[method-assign]
+            begin(calls, timeout_s).outcomes
+        )
+        assert tokens_of(cluster) == expected
+        assert asked == [False, False]
+        assert cluster.suspected == [("a1", 1)]
+        assert not cluster.dispatcher.retries
+    finally:
+        cluster.close()
 
 
 def test_an_answer_is_waited_for_shortly_only_where_another_actor_can_give_it(
