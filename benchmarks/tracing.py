@@ -80,6 +80,10 @@ class TracingTransport:
         self._recorder.mark("send")
         return _TracingFlight(flight, self._recorder)
 
+    def renew(self, actor_id: str) -> None:
+        """See :class:`Transport`."""
+        self._inner.renew(actor_id)
+
     def close(self) -> None:
         """See :class:`Transport`."""
         self._inner.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -25,12 +26,14 @@ from cluster.errors import ExpertMeshError, StaleEpochError
 from cluster.ledger import Ledger
 from cluster.placement import ExpertKey, Placement, assign_experts, empty_placement
 from cluster.pool import ExpertPool
-from cluster.progress import Progress
+from cluster.progress import LOOK_S, Progress, Silence
 from cluster.spec import ActorReport, ActorSpec
 from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
 
 HEARTBEAT_PERIOD_S = 1.0
-HEARTBEAT_TIMEOUT_S = 3.0
+ADOPT_TIMEOUT_S = 3.0
+SUSPICION_S = 1.0
+"""How long a router's word counts, which it repeats for as long as it waits."""
 LOAD_TIMEOUT_S = 600.0
 START_TIMEOUT_S = 30.0
 MEMBER_TTL_S = 15.0
@@ -79,6 +82,7 @@ class Controller:
         self._reports: dict[str, ActorReport] = {}
         self._members: dict[str, _Member] = {}
         self._suspected = {actor_id: asyncio.Event() for actor_id in self._actor_ids}
+        self._suspected_s = dict.fromkeys(self._actor_ids, -math.inf)
         self._tasks: list[asyncio.Task[None]] = []
         self._looped_s = time.monotonic()
 
@@ -133,7 +137,7 @@ class Controller:
                 generation, self._last_generation.get(actor_id, 0)
             )
             try:
-                report = await self._pool.describe(handle, HEARTBEAT_TIMEOUT_S)
+                report = await self._pool.describe(handle, ADOPT_TIMEOUT_S)
             except (RayActorError, RayTaskError, TimeoutError) as error:
                 logger.warning("%s g%d: not adopted (%s)", actor_id, generation, _kind(error))
                 self._pool.kill(handle)
@@ -229,13 +233,12 @@ class Controller:
 
     async def _watch_actor(self, actor_id: str, handle: ActorHandle) -> None:
         suspected = self._suspected[actor_id]
+        self._suspected_s[actor_id] = -math.inf  # what was said of its predecessor
         progress = Progress(time.monotonic())
         while True:
             suspected.clear()
             try:
-                report = await self._pool.heartbeat(
-                    handle, self._placement.epoch, HEARTBEAT_TIMEOUT_S
-                )
+                report = await self._heartbeat(actor_id, handle)
             except RayTaskError as error:
                 raise _cause(error) from None
             self._reports[actor_id] = report
@@ -247,6 +250,20 @@ class Controller:
                     await suspected.wait()
             except TimeoutError:
                 continue
+
+    async def _heartbeat(self, actor_id: str, handle: ActorHandle) -> ActorReport:
+        """Return an actor's report; raises ``TimeoutError`` when it hangs."""
+        answer = asyncio.ensure_future(self._pool.heartbeat(handle, self._placement.epoch))
+        silence = Silence(time.monotonic())
+        try:
+            while not (await asyncio.wait([answer], timeout=LOOK_S))[0]:
+                now_s = time.monotonic()
+                is_suspected = now_s - self._suspected_s[actor_id] < SUSPICION_S
+                if silence.is_hung(is_suspected, now_s):
+                    raise TimeoutError("no heartbeat is answered")
+            return answer.result()
+        finally:
+            answer.cancel()
 
     async def _publish(self, change: Callable[[Placement], Placement]) -> None:
         async with self._changed:
@@ -288,9 +305,13 @@ class Controller:
         return {"placement": wire, "loop_age_s": time.monotonic() - self._looped_s}
 
     async def suspect(self, actor_id: str, generation: int) -> None:
-        """Have an actor looked at now, since a router had no answer from this generation."""
+        """Have an actor looked at now, since a router has no answer from this generation.
+
+        While it is said again and again, a heartbeat is waited for less long.
+        """
         report = self._reports.get(actor_id)
         if report is not None and report.generation == generation:
+            self._suspected_s[actor_id] = time.monotonic()
             self._suspected[actor_id].set()
 
     def _recent_members(self, now_s: float) -> dict[str, _Member]:

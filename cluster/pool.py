@@ -1,6 +1,7 @@
 """Ray's side of the expert pool: creating, finding, asking and killing expert actors.
 
-Nothing is decided here; :mod:`cluster.controller` decides. Every wait has a deadline.
+Nothing is decided here; :mod:`cluster.controller` decides. Every wait but a heartbeat's, which the
+controller looks at, has a deadline.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import ActorUnavailableError
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -22,6 +24,7 @@ DATA_CALLS = 32
 """How many dispatch calls may be in an actor at once, each on a thread of its own; a router has at
 most one under way, so this is how many routers' messages can merge."""
 CONTROL_CALLS = 4
+AGAIN_S = 0.1
 
 
 def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
@@ -100,9 +103,17 @@ class ExpertPool:
         """Ask an actor what it is and holds."""
         return await _within(handle.describe.remote(), timeout_s)
 
-    async def heartbeat(self, handle: ActorHandle, epoch: int, timeout_s: float) -> ActorReport:
-        """Renew an actor's lease and get its report."""
-        return await _within(handle.heartbeat.remote(epoch), timeout_s)
+    async def heartbeat(self, handle: ActorHandle, epoch: int) -> ActorReport:
+        """Renew an actor's lease and get its report; how long to wait is the caller's business.
+
+        A call that Ray lost on its way says nothing of the actor, and is made again.
+        """
+        while True:
+            try:
+                report: ActorReport = await handle.heartbeat.remote(epoch)
+                return report
+            except ActorUnavailableError:
+                await asyncio.sleep(AGAIN_S)
 
     async def load(
         self, handle: ActorHandle, epoch: int, keys: Sequence[ExpertKey], timeout_s: float

@@ -80,6 +80,10 @@ class Transport(Protocol):
         """Send all calls at once; ``timeout_s`` bounds the wait for all of their answers."""
         ...
 
+    def renew(self, actor_id: str) -> None:
+        """Trust no more what leads to this actor, since a frame was damaged on its way."""
+        ...
+
     def close(self) -> None:
         """Drop connections and end threads, where there are any."""
         ...
@@ -103,6 +107,9 @@ class RayTransport:
             refs.append(None if handle is None else handle.compute.remote(frame))
         self.calls["ray"] += len(calls)
         return _RayFlight(self._actors, calls, refs, deadline_s)
+
+    def renew(self, actor_id: str) -> None:
+        """See :class:`Transport`; Ray keeps the connections."""
 
     def close(self) -> None:
         """See :class:`Transport`; Ray keeps the connections."""

@@ -41,6 +41,8 @@ from router.placement_view import PlacementView
 
 BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
 """Between attempts where every expert has a copy."""
+MAX_REFUSALS = 3
+"""So often the same experts' rows are refused as malformed before that counts as our own fault."""
 LATE_S = 0.5
 """An answer that the deadline cuts off sooner is not late: the request's time was simply over."""
 
@@ -101,6 +103,8 @@ class _Layer:
     deadline_s: float
     failed: set[str] = field(default_factory=set)
     """Actors that failed in this layer; they are asked again only where there is no other."""
+    refusals: Counter[int] = field(default_factory=Counter)
+    """How often each expert's rows were refused as malformed."""
 
 
 class Dispatcher:
@@ -114,7 +118,7 @@ class Dispatcher:
         suspect: Callable[[str, int], None],
         call_timeout_s: float,
     ) -> None:
-        """``suspect`` is told (actor_id, generation) of an actor that did not answer."""
+        """``suspect`` is told (actor_id, generation) of an actor that has not answered."""
         self._model = model
         self._view = view
         self._transport = transport
@@ -243,6 +247,16 @@ class Dispatcher:
         generation = placement.generations.get(call.actor_id)
         return placement.epoch == epoch if generation is None else generation != call.generation
 
+    def _is_given_up(self, epoch: int, most_rows: int, sent_s: float, call: Call) -> bool:
+        """Tell whether to wait no longer for a call, as :meth:`_is_gone` does.
+
+        Has the controller look at an actor that takes longer than answers do; meanwhile the wait
+        goes on.
+        """
+        if time.time() - sent_s >= self._pace.stall_s(most_rows):
+            self._suspect(call.actor_id, call.generation)
+        return self._is_gone(epoch, call)
+
     def _attempt(
         self, placement: Placement, layer: _Layer, ordered: np.ndarray, parts: Sequence[_Part]
     ) -> list[_Part]:
@@ -287,7 +301,7 @@ class Dispatcher:
         failed: list[_Part] = []
         for sent, flight in flights:
             # Taken before the next flight is waited for, which may use the answers' memory again.
-            outcomes = flight.wait(partial(self._is_gone, placement.epoch))
+            outcomes = flight.wait(partial(self._is_given_up, placement.epoch, most_rows, now_s))
             failed += [
                 part
                 for (part, frame, _), outcome in zip(sent, outcomes, strict=True)
@@ -306,11 +320,9 @@ class Dispatcher:
         try:
             answer = decode(outcome)
         except FrameError as error:
-            logger.warning("%s g%d answered: %s", part.actor_id, part.generation, error)
-            self.retries["malformed"] += 1
-            return False
+            return self._damaged(part, error)
         if isinstance(answer, ErrorFrame):
-            return self._refused(part, answer)
+            return self._refused(layer, part, answer)
         expected = (sent.request_id, sent.dtype, len(part.pairs), sent.hidden_size)
         if not isinstance(answer, RowsFrame) or expected != (
             answer.request_id,
@@ -318,19 +330,30 @@ class Dispatcher:
             answer.num_rows,
             answer.hidden_size,
         ):
-            logger.warning("%s g%d: the answer is not the call's", part.actor_id, part.generation)
-            self.retries["malformed"] += 1
-            return False
+            return self._damaged(part, "the answer is not the call's")
         received = np.frombuffer(answer.rows, layer.output.dtype)
         layer.output[layer.slots[part.pairs]] = received.reshape(len(part.pairs), -1)
         return True
 
-    def _refused(self, part: _Part, answer: ErrorFrame) -> bool:
-        """Count a refusal that trying again can mend; raise for one that it cannot."""
-        if answer.error.code is Code.INVALID_ARGUMENT:
+    def _refused(self, layer: _Layer, part: _Part, answer: ErrorFrame) -> bool:
+        """Count a refusal; raises for a frame that is malformed whichever way it goes.
+
+        One that was damaged on its way is sent again.
+        """
+        if answer.error.code is not Code.INVALID_ARGUMENT:
+            self.retries[answer.kind] += 1
+            return False
+        layer.refusals.update(part.expert_ids)
+        if max(layer.refusals[expert_id] for expert_id in part.expert_ids) >= MAX_REFUSALS:
             logger.error("%s refused a frame: %s", part.actor_id, answer.error)
-            raise InternalError("an expert actor refused a frame as malformed")
-        self.retries[answer.kind] += 1
+            raise InternalError("expert actors refuse a frame as malformed")
+        return self._damaged(part, answer.error)
+
+    def _damaged(self, part: _Part, what: object) -> bool:
+        """Count a frame that was damaged on its way to or from an actor."""
+        logger.warning("%s g%d, a damaged frame: %s", part.actor_id, part.generation, what)
+        self.retries["malformed"] += 1
+        self._transport.renew(part.actor_id)
         return False
 
     def _late(self, failures: int, started_s: float) -> ExpertMeshError:

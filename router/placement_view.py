@@ -84,6 +84,7 @@ class PlacementWatcher:
         self._kind = kind
         self._view = view
         self._controller = controller
+        self._telling: set[tuple[str, int]] = set()
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._watch_forever(), name="placement watch")
 
@@ -92,12 +93,20 @@ class PlacementWatcher:
         self._task.cancel()
 
     def suspect(self, actor_id: str, generation: int) -> None:
-        """Tell the controller that an actor gave no answer; callable from any thread."""
+        """Tell the controller that an actor gives no answer; callable from any thread.
 
-        async def tell() -> None:
+        What it has not taken yet is not said to it once more.
+        """
+        asyncio.run_coroutine_threadsafe(self._tell(actor_id, generation), self._loop)
+
+    async def _tell(self, actor_id: str, generation: int) -> None:
+        if (actor_id, generation) in self._telling:
+            return
+        self._telling.add((actor_id, generation))
+        try:
             await self._bounded(lambda: self._controller.suspect(actor_id, generation))
-
-        asyncio.run_coroutine_threadsafe(tell(), self._loop)
+        finally:
+            self._telling.discard((actor_id, generation))
 
     async def _watch_forever(self) -> None:
         node = ray.get_runtime_context().get_node_id()

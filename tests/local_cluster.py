@@ -60,6 +60,9 @@ class BankTransport:
         """Answer each call from its bank, unless ``fail`` says otherwise."""
         return Answered([self._answer(call) for call in calls])
 
+    def renew(self, actor_id: str) -> None:
+        """There is no connection to renew."""
+
     def close(self) -> None:
         """There is nothing to close."""
 

@@ -70,6 +70,11 @@ class StreamTransport:
         """Return the calls' places, those last that may have to wait for a connection."""
         return sorted(range(len(calls)), key=lambda place: calls[place].actor_id not in self._links)
 
+    def renew(self, actor_id: str) -> None:
+        """See :class:`Transport`: the next calls go elsewhere until there is a new connection."""
+        if actor_id in self._links:
+            self._drop(self._links[actor_id])
+
     def close(self) -> None:
         """See :class:`Transport`."""
         self._connector.close()

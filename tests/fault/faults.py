@@ -6,6 +6,8 @@ import itertools
 import time
 from collections.abc import Sequence
 
+from ray.util import list_named_actors
+
 from tests.cluster_fixture import (
     RANDOM,
     ServedCluster,
@@ -17,8 +19,8 @@ from tests.cluster_fixture import (
 from tests.fault.signals import is_stopped, kill, let_go, named_pids, stopped
 
 __all__ = [
-    "expected_tokens", "is_stopped", "kill", "let_go", "named_pids", "start_streams", "stopped",
-    "wait_stalled",
+    "actor_names", "expected_tokens", "is_stopped", "kill", "let_go", "named_pids",
+    "start_streams", "stopped", "wait_stalled",
 ]  # fmt: skip
 
 STREAMS, LENGTH, BEFORE = 8, 200, 3
@@ -27,6 +29,12 @@ STALL_S = 0.5
 """A stream that has no token for so long is taken to wait for an expert."""
 
 PROMPTS = [prompt_of(5 + 5 * seed, 1000 + seed) for seed in range(STREAMS)]
+
+
+def actor_names(app: str) -> set[str]:
+    """Return the Ray names of an application's expert actors that live."""
+    names = (entry["name"] for entry in list_named_actors(all_namespaces=True))
+    return {name for name in names if name.startswith(f"expertmesh:{app}:")}
 
 
 def start_streams(

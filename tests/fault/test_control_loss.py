@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from ray import serve
-from ray.util import list_named_actors
 
 from router.app import build
 from tests.cluster_fixture import (
@@ -17,17 +16,18 @@ from tests.cluster_fixture import (
     is_alive,
     wait_until,
 )
-from tests.fault.faults import LENGTH, PROMPTS, expected_tokens, kill, start_streams
+from tests.fault.faults import (
+    LENGTH,
+    PROMPTS,
+    actor_names,
+    expected_tokens,
+    kill,
+    start_streams,
+)
 
 BACK_S = 40.0
 GONE_S = 10.0
 THROWAWAY = "throwaway"
-
-
-def actor_names(app: str) -> set[str]:
-    """Return the Ray names of an application's expert actors that live."""
-    names = (entry["name"] for entry in list_named_actors(all_namespaces=True))
-    return {name for name in names if name.startswith(f"expertmesh:{app}:")}
 
 
 def test_requests_do_not_notice_that_the_controller_is_replaced(served: ServedCluster) -> None:

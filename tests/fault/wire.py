@@ -21,17 +21,17 @@ from cluster.stream.offer import Network, StreamOffer
 
 DELAY_S = 0.2
 _START = struct.Struct("<QQ")  # a message's length and its call's id, see cluster.stream.channel
-_GREETING_MESSAGES = 2
-"""An actor's first messages: its nonce and its proof."""
+_Side = Literal["router", "actor"]
+_GREETING_MESSAGES: dict[_Side, int] = {"actor": 2, "router": 1}
+"""Each side's first messages: an actor's nonce and proof, a router's hello."""
 
-
-Fault = Literal["delayed", "corrupted", "cut"]
+Fault = Literal["delayed", "corrupted", "cut", "garbled"]
 
 
 class Wire:
-    """Carries streams; :meth:`fault` has it spoil the actors' next answers.
+    """Carries streams; :meth:`fault` has it spoil what comes next.
 
-    ``hits`` counts the answers that were, so that a test can see that the fault hit.
+    ``hits`` counts the messages that were, so that a test can see that the fault hit.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,10 @@ class Wire:
         self._sockets: list[socket.socket] = []
 
     def fault(self, fault: Fault, count: int) -> None:
-        """Have the next ``count`` answers, of whichever actors, come late, damaged or not."""
+        """Have the next ``count`` answers, of whichever actors, come late, damaged or not.
+
+        ``garbled`` are the next frames to the actors instead.
+        """
         with self._lock:
             self._fault, self._left = fault, count
 
@@ -81,47 +84,44 @@ class Wire:
             actor = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             actor.connect(target)
             self._sockets += [router, actor]
-            threading.Thread(target=_carry, args=(router, actor), daemon=True).start()
-            self._carry_answers(actor, router)
+            frames = threading.Thread(
+                target=self._carry, args=("router", router, actor), daemon=True
+            )
+            frames.start()
+            self._carry("actor", actor, router)
 
-    def _carry_answers(self, actor: socket.socket, router: socket.socket) -> None:
+    def _carry(self, side: _Side, source: socket.socket, target: socket.socket) -> None:
+        """Carry what one side sends to the other."""
         with suppress(OSError):
             count = 0
-            while (start := _receive(actor, _START.size)) is not None:
+            while (start := _receive(source, _START.size)) is not None:
                 length, _ = _START.unpack(start)
-                body = _receive(actor, length + -length % ALIGNMENT)
+                body = _receive(source, length + -length % ALIGNMENT)
                 if body is None:
                     break
                 count += 1
-                if count > _GREETING_MESSAGES:
-                    body = self._altered(body)
+                if count > _GREETING_MESSAGES[side]:
+                    body = self._altered(side, body)
                     if body is None:
                         break
-                router.sendall(start + body)
-        _shut(actor)
-        _shut(router)
+                target.sendall(start + body)
+        _shut(source)
+        _shut(target)
 
-    def _altered(self, body: bytes) -> bytes | None:
-        """Return what becomes of an answer's frame; ``None`` cuts the connection instead."""
+    def _altered(self, side: _Side, body: bytes) -> bytes | None:
+        """Return what becomes of a frame; ``None`` cuts the connection instead."""
         with self._lock:
-            if not self._left:
+            fault = self._fault
+            if not self._left or (fault == "garbled") != (side == "router"):
                 return body
             self._left -= 1
-            fault = self._fault
             self.hits[fault] += 1
         if fault == "cut":
             return None
-        if fault == "corrupted":
+        if fault in ("corrupted", "garbled"):
             return bytes([body[0] ^ 0xFF]) + body[1:]  # the frame's version
         self._closed.wait(DELAY_S)
         return body
-
-
-def _carry(source: socket.socket, target: socket.socket) -> None:
-    with suppress(OSError):
-        while data := source.recv(1 << 16):
-            target.sendall(data)
-    _shut(target)
 
 
 def _receive(sock: socket.socket, count: int) -> bytes | None:

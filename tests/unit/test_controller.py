@@ -15,6 +15,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from cluster import controller as controller_module
+from cluster import progress
 from cluster.controller import Controller
 from cluster.errors import CheckpointError, StaleEpochError
 from cluster.ledger import Ledger
@@ -64,7 +65,7 @@ class FakeActor:
             steps=0,
         )
 
-    async def answer(self, epoch: int | None, timeout_s: float) -> ActorReport:
+    async def answer(self, epoch: int | None, timeout_s: float | None) -> ActorReport:
         if not self.alive:
             raise RayActorError
         if self.hung:
@@ -126,9 +127,9 @@ class FakePool:
     async def describe(self, actor: FakeActor, timeout_s: float) -> ActorReport:
         return await actor.answer(None, timeout_s)
 
-    async def heartbeat(self, actor: FakeActor, epoch: int, timeout_s: float) -> ActorReport:
+    async def heartbeat(self, actor: FakeActor, epoch: int) -> ActorReport:
         actor.heartbeats += 1
-        return await actor.answer(epoch, timeout_s)
+        return await actor.answer(epoch, None)
 
     async def load(
         self, actor: FakeActor, epoch: int, keys: Sequence[ExpertKey], timeout_s: float
@@ -151,7 +152,10 @@ class FakePool:
 @pytest.fixture(autouse=True)
 def _short_periods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controller_module, "HEARTBEAT_PERIOD_S", 0.01)
-    monkeypatch.setattr(controller_module, "HEARTBEAT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(controller_module, "ADOPT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(controller_module, "LOOK_S", 0.01)
+    monkeypatch.setattr(progress, "LOOK_S", 0.01)
+    monkeypatch.setattr(progress, "SILENT_S", 0.1)
     monkeypatch.setattr(controller_module, "FIRST_RETRY_S", 0.001)
     monkeypatch.setattr(controller_module, "MAX_RETRY_S", 0.01)
 
@@ -678,6 +682,60 @@ def test_a_suspected_actor_that_answers_is_kept(monkeypatch: pytest.MonkeyPatch)
             assert not actor.killed
 
     run(test)
+
+
+def test_a_silent_actor_is_replaced_sooner_while_a_router_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(progress, "SILENT_S", 3600)
+    monkeypatch.setattr(progress, "SUSPECTED_S", 0.05)
+
+    async def test() -> None:
+        async with running() as cluster:
+            await cluster.complete()
+            [suspected], [idle] = cluster.pool.of("expert-0"), cluster.pool.of("expert-1")
+            suspected.hung = idle.hung = True
+            await cluster.controller.suspect("expert-0", 1)
+            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+            assert (suspected.killed, idle.killed) == (True, False)
+            # The word on the first generation says nothing of the second.
+            [_, successor] = cluster.pool.of("expert-0")
+            successor.hung = True
+            beats = successor.heartbeats
+            await cluster.controller.suspect("expert-0", 1)
+            await happens(lambda: successor.heartbeats > beats)
+            assert not await replaced_within(cluster, successor, 10 * progress.SUSPECTED_S)
+
+    run(test)
+
+
+def test_a_routers_word_counts_only_while_it_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SILENT_S", 3600)
+    monkeypatch.setattr(progress, "SUSPECTED_S", 0.1)
+    monkeypatch.setattr(controller_module, "SUSPICION_S", 0.05)
+
+    async def test() -> None:
+        async with running(1) as cluster:
+            await cluster.complete()
+            [actor] = cluster.pool.actors
+            actor.hung = True
+            await cluster.controller.suspect("expert-0", 1)
+            assert not await replaced_within(cluster, actor, 5 * progress.SUSPECTED_S)
+            while not actor.killed:
+                await cluster.controller.suspect("expert-0", 1)
+                await asyncio.sleep(0.01)
+
+    run(test)
+
+
+async def replaced_within(cluster: Cluster, actor: FakeActor, timeout_s: float) -> bool:
+    """Watch for a while whether an actor is ended."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await happens(lambda: actor.killed)
+    except TimeoutError:
+        return False
+    return True
 
 
 def test_the_status_tells_what_lives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,21 +7,31 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from cluster.errors import DeadlineExceededError, ExpertUnavailableError, OverloadedError
+from cluster.errors import (
+    DeadlineExceededError,
+    ExpertUnavailableError,
+    FrameError,
+    InternalError,
+    OverloadedError,
+)
 from cluster.frames import ErrorFrame, encode
 from cluster.placement import Placement
-from cluster.transport import Call, CallFailure
+from cluster.transport import Call, CallFailure, IsGone, Outcome, never_gone
 from router import dispatch as dispatch_module
+from router.dispatch import MAX_REFUSALS
 from tests.checkpoints import save_mixtral
-from tests.local_cluster import LocalCluster, greedy_request
+from tests.local_cluster import Answered, LocalCluster, greedy_request
 
 PROMPTS = [[5, 9, 11], [7] * 30, list(range(2, 60))]
 LENGTH = 12
 NUMBERS = itertools.count()
+REFUSED = b"".join(encode(ErrorFrame(0, "FrameError", FrameError("is damaged", "frame"))))
+"""What an actor answers to a frame that it cannot read."""
 Fail = Callable[[Call, int], CallFailure | bytes | None]
 
 
@@ -76,8 +86,10 @@ def test_tokens_do_not_depend_on_the_copies_and_the_actors_share_the_work(
         CallFailure.DIED,
         CallFailure.TIMED_OUT,
         b"garbage",
+        REFUSED,
         b"".join(encode(ErrorFrame(0, "OverloadedError", OverloadedError("full", "queue", 0.01)))),
     ],
+    ids=["died", "timed_out", "garbage", "refused", "overloaded"],
 )
 def test_where_one_copy_fails_another_is_asked_at_once(
     cluster: LocalCluster,
@@ -99,6 +111,48 @@ def test_where_one_copy_fails_another_is_asked_at_once(
     else:
         assert asked.total() > 1
         assert cluster.suspected == []
+
+
+def test_a_frame_damaged_on_its_way_is_sent_again(
+    folder: Path, expected: list[tuple[int, ...]]
+) -> None:
+    cluster = LocalCluster(folder, 3)
+    sent: Counter[str] = Counter()
+
+    def damage(call: Call, number: int) -> bytes | None:
+        sent[call.actor_id] += 1
+        return REFUSED if sent[call.actor_id] % MAX_REFUSALS else None
+
+    cluster.transport.fail = damage
+    try:
+        assert tokens_of(cluster) == expected
+    finally:
+        cluster.close()
+    assert cluster.dispatcher.retries == {"malformed": sum(sent.values()) * 2 // 3}
+    assert cluster.suspected == []
+
+
+@pytest.mark.parametrize("min_copies", [1, 2])
+def test_a_frame_that_is_always_refused_is_our_own_fault(
+    folder: Path, expected: list[tuple[int, ...]], min_copies: int
+) -> None:
+    cluster = LocalCluster(folder, 3, min_copies=min_copies)
+    refused: Counter[tuple[int, int]] = Counter()
+
+    def refuse(call: Call, number: int) -> bytes:
+        frame = cluster.transport.frames[-1]
+        refused.update((frame.layer_id, expert_id) for expert_id in frame.expert_ids)
+        return REFUSED
+
+    cluster.transport.fail = refuse
+    try:
+        with pytest.raises(InternalError):
+            cluster.generate(greedy_request("ours", [3], 1))
+        assert max(refused.values()) == MAX_REFUSALS
+        cluster.transport.fail = lambda call, number: None
+        assert tokens_of(cluster) == expected
+    finally:
+        cluster.close()
 
 
 def test_only_the_failed_actors_rows_are_sent_again(cluster: LocalCluster) -> None:
@@ -166,6 +220,40 @@ def test_an_actor_that_is_no_longer_placed_is_gone(cluster: LocalCluster) -> Non
     assert not cluster.dispatcher._is_gone(epoch, call)
     cluster.view.publish(Placement(epoch + 1, 1, {}, {"a0": 2}))
     assert cluster.dispatcher._is_gone(epoch, call)
+
+
+def test_an_only_copy_that_takes_too_long_is_suspected_and_still_waited_for(
+    folder: Path, expected: list[tuple[int, ...]]
+) -> None:
+    cluster = LocalCluster(folder, 3)
+    try:
+        assert tokens_of(cluster) == expected
+        assert cluster.suspected == []
+        asked: list[bool] = []
+
+        @dataclass
+        class Slow(Answered):
+            def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
+                dispatcher, call = cluster.dispatcher, Call("a1", 1, ())
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(dispatcher._pace, "stall_s", lambda rows: 3600.0)
+                    asked.append(is_gone(call))
+                    assert cluster.suspected == []
+                    patch.setattr(dispatcher._pace, "stall_s", lambda rows: 0.0)
+                    asked.append(is_gone(call))
+                return self.outcomes
+
+        begin = cluster.transport.begin
+        flights = iter([Slow])
+        cluster.transport.begin = lambda calls, timeout_s: next(flights, Answered)(  # type: ignore[method-assign]
+            begin(calls, timeout_s).outcomes
+        )
+        assert tokens_of(cluster) == expected
+        assert asked == [False, False]
+        assert cluster.suspected == [("a1", 1)]
+        assert not cluster.dispatcher.retries
+    finally:
+        cluster.close()
 
 
 def test_an_answer_is_waited_for_shortly_only_where_another_actor_can_give_it(

@@ -199,3 +199,30 @@ def test_suspicions_reach_the_controller_from_any_thread_and_its_failure_hurts_n
         watcher.stop()
 
     run(test)
+
+
+def test_a_suspicion_that_the_controller_has_not_taken_is_not_told_once_more() -> None:
+    async def test() -> None:
+        view, controller = PlacementView(), FakeController()
+        taken = asyncio.Event()
+        suspect = controller.suspect
+
+        async def slow(actor_id: str, generation: int) -> None:
+            await suspect(actor_id, generation)
+            await taken.wait()
+
+        controller.suspect = slow  # type: ignore[method-assign]
+        watcher = PlacementWatcher("router", view, controller)
+        for generation in (4, 4, 5, 4):
+            watcher.suspect("expert-1", generation)
+        while len(controller.suspects) < 2:
+            await asyncio.sleep(0)
+        assert controller.suspects == [("expert-1", 4), ("expert-1", 5)]
+        taken.set()
+        while len(controller.suspects) < 3:
+            watcher.suspect("expert-1", 4)
+            await asyncio.sleep(0)
+        assert controller.suspects[2] == ("expert-1", 4)
+        watcher.stop()
+
+    run(test)

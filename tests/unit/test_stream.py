@@ -63,6 +63,9 @@ class Elsewhere:
         self.frames += [(call.actor_id, b"".join(call.frame)) for call in calls]
         return Answered([b"elsewhere"] * len(calls))
 
+    def renew(self, actor_id: str) -> None:
+        """There is no connection to renew."""
+
     def close(self) -> None:
         """There is nothing to close."""
 
@@ -152,6 +155,22 @@ def greeted(actors: Actors, actor_id: str = "a", network: Network = Network.UNIX
     """A connection that has been admitted, to do with as a test likes."""
     offer = actors.servers[actor_id, 1].offer(network)
     return greet(open_socket(offer, None), offer)
+
+
+def test_a_renewed_connection_is_another_one_and_calls_go_elsewhere_until_it_is_there(
+    actors: Actors, connect: Open
+) -> None:
+    actors.add("a")
+    elsewhere = Elsewhere()
+    transport = connect(elsewhere)
+    until(lambda: ask(transport, call(b"hello")) == [b"hello"], "it streams")
+    offers, before = len(actors.asked), len(elsewhere.frames)
+    transport.renew("a")
+    transport.renew("never was")
+    assert ask(transport, call(b"hello")) == [b"elsewhere"]
+    until(lambda: ask(transport, call(b"hello")) == [b"hello"], "it streams again")
+    assert len(actors.asked) == offers + 1
+    assert len(elsewhere.frames) > before
 
 
 # What streams carry.

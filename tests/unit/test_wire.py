@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cluster.frames import Buffer, DispatchFrame, Parts, decode, encode
+from cluster.frames import Buffer, DispatchFrame, Parts, encode
 from cluster.stream.client import StreamTransport
 from cluster.stream.connect import Connector
 from cluster.stream.offer import Network, StreamOffer
 from cluster.stream.server import Answer, StreamServer
+from experts.actor import _read
 from experts.bank import ExpertBank
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 from tests.cluster_fixture import prompt_of, wait_until
@@ -62,12 +63,11 @@ class Wired:
 
 
 def _answers(bank: ExpertBank) -> Answer:
-    def answer(frames: Sequence[Buffer]) -> list[Parts]:
-        decoded = [decode(frame) for frame in frames]
-        asked = [frame for frame in decoded if isinstance(frame, DispatchFrame)]
-        return [encode(rows) for rows in bank.compute(asked)]
+    def answer(frame: Buffer) -> Parts:
+        read = _read(frame)
+        return encode(bank.compute([read])[0]) if isinstance(read, DispatchFrame) else read
 
-    return answer
+    return lambda frames: list(map(answer, frames))
 
 
 def tokens_of(cluster: LocalCluster) -> tuple[int, ...]:
@@ -106,10 +106,26 @@ def test_late_answers_are_waited_for(wired: Wired) -> None:
 
 
 def test_damaged_answers_are_asked_for_again(wired: Wired) -> None:
+    expected, before = tokens_of(wired.plain), wired.elsewhere()
     wired.wire.fault("corrupted", 5)
-    assert wired.tokens() == tokens_of(wired.plain)
-    assert wired.wire.hits == {"corrupted": 5}
+
+    def all_hit() -> bool:
+        assert wired.tokens() == expected
+        return wired.wire.hits["corrupted"] == 5
+
+    wait_until(all_hit, "every fault hits", LIMIT_S)
     assert wired.retries == {"malformed": 5}
+    # What damages an answer is not used again: until there is another, calls go elsewhere.
+    assert wired.elsewhere() > before
+    assert not wired.cluster.suspected
+
+
+def test_damaged_frames_are_sent_again(wired: Wired) -> None:
+    wired.wire.fault("garbled", 2)
+    assert wired.tokens() == tokens_of(wired.plain)
+    assert wired.wire.hits == {"garbled": 2}
+    assert wired.retries == {"malformed": 2}
+    assert not wired.cluster.suspected
 
 
 def test_calls_go_elsewhere_when_their_connection_is_cut(wired: Wired) -> None:
