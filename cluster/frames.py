@@ -43,7 +43,8 @@ class FrameKind(enum.IntEnum):
     ERROR = 3
 
 
-@dataclass(frozen=True, slots=True)
+# Frames are not frozen: a frozen dataclass takes several times as long to make.
+@dataclass(slots=True)
 class DispatchFrame:
     """One layer's token rows for the experts of one actor.
 
@@ -72,7 +73,7 @@ class DispatchFrame:
         return sum(self.num_tokens_per_expert)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RowsFrame:
     """An actor's answer: P×H unweighted output rows of ``dtype``, in the order of the pairs."""
 

@@ -30,7 +30,7 @@ class CallFailure(enum.StrEnum):
     TIMED_OUT = "timed_out"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
     """One frame for one generation of one actor.
 

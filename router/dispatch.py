@@ -71,7 +71,7 @@ class _Layout:
     shares: tuple[_Share, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Part:
     """The share of one actor in a layer: which pairs it computes, grouped by expert."""
 
@@ -85,7 +85,7 @@ class _Part:
 _Sent = tuple[_Part, DispatchFrame, Call]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Layer:
     """One layer's work. Pair t * K + r is token t with the expert that the gate put at rank r.
 
@@ -409,12 +409,12 @@ def split(
         asked = [place for place in range(share.start, share.end) if counts[place]]
         if not asked:
             continue
-        sizes = tuple(counts[place] for place in asked)
+        sizes = tuple([counts[place] for place in asked])
         begin, end = end, end + sum(sizes)
         if share.actor_id is None:  # the first share, if there is such
             homeless.append(ordered[begin:end])
             first = end
             continue
-        asked_ids = tuple(layout.expert_ids[place] for place in asked)
+        asked_ids = tuple([layout.expert_ids[place] for place in asked])
         parts.append(_Part(share.actor_id, share.generation, asked_ids, sizes, ordered[begin:end]))
     return ordered[first:], parts, homeless

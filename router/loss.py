@@ -63,7 +63,7 @@ def lost_by_layer(placement: Placement, model: str) -> dict[int, np.ndarray]:
     return masks
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Choice:
     """Which experts a layer's tokens go to: ids and weights [T, K].
 
