@@ -105,7 +105,7 @@ Round = Callable[[], list[Timed]]
 
 
 @contextmanager
-def deployed(folder: Path, actors: int, routers: int = 1) -> Iterator[Ports]:
+def deployed(folder: Path, actors: int, routers: int = 1, min_copies: int = 1) -> Iterator[Ports]:
     """Run the application on a Ray and ports of the benchmark's own, until the block ends."""
     import ray
     from ray import serve
@@ -126,7 +126,7 @@ def deployed(folder: Path, actors: int, routers: int = 1) -> Iterator[Ports]:
         )
         args = {
             "models": [{"id": MODEL, "path": str(folder)}],
-            "experts": {"actors": actors},
+            "experts": {"actors": actors, "min_copies": min_copies},
             "router": {"cache_tokens": CACHE_TOKENS, "replicas": routers},
         }
         serve.run(build(args), name=MODEL, route_prefix="/")

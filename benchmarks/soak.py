@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,8 @@ from benchmarks.serve import deployed
 
 if TYPE_CHECKING:
     from router.client import Client
-    from tests.fault.load import Case
+    from tests.fault.injector import Hit
+    from tests.fault.load import Case, Wait
 
 MODEL_PATH = "models/mesh-tiny"
 ACTORS, ROUTERS = 3, 2
@@ -42,6 +43,10 @@ MIN_SAMPLES = 8
 GROWTH_SHARE, GROWTH_MB, GROWTH_FDS = 0.05, 16.0, 16.0
 """A process is flat when its trend rises over the judged time by less than the larger of 5 % and
 16 MB, and by less than 16 descriptors."""
+LONG_S, WAITS_SHOWN = 1.0, 8
+"""A stream's wait for its next token is noted from the first on; so many are shown."""
+LEAD_S = 10.0
+"""The longest waits are told with the faults from so long before they began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,25 +154,56 @@ def name_of(words: Sequence[str]) -> str:
     return Path(scripts[0] if scripts else words[0]).name
 
 
+def longest_apart(waits: Sequence[Wait], count: int) -> list[Wait]:
+    """Return the ``count`` longest waits, the longest first, of which no two overlap.
+
+    One fault makes many streams wait at the same time.
+    """
+    chosen: list[Wait] = []
+    for wait in sorted(waits, key=lambda one: -one.took_s):
+        if len(chosen) < count and not any(_overlap(wait, one) for one in chosen):
+            chosen.append(wait)
+    return chosen
+
+
+def _overlap(one: Wait, other: Wait) -> bool:
+    return one.began_s < other.ended_s and other.began_s < one.ended_s
+
+
+def met(wait: Wait, hits: Sequence[Hit]) -> list[dict[str, Any]]:
+    """Return the faults that a wait may come from, each with its time after the wait's begin."""
+    return [
+        {**asdict(hit.fault), "pid": hit.pid, "after_s": hit.at_s - wait.began_s}
+        for hit in hits
+        if wait.began_s - LEAD_S <= hit.at_s <= wait.ended_s
+    ]
+
+
 def run(minutes: float, every_s: float, seed: int) -> dict[str, Any]:
     """Run the whole soak; returns what ``--json`` writes."""
     from router.client import Client
-    from tests.fault.injector import Hit, inject
+    from tests.fault.injector import inject
     from tests.fault.load import Load
     from tests.fault.schedule import schedule
 
     faults = schedule(seed, 60 * minutes, every_s)
-    hits: Counter[str] = Counter()
+    hits: list[Hit] = []
+    waits: list[Wait] = []
+
+    def waited(wait: Wait) -> None:
+        if wait.took_s >= LONG_S:
+            waits.append(wait)
+
     with progress("soak", 2 + len(faults)) as begin:
         begin("deployment")
         served = deployed(Path(MODEL_PATH), ACTORS, ROUTERS)
         with served as ports, Client(ports.grpc_address) as client:
             begin("answers without faults")
-            load = Load(client, MODEL, answers(client), STREAMS, UNARY, REQUEST_TIMEOUT_S)
+            load = Load(client, MODEL, answers(client), STREAMS, UNARY, REQUEST_TIMEOUT_S, waited)
             sampler, started_s = Sampler(), time.monotonic()
 
             def told(hit: Hit) -> None:
-                hits[hit.fault.kind.value] += 1
+                hits.append(hit)
                 failed = load.outcome().failures.total()
                 begin(f"{hit.fault.kind.value} {hit.pid}, {failed} failed")
 
@@ -177,16 +213,19 @@ def run(minutes: float, every_s: float, seed: int) -> dict[str, Any]:
                 outcome = load.end()
             took_s = time.monotonic() - started_s
             processes = sampler.end()
+    longest = longest_apart(
+        [replace(wait, began_s=wait.began_s - started_s) for wait in waits], WAITS_SHOWN
+    )
     return {
         "benchmark": "soak",
         "machine": machine(),
         "minutes": minutes,
         "every_s": every_s,
         "seed": seed,
-        "faults": dict(hits),
+        "faults": dict(Counter(hit.fault.kind.value for hit in hits)),
         "requests": outcome.requests,
         "failures": dict(outcome.failures),
-        "longest_gap_s": outcome.longest_gap_s,
+        "waits": [{**asdict(wait), "faults": met(wait, hits)} for wait in longest],
         "tokens_per_s": outcome.tokens / took_s,
         "processes": [asdict(one) for one in processes],
     }
@@ -213,10 +252,17 @@ def report(result: Mapping[str, Any]) -> None:
         *((kind, str(count)) for kind, count in result["faults"].items()),
         ("requests", str(result["requests"])),
         *((f"failed: {reason}", str(count)) for reason, count in result["failures"].items()),
-        ("longest gap between tokens, s", f"{result['longest_gap_s']:.2f}"),
         ("tokens/s", f"{result['tokens_per_s']:.0f}"),
     ]
     show(f"soak, {result['minutes']:g} minutes, seed {result['seed']}", figures, ["", "count"])
+    show(
+        f"longest waits for a token, and the faults from {LEAD_S:g} s before each",
+        [
+            (f"{one['began_s']:.1f}", f"{one['took_s']:.1f}", ", ".join(map(_told, one["faults"])))
+            for one in result["waits"]
+        ],
+        ["began, s", "took, s", "faults, by seconds after the begin"],
+    )
     rows = [
         (
             f"{one['name']} {one['pid']}",
@@ -231,6 +277,11 @@ def report(result: Mapping[str, Any]) -> None:
     ]
     columns = ["process", "seconds", "MB at first", "at last", "MB/min"]
     show("long-lived processes", rows, [*columns, "descriptors at first", "at last", "/min", ""])
+
+
+def _told(fault: Mapping[str, Any]) -> str:
+    lasted = f" for {fault['pause_s']:.1f} s" if fault["pause_s"] else ""
+    return f"{fault['after_s']:+.1f} {fault['kind']}{lasted}"
 
 
 def is_good(result: Mapping[str, Any]) -> bool:

@@ -132,14 +132,14 @@ class Controller:
         self._last_generation |= ledger.generations
         adopted: dict[str, ActorHandle] = {}
         reports: dict[str, ActorReport] = {}
-        for actor_id, generation, handle in sorted(found, key=lambda entry: entry[:2]):
+        found.sort(key=lambda entry: entry[:2])
+        # At once, so that several that hang delay the others by one timeout only.
+        described = await asyncio.gather(*(self._describe(*entry) for entry in found))
+        for (actor_id, generation, handle), report in zip(found, described, strict=True):
             self._last_generation[actor_id] = max(
                 generation, self._last_generation.get(actor_id, 0)
             )
-            try:
-                report = await self._pool.describe(handle, ADOPT_TIMEOUT_S)
-            except (RayActorError, RayTaskError, TimeoutError) as error:
-                logger.warning("%s g%d: not adopted (%s)", actor_id, generation, _kind(error))
+            if report is None:
                 self._pool.kill(handle)
                 continue
             epoch = max(epoch, report.epoch)
@@ -161,6 +161,16 @@ class Controller:
         self._placement = placement
         self._write_ledger()
         return adopted
+
+    async def _describe(
+        self, actor_id: str, generation: int, handle: ActorHandle
+    ) -> ActorReport | None:
+        """Return what an actor says that it is, or ``None`` where it does not answer."""
+        try:
+            return await self._pool.describe(handle, ADOPT_TIMEOUT_S)
+        except (RayActorError, RayTaskError, TimeoutError) as error:
+            logger.warning("%s g%d: not adopted (%s)", actor_id, generation, _kind(error))
+            return None
 
     def _write_ledger(self) -> None:
         """Put down what the next controller must go beyond, even if no actor lives to tell it."""

@@ -1,7 +1,7 @@
 """What an expert actor is told at its start, and what it reports: the actor's contract.
 
 ``cluster`` creates and watches expert actors but does not know their class, which
-``router/app.py`` injects; this file is what both sides agree on.
+``router/control.py`` injects; this file is what both sides agree on.
 """
 
 from __future__ import annotations

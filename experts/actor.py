@@ -1,11 +1,11 @@
-"""The expert actor: one Ray actor per device, holding any subset of the experts.
+"""The expert actor: one per device, holding any subset of the experts.
 
 Each call has a thread that puts its frame into a bounded queue. One of the threads at a time
 computes: it takes all that waits, merges it (:mod:`experts.bank`) and answers for the others too;
 so a lone call changes threads nowhere, and many calls share products. Threads rather than asyncio,
-since a Ray call to an async actor takes 0.3 ms longer. Control calls have a concurrency group of
-their own, so that slow products do not delay them. Calls are pure: computing a frame twice gives
-the same answer, so a router may always try again.
+since a Ray call to an async actor takes 0.3 ms longer. :mod:`experts.remote` gives calls their
+threads. Calls are pure: computing a frame twice gives the same answer, so a router may always try
+again.
 """
 
 from __future__ import annotations
@@ -76,9 +76,8 @@ class ExpertActor:
         self._lease = Lease(time.monotonic())
         end_when_orphaned(self._lease, spec.app)
 
-    # Control calls.
+    # Control calls, which :mod:`experts.remote` has on threads of their own.
 
-    @ray.method(concurrency_group="control")
     def load(self, epoch: int, keys: Sequence[ExpertKey]) -> ActorReport:
         """Load the given experts beside those already held; returns when all can be asked for.
 
@@ -88,18 +87,15 @@ class ExpertActor:
         self._load([ExpertKey(*key) for key in keys])
         return self._report()
 
-    @ray.method(concurrency_group="control")
     def heartbeat(self, epoch: int) -> ActorReport:
         """Renew the lease and report; refuses a controller of an older epoch."""
         self._accept(epoch)
         return self._report()
 
-    @ray.method(concurrency_group="control")
     def describe(self) -> ActorReport:
         """Report without renewing the lease, for a controller that looks whom it can adopt."""
         return self._report()
 
-    @ray.method(concurrency_group="control")
     def offer_stream(self, network: Network) -> StreamOffer:
         """Tell a router how to open one stream to this actor; raises ``OSError`` if it cannot."""
         return self._streams.offer(network)

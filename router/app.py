@@ -6,85 +6,32 @@ controller creates the expert actors. Everything is checked before anything is d
 
 from __future__ import annotations
 
-import logging
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
 
 from cluster.config import AppConfig, RouterConfig, parse_args
-from cluster.contract import OnExpertLoss
-from cluster.controller import Controller
 from cluster.errors import ConfigError, ExpertMeshError
 from cluster.spec import ActorSpec
-from experts.actor import ExpertActor
+from router.control import ControllerDeployment
+from router.deployment import RouterDeployment
 from router.gateway.deployment import Gateway
 from router.gateway.models import GatewayModel
-from router.gateway.ray_upstream import HandleController, RayUpstream
-from router.link import LinkAddress
-from router.logs import failures_logged, setup_logging
-from router.replica import RouterReplica
+from router.gateway.ray_upstream import make_upstream
 from router.served import ServedModel, inspect_models
 
 MAX_CONTROL_CALLS = 10_000
-GRACEFUL_SHUTDOWN_S = 5.0
-DRAIN_CHECK_S = 0.2
-QUIET = {"log_level": "WARNING", "enable_access_log": False}
-
-logger = logging.getLogger("expertmesh.app")
-
-
-class ControllerDeployment(Controller):
-    """The controller as a Serve replica; adds Serve's name of the application."""
-
-    async def __init__(self, spec: ActorSpec, config: AppConfig) -> None:  # type: ignore[misc]
-        """Start the controller on the replica's event loop."""
-        setup_logging()
-        app = serve.get_replica_context().app_name
-        with failures_logged("the controller"):
-            super().__init__(
-                replace(spec, app=app),
-                ExpertActor,
-                config.experts.actors,
-                config.experts.memory_budget_bytes,
-                config.experts.min_copies,
-            )
-            await self.start()
-
-    async def __del__(self) -> None:
-        """Serve awaits this at a graceful end of the replica."""
-        await self.close()
-
-
-class RouterDeployment(RouterReplica):
-    """A router as a Serve replica."""
-
-    async def __init__(  # type: ignore[misc]
-        self, model: ServedModel, config: AppConfig, controller: Any
-    ) -> None:
-        """Load the model's dense part and start the engine."""
-        setup_logging()
-        app = serve.get_replica_context().app_name
-        with failures_logged(f"the router of {model.id}"):
-            client = HandleController(controller)
-            super().__init__(app, model, config.router, config.experts, client)
-
-    async def generate(self, wire: dict[str, Any], address: LinkAddress) -> dict[str, Any]:
-        """See :meth:`RouterReplica.generate`."""
-        return await super().generate(wire, address)
-
-    def check_health(self) -> None:
-        """Raise when the engine's thread has ended; Serve then replaces the replica."""
-        if not self.is_alive():
-            raise RuntimeError("the engine's thread has ended")
-
-    def __del__(self) -> None:
-        """Serve calls this at a graceful end of the replica."""
-        self.close()
+REPLICA_OPTIONS: dict[str, Any] = {
+    "graceful_shutdown_timeout_s": 5.0,
+    "graceful_shutdown_wait_loop_s": 0.2,
+    # Serve finds out by its next check that a replica is dead; its default is 10 s.
+    "health_check_period_s": 1.0,
+    "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+}
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -118,21 +65,11 @@ def build(args: dict[str, Any]) -> Application:
     return _gateway(config).bind(  # type: ignore[no-any-return]
         gateway_models,
         config.gateway,
-        _upstream,
+        make_upstream,
         controller,
         routers,
         config.gateway.on_expert_loss,
     )
-
-
-def _upstream(
-    controller: DeploymentHandle,
-    routers: dict[str, DeploymentHandle],
-    on_expert_loss: OnExpertLoss,
-) -> RayUpstream:
-    """Make a gateway replica's upstream, in the replica."""
-    setup_logging()
-    return RayUpstream(controller, routers, on_expert_loss)
 
 
 def deployment_names(models: list[ServedModel]) -> dict[str, str]:
@@ -155,9 +92,7 @@ def _controller() -> Any:
         num_replicas=1,
         max_ongoing_requests=MAX_CONTROL_CALLS,
         ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
-        graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
-        logging_config=QUIET,
+        **REPLICA_OPTIONS,
     )(ControllerDeployment)
 
 
@@ -186,9 +121,7 @@ def _router(name: str, config: RouterConfig) -> Any:
                 }
             },
         },
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
-        graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
-        logging_config=QUIET,
+        **REPLICA_OPTIONS,
     )(RouterDeployment)
 
 
@@ -198,9 +131,7 @@ def _gateway(config: AppConfig) -> Any:
         num_replicas=config.gateway.replicas,
         max_ongoing_requests=config.gateway.max_ongoing_requests,
         ray_actor_options={"num_cpus": config.gateway.num_cpus},
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
-        graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
-        logging_config=QUIET,
+        **REPLICA_OPTIONS,
     )(Gateway)
 
 

@@ -36,6 +36,7 @@ IDLE_S = 0.1
 PARKED_S = 0.02
 """How long to wait for commands while there are no sequences, or while all of them are parked; the
 latter is how late a new placement may be noticed."""
+CLOSE_S = 1.0
 
 logger = logging.getLogger("expertmesh.engine")
 
@@ -87,12 +88,18 @@ class Engine:
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """Have the engine's thread end after the step that it is in."""
+        """Have the engine's thread end after the step that it is in.
+
+        Returns when it has ended, or after :data:`CLOSE_S`: what it uses may then be closed, and
+        the interpreter may end, which would abort where a thread is in torch.
+        """
 
         def stop() -> None:
             self._closing = True
 
         self._commands.put(stop)
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(CLOSE_S)
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request; tokens or an error come through ``emit``."""

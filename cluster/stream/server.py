@@ -17,6 +17,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from cluster.frames import Buffer, Parts
@@ -45,6 +46,7 @@ HELLO_TIMEOUT_S = 5.0
 STALLED_S = 30.0
 """How long a router may leave its answers unread."""
 LOOK_S = 1.0
+CLOSE_S = 5.0
 _BACKLOG = 128
 
 logger = logging.getLogger("expertmesh.stream")
@@ -129,8 +131,18 @@ class StreamServer:
         return StreamOffer(network, self._listeners[network].getsockname(), *self._keys.new())
 
     def close(self) -> None:
-        """End the thread after what it is doing, and the connections with it."""
+        """End the thread after what it is doing, and the connections with it.
+
+        Returns when it has ended, or after :data:`CLOSE_S`: a thread that lived on into the
+        interpreter's end would abort the process when it lets go of a tensor.
+        """
         self._closing = True
+        with self._starting:
+            for listener in self._listeners.values():
+                with suppress(OSError):  # it has ended already
+                    listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        if self._thread is not None:
+            self._thread.join(CLOSE_S)
 
     def _listen(self, network: Network) -> socket.socket:
         if network is Network.UNIX:

@@ -33,6 +33,7 @@ from cluster.errors import (
 from cluster.retry import Retries, RetryBudget, RetryPolicy
 from cluster.status import ClusterStatus
 from router.link import LinkAddress, LinkServer
+from router.logs import setup_logging
 from router.placement_view import PlacementView, PlacementWatcher
 from router.readiness import Readiness, readiness
 from router.request import GenerationRequest, Receipts, TokenEvent, merge_events
@@ -182,6 +183,16 @@ class RayUpstream:
         return readiness(
             self._view.current(), self._routers, self._view.loop_age_s(), self._on_expert_loss
         )
+
+
+def make_upstream(
+    controller: DeploymentHandle,
+    routers: Mapping[str, DeploymentHandle],
+    on_expert_loss: OnExpertLoss,
+) -> RayUpstream:
+    """Make a gateway replica's upstream, in the replica."""
+    setup_logging()
+    return RayUpstream(controller, routers, on_expert_loss)
 
 
 class HandleController:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from cluster.errors import ExpertMeshError
@@ -33,7 +35,7 @@ def inject(
     status: Callable[[], ClusterStatus],
     told: Callable[[Hit], None] = lambda hit: None,
 ) -> list[Hit]:
-    """Carry out all faults in order, each at its time or as soon after as it can be; blocks.
+    """Carry out all faults in order, each when it is due or as soon after as it can be; blocks.
 
     A fault waits until the controller answers and names a living victim; one on an expert actor
     also until every expert has a copy, since faults that came faster than copies come back would
@@ -41,20 +43,37 @@ def inject(
     not seen killed or stopped, or when there is none for ``ASK_S``.
     """
     pause, started_s = threading.Event(), time.monotonic()
-    hits = []
-    for fault in faults:
-        pause.wait(max(0.0, started_s + fault.at_s - time.monotonic()))
-        known, pid = _victim(fault, status, pause)
-        hits.append(Hit(fault, pid, time.monotonic() - started_s))
-        told(hits[-1])
-        if fault.kind is not Kind.PAUSE_ACTOR:
-            kill(known, pid)
-            continue
-        with stopped(known, pid):
-            pause.wait(fault.pause_s)
-            if is_stopped(pid):  # else the controller has replaced it
-                let_go(known, pid)
+    hits: list[Hit] = []
+    with ExitStack() as hung, ThreadPoolExecutor() as waiting:
+        going_on = []
+        for fault in faults:
+            pause.wait(max(0.0, started_s + due_s(fault, hits) - time.monotonic()))
+            known, pid = _victim(fault, status, pause)
+            hits.append(Hit(fault, pid, time.monotonic() - started_s))
+            told(hits[-1])
+            if fault.kind is Kind.PAUSE_ACTOR:
+                hung.enter_context(stopped(known, pid))
+                going_on.append(waiting.submit(_go_on, known, pid, fault.pause_s))
+            else:
+                kill(known, pid)
+        for one in going_on:
+            one.result()
     return hits
+
+
+def due_s(fault: Fault, hits: Sequence[Hit]) -> float:
+    """Return when a fault is due: at its time, or as much later as the one before it was late.
+
+    So faults never come in bursts, however long one has to wait for a victim.
+    """
+    return fault.at_s + (hits[-1].at_s - hits[-1].fault.at_s if hits else 0.0)
+
+
+def _go_on(known: ClusterStatus, pid: int, pause_s: float) -> None:
+    """Let a stopped process go on after a while, unless the controller has replaced it."""
+    threading.Event().wait(pause_s)
+    if is_stopped(pid):
+        let_go(known, pid)
 
 
 def _victim(
@@ -67,11 +86,15 @@ def _victim(
         except ExpertMeshError:  # the controller is away, by the fault before
             pause.wait(_POLL_S)
             continue
-        pids = sorted(pid for pid in victims(known, fault.kind) if is_running(pid))
+        pids = sorted(filter(_goes_on, victims(known, fault.kind)))
         if pids:
             return known, pids[fault.choice % len(pids)]
         pause.wait(_POLL_S)
     raise AssertionError(f"no victim to {fault.kind.value} within {ASK_S} s")
+
+
+def _goes_on(pid: int) -> bool:
+    return is_running(pid) and not is_stopped(pid)
 
 
 def victims(known: ClusterStatus, kind: Kind) -> Sequence[int]:

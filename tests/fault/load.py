@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.errors import ExpertMeshError
@@ -25,13 +25,31 @@ class Case:
     expected: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A stream's wait, by the monotonic clock, for a piece of so many tokens."""
+
+    began_s: float
+    took_s: float
+    tokens: int
+    is_first: bool
+
+    @property
+    def ended_s(self) -> float:
+        """When the piece came."""
+        return self.began_s + self.took_s
+
+
+def _ignore(wait: Wait) -> None:
+    """Keep nothing of a stream's waits."""
+
+
 @dataclass(slots=True)
 class Outcome:
     """What came of all requests. ``failures`` counts them by reason; a wrong answer is one."""
 
     requests: int = 0
     tokens: int = 0
-    longest_gap_s: float = 0.0
     failures: Counter[str] = field(default_factory=Counter)
 
 
@@ -46,10 +64,15 @@ class Load:
         streams: int,
         unary: int,
         timeout_s: float,
+        waited: Callable[[Wait], None] = _ignore,
     ) -> None:
-        """Start ``streams`` + ``unary`` clients; each goes round the cases at its own offset."""
+        """Start ``streams`` + ``unary`` clients; each goes round the cases at its own offset.
+
+        ``waited`` hears of every piece of every stream, on many threads.
+        """
         self._client, self._model, self._timeout_s = client, model, timeout_s
         self._cases = cases
+        self._waited = waited
         self._lock = threading.Lock()
         self._outcome = Outcome()
         self._ended = threading.Event()
@@ -64,7 +87,7 @@ class Load:
         """Return what has come so far."""
         with self._lock:
             now = self._outcome
-            return Outcome(now.requests, now.tokens, now.longest_gap_s, Counter(now.failures))
+            return Outcome(now.requests, now.tokens, Counter(now.failures))
 
     def end(self) -> Outcome:
         """Let every request under way come to its end, and return what came of all."""
@@ -81,49 +104,48 @@ class Load:
         while not self._ended.is_set():
             case = self._cases[place % len(self._cases)]
             place += 1
-            gap_s, failure = 0.0, ""
+            failure = ""
             try:
-                gap_s = self._stream(case) if streamed else self._unary(case)
+                if streamed:
+                    self._stream(case)
+                else:
+                    self._unary(case)
             except ExpertMeshError as error:
                 failure = f"{error.code.value}: {error}"
             except Exception as error:  # counted, not lost with its thread
                 failure = repr(error)
-            self._count(case, gap_s, failure)
+            self._count(case, failure)
 
-    def _count(self, case: Case, gap_s: float, failure: str) -> None:
+    def _count(self, case: Case, failure: str) -> None:
         with self._lock:
             self._outcome.requests += 1
             if failure:
                 self._outcome.failures[failure] += 1
                 return
             self._outcome.tokens += len(case.expected)
-            self._outcome.longest_gap_s = max(self._outcome.longest_gap_s, gap_s)
 
     def _sampling(self, case: Case) -> Sampling:
         return Sampling(max_tokens=len(case.expected), temperature=0.0, ignore_eos=True)
 
-    def _unary(self, case: Case) -> float:
+    def _unary(self, case: Case) -> None:
         [reply] = self._client.generate(
             case.prompt, self._sampling(case), model=self._model, timeout_s=self._timeout_s
         )
         check_next((), reply.token_ids, case.expected)
         check_whole(reply.token_ids, case.expected)
-        return 0.0
 
-    def _stream(self, case: Case) -> float:
-        """Read one stream; returns the longest time between two of its pieces."""
+    def _stream(self, case: Case) -> None:
         came: tuple[int, ...] = ()
-        longest_s, last_s = 0.0, 0.0
+        last_s = time.monotonic()
         for piece in self._client.stream(
             case.prompt, self._sampling(case), model=self._model, timeout_s=self._timeout_s
         ):
             now_s = time.monotonic()
-            longest_s = max(longest_s, now_s - last_s) if last_s else 0.0
-            last_s = now_s
             check_next(came, piece.token_ids, case.expected)
+            self._waited(Wait(last_s, now_s - last_s, len(piece.token_ids), not came))
             came += piece.token_ids
+            last_s = now_s
         check_whole(came, case.expected)
-        return longest_s
 
 
 class WrongTokensError(Exception):

@@ -22,10 +22,13 @@ from tests.fault.faults import (
     actor_names,
     expected_tokens,
     kill,
+    longest_gap_s,
     start_streams,
 )
 
 BACK_S = 40.0
+BOTH_BACK_S = 10.0
+"""For Serve to notice, a controller to start, and then an actor."""
 GONE_S = 10.0
 THROWAWAY = "throwaway"
 
@@ -49,6 +52,20 @@ def test_requests_do_not_notice_that_the_controller_is_replaced(served: ServedCl
     ids = {actor_id: (a.pid, a.generation, a.experts) for actor_id, a in before.items()}
     adopted = served.actors()
     assert {i: (a.pid, a.generation, a.experts) for i, a in adopted.items()} == ids
+
+
+@pytest.mark.timeout(180)
+def test_an_actor_that_dies_with_the_controller_is_back_soon(served: ServedCluster) -> None:
+    told, before = served.status(), served.actors()
+    streams = start_streams(served)
+    kill(told, told.controller_pid, before["expert-1"].pid)
+    assert not any(stream.ended for stream in streams)
+    assert [stream.result() for stream in streams] == expected_tokens(served)
+    print(f"longest gap without controller and actor: {longest_gap_s(streams):.1f} s")
+    assert longest_gap_s(streams) <= BOTH_BACK_S
+    after = served.wait_whole()
+    assert after.controller_pid != told.controller_pid
+    assert served.actors()["expert-1"].generation > before["expert-1"].generation
 
 
 @pytest.mark.timeout(180)

@@ -25,9 +25,8 @@ pytestmark = [
 
 TIMES = 4
 """Of all prompts at once: 32 streams."""
-KILL_GAP_S, SLOWNESS = 0.3, 4
-"""A kill makes the longest gap longer by at most the first. A gap's normal length tells how busy
-the machine is, which has to start the successor on the same cores: so many more are allowed."""
+KILL_GAP_S = 0.3
+"""A kill makes the longest gap between two tokens longer by at most so much."""
 HANG_GAP_S = 2.0
 REPLACED_S = 30.0
 
@@ -45,7 +44,7 @@ def test_a_killed_actors_rows_go_to_the_other_copies_at_once(served: ServedClust
     assert [stream.result() for stream in streams] == expected
     normal_s, gap_s = longest_gap_s(quiet), longest_gap_s(streams)
     print(f"longest gaps: {normal_s:.3f} s, with a kill {gap_s:.3f} s")
-    assert gap_s <= KILL_GAP_S + SLOWNESS * normal_s
+    assert gap_s <= normal_s + KILL_GAP_S
     served.wait_whole()
     after = served.actors()
     assert after["expert-1"].generation > before["expert-1"].generation

@@ -24,6 +24,7 @@ from experts.actor import ExpertActor
 from experts.bank import GatedFfnExpert
 from experts.checkpoint import open_checkpoint
 from experts.ffn import ACTIVATIONS, gated_ffn
+from experts.remote import RemoteExpertActor
 from experts.weights import load_expert
 from tests.checkpoints import save_mixtral
 
@@ -399,6 +400,7 @@ def test_a_sign_of_life_starts_the_absence_anew(sign_of_life: str) -> None:
 
 
 def test_the_actor_has_what_the_pool_calls() -> None:
-    methods: list[Any] = [ExpertActor.load, ExpertActor.heartbeat, ExpertActor.describe]
-    assert [m.__ray_concurrency_group__ for m in methods] == ["control"] * 3
-    assert not hasattr(ExpertActor.compute, "__ray_concurrency_group__")
+    remote: Any = RemoteExpertActor
+    methods = [remote.load, remote.heartbeat, remote.describe, remote.offer_stream]
+    assert [m.__ray_concurrency_group__ for m in methods] == ["control"] * 4
+    assert not hasattr(remote.compute, "__ray_concurrency_group__")

@@ -173,8 +173,16 @@ def test_help_tells_the_exit_codes() -> None:
     assert "Exit codes" in run("--help").stdout
 
 
-def test_the_command_starts_without_heavy_imports() -> None:
-    heavy = ("torch", "ray", "transformers", "tokenizers", "numpy", "fastapi")
-    code = f"import sys, router.cli; print([m for m in {heavy} if m in sys.modules])"
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("router.cli", ("torch", "ray", "transformers", "tokenizers", "numpy", "fastapi")),
+        ("router.control", ("torch", "transformers")),
+        ("router.gateway.deployment", ("torch", "transformers")),
+        ("router.gateway.ray_upstream", ("torch", "transformers")),
+    ],
+)
+def test_what_must_start_soon_starts_without_heavy_imports(module: str, heavy: list[str]) -> None:
+    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")

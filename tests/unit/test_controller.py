@@ -421,6 +421,31 @@ def test_an_adopted_actor_that_dies_is_followed_by_its_next_generation() -> None
     run(test)
 
 
+def test_actors_that_hang_are_waited_for_together() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        for place in range(3):
+            pool.add(f"expert-{place}", 1, 1)
+        asked: list[FakeActor] = []
+        all_are_asked = asyncio.Event()
+        describe = pool.describe
+
+        async def slow(actor: FakeActor, timeout_s: float) -> ActorReport:
+            asked.append(actor)
+            if len(asked) == 3:
+                all_are_asked.set()
+            async with asyncio.timeout(timeout_s):
+                await all_are_asked.wait()
+            return await describe(actor, timeout_s)
+
+        pool.describe = slow  # type: ignore[method-assign]
+        async with running(3, pool):
+            assert len(pool.actors) == 3
+            assert all(actor.alive for actor in pool.actors)
+
+    run(test)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"digest": "another"}, {"actor_id": "expert-9"}, {"hung": True}],

@@ -236,6 +236,14 @@ def test_a_full_queue_refuses_the_next_request_and_serves_the_rest(folder: Path)
     cluster.close()
 
 
+def test_the_thread_has_ended_when_the_engine_is_closed(folder: Path) -> None:
+    cluster = LocalCluster(folder)
+    cluster.engine.submit(greedy_request("r", prompt_of(5, 1), 40))
+    cluster.wait("r", bool)
+    cluster.engine.close()
+    assert not cluster.engine.is_alive()
+
+
 def test_a_request_larger_than_the_cache_is_refused(folder: Path) -> None:
     cluster = LocalCluster(folder, num_pages=4)
     with pytest.raises(OverloadedError, match="70 cache tokens"):

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
-from tests.fault.injector import victims
+from tests.fault.injector import Hit, due_s, victims
 from tests.fault.load import WrongTokensError, check_next, check_whole
-from tests.fault.schedule import BAG, PAUSE_S, Kind, schedule
+from tests.fault.schedule import BAG, PAUSE_S, Fault, Kind, schedule
 from tests.fault.signals import kill, let_go, stop
 
 STATUS = ClusterStatus(
@@ -40,6 +40,16 @@ def test_a_schedule_has_a_fault_in_every_period_and_all_kinds_in_every_bag(seed:
 
 def test_a_schedule_shorter_than_a_period_has_no_faults() -> None:
     assert schedule(1, 4.9, 5) == ()
+
+
+def test_a_late_fault_makes_those_after_it_late_and_none_comes_sooner() -> None:
+    first, second, third = (Fault(at_s, Kind.KILL_ROUTER, 0, 0.0) for at_s in (5.0, 9.0, 16.0))
+    hits: list[Hit] = []
+    assert due_s(first, hits) == 5.0
+    hits.append(Hit(first, 11, 5.5))
+    assert due_s(second, hits) == 9.5
+    hits.append(Hit(second, 11, 20.0))
+    assert due_s(third, hits) == 27.0
 
 
 def test_each_kind_has_its_own_victims() -> None:

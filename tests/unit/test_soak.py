@@ -7,7 +7,20 @@ from typing import Any
 
 import pytest
 
-from benchmarks.soak import Growth, Sample, growth, is_good, name_of, trend
+from benchmarks.soak import (
+    LEAD_S,
+    Growth,
+    Sample,
+    growth,
+    is_good,
+    longest_apart,
+    met,
+    name_of,
+    trend,
+)
+from tests.fault.injector import Hit
+from tests.fault.load import Wait
+from tests.fault.schedule import Fault, Kind
 
 PERIOD_S, COUNT = 5.0, 240
 
@@ -72,3 +85,21 @@ def test_a_run_is_good_without_failures_and_without_growth() -> None:
     assert is_good(flat)
     assert not is_good({**flat, "failures": {"unavailable: x": 1}})
     assert not is_good({**flat, "processes": [{"is_flat": True}, {"is_flat": False}]})
+
+
+def test_of_waits_at_the_same_time_the_longest_is_shown() -> None:
+    waits = [
+        Wait(began_s, took_s, 1, False)
+        for began_s, took_s in [(0, 2), (1, 5), (5.9, 3), (6, 1), (20, 9)]
+    ]
+    assert longest_apart(waits, 9) == [waits[4], waits[1], waits[3]]
+    assert longest_apart(waits, 1) == [waits[4]]
+    assert longest_apart([], 1) == []
+
+
+def test_a_wait_is_told_with_the_faults_before_and_in_it() -> None:
+    at_s = [5.0, 10.1, 19.0, 22.9, 23.1]
+    hits = [Hit(Fault(at, Kind.KILL_ACTOR, 0, 0.0), 7, at) for at in at_s]
+    told = met(Wait(10.0 + LEAD_S, 3.0, 1, False), hits)
+    assert [fault["pid"] for fault in told] == [7] * 3
+    assert [fault["after_s"] for fault in told] == pytest.approx([-9.9, -1.0, 2.9])

@@ -440,6 +440,7 @@ def test_an_actor_that_ends_breaks_its_streams(actors: Actors, connect: Open) ->
     transport = connect(other)
     until(lambda: ask(transport, call(b"x")) == [b"x"], "a stream is made")
     server.close()
+    assert "stream" not in {thread.name for thread in threading.enumerate()}
     until(lambda: ask(transport, call(b"x")) == [b"elsewhere"], "the stream has ended")
     with pytest.raises(OSError, match="no streams any more"):
         server.offer(Network.UNIX)

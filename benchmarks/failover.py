@@ -1,0 +1,365 @@
+"""What a fault costs the streams that are under way: gaps between tokens, throughput, time back.
+
+    python -m benchmarks.failover [--json FILE] [--compare OLD.json]
+
+Serves the bundled model in fp32 and has 32 streams never stop. With two copies of every expert:
+minutes without a fault and minutes in which an actor is killed, by turns, and an actor that hangs.
+With one copy and two routers: an actor, the controller and a router are killed. Every token is
+compared with that of the same deployment without a fault. The exit status is 1 when a request
+failed or was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.common import (
+    MODEL,
+    Figure,
+    finish,
+    machine,
+    output_options,
+    percentile,
+    progress,
+    prompts,
+    show,
+)
+from benchmarks.serve import deployed
+
+if TYPE_CHECKING:
+    from cluster.status import ClusterStatus
+    from router.client import Client
+    from tests.fault.load import Case, Wait
+
+MODEL_PATH = "models/mesh-tiny"
+ACTORS, COPIES, ROUTERS = 3, 2, 2
+VOCAB = 2000
+TOKENS, TOKENS_STEP = 96, 2
+"""The first stream's length, and how much longer each other one is, so that not all end at once."""
+REQUEST_TIMEOUT_S = 60.0
+SETTLE_S = 3.0
+FAULT_AFTER_S = 10.0
+SHORT_S = 30.0
+"""How long the load is looked at around a fault whose throughput is not the question."""
+BACK_S = 60.0
+POLL_S = 0.1
+
+QUIET, KILL, HANG = "no fault", "kill of an actor with copies elsewhere", "hang of such an actor"
+ONLY_COPY, CONTROLLER, ROUTER = (
+    "kill of the only copy",
+    "kill of the controller",
+    "kill of a router",
+)
+
+Fault = Callable[["Client"], "ClusterStatus"]
+Back = Callable[["ClusterStatus", "ClusterStatus"], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """What is done under load, and how the status tells that all is as before.
+
+    ``fault`` returns the status of before it; ``None`` for no fault. ``is_back`` compares that
+    with a later one.
+    """
+
+    name: str
+    seconds: float
+    fault: Fault | None = None
+    is_back: Back = lambda before, now: True
+
+
+@dataclass(slots=True)
+class Window:
+    """What the streams saw in so many seconds under load."""
+
+    name: str
+    seconds: float
+    tokens: int = 0
+    gaps_s: list[float] = field(default_factory=list)
+    """Between two pieces of a stream, sorted."""
+    first_s: list[float] = field(default_factory=list)
+    """From a request to its first piece."""
+    back_s: float | None = None
+    """From the fault until all was as before."""
+    requests: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return its figures."""
+        return {
+            "name": self.name,
+            "seconds": self.seconds,
+            "tokens_per_s": self.tokens / self.seconds,
+            "gap_s": {
+                "p50": percentile(self.gaps_s, 0.5),
+                "p99": percentile(self.gaps_s, 0.99),
+                "longest": self.gaps_s[-1],
+            },
+            "longest_first_s": max(self.first_s, default=0.0),
+            "back_s": self.back_s,
+            "requests": self.requests,
+            "failures": self.failures,
+        }
+
+
+def window(name: str, waits: Iterable[Wait], begin_s: float, end_s: float) -> Window:
+    """Return what falls into a stretch of time: pieces that came in it, gaps that touch it."""
+    result = Window(name, end_s - begin_s)
+    for wait in waits:
+        if begin_s <= wait.ended_s < end_s:
+            result.tokens += wait.tokens
+        if wait.ended_s > begin_s and wait.began_s < end_s:
+            (result.first_s if wait.is_first else result.gaps_s).append(wait.took_s)
+    result.gaps_s.sort()
+    return result
+
+
+def observe(client: Client, cases: Sequence[Case], scenario: Scenario) -> dict[str, Any]:
+    """Load the deployment, do what the scenario says, and return what came of it."""
+    from tests.fault.load import Load
+
+    waits: list[Wait] = []
+    pause = threading.Event()
+    load = Load(client, MODEL, cases, len(cases), 0, REQUEST_TIMEOUT_S, waits.append)
+    try:
+        pause.wait(SETTLE_S)
+        begin_s = time.monotonic()
+        back_s = None
+        if scenario.fault is not None:
+            pause.wait(FAULT_AFTER_S)
+            back_s = _inflict(client, scenario.fault, scenario.is_back)
+        pause.wait(max(0.0, begin_s + scenario.seconds - time.monotonic()))
+        end_s = time.monotonic()
+    finally:
+        outcome = load.end()
+    seen = window(scenario.name, waits, begin_s, end_s)
+    seen.back_s, seen.requests, seen.failures = back_s, outcome.requests, dict(outcome.failures)
+    return seen.to_json()
+
+
+def _inflict(client: Client, fault: Fault, is_back: Back) -> float:
+    """Do the fault; returns how long after it the status was as it should be."""
+    from cluster.errors import ExpertMeshError
+
+    pause, started_s = threading.Event(), time.monotonic()
+    before = fault(client)
+    while time.monotonic() < started_s + BACK_S:
+        try:
+            if is_back(before, client.status()):
+                return time.monotonic() - started_s
+        except ExpertMeshError:  # the controller is away
+            pass
+        pause.wait(POLL_S)
+    raise RuntimeError(f"not as before within {BACK_S:g} s")
+
+
+def kill_actor(client: Client) -> ClusterStatus:
+    """Kill the first actor."""
+    from tests.fault.signals import kill
+
+    told = client.status()
+    kill(told, told.actors[0].pid)
+    return told
+
+
+def hang_actor(client: Client) -> ClusterStatus:
+    """Stop the first actor, which the controller then replaces."""
+    from tests.fault.signals import stop
+
+    told = client.status()
+    stop(told, told.actors[0].pid)
+    return told
+
+
+def kill_controller(client: Client) -> ClusterStatus:
+    """Kill the controller."""
+    from tests.fault.signals import kill
+
+    told = client.status()
+    kill(told, told.controller_pid)
+    return told
+
+
+def kill_router(client: Client) -> ClusterStatus:
+    """Kill the first router."""
+    from tests.fault.signals import kill
+
+    told = client.status()
+    kill(told, told.routers[0].pid)
+    return told
+
+
+def actor_is_back(before: ClusterStatus, now: ClusterStatus) -> bool:
+    """Tell whether the first actor has a successor and every expert its copies."""
+    new = {actor.actor_id: actor.generation for actor in now.actors}
+    first = before.actors[0]
+    return new.get(first.actor_id, 0) > first.generation and now.live_copies >= now.min_copies
+
+
+def controller_is_back(before: ClusterStatus, now: ClusterStatus) -> bool:
+    """Tell whether another controller has all actors, and they are the same processes."""
+    pids = [[actor.pid for actor in one.actors] for one in (before, now)]
+    if now.controller_pid != before.controller_pid and not set(pids[1]) <= set(pids[0]):
+        raise RuntimeError("the controller's end has replaced an actor")
+    return now.controller_pid != before.controller_pid and pids[0] == pids[1]
+
+
+def router_is_back(before: ClusterStatus, now: ClusterStatus) -> bool:
+    """Tell whether there is a router that was not there before."""
+    return bool({router.pid for router in now.routers} - {router.pid for router in before.routers})
+
+
+def with_copies(rounds: int, seconds: float) -> list[Scenario]:
+    """Return minutes without a fault around minutes with a kill, and a hang."""
+    quiet, killed = Scenario(QUIET, seconds), Scenario(KILL, seconds, kill_actor, actor_is_back)
+    hung = Scenario(HANG, SHORT_S, hang_actor, actor_is_back)
+    return [quiet, *[killed, quiet] * rounds, hung]
+
+
+def without_copies() -> list[Scenario]:
+    """Return what is lost where nothing stands by."""
+    return [
+        Scenario(ONLY_COPY, SHORT_S, kill_actor, actor_is_back),
+        Scenario(CONTROLLER, SHORT_S, kill_controller, controller_is_back),
+        Scenario(ROUTER, SHORT_S, kill_router, router_is_back),
+    ]
+
+
+def answers(client: Client, streams: int) -> list[Case]:
+    """Return prompts, all different, with what the deployment makes of them without a fault."""
+    from router.client import Sampling
+    from tests.fault.load import Case
+
+    def answer(prompt: Sequence[int], tokens: int) -> Case:
+        # The bundled vocabulary is smaller than that of the benchmarks' random model.
+        prompt = [2 + token_id % VOCAB for token_id in prompt]
+        sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        [reply] = client.generate(prompt, sampling, model=MODEL, timeout_s=REQUEST_TIMEOUT_S)
+        return Case(tuple(prompt), reply.token_ids)
+
+    with ThreadPoolExecutor(streams) as pool:
+        lengths = range(TOKENS, TOKENS + TOKENS_STEP * streams, TOKENS_STEP)
+        return list(pool.map(answer, prompts(streams), lengths))
+
+
+def run(streams: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """Run the whole benchmark; returns what ``--json`` writes."""
+    from router.client import Client
+
+    parts = [(1, COPIES, with_copies(rounds, seconds)), (ROUTERS, 1, without_copies())]
+    windows = []
+    with progress("failover", sum(2 + len(scenarios) for _, _, scenarios in parts)) as begin:
+        for routers, copies, scenarios in parts:
+            begin("deployment")
+            served = deployed(Path(MODEL_PATH), ACTORS, routers, copies)
+            # Without retries, so that what the server lets through is seen.
+            with served as ports, Client(ports.grpc_address, retry=None) as client:
+                begin("answers without faults")
+                cases = answers(client, streams)
+                for scenario in scenarios:
+                    begin(scenario.name)
+                    windows.append(observe(client, cases, scenario))
+    return {
+        "benchmark": "failover",
+        "machine": machine(),
+        "streams": streams,
+        "seconds": seconds,
+        "actors": ACTORS,
+        "windows": windows,
+        "kills": kills(windows),
+    }
+
+
+def kills(windows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Compare each minute with a kill with the minutes without a fault around it.
+
+    ``ratio`` is of tokens per second; ``above_s`` is how much longer the longest gap between two
+    tokens is than the longest without a fault.
+    """
+    compared = []
+    for before, killed, after in zip(windows, windows[1:], windows[2:], strict=False):
+        if killed["name"] != KILL:
+            continue
+        rate = statistics.mean(one["tokens_per_s"] for one in (before, after))
+        normal_s = max(one["gap_s"]["longest"] for one in (before, after))
+        compared.append(
+            {
+                "ratio": killed["tokens_per_s"] / rate,
+                "normal_s": normal_s,
+                "above_s": killed["gap_s"]["longest"] - normal_s,
+            }
+        )
+    return compared
+
+
+def comparable(result: Mapping[str, Any]) -> dict[str, Figure]:
+    """Return the figures that runs are compared by."""
+    quiet = [one for one in result["windows"] if one["name"] == QUIET]
+    rate = statistics.median(one["tokens_per_s"] for one in quiet)
+    ratio = statistics.median(one["ratio"] for one in result["kills"])
+    above_s = max(one["above_s"] for one in result["kills"])
+    figures = {
+        f"{QUIET}, tokens/s": Figure(rate, "higher"),
+        f"{KILL}, throughput ratio": Figure(ratio, "higher"),
+        f"{KILL}, above the normal gap s": Figure(max(0.0, above_s), "lower"),
+    }
+    for one in result["windows"]:
+        if one["back_s"] is None or one["name"] == KILL:
+            continue
+        figures[f"{one['name']}, longest gap s"] = Figure(one["gap_s"]["longest"], "lower")
+        figures[f"{one['name']}, back after s"] = Figure(one["back_s"], "lower")
+    return figures
+
+
+def report(result: Mapping[str, Any]) -> None:
+    """Print the tables."""
+    rows = [
+        (
+            one["name"],
+            f"{one['seconds']:.0f}",
+            f"{one['tokens_per_s']:.0f}",
+            *(f"{one['gap_s'][part]:.3f}" for part in ("p50", "p99", "longest")),
+            f"{one['longest_first_s']:.2f}",
+            "" if one["back_s"] is None else f"{one['back_s']:.1f}",
+            str(one["requests"]),
+            ", ".join(f"{count} {reason}" for reason, count in one["failures"].items()) or "0",
+        )
+        for one in result["windows"]
+    ]
+    columns = ["", "s", "tok/s", "gap p50 s", "p99", "longest", "first token longest s"]
+    title = f"failover, {result['streams']} streams"
+    show(title, rows, [*columns, "back after s", "requests", "failed or wrong"])
+    kill_rows = [
+        (str(place), f"{one['ratio']:.3f}", f"{one['normal_s']:.3f}", f"{one['above_s']:+.3f}")
+        for place, one in enumerate(result["kills"], 1)
+    ]
+    columns = ["", "tok/s to those without", "longest gap without s", "longest gap above that s"]
+    show("minutes with a kill", kill_rows, columns)
+
+
+def main() -> int:
+    """Parse the command line and run; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=2, help="minutes with a kill")
+    parser.add_argument("--seconds", type=float, default=60.0, help="length of such a minute")
+    output_options(parser)
+    options = parser.parse_args()
+    result = run(options.streams, options.rounds, options.seconds)
+    report(result)
+    failed = any(one["failures"] for one in result["windows"])
+    return max(finish(result, comparable(result), options), int(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

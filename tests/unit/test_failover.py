@@ -1,0 +1,90 @@
+"""The failover benchmark's pure parts: what falls into a window, what a kill is compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.failover import (
+    KILL,
+    QUIET,
+    Window,
+    actor_is_back,
+    comparable,
+    controller_is_back,
+    kills,
+    router_is_back,
+    window,
+)
+from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
+from tests.fault.load import Wait
+
+
+def status(
+    controller: int = 1, router: int = 2, actors: tuple[tuple[int, int], ...] = ((3, 1), (4, 1))
+) -> ClusterStatus:
+    """A status of these pids; an actor is its pid and generation."""
+    told = [ActorStatus(f"expert-{i}", p, "n", "cpu", g, (), 0) for i, (p, g) in enumerate(actors)]
+    router_process = ProcessStatus(router, "n")
+    return ClusterStatus(
+        ("m",), 1, 1, controller, 0, (router_process,), (), tuple(told), 1, int(len(told) == 2)
+    )
+
+
+def test_a_window_has_the_pieces_that_came_in_it_and_the_gaps_that_touch_it() -> None:
+    waits = [
+        Wait(8.0, 1.5, 1, False),  # before
+        Wait(9.5, 1.0, 2, False),
+        Wait(10.5, 0.1, 4, True),
+        Wait(10.6, 3.0, 8, False),
+        Wait(19.9, 2.0, 16, False),  # came after it
+        Wait(20.1, 0.1, 32, False),
+    ]
+    seen = window("w", waits, 10.0, 20.0)
+    assert (seen.seconds, seen.tokens) == (10.0, 14)
+    assert (seen.gaps_s, seen.first_s) == ([1.0, 2.0, 3.0], [0.1])
+    told = seen.to_json()
+    assert told["tokens_per_s"] == pytest.approx(1.4)
+    assert told["gap_s"] == {"p50": 2.0, "p99": 3.0, "longest": 3.0}
+
+
+def a_window(name: str, rate: float, longest_s: float) -> dict[str, Any]:
+    told = Window(name, 10.0, int(10 * rate), [0.1, longest_s], [0.1]).to_json()
+    return {**told, "back_s": 2.0 if name == KILL else None}
+
+
+def test_a_minute_with_a_kill_is_compared_with_those_around_it() -> None:
+    windows = [
+        a_window(QUIET, 100, 0.2),
+        a_window(KILL, 99, 0.4),
+        a_window(QUIET, 120, 0.3),
+        a_window(KILL, 120, 0.2),
+        a_window(QUIET, 80, 0.1),
+    ]
+    told = kills(windows)
+    assert [one["ratio"] for one in told] == pytest.approx([0.9, 1.2])
+    assert [one["normal_s"] for one in told] == [0.3, 0.3]
+    assert [one["above_s"] for one in told] == pytest.approx([0.1, -0.1])
+    figures = comparable({"windows": windows, "kills": told})
+    assert figures[f"{QUIET}, tokens/s"].value == 100
+    assert figures[f"{KILL}, throughput ratio"].value == pytest.approx(1.05)
+    assert figures[f"{KILL}, above the normal gap s"].value == pytest.approx(0.1)
+
+
+def test_a_part_is_back_when_it_has_a_successor_and_nothing_is_missing() -> None:
+    before = status()
+    assert not actor_is_back(before, before)
+    assert not actor_is_back(before, status(actors=((4, 1),)))
+    assert actor_is_back(before, status(actors=((9, 2), (4, 1))))
+    assert not router_is_back(before, before)
+    assert router_is_back(before, status(router=9))
+
+
+def test_a_controller_is_back_with_all_actors_and_must_not_have_replaced_one() -> None:
+    before = status()
+    assert not controller_is_back(before, before)
+    assert not controller_is_back(before, status(controller=9, actors=((3, 1),)))
+    assert controller_is_back(before, status(controller=9))
+    with pytest.raises(RuntimeError, match="has replaced an actor"):
+        controller_is_back(before, status(controller=9, actors=((9, 2), (4, 1))))
