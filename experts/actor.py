@@ -37,7 +37,6 @@ from cluster.stream.server import StreamServer
 from cluster.tensors import TORCH_DTYPES
 from experts.bank import ExpertBank, GatedFfnExpert
 from experts.checkpoint import Checkpoint, open_checkpoint, resolve_folder
-from experts.cores import CoreClaim
 from experts.ffn import ACTIVATIONS
 from experts.weights import load_expert
 
@@ -70,9 +69,7 @@ class ExpertActor:
         self._changed = threading.Condition()
         self._steps = 0
         tls = None if spec.tls is None else spec.tls.server_context()
-        self._cores = CoreClaim(spec.threads if self._device.type == "cpu" else 0)
-        host = ray.util.get_node_ip_address()
-        self._streams = StreamServer(self.compute_all, host, tls, self._cores.bind_thread)
+        self._streams = StreamServer(self.compute_all, ray.util.get_node_ip_address(), tls)
         self._lease = Lease(time.monotonic())
         end_when_orphaned(self._lease, spec.app)
 

@@ -90,19 +90,11 @@ class _Keys:
 class StreamServer:
     """Serves streams on a daemon thread of its own from the first :meth:`offer` on."""
 
-    def __init__(
-        self,
-        answer: Answer,
-        host: str,
-        tls: ssl.SSLContext | None,
-        prepare: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, answer: Answer, host: str, tls: ssl.SSLContext | None) -> None:
         """``answer`` maps frames to answers, on the server's thread.
 
         ``host`` is the address that TCP streams come in on, encrypted when there is ``tls``.
-        ``prepare`` is called once, first, on that thread.
         """
-        self._prepare = prepare
         self._answer = answer
         self._host = host
         self._tls = tls
@@ -159,8 +151,6 @@ class StreamServer:
 
     def _run(self) -> None:
         try:
-            if self._prepare is not None:
-                self._prepare()
             self._serve_until_closed()
         finally:  # whatever ended it, no router must wait for an answer here
             self._closing = True

@@ -211,6 +211,29 @@ def test_answers_come_in_the_order_of_the_calls_whoever_is_first(
     assert answers(flight.wait()) == [b"a" * 9, b"b" * 9, b"c" * 9]
 
 
+@pytest.mark.parametrize("last", "ab")
+def test_the_actor_that_answered_last_is_asked_first(
+    actors: Actors, connect: Open, last: str
+) -> None:
+    for name in "ab":
+        actors.add(name)
+    transport = connect()
+    calls = [call(b"hello", name) for name in "ab"]
+    ask(transport, *calls)
+    for name in sorted("ab", key=lambda name: name == last):
+        ask(transport, call(b"one", name))
+    sent: list[str] = []
+    send = transport._send
+
+    def noting(flight: Any, place: int, one: Call) -> Any:
+        sent.append(one.actor_id)
+        return send(flight, place, one)
+
+    transport._send = noting  # type: ignore[method-assign]
+    assert ask(transport, *calls) == [b"hello", b"hello"]
+    assert sent == [last, "b" if last == "a" else "a"]
+
+
 def test_flights_may_be_waited_for_in_any_order(actors: Actors, connect: Open) -> None:
     actors.add("a")
     actors.add("b")
