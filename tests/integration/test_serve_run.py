@@ -15,12 +15,11 @@ import psutil
 import pytest
 import yaml
 
-import deploy
+from benchmarks.shipped import free_ports, shipped_document
 from router.client import Client
-from tests.cluster_fixture import TINY, free_ports, greedy, is_alive, wait_until
+from tests.cluster_fixture import TINY, greedy, is_alive, wait_until
 
 SERVE = str(Path(sysconfig.get_path("scripts")) / "serve")
-DEPLOYED = Path(deploy.__file__).parent / "cluster.yaml"
 READY_S, GONE_S, MAX_LINES = 90.0, 20.0, 16
 
 
@@ -55,11 +54,8 @@ def serve_run(file: Path, log: Path, **variables: str) -> Iterator[subprocess.Po
 
 def copy_with_ports(folder: Path, http_port: int, grpc_port: int) -> Path:
     """Write a copy of the deployed file that listens elsewhere."""
-    document = yaml.safe_load(DEPLOYED.read_text())
-    document["http_options"]["port"] = http_port
-    document["grpc_options"]["port"] = grpc_port
     file = folder / "cluster.yaml"
-    file.write_text(yaml.safe_dump(document, sort_keys=False))
+    file.write_text(yaml.safe_dump(shipped_document(http_port, grpc_port), sort_keys=False))
     return file
 
 
