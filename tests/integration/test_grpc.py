@@ -63,6 +63,7 @@ def test_what_a_reader_does_not_take_comes_in_few_pieces(served: ServedCluster) 
     choices, length, begun = 4, 300, 40
     sampling = greedy(length, n=choices, logprobs=20)
     wholes = served.client.generate("In the beginning", sampling, model=TINY)
+    first_tokens = list(wholes[0].token_ids)
     request = inference_pb2.GenerateRequest(
         model=TINY,
         prompt="In the beginning",
@@ -74,12 +75,15 @@ def test_what_a_reader_does_not_take_comes_in_few_pieces(served: ServedCluster) 
     # Else gRPC would take more than is to come before anyone asks for it.
     small = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
     with grpc.insecure_channel(served.grpc_address, options=small) as channel:
-        stream = inference_pb2_grpc.InferenceStub(channel).GenerateStream(request, timeout=60)
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        stream = stub.GenerateStream(request, timeout=60)
         pieces = [next(stream) for _ in range(begun)]
         served.settled_tokens()  # all are there, and nobody has asked for them
         assert served.running() == 1
+        request.sampling.max_tokens = 20
+        assert list(stub.Generate(request, timeout=10).token_ids) == first_tokens[:20]
         [other] = served.client.generate("In the beginning", greedy(20), model=TINY, timeout_s=10)
-        assert other.token_ids == wholes[0].token_ids[:20]
+        assert list(other.token_ids) == first_tokens[:20]
         pieces += stream
     for index, whole in enumerate(wholes):
         own = [piece for piece in pieces if piece.index == index]

@@ -168,7 +168,7 @@ def application(**changes: Any) -> dict[str, Any]:
         "import_path": "router.app:build",
         "args": {"models": [MODEL]},
         "deployments": [
-            {"name": "Gateway", "request_router_config": {"request_router_class": PREFLIGHT}}
+            {"name": "Controller", "request_router_config": {"request_router_class": PREFLIGHT}}
         ],
         **changes,
     }
