@@ -224,8 +224,8 @@ def _resend_delay_s(
 class Inbox:
     """What has come for one request: token events in order, and in the end the call's reply.
 
-    Events gather here while the reader is still busy with those that it took last, which it is until
-    the client has room for them.
+    Events gather here while the reader is busy with those that it took last: until the client has
+    room for them.
     """
 
     def __init__(self) -> None:
