@@ -42,12 +42,11 @@ RESEND = RetryPolicy(first_delay_s=0.1, max_delay_s=1.0)
 RESEND_TOKENS = 8192
 """A dying router may take along all requests of a gateway at once, which must not use up half."""
 MAX_BUFFERED_EVENTS = 100_000
-MESSAGES_PER_S = 250
+MESSAGES_PER_S = 500
 MAX_PAUSE_S = 0.1
 """Beyond so many messages of all streams together, tokens travel several to a message.
 
-A message costs gateway and proxy about a millisecond, more than a token costs router and experts;
-the pause between two of a stream's messages is bounded, so that it still reads as it comes.
+A message costs gateway and client together more than a token costs router and experts; the pause between two of a stream's messages is bounded, so that it still reads as it comes.
 """
 
 logger = logging.getLogger("expertmesh.gateway")
