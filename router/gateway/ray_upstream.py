@@ -46,7 +46,8 @@ MESSAGES_PER_S = 500
 MAX_PAUSE_S = 0.1
 """Beyond so many messages of all streams together, tokens travel several to a message.
 
-A message costs gateway and client together more than a token costs router and experts; the pause between two of a stream's messages is bounded, so that it still reads as it comes.
+A message costs gateway and client together more than a token costs router and experts. The pause
+between two of a stream's messages is bounded, so that it still reads as it comes.
 """
 
 logger = logging.getLogger("expertmesh.gateway")
