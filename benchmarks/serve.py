@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import logging
-import socket
 import statistics
 import sys
 import tempfile
@@ -48,6 +47,7 @@ from benchmarks.common import (
     show_memory,
     summary_ms,
 )
+from benchmarks.shipped import free_ports, serve_options
 
 TIMEOUT_S = 300.0
 TRANSFORMERS = "grouped_mm"
@@ -66,14 +66,6 @@ class Ports:
     def grpc_address(self) -> str:
         """The address of the gRPC services."""
         return f"127.0.0.1:{self.grpc}"
-
-
-def free_ports() -> Ports:
-    """Return two ports that nobody listens on now."""
-    with socket.socket() as first, socket.socket() as second:
-        for one in (first, second):
-            one.bind(("127.0.0.1", 0))
-        return Ports(first.getsockname()[1], second.getsockname()[1])
 
 
 @dataclass(slots=True)
@@ -109,21 +101,14 @@ def deployed(folder: Path, actors: int, routers: int = 1, min_copies: int = 1) -
     """Run the application on a Ray and ports of the benchmark's own, until the block ends."""
     import ray
     from ray import serve
-    from ray.serve.config import gRPCOptions
 
     from router.app import build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ports = free_ports()
+    ports = Ports(*free_ports(2))
     ray.init(address="local", include_dashboard=False, logging_level="warning", log_to_driver=False)
     try:
-        serve.start(
-            http_options={"port": ports.http},
-            grpc_options=gRPCOptions(
-                port=ports.grpc,
-                grpc_servicer_functions=["router.gateway.grpc_service:add_services_to_server"],
-            ),
-        )
+        serve.start(**serve_options(ports.http, ports.grpc))
         args = {
             "models": [{"id": MODEL, "path": str(folder)}],
             "experts": {"actors": actors, "min_copies": min_copies},

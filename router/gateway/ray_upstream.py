@@ -43,12 +43,12 @@ RESEND = RetryPolicy(first_delay_s=0.1, max_delay_s=1.0)
 RESEND_TOKENS = 8192
 """A dying router may take along all requests of a gateway at once, which must not use up half."""
 MAX_BUFFERED_EVENTS = 100_000
-MESSAGES_PER_S = 250
+MESSAGES_PER_S = 500
 MAX_PAUSE_S = 0.1
 """Beyond so many messages of all streams together, tokens travel several to a message.
 
-A message costs gateway and proxy about a millisecond, more than a token costs router and experts;
-the pause between two of a stream's messages is bounded, so that it still reads as it comes.
+A message costs gateway and client together more than a token costs router and experts. The pause
+between two of a stream's messages is bounded, so that it still reads as it comes.
 """
 
 logger = logging.getLogger("expertmesh.gateway")
@@ -233,7 +233,11 @@ def _resend_delay_s(
 
 
 class Inbox:
-    """What has come for one request: token events in order, and in the end the call's reply."""
+    """What has come for one request: token events in order, and in the end the call's reply.
+
+    Events gather here while the reader is busy with those that it took last: until the client has
+    room for them.
+    """
 
     def __init__(self) -> None:
         self._reply: _Reply | None = None

@@ -19,11 +19,12 @@ from ray import serve
 from ray.cluster_utils import Cluster
 from ray.util import list_named_actors
 
+from benchmarks.shipped import free_ports, serve_options
 from cluster.errors import ExpertMeshError
 from cluster.status import ClusterStatus
 from router.app import build
 from router.client import Client, Sampling
-from tests.cluster_fixture import free_ports, prompt_of
+from tests.cluster_fixture import prompt_of
 from tests.fault.load import Case, Load, Wait
 
 MODEL, ACTORS, LENGTH, STREAMS, UNARY = "mesh-tiny", 3, 24, 3, 2
@@ -100,14 +101,7 @@ def main() -> int:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": HEAD_CPUS})
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"port": http_port},
-            grpc_options={
-                "port": grpc_port,
-                "grpc_servicer_functions": ["router.gateway.grpc_service:add_services_to_server"],
-            },
-        )
+        serve.start(**serve_options(http_port, grpc_port) | {"proxy_location": "HeadOnly"})
         serve.run(build(ARGS), name="expertmesh", route_prefix="/")
         for _ in range(2):  # only now, so that Serve's processes are on the head
             cluster.add_node(num_cpus=WORKER_CPUS)

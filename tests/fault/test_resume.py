@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import ray
 from ray import serve
@@ -167,7 +168,7 @@ def test_our_client_goes_on_when_the_gateway_is_killed(served: ServedCluster) ->
 @pytest.mark.timeout(300)
 def test_our_client_goes_on_when_the_proxy_is_killed(served: ServedCluster) -> None:
     expected, told = expected_tokens(served), served.status()
-    pid = proxy_pid()
+    [pid] = haproxy_pids()
     with Client(served.grpc_address) as client:
         streams = start_own_streams(client)
         os.kill(pid, signal.SIGKILL)
@@ -175,17 +176,18 @@ def test_our_client_goes_on_when_the_proxy_is_killed(served: ServedCluster) -> N
         assert not any(stream.ended for stream in streams)
         assert [stream.result(BACK_S) for stream in streams] == expected
     after = served.wait_whole(BACK_S)
-    assert proxy_pid() != pid
+    assert pid not in haproxy_pids()
     assert (after.gateways, after.routers) == (told.gateways, told.routers)
 
 
-def proxy_pid() -> int:
-    """Return the pid of the one proxy, as it tells it itself."""
-    [name] = [
-        entry["name"]
-        for entry in list_named_actors(all_namespaces=True)
-        if "PROXY_ACTOR" in entry["name"]
+def haproxy_pids() -> list[int]:
+    """Return the HAProxy processes, children of Serve's proxy actors."""
+    names = [entry["name"] for entry in list_named_actors(all_namespaces=True)]
+    proxies = [ray.get_actor(name, namespace="serve") for name in names if "PROXY_ACTOR" in name]
+    asked = [proxy.__ray_call__.remote(lambda _: os.getpid()) for proxy in proxies]
+    return [
+        child.pid
+        for pid in ray.get(asked, timeout=ANSWER_S)
+        for child in psutil.Process(pid).children()
+        if child.name() == "haproxy"
     ]
-    proxy = ray.get_actor(name, namespace="serve")
-    pid: int = ray.get(proxy.__ray_call__.remote(lambda _: os.getpid()), timeout=ANSWER_S)
-    return pid

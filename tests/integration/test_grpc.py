@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 
 from router.client import Client, Sampling
+from router.protos import inference_pb2, inference_pb2_grpc
 from tests.cluster_fixture import (
     LAYERS,
     NUM_EXPERTS,
@@ -56,6 +57,41 @@ def test_a_stream_comes_in_pieces_that_make_the_whole(served: ServedCluster) -> 
     assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
     assert pieces[-1].finish_reason == "length"
     assert pieces[-1].usage == whole.usage
+
+
+def test_what_a_reader_does_not_take_comes_in_few_pieces(served: ServedCluster) -> None:
+    choices, length, begun = 4, 300, 40
+    sampling = greedy(length, n=choices, logprobs=20)
+    wholes = served.client.generate("In the beginning", sampling, model=TINY)
+    first_tokens = list(wholes[0].token_ids)
+    request = inference_pb2.GenerateRequest(
+        model=TINY,
+        prompt="In the beginning",
+        timeout_s=60,
+        sampling=inference_pb2.Sampling(
+            max_tokens=length, temperature=0.0, ignore_eos=True, n=choices, logprobs=20
+        ),
+    )
+    # Else gRPC would take more than is to come before anyone asks for it.
+    small = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
+    with grpc.insecure_channel(served.grpc_address, options=small) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        stream = stub.GenerateStream(request, timeout=60)
+        pieces = [next(stream) for _ in range(begun)]
+        served.settled_tokens()  # all are there, and nobody has asked for them
+        assert served.running() == 1
+        request.sampling.max_tokens = 20
+        assert list(stub.Generate(request, timeout=10).token_ids) == first_tokens[:20]
+        [other] = served.client.generate("In the beginning", greedy(20), model=TINY, timeout_s=10)
+        assert list(other.token_ids) == first_tokens[:20]
+        pieces += stream
+    for index, whole in enumerate(wholes):
+        own = [piece for piece in pieces if piece.index == index]
+        assert tuple(t for piece in own for t in piece.token_ids) == whole.token_ids
+        assert "".join(piece.text for piece in own) == whole.text
+        assert [row.token_id for piece in own for row in piece.logprobs] == list(whole.token_ids)
+        assert len(own[-1].token_ids) > length / 4
+    assert len(pieces) < choices * length / 2
 
 
 def test_choices_logprobs_and_stops(served: ServedCluster) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sysconfig
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,14 @@ import psutil
 import pytest
 import yaml
 
-import deploy
+from benchmarks.shipped import free_ports, shipped_document
+from cluster.errors import UnavailableError
 from router.client import Client
-from tests.cluster_fixture import TINY, free_ports, greedy, is_alive, wait_until
+from tests.cluster_fixture import TINY, StreamReader, greedy, is_alive, wait_until
 
 SERVE = str(Path(sysconfig.get_path("scripts")) / "serve")
-DEPLOYED = Path(deploy.__file__).parent / "cluster.yaml"
-READY_S, GONE_S, MAX_LINES = 90.0, 20.0, 16
+READY_S, GONE_S, MAX_LINES = 90.0, 10.0, 16
+STREAMS, CHOICES, LENGTH = 4, 8, 900
 
 
 @contextmanager
@@ -55,11 +57,8 @@ def serve_run(file: Path, log: Path, **variables: str) -> Iterator[subprocess.Po
 
 def copy_with_ports(folder: Path, http_port: int, grpc_port: int) -> Path:
     """Write a copy of the deployed file that listens elsewhere."""
-    document = yaml.safe_load(DEPLOYED.read_text())
-    document["http_options"]["port"] = http_port
-    document["grpc_options"]["port"] = grpc_port
     file = folder / "cluster.yaml"
-    file.write_text(yaml.safe_dump(document, sort_keys=False))
+    file.write_text(yaml.safe_dump(shipped_document(http_port, grpc_port), sort_keys=False))
     return file
 
 
@@ -67,7 +66,7 @@ def copy_with_ports(folder: Path, http_port: int, grpc_port: int) -> Path:
 def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
     http_port, grpc_port = free_ports(2)
     file, log = copy_with_ports(tmp_path, http_port, grpc_port), tmp_path / "log"
-    with serve_run(file, log) as process, Client(f"127.0.0.1:{grpc_port}") as client:
+    with serve_run(file, log) as process, Client(f"127.0.0.1:{grpc_port}", retry=None) as client:
 
         def ready() -> bool:
             assert process.poll() is None, log.read_text()
@@ -85,9 +84,18 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
         assert len(lines) <= MAX_LINES, "\n".join(lines)
         assert any("experts have a live copy" in line for line in lines)
 
+        sampling = greedy(LENGTH, n=CHOICES)
+        streams = [StreamReader(client, "In the", sampling, TINY) for _ in range(STREAMS)]
+        for stream in streams:
+            stream.wait_tokens(CHOICES)
+        ends_s = time.monotonic() + GONE_S
         process.send_signal(signal.SIGINT)
         process.wait(GONE_S)
-        wait_until(lambda: not [pid for pid in pids if is_alive(pid)], "no process is left", GONE_S)
+        left_s = ends_s - time.monotonic()
+        wait_until(lambda: not [pid for pid in pids if is_alive(pid)], "no process is left", left_s)
+        for stream in streams:
+            stream.wait_end()
+            assert isinstance(stream.error, UnavailableError)
     assert "Traceback" not in log.read_text()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.shipped import free_ports
 from tests.cluster_fixture import (
     LAYERS,
     NUM_ACTORS,
@@ -17,7 +18,6 @@ from tests.cluster_fixture import (
     RANDOM,
     TINY,
     ServedCluster,
-    free_ports,
     greedy,
     is_alive,
 )

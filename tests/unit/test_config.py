@@ -27,6 +27,7 @@ from cluster.config import (
     parse_args,
 )
 from cluster.errors import CheckpointError, ConfigError, ExpertMeshError
+from router import preflight
 from router.app import build, deployment_names
 from router.check import check_file
 from router.preflight import check_command_line, deployment_file
@@ -168,7 +169,7 @@ def application(**changes: Any) -> dict[str, Any]:
         "import_path": "router.app:build",
         "args": {"models": [MODEL]},
         "deployments": [
-            {"name": "Gateway", "request_router_config": {"request_router_class": PREFLIGHT}}
+            {"name": "Controller", "request_router_config": {"request_router_class": PREFLIGHT}}
         ],
         **changes,
     }
@@ -479,6 +480,41 @@ def test_other_programs_are_left_alone(
 
 def test_a_good_file_lets_the_serve_command_go_on(capsys: pytest.CaptureFixture[str]) -> None:
     check_command_line(["serve", "run", str(DEPLOY / "cluster.yaml")])
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.fixture
+def no_haproxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend to be a system for which ray[serve] brings no HAProxy."""
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    monkeypatch.setattr(preflight, "which", lambda name: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_without_haproxy_the_file_that_asks_for_it_is_refused_with_one_line(
+    no_haproxy: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        check_command_line(["serve", "run", str(DEPLOY / "cluster.yaml")])
+    assert caught.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "env_vars.RAY_SERVE_ENABLE_HA_PROXY: there is no HAProxy here" in line
+
+
+def test_without_haproxy_a_file_without_that_line_is_fine(
+    no_haproxy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = yaml.safe_load((DEPLOY / "cluster.yaml").read_text(encoding="utf-8"))
+    del document["controller_options"]["runtime_env"]["env_vars"][preflight.HAPROXY]
+    check_command_line(["serve", "run", str(write(tmp_path / "plain.yaml", document))])
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("words", [["--address=ray://head:10001"], ["-a", "ray://head:10001"]])
+def test_a_cluster_that_is_there_has_a_haproxy_of_its_own(
+    no_haproxy: None, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_command_line(["serve", "run", str(DEPLOY / "cluster.yaml"), *words])
     assert capsys.readouterr() == ("", "")
 
 

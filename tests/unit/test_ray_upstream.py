@@ -97,6 +97,25 @@ def test_an_end_does_not_wait_for_the_pause() -> None:
     asyncio.run(run())
 
 
+def test_what_comes_while_the_reader_is_busy_comes_as_one(
+    upstream: Callable[[], tuple[RayUpstream, Router]],
+) -> None:
+    async def run() -> None:
+        gateway, router = upstream()
+        events = gateway.generate(replace(request(30), sampling=SamplingParams(999)))
+        await first_of(gateway, router, events, event(0))
+        for start in range(1, 500):
+            gateway._on_tokens("r#0", event(start))
+            await asyncio.sleep(0)
+        assert await anext(events) == TokenEvent(0, tuple(range(1, 500)), start=1)
+        gateway._on_tokens("r#0", event(500))
+        assert await anext(events) == event(500)
+        await events.aclose()
+        gateway._link.close()
+
+    asyncio.run(run())
+
+
 def test_what_nobody_reads_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_upstream, "MAX_BUFFERED_EVENTS", 2)
 

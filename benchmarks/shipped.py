@@ -1,0 +1,56 @@
+"""Serve's options of ``deploy/cluster.yaml``, on ports of one's own: what is shipped is used."""
+
+from __future__ import annotations
+
+import socket
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import deploy
+
+DEPLOYED = Path(deploy.__file__).parent / "cluster.yaml"
+OWN_PORTS = (
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+)
+"""Serve's other ports of fixed numbers; gateways' own are the next free ones anyway."""
+SERVE_KEYS = (
+    "proxy_location",
+    "http_options",
+    "grpc_options",
+    "logging_config",
+    "controller_options",
+)
+
+
+def free_ports(count: int) -> list[int]:
+    """Return TCP ports that nobody listens on at the moment."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def shipped_document(http_port: int, grpc_port: int) -> dict[str, Any]:
+    """Return the deployment file with these ports, and free ones for all that Serve opens."""
+    document: dict[str, Any] = yaml.safe_load(DEPLOYED.read_text(encoding="utf-8"))
+    document["http_options"]["port"] = http_port
+    document["grpc_options"]["port"] = grpc_port
+    variables = document["controller_options"]["runtime_env"]["env_vars"]
+    variables |= zip(OWN_PORTS, map(str, free_ports(len(OWN_PORTS))), strict=True)
+    return document
+
+
+def serve_options(http_port: int, grpc_port: int) -> dict[str, Any]:
+    """Return the arguments of ``serve.start`` that make it serve as the deployment file does."""
+    document = shipped_document(http_port, grpc_port)
+    return deepcopy({key: document[key] for key in SERVE_KEYS})
