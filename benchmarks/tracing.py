@@ -80,6 +80,10 @@ class TracingTransport:
         self._recorder.mark("send")
         return _TracingFlight(flight, self._recorder)
 
+    def is_ready(self, actor_id: str, generation: int) -> bool:
+        """See :class:`Transport`."""
+        return self._inner.is_ready(actor_id, generation)
+
     def close(self) -> None:
         """See :class:`Transport`."""
         self._inner.close()

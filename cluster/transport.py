@@ -80,6 +80,13 @@ class Transport(Protocol):
         """Send all calls at once; ``timeout_s`` bounds the wait for all of their answers."""
         ...
 
+    def is_ready(self, actor_id: str, generation: int) -> bool:
+        """Tell whether a call would go at once; where not, prepare for it without waiting.
+
+        The first call to a new actor may take long; it can wait while there are other copies.
+        """
+        ...
+
     def close(self) -> None:
         """Drop connections and end threads, where there are any."""
         ...
@@ -103,6 +110,10 @@ class RayTransport:
             refs.append(None if handle is None else handle.compute.remote(frame))
         self.calls["ray"] += len(calls)
         return _RayFlight(self._actors, calls, refs, deadline_s)
+
+    def is_ready(self, actor_id: str, generation: int) -> bool:
+        """See :class:`Transport`; Ray does not tell."""
+        return True
 
     def close(self) -> None:
         """See :class:`Transport`; Ray keeps the connections."""
