@@ -84,6 +84,10 @@ class TracingTransport:
         """See :class:`Transport`."""
         self._inner.renew(actor_id)
 
+    def is_ready(self, actor_id: str, generation: int) -> bool:
+        """See :class:`Transport`."""
+        return self._inner.is_ready(actor_id, generation)
+
     def close(self) -> None:
         """See :class:`Transport`."""
         self._inner.close()

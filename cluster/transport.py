@@ -84,6 +84,13 @@ class Transport(Protocol):
         """Trust no more what leads to this actor, since a frame was damaged on its way."""
         ...
 
+    def is_ready(self, actor_id: str, generation: int) -> bool:
+        """Tell whether a call would go at once; where not, prepare for it without waiting.
+
+        The first call to a new actor may take long; it can wait while there are other copies.
+        """
+        ...
+
     def close(self) -> None:
         """Drop connections and end threads, where there are any."""
         ...
@@ -110,6 +117,10 @@ class RayTransport:
 
     def renew(self, actor_id: str) -> None:
         """See :class:`Transport`; Ray keeps the connections."""
+
+    def is_ready(self, actor_id: str, generation: int) -> bool:
+        """See :class:`Transport`; Ray does not tell."""
+        return True
 
     def close(self) -> None:
         """See :class:`Transport`; Ray keeps the connections."""

@@ -13,7 +13,8 @@ AVOID_S = 10.0
 replaced sooner; one that was merely slow is tried again."""
 FORGET = 0.9
 """The share of an actor's recent rows that still counts a layer later."""
-STALL_S = 0.5
+STALL_S = 0.25
+"""A killed process may take so long to die, and to close its connections, on a busy machine."""
 SLACK = 3.0
 DECAY = 0.98
 

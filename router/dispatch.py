@@ -15,7 +15,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -206,7 +206,8 @@ class Dispatcher:
             layout = self._layouts[layer.layer_id] = lay_out(only, placement.generations)
             return layout
         counts = np.bincount(layer.expert_ids[pending], minlength=len(holders)).tolist()
-        chosen = self._copies.choose(holders, counts, self._shunned(placement, layer))
+        shunned = self._shunned(placement, layer)
+        chosen = self._copies.choose(holders, counts, shunned | self._unready(placement, shunned))
         return lay_out(dict(enumerate(chosen)), placement.generations)
 
     def _holders_of(self, placement: Placement, layer_id: int) -> list[tuple[str, ...]]:
@@ -226,6 +227,14 @@ class Dispatcher:
     def _shunned(self, placement: Placement, layer: _Layer) -> frozenset[str]:
         """Return the actors to be asked only where there is no other."""
         return self._copies.avoided(placement.generations, time.monotonic()) | layer.failed
+
+    def _unready(self, placement: Placement, shunned: Set[str]) -> frozenset[str]:
+        """Return the actors, of those that are not shunned, that no call should wait for yet."""
+        return frozenset(
+            actor_id
+            for actor_id, generation in placement.generations.items()
+            if actor_id not in shunned and not self._transport.is_ready(actor_id, generation)
+        )
 
     def _has_other(self, placement: Placement, layer: _Layer, part: _Part) -> bool:
         """Tell whether other actors hold all experts of a part and have not failed lately."""

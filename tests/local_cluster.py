@@ -55,6 +55,7 @@ class BankTransport:
     fail: Callable[[Call, int], CallFailure | bytes | None] = lambda call, number: None
     frames: list[DispatchFrame] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
+    unready: set[str] = field(default_factory=set)
 
     def begin(self, calls: Sequence[Call], timeout_s: float) -> Answered:
         """Answer each call from its bank, unless ``fail`` says otherwise."""
@@ -62,6 +63,10 @@ class BankTransport:
 
     def renew(self, actor_id: str) -> None:
         """There is no connection to renew."""
+
+    def is_ready(self, actor_id: str, generation: int) -> bool:
+        """See :class:`Transport`; ``unready`` actors are not."""
+        return actor_id not in self.unready
 
     def close(self) -> None:
         """There is nothing to close."""

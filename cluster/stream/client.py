@@ -69,6 +69,24 @@ class StreamTransport:
                 flight.send_elsewhere(place, failure)
         return flight
 
+    def is_ready(self, actor_id: str, generation: int) -> bool:
+        """See :class:`Transport`."""
+        return self._link(actor_id, generation, 0.0) is not None
+
+    def _link(self, actor_id: str, generation: int, timeout_s: float) -> _Link | None:
+        link = self._links.get(actor_id)
+        if link is not None:
+            if link.generation == generation:
+                return link
+            self._drop(link)
+        patience_s = 0.0 if self._fallback is not None else timeout_s
+        channel = self._connector.take(actor_id, generation, patience_s)
+        if channel is None:
+            return None
+        link = self._links[actor_id] = _Link(actor_id, generation, channel)
+        self._selector.register(channel.sock, selectors.EVENT_READ, link)
+        return link
+
     def _in_order(self, calls: Sequence[Call]) -> list[int]:
         """Return the calls' places in the order in which they are best sent.
 
@@ -100,7 +118,7 @@ class StreamTransport:
 
     def _send(self, flight: _StreamFlight, place: int, call: Call) -> CallFailure | None:
         """Send a call over its stream; tell what it comes to when that cannot be."""
-        link = self._link(call, flight.remaining_s())
+        link = self._link(call.actor_id, call.generation, flight.remaining_s())
         if link is None:
             return CallFailure.DIED
         if len(link.unanswered) >= WINDOW:
@@ -121,20 +139,6 @@ class StreamTransport:
         flight.places[call_id] = place
         self.calls["stream"] += 1
         return None
-
-    def _link(self, call: Call, timeout_s: float) -> _Link | None:
-        link = self._links.get(call.actor_id)
-        if link is not None:
-            if link.generation == call.generation:
-                return link
-            self._drop(link)
-        patience_s = 0.0 if self._fallback is not None else timeout_s
-        channel = self._connector.take(call.actor_id, call.generation, patience_s)
-        if channel is None:
-            return None
-        link = self._links[call.actor_id] = _Link(call.actor_id, call.generation, channel)
-        self._selector.register(channel.sock, selectors.EVENT_READ, link)
-        return link
 
     def _watch(self, link: _Link) -> None:
         events = selectors.EVENT_READ

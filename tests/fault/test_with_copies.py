@@ -71,7 +71,7 @@ def test_a_hung_actors_rows_go_to_the_other_copies_within_two_seconds(
         assert replaced
     served.wait_whole()
     after = served.actors()
-    assert not is_alive(hung)
+    wait_until(lambda: not is_alive(hung), "the hung actor is gone", REPLACED_S)
     assert after["expert-2"].generation > before["expert-2"].generation
     assert after["expert-2"].experts == before["expert-2"].experts
 

@@ -155,6 +155,23 @@ def test_a_frame_that_is_always_refused_is_our_own_fault(
         cluster.close()
 
 
+def test_an_actor_that_is_not_ready_is_asked_only_where_there_is_no_other(
+    cluster: LocalCluster, expected: list[tuple[int, ...]]
+) -> None:
+    asked: Counter[str] = Counter()
+
+    def count(call: Call, number: int) -> None:
+        asked[call.actor_id] += 1
+
+    cluster.transport.fail = count
+    cluster.transport.unready = {"a1"}
+    assert tokens_of(cluster) == expected
+    assert asked.keys() == {"a0", "a2"}
+    cluster.transport.unready = {"a0", "a1", "a2"}
+    assert tokens_of(cluster) == expected
+    assert asked["a1"] > 0
+
+
 def test_only_the_failed_actors_rows_are_sent_again(cluster: LocalCluster) -> None:
     sent: list[tuple[str, int]] = []
 

@@ -290,6 +290,20 @@ def test_another_generation_has_a_connection_of_its_own(actors: Actors, connect:
     old.close()
 
 
+def test_an_actor_is_ready_once_a_stream_is_made_and_nobody_waits_for_it(
+    actors: Actors, connect: Open
+) -> None:
+    transport = connect()
+    actors.add("a", 1)
+    assert not transport.is_ready("a", 1)
+    until(lambda: transport.is_ready("a", 1), "the stream is made")
+    actors.add("a", 2)
+    assert not transport.is_ready("a", 2)
+    until(lambda: transport.is_ready("a", 2), "the stream to its successor is made")
+    assert ask(transport, call(b"x", generation=2)) == [b"x"]
+    assert actors.echoes["a"].batches == [[b"x"]]
+
+
 # What happens when they do not.
 
 
