@@ -24,7 +24,7 @@ from ray.serve.schema import ApplicationStatus
 
 from cluster.errors import ExpertMeshError, StaleEpochError
 from cluster.ledger import Ledger
-from cluster.placement import ExpertKey, Placement, assign_experts, empty_placement
+from cluster.placement import ExpertKey, Placement, assign_experts, empty_placement, surplus
 from cluster.pool import ExpertPool
 from cluster.progress import LOOK_S, Progress, Silence
 from cluster.spec import ActorReport, ActorSpec
@@ -35,6 +35,7 @@ ADOPT_TIMEOUT_S = 3.0
 SUSPICION_S = 1.0
 """How long a router's word counts, which it repeats for as long as it waits."""
 LOAD_TIMEOUT_S = 600.0
+UNLOAD_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 30.0
 MEMBER_TTL_S = 15.0
 MAX_WATCH_S = 10.0
@@ -245,11 +246,33 @@ class Controller:
             self._looped_s = time.monotonic()
             if progress.is_hung(report.steps, report.queued_rows, time.monotonic()):
                 raise TimeoutError("rows wait and none is computed")
+            await self._retire(actor_id, handle, report)
             try:
                 async with asyncio.timeout(HEARTBEAT_PERIOD_S):
                     await suspected.wait()
             except TimeoutError:
                 continue
+
+    async def _retire(self, actor_id: str, handle: ActorHandle, report: ActorReport) -> None:
+        """Have an actor let go what it holds beyond its share, once those who are to hold it do."""
+        beyond = set(report.experts).difference(self._shares[actor_id])
+        if not surplus(self._placement, self._shares, beyond):
+            return
+        retired: list[ExpertKey] = []
+
+        def without(placement: Placement) -> Placement:
+            retired.extend(surplus(placement, self._shares, beyond))
+            return placement.without_copies(actor_id, retired)
+
+        # First the map: only routers that have not heard of it ask for what is gone, and try again.
+        await self._publish(without)
+        epoch = self._placement.epoch
+        try:
+            report = await self._pool.unload(handle, epoch, retired, UNLOAD_TIMEOUT_S)
+        except RayTaskError as error:
+            raise _cause(error) from None
+        self._reports[actor_id] = report
+        logger.info("%s lets %d experts go", actor_id, len(retired))
 
     async def _heartbeat(self, actor_id: str, handle: ActorHandle) -> ActorReport:
         """Return an actor's report; raises ``TimeoutError`` when it hangs."""
