@@ -34,6 +34,7 @@ HEARTBEAT_PERIOD_S = 1.0
 ADOPT_TIMEOUT_S = 3.0
 SUSPICION_S = 1.0
 """How long a router's word counts, which it repeats for as long as it waits."""
+APP_CHECK_S = 1.0
 LOAD_TIMEOUT_S = 600.0
 UNLOAD_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 30.0
@@ -86,6 +87,7 @@ class Controller:
         self._suspected_s = dict.fromkeys(self._actor_ids, -math.inf)
         self._tasks: list[asyncio.Task[None]] = []
         self._looped_s = time.monotonic()
+        self._is_deleted = False
 
     async def start(self) -> None:
         """Take the next epoch, adopt the living actors that fit, and keep all of them alive."""
@@ -302,6 +304,23 @@ class Controller:
                 *placement.order,
             )
 
+    async def look_for_deletion(self) -> None:
+        """Ask Serve again and again whether the application is to run; once it is not, tell all.
+
+        A shutdown of Serve ends gateways first, then routers, then this, each after its last
+        request, and tells none of them why.
+        """
+        while not self._is_deleted:
+            await asyncio.sleep(APP_CHECK_S)
+            try:
+                wanted = await asyncio.to_thread(app_is_wanted, self._spec.app)
+            except Exception as error:  # Serve itself is away, which says nothing
+                logger.warning("Serve does not answer (%s)", _kind(error))
+                continue
+            async with self._changed:
+                self._is_deleted = not wanted
+                self._changed.notify_all()
+
     # What routers and gateways call.
 
     async def watch(
@@ -309,10 +328,10 @@ class Controller:
     ) -> dict[str, Any]:
         """Return the placement once it differs from ``known`` (epoch, version).
 
-        The answer is ``{"placement": …, "loop_age_s": …}``: the placement as plain data, ``None``
-        when nothing changed within ``timeout_s`` (at most ``MAX_WATCH_S``), and how long ago this
-        controller last finished a look at any actor. The call also says that this router or
-        gateway is alive.
+        The answer is ``{"placement": …, "loop_age_s": …, "is_deleted": …}``: the placement as plain
+        data, ``None`` when nothing changed within ``timeout_s`` (at most ``MAX_WATCH_S``), how long
+        ago this controller last finished a look at any actor, and whether Serve deletes the
+        application. The call also says that this router or gateway is alive.
         """
         process = ProcessStatus(pid, node)
         now_s = time.monotonic()
@@ -321,11 +340,17 @@ class Controller:
         async with self._changed:
             try:
                 async with asyncio.timeout(min(timeout_s, MAX_WATCH_S)):
-                    await self._changed.wait_for(lambda: self._placement.order != tuple(known))
+                    await self._changed.wait_for(
+                        lambda: self._is_deleted or self._placement.order != tuple(known)
+                    )
                 wire = self._placement.to_wire()
             except TimeoutError:
                 wire = None
-        return {"placement": wire, "loop_age_s": time.monotonic() - self._looped_s}
+        return {
+            "placement": wire,
+            "loop_age_s": time.monotonic() - self._looped_s,
+            "is_deleted": self._is_deleted,
+        }
 
     async def suspect(self, actor_id: str, generation: int) -> None:
         """Have an actor looked at now, since a router has no answer from this generation.

@@ -6,9 +6,11 @@ controller creates the expert actors. Everything is checked before anything is d
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -16,9 +18,9 @@ from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from cluster.config import AppConfig, RouterConfig, parse_args
+from cluster.config import AppConfig, parse_args
 from cluster.contract import OnExpertLoss
-from cluster.controller import Controller
+from cluster.controller import Controller, app_is_wanted
 from cluster.errors import ConfigError, ExpertMeshError
 from cluster.spec import ActorSpec
 from experts.actor import ExpertActor
@@ -33,6 +35,8 @@ from router.served import ServedModel, inspect_models
 MAX_CONTROL_CALLS = 10_000
 GRACEFUL_SHUTDOWN_S = 5.0
 DRAIN_CHECK_S = 0.2
+SURGE_PERCENT = 1
+"""Rounded up by Serve: one replica more than there are to be, while a redeploy replaces them."""
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 logger = logging.getLogger("expertmesh.app")
@@ -54,6 +58,7 @@ class ControllerDeployment(Controller):
                 config.experts.min_copies,
             )
             await self.start()
+        self._deletion = asyncio.create_task(self.look_for_deletion(), name="deletion")
 
     async def __del__(self) -> None:
         """Serve awaits this at a graceful end of the replica."""
@@ -111,7 +116,7 @@ def build(args: dict[str, Any]) -> Application:
     )
     controller = _controller().bind(spec, config)
     routers = {
-        model.id: _router(names[model.id], config.router).bind(model, config, controller)
+        model.id: _router(names[model.id], config).bind(model, config, controller)
         for model in models
     }
     gateway_models = tuple(_gateway_model(model) for model in models)
@@ -132,7 +137,8 @@ def _upstream(
 ) -> RayUpstream:
     """Make a gateway replica's upstream, in the replica."""
     setup_logging()
-    return RayUpstream(controller, routers, on_expert_loss)
+    app = serve.get_replica_context().app_name
+    return RayUpstream(controller, routers, on_expert_loss, partial(app_is_wanted, app))
 
 
 def deployment_names(models: list[ServedModel]) -> dict[str, str]:
@@ -161,15 +167,27 @@ def _controller() -> Any:
     )(ControllerDeployment)
 
 
-def _router(name: str, config: RouterConfig) -> Any:
-    threads = str(config.threads)
+def _draining(config: AppConfig) -> dict[str, Any]:
+    """Return how replicas that serve requests are replaced: the next comes first, and the last
+    request of the old one may take its time. When the application is deleted, they end requests
+    themselves."""
+    return {
+        "graceful_shutdown_timeout_s": config.gateway.max_timeout_s + GRACEFUL_SHUTDOWN_S,
+        "graceful_shutdown_wait_loop_s": DRAIN_CHECK_S,
+        "max_surge_percent": SURGE_PERCENT,
+    }
+
+
+def _router(name: str, config: AppConfig) -> Any:
+    router = config.router
+    threads = str(router.threads)
     return serve.deployment(
         name=name,
-        num_replicas=config.replicas,
+        num_replicas=router.replicas,
         # Everything beyond the engine's own queue is refused there, with a typed error.
-        max_ongoing_requests=4 * (config.max_batch_size + config.max_queue_requests),
+        max_ongoing_requests=4 * (router.max_batch_size + router.max_queue_requests),
         ray_actor_options={
-            "num_cpus": config.num_cpus,
+            "num_cpus": router.num_cpus,
             "runtime_env": {
                 "env_vars": {
                     "OMP_NUM_THREADS": threads,
@@ -182,9 +200,8 @@ def _router(name: str, config: RouterConfig) -> Any:
                 }
             },
         },
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
-        graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
         logging_config=QUIET,
+        **_draining(config),
     )(RouterDeployment)
 
 
@@ -194,9 +211,8 @@ def _gateway(config: AppConfig) -> Any:
         num_replicas=config.gateway.replicas,
         max_ongoing_requests=config.gateway.max_ongoing_requests,
         ray_actor_options={"num_cpus": config.gateway.num_cpus},
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
-        graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
         logging_config=QUIET,
+        **_draining(config),
     )(Gateway)
 
 

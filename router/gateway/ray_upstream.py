@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +28,7 @@ from cluster.errors import (
     InternalError,
     OverloadedError,
     UnavailableError,
+    being_deleted,
     error_from_wire,
 )
 from cluster.retry import Retries, RetryBudget, RetryPolicy
@@ -71,16 +72,21 @@ class RayUpstream:
         controller: DeploymentHandle,
         routers: Mapping[str, DeploymentHandle],
         on_expert_loss: OnExpertLoss,
+        is_wanted: Callable[[], bool],
     ) -> None:
         """``routers`` are handles by model id. Needs a running event loop.
 
-        ``on_expert_loss`` is the deployment's, by which it is or is not ready.
+        ``on_expert_loss`` is the deployment's, by which it is or is not ready. ``is_wanted`` asks
+        Serve whether the application is to run.
         """
         self._on_expert_loss = on_expert_loss
         self._controller = controller
         self._routers = routers
         self._view = PlacementView()
-        self._watcher = PlacementWatcher("gateway", self._view, HandleController(controller))
+        self._is_deleted = False
+        self._watcher = PlacementWatcher(
+            "gateway", self._view, HandleController(controller), is_wanted, self._end_requests
+        )
         self._inboxes: dict[str, Inbox] = {}
         self._num_streams = 0
         self._leaving: set[asyncio.Task[None]] = set()
@@ -117,6 +123,8 @@ class RayUpstream:
         self, request: GenerationRequest, receipts: Receipts, stopped: set[int]
     ) -> AsyncGenerator[TokenEvent, None]:
         address = await self._listening()
+        if self._is_deleted:
+            raise being_deleted()
         call = self._routers[request.model].generate.remote(request.to_wire(), address)
         inbox = Inbox()
         self._inboxes[request.request_id] = inbox
@@ -150,6 +158,12 @@ class RayUpstream:
                 call.cancel()
                 reply.cancel()
 
+    def _end_requests(self) -> None:
+        """End all requests, which Serve waits for before it ends a replica."""
+        self._is_deleted = True
+        for inbox in self._inboxes.values():
+            inbox.end(being_deleted())
+
     async def _listening(self) -> LinkAddress:
         if self._address is None:
             self._address = asyncio.ensure_future(self._link.start())
@@ -179,9 +193,12 @@ class RayUpstream:
 
     def ready(self) -> Readiness:
         """See :class:`Upstream`."""
-        return readiness(
+        told = readiness(
             self._view.current(), self._routers, self._view.loop_age_s(), self._on_expert_loss
         )
+        if self._is_deleted:
+            told = replace(told, reason=being_deleted().message, is_deleted=True)
+        return told
 
 
 class HandleController:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sysconfig
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,20 @@ import pytest
 import yaml
 
 import deploy
+from cluster.errors import UnavailableError
 from router.client import Client
-from tests.cluster_fixture import TINY, free_ports, greedy, is_alive, wait_until
+from tests.cluster_fixture import (
+    TINY,
+    StreamReader,
+    free_ports,
+    greedy,
+    is_alive,
+    wait_until,
+)
 
 SERVE = str(Path(sysconfig.get_path("scripts")) / "serve")
 DEPLOYED = Path(deploy.__file__).parent / "cluster.yaml"
-READY_S, GONE_S, MAX_LINES = 90.0, 20.0, 16
+READY_S, GONE_S, MAX_LINES = 90.0, 10.0, 16
 
 
 @contextmanager
@@ -85,8 +94,18 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
         assert len(lines) <= MAX_LINES, "\n".join(lines)
         assert any("experts have a live copy" in line for line in lines)
 
+        # Requests under way do not keep it from ending.
+        once = Client(f"127.0.0.1:{grpc_port}", retry=None)
+        streams = [StreamReader(once, "In", greedy(1000), TINY, READY_S) for _ in range(4)]
+        for stream in streams:
+            stream.wait_tokens(1)
+        asked_s = time.monotonic()
         process.send_signal(signal.SIGINT)
         process.wait(GONE_S)
+        print(f"ended {time.monotonic() - asked_s:.1f} s after Ctrl-C")
+        for stream in streams:
+            stream.wait_end(GONE_S)
+            assert isinstance(stream.error, UnavailableError)
         wait_until(lambda: not [pid for pid in pids if is_alive(pid)], "no process is left", GONE_S)
     assert "Traceback" not in log.read_text()
 

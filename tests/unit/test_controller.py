@@ -862,6 +862,34 @@ def test_members_that_are_not_heard_of_leave_the_status(monkeypatch: pytest.Monk
     run(test)
 
 
+def test_a_deletion_is_told_to_all_who_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_module, "APP_CHECK_S", 0.001)
+    answers: list[bool | Exception] = [True, ConnectionError("Serve is away"), False]
+
+    def app_is_wanted(app: str) -> bool:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(controller_module, "app_is_wanted", app_is_wanted)
+
+    async def test() -> None:
+        async with running() as cluster:
+            order = (await cluster.complete()).order
+            watch = asyncio.create_task(
+                cluster.controller.watch("router", 1, "n", order, controller_module.MAX_WATCH_S)
+            )
+            await asyncio.sleep(0)
+            assert not (await cluster.controller.watch("gateway", 1, "n", order, 0))["is_deleted"]
+            await cluster.controller.look_for_deletion()
+            assert (await watch)["is_deleted"]
+            assert (await cluster.controller.watch("gateway", 1, "n", order, 60))["is_deleted"]
+            assert not any(actor.killed for actor in cluster.pool.actors)
+
+    run(test)
+
+
 @pytest.mark.parametrize("wanted", [True, False])
 def test_closing_ends_the_actors_only_when_the_application_is_deleted(
     monkeypatch: pytest.MonkeyPatch, wanted: bool
