@@ -35,16 +35,6 @@ EPOCH, GENERATION = 1, 1
 TIMEOUT_S = 120.0
 
 
-def router_environment() -> dict[str, str]:
-    """Return the environment variables of a router replica, as ``router/app.py`` sets them."""
-    from cluster.config import RouterConfig
-    from router.app import _router
-
-    options = _router("Router", RouterConfig()).ray_actor_options
-    variables: dict[str, str] = options["runtime_env"]["env_vars"]
-    return variables
-
-
 def measure(
     folder: Path,
     transport: str,
@@ -55,10 +45,13 @@ def measure(
     trace: Path | None = None,
 ) -> dict[str, Any]:
     """Generate in a fresh process; see :func:`run` for what comes back."""
+    from cluster.config import RouterConfig
+    from router.app import router_environment
+
     arguments = [str(folder), transport, str(actors), str(tokens), str(rounds), *streams]
     if trace is not None:
         arguments += ["--trace", str(trace)]
-    environment = {**router_environment(), "RAY_ADDRESS": "local"}
+    environment = {**router_environment(RouterConfig().threads), "RAY_ADDRESS": "local"}
     return run_module("benchmarks.engine", arguments, environment)
 
 

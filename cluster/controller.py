@@ -24,7 +24,7 @@ from ray.serve.schema import ApplicationStatus
 
 from cluster.errors import ExpertMeshError, StaleEpochError
 from cluster.ledger import Ledger
-from cluster.placement import ExpertKey, Placement, assign_experts, empty_placement
+from cluster.placement import ExpertKey, Placement, assign_experts, empty_placement, surplus
 from cluster.pool import ExpertPool
 from cluster.progress import LOOK_S, Progress, Silence
 from cluster.spec import ActorReport, ActorSpec
@@ -34,7 +34,9 @@ HEARTBEAT_PERIOD_S = 1.0
 ADOPT_TIMEOUT_S = 3.0
 SUSPICION_S = 1.0
 """How long a router's word counts, which it repeats for as long as it waits."""
+APP_CHECK_S = 1.0
 LOAD_TIMEOUT_S = 600.0
+UNLOAD_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 30.0
 MEMBER_TTL_S = 15.0
 MAX_WATCH_S = 10.0
@@ -85,6 +87,7 @@ class Controller:
         self._suspected_s = dict.fromkeys(self._actor_ids, -math.inf)
         self._tasks: list[asyncio.Task[None]] = []
         self._looped_s = time.monotonic()
+        self._is_deleted = False
 
     async def start(self) -> None:
         """Take the next epoch, adopt the living actors that fit, and keep all of them alive."""
@@ -255,11 +258,33 @@ class Controller:
             self._looped_s = time.monotonic()
             if progress.is_hung(report.steps, report.queued_rows, time.monotonic()):
                 raise TimeoutError("rows wait and none is computed")
+            await self._retire(actor_id, handle, report)
             try:
                 async with asyncio.timeout(HEARTBEAT_PERIOD_S):
                     await suspected.wait()
             except TimeoutError:
                 continue
+
+    async def _retire(self, actor_id: str, handle: ActorHandle, report: ActorReport) -> None:
+        """Have an actor let go what it holds beyond its share, once those who are to hold it do."""
+        beyond = set(report.experts).difference(self._shares[actor_id])
+        if not surplus(self._placement, self._shares, beyond):
+            return
+        retired: list[ExpertKey] = []
+
+        def without(placement: Placement) -> Placement:
+            retired.extend(surplus(placement, self._shares, beyond))
+            return placement.without_copies(actor_id, retired)
+
+        # First the map: only routers that have not heard of it ask for what is gone, and try again.
+        await self._publish(without)
+        epoch = self._placement.epoch
+        try:
+            report = await self._pool.unload(handle, epoch, retired, UNLOAD_TIMEOUT_S)
+        except RayTaskError as error:
+            raise _cause(error) from None
+        self._reports[actor_id] = report
+        logger.info("%s lets %d experts go", actor_id, len(retired))
 
     async def _heartbeat(self, actor_id: str, handle: ActorHandle) -> ActorReport:
         """Return an actor's report; raises ``TimeoutError`` when it hangs."""
@@ -289,6 +314,23 @@ class Controller:
                 *placement.order,
             )
 
+    async def look_for_deletion(self) -> None:
+        """Ask Serve again and again whether the application is to run; once it is not, tell all.
+
+        A shutdown of Serve ends gateways first, then routers, then this, each after its last
+        request, and tells none of them why.
+        """
+        while not self._is_deleted:
+            await asyncio.sleep(APP_CHECK_S)
+            try:
+                wanted = await asyncio.to_thread(app_is_wanted, self._spec.app)
+            except Exception as error:  # Serve itself is away, which says nothing
+                logger.warning("Serve does not answer (%s)", _kind(error))
+                continue
+            async with self._changed:
+                self._is_deleted = not wanted
+                self._changed.notify_all()
+
     # What routers and gateways call.
 
     async def watch(
@@ -296,10 +338,10 @@ class Controller:
     ) -> dict[str, Any]:
         """Return the placement once it differs from ``known`` (epoch, version).
 
-        The answer is ``{"placement": …, "loop_age_s": …}``: the placement as plain data, ``None``
-        when nothing changed within ``timeout_s`` (at most ``MAX_WATCH_S``), and how long ago this
-        controller last finished a look at any actor. The call also says that this router or
-        gateway is alive.
+        The answer is ``{"placement": …, "loop_age_s": …, "is_deleted": …}``: the placement as plain
+        data, ``None`` when nothing changed within ``timeout_s`` (at most ``MAX_WATCH_S``), how long
+        ago this controller last finished a look at any actor, and whether Serve deletes the
+        application. The call also says that this router or gateway is alive.
         """
         process = ProcessStatus(pid, node)
         now_s = time.monotonic()
@@ -308,11 +350,17 @@ class Controller:
         async with self._changed:
             try:
                 async with asyncio.timeout(min(timeout_s, MAX_WATCH_S)):
-                    await self._changed.wait_for(lambda: self._placement.order != tuple(known))
+                    await self._changed.wait_for(
+                        lambda: self._is_deleted or self._placement.order != tuple(known)
+                    )
                 wire = self._placement.to_wire()
             except TimeoutError:
                 wire = None
-        return {"placement": wire, "loop_age_s": time.monotonic() - self._looped_s}
+        return {
+            "placement": wire,
+            "loop_age_s": time.monotonic() - self._looped_s,
+            "is_deleted": self._is_deleted,
+        }
 
     async def suspect(self, actor_id: str, generation: int) -> None:
         """Have an actor looked at now, since a router has no answer from this generation.

@@ -138,6 +138,11 @@ class InternalError(ExpertMeshError):
     code = Code.INTERNAL
 
 
+def being_deleted() -> UnavailableError:
+    """Return what a request is told that is under way when its deployment is deleted."""
+    return UnavailableError("the deployment is being deleted", "", 1.0)
+
+
 _BY_CODE: dict[Code, type[ExpertMeshError]] = {
     Code.INVALID_ARGUMENT: InvalidRequestError,
     Code.NOT_FOUND: UnknownModelError,

@@ -81,6 +81,15 @@ class Placement:
         generations = {**self.generations, actor_id: generation}
         return replace(self, version=self.version + 1, holders=holders, generations=generations)
 
+    def without_copies(self, actor_id: str, keys: Iterable[ExpertKey]) -> Placement:
+        """Return the next version, in which ``actor_id`` is not asked for ``keys`` any more."""
+        retired = set(keys)
+        holders = {
+            key: tuple(a for a in actors if a != actor_id) if key in retired else actors
+            for key, actors in self.holders.items()
+        }
+        return replace(self, version=self.version + 1, holders=holders)
+
     def to_wire(self) -> dict[str, Any]:
         """Return the placement as plain data."""
         return {
@@ -117,9 +126,10 @@ def assign_experts(
     begins at (e + l) mod A, so that the actors' shares of any layer differ by at most one expert
     where nodes leave the choice, and those of all layers even out. The copies of what one actor
     holds are spread over the others too, which take over evenly. An actor keeps what it has
-    ``held``; copies that are missing go to actors that are not in ``held``, if nodes allow it, so
-    that nothing that runs has to load more. Deterministic. Raises :class:`ConfigError` when there
-    are more copies than actors, or a share is larger than ``memory_budget_bytes``.
+    ``held``, unless that has more copies than wanted; copies that are missing go to actors that are
+    not in ``held``, if nodes allow it, so that nothing that runs has to load more. Deterministic.
+    Raises :class:`ConfigError` when there are more copies than actors, or a share is larger than
+    ``memory_budget_bytes``.
     """
     if min_copies > len(actor_ids):
         raise ConfigError(
@@ -154,6 +164,21 @@ def assign_experts(
     return shares
 
 
+def surplus(
+    placement: Placement, shares: Mapping[str, Sequence[ExpertKey]], beyond: Collection[ExpertKey]
+) -> list[ExpertKey]:
+    """Return what an actor need not hold ``beyond`` its share, since all who are to hold it do.
+
+    ``shares`` has the experts that each actor is to hold.
+    """
+    wanted: dict[ExpertKey, set[str]] = {key: set() for key in beyond}
+    if beyond:
+        for actor_id, share in shares.items():
+            for key in wanted.keys() & share:
+                wanted[key].add(actor_id)
+    return sorted(key for key, actors in wanted.items() if actors <= {*placement.holders[key]})
+
+
 def _spread_layer(
     layer_id: int,
     kept: Sequence[list[str]],
@@ -162,17 +187,21 @@ def _spread_layer(
     nodes: Mapping[str, str],
     running: Collection[str],
 ) -> list[list[str]]:
-    """Return the actors that are to hold each expert of a layer, those that do already included."""
+    """Return the actors that are to hold each expert of a layer, those that do already first."""
     held = {actor_id: sum(actor_id in actors for actors in kept) for actor_id in actor_ids}
     shared: Counter[frozenset[str]] = Counter()  # experts that two actors both hold
     layer: list[list[str]] = []
     for expert_id, actors in enumerate(kept):
         begin = (expert_id + layer_id) % len(actor_ids)
         in_turn = [*actor_ids[begin:], *actor_ids[:begin]]
-        chosen = list(actors)
-        for _ in range(num_copies - len(actors)):
+        has_surplus = len(actors) > num_copies
+        if has_surplus:  # chosen anew, from those who hold it
+            held.update({actor: held[actor] - 1 for actor in actors})
+        chosen = [] if has_surplus else list(actors)
+        while len(chosen) < num_copies:
+            candidates = actors if has_surplus else in_turn
             actor_id = min(  # the first in turn where all else is equal
-                (actor for actor in in_turn if actor not in chosen),
+                sorted((actor for actor in candidates if actor not in chosen), key=in_turn.index),
                 key=lambda actor: (
                     # An actor whose node is not known counts as one on a node of its own.
                     sum(nodes.get(actor, actor) == nodes.get(other, other) for other in chosen),

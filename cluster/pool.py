@@ -121,6 +121,12 @@ class ExpertPool:
         """Have an actor load experts; returns when it holds them."""
         return await _within(handle.load.remote(epoch, list(keys)), timeout_s)
 
+    async def unload(
+        self, handle: ActorHandle, epoch: int, keys: Sequence[ExpertKey], timeout_s: float
+    ) -> ActorReport:
+        """Have an actor let experts go."""
+        return await _within(handle.unload.remote(epoch, list(keys)), timeout_s)
+
     def kill(self, handle: ActorHandle) -> None:
         """End an actor at once; routers see it as dead and try elsewhere."""
         ray.kill(handle, no_restart=True)

@@ -84,6 +84,19 @@ class ExpertActor:
         self._load([ExpertKey(*key) for key in keys])
         return self._report()
 
+    def unload(self, epoch: int, keys: Sequence[ExpertKey]) -> ActorReport:
+        """Let the given experts go after the batch under way, and their memory with them.
+
+        A frame that still asks for one is answered by WRONG_PLACEMENT. Experts that are not held
+        are not an error.
+        """
+        self._accept(epoch)
+        with self._load_lock, self._changed:
+            self._changed.wait_for(lambda: not self._computing)
+            for key in keys:
+                self._bank.experts.pop(ExpertKey(*key), None)
+        return self._report()
+
     def heartbeat(self, epoch: int) -> ActorReport:
         """Renew the lease and report; refuses a controller of an older epoch."""
         self._accept(epoch)

@@ -37,6 +37,11 @@ class RemoteExpertActor:
         return self._actor.load(epoch, keys)
 
     @ray.method(concurrency_group="control")
+    def unload(self, epoch: int, keys: Sequence[ExpertKey]) -> ActorReport:
+        """See :meth:`ExpertActor.unload`."""
+        return self._actor.unload(epoch, keys)
+
+    @ray.method(concurrency_group="control")
     def heartbeat(self, epoch: int) -> ActorReport:
         """See :meth:`ExpertActor.heartbeat`."""
         return self._actor.heartbeat(epoch)

@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
-from cluster.config import AppConfig, RouterConfig, parse_args
+from cluster.config import AppConfig, parse_args
 from cluster.errors import ConfigError, ExpertMeshError
 from cluster.spec import ActorSpec
 from router.control import ControllerDeployment
@@ -25,8 +25,11 @@ from router.gateway.ray_upstream import make_upstream
 from router.served import ServedModel, inspect_models
 
 MAX_CONTROL_CALLS = 10_000
+GRACEFUL_SHUTDOWN_S = 5.0
+SURGE_PERCENT = 1
+"""Rounded up by Serve: one replica more than there are to be, while a redeploy replaces them."""
 REPLICA_OPTIONS: dict[str, Any] = {
-    "graceful_shutdown_timeout_s": 5.0,
+    "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_S,
     "graceful_shutdown_wait_loop_s": 0.2,
     # Serve finds out by its next check that a replica is dead; its default is 10 s.
     "health_check_period_s": 1.0,
@@ -58,7 +61,7 @@ def build(args: dict[str, Any]) -> Application:
     )
     controller = _controller().bind(spec, config)
     routers = {
-        model.id: _router(names[model.id], config.router).bind(model, config, controller)
+        model.id: _router(names[model.id], config).bind(model, config, controller)
         for model in models
     }
     gateway_models = tuple(_gateway_model(model) for model in models)
@@ -96,32 +99,46 @@ def _controller() -> Any:
     )(ControllerDeployment)
 
 
-def _router(name: str, config: RouterConfig) -> Any:
-    threads = str(config.threads)
+def _draining(config: AppConfig) -> dict[str, Any]:
+    """Return how replicas that serve requests are replaced: the next comes first, and the last
+    request of the old one may take its time. When the application is deleted, they end requests
+    themselves."""
+    return {
+        **REPLICA_OPTIONS,
+        "graceful_shutdown_timeout_s": config.gateway.max_timeout_s + GRACEFUL_SHUTDOWN_S,
+        "max_surge_percent": SURGE_PERCENT,
+    }
+
+
+def router_environment(threads: int) -> dict[str, str]:
+    """Return the environment variables of a router replica; they count before torch is there."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        # A heap per thread would keep memory that no other thread reuses.
+        "MALLOC_ARENA_MAX": "1",
+        # What a layer of a prefill lets go is needed by the next one. To give it back and fault it
+        # in again costs more than the layer's own work in the router.
+        "MALLOC_MMAP_THRESHOLD_": "33554432",
+        "MALLOC_TRIM_THRESHOLD_": "67108864",
+        # Steps bring new numbers of tokens for ever, and oneDNN and torch would each keep half a
+        # megabyte for 1024 shapes; a decode step has five.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
+        "LRU_CACHE_CAPACITY": "16",
+    }
+
+
+def _router(name: str, config: AppConfig) -> Any:
+    router = config.router
     return serve.deployment(
         name=name,
-        num_replicas=config.replicas,
+        num_replicas=router.replicas,
         # Everything beyond the engine's own queue is refused there, with a typed error.
-        max_ongoing_requests=4 * (config.max_batch_size + config.max_queue_requests),
+        max_ongoing_requests=4 * (router.max_batch_size + router.max_queue_requests),
         ray_actor_options={
-            "num_cpus": config.num_cpus,
-            "runtime_env": {
-                "env_vars": {
-                    "OMP_NUM_THREADS": threads,
-                    # A heap per thread would keep memory that no other thread reuses.
-                    "MALLOC_ARENA_MAX": "1",
-                    # What a layer of a prefill lets go is needed by the next one. To give it back
-                    # and fault it in again cost more than the layer's own work in the router.
-                    "MALLOC_MMAP_THRESHOLD_": "33554432",
-                    "MALLOC_TRIM_THRESHOLD_": "67108864",
-                    # Steps bring new numbers of tokens for ever, and oneDNN and torch would each
-                    # keep half a megabyte for 1024 shapes; a decode step has five.
-                    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
-                    "LRU_CACHE_CAPACITY": "16",
-                }
-            },
+            "num_cpus": router.num_cpus,
+            "runtime_env": {"env_vars": router_environment(router.threads)},
         },
-        **REPLICA_OPTIONS,
+        **_draining(config),
     )(RouterDeployment)
 
 
@@ -131,7 +148,7 @@ def _gateway(config: AppConfig) -> Any:
         num_replicas=config.gateway.replicas,
         max_ongoing_requests=config.gateway.max_ongoing_requests,
         ray_actor_options={"num_cpus": config.gateway.num_cpus},
-        **REPLICA_OPTIONS,
+        **_draining(config),
     )(Gateway)
 
 

@@ -5,6 +5,7 @@ A new controller is what a dead actor's successor waits for, so this module is w
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 from ray import serve
@@ -32,6 +33,7 @@ class ControllerDeployment(Controller):
                 config.experts.min_copies,
             )
             await self.start()
+        self._deletion = asyncio.create_task(self.look_for_deletion(), name="deletion")
 
     async def __del__(self) -> None:
         """Serve awaits this at a graceful end of the replica."""

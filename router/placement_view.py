@@ -1,7 +1,8 @@
 """A replica's copy of the placement, kept up to date by long polls of the controller.
 
 The engine's thread reads it and waits on it; the replica's event loop writes it. While the
-controller is away the last placement stays in force.
+controller is away the last placement stays in force; when it is for ever, since Serve deletes the
+application, the replica is told.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from cluster.placement import Placement
 
 WATCH_S = 1.0
 CALL_TIMEOUT_S = 15.0
+LATE_S = WATCH_S + 1.0
+"""After so long without an answer to a long poll Serve is asked whether the controller is gone."""
 RETRY_S = 0.5
 
 logger = logging.getLogger("expertmesh.placement")
@@ -79,9 +82,23 @@ class PlacementView:
 class PlacementWatcher:
     """Feeds a view from the controller, on an event loop; also passes suspicions on."""
 
-    def __init__(self, kind: str, view: PlacementView, controller: ControllerClient) -> None:
-        """``kind`` is ``router`` or ``gateway``, as it is to appear in the status."""
+    def __init__(
+        self,
+        kind: str,
+        view: PlacementView,
+        controller: ControllerClient,
+        is_wanted: Callable[[], bool],
+        on_deleted: Callable[[], None],
+    ) -> None:
+        """``kind`` is ``router`` or ``gateway``, as it is to appear in the status.
+
+        ``on_deleted`` is called, once, when Serve deletes the application. The controller tells of
+        it; while that does not answer, ``is_wanted`` asks Serve, and may block.
+        """
         self._kind = kind
+        self._is_wanted = is_wanted
+        self._on_deleted = on_deleted
+        self._asking: asyncio.Task[None] | None = None
         self._view = view
         self._controller = controller
         self._telling: set[tuple[str, int]] = set()
@@ -91,6 +108,8 @@ class PlacementWatcher:
     def stop(self) -> None:
         """Stop polling."""
         self._task.cancel()
+        if self._asking is not None:
+            self._asking.cancel()
 
     def suspect(self, actor_id: str, generation: int) -> None:
         """Tell the controller that an actor gives no answer; callable from any thread.
@@ -111,19 +130,47 @@ class PlacementWatcher:
     async def _watch_forever(self) -> None:
         node = ray.get_runtime_context().get_node_id()
         while True:
-            current = self._view.current()
-            known = (-1, -1) if current is None else current.order
-            answered, told = await self._bounded(
-                lambda known=known: self._controller.watch(  # type: ignore[misc]
-                    self._kind, os.getpid(), node, known, WATCH_S
-                )
-            )
+            answered, told = await self._watch_once(node)
             if not answered:
+                self._ask_serve()
                 await asyncio.sleep(RETRY_S)
                 continue
+            if told["is_deleted"]:
+                self._on_deleted()
+                return
             self._view.heard(told["loop_age_s"])
             if told["placement"] is not None:
                 self._view.publish(Placement.from_wire(told["placement"]))
+
+    async def _watch_once(self, node: str) -> tuple[bool, Any]:
+        current = self._view.current()
+        known = (-1, -1) if current is None else current.order
+        call = asyncio.create_task(
+            self._bounded(
+                lambda: self._controller.watch(self._kind, os.getpid(), node, known, WATCH_S)
+            )
+        )
+        try:
+            while not (await asyncio.wait([call], timeout=LATE_S))[0]:
+                self._ask_serve()
+            return call.result()
+        finally:
+            call.cancel()
+
+    def _ask_serve(self) -> None:
+        """Look whether the controller is away for ever; nobody waits for the answer."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._end_if_deleted())
+
+    async def _end_if_deleted(self) -> None:
+        try:
+            wanted = await asyncio.to_thread(self._is_wanted)
+        except Exception as error:  # Serve itself is away, which says nothing
+            logger.warning("Serve does not answer (%s)", type(error).__name__)
+            return
+        if not wanted and not self._task.done():
+            self._task.cancel()
+            self._on_deleted()
 
     async def _bounded(self, call: Callable[[], Awaitable[Any]]) -> tuple[bool, Any]:
         try:

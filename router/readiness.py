@@ -16,12 +16,13 @@ class Readiness:
     ``reason`` says why not, and is empty when ready. ``order`` is the (epoch, version) of the
     placement that this goes by, and ``loop_age_s`` how long ago the controller last finished a
     look at an actor, which grows while the controller is away; both ``None`` before the first word
-    from it.
+    from it. When the deployment ``is_deleted``, it never becomes ready again.
     """
 
     reason: str
     order: tuple[int, int] | None
     loop_age_s: float | None
+    is_deleted: bool = False
 
     @property
     def is_ready(self) -> bool:

@@ -14,13 +14,15 @@ import logging
 import os
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import psutil
 import torch
 
 from cluster.config import ExpertsConfig, RouterConfig
-from cluster.errors import ExpertMeshError
+from cluster.controller import app_is_wanted
+from cluster.errors import ExpertMeshError, being_deleted
 from cluster.tensors import TORCH_DTYPES
 from cluster.transports import open_transport
 from experts.checkpoint import open_checkpoint, resolve_folder
@@ -73,7 +75,10 @@ class RouterReplica:
         self._requests: dict[str, _Request] = {}
         self._call_numbers = itertools.count()
         view = PlacementView()
-        self._watcher = PlacementWatcher("router", view, controller)
+        self._is_deleted = False
+        self._watcher = PlacementWatcher(
+            "router", view, controller, partial(app_is_wanted, app), self._end_requests
+        )
         tls = None if experts.tls is None else experts.tls.files()
         self._transport = open_transport(app, experts.transport, tls)
         self._dispatcher = Dispatcher(
@@ -111,6 +116,8 @@ class RouterReplica:
         request says have been received, or ``{"error": …}``; a streamed request's tokens go to
         ``address`` as they are sampled, of others the first of each choice.
         """
+        if self._is_deleted:
+            return {"error": being_deleted().to_wire()}
         request = GenerationRequest.from_wire(wire)
         await self._links.connect(address)
         unfinished = sum(not request.received_of(i).finished for i in range(request.sampling.n))
@@ -130,6 +137,14 @@ class RouterReplica:
         finally:
             del self._requests[request.request_id]
         return {"events": [e.to_wire() for e in merge_events(pending.events)]}
+
+    def _end_requests(self) -> None:
+        """End all requests, which Serve waits for before it ends a replica."""
+        self._is_deleted = True
+        for request_id, request in self._requests.items():
+            self._engine.cancel(request_id)
+            if not request.done.done():
+                request.done.set_exception(being_deleted())
 
     def _stop_choice(self, wire_id: str, index: int) -> None:
         for request_id, request in self._requests.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -24,6 +25,9 @@ from router.protos import admin_pb2, inference_pb2
 logger = logging.getLogger(__name__)
 
 _WATCH_PERIOD_S = 0.5
+_MAX_WATCH_S = 60.0
+"""A gateway that a redeploy has replaced ends only when its last stream does. Who watches on asks
+again, and reaches its successor."""
 _UNARY = {
     "expertmesh.v1.Inference": ("Generate", "GetModelInfo"),
     "expertmesh.v1.Admin": ("GetStatus",),
@@ -205,7 +209,8 @@ class GrpcMethods:
     async def _watch(self, request: bytes) -> AsyncGenerator[Any, None]:
         name = parse_health_check(request)
         told: int | None = None
-        while True:
+        end_s = time.monotonic() + _MAX_WATCH_S
+        while time.monotonic() < end_s and not self.grpc_handlers.service.ready().is_deleted:
             reply = self.grpc_handlers.health()
             if name and name not in SERVICES:
                 reply = health_pb2.HealthCheckResponse(

@@ -11,23 +11,27 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
+from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.contract import OnExpertLoss
+from cluster.controller import app_is_wanted
 from cluster.errors import (
     DeadlineExceededError,
     ExpertMeshError,
     InternalError,
     OverloadedError,
     UnavailableError,
+    being_deleted,
     error_from_wire,
 )
 from cluster.retry import Retries, RetryBudget, RetryPolicy
@@ -72,16 +76,21 @@ class RayUpstream:
         controller: DeploymentHandle,
         routers: Mapping[str, DeploymentHandle],
         on_expert_loss: OnExpertLoss,
+        is_wanted: Callable[[], bool],
     ) -> None:
         """``routers`` are handles by model id. Needs a running event loop.
 
-        ``on_expert_loss`` is the deployment's, by which it is or is not ready.
+        ``on_expert_loss`` is the deployment's, by which it is or is not ready. ``is_wanted`` asks
+        Serve whether the application is to run.
         """
         self._on_expert_loss = on_expert_loss
         self._controller = controller
         self._routers = routers
         self._view = PlacementView()
-        self._watcher = PlacementWatcher("gateway", self._view, HandleController(controller))
+        self._is_deleted = False
+        self._watcher = PlacementWatcher(
+            "gateway", self._view, HandleController(controller), is_wanted, self._end_requests
+        )
         self._inboxes: dict[str, Inbox] = {}
         self._num_streams = 0
         self._leaving: set[asyncio.Task[None]] = set()
@@ -118,6 +127,8 @@ class RayUpstream:
         self, request: GenerationRequest, receipts: Receipts, stopped: set[int]
     ) -> AsyncGenerator[TokenEvent, None]:
         address = await self._listening()
+        if self._is_deleted:
+            raise being_deleted()
         call = self._routers[request.model].generate.remote(request.to_wire(), address)
         inbox = Inbox()
         self._inboxes[request.request_id] = inbox
@@ -151,6 +162,12 @@ class RayUpstream:
                 call.cancel()
                 reply.cancel()
 
+    def _end_requests(self) -> None:
+        """End all requests, which Serve waits for before it ends a replica."""
+        self._is_deleted = True
+        for inbox in self._inboxes.values():
+            inbox.end(being_deleted())
+
     async def _listening(self) -> LinkAddress:
         if self._address is None:
             self._address = asyncio.ensure_future(self._link.start())
@@ -180,9 +197,12 @@ class RayUpstream:
 
     def ready(self) -> Readiness:
         """See :class:`Upstream`."""
-        return readiness(
+        told = readiness(
             self._view.current(), self._routers, self._view.loop_age_s(), self._on_expert_loss
         )
+        if self._is_deleted:
+            told = replace(told, reason=being_deleted().message, is_deleted=True)
+        return told
 
 
 def make_upstream(
@@ -192,7 +212,8 @@ def make_upstream(
 ) -> RayUpstream:
     """Make a gateway replica's upstream, in the replica."""
     setup_logging()
-    return RayUpstream(controller, routers, on_expert_loss)
+    app = serve.get_replica_context().app_name
+    return RayUpstream(controller, routers, on_expert_loss, partial(app_is_wanted, app))
 
 
 class HandleController:

@@ -5,15 +5,25 @@ No request fails, and no token is lost, doubled or wrong.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 from ray import serve
 
-from router.app import build
-from tests.cluster_fixture import APP, RANDOM, ServedCluster, wait_until
+from router.app import GRACEFUL_SHUTDOWN_S, build
+from tests.cluster_fixture import (
+    APP,
+    RANDOM,
+    TINY,
+    ServedCluster,
+    StreamReader,
+    greedy,
+    wait_until,
+)
 from tests.fault.faults import PROMPTS
 from tests.fault.injector import inject
 from tests.fault.load import Case, Load
@@ -22,6 +32,10 @@ from tests.fault.schedule import BAG, schedule
 SEED, DURATION_S, EVERY_S = 20261124, 44.0, 4.0
 LENGTH, STREAMS, UNARY = 40, 3, 2
 DEADLINE_S, BACK_S = 90.0, 120.0
+LONG_PROMPTS, LONG_TIMES, LONG = PROMPTS[:2], 8, 900
+"""Sixteen streams of 900 tokens take longer than a redeploy."""
+DRAINED_S = GRACEFUL_SHUTDOWN_S + 1.0
+"""Longer than Serve waits for what ends at once."""
 CHANGED = {
     "experts": {"max_queue_rows": 60_000},  # another specification: every actor is replaced
     "router": {"max_queue_requests": 250},
@@ -68,12 +82,28 @@ def test_no_request_fails_and_no_token_is_wrong_whatever_dies(served: ServedClus
 
 @pytest.mark.timeout(300)
 def test_a_changed_configuration_is_deployed_without_a_loss(served: ServedCluster) -> None:
+    """Streams that have begun go on at the gateway and router that have them, however long."""
+    expected = served.crowd(TINY, LONG_PROMPTS, [greedy(LONG)] * len(LONG_PROMPTS))
     before = served.status()
-    with nothing_lost(served) as answered:
+    prompts = LONG_PROMPTS * LONG_TIMES
+    streams = [StreamReader(served.client, p, greedy(LONG), TINY, BACK_S) for p in prompts]
+    for stream in streams:
+        stream.wait_tokens(1)
+    with nothing_lost(served) as answered, ThreadPoolExecutor(1) as pool:
         served.args.update({name: {**served.args[name], **new} for name, new in CHANGED.items()})
-        serve.run(build(served.args), name=APP, route_prefix="/")
+        deployed = pool.submit(serve.run, build(served.args), name=APP, route_prefix="/")
+        new = wait_until(
+            lambda: set(served.status().gateways) - set(before.gateways), "another gateway", BACK_S
+        )
+        replaced_s = time.monotonic()
+        assert [stream.result(BACK_S) for stream in streams] == expected * LONG_TIMES
+        outlived_s = max(stream.arrived_s[-1] for stream in streams) - replaced_s
+        print(f"streams went on for {outlived_s:.1f} s after their gateway was replaced")
+        assert outlived_s > DRAINED_S
+        deployed.result(BACK_S)
         after = served.wait_whole(BACK_S)
         answered()
+    assert set(after.gateways) == new
     assert after.epoch > before.epoch
     assert not {actor.pid for actor in before.actors} & {actor.pid for actor in after.actors}
     assert [actor.experts for actor in before.actors] == [actor.experts for actor in after.actors]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+
+import httpx
 import pytest
 from ray import serve
 
@@ -31,6 +34,16 @@ BOTH_BACK_S = 10.0
 """For Serve to notice, a controller to start, and then an actor."""
 GONE_S = 10.0
 THROWAWAY = "throwaway"
+ENDLESS = {
+    "model": TINY,
+    "prompt": PROMPTS[0],
+    "max_tokens": 1000,
+    "n": 8,
+    "temperature": 0,
+    "ignore_eos": True,
+    "stream": True,
+}
+"""A request that takes longer than a deletion may."""
 
 
 def test_requests_do_not_notice_that_the_controller_is_replaced(served: ServedCluster) -> None:
@@ -98,11 +111,22 @@ def test_a_deleted_application_takes_its_actors_with_it_and_no_others(
     assert len(main) == len(told.actors)
     args = {"models": [{"id": TINY, "path": f"models/{TINY}"}], "experts": {"actors": 1}}
     serve.run(build(args), name=THROWAWAY, route_prefix=f"/{THROWAWAY}")
+    url = f"{served.http_url}/{THROWAWAY}/v1/completions"
     try:
         wait_until(lambda: len(actor_names(THROWAWAY)) == 1, "its actor is there", BACK_S)
         assert actor_names(APP) == main
+        with httpx.stream("POST", url, json=ENDLESS, timeout=BACK_S) as response:
+            lines = response.iter_lines()
+            assert '"error"' not in next(lines)
+            asked_s = time.monotonic()
+            serve.delete(THROWAWAY)
+            ended_s = time.monotonic() - asked_s
+            assert "the deployment is being deleted" in "".join(lines)
+        print(f"deleted in {ended_s:.1f} s with a request under way")
+        assert ended_s < GONE_S
     finally:
-        serve.delete(THROWAWAY)
+        if THROWAWAY in serve.status().applications:
+            serve.delete(THROWAWAY)
     wait_until(lambda: not actor_names(THROWAWAY), "its actor is gone", GONE_S)
     assert actor_names(APP) == main
     assert all(is_alive(actor.pid) for actor in told.actors)

@@ -5,8 +5,20 @@ from __future__ import annotations
 import time
 
 import pytest
+from ray import serve
 
-from tests.cluster_fixture import RANDOM, ServedCluster, Shape, greedy, is_alive, wait_until
+from router.app import build
+from tests.cluster_fixture import (
+    APP,
+    LAYERS,
+    NUM_EXPERTS,
+    RANDOM,
+    ServedCluster,
+    Shape,
+    greedy,
+    is_alive,
+    wait_until,
+)
 from tests.fault.faults import (
     PROMPTS,
     expected_tokens,
@@ -104,3 +116,25 @@ def test_an_actor_that_goes_on_after_its_rows_were_computed_elsewhere_changes_no
     after = served.actors()
     assert all(after[i].experts == before[i].experts for i in before)
     assert is_alive(hung) == (after["expert-0"].pid == hung)
+
+
+def test_fewer_copies_are_deployed_by_having_the_others_let_go(served: ServedCluster) -> None:
+    """The last test here: it leaves one copy of each expert."""
+    before = served.actors()
+    streams = start_streams(served)
+    served.args["experts"]["min_copies"] = 1
+    serve.run(build(served.args), name=APP, route_prefix="/")
+    assert [stream.result() for stream in streams] == expected_tokens(served)
+    experts = sum(LAYERS[model] * NUM_EXPERTS for model in LAYERS)
+
+    def held() -> int:
+        return sum(len(actor.experts) for actor in served.actors().values())
+
+    wait_until(lambda: held() == experts, "one copy of each is left", REPLACED_S)
+    told = served.wait_whole()
+    assert (told.min_copies, told.live_copies) == (1, 1)
+    assert {i: actor.pid for i, actor in served.actors().items()} == {
+        i: actor.pid for i, actor in before.items()
+    }
+    new = served.crowd(RANDOM, PROMPTS, [greedy(20)] * len(PROMPTS))
+    assert new == [tokens[:20] for tokens in expected_tokens(served)]

@@ -201,6 +201,27 @@ def test_experts_are_loaded_beside_those_already_held(make: Callable[..., Actor]
     assert actor._bank.experts[KEYS[0]] is held  # not read again
 
 
+def test_experts_are_let_go_after_the_batch_under_way(
+    make: Callable[..., Actor], gate: Gate, calls: ThreadPoolExecutor
+) -> None:
+    actor = make()
+    asked = calls.submit(actor.compute, frame_of(rows_of(2)))
+    assert gate.entered.acquire(timeout=LIMIT_S)
+    letting_go = calls.submit(actor.unload, 1, [tuple(KEYS[1]), ("m", 0, 7)])
+    waiting = calls.submit(actor.compute, frame_of(rows_of(1)))
+    queued(actor, 3)
+    assert not letting_go.done()
+    gate.open.set()
+    assert letting_go.result(LIMIT_S).experts == (KEYS[0], KEYS[2])
+    assert rows_answer(asked.result(LIMIT_S)).shape == (2, HIDDEN)
+    # Computed before or refused after, but answered.
+    answer = decode(waiting.result(LIMIT_S))
+    assert isinstance(answer, RowsFrame) or answer.kind == "WrongPlacementError"
+    assert error_answer(actor.compute(frame_of(rows_of(1)))).kind == "WrongPlacementError"
+    assert actor.load(1, KEYS).experts == tuple(KEYS)
+    assert rows_answer(actor.compute(frame_of(rows_of(1)))).shape == (1, HIDDEN)
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"garbage", b"\xc1", b"".join(encode(RowsFrame(1, "float32", 1, 1, bytes(4))))]
 )
@@ -336,7 +357,11 @@ def test_orders_of_an_older_epoch_are_refused_and_those_of_a_newer_accepted(
 ) -> None:
     actor = make()
     assert actor.heartbeat(5).epoch == 5
-    for order in (lambda: actor.heartbeat(4), lambda: actor.load(4, [ExpertKey("m", 1, 1)])):
+    for order in (
+        lambda: actor.heartbeat(4),
+        lambda: actor.load(4, [ExpertKey("m", 1, 1)]),
+        lambda: actor.unload(4, KEYS),
+    ):
         with pytest.raises(StaleEpochError, match=r"older than 5 \(given: 4\)"):
             order()
     assert actor.describe().experts == tuple(KEYS)
@@ -402,5 +427,6 @@ def test_a_sign_of_life_starts_the_absence_anew(sign_of_life: str) -> None:
 def test_the_actor_has_what_the_pool_calls() -> None:
     remote: Any = RemoteExpertActor
     methods = [remote.load, remote.heartbeat, remote.describe, remote.offer_stream]
-    assert [m.__ray_concurrency_group__ for m in methods] == ["control"] * 4
+    methods.append(remote.unload)
+    assert [m.__ray_concurrency_group__ for m in methods] == ["control"] * 5
     assert not hasattr(remote.compute, "__ray_concurrency_group__")

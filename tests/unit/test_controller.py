@@ -99,6 +99,7 @@ class FakePool:
     def __init__(self, digest: str) -> None:
         self.digest = digest
         self.actors: list[FakeActor] = []
+        self.unloads: list[tuple[str, list[ExpertKey]]] = []
         self.ledger = FakeLedger()
         self.nodes = ["node"]
         """Ray's nodes; actors are put on them in turn."""
@@ -139,6 +140,14 @@ class FakePool:
             await self.load_gate(actor)
         await actor.answer(epoch, timeout_s)
         actor.keys = sorted({*actor.keys, *keys})
+        return actor.report()
+
+    async def unload(
+        self, actor: FakeActor, epoch: int, keys: Sequence[ExpertKey], timeout_s: float
+    ) -> ActorReport:
+        self.unloads.append((actor.actor_id, list(keys)))
+        await actor.answer(epoch, timeout_s)
+        actor.keys = sorted(set(actor.keys) - set(keys))
         return actor.report()
 
     def kill(self, actor: FakeActor) -> None:
@@ -609,6 +618,52 @@ def test_a_next_controller_does_not_wait_for_a_lost_actor_to_place_the_others() 
     run(test)
 
 
+def test_a_next_controller_that_wants_fewer_copies_has_the_others_let_go() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        async with running(3, pool, min_copies=2) as first:
+            await first.until(lambda p: p.fewest_copies() == 2)
+        pids = {actor.actor_id: actor.pid for actor in pool.actors}
+        async with running(3, pool, min_copies=1) as second:
+            assert second.controller._placement.fewest_copies() == 2
+            after = await second.until(lambda p: set(map(len, p.holders.values())) == {1})
+            await happens(lambda: sum(len(a.keys) for a in pool.actors) == 2 * NUM_EXPERTS)
+            for actor in pool.actors:
+                held = [k for k, actors in after.holders.items() if actor.actor_id in actors]
+                assert sorted(held) == actor.keys
+            assert {actor.actor_id: actor.pid for actor in pool.actors} == pids
+            assert all(placement.missing() == [] for placement in second.published)
+            assert len(pool.unloads) == len(set(dict(pool.unloads)))
+
+    run(test)
+
+
+def test_no_copy_is_let_go_while_one_that_is_to_stay_is_not_there() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        async with running(2, pool, min_copies=2) as first:
+            await first.until(lambda p: p.fewest_copies() == 2)
+        gate = asyncio.Event()
+
+        async def slow(actor: FakeActor) -> None:
+            if actor.generation > 1:
+                await gate.wait()
+
+        pool.load_gate = slow
+        pool.of("expert-0")[0].alive = False
+        async with running(2, pool, min_copies=1) as second:
+            [kept] = pool.of("expert-1")
+            await happens(lambda: kept.heartbeats > 5 and len(pool.of("expert-0")) == 2)
+            assert pool.unloads == []
+            assert second.controller._placement.missing() == []
+            gate.set()
+            await second.until(lambda p: len(p.generations) == 2)
+            await happens(lambda: len(kept.keys) == len(second.controller._shares["expert-1"]))
+            assert second.controller._placement.missing() == []
+
+    run(test)
+
+
 def test_a_watch_returns_at_once_when_something_else_is_known() -> None:
     async def test() -> None:
         async with running() as cluster:
@@ -828,6 +883,34 @@ def test_members_that_are_not_heard_of_leave_the_status(monkeypatch: pytest.Monk
         assert len((await cluster.controller.status())["routers"]) == 1
         monkeypatch.setattr(controller_module, "MEMBER_TTL_S", 0)
         assert len((await cluster.controller.status())["routers"]) == 0
+
+    run(test)
+
+
+def test_a_deletion_is_told_to_all_who_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_module, "APP_CHECK_S", 0.001)
+    answers: list[bool | Exception] = [True, ConnectionError("Serve is away"), False]
+
+    def app_is_wanted(app: str) -> bool:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(controller_module, "app_is_wanted", app_is_wanted)
+
+    async def test() -> None:
+        async with running() as cluster:
+            order = (await cluster.complete()).order
+            watch = asyncio.create_task(
+                cluster.controller.watch("router", 1, "n", order, controller_module.MAX_WATCH_S)
+            )
+            await asyncio.sleep(0)
+            assert not (await cluster.controller.watch("gateway", 1, "n", order, 0))["is_deleted"]
+            await cluster.controller.look_for_deletion()
+            assert (await watch)["is_deleted"]
+            assert (await cluster.controller.watch("gateway", 1, "n", order, 60))["is_deleted"]
+            assert not any(actor.killed for actor in cluster.pool.actors)
 
     run(test)
 

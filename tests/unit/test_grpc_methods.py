@@ -22,6 +22,7 @@ from cluster.errors import (
     UnknownModelError,
 )
 from router.client import Client, Sampling, UnreachableError, Usage
+from router.gateway import grpc_service
 from router.protos import admin_pb2, inference_pb2
 from router.readiness import Readiness
 from router.request import GenerationRequest, TokenEvent
@@ -376,6 +377,21 @@ def test_health(channel: grpc.Channel, upstream: FakeUpstream) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         health.Check(health_pb2.HealthCheckRequest(service="nope"), timeout=10)
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_watch_ends_with_its_deployment(channel: grpc.Channel, upstream: FakeUpstream) -> None:
+    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    upstream.readiness = Readiness("it is deleted", (3, 8), 1.5, is_deleted=True)
+    assert not list(watch)
+
+
+def test_a_watch_does_not_last_for_ever(
+    channel: grpc.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_service, "_MAX_WATCH_S", 0.1)
+    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
+    assert [reply.status for reply in watch] == [health_pb2.HealthCheckResponse.SERVING]
 
 
 def test_watching_an_unknown_service_says_so(channel: grpc.Channel) -> None:

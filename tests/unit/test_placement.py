@@ -17,6 +17,7 @@ from cluster.placement import (
     Placement,
     assign_experts,
     empty_placement,
+    surplus,
 )
 from cluster.spec import ActorSpec, ModelSource, actor_name, parse_actor_name
 
@@ -177,6 +178,50 @@ def test_an_actor_that_comes_adds_copies_and_one_that_goes_takes_its_own_only() 
     assert left.missing() == [keys[0]]
     assert [p.order for p in (first, both, left)] == [(1, 1), (1, 2), (1, 3)]
     assert first.holders[keys[1]] == ("a",)  # earlier versions are untouched
+
+
+def test_copies_that_are_retired_leave_the_map_and_nothing_else() -> None:
+    model = ModelExperts("m", (0,), 2, 1)
+    first, second = model.expert_keys()
+    both = empty_placement(1, [model]).with_actor("a", 4, [first, second])
+    both = both.with_actor("b", 9, [first, second])
+    left = both.without_copies("a", [second])
+    assert left.holders == {first: ("a", "b"), second: ("b",)}
+    assert (left.generations, left.order) == (both.generations, (1, 3))
+
+
+def test_only_what_all_who_are_to_hold_it_do_hold_is_surplus() -> None:
+    model = ModelExperts("m", (0,), 3, 1)
+    keys = model.expert_keys()
+    shares = {"a": keys[:1], "b": keys[1:2], "c": keys[2:]}
+    placement = empty_placement(1, [model]).with_actor("a", 1, keys).with_actor("b", 1, keys[1:2])
+    assert surplus(placement, shares, keys[1:]) == [keys[1]]
+    assert surplus(placement.with_actor("c", 1, keys[2:]), shares, keys[1:]) == keys[1:]
+    assert surplus(placement.without("b"), shares, keys[1:]) == []
+    assert surplus(placement, shares, []) == []
+
+
+@settings(deadline=None)
+@given(MODELS, st.integers(1, 5), st.data())
+def test_fewer_copies_are_chosen_from_those_that_are_there(
+    models: list[ModelExperts], num_actors: int, data: st.DataObject
+) -> None:
+    actor_ids = [f"expert-{i}" for i in range(num_actors)]
+    before, after = sorted(data.draw(st.lists(st.integers(1, num_actors), min_size=2, max_size=2)))
+    held = assign_experts(models, actor_ids, None, after)
+    kept = assign_experts(models, actor_ids, None, before, held=held)
+    assert all(set(kept[actor]) <= set(held[actor]) for actor in actor_ids)
+    copies = Counter(key for share in kept.values() for key in share)
+    assert set(copies.values()) == {before}
+    assert copies.keys() == {key for model in models for key in model.expert_keys()}
+
+
+def test_fewer_copies_are_spread_over_the_actors() -> None:
+    model = ModelExperts("m", (0, 1, 2, 3), 8, 1)
+    actor_ids = ["a", "b", "c", "d"]
+    held = assign_experts([model], actor_ids, None, 4)
+    kept = assign_experts([model], actor_ids, None, 1, held=held)
+    assert {len(share) for share in kept.values()} == {8}
 
 
 def test_an_actor_that_comes_again_is_listed_once_under_its_new_generation() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -117,7 +118,9 @@ class FakeController:
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        return {"placement": answer, "loop_age_s": 0.5}
+        if answer == "deleted":
+            return {"placement": None, "loop_age_s": 0.5, "is_deleted": True}
+        return {"placement": answer, "loop_age_s": 0.5, "is_deleted": False}
 
     async def suspect(self, actor_id: str, generation: int) -> None:
         self.suspects.append((actor_id, generation))
@@ -140,11 +143,20 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(limited())
 
 
+def watcher_of(
+    view: PlacementView,
+    controller: FakeController,
+    is_wanted: Callable[[], bool] = lambda: True,
+    on_deleted: Callable[[], None] = lambda: None,
+) -> PlacementWatcher:
+    return PlacementWatcher("router", view, controller, is_wanted, on_deleted)
+
+
 def test_the_watcher_feeds_the_view_and_says_what_is_known() -> None:
     async def test() -> None:
         answers = [placement_of(1, 1).to_wire(), None, placement_of(1, 4).to_wire()]
         view, controller = PlacementView(), FakeController(*answers)
-        watcher = PlacementWatcher("router", view, controller)
+        watcher = watcher_of(view, controller)
         await controller.exhausted.wait()
         assert view.current() == placement_of(1, 4)
         assert controller.known == [(-1, -1), (1, 1), (1, 1), (1, 4)]
@@ -165,7 +177,7 @@ def test_while_the_controller_is_away_the_placement_stays_and_watching_goes_on()
             RuntimeError("restarting"),
             placement_of(2, 0).to_wire(),
         )
-        watcher = PlacementWatcher("router", view, controller)
+        watcher = watcher_of(view, controller)
         await controller.exhausted.wait()
         assert controller.known == [(-1, -1), (1, 1), (1, 1), (1, 1), (2, 0)]
         assert view.current() == placement_of(2, 0)
@@ -179,7 +191,7 @@ def test_a_controller_that_does_not_answer_is_asked_again(monkeypatch: pytest.Mo
 
     async def test() -> None:
         view, controller = PlacementView(), FakeController()
-        watcher = PlacementWatcher("router", view, controller)
+        watcher = watcher_of(view, controller)
         while len(controller.known) < 3:
             await asyncio.sleep(0.001)
         watcher.stop()
@@ -190,7 +202,7 @@ def test_a_controller_that_does_not_answer_is_asked_again(monkeypatch: pytest.Mo
 def test_suspicions_reach_the_controller_from_any_thread_and_its_failure_hurts_nobody() -> None:
     async def test() -> None:
         view, controller = PlacementView(), FakeController()
-        watcher = PlacementWatcher("router", view, controller)
+        watcher = watcher_of(view, controller)
         await asyncio.to_thread(watcher.suspect, "broken", 1)
         await asyncio.to_thread(watcher.suspect, "expert-1", 4)
         while len(controller.suspects) < 2:
@@ -212,7 +224,7 @@ def test_a_suspicion_that_the_controller_has_not_taken_is_not_told_once_more() -
             await taken.wait()
 
         controller.suspect = slow  # type: ignore[method-assign]
-        watcher = PlacementWatcher("router", view, controller)
+        watcher = watcher_of(view, controller)
         for generation in (4, 4, 5, 4):
             watcher.suspect("expert-1", generation)
         while len(controller.suspects) < 2:
@@ -223,6 +235,84 @@ def test_a_suspicion_that_the_controller_has_not_taken_is_not_told_once_more() -
             watcher.suspect("expert-1", 4)
             await asyncio.sleep(0)
         assert controller.suspects[2] == ("expert-1", 4)
+        watcher.stop()
+
+    run(test)
+
+
+def test_a_deleted_application_is_told_of_once_and_not_watched_any_more() -> None:
+    async def test() -> None:
+        answers = [placement_of(1, 1).to_wire(), ConnectionError("away"), ConnectionError("away")]
+        view, controller = PlacementView(), FakeController(*answers, None)
+        wanted = iter([True, False])
+        deleted = asyncio.Event()
+        told: list[bool] = []
+
+        def on_deleted() -> None:
+            told.append(True)
+            deleted.set()
+
+        watcher = watcher_of(view, controller, lambda: next(wanted), on_deleted)
+        await deleted.wait()
+        await asyncio.wait([watcher._task])
+        assert told == [True]
+        assert view.current() == placement_of(1, 1)
+
+    run(test)
+
+
+def test_the_controllers_word_on_a_deletion_is_enough() -> None:
+    async def test() -> None:
+        def is_wanted() -> bool:
+            raise AssertionError("nobody needs to ask Serve")
+
+        told: list[bool] = []
+        controller = FakeController(placement_of(1, 1).to_wire(), "deleted")
+        watcher = watcher_of(PlacementView(), controller, is_wanted, lambda: told.append(True))
+        await asyncio.wait([watcher._task])
+        assert told == [True]
+
+    run(test)
+
+
+def test_nothing_is_asked_of_serve_while_the_controller_answers() -> None:
+    async def test() -> None:
+        asked: list[bool] = []
+
+        def is_wanted() -> bool:
+            asked.append(True)
+            return True
+
+        controller = FakeController(placement_of(1, 1).to_wire(), None, None, None)
+        watcher = watcher_of(PlacementView(), controller, is_wanted)
+        await controller.exhausted.wait()
+        assert asked == []
+        watcher.stop()
+
+    run(test)
+
+
+def test_a_serve_that_does_not_answer_deletes_nothing_and_keeps_nobody_from_watching() -> None:
+    async def test() -> None:
+        release = threading.Event()
+        calls = itertools.count()
+
+        def is_wanted() -> bool:
+            if next(calls) == 0:
+                raise ConnectionError("Serve is away")
+            assert release.wait(LIMIT_S)
+            return True
+
+        def on_deleted() -> None:
+            raise AssertionError("nobody said so")
+
+        away = [ConnectionError("away")] * 6
+        controller = FakeController(*away, placement_of(2, 0).to_wire())
+        view = PlacementView()
+        watcher = watcher_of(view, controller, is_wanted, on_deleted)
+        await controller.exhausted.wait()
+        assert view.current() == placement_of(2, 0)
+        release.set()
         watcher.stop()
 
     run(test)

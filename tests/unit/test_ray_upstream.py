@@ -164,7 +164,8 @@ def upstream(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[RayUpstream,
 
     def make() -> tuple[RayUpstream, Router]:
         router = Router()
-        return RayUpstream(None, {"m": router}, "strict"), router  # type: ignore[arg-type, dict-item]
+        made = RayUpstream(None, {"m": router}, "strict", lambda: True)  # type: ignore[arg-type, dict-item]
+        return made, router
 
     return make
 
@@ -359,3 +360,41 @@ def test_joined_events_keep_their_order_and_what_any_of_them_says() -> None:
         TokenEvent(0, (7,), (), start=5),
         TokenEvent(1, (4, 5, 6), tuple(rows), "stop", False, 2),
     ]
+
+
+def test_a_deletion_ends_all_requests_and_takes_no_more(
+    upstream: Callable[[], tuple[RayUpstream, Router]],
+) -> None:
+    async def run() -> None:
+        gateway, router = upstream()
+        events = gateway.generate(request(30))
+        assert await first_of(gateway, router, events, event(0)) == event(0)
+        gateway._end_requests()
+        with pytest.raises(UnavailableError, match="deleted"):
+            await anext(events)
+        assert router.calls[0].was_cancelled
+        with pytest.raises(UnavailableError, match="deleted"):
+            await anext(gateway.generate(request(30)))
+        assert len(router.calls) == 1
+        told = gateway.ready()
+        assert (told.is_ready, told.is_deleted) == (False, True)
+
+    asyncio.run(run())
+
+
+def test_a_deletion_ends_a_request_that_waits_for_another_router(
+    upstream: Callable[[], tuple[RayUpstream, Router]],
+) -> None:
+    async def run() -> None:
+        gateway, router = upstream()
+        events = gateway.generate(request(30))
+        assert await first_of(gateway, router, events, event(0)) == event(0)
+        rest = asyncio.ensure_future(anext(events))
+        router.calls[0].reply.set_exception(RayActorError())
+        while gateway._inboxes:
+            await asyncio.sleep(0)
+        gateway._end_requests()
+        with pytest.raises(UnavailableError, match="deleted"):
+            await rest
+
+    asyncio.run(run())

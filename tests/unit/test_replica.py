@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
-from cluster.errors import CancelledRequestError
+from cluster.errors import CancelledRequestError, UnavailableError
 from router.engine import Emission
 from router.link import LinkAddress
 from router.replica import RouterReplica, _Request
@@ -29,6 +30,7 @@ def replica(**streamed: tuple[LinkAddress, bool]) -> tuple[Any, Links]:
     """A replica that has only its requests, by id: for which gateway, and whether streamed."""
     made, links = object.__new__(RouterReplica), Links()
     made._links = links  # type: ignore[assignment]
+    made._is_deleted = False
     made._requests = {
         request_id: _Request(
             request_id, address, flag, asyncio.get_running_loop().create_future(), 1
@@ -105,5 +107,21 @@ def test_an_error_ends_its_request_and_no_frame_is_sent() -> None:
         made._deliver([Emission("a", CancelledRequestError("x")), *step(0, "a", "gone")])
         assert isinstance(made._requests["a"].done.exception(), CancelledRequestError)
         assert links.frames == []
+
+    asyncio.run(run())
+
+
+def test_a_deletion_ends_all_requests_and_takes_no_more() -> None:
+    async def run() -> None:
+        made, _ = replica(a=(HERE, True), b=(THERE, False))
+        made._requests["b"].done.set_result(None)
+        cancelled: list[str] = []
+        made._engine = SimpleNamespace(cancel=cancelled.append)
+        made._end_requests()
+        assert cancelled == ["a", "b"]
+        assert isinstance(made._requests["a"].done.exception(), UnavailableError)
+        assert made._requests["b"].done.exception() is None
+        reply = await made.generate({}, HERE)
+        assert reply["error"]["code"] == "unavailable"
 
     asyncio.run(run())

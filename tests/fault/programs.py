@@ -1,0 +1,38 @@
+"""Runs programs of this folder whose Ray cannot live in one process with the tests'."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+def run(name: str, *arguments: str, limit_s: float, **variables: str) -> dict[str, Any]:
+    """Run a program and return the object that it prints; ends what is left, and nothing else.
+
+    ``variables`` are added to its environment, which has none of Ray's otherwise.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"tests.fault.{name}", *arguments],
+        cwd=Path(__file__).parents[2],
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=limit_s)
+    finally:
+        if process.poll() is None:
+            for one in (*psutil.Process(process.pid).children(recursive=True), process):
+                one.kill()
+    assert process.returncode == 0, errors[-4000:]
+    # Ray may print lines of its own at any time.
+    [line] = [line for line in output.splitlines() if line.startswith("{")]
+    told: dict[str, Any] = json.loads(line)
+    return told
