@@ -23,6 +23,7 @@ ATTENTION_NAME = "expertmesh_paged"
 PAGE_SIZE = 16
 _MANY = 8
 """From so many decoding sequences on, batched products are faster than torch's own attention."""
+_LENGTH_STEP = 16
 
 
 class PagePool:
@@ -196,6 +197,18 @@ def paged_attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 
+def length_step(dtype: torch.dtype, device: torch.device) -> int:
+    """Return of what the lengths that decodes attend to are best multiples.
+
+    oneDNN compiles batched products for every length that it meets, which grows with each step.
+    """
+    return _LENGTH_STEP if _takes_products(dtype, device) else 1
+
+
+def _takes_products(dtype: torch.dtype, device: torch.device) -> bool:
+    return device.type == "cpu" and dtype == torch.bfloat16
+
+
 def _attend_decoding(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -210,7 +223,7 @@ def _attend_decoding(
     """
     num_kv, num_decode, _, size = keys.shape
     decoding = query.view(num_kv, -1, num_decode, size).transpose(1, 2)  # [G, B, Q/G, D]
-    if num_decode >= _MANY and query.is_cpu and query.dtype == torch.bfloat16:
+    if num_decode >= _MANY and _takes_products(query.dtype, query.device):
         output = _attend_bf16(decoding, keys, values, mask, scaling)
     else:
         output = functional.scaled_dot_product_attention(

@@ -173,7 +173,7 @@ class Engine:
 
     def step(self, work: list[Work]) -> None:
         """Compute the scheduled work, sample, and note what is to be emitted."""
-        step = pack(work, self._model.sliding_window)
+        step = pack(work, self._model.sliding_window, self._model.length_step)
         self._exchange.deadline_s = min(w.sequence.request.deadline_s for w in work)
         self._exchange.loss = loss = StepLoss(step.works)
         logits = self._model.forward(step.token_ids, step.positions, step.batch, step.sample_rows)

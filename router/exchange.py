@@ -80,7 +80,7 @@ class RemoteExchange:
         )
         if rows is None:
             return None
-        weights = torch.from_numpy(choice.weights.numpy(force=True).take(pairs))
-        return combine(
-            rows.view(num_tokens, k, -1), weights.view(num_tokens, k).to(choice.weights.device)
+        weights = choice.weights.reshape(-1).index_select(
+            0, torch.from_numpy(pairs).to(choice.weights.device)
         )
+        return combine(rows.view(num_tokens, k, -1), weights.view(num_tokens, k))

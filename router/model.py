@@ -25,7 +25,14 @@ from cluster.errors import CheckpointError
 from experts.checkpoint import Checkpoint
 from experts.families import Family
 from router.attention import fuse_attention
-from router.cache import ATTENTION_NAME, PagedBatch, PagedCache, PagedContext, paged_attention
+from router.cache import (
+    ATTENTION_NAME,
+    PagedBatch,
+    PagedCache,
+    PagedContext,
+    length_step,
+    paged_attention,
+)
 from router.gate import ChooseAmong, chooser
 from router.packing import pack_linears
 
@@ -123,6 +130,7 @@ class MoEModel:
         pack_linears(self._model)
         config = self._model.config
         self.sliding_window: int | None = getattr(config, "sliding_window", None)
+        self.length_step = length_step(dtype, self._model.device)
         self._cache = PagedCache(
             num_layers=config.num_hidden_layers,
             num_slots=cache_slots,

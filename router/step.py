@@ -31,14 +31,17 @@ class StepInput:
     works: tuple[Work, ...]
 
 
-def pack(work: List[Work], sliding_window: int | None) -> StepInput:
-    """Pack a step: single-token work first (as decodes), then chunks, without padding."""
+def pack(work: List[Work], sliding_window: int | None, length_step: int = 1) -> StepInput:
+    """Pack a step: single-token work first (as decodes), then chunks, without padding.
+
+    The lengths L that decodes attend to are padded to a multiple of ``length_step``.
+    """
     decodes = [w for w in work if w.end - w.start == 1]
     prefills = [w for w in work if w.end - w.start > 1]
     ordered = [*decodes, *prefills]
     decode_slots = [w.sequence.slots[: w.end] for w in decodes]
     chunk_slots = [w.sequence.slots[: w.end] for w in prefills]
-    padded, mask = _decode_part(decode_slots, sliding_window)
+    padded, mask = _decode_part(decode_slots, sliding_window, length_step)
     ends = list(itertools.accumulate(w.end - w.start for w in ordered))
     chunks = tuple(
         _chunk(w, slots, end, sliding_window)
@@ -73,12 +76,13 @@ def _tensor(numbers: List[int]) -> torch.Tensor:
 
 
 def _decode_part(
-    slots: List[np.ndarray], sliding_window: int | None
+    slots: List[np.ndarray], sliding_window: int | None, length_step: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not slots:
         return torch.empty((0, 0), dtype=torch.int64), None
     lengths = np.array([len(s) for s in slots]).reshape(-1, 1)
     longest = int(lengths.max())
+    longest += -longest % length_step
     windowed = sliding_window is not None and longest > sliding_window
     if not windowed and longest == lengths.min():
         return torch.from_numpy(np.stack(slots)), None

@@ -63,6 +63,24 @@ def test_a_step_is_packed_as_worked_by_hand() -> None:
     assert second.mask is None  # plain causal attention says the same
 
 
+def test_lengths_are_padded_to_a_multiple_and_the_padding_is_hidden() -> None:
+    a = sequence_of("a", [1, 2, 3], [0], 2)
+    b = sequence_of("b", [1, 2, 3, 4, 5], [2], 4)
+    one = pack([Work(a, 2, 3)], None, 4).batch
+    assert one.decode_slots.tolist() == [[0, 1, 2, 0]]
+    assert one.decode_mask is not None
+    assert one.decode_mask[:, 0].int().tolist() == [[1, 1, 1, 0]]
+    both = pack([Work(a, 2, 3), Work(b, 4, 5)], 2, 4).batch
+    assert both.decode_slots.tolist() == [[0, 1, 2] + 5 * [0], [32, 33, 34, 35, 36] + 3 * [32]]
+    assert both.decode_mask is not None
+    assert both.decode_mask[:, 0].int().tolist() == [
+        [0, 1, 1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 1, 1, 0, 0, 0],
+    ]
+    c = sequence_of("c", [1, 2, 3, 4], [1], 3)
+    assert pack([Work(c, 3, 4)], None, 4).batch.decode_mask is None
+
+
 def test_without_a_window_everything_before_is_seen() -> None:
     a = sequence_of("a", [1, 2, 3], [0], 2)
     c = sequence_of("c", [1, 2, 3], [1], 1)
