@@ -38,7 +38,8 @@ def leave_http(served: ServedCluster) -> None:
 
 
 def leave_unary(served: ServedCluster) -> None:
-    """Ask for a long completion over HTTP and give up waiting for it."""
+    """Ask for a long completion over HTTP and give up waiting for it; not as the first request."""
+    assert httpx.get(f"{served.http_url}/v1/models").status_code == 200
     body = {"model": TINY, "prompt": "In the beginning", "max_tokens": LENGTH, "n": CHOICES}
     body |= {"temperature": 0, "ignore_eos": True}
     with pytest.raises(httpx.ReadTimeout):
