@@ -91,7 +91,6 @@ def lose_calls(client: Client, cases: list[Case]) -> dict[str, Any]:
         "took_s": took_s,
         "requests": outcome.requests,
         "failures": dict(outcome.failures),
-        "longest_gap_s": outcome.longest_gap_s(),
         "router": hits[router],
         "gateway": hits[gateway],
         "others": sum((hits[pid] for pid in hits.keys() - {router, gateway}), Counter()),
