@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import socket
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ OWN_PORTS = (
     "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
 )
 """Serve's other ports of fixed numbers; gateways' own are the next free ones anyway."""
+QUIET_PORTS = range(20_000, 30_000)
+"""Below Serve's own (from 30000) and those of outgoing connections (from 32768 on Linux)."""
 SERVE_KEYS = (
     "proxy_location",
     "http_options",
@@ -29,15 +33,19 @@ SERVE_KEYS = (
 
 
 def free_ports(count: int) -> list[int]:
-    """Return TCP ports that nobody listens on at the moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Return TCP ports that nobody listens on at the moment.
+
+    They are none that systems give to outgoing connections: HAProxy begins to listen when the
+    gateways are there, and by then such a port may be taken.
+    """
+    found: list[int] = []
+    for port in random.sample(QUIET_PORTS, len(QUIET_PORTS)):
+        if len(found) == count:
+            break
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("", port))
+            found.append(port)
+    return found
 
 
 def shipped_document(http_port: int, grpc_port: int) -> dict[str, Any]:
