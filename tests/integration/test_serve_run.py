@@ -41,6 +41,8 @@ def serve_run(file: Path, log: Path, **variables: str) -> Iterator[subprocess.Po
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            # Where the tests run in the background, Ctrl-C would be ignored here too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     left: list[psutil.Process] = []
     try:
