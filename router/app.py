@@ -119,7 +119,7 @@ def router_environment(threads: int) -> dict[str, str]:
         # What a layer of a prefill lets go is needed by the next one. To give it back and fault it
         # in again costs more than the layer's own work in the router.
         "MALLOC_MMAP_THRESHOLD_": "33554432",
-        "MALLOC_TRIM_THRESHOLD_": "67108864",
+        "MALLOC_TRIM_THRESHOLD_": "33554432",
         # Steps bring new numbers of tokens for ever, and oneDNN and torch would each keep half a
         # megabyte for 1024 shapes; a decode step has five.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
