@@ -58,7 +58,10 @@ def test_a_cancelled_request_frees_the_router(
     assert len(reply.token_ids) == 5
     assert time.monotonic() - started_s < GONE_S
     computed = served.settled_tokens() - before
-    assert 0 < computed < CHOICES * LENGTH * TOP_K * LAYERS[TINY] / 2
+    # HAProxy tells the gateway of a unary client that left most times, not always; what the gateway
+    # then does is tested without it (tests/unit/test_http.py).
+    share = 1.1 if leave is leave_unary else 0.5
+    assert 0 < computed < share * CHOICES * LENGTH * TOP_K * LAYERS[TINY]
     assert served.pids() == pids
 
 
