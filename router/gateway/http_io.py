@@ -123,8 +123,8 @@ class EdgeMiddleware:
     """Names each request (``X-Request-Id``) and lets no exception out.
 
     The name is the caller's, where it sent a sensible one, and is sent back if ``echoes_id``. With
-    ``closes`` each answer ends its connection: HAProxy tells of a client that left only over one
-    that carried no request before.
+    ``closes`` each answer ends its connection: over one that carried a request before HAProxy
+    hardly ever tells of a client that left.
     What is not ours becomes a 500 that says nothing of the inside; the log has the rest.
     """
 
