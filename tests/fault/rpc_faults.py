@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import ray
 from ray import serve
 from ray._private import worker
 
+from cluster.errors import ExpertMeshError
 from router.app import build
 from router.client import Client
 from tests.checkpoints import save_mixtral
@@ -37,7 +39,7 @@ MODES = {
 """Ray's name of each mode, and what it says in its log whenever it makes a call fail so."""
 PERCENT, MAX_FAILURES = 1, 1000
 MODEL, ACTORS, LENGTH, STREAMS, UNARY = "random", 2, 10, 3, 5
-DEADLINE_S, LIMIT_S, ASK_S, POLL_S = 60.0, 60.0, 5.0, 0.2
+DEADLINE_S, LIMIT_S, ASK_S, POLL_S = 60.0, 100.0, 5.0, 0.2
 REQUESTS = 20
 """So many requests must have ended, at least."""
 
@@ -70,18 +72,23 @@ def router_retries() -> dict[str, int]:
 
 
 def lose_calls(client: Client, cases: list[Case]) -> dict[str, Any]:
-    """Load the cluster until every mode has hit, and return what came of it."""
-    told = wait_status(client, lambda status: not status.missing_experts)
+    """Load the cluster until every mode has hit, and return what came of it.
+
+    Routers and gateways may change meanwhile: one whose health check is lost is replaced by Serve.
+    """
+    routers, gateways = set[int](), set[int]()
+    wait_status(client, lambda status: not status.missing_experts)
     load = Load(client, MODEL, cases, STREAMS, UNARY, DEADLINE_S)
     pause, deadline_s = threading.Event(), time.monotonic() + LIMIT_S
-    router, gateway = told.routers[0].pid, told.gateways[0].pid
     while time.monotonic() < deadline_s:
+        with suppress(ExpertMeshError):  # this call too may be made to fail
+            told = client.status()
+            routers |= {router.pid for router in told.routers}
+            gateways |= {gateway.pid for gateway in told.gateways}
         hits = injected()
-        if (
-            all(hits[router][mode] for mode in MODES.values())
-            and hits[gateway]
-            and load.outcome().requests >= REQUESTS
-        ):
+        of_routers, of_gateways = _of(hits, routers), _of(hits, gateways)
+        is_hit = all(of_routers[mode] for mode in MODES.values()) and of_gateways
+        if is_hit and load.outcome().requests >= REQUESTS:
             break
         pause.wait(POLL_S)
     took_s = LIMIT_S - (deadline_s - time.monotonic())
@@ -91,11 +98,15 @@ def lose_calls(client: Client, cases: list[Case]) -> dict[str, Any]:
         "took_s": took_s,
         "requests": outcome.requests,
         "failures": dict(outcome.failures),
-        "router": hits[router],
-        "gateway": hits[gateway],
-        "others": sum((hits[pid] for pid in hits.keys() - {router, gateway}), Counter()),
+        "router": _of(hits, routers),
+        "gateway": _of(hits, gateways),
+        "others": _of(hits, hits.keys() - routers - gateways),
         "retries": router_retries(),
     }
+
+
+def _of(hits: Mapping[int, Counter[str]], pids: Collection[int]) -> Counter[str]:
+    return sum((hits[pid] for pid in pids if pid in hits), Counter())
 
 
 def main(folder: Path) -> int:
