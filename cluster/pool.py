@@ -25,6 +25,9 @@ DATA_CALLS = 32
 most one under way, so this is how many routers' messages can merge."""
 CONTROL_CALLS = 4
 AGAIN_S = 0.1
+EQUAL_PRIORITY = {"RAY_worker_niceness": "0"}
+"""Environment of every process that requests go through. Ray gives workers nice 15, but only once
+they have started: one that starts, as after a fault, would halt those that serve beside it."""
 
 
 def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
@@ -41,6 +44,7 @@ def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
         "enable_task_events": False,
         "runtime_env": {
             "env_vars": {
+                **EQUAL_PRIORITY,
                 # Threads started later than torch.set_num_threads obey only the environment.
                 "OMP_NUM_THREADS": str(spec.threads),
                 # A heap per calling thread would keep memory that no other thread reuses.

@@ -16,6 +16,7 @@ from ray.serve.exceptions import RayServeException
 
 from cluster.config import AppConfig, parse_args
 from cluster.errors import ConfigError, ExpertMeshError
+from cluster.pool import EQUAL_PRIORITY
 from cluster.spec import ActorSpec
 from router.control import ControllerDeployment
 from router.deployment import RouterDeployment
@@ -94,7 +95,7 @@ def _controller() -> Any:
         name="Controller",
         num_replicas=1,
         max_ongoing_requests=MAX_CONTROL_CALLS,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": EQUAL_PRIORITY}},
         **REPLICA_OPTIONS,
     )(ControllerDeployment)
 
@@ -113,6 +114,7 @@ def _draining(config: AppConfig) -> dict[str, Any]:
 def router_environment(threads: int) -> dict[str, str]:
     """Return the environment variables of a router replica; they count before torch is there."""
     return {
+        **EQUAL_PRIORITY,
         "OMP_NUM_THREADS": str(threads),
         # A heap per thread would keep memory that no other thread reuses.
         "MALLOC_ARENA_MAX": "1",
@@ -147,7 +149,10 @@ def _gateway(config: AppConfig) -> Any:
         name="Gateway",
         num_replicas=config.gateway.replicas,
         max_ongoing_requests=config.gateway.max_ongoing_requests,
-        ray_actor_options={"num_cpus": config.gateway.num_cpus},
+        ray_actor_options={
+            "num_cpus": config.gateway.num_cpus,
+            "runtime_env": {"env_vars": EQUAL_PRIORITY},
+        },
         **_draining(config),
     )(Gateway)
 
