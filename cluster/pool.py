@@ -25,9 +25,14 @@ DATA_CALLS = 32
 most one under way, so this is how many routers' messages can merge."""
 CONTROL_CALLS = 4
 AGAIN_S = 0.1
-EQUAL_PRIORITY = {"RAY_worker_niceness": "0"}
-"""Environment of every process that requests go through. Ray gives workers nice 15, but only once
-they have started: one that starts, as after a fault, would halt those that serve beside it."""
+SERVING_ENVIRONMENT = {
+    # Ray gives workers nice 15, but only once they have started: one that starts, as after a fault,
+    # would halt those that serve beside it.
+    "RAY_worker_niceness": "0",
+    # A heap per thread would keep memory that no other thread reuses, and grow for hours.
+    "MALLOC_ARENA_MAX": "1",
+}
+"""Environment variables of every process that requests or the control of them go through."""
 
 
 def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
@@ -44,11 +49,9 @@ def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
         "enable_task_events": False,
         "runtime_env": {
             "env_vars": {
-                **EQUAL_PRIORITY,
+                **SERVING_ENVIRONMENT,
                 # Threads started later than torch.set_num_threads obey only the environment.
                 "OMP_NUM_THREADS": str(spec.threads),
-                # A heap per calling thread would keep memory that no other thread reuses.
-                "MALLOC_ARENA_MAX": "1",
                 # Weights that are let go once they are rearranged must not leave holes in the heap.
                 "MALLOC_MMAP_THRESHOLD_": "1048576",
                 # But what products let go is needed by the next ones; fresh pages cost more.

@@ -16,7 +16,7 @@ from ray.serve.exceptions import RayServeException
 
 from cluster.config import AppConfig, parse_args
 from cluster.errors import ConfigError, ExpertMeshError
-from cluster.pool import EQUAL_PRIORITY
+from cluster.pool import SERVING_ENVIRONMENT
 from cluster.spec import ActorSpec
 from router.control import ControllerDeployment
 from router.deployment import RouterDeployment
@@ -95,7 +95,7 @@ def _controller() -> Any:
         name="Controller",
         num_replicas=1,
         max_ongoing_requests=MAX_CONTROL_CALLS,
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": EQUAL_PRIORITY}},
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": SERVING_ENVIRONMENT}},
         **REPLICA_OPTIONS,
     )(ControllerDeployment)
 
@@ -114,10 +114,8 @@ def _draining(config: AppConfig) -> dict[str, Any]:
 def router_environment(threads: int) -> dict[str, str]:
     """Return the environment variables of a router replica; they count before torch is there."""
     return {
-        **EQUAL_PRIORITY,
+        **SERVING_ENVIRONMENT,
         "OMP_NUM_THREADS": str(threads),
-        # A heap per thread would keep memory that no other thread reuses.
-        "MALLOC_ARENA_MAX": "1",
         # What a layer of a prefill lets go is needed by the next one. To give it back and fault it
         # in again costs more than the layer's own work in the router.
         "MALLOC_MMAP_THRESHOLD_": "8388608",
@@ -151,7 +149,7 @@ def _gateway(config: AppConfig) -> Any:
         max_ongoing_requests=config.gateway.max_ongoing_requests,
         ray_actor_options={
             "num_cpus": config.gateway.num_cpus,
-            "runtime_env": {"env_vars": EQUAL_PRIORITY},
+            "runtime_env": {"env_vars": SERVING_ENVIRONMENT},
         },
         **_draining(config),
     )(Gateway)
