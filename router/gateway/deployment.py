@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -43,11 +42,7 @@ class GatewayReplica(GrpcMethods):
         self.grpc_handlers = GrpcHandlers(self.service)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(
-            self.service,
-            echoes_request_id=False,
-            closes_connections=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1",
-        )
+        return create_app(self.service, echoes_request_id=False)
 
 
 Gateway = serve.ingress()(GatewayReplica)

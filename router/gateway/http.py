@@ -38,17 +38,14 @@ _STATUS_TIMEOUT_S = 2.0
 Parse = Callable[[dict[str, Any], GenerationService, str], OpenAiCall]
 
 
-def create_app(
-    service: GenerationService, echoes_request_id: bool = True, closes_connections: bool = False
-) -> FastAPI:
+def create_app(service: GenerationService, echoes_request_id: bool = True) -> FastAPI:
     """Return the app; it keeps nothing but ``service``.
 
     ``echoes_request_id`` is false behind a proxy that itself sets ``X-Request-Id`` on requests and
-    replies, as Serve's does. ``closes_connections`` is true behind HAProxy, so that no connection
-    carries two requests.
+    replies, as Serve's does.
     """
     app = FastAPI(title="ExpertMesh", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(EdgeMiddleware, echoes_id=echoes_request_id, closes=closes_connections)
+    app.add_middleware(EdgeMiddleware, echoes_id=echoes_request_id)
     app.add_exception_handler(ExpertMeshError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     _add_openai_routes(app, service)

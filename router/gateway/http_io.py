@@ -122,16 +122,13 @@ async def _send_event(send: Send, data: str) -> None:
 class EdgeMiddleware:
     """Names each request (``X-Request-Id``) and lets no exception out.
 
-    The name is the caller's, where it sent a sensible one, and is sent back if ``echoes_id``. With
-    ``closes`` each answer ends its connection: over one that carried a request before HAProxy
-    hardly ever tells of a client that left.
+    The name is the caller's, where it sent a sensible one, and is sent back if ``echoes_id``.
     What is not ours becomes a 500 that says nothing of the inside; the log has the rest.
     """
 
-    def __init__(self, app: ASGIApp, echoes_id: bool, closes: bool) -> None:
+    def __init__(self, app: ASGIApp, echoes_id: bool) -> None:
         self._app = app
         self._echoes_id = echoes_id
-        self._closes = closes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on; the ASGI interface."""
@@ -147,8 +144,6 @@ class EdgeMiddleware:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                if self._closes:
-                    MutableHeaders(scope=message)["connection"] = "close"
                 if self._echoes_id:
                     MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)

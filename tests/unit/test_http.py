@@ -381,17 +381,3 @@ def test_only_streams_and_stop_strings_ask_for_tokens_as_they_come(
     assert completion(upstream, **body).status_code == 200
     assert chat(upstream, **body).status_code == 200
     assert [request.streamed for request in upstream.requests] == [streamed, streamed]
-
-
-@pytest.mark.parametrize("closes", [True, False])
-def test_behind_haproxy_every_answer_ends_its_connection(closes: bool) -> None:
-    async def ask() -> list[httpx.Response]:
-        app = create_app(service(FakeUpstream(says("the word"))), closes_connections=closes)
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            return [await client.get("/v1/models"), await client.get("/nowhere")]
-
-    answers = asyncio.run(ask())
-    assert [answer.headers.get("connection") for answer in answers] == 2 * [
-        "close" if closes else None
-    ]
