@@ -4,7 +4,8 @@ Serve builds an application in a task of the cluster, long after the command has
 all is well, and ``serve run`` does not end when that fails. But while the command reads its file,
 it imports the class that a ``request_router_config`` names. Our files name the one below (Serve's
 own default), so that importing this module checks the whole file in the command's own process: a
-bad one ends the command with one line and status 2. Everywhere else importing this does nothing.
+bad one ends the command with one line and status 2, and a ``serve run`` of a good one tells when it
+is ready. Everywhere else importing this does nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -20,6 +22,7 @@ import yaml
 from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 
 from cluster.errors import ConfigError, ExpertMeshError
+from router.announce import announce
 from router.check import check_file
 
 __all__ = ["PowerOfTwoChoicesRequestRouter"]
@@ -78,4 +81,12 @@ def check_command_line(argv: Sequence[str]) -> None:
         sys.exit(EXIT_BAD_CONFIG)
 
 
+def announce_command_line(argv: Sequence[str]) -> None:
+    """Have a ``serve run`` say on stdout when it is ready (:mod:`router.announce`)."""
+    file = deployment_file(argv)
+    if file is not None and argv[1] == "run":
+        announce(file, partial(print, flush=True))
+
+
 check_command_line(sys.argv)
+announce_command_line(sys.argv)

@@ -22,7 +22,7 @@ from router.client import Client
 from tests.cluster_fixture import TINY, StreamReader, greedy, is_alive, wait_until
 
 SERVE = str(Path(sysconfig.get_path("scripts")) / "serve")
-READY_S, GONE_S, MAX_LINES = 90.0, 10.0, 16
+READY_S, SAYS_S, GONE_S, MAX_LINES = 90.0, 10.0, 10.0, 16
 STREAMS, CHOICES, LENGTH = 4, 8, 900
 
 
@@ -82,8 +82,11 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
         pids |= {part.pid for part in (*told.routers, *told.gateways, *told.actors)}
         pids |= {told.controller_pid}
         assert len(pids) > 5
+        wait_until(lambda: "ready after" in log.read_text(), "the command says so", SAYS_S)
         lines = log.read_text().splitlines()
         assert len(lines) <= MAX_LINES, "\n".join(lines)
+        assert lines[-1].startswith("expertmesh: ready after"), "\n".join(lines)
+        assert f"HTTP http://127.0.0.1:{http_port}/v1, gRPC 127.0.0.1:{grpc_port};" in lines[-1]
         assert any("experts have a live copy" in line for line in lines)
 
         sampling = greedy(LENGTH, n=CHOICES)

@@ -1,0 +1,133 @@
+"""What ``serve run`` says when requests are answered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from queue import Queue
+from threading import Thread
+from typing import Any
+
+import pytest
+import yaml
+
+from router import announce
+from router.announce import Endpoint, endpoints, why_not_ready
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+LIMIT_S = 20.0
+
+
+def document(**http_options: Any) -> dict[str, Any]:
+    """Return the deployment file, with these HTTP options."""
+    told: dict[str, Any] = yaml.safe_load((DEPLOY / "cluster.yaml").read_text(encoding="utf-8"))
+    told["http_options"] |= http_options
+    return told
+
+
+class Gateway:
+    """A server that answers ``/ready`` by what ``answers`` has next, and then by the last of it."""
+
+    def __init__(self, answers: list[tuple[int, bytes]]) -> None:
+        self.answers = answers
+        self.paths: list[str] = []
+        gateway = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                gateway.paths.append(self.path)
+                left = gateway.answers
+                status, body = left.pop(0) if len(left) > 1 else left[0]
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self.server.server_address[1]
+        Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def serving() -> Iterator[list[Gateway]]:
+    """A list whose servers are closed in the end."""
+    gateways: list[Gateway] = []
+    yield gateways
+    for gateway in gateways:
+        gateway.server.shutdown()
+        gateway.server.server_close()
+
+
+def missing(count: int) -> tuple[int, bytes]:
+    return 503, json.dumps(
+        {"ready": False, "reason": f"{count} experts have no live copy"}
+    ).encode()
+
+
+def test_the_shipped_file_is_reached_at_the_default_addresses() -> None:
+    [endpoint] = endpoints(document())
+    assert endpoint == Endpoint("http://127.0.0.1:8000", "127.0.0.1:9000")
+    assert endpoint.command() == 'expertmesh generate "In the beginning" --stream'
+
+
+def test_other_addresses_and_prefixes_are_told() -> None:
+    told = document(host="0.0.0.0", port=81, root_path="/x", ssl_keyfile="k", ssl_certfile="c")
+    told["grpc_options"]["port"] = 91
+    told["applications"][0]["route_prefix"] = "/llm/"
+    told["applications"].append({"name": "other", "import_path": "other:app"})
+    [endpoint] = endpoints(told)
+    assert endpoint == Endpoint("https://127.0.0.1:81/x/llm", "127.0.0.1:91")
+    assert endpoint.command().endswith(" --address 127.0.0.1:91")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ((200, b"{}"), None),
+        (missing(3), "3 experts have no live copy"),
+        ((404, b"Path '/ready' not found."), "HTTP status 404"),
+        ((503, b"[1]"), "HTTP status 503"),
+        ((503, b'{"reason": null}'), "HTTP status 503"),
+    ],
+)
+def test_what_ready_answers_is_read(
+    serving: list[Gateway], answer: tuple[int, bytes], reason: str | None
+) -> None:
+    serving.append(Gateway([answer]))
+    assert why_not_ready(Endpoint(f"http://127.0.0.1:{serving[0].port}", "")) == reason
+    assert serving[0].paths == ["/ready"]
+
+
+def test_nobody_there_is_a_reason_too(serving: list[Gateway]) -> None:
+    serving.append(Gateway([missing(1)]))
+    port = serving[0].port
+    serving[0].server.shutdown()
+    serving.pop().server.server_close()
+    assert "does not answer" in str(why_not_ready(Endpoint(f"http://127.0.0.1:{port}", "")))
+
+
+def test_one_line_is_said_once_all_is_there(
+    serving: list[Gateway], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(announce, "POLL_S", 0.01)
+    monkeypatch.setattr(announce, "LOG_DELAY_S", 0.0)
+    monkeypatch.setattr(announce, "LONG_S", 0.0)
+    serving.append(Gateway([(404, b""), *[missing(2)] * 5, (200, b"{}")]))
+    port = serving[0].port
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump(document(port=port)), encoding="utf-8")
+    said: Queue[str] = Queue()
+    [thread] = announce.announce(file, said.put)
+    thread.join(LIMIT_S)
+    assert not thread.is_alive()
+    lines = [said.get_nowait() for _ in range(said.qsize())]
+    assert len(lines) == 2
+    assert lines[0].startswith("expertmesh: not ready after 0 s: ")
+    assert lines[1].startswith(
+        f"expertmesh: ready after 0 s: HTTP http://127.0.0.1:{port}/v1, gRPC 127.0.0.1:9000; try: "
+    )
+    assert serving[0].answers == [(200, b"{}")]
