@@ -199,9 +199,13 @@ def _spread_layer(
             held.update({actor: held[actor] - 1 for actor in actors})
         chosen = [] if has_surplus else list(actors)
         while len(chosen) < num_copies:
-            candidates = actors if has_surplus else in_turn
+            candidates = [
+                actor
+                for actor in in_turn
+                if actor not in chosen and (not has_surplus or actor in actors)
+            ]
             actor_id = min(  # the first in turn where all else is equal
-                sorted((actor for actor in candidates if actor not in chosen), key=in_turn.index),
+                candidates,
                 key=lambda actor: (
                     # An actor whose node is not known counts as one on a node of its own.
                     sum(nodes.get(actor, actor) == nodes.get(other, other) for other in chosen),
