@@ -162,6 +162,8 @@ def make_plan(model: PlannedModel, wish: Wish) -> Plan:
 
 
 def _check(model: PlannedModel, wish: Wish) -> None:
+    if wish.devices is not None and wish.devices > MAX_DEVICES:
+        raise ConfigError(f"must be at most {MAX_DEVICES} (given: {wish.devices})", "--devices")
     if wish.devices is not None and wish.copies > wish.devices:
         raise ConfigError(
             f"must be at most the number of devices, {wish.devices}, since the copies of an expert "

@@ -43,7 +43,18 @@ def format_size(size_bytes: float) -> str:
     """Return a size in decimal units with three digits, like ``3.21 GB``."""
     for unit in ("TB", "GB", "MB", "KB"):
         if size_bytes >= 0.9995 * UNITS[unit]:
-            value = size_bytes / UNITS[unit]
-            digits = max(0, 2 - len(str(int(round(value, 2)))) + 1)
-            return f"{value:,.{digits}f} {unit}"
+            return f"{_three_digits(size_bytes / UNITS[unit])} {unit}"
     return f"{size_bytes:.0f} B"
+
+
+def format_count(count: int) -> str:
+    """Return a large number in words with three digits, like ``46.7 billion``."""
+    for word, unit in (("billion", 10**9), ("million", 10**6)):
+        if count >= 0.9995 * unit:
+            return f"{_three_digits(count / unit)} {word}"
+    return f"{count:,}"
+
+
+def _three_digits(value: float) -> str:
+    digits = max(0, 3 - len(str(int(round(value, 2)))))
+    return f"{value:,.{digits}f}"

@@ -9,6 +9,7 @@ import typer
 
 from router.cli.check import check
 from router.cli.generate import generate
+from router.cli.plan import plan
 from router.cli.status import status
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(status)
 app.command()(check)
+app.command()(plan)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError
-from router.sizes import UNITS, format_size, parse_size
+from router.sizes import UNITS, format_count, format_size, parse_size
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,17 @@ def test_what_is_written_is_read_back_within_half_a_percent(size_bytes: int) -> 
     read = parse_size(format_size(size_bytes).replace(",", ""), "")
     assert read == pytest.approx(size_bytes, rel=0.0051)
     assert format_size(size_bytes).split(" ")[1] in UNITS
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (2_036_864, "2.04 million"),
+        (46_702_792_704, "46.7 billion"),
+        (671_026_419_200, "671 billion"),
+        (999_999_999, "1.00 billion"),
+        (12_345, "12,345"),
+    ],
+)
+def test_counts_are_written_with_three_digits(count: int, text: str) -> None:
+    assert format_count(count) == text
