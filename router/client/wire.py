@@ -92,6 +92,7 @@ def status_wire(answer: Any) -> dict[str, Any]:
             "generation": actor.generation,
             "experts": [(one.model, one.layer, one.expert) for one in actor.experts],
             "tokens": actor.tokens,
+            "weight_bytes": actor.weight_bytes,
         }
         for actor in answer.actors
     ]

@@ -88,6 +88,7 @@ def test_status_as_json(address: str) -> None:
                 "generation": 2,
                 "experts": [["tiny", 0, 1], ["tiny", 1, 5]],
                 "tokens": 99,
+                "weight_bytes": 640,
             }
         ],
         "min_copies": 2,
