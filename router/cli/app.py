@@ -8,6 +8,7 @@ from __future__ import annotations
 import typer
 
 from router.cli.check import check
+from router.cli.doctor import doctor
 from router.cli.generate import generate
 from router.cli.plan import plan
 from router.cli.status import status
@@ -24,6 +25,7 @@ app.command()(generate)
 app.command()(status)
 app.command()(check)
 app.command()(plan)
+app.command()(doctor)
 
 
 def main() -> None:
