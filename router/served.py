@@ -58,6 +58,8 @@ def _inspect(model: ModelConfig, where: str, neighbours: Neighbours | None) -> S
         identity = identity_of(checkpoint)
     except CheckpointError as error:
         raise type(error)(error.message, f"{where}.path: {error.field}") from None
+    if checkpoint.remote is not None:
+        checkpoint.remote.release()
     _check_tokenizer(checkpoint, where)
     longest = checkpoint.max_position_embeddings
     if model.max_model_len is not None and model.max_model_len > longest:
