@@ -15,7 +15,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from cluster.errors import CheckpointError, ConfigError, OverloadedError
-from router.cli import app
+from router.cli.app import app
 from tests.unit.gateway_fakes import FakeUpstream, grpc_server, says, tokenizer
 
 NOBODY = "127.0.0.1:1"

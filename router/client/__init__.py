@@ -1,0 +1,20 @@
+"""The Python client: generate, stream, status and model info over gRPC, each with a deadline.
+
+Needs neither torch nor ray nor transformers. Errors are those of :mod:`cluster.errors`, rebuilt by
+the table that the gateway writes them with.
+"""
+
+from router.client.sync import DEFAULT_ADDRESS, DEFAULT_RETRY, DEFAULT_TIMEOUT_S, Client
+from router.client.types import ModelInfo, Reply, Sampling, UnreachableError, Usage
+
+__all__ = [
+    "DEFAULT_ADDRESS",
+    "DEFAULT_RETRY",
+    "DEFAULT_TIMEOUT_S",
+    "Client",
+    "ModelInfo",
+    "Reply",
+    "Sampling",
+    "UnreachableError",
+    "Usage",
+]
