@@ -23,8 +23,9 @@ from cluster.errors import CheckpointMissingError, ExpertMeshError
 from router.announce import announce
 from router.check import check_file
 from router.doctor import Check, check_ray
+from router.leftovers import end_with_this_process
 from router.probe import checks_of_a_start, read_deployment
-from router.running_ray import look_at, target_of
+from router.running_ray import Target, look_at, target_of
 
 __all__ = ["PowerOfTwoChoicesRequestRouter"]
 
@@ -65,9 +66,8 @@ def check_command_line(argv: Sequence[str]) -> None:
     file = deployment_file(argv)
     if file is None:
         return
-    runs = argv[1] == "run"
-    target = target_of(given_address(argv), os.environ) if runs else None
-    starts_ray = runs and target is None
+    target = _target(argv)
+    starts_ray = argv[1] == "run" and target is None
     try:
         check_file(file)
     except CheckpointMissingError as error:
@@ -83,6 +83,11 @@ def check_command_line(argv: Sequence[str]) -> None:
         _end_at_a_problem([check_ray(look_at(target), ())])
 
 
+def _target(argv: Sequence[str]) -> Target | None:
+    """Return the cluster that a ``serve run`` joins, if it joins one."""
+    return target_of(given_address(argv), os.environ) if argv[1] == "run" else None
+
+
 def _end_at_a_problem(checks: Sequence[Check]) -> None:
     problem = next((check for check in checks if check.level == "problem"), None)
     if problem is not None:
@@ -94,12 +99,18 @@ def _end(message: str) -> NoReturn:
     sys.exit(EXIT_BAD_CONFIG)
 
 
-def announce_command_line(argv: Sequence[str]) -> None:
-    """Have a ``serve run`` say on stdout when it is ready (:mod:`router.announce`)."""
+def attend_command_line(argv: Sequence[str]) -> None:
+    """Have a ``serve run`` say when it is ready, and leave nothing of a Ray that it starts.
+
+    See :mod:`router.announce` and :mod:`router.leftovers`.
+    """
     file = deployment_file(argv)
-    if file is not None and argv[1] == "run":
-        announce(file, partial(print, flush=True))
+    if file is None or argv[1] != "run":
+        return
+    announce(file, partial(print, flush=True))
+    if _target(argv) is None:
+        end_with_this_process()
 
 
 check_command_line(sys.argv)
-announce_command_line(sys.argv)
+attend_command_line(sys.argv)

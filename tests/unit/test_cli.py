@@ -178,7 +178,9 @@ def test_help_tells_the_exit_codes() -> None:
     ("module", "heavy"),
     [
         ("router.cli", ("torch", "ray", "transformers", "tokenizers", "numpy", "fastapi")),
+        ("router.app", ("torch", "transformers")),
         ("router.control", ("torch", "transformers")),
+        ("router.preflight", ("torch", "transformers")),
         ("router.gateway.deployment", ("torch", "transformers")),
         ("router.gateway.ray_upstream", ("torch", "transformers")),
     ],
