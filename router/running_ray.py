@@ -21,13 +21,17 @@ import psutil
 
 CONNECT_TIMEOUT_S = 3.0
 ASK_TIMEOUT_S = 15.0
-ADDRESS_VARIABLE = "RAY_ADDRESS"
+ADDRESS_VARIABLE, ADDRESS_OPTION = "RAY_ADDRESS", "--address"
 _CLIENT = "ray://"
 # Ray's own table of the cluster has what it was started with; a driver compares it with its own.
+# To a cluster that was found, not named, it shows this user's token without being asked to.
 _ASK = """
 import json, sys
 from ray._common.usage.usage_lib import get_cluster_metadata
+from ray._private.authentication import authentication_token_setup
 from ray._raylet import GcsClient
+if sys.argv[2] == "found":
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 told = get_cluster_metadata(GcsClient(address=sys.argv[1]))
 print(json.dumps([told["ray_version"], told["python_version"]]))
 """
@@ -71,7 +75,7 @@ def target_of(given: str | None, variables: Mapping[str, str]) -> Target | None:
     ``given`` is the command's ``--address``. Ray itself goes by the same rules.
     """
     if given not in (None, "auto"):
-        return None if given == "local" else Target(given, "--address")
+        return None if given == "local" else Target(given, ADDRESS_OPTION)
     named = variables.get(ADDRESS_VARIABLE) or ""
     if named and named != "auto":
         return None if named == "local" else Target(named, ADDRESS_VARIABLE)
@@ -83,7 +87,7 @@ def target_of(given: str | None, variables: Mapping[str, str]) -> Target | None:
     if address:
         return Target(address, str(file))
     is_asked_for = given == "auto" or named == "auto"
-    return Target("", "--address" if given else ADDRESS_VARIABLE) if is_asked_for else None
+    return Target("", ADDRESS_OPTION if given else ADDRESS_VARIABLE) if is_asked_for else None
 
 
 def look_at(target: Target) -> RunningRay:
@@ -105,14 +109,16 @@ def look_at(target: Target) -> RunningRay:
 
 
 def _ask(target: Target) -> RunningRay:
-    command = [sys.executable, "-c", _ASK, target.address]
+    how = "named" if target.named_by in (ADDRESS_OPTION, ADDRESS_VARIABLE) else "found"
+    command = [sys.executable, "-c", _ASK, target.address, how]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_TIMEOUT_S)
         ray_version, python_version = json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         return RunningRay(target, f"answers nothing within {ASK_TIMEOUT_S:.0f} s")
     except (ValueError, IndexError):
-        return RunningRay(target, "does not answer as a Ray of this version does")
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return RunningRay(target, f"does not answer as a Ray of this version does ({last:.300})")
     return judged(target, ray_version, python_version)
 
 

@@ -175,7 +175,10 @@ def test_nobody_and_nonsense_do_not_answer() -> None:
     ("program", "reason"),
     [
         ("import time; time.sleep(60)", "answers nothing within 1 s"),
-        ("raise RuntimeError('rpc error')", "does not answer as a Ray of this version does"),
+        (
+            "raise RuntimeError('rpc error')",
+            "does not answer as a Ray of this version does (RuntimeError: rpc error)",
+        ),
         ("print('[1')", "does not answer as a Ray of this version does"),
         ('print(\'["2.9.0", "3.9.1"]\')', "is Ray 2.9.0 on Python 3.9.1; here is Ray "),
     ],
