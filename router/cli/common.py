@@ -26,15 +26,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 
 
 @contextmanager
-def exit_codes(address: str = "") -> Iterator[None]:
-    """Turn errors into one line on stderr and an exit code; ``address`` is the server's, if any.
+def exit_codes() -> Iterator[None]:
+    """Turn errors into one line on stderr and an exit code; ``app.py`` puts it around all commands.
 
     Wrong configurations and checkpoints are 2, no server 3, Ctrl-C 130, every other error 1.
     """
     try:
         yield
-    except UnreachableError:
-        fail(f"no ExpertMesh server answers at {address}; is `serve run` running?", UNREACHABLE)
+    except UnreachableError as error:
+        fail(f"{error}; is `serve run` running?", UNREACHABLE)
     except (ConfigError, CheckpointError) as error:
         fail(str(error), BAD_USAGE)
     except ExpertMeshError as error:

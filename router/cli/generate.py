@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from router.cli.common import Address, AsJson, exit_codes, write, write_json
+from router.cli.common import Address, AsJson, write, write_json
 from router.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client, Reply, Sampling
 
 
@@ -44,7 +44,7 @@ def generate(
         seed=seed,
         stop=stop or (),
     )
-    with exit_codes(address), Client(address) as client:
+    with Client(address) as client:
         if stream:
             pieces = client.stream(prompt, sampling, model=model, timeout_s=timeout)
             _print_stream(pieces, as_json)

@@ -98,7 +98,7 @@ def test_each_choice_goes_on_and_a_finished_one_is_not_asked_for_again() -> None
 def test_another_attempt_has_what_is_left_of_the_time_and_what_has_come() -> None:
     request = inference_pb2.GenerateRequest(prompt="in", timeout_s=10)
     request.sampling.n = 2
-    attempts = Attempts(request, 10, Retries(QUICK, RetryBudget()), wait=lambda _: True)
+    attempts = Attempts(request, 10, Retries(QUICK, RetryBudget()))
     assert attempts.request() == request
     attempts.took(1, (5, 6), None, True)
     attempts.failed(UnavailableError("away"))
