@@ -14,6 +14,8 @@ from benchmarks.failover import (
     comparable,
     controller_is_back,
     kills,
+    lost_s,
+    minute_ratio,
     router_is_back,
     window,
 )
@@ -49,26 +51,45 @@ def test_a_window_has_the_pieces_that_came_in_it_and_the_gaps_that_touch_it() ->
     assert told["gap_s"] == {"p50": 2.0, "p99": 3.0, "longest": 3.0}
 
 
-def a_window(name: str, rate: float, longest_s: float) -> dict[str, Any]:
-    told = Window(name, 10.0, int(10 * rate), [0.1, longest_s], [0.1]).to_json()
-    return {**told, "back_s": 2.0 if name == KILL else None}
+def pieces(rates: list[int], begin_s: float = 100.0) -> list[Wait]:
+    """A piece each second, of as many tokens as that second's rate."""
+    return [Wait(begin_s + i - 0.5, 1.0, rate, False) for i, rate in enumerate(rates)]
 
 
-def test_a_minute_with_a_kill_is_compared_with_those_around_it() -> None:
+def test_what_a_stretch_lacks_is_told_in_seconds_of_what_it_had_before_and_after() -> None:
+    whole = [10] * 8
+    assert lost_s(pieces(whole), 100.0, 108.0) == pytest.approx(0.0)
+    # A second without a token and one of half as many.
+    assert lost_s(pieces([10, 10, 0, 5, 10, 10, 10, 10]), 100.0, 108.0) == pytest.approx(1.5)
+    # A machine that is half as fast later on.
+    assert lost_s(pieces([20, 20, 20, 20, 10, 10, 10, 10]), 100.0, 108.0) == pytest.approx(0.0)
+    # What is outside does not count.
+    outside = pieces([1000], 99.0) + pieces([1000], 108.0)
+    assert lost_s(pieces(whole) + outside, 100.0, 108.0) == pytest.approx(0.0)
+
+
+def a_window(name: str, rate: float, longest_s: float, lost_s: float) -> dict[str, Any]:
+    seen = Window(name, 10.0, int(10 * rate), [0.1, longest_s], [0.1], lost_s=lost_s)
+    return {**seen.to_json(), "back_s": 2.0 if name == KILL else None}
+
+
+def test_a_stretch_with_a_kill_is_compared_with_those_around_it() -> None:
     windows = [
-        a_window(QUIET, 100, 0.2),
-        a_window(KILL, 99, 0.4),
-        a_window(QUIET, 120, 0.3),
-        a_window(KILL, 120, 0.2),
-        a_window(QUIET, 80, 0.1),
+        a_window(QUIET, 100, 0.2, 0.1),
+        a_window(KILL, 99, 0.4, 0.9),
+        a_window(QUIET, 120, 0.3, -0.3),
+        a_window(KILL, 120, 0.2, 0.3),
+        a_window(QUIET, 80, 0.1, 0.0),
     ]
     told = kills(windows)
-    assert [one["ratio"] for one in told] == pytest.approx([0.9, 1.2])
+    assert [one["lost_s"] for one in told] == [0.9, 0.3]
+    assert [one["noise_s"] for one in told] == pytest.approx([-0.1, -0.15])
     assert [one["normal_s"] for one in told] == [0.3, 0.3]
     assert [one["above_s"] for one in told] == pytest.approx([0.1, -0.1])
+    assert minute_ratio(told) == pytest.approx(0.99)
     figures = comparable({"windows": windows, "kills": told})
     assert figures[f"{QUIET}, tokens/s"].value == 100
-    assert figures[f"{KILL}, throughput ratio"].value == pytest.approx(1.05)
+    assert figures[f"{KILL}, throughput of its minute"].value == pytest.approx(0.99)
     assert figures[f"{KILL}, above the normal gap s"].value == pytest.approx(0.1)
 
 
