@@ -7,7 +7,7 @@ the table that the gateway writes them with.
 from router.client.aio import AsyncClient
 from router.client.session import DEFAULT_ADDRESS, DEFAULT_RETRY, DEFAULT_TIMEOUT_S
 from router.client.sync import Client
-from router.client.types import ModelInfo, Reply, Sampling, UnreachableError, Usage
+from router.client.types import Message, ModelInfo, Reply, Sampling, UnreachableError, Usage
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -15,6 +15,7 @@ __all__ = [
     "DEFAULT_TIMEOUT_S",
     "AsyncClient",
     "Client",
+    "Message",
     "ModelInfo",
     "Reply",
     "Sampling",

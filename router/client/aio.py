@@ -20,7 +20,7 @@ from router.client.session import (
     INFO_TIMEOUT_S,
     Session,
 )
-from router.client.types import ModelInfo, Reply, Sampling, UnreachableError
+from router.client.types import Message, ModelInfo, Reply, Sampling, UnreachableError
 from router.client.wire import (
     CHANNEL_OPTIONS,
     call_options,
@@ -62,19 +62,22 @@ class AsyncClient:
 
     async def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | None = None,
         sampling: Sampling | None = None,
         *,
+        messages: Sequence[Message] = (),
         model: str = "",
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_expert_loss: str | None = None,
     ) -> list[Reply]:
-        """Return all choices of a prompt; see :meth:`router.client.Client.generate`.
+        """Return all choices of a prompt or of messages; see :meth:`router.client.Client.generate`.
 
         A cancelled task's request is cancelled at the server.
         """
         model = model or await self._first_model()
-        request = self._session.request(prompt, sampling, model, timeout_s, on_expert_loss)
+        request = self._session.request(
+            prompt, messages, sampling, model, timeout_s, on_expert_loss
+        )
         attempts = self._session.attempts(request, timeout_s)
         with self._session.unknown_model_forgotten():
             while True:
@@ -91,9 +94,10 @@ class AsyncClient:
 
     async def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | None = None,
         sampling: Sampling | None = None,
         *,
+        messages: Sequence[Message] = (),
         model: str = "",
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_expert_loss: str | None = None,
@@ -104,7 +108,9 @@ class AsyncClient:
         is closed when Python finds nobody holding it.
         """
         model = model or await self._first_model()
-        request = self._session.request(prompt, sampling, model, timeout_s, on_expert_loss)
+        request = self._session.request(
+            prompt, messages, sampling, model, timeout_s, on_expert_loss
+        )
         attempts = self._session.attempts(request, timeout_s)
         with self._session.unknown_model_forgotten():
             while not attempts.all_finished():

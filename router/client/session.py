@@ -13,7 +13,7 @@ from typing import Any
 from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelError
 from cluster.retry import Retries, RetryBudget, RetryPolicy
 from router.attempts import Attempts
-from router.client.types import Sampling, UnreachableError
+from router.client.types import Message, Sampling, UnreachableError
 from router.client.wire import sampling_message, typed_error
 from router.protos import inference_pb2
 
@@ -35,7 +35,8 @@ class Session:
 
     def request(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | None,
+        messages: Sequence[Message],
         sampling: Sampling | None,
         model: str,
         timeout_s: float,
@@ -47,9 +48,12 @@ class Session:
         """
         request = inference_pb2.GenerateRequest(model=model, timeout_s=timeout_s)
         try:
+            request.messages.extend(
+                inference_pb2.Message(role=one.role, content=one.content) for one in messages
+            )
             if isinstance(prompt, str):
                 request.prompt = prompt
-            else:
+            elif prompt is not None:
                 request.prompt_token_ids.SetInParent()
                 request.prompt_token_ids.ids.extend(prompt)
             if on_expert_loss is not None:

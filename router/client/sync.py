@@ -23,7 +23,7 @@ from router.client.session import (
     INFO_TIMEOUT_S,
     Session,
 )
-from router.client.types import ModelInfo, Reply, Sampling
+from router.client.types import Message, ModelInfo, Reply, Sampling
 from router.client.wire import (
     CHANNEL_OPTIONS,
     call_options,
@@ -69,21 +69,25 @@ class Client:
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | None = None,
         sampling: Sampling | None = None,
         *,
+        messages: Sequence[Message] = (),
         model: str = "",
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_expert_loss: str | None = None,
     ) -> list[Reply]:
-        """Return all choices of a prompt (text or token ids), by index.
+        """Return all choices of a prompt (text or token ids) or of ``messages``, by index.
 
-        An empty ``model`` is the first that is served. ``on_expert_loss`` is ``strict``,
-        ``next_expert`` or ``drop``; by default the deployment's. Raises
-        :class:`ExpertMeshError`, and :class:`UnreachableError` when no server answers.
+        Exactly one of the two is given; the model's chat template renders messages, and what is
+        generated is the assistant's next one. An empty ``model`` is the first that is served.
+        ``on_expert_loss`` is ``strict``, ``next_expert`` or ``drop``; by default the deployment's.
+        Raises :class:`ExpertMeshError`, and :class:`UnreachableError` when no server answers.
         """
         model = model or self._first_model()
-        request = self._session.request(prompt, sampling, model, timeout_s, on_expert_loss)
+        request = self._session.request(
+            prompt, messages, sampling, model, timeout_s, on_expert_loss
+        )
         attempts = self._session.attempts(request, timeout_s)
         with self._session.unknown_model_forgotten():
             while True:
@@ -101,9 +105,10 @@ class Client:
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | None = None,
         sampling: Sampling | None = None,
         *,
+        messages: Sequence[Message] = (),
         model: str = "",
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_expert_loss: str | None = None,
@@ -114,7 +119,9 @@ class Client:
         :meth:`generate` does, at any piece.
         """
         model = model or self._first_model()
-        request = self._session.request(prompt, sampling, model, timeout_s, on_expert_loss)
+        request = self._session.request(
+            prompt, messages, sampling, model, timeout_s, on_expert_loss
+        )
         attempts = self._session.attempts(request, timeout_s)
         with self._session.unknown_model_forgotten():
             while not attempts.all_finished():
