@@ -10,6 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from router.cli.chat import chat
 from router.cli.check import check
 from router.cli.common import exit_codes
 from router.cli.generate import generate
@@ -29,10 +30,12 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     help="Serve Mixture-of-Experts models from expert actors.\n\n"
     "Exit codes: 0 ok, 1 the server refused or failed, 2 bad usage or configuration, "
     "3 no server answers at the address, 130 interrupted.",
 )
 app.command()(generate)
+app.command()(chat)
 app.command()(status)
 app.command()(check)

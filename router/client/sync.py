@@ -7,7 +7,7 @@ they ask again within their deadline, and a stream goes on from the tokens that 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -112,7 +112,7 @@ class Client:
         model: str = "",
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_expert_loss: str | None = None,
-    ) -> Iterator[Reply]:
+    ) -> Generator[Reply, None, None]:
         """Yield pieces of all choices as they come; leaving the loop cancels the request.
 
         No token is left out or comes twice when the stream breaks and goes on. Raises as
