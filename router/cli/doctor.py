@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from router.cli.common import REFUSED, AsJson, exit_codes, write_json
+from router.cli.common import REFUSED, AsJson, write_json
 
 if TYPE_CHECKING:
     from router.doctor import Check
@@ -33,8 +33,7 @@ def doctor(
     """
     from router.probe import examine
 
-    with exit_codes():
-        checks = examine(file)
+    checks = examine(file)
     is_well = all(check.level != "problem" for check in checks)
     if as_json:
         write_json({"ok": is_well, "checks": [asdict(check) for check in checks]}, indent=2)

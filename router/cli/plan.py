@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from router.cli.common import REFUSED, AsJson, exit_codes, write_json
+from router.cli.common import REFUSED, AsJson, write_json
 from router.sizes import format_count, format_size, parse_size
 
 if TYPE_CHECKING:
@@ -51,15 +51,14 @@ def plan(
     from router.plan import Wish, make_plan, problems
     from router.plan_source import find_model
 
-    with exit_codes():
-        memory = None if device_memory is None else parse_size(device_memory, "--device-memory")
-        wish = Wish(copies, memory, devices, context, concurrency)
-        made = make_plan(find_model(model, dtype), wish)
-        found = problems(made)
-        if as_json:
-            write_json(made.to_json() | {"problems": found}, indent=2)
-        else:
-            _print_plan(made, found if memory is not None else [])
+    memory = None if device_memory is None else parse_size(device_memory, "--device-memory")
+    wish = Wish(copies, memory, devices, context, concurrency)
+    made = make_plan(find_model(model, dtype), wish)
+    found = problems(made)
+    if as_json:
+        write_json(made.to_json() | {"problems": found}, indent=2)
+    else:
+        _print_plan(made, found if memory is not None else [])
     if found and memory is not None:
         raise typer.Exit(REFUSED)
 

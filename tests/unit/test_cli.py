@@ -163,7 +163,7 @@ def test_check_of_something_wrong_is_one_line_and_2(
     assert json.loads(told.stdout)["error"]["field"] == error.field
 
 
-@pytest.mark.parametrize("command", ["generate", "status", "check"])
+@pytest.mark.parametrize("command", ["generate", "chat", "status", "check", "plan", "doctor"])
 def test_help_has_an_example(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -177,7 +177,7 @@ def test_help_tells_the_exit_codes() -> None:
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
-        ("router.cli", ("torch", "ray", "transformers", "tokenizers", "numpy", "fastapi")),
+        ("router.cli.app", ("torch", "ray", "transformers", "tokenizers", "numpy", "fastapi")),
         ("router.app", ("torch", "transformers")),
         ("router.control", ("torch", "transformers")),
         ("router.preflight", ("torch", "transformers")),
