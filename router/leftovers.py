@@ -12,7 +12,7 @@ import signal
 import psutil
 import ray
 
-GRACE_S = 5.0
+GRACE_S = 3.0
 
 
 def end_with_this_process() -> None:
