@@ -10,6 +10,7 @@ import typer
 from router.cli.check import check
 from router.cli.generate import generate
 from router.cli.status import status
+from router.cli.train import train
 
 app = typer.Typer(
     add_completion=False,
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(status)
 app.command()(check)
+app.command()(train)
 
 
 def main() -> None:

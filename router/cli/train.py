@@ -170,7 +170,9 @@ def _print(record: Record, out: Path) -> None:
     if len(figures.expert_shares[0]) > 1:
         Console().print(shares_table(figures.expert_shares))
     for name, source in figures.sources.items():
-        write(f"{name}: perplexity {source.perplexity:.2f}, unigram {source.unigram_perplexity:.2f}\n")
+        write(
+            f"{name}: perplexity {source.perplexity:.2f}, unigram {source.unigram_perplexity:.2f}\n"
+        )
     write(
         f"held-out perplexity {figures.heldout_perplexity:.2f}, "
         f"unigram {figures.unigram_perplexity:.2f}, on {figures.heldout_tokens:,} tokens\n"

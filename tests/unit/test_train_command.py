@@ -158,7 +158,9 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(
 def test_ctrl_c_while_evaluating_is_resumed_without_a_step(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("router.workshop.train.score", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(
+        "router.workshop.train.score", lambda *_: signal.raise_signal(signal.SIGINT)
+    )
     assert run(words).exit_code == 130
     assert state_steps(words, tmp_path) == STEPS
     monkeypatch.undo()

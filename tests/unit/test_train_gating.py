@@ -22,7 +22,6 @@ from router.workshop.balance import (
 from router.workshop.settings import GatingSettings
 
 
-
 @given(seed=st.integers(0, 2**31), num_experts=st.integers(2, 9), data=st.data())
 @settings(max_examples=30, deadline=None)
 def test_exactly_k_gates_are_nonzero_and_sum_to_one(
@@ -85,5 +84,3 @@ def test_training_gate_adds_noise_while_training_only() -> None:
     served = gate.eval()(hidden_states)
     for got, expected in zip(served, plain(hidden_states), strict=True):
         assert torch.equal(got, expected)
-
-

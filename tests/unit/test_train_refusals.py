@@ -148,7 +148,8 @@ def test_a_disk_that_fills_while_saving_leaves_the_state_before(
         if report.steps_done == 5:
             small_files(10_000)
 
-    with pytest.raises(TrainingFailedError, match=r"the state of step 10 cannot be written: .*--resume"):  # fmt: skip
+    refused = r"the state of step 10 cannot be written: .*--resume"
+    with pytest.raises(TrainingFailedError, match=refused):
         train(tiny_config(), [grammar], tmp_path, watcher=Watcher(on_step=fill_after_the_first))
     assert os.listdir(tmp_path) == [STATE_FILE]
     small_files(resource.RLIM_INFINITY)
