@@ -96,13 +96,11 @@ class _Display:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[tokens_per_s]:,.0f} tokens/s"),
+            TextColumn("{task.fields[pace]}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self._task = self._progress.add_task(
-            "starting", total=steps, loss=float("nan"), tokens_per_s=0.0
-        )
+        self._task = self._progress.add_task("starting", total=steps, pace="")
 
     def __enter__(self) -> _Display:
         self._progress.start()
@@ -119,8 +117,7 @@ class _Display:
         self._progress.update(
             self._task,
             completed=report.steps_done,
-            loss=report.loss,
-            tokens_per_s=report.tokens_per_s,
+            pace=f"loss {report.loss:.3f}  {report.tokens_per_s:,.0f} tokens/s",
         )
 
 

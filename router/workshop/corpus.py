@@ -136,7 +136,9 @@ def windows(
 def _read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise TrainingError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     if not text.strip():
         raise TrainingError(f"{path}: the text is empty; training needs at least one document")

@@ -48,7 +48,7 @@ def make_out(out: Path, num_parameters: int) -> None:
         free_bytes = shutil.disk_usage(out).free
     except OSError as error:
         raise TrainingFailedError(
-            f"{out}: cannot be made: {error}; name a folder that you may write to"
+            f"{out}: cannot be made: {error.strerror}; name a folder that you may write to"
         ) from error
     needed_bytes = num_parameters * _BYTES_PER_PARAMETER
     if free_bytes < needed_bytes:

@@ -131,7 +131,7 @@ worse beyond that length.
 
 {_perplexities(record)}
 
-{_experts(figures, picture)}
+{_experts(record, picture)}
 
 {_recipe(record)}"""
 
@@ -167,8 +167,10 @@ def _perplexities(record: Record) -> str:
     )
 
 
-def _experts(figures: Figures, picture: str | None) -> str:
-    num_experts = len(figures.expert_shares[0])
+def _experts(record: Record, picture: str | None) -> str:
+    figures = record.figures
+    num_experts = record.config.model.num_local_experts
+    num_experts_per_tok = record.config.model.num_experts_per_tok
     lines = [
         "Share of the held-out tokens' expert assignments, in %:",
         "",
@@ -183,7 +185,9 @@ def _experts(figures: Figures, picture: str | None) -> str:
         lines += ["", "Which tokens each expert takes:", "", f"![Which tokens]({picture})"]
     lines += [
         "",
-        f"The strongest leanings; {100 / num_experts:.1f} % would be none:",
+        f"The strongest leanings. None would be {100 / num_experts:.1f} %; more than "
+        f"{100 / num_experts_per_tok:.0f} % cannot be, since a token has {num_experts_per_tok} "
+        "experts:",
         "",
         "| Of the assignments of | in layer | go to expert | % |",
         "|---|---|---|---|",

@@ -184,5 +184,7 @@ def load_config(path: Path) -> TrainingConfig:
             for item in error.errors()
         )
         raise TrainingError(f"{path}: {problems}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise TrainingError(f"{path}: cannot be read as YAML: {error}") from error

@@ -105,4 +105,4 @@ def test_bad_usage(words: list[str], message: str, capsys: pytest.CaptureFixture
 
 def test_a_text_that_is_not_there_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--text", "no.txt"]) == 2
-    assert "no.txt: cannot be read as UTF-8 text" in capsys.readouterr().err
+    assert "no.txt: cannot be read: No such file or directory" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from router.workshop.report import Record
+from router.workshop.report import Record, strongest_leanings
 from router.workshop.settings import TrainingConfig, TrainingError
 from router.workshop.state import STATE_FILE
 from router.workshop.train import StoppedError, Watcher, train
@@ -165,6 +165,11 @@ def test_record_card_and_picture_are_beside_the_checkpoint(trained: Trained) -> 
     # Two layers, each with two experts of 3 * 16 * 16 that a token does not take.
     assert figures.num_parameters - figures.num_active_parameters == 2 * 2 * 768
     assert figures.num_parameters == sum(tensor.numel() for tensor in weights(out).values())
+    leanings = strongest_leanings(figures)
+    assert [share for share, *_ in leanings] == sorted((s for s, *_ in leanings), reverse=True)
+    for share, kind, layer_id, expert_id in leanings:
+        shares = {**figures.kind_shares, **figures.source_shares}[kind]
+        assert share == shares[layer_id][expert_id] == max(max(row) for row in shares)
     card = (out / "README.md").read_text(encoding="utf-8")
     assert f"| {figures.num_active_parameters:,} | {figures.heldout_perplexity:.2f} |" in card
     assert "expertmesh train train.yaml --text grammar.txt --out tiny\n" in card

@@ -69,8 +69,8 @@ def test_json_is_the_record_of_the_run(words: list[str], tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({2: "--text", 3: "no.txt"}, "no.txt: cannot be read as UTF-8 text"),
-        ({1: "no.yaml"}, "no.yaml: cannot be read as YAML"),
+        ({2: "--text", 3: "no.txt"}, "no.txt: cannot be read: No such file or directory"),
+        ({1: "no.yaml"}, "no.yaml: cannot be read: No such file or directory"),
         ({}, "nothing to resume"),
     ],
 )
