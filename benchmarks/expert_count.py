@@ -27,8 +27,8 @@ RECIPE: dict[str, Any] = {
     "holdout_every_blocks": 30,
     "model": {
         "vocab_size": 1024,
-        "hidden_size": 96,
-        "intermediate_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
