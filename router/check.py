@@ -16,7 +16,7 @@ def check_file(path: Path) -> list[str]:
     lines = []
     for name, config in load_deployment(path):
         served = inspect_models(config, f"{path}: applications.{name}.args")
-        actors, routers = config.experts.actors, config.router.replicas
+        actors, routers = config.experts.num_actors, config.router.replicas
         lines.append(
             f"application {name}: {actors} expert actors, {routers} routers per model, "
             f"{config.gateway.replicas} gateways"
