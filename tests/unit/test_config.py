@@ -329,6 +329,22 @@ def test_every_deployment_file_of_ours_is_fine(file: Path) -> None:
     assert any(line.startswith("model ") for line in lines)
 
 
+def test_the_deployment_files_are_those_that_the_documents_name() -> None:
+    assert [file.name for file in SERVE_CONFIGS] == ["cluster.yaml", "gpu.yaml", "multi-node.yaml"]
+
+
+@pytest.mark.parametrize("file", SERVE_CONFIGS, ids=lambda f: f.name)
+def test_every_deployment_file_of_ours_sets_serve_up_alike(file: Path) -> None:
+    first = yaml.safe_load((DEPLOY / "cluster.yaml").read_text(encoding="utf-8"))
+    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for key in ("grpc_options", "logging_config", "controller_options", "proxy_location"):
+        assert document[key] == first[key]
+    # Gateways listen where http_options says, and HAProxy of another machine must reach them.
+    assert document["http_options"]["host"] == (
+        "127.0.0.1" if file.name == "cluster.yaml" else "0.0.0.0"
+    )
+
+
 @pytest.mark.parametrize("file", SERVE_CONFIGS, ids=lambda f: f.name)
 def test_every_deployment_file_of_ours_is_checked_by_the_serve_command(file: Path) -> None:
     for app in yaml.safe_load(file.read_text(encoding="utf-8"))["applications"]:
