@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from cluster.errors import ExpertMeshError, OverloadedError, UnavailableError
@@ -12,23 +12,18 @@ from router.protos import inference_pb2
 
 
 class Attempts:
-    """The attempts of one request within its time; used by one thread."""
+    """The attempts of one request within its time; nothing here waits."""
 
     def __init__(
         self,
         request: Any,
         timeout_s: float,
         retries: Retries | None,
-        wait: Callable[[float], bool],
     ) -> None:
-        """``retries`` is ``None`` for a request that is tried once.
-
-        ``wait(delay_s)`` waits, and returns whether there is any use in going on.
-        """
+        """``retries`` is ``None`` for a request that is tried once."""
         self.is_first = True
         self._request = request
         self._retries = retries
-        self._wait = wait
         self._deadline_s = time.monotonic() + timeout_s
         # Not made before they are there: nobody has checked yet how many were asked for.
         self._choices: dict[int, Any] = {}
@@ -68,14 +63,15 @@ class Attempts:
         """Return whether every choice's end has come."""
         return sum(choice.finished for choice in self._choices.values()) == self._num_choices
 
-    def failed(self, error: ExpertMeshError) -> None:
-        """Wait until the request may be tried again; raises ``error`` where it must not be."""
+    def failed(self, error: ExpertMeshError) -> float:
+        """Return the seconds after which to try again; raises ``error`` where one must not."""
         if self._retries is None or not self._is_passing(error):
             raise error
         delay_s = self._retries.next_delay_s(self.remaining_s, error.retry_after_s)
-        if delay_s is None or not self._wait(delay_s):
+        if delay_s is None:
             raise error
         self.is_first = False
+        return delay_s
 
     def succeeded(self) -> None:
         """Note that the request is answered."""

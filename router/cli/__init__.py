@@ -1,5 +1,16 @@
 """The ``expertmesh`` command; each of its commands is a module here."""
 
-from router.cli.app import main
+from __future__ import annotations
 
-__all__ = ["main"]
+import sys
+
+
+def main() -> None:
+    """Run the command line; the entry point of the installed command."""
+    try:
+        # Imported here, so that Ctrl-C during the imports shows no stack either.
+        from router.cli.app import app
+
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)

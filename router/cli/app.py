@@ -5,25 +5,37 @@ Neither torch nor ray nor transformers is imported before a command that needs i
 
 from __future__ import annotations
 
-import typer
+from typing import Any
 
+import typer
+from typer.core import TyperGroup
+
+from router.cli.chat import chat
 from router.cli.check import check
+from router.cli.common import exit_codes
 from router.cli.generate import generate
 from router.cli.status import status
 
+
+class _Commands(TyperGroup):
+    """All commands; an error of any is one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with exit_codes():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     help="Serve Mixture-of-Experts models from expert actors.\n\n"
     "Exit codes: 0 ok, 1 the server refused or failed, 2 bad usage or configuration, "
     "3 no server answers at the address, 130 interrupted.",
 )
 app.command()(generate)
+app.command()(chat)
 app.command()(status)
 app.command()(check)
-
-
-def main() -> None:
-    """Run the command line; the entry point of the installed command."""
-    app()

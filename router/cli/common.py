@@ -18,23 +18,33 @@ from cluster.errors import CheckpointError, ConfigError, ExpertMeshError
 from router.client import UnreachableError
 
 REFUSED, BAD_USAGE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
+# What a model writes is not to move the cursor, recolour or retitle a terminal.
+_CONTROLS = {code: "�" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 Address = Annotated[
     str, typer.Option(envvar="EXPERTMESH_ADDRESS", help="host:port of the gRPC gateway.")
 ]
+Model = Annotated[str, typer.Option(help="Model id; by default the first served.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate.")]
+Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest token.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from this share of likelihood.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from so many tokens; 0: all.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")]
+Timeout = Annotated[float, typer.Option(min=0.001, help="Seconds that an answer may take.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 @contextmanager
-def exit_codes(address: str = "") -> Iterator[None]:
-    """Turn errors into one line on stderr and an exit code; ``address`` is the server's, if any.
+def exit_codes() -> Iterator[None]:
+    """Turn errors into one line on stderr and an exit code; ``app.py`` puts it around all commands.
 
     Wrong configurations and checkpoints are 2, no server 3, Ctrl-C 130, every other error 1.
     """
     try:
         yield
-    except UnreachableError:
-        fail(f"no ExpertMesh server answers at {address}; is `serve run` running?", UNREACHABLE)
+    except UnreachableError as error:
+        fail(f"{error}; is `serve run` running?", UNREACHABLE)
     except (ConfigError, CheckpointError) as error:
         fail(str(error), BAD_USAGE)
     except ExpertMeshError as error:
@@ -53,6 +63,11 @@ def write(text: str) -> None:
     """Write to stdout at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def write_generated(text: str) -> None:
+    """Write a model's text to stdout at once; to a terminal without control characters."""
+    write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
 
 
 def write_json(value: Any, indent: int | None = None) -> None:

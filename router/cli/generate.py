@@ -8,26 +8,36 @@ from typing import Annotated
 
 import typer
 
-from router.cli.common import Address, AsJson, exit_codes, write, write_json
+from router.cli.common import (
+    Address,
+    AsJson,
+    MaxTokens,
+    Model,
+    Seed,
+    Stop,
+    Temperature,
+    Timeout,
+    TopK,
+    TopP,
+    write,
+    write_generated,
+    write_json,
+)
 from router.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client, Reply, Sampling
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
-    model: Annotated[str, typer.Option(help="Model id; by default the first served.")] = "",
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample from this share of likelihood.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from so many tokens; 0: all.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; repeatable.")
-    ] = None,
+    model: Model = "",
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    stop: Stop = None,
     address: Address = DEFAULT_ADDRESS,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds.")] = DEFAULT_TIMEOUT_S,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt.
@@ -44,7 +54,7 @@ def generate(
         seed=seed,
         stop=stop or (),
     )
-    with exit_codes(address), Client(address) as client:
+    with Client(address) as client:
         if stream:
             pieces = client.stream(prompt, sampling, model=model, timeout_s=timeout)
             _print_stream(pieces, as_json)
@@ -53,7 +63,7 @@ def generate(
         if as_json:
             write_json(asdict(reply))
         else:
-            write(reply.text + "\n")
+            write_generated(reply.text + "\n")
 
 
 def _print_stream(pieces: Iterator[Reply], as_json: bool) -> None:
@@ -61,6 +71,6 @@ def _print_stream(pieces: Iterator[Reply], as_json: bool) -> None:
         if as_json:
             write_json(asdict(piece))
         else:
-            write(piece.text)
+            write_generated(piece.text)
     if not as_json:
         write("\n")

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
-from router.cli.common import Address, AsJson, exit_codes, write, write_json
+from router.cli.common import Address, AsJson, write, write_json
 from router.client import DEFAULT_ADDRESS, Client
 
 
@@ -15,7 +15,7 @@ def status(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
 
     Example: expertmesh status --json
     """
-    with exit_codes(address), Client(address) as client:
+    with Client(address) as client:
         told = client.status()
     if as_json:
         write_json(told.to_wire(), indent=2)

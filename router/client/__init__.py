@@ -4,14 +4,18 @@ Needs neither torch nor ray nor transformers. Errors are those of :mod:`cluster.
 the table that the gateway writes them with.
 """
 
-from router.client.sync import DEFAULT_ADDRESS, DEFAULT_RETRY, DEFAULT_TIMEOUT_S, Client
-from router.client.types import ModelInfo, Reply, Sampling, UnreachableError, Usage
+from router.client.aio import AsyncClient
+from router.client.session import DEFAULT_ADDRESS, DEFAULT_RETRY, DEFAULT_TIMEOUT_S
+from router.client.sync import Client
+from router.client.types import Message, ModelInfo, Reply, Sampling, UnreachableError, Usage
 
 __all__ = [
     "DEFAULT_ADDRESS",
     "DEFAULT_RETRY",
     "DEFAULT_TIMEOUT_S",
+    "AsyncClient",
     "Client",
+    "Message",
     "ModelInfo",
     "Reply",
     "Sampling",

@@ -14,6 +14,14 @@ class UnreachableError(UnavailableError):
 
 
 @dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation; ``role`` is ``system``, ``user`` or ``assistant``."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of a whole request: the prompt once, the output of all choices."""
 

@@ -7,8 +7,9 @@ from typing import Any
 import grpc
 
 from cluster.errors import ExpertMeshError
+from cluster.status import ClusterStatus
 from router.attempts import Attempts
-from router.client.types import Reply, Sampling, UnreachableError, Usage
+from router.client.types import ModelInfo, Reply, Sampling, UnreachableError, Usage
 from router.gateway.status import DETAILS_KEY, error_from_grpc, is_from_server
 from router.protos import inference_pb2
 from router.request import TokenLogprobs
@@ -48,14 +49,14 @@ def call_options(attempts: Attempts) -> dict[str, Any]:
     return {"timeout": max(attempts.remaining_s, 0.0), "wait_for_ready": True}
 
 
-def typed_error(error: Any) -> ExpertMeshError:
-    """Return the typed error of a ``grpc.RpcError``."""
+def typed_error(error: Any, address: str) -> ExpertMeshError:
+    """Return the typed error of a ``grpc.RpcError`` at this address."""
     metadata = dict(error.trailing_metadata() or ())
     status_details = metadata.get(DETAILS_KEY)
     code, details = error.code(), error.details() or "no details"
     # A server answers at the request's own timeout, so a deadline without its word is silence.
     if code in _LOST and not is_from_server(status_details):
-        return UnreachableError("no ExpertMesh server answers at this address", retry_after_s=1.0)
+        return UnreachableError(f"no ExpertMesh server answers at {address}", retry_after_s=1.0)
     return error_from_grpc(code, details, status_details)
 
 
@@ -81,8 +82,19 @@ def reply_of(message: Any) -> Reply:
     )
 
 
-def status_wire(answer: Any) -> dict[str, Any]:
-    """Return a ``GetStatusReply`` as :meth:`ClusterStatus.from_wire` takes it."""
+def choices_of(answer: Any) -> list[Reply]:
+    """Return all choices of a ``GenerateReply``, by index."""
+    return [reply_of(answer), *(reply_of(choice) for choice in answer.other_choices)]
+
+
+def models_of(answer: Any) -> list[ModelInfo]:
+    """Return the models of a ``GetModelInfoReply``."""
+    names = ModelInfo.__dataclass_fields__
+    return [ModelInfo(**{name: getattr(one, name) for name in names}) for one in answer.models]
+
+
+def status_of(answer: Any) -> ClusterStatus:
+    """Return what a ``GetStatusReply`` tells."""
     actors = [
         {
             "actor_id": actor.actor_id,
@@ -95,7 +107,7 @@ def status_wire(answer: Any) -> dict[str, Any]:
         }
         for actor in answer.actors
     ]
-    return {
+    wire = {
         "models": list(answer.models),
         "epoch": answer.epoch,
         "placement_version": answer.placement_version,
@@ -107,3 +119,4 @@ def status_wire(answer: Any) -> dict[str, Any]:
         "min_copies": answer.min_copies,
         "live_copies": answer.live_copies,
     }
+    return ClusterStatus.from_wire(wire)

@@ -18,17 +18,12 @@ from router.gateway.openai_fields import (
 from router.gateway.validate import RawRequest
 from router.request import TokenLogprobs
 
-_ROLES = ("system", "developer", "user", "assistant")
-MAX_MESSAGES = 4096
-
 
 def parse_chat(body: dict[str, Any], service: GenerationService, request_id: str) -> ChatCall:
-    """Check a body and render its messages by the model's chat template."""
+    """Check a body; its messages are rendered by the model's chat template."""
     given = known_fields(body, CHAT)
     stream, include_usage = stream_options(given)
     return_token_ids = checks.boolean(given.get("return_token_ids", False), "return_token_ids")
-    messages = _messages(given.get("messages"))
-    tokenizer = service.model(given.get("model", "")).tokenizer
     sampling = {name: given[name] for name in SAMPLING_FIELDS if name in given}
     field_names = {"logprobs": "top_logprobs"}
     if "max_completion_tokens" in given:
@@ -44,56 +39,15 @@ def parse_chat(body: dict[str, Any], service: GenerationService, request_id: str
         raise InvalidRequestError("is allowed only with logprobs true", "top_logprobs")
     raw = RawRequest(
         model=given.get("model", ""),
-        prompt=tokenizer.chat_prompt(messages),
+        prompt=given.get("messages"),
         sampling=sampling,
         options={name: given[name] for name in OPTION_FIELDS if name in given},
-        rendered=True,
-        default_max_tokens=None,
+        is_chat=True,
         prompt_field="messages",
         field_names=field_names,
         streamed=stream,
     )
     return ChatCall(request_id, [service.check(raw)], stream, include_usage, return_token_ids)
-
-
-def _messages(given: Any) -> list[dict[str, str]]:
-    if not isinstance(given, list) or not given:
-        raise InvalidRequestError(checks.wrong(given, "a list of at least one message"), "messages")
-    if len(given) > MAX_MESSAGES:
-        raise InvalidRequestError(f"has {len(given)} messages; at most {MAX_MESSAGES}", "messages")
-    return [_message(one, f"messages[{place}]") for place, one in enumerate(given)]
-
-
-def _message(message: Any, where: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise InvalidRequestError(checks.wrong(message, "a mapping with role and content"), where)
-    given = {name: value for name, value in message.items() if value is not None}
-    unknown = [name for name in given if name not in ("role", "content", "name")]
-    if unknown:
-        raise InvalidRequestError(
-            "is not supported; allowed: role, content, name", f"{where}.{unknown[0]}"
-        )
-    role = given.get("role")
-    if role not in _ROLES:
-        raise InvalidRequestError(
-            checks.wrong(role, f"one of {', '.join(_ROLES)}"), f"{where}.role"
-        )
-    # Templates know OpenAI's newer name for a system message as little as models do.
-    known_role = "system" if role == "developer" else str(role)
-    return {"role": known_role, "content": _content(given.get("content"), f"{where}.content")}
-
-
-def _content(content: Any, where: str) -> str:
-    if not isinstance(content, list):
-        return checks.text(content, where)
-    texts: list[str] = []
-    for place, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text" or set(part) - {"type", "text"}:
-            raise InvalidRequestError(
-                checks.wrong(part, 'a part {"type": "text", "text": …}'), f"{where}[{place}]"
-            )
-        texts.append(checks.text(part.get("text"), f"{where}[{place}].text"))
-    return "".join(texts)
 
 
 class ChatCall(OpenAiCall):

@@ -146,10 +146,7 @@ def _parse(message_type: Any, data: bytes) -> Any:
 
 
 def _raw_request(request: Any, streamed: bool) -> RawRequest:
-    which = request.WhichOneof("input")
-    if which is None:
-        raise InvalidRequestError("is missing; give it or prompt_token_ids", "prompt")
-    is_text = which == "prompt"
+    prompt, prompt_field = _prompt(request)
     given = request.sampling
     sampling: dict[str, object] = {
         name: getattr(given, name) for name in _SAMPLING_FIELDS if given.HasField(name)
@@ -158,14 +155,15 @@ def _raw_request(request: Any, streamed: bool) -> RawRequest:
         sampling["stop"] = list(given.stop)
     return RawRequest(
         model=request.model,
-        prompt=request.prompt if is_text else list(request.prompt_token_ids.ids),
+        prompt=prompt,
+        is_chat=prompt_field == "messages",
         sampling=sampling,
         options={
             name: getattr(request, name)
             for name in ("timeout_s", "on_expert_loss")
             if request.HasField(name)
         },
-        prompt_field="prompt" if is_text else "prompt_token_ids.ids",
+        prompt_field=prompt_field,
         sampling_prefix="sampling.",
         streamed=streamed,
         resume=[
@@ -173,6 +171,21 @@ def _raw_request(request: Any, streamed: bool) -> RawRequest:
             for choice in request.resume
         ],
     )
+
+
+def _prompt(request: Any) -> tuple[object, str]:
+    """Return the request's one input, and where it stands."""
+    which = request.WhichOneof("input")
+    if request.messages:
+        if which is not None:
+            raise InvalidRequestError(f"cannot be given together with {which}", "messages")
+        messages = [{"role": one.role, "content": one.content} for one in request.messages]
+        return messages, "messages"
+    if which is None:
+        raise InvalidRequestError("is missing; give it, prompt_token_ids or messages", "prompt")
+    if which == "prompt":
+        return request.prompt, "prompt"
+    return list(request.prompt_token_ids.ids), "prompt_token_ids.ids"
 
 
 def _whole_reply(index: int, whole: Collected, tokenizer: Tokenizer) -> Any:

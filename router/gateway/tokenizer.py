@@ -72,9 +72,7 @@ class Tokenizer:
         from jinja2 import TemplateError
 
         if not self._tokenizer.chat_template:
-            raise InvalidRequestError(
-                "this model has no chat template; use /v1/completions", "messages"
-            )
+            raise InvalidRequestError("this model has no chat template; send a prompt", "messages")
         try:
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True

@@ -16,6 +16,7 @@ from cluster.config import GatewayConfig
 from cluster.contract import ON_EXPERT_LOSS
 from cluster.errors import InvalidRequestError, UnknownModelError
 from router.gateway import checks
+from router.gateway.conversation import check_messages
 from router.gateway.models import ServedModel
 from router.request import GenerationRequest, Received, SamplingParams
 
@@ -29,21 +30,20 @@ DEFAULT_MAX_TOKENS = 16
 class RawRequest:
     """What a client asked for, unchecked.
 
-    ``prompt`` is a text or a sequence of token ids; a ``rendered`` one comes from a chat template
-    and has its special tokens already. ``sampling`` and ``options`` hold only what the client set:
-    the fields of ``SamplingParams`` and ``stop``; ``timeout_s`` and ``on_expert_loss``.
-    ``default_max_tokens`` ``None`` is all that is left of the context. ``prompt_field`` and
-    ``field_names`` are how the caller writes the fields; ``sampling_prefix`` stands before those of
-    ``sampling``. ``streamed`` says that the answer is wanted piece by piece. ``resume`` has, for a
-    request that goes on, each choice's tokens so far and whether it is finished.
+    ``prompt`` is a text or a sequence of token ids; with ``is_chat`` it is a list of messages,
+    which the model's chat template renders, and the answer may fill the context. ``sampling`` and
+    ``options`` hold only what the client set: the fields of ``SamplingParams`` and ``stop``;
+    ``timeout_s`` and ``on_expert_loss``. ``prompt_field`` and ``field_names`` are how the caller
+    writes the fields; ``sampling_prefix`` stands before those of ``sampling``. ``streamed`` says
+    that the answer is wanted piece by piece. ``resume`` has, for a request that goes on, each
+    choice's tokens so far and whether it is finished.
     """
 
     model: object
     prompt: object
     sampling: Mapping[str, object]
     options: Mapping[str, object] = field(default_factory=dict)
-    rendered: bool = False
-    default_max_tokens: int | None = DEFAULT_MAX_TOKENS
+    is_chat: bool = False
     prompt_field: str = "prompt"
     sampling_prefix: str = ""
     field_names: Mapping[str, str] = field(default_factory=dict)
@@ -154,8 +154,11 @@ class Validator:
 def _prompt_ids(raw: RawRequest, model: ServedModel) -> tuple[int, ...]:
     context = model.info.max_model_len
     where = raw.prompt_field
-    if isinstance(raw.prompt, str):
-        text = checks.text(raw.prompt, where)
+    prompt = raw.prompt
+    if raw.is_chat:
+        prompt = model.tokenizer.chat_prompt(check_messages(prompt, where))
+    if isinstance(prompt, str):
+        text = checks.text(prompt, where)
         if not text:
             raise InvalidRequestError("is empty; at least one token is needed", where)
         # Tokenising takes time in proportion, so text that cannot fit is refused before it.
@@ -163,9 +166,9 @@ def _prompt_ids(raw: RawRequest, model: ServedModel) -> tuple[int, ...]:
             raise InvalidRequestError(
                 f"has {len(text)} characters, more than {context} tokens can hold", where
             )
-        ids = tuple(model.tokenizer.encode(text, add_special_tokens=not raw.rendered))
+        ids = tuple(model.tokenizer.encode(text, add_special_tokens=not raw.is_chat))
     else:
-        ids = _check_ids(raw.prompt, model.info.vocab_size, where)
+        ids = _check_ids(prompt, model.info.vocab_size, where)
     if not ids:
         raise InvalidRequestError("is empty; at least one token is needed", where)
     if len(ids) >= context:
@@ -188,7 +191,7 @@ def _check_max_tokens(raw: RawRequest, model: ServedModel, prompt_len: int) -> i
     context = model.info.max_model_len
     left = context - prompt_len
     if "max_tokens" not in raw.sampling:
-        return left if raw.default_max_tokens is None else min(raw.default_max_tokens, left)
+        return left if raw.is_chat else min(DEFAULT_MAX_TOKENS, left)
     where = raw.path("max_tokens")
     max_tokens = checks.integer(raw.sampling["max_tokens"], where, 1, context)
     if max_tokens > left:

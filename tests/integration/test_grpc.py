@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -13,8 +14,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
+from transformers import AutoTokenizer
 
-from router.client import Client, Sampling
+from experts.checkpoint import resolve_folder
+from router.client import AsyncClient, Client, Message, Sampling
 from router.protos import inference_pb2, inference_pb2_grpc
 from tests.cluster_fixture import (
     LAYERS,
@@ -40,6 +43,34 @@ def test_text_in_and_text_out(served: ServedCluster) -> None:
     assert reply.usage is not None
     assert reply.usage.completion_tokens == 12
     assert reply.usage.prompt_tokens > 0
+
+
+def test_the_asynchronous_client_asks_many_at_once_and_hears_the_same(
+    served: ServedCluster,
+) -> None:
+    prompts = [f"In the year {year}" for year in range(6)]
+    alone = [served.client.generate(one, greedy(8), model=TINY)[0] for one in prompts]
+
+    async def ask(client: AsyncClient, prompt: str) -> tuple[str, tuple[int, ...]]:
+        pieces = [one async for one in client.stream(prompt, greedy(8), model=TINY)]
+        return "".join(p.text for p in pieces), tuple(t for p in pieces for t in p.token_ids)
+
+    async def ask_all() -> list[tuple[str, tuple[int, ...]]]:
+        async with asyncio.timeout(60), AsyncClient(served.grpc_address) as client:
+            assert [model.id for model in await client.model_info()] == [TINY, RANDOM]
+            return await asyncio.gather(*(ask(client, prompt) for prompt in prompts))
+
+    assert asyncio.run(ask_all()) == [(one.text, one.token_ids) for one in alone]
+
+
+def test_a_conversation_is_answered_as_its_rendered_text_is(served: ServedCluster) -> None:
+    said = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who?"}]
+    tokenizer = AutoTokenizer.from_pretrained(resolve_folder("models/mesh-tiny"))
+    ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+    messages = [Message(one["role"], one["content"]) for one in said]
+    [chat] = served.client.generate(messages=messages, sampling=greedy(10), model=TINY)
+    [plain] = served.client.generate(ids, greedy(10), model=TINY)
+    assert chat == plain
 
 
 def test_without_a_model_the_first_served_one_answers(served: ServedCluster) -> None:

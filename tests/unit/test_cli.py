@@ -162,7 +162,7 @@ def test_check_of_something_wrong_is_one_line_and_2(
     assert json.loads(told.stdout)["error"]["field"] == error.field
 
 
-@pytest.mark.parametrize("command", ["generate", "status", "check"])
+@pytest.mark.parametrize("command", ["generate", "chat", "status", "check"])
 def test_help_has_an_example(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -176,7 +176,7 @@ def test_help_tells_the_exit_codes() -> None:
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
-        ("router.cli", ("torch", "ray", "transformers", "tokenizers", "numpy", "fastapi")),
+        ("router.cli.app", ("torch", "ray", "transformers", "tokenizers", "numpy", "fastapi")),
         ("router.control", ("torch", "transformers")),
         ("router.gateway.deployment", ("torch", "transformers")),
         ("router.gateway.ray_upstream", ("torch", "transformers")),

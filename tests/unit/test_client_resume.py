@@ -1,4 +1,7 @@
-"""Our client when its server dies: streams go on, calls are made again, within their deadline."""
+"""Our clients when their server dies: streams go on, calls are made again, within their deadline.
+
+The asynchronous client is asked the same as the other.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from router.attempts import Attempts
 from router.client import Client, Reply, Sampling, UnreachableError
 from router.protos import inference_pb2
 from router.request import GenerationRequest
+from tests.unit.blocking_client import BlockingAsyncClient
 from tests.unit.gateway_fakes import FakeUpstream, goes_on, grpc_server, says, tokenizer
 
 TEXT = " was 🚀 the q🚀"
@@ -28,15 +32,30 @@ STOP = "🚀 the q"
 IDS = tokenizer().encode(TEXT)
 TOKENS_TO_STOP = len(tokenizer().encode(" was " + STOP))
 QUICK = RetryPolicy(first_delay_s=0.01, max_delay_s=0.05)
+Connect = type[Client] | type[BlockingAsyncClient]
+
+
+@pytest.fixture(params=[Client, BlockingAsyncClient])
+def connect(request: pytest.FixtureRequest) -> Connect:
+    chosen: Connect = request.param
+    return chosen
+
+
+def each_break(counts: int) -> list[tuple[Connect, int]]:
+    """Every place to break a stream at; those of the asynchronous client are a few."""
+    some = {0, counts // 2, counts - 1}
+    return [(Client, count) for count in range(counts)] + [
+        (BlockingAsyncClient, count) for count in sorted(some)
+    ]
 
 
 def broken_stream(
-    sampling: Sampling, first: FakeUpstream, second: FakeUpstream, count: int
+    connect: Connect, sampling: Sampling, first: FakeUpstream, second: FakeUpstream, count: int
 ) -> list[Reply]:
     """Read ``count`` pieces from one server and the rest, after its death, from another."""
     pieces: list[Reply] = []
     with grpc_server(first) as address:
-        client = Client(address, retry=QUICK)
+        client = connect(address, retry=QUICK)
         stream = client.stream("in", sampling, model="tiny", timeout_s=30)
         client.model_info()  # it has reached a server, also where no token comes from it
         for _ in range(count):
@@ -52,11 +71,11 @@ def joined(pieces: Sequence[Reply], index: int = 0) -> tuple[str, tuple[int, ...
     return "".join(p.text for p in own), tuple(t for p in own for t in p.token_ids)
 
 
-@pytest.mark.parametrize("count", range(len(IDS)))
-def test_a_stream_goes_on_where_it_broke(count: int) -> None:
+@pytest.mark.parametrize(("connect", "count"), each_break(len(IDS)))
+def test_a_stream_goes_on_where_it_broke(connect: Connect, count: int) -> None:
     first = FakeUpstream(goes_on(TEXT, upto=count), endless=True)
     second = FakeUpstream(goes_on(TEXT))
-    pieces = broken_stream(Sampling(max_tokens=20, logprobs=1), first, second, count)
+    pieces = broken_stream(connect, Sampling(max_tokens=20, logprobs=1), first, second, count)
     assert joined(pieces) == (TEXT, tuple(IDS))
     assert [row.top_ids for piece in pieces for row in piece.logprobs] == [(i,) for i in IDS]
     assert [piece.usage is not None for piece in pieces] == [False] * (len(pieces) - 1) + [True]
@@ -69,25 +88,25 @@ def test_a_stream_goes_on_where_it_broke(count: int) -> None:
         assert again.sampling == first.requests[0].sampling
 
 
-@pytest.mark.parametrize("count", range(TOKENS_TO_STOP))
-def test_a_stop_string_across_the_break_is_found(count: int) -> None:
+@pytest.mark.parametrize(("connect", "count"), each_break(TOKENS_TO_STOP))
+def test_a_stop_string_across_the_break_is_found(connect: Connect, count: int) -> None:
     sampling = Sampling(max_tokens=30, stop=[STOP])
     whole = FakeUpstream(goes_on(TEXT))
-    with grpc_server(whole) as address, Client(address) as client:
+    with grpc_server(whole) as address, connect(address) as client:
         expected = joined(list(client.stream("in", sampling, model="tiny")))
     first = FakeUpstream(goes_on(TEXT, upto=count), endless=True)
-    pieces = broken_stream(sampling, first, FakeUpstream(goes_on(TEXT)), count)
+    pieces = broken_stream(connect, sampling, first, FakeUpstream(goes_on(TEXT)), count)
     assert joined(pieces) == expected
     assert pieces[-1].finish_reason == "stop"
     assert expected[0] == " was "
 
 
-def test_each_choice_goes_on_and_a_finished_one_is_not_asked_for_again() -> None:
+def test_each_choice_goes_on_and_a_finished_one_is_not_asked_for_again(connect: Connect) -> None:
     long, short = " was the word", " was"
     first = FakeUpstream(goes_on(short, long, upto=2), endless=True)
     count = len(tokenizer().encode(short)) + 2
     second = FakeUpstream(goes_on(short, long))
-    pieces = broken_stream(Sampling(n=2, max_tokens=20), first, second, count)
+    pieces = broken_stream(connect, Sampling(n=2, max_tokens=20), first, second, count)
     assert joined(pieces, 0) == (short, tuple(tokenizer().encode(short)))
     assert joined(pieces, 1) == (long, tuple(tokenizer().encode(long)))
     assert [one.finished for one in second.requests[0].received] == [True, False]
@@ -98,7 +117,7 @@ def test_each_choice_goes_on_and_a_finished_one_is_not_asked_for_again() -> None
 def test_another_attempt_has_what_is_left_of_the_time_and_what_has_come() -> None:
     request = inference_pb2.GenerateRequest(prompt="in", timeout_s=10)
     request.sampling.n = 2
-    attempts = Attempts(request, 10, Retries(QUICK, RetryBudget()), wait=lambda _: True)
+    attempts = Attempts(request, 10, Retries(QUICK, RetryBudget()))
     assert attempts.request() == request
     attempts.took(1, (5, 6), None, True)
     attempts.failed(UnavailableError("away"))
@@ -111,11 +130,11 @@ def test_another_attempt_has_what_is_left_of_the_time_and_what_has_come() -> Non
     assert not request.resume
 
 
-def test_a_call_without_a_stream_is_made_again_with_the_same_seed() -> None:
+def test_a_call_without_a_stream_is_made_again_with_the_same_seed(connect: Connect) -> None:
     first, second = FakeUpstream(lambda _: [], endless=True), FakeUpstream(says(TEXT))
     replies: list[list[Reply]] = []
     with grpc_server(first) as address:
-        client = Client(address, retry=QUICK)
+        client = connect(address, retry=QUICK)
         client.model_info()
         asking = threading.Thread(
             target=lambda: replies.append(client.generate("in", model="tiny", timeout_s=30))
@@ -144,9 +163,11 @@ def failing(times: int, error: ExpertMeshError, before: int = 0) -> FakeUpstream
     return upstream
 
 
-def test_unavailable_is_tried_again_after_the_time_that_the_server_asks_for() -> None:
+def test_unavailable_is_tried_again_after_the_time_that_the_server_asks_for(
+    connect: Connect,
+) -> None:
     upstream = failing(2, UnavailableError("away", retry_after_s=0.2))
-    with grpc_server(upstream) as address, Client(address, retry=QUICK) as client:
+    with grpc_server(upstream) as address, connect(address, retry=QUICK) as client:
         started_s = time.monotonic()
         [reply] = client.generate("in", timeout_s=30)
         assert reply.text == TEXT
@@ -154,38 +175,40 @@ def test_unavailable_is_tried_again_after_the_time_that_the_server_asks_for() ->
         assert len(upstream.requests) == 3
 
 
-def test_a_full_queue_refuses_a_new_request_but_not_one_that_goes_on() -> None:
+def test_a_full_queue_refuses_a_new_request_but_not_one_that_goes_on(connect: Connect) -> None:
     new = failing(1, OverloadedError("full", retry_after_s=0.01))
-    with grpc_server(new) as address, Client(address, retry=QUICK) as client:
+    with grpc_server(new) as address, connect(address, retry=QUICK) as client:
         with pytest.raises(OverloadedError):
             client.generate("in", timeout_s=30)
         assert len(new.requests) == 1
     going = failing(1, OverloadedError("full", retry_after_s=0.01), before=2)
-    with grpc_server(going) as address, Client(address, retry=QUICK) as client:
+    with grpc_server(going) as address, connect(address, retry=QUICK) as client:
         pieces = list(client.stream("in", Sampling(max_tokens=20), timeout_s=30))
         assert joined(pieces) == (TEXT, tuple(IDS))
 
 
 @pytest.mark.parametrize("error", [InternalError("odd"), InvalidRequestError("bad", "prompt")])
-def test_what_cannot_pass_is_not_tried_again(error: ExpertMeshError) -> None:
+def test_what_cannot_pass_is_not_tried_again(connect: Connect, error: ExpertMeshError) -> None:
     upstream = failing(1, error)
-    with grpc_server(upstream) as address, Client(address, retry=QUICK) as client:
+    with grpc_server(upstream) as address, connect(address, retry=QUICK) as client:
         with pytest.raises(type(error)):
             client.generate("in", timeout_s=30)
         assert len(upstream.requests) == 1
 
 
-def test_a_number_of_choices_that_nobody_can_have_is_the_servers_to_refuse() -> None:
-    with grpc_server(FakeUpstream(says(TEXT))) as address, Client(address) as client:
+def test_a_number_of_choices_that_nobody_can_have_is_the_servers_to_refuse(
+    connect: Connect,
+) -> None:
+    with grpc_server(FakeUpstream(says(TEXT))) as address, connect(address) as client:
         for n in (0, -1, 2**62):
             with pytest.raises(InvalidRequestError) as caught:
                 list(client.stream("in", Sampling(n=n)))
             assert caught.value.field == "sampling.n"
 
 
-def test_without_a_policy_everything_is_tried_once() -> None:
+def test_without_a_policy_everything_is_tried_once(connect: Connect) -> None:
     upstream = failing(9, UnavailableError("away", retry_after_s=0.0), before=1)
-    with grpc_server(upstream) as address, Client(address, retry=None) as client:
+    with grpc_server(upstream) as address, connect(address, retry=None) as client:
         for attempt in (client.generate, client.stream):
             with pytest.raises(UnavailableError):
                 list(attempt("in", timeout_s=30))
@@ -193,10 +216,10 @@ def test_without_a_policy_everything_is_tried_once() -> None:
         assert upstream.requests[0].sampling.seed != upstream.requests[1].sampling.seed
 
 
-def test_a_server_that_stays_away_ends_a_stream_at_its_deadline() -> None:
+def test_a_server_that_stays_away_ends_a_stream_at_its_deadline(connect: Connect) -> None:
     upstream = FakeUpstream(goes_on(TEXT, upto=2), endless=True)
     with grpc_server(upstream) as address:
-        client = Client(address, retry=QUICK)
+        client = connect(address, retry=QUICK)
         started_s = time.monotonic()
         stream = client.stream("in", model="tiny", timeout_s=1.5)
         assert next(stream).token_ids
@@ -205,25 +228,25 @@ def test_a_server_that_stays_away_ends_a_stream_at_its_deadline() -> None:
     assert 1.0 < time.monotonic() - started_s < 3.0
 
 
-def test_a_deterministic_failure_ends_with_the_budget() -> None:
+def test_a_deterministic_failure_ends_with_the_budget(connect: Connect) -> None:
     upstream = failing(10_000, UnavailableError("away", retry_after_s=0.0))
-    with grpc_server(upstream) as address, Client(address, retry=RetryPolicy(0, 1, 0)) as client:
+    with grpc_server(upstream) as address, connect(address, retry=RetryPolicy(0, 1, 0)) as client:
         with pytest.raises(UnavailableError):
             client.generate("in", timeout_s=60)
         assert len(upstream.requests) == 100  # half of the budget's tokens
 
 
-def test_an_address_where_nobody_ever_answered_is_told_at_once() -> None:
+def test_an_address_where_nobody_ever_answered_is_told_at_once(connect: Connect) -> None:
     started_s = time.monotonic()
-    with Client("127.0.0.1:1") as client, pytest.raises(UnreachableError):
+    with connect("127.0.0.1:1") as client, pytest.raises(UnreachableError):
         client.generate("in", model="tiny", timeout_s=60)
     assert time.monotonic() - started_s < 10
 
 
-def test_closing_the_client_ends_a_wait_for_its_server() -> None:
+def test_closing_the_client_ends_a_wait_for_its_server(connect: Connect) -> None:
     upstream = FakeUpstream(goes_on(TEXT, upto=1), endless=True)
     with grpc_server(upstream) as address:
-        client = Client(address, retry=RetryPolicy(first_delay_s=60, max_delay_s=60))
+        client = connect(address, retry=RetryPolicy(first_delay_s=60, max_delay_s=60))
         stream = client.stream("in", model="tiny", timeout_s=100)
         assert next(stream).token_ids
     ended = threading.Event()

@@ -21,12 +21,13 @@ from cluster.errors import (
     UnavailableError,
     UnknownModelError,
 )
-from router.client import Client, Sampling, UnreachableError, Usage
+from router.client import Client, Message, Sampling, UnreachableError, Usage
 from router.gateway import grpc_service
 from router.protos import admin_pb2, inference_pb2
 from router.readiness import Readiness
 from router.request import GenerationRequest, TokenEvent
 from tests.unit.gateway_fakes import (
+    CONTEXT,
     STATUS,
     FakeUpstream,
     Servicer,
@@ -111,6 +112,46 @@ def test_generate_fills_every_field_of_the_reply(upstream: FakeUpstream) -> None
     assert reply.logprobs[0].token == tokenizer().token_text(ids[0])
     assert reply.usage.total_tokens == len(tokenizer().encode("in")) + len(ids)
     assert not reply.other_choices
+
+
+def test_a_conversation_is_rendered_by_the_chat_template(
+    client: Client, upstream: FakeUpstream
+) -> None:
+    messages = [Message("developer", "be brief"), Message("user", "in"), Message("assistant", "")]
+    [reply] = client.generate(messages=messages, model="tiny")
+    pieces = list(client.stream(messages=messages, model="tiny"))
+    assert reply.text == "".join(piece.text for piece in pieces) == " was the word 🙂"
+    ids = tuple(tokenizer().encode("system: be brief\nuser: in\nassistant: \nassistant:"))
+    assert [asked.prompt_token_ids for asked in upstream.requests] == [ids, ids]
+    assert upstream.requests[0].sampling.max_tokens == CONTEXT - len(ids)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "messages", "field"),
+    [
+        (None, [], "prompt"),
+        ("in", [Message("user", "in")], "messages"),
+        ([5], [Message("user", "in")], "messages"),
+        (None, [Message("user", "in"), Message("robot", "in")], "messages[1].role"),
+        (None, [Message("", "in")], "messages[0].role"),
+        (None, [Message("user", "in"), Message("system", "in")], "messages"),
+        (None, [Message("user", "in " * CONTEXT)], "messages"),
+        (None, [Message("user", "in")] * 5000, "messages"),
+    ],
+)
+def test_a_request_has_exactly_one_input_that_makes_sense(
+    client: Client, prompt: Any, messages: list[Message], field: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        client.generate(prompt, messages=messages, model="tiny")
+    assert caught.value.field == field
+    assert len(str(caught.value)) < 200
+
+
+def test_a_conversation_with_a_model_without_a_template_is_refused(client: Client) -> None:
+    with pytest.raises(InvalidRequestError, match="no chat template; send a prompt") as caught:
+        client.generate(messages=[Message("user", "in")], model="bare")
+    assert caught.value.field == "messages"
 
 
 def test_choices_beyond_the_first_are_other_choices(upstream: FakeUpstream) -> None:
@@ -436,11 +477,11 @@ def test_the_first_model_is_asked_for_once_and_again_when_it_is_gone(
         client.generate("in")
         list(client.stream("in"))
         assert len(asked) == 1
-        client._default_model = "gone"
+        client._session.first_model = "gone"
         with pytest.raises(UnknownModelError):
             client.generate("in")
         client.generate("in")
-        client._default_model = "gone"
+        client._session.first_model = "gone"
         with pytest.raises(UnknownModelError):
             list(client.stream("in"))
         client.generate("in")

@@ -74,9 +74,14 @@ def test_what_is_given_is_taken() -> None:
 
 def test_default_max_tokens_is_what_is_left_of_the_context() -> None:
     assert check([5] * (CONTEXT - 3)).request.sampling.max_tokens == 3
-    raw = RawRequest("tiny", [5] * 4, {}, default_max_tokens=None)
-    rest = Validator({"tiny": served()}, LIMITS).check(raw)
-    assert rest.request.sampling.max_tokens == CONTEXT - 4
+
+
+def test_the_answer_in_a_conversation_may_fill_the_context() -> None:
+    raw = RawRequest("tiny", [{"role": "user", "content": "hi"}], {}, is_chat=True)
+    request = Validator({"tiny": served()}, LIMITS).check(raw).request
+    rendered = tokenizer().encode("user: hi\nassistant:", add_special_tokens=False)
+    assert request.prompt_token_ids == tuple(rendered)
+    assert request.sampling.max_tokens == CONTEXT - len(rendered)
 
 
 def test_top_k_beyond_the_vocabulary_is_the_vocabulary() -> None:

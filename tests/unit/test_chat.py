@@ -1,0 +1,189 @@
+"""``expertmesh chat`` against a real gRPC server with a scripted upstream."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from cluster.errors import UnavailableError
+from router.cli.app import app
+from router.cli.conversation import Conversation
+from router.client import Message
+from router.request import GenerationRequest
+from tests.unit.gateway_fakes import CONTEXT, FakeUpstream, grpc_server, says, tokenizer
+
+
+@pytest.fixture
+def upstream() -> FakeUpstream:
+    return FakeUpstream(says(" was the word"))
+
+
+@pytest.fixture
+def address(upstream: FakeUpstream) -> Iterator[str]:
+    with grpc_server(upstream) as opened:
+        yield opened
+
+
+def chat(address: str, text: str | bytes, *options: str) -> Result:
+    return CliRunner().invoke(app, ["chat", "--address", address, *options], input=text)
+
+
+def prompt(request: GenerationRequest) -> str:
+    return tokenizer().decode(request.prompt_token_ids)
+
+
+def test_each_line_is_answered_with_all_that_was_said(address: str, upstream: FakeUpstream) -> None:
+    result = chat(address, "in\n\n  the end \n", "--system", "be brief", "--max-tokens", "9")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == "was the word\nwas the word\n"
+    first, second = upstream.requests
+    assert prompt(first) == "system: be brief\nuser: in\nassistant:"
+    assert prompt(second) == (
+        "system: be brief\nuser: in\nassistant: was the word\nuser: the end\nassistant:"
+    )
+    assert first.sampling.max_tokens == 9
+
+
+def test_its_options_reach_the_server(address: str, upstream: FakeUpstream) -> None:
+    options = {"--temperature": 0.5, "--top-p": 0.9, "--top-k": 3, "--seed": 7, "--model": "tiny"}
+    flat = [str(one) for pair in options.items() for one in pair]
+    assert chat(address, "in", *flat, "--stop", "word").stdout == "was the \n"
+    sampling = upstream.requests[0].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 3)
+    assert (sampling.seed, sampling.max_tokens) == (7, CONTEXT // 2)
+
+
+def test_what_no_longer_fits_is_forgotten_and_said(address: str, upstream: FakeUpstream) -> None:
+    questions = ["in the beginning", "the word", "the end", "stop here"]
+    result = chat(address, "\n".join(questions), "--system", "be", "--max-tokens", "24")
+    assert result.exit_code == 0
+    assert result.stdout == "was the word\n" * 4
+    told = "the oldest exchange is forgotten: the context has no room for more\n"
+    assert result.stderr == told * 2
+    *_, last = upstream.requests
+    assert len(upstream.requests) == 4
+    assert prompt(last).startswith("system: be\nuser: the end\n")
+    assert len(last.prompt_token_ids) + 24 <= CONTEXT
+
+
+def test_a_question_that_never_fits_is_refused_and_nothing_is_forgotten(address: str) -> None:
+    result = chat(address, "in\n" + "beginning " * 99, "--max-tokens", "8")
+    assert (result.exit_code, result.stdout) == (1, "was the word\n")
+    assert result.stderr.startswith("expertmesh: messages: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_commands_begin_with_a_slash(address: str, upstream: FakeUpstream) -> None:
+    result = chat(address, "in\n/reset\n//the\n/what now\n/help\n/quit\nnever asked")
+    assert (result.exit_code, result.stdout) == (0, "was the word\n" * 2)
+    assert [prompt(one) for one in upstream.requests] == [
+        "user: in\nassistant:",
+        "user: /the\nassistant:",
+    ]
+    assert "the conversation is forgotten" in result.stderr
+    assert "there is no /what" in result.stderr
+    assert "Ctrl-D" in result.stderr
+
+
+def test_in_a_pipe_the_first_failure_ends_it(address: str, upstream: FakeUpstream) -> None:
+    upstream.script = lambda request: [UnavailableError("away", retry_after_s=900)]
+    result = chat(address, "in\nthe", "--timeout", "5")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "expertmesh: away\n")
+    assert len(upstream.requests) == 1
+    result = chat(address, "in", "--model", "bare")
+    assert result.exit_code == 1
+    assert "no chat template" in result.stderr
+    assert chat("127.0.0.1:1", "in").exit_code == 3
+    result = chat(address, b"\xff\xfe\n")
+    assert (result.exit_code, result.stderr) == (2, "expertmesh: stdin is not UTF-8 text\n")
+
+
+def test_a_conversation_forgets_its_oldest_exchanges_only() -> None:
+    conversation = Conversation("be brief")
+    for question in "abc":
+        conversation.answered(question, f" {question}! ")
+    system, rest = Message("system", "be brief"), [Message("user", "d")]
+    assert conversation.asking("d", without=2) == [
+        system, Message("user", "c"), Message("assistant", "c!"), *rest
+    ]  # fmt: skip
+    conversation.forget(1)
+    assert len(conversation) == 2
+    assert conversation.asking("d")[1] == Message("user", "b")
+    assert Conversation().asking("d") == rest
+
+
+class Terminal:
+    """The command at a pseudo-terminal."""
+
+    def __init__(self, *words: str) -> None:
+        self.leader, follower = pty.openpty()
+        code = "from router.cli import main; main()"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *words],
+            stdin=follower,
+            stdout=follower,
+            stderr=follower,
+            env={**os.environ, "TERM": "xterm"},
+        )
+        os.close(follower)
+        self.shown = ""
+
+    def wait_for(self, text: str, timeout_s: float = 20) -> None:
+        """Read until ``text`` is shown, and forget all up to there."""
+        deadline_s = time.monotonic() + timeout_s
+        while text not in self.shown:
+            left_s = max(0.0, deadline_s - time.monotonic())
+            ready, _, _ = select.select([self.leader], [], [], left_s)
+            assert ready, f"{text!r} is not in {self.shown!r}"
+            self.shown += os.read(self.leader, 4096).decode(errors="replace")
+        self.shown = self.shown.partition(text)[2]
+
+    def interrupt(self, then: str) -> None:
+        """Press Ctrl-C, again where Python's readline has missed it, until ``then`` is shown."""
+        for _ in range(20):
+            self.process.send_signal(signal.SIGINT)
+            with suppress(AssertionError):
+                return self.wait_for(then, timeout_s=1)
+        raise AssertionError(f"{then!r} is not in {self.shown!r}")
+
+    def type(self, text: str) -> None:
+        os.write(self.leader, text.encode())
+
+
+def test_ctrl_c_ends_an_answer_and_ctrl_d_the_command(address: str, upstream: FakeUpstream) -> None:
+    upstream.endless = True  # after these words, which are not the end of the answer
+    upstream.script = says(" was \x1b[2J", finish_reason=None)
+    terminal = Terminal("chat", "--address", address)
+    terminal.wait_for("you>")
+    terminal.type("in\n")
+    terminal.wait_for("was \N{REPLACEMENT CHARACTER}[2J")
+    terminal.interrupt("(stopped)")
+    assert upstream.closed.wait(10)
+    terminal.wait_for("you>")
+    terminal.interrupt("you>")  # at the prompt it only gives a new one
+    upstream.script = lambda request: [UnavailableError("away", retry_after_s=900)]
+    terminal.type("the\n")
+    terminal.wait_for("away")
+    terminal.wait_for("; ask again")
+    terminal.wait_for("you>")
+    upstream.script = says(" the word")
+    terminal.type("the end\n")
+    terminal.wait_for("the word")
+    terminal.wait_for("you>")
+    terminal.type("\x04")
+    assert terminal.process.wait(10) == 0
+    os.close(terminal.leader)
+    assert prompt(upstream.requests[-1]) == (
+        "user: in\nassistant: was \x1b[2J\nuser: the end\nassistant:"
+    )
