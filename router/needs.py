@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from cluster.config import AppConfig
+from cluster.config import AppConfig, ExpertsConfig
 from cluster.frames import DTYPE_BYTES
 from router.plan import PlannedModel
 
@@ -40,7 +41,7 @@ def needs_of(applications: Iterable[tuple[AppConfig, Mapping[str, PlannedModel]]
     experts = routers = 0
     processes = RAY_AND_SERVE_BYTES
     for config, models in applications:
-        copies = 0 if config.experts.num_gpus else config.experts.min_copies
+        copies = config.experts.min_copies * _share_on_host(config.experts)
         for served in config.models:
             shape, value_bytes = models[served.id].shape, DTYPE_BYTES[models[served.id].dtype]
             tokens = config.router.cache_tokens_for(
@@ -48,8 +49,20 @@ def needs_of(applications: Iterable[tuple[AppConfig, Mapping[str, PlannedModel]]
             )
             values = shape.router_parameters + tokens * shape.cache_values_per_token
             routers += values * value_bytes * config.router.replicas
-            experts += shape.num_all_experts * shape.expert_parameters * value_bytes * copies
-        processes += config.experts.actors * ACTOR_BYTES
+            one_copy = shape.num_all_experts * shape.expert_parameters * value_bytes
+            experts += math.ceil(one_copy * copies)
+        processes += config.experts.num_actors * ACTOR_BYTES
         processes += config.router.replicas * len(config.models) * ROUTER_BYTES
         processes += config.gateway.replicas * GATEWAY_BYTES
     return Needs(experts, routers, processes)
+
+
+def _share_on_host(experts: ExpertsConfig) -> float:
+    """Return which part of the experts is held by actors without a GPU.
+
+    Shares are in proportion to budgets, as :func:`cluster.placement.assign_experts` deals them.
+    """
+    weights = {True: 0, False: 0}
+    for pool in experts.all_pools():
+        weights[pool.num_gpus == 0] += pool.actors * (pool.memory_budget_bytes or 1)
+    return weights[True] / sum(weights.values())

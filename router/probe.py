@@ -57,7 +57,7 @@ class Deployment:
     @property
     def num_gpus(self) -> float:
         """The GPUs that all expert actors reserve."""
-        pools = [config.experts for config, _ in self.applications]
+        pools = [pool for config, _ in self.applications for pool in config.experts.all_pools()]
         return sum(pool.actors * pool.num_gpus for pool in pools)
 
 

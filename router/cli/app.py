@@ -17,6 +17,7 @@ from router.cli.doctor import doctor
 from router.cli.generate import generate
 from router.cli.plan import plan
 from router.cli.status import status
+from router.cli.train import train
 
 
 class _Commands(TyperGroup):
@@ -43,3 +44,4 @@ app.command()(status)
 app.command()(check)
 app.command()(plan)
 app.command()(doctor)
+app.command()(train)

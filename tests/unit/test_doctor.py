@@ -117,6 +117,19 @@ def test_experts_on_gpus_take_no_host_memory() -> None:
     assert needs_of([(config, {"a": find_model("mesh-tiny")})]).experts_bytes == 0
 
 
+def test_experts_on_gpus_and_cpus_count_by_the_budgets_of_their_pools() -> None:
+    pools = [
+        {"name": "gpu", "actors": 1, "num_gpus": 1, "memory_budget_bytes": 60},
+        {"name": "cpu", "actors": 2, "memory_budget_bytes": 10},
+    ]
+    args = {"models": [{"id": "a", "path": "x"}], "experts": {"pools": pools, "min_copies": 2}}
+    model = find_model("mesh-tiny")
+    needs = needs_of([(parse_args(args), {"a": model})])
+    assert needs.experts_bytes == 2 * 32 * model.shape.expert_parameters * 4 // 4
+    processes = RAY_AND_SERVE_BYTES + 3 * ACTOR_BYTES + ROUTER_BYTES + GATEWAY_BYTES
+    assert needs.processes_bytes == processes
+
+
 @pytest.mark.parametrize(("free", "level"), [(None, "ok"), (64 << 20, "warning"), (2 * GB, "ok")])
 def test_little_shared_memory_is_a_warning(free: int | None, level: str) -> None:
     assert doctor.check_shared_memory(free).level == level
