@@ -198,12 +198,21 @@ def load_deployment(file: Path) -> list[tuple[str, AppConfig]]:
 
     Raises :class:`ConfigError` naming the file and YAML path.
     """
+    return parse_deployment(read_document(file), file)
+
+
+def read_document(file: Path) -> Any:
+    """Return a file's YAML as plain data; raises :class:`ConfigError`."""
     try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", str(file)) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"is not YAML: {' '.join(str(error).split())}", str(file)) from None
+
+
+def parse_deployment(document: Any, file: Path) -> list[tuple[str, AppConfig]]:
+    """Validate the args of each application of ``file``'s document; see :func:`load_deployment`."""
     applications = document.get("applications") if isinstance(document, dict) else None
     if not isinstance(applications, list) or not applications:
         raise ConfigError("needs a list 'applications' with at least one entry", str(file))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """Run the command line; the entry point of the installed command."""
+    # gRPC's own log lines would stand between ours, as when a server says goodbye.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         # Imported here, so that Ctrl-C during the imports shows no stack either.
         from router.cli.app import app
