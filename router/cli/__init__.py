@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -14,6 +15,9 @@ def main() -> None:
         # Imported here, so that Ctrl-C during the imports shows no stack either.
         from router.cli.app import app
 
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a model may write what its encoding has not
+                stream.reconfigure(errors="replace")
         app()
     except KeyboardInterrupt:
         sys.exit(130)

@@ -246,6 +246,17 @@ def test_a_reader_that_leaves_gets_no_stack(address: str, words: list[str]) -> N
     assert (done.returncode, done.stderr) == (1, "")
 
 
+def test_a_text_that_the_output_has_no_letters_for_is_no_failure(address: str) -> None:
+    code = "from router.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "generate", "in", "--address", address],
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b" was the word ?\n", b"")
+
+
 def test_ctrl_c_is_130_without_a_stack(address: str, upstream: FakeUpstream) -> None:
     upstream.endless = True
     upstream.script = says(" was", finish_reason=None)
