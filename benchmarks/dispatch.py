@@ -78,7 +78,7 @@ def start(num_actors: int) -> tuple[PlacementView, list[Any]]:
     from cluster.pool import CONTROL_CALLS, actor_options
 
     experts = ModelExperts(MODEL, (0,), NUM_EXPERTS, 1)
-    spec = ActorSpec(APP, (ModelSource("", "bfloat16", experts),), 0.1, 0, 1, 65_536)
+    spec = ActorSpec(APP, (ModelSource("", "bfloat16", experts, ""),), 0.1, 0, 1, 65_536)
     actor_ids = [f"bench-{next(_RUNS)}-{i}" for i in range(num_actors)]
     remote = ray.remote(concurrency_groups={"control": CONTROL_CALLS})(IdentityActor)
     placement = empty_placement(1, [experts])

@@ -297,12 +297,15 @@ def start_actors(folder: Path, shape: Any, count: int, traced: bool) -> tuple[An
     from cluster.placement import ModelExperts, assign_experts, empty_placement
     from cluster.pool import CONTROL_CALLS, actor_options
     from cluster.spec import ActorSpec, ModelSource, actor_name
+    from experts.checkpoint import open_checkpoint
+    from experts.identity import identity_of
     from experts.remote import RemoteExpertActor
     from router.placement_view import PlacementView
 
     config = ExpertsConfig()
     experts = ModelExperts(MODEL, shape.layers, shape.num_experts, 1)
-    sources = (ModelSource(str(folder), "bfloat16", experts),)
+    identity = identity_of(open_checkpoint(folder))
+    sources = (ModelSource(str(folder), "bfloat16", experts, identity),)
     spec = ActorSpec(APP, sources, config.num_cpus, 0, config.threads, config.max_queue_rows)
     actor_class = TracingActor if traced else RemoteExpertActor
     remote = ray.remote(concurrency_groups={"control": CONTROL_CALLS})(actor_class)

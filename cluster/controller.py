@@ -227,13 +227,14 @@ class Controller:
             lambda placement: placement.with_actor(actor_id, report.generation, report.experts)
         )
         logger.info(
-            "%s g%d on %s holds %d experts, pid %d, %.1f s",
+            "%s g%d on %s holds %d experts, pid %d, %.1f s%s",
             actor_id,
             report.generation,
             report.device,
             len(report.experts),
             report.pid,
             time.monotonic() - started_s,
+            report.fetched(),
         )
 
     async def _load_typed(

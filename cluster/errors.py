@@ -66,6 +66,10 @@ class CheckpointError(ExpertMeshError):
     code = Code.INVALID_ARGUMENT
 
 
+class CheckpointMissingError(CheckpointError):
+    """There is no checkpoint under the path at all, on this node or on those that were asked."""
+
+
 class InvalidRequestError(ExpertMeshError):
     """A request is wrong; ``field`` names the part of it."""
 

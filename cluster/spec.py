@@ -19,11 +19,15 @@ ACTOR_NAMESPACE = "serve"
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where one model's experts come from and how placement sees them."""
+    """Where one model's experts come from and how placement sees them.
+
+    ``identity`` tells the checkpoint from others under the same path (:mod:`experts.identity`).
+    """
 
     path: str
     dtype: str
     experts: ModelExperts
+    identity: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class ActorReport:
 
     ``tokens`` counts the token rows computed per expert since the actor's start; ``queued_rows``
     wait now; ``steps`` counts batches computed, so that a hung compute thread shows as no progress.
+    ``fetched_bytes`` of its weights came from another node, in ``fetched_s`` seconds.
     """
 
     actor_id: str
@@ -64,6 +69,14 @@ class ActorReport:
     tokens: dict[ExpertKey, int]
     queued_rows: int
     steps: int
+    fetched_bytes: int = 0
+    fetched_s: float = 0.0
+
+    def fetched(self) -> str:
+        """Return what came from another node as the end of a line for people; may be empty."""
+        if not self.fetched_bytes:
+            return ""
+        return f", {self.fetched_bytes / 1e6:.1f} MB in {self.fetched_s:.1f} s from another node"
 
 
 def actor_name(app: str, actor_id: str, generation: int) -> str:

@@ -36,8 +36,10 @@ from cluster.stream.offer import Network, StreamOffer
 from cluster.stream.server import StreamServer
 from cluster.tensors import TORCH_DTYPES
 from experts.bank import ExpertBank, GatedFfnExpert
-from experts.checkpoint import Checkpoint, open_checkpoint, resolve_folder
+from experts.checkpoint import Checkpoint, RemoteFiles
 from experts.ffn import ACTIVATIONS
+from experts.peers import open_model
+from experts.ray_peers import RayNeighbours
 from experts.weights import load_expert
 
 logger = logging.getLogger("expertmesh.actor")
@@ -78,7 +80,8 @@ class ExpertActor:
     def load(self, epoch: int, keys: Sequence[ExpertKey]) -> ActorReport:
         """Load the given experts beside those already held; returns when all can be asked for.
 
-        Raises :class:`CheckpointError` when the checkpoint cannot be read on this node.
+        What is not on this node's disk comes from another node's. Raises :class:`CheckpointError`
+        when the checkpoint cannot be read on any; experts that were whole before that stay.
         """
         self._accept(epoch)
         self._load([ExpertKey(*key) for key in keys])
@@ -124,14 +127,22 @@ class ExpertActor:
                     continue
                 source = sources[key.model]
                 if key.model not in self._checkpoints:
-                    self._checkpoints[key.model] = open_checkpoint(resolve_folder(source.path))
+                    self._checkpoints[key.model] = open_model(
+                        source.path, source.identity, RayNeighbours()
+                    )
                 checkpoint = self._checkpoints[key.model]
                 dtype = TORCH_DTYPES[source.dtype]
                 weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype, self._device)
                 act = ACTIVATIONS[checkpoint.shape.activation]
                 self._bank.experts[key] = GatedFfnExpert(weights, act)
+            for remote in self._remotes():
+                remote.release()
+
+    def _remotes(self) -> list[RemoteFiles]:
+        return [c.remote for c in self._checkpoints.values() if c.remote is not None]
 
     def _report(self) -> ActorReport:
+        remotes = self._remotes()
         return ActorReport(
             actor_id=self._actor_id,
             generation=self._generation,
@@ -144,6 +155,8 @@ class ExpertActor:
             tokens=dict(self._bank.tokens),
             queued_rows=self._queued_rows,
             steps=self._steps,
+            fetched_bytes=sum(remote.fetched_bytes for remote in remotes),
+            fetched_s=sum(remote.fetched_s for remote in remotes),
         )
 
     # The data plane.

@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib.resources
 import json
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, CheckpointMissingError
 from cluster.frames import DTYPE_BYTES
 from experts.families import FAMILIES, ExpertShape, Family
 from experts.families.base import ACTIVATION_NAMES, Config
@@ -24,7 +25,7 @@ from experts.families.base import ACTIVATION_NAMES, Config
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
-_MAX_JSON_BYTES = 64 << 20
+MAX_SMALL_BYTES = 64 << 20
 _MAX_LAYERS = 10_000
 _SIZES = (
     "vocab_size",
@@ -39,16 +40,57 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies and what its header says."""
+    """Where one tensor's bytes lie, counted from the file's beginning, and what it is."""
 
     file: str
     shape: tuple[int, ...]
     dtype: str
+    begin: int
+    end: int
+
+
+class RemoteFiles(Protocol):
+    """A checkpoint's files on another node; see :mod:`experts.peers`."""
+
+    def tensor(self, name: str) -> bytearray:
+        """Return all bytes of a tensor; raises :class:`CheckpointError` when nobody has them."""
+        ...
+
+    def release(self) -> None:
+        """Keep nobody busy until the next tensor is asked for."""
+        ...
+
+    def told(self) -> str:
+        """Return what has been fetched so far, for people."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """The checkpoint's identity; see :mod:`experts.identity`."""
+        ...
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes of tensors that have come from other nodes."""
+        ...
+
+    @property
+    def fetched_s(self) -> float:
+        """Seconds that they took."""
+        ...
+
+    @property
+    def small_files(self) -> Mapping[str, bytes]:
+        """The configuration's and the tokenizer's files by name."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened and checked checkpoint folder; holds headers only."""
+    """An opened and checked checkpoint; holds headers only.
+
+    ``remote`` has its files where they are not on this node; ``folder`` is then the other node's.
+    """
 
     folder: Path
     config: Config
@@ -56,6 +98,7 @@ class Checkpoint:
     shape: ExpertShape
     tensors: dict[str, TensorInfo]
     dtype: str
+    remote: RemoteFiles | None = None
 
     @property
     def max_position_embeddings(self) -> int:
@@ -66,6 +109,16 @@ class Checkpoint:
     def vocab_size(self) -> int:
         """Number of token ids."""
         return int(self.config["vocab_size"])
+
+    def small_file(self, name: str) -> bytes | None:
+        """Return a file beside the weights, or ``None`` where there is none.
+
+        Raises :class:`CheckpointError` when it cannot be read.
+        """
+        if self.remote is not None:
+            return self.remote.small_files.get(name)
+        file = self.folder / name
+        return read_small(file) if file.is_file() else None
 
     def expert_bytes(self, dtype: str) -> int:
         """Return the bytes of one expert's weights when they are held in ``dtype``."""
@@ -78,18 +131,18 @@ def resolve_folder(path: str) -> Path:
 
     An absolute path is taken as it is; a relative one is looked up in the installed ``deploy``
     package; anything else that looks like ``owner/name`` is a hub id, fetched into the hub's local
-    cache. Raises :class:`CheckpointError` when there is no such folder.
+    cache. Raises :class:`CheckpointMissingError` when there is no such folder.
     """
     if Path(path).is_absolute():
         if Path(path).is_dir():
             return Path(path)
-        raise CheckpointError("no such folder", path)
+        raise CheckpointMissingError("no such folder", path)
     bundled = Path(str(importlib.resources.files("deploy"))) / path
     if bundled.is_dir():
         return bundled
     if _HUB_ID.match(path):
         return _fetch_from_hub(path)
-    raise CheckpointError(
+    raise CheckpointMissingError(
         "is neither an absolute folder, nor a folder in the deploy package, nor a hub id", path
     )
 
@@ -101,7 +154,7 @@ def _fetch_from_hub(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub client raises many unrelated types
         reason = f"{type(error).__name__}"
-        raise CheckpointError(
+        raise CheckpointMissingError(
             f"is no folder of the deploy package and could not be fetched from the hub ({reason})",
             hub_id,
         ) from None
@@ -114,25 +167,68 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     unknown architecture, a missing or truncated shard, pickle weights, and tensors that are
     missing, unexpected, or of another shape or dtype than the configuration says.
     """
+    config = read_json(folder / "config.json")
+    return checkpoint_of(folder, config, lambda: _read_headers(folder))
+
+
+def checkpoint_of(
+    folder: Path,
+    config: Config,
+    read_tensors: Callable[[], dict[str, TensorInfo]],
+    remote: RemoteFiles | None = None,
+) -> Checkpoint:
+    """Check a configuration, then the headers beside it; see :func:`open_checkpoint`."""
     config_file = folder / "config.json"
-    config = read_json(config_file)
     family = _family(config, config_file)
     shape = _checked_shape(family, config, config_file)
-    tensors = _read_headers(folder)
+    tensors = read_tensors()
     _check_tensors(folder, family, config, shape, tensors)
-    return Checkpoint(folder, config, family, shape, tensors, _expert_dtype(folder, tensors))
+    dtype = _expert_dtype(folder, tensors)
+    return Checkpoint(folder, config, family, shape, tensors, dtype, remote)
+
+
+def read_small(file: Path) -> bytes:
+    """Read a file beside the weights; raises :class:`CheckpointError` naming it."""
+    try:
+        if file.exists() and not file.is_file():  # reading a pipe would wait for ever
+            raise CheckpointError("is not a file", str(file))
+        if file.stat().st_size > MAX_SMALL_BYTES:
+            raise CheckpointError(f"is larger than {MAX_SMALL_BYTES} bytes", str(file))
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", str(file)) from None
+
+
+def read_range(checkpoint: Checkpoint, name: str, begin: int, end: int) -> bytes:
+    """Read bytes ``begin`` to ``end`` of a tensor of a checkpoint in a folder of this node.
+
+    Raises :class:`CheckpointError` for a tensor or a range that it does not have, and when the file
+    cannot be read or has become shorter.
+    """
+    info = checkpoint.tensors.get(name)
+    if info is None or not 0 <= begin <= end <= info.end - info.begin:
+        raise CheckpointError(f"has no bytes {begin} to {end} of {name}", str(checkpoint.folder))
+    file = checkpoint.folder / info.file
+    try:
+        with file.open("rb") as opened:
+            opened.seek(info.begin + begin)
+            data = opened.read(end - begin)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", str(file)) from None
+    if len(data) != end - begin:
+        raise CheckpointError("has become shorter", str(file))
+    return data
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read one of a checkpoint's JSON files; raises :class:`CheckpointError` naming it."""
+    return parse_json(read_small(file), file)
+
+
+def parse_json(data: bytes, file: Path) -> dict[str, Any]:
+    """Return the JSON object that a file's ``data`` is; raises :class:`CheckpointError`."""
     try:
-        if file.exists() and not file.is_file():  # reading a pipe would wait for ever
-            raise CheckpointError("is not a file", str(file))
-        if file.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"is larger than {_MAX_JSON_BYTES} bytes", str(file))
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", str(file)) from None
+        value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"is not JSON: {error}", str(file)) from None
     if not isinstance(value, dict):
@@ -223,13 +319,28 @@ def _shard_header(folder: Path, file: str) -> dict[str, TensorInfo]:
         raise CheckpointError("the shard is missing", str(path))
     tensors = {}
     try:
-        with safe_open(str(path), framework="numpy") as shard:
+        with safe_open(str(path), framework="numpy") as shard:  # it has checked the whole header
+            offsets = _offsets(path)
             for name in shard.keys():  # noqa: SIM118 - safe_open is not a mapping
                 view = shard.get_slice(name)
-                tensors[name] = TensorInfo(file, tuple(view.get_shape()), view.get_dtype())
+                begin, end = offsets[name]
+                shape = tuple(view.get_shape())
+                tensors[name] = TensorInfo(file, shape, view.get_dtype(), begin, end)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"is not a whole safetensors file ({error})", str(path)) from None
     return tensors
+
+
+def _offsets(path: Path) -> dict[str, tuple[int, int]]:
+    """Return where each tensor's bytes begin and end in a safetensors file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    return {
+        name: (8 + length + entry["data_offsets"][0], 8 + length + entry["data_offsets"][1])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _check_tensors(

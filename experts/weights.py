@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from safetensors import safe_open
 
-from experts.checkpoint import Checkpoint
+from cluster.tensors import TORCH_DTYPES
+from experts.checkpoint import DTYPES, Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +32,27 @@ def load_expert(
 ) -> GatedFfnWeights:
     """Read one expert's three matrices, gate and up fused into one contiguous block.
 
-    Only these tensors' bytes are read from disk. Gate comes before up, as transformers' fused
+    Only these tensors' bytes are read, or fetched. Gate comes before up, as transformers' fused
     parameter has it, so that results are bitwise those of its eager experts.
     """
     names = checkpoint.family.expert_tensors(layer_id, expert_id)
     hidden, inner = checkpoint.shape.hidden_size, checkpoint.shape.intermediate_size
     gate_up = torch.empty((2 * inner, hidden), dtype=dtype, device=device)
-    gate_up[:inner] = _read(checkpoint, names.gate)
-    gate_up[inner:] = _read(checkpoint, names.up)
+    gate_up[:inner] = read_tensor(checkpoint, names.gate)
+    gate_up[inner:] = read_tensor(checkpoint, names.up)
     down = torch.empty((hidden, inner), dtype=dtype, device=device)
-    down.copy_(_read(checkpoint, names.down))
+    down.copy_(read_tensor(checkpoint, names.down))
     return GatedFfnWeights(gate_up, down)
 
 
-def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    file = checkpoint.folder / checkpoint.tensors[name].file
-    with safe_open(str(file), framework="pt") as shard:
+def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """Read one tensor as it is stored, from this node's disk or from another node."""
+    info = checkpoint.tensors[name]
+    if checkpoint.remote is not None:
+        flat = torch.frombuffer(
+            checkpoint.remote.tensor(name), dtype=TORCH_DTYPES[DTYPES[info.dtype]]
+        )
+        return flat.view(info.shape)
+    with safe_open(str(checkpoint.folder / info.file), framework="pt") as shard:
         tensor: torch.Tensor = shard.get_tensor(name)
         return tensor

@@ -18,6 +18,7 @@ from cluster.config import AppConfig, parse_args
 from cluster.errors import ConfigError, ExpertMeshError
 from cluster.pool import SERVING_ENVIRONMENT
 from cluster.spec import ActorSpec
+from experts.ray_peers import RayNeighbours
 from router.control import ControllerDeployment
 from router.deployment import RouterDeployment
 from router.gateway.deployment import Gateway
@@ -46,7 +47,7 @@ def build(args: dict[str, Any]) -> Application:
     """
     try:
         config = parse_args(args)
-        models = inspect_models(config)
+        models = inspect_models(config, neighbours=RayNeighbours())
         names = deployment_names(models)
     except ExpertMeshError as error:
         # Serve's own exception is the one that it shows without a stack.
@@ -158,4 +159,6 @@ def _gateway(config: AppConfig) -> Any:
 def _gateway_model(model: ServedModel) -> GatewayModel:
     fields = asdict(model)
     del fields["source"]
-    return GatewayModel(**{**fields, "eos_token_ids": model.eos_token_ids})
+    return GatewayModel(
+        **{**fields, "eos_token_ids": model.eos_token_ids, "identity": model.source.identity}
+    )

@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from cluster.errors import CheckpointError
 from experts.checkpoint import Checkpoint
 from experts.families import Family
+from experts.weights import read_tensor
 from router.attention import fuse_attention
 from router.cache import (
     ATTENTION_NAME,
@@ -103,8 +104,9 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     transformers.utils.logging.disable_progress_bar()
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, paged_attention)
     with _experts_replaced(checkpoint.family):
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
+        auto, weights = _weights(checkpoint)
+        model, info = auto.from_pretrained(
+            **weights,
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
             local_files_only=True,
@@ -116,6 +118,23 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     model.eval()
     model.requires_grad_(False)
     return model
+
+
+def _weights(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
+    """Return transformers' class, and what it loads: the folder, or tensors from another node."""
+    if checkpoint.remote is None:
+        return transformers.AutoModelForCausalLM, {
+            "pretrained_model_name_or_path": checkpoint.folder
+        }
+    names = checkpoint.family.dense_tensors(checkpoint.config)
+    state = {name: read_tensor(checkpoint, name) for name in names}
+    checkpoint.remote.release()
+    config = transformers.AutoConfig.for_model(**checkpoint.config)
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], {
+        "pretrained_model_name_or_path": None,
+        "config": config,
+        "state_dict": state,
+    }
 
 
 class MoEModel:

@@ -17,11 +17,12 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
+from typing import NoReturn
 
 import yaml
 from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 
-from cluster.errors import ConfigError, ExpertMeshError
+from cluster.errors import CheckpointMissingError, ConfigError, ExpertMeshError
 from router.announce import announce
 from router.check import check_file
 
@@ -46,8 +47,12 @@ def deployment_file(argv: Sequence[str]) -> Path | None:
 
 def _starts_ray(argv: Sequence[str]) -> bool:
     """Tell whether Serve will run on this machine rather than on a cluster that is there."""
-    given = any(word.startswith(ADDRESS_OPTIONS) for word in argv)
-    return not given and os.environ.get("RAY_ADDRESS", "local") in ("", "local")
+    address = os.environ.get("RAY_ADDRESS", "local")
+    for word, value in zip(argv, [*argv[1:], ""], strict=True):
+        option, equals, given = word.partition("=")
+        if option in ADDRESS_OPTIONS:
+            address = given if equals else value
+    return argv[1] == "run" and address in ("", "local")
 
 
 def check_haproxy(file: Path) -> None:
@@ -72,13 +77,23 @@ def check_command_line(argv: Sequence[str]) -> None:
     file = deployment_file(argv)
     if file is None:
         return
+    starts_ray = _starts_ray(argv)
     try:
         check_file(file)
-        if argv[1] == "run" and _starts_ray(argv):
+        if starts_ray:
             check_haproxy(file)
+    except CheckpointMissingError as error:
+        # Only a node of the cluster needs it, and this machine need not even be one.
+        if starts_ray:
+            _end(f"{error} (if another machine of a cluster has it: serve run --address=auto)")
+        print(f"expertmesh: {error}; the cluster looks for it on its nodes", file=sys.stderr)
     except ExpertMeshError as error:
-        print(f"expertmesh: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_BAD_CONFIG)
+        _end(str(error))
+
+
+def _end(reason: str) -> NoReturn:
+    print(f"expertmesh: {reason}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_BAD_CONFIG)
 
 
 def announce_command_line(argv: Sequence[str]) -> None:

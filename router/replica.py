@@ -25,7 +25,8 @@ from cluster.controller import app_is_wanted
 from cluster.errors import ExpertMeshError, being_deleted
 from cluster.tensors import TORCH_DTYPES
 from cluster.transports import open_transport
-from experts.checkpoint import open_checkpoint, resolve_folder
+from experts.peers import open_model
+from experts.ray_peers import RayNeighbours
 from router.cache import PAGE_SIZE, pages_needed
 from router.dispatch import Dispatcher
 from router.engine import Emission, Engine
@@ -86,9 +87,10 @@ class RouterReplica:
         )
         self._exchange = RemoteExchange(self._dispatcher)
         num_pages = pages_needed(_cache_tokens(config, model.max_model_len))
+        checkpoint = open_model(model.path, model.source.identity, RayNeighbours())
         self._engine = Engine(
             MoEModel(
-                open_checkpoint(resolve_folder(model.path)),
+                checkpoint,
                 TORCH_DTYPES[model.dtype],
                 num_pages * PAGE_SIZE,
                 self._exchange,
@@ -106,7 +108,11 @@ class RouterReplica:
         gc.freeze()  # what is there now stays: no collection has to look through it again
         self._engine.start()
         logger.info(
-            "router of %s: %s, cache of %d tokens", model.id, model.dtype, num_pages * PAGE_SIZE
+            "router of %s: %s, cache of %d tokens%s",
+            model.id,
+            model.dtype,
+            num_pages * PAGE_SIZE,
+            "" if checkpoint.remote is None else f", {checkpoint.remote.told()}",
         )
 
     async def generate(self, wire: dict[str, Any], address: LinkAddress) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from cluster.config import AppConfig, ModelConfig
 from cluster.errors import CheckpointError, ConfigError
 from cluster.placement import ModelExperts, assign_experts
 from cluster.spec import ModelSource
-from experts.checkpoint import Checkpoint, open_checkpoint, read_json, resolve_folder
+from experts.checkpoint import Checkpoint, parse_json
+from experts.identity import identity_of
+from experts.peers import Neighbours, open_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +31,20 @@ class ServedModel:
     source: ModelSource
 
 
-def inspect_models(config: AppConfig, root: str = "args") -> list[ServedModel]:
+def inspect_models(
+    config: AppConfig, root: str = "args", neighbours: Neighbours | None = None
+) -> list[ServedModel]:
     """Open every configured checkpoint and check that the pool can hold its experts.
 
-    Reads headers only. Raises :class:`ConfigError` or :class:`CheckpointError` that names the YAML
-    path or the file.
+    Reads headers only; those of a checkpoint that is not on this node through ``neighbours``, if
+    given. Raises :class:`ConfigError` or :class:`CheckpointError` that names the YAML path or the
+    file.
     """
     if config.experts.tls is not None:
         config.experts.tls.files().server_context(f"{root}.experts.tls")
-    served = [_inspect(model, f"{root}.models[{i}]") for i, model in enumerate(config.models)]
+    served = [
+        _inspect(model, f"{root}.models[{i}]", neighbours) for i, model in enumerate(config.models)
+    ]
     actor_ids = [str(i) for i in range(config.experts.actors)]
     experts = [model.source.experts for model in served]
     pool = config.experts
@@ -45,11 +52,14 @@ def inspect_models(config: AppConfig, root: str = "args") -> list[ServedModel]:
     return served
 
 
-def _inspect(model: ModelConfig, where: str) -> ServedModel:
+def _inspect(model: ModelConfig, where: str, neighbours: Neighbours | None) -> ServedModel:
     try:
-        checkpoint = open_checkpoint(resolve_folder(model.path))
+        checkpoint = open_model(model.path, None, neighbours)
+        identity = identity_of(checkpoint)
     except CheckpointError as error:
-        raise CheckpointError(error.message, f"{where}.path: {error.field}") from None
+        raise type(error)(error.message, f"{where}.path: {error.field}") from None
+    if checkpoint.remote is not None:
+        checkpoint.remote.release()
     _check_tokenizer(checkpoint, where)
     longest = checkpoint.max_position_embeddings
     if model.max_model_len is not None and model.max_model_len > longest:
@@ -73,13 +83,13 @@ def _inspect(model: ModelConfig, where: str) -> ServedModel:
         num_experts=shape.num_experts,
         num_experts_per_tok=shape.num_experts_per_tok,
         eos_token_ids=_eos_token_ids(checkpoint),
-        source=ModelSource(model.path, dtype, experts),
+        source=ModelSource(model.path, dtype, experts, identity),
     )
 
 
 def _check_tokenizer(checkpoint: Checkpoint, where: str) -> None:
     names = ("tokenizer.json", "tokenizer.model")
-    if not any((checkpoint.folder / name).is_file() for name in names):
+    if all(checkpoint.small_file(name) is None for name in names):
         raise CheckpointError(
             f"has no tokenizer ({' or '.join(names)})", f"{where}.path: {checkpoint.folder}"
         )
@@ -89,8 +99,9 @@ def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     """Return the ids that end a text; ``generation_config.json`` decides where it names any."""
     eos = checkpoint.config.get("eos_token_id")
     file: Path = checkpoint.folder / "generation_config.json"
-    if file.is_file():
-        eos = read_json(file).get("eos_token_id", eos)
+    generation = checkpoint.small_file(file.name)
+    if generation is not None:
+        eos = parse_json(generation, file).get("eos_token_id", eos)
     if eos is None:
         return ()
     ids = tuple(eos) if isinstance(eos, list) else (eos,)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from experts.checkpoint import resolve_folder
+from experts.peers import open_model
+from experts.ray_peers import RayNeighbours
 from router.gateway.tokenizer import Tokenizer
 
 
@@ -12,12 +15,14 @@ from router.gateway.tokenizer import Tokenizer
 class GatewayModel:
     """What clients may ask of a served model, and where its tokenizer lies.
 
-    ``path`` is the configured one; the tokenizer's files lie in its folder. ``max_model_len``
-    bounds prompt plus output, in tokens. ``eos_token_ids`` end a choice and never show in its text.
+    ``path`` is the configured one; the tokenizer's files lie in its folder, here or on another
+    node, beside the weights of this ``identity``. ``max_model_len`` bounds prompt plus output, in
+    tokens. ``eos_token_ids`` end a choice and never show in its text.
     """
 
     id: str
     path: str
+    identity: str
     family: str
     num_layers: int
     num_experts: int
@@ -42,4 +47,11 @@ def load_models(models: tuple[GatewayModel, ...]) -> dict[str, ServedModel]:
 
 
 def _tokenizer(model: GatewayModel) -> Tokenizer:
-    return Tokenizer.load(str(resolve_folder(model.path)), model.eos_token_ids)
+    checkpoint = open_model(model.path, model.identity, RayNeighbours())
+    if checkpoint.remote is None:
+        return Tokenizer.load(str(checkpoint.folder), model.eos_token_ids)
+    with TemporaryDirectory(prefix="expertmesh-") as folder:
+        for name, data in checkpoint.remote.small_files.items():
+            (Path(folder) / name).write_bytes(data)
+        checkpoint.remote.release()
+        return Tokenizer.load(folder, model.eos_token_ids)

@@ -1,37 +1,46 @@
-"""A three-node Ray on this machine loses a worker node under load; prints what came of it as JSON.
+"""A Ray of four nodes on this machine loses one under load; prints what came of it as JSON.
 
 A program of its own, since its Ray cannot live in one process with the tests':
-``python -m tests.fault.node_loss``. Serve's processes are on the head, the experts on two workers.
+``python -m tests.fault.node_loss FOLDER``. Serve's processes are on the head, the experts on two
+workers, and the checkpoint on the fourth node only, from which all others fetch what they need.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 
+import psutil
 import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.util import list_named_actors
+from transformers import MixtralForCausalLM
 
 from benchmarks.shipped import free_ports, serve_options
 from cluster.errors import ExpertMeshError
-from cluster.status import ClusterStatus
+from cluster.spec import ACTOR_NAMESPACE, actor_name
+from cluster.status import ActorStatus, ClusterStatus
 from router.app import build
-from router.client import Client, Sampling
-from tests.cluster_fixture import prompt_of
+from router.client import Client
+from tests.checkpoints import save_mixtral
+from tests.cluster_fixture import is_alive, prompt_of, transformers_tokens
+from tests.fault.hub_cache import HUB_ID, cache_environment, make_cache
 from tests.fault.load import Case, Load, Wait
 
-MODEL, ACTORS, LENGTH, STREAMS, UNARY = "mesh-tiny", 3, 24, 3, 2
+MODEL, ACTORS, LENGTH, STREAMS, UNARY = "random", 3, 24, 3, 2
 DEADLINE_S, LIMIT_S, GONE_S, POLL_S = 30.0, 120.0, 20.0, 0.1
 HEAD_CPUS, WORKER_CPUS = 1, 4
+APP, READER = "expertmesh", "ray::CheckpointReader"
 ARGS = {
-    "models": [{"id": MODEL, "path": f"models/{MODEL}"}],
+    "models": [{"id": MODEL, "path": HUB_ID}],
     # More than Serve leaves of the head: there is no room for an expert beside Serve's processes.
     "experts": {"actors": ACTORS, "num_cpus": 1.0},
 }
@@ -54,15 +63,58 @@ def is_whole(told: ClusterStatus) -> bool:
     return told.missing_experts == 0 and len(told.actors) == ACTORS
 
 
-def lose_a_node(cluster: Cluster, client: Client) -> dict[str, object]:
+def readers() -> list[psutil.Process]:
+    """Return this program's processes that read the checkpoint for another node."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error, IndexError):
+            if process.cmdline()[0].startswith(READER):
+                found.append(process)
+    return found
+
+
+def fetched(told: ClusterStatus) -> dict[str, int]:
+    """Return how many bytes of each actor's weights came from another node."""
+    return {
+        actor.actor_id: ray.get(
+            ray.get_actor(
+                actor_name(APP, actor.actor_id, actor.generation), ACTOR_NAMESPACE
+            ).describe.remote(),
+            timeout=DEADLINE_S,
+        ).fetched_bytes
+        for actor in told.actors
+    }
+
+
+def lose_a_reader(client: Client, victim: ActorStatus) -> dict[str, object]:
+    """End an actor, and then what its successor fetches from; return what came of it."""
+    pause, deadline_s = threading.Event(), time.monotonic() + LIMIT_S
+    psutil.Process(victim.pid).kill()
+    while not (found := readers()) and time.monotonic() < deadline_s:
+        pause.wait(POLL_S / 10)
+    found[0].kill()
+    after = wait_status(
+        client, lambda told: is_whole(told) and victim.pid not in {a.pid for a in told.actors}
+    )
+    while (left := readers()) and time.monotonic() < deadline_s:
+        pause.wait(POLL_S)
+    return {
+        "reader": found[0].pid,
+        "is_reader_alive": is_alive(found[0].pid),
+        "readers_left": len(left),
+        "victim": victim.actor_id,
+        "fetched_again": fetched(after),
+    }
+
+
+def lose_a_node(cluster: Cluster, client: Client, oracle: MixtralForCausalLM) -> dict[str, object]:
     """Remove the node of the first actor under load; return what came of it."""
     before = wait_status(client, is_whole)
     cases = []
     for seed in range(4):
         prompt = tuple(prompt_of(8, seed))
-        sampling = Sampling(max_tokens=LENGTH, temperature=0.0, ignore_eos=True)
-        [reply] = client.generate(prompt, sampling, timeout_s=DEADLINE_S)
-        cases.append(Case(prompt, reply.token_ids))
+        cases.append(Case(prompt, transformers_tokens(oracle, prompt, LENGTH)))
+    fetched_before = fetched(before)
     lost = before.actors[0].node
     [node] = [node for node in cluster.worker_nodes if node.node_id == lost]
     waits: list[Wait] = []
@@ -77,10 +129,17 @@ def lose_a_node(cluster: Cluster, client: Client) -> dict[str, object]:
         "alive": [entry["NodeID"] for entry in ray.nodes() if entry["Alive"]],
         "before": [asdict(actor) for actor in before.actors],
         "after": [asdict(actor) for actor in after.actors],
+        "fetched_before": fetched_before,
+        "fetched_after": fetched(after),
+        "expert_bytes": sum(
+            expert.nbytes for expert in oracle.model.layers[0].mlp.experts.parameters()
+        )
+        // 8,
         "back_s": back_s,
         "longest_wait_s": max(wait.took_s for wait in waits),
         "requests": outcome.requests,
         "failures": dict(outcome.failures),
+        **lose_a_reader(client, after.actors[-1]),
     }
 
 
@@ -95,20 +154,27 @@ def actors_left() -> list[str]:
         pause.wait(POLL_S)
 
 
-def main() -> int:
+def main(work: Path) -> int:
     """Run; returns the exit status."""
+    oracle = save_mixtral(make_cache(work / "full"))
+    full, empty = cache_environment(work / "full"), cache_environment(work / "empty")
+    os.environ |= empty  # the builder's too
     http_port, grpc_port = free_ports(2)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": HEAD_CPUS})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": HEAD_CPUS, "env_vars": empty}
+    )
     try:
+        cluster.add_node(num_cpus=0, env_vars=full)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
         serve.start(**serve_options(http_port, grpc_port) | {"proxy_location": "HeadOnly"})
-        serve.run(build(ARGS), name="expertmesh", route_prefix="/")
+        serve.run(build(ARGS), name=APP, route_prefix="/")
         for _ in range(2):  # only now, so that Serve's processes are on the head
-            cluster.add_node(num_cpus=WORKER_CPUS)
+            cluster.add_node(num_cpus=WORKER_CPUS, env_vars=empty)
         with Client(f"127.0.0.1:{grpc_port}") as client:
-            result = lose_a_node(cluster, client)
+            result = lose_a_node(cluster, client, oracle)
         serve.shutdown()
-        print(json.dumps({**result, "left": actors_left()}))
+        written = [str(file) for file in (work / "empty").rglob("*") if file.is_file()]
+        print(json.dumps({**result, "left": actors_left(), "written": written}))
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -116,4 +182,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Path(sys.argv[1])))

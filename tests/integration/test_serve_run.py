@@ -2,66 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sysconfig
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
-import yaml
 
-from benchmarks.shipped import free_ports, shipped_document
+from benchmarks.shipped import free_ports
 from cluster.errors import UnavailableError
 from router.client import Client
 from tests.cluster_fixture import TINY, StreamReader, greedy, is_alive, wait_until
+from tests.serve_run import copy_with_ports, serve_run, wait_ready
 
-SERVE = str(Path(sysconfig.get_path("scripts")) / "serve")
-READY_S, SAYS_S, GONE_S, MAX_LINES = 90.0, 10.0, 10.0, 16
+SAYS_S, GONE_S, MAX_LINES = 10.0, 10.0, 16
 STREAMS, CHOICES, LENGTH = 4, 8, 900
-
-
-@contextmanager
-def serve_run(file: Path, log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run ``serve run`` on a Ray of its own; ends what is left of it, and nothing else.
-
-    ``variables`` are added to its environment.
-    """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | variables
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [SERVE, "run", "-a", "local", str(file)],
-            cwd=file.parent,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            # Where the tests run in the background, Ctrl-C would be ignored here too.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-    left: list[psutil.Process] = []
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            left = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-        for child in left:
-            if child.is_running():
-                child.kill()
-        process.wait(10)
-
-
-def copy_with_ports(folder: Path, http_port: int, grpc_port: int) -> Path:
-    """Write a copy of the deployed file that listens elsewhere."""
-    file = folder / "cluster.yaml"
-    file.write_text(yaml.safe_dump(shipped_document(http_port, grpc_port), sort_keys=False))
-    return file
 
 
 @pytest.mark.timeout(180)
@@ -69,12 +24,7 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
     http_port, grpc_port = free_ports(2)
     file, log = copy_with_ports(tmp_path, http_port, grpc_port), tmp_path / "log"
     with serve_run(file, log) as process, Client(f"127.0.0.1:{grpc_port}", retry=None) as client:
-
-        def ready() -> bool:
-            assert process.poll() is None, log.read_text()
-            return httpx.get(f"http://127.0.0.1:{http_port}/ready").status_code == 200
-
-        wait_until(ready, "serve run is ready", READY_S)
+        wait_ready(process, log, http_port)
         [reply] = client.generate("In the beginning", greedy(5), model=TINY)
         assert len(reply.token_ids) == 5
         told = client.status()

@@ -61,7 +61,7 @@ def vocab_size() -> int:
 def served(model_id: str = "tiny", chat_template: str | None = TEMPLATE) -> ServedModel:
     """A model of which only the tokenizer is real."""
     info = GatewayModel(
-        model_id, "unused", "mixtral", 2, 8, 2, vocab_size(), CONTEXT, "float32", (EOS,)
+        model_id, "unused", "unused", "mixtral", 2, 8, 2, vocab_size(), CONTEXT, "float32", (EOS,)
     )
     return ServedModel(info, tokenizer(chat_template))
 

@@ -24,6 +24,7 @@ from experts.actor import ExpertActor
 from experts.bank import GatedFfnExpert
 from experts.checkpoint import open_checkpoint
 from experts.ffn import ACTIVATIONS, gated_ffn
+from experts.identity import identity_of
 from experts.remote import RemoteExpertActor
 from experts.weights import load_expert
 from tests.checkpoints import save_mixtral
@@ -66,7 +67,8 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
 
     def made(max_queue_rows: int = 1000) -> Actor:
-        source = ModelSource(str(folder), "float32", ModelExperts("m", (0, 1, 2), 8, 1))
+        identity = identity_of(open_checkpoint(folder))
+        source = ModelSource(str(folder), "float32", ModelExperts("m", (0, 1, 2), 8, 1), identity)
         actor = Actor(ActorSpec("app", (source,), 0.1, 0.0, 1, max_queue_rows), "expert-0", 1, 1)
         actor.load(1, KEYS)
         return actor

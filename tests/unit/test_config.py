@@ -484,6 +484,39 @@ def test_a_good_file_lets_the_serve_command_go_on(capsys: pytest.CaptureFixture[
 
 
 @pytest.fixture
+def nowhere_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file whose model this machine does not have."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    args = {"models": [{"id": "a", "path": str(tmp_path / "nowhere")}]}
+    return write(tmp_path / "bad.yaml", {"applications": [application(args=args)]})
+
+
+@pytest.mark.parametrize(
+    "words", [["run", "FILE", "-a", "auto"], ["run", "--address=auto", "FILE"], ["deploy", "FILE"]]
+)
+def test_a_model_that_only_the_cluster_has_is_the_clusters_to_find(
+    nowhere_file: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(nowhere_file)
+    check_command_line(["serve", *(file if word == "FILE" else word for word in words)])
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("expertmesh: ")
+    assert line.endswith("nowhere: no such folder; the cluster looks for it on its nodes")
+
+
+@pytest.mark.parametrize("words", [[], ["--address=local"], ["-a", "local"]])
+def test_a_model_that_this_machine_needs_and_lacks_ends_the_command(
+    nowhere_file: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        check_command_line(["serve", "run", str(nowhere_file), *words])
+    assert caught.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "nowhere: no such folder" in line
+    assert "serve run --address=auto" in line
+
+
+@pytest.fixture
 def no_haproxy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend to be a system for which ray[serve] brings no HAProxy."""
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
@@ -529,7 +562,7 @@ def test_the_real_command_refuses_a_bad_file_with_one_line_and_starts_no_ray(
     tmp_path: Path, command: list[str]
 ) -> None:
     def wrong(app: dict[str, Any]) -> None:
-        app["args"]["models"][0]["path"] = str(tmp_path / "nowhere")
+        app["args"]["models"][0]["max_model_len"] = 1025
 
     file = bad_yaml(tmp_path, wrong)
     temp = tmp_path / "ray"
@@ -546,8 +579,8 @@ def test_the_real_command_refuses_a_bad_file_with_one_line_and_starts_no_ray(
     assert result.returncode == 2
     lines = (result.stdout + result.stderr).splitlines()
     assert [line for line in lines if line.startswith("expertmesh:")] == [
-        f"expertmesh: {file}: applications.expertmesh.args.models[0].path: {tmp_path / 'nowhere'}: "
-        "no such folder"
+        f"expertmesh: {file}: applications.expertmesh.args.models[0].max_model_len: "
+        "must be at most the model's own 1024 (given: 1025)"
     ]
     assert not any("Traceback" in line or "Started a local Ray" in line for line in lines)
     # Whatever Ray starts puts its session there first.

@@ -29,7 +29,7 @@ LIMIT_S = 20.0
 
 def spec_of(threads: int = 1) -> ActorSpec:
     experts = ModelExperts("m", (0, 1), NUM_EXPERTS, 10)
-    return ActorSpec("app", (ModelSource("path", "float32", experts),), 0.1, 0.0, threads, 100)
+    return ActorSpec("app", (ModelSource("path", "float32", experts, ""),), 0.1, 0.0, threads, 100)
 
 
 @dataclass(eq=False)

@@ -294,7 +294,7 @@ def test_other_names_are_no_actors_of_the_application(name: str) -> None:
 
 def test_a_digest_tells_specifications_apart() -> None:
     def spec(threads: int, dtype: str) -> ActorSpec:
-        model = ModelSource("path", dtype, ModelExperts("m", (0,), 2, 8))
+        model = ModelSource("path", dtype, ModelExperts("m", (0,), 2, 8), "")
         return ActorSpec("app", (model,), 0.1, 0.0, threads, 100)
 
     assert spec(1, "float32").digest == spec(1, "float32").digest
