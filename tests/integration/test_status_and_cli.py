@@ -115,7 +115,7 @@ def test_a_chat_in_a_pipe_is_the_conversation_that_the_client_has(served: Served
 def test_bench_counts_every_token(served: ServedCluster, form: list[str]) -> None:
     words = ("--requests", "12", "--max-tokens", "7", "--model", RANDOM, "--json", *form)
     done = run("bench", "--address", served.grpc_address, *words)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
     told = json.loads(done.stdout)
     assert (told["succeeded"], told["failed"], told["output_tokens"]) == (12, 0, 84)
     assert 0 < told["request_ms"]["p50"] <= told["request_ms"]["p99"] < 1000 * told["elapsed_s"]
