@@ -26,6 +26,9 @@ from cluster.stream.tls import TlsFiles
 from cluster.transports import TransportKind
 
 IMPORT_PATH = "router.app:build"
+DEFAULT_POOL = "expert"
+ONE_POOLS_KEYS = ("actors", "num_cpus", "num_gpus", "threads", "memory_budget_bytes")
+RAYS_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
 
 
 class _Section(BaseModel):
@@ -61,37 +64,104 @@ class TlsConfig(_Section):
         return TlsFiles(self.certificate, self.key, self.authority)
 
 
+class PoolConfig(_Section):
+    """Alike expert actors, each on a device of its own.
+
+    ``num_cpus``, ``num_gpus`` and ``resources`` (names of one's own, given to ``ray start``) are
+    what one actor reserves, and so decide which machines it may be on; with ``num_gpus`` it
+    computes on the GPU that Ray gives it. ``threads`` are its compute threads.
+    ``memory_budget_bytes`` bounds the expert weights that it holds.
+    """
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$", max_length=32)
+    actors: int = Field(ge=1, le=1000)
+    num_cpus: float = Field(default=0.1, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0, le=1)
+    resources: dict[str, float] = Field(default={}, max_length=16)
+    threads: int = Field(default=1, ge=1, le=256)
+    memory_budget_bytes: int | None = Field(default=None, gt=0)
+
+    @field_validator("resources")
+    @classmethod
+    def _resources_are_rays(cls, resources: dict[str, float]) -> dict[str, float]:
+        for name, amount in resources.items():
+            if not name or name in RAYS_RESOURCES:
+                raise ValueError(f"{name!r} is Ray's own; use num_cpus, num_gpus")
+            if amount <= 0 or (amount > 1 and amount % 1):
+                raise ValueError(f"{name} must be a whole number or a part of 1")
+        return resources
+
+
 class ExpertsConfig(_Section):
-    """The pool of expert actors, one to a device.
+    """The expert actors, one to a device.
+
+    ``pools`` lists kinds of them, such as one for GPUs and one for CPUs; where all actors are
+    alike, the keys of the one pool stand here instead (see :class:`PoolConfig`). With several
+    pools all have a ``memory_budget_bytes`` or none has; an actor's share of the experts is in
+    proportion to it.
 
     ``min_copies`` is how many actors hold each expert, on different nodes where there are several;
     with two or more, a router goes on with another copy at once when an actor dies or hangs.
-    ``threads`` are compute threads of one actor. ``memory_budget_bytes`` bounds the expert weights
-    that one actor holds. ``max_queue_rows`` bounds the token rows that wait in an actor; a frame
-    beyond it is refused and tried again. ``call_timeout_s`` is how long a router waits for one
-    answer before it reports the actor and tries again. ``transport`` is how frames travel:
-    ``stream`` over connections held open to the actors, ``ray`` by Ray calls, ``auto`` over streams
-    and by Ray calls where and while there is none. ``tls`` encrypts the streams between hosts.
+    ``max_queue_rows`` bounds the token rows that wait in an actor; a frame beyond it is refused and
+    tried again. ``call_timeout_s`` is how long a router waits for one answer before it reports the
+    actor and tries again. ``transport`` is how frames travel: ``stream`` over connections held open
+    to the actors, ``ray`` by Ray calls, ``auto`` over streams and by Ray calls where and while
+    there is none. ``tls`` encrypts the streams between hosts.
     """
 
+    pools: tuple[PoolConfig, ...] | None = Field(default=None, min_length=1, max_length=32)
     actors: int = Field(default=2, ge=1, le=1000)
-    min_copies: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=0.1, ge=0)
-    num_gpus: float = Field(default=0.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0, le=1)
     threads: int = Field(default=1, ge=1, le=256)
     memory_budget_bytes: int | None = Field(default=None, gt=0)
+    min_copies: int = Field(default=1, ge=1)
     max_queue_rows: int = Field(default=65_536, ge=1)
     call_timeout_s: float = Field(default=10.0, gt=0)
     transport: TransportKind = "auto"
     tls: TlsConfig | None = None
 
+    @field_validator("pools")
+    @classmethod
+    def _pools_differ(cls, pools: tuple[PoolConfig, ...] | None) -> tuple[PoolConfig, ...] | None:
+        names = [pool.name for pool in pools or ()]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"names must differ; given more than once: {', '.join(doubled)}")
+        budgets = [pool.memory_budget_bytes for pool in pools or ()]
+        if None in budgets and any(budget is not None for budget in budgets):
+            raise ValueError("all pools need memory_budget_bytes, or none")
+        return pools
+
+    @field_validator(*ONE_POOLS_KEYS)
+    @classmethod
+    def _stands_in_one_place(cls, value: Any, info: ValidationInfo) -> Any:
+        # Not called for defaults, so this was given beside the pools.
+        if info.data.get("pools") is not None:
+            raise ValueError("with pools it stands in each of them")
+        return value
+
     @field_validator("min_copies")
     @classmethod
     def _copies_need_actors(cls, min_copies: int, info: ValidationInfo) -> int:
-        actors = info.data.get("actors")  # absent when it is itself wrong
+        pools, actors = info.data.get("pools"), info.data.get("actors")  # absent when wrong
+        if pools is not None:
+            actors = sum(pool.actors for pool in pools)
         if actors is not None and min_copies > actors:
             raise ValueError(f"must be at most the number of actors, {actors}")
         return min_copies
+
+    def all_pools(self) -> tuple[PoolConfig, ...]:
+        """Return the pools, of which there is one where none is listed."""
+        if self.pools is not None:
+            return self.pools
+        given = {key: getattr(self, key) for key in ONE_POOLS_KEYS}
+        return (PoolConfig(name=DEFAULT_POOL, **given),)
+
+    @property
+    def num_actors(self) -> int:
+        """Actors of all pools."""
+        return sum(pool.actors for pool in self.all_pools())
 
 
 class RouterConfig(_Section):
@@ -171,6 +241,7 @@ def _allowed_keys(loc: tuple[int | str, ...]) -> list[str]:
                 "router": RouterConfig,
                 "gateway": GatewayConfig,
                 "tls": TlsConfig,
+                "pools": PoolConfig,
             }[part]
     return sorted(section.model_fields)
 

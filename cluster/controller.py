@@ -9,12 +9,12 @@ controller, and the next one adopts them under a higher epoch.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray import serve
@@ -23,11 +23,13 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.schema import ApplicationStatus
 
 from cluster.errors import ExpertMeshError, StaleEpochError
+from cluster.failures import cause_of, kind_of, reason_of
 from cluster.ledger import Ledger
+from cluster.members import Members
 from cluster.placement import ExpertKey, Placement, assign_experts, empty_placement, surplus
 from cluster.pool import ExpertPool
 from cluster.progress import LOOK_S, Progress, Silence
-from cluster.spec import ActorReport, ActorSpec
+from cluster.spec import ActorReport, PoolSpec, budgets_of
 from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
 
 HEARTBEAT_PERIOD_S = 1.0
@@ -38,51 +40,38 @@ APP_CHECK_S = 1.0
 LOAD_TIMEOUT_S = 600.0
 UNLOAD_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 30.0
-MEMBER_TTL_S = 15.0
 MAX_WATCH_S = 10.0
+PLACE_NOTICE_S = 10.0
 FIRST_RETRY_S = 0.2
 MAX_RETRY_S = 15.0
 
 logger = logging.getLogger("expertmesh.controller")
 
 
-@dataclass(slots=True)
-class _Member:
-    """A router or gateway replica, as its last watch call told."""
-
-    kind: str
-    process: ProcessStatus
-    seen_s: float
-
-
 class Controller:
     """Keeps the expert actors of one application; a Serve deployment of one replica."""
 
     def __init__(
-        self,
-        spec: ActorSpec,
-        actor_class: type,
-        num_actors: int,
-        memory_budget_bytes: int | None,
-        min_copies: int = 1,
+        self, app: str, pools: Sequence[PoolSpec], actor_class: type, min_copies: int = 1
     ) -> None:
         """Set up; :meth:`start` adopts or creates the actors."""
-        models = [source.experts for source in spec.models]
+        self._app = app
+        self._models = [source.experts for source in pools[0].actor.models]
+        self._specs = {actor_id: pool.actor for pool in pools for actor_id in pool.actor_ids()}
+        self._budgets_bytes = budgets_of(pools)
         self._min_copies = min_copies
-        self._memory_budget_bytes = memory_budget_bytes
-        self._spec = spec
-        self._pool = ExpertPool(spec, actor_class)
-        self._actor_ids = [f"expert-{i}" for i in range(num_actors)]
+        self._pool = ExpertPool(app, self._specs, actor_class)
+        self._actor_ids = list(self._specs)
         self._nodes: dict[str, str] = {}
         """The node that each actor runs on, or ran on last."""
         self._adopted: dict[str, tuple[ExpertKey, ...]] = {}
         """What each adopted actor held."""
         self._last_generation: dict[str, int] = dict.fromkeys(self._actor_ids, 0)
         self._shares = self._assign()
-        self._placement: Placement = empty_placement(0, models)
+        self._placement: Placement = empty_placement(0, self._models)
         self._changed = asyncio.Condition()
         self._reports: dict[str, ActorReport] = {}
-        self._members: dict[str, _Member] = {}
+        self._members = Members()
         self._suspected = {actor_id: asyncio.Event() for actor_id in self._actor_ids}
         self._suspected_s = dict.fromkeys(self._actor_ids, -math.inf)
         self._tasks: list[asyncio.Task[None]] = []
@@ -101,12 +90,11 @@ class Controller:
             self._tasks.append(asyncio.create_task(keeper, name=f"keep {actor_id}"))
 
     def _assign(self) -> dict[str, list[ExpertKey]]:
-        models = [source.experts for source in self._spec.models]
         # An actor that is new to the pool is to get a share of what the others hold.
         is_same_pool = all(self._last_generation.get(a, 0) > 0 for a in self._actor_ids)
         held = self._adopted if is_same_pool else {}
         return assign_experts(
-            models, self._actor_ids, self._memory_budget_bytes, self._min_copies, self._nodes, held
+            self._models, self._actor_ids, self._budgets_bytes, self._min_copies, self._nodes, held
         )
 
     async def _start_all(self) -> dict[str, ActorHandle]:
@@ -121,7 +109,7 @@ class Controller:
             try:
                 report = await self._pool.describe(handle, START_TIMEOUT_S)
             except (RayActorError, RayTaskError, TimeoutError) as error:
-                logger.warning("%s: its node is not known (%s)", actor_id, _kind(error))
+                logger.warning("%s: its node is not known (%s)", actor_id, kind_of(error))
             else:
                 self._nodes[actor_id] = report.node
 
@@ -149,15 +137,15 @@ class Controller:
             if actor_id in adopted:  # an older generation that should be gone
                 self._pool.kill(adopted.pop(actor_id))
                 del reports[actor_id]
-            if report.digest == self._spec.digest and actor_id in self._shares:
+            spec = self._specs.get(actor_id)
+            if spec is not None and report.digest == spec.digest:
                 adopted[actor_id], reports[actor_id] = handle, report
                 self._nodes[actor_id] = report.node
                 self._adopted[actor_id] = report.experts
             else:
                 logger.info("%s g%d: has another configuration, ending it", actor_id, generation)
                 self._pool.kill(handle)
-        models = [source.experts for source in self._spec.models]
-        placement = empty_placement(epoch + 1, models)
+        placement = empty_placement(epoch + 1, self._models)
         # From the first: an empty one would tell routers that living experts are lost.
         for actor_id, report in reports.items():
             placement = placement.with_actor(actor_id, report.generation, report.experts)
@@ -172,7 +160,7 @@ class Controller:
         try:
             return await self._pool.describe(handle, ADOPT_TIMEOUT_S)
         except (RayActorError, RayTaskError, TimeoutError) as error:
-            logger.warning("%s g%d: not adopted (%s)", actor_id, generation, _kind(error))
+            logger.warning("%s g%d: not adopted (%s)", actor_id, generation, kind_of(error))
             return None
 
     def _write_ledger(self) -> None:
@@ -194,7 +182,7 @@ class Controller:
                 logger.warning("a newer controller took over; this one stops")
                 return
             except (RayActorError, RayTaskError, TimeoutError) as error:
-                logger.warning("%s: %s", actor_id, _reason(error))
+                logger.warning("%s: %s", actor_id, reason_of(error))
             except ExpertMeshError as error:
                 logger.error("%s: %s", actor_id, error)
             except Exception:
@@ -220,7 +208,11 @@ class Controller:
     async def _bring_up(self, actor_id: str, handle: ActorHandle) -> None:
         started_s = time.monotonic()
         epoch, keys = self._placement.epoch, self._shares[actor_id]
-        report = await self._load_typed(handle, epoch, keys)
+        waiting = asyncio.create_task(self._say_why_it_waits(actor_id, handle))
+        try:
+            report = await self._load_typed(handle, epoch, keys)
+        finally:
+            waiting.cancel()
         self._reports[actor_id] = report
         self._nodes[actor_id] = report.node
         await self._publish(
@@ -237,13 +229,26 @@ class Controller:
             report.fetched(),
         )
 
+    async def _say_why_it_waits(self, actor_id: str, handle: ActorHandle) -> None:
+        """Log what an actor lacks that Ray finds no place for; Ray itself says nothing here."""
+        for notices in itertools.count():
+            await asyncio.sleep(PLACE_NOTICE_S * 2 ** min(notices, 5))
+            try:
+                await self._pool.describe(handle, PLACE_NOTICE_S)
+                return  # it has a place, and loads
+            except (RayActorError, RayTaskError):
+                return
+            except TimeoutError:
+                why = await asyncio.to_thread(self._pool.shortage, actor_id)
+                logger.warning("%s waits for a place: %s", actor_id, why)
+
     async def _load_typed(
         self, handle: ActorHandle, epoch: int, keys: list[ExpertKey]
     ) -> ActorReport:
         try:
             return await self._pool.load(handle, epoch, keys, LOAD_TIMEOUT_S)
         except RayTaskError as error:
-            raise _cause(error) from None
+            raise cause_of(error) from None
 
     async def _watch_actor(self, actor_id: str, handle: ActorHandle) -> None:
         suspected = self._suspected[actor_id]
@@ -254,7 +259,7 @@ class Controller:
             try:
                 report = await self._heartbeat(actor_id, handle)
             except RayTaskError as error:
-                raise _cause(error) from None
+                raise cause_of(error) from None
             self._reports[actor_id] = report
             self._looped_s = time.monotonic()
             if progress.is_hung(report.steps, report.queued_rows, time.monotonic()):
@@ -283,7 +288,7 @@ class Controller:
         try:
             report = await self._pool.unload(handle, epoch, retired, UNLOAD_TIMEOUT_S)
         except RayTaskError as error:
-            raise _cause(error) from None
+            raise cause_of(error) from None
         self._reports[actor_id] = report
         logger.info("%s lets %d experts go", actor_id, len(retired))
 
@@ -324,9 +329,9 @@ class Controller:
         while not self._is_deleted:
             await asyncio.sleep(APP_CHECK_S)
             try:
-                wanted = await asyncio.to_thread(app_is_wanted, self._spec.app)
+                wanted = await asyncio.to_thread(app_is_wanted, self._app)
             except Exception as error:  # Serve itself is away, which says nothing
-                logger.warning("Serve does not answer (%s)", _kind(error))
+                logger.warning("Serve does not answer (%s)", kind_of(error))
                 continue
             async with self._changed:
                 self._is_deleted = not wanted
@@ -344,10 +349,7 @@ class Controller:
         ago this controller last finished a look at any actor, and whether Serve deletes the
         application. The call also says that this router or gateway is alive.
         """
-        process = ProcessStatus(pid, node)
-        now_s = time.monotonic()
-        self._members[f"{kind}:{node}:{pid}"] = _Member(kind, process, now_s)
-        self._members = self._recent_members(now_s)
+        self._members.heard(kind, ProcessStatus(pid, node))
         async with self._changed:
             try:
                 async with asyncio.timeout(min(timeout_s, MAX_WATCH_S)):
@@ -373,20 +375,16 @@ class Controller:
             self._suspected_s[actor_id] = time.monotonic()
             self._suspected[actor_id].set()
 
-    def _recent_members(self, now_s: float) -> dict[str, _Member]:
-        return {key: m for key, m in self._members.items() if now_s - m.seen_s < MEMBER_TTL_S}
-
     async def status(self) -> dict[str, Any]:
         """Return :class:`ClusterStatus` as plain data."""
-        members = list(self._recent_members(time.monotonic()).values())
         return ClusterStatus(
-            models=tuple(source.experts.model for source in self._spec.models),
+            models=tuple(experts.model for experts in self._models),
             epoch=self._placement.epoch,
             placement_version=self._placement.version,
             controller_pid=os.getpid(),
             missing_experts=len(self._placement.missing()),
-            routers=tuple(m.process for m in members if m.kind == "router"),
-            gateways=tuple(m.process for m in members if m.kind == "gateway"),
+            routers=self._members.of("router"),
+            gateways=self._members.of("gateway"),
             actors=tuple(_actor_status(report) for _, report in sorted(self._reports.items())),
             min_copies=self._min_copies,
             live_copies=self._placement.fewest_copies(),
@@ -399,7 +397,7 @@ class Controller:
         """
         for task in self._tasks:
             task.cancel()
-        if await asyncio.to_thread(app_is_wanted, self._spec.app):
+        if await asyncio.to_thread(app_is_wanted, self._app):
             return
         for _, _, handle in await asyncio.to_thread(self._pool.find):
             self._pool.kill(handle)
@@ -425,21 +423,3 @@ def _actor_status(report: ActorReport) -> ActorStatus:
         experts=tuple((k.model, k.layer_id, k.expert_id) for k in report.experts),
         tokens=sum(report.tokens.values()),
     )
-
-
-def _cause(error: RayTaskError) -> Exception:
-    """Return the actor's own exception instead of Ray's wrapper with its stack."""
-    cause = error.cause
-    return cause if isinstance(cause, Exception) else error
-
-
-def _kind(error: BaseException) -> str:
-    return type(error).__name__
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, TimeoutError):
-        return "does not answer; replacing it"
-    if isinstance(error, RayActorError):
-        return "died; replacing it"
-    return f"{_kind(error)}; replacing it"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from cluster.errors import ConfigError
+
+BUDGET_FIELD = "args.experts.memory_budget_bytes"
 
 
 class ExpertKey(NamedTuple):
@@ -114,7 +117,7 @@ def empty_placement(epoch: int, models: Sequence[ModelExperts]) -> Placement:
 def assign_experts(
     models: Sequence[ModelExperts],
     actor_ids: Sequence[str],
-    memory_budget_bytes: int | None,
+    budgets_bytes: Mapping[str, int] | None = None,
     min_copies: int = 1,
     nodes: Mapping[str, str] | None = None,
     held: Mapping[str, Collection[ExpertKey]] | None = None,
@@ -128,40 +131,31 @@ def assign_experts(
     holds are spread over the others too, which take over evenly. An actor keeps what it has
     ``held``, unless that has more copies than wanted; copies that are missing go to actors that are
     not in ``held``, if nodes allow it, so that nothing that runs has to load more. Deterministic.
-    Raises :class:`ConfigError` when there are more copies than actors, or a share is larger than
-    ``memory_budget_bytes``.
+
+    ``budgets_bytes`` bounds what each actor holds; where they differ, an actor's share is in
+    proportion to its budget, in every layer and over all of them. Where experts do not fit that
+    way, what is held is not kept, and at last the roomiest actors come first. Raises
+    :class:`ConfigError` when there are more copies than actors, or the budgets are too small.
     """
     if min_copies > len(actor_ids):
         raise ConfigError(
             f"must be at most the number of actors, {len(actor_ids)} (given: {min_copies})",
             "args.experts.min_copies",
         )
-    shares: dict[str, list[ExpertKey]] = {actor_id: [] for actor_id in actor_ids}
-    share_bytes = dict.fromkeys(actor_ids, 0)
-    kept_by = {actor_id: frozenset((held or {}).get(actor_id, ())) for actor_id in actor_ids}
-    for model in models:
-        for layer_id in model.layers:
-            kept = [
-                [
-                    actor
-                    for actor in actor_ids
-                    if ExpertKey(model.model, layer_id, e) in kept_by[actor]
-                ]
-                for e in range(model.num_experts)
-            ]
-            holders = _spread_layer(layer_id, kept, actor_ids, min_copies, nodes or {}, held or {})
-            for expert_id, actors in enumerate(holders):
-                for actor_id in actors:
-                    shares[actor_id].append(ExpertKey(model.model, layer_id, expert_id))
-                    share_bytes[actor_id] += model.expert_bytes
-    largest = max(share_bytes.values())
-    if memory_budget_bytes is not None and largest > memory_budget_bytes:
-        raise ConfigError(
-            f"{len(actor_ids)} actors need up to {largest} bytes each for their experts; the "
-            f"budget is {memory_budget_bytes}. Raise it or the number of actors.",
-            "args.experts.memory_budget_bytes",
-        )
-    return shares
+    budgets: Mapping[str, float] = budgets_bytes or dict.fromkeys(actor_ids, math.inf)
+    for kept, is_roomiest_first in ((held or {}, False), ({}, False), ({}, True)):
+        deal = _Deal(actor_ids, budgets, min_copies, nodes or {}, kept, is_roomiest_first)
+        if deal.reserve(models) and all(deal.add(model) for model in models):
+            return deal.shares
+    raise ConfigError(_does_not_fit(models, list(budgets.values()), min_copies), BUDGET_FIELD)
+
+
+def _does_not_fit(models: Sequence[ModelExperts], budgets: Sequence[float], copies: int) -> str:
+    num_bytes = copies * sum(len(m.expert_keys()) * m.expert_bytes for m in models)
+    return (
+        f"{len(budgets)} actors with budgets of {sum(budgets):.0f} bytes in all cannot hold "
+        f"{num_bytes} bytes of whole experts. Raise the budgets or the number of actors."
+    )
 
 
 def surplus(
@@ -179,39 +173,109 @@ def surplus(
     return sorted(key for key, actors in wanted.items() if actors <= {*placement.holders[key]})
 
 
-def _spread_layer(
-    layer_id: int,
-    kept: Sequence[list[str]],
-    actor_ids: Sequence[str],
-    num_copies: int,
-    nodes: Mapping[str, str],
-    running: Collection[str],
-) -> list[list[str]]:
-    """Return the actors that are to hold each expert of a layer, those that do already first."""
-    held = {actor_id: sum(actor_id in actors for actors in kept) for actor_id in actor_ids}
-    shared: Counter[frozenset[str]] = Counter()  # experts that two actors both hold
-    layer: list[list[str]] = []
-    for expert_id, actors in enumerate(kept):
-        begin = (expert_id + layer_id) % len(actor_ids)
-        in_turn = [*actor_ids[begin:], *actor_ids[:begin]]
-        has_surplus = len(actors) > num_copies
-        if has_surplus:  # chosen anew, from those who hold it
-            held.update({actor: held[actor] - 1 for actor in actors})
-        chosen = [] if has_surplus else list(actors)
-        while len(chosen) < num_copies:
-            candidates = actors if has_surplus else in_turn
-            actor_id = min(  # the first in turn where all else is equal
-                sorted((actor for actor in candidates if actor not in chosen), key=in_turn.index),
-                key=lambda actor: (
-                    # An actor whose node is not known counts as one on a node of its own.
-                    sum(nodes.get(actor, actor) == nodes.get(other, other) for other in chosen),
-                    actor in running,
-                    held[actor],
-                    sum(shared[frozenset((actor, other))] for other in chosen),
-                ),
-            )
-            held[actor_id] += 1
-            shared.update(frozenset((actor_id, other)) for other in chosen)
-            chosen.append(actor_id)
-        layer.append(chosen)
-    return layer
+class _Deal:
+    """One way of dealing experts out to actors, as far as it has come."""
+
+    def __init__(
+        self,
+        actor_ids: Sequence[str],
+        budgets_bytes: Mapping[str, float],
+        num_copies: int,
+        nodes: Mapping[str, str],
+        held: Mapping[str, Collection[ExpertKey]],
+        is_roomiest_first: bool,
+    ) -> None:
+        """Nothing is dealt yet; the arguments are as :func:`assign_experts` explains them."""
+        self.shares: dict[str, list[ExpertKey]] = {actor_id: [] for actor_id in actor_ids}
+        self._actor_ids = actor_ids
+        self._room_bytes = {actor_id: budgets_bytes[actor_id] for actor_id in actor_ids}
+        self._is_even = len(set(self._room_bytes.values())) == 1
+        self._weights = dict.fromkeys(actor_ids, 1.0) if self._is_even else {**self._room_bytes}
+        self._num_copies = num_copies
+        self._nodes = nodes
+        self._running = held.keys()
+        self._held = {actor_id: frozenset(held.get(actor_id, ())) for actor_id in actor_ids}
+        self._is_roomiest_first = is_roomiest_first
+
+    def _holders(self, key: ExpertKey) -> list[str]:
+        return [actor_id for actor_id in self._actor_ids if key in self._held[actor_id]]
+
+    def reserve(self, models: Sequence[ModelExperts]) -> bool:
+        """Take room for what is kept; returns whether there was enough."""
+        for model in models:
+            for key in model.expert_keys():
+                holders = self._holders(key)
+                for actor_id in holders if len(holders) <= self._num_copies else ():
+                    self._room_bytes[actor_id] -= model.expert_bytes
+        return min(self._room_bytes.values()) >= 0
+
+    def add(self, model: ModelExperts) -> bool:
+        """Deal out a model's experts; returns whether there was room for all of them."""
+        dealt = dict.fromkeys(self._actor_ids, 0)
+        for layer_id in model.layers:
+            if self._is_even:  # else each layer goes on where the last one was rounded
+                dealt = dict.fromkeys(self._actor_ids, 0)
+            kept = [
+                self._holders(ExpertKey(model.model, layer_id, e)) for e in range(model.num_experts)
+            ]
+            layer = self._spread_layer(layer_id, kept, dealt, model.expert_bytes)
+            if layer is None:
+                return False
+            for expert_id, actors in enumerate(layer):
+                for actor_id in actors:
+                    self.shares[actor_id].append(ExpertKey(model.model, layer_id, expert_id))
+        return True
+
+    def _spread_layer(
+        self, layer_id: int, kept: Sequence[list[str]], dealt: dict[str, int], num_bytes: int
+    ) -> list[list[str]] | None:
+        """Return the actors that are to hold each expert of a layer, those that do already first.
+
+        ``dealt`` counts what each actor has been dealt; ``None`` when there is no room.
+        """
+        for actor_id in self._actor_ids:
+            dealt[actor_id] += sum(actor_id in actors for actors in kept)
+        shared: Counter[frozenset[str]] = Counter()  # experts that two actors both hold
+        layer: list[list[str]] = []
+        for expert_id, actors in enumerate(kept):
+            begin = (expert_id + layer_id) % len(self._actor_ids)
+            in_turn = [*self._actor_ids[begin:], *self._actor_ids[:begin]]
+            has_surplus = len(actors) > self._num_copies
+            if has_surplus:  # chosen anew, from those who hold it
+                dealt.update({actor: dealt[actor] - 1 for actor in actors})
+            chosen = [] if has_surplus else list(actors)
+            while len(chosen) < self._num_copies:
+                candidates = [
+                    actor
+                    for actor in in_turn  # the first in turn where all else is equal
+                    if actor not in chosen
+                    and (actor in actors or not has_surplus)
+                    and self._room_bytes[actor] >= num_bytes
+                ]
+                if not candidates:
+                    return None
+                actor_id = min(candidates, key=lambda a: self._cost(a, chosen, dealt, shared))
+                dealt[actor_id] += 1
+                self._room_bytes[actor_id] -= num_bytes
+                shared.update(frozenset((actor_id, other)) for other in chosen)
+                chosen.append(actor_id)
+            layer.append(chosen)
+        return layer
+
+    def _cost(
+        self,
+        actor: str,
+        chosen: Sequence[str],
+        dealt: Mapping[str, int],
+        shared: Mapping[frozenset[str], int],
+    ) -> tuple[float, ...]:
+        """What speaks against an actor as the next copy's place, the heaviest first."""
+        # An actor whose node is not known counts as one on a node of its own.
+        node = self._nodes.get(actor, actor)
+        return (
+            -self._room_bytes[actor] if self._is_roomiest_first else 0,
+            sum(node == self._nodes.get(other, other) for other in chosen),
+            actor in self._running,
+            (dealt[actor] + 1) / self._weights[actor],
+            sum(shared[frozenset((actor, other))] for other in chosen),
+        )

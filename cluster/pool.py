@@ -7,7 +7,7 @@ controller looks at, has a deadline.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -44,6 +44,7 @@ def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
         "max_restarts": 0,
         "num_cpus": spec.num_cpus,
         "num_gpus": spec.num_gpus,
+        "resources": dict(spec.resources),
         "scheduling_strategy": "SPREAD",
         "max_concurrency": DATA_CALLS,
         "enable_task_events": False,
@@ -69,10 +70,11 @@ def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
 class ExpertPool:
     """The actors of one application, all of one injected class."""
 
-    def __init__(self, spec: ActorSpec, actor_class: type) -> None:
-        """``actor_class`` takes (spec, actor_id, generation, epoch); see :mod:`cluster.spec`."""
-        self._spec = spec
-        self.ledger = LedgerStore(spec.app)
+    def __init__(self, app: str, specs: Mapping[str, ActorSpec], actor_class: type) -> None:
+        """``specs`` are by actor; ``actor_class`` takes (spec, actor_id, generation, epoch)."""
+        self._app = app
+        self._specs = specs
+        self.ledger = LedgerStore(app)
         self._remote = ray.remote(concurrency_groups={"control": CONTROL_CALLS})(actor_class)
 
     def create(
@@ -82,17 +84,17 @@ class ExpertPool:
 
         It comes on ``node``, when that is given and has room, else wherever Ray puts it.
         """
-        name = actor_name(self._spec.app, actor_id, generation)
-        options = actor_options(self._spec, name)
+        spec = self._specs[actor_id]
+        options = actor_options(spec, actor_name(self._app, actor_id, generation))
         if node is not None:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
-        return self._remote.options(**options).remote(self._spec, actor_id, generation, epoch)
+        return self._remote.options(**options).remote(spec, actor_id, generation, epoch)
 
     def find(self) -> list[tuple[str, int, ActorHandle]]:
         """Return (actor_id, generation, handle) of every living actor of the application."""
         found = []
         for entry in list_named_actors(all_namespaces=True):
-            parsed = parse_actor_name(entry["name"], self._spec.app)
+            parsed = parse_actor_name(entry["name"], self._app)
             if parsed is None or entry["namespace"] != ACTOR_NAMESPACE:
                 continue
             try:
@@ -101,6 +103,12 @@ class ExpertPool:
                 continue
             found.append((*parsed, handle))
         return found
+
+    def shortage(self, actor_id: str) -> str:
+        """Return what an actor that Ray has not started waits for, for people."""
+        spec = self._specs[actor_id]
+        needed = {"CPU": spec.num_cpus, "GPU": spec.num_gpus, **spec.resources}
+        return shortage({name: n for name, n in needed.items() if n}, ray.nodes())
 
     def count_nodes(self) -> int:
         """Return how many nodes Ray has that live."""
@@ -137,6 +145,20 @@ class ExpertPool:
     def kill(self, handle: ActorHandle) -> None:
         """End an actor at once; routers see it as dead and try elsewhere."""
         ray.kill(handle, no_restart=True)
+
+
+def shortage(needed: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) -> str:
+    """Return why no node takes an actor that needs these resources; ``nodes`` as Ray lists them."""
+    asked = ", ".join(f"{name} {amount:g}" for name, amount in needed.items())
+    alive = [node for node in nodes if node["Alive"]]
+    fitting = [
+        node for node in alive if all(node["Resources"].get(n, 0) >= needed[n] for n in needed)
+    ]
+    if fitting:
+        return f"it needs {asked}, which is in use on all nodes that have it ({len(fitting)})"
+    lacking = [n for n in needed if all(node["Resources"].get(n, 0) < needed[n] for node in alive)]
+    what = f"so much {', '.join(lacking)}" if lacking else "all of it"
+    return f"it needs {asked}; none of the {len(alive)} nodes has {what}"
 
 
 async def _within(answer: Awaitable[ActorReport], timeout_s: float) -> ActorReport:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 from cluster.placement import ExpertKey, ModelExperts
 from cluster.stream.tls import TlsFiles
@@ -41,12 +42,37 @@ class ActorSpec:
     threads: int
     max_queue_rows: int
     tls: TlsFiles | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
         """A short hash of the specification; an actor with another one is not adopted."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSpec:
+    """Alike expert actors: how many, how much each may hold, what each is made of."""
+
+    name: str
+    num_actors: int
+    memory_budget_bytes: int | None
+    actor: ActorSpec
+
+    def actor_ids(self) -> list[str]:
+        """Return the actors' ids, unique in the application as the pools' names are."""
+        return [f"{self.name}-{i}" for i in range(self.num_actors)]
+
+
+def budgets_of(pools: Sequence[PoolSpec]) -> dict[str, int] | None:
+    """Return the budget of each actor, or ``None`` where they have none."""
+    return {
+        actor_id: pool.memory_budget_bytes
+        for pool in pools
+        if pool.memory_budget_bytes is not None
+        for actor_id in pool.actor_ids()
+    } or None
 
 
 @dataclass(frozen=True, slots=True)

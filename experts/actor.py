@@ -27,6 +27,7 @@ from cluster.errors import (
     InternalError,
     OverloadedError,
     StaleEpochError,
+    UnavailableError,
 )
 from cluster.frames import Buffer, DispatchFrame, ErrorFrame, Parts, decode, encode
 from cluster.lease import Lease, end_when_orphaned
@@ -81,9 +82,16 @@ class ExpertActor:
         """Load the given experts beside those already held; returns when all can be asked for.
 
         What is not on this node's disk comes from another node's. Raises :class:`CheckpointError`
-        when the checkpoint cannot be read on any; experts that were whole before that stay.
+        when the checkpoint cannot be read on any; experts that were whole before that stay; and
+        :class:`UnavailableError` when Ray gave a GPU that torch does not find.
         """
         self._accept(epoch)
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise UnavailableError(
+                f"Ray gave this actor a GPU of {ray.util.get_node_ip_address()}, but torch "
+                f"{torch.__version__} finds none; install torch for CUDA there, or set num_gpus: 0",
+                "args.experts.num_gpus",
+            )
         self._load([ExpertKey(*key) for key in keys])
         return self._report()
 

@@ -17,14 +17,13 @@ from ray.serve.exceptions import RayServeException
 from cluster.config import AppConfig, parse_args
 from cluster.errors import ConfigError, ExpertMeshError
 from cluster.pool import SERVING_ENVIRONMENT
-from cluster.spec import ActorSpec
 from experts.ray_peers import RayNeighbours
 from router.control import ControllerDeployment
 from router.deployment import RouterDeployment
 from router.gateway.deployment import Gateway
 from router.gateway.models import GatewayModel
 from router.gateway.ray_upstream import make_upstream
-from router.served import ServedModel, inspect_models
+from router.served import ServedModel, inspect_models, pool_specs
 
 MAX_CONTROL_CALLS = 10_000
 GRACEFUL_SHUTDOWN_S = 5.0
@@ -52,16 +51,7 @@ def build(args: dict[str, Any]) -> Application:
     except ExpertMeshError as error:
         # Serve's own exception is the one that it shows without a stack.
         raise RayServeException(str(error)) from None
-    spec = ActorSpec(
-        app="",
-        models=tuple(model.source for model in models),
-        num_cpus=config.experts.num_cpus,
-        num_gpus=config.experts.num_gpus,
-        threads=config.experts.threads,
-        max_queue_rows=config.experts.max_queue_rows,
-        tls=None if config.experts.tls is None else config.experts.tls.files(),
-    )
-    controller = _controller().bind(spec, config)
+    controller = _controller().bind(pool_specs(config.experts, models), config)
     routers = {
         model.id: _router(names[model.id], config).bind(model, config, controller)
         for model in models

@@ -16,10 +16,11 @@ def check_file(path: Path) -> list[str]:
     lines = []
     for name, config in load_deployment(path):
         served = inspect_models(config, f"{path}: applications.{name}.args")
-        actors, routers = config.experts.actors, config.router.replicas
+        pools = config.experts.pools or ()
+        kinds = f" ({', '.join(f'{pool.name}: {pool.actors}' for pool in pools)})" if pools else ""
         lines.append(
-            f"application {name}: {actors} expert actors, {routers} routers per model, "
-            f"{config.gateway.replicas} gateways"
+            f"application {name}: {config.experts.num_actors} expert actors{kinds}, "
+            f"{config.router.replicas} routers per model, {config.gateway.replicas} gateways"
         )
         lines.extend(_describe(model) for model in served)
     return lines

@@ -12,7 +12,7 @@ from ray import serve
 
 from cluster.config import AppConfig
 from cluster.controller import Controller
-from cluster.spec import ActorSpec
+from cluster.spec import PoolSpec
 from experts.remote import RemoteExpertActor
 from router.logs import failures_logged, setup_logging
 
@@ -20,18 +20,15 @@ from router.logs import failures_logged, setup_logging
 class ControllerDeployment(Controller):
     """The controller as a Serve replica; adds Serve's name of the application."""
 
-    async def __init__(self, spec: ActorSpec, config: AppConfig) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, pools: tuple[PoolSpec, ...], config: AppConfig
+    ) -> None:
         """Start the controller on the replica's event loop."""
         setup_logging()
         app = serve.get_replica_context().app_name
         with failures_logged("the controller"):
-            super().__init__(
-                replace(spec, app=app),
-                RemoteExpertActor,
-                config.experts.actors,
-                config.experts.memory_budget_bytes,
-                config.experts.min_copies,
-            )
+            named = [replace(pool, actor=replace(pool.actor, app=app)) for pool in pools]
+            super().__init__(app, named, RemoteExpertActor, config.experts.min_copies)
             await self.start()
         self._deletion = asyncio.create_task(self.look_for_deletion(), name="deletion")
 

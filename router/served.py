@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import AppConfig, ModelConfig
+from cluster.config import AppConfig, ExpertsConfig, ModelConfig
 from cluster.errors import CheckpointError, ConfigError
 from cluster.placement import ModelExperts, assign_experts
-from cluster.spec import ModelSource
+from cluster.spec import ActorSpec, ModelSource, PoolSpec, budgets_of
 from experts.checkpoint import Checkpoint, parse_json
 from experts.identity import identity_of
 from experts.peers import Neighbours, open_model
@@ -45,11 +46,36 @@ def inspect_models(
     served = [
         _inspect(model, f"{root}.models[{i}]", neighbours) for i, model in enumerate(config.models)
     ]
-    actor_ids = [str(i) for i in range(config.experts.actors)]
-    experts = [model.source.experts for model in served]
-    pool = config.experts
-    assign_experts(experts, actor_ids, pool.memory_budget_bytes, pool.min_copies)
+    pools = pool_specs(config.experts, served)
+    assign_experts(
+        [model.source.experts for model in served],
+        [actor_id for pool in pools for actor_id in pool.actor_ids()],
+        budgets_of(pools),
+        config.experts.min_copies,
+    )
     return served
+
+
+def pool_specs(experts: ExpertsConfig, models: Sequence[ServedModel]) -> tuple[PoolSpec, ...]:
+    """Return the pools as the controller keeps them, without Serve's name of the application."""
+    return tuple(
+        PoolSpec(
+            pool.name,
+            pool.actors,
+            pool.memory_budget_bytes,
+            ActorSpec(
+                app="",
+                models=tuple(model.source for model in models),
+                num_cpus=pool.num_cpus,
+                num_gpus=pool.num_gpus,
+                threads=pool.threads,
+                max_queue_rows=experts.max_queue_rows,
+                tls=None if experts.tls is None else experts.tls.files(),
+                resources=pool.resources,
+            ),
+        )
+        for pool in experts.all_pools()
+    )
 
 
 def _inspect(model: ModelConfig, where: str, neighbours: Neighbours | None) -> ServedModel:

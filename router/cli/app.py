@@ -17,6 +17,7 @@ from router.cli.common import exit_codes
 from router.cli.config import config
 from router.cli.generate import generate
 from router.cli.status import status
+from router.cli.train import train
 
 
 class _Commands(TyperGroup):
@@ -43,3 +44,4 @@ app.command()(status)
 app.command()(bench)
 app.command()(check)
 app.add_typer(config, name="config")
+app.command()(train)

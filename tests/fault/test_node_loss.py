@@ -12,6 +12,7 @@ import pytest
 from tests.fault.programs import run
 
 LIMIT_S = 280.0
+SHARES = {"fast-0": 10, "fast-1": 9, "slow-0": 5}
 
 
 @pytest.mark.timeout(300)
@@ -33,6 +34,8 @@ def test_a_lost_worker_node_costs_time_and_no_request(tmp_path: Path) -> None:
         assert (new["pid"] != old["pid"]) == (actor_id in moved)
     assert told["failures"] == {}  # all tokens are those of transformers on the whole checkpoint
     assert told["requests"] > 0
+    # Each pool's actors hold what their budgets allow, in proportion.
+    assert {i: len(actor["experts"]) for i, actor in before.items()} == SHARES
     # Every actor fetched its own experts and nothing else, before and after; so does the successor
     # of one whose reader is killed. Nothing was written where there was nothing.
     shares = {i: len(actor["experts"]) * told["expert_bytes"] for i, actor in before.items()}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.errors import Code, StaleEpochError
+from cluster.errors import Code, StaleEpochError, UnavailableError
 from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode
 from cluster.lease import ABSENT_S, LEASE_S, Lease
 from cluster.placement import ExpertKey, ModelExperts
@@ -66,16 +66,27 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...
     monkeypatch.setattr(actor_module, "end_when_orphaned", lambda lease, app: None)
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
 
-    def made(max_queue_rows: int = 1000) -> Actor:
+    def made(max_queue_rows: int = 1000, num_gpus: float = 0.0) -> Actor:
         identity = identity_of(open_checkpoint(folder))
         source = ModelSource(str(folder), "float32", ModelExperts("m", (0, 1, 2), 8, 1), identity)
-        actor = Actor(ActorSpec("app", (source,), 0.1, 0.0, 1, max_queue_rows), "expert-0", 1, 1)
+        actor = Actor(
+            ActorSpec("app", (source,), 0.1, num_gpus, 1, max_queue_rows), "expert-0", 1, 1
+        )
         actor.load(1, KEYS)
         return actor
 
     yield made
     torch.set_num_threads(threads)
     torch.set_grad_enabled(grad)
+
+
+def test_a_gpu_of_rays_that_torch_does_not_find_is_said(
+    make: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UnavailableError, match="install torch for CUDA there") as caught:
+        make(num_gpus=1)
+    assert caught.value.field == "args.experts.num_gpus"
 
 
 def rows_of(num_rows: int, seed: int = 0) -> torch.Tensor:

@@ -21,17 +21,19 @@ from cluster.config import (
     ExpertsConfig,
     GatewayConfig,
     ModelConfig,
+    PoolConfig,
     RouterConfig,
     TlsConfig,
     load_deployment,
     parse_args,
 )
 from cluster.errors import CheckpointError, ConfigError, ExpertMeshError
+from cluster.spec import budgets_of
 from router import preflight
 from router.app import build, deployment_names
 from router.check import check_file
 from router.preflight import check_command_line, deployment_file
-from router.served import ServedModel, inspect_models
+from router.served import ServedModel, inspect_models, pool_specs
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 
 DEPLOY = Path(deploy.__file__).parent
@@ -60,6 +62,12 @@ def config_of(folder: Path, **sections: Any) -> AppConfig:
     return parse_args({"models": [model], **sections})
 
 
+def pools_of(*pools: dict[str, Any], **others: Any) -> dict[str, Any]:
+    return {"models": [MODEL], "experts": {"pools": list(pools), **others}}
+
+
+GPU, CPU = {"name": "gpu", "actors": 2, "num_gpus": 1}, {"name": "cpu", "actors": 3, "threads": 4}
+
 # Arguments.
 
 
@@ -81,6 +89,7 @@ def test_the_smallest_arguments_are_a_model() -> None:
         ({"models": [MODEL, {**MODEL, "id": "b", "x": 1}]}, "args.models[1].x", ModelConfig),
         ({"models": [MODEL], "experts": {"actor": 2}}, "args.experts.actor", ExpertsConfig),
         ({"models": [MODEL], "experts": {"tls": TLS}}, "args.experts.tls.cert", TlsConfig),
+        (pools_of({"name": "a", "actors": 1, "n": 2}), "args.experts.pools[0].n", PoolConfig),
         ({"models": [MODEL], "router": {"batch": 2}}, "args.router.batch", RouterConfig),
         ({"models": [MODEL], "gateway": {"port": 1}}, "args.gateway.port", GatewayConfig),
     ],
@@ -121,6 +130,28 @@ BAD_VALUES: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"models": [MODEL], "experts": {"actors": "two"}}, "args.experts.actors", "given: 'two'"),
     ({"models": [MODEL], "experts": {"num_cpus": -1}}, "args.experts.num_cpus", "given: -1"),
+    ({"models": [MODEL], "experts": {"num_gpus": 2}}, "args.experts.num_gpus", "equal to 1"),
+    (pools_of(), "args.experts.pools", "at least 1 item"),
+    (pools_of({"name": "a"}), "args.experts.pools[0].actors", "Field required"),
+    (pools_of({"name": "A b", "actors": 1}), "args.experts.pools[0].name", "given: 'A b'"),
+    (pools_of(CPU, CPU), "args.experts.pools", "names must differ; given more than once: cpu"),
+    (pools_of(CPU, actors=3), "args.experts.actors", "with pools it stands in each of them"),
+    (pools_of(CPU, GPU, min_copies=6), "args.experts.min_copies", "number of actors, 5 (given: 6)"),
+    (
+        pools_of({**CPU, "memory_budget_bytes": 9}, GPU),
+        "args.experts.pools",
+        "all pools need memory_budget_bytes, or none",
+    ),
+    (
+        pools_of({**CPU, "resources": {"GPU": 1}}),
+        "args.experts.pools[0].resources",
+        "'GPU' is Ray's own; use num_cpus, num_gpus",
+    ),
+    (
+        pools_of({**CPU, "resources": {"fast": 1.5}}),
+        "args.experts.pools[0].resources",
+        "fast must be a whole number or a part of 1",
+    ),
     ({"models": [MODEL], "experts": None}, "args.experts", "given: None"),
     ({"models": [MODEL], "router": {"replicas": 1.5}}, "args.router.replicas", "given: 1.5"),
     ({"models": [MODEL], "router": {"cache_tokens": 15}}, "args.router.cache_tokens", "given: 15"),
@@ -253,11 +284,65 @@ def test_there_are_deployment_files() -> None:
     assert DEPLOY / "cluster.yaml" in SERVE_CONFIGS
 
 
+def test_pools_become_actors_of_their_kinds(folder: Path) -> None:
+    experts = {
+        "pools": [
+            {**GPU, "memory_budget_bytes": 4_000_000},
+            {**CPU, "memory_budget_bytes": 2_000_000, "resources": {"big": 0.5}},
+        ],
+        "max_queue_rows": 7,
+    }
+    config = config_of(folder, experts=experts)
+    models = inspect_models(config)
+    gpu, cpu = pool_specs(config.experts, models)
+    assert gpu.actor_ids() == ["gpu-0", "gpu-1"]
+    assert cpu.actor_ids() == ["cpu-0", "cpu-1", "cpu-2"]
+    assert (gpu.actor.num_gpus, gpu.actor.threads, dict(gpu.actor.resources)) == (1, 1, {})
+    assert (cpu.actor.num_gpus, cpu.actor.threads, cpu.actor.resources) == (0, 4, {"big": 0.5})
+    assert gpu.actor.digest != cpu.actor.digest
+    assert gpu.actor.max_queue_rows == cpu.actor.max_queue_rows == 7
+    assert budgets_of((gpu, cpu)) == {
+        **dict.fromkeys(gpu.actor_ids(), 4_000_000),
+        **dict.fromkeys(cpu.actor_ids(), 2_000_000),
+    }
+    assert config.experts.num_actors == 5
+
+
+def test_without_pools_all_actors_are_of_one_kind(folder: Path) -> None:
+    config = config_of(folder, experts={"actors": 3, "threads": 2, "num_cpus": 1.5})
+    [pool] = pool_specs(config.experts, inspect_models(config))
+    assert pool.actor_ids() == ["expert-0", "expert-1", "expert-2"]
+    assert (pool.actor.threads, pool.actor.num_cpus) == (2, 1.5)
+    assert budgets_of([pool]) is None
+
+
+def test_pools_too_small_for_the_experts_are_refused(folder: Path) -> None:
+    pools = [{**pool, "memory_budget_bytes": 300_000} for pool in (GPU, CPU)]
+    with pytest.raises(ConfigError, match="5 actors with budgets of 1500000 bytes in all"):
+        inspect_models(config_of(folder, experts={"pools": pools}))
+
+
 @pytest.mark.parametrize("file", SERVE_CONFIGS, ids=lambda f: f.name)
 def test_every_deployment_file_of_ours_is_fine(file: Path) -> None:
     lines = check_file(file)
     assert any(line.startswith("application ") for line in lines)
     assert any(line.startswith("model ") for line in lines)
+
+
+def test_the_deployment_files_are_those_that_the_documents_name() -> None:
+    assert [file.name for file in SERVE_CONFIGS] == ["cluster.yaml", "gpu.yaml", "multi-node.yaml"]
+
+
+@pytest.mark.parametrize("file", SERVE_CONFIGS, ids=lambda f: f.name)
+def test_every_deployment_file_of_ours_sets_serve_up_alike(file: Path) -> None:
+    first = yaml.safe_load((DEPLOY / "cluster.yaml").read_text(encoding="utf-8"))
+    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for key in ("grpc_options", "logging_config", "controller_options", "proxy_location"):
+        assert document[key] == first[key]
+    # Gateways listen where http_options says, and HAProxy of another machine must reach them.
+    assert document["http_options"]["host"] == (
+        "127.0.0.1" if file.name == "cluster.yaml" else "0.0.0.0"
+    )
 
 
 @pytest.mark.parametrize("file", SERVE_CONFIGS, ids=lambda f: f.name)
@@ -298,7 +383,7 @@ def test_a_context_longer_than_the_models_own_is_refused(folder: Path) -> None:
 def test_a_memory_budget_that_cannot_hold_a_share_is_refused(folder: Path) -> None:
     share = 3 * 4 * 3 * 64 * 96 * 4  # layers, experts of one of two actors, bytes of an expert
     inspect_models(config_of(folder, experts={"memory_budget_bytes": share}))
-    with pytest.raises(ConfigError, match=str(share)) as caught:
+    with pytest.raises(ConfigError, match=str(2 * share)) as caught:
         inspect_models(config_of(folder, experts={"memory_budget_bytes": share - 1}))
     assert caught.value.field == "args.experts.memory_budget_bytes"
 
@@ -306,7 +391,7 @@ def test_a_memory_budget_that_cannot_hold_a_share_is_refused(folder: Path) -> No
 def test_a_memory_budget_has_to_hold_every_copy(folder: Path) -> None:
     share = 3 * 8 * 3 * 64 * 96 * 4  # with two copies each of two actors holds all
     inspect_models(config_of(folder, experts={"memory_budget_bytes": share, "min_copies": 2}))
-    with pytest.raises(ConfigError, match=str(share)):
+    with pytest.raises(ConfigError, match=str(2 * share)):
         inspect_models(
             config_of(folder, experts={"memory_budget_bytes": share - 1, "min_copies": 2})
         )

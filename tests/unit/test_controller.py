@@ -15,12 +15,12 @@ import pytest
 from ray.exceptions import RayActorError
 
 from cluster import controller as controller_module
-from cluster import progress
+from cluster import members, progress
 from cluster.controller import Controller
 from cluster.errors import CheckpointError, StaleEpochError
 from cluster.ledger import Ledger
 from cluster.placement import ExpertKey, ModelExperts, Placement
-from cluster.spec import ActorReport, ActorSpec, ModelSource
+from cluster.spec import ActorReport, ActorSpec, ModelSource, PoolSpec
 from cluster.status import ClusterStatus
 
 NUM_EXPERTS = 4
@@ -122,6 +122,9 @@ class FakePool:
     def count_nodes(self) -> int:
         return len(self.nodes)
 
+    def shortage(self, actor_id: str) -> str:
+        return "it needs GPU 1"
+
     def find(self) -> list[tuple[str, int, FakeActor]]:
         return [(a.actor_id, a.generation, a) for a in self.actors if a.alive]
 
@@ -173,10 +176,20 @@ class Cluster:
     """A controller over a fake pool, and every placement that it ever published."""
 
     def __init__(
-        self, num_actors: int = 2, pool: FakePool | None = None, min_copies: int = 1
+        self,
+        num_actors: int = 2,
+        pool: FakePool | None = None,
+        min_copies: int = 1,
+        pools: dict[str, tuple[int, int]] | None = None,
     ) -> None:
+        """``pools`` has each pool's number of actors and budget; by default there is one."""
         self.spec = spec_of()
-        self.controller = Controller(self.spec, object, num_actors, None, min_copies)
+        specs = [
+            PoolSpec(name, count, budget, spec_of(threads))
+            for threads, (name, (count, budget)) in enumerate((pools or {}).items(), 1)
+        ] or [PoolSpec("expert", num_actors, None, self.spec)]
+        self.specs = {actor_id: pool.actor for pool in specs for actor_id in pool.actor_ids()}
+        self.controller = Controller("app", specs, object, min_copies)
         self.pool = pool or FakePool(self.spec.digest)
         self.controller._pool = self.pool  # type: ignore[assignment]
         self.published: list[Placement] = []
@@ -818,8 +831,64 @@ async def replaced_within(cluster: Cluster, actor: FakeActor, timeout_s: float) 
     return True
 
 
+def test_actors_of_several_pools_hold_what_their_budgets_allow() -> None:
+    async def test() -> None:
+        cluster = Cluster(pools={"gpu": (1, 60), "cpu": (2, 10)})
+        await cluster.start()
+        await cluster.complete()
+        assert {a.actor_id: len(a.keys) for a in cluster.pool.actors} == {
+            "gpu-0": 6,
+            "cpu-0": 1,
+            "cpu-1": 1,
+        }
+        await cluster.stop()
+
+    run(test)
+
+
+def test_an_adopted_actor_is_compared_with_its_own_pool() -> None:
+    async def test() -> None:
+        cluster = Cluster(pools={"gpu": (1, 60), "cpu": (1, 20)})
+        gpu = cluster.pool.add("gpu-0", 1, 1)
+        cpu = cluster.pool.add("cpu-0", 1, 1)
+        cpu.digest = cluster.specs["cpu-0"].digest
+        assert gpu.digest == cluster.specs["gpu-0"].digest != cpu.digest
+        await cluster.start()
+        await cluster.complete()
+        assert not gpu.killed
+        assert not cpu.killed
+        await cluster.stop()
+
+    run(test)
+
+
+def test_what_an_actor_without_a_place_waits_for_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(controller_module, "PLACE_NOTICE_S", 0.01)
+
+    async def test() -> None:
+        async with running() as cluster:
+            await cluster.complete()
+            gate = asyncio.Event()
+
+            async def waits(actor: FakeActor) -> None:
+                actor.hung = True  # Ray has no place for it, so it answers nothing
+                await gate.wait()
+                actor.hung = False
+
+            cluster.pool.load_gate = waits
+            cluster.pool.of("expert-1")[0].alive = False
+            await happens(lambda: "expert-1 waits for a place: it needs GPU 1" in caplog.text)
+            gate.set()
+            await cluster.complete()
+            assert "expert-0 waits" not in caplog.text
+
+    run(test)
+
+
 def test_the_status_tells_what_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller_module, "MEMBER_TTL_S", 1000)
+    monkeypatch.setattr(members, "MEMBER_TTL_S", 1000)
     monkeypatch.setattr(controller_module, "HEARTBEAT_PERIOD_S", 3600)
 
     async def test() -> None:
@@ -881,7 +950,7 @@ def test_members_that_are_not_heard_of_leave_the_status(monkeypatch: pytest.Monk
         cluster = Cluster()
         await cluster.controller.watch("router", 11, "n1", (-1, -1), 0)
         assert len((await cluster.controller.status())["routers"]) == 1
-        monkeypatch.setattr(controller_module, "MEMBER_TTL_S", 0)
+        monkeypatch.setattr(members, "MEMBER_TTL_S", 0)
         assert len((await cluster.controller.status())["routers"]) == 0
 
     run(test)

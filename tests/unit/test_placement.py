@@ -142,10 +142,56 @@ def test_a_placement_tells_the_copies_of_the_expert_that_has_the_fewest() -> Non
 def test_a_share_may_fill_the_budget_and_not_exceed_it() -> None:
     models = [ModelExperts("m", (0, 1), 3, 100), ModelExperts("n", (0,), 2, 7)]
     # By hand: a gets m(0,0), m(0,2), m(1,1), n(0,0) = 307 bytes, b the rest.
-    assert len(assign_experts(models, ["a", "b"], 307)["a"]) == 4
-    with pytest.raises(ConfigError, match="up to 307 bytes") as caught:
-        assign_experts(models, ["a", "b"], 306)
+    assert len(assign_experts(models, ["a", "b"], {"a": 307, "b": 307})["a"]) == 4
+    message = "budgets of 612 bytes in all cannot hold 614 bytes of whole experts"
+    with pytest.raises(ConfigError, match=message) as caught:
+        assign_experts(models, ["a", "b"], {"a": 306, "b": 306})
     assert caught.value.field == "args.experts.memory_budget_bytes"
+
+
+def test_an_actors_share_is_in_proportion_to_its_budget() -> None:
+    models = [ModelExperts("m", (0, 1, 2), 8, 10)]
+    shares = assign_experts(models, ["gpu", "cpu"], {"gpu": 300, "cpu": 100})
+    for layer_id in range(3):
+        assert [sum(k.layer_id == layer_id for k in s) for s in shares.values()] == [6, 2]
+    # A small one gets its part over all layers, where it would get none of any single one.
+    shares = assign_experts(models, ["gpu", "cpu"], {"gpu": 1100, "cpu": 100})
+    assert [len(share) for share in shares.values()] == [22, 2]
+
+
+SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=6)
+
+
+@settings(deadline=None)
+@given(SIZES, st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.booleans())
+def test_experts_fit_into_the_budgets_whenever_there_is_a_way(
+    rooms: list[int], layers: int, experts: int, copies: int, on_one_node: bool
+) -> None:
+    copies = min(copies, len(rooms))
+    model = ModelExperts("m", tuple(range(layers)), experts, 10)
+    budgets = {f"a{i}": 10 * room + 9 for i, room in enumerate(rooms)}
+    nodes = dict.fromkeys(budgets, "x") if on_one_node else {}
+    num_experts = layers * experts
+    # Equal things in distinct boxes: there is a way exactly when this many places are of use.
+    if sum(min(room, num_experts) for room in rooms) < copies * num_experts:
+        with pytest.raises(ConfigError):
+            assign_experts([model], list(budgets), budgets, copies, nodes)
+        return
+    shares = assign_experts([model], list(budgets), budgets, copies, nodes)
+    assert all(10 * len(share) <= budgets[actor] for actor, share in shares.items())
+    held = Counter(key for share in shares.values() for key in share)
+    assert held == dict.fromkeys(model.expert_keys(), copies)
+    assert all(len(set(share)) == len(share) for share in shares.values())
+
+
+def test_what_is_held_is_let_go_where_a_budget_has_become_too_small() -> None:
+    model = ModelExperts("m", (0,), 6, 10)
+    held = assign_experts([model], ["a", "b"], {"a": 40, "b": 20})
+    assert [len(share) for share in held.values()] == [4, 2]
+    same = assign_experts([model], ["a", "b"], {"a": 40, "b": 30}, held=held)
+    assert same == held
+    less = assign_experts([model], ["a", "b"], {"a": 30, "b": 30}, held=held)
+    assert [len(share) for share in less.values()] == [3, 3]
 
 
 def placement_of(models: list[ModelExperts], shares: dict[str, list[ExpertKey]]) -> Placement:

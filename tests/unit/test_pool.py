@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from cluster.pool import ExpertPool
+from cluster.pool import ExpertPool, actor_options, shortage
 from cluster.spec import ActorSpec
 
 LIMIT_S = 10.0
@@ -28,7 +28,7 @@ def heartbeat_of(outcomes: list[Any]) -> tuple[Any, list[int]]:
 
     async def ask() -> Any:
         handle: Any = SimpleNamespace(heartbeat=SimpleNamespace(remote=remote))
-        pool = ExpertPool(ActorSpec("app", (), 0.1, 0.0, 1, 100), object)
+        pool = ExpertPool("app", {}, object)
         async with asyncio.timeout(LIMIT_S):
             return await pool.heartbeat(handle, 7)
 
@@ -43,3 +43,29 @@ def test_a_heartbeat_that_was_lost_on_its_way_is_sent_again() -> None:
 def test_a_dead_actor_is_not_asked_again() -> None:
     with pytest.raises(ActorDiedError):
         heartbeat_of([ActorDiedError(), "report"])
+
+
+def test_an_actor_reserves_what_its_pool_says() -> None:
+    spec = ActorSpec("app", (), 1.5, 0.5, 1, 100, resources={"big": 1})
+    options = actor_options(spec, "name")
+    assert (options["num_cpus"], options["num_gpus"], options["resources"]) == (
+        1.5,
+        0.5,
+        {"big": 1},
+    )
+
+
+def node(alive: bool = True, **resources: float) -> dict[str, Any]:
+    return {"Alive": alive, "Resources": resources}
+
+
+def test_what_an_actor_waits_for_is_told() -> None:
+    needed = {"CPU": 2.0, "GPU": 1.0}
+    nodes = [node(CPU=8.0), node(CPU=1.0, GPU=1.0), node(False, CPU=8.0, GPU=8.0)]
+    assert (
+        shortage(needed, nodes[:1]) == "it needs CPU 2, GPU 1; none of the 1 nodes has so much GPU"
+    )
+    assert shortage(needed, nodes) == ("it needs CPU 2, GPU 1; none of the 2 nodes has all of it")
+    assert shortage(needed, [*nodes, node(CPU=2.0, GPU=1.0)]) == (
+        "it needs CPU 2, GPU 1, which is in use on all nodes that have it (1)"
+    )

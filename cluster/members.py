@@ -1,0 +1,41 @@
+"""The routers and gateways that the controller hears of, as their watch calls tell."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from cluster.status import ProcessStatus
+
+MEMBER_TTL_S = 15.0
+"""How long one counts that has not called again."""
+
+
+@dataclass(slots=True)
+class _Member:
+    kind: str
+    process: ProcessStatus
+    seen_s: float
+
+
+class Members:
+    """Router and gateway replicas, each as its last call told; who is silent is forgotten."""
+
+    def __init__(self) -> None:
+        """Know nobody yet."""
+        self._members: dict[str, _Member] = {}
+
+    def heard(self, kind: str, process: ProcessStatus) -> None:
+        """Note that a replica has called."""
+        member = _Member(kind, process, time.monotonic())
+        self._members[f"{kind}:{process.node}:{process.pid}"] = member
+        self._forget()
+
+    def of(self, kind: str) -> tuple[ProcessStatus, ...]:
+        """Return the replicas of a kind that have called lately."""
+        self._forget()
+        return tuple(m.process for m in self._members.values() if m.kind == kind)
+
+    def _forget(self) -> None:
+        oldest_s = time.monotonic() - MEMBER_TTL_S
+        self._members = {key: m for key, m in self._members.items() if m.seen_s > oldest_s}
