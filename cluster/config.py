@@ -226,6 +226,14 @@ class AppConfig(_Section):
             raise ValueError(f"model ids must differ; given more than once: {', '.join(doubled)}")
         return models
 
+    def effective(self) -> dict[str, Any]:
+        """Return the args with every default, which :func:`parse_args` reads as the same again."""
+        args = self.model_dump(mode="json")
+        if self.experts.pools is not None:  # the keys of the one pool stand in each of them then
+            for key in ONE_POOLS_KEYS:
+                del args["experts"][key]
+        return args
+
 
 def _yaml_path(loc: tuple[int | str, ...], root: str) -> str:
     return root + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)

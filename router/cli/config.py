@@ -49,8 +49,8 @@ def show(
 
     document = read_document(file)
     parsed = parse_deployment(document, file)
-    for application, (_, effective) in zip(document["applications"], parsed, strict=True):
-        application["args"] = effective.model_dump(mode="json")
+    for application, (_, args) in zip(document["applications"], parsed, strict=True):
+        application["args"] = args.effective()
     if as_json:
         write_json(document, indent=2)
     else:
