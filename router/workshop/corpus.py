@@ -33,34 +33,41 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of a run, split, with the name and hash of each file they came from."""
+    """The documents of a run, split; those held out and the hashes by the name of their file."""
 
     train_documents: list[str]
-    heldout_documents: list[str]
+    heldout_documents: dict[str, list[str]]
     files: dict[str, str]
 
 
 def read_corpus(paths: list[Path], holdout_every_blocks: int) -> Corpus:
     """Read UTF-8 texts and hold out every n-th block of about `BLOCK_CHARS` characters.
 
-    Blocks end at line ends. Raises TrainingError for an unreadable or empty file, and for a
-    text too short to hold anything out.
+    Blocks end at line ends. Raises TrainingError for an unreadable or empty file, one too short
+    to hold anything out, and two of the same name.
     """
     train: list[str] = []
-    heldout: list[str] = []
+    heldout: dict[str, list[str]] = {}
     files: dict[str, str] = {}
     for path in paths:
+        if path.name in files:
+            raise TrainingError(
+                f"{path}: another text is called {path.name} too; figures are told by file name, "
+                "so rename one"
+            )
         text = _read_text(path)
         files[path.name] = hashlib.sha256(text.encode()).hexdigest()
+        kept: list[str] = []
         for index, block in enumerate(_blocks(text)):
-            side = heldout if index % holdout_every_blocks == holdout_every_blocks - 1 else train
+            side = kept if index % holdout_every_blocks == holdout_every_blocks - 1 else train
             side.extend(part for part in re.split(r"\n{3,}", block.strip("\n")) if part.strip())
-    if not heldout:
-        raise TrainingError(
-            f"the text is too short to hold any of it out: with holdout_every_blocks "
-            f"{holdout_every_blocks} a file needs at least {holdout_every_blocks * BLOCK_CHARS} "
-            "characters, in lines"
-        )
+        if not kept:
+            raise TrainingError(
+                f"{path}: the text is too short to hold any of it out: with holdout_every_blocks "
+                f"{holdout_every_blocks} a file needs at least "
+                f"{holdout_every_blocks * BLOCK_CHARS} characters, in lines"
+            )
+        heldout[path.name] = kept
     return Corpus(train, heldout, files)
 
 
@@ -129,7 +136,9 @@ def windows(
 def _read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise TrainingError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     if not text.strip():
         raise TrainingError(f"{path}: the text is empty; training needs at least one document")

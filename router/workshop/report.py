@@ -1,82 +1,95 @@
-"""Figures of a trained model, and the files that tell them: training.json and the model card.
+"""What a run achieved, and the files that tell it: training.json and the model card.
 
-L: sequence length, V: vocabulary size, E: experts.
+E: experts.
 """
 
 import json
-import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from rich.table import Table
-from torch import nn
-from transformers import MixtralForCausalLM
 
-from router.workshop.corpus import windows
-from router.workshop.settings import TrainingConfig, TrainingError
+from router.workshop.settings import DenseSize, ModelSettings, TrainingConfig, TrainingError
 
-EVALUATION_BATCH = 16
+RECORD_FILE = "training.json"
+STRONGEST = 8
+_DENSE_SIZES: tuple[DenseSize, ...] = ("active", "total")
+
+
+class SourceFigures(BaseModel):
+    """One text's part of the held-out tokens; perplexities are per token."""
+
+    heldout_tokens: int
+    perplexity: float
+    unigram_perplexity: float
 
 
 class Figures(BaseModel):
-    """What a run achieved; perplexities are per token of the held-out text."""
+    """What a run achieved; perplexities are per token, shares [layers][E] of assignments."""
 
     heldout_tokens: int
     heldout_perplexity: float
     unigram_perplexity: float
+    sources: dict[str, SourceFigures]
     expert_shares: list[list[float]]
+    kind_shares: dict[str, list[list[float]]]
+    source_shares: dict[str, list[list[float]]]
     training_tokens: int
     distinct_training_tokens: int
     tokens_per_s: float
     training_s: float
     num_parameters: int
+    num_active_parameters: int
 
 
-def unigram_perplexity(train: torch.Tensor, heldout: torch.Tensor, vocab_size: int) -> float:
-    """Perplexity of held-out ids under the training counts, each plus one (V kinds of token)."""
-    counts = torch.bincount(train, minlength=vocab_size).double() + 1
-    log_probabilities = (counts / counts.sum()).log()
-    return math.exp(-log_probabilities[heldout].mean().item())
+class Record(BaseModel):
+    """A run as training.json keeps it: what it was told, its texts, what came of it."""
+
+    config: TrainingConfig
+    dense: DenseSize | None = None
+    text_sha256: dict[str, str]
+    figures: Figures
+    beside: dict[DenseSize, Figures] = {}
+
+    def to_json(self) -> str:
+        """Return the text of training.json."""
+        return json.dumps(self.model_dump(), indent=2) + "\n"
 
 
-def evaluate(
-    model: MixtralForCausalLM, heldout: torch.Tensor, sequence_length: int
-) -> tuple[int, float, list[list[float]]]:
-    """Return (tokens scored, perplexity, share of assignments per layer [layers][E]).
+def read_beside(
+    folders: Sequence[Path], config: TrainingConfig, files: Mapping[str, str]
+) -> dict[DenseSize, Figures]:
+    """Return the figures of finished dense runs of the same recipe and text, by their size.
 
-    Scores whole windows of L tokens that do not overlap, each after bos. Raises TrainingError
-    when the held-out stream has not one such window.
+    Raises TrainingError for a folder that has none, or one of another recipe, text or size.
     """
-    starts = torch.arange(0, len(heldout) - sequence_length + 1, sequence_length)
-    if not len(starts):
-        raise TrainingError(
-            f"{len(heldout)} held-out tokens are fewer than sequence_length {sequence_length}; "
-            "give more text or a smaller holdout_every_blocks"
-        )
-    layers = model.model.layers
-    counts = torch.zeros(len(layers), model.config.num_local_experts, dtype=torch.int64)
-    handles = [
-        layer.mlp.gate.register_forward_hook(_counter(counts[layer_id]))
-        for layer_id, layer in enumerate(layers)
-    ]
-    model.eval()
-    nats = 0.0
-    with torch.inference_mode():
-        for batch in starts.split(EVALUATION_BATCH):
-            inputs, targets = windows(heldout, batch, sequence_length, model.config.bos_token_id)
-            logits = model(input_ids=inputs, use_cache=False).logits
-            nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-    for handle in handles:
-        handle.remove()
-    num_tokens = len(starts) * sequence_length
-    shares = counts / counts.sum(dim=1, keepdim=True)
-    return num_tokens, math.exp(nats / num_tokens), shares.tolist()
+    beside: dict[DenseSize, Figures] = {}
+    for folder in folders:
+        path = folder / RECORD_FILE
+        try:
+            record = Record.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, ValidationError) as error:
+            raise TrainingError(f"{path}: is not the record of a finished run: {error}") from error
+        recipe = record.config.recipe()
+        sizes = [size for size in _DENSE_SIZES if config.as_dense(size).recipe() == recipe]
+        if not sizes or record.text_sha256 != dict(files):
+            raise TrainingError(
+                f"{path}: is no dense run of this configuration and text; "
+                "train one with the same ones and --dense active or --dense total"
+            )
+        beside[sizes[0]] = record.figures
+    return beside
 
 
-def shares_table(expert_shares: list[list[float]]) -> Table:
+def num_active_parameters(num_parameters: int, model: ModelSettings) -> int:
+    """Return how many parameters one token meets: all but the experts that it does not take."""
+    idle = model.num_local_experts - model.num_experts_per_tok
+    expert = 3 * model.hidden_size * model.intermediate_size
+    return num_parameters - model.num_hidden_layers * idle * expert
+
+
+def shares_table(expert_shares: Sequence[Sequence[float]]) -> Table:
     """Lay out the share of assignments per layer and expert for a terminal."""
     table = Table(title="Share of held-out tokens' assignments, %")
     table.add_column("layer", justify="right")
@@ -87,32 +100,22 @@ def shares_table(expert_shares: list[list[float]]) -> Table:
     return table
 
 
-def training_json(config: TrainingConfig, files: dict[str, str], figures: Figures) -> str:
-    """Return the text of training.json: configuration, hash of each text, figures."""
-    record: dict[str, Any] = {
-        "config": config.model_dump(),
-        "text_sha256": files,
-        "figures": figures.model_dump(),
-    }
-    return json.dumps(record, indent=2) + "\n"
+def model_card(record: Record, picture: str | None) -> str:
+    """Return the model card: what it is, how good it is, and the commands that make it again.
 
-
-def model_card(config: TrainingConfig, files: dict[str, str], figures: Figures) -> str:
-    """Return the model card: what it is, how good it is, and the commands that make it again."""
+    `picture` is the file beside it that shows which tokens each expert takes.
+    """
+    config, figures = record.config, record.figures
     model, run = config.model, config.optimization
-    hashes = "\n".join(f"- `{name}`: sha256 `{digest}`" for name, digest in files.items())
-    shares = "\n".join(
-        f"| {layer_id} | " + " | ".join(f"{100 * share:.1f}" for share in row) + " |"
-        for layer_id, row in enumerate(figures.expert_shares)
-    )
-    experts = range(model.num_local_experts)
+    hashes = "\n".join(f"- `{name}`: sha256 `{sha}`" for name, sha in record.text_sha256.items())
     return f"""# {config.card.name}
 
-A small Mixtral-format Mixture-of-Experts language model, for trying and testing ExpertMesh.
-It comes from a first, brief training on one CPU thread: it writes the style of its text, and it
-knows nothing. It has not been tuned to follow instructions or to chat.
+A small Mixtral-format language model, for trying and testing ExpertMesh. It was trained on one \
+CPU thread: it writes the styles of its texts, and it knows nothing. It has not been tuned to \
+follow instructions or to chat.
 
-{figures.num_parameters:,} parameters in fp32: {model.num_hidden_layers} layers, \
+{figures.num_parameters:,} parameters in fp32, of which one token meets \
+{figures.num_active_parameters:,}: {model.num_hidden_layers} layers, \
 {model.num_local_experts} experts each, {model.num_experts_per_tok} to a token; hidden size \
 {model.hidden_size}, expert size {model.intermediate_size}, vocabulary {model.vocab_size} \
 (byte-level BPE), tied embeddings. Trained on sequences of {run.sequence_length} tokens; text gets \
@@ -126,44 +129,123 @@ worse beyond that length.
 
 ## Figures
 
-| On {figures.heldout_tokens:,} held-out tokens | Perplexity per token |
-|---|---|
-| this model | {figures.heldout_perplexity:.2f} |
-| unigram counts of the training text | {figures.unigram_perplexity:.2f} |
+{_perplexities(record)}
 
-Share of the held-out tokens' expert assignments, in %:
+{_experts(record, picture)}
 
-| Layer | {" | ".join(f"Expert {expert_id}" for expert_id in experts)} |
-|---|{"---|" * len(experts)}
-{shares}
-
-{_recipe(config, list(files), figures)}"""
+{_recipe(record)}"""
 
 
-def _recipe(config: TrainingConfig, file_names: list[str], figures: Figures) -> str:
+def _perplexities(record: Record) -> str:
+    figures = record.figures
+    models = {"this model": figures}
+    for size, dense in record.beside.items():
+        models[f"dense, same {size} size"] = dense
+    rows = [
+        f"| {name} | {one.num_parameters:,} | {one.num_active_parameters:,} "
+        f"| {one.heldout_perplexity:.2f} |"
+        for name, one in models.items()
+    ]
+    by_source = [
+        f"| `{name}` | {source.heldout_tokens:,} | "
+        + " | ".join(f"{one.sources[name].perplexity:.2f}" for one in models.values())
+        + f" | {source.unigram_perplexity:.2f} |"
+        for name, source in figures.sources.items()
+    ]
+    return "\n".join(
+        [
+            f"| On {figures.heldout_tokens:,} held-out tokens | Parameters | of them active "
+            "| Perplexity per token |",
+            "|---|---|---|---|",
+            *rows,
+            f"| unigram counts of the training text | | | {figures.unigram_perplexity:.2f} |",
+            "",
+            f"| Perplexity by text | Tokens | {' | '.join(models)} | unigram |",
+            "|---" * (len(models) + 3) + "|",
+            *by_source,
+        ]
+    )
+
+
+def _experts(record: Record, picture: str | None) -> str:
+    figures = record.figures
+    num_experts = record.config.model.num_local_experts
+    num_experts_per_tok = record.config.model.num_experts_per_tok
+    lines = [
+        "Share of the held-out tokens' expert assignments, in %:",
+        "",
+        f"| Layer | {' | '.join(f'Expert {expert_id}' for expert_id in range(num_experts))} |",
+        f"|---|{'---|' * num_experts}",
+    ]
+    for layer_id, row in enumerate(figures.expert_shares):
+        lines.append(f"| {layer_id} | " + " | ".join(f"{100 * share:.1f}" for share in row) + " |")
+    if num_experts == 1:
+        return "\n".join(lines)
+    if picture:
+        lines += ["", "Which tokens each expert takes:", "", f"![Which tokens]({picture})"]
+    lines += [
+        "",
+        f"The strongest leanings. None would be {100 / num_experts:.1f} %; more than "
+        f"{100 / num_experts_per_tok:.0f} % cannot be, since a token has {num_experts_per_tok} "
+        "experts:",
+        "",
+        "| Of the assignments of | in layer | go to expert | % |",
+        "|---|---|---|---|",
+    ]
+    for share, kind, layer_id, expert_id in strongest_leanings(figures):
+        lines.append(f"| {kind} | {layer_id} | {expert_id} | {100 * share:.1f} |")
+    return "\n".join(lines)
+
+
+def strongest_leanings(figures: Figures) -> list[tuple[float, str, int, int]]:
+    """Return the largest shares that experts take of a kind of token or text, one a kind.
+
+    Each is (share, kind, layer, expert), largest first.
+    """
+    best = []
+    for kind, shares in {**figures.kind_shares, **figures.source_shares}.items():
+        best.append(
+            max(
+                (share, kind, layer_id, expert_id)
+                for layer_id, row in enumerate(shares)
+                for expert_id, share in enumerate(row)
+            )
+        )
+    return sorted(best, reverse=True)[:STRONGEST]
+
+
+def _recipe(record: Record) -> str:
+    config, figures = record.config, record.figures
     run = config.optimization
-    texts = " ".join(f"--text {name}" for name in file_names)
-    gating = "noisy top-k gating" if config.gating.noisy else "top-k gating without noise"
     return f"""## Recipe
 
 {run.steps} steps of {run.batch_size} sequences of {run.sequence_length} tokens: \
 {figures.training_tokens:,} tokens seen, of {figures.distinct_training_tokens:,} in the text. \
 AdamW, learning rate {run.learning_rate:g} after {run.warmup_steps} steps of warm-up, then along \
-a cosine to {run.final_learning_rate:g}; {gating}, importance loss \
-{config.gating.importance_weight:g}, load loss {config.gating.load_weight:g} (Shazeer et al. \
-2017); seed {config.seed}. It took {figures.training_s / 60:.0f} minutes at \
-{figures.tokens_per_s:,.0f} tokens/s. When serving, the gate is plain top-k.
+a cosine to {run.final_learning_rate:g}; {_gating(config)}; seed {config.seed}. \
+It took {figures.training_s / 60:.0f} minutes at {figures.tokens_per_s:,.0f} tokens/s. \
+When serving, the gate is plain top-k.
 
 ```sh
 {config.card.text_commands.strip()}
-python -m router.workshop.train train.yaml {texts} --out {config.card.name}
+{_commands(record)}
 ```
 """
 
 
-def _counter(counts: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-    def count(_gate: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        topk_ids = output[2]
-        counts.add_(torch.bincount(topk_ids.flatten(), minlength=len(counts)))
+def _gating(config: TrainingConfig) -> str:
+    gating = config.gating
+    kind = "noisy top-k gating" if gating.noisy else "top-k gating without noise"
+    return (
+        f"{kind}, importance loss {gating.importance_weight:g}, load loss "
+        f"{gating.load_weight:g} (Shazeer et al. 2017)"
+    )
 
-    return count
+
+def _commands(record: Record) -> str:
+    texts = " ".join(f"--text {name}" for name in record.text_sha256)
+    start = f"expertmesh train train.yaml {texts}"
+    before = [f"{start} --dense {size} --out dense-{size}" for size in record.beside]
+    options = f" --dense {record.dense}" if record.dense else ""
+    options += "".join(f" --beside dense-{size}" for size in record.beside)
+    return "\n".join([*before, f"{start} --out {record.config.card.name}{options}"])

@@ -1,7 +1,7 @@
 """What a training run is told: the YAML file, validated before any work begins."""
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -16,9 +16,15 @@ from pydantic import (
     model_validator,
 )
 
+DenseSize = Literal["active", "total"]
+
 
 class TrainingError(ValueError):
     """A training run cannot go on as asked; the message says what was given and what is allowed."""
+
+
+class TrainingFailedError(TrainingError):
+    """A training run that was asked for rightly broke off; the message says what to do."""
 
 
 class _Settings(BaseModel):
@@ -26,7 +32,10 @@ class _Settings(BaseModel):
 
 
 class ModelSettings(_Settings):
-    """Sizes of the Mixtral model, named as in transformers' `MixtralConfig`."""
+    """Sizes of the Mixtral model, named as in transformers' `MixtralConfig`.
+
+    One expert makes a dense model: every token takes it whole.
+    """
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
@@ -51,9 +60,9 @@ class ModelSettings(_Settings):
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
-        if self.num_experts_per_tok >= self.num_local_experts:
+        if self.num_experts_per_tok > self.num_local_experts:
             raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} must be less than "
+                f"num_experts_per_tok {self.num_experts_per_tok} must be at most "
                 f"num_local_experts {self.num_local_experts}"
             )
         return self
@@ -125,6 +134,41 @@ class TrainingConfig(_Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _noise_needs_a_choice(self) -> Self:
+        model = self.model
+        if self.gating.noisy and model.num_experts_per_tok == model.num_local_experts:
+            raise ValueError(
+                f"num_experts_per_tok {model.num_experts_per_tok} of num_local_experts "
+                f"{model.num_local_experts} leaves no choice; give gating noisy: false and "
+                "load_weight: 0, or more experts"
+            )
+        return self
+
+    def recipe(self) -> dict[str, Any]:
+        """Return all that determines the weights: everything but the card."""
+        return self.model_dump(exclude={"card"})
+
+    def as_dense(self, size: DenseSize) -> Self:
+        """Return the same run of a dense model, its feed-forward as wide as the experts.
+
+        `active`: as wide as those that one token takes; `total`: as all of a layer.
+        """
+        model = self.model
+        width = model.num_experts_per_tok if size == "active" else model.num_local_experts
+        changed = {
+            **self.model_dump(),
+            "model": {
+                **model.model_dump(),
+                "intermediate_size": width * model.intermediate_size,
+                "num_local_experts": 1,
+                "num_experts_per_tok": 1,
+            },
+            "gating": {"noisy": False, "importance_weight": 0, "load_weight": 0},
+            "card": {**self.card.model_dump(), "name": f"{self.card.name}-dense-{size}"},
+        }
+        return type(self).model_validate(changed)
+
 
 def load_config(path: Path) -> TrainingConfig:
     """Read and validate a training configuration.
@@ -140,5 +184,7 @@ def load_config(path: Path) -> TrainingConfig:
             for item in error.errors()
         )
         raise TrainingError(f"{path}: {problems}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise TrainingError(f"{path}: cannot be read as YAML: {error}") from error

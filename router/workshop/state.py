@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from router.workshop.settings import TrainingError
+from router.workshop.settings import TrainingError, TrainingFailedError
 
 STATE_FILE = "training_state.safetensors"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -27,7 +27,10 @@ def save_state(
     elapsed_s: float,
     fingerprint: str,
 ) -> None:
-    """Write parameters, AdamW moments and counters atomically: the old file or the new one."""
+    """Write parameters, AdamW moments and counters atomically: the old file or the new one.
+
+    Raises TrainingFailedError when the disk takes no more.
+    """
     tensors = {}
     for name, parameter in model.named_parameters():
         tensors[f"parameter.{name}"] = parameter.detach()
@@ -35,10 +38,18 @@ def save_state(
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
     counters = {"steps_done": steps_done, "elapsed_s": elapsed_s, "fingerprint": fingerprint}
     temporary = out / f".{STATE_FILE}.tmp"
-    save_file(tensors, temporary, metadata={"training": json.dumps(counters)})
-    with temporary.open("rb") as written:
-        os.fsync(written.fileno())
-    temporary.replace(out / STATE_FILE)
+    try:
+        save_file(tensors, temporary, metadata={"training": json.dumps(counters)})
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(out / STATE_FILE)
+    except (OSError, SafetensorError) as error:
+        raise TrainingFailedError(
+            f"{out / STATE_FILE}: the state of step {steps_done} cannot be written: {error}; "
+            "what was saved before it stays: make room, then give --resume"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_state(

@@ -1,4 +1,4 @@
-"""Train a small Mixtral-format model: `python -m router.workshop.train CONFIG --text F --out DIR`.
+"""One training run, from texts to a checkpoint with its figures.
 
 The same configuration and text give the same weights, bit by bit, on one thread and one build of
 torch; also when the run is broken off and resumed, since every random number is a function of
@@ -7,56 +7,78 @@ torch; also when the run is broken off and resumed, since every random number is
 
 import hashlib
 import json
-import math
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import torch
-import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
 from router.workshop.balance import use_serving_gates
 from router.workshop.corpus import Corpus, encode_documents, read_corpus, train_tokenizer
+from router.workshop.evaluation import (
+    expert_shares,
+    kind_shares,
+    kinds_of_vocabulary,
+    perplexity,
+    score,
+    source_shares,
+    unigram_nats,
+)
+from router.workshop.folder import check_out, make_out, write_checkpoint
 from router.workshop.report import (
     Figures,
-    evaluate,
-    model_card,
-    shares_table,
-    training_json,
-    unigram_perplexity,
+    Record,
+    SourceFigures,
+    num_active_parameters,
+    read_beside,
 )
-from router.workshop.settings import TrainingConfig, TrainingError, load_config
-from router.workshop.state import STATE_FILE
+from router.workshop.settings import DenseSize, TrainingConfig, TrainingError
 from router.workshop.trainer import StepReport, Trainer
+
+
+class StoppedError(Exception):
+    """A run ended early because it was asked to; `steps_done` are saved."""
+
+    def __init__(self, steps_done: int) -> None:
+        super().__init__(steps_done)
+        self.steps_done = steps_done
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Who follows a run: hears of each phase and step, and says when to stop between steps."""
+
+    on_phase: Callable[[str], None] = lambda phase: None
+    on_step: Callable[[StepReport], None] = lambda report: None
+    should_stop: Callable[[], bool] = lambda: False
 
 
 def train(
     config: TrainingConfig,
-    text_paths: list[Path],
+    text_paths: Sequence[Path],
     out: Path,
     *,
-    resume: bool,
-    on_step: Callable[[StepReport], None],
-) -> Figures:
-    """Train on the texts and leave a checkpoint, training.json and README.md in `out`.
+    resume: bool = False,
+    dense: DenseSize | None = None,
+    beside: Sequence[Path] = (),
+    watcher: Watcher | None = None,
+) -> Record:
+    """Train on the texts and leave a checkpoint, training.json, card and picture in `out`.
 
-    `on_step` hears of every step; what it raises ends the run, which `resume` continues from the
-    last saved state. Raises TrainingError for texts that do not fit the configuration, for a
-    state already there without `resume`, and for none with it.
+    `dense` trains the configuration's dense model instead; `beside` are folders of such runs,
+    whose figures join this one's. A run that ends early in whatever way is continued by `resume`
+    from the last saved state. Raises TrainingError for what was asked wrongly, before any step;
+    TrainingFailedError when a run cannot go on; StoppedError when the watcher asked for it.
     """
-    if (out / STATE_FILE).exists() and not resume:
-        raise TrainingError(
-            f"{out / STATE_FILE}: holds an unfinished run; give --resume, another --out, "
-            "or delete it"
-        )
-    corpus = read_corpus(text_paths, config.holdout_every_blocks)
+    watcher = watcher or Watcher()
+    if dense and beside:
+        raise TrainingError("a dense run stands beside others; give it no runs beside itself")
+    if dense:
+        config = config.as_dense(dense)
+    check_out(out, resume=resume)
+    watcher.on_phase("reading")
+    corpus = read_corpus(list(text_paths), config.holdout_every_blocks)
+    figures_beside = read_beside(beside, config, corpus.files)
     tokenizer = train_tokenizer(corpus.train_documents, config.model.vocab_size)
     tokens = encode_documents(tokenizer, corpus.train_documents)
     sequence_length = config.optimization.sequence_length
@@ -67,114 +89,77 @@ def train(
     trainer = Trainer(config, tokenizer, tokens, _fingerprint(config, corpus))
     if resume:
         trainer.load(out)
-    out.mkdir(parents=True, exist_ok=True)
-    while trainer.steps_done < config.optimization.steps:
+    make_out(out, trainer.num_parameters)
+    watcher.on_phase("training")
+    _run(trainer, out, watcher)
+    watcher.on_phase("evaluating")
+    record = Record(
+        config=config,
+        dense=dense,
+        text_sha256=corpus.files,
+        figures=_figures(trainer, tokenizer, corpus),
+        beside=figures_beside,
+    )
+    write_checkpoint(trainer, tokenizer, record, out)
+    return record
+
+
+def _run(trainer: Trainer, out: Path, watcher: Watcher) -> None:
+    """Take the steps that are left; the last one is saved too, whatever follows it."""
+    settings = trainer.config.optimization
+    while trainer.steps_done < settings.steps:
         report = trainer.step()
-        if report.steps_done % config.optimization.checkpoint_every_steps == 0:
+        stops = watcher.should_stop()
+        is_last = report.steps_done == settings.steps
+        if stops or is_last or report.steps_done % settings.checkpoint_every_steps == 0:
             trainer.save(out)
-        on_step(report)
-    heldout = encode_documents(tokenizer, corpus.heldout_documents)
-    figures = _figures(trainer, heldout)
-    _write_checkpoint(trainer, tokenizer, corpus, figures, out)
-    (out / STATE_FILE).unlink(missing_ok=True)
-    return figures
-
-
-def main(
-    config_path: Annotated[Path, typer.Argument(metavar="CONFIG.yaml")],
-    text: Annotated[list[Path], typer.Option(help="UTF-8 text; two blank lines end a document.")],
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a broken-off run.")] = False,
-) -> None:
-    """Train a small Mixtral-format model from text, on one CPU thread."""
-    torch.set_num_threads(1)
-    console = Console()
-    progress = Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[tokens_per_s]:,.0f} tokens/s"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    try:
-        config = load_config(config_path)
-        with progress:
-            steps = config.optimization.steps
-            task = progress.add_task("training", total=steps, loss=math.nan, tokens_per_s=0.0)
-            figures = train(
-                config,
-                text,
-                out,
-                resume=resume,
-                on_step=lambda report: progress.update(
-                    task,
-                    completed=report.steps_done,
-                    loss=report.loss,
-                    tokens_per_s=report.tokens_per_s,
-                ),
-            )
-    except TrainingError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    console.print(shares_table(figures.expert_shares))
-    console.print(
-        f"held-out perplexity {figures.heldout_perplexity:.2f}, "
-        f"unigram {figures.unigram_perplexity:.2f}"
-    )
+        watcher.on_step(report)
+        if stops:
+            raise StoppedError(report.steps_done)
 
 
 def _fingerprint(config: TrainingConfig, corpus: Corpus) -> str:
-    record = json.dumps([config.model_dump(), corpus.files], sort_keys=True)
+    # The card changes no weight, so it may still be written while a run goes on.
+    record = json.dumps([config.recipe(), corpus.files], sort_keys=True)
     return hashlib.sha256(record.encode()).hexdigest()
 
 
-def _figures(trainer: Trainer, heldout: torch.Tensor) -> Figures:
-    settings = trainer.config.optimization
+def _figures(trainer: Trainer, tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> Figures:
+    config, settings = trainer.config, trainer.config.optimization
+    vocab_size = config.model.vocab_size
     use_serving_gates(trainer.model)
-    num_tokens, perplexity, shares = evaluate(trainer.model, heldout, settings.sequence_length)
+    heldout = {
+        name: encode_documents(tokenizer, documents)
+        for name, documents in corpus.heldout_documents.items()
+    }
+    kinds = kinds_of_vocabulary(tokenizer, vocab_size)
+    scores = score(trainer.model, heldout, kinds, settings.sequence_length)
+    unigram = {
+        name: unigram_nats(trainer.tokens, heldout[name][: one.num_tokens], vocab_size)
+        for name, one in scores.items()
+    }
+    num_tokens = sum(one.num_tokens for one in scores.values())
     training_tokens = settings.steps * settings.batch_size * settings.sequence_length
+    num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     return Figures(
         heldout_tokens=num_tokens,
-        heldout_perplexity=perplexity,
-        unigram_perplexity=unigram_perplexity(
-            trainer.tokens, heldout[:num_tokens], trainer.config.model.vocab_size
-        ),
-        expert_shares=shares,
+        heldout_perplexity=perplexity(sum(one.nats for one in scores.values()), num_tokens),
+        unigram_perplexity=perplexity(sum(unigram.values()), num_tokens),
+        sources={
+            name: SourceFigures(
+                heldout_tokens=one.num_tokens,
+                perplexity=perplexity(one.nats, one.num_tokens),
+                unigram_perplexity=perplexity(unigram[name], one.num_tokens),
+            )
+            for name, one in scores.items()
+        },
+        expert_shares=expert_shares(scores),
+        kind_shares=kind_shares(scores),
+        source_shares=source_shares(scores),
         training_tokens=training_tokens,
         distinct_training_tokens=len(trainer.tokens),
         tokens_per_s=training_tokens / trainer.elapsed_s,
         training_s=trainer.elapsed_s,
-        num_parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
+        num_parameters=num_parameters,
+        num_active_parameters=num_active_parameters(num_parameters, config.model),
     )
-
-
-def _write_checkpoint(
-    trainer: Trainer,
-    tokenizer: PreTrainedTokenizerFast,
-    corpus: Corpus,
-    figures: Figures,
-    out: Path,
-) -> None:
-    staging = out / ".checkpoint.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    model = trainer.model
-    model.generation_config = GenerationConfig(
-        bos_token_id=model.config.bos_token_id,
-        eos_token_id=model.config.eos_token_id,
-        pad_token_id=model.config.eos_token_id,
-    )
-    model.save_pretrained(staging)
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    tokenizer.save_pretrained(staging)
-    card = model_card(trainer.config, corpus.files, figures)
-    (staging / "README.md").write_text(card, encoding="utf-8")
-    record = training_json(trainer.config, corpus.files, figures)
-    (staging / "training.json").write_text(record, encoding="utf-8")
-    for path in sorted(staging.iterdir()):
-        path.replace(out / path.name)
-    staging.rmdir()
-
-
-if __name__ == "__main__":
-    typer.run(main)

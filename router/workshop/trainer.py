@@ -14,7 +14,12 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerF
 
 from router.workshop.balance import use_training_gates
 from router.workshop.corpus import windows
-from router.workshop.settings import ModelSettings, OptimizationSettings, TrainingConfig
+from router.workshop.settings import (
+    ModelSettings,
+    OptimizationSettings,
+    TrainingConfig,
+    TrainingFailedError,
+)
 from router.workshop.state import load_state, save_state
 
 ADAM_BETAS = (0.9, 0.95)
@@ -74,8 +79,16 @@ class Trainer:
         self.steps_done = 0
         self.elapsed_s = 0.0
 
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are trained, the noise's weights among them."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def step(self) -> StepReport:
-        """Draw a batch, take one optimizer step, report it."""
+        """Draw a batch, take one optimizer step, report it.
+
+        Raises TrainingFailedError, and changes no weight, when the loss is not finite.
+        """
         started_s = time.perf_counter()
         settings = self.config.optimization
         self.model.train()
@@ -88,6 +101,11 @@ class Trainer:
         )
         logits = self.model(input_ids=inputs, use_cache=False).logits  # [B, L, V]
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if not math.isfinite(loss.item()):
+            raise TrainingFailedError(
+                f"step {self.steps_done + 1}: the loss is {loss.item()}, so the run has diverged; "
+                "begin anew with a lower learning_rate, more warmup_steps or a lower max_grad_norm"
+            )
         balancing_loss = torch.stack([gate.balancing_loss for gate in self.gates]).sum()
         self.optimizer.zero_grad()
         (loss + balancing_loss).backward()
@@ -101,7 +119,7 @@ class Trainer:
         return StepReport(self.steps_done, loss.item(), targets.numel() / step_s)
 
     def save(self, out: Path) -> None:
-        """Write the training state atomically into `out`."""
+        """Write the training state atomically into `out`; raises TrainingFailedError."""
         save_state(
             out,
             self.model,

@@ -1,0 +1,105 @@
+"""The folder that a run writes into: what may be in it before, and the checkpoint at its end."""
+
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from router.workshop.picture import PICTURE_FILE, can_draw, draw_experts
+from router.workshop.report import RECORD_FILE, Record, model_card
+from router.workshop.settings import TrainingError, TrainingFailedError
+from router.workshop.state import STATE_FILE
+from router.workshop.trainer import Trainer
+
+CARD_FILE = "README.md"
+_STAGING = ".checkpoint.tmp"
+_LEFTOVERS = {_STAGING, f".{STATE_FILE}.tmp"}
+_BYTES_PER_PARAMETER = 4 * (2 * 3 + 1)
+"""Two training states, the new beside the old, of fp32 weight and two moments; a checkpoint."""
+
+
+def check_out(out: Path, *, resume: bool) -> None:
+    """Raise TrainingError unless `out` holds this run's state or, without `resume`, nothing."""
+    state = out / STATE_FILE
+    if resume:
+        if not state.exists():
+            raise TrainingError(f"{state}: nothing to resume; leave --resume out to begin a run")
+        return
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise TrainingError(f"{out}: is a file; --out names a folder, which training makes")
+    if state.exists():
+        raise TrainingError(
+            f"{state}: holds an unfinished run; give --resume, another --out, or delete it"
+        )
+    found = sorted(path.name for path in out.iterdir() if path.name not in _LEFTOVERS)
+    if found:
+        raise TrainingError(
+            f"{out}: holds other files ({', '.join(found[:3])}); --out must be new or empty"
+        )
+
+
+def make_out(out: Path, num_parameters: int) -> None:
+    """Make the folder; raise TrainingFailedError when it or what a run writes cannot be there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        free_bytes = shutil.disk_usage(out).free
+    except OSError as error:
+        raise TrainingFailedError(
+            f"{out}: cannot be made: {error.strerror}; name a folder that you may write to"
+        ) from error
+    needed_bytes = num_parameters * _BYTES_PER_PARAMETER
+    if free_bytes < needed_bytes:
+        raise TrainingFailedError(
+            f"{out}: {free_bytes / 1e6:,.0f} MB are free on its disk, and training needs "
+            f"{needed_bytes / 1e6:,.0f} MB; make room or name another --out"
+        )
+
+
+def write_checkpoint(
+    trainer: Trainer, tokenizer: PreTrainedTokenizerFast, record: Record, out: Path
+) -> None:
+    """Leave model, tokenizer, training.json, card and picture in `out`, each written whole.
+
+    The training state goes last, so that a run broken off here is resumed. Raises
+    TrainingFailedError when the disk takes no more; the state stays then.
+    """
+    staging = out / _STAGING
+    try:
+        _stage(trainer, tokenizer, record, staging)
+        for path in sorted(staging.iterdir()):
+            path.replace(out / path.name)
+        (out / STATE_FILE).unlink()
+    except OSError as error:
+        raise TrainingFailedError(
+            f"{out}: the checkpoint cannot be written: {error}; "
+            "the training state stays: make room, then give --resume"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _stage(
+    trainer: Trainer, tokenizer: PreTrainedTokenizerFast, record: Record, staging: Path
+) -> None:
+    shutil.rmtree(staging, ignore_errors=True)
+    model = trainer.model
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.eos_token_id,
+    )
+    try:
+        model.save_pretrained(staging)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.save_pretrained(staging)
+    picture = None
+    if can_draw() and record.config.model.num_local_experts > 1:
+        picture = PICTURE_FILE
+        draw_experts(record.figures, staging / picture)
+    (staging / CARD_FILE).write_text(model_card(record, picture), encoding="utf-8")
+    (staging / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
