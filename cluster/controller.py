@@ -30,6 +30,7 @@ from cluster.placement import ExpertKey, Placement, assign_experts, empty_placem
 from cluster.pool import ExpertPool
 from cluster.progress import LOOK_S, Progress, Silence
 from cluster.spec import ActorReport, PoolSpec, budgets_of
+from cluster.spread import node_apart
 from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
 
 HEARTBEAT_PERIOD_S = 1.0
@@ -42,6 +43,8 @@ UNLOAD_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 30.0
 MAX_WATCH_S = 10.0
 PLACE_NOTICE_S = 10.0
+NODES_CHECK_S = 5.0
+WHOLE_TIMEOUT_S = 60.0
 FIRST_RETRY_S = 0.2
 MAX_RETRY_S = 15.0
 
@@ -81,13 +84,16 @@ class Controller:
     async def start(self) -> None:
         """Take the next epoch, adopt the living actors that fit, and keep all of them alive."""
         handles = await self._adopt()
-        if self._min_copies > 1 and await asyncio.to_thread(self._pool.count_nodes) > 1:
+        nodes = await asyncio.to_thread(self._pool.nodes)
+        if self._min_copies > 1 and len(nodes) > 1:
             # Only before anything is served is there time to wait for all actors.
             handles = handles or await self._start_all()
             self._shares = self._assign()
         for actor_id in self._actor_ids:
             keeper = self._keep(actor_id, handles.get(actor_id))
             self._tasks.append(asyncio.create_task(keeper, name=f"keep {actor_id}"))
+        if self._min_copies > 1:
+            self._tasks.append(asyncio.create_task(self._use_nodes(set(nodes)), name="nodes"))
 
     def _assign(self) -> dict[str, list[ExpertKey]]:
         # An actor that is new to the pool is to get a share of what the others hold.
@@ -190,9 +196,9 @@ class Controller:
             if handle is not None:
                 self._pool.kill(handle)
                 handle = None
+            self._reports.pop(actor_id, None)
             if actor_id in self._placement.generations:
                 await self._publish(lambda placement: placement.without(actor_id))
-                self._reports.pop(actor_id, None)
             else:  # it never came up: do not spin
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, MAX_RETRY_S)
@@ -270,6 +276,41 @@ class Controller:
                     await suspected.wait()
             except TimeoutError:
                 continue
+
+    async def _use_nodes(self, known: set[str]) -> None:
+        """When a node joins, move copies to it that share a node with another of the same expert.
+
+        That is where a lost machine's actors went. They move one at a time, while all others serve.
+        """
+        while True:
+            await asyncio.sleep(NODES_CHECK_S)
+            try:
+                nodes = set(await asyncio.to_thread(self._pool.nodes))
+                if nodes - known:
+                    for actor_id in self._actor_ids:
+                        await self._move_apart(actor_id)
+            except TimeoutError:
+                continue  # not whole now, so nothing may be moved yet
+            except Exception as error:  # Ray's own is away for a moment
+                logger.warning("the nodes are not known (%s)", kind_of(error))
+                continue
+            known = nodes
+
+    async def _move_apart(self, actor_id: str) -> None:
+        async with asyncio.timeout(WHOLE_TIMEOUT_S), self._changed:
+            await self._changed.wait_for(
+                lambda: self._placement.fewest_copies() >= self._min_copies
+            )
+        candidates = await asyncio.to_thread(self._pool.nodes_for, actor_id)
+        node = node_apart(actor_id, candidates, self._shares, self._nodes)
+        if node is None:
+            return
+        logger.info("%s moves to node %s, apart from other copies", actor_id, node[:10])
+        self._nodes[actor_id] = node  # where its keeper asks Ray to put the successor
+        await self._publish(lambda placement: placement.without(actor_id))
+        for found_id, _, handle in await asyncio.to_thread(self._pool.find):
+            if found_id == actor_id:
+                self._pool.kill(handle)
 
     async def _retire(self, actor_id: str, handle: ActorHandle, report: ActorReport) -> None:
         """Have an actor let go what it holds beyond its share, once those who are to hold it do."""

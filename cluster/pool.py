@@ -106,13 +106,20 @@ class ExpertPool:
 
     def shortage(self, actor_id: str) -> str:
         """Return what an actor that Ray has not started waits for, for people."""
+        return shortage(self._needed(actor_id), ray.nodes())
+
+    def nodes_for(self, actor_id: str) -> list[str]:
+        """Return the living nodes that an actor could be on, were nothing else there."""
+        return [node["NodeID"] for node in _fitting(self._needed(actor_id), ray.nodes())]
+
+    def nodes(self) -> list[str]:
+        """Return the nodes that live."""
+        return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+
+    def _needed(self, actor_id: str) -> dict[str, float]:
         spec = self._specs[actor_id]
         needed = {"CPU": spec.num_cpus, "GPU": spec.num_gpus, **spec.resources}
-        return shortage({name: n for name, n in needed.items() if n}, ray.nodes())
-
-    def count_nodes(self) -> int:
-        """Return how many nodes Ray has that live."""
-        return sum(node["Alive"] for node in ray.nodes())
+        return {name: amount for name, amount in needed.items() if amount}
 
     async def describe(self, handle: ActorHandle, timeout_s: float) -> ActorReport:
         """Ask an actor what it is and holds."""
@@ -147,15 +154,22 @@ class ExpertPool:
         ray.kill(handle, no_restart=True)
 
 
+def _fitting(
+    needed: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    return [
+        node
+        for node in nodes
+        if node["Alive"] and all(node["Resources"].get(n, 0) >= needed[n] for n in needed)
+    ]
+
+
 def shortage(needed: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) -> str:
     """Return why no node takes an actor that needs these resources; ``nodes`` as Ray lists them."""
     asked = ", ".join(f"{name} {amount:g}" for name, amount in needed.items())
-    alive = [node for node in nodes if node["Alive"]]
-    fitting = [
-        node for node in alive if all(node["Resources"].get(n, 0) >= needed[n] for n in needed)
-    ]
-    if fitting:
+    if fitting := _fitting(needed, nodes):
         return f"it needs {asked}, which is in use on all nodes that have it ({len(fitting)})"
+    alive = [node for node in nodes if node["Alive"]]
     lacking = [n for n in needed if all(node["Resources"].get(n, 0) < needed[n] for node in alive)]
     what = f"so much {', '.join(lacking)}" if lacking else "all of it"
     return f"it needs {asked}; none of the {len(alive)} nodes has {what}"

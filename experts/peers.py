@@ -81,8 +81,8 @@ def open_model(path: str, identity: str | None, neighbours: Neighbours | None) -
 
     ``identity`` is that of the checkpoint that is served; ``None`` while it is not known yet, when
     whatever lies at ``path`` is right. Raises :class:`CheckpointError` for what is wrong here where
-    that is for the user to mend, or there is no other node; :class:`CheckpointMissingError` that
-    says which nodes were asked and what each said when none has it.
+    that is for the user to mend; :class:`CheckpointMissingError` that says which nodes were asked
+    and what each said when none has it.
     """
     try:
         checkpoint = open_checkpoint(resolve_folder(path))
@@ -93,7 +93,7 @@ def open_model(path: str, identity: str | None, neighbours: Neighbours | None) -
         if identity is None and not isinstance(error, CheckpointMissingError):
             raise
         reason = error
-    if neighbours is None or not neighbours.nodes():
+    if neighbours is None or (identity is None and not neighbours.nodes()):
         raise reason
     if not isinstance(reason, CheckpointMissingError):
         logger.warning("%s; asking other nodes", reason)
@@ -205,7 +205,7 @@ class PeerFiles:
                     return told
         raise CheckpointMissingError(
             f"no node of the cluster has the checkpoint ({'; '.join(said)}); put it under this "
-            "path on one of them",
+            "path on one of them, or add a node that has it",
             self._path,
         )
 

@@ -102,7 +102,8 @@ class FakePool:
         self.actors: list[FakeActor] = []
         self.unloads: list[tuple[str, list[ExpertKey]]] = []
         self.ledger = FakeLedger()
-        self.nodes = ["node"]
+        self.looks = 0
+        self.node_ids = ["node"]
         """Ray's nodes; actors are put on them in turn."""
         self.load_gate: Callable[[FakeActor], Awaitable[object]] | None = None
         self._pids = itertools.count(1000)
@@ -117,11 +118,15 @@ class FakePool:
     def create(
         self, actor_id: str, generation: int, epoch: int, node: str | None = None
     ) -> FakeActor:
-        node = node or self.nodes[len(self.actors) % len(self.nodes)]
+        node = node or self.node_ids[len(self.actors) % len(self.node_ids)]
         return self.add(actor_id, generation, epoch, node=node)
 
-    def count_nodes(self) -> int:
-        return len(self.nodes)
+    def nodes(self) -> list[str]:
+        self.looks += 1
+        return list(self.node_ids)
+
+    def nodes_for(self, actor_id: str) -> list[str]:
+        return list(self.node_ids)
 
     def shortage(self, actor_id: str) -> str:
         return "it needs GPU 1"
@@ -556,14 +561,14 @@ def test_the_loss_of_one_of_two_copies_leaves_every_expert_placed() -> None:
 def test_copies_sit_on_different_nodes_and_a_successor_on_its_predecessors() -> None:
     async def test() -> None:
         pool = FakePool(spec_of().digest)
-        pool.nodes = ["n1", "n1", "n2", "n2"]
+        pool.node_ids = ["n1", "n1", "n2", "n2"]
         async with running(4, pool, min_copies=2) as cluster:
             placement = await cluster.until(lambda p: p.fewest_copies() == 2)
             node_of = {actor.actor_id: actor.node for actor in pool.actors}
             assert len(pool.actors) == 4
             for actors in placement.holders.values():
                 assert {node_of[actor_id] for actor_id in actors} == {"n1", "n2"}
-            pool.nodes = ["n2"]
+            pool.node_ids = ["n2"]
             pool.of("expert-0")[0].alive = False
             await cluster.until(lambda p: p.generations.get("expert-0") == 2)
             assert pool.of("expert-0")[1].node == "n1"
@@ -574,7 +579,7 @@ def test_copies_sit_on_different_nodes_and_a_successor_on_its_predecessors() -> 
 def test_an_actor_that_does_not_tell_its_node_counts_as_one_on_a_node_of_its_own() -> None:
     async def test() -> None:
         pool = FakePool(spec_of().digest)
-        pool.nodes = ["n1", "n1"]
+        pool.node_ids = ["n1", "n1"]
         describe = pool.describe
 
         async def silent(actor: FakeActor, timeout_s: float) -> ActorReport:
@@ -594,7 +599,7 @@ def test_an_actor_that_does_not_tell_its_node_counts_as_one_on_a_node_of_its_own
 def test_a_next_controller_comes_to_the_same_copies() -> None:
     async def test() -> None:
         pool = FakePool(spec_of().digest)
-        pool.nodes = ["n1", "n2", "n3"]
+        pool.node_ids = ["n1", "n2", "n3"]
         async with running(3, pool, min_copies=2) as first:
             before = await first.until(lambda p: p.fewest_copies() == 2)
         async with running(3, pool, min_copies=2) as second:
@@ -610,7 +615,7 @@ def test_a_next_controller_comes_to_the_same_copies() -> None:
 def test_a_next_controller_does_not_wait_for_a_lost_actor_to_place_the_others() -> None:
     async def test() -> None:
         pool = FakePool(spec_of().digest)
-        pool.nodes = ["n1", "n2", "n3"]
+        pool.node_ids = ["n1", "n2", "n3"]
         async with running(3, pool, min_copies=2) as first:
             await first.until(lambda p: p.fewest_copies() == 2)
         kept = {actor.actor_id: list(actor.keys) for actor in pool.actors[1:]}
@@ -858,6 +863,30 @@ def test_an_adopted_actor_is_compared_with_its_own_pool() -> None:
         await cluster.complete()
         assert not gpu.killed
         assert not cpu.killed
+        await cluster.stop()
+
+    run(test)
+
+
+def test_copies_move_apart_when_a_node_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_module, "NODES_CHECK_S", 0.01)
+
+    async def test() -> None:
+        cluster = Cluster(num_actors=2, min_copies=2)
+        await cluster.start()
+        await cluster.until(lambda placement: placement.fewest_copies() == 2)
+        assert {actor.node for actor in cluster.pool.actors} == {"node"}
+        cluster.pool.node_ids.append("joined")
+        await happens(lambda: len(cluster.pool.actors) == 3)
+        await cluster.until(lambda placement: placement.fewest_copies() == 2)
+        living = {a.actor_id: (a.generation, a.node) for a in cluster.pool.actors if a.alive}
+        assert living == {"expert-0": (2, "joined"), "expert-1": (1, "node")}
+        # One copy of each expert was there all the time, and nothing moves any more.
+        assert min(placement.fewest_copies() for placement in cluster.published[2:]) == 1
+        cluster.pool.node_ids.append("third")
+        published, looks = len(cluster.published), cluster.pool.looks
+        await happens(lambda: cluster.pool.looks >= looks + 3)
+        assert len(cluster.published) == published
         await cluster.stop()
 
     run(test)

@@ -274,7 +274,7 @@ def test_another_checkpoint_here_is_passed_by(folder: Path, other: Path) -> None
     checkpoint = open_model(str(other), identity, FakeNeighbours({"a": folder}))
     assert checkpoint.remote is not None
     check_expert(folder, checkpoint)
-    with pytest.raises(CheckpointError, match=r"is another checkpoint.*deploy again"):
+    with pytest.raises(CheckpointMissingError, match=r"\(this node: .*deploy again\); put it"):
         open_model(str(other), identity, FakeNeighbours({}))
 
 
