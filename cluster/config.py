@@ -226,6 +226,14 @@ class AppConfig(_Section):
             raise ValueError(f"model ids must differ; given more than once: {', '.join(doubled)}")
         return models
 
+    def effective(self) -> dict[str, Any]:
+        """Return the args with every default, which :func:`parse_args` reads as the same again."""
+        args = self.model_dump(mode="json")
+        if self.experts.pools is not None:  # the keys of the one pool stand in each of them then
+            for key in ONE_POOLS_KEYS:
+                del args["experts"][key]
+        return args
+
 
 def _yaml_path(loc: tuple[int | str, ...], root: str) -> str:
     return root + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
@@ -269,12 +277,21 @@ def load_deployment(file: Path) -> list[tuple[str, AppConfig]]:
 
     Raises :class:`ConfigError` naming the file and YAML path.
     """
+    return parse_deployment(read_document(file), file)
+
+
+def read_document(file: Path) -> Any:
+    """Return a file's YAML as plain data; raises :class:`ConfigError`."""
     try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", str(file)) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"is not YAML: {' '.join(str(error).split())}", str(file)) from None
+
+
+def parse_deployment(document: Any, file: Path) -> list[tuple[str, AppConfig]]:
+    """Validate the args of each application of ``file``'s document; see :func:`load_deployment`."""
     applications = document.get("applications") if isinstance(document, dict) else None
     if not isinstance(applications, list) or not applications:
         raise ConfigError("needs a list 'applications' with at least one entry", str(file))

@@ -10,9 +10,11 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from router.cli.bench import bench
 from router.cli.chat import chat
 from router.cli.check import check
 from router.cli.common import exit_codes
+from router.cli.config import config
 from router.cli.generate import generate
 from router.cli.status import status
 from router.cli.train import train
@@ -39,10 +41,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(chat)
 app.command()(status)
+app.command()(bench)
 app.command()(check)
+app.add_typer(config, name="config")
 app.command()(train)
-
-
-def main() -> None:
-    """Run the command line; the entry point of the installed command."""
-    app()

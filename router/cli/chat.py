@@ -70,8 +70,10 @@ def chat(
     """
     with Client(address) as client:
         info = client.model_info(model)[0]
+        if max_tokens is None:
+            max_tokens = min(ROOM_TOKENS, info.max_model_len // 2)
         sampling = Sampling(
-            max_tokens=max_tokens or min(ROOM_TOKENS, info.max_model_len // 2),
+            max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,

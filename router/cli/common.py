@@ -15,14 +15,34 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from cluster.errors import CheckpointError, ConfigError, ExpertMeshError
-from router.client import UnreachableError
+from router.client import DEFAULT_ADDRESS, UnreachableError
 
 REFUSED, BAD_USAGE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
 # What a model writes is not to move the cursor, recolour or retitle a terminal.
 _CONTROLS = {code: "�" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
+
+def fail(message: str, code: int) -> NoReturn:
+    """End the command with one line on stderr and this exit code."""
+    sys.stderr.write(f"expertmesh: {' '.join(message.split())}\n")
+    raise typer.Exit(code)
+
+
+def _checked_address(given: str) -> str:
+    host, _, port = given.rpartition(":")
+    is_host = bool(host) and "/" not in host and (":" not in host or host.startswith("["))
+    if not (is_host and port.isdecimal() and 0 < int(port) < 2**16):
+        fail(f"--address: given {given!r}, must be host:port, as {DEFAULT_ADDRESS}", BAD_USAGE)
+    return given
+
+
 Address = Annotated[
-    str, typer.Option(envvar="EXPERTMESH_ADDRESS", help="host:port of the gRPC gateway.")
+    str,
+    typer.Option(
+        envvar="EXPERTMESH_ADDRESS",
+        callback=_checked_address,
+        help="host:port of the gRPC gateway.",
+    ),
 ]
 Model = Annotated[str, typer.Option(help="Model id; by default the first served.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate.")]
@@ -53,12 +73,6 @@ def exit_codes() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def fail(message: str, code: int) -> NoReturn:
-    """End the command with one line on stderr and this exit code."""
-    sys.stderr.write(f"expertmesh: {' '.join(message.split())}\n")
-    raise typer.Exit(code)
-
-
 def write(text: str) -> None:
     """Write to stdout at once."""
     sys.stdout.write(text)
@@ -72,4 +86,4 @@ def write_generated(text: str) -> None:
 
 def write_json(value: Any, indent: int | None = None) -> None:
     """Write a value as JSON and a line's end."""
-    write(json.dumps(value, indent=indent) + "\n")
+    write(json.dumps(value, indent=indent, default=str) + "\n")

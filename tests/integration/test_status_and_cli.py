@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from benchmarks.shipped import free_ports
+from router.client import Message, Sampling
 from tests.cluster_fixture import (
     LAYERS,
     NUM_ACTORS,
@@ -23,12 +25,15 @@ from tests.cluster_fixture import (
 )
 
 MB = 1_000_000
+SHORT = Sampling(max_tokens=8, temperature=0.0)
 COMMAND = str(Path(sysconfig.get_path("scripts")) / "expertmesh")
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
+def run(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
-    return subprocess.run([COMMAND, *words], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [COMMAND, *words], input=stdin, capture_output=True, text=True, timeout=60
+    )
 
 
 def status_json(served: ServedCluster) -> dict[str, Any]:
@@ -93,6 +98,27 @@ def test_generate_prints_json(served: ServedCluster) -> None:
     lines = run(*words, "--stream", *address).stdout.splitlines()
     assert len(lines) > 1
     assert "".join(json.loads(line)["text"] for line in lines) == reply.text
+
+
+def test_a_chat_in_a_pipe_is_the_conversation_that_the_client_has(served: ServedCluster) -> None:
+    said = [Message("user", "Who made the heaven?")]
+    [first] = served.client.generate(messages=said, sampling=SHORT, model=TINY)
+    said += [Message("assistant", first.text.strip()), Message("user", "And the earth?")]
+    [second] = served.client.generate(messages=said, sampling=SHORT, model=TINY)
+    words = ("chat", "--temperature", "0", "--max-tokens", "8", "--address", served.grpc_address)
+    done = run(*words, stdin="Who made the heaven?\nAnd the earth?\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{first.text.lstrip()}\n{second.text.lstrip()}\n"
+
+
+@pytest.mark.parametrize("form", [[], ["--no-stream"]])
+def test_bench_counts_every_token(served: ServedCluster, form: list[str]) -> None:
+    words = ("--requests", "12", "--max-tokens", "7", "--model", RANDOM, "--json", *form)
+    done = run("bench", "--address", served.grpc_address, *words)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    told = json.loads(done.stdout)
+    assert (told["succeeded"], told["failed"], told["output_tokens"]) == (12, 0, 84)
+    assert 0 < told["request_ms"]["p50"] <= told["request_ms"]["p99"] < 1000 * told["elapsed_s"]
 
 
 def test_exit_codes_tell_refused_from_unreachable(served: ServedCluster) -> None:

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import pty
-import select
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 
 import pytest
 from click.testing import Result
@@ -22,6 +14,7 @@ from router.cli.conversation import Conversation
 from router.client import Message
 from router.request import GenerationRequest
 from tests.unit.gateway_fakes import CONTEXT, FakeUpstream, grpc_server, says, tokenizer
+from tests.unit.terminal import Terminal
 
 
 @pytest.fixture
@@ -84,6 +77,12 @@ def test_a_question_that_never_fits_is_refused_and_nothing_is_forgotten(address:
     assert result.stderr.count("\n") == 1
 
 
+def test_no_room_at_all_is_the_servers_to_refuse(address: str) -> None:
+    result = chat(address, "in", "--max-tokens", "0")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "sampling.max_tokens: given 0" in result.stderr
+
+
 def test_commands_begin_with_a_slash(address: str, upstream: FakeUpstream) -> None:
     result = chat(address, "in\n/reset\n//the\n/what now\n/help\n/quit\nnever asked")
     assert (result.exit_code, result.stdout) == (0, "was the word\n" * 2)
@@ -123,44 +122,6 @@ def test_a_conversation_forgets_its_oldest_exchanges_only() -> None:
     assert Conversation().asking("d") == rest
 
 
-class Terminal:
-    """The command at a pseudo-terminal."""
-
-    def __init__(self, *words: str) -> None:
-        self.leader, follower = pty.openpty()
-        code = "from router.cli import main; main()"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *words],
-            stdin=follower,
-            stdout=follower,
-            stderr=follower,
-            env={**os.environ, "TERM": "xterm"},
-        )
-        os.close(follower)
-        self.shown = ""
-
-    def wait_for(self, text: str, timeout_s: float = 20) -> None:
-        """Read until ``text`` is shown, and forget all up to there."""
-        deadline_s = time.monotonic() + timeout_s
-        while text not in self.shown:
-            left_s = max(0.0, deadline_s - time.monotonic())
-            ready, _, _ = select.select([self.leader], [], [], left_s)
-            assert ready, f"{text!r} is not in {self.shown!r}"
-            self.shown += os.read(self.leader, 4096).decode(errors="replace")
-        self.shown = self.shown.partition(text)[2]
-
-    def interrupt(self, then: str) -> None:
-        """Press Ctrl-C, again where Python's readline has missed it, until ``then`` is shown."""
-        for _ in range(20):
-            self.process.send_signal(signal.SIGINT)
-            with suppress(AssertionError):
-                return self.wait_for(then, timeout_s=1)
-        raise AssertionError(f"{then!r} is not in {self.shown!r}")
-
-    def type(self, text: str) -> None:
-        os.write(self.leader, text.encode())
-
-
 def test_ctrl_c_ends_an_answer_and_ctrl_d_the_command(address: str, upstream: FakeUpstream) -> None:
     upstream.endless = True  # after these words, which are not the end of the answer
     upstream.script = says(" was \x1b[2J", finish_reason=None)
@@ -182,8 +143,7 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_command(address: str, upstream: Fa
     terminal.wait_for("the word")
     terminal.wait_for("you>")
     terminal.type("\x04")
-    assert terminal.process.wait(10) == 0
-    os.close(terminal.leader)
+    assert terminal.end() == 0
     assert prompt(upstream.requests[-1]) == (
         "user: in\nassistant: was \x1b[2J\nuser: the end\nassistant:"
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import types
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 from cluster.errors import CheckpointError, ConfigError, OverloadedError
 from router.cli.app import app
 from tests.unit.gateway_fakes import FakeUpstream, grpc_server, says, tokenizer
+from tests.unit.terminal import Terminal
 
 NOBODY = "127.0.0.1:1"
 
@@ -103,6 +106,50 @@ def test_status_as_a_table(address: str) -> None:
         assert shown in result.stdout
 
 
+def next_line(process: subprocess.Popen[str]) -> Any:
+    assert process.stdout is not None
+    return json.loads(process.stdout.readline())
+
+
+def test_watching_outlives_the_server_and_ends_by_ctrl_c(upstream: FakeUpstream) -> None:
+    code = "from router.cli import main; main()"
+    words = ["status", "--watch", "--json", "--interval", "0.1"]
+    with grpc_server(upstream) as address:
+        watching = subprocess.Popen(
+            [sys.executable, "-c", code, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "EXPERTMESH_ADDRESS": address},
+        )
+        assert [next_line(watching)["epoch"] for _ in range(2)] == [3, 3]
+    while "error" not in (told := next_line(watching)):
+        assert told["epoch"] == 3
+    assert address in told["error"]["message"]
+    with grpc_server(upstream, int(address.rpartition(":")[2])):
+        while "error" in (told := next_line(watching)):
+            assert told["error"]["code"] == "unavailable"
+        assert told["epoch"] == 3
+        watching.send_signal(signal.SIGINT)
+        _, stderr = watching.communicate(timeout=20)
+    assert (watching.returncode, stderr) == (0, "")
+
+
+def test_watching_at_a_terminal_shows_that_the_server_is_away(upstream: FakeUpstream) -> None:
+    with grpc_server(upstream) as address:
+        terminal = Terminal("status", "--watch", "--interval", "0.1", "--address", address)
+        terminal.wait_for("tokens/s")
+        terminal.wait_for("Ctrl-C ends")
+    terminal.wait_for("; above is what was")
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.end() == 0
+
+
+def test_watching_needs_a_server_at_first() -> None:
+    result = run("status", "--watch", "--address", NOBODY)
+    assert (result.exit_code, result.stdout) == (3, "")
+
+
 def test_a_refusal_is_one_line_and_1(address: str, upstream: FakeUpstream) -> None:
     result = run("generate", "in", "--address", address, "--top-p", "2")
     assert (result.exit_code, result.stdout) == (1, "")
@@ -162,9 +209,70 @@ def test_check_of_something_wrong_is_one_line_and_2(
     assert json.loads(told.stdout)["error"]["field"] == error.field
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "status", "check"])
+@pytest.mark.parametrize(
+    "address", ["somewhere", "a:", ":9", "a:0", "a:65536", "http://a:9", "::1:9"]
+)
+def test_a_bad_address_is_one_line_and_2(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = run("status", "--address", address)
+    monkeypatch.setenv("EXPERTMESH_ADDRESS", address)
+    assert [(one.exit_code, one.stdout) for one in (given, run("status"))] == [(2, "")] * 2
+    assert given.stderr == (
+        f"expertmesh: --address: given {address!r}, must be host:port, as 127.0.0.1:9000\n"
+    )
+
+
+def test_the_address_may_stand_in_the_environment(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXPERTMESH_ADDRESS", address)
+    assert run("generate", "in").stdout == " was the word 🙂\n"
+    assert run("status", "--address", NOBODY).exit_code == 3
+
+
+def test_a_reader_that_leaves_gets_no_stack(address: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    code = "from router.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "generate", "in", "--stream", "--json"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        env={**os.environ, "EXPERTMESH_ADDRESS": address},
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_text_that_the_output_has_no_letters_for_is_no_failure(address: str) -> None:
+    code = "from router.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "generate", "in", "--address", address],
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b" was the word ?\n", b"")
+
+
+def test_ctrl_c_is_130_without_a_stack(address: str, upstream: FakeUpstream) -> None:
+    upstream.endless = True
+    upstream.script = says(" was", finish_reason=None)
+    terminal = Terminal("generate", "in", "--stream", "--address", address)
+    terminal.wait_for(" was")
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.end() == 130
+    assert upstream.closed.wait(10)
+    assert "Traceback" not in terminal.shown
+
+
+COMMANDS = ["generate", "chat", "status", "bench", "check", "config schema", "config show"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command: str) -> None:
-    result = run(command, "--help")
+    result = run(*command.split(), "--help")
     assert result.exit_code == 0
     assert f"Example: expertmesh {command}" in result.stdout
 

@@ -1,0 +1,151 @@
+"""The JSON Schema of deployment files, and what a file comes to with all defaults."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cluster.config import load_deployment
+from router.cli.app import app
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+FILES = sorted(DEPLOY.glob("*.yaml"))
+FULL = {
+    "models": [{"id": "a", "path": "/a", "dtype": "bfloat16", "max_model_len": 2}],
+    "experts": {"actors": 3, "tls": {"certificate": "c", "key": "k", "authority": "a"}},
+    "gateway": {"on_expert_loss": "drop"},
+}
+
+
+def run(*words: str) -> str:
+    result = CliRunner().invoke(app, ["config", *words])
+    assert (result.exit_code, result.stderr) == (0, "")
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    schema: dict[str, Any] = json.loads(run("schema"))
+    return schema
+
+
+@pytest.fixture(scope="module")
+def args() -> dict[str, Any]:
+    schema: dict[str, Any] = json.loads(run("schema", "--args"))
+    return schema
+
+
+def is_valid(document: Any, schema: dict[str, Any]) -> bool:
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return bool(jsonschema.Draft202012Validator(schema).is_valid(document))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_the_shipped_files_are_valid(
+    file: Path, whole: dict[str, Any], args: dict[str, Any]
+) -> None:
+    document = yaml.safe_load(file.read_text())
+    assert is_valid(document, whole)
+    for application in document["applications"]:
+        assert is_valid(application["args"], args)
+
+
+def test_the_example_is_among_the_shipped_files() -> None:
+    assert "cluster.yaml" in [file.name for file in FILES]
+
+
+Change = Callable[[dict[str, Any]], object]
+WRONG: list[tuple[str, Change]] = [
+    ("an unknown key", lambda a: a.update(modles=[])),
+    ("an unknown key inside", lambda a: a["experts"].update(actorz=2)),
+    ("a wrong type", lambda a: a["experts"].update(actors="two")),
+    ("too few", lambda a: a["experts"].update(actors=0)),
+    ("not one of them", lambda a: a["models"][0].update(dtype="int3")),
+    ("a bad id", lambda a: a["models"][0].update(id="-")),
+    ("no models", lambda a: a.update(models=[])),
+    ("models missing", lambda a: a.pop("models")),
+    ("half of tls", lambda a: a["experts"].update(tls={"key": "k"})),
+    ("not above 0", lambda a: a["gateway"].update(default_timeout_s=0)),
+]
+
+
+@pytest.mark.parametrize("change", [one for _, one in WRONG], ids=[name for name, _ in WRONG])
+def test_wrong_args_are_invalid_alone_and_in_a_file(
+    change: Change, whole: dict[str, Any], args: dict[str, Any]
+) -> None:
+    document = yaml.safe_load((DEPLOY / "cluster.yaml").read_text())
+    document["applications"][0]["args"] = wrong = copy.deepcopy(FULL)
+    assert is_valid(wrong, args)
+    assert is_valid(document, whole)
+    change(wrong)
+    assert not is_valid(wrong, args)
+    assert not is_valid(document, whole)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.update(applications=[]),
+        lambda d: d["applications"][0].pop("args"),
+        lambda d: d["applications"][0].update(import_path="other:build"),
+        lambda d: d["http_options"].update(port="many"),
+    ],
+)
+def test_wrong_files_are_invalid(change: Change, whole: dict[str, Any]) -> None:
+    document = yaml.safe_load((DEPLOY / "cluster.yaml").read_text())
+    change(document)
+    assert not is_valid(document, whole)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_what_is_shown_is_a_file_that_means_the_same(
+    file: Path, form: list[str], tmp_path: Path, whole: dict[str, Any]
+) -> None:
+    shown = run("show", str(file), *form)
+    document = json.loads(shown) if form else yaml.safe_load(shown)
+    assert is_valid(document, whole)
+    again = tmp_path / "again.yaml"
+    again.write_text(shown)
+    assert load_deployment(again) == load_deployment(file)
+    original = yaml.safe_load(file.read_text())
+    for one in (document, original):
+        for application in one["applications"]:
+            del application["args"]
+    assert document == original
+
+
+def test_every_default_is_shown() -> None:
+    shown = yaml.safe_load(run("show", str(DEPLOY / "cluster.yaml")))
+    args = shown["applications"][0]["args"]
+    assert args["experts"]["call_timeout_s"] == 10.0
+    assert args["models"][0]["max_model_len"] is None
+    assert args["gateway"]["on_expert_loss"] == "strict"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        ("a: [", "is not YAML"),
+        ("\x00", "is not YAML"),
+        ("applications: []", "at least one entry"),
+        ("applications: [{import_path: 'router.app:build', args: {models: []}}]", "args.models"),
+    ],
+)
+def test_a_wrong_file_is_one_line_and_2(content: str | None, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    if content is not None:
+        file.write_text(content)
+    result = CliRunner().invoke(app, ["config", "show", str(file)])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
