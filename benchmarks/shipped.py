@@ -20,7 +20,14 @@ OWN_PORTS = (
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
     "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
 )
-"""Serve's other ports of fixed numbers; gateways' own are the next free ones anyway."""
+"""Serve's other ports of fixed numbers."""
+GATEWAY_PORTS = 1000
+GATEWAY_RANGES = range(10_000, 20_000, GATEWAY_PORTS)
+"""Where the gRPC ports of one cluster's gateways may begin.
+
+Serve gives them the first one that it has not given yet, and asks gRPC in vain (by a string, which
+gRPC ignores) not to share it: gateways of two clusters on one machine would get each other's calls.
+"""
 QUIET_PORTS = range(20_000, 30_000)
 """Below Serve's own (from 30000) and those of outgoing connections (from 32768 on Linux)."""
 SERVE_KEYS = (
@@ -48,6 +55,15 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
+def free_range() -> range:
+    """Return ports for gateways, of which nobody listens on the first at the moment."""
+    for first in random.sample(GATEWAY_RANGES, len(GATEWAY_RANGES)):
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("", first))
+            return range(first, first + GATEWAY_PORTS)
+    raise OSError(f"somebody listens on each of {list(GATEWAY_RANGES)}")
+
+
 def shipped_document(http_port: int, grpc_port: int) -> dict[str, Any]:
     """Return the deployment file with these ports, and free ones for all that Serve opens."""
     document: dict[str, Any] = yaml.safe_load(DEPLOYED.read_text(encoding="utf-8"))
@@ -55,6 +71,9 @@ def shipped_document(http_port: int, grpc_port: int) -> dict[str, Any]:
     document["grpc_options"]["port"] = grpc_port
     variables = document["controller_options"]["runtime_env"]["env_vars"]
     variables |= zip(OWN_PORTS, map(str, free_ports(len(OWN_PORTS))), strict=True)
+    gateways = free_range()
+    variables["RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT"] = str(gateways[0])
+    variables["RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT"] = str(gateways[-1])
     return document
 
 

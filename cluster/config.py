@@ -26,6 +26,7 @@ from cluster.stream.tls import TlsFiles
 from cluster.transports import TransportKind
 
 IMPORT_PATH = "router.app:build"
+MAX_DEFAULT_CACHE_TOKENS = 65_536
 DEFAULT_POOL = "expert"
 ONE_POOLS_KEYS = ("actors", "num_cpus", "num_gpus", "threads", "memory_budget_bytes")
 RAYS_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
@@ -180,6 +181,13 @@ class RouterConfig(_Section):
     max_batch_tokens: int = Field(default=512, ge=1)
     max_queue_requests: int = Field(default=256, ge=1)
     cache_tokens: int | None = Field(default=None, ge=16)
+
+    def cache_tokens_for(self, max_model_len: int) -> int:
+        """Return the tokens that one replica's cache holds, for a model of this context."""
+        if self.cache_tokens is not None:
+            return self.cache_tokens
+        wanted = self.max_batch_size * max_model_len
+        return max(max_model_len, min(wanted, MAX_DEFAULT_CACHE_TOKENS))
 
     @model_validator(mode="after")
     def _a_step_holds_the_batch(self) -> RouterConfig:

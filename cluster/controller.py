@@ -422,4 +422,5 @@ def _actor_status(report: ActorReport) -> ActorStatus:
         generation=report.generation,
         experts=tuple((k.model, k.layer_id, k.expert_id) for k in report.experts),
         tokens=sum(report.tokens.values()),
+        weight_bytes=report.weight_bytes,
     )

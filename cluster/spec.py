@@ -79,8 +79,9 @@ def budgets_of(pools: Sequence[PoolSpec]) -> dict[str, int] | None:
 class ActorReport:
     """An expert actor's answer to a heartbeat.
 
-    ``tokens`` counts the token rows computed per expert since the actor's start; ``queued_rows``
-    wait now; ``steps`` counts batches computed, so that a hung compute thread shows as no progress.
+    ``weight_bytes`` are what the weights of ``experts`` take in the device's memory; ``tokens``
+    counts the token rows computed per expert since the actor's start; ``queued_rows`` wait now;
+    ``steps`` counts batches computed, so that a hung compute thread shows as no progress.
     ``fetched_bytes`` of its weights came from another node, in ``fetched_s`` seconds.
     """
 
@@ -92,6 +93,7 @@ class ActorReport:
     node: str
     device: str
     experts: tuple[ExpertKey, ...]
+    weight_bytes: int
     tokens: dict[ExpertKey, int]
     queued_rows: int
     steps: int

@@ -8,7 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class ActorStatus:
-    """One live expert actor; ``experts`` are (model, layer, expert), ``tokens`` rows computed."""
+    """One live expert actor.
+
+    ``experts`` are (model, layer, expert), ``tokens`` rows computed, ``weight_bytes`` what the
+    experts' weights take in the device's memory.
+    """
 
     actor_id: str
     pid: int
@@ -17,6 +21,7 @@ class ActorStatus:
     generation: int
     experts: tuple[tuple[str, int, int], ...]
     tokens: int
+    weight_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

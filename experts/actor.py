@@ -160,6 +160,7 @@ class ExpertActor:
             node=ray.get_runtime_context().get_node_id(),
             device=str(self._device),
             experts=tuple(sorted(self._bank.experts)),
+            weight_bytes=self._bank.num_bytes,
             tokens=dict(self._bank.tokens),
             queued_rows=self._queued_rows,
             steps=self._steps,

@@ -19,16 +19,18 @@ from cluster.errors import FrameError, WrongPlacementError
 from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame
 from cluster.placement import ExpertKey
 from cluster.tensors import TORCH_DTYPES, from_bytes, to_bytes
-from experts.ffn import Activation, ffn_of
+from experts.ffn import Activation, PackedFfn, ffn_of
 from experts.weights import GatedFfnWeights
 
 
 class GatedFfnExpert:
-    """A loaded expert, and what rows it takes: H, dtype and device."""
+    """A loaded expert, its resident bytes, and what rows it takes: H, dtype and device."""
 
     def __init__(self, weights: GatedFfnWeights, act: Activation) -> None:
         """Take over ``weights``, which may be rearranged."""
         self._ffn = ffn_of(weights, act)
+        packed = self._ffn if isinstance(self._ffn, PackedFfn) else None
+        self.num_bytes = weights.num_bytes if packed is None else packed.num_bytes
         self.hidden_size = weights.down.shape[0]
         self.dtype = weights.down.dtype
         self.device = weights.down.device
@@ -48,6 +50,11 @@ class ExpertBank:
 
     experts: dict[ExpertKey, GatedFfnExpert] = field(default_factory=dict)
     tokens: Counter[ExpertKey] = field(default_factory=Counter)
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes of the weights of all experts that are held now."""
+        return sum(expert.num_bytes for expert in list(self.experts.values()))
 
     def compute(self, frames: Sequence[DispatchFrame]) -> list[RowsFrame | ErrorFrame]:
         """Run all frames' pairs, merged per expert; one answer per frame, in order.

@@ -12,7 +12,7 @@ from functools import cache, partial
 import torch
 from torch.nn import functional
 
-from experts.linear import can_pack, pack, packed_linear
+from experts.linear import can_pack, pack, packed_bytes, packed_linear
 from experts.weights import GatedFfnWeights
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -72,6 +72,11 @@ class PackedFfn:
         self._gate_up = pack(weights.gate_up)
         self._down = pack(weights.down)
         self._act = act
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes of the rearranged weights."""
+        return packed_bytes(self._gate_up) + packed_bytes(self._down)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [P, H] to rows [P, H].

@@ -26,6 +26,11 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
+def packed_bytes(packed: torch.Tensor) -> int:
+    """Return the bytes that a packed weight takes, with what the layout pads it by."""
+    return int(torch.ops.mkldnn._nbytes(packed))
+
+
 _product = torch.ops.mkldnn._linear_pointwise.default
 
 

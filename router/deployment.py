@@ -1,21 +1,29 @@
-"""A router as a Serve deployment."""
+"""A router as a Serve deployment.
+
+Importing this brings neither torch nor transformers: whoever builds the application imports it too,
+and a start would wait for that twice.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
 from cluster.config import AppConfig
 from router.gateway.ray_upstream import HandleController
-from router.link import LinkAddress
 from router.logs import failures_logged, setup_logging
-from router.replica import RouterReplica
 from router.served import ServedModel
 
+if TYPE_CHECKING:
+    from router.link import LinkAddress
+    from router.replica import RouterReplica
 
-class RouterDeployment(RouterReplica):
-    """A router as a Serve replica."""
+
+class RouterDeployment:
+    """A :class:`RouterReplica` as a Serve replica."""
+
+    _replica: RouterReplica | None = None
 
     async def __init__(  # type: ignore[misc]
         self, model: ServedModel, config: AppConfig, controller: Any
@@ -24,18 +32,30 @@ class RouterDeployment(RouterReplica):
         setup_logging()
         app = serve.get_replica_context().app_name
         with failures_logged(f"the router of {model.id}"):
+            from router.replica import RouterReplica
+
             client = HandleController(controller)
-            super().__init__(app, model, config.router, config.experts, client)
+            self._replica = RouterReplica(app, model, config.router, config.experts, client)
 
     async def generate(self, wire: dict[str, Any], address: LinkAddress) -> dict[str, Any]:
         """See :meth:`RouterReplica.generate`."""
-        return await super().generate(wire, address)
+        return await self._started().generate(wire, address)
+
+    async def stats(self) -> dict[str, Any]:
+        """See :meth:`RouterReplica.stats`."""
+        return await self._started().stats()
 
     def check_health(self) -> None:
         """Raise when the engine's thread has ended; Serve then replaces the replica."""
-        if not self.is_alive():
+        if not self._started().is_alive():
             raise RuntimeError("the engine's thread has ended")
 
     def __del__(self) -> None:
         """Serve calls this at a graceful end of the replica."""
-        self.close()
+        if self._replica is not None:
+            self._replica.close()
+
+    def _started(self) -> RouterReplica:
+        if self._replica is None:
+            raise RuntimeError("the router has not started")
+        return self._replica

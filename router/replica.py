@@ -38,8 +38,6 @@ from router.request import GenerationRequest, TokenEvent, merge_events
 from router.scheduler import Limits, Scheduler
 from router.served import ServedModel
 
-MAX_DEFAULT_CACHE_TOKENS = 65_536
-
 logger = logging.getLogger("expertmesh.router")
 
 
@@ -86,7 +84,7 @@ class RouterReplica:
             model.id, view, self._transport, self._watcher.suspect, experts.call_timeout_s
         )
         self._exchange = RemoteExchange(self._dispatcher)
-        num_pages = pages_needed(_cache_tokens(config, model.max_model_len))
+        num_pages = pages_needed(config.cache_tokens_for(model.max_model_len))
         checkpoint = open_model(model.path, model.source.identity, RayNeighbours())
         self._engine = Engine(
             MoEModel(
@@ -205,10 +203,3 @@ class RouterReplica:
         self._engine.close()
         self._watcher.stop()
         self._links.close()
-
-
-def _cache_tokens(config: RouterConfig, max_model_len: int) -> int:
-    if config.cache_tokens is not None:
-        return config.cache_tokens
-    wanted = config.max_batch_size * max_model_len
-    return max(max_model_len, min(wanted, MAX_DEFAULT_CACHE_TOKENS))

@@ -15,7 +15,9 @@ from router.cli.chat import chat
 from router.cli.check import check
 from router.cli.common import exit_codes
 from router.cli.config import config
+from router.cli.doctor import doctor
 from router.cli.generate import generate
+from router.cli.plan import plan
 from router.cli.status import status
 from router.cli.train import train
 
@@ -44,4 +46,6 @@ app.command()(status)
 app.command()(bench)
 app.command()(check)
 app.add_typer(config, name="config")
+app.command()(plan)
+app.command()(doctor)
 app.command()(train)

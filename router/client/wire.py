@@ -104,6 +104,7 @@ def status_of(answer: Any) -> ClusterStatus:
             "generation": actor.generation,
             "experts": [(one.model, one.layer, one.expert) for one in actor.experts],
             "tokens": actor.tokens,
+            "weight_bytes": actor.weight_bytes,
         }
         for actor in answer.actors
     ]

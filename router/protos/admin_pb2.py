@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19router/protos/admin.proto\x12\rexpertmesh.v1\"\x12\n\x10GetStatusRequest\"9\n\tExpertKey\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\x05\x12\x0e\n\x06\x65xpert\x18\x03 \x01(\x05\"\x99\x01\n\x0b\x41\x63torStatus\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x12\n\ngeneration\x18\x05 \x01(\x03\x12)\n\x07\x65xperts\x18\x06 \x03(\x0b\x32\x18.expertmesh.v1.ExpertKey\x12\x0e\n\x06tokens\x18\x07 \x01(\x03\"*\n\rProcessStatus\x12\x0b\n\x03pid\x18\x01 \x01(\x03\x12\x0c\n\x04node\x18\x02 \x01(\t\"\xaf\x02\n\x0eGetStatusReply\x12\x0e\n\x06models\x18\x01 \x03(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x19\n\x11placement_version\x18\x03 \x01(\x03\x12\x16\n\x0e\x63ontroller_pid\x18\x04 \x01(\x03\x12\x17\n\x0fmissing_experts\x18\x05 \x01(\x03\x12-\n\x07routers\x18\x06 \x03(\x0b\x32\x1c.expertmesh.v1.ProcessStatus\x12.\n\x08gateways\x18\x07 \x03(\x0b\x32\x1c.expertmesh.v1.ProcessStatus\x12*\n\x06\x61\x63tors\x18\x08 \x03(\x0b\x32\x1a.expertmesh.v1.ActorStatus\x12\x12\n\nmin_copies\x18\t \x01(\x03\x12\x13\n\x0blive_copies\x18\n \x01(\x03\x32T\n\x05\x41\x64min\x12K\n\tGetStatus\x12\x1f.expertmesh.v1.GetStatusRequest\x1a\x1d.expertmesh.v1.GetStatusReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19router/protos/admin.proto\x12\rexpertmesh.v1\"\x12\n\x10GetStatusRequest\"9\n\tExpertKey\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\x05\x12\x0e\n\x06\x65xpert\x18\x03 \x01(\x05\"\xaf\x01\n\x0b\x41\x63torStatus\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x12\n\ngeneration\x18\x05 \x01(\x03\x12)\n\x07\x65xperts\x18\x06 \x03(\x0b\x32\x18.expertmesh.v1.ExpertKey\x12\x0e\n\x06tokens\x18\x07 \x01(\x03\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x03\"*\n\rProcessStatus\x12\x0b\n\x03pid\x18\x01 \x01(\x03\x12\x0c\n\x04node\x18\x02 \x01(\t\"\xaf\x02\n\x0eGetStatusReply\x12\x0e\n\x06models\x18\x01 \x03(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x19\n\x11placement_version\x18\x03 \x01(\x03\x12\x16\n\x0e\x63ontroller_pid\x18\x04 \x01(\x03\x12\x17\n\x0fmissing_experts\x18\x05 \x01(\x03\x12-\n\x07routers\x18\x06 \x03(\x0b\x32\x1c.expertmesh.v1.ProcessStatus\x12.\n\x08gateways\x18\x07 \x03(\x0b\x32\x1c.expertmesh.v1.ProcessStatus\x12*\n\x06\x61\x63tors\x18\x08 \x03(\x0b\x32\x1a.expertmesh.v1.ActorStatus\x12\x12\n\nmin_copies\x18\t \x01(\x03\x12\x13\n\x0blive_copies\x18\n \x01(\x03\x32T\n\x05\x41\x64min\x12K\n\tGetStatus\x12\x1f.expertmesh.v1.GetStatusRequest\x1a\x1d.expertmesh.v1.GetStatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,11 +36,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPERTKEY']._serialized_start=64
   _globals['_EXPERTKEY']._serialized_end=121
   _globals['_ACTORSTATUS']._serialized_start=124
-  _globals['_ACTORSTATUS']._serialized_end=277
-  _globals['_PROCESSSTATUS']._serialized_start=279
-  _globals['_PROCESSSTATUS']._serialized_end=321
-  _globals['_GETSTATUSREPLY']._serialized_start=324
-  _globals['_GETSTATUSREPLY']._serialized_end=627
-  _globals['_ADMIN']._serialized_start=629
-  _globals['_ADMIN']._serialized_end=713
+  _globals['_ACTORSTATUS']._serialized_end=299
+  _globals['_PROCESSSTATUS']._serialized_start=301
+  _globals['_PROCESSSTATUS']._serialized_end=343
+  _globals['_GETSTATUSREPLY']._serialized_start=346
+  _globals['_GETSTATUSREPLY']._serialized_end=649
+  _globals['_ADMIN']._serialized_start=651
+  _globals['_ADMIN']._serialized_end=735
 # @@protoc_insertion_point(module_scope)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
@@ -13,9 +15,9 @@ from benchmarks.shipped import free_ports
 from cluster.errors import UnavailableError
 from router.client import Client
 from tests.cluster_fixture import TINY, StreamReader, greedy, is_alive, wait_until
-from tests.serve_run import copy_with_ports, serve_run, wait_ready
+from tests.serve_run import READY_S, copy_with_ports, serve_run, wait_ready
 
-SAYS_S, GONE_S, MAX_LINES = 10.0, 10.0, 16
+SAYS_S, GONE_S, MAX_LINES = 10.0, 10.0, 12
 STREAMS, CHOICES, LENGTH = 4, 8, 900
 
 
@@ -51,6 +53,37 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
         for stream in streams:
             stream.wait_end()
             assert isinstance(stream.error, UnavailableError)
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder for Ray whose name is short enough for the sockets in it."""
+    with TemporaryDirectory(prefix="em") as folder:
+        yield Path(folder)
+
+
+def of_ray_in(folder: Path) -> dict[int, str]:
+    """Return the processes that run with this folder as Ray's; zombies do not run."""
+    found = {}
+    for process in psutil.process_iter(["name", "status", "environ"]):
+        environment = process.info["environ"] or {}
+        if environment.get("RAY_TMPDIR") == str(folder) and is_alive(process.pid):
+            found[process.pid] = process.info["name"]
+    return found
+
+
+@pytest.mark.parametrize("moment", ["gcs_server", "raylet"])
+def test_ctrl_c_while_ray_starts_leaves_nothing(
+    tmp_path: Path, short_folder: Path, moment: str
+) -> None:
+    file, log = copy_with_ports(tmp_path, *free_ports(2)), tmp_path / "log"
+    with serve_run(file, log, RAY_TMPDIR=str(short_folder)) as process:
+        wait_until(lambda: moment in of_ray_in(short_folder).values(), "Ray starts", READY_S)
+        assert "Started a local Ray instance" not in log.read_text()
+        process.send_signal(signal.SIGINT)
+        process.wait(GONE_S)
+        wait_until(lambda: not of_ray_in(short_folder), "no process is left", GONE_S)
     assert "Traceback" not in log.read_text()
 
 

@@ -74,7 +74,7 @@ STATUS = ClusterStatus(
     missing_experts=0,
     routers=(ProcessStatus(42, "n1"),),
     gateways=(ProcessStatus(43, "n1"),),
-    actors=(ActorStatus("a0", 44, "n1", "cpu", 2, (("tiny", 0, 1), ("tiny", 1, 5)), 99),),
+    actors=(ActorStatus("a0", 44, "n1", "cpu", 2, (("tiny", 0, 1), ("tiny", 1, 5)), 99, 640),),
     min_copies=2,
     live_copies=1,
 )

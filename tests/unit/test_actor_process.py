@@ -47,6 +47,7 @@ class Actor(ExpertActor):
             "node",
             str(self._device),
             tuple(sorted(self._bank.experts)),
+            self._bank.num_bytes,
             dict(self._bank.tokens),
             self._queued_rows,
             self._steps,

@@ -91,6 +91,7 @@ def test_status_as_json(address: str) -> None:
                 "generation": 2,
                 "experts": [["tiny", 0, 1], ["tiny", 1, 5]],
                 "tokens": 99,
+                "weight_bytes": 640,
             }
         ],
         "min_copies": 2,
@@ -267,7 +268,17 @@ def test_ctrl_c_is_130_without_a_stack(address: str, upstream: FakeUpstream) -> 
     assert "Traceback" not in terminal.shown
 
 
-COMMANDS = ["generate", "chat", "status", "bench", "check", "config schema", "config show"]
+COMMANDS = [
+    "generate",
+    "chat",
+    "status",
+    "bench",
+    "check",
+    "plan",
+    "doctor",
+    "config schema",
+    "config show",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -285,7 +296,9 @@ def test_help_tells_the_exit_codes() -> None:
     ("module", "heavy"),
     [
         ("router.cli.app", ("torch", "ray", "transformers", "tokenizers", "numpy", "fastapi")),
+        ("router.app", ("torch", "transformers")),
         ("router.control", ("torch", "transformers")),
+        ("router.preflight", ("torch", "transformers")),
         ("router.gateway.deployment", ("torch", "transformers")),
         ("router.gateway.ray_upstream", ("torch", "transformers")),
     ],

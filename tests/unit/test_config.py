@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +26,8 @@ from cluster.config import (
 )
 from cluster.errors import CheckpointError, ConfigError, ExpertMeshError
 from cluster.spec import budgets_of
-from router import preflight
 from router.app import build, deployment_names
 from router.check import check_file
-from router.preflight import check_command_line, deployment_file
 from router.served import ServedModel, inspect_models, pool_specs
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 
@@ -500,176 +495,6 @@ def test_the_builder_reports_what_is_wrong_as_serve_shows_it(folder: Path) -> No
     clashing = [{"id": name, "path": str(folder)} for name in ("a/b", "a-b")]
     with pytest.raises(RayServeException, match="too alike"):
         build({"models": clashing})
-
-
-# The check inside the serve command.
-
-
-@pytest.mark.parametrize(
-    ("argv", "found"),
-    [
-        (["/bin/serve", "run", "FILE"], True),
-        (["serve", "deploy", "FILE"], True),
-        (["serve", "run", "--address", "local", "FILE"], True),
-        (["serve", "run", "FILE", "--address", "local"], True),
-        (["serve", "run", "absent.yaml"], False),
-        (["serve", "run", "router.app:build"], False),
-        (["serve", "run"], False),
-        (["serve", "status", "FILE"], False),
-        (["serve"], False),
-        ([], False),
-        (["pytest", "run", "FILE"], False),
-        (["server", "run", "FILE"], False),
-        (["expertmesh", "check", "FILE"], False),
-    ],
-)
-def test_the_file_of_a_serve_command_is_found_and_no_others(
-    tmp_path: Path, argv: list[str], found: bool
-) -> None:
-    file = tmp_path / "a.yaml"
-    file.touch()
-    words = [str(file) if word == "FILE" else word for word in argv]
-    assert deployment_file(words) == (file if found else None)
-
-
-@pytest.fixture
-def bad_file(tmp_path: Path) -> Path:
-    args = {"models": [MODEL], "experts": {"actor": 1}}
-    return write(tmp_path / "bad.yaml", {"applications": [application(args=args)]})
-
-
-@pytest.mark.parametrize("command", ["run", "deploy"])
-def test_a_bad_file_ends_the_serve_command_with_one_line(
-    bad_file: Path, command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        check_command_line(["serve", command, str(bad_file)])
-    assert caught.value.code == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert output.err.splitlines() == [
-        f"expertmesh: {bad_file}: applications[0].args.experts.actor: unknown key; allowed keys: "
-        + ", ".join(sorted(ExpertsConfig.model_fields))
-    ]
-
-
-@pytest.mark.parametrize(
-    "words", [["pytest", "run"], ["serve", "status"], ["python", "-m"], ["expertmesh", "check"]]
-)
-def test_other_programs_are_left_alone(
-    bad_file: Path, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    check_command_line([*words, str(bad_file)])
-    assert capsys.readouterr() == ("", "")
-
-
-def test_a_good_file_lets_the_serve_command_go_on(capsys: pytest.CaptureFixture[str]) -> None:
-    check_command_line(["serve", "run", str(DEPLOY / "cluster.yaml")])
-    assert capsys.readouterr() == ("", "")
-
-
-@pytest.fixture
-def nowhere_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file whose model this machine does not have."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    args = {"models": [{"id": "a", "path": str(tmp_path / "nowhere")}]}
-    return write(tmp_path / "bad.yaml", {"applications": [application(args=args)]})
-
-
-@pytest.mark.parametrize(
-    "words", [["run", "FILE", "-a", "auto"], ["run", "--address=auto", "FILE"], ["deploy", "FILE"]]
-)
-def test_a_model_that_only_the_cluster_has_is_the_clusters_to_find(
-    nowhere_file: Path, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = str(nowhere_file)
-    check_command_line(["serve", *(file if word == "FILE" else word for word in words)])
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("expertmesh: ")
-    assert line.endswith("nowhere: no such folder; the cluster looks for it on its nodes")
-
-
-@pytest.mark.parametrize("words", [[], ["--address=local"], ["-a", "local"]])
-def test_a_model_that_this_machine_needs_and_lacks_ends_the_command(
-    nowhere_file: Path, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        check_command_line(["serve", "run", str(nowhere_file), *words])
-    assert caught.value.code == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert "nowhere: no such folder" in line
-    assert "serve run --address=auto" in line
-
-
-@pytest.fixture
-def no_haproxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend to be a system for which ray[serve] brings no HAProxy."""
-    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
-    monkeypatch.setattr(preflight, "which", lambda name: None)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-
-
-def test_without_haproxy_the_file_that_asks_for_it_is_refused_with_one_line(
-    no_haproxy: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        check_command_line(["serve", "run", str(DEPLOY / "cluster.yaml")])
-    assert caught.value.code == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert "env_vars.RAY_SERVE_ENABLE_HA_PROXY: there is no HAProxy here" in line
-
-
-def test_without_haproxy_a_file_without_that_line_is_fine(
-    no_haproxy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    document = yaml.safe_load((DEPLOY / "cluster.yaml").read_text(encoding="utf-8"))
-    del document["controller_options"]["runtime_env"]["env_vars"][preflight.HAPROXY]
-    check_command_line(["serve", "run", str(write(tmp_path / "plain.yaml", document))])
-    assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("words", [["--address=ray://head:10001"], ["-a", "ray://head:10001"]])
-def test_a_cluster_that_is_there_has_a_haproxy_of_its_own(
-    no_haproxy: None, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    check_command_line(["serve", "run", str(DEPLOY / "cluster.yaml"), *words])
-    assert capsys.readouterr() == ("", "")
-
-
-def bad_yaml(tmp_path: Path, wrong: Callable[[dict[str, Any]], None]) -> Path:
-    document = yaml.safe_load((DEPLOY / "cluster.yaml").read_text(encoding="utf-8"))
-    wrong(document["applications"][0])
-    return write(tmp_path / "bad.yaml", document)
-
-
-@pytest.mark.parametrize("command", [["run", "--address", "local"], ["deploy"]], ids=" ".join)
-def test_the_real_command_refuses_a_bad_file_with_one_line_and_starts_no_ray(
-    tmp_path: Path, command: list[str]
-) -> None:
-    def wrong(app: dict[str, Any]) -> None:
-        app["args"]["models"][0]["max_model_len"] = 1025
-
-    file = bad_yaml(tmp_path, wrong)
-    temp = tmp_path / "ray"
-    temp.mkdir()
-    serve = Path(sys.executable).with_name("serve")
-    result = subprocess.run(
-        [str(serve), command[0], str(file), *command[1:]],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "RAY_TMPDIR": str(temp), "PYTHONFAULTHANDLER": "1"},
-        check=False,
-    )
-    assert result.returncode == 2
-    lines = (result.stdout + result.stderr).splitlines()
-    assert [line for line in lines if line.startswith("expertmesh:")] == [
-        f"expertmesh: {file}: applications.expertmesh.args.models[0].max_model_len: "
-        "must be at most the model's own 1024 (given: 1025)"
-    ]
-    assert not any("Traceback" in line or "Started a local Ray" in line for line in lines)
-    # Whatever Ray starts puts its session there first.
-    assert list(temp.iterdir()) == []
 
 
 def test_every_error_of_a_check_is_one_of_ours(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ class FakeActor:
             node=self.node,
             device="cpu",
             experts=tuple(sorted(self.keys)),
+            weight_bytes=10 * len(self.keys),
             tokens=dict(self.tokens),
             queued_rows=0,
             steps=0,
@@ -914,6 +915,7 @@ def test_the_status_tells_what_lives(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (actor.pid, actor.generation, actor.device) == (first.pid, 1, "cpu")
             assert actor.experts == tuple(tuple(key) for key in first.keys)
             assert actor.tokens == 3 * len(first.keys)
+            assert actor.weight_bytes == 10 * len(first.keys)
 
     run(test)
 

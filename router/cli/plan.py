@@ -1,0 +1,152 @@
+"""``expertmesh plan``: what a model needs and where it fits, without loading a weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from router.cli.common import REFUSED, AsJson, write_json
+from router.sizes import format_count, format_size, parse_size
+
+if TYPE_CHECKING:
+    from router.plan import DevicesPlan, Plan
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint's folder, mesh-tiny, or a known model: mixtral-8x7b, mixtral-8x22b, "
+            "dbrx, grok-1, qwen3-235b-a22b, deepseek-v3, gpt-oss-120b."
+        ),
+    ],
+    copies: Annotated[int, typer.Option(min=1, help="Copies of each expert.")] = 1,
+    device_memory: Annotated[
+        str | None, typer.Option(help="Memory of a device, like 24GB or 80GiB.")
+    ] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(min=1, help="Devices for the experts; else the fewest."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16; auto is the checkpoint's.")
+    ] = "auto",
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a sequence; else the model's longest.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Sequences whose tokens the cache holds together.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a model needs and where it fits, from its configuration and headers alone.
+
+    Example: expertmesh plan mixtral-8x7b --copies 2 --device-memory 80GB
+
+    The exit code is 1 when something does not fit on the devices that were given.
+    """
+    from router.plan import Wish, make_plan, problems
+    from router.plan_source import find_model
+
+    memory = None if device_memory is None else parse_size(device_memory, "--device-memory")
+    wish = Wish(copies, memory, devices, context, concurrency)
+    made = make_plan(find_model(model, dtype), wish)
+    found = problems(made)
+    if as_json:
+        write_json(made.to_json() | {"problems": found}, indent=2)
+    else:
+        _print_plan(made, found if memory is not None else [])
+    if found and memory is not None:
+        raise typer.Exit(REFUSED)
+
+
+def _print_plan(made: Plan, found: list[str]) -> None:
+    console = Console()
+    console.print(_headline(made), markup=False, highlight=False)
+    console.print(_parts(made))
+    if made.devices:
+        console.print(_devices(made))
+    if made.needed_device_bytes is not None:
+        console.print(
+            f"For {_copies(made.copies)} of each expert on {made.num_devices} devices, each needs "
+            f"{format_size(made.needed_device_bytes)}.",
+            highlight=False,
+        )
+    for sentence in found:
+        console.print(f"Does not fit: {sentence}", style="red", highlight=False)
+    if len(made.devices) == 1 and not found:
+        console.print("All of it fits.", style="green")
+
+
+def _headline(made: Plan) -> str:
+    model, shape = made.model, made.model.shape
+    lines = [
+        f"{model.name}: {format_count(shape.total_parameters)} parameters, "
+        f"{format_count(shape.active_parameters)} compute a token; {shape.num_moe_layers} layers "
+        f"of {shape.num_experts} experts (top {shape.num_experts_per_tok}); {model.dtype}",
+        f"from {model.source}",
+    ]
+    if model.note:
+        lines.append(model.note)
+    if not model.is_servable:
+        lines.append(
+            f"Not served by this version: it knows no family {shape.model_type}. The figures hold "
+            "for one that does."
+        )
+    return "\n".join(lines)
+
+
+def _parts(made: Plan) -> Table:
+    table = Table("part", "each", "how many", "together")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row(
+        "expert",
+        format_size(made.expert_bytes),
+        f"{made.model.shape.num_all_experts * made.copies:,}",
+        format_size(made.all_experts_bytes * made.copies),
+    )
+    table.add_row("actor's process", format_size(made.actor_process_bytes), "one a device", "")
+    table.add_row("router's weights", format_size(made.router_weight_bytes), "1", "")
+    table.add_row("router's process", format_size(made.router_process_bytes), "1", "")
+    table.add_row(
+        "router's cache",
+        f"{made.cache_token_bytes:,} B a token",
+        f"{made.wanted_cache_tokens:,}",
+        format_size(made.wanted_cache_bytes),
+    )
+    table.add_section()
+    table.add_row("router in all", format_size(made.router_bytes), "", "")
+    return table
+
+
+def _devices(made: Plan) -> Table:
+    table = Table(
+        "device", f"for {_copies(made.copies)}", "the fullest holds", "cache beside a router"
+    )
+    for devices in made.devices:
+        table.add_row(
+            format_size(devices.device_memory_bytes),
+            _number(devices),
+            f"{devices.experts_on_fullest:,} experts, {format_size(devices.bytes_on_fullest)}"
+            if devices.num_devices
+            else "",
+            f"{devices.cache_tokens:,} tokens"
+            if devices.free_for_cache_bytes > 0
+            else "a router does not fit",
+        )
+    return table
+
+
+def _number(devices: DevicesPlan) -> str:
+    if devices.num_devices is None:
+        return "do not fit"
+    given = "" if devices.experts_fit else ": too few"
+    return f"{devices.num_devices} device{'' if devices.num_devices == 1 else 's'}{given}"
+
+
+def _copies(count: int) -> str:
+    return "one copy" if count == 1 else f"{count} copies"

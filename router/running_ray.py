@@ -1,0 +1,140 @@
+"""Which Ray a ``serve run`` would join, and whether it answers.
+
+``ray start`` writes the address of its cluster into a file, and a command without an address of its
+own joins that. When the cluster is gone, Ray tries for minutes; when it is of another version, Ray
+prints a stack.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+CONNECT_TIMEOUT_S = 3.0
+ASK_TIMEOUT_S = 15.0
+ADDRESS_VARIABLE, ADDRESS_OPTION = "RAY_ADDRESS", "--address"
+_CLIENT = "ray://"
+# Ray's own table of the cluster has what it was started with; a driver compares it with its own.
+# To a cluster that was found, not named, it shows this user's token without being asked to.
+_ASK = """
+import json, sys
+from ray._common.usage.usage_lib import get_cluster_metadata
+from ray._private.authentication import authentication_token_setup
+from ray._raylet import GcsClient
+if sys.argv[2] == "found":
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+told = get_cluster_metadata(GcsClient(address=sys.argv[1]))
+print(json.dumps([told["ray_version"], told["python_version"]]))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The cluster that a command joins, and what names it (``--address``, a variable, a file).
+
+    ``address`` is empty for whichever runs on this machine (``auto``).
+    """
+
+    address: str
+    named_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunningRay:
+    """What was found of a cluster; ``reason`` says why it cannot be joined, if it cannot.
+
+    ``ray_version`` and ``python_version`` are empty where it did not tell them.
+    """
+
+    target: Target
+    reason: str
+    ray_version: str = ""
+    python_version: str = ""
+
+
+def temp_folder(variables: Mapping[str, str]) -> Path:
+    """Return the folder in which Ray has its sessions and the address file."""
+    base = variables.get("RAY_TMPDIR") or (
+        variables.get("TMPDIR") if sys.platform.startswith("linux") else None
+    )
+    return Path(base or "/tmp") / "ray"
+
+
+def target_of(given: str | None, variables: Mapping[str, str]) -> Target | None:
+    """Return the cluster that a command joins; ``None`` when it starts one of its own.
+
+    ``given`` is the command's ``--address``. Ray itself goes by the same rules.
+    """
+    if given not in (None, "auto"):
+        return None if given == "local" else Target(given, ADDRESS_OPTION)
+    named = variables.get(ADDRESS_VARIABLE) or ""
+    if named and named != "auto":
+        return None if named == "local" else Target(named, ADDRESS_VARIABLE)
+    file = temp_folder(variables) / "ray_current_cluster"
+    try:
+        address = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        address = ""
+    if address:
+        return Target(address, str(file))
+    is_asked_for = given == "auto" or named == "auto"
+    return Target("", ADDRESS_OPTION if given else ADDRESS_VARIABLE) if is_asked_for else None
+
+
+def look_at(target: Target) -> RunningRay:
+    """Ask a cluster for its versions; takes at most :data:`CONNECT_TIMEOUT_S` and then
+    :data:`ASK_TIMEOUT_S`."""
+    if not target.address:
+        return RunningRay(target, "" if raylets() else "is not there: no Ray runs here")
+    host, _, port = target.address.removeprefix(_CLIENT).rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S):
+            pass
+    except ValueError:
+        return RunningRay(target, "is no address of the form host:port")
+    except OSError as error:
+        return RunningRay(target, f"does not answer ({error.strerror or error})")
+    if target.address.startswith(_CLIENT):
+        return RunningRay(target, "")
+    return _ask(target)
+
+
+def _ask(target: Target) -> RunningRay:
+    how = "named" if target.named_by in (ADDRESS_OPTION, ADDRESS_VARIABLE) else "found"
+    command = [sys.executable, "-c", _ASK, target.address, how]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_TIMEOUT_S)
+        ray_version, python_version = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return RunningRay(target, f"answers nothing within {ASK_TIMEOUT_S:.0f} s")
+    except (ValueError, IndexError):
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return RunningRay(target, f"does not answer as a Ray of this version does ({last:.300})")
+    return judged(target, ray_version, python_version)
+
+
+def judged(target: Target, ray_version: str, python_version: str) -> RunningRay:
+    """Compare a cluster's versions with those of this process, as a driver of Ray does."""
+    ours = (version("ray"), platform.python_version())
+    reason = ""
+    if (ray_version, python_version) != ours:
+        reason = (
+            f"is Ray {ray_version} on Python {python_version}; here is Ray {ours[0]} on Python "
+            f"{ours[1]}"
+        )
+    return RunningRay(target, reason, ray_version, python_version)
+
+
+def raylets() -> list[int]:
+    """Return the pids of Ray's node processes on this machine, as far as this user may see."""
+    processes = psutil.process_iter(["name"])
+    return sorted(one.pid for one in processes if one.info["name"] == "raylet")

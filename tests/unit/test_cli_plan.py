@@ -1,0 +1,65 @@
+"""``expertmesh plan`` as it is typed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from router.cli.app import app
+from router.plan import Wish, make_plan
+from router.plan_source import find_model
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(app, ["plan", *args], env={"COLUMNS": "100"})
+
+
+def test_the_json_is_the_plan() -> None:
+    result = run("mixtral-8x7b", "--copies", "2", "--device-memory", "80GB", "--json")
+    assert result.exit_code == 0
+    wish = Wish(copies=2, device_memory_bytes=80 * 10**9)
+    expected = make_plan(find_model("mixtral-8x7b"), wish).to_json() | {"problems": []}
+    assert json.loads(result.stdout) == json.loads(json.dumps(expected))
+
+
+def test_people_read_what_is_needed_and_that_it_fits() -> None:
+    result = run("mixtral-8x7b", "--copies", "2", "--device-memory", "80GB")
+    assert result.exit_code == 0
+    for words in ("46.7 billion parameters", "352 MB", "180 GB", "3 devices", "All of it fits."):
+        assert words in result.stdout
+    assert "Not served" not in result.stdout
+
+
+def test_what_does_not_fit_is_said_and_fails() -> None:
+    result = run("mixtral-8x7b", "--device-memory", "24GB", "--devices", "2")
+    assert result.exit_code == 1
+    assert "2 devices: too few" in result.stdout
+    assert "Does not fit: One copy of the experts need 45.4 GB" in result.stdout
+    assert run("mixtral-8x7b", "--devices", "2").exit_code == 0  # nothing was given to fit on
+
+
+def test_a_family_that_is_not_served_is_plain_to_see() -> None:
+    result = run("dbrx")
+    assert result.exit_code == 0
+    assert "Not served by this version: it knows no family dbrx." in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("nope",), "neither a folder nor a known model"),
+        (("mesh-tiny", "--device-memory", "24"), "--device-memory: must be a number and one of"),
+        (("mesh-tiny", "--dtype", "fp8"), "--dtype: must be one of auto"),
+        (("mesh-tiny", "--copies", "3", "--devices", "2"), "--copies: must be at most"),
+        (("mesh-tiny", "--devices", "1001"), "--devices: must be at most 1000"),
+        (("mesh-tiny", "--context", "1025"), "--context: must be at most the model's own, 1024"),
+    ],
+)
+def test_bad_usage_is_one_line(args: tuple[str, ...], words: str) -> None:
+    result = run(*args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert words in result.stderr

@@ -1,0 +1,306 @@
+"""What ends a ``serve run`` or ``serve deploy`` before it begins, with a line of what to do."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import deploy
+from benchmarks.shipped import free_ports, shipped_document
+from cluster.config import ExpertsConfig
+from router import preflight, probe
+from router.machine import Memory
+from router.preflight import check_command_line, deployment_file, given_address
+from router.running_ray import RunningRay, Target
+
+DEPLOY = Path(deploy.__file__).parent
+MODEL = {"id": "a", "path": "models/mesh-tiny"}
+
+
+def write(file: Path, document: object) -> Path:
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The shipped file, on ports that are free."""
+    return write(tmp_path / "cluster.yaml", shipped_document(*free_ports(2)))
+
+
+@pytest.fixture(autouse=True)
+def own_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No Ray but those that a test tells of; returns the folder that Ray would have."""
+    temp = tmp_path / "t"
+    temp.mkdir()
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(temp))
+    # Where pytest's own folders have long names, sockets would not fit in them.
+    monkeypatch.setattr("router.doctor.MAX_SOCKET_PATH", 500)
+    return temp
+
+
+def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one line with which a command line is refused."""
+    with pytest.raises(SystemExit) as caught:
+        check_command_line(argv)
+    assert caught.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    [line] = output.err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        (["/bin/serve", "run", "FILE"], True),
+        (["serve", "deploy", "FILE"], True),
+        (["serve", "run", "--address", "local", "FILE"], True),
+        (["serve", "run", "FILE", "--address", "local"], True),
+        (["serve", "run", "absent.yaml"], False),
+        (["serve", "run", "router.app:build"], False),
+        (["serve", "run"], False),
+        (["serve", "status", "FILE"], False),
+        (["serve"], False),
+        ([], False),
+        (["pytest", "run", "FILE"], False),
+        (["server", "run", "FILE"], False),
+        (["expertmesh", "check", "FILE"], False),
+    ],
+)
+def test_the_file_of_a_serve_command_is_found_and_no_others(
+    tmp_path: Path, argv: list[str], found: bool
+) -> None:
+    file = tmp_path / "a.yaml"
+    file.touch()
+    words = [str(file) if word == "FILE" else word for word in argv]
+    assert deployment_file(words) == (file if found else None)
+
+
+@pytest.fixture
+def bad_file(tmp_path: Path) -> Path:
+    app = {"import_path": "router.app:build", "args": {"models": [MODEL], "experts": {"actor": 1}}}
+    return write(tmp_path / "bad.yaml", {"applications": [app]})
+
+
+@pytest.mark.parametrize("command", ["run", "deploy"])
+def test_a_bad_file_ends_the_serve_command_with_one_line(
+    bad_file: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refusal(["serve", command, str(bad_file)], capsys) == (
+        f"expertmesh: {bad_file}: applications[0].args.experts.actor: unknown key; allowed keys: "
+        + ", ".join(sorted(ExpertsConfig.model_fields))
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [["pytest", "run"], ["serve", "status"], ["python", "-m"], ["expertmesh", "check"]]
+)
+def test_other_programs_are_left_alone(
+    bad_file: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_command_line([*words, str(bad_file)])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_good_file_lets_the_serve_command_go_on(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_command_line(["serve", "run", str(file)])
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "address"),
+    [
+        ([], None),
+        (["--address", "a:1"], "a:1"),
+        (["--address=a:1"], "a:1"),
+        (["-a", "local"], "local"),
+        (["-alocal"], "local"),
+        (["--app-dir", "x", "-a", "b:2"], "b:2"),
+        (["--address"], None),
+    ],
+)
+def test_the_address_of_a_command_line_is_found(words: list[str], address: str | None) -> None:
+    assert given_address(["serve", "run", "f.yaml", *words]) == address
+
+
+def test_a_taken_port_is_named_with_its_key_and_who_has_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    http_port, grpc_port = free_ports(2)
+    file = write(tmp_path / "busy.yaml", shipped_document(http_port, grpc_port))
+    with socket.create_server(("127.0.0.1", grpc_port)):
+        line = refusal(["serve", "run", str(file)], capsys)
+    assert line.startswith(f"expertmesh: port {grpc_port}: for gRPC: taken by ")
+    assert f"(pid {os.getpid()}). End that process, or set grpc_options.port to another" in line
+
+
+def test_an_address_file_of_a_ray_that_is_gone_ends_the_command_at_once(
+    file: Path, own_ray: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_ray / "ray").mkdir()
+    named = own_ray / "ray" / "ray_current_cluster"
+    [nobody] = free_ports(1)
+    named.write_text(f"127.0.0.1:{nobody}")
+    line = refusal(["serve", "run", str(file)], capsys)
+    assert f"127.0.0.1:{nobody} (named by {named}) does not answer (Connection refused)" in line
+    assert "`ray stop`" in line
+    check_command_line(["serve", "run", "-a", "local", str(file)])  # which does as it was told
+
+
+def test_a_ray_of_another_version_ends_the_command(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def old(target: Target) -> RunningRay:
+        return RunningRay(target, "is Ray 2.9.0 on Python 3.9.1; here is another", "2.9.0", "3.9.1")
+
+    monkeypatch.setattr(preflight, "look_at", old)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    line = refusal(["serve", "run", str(file)], capsys)
+    assert "10.0.0.1:6379 (named by RAY_ADDRESS) is Ray 2.9.0 on Python 3.9.1" in line
+    assert "Start that cluster again from this virtual environment" in line
+
+
+def test_too_little_memory_ends_the_command(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(probe.machine, "memory", lambda: Memory(2 * 10**9, 10**9))
+    line = refusal(["serve", "run", str(file)], capsys)
+    assert line.startswith("expertmesh: memory: 1.00 GB of 2.00 GB free; about 2.01 GB needed")
+
+
+def test_a_full_disk_ends_the_command(
+    file: Path, own_ray: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(**_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("router.machine.tempfile.TemporaryFile", full)
+    line = refusal(["serve", "run", str(file)], capsys)
+    assert f"{own_ray / 'ray'} is full. Free some space, or set RAY_TMPDIR" in line
+
+
+@pytest.fixture
+def nowhere_file(tmp_path: Path) -> Path:
+    """A file whose model this machine does not have."""
+    document = shipped_document(*free_ports(2))
+    document["applications"][0]["args"]["models"][0]["path"] = str(tmp_path / "nowhere")
+    return write(tmp_path / "nowhere.yaml", document)
+
+
+@pytest.mark.parametrize(
+    "words", [["run", "FILE", "-a", "auto"], ["run", "--address=auto", "FILE"], ["deploy", "FILE"]]
+)
+def test_a_model_that_only_the_cluster_has_is_the_clusters_to_find(
+    nowhere_file: Path,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(preflight, "look_at", lambda target: RunningRay(target, ""))
+    file = str(nowhere_file)
+    check_command_line(["serve", *(file if word == "FILE" else word for word in words)])
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("expertmesh: ")
+    assert line.endswith("nowhere: no such folder; the cluster looks for it on its nodes")
+
+
+@pytest.mark.parametrize("words", [[], ["--address=local"], ["-a", "local"]])
+def test_a_model_that_this_machine_needs_and_lacks_ends_the_command(
+    nowhere_file: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(["serve", "run", str(nowhere_file), *words], capsys)
+    assert "nowhere: no such folder" in line
+    assert "serve run --address=auto" in line
+
+
+@pytest.fixture
+def no_haproxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend to be a system for which ray[serve] brings no HAProxy."""
+    monkeypatch.setattr(probe, "find_spec", lambda name: None)
+    monkeypatch.setattr(probe, "which", lambda name: None)
+
+
+def test_without_haproxy_the_file_that_asks_for_it_is_refused_with_one_line(
+    no_haproxy: None, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(["serve", "run", str(file)], capsys)
+    assert "haproxy: there is none here" in line
+    assert "leave out RAY_SERVE_ENABLE_HA_PROXY" in line
+
+
+def test_without_haproxy_a_file_without_that_line_is_fine(
+    no_haproxy: None, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    del document["controller_options"]["runtime_env"]["env_vars"]["RAY_SERVE_ENABLE_HA_PROXY"]
+    check_command_line(["serve", "run", str(write(file, document))])
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("words", [["--address=ray://head:10001"], ["-a", "ray://head:10001"]])
+def test_of_a_cluster_that_is_there_only_whether_it_answers_is_asked(
+    no_haproxy: None,
+    file: Path,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[Target] = []
+
+    def fine(target: Target) -> RunningRay:
+        asked.append(target)
+        return RunningRay(target, "")
+
+    monkeypatch.setattr(preflight, "look_at", fine)
+    monkeypatch.setattr(probe.machine, "memory", lambda: Memory(1, 1))
+    check_command_line(["serve", "run", str(file), *words])
+    assert capsys.readouterr() == ("", "")
+    assert asked == [Target("ray://head:10001", "--address")]
+
+
+def bad_yaml(tmp_path: Path, wrong: Callable[[dict[str, Any]], None]) -> Path:
+    document = yaml.safe_load((DEPLOY / "cluster.yaml").read_text(encoding="utf-8"))
+    wrong(document["applications"][0])
+    return write(tmp_path / "bad.yaml", document)
+
+
+@pytest.mark.parametrize("command", [["run", "--address", "local"], ["deploy"]], ids=" ".join)
+def test_the_real_command_refuses_a_bad_file_with_one_line_and_starts_no_ray(
+    tmp_path: Path, command: list[str]
+) -> None:
+    def wrong(app: dict[str, Any]) -> None:
+        app["args"]["models"][0]["max_model_len"] = 1025
+
+    file = bad_yaml(tmp_path, wrong)
+    temp = tmp_path / "ray"
+    temp.mkdir()
+    serve = Path(sys.executable).with_name("serve")
+    result = subprocess.run(
+        [str(serve), command[0], str(file), *command[1:]],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "RAY_TMPDIR": str(temp), "PYTHONFAULTHANDLER": "1"},
+        check=False,
+    )
+    assert result.returncode == 2
+    lines = (result.stdout + result.stderr).splitlines()
+    assert [line for line in lines if line.startswith("expertmesh:")] == [
+        f"expertmesh: {file}: applications.expertmesh.args.models[0].max_model_len: "
+        "must be at most the model's own 1024 (given: 1025)"
+    ]
+    assert not any("Traceback" in line or "Started a local Ray" in line for line in lines)
+    # Whatever Ray starts puts its session there first.
+    assert list(temp.iterdir()) == []

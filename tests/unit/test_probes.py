@@ -1,0 +1,271 @@
+"""What is found of a machine: each probe against the machine itself, or a made-up part of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from benchmarks.shipped import DEPLOYED, free_ports, shipped_document
+from router import machine, probe, running_ray
+from router.doctor import Check
+from router.ports import Port, ports_of, taken_ports
+from router.running_ray import RunningRay, Target, judged, look_at, target_of
+
+HERE = {"RAY_TMPDIR": "/nowhere"}
+
+
+def test_the_shipped_file_opens_the_ports_that_the_readme_tells() -> None:
+    ports = ports_of(yaml.safe_load(DEPLOYED.read_text(encoding="utf-8")))
+    assert {port.number for port in ports} == {8000, 9000, 8404, 9101, 8500, 9500}
+    assert {port.host for port in ports[:2]} == {"127.0.0.1"}
+    document = shipped_document(1111, 2222)
+    numbers = [port.number for port in ports_of(document)]
+    variables = document["controller_options"]["runtime_env"]["env_vars"]
+    assert numbers[:2] == [1111, 2222]
+    assert {str(number) for number in numbers[2:]} <= set(variables.values())
+    del variables["RAY_SERVE_ENABLE_HA_PROXY"]
+    assert [port.number for port in ports_of(document)] == [1111, 2222]
+    assert [port.number for port in ports_of({})] == [8000, 9000]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", ""])
+def test_a_port_is_taken_while_somebody_listens(host: str) -> None:
+    [number] = free_ports(1)
+    port = Port(number, host, "HTTP", "key")
+    assert taken_ports([port]) == []
+    with socket.create_server(("127.0.0.1", number)):
+        [taken] = taken_ports([port])
+        assert taken.port == port
+        name = psutil.Process().name()
+        assert taken.reason == f"taken by {name} (pid {os.getpid()})"
+    assert taken_ports([port]) == []
+
+
+def test_a_port_of_a_connection_that_is_closing_is_free() -> None:
+    [number] = free_ports(1)
+    with socket.create_server(("127.0.0.1", number)) as server:
+        client = socket.create_connection(("127.0.0.1", number))
+        connection, _ = server.accept()
+        connection.close()  # this side closes first and is left to wait
+        client.close()
+    assert taken_ports([Port(number, "127.0.0.1", "HTTP", "key")]) == []
+
+
+def test_what_cannot_be_opened_for_other_reasons_says_which(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    [taken] = taken_ports([Port(70_000, "127.0.0.1", "HTTP", "key")])
+    assert "cannot be opened on 127.0.0.1" in taken.reason
+
+    def denied(self: socket.socket, address: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    class Denied(socket.socket):
+        bind = denied  # type: ignore[assignment]
+
+    monkeypatch.setattr("router.ports.socket.socket", Denied)
+    [taken] = taken_ports([Port(80, "127.0.0.1", "HTTP", "key")])
+    assert taken.reason == "not allowed to this user"
+
+
+def test_memory_is_the_machines_or_less() -> None:
+    found, whole = machine.memory(), psutil.virtual_memory()
+    assert 0 < found.available_bytes <= found.total_bytes <= whole.total
+
+
+def test_a_containers_limit_counts_and_file_cache_does_not(tmp_path: Path) -> None:
+    without = machine.memory(tmp_path)
+    assert without.total_bytes == psutil.virtual_memory().total
+    files = {
+        "memory.max": "50000000\n",
+        "memory.current": "30000000\n",
+        "memory.stat": "anon 20000000\ninactive_file 10000000\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert machine.memory(tmp_path) == machine.Memory(50_000_000, 30_000_000)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.memory(tmp_path).total_bytes == without.total_bytes
+
+
+def test_the_older_kind_of_container_is_read_too(tmp_path: Path) -> None:
+    (tmp_path / "memory").mkdir()
+    files = {"limit_in_bytes": "1000", "usage_in_bytes": "1500"}
+    for name, text in files.items():
+        (tmp_path / "memory" / f"memory.{name}").write_text(text)
+    (tmp_path / "memory" / "memory.stat").write_text("total_inactive_file 100")
+    assert machine.memory(tmp_path) == machine.Memory(1000, 0)
+
+
+def test_a_folder_that_does_not_exist_yet_is_tried_where_it_would_be(tmp_path: Path) -> None:
+    disk = machine.writable_folder(tmp_path / "a" / "b")
+    assert (disk.folder, disk.reason) == (tmp_path / "a" / "b", "")
+    assert 0 < disk.free_bytes <= disk.total_bytes
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [(errno.ENOSPC, "is full"), (errno.EACCES, "cannot be written to")]
+)
+def test_a_disk_that_takes_no_file_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, words: str
+) -> None:
+    def fails(**_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("router.machine.tempfile.TemporaryFile", fails)
+    assert machine.writable_folder(tmp_path).reason.startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("given", "variables", "target"),
+    [
+        (None, {}, None),
+        ("local", {"RAY_ADDRESS": "a:1"}, None),
+        ("b:2", {"RAY_ADDRESS": "a:1"}, Target("b:2", "--address")),
+        (None, {"RAY_ADDRESS": "a:1"}, Target("a:1", "RAY_ADDRESS")),
+        ("auto", {"RAY_ADDRESS": "a:1"}, Target("a:1", "RAY_ADDRESS")),
+        (None, {"RAY_ADDRESS": "local"}, None),
+        ("auto", {}, Target("", "--address")),
+        (None, {"RAY_ADDRESS": "auto"}, Target("", "RAY_ADDRESS")),
+    ],
+)
+def test_the_ray_that_a_command_joins_is_found_as_ray_finds_it(
+    given: str | None, variables: dict[str, str], target: Target | None
+) -> None:
+    assert target_of(given, HERE | variables) == target
+
+
+def test_a_ray_that_was_started_on_this_machine_is_joined(tmp_path: Path) -> None:
+    variables = {"RAY_TMPDIR": str(tmp_path)}
+    file = running_ray.temp_folder(variables) / "ray_current_cluster"
+    file.parent.mkdir()
+    file.write_text("10.0.0.1:6379\n")
+    assert target_of(None, variables) == Target("10.0.0.1:6379", str(file))
+    assert target_of("local", variables) is None
+    file.write_text("")
+    assert target_of(None, variables) is None
+
+
+def test_the_folder_is_the_one_that_ray_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._common.utils import get_default_ray_temp_dir
+
+    for variables in ({"RAY_TMPDIR": "/x"}, {"TMPDIR": "/y"}, {}):
+        for name in ("RAY_TMPDIR", "TMPDIR"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert str(running_ray.temp_folder(variables)) == get_default_ray_temp_dir()
+
+
+def test_nobody_and_nonsense_do_not_answer() -> None:
+    [nobody] = free_ports(1)
+    assert look_at(Target(f"127.0.0.1:{nobody}", "F")).reason.startswith("does not answer (")
+    assert look_at(Target("nonsense", "F")).reason == "is no address of the form host:port"
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import time; time.sleep(60)", "answers nothing within 1 s"),
+        (
+            "raise RuntimeError('rpc error')",
+            "does not answer as a Ray of this version does (RuntimeError: rpc error)",
+        ),
+        ("print('[1')", "does not answer as a Ray of this version does"),
+        ('print(\'["2.9.0", "3.9.1"]\')', "is Ray 2.9.0 on Python 3.9.1; here is Ray "),
+    ],
+)
+def test_a_server_that_is_no_ray_of_ours_is_not_waited_for(
+    program: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        target = Target(f"127.0.0.1:{server.getsockname()[1]}", "F")
+        monkeypatch.setattr(running_ray, "_ASK", program)
+        monkeypatch.setattr(running_ray, "ASK_TIMEOUT_S", 1.0)
+        assert look_at(target).reason.startswith(reason)
+        assert look_at(Target(f"ray://{target.address}", "F")).reason == ""
+
+
+def test_the_same_versions_can_be_joined() -> None:
+    from ray._private.utils import compute_version_info
+
+    target, ours = Target("h:1", "F"), compute_version_info()
+    assert judged(target, *ours) == RunningRay(target, "", *ours)
+
+
+def test_what_is_installed_here_is_read_from_our_own_requirements() -> None:
+    found = probe.find_installed()
+    assert found.python == ".".join(map(str, sys.version_info[:3]))
+    assert found.packages["ray"] is not None
+    assert "pytest" not in found.packages  # an extra's
+    assert any(text.startswith("ray[serve]") for text in found.requirements)
+
+
+@pytest.mark.parametrize(
+    ("program", "gpus", "reason"),
+    [
+        ("print('[\"H100\"]')", ("H100",), ""),
+        ("print('hello'); print('[]')", (), ""),
+        ("raise ImportError('libcuda is gone')", (), "ImportError: libcuda is gone"),
+        ("import os; os.abort()", (), "it said nothing"),
+        ("import time; time.sleep(60)", (), "no answer within 1 s"),
+    ],
+)
+def test_torch_is_asked_for_gpus_and_may_fail(
+    program: str, gpus: tuple[str, ...], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "_ASK_TORCH", program)
+    monkeypatch.setattr(probe, "TORCH_TIMEOUT_S", 1.0)
+    found = probe.find_devices()
+    assert (found.gpus, found.reason) == (gpus, reason)
+    assert found.num_cpus >= 1
+
+
+def levels(checks: list[Check]) -> dict[str, str]:
+    return {check.name: check.level for check in checks}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch is not asked, and no Ray that is here counts."""
+    monkeypatch.setattr(probe, "_ASK_TORCH", "print('[]')")
+    monkeypatch.setattr(probe, "raylets", lambda: [])
+    monkeypatch.setattr("router.doctor.MAX_SOCKET_PATH", 500)
+
+
+@pytest.mark.usefixtures("quick")
+def test_everything_is_looked_at(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump(shipped_document(*free_ports(2))))
+    found = levels(probe.examine(file, {"RAY_TMPDIR": str(tmp_path)}))
+    assert {"versions", "devices", "memory", "/dev/shm", "Ray's folder", "ray"} <= found.keys()
+    assert (found["haproxy"], found["ports"], found["file"]) == ("ok", "ok", "ok")
+    alone = levels(probe.examine(None, {"RAY_TMPDIR": str(tmp_path)}))
+    assert alone.keys() == found.keys() - {"ports", "file"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_model_that_another_machine_may_have_is_a_warning(tmp_path: Path) -> None:
+    document = shipped_document(*free_ports(2))
+    document["applications"][0]["args"]["models"][0]["path"] = "/nowhere"
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump(document))
+    assert levels(probe.examine(file, {"RAY_TMPDIR": str(tmp_path)}))["file"] == "warning"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_bad_file_is_one_problem_and_the_rest_is_still_looked_at(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("applications: 3")
+    found = probe.examine(file, {"RAY_TMPDIR": str(tmp_path)})
+    [problem] = [check for check in found if check.level == "problem"]
+    assert (problem.name, problem.advice) == ("file", f"Mend {file}.")
+    assert "versions" in levels(found)

@@ -1,0 +1,71 @@
+"""The bytes that loaded experts are said to take, against what a process really grows by."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+
+from cluster.placement import ExpertKey
+from experts.bank import ExpertBank, GatedFfnExpert
+from experts.ffn import ACTIVATIONS
+from experts.weights import GatedFfnWeights
+
+COUNT, HIDDEN, INNER = 12, 1024, 1536
+
+
+def expert(hidden: int, inner: int, dtype: torch.dtype) -> GatedFfnExpert:
+    gate_up = torch.full((2 * inner, hidden), 0.01, dtype=dtype)
+    down = torch.full((hidden, inner), 0.01, dtype=dtype)
+    return GatedFfnExpert(GatedFfnWeights(gate_up, down), ACTIVATIONS["silu"])
+
+
+def fill_a_bank(dtype: torch.dtype) -> tuple[int, int]:
+    """Load experts; returns the bytes that the bank tells, and those that this process grew by."""
+    expert(HIDDEN, INNER, dtype)  # whatever is set up once
+    gc.collect()
+    process, bank = psutil.Process(), ExpertBank()
+    before = process.memory_info().rss
+    for expert_id in range(COUNT):
+        bank.experts[ExpertKey("m", 0, expert_id)] = expert(HIDDEN, INNER, dtype)
+    gc.collect()
+    return bank.num_bytes, process.memory_info().rss - before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_bank_tells_the_bytes_that_its_process_grows_by(dtype: str) -> None:
+    # In a process of its own, whose heap has no room left over from other tests.
+    program = (
+        "import json, torch; from tests.unit.test_resident_bytes import fill_a_bank; "
+        f"print(json.dumps(fill_a_bank(torch.{dtype})))"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    told, grown = json.loads(done.stdout)
+    weights = COUNT * 3 * HIDDEN * INNER * getattr(torch, dtype).itemsize
+    assert weights <= told <= 1.02 * weights
+    # The allocator keeps the room of some plain weights that were let go once they were packed.
+    assert 0.95 * told <= grown <= told + 4 * weights / COUNT
+
+
+def test_a_bank_counts_what_it_holds_now() -> None:
+    bank = ExpertBank()
+    assert bank.num_bytes == 0
+    for expert_id in range(3):
+        bank.experts[ExpertKey("m", 0, expert_id)] = expert(64, 32, torch.float32)
+    assert bank.num_bytes == 3 * 3 * 64 * 32 * 4
+    del bank.experts[ExpertKey("m", 0, 1)]
+    assert bank.num_bytes == 2 * 3 * 64 * 32 * 4
+
+
+def test_odd_sizes_count_with_what_a_layout_pads_them_by() -> None:
+    hidden, inner = 65, 130  # no multiple of anything that a processor's unit takes
+    whole = expert(hidden, inner, torch.bfloat16).num_bytes
+    weights = 3 * hidden * inner * 2
+    assert weights <= whole <= 3 * weights
+    assert expert(hidden, inner, torch.float32).num_bytes == 2 * weights
