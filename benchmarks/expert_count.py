@@ -215,6 +215,10 @@ def plot(runs: Sequence[Run], path: Path) -> None:
             )
         axis.grid(alpha=0.3)
     axes[0].set_xscale("log")
+    totals = [summary.num_parameters / 1e6 for summary in summaries]
+    axes[0].set_xticks(totals, [f"{total:.2f}" for total in totals])
+    axes[0].set_xticks([], minor=True)
+    axes[0].margins(y=0.12)
     axes[0].set_xlabel("total parameters, millions")
     axes[1].set_xlabel("active parameters, millions")
     axes[1].set_xlim(0, 1.5 * max(run.num_active_parameters for run in runs) / 1e6)
