@@ -37,8 +37,9 @@ def test_its_configuration_makes_its_card_and_sizes(record: Record) -> None:
     assert (model.num_local_experts, model.num_experts_per_tok) == (8, 2)
 
 
-def test_it_beats_counting_on_texts_of_several_kinds(record: Record) -> None:
+def test_it_beats_counting_and_a_dense_model_of_its_active_size(record: Record) -> None:
     figures = record.figures
+    assert figures.heldout_perplexity < record.beside["active"].heldout_perplexity
     assert figures.heldout_perplexity < figures.unigram_perplexity / 10
     assert set(figures.kind_shares) == set(KINDS)
     assert list(figures.sources) == list(record.text_sha256)
