@@ -1,0 +1,222 @@
+"""The README's command blocks: how they are run, and whether what they show is what comes.
+
+    python -m tests.readme [--write]
+
+Runs every block that can be run against one ``serve run deploy/cluster.yaml`` on ports of its own
+and compares; with ``--write`` what came takes the place of what was shown. Commands and their
+output are ``console`` blocks; what a ``python`` block prints stands in the block that follows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCK_TIMEOUT_S, END_S = 90.0, 20.0
+HTTP_PORT, GRPC_PORT = 8000, 9000
+ELSEWHERE = {
+    "pip install": "installs, as every run of the tests does before it",
+    "serve run": "starts a server of its own; tests/integration/test_serve_run.py has both ends",
+    "expertmesh doctor": "tells of the machine; tests/integration/test_doctor.py runs it",
+}
+"""Beginnings of blocks that are not run here, and why."""
+SECTIONS_ELSEWHERE = {
+    "Several machines": "needs several; tests/fault/node_loss.py has four nodes",
+}
+_HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_MARK = "@@status "
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A fenced block: its language, its text, where that begins in the file, and under what."""
+
+    language: str
+    text: str
+    begin: int
+    section: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A command and the output that is shown, or that came, below it."""
+
+    command: str
+    output: str
+
+
+def blocks(markdown: str) -> list[Block]:
+    """Return the fenced blocks in order."""
+    headings = [(m.start(), m[1]) for m in _HEADING.finditer(markdown)]
+    found = []
+    for m in _FENCE.finditer(markdown):
+        above = [title for begin, title in headings if begin < m.start()]
+        found.append(Block(m[1], m[2], m.start(2), above[-1] if above else ""))
+    return found
+
+
+def steps(text: str) -> list[Step]:
+    """Split a console block; a command goes on in the next line after a backslash."""
+    found: list[Step] = []
+    for line in text.splitlines(keepends=True):
+        if line.startswith("$ "):
+            found.append(Step(line[2:], ""))
+        elif found and not found[-1].output and found[-1].command.endswith("\\\n"):
+            found[-1] = replace(found[-1], command=found[-1].command + line)
+        elif found:
+            found[-1] = replace(found[-1], output=found[-1].output + line)
+        else:
+            raise ValueError(f"a console block begins with a command, not with {line!r}")
+    return [replace(step, command=step.command.rstrip("\n")) for step in found]
+
+
+def shown(done: Iterable[Step]) -> str:
+    """Return the text of a console block."""
+    return "".join(f"$ {step.command}\n{step.output}" for step in done)
+
+
+def reason_elsewhere(block: Block) -> str | None:
+    """Return why a block is not run; ``None`` for one that is."""
+    if block.section in SECTIONS_ELSEWHERE:
+        return SECTIONS_ELSEWHERE[block.section]
+    first = block.text.removeprefix("$ ")
+    return next((why for begin, why in ELSEWHERE.items() if first.startswith(begin)), None)
+
+
+def same(one: str, other: str) -> bool:
+    """Tell whether two outputs say the same, but for numbers and ids, and a table's columns."""
+    if "─" in one:
+        return Counter(_plain(one).split()) == Counter(_plain(other).split())
+    return _plain(one) == _plain(other)
+
+
+def _plain(text: str) -> str:
+    text = re.sub(r"[\u2500-\u257f]", " ", text)
+    text = re.sub(r"\b[0-9a-f]{8,}(-[0-9a-f]+)*\b", "ID", text)
+    text = re.sub(r"\d[\d.,:]*", "0", text)
+    return "\n".join(" ".join(line.split()) for line in text.splitlines())
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where blocks are run: the server's ports, and a folder with a copy of ``deploy``."""
+
+    http_port: int
+    grpc_port: int
+    folder: Path
+
+    def run(self, command: list[str], text: str) -> str:
+        """Run a block's text, given on stdin or as an argument, and return all that it prints."""
+        text = text.replace(f":{HTTP_PORT}", f":{self.http_port}")
+        text = text.replace(f":{GRPC_PORT}", f":{self.grpc_port}")
+        done = subprocess.run(
+            [*command, text],
+            cwd=self.folder,
+            env=self._environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=BLOCK_TIMEOUT_S,
+        )
+        output = done.stdout.replace(f":{self.http_port}", f":{HTTP_PORT}")
+        return output.replace(f":{self.grpc_port}", f":{GRPC_PORT}")
+
+    def _environment(self) -> Mapping[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        path = f"{sysconfig.get_path('scripts')}{os.pathsep}{kept.get('PATH', '')}"
+        address = f"127.0.0.1:{self.grpc_port}"
+        return kept | {"PATH": path, "EXPERTMESH_ADDRESS": address, "COLUMNS": "100"}
+
+
+def run_console(block: Block, place: Place) -> str:
+    """Run the commands in one shell; returns the block as it is with what came below each."""
+    planned = steps(block.text)
+    script = "".join(f"{step.command}\nprintf '\\n{_MARK}%d\\n' $?\n" for step in planned)
+    outputs = re.split(rf"\n{_MARK}\d+\n", place.run(["bash", "-c"], script))[: len(planned)]
+    done = [replace(step, output=_lined(out)) for step, out in zip(planned, outputs, strict=True)]
+    return shown(done)
+
+
+def run_python(block: Block, place: Place) -> str:
+    """Run a snippet and return what it prints."""
+    return _lined(place.run([sys.executable, "-c"], block.text))
+
+
+def _lined(output: str) -> str:
+    output = "".join(f"{line.rstrip()}\n" for line in output.splitlines())
+    return "" if output == "\n" else output
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Place]:
+    """Serve the shipped deployment with ``serve run``, ready, with a copy of it in ``folder``."""
+    import deploy
+    from benchmarks.shipped import free_ports
+    from tests.serve_run import copy_with_ports, serve_run, wait_ready
+
+    http_port, grpc_port = free_ports(2)
+    work = folder / "work"
+    shutil.copytree(Path(deploy.__file__).parent, work / "deploy", dirs_exist_ok=True)
+    file, log = copy_with_ports(folder, http_port, grpc_port), folder / "log"
+    with serve_run(file, log) as process:
+        wait_ready(process, log, http_port)
+        yield Place(http_port, grpc_port, work)
+        process.send_signal(signal.SIGINT)
+        process.wait(END_S)
+
+
+def rerun(markdown: str, place: Place) -> str:
+    """Return the README with what its blocks really print."""
+    result, moved = markdown, 0
+    all_blocks = blocks(markdown)
+    for block, following in zip(all_blocks, [*all_blocks[1:], None], strict=True):
+        target = block
+        if reason_elsewhere(block) is not None:
+            continue
+        if block.language == "console":
+            came = run_console(block, place)
+        elif block.language == "python" and following and not following.language:
+            target, came = following, run_python(block, place)
+        else:
+            continue
+        begin = target.begin + moved
+        result = result[:begin] + came + result[begin + len(target.text) :]
+        moved += len(came) - len(target.text)
+    return result
+
+
+def main() -> int:
+    """Parse the command line and run; returns 1 where something else came than is shown."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="put what came into the README")
+    options = parser.parse_args()
+    before = README.read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as place:
+        after = rerun(before, place)
+    if options.write:
+        README.write_text(after, encoding="utf-8")
+        return 0
+    pairs = zip(blocks(before), blocks(after), strict=True)
+    differ = [(old, new) for old, new in pairs if not same(old.text, new.text)]
+    for old, new in differ:
+        print(f"--- shown\n{old.text}--- came\n{new.text}")
+    return int(bool(differ))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
