@@ -14,6 +14,7 @@ from cluster.config import AppConfig
 from router.gateway.ray_upstream import HandleController
 from router.logs import failures_logged, setup_logging
 from router.served import ServedModel
+from router.starting import collector_paused
 
 if TYPE_CHECKING:
     from router.link import LinkAddress
@@ -32,8 +33,8 @@ class RouterDeployment:
         setup_logging()
         app = serve.get_replica_context().app_name
         with failures_logged(f"the router of {model.id}"):
-            from router.replica import RouterReplica
-
+            with collector_paused():
+                from router.replica import RouterReplica
             client = HandleController(controller)
             self._replica = RouterReplica(app, model, config.router, config.experts, client)
 

@@ -16,6 +16,7 @@ from router.gateway.http import create_app
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel, load_models
 from router.gateway.upstream import Upstream
+from router.starting import collector_paused
 
 
 class GatewayReplica(GrpcMethods):
@@ -38,7 +39,9 @@ class GatewayReplica(GrpcMethods):
         deployments among them.
         """
         upstream = make_upstream(*upstream_args)
-        self.service = GenerationService(load_models(models), limits, upstream, Metrics())
+        with collector_paused():  # transformers is imported for its tokenizers
+            loaded = load_models(models)
+        self.service = GenerationService(loaded, limits, upstream, Metrics())
         self.grpc_handlers = GrpcHandlers(self.service)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
