@@ -92,6 +92,7 @@ class _Display:
 
     def __init__(self, steps: int) -> None:
         self.current = ""
+        self._steps = steps
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -112,6 +113,8 @@ class _Display:
     def phase(self, name: str) -> None:
         self.current = name
         self._progress.update(self._task, description=name)
+        if name == "evaluating":  # of a resumed run too, which may have had no step left
+            self._progress.update(self._task, completed=self._steps)
 
     def step(self, report: StepReport) -> None:
         self._progress.update(

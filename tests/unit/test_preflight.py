@@ -177,7 +177,7 @@ def test_too_little_memory_ends_the_command(
 ) -> None:
     monkeypatch.setattr(probe.machine, "memory", lambda: Memory(2 * 10**9, 10**9))
     line = refusal(["serve", "run", str(file)], capsys)
-    assert line.startswith("expertmesh: memory: 1.00 GB of 2.00 GB free; about 2.01 GB needed")
+    assert line.startswith("expertmesh: memory: 1.00 GB of 2.00 GB free; about 2.05 GB needed")
 
 
 def test_a_full_disk_ends_the_command(
