@@ -1,7 +1,8 @@
 """Says in the output of ``serve run`` when requests are answered, and where to send them.
 
 Serve's command says that an application is deployed before its experts are there, and Ray brings
-the lines of our own processes in any order. So a thread of the command asks ``/ready`` itself.
+the lines of our own processes in any order. So a thread of the command asks ``/ready`` itself, and
+then each model for a token: only an answer shows that there is a router, too.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import yaml
 
 from router.client import DEFAULT_ADDRESS
 
 POLL_S = 0.5
-ASK_TIMEOUT_S = 5.0
+ASK_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 30.0
 LOG_DELAY_S = 1.5
 """Ray brings the lines of other processes about so late; the one that matters is to be the last."""
 LONG_S = 60.0
@@ -36,6 +37,7 @@ class Endpoint:
 
     http_url: str
     grpc_address: str
+    models: tuple[str, ...] = ()
 
     def command(self) -> str:
         """Return a command to try it with."""
@@ -55,6 +57,7 @@ def endpoints(document: Mapping[str, Any]) -> list[Endpoint]:
         Endpoint(
             base + str(application.get("route_prefix", "/")).rstrip("/"),
             f"{host}:{grpc.get('port', 9000)}",
+            tuple(model["id"] for model in application["args"]["models"]),
         )
         for application in document["applications"]
         if application.get("import_path") == IMPORT_PATH
@@ -93,16 +96,27 @@ def _tell(endpoint: Endpoint, say: Callable[[str], None]) -> None:
 
 
 def why_not_ready(endpoint: Endpoint) -> str | None:
-    """Ask ``/ready`` once; returns what keeps requests from being answered, ``None`` if nothing."""
+    """Ask once; returns what keeps requests from being answered, ``None`` if nothing."""
+    reason = _why_fails(endpoint.http_url, "/ready", ASK_TIMEOUT_S)
+    for model in endpoint.models:
+        body = {"model": model, "prompt": [0], "max_tokens": 1}
+        reason = reason or _why_fails(
+            endpoint.http_url, "/v1/completions", ANSWER_TIMEOUT_S, json.dumps(body).encode()
+        )
+    return reason
+
+
+def _why_fails(url: str, path: str, timeout_s: float, body: bytes | None = None) -> str | None:
     # Only a status is read, on an address of the operator's own file, whatever its certificate.
-    context = ssl._create_unverified_context() if endpoint.http_url.startswith("https") else None
+    context = ssl._create_unverified_context() if url.startswith("https") else None
+    request = Request(url + path, body, {"content-type": "application/json"} if body else {})
     try:
-        with urlopen(endpoint.http_url + "/ready", timeout=ASK_TIMEOUT_S, context=context):
+        with urlopen(request, timeout=timeout_s, context=context):
             return None
     except HTTPError as error:
         return _reason(error.read()) or f"HTTP status {error.code}"
     except (OSError, HTTPException) as error:
-        return f"{endpoint.http_url} does not answer ({error})"
+        return f"{url} does not answer ({error})"
 
 
 def _reason(body: bytes) -> str:

@@ -28,17 +28,29 @@ def document(**http_options: Any) -> dict[str, Any]:
 
 
 class Gateway:
-    """A server that answers ``/ready`` by what ``answers`` has next, and then by the last of it."""
+    """A server that answers ``/ready`` by what ``answers`` has next, and then by the last of it.
+
+    Completions are answered by what ``completions`` has, in the same way.
+    """
 
     def __init__(self, answers: list[tuple[int, bytes]]) -> None:
         self.answers = answers
+        self.completions: list[tuple[int, bytes]] = [(200, b"{}")]
         self.paths: list[str] = []
+        self.asked: list[dict[str, Any]] = []
         gateway = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                self.reply(gateway.answers)
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                gateway.asked.append(json.loads(body))
+                self.reply(gateway.completions)
+
+            def reply(self, left: list[tuple[int, bytes]]) -> None:
                 gateway.paths.append(self.path)
-                left = gateway.answers
                 status, body = left.pop(0) if len(left) > 1 else left[0]
                 self.send_response(status)
                 self.end_headers()
@@ -70,7 +82,7 @@ def missing(count: int) -> tuple[int, bytes]:
 
 def test_the_shipped_file_is_reached_at_the_default_addresses() -> None:
     [endpoint] = endpoints(document())
-    assert endpoint == Endpoint("http://127.0.0.1:8000", "127.0.0.1:9000")
+    assert endpoint == Endpoint("http://127.0.0.1:8000", "127.0.0.1:9000", ("mesh-tiny",))
     assert endpoint.command() == 'expertmesh generate "In the beginning" --stream'
 
 
@@ -80,7 +92,7 @@ def test_other_addresses_and_prefixes_are_told() -> None:
     told["applications"][0]["route_prefix"] = "/llm/"
     told["applications"].append({"name": "other", "import_path": "other:app"})
     [endpoint] = endpoints(told)
-    assert endpoint == Endpoint("https://127.0.0.1:81/x/llm", "127.0.0.1:91")
+    assert endpoint == Endpoint("https://127.0.0.1:81/x/llm", "127.0.0.1:91", ("mesh-tiny",))
     assert endpoint.command().endswith(" --address 127.0.0.1:91")
 
 
@@ -100,6 +112,18 @@ def test_what_ready_answers_is_read(
     serving.append(Gateway([answer]))
     assert why_not_ready(Endpoint(f"http://127.0.0.1:{serving[0].port}", "")) == reason
     assert serving[0].paths == ["/ready"]
+
+
+def test_each_model_must_answer_too(serving: list[Gateway]) -> None:
+    serving.append(Gateway([(200, b"{}")]))
+    [gateway] = serving
+    endpoint = Endpoint(f"http://127.0.0.1:{gateway.port}", "", ("a", "b"))
+    assert why_not_ready(endpoint) is None
+    assert gateway.paths == ["/ready", "/v1/completions", "/v1/completions"]
+    assert [one["model"] for one in gateway.asked] == ["a", "b"]
+    assert all(one["max_tokens"] == 1 for one in gateway.asked)
+    gateway.completions = [(200, b"{}"), (503, b"{}")]
+    assert why_not_ready(endpoint) == "HTTP status 503"
 
 
 def test_nobody_there_is_a_reason_too(serving: list[Gateway]) -> None:
