@@ -123,7 +123,7 @@ class Place:
         """Run a block's text, given on stdin or as an argument, and return all that it prints."""
         text = text.replace(f":{HTTP_PORT}", f":{self.http_port}")
         text = text.replace(f":{GRPC_PORT}", f":{self.grpc_port}")
-        done = subprocess.run(
+        process = subprocess.Popen(
             [*command, text],
             cwd=self.folder,
             env=self._environment(),
@@ -131,9 +131,14 @@ class Place:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=BLOCK_TIMEOUT_S,
+            start_new_session=True,  # so that all of it can be ended
         )
-        output = done.stdout.replace(f":{self.http_port}", f":{HTTP_PORT}")
+        try:
+            output, _ = process.communicate(timeout=BLOCK_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        output = output.replace(f":{self.http_port}", f":{HTTP_PORT}")
         return output.replace(f":{self.grpc_port}", f":{GRPC_PORT}")
 
     def _environment(self) -> Mapping[str, str]:
