@@ -179,8 +179,8 @@ def checkpoint_of(
 ) -> Checkpoint:
     """Check a configuration, then the headers beside it; see :func:`open_checkpoint`."""
     config_file = folder / "config.json"
-    family = _family(config, config_file)
-    shape = _checked_shape(family, config, config_file)
+    family = family_of(config, config_file)
+    shape = checked_shape(family, config, config_file)
     tensors = read_tensors()
     _check_tensors(folder, family, config, shape, tensors)
     dtype = _expert_dtype(folder, tensors)
@@ -236,7 +236,8 @@ def parse_json(data: bytes, file: Path) -> dict[str, Any]:
     return value
 
 
-def _family(config: Config, file: Path) -> Family:
+def family_of(config: Config, file: Path) -> Family:
+    """Return the family that a configuration names; raises :class:`CheckpointError`."""
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         known = ", ".join(sorted(FAMILIES))
@@ -256,7 +257,8 @@ def _family(config: Config, file: Path) -> Family:
     return family
 
 
-def _checked_shape(family: Family, config: Config, file: Path) -> ExpertShape:
+def checked_shape(family: Family, config: Config, file: Path) -> ExpertShape:
+    """Check a configuration's sizes and return its experts'; raises :class:`CheckpointError`."""
     for key in (*_SIZES, *(key for key in _OPTIONAL_SIZES if config.get(key) is not None)):
         if type(config.get(key)) is not int or config[key] < 1:
             raise CheckpointError(f"{key} must be a positive integer", str(file))

@@ -15,6 +15,7 @@ from router.cli.chat import chat
 from router.cli.check import check
 from router.cli.common import exit_codes
 from router.cli.config import config
+from router.cli.convert import convert
 from router.cli.doctor import doctor
 from router.cli.generate import generate
 from router.cli.plan import plan
@@ -49,3 +50,4 @@ app.add_typer(config, name="config")
 app.command()(plan)
 app.command()(doctor)
 app.command()(train)
+app.command()(convert)

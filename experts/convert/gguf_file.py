@@ -1,0 +1,192 @@
+"""GGUF files, read and dequantised by the ``gguf`` package.
+
+llama.cpp keeps the experts of a layer in one tensor [experts, rows, columns] (older files: one
+tensor each), and the rows of queries and keys of its architecture ``llama`` as rotary pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import CheckpointError
+from experts.convert.mixtral_names import expert_part, layer_part
+from experts.convert.source import QUANTISED, Entry, Source, Take
+from experts.families.base import Config
+
+if TYPE_CHECKING:
+    import torch
+
+_MAGIC = b"GGUF"
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_OUTER = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_IN_LAYER = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+}
+_MATRICES = {"w1": "ffn_gate", "w2": "ffn_down", "w3": "ffn_up"}
+
+
+def is_gguf(path: Path) -> bool:
+    """Tell whether a file begins as GGUF files do; raises :class:`CheckpointError`."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", str(path)) from None
+
+
+def open_gguf(path: Path) -> Source:
+    """Read a file's metadata; raises :class:`CheckpointError`."""
+    file = _GgufFile(path)
+    architecture = str(file.field("general.architecture"))
+    if architecture not in _ARCHITECTURES:
+        known = ", ".join(_ARCHITECTURES)
+        raise CheckpointError(f"has the architecture {architecture!r}; known: {known}", str(path))
+    make_config, make_takes = _ARCHITECTURES[architecture]
+    config = make_config(file)
+    return Source("gguf", path, path, config, file, make_takes(config), (path,))
+
+
+class _GgufFile:
+    """Metadata and tensors of a file."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import gguf
+        except ImportError:
+            raise CheckpointError(
+                "reading GGUF needs pip install 'expertmesh[gguf]'", str(path)
+            ) from None
+        self.path = path
+        self._dequantize = gguf.quants.dequantize
+        try:
+            self._reader = gguf.GGUFReader(path)
+        except (ValueError, KeyError, IndexError, OverflowError, OSError, MemoryError) as error:
+            raise CheckpointError(f"is not a whole GGUF file ({error})", str(path)) from None
+        if int(self.field("split.count", 1)) > 1:
+            raise CheckpointError(
+                "is one of several parts; join them with llama-gguf-split --merge", str(path)
+            )
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._entries = {name: _entry(tensor) for name, tensor in self._tensors.items()}
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """What there is."""
+        return self._entries
+
+    def field(self, key: str, default: Any = None) -> Any:
+        """Return a value of the metadata; raises CheckpointError where there must be one."""
+        found = self._reader.get_field(key)
+        if found is not None:
+            return found.contents()
+        if default is None:
+            raise CheckpointError(f"lacks the metadata {key}", str(self.path))
+        return default
+
+    def read(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Return rows of a tensor in float32; only they are dequantised."""
+        import numpy as np
+        import torch
+
+        tensor = self._tensors[name]
+        rows = np.ascontiguousarray(tensor.data[begin:end])
+        try:
+            values = self._dequantize(rows, tensor.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            raise CheckpointError(f"tensor {name}: {error}", str(self.path)) from None
+        return torch.from_numpy(np.array(values, dtype=np.float32))
+
+
+def _entry(tensor: Any) -> Entry:
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    return Entry(shape, _DTYPES.get(tensor.tensor_type.name, QUANTISED))
+
+
+def _mixtral_config(file: _GgufFile) -> Config:
+    def number(key: str, default: int | None = None) -> int:
+        return int(file.field(f"llama.{key}", default))
+
+    if file.field("llama.expert_count", 0) == 0:
+        raise CheckpointError("has no experts (llama.expert_count)", str(file.path))
+    scaling = file.field("llama.rope.scaling.type", "none")
+    if scaling != "none":
+        raise CheckpointError(
+            f"llama.rope.scaling.type {scaling!r} is not supported", str(file.path)
+        )
+    embedding = file.entries.get(_OUTER["model.embed_tokens.weight"])
+    if embedding is None:
+        raise CheckpointError("lacks the tensor token_embd.weight", str(file.path))
+    hidden, heads = number("embedding_length"), number("attention.head_count")
+    head_dim = number("attention.key_length", hidden // max(heads, 1))
+    if number("rope.dimension_count", head_dim) != head_dim:
+        raise CheckpointError("llama.rope.dimension_count is not the heads' size", str(file.path))
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": number("feed_forward_length"),
+        "num_hidden_layers": number("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "num_local_experts": number("expert_count"),
+        "num_experts_per_tok": number("expert_used_count"),
+        "vocab_size": embedding.shape[0],
+        "rms_norm_eps": _shortest(file.field("llama.attention.layer_norm_rms_epsilon")),
+        "rope_theta": _shortest(file.field("llama.rope.freq_base", 10_000.0)),
+        "max_position_embeddings": number("context_length"),
+        "sliding_window": None,
+        "tie_word_embeddings": _OUTER["lm_head.weight"] not in file.entries,
+        "bos_token_id": int(file.field("tokenizer.ggml.bos_token_id", 1)),
+        "eos_token_id": int(file.field("tokenizer.ggml.eos_token_id", 2)),
+    }
+
+
+def _shortest(value: float) -> float:
+    """Return the shortest number that is the same float32, which is how GGUF keeps it."""
+    import numpy as np
+
+    return float(str(np.float32(value)))
+
+
+def _mixtral_takes(config: Config) -> Callable[[str], list[Take]]:
+    rotary = {
+        "self_attn.q_proj": config["num_attention_heads"],
+        "self_attn.k_proj": config["num_key_value_heads"],
+    }
+
+    def takes(name: str) -> list[Take]:
+        found = layer_part(name)
+        if found is None:
+            return [Take(_OUTER[name])]
+        layer_id, part = found
+        prefix = f"blk.{layer_id}"
+        if part in _IN_LAYER:
+            return [Take(f"{prefix}.{_IN_LAYER[part]}.weight", rotary_heads=rotary.get(part))]
+        expert = expert_part(part)
+        if expert is None:
+            return []
+        expert_id, matrix = expert
+        stacked = (expert_id, config["num_local_experts"])
+        return [
+            Take(f"{prefix}.{_MATRICES[matrix]}_exps.weight", part=stacked),
+            Take(f"{prefix}.{_MATRICES[matrix]}.{expert_id}.weight"),
+        ]
+
+    return takes
+
+
+_ARCHITECTURES = {"llama": (_mixtral_config, _mixtral_takes)}

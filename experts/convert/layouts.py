@@ -1,0 +1,56 @@
+"""Finding out which layout a path has, and opening it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.errors import CheckpointError
+from experts.convert.gguf_file import is_gguf, open_gguf
+from experts.convert.huggingface import is_huggingface, open_huggingface
+from experts.convert.mistral import is_mistral, open_mistral
+from experts.convert.source import Source
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_ALLOWED = (
+    "a folder with config.json and safetensors, a folder with params.json and "
+    "consolidated*.safetensors, or a .gguf file"
+)
+
+
+def open_source(path: Path) -> Source:
+    """Open a model in any known layout; reads its configuration and headers, never a weight.
+
+    Raises :class:`CheckpointError` for a path that is none, for pickles, which are never loaded,
+    and for whatever the layout finds wrong.
+    """
+    try:
+        if path.is_dir():
+            return _open_folder(path)
+        if not path.exists():
+            raise CheckpointError(f"no such file or folder; allowed: {_ALLOWED}", str(path))
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", str(path)) from None
+    if path.suffix in _PICKLES:
+        raise _pickled(path, [path.name])
+    if not path.is_file() or not is_gguf(path):
+        raise CheckpointError(f"is no known layout; allowed: {_ALLOWED}", str(path))
+    return open_gguf(path)
+
+
+def _open_folder(path: Path) -> Source:
+    if is_huggingface(path):
+        return open_huggingface(path)
+    if is_mistral(path):
+        return open_mistral(path)
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
+    if pickles:
+        raise _pickled(path, pickles)
+    raise CheckpointError(f"is no known layout; allowed: {_ALLOWED}", str(path))
+
+
+def _pickled(path: Path, names: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"has only pickle weights ({', '.join(names[:3])}), which can run any program when "
+        "they are loaded and so never are; look for the model's safetensors",
+        str(path),
+    )

@@ -1,0 +1,154 @@
+"""What a conversion will write: every tensor of the model, where it comes from, in which shard."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from cluster.errors import CheckpointError
+from cluster.frames import DTYPE_BYTES
+from experts.checkpoint import checked_shape, family_of
+from experts.convert.huggingface import WEIGHTS_FILE
+from experts.convert.source import QUANTISED, Source, Take, shape_after
+from experts.families.base import Config
+
+_NAMED = 3
+"""So many tensors are named in an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One tensor to write."""
+
+    name: str
+    shape: tuple[int, ...]
+    take: Take
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file to write; ``size_bytes`` are its tensors'."""
+
+    file: str
+    pieces: tuple[Piece, ...]
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that is to be written, in ``dtype``; ``config`` is the ``config.json`` of it."""
+
+    source: Source
+    config: Config
+    dtype: str
+    source_dtypes: tuple[str, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(shard.size_bytes for shard in self.shards)
+
+    @property
+    def num_tensors(self) -> int:
+        """Number of tensors."""
+        return sum(len(shard.pieces) for shard in self.shards)
+
+
+def make_plan(source: Source, dtype: str, max_shard_bytes: int) -> Plan:
+    """Find every tensor of the model in the source; ``auto`` is the dtype of most of its bytes.
+
+    Quantised values become bfloat16 by ``auto``. Raises :class:`CheckpointError` naming what is
+    missing, there twice, unexpected or of another shape than the configuration says.
+    """
+    pieces = _pieces(source)
+    taken = {piece.take.name for piece in pieces}
+    _refuse_unexpected(source, taken)
+    sizes: Counter[str] = Counter()
+    for name in taken:
+        entry = source.tensors.entries[name]
+        sizes[entry.dtype] += prod(entry.shape) * DTYPE_BYTES.get(entry.dtype, 2)
+    if dtype == "auto":
+        most = sizes.most_common(1)[0][0]
+        dtype = "bfloat16" if most == QUANTISED else most
+    config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
+    shards = _shards(pieces, DTYPE_BYTES[dtype], max_shard_bytes)
+    return Plan(source, config | {"dtype": dtype}, dtype, tuple(sorted(sizes)), shards)
+
+
+def _pieces(source: Source) -> list[Piece]:
+    pieces, missing = [], []
+    for name, shape in _expected(source):
+        takes = source.takes(name)
+        found = [take for take in takes if take.name in source.tensors.entries]
+        if len(found) > 1:
+            names = " and ".join(take.name for take in found)
+            raise CheckpointError(f"has {names}, which are the same tensor", str(source.path))
+        if found:
+            _check_shape(source, found[0], shape)
+            pieces.append(Piece(name, shape, found[0]))
+        else:
+            missing.append(" or ".join(take.name for take in takes[:2]))
+        if len(missing) > _NAMED:  # a wrong configuration can make any number of names
+            break
+    if missing:
+        raise CheckpointError(f"lacks tensors: {_listed(missing)}", str(source.path))
+    return pieces
+
+
+def _expected(source: Source) -> Iterator[tuple[str, tuple[int, ...]]]:
+    family = family_of(source.config, source.config_file)
+    shape = checked_shape(family, source.config, source.config_file)
+    inner, hidden = shape.intermediate_size, shape.hidden_size
+    yield from family.dense_tensors(source.config).items()
+    for layer_id, expert_id in itertools.product(shape.layers, range(shape.num_experts)):
+        names = family.expert_tensors(layer_id, expert_id)
+        yield names.gate, (inner, hidden)
+        yield names.up, (inner, hidden)
+        yield names.down, (hidden, inner)
+
+
+def _check_shape(source: Source, take: Take, wanted: tuple[int, ...]) -> None:
+    entry = source.tensors.entries[take.name]
+    if shape_after(take, entry) != wanted:
+        parts = "" if take.part is None else f" in {take.part[1]} parts"
+        raise CheckpointError(
+            f"tensor {take.name} has shape {list(entry.shape)}; {source.config_file.name} says "
+            f"{list(wanted)}{' transposed' if take.transpose else ''}{parts}",
+            str(source.path),
+        )
+
+
+def _refuse_unexpected(source: Source, taken: set[str]) -> None:
+    unexpected = source.tensors.entries.keys() - taken
+    if source.config.get("tie_word_embeddings"):
+        unexpected -= {take.name for take in source.takes("lm_head.weight")}
+    if unexpected:
+        raise CheckpointError(
+            f"has unexpected tensors: {_listed(sorted(unexpected))}", str(source.path)
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+
+
+def _shards(pieces: list[Piece], value_bytes: int, max_bytes: int) -> tuple[Shard, ...]:
+    groups: list[list[Piece]] = [[]]
+    sizes = [0]
+    for piece in pieces:
+        size_bytes = prod(piece.shape) * value_bytes
+        if groups[-1] and sizes[-1] + size_bytes > max_bytes:
+            groups.append([])
+            sizes.append(0)
+        groups[-1].append(piece)
+        sizes[-1] += size_bytes
+    if len(groups) == 1:
+        return (Shard(WEIGHTS_FILE, tuple(groups[0]), sizes[0]),)
+    return tuple(
+        Shard(f"model-{number:05}-of-{len(groups):05}.safetensors", tuple(group), size_bytes)
+        for number, (group, size_bytes) in enumerate(zip(groups, sizes, strict=True), 1)
+    )
