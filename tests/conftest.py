@@ -9,7 +9,7 @@ import pytest
 
 from tests.cluster_fixture import ServedCluster, Shape, served_cluster
 
-# A shell starts its background jobs deaf to Ctrl-C, and the processes that tests start would be too.
+# A shell starts its background jobs deaf to Ctrl-C, and what tests start would be deaf too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ORDER = ("unit", "integration", "fault")
