@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from tests.cluster_fixture import ServedCluster, Shape, served_cluster
+
+# A shell starts its background jobs deaf to Ctrl-C, and what tests start would be deaf too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ORDER = ("unit", "integration", "fault")
 
