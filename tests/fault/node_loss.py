@@ -95,6 +95,16 @@ def fetched(told: ClusterStatus) -> dict[str, int]:
     }
 
 
+def nodes_without(lost: str) -> list[str]:
+    """Return the nodes that Ray says are alive, once it knows of the lost one, as it does later."""
+    pause, deadline_s = threading.Event(), time.monotonic() + LIMIT_S
+    while True:
+        alive = [entry["NodeID"] for entry in ray.nodes() if entry["Alive"]]
+        if lost not in alive or time.monotonic() > deadline_s:
+            return alive
+        pause.wait(POLL_S)
+
+
 def lose_a_reader(client: Client, victim: ActorStatus) -> dict[str, object]:
     """End an actor, and then what its successor fetches from; return what came of it."""
     pause, deadline_s = threading.Event(), time.monotonic() + LIMIT_S
@@ -135,7 +145,7 @@ def lose_a_node(cluster: Cluster, client: Client, oracle: MixtralForCausalLM) ->
     outcome = load.end()
     return {
         "lost": lost,
-        "alive": [entry["NodeID"] for entry in ray.nodes() if entry["Alive"]],
+        "alive": nodes_without(lost),
         "before": [asdict(actor) for actor in before.actors],
         "after": [asdict(actor) for actor in after.actors],
         "fetched_before": fetched_before,
