@@ -136,9 +136,10 @@ def write_gguf(
     pack: Callable[[torch.Tensor], Packed] = packed_f32,
     stacked: bool = True,
     leave_out: str = "",
+    architecture: str = "llama",
 ) -> None:
     """Write a GGUF file as llama.cpp has Mixtral."""
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

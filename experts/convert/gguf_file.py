@@ -74,7 +74,7 @@ class _GgufFile:
             self._reader = gguf.GGUFReader(path)
         except (ValueError, KeyError, IndexError, OverflowError, OSError, MemoryError) as error:
             raise CheckpointError(f"is not a whole GGUF file ({error})", str(path)) from None
-        if int(self.field("split.count", 1)) > 1:
+        if self.number("split.count", 1) > 1:
             raise CheckpointError(
                 "is one of several parts; join them with llama-gguf-split --merge", str(path)
             )
@@ -94,6 +94,13 @@ class _GgufFile:
         if default is None:
             raise CheckpointError(f"lacks the metadata {key}", str(self.path))
         return default
+
+    def number(self, key: str, default: int | None = None) -> int:
+        """Return a whole number of the metadata; raises CheckpointError for anything else."""
+        value = self.field(key, default)
+        if type(value) is not int:
+            raise CheckpointError(f"{key} must be a whole number", str(self.path))
+        return value
 
     def read(self, name: str, begin: int, end: int) -> torch.Tensor:
         """Return rows of a tensor in float32; only they are dequantised."""
@@ -116,7 +123,7 @@ def _entry(tensor: Any) -> Entry:
 
 def _mixtral_config(file: _GgufFile) -> Config:
     def number(key: str, default: int | None = None) -> int:
-        return int(file.field(f"llama.{key}", default))
+        return file.number(f"llama.{key}", default)
 
     if file.field("llama.expert_count", 0) == 0:
         raise CheckpointError("has no experts (llama.expert_count)", str(file.path))
@@ -150,8 +157,8 @@ def _mixtral_config(file: _GgufFile) -> Config:
         "max_position_embeddings": number("context_length"),
         "sliding_window": None,
         "tie_word_embeddings": _OUTER["lm_head.weight"] not in file.entries,
-        "bos_token_id": int(file.field("tokenizer.ggml.bos_token_id", 1)),
-        "eos_token_id": int(file.field("tokenizer.ggml.eos_token_id", 2)),
+        "bos_token_id": file.number("tokenizer.ggml.bos_token_id", 1),
+        "eos_token_id": file.number("tokenizer.ggml.eos_token_id", 2),
     }
 
 

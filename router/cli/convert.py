@@ -47,14 +47,14 @@ def convert(
     max_shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     try:
         with _bar() as bar:
-            task = bar.add_task("converting", total=None)
+            task = bar.add_task("converting", total=None, visible=False)
             done = run(
                 source,
                 dest,
                 dtype,
                 max_shard_bytes,
                 lambda done_bytes, all_bytes: bar.update(
-                    task, completed=done_bytes, total=all_bytes
+                    task, completed=done_bytes, total=all_bytes, visible=True
                 ),
             )
     except KeyboardInterrupt:
