@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import CheckpointError
-from experts.convert.mixtral_names import expert_part, layer_part
+from experts.convert.mixtral_names import expert_part, takes_by_part
 from experts.convert.source import QUANTISED, Entry, Source, Take
 from experts.families.base import Config
 
@@ -170,19 +170,7 @@ def _shortest(value: float) -> float:
 
 
 def _mixtral_takes(config: Config) -> Callable[[str], list[Take]]:
-    rotary = {
-        "self_attn.q_proj": config["num_attention_heads"],
-        "self_attn.k_proj": config["num_key_value_heads"],
-    }
-
-    def takes(name: str) -> list[Take]:
-        found = layer_part(name)
-        if found is None:
-            return [Take(_OUTER[name])]
-        layer_id, part = found
-        prefix = f"blk.{layer_id}"
-        if part in _IN_LAYER:
-            return [Take(f"{prefix}.{_IN_LAYER[part]}.weight", rotary_heads=rotary.get(part))]
+    def others(prefix: str, part: str) -> list[Take]:
         expert = expert_part(part)
         if expert is None:
             return []
@@ -193,7 +181,7 @@ def _mixtral_takes(config: Config) -> Callable[[str], list[Take]]:
             Take(f"{prefix}.{_MATRICES[matrix]}.{expert_id}.weight"),
         ]
 
-    return takes
+    return takes_by_part(config, "blk", _OUTER, _IN_LAYER, others)
 
 
 _ARCHITECTURES = {"llama": (_mixtral_config, _mixtral_takes)}

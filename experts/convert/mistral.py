@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.errors import CheckpointError
 from experts.checkpoint import read_json
-from experts.convert.mixtral_names import expert_part, layer_part
+from experts.convert.mixtral_names import expert_part, takes_by_part
 from experts.convert.safetensors_files import SafetensorsFiles
 from experts.convert.source import Source, Take
 from experts.families.base import Config
@@ -92,19 +92,7 @@ def _config(params: dict[str, Any], file: Path) -> Config:
 
 
 def _takes(config: Config) -> Callable[[str], list[Take]]:
-    rotary = {
-        "self_attn.q_proj": config["num_attention_heads"],
-        "self_attn.k_proj": config["num_key_value_heads"],
-    }
-
-    def takes(name: str) -> list[Take]:
-        found = layer_part(name)
-        if found is None:
-            return [Take(_OUTER[name])]
-        layer_id, part = found
-        prefix = f"layers.{layer_id}"
-        if part in _IN_LAYER:
-            return [Take(f"{prefix}.{_IN_LAYER[part]}.weight", rotary_heads=rotary.get(part))]
+    def others(prefix: str, part: str) -> list[Take]:
         expert = expert_part(part)
         if expert is None:
             return [Take(f"{prefix}.{block}.gate.weight") for block in _BLOCKS]
@@ -119,4 +107,4 @@ def _takes(config: Config) -> Callable[[str], list[Take]]:
             ),
         ]
 
-    return takes
+    return takes_by_part(config, "layers", _OUTER, _IN_LAYER, others)

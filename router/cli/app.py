@@ -5,7 +5,8 @@ Neither torch nor ray nor transformers is imported before a command that needs i
 
 from __future__ import annotations
 
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -13,7 +14,7 @@ from typer.core import TyperGroup
 from router.cli.bench import bench
 from router.cli.chat import chat
 from router.cli.check import check
-from router.cli.common import exit_codes
+from router.cli.common import exit_codes, write
 from router.cli.config import config
 from router.cli.convert import convert
 from router.cli.doctor import doctor
@@ -31,16 +32,37 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        write(f"expertmesh {version('expertmesh')}\n")
+        raise typer.Exit
+
+
 app = typer.Typer(
     cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+)
+
+
+@app.callback(
     help="Serve Mixture-of-Experts models from expert actors.\n\n"
     "Exit codes: 0 ok, 1 the server refused or failed, 2 bad usage or configuration, "
     "3 no server answers at the address, 130 interrupted.",
 )
+def _options(
+    print_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+        ),
+    ] = False,
+) -> None:
+    """Take what stands before a command."""
+
+
 app.command()(generate)
 app.command()(chat)
 app.command()(status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,11 +57,13 @@ def train(
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    if not can_draw():
-        typer.echo("no picture of the experts: it needs pip install 'expertmesh[plots]'", err=True)
     again = _command(config, text, out, dense, beside or [])
     try:
         settings = load_config(config)
+        if not can_draw():
+            sys.stderr.write(
+                "no picture of the experts: it needs pip install 'expertmesh[plots]'\n"
+            )
         with _Display(settings.optimization.steps) as display, _gentle_stop(display) as stop:
             record = run(
                 settings,

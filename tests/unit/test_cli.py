@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.unit.gateway_fakes import FakeUpstream, grpc_server, says, tokenizer
 from tests.unit.terminal import Terminal
 
 NOBODY = "127.0.0.1:1"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -37,6 +39,15 @@ def address(upstream: FakeUpstream) -> Iterator[str]:
 
 def run(*args: str) -> Result:
     return CliRunner().invoke(app, args)
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    result = run("--version")
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert (result.exit_code, result.stdout) == (
+        0,
+        f"expertmesh {declared['project']['version']}\n",
+    )
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
