@@ -236,7 +236,10 @@ class Controller:
         )
 
     async def _say_why_it_waits(self, actor_id: str, handle: ActorHandle) -> None:
-        """Log what an actor lacks that Ray finds no place for; Ray itself says nothing here."""
+        """Log what an actor lacks that Ray finds no place for; Ray itself says nothing here.
+
+        One that waits for a certain node is ended, and its successor may come on any.
+        """
         for notices in itertools.count():
             await asyncio.sleep(PLACE_NOTICE_S * 2 ** min(notices, 5))
             try:
@@ -247,6 +250,9 @@ class Controller:
             except TimeoutError:
                 why = await asyncio.to_thread(self._pool.shortage, actor_id)
                 logger.warning("%s waits for a place: %s", actor_id, why)
+                if self._min_copies > 1 and self._nodes.pop(actor_id, ""):
+                    self._pool.kill(handle)
+                    return
 
     async def _load_typed(
         self, handle: ActorHandle, epoch: int, keys: list[ExpertKey]

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node  # nothing public tells it by node
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError
 from ray.util import list_named_actors
@@ -82,7 +83,8 @@ class ExpertPool:
     ) -> ActorHandle:
         """Ask Ray for a new actor; returns at once, the first call waits for its start.
 
-        It comes on ``node``, when that is given and has room, else wherever Ray puts it.
+        It comes on ``node``, when that is given and lives, and waits there for room; else wherever
+        Ray puts it.
         """
         spec = self._specs[actor_id]
         options = actor_options(spec, actor_name(self._app, actor_id, generation))
@@ -109,8 +111,13 @@ class ExpertPool:
         return shortage(self._needed(actor_id), ray.nodes())
 
     def nodes_for(self, actor_id: str) -> list[str]:
-        """Return the living nodes that an actor could be on, were nothing else there."""
-        return [node["NodeID"] for node in _fitting(self._needed(actor_id), ray.nodes())]
+        """Return the living nodes that have room for an actor now."""
+        needed, free = self._needed(actor_id), available_resources_per_node()
+        return [
+            node["NodeID"]
+            for node in _fitting(needed, ray.nodes())
+            if _has(free.get(node["NodeID"], {}), needed)
+        ]
 
     def nodes(self) -> list[str]:
         """Return the nodes that live."""
@@ -157,11 +164,11 @@ class ExpertPool:
 def _fitting(
     needed: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]
 ) -> list[Mapping[str, Any]]:
-    return [
-        node
-        for node in nodes
-        if node["Alive"] and all(node["Resources"].get(n, 0) >= needed[n] for n in needed)
-    ]
+    return [node for node in nodes if node["Alive"] and _has(node["Resources"], needed)]
+
+
+def _has(resources: Mapping[str, float], needed: Mapping[str, float]) -> bool:
+    return all(resources.get(name, 0) >= amount for name, amount in needed.items())
 
 
 def shortage(needed: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) -> str:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -189,8 +188,6 @@ class ServedCluster:
     random_folder: Path
     oracle: MixtralForCausalLM
     client: Client
-    removals: dict[str, Callable[[], None]] = field(default_factory=dict)
-    """What takes each node beside the head away without grace, by the node's id."""
     _expected: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = field(default_factory=dict)
 
     def expected(self, prompt: Sequence[int], count: int) -> tuple[int, ...]:
@@ -275,37 +272,28 @@ class ServedCluster:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a cluster is made of: copies of each expert, and nodes beside the head."""
+    """What a cluster is made of: copies of each expert."""
 
     min_copies: int = 1
-    workers: int = 0
 
 
 @contextmanager
-def _running_ray(workers: int) -> Iterator[dict[str, Callable[[], None]]]:
-    """Start Ray; yields what takes each node beside the head away, by the node's id."""
+def _running_ray() -> Iterator[None]:
+    """Start Ray on this machine; ends it."""
     import ray
-    from ray.cluster_utils import Cluster
 
-    quiet: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": "warning",
-        "namespace": "serve",
-    }
-    cluster = None
     try:
-        if workers == 0:
-            ray.init(address="local", num_cpus=8, include_dashboard=False, **quiet)
-            yield {}
-        else:
-            cluster = Cluster(True, head_node_args={"num_cpus": 16, "include_dashboard": False})
-            nodes = [cluster.add_node(num_cpus=1) for _ in range(workers)]
-            ray.init(address=cluster.address, **quiet)
-            yield {node.node_id: partial(cluster.remove_node, node, False) for node in nodes}
+        ray.init(
+            address="local",
+            num_cpus=8,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="warning",
+            namespace="serve",
+        )
+        yield
     finally:
         ray.shutdown()
-        if cluster is not None:
-            cluster.shutdown()
 
 
 @contextmanager
@@ -326,16 +314,14 @@ def served_cluster(folder: Path, shape: Shape) -> Iterator[ServedCluster]:
         "router": {"replicas": 1},
         "gateway": {},
     }
-    if shape.workers:  # routers and the gateway find room on the head only
-        args |= {"router": {"replicas": 1, "num_cpus": 2}, "gateway": {"num_cpus": 2}}
-    with _running_ray(shape.workers) as removals:
+    with _running_ray():
         serve.start(**serve_options(http_port, grpc_port))
         serve.run(build(args), name=APP, route_prefix="/")
         address = f"127.0.0.1:{grpc_port}"
         http_url = f"http://127.0.0.1:{http_port}"
         # Without retries, so that a test sees what the server lets through.
         with Client(address, retry=None) as client:
-            cluster = ServedCluster(http_url, address, args, folder, oracle, client, removals)
+            cluster = ServedCluster(http_url, address, args, folder, oracle, client)
             cluster.wait_whole()
             yield cluster
         serve.shutdown()

@@ -1,8 +1,9 @@
 """A Ray of four nodes on this machine loses one under load; prints what came of it as JSON.
 
 A program of its own, since its Ray cannot live in one process with the tests':
-``python -m tests.fault.node_loss FOLDER``. Serve's processes are on the head, the experts on two
-workers, and the checkpoint on the fourth node only, from which all others fetch what they need.
+``python -m tests.fault.node_loss FOLDER COPIES``. Serve's processes are on the head, the experts on
+two workers, and the checkpoint on the fourth node only, from which all others fetch what they need.
+With one copy of each expert a reader of the checkpoint is lost, too.
 """
 
 from __future__ import annotations
@@ -35,41 +36,43 @@ from tests.cluster_fixture import is_alive, prompt_of, transformers_tokens
 from tests.fault.hub_cache import HUB_ID, cache_environment, make_cache
 from tests.fault.load import Case, Load, Wait
 
-MODEL, ACTORS, LENGTH, STREAMS, UNARY = "random", 3, 24, 3, 2
+MODEL, LENGTH, STREAMS, UNARY = "random", 24, 3, 2
 DEADLINE_S, LIMIT_S, GONE_S, POLL_S = 30.0, 120.0, 20.0, 0.1
 HEAD_CPUS, WORKER_CPUS = 1, 4
 FAST, EXPERT_BYTES = "fast", 3 * 64 * 96 * 4
 APP, READER = "expertmesh", "ray::CheckpointReader"
-ARGS = {
-    "models": [{"id": MODEL, "path": HUB_ID}],
-    # More than Serve leaves of the head: there is no room for an expert beside Serve's processes.
-    # A resource of our own stands for GPUs; budgets leave room for a single expert more.
-    "experts": {
-        "pools": [
-            {"name": "fast", "actors": 2, "num_cpus": 1.0, "resources": {FAST: 1}}
-            | {"memory_budget_bytes": 10 * EXPERT_BYTES},
-            {"name": "slow", "actors": 1, "num_cpus": 1.0}
-            | {"memory_budget_bytes": 5 * EXPERT_BYTES},
-        ]
-    },
+MODELS = [{"id": MODEL, "path": HUB_ID}]
+# More than Serve leaves of the head: there is no room for an expert beside Serve's processes.
+NUM_CPUS = 1.0
+# A resource of our own stands for GPUs; budgets leave room for a single expert more.
+POOLS = [
+    {"name": "fast", "actors": 2, "num_cpus": NUM_CPUS, "resources": {FAST: 1}}
+    | {"memory_budget_bytes": 10 * EXPERT_BYTES},
+    {"name": "slow", "actors": 1, "num_cpus": NUM_CPUS, "memory_budget_bytes": 5 * EXPERT_BYTES},
+]
+EXPERTS = {
+    1: {"pools": POOLS},
+    2: {"actors": 2, "num_cpus": NUM_CPUS, "min_copies": 2},
 }
+"""What serves, by how many copies there are."""
 
 
 def wait_status(client: Client, condition: Callable[[ClusterStatus], bool]) -> ClusterStatus:
     """Return the first status that satisfies ``condition``; raises ``TimeoutError``."""
     pause, deadline_s = threading.Event(), time.monotonic() + LIMIT_S
+    told: ClusterStatus | None = None
     while time.monotonic() < deadline_s:
         with suppress(ExpertMeshError):
             told = client.status()
             if condition(told):
                 return told
         pause.wait(POLL_S)
-    raise TimeoutError(f"the cluster did not become as it should in {LIMIT_S} s")
+    raise TimeoutError(f"the cluster did not become as it should in {LIMIT_S} s: {told}")
 
 
 def is_whole(told: ClusterStatus) -> bool:
     """Tell whether every expert has a living copy."""
-    return told.missing_experts == 0 and len(told.actors) == ACTORS
+    return told.missing_experts == 0 and told.live_copies >= told.min_copies
 
 
 def readers() -> list[psutil.Process]:
@@ -155,7 +158,6 @@ def lose_a_node(cluster: Cluster, client: Client, oracle: MixtralForCausalLM) ->
         "longest_wait_s": max(wait.took_s for wait in waits),
         "requests": outcome.requests,
         "failures": dict(outcome.failures),
-        **lose_a_reader(client, after.actors[-1]),
     }
 
 
@@ -170,8 +172,9 @@ def actors_left() -> list[str]:
         pause.wait(POLL_S)
 
 
-def main(work: Path) -> int:
+def main(work: Path, copies: int) -> int:
     """Run; returns the exit status."""
+    args = {"models": MODELS, "experts": EXPERTS[copies]}
     oracle = save_mixtral(make_cache(work / "full"))
     full, empty = cache_environment(work / "full"), cache_environment(work / "empty")
     os.environ |= empty  # the builder's too
@@ -183,11 +186,13 @@ def main(work: Path) -> int:
         cluster.add_node(num_cpus=0, env_vars=full)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
         serve.start(**serve_options(http_port, grpc_port) | {"proxy_location": "HeadOnly"})
-        serve.run(build(ARGS), name=APP, route_prefix="/")
+        serve.run(build(args), name=APP, route_prefix="/")
         for _ in range(2):  # only now, so that Serve's processes are on the head
             cluster.add_node(num_cpus=WORKER_CPUS, resources={FAST: 2}, env_vars=empty)
         with Client(f"127.0.0.1:{grpc_port}") as client:
             result = lose_a_node(cluster, client, oracle)
+            if copies == 1:
+                result |= lose_a_reader(client, client.status().actors[-1])
         serve.shutdown()
         written = [str(file) for file in (work / "empty").rglob("*") if file.is_file()]
         print(json.dumps({**result, "left": actors_left(), "written": written}))
@@ -198,4 +203,4 @@ def main(work: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -917,6 +917,32 @@ def test_what_an_actor_without_a_place_waits_for_is_logged(
     run(test)
 
 
+def test_a_successor_for_which_its_predecessors_node_has_no_room_comes_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(controller_module, "PLACE_NOTICE_S", 0.01)
+
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        pool.node_ids = ["n1", "n2"]
+        async with running(2, pool, min_copies=2) as cluster:
+            await cluster.until(lambda p: p.fewest_copies() == 2)
+
+            async def waits(actor: FakeActor) -> None:
+                actor.hung = actor.node == "n1"  # another program took the room
+                while actor.hung and actor.alive:
+                    await asyncio.sleep(0.001)
+
+            pool.load_gate = waits
+            pool.node_ids = ["n2"]
+            pool.of("expert-0")[0].alive = False
+            await cluster.until(lambda p: p.generations.get("expert-0") == 3)
+            successors = [(a.generation, a.node, a.alive) for a in pool.of("expert-0")[1:]]
+            assert successors == [(2, "n1", False), (3, "n2", True)]
+
+    run(test)
+
+
 def test_the_status_tells_what_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "MEMBER_TTL_S", 1000)
     monkeypatch.setattr(controller_module, "HEARTBEAT_PERIOD_S", 3600)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
+import cluster.pool as pool_module
 from cluster.pool import ExpertPool, actor_options, shortage
 from cluster.spec import ActorSpec
 
@@ -69,3 +70,15 @@ def test_what_an_actor_waits_for_is_told() -> None:
     assert shortage(needed, [*nodes, node(CPU=2.0, GPU=1.0)]) == (
         "it needs CPU 2, GPU 1, which is in use on all nodes that have it (1)"
     )
+
+
+def test_a_node_without_free_room_is_no_place_to_move_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = ExpertPool("app", {"a": ActorSpec("app", (), 1.5, 0.0, 1, 100)}, object)
+    nodes = [
+        {"NodeID": name} | node(alive, CPU=cpus)
+        for name, alive, cpus in [("free", True, 4), ("full", True, 4), ("dead", False, 4)]
+    ]
+    monkeypatch.setattr(pool_module.ray, "nodes", lambda: nodes)
+    free = {"free": {"CPU": 1.5}, "full": {"CPU": 1.0}, "dead": {"CPU": 4.0}}
+    monkeypatch.setattr(pool_module, "available_resources_per_node", lambda: free)
+    assert pool.nodes_for("a") == ["free"]
