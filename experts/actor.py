@@ -49,6 +49,7 @@ logger = logging.getLogger("expertmesh.actor")
 @dataclass(slots=True)
 class _Waiting:
     frame: DispatchFrame
+    since_s: float
     answer: Parts | None = None
 
 
@@ -71,6 +72,10 @@ class ExpertActor:
         self._computing = False
         self._changed = threading.Condition()
         self._steps = 0
+        # Written by the thread that computes alone, so that counting needs no lock.
+        self._frames = 0
+        self._busy_s = 0.0
+        self._waited_s = 0.0
         tls = None if spec.tls is None else spec.tls.server_context()
         self._streams = StreamServer(self.compute_all, ray.util.get_node_ip_address(), tls)
         self._lease = Lease(time.monotonic())
@@ -164,6 +169,9 @@ class ExpertActor:
             tokens=dict(self._bank.tokens),
             queued_rows=self._queued_rows,
             steps=self._steps,
+            frames=self._frames,
+            busy_s=self._busy_s,
+            waited_s=self._waited_s,
             fetched_bytes=sum(remote.fetched_bytes for remote in remotes),
             fetched_s=sum(remote.fetched_s for remote in remotes),
         )
@@ -200,7 +208,7 @@ class ExpertActor:
 
     def _enqueue(self, frame: DispatchFrame) -> _Waiting:
         """Have a frame wait for its products, or refuse it; under the lock."""
-        waiting = _Waiting(frame)
+        waiting = _Waiting(frame, time.monotonic())
         rows = self._queued_rows
         if rows > 0 and rows + frame.num_pairs > self._spec.max_queue_rows:
             full = OverloadedError(f"{rows} rows wait already", "queue", 0.01)
@@ -213,12 +221,16 @@ class ExpertActor:
     def _answer(self, batch: list[_Waiting]) -> None:
         """Compute a batch; whatever happens, nobody waits for this thread for ever."""
         answers: list[Parts] = []
+        begun_s = time.monotonic()
+        self._frames += len(batch)
+        self._waited_s += sum(begun_s - waiting.since_s for waiting in batch)
         try:
             answers = self._compute_batch(batch)
         finally:
             if not answers:
                 failure = InternalError("the expert actor failed to compute the batch")
                 answers = [_error(w.frame.request_id, failure) for w in batch]
+            self._busy_s += time.monotonic() - begun_s
             with self._changed:
                 for done, answer in zip(batch, answers, strict=True):
                     done.answer = answer
