@@ -32,12 +32,13 @@ from cluster.errors import (
 from cluster.frames import Buffer, DispatchFrame, ErrorFrame, Parts, decode, encode
 from cluster.lease import Lease, end_when_orphaned
 from cluster.placement import ExpertKey
-from cluster.spec import ActorReport, ActorSpec
+from cluster.spec import EMULATED, ActorReport, ActorSpec
 from cluster.stream.offer import Network, StreamOffer
 from cluster.stream.server import StreamServer
 from cluster.tensors import TORCH_DTYPES
-from experts.bank import ExpertBank, GatedFfnExpert
+from experts.bank import Expert, ExpertBank, GatedFfnExpert
 from experts.checkpoint import Checkpoint, RemoteFiles
+from experts.emulated import EmulatedExpert
 from experts.ffn import ACTIVATIONS
 from experts.peers import open_model
 from experts.ray_peers import RayNeighbours
@@ -145,11 +146,15 @@ class ExpertActor:
                     )
                 checkpoint = self._checkpoints[key.model]
                 dtype = TORCH_DTYPES[source.dtype]
-                weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype, self._device)
-                act = ACTIVATIONS[checkpoint.shape.activation]
-                self._bank.experts[key] = GatedFfnExpert(weights, act)
+                self._bank.experts[key] = self._load_one(checkpoint, key, dtype)
             for remote in self._remotes():
                 remote.release()
+
+    def _load_one(self, checkpoint: Checkpoint, key: ExpertKey, dtype: torch.dtype) -> Expert:
+        if self._spec.emulation is not None:
+            return EmulatedExpert(self._spec.emulation, checkpoint.shape.hidden_size, dtype)
+        weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype, self._device)
+        return GatedFfnExpert(weights, ACTIVATIONS[checkpoint.shape.activation])
 
     def _remotes(self) -> list[RemoteFiles]:
         return [c.remote for c in self._checkpoints.values() if c.remote is not None]
@@ -163,7 +168,7 @@ class ExpertActor:
             epoch=self._epoch,
             pid=os.getpid(),
             node=ray.get_runtime_context().get_node_id(),
-            device=str(self._device),
+            device=str(self._device) if self._spec.emulation is None else EMULATED,
             experts=tuple(sorted(self._bank.experts)),
             weight_bytes=self._bank.num_bytes,
             tokens=dict(self._bank.tokens),
