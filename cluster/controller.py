@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -22,11 +22,13 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.schema import ApplicationStatus
 
+from cluster.adopt import adopt
+from cluster.changes import LOAD_TIMEOUT_S, Changes
 from cluster.errors import ExpertMeshError, StaleEpochError
 from cluster.failures import cause_of, kind_of, reason_of
 from cluster.ledger import Ledger
 from cluster.members import Members
-from cluster.placement import ExpertKey, Placement, assign_experts, empty_placement, surplus
+from cluster.placement import ExpertKey, Placement, assign_experts, empty_placement
 from cluster.pool import ExpertPool
 from cluster.progress import LOOK_S, Progress, Silence
 from cluster.spec import ActorReport, PoolSpec, budgets_of
@@ -38,8 +40,6 @@ ADOPT_TIMEOUT_S = 3.0
 SUSPICION_S = 1.0
 """How long a router's word counts, which it repeats for as long as it waits."""
 APP_CHECK_S = 1.0
-LOAD_TIMEOUT_S = 600.0
-UNLOAD_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 30.0
 MAX_WATCH_S = 10.0
 PLACE_NOTICE_S = 10.0
@@ -70,10 +70,12 @@ class Controller:
         self._adopted: dict[str, tuple[ExpertKey, ...]] = {}
         """What each adopted actor held."""
         self._last_generation: dict[str, int] = dict.fromkeys(self._actor_ids, 0)
-        self._shares = self._assign()
+        self._changes = Changes(_Cluster(self), self._assign(), min_copies)
         self._placement: Placement = empty_placement(0, self._models)
         self._changed = asyncio.Condition()
         self._reports: dict[str, ActorReport] = {}
+        self._handles: dict[str, ActorHandle] = {}
+        """The actors that are in the placement."""
         self._members = Members()
         self._suspected = {actor_id: asyncio.Event() for actor_id in self._actor_ids}
         self._suspected_s = dict.fromkeys(self._actor_ids, -math.inf)
@@ -88,7 +90,7 @@ class Controller:
         if self._min_copies > 1 and len(nodes) > 1:
             # Only before anything is served is there time to wait for all actors.
             handles = handles or await self._start_all()
-            self._shares = self._assign()
+            self._changes.shares = self._assign()
         for actor_id in self._actor_ids:
             keeper = self._keep(actor_id, handles.get(actor_id))
             self._tasks.append(asyncio.create_task(keeper, name=f"keep {actor_id}"))
@@ -123,51 +125,21 @@ class Controller:
         return created
 
     async def _adopt(self) -> dict[str, ActorHandle]:
-        found = await asyncio.to_thread(self._pool.find)
+        adopted = await adopt(self._pool, self._specs, ADOPT_TIMEOUT_S)
         ledger = await asyncio.to_thread(self._pool.ledger.read)
-        epoch = ledger.epoch
-        self._last_generation |= ledger.generations
-        adopted: dict[str, ActorHandle] = {}
-        reports: dict[str, ActorReport] = {}
-        found.sort(key=lambda entry: entry[:2])
-        # At once, so that several that hang delay the others by one timeout only.
-        described = await asyncio.gather(*(self._describe(*entry) for entry in found))
-        for (actor_id, generation, handle), report in zip(found, described, strict=True):
-            self._last_generation[actor_id] = max(
-                generation, self._last_generation.get(actor_id, 0)
-            )
-            if report is None:
-                self._pool.kill(handle)
-                continue
-            epoch = max(epoch, report.epoch)
-            if actor_id in adopted:  # an older generation that should be gone
-                self._pool.kill(adopted.pop(actor_id))
-                del reports[actor_id]
-            spec = self._specs.get(actor_id)
-            if spec is not None and report.digest == spec.digest:
-                adopted[actor_id], reports[actor_id] = handle, report
-                self._nodes[actor_id] = report.node
-                self._adopted[actor_id] = report.experts
-            else:
-                logger.info("%s g%d: has another configuration, ending it", actor_id, generation)
-                self._pool.kill(handle)
-        placement = empty_placement(epoch + 1, self._models)
+        for known in (adopted.generations, ledger.generations):
+            for actor_id, generation in known.items():
+                last = self._last_generation.get(actor_id, 0)
+                self._last_generation[actor_id] = max(generation, last)
+        placement = empty_placement(max(adopted.epoch, ledger.epoch) + 1, self._models)
         # From the first: an empty one would tell routers that living experts are lost.
-        for actor_id, report in reports.items():
+        for actor_id, report in adopted.reports.items():
             placement = placement.with_actor(actor_id, report.generation, report.experts)
+            self._nodes[actor_id] = report.node
+            self._adopted[actor_id] = report.experts
         self._placement = placement
         self._write_ledger()
-        return adopted
-
-    async def _describe(
-        self, actor_id: str, generation: int, handle: ActorHandle
-    ) -> ActorReport | None:
-        """Return what an actor says that it is, or ``None`` where it does not answer."""
-        try:
-            return await self._pool.describe(handle, ADOPT_TIMEOUT_S)
-        except (RayActorError, RayTaskError, TimeoutError) as error:
-            logger.warning("%s g%d: not adopted (%s)", actor_id, generation, kind_of(error))
-            return None
+        return adopted.handles
 
     def _write_ledger(self) -> None:
         """Put down what the next controller must go beyond, even if no actor lives to tell it."""
@@ -197,6 +169,8 @@ class Controller:
                 self._pool.kill(handle)
                 handle = None
             self._reports.pop(actor_id, None)
+            self._handles.pop(actor_id, None)
+            self._changes.looked_at()
             if actor_id in self._placement.generations:
                 await self._publish(lambda placement: placement.without(actor_id))
             else:  # it never came up: do not spin
@@ -213,13 +187,13 @@ class Controller:
 
     async def _bring_up(self, actor_id: str, handle: ActorHandle) -> None:
         started_s = time.monotonic()
-        epoch, keys = self._placement.epoch, self._shares[actor_id]
+        epoch, keys = self._placement.epoch, self._changes.shares[actor_id]
         waiting = asyncio.create_task(self._say_why_it_waits(actor_id, handle))
         try:
             report = await self._load_typed(handle, epoch, keys)
         finally:
             waiting.cancel()
-        self._reports[actor_id] = report
+        self._reports[actor_id], self._handles[actor_id] = report, handle
         self._nodes[actor_id] = report.node
         await self._publish(
             lambda placement: placement.with_actor(actor_id, report.generation, report.experts)
@@ -276,7 +250,11 @@ class Controller:
             self._looped_s = time.monotonic()
             if progress.is_hung(report.steps, report.queued_rows, time.monotonic()):
                 raise TimeoutError("rows wait and none is computed")
-            await self._retire(actor_id, handle, report)
+            self._changes.looked_at()
+            after = await self._changes.retire(actor_id, handle, report)
+            if after is not None:
+                self._reports[actor_id] = after
+                self._changes.looked_at()
             try:
                 async with asyncio.timeout(HEARTBEAT_PERIOD_S):
                     await suspected.wait()
@@ -308,7 +286,7 @@ class Controller:
                 lambda: self._placement.fewest_copies() >= self._min_copies
             )
         candidates = await asyncio.to_thread(self._pool.nodes_for, actor_id)
-        node = node_apart(actor_id, candidates, self._shares, self._nodes)
+        node = node_apart(actor_id, candidates, self._changes.shares, self._nodes)
         if node is None:
             return
         logger.info("%s moves to node %s, apart from other copies", actor_id, node[:10])
@@ -317,27 +295,6 @@ class Controller:
         for found_id, _, handle in await asyncio.to_thread(self._pool.find):
             if found_id == actor_id:
                 self._pool.kill(handle)
-
-    async def _retire(self, actor_id: str, handle: ActorHandle, report: ActorReport) -> None:
-        """Have an actor let go what it holds beyond its share, once those who are to hold it do."""
-        beyond = set(report.experts).difference(self._shares[actor_id])
-        if not surplus(self._placement, self._shares, beyond):
-            return
-        retired: list[ExpertKey] = []
-
-        def without(placement: Placement) -> Placement:
-            retired.extend(surplus(placement, self._shares, beyond))
-            return placement.without_copies(actor_id, retired)
-
-        # First the map: only routers that have not heard of it ask for what is gone, and try again.
-        await self._publish(without)
-        epoch = self._placement.epoch
-        try:
-            report = await self._pool.unload(handle, epoch, retired, UNLOAD_TIMEOUT_S)
-        except RayTaskError as error:
-            raise cause_of(error) from None
-        self._reports[actor_id] = report
-        logger.info("%s lets %d experts go", actor_id, len(retired))
 
     async def _heartbeat(self, actor_id: str, handle: ActorHandle) -> ActorReport:
         """Return an actor's report; raises ``TimeoutError`` when it hangs."""
@@ -396,7 +353,8 @@ class Controller:
         ago this controller last finished a look at any actor, and whether Serve deletes the
         application. The call also says that this router or gateway is alive.
         """
-        self._members.heard(kind, ProcessStatus(pid, node))
+        self._members.heard(kind, ProcessStatus(pid, node), (known[0], known[1]))
+        self._changes.known_to_one_more()
         async with self._changed:
             try:
                 async with asyncio.timeout(min(timeout_s, MAX_WATCH_S)):
@@ -449,6 +407,38 @@ class Controller:
         for _, _, handle in await asyncio.to_thread(self._pool.find):
             self._pool.kill(handle)
         await asyncio.to_thread(self._pool.ledger.clear)
+
+
+class _Cluster:
+    """A controller as changes see it."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+
+    @property
+    def pool(self) -> ExpertPool:
+        return self._controller._pool
+
+    @property
+    def placement(self) -> Placement:
+        return self._controller._placement
+
+    @property
+    def reports(self) -> Mapping[str, ActorReport]:
+        return self._controller._reports
+
+    @property
+    def handles(self) -> Mapping[str, ActorHandle]:
+        return self._controller._handles
+
+    async def publish(self, change: Callable[[Placement], Placement]) -> None:
+        await self._controller._publish(change)
+
+    def is_known(self, order: tuple[int, int]) -> bool:
+        return self._controller._members.know("router", order)
+
+    def look_at(self, actor_id: str) -> None:
+        self._controller._suspected[actor_id].set()
 
 
 def app_is_wanted(app: str) -> bool:

@@ -15,6 +15,7 @@ MEMBER_TTL_S = 15.0
 class _Member:
     kind: str
     process: ProcessStatus
+    known: tuple[int, int]
     seen_s: float
 
 
@@ -25,9 +26,9 @@ class Members:
         """Know nobody yet."""
         self._members: dict[str, _Member] = {}
 
-    def heard(self, kind: str, process: ProcessStatus) -> None:
-        """Note that a replica has called."""
-        member = _Member(kind, process, time.monotonic())
+    def heard(self, kind: str, process: ProcessStatus, known: tuple[int, int]) -> None:
+        """Note that a replica has called, and which placement, (epoch, version), it knows."""
+        member = _Member(kind, process, known, time.monotonic())
         self._members[f"{kind}:{process.node}:{process.pid}"] = member
         self._forget()
 
@@ -35,6 +36,11 @@ class Members:
         """Return the replicas of a kind that have called lately."""
         self._forget()
         return tuple(m.process for m in self._members.values() if m.kind == kind)
+
+    def know(self, kind: str, order: tuple[int, int]) -> bool:
+        """Tell whether all replicas of a kind know this placement or a newer one."""
+        self._forget()
+        return all(m.known >= order for m in self._members.values() if m.kind == kind)
 
     def _forget(self) -> None:
         oldest_s = time.monotonic() - MEMBER_TTL_S

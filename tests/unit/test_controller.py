@@ -677,7 +677,9 @@ def test_no_copy_is_let_go_while_one_that_is_to_stay_is_not_there() -> None:
             assert second.controller._placement.missing() == []
             gate.set()
             await second.until(lambda p: len(p.generations) == 2)
-            await happens(lambda: len(kept.keys) == len(second.controller._shares["expert-1"]))
+            await happens(
+                lambda: len(kept.keys) == len(second.controller._changes.shares["expert-1"])
+            )
             assert second.controller._placement.missing() == []
 
     run(test)
