@@ -145,7 +145,9 @@ class ExpertsConfig(_Section):
     tried again. ``call_timeout_s`` is how long a router waits for one answer before it reports the
     actor and tries again. ``transport`` is how frames travel: ``stream`` over connections held open
     to the actors, ``ray`` by Ray calls, ``auto`` over streams and by Ray calls where and while
-    there is none. ``tls`` encrypts the streams between hosts.
+    there is none. ``tls`` encrypts the streams between hosts. ``rebalance_period_s`` is how often
+    copies follow the load by themselves; without it only when ``expertmesh rebalance`` says so,
+    since every move reads weights while requests run.
     """
 
     pools: tuple[PoolConfig, ...] | None = Field(default=None, min_length=1, max_length=32)
@@ -160,6 +162,7 @@ class ExpertsConfig(_Section):
     call_timeout_s: float = Field(default=10.0, gt=0)
     transport: TransportKind = "auto"
     tls: TlsConfig | None = None
+    rebalance_period_s: float | None = Field(default=None, ge=1, le=86_400)
 
     @field_validator("pools")
     @classmethod

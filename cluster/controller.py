@@ -31,6 +31,7 @@ from cluster.members import Members
 from cluster.placement import ExpertKey, Placement, assign_experts, empty_placement
 from cluster.pool import ExpertPool
 from cluster.progress import LOOK_S, Progress, Silence
+from cluster.rebalance import Rebalancer
 from cluster.spec import ActorReport, PoolSpec, budgets_of
 from cluster.spread import node_apart
 from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
@@ -55,9 +56,18 @@ class Controller:
     """Keeps the expert actors of one application; a Serve deployment of one replica."""
 
     def __init__(
-        self, app: str, pools: Sequence[PoolSpec], actor_class: type, min_copies: int = 1
+        self,
+        app: str,
+        pools: Sequence[PoolSpec],
+        actor_class: type,
+        min_copies: int = 1,
+        rebalance_period_s: float | None = None,
     ) -> None:
-        """Set up; :meth:`start` adopts or creates the actors."""
+        """Set up; :meth:`start` adopts or creates the actors.
+
+        Copies follow the load every ``rebalance_period_s``, or only when :meth:`rebalance` is
+        called.
+        """
         self._app = app
         self._models = [source.experts for source in pools[0].actor.models]
         self._specs = {actor_id: pool.actor for pool in pools for actor_id in pool.actor_ids()}
@@ -70,7 +80,13 @@ class Controller:
         self._adopted: dict[str, tuple[ExpertKey, ...]] = {}
         """What each adopted actor held."""
         self._last_generation: dict[str, int] = dict.fromkeys(self._actor_ids, 0)
-        self._changes = Changes(_Cluster(self), self._assign(), min_copies)
+        cluster = _Cluster(self)
+        self._changes = Changes(cluster, self._assign(), min_copies)
+        pool_of = {actor_id: pool.name for pool in pools for actor_id in pool.actor_ids()}
+        self._rebalancer = Rebalancer(
+            self._models, pool_of, self._budgets_bytes, min_copies, cluster, self._changes
+        )
+        self._rebalance_period_s = rebalance_period_s
         self._placement: Placement = empty_placement(0, self._models)
         self._changed = asyncio.Condition()
         self._reports: dict[str, ActorReport] = {}
@@ -96,6 +112,9 @@ class Controller:
             self._tasks.append(asyncio.create_task(keeper, name=f"keep {actor_id}"))
         if self._min_copies > 1:
             self._tasks.append(asyncio.create_task(self._use_nodes(set(nodes)), name="nodes"))
+        if self._rebalance_period_s is not None:
+            rebalancing = self._rebalancer.run_forever(self._rebalance_period_s)
+            self._tasks.append(asyncio.create_task(rebalancing, name="rebalance"))
 
     def _assign(self) -> dict[str, list[ExpertKey]]:
         # An actor that is new to the pool is to get a share of what the others hold.
@@ -170,6 +189,7 @@ class Controller:
                 handle = None
             self._reports.pop(actor_id, None)
             self._handles.pop(actor_id, None)
+            self._rebalancer.tracker.forget(actor_id)
             self._changes.looked_at()
             if actor_id in self._placement.generations:
                 await self._publish(lambda placement: placement.without(actor_id))
@@ -247,6 +267,7 @@ class Controller:
             except RayTaskError as error:
                 raise cause_of(error) from None
             self._reports[actor_id] = report
+            self._rebalancer.tracker.observe(report, time.monotonic())
             self._looped_s = time.monotonic()
             if progress.is_hung(report.steps, report.queued_rows, time.monotonic()):
                 raise TimeoutError("rows wait and none is computed")
@@ -394,6 +415,20 @@ class Controller:
             min_copies=self._min_copies,
             live_copies=self._placement.fewest_copies(),
         ).to_wire()
+
+    async def load(self) -> dict[str, Any]:
+        """Return :class:`LoadStatus` as plain data."""
+        return self._rebalancer.load().to_wire()
+
+    async def rebalance(self, dry_run: bool) -> dict[str, Any]:
+        """Spread the load of now, or only tell how; see :meth:`Rebalancer.rebalance`.
+
+        Returns ``{"report": …}``, a :class:`RebalanceReport` as plain data, or ``{"error": …}``.
+        """
+        try:
+            return {"report": (await self._rebalancer.rebalance(dry_run)).to_wire()}
+        except ExpertMeshError as error:  # Serve would wrap it
+            return {"error": error.to_wire()}
 
     async def close(self) -> None:
         """Stop keeping; end the actors too when Serve is deleting the application.

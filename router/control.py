@@ -28,7 +28,14 @@ class ControllerDeployment(Controller):
         app = serve.get_replica_context().app_name
         with failures_logged("the controller"):
             named = [replace(pool, actor=replace(pool.actor, app=app)) for pool in pools]
-            super().__init__(app, named, RemoteExpertActor, config.experts.min_copies)
+            experts = config.experts
+            super().__init__(
+                app,
+                named,
+                RemoteExpertActor,
+                experts.min_copies,
+                experts.rebalance_period_s,
+            )
             await self.start()
         self._deletion = asyncio.create_task(self.look_for_deletion(), name="deletion")
 

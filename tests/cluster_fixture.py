@@ -157,6 +157,11 @@ class StreamReader:
             assert came, f"only {len(self.token_ids)} tokens in {timeout_s} s"
             assert not self._ended, f"the stream ended before the fault: {self.error!r}"
 
+    def wait_change(self, timeout_s: float) -> None:
+        """Wait until another piece has come or the stream is over, at most so long."""
+        with self._changed:
+            self._changed.wait(timeout_s)
+
     def wait_end(self, timeout_s: float = 60.0) -> None:
         """Wait until the stream is over."""
         with self._changed:

@@ -19,6 +19,7 @@ from router.cli.config import config
 from router.cli.convert import convert
 from router.cli.doctor import doctor
 from router.cli.generate import generate
+from router.cli.load import load, placement, rebalance
 from router.cli.plan import plan
 from router.cli.serve import serve
 from router.cli.status import status
@@ -68,6 +69,9 @@ app.command()(serve)
 app.command()(generate)
 app.command()(chat)
 app.command()(status)
+app.command()(load)
+app.command()(placement)
+app.command()(rebalance)
 app.command()(bench)
 app.command()(check)
 app.add_typer(config, name="config")

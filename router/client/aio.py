@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 
 from cluster.errors import ExpertMeshError, UnavailableError
+from cluster.load_status import LoadStatus, RebalanceReport
 from cluster.retry import RetryPolicy
 from cluster.status import ClusterStatus
 from router.attempts import Attempts
@@ -18,6 +19,7 @@ from router.client.session import (
     DEFAULT_RETRY,
     DEFAULT_TIMEOUT_S,
     INFO_TIMEOUT_S,
+    REBALANCE_TIMEOUT_S,
     Session,
 )
 from router.client.types import Message, ModelInfo, Reply, Sampling, UnreachableError
@@ -25,7 +27,9 @@ from router.client.wire import (
     CHANNEL_OPTIONS,
     call_options,
     choices_of,
+    load_of,
     models_of,
+    rebalance_of,
     reply_of,
     status_of,
 )
@@ -158,6 +162,17 @@ class AsyncClient:
         """Return what the controller knows of the cluster."""
         request = admin_pb2.GetStatusRequest()
         return status_of(await self._call(self._admin.GetStatus(request, timeout=INFO_TIMEOUT_S)))
+
+    async def load(self) -> LoadStatus:
+        """Return the load of experts and devices lately, and the last rebalancings."""
+        request = admin_pb2.GetLoadRequest()
+        return load_of(await self._call(self._admin.GetLoad(request, timeout=INFO_TIMEOUT_S)))
+
+    async def rebalance(self, dry_run: bool = False) -> RebalanceReport:
+        """Have copies of experts follow the load, or with ``dry_run`` only be told how."""
+        request = admin_pb2.RebalanceRequest(dry_run=dry_run)
+        call = self._admin.Rebalance(request, timeout=REBALANCE_TIMEOUT_S)
+        return rebalance_of(await self._call(call))
 
     async def _call(self, work: Awaitable[Any]) -> Any:
         try:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
 
 from cluster.errors import ExpertMeshError, UnavailableError
+from cluster.load_status import LoadStatus, RebalanceReport
 from cluster.retry import RetryPolicy
 from cluster.status import ClusterStatus
 from router.attempts import Attempts
@@ -21,6 +23,7 @@ from router.client.session import (
     DEFAULT_RETRY,
     DEFAULT_TIMEOUT_S,
     INFO_TIMEOUT_S,
+    REBALANCE_TIMEOUT_S,
     Session,
 )
 from router.client.types import Message, ModelInfo, Reply, Sampling
@@ -28,7 +31,9 @@ from router.client.wire import (
     CHANNEL_OPTIONS,
     call_options,
     choices_of,
+    load_of,
     models_of,
+    rebalance_of,
     reply_of,
     status_of,
 )
@@ -161,6 +166,20 @@ class Client:
         request = admin_pb2.GetStatusRequest()
         answer = self._call(lambda: self._admin.GetStatus(request, timeout=INFO_TIMEOUT_S))
         return status_of(answer)
+
+    def load(self) -> LoadStatus:
+        """Return the load of experts and devices lately, and the last rebalancings."""
+        request = admin_pb2.GetLoadRequest()
+        return load_of(self._call(lambda: self._admin.GetLoad(request, timeout=INFO_TIMEOUT_S)))
+
+    def rebalance(self, dry_run: bool = False) -> RebalanceReport:
+        """Have copies of experts follow the load, or with ``dry_run`` only be told how.
+
+        Returns when that is done; raises :class:`UnavailableError` while experts lack copies.
+        """
+        request = admin_pb2.RebalanceRequest(dry_run=dry_run)
+        call = partial(self._admin.Rebalance, request, timeout=REBALANCE_TIMEOUT_S)
+        return rebalance_of(self._call(call))
 
     def _call(self, work: Callable[[], Any]) -> Any:
         try:

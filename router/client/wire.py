@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 
 from cluster.errors import ExpertMeshError
+from cluster.load_status import LoadStatus, RebalanceReport
 from cluster.status import ClusterStatus
 from router.attempts import Attempts
 from router.client.types import ModelInfo, Reply, Sampling, UnreachableError, Usage
@@ -121,3 +122,24 @@ def status_of(answer: Any) -> ClusterStatus:
         "live_copies": answer.live_copies,
     }
     return ClusterStatus.from_wire(wire)
+
+
+def load_of(answer: Any) -> LoadStatus:
+    """Return what a ``GetLoadReply`` tells."""
+    return LoadStatus.from_wire(_plain(answer))
+
+
+def rebalance_of(answer: Any) -> RebalanceReport:
+    """Return what a ``RebalanceReply`` tells."""
+    return RebalanceReport.from_wire(_plain(answer))
+
+
+def _plain(message: Any) -> dict[str, Any]:
+    """Return a message's fields, also those that are zero, by their names."""
+    return {
+        field.name: [_plain(one) if field.message_type else one for one in value]
+        if field.is_repeated
+        else value
+        for field in message.DESCRIPTOR.fields
+        for value in [getattr(message, field.name)]
+    }

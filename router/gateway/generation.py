@@ -16,6 +16,7 @@ from cluster.errors import (
     InternalError,
     InvalidRequestError,
 )
+from cluster.load_status import LoadStatus, RebalanceReport
 from cluster.status import ClusterStatus
 from router.gateway.detokenize import ChoiceText
 from router.gateway.metrics import Metrics
@@ -93,6 +94,14 @@ class GenerationService:
     async def status(self) -> ClusterStatus:
         """Return what the controller knows of the cluster."""
         return await self._upstream.status()
+
+    async def load(self) -> LoadStatus:
+        """Return the load of experts and devices lately."""
+        return await self._upstream.load()
+
+    async def rebalance(self, dry_run: bool) -> RebalanceReport:
+        """Spread the load over the actors, or only tell how."""
+        return await self._upstream.rebalance(dry_run)
 
     async def generate(
         self, checked: CheckedRequest, surface: Surface

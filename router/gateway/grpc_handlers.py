@@ -95,6 +95,17 @@ class GrpcHandlers:
             ]
         return admin_pb2.GetStatusReply(**wire)
 
+    async def get_load(self, data: bytes) -> Any:
+        """Return the load of experts and devices lately."""
+        _parse(admin_pb2.GetLoadRequest, data)
+        return admin_pb2.GetLoadReply(**(await self.service.load()).to_wire())
+
+    async def rebalance(self, data: bytes) -> Any:
+        """Spread the load over the actors, or only tell how."""
+        request = _parse(admin_pb2.RebalanceRequest, data)
+        report = await self.service.rebalance(request.dry_run)
+        return admin_pb2.RebalanceReply(**report.to_wire())
+
     async def check_health(self, data: bytes) -> Any:
         """Answer ``grpc.health.v1.Health/Check``; an unknown service is NOT_FOUND."""
         name = _parse(health_pb2.HealthCheckRequest, data).service

@@ -30,7 +30,7 @@ _MAX_WATCH_S = 60.0
 again, and reaches its successor."""
 _UNARY = {
     "expertmesh.v1.Inference": ("Generate", "GetModelInfo"),
-    "expertmesh.v1.Admin": ("GetStatus",),
+    "expertmesh.v1.Admin": ("GetStatus", "GetLoad", "Rebalance"),
     "grpc.health.v1.Health": ("Check", "List"),
 }
 _STREAM = {
@@ -184,6 +184,16 @@ class GrpcMethods:
         """Serve ``Admin/GetStatus``."""
         empty = admin_pb2.GetStatusReply
         return await _unary(self.grpc_handlers.get_status(request), empty, grpc_context)
+
+    async def GetLoad(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
+        """Serve ``Admin/GetLoad``."""
+        empty = admin_pb2.GetLoadReply
+        return await _unary(self.grpc_handlers.get_load(request), empty, grpc_context)
+
+    async def Rebalance(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
+        """Serve ``Admin/Rebalance``."""
+        empty = admin_pb2.RebalanceReply
+        return await _unary(self.grpc_handlers.rebalance(request), empty, grpc_context)
 
     async def Check(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
         """Serve ``Health/Check``."""

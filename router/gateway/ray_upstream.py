@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +34,7 @@ from cluster.errors import (
     being_deleted,
     error_from_wire,
 )
+from cluster.load_status import LoadStatus, RebalanceReport
 from cluster.retry import Retries, RetryBudget, RetryPolicy
 from cluster.status import ClusterStatus
 from router.link import LinkAddress, LinkServer
@@ -43,6 +44,7 @@ from router.readiness import Readiness, readiness
 from router.request import GenerationRequest, Receipts, TokenEvent, merge_events
 
 STATUS_TIMEOUT_S = 5.0
+REBALANCE_TIMEOUT_S = 900.0
 RESEND = RetryPolicy(first_delay_s=0.1, max_delay_s=1.0)
 RESEND_TOKENS = 8192
 """A dying router may take along all requests of a gateway at once, which must not use up half."""
@@ -188,12 +190,21 @@ class RayUpstream:
 
     async def status(self) -> ClusterStatus:
         """See :class:`Upstream`."""
-        try:
-            async with asyncio.timeout(STATUS_TIMEOUT_S):
-                wire = await self._controller.status.remote()
-        except (RayActorError, RayServeException, TimeoutError):
-            raise UnavailableError("the controller does not answer", "", 1.0) from None
+        wire = await _answered(self._controller.status.remote(), STATUS_TIMEOUT_S)
         return ClusterStatus.from_wire(wire)
+
+    async def load(self) -> LoadStatus:
+        """See :class:`Upstream`."""
+        return LoadStatus.from_wire(
+            await _answered(self._controller.load.remote(), STATUS_TIMEOUT_S)
+        )
+
+    async def rebalance(self, dry_run: bool) -> RebalanceReport:
+        """See :class:`Upstream`."""
+        told = await _answered(self._controller.rebalance.remote(dry_run), REBALANCE_TIMEOUT_S)
+        if "error" in told:
+            raise error_from_wire(told["error"])
+        return RebalanceReport.from_wire(told["report"])
 
     def ready(self) -> Readiness:
         """See :class:`Upstream`."""
@@ -203,6 +214,15 @@ class RayUpstream:
         if self._is_deleted:
             told = replace(told, reason=being_deleted().message, is_deleted=True)
         return told
+
+
+async def _answered(call: Awaitable[Any], timeout_s: float) -> Any:
+    """Return the controller's answer; raises ``UnavailableError`` where there is none in time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await call
+    except (RayActorError, RayServeException, TimeoutError):
+        raise UnavailableError("the controller does not answer", "", 1.0) from None
 
 
 def make_upstream(

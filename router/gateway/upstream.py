@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
+from cluster.load_status import LoadStatus, RebalanceReport
 from cluster.status import ClusterStatus
 from router.readiness import Readiness
 from router.request import GenerationRequest, TokenEvent
@@ -30,6 +31,14 @@ class Upstream(Protocol):
 
     async def status(self) -> ClusterStatus:
         """Return what the controller knows; raises ``UnavailableError`` while it is away."""
+        ...
+
+    async def load(self) -> LoadStatus:
+        """Return the load of experts and devices; raises ``UnavailableError`` as above."""
+        ...
+
+    async def rebalance(self, dry_run: bool) -> RebalanceReport:
+        """Spread the load, or tell how; raises ``UnavailableError`` also where it is refused."""
         ...
 
     def ready(self) -> Readiness:

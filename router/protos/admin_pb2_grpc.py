@@ -39,6 +39,16 @@ class AdminStub:
                 request_serializer=router_dot_protos_dot_admin__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=router_dot_protos_dot_admin__pb2.GetStatusReply.FromString,
                 _registered_method=True)
+        self.GetLoad = channel.unary_unary(
+                '/expertmesh.v1.Admin/GetLoad',
+                request_serializer=router_dot_protos_dot_admin__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=router_dot_protos_dot_admin__pb2.GetLoadReply.FromString,
+                _registered_method=True)
+        self.Rebalance = channel.unary_unary(
+                '/expertmesh.v1.Admin/Rebalance',
+                request_serializer=router_dot_protos_dot_admin__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=router_dot_protos_dot_admin__pb2.RebalanceReply.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -51,6 +61,20 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLoad(self, request, context):
+        """Tells the load of experts and devices lately, who holds what, and the last rebalancings.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rebalance(self, request, context):
+        """Spreads the load over the actors; answers when that is done, or says why not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +82,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=router_dot_protos_dot_admin__pb2.GetStatusRequest.FromString,
                     response_serializer=router_dot_protos_dot_admin__pb2.GetStatusReply.SerializeToString,
+            ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=router_dot_protos_dot_admin__pb2.GetLoadRequest.FromString,
+                    response_serializer=router_dot_protos_dot_admin__pb2.GetLoadReply.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=router_dot_protos_dot_admin__pb2.RebalanceRequest.FromString,
+                    response_serializer=router_dot_protos_dot_admin__pb2.RebalanceReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +121,60 @@ class Admin:
             '/expertmesh.v1.Admin/GetStatus',
             router_dot_protos_dot_admin__pb2.GetStatusRequest.SerializeToString,
             router_dot_protos_dot_admin__pb2.GetStatusReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/GetLoad',
+            router_dot_protos_dot_admin__pb2.GetLoadRequest.SerializeToString,
+            router_dot_protos_dot_admin__pb2.GetLoadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/Rebalance',
+            router_dot_protos_dot_admin__pb2.RebalanceRequest.SerializeToString,
+            router_dot_protos_dot_admin__pb2.RebalanceReply.FromString,
             options,
             channel_credentials,
             insecure,

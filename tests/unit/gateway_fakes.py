@@ -15,6 +15,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cluster.config import GatewayConfig
+from cluster.load_status import (
+    DeviceStatus,
+    ExpertLoad,
+    LoadStatus,
+    Move,
+    RebalanceReport,
+)
 from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
 from router.gateway.generation import GenerationService
 from router.gateway.grpc_handlers import GrpcHandlers
@@ -78,6 +85,36 @@ STATUS = ClusterStatus(
     min_copies=2,
     live_copies=1,
 )
+REBALANCED = RebalanceReport(
+    outcome="committed",
+    moves=(Move("a1", "tiny", 0, 1, True), Move("a0", "tiny", 0, 1, False)),
+    moved_bytes=2_500_000,
+    layers_before=1.5,
+    layers_after=1.0,
+    devices_before=1.25,
+    devices_after=0.0,
+    at_s=1000.0,
+    took_s=0.5,
+    epoch=3,
+    version=8,
+)
+LOAD = LoadStatus(
+    window_s=30.0,
+    layers_balance=1.5,
+    devices_balance=1.25,
+    devices=(
+        DeviceStatus("a0", "n1", 2, 120.0, 0.25, 0.002),
+        DeviceStatus("a1", "n1", 3, 0.0, 0.0, 0.0),
+    ),
+    experts=(
+        ExpertLoad("tiny", 0, 0, 20.0, ("a0", "a1")),
+        ExpertLoad("tiny", 0, 1, 90.0, ("a0",)),
+        ExpertLoad("tiny", 0, 2, 0.0, ("a1",)),
+        ExpertLoad("tiny", 0, 3, 0.0, ("a1",)),
+        ExpertLoad("tiny", 1, 0, 10.0, ()),
+    ),
+    rebalances=(REBALANCED,),
+)
 Script = Callable[[GenerationRequest], Iterable[TokenEvent | Exception]]
 
 
@@ -95,6 +132,8 @@ class FakeUpstream:
         self.closed = threading.Event()
         self.readiness = Readiness("", (3, 7), 0.25)
         self.status_error: Exception | None = None
+        self.rebalances: list[bool] = []
+        self.rebalanced = REBALANCED
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         self.requests.append(request)
@@ -115,6 +154,15 @@ class FakeUpstream:
         if self.status_error is not None:
             raise self.status_error
         return STATUS
+
+    async def load(self) -> LoadStatus:
+        return LOAD
+
+    async def rebalance(self, dry_run: bool) -> RebalanceReport:
+        self.rebalances.append(dry_run)
+        if self.status_error is not None:
+            raise self.status_error
+        return self.rebalanced
 
     def ready(self) -> Readiness:
         return self.readiness

@@ -39,7 +39,7 @@ from tests.unit.gateway_fakes import (
 
 CORRUPT = b"\xff\xff\xff"
 INFERENCE = "/expertmesh.v1.Inference"
-UNARY = ["Generate", "GetModelInfo", "GetStatus", "Check", "List"]
+UNARY = ["Generate", "GetModelInfo", "GetStatus", "GetLoad", "Rebalance", "Check", "List"]
 STREAMS = ["GenerateStream", "Watch"]
 
 

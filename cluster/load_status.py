@@ -1,0 +1,108 @@
+"""What the controller tells of load and of its last rebalancing, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A copy of an expert that comes to an actor (``is_added``) or goes from it."""
+
+    actor_id: str
+    model: str
+    layer: int
+    expert: int
+    is_added: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RebalanceReport:
+    """What one rebalancing decided, and what became of it.
+
+    ``outcome`` is ``committed``, ``planned`` of a dry run, ``balanced`` where nothing was worth
+    moving, or ``failed: `` and why. ``at_s`` is wall clock, ``moved_bytes`` what had to be loaded.
+    The balances are the busiest device's load over the mean one's: averaged over the layers, and of
+    all layers together. ``epoch`` and ``version`` name the placement afterwards.
+    """
+
+    outcome: str
+    moves: tuple[Move, ...]
+    moved_bytes: int
+    layers_before: float
+    layers_after: float
+    devices_before: float
+    devices_after: float
+    at_s: float
+    took_s: float
+    epoch: int
+    version: int
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the report as a msgpack-able dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> RebalanceReport:
+        """Rebuild a report from :meth:`to_wire`."""
+        return cls(**{**wire, "moves": tuple(Move(**move) for move in wire["moves"])})
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLoad:
+    """One logical expert: token rows a second over all its copies lately, and who holds one."""
+
+    model: str
+    layer: int
+    expert: int
+    tokens_per_s: float
+    actors: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStatus:
+    """One actor's device lately.
+
+    ``busy`` is the share of time in which it computed, ``wait_s`` how long a frame waited on
+    average.
+    """
+
+    actor_id: str
+    node: str
+    experts: int
+    tokens_per_s: float
+    busy: float
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadStatus:
+    """The answer of ``Admin/GetLoad``: rates of about the last ``window_s`` seconds.
+
+    ``rebalances`` are the last ones, the newest first.
+    """
+
+    window_s: float
+    layers_balance: float
+    devices_balance: float
+    devices: tuple[DeviceStatus, ...]
+    experts: tuple[ExpertLoad, ...]
+    rebalances: tuple[RebalanceReport, ...]
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the load as a msgpack-able dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> LoadStatus:
+        """Rebuild a load from :meth:`to_wire`."""
+        experts = (ExpertLoad(**{**e, "actors": tuple(e["actors"])}) for e in wire["experts"])
+        return cls(
+            **{
+                **wire,
+                "devices": tuple(DeviceStatus(**one) for one in wire["devices"]),
+                "experts": tuple(experts),
+                "rebalances": tuple(RebalanceReport.from_wire(r) for r in wire["rebalances"]),
+            }
+        )

@@ -1,0 +1,140 @@
+"""``expertmesh load``, ``placement`` and ``rebalance``: the load of experts, and who holds them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cluster.load_status import LoadStatus, RebalanceReport
+from router.cli.common import REFUSED, Address, AsJson, fail, write, write_json
+from router.client import DEFAULT_ADDRESS, Client
+
+SHOWN_MOVES = 20
+
+
+def load(
+    top: Annotated[int, typer.Option(min=0, help="Show so many of the busiest experts.")] = 8,
+    address: Address = DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+) -> None:
+    """Show how busy devices and experts have been lately.
+
+    Example: expertmesh load --top 3
+
+    Balance is the busiest device's load over the mean one's, 1 being perfect: of each layer, and of
+    all layers together.
+    """
+    with Client(address, retry=None) as client:
+        told = client.load()
+    if as_json:
+        write_json(told.to_wire(), indent=2)
+        return
+    write(
+        f"the last {told.window_s:.0f} s or so   balance: {told.layers_balance:.2f} by layer, "
+        f"{told.devices_balance:.2f} in all\n{_last_rebalance(told)}"
+    )
+    console = Console()
+    table = Table("actor", "node", "experts", "tokens/s", "busy", "wait")
+    for device in told.devices:
+        table.add_row(
+            device.actor_id,
+            device.node[:10],
+            str(device.experts),
+            f"{device.tokens_per_s:.0f}",
+            f"{device.busy:.0%}",
+            f"{1000 * device.wait_s:.2f} ms",
+        )
+    console.print(table)
+    busiest = sorted(told.experts, key=lambda expert: -expert.tokens_per_s)[:top]
+    if busiest:
+        table = Table("model", "layer", "expert", "tokens/s", "copies on")
+        for one in busiest:
+            rate, actors = f"{one.tokens_per_s:.0f}", ", ".join(one.actors)
+            table.add_row(one.model, str(one.layer), str(one.expert), rate, actors)
+        console.print(table)
+
+
+def placement(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+    """Show which actors hold each expert, layer by layer.
+
+    Example: expertmesh placement --json
+    """
+    with Client(address, retry=None) as client:
+        told = client.load()
+    if as_json:
+        write_json([asdict(one) for one in told.experts], indent=2)
+        return
+    names = sorted({actor_id for one in told.experts for actor_id in one.actors})
+    table = Table("model", "layer", *names, "without a copy")
+    for model, layer in sorted({(one.model, one.layer) for one in told.experts}):
+        experts = [one for one in told.experts if (one.model, one.layer) == (model, layer)]
+        held = [_ids([e.expert for e in experts if name in e.actors]) for name in names]
+        table.add_row(model, str(layer), *held, _ids([e.expert for e in experts if not e.actors]))
+    Console().print(table)
+
+
+def rebalance(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would move.")] = False,
+    address: Address = DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+) -> None:
+    """Have copies of experts follow their load, while requests run.
+
+    Example: expertmesh rebalance --dry-run
+
+    Returns when the new copies serve and the old ones are let go. Exit code 1 when it is refused or
+    fails; then every expert is where it was, or where the changes made before put it.
+    """
+    with Client(address, retry=None) as client:
+        report = client.rebalance(dry_run)
+    if as_json:
+        write_json(report.to_wire(), indent=2)
+    else:
+        _show(report)
+    if report.outcome.startswith("failed"):
+        fail(report.outcome, REFUSED)
+
+
+def _show(report: RebalanceReport) -> None:
+    write(
+        f"{report.outcome} in {report.took_s:.2f} s: balance by layer "
+        f"{report.layers_before:.2f} -> {report.layers_after:.2f}, in all "
+        f"{report.devices_before:.2f} -> {report.devices_after:.2f}; "
+        f"{report.moved_bytes / 1e6:.1f} MB loaded; placement {report.epoch}.{report.version}\n"
+    )
+    if not report.moves:
+        return
+    table = Table("model", "layer", "expert", "copy")
+    for move in report.moves[:SHOWN_MOVES]:
+        where = f"{'to' if move.is_added else 'from'} {move.actor_id}"
+        table.add_row(move.model, str(move.layer), str(move.expert), where)
+    Console().print(table)
+    if len(report.moves) > SHOWN_MOVES:
+        write(f"and {len(report.moves) - SHOWN_MOVES} more; --json has all\n")
+
+
+def _last_rebalance(told: LoadStatus) -> str:
+    if not told.rebalances:
+        return ""
+    last = told.rebalances[0]
+    copies = sum(move.is_added for move in last.moves)
+    return (
+        f"last rebalancing: {last.outcome}, {copies} copies moved, "
+        f"{max(0.0, time.time() - last.at_s):.0f} s ago\n"
+    )
+
+
+def _ids(expert_ids: list[int]) -> str:
+    """Return ids in short: 0-2, 5."""
+    parts: list[list[int]] = []
+    for expert_id in sorted(expert_ids):
+        if parts and parts[-1][-1] == expert_id - 1:
+            parts[-1].append(expert_id)
+        else:
+            parts.append([expert_id])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

@@ -1,0 +1,208 @@
+"""Rebalancing over a fake pool: from reported counters to copies that follow the load."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from cluster import rebalance as rebalance_module
+from cluster.balance import Plan, plan_copies
+from cluster.batches import batches
+from cluster.changes import Change
+from cluster.errors import UnavailableError
+from cluster.load import LoadTracker
+from cluster.load_status import LoadStatus, RebalanceReport
+from cluster.placement import ExpertKey
+from tests.unit.test_changes import settled
+from tests.unit.test_controller import (  # noqa: F401 - the fixture is used by its name
+    Cluster,
+    FakeActor,
+    _short_periods,
+    happens,
+    run,
+    running,
+)
+
+
+def key(layer_id: int, expert_id: int) -> ExpertKey:
+    return ExpertKey("m", layer_id, expert_id)
+
+
+async def busy(cluster: Cluster, rates: Mapping[ExpertKey, int]) -> None:
+    """Have actors report that each expert has computed so many rows since the last heartbeat."""
+    cluster.controller._rebalancer.tracker = LoadTracker(time.monotonic())
+    placement = cluster.controller._placement
+    before = {actor.actor_id: actor.heartbeats for actor in cluster.pool.actors}
+    await happens(lambda: all(a.heartbeats > before[a.actor_id] + 1 for a in cluster.pool.actors))
+    for expert, count in rates.items():
+        [first, *_] = placement.holders[expert]
+        tokens = cluster.pool.of(first)[-1].tokens
+        tokens[expert] = tokens.get(expert, 0) + count
+    told = cluster.controller._rebalancer.tracker
+    await happens(lambda: told.tokens_per_s(time.monotonic()).keys() == rates.keys())
+
+
+async def report_of(cluster: Cluster, dry_run: bool = False) -> RebalanceReport:
+    told = await cluster.controller.rebalance(dry_run)
+    return RebalanceReport.from_wire(told["report"])
+
+
+def test_a_hot_expert_gets_copies_where_budgets_have_room() -> None:
+    async def test() -> None:
+        cluster = Cluster(pools={"expert": (4, 50)})
+        await cluster.start()
+        await cluster.complete()
+        hot = key(1, 2)
+        await busy(cluster, {hot: 100_000, key(0, 0): 10, key(0, 1): 10})
+        dry = await report_of(cluster, dry_run=True)
+        assert (dry.outcome, len(cluster.published)) == ("planned", 4)
+        report = await report_of(cluster)
+        assert report.outcome == "committed"
+        assert report.moves == dry.moves
+        assert report.layers_after == pytest.approx(dry.layers_after, rel=1e-3)
+        assert report.layers_after < report.layers_before
+        placement = await settled(cluster, 1)
+        assert len(placement.holders[hot]) > 1
+        assert report.moved_bytes == 10 * sum(move.is_added for move in report.moves)
+        assert max(len(actor.keys) for actor in cluster.pool.actors) <= 5
+        assert (report.epoch, report.version) == placement.order
+        load = LoadStatus.from_wire(await cluster.controller.load())
+        assert load.rebalances == (report,)
+        assert {e.actors for e in load.experts if (e.layer, e.expert) == (1, 2)} == {
+            placement.holders[hot]
+        }
+        await cluster.stop()
+
+    run(test)
+
+
+def test_without_budgets_experts_move_and_none_gets_more_copies() -> None:
+    async def test() -> None:
+        async with running(2) as cluster:
+            before = await cluster.complete()
+            [one, other] = [k for k, actors in before.holders.items() if actors == ("expert-0",)][
+                :2
+            ]
+            await busy(cluster, {one: 10_000, other: 10_000})
+            report = await report_of(cluster)
+            assert report.outcome == "committed"
+            after = await settled(cluster, 1)
+            assert {len(actors) for actors in after.holders.values()} == {1}
+            assert report.devices_after < report.devices_before
+            assert {len(actor.keys) for actor in cluster.pool.actors} <= {3, 4, 5}
+
+    run(test)
+
+
+def test_what_is_balanced_is_left_alone_and_idle_clusters_too() -> None:
+    async def test() -> None:
+        async with running(2) as cluster:
+            placement = await cluster.complete()
+            assert (await report_of(cluster)).outcome == "balanced"
+            await busy(cluster, dict.fromkeys(placement.holders, 1000))
+            assert (await report_of(cluster)).outcome == "balanced"
+            assert cluster.controller._placement == placement
+
+    run(test)
+
+
+def test_nothing_is_moved_while_an_actor_is_away() -> None:
+    async def test() -> None:
+        async with running(3) as cluster:
+            await cluster.complete()
+            gate = asyncio.Event()
+            cluster.pool.load_gate = lambda actor: gate.wait()
+            cluster.pool.of("expert-1")[0].alive = False
+            await cluster.until(lambda p: "expert-1" not in p.generations)
+            told = await cluster.controller.rebalance(False)
+            assert "while expert-1 is away" in told["error"]["message"]
+
+    run(test)
+
+
+def test_a_change_that_fails_is_told_and_what_was_done_before_stays() -> None:
+    async def test() -> None:
+        cluster = Cluster(pools={"expert": (4, 50)})
+        await cluster.start()
+        before = await cluster.complete()
+        await busy(cluster, {key(1, 2): 100_000})
+
+        async def fail(actor: FakeActor) -> None:
+            raise OSError
+
+        cluster.pool.load_gate = fail
+        report = await report_of(cluster)
+        assert report.outcome.startswith("failed: expert-")
+        assert (report.moves, report.moved_bytes) == ((), 0)
+        assert report.layers_after == report.layers_before
+        assert await settled(cluster, 1) == before
+        await cluster.stop()
+
+    run(test)
+
+
+def test_copies_follow_the_load_by_themselves_when_that_is_worth_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rebalance_module, "WORTH_GAIN", 0.5)
+    plans: list[Plan] = []
+
+    def planned(*args: Any) -> Plan:
+        plans.append(plan_copies(*args))
+        return plans[-1]
+
+    monkeypatch.setattr(rebalance_module, "plan_copies", planned)
+
+    async def test() -> None:
+        cluster = Cluster(pools={"expert": (4, 50)})
+        cluster.controller._rebalance_period_s = 0.01
+        await cluster.start()
+        placement = await cluster.complete()
+        rates = dict.fromkeys(placement.holders, 1000)
+        await busy(cluster, {**rates, key(0, 0): 1100})  # less than it is worth
+        asked = len(plans)
+        await happens(lambda: len(plans) > asked + 2)
+        assert any(plan.added for plan in plans[asked:])
+        assert cluster.controller._placement == placement
+        await busy(cluster, {**rates, key(0, 0): 100_000})
+        after = await cluster.until(lambda p: len(p.holders[key(0, 0)]) > 1)
+        assert after.missing() == []
+        await cluster.stop()
+
+    caplog.set_level("INFO", "expertmesh")
+    run(test)
+    assert "layer 0 expert 0" in caplog.text
+    assert "a copy comes to" in caplog.text
+
+
+def test_changes_fit_into_what_the_ones_before_leave_free() -> None:
+    a, b, c, d = (key(0, i) for i in range(4))
+    # Two full devices with room for one more: four copies change places, one pair at a time.
+    added = {"x": [c, d], "y": [a, b]}
+    dropped = {"x": [a, b], "y": [c, d]}
+    assert batches(added, dropped, {"x": 10, "y": 10}, {"m": 10}) == [
+        Change({"x": [c], "y": [a]}, {"x": [a], "y": [c]}),
+        Change({"x": [d], "y": [b]}, {"x": [b], "y": [d]}),
+    ]
+    assert len(batches(added, dropped, {"x": 20, "y": 20}, {"m": 10})) == 1
+
+
+def test_what_finds_no_room_is_left_out_and_its_old_copy_stays() -> None:
+    a, b = key(0, 0), key(0, 1)
+    assert batches({"x": [a]}, {"y": [a, b]}, {"x": 5, "y": 0}, {"m": 10}) == [
+        Change({}, {"y": [b]})
+    ]
+    assert batches({}, {}, {}, {}) == []
+
+
+def test_what_has_not_come_up_is_not_rebalanced() -> None:
+    async def test() -> None:
+        cluster = Cluster()
+        with pytest.raises(UnavailableError, match="while expert-0, expert-1 is away"):
+            await cluster.controller._rebalancer.rebalance()
+
+    run(test)
