@@ -89,8 +89,17 @@ def plan_copies(
             f"must be at most {most} (given: {min_copies})", "args.experts.min_copies"
         )
     board = Board(models, devices, tokens_per_s, held)
-    before = _balance(board)
-    started = board.has.copy()
+    before, started = _balance(board), board.has.copy()
+    try:
+        _arrange(board, (min_copies, most), is_needed_first=False)
+    except ConfigError:  # what is not needed took the room of what is
+        board = Board(models, devices, tokens_per_s, held)
+        _arrange(board, (min_copies, most), is_needed_first=True)
+    return _plan(board, started, before)
+
+
+def _arrange(board: Board, bounds: tuple[int, int], is_needed_first: bool) -> None:
+    """Bring every expert to its number of copies, and the load to where it is even."""
     board.empty_overfull()
     counts = replica_counts(
         board.rates,
@@ -98,18 +107,16 @@ def plan_copies(
         board.counts(),
         board.expert_bytes,
         board.usable_bytes(),
-        (min_copies, most),
+        bounds,
     )
-    needed = np.full_like(counts, min_copies)
-    if (board.counts() < needed).any():  # before any layer takes room that is not needed
-        for layer in board.layers_by_load():
-            board.lift(layer)
-            _add(board, layer, board.layer_load(layer, needed), needed, min_copies)
-            board.lay(layer)
+    for layer in board.layers:
+        _drop(board, layer, counts)
+    for layer in board.layers_by_load() if is_needed_first else ():
+        _add(board, layer, np.full_like(counts, bounds[0]), bounds[0])
     for layer in board.layers_by_load():
-        _settle(board, layer, counts, min_copies)
+        _add(board, layer, counts, bounds[0])
+        _even_out(board, layer)
     _level(board)
-    return _plan(board, started, before)
 
 
 def balance_of(
@@ -122,8 +129,8 @@ def balance_of(
     return _balance(Board(models, devices, tokens_per_s, held))
 
 
-def _settle(board: Board, layer: slice, wanted: np.ndarray, min_copies: int) -> None:
-    """Give each expert of a layer its number of copies, and even out the layer."""
+def _drop(board: Board, layer: slice, wanted: np.ndarray) -> None:
+    """Take copies away from experts that have more than ``wanted``."""
     board.lift(layer)
     load = board.layer_load(layer, wanted)
     for expert in _hottest_first(board, layer, wanted):
@@ -131,13 +138,13 @@ def _settle(board: Board, layer: slice, wanted: np.ndarray, min_copies: int) -> 
             device = board.worst_holder(expert, load)
             board.take(expert, device)
             load[device] -= board.weight(expert, wanted[expert], device)
-    _add(board, layer, load, wanted, min_copies)
-    _even_out(board, layer)
     board.lay(layer)
 
 
-def _add(board: Board, layer: slice, load: np.ndarray, wanted: np.ndarray, min_copies: int) -> None:
+def _add(board: Board, layer: slice, wanted: np.ndarray, min_copies: int) -> None:
     """Add copies up to the number ``wanted``, as far as there is room beyond ``min_copies``."""
+    board.lift(layer)
+    load = board.layer_load(layer, wanted)
     for expert in _hottest_first(board, layer, wanted):
         weight = float(board.rates[expert] / wanted[expert])
         for count in range(board.count(expert), int(wanted[expert])):
@@ -151,6 +158,7 @@ def _add(board: Board, layer: slice, load: np.ndarray, wanted: np.ndarray, min_c
                 break
             board.put(expert, device)
             load[device] += board.weight(expert, wanted[expert], device)
+    board.lay(layer)
 
 
 def _hottest_first(board: Board, layer: slice, wanted: np.ndarray) -> list[int]:
@@ -160,6 +168,7 @@ def _hottest_first(board: Board, layer: slice, wanted: np.ndarray) -> list[int]:
 
 def _even_out(board: Board, layer: slice) -> None:
     """Move and exchange copies of a layer while its busiest device gets less to do by that."""
+    board.lift(layer)
     load = board.layer_load(layer)
     mean = board.mean_of(layer)
     for _ in range(4 * len(load)):
@@ -170,6 +179,7 @@ def _even_out(board: Board, layer: slice) -> None:
         if step is None or step.gain < GAIN * mean:
             break
         board.apply(step, load)
+    board.lay(layer)
 
 
 def _level(board: Board) -> None:

@@ -86,6 +86,10 @@ class Cluster(Protocol):
         """Publish what ``change`` makes of the placement; nothing where it raises."""
         ...
 
+    async def wait_for(self, condition: Callable[[Placement], bool]) -> None:
+        """Wait until the placement satisfies a condition."""
+        ...
+
     def is_known(self, order: tuple[int, int]) -> bool:
         """Tell whether all routers that are heard of know this version or a newer one."""
         ...

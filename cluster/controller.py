@@ -23,6 +23,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.schema import ApplicationStatus
 
 from cluster.adopt import adopt
+from cluster.apart import Apart
 from cluster.changes import LOAD_TIMEOUT_S, Changes
 from cluster.errors import ExpertMeshError, StaleEpochError
 from cluster.failures import cause_of, kind_of, reason_of
@@ -33,7 +34,6 @@ from cluster.pool import ExpertPool
 from cluster.progress import LOOK_S, Progress, Silence
 from cluster.rebalance import Rebalancer
 from cluster.spec import ActorReport, PoolSpec, budgets_of
-from cluster.spread import node_apart
 from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
 
 HEARTBEAT_PERIOD_S = 1.0
@@ -44,8 +44,6 @@ APP_CHECK_S = 1.0
 START_TIMEOUT_S = 30.0
 MAX_WATCH_S = 10.0
 PLACE_NOTICE_S = 10.0
-NODES_CHECK_S = 5.0
-WHOLE_TIMEOUT_S = 60.0
 FIRST_RETRY_S = 0.2
 MAX_RETRY_S = 15.0
 
@@ -111,7 +109,8 @@ class Controller:
             keeper = self._keep(actor_id, handles.get(actor_id))
             self._tasks.append(asyncio.create_task(keeper, name=f"keep {actor_id}"))
         if self._min_copies > 1:
-            self._tasks.append(asyncio.create_task(self._use_nodes(set(nodes)), name="nodes"))
+            apart = Apart(_Cluster(self), self._changes, self._nodes, self._min_copies)
+            self._tasks.append(asyncio.create_task(apart.run_forever(set(nodes)), name="nodes"))
         if self._rebalance_period_s is not None:
             rebalancing = self._rebalancer.run_forever(self._rebalance_period_s)
             self._tasks.append(asyncio.create_task(rebalancing, name="rebalance"))
@@ -282,41 +281,6 @@ class Controller:
             except TimeoutError:
                 continue
 
-    async def _use_nodes(self, known: set[str]) -> None:
-        """When a node joins, move copies to it that share a node with another of the same expert.
-
-        That is where a lost machine's actors went. They move one at a time, while all others serve.
-        """
-        while True:
-            await asyncio.sleep(NODES_CHECK_S)
-            try:
-                nodes = set(await asyncio.to_thread(self._pool.nodes))
-                if nodes - known:
-                    for actor_id in self._actor_ids:
-                        await self._move_apart(actor_id)
-            except TimeoutError:
-                continue  # not whole now, so nothing may be moved yet
-            except Exception as error:  # Ray's own is away for a moment
-                logger.warning("the nodes are not known (%s)", kind_of(error))
-                continue
-            known = nodes
-
-    async def _move_apart(self, actor_id: str) -> None:
-        async with asyncio.timeout(WHOLE_TIMEOUT_S), self._changed:
-            await self._changed.wait_for(
-                lambda: self._placement.fewest_copies() >= self._min_copies
-            )
-        candidates = await asyncio.to_thread(self._pool.nodes_for, actor_id)
-        node = node_apart(actor_id, candidates, self._changes.shares, self._nodes)
-        if node is None:
-            return
-        logger.info("%s moves to node %s, apart from other copies", actor_id, node[:10])
-        self._nodes[actor_id] = node  # where its keeper asks Ray to put the successor
-        await self._publish(lambda placement: placement.without(actor_id))
-        for found_id, _, handle in await asyncio.to_thread(self._pool.find):
-            if found_id == actor_id:
-                self._pool.kill(handle)
-
     async def _heartbeat(self, actor_id: str, handle: ActorHandle) -> ActorReport:
         """Return an actor's report; raises ``TimeoutError`` when it hangs."""
         answer = asyncio.ensure_future(self._pool.heartbeat(handle, self._placement.epoch))
@@ -468,6 +432,11 @@ class _Cluster:
 
     async def publish(self, change: Callable[[Placement], Placement]) -> None:
         await self._controller._publish(change)
+
+    async def wait_for(self, condition: Callable[[Placement], bool]) -> None:
+        changed = self._controller._changed
+        async with changed:
+            await changed.wait_for(lambda: condition(self.placement))
 
     def is_known(self, order: tuple[int, int]) -> bool:
         return self._controller._members.know("router", order)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
+from cluster import apart as apart_module
 from cluster import controller as controller_module
 from cluster import members, progress
 from cluster.controller import Controller
@@ -871,7 +872,7 @@ def test_an_adopted_actor_is_compared_with_its_own_pool() -> None:
 
 
 def test_copies_move_apart_when_a_node_joins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller_module, "NODES_CHECK_S", 0.01)
+    monkeypatch.setattr(apart_module, "NODES_CHECK_S", 0.01)
 
     async def test() -> None:
         cluster = Cluster(num_actors=2, min_copies=2)
