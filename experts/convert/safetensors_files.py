@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from cluster.errors import CheckpointError
-from experts.checkpoint import DTYPES
+from cluster.shown import shown_name
 from experts.convert.source import Entry
+from experts.shards import DTYPES, MAX_HEADERS_BYTES, checked_header_bytes, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +28,13 @@ class SafetensorsFiles:
         """
         self._entries: dict[str, Entry] = {}
         self._files: dict[str, Path] = {}
+        left_bytes = MAX_HEADERS_BYTES
         for file in files:
+            left_bytes -= checked_header_bytes(file, left_bytes)
             for name, entry in _header(file).items():
                 if name in self._entries:
                     raise CheckpointError(
-                        f"tensor {name} is also in {self._files[name]}", str(file)
+                        f"tensor {shown_name(name)} is also in {self._files[name]}", str(file)
                     )
                 self._entries[name] = entry
                 self._files[name] = file
@@ -52,22 +55,11 @@ class SafetensorsFiles:
 
 
 def _header(file: Path) -> dict[str, Entry]:
-    if not file.is_file():
-        raise CheckpointError("is missing", str(file))
     entries = {}
-    try:
-        with safe_open(str(file), framework="numpy") as opened:
-            for name in opened.keys():  # noqa: SIM118 - safe_open is not a mapping
-                part = opened.get_slice(name)
-                dtype, shape = part.get_dtype(), tuple(part.get_shape())
-                if dtype not in DTYPES:
-                    raise CheckpointError(
-                        f"tensor {name} has dtype {dtype}; supported: {', '.join(DTYPES)}",
-                        str(file),
-                    )
-                if not shape or 0 in shape:
-                    raise CheckpointError(f"tensor {name} has shape {list(shape)}", str(file))
-                entries[name] = Entry(shape, DTYPES[dtype])
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"is not a whole safetensors file ({error})", str(file)) from None
+    for name, info in read_header(file).items():
+        if not info.shape or 0 in info.shape:
+            raise CheckpointError(
+                f"tensor {shown_name(name)} has shape {list(info.shape)}", str(file)
+            )
+        entries[name] = Entry(info.shape, DTYPES[info.dtype])
     return entries

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from cluster.config import GatewayConfig
 from cluster.contract import ON_EXPERT_LOSS
 from cluster.errors import InvalidRequestError, UnknownModelError
+from cluster.shown import shown
 from router.gateway import checks
 from router.gateway.conversation import check_messages
 from router.gateway.models import ServedModel
@@ -80,7 +81,7 @@ class Validator:
             raise InvalidRequestError(f"is missing; served: {served}", "model")
         if model_id not in self._models:
             raise UnknownModelError(
-                f"{checks.show(model_id)} is not served here; served: {served}", "model"
+                f"{shown(model_id)} is not served here; served: {served}", "model"
             )
         return self._models[model_id]
 
