@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from cluster.errors import CheckpointError
 from cluster.tensors import TORCH_DTYPES
 from experts.checkpoint import DTYPES, Checkpoint
 
@@ -46,13 +47,20 @@ def load_expert(
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """Read one tensor as it is stored, from this node's disk or from another node."""
+    """Read one tensor as it is stored, from this node's disk or from another node.
+
+    Raises :class:`CheckpointError` when its file has changed since the checkpoint was opened.
+    """
     info = checkpoint.tensors[name]
     if checkpoint.remote is not None:
         flat = torch.frombuffer(
             checkpoint.remote.tensor(name), dtype=TORCH_DTYPES[DTYPES[info.dtype]]
         )
         return flat.view(info.shape)
-    with safe_open(str(checkpoint.folder / info.file), framework="pt") as shard:
-        tensor: torch.Tensor = shard.get_tensor(name)
-        return tensor
+    file = checkpoint.folder / info.file
+    try:
+        with safe_open(str(file), framework="pt") as shard:
+            tensor: torch.Tensor = shard.get_tensor(name)
+            return tensor
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"tensor {name} cannot be read: {error}", str(file)) from None

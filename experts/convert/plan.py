@@ -118,7 +118,8 @@ def _check_shape(source: Source, take: Take, wanted: tuple[int, ...]) -> None:
         parts = "" if take.part is None else f" in {take.part[1]} parts"
         raise CheckpointError(
             f"tensor {shown_name(take.name)} has shape {list(entry.shape)}; "
-            f"{source.config_file.name} says {list(wanted)}{' transposed' if take.transpose else ''}{parts}",
+            f"{source.config_file.name} says {list(wanted)}"
+            f"{' transposed' if take.transpose else ''}{parts}",
             str(source.path),
         )
 

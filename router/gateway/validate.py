@@ -168,6 +168,11 @@ def _prompt_ids(raw: RawRequest, model: ServedModel) -> tuple[int, ...]:
                 f"has {len(text)} characters, more than {context} tokens can hold", where
             )
         ids = tuple(model.tokenizer.encode(text, add_special_tokens=not raw.is_chat))
+        if max(ids, default=0) >= model.info.vocab_size:  # a tokenizer of another model
+            raise InvalidRequestError(
+                f"token {max(ids)} of its text is none of the model's {model.info.vocab_size}",
+                where,
+            )
     else:
         ids = _check_ids(prompt, model.info.vocab_size, where)
     if not ids:
