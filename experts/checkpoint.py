@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from cluster.errors import CheckpointError, CheckpointMissingError
 from cluster.frames import DTYPE_BYTES
 from cluster.shown import shown, shown_name
-from experts.config_checks import check_depth, check_numbers, check_size
+from experts.config_checks import MAX_SIZE, check_depth, check_numbers, check_size
 from experts.families import FAMILIES, ExpertShape, Family
 from experts.families.base import ACTIVATION_NAMES, Config
 from experts.shards import DTYPES, TensorInfo, read_headers
@@ -263,8 +263,10 @@ def checked_shape(family: Family, config: Config, file: Path) -> ExpertShape:
     except KeyError as error:
         raise CheckpointError(f"lacks the key {error.args[0]}", str(file)) from None
     numbers = (shape.num_experts, shape.num_experts_per_tok, shape.intermediate_size)
-    if any(type(n) is not int or n < 1 for n in numbers) or not shape.layers:
-        raise CheckpointError("has no experts, layers or sizes that are positive", str(file))
+    if any(type(n) is not int or not 1 <= n <= MAX_SIZE for n in numbers) or not shape.layers:
+        raise CheckpointError(
+            f"has no experts, layers or sizes that are positive and at most {MAX_SIZE}", str(file)
+        )
     if shape.activation not in ACTIVATION_NAMES:
         known, given = ", ".join(ACTIVATION_NAMES), shown(shape.activation)
         raise CheckpointError(f"unknown hidden_act {given}; known: {known}", str(file))

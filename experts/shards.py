@@ -8,7 +8,7 @@ a file its header's length is checked: memory is about ten times that.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -57,17 +57,7 @@ def read_headers(
             raise CheckpointError(_no_weights(folder), str(folder))
         return read_header(folder / WEIGHTS_FILE)
     weight_map = weight_map_of(read_index(folder / INDEX_FILE), folder / INDEX_FILE)
-    tensors: dict[str, TensorInfo] = {}
-    left_bytes = MAX_HEADERS_BYTES
-    for file in sorted(set(weight_map.values())):
-        left_bytes -= checked_header_bytes(folder / file, left_bytes)
-        for name, info in read_header(folder / file).items():
-            if name in tensors:
-                raise CheckpointError(
-                    f"tensor {shown_name(name)} is also in {tensors[name].file}",
-                    str(folder / file),
-                )
-            tensors[name] = info
+    tensors = read_all(folder / file for file in sorted(set(weight_map.values())))
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != file:
             raise CheckpointError(
@@ -93,9 +83,24 @@ def weight_map_of(index: Mapping[str, Any], file: Path) -> dict[str, str]:
     return weight_map
 
 
+def read_all(files: Iterable[Path]) -> dict[str, TensorInfo]:
+    """Return the tensors of several files; see :func:`read_headers` for what is refused."""
+    tensors: dict[str, TensorInfo] = {}
+    left_bytes = MAX_HEADERS_BYTES
+    for file in files:
+        left_bytes -= _checked_header_bytes(file, left_bytes)
+        for name, info in read_header(file).items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"tensor {shown_name(name)} is also in {tensors[name].file}", str(file)
+                )
+            tensors[name] = info
+    return tensors
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of one file; raises :class:`CheckpointError` as :func:`read_headers`."""
-    begin = _LENGTH_BYTES + checked_header_bytes(path, MAX_HEADER_BYTES)
+    begin = _LENGTH_BYTES + _checked_header_bytes(path, MAX_HEADER_BYTES)
     tensors = {}
     try:
         with safe_open(str(path), framework="numpy") as shard:  # it has checked the whole header
@@ -116,7 +121,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def checked_header_bytes(path: Path, max_bytes: int) -> int:
+def _checked_header_bytes(path: Path, max_bytes: int) -> int:
     """Return how long a file says that its header is; nothing of it is read.
 
     Raises :class:`CheckpointError` when that is more than ``max_bytes`` or than a file may have,

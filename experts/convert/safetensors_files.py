@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from cluster.errors import CheckpointError
 from cluster.shown import shown_name
 from experts.convert.source import Entry
-from experts.shards import DTYPES, MAX_HEADERS_BYTES, checked_header_bytes, read_header
+from experts.shards import DTYPES, TensorInfo, read_all
 
 if TYPE_CHECKING:
     import torch
@@ -21,23 +21,14 @@ class SafetensorsFiles:
     """Tensors read from files whose headers have been checked."""
 
     def __init__(self, files: tuple[Path, ...]) -> None:
-        """Read the headers.
+        """Read the headers of files, at least one, that lie in one folder.
 
         Raises :class:`CheckpointError` for a file that is missing or broken, a dtype that cannot be
         converted and a tensor that is in two files.
         """
-        self._entries: dict[str, Entry] = {}
-        self._files: dict[str, Path] = {}
-        left_bytes = MAX_HEADERS_BYTES
-        for file in files:
-            left_bytes -= checked_header_bytes(file, left_bytes)
-            for name, entry in _header(file).items():
-                if name in self._entries:
-                    raise CheckpointError(
-                        f"tensor {shown_name(name)} is also in {self._files[name]}", str(file)
-                    )
-                self._entries[name] = entry
-                self._files[name] = file
+        tensors = read_all(files)
+        self._entries = {name: _entry(name, info, files[0]) for name, info in tensors.items()}
+        self._files = {name: files[0].parent / info.file for name, info in tensors.items()}
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -54,12 +45,10 @@ class SafetensorsFiles:
             raise CheckpointError(f"tensor {name} cannot be read: {error}", str(file)) from None
 
 
-def _header(file: Path) -> dict[str, Entry]:
-    entries = {}
-    for name, info in read_header(file).items():
-        if not info.shape or 0 in info.shape:
-            raise CheckpointError(
-                f"tensor {shown_name(name)} has shape {list(info.shape)}", str(file)
-            )
-        entries[name] = Entry(info.shape, DTYPES[info.dtype])
-    return entries
+def _entry(name: str, info: TensorInfo, file: Path) -> Entry:
+    if not info.shape or 0 in info.shape:
+        raise CheckpointError(
+            f"tensor {shown_name(name)} has shape {list(info.shape)}",
+            str(file.with_name(info.file)),
+        )
+    return Entry(info.shape, DTYPES[info.dtype])
