@@ -37,8 +37,7 @@ class Tokenizer:
             )
             return cls(loaded, eos_token_ids)
         except BaseException as error:
-            # tokenizers, which is Rust, may panic, and that is no Exception.
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            if not _is_failure(error):
                 raise
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
@@ -46,9 +45,20 @@ class Tokenizer:
             ) from None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the ids of ``text``, with the tokenizer's own begin-of-sequence token if asked."""
-        ids = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
-        return list(ids["input_ids"])
+        """Return the ids of ``text``, with the tokenizer's own begin-of-sequence token if asked.
+
+        Raises :class:`InvalidRequestError` for a text that the tokenizer cannot take.
+        """
+        try:
+            ids = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+            return list(ids["input_ids"])
+        except BaseException as error:
+            if not _is_failure(error):
+                raise
+            reason = type(error).__name__
+            raise InvalidRequestError(
+                f"the model's tokenizer fails on its text ({reason})", "prompt"
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids`` without special tokens; bytes that are not UTF-8 become �."""
@@ -99,6 +109,11 @@ class Tokenizer:
                 f"the model's chat template refuses them{reason}", "messages"
             ) from None
         return str(text)
+
+
+def _is_failure(error: BaseException) -> bool:
+    # tokenizers, which is Rust, may panic, and that is no Exception.
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _is_byte_level(tokenizer: Any) -> bool:
