@@ -78,7 +78,7 @@ def http() -> Target:
             except (InvalidRequestError, UnknownModelError) as error:
                 _check_http(error)
 
-    return Target([json.dumps(one).encode() for one in (*COMPLETIONS, *CHATS)], run)
+    return Target(bodies(MODEL), run)
 
 
 def _check_http(error: ExpertMeshError) -> None:
@@ -99,7 +99,7 @@ def protobuf() -> Target:
             except (InvalidRequestError, UnknownModelError) as error:
                 _check_grpc(error)
 
-    return Target([one.SerializeToString() for one in requests()], run)
+    return Target(messages(MODEL), run)
 
 
 def _check_grpc(error: ExpertMeshError) -> None:
@@ -110,12 +110,17 @@ def _check_grpc(error: ExpertMeshError) -> None:
     assert error_from_grpc(code, details, packed).code == error.code
 
 
-def requests() -> list[Any]:
-    """Return good gRPC requests of each kind."""
+def bodies(model: str) -> list[bytes]:
+    """Return good HTTP bodies: completions, then chats."""
+    return [json.dumps({**one, "model": model}).encode() for one in (*COMPLETIONS, *CHATS)]
+
+
+def messages(model: str) -> list[bytes]:
+    """Return good gRPC requests to generate, as bytes."""
     sampling = {"max_tokens": 4, "temperature": 0.0}
     ids = inference_pb2.TokenIds(ids=[5, 6, 7])
     full = inference_pb2.GenerateRequest(
-        model=MODEL,
+        model=model,
         prompt_token_ids=ids,
         timeout_s=5.0,
         on_expert_loss="drop",
@@ -126,10 +131,10 @@ def requests() -> list[Any]:
     )  # fmt: skip
     full.resume.add(token_ids=[5], finished=False)
     full.resume.add(token_ids=[5, 6], finished=True)
-    chat = inference_pb2.GenerateRequest(model=MODEL, sampling=sampling)
+    chat = inference_pb2.GenerateRequest(model=model, sampling=sampling)
     chat.messages.add(role="user", content="hi")
-    text = inference_pb2.GenerateRequest(model=MODEL, prompt="And the LORD said", sampling=sampling)
-    return [text, full, chat]
+    text = inference_pb2.GenerateRequest(model=model, prompt="And the LORD said", sampling=sampling)
+    return [one.SerializeToString() for one in (text, full, chat)]
 
 
 def status() -> Target:
