@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.fuzzing import files, requests, wires
+from benchmarks.fuzzing import files, links, requests, wires
 from benchmarks.fuzzing.target import Target
 
 TARGETS: dict[str, Callable[[], Target]] = {
@@ -12,6 +12,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "stranger": wires.stranger,
     "router": wires.router,
     "actor": wires.actor,
+    "link": links.link,
     "header": files.header,
     "index": files.index,
     "config": files.config,
