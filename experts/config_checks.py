@@ -58,8 +58,6 @@ def check_numbers(config: Config, file: Path) -> None:
     window = config.get("sliding_window")
     if window is not None and (type(window) is not int or not 0 <= window <= MAX_SIZE):
         raise _wrong("sliding_window", window, f"null or an integer up to {MAX_SIZE}", file)
-    for key in _ROTARY:
-        _check_rotary(config.get(key), key, file)
     _check_heads(config, file)
 
 
@@ -69,16 +67,16 @@ def _check_float(config: Config, key: str, file: Path) -> None:
         raise _wrong(key, value, "a number above 0", file)
 
 
-def _check_rotary(rotary: Any, key: str, file: Path) -> None:
-    if rotary is None:
-        return
-    if not isinstance(rotary, dict):
-        raise _wrong(key, rotary, "null or a mapping", file)
-    for name, value in rotary.items():
-        values = list(value.values()) if isinstance(value, dict) else [value]
-        for number in values:
-            if isinstance(number, (int, float)) and not _is_finite(number):
-                raise _wrong(f"{key}.{name}", number, "a finite number", file)
+def check_rotary(config: Config, file: Path) -> None:
+    """Check what says how positions turn: mappings, of finite numbers; raises as the others do."""
+    for key in _ROTARY:
+        rotary = config.get(key)
+        if rotary is not None and not isinstance(rotary, dict):
+            raise _wrong(key, rotary, "null or a mapping", file)
+        for name, value in (rotary or {}).items():
+            for number in value.values() if isinstance(value, dict) else [value]:
+                if isinstance(number, (int, float)) and not _is_finite(number):
+                    raise _wrong(f"{key}.{name}", number, "a finite number", file)
 
 
 def _check_heads(config: Config, file: Path) -> None:
