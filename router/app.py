@@ -44,6 +44,13 @@ def build(args: dict[str, Any]) -> Application:
     A wrong configuration or checkpoint becomes the application's message in Serve's status; the
     commands ``serve run`` and ``serve deploy`` have found it before (:mod:`router.preflight`).
     """
+    return application(args)
+
+
+def application(
+    args: dict[str, Any], controller_class: type[ControllerDeployment] = ControllerDeployment
+) -> Application:
+    """Build the application as :func:`build` does, with the given class of controller."""
     try:
         config = parse_args(args)
         models = inspect_models(config, neighbours=RayNeighbours())
@@ -51,7 +58,7 @@ def build(args: dict[str, Any]) -> Application:
     except ExpertMeshError as error:
         # Serve's own exception is the one that it shows without a stack.
         raise RayServeException(str(error)) from None
-    controller = _controller().bind(pool_specs(config.experts, models), config)
+    controller = _controller(controller_class).bind(pool_specs(config.experts, models), config)
     routers = {
         model.id: _router(names[model.id], config).bind(model, config, controller)
         for model in models
@@ -81,14 +88,14 @@ def deployment_names(models: list[ServedModel]) -> dict[str, str]:
     return names
 
 
-def _controller() -> Any:
+def _controller(controller_class: type[ControllerDeployment]) -> Any:
     return serve.deployment(
         name="Controller",
         num_replicas=1,
         max_ongoing_requests=MAX_CONTROL_CALLS,
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": SERVING_ENVIRONMENT}},
         **REPLICA_OPTIONS,
-    )(ControllerDeployment)
+    )(controller_class)
 
 
 def _draining(config: AppConfig) -> dict[str, Any]:
