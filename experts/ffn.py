@@ -19,7 +19,7 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 GatedFfn = Callable[[torch.Tensor], torch.Tensor]
 """One expert: maps rows [P, H] to rows [P, H]."""
 
-# By hidden_act; families.base.ACTIVATION_NAMES are the same ones.
+# By hidden_act; families.base.ACTIVATION_NAMES are these and "clamped_swiglu".
 ACTIVATIONS: dict[str, Activation] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -27,6 +27,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": functional.relu,
 }
 
+
+_CLAMP, _SWIGLU_ALPHA = 7.0, 1.702
 
 # Activations whose code for whole vectors and for single values agrees on every bfloat16 value,
 # so that a result does not depend on where in memory its value lay. Both gelus' do not.
@@ -50,6 +52,25 @@ _ONE_ROW_MAX = 2048
 # Packed products are computed for a multiple of so many rows, up to and beyond so many.
 _FEW_ROWS, _FEW_STEP, _MANY_STEP = 32, 4, 32
 _TRIED_ROWS = (1, 2, 3, 5, 8, 17, 48, 100)
+
+
+def ffn_named(weights: GatedFfnWeights, activation: str) -> GatedFfn:
+    """Return an expert's function by its activation's name, as a family's shape has it."""
+    if activation == "clamped_swiglu":
+        return partial(clamped_ffn, weights=weights)
+    return ffn_of(weights, ACTIVATIONS[activation])
+
+
+def clamped_ffn(rows: torch.Tensor, weights: GatedFfnWeights) -> torch.Tensor:
+    """Apply an expert of GPT-OSS to rows [P, H]: both sides clamped, one added to the linear one.
+
+    With g = min(gate x, 7) and u = up x within 7 of 0: y = down(g sigmoid(1.702 g) (u + 1)).
+    """
+    joined = functional.linear(rows, weights.gate_up, weights.gate_up_bias)
+    gate, up = joined.chunk(2, dim=-1)  # [P, I] each
+    gate, up = gate.clamp(max=_CLAMP), up.clamp(-_CLAMP, _CLAMP)
+    inner = (up + 1) * (gate * torch.sigmoid(_SWIGLU_ALPHA * gate))
+    return functional.linear(inner, weights.down, weights.down_bias)
 
 
 def ffn_of(weights: GatedFfnWeights, act: Activation) -> GatedFfn:
