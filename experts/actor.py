@@ -39,6 +39,7 @@ from cluster.tensors import TORCH_DTYPES
 from experts.bank import Expert, ExpertBank, GatedFfnExpert
 from experts.checkpoint import Checkpoint, RemoteFiles
 from experts.emulated import EmulatedExpert
+from experts.ffn import ACTIVATIONS
 from experts.peers import open_model
 from experts.ray_peers import RayNeighbours
 from experts.weights import load_expert
@@ -153,7 +154,7 @@ class ExpertActor:
         if self._spec.emulation is not None:
             return EmulatedExpert(self._spec.emulation, checkpoint.shape.hidden_size, dtype)
         weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype, self._device)
-        return GatedFfnExpert(weights, checkpoint.shape.activation)
+        return GatedFfnExpert(weights, ACTIVATIONS[checkpoint.shape.activation])
 
     def _remotes(self) -> list[RemoteFiles]:
         return [c.remote for c in self._checkpoints.values() if c.remote is not None]

@@ -20,16 +20,16 @@ from cluster.errors import FrameError, WrongPlacementError
 from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame
 from cluster.placement import ExpertKey
 from cluster.tensors import TORCH_DTYPES, from_bytes, to_bytes
-from experts.ffn import PackedFfn, ffn_named
+from experts.ffn import Activation, PackedFfn, ffn_of
 from experts.weights import GatedFfnWeights
 
 
 class GatedFfnExpert:
     """A loaded expert, its resident bytes, and what rows it takes: H, dtype and device."""
 
-    def __init__(self, weights: GatedFfnWeights, activation: str) -> None:
-        """Take over ``weights``, which may be rearranged; ``activation`` is by its name."""
-        self._ffn = ffn_named(weights, activation)
+    def __init__(self, weights: GatedFfnWeights, act: Activation) -> None:
+        """Take over ``weights``, which may be rearranged."""
+        self._ffn = ffn_of(weights, act)
         packed = self._ffn if isinstance(self._ffn, PackedFfn) else None
         self.num_bytes = weights.num_bytes if packed is None else packed.num_bytes
         self.hidden_size = weights.down.shape[0]

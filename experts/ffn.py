@@ -19,7 +19,7 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 GatedFfn = Callable[[torch.Tensor], torch.Tensor]
 """One expert: maps rows [P, H] to rows [P, H]."""
 
-# By hidden_act; families.base.ACTIVATION_NAMES are these and "clamped_swiglu".
+# By hidden_act; families.base.ACTIVATION_NAMES are the same ones.
 ACTIVATIONS: dict[str, Activation] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -54,13 +54,6 @@ _FEW_ROWS, _FEW_STEP, _MANY_STEP = 32, 4, 32
 _TRIED_ROWS = (1, 2, 3, 5, 8, 17, 48, 100)
 
 
-def ffn_named(weights: GatedFfnWeights, activation: str) -> GatedFfn:
-    """Return an expert's function by its activation's name, as a family's shape has it."""
-    if activation == "clamped_swiglu":
-        return partial(clamped_ffn, weights=weights)
-    return ffn_of(weights, ACTIVATIONS[activation])
-
-
 def clamped_ffn(rows: torch.Tensor, weights: GatedFfnWeights) -> torch.Tensor:
     """Apply an expert of GPT-OSS to rows [P, H]: both sides clamped, one added to the linear one.
 
@@ -76,8 +69,12 @@ def clamped_ffn(rows: torch.Tensor, weights: GatedFfnWeights) -> torch.Tensor:
 def ffn_of(weights: GatedFfnWeights, act: Activation) -> GatedFfn:
     """Return the fastest way to apply an expert that gives the bits of :func:`gated_ffn`.
 
+    One with biases is GPT-OSS's (:func:`clamped_ffn`), which has an activation of its own.
+
     It may hold the weights rearranged; whoever has no other use for ``weights`` lets them go.
     """
+    if weights.gate_up_bias is not None:
+        return partial(clamped_ffn, weights=weights)
     # With AMX the products of gated_ffn are as fast, and no layout hides the weights.
     packs = not _HAS_AMX and can_pack(weights.down) and weights.down.numel() > _MAX_TINY_SIZE
     if packs and _packing_keeps_bits(*weights.down.shape, act):

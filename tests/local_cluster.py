@@ -24,6 +24,7 @@ from cluster.transport import Call, CallFailure, IsGone, Outcome, Transport, nev
 from experts.bank import ExpertBank, GatedFfnExpert
 from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.emulated import EmulatedExpert
+from experts.ffn import ACTIVATIONS
 from experts.weights import load_expert
 from router.cache import PAGE_SIZE
 from router.dispatch import Dispatcher
@@ -89,6 +90,7 @@ def load_banks(
     emulation: Emulation | None = None,
 ) -> dict[str, ExpertBank]:
     """Load each actor's share of the experts into a bank."""
+    act = ACTIVATIONS[checkpoint.shape.activation]
     banks = {}
     for actor_id, keys in shares.items():
         bank = ExpertBank()
@@ -100,7 +102,7 @@ def load_banks(
             weights = load_expert(
                 checkpoint, key.layer_id, key.expert_id, TORCH_DTYPES[dtype], torch.device("cpu")
             )
-            bank.experts[key] = GatedFfnExpert(weights, checkpoint.shape.activation)
+            bank.experts[key] = GatedFfnExpert(weights, act)
         banks[actor_id] = bank
     return banks
 

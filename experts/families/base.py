@@ -15,16 +15,17 @@ Config = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 """Shapes of tensors by their names in the checkpoint."""
 
-ACTIVATION_NAMES = ("clamped_swiglu", "gelu", "gelu_pytorch_tanh", "relu", "silu")
-"""The activations that :mod:`experts.ffn` computes, most of them values of ``hidden_act``; here, so
-that a checkpoint can be checked without importing torch."""
+ACTIVATION_NAMES = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
+"""The values of ``hidden_act`` that :mod:`experts.ffn` computes; here, so that a checkpoint can be
+checked without importing torch."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
     """Sizes of the mixture of one model; every layer listed in ``layers`` has the same experts.
 
-    ``has_biases`` tells whether each of an expert's three matrices comes with a bias.
+    ``has_biases`` says that they are GPT-OSS's: each of the three matrices comes with a bias, and
+    what is between them is clamped (:func:`experts.ffn.clamped_ffn`).
     """
 
     layers: tuple[int, ...]

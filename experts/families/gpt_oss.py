@@ -29,7 +29,7 @@ def _expert_shape(config: Config) -> ExpertShape:
         num_experts_per_tok=size(config, "num_experts_per_tok"),
         hidden_size=config["hidden_size"],
         intermediate_size=size(config, "intermediate_size"),
-        activation="clamped_swiglu",
+        activation="silu",
         has_biases=True,
     )
 

@@ -13,6 +13,7 @@ import torch
 
 from cluster.placement import ExpertKey
 from experts.bank import ExpertBank, GatedFfnExpert
+from experts.ffn import ACTIVATIONS
 from experts.weights import GatedFfnWeights
 
 COUNT, HIDDEN, INNER = 12, 1024, 1536
@@ -21,7 +22,7 @@ COUNT, HIDDEN, INNER = 12, 1024, 1536
 def expert(hidden: int, inner: int, dtype: torch.dtype) -> GatedFfnExpert:
     gate_up = torch.full((2 * inner, hidden), 0.01, dtype=dtype)
     down = torch.full((hidden, inner), 0.01, dtype=dtype)
-    return GatedFfnExpert(GatedFfnWeights(gate_up, down), "silu")
+    return GatedFfnExpert(GatedFfnWeights(gate_up, down), ACTIVATIONS["silu"])
 
 
 def fill_a_bank(dtype: torch.dtype) -> tuple[int, int]:
