@@ -95,7 +95,12 @@ class RouterReplica:
             ),
             self._exchange,
             Scheduler(
-                Limits(config.max_batch_size, config.max_batch_tokens, config.max_queue_requests),
+                Limits(
+                    config.max_batch_size,
+                    config.max_batch_tokens,
+                    config.max_queue_requests,
+                    config.max_queue_tokens,
+                ),
                 num_pages,
             ),
             frozenset(model.eos_token_ids),

@@ -87,6 +87,7 @@ class Limits:
     max_batch_size: int
     max_batch_tokens: int
     max_queue_requests: int
+    max_queue_tokens: int = 1_048_576
 
 
 class Scheduler:
@@ -97,13 +98,14 @@ class Scheduler:
         self._limits = limits
         self._pool = PagePool(num_pages)
         self.waiting: deque[Sequence] = deque()
+        self._waiting_tokens = 0
         self.running: list[Sequence] = []
 
     def add(self, request: GenerationRequest) -> list[Sequence]:
         """Queue a request's choices that are not finished.
 
-        Raises :class:`OverloadedError` when the queue is full, or when the cache could not hold one
-        of the request's sequences even if it were empty.
+        Raises :class:`OverloadedError` when the queue is full, by requests or by tokens, or when
+        the cache could not hold one of the request's sequences even if it were empty.
         """
         waiting = {sequence.request.request_id for sequence in self.waiting}
         if len(waiting) >= self._limits.max_queue_requests:
@@ -121,6 +123,14 @@ class Scheduler:
             for i, one in received
             if not one.finished
         ]
+        tokens = self._waiting_tokens + length * len(added)
+        if self.waiting and tokens > self._limits.max_queue_tokens:
+            raise OverloadedError(
+                f"{self._waiting_tokens} tokens of {len(waiting)} requests wait already",
+                "queue",
+                1.0,
+            )
+        self._waiting_tokens = tokens
         self.waiting.extend(added)
         return added
 
@@ -161,6 +171,7 @@ class Scheduler:
             if needed > self._pool.num_free:
                 return
             sequence = self.waiting.popleft()
+            self._waiting_tokens -= sequence.max_length
             sequence.occupy(self._pool.take(needed))
             self.running.append(sequence)
             num_ready += 1
@@ -171,6 +182,7 @@ class Scheduler:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+            self._waiting_tokens -= sequence.max_length
         self._pool.give_back(sequence.pages)
         sequence.pages = []
 

@@ -98,7 +98,8 @@ def _add_operator_routes(app: FastAPI, service: GenerationService) -> None:
 
 async def _answer(request: Request, service: GenerationService, parse: Parse) -> Response:
     with service.metrics.refusals("http"):
-        call = parse(await read_json(request), service, request.state.request_id)
+        body = await read_json(request, service.limits.max_body_bytes, service.bodies)
+        call = parse(body, service, request.state.request_id)
     if not call.stream:
         body, is_exact = await until_disconnect(request.receive, call.answer(service))
         return JSONResponse(body, headers={EXACT_HEADER: str(is_exact).lower()})

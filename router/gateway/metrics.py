@@ -48,6 +48,12 @@ class Metrics:
             ["model_name", "reason"],
             registry=registry,
         )
+        self._slow_readers = Counter(
+            "expertmesh_slow_readers",
+            "Streams that were ended because their clients did not read them.",
+            ["surface"],
+            registry=registry,
+        )
         self._first_token = Histogram(
             "expertmesh_time_to_first_token_seconds",
             "From a checked request to its first token.",
@@ -114,6 +120,10 @@ class Metrics:
     def inexact_tokens(self, model_id: str, reason: str, count: int) -> None:
         """Count generated tokens that are not exact; ``reason`` is what the request asked for."""
         self._inexact_tokens.labels(model_id, reason).inc(count)
+
+    def slow_reader(self, surface: str) -> None:
+        """Count a stream that was ended because its client did not read it."""
+        self._slow_readers.labels(surface).inc()
 
     def show_loop_age(self, loop_age_s: float | None) -> None:
         """Set the gauge of the controller's last loop; ``None`` before the first word from it."""

@@ -176,12 +176,14 @@ def service(upstream: FakeUpstream, limits: GatewayConfig | None = None) -> Gene
 class Servicer(GrpcMethods):
     """The gRPC methods as Serve's replica has them, without Serve."""
 
-    def __init__(self, upstream: FakeUpstream) -> None:
-        self.grpc_handlers = GrpcHandlers(service(upstream))
+    def __init__(self, upstream: FakeUpstream, limits: GatewayConfig | None = None) -> None:
+        self.grpc_handlers = GrpcHandlers(service(upstream, limits))
 
 
 @contextmanager
-def grpc_server(upstream: FakeUpstream, port: int = 0) -> Iterator[str]:
+def grpc_server(
+    upstream: FakeUpstream, port: int = 0, limits: GatewayConfig | None = None
+) -> Iterator[str]:
     """Run a real gRPC server on a loopback port, in a thread; gives its address.
 
     Its end breaks the calls under way.
@@ -192,7 +194,7 @@ def grpc_server(upstream: FakeUpstream, port: int = 0) -> Iterator[str]:
 
     async def start() -> tuple[grpc.aio.Server, int]:
         server = grpc.aio.server()
-        add_services_to_server(Servicer(upstream), server)
+        add_services_to_server(Servicer(upstream, limits), server)
         bound = server.add_insecure_port(f"127.0.0.1:{port}")
         await server.start()
         return server, bound
