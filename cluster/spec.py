@@ -82,6 +82,7 @@ class ActorReport:
     ``weight_bytes`` are what the weights of ``experts`` take in the device's memory; ``tokens``
     counts the token rows computed per expert since the actor's start; ``queued_rows`` wait now;
     ``steps`` counts batches computed, so that a hung compute thread shows as no progress.
+    ``busy_s`` is how long it has computed; ``frames`` it has answered waited ``queue_s`` in all.
     ``fetched_bytes`` of its weights came from another node, in ``fetched_s`` seconds.
     """
 
@@ -97,6 +98,9 @@ class ActorReport:
     tokens: dict[ExpertKey, int]
     queued_rows: int
     steps: int
+    frames: int = 0
+    busy_s: float = 0.0
+    queue_s: float = 0.0
     fetched_bytes: int = 0
     fetched_s: float = 0.0
 

@@ -49,6 +49,7 @@ logger = logging.getLogger("expertmesh.actor")
 @dataclass(slots=True)
 class _Waiting:
     frame: DispatchFrame
+    since_s: float
     answer: Parts | None = None
 
 
@@ -71,6 +72,9 @@ class ExpertActor:
         self._computing = False
         self._changed = threading.Condition()
         self._steps = 0
+        self._frames = 0
+        self._busy_s = 0.0
+        self._queue_s = 0.0
         tls = None if spec.tls is None else spec.tls.server_context()
         self._streams = StreamServer(self.compute_all, ray.util.get_node_ip_address(), tls)
         self._lease = Lease(time.monotonic())
@@ -164,6 +168,9 @@ class ExpertActor:
             tokens=dict(self._bank.tokens),
             queued_rows=self._queued_rows,
             steps=self._steps,
+            frames=self._frames,
+            busy_s=self._busy_s,
+            queue_s=self._queue_s,
             fetched_bytes=sum(remote.fetched_bytes for remote in remotes),
             fetched_s=sum(remote.fetched_s for remote in remotes),
         )
@@ -200,7 +207,7 @@ class ExpertActor:
 
     def _enqueue(self, frame: DispatchFrame) -> _Waiting:
         """Have a frame wait for its products, or refuse it; under the lock."""
-        waiting = _Waiting(frame)
+        waiting = _Waiting(frame, time.perf_counter())
         rows = self._queued_rows
         if rows > 0 and rows + frame.num_pairs > self._spec.max_queue_rows:
             full = OverloadedError(f"{rows} rows wait already", "queue", 0.01)
@@ -213,6 +220,7 @@ class ExpertActor:
     def _answer(self, batch: list[_Waiting]) -> None:
         """Compute a batch; whatever happens, nobody waits for this thread for ever."""
         answers: list[Parts] = []
+        started_s = time.perf_counter()
         try:
             answers = self._compute_batch(batch)
         finally:
@@ -224,8 +232,14 @@ class ExpertActor:
                     done.answer = answer
                     self._queued_rows -= done.frame.num_pairs
                 self._computing = False
-                self._steps += 1
+                self._note(batch, started_s)
                 self._changed.notify_all()
+
+    def _note(self, batch: list[_Waiting], started_s: float) -> None:
+        self._steps += 1
+        self._frames += len(batch)
+        self._busy_s += time.perf_counter() - started_s
+        self._queue_s += sum(started_s - waiting.since_s for waiting in batch)
 
     @torch.inference_mode()
     def _compute_batch(self, batch: Sequence[_Waiting]) -> list[Parts]:

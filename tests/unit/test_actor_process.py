@@ -51,6 +51,9 @@ class Actor(ExpertActor):
             dict(self._bank.tokens),
             self._queued_rows,
             self._steps,
+            self._frames,
+            self._busy_s,
+            self._queue_s,
         )
 
 
