@@ -293,7 +293,7 @@ def test_a_frame_whose_deadline_passes_while_it_waits_is_dropped_and_its_mates_a
 def test_calls_that_wait_together_share_one_product_and_get_their_own_rows(
     make: Callable[..., Actor], folder: Path, gate: Gate, calls: ThreadPoolExecutor
 ) -> None:
-    actor = make()
+    actor, started_s = make(), time.perf_counter()
     first = calls.submit(actor.compute, frame_of(rows_of(1), 1))
     assert gate.entered.acquire(timeout=LIMIT_S)
     batches = {i: rows_of(i, seed=i) for i in range(2, 8)}
@@ -309,7 +309,11 @@ def test_calls_that_wait_together_share_one_product_and_get_their_own_rows(
         torch.testing.assert_close(rows_answer(mate.result(LIMIT_S)), expected(folder, batches[i]))
     assert gate.products == [1, sum(batches)]
     queued(actor, 0)
-    assert actor.describe().steps == 2
+    report = actor.describe()
+    assert (report.steps, report.frames) == (2, 1 + len(mates))
+    # The first did not wait; the others did, for as long as it was computed or less.
+    assert 0 < report.queue_s < len(mates) * (time.perf_counter() - started_s)
+    assert 0 < report.busy_s < time.perf_counter() - started_s
 
 
 def test_a_full_queue_refuses_the_next_frame_and_serves_those_that_wait(
