@@ -64,9 +64,11 @@ class Engine:
         scheduler: Scheduler,
         eos_token_ids: frozenset[int],
         emit: Emit,
+        is_exact: bool = True,
     ) -> None:
         """``emit`` is called on the engine's thread, at most once a step.
 
+        Without ``is_exact`` no token is the model's, and all are flagged as not exact.
         ``replayed`` counts the forced tokens by whether the step sampled the same; ``tally`` has
         times and tokens.
         """
@@ -75,6 +77,7 @@ class Engine:
         self._scheduler = scheduler
         self._eos_token_ids = eos_token_ids
         self._emit = emit
+        self._is_exact = is_exact
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._outbox: list[Emission] = []
         self.replayed: Counter[str] = Counter()
@@ -209,7 +212,8 @@ class Engine:
                 item.sequence.awaited = loss.awaited[place]
                 continue
             item.sequence.num_computed = item.end
-            item.sequence.exact = item.sequence.exact and place not in loss.inexact
+            is_exact = self._is_exact and place not in loss.inexact
+            item.sequence.exact = item.sequence.exact and is_exact
         now_s = time.monotonic()
         for sequence, token_id, row in zip(step.sampled, token_ids, logprobs, strict=True):
             if sequence.awaited:

@@ -107,6 +107,7 @@ class RouterReplica:
             scheduler,
             frozenset(model.eos_token_ids),
             self._emit,
+            is_exact=not experts.emulated_pools,
         )
         self._samples = RouterSamples(
             model.id, self._engine, scheduler, self._exchange, self._dispatcher
@@ -122,6 +123,13 @@ class RouterReplica:
             num_pages * PAGE_SIZE,
             "" if checkpoint.remote is None else f", {checkpoint.remote.told()}",
         )
+        if experts.emulated_pools:
+            logger.warning(
+                "%s: pools with emulated devices (%s): no expert is computed there, all answers "
+                "are of zeros and not exact",
+                model.id,
+                ", ".join(experts.emulated_pools),
+            )
 
     async def generate(self, wire: dict[str, Any], address: LinkAddress) -> dict[str, Any]:
         """Generate all choices of a request.

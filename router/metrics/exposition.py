@@ -89,7 +89,7 @@ def _add_actor(found: _Found, report: ActorReport) -> None:
         (catalogue.ACTOR_BATCHES, report.steps),
         (catalogue.ACTOR_FRAMES, report.frames),
         (catalogue.ACTOR_BUSY, report.busy_s),
-        (catalogue.ACTOR_QUEUE, report.queue_s),
+        (catalogue.ACTOR_QUEUE, report.waited_s),
         (catalogue.ACTOR_REPLACEMENTS, report.generation - 1),
     ):
         _gauge(found, family, value, actor_id=report.actor_id)

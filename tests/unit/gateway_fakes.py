@@ -96,7 +96,7 @@ REPORT = ActorReport(
     steps=6,
     frames=8,
     busy_s=1.5,
-    queue_s=0.25,
+    waited_s=0.25,
 )
 Script = Callable[[GenerationRequest], Iterable[TokenEvent | Exception]]
 
