@@ -7,10 +7,11 @@ under ``args:`` is :class:`AppConfig`. Unknown keys are errors that list the all
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -22,14 +23,22 @@ from pydantic import (
 
 from cluster.contract import OnExpertLoss
 from cluster.errors import ConfigError
+from cluster.spec import Emulation
 from cluster.stream.tls import TlsFiles
 from cluster.transports import TransportKind
 
 IMPORT_PATH = "router.app:build"
 MAX_DEFAULT_CACHE_TOKENS = 65_536
 DEFAULT_POOL = "expert"
-ONE_POOLS_KEYS = ("actors", "num_cpus", "num_gpus", "threads", "memory_budget_bytes")
 BODIES_AT_ONCE = 16
+ONE_POOLS_KEYS = (
+    "actors",
+    "num_cpus",
+    "num_gpus",
+    "threads",
+    "memory_budget_bytes",
+    "emulate",
+)
 RAYS_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
 
 
@@ -66,13 +75,41 @@ class TlsConfig(_Section):
         return TlsFiles(self.certificate, self.key, self.authority)
 
 
+class EmulateConfig(_Section):
+    """A device that computes nothing, in an accelerator's time; for measuring, not for serving.
+
+    One expert's product takes ``batch_s`` and for each of its rows ``row_s`` more, in which the
+    actor sleeps. Its answers are zeros, and every reply is flagged as not exact.
+    """
+
+    batch_s: float = Field(default=0.0, ge=0, le=10)
+    row_s: float = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _takes_time(self) -> EmulateConfig:
+        if self.batch_s + self.row_s == 0:
+            raise ValueError("needs batch_s or row_s above 0")
+        return self
+
+    def emulation(self) -> Emulation:
+        """Return what an actor is told."""
+        return Emulation(self.batch_s, self.row_s)
+
+
+def _without_gpu(emulate: EmulateConfig | None, info: ValidationInfo) -> EmulateConfig | None:
+    if emulate is not None and info.data.get("num_gpus"):
+        raise ValueError("an emulated device computes nothing; leave out num_gpus")
+    return emulate
+
+
 class PoolConfig(_Section):
     """Alike expert actors, each on a device of its own.
 
     ``num_cpus``, ``num_gpus`` and ``resources`` (names of one's own, given to ``ray start``) are
     what one actor reserves, and so decide which machines it may be on; with ``num_gpus`` it
     computes on the GPU that Ray gives it. ``threads`` are its compute threads.
-    ``memory_budget_bytes`` bounds the expert weights that it holds.
+    ``memory_budget_bytes`` bounds the expert weights that it holds. With ``emulate`` no expert is
+    computed (:class:`EmulateConfig`).
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$", max_length=32)
@@ -82,6 +119,7 @@ class PoolConfig(_Section):
     resources: dict[str, float] = Field(default={}, max_length=16)
     threads: int = Field(default=1, ge=1, le=256)
     memory_budget_bytes: int | None = Field(default=None, gt=0)
+    emulate: Annotated[EmulateConfig | None, AfterValidator(_without_gpu)] = None
 
     @field_validator("resources")
     @classmethod
@@ -117,6 +155,7 @@ class ExpertsConfig(_Section):
     num_gpus: float = Field(default=0.0, ge=0, le=1)
     threads: int = Field(default=1, ge=1, le=256)
     memory_budget_bytes: int | None = Field(default=None, gt=0)
+    emulate: Annotated[EmulateConfig | None, AfterValidator(_without_gpu)] = None
     min_copies: int = Field(default=1, ge=1)
     max_queue_rows: int = Field(default=65_536, ge=1)
     call_timeout_s: float = Field(default=10.0, gt=0)
@@ -159,6 +198,11 @@ class ExpertsConfig(_Section):
             return self.pools
         given = {key: getattr(self, key) for key in ONE_POOLS_KEYS}
         return (PoolConfig(name=DEFAULT_POOL, **given),)
+
+    @property
+    def emulated_pools(self) -> tuple[str, ...]:
+        """Names of the pools that compute nothing."""
+        return tuple(pool.name for pool in self.all_pools() if pool.emulate is not None)
 
     @property
     def num_actors(self) -> int:
@@ -271,6 +315,7 @@ def _allowed_keys(loc: tuple[int | str, ...]) -> list[str]:
                 "router": RouterConfig,
                 "gateway": GatewayConfig,
                 "tls": TlsConfig,
+                "emulate": EmulateConfig,
                 "pools": PoolConfig,
             }[part]
     return sorted(section.model_fields)

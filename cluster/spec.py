@@ -32,8 +32,30 @@ class ModelSource:
 
 
 @dataclass(frozen=True, slots=True)
+class Emulation:
+    """How long an emulated device takes for one product, that is for one expert in one batch.
+
+    ``batch_s`` whatever its rows, as for reading the expert's weights, and ``row_s`` for each row.
+    """
+
+    batch_s: float
+    row_s: float
+
+    def product_s(self, num_rows: int) -> float:
+        """Return the time of one expert's product for ``num_rows`` rows."""
+        return self.batch_s + num_rows * self.row_s
+
+
+EMULATED = "emulated"
+"""The device of an actor that computes nothing, as reports and ``status`` show it."""
+
+
+@dataclass(frozen=True, slots=True)
 class ActorSpec:
-    """What an expert actor is made of; two actors with equal digests are interchangeable."""
+    """What an expert actor is made of; two actors with equal digests are interchangeable.
+
+    With ``emulation`` it loads and computes nothing, and answers zeros in an accelerator's time.
+    """
 
     app: str
     models: tuple[ModelSource, ...]
@@ -43,6 +65,7 @@ class ActorSpec:
     max_queue_rows: int
     tls: TlsFiles | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
+    emulation: Emulation | None = None
 
     @property
     def digest(self) -> str:
@@ -81,7 +104,9 @@ class ActorReport:
 
     ``weight_bytes`` are what the weights of ``experts`` take in the device's memory; ``tokens``
     counts the token rows computed per expert since the actor's start; ``queued_rows`` wait now;
-    ``steps`` counts batches computed, so that a hung compute thread shows as no progress.
+    ``steps`` counts batches computed, so that a hung compute thread shows as no progress; of the
+    ``frames`` in them, ``waited_s`` is how long all waited before, and ``busy_s`` how long all
+    batches took; both since the actor's start.
     ``fetched_bytes`` of its weights came from another node, in ``fetched_s`` seconds.
     """
 
@@ -97,6 +122,9 @@ class ActorReport:
     tokens: dict[ExpertKey, int]
     queued_rows: int
     steps: int
+    frames: int = 0
+    busy_s: float = 0.0
+    waited_s: float = 0.0
     fetched_bytes: int = 0
     fetched_s: float = 0.0
 

@@ -32,12 +32,13 @@ from cluster.errors import (
 from cluster.frames import Buffer, DispatchFrame, ErrorFrame, Parts, decode, encode
 from cluster.lease import Lease, end_when_orphaned
 from cluster.placement import ExpertKey
-from cluster.spec import ActorReport, ActorSpec
+from cluster.spec import EMULATED, ActorReport, ActorSpec
 from cluster.stream.offer import Network, StreamOffer
 from cluster.stream.server import StreamServer
 from cluster.tensors import TORCH_DTYPES
-from experts.bank import ExpertBank, GatedFfnExpert
+from experts.bank import Expert, ExpertBank, GatedFfnExpert
 from experts.checkpoint import Checkpoint, RemoteFiles
+from experts.emulated import EmulatedExpert
 from experts.ffn import ACTIVATIONS
 from experts.peers import open_model
 from experts.ray_peers import RayNeighbours
@@ -49,6 +50,7 @@ logger = logging.getLogger("expertmesh.actor")
 @dataclass(slots=True)
 class _Waiting:
     frame: DispatchFrame
+    since_s: float
     answer: Parts | None = None
 
 
@@ -71,6 +73,10 @@ class ExpertActor:
         self._computing = False
         self._changed = threading.Condition()
         self._steps = 0
+        # Written by the thread that computes alone, so that counting needs no lock.
+        self._frames = 0
+        self._busy_s = 0.0
+        self._waited_s = 0.0
         tls = None if spec.tls is None else spec.tls.server_context()
         self._streams = StreamServer(self.compute_all, ray.util.get_node_ip_address(), tls)
         self._lease = Lease(time.monotonic())
@@ -140,11 +146,15 @@ class ExpertActor:
                     )
                 checkpoint = self._checkpoints[key.model]
                 dtype = TORCH_DTYPES[source.dtype]
-                weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype, self._device)
-                act = ACTIVATIONS[checkpoint.shape.activation]
-                self._bank.experts[key] = GatedFfnExpert(weights, act)
+                self._bank.experts[key] = self._load_one(checkpoint, key, dtype)
             for remote in self._remotes():
                 remote.release()
+
+    def _load_one(self, checkpoint: Checkpoint, key: ExpertKey, dtype: torch.dtype) -> Expert:
+        if self._spec.emulation is not None:
+            return EmulatedExpert(self._spec.emulation, checkpoint.shape.hidden_size, dtype)
+        weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype, self._device)
+        return GatedFfnExpert(weights, ACTIVATIONS[checkpoint.shape.activation])
 
     def _remotes(self) -> list[RemoteFiles]:
         return [c.remote for c in self._checkpoints.values() if c.remote is not None]
@@ -158,12 +168,15 @@ class ExpertActor:
             epoch=self._epoch,
             pid=os.getpid(),
             node=ray.get_runtime_context().get_node_id(),
-            device=str(self._device),
+            device=str(self._device) if self._spec.emulation is None else EMULATED,
             experts=tuple(sorted(self._bank.experts)),
             weight_bytes=self._bank.num_bytes,
             tokens=dict(self._bank.tokens),
             queued_rows=self._queued_rows,
             steps=self._steps,
+            frames=self._frames,
+            busy_s=self._busy_s,
+            waited_s=self._waited_s,
             fetched_bytes=sum(remote.fetched_bytes for remote in remotes),
             fetched_s=sum(remote.fetched_s for remote in remotes),
         )
@@ -200,7 +213,7 @@ class ExpertActor:
 
     def _enqueue(self, frame: DispatchFrame) -> _Waiting:
         """Have a frame wait for its products, or refuse it; under the lock."""
-        waiting = _Waiting(frame)
+        waiting = _Waiting(frame, time.monotonic())
         rows = self._queued_rows
         if rows > 0 and rows + frame.num_pairs > self._spec.max_queue_rows:
             full = OverloadedError(f"{rows} rows wait already", "queue", 0.01)
@@ -213,12 +226,16 @@ class ExpertActor:
     def _answer(self, batch: list[_Waiting]) -> None:
         """Compute a batch; whatever happens, nobody waits for this thread for ever."""
         answers: list[Parts] = []
+        begun_s = time.monotonic()
+        self._frames += len(batch)
+        self._waited_s += sum(begun_s - waiting.since_s for waiting in batch)
         try:
             answers = self._compute_batch(batch)
         finally:
             if not answers:
                 failure = InternalError("the expert actor failed to compute the batch")
                 answers = [_error(w.frame.request_id, failure) for w in batch]
+            self._busy_s += time.monotonic() - begun_s
             with self._changed:
                 for done, answer in zip(batch, answers, strict=True):
                     done.answer = answer

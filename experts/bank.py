@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -40,6 +41,19 @@ class GatedFfnExpert:
         return self._ffn(rows)
 
 
+class Expert(Protocol):
+    """A loaded expert as the bank needs it: its resident bytes, and what rows it takes."""
+
+    num_bytes: int
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Map rows [P, H] to rows [P, H]."""
+        ...
+
+
 _Pieces = list[torch.Tensor]
 """One frame's rows, a piece per expert; each piece's results take its place."""
 
@@ -48,7 +62,7 @@ _Pieces = list[torch.Tensor]
 class ExpertBank:
     """Loaded experts by key, and how many token rows each has computed."""
 
-    experts: dict[ExpertKey, GatedFfnExpert] = field(default_factory=dict)
+    experts: dict[ExpertKey, Expert] = field(default_factory=dict)
     tokens: Counter[ExpertKey] = field(default_factory=Counter)
 
     @property

@@ -22,6 +22,8 @@ def check_file(path: Path) -> list[str]:
             f"application {name}: {config.experts.num_actors} expert actors{kinds}, "
             f"{config.router.replicas} routers per model, {config.gateway.replicas} gateways"
         )
+        if emulated := config.experts.emulated_pools:
+            lines.append(f"emulated devices, so that no answer is exact: {', '.join(emulated)}")
         lines.extend(_describe(model) for model in served)
     return lines
 

@@ -20,6 +20,16 @@ Awaited = tuple[int, int]
 """An expert that has no live copy and is waited for: (layer, expert)."""
 
 
+@dataclass(slots=True)
+class Times:
+    """When things happened to a sequence, on the monotonic clock; 0 is not yet."""
+
+    queued_s: float = 0.0
+    scheduled_s: float = 0.0
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One choice of one request: its tokens so far, and where they are in the cache.
@@ -41,6 +51,7 @@ class Sequence:
     forced: tuple[int, ...] = ()
     pages: list[int] = field(default_factory=list)
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    times: Times = field(default_factory=Times)
 
     @property
     def num_generated(self) -> int:
@@ -97,6 +108,7 @@ class Scheduler:
         """Start empty with ``num_pages`` pages of cache."""
         self._limits = limits
         self._pool = PagePool(num_pages)
+        self.num_pages = num_pages
         self.waiting: deque[Sequence] = deque()
         self._waiting_tokens = 0
         self.running: list[Sequence] = []

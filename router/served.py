@@ -72,6 +72,7 @@ def pool_specs(experts: ExpertsConfig, models: Sequence[ServedModel]) -> tuple[P
                 max_queue_rows=experts.max_queue_rows,
                 tls=None if experts.tls is None else experts.tls.files(),
                 resources=pool.resources,
+                emulation=None if pool.emulate is None else pool.emulate.emulation(),
             ),
         )
         for pool in experts.all_pools()

@@ -18,10 +18,12 @@ import torch
 from cluster.errors import ExpertMeshError
 from cluster.frames import DispatchFrame, decode, encode
 from cluster.placement import ExpertKey, ModelExperts, Placement, assign_experts, empty_placement
+from cluster.spec import Emulation
 from cluster.tensors import TORCH_DTYPES
 from cluster.transport import Call, CallFailure, IsGone, Outcome, Transport, never_gone
 from experts.bank import ExpertBank, GatedFfnExpert
 from experts.checkpoint import Checkpoint, open_checkpoint
+from experts.emulated import EmulatedExpert
 from experts.ffn import ACTIVATIONS
 from experts.weights import load_expert
 from router.cache import PAGE_SIZE
@@ -82,7 +84,10 @@ class BankTransport:
 
 
 def load_banks(
-    checkpoint: Checkpoint, shares: dict[str, list[ExpertKey]], dtype: str
+    checkpoint: Checkpoint,
+    shares: dict[str, list[ExpertKey]],
+    dtype: str,
+    emulation: Emulation | None = None,
 ) -> dict[str, ExpertBank]:
     """Load each actor's share of the experts into a bank."""
     act = ACTIVATIONS[checkpoint.shape.activation]
@@ -90,6 +95,10 @@ def load_banks(
     for actor_id, keys in shares.items():
         bank = ExpertBank()
         for key in keys:
+            if emulation is not None:
+                hidden_size = checkpoint.shape.hidden_size
+                bank.experts[key] = EmulatedExpert(emulation, hidden_size, TORCH_DTYPES[dtype])
+                continue
             weights = load_expert(
                 checkpoint, key.layer_id, key.expert_id, TORCH_DTYPES[dtype], torch.device("cpu")
             )
@@ -111,6 +120,7 @@ class LocalCluster:
         threaded: bool = True,
         elsewhere: tuple[str, Transport, Placement] | None = None,
         min_copies: int = 1,
+        emulation: Emulation | None = None,
     ) -> None:
         """``elsewhere`` is a model's id with transport and placement, where its experts live."""
         limits = limits or Limits(32, 64, 256)
@@ -131,7 +141,7 @@ class LocalCluster:
         self.suspected: list[tuple[str, int]] = []
         self.transport = BankTransport({})
         if elsewhere is None:
-            self.transport.banks = load_banks(self.checkpoint, shares, dtype)
+            self.transport.banks = load_banks(self.checkpoint, shares, dtype, emulation)
         self.dispatcher = Dispatcher(
             model_id,
             self.view,
@@ -146,7 +156,12 @@ class LocalCluster:
         self._changed = threading.Condition()
         eos = self.checkpoint.config["eos_token_id"]
         self.engine = Engine(
-            model, self.exchange, self.scheduler, frozenset([eos]), self._on_emissions
+            model,
+            self.exchange,
+            self.scheduler,
+            frozenset([eos]),
+            self._on_emissions,
+            is_exact=emulation is None,
         )
         if threaded:
             self.engine.start()

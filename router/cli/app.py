@@ -20,6 +20,7 @@ from router.cli.convert import convert
 from router.cli.doctor import doctor
 from router.cli.generate import generate
 from router.cli.plan import plan
+from router.cli.serve import serve
 from router.cli.status import status
 from router.cli.train import train
 
@@ -63,6 +64,7 @@ def _options(
     """Take what stands before a command."""
 
 
+app.command()(serve)
 app.command()(generate)
 app.command()(chat)
 app.command()(status)

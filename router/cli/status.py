@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.errors import ExpertMeshError
+from cluster.spec import EMULATED
 from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
 from router.cli.common import Address, AsJson, write, write_json
 from router.client import DEFAULT_ADDRESS, Client
@@ -115,6 +116,8 @@ class _Watched:
 def _summary(told: ClusterStatus) -> str:
     ready = "ready" if told.missing_experts == 0 else f"{told.missing_experts} experts missing"
     copies = f"copies: {told.live_copies} live, {told.min_copies} wanted"
+    if any(actor.device == EMULATED for actor in told.actors):
+        copies += "   emulated devices: no answer is the model's"
     return (
         f"models: {', '.join(told.models)}   placement: epoch {told.epoch}, "
         f"version {told.placement_version}   {ready}   {copies}\n"

@@ -25,6 +25,7 @@ from router.gateway.slow_reader import SlowReaderWatch
 from router.gateway.status import public_error
 from router.gateway.upstream import Upstream
 from router.gateway.validate import CheckedRequest, RawRequest, Validator
+from router.metrics.exposition import expose
 from router.readiness import Readiness
 from router.request import TokenEvent, TokenLogprobs
 
@@ -103,6 +104,10 @@ class GenerationService:
         """Return what the controller knows of the cluster."""
         return await self._upstream.status()
 
+    async def measured(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return expose(await self._upstream.measurements(), self.ready().loop_age_s)
+
     async def generate(
         self, checked: CheckedRequest, surface: Surface
     ) -> AsyncGenerator[Delta, None]:
@@ -146,6 +151,8 @@ class GenerationService:
                         waiting = False
                         self.metrics.first_token(model_id, time.monotonic() - started_s)
                     self.metrics.tokens(model_id, len(delta.token_ids))
+                    if delta.finish_reason is not None:
+                        self.metrics.choice_finished(model_id, delta.finish_reason)
                     if not delta.exact:
                         reason = checked.request.on_expert_loss
                         self.metrics.inexact_tokens(model_id, reason, len(delta.token_ids))

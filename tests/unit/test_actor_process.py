@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +52,9 @@ class Actor(ExpertActor):
             dict(self._bank.tokens),
             self._queued_rows,
             self._steps,
+            self._frames,
+            self._busy_s,
+            self._waited_s,
         )
 
 
@@ -204,6 +208,28 @@ def test_the_report_tells_experts_tokens_and_steps(make: Callable[..., Actor]) -
     assert report.tokens == {ExpertKey("m", 0, 3): 7}
     assert (report.queued_rows, report.steps, report.pid) == (0, 2, os.getpid())
     assert report.digest == actor._spec.digest
+
+
+def test_the_report_tells_how_long_frames_waited_and_products_took(
+    make: Callable[..., Actor],
+    gate: Gate,
+    calls: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    actor = make()
+    clock = SimpleNamespace(monotonic=lambda: clock.now_s, time=time.time, now_s=100.0)
+    monkeypatch.setattr(actor_module, "time", clock)
+    first = calls.submit(actor.compute, frame_of(rows_of(1)))
+    assert gate.entered.acquire(timeout=LIMIT_S)
+    clock.now_s = 103.0
+    others = [calls.submit(actor.compute, frame_of(rows_of(1))) for _ in range(2)]
+    queued(actor, 3)
+    clock.now_s = 110.0
+    gate.open.set()
+    for call in (first, *others):
+        rows_answer(call.result(LIMIT_S))
+    report = actor.describe()
+    assert (report.frames, report.busy_s, report.waited_s) == (3, 10.0, 14.0)
 
 
 def test_experts_are_loaded_beside_those_already_held(make: Callable[..., Actor]) -> None:

@@ -1,0 +1,147 @@
+"""The load of experts and devices lately, from the counters that actors report.
+
+Counters only grow while an actor lives, so a report that is lost costs nothing: the next one has
+it. What came in fades with ``WINDOW_S``, so a rate is that of about the last half a minute. Pure,
+with the caller's clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.placement import ExpertKey
+from cluster.spec import ActorReport
+
+WINDOW_S = 30.0
+"""The time in which what came in fades to 1/e of its weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLoad:
+    """One device lately, all a second: tokens computed, batches' and waiting frames' seconds.
+
+    ``busy`` is so the share of time in which the device computed. ``wait_s`` is how long a frame
+    waited on average; 0 where none came.
+    """
+
+    tokens_per_s: float
+    busy: float
+    wait_s: float
+
+
+class _Fading:
+    """A sum in which what was added fades."""
+
+    __slots__ = ("_at_s", "_sum")
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._at_s = -math.inf
+
+    def add(self, amount: float, took_s: float, now_s: float) -> None:
+        """Add what came in evenly over the last ``took_s`` seconds, part of which has faded."""
+        kept = (1 - math.exp(-took_s / WINDOW_S)) * WINDOW_S / took_s
+        self._sum = self.at(now_s) + amount * kept
+        self._at_s = now_s
+
+    def at(self, now_s: float) -> float:
+        """Return what is left of the sum."""
+        return self._sum * math.exp(-(now_s - self._at_s) / WINDOW_S)
+
+
+class _Device:
+    """One generation of an actor: its last report, and its sums."""
+
+    __slots__ = ("at_s", "begun_s", "busy_s", "frames", "generation", "last", "tokens", "waited_s")
+
+    def __init__(self, report: ActorReport, now_s: float) -> None:
+        self.generation = report.generation
+        self.begun_s = self.at_s = now_s
+        self.last = report
+        self.tokens, self.frames = _Fading(), _Fading()
+        self.busy_s, self.waited_s = _Fading(), _Fading()
+
+
+class LoadTracker:
+    """Rates of every expert over all its copies, and of every device."""
+
+    def __init__(self, now_s: float) -> None:
+        """Begin without any load; rates are those since then until a window has passed."""
+        self._begun_s = now_s
+        self._experts: defaultdict[ExpertKey, _Fading] = defaultdict(_Fading)
+        self._devices: dict[str, _Device] = {}
+
+    def observe(self, report: ActorReport, now_s: float) -> None:
+        """Take an actor's report; the first of a generation only says where its counters stand."""
+        device = self._devices.get(report.actor_id)
+        if device is None or device.generation != report.generation:
+            self._devices[report.actor_id] = _Device(report, now_s)
+            return
+        took_s = now_s - device.at_s
+        if took_s <= 0:
+            return
+        computed = 0
+        for key, count in report.tokens.items():
+            added = count - device.last.tokens.get(key, 0)
+            if added:
+                self._experts[key].add(added, took_s, now_s)
+                computed += added
+        last = device.last
+        device.tokens.add(computed, took_s, now_s)
+        device.frames.add(report.frames - last.frames, took_s, now_s)
+        device.busy_s.add(report.busy_s - last.busy_s, took_s, now_s)
+        device.waited_s.add(report.waited_s - last.waited_s, took_s, now_s)
+        device.last, device.at_s = report, now_s
+
+    def forget(self, actor_id: str) -> None:
+        """Drop a device that is gone; what its experts had to do stays until it fades."""
+        self._devices.pop(actor_id, None)
+
+    def tokens_per_s(self, now_s: float) -> dict[ExpertKey, float]:
+        """Return the rate of every expert that had anything to do lately."""
+        seconds = _faded_s(now_s - self._begun_s)
+        return {key: total.at(now_s) / seconds for key, total in self._experts.items()}
+
+    def devices(self, now_s: float) -> dict[str, DeviceLoad]:
+        """Return each device's load; one that has not been heard of twice has none."""
+        return {
+            actor_id: _load_of(device, now_s)
+            for actor_id, device in self._devices.items()
+            if device.at_s > device.begun_s
+        }
+
+    def speeds(self, kind_of: Mapping[str, str], now_s: float) -> dict[str, float]:
+        """Return the tokens that each device computes in a busy second, as its kind does.
+
+        ``kind_of`` names the kind of each device. Devices of a kind are alike, so all their busy
+        time counts together; a kind that was busy for less than a second in all is left out.
+        """
+        tokens: defaultdict[str, float] = defaultdict(float)
+        busy_s: defaultdict[str, float] = defaultdict(float)
+        for actor_id, device in self._devices.items():
+            if actor_id in kind_of:
+                tokens[kind_of[actor_id]] += device.tokens.at(now_s)
+                busy_s[kind_of[actor_id]] += device.busy_s.at(now_s)
+        return {
+            actor_id: tokens[kind] / busy_s[kind]
+            for actor_id, kind in kind_of.items()
+            if busy_s[kind] >= 1.0 and tokens[kind] > 0
+        }
+
+
+def _load_of(device: _Device, now_s: float) -> DeviceLoad:
+    seconds = _faded_s(now_s - device.begun_s)
+    frames = device.frames.at(now_s)
+    return DeviceLoad(
+        tokens_per_s=device.tokens.at(now_s) / seconds,
+        busy=device.busy_s.at(now_s) / seconds,
+        wait_s=device.waited_s.at(now_s) / frames if frames > 0 else 0.0,
+    )
+
+
+def _faded_s(elapsed_s: float) -> float:
+    """Return what so many seconds weigh, of which each fades like what came in during it."""
+    return WINDOW_S * (1 - math.exp(-max(elapsed_s, 1e-9) / WINDOW_S))

@@ -1,0 +1,111 @@
+"""Rates of experts and devices from counters, by a clock that the test turns."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.load import WINDOW_S, DeviceLoad, LoadTracker
+from cluster.placement import ExpertKey
+from cluster.spec import ActorReport
+
+A, B = ExpertKey("m", 0, 0), ExpertKey("m", 0, 1)
+
+
+def report(
+    tokens: dict[ExpertKey, int],
+    actor_id: str = "one",
+    generation: int = 1,
+    frames: int = 0,
+    busy_s: float = 0.0,
+    waited_s: float = 0.0,
+) -> ActorReport:
+    return ActorReport(
+        actor_id, generation, "", 1, 1, "node", "cpu", (A, B), 20, tokens, 0, 0, frames, busy_s,
+        waited_s,
+    )  # fmt: skip
+
+
+@given(st.lists(st.floats(0.01, 40.0), min_size=1, max_size=40))
+def test_a_steady_load_is_told_exactly_however_reports_come(gaps_s: list[float]) -> None:
+    tracker, now_s = LoadTracker(5.0), 5.0
+    tracker.observe(report({}), now_s)
+    for gap_s in gaps_s:
+        now_s += gap_s
+        passed_s = now_s - 5.0
+        # 100 and 7 a second, of which frames are 2 that wait 3 ms; a fifth of the time is busy.
+        tracker.observe(
+            report(
+                {A: 100 * passed_s, B: 7 * passed_s},  # type: ignore[dict-item]
+                frames=2 * passed_s,  # type: ignore[arg-type]
+                busy_s=0.2 * passed_s,
+                waited_s=0.006 * passed_s,
+            ),
+            now_s,
+        )
+    assert tracker.tokens_per_s(now_s) == pytest.approx({A: 100, B: 7})
+    load = tracker.devices(now_s)["one"]
+    assert (load.tokens_per_s, load.busy, load.wait_s) == pytest.approx((107, 0.2, 0.003))
+    assert isinstance(load, DeviceLoad)
+
+
+def test_nothing_is_known_before_a_second_report() -> None:
+    tracker = LoadTracker(0.0)
+    assert (tracker.tokens_per_s(0.0), tracker.devices(0.0)) == ({}, {})
+    tracker.observe(report({A: 1_000_000}), 1.0)
+    assert (tracker.tokens_per_s(1.0), tracker.devices(1.0)) == ({}, {})
+    tracker.observe(report({A: 1_000_000}), 1.0)  # no time has passed
+    assert tracker.devices(1.0) == {}
+
+
+def test_a_load_that_ends_fades_with_the_window() -> None:
+    tracker = LoadTracker(0.0)
+    tracker.observe(report({}), 0.0)
+    for second in range(1, 201):
+        tracker.observe(report({A: 50 * second}), float(second))
+    before = tracker.tokens_per_s(200.0)[A]
+    assert before == pytest.approx(50)
+    silent_s = 200.0 + WINDOW_S
+    tracker.observe(report({A: 50 * 200}), silent_s)
+    assert tracker.tokens_per_s(silent_s)[A] == pytest.approx(50 / math.e, rel=0.01)
+    assert tracker.devices(silent_s)["one"].tokens_per_s == pytest.approx(50 / math.e, rel=0.01)
+
+
+def test_an_experts_rate_is_that_of_all_its_copies() -> None:
+    tracker = LoadTracker(0.0)
+    for actor_id in ("one", "two"):
+        tracker.observe(report({A: 10}, actor_id), 0.0)
+    tracker.observe(report({A: 40}, "one"), 2.0)
+    tracker.observe(report({A: 20}, "two"), 2.0)
+    assert tracker.tokens_per_s(2.0) == pytest.approx({A: 20})
+    told = {a: load.tokens_per_s for a, load in tracker.devices(2.0).items()}
+    assert told == pytest.approx({"one": 15, "two": 5})
+
+
+def test_a_new_generation_counts_from_where_it_begins() -> None:
+    tracker = LoadTracker(0.0)
+    tracker.observe(report({}), 0.0)
+    tracker.observe(report({A: 100}), 1.0)
+    tracker.observe(report({A: 3}, generation=2), 2.0)
+    tracker.observe(report({A: 103}, generation=2), 3.0)
+    assert tracker.devices(3.0)["one"].tokens_per_s == pytest.approx(100)
+    assert tracker.tokens_per_s(3.0)[A] == pytest.approx(200 / 3, rel=0.05)
+    tracker.forget("one")
+    tracker.forget("never seen")
+    assert tracker.devices(3.0) == {}
+    assert tracker.tokens_per_s(3.0)[A] > 0
+
+
+def test_devices_of_a_kind_are_equally_fast_and_idle_kinds_unknown() -> None:
+    tracker = LoadTracker(0.0)
+    kinds = {"g1": "gpu", "g2": "gpu", "c1": "cpu", "i1": "idle"}
+    for actor_id in kinds:
+        tracker.observe(report({}, actor_id), 0.0)
+    tracker.observe(report({A: 900}, "g1", busy_s=2.0), 4.0)
+    tracker.observe(report({A: 100}, "g2", busy_s=2.0), 4.0)
+    tracker.observe(report({B: 40}, "c1", busy_s=4.0), 4.0)
+    tracker.observe(report({B: 1}, "i1", busy_s=0.1), 4.0)
+    assert tracker.speeds(kinds, 4.0) == pytest.approx({"g1": 250, "g2": 250, "c1": 10})
