@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from cluster.tensors import TORCH_DTYPES
 from experts.checkpoint import DTYPES, Checkpoint
+from experts.families.base import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +36,46 @@ def load_expert(
     Only these tensors' bytes are read, or fetched. Gate comes before up, as transformers' fused
     parameter has it, so that results are bitwise those of its eager experts.
     """
-    names = checkpoint.family.expert_tensors(layer_id, expert_id)
+    tensors = checkpoint.family.expert_tensors(checkpoint.config, layer_id, expert_id)
     hidden, inner = checkpoint.shape.hidden_size, checkpoint.shape.intermediate_size
     gate_up = torch.empty((2 * inner, hidden), dtype=dtype, device=device)
-    gate_up[:inner] = read_tensor(checkpoint, names.gate)
-    gate_up[inner:] = read_tensor(checkpoint, names.up)
+    gate_up[:inner] = read_part(checkpoint, tensors.gate)
+    gate_up[inner:] = read_part(checkpoint, tensors.up)
     down = torch.empty((hidden, inner), dtype=dtype, device=device)
-    down.copy_(read_tensor(checkpoint, names.down))
+    down.copy_(read_part(checkpoint, tensors.down))
     return GatedFfnWeights(gate_up, down)
 
 
-def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """Read one tensor as it is stored, from this node's disk or from another node."""
+def read_part(checkpoint: Checkpoint, part: Part) -> torch.Tensor:
+    """Read one matrix or bias of an expert as it is stored, and nothing else of its tensor."""
+    tensor = read_tensor(checkpoint, part.name, part.rows)
+    if part.stacked:
+        tensor = tensor.squeeze(0)
+    if part.transposed:
+        tensor = tensor.T
+    if part.every is not None:
+        first, step = part.every
+        tensor = tensor[first::step]
+    return tensor
+
+
+def read_tensor(
+    checkpoint: Checkpoint, name: str, rows: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Read one tensor as it is stored, from this node's disk or from another node.
+
+    ``rows`` (from, to) reads these of its first axis alone.
+    """
     info = checkpoint.tensors[name]
+    begin, end = rows or (0, info.shape[0])
     if checkpoint.remote is not None:
-        flat = torch.frombuffer(
-            checkpoint.remote.tensor(name), dtype=TORCH_DTYPES[DTYPES[info.dtype]]
-        )
-        return flat.view(info.shape)
+        row_bytes = (info.end - info.begin) // info.shape[0]
+        data = checkpoint.remote.tensor(name, begin * row_bytes, end * row_bytes)
+        flat = torch.frombuffer(data, dtype=TORCH_DTYPES[DTYPES[info.dtype]])
+        return flat.view(end - begin, *info.shape[1:])
     with safe_open(str(checkpoint.folder / info.file), framework="pt") as shard:
-        tensor: torch.Tensor = shard.get_tensor(name)
-        return tensor
+        if rows is None:
+            whole: torch.Tensor = shard.get_tensor(name)
+            return whole
+        part: torch.Tensor = shard.get_slice(name)[begin:end]
+        return part

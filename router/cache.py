@@ -62,13 +62,15 @@ class Chunk:
     """A prefill chunk in the packed row: tokens ``start:end``, and the slots it attends to.
 
     ``slots`` [L] are the sequence's slots up to and including the chunk's last token; ``mask``
-    [C, L] is true where a token may look, or ``None`` when plain causal attention says the same.
+    [C, L] is true where a token may look, or ``None`` when plain causal attention says the same;
+    ``windowed`` is the same for layers with a sliding window.
     """
 
     start: int
     end: int
     slots: torch.Tensor
     mask: torch.Tensor | None
+    windowed: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +79,15 @@ class PagedBatch:
 
     ``new_slots`` [T] is where each token's key and value go. The first ``num_decode`` tokens
     belong to decoding sequences: ``decode_slots`` [B, L] are the slots that they attend to, right
-    padded, and ``decode_mask`` [B, 1, L] is false at the padding and outside the window, or
-    ``None`` where nothing is hidden.
+    padded, and ``decode_mask`` [B, 1, L] is false at the padding, or ``None`` where nothing is
+    hidden; ``decode_windowed`` is also false outside the sliding window of layers that have one.
     """
 
     new_slots: torch.Tensor
     num_decode: int
     decode_slots: torch.Tensor
     decode_mask: torch.Tensor | None
+    decode_windowed: torch.Tensor | None
     chunks: tuple[Chunk, ...]
 
 
@@ -148,10 +151,14 @@ class _Scratch:
 
 @dataclass(frozen=True, slots=True)
 class PagedContext:
-    """What travels through transformers' model to :func:`paged_attention`."""
+    """What travels through transformers' model to :func:`paged_attention`.
+
+    ``windowed`` tells of each layer whether it has a sliding window.
+    """
 
     cache: PagedCache
     batch: PagedBatch
+    windowed: Sequence[bool]
 
 
 def paged_attention(
@@ -172,25 +179,25 @@ def paged_attention(
     [1, T, Q, D]. Masks are in ``paged``; sliding windows are part of them.
     """
     layer_id: int = module.layer_idx  # type: ignore[assignment]
-    batch = paged.batch
+    batch, windowed = paged.batch, paged.windowed[layer_id]
     paged.cache.store(layer_id, batch.new_slots, key.squeeze(0), value.squeeze(0))
     outputs = []  # [1, T, Q, D] each
     if batch.num_decode:
         keys, values = paged.cache.gather(layer_id, batch.decode_slots)
+        mask = batch.decode_windowed if windowed else batch.decode_mask
         outputs.append(
-            _attend_decoding(
-                query[0, :, : batch.num_decode], keys, values, batch.decode_mask, scaling
-            )
+            _attend_decoding(query[0, :, : batch.num_decode], keys, values, mask, scaling)
         )
     for chunk in batch.chunks:
         keys, values = paged.cache.gather(layer_id, chunk.slots.unsqueeze(0))
+        mask = chunk.windowed if windowed else chunk.mask
         output = functional.scaled_dot_product_attention(
             query[:, :, chunk.start : chunk.end],  # [1, Q, C, D]
             keys.transpose(0, 1),  # [1, G, L, D]
             values.transpose(0, 1),
-            attn_mask=chunk.mask,
+            attn_mask=mask,
             scale=scaling,
-            is_causal=chunk.mask is None,
+            is_causal=mask is None,
             enable_gqa=query.shape[1] != keys.shape[0],
         )
         outputs.append(output.transpose(1, 2))

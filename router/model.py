@@ -34,7 +34,7 @@ from router.cache import (
     length_step,
     paged_attention,
 )
-from router.gate import ChooseAmong, chooser
+from router.gate import ChooseAmong, Gate, chooser
 from router.packing import pack_linears
 
 _REPLACING = threading.Lock()
@@ -74,12 +74,15 @@ class RemoteExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Return the combined output of the chosen experts, [T, H]."""
+        """Return the combined output of the chosen experts, shaped as ``hidden_states`` are.
+
+        Those are [T, H], or [1, T, H] in families whose block leaves them so.
+        """
         if self.exchange is None:
             raise RuntimeError(f"layer {self.layer_id} has no exchange")
-        return self.exchange(
-            self.layer_id, hidden_states, top_k_index, top_k_weights, self.choose_among
-        )
+        rows = hidden_states.flatten(0, -2)
+        combined = self.exchange(self.layer_id, rows, top_k_index, top_k_weights, self.choose_among)
+        return combined.view(hidden_states.shape)
 
 
 @contextmanager
@@ -122,14 +125,16 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
 def _weights(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
     """Return transformers' class, and what it loads: the folder, or tensors from another node."""
+    family = checkpoint.family
+    config = transformers.AutoConfig.for_model(**family.transformers_config(checkpoint.config))
     if checkpoint.remote is None:
         return transformers.AutoModelForCausalLM, {
-            "pretrained_model_name_or_path": checkpoint.folder
+            "pretrained_model_name_or_path": checkpoint.folder,
+            "config": config,
         }
-    names = checkpoint.family.dense_tensors(checkpoint.config)
+    names = family.dense_tensors(checkpoint.config)
     state = {name: read_tensor(checkpoint, name) for name in names}
     checkpoint.remote.release()
-    config = transformers.AutoConfig.for_model(**checkpoint.config)
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], {
         "pretrained_model_name_or_path": None,
         "config": config,
@@ -148,7 +153,9 @@ class MoEModel:
         fuse_attention(self._model)
         pack_linears(self._model)
         config = self._model.config
-        self.sliding_window: int | None = getattr(config, "sliding_window", None)
+        # Some families say 0 where others say nothing.
+        self.sliding_window: int | None = getattr(config, "sliding_window", None) or None
+        self._windowed = _windowed_layers(config)
         self.length_step = length_step(dtype, self._model.device)
         self._cache = PagedCache(
             num_layers=config.num_hidden_layers,
@@ -162,7 +169,8 @@ class MoEModel:
         for layer_id, (module, gate) in enumerate(_remote_experts(self._model, checkpoint)):
             module.layer_id = checkpoint.shape.layers[layer_id]
             module.exchange = exchange
-            module.choose_among = chooser(gate)
+            module.choose_among = chooser(gate, checkpoint.family.weights_of_all(checkpoint.config))
+        self._base, self._head = self._model.base_model, self._model.get_output_embeddings()
 
     @torch.inference_mode()
     def forward(
@@ -176,23 +184,29 @@ class MoEModel:
 
         ``token_ids`` and ``positions`` are [T], ``sample_rows`` [R] indexes into them.
         """
-        output = self._model.model(
+        output = self._base(
             input_ids=token_ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             use_cache=False,
             output_router_logits=False,
-            paged=PagedContext(self._cache, batch),
+            paged=PagedContext(self._cache, batch, self._windowed),
         )
         hidden_states = output.last_hidden_state[0].index_select(0, sample_rows)  # [R, H]
-        return self._model.lm_head(hidden_states).float()  # type: ignore[no-any-return]
+        return self._head(hidden_states).float()  # type: ignore[no-any-return]
 
 
-def _remote_experts(
-    model: nn.Module, checkpoint: Checkpoint
-) -> list[tuple[RemoteExperts, nn.Module]]:
+def _windowed_layers(config: Any) -> tuple[bool, ...]:
+    """Return of each layer whether it has a sliding window; layers may differ."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return tuple(kind == "sliding_attention" for kind in kinds)
+    return (bool(getattr(config, "sliding_window", None)),) * config.num_hidden_layers
+
+
+def _remote_experts(model: nn.Module, checkpoint: Checkpoint) -> list[tuple[RemoteExperts, Gate]]:
     """Return each layer's experts, and the gate that stands beside them."""
     found = [
-        (module, block.get_submodule(checkpoint.family.gate_name))
+        (module, checkpoint.family.gate_of(block))
         for block in model.modules()
         for module in block.children()
         if isinstance(module, RemoteExperts)

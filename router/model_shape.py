@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
 from typing import Any
 
 from cluster.errors import CheckpointError
+from experts.checkpoint import checked_shape, usual_config
+from experts.families import FAMILIES, Family
+from experts.families.base import Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +63,12 @@ def shape_of(config: Mapping[str, Any], where: str) -> ModelShape:
     sizes that are missing or no positive integers.
     """
     model_type = str(config.get("model_type"))
+    if model_type in FAMILIES:
+        return _of_family(FAMILIES[model_type], dict(config), Path(where))
     if model_type not in _FAMILIES:
-        known = ", ".join(sorted(_FAMILIES))
+        known = ", ".join(sorted(_FAMILIES.keys() | FAMILIES.keys()))
         raise CheckpointError(f"unknown model_type {model_type!r}; known: {known}", where)
-    sizes = _Sizes(_with_usual_keys(config), where)
+    sizes = _Sizes(config, where)
     parts = _FAMILIES[model_type](sizes)
     hidden, layers = sizes("hidden_size"), sizes("num_hidden_layers")
     table = sizes("vocab_size") * hidden
@@ -85,6 +92,26 @@ def shape_of(config: Mapping[str, Any], where: str) -> ModelShape:
     )
 
 
+def _of_family(family: Family, given: Config, file: Path) -> ModelShape:
+    """Count the tensors of a family that is served."""
+    config = usual_config(family, given, file)
+    shape = checked_shape(family, config, file)
+    dense, layers = family.dense_tensors(config), config["num_hidden_layers"]
+    is_tied = bool(config.get("tie_word_embeddings"))
+    return ModelShape(
+        model_type=family.model_type,
+        num_layers=layers,
+        num_moe_layers=len(shape.layers),
+        num_experts=shape.num_experts,
+        num_experts_per_tok=shape.num_experts_per_tok,
+        router_parameters=sum(prod(size) for size in dense.values()),
+        lookup_parameters=0 if is_tied else config["vocab_size"] * shape.hidden_size,
+        expert_parameters=shape.expert_parameters,
+        cache_values_per_token=layers * family.cache_values(config),
+        max_position_embeddings=config["max_position_embeddings"],
+    )
+
+
 class _Sizes:
     """A configuration whose sizes are checked as they are read."""
 
@@ -104,31 +131,6 @@ class _Sizes:
     def says(self, key: str) -> bool:
         """Return whether ``key`` has a value other than false, zero and nothing."""
         return bool(self._config.get(key))
-
-    def numbers(self, key: str) -> frozenset[int]:
-        """Return a list of integers, which may be absent."""
-        value = self._config.get(key) or []
-        if not isinstance(value, list) or any(type(one) is not int for one in value):
-            raise CheckpointError(f"{key} must be a list of integers", self._where)
-        return frozenset(value)
-
-
-def _with_usual_keys(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return DBRX's configuration under the names that the other families have."""
-    if config.get("model_type") != "dbrx":
-        return config
-    attention, experts = config.get("attn_config") or {}, config.get("ffn_config") or {}
-    return {
-        **{key: config.get(key) for key in ("model_type", "vocab_size", "tie_word_embeddings")},
-        "hidden_size": config.get("d_model"),
-        "num_hidden_layers": config.get("n_layers"),
-        "num_attention_heads": config.get("n_heads"),
-        "num_key_value_heads": attention.get("kv_n_heads"),
-        "max_position_embeddings": config.get("max_seq_len"),
-        "intermediate_size": experts.get("ffn_hidden_size"),
-        "num_local_experts": experts.get("moe_num_experts"),
-        "num_experts_per_tok": experts.get("moe_top_k"),
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,23 +170,6 @@ def _mixtral(sizes: _Sizes) -> _Parts:
 
 def _grok_1(sizes: _Sizes) -> _Parts:
     return replace(_mixtral(sizes), norms=4 * sizes("hidden_size"))
-
-
-def _qwen3_moe(sizes: _Sizes) -> _Parts:
-    hidden, inner = sizes("hidden_size"), sizes("moe_intermediate_size")
-    attention, queries, _ = _grouped_query(sizes)
-    head_norms = 2 * queries // sizes("num_attention_heads")
-    step, dense = sizes("decoder_sparse_step", 1), sizes.numbers("mlp_only_layers")
-    layers = range(sizes("num_hidden_layers"))
-    num_dense = sum(layer in dense or (layer + 1) % step != 0 for layer in layers)
-    return _Parts(
-        attention,
-        2 * hidden + head_norms,
-        sizes("num_experts"),
-        3 * hidden * inner,
-        num_dense_layers=num_dense,
-        dense_layer_extras=3 * hidden * sizes("intermediate_size") if num_dense else 0,
-    )
 
 
 def _gpt_oss(sizes: _Sizes) -> _Parts:
@@ -236,10 +221,7 @@ def _latent(sizes: _Sizes) -> _Attention:
 
 
 _FAMILIES: dict[str, Callable[[_Sizes], _Parts]] = {
-    "dbrx": _mixtral,
     "deepseek_v3": _deepseek_v3,
     "gpt_oss": _gpt_oss,
     "grok-1": _grok_1,
-    "mixtral": _mixtral,
-    "qwen3_moe": _qwen3_moe,
 }

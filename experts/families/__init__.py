@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from experts.families.base import ExpertShape, Family
+from experts.families.dbrx import DBRX
 from experts.families.mixtral import MIXTRAL
+from experts.families.olmoe import OLMOE
+from experts.families.qwen2_moe import QWEN2_MOE
+from experts.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (MIXTRAL,)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (DBRX, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE)
+}
 
 __all__ = ["FAMILIES", "ExpertShape", "Family"]
