@@ -12,6 +12,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import RayServeException
 
 from cluster.config import AppConfig, parse_args
@@ -20,6 +21,7 @@ from cluster.pool import SERVING_ENVIRONMENT
 from experts.ray_peers import RayNeighbours
 from router.control import ControllerDeployment
 from router.deployment import RouterDeployment
+from router.gateway.budget import RETRY_AFTER_S
 from router.gateway.deployment import Gateway
 from router.gateway.models import GatewayModel
 from router.gateway.ray_upstream import make_upstream
@@ -144,7 +146,11 @@ def _gateway(config: AppConfig) -> Any:
     return serve.deployment(
         name="Gateway",
         num_replicas=config.gateway.replicas,
-        max_ongoing_requests=config.gateway.max_ongoing_requests,
+        # What is beyond the gateway's own bound is refused there, with a typed error. Serve counts
+        # health checks and refusals too, and what it refuses itself says less.
+        max_ongoing_requests=2 * config.gateway.max_ongoing_requests,
+        max_queued_requests=config.gateway.max_ongoing_requests,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
         ray_actor_options={
             "num_cpus": config.gateway.num_cpus,
             "runtime_env": {"env_vars": SERVING_ENVIRONMENT},
