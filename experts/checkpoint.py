@@ -177,9 +177,11 @@ def checkpoint_of(
     family = family_of(config, config_file)
     config = usual_config(family, config, config_file)
     shape = checked_shape(family, config, config_file)
-    tensors = read_tensors()
+    with _wrong_kinds(config_file):
+        ignored = family.ignored(config)
+    tensors = {n: info for n, info in read_tensors().items() if not n.startswith(ignored or (" ",))}
     _check_tensors(folder, family, config, shape, tensors)
-    dtype = _expert_dtype(folder, tensors)
+    dtype = _expert_dtype(folder, family, tensors)
     return Checkpoint(folder, config, family, shape, tensors, dtype, remote)
 
 
@@ -368,8 +370,14 @@ def _check_tensors(
             )
 
 
-def _expert_dtype(folder: Path, tensors: dict[str, TensorInfo]) -> str:
-    kinds = sorted({info.dtype for info in tensors.values()})
+def _expert_dtype(folder: Path, family: Family, tensors: dict[str, TensorInfo]) -> str:
+    kinds = sorted(
+        {
+            info.dtype
+            for name, info in tensors.items()
+            if info.dtype != "F32" or not name.endswith(family.in_float32 or (" ",))
+        }
+    )
     if len(kinds) > 1:
         raise CheckpointError(f"mixes the dtypes {', '.join(kinds)}", str(folder))
     return DTYPES[kinds[0]]

@@ -5,7 +5,7 @@ Dimension letters: H hidden size, I intermediate size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,15 +18,21 @@ from experts.families.base import Part
 
 @dataclass(frozen=True, slots=True)
 class GatedFfnWeights:
-    """One expert's matrices as the product wants them: ``gate_up`` [2I, H], ``down`` [H, I]."""
+    """One expert's matrices as the product wants them: ``gate_up`` [2I, H], ``down`` [H, I].
+
+    ``gate_up_bias`` [2I] and ``down_bias`` [H] are of families that have them.
+    """
 
     gate_up: torch.Tensor
     down: torch.Tensor
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
         """Resident bytes of the weights."""
-        return self.gate_up.nbytes + self.down.nbytes
+        tensors = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def load_expert(
@@ -38,20 +44,33 @@ def load_expert(
     parameter has it, so that results are bitwise those of its eager experts.
     """
     tensors = checkpoint.family.expert_tensors(checkpoint.config, layer_id, expert_id)
-    hidden, inner = checkpoint.shape.hidden_size, checkpoint.shape.intermediate_size
-    gate_up = torch.empty((2 * inner, hidden), dtype=dtype, device=device)
-    gate_up[:inner] = read_part(checkpoint, tensors.gate)
-    gate_up[inner:] = read_part(checkpoint, tensors.up)
-    down = torch.empty((hidden, inner), dtype=dtype, device=device)
-    down.copy_(read_part(checkpoint, tensors.down))
-    return GatedFfnWeights(gate_up, down)
+    stored: dict[str, torch.Tensor] = {}  # gate and up may lie in one tensor
+
+    def part(wanted: Part) -> torch.Tensor:
+        if wanted.name not in stored:
+            stored[wanted.name] = read_tensor(checkpoint, wanted.name, wanted.rows)
+        return _part_of(stored[wanted.name], wanted)
+
+    def joined(*parts: Part) -> torch.Tensor:
+        pieces = [part(one) for one in parts]
+        shape = (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:])
+        whole = torch.empty(shape, dtype=dtype, device=device)
+        begin = 0
+        for piece in pieces:
+            whole[begin : begin + piece.shape[0]] = piece
+            begin += piece.shape[0]
+        return whole
+
+    weights = GatedFfnWeights(joined(tensors.gate, tensors.up), joined(tensors.down))
+    if not tensors.biases:
+        return weights
+    gate, up, down = tensors.biases
+    return replace(weights, gate_up_bias=joined(gate, up), down_bias=joined(down))
 
 
-def read_part(checkpoint: Checkpoint, part: Part) -> torch.Tensor:
-    """Read one matrix or bias of an expert as it is stored, and nothing else of its tensor."""
-    tensor = read_tensor(checkpoint, part.name, part.rows)
-    if part.stacked:
-        tensor = tensor.squeeze(0)
+def _part_of(stored: torch.Tensor, part: Part) -> torch.Tensor:
+    """Return what ``part`` says of the rows that were read."""
+    tensor = stored.squeeze(0) if part.stacked else stored
     if part.transposed:
         tensor = tensor.T
     if part.every is not None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -58,9 +59,17 @@ def choose_among(
     where an expert is not allowed; so its choice falls to the next in line (GShard, Lepikhin et
     al. 2020, section 2.2), and the weights are normalised as the family does. Where they are shares
     of all experts' (``weights_of_all``), it is the shares that are below all others instead: what
-    is left keeps its weight. Where fewer than K are allowed, the rest of the ids are of experts
+    is left keeps its weight. A correction that is added for the choice alone (DeepSeek-V3) is less
+    than any other's, too. Where fewer than K are allowed, the rest of the ids are of experts
     that are not, and their weights mean nothing.
     """
+    correction = getattr(gate, "e_score_correction_bias", None)
+    if correction is not None and isinstance(gate, nn.Module):
+        # Not minus infinity: groups are chosen by sums, and one with a living expert is worth more.
+        lowered = torch.where(allowed, correction, correction.min() - 1)
+        gate = functools.partial(
+            torch.func.functional_call, gate, {"e_score_correction_bias": lowered}
+        )
     # Logits without the lost ones would make the others' shares of all larger.
     masked = _Masked(_SOFTMAXES, -1.0, allowed) if weights_of_all else None
     with masked or _Masked((functional.linear,), -torch.inf, allowed):

@@ -14,7 +14,7 @@ import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -28,66 +28,28 @@ from experts.weights import read_tensor
 from router.attention import fuse_attention
 from router.cache import (
     ATTENTION_NAME,
+    LatentCache,
     PagedBatch,
     PagedCache,
     PagedContext,
     length_step,
     paged_attention,
 )
-from router.gate import ChooseAmong, Gate, chooser
+from router.gate import Gate, chooser
+from router.grok import register_grok
+from router.latent import LATENT_ATTENTION_NAME, keep_latents, latent_attention
 from router.packing import pack_linears
+from router.remote_experts import ExpertExchange, RemoteExperts
 
 _REPLACING = threading.Lock()
-
-
-class ExpertExchange(Protocol):
-    """Where a layer's tokens go to meet their experts."""
-
-    def __call__(
-        self,
-        layer_id: int,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        choose_among: ChooseAmong | None = None,
-    ) -> torch.Tensor:
-        """Map hidden states [T, H], ids and weights [T, K] to the combined output [T, H].
-
-        ``choose_among`` is the layer's gate, for tokens that must do without an expert.
-        """
-        ...
-
-
-class RemoteExperts(nn.Module):
-    """Takes the place of a family's experts module; has no parameters."""
-
-    # transformers initialises what is not marked; there is nothing to initialise here.
-    _is_hf_initialized = True
-
-    def __init__(self, config: Any) -> None:
-        """``config`` is transformers'; layer and exchange are set after the model is built."""
-        super().__init__()
-        self.layer_id = -1
-        self.exchange: ExpertExchange | None = None
-        self.choose_among: ChooseAmong | None = None
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the combined output of the chosen experts, shaped as ``hidden_states`` are.
-
-        Those are [T, H], or [1, T, H] in families whose block leaves them so.
-        """
-        if self.exchange is None:
-            raise RuntimeError(f"layer {self.layer_id} has no exchange")
-        rows = hidden_states.flatten(0, -2)
-        combined = self.exchange(self.layer_id, rows, top_k_index, top_k_weights, self.choose_among)
-        return combined.view(hidden_states.shape)
 
 
 @contextmanager
 def _experts_replaced(family: Family) -> Iterator[None]:
     """Make transformers build ``RemoteExperts`` where the family's block asks for its experts."""
+    if family.experts_module is None or family.experts_class is None:
+        yield
+        return
     module = importlib.import_module(family.experts_module)
     with _REPLACING:
         original = getattr(module, family.experts_class)
@@ -107,6 +69,8 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, paged_attention)
+    ALL_ATTENTION_FUNCTIONS.register(LATENT_ATTENTION_NAME, latent_attention)
+    has_latents = checkpoint.family.caches_latents
     with _experts_replaced(checkpoint.family):
         model_class, config = _class_of(checkpoint)
         model, info = model_class.from_pretrained(
@@ -114,7 +78,7 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             config=config,
             state_dict=_weights(checkpoint),
             dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
+            attn_implementation=LATENT_ATTENTION_NAME if has_latents else ATTENTION_NAME,
             output_loading_info=True,
         )
     if info["missing_keys"]:
@@ -127,6 +91,7 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
 def _class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
     """Return transformers' class and configuration of a model."""
+    register_grok()
     try:
         wanted = checkpoint.family.transformers_config(checkpoint.config)
         config = transformers.AutoConfig.for_model(**wanted)
@@ -144,7 +109,8 @@ def _weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     and whatever ``config.json`` names as ``transformers_weights``, which may be a pickle.
     """
     names = checkpoint.family.dense_tensors(checkpoint.config)
-    state = {name: read_tensor(checkpoint, name) for name in names}
+    module_names = checkpoint.family.module_names(checkpoint.config)
+    state = {module_names.get(name, name): read_tensor(checkpoint, name) for name in names}
     if checkpoint.remote is not None:
         checkpoint.remote.release()
         return state
@@ -160,6 +126,7 @@ class MoEModel:
     ) -> None:
         """Load the dense part and make a cache of ``cache_slots`` tokens."""
         self._model = load_dense(checkpoint, dtype)
+        keep_latents(self._model)
         fuse_attention(self._model)
         pack_linears(self._model)
         config = self._model.config
@@ -167,15 +134,7 @@ class MoEModel:
         self.sliding_window: int | None = getattr(config, "sliding_window", None) or None
         self._windowed = _windowed_layers(config)
         self.length_step = length_step(dtype, self._model.device)
-        self._cache = PagedCache(
-            num_layers=config.num_hidden_layers,
-            num_slots=cache_slots,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None)
-            or config.hidden_size // config.num_attention_heads,
-            dtype=dtype,
-            device=self._model.device,
-        )
+        self._cache = _cache_of(config, checkpoint.family, cache_slots, dtype, self._model.device)
         for layer_id, (module, gate) in enumerate(_remote_experts(self._model, checkpoint)):
             module.layer_id = checkpoint.shape.layers[layer_id]
             module.exchange = exchange
@@ -203,6 +162,17 @@ class MoEModel:
         )
         hidden_states = output.last_hidden_state[0].index_select(0, sample_rows)  # [R, H]
         return self._head(hidden_states).float()  # type: ignore[no-any-return]
+
+
+def _cache_of(
+    config: Any, family: Family, num_slots: int, dtype: torch.dtype, device: torch.device
+) -> PagedCache:
+    layers = config.num_hidden_layers
+    if family.caches_latents:
+        latent, rotary = config.kv_lora_rank, config.qk_rope_head_dim
+        return LatentCache(layers, num_slots, latent, rotary, dtype, device)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return PagedCache(layers, num_slots, config.num_key_value_heads, head_dim, dtype, device)
 
 
 def _windowed_layers(config: Any) -> tuple[bool, ...]:

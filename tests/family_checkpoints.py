@@ -81,11 +81,71 @@ def save_dbrx(folder: Path, **overrides: Any) -> Any:
     return model
 
 
+def save_gpt_oss(folder: Path, **overrides: Any) -> Any:
+    """Sinks, biases, windows in every other layer; YaRN, as published."""
+    sizes = {
+        "intermediate_size": 48,
+        "num_local_experts": 8,
+        "head_dim": 16,
+        "sliding_window": 12,
+        "num_hidden_layers": 4,
+    }
+    return _save(folder, "GptOss", sizes | overrides)
+
+
+LATENT: dict[str, Any] = {
+    "intermediate_size": 80,
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 28,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 14,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,
+}
+
+
+def save_deepseek_v2(folder: Path, **overrides: Any) -> Any:
+    """Groups by their best expert; queries of full rank."""
+    sizes = {"topk_method": "group_limited_greedy", "q_lora_rank": None}
+    sizes |= {"routed_scaling_factor": 1.5}
+    return _save(folder, "DeepseekV2", LATENT | sizes | overrides)
+
+
+def save_deepseek_v3(folder: Path, **overrides: Any) -> Any:
+    """Groups by their best two, corrections, YaRN with a scale of scores under its older name."""
+    yarn = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 64,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+    model = _save(folder, "DeepseekV3", LATENT | {"rope_parameters": yarn} | overrides)
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = rope | {"type": rope.pop("rope_type")}
+    config |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
 SAVERS: dict[str, Callable[..., Any]] = {
     "qwen2_moe": save_qwen2_moe,
     "qwen3_moe": save_qwen3_moe,
     "olmoe": save_olmoe,
     "dbrx": save_dbrx,
+    "gpt_oss": save_gpt_oss,
+    "deepseek_v2": save_deepseek_v2,
+    "deepseek_v3": save_deepseek_v3,
 }
 
 
@@ -99,6 +159,10 @@ def _save(folder: Path, kind: str, sizes: dict[str, Any]) -> Any:
     torch.manual_seed(options["seed"])
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     randomise(model)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if "correction" in name:
+                buffer.copy_(torch.randn_like(buffer) * 0.3)
     model = model.to(options["dtype"]).eval()
     model.save_pretrained(folder, max_shard_size=options["max_shard_size"])
     save_tokenizer(folder)

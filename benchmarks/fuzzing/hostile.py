@@ -112,6 +112,8 @@ class Wires:
             answer = connection.getresponse()
             answer.read()
             return str(answer.status)
+        except TimeoutError:  # a good request for very many tokens
+            return "left"
         finally:
             connection.close()
 

@@ -70,7 +70,9 @@ def http() -> Target:
             return {"type": "http.request", "body": data, "more_body": False}
 
         async def parsed(parse: Parse) -> None:
-            parse(await read_json(Request({"type": "http"}, receive)), served, "id")
+            request = Request({"type": "http", "headers": []}, receive)
+            body = await read_json(request, served.limits.max_body_bytes, served.bodies)
+            parse(body, served, "id")
 
         for parse in (parse_completion, parse_chat):
             try:

@@ -24,7 +24,8 @@ checked without importing torch."""
 class ExpertShape:
     """Sizes of the mixture of one model; every layer listed in ``layers`` has the same experts.
 
-    ``has_biases`` tells whether each of an expert's three matrices comes with a bias.
+    ``has_biases`` says that they are GPT-OSS's: each of the three matrices comes with a bias, and
+    what is between them is clamped (:func:`experts.ffn.clamped_ffn`).
     """
 
     layers: tuple[int, ...]
@@ -63,16 +64,18 @@ class Part:
 class ExpertTensors:
     """Where one gated expert's matrices lie, and its biases if it has any.
 
-    ``gate`` and ``up`` are [I, H], ``down`` is [H, I]: y = down(act(gate x) * up x).
+    ``gate`` and ``up`` are [I, H], ``down`` is [H, I]: y = down(act(gate x) * up x). ``biases`` are
+    of the three in this order, or none.
     """
 
     gate: Part
     up: Part
     down: Part
+    biases: tuple[Part, ...] = ()
 
     def parts(self) -> tuple[Part, ...]:
         """Return all that the expert is made of."""
-        return self.gate, self.up, self.down
+        return self.gate, self.up, self.down, *self.biases
 
 
 def _as_it_is(config: Config) -> Config:
@@ -106,6 +109,14 @@ def _keys_and_values(config: Config) -> int:
     return 2 * kv_heads * head_size
 
 
+def _nothing(config: Config) -> tuple[str, ...]:
+    return ()
+
+
+def _no_other_names(config: Config) -> dict[str, str]:
+    return {}
+
+
 def _shares_of_the_chosen(config: Config) -> bool:
     return False
 
@@ -115,23 +126,28 @@ class Family:
     """How to read one family's checkpoints and where its experts sit in transformers' class.
 
     ``experts_module`` and ``experts_class`` name the class that the router replaces by a
-    parameter-free one; ``gate_of`` returns, from the block that has it, what maps hidden states to
-    (logits, weights, ids). ``dense_tensors`` lists name and shape of every tensor that a router
-    needs; together with ``expert_tensors`` (of a layer's expert) it is the whole checkpoint.
-    ``stacks_experts`` says that a layer's experts share their tensors.
+    parameter-free one (``None`` where the model is our own, and has it already); ``gate_of``
+    returns, from the block that has it, what maps hidden states to (logits, weights, ids).
+    ``dense_tensors`` lists name and shape of every tensor that a router needs; together with
+    ``expert_tensors`` (of a layer's expert) it is the whole checkpoint. ``stacks_experts`` says
+    that a layer's experts share their tensors.
 
     ``usual`` gives a configuration the key names that the other families have; all functions here
     take it so. ``transformers_config`` is what transformers' configuration is made from.
     ``options`` are the values that are served of keys for which others exist;
     ``weights_of_all`` tells whether a chosen expert's weight is its share of all experts', not of
     the chosen ones'. ``cache_values`` counts the
-    numbers that a layer's attention keeps of a token.
+    numbers that a layer's attention keeps of a token; ``caches_latents`` says that they are latents
+    of which keys and values are made (:mod:`router.latent`). Tensors whose names end by one of
+    ``in_float32`` may be so beside others of half precision; those that begin by one of ``ignored``
+    may be there and are not read. ``module_names`` has what the model calls a tensor where the
+    checkpoint calls it otherwise.
     """
 
     model_type: str
     architectures: tuple[str, ...]
-    experts_module: str
-    experts_class: str
+    experts_module: str | None
+    experts_class: str | None
     expert_shape: Callable[[Config], ExpertShape]
     expert_tensors: Callable[[Config, int, int], ExpertTensors]
     dense_tensors: Callable[[Config], Shapes]
@@ -142,6 +158,10 @@ class Family:
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     weights_of_all: Callable[[Config], bool] = _shares_of_the_chosen
     cache_values: Callable[[Config], int] = _keys_and_values
+    caches_latents: bool = False
+    in_float32: tuple[str, ...] = ()
+    ignored: Callable[[Config], tuple[str, ...]] = _nothing
+    module_names: Callable[[Config], dict[str, str]] = _no_other_names
 
     def expert_parts(self, config: Config, shape: ExpertShape) -> Iterator[Part]:
         """Yield the parts of all experts; of experts that share their tensors, the first one's."""

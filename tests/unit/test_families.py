@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cluster.errors import CheckpointError
 from experts.checkpoint import open_checkpoint
@@ -40,7 +41,8 @@ def cluster(saved: tuple[Path, Any]) -> Iterator[LocalCluster]:
 
 
 def test_every_family_is_tried() -> None:
-    assert SAVERS.keys() | {"mixtral"} == FAMILIES.keys()
+    elsewhere = {"mixtral", "grok-1", "grok"}
+    assert SAVERS.keys() | elsewhere == FAMILIES.keys()
 
 
 def test_the_checkpoint_is_in_shards(saved: tuple[Path, Any]) -> None:
@@ -152,6 +154,18 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("qwen3_moe", "moe_intermediate_size", None, "lacks the key moe_intermediate_size"),
     ("qwen3_moe", "attention_bias", True, "lacks 16 tensors"),
     ("qwen3_moe", "head_dim", 16, "config.json says"),
+    ("gpt_oss", "swiglu_limit", 5.0, "swiglu_limit 5.0 is not served for gpt_oss, only 7.0"),
+    ("gpt_oss", "num_local_experts", 9, "config.json says [9"),
+    ("gpt_oss", "attention_bias", False, "has unexpected 16 tensors"),
+    ("deepseek_v2", "topk_method", "noaux_tc", "topk_method 'noaux_tc' is not served"),
+    ("deepseek_v2", "topk_group", 1, "topk_group 1 of n_group 4 does not fit"),
+    ("deepseek_v2", "moe_layer_freq", 2, "moe_layer_freq 2 is not served for deepseek_v2"),
+    ("deepseek_v2", "kv_lora_rank", 21, "config.json says"),
+    ("deepseek_v3", "n_group", 3, "n_group 3 does not fit n_routed_experts 8"),
+    ("deepseek_v3", "scoring_func", "softmax", "scoring_func 'softmax' is not served"),
+    ("deepseek_v3", "n_shared_experts", 1, "config.json says [48, 64]"),
+    ("deepseek_v3", "first_k_dense_replace", -1, "first_k_dense_replace must be an integer"),
+    ("deepseek_v3", "num_nextn_predict_layers", "1", "num_nextn_predict_layers must be"),
 ]
 
 
@@ -166,3 +180,40 @@ def test_a_config_that_is_not_served_or_fits_no_tensor_is_refused(
         open_checkpoint(tmp_path)
     assert words in caught.value.message
     assert str(tmp_path) in caught.value.field
+
+
+def test_layers_that_predict_a_token_more_are_not_read(tmp_path: Path) -> None:
+    oracle = SAVERS["deepseek_v3"](tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    last, more = "model.layers.2.", {}
+    for name in (name for name in tensors if name.startswith(last)):
+        more["model.layers.3." + name.removeprefix(last)] = tensors[name].clone()
+    save_file(tensors | more, tmp_path / "model.safetensors", {"format": "pt"})
+    change_config(tmp_path, "num_nextn_predict_layers", 1)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.tensors.keys() == tensors.keys()
+    cluster = LocalCluster(tmp_path)
+    prompt = prompt_of(9, 9)
+    [[event]] = cluster.generate(greedy_request("r", prompt, 5))
+    cluster.close()
+    assert list(event.token_ids) == expected_tokens(oracle, prompt, 5)
+
+
+def test_corrections_may_be_more_precise_than_the_rest(tmp_path: Path) -> None:
+    SAVERS["deepseek_v3"](tmp_path, dtype=torch.bfloat16)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    save_file({**tensors, name: tensors[name].float()}, file, {"format": "pt"})
+    assert open_checkpoint(tmp_path).dtype == "bfloat16"
+    norm = "model.norm.weight"
+    save_file({**tensors, norm: tensors[norm].float()}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="mixes the dtypes BF16, F32"):
+        open_checkpoint(tmp_path)
+
+
+def test_latents_are_cached_not_keys_and_values(tmp_path: Path) -> None:
+    SAVERS["deepseek_v3"](tmp_path)
+    cache = LocalCluster(tmp_path, num_pages=4, threaded=False).model._cache
+    assert [tuple(keys.shape) for keys in cache.keys] == 3 * [(1, 64, 20 + 8)]
+    assert all(v.data_ptr() == k.data_ptr() for k, v in zip(cache.keys, cache.values, strict=True))

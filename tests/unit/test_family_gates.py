@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,47 @@ def softmax_of_all(renormalises: bool) -> Formula:
     return formula
 
 
+def softmax_of_the_chosen(
+    block: Any, hidden: torch.Tensor, line: Collection[int], live: Collection[int]
+) -> Choice:
+    """GPT-OSS: the largest logits, and the shares among them."""
+    logits = (block.router.weight @ hidden + block.router.bias).tolist()
+    chosen = sorted(line, key=lambda e: -logits[e])[: block.router.top_k]
+    powers = {e: math.exp(logits[e]) for e in chosen if e in live}
+    return {e: power / sum(powers.values()) for e, power in powers.items()}
+
+
+def in_groups(scores: list[float], line: Collection[int], gate: Any, best: int) -> list[int]:
+    """Return who is chosen of the groups whose ``best`` best sum up to most."""
+    size = len(scores) // gate.num_group
+    least = min(scores) - 1
+    worth = [s if e in line else least for e, s in enumerate(scores)]
+    groups = [range(g * size, (g + 1) * size) for g in range(gate.num_group)]
+    groups.sort(key=lambda group: -sum(sorted(worth[e] for e in group)[-best:]))
+    within = [e for group in groups[: gate.topk_group] for e in group if e in line]
+    return sorted(within, key=lambda e: -scores[e])[: gate.top_k]
+
+
+def deepseek_v2(
+    block: Any, hidden: torch.Tensor, line: Collection[int], live: Collection[int]
+) -> Choice:
+    """Groups by their best share; no normalisation, a factor."""
+    shares = (block.gate.weight @ hidden).softmax(-1).tolist()
+    chosen = in_groups(shares, line, block.gate, 1)
+    return {e: shares[e] * block.gate.routed_scaling_factor for e in chosen if e in live}
+
+
+def deepseek_v3(
+    block: Any, hidden: torch.Tensor, line: Collection[int], live: Collection[int]
+) -> Choice:
+    """Groups by their best two, corrected for the choice alone; normalised, a factor."""
+    shares = (block.gate.weight @ hidden).sigmoid()
+    corrected = (shares + block.gate.e_score_correction_bias).tolist()
+    chosen = [e for e in in_groups(corrected, line, block.gate, 2) if e in live]
+    total = sum(float(shares[e]) for e in chosen)
+    return {e: float(shares[e]) / total * block.gate.routed_scaling_factor for e in chosen}
+
+
 def top_k(block: Any) -> int:
     return int(block.top_k if hasattr(block, "top_k") else block.gate.top_k)
 
@@ -44,6 +86,9 @@ CASES: list[tuple[str, dict[str, Any], Formula]] = [
     ("qwen3_moe", {}, softmax_of_all(True)),
     ("olmoe", {}, softmax_of_all(False)),
     ("dbrx", {}, softmax_of_all(True)),
+    ("gpt_oss", {}, softmax_of_the_chosen),
+    ("deepseek_v2", {}, deepseek_v2),
+    ("deepseek_v3", {}, deepseek_v3),
 ]
 
 
@@ -74,5 +119,6 @@ def test_a_gate_without_some_experts(
                 line = live if contract == "next_expert" else range(num_experts)
                 expected = formula(block, hidden[row], line, live)
                 pairs = zip(ids[row].tolist(), weights[row].tolist(), strict=True)
-                got = {e: w for e, w in pairs if allowed[row, e]}
+                # Where a choice among groups finds too few, others come with a weight of nothing.
+                got = {e: w for e, w in pairs if allowed[row, e] and w}
                 assert got == pytest.approx(expected, rel=1e-4, abs=1e-6)
