@@ -19,10 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import CheckpointError, InvalidRequestError
+from experts import reader as reader_module
 from experts import shards
 from experts.checkpoint import open_checkpoint, read_json
 from experts.config_checks import MAX_DEPTH
 from experts.convert.layouts import open_source
+from experts.reader import CheckpointReader
 from experts.shards import INDEX_FILE, MAX_HEADER_BYTES, WEIGHTS_FILE, read_header
 from router.gateway.tokenizer import Tokenizer
 from router.model import load_dense
@@ -220,6 +222,21 @@ def test_names_of_tensors_are_shown_short_and_printable(folder: Path) -> None:
     refused(lambda: open_checkpoint(folder), "model", "has unexpected 1 tensors", r"'x\n\x1b[31m")
     write_shard(folder / WEIGHTS_FILE, b'{"a\\n' + b"b" * 9000 + b'": {"dtype": "F32"}}')
     refused(lambda: open_checkpoint(folder), WEIGHTS_FILE)
+
+
+def test_files_beside_the_weights_are_bounded_together_where_another_node_asks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = CheckpointReader(str(folder))
+    assert "tokenizer.json" in reader.open()["small_files"]
+    for number in range(3):
+        with (folder / f"{number}.json").open("wb") as file:
+            file.truncate(50_000_000)  # sparse
+    monkeypatch.setattr(reader_module, "MAX_SMALL_FILES_BYTES", 100_000_000)
+    error = reader.open()["error"]
+    assert error["field"] == str(folder)
+    assert "beside the weights" in error["message"]
+    assert "at most 100000000" in error["message"]
 
 
 # Pickles and other files that nobody asked for.

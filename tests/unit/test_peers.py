@@ -190,6 +190,36 @@ def test_a_deployment_is_built_where_the_checkpoint_is_not(folder: Path) -> None
     assert (ours.dtype, ours.eos_token_ids) == (right.dtype, right.eos_token_ids)
 
 
+@dataclass
+class LyingPeer(FakePeer):
+    """Its headers say that a tensor has a petabyte."""
+
+    def open(self) -> Future[dict[str, Any]]:
+        told = self.reader.open()
+        name, (file, shape, dtype, begin, _) = next(iter(told["tensors"].items()))
+        told["tensors"][name] = (file, shape, dtype, begin, begin + (1 << 50))
+        return done(lambda: told)
+
+
+@pytest.mark.parametrize("liars", [["a"], ["a", "b"]])
+def test_a_peer_whose_headers_disagree_with_themselves_is_passed_over(
+    folder: Path, liars: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    neighbours = FakeNeighbours({"a": folder, "b": folder})
+    honest = neighbours.connect
+
+    def connect(node: str, path: str) -> FakePeer:
+        peer = honest(node, path)
+        return LyingPeer(node, peer.reader, None, peer.reads) if node in liars else peer
+
+    monkeypatch.setattr(neighbours, "connect", connect)
+    if liars == ["a"]:
+        check_expert(folder, fetched(folder, neighbours))
+        return
+    with pytest.raises(CheckpointMissingError, match="has other bytes than its shape"):
+        fetched(folder, neighbours)
+
+
 def damaged(number: int, answer: dict[str, Any]) -> dict[str, Any]:
     """Flip a bit of the third chunk."""
     chunk: Chunk = answer["chunk"]
