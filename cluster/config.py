@@ -209,13 +209,35 @@ class ExpertsConfig(_Section):
         return sum(pool.actors for pool in self.all_pools())
 
 
+class CapacityConfig(_Section):
+    """How many of a step's tokens one expert takes at most; exactly one of both is given.
+
+    ``factor`` is a multiple of what each expert would take were all loads equal, ``tokens`` a
+    number. What an expert has no room for goes to the token's next expert in line, and the answer
+    is flagged as not exact (GShard, Lepikhin et al. 2020, section 2.2).
+    """
+
+    factor: float | None = Field(default=None, gt=0, le=1e6)
+    tokens: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self) -> CapacityConfig:
+        if (self.factor is None) == (self.tokens is None):
+            raise ValueError(
+                "needs exactly one of factor and tokens "
+                f"(given: factor {self.factor}, tokens {self.tokens})"
+            )
+        return self
+
+
 class RouterConfig(_Section):
     """Router replicas of each model: batch, queue and cache limits of one replica.
 
     ``max_batch_size`` is how many sequences decode together, ``max_batch_tokens`` how many tokens
     one step computes (so it is the prefill chunk), ``max_queue_requests`` how many requests wait;
     one more is refused. ``cache_tokens`` is the size of the key/value cache; by default enough for
-    ``max_batch_size`` sequences of full length, at most 65,536 tokens.
+    ``max_batch_size`` sequences of full length, at most 65,536 tokens. ``expert_capacity`` bounds
+    what one expert computes in a step; by default nothing does, and all answers are exact.
     """
 
     replicas: int = Field(default=1, ge=1, le=1000)
@@ -225,6 +247,7 @@ class RouterConfig(_Section):
     max_batch_tokens: int = Field(default=512, ge=1)
     max_queue_requests: int = Field(default=256, ge=1)
     cache_tokens: int | None = Field(default=None, ge=16)
+    expert_capacity: CapacityConfig | None = None
 
     def cache_tokens_for(self, max_model_len: int) -> int:
         """Return the tokens that one replica's cache holds, for a model of this context."""
