@@ -6,37 +6,20 @@ and where they have copies on another worker nothing waits either.
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.fault.programs import started, told_by
+from tests.fault.programs import run
 
 LIMIT_S = 280.0
 ALL_EXPERTS = 24
 SHARES = {"fast-0": 10, "fast-1": 9, "slow-0": 5}
 
 
-Programs = dict[int, subprocess.Popen[str]]
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
-    """The program by how many copies it serves; both run at once, since they wait most of the time.
-
-    What they write is short, so that one may be waited for after the other.
-    """
-    with (
-        started("node_loss", str(tmp_path_factory.mktemp("one")), "1") as one,
-        started("node_loss", str(tmp_path_factory.mktemp("two")), "2") as two,
-    ):
-        yield {1: one, 2: two}
-
-
 @pytest.mark.timeout(300)
-def test_a_lost_worker_node_costs_time_and_no_request(programs: Programs) -> None:
-    told = told_by(programs[1], LIMIT_S)
+def test_a_lost_worker_node_costs_time_and_no_request(tmp_path: Path) -> None:
+    told = run("node_loss", str(tmp_path), "1", limit_s=LIMIT_S)
     before, after = (
         {actor["actor_id"]: actor for actor in told[when]} for when in ("before", "after")
     )
@@ -66,8 +49,8 @@ def test_a_lost_worker_node_costs_time_and_no_request(programs: Programs) -> Non
 
 
 @pytest.mark.timeout(300)
-def test_copies_on_another_node_outlive_a_worker_node(programs: Programs) -> None:
-    told = told_by(programs[2], LIMIT_S)
+def test_copies_on_another_node_outlive_a_worker_node(tmp_path: Path) -> None:
+    told = run("node_loss", str(tmp_path), "2", limit_s=LIMIT_S)
     before, after = told["before"], told["after"]
     assert told["lost"] not in told["alive"]
     # Each expert was on both workers, and is on two actors again.
