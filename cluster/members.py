@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from cluster.measurements import ProcessSamples, Samples
 from cluster.status import ProcessStatus
 
 MEMBER_TTL_S = 15.0
@@ -16,6 +17,7 @@ class _Member:
     kind: str
     process: ProcessStatus
     seen_s: float
+    samples: Samples | None
 
 
 class Members:
@@ -25,16 +27,34 @@ class Members:
         """Know nobody yet."""
         self._members: dict[str, _Member] = {}
 
-    def heard(self, kind: str, process: ProcessStatus) -> None:
-        """Note that a replica has called."""
-        member = _Member(kind, process, time.monotonic())
-        self._members[f"{kind}:{process.node}:{process.pid}"] = member
+    def heard(self, kind: str, process: ProcessStatus, samples: Samples | None = None) -> None:
+        """Note that a replica has called, and the samples that it brought.
+
+        Samples older than those known are dropped: calls may overtake each other, and a counter
+        must not go back.
+        """
+        key = f"{kind}:{process.node}:{process.pid}"
+        member = self._members.setdefault(key, _Member(kind, process, 0.0, None))
+        member.seen_s = time.monotonic()
+        if samples is not None and (
+            member.samples is None or samples.taken_s > member.samples.taken_s
+        ):
+            member.samples = samples
         self._forget()
 
     def of(self, kind: str) -> tuple[ProcessStatus, ...]:
         """Return the replicas of a kind that have called lately."""
         self._forget()
         return tuple(m.process for m in self._members.values() if m.kind == kind)
+
+    def samples(self) -> tuple[ProcessSamples, ...]:
+        """Return the newest samples of all that have called lately and brought some."""
+        self._forget()
+        return tuple(
+            ProcessSamples(m.kind, m.process, m.samples)
+            for m in self._members.values()
+            if m.samples is not None
+        )
 
     def _forget(self) -> None:
         oldest_s = time.monotonic() - MEMBER_TTL_S

@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib.resources
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +36,8 @@ _SIZES = (
     "num_attention_heads",
 )
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose angles depend on the position alone."""
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -52,8 +55,9 @@ class TensorInfo:
 class RemoteFiles(Protocol):
     """A checkpoint's files on another node; see :mod:`experts.peers`."""
 
-    def tensor(self, name: str) -> bytearray:
-        """Return all bytes of a tensor; raises :class:`CheckpointError` when nobody has them."""
+    def tensor(self, name: str, begin: int = 0, end: int | None = None) -> bytearray:
+        """Return bytes of a tensor, by default all; raises :class:`CheckpointError` if nobody has
+        them."""
         ...
 
     def release(self) -> None:
@@ -89,7 +93,8 @@ class RemoteFiles(Protocol):
 class Checkpoint:
     """An opened and checked checkpoint; holds headers only.
 
-    ``remote`` has its files where they are not on this node; ``folder`` is then the other node's.
+    ``config`` has the usual key names, whatever the family calls them. ``remote`` has the files
+    where they are not on this node; ``folder`` is then the other node's.
     """
 
     folder: Path
@@ -122,8 +127,7 @@ class Checkpoint:
 
     def expert_bytes(self, dtype: str) -> int:
         """Return the bytes of one expert's weights when they are held in ``dtype``."""
-        parameters = 3 * self.shape.hidden_size * self.shape.intermediate_size
-        return parameters * DTYPE_BYTES[dtype]
+        return self.shape.expert_parameters * DTYPE_BYTES[dtype]
 
 
 def resolve_folder(path: str) -> Path:
@@ -180,10 +184,13 @@ def checkpoint_of(
     """Check a configuration, then the headers beside it; see :func:`open_checkpoint`."""
     config_file = folder / "config.json"
     family = family_of(config, config_file)
+    config = usual_config(family, config, config_file)
     shape = checked_shape(family, config, config_file)
-    tensors = read_tensors()
+    with _wrong_kinds(config_file):
+        ignored = family.ignored(config)
+    tensors = {n: info for n, info in read_tensors().items() if not n.startswith(ignored or (" ",))}
     _check_tensors(folder, family, config, shape, tensors)
-    dtype = _expert_dtype(folder, tensors)
+    dtype = _expert_dtype(folder, family, tensors)
     return Checkpoint(folder, config, family, shape, tensors, dtype, remote)
 
 
@@ -257,17 +264,62 @@ def family_of(config: Config, file: Path) -> Family:
     return family
 
 
+def usual_config(family: Family, config: Config, file: Path) -> Config:
+    """Return a configuration under the usual names; raises :class:`CheckpointError`.
+
+    That is also for options of the family that are not served: the error names the key.
+    """
+    with _wrong_kinds(file):
+        config = family.usual(config)
+        kinds = {str(one.get("rope_type", one.get("type", "default"))) for one in _ropes(config)}
+    if not kinds <= set(ROPE_TYPES):
+        raise CheckpointError(
+            f"rope type {min(kinds - set(ROPE_TYPES))!r} is not served, since positions would turn "
+            f"by the longest request of a step; served: {', '.join(ROPE_TYPES)}",
+            str(file),
+        )
+    for key, served in family.options.items():
+        value = config.get(key)
+        if value is not None and value not in served:
+            allowed = " or ".join(json.dumps(one) for one in served)
+            raise CheckpointError(
+                f"{key} {value!r} is not served for {family.model_type}, only {allowed}", str(file)
+            )
+    return config
+
+
+def _ropes(config: Config) -> Iterator[Config]:
+    """Yield a configuration's rotary embeddings: one, or one for each kind of layer."""
+    for rope in (config.get("rope_parameters") or {}, config.get("rope_scaling") or {}):
+        yield rope
+        yield from (value for value in rope.values() if isinstance(value, dict))
+
+
+@contextmanager
+def _wrong_kinds(file: Path) -> Iterator[None]:
+    """Turn what code that trusts a configuration's types stumbles over into an error of ours."""
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(f"lacks the key {error.args[0]}", str(file)) from None
+    except ValueError as error:
+        raise CheckpointError(str(error), str(file)) from None
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"has a value of the wrong kind: {error}", str(file)) from None
+
+
 def checked_shape(family: Family, config: Config, file: Path) -> ExpertShape:
-    """Check a configuration's sizes and return its experts'; raises :class:`CheckpointError`."""
+    """Check a configuration's sizes and return its experts'; raises :class:`CheckpointError`.
+
+    ``config`` is what :func:`usual_config` gave.
+    """
     for key in (*_SIZES, *(key for key in _OPTIONAL_SIZES if config.get(key) is not None)):
         if type(config.get(key)) is not int or config[key] < 1:
             raise CheckpointError(f"{key} must be a positive integer", str(file))
     if config["num_hidden_layers"] > _MAX_LAYERS:
         raise CheckpointError(f"num_hidden_layers must be at most {_MAX_LAYERS}", str(file))
-    try:
+    with _wrong_kinds(file):
         shape = family.expert_shape(config)
-    except KeyError as error:
-        raise CheckpointError(f"lacks the key {error.args[0]}", str(file)) from None
     numbers = (shape.num_experts, shape.num_experts_per_tok, shape.intermediate_size)
     if any(type(n) is not int or n < 1 for n in numbers) or not shape.layers:
         raise CheckpointError("has no experts, layers or sizes that are positive", str(file))
@@ -352,19 +404,17 @@ def _check_tensors(
     shape: ExpertShape,
     tensors: dict[str, TensorInfo],
 ) -> None:
-    expected = family.dense_tensors(config)
-    inner, hidden = shape.intermediate_size, shape.hidden_size
-    if len(shape.layers) * shape.num_experts > len(tensors):  # before that many names are made
+    with _wrong_kinds(folder / "config.json"):
+        expected = family.dense_tensors(config)
+    names = len(shape.layers) * (1 if family.stacks_experts else shape.num_experts)
+    if names > len(tensors):  # before that many names are made
         raise CheckpointError(
             f"lacks tensors: config.json says {shape.num_experts} experts in each of "
             f"{len(shape.layers)} layers, the files hold {len(tensors)} tensors",
             str(folder),
         )
-    for layer_id in shape.layers:
-        for expert_id in range(shape.num_experts):
-            names = family.expert_tensors(layer_id, expert_id)
-            expected[names.gate] = expected[names.up] = (inner, hidden)
-            expected[names.down] = (hidden, inner)
+    with _wrong_kinds(folder / "config.json"):
+        expected |= {part.name: part.shape for part in family.expert_parts(config, shape)}
     ignored = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
     missing = sorted(expected.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - expected.keys() - ignored)
@@ -387,8 +437,14 @@ def _check_tensors(
             )
 
 
-def _expert_dtype(folder: Path, tensors: dict[str, TensorInfo]) -> str:
-    kinds = sorted({info.dtype for info in tensors.values()})
+def _expert_dtype(folder: Path, family: Family, tensors: dict[str, TensorInfo]) -> str:
+    kinds = sorted(
+        {
+            info.dtype
+            for name, info in tensors.items()
+            if info.dtype != "F32" or not name.endswith(family.in_float32 or (" ",))
+        }
+    )
     if len(kinds) > 1:
         raise CheckpointError(f"mixes the dtypes {', '.join(kinds)}", str(folder))
     return DTYPES[kinds[0]]

@@ -139,22 +139,23 @@ class PeerFiles:
         assert self._identity is not None  # the first peer told it
         return self._identity
 
-    def tensor(self, name: str) -> bytearray:
-        """Return all bytes of a tensor; raises :class:`CheckpointMissingError` as a last resort.
+    def tensor(self, name: str, begin: int = 0, end: int | None = None) -> bytearray:
+        """Return bytes of a tensor; raises :class:`CheckpointMissingError` as a last resort.
 
         That is when no node has the checkpoint any more, or peers failed :data:`MAX_FAILURES` times
         in a row.
         """
         started_s = time.monotonic()
         info = self.checkpoint.tensors[name]
-        data = bytearray(info.end - info.begin)
+        stop = info.end - info.begin if end is None else end
+        data = bytearray(stop - begin)
         done = 0
         while done < len(data):
             if self._peer is None:
                 self._find()
             assert self._peer is not None
             try:
-                for piece in _chunks(self._peer, name, done, len(data)):
+                for piece in _chunks(self._peer, name, begin + done, stop):
                     data[done : done + len(piece)] = piece
                     done += len(piece)
                     self._failed.clear()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import ClassVar
 
 from ray import serve
 
@@ -18,7 +19,12 @@ from router.logs import failures_logged, setup_logging
 
 
 class ControllerDeployment(Controller):
-    """The controller as a Serve replica; adds Serve's name of the application."""
+    """The controller as a Serve replica; adds Serve's name of the application.
+
+    ``actor_class`` is what its expert actors are made of.
+    """
+
+    actor_class: ClassVar[type] = RemoteExpertActor
 
     async def __init__(  # type: ignore[misc]
         self, pools: tuple[PoolSpec, ...], config: AppConfig
@@ -28,7 +34,7 @@ class ControllerDeployment(Controller):
         app = serve.get_replica_context().app_name
         with failures_logged("the controller"):
             named = [replace(pool, actor=replace(pool.actor, app=app)) for pool in pools]
-            super().__init__(app, named, RemoteExpertActor, config.experts.min_copies)
+            super().__init__(app, named, self.actor_class, config.experts.min_copies)
             await self.start()
         self._deletion = asyncio.create_task(self.look_for_deletion(), name="deletion")
 

@@ -14,7 +14,7 @@ import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -28,63 +28,28 @@ from experts.weights import read_tensor
 from router.attention import fuse_attention
 from router.cache import (
     ATTENTION_NAME,
+    LatentCache,
     PagedBatch,
     PagedCache,
     PagedContext,
     length_step,
     paged_attention,
 )
-from router.gate import ChooseAmong, chooser
+from router.gate import Gate, chooser
+from router.grok import register_grok
+from router.latent import LATENT_ATTENTION_NAME, keep_latents, latent_attention
 from router.packing import pack_linears
+from router.remote_experts import ExpertExchange, RemoteExperts
 
 _REPLACING = threading.Lock()
-
-
-class ExpertExchange(Protocol):
-    """Where a layer's tokens go to meet their experts."""
-
-    def __call__(
-        self,
-        layer_id: int,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        choose_among: ChooseAmong | None = None,
-    ) -> torch.Tensor:
-        """Map hidden states [T, H], ids and weights [T, K] to the combined output [T, H].
-
-        ``choose_among`` is the layer's gate, for tokens that must do without an expert.
-        """
-        ...
-
-
-class RemoteExperts(nn.Module):
-    """Takes the place of a family's experts module; has no parameters."""
-
-    # transformers initialises what is not marked; there is nothing to initialise here.
-    _is_hf_initialized = True
-
-    def __init__(self, config: Any) -> None:
-        """``config`` is transformers'; layer and exchange are set after the model is built."""
-        super().__init__()
-        self.layer_id = -1
-        self.exchange: ExpertExchange | None = None
-        self.choose_among: ChooseAmong | None = None
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the combined output of the chosen experts, [T, H]."""
-        if self.exchange is None:
-            raise RuntimeError(f"layer {self.layer_id} has no exchange")
-        return self.exchange(
-            self.layer_id, hidden_states, top_k_index, top_k_weights, self.choose_among
-        )
 
 
 @contextmanager
 def _experts_replaced(family: Family) -> Iterator[None]:
     """Make transformers build ``RemoteExperts`` where the family's block asks for its experts."""
+    if family.experts_module is None or family.experts_class is None:
+        yield
+        return
     module = importlib.import_module(family.experts_module)
     with _REPLACING:
         original = getattr(module, family.experts_class)
@@ -103,12 +68,14 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, paged_attention)
+    ALL_ATTENTION_FUNCTIONS.register(LATENT_ATTENTION_NAME, latent_attention)
+    has_latents = checkpoint.family.caches_latents
     with _experts_replaced(checkpoint.family):
         auto, weights = _weights(checkpoint)
         model, info = auto.from_pretrained(
             **weights,
             dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
+            attn_implementation=LATENT_ATTENTION_NAME if has_latents else ATTENTION_NAME,
             local_files_only=True,
             output_loading_info=True,
         )
@@ -121,15 +88,20 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
 
 def _weights(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
-    """Return transformers' class, and what it loads: the folder, or tensors from another node."""
-    if checkpoint.remote is None:
+    """Return the model's class, and what it loads: the folder, or tensors that are read for it."""
+    register_grok()
+    family = checkpoint.family
+    config = transformers.AutoConfig.for_model(**family.transformers_config(checkpoint.config))
+    module_names = family.module_names(checkpoint.config)
+    if checkpoint.remote is None and not module_names:
         return transformers.AutoModelForCausalLM, {
-            "pretrained_model_name_or_path": checkpoint.folder
+            "pretrained_model_name_or_path": checkpoint.folder,
+            "config": config,
         }
-    names = checkpoint.family.dense_tensors(checkpoint.config)
-    state = {name: read_tensor(checkpoint, name) for name in names}
-    checkpoint.remote.release()
-    config = transformers.AutoConfig.for_model(**checkpoint.config)
+    names = family.dense_tensors(checkpoint.config)
+    state = {module_names.get(name, name): read_tensor(checkpoint, name) for name in names}
+    if checkpoint.remote is not None:
+        checkpoint.remote.release()
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], {
         "pretrained_model_name_or_path": None,
         "config": config,
@@ -145,24 +117,20 @@ class MoEModel:
     ) -> None:
         """Load the dense part and make a cache of ``cache_slots`` tokens."""
         self._model = load_dense(checkpoint, dtype)
+        keep_latents(self._model)
         fuse_attention(self._model)
         pack_linears(self._model)
         config = self._model.config
-        self.sliding_window: int | None = getattr(config, "sliding_window", None)
+        # Some families say 0 where others say nothing.
+        self.sliding_window: int | None = getattr(config, "sliding_window", None) or None
+        self._windowed = _windowed_layers(config)
         self.length_step = length_step(dtype, self._model.device)
-        self._cache = PagedCache(
-            num_layers=config.num_hidden_layers,
-            num_slots=cache_slots,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None)
-            or config.hidden_size // config.num_attention_heads,
-            dtype=dtype,
-            device=self._model.device,
-        )
+        self._cache = _cache_of(config, checkpoint.family, cache_slots, dtype, self._model.device)
         for layer_id, (module, gate) in enumerate(_remote_experts(self._model, checkpoint)):
             module.layer_id = checkpoint.shape.layers[layer_id]
             module.exchange = exchange
-            module.choose_among = chooser(gate)
+            module.choose_among = chooser(gate, checkpoint.family.weights_of_all(checkpoint.config))
+        self._base, self._head = self._model.base_model, self._model.get_output_embeddings()
 
     @torch.inference_mode()
     def forward(
@@ -176,23 +144,40 @@ class MoEModel:
 
         ``token_ids`` and ``positions`` are [T], ``sample_rows`` [R] indexes into them.
         """
-        output = self._model.model(
+        output = self._base(
             input_ids=token_ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             use_cache=False,
             output_router_logits=False,
-            paged=PagedContext(self._cache, batch),
+            paged=PagedContext(self._cache, batch, self._windowed),
         )
         hidden_states = output.last_hidden_state[0].index_select(0, sample_rows)  # [R, H]
-        return self._model.lm_head(hidden_states).float()  # type: ignore[no-any-return]
+        return self._head(hidden_states).float()  # type: ignore[no-any-return]
 
 
-def _remote_experts(
-    model: nn.Module, checkpoint: Checkpoint
-) -> list[tuple[RemoteExperts, nn.Module]]:
+def _cache_of(
+    config: Any, family: Family, num_slots: int, dtype: torch.dtype, device: torch.device
+) -> PagedCache:
+    layers = config.num_hidden_layers
+    if family.caches_latents:
+        latent, rotary = config.kv_lora_rank, config.qk_rope_head_dim
+        return LatentCache(layers, num_slots, latent, rotary, dtype, device)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return PagedCache(layers, num_slots, config.num_key_value_heads, head_dim, dtype, device)
+
+
+def _windowed_layers(config: Any) -> tuple[bool, ...]:
+    """Return of each layer whether it has a sliding window; layers may differ."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return tuple(kind == "sliding_attention" for kind in kinds)
+    return (bool(getattr(config, "sliding_window", None)),) * config.num_hidden_layers
+
+
+def _remote_experts(model: nn.Module, checkpoint: Checkpoint) -> list[tuple[RemoteExperts, Gate]]:
     """Return each layer's experts, and the gate that stands beside them."""
     found = [
-        (module, block.get_submodule(checkpoint.family.gate_name))
+        (module, checkpoint.family.gate_of(block))
         for block in model.modules()
         for module in block.children()
         if isinstance(module, RemoteExperts)

@@ -33,6 +33,7 @@ from router.dispatch import Dispatcher
 from router.engine import Emission, Engine
 from router.exchange import RemoteExchange
 from router.link import LinkAddress, LinkClient
+from router.metrics.samples import RouterSamples
 from router.model import MoEModel
 from router.placement_view import ControllerClient, PlacementView, PlacementWatcher
 from router.request import GenerationRequest, TokenEvent, merge_events
@@ -77,7 +78,12 @@ class RouterReplica:
         view = PlacementView()
         self._is_deleted = False
         self._watcher = PlacementWatcher(
-            "router", view, controller, partial(app_is_wanted, app), self._end_requests
+            "router",
+            view,
+            controller,
+            partial(app_is_wanted, app),
+            self._end_requests,
+            lambda: self._samples(),  # is there when the event loop has its turn again
         )
         tls = None if experts.tls is None else experts.tls.files()
         self._transport = open_transport(app, experts.transport, tls)
@@ -89,6 +95,15 @@ class RouterReplica:
         self._exchange = RemoteExchange(self._dispatcher, self._limit)
         num_pages = pages_needed(config.cache_tokens_for(model.max_model_len))
         checkpoint = open_model(model.path, model.source.identity, RayNeighbours())
+        scheduler = Scheduler(
+            Limits(
+                config.max_batch_size,
+                config.max_batch_tokens,
+                config.max_queue_requests,
+                config.max_queue_tokens,
+            ),
+            num_pages,
+        )
         self._engine = Engine(
             MoEModel(
                 checkpoint,
@@ -97,13 +112,13 @@ class RouterReplica:
                 self._exchange,
             ),
             self._exchange,
-            Scheduler(
-                Limits(config.max_batch_size, config.max_batch_tokens, config.max_queue_requests),
-                num_pages,
-            ),
+            scheduler,
             frozenset(model.eos_token_ids),
             self._emit,
             is_exact=not experts.emulated_pools,
+        )
+        self._samples = RouterSamples(
+            model.id, self._engine, scheduler, self._exchange, self._dispatcher
         )
         self._links = LinkClient(self._stop_choice)
         gc.collect()

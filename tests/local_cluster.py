@@ -154,13 +154,15 @@ class LocalCluster:
         )
         self.limit = None if capacity is None else CapacityLimit(capacity, shape.num_experts)
         self.exchange = RemoteExchange(self.dispatcher, self.limit)
-        model = MoEModel(self.checkpoint, TORCH_DTYPES[dtype], num_pages * PAGE_SIZE, self.exchange)
+        self.model = MoEModel(
+            self.checkpoint, TORCH_DTYPES[dtype], num_pages * PAGE_SIZE, self.exchange
+        )
         self.scheduler = Scheduler(limits, num_pages)
         self._outcomes: defaultdict[str, list[TokenEvent | ExpertMeshError]] = defaultdict(list)
         self._changed = threading.Condition()
         eos = self.checkpoint.config["eos_token_id"]
         self.engine = Engine(
-            model,
+            self.model,
             self.exchange,
             self.scheduler,
             frozenset([eos]),

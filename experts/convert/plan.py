@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from math import prod
 
 from cluster.errors import CheckpointError
 from cluster.frames import DTYPE_BYTES
-from experts.checkpoint import checked_shape, family_of
+from experts.checkpoint import checked_shape, family_of, usual_config
 from experts.convert.huggingface import WEIGHTS_FILE
 from experts.convert.source import QUANTISED, Source, Take, shape_after
 from experts.families.base import Config
@@ -101,14 +100,11 @@ def _pieces(source: Source) -> list[Piece]:
 
 def _expected(source: Source) -> Iterator[tuple[str, tuple[int, ...]]]:
     family = family_of(source.config, source.config_file)
-    shape = checked_shape(family, source.config, source.config_file)
-    inner, hidden = shape.intermediate_size, shape.hidden_size
-    yield from family.dense_tensors(source.config).items()
-    for layer_id, expert_id in itertools.product(shape.layers, range(shape.num_experts)):
-        names = family.expert_tensors(layer_id, expert_id)
-        yield names.gate, (inner, hidden)
-        yield names.up, (inner, hidden)
-        yield names.down, (hidden, inner)
+    config = usual_config(family, source.config, source.config_file)
+    shape = checked_shape(family, config, source.config_file)
+    yield from family.dense_tensors(config).items()
+    for part in family.expert_parts(config, shape):
+        yield part.name, part.shape
 
 
 def _check_shape(source: Source, take: Take, wanted: tuple[int, ...]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
-from cluster.errors import InvalidRequestError, UnknownModelError
+from cluster.errors import InvalidRequestError, TooLargeError, UnknownModelError
 from router.gateway import checks
 from router.gateway.generation import Delta, GenerationService, Usage
 from router.gateway.openai_call import Collected
@@ -128,6 +128,9 @@ class GrpcHandlers:
 
     def _check(self, data: bytes, streamed: bool) -> CheckedRequest:
         with self.service.metrics.refusals("grpc"):
+            limit = self.service.limits.max_body_bytes
+            if len(data) > limit:
+                raise TooLargeError(f"the message is over the limit of {limit} bytes")
             request = _parse(inference_pb2.GenerateRequest, data)
             return self.service.check(_raw_request(request, streamed))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -34,8 +35,9 @@ from cluster.errors import (
     being_deleted,
     error_from_wire,
 )
+from cluster.measurements import Measurements, ProcessSamples, Samples
 from cluster.retry import Retries, RetryBudget, RetryPolicy
-from cluster.status import ClusterStatus
+from cluster.status import ClusterStatus, ProcessStatus
 from router.link import LinkAddress, LinkServer
 from router.logs import setup_logging
 from router.placement_view import PlacementView, PlacementWatcher
@@ -43,6 +45,7 @@ from router.readiness import Readiness, readiness
 from router.request import GenerationRequest, Receipts, TokenEvent, merge_events
 
 STATUS_TIMEOUT_S = 5.0
+MEASURE_TIMEOUT_S = 2.0
 RESEND = RetryPolicy(first_delay_s=0.1, max_delay_s=1.0)
 RESEND_TOKENS = 8192
 """A dying router may take along all requests of a gateway at once, which must not use up half."""
@@ -77,11 +80,12 @@ class RayUpstream:
         routers: Mapping[str, DeploymentHandle],
         on_expert_loss: OnExpertLoss,
         is_wanted: Callable[[], bool],
+        samples: Callable[[], Samples],
     ) -> None:
         """``routers`` are handles by model id. Needs a running event loop.
 
         ``on_expert_loss`` is the deployment's, by which it is or is not ready. ``is_wanted`` asks
-        Serve whether the application is to run.
+        Serve whether the application is to run. ``samples`` returns what the gateway measures.
         """
         self._on_expert_loss = on_expert_loss
         self._controller = controller
@@ -89,8 +93,14 @@ class RayUpstream:
         self._view = PlacementView()
         self._is_deleted = False
         self._watcher = PlacementWatcher(
-            "gateway", self._view, HandleController(controller), is_wanted, self._end_requests
+            "gateway",
+            self._view,
+            HandleController(controller),
+            is_wanted,
+            self._end_requests,
+            samples,
         )
+        self._samples = samples
         self._inboxes: dict[str, Inbox] = {}
         self._num_streams = 0
         self._leaving: set[asyncio.Task[None]] = set()
@@ -195,6 +205,18 @@ class RayUpstream:
             raise UnavailableError("the controller does not answer", "", 1.0) from None
         return ClusterStatus.from_wire(wire)
 
+    async def measurements(self) -> Measurements:
+        """See :class:`Upstream`."""
+        process = ProcessStatus(os.getpid(), ray.get_runtime_context().get_node_id())
+        own = ProcessSamples("gateway", process, self._samples())
+        try:
+            async with asyncio.timeout(MEASURE_TIMEOUT_S):
+                told: Measurements = await self._controller.measurements.remote(own)
+        except Exception as error:  # away, restarting, or slow: what is here is told alone
+            logger.warning("the controller tells no metrics (%s)", type(error).__name__)
+            return Measurements(None, (), (own,))
+        return told
+
     def ready(self) -> Readiness:
         """See :class:`Upstream`."""
         told = readiness(
@@ -206,6 +228,7 @@ class RayUpstream:
 
 
 def make_upstream(
+    samples: Callable[[], Samples],
     controller: DeploymentHandle,
     routers: Mapping[str, DeploymentHandle],
     on_expert_loss: OnExpertLoss,
@@ -213,7 +236,7 @@ def make_upstream(
     """Make a gateway replica's upstream, in the replica."""
     setup_logging()
     app = serve.get_replica_context().app_name
-    return RayUpstream(controller, routers, on_expert_loss, partial(app_is_wanted, app))
+    return RayUpstream(controller, routers, on_expert_loss, partial(app_is_wanted, app), samples)
 
 
 class HandleController:
@@ -224,10 +247,18 @@ class HandleController:
         self._handle = handle
 
     async def watch(
-        self, kind: str, pid: int, node: str, known: tuple[int, int], timeout_s: float
+        self,
+        kind: str,
+        pid: int,
+        node: str,
+        known: tuple[int, int],
+        timeout_s: float,
+        samples: Samples,
     ) -> dict[str, Any]:
         """See :meth:`cluster.controller.Controller.watch`."""
-        told: dict[str, Any] = await self._handle.watch.remote(kind, pid, node, known, timeout_s)
+        told: dict[str, Any] = await self._handle.watch.remote(
+            kind, pid, node, known, timeout_s, samples
+        )
         return told
 
     async def suspect(self, actor_id: str, generation: int) -> None:

@@ -21,6 +21,7 @@ from cluster.errors import (
     Code,
     ExpertMeshError,
     InternalError,
+    TooLargeError,
     UnavailableError,
     UnknownModelError,
     error_from_wire,
@@ -54,6 +55,9 @@ STATUS: dict[Code, Status] = {
     Code.INTERNAL: Status(grpc.StatusCode.INTERNAL, 500, "server_error"),
 }
 
+TOO_LARGE = Status(grpc.StatusCode.RESOURCE_EXHAUSTED, 413, "invalid_request_error")
+"""Of :class:`TooLargeError`: over HTTP not 429, which means that the same may be taken later."""
+
 _BY_GRPC: dict[grpc.StatusCode, Code] = {status.grpc: code for code, status in STATUS.items()}
 
 
@@ -66,7 +70,7 @@ def public_error(error: Exception) -> ExpertMeshError:
 
 def http_error(error: ExpertMeshError) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Return HTTP status, OpenAI-shaped body and extra headers for an error."""
-    status = STATUS[error.code]
+    status = TOO_LARGE if isinstance(error, TooLargeError) else STATUS[error.code]
     code = "model_not_found" if isinstance(error, UnknownModelError) else error.code.value
     body = {
         "message": _clean(str(error), _MAX_MESSAGE_BYTES),

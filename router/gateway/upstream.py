@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
+from cluster.measurements import Measurements
 from cluster.status import ClusterStatus
 from router.readiness import Readiness
 from router.request import GenerationRequest, TokenEvent
@@ -30,6 +31,13 @@ class Upstream(Protocol):
 
     async def status(self) -> ClusterStatus:
         """Return what the controller knows; raises ``UnavailableError`` while it is away."""
+        ...
+
+    async def measurements(self) -> Measurements:
+        """Return all that the cluster measures, with this gateway's newest samples.
+
+        There are those alone while the controller is away.
+        """
         ...
 
     def ready(self) -> Readiness:

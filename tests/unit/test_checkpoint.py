@@ -43,13 +43,9 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
 
 def tensors_of(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     family = FAMILIES["mixtral"]
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
     shapes = family.dense_tensors(config)
-    for layer_id in range(config["num_hidden_layers"]):
-        for expert_id in range(config["num_local_experts"]):
-            names = family.expert_tensors(layer_id, expert_id)
-            shapes[names.gate] = shapes[names.up] = (inner, hidden)
-            shapes[names.down] = (hidden, inner)
+    parts = family.expert_parts(config, family.expert_shape(config))
+    shapes |= {part.name: part.shape for part in parts}
     return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
 
@@ -363,7 +359,7 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones(
     folder: Path, model_type: object
 ) -> None:
     change_config(folder, model_type=model_type)
-    refused(folder, "config.json", "unknown model_type", "known: mixtral")
+    refused(folder, "config.json", "unknown model_type", f"known: {', '.join(sorted(FAMILIES))}")
 
 
 @pytest.mark.parametrize(

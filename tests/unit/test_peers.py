@@ -137,8 +137,8 @@ def test_an_expert_is_fetched_whole_and_nothing_else_is(tmp_path: Path, dtype: t
     assert torch.equal(ours.down, right.down)
     assert ours.down.dtype == dtype
     assert checkpoint.remote.fetched_bytes == 3 * 64 * 96 * dtype.itemsize
-    names = checkpoint.family.expert_tensors(1, 2)
-    assert {name for name, _, _ in neighbours.reads["b"]} == {names.gate, names.up, names.down}
+    parts = checkpoint.family.expert_tensors(checkpoint.config, 1, 2).parts()
+    assert {name for name, _, _ in neighbours.reads["b"]} == {part.name for part in parts}
     assert all(0 < end - begin <= CHUNK_BYTES for _, begin, end in neighbours.reads["b"])
     assert sum(end - begin for _, begin, end in neighbours.reads["b"]) == (
         checkpoint.remote.fetched_bytes
