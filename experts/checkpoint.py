@@ -16,17 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError, safe_open
-
 from cluster.errors import CheckpointError, CheckpointMissingError
 from cluster.frames import DTYPE_BYTES
+from cluster.shown import shown, shown_name
+from experts.config_checks import MAX_SIZE, check_depth, check_numbers, check_rotary, check_size
 from experts.families import FAMILIES, ExpertShape, Family
 from experts.families.base import ACTIVATION_NAMES, Config
+from experts.shards import DTYPES, TensorInfo, read_headers
 
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
 MAX_SMALL_BYTES = 64 << 20
+"""Of a file beside the weights, of which tokenizers have the longest."""
+MAX_JSON_BYTES = 16 << 20
+"""Of one that is parsed here: in memory, JSON can take twenty times its length."""
 _MAX_LAYERS = 10_000
 _SIZES = (
     "vocab_size",
@@ -38,18 +41,6 @@ _SIZES = (
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles depend on the position alone."""
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where one tensor's bytes lie, counted from the file's beginning, and what it is."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-    begin: int
-    end: int
 
 
 class RemoteFiles(Protocol):
@@ -172,7 +163,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     missing, unexpected, or of another shape or dtype than the configuration says.
     """
     config = read_json(folder / "config.json")
-    return checkpoint_of(folder, config, lambda: _read_headers(folder))
+    return checkpoint_of(folder, config, lambda: read_headers(folder, read_json))
 
 
 def checkpoint_of(
@@ -194,13 +185,13 @@ def checkpoint_of(
     return Checkpoint(folder, config, family, shape, tensors, dtype, remote)
 
 
-def read_small(file: Path) -> bytes:
+def read_small(file: Path, max_bytes: int = MAX_SMALL_BYTES) -> bytes:
     """Read a file beside the weights; raises :class:`CheckpointError` naming it."""
     try:
         if file.exists() and not file.is_file():  # reading a pipe would wait for ever
             raise CheckpointError("is not a file", str(file))
-        if file.stat().st_size > MAX_SMALL_BYTES:
-            raise CheckpointError(f"is larger than {MAX_SMALL_BYTES} bytes", str(file))
+        if file.stat().st_size > max_bytes:
+            raise CheckpointError(f"is larger than {max_bytes} bytes", str(file))
         return file.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", str(file)) from None
@@ -229,17 +220,20 @@ def read_range(checkpoint: Checkpoint, name: str, begin: int, end: int) -> bytes
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read one of a checkpoint's JSON files; raises :class:`CheckpointError` naming it."""
-    return parse_json(read_small(file), file)
+    return parse_json(read_small(file, MAX_JSON_BYTES), file)
 
 
 def parse_json(data: bytes, file: Path) -> dict[str, Any]:
     """Return the JSON object that a file's ``data`` is; raises :class:`CheckpointError`."""
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointError(f"is larger than {MAX_JSON_BYTES} bytes", str(file))
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"is not JSON: {error}", str(file)) from None
     if not isinstance(value, dict):
         raise CheckpointError("must hold a JSON object", str(file))
+    check_depth(value, file)
     return value
 
 
@@ -249,18 +243,19 @@ def family_of(config: Config, file: Path) -> Family:
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         given = config.get("model_type")
-        raise CheckpointError(f"unknown model_type {given!r}; known: {known}", str(file))
+        raise CheckpointError(f"unknown model_type {shown(given)}; known: {known}", str(file))
     architectures = config.get("architectures") or list(family.architectures)
     if not isinstance(architectures, list) or not any(
         name in architectures for name in family.architectures
     ):
         known = ", ".join(family.architectures)
-        raise CheckpointError(f"unknown architectures {architectures}; known: {known}", str(file))
+        named = architectures[0] if architectures and type(architectures) is list else architectures
+        raise CheckpointError(f"unknown architectures: {shown(named)}; known: {known}", str(file))
     quantization = config.get("quantization_config")
     if quantization:
         named = isinstance(quantization, dict) and quantization.get("quant_method")
         method = named or "unknown"
-        raise CheckpointError(f"quantization_config {method!r} is not supported", str(file))
+        raise CheckpointError(f"quantization_config {shown(method)} is not supported", str(file))
     return family
 
 
@@ -271,11 +266,14 @@ def usual_config(family: Family, config: Config, file: Path) -> Config:
     """
     with _wrong_kinds(file):
         config = family.usual(config)
+    check_rotary(config, file)
+    with _wrong_kinds(file):
         kinds = {str(one.get("rope_type", one.get("type", "default"))) for one in _ropes(config)}
     if not kinds <= set(ROPE_TYPES):
+        odd = shown(min(kinds - set(ROPE_TYPES)))
         raise CheckpointError(
-            f"rope type {min(kinds - set(ROPE_TYPES))!r} is not served, since positions would turn "
-            f"by the longest request of a step; served: {', '.join(ROPE_TYPES)}",
+            f"rope type {odd} is not served, since positions would turn by the longest request of "
+            f"a step; served: {', '.join(ROPE_TYPES)}",
             str(file),
         )
     for key, served in family.options.items():
@@ -283,7 +281,8 @@ def usual_config(family: Family, config: Config, file: Path) -> Config:
         if value is not None and value not in served:
             allowed = " or ".join(json.dumps(one) for one in served)
             raise CheckpointError(
-                f"{key} {value!r} is not served for {family.model_type}, only {allowed}", str(file)
+                f"{key} {shown(value)} is not served for {family.model_type}, only {allowed}",
+                str(file),
             )
     return config
 
@@ -303,9 +302,13 @@ def _wrong_kinds(file: Path) -> Iterator[None]:
     except KeyError as error:
         raise CheckpointError(f"lacks the key {error.args[0]}", str(file)) from None
     except ValueError as error:
-        raise CheckpointError(str(error), str(file)) from None
+        raise CheckpointError(_line(error), str(file)) from None
     except (TypeError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(f"has a value of the wrong kind: {error}", str(file)) from None
+        raise CheckpointError(f"has a value of the wrong kind: {_line(error)}", str(file)) from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def checked_shape(family: Family, config: Config, file: Path) -> ExpertShape:
@@ -314,87 +317,23 @@ def checked_shape(family: Family, config: Config, file: Path) -> ExpertShape:
     ``config`` is what :func:`usual_config` gave.
     """
     for key in (*_SIZES, *(key for key in _OPTIONAL_SIZES if config.get(key) is not None)):
-        if type(config.get(key)) is not int or config[key] < 1:
-            raise CheckpointError(f"{key} must be a positive integer", str(file))
+        check_size(config, key, file)
     if config["num_hidden_layers"] > _MAX_LAYERS:
         raise CheckpointError(f"num_hidden_layers must be at most {_MAX_LAYERS}", str(file))
     with _wrong_kinds(file):
         shape = family.expert_shape(config)
     numbers = (shape.num_experts, shape.num_experts_per_tok, shape.intermediate_size)
-    if any(type(n) is not int or n < 1 for n in numbers) or not shape.layers:
-        raise CheckpointError("has no experts, layers or sizes that are positive", str(file))
+    if any(type(n) is not int or not 1 <= n <= MAX_SIZE for n in numbers) or not shape.layers:
+        raise CheckpointError(
+            f"has no experts, layers or sizes that are positive and at most {MAX_SIZE}", str(file)
+        )
     if shape.activation not in ACTIVATION_NAMES:
-        known = ", ".join(ACTIVATION_NAMES)
-        raise CheckpointError(f"unknown hidden_act {shape.activation!r}; known: {known}", str(file))
+        known, given = ", ".join(ACTIVATION_NAMES), shown(shape.activation)
+        raise CheckpointError(f"unknown hidden_act {given}; known: {known}", str(file))
     if shape.num_experts_per_tok > shape.num_experts:
         raise CheckpointError("num_experts_per_tok is larger than the number of experts", str(file))
+    check_numbers(config, file)
     return shape
-
-
-def _read_headers(folder: Path) -> dict[str, TensorInfo]:
-    index_file = folder / "model.safetensors.index.json"
-    if not index_file.exists():
-        if not (folder / "model.safetensors").exists():
-            raise CheckpointError(_no_weights(folder), str(folder))
-        return _shard_header(folder, "model.safetensors")
-    weight_map = read_json(index_file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError("needs a mapping 'weight_map'", str(index_file))
-    tensors: dict[str, TensorInfo] = {}
-    for file in sorted({str(name) for name in weight_map.values()}):
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(
-                f"names the shard {file!r}; only plain .safetensors file names are allowed",
-                str(index_file),
-            )
-        for name, info in _shard_header(folder, file).items():
-            if name in tensors:
-                raise CheckpointError(f"tensor {name} is also in {tensors[name].file}", file)
-            tensors[name] = info
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name].file != file:
-            raise CheckpointError(f"tensor {name} is not in {file} as the index says", file)
-    return tensors
-
-
-def _no_weights(folder: Path) -> str:
-    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLE_SUFFIXES)
-    if pickles:
-        return (
-            f"has only pickle weights ({', '.join(pickles[:3])}), which are never loaded; "
-            "convert them to safetensors"
-        )
-    return "has neither model.safetensors nor model.safetensors.index.json"
-
-
-def _shard_header(folder: Path, file: str) -> dict[str, TensorInfo]:
-    path = folder / file
-    if not path.is_file():
-        raise CheckpointError("the shard is missing", str(path))
-    tensors = {}
-    try:
-        with safe_open(str(path), framework="numpy") as shard:  # it has checked the whole header
-            offsets = _offsets(path)
-            for name in shard.keys():  # noqa: SIM118 - safe_open is not a mapping
-                view = shard.get_slice(name)
-                begin, end = offsets[name]
-                shape = tuple(view.get_shape())
-                tensors[name] = TensorInfo(file, shape, view.get_dtype(), begin, end)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"is not a whole safetensors file ({error})", str(path)) from None
-    return tensors
-
-
-def _offsets(path: Path) -> dict[str, tuple[int, int]]:
-    """Return where each tensor's bytes begin and end in a safetensors file."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
-    return {
-        name: (8 + length + entry["data_offsets"][0], 8 + length + entry["data_offsets"][1])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
 
 
 def _check_tensors(
@@ -420,19 +359,13 @@ def _check_tensors(
     unexpected = sorted(tensors.keys() - expected.keys() - ignored)
     for what, names_ in (("lacks", missing), ("has unexpected", unexpected)):
         if names_:
-            listed = ", ".join(names_[:3]) + (", …" if len(names_) > 3 else "")
+            listed = ", ".join(map(shown_name, names_[:3])) + (", …" if len(names_) > 3 else "")
             raise CheckpointError(f"{what} {len(names_)} tensors: {listed}", str(folder))
     for name, wanted in expected.items():
         info = tensors[name]
         if info.shape != wanted:
             raise CheckpointError(
                 f"tensor {name} has shape {list(info.shape)}; config.json says {list(wanted)}",
-                str(folder / info.file),
-            )
-        if info.dtype not in DTYPES:
-            allowed = ", ".join(DTYPES)
-            raise CheckpointError(
-                f"tensor {name} has dtype {info.dtype}; supported: {allowed}",
                 str(folder / info.file),
             )
 

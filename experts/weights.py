@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from cluster.errors import CheckpointError
 from cluster.tensors import TORCH_DTYPES
 from experts.checkpoint import DTYPES, Checkpoint
 from experts.families.base import Part
@@ -83,7 +84,8 @@ def read_tensor(
 ) -> torch.Tensor:
     """Read one tensor as it is stored, from this node's disk or from another node.
 
-    ``rows`` (from, to) reads these of its first axis alone.
+    ``rows`` (from, to) reads these of its first axis alone. Raises :class:`CheckpointError` when
+    the file has changed since the checkpoint was opened.
     """
     info = checkpoint.tensors[name]
     begin, end = rows or (0, info.shape[0])
@@ -92,9 +94,13 @@ def read_tensor(
         data = checkpoint.remote.tensor(name, begin * row_bytes, end * row_bytes)
         flat = torch.frombuffer(data, dtype=TORCH_DTYPES[DTYPES[info.dtype]])
         return flat.view(end - begin, *info.shape[1:])
-    with safe_open(str(checkpoint.folder / info.file), framework="pt") as shard:
-        if rows is None:
-            whole: torch.Tensor = shard.get_tensor(name)
-            return whole
-        part: torch.Tensor = shard.get_slice(name)[begin:end]
-        return part
+    file = checkpoint.folder / info.file
+    try:
+        with safe_open(str(file), framework="pt") as shard:
+            if rows is None:
+                whole: torch.Tensor = shard.get_tensor(name)
+                return whole
+            part: torch.Tensor = shard.get_slice(name)[begin:end]
+            return part
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"tensor {name} cannot be read: {error}", str(file)) from None

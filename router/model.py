@@ -63,7 +63,8 @@ def _experts_replaced(family: Family) -> Iterator[None]:
 def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """Build transformers' model from everything in the checkpoint but the experts.
 
-    Raises :class:`CheckpointError` when a tensor that the router needs did not arrive.
+    Raises :class:`CheckpointError` when transformers cannot make a model of the configuration, and
+    when a tensor that the router needs did not arrive.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -71,12 +72,13 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     ALL_ATTENTION_FUNCTIONS.register(LATENT_ATTENTION_NAME, latent_attention)
     has_latents = checkpoint.family.caches_latents
     with _experts_replaced(checkpoint.family):
-        auto, weights = _weights(checkpoint)
-        model, info = auto.from_pretrained(
-            **weights,
+        model_class, config = _class_of(checkpoint)
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=_weights(checkpoint),
             dtype=dtype,
             attn_implementation=LATENT_ATTENTION_NAME if has_latents else ATTENTION_NAME,
-            local_files_only=True,
             output_loading_info=True,
         )
     if info["missing_keys"]:
@@ -87,26 +89,33 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     return model
 
 
-def _weights(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
-    """Return the model's class, and what it loads: the folder, or tensors that are read for it."""
+def _class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """Return transformers' class and configuration of a model."""
     register_grok()
-    family = checkpoint.family
-    config = transformers.AutoConfig.for_model(**family.transformers_config(checkpoint.config))
-    module_names = family.module_names(checkpoint.config)
-    if checkpoint.remote is None and not module_names:
-        return transformers.AutoModelForCausalLM, {
-            "pretrained_model_name_or_path": checkpoint.folder,
-            "config": config,
-        }
-    names = family.dense_tensors(checkpoint.config)
+    try:
+        wanted = checkpoint.family.transformers_config(checkpoint.config)
+        config = transformers.AutoConfig.for_model(**wanted)
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
+    except Exception as error:  # whatever a value of a wrong kind makes of it
+        file = checkpoint.folder / "config.json"
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CheckpointError(f"transformers refuses it ({reason})", str(file)) from error
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Return the tensors that were checked when the checkpoint was opened, and no others.
+
+    From a folder, transformers would choose files by its own rules: a single one before an index,
+    and whatever ``config.json`` names as ``transformers_weights``, which may be a pickle.
+    """
+    names = checkpoint.family.dense_tensors(checkpoint.config)
+    module_names = checkpoint.family.module_names(checkpoint.config)
     state = {module_names.get(name, name): read_tensor(checkpoint, name) for name in names}
     if checkpoint.remote is not None:
         checkpoint.remote.release()
-    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], {
-        "pretrained_model_name_or_path": None,
-        "config": config,
-        "state_dict": state,
-    }
+        return state
+    # Copies, since what safetensors gives is the file itself, mapped.
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 class MoEModel:

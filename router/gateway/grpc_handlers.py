@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
 from cluster.errors import InvalidRequestError, TooLargeError, UnknownModelError
-from router.gateway import checks
+from cluster.shown import shown
 from router.gateway.generation import Delta, GenerationService, Usage
 from router.gateway.openai_call import Collected
 from router.gateway.tokenizer import Tokenizer
@@ -100,7 +100,7 @@ class GrpcHandlers:
         name = _parse(health_pb2.HealthCheckRequest, data).service
         if name and name not in SERVICES:
             served = ", ".join(SERVICES)
-            raise UnknownModelError(f"{checks.show(name)} is not one of {served}", "service")
+            raise UnknownModelError(f"{shown(name)} is not one of {served}", "service")
         return self.health()
 
     async def list_health(self, data: bytes) -> Any:

@@ -114,11 +114,11 @@ def error_from_grpc(
     wire["code"] = _BY_GRPC.get(code, Code.INTERNAL).value
     for packed in _unpack(status_details):
         bad_request, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-        if packed.Unpack(bad_request) and bad_request.field_violations:
+        if _unpacked(packed, bad_request) and bad_request.field_violations:
             wire["field"] = bad_request.field_violations[0].field
             wire["message"] = bad_request.field_violations[0].description
-        elif packed.Unpack(retry):
-            wire["retry_after_s"] = retry.retry_delay.ToMilliseconds() / 1000
+        elif _unpacked(packed, retry):
+            wire["retry_after_s"] = max(0.0, retry.retry_delay.ToMilliseconds() / 1000)
     return error_from_wire(wire)
 
 
@@ -126,7 +126,8 @@ def is_from_server(status_details: bytes | None) -> bool:
     """Tell whether an ExpertMesh server wrote this status, rather than gRPC or a proxy."""
     info = error_details_pb2.ErrorInfo()
     return any(
-        packed.Unpack(info) and info.domain == ERROR_DOMAIN for packed in _unpack(status_details)
+        _unpacked(packed, info) and info.domain == ERROR_DOMAIN
+        for packed in _unpack(status_details)
     )
 
 
@@ -139,6 +140,14 @@ def _pack(status: Any, message: Any) -> None:
     packed = AnyMessage()
     packed.Pack(message)
     status.details.append(packed)
+
+
+def _unpacked(packed: Any, message: Any) -> bool:
+    """Take what is packed into ``message`` if it is one of its kind; whoever answers may lie."""
+    try:
+        return bool(packed.Unpack(message))
+    except DecodeError:
+        return False
 
 
 def _unpack(status_details: bytes | None) -> list[Any]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from cluster.config import GatewayConfig
 from cluster.contract import ON_EXPERT_LOSS
 from cluster.errors import InvalidRequestError, UnknownModelError
+from cluster.shown import shown
 from router.gateway import checks
 from router.gateway.conversation import check_messages
 from router.gateway.models import ServedModel
@@ -87,7 +88,7 @@ class Validator:
             raise InvalidRequestError(f"is missing; served: {served}", "model")
         if model_id not in self._models:
             raise UnknownModelError(
-                f"{checks.show(model_id)} is not served here; served: {served}", "model"
+                f"{shown(model_id)} is not served here; served: {served}", "model"
             )
         return self._models[model_id]
 
@@ -190,6 +191,11 @@ def _prompt_ids(raw: RawRequest, model: ServedModel) -> tuple[int, ...]:
                 f"has {len(text)} characters, more than {context} tokens can hold", where
             )
         ids = tuple(model.tokenizer.encode(text, add_special_tokens=not raw.is_chat))
+        if max(ids, default=0) >= model.info.vocab_size:  # a tokenizer of another model
+            raise InvalidRequestError(
+                f"token {max(ids)} of its text is none of the model's {model.info.vocab_size}",
+                where,
+            )
     else:
         ids = _check_ids(prompt, model.info.vocab_size, where)
     if not ids:

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import CheckpointError
-from experts import checkpoint as checkpoint_module
 from experts.checkpoint import open_checkpoint, resolve_folder
 from experts.families import FAMILIES
+from experts.shards import PICKLE_SUFFIXES
 
 CONFIG: dict[str, Any] = {
     "model_type": "mixtral",
@@ -427,7 +427,7 @@ def test_a_size_that_is_no_positive_integer_is_refused(
 def test_an_absurd_size_is_refused_quickly_and_within_little_memory(
     folder: Path, key: str, value: int
 ) -> None:
-    if key == "max_position_embeddings":  # bounds requests; no tensor depends on it
+    if key == "max_position_embeddings" and value < 2**31:  # no tensor depends on it
         change_config(folder, **{key: value})
         assert open_checkpoint(folder).max_position_embeddings == value
         return
@@ -517,4 +517,4 @@ def test_a_hub_that_cannot_be_reached_is_a_checkpoint_error(
     [(hub_id, patterns)] = asked
     assert hub_id == "owner/name"
     # Pickles are not even fetched.
-    assert not any(suffix in p for p in patterns for suffix in checkpoint_module._PICKLE_SUFFIXES)
+    assert not any(suffix in p for p in patterns for suffix in PICKLE_SUFFIXES)
