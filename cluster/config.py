@@ -210,6 +210,27 @@ class ExpertsConfig(_Section):
         return sum(pool.actors for pool in self.all_pools())
 
 
+class CapacityConfig(_Section):
+    """How many of a step's tokens one expert takes at most; exactly one of both is given.
+
+    ``factor`` is a multiple of what each expert would take were all loads equal, ``tokens`` a
+    number. What an expert has no room for goes to the token's next expert in line, and the answer
+    is flagged as not exact (GShard, Lepikhin et al. 2020, section 2.2).
+    """
+
+    factor: float | None = Field(default=None, gt=0, le=1e6)
+    tokens: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self) -> CapacityConfig:
+        if (self.factor is None) == (self.tokens is None):
+            raise ValueError(
+                "needs exactly one of factor and tokens "
+                f"(given: factor {self.factor}, tokens {self.tokens})"
+            )
+        return self
+
+
 class RouterConfig(_Section):
     """Router replicas of each model: batch, queue and cache limits of one replica.
 
@@ -218,7 +239,8 @@ class RouterConfig(_Section):
     one more is refused. ``max_queue_tokens`` is what all that wait may come to together, prompt and
     ``max_tokens`` of each choice; one request alone may be more. ``cache_tokens`` is the size of
     the key/value cache; by default enough for ``max_batch_size`` sequences of full length, at most
-    65,536 tokens.
+    65,536 tokens. ``expert_capacity`` bounds what one expert computes in a
+    step; by default nothing does, and all answers are exact.
     """
 
     replicas: int = Field(default=1, ge=1, le=1000)
@@ -229,6 +251,7 @@ class RouterConfig(_Section):
     max_queue_requests: int = Field(default=256, ge=1)
     max_queue_tokens: int = Field(default=1_048_576, ge=1)
     cache_tokens: int | None = Field(default=None, ge=16)
+    expert_capacity: CapacityConfig | None = None
 
     def cache_tokens_for(self, max_model_len: int) -> int:
         """Return the tokens that one replica's cache holds, for a model of this context."""

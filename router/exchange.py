@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cluster.errors import ExpertUnavailableError
+from router.capacity import CapacityLimit
 from router.combine import combine
 from router.dispatch import Dispatcher
 from router.gate import ChooseAmong
@@ -32,9 +33,10 @@ class RemoteExchange:
     ``layer_time_s`` counts all of them.
     """
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        """Exchange through ``dispatcher``."""
+    def __init__(self, dispatcher: Dispatcher, limit: CapacityLimit | None = None) -> None:
+        """Exchange through ``dispatcher``; ``limit`` bounds what an expert takes of a step."""
         self._dispatcher = dispatcher
+        self._limit = limit
         self.deadline_s = 0.0
         self.loss: StepLoss | None = None
         self.lost = dispatcher.lost
@@ -63,6 +65,10 @@ class RemoteExchange:
             if self.loss is not None and choose_among is not None:
                 lost = self.lost.of_layer(layer_id)
                 choice = self.loss.choose(layer_id, lost, hidden_states, gates_own, choose_among)
+                if self._limit is not None:
+                    choice = self._limit.apply(
+                        layer_id, choice, lost, self.loss, hidden_states, choose_among
+                    )
             combined = self._compute(layer_id, hidden_states, choice)
             if combined is None and (self.loss is None or choose_among is None):
                 raise ExpertUnavailableError("an expert has no live copy", f"layer {layer_id}", 1.0)

@@ -28,6 +28,7 @@ from cluster.transports import open_transport
 from experts.peers import open_model
 from experts.ray_peers import RayNeighbours
 from router.cache import PAGE_SIZE, pages_needed
+from router.capacity import CapacityLimit
 from router.dispatch import Dispatcher
 from router.engine import Emission, Engine
 from router.exchange import RemoteExchange
@@ -89,7 +90,9 @@ class RouterReplica:
         self._dispatcher = Dispatcher(
             model.id, view, self._transport, self._watcher.suspect, experts.call_timeout_s
         )
-        self._exchange = RemoteExchange(self._dispatcher)
+        capacity = config.expert_capacity
+        self._limit = None if capacity is None else CapacityLimit(capacity, model.num_experts)
+        self._exchange = RemoteExchange(self._dispatcher, self._limit)
         num_pages = pages_needed(config.cache_tokens_for(model.max_model_len))
         checkpoint = open_model(model.path, model.source.identity, RayNeighbours())
         scheduler = Scheduler(
@@ -203,7 +206,8 @@ class RouterReplica:
     async def stats(self) -> dict[str, Any]:
         """Return measurements: layer times (s) since the last call, retries by reason, calls by
         transport, requests under way, forced tokens by whether they were sampled again, token rows
-        computed without an expert by contract, memory."""
+        computed without an expert by contract, tokens by the (layer, expert) that had no room for
+        them, memory."""
         layer_s = list(self._exchange.timings_s)
         self._exchange.timings_s.clear()
         return {
@@ -211,6 +215,7 @@ class RouterReplica:
             "retries": dict(self._dispatcher.retries),
             "calls": dict(self._transport.calls),
             "inexact_rows": dict(self._exchange.inexact_rows),
+            "overflow": {} if self._limit is None else dict(self._limit.overflow),
             "pid": os.getpid(),
             "requests": len(self._requests),
             "replayed": dict(self._engine.replayed),
