@@ -41,14 +41,21 @@ SIZES: dict[str, int] = {
 def make_checkpoint(folder: Path, dtype: str = "bfloat16", seed: int = 0) -> None:
     """Save a random Mixtral checkpoint of ``SIZES`` with a byte-level tokenizer."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+    from transformers import MixtralConfig, MixtralForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     torch.manual_seed(seed)
     config = MixtralConfig(**SIZES, bos_token_id=None, eos_token_id=0, pad_token_id=None)
     MixtralForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Save a byte-level tokenizer of 257 tokens, the first of which ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

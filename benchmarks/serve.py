@@ -99,22 +99,29 @@ Round = Callable[[], list[Timed]]
 @contextmanager
 def deployed(folder: Path, actors: int, routers: int = 1, min_copies: int = 1) -> Iterator[Ports]:
     """Run the application on a Ray and ports of the benchmark's own, until the block ends."""
+    from router.app import build
+
+    args = {
+        "models": [{"id": MODEL, "path": str(folder)}],
+        "experts": {"actors": actors, "min_copies": min_copies},
+        "router": {"cache_tokens": CACHE_TOKENS, "replicas": routers},
+    }
+    with served(lambda: build(args)) as ports:
+        yield ports
+
+
+@contextmanager
+def served(application: Callable[[], Any]) -> Iterator[Ports]:
+    """Run a Serve application as :func:`deployed` does."""
     import ray
     from ray import serve
-
-    from router.app import build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ports = Ports(*free_ports(2))
     ray.init(address="local", include_dashboard=False, logging_level="warning", log_to_driver=False)
     try:
         serve.start(**serve_options(ports.http, ports.grpc))
-        args = {
-            "models": [{"id": MODEL, "path": str(folder)}],
-            "experts": {"actors": actors, "min_copies": min_copies},
-            "router": {"cache_tokens": CACHE_TOKENS, "replicas": routers},
-        }
-        serve.run(build(args), name=MODEL, route_prefix="/")
+        serve.run(application(), name=MODEL, route_prefix="/")
         wait_ready(ports)
         yield ports
     finally:

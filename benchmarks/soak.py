@@ -1,12 +1,13 @@
 """Random faults against a deployment under load: nothing fails, nothing is wrong, nothing grows.
 
-    python -m benchmarks.soak [--minutes 20] [--every-s 5] [--seed N] [--json FILE]
+    python -m benchmarks.soak [--minutes 20] [--every-s 5] [--seed N] [--no-faults] [--json FILE]
 
 Serves the bundled model (gateway, two routers, three expert actors, fp32) and has streams and unary
 requests never stop, while a seeded schedule kills actors, routers and the controller, and stops
 actors and lets them go on. Every answer is compared with that of the same deployment before the
 first fault. Prints what failed, and memory and descriptors of the processes that live long; the
-exit status is 1 when a request failed or was wrong, or a process grew.
+exit status is 1 when a request failed or was wrong, or a process grew. Without faults every process
+lives as long as the run, so that its memory is seen over all of it.
 """
 
 from __future__ import annotations
@@ -183,14 +184,14 @@ def met(wait: Wait, hits: Sequence[Hit]) -> list[dict[str, Any]]:
     ]
 
 
-def run(minutes: float, every_s: float, seed: int) -> dict[str, Any]:
+def run(minutes: float, every_s: float, seed: int, has_faults: bool) -> dict[str, Any]:
     """Run the whole soak; returns what ``--json`` writes."""
     from router.client import Client
     from tests.fault.injector import inject
     from tests.fault.load import Load
     from tests.fault.schedule import schedule
 
-    faults = schedule(seed, 60 * minutes, every_s)
+    faults = schedule(seed, 60 * minutes, every_s) if has_faults else []
     hits: list[Hit] = []
     waits: list[Wait] = []
 
@@ -213,6 +214,7 @@ def run(minutes: float, every_s: float, seed: int) -> dict[str, Any]:
 
             try:
                 inject(faults, client.status, told)
+                time.sleep(0 if has_faults else 60 * minutes)
             finally:
                 outcome = load.end()
             took_s = time.monotonic() - started_s
@@ -299,9 +301,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--every-s", type=float, default=5.0, help="seconds between two faults")
     parser.add_argument("--seed", type=int, default=0, help="the same seed has the same faults")
+    parser.add_argument("--no-faults", action="store_true", help="load alone, all the time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     options = parser.parse_args()
-    result = run(options.minutes, options.every_s, options.seed)
+    result = run(options.minutes, options.every_s, options.seed, not options.no_faults)
     report(result)
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -30,6 +30,7 @@ from cluster.transports import TransportKind
 IMPORT_PATH = "router.app:build"
 MAX_DEFAULT_CACHE_TOKENS = 65_536
 DEFAULT_POOL = "expert"
+BODIES_AT_ONCE = 16
 ONE_POOLS_KEYS = (
     "actors",
     "num_cpus",
@@ -212,13 +213,37 @@ class ExpertsConfig(_Section):
         return sum(pool.actors for pool in self.all_pools())
 
 
+class CapacityConfig(_Section):
+    """How many of a step's tokens one expert takes at most; exactly one of both is given.
+
+    ``factor`` is a multiple of what each expert would take were all loads equal, ``tokens`` a
+    number. What an expert has no room for goes to the token's next expert in line, and the answer
+    is flagged as not exact (GShard, Lepikhin et al. 2020, section 2.2).
+    """
+
+    factor: float | None = Field(default=None, gt=0, le=1e6)
+    tokens: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self) -> CapacityConfig:
+        if (self.factor is None) == (self.tokens is None):
+            raise ValueError(
+                "needs exactly one of factor and tokens "
+                f"(given: factor {self.factor}, tokens {self.tokens})"
+            )
+        return self
+
+
 class RouterConfig(_Section):
     """Router replicas of each model: batch, queue and cache limits of one replica.
 
     ``max_batch_size`` is how many sequences decode together, ``max_batch_tokens`` how many tokens
     one step computes (so it is the prefill chunk), ``max_queue_requests`` how many requests wait;
-    one more is refused. ``cache_tokens`` is the size of the key/value cache; by default enough for
-    ``max_batch_size`` sequences of full length, at most 65,536 tokens.
+    one more is refused. ``max_queue_tokens`` is what all that wait may come to together, prompt and
+    ``max_tokens`` of each choice; one request alone may be more. ``cache_tokens`` is the size of
+    the key/value cache; by default enough for ``max_batch_size`` sequences of full length, at most
+    65,536 tokens. ``expert_capacity`` bounds what one expert computes in a
+    step; by default nothing does, and all answers are exact.
     """
 
     replicas: int = Field(default=1, ge=1, le=1000)
@@ -227,7 +252,9 @@ class RouterConfig(_Section):
     max_batch_size: int = Field(default=32, ge=1, le=4096)
     max_batch_tokens: int = Field(default=512, ge=1)
     max_queue_requests: int = Field(default=256, ge=1)
+    max_queue_tokens: int = Field(default=1_048_576, ge=1)
     cache_tokens: int | None = Field(default=None, ge=16)
+    expert_capacity: CapacityConfig | None = None
 
     def cache_tokens_for(self, max_model_len: int) -> int:
         """Return the tokens that one replica's cache holds, for a model of this context."""
@@ -249,6 +276,13 @@ class RouterConfig(_Section):
 class GatewayConfig(_Section):
     """Gateway replicas and the limits that requests are checked against.
 
+    ``max_ongoing_requests`` may be under way in one gateway; one more is refused.
+    ``max_body_bytes`` bounds an HTTP body and a gRPC message; the HTTP bodies that are being read
+    at one time may come to :data:`BODIES_AT_ONCE` times as much together. ``max_request_tokens``
+    bounds what one request can take of memory: prompt and ``max_tokens`` of every choice of every
+    prompt, where a token with log probabilities counts once more for each of its ``logprobs``; one
+    choice without them that fits the model's context is always taken. ``reader_timeout_s`` is how
+    long a client may leave a piece of its stream unread before the work for it is ended.
     ``default_timeout_s`` is the deadline of a request that names none. ``on_expert_loss`` is what
     becomes of one that names nothing else when an expert has no live copy: ``strict`` waits for it,
     ``next_expert`` and ``drop`` go on with an answer that is flagged as not exact.
@@ -257,6 +291,9 @@ class GatewayConfig(_Section):
     replicas: int = Field(default=1, ge=1, le=1000)
     num_cpus: float = Field(default=0.1, ge=0)
     max_ongoing_requests: int = Field(default=1024, ge=1)
+    max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
+    max_request_tokens: int = Field(default=524_288, ge=1)
+    reader_timeout_s: float = Field(default=30.0, gt=0)
     default_timeout_s: float = Field(default=120.0, gt=0)
     max_timeout_s: float = Field(default=3600.0, gt=0)
     max_choices: int = Field(default=16, ge=1, le=128)

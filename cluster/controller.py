@@ -28,6 +28,7 @@ from cluster.changes import LOAD_TIMEOUT_S, Changes
 from cluster.errors import ExpertMeshError, StaleEpochError
 from cluster.failures import cause_of, kind_of, reason_of
 from cluster.ledger import Ledger
+from cluster.measurements import Measurements, ProcessSamples, Samples
 from cluster.members import Members
 from cluster.placement import ExpertKey, Placement, assign_experts, empty_placement
 from cluster.pool import ExpertPool
@@ -329,16 +330,23 @@ class Controller:
     # What routers and gateways call.
 
     async def watch(
-        self, kind: str, pid: int, node: str, known: tuple[int, int], timeout_s: float
+        self,
+        kind: str,
+        pid: int,
+        node: str,
+        known: tuple[int, int],
+        timeout_s: float,
+        samples: Samples | None = None,
     ) -> dict[str, Any]:
         """Return the placement once it differs from ``known`` (epoch, version).
 
         The answer is ``{"placement": …, "loop_age_s": …, "is_deleted": …}``: the placement as plain
         data, ``None`` when nothing changed within ``timeout_s`` (at most ``MAX_WATCH_S``), how long
         ago this controller last finished a look at any actor, and whether Serve deletes the
-        application. The call also says that this router or gateway is alive.
+        application. The call also says that this router or gateway is alive, and brings its
+        ``samples``.
         """
-        self._members.heard(kind, ProcessStatus(pid, node), (known[0], known[1]))
+        self._members.heard(kind, ProcessStatus(pid, node), (known[0], known[1]), samples)
         self._changes.known_to_one_more()
         async with self._changed:
             try:
@@ -367,6 +375,15 @@ class Controller:
 
     async def status(self) -> dict[str, Any]:
         """Return :class:`ClusterStatus` as plain data."""
+        return self._status().to_wire()
+
+    async def measurements(self, own: ProcessSamples) -> Measurements:
+        """Return all that is measured; ``own`` are the samples of the gateway that asks."""
+        self._members.heard(own.kind, own.process, samples=own.samples)
+        reports = tuple(report for _, report in sorted(self._reports.items()))
+        return Measurements(self._status(), reports, self._members.samples())
+
+    def _status(self) -> ClusterStatus:
         return ClusterStatus(
             models=tuple(experts.model for experts in self._models),
             epoch=self._placement.epoch,
@@ -378,7 +395,7 @@ class Controller:
             actors=tuple(_actor_status(report) for _, report in sorted(self._reports.items())),
             min_copies=self._min_copies,
             live_copies=self._placement.fewest_copies(),
-        ).to_wire()
+        )
 
     async def load(self) -> dict[str, Any]:
         """Return :class:`LoadStatus` as plain data."""

@@ -94,6 +94,14 @@ class OverloadedError(ExpertMeshError):
     code = Code.RESOURCE_EXHAUSTED
 
 
+class TooLargeError(OverloadedError):
+    """A request is larger than the deployment takes; it never will, so there is no hint."""
+
+
+class SlowReaderError(OverloadedError):
+    """A client did not read its stream for too long, and the stream was ended."""
+
+
 class ExpertUnavailableError(ExpertMeshError):
     """No live copy of an expert was reachable in time."""
 

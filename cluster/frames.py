@@ -20,6 +20,7 @@ from typing import Any
 import msgpack
 
 from cluster.errors import Code, ExpertMeshError, FrameError, WrongPlacementError, error_from_wire
+from cluster.shown import shown
 
 FRAME_VERSION = 2
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -27,6 +28,7 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_ROWS = 1 << 20
 MAX_HIDDEN_SIZE = 1 << 20
 MAX_EXPERTS = 1 << 16
+MAX_RETRY_AFTER_S = 86_400.0
 ALIGNMENT = 16
 _START = struct.Struct("<HHI")  # version, kind, bytes of the header
 
@@ -153,23 +155,15 @@ def decode(data: Buffer) -> Frame:
     return decoder(header, view[end + -end % ALIGNMENT :])
 
 
-def _shown(value: Any) -> str:
-    """Return a value for a message; never the inside of a container, which can be deep or huge."""
-    if isinstance(value, (str, bytes)):
-        return repr(value[:40])
-    scalar = value is None or isinstance(value, (bool, int, float))
-    return repr(value) if scalar else f"a {type(value).__name__}"
-
-
 def _integer(value: Any, field: str, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
-        raise FrameError(f"must be an integer in {low}..{high} (given: {_shown(value)})", field)
+        raise FrameError(f"must be an integer in {low}..{high} (given: {shown(value)})", field)
     return value
 
 
 def _text(value: Any, field: str) -> str:
     if type(value) is not str or not 0 < len(value) <= 256:
-        raise FrameError(f"must be a string of 1 to 256 characters (given: {_shown(value)})", field)
+        raise FrameError(f"must be a string of 1 to 256 characters (given: {shown(value)})", field)
     return value
 
 
@@ -184,7 +178,7 @@ def _check_size(payload: memoryview, expected_bytes: int) -> None:
 def _dtype(value: Any) -> str:
     if type(value) is not str or value not in DTYPE_BYTES:
         allowed = ", ".join(sorted(DTYPE_BYTES))
-        raise FrameError(f"must be one of {allowed} (given: {_shown(value)})", "frame.dtype")
+        raise FrameError(f"must be one of {allowed} (given: {shown(value)})", "frame.dtype")
     return value
 
 
@@ -252,14 +246,23 @@ def _decode_error(header: tuple[Any, ...], payload: memoryview) -> ErrorFrame:
     if not isinstance(wire, dict) or set(wire) != {"code", "message", "field", "retry_after_s"}:
         raise FrameError("must be an error's dictionary", "frame.error")
     if type(wire["code"]) is not str or wire["code"] not in set(Code):
-        raise FrameError(f"unknown code {_shown(wire['code'])}", "frame.error.code")
+        raise FrameError(f"unknown code {shown(wire['code'])}", "frame.error.code")
     if type(wire["message"]) is not str or type(wire["field"]) is not str:
         raise FrameError("message and field must be strings", "frame.error")
-    if wire["retry_after_s"] is not None and type(wire["retry_after_s"]) not in (int, float):
-        raise FrameError("must be a number or nil", "frame.error.retry_after_s")
+    retry_after_s = wire["retry_after_s"]
+    if retry_after_s is not None and not _is_wait(retry_after_s):
+        raise FrameError(
+            f"must be nil or from 0 to {MAX_RETRY_AFTER_S:g} (given: {shown(retry_after_s)})",
+            "frame.error.retry_after_s",
+        )
     known = _KNOWN_ERRORS.get(kind)
     error = error_from_wire(wire) if known is None else known(wire["message"], wire["field"])
     return ErrorFrame(request_id, kind, error)
+
+
+def _is_wait(value: Any) -> bool:
+    # NaN compares false.
+    return type(value) in (int, float) and 0 <= value <= MAX_RETRY_AFTER_S
 
 
 _DECODERS: dict[int, Callable[[tuple[Any, ...], memoryview], Frame]] = {

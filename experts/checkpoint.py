@@ -10,22 +10,26 @@ from __future__ import annotations
 import importlib.resources
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError, safe_open
-
 from cluster.errors import CheckpointError, CheckpointMissingError
 from cluster.frames import DTYPE_BYTES
+from cluster.shown import shown, shown_name
+from experts.config_checks import MAX_SIZE, check_depth, check_numbers, check_rotary, check_size
 from experts.families import FAMILIES, ExpertShape, Family
 from experts.families.base import ACTIVATION_NAMES, Config
+from experts.shards import DTYPES, TensorInfo, read_headers
 
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
 MAX_SMALL_BYTES = 64 << 20
+"""Of a file beside the weights, of which tokenizers have the longest."""
+MAX_JSON_BYTES = 16 << 20
+"""Of one that is parsed here: in memory, JSON can take twenty times its length."""
 _MAX_LAYERS = 10_000
 _SIZES = (
     "vocab_size",
@@ -35,25 +39,16 @@ _SIZES = (
     "num_attention_heads",
 )
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where one tensor's bytes lie, counted from the file's beginning, and what it is."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-    begin: int
-    end: int
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose angles depend on the position alone."""
 
 
 class RemoteFiles(Protocol):
     """A checkpoint's files on another node; see :mod:`experts.peers`."""
 
-    def tensor(self, name: str) -> bytearray:
-        """Return all bytes of a tensor; raises :class:`CheckpointError` when nobody has them."""
+    def tensor(self, name: str, begin: int = 0, end: int | None = None) -> bytearray:
+        """Return bytes of a tensor, by default all; raises :class:`CheckpointError` if nobody has
+        them."""
         ...
 
     def release(self) -> None:
@@ -89,7 +84,8 @@ class RemoteFiles(Protocol):
 class Checkpoint:
     """An opened and checked checkpoint; holds headers only.
 
-    ``remote`` has its files where they are not on this node; ``folder`` is then the other node's.
+    ``config`` has the usual key names, whatever the family calls them. ``remote`` has the files
+    where they are not on this node; ``folder`` is then the other node's.
     """
 
     folder: Path
@@ -122,8 +118,7 @@ class Checkpoint:
 
     def expert_bytes(self, dtype: str) -> int:
         """Return the bytes of one expert's weights when they are held in ``dtype``."""
-        parameters = 3 * self.shape.hidden_size * self.shape.intermediate_size
-        return parameters * DTYPE_BYTES[dtype]
+        return self.shape.expert_parameters * DTYPE_BYTES[dtype]
 
 
 def resolve_folder(path: str) -> Path:
@@ -168,7 +163,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     missing, unexpected, or of another shape or dtype than the configuration says.
     """
     config = read_json(folder / "config.json")
-    return checkpoint_of(folder, config, lambda: _read_headers(folder))
+    return checkpoint_of(folder, config, lambda: read_headers(folder, read_json))
 
 
 def checkpoint_of(
@@ -180,20 +175,23 @@ def checkpoint_of(
     """Check a configuration, then the headers beside it; see :func:`open_checkpoint`."""
     config_file = folder / "config.json"
     family = family_of(config, config_file)
+    config = usual_config(family, config, config_file)
     shape = checked_shape(family, config, config_file)
-    tensors = read_tensors()
+    with _wrong_kinds(config_file):
+        ignored = family.ignored(config)
+    tensors = {n: info for n, info in read_tensors().items() if not n.startswith(ignored or (" ",))}
     _check_tensors(folder, family, config, shape, tensors)
-    dtype = _expert_dtype(folder, tensors)
+    dtype = _expert_dtype(folder, family, tensors)
     return Checkpoint(folder, config, family, shape, tensors, dtype, remote)
 
 
-def read_small(file: Path) -> bytes:
+def read_small(file: Path, max_bytes: int = MAX_SMALL_BYTES) -> bytes:
     """Read a file beside the weights; raises :class:`CheckpointError` naming it."""
     try:
         if file.exists() and not file.is_file():  # reading a pipe would wait for ever
             raise CheckpointError("is not a file", str(file))
-        if file.stat().st_size > MAX_SMALL_BYTES:
-            raise CheckpointError(f"is larger than {MAX_SMALL_BYTES} bytes", str(file))
+        if file.stat().st_size > max_bytes:
+            raise CheckpointError(f"is larger than {max_bytes} bytes", str(file))
         return file.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", str(file)) from None
@@ -222,17 +220,20 @@ def read_range(checkpoint: Checkpoint, name: str, begin: int, end: int) -> bytes
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read one of a checkpoint's JSON files; raises :class:`CheckpointError` naming it."""
-    return parse_json(read_small(file), file)
+    return parse_json(read_small(file, MAX_JSON_BYTES), file)
 
 
 def parse_json(data: bytes, file: Path) -> dict[str, Any]:
     """Return the JSON object that a file's ``data`` is; raises :class:`CheckpointError`."""
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointError(f"is larger than {MAX_JSON_BYTES} bytes", str(file))
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"is not JSON: {error}", str(file)) from None
     if not isinstance(value, dict):
         raise CheckpointError("must hold a JSON object", str(file))
+    check_depth(value, file)
     return value
 
 
@@ -242,107 +243,97 @@ def family_of(config: Config, file: Path) -> Family:
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         given = config.get("model_type")
-        raise CheckpointError(f"unknown model_type {given!r}; known: {known}", str(file))
+        raise CheckpointError(f"unknown model_type {shown(given)}; known: {known}", str(file))
     architectures = config.get("architectures") or list(family.architectures)
     if not isinstance(architectures, list) or not any(
         name in architectures for name in family.architectures
     ):
         known = ", ".join(family.architectures)
-        raise CheckpointError(f"unknown architectures {architectures}; known: {known}", str(file))
+        named = architectures[0] if architectures and type(architectures) is list else architectures
+        raise CheckpointError(f"unknown architectures: {shown(named)}; known: {known}", str(file))
     quantization = config.get("quantization_config")
     if quantization:
         named = isinstance(quantization, dict) and quantization.get("quant_method")
         method = named or "unknown"
-        raise CheckpointError(f"quantization_config {method!r} is not supported", str(file))
+        raise CheckpointError(f"quantization_config {shown(method)} is not supported", str(file))
     return family
 
 
-def checked_shape(family: Family, config: Config, file: Path) -> ExpertShape:
-    """Check a configuration's sizes and return its experts'; raises :class:`CheckpointError`."""
-    for key in (*_SIZES, *(key for key in _OPTIONAL_SIZES if config.get(key) is not None)):
-        if type(config.get(key)) is not int or config[key] < 1:
-            raise CheckpointError(f"{key} must be a positive integer", str(file))
-    if config["num_hidden_layers"] > _MAX_LAYERS:
-        raise CheckpointError(f"num_hidden_layers must be at most {_MAX_LAYERS}", str(file))
+def usual_config(family: Family, config: Config, file: Path) -> Config:
+    """Return a configuration under the usual names; raises :class:`CheckpointError`.
+
+    That is also for options of the family that are not served: the error names the key.
+    """
+    with _wrong_kinds(file):
+        config = family.usual(config)
+    check_rotary(config, file)
+    with _wrong_kinds(file):
+        kinds = {str(one.get("rope_type", one.get("type", "default"))) for one in _ropes(config)}
+    if not kinds <= set(ROPE_TYPES):
+        odd = shown(min(kinds - set(ROPE_TYPES)))
+        raise CheckpointError(
+            f"rope type {odd} is not served, since positions would turn by the longest request of "
+            f"a step; served: {', '.join(ROPE_TYPES)}",
+            str(file),
+        )
+    for key, served in family.options.items():
+        value = config.get(key)
+        if value is not None and value not in served:
+            allowed = " or ".join(json.dumps(one) for one in served)
+            raise CheckpointError(
+                f"{key} {shown(value)} is not served for {family.model_type}, only {allowed}",
+                str(file),
+            )
+    return config
+
+
+def _ropes(config: Config) -> Iterator[Config]:
+    """Yield a configuration's rotary embeddings: one, or one for each kind of layer."""
+    for rope in (config.get("rope_parameters") or {}, config.get("rope_scaling") or {}):
+        yield rope
+        yield from (value for value in rope.values() if isinstance(value, dict))
+
+
+@contextmanager
+def _wrong_kinds(file: Path) -> Iterator[None]:
+    """Turn what code that trusts a configuration's types stumbles over into an error of ours."""
     try:
-        shape = family.expert_shape(config)
+        yield
     except KeyError as error:
         raise CheckpointError(f"lacks the key {error.args[0]}", str(file)) from None
+    except ValueError as error:
+        raise CheckpointError(_line(error), str(file)) from None
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"has a value of the wrong kind: {_line(error)}", str(file)) from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def checked_shape(family: Family, config: Config, file: Path) -> ExpertShape:
+    """Check a configuration's sizes and return its experts'; raises :class:`CheckpointError`.
+
+    ``config`` is what :func:`usual_config` gave.
+    """
+    for key in (*_SIZES, *(key for key in _OPTIONAL_SIZES if config.get(key) is not None)):
+        check_size(config, key, file)
+    if config["num_hidden_layers"] > _MAX_LAYERS:
+        raise CheckpointError(f"num_hidden_layers must be at most {_MAX_LAYERS}", str(file))
+    with _wrong_kinds(file):
+        shape = family.expert_shape(config)
     numbers = (shape.num_experts, shape.num_experts_per_tok, shape.intermediate_size)
-    if any(type(n) is not int or n < 1 for n in numbers) or not shape.layers:
-        raise CheckpointError("has no experts, layers or sizes that are positive", str(file))
+    if any(type(n) is not int or not 1 <= n <= MAX_SIZE for n in numbers) or not shape.layers:
+        raise CheckpointError(
+            f"has no experts, layers or sizes that are positive and at most {MAX_SIZE}", str(file)
+        )
     if shape.activation not in ACTIVATION_NAMES:
-        known = ", ".join(ACTIVATION_NAMES)
-        raise CheckpointError(f"unknown hidden_act {shape.activation!r}; known: {known}", str(file))
+        known, given = ", ".join(ACTIVATION_NAMES), shown(shape.activation)
+        raise CheckpointError(f"unknown hidden_act {given}; known: {known}", str(file))
     if shape.num_experts_per_tok > shape.num_experts:
         raise CheckpointError("num_experts_per_tok is larger than the number of experts", str(file))
+    check_numbers(config, file)
     return shape
-
-
-def _read_headers(folder: Path) -> dict[str, TensorInfo]:
-    index_file = folder / "model.safetensors.index.json"
-    if not index_file.exists():
-        if not (folder / "model.safetensors").exists():
-            raise CheckpointError(_no_weights(folder), str(folder))
-        return _shard_header(folder, "model.safetensors")
-    weight_map = read_json(index_file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError("needs a mapping 'weight_map'", str(index_file))
-    tensors: dict[str, TensorInfo] = {}
-    for file in sorted({str(name) for name in weight_map.values()}):
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(
-                f"names the shard {file!r}; only plain .safetensors file names are allowed",
-                str(index_file),
-            )
-        for name, info in _shard_header(folder, file).items():
-            if name in tensors:
-                raise CheckpointError(f"tensor {name} is also in {tensors[name].file}", file)
-            tensors[name] = info
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name].file != file:
-            raise CheckpointError(f"tensor {name} is not in {file} as the index says", file)
-    return tensors
-
-
-def _no_weights(folder: Path) -> str:
-    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLE_SUFFIXES)
-    if pickles:
-        return (
-            f"has only pickle weights ({', '.join(pickles[:3])}), which are never loaded; "
-            "convert them to safetensors"
-        )
-    return "has neither model.safetensors nor model.safetensors.index.json"
-
-
-def _shard_header(folder: Path, file: str) -> dict[str, TensorInfo]:
-    path = folder / file
-    if not path.is_file():
-        raise CheckpointError("the shard is missing", str(path))
-    tensors = {}
-    try:
-        with safe_open(str(path), framework="numpy") as shard:  # it has checked the whole header
-            offsets = _offsets(path)
-            for name in shard.keys():  # noqa: SIM118 - safe_open is not a mapping
-                view = shard.get_slice(name)
-                begin, end = offsets[name]
-                shape = tuple(view.get_shape())
-                tensors[name] = TensorInfo(file, shape, view.get_dtype(), begin, end)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"is not a whole safetensors file ({error})", str(path)) from None
-    return tensors
-
-
-def _offsets(path: Path) -> dict[str, tuple[int, int]]:
-    """Return where each tensor's bytes begin and end in a safetensors file."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
-    return {
-        name: (8 + length + entry["data_offsets"][0], 8 + length + entry["data_offsets"][1])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
 
 
 def _check_tensors(
@@ -352,25 +343,23 @@ def _check_tensors(
     shape: ExpertShape,
     tensors: dict[str, TensorInfo],
 ) -> None:
-    expected = family.dense_tensors(config)
-    inner, hidden = shape.intermediate_size, shape.hidden_size
-    if len(shape.layers) * shape.num_experts > len(tensors):  # before that many names are made
+    with _wrong_kinds(folder / "config.json"):
+        expected = family.dense_tensors(config)
+    names = len(shape.layers) * (1 if family.stacks_experts else shape.num_experts)
+    if names > len(tensors):  # before that many names are made
         raise CheckpointError(
             f"lacks tensors: config.json says {shape.num_experts} experts in each of "
             f"{len(shape.layers)} layers, the files hold {len(tensors)} tensors",
             str(folder),
         )
-    for layer_id in shape.layers:
-        for expert_id in range(shape.num_experts):
-            names = family.expert_tensors(layer_id, expert_id)
-            expected[names.gate] = expected[names.up] = (inner, hidden)
-            expected[names.down] = (hidden, inner)
+    with _wrong_kinds(folder / "config.json"):
+        expected |= {part.name: part.shape for part in family.expert_parts(config, shape)}
     ignored = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
     missing = sorted(expected.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - expected.keys() - ignored)
     for what, names_ in (("lacks", missing), ("has unexpected", unexpected)):
         if names_:
-            listed = ", ".join(names_[:3]) + (", …" if len(names_) > 3 else "")
+            listed = ", ".join(map(shown_name, names_[:3])) + (", …" if len(names_) > 3 else "")
             raise CheckpointError(f"{what} {len(names_)} tensors: {listed}", str(folder))
     for name, wanted in expected.items():
         info = tensors[name]
@@ -379,16 +368,16 @@ def _check_tensors(
                 f"tensor {name} has shape {list(info.shape)}; config.json says {list(wanted)}",
                 str(folder / info.file),
             )
-        if info.dtype not in DTYPES:
-            allowed = ", ".join(DTYPES)
-            raise CheckpointError(
-                f"tensor {name} has dtype {info.dtype}; supported: {allowed}",
-                str(folder / info.file),
-            )
 
 
-def _expert_dtype(folder: Path, tensors: dict[str, TensorInfo]) -> str:
-    kinds = sorted({info.dtype for info in tensors.values()})
+def _expert_dtype(folder: Path, family: Family, tensors: dict[str, TensorInfo]) -> str:
+    kinds = sorted(
+        {
+            info.dtype
+            for name, info in tensors.items()
+            if info.dtype != "F32" or not name.endswith(family.in_float32 or (" ",))
+        }
+    )
     if len(kinds) > 1:
         raise CheckpointError(f"mixes the dtypes {', '.join(kinds)}", str(folder))
     return DTYPES[kinds[0]]

@@ -28,6 +28,8 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+_CLAMP, _SWIGLU_ALPHA = 7.0, 1.702
+
 # Activations whose code for whole vectors and for single values agrees on every bfloat16 value,
 # so that a result does not depend on where in memory its value lay. Both gelus' do not.
 _PLACELESS = frozenset((functional.silu, functional.relu))
@@ -52,11 +54,27 @@ _FEW_ROWS, _FEW_STEP, _MANY_STEP = 32, 4, 32
 _TRIED_ROWS = (1, 2, 3, 5, 8, 17, 48, 100)
 
 
+def clamped_ffn(rows: torch.Tensor, weights: GatedFfnWeights) -> torch.Tensor:
+    """Apply an expert of GPT-OSS to rows [P, H]: both sides clamped, one added to the linear one.
+
+    With g = min(gate x, 7) and u = up x within 7 of 0: y = down(g sigmoid(1.702 g) (u + 1)).
+    """
+    joined = functional.linear(rows, weights.gate_up, weights.gate_up_bias)
+    gate, up = joined.chunk(2, dim=-1)  # [P, I] each
+    gate, up = gate.clamp(max=_CLAMP), up.clamp(-_CLAMP, _CLAMP)
+    inner = (up + 1) * (gate * torch.sigmoid(_SWIGLU_ALPHA * gate))
+    return functional.linear(inner, weights.down, weights.down_bias)
+
+
 def ffn_of(weights: GatedFfnWeights, act: Activation) -> GatedFfn:
     """Return the fastest way to apply an expert that gives the bits of :func:`gated_ffn`.
 
+    One with biases is GPT-OSS's (:func:`clamped_ffn`), which has an activation of its own.
+
     It may hold the weights rearranged; whoever has no other use for ``weights`` lets them go.
     """
+    if weights.gate_up_bias is not None:
+        return partial(clamped_ffn, weights=weights)
     # With AMX the products of gated_ffn are as fast, and no layout hides the weights.
     packs = not _HAS_AMX and can_pack(weights.down) and weights.down.numel() > _MAX_TINY_SIZE
     if packs and _packing_keeps_bits(*weights.down.shape, act):

@@ -16,19 +16,22 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.errors import CheckpointError, CheckpointMissingError, error_from_wire
+from cluster.frames import DTYPE_BYTES
+from cluster.shown import shown, shown_name
 from experts.checkpoint import (
     Checkpoint,
-    TensorInfo,
     checkpoint_of,
     open_checkpoint,
     parse_json,
     resolve_folder,
 )
 from experts.identity import identity_of
+from experts.shards import DTYPES, TensorInfo
 
 OPEN_TIMEOUT_S = 60.0
 CHUNK_TIMEOUT_S = 30.0
@@ -130,7 +133,7 @@ class PeerFiles:
         folder = Path(told["folder"])
         config_file = folder / "config.json"
         config = parse_json(self.small_files.get("config.json", b""), config_file)
-        tensors = {name: TensorInfo(*info) for name, info in told["tensors"].items()}
+        tensors = _tensors_of(told)
         self.checkpoint = checkpoint_of(folder, config, lambda: tensors, self)
 
     @property
@@ -139,22 +142,23 @@ class PeerFiles:
         assert self._identity is not None  # the first peer told it
         return self._identity
 
-    def tensor(self, name: str) -> bytearray:
-        """Return all bytes of a tensor; raises :class:`CheckpointMissingError` as a last resort.
+    def tensor(self, name: str, begin: int = 0, end: int | None = None) -> bytearray:
+        """Return bytes of a tensor; raises :class:`CheckpointMissingError` as a last resort.
 
         That is when no node has the checkpoint any more, or peers failed :data:`MAX_FAILURES` times
         in a row.
         """
         started_s = time.monotonic()
         info = self.checkpoint.tensors[name]
-        data = bytearray(info.end - info.begin)
+        stop = info.end - info.begin if end is None else end
+        data = bytearray(stop - begin)
         done = 0
         while done < len(data):
             if self._peer is None:
                 self._find()
             assert self._peer is not None
             try:
-                for piece in _chunks(self._peer, name, done, len(data)):
+                for piece in _chunks(self._peer, name, begin + done, stop):
                     data[done : done + len(piece)] = piece
                     done += len(piece)
                     self._failed.clear()
@@ -213,12 +217,26 @@ class PeerFiles:
         """Return what a peer told of its checkpoint, if it is whole and the one that is served."""
         if self._identity not in (None, told["identity"]):
             raise PeerError(f"{told['folder']}: {OTHER_CHECKPOINT}")
+        _tensors_of(told)
         for name, chunk in told["small_files"].items():
             if Path(name).name != name:
-                raise PeerError(f"{name!r} is not a plain file name")
+                raise PeerError(f"{shown(name)} is not a plain file name")
             if not chunk.is_whole():
                 raise PeerError(f"{name} came damaged")
         return told
+
+
+def _tensors_of(told: dict[str, Any]) -> dict[str, TensorInfo]:
+    """Return the headers that a peer told; so many bytes are taken for a tensor as its shape says.
+
+    Raises :class:`PeerError` for headers that disagree with themselves.
+    """
+    tensors = {name: TensorInfo(*info) for name, info in told["tensors"].items()}
+    for name, info in tensors.items():
+        value_bytes = DTYPE_BYTES[DTYPES[info.dtype]] if info.dtype in DTYPES else -1
+        if info.end - info.begin != prod(info.shape) * value_bytes:
+            raise PeerError(f"told that tensor {shown_name(name)} has other bytes than its shape")
+    return tensors
 
 
 def _as_answered(peers: Sequence[Peer]) -> Iterator[tuple[Peer, Future[dict[str, Any]]]]:

@@ -24,6 +24,8 @@ from experts.identity import identity_of
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")
 """What transformers reads a configuration and a tokenizer from."""
+MAX_SMALL_FILES_BYTES = 256 << 20
+"""Of all these, which travel at once."""
 MAX_CHUNK_BYTES = 16 << 20
 
 
@@ -81,5 +83,13 @@ class CheckpointReader:
 
 
 def _small(checkpoint: Checkpoint) -> dict[str, bytes]:
-    files = {file for pattern in SMALL_FILES for file in checkpoint.folder.glob(pattern)}
-    return {file.name: read_small(file) for file in sorted(files) if file.is_file()}
+    found = {file for pattern in SMALL_FILES for file in checkpoint.folder.glob(pattern)}
+    files = sorted(file for file in found if file.is_file())
+    size_bytes = sum(file.stat().st_size for file in files)
+    if size_bytes > MAX_SMALL_FILES_BYTES:
+        raise CheckpointError(
+            f"has {size_bytes} bytes beside the weights ({', '.join(SMALL_FILES)}); at most "
+            f"{MAX_SMALL_FILES_BYTES}",
+            str(checkpoint.folder),
+        )
+    return {file.name: read_small(file) for file in files}

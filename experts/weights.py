@@ -5,26 +5,34 @@ Dimension letters: H hidden size, I intermediate size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from cluster.errors import CheckpointError
 from cluster.tensors import TORCH_DTYPES
 from experts.checkpoint import DTYPES, Checkpoint
+from experts.families.base import Part
 
 
 @dataclass(frozen=True, slots=True)
 class GatedFfnWeights:
-    """One expert's matrices as the product wants them: ``gate_up`` [2I, H], ``down`` [H, I]."""
+    """One expert's matrices as the product wants them: ``gate_up`` [2I, H], ``down`` [H, I].
+
+    ``gate_up_bias`` [2I] and ``down_bias`` [H] are of families that have them.
+    """
 
     gate_up: torch.Tensor
     down: torch.Tensor
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
         """Resident bytes of the weights."""
-        return self.gate_up.nbytes + self.down.nbytes
+        tensors = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def load_expert(
@@ -35,24 +43,64 @@ def load_expert(
     Only these tensors' bytes are read, or fetched. Gate comes before up, as transformers' fused
     parameter has it, so that results are bitwise those of its eager experts.
     """
-    names = checkpoint.family.expert_tensors(layer_id, expert_id)
-    hidden, inner = checkpoint.shape.hidden_size, checkpoint.shape.intermediate_size
-    gate_up = torch.empty((2 * inner, hidden), dtype=dtype, device=device)
-    gate_up[:inner] = read_tensor(checkpoint, names.gate)
-    gate_up[inner:] = read_tensor(checkpoint, names.up)
-    down = torch.empty((hidden, inner), dtype=dtype, device=device)
-    down.copy_(read_tensor(checkpoint, names.down))
-    return GatedFfnWeights(gate_up, down)
+    tensors = checkpoint.family.expert_tensors(checkpoint.config, layer_id, expert_id)
+    stored: dict[str, torch.Tensor] = {}  # gate and up may lie in one tensor
+
+    def part(wanted: Part) -> torch.Tensor:
+        if wanted.name not in stored:
+            stored[wanted.name] = read_tensor(checkpoint, wanted.name, wanted.rows)
+        return _part_of(stored[wanted.name], wanted)
+
+    def joined(*parts: Part) -> torch.Tensor:
+        pieces = [part(one) for one in parts]
+        shape = (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:])
+        whole = torch.empty(shape, dtype=dtype, device=device)
+        begin = 0
+        for piece in pieces:
+            whole[begin : begin + piece.shape[0]] = piece
+            begin += piece.shape[0]
+        return whole
+
+    weights = GatedFfnWeights(joined(tensors.gate, tensors.up), joined(tensors.down))
+    if not tensors.biases:
+        return weights
+    gate, up, down = tensors.biases
+    return replace(weights, gate_up_bias=joined(gate, up), down_bias=joined(down))
 
 
-def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """Read one tensor as it is stored, from this node's disk or from another node."""
+def _part_of(stored: torch.Tensor, part: Part) -> torch.Tensor:
+    """Return what ``part`` says of the rows that were read."""
+    tensor = stored.squeeze(0) if part.stacked else stored
+    if part.transposed:
+        tensor = tensor.T
+    if part.every is not None:
+        first, step = part.every
+        tensor = tensor[first::step]
+    return tensor
+
+
+def read_tensor(
+    checkpoint: Checkpoint, name: str, rows: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Read one tensor as it is stored, from this node's disk or from another node.
+
+    ``rows`` (from, to) reads these of its first axis alone. Raises :class:`CheckpointError` when
+    the file has changed since the checkpoint was opened.
+    """
     info = checkpoint.tensors[name]
+    begin, end = rows or (0, info.shape[0])
     if checkpoint.remote is not None:
-        flat = torch.frombuffer(
-            checkpoint.remote.tensor(name), dtype=TORCH_DTYPES[DTYPES[info.dtype]]
-        )
-        return flat.view(info.shape)
-    with safe_open(str(checkpoint.folder / info.file), framework="pt") as shard:
-        tensor: torch.Tensor = shard.get_tensor(name)
-        return tensor
+        row_bytes = (info.end - info.begin) // info.shape[0]
+        data = checkpoint.remote.tensor(name, begin * row_bytes, end * row_bytes)
+        flat = torch.frombuffer(data, dtype=TORCH_DTYPES[DTYPES[info.dtype]])
+        return flat.view(end - begin, *info.shape[1:])
+    file = checkpoint.folder / info.file
+    try:
+        with safe_open(str(file), framework="pt") as shard:
+            if rows is None:
+                whole: torch.Tensor = shard.get_tensor(name)
+                return whole
+            part: torch.Tensor = shard.get_slice(name)[begin:end]
+            return part
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"tensor {name} cannot be read: {error}", str(file)) from None

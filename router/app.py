@@ -12,6 +12,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import RayServeException
 
 from cluster.config import AppConfig, parse_args
@@ -20,6 +21,7 @@ from cluster.pool import SERVING_ENVIRONMENT
 from experts.ray_peers import RayNeighbours
 from router.control import ControllerDeployment
 from router.deployment import RouterDeployment
+from router.gateway.budget import RETRY_AFTER_S
 from router.gateway.deployment import Gateway
 from router.gateway.models import GatewayModel
 from router.gateway.ray_upstream import make_upstream
@@ -44,6 +46,13 @@ def build(args: dict[str, Any]) -> Application:
     A wrong configuration or checkpoint becomes the application's message in Serve's status; the
     commands ``serve run`` and ``serve deploy`` have found it before (:mod:`router.preflight`).
     """
+    return application(args)
+
+
+def application(
+    args: dict[str, Any], controller_class: type[ControllerDeployment] = ControllerDeployment
+) -> Application:
+    """Build the application as :func:`build` does, with the given class of controller."""
     try:
         config = parse_args(args)
         models = inspect_models(config, neighbours=RayNeighbours())
@@ -51,7 +60,7 @@ def build(args: dict[str, Any]) -> Application:
     except ExpertMeshError as error:
         # Serve's own exception is the one that it shows without a stack.
         raise RayServeException(str(error)) from None
-    controller = _controller().bind(pool_specs(config.experts, models), config)
+    controller = _controller(controller_class).bind(pool_specs(config.experts, models), config)
     routers = {
         model.id: _router(names[model.id], config).bind(model, config, controller)
         for model in models
@@ -81,14 +90,14 @@ def deployment_names(models: list[ServedModel]) -> dict[str, str]:
     return names
 
 
-def _controller() -> Any:
+def _controller(controller_class: type[ControllerDeployment]) -> Any:
     return serve.deployment(
         name="Controller",
         num_replicas=1,
         max_ongoing_requests=MAX_CONTROL_CALLS,
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": SERVING_ENVIRONMENT}},
         **REPLICA_OPTIONS,
-    )(ControllerDeployment)
+    )(controller_class)
 
 
 def _draining(config: AppConfig) -> dict[str, Any]:
@@ -137,7 +146,11 @@ def _gateway(config: AppConfig) -> Any:
     return serve.deployment(
         name="Gateway",
         num_replicas=config.gateway.replicas,
-        max_ongoing_requests=config.gateway.max_ongoing_requests,
+        # What is beyond the gateway's own bound is refused there, with a typed error. Serve counts
+        # health checks and refusals too, and what it refuses itself says less.
+        max_ongoing_requests=2 * config.gateway.max_ongoing_requests,
+        max_queued_requests=config.gateway.max_ongoing_requests,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
         ray_actor_options={
             "num_cpus": config.gateway.num_cpus,
             "runtime_env": {"env_vars": SERVING_ENVIRONMENT},

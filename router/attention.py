@@ -99,13 +99,13 @@ def _same_bits(replaced: Any, fused: FusedAttention) -> bool:
         angles = torch.randn(2, 1, num, head_dim, generator=generator).to(dtype)
         slots = torch.arange(num)
         empty = torch.empty((0, 0), dtype=torch.int64)
-        batch = PagedBatch(slots, 0, empty, None, (Chunk(0, num, slots, None),))
+        batch = PagedBatch(slots, 0, empty, None, None, (Chunk(0, num, slots, None, None),))
         cache = PagedCache(fused.layer_idx + 1, num, num_kv, head_dim, dtype, device)
         arguments = {
             "hidden_states": rows,
             "position_embeddings": (angles[0], angles[1]),
             "attention_mask": None,
-            "paged": PagedContext(cache, batch),
+            "paged": PagedContext(cache, batch, [False] * (fused.layer_idx + 1)),
         }
         try:
             expected = replaced(**arguments)[0]

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from router.scores import attend_by_scores
+
 ATTENTION_NAME = "expertmesh_paged"
 PAGE_SIZE = 16
 _MANY = 8
@@ -62,13 +64,15 @@ class Chunk:
     """A prefill chunk in the packed row: tokens ``start:end``, and the slots it attends to.
 
     ``slots`` [L] are the sequence's slots up to and including the chunk's last token; ``mask``
-    [C, L] is true where a token may look, or ``None`` when plain causal attention says the same.
+    [C, L] is true where a token may look, or ``None`` when plain causal attention says the same;
+    ``windowed`` is the same for layers with a sliding window.
     """
 
     start: int
     end: int
     slots: torch.Tensor
     mask: torch.Tensor | None
+    windowed: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +81,15 @@ class PagedBatch:
 
     ``new_slots`` [T] is where each token's key and value go. The first ``num_decode`` tokens
     belong to decoding sequences: ``decode_slots`` [B, L] are the slots that they attend to, right
-    padded, and ``decode_mask`` [B, 1, L] is false at the padding and outside the window, or
-    ``None`` where nothing is hidden.
+    padded, and ``decode_mask`` [B, 1, L] is false at the padding, or ``None`` where nothing is
+    hidden; ``decode_windowed`` is also false outside the sliding window of layers that have one.
     """
 
     new_slots: torch.Tensor
     num_decode: int
     decode_slots: torch.Tensor
     decode_mask: torch.Tensor | None
+    decode_windowed: torch.Tensor | None
     chunks: tuple[Chunk, ...]
 
 
@@ -129,6 +134,37 @@ class PagedCache:
         )
 
 
+class LatentCache(PagedCache):
+    """Latents of all layers and their rotary keys, [1, S, D]; values are the beginning of a key."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_slots: int,
+        latent_size: int,
+        rotary_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Allocate ``num_layers`` tensors of [1, num_slots, latent_size + rotary_size]."""
+        shape = (1, num_slots, latent_size + rotary_size)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [key[..., :latent_size] for key in self.keys]
+        self._latent_size = latent_size
+        self._gathered_keys = _Scratch(self.keys[0])
+
+    def store(
+        self, layer_id: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Put a layer's new keys at slots; ``value`` is part of them."""
+        self.keys[layer_id].index_copy_(1, slots, key)
+
+    def gather(self, layer_id: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a layer's keys and values at slots; see :meth:`PagedCache.gather`."""
+        keys = self._gathered_keys.gather(self.keys[layer_id], slots)
+        return keys, keys[..., : self._latent_size]
+
+
 class _Scratch:
     """Memory for gathered rows, as much as the largest gathering needed."""
 
@@ -148,10 +184,14 @@ class _Scratch:
 
 @dataclass(frozen=True, slots=True)
 class PagedContext:
-    """What travels through transformers' model to :func:`paged_attention`."""
+    """What travels through transformers' model to :func:`paged_attention`.
+
+    ``windowed`` tells of each layer whether it has a sliding window.
+    """
 
     cache: PagedCache
     batch: PagedBatch
+    windowed: Sequence[bool]
 
 
 def paged_attention(
@@ -163,38 +203,86 @@ def paged_attention(
     *,
     scaling: float,
     paged: PagedContext,
+    s_aux: torch.Tensor | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend packed tokens to their sequences' cached keys and values.
 
     An attention implementation in the sense of transformers' registry. ``query`` is [1, Q, T, D],
     ``key`` and ``value`` [1, G, T, D]; ``paged`` comes from the model's caller. Returns
-    [1, T, Q, D]. Masks are in ``paged``; sliding windows are part of them.
+    [1, T, Q, D], where D is that of the values. Masks are in ``paged``; sliding windows are part of
+    them. ``s_aux`` [Q] are the heads' sinks, ``softcap`` caps scores (:mod:`router.scores`).
     """
     layer_id: int = module.layer_idx  # type: ignore[assignment]
-    batch = paged.batch
+    batch, windowed = paged.batch, paged.windowed[layer_id]
     paged.cache.store(layer_id, batch.new_slots, key.squeeze(0), value.squeeze(0))
+    is_plain = s_aux is None and softcap is None
     outputs = []  # [1, T, Q, D] each
     if batch.num_decode:
         keys, values = paged.cache.gather(layer_id, batch.decode_slots)
+        mask = batch.decode_windowed if windowed else batch.decode_mask
+        decoding = query[0, :, : batch.num_decode]
         outputs.append(
-            _attend_decoding(
-                query[0, :, : batch.num_decode], keys, values, batch.decode_mask, scaling
-            )
+            _attend_decoding(decoding, keys, values, mask, scaling)
+            if is_plain
+            else _decode_by_scores(decoding, keys, values, mask, scaling, softcap, s_aux)
         )
     for chunk in batch.chunks:
         keys, values = paged.cache.gather(layer_id, chunk.slots.unsqueeze(0))
+        mask = chunk.windowed if windowed else chunk.mask
+        tokens = query[:, :, chunk.start : chunk.end]  # [1, Q, C, D]
+        if not is_plain:
+            outputs.append(_chunk_by_scores(tokens[0], keys, values, mask, scaling, softcap, s_aux))
+            continue
         output = functional.scaled_dot_product_attention(
-            query[:, :, chunk.start : chunk.end],  # [1, Q, C, D]
+            tokens,
             keys.transpose(0, 1),  # [1, G, L, D]
             values.transpose(0, 1),
-            attn_mask=chunk.mask,
+            attn_mask=mask,
             scale=scaling,
-            is_causal=chunk.mask is None,
+            is_causal=mask is None,
             enable_gqa=query.shape[1] != keys.shape[0],
         )
         outputs.append(output.transpose(1, 2))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
+
+
+def _decode_by_scores(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Do as :func:`_attend_decoding`, with a cap or sinks [Q]."""
+    num_kv, num_decode, _, size = keys.shape
+    decoding = query.view(num_kv, -1, num_decode, size).transpose(1, 2)  # [G, B, R, D]
+    per_head = None if sinks is None else sinks.view(num_kv, 1, -1, 1)
+    output = attend_by_scores(decoding, keys, values, mask, scaling, softcap, per_head)
+    return output.transpose(0, 1).reshape(1, num_decode, -1, values.shape[-1])
+
+
+def _chunk_by_scores(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend a chunk [Q, C, D] to keys and values [G, 1, L, D]; returns [1, C, Q, D]."""
+    num_kv, _, length, size = keys.shape
+    num_tokens = query.shape[1]
+    tokens = query.reshape(num_kv, -1, num_tokens, size)  # [G, R, C, D]
+    if mask is None:
+        mask = torch.ones(num_tokens, length, dtype=torch.bool, device=query.device).tril()
+    per_head = None if sinks is None else sinks.view(num_kv, -1, 1, 1)
+    output = attend_by_scores(tokens, keys, values, mask, scaling, softcap, per_head)
+    return output.flatten(0, 1).transpose(0, 1).unsqueeze(0)
 
 
 def length_step(dtype: torch.dtype, device: torch.device) -> int:
@@ -229,7 +317,7 @@ def _attend_decoding(
         output = functional.scaled_dot_product_attention(
             decoding, keys, values, attn_mask=mask, scale=scaling
         )
-    return output.transpose(0, 1).reshape(1, num_decode, -1, size)
+    return output.transpose(0, 1).reshape(1, num_decode, -1, values.shape[-1])
 
 
 def _attend_bf16(
@@ -253,4 +341,5 @@ def _attend_bf16(
     if mask is not None:
         scores.masked_fill_(~mask, -torch.inf)
     shares = scores.softmax(-1).to(values.dtype).flatten(0, 1)
-    return torch.bmm(shares, values.flatten(0, 1)).view(query.shape)
+    output = torch.bmm(shares, values.flatten(0, 1))
+    return output.view(*query.shape[:3], values.shape[-1])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import ClassVar
 
 from ray import serve
 
@@ -18,7 +19,12 @@ from router.logs import failures_logged, setup_logging
 
 
 class ControllerDeployment(Controller):
-    """The controller as a Serve replica; adds Serve's name of the application."""
+    """The controller as a Serve replica; adds Serve's name of the application.
+
+    ``actor_class`` is what its expert actors are made of.
+    """
+
+    actor_class: ClassVar[type] = RemoteExpertActor
 
     async def __init__(  # type: ignore[misc]
         self, pools: tuple[PoolSpec, ...], config: AppConfig
@@ -32,7 +38,7 @@ class ControllerDeployment(Controller):
             super().__init__(
                 app,
                 named,
-                RemoteExpertActor,
+                self.actor_class,
                 experts.min_copies,
                 experts.rebalance_period_s,
             )

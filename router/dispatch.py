@@ -131,6 +131,7 @@ class Dispatcher:
         self._copies = Copies()
         self._pace = Pace()
         self.retries: Counter[str] = Counter()
+        self.calls = transport.calls
         self.lost = LostExperts(model, view)
 
     def dispatch(

@@ -26,6 +26,7 @@ from cluster.errors import (
 )
 from router.exchange import RemoteExchange
 from router.loss import StepLoss
+from router.metrics.tally import EngineTally
 from router.model import MoEModel
 from router.request import GenerationRequest, TokenEvent, TokenLogprobs
 from router.sampling import Draw, sample
@@ -68,7 +69,8 @@ class Engine:
         """``emit`` is called on the engine's thread, at most once a step.
 
         Without ``is_exact`` no token is the model's, and all are flagged as not exact.
-        ``replayed`` counts the forced tokens by whether the step sampled the same.
+        ``replayed`` counts the forced tokens by whether the step sampled the same; ``tally`` has
+        times and tokens.
         """
         self._model = model
         self._exchange = exchange
@@ -79,6 +81,7 @@ class Engine:
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._outbox: list[Emission] = []
         self.replayed: Counter[str] = Counter()
+        self.tally = EngineTally()
         self._closing = False
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
 
@@ -109,7 +112,8 @@ class Engine:
 
         def add() -> None:
             try:
-                self._scheduler.add(request)
+                for sequence in self._scheduler.add(request):
+                    sequence.times.queued_s = time.monotonic()
             except ExpertMeshError as error:
                 self._outbox.append(Emission(request.request_id, error))
 
@@ -126,6 +130,7 @@ class Engine:
         def stop() -> None:
             for sequence in self._scheduler.sequences():
                 if (sequence.request.request_id, sequence.index) == (request_id, index):
+                    self.tally.finished(sequence)
                     self._scheduler.finish(sequence)
                     event = TokenEvent(
                         index, (), (), "stop", sequence.exact, sequence.num_generated
@@ -176,12 +181,21 @@ class Engine:
 
     def step(self, work: list[Work]) -> None:
         """Compute the scheduled work, sample, and note what is to be emitted."""
+        self._note(work)
         step = pack(work, self._model.sliding_window, self._model.length_step)
         self._exchange.deadline_s = min(w.sequence.request.deadline_s for w in work)
         self._exchange.loss = loss = StepLoss(step.works)
         logits = self._model.forward(step.token_ids, step.positions, step.batch, step.sample_rows)
         token_ids, logprobs = sample(logits, [_draw(s) for s in step.sampled])
         self._advance(step, loss, token_ids, logprobs)
+
+    def _note(self, work: list[Work]) -> None:
+        now_s = time.monotonic()
+        self.tally.steps += 1
+        for item in work:
+            self.tally.step_tokens += item.end - item.start
+            if not item.sequence.times.scheduled_s:
+                self.tally.scheduled(item.sequence, now_s)
 
     def _advance(
         self,
@@ -200,6 +214,7 @@ class Engine:
             item.sequence.num_computed = item.end
             is_exact = self._is_exact and place not in loss.inexact
             item.sequence.exact = item.sequence.exact and is_exact
+        now_s = time.monotonic()
         for sequence, token_id, row in zip(step.sampled, token_ids, logprobs, strict=True):
             if sequence.awaited:
                 continue
@@ -208,8 +223,10 @@ class Engine:
                 self._replay(sequence, forced, token_id)
                 continue
             sequence.token_ids.append(token_id)
+            self.tally.token(sequence, now_s)
             reason = self._finish_reason(sequence, token_id)
             if reason is not None:
+                self.tally.finished(sequence)
                 self._scheduler.finish(sequence)
             rows = () if row is None else (row,)
             start = sequence.num_generated - 1

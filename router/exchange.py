@@ -12,10 +12,13 @@ import numpy as np
 import torch
 
 from cluster.errors import ExpertUnavailableError
+from router.capacity import CapacityLimit
 from router.combine import combine
 from router.dispatch import Dispatcher
 from router.gate import ChooseAmong
 from router.loss import Choice, StepLoss
+from router.metrics.catalogue import LAYER_BUCKETS_S
+from router.metrics.tally import Distribution
 
 TIMINGS_KEPT = 8192
 
@@ -26,17 +29,20 @@ class RemoteExchange:
     ``deadline_s`` (wall clock) bounds every wait, ``loss`` says what to do without an expert; the
     engine sets both before each step. ``inexact_rows`` counts, by contract, the rows that were
     computed without an expert that they chose; ``lost`` tells which experts have no live copy.
-    ``timings_s`` keeps how long the latest layers took, dispatch and combine together.
+    ``timings_s`` keeps how long the latest layers took, dispatch and combine together;
+    ``layer_time_s`` counts all of them.
     """
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        """Exchange through ``dispatcher``."""
+    def __init__(self, dispatcher: Dispatcher, limit: CapacityLimit | None = None) -> None:
+        """Exchange through ``dispatcher``; ``limit`` bounds what an expert takes of a step."""
         self._dispatcher = dispatcher
+        self._limit = limit
         self.deadline_s = 0.0
         self.loss: StepLoss | None = None
         self.lost = dispatcher.lost
         self.inexact_rows: Counter[str] = Counter()
         self.timings_s: deque[float] = deque(maxlen=TIMINGS_KEPT)
+        self.layer_time_s = Distribution(LAYER_BUCKETS_S)
 
     def __call__(
         self,
@@ -59,10 +65,16 @@ class RemoteExchange:
             if self.loss is not None and choose_among is not None:
                 lost = self.lost.of_layer(layer_id)
                 choice = self.loss.choose(layer_id, lost, hidden_states, gates_own, choose_among)
+                if self._limit is not None:
+                    choice = self._limit.apply(
+                        layer_id, choice, lost, self.loss, hidden_states, choose_among
+                    )
             combined = self._compute(layer_id, hidden_states, choice)
             if combined is None and (self.loss is None or choose_among is None):
                 raise ExpertUnavailableError("an expert has no live copy", f"layer {layer_id}", 1.0)
-        self.timings_s.append(time.perf_counter() - started_s)
+        took_s = time.perf_counter() - started_s
+        self.timings_s.append(took_s)
+        self.layer_time_s.add(took_s)
         return combined
 
     def _compute(

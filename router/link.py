@@ -28,6 +28,8 @@ MAX_BUFFERED_BYTES = 8 << 20
 CONNECT_TIMEOUT_S = 5.0
 HELLO_TIMEOUT_S = 5.0
 _LENGTH = struct.Struct(">I")
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError)
+"""What taking a frame apart raises that is not as it should be."""
 
 logger = logging.getLogger("expertmesh.link")
 
@@ -108,7 +110,7 @@ class LinkServer:
                 for request_id, wire in await _read_frame(reader):
                     if self._on_tokens(request_id, TokenEvent.from_wire(wire)):
                         self._routes[request_id] = writer
-        except (OSError, asyncio.IncompleteReadError, TimeoutError, ValueError) as error:
+        except (OSError, asyncio.IncompleteReadError, TimeoutError, *_MALFORMED) as error:
             if not isinstance(error, asyncio.IncompleteReadError):
                 logger.warning("link closed: %s", error)
         finally:
@@ -177,7 +179,7 @@ class LinkClient:
                 kind, request_id, index = await _read_frame(reader)
                 if kind == "stop":
                     self._on_stop(request_id, index)
-        except (OSError, asyncio.IncompleteReadError, ValueError):
+        except (OSError, asyncio.IncompleteReadError, *_MALFORMED):
             writer.close()
         finally:
             if self._links.get(address) is writer:

@@ -125,6 +125,12 @@ class StepLoss:
         self.inexact.update(self._owners[rows].tolist())
         return self._without(lost, hidden_states, choice, choose_among, rows, going)
 
+    def touch(self, rows: np.ndarray) -> None:
+        """Note tokens that were computed without an expert that they chose, for another reason."""
+        self._set_up()
+        self._touched[rows] = True
+        self.inexact.update(self._owners[rows].tolist())
+
     def rows_by_contract(self) -> Counter[str]:
         """Return how many rows of works that do not wait were computed inexactly, by contract."""
         kept = self._touched & ~self._waits[self._owners]
@@ -159,25 +165,42 @@ class StepLoss:
         going: np.ndarray,
     ) -> Choice:
         """Choose anew for ``rows``; the others' choices stay as they are, bit for bit."""
-        device = hidden_states.device
         own = np.zeros((len(rows), len(lost)), dtype=bool)
         np.put_along_axis(own, choice.ids[rows], True, axis=1)
         allowed = ~lost & (own | (self._contracts[rows] != "drop")[:, None])  # [rows, E]
-        index = torch.from_numpy(rows).to(device)
-        chosen, weights = choose_among(
-            hidden_states.index_select(0, index), torch.from_numpy(allowed).to(device)
-        )
-        new_ids = chosen.cpu().numpy()
-        is_left = np.take_along_axis(allowed, new_ids, axis=1)
-        ids, served = choice.ids.copy(), np.repeat(going[:, None], choice.ids.shape[1], axis=1)
-        ids[rows], served[rows] = new_ids, is_left
-        # Where none is left the gate divides by nothing.
-        weights = weights.masked_fill(~torch.from_numpy(is_left).to(device), 0.0)
-        return Choice(
-            ids,
-            choice.weights.index_copy(0, index, weights.to(choice.weights.dtype)),
-            np.flatnonzero(served),
-        )
+        served = np.repeat(going[:, None], choice.ids.shape[1], axis=1)
+        return choose_anew(choice, served, rows, allowed, hidden_states, choose_among)
+
+
+def choose_anew(
+    choice: Choice,
+    served: np.ndarray,
+    rows: np.ndarray,
+    allowed: np.ndarray,
+    hidden_states: torch.Tensor,
+    choose_among: ChooseAmong,
+) -> Choice:
+    """Choose for ``rows`` among ``allowed`` [rows, E]; the others stay as they are, bit for bit.
+
+    ``served`` [T, K] are the pairs that are computed now. Where fewer than K are allowed, only
+    those are served.
+    """
+    device = hidden_states.device
+    index = torch.from_numpy(rows).to(device)
+    chosen, weights = choose_among(
+        hidden_states.index_select(0, index), torch.from_numpy(allowed).to(device)
+    )
+    new_ids = chosen.cpu().numpy()
+    is_left = np.take_along_axis(allowed, new_ids, axis=1)
+    ids, served = choice.ids.copy(), served.copy()
+    ids[rows], served[rows] = new_ids, is_left
+    # Where none is left the gate divides by nothing.
+    weights = weights.masked_fill(~torch.from_numpy(is_left).to(device), 0.0)
+    return Choice(
+        ids,
+        choice.weights.index_copy(0, index, weights.to(choice.weights.dtype)),
+        np.flatnonzero(served),
+    )
 
 
 def _pairs(going: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -14,7 +14,7 @@ import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -28,63 +28,28 @@ from experts.weights import read_tensor
 from router.attention import fuse_attention
 from router.cache import (
     ATTENTION_NAME,
+    LatentCache,
     PagedBatch,
     PagedCache,
     PagedContext,
     length_step,
     paged_attention,
 )
-from router.gate import ChooseAmong, chooser
+from router.gate import Gate, chooser
+from router.grok import register_grok
+from router.latent import LATENT_ATTENTION_NAME, keep_latents, latent_attention
 from router.packing import pack_linears
+from router.remote_experts import ExpertExchange, RemoteExperts
 
 _REPLACING = threading.Lock()
-
-
-class ExpertExchange(Protocol):
-    """Where a layer's tokens go to meet their experts."""
-
-    def __call__(
-        self,
-        layer_id: int,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        choose_among: ChooseAmong | None = None,
-    ) -> torch.Tensor:
-        """Map hidden states [T, H], ids and weights [T, K] to the combined output [T, H].
-
-        ``choose_among`` is the layer's gate, for tokens that must do without an expert.
-        """
-        ...
-
-
-class RemoteExperts(nn.Module):
-    """Takes the place of a family's experts module; has no parameters."""
-
-    # transformers initialises what is not marked; there is nothing to initialise here.
-    _is_hf_initialized = True
-
-    def __init__(self, config: Any) -> None:
-        """``config`` is transformers'; layer and exchange are set after the model is built."""
-        super().__init__()
-        self.layer_id = -1
-        self.exchange: ExpertExchange | None = None
-        self.choose_among: ChooseAmong | None = None
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the combined output of the chosen experts, [T, H]."""
-        if self.exchange is None:
-            raise RuntimeError(f"layer {self.layer_id} has no exchange")
-        return self.exchange(
-            self.layer_id, hidden_states, top_k_index, top_k_weights, self.choose_among
-        )
 
 
 @contextmanager
 def _experts_replaced(family: Family) -> Iterator[None]:
     """Make transformers build ``RemoteExperts`` where the family's block asks for its experts."""
+    if family.experts_module is None or family.experts_class is None:
+        yield
+        return
     module = importlib.import_module(family.experts_module)
     with _REPLACING:
         original = getattr(module, family.experts_class)
@@ -98,18 +63,22 @@ def _experts_replaced(family: Family) -> Iterator[None]:
 def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """Build transformers' model from everything in the checkpoint but the experts.
 
-    Raises :class:`CheckpointError` when a tensor that the router needs did not arrive.
+    Raises :class:`CheckpointError` when transformers cannot make a model of the configuration, and
+    when a tensor that the router needs did not arrive.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, paged_attention)
+    ALL_ATTENTION_FUNCTIONS.register(LATENT_ATTENTION_NAME, latent_attention)
+    has_latents = checkpoint.family.caches_latents
     with _experts_replaced(checkpoint.family):
-        auto, weights = _weights(checkpoint)
-        model, info = auto.from_pretrained(
-            **weights,
+        model_class, config = _class_of(checkpoint)
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=_weights(checkpoint),
             dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            local_files_only=True,
+            attn_implementation=LATENT_ATTENTION_NAME if has_latents else ATTENTION_NAME,
             output_loading_info=True,
         )
     if info["missing_keys"]:
@@ -120,21 +89,33 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     return model
 
 
-def _weights(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
-    """Return transformers' class, and what it loads: the folder, or tensors from another node."""
-    if checkpoint.remote is None:
-        return transformers.AutoModelForCausalLM, {
-            "pretrained_model_name_or_path": checkpoint.folder
-        }
+def _class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """Return transformers' class and configuration of a model."""
+    register_grok()
+    try:
+        wanted = checkpoint.family.transformers_config(checkpoint.config)
+        config = transformers.AutoConfig.for_model(**wanted)
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
+    except Exception as error:  # whatever a value of a wrong kind makes of it
+        file = checkpoint.folder / "config.json"
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CheckpointError(f"transformers refuses it ({reason})", str(file)) from error
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Return the tensors that were checked when the checkpoint was opened, and no others.
+
+    From a folder, transformers would choose files by its own rules: a single one before an index,
+    and whatever ``config.json`` names as ``transformers_weights``, which may be a pickle.
+    """
     names = checkpoint.family.dense_tensors(checkpoint.config)
-    state = {name: read_tensor(checkpoint, name) for name in names}
-    checkpoint.remote.release()
-    config = transformers.AutoConfig.for_model(**checkpoint.config)
-    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], {
-        "pretrained_model_name_or_path": None,
-        "config": config,
-        "state_dict": state,
-    }
+    module_names = checkpoint.family.module_names(checkpoint.config)
+    state = {module_names.get(name, name): read_tensor(checkpoint, name) for name in names}
+    if checkpoint.remote is not None:
+        checkpoint.remote.release()
+        return state
+    # Copies, since what safetensors gives is the file itself, mapped.
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 class MoEModel:
@@ -145,24 +126,20 @@ class MoEModel:
     ) -> None:
         """Load the dense part and make a cache of ``cache_slots`` tokens."""
         self._model = load_dense(checkpoint, dtype)
+        keep_latents(self._model)
         fuse_attention(self._model)
         pack_linears(self._model)
         config = self._model.config
-        self.sliding_window: int | None = getattr(config, "sliding_window", None)
+        # Some families say 0 where others say nothing.
+        self.sliding_window: int | None = getattr(config, "sliding_window", None) or None
+        self._windowed = _windowed_layers(config)
         self.length_step = length_step(dtype, self._model.device)
-        self._cache = PagedCache(
-            num_layers=config.num_hidden_layers,
-            num_slots=cache_slots,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None)
-            or config.hidden_size // config.num_attention_heads,
-            dtype=dtype,
-            device=self._model.device,
-        )
+        self._cache = _cache_of(config, checkpoint.family, cache_slots, dtype, self._model.device)
         for layer_id, (module, gate) in enumerate(_remote_experts(self._model, checkpoint)):
             module.layer_id = checkpoint.shape.layers[layer_id]
             module.exchange = exchange
-            module.choose_among = chooser(gate)
+            module.choose_among = chooser(gate, checkpoint.family.weights_of_all(checkpoint.config))
+        self._base, self._head = self._model.base_model, self._model.get_output_embeddings()
 
     @torch.inference_mode()
     def forward(
@@ -176,23 +153,40 @@ class MoEModel:
 
         ``token_ids`` and ``positions`` are [T], ``sample_rows`` [R] indexes into them.
         """
-        output = self._model.model(
+        output = self._base(
             input_ids=token_ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             use_cache=False,
             output_router_logits=False,
-            paged=PagedContext(self._cache, batch),
+            paged=PagedContext(self._cache, batch, self._windowed),
         )
         hidden_states = output.last_hidden_state[0].index_select(0, sample_rows)  # [R, H]
-        return self._model.lm_head(hidden_states).float()  # type: ignore[no-any-return]
+        return self._head(hidden_states).float()  # type: ignore[no-any-return]
 
 
-def _remote_experts(
-    model: nn.Module, checkpoint: Checkpoint
-) -> list[tuple[RemoteExperts, nn.Module]]:
+def _cache_of(
+    config: Any, family: Family, num_slots: int, dtype: torch.dtype, device: torch.device
+) -> PagedCache:
+    layers = config.num_hidden_layers
+    if family.caches_latents:
+        latent, rotary = config.kv_lora_rank, config.qk_rope_head_dim
+        return LatentCache(layers, num_slots, latent, rotary, dtype, device)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return PagedCache(layers, num_slots, config.num_key_value_heads, head_dim, dtype, device)
+
+
+def _windowed_layers(config: Any) -> tuple[bool, ...]:
+    """Return of each layer whether it has a sliding window; layers may differ."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return tuple(kind == "sliding_attention" for kind in kinds)
+    return (bool(getattr(config, "sliding_window", None)),) * config.num_hidden_layers
+
+
+def _remote_experts(model: nn.Module, checkpoint: Checkpoint) -> list[tuple[RemoteExperts, Gate]]:
     """Return each layer's experts, and the gate that stands beside them."""
     found = [
-        (module, block.get_submodule(checkpoint.family.gate_name))
+        (module, checkpoint.family.gate_of(block))
         for block in model.modules()
         for module in block.children()
         if isinstance(module, RemoteExperts)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import ray
 
+from cluster.measurements import Samples
 from cluster.placement import Placement
 
 WATCH_S = 1.0
@@ -32,7 +33,13 @@ class ControllerClient(Protocol):
     """The controller's methods that a view needs; in a deployment, a Serve handle behind them."""
 
     def watch(
-        self, kind: str, pid: int, node: str, known: tuple[int, int], timeout_s: float
+        self,
+        kind: str,
+        pid: int,
+        node: str,
+        known: tuple[int, int],
+        timeout_s: float,
+        samples: Samples,
     ) -> Awaitable[dict[str, Any]]:
         """See :meth:`cluster.controller.Controller.watch`."""
         ...
@@ -89,8 +96,11 @@ class PlacementWatcher:
         controller: ControllerClient,
         is_wanted: Callable[[], bool],
         on_deleted: Callable[[], None],
+        samples: Callable[[], Samples],
     ) -> None:
         """``kind`` is ``router`` or ``gateway``, as it is to appear in the status.
+
+        ``samples`` returns what the replica measures; each long poll brings that along.
 
         ``on_deleted`` is called, once, when Serve deletes the application. The controller tells of
         it; while that does not answer, ``is_wanted`` asks Serve, and may block.
@@ -98,6 +108,7 @@ class PlacementWatcher:
         self._kind = kind
         self._is_wanted = is_wanted
         self._on_deleted = on_deleted
+        self._samples = samples
         self._asking: asyncio.Task[None] | None = None
         self._view = view
         self._controller = controller
@@ -147,7 +158,9 @@ class PlacementWatcher:
         known = (-1, -1) if current is None else current.order
         call = asyncio.create_task(
             self._bounded(
-                lambda: self._controller.watch(self._kind, os.getpid(), node, known, WATCH_S)
+                lambda: self._controller.watch(
+                    self._kind, os.getpid(), node, known, WATCH_S, self._samples()
+                )
             )
         )
         try:

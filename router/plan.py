@@ -33,14 +33,12 @@ class PlannedModel:
     """A model to plan for.
 
     ``source`` says where its shape is from, ``note`` what is worth knowing of it, if anything.
-    ``is_servable`` tells whether this version serves its family.
     """
 
     name: str
     shape: ModelShape
     dtype: str
     source: str
-    is_servable: bool
     note: str = ""
 
 

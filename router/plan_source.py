@@ -1,6 +1,6 @@
 """Finds the model that ``expertmesh plan`` is asked about: a folder's, or one known by its name.
 
-Of a folder only ``config.json`` is read and, where the family is served, the weights' headers.
+Of a folder only ``config.json`` is read and, where there are any weights, their headers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import yaml
 from cluster.errors import ConfigError
 from cluster.frames import DTYPE_BYTES
 from experts.checkpoint import open_checkpoint, read_json
-from experts.families import FAMILIES
 from router.model_shape import shape_of
 from router.plan import PlannedModel
 
@@ -57,13 +56,12 @@ def _of_folder(folder: Path, dtype: str) -> PlannedModel:
     file = folder / "config.json"
     config = read_json(file)
     shape = shape_of(config, str(file))
-    is_servable = shape.model_type in FAMILIES
-    if is_servable:
+    if any(folder.glob("*.safetensors")):
         own, source = open_checkpoint(folder).dtype, f"config.json and headers in {folder}"
     else:
         own, source = _dtype_of(config), str(file)
     chosen = own if dtype == "auto" else dtype
-    return PlannedModel(folder.resolve().name, shape, chosen, source, is_servable)
+    return PlannedModel(folder.resolve().name, shape, chosen, source)
 
 
 def _dtype_of(config: dict[str, Any]) -> str:
@@ -77,4 +75,4 @@ def _of_known(name: str, entry: dict[str, Any], dtype: str) -> PlannedModel:
     chosen = DEFAULT_DTYPE if dtype == "auto" else dtype
     stored = entry.get("stored")
     note = f"published in {stored}, which is not served; planned for {chosen}" if stored else ""
-    return PlannedModel(name, shape, chosen, entry["source"], shape.model_type in FAMILIES, note)
+    return PlannedModel(name, shape, chosen, entry["source"], note)

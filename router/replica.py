@@ -28,10 +28,12 @@ from cluster.transports import open_transport
 from experts.peers import open_model
 from experts.ray_peers import RayNeighbours
 from router.cache import PAGE_SIZE, pages_needed
+from router.capacity import CapacityLimit
 from router.dispatch import Dispatcher
 from router.engine import Emission, Engine
 from router.exchange import RemoteExchange
 from router.link import LinkAddress, LinkClient
+from router.metrics.samples import RouterSamples
 from router.model import MoEModel
 from router.placement_view import ControllerClient, PlacementView, PlacementWatcher
 from router.request import GenerationRequest, TokenEvent, merge_events
@@ -76,16 +78,32 @@ class RouterReplica:
         view = PlacementView()
         self._is_deleted = False
         self._watcher = PlacementWatcher(
-            "router", view, controller, partial(app_is_wanted, app), self._end_requests
+            "router",
+            view,
+            controller,
+            partial(app_is_wanted, app),
+            self._end_requests,
+            lambda: self._samples(),  # is there when the event loop has its turn again
         )
         tls = None if experts.tls is None else experts.tls.files()
         self._transport = open_transport(app, experts.transport, tls)
         self._dispatcher = Dispatcher(
             model.id, view, self._transport, self._watcher.suspect, experts.call_timeout_s
         )
-        self._exchange = RemoteExchange(self._dispatcher)
+        capacity = config.expert_capacity
+        self._limit = None if capacity is None else CapacityLimit(capacity, model.num_experts)
+        self._exchange = RemoteExchange(self._dispatcher, self._limit)
         num_pages = pages_needed(config.cache_tokens_for(model.max_model_len))
         checkpoint = open_model(model.path, model.source.identity, RayNeighbours())
+        scheduler = Scheduler(
+            Limits(
+                config.max_batch_size,
+                config.max_batch_tokens,
+                config.max_queue_requests,
+                config.max_queue_tokens,
+            ),
+            num_pages,
+        )
         self._engine = Engine(
             MoEModel(
                 checkpoint,
@@ -94,13 +112,13 @@ class RouterReplica:
                 self._exchange,
             ),
             self._exchange,
-            Scheduler(
-                Limits(config.max_batch_size, config.max_batch_tokens, config.max_queue_requests),
-                num_pages,
-            ),
+            scheduler,
             frozenset(model.eos_token_ids),
             self._emit,
             is_exact=not experts.emulated_pools,
+        )
+        self._samples = RouterSamples(
+            model.id, self._engine, scheduler, self._exchange, self._dispatcher
         )
         self._links = LinkClient(self._stop_choice)
         gc.collect()
@@ -188,7 +206,8 @@ class RouterReplica:
     async def stats(self) -> dict[str, Any]:
         """Return measurements: layer times (s) since the last call, retries by reason, calls by
         transport, requests under way, forced tokens by whether they were sampled again, token rows
-        computed without an expert by contract, memory."""
+        computed without an expert by contract, tokens by the (layer, expert) that had no room for
+        them, memory."""
         layer_s = list(self._exchange.timings_s)
         self._exchange.timings_s.clear()
         return {
@@ -196,6 +215,7 @@ class RouterReplica:
             "retries": dict(self._dispatcher.retries),
             "calls": dict(self._transport.calls),
             "inexact_rows": dict(self._exchange.inexact_rows),
+            "overflow": {} if self._limit is None else dict(self._limit.overflow),
             "pid": os.getpid(),
             "requests": len(self._requests),
             "replayed": dict(self._engine.replayed),

@@ -20,6 +20,16 @@ Awaited = tuple[int, int]
 """An expert that has no live copy and is waited for: (layer, expert)."""
 
 
+@dataclass(slots=True)
+class Times:
+    """When things happened to a sequence, on the monotonic clock; 0 is not yet."""
+
+    queued_s: float = 0.0
+    scheduled_s: float = 0.0
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One choice of one request: its tokens so far, and where they are in the cache.
@@ -41,6 +51,7 @@ class Sequence:
     forced: tuple[int, ...] = ()
     pages: list[int] = field(default_factory=list)
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    times: Times = field(default_factory=Times)
 
     @property
     def num_generated(self) -> int:
@@ -87,6 +98,7 @@ class Limits:
     max_batch_size: int
     max_batch_tokens: int
     max_queue_requests: int
+    max_queue_tokens: int = 1_048_576
 
 
 class Scheduler:
@@ -96,14 +108,16 @@ class Scheduler:
         """Start empty with ``num_pages`` pages of cache."""
         self._limits = limits
         self._pool = PagePool(num_pages)
+        self.num_pages = num_pages
         self.waiting: deque[Sequence] = deque()
+        self._waiting_tokens = 0
         self.running: list[Sequence] = []
 
     def add(self, request: GenerationRequest) -> list[Sequence]:
         """Queue a request's choices that are not finished.
 
-        Raises :class:`OverloadedError` when the queue is full, or when the cache could not hold one
-        of the request's sequences even if it were empty.
+        Raises :class:`OverloadedError` when the queue is full, by requests or by tokens, or when
+        the cache could not hold one of the request's sequences even if it were empty.
         """
         waiting = {sequence.request.request_id for sequence in self.waiting}
         if len(waiting) >= self._limits.max_queue_requests:
@@ -121,6 +135,14 @@ class Scheduler:
             for i, one in received
             if not one.finished
         ]
+        tokens = self._waiting_tokens + length * len(added)
+        if self.waiting and tokens > self._limits.max_queue_tokens:
+            raise OverloadedError(
+                f"{self._waiting_tokens} tokens of {len(waiting)} requests wait already",
+                "queue",
+                1.0,
+            )
+        self._waiting_tokens = tokens
         self.waiting.extend(added)
         return added
 
@@ -161,6 +183,7 @@ class Scheduler:
             if needed > self._pool.num_free:
                 return
             sequence = self.waiting.popleft()
+            self._waiting_tokens -= sequence.max_length
             sequence.occupy(self._pool.take(needed))
             self.running.append(sequence)
             num_ready += 1
@@ -171,6 +194,7 @@ class Scheduler:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+            self._waiting_tokens -= sequence.max_length
         self._pool.give_back(sequence.pages)
         sequence.pages = []
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from cluster.config import AppConfig, ExpertsConfig, ModelConfig
 from cluster.errors import CheckpointError, ConfigError
 from cluster.placement import ModelExperts, assign_experts
+from cluster.shown import shown
 from cluster.spec import ActorSpec, ModelSource, PoolSpec, budgets_of
 from experts.checkpoint import Checkpoint, parse_json
 from experts.identity import identity_of
@@ -133,5 +134,5 @@ def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
         return ()
     ids = tuple(eos) if isinstance(eos, list) else (eos,)
     if any(type(i) is not int or not 0 <= i < checkpoint.vocab_size for i in ids):
-        raise CheckpointError(f"eos_token_id {eos!r} is not in the vocabulary", str(file))
+        raise CheckpointError(f"eos_token_id {shown(eos)} is not in the vocabulary", str(file))
     return ids

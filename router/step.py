@@ -34,14 +34,15 @@ class StepInput:
 def pack(work: List[Work], sliding_window: int | None, length_step: int = 1) -> StepInput:
     """Pack a step: single-token work first (as decodes), then chunks, without padding.
 
-    The lengths L that decodes attend to are padded to a multiple of ``length_step``.
+    ``sliding_window`` is that of the layers that have one. The lengths L that decodes attend to are
+    padded to a multiple of ``length_step``.
     """
     decodes = [w for w in work if w.end - w.start == 1]
     prefills = [w for w in work if w.end - w.start > 1]
     ordered = [*decodes, *prefills]
     decode_slots = [w.sequence.slots[: w.end] for w in decodes]
     chunk_slots = [w.sequence.slots[: w.end] for w in prefills]
-    padded, mask = _decode_part(decode_slots, sliding_window, length_step)
+    padded, mask, windowed = _decode_part(decode_slots, sliding_window, length_step)
     ends = list(itertools.accumulate(w.end - w.start for w in ordered))
     chunks = tuple(
         _chunk(w, slots, end, sliding_window)
@@ -62,6 +63,7 @@ def pack(work: List[Work], sliding_window: int | None, length_step: int = 1) -> 
             num_decode=len(decodes),
             decode_slots=padded,
             decode_mask=mask,
+            decode_windowed=windowed,
             chunks=chunks,
         ),
         sample_rows=_tensor(rows),
@@ -77,33 +79,38 @@ def _tensor(numbers: List[int]) -> torch.Tensor:
 
 def _decode_part(
     slots: List[np.ndarray], sliding_window: int | None, length_step: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return slots [B, L], what of them is seen and what in a window; ``None`` is all of it."""
     if not slots:
-        return torch.empty((0, 0), dtype=torch.int64), None
+        return torch.empty((0, 0), dtype=torch.int64), None, None
     lengths = np.array([len(s) for s in slots]).reshape(-1, 1)
     longest = int(lengths.max())
     longest += -longest % length_step
     windowed = sliding_window is not None and longest > sliding_window
-    if not windowed and longest == lengths.min():
-        return torch.from_numpy(np.stack(slots)), None
+    is_even = longest == lengths.min()
+    if not windowed and is_even:
+        return torch.from_numpy(np.stack(slots)), None, None
     column = np.arange(longest).reshape(1, -1)
     mask = column < lengths
     # Padding repeats the sequence's own first slot: what is masked must still be a finite number.
     padded = np.repeat([[s[0]] for s in slots], longest, axis=1)
     padded[mask] = np.concatenate(slots)
-    if windowed:
-        mask &= column >= lengths - sliding_window
-    return torch.from_numpy(padded), torch.from_numpy(mask)[:, None, :]
+    seen = None if is_even else torch.from_numpy(mask)[:, None, :]
+    if not windowed:
+        return torch.from_numpy(padded), seen, seen
+    within = mask & (column >= lengths - sliding_window)
+    return torch.from_numpy(padded), seen, torch.from_numpy(within)[:, None, :]
 
 
 def _chunk(work: Work, slots: np.ndarray, end: int, sliding_window: int | None) -> Chunk:
     size = work.end - work.start
-    mask = None
-    if work.start > 0 or (sliding_window is not None and work.end > sliding_window):
+    windowed = sliding_window is not None and work.end > sliding_window
+    mask = within = None
+    if work.start > 0 or windowed:
         query = np.arange(work.start, work.end).reshape(-1, 1)
         key = np.arange(work.end).reshape(1, -1)
         visible = key <= query
-        if sliding_window is not None:
-            visible &= key > query - sliding_window
-        mask = torch.from_numpy(visible)
-    return Chunk(end - size, end, torch.from_numpy(slots), mask)
+        mask = within = torch.from_numpy(visible) if work.start > 0 else None
+        if sliding_window is not None and windowed:
+            within = torch.from_numpy(visible & (key > query - sliding_window))
+    return Chunk(end - size, end, torch.from_numpy(slots), mask, within)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 320
@@ -52,12 +53,17 @@ def save_mixtral(
         "experts_implementation": "eager",
     }
     model = MixtralForCausalLM(MixtralConfig(**{**sizes, **overrides}))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            scale = 0.2 if "norm" in name else 0.15
-            offset = 1.0 if "norm" in name else 0.0
-            parameter.copy_(torch.randn_like(parameter) * scale + offset)
+    randomise(model)
     model = model.to(dtype).eval()
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return model
+
+
+def randomise(model: nn.Module) -> None:
+    """Give every parameter a random value: norms around 1, biases and all others around 0."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_norm = "norm" in name.split(".")[-2]
+            scale, offset = (0.2, 1.0) if is_norm else (0.15, 0.0)
+            parameter.copy_(torch.randn_like(parameter) * scale + offset)

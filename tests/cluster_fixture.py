@@ -257,8 +257,8 @@ class ServedCluster:
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
     def running(self) -> float:
-        """Return how many requests the gateway says are generating."""
-        return sum(self.metric("expertmesh_num_requests_running").values())
+        """Return how many requests the gateway has accepted and not ended."""
+        return sum(self.metric("expertmesh_requests_in_flight").values())
 
     def settled_tokens(self) -> int:
         """Return how many rows all actors have computed, once no more are told for a while."""

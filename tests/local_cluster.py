@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from cluster.config import CapacityConfig
 from cluster.errors import ExpertMeshError
 from cluster.frames import DispatchFrame, decode, encode
 from cluster.placement import ExpertKey, ModelExperts, Placement, assign_experts, empty_placement
@@ -27,6 +28,7 @@ from experts.emulated import EmulatedExpert
 from experts.ffn import ACTIVATIONS
 from experts.weights import load_expert
 from router.cache import PAGE_SIZE
+from router.capacity import CapacityLimit
 from router.dispatch import Dispatcher
 from router.engine import Emission, Engine
 from router.exchange import RemoteExchange
@@ -121,6 +123,7 @@ class LocalCluster:
         elsewhere: tuple[str, Transport, Placement] | None = None,
         min_copies: int = 1,
         emulation: Emulation | None = None,
+        capacity: CapacityConfig | None = None,
     ) -> None:
         """``elsewhere`` is a model's id with transport and placement, where its experts live."""
         limits = limits or Limits(32, 64, 256)
@@ -149,14 +152,17 @@ class LocalCluster:
             lambda a, g: self.suspected.append((a, g)),
             5.0,
         )
-        self.exchange = RemoteExchange(self.dispatcher)
-        model = MoEModel(self.checkpoint, TORCH_DTYPES[dtype], num_pages * PAGE_SIZE, self.exchange)
+        self.limit = None if capacity is None else CapacityLimit(capacity, shape.num_experts)
+        self.exchange = RemoteExchange(self.dispatcher, self.limit)
+        self.model = MoEModel(
+            self.checkpoint, TORCH_DTYPES[dtype], num_pages * PAGE_SIZE, self.exchange
+        )
         self.scheduler = Scheduler(limits, num_pages)
         self._outcomes: defaultdict[str, list[TokenEvent | ExpertMeshError]] = defaultdict(list)
         self._changed = threading.Condition()
         eos = self.checkpoint.config["eos_token_id"]
         self.engine = Engine(
-            model,
+            self.model,
             self.exchange,
             self.scheduler,
             frozenset([eos]),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import CheckpointError
+from cluster.shown import shown, shown_name
 from experts.convert.mixtral_names import expert_part, takes_by_part
 from experts.convert.source import QUANTISED, Entry, Source, Take
 from experts.families.base import Config
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 _MAGIC = b"GGUF"
+MAX_VALUES = 4_000_000
+"""Of a file's metadata; a vocabulary of 250,000 tokens with its merges has two million."""
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _OUTER = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -52,7 +55,9 @@ def open_gguf(path: Path) -> Source:
     architecture = str(file.field("general.architecture"))
     if architecture not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
-        raise CheckpointError(f"has the architecture {architecture!r}; known: {known}", str(path))
+        raise CheckpointError(
+            f"has the architecture {shown(architecture)}; known: {known}", str(path)
+        )
     make_config, make_takes = _ARCHITECTURES[architecture]
     config = make_config(file)
     return Source("gguf", path, path, config, file, make_takes(config), (path,))
@@ -71,9 +76,10 @@ class _GgufFile:
         self.path = path
         self._dequantize = gguf.quants.dequantize
         try:
-            self._reader = gguf.GGUFReader(path)
-        except (ValueError, KeyError, IndexError, OverflowError, OSError, MemoryError) as error:
-            raise CheckpointError(f"is not a whole GGUF file ({error})", str(path)) from None
+            self._reader = _bounded_reader(gguf.GGUFReader)(path)
+        except Exception as error:  # it looks wherever the file's lengths lead it
+            reason = shown(f"{type(error).__name__}: {error}")
+            raise CheckpointError(f"is not a whole GGUF file ({reason})", str(path)) from None
         if self.number("split.count", 1) > 1:
             raise CheckpointError(
                 "is one of several parts; join them with llama-gguf-split --merge", str(path)
@@ -90,10 +96,17 @@ class _GgufFile:
         """Return a value of the metadata; raises CheckpointError where there must be one."""
         found = self._reader.get_field(key)
         if found is not None:
-            return found.contents()
+            return self._contents(key, found)
         if default is None:
             raise CheckpointError(f"lacks the metadata {key}", str(self.path))
         return default
+
+    def _contents(self, key: str, found: Any) -> Any:
+        try:
+            return found.contents()
+        except Exception as error:  # for instance text that is no UTF-8
+            reason = type(error).__name__
+            raise CheckpointError(f"{key} cannot be read ({reason})", str(self.path)) from None
 
     def number(self, key: str, default: int | None = None) -> int:
         """Return a whole number of the metadata; raises CheckpointError for anything else."""
@@ -112,8 +125,30 @@ class _GgufFile:
         try:
             values = self._dequantize(rows, tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
-            raise CheckpointError(f"tensor {name}: {error}", str(self.path)) from None
+            raise CheckpointError(f"tensor {shown_name(name)}: {error}", str(self.path)) from None
         return torch.from_numpy(np.array(values, dtype=np.float32))
+
+
+def _bounded_reader(reader: Any) -> Any:
+    """Return gguf's reader as one that stops where the file does, and after so many values.
+
+    By itself it takes what lies beyond the end for nothing, and goes on for as many values as the
+    file says that there are.
+    """
+
+    class BoundedReader(reader):  # type: ignore[misc]
+        values = 0
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **named: Any) -> Any:
+            self.values += 1
+            if self.values > MAX_VALUES:
+                raise ValueError(f"more than {MAX_VALUES} values")
+            found = super()._get(offset, dtype, count, *order, **named)
+            if len(found) != int(count):
+                raise ValueError(f"ends before the {count} values at {offset}")
+            return found
+
+    return BoundedReader
 
 
 def _entry(tensor: Any) -> Entry:
@@ -130,7 +165,7 @@ def _mixtral_config(file: _GgufFile) -> Config:
     scaling = file.field("llama.rope.scaling.type", "none")
     if scaling != "none":
         raise CheckpointError(
-            f"llama.rope.scaling.type {scaling!r} is not supported", str(file.path)
+            f"llama.rope.scaling.type {shown(scaling)} is not supported", str(file.path)
         )
     embedding = file.entries.get(_OUTER["model.embed_tokens.weight"])
     if embedding is None:

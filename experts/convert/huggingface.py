@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.errors import CheckpointError
 from experts.checkpoint import read_json
 from experts.convert.safetensors_files import SafetensorsFiles
 from experts.convert.source import Source, Take
+from experts.shards import INDEX_FILE, WEIGHTS_FILE, weight_map_of
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 
 def is_huggingface(path: Path) -> bool:
@@ -37,14 +35,5 @@ def _shards(path: Path) -> tuple[Path, ...]:
     index_file = path / INDEX_FILE
     if not index_file.exists():
         return (path / WEIGHTS_FILE,)
-    weight_map = read_json(index_file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError("needs a mapping 'weight_map'", str(index_file))
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(
-                f"names the shard {name!r}; only plain .safetensors file names are allowed",
-                str(index_file),
-            )
-    return tuple(path / name for name in names)
+    weight_map = weight_map_of(read_json(index_file), index_file)
+    return tuple(path / name for name in sorted(set(weight_map.values())))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from cluster.errors import CheckpointError
+from cluster.shown import shown_name
 from experts.convert.gguf_file import is_gguf, open_gguf
 from experts.convert.huggingface import is_huggingface, open_huggingface
 from experts.convert.mistral import is_mistral, open_mistral
 from experts.convert.source import Source
+from experts.shards import PICKLE_SUFFIXES
 
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _ALLOWED = (
     "a folder with config.json and safetensors, a folder with params.json and "
     "consolidated*.safetensors, or a .gguf file"
@@ -30,7 +31,7 @@ def open_source(path: Path) -> Source:
             raise CheckpointError(f"no such file or folder; allowed: {_ALLOWED}", str(path))
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", str(path)) from None
-    if path.suffix in _PICKLES:
+    if path.suffix in PICKLE_SUFFIXES:
         raise _pickled(path, [path.name])
     if not path.is_file() or not is_gguf(path):
         raise CheckpointError(f"is no known layout; allowed: {_ALLOWED}", str(path))
@@ -42,7 +43,7 @@ def _open_folder(path: Path) -> Source:
         return open_huggingface(path)
     if is_mistral(path):
         return open_mistral(path)
-    pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise _pickled(path, pickles)
     raise CheckpointError(f"is no known layout; allowed: {_ALLOWED}", str(path))
@@ -50,7 +51,7 @@ def _open_folder(path: Path) -> Source:
 
 def _pickled(path: Path, names: list[str]) -> CheckpointError:
     return CheckpointError(
-        f"has only pickle weights ({', '.join(names[:3])}), which can run any program when "
-        "they are loaded and so never are; look for the model's safetensors",
+        f"has only pickle weights ({', '.join(map(shown_name, names[:3]))}), which can run any "
+        "program when they are loaded and so never are; look for the model's safetensors",
         str(path),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,10 +9,11 @@ from math import prod
 
 from cluster.errors import CheckpointError
 from cluster.frames import DTYPE_BYTES
-from experts.checkpoint import checked_shape, family_of
-from experts.convert.huggingface import WEIGHTS_FILE
+from cluster.shown import shown_name
+from experts.checkpoint import checked_shape, family_of, usual_config
 from experts.convert.source import QUANTISED, Source, Take, shape_after
 from experts.families.base import Config
+from experts.shards import WEIGHTS_FILE
 
 _NAMED = 3
 """So many tensors are named in an error."""
@@ -101,14 +101,11 @@ def _pieces(source: Source) -> list[Piece]:
 
 def _expected(source: Source) -> Iterator[tuple[str, tuple[int, ...]]]:
     family = family_of(source.config, source.config_file)
-    shape = checked_shape(family, source.config, source.config_file)
-    inner, hidden = shape.intermediate_size, shape.hidden_size
-    yield from family.dense_tensors(source.config).items()
-    for layer_id, expert_id in itertools.product(shape.layers, range(shape.num_experts)):
-        names = family.expert_tensors(layer_id, expert_id)
-        yield names.gate, (inner, hidden)
-        yield names.up, (inner, hidden)
-        yield names.down, (hidden, inner)
+    config = usual_config(family, source.config, source.config_file)
+    shape = checked_shape(family, config, source.config_file)
+    yield from family.dense_tensors(config).items()
+    for part in family.expert_parts(config, shape):
+        yield part.name, part.shape
 
 
 def _check_shape(source: Source, take: Take, wanted: tuple[int, ...]) -> None:
@@ -116,8 +113,9 @@ def _check_shape(source: Source, take: Take, wanted: tuple[int, ...]) -> None:
     if shape_after(take, entry) != wanted:
         parts = "" if take.part is None else f" in {take.part[1]} parts"
         raise CheckpointError(
-            f"tensor {take.name} has shape {list(entry.shape)}; {source.config_file.name} says "
-            f"{list(wanted)}{' transposed' if take.transpose else ''}{parts}",
+            f"tensor {shown_name(take.name)} has shape {list(entry.shape)}; "
+            f"{source.config_file.name} says {list(wanted)}"
+            f"{' transposed' if take.transpose else ''}{parts}",
             str(source.path),
         )
 
@@ -133,7 +131,7 @@ def _refuse_unexpected(source: Source, taken: set[str]) -> None:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+    return ", ".join(map(shown_name, names[:_NAMED])) + (", …" if len(names) > _NAMED else "")
 
 
 def _shards(pieces: list[Piece], value_bytes: int, max_bytes: int) -> tuple[Shard, ...]:

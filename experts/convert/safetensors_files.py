@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from cluster.errors import CheckpointError
-from experts.checkpoint import DTYPES
+from cluster.shown import shown_name
 from experts.convert.source import Entry
+from experts.shards import DTYPES, TensorInfo, read_all
 
 if TYPE_CHECKING:
     import torch
@@ -20,21 +21,14 @@ class SafetensorsFiles:
     """Tensors read from files whose headers have been checked."""
 
     def __init__(self, files: tuple[Path, ...]) -> None:
-        """Read the headers.
+        """Read the headers of files, at least one, that lie in one folder.
 
         Raises :class:`CheckpointError` for a file that is missing or broken, a dtype that cannot be
         converted and a tensor that is in two files.
         """
-        self._entries: dict[str, Entry] = {}
-        self._files: dict[str, Path] = {}
-        for file in files:
-            for name, entry in _header(file).items():
-                if name in self._entries:
-                    raise CheckpointError(
-                        f"tensor {name} is also in {self._files[name]}", str(file)
-                    )
-                self._entries[name] = entry
-                self._files[name] = file
+        tensors = read_all(files)
+        self._entries = {name: _entry(name, info, files[0]) for name, info in tensors.items()}
+        self._files = {name: files[0].parent / info.file for name, info in tensors.items()}
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -51,23 +45,10 @@ class SafetensorsFiles:
             raise CheckpointError(f"tensor {name} cannot be read: {error}", str(file)) from None
 
 
-def _header(file: Path) -> dict[str, Entry]:
-    if not file.is_file():
-        raise CheckpointError("is missing", str(file))
-    entries = {}
-    try:
-        with safe_open(str(file), framework="numpy") as opened:
-            for name in opened.keys():  # noqa: SIM118 - safe_open is not a mapping
-                part = opened.get_slice(name)
-                dtype, shape = part.get_dtype(), tuple(part.get_shape())
-                if dtype not in DTYPES:
-                    raise CheckpointError(
-                        f"tensor {name} has dtype {dtype}; supported: {', '.join(DTYPES)}",
-                        str(file),
-                    )
-                if not shape or 0 in shape:
-                    raise CheckpointError(f"tensor {name} has shape {list(shape)}", str(file))
-                entries[name] = Entry(shape, DTYPES[dtype])
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"is not a whole safetensors file ({error})", str(file)) from None
-    return entries
+def _entry(name: str, info: TensorInfo, file: Path) -> Entry:
+    if not info.shape or 0 in info.shape:
+        raise CheckpointError(
+            f"tensor {shown_name(name)} has shape {list(info.shape)}",
+            str(file.with_name(info.file)),
+        )
+    return Entry(info.shape, DTYPES[info.dtype])

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from cluster.errors import CheckpointError
 from experts.checkpoint import open_checkpoint, read_small
-from experts.convert.huggingface import CONFIG_FILE, INDEX_FILE
+from experts.convert.huggingface import CONFIG_FILE
 from experts.convert.layouts import open_source
 from experts.convert.plan import Piece, Plan, Shard, make_plan
 from experts.convert.source import read
@@ -28,6 +28,7 @@ from experts.convert.staging import (
     staged,
     write_whole,
 )
+from experts.shards import INDEX_FILE
 
 if TYPE_CHECKING:
     import torch

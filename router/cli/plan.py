@@ -91,11 +91,6 @@ def _headline(made: Plan) -> str:
     ]
     if model.note:
         lines.append(model.note)
-    if not model.is_servable:
-        lines.append(
-            f"Not served by this version: it knows no family {shape.model_type}. The figures hold "
-            "for one that does."
-        )
     return "\n".join(lines)
 
 

@@ -120,11 +120,10 @@ class _Display:
             self._progress.update(self._task, completed=self._steps)
 
     def step(self, report: StepReport) -> None:
-        self._progress.update(
-            self._task,
-            completed=report.steps_done,
-            pace=f"loss {report.loss:.3f}  {report.tokens_per_s:,.0f} tokens/s",
-        )
+        pace = f"loss {report.loss:.3f}  {report.tokens_per_s:,.0f} tokens/s"
+        if report.overflow_share:
+            pace += f"  {report.overflow_share:.1%} overflow"
+        self._progress.update(self._task, completed=report.steps_done, pace=pace)
 
 
 class _Stop:

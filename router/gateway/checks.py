@@ -5,25 +5,17 @@ from __future__ import annotations
 import math
 
 from cluster.errors import InvalidRequestError
-
-_MAX_SHOWN_CHARS = 60
-
-
-def show(value: object) -> str:
-    """Return a short, printable form of what a client gave."""
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
-        return "a very large integer"
-    if isinstance(value, str):
-        value = value[: _MAX_SHOWN_CHARS + 1]
-    elif isinstance(value, list | dict):
-        return f"a {'list' if isinstance(value, list) else 'mapping'} of {len(value)}"
-    shown = repr(value)
-    return shown if len(shown) <= _MAX_SHOWN_CHARS else f"{shown[:_MAX_SHOWN_CHARS]}..."
+from cluster.shown import shown
 
 
 def wrong(value: object, allowed: str) -> str:
     """Return the message for a value that is not allowed."""
-    return f"given {show(value)}, must be {allowed}"
+    return f"given {shown(value)}, must be {allowed}"
+
+
+def wrong_kind(value: object, allowed: str) -> str:
+    """Return the message for a part of a prompt that is not allowed, of which no text is shown."""
+    return f"given a text, must be {allowed}" if isinstance(value, str) else wrong(value, allowed)
 
 
 def integer(value: object, field: str, low: int, high: int) -> int:

@@ -40,6 +40,7 @@ def parse_completion(
             streamed=stream,
         )
         checked.append(service.check(raw))
+    service.check_together(checked)
     return CompletionCall(request_id, checked, stream, include_usage, return_token_ids)
 
 

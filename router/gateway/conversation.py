@@ -16,7 +16,7 @@ def check_messages(given: object, where: str) -> list[dict[str, str]]:
     :class:`InvalidRequestError` that names the message and its part.
     """
     if not isinstance(given, list) or not given:
-        raise InvalidRequestError(checks.wrong(given, "a list of at least one message"), where)
+        raise InvalidRequestError(checks.wrong_kind(given, "a list of at least one message"), where)
     if len(given) > MAX_MESSAGES:
         raise InvalidRequestError(f"has {len(given)} messages; at most {MAX_MESSAGES}", where)
     return [_message(one, f"{where}[{place}]") for place, one in enumerate(given)]
@@ -24,7 +24,8 @@ def check_messages(given: object, where: str) -> list[dict[str, str]]:
 
 def _message(message: object, where: str) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise InvalidRequestError(checks.wrong(message, "a mapping with role and content"), where)
+        allowed = "a mapping with role and content"
+        raise InvalidRequestError(checks.wrong_kind(message, allowed), where)
     given = {name: value for name, value in message.items() if value is not None}
     unknown = [name for name in given if name not in ("role", "content", "name")]
     if unknown:
@@ -46,7 +47,7 @@ def _content(content: object, where: str) -> str:
     for place, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text" or set(part) - {"type", "text"}:
             raise InvalidRequestError(
-                checks.wrong(part, 'a part {"type": "text", "text": …}'), f"{where}[{place}]"
+                checks.wrong_kind(part, 'a part {"type": "text", "text": …}'), f"{where}[{place}]"
             )
         texts.append(checks.text(part.get("text"), f"{where}[{place}].text"))
     return "".join(texts)

@@ -33,15 +33,18 @@ class GatewayReplica(GrpcMethods):
         make_upstream: Callable[..., Upstream],
         *upstream_args: Any,
     ) -> None:
-        """Load the tokenizers and call ``make_upstream(*upstream_args)`` in the event loop.
+        """Load the tokenizers and call ``make_upstream(samples, *upstream_args)`` in the loop.
+
+        ``samples`` returns what this gateway measures.
 
         The arguments are the constructor's own, so that Serve puts handles in place of bound
         deployments among them.
         """
-        upstream = make_upstream(*upstream_args)
+        metrics = Metrics()
+        upstream = make_upstream(metrics.samples, *upstream_args)
         with collector_paused():  # transformers is imported for its tokenizers
             loaded = load_models(models)
-        self.service = GenerationService(loaded, limits, upstream, Metrics())
+        self.service = GenerationService(loaded, limits, upstream, metrics)
         self.grpc_handlers = GrpcHandlers(self.service)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cluster.config import GatewayConfig
+from cluster.config import BODIES_AT_ONCE, GatewayConfig
 from cluster.errors import (
     Code,
     DeadlineExceededError,
@@ -18,12 +18,15 @@ from cluster.errors import (
 )
 from cluster.load_status import LoadStatus, RebalanceReport
 from cluster.status import ClusterStatus
+from router.gateway.budget import Budget
 from router.gateway.detokenize import ChoiceText
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel, ServedModel
+from router.gateway.slow_reader import SlowReaderWatch
 from router.gateway.status import public_error
 from router.gateway.upstream import Upstream
 from router.gateway.validate import CheckedRequest, RawRequest, Validator
+from router.metrics.exposition import expose
 from router.readiness import Readiness
 from router.request import TokenEvent, TokenLogprobs
 
@@ -71,6 +74,9 @@ class GenerationService:
         metrics: Metrics,
     ) -> None:
         self.metrics = metrics
+        self.limits = limits
+        self.bodies = Budget(BODIES_AT_ONCE * limits.max_body_bytes, "bytes of bodies")
+        self._places = Budget(limits.max_ongoing_requests, "requests")
         self._models = models
         self._validator = Validator(models, limits)
         self._upstream = upstream
@@ -86,6 +92,10 @@ class GenerationService:
     def check(self, raw: RawRequest) -> CheckedRequest:
         """Validate a request without starting it; raises ``InvalidRequestError``."""
         return self._validator.check(raw)
+
+    def check_together(self, checked: Sequence[CheckedRequest]) -> None:
+        """Check what the requests of one call take together; raises ``InvalidRequestError``."""
+        self._validator.check_together(checked)
 
     def ready(self) -> Readiness:
         """Tell whether requests can be served, and if not, why."""
@@ -103,14 +113,41 @@ class GenerationService:
         """Spread the load over the actors, or only tell how."""
         return await self._upstream.rebalance(dry_run)
 
+    async def measured(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return expose(await self._upstream.measurements(), self.ready().loop_age_s)
+
     async def generate(
         self, checked: CheckedRequest, surface: Surface
     ) -> AsyncGenerator[Delta, None]:
         """Yield the deltas of all choices; the last one has the usage.
 
         Raises :class:`ExpertMeshError`. Closing or cancelling the generator ends the request
-        upstream. Counts the outcome.
+        upstream, and so does a client that does not read. Counts the outcome.
         """
+        with self._places.share() as place:
+            with self.metrics.refusals(surface):
+                place.take(1)
+
+            def cut() -> None:
+                self.metrics.slow_reader(surface)
+                place.give_back()
+
+            async with (
+                aclosing(self._counted(checked, surface)) as deltas,
+                SlowReaderWatch(self.limits.reader_timeout_s, deltas.aclose, cut) as watch,
+            ):
+                async for delta in deltas:
+                    if delta.usage is not None:  # nothing is left to do for it
+                        place.give_back()
+                        yield delta
+                        continue
+                    with watch:
+                        yield delta
+
+    async def _counted(
+        self, checked: CheckedRequest, surface: Surface
+    ) -> AsyncGenerator[Delta, None]:
         model_id = checked.request.model
         started_s = time.monotonic()
         self.metrics.started(model_id, len(checked.request.prompt_token_ids))
@@ -123,6 +160,8 @@ class GenerationService:
                         waiting = False
                         self.metrics.first_token(model_id, time.monotonic() - started_s)
                     self.metrics.tokens(model_id, len(delta.token_ids))
+                    if delta.finish_reason is not None:
+                        self.metrics.choice_finished(model_id, delta.finish_reason)
                     if not delta.exact:
                         reason = checked.request.on_expert_loss
                         self.metrics.inexact_tokens(model_id, reason, len(delta.token_ids))

@@ -12,8 +12,8 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
-from cluster.errors import InvalidRequestError, UnknownModelError
-from router.gateway import checks
+from cluster.errors import InvalidRequestError, TooLargeError, UnknownModelError
+from cluster.shown import shown
 from router.gateway.generation import Delta, GenerationService, Usage
 from router.gateway.openai_call import Collected
 from router.gateway.tokenizer import Tokenizer
@@ -111,7 +111,7 @@ class GrpcHandlers:
         name = _parse(health_pb2.HealthCheckRequest, data).service
         if name and name not in SERVICES:
             served = ", ".join(SERVICES)
-            raise UnknownModelError(f"{checks.show(name)} is not one of {served}", "service")
+            raise UnknownModelError(f"{shown(name)} is not one of {served}", "service")
         return self.health()
 
     async def list_health(self, data: bytes) -> Any:
@@ -139,6 +139,9 @@ class GrpcHandlers:
 
     def _check(self, data: bytes, streamed: bool) -> CheckedRequest:
         with self.service.metrics.refusals("grpc"):
+            limit = self.service.limits.max_body_bytes
+            if len(data) > limit:
+                raise TooLargeError(f"the message is over the limit of {limit} bytes")
             request = _parse(inference_pb2.GenerateRequest, data)
             return self.service.check(_raw_request(request, streamed))
 

@@ -6,7 +6,6 @@ set of rules and one set of messages.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +33,6 @@ from router.gateway.openai_call import OpenAiCall
 from router.readiness import Readiness
 
 EXACT_HEADER = f"x-{EXACT_KEY}"
-_STATUS_TIMEOUT_S = 2.0
 Parse = Callable[[dict[str, Any], GenerationService, str], OpenAiCall]
 
 
@@ -86,19 +84,14 @@ def _add_operator_routes(app: FastAPI, service: GenerationService) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        service.metrics.show_loop_age(service.ready().loop_age_s)
-        try:
-            async with asyncio.timeout(_STATUS_TIMEOUT_S):
-                service.metrics.show_cluster(await service.status())
-        except (ExpertMeshError, TimeoutError):
-            # The gateway's own numbers matter most while the controller is away.
-            service.metrics.hide_cluster()
-        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        told = await service.measured()
+        return Response(told, media_type=CONTENT_TYPE_LATEST)
 
 
 async def _answer(request: Request, service: GenerationService, parse: Parse) -> Response:
     with service.metrics.refusals("http"):
-        call = parse(await read_json(request), service, request.state.request_id)
+        body = await read_json(request, service.limits.max_body_bytes, service.bodies)
+        call = parse(body, service, request.state.request_id)
     if not call.stream:
         body, is_exact = await until_disconnect(request.receive, call.answer(service))
         return JSONResponse(body, headers={EXACT_HEADER: str(is_exact).lower()})

@@ -16,14 +16,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import CancelledRequestError, ExpertMeshError, InvalidRequestError
+from cluster.errors import (
+    CancelledRequestError,
+    ExpertMeshError,
+    InvalidRequestError,
+    TooLargeError,
+)
+from router.gateway.budget import Budget
 from router.gateway.status import http_error, public_error
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-MAX_BODY_BYTES = 16 * 1024 * 1024
 T = TypeVar("T")
 
 
@@ -33,15 +38,29 @@ def error_response(error: ExpertMeshError) -> JSONResponse:
     return JSONResponse(body, status, headers)
 
 
-async def read_json(request: Request) -> dict[str, Any]:
-    """Return the body, a JSON object; raises :class:`InvalidRequestError`."""
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_BODY_BYTES:
-            raise InvalidRequestError(f"the body is over the limit of {MAX_BODY_BYTES} bytes")
+async def read_json(request: Request, max_bytes: int, bodies: Budget) -> dict[str, Any]:
+    """Return the body, a JSON object; ``bodies`` is for all that are being read at the time.
+
+    Raises :class:`InvalidRequestError`, :class:`TooLargeError` beyond ``max_bytes`` (before it is
+    read where its head says so) and ``OverloadedError`` where ``bodies`` is used up.
+    """
+    too_large = TooLargeError(f"the body is over the limit of {max_bytes} bytes")
+    told = request.headers.get("content-length", "")
+    if told.isdecimal() and int(told[:20]) > max_bytes:
+        raise too_large
+    with bodies.share() as share:
+        body = bytearray()
+        async for piece in request.stream():
+            share.take(len(piece))
+            body += piece
+            if len(body) > max_bytes:
+                raise too_large
+        return _parse_json(bytes(body))
+
+
+def _parse_json(body: bytes) -> dict[str, Any]:
     try:
-        parsed = json.loads(bytes(body))
+        parsed = json.loads(body)
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "it cannot be decoded"
         raise InvalidRequestError(f"the body is not JSON: {reason}") from None

@@ -1,83 +1,55 @@
-"""Prometheus metrics of one gateway, in a registry of its own.
+"""What one gateway counts, in a Prometheus registry of its own.
 
-Names follow vLLM's under the prefix ``expertmesh_``. Labels are bounded: served models, the two
-surfaces, error codes, and the actors that live at the moment of a scrape.
+``router/metrics/catalogue.py`` names the metrics; ``router/metrics/exposition.py`` writes them out,
+with those of all other processes.
 """
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from cluster.errors import Code, ExpertMeshError
-from cluster.status import ClusterStatus
+from cluster.measurements import Samples
+from router.metrics import catalogue
+from router.metrics.catalogue import LATENCY_BUCKETS_S, Family
 
 OK = "ok"
-_LATENCY_BUCKETS_S = (
-    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
-)  # fmt: skip
 
 
 class Metrics:
-    """Counts requests and tokens and keeps what the controller last said."""
+    """Counts requests and tokens."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        registry = self._registry
-        self._requests = Counter(
-            "expertmesh_requests", "Requests by outcome.", ["surface", "code"], registry=registry
+        self._requests = self._counter(catalogue.REQUESTS)
+        self._in_flight = Gauge(
+            catalogue.IN_FLIGHT.name,
+            catalogue.IN_FLIGHT.help,
+            _labels(catalogue.IN_FLIGHT),
+            registry=self._registry,
         )
-        self._running = Gauge(
-            "expertmesh_num_requests_running",
-            "Requests that are generating.",
-            ["model_name"],
-            registry=registry,
-        )
-        self._prompt_tokens = Counter(
-            "expertmesh_prompt_tokens", "Prompt tokens taken.", ["model_name"], registry=registry
-        )
-        self._generation_tokens = Counter(
-            "expertmesh_generation_tokens", "Tokens sent.", ["model_name"], registry=registry
-        )
-        self._inexact_tokens = Counter(
-            "expertmesh_inexact_tokens",
-            "Tokens sent in pieces that are flagged as not exact, by on_expert_loss.",
-            ["model_name", "reason"],
-            registry=registry,
-        )
-        self._first_token = Histogram(
-            "expertmesh_time_to_first_token_seconds",
-            "From a checked request to its first token.",
-            ["model_name"],
-            buckets=_LATENCY_BUCKETS_S,
-            registry=registry,
-        )
-        self._latency = Histogram(
-            "expertmesh_e2e_request_latency_seconds",
-            "From a checked request to its last token.",
-            ["model_name"],
-            buckets=_LATENCY_BUCKETS_S,
-            registry=registry,
-        )
-        self._version = Gauge(
-            "expertmesh_placement_version", "Version of the placement.", registry=registry
-        )
-        self._missing = Gauge(
-            "expertmesh_missing_experts", "Experts without a live copy.", registry=registry
-        )
-        self._loop_age = Gauge(
-            "expertmesh_controller_loop_age_seconds",
-            "Time since the controller last finished a look at an expert actor.",
-            registry=registry,
-        )
-        self._actor_tokens = Gauge(
-            "expertmesh_actor_tokens",
-            "Token rows computed by each live expert actor.",
-            ["actor_id"],
-            registry=registry,
+        self._success = self._counter(catalogue.SUCCESS)
+        self._prompt_tokens = self._counter(catalogue.PROMPT_TOKENS)
+        self._generation_tokens = self._counter(catalogue.GENERATION_TOKENS)
+        self._inexact_tokens = self._counter(catalogue.INEXACT_TOKENS)
+        self._slow_readers = self._counter(catalogue.SLOW_READERS)
+        self._first_token = self._histogram(catalogue.FIRST_TOKEN)
+        self._latency = self._histogram(catalogue.LATENCY)
+
+    def _counter(self, family: Family) -> Counter:
+        return Counter(family.name, family.help, _labels(family), registry=self._registry)
+
+    def _histogram(self, family: Family) -> Histogram:
+        return Histogram(
+            family.name,
+            family.help,
+            _labels(family),
+            buckets=LATENCY_BUCKETS_S,
+            registry=self._registry,
         )
 
     def finished(self, surface: str, code: Code | None) -> None:
@@ -95,12 +67,12 @@ class Metrics:
 
     def started(self, model_id: str, prompt_tokens: int) -> None:
         """Count a request that begins to generate; :meth:`ended` must follow."""
-        self._running.labels(model_id).inc()
+        self._in_flight.labels(model_id).inc()
         self._prompt_tokens.labels(model_id).inc(prompt_tokens)
 
     def ended(self, model_id: str, seconds: float) -> None:
         """Count a request that generates no longer, ``seconds`` after its start."""
-        self._running.labels(model_id).dec()
+        self._in_flight.labels(model_id).dec()
         self._latency.labels(model_id).observe(seconds)
 
     def first_token(self, model_id: str, seconds: float) -> None:
@@ -111,28 +83,33 @@ class Metrics:
         """Count generated tokens."""
         self._generation_tokens.labels(model_id).inc(count)
 
+    def choice_finished(self, model_id: str, reason: str) -> None:
+        """Count a choice that has ended well; ``reason`` is its ``finish_reason``."""
+        self._success.labels(model_id, reason).inc()
+
     def inexact_tokens(self, model_id: str, reason: str, count: int) -> None:
         """Count generated tokens that are not exact; ``reason`` is what the request asked for."""
         self._inexact_tokens.labels(model_id, reason).inc(count)
 
-    def show_loop_age(self, loop_age_s: float | None) -> None:
-        """Set the gauge of the controller's last loop; ``None`` before the first word from it."""
-        self._loop_age.set(math.nan if loop_age_s is None else loop_age_s)
+    def slow_reader(self, surface: str) -> None:
+        """Count a stream that was ended because its client did not read it."""
+        self._slow_readers.labels(surface).inc()
 
-    def show_cluster(self, status: ClusterStatus) -> None:
-        """Set the gauges to what the controller says; actors that are gone vanish."""
-        self._version.set(status.placement_version)
-        self._missing.set(status.missing_experts)
-        self._actor_tokens.clear()
-        for actor in status.actors:
-            self._actor_tokens.labels(actor.actor_id).set(actor.tokens)
+    def samples(self) -> Samples:
+        """Return all of it as plain samples, without when each series began."""
+        return Samples(
+            time.monotonic(),
+            {
+                family.name: [
+                    (sample.name, sample.labels, sample.value)
+                    for sample in family.samples
+                    if not sample.name.endswith("_created")
+                ]
+                for family in self._registry.collect()
+            },
+        )
 
-    def hide_cluster(self) -> None:
-        """Forget what the controller said, since it no longer answers."""
-        self._version.set(math.nan)
-        self._missing.set(math.nan)
-        self._actor_tokens.clear()
 
-    def render(self) -> bytes:
-        """Return everything in Prometheus' text format."""
-        return generate_latest(self._registry)
+def _labels(family: Family) -> list[str]:
+    """Return the labels that are set here; ``replica`` is added where all samples meet."""
+    return [label for label in family.labels if label != "replica"]

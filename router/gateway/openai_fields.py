@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import InvalidRequestError
+from cluster.shown import shown
 from router.gateway import checks
 
 ANY = None
@@ -83,7 +84,7 @@ def known_fields(body: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
         if harmless is not None and value not in harmless:
             only = " or ".join(str(one) for one in (*harmless, "null"))
             raise InvalidRequestError(
-                f"given {checks.show(value)}, which is not supported; only {only}", name
+                f"given {shown(value)}, which is not supported; only {only}", name
             )
     return {name: value for name, value in given.items() if name in fields.supported}
 

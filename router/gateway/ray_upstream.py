@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
@@ -35,8 +36,9 @@ from cluster.errors import (
     error_from_wire,
 )
 from cluster.load_status import LoadStatus, RebalanceReport
+from cluster.measurements import Measurements, ProcessSamples, Samples
 from cluster.retry import Retries, RetryBudget, RetryPolicy
-from cluster.status import ClusterStatus
+from cluster.status import ClusterStatus, ProcessStatus
 from router.link import LinkAddress, LinkServer
 from router.logs import setup_logging
 from router.placement_view import PlacementView, PlacementWatcher
@@ -45,6 +47,7 @@ from router.request import GenerationRequest, Receipts, TokenEvent, merge_events
 
 STATUS_TIMEOUT_S = 5.0
 REBALANCE_TIMEOUT_S = 900.0
+MEASURE_TIMEOUT_S = 2.0
 RESEND = RetryPolicy(first_delay_s=0.1, max_delay_s=1.0)
 RESEND_TOKENS = 8192
 """A dying router may take along all requests of a gateway at once, which must not use up half."""
@@ -79,11 +82,12 @@ class RayUpstream:
         routers: Mapping[str, DeploymentHandle],
         on_expert_loss: OnExpertLoss,
         is_wanted: Callable[[], bool],
+        samples: Callable[[], Samples],
     ) -> None:
         """``routers`` are handles by model id. Needs a running event loop.
 
         ``on_expert_loss`` is the deployment's, by which it is or is not ready. ``is_wanted`` asks
-        Serve whether the application is to run.
+        Serve whether the application is to run. ``samples`` returns what the gateway measures.
         """
         self._on_expert_loss = on_expert_loss
         self._controller = controller
@@ -91,8 +95,14 @@ class RayUpstream:
         self._view = PlacementView()
         self._is_deleted = False
         self._watcher = PlacementWatcher(
-            "gateway", self._view, HandleController(controller), is_wanted, self._end_requests
+            "gateway",
+            self._view,
+            HandleController(controller),
+            is_wanted,
+            self._end_requests,
+            samples,
         )
+        self._samples = samples
         self._inboxes: dict[str, Inbox] = {}
         self._num_streams = 0
         self._leaving: set[asyncio.Task[None]] = set()
@@ -206,6 +216,18 @@ class RayUpstream:
             raise error_from_wire(told["error"])
         return RebalanceReport.from_wire(told["report"])
 
+    async def measurements(self) -> Measurements:
+        """See :class:`Upstream`."""
+        process = ProcessStatus(os.getpid(), ray.get_runtime_context().get_node_id())
+        own = ProcessSamples("gateway", process, self._samples())
+        try:
+            async with asyncio.timeout(MEASURE_TIMEOUT_S):
+                told: Measurements = await self._controller.measurements.remote(own)
+        except Exception as error:  # away, restarting, or slow: what is here is told alone
+            logger.warning("the controller tells no metrics (%s)", type(error).__name__)
+            return Measurements(None, (), (own,))
+        return told
+
     def ready(self) -> Readiness:
         """See :class:`Upstream`."""
         told = readiness(
@@ -226,6 +248,7 @@ async def _answered(call: Awaitable[Any], timeout_s: float) -> Any:
 
 
 def make_upstream(
+    samples: Callable[[], Samples],
     controller: DeploymentHandle,
     routers: Mapping[str, DeploymentHandle],
     on_expert_loss: OnExpertLoss,
@@ -233,7 +256,7 @@ def make_upstream(
     """Make a gateway replica's upstream, in the replica."""
     setup_logging()
     app = serve.get_replica_context().app_name
-    return RayUpstream(controller, routers, on_expert_loss, partial(app_is_wanted, app))
+    return RayUpstream(controller, routers, on_expert_loss, partial(app_is_wanted, app), samples)
 
 
 class HandleController:
@@ -244,10 +267,18 @@ class HandleController:
         self._handle = handle
 
     async def watch(
-        self, kind: str, pid: int, node: str, known: tuple[int, int], timeout_s: float
+        self,
+        kind: str,
+        pid: int,
+        node: str,
+        known: tuple[int, int],
+        timeout_s: float,
+        samples: Samples,
     ) -> dict[str, Any]:
         """See :meth:`cluster.controller.Controller.watch`."""
-        told: dict[str, Any] = await self._handle.watch.remote(kind, pid, node, known, timeout_s)
+        told: dict[str, Any] = await self._handle.watch.remote(
+            kind, pid, node, known, timeout_s, samples
+        )
         return told
 
     async def suspect(self, actor_id: str, generation: int) -> None:

@@ -21,6 +21,7 @@ from cluster.errors import (
     Code,
     ExpertMeshError,
     InternalError,
+    TooLargeError,
     UnavailableError,
     UnknownModelError,
     error_from_wire,
@@ -54,6 +55,9 @@ STATUS: dict[Code, Status] = {
     Code.INTERNAL: Status(grpc.StatusCode.INTERNAL, 500, "server_error"),
 }
 
+TOO_LARGE = Status(grpc.StatusCode.RESOURCE_EXHAUSTED, 413, "invalid_request_error")
+"""Of :class:`TooLargeError`: over HTTP not 429, which means that the same may be taken later."""
+
 _BY_GRPC: dict[grpc.StatusCode, Code] = {status.grpc: code for code, status in STATUS.items()}
 
 
@@ -66,7 +70,7 @@ def public_error(error: Exception) -> ExpertMeshError:
 
 def http_error(error: ExpertMeshError) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Return HTTP status, OpenAI-shaped body and extra headers for an error."""
-    status = STATUS[error.code]
+    status = TOO_LARGE if isinstance(error, TooLargeError) else STATUS[error.code]
     code = "model_not_found" if isinstance(error, UnknownModelError) else error.code.value
     body = {
         "message": _clean(str(error), _MAX_MESSAGE_BYTES),
@@ -110,11 +114,11 @@ def error_from_grpc(
     wire["code"] = _BY_GRPC.get(code, Code.INTERNAL).value
     for packed in _unpack(status_details):
         bad_request, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-        if packed.Unpack(bad_request) and bad_request.field_violations:
+        if _unpacked(packed, bad_request) and bad_request.field_violations:
             wire["field"] = bad_request.field_violations[0].field
             wire["message"] = bad_request.field_violations[0].description
-        elif packed.Unpack(retry):
-            wire["retry_after_s"] = retry.retry_delay.ToMilliseconds() / 1000
+        elif _unpacked(packed, retry):
+            wire["retry_after_s"] = max(0.0, retry.retry_delay.ToMilliseconds() / 1000)
     return error_from_wire(wire)
 
 
@@ -122,7 +126,8 @@ def is_from_server(status_details: bytes | None) -> bool:
     """Tell whether an ExpertMesh server wrote this status, rather than gRPC or a proxy."""
     info = error_details_pb2.ErrorInfo()
     return any(
-        packed.Unpack(info) and info.domain == ERROR_DOMAIN for packed in _unpack(status_details)
+        _unpacked(packed, info) and info.domain == ERROR_DOMAIN
+        for packed in _unpack(status_details)
     )
 
 
@@ -135,6 +140,14 @@ def _pack(status: Any, message: Any) -> None:
     packed = AnyMessage()
     packed.Pack(message)
     status.details.append(packed)
+
+
+def _unpacked(packed: Any, message: Any) -> bool:
+    """Take what is packed into ``message`` if it is one of its kind; whoever answers may lie."""
+    try:
+        return bool(packed.Unpack(message))
+    except DecodeError:
+        return False
 
 
 def _unpack(status_details: bytes | None) -> list[Any]:

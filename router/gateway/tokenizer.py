@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from cluster.errors import InvalidRequestError
+from cluster.errors import CheckpointError, InvalidRequestError
 
 
 class Tokenizer:
@@ -24,16 +24,41 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str, eos_token_ids: Sequence[int] = ()) -> Tokenizer:
-        """Load the tokenizer in folder ``path``; no code from the folder is run."""
+        """Load the tokenizer in folder ``path``; no code from the folder is run.
+
+        Raises :class:`CheckpointError` for files of which none can be made.
+        """
         # Imported here, so that the command line and the client never load transformers.
         from transformers import AutoTokenizer
 
-        return cls(AutoTokenizer.from_pretrained(path, trust_remote_code=False), eos_token_ids)
+        try:
+            loaded = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=False, local_files_only=True
+            )
+            return cls(loaded, eos_token_ids)
+        except BaseException as error:
+            if not _is_failure(error):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"its tokenizer's files cannot be used ({type(error).__name__}: {reason})", path
+            ) from None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the ids of ``text``, with the tokenizer's own begin-of-sequence token if asked."""
-        ids = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
-        return list(ids["input_ids"])
+        """Return the ids of ``text``, with the tokenizer's own begin-of-sequence token if asked.
+
+        Raises :class:`InvalidRequestError` for a text that the tokenizer cannot take.
+        """
+        try:
+            ids = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+            return list(ids["input_ids"])
+        except BaseException as error:
+            if not _is_failure(error):
+                raise
+            reason = type(error).__name__
+            raise InvalidRequestError(
+                f"the model's tokenizer fails on its text ({reason})", "prompt"
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids`` without special tokens; bytes that are not UTF-8 become �."""
@@ -77,13 +102,18 @@ class Tokenizer:
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program
             # A template refuses by raise_exception, whose text is written for the caller.
             reason = f": {error}" if isinstance(error, TemplateError) else ""
             raise InvalidRequestError(
                 f"the model's chat template refuses them{reason}", "messages"
             ) from None
         return str(text)
+
+
+def _is_failure(error: BaseException) -> bool:
+    # tokenizers, which is Rust, may panic, and that is no Exception.
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _is_byte_level(tokenizer: Any) -> bool:

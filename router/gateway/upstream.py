@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from cluster.load_status import LoadStatus, RebalanceReport
+from cluster.measurements import Measurements
 from cluster.status import ClusterStatus
 from router.readiness import Readiness
 from router.request import GenerationRequest, TokenEvent
@@ -39,6 +40,13 @@ class Upstream(Protocol):
 
     async def rebalance(self, dry_run: bool) -> RebalanceReport:
         """Spread the load, or tell how; raises ``UnavailableError`` also where it is refused."""
+        ...
+
+    async def measurements(self) -> Measurements:
+        """Return all that the cluster measures, with this gateway's newest samples.
+
+        There are those alone while the controller is away.
+        """
         ...
 
     def ready(self) -> Readiness:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from cluster.config import GatewayConfig
 from cluster.contract import ON_EXPERT_LOSS
 from cluster.errors import InvalidRequestError, UnknownModelError
+from cluster.shown import shown
 from router.gateway import checks
 from router.gateway.conversation import check_messages
 from router.gateway.models import ServedModel
@@ -63,6 +64,13 @@ class CheckedRequest:
     model: ServedModel
     stops: tuple[str, ...]
 
+    @property
+    def size_tokens(self) -> int:
+        """What it may take of memory, in tokens as ``GatewayConfig.max_request_tokens`` has it."""
+        sampling = self.request.sampling
+        output = sampling.max_tokens * (1 + (sampling.logprobs or 0))
+        return sampling.n * (len(self.request.prompt_token_ids) + output)
+
 
 class Validator:
     """Checks requests against the served models and the deployment's limits."""
@@ -80,7 +88,7 @@ class Validator:
             raise InvalidRequestError(f"is missing; served: {served}", "model")
         if model_id not in self._models:
             raise UnknownModelError(
-                f"{checks.show(model_id)} is not served here; served: {served}", "model"
+                f"{shown(model_id)} is not served here; served: {served}", "model"
             )
         return self._models[model_id]
 
@@ -105,7 +113,23 @@ class Validator:
             streamed=raw.streamed or bool(stops),
             received=_check_resume(raw, model, sampling),
         )
-        return CheckedRequest(request, model, stops)
+        checked = CheckedRequest(request, model, stops)
+        self.check_together([checked], raw.path("max_tokens"))
+        return checked
+
+    def check_together(self, checked: Sequence[CheckedRequest], where: str = "prompt") -> None:
+        """Check what the requests of one call may take of memory together.
+
+        Raises :class:`InvalidRequestError` for the field ``where``.
+        """
+        total = sum(one.size_tokens for one in checked)
+        limit = max(self._limits.max_request_tokens, checked[0].model.info.max_model_len)
+        if total > limit:
+            raise InvalidRequestError(
+                f"prompts and max_tokens of all choices, and log probabilities, come to {total} "
+                f"tokens; at most {limit}",
+                where,
+            )
 
     def _check_timeout(self, raw: RawRequest) -> float:
         if "timeout_s" not in raw.options:
@@ -167,6 +191,11 @@ def _prompt_ids(raw: RawRequest, model: ServedModel) -> tuple[int, ...]:
                 f"has {len(text)} characters, more than {context} tokens can hold", where
             )
         ids = tuple(model.tokenizer.encode(text, add_special_tokens=not raw.is_chat))
+        if max(ids, default=0) >= model.info.vocab_size:  # a tokenizer of another model
+            raise InvalidRequestError(
+                f"token {max(ids)} of its text is none of the model's {model.info.vocab_size}",
+                where,
+            )
     else:
         ids = _check_ids(prompt, model.info.vocab_size, where)
     if not ids:
@@ -183,7 +212,10 @@ def _check_ids(prompt: object, vocab_size: int, where: str) -> tuple[int, ...]:
     if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes):
         raise InvalidRequestError(checks.wrong(prompt, "a text or a list of token ids"), where)
     for place, token_id in enumerate(prompt):
-        checks.integer(token_id, f"{where}[{place}]", 0, vocab_size - 1)
+        path, last = f"{where}[{place}]", vocab_size - 1
+        if isinstance(token_id, str):
+            raise InvalidRequestError(checks.wrong_kind(token_id, "a token id"), path)
+        checks.integer(token_id, path, 0, last)
     return tuple(prompt)
 
 

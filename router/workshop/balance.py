@@ -10,7 +10,8 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from router.workshop.settings import GatingSettings
+from router.workshop.groups import capacity_of, second_by_chance, within_capacity
+from router.workshop.settings import GatingSettings, GroupSettings
 
 
 def top_k_gates(
@@ -60,7 +61,8 @@ class TrainingGate(MixtralTopKRouter):
     """Mixtral's gate with noise while training; in eval mode it is Mixtral's own, bit by bit.
 
     After a forward pass in training mode `balancing_loss` holds this layer's scalar, equations 7
-    and 11. Noise is drawn from `noise_generator`, so that it is a function of its seed.
+    and 11, and `overflow_share` the share of choices that found no room, 0 without groups. Noise is
+    drawn from `noise_generator`, so that it is a function of its seed.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class TrainingGate(MixtralTopKRouter):
         self.gating = gating
         self.noise_generator = noise_generator
         self.balancing_loss = torch.zeros(())
+        self.overflow_share = 0.0
         if gating.noisy:
             self.noise_weight = nn.Parameter(torch.zeros(self.num_experts, self.hidden_dim))
 
@@ -90,7 +93,21 @@ class TrainingGate(MixtralTopKRouter):
         topk_weights, topk_ids = top_k_gates(noisy_logits, self.top_k)
         importance = dense_gates(topk_weights, topk_ids, self.num_experts).sum(0)
         self.balancing_loss = loss + self.gating.importance_weight * squared_variation(importance)
+        if self.gating.groups is not None:
+            topk_weights = self._with_room(topk_weights, topk_ids, self.gating.groups)
         return router_logits, topk_weights, topk_ids
+
+    def _with_room(
+        self, topk_weights: torch.Tensor, topk_ids: torch.Tensor, groups: GroupSettings
+    ) -> torch.Tensor:
+        """Return the weights [T, k] with zeros for what is not sent or finds no room."""
+        sent = torch.ones_like(topk_ids, dtype=torch.bool)
+        if groups.random_second:
+            sent = second_by_chance(topk_weights.detach(), self.noise_generator)
+        capacity = capacity_of(groups.tokens, self.top_k, self.num_experts, groups.capacity_factor)
+        fits = within_capacity(topk_ids, sent, groups.tokens, capacity, self.num_experts)
+        self.overflow_share = 1.0 - (fits.sum() / sent.sum()).item()
+        return topk_weights * fits
 
 
 def use_training_gates(

@@ -236,9 +236,16 @@ When serving, the gate is plain top-k.
 def _gating(config: TrainingConfig) -> str:
     gating = config.gating
     kind = "noisy top-k gating" if gating.noisy else "top-k gating without noise"
-    return (
+    losses = (
         f"{kind}, importance loss {gating.importance_weight:g}, load loss "
         f"{gating.load_weight:g} (Shazeer et al. 2017)"
+    )
+    if gating.groups is None:
+        return losses
+    second = ", the second expert by chance" if gating.groups.random_second else ""
+    return (
+        f"{losses}; in groups of {gating.groups.tokens} tokens a capacity of "
+        f"{gating.groups.capacity_factor:g} equal shares{second} (GShard, Lepikhin et al. 2020)"
     )
 
 

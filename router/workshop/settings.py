@@ -68,12 +68,26 @@ class ModelSettings(_Settings):
         return self
 
 
+class GroupSettings(_Settings):
+    """GShard's controls while training (Lepikhin et al. 2020, section 2.2).
+
+    In each group of `tokens` an expert takes at most `capacity_factor` times an equal share; what
+    finds no room passes the layer by. With `random_second` the second expert is asked with a
+    probability of twice its weight.
+    """
+
+    tokens: PositiveInt
+    capacity_factor: PositiveFloat
+    random_second: bool = False
+
+
 class GatingSettings(_Settings):
     """Noisy top-k gating and the weights of its balancing losses (Shazeer et al. 2017)."""
 
     noisy: bool
     importance_weight: NonNegativeFloat
     load_weight: NonNegativeFloat
+    groups: GroupSettings | None = None
 
     @model_validator(mode="after")
     def _load_needs_noise(self) -> Self:
@@ -145,9 +159,27 @@ class TrainingConfig(_Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _groups_fit(self) -> Self:
+        groups = self.gating.groups
+        if groups is None:
+            return self
+        step_tokens = self.optimization.batch_size * self.optimization.sequence_length
+        if step_tokens % groups.tokens:
+            raise ValueError(
+                f"gating.groups.tokens {groups.tokens} must divide batch_size times "
+                f"sequence_length, {step_tokens}"
+            )
+        if groups.random_second and self.model.num_experts_per_tok != 2:
+            raise ValueError(
+                "gating.groups.random_second needs num_experts_per_tok 2 "
+                f"(given: {self.model.num_experts_per_tok})"
+            )
+        return self
+
     def recipe(self) -> dict[str, Any]:
         """Return all that determines the weights: everything but the card."""
-        return self.model_dump(exclude={"card"})
+        return self.model_dump(exclude={"card"}, exclude_none=True)
 
     def as_dense(self, size: DenseSize) -> Self:
         """Return the same run of a dense model, its feed-forward as wide as the experts.

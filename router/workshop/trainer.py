@@ -27,11 +27,15 @@ ADAM_BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step done: `loss` is the language-model loss in nats per token, before the update."""
+    """One step done: `loss` is the language-model loss in nats per token, before the update.
+
+    `overflow_share` of all layers' choices found no room under the groups' capacity.
+    """
 
     steps_done: int
     loss: float
     tokens_per_s: float
+    overflow_share: float
 
 
 def learning_rate_at(step: int, settings: OptimizationSettings) -> float:
@@ -116,7 +120,8 @@ class Trainer:
         self.steps_done += 1
         step_s = time.perf_counter() - started_s
         self.elapsed_s += step_s
-        return StepReport(self.steps_done, loss.item(), targets.numel() / step_s)
+        overflow_share = sum(gate.overflow_share for gate in self.gates) / len(self.gates)
+        return StepReport(self.steps_done, loss.item(), targets.numel() / step_s, overflow_share)
 
     def save(self, out: Path) -> None:
         """Write the training state atomically into `out`; raises TrainingFailedError."""

@@ -48,4 +48,4 @@ def test_the_command_plans_the_served_checkpoint(served: ServedCluster) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     told = json.loads(done.stdout)
     assert told["all_experts_bytes"] == plans(served)[RANDOM].all_experts_bytes
-    assert told["model"]["is_servable"]
+    assert told["model"]["shape"]["model_type"] == "mixtral"

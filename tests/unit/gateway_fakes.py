@@ -22,6 +22,9 @@ from cluster.load_status import (
     Move,
     RebalanceReport,
 )
+from cluster.measurements import Measurements, ProcessSamples
+from cluster.placement import ExpertKey
+from cluster.spec import ActorReport
 from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
 from router.gateway.generation import GenerationService
 from router.gateway.grpc_handlers import GrpcHandlers
@@ -115,6 +118,23 @@ LOAD = LoadStatus(
     ),
     rebalances=(REBALANCED,),
 )
+REPORT = ActorReport(
+    actor_id="a0",
+    generation=2,
+    digest="d",
+    epoch=3,
+    pid=44,
+    node="n1",
+    device="cpu",
+    experts=(ExpertKey("tiny", 0, 1), ExpertKey("tiny", 1, 5)),
+    weight_bytes=640,
+    tokens={ExpertKey("tiny", 0, 1): 90, ExpertKey("tiny", 1, 5): 9},
+    queued_rows=4,
+    steps=6,
+    frames=8,
+    busy_s=1.5,
+    waited_s=0.25,
+)
 Script = Callable[[GenerationRequest], Iterable[TokenEvent | Exception]]
 
 
@@ -134,6 +154,7 @@ class FakeUpstream:
         self.status_error: Exception | None = None
         self.rebalances: list[bool] = []
         self.rebalanced = REBALANCED
+        self.samples = Metrics().samples
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         self.requests.append(request)
@@ -163,6 +184,12 @@ class FakeUpstream:
         if self.status_error is not None:
             raise self.status_error
         return self.rebalanced
+
+    async def measurements(self) -> Measurements:
+        own = ProcessSamples("gateway", ProcessStatus(43, "n1"), self.samples())
+        if self.status_error is not None:
+            return Measurements(None, (), (own,))
+        return Measurements(STATUS, (REPORT,), (own,))
 
     def ready(self) -> Readiness:
         return self.readiness
@@ -218,18 +245,22 @@ def _logprobs(token_id: int, top: int | None) -> tuple[TokenLogprobs, ...]:
 def service(upstream: FakeUpstream, limits: GatewayConfig | None = None) -> GenerationService:
     """The service over two models: ``tiny``, and ``bare`` without a chat template."""
     both = {"tiny": served(), "bare": served("bare", None)}
-    return GenerationService(both, limits or GatewayConfig(), upstream, Metrics())
+    metrics = Metrics()
+    upstream.samples = metrics.samples
+    return GenerationService(both, limits or GatewayConfig(), upstream, metrics)
 
 
 class Servicer(GrpcMethods):
     """The gRPC methods as Serve's replica has them, without Serve."""
 
-    def __init__(self, upstream: FakeUpstream) -> None:
-        self.grpc_handlers = GrpcHandlers(service(upstream))
+    def __init__(self, upstream: FakeUpstream, limits: GatewayConfig | None = None) -> None:
+        self.grpc_handlers = GrpcHandlers(service(upstream, limits))
 
 
 @contextmanager
-def grpc_server(upstream: FakeUpstream, port: int = 0) -> Iterator[str]:
+def grpc_server(
+    upstream: FakeUpstream, port: int = 0, limits: GatewayConfig | None = None
+) -> Iterator[str]:
     """Run a real gRPC server on a loopback port, in a thread; gives its address.
 
     Its end breaks the calls under way.
@@ -240,7 +271,7 @@ def grpc_server(upstream: FakeUpstream, port: int = 0) -> Iterator[str]:
 
     async def start() -> tuple[grpc.aio.Server, int]:
         server = grpc.aio.server()
-        add_services_to_server(Servicer(upstream), server)
+        add_services_to_server(Servicer(upstream, limits), server)
         bound = server.add_insecure_port(f"127.0.0.1:{port}")
         await server.start()
         return server, bound

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from cluster.config import GatewayConfig
 from router.gateway.http import create_app
 from tests.unit.gateway_fakes import FakeUpstream, service
 
@@ -16,12 +17,16 @@ HELLO = [{"role": "user", "content": "in the"}]
 
 
 def call(
-    upstream: FakeUpstream, path: str, body: Any = None, headers: dict[str, str] | None = None
+    upstream: FakeUpstream,
+    path: str,
+    body: Any = None,
+    headers: dict[str, str] | None = None,
+    limits: GatewayConfig | None = None,
 ) -> httpx.Response:
     """One request to a fresh app; ``body`` is JSON, or raw bytes."""
 
     async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(service(upstream)))
+        transport = httpx.ASGITransport(create_app(service(upstream, limits)))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             if body is None:
                 return await client.get(path, headers=headers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import Result
@@ -41,10 +42,11 @@ def test_what_does_not_fit_is_said_and_fails() -> None:
     assert run("mixtral-8x7b", "--devices", "2").exit_code == 0  # nothing was given to fit on
 
 
-def test_a_family_that_is_not_served_is_plain_to_see() -> None:
-    result = run("dbrx")
-    assert result.exit_code == 0
-    assert "Not served by this version: it knows no family dbrx." in result.stdout
+def test_a_family_that_is_not_served_is_plain_to_see(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    result = run(str(tmp_path))
+    assert result.exit_code == 2
+    assert "unknown model_type 'llama'; known: dbrx" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(

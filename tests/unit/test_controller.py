@@ -20,9 +20,10 @@ from cluster import members, progress
 from cluster.controller import Controller
 from cluster.errors import CheckpointError, StaleEpochError
 from cluster.ledger import Ledger
+from cluster.measurements import ProcessSamples, Samples
 from cluster.placement import ExpertKey, ModelExperts, Placement
 from cluster.spec import ActorReport, ActorSpec, ModelSource, PoolSpec
-from cluster.status import ClusterStatus
+from cluster.status import ClusterStatus, ProcessStatus
 
 NUM_EXPERTS = 4
 LIMIT_S = 20.0
@@ -974,6 +975,24 @@ def test_the_status_tells_what_lives(monkeypatch: pytest.MonkeyPatch) -> None:
             assert actor.experts == tuple(tuple(key) for key in first.keys)
             assert actor.tokens == 3 * len(first.keys)
             assert actor.weight_bytes == 10 * len(first.keys)
+
+    run(test)
+
+
+def test_measurements_have_the_newest_samples_of_all_and_the_actors_reports() -> None:
+    async def test() -> None:
+        async with running() as cluster:
+            order = (await cluster.complete()).order
+            late, early = Samples(2.0, {"late": []}), Samples(1.0, {"early": []})
+            await cluster.controller.watch("router", 11, "n1", order, 0, late)
+            await cluster.controller.watch("router", 11, "n1", order, 0, early)  # was overtaken
+            await cluster.controller.watch("router", 12, "n1", order, 0)
+            own = ProcessSamples("gateway", ProcessStatus(1, "n2"), early)
+            told = await cluster.controller.measurements(own)
+            assert told.status == ClusterStatus.from_wire(await cluster.controller.status())
+            assert [report.actor_id for report in told.reports] == ["expert-0", "expert-1"]
+            router = ProcessSamples("router", ProcessStatus(11, "n1"), late)
+            assert told.processes == (router, own)
 
     run(test)
 

@@ -11,6 +11,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cluster.config import GatewayConfig
 from cluster.errors import (
     DeadlineExceededError,
     ExpertMeshError,
@@ -61,13 +62,15 @@ class FakeContext:
         self.trailing = dict(trailing_metadata)
 
 
-def call(upstream: FakeUpstream, method: str, request: Any) -> tuple[list[Any], FakeContext]:
+def call(
+    upstream: FakeUpstream, method: str, request: Any, limits: GatewayConfig | None = None
+) -> tuple[list[Any], FakeContext]:
     """Call a method as Serve's replica does; returns its messages and the context."""
     context = FakeContext()
     data = request if isinstance(request, bytes) else request.SerializeToString()
 
     async def run() -> list[Any]:
-        result = getattr(Servicer(upstream), method)(data, grpc_context=context)
+        result = getattr(Servicer(upstream, limits), method)(data, grpc_context=context)
         if method in STREAMS:
             return [message async for message in result]
         return [await result]
@@ -277,6 +280,20 @@ def test_what_is_not_ours_tells_nothing(method: str) -> None:
     _, context = call(FakeUpstream(lambda _: [ValueError("/secret 7")]), method, request())
     assert context.code is grpc.StatusCode.INTERNAL
     assert "secret" not in context.details + str(context.trailing)
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+def test_a_message_has_a_limit(method: str) -> None:
+    limits = GatewayConfig(max_body_bytes=1024)
+    asked = request(stop=["x"])
+    for size, code in ((1024, None), (1025, grpc.StatusCode.RESOURCE_EXHAUSTED)):
+        upstream = FakeUpstream(says(" was"))
+        # What this version does not know is skipped: field 99, so many bytes.
+        fill = size - asked.ByteSize() - 4
+        data = asked.SerializeToString() + b"\x9a\x06" + bytes([fill & 127 | 128, fill >> 7])
+        _, context = call(upstream, method, data.ljust(size), limits)
+        assert context.code is code
+        assert len(upstream.requests) == (code is None)
 
 
 def test_cancelling_a_call_ends_it_upstream() -> None:

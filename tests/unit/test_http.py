@@ -285,7 +285,10 @@ def test_metrics_count_inexact_tokens_by_what_was_asked_for() -> None:
             return (await client.get("/metrics")).text
 
     told = asyncio.run(asyncio.wait_for(run(), 20))
-    assert 'expertmesh_inexact_tokens_total{model_name="tiny",reason="drop"} 2.0' in told
+    assert (
+        'expertmesh_inexact_tokens_total{model_name="tiny",reason="drop",replica="n1:43"} 2.0'
+        in told
+    )
 
 
 def test_metrics_count_requests_tokens_and_actors() -> None:
@@ -308,22 +311,31 @@ def test_metrics_count_requests_tokens_and_actors() -> None:
     told, away = asyncio.run(asyncio.wait_for(run(), 20))
     lines = dict(line.rsplit(" ", 1) for line in told.splitlines() if not line.startswith("#"))
     count = "expertmesh_requests_total"
-    assert lines[f'{count}{{code="ok",surface="http"}}'] == "1.0"
-    assert lines[f'{count}{{code="invalid_argument",surface="http"}}'] == "2.0"
-    assert lines[f'{count}{{code="internal",surface="http"}}'] == "1.0"
-    model = '{model_name="tiny"}'
+    replica = 'replica="n1:43"'
+    outcomes = [("ok", "1.0"), ("invalid_argument", "2.0"), ("internal", "1.0")]
+    for code, number in outcomes:
+        assert lines[f'{count}{{code="{code}",{replica},surface="http"}}'] == number
+    model = f'{{model_name="tiny",{replica}}}'
     assert lines[f"expertmesh_prompt_tokens_total{model}"] == "4.0"
     tokens = float(len(tokenizer().encode(" was")))
     assert lines[f"expertmesh_generation_tokens_total{model}"] == str(tokens)
-    assert lines[f"expertmesh_num_requests_running{model}"] == "0.0"
+    assert lines[f"expertmesh_requests_in_flight{model}"] == "0.0"
+    success = "expertmesh_request_success_total"
+    labels = f'{{finished_reason="length",model_name="tiny",{replica}}}'
+    assert lines[success + labels] == "1.0"
     assert lines[f"expertmesh_time_to_first_token_seconds_count{model}"] == "1.0"
     assert lines[f"expertmesh_e2e_request_latency_seconds_count{model}"] == "2.0"
-    assert lines['expertmesh_actor_tokens{actor_id="a0"}'] == "99.0"
+    expert = 'actor_id="a0",expert="5",layer="1",model_name="tiny"'
+    assert lines[f"expertmesh_expert_tokens_total{{{expert}}}"] == "9.0"
+    assert lines['expertmesh_actor_replacements_total{actor_id="a0"}'] == "1.0"
+    assert lines['expertmesh_actor_busy_seconds_total{actor_id="a0"}'] == "1.5"
+    assert lines['expertmesh_processes{kind="router"}'] == "1.0"
     assert lines["expertmesh_controller_loop_age_seconds"] == "0.25"
     assert "expertmesh_controller_loop_age_seconds 60.0" in away
     assert lines["expertmesh_placement_version"] == "7.0"
     assert lines["expertmesh_missing_experts"] == "0.0"
-    assert "expertmesh_actor_tokens{" not in away
+    assert "expertmesh_expert_tokens_total{" not in away
+    assert f'expertmesh_requests_total{{code="ok",{replica},surface="http"}} 1.0' in away
     assert "expertmesh_missing_experts NaN" in away
 
 

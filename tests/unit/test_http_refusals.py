@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from cluster.config import GatewayConfig
 from cluster.errors import OverloadedError, UnavailableError
 from router.request import GenerationRequest, TokenEvent
 from tests.unit.gateway_fakes import FakeUpstream, says, tokenizer
@@ -22,9 +23,43 @@ def test_bodies_that_are_no_json_object(path: str, body: bytes) -> None:
     assert upstream.requests == []
 
 
-def test_a_body_has_a_limit() -> None:
-    body = b'{"prompt": "' + b"x" * (16 * 1024 * 1024) + b'"}'
-    assert "limit" in refusal(call(FakeUpstream(says("x")), COMPLETIONS, body), 400, None)
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_body_has_a_limit(declared: bool) -> None:
+    limits = GatewayConfig(max_body_bytes=1024)
+    for size, status in ((1024, 200), (1025, 413)):
+        upstream = FakeUpstream(says("x"))
+        body = b'{"model": "tiny", "prompt": "in"}'.ljust(size)
+        headers = None if declared else {"content-length": "", "transfer-encoding": "chunked"}
+        response = call(upstream, COMPLETIONS, body, headers, limits)
+        assert response.status_code == status
+        assert len(upstream.requests) == (status == 200)
+        if status != 200:
+            assert "limit of 1024 bytes" in refusal(response, status, None)
+            assert "retry-after" not in response.headers
+
+
+def test_requests_beyond_the_bound_are_refused_with_a_hint() -> None:
+    prompts = ["in"] * 3
+    for bound, status in ((3, 200), (2, 429)):
+        limits = GatewayConfig(max_ongoing_requests=bound)
+        body = {"model": "tiny", "prompt": prompts, "stream": False}
+        response = call(FakeUpstream(says("beginning")), COMPLETIONS, body, limits=limits)
+        assert response.status_code == status
+    assert "at most 2 requests" in refusal(response, 429, None)
+    assert response.headers["retry-after"] == "1"
+
+
+def test_what_a_call_takes_of_memory_has_a_limit() -> None:
+    ids = len(tokenizer().encode("in"))
+    body = {"model": "tiny", "prompt": ["in"] * 5, "n": 4, "max_tokens": 8, "logprobs": 2}
+    needed = 5 * 4 * (ids + 8 * 3)
+    for bound, status in ((needed, 200), (needed - 1, 400)):
+        limits = GatewayConfig(max_request_tokens=bound)
+        upstream = FakeUpstream(says("x"))
+        response = call(upstream, COMPLETIONS, body, limits=limits)
+        assert response.status_code == status
+        assert len(upstream.requests) == (5 if status == 200 else 0)
+    assert f"come to {needed} tokens" in refusal(response, 400, "prompt")
 
 
 @pytest.mark.parametrize(
@@ -96,6 +131,29 @@ def test_bad_requests_name_their_field(path: str, extra: dict[str, Any], param: 
     base |= {"prompt": "in"} if path == COMPLETIONS else {"messages": HELLO}
     refusal(call(upstream, path, {**base, **extra}), 400, param)
     assert upstream.requests == []
+
+
+@pytest.mark.parametrize(
+    ("path", "extra"),
+    [
+        (COMPLETIONS, {"prompt": [5, "my secret"]}),
+        (COMPLETIONS, {"prompt": [[5, "my secret"]]}),
+        (COMPLETIONS, {"prompt": ["my secret " * 100]}),
+        (COMPLETIONS, {"prompt": {"my secret": 1}}),
+        (CHAT, {"messages": "my secret"}),
+        (CHAT, {"messages": ["my secret"]}),
+        (CHAT, {"messages": [{"role": "user", "content": ["my secret"]}]}),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "my secret"}, 1]}]},
+        ),
+        (CHAT, {"messages": [{"role": "user", "content": {"my secret": 1}}]}),
+    ],
+)
+def test_refusals_do_not_repeat_the_prompt(path: str, extra: dict[str, Any]) -> None:
+    response = call(FakeUpstream(says("x")), path, {"model": "tiny", **extra})
+    assert response.status_code == 400
+    assert "secret" not in response.text
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])

@@ -137,8 +137,8 @@ def test_an_expert_is_fetched_whole_and_nothing_else_is(tmp_path: Path, dtype: t
     assert torch.equal(ours.down, right.down)
     assert ours.down.dtype == dtype
     assert checkpoint.remote.fetched_bytes == 3 * 64 * 96 * dtype.itemsize
-    names = checkpoint.family.expert_tensors(1, 2)
-    assert {name for name, _, _ in neighbours.reads["b"]} == {names.gate, names.up, names.down}
+    parts = checkpoint.family.expert_tensors(checkpoint.config, 1, 2).parts()
+    assert {name for name, _, _ in neighbours.reads["b"]} == {part.name for part in parts}
     assert all(0 < end - begin <= CHUNK_BYTES for _, begin, end in neighbours.reads["b"])
     assert sum(end - begin for _, begin, end in neighbours.reads["b"]) == (
         checkpoint.remote.fetched_bytes
@@ -188,6 +188,36 @@ def test_a_deployment_is_built_where_the_checkpoint_is_not(folder: Path) -> None
     assert ours.source.identity == right.source.identity
     assert ours.source.experts == right.source.experts
     assert (ours.dtype, ours.eos_token_ids) == (right.dtype, right.eos_token_ids)
+
+
+@dataclass
+class LyingPeer(FakePeer):
+    """Its headers say that a tensor has a petabyte."""
+
+    def open(self) -> Future[dict[str, Any]]:
+        told = self.reader.open()
+        name, (file, shape, dtype, begin, _) = next(iter(told["tensors"].items()))
+        told["tensors"][name] = (file, shape, dtype, begin, begin + (1 << 50))
+        return done(lambda: told)
+
+
+@pytest.mark.parametrize("liars", [["a"], ["a", "b"]])
+def test_a_peer_whose_headers_disagree_with_themselves_is_passed_over(
+    folder: Path, liars: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    neighbours = FakeNeighbours({"a": folder, "b": folder})
+    honest = neighbours.connect
+
+    def connect(node: str, path: str) -> FakePeer:
+        peer = honest(node, path)
+        return LyingPeer(node, peer.reader, None, peer.reads) if node in liars else peer
+
+    monkeypatch.setattr(neighbours, "connect", connect)
+    if liars == ["a"]:
+        check_expert(folder, fetched(folder, neighbours))
+        return
+    with pytest.raises(CheckpointMissingError, match="has other bytes than its shape"):
+        fetched(folder, neighbours)
 
 
 def damaged(number: int, answer: dict[str, Any]) -> dict[str, Any]:

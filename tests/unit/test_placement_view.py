@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from cluster.measurements import Samples
 from cluster.placement import Placement
 from router import placement_view
 from router.placement_view import PlacementView, PlacementWatcher
@@ -98,6 +99,9 @@ def test_the_age_of_the_controllers_loop_grows_until_it_is_heard_of_again(
     assert view.loop_age_s() == 0.25
 
 
+SAMPLES = Samples(1.0, {})
+
+
 class FakeController:
     """Answers watches with placements from a list; an exception in it is raised."""
 
@@ -108,9 +112,15 @@ class FakeController:
         self.exhausted = asyncio.Event()
 
     async def watch(
-        self, kind: str, pid: int, node: str, known: tuple[int, int], timeout_s: float
+        self,
+        kind: str,
+        pid: int,
+        node: str,
+        known: tuple[int, int],
+        timeout_s: float,
+        samples: Samples,
     ) -> dict[str, Any]:
-        assert (kind, node) == ("router", "node")
+        assert (kind, node, samples) == ("router", "node", SAMPLES)
         self.known.append(known)
         if not self.answers:
             self.exhausted.set()
@@ -149,7 +159,7 @@ def watcher_of(
     is_wanted: Callable[[], bool] = lambda: True,
     on_deleted: Callable[[], None] = lambda: None,
 ) -> PlacementWatcher:
-    return PlacementWatcher("router", view, controller, is_wanted, on_deleted)
+    return PlacementWatcher("router", view, controller, is_wanted, on_deleted, lambda: SAMPLES)
 
 
 def test_the_watcher_feeds_the_view_and_says_what_is_known() -> None:

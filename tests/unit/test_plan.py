@@ -28,6 +28,7 @@ from router.plan import (
 )
 from router.plan_source import find_model, known_models
 from tests.checkpoints import save_mixtral
+from tests.family_checkpoints import SAVERS
 
 BUNDLED = Path(__file__).parents[2] / "deploy" / "models" / "mesh-tiny"
 KNOWN = known_models()
@@ -50,7 +51,7 @@ def shape(num_layers: int, num_experts: int, **others: int) -> ModelShape:
 
 
 def planned(of: ModelShape) -> PlannedModel:
-    return PlannedModel("m", of, "bfloat16", "here", True)
+    return PlannedModel("m", of, "bfloat16", "here")
 
 
 def meta_model(config: dict[str, Any]) -> torch.nn.Module:
@@ -147,7 +148,7 @@ def test_a_checkpoint_is_planned_from_its_config_and_headers(tmp_path: Path) -> 
         of_experts = sum(count for name, count in values.items() if ".experts." in name)
         assert plan.all_experts_bytes == of_experts * 4
         assert plan.router_weight_bytes == (sum(values.values()) - of_experts) * 4
-        assert (model.dtype, model.is_servable) == ("float32", True)
+        assert model.dtype == "float32"
 
 
 def test_the_bundled_model_is_found_by_its_name_and_dtype_can_be_chosen() -> None:
@@ -156,15 +157,23 @@ def test_the_bundled_model_is_found_by_its_name_and_dtype_can_be_chosen() -> Non
     assert make_plan(whole, Wish()).expert_bytes == 2 * make_plan(half, Wish()).expert_bytes
 
 
-def test_a_family_that_is_not_served_is_planned_and_said_to_be_so(tmp_path: Path) -> None:
-    config = KNOWN["qwen3-235b-a22b"]["config"] | {"torch_dtype": "float16"}
+def test_a_configuration_without_weights_is_planned_too(tmp_path: Path) -> None:
+    config = KNOWN["gpt-oss-120b"]["config"] | {"torch_dtype": "float16"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for model in (find_model(str(tmp_path)), find_model("Qwen3-235B-A22B")):
-        assert not model.is_servable
+    for model in (find_model(str(tmp_path)), find_model("GPT-OSS-120B")):
         assert model.shape == shape_of(config, "")
     assert find_model(str(tmp_path)).dtype == "float16"
-    assert find_model("mixtral-8x7b").is_servable
     assert "mxfp4" in find_model("gpt-oss-120b").note
+
+
+@pytest.mark.parametrize("name", sorted(SAVERS))
+def test_every_familys_checkpoint_is_planned_as_large_as_it_is(tmp_path: Path, name: str) -> None:
+    oracle = SAVERS[name](tmp_path)
+    model = find_model(str(tmp_path))
+    tensors = oracle.state_dict()
+    of_experts = sum(one.numel() for key, one in tensors.items() if ".experts." in key)
+    assert model.shape.num_all_experts * model.shape.expert_parameters == of_experts
+    assert model.shape.total_parameters == sum(one.numel() for one in tensors.values())
 
 
 @pytest.mark.parametrize(
@@ -188,7 +197,7 @@ def test_a_wrong_config_is_refused_by_name(
 
 
 def test_a_dbrx_config_without_its_parts_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="intermediate_size"):
+    with pytest.raises(CheckpointError, match="lacks the key ffn_hidden_size"):
         shape_of(KNOWN["dbrx"]["config"] | {"ffn_config": None}, "here")
 
 

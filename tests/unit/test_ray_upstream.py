@@ -12,6 +12,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from cluster.errors import DeadlineExceededError, OverloadedError, UnavailableError
+from cluster.measurements import Samples
 from cluster.retry import RetryBudget
 from router.gateway import ray_upstream
 from router.gateway.ray_upstream import Inbox, RayUpstream, _take
@@ -164,7 +165,7 @@ def upstream(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[RayUpstream,
 
     def make() -> tuple[RayUpstream, Router]:
         router = Router()
-        made = RayUpstream(None, {"m": router}, "strict", lambda: True)  # type: ignore[arg-type, dict-item]
+        made = RayUpstream(None, {"m": router}, "strict", lambda: True, lambda: Samples(0.0, {}))  # type: ignore[arg-type, dict-item]
         return made, router
 
     return make

@@ -126,6 +126,24 @@ def test_a_full_queue_refuses_the_next_request_with_a_hint() -> None:
     assert len(scheduler.sequences()) == 5
 
 
+def test_a_queue_is_bounded_by_tokens_too() -> None:
+    scheduler = Scheduler(Limits(1, 100, 9, max_queue_tokens=40), 100)
+    scheduler.add(request_of("a", 50, 10))  # one alone may be more
+    scheduler.schedule()
+    scheduler.add(request_of("b", 3, 7, n=2))
+    scheduler.add(request_of("c", 10, 10))  # 40 in all
+    with pytest.raises(OverloadedError, match="40 tokens of 2 requests wait already") as caught:
+        scheduler.add(request_of("d", 1, 1))
+    assert caught.value.retry_after_s == 1.0
+    scheduler.finish(scheduler.waiting[0])
+    scheduler.add(request_of("d", 5, 5))
+    for sequence in scheduler.sequences():
+        scheduler.finish(sequence)
+    scheduler.add(request_of("e", 30, 10))
+    scheduler.schedule()
+    scheduler.add(request_of("f", 30, 10))
+
+
 def test_a_request_that_could_never_fit_is_refused_without_a_hint() -> None:
     scheduler = Scheduler(Limits(1, 100, 2), 2)
     scheduler.add(request_of("a", 30, 2))  # 32 tokens: exactly all

@@ -48,6 +48,11 @@ def test_unknown_key_is_an_error_that_names_it(tmp_path: Path) -> None:
         ("model", {"num_experts_per_tok": 4}, "leaves no choice; give gating noisy: false"),
         ("model", {"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads 3"),
         ("gating", {"noisy": False}, "load_weight 0.1 needs noisy: true"),
+        (
+            "gating",
+            {"groups": {"tokens": 7, "capacity_factor": 1}},
+            "7 must divide batch_size times sequence_length, 128",
+        ),
         ("optimization", {"warmup_steps": 40}, "must be less than steps 40"),
         ("optimization", {"sequence_length": 65}, "at most max_position_embeddings 64"),
     ],

@@ -162,6 +162,23 @@ def test_prompt_and_max_tokens_together_must_fit() -> None:
     assert caught.value.field == "max_tokens"
 
 
+@pytest.mark.parametrize(("logprobs", "each"), [(None, 3 + 4), (0, 3 + 4), (5, 3 + 4 * 6)])
+def test_what_a_request_takes_of_memory_has_a_limit(logprobs: int | None, each: int) -> None:
+    sampling: dict[str, Any] = {"max_tokens": 4, "n": 10}
+    if logprobs is not None:
+        sampling["logprobs"] = logprobs
+    raw = RawRequest("tiny", [5, 6, 7], sampling)
+    Validator({"tiny": served()}, GatewayConfig(max_request_tokens=10 * each)).check(raw)
+    with pytest.raises(InvalidRequestError, match=f"come to {10 * each} tokens") as caught:
+        Validator({"tiny": served()}, GatewayConfig(max_request_tokens=10 * each - 1)).check(raw)
+    assert caught.value.field == "max_tokens"
+
+
+def test_one_choice_may_always_fill_the_context() -> None:
+    raw = RawRequest("tiny", [5], {"max_tokens": CONTEXT - 1})
+    Validator({"tiny": served()}, GatewayConfig(max_request_tokens=1)).check(raw)
+
+
 @pytest.mark.parametrize("bad", [0, -1, 61, math.nan, math.inf, True, "5", HUGE])
 def test_bad_timeouts(bad: Any) -> None:
     with pytest.raises(InvalidRequestError) as caught:

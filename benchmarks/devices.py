@@ -1,0 +1,90 @@
+"""Emulated devices that write down what they did, by subclasses: the product has no hook."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import ray
+
+from cluster.placement import ExpertKey
+from cluster.spec import ACTOR_NAMESPACE, parse_actor_name
+from experts.remote import RemoteExpertActor
+from router.control import ControllerDeployment
+
+if TYPE_CHECKING:
+    from experts.actor import ExpertActor
+
+TIMEOUT_S = 30.0
+
+
+class Product(NamedTuple):
+    """One expert's product: for which tokens, and when (``time.perf_counter``)."""
+
+    layer_id: int
+    expert_id: int
+    tokens: tuple[int, ...]
+    start_s: float
+    end_s: float
+
+
+def _recording_actor(recorded: list[Product], *arguments: Any) -> ExpertActor:
+    import torch
+
+    from experts.actor import ExpertActor
+    from experts.bank import Expert
+
+    class RecordingExpert:
+        """An expert around another one; a steered row's largest value stands at its token."""
+
+        def __init__(self, inner: Expert, key: ExpertKey) -> None:
+            self._inner = inner
+            self._key = key
+            self.num_bytes, self.hidden_size = inner.num_bytes, inner.hidden_size
+            self.dtype, self.device = inner.dtype, inner.device
+
+        def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+            start_s = time.perf_counter()
+            answer = self._inner(rows)
+            end_s = time.perf_counter()
+            tokens = tuple(rows.argmax(dim=1).tolist())
+            key = self._key
+            recorded.append(Product(key.layer_id, key.expert_id, tokens, start_s, end_s))
+            return answer
+
+    class RecordingActor(ExpertActor):
+        def _load_one(self, checkpoint: Any, key: ExpertKey, dtype: torch.dtype) -> Expert:
+            return RecordingExpert(super()._load_one(checkpoint, key, dtype), key)
+
+    return RecordingActor(*arguments)
+
+
+class RecordingRemoteActor(RemoteExpertActor):
+    """The expert actor as Ray sees it, recording."""
+
+    def __init__(self, *arguments: Any) -> None:
+        """As :class:`RemoteExpertActor`."""
+        self._recorded: list[Product] = []
+        self._actor = _recording_actor(self._recorded, *arguments)
+
+    @ray.method(concurrency_group="control")
+    def recorded(self) -> list[Product]:
+        """Return all products since the actor's start."""
+        return list(self._recorded)
+
+
+class RecordingController(ControllerDeployment):
+    """A controller of recording actors."""
+
+    actor_class = RecordingRemoteActor
+
+
+def recorded(app: str) -> dict[str, list[Product]]:
+    """Return what each actor of an application has done, by its id."""
+    products = {}
+    for entry in ray.util.list_named_actors(all_namespaces=True):
+        parsed = parse_actor_name(entry["name"], app)
+        if parsed is not None:
+            handle = ray.get_actor(entry["name"], namespace=ACTOR_NAMESPACE)
+            products[parsed[0]] = ray.get(handle.recorded.remote(), timeout=TIMEOUT_S)
+    return dict(sorted(products.items()))

@@ -1,0 +1,155 @@
+"""Targets: what clients send, as far as into the validation, and what servers answer clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+from starlette.requests import Request
+
+import deploy
+from benchmarks.fuzzing.target import Target
+from cluster.config import GatewayConfig
+from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelError
+from router.gateway.chat import parse_chat
+from router.gateway.completions import parse_completion
+from router.gateway.generation import GenerationService
+from router.gateway.grpc_handlers import GrpcHandlers, parse_health_check
+from router.gateway.http_io import read_json
+from router.gateway.metrics import Metrics
+from router.gateway.models import GatewayModel, ServedModel
+from router.gateway.status import STATUS, error_from_grpc, grpc_error, http_error
+from router.gateway.tokenizer import Tokenizer
+from router.protos import inference_pb2
+
+MODEL, CONTEXT, VOCAB = "mesh-tiny", 1024, 4096
+Parse = Callable[[dict[str, Any], GenerationService, str], object]
+_CODES = tuple(one.grpc for one in STATUS.values())
+COMPLETIONS: tuple[dict[str, Any], ...] = (
+    {"model": MODEL, "prompt": "And the LORD said", "max_tokens": 4, "temperature": 0},
+    {
+        "model": MODEL, "prompt": [[5, 6, 7], [8, 9]], "max_tokens": 4, "temperature": 0.5, "n": 2,
+        "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 3, "stop": ["x", "\n"], "logprobs": 2,
+        "stream": True, "stream_options": {"include_usage": True}, "timeout_s": 5,
+        "on_expert_loss": "drop", "ignore_eos": True, "return_token_ids": True, "user": "me",
+    },
+)  # fmt: skip
+CHATS: tuple[dict[str, Any], ...] = (
+    {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4},
+    {
+        "model": MODEL, "max_completion_tokens": 4, "logprobs": True, "top_logprobs": 2,
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "be brief"}]},
+            {"role": "user", "content": "hi", "name": "me"},
+        ],
+        "tools": [], "response_format": {"type": "text"}, "stop": "x", "temperature": 0,
+    },
+)  # fmt: skip
+
+
+def service() -> GenerationService:
+    """Return a gateway's service for the bundled model; nothing is behind it."""
+    folder = Path(deploy.__file__).parent / "models" / MODEL
+    info = GatewayModel(MODEL, str(folder), "", "mixtral", 4, 8, 2, VOCAB, CONTEXT, "float32", (1,))
+    model = ServedModel(info, Tokenizer.load(str(folder), (1,)))
+    upstream: Any = None
+    return GenerationService({MODEL: model}, GatewayConfig(), upstream, Metrics())
+
+
+def http() -> Target:
+    """Return the target of JSON bodies; each goes to both endpoints."""
+    served = service()
+
+    def run(data: bytes) -> None:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": data, "more_body": False}
+
+        async def parsed(parse: Parse) -> None:
+            request = Request({"type": "http", "headers": []}, receive)
+            body = await read_json(request, served.limits.max_body_bytes, served.bodies)
+            parse(body, served, "id")
+
+        for parse in (parse_completion, parse_chat):
+            try:
+                asyncio.run(parsed(parse))
+            except (InvalidRequestError, UnknownModelError) as error:
+                _check_http(error)
+
+    return Target(bodies(MODEL), run)
+
+
+def _check_http(error: ExpertMeshError) -> None:
+    status, body, _ = http_error(error)
+    assert status in (400, 404)
+    told = json.loads(json.dumps(body, allow_nan=False))["error"]
+    assert 0 < len(told["message"].encode()) < 2000
+
+
+def protobuf() -> Target:
+    """Return the target of the bytes of gRPC requests."""
+    handlers = GrpcHandlers(service())
+
+    def run(data: bytes) -> None:
+        for check in (lambda: handlers._check(data, True), lambda: parse_health_check(data)):
+            try:
+                check()
+            except (InvalidRequestError, UnknownModelError) as error:
+                _check_grpc(error)
+
+    return Target(messages(MODEL), run)
+
+
+def _check_grpc(error: ExpertMeshError) -> None:
+    code, details, packed = grpc_error(error)
+    assert code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
+    assert len(details.encode()) < 2000
+    assert len(packed) < 6000  # a proxy and a client take no more than 8 KiB of trailers
+    assert error_from_grpc(code, details, packed).code == error.code
+
+
+def bodies(model: str) -> list[bytes]:
+    """Return good HTTP bodies: completions, then chats."""
+    return [json.dumps({**one, "model": model}).encode() for one in (*COMPLETIONS, *CHATS)]
+
+
+def messages(model: str) -> list[bytes]:
+    """Return good gRPC requests to generate, as bytes."""
+    sampling = {"max_tokens": 4, "temperature": 0.0}
+    ids = inference_pb2.TokenIds(ids=[5, 6, 7])
+    full = inference_pb2.GenerateRequest(
+        model=model,
+        prompt_token_ids=ids,
+        timeout_s=5.0,
+        on_expert_loss="drop",
+        sampling={
+            **sampling, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "seed": 3, "ignore_eos": True,
+            "logprobs": 2, "n": 2, "stop": ["x"],
+        },
+    )  # fmt: skip
+    full.resume.add(token_ids=[5], finished=False)
+    full.resume.add(token_ids=[5, 6], finished=True)
+    chat = inference_pb2.GenerateRequest(model=model, sampling=sampling)
+    chat.messages.add(role="user", content="hi")
+    text = inference_pb2.GenerateRequest(model=model, prompt="And the LORD said", sampling=sampling)
+    return [one.SerializeToString() for one in (text, full, chat)]
+
+
+def status() -> Target:
+    """Return the target of a status's details, as a client reads them from whoever answers."""
+
+    def run(data: bytes) -> None:
+        code = _CODES[data[0] % len(_CODES)] if data else grpc.StatusCode.UNKNOWN
+        error = error_from_grpc(code, data.decode("utf-8", "replace")[:100], data[1:])
+        assert isinstance(error, ExpertMeshError)
+        assert error.retry_after_s is None or error.retry_after_s >= 0
+
+    packed = status_pb2.Status(code=3, message="x")
+    packed.details.add().Pack(error_details_pb2.RetryInfo())
+    violation = error_details_pb2.BadRequest.FieldViolation(field="a", description="b")
+    packed.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    return Target([b"\x00" + packed.SerializeToString()], run)

@@ -1,0 +1,139 @@
+"""Grok-1 (xAI 2024, github.com/xai-org/grok-1), in both layouts that it was published in.
+
+The released weights are no safetensors; two conversions are, which differ in names alone: one
+(``grok-1``) has Llama's, the other (``grok``) those of xAI's own code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from experts.families.base import (
+    Config,
+    ExpertShape,
+    ExpertTensors,
+    Family,
+    Shapes,
+    head_sizes,
+    size,
+)
+from experts.families.common import plain_expert
+
+_DEFAULTS = {
+    "attn_output_multiplier": 0.08838834764831845,
+    "max_attn_value": 30.0,
+    "embedding_multiplier_scale": 78.38367176906169,
+    "output_multiplier_scale": 0.5773502691896257,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+"""Multipliers and limits as xAI's code has them."""
+
+_NAMES_OF_XAI = {
+    "model.embed_tokens.weight": "transformer.in_out_embed.weight",
+    "model.norm.scale": "transformer.rms_norm.weight",
+    "attn.q_proj.weight": "multi_head_attention.query.weight",
+    "attn.k_proj.weight": "multi_head_attention.key.weight",
+    "attn.v_proj.weight": "multi_head_attention.value.weight",
+    "attn.o_proj.weight": "multi_head_attention.linear.weight",
+    "moe_block.gate.weight": "router.weight",
+    "pre_attn_norm.scale": "rms_norm.weight",
+    "post_attn_norm.scale": "rms_norm_1.weight",
+    "pre_moe_norm.scale": "rms_norm_2.weight",
+    "post_moe_norm.scale": "rms_norm_3.weight",
+}
+
+
+def _usual(config: Config) -> Config:
+    count = config.get("num_experts", config.get("num_local_experts"))
+    given = {key: value for key, value in config.items() if value is not None}
+    for key, default in _DEFAULTS.items():
+        value = given.get(key, default)
+        if not isinstance(value, (int, float)) or not (value > 0 or isinstance(value, bool)):
+            raise ValueError(f"{key} must be a positive number (given: {value!r:.40})")
+    return _DEFAULTS | given | {"num_experts": count}
+
+
+def _expert_shape(config: Config) -> ExpertShape:
+    return ExpertShape(
+        layers=tuple(range(config["num_hidden_layers"])),
+        num_experts=size(config, "num_experts"),
+        num_experts_per_tok=size(config, "num_experts_per_tok"),
+        hidden_size=config["hidden_size"],
+        intermediate_size=size(config, "intermediate_size"),
+        activation="gelu_pytorch_tanh",
+    )
+
+
+def _experts(prefix: str, config: Config, expert_id: int) -> ExpertTensors:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    return plain_expert(f"{prefix}.{expert_id}", hidden, inner, ("linear", "linear_v", "linear_1"))
+
+
+def _expert_tensors(config: Config, layer_id: int, expert_id: int) -> ExpertTensors:
+    return _experts(f"model.layers.{layer_id}.moe_block.experts", config, expert_id)
+
+
+def _expert_tensors_of_xai(config: Config, layer_id: int, expert_id: int) -> ExpertTensors:
+    return _experts(f"transformer.decoder_layer.{layer_id}.moe", config, expert_id)
+
+
+def _dense_tensors(config: Config) -> Shapes:
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    heads, kv_heads, head_size = head_sizes(config)
+    tensors: Shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.scale": (hidden,)}
+    for layer_id in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer_id}"
+        tensors |= {
+            f"{prefix}.attn.q_proj.weight": (heads * head_size, hidden),
+            f"{prefix}.attn.k_proj.weight": (kv_heads * head_size, hidden),
+            f"{prefix}.attn.v_proj.weight": (kv_heads * head_size, hidden),
+            f"{prefix}.attn.o_proj.weight": (hidden, heads * head_size),
+            f"{prefix}.moe_block.gate.weight": (config["num_experts"], hidden),
+        }
+        for norm in ("pre_attn_norm", "post_attn_norm", "pre_moe_norm", "post_moe_norm"):
+            tensors[f"{prefix}.{norm}.scale"] = (hidden,)
+    return tensors
+
+
+def _of_xai(name: str) -> str:
+    """Return what xAI's code calls a tensor."""
+    if not name.startswith("model.layers."):
+        return _NAMES_OF_XAI.get(name, name)
+    _, _, layer_id, part = name.split(".", 3)
+    return f"transformer.decoder_layer.{layer_id}.{_NAMES_OF_XAI[part]}"
+
+
+def _dense_tensors_of_xai(config: Config) -> Shapes:
+    return {_of_xai(name): shape for name, shape in _dense_tensors(config).items()}
+
+
+def _module_names(config: Config) -> dict[str, str]:
+    return {_of_xai(name): name for name in _dense_tensors(config)}
+
+
+def _always(config: Config) -> bool:
+    return True
+
+
+GROK_1 = Family(
+    model_type="grok-1",
+    architectures=("Grok1ModelForCausalLM", "Grok1ForCausalLM", "GrokForCausalLM"),
+    experts_module=None,
+    experts_class=None,
+    expert_shape=_expert_shape,
+    expert_tensors=_expert_tensors,
+    dense_tensors=_dense_tensors,
+    usual=_usual,
+    options={"tie_word_embeddings": (True,)},
+    weights_of_all=_always,
+)
+
+GROK_1_OF_XAI = replace(
+    GROK_1,
+    model_type="grok",
+    expert_tensors=_expert_tensors_of_xai,
+    dense_tensors=_dense_tensors_of_xai,
+    module_names=_module_names,
+)

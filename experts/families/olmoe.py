@@ -1,0 +1,58 @@
+"""OLMoE (Muennighoff et al. 2024, arXiv 2409.02060): norms over all queries and keys, clipping."""
+
+from __future__ import annotations
+
+from experts.families.base import (
+    Config,
+    ExpertShape,
+    ExpertTensors,
+    Family,
+    Shapes,
+    head_sizes,
+    size,
+)
+from experts.families.common import layer_tensors, outer_tensors, plain_expert
+
+
+def _expert_shape(config: Config) -> ExpertShape:
+    return ExpertShape(
+        layers=tuple(range(config["num_hidden_layers"])),
+        num_experts=size(config, "num_experts"),
+        num_experts_per_tok=size(config, "num_experts_per_tok"),
+        hidden_size=config["hidden_size"],
+        intermediate_size=size(config, "intermediate_size"),
+        activation=config.get("hidden_act", "silu"),
+    )
+
+
+def _expert_tensors(config: Config, layer_id: int, expert_id: int) -> ExpertTensors:
+    prefix = f"model.layers.{layer_id}.mlp.experts.{expert_id}"
+    return plain_expert(prefix, config["hidden_size"], config["intermediate_size"])
+
+
+def _dense_tensors(config: Config) -> Shapes:
+    tensors, bias = outer_tensors(config), config.get("attention_bias", False)
+    heads, kv_heads, head_size = head_sizes(config)
+    for layer_id in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer_id}"
+        tensors |= layer_tensors(config, layer_id, qkv_bias=bias, output_bias=bias)
+        tensors[f"{prefix}.self_attn.q_norm.weight"] = (heads * head_size,)
+        tensors[f"{prefix}.self_attn.k_norm.weight"] = (kv_heads * head_size,)
+        tensors[f"{prefix}.mlp.gate.weight"] = (config["num_experts"], config["hidden_size"])
+    return tensors
+
+
+def _weights_of_all(config: Config) -> bool:
+    return not config.get("norm_topk_prob", False)
+
+
+OLMOE = Family(
+    model_type="olmoe",
+    architectures=("OlmoeForCausalLM",),
+    experts_module="transformers.models.olmoe.modeling_olmoe",
+    experts_class="OlmoeExperts",
+    expert_shape=_expert_shape,
+    expert_tensors=_expert_tensors,
+    dense_tensors=_dense_tensors,
+    weights_of_all=_weights_of_all,
+)

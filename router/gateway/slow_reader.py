@@ -1,0 +1,75 @@
+"""Ends the work for a client that does not read its stream.
+
+While a client does not read, the server's write of a piece does not end, and the generator that
+made the piece stays where it handed it over. So what is too long there is too long unread, over
+HTTP and gRPC alike, and whatever stands between client and gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from types import TracebackType
+from typing import Any
+
+from cluster.errors import SlowReaderError
+
+
+class SlowReaderWatch:
+    """Watches over the pieces of one stream; each is handed over inside ``with watch:``.
+
+    When one takes longer than ``timeout_s``, ``end_work()`` is awaited on a task of its own and
+    ``on_cut()`` called once; when the client reads on after all, the ``with`` raises
+    :class:`SlowReaderError`. To be used inside ``async with``, which waits for ``end_work``.
+    """
+
+    def __init__(
+        self,
+        timeout_s: float,
+        end_work: Callable[[], Coroutine[Any, Any, None]],
+        on_cut: Callable[[], None],
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._end_work, self._on_cut = end_work, on_cut
+        self._loop = asyncio.get_running_loop()
+        self._handed_s: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._ending: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> SlowReaderWatch:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._ending is not None:
+            await self._ending
+
+    def __enter__(self) -> None:
+        self._handed_s = self._loop.time()
+        # One timer goes on over many pieces: to set and cancel one for each costs more.
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._timeout_s, self._look)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._handed_s = None
+        if self._ending is not None and error is None:
+            raise SlowReaderError(
+                f"the answer was not read for {self._timeout_s:g} s, and has been ended"
+            )
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._handed_s is None:
+            return
+        due_s = self._handed_s + self._timeout_s
+        if self._loop.time() < due_s:
+            self._timer = self._loop.call_at(due_s, self._look)
+            return
+        self._on_cut()
+        self._ending = self._loop.create_task(self._end_work())

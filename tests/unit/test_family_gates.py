@@ -1,0 +1,124 @@
+"""Every family's gate without some experts, against its formula written out, a token at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experts.checkpoint import open_checkpoint
+from router.gate import chooser
+from tests.family_checkpoints import SAVERS
+
+Choice = dict[int, float]
+Formula = Callable[[Any, torch.Tensor, Collection[int], Collection[int]], Choice]
+"""From (block, hidden state [H], experts in line, experts that live) to weights by expert."""
+
+
+def softmax_of_all(renormalises: bool) -> Formula:
+    """Shares of all experts; of the chosen ones where the family renormalises."""
+
+    def formula(
+        block: Any, hidden: torch.Tensor, line: Collection[int], live: Collection[int]
+    ) -> Choice:
+        gate = block.router.layer if hasattr(block, "router") else block.gate
+        shares = (gate.weight @ hidden).softmax(-1).tolist()
+        chosen = sorted(line, key=lambda e: -shares[e])
+        chosen = [e for e in chosen[: top_k(block)] if e in live]
+        total = sum(shares[e] for e in chosen) if renormalises else 1.0
+        return {e: shares[e] / total for e in chosen}
+
+    return formula
+
+
+def softmax_of_the_chosen(
+    block: Any, hidden: torch.Tensor, line: Collection[int], live: Collection[int]
+) -> Choice:
+    """GPT-OSS: the largest logits, and the shares among them."""
+    logits = (block.router.weight @ hidden + block.router.bias).tolist()
+    chosen = sorted(line, key=lambda e: -logits[e])[: block.router.top_k]
+    powers = {e: math.exp(logits[e]) for e in chosen if e in live}
+    return {e: power / sum(powers.values()) for e, power in powers.items()}
+
+
+def in_groups(scores: list[float], line: Collection[int], gate: Any, best: int) -> list[int]:
+    """Return who is chosen of the groups whose ``best`` best sum up to most."""
+    size = len(scores) // gate.num_group
+    least = min(scores) - 1
+    worth = [s if e in line else least for e, s in enumerate(scores)]
+    groups = [range(g * size, (g + 1) * size) for g in range(gate.num_group)]
+    groups.sort(key=lambda group: -sum(sorted(worth[e] for e in group)[-best:]))
+    within = [e for group in groups[: gate.topk_group] for e in group if e in line]
+    return sorted(within, key=lambda e: -scores[e])[: gate.top_k]
+
+
+def deepseek_v2(
+    block: Any, hidden: torch.Tensor, line: Collection[int], live: Collection[int]
+) -> Choice:
+    """Groups by their best share; no normalisation, a factor."""
+    shares = (block.gate.weight @ hidden).softmax(-1).tolist()
+    chosen = in_groups(shares, line, block.gate, 1)
+    return {e: shares[e] * block.gate.routed_scaling_factor for e in chosen if e in live}
+
+
+def deepseek_v3(
+    block: Any, hidden: torch.Tensor, line: Collection[int], live: Collection[int]
+) -> Choice:
+    """Groups by their best two, corrected for the choice alone; normalised, a factor."""
+    shares = (block.gate.weight @ hidden).sigmoid()
+    corrected = (shares + block.gate.e_score_correction_bias).tolist()
+    chosen = [e for e in in_groups(corrected, line, block.gate, 2) if e in live]
+    total = sum(float(shares[e]) for e in chosen)
+    return {e: float(shares[e]) / total * block.gate.routed_scaling_factor for e in chosen}
+
+
+def top_k(block: Any) -> int:
+    return int(block.top_k if hasattr(block, "top_k") else block.gate.top_k)
+
+
+CASES: list[tuple[str, dict[str, Any], Formula]] = [
+    ("qwen2_moe", {}, softmax_of_all(False)),
+    ("qwen2_moe", {"norm_topk_prob": True}, softmax_of_all(True)),
+    ("qwen3_moe", {}, softmax_of_all(True)),
+    ("olmoe", {}, softmax_of_all(False)),
+    ("dbrx", {}, softmax_of_all(True)),
+    ("gpt_oss", {}, softmax_of_the_chosen),
+    ("deepseek_v2", {}, deepseek_v2),
+    ("deepseek_v3", {}, deepseek_v3),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "formula"), CASES)
+@torch.inference_mode()
+def test_a_gate_without_some_experts(
+    tmp_path: Path, name: str, changes: dict[str, Any], formula: Formula
+) -> None:
+    model = SAVERS[name](tmp_path, **changes)
+    checkpoint = open_checkpoint(tmp_path)
+    block = next(b for b in model.modules() if hasattr(b, "experts"))
+    choose = chooser(
+        checkpoint.family.gate_of(block), checkpoint.family.weights_of_all(checkpoint.config)
+    )
+    num_experts = checkpoint.shape.num_experts
+    hidden = torch.randn(40, checkpoint.shape.hidden_size)
+    everyone = torch.ones(40, num_experts, dtype=torch.bool)
+    own, _ = choose(hidden, everyone)
+    for lost in ([], [0], [1, 2, 5], list(range(num_experts - 1))):
+        live = set(range(num_experts)) - set(lost)
+        for contract in ("next_expert", "drop"):
+            allowed = everyone.clone()
+            allowed[:, lost] = False
+            if contract == "drop":
+                allowed &= torch.zeros_like(allowed).scatter(1, own, True)
+            ids, weights = choose(hidden, allowed)
+            for row in range(len(hidden)):
+                line = live if contract == "next_expert" else range(num_experts)
+                expected = formula(block, hidden[row], line, live)
+                pairs = zip(ids[row].tolist(), weights[row].tolist(), strict=True)
+                # Where a choice among groups finds too few, others come with a weight of nothing.
+                got = {e: w for e, w in pairs if allowed[row, e] and w}
+                assert got == pytest.approx(expected, rel=1e-4, abs=1e-6)
