@@ -1,17 +1,19 @@
 """The layout that is served itself: a conversion changes its dtype and its shards' size.
 
-Of a quantised checkpoint it makes one that is not.
+Of a quantised checkpoint it makes one that is not, and of a model that was published under two sets
+of names always the same one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experts.checkpoint import Checkpoint, open_checkpoint, read_json
 from experts.convert.safetensors_files import SafetensorsFiles
 from experts.convert.source import QUANTISED, Entry, Source, Take, Tensors
+from experts.families.grok import GROK_1, GROK_1_OF_XAI, name_of_xai
 from experts.quantization import quantization_of
 from experts.shards import DTYPES, INDEX_FILE, WEIGHTS_FILE, weight_map_of
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG_FILE = "config.json"
+_RENAMED = {GROK_1_OF_XAI.model_type: (GROK_1.model_type, name_of_xai)}
+"""By the ``model_type`` of names that go: the other one, and what tells the old name of a new."""
 
 
 def is_huggingface(path: Path) -> bool:
@@ -37,8 +41,12 @@ def open_huggingface(path: Path) -> Source:
     else:
         tensors = _DequantisedFiles(open_checkpoint(path))
         config = {key: value for key, value in config.items() if key != "quantization_config"}
-    files = (config_file, *shards)
-    return Source("huggingface", path, config_file, config, tensors, _takes, files)
+    files, old_name = (config_file, *shards), _same
+    if str(config.get("model_type")) in _RENAMED:
+        model_type, old_name = _RENAMED[config["model_type"]]
+        config = config | {"model_type": model_type}
+    takes = _takes_of(old_name)
+    return Source("huggingface", path, config_file, config, tensors, takes, files)
 
 
 class _DequantisedFiles:
@@ -68,8 +76,12 @@ class _DequantisedFiles:
         return read_tensor(self._checkpoint, name, torch.float32, (begin, end))
 
 
-def _takes(name: str) -> list[Take]:
-    return [Take(name)]
+def _takes_of(old_name: Callable[[str], str]) -> Callable[[str], list[Take]]:
+    return lambda name: [Take(old_name(name))]
+
+
+def _same(name: str) -> str:
+    return name
 
 
 def _shards(path: Path) -> tuple[Path, ...]:
