@@ -272,7 +272,7 @@ def output_options(parser: argparse.ArgumentParser) -> None:
         "--compare",
         type=_read_result,
         metavar="OLD.json",
-        help=f"compare with an older result; status 1 if any figure is {TOLERANCE:.0%} slower",
+        help=f"compare with an older result; status 1 if any figure is {TOLERANCE:.0%}% slower",
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -131,6 +132,16 @@ def measure(num_actors: int, payload_bytes: int, calls: int) -> dict[str, Any]:
     return figures
 
 
+def become_a_router() -> None:
+    """Start anew with a router's environment, which the C library reads when a process starts."""
+    from router.app import router_environment
+
+    environment = router_environment(1)
+    if not environment.items() <= os.environ.items():
+        again = [sys.executable, "-m", "benchmarks.dispatch", *sys.argv[1:]]
+        os.execve(sys.executable, again, {**os.environ, **environment})
+
+
 def report(result: dict[str, Any]) -> None:
     """Print the table."""
     rows = []
@@ -161,6 +172,7 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=500)
     output_options(parser)
     options = parser.parse_args()
+    become_a_router()
     torch.set_num_threads(1)  # as a router has it
     ray.init(address="local", include_dashboard=False, logging_level="warning", namespace="serve")
     result: dict[str, Any] = {"benchmark": "dispatch", "machine": machine(), "figures": {}}
