@@ -1,0 +1,91 @@
+"""What checking a request costs the gateway's event loop, measured in this process alone."""
+
+from __future__ import annotations
+
+import json
+import time
+import timeit
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from benchmarks.common import MODEL
+from benchmarks.open_loop import body_of, prompt_of
+
+if TYPE_CHECKING:
+    from router.gateway.generation import GenerationService
+
+SHORT, LONG, TOKENS = 16, 960, 32
+TEXT = "In the beginning God created the heaven and the earth."
+REPEATS = 7
+EVERY_FIELD: dict[str, Any] = {
+    "top_k": 40,
+    "top_p": 0.9,
+    "min_p": 0.05,
+    "seed": 7,
+    "stop": ["\n\n", "The end"],
+    "logprobs": 5,
+    "n": 2,
+    "timeout_s": 30.0,
+    "on_expert_loss": "strict",
+}
+
+
+def run(folder: Path) -> dict[str, float]:
+    """Return µs a request by kind, from the parsed body to the checked request.
+
+    Of a text what its tokenizer takes is left out: that is work for the answer, not checking.
+    """
+    from cluster.config import GatewayConfig
+    from router.gateway.completions import parse_completion
+    from router.gateway.models import GatewayModel, ServedModel
+    from router.gateway.tokenizer import Tokenizer
+    from router.gateway.validate import Validator
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    ends = (config["eos_token_id"],)
+    tokenizer = Tokenizer.load(str(folder), ends)
+    info = GatewayModel(
+        id=MODEL,
+        path=str(folder),
+        identity="",
+        family=config["model_type"],
+        num_layers=config["num_hidden_layers"],
+        num_experts=config["num_local_experts"],
+        num_experts_per_tok=config["num_experts_per_tok"],
+        vocab_size=config["vocab_size"],
+        max_model_len=config["max_position_embeddings"],
+        dtype=config["dtype"],
+        eos_token_ids=ends,
+    )
+    validator = Validator({MODEL: ServedModel(info, tokenizer)}, GatewayConfig())
+    # Of the service only the two methods that a validator has as well are used.
+    service = cast("GenerationService", validator)
+
+    def check_us(body: dict[str, Any]) -> float:
+        return least_us(lambda: parse_completion(body, service, "id"))
+
+    text = {**body_of([], TOKENS, False), "prompt": TEXT}
+    encode_us = least_us(lambda: tokenizer.encode(TEXT))
+    return {
+        f"{SHORT} token ids": check_us(body_of(_ids(SHORT), TOKENS, False)),
+        f"{LONG} token ids": check_us(body_of(_ids(LONG), TOKENS, False)),
+        f"{SHORT} token ids, every field": check_us(
+            body_of(_ids(SHORT), TOKENS, False, **EVERY_FIELD)
+        ),
+        f"a text, beyond its tokenizer's {encode_us:.0f}": check_us(text) - encode_us,
+    }
+
+
+def _ids(count: int) -> list[int]:
+    return [prompt_of(place)[0] for place in range(count)]
+
+
+def least_us(work: Callable[[], object]) -> float:
+    """Return the µs of processor time that ``work`` takes: the least mean of some runs.
+
+    What else runs on the machine does not count, but it makes caches cold.
+    """
+    timer = timeit.Timer(work, timer=time.process_time)
+    number, _ = timer.autorange()
+    return min(timer.repeat(REPEATS, number)) / number * 1e6
