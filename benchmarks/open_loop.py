@@ -39,8 +39,8 @@ T = TypeVar("T")
 class Answer:
     """What came of one request; times in seconds after the first one was due.
 
-    ``kind`` is the gRPC code or the HTTP status. ``pieces`` are when pieces of a stream with how
-    many tokens came.
+    ``kind`` is the gRPC code or the HTTP status. ``pieces`` are when how many tokens came, all at
+    once where it was no stream.
     """
 
     surface: Surface
@@ -120,27 +120,36 @@ class Asker:
         loop = asyncio.get_running_loop()
         surface: Surface = "HTTP" if number % 2 else "gRPC"
         answer = Answer(surface, due_s, loop.time() - start_s)
-        ways = {("gRPC", False): self._grpc, ("gRPC", True): self._grpc_stream}
-        way = ways.get((surface, stream), self._http_stream if stream else self._http_whole)
+        ways = {
+            ("gRPC", False): self._grpc_whole,
+            ("gRPC", True): self._grpc_stream,
+            ("HTTP", False): self._http_whole,
+            ("HTTP", True): self._http_stream,
+        }
 
         def piece(tokens: int) -> None:
             if tokens:
                 answer.pieces.append((loop.time() - start_s, tokens))
 
         try:
-            answer.kind = await way(prompt_of(number), piece)
+            answer.kind = await ways[surface, stream](prompt_of(number), piece)
         except Exception as error:  # whatever it is, it is counted
             answer.kind = type(error).__name__
+        if answer.is_answered and sum(tokens for _, tokens in answer.pieces) != self._tokens:
+            answer.kind = "another number of tokens"
         answer.ended_s = loop.time() - start_s
         return answer
 
-    async def _grpc(self, prompt: list[int], piece: Callable[[int], None]) -> str:
+    async def _grpc_whole(self, prompt: list[int], piece: Callable[[int], None]) -> str:
         from cluster.errors import ExpertMeshError
 
         try:
-            await self._client.generate(prompt, self._sampling(), model=MODEL, timeout_s=TIMEOUT_S)
+            replies = await self._client.generate(
+                prompt, self._sampling(), model=MODEL, timeout_s=TIMEOUT_S
+            )
         except ExpertMeshError as error:
             return _code_of(error)
+        piece(sum(len(reply.token_ids) for reply in replies))
         return ANSWERED["gRPC"]
 
     async def _grpc_stream(self, prompt: list[int], piece: Callable[[int], None]) -> str:
@@ -162,6 +171,8 @@ class Asker:
 
     async def _http_whole(self, prompt: list[int], piece: Callable[[int], None]) -> str:
         answer = await self._http.post(self._url, json=body_of(prompt, self._tokens, False))
+        if answer.status_code == 200:
+            piece(_tokens_of(answer.json()))
         return _status_of(answer)
 
     async def _http_stream(self, prompt: list[int], piece: Callable[[int], None]) -> str:
@@ -174,7 +185,7 @@ class Asker:
                     event = json.loads(line.removeprefix("data: "))
                     if "error" in event:
                         return f"200, then {event['error']['code']}"
-                    piece(sum(len(choice["token_ids"]) for choice in event["choices"]))
+                    piece(_tokens_of(event))
         return ANSWERED["HTTP"]
 
 
@@ -210,6 +221,10 @@ def body_of(prompt: Sequence[int], tokens: int, stream: bool, **more: Any) -> di
         "return_token_ids": True,
         **more,
     }
+
+
+def _tokens_of(event: Mapping[str, Any]) -> int:
+    return sum(len(choice["token_ids"]) for choice in event["choices"])
 
 
 def _code_of(error: Any) -> str:
