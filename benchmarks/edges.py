@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks import cancels, overload, stalls, validation
 from benchmarks.common import CACHE_TOKENS, MODEL, machine, progress, show
-from benchmarks.held import above
+from benchmarks.held import METRICS, RAYS, above
 from benchmarks.open_loop import ANSWERED, SHED
 
 MODEL_PATH = "models/mesh-tiny"
@@ -88,7 +88,6 @@ def _serving(processes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def cancel_verdicts(result: Mapping[str, Any]) -> list[Verdict]:
     """Judge what is held after clients have left."""
     failed = {how: count for how, count in result["left"].items() if ": " in how}
-    more = above(result["after"], result["before"])
     files = result["descriptors"]
     memory = result["memory_mb"]
     open_files = grown(files["before"], files["after"], lambda before: GROWTH_FDS)
@@ -97,16 +96,20 @@ def cancel_verdicts(result: Mapping[str, Any]) -> list[Verdict]:
     )
     return [
         Verdict("clients left as they meant to", _counted(failed) or "all", "all", not failed),
-        Verdict(
-            "slots, places, tasks, objects",
-            ", ".join(f"{name} {result['after'][name]:g}" for name in more)
-            or f"as before, {result['back_s']:.1f} s after the last",
-            "as before",
-            not more,
+        *(
+            _back(result, figure, names)
+            for figure, names in (("slots and places", METRICS), ("Ray's tasks and objects", RAYS))
         ),
         Verdict("descriptors", _counted(open_files) or "as before", "as before", not open_files),
         Verdict("memory, MB", _counted(bigger) or "as before", "as before", not bigger),
     ]
+
+
+def _back(result: Mapping[str, Any], figure: str, names: Collection[str]) -> Verdict:
+    more = [name for name in above(result["after"], result["before"]) if name in names]
+    back_s = max(result["back_s"][name] for name in names)
+    told = ", ".join(f"{name} {result['after'][name]:g}" for name in more)
+    return Verdict(figure, told or f"as before after {back_s:.1f} s", "as before", not more)
 
 
 def grown(

@@ -26,6 +26,8 @@ RAY = {
     "Ray objects": ("num_object_refs_in_scope",),
 }
 """What each of Ray's processes tells of itself, summed."""
+STORE = "object store, MB"
+RAYS = (*RAY, STORE)
 LOOK_S, LOOKS = 0.25, 12
 
 
@@ -61,7 +63,7 @@ def rays() -> dict[str, float]:
         name: float(sum(getattr(one, field) for one in others for field in fields))
         for name, fields in RAY.items()
     }
-    sums["object store, MB"] = told.store_stats.object_store_bytes_used / 1e6
+    sums[STORE] = told.store_stats.object_store_bytes_used / 1e6
     return sums
 
 
@@ -112,11 +114,20 @@ def above(now: Mapping[str, float], before: Mapping[str, float]) -> list[str]:
     return [name for name, value in now.items() if value > before[name]]
 
 
-def wait_back(ports: Ports, before: Mapping[str, float], timeout_s: float) -> float:
-    """Return after how many seconds nothing was more than before; the timeout if never."""
+def wait_back(
+    ports: Ports, before: Mapping[str, float], timeout_s: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Wait until nothing is more than before, or for so long.
+
+    Returns what is held then, and how long each thing was more than before.
+    """
     started_s = time.monotonic()
-    while above(held(ports), before):
-        if time.monotonic() - started_s > timeout_s:
-            return timeout_s
+    back_s = dict.fromkeys(before, 0.0)
+    while True:
+        now = held(ports)
+        passed_s = time.monotonic() - started_s
+        more = above(now, before)
+        back_s.update(dict.fromkeys(more, passed_s))
+        if not more or passed_s > timeout_s:
+            return now, back_s
         time.sleep(LOOK_S)
-    return time.monotonic() - started_s

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import edges
-from benchmarks.held import above, total
+from benchmarks.held import METRICS, RAYS, above, total
 
 
 def process(name: str, is_flat: bool = True) -> dict[str, Any]:
@@ -20,6 +20,7 @@ def summary(p99_ms: float) -> dict[str, dict[str, float]]:
     return {"first_token": dict(one), "between_tokens": dict(one)}
 
 
+BEFORE = dict.fromkeys([*METRICS, *RAYS], 0.0) | {"Ray tasks": 3.0}
 GOOD: dict[str, Any] = {
     "overload": {
         "kinds": {"gRPC": {"OK": 5, "RESOURCE_EXHAUSTED": 15}, "HTTP": {"200": 5, "429": 15}},
@@ -28,9 +29,9 @@ GOOD: dict[str, Any] = {
     },
     "cancels": {
         "left": {"gRPC stream": 250, "HTTP whole": 250},
-        "before": {"running": 0.0, "Ray tasks": 3.0},
-        "after": {"running": 0.0, "Ray tasks": 2.0},
-        "back_s": 0.9,
+        "before": BEFORE,
+        "after": {**BEFORE, "Ray tasks": 2.0},
+        "back_s": {**dict.fromkeys(BEFORE, 0.0), "running": 0.9, "Ray objects": 7.0},
         "descriptors": {"before": {"Gateway": 90.0}, "after": {"Gateway": 95.0}},
         "memory_mb": {"before": {"Gateway": 400.0}, "after": {"Gateway": 419.0}},
     },
@@ -54,7 +55,7 @@ def missed(part: str, change: dict[str, Any]) -> list[edges.Verdict]:
 def test_a_good_run_keeps_every_figure() -> None:
     verdicts = edges.judge(GOOD)
     assert all(one.is_kept for one in verdicts)
-    assert len(verdicts) == 3 + 4 + 3 + 2
+    assert len(verdicts) == 3 + 5 + 3 + 2
     assert [one.measured for one in verdicts][:3] == ["no other", "after 4.9 s", "flat, all 1"]
 
 
@@ -93,9 +94,15 @@ def test_parts_that_were_not_run_are_not_judged(part: str) -> None:
         ),
         (
             "cancels",
-            {"after": {"running": 1.0, "Ray tasks": 3.0}},
-            "slots, places, tasks, objects",
+            {"after": {**BEFORE, "running": 1.0}},
+            "slots and places",
             "running 1",
+        ),
+        (
+            "cancels",
+            {"after": {**BEFORE, "Ray tasks": 4.0, "Ray objects": 9.0}},
+            "Ray's tasks and objects",
+            "Ray tasks 4, Ray objects 9",
         ),
         (
             "cancels",
