@@ -184,7 +184,10 @@ def _deployed() -> Any:
         "models": [{"id": MODEL, "path": MODEL_PATH}],
         "experts": {"actors": ACTORS},
         "router": {"cache_tokens": CACHE_TOKENS, "max_queue_requests": QUEUE},
-        "gateway": {"reader_timeout_s": stalls.READER_TIMEOUT_S},
+        "gateway": {
+            "reader_timeout_s": stalls.READER_TIMEOUT_S,
+            "max_logprobs": stalls.LOGPROBS,
+        },
     }
     with served(partial(build, args)) as ports:
         yield ports

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 OTHERS, OTHERS_TOKENS = 8, 32
 ROUNDS, STRETCH_S, SETTLE_S = 3, 15.0, 2.0
-LOGPROBS = 20
-GRPC_TOKENS, HTTP_TOKENS = 400, 160
-"""With so many log probabilities more than all buffers between router and client hold."""
+LOGPROBS = 100
+GRPC_TOKENS, HTTP_TOKENS = 150, 250
+"""With so many log probabilities more than all buffers between gateway and client hold."""
 SMALL_BYTES = 4096
 """What a stalled client's socket takes, so that its stream really stops."""
 READER_TIMEOUT_S = 45.0
