@@ -89,7 +89,7 @@ def document(ran: Sequence[Ran], day: datetime.date, machine: Sequence[str]) -> 
     """Return the whole document."""
     parts = [
         "# Results",
-        f"Of `benchmarks/all.sh` on {day.isoformat()}; [what each measures](README.md).",
+        f"Measured on {day.isoformat()}; [what each command measures](README.md).",
         "\n".join(machine),
         "\n".join(
             ["| Command | Ended |", "|---|---|"]
