@@ -26,7 +26,7 @@ from cluster.config import (
 )
 from cluster.errors import CheckpointError, ConfigError, ExpertMeshError
 from cluster.spec import budgets_of
-from router.app import build, deployment_names
+from router.app import build, deployment_names, gateway_model
 from router.check import check_file
 from router.served import ServedModel, inspect_models, pool_specs
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
@@ -359,6 +359,13 @@ def test_a_model_is_described_by_its_checkpoint(folder: Path) -> None:
     assert (served.num_layers, served.num_experts, served.num_experts_per_tok) == (3, 8, 2)
     assert served.vocab_size == VOCAB_SIZE
     assert served.source.experts.expert_bytes == 3 * 64 * 96 * 4
+
+
+def test_the_gateway_knows_the_same_numbers(folder: Path) -> None:
+    [served] = inspect_models(config_of(folder))
+    told = gateway_model(served)
+    assert (told.id, told.family, told.vocab_size) == (served.id, served.family, VOCAB_SIZE)
+    assert told.identity == served.source.identity
 
 
 def test_dtype_and_length_of_the_configuration_win(folder: Path) -> None:
