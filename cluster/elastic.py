@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from cluster.balance import Device
 from cluster.changes import Change, Changes, Cluster
@@ -73,6 +73,8 @@ class Elastic:
         self._filled: set[tuple[str, int]] = set()
         """Generations of empty actors over which experts were spread, or are being spread."""
         self._fill_from_s = 0.0
+        self._awaited: set[str] = set()
+        """New actors that a change waits for."""
         self._succeeded: set[str] = set()
         """Actors that are to go with their node and have a successor."""
 
@@ -96,10 +98,15 @@ class Elastic:
             before = self._fleet.of(name)
             self._check_number(name, number, len(before))
             what = f"{name}: {len(before)} -> {number} actors"
-            if number > len(before):
-                return await self._grow(name, number - len(before), what, dry_run, reason)
-            leaving = self._cheapest(before, len(before) - number)
-            return await self._shrink(leaving, what, dry_run, reason)
+            if number <= len(before):
+                leaving = self._cheapest(before, len(before) - number)
+                return await self._shrink(leaving, what, dry_run, reason)
+            if dry_run:
+                return await self._plan_growth(name, number - len(before), what, reason)
+            logger.info("%s, %s", what, reason)
+            added = self._begin([name] * (number - len(before)))
+        # Others go on meanwhile: it may take Ray's autoscaler minutes to find them devices.
+        return await self._use(added, what, reason)
 
     async def drain(self, target: str, dry_run: bool = False, reason: str = ASKED) -> ChangeReport:
         """Empty and end an actor, or all of a node that its id or the beginning of it names.
@@ -198,24 +205,27 @@ class Elastic:
 
     # Growing and shrinking.
 
-    async def _grow(
-        self, pool: str, number: int, what: str, dry_run: bool, reason: str
-    ) -> ChangeReport:
+    async def _plan_growth(self, pool: str, number: int, what: str, reason: str) -> ChangeReport:
         began_s = time.monotonic()
-        if dry_run:
-            room_bytes = self._rebalancer.room_bytes(pool)
-            coming = [Device(f"{pool}-new-{i}", f"new-{i}", room_bytes) for i in range(number)]
-            async with self._rebalancer.one_at_a_time:
-                spread = await self._rebalancer.spread(coming=coming, dry_run=True)
-            added = [device.actor_id for device in coming]
-            return self._report(what, reason, spread, added, (), began_s)
-        logger.info("%s, %s", what, reason)
-        added = self._begin([pool] * number)
-        up = await self._wait_up(added, UP_TIMEOUT_S)
-        spread = Spread("committed", (), 0)
-        if up:
-            spread = await self._fill(up)
-        away = [actor_id for actor_id in added if actor_id not in up]
+        room_bytes = self._rebalancer.room_bytes(pool)
+        coming = [Device(f"{pool}-new-{i}", f"new-{i}", room_bytes) for i in range(number)]
+        async with self._rebalancer.one_at_a_time:
+            spread = await self._rebalancer.spread(coming=coming, dry_run=True)
+        added = [device.actor_id for device in coming]
+        return self._report(what, reason, spread, added, (), began_s)
+
+    async def _use(self, added: Sequence[str], what: str, reason: str) -> ChangeReport:
+        """Spread experts over actors that were asked for, those that come up in time."""
+        began_s = time.monotonic()
+        self._awaited |= set(added)
+        try:
+            await self._wait_up(added, UP_TIMEOUT_S)
+            async with self._one_at_a_time:
+                up = [a for a in added if a in self._cluster.placement.generations]
+                spread = await self._fill(up) if up else Spread("committed", (), 0)
+        finally:
+            self._awaited -= set(added)
+        away = [a for a in added if a not in up and a in self._fleet.specs]
         if away and spread.outcome == "committed":
             why = await asyncio.to_thread(self._cluster.pool.shortage, away[0])
             spread = Spread(f"pending: {', '.join(away)}: {why}", spread.moves, spread.moved_bytes)
@@ -303,19 +313,11 @@ class Elastic:
 
     async def run_forever(self) -> None:
         """Follow the load, use actors that have come up, and leave nodes that are about to go."""
-        draining_at_s = 0.0
-        while True:
-            await asyncio.sleep(LOOK_S)
-            try:
-                await self._follow_load()
-                await self._fill_empty()
-                if time.monotonic() - draining_at_s >= DRAINING_CHECK_S:
-                    draining_at_s = time.monotonic()
-                    await self._leave_nodes()
-            except ExpertMeshError as error:
-                logger.info("not scaled: %s", error)
-            except Exception as error:  # Ray's own is away for a moment
-                logger.warning("not scaled (%s)", kind_of(error), exc_info=True)
+        await asyncio.gather(
+            _forever(self._follow_load, LOOK_S),
+            _forever(self._fill_empty, LOOK_S),
+            _forever(self._leave_nodes, DRAINING_CHECK_S),
+        )
 
     async def _follow_load(self) -> None:
         for pool, policy in self._policies.items():
@@ -358,6 +360,7 @@ class Elastic:
             for actor_id, share in self._changes.shares.items()
             if not share
             and actor_id in generations
+            and actor_id not in self._awaited
             and (actor_id, generations[actor_id]) not in self._filled
         ]
         began_s = time.monotonic()
@@ -395,6 +398,17 @@ class Elastic:
                 logger.info("%s took over after %.1f s", ", ".join(up), time.monotonic() - began_s)
             if report.outcome == "committed":
                 self._succeeded -= set(leaving)
+
+
+async def _forever(look: Callable[[], Awaitable[None]], period_s: float) -> None:
+    while True:
+        await asyncio.sleep(period_s)
+        try:
+            await look()
+        except ExpertMeshError as error:
+            logger.info("not scaled: %s", error)
+        except Exception as error:  # Ray's own is away for a moment
+            logger.warning("not scaled (%s)", kind_of(error), exc_info=True)
 
 
 def _moves_of(change: Change) -> tuple[Move, ...]:

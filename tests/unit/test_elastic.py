@@ -306,6 +306,33 @@ def test_actors_leave_a_node_that_ray_drains_and_successors_take_over() -> None:
     run(test)
 
 
+def test_a_node_is_left_while_another_change_waits_for_a_device() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        pool.node_ids = ["n0", "n1"]
+        async with running(2, pool) as cluster:
+            await cluster.complete()
+            forever = asyncio.Event()
+
+            async def waits(actor: FakeActor) -> None:
+                if actor.actor_id == "expert-2":
+                    await forever.wait()
+
+            pool.load_gate = waits
+            growing = asyncio.create_task(done(cluster.controller.scale(3, "", False)))
+            await happens(lambda: bool(pool.of("expert-2")))
+            pool.draining_ids = {"n1"}
+            pool.node_ids = ["n0"]
+            await happens(lambda: pool.of("expert-1")[-1].killed)
+            assert sizes(cluster.controller._placement) == {"expert-0": 4, "expert-3": 4}
+            forever.set()
+            report = await growing
+            assert (report.outcome, report.added) == ("committed", ("expert-2",))
+            assert sizes(await settled(cluster, 1))["expert-2"] > 0
+
+    run(test)
+
+
 def test_without_room_for_successors_those_who_stay_take_over() -> None:
     async def test() -> None:
         pool = FakePool(spec_of().digest)
