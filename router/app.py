@@ -7,7 +7,7 @@ controller creates the expert actors. Everything is checked before anything is d
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 from ray import serve
@@ -65,7 +65,7 @@ def application(
         model.id: _router(names[model.id], config).bind(model, config, controller)
         for model in models
     }
-    gateway_models = tuple(gateway_model(model) for model in models)
+    gateway_models = tuple(_gateway_model(model) for model in models)
     return _gateway(config).bind(  # type: ignore[no-any-return]
         gateway_models,
         config.gateway,
@@ -165,10 +165,7 @@ def _gateway(config: AppConfig) -> Any:
     )(Gateway)
 
 
-def gateway_model(model: ServedModel) -> GatewayModel:
-    """Return what the gateway knows of a model: its own fields of what is served."""
-    told = asdict(model)
-    own = {field.name: told[field.name] for field in fields(GatewayModel) if field.name in told}
-    return GatewayModel(
-        **{**own, "eos_token_ids": model.eos_token_ids, "identity": model.source.identity}
-    )
+def _gateway_model(model: ServedModel) -> GatewayModel:
+    names = [one.name for one in fields(GatewayModel) if one.name != "identity"]
+    told = {name: getattr(model, name) for name in names}
+    return GatewayModel(**told, identity=model.source.identity)

@@ -158,6 +158,12 @@ RETRIES = _family(
     "model_name reason replica",
     "Frames that had to be sent again, by why.",
 )
+OVERFLOW = _family(
+    "expert_overflow_tokens",
+    "counter",
+    "model_name layer expert replica",
+    "Tokens that an expert had no room for, under router.expert_capacity.",
+)
 
 # Of the controller and the placement.
 EPOCH = _family(
