@@ -85,6 +85,12 @@ def machine_lines(ran: Sequence[Ran]) -> list[str]:
     return [*lines, f"- {', '.join(versions)}"] if versions else lines
 
 
+def told(output: str) -> str:
+    """Return what a benchmark printed, without what Ray's own processes say in between."""
+    lines = [line.rstrip() for line in output.splitlines() if "(raylet)" not in line]
+    return "\n".join(lines).strip("\n")
+
+
 def document(ran: Sequence[Ran], day: datetime.date, machine: Sequence[str]) -> str:
     """Return the whole document."""
     parts = [
@@ -97,8 +103,7 @@ def document(ran: Sequence[Ran], day: datetime.date, machine: Sequence[str]) -> 
         ),
     ]
     for one in ran:
-        output = "\n".join(line.rstrip() for line in one.output.strip().splitlines())
-        parts += [f"## {one.name}", f"`{one.command}`", f"```\n{output}\n```"]
+        parts += [f"## {one.name}", f"`{one.command}`", f"```\n{told(one.output)}\n```"]
     return "\n\n".join(parts) + "\n"
 
 

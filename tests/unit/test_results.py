@@ -23,7 +23,7 @@ def keep(folder: Path, name: str, status: int = 0, whole: bool = True) -> None:
     kept = folder / f"{number:02d}-{name}"
     kept.with_suffix(".command").write_text(f"python -m benchmarks.{name} --quick\n")
     kept.with_suffix(".status").write_text(f"{status}\n")
-    kept.with_suffix(".txt").write_text(f"{name} told │ 1 │   \n")
+    kept.with_suffix(".txt").write_text(f"(raylet) a word\n\n{name} told │ 1 │   \n")
     if whole:
         kept.with_suffix(".json").write_text(json.dumps({"machine": MACHINE}))
 
