@@ -85,7 +85,7 @@ def machine_lines(ran: Sequence[Ran]) -> list[str]:
     return [*lines, f"- {', '.join(versions)}"] if versions else lines
 
 
-def told(output: str) -> str:
+def cleaned(output: str) -> str:
     """Return what a benchmark printed, without what Ray's own processes say in between."""
     lines = [line.rstrip() for line in output.splitlines() if "(raylet)" not in line]
     return "\n".join(lines).strip("\n")
@@ -103,7 +103,7 @@ def document(ran: Sequence[Ran], day: datetime.date, machine: Sequence[str]) -> 
         ),
     ]
     for one in ran:
-        parts += [f"## {one.name}", f"`{one.command}`", f"```\n{told(one.output)}\n```"]
+        parts += [f"## {one.name}", f"`{one.command}`", f"```\n{cleaned(one.output)}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
