@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,18 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import MODEL, summary_ms
 from benchmarks.held import memory_mb, metrics, scrape, total
-from benchmarks.open_loop import TIMEOUT_S, Answer, asker, body_of, prompt_of
+from benchmarks.open_loop import TIMEOUT_S, Answer, asker, prompt_of
 
 if TYPE_CHECKING:
     from benchmarks.serve import Ports
 
 OTHERS, OTHERS_TOKENS = 8, 32
-ROUNDS, STRETCH_S, SETTLE_S = 3, 15.0, 2.0
-LOGPROBS = 100
-GRPC_TOKENS, HTTP_TOKENS = 150, 250
-"""With so many log probabilities more than all buffers between gateway and client hold."""
-SMALL_BYTES = 4096
-"""What a stalled client's socket takes, so that its stream really stops."""
+ROUNDS, STRETCH_S, SETTLE_S = 2, 15.0, 2.0
+LOGPROBS, TOKENS = 100, 100
+"""220 KB an answer: more than gRPC's windows between gateway and client hold, so that the stream
+really stops. Over HTTP the kernel's buffers of a loopback connection hold megabytes."""
+WINDOW_BYTES = 4096
 READER_TIMEOUT_S = 45.0
 """Long enough that all streams are computed, and a stretch measured, before the first is cut."""
 DONE_S = 120.0
@@ -36,43 +33,21 @@ SLOW_READERS = "expertmesh_slow_readers_total"
 
 @contextmanager
 def stalled(ports: Ports, count: int) -> Iterator[None]:
-    """Have so many clients read one token each and then nothing, half of them over HTTP."""
+    """Have so many clients read one message each and then nothing."""
     with ExitStack() as stack, ThreadPoolExecutor(AT_ONCE) as pool:
-        begun = pool.map(
-            lambda number: (_http if number % 2 else _grpc)(ports, number), range(count)
-        )
-        for leave in begun:
+        for leave in pool.map(lambda number: _begin(ports, number), range(count)):
             stack.callback(leave)
         yield
 
 
-def _http(ports: Ports, number: int) -> Callable[[], None]:
-    """Read the first event of an answer over HTTP; returns how to leave."""
-    asked = body_of(prompt_of(number), HTTP_TOKENS, True, logprobs=LOGPROBS, timeout_s=TIMEOUT_S)
-    body = json.dumps(asked).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    client = socket.socket()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BYTES)
-    client.settimeout(TIMEOUT_S)
-    client.connect(("127.0.0.1", ports.http))
-    client.sendall(head.encode() + body)
-    came = b""
-    while b"data: {" not in came:
-        piece = client.recv(512)
-        if not piece or not (came + piece).startswith(b"HTTP/1.1 200"[: len(came + piece)]):
-            raise RuntimeError(f"a reader was refused: {(came + piece)[:200]!r}")
-        came += piece
-    return client.close
-
-
-def _grpc(ports: Ports, number: int) -> Callable[[], None]:
-    """Read the first message of an answer over gRPC; returns how to leave."""
+def _begin(ports: Ports, number: int) -> Callable[[], None]:
+    """Read the first message of a stream; returns how to leave."""
     import grpc
 
     from router.protos import inference_pb2, inference_pb2_grpc
 
     window = [
-        ("grpc.http2.lookahead_bytes", SMALL_BYTES),
+        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
         ("grpc.http2.bdp_probe", 0),
         ("grpc.use_local_subchannel_pool", 1),  # a connection of its own
     ]
@@ -81,7 +56,7 @@ def _grpc(ports: Ports, number: int) -> Callable[[], None]:
         model=MODEL,
         prompt_token_ids=inference_pb2.TokenIds(ids=prompt_of(number)),
         sampling=inference_pb2.Sampling(
-            max_tokens=GRPC_TOKENS, temperature=0.0, ignore_eos=True, logprobs=LOGPROBS
+            max_tokens=TOKENS, temperature=0.0, ignore_eos=True, logprobs=LOGPROBS
         ),
         timeout_s=TIMEOUT_S,
     )
