@@ -1,8 +1,10 @@
-"""Clients that stop reading their streams: what others feel of it, and what becomes of them."""
+"""Clients that stop reading their streams: what others feel of it, and what is held for them."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,43 +13,63 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import MODEL, summary_ms
-from benchmarks.held import memory_mb, metrics, scrape, total
-from benchmarks.open_loop import TIMEOUT_S, Answer, asker, prompt_of
+from benchmarks.held import memory_mb, metrics
+from benchmarks.open_loop import TIMEOUT_S, Answer, asker, body_of, prompt_of
 
 if TYPE_CHECKING:
     from benchmarks.serve import Ports
 
 OTHERS, OTHERS_TOKENS = 8, 32
-ROUNDS, STRETCH_S, SETTLE_S = 2, 15.0, 2.0
-LOGPROBS, TOKENS = 100, 100
-"""220 KB an answer: more than gRPC's windows between gateway and client hold, so that the stream
-really stops. Over HTTP the kernel's buffers of a loopback connection hold megabytes."""
-WINDOW_BYTES = 4096
-READER_TIMEOUT_S = 45.0
-"""Long enough that all streams are computed, and a stretch measured, before the first is cut."""
+ROUNDS, STRETCH_S, SETTLE_S = 3, 15.0, 2.0
+LOGPROBS = 20
+GRPC_TOKENS, HTTP_TOKENS = 400, 160
+"""Over 100 KB an answer: far more than its client takes, about what lies between takes."""
+SMALL_BYTES = 4096
+"""What a stalled client's window or socket takes."""
 DONE_S = 120.0
 POLL_S = 0.25
 AT_ONCE = 20
-SLOW_READERS = "expertmesh_slow_readers_total"
 
 
 @contextmanager
 def stalled(ports: Ports, count: int) -> Iterator[None]:
-    """Have so many clients read one message each and then nothing."""
+    """Have so many clients read one token each and then nothing, half of them over HTTP."""
     with ExitStack() as stack, ThreadPoolExecutor(AT_ONCE) as pool:
-        for leave in pool.map(lambda number: _begin(ports, number), range(count)):
+        begun = pool.map(
+            lambda number: (_http if number % 2 else _grpc)(ports, number), range(count)
+        )
+        for leave in begun:
             stack.callback(leave)
         yield
 
 
-def _begin(ports: Ports, number: int) -> Callable[[], None]:
-    """Read the first message of a stream; returns how to leave."""
+def _http(ports: Ports, number: int) -> Callable[[], None]:
+    """Read the first event of an answer over HTTP; returns how to leave."""
+    asked = body_of(prompt_of(number), HTTP_TOKENS, True, logprobs=LOGPROBS, timeout_s=TIMEOUT_S)
+    body = json.dumps(asked).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BYTES)
+    client.settimeout(TIMEOUT_S)
+    client.connect(("127.0.0.1", ports.http))
+    client.sendall(head.encode() + body)
+    came = b""
+    while b"data: {" not in came:
+        piece = client.recv(512)
+        if not piece or not (came + piece).startswith(b"HTTP/1.1 200"[: len(came + piece)]):
+            raise RuntimeError(f"a reader was refused: {(came + piece)[:200]!r}")
+        came += piece
+    return client.close
+
+
+def _grpc(ports: Ports, number: int) -> Callable[[], None]:
+    """Read the first message of an answer over gRPC; returns how to leave."""
     import grpc
 
     from router.protos import inference_pb2, inference_pb2_grpc
 
     window = [
-        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+        ("grpc.http2.lookahead_bytes", SMALL_BYTES),
         ("grpc.http2.bdp_probe", 0),
         ("grpc.use_local_subchannel_pool", 1),  # a connection of its own
     ]
@@ -56,7 +78,7 @@ def _begin(ports: Ports, number: int) -> Callable[[], None]:
         model=MODEL,
         prompt_token_ids=inference_pb2.TokenIds(ids=prompt_of(number)),
         sampling=inference_pb2.Sampling(
-            max_tokens=TOKENS, temperature=0.0, ignore_eos=True, logprobs=LOGPROBS
+            max_tokens=GRPC_TOKENS, temperature=0.0, ignore_eos=True, logprobs=LOGPROBS
         ),
         timeout_s=TIMEOUT_S,
     )
@@ -91,29 +113,22 @@ async def others(ports: Ports, seconds: float) -> list[Answer]:
 
 
 def run(ports: Ports, count: int, begin: Callable[[str], None]) -> dict[str, Any]:
-    """Measure others with and without stalled readers by turns; then wait until these are cut."""
+    """Measure others with and without stalled readers, by turns."""
     stretches: dict[str, list[list[Answer]]] = {"without": [], "with": []}
     for number in range(1, ROUNDS + 1):
         begin(f"nobody stalls, {number} of {ROUNDS}")
         stretches["without"].append(asyncio.run(others(ports, STRETCH_S)))
         memory = memory_mb()
         begin(f"{count} readers stall, {number} of {ROUNDS}")
-        cut_before = _cut(ports)
         with stalled(ports, count):
             _wait(lambda: not metrics(ports)["running"], "their tokens are computed")
             stretches["with"].append(asyncio.run(others(ports, STRETCH_S)))
-            cut_early = _cut(ports) - cut_before
             held_mb = memory_mb()
-            if number == ROUNDS:
-                begin("the stalled are cut")
-                cut = _wait_cut(ports, cut_before + count) - cut_before
         _wait(lambda: not metrics(ports)["requests in flight"], "all have left")
     return {
         "readers": count,
         "stretches": {which: [summary(one) for one in some] for which, some in stretches.items()},
         **{which: summary(list(chain.from_iterable(some))) for which, some in stretches.items()},
-        "cut": cut,
-        "cut_early": cut_early,
         "memory_mb": {"without": memory, "with": held_mb},
     }
 
@@ -124,18 +139,6 @@ def summary(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
         "first_token": summary_ms([one.first_token_s for one in answers]),
         "between_tokens": summary_ms([gap for one in answers for gap in one.between_s()]),
     }
-
-
-def _cut(ports: Ports) -> float:
-    return total(scrape(ports), SLOW_READERS)
-
-
-def _wait_cut(ports: Ports, expected: float) -> float:
-    """Return how many were ever cut, once it is as expected, or after long enough."""
-    deadline_s = time.monotonic() + DONE_S
-    while (cut := _cut(ports)) < expected and time.monotonic() < deadline_s:
-        time.sleep(POLL_S)
-    return cut
 
 
 def _wait(condition: Callable[[], bool], what: str) -> None:
