@@ -28,7 +28,8 @@ class RemoteExchange:
 
     ``deadline_s`` (wall clock) bounds every wait, ``loss`` says what to do without an expert; the
     engine sets both before each step. ``inexact_rows`` counts, by contract, the rows that were
-    computed without an expert that they chose; ``lost`` tells which experts have no live copy.
+    computed without an expert that they chose; ``overflow`` counts, by (layer, expert), the tokens
+    that an expert's capacity sent on; ``lost`` tells which experts have no live copy.
     ``timings_s`` keeps how long the latest layers took, dispatch and combine together;
     ``layer_time_s`` counts all of them.
     """
@@ -41,6 +42,7 @@ class RemoteExchange:
         self.loss: StepLoss | None = None
         self.lost = dispatcher.lost
         self.inexact_rows: Counter[str] = Counter()
+        self.overflow: Counter[tuple[int, int]] = Counter() if limit is None else limit.overflow
         self.timings_s: deque[float] = deque(maxlen=TIMINGS_KEPT)
         self.layer_time_s = Distribution(LAYER_BUCKETS_S)
 

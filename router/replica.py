@@ -91,8 +91,8 @@ class RouterReplica:
             model.id, view, self._transport, self._watcher.suspect, experts.call_timeout_s
         )
         capacity = config.expert_capacity
-        self._limit = None if capacity is None else CapacityLimit(capacity, model.num_experts)
-        self._exchange = RemoteExchange(self._dispatcher, self._limit)
+        limit = None if capacity is None else CapacityLimit(capacity, model.num_experts)
+        self._exchange = RemoteExchange(self._dispatcher, limit)
         num_pages = pages_needed(config.cache_tokens_for(model.max_model_len))
         checkpoint = open_model(model.path, model.source.identity, RayNeighbours())
         scheduler = Scheduler(
@@ -215,7 +215,7 @@ class RouterReplica:
             "retries": dict(self._dispatcher.retries),
             "calls": dict(self._transport.calls),
             "inexact_rows": dict(self._exchange.inexact_rows),
-            "overflow": {} if self._limit is None else dict(self._limit.overflow),
+            "overflow": dict(self._exchange.overflow),
             "pid": os.getpid(),
             "requests": len(self._requests),
             "replayed": dict(self._engine.replayed),

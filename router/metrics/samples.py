@@ -77,6 +77,15 @@ class RouterSamples:
         ):
             # A copy at one stroke: the engine's thread may add a key.
             found[family.name] = counts_of(family, dict(counts), labels, by)
+        overflow = catalogue.EXPERT_OVERFLOW
+        found[overflow.name] = [
+            (
+                overflow.exported,
+                {**labels, "layer": str(layer), "expert": str(expert)},
+                float(count),
+            )
+            for (layer, expert), count in dict(self._exchange.overflow).items()
+        ]
         return Samples(time.monotonic(), found)
 
     def _gauges(self) -> dict[Family, float]:
