@@ -15,6 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from ray import serve
@@ -61,18 +62,19 @@ class Controller:
         actor_class: type,
         min_copies: int = 1,
         rebalance_period_s: float | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Set up; :meth:`start` adopts or creates the actors.
 
         Copies follow the load every ``rebalance_period_s``, or only when :meth:`rebalance` is
-        called.
+        called. New actors' processes have the variables of ``environment``.
         """
         self._app = app
         self._models = [source.experts for source in pools[0].actor.models]
         self._specs = {actor_id: pool.actor for pool in pools for actor_id in pool.actor_ids()}
         self._budgets_bytes = budgets_of(pools)
         self._min_copies = min_copies
-        self._pool = ExpertPool(app, self._specs, actor_class)
+        self._pool = ExpertPool(app, self._specs, actor_class, environment)
         self._actor_ids = list(self._specs)
         self._nodes: dict[str, str] = {}
         """The node that each actor runs on, or ran on last."""

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from opentelemetry.trace import Span
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
@@ -44,6 +45,7 @@ from router.logs import setup_logging
 from router.placement_view import PlacementView, PlacementWatcher
 from router.readiness import Readiness, readiness
 from router.request import GenerationRequest, Receipts, TokenEvent, merge_events
+from router.tracing import as_current, gateway_span
 
 STATUS_TIMEOUT_S = 5.0
 REBALANCE_TIMEOUT_S = 900.0
@@ -116,32 +118,34 @@ class RayUpstream:
         receipts = Receipts(request)
         retries = Retries(RESEND, self._budget)
         stopped: set[int] = set()
-        for number in itertools.count():
-            attempt = _Attempt(f"{request.request_id}#{number}", stopped)
-            self._attempts[request.request_id] = attempt
-            resent = replace(
-                request, request_id=attempt.wire_id, received=receipts.received(stopped)
-            )
-            try:
-                async with aclosing(self._attempt(resent, receipts, stopped)) as events:
-                    async for event in events:
-                        yield event
-                retries.succeeded()
-                return
-            except (RayActorError, DeploymentUnavailableError, OverloadedError) as error:
-                delay_s = _resend_delay_s(error, retries, number > 0, request.remaining_s())
-                logger.warning("a router was lost (%s); sending again", type(error).__name__)
-                await asyncio.sleep(delay_s)
-            finally:
-                self._attempts.pop(request.request_id, None)
+        with gateway_span(request, receipts) as span:
+            for number in itertools.count():
+                attempt = _Attempt(f"{request.request_id}#{number}", stopped)
+                self._attempts[request.request_id] = attempt
+                resent = replace(
+                    request, request_id=attempt.wire_id, received=receipts.received(stopped)
+                )
+                try:
+                    async with aclosing(self._attempt(resent, receipts, stopped, span)) as events:
+                        async for event in events:
+                            yield event
+                    retries.succeeded()
+                    return
+                except (RayActorError, DeploymentUnavailableError, OverloadedError) as error:
+                    delay_s = _resend_delay_s(error, retries, number > 0, request.remaining_s())
+                    logger.warning("a router was lost (%s); sending again", type(error).__name__)
+                    await asyncio.sleep(delay_s)
+                finally:
+                    self._attempts.pop(request.request_id, None)
 
     async def _attempt(
-        self, request: GenerationRequest, receipts: Receipts, stopped: set[int]
+        self, request: GenerationRequest, receipts: Receipts, stopped: set[int], span: Span
     ) -> AsyncGenerator[TokenEvent, None]:
         address = await self._listening()
         if self._is_deleted:
             raise being_deleted()
-        call = self._routers[request.model].generate.remote(request.to_wire(), address)
+        with as_current(span):  # Serve takes its context along with the call
+            call = self._routers[request.model].generate.remote(request.to_wire(), address)
         inbox = Inbox()
         self._inboxes[request.request_id] = inbox
         self._num_streams += request.streamed
