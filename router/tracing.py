@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Values
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from opentelemetry import trace
@@ -66,6 +66,8 @@ def gateway_span(request: GenerationRequest, receipts: Receipts) -> Iterator[Spa
 
 def as_current(span: Span) -> AbstractContextManager[Span]:
     """Have a span be the current one for a while, in which nothing is awaited or yielded."""
+    if not span.is_recording():
+        return nullcontext(span)
     return trace.use_span(span, record_exception=False, set_status_on_exception=False)
 
 
