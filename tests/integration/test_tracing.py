@@ -27,7 +27,7 @@ def generate(served: ServedCluster, on: str, prompt: list[int], traceparent: str
     request = inference_pb2.GenerateRequest(
         model=RANDOM,
         prompt_token_ids=inference_pb2.TokenIds(ids=prompt),
-        sampling=inference_pb2.SamplingParams(max_tokens=COUNT, ignore_eos=True),
+        sampling=inference_pb2.Sampling(max_tokens=COUNT, ignore_eos=True),
     )
     with grpc.insecure_channel(served.grpc_address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
