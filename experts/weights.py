@@ -6,14 +6,23 @@ Dimension letters: H hidden size, I intermediate size.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from cluster.errors import CheckpointError
-from cluster.tensors import TORCH_DTYPES
-from experts.checkpoint import DTYPES, Checkpoint
+from experts.checkpoint import Checkpoint
+from experts.dequantize import dequantized
 from experts.families.base import Part
+
+_TORCH_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +57,7 @@ def load_expert(
 
     def part(wanted: Part) -> torch.Tensor:
         if wanted.name not in stored:
-            stored[wanted.name] = read_tensor(checkpoint, wanted.name, wanted.rows)
+            stored[wanted.name] = read_tensor(checkpoint, wanted.name, dtype, wanted.rows)
         return _part_of(stored[wanted.name], wanted)
 
     def joined(*parts: Part) -> torch.Tensor:
@@ -80,19 +89,27 @@ def _part_of(stored: torch.Tensor, part: Part) -> torch.Tensor:
 
 
 def read_tensor(
-    checkpoint: Checkpoint, name: str, rows: tuple[int, int] | None = None
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype, rows: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """Read one tensor as it is stored, from this node's disk or from another node.
+    """Read one tensor of the model, from this node's disk or from another node.
 
-    ``rows`` (from, to) reads these of its first axis alone. Raises :class:`CheckpointError` when
-    the file has changed since the checkpoint was opened.
+    It comes as it is stored, and in ``dtype`` only where it is quantised. ``rows`` (from, to) reads
+    these of its first axis alone. Raises :class:`CheckpointError` when the file has changed since
+    the checkpoint was opened.
     """
+    packed = checkpoint.packed.get(name)
+    if packed is None:
+        return _read_stored(checkpoint, name, rows)
+    return dequantized(packed, partial(_read_stored, checkpoint), rows, dtype)
+
+
+def _read_stored(checkpoint: Checkpoint, name: str, rows: tuple[int, int] | None) -> torch.Tensor:
     info = checkpoint.tensors[name]
     begin, end = rows or (0, info.shape[0])
     if checkpoint.remote is not None:
         row_bytes = (info.end - info.begin) // info.shape[0]
         data = checkpoint.remote.tensor(name, begin * row_bytes, end * row_bytes)
-        flat = torch.frombuffer(data, dtype=TORCH_DTYPES[DTYPES[info.dtype]])
+        flat = torch.frombuffer(data, dtype=_TORCH_DTYPES[info.dtype])
         return flat.view(end - begin, *info.shape[1:])
     file = checkpoint.folder / info.file
     try:
