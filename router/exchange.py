@@ -30,9 +30,9 @@ class RemoteExchange:
 
     ``deadline_s`` (wall clock) bounds every wait, ``loss`` says what to do without an expert and
     ``trace`` where to tell of layers; the engine sets them before each step. ``inexact_rows``
-    counts, by contract, the rows that were computed without an expert that they chose;
-    ``overflow``, by (layer, expert), the tokens that an expert's capacity sent on. ``lost`` tells
-    which experts have no live copy.
+    counts, by contract, the rows that were computed without an expert that they chose; ``lost``
+    tells which experts have no live copy, ``overflow`` by (layer, expert) how many tokens they had
+    no room for.
     ``timings_s`` keeps how long the latest layers took, dispatch and combine together;
     ``layer_time_s`` counts all of them.
     """
@@ -45,8 +45,8 @@ class RemoteExchange:
         self.loss: StepLoss | None = None
         self.trace: StepTrace | None = None
         self.lost = dispatcher.lost
-        self.inexact_rows: Counter[str] = Counter()
         self.overflow: Counter[tuple[int, int]] = Counter() if limit is None else limit.overflow
+        self.inexact_rows: Counter[str] = Counter()
         self.timings_s: deque[float] = deque(maxlen=TIMINGS_KEPT)
         self.layer_time_s = Distribution(LAYER_BUCKETS_S)
 

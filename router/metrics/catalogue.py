@@ -158,11 +158,11 @@ RETRIES = _family(
     "model_name reason replica",
     "Frames that had to be sent again, by why.",
 )
-EXPERT_OVERFLOW = _family(
+OVERFLOW = _family(
     "expert_overflow_tokens",
     "counter",
     "model_name layer expert replica",
-    "Tokens that an expert was asked to take and had no room for, by expert_capacity.",
+    "Tokens that an expert had no room for, under router.expert_capacity.",
 )
 
 # Of the controller and the placement.

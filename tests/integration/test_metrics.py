@@ -15,7 +15,7 @@ from tests.observed import dashboard_names, panels
 RARE = {
     catalogue.RETRIES,
     catalogue.INEXACT_TOKENS,
-    catalogue.EXPERT_OVERFLOW,
+    catalogue.OVERFLOW,
     catalogue.SLOW_READERS,
 }
 """Without a sample until something goes wrong, or an expert is at its capacity."""
