@@ -113,9 +113,7 @@ def _weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     state = {module_names.get(name, name): read_tensor(checkpoint, name) for name in names}
     if checkpoint.remote is not None:
         checkpoint.remote.release()
-        return state
-    # Copies, since what safetensors gives is the file itself, mapped.
-    return {name: tensor.clone() for name, tensor in state.items()}
+    return state
 
 
 class MoEModel:
