@@ -202,7 +202,7 @@ def read_small(file: Path, max_bytes: int = MAX_SMALL_BYTES) -> bytes:
         raise CheckpointError(f"cannot be read: {error.strerror}", str(file)) from None
 
 
-def read_range(checkpoint: Checkpoint, name: str, begin: int, end: int) -> bytearray:
+def read_range(checkpoint: Checkpoint, name: str, begin: int, end: int) -> bytes:
     """Read bytes ``begin`` to ``end`` of a tensor of a checkpoint in a folder of this node.
 
     Raises as :func:`read_into` does, and :class:`CheckpointError` for a tensor or a range that it
@@ -213,7 +213,7 @@ def read_range(checkpoint: Checkpoint, name: str, begin: int, end: int) -> bytea
         raise CheckpointError(f"has no bytes {begin} to {end} of {name}", str(checkpoint.folder))
     data = bytearray(end - begin)
     read_into(checkpoint, name, begin, memoryview(data))
-    return data
+    return bytes(data)
 
 
 def read_into(checkpoint: Checkpoint, name: str, begin: int, buffer: memoryview) -> None:

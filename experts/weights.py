@@ -101,5 +101,5 @@ def read_tensor(
         flat = torch.frombuffer(data, dtype=torch.uint8)
     else:
         flat = torch.empty((end - begin) * row_bytes, dtype=torch.uint8)
-        read_into(checkpoint, name, begin * row_bytes, memoryview(flat.numpy()))
+        read_into(checkpoint, name, begin * row_bytes, flat.numpy().data)
     return flat.view(TORCH_DTYPES[DTYPES[info.dtype]]).view(end - begin, *info.shape[1:])
