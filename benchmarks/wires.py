@@ -126,6 +126,8 @@ class Canaries:
             )
             answer = connection.getresponse()
             told = json.loads(answer.read())
+            if "choices" not in told:
+                raise RuntimeError(f"{answer.status}: {told}")
             return tuple(told["choices"][0]["token_ids"])
         finally:
             connection.close()

@@ -22,7 +22,13 @@ from cluster.frames import DTYPE_BYTES
 from cluster.shown import shown, shown_name
 from experts.config_checks import MAX_SIZE, check_depth, check_numbers, check_rotary, check_size
 from experts.families import FAMILIES, ExpertShape, Family
-from experts.families.base import ACTIVATION_NAMES, Config
+from experts.families.base import ACTIVATION_NAMES, Config, Shapes
+from experts.quantization import (
+    Packed,
+    check_dtypes,
+    packed_tensors,
+    quantization_of,
+)
 from experts.shards import DTYPES, TensorInfo, read_headers
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -85,9 +91,10 @@ class RemoteFiles(Protocol):
 class Checkpoint:
     """An opened and checked checkpoint; holds headers only.
 
-    ``config`` has the usual key names, whatever the family calls them. ``remote`` has the files
-    where they are not on this node; ``folder`` is then the other node's. Else ``stamps`` tell
-    whether a file is still the one that was opened.
+    ``config`` has the usual key names, whatever the family calls them. ``tensors`` are as they are
+    stored, ``packed`` tells of those of the model that are quantised; ``dtype`` is that of the
+    others. ``remote`` has the files where they are not on this node; ``folder`` is then the other
+    node's. Else ``stamps`` tell whether a file is still the one that was opened.
     """
 
     folder: Path
@@ -97,6 +104,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     dtype: str
     remote: RemoteFiles | None = None
+    packed: Mapping[str, Packed] = field(default_factory=dict)
     stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
@@ -109,6 +117,11 @@ class Checkpoint:
         """Number of token ids."""
         return int(self.config["vocab_size"])
 
+    @property
+    def stored(self) -> str | None:
+        """How weights are quantised in the files, if any are."""
+        return next((packed.method for packed in self.packed.values()), None)
+
     def small_file(self, name: str) -> bytes | None:
         """Return a file beside the weights, or ``None`` where there is none.
 
@@ -120,7 +133,10 @@ class Checkpoint:
         return read_small(file) if file.is_file() else None
 
     def expert_bytes(self, dtype: str) -> int:
-        """Return the bytes of one expert's weights when they are held in ``dtype``."""
+        """Return the bytes of one expert's weights when they are held in ``dtype``.
+
+        Quantised ones are not held as they are stored.
+        """
         return self.shape.expert_parameters * DTYPE_BYTES[dtype]
 
 
@@ -163,7 +179,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises :class:`CheckpointError` whose field is the file: no or broken ``config.json``, an
     unknown architecture, a missing or truncated shard, pickle weights, and tensors that are
-    missing, unexpected, or of another shape or dtype than the configuration says.
+    missing, unexpected, or of another shape or dtype than the configuration says; also those that
+    are quantised in a way that is not known.
     """
     config = read_json(folder / "config.json")
     opened = checkpoint_of(folder, config, lambda: read_headers(folder, read_json))
@@ -182,12 +199,14 @@ def checkpoint_of(
     family = family_of(config, config_file)
     config = usual_config(family, config, config_file)
     shape = checked_shape(family, config, config_file)
-    with _wrong_kinds(config_file):
+    with wrong_kinds(config_file):
         ignored = family.ignored(config)
     tensors = {n: info for n, info in read_tensors().items() if not n.startswith(ignored or (" ",))}
-    _check_tensors(folder, family, config, shape, tensors)
-    dtype = _expert_dtype(folder, family, tensors)
-    return Checkpoint(folder, config, family, shape, tensors, dtype, remote)
+    expected = _expected(folder, family, config, shape, len(tensors))
+    packed = packed_tensors(quantization_of(config, config_file), expected, tensors, folder)
+    _check_tensors(folder, config, _stored(expected, packed), tensors)
+    dtype = _plain_dtype(folder, family, tensors, packed)
+    return Checkpoint(folder, config, family, shape, tensors, dtype, remote, packed)
 
 
 def read_small(file: Path, max_bytes: int = MAX_SMALL_BYTES) -> bytes:
@@ -267,7 +286,10 @@ def parse_json(data: bytes, file: Path) -> dict[str, Any]:
 
 
 def family_of(config: Config, file: Path) -> Family:
-    """Return the family that a configuration names; raises :class:`CheckpointError`."""
+    """Return the family that a configuration names; raises :class:`CheckpointError`.
+
+    Also for a quantisation that is not known.
+    """
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         known = ", ".join(sorted(FAMILIES))
@@ -280,11 +302,7 @@ def family_of(config: Config, file: Path) -> Family:
         known = ", ".join(family.architectures)
         named = architectures[0] if architectures and type(architectures) is list else architectures
         raise CheckpointError(f"unknown architectures: {shown(named)}; known: {known}", str(file))
-    quantization = config.get("quantization_config")
-    if quantization:
-        named = isinstance(quantization, dict) and quantization.get("quant_method")
-        method = named or "unknown"
-        raise CheckpointError(f"quantization_config {shown(method)} is not supported", str(file))
+    quantization_of(config, file)
     return family
 
 
@@ -293,10 +311,10 @@ def usual_config(family: Family, config: Config, file: Path) -> Config:
 
     That is also for options of the family that are not served: the error names the key.
     """
-    with _wrong_kinds(file):
+    with wrong_kinds(file):
         config = family.usual(config)
     check_rotary(config, file)
-    with _wrong_kinds(file):
+    with wrong_kinds(file):
         kinds = {str(one.get("rope_type", one.get("type", "default"))) for one in _ropes(config)}
     if not kinds <= set(ROPE_TYPES):
         odd = shown(min(kinds - set(ROPE_TYPES)))
@@ -324,7 +342,7 @@ def _ropes(config: Config) -> Iterator[Config]:
 
 
 @contextmanager
-def _wrong_kinds(file: Path) -> Iterator[None]:
+def wrong_kinds(file: Path) -> Iterator[None]:
     """Turn what code that trusts a configuration's types stumbles over into an error of ours."""
     try:
         yield
@@ -349,7 +367,7 @@ def checked_shape(family: Family, config: Config, file: Path) -> ExpertShape:
         check_size(config, key, file)
     if config["num_hidden_layers"] > _MAX_LAYERS:
         raise CheckpointError(f"num_hidden_layers must be at most {_MAX_LAYERS}", str(file))
-    with _wrong_kinds(file):
+    with wrong_kinds(file):
         shape = family.expert_shape(config)
     numbers = (shape.num_experts, shape.num_experts_per_tok, shape.intermediate_size)
     if any(type(n) is not int or not 1 <= n <= MAX_SIZE for n in numbers) or not shape.layers:
@@ -365,24 +383,34 @@ def checked_shape(family: Family, config: Config, file: Path) -> ExpertShape:
     return shape
 
 
-def _check_tensors(
-    folder: Path,
-    family: Family,
-    config: Config,
-    shape: ExpertShape,
-    tensors: dict[str, TensorInfo],
-) -> None:
-    with _wrong_kinds(folder / "config.json"):
+def _expected(
+    folder: Path, family: Family, config: Config, shape: ExpertShape, num_tensors: int
+) -> Shapes:
+    """Return the model's tensors; raises :class:`CheckpointError` if there are far too few."""
+    with wrong_kinds(folder / "config.json"):
         expected = family.dense_tensors(config)
     names = len(shape.layers) * (1 if family.stacks_experts else shape.num_experts)
-    if names > len(tensors):  # before that many names are made
+    if names > num_tensors:  # before that many names are made
         raise CheckpointError(
             f"lacks tensors: config.json says {shape.num_experts} experts in each of "
-            f"{len(shape.layers)} layers, the files hold {len(tensors)} tensors",
+            f"{len(shape.layers)} layers, the files hold {num_tensors} tensors",
             str(folder),
         )
-    with _wrong_kinds(folder / "config.json"):
-        expected |= {part.name: part.shape for part in family.expert_parts(config, shape)}
+    with wrong_kinds(folder / "config.json"):
+        return expected | {part.name: part.shape for part in family.expert_parts(config, shape)}
+
+
+def _stored(expected: Shapes, packed: Mapping[str, Packed]) -> Shapes:
+    """Return the tensors that must be there: of quantised ones codes and scales."""
+    stored = {name: shape for name, shape in expected.items() if name not in packed}
+    for one in packed.values():
+        stored |= one.stored()
+    return stored
+
+
+def _check_tensors(
+    folder: Path, config: Config, expected: Shapes, tensors: dict[str, TensorInfo]
+) -> None:
     ignored = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
     missing = sorted(expected.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - expected.keys() - ignored)
@@ -399,14 +427,28 @@ def _check_tensors(
             )
 
 
-def _expert_dtype(folder: Path, family: Family, tensors: dict[str, TensorInfo]) -> str:
-    kinds = sorted(
-        {
-            info.dtype
-            for name, info in tensors.items()
-            if info.dtype != "F32" or not name.endswith(family.in_float32 or (" ",))
-        }
-    )
+def _plain_dtype(
+    folder: Path,
+    family: Family,
+    tensors: dict[str, TensorInfo],
+    packed: Mapping[str, Packed],
+) -> str:
+    """Return the dtype of all tensors that are not quantised."""
+    for one in packed.values():
+        check_dtypes(one, tensors, folder)
+    of_packed = {name for one in packed.values() for name in (one.codes, one.scales)}
+    kinds = set()
+    for name, info in tensors.items():
+        if name in of_packed:
+            continue
+        if info.dtype not in DTYPES:
+            raise CheckpointError(
+                f"tensor {shown_name(name)} has dtype {info.dtype}, and config.json's "
+                f"quantization_config names none with such codes; supported: {', '.join(DTYPES)}",
+                str(folder / info.file),
+            )
+        if info.dtype != "F32" or not name.endswith(family.in_float32 or (" ",)):
+            kinds.add(info.dtype)
     if len(kinds) > 1:
-        raise CheckpointError(f"mixes the dtypes {', '.join(kinds)}", str(folder))
-    return DTYPES[kinds[0]]
+        raise CheckpointError(f"mixes the dtypes {', '.join(sorted(kinds))}", str(folder))
+    return DTYPES[kinds.pop()]

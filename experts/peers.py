@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.errors import CheckpointError, CheckpointMissingError, error_from_wire
-from cluster.frames import DTYPE_BYTES
 from cluster.shown import shown, shown_name
 from experts.checkpoint import (
     Checkpoint,
@@ -31,7 +30,7 @@ from experts.checkpoint import (
     resolve_folder,
 )
 from experts.identity import identity_of
-from experts.shards import DTYPES, TensorInfo
+from experts.shards import STORED_BYTES, TensorInfo
 
 OPEN_TIMEOUT_S = 60.0
 CHUNK_TIMEOUT_S = 30.0
@@ -233,8 +232,7 @@ def _tensors_of(told: dict[str, Any]) -> dict[str, TensorInfo]:
     """
     tensors = {name: TensorInfo(*info) for name, info in told["tensors"].items()}
     for name, info in tensors.items():
-        value_bytes = DTYPE_BYTES[DTYPES[info.dtype]] if info.dtype in DTYPES else -1
-        if info.end - info.begin != prod(info.shape) * value_bytes:
+        if info.end - info.begin != prod(info.shape) * STORED_BYTES.get(info.dtype, -1):
             raise PeerError(f"told that tensor {shown_name(name)} has other bytes than its shape")
     return tensors
 

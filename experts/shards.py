@@ -17,10 +17,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from cluster.errors import CheckpointError
-from cluster.frames import DTYPE_BYTES
 from cluster.shown import shown, shown_name
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""What weights that are not quantised may be."""
+STORED_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1}
+"""Bytes of one number of all that may be there: quantised weights have the codes too."""
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 16 << 20
@@ -107,13 +109,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             for name in shard.offset_keys():
                 part = shard.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                if dtype not in DTYPES:
+                if dtype not in STORED_BYTES:
                     raise CheckpointError(
                         f"tensor {shown_name(name)} has dtype {dtype}; "
                         f"supported: {', '.join(DTYPES)}",
                         str(path),
                     )
-                end = begin + prod(shape) * DTYPE_BYTES[DTYPES[dtype]]
+                end = begin + prod(shape) * STORED_BYTES[dtype]
                 tensors[name] = TensorInfo(path.name, shape, dtype, begin, end)
                 begin = end
     except (SafetensorError, OSError) as error:

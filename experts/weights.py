@@ -7,12 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
-from cluster.tensors import TORCH_DTYPES
-from experts.checkpoint import DTYPES, Checkpoint, read_into
+from experts.checkpoint import Checkpoint, read_into
+from experts.dequantize import dequantized
 from experts.families.base import Part
+
+_TORCH_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +73,8 @@ def _joined(
     for place, part in enumerate(parts):
         if (part.name, part.rows) != lies:
             del stored  # before the next one takes memory
-            stored, lies = read_tensor(checkpoint, part.name, part.rows), (part.name, part.rows)
+            stored = read_tensor(checkpoint, part.name, dtype, part.rows)
+            lies = (part.name, part.rows)
         piece = _part_of(stored, part)
         size = piece.shape[0]
         if place == 0:
@@ -86,13 +96,21 @@ def _part_of(stored: torch.Tensor, part: Part) -> torch.Tensor:
 
 
 def read_tensor(
-    checkpoint: Checkpoint, name: str, rows: tuple[int, int] | None = None
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype, rows: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """Read one tensor as it is stored, from this node's disk or from another node.
+    """Read one tensor of the model, from this node's disk or from another node.
 
-    ``rows`` (from, to) reads these of its first axis alone. Raises :class:`CheckpointError` when
-    the file has changed since the checkpoint was opened.
+    It comes as it is stored, and in ``dtype`` only where it is quantised. ``rows`` (from, to) reads
+    these of its first axis alone. Raises :class:`CheckpointError` when the file has changed since
+    the checkpoint was opened.
     """
+    packed = checkpoint.packed.get(name)
+    if packed is None:
+        return _read_stored(checkpoint, name, rows)
+    return dequantized(packed, partial(_read_stored, checkpoint), rows, dtype)
+
+
+def _read_stored(checkpoint: Checkpoint, name: str, rows: tuple[int, int] | None) -> torch.Tensor:
     info = checkpoint.tensors[name]
     begin, end = rows or (0, info.shape[0])
     row_bytes = (info.end - info.begin) // info.shape[0]
@@ -102,4 +120,4 @@ def read_tensor(
     else:
         flat = torch.empty((end - begin) * row_bytes, dtype=torch.uint8)
         read_into(checkpoint, name, begin * row_bytes, flat.numpy().data)
-    return flat.view(TORCH_DTYPES[DTYPES[info.dtype]]).view(end - begin, *info.shape[1:])
+    return flat.view(_TORCH_DTYPES[info.dtype]).view(end - begin, *info.shape[1:])

@@ -31,8 +31,9 @@ def check_file(path: Path) -> list[str]:
 def _describe(model: ServedModel) -> str:
     experts = model.source.experts
     total_mb = len(experts.expert_keys()) * experts.expert_bytes / 1e6
+    dtype = model.dtype if model.stored is None else f"{model.dtype} (stored as {model.stored})"
     return (
         f"model {model.id}: {model.family}, {model.num_layers} layers of {model.num_experts} "
-        f"experts (top {model.num_experts_per_tok}), {model.dtype}, experts {total_mb:.1f} MB, "
+        f"experts (top {model.num_experts_per_tok}), {dtype}, experts {total_mb:.1f} MB, "
         f"context {model.max_model_len} tokens"
     )

@@ -76,7 +76,7 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         model, info = model_class.from_pretrained(
             None,
             config=config,
-            state_dict=_weights(checkpoint),
+            state_dict=_weights(checkpoint, dtype),
             dtype=dtype,
             attn_implementation=LATENT_ATTENTION_NAME if has_latents else ATTENTION_NAME,
             output_loading_info=True,
@@ -94,6 +94,8 @@ def _class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
     register_grok()
     try:
         wanted = checkpoint.family.transformers_config(checkpoint.config)
+        # The weights that it gets are not quantised any more.
+        wanted = {key: value for key, value in wanted.items() if key != "quantization_config"}
         config = transformers.AutoConfig.for_model(**wanted)
         return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
     except Exception as error:  # whatever a value of a wrong kind makes of it
@@ -102,7 +104,7 @@ def _class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
         raise CheckpointError(f"transformers refuses it ({reason})", str(file)) from error
 
 
-def _weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+def _weights(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return the tensors that were checked when the checkpoint was opened, and no others.
 
     From a folder, transformers would choose files by its own rules: a single one before an index,
@@ -110,7 +112,13 @@ def _weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """
     names = checkpoint.family.dense_tensors(checkpoint.config)
     module_names = checkpoint.family.module_names(checkpoint.config)
-    state = {module_names.get(name, name): read_tensor(checkpoint, name) for name in names}
+    is_mapped = checkpoint.remote is None
+    state = {}
+    for name in names:
+        tensor = read_tensor(checkpoint, name, dtype)
+        # A copy, where what safetensors gives is the file itself, mapped.
+        is_own = name in checkpoint.packed or not is_mapped
+        state[module_names.get(name, name)] = tensor if is_own else tensor.clone()
     if checkpoint.remote is not None:
         checkpoint.remote.release()
     return state

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from experts.checkpoint import checked_shape, family_of, usual_config
+from experts.checkpoint import checked_shape, family_of, usual_config, wrong_kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,9 @@ def shape_of(given: Mapping[str, Any], where: str) -> ModelShape:
     family = family_of(dict(given), file)
     config = usual_config(family, dict(given), file)
     shape = checked_shape(family, config, file)
-    dense, layers = family.dense_tensors(config), config["num_hidden_layers"]
+    layers = config["num_hidden_layers"]
+    with wrong_kinds(file):
+        dense, cache_values = family.dense_tensors(config), family.cache_values(config)
     is_tied = bool(config.get("tie_word_embeddings"))
     return ModelShape(
         model_type=family.model_type,
@@ -73,6 +75,6 @@ def shape_of(given: Mapping[str, Any], where: str) -> ModelShape:
         router_parameters=sum(prod(size) for size in dense.values()),
         lookup_parameters=0 if is_tied else config["vocab_size"] * shape.hidden_size,
         expert_parameters=shape.expert_parameters,
-        cache_values_per_token=layers * family.cache_values(config),
+        cache_values_per_token=layers * cache_values,
         max_position_embeddings=config["max_position_embeddings"],
     )

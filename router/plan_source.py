@@ -14,6 +14,7 @@ import yaml
 from cluster.errors import ConfigError
 from cluster.frames import DTYPE_BYTES
 from experts.checkpoint import open_checkpoint, read_json
+from experts.quantization import METHODS, quantization_of
 from router.model_shape import shape_of
 from router.plan import PlannedModel
 
@@ -61,7 +62,9 @@ def _of_folder(folder: Path, dtype: str) -> PlannedModel:
     else:
         own, source = _dtype_of(config), str(file)
     chosen = own if dtype == "auto" else dtype
-    return PlannedModel(folder.resolve().name, shape, chosen, source)
+    quantization = quantization_of(config, file)
+    note = "" if quantization is None else _stored_note(quantization.method, chosen)
+    return PlannedModel(folder.resolve().name, shape, chosen, source, note)
 
 
 def _dtype_of(config: dict[str, Any]) -> str:
@@ -74,5 +77,12 @@ def _of_known(name: str, entry: dict[str, Any], dtype: str) -> PlannedModel:
     shape = shape_of(entry["config"], f"known_models.yaml: {name}")
     chosen = DEFAULT_DTYPE if dtype == "auto" else dtype
     stored = entry.get("stored")
-    note = f"published in {stored}, which is not served; planned for {chosen}" if stored else ""
+    note = _stored_note(stored, chosen) if stored else ""
     return PlannedModel(name, shape, chosen, entry["source"], note)
+
+
+def _stored_note(stored: str, chosen: str) -> str:
+    """Return a sentence on weights that are stored otherwise than they are held."""
+    if stored in METHODS:
+        return f"stored in {stored}, dequantised when it is loaded; planned for {chosen}"
+    return f"published in {stored}, which is not served; planned for {chosen}"

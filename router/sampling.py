@@ -46,7 +46,7 @@ def sample(logits: torch.Tensor, draws: Rows[Draw]) -> tuple[list[int], list[Tok
 def _draw(logits: torch.Tensor, draws: Rows[Draw]) -> torch.Tensor:
     params = [draw.params for draw in draws]
     vocab = logits.shape[1]
-    temperature = torch.tensor([p.temperature for p in params]).unsqueeze(1)
+    temperature = torch.tensor([p.temperature for p in params], dtype=torch.float64).unsqueeze(1)
     top_k = torch.tensor([min(p.top_k, vocab) or vocab for p in params]).unsqueeze(1)
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64).unsqueeze(1)
     min_p = torch.tensor([p.min_p for p in params], dtype=torch.float64).unsqueeze(1)
@@ -63,8 +63,9 @@ def _draw(logits: torch.Tensor, draws: Rows[Draw]) -> torch.Tensor:
     cumulative = probabilities.cumsum(dim=-1)
     target = _uniform(draws).unsqueeze(1) * cumulative[:, -1:]
     picked = (cumulative <= target).sum(dim=-1, keepdim=True)
-    # A rounding error at the very end must not pick a token that was filtered out.
-    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+    # A rounding error at the very end must not pick a token that was filtered out. The first is
+    # always left, also where a tiny temperature or top-p has underflowed to nothing.
+    last = ((probabilities > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     return order.gather(1, torch.minimum(picked, last)).squeeze(1)
 
 

@@ -18,7 +18,11 @@ from experts.peers import Neighbours, open_model
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """One model as routers, gateways and expert actors are told of it; plain data."""
+    """One model as routers, gateways and expert actors are told of it; plain data.
+
+    ``stored`` is how its weights are quantised in the files, if they are; ``dtype`` is what they
+    are held in.
+    """
 
     id: str
     path: str
@@ -31,6 +35,7 @@ class ServedModel:
     num_experts_per_tok: int
     eos_token_ids: tuple[int, ...]
     source: ModelSource
+    stored: str | None = None
 
 
 def inspect_models(
@@ -112,6 +117,7 @@ def _inspect(model: ModelConfig, where: str, neighbours: Neighbours | None) -> S
         num_experts_per_tok=shape.num_experts_per_tok,
         eos_token_ids=_eos_token_ids(checkpoint),
         source=ModelSource(model.path, dtype, experts, identity),
+        stored=checkpoint.stored,
     )
 
 

@@ -1,15 +1,28 @@
-"""The layout that is served itself: a conversion changes its dtype and its shards' size only."""
+"""The layout that is served itself: a conversion changes its dtype and its shards' size.
+
+Of a quantised checkpoint it makes one that is not, and of a model that was published under two sets
+of names always the same one.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from experts.checkpoint import read_json
+from experts.checkpoint import Checkpoint, open_checkpoint, read_json
 from experts.convert.safetensors_files import SafetensorsFiles
-from experts.convert.source import Source, Take
-from experts.shards import INDEX_FILE, WEIGHTS_FILE, weight_map_of
+from experts.convert.source import QUANTISED, Entry, Source, Take, Tensors
+from experts.families.grok import GROK_1, GROK_1_OF_XAI, name_of_xai
+from experts.quantization import quantization_of
+from experts.shards import DTYPES, INDEX_FILE, WEIGHTS_FILE, weight_map_of
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG_FILE = "config.json"
+_RENAMED = {GROK_1_OF_XAI.model_type: (GROK_1.model_type, name_of_xai)}
+"""By the ``model_type`` of names that go: the other one, and what tells the old name of a new."""
 
 
 def is_huggingface(path: Path) -> bool:
@@ -23,12 +36,52 @@ def open_huggingface(path: Path) -> Source:
     config_file = path / CONFIG_FILE
     config = read_json(config_file)
     shards = _shards(path)
-    files = (config_file, *shards)
-    return Source("huggingface", path, config_file, config, SafetensorsFiles(shards), _takes, files)
+    if quantization_of(config, config_file) is None:
+        tensors: Tensors = SafetensorsFiles(shards)
+    else:
+        tensors = _DequantisedFiles(open_checkpoint(path))
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
+    files, old_name = (config_file, *shards), _same
+    if str(config.get("model_type")) in _RENAMED:
+        model_type, old_name = _RENAMED[config["model_type"]]
+        config = config | {"model_type": model_type}
+    takes = _takes_of(old_name)
+    return Source("huggingface", path, config_file, config, tensors, takes, files)
 
 
-def _takes(name: str) -> list[Take]:
-    return [Take(name)]
+class _DequantisedFiles:
+    """The tensors of a checkpoint of which some are quantised."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        packed = checkpoint.packed.values()
+        codes = {name for one in packed for name in (one.codes, one.scales)}
+        self._entries = {
+            name: Entry(info.shape, DTYPES[info.dtype])
+            for name, info in checkpoint.tensors.items()
+            if name not in codes
+        } | {name: Entry(one.shape, QUANTISED) for name, one in checkpoint.packed.items()}
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """What there is."""
+        return self._entries
+
+    def read(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Return rows of a tensor; only they are read and dequantised."""
+        import torch
+
+        from experts.weights import read_tensor
+
+        return read_tensor(self._checkpoint, name, torch.float32, (begin, end))
+
+
+def _takes_of(old_name: Callable[[str], str]) -> Callable[[str], list[Take]]:
+    return lambda name: [Take(old_name(name))]
+
+
+def _same(name: str) -> str:
+    return name
 
 
 def _shards(path: Path) -> tuple[Path, ...]:

@@ -10,9 +10,9 @@ from math import prod
 from cluster.errors import CheckpointError
 from cluster.frames import DTYPE_BYTES
 from cluster.shown import shown_name
-from experts.checkpoint import checked_shape, family_of, usual_config
+from experts.checkpoint import checked_shape, family_of, usual_config, wrong_kinds
 from experts.convert.source import QUANTISED, Source, Take, shape_after
-from experts.families.base import Config
+from experts.families.base import Config, Family
 from experts.shards import WEIGHTS_FILE
 
 _NAMED = 3
@@ -100,12 +100,18 @@ def _pieces(source: Source) -> list[Piece]:
 
 
 def _expected(source: Source) -> Iterator[tuple[str, tuple[int, ...]]]:
-    family = family_of(source.config, source.config_file)
-    config = usual_config(family, source.config, source.config_file)
+    family, config = _family(source)
     shape = checked_shape(family, config, source.config_file)
-    yield from family.dense_tensors(config).items()
-    for part in family.expert_parts(config, shape):
-        yield part.name, part.shape
+    with wrong_kinds(source.config_file):
+        yield from family.dense_tensors(config).items()
+        for part in family.expert_parts(config, shape):
+            yield part.name, part.shape
+
+
+def _family(source: Source) -> tuple[Family, Config]:
+    """Return a source's family, and its configuration as that has it."""
+    family = family_of(source.config, source.config_file)
+    return family, usual_config(family, source.config, source.config_file)
 
 
 def _check_shape(source: Source, take: Take, wanted: tuple[int, ...]) -> None:
@@ -121,7 +127,10 @@ def _check_shape(source: Source, take: Take, wanted: tuple[int, ...]) -> None:
 
 
 def _refuse_unexpected(source: Source, taken: set[str]) -> None:
-    unexpected = source.tensors.entries.keys() - taken
+    family, config = _family(source)
+    with wrong_kinds(source.config_file):
+        ignored = family.ignored(config) or (" ",)
+    unexpected = {n for n in source.tensors.entries.keys() - taken if not n.startswith(ignored)}
     if source.config.get("tie_word_embeddings"):
         unexpected -= {take.name for take in source.takes("lm_head.weight")}
     if unexpected:

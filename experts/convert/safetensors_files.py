@@ -51,4 +51,10 @@ def _entry(name: str, info: TensorInfo, file: Path) -> Entry:
             f"tensor {shown_name(name)} has shape {list(info.shape)}",
             str(file.with_name(info.file)),
         )
+    if info.dtype not in DTYPES:
+        raise CheckpointError(
+            f"tensor {shown_name(name)} has dtype {info.dtype}, and nothing says how it is "
+            f"quantised; supported: {', '.join(DTYPES)}",
+            str(file.with_name(info.file)),
+        )
     return Entry(info.shape, DTYPES[info.dtype])

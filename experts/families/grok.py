@@ -43,6 +43,7 @@ _NAMES_OF_XAI = {
     "pre_moe_norm.scale": "rms_norm_2.weight",
     "post_moe_norm.scale": "rms_norm_3.weight",
 }
+_EXPERTS = "moe_block.experts."
 
 
 def _usual(config: Config) -> Config:
@@ -97,20 +98,24 @@ def _dense_tensors(config: Config) -> Shapes:
     return tensors
 
 
-def _of_xai(name: str) -> str:
-    """Return what xAI's code calls a tensor."""
+def name_of_xai(name: str) -> str:
+    """Return what xAI's code calls a tensor; ``KeyError`` for one of a layer that has none such."""
     if not name.startswith("model.layers."):
         return _NAMES_OF_XAI.get(name, name)
     _, _, layer_id, part = name.split(".", 3)
-    return f"transformer.decoder_layer.{layer_id}.{_NAMES_OF_XAI[part]}"
+    if part.startswith(_EXPERTS):
+        part = f"moe.{part.removeprefix(_EXPERTS)}"
+    else:
+        part = _NAMES_OF_XAI[part]
+    return f"transformer.decoder_layer.{layer_id}.{part}"
 
 
 def _dense_tensors_of_xai(config: Config) -> Shapes:
-    return {_of_xai(name): shape for name, shape in _dense_tensors(config).items()}
+    return {name_of_xai(name): shape for name, shape in _dense_tensors(config).items()}
 
 
 def _module_names(config: Config) -> dict[str, str]:
-    return {_of_xai(name): name for name in _dense_tensors(config)}
+    return {name_of_xai(name): name for name in _dense_tensors(config)}
 
 
 def _always(config: Config) -> bool:
@@ -126,7 +131,12 @@ GROK_1 = Family(
     expert_tensors=_expert_tensors,
     dense_tensors=_dense_tensors,
     usual=_usual,
-    options={"tie_word_embeddings": (True,)},
+    options={
+        "hidden_act": ("gelu", "gelu_pytorch_tanh"),
+        "residual_moe": (False,),
+        "router_logit_softcapping": (0,),
+        "tie_word_embeddings": (True,),
+    },
     weights_of_all=_always,
 )
 

@@ -35,7 +35,10 @@ def convert(
     ] = "5GB",
     as_json: AsJson = False,
 ) -> None:
-    """Bring a Mixtral-format model in another layout to the one that is served.
+    """Bring a model in another layout to the one that is served, or change its dtype or shards.
+
+    Mistral's own files and GGUF are of Mixtral models; a folder with config.json may be of any
+    family, quantised or not. Grok-1 gets one set of names, whichever of the two it comes with.
 
     Example: expertmesh convert mixtral-q8.gguf my-model --dtype bfloat16
 

@@ -376,7 +376,7 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(
     ("quantization", "word"),
     [
         ({"quant_method": "gptq"}, "gptq"),
-        ({"bits": 4}, "unknown"),
+        ({"bits": 4}, "must be fp8 or mxfp4 (given: None)"),
         ("awq", "quant"),
         ([1], "quant"),
     ],

@@ -48,6 +48,22 @@ def drawn(logits: list[float], params: SamplingParams, count: int) -> Counter[in
     return Counter(token_ids)
 
 
+@pytest.mark.parametrize(
+    "params", [{"temperature": 1e-46}, {"temperature": 5e-324}, {"top_p": 5e-324}, {"min_p": 1.0}]
+)
+def test_a_number_that_underflows_leaves_the_likeliest_token(params: dict[str, float]) -> None:
+    [token_id, mate], _ = sample(
+        torch.tensor([[0.5, 2.0, 1.0], [0.0, -INF, -INF]]), [draw_of(**params), draw_of()]
+    )
+    assert (token_id, mate) == (1, 0)
+
+
+def test_a_row_that_is_not_a_number_does_not_disturb_its_mates() -> None:
+    nan = float("nan")
+    token_ids, _ = sample(torch.tensor([[nan] * 3, [0.0, -INF, -INF]]), [draw_of(), draw_of()])
+    assert token_ids[1] == 0
+
+
 @settings(deadline=None)
 @given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=12))
 def test_temperature_zero_takes_a_largest_logit(logits: list[float]) -> None:
