@@ -29,6 +29,7 @@ from cluster.changes import LOAD_TIMEOUT_S, Changes
 from cluster.errors import ExpertMeshError, StaleEpochError
 from cluster.failures import cause_of, kind_of, reason_of
 from cluster.ledger import Ledger
+from cluster.loading import Loading
 from cluster.measurements import Measurements, ProcessSamples, Samples
 from cluster.members import Members
 from cluster.placement import ExpertKey, Placement, assign_experts, empty_placement
@@ -94,6 +95,7 @@ class Controller:
         self._handles: dict[str, ActorHandle] = {}
         """The actors that are in the placement."""
         self._members = Members()
+        self._loading = Loading()
         self._suspected = {actor_id: asyncio.Event() for actor_id in self._actor_ids}
         self._suspected_s = dict.fromkeys(self._actor_ids, -math.inf)
         self._tasks: list[asyncio.Task[None]] = []
@@ -211,10 +213,14 @@ class Controller:
         started_s = time.monotonic()
         epoch, keys = self._placement.epoch, self._changes.shares[actor_id]
         waiting = asyncio.create_task(self._say_why_it_waits(actor_id, handle))
+        following = asyncio.create_task(self._follow_loading(handle))
+        self._loading.begin(actor_id, len(keys), started_s)
         try:
             report = await self._load_typed(handle, epoch, keys)
         finally:
             waiting.cancel()
+            following.cancel()
+            self._loading.end(actor_id)
         self._reports[actor_id], self._handles[actor_id] = report, handle
         self._nodes[actor_id] = report.node
         await self._publish(
@@ -249,6 +255,17 @@ class Controller:
                 if self._min_copies > 1 and self._nodes.pop(actor_id, ""):
                     self._pool.kill(handle)
                     return
+
+    async def _follow_loading(self, handle: ActorHandle) -> None:
+        """See how far an actor is with its share, and log it for all that load together."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_PERIOD_S)
+            try:
+                self._loading.saw(await self._pool.describe(handle, PLACE_NOTICE_S))
+            except (RayActorError, RayTaskError, TimeoutError):
+                continue  # it has not started, or died, which whoever waits for the load finds out
+            if (line := self._loading.notice(time.monotonic())) is not None:
+                logger.info("loading: %s", line)
 
     async def _load_typed(
         self, handle: ActorHandle, epoch: int, keys: list[ExpertKey]
@@ -397,6 +414,7 @@ class Controller:
             actors=tuple(_actor_status(report) for _, report in sorted(self._reports.items())),
             min_copies=self._min_copies,
             live_copies=self._placement.fewest_copies(),
+            loading=self._loading.status(),
         )
 
     async def load(self) -> dict[str, Any]:
