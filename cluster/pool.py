@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node  # nothing public tells it by node
+from ray._private.state import available_resources_per_node, state  # nothing public tells these
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError
 from ray.util import list_named_actors
@@ -131,17 +131,22 @@ class ExpertPool:
         return shortage(self._needed(actor_id), ray.nodes())
 
     def nodes_for(self, actor_id: str) -> list[str]:
-        """Return the living nodes that have room for an actor now."""
+        """Return the living nodes that have room for an actor now, and are to stay."""
         needed, free = self._needed(actor_id), available_resources_per_node()
+        draining = self.draining()
         return [
             node["NodeID"]
             for node in _fitting(needed, ray.nodes())
-            if _has(free.get(node["NodeID"], {}), needed)
+            if _has(free.get(node["NodeID"], {}), needed) and node["NodeID"] not in draining
         ]
 
     def nodes(self) -> list[str]:
         """Return the nodes that live."""
         return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+
+    def draining(self) -> set[str]:
+        """Return the nodes that Ray is about to take away: scaled down, or with a spot notice."""
+        return set(state.get_draining_nodes())
 
     def _needed(self, actor_id: str) -> dict[str, float]:
         spec = self._specs[actor_id]

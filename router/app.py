@@ -7,7 +7,7 @@ controller creates the expert actors. Everything is checked before anything is d
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 from ray import serve
@@ -160,8 +160,6 @@ def _gateway(config: AppConfig) -> Any:
 
 
 def _gateway_model(model: ServedModel) -> GatewayModel:
-    fields = asdict(model)
-    del fields["source"]
-    return GatewayModel(
-        **{**fields, "eos_token_ids": model.eos_token_ids, "identity": model.source.identity}
-    )
+    names = [one.name for one in fields(GatewayModel) if one.name != "identity"]
+    told = {name: getattr(model, name) for name in names}
+    return GatewayModel(**told, identity=model.source.identity)

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 
 from cluster.errors import ExpertMeshError
-from cluster.load_status import LoadStatus, RebalanceReport
+from cluster.load_status import ChangeReport, LoadStatus, RebalanceReport
 from cluster.status import ClusterStatus
 from router.attempts import Attempts
 from router.client.types import ModelInfo, Reply, Sampling, UnreachableError, Usage
@@ -141,6 +141,11 @@ def load_of(answer: Any) -> LoadStatus:
 def rebalance_of(answer: Any) -> RebalanceReport:
     """Return what a ``RebalanceReply`` tells."""
     return RebalanceReport.from_wire(_plain(answer))
+
+
+def change_of(answer: Any) -> ChangeReport:
+    """Return what a ``ChangeReply`` tells."""
+    return ChangeReport.from_wire(_plain(answer))
 
 
 def _plain(message: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from cluster.errors import (
     being_deleted,
     error_from_wire,
 )
-from cluster.load_status import LoadStatus, RebalanceReport
+from cluster.load_status import ChangeReport, LoadStatus, RebalanceReport
 from cluster.measurements import Measurements, ProcessSamples, Samples
 from cluster.retry import Retries, RetryBudget, RetryPolicy
 from cluster.status import ClusterStatus, ProcessStatus
@@ -48,7 +48,7 @@ from router.request import GenerationRequest, Receipts, TokenEvent, merge_events
 from router.tracing import as_current, gateway_span
 
 STATUS_TIMEOUT_S = 5.0
-REBALANCE_TIMEOUT_S = 900.0
+CHANGE_TIMEOUT_S = 900.0
 MEASURE_TIMEOUT_S = 2.0
 RESEND = RetryPolicy(first_delay_s=0.1, max_delay_s=1.0)
 RESEND_TOKENS = 8192
@@ -215,10 +215,24 @@ class RayUpstream:
 
     async def rebalance(self, dry_run: bool) -> RebalanceReport:
         """See :class:`Upstream`."""
-        told = await _answered(self._controller.rebalance.remote(dry_run), REBALANCE_TIMEOUT_S)
-        if "error" in told:
-            raise error_from_wire(told["error"])
-        return RebalanceReport.from_wire(told["report"])
+        return RebalanceReport.from_wire(await _done(self._controller.rebalance.remote(dry_run)))
+
+    async def scale(self, number: int, pool: str, dry_run: bool) -> ChangeReport:
+        """See :class:`Upstream`."""
+        call = self._controller.scale.remote(number, pool, dry_run)
+        return ChangeReport.from_wire(await _done(call))
+
+    async def drain(self, target: str, dry_run: bool) -> ChangeReport:
+        """See :class:`Upstream`."""
+        call = self._controller.drain.remote(target, dry_run)
+        return ChangeReport.from_wire(await _done(call))
+
+    async def set_copies(
+        self, model: str, layer: int, expert: int, number: int, dry_run: bool
+    ) -> ChangeReport:
+        """See :class:`Upstream`."""
+        call = self._controller.set_copies.remote(model, layer, expert, number, dry_run)
+        return ChangeReport.from_wire(await _done(call))
 
     async def measurements(self) -> Measurements:
         """See :class:`Upstream`."""
@@ -249,6 +263,14 @@ async def _answered(call: Awaitable[Any], timeout_s: float) -> Any:
             return await call
     except (RayActorError, RayServeException, TimeoutError):
         raise UnavailableError("the controller does not answer", "", 1.0) from None
+
+
+async def _done(call: Awaitable[Any]) -> Any:
+    """Return the report of a change that the controller was asked for; raises its error."""
+    told = await _answered(call, CHANGE_TIMEOUT_S)
+    if "error" in told:
+        raise error_from_wire(told["error"])
+    return told["report"]
 
 
 def make_upstream(
