@@ -39,6 +39,7 @@ run() { # run BENCHMARK ARGUMENT...
 if [ -n "$quick" ]; then
   run dispatch --calls 200
   run decode --transport auto ray --rounds 2
+  run load --rounds 1
   run serve --rounds 2
   run scaling --quick
   run failover --rounds 1 --seconds 20
@@ -52,6 +53,7 @@ if [ -n "$quick" ]; then
 else
   run dispatch
   run decode --transport auto ray
+  run load
   run serve
   run scaling
   run failover

@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from ray import serve
@@ -33,6 +34,7 @@ from cluster.failures import cause_of, kind_of, reason_of
 from cluster.fleet import Fleet
 from cluster.ledger import Ledger
 from cluster.load_status import ChangeReport
+from cluster.loading import Loading
 from cluster.measurements import Measurements, ProcessSamples, Samples
 from cluster.members import Members
 from cluster.placement import ExpertKey, Placement, assign_experts, empty_placement
@@ -68,17 +70,18 @@ class Controller:
         actor_class: type,
         min_copies: int = 1,
         rebalance_period_s: float | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Set up; :meth:`start` adopts or creates the actors.
 
         Copies follow the load every ``rebalance_period_s``, or only when :meth:`rebalance` is
-        called.
+        called. New actors' processes have the variables of ``environment``.
         """
         self._app = app
         self._models = [source.experts for source in pools[0].actor.models]
         self._fleet = Fleet(pools)
         self._min_copies = min_copies
-        self._pool = ExpertPool(app, self._fleet.specs, actor_class)
+        self._pool = ExpertPool(app, self._fleet.specs, actor_class, environment)
         self._nodes: dict[str, str] = {}
         """The node that each actor runs on, or ran on last."""
         self._adopted: dict[str, tuple[ExpertKey, ...]] = {}
@@ -97,6 +100,7 @@ class Controller:
         self._handles: dict[str, ActorHandle] = {}
         """The actors that are in the placement."""
         self._members = Members()
+        self._loading = Loading()
         self._suspected: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._suspected_s: defaultdict[str, float] = defaultdict(lambda: -math.inf)
         self._keepers: dict[str, asyncio.Task[None]] = {}
@@ -253,10 +257,14 @@ class Controller:
         started_s = time.monotonic()
         epoch, keys = self._placement.epoch, self._changes.shares[actor_id]
         waiting = asyncio.create_task(self._say_why_it_waits(actor_id, handle))
+        following = asyncio.create_task(self._follow_loading(handle))
+        self._loading.begin(actor_id, len(keys), started_s)
         try:
             report = await self._load_typed(handle, epoch, keys)
         finally:
             waiting.cancel()
+            following.cancel()
+            self._loading.end(actor_id)
         self._reports[actor_id], self._handles[actor_id] = report, handle
         self._nodes[actor_id] = report.node
         await self._publish(
@@ -291,6 +299,17 @@ class Controller:
                 if self._min_copies > 1 and self._nodes.pop(actor_id, ""):
                     self._pool.kill(handle)
                     return
+
+    async def _follow_loading(self, handle: ActorHandle) -> None:
+        """See how far an actor is with its share, and log it for all that load together."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_PERIOD_S)
+            try:
+                self._loading.saw(await self._pool.describe(handle, PLACE_NOTICE_S))
+            except (RayActorError, RayTaskError, TimeoutError):
+                continue  # it has not started, or died, which whoever waits for the load finds out
+            if (line := self._loading.notice(time.monotonic())) is not None:
+                logger.info("loading: %s", line)
 
     async def _load_typed(
         self, handle: ActorHandle, epoch: int, keys: list[ExpertKey]
@@ -450,6 +469,7 @@ class Controller:
             actors=tuple(_actor_status(report) for _, report in sorted(self._reports.items())),
             min_copies=self._min_copies,
             live_copies=self._placement.fewest_copies(),
+            loading=self._loading.status(),
         )
 
     async def load(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -36,8 +37,13 @@ SERVING_ENVIRONMENT = {
 """Environment variables of every process that requests or the control of them go through."""
 
 
-def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
-    """Return the Ray options of an expert actor: detached, never restarted by Ray itself."""
+def actor_options(
+    spec: ActorSpec, name: str, environment: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Return the Ray options of an expert actor: detached, never restarted by Ray itself.
+
+    ``environment`` is what its process is to have beside what every one has.
+    """
     return {
         "name": name,
         "namespace": ACTOR_NAMESPACE,
@@ -63,6 +69,7 @@ def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
                 # and prompts bring new numbers of rows for ever.
                 "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
                 "LRU_CACHE_CAPACITY": "1",
+                **environment,
             }
         },
     }
@@ -71,10 +78,21 @@ def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
 class ExpertPool:
     """The actors of one application, all of one injected class."""
 
-    def __init__(self, app: str, specs: Mapping[str, ActorSpec], actor_class: type) -> None:
-        """``specs`` are by actor; ``actor_class`` takes (spec, actor_id, generation, epoch)."""
+    def __init__(
+        self,
+        app: str,
+        specs: Mapping[str, ActorSpec],
+        actor_class: type,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """``specs`` are by actor; ``actor_class`` takes (spec, actor_id, generation, epoch).
+
+        ``environment`` is for the processes of all, and not part of what they are made of: an actor
+        that has another is adopted.
+        """
         self._app = app
         self._specs = specs
+        self._environment = environment
         self.ledger = LedgerStore(app)
         self._remote = ray.remote(concurrency_groups={"control": CONTROL_CALLS})(actor_class)
 
@@ -87,7 +105,9 @@ class ExpertPool:
         Ray puts it.
         """
         spec = self._specs[actor_id]
-        options = actor_options(spec, actor_name(self._app, actor_id, generation))
+        options = actor_options(
+            spec, actor_name(self._app, actor_id, generation), self._environment
+        )
         if node is not None:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
         return self._remote.options(**options).remote(spec, actor_id, generation, epoch)

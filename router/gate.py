@@ -80,7 +80,7 @@ def choose_among(
 
 
 def _of_any_groups(gate: Any, allowed: torch.Tensor) -> Any:
-    """Return the gate; where no more than K are allowed, one that takes them from all its groups."""
+    """Return the gate; where no more than K are allowed, one that takes them of all its groups."""
     if not hasattr(gate, "topk_group") or (allowed.sum(dim=1) > gate.top_k).any():
         return gate
     gate = copy.copy(gate)

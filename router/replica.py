@@ -39,6 +39,7 @@ from router.placement_view import ControllerClient, PlacementView, PlacementWatc
 from router.request import GenerationRequest, TokenEvent, merge_events
 from router.scheduler import Limits, Scheduler
 from router.served import ServedModel
+from router.tracing import RequestTrace
 
 logger = logging.getLogger("expertmesh.router")
 
@@ -156,7 +157,7 @@ class RouterReplica:
         )
         request = replace(request, request_id=f"{request.request_id}/{next(self._call_numbers)}")
         self._requests[request.request_id] = pending
-        self._engine.submit(request)
+        self._engine.submit(request, RequestTrace.of_call())
         try:
             await pending.done
         except ExpertMeshError as error:

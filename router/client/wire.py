@@ -120,6 +120,15 @@ def status_of(answer: Any) -> ClusterStatus:
         "actors": actors,
         "min_copies": answer.min_copies,
         "live_copies": answer.live_copies,
+        "loading": [
+            {
+                "actor_id": one.actor_id,
+                "held_experts": one.held_experts,
+                "num_experts": one.num_experts,
+                "weight_bytes": one.weight_bytes,
+            }
+            for one in answer.loading
+        ],
     }
     return ClusterStatus.from_wire(wire)
 

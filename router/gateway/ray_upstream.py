@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from opentelemetry.trace import Span
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
@@ -46,6 +47,7 @@ from router.logs import setup_logging
 from router.placement_view import PlacementView, PlacementWatcher
 from router.readiness import Readiness, readiness
 from router.request import GenerationRequest, Receipts, TokenEvent, merge_events
+from router.tracing import as_current, gateway_span
 
 STATUS_TIMEOUT_S = 5.0
 CHANGE_TIMEOUT_S = 900.0
@@ -124,37 +126,40 @@ class RayUpstream:
         receipts = Receipts(request)
         retries = Retries(RESEND, self._budget)
         stopped: set[int] = set()
-        for number in itertools.count():
-            attempt = _Attempt(f"{request.request_id}#{number}", stopped)
-            self._attempts[request.request_id] = attempt
-            resent = replace(
-                request, request_id=attempt.wire_id, received=receipts.received(stopped)
-            )
-            try:
-                async with aclosing(self._attempt(resent, receipts, stopped)) as events:
-                    async for event in events:
-                        yield event
-                retries.succeeded()
-                return
-            except (RayActorError, DeploymentUnavailableError, OverloadedError) as error:
-                delay_s = _resend_delay_s(error, retries, number > 0, request.remaining_s())
-                logger.warning("a router was lost (%s); sending again", type(error).__name__)
-                await asyncio.sleep(delay_s)
-            finally:
-                self._attempts.pop(request.request_id, None)
+        with gateway_span(request, receipts) as span:
+            for number in itertools.count():
+                attempt = _Attempt(f"{request.request_id}#{number}", stopped)
+                self._attempts[request.request_id] = attempt
+                resent = replace(
+                    request, request_id=attempt.wire_id, received=receipts.received(stopped)
+                )
+                try:
+                    async with aclosing(self._attempt(resent, receipts, stopped, span)) as events:
+                        async for event in events:
+                            yield event
+                    retries.succeeded()
+                    return
+                except (RayActorError, DeploymentUnavailableError, OverloadedError) as error:
+                    delay_s = _resend_delay_s(error, retries, number > 0, request.remaining_s())
+                    logger.warning("a router was lost (%s); sending again", type(error).__name__)
+                    await asyncio.sleep(delay_s)
+                finally:
+                    self._attempts.pop(request.request_id, None)
 
     async def _attempt(
-        self, request: GenerationRequest, receipts: Receipts, stopped: set[int]
+        self, request: GenerationRequest, receipts: Receipts, stopped: set[int], span: Span
     ) -> AsyncGenerator[TokenEvent, None]:
         address = await self._listening()
         if self._is_deleted:
             raise being_deleted()
-        self._begin_call(request.model)
-        call = self._routers[request.model].generate.remote(request.to_wire(), address)
+        self._check_room(request.model)
+        with as_current(span):  # Serve takes its context along with the call
+            call = self._routers[request.model].generate.remote(request.to_wire(), address)
         inbox = Inbox()
         self._inboxes[request.request_id] = inbox
         self._num_streams += request.streamed
         reply = asyncio.create_task(_put_reply(call, inbox))
+        self._calls[request.model] += 1
         reply.add_done_callback(lambda _: self._calls.subtract([request.model]))
         try:
             while True:
@@ -184,8 +189,8 @@ class RayUpstream:
                 call.cancel()
                 reply.cancel()
 
-    def _begin_call(self, model: str) -> None:
-        """Count a call to a router; raises :class:`OverloadedError` when there are too many."""
+    def _check_room(self, model: str) -> None:
+        """Raise :class:`OverloadedError` when a model's routers have all requests that they hold."""
         if self._calls[model] >= self._max_calls:
             raise OverloadedError(
                 f"the routers are full: they hold {self._max_calls} requests",

@@ -26,7 +26,7 @@ from cluster.load_status import (
 from cluster.measurements import Measurements, ProcessSamples
 from cluster.placement import ExpertKey
 from cluster.spec import ActorReport
-from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
+from cluster.status import ActorStatus, ClusterStatus, LoadingStatus, ProcessStatus
 from router.gateway.generation import GenerationService
 from router.gateway.grpc_handlers import GrpcHandlers
 from router.gateway.grpc_service import GrpcMethods, add_services_to_server
@@ -88,6 +88,7 @@ STATUS = ClusterStatus(
     actors=(ActorStatus("a0", 44, "n1", "cpu", 2, (("tiny", 0, 1), ("tiny", 1, 5)), 99, 640),),
     min_copies=2,
     live_copies=1,
+    loading=(LoadingStatus("a1", 3, 12, 1_500_000_000),),
 )
 REBALANCED = RebalanceReport(
     outcome="committed",

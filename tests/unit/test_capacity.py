@@ -21,8 +21,10 @@ from cluster.config import CapacityConfig
 from router.capacity import Placed, tokens_per_expert, within_capacity
 from router.gate import chooser
 from router.loss import Choice
+from router.metrics import catalogue
+from router.metrics.samples import RouterSamples
 from tests.checkpoints import save_mixtral
-from tests.local_cluster import LocalCluster, greedy_request
+from tests.local_cluster import MODEL, LocalCluster, greedy_request
 from tests.unit.test_engine import expected_tokens, prompt_of
 
 Chain = list[dict[int, float]]
@@ -249,3 +251,31 @@ def test_a_lone_decode_never_overflows(tight: LocalCluster, plain: MixtralForCau
     """Its experts are all different, so even a capacity of one token is enough."""
     [[event]] = tight.generate(greedy_request("r", [5], 8))
     assert (event.exact, list(event.token_ids)) == (True, expected_tokens(plain, [5], 8))
+
+
+def overflow_told(cluster: LocalCluster) -> dict[tuple[str, str], float]:
+    """What the router's metrics have, by layer and expert."""
+    samples = RouterSamples(
+        MODEL, cluster.engine, cluster.scheduler, cluster.exchange, cluster.dispatcher
+    )()
+    told = {}
+    for name, labels, value in samples.families[catalogue.OVERFLOW.name]:
+        assert (name, labels["model_name"]) == ("expertmesh_expert_overflow_tokens_total", MODEL)
+        told[labels["layer"], labels["expert"]] = value
+    return told
+
+
+def test_metrics_tell_what_each_expert_had_no_room_for(folder: Path, tight: LocalCluster) -> None:
+    """Of two equal tokens one gets both experts, and the other is sent on by both."""
+    roomy = LocalCluster(folder)
+    roomy.generate(greedy_request("alone", [5], 1))
+    roomy.close()
+    assert overflow_told(roomy) == overflow_told(tight) == {}
+    tight.generate(greedy_request("twice", [5], 1, n=2))
+    told = overflow_told(tight)
+    chosen = {e for f in roomy.transport.frames if f.layer_id == 0 for e in f.expert_ids}
+    assert {expert: v for (layer, expert), v in told.items() if layer == "0"} == {
+        str(expert): 1.0 for expert in chosen
+    }
+    assert len(chosen) == 2
+    assert {layer for layer, _ in told} == {str(layer) for layer in roomy.checkpoint.shape.layers}

@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError
 
 from cluster import apart as apart_module
 from cluster import controller as controller_module
+from cluster import loading as loading_module
 from cluster import members, progress
 from cluster.controller import Controller
 from cluster.errors import CheckpointError, StaleEpochError
@@ -23,7 +24,7 @@ from cluster.ledger import Ledger
 from cluster.measurements import ProcessSamples, Samples
 from cluster.placement import ExpertKey, ModelExperts, Placement
 from cluster.spec import ActorReport, ActorSpec, ModelSource, PoolSpec, ScalingTargets
-from cluster.status import ClusterStatus, ProcessStatus
+from cluster.status import ClusterStatus, LoadingStatus, ProcessStatus
 
 NUM_EXPERTS = 4
 LIMIT_S = 20.0
@@ -312,6 +313,55 @@ def test_nothing_is_published_before_it_is_loaded() -> None:
         assert len(cluster.controller._placement.missing()) == 2 * NUM_EXPERTS
         gate.set()
         await cluster.complete()
+        await cluster.stop()
+
+    run(test)
+
+
+def test_while_actors_load_status_and_log_tell_how_far_they_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loading_module, "NOTICE_S", 0.02)
+    monkeypatch.setattr(controller_module.logger, "propagate", True)
+
+    async def test() -> None:
+        gate = asyncio.Event()
+        cluster = Cluster(2)
+        cluster.pool.load_gate = lambda actor: gate.wait()
+        await cluster.start()
+        await happens(lambda: sum(actor.loads for actor in cluster.pool.actors) == 2)
+        told = ClusterStatus.from_wire(await cluster.controller.status()).loading
+        assert told == tuple(LoadingStatus(f"expert-{i}", 0, NUM_EXPERTS, 0) for i in range(2))
+        [first] = cluster.pool.of("expert-0")
+        first.keys = [ExpertKey("m", 0, 0), ExpertKey("m", 0, 1)]
+        await happens(
+            lambda: (
+                cluster.controller._status().loading[0]
+                == LoadingStatus("expert-0", 2, NUM_EXPERTS, 20)
+            )
+        )
+        await happens(lambda: "loading: 2 of 8 experts (25%, 0.0 GB) on 2 actors" in caplog.text)
+        gate.set()
+        await cluster.complete()
+        assert cluster.controller._status().loading == ()
+        await cluster.stop()
+
+    with caplog.at_level("INFO", controller_module.logger.name):
+        run(test)
+
+
+def test_an_actor_that_dies_while_it_loads_loads_no_more() -> None:
+    async def test() -> None:
+        gate = asyncio.Event()
+        cluster = Cluster(1)
+        cluster.pool.load_gate = lambda actor: gate.wait()
+        await cluster.start()
+        await happens(lambda: bool(cluster.controller._status().loading))
+        cluster.pool.actors[0].alive = False
+        gate.set()
+        await happens(lambda: len(cluster.pool.actors) == 2)
+        await cluster.complete()
+        assert cluster.controller._status().loading == ()
         await cluster.stop()
 
     run(test)

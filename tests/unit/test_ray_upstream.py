@@ -9,6 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from opentelemetry import trace
+from opentelemetry.trace import Span
 from ray.exceptions import RayActorError
 
 from cluster.errors import DeadlineExceededError, OverloadedError, UnavailableError
@@ -24,6 +26,8 @@ from router.request import (
     TokenLogprobs,
     merge_events,
 )
+from router.tracing import as_current
+from tests.span_keeper import SpanKeeper
 
 MAX_CALLS = 3
 
@@ -152,9 +156,11 @@ class Router:
         self.generate = self
         self.calls: list[Call] = []
         self.wires: list[dict[str, Any]] = []
+        self.spans: list[Span] = []
 
     def remote(self, wire: dict[str, Any], address: LinkAddress) -> Call:
         self.wires.append(wire)
+        self.spans.append(trace.get_current_span())
         self.calls.append(Call())
         return self.calls[-1]
 
@@ -188,6 +194,29 @@ async def first_of(
             await asyncio.sleep(0.001)
         gateway._on_tokens("r#0", early)
         return await first
+
+
+def test_serve_takes_the_span_of_a_sampled_request_along_with_the_call(
+    upstream: Callable[[], tuple[RayUpstream, Router]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans = SpanKeeper()
+    monkeypatch.setattr(trace, "get_tracer", spans.provider.get_tracer)
+
+    async def run() -> None:
+        gateway, router = upstream()
+        serves = spans.tracer.start_span("serve")
+        with as_current(serves):
+            events = gateway.generate(request(30))
+            assert await first_of(gateway, router, events, event(0, "length")) == event(0, "length")
+            assert trace.get_current_span() is serves
+            await events.aclose()
+        [told] = spans.told()
+        assert told.parent == serves.get_span_context()
+        assert told.attributes["gen_ai.usage.output_tokens"] == 1
+        assert [span.get_span_context() for span in router.spans] == [told.context]
+        gateway._link.close()
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("reason", ["length", None])
