@@ -190,14 +190,10 @@ class RayUpstream:
                 reply.cancel()
 
     def _check_room(self, model: str) -> None:
-        """Raise :class:`OverloadedError` when a model's routers have all requests that they hold."""
+        """Raise :class:`OverloadedError` when a model's routers hold all that they can."""
         if self._calls[model] >= self._max_calls:
-            raise OverloadedError(
-                f"the routers are full: they hold {self._max_calls} requests",
-                "queue",
-                RETRY_AFTER_S,
-            )
-        self._calls[model] += 1
+            told = f"the routers are full: they hold {self._max_calls} requests"
+            raise OverloadedError(told, "queue", RETRY_AFTER_S)
 
     def _end_requests(self) -> None:
         """End all requests, which Serve waits for before it ends a replica."""
