@@ -96,6 +96,19 @@ def resident_mb(pid: int) -> float:
     return float(psutil.Process(pid).memory_info().rss) / 1e6
 
 
+def begin_peak(pid: int) -> float:
+    """Have the kernel count a process's peak anew; returns what is resident now, in MB."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return resident_mb(pid)
+
+
+def peak_mb(pid: int) -> float:
+    """Return the most that has been resident of a process since :func:`begin_peak`."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    [line] = [line for line in lines if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024 / 1e6
+
+
 def memory_of(pid: int, weights_mb: float) -> dict[str, float]:
     """Return a process's memory: resident, of its weights, and the rest."""
     rss_mb = resident_mb(pid)

@@ -34,12 +34,14 @@ def line(x1: float, y1: float, x2: float, y2: float, color: str, dash: str = "no
 
 def curve(points: Sequence[tuple[float, float]], color: str) -> list[str]:
     """Return straight pieces through ``points``, and a dot at each."""
-    joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dots = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{color}"/>' for x, y in points]
-    return [
-        f'<polyline points="{joined}" fill="none" stroke="{color}" stroke-width="2"/>',
-        *dots,
-    ]
+    return [polyline(points, color), *dots]
+
+
+def polyline(points: Sequence[tuple[float, float]], color: str) -> str:
+    """Return straight pieces through ``points``."""
+    joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline points="{joined}" fill="none" stroke="{color}" stroke-width="2"/>'
 
 
 def text(x: float, y: float, words: str, anchor: str = "start", size: int = 13) -> str:

@@ -22,10 +22,12 @@ from benchmarks.common import (
     CACHE_TOKENS,
     MODEL,
     PROMPT_TOKENS,
+    begin_peak,
     cache_mb,
     dense_mb,
     expert_mb,
     memory_of,
+    peak_mb,
     prompts,
     summary_ms,
 )
@@ -58,7 +60,8 @@ def measure(
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, or with ``--trace`` trace one round, in this process.
 
-    Returns the figures of each number of streams, and the memory of router and actors at the end.
+    Returns the figures of each number of streams, the memory of router and actors at the end, and
+    what loading took of each actor.
     """
     import ray
 
@@ -75,7 +78,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     for n in options.streams
                 }
             }
-            return {**result, "memory": bench.memory()}
+            return {**result, "memory": bench.memory(), "loading": bench.loading}
         finally:
             bench.close()
     finally:
@@ -143,7 +146,7 @@ class Bench:
         checkpoint = open_checkpoint(folder)
         self._folder = folder
         self._cached_tokens = 0
-        view, self._handles = start_actors(folder, checkpoint.shape, actors, traced)
+        view, self._handles, self.loading = start_actors(folder, checkpoint.shape, actors, traced)
         self._transport: Any = open_transport(APP, transport)  # type: ignore[arg-type]
         self._recorder = recorder = Recorder()
         carrier = TracingTransport(self._transport, recorder) if traced else self._transport
@@ -288,8 +291,14 @@ def _ignore(actor_id: str, generation: int) -> None:
     """Nobody is told of a suspicion here: a call that fails is tried again."""
 
 
-def start_actors(folder: Path, shape: Any, count: int, traced: bool) -> tuple[Any, dict[str, Any]]:
-    """Start expert actors as the product does; returns the placement's view, and the handles."""
+def start_actors(
+    folder: Path, shape: Any, count: int, traced: bool
+) -> tuple[Any, dict[str, Any], dict[str, dict[str, float]]]:
+    """Start expert actors as the product does, and have all of them load at the same time.
+
+    Returns the placement's view, the handles, and of each actor how long it loaded, the weights
+    that it then held, and what was resident at the peak beyond what its process had before.
+    """
     import ray
 
     from benchmarks.tracing import TracingActor
@@ -315,12 +324,27 @@ def start_actors(folder: Path, shape: Any, count: int, traced: bool) -> tuple[An
     for actor_id in shares:
         options = actor_options(spec, actor_name(APP, actor_id, GENERATION))
         handles[actor_id] = remote.options(**options).remote(spec, actor_id, GENERATION, EPOCH)
-    for actor_id, keys in shares.items():
-        ray.get(handles[actor_id].load.remote(EPOCH, keys), timeout=TIMEOUT_S)
-        placement = placement.with_actor(actor_id, GENERATION, keys)
+    reports = ray.get([h.describe.remote() for h in handles.values()], timeout=TIMEOUT_S)
+    pids = {report.actor_id: report.pid for report in reports}
+    before_mb = {actor_id: begin_peak(pid) for actor_id, pid in pids.items()}
+    started_s = time.perf_counter()
+    loads = {handles[a].load.remote(EPOCH, keys): a for a, keys in shares.items()}
+    loading: dict[str, dict[str, float]] = {}
+    waiting = list(loads)
+    while waiting:
+        done, waiting = ray.wait(waiting, timeout=TIMEOUT_S)
+        if not done:
+            raise TimeoutError(f"actors did not load within {TIMEOUT_S} s")
+        report, actor_id = ray.get(done[0]), loads[done[0]]
+        loading[actor_id] = {
+            "load_s": time.perf_counter() - started_s,
+            "weights_mb": report.weight_bytes / 1e6,
+            "peak_mb": peak_mb(report.pid) - before_mb[actor_id],
+        }
+        placement = placement.with_actor(actor_id, GENERATION, shares[actor_id])
     view = PlacementView()
     view.publish(placement)
-    return view, handles
+    return view, handles, loading
 
 
 def main() -> None:

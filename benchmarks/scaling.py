@@ -62,25 +62,26 @@ ROUTER_TRAFFICS: tuple[Traffic, ...] = ("own", "spread")
 class Streams:
     """Clients that each read one endless stream, and when they got how many tokens."""
 
-    def __init__(self, ports: Ports, traffic: Traffic) -> None:
-        """Start them one after the other."""
+    def __init__(self, ports: Ports, tokens: Sequence[int], apart_s: float = APART_S) -> None:
+        """Start one for each token, one after the other."""
         from router.client import Client
 
         self._client = Client(ports.grpc_address)
-        self._traffic = traffic
+        self._tokens = tokens
         self._stopping = threading.Event()
-        self._pool = ThreadPoolExecutor(steered.STREAMS)
-        self.arrivals: list[list[tuple[float, int]]] = [[] for _ in range(steered.STREAMS)]
+        self._pool = ThreadPoolExecutor(len(tokens))
+        self.arrivals: list[list[tuple[float, int]]] = [[] for _ in tokens]
         self._reading = []
         # Those of one expert after each other, so that each of two routers gets one of them.
-        for stream in sorted(range(steered.STREAMS), key=lambda one: one % steered.EXPERTS):
+        order = sorted(range(len(tokens)), key=lambda one: steered.expert_of(0, tokens[one]))
+        for stream in order:
             self._reading.append(self._pool.submit(self._read, stream))
-            time.sleep(APART_S)
+            time.sleep(apart_s)
 
     def _read(self, stream: int) -> None:
         from router.client import Sampling
 
-        token = steered.first_token(self._traffic, stream)
+        token = self._tokens[stream]
         sampling = Sampling(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
         pieces = self._client.stream([token], sampling, model=MODEL, timeout_s=TIMEOUT_S)
         for piece in pieces:
@@ -152,18 +153,24 @@ def busy_share(products: Sequence[Product], start_s: float, end_s: float) -> flo
 
 def measure(ports: Ports, traffic: Traffic, seconds: float) -> dict[str, Any]:
     """Load the deployment with one kind of traffic; returns rates, busy shares, and a second."""
-    from benchmarks.devices import recorded
-
-    streams = Streams(ports, traffic)
+    tokens = [steered.first_token(traffic, stream) for stream in range(steered.STREAMS)]
+    streams = Streams(ports, tokens)
     try:
         streams.wait_started()
-        start_s, used_s = time.perf_counter(), cpu_s()
-        time.sleep(seconds)
-        end_s = time.perf_counter()
-        used_s = cpu_s() - used_s
-        streams.check()
+        return measure_streams(streams, seconds)
     finally:
         streams.stop()
+
+
+def measure_streams(streams: Streams, seconds: float) -> dict[str, Any]:
+    """Return rates and busy shares of streams that run, and a second of what devices did."""
+    from benchmarks.devices import recorded
+
+    start_s, used_s = time.perf_counter(), cpu_s()
+    time.sleep(seconds)
+    end_s = time.perf_counter()
+    used_s = cpu_s() - used_s
+    streams.check()
     products = recorded(MODEL)
     rates = [rate(arrivals, start_s, end_s) for arrivals in streams.arrivals]
     middle_s = (start_s + end_s) / 2

@@ -98,6 +98,18 @@ class Cluster(Protocol):
         """Have an actor's keeper look at it now."""
         ...
 
+    def begin(self, actor_id: str) -> None:
+        """Bring up an actor that has joined the fleet; returns at once."""
+        ...
+
+    async def end(self, actor_id: str) -> None:
+        """End an actor that holds nothing any more, and take it out of the fleet."""
+        ...
+
+    def node_of(self, actor_id: str) -> str | None:
+        """Return the node that an actor runs on, or ran on last, if it ever did."""
+        ...
+
 
 class Changes:
     """Applies changes, and has actors let go what they need not hold."""
@@ -231,13 +243,18 @@ class Changes:
         logger.info("%s lets %d experts go", actor_id, len(gone))
         return after
 
+    def forget(self, actor_id: str) -> None:
+        """Take out an actor that is to hold nothing any more."""
+        self.shares.pop(actor_id, None)
+        self._left.pop(actor_id, None)
+
     def looked_at(self) -> None:
         """Wake a change that waits for what it dropped; an actor has reported or is gone."""
         self._let_go.set()
 
     def known_to_one_more(self) -> None:
         """Look at those who wait for routers to know that they are not asked any more."""
-        for actor_id in self._left:
+        for actor_id in tuple(self._left):
             self._cluster.look_at(actor_id)
 
 

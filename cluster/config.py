@@ -23,7 +23,7 @@ from pydantic import (
 
 from cluster.contract import OnExpertLoss
 from cluster.errors import ConfigError
-from cluster.spec import Emulation
+from cluster.spec import Emulation, ScalingTargets
 from cluster.stream.tls import TlsFiles
 from cluster.transports import TransportKind
 
@@ -38,6 +38,7 @@ ONE_POOLS_KEYS = (
     "threads",
     "memory_budget_bytes",
     "emulate",
+    "autoscaling",
 )
 RAYS_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
 
@@ -102,6 +103,50 @@ def _without_gpu(emulate: EmulateConfig | None, info: ValidationInfo) -> Emulate
     return emulate
 
 
+class ActorScalingConfig(_Section):
+    """How a pool's number of actors follows its load, from ``min_actors`` to ``max_actors``.
+
+    One more comes when devices were busy for more than ``target_busy`` of the time, or frames
+    waited longer than ``target_queue_s``, for ``upscale_delay_s``; one goes when fewer would have
+    been enough for ``downscale_delay_s``. With ``dry_run`` that is only logged and told.
+    """
+
+    min_actors: int = Field(ge=1, le=1000)
+    max_actors: int = Field(ge=1, le=1000)
+    target_busy: float = Field(default=0.6, gt=0, le=1)
+    target_queue_s: float = Field(default=0.02, gt=0, le=60)
+    upscale_delay_s: float = Field(default=5.0, ge=0, le=86_400)
+    downscale_delay_s: float = Field(default=120.0, ge=0, le=86_400)
+    dry_run: bool = False
+
+    @field_validator("max_actors")
+    @classmethod
+    def _most_is_not_least(cls, max_actors: int, info: ValidationInfo) -> int:
+        least = info.data.get("min_actors")  # absent when wrong
+        if least is not None and max_actors < least:
+            raise ValueError(f"must be at least min_actors, {least}")
+        return max_actors
+
+    def targets(self) -> ScalingTargets:
+        """Return what the controller goes by."""
+        return ScalingTargets(**self.model_dump())
+
+
+def _around_actors(
+    autoscaling: ActorScalingConfig | None, info: ValidationInfo
+) -> ActorScalingConfig | None:
+    actors = info.data.get("actors")  # absent when wrong
+    if autoscaling is not None and actors is not None:
+        least, most = autoscaling.min_actors, autoscaling.max_actors
+        if not least <= actors <= most:
+            raise ValueError(f"actors, {actors}, must be from min_actors to max_actors")
+    return autoscaling
+
+
+def _fewest(actors: int, autoscaling: ActorScalingConfig | None) -> int:
+    return actors if autoscaling is None else autoscaling.min_actors
+
+
 class PoolConfig(_Section):
     """Alike expert actors, each on a device of its own.
 
@@ -109,7 +154,8 @@ class PoolConfig(_Section):
     what one actor reserves, and so decide which machines it may be on; with ``num_gpus`` it
     computes on the GPU that Ray gives it. ``threads`` are its compute threads.
     ``memory_budget_bytes`` bounds the expert weights that it holds. With ``emulate`` no expert is
-    computed (:class:`EmulateConfig`).
+    computed (:class:`EmulateConfig`). With ``autoscaling`` their number follows the load, from
+    ``actors`` on (:class:`ActorScalingConfig`).
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$", max_length=32)
@@ -120,6 +166,7 @@ class PoolConfig(_Section):
     threads: int = Field(default=1, ge=1, le=256)
     memory_budget_bytes: int | None = Field(default=None, gt=0)
     emulate: Annotated[EmulateConfig | None, AfterValidator(_without_gpu)] = None
+    autoscaling: Annotated[ActorScalingConfig | None, AfterValidator(_around_actors)] = None
 
     @field_validator("resources")
     @classmethod
@@ -158,6 +205,7 @@ class ExpertsConfig(_Section):
     threads: int = Field(default=1, ge=1, le=256)
     memory_budget_bytes: int | None = Field(default=None, gt=0)
     emulate: Annotated[EmulateConfig | None, AfterValidator(_without_gpu)] = None
+    autoscaling: Annotated[ActorScalingConfig | None, AfterValidator(_around_actors)] = None
     min_copies: int = Field(default=1, ge=1)
     max_queue_rows: int = Field(default=65_536, ge=1)
     call_timeout_s: float = Field(default=10.0, gt=0)
@@ -190,7 +238,9 @@ class ExpertsConfig(_Section):
     def _copies_need_actors(cls, min_copies: int, info: ValidationInfo) -> int:
         pools, actors = info.data.get("pools"), info.data.get("actors")  # absent when wrong
         if pools is not None:
-            actors = sum(pool.actors for pool in pools)
+            actors = sum(_fewest(pool.actors, pool.autoscaling) for pool in pools)
+        elif actors is not None:
+            actors = _fewest(actors, info.data.get("autoscaling"))
         if actors is not None and min_copies > actors:
             raise ValueError(f"must be at most the number of actors, {actors}")
         return min_copies
@@ -342,6 +392,7 @@ def _allowed_keys(loc: tuple[int | str, ...]) -> list[str]:
                 "gateway": GatewayConfig,
                 "tls": TlsConfig,
                 "emulate": EmulateConfig,
+                "autoscaling": ActorScalingConfig,
                 "pools": PoolConfig,
             }[part]
     return sorted(section.model_fields)

@@ -14,7 +14,10 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from ray import serve
@@ -25,19 +28,25 @@ from ray.serve.schema import ApplicationStatus
 from cluster.adopt import adopt
 from cluster.apart import Apart
 from cluster.changes import LOAD_TIMEOUT_S, Changes
+from cluster.elastic import Elastic
 from cluster.errors import ExpertMeshError, StaleEpochError
 from cluster.failures import cause_of, kind_of, reason_of
+from cluster.fleet import Fleet
 from cluster.ledger import Ledger
+from cluster.load_status import ChangeReport
+from cluster.loading import Loading
 from cluster.measurements import Measurements, ProcessSamples, Samples
 from cluster.members import Members
 from cluster.placement import ExpertKey, Placement, assign_experts, empty_placement
 from cluster.pool import ExpertPool
 from cluster.progress import LOOK_S, Progress, Silence
 from cluster.rebalance import Rebalancer
-from cluster.spec import ActorReport, PoolSpec, budgets_of
+from cluster.spec import ActorReport, PoolSpec
 from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
 
 HEARTBEAT_PERIOD_S = 1.0
+LOAD_PERIOD_S = 0.25
+MAX_LOOKS_PER_S = 400
 ADOPT_TIMEOUT_S = 3.0
 SUSPICION_S = 1.0
 """How long a router's word counts, which it repeats for as long as it waits."""
@@ -61,39 +70,40 @@ class Controller:
         actor_class: type,
         min_copies: int = 1,
         rebalance_period_s: float | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Set up; :meth:`start` adopts or creates the actors.
 
         Copies follow the load every ``rebalance_period_s``, or only when :meth:`rebalance` is
-        called.
+        called. New actors' processes have the variables of ``environment``.
         """
         self._app = app
         self._models = [source.experts for source in pools[0].actor.models]
-        self._specs = {actor_id: pool.actor for pool in pools for actor_id in pool.actor_ids()}
-        self._budgets_bytes = budgets_of(pools)
+        self._fleet = Fleet(pools)
         self._min_copies = min_copies
-        self._pool = ExpertPool(app, self._specs, actor_class)
-        self._actor_ids = list(self._specs)
+        self._pool = ExpertPool(app, self._fleet.specs, actor_class, environment)
         self._nodes: dict[str, str] = {}
         """The node that each actor runs on, or ran on last."""
         self._adopted: dict[str, tuple[ExpertKey, ...]] = {}
         """What each adopted actor held."""
-        self._last_generation: dict[str, int] = dict.fromkeys(self._actor_ids, 0)
+        self._last_generation: defaultdict[str, int] = defaultdict(int)
         cluster = _Cluster(self)
         self._changes = Changes(cluster, self._assign(), min_copies)
-        pool_of = {actor_id: pool.name for pool in pools for actor_id in pool.actor_ids()}
-        self._rebalancer = Rebalancer(
-            self._models, pool_of, self._budgets_bytes, min_copies, cluster, self._changes
-        )
+        self._rebalancer = Rebalancer(self._models, self._fleet, min_copies, cluster, self._changes)
         self._rebalance_period_s = rebalance_period_s
+        self._elastic = Elastic(
+            self._models, self._fleet, min_copies, cluster, self._changes, self._rebalancer
+        )
         self._placement: Placement = empty_placement(0, self._models)
         self._changed = asyncio.Condition()
         self._reports: dict[str, ActorReport] = {}
         self._handles: dict[str, ActorHandle] = {}
         """The actors that are in the placement."""
         self._members = Members()
-        self._suspected = {actor_id: asyncio.Event() for actor_id in self._actor_ids}
-        self._suspected_s = dict.fromkeys(self._actor_ids, -math.inf)
+        self._loading = Loading()
+        self._suspected: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._suspected_s: defaultdict[str, float] = defaultdict(lambda: -math.inf)
+        self._keepers: dict[str, asyncio.Task[None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._looped_s = time.monotonic()
         self._is_deleted = False
@@ -105,23 +115,55 @@ class Controller:
         if self._min_copies > 1 and len(nodes) > 1:
             # Only before anything is served is there time to wait for all actors.
             handles = handles or await self._start_all()
-            self._changes.shares = self._assign()
-        for actor_id in self._actor_ids:
-            keeper = self._keep(actor_id, handles.get(actor_id))
-            self._tasks.append(asyncio.create_task(keeper, name=f"keep {actor_id}"))
+        self._changes.shares = self._assign()
+        for actor_id in self._fleet.specs:
+            self._start_keeping(actor_id, handles.get(actor_id))
         if self._min_copies > 1:
             apart = Apart(_Cluster(self), self._changes, self._nodes, self._min_copies)
             self._tasks.append(asyncio.create_task(apart.run_forever(set(nodes)), name="nodes"))
         if self._rebalance_period_s is not None:
             rebalancing = self._rebalancer.run_forever(self._rebalance_period_s)
             self._tasks.append(asyncio.create_task(rebalancing, name="rebalance"))
+        scaling = self._elastic.run_forever()
+        self._tasks.append(asyncio.create_task(scaling, name="scale"))
+
+    def _start_keeping(self, actor_id: str, handle: ActorHandle | None = None) -> None:
+        keeper = self._keep(actor_id, handle)
+        self._keepers[actor_id] = asyncio.create_task(keeper, name=f"keep {actor_id}")
+
+    async def _stop_keeping(self, actor_id: str) -> None:
+        """End an actor that holds nothing any more, and let it leave the fleet."""
+        self._fleet.remove(actor_id)
+        self._write_ledger()
+        await self._leave_placement(actor_id)
+        keeper = self._keepers.pop(actor_id)
+        keeper.cancel()
+        await asyncio.wait([keeper])
+        await self._leave_placement(actor_id)  # it may have come up until a moment ago
+        self._forget(actor_id)
+        self._changes.forget(actor_id)
+        self._nodes.pop(actor_id, None)
+        self._suspected.pop(actor_id, None)
+        self._suspected_s.pop(actor_id, None)
+
+    async def _leave_placement(self, actor_id: str) -> None:
+        if actor_id in self._placement.generations:
+            await self._publish(lambda placement: placement.without(actor_id))
+
+    def _forget(self, actor_id: str) -> None:
+        self._reports.pop(actor_id, None)
+        self._handles.pop(actor_id, None)
+        self._rebalancer.tracker.forget(actor_id)
+        self._elastic.meter.forget(actor_id)
 
     def _assign(self) -> dict[str, list[ExpertKey]]:
         # An actor that is new to the pool is to get a share of what the others hold.
-        is_same_pool = all(self._last_generation.get(a, 0) > 0 for a in self._actor_ids)
+        actor_ids = list(self._fleet.specs)
+        is_same_pool = all(self._last_generation.get(a, 0) > 0 for a in actor_ids)
         held = self._adopted if is_same_pool else {}
+        budgets_bytes = self._fleet.budgets_bytes
         return assign_experts(
-            self._models, self._actor_ids, self._budgets_bytes, self._min_copies, self._nodes, held
+            self._models, actor_ids, budgets_bytes, self._min_copies, self._nodes, held
         )
 
     async def _start_all(self) -> dict[str, ActorHandle]:
@@ -130,7 +172,7 @@ class Controller:
         Copies can be put on different nodes only when the nodes are known. An actor that does not
         come up in time counts as one on a node of its own.
         """
-        created = {actor_id: self._create(actor_id) for actor_id in self._actor_ids}
+        created = {actor_id: self._create(actor_id) for actor_id in self._fleet.specs}
 
         async def learn(actor_id: str, handle: ActorHandle) -> None:
             try:
@@ -144,11 +186,12 @@ class Controller:
         return created
 
     async def _adopt(self) -> dict[str, ActorHandle]:
-        adopted = await adopt(self._pool, self._specs, ADOPT_TIMEOUT_S)
         ledger = await asyncio.to_thread(self._pool.ledger.read)
+        self._fleet.resume(ledger.pools)
+        adopted = await adopt(self._pool, self._fleet.specs, ADOPT_TIMEOUT_S)
         for known in (adopted.generations, ledger.generations):
             for actor_id, generation in known.items():
-                last = self._last_generation.get(actor_id, 0)
+                last = self._last_generation[actor_id]
                 self._last_generation[actor_id] = max(generation, last)
         placement = empty_placement(max(adopted.epoch, ledger.epoch) + 1, self._models)
         # From the first: an empty one would tell routers that living experts are lost.
@@ -162,7 +205,8 @@ class Controller:
 
     def _write_ledger(self) -> None:
         """Put down what the next controller must go beyond, even if no actor lives to tell it."""
-        self._pool.ledger.write(Ledger(self._placement.epoch, dict(self._last_generation)))
+        epoch, generations = self._placement.epoch, dict(self._last_generation)
+        self._pool.ledger.write(Ledger(epoch, generations, self._fleet.members()))
 
     # Keeping one actor alive.
 
@@ -177,19 +221,23 @@ class Controller:
                 await self._watch_actor(actor_id, handle)
             except StaleEpochError:
                 logger.warning("a newer controller took over; this one stops")
+                for task in self._tasks:
+                    task.cancel()
                 return
             except (RayActorError, RayTaskError, TimeoutError) as error:
                 logger.warning("%s: %s", actor_id, reason_of(error))
             except ExpertMeshError as error:
                 logger.error("%s: %s", actor_id, error)
+            except asyncio.CancelledError:
+                if actor_id not in self._fleet.specs and handle is not None:
+                    self._pool.kill(handle)
+                raise
             except Exception:
                 logger.exception("%s: unexpected failure; trying again", actor_id)
             if handle is not None:
                 self._pool.kill(handle)
                 handle = None
-            self._reports.pop(actor_id, None)
-            self._handles.pop(actor_id, None)
-            self._rebalancer.tracker.forget(actor_id)
+            self._forget(actor_id)
             self._changes.looked_at()
             if actor_id in self._placement.generations:
                 await self._publish(lambda placement: placement.without(actor_id))
@@ -209,10 +257,14 @@ class Controller:
         started_s = time.monotonic()
         epoch, keys = self._placement.epoch, self._changes.shares[actor_id]
         waiting = asyncio.create_task(self._say_why_it_waits(actor_id, handle))
+        following = asyncio.create_task(self._follow_loading(handle))
+        self._loading.begin(actor_id, len(keys), started_s)
         try:
             report = await self._load_typed(handle, epoch, keys)
         finally:
             waiting.cancel()
+            following.cancel()
+            self._loading.end(actor_id)
         self._reports[actor_id], self._handles[actor_id] = report, handle
         self._nodes[actor_id] = report.node
         await self._publish(
@@ -248,6 +300,17 @@ class Controller:
                     self._pool.kill(handle)
                     return
 
+    async def _follow_loading(self, handle: ActorHandle) -> None:
+        """See how far an actor is with its share, and log it for all that load together."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_PERIOD_S)
+            try:
+                self._loading.saw(await self._pool.describe(handle, PLACE_NOTICE_S))
+            except (RayActorError, RayTaskError, TimeoutError):
+                continue  # it has not started, or died, which whoever waits for the load finds out
+            if (line := self._loading.notice(time.monotonic())) is not None:
+                logger.info("loading: %s", line)
+
     async def _load_typed(
         self, handle: ActorHandle, epoch: int, keys: list[ExpertKey]
     ) -> ActorReport:
@@ -268,6 +331,7 @@ class Controller:
                 raise cause_of(error) from None
             self._reports[actor_id] = report
             self._rebalancer.tracker.observe(report, time.monotonic())
+            self._elastic.meter.observe(report, time.monotonic())
             self._looped_s = time.monotonic()
             if progress.is_hung(report.steps, report.queued_rows, time.monotonic()):
                 raise TimeoutError("rows wait and none is computed")
@@ -277,10 +341,20 @@ class Controller:
                 self._reports[actor_id] = after
                 self._changes.looked_at()
             try:
-                async with asyncio.timeout(HEARTBEAT_PERIOD_S):
+                async with asyncio.timeout(self._heartbeat_period_s()):
                     await suspected.wait()
             except TimeoutError:
                 continue
+
+    def _heartbeat_period_s(self) -> float:
+        """Return how often an actor is looked at: more often where load changes what is where.
+
+        All looks together stay below :data:`MAX_LOOKS_PER_S`.
+        """
+        if self._rebalance_period_s is None and not self._elastic.follows_load:
+            return HEARTBEAT_PERIOD_S
+        period_s = max(LOAD_PERIOD_S, len(self._fleet.specs) / MAX_LOOKS_PER_S)
+        return min(HEARTBEAT_PERIOD_S, period_s)
 
     async def _heartbeat(self, actor_id: str, handle: ActorHandle) -> ActorReport:
         """Return an actor's report; raises ``TimeoutError`` when it hangs."""
@@ -395,11 +469,13 @@ class Controller:
             actors=tuple(_actor_status(report) for _, report in sorted(self._reports.items())),
             min_copies=self._min_copies,
             live_copies=self._placement.fewest_copies(),
+            loading=self._loading.status(),
         )
 
     async def load(self) -> dict[str, Any]:
         """Return :class:`LoadStatus` as plain data."""
-        return self._rebalancer.load().to_wire()
+        told = replace(self._rebalancer.load(), changes=tuple(self._elastic.history))
+        return told.to_wire()
 
     async def rebalance(self, dry_run: bool) -> dict[str, Any]:
         """Spread the load of now, or only tell how; see :meth:`Rebalancer.rebalance`.
@@ -411,12 +487,30 @@ class Controller:
         except ExpertMeshError as error:  # Serve would wrap it
             return {"error": error.to_wire()}
 
+    async def scale(self, number: int, pool: str, dry_run: bool) -> dict[str, Any]:
+        """Have a pool of so many actors; see :meth:`Elastic.scale`, and below for the answer."""
+        return await _told(self._elastic.scale(number, pool, dry_run))
+
+    async def drain(self, target: str, dry_run: bool) -> dict[str, Any]:
+        """Empty and end an actor, or those of a node; see :meth:`Elastic.drain`."""
+        return await _told(self._elastic.drain(target, dry_run))
+
+    async def set_copies(
+        self, model: str, layer: int, expert: int, number: int, dry_run: bool
+    ) -> dict[str, Any]:
+        """Bring an expert to so many copies; see :meth:`Elastic.set_copies`.
+
+        Returns ``{"report": …}``, a :class:`ChangeReport` as plain data, or ``{"error": …}``.
+        """
+        key = ExpertKey(model, layer, expert)
+        return await _told(self._elastic.set_copies(key, number, dry_run))
+
     async def close(self) -> None:
         """Stop keeping; end the actors too when Serve is deleting the application.
 
         On a mere restart or a new configuration they live on for the next controller to adopt.
         """
-        for task in self._tasks:
+        for task in (*self._tasks, *self._keepers.values()):
             task.cancel()
         if await asyncio.to_thread(app_is_wanted, self._app):
             return
@@ -460,6 +554,23 @@ class _Cluster:
 
     def look_at(self, actor_id: str) -> None:
         self._controller._suspected[actor_id].set()
+
+    def begin(self, actor_id: str) -> None:
+        self._controller._start_keeping(actor_id)
+
+    async def end(self, actor_id: str) -> None:
+        await self._controller._stop_keeping(actor_id)
+
+    def node_of(self, actor_id: str) -> str | None:
+        return self._controller._nodes.get(actor_id)
+
+
+async def _told(change: Awaitable[ChangeReport]) -> dict[str, Any]:
+    """Return a change's report or error as plain data; Serve would wrap what is raised."""
+    try:
+        return {"report": (await change).to_wire()}
+    except ExpertMeshError as error:
+        return {"error": error.to_wire()}
 
 
 def app_is_wanted(app: str) -> bool:

@@ -12,6 +12,7 @@ Dimension letters: P (token, expert) pairs of a frame, H hidden size.
 from __future__ import annotations
 
 import enum
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +55,8 @@ class DispatchFrame:
     ``num_tokens_per_expert[0]`` rows are for ``expert_ids[0]``, and so on. A token that two experts
     of the actor take is there twice, so that each expert's rows lie together as its product wants
     them. The answer has one row per pair in the same order. ``deadline_s`` is wall-clock time; an
-    actor may drop the work after it.
+    actor may drop the work after it. ``traceparent`` is the W3C trace context of a frame that is
+    traced; others' headers are without it.
     """
 
     request_id: int
@@ -68,6 +70,7 @@ class DispatchFrame:
     hidden_size: int
     deadline_s: float
     rows: Buffer
+    traceparent: str | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -102,7 +105,7 @@ _KNOWN_ERRORS = {cls.__name__: cls for cls in (WrongPlacementError, FrameError)}
 def encode(frame: Frame) -> Parts:
     """Return the frame's bytes in parts; the rows are not copied."""
     if isinstance(frame, DispatchFrame):
-        header = (
+        header: tuple[Any, ...] = (
             frame.request_id,
             frame.epoch,
             frame.placement_version,
@@ -114,6 +117,8 @@ def encode(frame: Frame) -> Parts:
             frame.hidden_size,
             frame.deadline_s,
         )
+        if frame.traceparent is not None:
+            header = (*header, frame.traceparent)
         return _start(FrameKind.DISPATCH, header), frame.rows
     if isinstance(frame, RowsFrame):
         shape = (frame.request_id, frame.dtype, frame.num_rows, frame.hidden_size)
@@ -182,16 +187,26 @@ def _dtype(value: Any) -> str:
     return value
 
 
-def _check_arity(header: tuple[Any, ...], expected: int) -> None:
-    if len(header) != expected:
-        raise FrameError(f"must have {expected} elements (given: {len(header)})", "frame.header")
+def _check_arity(header: tuple[Any, ...], *allowed: int) -> None:
+    if len(header) not in allowed:
+        sizes = " or ".join(map(str, allowed))
+        raise FrameError(f"must have {sizes} elements (given: {len(header)})", "frame.header")
+
+
+def _traceparent(value: Any) -> str:
+    if type(value) is not str or not _TRACEPARENT.fullmatch(value):
+        raise FrameError(
+            f"must be a W3C trace context, 00-…-…-… (given: {shown(value)})", "frame.traceparent"
+        )
+    return value
 
 
 _U63 = (1 << 63) - 1
+_TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 def _decode_dispatch(header: tuple[Any, ...], payload: memoryview) -> DispatchFrame:
-    _check_arity(header, 10)
+    _check_arity(header, 10, 11)
     expert_ids = _id_list(header[5], "frame.expert_ids", 0, MAX_EXPERTS)
     counts = _id_list(header[6], "frame.num_tokens_per_expert", 1, MAX_ROWS)
     if not expert_ids or len(expert_ids) != len(counts) or len(set(expert_ids)) != len(expert_ids):
@@ -215,6 +230,7 @@ def _decode_dispatch(header: tuple[Any, ...], payload: memoryview) -> DispatchFr
         hidden_size=hidden_size,
         deadline_s=deadline_s,
         rows=payload,
+        traceparent=_traceparent(header[10]) if len(header) > 10 else None,
     )
 
 

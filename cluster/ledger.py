@@ -16,15 +16,35 @@ from ray.experimental.internal_kv import (
     _internal_kv_put,
 )
 
+from cluster.fleet import PoolMembers
+
 KV_NAMESPACE = b"expertmesh"
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The last epoch of an application's controllers, and the last generation of each actor."""
+    """The last epoch of an application's controllers, and the last generation of each actor.
+
+    ``pools`` has who belongs to each pool, which scaling changes.
+    """
 
     epoch: int = 0
     generations: dict[str, int] = field(default_factory=dict)
+    pools: dict[str, PoolMembers] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the ledger as text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Ledger:
+        """Rebuild a ledger from :meth:`to_json`."""
+        told = json.loads(text)
+        pools = {
+            name: PoolMembers(one["configured"], tuple(one["actors"]))
+            for name, one in told.pop("pools", {}).items()
+        }
+        return cls(**told, pools=pools)
 
 
 class LedgerStore:
@@ -37,11 +57,11 @@ class LedgerStore:
     def read(self) -> Ledger:
         """Return what was written last, or an empty ledger."""
         data = _internal_kv_get(self._key, namespace=KV_NAMESPACE)
-        return Ledger(**json.loads(data)) if data else Ledger()
+        return Ledger.from_json(data) if data else Ledger()
 
     def write(self, ledger: Ledger) -> None:
         """Replace the ledger."""
-        data = json.dumps(asdict(ledger)).encode()
+        data = ledger.to_json().encode()
         _internal_kv_put(self._key, data, overwrite=True, namespace=KV_NAMESPACE)
 
     def clear(self) -> None:

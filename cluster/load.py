@@ -1,8 +1,9 @@
 """The load of experts and devices lately, from the counters that actors report.
 
 Counters only grow while an actor lives, so a report that is lost costs nothing: the next one has
-it. What came in fades with ``WINDOW_S``, so a rate is that of about the last half a minute. Pure,
-with the caller's clock.
+it. What came in fades with ``WINDOW_S``, so a rate is that of about the last half a minute; but an
+expert that is surely asked for more often lately has the rate of the last ``RISE_S``. Pure, with
+the caller's clock.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from cluster.spec import ActorReport
 
 WINDOW_S = 30.0
 """The time in which what came in fades to 1/e of its weight."""
+RISE_S = 2.0
+"""The same of the time in which a rise is looked for."""
+SURE = 3.0
+"""So many standard deviations of independent arrivals a rise must be beyond chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +40,22 @@ class DeviceLoad:
 class _Fading:
     """A sum in which what was added fades."""
 
-    __slots__ = ("_at_s", "_sum")
+    __slots__ = ("_at_s", "_sum", "_window_s")
 
-    def __init__(self) -> None:
+    def __init__(self, window_s: float = WINDOW_S) -> None:
         self._sum = 0.0
         self._at_s = -math.inf
+        self._window_s = window_s
 
     def add(self, amount: float, took_s: float, now_s: float) -> None:
         """Add what came in evenly over the last ``took_s`` seconds, part of which has faded."""
-        kept = (1 - math.exp(-took_s / WINDOW_S)) * WINDOW_S / took_s
+        kept = (1 - math.exp(-took_s / self._window_s)) * self._window_s / took_s
         self._sum = self.at(now_s) + amount * kept
         self._at_s = now_s
 
     def at(self, now_s: float) -> float:
         """Return what is left of the sum."""
-        return self._sum * math.exp(-(now_s - self._at_s) / WINDOW_S)
+        return self._sum * math.exp(-(now_s - self._at_s) / self._window_s)
 
 
 class _Device:
@@ -72,6 +78,7 @@ class LoadTracker:
         """Begin without any load; rates are those since then until a window has passed."""
         self._begun_s = now_s
         self._experts: defaultdict[ExpertKey, _Fading] = defaultdict(_Fading)
+        self._lately: defaultdict[ExpertKey, _Fading] = defaultdict(lambda: _Fading(RISE_S))
         self._devices: dict[str, _Device] = {}
 
     def observe(self, report: ActorReport, now_s: float) -> None:
@@ -88,6 +95,7 @@ class LoadTracker:
             added = count - device.last.tokens.get(key, 0)
             if added:
                 self._experts[key].add(added, took_s, now_s)
+                self._lately[key].add(added, took_s, now_s)
                 computed += added
         last = device.last
         device.tokens.add(computed, took_s, now_s)
@@ -103,7 +111,14 @@ class LoadTracker:
     def tokens_per_s(self, now_s: float) -> dict[ExpertKey, float]:
         """Return the rate of every expert that had anything to do lately."""
         seconds = _faded_s(now_s - self._begun_s)
-        return {key: total.at(now_s) / seconds for key, total in self._experts.items()}
+        lately_s = _faded_s(now_s - self._begun_s, RISE_S)
+
+        def rate(key: ExpertKey, total: _Fading) -> float:
+            lately = self._lately[key].at(now_s)
+            risen = max(lately - SURE * math.sqrt(lately), 0.0)
+            return max(total.at(now_s) / seconds, risen / lately_s)
+
+        return {key: rate(key, total) for key, total in self._experts.items()}
 
     def devices(self, now_s: float) -> dict[str, DeviceLoad]:
         """Return each device's load; one that has not been heard of twice has none."""
@@ -142,6 +157,6 @@ def _load_of(device: _Device, now_s: float) -> DeviceLoad:
     )
 
 
-def _faded_s(elapsed_s: float) -> float:
+def _faded_s(elapsed_s: float, window_s: float = WINDOW_S) -> float:
     """Return what so many seconds weigh, of which each fades like what came in during it."""
-    return WINDOW_S * (1 - math.exp(-max(elapsed_s, 1e-9) / WINDOW_S))
+    return window_s * (1 - math.exp(-max(elapsed_s, 1e-9) / window_s))

@@ -50,6 +50,40 @@ class RebalanceReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ChangeReport:
+    """A change of the number of actors, or of one expert's copies, and what became of it.
+
+    ``what`` names the change and ``reason`` who wanted it, for people. ``outcome`` is
+    ``committed``, ``planned`` of a dry run, ``unchanged``, ``pending: `` and what actors that were
+    asked for wait for, or ``failed: `` and why. ``added`` and ``removed`` are actors; ``at_s`` is
+    wall clock.
+    """
+
+    what: str
+    reason: str
+    outcome: str
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    moves: tuple[Move, ...]
+    moved_bytes: int
+    at_s: float
+    took_s: float
+    epoch: int
+    version: int
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the report as a msgpack-able dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> ChangeReport:
+        """Rebuild a report from :meth:`to_wire`."""
+        moves = tuple(Move(**move) for move in wire["moves"])
+        added, removed = tuple(wire["added"]), tuple(wire["removed"])
+        return cls(**{**wire, "moves": moves, "added": added, "removed": removed})
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertLoad:
     """One logical expert: token rows a second over all its copies lately, and who holds one."""
 
@@ -80,7 +114,7 @@ class DeviceStatus:
 class LoadStatus:
     """The answer of ``Admin/GetLoad``: rates of about the last ``window_s`` seconds.
 
-    ``rebalances`` are the last ones, the newest first.
+    ``rebalances`` and ``changes`` are the last ones, the newest first.
     """
 
     window_s: float
@@ -89,6 +123,7 @@ class LoadStatus:
     devices: tuple[DeviceStatus, ...]
     experts: tuple[ExpertLoad, ...]
     rebalances: tuple[RebalanceReport, ...]
+    changes: tuple[ChangeReport, ...] = ()
 
     def to_wire(self) -> dict[str, Any]:
         """Return the load as a msgpack-able dictionary."""
@@ -104,5 +139,6 @@ class LoadStatus:
                 "devices": tuple(DeviceStatus(**one) for one in wire["devices"]),
                 "experts": tuple(experts),
                 "rebalances": tuple(RebalanceReport.from_wire(r) for r in wire["rebalances"]),
+                "changes": tuple(ChangeReport.from_wire(c) for c in wire["changes"]),
             }
         )

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node  # nothing public tells it by node
+from ray._private.state import available_resources_per_node, state  # nothing public tells these
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError
 from ray.util import list_named_actors
@@ -36,8 +37,13 @@ SERVING_ENVIRONMENT = {
 """Environment variables of every process that requests or the control of them go through."""
 
 
-def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
-    """Return the Ray options of an expert actor: detached, never restarted by Ray itself."""
+def actor_options(
+    spec: ActorSpec, name: str, environment: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Return the Ray options of an expert actor: detached, never restarted by Ray itself.
+
+    ``environment`` is what its process is to have beside what every one has.
+    """
     return {
         "name": name,
         "namespace": ACTOR_NAMESPACE,
@@ -63,6 +69,7 @@ def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
                 # and prompts bring new numbers of rows for ever.
                 "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
                 "LRU_CACHE_CAPACITY": "1",
+                **environment,
             }
         },
     }
@@ -71,10 +78,21 @@ def actor_options(spec: ActorSpec, name: str) -> dict[str, Any]:
 class ExpertPool:
     """The actors of one application, all of one injected class."""
 
-    def __init__(self, app: str, specs: Mapping[str, ActorSpec], actor_class: type) -> None:
-        """``specs`` are by actor; ``actor_class`` takes (spec, actor_id, generation, epoch)."""
+    def __init__(
+        self,
+        app: str,
+        specs: Mapping[str, ActorSpec],
+        actor_class: type,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """``specs`` are by actor; ``actor_class`` takes (spec, actor_id, generation, epoch).
+
+        ``environment`` is for the processes of all, and not part of what they are made of: an actor
+        that has another is adopted.
+        """
         self._app = app
         self._specs = specs
+        self._environment = environment
         self.ledger = LedgerStore(app)
         self._remote = ray.remote(concurrency_groups={"control": CONTROL_CALLS})(actor_class)
 
@@ -87,7 +105,9 @@ class ExpertPool:
         Ray puts it.
         """
         spec = self._specs[actor_id]
-        options = actor_options(spec, actor_name(self._app, actor_id, generation))
+        options = actor_options(
+            spec, actor_name(self._app, actor_id, generation), self._environment
+        )
         if node is not None:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
         return self._remote.options(**options).remote(spec, actor_id, generation, epoch)
@@ -111,17 +131,22 @@ class ExpertPool:
         return shortage(self._needed(actor_id), ray.nodes())
 
     def nodes_for(self, actor_id: str) -> list[str]:
-        """Return the living nodes that have room for an actor now."""
+        """Return the living nodes that have room for an actor now, and are to stay."""
         needed, free = self._needed(actor_id), available_resources_per_node()
+        draining = self.draining()
         return [
             node["NodeID"]
             for node in _fitting(needed, ray.nodes())
-            if _has(free.get(node["NodeID"], {}), needed)
+            if _has(free.get(node["NodeID"], {}), needed) and node["NodeID"] not in draining
         ]
 
     def nodes(self) -> list[str]:
         """Return the nodes that live."""
         return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+
+    def draining(self) -> set[str]:
+        """Return the nodes that Ray is about to take away: scaled down, or with a spot notice."""
+        return set(state.get_draining_nodes())
 
     def _needed(self, actor_id: str) -> dict[str, float]:
         spec = self._specs[actor_id]

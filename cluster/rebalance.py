@@ -6,16 +6,22 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from cluster.balance import Balance, Device, Plan, balance_of, plan_copies
 from cluster.batches import batches
 from cluster.changes import Changes, Cluster
-from cluster.errors import ExpertMeshError, UnavailableError
+from cluster.errors import ConfigError, ExpertMeshError, InvalidRequestError, UnavailableError
+from cluster.fleet import Fleet
 from cluster.load import WINDOW_S, LoadTracker
 from cluster.load_status import DeviceStatus, ExpertLoad, LoadStatus, Move, RebalanceReport
 from cluster.placement import ExpertKey, ModelExperts
 
+IDLE_TOKENS_PER_S = 0.01
+"""An expert with fewer on average is idle, and its rate is what fades of an earlier load."""
+ASIDE = 0.01
+"""An expert that nobody asks for counts for this part of the mean one's load."""
 WORTH_GAIN = 0.05
 """By itself the controller moves nothing for less than this off the busiest device's load, in mean
 devices' loads; measured loads waver by some percent."""
@@ -25,32 +31,39 @@ LOGGED_MOVES = 20
 logger = logging.getLogger("expertmesh.rebalance")
 
 
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """What a spreading did: its outcome as in a :class:`ChangeReport`, and what moved."""
+
+    outcome: str
+    moves: tuple[Move, ...]
+    moved_bytes: int
+
+
 class Rebalancer:
     """Keeps the load of one application's experts, and spreads it when asked to."""
 
     def __init__(
         self,
         models: Sequence[ModelExperts],
-        pool_of: Mapping[str, str],
-        budgets_bytes: Mapping[str, int] | None,
+        fleet: Fleet,
         min_copies: int,
         cluster: Cluster,
         changes: Changes,
     ) -> None:
-        """``pool_of`` names each actor's pool, in which devices are alike.
+        """Without budgets nobody knows what a device has room for.
 
-        Without budgets nobody knows what a device has room for: then no expert gets more than
-        ``min_copies``, and no device more than the fullest one has.
+        Then no expert gets more than ``min_copies``, and no device more than the fullest one has.
         """
         self.tracker = LoadTracker(time.monotonic())
         self._models = models
         self._expert_bytes = {model.model: model.expert_bytes for model in models}
-        self._pool_of = pool_of
-        self._budgets_bytes = budgets_bytes
+        self._fleet = fleet
         self._min_copies = min_copies
         self._cluster = cluster
         self._changes = changes
-        self._one_at_a_time = asyncio.Lock()
+        self.one_at_a_time = asyncio.Lock()
+        """Held by whoever makes a plan, until it is carried out."""
         self._reports: deque[RebalanceReport] = deque(maxlen=KEPT_REPORTS)
 
     async def run_forever(self, period_s: float) -> None:
@@ -71,12 +84,12 @@ class Rebalancer:
         Raises :class:`UnavailableError` while an expert has fewer copies than it is to have. Where
         a change fails, those before it stay, which is told in the report.
         """
-        async with self._one_at_a_time:
+        async with self.one_at_a_time:
             began_s = time.monotonic()
-            devices = self._devices()
+            devices = self.devices()
             rates = self.tracker.tokens_per_s(began_s)
-            held = {actor_id: list(keys) for actor_id, keys in self._changes.shares.items()}
-            most = self._min_copies if self._budgets_bytes is None else None
+            held = {device.actor_id: self._changes.shares[device.actor_id] for device in devices}
+            most = self._min_copies if self._fleet.budgets_bytes is None else None
             plan = await asyncio.to_thread(
                 plan_copies, self._models, devices, rates, held, self._min_copies, most
             )
@@ -85,17 +98,17 @@ class Rebalancer:
             )
             if not (plan.added or plan.dropped) or gain < least_gain:
                 return self._report("balanced", plan, (), 0, plan.before, began_s)
-            moves = _moves(plan)
+            moves = _moves(plan.added, plan.dropped)
             self._explain(plan, moves, rates, dry_run)
             if dry_run:
                 return self._report("planned", plan, moves, plan.moved_bytes, plan.after, began_s)
-            outcome = await self._carry_out(plan, devices, held)
+            outcome = await self._carry_out(plan.added, plan.dropped, self.free_bytes(devices))
             done = [move for move in moves if self._is_done(move)]
             report = self._report(
                 outcome,
                 plan,
                 done,
-                sum(self._expert_bytes[move.model] for move in done if move.is_added),
+                self.bytes_of(done),
                 balance_of(self._models, devices, rates, self._changes.shares),
                 began_s,
             )
@@ -103,16 +116,70 @@ class Rebalancer:
             self._reports.appendleft(report)
             return report
 
-    async def _carry_out(
-        self, plan: Plan, devices: Sequence[Device], held: Mapping[str, Sequence[ExpertKey]]
-    ) -> str:
-        free_bytes = {
+    async def spread(
+        self,
+        leaving: Collection[str] = (),
+        coming: Sequence[Device] = (),
+        dry_run: bool = False,
+    ) -> Spread:
+        """Spread all experts over the devices but those of actors that are ``leaving``.
+
+        Those get nothing, and hold nothing afterwards. ``coming`` devices are only for a dry run.
+        For the caller that holds :attr:`one_at_a_time`. An expert that nobody asks for counts a
+        little, so that new devices are used before there is load. Raises
+        :class:`UnavailableError` as :meth:`rebalance` does, and :class:`InvalidRequestError` where
+        experts do not fit.
+        """
+        shares = self._changes.shares
+        devices = [*self.devices(leaving), *coming]
+        rates, is_idle = self._rates_of_all()
+        held = {device.actor_id: shares.get(device.actor_id, ()) for device in devices}
+        most = self._min_copies if self._fleet.budgets_bytes is None or is_idle else None
+        try:
+            plan = await asyncio.to_thread(
+                plan_copies, self._models, devices, rates, held, self._min_copies, most
+            )
+        except ConfigError as error:
+            raise InvalidRequestError(f"refused: {error.message}", "actors") from None
+        dropped = {**plan.dropped, **{a: tuple(shares[a]) for a in leaving if shares.get(a)}}
+        moves = _moves(plan.added, dropped)
+        if dry_run:
+            return Spread("planned", tuple(moves), plan.moved_bytes)
+        free_bytes = self.free_bytes(devices) | dict.fromkeys(leaving, 0.0)
+        outcome = await self._carry_out(plan.added, dropped, free_bytes)
+        done = [move for move in moves if self._is_done(move)]
+        return Spread(outcome, tuple(done), self.bytes_of(done))
+
+    def _rates_of_all(self) -> tuple[dict[ExpertKey, float], bool]:
+        """Return a rate above zero for each expert, and whether nothing is asked for at all."""
+        told = self.tracker.tokens_per_s(time.monotonic())
+        keys = [key for model in self._models for key in model.expert_keys()]
+        mean = sum(told.get(key, 0.0) for key in keys) / len(keys)
+        is_idle = mean < IDLE_TOKENS_PER_S
+        least = 1.0 if is_idle else ASIDE * mean
+        return {key: max(0.0 if is_idle else told.get(key, 0.0), least) for key in keys}, is_idle
+
+    def free_bytes(self, devices: Sequence[Device]) -> dict[str, float]:
+        """Return the room that each device's actor has beside what it holds."""
+        shares = self._changes.shares
+        return {
             device.actor_id: device.room_bytes
-            - sum(self._expert_bytes[key.model] for key in held[device.actor_id])
+            - sum(self._expert_bytes[key.model] for key in shares.get(device.actor_id, ()))
             for device in devices
         }
+
+    def bytes_of(self, moves: Sequence[Move]) -> int:
+        """Return what had to be loaded for these moves."""
+        return sum(self._expert_bytes[move.model] for move in moves if move.is_added)
+
+    async def _carry_out(
+        self,
+        added: Mapping[str, Sequence[ExpertKey]],
+        dropped: Mapping[str, Sequence[ExpertKey]],
+        free_bytes: Mapping[str, float],
+    ) -> str:
         try:
-            for change in batches(plan.added, plan.dropped, free_bytes, self._expert_bytes):
+            for change in batches(added, dropped, free_bytes, self._expert_bytes):
                 await self._changes.apply(change)
         except ExpertMeshError as error:
             return f"failed: {error}"
@@ -122,33 +189,48 @@ class Rebalancer:
         key = ExpertKey(move.model, move.layer, move.expert)
         return (key in self._changes.shares[move.actor_id]) == move.is_added
 
-    def _devices(self) -> list[Device]:
-        placement, reports = self._cluster.placement, self._cluster.reports
-        away = [a for a in self._changes.shares if a not in placement.generations]
-        if away or placement.fewest_copies() < self._min_copies:
-            who = f"while {', '.join(away)} is away" if away else "while copies are missing"
+    def devices(self, leaving: Collection[str] = (), is_any_room: bool = False) -> list[Device]:
+        """Return the devices that may hold experts: of actors that live and are not ``leaving``.
+
+        Where some are, or with ``is_any_room``, devices without a budget have room for anything.
+        Raises :class:`UnavailableError` while another that is to hold some is away, or copies are
+        missing. Who was to hold nothing and has not come up yet is left out.
+        """
+        placement, shares = self._cluster.placement, self._changes.shares
+        away = [a for a in shares if a not in placement.generations]
+        missing = [a for a in away if shares[a] and a not in leaving]
+        is_short = placement.fewest_copies() < self._min_copies
+        if missing or (is_short and not set(away) & set(leaving)):
+            who = f"while {', '.join(missing)} is away" if missing else "while copies are missing"
             raise UnavailableError(f"copies are not moved {who}", "", 1.0)
-        speeds = self.tracker.speeds(self._pool_of, time.monotonic())
+        speeds = self.tracker.speeds(self._fleet.pool_of, time.monotonic())
         usual = sum(speeds.values()) / len(speeds) if speeds else 1.0
-        rooms = self._rooms_bytes()
         return [
             Device(
                 actor_id,
-                reports[actor_id].node if actor_id in reports else actor_id,
-                rooms[actor_id],
+                self._cluster.node_of(actor_id) or actor_id,
+                self.room_bytes(self._fleet.pool_of[actor_id], is_any_room or bool(leaving)),
                 speeds.get(actor_id, usual),
             )
-            for actor_id in self._changes.shares
+            for actor_id in shares
+            if actor_id not in away and actor_id not in leaving
         ]
 
-    def _rooms_bytes(self) -> Mapping[str, float]:
-        if self._budgets_bytes is not None:
-            return self._budgets_bytes
-        used = {
-            actor_id: sum(self._expert_bytes[key.model] for key in keys)
-            for actor_id, keys in self._changes.shares.items()
-        }
-        return dict.fromkeys(used, max(used.values()) + max(self._expert_bytes.values()))
+    def room_bytes(self, pool: str, is_any: bool = False) -> float:
+        """Return what a device of a pool has room for.
+
+        Without budgets that is what the fullest one has and one expert more, or with ``is_any``
+        whatever there is.
+        """
+        budget_bytes = self._fleet.pools[pool].memory_budget_bytes
+        if budget_bytes is not None:
+            return budget_bytes
+        used = [
+            sum(self._expert_bytes[key.model] for key in keys)
+            for keys in self._changes.shares.values()
+        ]
+        largest = max(self._expert_bytes.values())
+        return sum(used) + 2 * largest if is_any else max(used) + largest
 
     def _explain(
         self, plan: Plan, moves: Sequence[Move], rates: Mapping[ExpertKey, float], dry_run: bool
@@ -238,11 +320,13 @@ class Rebalancer:
         )
 
 
-def _moves(plan: Plan) -> list[Move]:
+def _moves(
+    added: Mapping[str, Sequence[ExpertKey]], dropped: Mapping[str, Sequence[ExpertKey]]
+) -> list[Move]:
     """Return what a plan changes, expert by expert, what comes before what goes."""
     moves = [
         Move(actor_id, *key, is_added=is_added)
-        for by_actor, is_added in ((plan.added, True), (plan.dropped, False))
+        for by_actor, is_added in ((added, True), (dropped, False))
         for actor_id, keys in by_actor.items()
         for key in keys
     ]

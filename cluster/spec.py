@@ -75,13 +75,39 @@ class ActorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ScalingTargets:
+    """How a pool follows its load, and its bounds.
+
+    ``target_busy`` is the share of its time in which a device is to compute, ``target_queue_s`` how
+    long a frame may wait in the actor where it waits longest. With ``dry_run`` decisions are told,
+    and nothing is done.
+    """
+
+    min_actors: int
+    max_actors: int
+    target_busy: float
+    target_queue_s: float
+    upscale_delay_s: float
+    downscale_delay_s: float
+    dry_run: bool = False
+
+    def bounded(self, num_actors: int) -> int:
+        """Return the number within the bounds that is nearest."""
+        return min(max(num_actors, self.min_actors), self.max_actors)
+
+
+@dataclass(frozen=True, slots=True)
 class PoolSpec:
-    """Alike expert actors: how many, how much each may hold, what each is made of."""
+    """Alike expert actors: how many, how much each may hold, what each is made of.
+
+    With ``autoscaling`` that is the number to begin with.
+    """
 
     name: str
     num_actors: int
     memory_budget_bytes: int | None
     actor: ActorSpec
+    autoscaling: ScalingTargets | None = None
 
     def actor_ids(self) -> list[str]:
         """Return the actors' ids, unique in the application as the pools' names are."""

@@ -25,6 +25,19 @@ class ActorStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadingStatus:
+    """How far an actor is that loads its share: experts and bytes in memory, of how many experts.
+
+    It serves none of them before it has all.
+    """
+
+    actor_id: str
+    held_experts: int
+    num_experts: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessStatus:
     """A router or gateway replica that has been heard of lately."""
 
@@ -38,7 +51,7 @@ class ClusterStatus:
 
     ``missing_experts`` is how many (model, layer, expert) have no live copy; 0 means ready.
     ``min_copies`` is how many copies of each the configuration asks for, ``live_copies`` how many
-    the expert with the fewest has.
+    the expert with the fewest has. ``loading`` are the actors that do not serve yet.
     """
 
     models: tuple[str, ...]
@@ -51,6 +64,7 @@ class ClusterStatus:
     actors: tuple[ActorStatus, ...] = field(default=())
     min_copies: int = 1
     live_copies: int = 0
+    loading: tuple[LoadingStatus, ...] = ()
 
     def to_wire(self) -> dict[str, Any]:
         """Return the status as a msgpack-able dictionary."""
@@ -72,5 +86,6 @@ class ClusterStatus:
                 "routers": routers,
                 "gateways": gateways,
                 "actors": actors,
+                "loading": tuple(LoadingStatus(**one) for one in wire["loading"]),
             }
         )

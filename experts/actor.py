@@ -42,6 +42,7 @@ from experts.emulated import EmulatedExpert
 from experts.ffn import ACTIVATIONS
 from experts.peers import open_model
 from experts.ray_peers import RayNeighbours
+from experts.spans import open_spans
 from experts.weights import load_expert
 
 logger = logging.getLogger("expertmesh.actor")
@@ -77,6 +78,7 @@ class ExpertActor:
         self._frames = 0
         self._busy_s = 0.0
         self._waited_s = 0.0
+        self._spans = open_spans(actor_id, generation)
         tls = None if spec.tls is None else spec.tls.server_context()
         self._streams = StreamServer(self.compute_all, ray.util.get_node_ip_address(), tls)
         self._lease = Lease(time.monotonic())
@@ -243,6 +245,8 @@ class ExpertActor:
                 self._computing = False
                 self._steps += 1
                 self._changed.notify_all()
+        if self._spans is not None:
+            self._spans.computed([(w.frame, w.since_s) for w in batch], begun_s)
 
     @torch.inference_mode()
     def _compute_batch(self, batch: Sequence[_Waiting]) -> list[Parts]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +33,8 @@ from experts.shards import DTYPES, TensorInfo, read_headers
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+_HUB_FOLDERS = ["*/*"]
+"""What is left there: the same weights in other layouts, as GPT-OSS has them."""
 MAX_SMALL_BYTES = 64 << 20
 """Of a file beside the weights, of which tokenizers have the longest."""
 MAX_JSON_BYTES = 16 << 20
@@ -93,7 +96,7 @@ class Checkpoint:
     ``config`` has the usual key names, whatever the family calls them. ``tensors`` are as they are
     stored, ``packed`` tells of those of the model that are quantised; ``dtype`` is that of the
     others. ``remote`` has the files where they are not on this node; ``folder`` is then the other
-    node's.
+    node's. Else ``stamps`` tell whether a file is still the one that was opened.
     """
 
     folder: Path
@@ -104,6 +107,7 @@ class Checkpoint:
     dtype: str
     remote: RemoteFiles | None = None
     packed: Mapping[str, Packed] = field(default_factory=dict)
+    stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def max_position_embeddings(self) -> int:
@@ -163,7 +167,9 @@ def _fetch_from_hub(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import and seldom needed
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        return Path(
+            snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_FOLDERS)
+        )
     except Exception as error:  # the hub client raises many unrelated types
         reason = f"{type(error).__name__}"
         raise CheckpointMissingError(
@@ -181,7 +187,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     are quantised in a way that is not known.
     """
     config = read_json(folder / "config.json")
-    return checkpoint_of(folder, config, lambda: read_headers(folder, read_json))
+    opened = checkpoint_of(folder, config, lambda: read_headers(folder, read_json))
+    files = sorted({info.file for info in opened.tensors.values()})
+    return replace(opened, stamps={file: stamp_of((folder / file).stat()) for file in files})
 
 
 def checkpoint_of(
@@ -220,22 +228,46 @@ def read_small(file: Path, max_bytes: int = MAX_SMALL_BYTES) -> bytes:
 def read_range(checkpoint: Checkpoint, name: str, begin: int, end: int) -> bytes:
     """Read bytes ``begin`` to ``end`` of a tensor of a checkpoint in a folder of this node.
 
-    Raises :class:`CheckpointError` for a tensor or a range that it does not have, and when the file
-    cannot be read or has become shorter.
+    Raises as :func:`read_into` does, and :class:`CheckpointError` for a tensor or a range that it
+    does not have.
     """
     info = checkpoint.tensors.get(name)
     if info is None or not 0 <= begin <= end <= info.end - info.begin:
         raise CheckpointError(f"has no bytes {begin} to {end} of {name}", str(checkpoint.folder))
+    data = bytearray(end - begin)
+    read_into(checkpoint, name, begin, memoryview(data))
+    return bytes(data)
+
+
+def read_into(checkpoint: Checkpoint, name: str, begin: int, buffer: memoryview) -> None:
+    """Fill ``buffer`` with a tensor's bytes from ``begin`` on: read once, and kept nowhere else.
+
+    Raises :class:`CheckpointError` when the file cannot be read, or is not the one any more whose
+    header was read.
+    """
+    info = checkpoint.tensors[name]
     file = checkpoint.folder / info.file
     try:
-        with file.open("rb") as opened:
+        with file.open("rb", buffering=0) as opened:
+            if stamp_of(os.fstat(opened.fileno())) != checkpoint.stamps.get(info.file):
+                raise CheckpointError(
+                    f"tensor {name} cannot be read: the file has changed since it was opened",
+                    str(file),
+                )
             opened.seek(info.begin + begin)
-            data = opened.read(end - begin)
+            done = 0
+            while done < len(buffer):
+                count = opened.readinto(buffer[done:])
+                if not count:
+                    raise CheckpointError("has become shorter", str(file))
+                done += count
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", str(file)) from None
-    if len(data) != end - begin:
-        raise CheckpointError("has become shorter", str(file))
-    return data
+
+
+def stamp_of(stat: os.stat_result) -> tuple[int, int]:
+    """Return what tells a file from one that takes its place: its size and time of change."""
+    return stat.st_size, stat.st_mtime_ns
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -5,14 +5,13 @@ Dimension letters: H hidden size, I intermediate size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from cluster.errors import CheckpointError
-from experts.checkpoint import Checkpoint
+from experts.checkpoint import Checkpoint, read_into
 from experts.dequantize import dequantized
 from experts.families.base import Part
 
@@ -49,32 +48,40 @@ def load_expert(
 ) -> GatedFfnWeights:
     """Read one expert's three matrices, gate and up fused into one contiguous block.
 
-    Only these tensors' bytes are read, or fetched. Gate comes before up, as transformers' fused
-    parameter has it, so that results are bitwise those of its eager experts.
+    Only these tensors' bytes are read, or fetched, each once; beside the weights no more than one
+    stored matrix is in memory. Gate comes before up, as transformers' fused parameter has it, so
+    that results are bitwise those of its eager experts.
     """
     tensors = checkpoint.family.expert_tensors(checkpoint.config, layer_id, expert_id)
-    stored: dict[str, torch.Tensor] = {}  # gate and up may lie in one tensor
-
-    def part(wanted: Part) -> torch.Tensor:
-        if wanted.name not in stored:
-            stored[wanted.name] = read_tensor(checkpoint, wanted.name, dtype, wanted.rows)
-        return _part_of(stored[wanted.name], wanted)
 
     def joined(*parts: Part) -> torch.Tensor:
-        pieces = [part(one) for one in parts]
-        shape = (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:])
-        whole = torch.empty(shape, dtype=dtype, device=device)
-        begin = 0
-        for piece in pieces:
-            whole[begin : begin + piece.shape[0]] = piece
-            begin += piece.shape[0]
-        return whole
+        return _joined(checkpoint, parts, dtype, device)
 
     weights = GatedFfnWeights(joined(tensors.gate, tensors.up), joined(tensors.down))
     if not tensors.biases:
         return weights
     gate, up, down = tensors.biases
     return replace(weights, gate_up_bias=joined(gate, up), down_bias=joined(down))
+
+
+def _joined(
+    checkpoint: Checkpoint, parts: Sequence[Part], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Return parts of equal shapes one below the other; they may lie in one stored matrix."""
+    whole = torch.empty(0)
+    stored, lies = torch.empty(0), None
+    for place, part in enumerate(parts):
+        if (part.name, part.rows) != lies:
+            del stored  # before the next one takes memory
+            stored = read_tensor(checkpoint, part.name, dtype, part.rows)
+            lies = (part.name, part.rows)
+        piece = _part_of(stored, part)
+        size = piece.shape[0]
+        if place == 0:
+            whole = torch.empty((len(parts) * size, *piece.shape[1:]), dtype=dtype, device=device)
+        whole[place * size : (place + 1) * size] = piece
+        del piece
+    return whole
 
 
 def _part_of(stored: torch.Tensor, part: Part) -> torch.Tensor:
@@ -106,18 +113,11 @@ def read_tensor(
 def _read_stored(checkpoint: Checkpoint, name: str, rows: tuple[int, int] | None) -> torch.Tensor:
     info = checkpoint.tensors[name]
     begin, end = rows or (0, info.shape[0])
+    row_bytes = (info.end - info.begin) // info.shape[0]
     if checkpoint.remote is not None:
-        row_bytes = (info.end - info.begin) // info.shape[0]
         data = checkpoint.remote.tensor(name, begin * row_bytes, end * row_bytes)
-        flat = torch.frombuffer(data, dtype=_TORCH_DTYPES[info.dtype])
-        return flat.view(end - begin, *info.shape[1:])
-    file = checkpoint.folder / info.file
-    try:
-        with safe_open(str(file), framework="pt") as shard:
-            if rows is None:
-                whole: torch.Tensor = shard.get_tensor(name)
-                return whole
-            part: torch.Tensor = shard.get_slice(name)[begin:end]
-            return part
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"tensor {name} cannot be read: {error}", str(file)) from None
+        flat = torch.frombuffer(data, dtype=torch.uint8)
+    else:
+        flat = torch.empty((end - begin) * row_bytes, dtype=torch.uint8)
+        read_into(checkpoint, name, begin * row_bytes, flat.numpy().data)
+    return flat.view(_TORCH_DTYPES[info.dtype]).view(end - begin, *info.shape[1:])

@@ -12,6 +12,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Values
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -20,8 +21,13 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from router.client import DEFAULT_ADDRESS
+from cluster.errors import ExpertMeshError
+from cluster.loading import loading_line
+from cluster.status import LoadingStatus
+from router.client import DEFAULT_ADDRESS, Client
 
 POLL_S = 0.5
 ASK_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 30.0
@@ -64,14 +70,18 @@ def endpoints(document: Mapping[str, Any]) -> list[Endpoint]:
     ]
 
 
-def announce(file: Path, say: Callable[[str], None]) -> list[threading.Thread]:
+def announce(
+    file: Path, say: Callable[[str], None], console: Console | None = None
+) -> list[threading.Thread]:
     """Tell ``say`` of each application of a checked file once it is ready; returns at once.
 
-    Also told is, once, what is missing after :data:`LONG_S`. The threads end with the process.
+    Also told is, once, what is missing after :data:`LONG_S`. A ``console`` at a terminal has a bar
+    meanwhile that shows how far actors are with loading; elsewhere the controller's lines tell it.
+    The threads end with the process.
     """
     document = yaml.safe_load(file.read_text(encoding="utf-8"))
     threads = [
-        threading.Thread(target=_tell, args=(endpoint, say), name="announce", daemon=True)
+        threading.Thread(target=_tell, args=(endpoint, say, console), name="announce", daemon=True)
         for endpoint in endpoints(document)
     ]
     for thread in threads:
@@ -79,20 +89,70 @@ def announce(file: Path, say: Callable[[str], None]) -> list[threading.Thread]:
     return threads
 
 
-def _tell(endpoint: Endpoint, say: Callable[[str], None]) -> None:
+def _tell(endpoint: Endpoint, say: Callable[[str], None], console: Console | None) -> None:
     started_s, has_warned = time.monotonic(), False
-    while (reason := why_not_ready(endpoint)) is not None:
-        waited_s = time.monotonic() - started_s
-        if waited_s > LONG_S and not has_warned:
-            say(f"expertmesh: not ready after {waited_s:.0f} s: {reason}")
-            has_warned = True
-        time.sleep(POLL_S)
+    with LoadingBar(console) as bar:
+        while (reason := why_not_ready(endpoint)) is not None:
+            waited_s = time.monotonic() - started_s
+            if waited_s > LONG_S and not has_warned:
+                say(f"expertmesh: not ready after {waited_s:.0f} s: {reason}")
+                has_warned = True
+            if bar.is_shown:
+                bar.show(_loading(endpoint.grpc_address))
+            time.sleep(POLL_S)
     ready_s = time.monotonic() - started_s
     time.sleep(LOG_DELAY_S)
     say(
         f"expertmesh: ready after {ready_s:.0f} s: HTTP {endpoint.http_url}/v1, "
         f"gRPC {endpoint.grpc_address}; try: {endpoint.command()}"
     )
+
+
+class LoadingBar:
+    """A bar at the foot of a terminal while actors load; lines of others go above it."""
+
+    def __init__(self, console: Console | None) -> None:
+        """Show nothing yet; never, where ``console`` is none or at no terminal."""
+        self.is_shown = console is not None and console.is_terminal
+        self._progress = Progress(
+            TextColumn("expertmesh: loading"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> LoadingBar:
+        """Return the bar."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Take the bar away."""
+        self._progress.stop()
+
+    def show(self, loading: Values[LoadingStatus]) -> None:
+        """Show how far all that load are together; nothing where nobody does."""
+        if not loading:
+            return
+        if self._task is None:
+            self._progress.start()
+            self._task = self._progress.add_task("")
+        self._progress.update(
+            self._task,
+            total=sum(one.num_experts for one in loading),
+            completed=sum(one.held_experts for one in loading),
+            description=loading_line(tuple(loading)),
+        )
+
+
+def _loading(grpc_address: str) -> Values[LoadingStatus]:
+    """Return how far actors are, as a gateway has it; nothing while there is none."""
+    try:
+        with Client(grpc_address, retry=None) as client:
+            return client.status().loading
+    except ExpertMeshError:
+        return ()
 
 
 def why_not_ready(endpoint: Endpoint) -> str | None:

@@ -7,7 +7,7 @@ controller creates the expert actors. Everything is checked before anything is d
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 from ray import serve
@@ -15,7 +15,7 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import RayServeException
 
-from cluster.config import AppConfig, parse_args
+from cluster.config import AppConfig, RouterConfig, parse_args
 from cluster.errors import ConfigError, ExpertMeshError
 from cluster.pool import SERVING_ENVIRONMENT
 from experts.ray_peers import RayNeighbours
@@ -72,6 +72,7 @@ def application(
         make_upstream,
         controller,
         routers,
+        _held_requests(config.router),
         config.gateway.on_expert_loss,
     )
 
@@ -142,6 +143,11 @@ def _router(name: str, config: AppConfig) -> Any:
     )(RouterDeployment)
 
 
+def _held_requests(router: RouterConfig) -> int:
+    """Return how many requests all routers of a model hold at most, running and waiting."""
+    return router.replicas * (router.max_batch_size + router.max_queue_requests)
+
+
 def _gateway(config: AppConfig) -> Any:
     return serve.deployment(
         name="Gateway",
@@ -160,8 +166,6 @@ def _gateway(config: AppConfig) -> Any:
 
 
 def _gateway_model(model: ServedModel) -> GatewayModel:
-    fields = asdict(model)
-    del fields["source"]
-    return GatewayModel(
-        **{**fields, "eos_token_ids": model.eos_token_ids, "identity": model.source.identity}
-    )
+    names = [one.name for one in fields(GatewayModel) if one.name != "identity"]
+    told = {name: getattr(model, name) for name in names}
+    return GatewayModel(**told, identity=model.source.identity)

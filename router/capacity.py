@@ -137,7 +137,10 @@ def within_capacity(
     weights = choice.weights.float().cpu().numpy()
     for tokens, experts in _in_line(np.arange(num_tokens), choice.ids, weights, served):
         room.ask(tokens, experts)
-    while len(lacking := room.lacking()):
+    before = -1
+    # It ends with a gate that names nobody new, too: one may that is given no numbers.
+    while (tried := int(room.tried.sum())) > before and len(lacking := room.lacking()):
+        before = tried
         for tokens, experts in _next(lacking, ~room.tried[lacking], hidden_states, choose_among):
             room.ask(tokens, experts)
     own = np.zeros_like(room.has)
@@ -160,9 +163,10 @@ def _next(
         hidden_states.index_select(0, torch.from_numpy(tokens).to(device)),
         torch.from_numpy(allowed).to(device),
     )
-    ids = chosen.cpu().numpy()
-    is_allowed = np.take_along_axis(allowed, ids, axis=1)
-    yield from _in_line(tokens, ids, weights.float().cpu().numpy(), is_allowed)
+    ids, shares = chosen.cpu().numpy(), weights.float().cpu().numpy()
+    # A gate that chooses among groups names others, too, with a weight of nothing.
+    is_next = np.take_along_axis(allowed, ids, axis=1) & (shares > 0)
+    yield from _in_line(tokens, ids, shares, is_next)
 
 
 def _in_line(

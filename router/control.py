@@ -9,13 +9,19 @@ import asyncio
 from dataclasses import replace
 from typing import ClassVar
 
+import ray
 from ray import serve
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve.schema import TracingConfig
 
 from cluster.config import AppConfig
 from cluster.controller import Controller
 from cluster.spec import PoolSpec
 from experts.remote import RemoteExpertActor
+from experts.spans import EXPORTER_VARIABLE, TO_FILES
 from router.logs import failures_logged, setup_logging
+
+SERVE_TIMEOUT_S = 5.0
 
 
 class ControllerDeployment(Controller):
@@ -41,6 +47,7 @@ class ControllerDeployment(Controller):
                 self.actor_class,
                 experts.min_copies,
                 experts.rebalance_period_s,
+                await tracing_environment(),
             )
             await self.start()
         self._deletion = asyncio.create_task(self.look_for_deletion(), name="deletion")
@@ -48,3 +55,19 @@ class ControllerDeployment(Controller):
     async def __del__(self) -> None:
         """Serve awaits this at a graceful end of the replica."""
         await self.close()
+
+
+async def tracing_environment() -> dict[str, str]:
+    """Return the variables by which an expert actor traces as Serve's replicas do.
+
+    There are none where Serve itself goes by its variables, which actors inherit too.
+    """
+    serves_own = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    async with asyncio.timeout(SERVE_TIMEOUT_S):
+        config: TracingConfig | None = await serves_own.get_tracing_config.remote()
+    return {} if config is None else {EXPORTER_VARIABLE: exporter_of(config)}
+
+
+def exporter_of(config: TracingConfig) -> str:
+    """Return the exporter that Serve takes by this configuration; empty for none."""
+    return (config.exporter_import_path or TO_FILES) if config.enabled else ""

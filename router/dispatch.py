@@ -101,6 +101,7 @@ class _Layer:
     output: np.ndarray
     dtype: str
     deadline_s: float
+    traceparent: str | None
     failed: set[str] = field(default_factory=set)
     """Actors that failed in this layer; they are asked again only where there is no other."""
     refusals: Counter[int] = field(default_factory=Counter)
@@ -142,6 +143,7 @@ class Dispatcher:
         slots: np.ndarray,
         deadline_s: float,
         pairs: np.ndarray | None = None,
+        traceparent: str | None = None,
     ) -> torch.Tensor | None:
         """Return the experts' unweighted rows [P, H] for hidden states [T, H].
 
@@ -149,6 +151,7 @@ class Dispatcher:
         [T, K]; its row stands at ``slots[t * K + r]``. An expert gets its rows by rank, then by
         token, as transformers' eager experts do, since a row's bits depend on its place in the
         product. Only ``pairs`` are computed where they are given; the other rows are zeros.
+        ``traceparent`` goes along with the frames of a layer that is traced.
         Returns ``None`` when an expert has no live copy: what is then to be done is the caller's
         business. Raises :class:`ExpertUnavailableError` when not every share could be had before
         ``deadline_s`` (wall clock), and :class:`DeadlineExceededError` where that was no expert's
@@ -166,6 +169,7 @@ class Dispatcher:
             ),
             dtype=dtype_name(hidden_states.dtype),
             deadline_s=deadline_s,
+            traceparent=traceparent,
         )
         pending = np.arange(topk_ids.size) if pairs is None else pairs
         failures, started_s = 0, time.time()
@@ -299,6 +303,7 @@ class Dispatcher:
                 hidden_size=layer.rows.shape[1],
                 deadline_s=now_s + (hurried_s if has_other else timeout_s),
                 rows=rows[begin:end],
+                traceparent=layer.traceparent,
             )
             call = Call(part.actor_id, part.generation, encode(frame), has_other)
             (hurried if has_other else patient).append((part, frame, call))

@@ -32,6 +32,7 @@ from router.request import GenerationRequest, TokenEvent, TokenLogprobs
 from router.sampling import Draw, sample
 from router.scheduler import Scheduler, Sequence, Work
 from router.step import StepInput, pack
+from router.tracing import RequestTrace, begin_step
 
 IDLE_S = 0.1
 PARKED_S = 0.02
@@ -107,13 +108,14 @@ class Engine:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(CLOSE_S)
 
-    def submit(self, request: GenerationRequest) -> None:
-        """Queue a request; tokens or an error come through ``emit``."""
+    def submit(self, request: GenerationRequest, trace: RequestTrace | None = None) -> None:
+        """Queue a request; tokens or an error come through ``emit``, spans go to ``trace``."""
 
         def add() -> None:
             try:
                 for sequence in self._scheduler.add(request):
                     sequence.times.queued_s = time.monotonic()
+                    sequence.trace = trace
             except ExpertMeshError as error:
                 self._outbox.append(Emission(request.request_id, error))
 
@@ -131,7 +133,7 @@ class Engine:
             for sequence in self._scheduler.sequences():
                 if (sequence.request.request_id, sequence.index) == (request_id, index):
                     self.tally.finished(sequence)
-                    self._scheduler.finish(sequence)
+                    self._finish(sequence)
                     event = TokenEvent(
                         index, (), (), "stop", sequence.exact, sequence.num_generated
                     )
@@ -168,6 +170,7 @@ class Engine:
                 sequence.awaited = frozenset()
 
     def _guarded_step(self, work: list[Work]) -> None:
+        self._exchange.trace = trace = begin_step(work)
         try:
             self.step(work)
         except (ExpertUnavailableError, DeadlineExceededError) as error:
@@ -178,6 +181,9 @@ class Engine:
             failed = {w.sequence.request.request_id for w in work}
             internal = InternalError("the router failed to compute a step")
             self._fail(lambda s: s.request.request_id in failed, internal)
+        finally:
+            if trace is not None:
+                trace.end()
 
     def step(self, work: list[Work]) -> None:
         """Compute the scheduled work, sample, and note what is to be emitted."""
@@ -227,7 +233,7 @@ class Engine:
             reason = self._finish_reason(sequence, token_id)
             if reason is not None:
                 self.tally.finished(sequence)
-                self._scheduler.finish(sequence)
+                self._finish(sequence)
             rows = () if row is None else (row,)
             start = sequence.num_generated - 1
             event = TokenEvent(sequence.index, (token_id,), rows, reason, sequence.exact, start)
@@ -239,9 +245,14 @@ class Engine:
         sequence.token_ids.append(forced)
         reason = self._finish_reason(sequence, forced)
         if reason is not None:
-            self._scheduler.finish(sequence)
+            self._finish(sequence)
             end = TokenEvent(sequence.index, (), (), reason, sequence.exact, sequence.num_generated)
             self._outbox.append(Emission(sequence.request.request_id, end))
+
+    def _finish(self, sequence: Sequence, error: ExpertMeshError | None = None) -> None:
+        self._scheduler.finish(sequence)
+        if sequence.trace is not None:
+            sequence.trace.ended(sequence, error)
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
         sampling = sequence.request.sampling
@@ -265,7 +276,7 @@ class Engine:
         ended = [s for s in self._scheduler.sequences() if affected(s)]
         request_ids = dict.fromkeys(s.request.request_id for s in ended)
         for sequence in ended:
-            self._scheduler.finish(sequence)
+            self._finish(sequence, error)
         self._outbox.extend(Emission(request_id, error) for request_id in request_ids)
 
     def _flush(self) -> None:

@@ -10,6 +10,7 @@ from collections import Counter, deque
 
 import numpy as np
 import torch
+from opentelemetry.trace import Span
 
 from cluster.errors import ExpertUnavailableError
 from router.capacity import CapacityLimit
@@ -19,6 +20,7 @@ from router.gate import ChooseAmong
 from router.loss import Choice, StepLoss
 from router.metrics.catalogue import LAYER_BUCKETS_S
 from router.metrics.tally import Distribution
+from router.tracing import StepTrace, traceparent
 
 TIMINGS_KEPT = 8192
 
@@ -26,9 +28,11 @@ TIMINGS_KEPT = 8192
 class RemoteExchange:
     """The :class:`router.model.ExpertExchange` whose experts are actors.
 
-    ``deadline_s`` (wall clock) bounds every wait, ``loss`` says what to do without an expert; the
-    engine sets both before each step. ``inexact_rows`` counts, by contract, the rows that were
-    computed without an expert that they chose; ``lost`` tells which experts have no live copy.
+    ``deadline_s`` (wall clock) bounds every wait, ``loss`` says what to do without an expert and
+    ``trace`` where to tell of layers; the engine sets them before each step. ``inexact_rows``
+    counts, by contract, the rows that were computed without an expert that they chose; ``lost``
+    tells which experts have no live copy, ``overflow`` by (layer, expert) how many tokens they had
+    no room for.
     ``timings_s`` keeps how long the latest layers took, dispatch and combine together;
     ``layer_time_s`` counts all of them.
     """
@@ -39,7 +43,9 @@ class RemoteExchange:
         self._limit = limit
         self.deadline_s = 0.0
         self.loss: StepLoss | None = None
+        self.trace: StepTrace | None = None
         self.lost = dispatcher.lost
+        self.overflow: Counter[tuple[int, int]] = Counter() if limit is None else limit.overflow
         self.inexact_rows: Counter[str] = Counter()
         self.timings_s: deque[float] = deque(maxlen=TIMINGS_KEPT)
         self.layer_time_s = Distribution(LAYER_BUCKETS_S)
@@ -59,6 +65,26 @@ class RemoteExchange:
         """
         started_s = time.perf_counter()
         gates_own = Choice(topk_ids.cpu().numpy(), topk_weights)
+        span = None if self.trace is None else self.trace.layer(layer_id)
+        try:
+            combined = self._exchange(layer_id, hidden_states, gates_own, choose_among, span)
+        finally:
+            if span is not None:
+                span.end()
+        took_s = time.perf_counter() - started_s
+        self.timings_s.append(took_s)
+        self.layer_time_s.add(took_s)
+        return combined
+
+    def _exchange(
+        self,
+        layer_id: int,
+        hidden_states: torch.Tensor,
+        gates_own: Choice,
+        choose_among: ChooseAmong | None,
+        span: Span | None,
+    ) -> torch.Tensor:
+        context = None if span is None else traceparent(span.get_span_context())
         combined = None
         while combined is None:  # once more only when an expert was lost in the middle of it
             choice = gates_own
@@ -69,16 +95,17 @@ class RemoteExchange:
                     choice = self._limit.apply(
                         layer_id, choice, lost, self.loss, hidden_states, choose_among
                     )
-            combined = self._compute(layer_id, hidden_states, choice)
+            combined = self._compute(layer_id, hidden_states, choice, context)
             if combined is None and (self.loss is None or choose_among is None):
                 raise ExpertUnavailableError("an expert has no live copy", f"layer {layer_id}", 1.0)
-        took_s = time.perf_counter() - started_s
-        self.timings_s.append(took_s)
-        self.layer_time_s.add(took_s)
         return combined
 
     def _compute(
-        self, layer_id: int, hidden_states: torch.Tensor, choice: Choice
+        self,
+        layer_id: int,
+        hidden_states: torch.Tensor,
+        choice: Choice,
+        context: str | None,
     ) -> torch.Tensor | None:
         """Dispatch and combine; returns ``None`` when an expert has no live copy."""
         ids = choice.ids
@@ -88,7 +115,7 @@ class RemoteExchange:
         slots = np.empty_like(pairs)
         slots[pairs] = np.arange(ids.size)
         rows = self._dispatcher.dispatch(
-            layer_id, hidden_states, ids, slots, self.deadline_s, choice.pairs
+            layer_id, hidden_states, ids, slots, self.deadline_s, choice.pairs, context
         )
         if rows is None:
             return None

@@ -5,6 +5,7 @@ Dimension letters: R rows, H hidden size, E experts, K experts per token.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -60,9 +61,10 @@ def choose_among(
     al. 2020, section 2.2), and the weights are normalised as the family does. Where they are shares
     of all experts' (``weights_of_all``), it is the shares that are below all others instead: what
     is left keeps its weight. A correction that is added for the choice alone (DeepSeek-V3) is less
-    than any other's, too. Where fewer than K are allowed, the rest of the ids are of experts
-    that are not, and their weights mean nothing.
+    than any other's, too. Where no more than K are allowed these are chosen, from however many
+    groups; the rest of the ids are of experts that are not allowed, and their weights mean nothing.
     """
+    gate = _of_any_groups(gate, allowed)
     correction = getattr(gate, "e_score_correction_bias", None)
     if correction is not None and isinstance(gate, nn.Module):
         # Not minus infinity: groups are chosen by sums, and one with a living expert is worth more.
@@ -75,6 +77,15 @@ def choose_among(
     with masked or _Masked((functional.linear,), -torch.inf, allowed):
         _, weights, ids = gate(hidden_states)
     return ids, weights
+
+
+def _of_any_groups(gate: Any, allowed: torch.Tensor) -> Any:
+    """Return the gate; where no more than K are allowed, one that takes them of all its groups."""
+    if not hasattr(gate, "topk_group") or (allowed.sum(dim=1) > gate.top_k).any():
+        return gate
+    gate = copy.copy(gate)
+    gate.topk_group = gate.num_group
+    return gate
 
 
 def chooser(gate: Gate, weights_of_all: bool = False) -> ChooseAmong:

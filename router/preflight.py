@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
+from rich.console import Console
 
 from cluster.errors import CheckpointMissingError, ExpertMeshError
 from router.announce import announce
@@ -107,7 +108,7 @@ def attend_command_line(argv: Sequence[str]) -> None:
     file = deployment_file(argv)
     if file is None or argv[1] != "run":
         return
-    announce(file, partial(print, flush=True))
+    announce(file, partial(print, flush=True), Console())
     if _target(argv) is None:
         end_with_this_process()
 

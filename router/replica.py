@@ -39,6 +39,7 @@ from router.placement_view import ControllerClient, PlacementView, PlacementWatc
 from router.request import GenerationRequest, TokenEvent, merge_events
 from router.scheduler import Limits, Scheduler
 from router.served import ServedModel
+from router.tracing import RequestTrace
 
 logger = logging.getLogger("expertmesh.router")
 
@@ -91,8 +92,8 @@ class RouterReplica:
             model.id, view, self._transport, self._watcher.suspect, experts.call_timeout_s
         )
         capacity = config.expert_capacity
-        self._limit = None if capacity is None else CapacityLimit(capacity, model.num_experts)
-        self._exchange = RemoteExchange(self._dispatcher, self._limit)
+        limit = None if capacity is None else CapacityLimit(capacity, model.num_experts)
+        self._exchange = RemoteExchange(self._dispatcher, limit)
         num_pages = pages_needed(config.cache_tokens_for(model.max_model_len))
         checkpoint = open_model(model.path, model.source.identity, RayNeighbours())
         scheduler = Scheduler(
@@ -156,7 +157,7 @@ class RouterReplica:
         )
         request = replace(request, request_id=f"{request.request_id}/{next(self._call_numbers)}")
         self._requests[request.request_id] = pending
-        self._engine.submit(request)
+        self._engine.submit(request, RequestTrace.of_call())
         try:
             await pending.done
         except ExpertMeshError as error:
@@ -215,7 +216,7 @@ class RouterReplica:
             "retries": dict(self._dispatcher.retries),
             "calls": dict(self._transport.calls),
             "inexact_rows": dict(self._exchange.inexact_rows),
-            "overflow": {} if self._limit is None else dict(self._limit.overflow),
+            "overflow": dict(self._exchange.overflow),
             "pid": os.getpid(),
             "requests": len(self._requests),
             "replayed": dict(self._engine.replayed),

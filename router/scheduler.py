@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cluster.errors import OverloadedError
 from router.cache import PAGE_SIZE, PagePool, pages_needed
 from router.request import GenerationRequest
+
+if TYPE_CHECKING:
+    from router.tracing import RequestTrace
 
 Awaited = tuple[int, int]
 """An expert that has no live copy and is waited for: (layer, expert)."""
@@ -39,7 +43,7 @@ class Sequence:
     is parked: it keeps its place and its pages, and no step computes it. ``forced`` are the
     generated tokens that are given, of a request that goes on after a failure. ``pages`` and
     ``slots`` (the cache slot of every position up to ``max_length``) are empty while the sequence
-    waits.
+    waits. ``trace`` is there where the request is sampled.
     """
 
     request: GenerationRequest
@@ -52,6 +56,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     times: Times = field(default_factory=Times)
+    trace: RequestTrace | None = None
 
     @property
     def num_generated(self) -> int:

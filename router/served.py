@@ -80,6 +80,7 @@ def pool_specs(experts: ExpertsConfig, models: Sequence[ServedModel]) -> tuple[P
                 resources=pool.resources,
                 emulation=None if pool.emulate is None else pool.emulate.emulation(),
             ),
+            None if pool.autoscaling is None else pool.autoscaling.targets(),
         )
         for pool in experts.all_pools()
     )

@@ -6,10 +6,11 @@ something wait until it is whole again. Nothing here sleeps: every wait is for a
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from cluster.errors import ExpertMeshError
 from cluster.status import ActorStatus, ClusterStatus
 from router.client import Client, Reply, Sampling
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
+from tests.span_keeper import FOLDER_VARIABLE
 
 APP, TINY, RANDOM = "expertmesh", "mesh-tiny", "random"
 NUM_ACTORS = 3
@@ -34,6 +36,11 @@ LAYERS, NUM_EXPERTS, TOP_K = {TINY: 4, RANDOM: 3}, 8, 2
 RANDOM_CONTEXT = 256
 WHOLE_TIMEOUT_S = 60.0
 POLL_S = 0.05
+TRACING = {
+    "enabled": True,
+    "exporter_import_path": "tests.span_keeper:to_files",
+    "sampling_ratio": 0.0,  # only what a client asks for
+}
 SETTLED_S = 1.5
 """Longer than from one heartbeat of an actor to the next."""
 
@@ -191,6 +198,7 @@ class ServedCluster:
     grpc_address: str
     args: dict[str, Any]
     random_folder: Path
+    spans_folder: Path
     oracle: MixtralForCausalLM
     client: Client
     _expected: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = field(default_factory=dict)
@@ -283,10 +291,11 @@ class Shape:
 
 
 @contextmanager
-def _running_ray() -> Iterator[None]:
-    """Start Ray on this machine; ends it."""
+def _running_ray(variables: Mapping[str, str]) -> Iterator[None]:
+    """Start Ray on this machine, whose processes have these variables; ends it."""
     import ray
 
+    os.environ.update(variables)
     try:
         ray.init(
             address="local",
@@ -299,6 +308,8 @@ def _running_ray() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        for name in variables:
+            del os.environ[name]
 
 
 @contextmanager
@@ -309,6 +320,8 @@ def served_cluster(folder: Path, shape: Shape) -> Iterator[ServedCluster]:
     from router.app import build
 
     oracle = save_mixtral(folder)
+    spans_folder = folder.with_name(f"{folder.name}-spans")
+    spans_folder.mkdir()
     http_port, grpc_port = free_ports(2)
     args: dict[str, Any] = {
         "models": [
@@ -319,14 +332,14 @@ def served_cluster(folder: Path, shape: Shape) -> Iterator[ServedCluster]:
         "router": {"replicas": 1},
         "gateway": {},
     }
-    with _running_ray():
-        serve.start(**serve_options(http_port, grpc_port))
+    with _running_ray({FOLDER_VARIABLE: str(spans_folder)}):
+        serve.start(**serve_options(http_port, grpc_port), tracing_config=TRACING)
         serve.run(build(args), name=APP, route_prefix="/")
         address = f"127.0.0.1:{grpc_port}"
         http_url = f"http://127.0.0.1:{http_port}"
         # Without retries, so that a test sees what the server lets through.
         with Client(address, retry=None) as client:
-            cluster = ServedCluster(http_url, address, args, folder, oracle, client)
+            cluster = ServedCluster(http_url, address, args, folder, spans_folder, oracle, client)
             cluster.wait_whole()
             yield cluster
         serve.shutdown()

@@ -21,6 +21,7 @@ from router.cli.doctor import doctor
 from router.cli.generate import generate
 from router.cli.load import load, placement, rebalance
 from router.cli.plan import plan
+from router.cli.scale import copies, drain, scale
 from router.cli.serve import serve
 from router.cli.status import status
 from router.cli.train import train
@@ -72,6 +73,9 @@ app.command()(status)
 app.command()(load)
 app.command()(placement)
 app.command()(rebalance)
+app.command()(scale)
+app.command()(drain)
+app.command()(copies)
 app.command()(bench)
 app.command()(check)
 app.add_typer(config, name="config")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.load_status import LoadStatus, RebalanceReport
+from cluster.load_status import LoadStatus, Move, RebalanceReport
 from router.cli.common import REFUSED, Address, AsJson, fail, write, write_json
 from router.client import DEFAULT_ADDRESS, Client
 
@@ -36,7 +37,7 @@ def load(
         return
     write(
         f"the last {told.window_s:.0f} s or so   balance: {told.layers_balance:.2f} by layer, "
-        f"{told.devices_balance:.2f} in all\n{_last_rebalance(told)}"
+        f"{told.devices_balance:.2f} in all\n{_last_changes(told)}"
     )
     console = Console()
     table = Table("actor", "node", "experts", "tokens/s", "busy", "wait")
@@ -107,26 +108,37 @@ def _show(report: RebalanceReport) -> None:
         f"{report.devices_before:.2f} -> {report.devices_after:.2f}; "
         f"{report.moved_bytes / 1e6:.1f} MB loaded; placement {report.epoch}.{report.version}\n"
     )
-    if not report.moves:
+    show_moves(report.moves)
+
+
+def show_moves(moves: Sequence[Move]) -> None:
+    """Print which copies move, the first of them."""
+    if not moves:
         return
     table = Table("model", "layer", "expert", "copy")
-    for move in report.moves[:SHOWN_MOVES]:
+    for move in moves[:SHOWN_MOVES]:
         where = f"{'to' if move.is_added else 'from'} {move.actor_id}"
         table.add_row(move.model, str(move.layer), str(move.expert), where)
     Console().print(table)
-    if len(report.moves) > SHOWN_MOVES:
-        write(f"and {len(report.moves) - SHOWN_MOVES} more; --json has all\n")
+    if len(moves) > SHOWN_MOVES:
+        write(f"and {len(moves) - SHOWN_MOVES} more; --json has all\n")
 
 
-def _last_rebalance(told: LoadStatus) -> str:
-    if not told.rebalances:
-        return ""
-    last = told.rebalances[0]
-    copies = sum(move.is_added for move in last.moves)
-    return (
-        f"last rebalancing: {last.outcome}, {copies} copies moved, "
-        f"{max(0.0, time.time() - last.at_s):.0f} s ago\n"
-    )
+def _last_changes(told: LoadStatus) -> str:
+    """Return a line for the last rebalancing, and one for the last change of actors or copies."""
+    lines = ""
+    for last in told.rebalances[:1]:
+        copies = sum(move.is_added for move in last.moves)
+        lines += f"last rebalancing: {last.outcome}, {copies} copies moved, {_ago(last.at_s)}\n"
+    for change in told.changes[:1]:
+        lines += (
+            f"last change: {change.what}: {change.outcome}, {_ago(change.at_s)} ({change.reason})\n"
+        )
+    return lines
+
+
+def _ago(at_s: float) -> str:
+    return f"{max(0.0, time.time() - at_s):.0f} s ago"
 
 
 def _ids(expert_ids: list[int]) -> str:

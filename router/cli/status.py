@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +18,8 @@ from cluster.spec import EMULATED
 from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
 from router.cli.common import Address, AsJson, write, write_json
 from router.client import DEFAULT_ADDRESS, Client
+
+BAR_WIDTH = 30
 
 
 def status(
@@ -46,7 +49,7 @@ def status(
             write_json(first.to_wire(), indent=2)
         else:
             write(_summary(first) + "\n")
-            Console().print(_table(first))
+            Console().print(_tables(first))
 
 
 def _watch(client: Client, told: ClusterStatus, interval_s: float, as_json: bool) -> None:
@@ -104,7 +107,7 @@ class _Watched:
 
     def view(self) -> Group:
         """Return what a terminal shows."""
-        table = _table(self._told, self._rates)
+        table = _tables(self._told, self._rates)
         if self._error is None:
             note = Text(f"{time.strftime('%H:%M:%S')}   Ctrl-C ends", style="dim")
         else:
@@ -124,6 +127,21 @@ def _summary(told: ClusterStatus) -> str:
         f"controller: pid {told.controller_pid}   "
         f"routers: {_pids(told.routers)}   gateways: {_pids(told.gateways)}"
     )
+
+
+def _tables(told: ClusterStatus, rates: dict[tuple[str, int], float] | None = None) -> Group:
+    """Return what actors hold, and below it a bar for each that loads its share."""
+    if not told.loading:
+        return Group(_table(told, rates))
+    bars = Table("loading", "", "experts", "memory", box=None, pad_edge=False)
+    for one in told.loading:
+        bars.add_row(
+            one.actor_id,
+            ProgressBar(max(1, one.num_experts), one.held_experts, width=BAR_WIDTH),
+            f"{one.held_experts} of {one.num_experts}",
+            f"{one.weight_bytes / 1e9:.1f} GB",
+        )
+    return Group(_table(told, rates), bars)
 
 
 def _table(told: ClusterStatus, rates: dict[tuple[str, int], float] | None = None) -> Table:

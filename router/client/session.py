@@ -21,7 +21,7 @@ DEFAULT_ADDRESS = "127.0.0.1:9000"
 DEFAULT_TIMEOUT_S = 120.0
 DEFAULT_RETRY = RetryPolicy(first_delay_s=0.1, max_delay_s=2.0)
 INFO_TIMEOUT_S = 10.0
-REBALANCE_TIMEOUT_S = 930.0
+CHANGE_TIMEOUT_S = 930.0
 """Longer than a gateway waits, whose word on it is better."""
 
 

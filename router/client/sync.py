@@ -14,22 +14,23 @@ from typing import Any
 import grpc
 
 from cluster.errors import ExpertMeshError, UnavailableError
-from cluster.load_status import LoadStatus, RebalanceReport
+from cluster.load_status import ChangeReport, LoadStatus, RebalanceReport
 from cluster.retry import RetryPolicy
 from cluster.status import ClusterStatus
 from router.attempts import Attempts
 from router.client.session import (
+    CHANGE_TIMEOUT_S,
     DEFAULT_ADDRESS,
     DEFAULT_RETRY,
     DEFAULT_TIMEOUT_S,
     INFO_TIMEOUT_S,
-    REBALANCE_TIMEOUT_S,
     Session,
 )
 from router.client.types import Message, ModelInfo, Reply, Sampling
 from router.client.wire import (
     CHANNEL_OPTIONS,
     call_options,
+    change_of,
     choices_of,
     load_of,
     models_of,
@@ -178,8 +179,40 @@ class Client:
         Returns when that is done; raises :class:`UnavailableError` while experts lack copies.
         """
         request = admin_pb2.RebalanceRequest(dry_run=dry_run)
-        call = partial(self._admin.Rebalance, request, timeout=REBALANCE_TIMEOUT_S)
+        call = partial(self._admin.Rebalance, request, timeout=CHANGE_TIMEOUT_S)
         return rebalance_of(self._call(call))
+
+    def scale(self, actors: int, pool: str = "", dry_run: bool = False) -> ChangeReport:
+        """Have a pool of so many actors, or with ``dry_run`` only be told what that would move.
+
+        Returns when experts are spread over them, or while Ray finds no device for one. Raises
+        :class:`InvalidRequestError` where the number is out of bounds or experts do not fit.
+        """
+        request = admin_pb2.ScaleRequest(actors=actors, pool=pool, dry_run=dry_run)
+        call = partial(self._admin.Scale, request, timeout=CHANGE_TIMEOUT_S)
+        return change_of(self._call(call))
+
+    def drain(self, target: str, dry_run: bool = False) -> ChangeReport:
+        """Empty and end an actor, or those of a node (its id, or the first characters of it).
+
+        Raises as :meth:`scale` does.
+        """
+        request = admin_pb2.DrainRequest(target=target, dry_run=dry_run)
+        call = partial(self._admin.Drain, request, timeout=CHANGE_TIMEOUT_S)
+        return change_of(self._call(call))
+
+    def set_copies(
+        self, model: str, layer: int, expert: int, copies: int, dry_run: bool = False
+    ) -> ChangeReport:
+        """Bring one expert to so many copies, until a rebalancing finds others better.
+
+        Raises as :meth:`scale` does.
+        """
+        request = admin_pb2.SetCopiesRequest(
+            model=model, layer=layer, expert=expert, copies=copies, dry_run=dry_run
+        )
+        call = partial(self._admin.SetCopies, request, timeout=CHANGE_TIMEOUT_S)
+        return change_of(self._call(call))
 
     def _call(self, work: Callable[[], Any]) -> Any:
         try:

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 
 from cluster.errors import ExpertMeshError
-from cluster.load_status import LoadStatus, RebalanceReport
+from cluster.load_status import ChangeReport, LoadStatus, RebalanceReport
 from cluster.status import ClusterStatus
 from router.attempts import Attempts
 from router.client.types import ModelInfo, Reply, Sampling, UnreachableError, Usage
@@ -120,6 +120,15 @@ def status_of(answer: Any) -> ClusterStatus:
         "actors": actors,
         "min_copies": answer.min_copies,
         "live_copies": answer.live_copies,
+        "loading": [
+            {
+                "actor_id": one.actor_id,
+                "held_experts": one.held_experts,
+                "num_experts": one.num_experts,
+                "weight_bytes": one.weight_bytes,
+            }
+            for one in answer.loading
+        ],
     }
     return ClusterStatus.from_wire(wire)
 
@@ -132,6 +141,11 @@ def load_of(answer: Any) -> LoadStatus:
 def rebalance_of(answer: Any) -> RebalanceReport:
     """Return what a ``RebalanceReply`` tells."""
     return RebalanceReport.from_wire(_plain(answer))
+
+
+def change_of(answer: Any) -> ChangeReport:
+    """Return what a ``ChangeReply`` tells."""
+    return ChangeReport.from_wire(_plain(answer))
 
 
 def _plain(message: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from cluster.errors import (
     InternalError,
     InvalidRequestError,
 )
-from cluster.load_status import LoadStatus, RebalanceReport
+from cluster.load_status import ChangeReport, LoadStatus, RebalanceReport
 from cluster.status import ClusterStatus
 from router.gateway.budget import Budget
 from router.gateway.detokenize import ChoiceText
@@ -112,6 +112,20 @@ class GenerationService:
     async def rebalance(self, dry_run: bool) -> RebalanceReport:
         """Spread the load over the actors, or only tell how."""
         return await self._upstream.rebalance(dry_run)
+
+    async def scale(self, number: int, pool: str, dry_run: bool) -> ChangeReport:
+        """Have a pool of so many actors, or be told what that would move."""
+        return await self._upstream.scale(number, pool, dry_run)
+
+    async def drain(self, target: str, dry_run: bool) -> ChangeReport:
+        """Empty and end an actor, or those of a node."""
+        return await self._upstream.drain(target, dry_run)
+
+    async def set_copies(
+        self, model: str, layer: int, expert: int, number: int, dry_run: bool
+    ) -> ChangeReport:
+        """Bring one expert to so many copies."""
+        return await self._upstream.set_copies(model, layer, expert, number, dry_run)
 
     async def measured(self) -> bytes:
         """Return all metrics in Prometheus' text format."""

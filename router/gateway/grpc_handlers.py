@@ -106,6 +106,26 @@ class GrpcHandlers:
         report = await self.service.rebalance(request.dry_run)
         return admin_pb2.RebalanceReply(**report.to_wire())
 
+    async def scale(self, data: bytes) -> Any:
+        """Bring a pool to a number of actors."""
+        request = _parse(admin_pb2.ScaleRequest, data)
+        report = await self.service.scale(request.actors, request.pool, request.dry_run)
+        return admin_pb2.ChangeReply(**report.to_wire())
+
+    async def drain(self, data: bytes) -> Any:
+        """Empty and end an actor, or those of a node."""
+        request = _parse(admin_pb2.DrainRequest, data)
+        report = await self.service.drain(request.target, request.dry_run)
+        return admin_pb2.ChangeReply(**report.to_wire())
+
+    async def set_copies(self, data: bytes) -> Any:
+        """Bring one expert to a number of copies."""
+        request = _parse(admin_pb2.SetCopiesRequest, data)
+        report = await self.service.set_copies(
+            request.model, request.layer, request.expert, request.copies, request.dry_run
+        )
+        return admin_pb2.ChangeReply(**report.to_wire())
+
     async def check_health(self, data: bytes) -> Any:
         """Answer ``grpc.health.v1.Health/Check``; an unknown service is NOT_FOUND."""
         name = _parse(health_pb2.HealthCheckRequest, data).service

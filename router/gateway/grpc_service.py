@@ -30,7 +30,14 @@ _MAX_WATCH_S = 60.0
 again, and reaches its successor."""
 _UNARY = {
     "expertmesh.v1.Inference": ("Generate", "GetModelInfo"),
-    "expertmesh.v1.Admin": ("GetStatus", "GetLoad", "Rebalance"),
+    "expertmesh.v1.Admin": (
+        "GetStatus",
+        "GetLoad",
+        "Rebalance",
+        "Scale",
+        "Drain",
+        "SetCopies",
+    ),
     "grpc.health.v1.Health": ("Check", "List"),
 }
 _STREAM = {
@@ -194,6 +201,21 @@ class GrpcMethods:
         """Serve ``Admin/Rebalance``."""
         empty = admin_pb2.RebalanceReply
         return await _unary(self.grpc_handlers.rebalance(request), empty, grpc_context)
+
+    async def Scale(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
+        """Serve ``Admin/Scale``."""
+        empty = admin_pb2.ChangeReply
+        return await _unary(self.grpc_handlers.scale(request), empty, grpc_context)
+
+    async def Drain(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
+        """Serve ``Admin/Drain``."""
+        empty = admin_pb2.ChangeReply
+        return await _unary(self.grpc_handlers.drain(request), empty, grpc_context)
+
+    async def SetCopies(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
+        """Serve ``Admin/SetCopies``."""
+        empty = admin_pb2.ChangeReply
+        return await _unary(self.grpc_handlers.set_copies(request), empty, grpc_context)
 
     async def Check(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
         """Serve ``Health/Check``."""

@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from opentelemetry.trace import Span
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
@@ -35,18 +37,20 @@ from cluster.errors import (
     being_deleted,
     error_from_wire,
 )
-from cluster.load_status import LoadStatus, RebalanceReport
+from cluster.load_status import ChangeReport, LoadStatus, RebalanceReport
 from cluster.measurements import Measurements, ProcessSamples, Samples
 from cluster.retry import Retries, RetryBudget, RetryPolicy
 from cluster.status import ClusterStatus, ProcessStatus
+from router.gateway.budget import RETRY_AFTER_S
 from router.link import LinkAddress, LinkServer
 from router.logs import setup_logging
 from router.placement_view import PlacementView, PlacementWatcher
 from router.readiness import Readiness, readiness
 from router.request import GenerationRequest, Receipts, TokenEvent, merge_events
+from router.tracing import as_current, gateway_span
 
 STATUS_TIMEOUT_S = 5.0
-REBALANCE_TIMEOUT_S = 900.0
+CHANGE_TIMEOUT_S = 900.0
 MEASURE_TIMEOUT_S = 2.0
 RESEND = RetryPolicy(first_delay_s=0.1, max_delay_s=1.0)
 RESEND_TOKENS = 8192
@@ -80,18 +84,24 @@ class RayUpstream:
         self,
         controller: DeploymentHandle,
         routers: Mapping[str, DeploymentHandle],
+        max_calls: int,
         on_expert_loss: OnExpertLoss,
         is_wanted: Callable[[], bool],
         samples: Callable[[], Samples],
     ) -> None:
         """``routers`` are handles by model id. Needs a running event loop.
 
-        ``on_expert_loss`` is the deployment's, by which it is or is not ready. ``is_wanted`` asks
-        Serve whether the application is to run. ``samples`` returns what the gateway measures.
+        ``max_calls`` is how many requests the routers of one model hold, running and waiting; one
+        more is refused here, since a call to a router that refuses it costs as much as one that
+        does not. ``on_expert_loss`` is the deployment's, by which it is or is not ready.
+        ``is_wanted`` asks Serve whether the application is to run. ``samples`` returns what the
+        gateway measures.
         """
         self._on_expert_loss = on_expert_loss
         self._controller = controller
         self._routers = routers
+        self._max_calls = max_calls
+        self._calls: Counter[str] = Counter()
         self._view = PlacementView()
         self._is_deleted = False
         self._watcher = PlacementWatcher(
@@ -116,36 +126,41 @@ class RayUpstream:
         receipts = Receipts(request)
         retries = Retries(RESEND, self._budget)
         stopped: set[int] = set()
-        for number in itertools.count():
-            attempt = _Attempt(f"{request.request_id}#{number}", stopped)
-            self._attempts[request.request_id] = attempt
-            resent = replace(
-                request, request_id=attempt.wire_id, received=receipts.received(stopped)
-            )
-            try:
-                async with aclosing(self._attempt(resent, receipts, stopped)) as events:
-                    async for event in events:
-                        yield event
-                retries.succeeded()
-                return
-            except (RayActorError, DeploymentUnavailableError, OverloadedError) as error:
-                delay_s = _resend_delay_s(error, retries, number > 0, request.remaining_s())
-                logger.warning("a router was lost (%s); sending again", type(error).__name__)
-                await asyncio.sleep(delay_s)
-            finally:
-                self._attempts.pop(request.request_id, None)
+        with gateway_span(request, receipts) as span:
+            for number in itertools.count():
+                attempt = _Attempt(f"{request.request_id}#{number}", stopped)
+                self._attempts[request.request_id] = attempt
+                resent = replace(
+                    request, request_id=attempt.wire_id, received=receipts.received(stopped)
+                )
+                try:
+                    async with aclosing(self._attempt(resent, receipts, stopped, span)) as events:
+                        async for event in events:
+                            yield event
+                    retries.succeeded()
+                    return
+                except (RayActorError, DeploymentUnavailableError, OverloadedError) as error:
+                    delay_s = _resend_delay_s(error, retries, number > 0, request.remaining_s())
+                    logger.warning("a router was lost (%s); sending again", type(error).__name__)
+                    await asyncio.sleep(delay_s)
+                finally:
+                    self._attempts.pop(request.request_id, None)
 
     async def _attempt(
-        self, request: GenerationRequest, receipts: Receipts, stopped: set[int]
+        self, request: GenerationRequest, receipts: Receipts, stopped: set[int], span: Span
     ) -> AsyncGenerator[TokenEvent, None]:
         address = await self._listening()
         if self._is_deleted:
             raise being_deleted()
-        call = self._routers[request.model].generate.remote(request.to_wire(), address)
+        self._check_room(request.model)
+        with as_current(span):  # Serve takes its context along with the call
+            call = self._routers[request.model].generate.remote(request.to_wire(), address)
         inbox = Inbox()
         self._inboxes[request.request_id] = inbox
         self._num_streams += request.streamed
         reply = asyncio.create_task(_put_reply(call, inbox))
+        self._calls[request.model] += 1
+        reply.add_done_callback(lambda _: self._calls.subtract([request.model]))
         try:
             while True:
                 pause_s = min(self._num_streams / MESSAGES_PER_S, MAX_PAUSE_S)
@@ -173,6 +188,12 @@ class RayUpstream:
             elif not reply.done():
                 call.cancel()
                 reply.cancel()
+
+    def _check_room(self, model: str) -> None:
+        """Raise :class:`OverloadedError` when a model's routers hold all that they can."""
+        if self._calls[model] >= self._max_calls:
+            told = f"the routers are full: they hold {self._max_calls} requests"
+            raise OverloadedError(told, "queue", RETRY_AFTER_S)
 
     def _end_requests(self) -> None:
         """End all requests, which Serve waits for before it ends a replica."""
@@ -211,10 +232,24 @@ class RayUpstream:
 
     async def rebalance(self, dry_run: bool) -> RebalanceReport:
         """See :class:`Upstream`."""
-        told = await _answered(self._controller.rebalance.remote(dry_run), REBALANCE_TIMEOUT_S)
-        if "error" in told:
-            raise error_from_wire(told["error"])
-        return RebalanceReport.from_wire(told["report"])
+        return RebalanceReport.from_wire(await _done(self._controller.rebalance.remote(dry_run)))
+
+    async def scale(self, number: int, pool: str, dry_run: bool) -> ChangeReport:
+        """See :class:`Upstream`."""
+        call = self._controller.scale.remote(number, pool, dry_run)
+        return ChangeReport.from_wire(await _done(call))
+
+    async def drain(self, target: str, dry_run: bool) -> ChangeReport:
+        """See :class:`Upstream`."""
+        call = self._controller.drain.remote(target, dry_run)
+        return ChangeReport.from_wire(await _done(call))
+
+    async def set_copies(
+        self, model: str, layer: int, expert: int, number: int, dry_run: bool
+    ) -> ChangeReport:
+        """See :class:`Upstream`."""
+        call = self._controller.set_copies.remote(model, layer, expert, number, dry_run)
+        return ChangeReport.from_wire(await _done(call))
 
     async def measurements(self) -> Measurements:
         """See :class:`Upstream`."""
@@ -247,16 +282,26 @@ async def _answered(call: Awaitable[Any], timeout_s: float) -> Any:
         raise UnavailableError("the controller does not answer", "", 1.0) from None
 
 
+async def _done(call: Awaitable[Any]) -> Any:
+    """Return the report of a change that the controller was asked for; raises its error."""
+    told = await _answered(call, CHANGE_TIMEOUT_S)
+    if "error" in told:
+        raise error_from_wire(told["error"])
+    return told["report"]
+
+
 def make_upstream(
     samples: Callable[[], Samples],
     controller: DeploymentHandle,
     routers: Mapping[str, DeploymentHandle],
+    max_calls: int,
     on_expert_loss: OnExpertLoss,
 ) -> RayUpstream:
     """Make a gateway replica's upstream, in the replica."""
     setup_logging()
     app = serve.get_replica_context().app_name
-    return RayUpstream(controller, routers, on_expert_loss, partial(app_is_wanted, app), samples)
+    is_wanted = partial(app_is_wanted, app)
+    return RayUpstream(controller, routers, max_calls, on_expert_loss, is_wanted, samples)
 
 
 class HandleController:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from cluster.load_status import LoadStatus, RebalanceReport
+from cluster.load_status import ChangeReport, LoadStatus, RebalanceReport
 from cluster.measurements import Measurements
 from cluster.status import ClusterStatus
 from router.readiness import Readiness
@@ -40,6 +40,20 @@ class Upstream(Protocol):
 
     async def rebalance(self, dry_run: bool) -> RebalanceReport:
         """Spread the load, or tell how; raises ``UnavailableError`` also where it is refused."""
+        ...
+
+    async def scale(self, number: int, pool: str, dry_run: bool) -> ChangeReport:
+        """Have a pool of so many actors; raises what :class:`cluster.elastic.Elastic` raises."""
+        ...
+
+    async def drain(self, target: str, dry_run: bool) -> ChangeReport:
+        """Empty and end an actor, or those of a node; raises the same."""
+        ...
+
+    async def set_copies(
+        self, model: str, layer: int, expert: int, number: int, dry_run: bool
+    ) -> ChangeReport:
+        """Bring one expert to so many copies; raises the same."""
         ...
 
     async def measurements(self) -> Measurements:

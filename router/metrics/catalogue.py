@@ -5,7 +5,7 @@ Names, units and meanings are those of vLLM where it has the same, under ``exper
 All label sets are bounded: ``model_name`` by the deployment; ``surface``, ``code``, ``reason``,
 ``finished_reason`` and ``transport`` by the code; ``actor_id`` by the deployment's pools;
 ``replica`` by the processes that live. The largest is ``expert_tokens``: models x layers x experts
-x the actors that hold a copy.
+x the actors that hold a copy; ``expert_overflow_tokens`` has a router for the actor.
 """
 
 from __future__ import annotations
@@ -157,6 +157,12 @@ RETRIES = _family(
     "counter",
     "model_name reason replica",
     "Frames that had to be sent again, by why.",
+)
+OVERFLOW = _family(
+    "expert_overflow_tokens",
+    "counter",
+    "model_name layer expert replica",
+    "Tokens that an expert had no room for, under router.expert_capacity.",
 )
 
 # Of the controller and the placement.

@@ -77,6 +77,11 @@ class RouterSamples:
         ):
             # A copy at one stroke: the engine's thread may add a key.
             found[family.name] = counts_of(family, dict(counts), labels, by)
+        name = catalogue.OVERFLOW.exported
+        found[catalogue.OVERFLOW.name] = [
+            (name, {**labels, "layer": str(layer_id), "expert": str(expert_id)}, float(count))
+            for (layer_id, expert_id), count in dict(self._exchange.overflow).items()
+        ]
         return Samples(time.monotonic(), found)
 
     def _gauges(self) -> dict[Family, float]:

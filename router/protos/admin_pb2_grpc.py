@@ -49,6 +49,21 @@ class AdminStub:
                 request_serializer=router_dot_protos_dot_admin__pb2.RebalanceRequest.SerializeToString,
                 response_deserializer=router_dot_protos_dot_admin__pb2.RebalanceReply.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/expertmesh.v1.Admin/Scale',
+                request_serializer=router_dot_protos_dot_admin__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=router_dot_protos_dot_admin__pb2.ChangeReply.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/expertmesh.v1.Admin/Drain',
+                request_serializer=router_dot_protos_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=router_dot_protos_dot_admin__pb2.ChangeReply.FromString,
+                _registered_method=True)
+        self.SetCopies = channel.unary_unary(
+                '/expertmesh.v1.Admin/SetCopies',
+                request_serializer=router_dot_protos_dot_admin__pb2.SetCopiesRequest.SerializeToString,
+                response_deserializer=router_dot_protos_dot_admin__pb2.ChangeReply.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -75,6 +90,27 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scale(self, request, context):
+        """Brings a pool to a number of actors; answers when experts are spread over them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Moves the experts of an actor, or of all actors of a node, to others, and ends it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetCopies(self, request, context):
+        """Brings one expert to a number of copies.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +128,21 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Rebalance,
                     request_deserializer=router_dot_protos_dot_admin__pb2.RebalanceRequest.FromString,
                     response_serializer=router_dot_protos_dot_admin__pb2.RebalanceReply.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=router_dot_protos_dot_admin__pb2.ScaleRequest.FromString,
+                    response_serializer=router_dot_protos_dot_admin__pb2.ChangeReply.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=router_dot_protos_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=router_dot_protos_dot_admin__pb2.ChangeReply.SerializeToString,
+            ),
+            'SetCopies': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetCopies,
+                    request_deserializer=router_dot_protos_dot_admin__pb2.SetCopiesRequest.FromString,
+                    response_serializer=router_dot_protos_dot_admin__pb2.ChangeReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +226,87 @@ class Admin:
             '/expertmesh.v1.Admin/Rebalance',
             router_dot_protos_dot_admin__pb2.RebalanceRequest.SerializeToString,
             router_dot_protos_dot_admin__pb2.RebalanceReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/Scale',
+            router_dot_protos_dot_admin__pb2.ScaleRequest.SerializeToString,
+            router_dot_protos_dot_admin__pb2.ChangeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/Drain',
+            router_dot_protos_dot_admin__pb2.DrainRequest.SerializeToString,
+            router_dot_protos_dot_admin__pb2.ChangeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetCopies(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/SetCopies',
+            router_dot_protos_dot_admin__pb2.SetCopiesRequest.SerializeToString,
+            router_dot_protos_dot_admin__pb2.ChangeReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -12,8 +12,13 @@ from router.metrics.catalogue import FAMILIES, Family
 from tests.cluster_fixture import LAYERS, RANDOM, TOP_K, ServedCluster, prompt_of, wait_until
 from tests.observed import dashboard_names, panels
 
-RARE = {catalogue.RETRIES, catalogue.INEXACT_TOKENS, catalogue.SLOW_READERS}
-"""Without a sample until something goes wrong."""
+RARE = {
+    catalogue.RETRIES,
+    catalogue.INEXACT_TOKENS,
+    catalogue.OVERFLOW,
+    catalogue.SLOW_READERS,
+}
+"""Without a sample until something goes wrong, or an expert is at its capacity."""
 
 Labels = frozenset[tuple[str, str]]
 

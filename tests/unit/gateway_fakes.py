@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.config import GatewayConfig
 from cluster.load_status import (
+    ChangeReport,
     DeviceStatus,
     ExpertLoad,
     LoadStatus,
@@ -25,7 +26,7 @@ from cluster.load_status import (
 from cluster.measurements import Measurements, ProcessSamples
 from cluster.placement import ExpertKey
 from cluster.spec import ActorReport
-from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
+from cluster.status import ActorStatus, ClusterStatus, LoadingStatus, ProcessStatus
 from router.gateway.generation import GenerationService
 from router.gateway.grpc_handlers import GrpcHandlers
 from router.gateway.grpc_service import GrpcMethods, add_services_to_server
@@ -87,6 +88,7 @@ STATUS = ClusterStatus(
     actors=(ActorStatus("a0", 44, "n1", "cpu", 2, (("tiny", 0, 1), ("tiny", 1, 5)), 99, 640),),
     min_copies=2,
     live_copies=1,
+    loading=(LoadingStatus("a1", 3, 12, 1_500_000_000),),
 )
 REBALANCED = RebalanceReport(
     outcome="committed",
@@ -100,6 +102,19 @@ REBALANCED = RebalanceReport(
     took_s=0.5,
     epoch=3,
     version=8,
+)
+CHANGED = ChangeReport(
+    what="expert: 1 -> 2 actors",
+    reason="asked for",
+    outcome="committed",
+    added=("a1",),
+    removed=(),
+    moves=(Move("a1", "tiny", 0, 1, True), Move("a0", "tiny", 0, 1, False)),
+    moved_bytes=2_500_000,
+    at_s=1000.0,
+    took_s=0.5,
+    epoch=3,
+    version=9,
 )
 LOAD = LoadStatus(
     window_s=30.0,
@@ -117,6 +132,7 @@ LOAD = LoadStatus(
         ExpertLoad("tiny", 1, 0, 10.0, ()),
     ),
     rebalances=(REBALANCED,),
+    changes=(CHANGED,),
 )
 REPORT = ActorReport(
     actor_id="a0",
@@ -154,6 +170,8 @@ class FakeUpstream:
         self.status_error: Exception | None = None
         self.rebalances: list[bool] = []
         self.rebalanced = REBALANCED
+        self.asked: list[tuple[object, ...]] = []
+        self.changed = CHANGED
         self.samples = Metrics().samples
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
@@ -184,6 +202,23 @@ class FakeUpstream:
         if self.status_error is not None:
             raise self.status_error
         return self.rebalanced
+
+    async def scale(self, number: int, pool: str, dry_run: bool) -> ChangeReport:
+        return self._change("scale", number, pool, dry_run)
+
+    async def drain(self, target: str, dry_run: bool) -> ChangeReport:
+        return self._change("drain", target, dry_run)
+
+    async def set_copies(
+        self, model: str, layer: int, expert: int, number: int, dry_run: bool
+    ) -> ChangeReport:
+        return self._change("copies", model, layer, expert, number, dry_run)
+
+    def _change(self, *asked: object) -> ChangeReport:
+        self.asked.append(asked)
+        if self.status_error is not None:
+            raise self.status_error
+        return self.changed
 
     async def measurements(self) -> Measurements:
         own = ProcessSamples("gateway", ProcessStatus(43, "n1"), self.samples())

@@ -27,8 +27,10 @@ from experts.checkpoint import open_checkpoint
 from experts.ffn import ACTIVATIONS, gated_ffn
 from experts.identity import identity_of
 from experts.remote import RemoteExpertActor
+from experts.spans import BatchSpans
 from experts.weights import load_expert
 from tests.checkpoints import save_mixtral
+from tests.span_keeper import SpanKeeper
 
 HIDDEN = 64
 LIMIT_S = 30.0
@@ -85,6 +87,11 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...
     torch.set_grad_enabled(grad)
 
 
+@pytest.fixture
+def spans() -> SpanKeeper:
+    return SpanKeeper()
+
+
 def test_a_gpu_of_rays_that_torch_does_not_find_is_said(
     make: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,7 +106,11 @@ def rows_of(num_rows: int, seed: int = 0) -> torch.Tensor:
 
 
 def frame_of(
-    rows: torch.Tensor, request_id: int = 1, timeout_s: float = LIMIT_S, expert_id: int = 3
+    rows: torch.Tensor,
+    request_id: int = 1,
+    timeout_s: float = LIMIT_S,
+    expert_id: int = 3,
+    traceparent: str | None = None,
 ) -> bytes:
     """A frame that sends all rows to one expert of layer 0."""
     return b"".join(
@@ -116,6 +127,7 @@ def frame_of(
                 hidden_size=HIDDEN,
                 deadline_s=time.time() + timeout_s,
                 rows=to_bytes(rows),
+                traceparent=traceparent,
             )
         )
     )
@@ -208,6 +220,35 @@ def test_the_report_tells_experts_tokens_and_steps(make: Callable[..., Actor]) -
     assert report.tokens == {ExpertKey("m", 0, 3): 7}
     assert (report.queued_rows, report.steps, report.pid) == (0, 2, os.getpid())
     assert report.digest == actor._spec.digest
+
+
+def test_each_traced_frame_of_a_batch_has_a_span_in_its_own_trace(
+    make: Callable[..., Actor], spans: SpanKeeper
+) -> None:
+    actor = make()
+    actor.compute(frame_of(rows_of(1), traceparent=f"00-{7:032x}-{8:016x}-01"))
+    assert actor._spans is None
+    assert spans.told() == []  # the deployment has no tracing
+    actor._spans = BatchSpans(spans.tracer, "expert-0")
+    actor.compute_all(
+        [
+            frame_of(rows_of(5), traceparent=f"00-{7:032x}-{8:016x}-01"),
+            frame_of(rows_of(1)),
+            frame_of(rows_of(2), traceparent=f"00-{9:032x}-{3:016x}-01"),
+            frame_of(rows_of(3), traceparent=f"00-{9:032x}-{3:016x}-00"),  # not sampled
+        ]
+    )
+    told = [
+        (s.context.trace_id, s.parent.span_id, s.attributes["expertmesh.rows"])
+        for s in spans.told("expertmesh.experts")
+    ]
+    assert told == [(7, 8, 5), (9, 3, 2)]
+    for span in spans.told():
+        assert span.attributes["expertmesh.actor"] == "expert-0"
+        assert span.attributes["expertmesh.batch_frames"] == 4
+        assert 0 <= span.attributes["expertmesh.waited_s"] < LIMIT_S
+        assert 0 <= time.time_ns() - span.start_time < LIMIT_S * 1e9
+        assert span.start_time <= span.end_time
 
 
 def test_the_report_tells_how_long_frames_waited_and_products_took(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
+from cluster.status import LoadingStatus
 from router import announce
-from router.announce import Endpoint, endpoints, why_not_ready
+from router.announce import Endpoint, LoadingBar, endpoints, why_not_ready
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 LIMIT_S = 20.0
@@ -155,3 +158,26 @@ def test_one_line_is_said_once_all_is_there(
         f"expertmesh: ready after 0 s: HTTP http://127.0.0.1:{port}/v1, gRPC 127.0.0.1:9000; try: "
     )
     assert serving[0].answers == [(200, b"{}")]
+
+
+def test_a_terminal_has_a_bar_while_actors_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=100)
+    with LoadingBar(console) as bar:
+        assert bar.is_shown
+        bar.show(())
+        assert shown.getvalue() == ""  # nobody loads
+        for held in (2, 6):
+            bar.show((LoadingStatus("a", held, 8, 10**9), LoadingStatus("b", 0, 8, 0)))
+    assert "6 of 16 experts (38%, 1.0 GB) on 2 actors" in shown.getvalue()
+
+
+@pytest.mark.parametrize("console", [None, Console(file=io.StringIO())])
+def test_elsewhere_there_is_no_bar(console: Console | None) -> None:
+    with LoadingBar(console) as bar:
+        assert not bar.is_shown
+
+
+def test_a_server_that_is_not_there_tells_of_no_loading() -> None:
+    assert announce._loading("127.0.0.1:1") == ()

@@ -21,8 +21,10 @@ from cluster.config import CapacityConfig
 from router.capacity import Placed, tokens_per_expert, within_capacity
 from router.gate import chooser
 from router.loss import Choice
+from router.metrics import catalogue
+from router.metrics.samples import RouterSamples
 from tests.checkpoints import save_mixtral
-from tests.local_cluster import LocalCluster, greedy_request
+from tests.local_cluster import MODEL, LocalCluster, greedy_request
 from tests.unit.test_engine import expected_tokens, prompt_of
 
 Chain = list[dict[int, float]]
@@ -193,6 +195,12 @@ def test_a_lost_expert_has_no_room() -> None:
     assert [set(one) for one in got(placed.choice)] == [{0}, {0}, {2}]
 
 
+def test_a_gate_of_what_is_no_number_ends_too() -> None:
+    placed, _ = place([[float("nan")] * 4] * 5, k=2, capacity=1)
+    counts = Counter(e for one in got(placed.choice) for e in one)
+    assert all(count <= 1 for count in counts.values())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mixtral")
@@ -223,8 +231,7 @@ def test_no_expert_computes_more_than_its_capacity_and_answers_say_so(
     answers = tight.generate(*requests)
     frames = tight.transport.frames
     assert max(max(frame.num_tokens_per_expert) for frame in frames) == 1
-    assert tight.limit is not None
-    assert sum(tight.limit.overflow.values()) > 0
+    assert sum(tight.exchange.overflow.values()) > 0
     assert [(len(event.token_ids), event.exact) for [event] in answers] == [(6, False)] * 6
 
 
@@ -244,3 +251,31 @@ def test_a_lone_decode_never_overflows(tight: LocalCluster, plain: MixtralForCau
     """Its experts are all different, so even a capacity of one token is enough."""
     [[event]] = tight.generate(greedy_request("r", [5], 8))
     assert (event.exact, list(event.token_ids)) == (True, expected_tokens(plain, [5], 8))
+
+
+def overflow_told(cluster: LocalCluster) -> dict[tuple[str, str], float]:
+    """What the router's metrics have, by layer and expert."""
+    samples = RouterSamples(
+        MODEL, cluster.engine, cluster.scheduler, cluster.exchange, cluster.dispatcher
+    )()
+    told = {}
+    for name, labels, value in samples.families[catalogue.OVERFLOW.name]:
+        assert (name, labels["model_name"]) == ("expertmesh_expert_overflow_tokens_total", MODEL)
+        told[labels["layer"], labels["expert"]] = value
+    return told
+
+
+def test_metrics_tell_what_each_expert_had_no_room_for(folder: Path, tight: LocalCluster) -> None:
+    """Of two equal tokens one gets both experts, and the other is sent on by both."""
+    roomy = LocalCluster(folder)
+    roomy.generate(greedy_request("alone", [5], 1))
+    roomy.close()
+    assert overflow_told(roomy) == overflow_told(tight) == {}
+    tight.generate(greedy_request("twice", [5], 1, n=2))
+    told = overflow_told(tight)
+    chosen = {e for f in roomy.transport.frames if f.layer_id == 0 for e in f.expert_ids}
+    assert {expert: v for (layer, expert), v in told.items() if layer == "0"} == {
+        str(expert): 1.0 for expert in chosen
+    }
+    assert len(chosen) == 2
+    assert {layer for layer, _ in told} == {str(layer) for layer in roomy.checkpoint.shape.layers}

@@ -10,6 +10,7 @@ import sys
 import tomllib
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from typer.testing import CliRunner
 
 from cluster.errors import CheckpointError, ConfigError, OverloadedError
 from router.cli.app import app
-from tests.unit.gateway_fakes import FakeUpstream, grpc_server, says, tokenizer
+from router.cli.status import BAR_WIDTH, _tables
+from tests.unit.gateway_fakes import STATUS, FakeUpstream, grpc_server, says, tokenizer
 from tests.unit.terminal import Terminal
 
 NOBODY = "127.0.0.1:1"
@@ -107,6 +109,14 @@ def test_status_as_json(address: str) -> None:
         ],
         "min_copies": 2,
         "live_copies": 1,
+        "loading": [
+            {
+                "actor_id": "a1",
+                "held_experts": 3,
+                "num_experts": 12,
+                "weight_bytes": 1_500_000_000,
+            }
+        ],
     }
 
 
@@ -116,6 +126,15 @@ def test_status_as_a_table(address: str) -> None:
     assert "copies: 1 live, 2 wanted" in result.stdout
     for shown in ("tiny", "version 7", "ready", "pid 41", "42@n1", "43@n1", "a0", "44", "99"):
         assert shown in result.stdout
+
+
+def test_status_has_a_bar_for_each_actor_that_loads(address: str) -> None:
+    result = run("status", "--address", address)
+    [line] = [line for line in result.stdout.splitlines() if line.startswith("a1")]
+    assert line.count("━") == BAR_WIDTH * 3 // 12
+    assert line.endswith("3 of 12  1.5 GB")
+    shown = _tables(replace(STATUS, loading=()))
+    assert len(shown.renderables) == 1
 
 
 def next_line(process: subprocess.Popen[str]) -> Any:
@@ -286,6 +305,9 @@ COMMANDS = [
     "load",
     "placement",
     "rebalance",
+    "scale",
+    "drain",
+    "copies",
     "bench",
     "check",
     "plan",

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.load import WINDOW_S, DeviceLoad, LoadTracker
+from cluster.load import RISE_S, WINDOW_S, DeviceLoad, LoadTracker
 from cluster.placement import ExpertKey
 from cluster.spec import ActorReport
 
@@ -109,3 +109,31 @@ def test_devices_of_a_kind_are_equally_fast_and_idle_kinds_unknown() -> None:
     tracker.observe(report({B: 40}, "c1", busy_s=4.0), 4.0)
     tracker.observe(report({B: 1}, "i1", busy_s=0.1), 4.0)
     assert tracker.speeds(kinds, 4.0) == pytest.approx({"g1": 250, "g2": 250, "c1": 10})
+
+
+def test_a_rise_shows_within_a_second_and_a_fall_fades() -> None:
+    tracker, counted = LoadTracker(0.0), 0
+    tracker.observe(report({}), 0.0)
+    for quarter in range(1, 401):
+        counted += 250 if quarter <= 400 - 4 else 1000  # a thousand a second, then four for one
+        tracker.observe(report({A: counted}), quarter / 4)
+        if quarter == 396:
+            assert tracker.tokens_per_s(99.0)[A] == pytest.approx(1000)
+    after = tracker.tokens_per_s(100.0)[A]
+    steady = 1000 + 3000 * (1 - math.exp(-1 / WINDOW_S))
+    surely = 1000 + 3000 * (1 - math.exp(-1 / RISE_S))
+    assert 2 * steady * 0.9 < after < surely
+    for quarter in range(401, 421):
+        tracker.observe(report({A: counted}), quarter / 4)
+    assert tracker.tokens_per_s(105.0)[A] == pytest.approx(
+        steady * math.exp(-5 / WINDOW_S), rel=0.01
+    )
+
+
+def test_what_may_be_chance_is_no_rise() -> None:
+    tracker = LoadTracker(0.0)
+    tracker.observe(report({}), 0.0)
+    for second in range(1, 101):
+        tracker.observe(report({A: second}), float(second))
+    tracker.observe(report({A: 100 + 4}), 101.0)  # four instead of one, once
+    assert tracker.tokens_per_s(101.0)[A] == pytest.approx(1.1, rel=0.02)

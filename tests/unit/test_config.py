@@ -25,7 +25,7 @@ from cluster.config import (
     parse_args,
 )
 from cluster.errors import CheckpointError, ConfigError, ExpertMeshError
-from cluster.spec import budgets_of
+from cluster.spec import ScalingTargets, budgets_of
 from router.app import build, deployment_names
 from router.check import check_file
 from router.served import ServedModel, inspect_models, pool_specs
@@ -61,6 +61,7 @@ def pools_of(*pools: dict[str, Any], **others: Any) -> dict[str, Any]:
     return {"models": [MODEL], "experts": {"pools": list(pools), **others}}
 
 
+BOUNDS = {"min_actors": 1, "max_actors": 4}
 GPU, CPU = {"name": "gpu", "actors": 2, "num_gpus": 1}, {"name": "cpu", "actors": 3, "threads": 4}
 
 # Arguments.
@@ -131,6 +132,31 @@ BAD_VALUES: list[tuple[dict[str, Any], str, str]] = [
     (pools_of({"name": "A b", "actors": 1}), "args.experts.pools[0].name", "given: 'A b'"),
     (pools_of(CPU, CPU), "args.experts.pools", "names must differ; given more than once: cpu"),
     (pools_of(CPU, actors=3), "args.experts.actors", "with pools it stands in each of them"),
+    (
+        {"models": [MODEL], "experts": {"actors": 2, "autoscaling": {"min_actors": 1}}},
+        "args.experts.autoscaling.max_actors",
+        "Field required",
+    ),
+    (
+        {"models": [MODEL], "experts": {"autoscaling": {"min_actors": 3, "max_actors": 2}}},
+        "args.experts.autoscaling.max_actors",
+        "must be at least min_actors, 3 (given: 2)",
+    ),
+    (
+        {"models": [MODEL], "experts": {"actors": 5, "autoscaling": BOUNDS}},
+        "args.experts.autoscaling",
+        "actors, 5, must be from min_actors to max_actors",
+    ),
+    (
+        {"models": [MODEL], "experts": {"actors": 2, "autoscaling": BOUNDS, "min_copies": 2}},
+        "args.experts.min_copies",
+        "number of actors, 1 (given: 2)",
+    ),
+    (
+        pools_of({**CPU, "autoscaling": {**BOUNDS, "max": 1}}),
+        "args.experts.pools[0].autoscaling.max",
+        "allowed keys: downscale_delay_s, dry_run, max_actors",
+    ),
     (pools_of(CPU, GPU, min_copies=6), "args.experts.min_copies", "number of actors, 5 (given: 6)"),
     (
         pools_of({**CPU, "memory_budget_bytes": 9}, GPU),
@@ -309,6 +335,19 @@ def test_without_pools_all_actors_are_of_one_kind(folder: Path) -> None:
     assert pool.actor_ids() == ["expert-0", "expert-1", "expert-2"]
     assert (pool.actor.threads, pool.actor.num_cpus) == (2, 1.5)
     assert budgets_of([pool]) is None
+
+
+def test_each_pool_follows_its_load_within_its_own_bounds(folder: Path) -> None:
+    config = config_of(folder, experts={"pools": [GPU, {**CPU, "autoscaling": BOUNDS}]})
+    gpu, cpu = pool_specs(config.experts, inspect_models(config))
+    assert gpu.autoscaling is None
+    assert cpu.autoscaling == ScalingTargets(1, 4, 0.6, 0.02, 5.0, 120.0)
+    assert [cpu.autoscaling.bounded(n) for n in (0, 1, 3, 9)] == [1, 1, 3, 4]
+    told = {**BOUNDS, "target_busy": 0.5, "downscale_delay_s": 9, "dry_run": True}
+    config = config_of(folder, experts={"actors": 4, "autoscaling": told})
+    [pool] = pool_specs(config.experts, inspect_models(config))
+    assert pool.autoscaling == ScalingTargets(1, 4, 0.5, 0.02, 5.0, 9.0, dry_run=True)
+    assert parse_args(config.effective()) == config
 
 
 def test_pools_too_small_for_the_experts_are_refused(folder: Path) -> None:

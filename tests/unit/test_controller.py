@@ -16,14 +16,15 @@ from ray.exceptions import RayActorError
 
 from cluster import apart as apart_module
 from cluster import controller as controller_module
+from cluster import loading as loading_module
 from cluster import members, progress
 from cluster.controller import Controller
 from cluster.errors import CheckpointError, StaleEpochError
 from cluster.ledger import Ledger
 from cluster.measurements import ProcessSamples, Samples
 from cluster.placement import ExpertKey, ModelExperts, Placement
-from cluster.spec import ActorReport, ActorSpec, ModelSource, PoolSpec
-from cluster.status import ClusterStatus, ProcessStatus
+from cluster.spec import ActorReport, ActorSpec, ModelSource, PoolSpec, ScalingTargets
+from cluster.status import ClusterStatus, LoadingStatus, ProcessStatus
 
 NUM_EXPERTS = 4
 LIMIT_S = 20.0
@@ -51,6 +52,8 @@ class FakeActor:
     node: str = "node"
     heartbeats: int = 0
     loads: int = 0
+    busy_s: float = 0.0
+    asked_s: float = field(default_factory=time.monotonic)
 
     def report(self) -> ActorReport:
         return ActorReport(
@@ -66,6 +69,7 @@ class FakeActor:
             tokens=dict(self.tokens),
             queued_rows=0,
             steps=0,
+            busy_s=self.busy_s,
         )
 
     async def answer(self, epoch: int | None, timeout_s: float | None) -> ActorReport:
@@ -107,6 +111,9 @@ class FakePool:
         self.looks = 0
         self.node_ids = ["node"]
         """Ray's nodes; actors are put on them in turn."""
+        self.work_s = 0.0
+        """What all actors together compute in each second."""
+        self.draining_ids: set[str] = set()
         self.load_gate: Callable[[FakeActor], Awaitable[object]] | None = None
         self._pids = itertools.count(1000)
 
@@ -130,6 +137,9 @@ class FakePool:
     def nodes_for(self, actor_id: str) -> list[str]:
         return list(self.node_ids)
 
+    def draining(self) -> set[str]:
+        return set(self.draining_ids)
+
     def shortage(self, actor_id: str) -> str:
         return "it needs GPU 1"
 
@@ -141,7 +151,16 @@ class FakePool:
 
     async def heartbeat(self, actor: FakeActor, epoch: int) -> ActorReport:
         actor.heartbeats += 1
+        self._work(actor)
         return await actor.answer(epoch, None)
+
+    def _work(self, actor: FakeActor) -> None:
+        """Have an actor do its part of the work since it was asked last."""
+        now_s = time.monotonic()
+        holders = sum(bool(one.keys) for one in self.actors if one.alive)
+        if actor.keys:
+            actor.busy_s += min(self.work_s / holders, 1.0) * (now_s - actor.asked_s)
+        actor.asked_s = now_s
 
     async def load(
         self, actor: FakeActor, epoch: int, keys: Sequence[ExpertKey], timeout_s: float
@@ -180,6 +199,11 @@ def _short_periods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controller_module, "MAX_RETRY_S", 0.01)
 
 
+def tasks_of(controller: Controller) -> list[asyncio.Task[None]]:
+    """Return all that a controller runs."""
+    return [*controller._tasks, *controller._keepers.values()]
+
+
 class Cluster:
     """A controller over a fake pool, and every placement that it ever published."""
 
@@ -189,13 +213,14 @@ class Cluster:
         pool: FakePool | None = None,
         min_copies: int = 1,
         pools: dict[str, tuple[int, int]] | None = None,
+        autoscaling: ScalingTargets | None = None,
     ) -> None:
         """``pools`` has each pool's number of actors and budget; by default there is one."""
         self.spec = spec_of()
         specs = [
             PoolSpec(name, count, budget, spec_of(threads))
             for threads, (name, (count, budget)) in enumerate((pools or {}).items(), 1)
-        ] or [PoolSpec("expert", num_actors, None, self.spec)]
+        ] or [PoolSpec("expert", num_actors, None, self.spec, autoscaling)]
         self.specs = {actor_id: pool.actor for pool in specs for actor_id in pool.actor_ids()}
         self.controller = Controller("app", specs, object, min_copies)
         self.pool = pool or FakePool(self.spec.digest)
@@ -230,7 +255,7 @@ class Cluster:
         return await self.until(lambda placement: not placement.missing())
 
     async def stop(self) -> None:
-        for task in self.controller._tasks:
+        for task in tasks_of(self.controller):
             task.cancel()
 
 
@@ -288,6 +313,55 @@ def test_nothing_is_published_before_it_is_loaded() -> None:
         assert len(cluster.controller._placement.missing()) == 2 * NUM_EXPERTS
         gate.set()
         await cluster.complete()
+        await cluster.stop()
+
+    run(test)
+
+
+def test_while_actors_load_status_and_log_tell_how_far_they_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loading_module, "NOTICE_S", 0.02)
+    monkeypatch.setattr(controller_module.logger, "propagate", True)
+
+    async def test() -> None:
+        gate = asyncio.Event()
+        cluster = Cluster(2)
+        cluster.pool.load_gate = lambda actor: gate.wait()
+        await cluster.start()
+        await happens(lambda: sum(actor.loads for actor in cluster.pool.actors) == 2)
+        told = ClusterStatus.from_wire(await cluster.controller.status()).loading
+        assert told == tuple(LoadingStatus(f"expert-{i}", 0, NUM_EXPERTS, 0) for i in range(2))
+        [first] = cluster.pool.of("expert-0")
+        first.keys = [ExpertKey("m", 0, 0), ExpertKey("m", 0, 1)]
+        await happens(
+            lambda: (
+                cluster.controller._status().loading[0]
+                == LoadingStatus("expert-0", 2, NUM_EXPERTS, 20)
+            )
+        )
+        await happens(lambda: "loading: 2 of 8 experts (25%, 0.0 GB) on 2 actors" in caplog.text)
+        gate.set()
+        await cluster.complete()
+        assert cluster.controller._status().loading == ()
+        await cluster.stop()
+
+    with caplog.at_level("INFO", controller_module.logger.name):
+        run(test)
+
+
+def test_an_actor_that_dies_while_it_loads_loads_no_more() -> None:
+    async def test() -> None:
+        gate = asyncio.Event()
+        cluster = Cluster(1)
+        cluster.pool.load_gate = lambda actor: gate.wait()
+        await cluster.start()
+        await happens(lambda: bool(cluster.controller._status().loading))
+        cluster.pool.actors[0].alive = False
+        gate.set()
+        await happens(lambda: len(cluster.pool.actors) == 2)
+        await cluster.complete()
+        assert cluster.controller._status().loading == ()
         await cluster.stop()
 
     run(test)
@@ -513,9 +587,11 @@ def test_a_controller_that_was_superseded_stops_and_kills_nothing() -> None:
             await cluster.complete()
             for actor in cluster.pool.actors:
                 actor.epoch = 2  # a newer controller has been here
-            await asyncio.wait(cluster.controller._tasks, timeout=LIMIT_S)
-            assert all(task.done() for task in cluster.controller._tasks)
-            assert [task.exception() for task in cluster.controller._tasks] == [None, None]
+            keepers = list(cluster.controller._keepers.values())
+            await asyncio.wait(keepers, timeout=LIMIT_S)
+            assert [task.exception() for task in keepers] == [None, None]
+            await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
+            assert all(task.done() for task in tasks_of(cluster.controller))
             assert [(a.alive, a.killed) for a in cluster.pool.actors] == [(True, False)] * 2
             assert cluster.controller._placement.missing() == []
 
@@ -532,7 +608,7 @@ def test_a_superseded_controller_does_not_take_actors_while_it_starts() -> None:
 
         pool.load_gate = overtaken
         async with running(1, pool) as cluster:
-            await asyncio.wait(cluster.controller._tasks, timeout=LIMIT_S)
+            await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
             assert (actor.alive, actor.killed, actor.epoch) == (True, False, 9)
             assert pool.actors == [actor]
 
@@ -742,9 +818,9 @@ def test_a_watch_tells_how_long_ago_the_last_look_at_an_actor_ended() -> None:
             await cluster.controller.suspect("expert-0", 1)
             await happens(lambda: time.monotonic() - cluster.controller._looped_s < 500.0)
             assert 0 <= await loop_age_s() < LIMIT_S
-            for task in cluster.controller._tasks:
+            for task in tasks_of(cluster.controller):
                 task.cancel()
-            await asyncio.wait(cluster.controller._tasks, timeout=LIMIT_S)
+            await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
             cluster.controller._looped_s -= 1000.0
             assert 1000.0 <= await loop_age_s() < 1000.0 + LIMIT_S
 
@@ -1074,7 +1150,7 @@ def test_closing_ends_the_actors_only_when_the_application_is_deleted(
             await cluster.complete()
             await cluster.controller.close()
             assert [actor.killed for actor in cluster.pool.actors] == [not wanted] * 2
-            await asyncio.wait(cluster.controller._tasks, timeout=LIMIT_S)
+            await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
             assert len(cluster.pool.actors) == 2  # and nobody brings them back
 
     run(test)

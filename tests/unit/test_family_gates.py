@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from experts.checkpoint import open_checkpoint
+from router.capacity import within_capacity
 from router.gate import chooser
+from router.loss import Choice
 from tests.family_checkpoints import SAVERS
 
-Choice = dict[int, float]
-Formula = Callable[[Any, torch.Tensor, Collection[int], Collection[int]], Choice]
+Weights = dict[int, float]
+Formula = Callable[[Any, torch.Tensor, Collection[int], Collection[int]], Weights]
 """From (block, hidden state [H], experts in line, experts that live) to weights by expert."""
 
 
@@ -24,7 +28,7 @@ def softmax_of_all(renormalises: bool) -> Formula:
 
     def formula(
         block: Any, hidden: torch.Tensor, line: Collection[int], live: Collection[int]
-    ) -> Choice:
+    ) -> Weights:
         gate = block.router.layer if hasattr(block, "router") else block.gate
         shares = (gate.weight @ hidden).softmax(-1).tolist()
         chosen = sorted(line, key=lambda e: -shares[e])
@@ -37,7 +41,7 @@ def softmax_of_all(renormalises: bool) -> Formula:
 
 def softmax_of_the_chosen(
     block: Any, hidden: torch.Tensor, line: Collection[int], live: Collection[int]
-) -> Choice:
+) -> Weights:
     """GPT-OSS: the largest logits, and the shares among them."""
     logits = (block.router.weight @ hidden + block.router.bias).tolist()
     chosen = sorted(line, key=lambda e: -logits[e])[: block.router.top_k]
@@ -58,7 +62,7 @@ def in_groups(scores: list[float], line: Collection[int], gate: Any, best: int) 
 
 def deepseek_v2(
     block: Any, hidden: torch.Tensor, line: Collection[int], live: Collection[int]
-) -> Choice:
+) -> Weights:
     """Groups by their best share; no normalisation, a factor."""
     shares = (block.gate.weight @ hidden).softmax(-1).tolist()
     chosen = in_groups(shares, line, block.gate, 1)
@@ -67,7 +71,7 @@ def deepseek_v2(
 
 def deepseek_v3(
     block: Any, hidden: torch.Tensor, line: Collection[int], live: Collection[int]
-) -> Choice:
+) -> Weights:
     """Groups by their best two, corrected for the choice alone; normalised, a factor."""
     shares = (block.gate.weight @ hidden).sigmoid()
     corrected = (shares + block.gate.e_score_correction_bias).tolist()
@@ -122,3 +126,36 @@ def test_a_gate_without_some_experts(
                 # Where a choice among groups finds too few, others come with a weight of nothing.
                 got = {e: w for e, w in pairs if allowed[row, e] and w}
                 assert got == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(SAVERS))
+@pytest.mark.parametrize("capacity", [1, 9, 40])
+@torch.inference_mode()
+def test_a_capacity_holds_and_no_room_is_left_that_someone_lacks(
+    tmp_path: Path, name: str, capacity: int
+) -> None:
+    model = SAVERS[name](tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    block = next(b for b in model.modules() if hasattr(b, "experts"))
+    gate = checkpoint.family.gate_of(block)
+    choose = chooser(gate, checkpoint.family.weights_of_all(checkpoint.config))
+    num_experts, size = checkpoint.shape.num_experts, checkpoint.shape.hidden_size
+    hidden = torch.randn(50, size) + 2 * torch.randn(size)  # many of one mind
+    _, weights, ids = gate(hidden)
+    own = Choice(ids.numpy(), weights)
+    placed = within_capacity(own, capacity, np.zeros(num_experts, bool), hidden, choose)
+    pairs = np.arange(ids.numel()) if placed.choice.pairs is None else placed.choice.pairs
+    has = [set[int]() for _ in hidden]
+    for pair in pairs:
+        has[pair // ids.shape[1]].add(int(placed.choice.ids.flat[pair]))
+    counts = Counter(expert for one in has for expert in one)
+    assert len(pairs) == counts.total()  # nobody has an expert twice
+    assert max(counts.values()) <= capacity
+    full = {expert for expert, count in counts.items() if count == capacity}
+    for chosen, one in zip(ids.tolist(), has, strict=True):
+        assert set(chosen) - one <= full
+        assert len(one) == ids.shape[1] or set(range(num_experts)) - one <= full
+    moved = [t for t, one in enumerate(has) if one != set(ids[t].tolist())]
+    assert placed.rows.tolist() == moved
+    assert (len(moved) > 0) == (int(placed.overflow.sum()) > 0)
+    assert moved or capacity == 40

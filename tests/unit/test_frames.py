@@ -57,6 +57,7 @@ DISPATCH_FIELDS = (
     "hidden_size",
     "deadline_s",
 )
+TRACEPARENT = r"00-[0-9a-f]{32}-[0-9a-f]{16}-0[01]"
 ROWS_FIELDS = ("request_id", "dtype", "num_rows", "hidden_size")
 ERROR_FIELDS = ("request_id", "error_kind", "error")
 
@@ -80,6 +81,7 @@ def dispatch_frames(draw: st.DrawFn) -> DispatchFrame:
         hidden_size=hidden_size,
         deadline_s=draw(st.floats(allow_nan=False)),
         rows=draw(st.binary(min_size=num_bytes, max_size=num_bytes)),
+        traceparent=draw(st.none() | st.from_regex(TRACEPARENT, fullmatch=True)),
     )
 
 
@@ -252,6 +254,28 @@ BAD_DISPATCH: list[tuple[str, object]] = [
     *(("num_tokens_per_expert", value) for value in [[2, True], [2, 1.0], [1, 1], [2, 2]]),
     *(("num_tokens_per_expert", value) for value in [[MAX_ROWS, MAX_ROWS], [1 << 62, 1 << 62]]),
 ]
+
+
+CONTEXT = f"00-{'a' * 32}-{'b' * 16}-01"
+
+
+def test_a_frame_that_is_not_traced_says_nothing_of_traces() -> None:
+    """So that an actor of an older build reads it."""
+    header, _, _ = taken_apart(DISPATCH)
+    traced, _, _ = taken_apart(replace(DISPATCH, traceparent=CONTEXT))
+    assert (len(header), traced) == (len(DISPATCH_FIELDS), [*header, CONTEXT])
+
+
+@pytest.mark.parametrize(
+    "value", ["", None, 1, CONTEXT.encode(), f"{CONTEXT}-", CONTEXT.upper(), f"\n{CONTEXT}", [1]]
+)
+def test_a_trace_context_that_is_none_is_refused(value: object) -> None:
+    header, payload, kind = taken_apart(DISPATCH)
+    with pytest.raises(FrameError, match="W3C") as caught:
+        decode(assembled(msgpack.packb([*header, value]), payload, kind))
+    assert caught.value.field == "frame.traceparent"
+    with pytest.raises(FrameError, match="10 or 11 elements"):
+        decode(assembled(msgpack.packb([*header, CONTEXT, 1]), payload, kind))
 
 
 @pytest.mark.parametrize(("field", "value"), BAD_DISPATCH)

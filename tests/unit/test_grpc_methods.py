@@ -40,7 +40,18 @@ from tests.unit.gateway_fakes import (
 
 CORRUPT = b"\xff\xff\xff"
 INFERENCE = "/expertmesh.v1.Inference"
-UNARY = ["Generate", "GetModelInfo", "GetStatus", "GetLoad", "Rebalance", "Check", "List"]
+UNARY = [
+    "Generate",
+    "GetModelInfo",
+    "GetStatus",
+    "GetLoad",
+    "Rebalance",
+    "Scale",
+    "Drain",
+    "SetCopies",
+    "Check",
+    "List",
+]
 STREAMS = ["GenerateStream", "Watch"]
 
 

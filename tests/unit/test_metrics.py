@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
 
+from cluster.config import CapacityConfig
 from router.metrics import catalogue
 from router.metrics.catalogue import FAMILIES, LAYER_BUCKETS_S, Family
 from router.metrics.samples import RouterSamples, histogram_of
@@ -128,6 +129,17 @@ def test_a_router_tells_what_runs_waits_and_is_parked(cluster: LocalCluster) -> 
     cluster.lose(())
     [event] = cluster.result(greedy_request("parked", [5, 6, 7], 4))
     assert len(event.token_ids) == 4
+
+
+def test_tokens_without_room_are_counted_by_expert(cluster: LocalCluster) -> None:
+    assert not any("overflow" in name for name in counted(cluster))  # off by default
+    tight = LocalCluster(cluster.checkpoint.folder, capacity=CapacityConfig(tokens=1))
+    tight.generate(*(greedy_request(f"r{i}", [5 + i] * 9, 3) for i in range(4)))
+    tight.close()
+    told = {n: value for n, value in counted(tight).items() if "overflow" in n}
+    overflow = tight.exchange.overflow
+    assert told == {f"expert_overflow_tokens_total:{n}:{e}": c for (n, e), c in overflow.items()}
+    assert sum(told.values()) > 0
 
 
 def test_every_metric_is_documented_and_nothing_else() -> None:

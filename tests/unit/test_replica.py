@@ -67,7 +67,7 @@ class EngineOfOneStep:
         self.submitted: list[GenerationRequest] = []
         self.stopped: list[tuple[str, int]] = []
 
-    def submit(self, request: GenerationRequest) -> None:
+    def submit(self, request: GenerationRequest, trace: None) -> None:
         self.submitted.append(request)
 
     def stop_choice(self, request_id: str, index: int) -> None:

@@ -1,0 +1,100 @@
+"""The actors that an application is to have, pool by pool; it grows and shrinks while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.errors import InvalidRequestError
+from cluster.spec import ActorSpec, PoolSpec, budgets_of
+
+
+@dataclass(frozen=True, slots=True)
+class PoolMembers:
+    """A pool's actors, and how many the configuration asked for when they were written down."""
+
+    configured: int
+    actors: tuple[str, ...]
+
+
+class Fleet:
+    """Who belongs to it, and what each is made of and may hold.
+
+    ``specs``, ``pool_of`` and ``budgets_bytes`` are by actor, and change with it.
+    """
+
+    def __init__(self, pools: Sequence[PoolSpec]) -> None:
+        """Begin with the numbers of the configuration."""
+        self.pools = {pool.name: pool for pool in pools}
+        self.specs: dict[str, ActorSpec] = {}
+        self.pool_of: dict[str, str] = {}
+        self.budgets_bytes: dict[str, int] | None = None if budgets_of(pools) is None else {}
+        for pool in pools:
+            for actor_id in pool.actor_ids():
+                self._join(actor_id, pool)
+
+    def of(self, pool: str) -> list[str]:
+        """Return a pool's actors, in the order in which they joined."""
+        return [actor_id for actor_id, name in self.pool_of.items() if name == pool]
+
+    def pool_named(self, name: str) -> PoolSpec:
+        """Return a pool; the only one where no name is given.
+
+        Raises :class:`InvalidRequestError` where that is none or not clear.
+        """
+        if name in self.pools:
+            return self.pools[name]
+        if not name and len(self.pools) == 1:
+            return next(iter(self.pools.values()))
+        raise InvalidRequestError(
+            f"must be one of {', '.join(self.pools)} (given: {name!r:.80})", "pool"
+        )
+
+    def add(self, pool: str) -> str:
+        """Let one more actor join a pool; returns its id, the first that is free."""
+        number = 0
+        while f"{pool}-{number}" in self.specs:
+            number += 1
+        actor_id = f"{pool}-{number}"
+        self._join(actor_id, self.pools[pool])
+        return actor_id
+
+    def remove(self, actor_id: str) -> None:
+        """Let an actor leave."""
+        del self.specs[actor_id], self.pool_of[actor_id]
+        if self.budgets_bytes is not None:
+            del self.budgets_bytes[actor_id]
+
+    def members(self) -> dict[str, PoolMembers]:
+        """Return who is there, as :meth:`resume` takes it."""
+        return {
+            name: PoolMembers(pool.num_actors, tuple(self.of(name)))
+            for name, pool in self.pools.items()
+        }
+
+    def resume(self, kept: Mapping[str, PoolMembers]) -> None:
+        """Go on from what an earlier controller wrote down.
+
+        A pool whose number of actors was configured anew since has that many, one that follows its
+        load stays in its bounds; those who were there come first.
+        """
+        for name, pool in self.pools.items():
+            before = kept.get(name)
+            if before is None:
+                continue
+            is_same = before.configured == pool.num_actors
+            number = len(before.actors) if is_same else pool.num_actors
+            if pool.autoscaling is not None:
+                number = pool.autoscaling.bounded(number)
+            for actor_id in self.of(name):
+                self.remove(actor_id)
+            for actor_id in before.actors[:number]:
+                self._join(actor_id, pool)
+            while len(self.of(name)) < number:
+                self.add(name)
+
+    def _join(self, actor_id: str, pool: PoolSpec) -> None:
+        self.specs[actor_id], self.pool_of[actor_id] = pool.actor, pool.name
+        if self.budgets_bytes is not None:
+            assert pool.memory_budget_bytes is not None  # all pools have one or none has
+            self.budgets_bytes[actor_id] = pool.memory_budget_bytes

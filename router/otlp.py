@@ -1,0 +1,17 @@
+"""An exporter for Serve's tracing: spans go to a collector, by OTLP over HTTP.
+
+Name it in the deployment file (``exporter_import_path: router.otlp:span_processors``); it needs the
+extra ``tracing``. Where the collector is and the rest are OpenTelemetry's own variables, such as
+``OTEL_EXPORTER_OTLP_ENDPOINT``.
+"""
+
+from __future__ import annotations
+
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.trace import SpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+
+def span_processors() -> list[SpanProcessor]:
+    """Return what sends spans in the background; a collector that is away loses them only."""
+    return [BatchSpanProcessor(OTLPSpanExporter())]

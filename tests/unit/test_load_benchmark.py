@@ -1,0 +1,47 @@
+"""The benchmark of loading: its checkpoints are served ones, and its sums are right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import families
+from benchmarks.families import CONFIGS, config_of, make_family
+from benchmarks.load import summary
+from experts.checkpoint import open_checkpoint
+from experts.families import FAMILIES
+
+
+def test_every_family_that_is_served_is_measured() -> None:
+    assert set(CONFIGS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_a_familys_checkpoint_is_whole_and_of_the_size_of_the_others(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(family)
+    layers = "n_layers" if family == "dbrx" else "num_hidden_layers"
+    monkeypatch.setattr(families, "config_of", lambda _: {**config, layers: 1})
+    num_bytes = make_family(tmp_path, family)
+    checkpoint = open_checkpoint(tmp_path)
+    shape = checkpoint.shape
+    assert (shape.hidden_size, shape.intermediate_size) == (families.WIDTH, families.INNER)
+    assert (shape.num_experts, shape.layers, checkpoint.dtype) == (8, (0,), "bfloat16")
+    assert num_bytes == sum(one.end - one.begin for one in checkpoint.tensors.values())
+
+
+def test_all_actors_together_have_loaded_when_the_last_one_has() -> None:
+    loading = {
+        "a": {"load_s": 2.0, "weights_mb": 100.0, "peak_mb": 110.0},
+        "b": {"load_s": 4.0, "weights_mb": 50.0, "peak_mb": 60.0},
+    }
+    assert summary(loading) == {
+        "experts_mb": 150.0,
+        "load_s": 4.0,
+        "mb_per_s": 37.5,
+        "peak_mb": 110.0,
+        "share_mb": 100.0,
+        "peak_ratio": 1.2,
+    }

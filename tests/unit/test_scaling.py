@@ -1,0 +1,205 @@
+"""How many actors the load asks for: hand-worked cases and properties, by the test's own clock."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.placement import ExpertKey
+from cluster.scaling import (
+    HYSTERESIS,
+    BusyMeter,
+    ScalingPolicy,
+    Signals,
+    wanted_actors,
+)
+from cluster.spec import ActorReport, ScalingTargets
+
+TARGETS = ScalingTargets(
+    min_actors=1,
+    max_actors=10,
+    target_busy=0.5,
+    target_queue_s=0.010,
+    upscale_delay_s=3.0,
+    downscale_delay_s=20.0,
+)
+
+
+def report(
+    actor_id: str, busy_s: float, frames: int = 0, waited_s: float = 0.0, generation: int = 1
+) -> ActorReport:
+    return ActorReport(
+        actor_id=actor_id,
+        generation=generation,
+        digest="",
+        epoch=1,
+        pid=1,
+        node="node",
+        device="cpu",
+        experts=(ExpertKey("m", 0, 0),),
+        weight_bytes=20,
+        tokens={},
+        queued_rows=0,
+        steps=0,
+        frames=frames,
+        busy_s=busy_s,
+        waited_s=waited_s,
+    )
+
+
+@pytest.mark.parametrize(
+    ("actors", "busy_devices", "queue_s", "expected"),
+    [
+        (4, 2.0, 0.0, 4),  # just at the target
+        (4, 2.01, 0.0, 5),
+        (4, 4.0, 0.0, 8),  # no device rests: twice as many would be at the target
+        (4, 8.0, 0.0, 10),  # bounded; never the 16 that the load asks for
+        (4, 1.7, 0.0, 4),  # three would be at 57 %, above the target
+        (4, 1.4, 0.0, 4),  # three would be at 47 %, too near to it
+        (4, 1.34, 0.0, 3),  # three at 44.7 %, below nine tenths of it
+        (4, 0.0, 0.0, 1),
+        (1, 0.0, 0.0, 1),
+        (4, 1.0, 0.011, 5),  # devices are idle, but frames wait
+        (4, 4.0, 0.011, 8),  # both: the larger
+        (4, 1.0, 0.006, 4),  # frames wait nearly long enough: nobody goes
+        (10, 9.0, 1.0, 10),
+    ],
+)
+def test_the_number_follows_busy_time_and_queue_time(
+    actors: int, busy_devices: float, queue_s: float, expected: int
+) -> None:
+    assert wanted_actors(TARGETS, actors, Signals(busy_devices, queue_s)).actors == expected
+
+
+def test_every_wish_says_what_it_is_for() -> None:
+    wanted = wanted_actors(TARGETS, 4, Signals(8.0, 0.0123))
+    assert wanted.reason == (
+        "busy 200% (target 50%), would be 16 actors, frames wait 12.3 ms (10.0)"
+    )
+
+
+def test_more_actors_come_only_when_they_are_wanted_all_through_the_delay() -> None:
+    policy = ScalingPolicy(TARGETS)
+    assert policy.decide(4, Signals(4.0, 0.0), 0.0) is None
+    assert policy.decide(4, Signals(3.0, 0.0), 1.0) is None
+    assert policy.decide(4, Signals(4.0, 0.0), 2.9) is None
+    wanted = policy.decide(4, Signals(4.0, 0.0), 3.0)
+    assert wanted is not None
+    assert wanted.actors == 6  # the least of what was wanted, at 1 s
+    assert wanted.reason.endswith("for 3 s")
+    assert wanted.reason.startswith("busy 75%")
+    # A pause begins the delay anew.
+    assert policy.decide(4, Signals(4.0, 0.0), 4.0) is None
+    assert policy.decide(4, Signals(2.0, 0.0), 5.0) is None
+    assert policy.decide(4, Signals(4.0, 0.0), 7.5) is None
+    assert policy.decide(4, Signals(4.0, 0.0), 10.5) is not None
+
+
+def test_actors_go_later_than_they_come() -> None:
+    policy = ScalingPolicy(TARGETS)
+    assert [policy.decide(4, Signals(0.1, 0.0), float(s)) for s in range(20)] == [None] * 20
+    wanted = policy.decide(4, Signals(0.1, 0.0), 20.0)
+    assert wanted is not None
+    assert wanted.actors == 1
+    # More being wanted in between begins the delay anew, and has its own.
+    assert policy.decide(4, Signals(0.1, 0.0), 30.0) is None
+    assert policy.decide(4, Signals(4.0, 0.0), 40.0) is None
+    assert policy.decide(4, Signals(0.1, 0.0), 42.0) is None
+    assert policy.decide(4, Signals(0.1, 0.0), 61.9) is None
+    assert policy.decide(4, Signals(0.1, 0.0), 62.0) is not None
+
+
+def test_without_signals_nothing_happens_but_bounds_hold() -> None:
+    policy = ScalingPolicy(TARGETS)
+    assert policy.decide(4, Signals(4.0, 0.0), 0.0) is None
+    assert policy.decide(4, None, 4.0) is None
+    assert policy.decide(4, Signals(4.0, 0.0), 5.0) is None  # waited for anew
+    too_many, too_few = policy.decide(12, None, 6.0), policy.decide(0, None, 6.0)
+    assert too_many is not None
+    assert too_few is not None
+    assert (too_many.actors, too_few.actors) == (10, 1)
+    assert too_many.reason == "12 actors are out of bounds"
+
+
+signals = st.builds(Signals, st.floats(0, 20), st.floats(0, 0.05))
+
+
+@given(st.integers(1, 10), signals)
+def test_what_is_wanted_is_within_bounds_and_enough(actors: int, told: Signals) -> None:
+    wanted = wanted_actors(TARGETS, actors, told).actors
+    assert TARGETS.min_actors <= wanted <= TARGETS.max_actors
+    needed = told.busy_devices / TARGETS.target_busy
+    assert wanted >= min(math.floor(needed), TARGETS.max_actors)
+    if wanted < actors:
+        assert told.busy_devices / wanted <= TARGETS.target_busy * (1 - HYSTERESIS) + 1e-6
+        assert told.queue_s <= TARGETS.target_queue_s
+
+
+@given(st.integers(1, 10), st.floats(0, 20))
+def test_a_steady_load_is_answered_once_and_then_left_alone(actors: int, busy: float) -> None:
+    policy, now_s, changes = ScalingPolicy(TARGETS), 0.0, []
+    for _ in range(200):
+        now_s += 1.0
+        wanted = policy.decide(actors, Signals(busy, 0.0), now_s)
+        if wanted is not None:
+            actors = wanted.actors
+            changes.append(actors)
+    assert len(changes) <= 1
+
+
+@given(st.lists(signals, min_size=1, max_size=300), st.integers(1, 10))
+def test_no_two_changes_come_faster_than_their_delays(told: list[Signals], actors: int) -> None:
+    policy, last_s = ScalingPolicy(TARGETS), 0.0
+    for second, one in enumerate(told):
+        wanted = policy.decide(actors, one, float(second))
+        if wanted is None:
+            continue
+        delay_s = 3.0 if wanted.actors > actors else 20.0
+        assert second - last_s >= delay_s
+        actors, last_s = wanted.actors, float(second)
+
+
+def test_bounds_alone_decide_where_they_leave_no_choice() -> None:
+    fixed = replace(TARGETS, min_actors=3, max_actors=3)
+    policy = ScalingPolicy(fixed)
+    for second in range(100):
+        assert policy.decide(3, Signals(3.0 * (second % 2), 0.1), float(second)) is None
+
+
+def test_busy_time_is_that_of_the_last_seconds() -> None:
+    meter = BusyMeter()
+    assert meter.signals(["a"]) is None
+    meter.observe(report("a", 100.0, 1000, 50.0), 0.0)
+    assert meter.signals(["a"]) is None
+    meter.observe(report("a", 100.5, 1010, 50.1), 1.0)
+    assert meter.signals(["a"]) == Signals(pytest.approx(0.5), pytest.approx(0.01))
+    for second in range(2, 20):  # from now on it never rests
+        meter.observe(report("a", 99.5 + second, 1010, 50.1), float(second))
+    assert meter.signals(["a"]) == Signals(pytest.approx(1.0), 0.0)
+
+
+def test_devices_add_up_and_the_longest_wait_counts() -> None:
+    meter = BusyMeter()
+    for actor_id, busy_s, waited_s in (("a", 0.25, 0.02), ("b", 0.5, 0.3), ("c", 0.1, 0.0)):
+        meter.observe(report(actor_id, 0.0), 0.0)
+        meter.observe(report(actor_id, busy_s, 10, waited_s), 1.0)
+    assert meter.signals(["a", "b"]) == Signals(pytest.approx(0.75), pytest.approx(0.03))
+    assert meter.signals([]) == Signals(0.0, 0.0)
+    meter.forget("b")
+    assert meter.signals(["a", "b"]) is None
+    assert meter.signals(["a"]) is not None
+    meter.restart()
+    assert meter.signals(["a"]) is None
+
+
+def test_counters_of_another_generation_are_another_actors() -> None:
+    meter = BusyMeter()
+    meter.observe(report("a", 50.0), 0.0)
+    meter.observe(report("a", 0.0, generation=2), 1.0)
+    assert meter.signals(["a"]) is None
+    meter.observe(report("a", 0.25, generation=2), 2.0)
+    assert meter.signals(["a"]) == Signals(pytest.approx(0.25), 0.0)

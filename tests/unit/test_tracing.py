@@ -1,0 +1,278 @@
+"""Spans of gateways and routers: what a sampled request tells, and that others tell nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import SpanProcessor
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import Span, StatusCode
+from ray.serve._private import constants, logging_utils
+from ray.serve.schema import TracingConfig
+
+from cluster.errors import CancelledRequestError, OverloadedError
+from cluster.frames import DispatchFrame
+from experts.spans import EXPORTER_VARIABLE, open_spans
+from router.control import exporter_of
+from router.request import GenerationRequest, Receipts, SamplingParams, TokenEvent
+from router.scheduler import Sequence, Work
+from router.tracing import (
+    STEPS_IN_DETAIL,
+    RequestTrace,
+    as_current,
+    begin_step,
+    gateway_span,
+    traceparent,
+)
+from tests.checkpoints import save_mixtral
+from tests.local_cluster import LocalCluster, greedy_request
+from tests.span_keeper import SpanKeeper
+
+PROMPT = range(5, 15)
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> SpanKeeper:
+    """Keep what the process would export."""
+    keeper = SpanKeeper()
+    monkeypatch.setattr(trace, "get_tracer", keeper.provider.get_tracer)
+    return keeper
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    folder: Path = tmp_path_factory.mktemp("mixtral")
+    save_mixtral(folder)
+    cluster = LocalCluster(folder)
+    yield cluster
+    cluster.close()
+
+
+def run(cluster: LocalCluster, request: GenerationRequest, parent: Span | None) -> None:
+    """Run a request to its end, in the trace of ``parent`` if there is one."""
+    cluster.transport.frames.clear()
+    cluster.engine.submit(request, None if parent is None else RequestTrace(parent))
+    cluster.result(request)
+
+
+def parents(spans: list[Any]) -> set[int]:
+    return {span.parent.span_id for span in spans}
+
+
+def test_a_sampled_request_tells_its_phases_and_its_first_steps(
+    cluster: LocalCluster, spans: SpanKeeper
+) -> None:
+    root = spans.tracer.start_span("root")
+    started_ns = time.time_ns()
+    run(cluster, greedy_request("sampled", PROMPT, 8), root)
+    took_ns = time.time_ns() - started_ns
+    assert {span.context.trace_id for span in spans.told()} == {root.get_span_context().trace_id}
+
+    phases = [spans.told(f"expertmesh.{name}") for name in ("queue", "prefill", "decode")]
+    [queue], [prefill], [decode] = phases
+    assert parents([queue, prefill, decode]) == {root.get_span_context().span_id}
+    assert started_ns - 1e6 <= queue.start_time <= queue.end_time
+    for before, after in ((queue, prefill), (prefill, decode)):
+        assert abs(after.start_time - before.end_time) < 1e6
+        assert after.end_time > after.start_time
+    assert decode.end_time - queue.start_time <= took_ns + 1e6
+    assert decode.attributes["expertmesh.generated_tokens"] == 8
+
+    steps = spans.told("expertmesh.step")
+    assert parents(steps) == parents(phases[0])
+    assert [step.attributes["expertmesh.tokens"] for step in steps] == [
+        len(PROMPT),
+        *[1] * (STEPS_IN_DETAIL - 1),
+    ]
+    layers = spans.told("expertmesh.layer")
+    ids = list(cluster.checkpoint.shape.layers)
+    assert [one.attributes["expertmesh.layer"] for one in layers] == ids * STEPS_IN_DETAIL
+    assert parents(layers) == {step.context.span_id for step in steps}
+    # Frames of the steps in detail say which layer's span they are under, the others nothing.
+    told = [frame.traceparent for frame in cluster.transport.frames]
+    traced = [context for context in told if context is not None]
+    assert told == traced + [None] * (len(told) - len(traced))
+    assert set(traced) == {traceparent(layer.context) for layer in layers}
+    assert len(traced) < len(told)
+
+
+def test_a_request_that_is_not_sampled_tells_nothing(
+    cluster: LocalCluster, spans: SpanKeeper
+) -> None:
+    run(cluster, greedy_request("other", PROMPT, 3), None)
+    assert spans.told() == []
+    assert {frame.traceparent for frame in cluster.transport.frames} == {None}
+    assert RequestTrace.of_call() is None
+    with as_current(trace.INVALID_SPAN):
+        assert RequestTrace.of_call() is None
+    with as_current(root := spans.tracer.start_span("root")):
+        of_call = RequestTrace.of_call()
+        assert of_call is not None
+        assert of_call.parent is root
+
+
+def sequence(request_id: str, parent: Span | None) -> Sequence:
+    one = Sequence(greedy_request(request_id, [1, 2], 3), 0, [1, 2])
+    one.trace = None if parent is None else RequestTrace(parent)
+    return one
+
+
+def test_a_step_of_several_sampled_requests_is_in_one_trace_and_linked_from_it(
+    spans: SpanKeeper,
+) -> None:
+    first, second = spans.tracer.start_span("first"), spans.tracer.start_span("second")
+    work = [Work(sequence(name, p), 0, 2) for name, p in [("x", None), ("a", first), ("b", second)]]
+    assert begin_step([]) is None
+    assert begin_step(work[:1]) is None
+    step = begin_step(work)
+    assert step is not None
+    step.end()
+    [told] = spans.told("expertmesh.step")
+    assert told.parent == first.get_span_context()
+    assert [link.context for link in told.links] == [second.get_span_context()]
+    assert (told.attributes["expertmesh.sequences"], told.attributes["expertmesh.tokens"]) == (3, 6)
+
+
+@pytest.mark.parametrize("num_begun", [1, 2, 3])
+def test_what_fails_says_so_where_it_was(spans: SpanKeeper, num_begun: int) -> None:
+    one = sequence("r", spans.tracer.start_span("root"))
+    now_s = time.monotonic()
+    begun = [now_s - 3 + place if place < num_begun else 0.0 for place in range(3)]
+    one.times.queued_s, one.times.scheduled_s, one.times.first_token_s = begun
+    assert one.trace is not None
+    one.trace.ended(one, CancelledRequestError("the request was cancelled"))
+    names = ["queue", "prefill", "decode"][:num_begun]
+    told = spans.told()
+    assert [span.name for span in told] == [f"expertmesh.{name}" for name in names]
+    codes = [span.status.status_code for span in told]
+    assert codes == [StatusCode.UNSET] * (num_begun - 1) + [StatusCode.ERROR]
+    assert "cancelled" in told[-1].status.description
+
+
+def asked() -> GenerationRequest:
+    sampling = SamplingParams(max_tokens=9, n=2)
+    return GenerationRequest("r", "m", (1, 2, 3), sampling, time.time() + 60)
+
+
+def test_the_gateways_span_is_under_serves_and_counts_tokens(spans: SpanKeeper) -> None:
+    root = spans.tracer.start_span("serve")
+    receipts = Receipts(asked())
+    with as_current(root), gateway_span(asked(), receipts) as span:
+        assert trace.get_current_span() is root
+        with as_current(span):
+            assert trace.get_current_span() is span
+        receipts.take(TokenEvent(0, (7, 8)))
+        receipts.take(TokenEvent(1, (9,), exact=False))
+    [told] = spans.told()
+    assert told.parent == root.get_span_context()
+    assert told.attributes == {
+        "gen_ai.request.id": "r",
+        "gen_ai.request.model": "m",
+        "gen_ai.request.choice.count": 2,
+        "gen_ai.request.max_tokens": 9,
+        "gen_ai.usage.input_tokens": 3,
+        "gen_ai.usage.output_tokens": 3,
+        "expertmesh.exact": False,
+    }
+    assert told.status.status_code is StatusCode.UNSET
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(OverloadedError("full", "queue", 1.0), "full"), (ValueError("the prompt"), "ValueError")],
+)
+def test_a_failed_request_says_why_but_nothing_of_its_prompt(
+    spans: SpanKeeper, error: Exception, said: str
+) -> None:
+    with as_current(spans.tracer.start_span("serve")), pytest.raises(type(error)):
+        fail(error)
+    [told] = spans.told()
+    assert told.status.status_code is StatusCode.ERROR
+    assert said in told.status.description
+    assert "prompt" not in told.status.description
+    assert told.events == ()
+
+
+def fail(error: Exception) -> None:
+    with gateway_span(asked(), Receipts(asked())):
+        raise error
+
+
+def test_without_a_sampled_call_there_is_no_span_in_the_gateway(spans: SpanKeeper) -> None:
+    with gateway_span(asked(), Receipts(asked())) as span:
+        assert not span.is_recording()
+    assert spans.told() == []
+
+
+@pytest.mark.parametrize(
+    ("enabled", "path", "expected"),
+    [
+        (True, "a.b:c", "a.b:c"),
+        (True, "", constants.DEFAULT_TRACING_EXPORTER_IMPORT_PATH),
+        (False, "a.b:c", ""),
+    ],
+)
+def test_actors_export_as_serves_configuration_says(
+    enabled: bool, path: str, expected: str
+) -> None:
+    config = TracingConfig(enabled=enabled, exporter_import_path=path, sampling_ratio=0.5)
+    assert exporter_of(config) == expected
+
+
+def exporters() -> list[SpanProcessor]:
+    """What an actor of this process imports; each time the same."""
+    return [SimpleSpanProcessor(EXPORTED)]
+
+
+EXPORTED = InMemorySpanExporter()
+
+
+def test_an_actor_exports_what_was_sampled_where_its_frame_began(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(EXPORTER_VARIABLE, raising=False)
+    assert open_spans("pool-0", 1) is None
+    monkeypatch.setenv(EXPORTER_VARIABLE, f"{__name__}:exporters")
+    spans = open_spans("pool-0", 1)
+    assert spans is not None
+    contexts = [None, f"00-{7:032x}-{8:016x}-01", f"00-{9:032x}-{8:016x}-00"]
+    frames = [
+        DispatchFrame(1, 1, 1, "m", 2, (4, 5), (1, 2), "float32", 4, 0.0, b"", context)
+        for context in contexts
+    ]
+    now_s = time.monotonic()
+    spans.computed([(frame, now_s - 2.0) for frame in frames], now_s - 1.0)
+    [told] = EXPORTED.get_finished_spans()
+    assert (told.context.trace_id, told.parent.span_id) == (7, 8)
+    assert told.attributes == {
+        "gen_ai.request.model": "m",
+        "expertmesh.actor": "pool-0",
+        "expertmesh.layer": 2,
+        "expertmesh.experts": 2,
+        "expertmesh.rows": 3,
+        "expertmesh.batch_frames": 3,
+        "expertmesh.waited_s": pytest.approx(1.0),
+    }
+    assert told.end_time - told.start_time >= 1e9
+    assert abs(time.time_ns() - told.end_time) < 10e9
+
+
+def test_serves_own_exporter_writes_an_actors_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(logging_utils, "get_serve_logs_dir", lambda: str(tmp_path))
+    monkeypatch.setenv(EXPORTER_VARIABLE, constants.DEFAULT_TRACING_EXPORTER_IMPORT_PATH)
+    spans = open_spans("pool-0", 3)
+    assert spans is not None
+    context = f"00-{7:032x}-{8:016x}-01"
+    frame = DispatchFrame(1, 1, 1, "m", 2, (4,), (1,), "float32", 4, 0.0, b"", context)
+    spans.computed([(frame, time.monotonic())], time.monotonic())
+    text = (tmp_path / "spans" / "expert_actor_pool-0_g3_tracing.json").read_text("utf-8")
+    assert json.loads(text)["parent_id"] == f"0x{8:016x}"
