@@ -15,7 +15,7 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import RayServeException
 
-from cluster.config import AppConfig, parse_args
+from cluster.config import AppConfig, RouterConfig, parse_args
 from cluster.errors import ConfigError, ExpertMeshError
 from cluster.pool import SERVING_ENVIRONMENT
 from experts.ray_peers import RayNeighbours
@@ -73,6 +73,7 @@ def application(
         make_upstream,
         controller,
         routers,
+        _held_requests(config.router),
         config.gateway.on_expert_loss,
     )
 
@@ -141,6 +142,11 @@ def _router(name: str, config: AppConfig) -> Any:
         },
         **_draining(config),
     )(RouterDeployment)
+
+
+def _held_requests(router: RouterConfig) -> int:
+    """Return how many requests all routers of a model hold at most, running and waiting."""
+    return router.replicas * (router.max_batch_size + router.max_queue_requests)
 
 
 def _gateway(config: AppConfig) -> Any:
