@@ -44,6 +44,7 @@ if [ -n "$quick" ]; then
   run scaling --quick
   run failover --rounds 1 --seconds 20
   run simulate
+  run diurnal --devices 2000 --routers 200 --hours 24
   run edges --seconds 45
   run knee --quick
   run wires --count 2000
@@ -58,6 +59,7 @@ else
   run scaling
   run failover
   run simulate
+  run diurnal
   run edges
   run knee
   run wires
