@@ -50,6 +50,7 @@ _RUNS = itertools.count()  # actor names must differ from run to run
 class IdentityExpert:
     """An expert that returns its input."""
 
+    num_bytes = 0
     hidden_size = HIDDEN
     dtype = torch.bfloat16
     device = torch.device("cpu")
@@ -64,7 +65,7 @@ class IdentityActor(ExpertActor):
 
     def _load(self, keys: Sequence[ExpertKey]) -> None:
         for key in keys:
-            self._bank.experts[ExpertKey(*key)] = IdentityExpert()  # type: ignore[assignment]
+            self._bank.experts[ExpertKey(*key)] = IdentityExpert()
 
     def echo(self, data: bytes) -> bytes:
         """Return the bytes; the bare Ray call to compare with."""

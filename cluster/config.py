@@ -211,7 +211,7 @@ class ExpertsConfig(_Section):
     call_timeout_s: float = Field(default=10.0, gt=0)
     transport: TransportKind = "auto"
     tls: TlsConfig | None = None
-    rebalance_period_s: float | None = Field(default=None, ge=1, le=86_400)
+    rebalance_period_s: float | None = Field(default=None, ge=0.1, le=86_400)
 
     @field_validator("pools")
     @classmethod
@@ -284,9 +284,41 @@ class CapacityConfig(_Section):
         return self
 
 
+class ReplicaScalingConfig(_Section):
+    """How the number of replicas follows their use, by Serve's own autoscaler.
+
+    Replicas are added when all were used for more than ``target_use`` on average for
+    ``upscale_delay_s``, and drained when fewer would have been enough for ``downscale_delay_s``.
+    A router's use is that of its cache or of its batch, waiting requests counted too, whichever is
+    larger; a gateway's is its requests under way by ``max_ongoing_requests``.
+    """
+
+    min_replicas: int = Field(ge=1, le=1000)
+    max_replicas: int = Field(ge=1, le=1000)
+    target_use: float = Field(default=0.7, gt=0, le=1)
+    upscale_delay_s: float = Field(default=10.0, ge=0, le=86_400)
+    downscale_delay_s: float = Field(default=300.0, ge=0, le=86_400)
+
+
+def _around_replicas(
+    autoscaling: ReplicaScalingConfig | None, info: ValidationInfo
+) -> ReplicaScalingConfig | None:
+    replicas = info.data.get("replicas")  # absent when wrong
+    if autoscaling is not None and replicas is not None:
+        least, most = autoscaling.min_replicas, autoscaling.max_replicas
+        if not least <= replicas <= most:
+            raise ValueError(f"replicas, {replicas}, must be from min_replicas to max_replicas")
+    return autoscaling
+
+
+ReplicaScaling = Annotated[ReplicaScalingConfig | None, AfterValidator(_around_replicas)]
+
+
 class RouterConfig(_Section):
     """Router replicas of each model: batch, queue and cache limits of one replica.
 
+    With ``autoscaling`` their number follows their use, from ``replicas`` on
+    (:class:`ReplicaScalingConfig`).
     ``max_batch_size`` is how many sequences decode together, ``max_batch_tokens`` how many tokens
     one step computes (so it is the prefill chunk), ``max_queue_requests`` how many requests wait;
     one more is refused. ``max_queue_tokens`` is what all that wait may come to together, prompt and
@@ -297,6 +329,7 @@ class RouterConfig(_Section):
     """
 
     replicas: int = Field(default=1, ge=1, le=1000)
+    autoscaling: ReplicaScaling = None
     num_cpus: float = Field(default=0.1, ge=0)
     threads: int = Field(default=1, ge=1, le=256)
     max_batch_size: int = Field(default=32, ge=1, le=4096)
@@ -326,6 +359,8 @@ class RouterConfig(_Section):
 class GatewayConfig(_Section):
     """Gateway replicas and the limits that requests are checked against.
 
+    With ``autoscaling`` their number follows their use, from ``replicas`` on
+    (:class:`ReplicaScalingConfig`).
     ``max_ongoing_requests`` may be under way in one gateway; one more is refused.
     ``max_body_bytes`` bounds an HTTP body and a gRPC message; the HTTP bodies that are being read
     at one time may come to :data:`BODIES_AT_ONCE` times as much together. ``max_request_tokens``
@@ -339,6 +374,7 @@ class GatewayConfig(_Section):
     """
 
     replicas: int = Field(default=1, ge=1, le=1000)
+    autoscaling: ReplicaScaling = None
     num_cpus: float = Field(default=0.1, ge=0)
     max_ongoing_requests: int = Field(default=1024, ge=1)
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
@@ -384,7 +420,9 @@ def _yaml_path(loc: tuple[int | str, ...], root: str) -> str:
 def _allowed_keys(loc: tuple[int | str, ...]) -> list[str]:
     section: Any = AppConfig
     for part in loc[:-1]:
-        if isinstance(part, str):
+        if part == "autoscaling":
+            section = ActorScalingConfig if "experts" in loc else ReplicaScalingConfig
+        elif isinstance(part, str):
             section = {
                 "models": ModelConfig,
                 "experts": ExpertsConfig,
@@ -392,7 +430,6 @@ def _allowed_keys(loc: tuple[int | str, ...]) -> list[str]:
                 "gateway": GatewayConfig,
                 "tls": TlsConfig,
                 "emulate": EmulateConfig,
-                "autoscaling": ActorScalingConfig,
                 "pools": PoolConfig,
             }[part]
     return sorted(section.model_fields)

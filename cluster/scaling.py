@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from cluster.spec import ActorReport, ScalingTargets
 
-SIGNAL_S = 5.0
+SIGNAL_S = 2.0
 """Over so long busy time and queue time are averaged."""
 HYSTERESIS = 0.1
 """By this part of the target fewer actors must be below it, or they would soon be more again."""

@@ -33,6 +33,8 @@ from experts.shards import DTYPES, TensorInfo, read_headers
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+_HUB_FOLDERS = ["*/*"]
+"""What is left there: the same weights in other layouts, as GPT-OSS has them."""
 MAX_SMALL_BYTES = 64 << 20
 """Of a file beside the weights, of which tokenizers have the longest."""
 MAX_JSON_BYTES = 16 << 20
@@ -165,7 +167,9 @@ def _fetch_from_hub(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import and seldom needed
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        return Path(
+            snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_FOLDERS)
+        )
     except Exception as error:  # the hub client raises many unrelated types
         reason = f"{type(error).__name__}"
         raise CheckpointMissingError(

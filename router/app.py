@@ -15,7 +15,7 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import RayServeException
 
-from cluster.config import AppConfig, parse_args
+from cluster.config import AppConfig, RouterConfig, parse_args
 from cluster.errors import ConfigError, ExpertMeshError
 from cluster.pool import SERVING_ENVIRONMENT
 from experts.ray_peers import RayNeighbours
@@ -25,6 +25,7 @@ from router.gateway.budget import RETRY_AFTER_S
 from router.gateway.deployment import Gateway
 from router.gateway.models import GatewayModel
 from router.gateway.ray_upstream import make_upstream
+from router.replica_scaling import replica_options
 from router.served import ServedModel, inspect_models, pool_specs
 
 MAX_CONTROL_CALLS = 10_000
@@ -72,6 +73,7 @@ def application(
         make_upstream,
         controller,
         routers,
+        _held_requests(config.router),
         config.gateway.on_expert_loss,
     )
 
@@ -131,7 +133,7 @@ def _router(name: str, config: AppConfig) -> Any:
     router = config.router
     return serve.deployment(
         name=name,
-        num_replicas=router.replicas,
+        **replica_options(router.replicas, router.autoscaling),
         # Everything beyond the engine's own queue is refused there, with a typed error.
         max_ongoing_requests=4 * (router.max_batch_size + router.max_queue_requests),
         ray_actor_options={
@@ -142,10 +144,15 @@ def _router(name: str, config: AppConfig) -> Any:
     )(RouterDeployment)
 
 
+def _held_requests(router: RouterConfig) -> int:
+    """Return how many requests all routers of a model hold at most, running and waiting."""
+    return router.replicas * (router.max_batch_size + router.max_queue_requests)
+
+
 def _gateway(config: AppConfig) -> Any:
     return serve.deployment(
         name="Gateway",
-        num_replicas=config.gateway.replicas,
+        **replica_options(config.gateway.replicas, config.gateway.autoscaling),
         # What is beyond the gateway's own bound is refused there, with a typed error. Serve counts
         # health checks and refusals too, and what it refuses itself says less.
         max_ongoing_requests=2 * config.gateway.max_ongoing_requests,

@@ -13,6 +13,7 @@ from ray import serve
 from cluster.config import AppConfig
 from router.gateway.ray_upstream import HandleController
 from router.logs import failures_logged, setup_logging
+from router.replica_scaling import USE
 from router.served import ServedModel
 from router.starting import collector_paused
 
@@ -45,6 +46,10 @@ class RouterDeployment:
     async def stats(self) -> dict[str, Any]:
         """See :meth:`RouterReplica.stats`."""
         return await self._started().stats()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell Serve how much of this replica is used; Serve calls this by its name."""
+        return {USE: self._started().use()}
 
     def check_health(self) -> None:
         """Raise when the engine's thread has ended; Serve then replaces the replica."""

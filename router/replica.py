@@ -105,6 +105,7 @@ class RouterReplica:
             ),
             num_pages,
         )
+        self._scheduler = scheduler
         self._engine = Engine(
             MoEModel(
                 checkpoint,
@@ -203,6 +204,13 @@ class RouterReplica:
                 request.done.set_result(None)
         for address, events in frames.items():
             self._links.send(address, events)
+
+    def use(self) -> float:
+        """Return how much of this replica is used, 1 being all: of its cache, or of its batch.
+
+        Sequences that wait count as part of the batch, so it may be more.
+        """
+        return self._scheduler.use()
 
     async def stats(self) -> dict[str, Any]:
         """Return measurements: layer times (s) since the last call, retries by reason, calls by

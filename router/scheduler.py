@@ -203,6 +203,14 @@ class Scheduler:
         self._pool.give_back(sequence.pages)
         sequence.pages = []
 
+    def use(self) -> float:
+        """Return the share of the cache, or of the batch, that all sequences take or wait for.
+
+        The larger of both; what waits may make it more than 1. May be asked on any thread.
+        """
+        of_batch = (len(self.running) + len(self.waiting)) / self._limits.max_batch_size
+        return max(of_batch, 1 - self.num_free_pages / self.num_pages)
+
     @property
     def num_free_pages(self) -> int:
         """How many cache pages are free."""

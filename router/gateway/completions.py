@@ -48,8 +48,7 @@ def _prompts(prompt: Any) -> list[tuple[Any, str]]:
     """Return the prompts, each with how the caller writes its place."""
     if prompt is None:
         raise InvalidRequestError("is missing", "prompt")
-    is_one = not isinstance(prompt, list) or not any(isinstance(p, str | list) for p in prompt)
-    if is_one:
+    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], str | list):
         return [(prompt, "prompt")]
     if len(prompt) > MAX_PROMPTS:
         raise InvalidRequestError(f"has {len(prompt)} prompts; at most {MAX_PROMPTS}", "prompt")

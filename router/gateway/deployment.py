@@ -16,6 +16,7 @@ from router.gateway.http import create_app
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel, load_models
 from router.gateway.upstream import Upstream
+from router.replica_scaling import USE
 from router.starting import collector_paused
 
 
@@ -46,6 +47,10 @@ class GatewayReplica(GrpcMethods):
             loaded = load_models(models)
         self.service = GenerationService(loaded, limits, upstream, metrics)
         self.grpc_handlers = GrpcHandlers(self.service)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell Serve how much of this gateway is used; Serve calls this by its name."""
+        return {USE: self.service.use()}
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.service, echoes_request_id=False)

@@ -97,6 +97,10 @@ class GenerationService:
         """Check what the requests of one call take together; raises ``InvalidRequestError``."""
         self._validator.check_together(checked)
 
+    def use(self) -> float:
+        """Return how many of the requests that may be under way are, as a share."""
+        return self._places.taken / self.limits.max_ongoing_requests
+
     def ready(self) -> Readiness:
         """Tell whether requests can be served, and if not, why."""
         return self._upstream.ready()

@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ from cluster.load_status import ChangeReport, LoadStatus, RebalanceReport
 from cluster.measurements import Measurements, ProcessSamples, Samples
 from cluster.retry import Retries, RetryBudget, RetryPolicy
 from cluster.status import ClusterStatus, ProcessStatus
+from router.gateway.budget import RETRY_AFTER_S
 from router.link import LinkAddress, LinkServer
 from router.logs import setup_logging
 from router.placement_view import PlacementView, PlacementWatcher
@@ -82,18 +84,24 @@ class RayUpstream:
         self,
         controller: DeploymentHandle,
         routers: Mapping[str, DeploymentHandle],
+        max_calls: int,
         on_expert_loss: OnExpertLoss,
         is_wanted: Callable[[], bool],
         samples: Callable[[], Samples],
     ) -> None:
         """``routers`` are handles by model id. Needs a running event loop.
 
-        ``on_expert_loss`` is the deployment's, by which it is or is not ready. ``is_wanted`` asks
-        Serve whether the application is to run. ``samples`` returns what the gateway measures.
+        ``max_calls`` is how many requests the routers of one model hold, running and waiting; one
+        more is refused here, since a call to a router that refuses it costs as much as one that
+        does not. ``on_expert_loss`` is the deployment's, by which it is or is not ready.
+        ``is_wanted`` asks Serve whether the application is to run. ``samples`` returns what the
+        gateway measures.
         """
         self._on_expert_loss = on_expert_loss
         self._controller = controller
         self._routers = routers
+        self._max_calls = max_calls
+        self._calls: Counter[str] = Counter()
         self._view = PlacementView()
         self._is_deleted = False
         self._watcher = PlacementWatcher(
@@ -144,12 +152,15 @@ class RayUpstream:
         address = await self._listening()
         if self._is_deleted:
             raise being_deleted()
+        self._check_room(request.model)
         with as_current(span):  # Serve takes its context along with the call
             call = self._routers[request.model].generate.remote(request.to_wire(), address)
         inbox = Inbox()
         self._inboxes[request.request_id] = inbox
         self._num_streams += request.streamed
         reply = asyncio.create_task(_put_reply(call, inbox))
+        self._calls[request.model] += 1
+        reply.add_done_callback(lambda _: self._calls.subtract([request.model]))
         try:
             while True:
                 pause_s = min(self._num_streams / MESSAGES_PER_S, MAX_PAUSE_S)
@@ -177,6 +188,12 @@ class RayUpstream:
             elif not reply.done():
                 call.cancel()
                 reply.cancel()
+
+    def _check_room(self, model: str) -> None:
+        """Raise :class:`OverloadedError` when a model's routers hold all that they can."""
+        if self._calls[model] >= self._max_calls:
+            told = f"the routers are full: they hold {self._max_calls} requests"
+            raise OverloadedError(told, "queue", RETRY_AFTER_S)
 
     def _end_requests(self) -> None:
         """End all requests, which Serve waits for before it ends a replica."""
@@ -277,12 +294,14 @@ def make_upstream(
     samples: Callable[[], Samples],
     controller: DeploymentHandle,
     routers: Mapping[str, DeploymentHandle],
+    max_calls: int,
     on_expert_loss: OnExpertLoss,
 ) -> RayUpstream:
     """Make a gateway replica's upstream, in the replica."""
     setup_logging()
     app = serve.get_replica_context().app_name
-    return RayUpstream(controller, routers, on_expert_loss, partial(app_is_wanted, app), samples)
+    is_wanted = partial(app_is_wanted, app)
+    return RayUpstream(controller, routers, max_calls, on_expert_loss, is_wanted, samples)
 
 
 class HandleController:

@@ -211,8 +211,12 @@ def _prompt_ids(raw: RawRequest, model: ServedModel) -> tuple[int, ...]:
 def _check_ids(prompt: object, vocab_size: int, where: str) -> tuple[int, ...]:
     if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes):
         raise InvalidRequestError(checks.wrong(prompt, "a text or a list of token ids"), where)
+    last = vocab_size - 1
+    # Without a step of Python for each token, of which a prompt may have a million.
+    if set(map(type, prompt)) == {int} and min(prompt) >= 0 and max(prompt) <= last:
+        return tuple(prompt)
     for place, token_id in enumerate(prompt):
-        path, last = f"{where}[{place}]", vocab_size - 1
+        path = f"{where}[{place}]"
         if isinstance(token_id, str):
             raise InvalidRequestError(checks.wrong_kind(token_id, "a token id"), path)
         checks.integer(token_id, path, 0, last)

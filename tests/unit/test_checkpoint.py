@@ -503,11 +503,12 @@ def test_a_hub_that_cannot_be_reached_is_a_checkpoint_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
 
-    asked: list[tuple[str, list[str]]] = []
+    asked: list[tuple[str, dict[str, Any]]] = []
 
-    def unreachable(hub_id: str, allow_patterns: list[str]) -> str:
-        asked.append((hub_id, allow_patterns))
+    def unreachable(hub_id: str, **patterns: Any) -> str:
+        asked.append((hub_id, patterns))
         raise ConnectionError("a fault of the test's")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
@@ -516,5 +517,9 @@ def test_a_hub_that_cannot_be_reached_is_a_checkpoint_error(
     assert caught.value.field == "owner/name"
     [(hub_id, patterns)] = asked
     assert hub_id == "owner/name"
-    # Pickles are not even fetched.
-    assert not any(suffix in p for p in patterns for suffix in PICKLE_SUFFIXES)
+    # Neither pickles nor the same weights once more in a folder are fetched.
+    wanted = ["model-00001-of-00002.safetensors", "config.json", "tokenizer.model"]
+    pickles = [f"pytorch_model{suffix}" for suffix in PICKLE_SUFFIXES]
+    copies = ["original/model.safetensors", "original/config.json", "metal/model.bin"]
+    fetched = filter_repo_objects([*wanted, *pickles, *copies], **patterns)
+    assert list(fetched) == wanted

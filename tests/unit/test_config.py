@@ -287,7 +287,7 @@ def test_a_file_without_applications_is_refused(tmp_path: Path, document: object
         (
             application(args={"models": [MODEL], "router": {"x": 1}}),
             "applications[1].args.router.x",
-            "allowed keys: cache_tokens",
+            "allowed keys: autoscaling, cache_tokens",
         ),
     ],
 )

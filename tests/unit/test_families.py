@@ -17,6 +17,7 @@ from experts.families import FAMILIES
 from router.model import load_dense
 from router.scheduler import Limits
 from router.step import pack
+from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import SAVERS
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.unit.test_engine import expected_tokens, prompt_of
@@ -102,9 +103,9 @@ def test_the_router_holds_all_but_the_experts(saved: tuple[Path, Any]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", sorted(SAVERS))
+@pytest.mark.parametrize("name", sorted([*SAVERS, "mixtral"]))
 def test_half_precision_is_served_too(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
-    oracle = SAVERS[name](tmp_path, dtype=dtype)
+    oracle = (SAVERS | {"mixtral": save_mixtral})[name](tmp_path, dtype=dtype)
     cluster = LocalCluster(tmp_path, threaded=False)
     assert cluster.checkpoint.dtype == str(dtype).removeprefix("torch.")
     prompt = prompt_of(20, 1)

@@ -29,6 +29,8 @@ from router.request import (
 from router.tracing import as_current
 from tests.span_keeper import SpanKeeper
 
+MAX_CALLS = 3
+
 
 def request(timeout_s: float) -> GenerationRequest:
     return GenerationRequest(
@@ -171,7 +173,9 @@ def upstream(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[RayUpstream,
 
     def make() -> tuple[RayUpstream, Router]:
         router = Router()
-        made = RayUpstream(None, {"m": router}, "strict", lambda: True, lambda: Samples(0.0, {}))  # type: ignore[arg-type, dict-item]
+        samples = Samples(0.0, {})
+        routers: Any = {"m": router}
+        made = RayUpstream(None, routers, MAX_CALLS, "strict", lambda: True, lambda: samples)  # type: ignore[arg-type]
         return made, router
 
     return make
@@ -428,3 +432,36 @@ def test_a_deletion_ends_a_request_that_waits_for_another_router(
             await rest
 
     asyncio.run(run())
+
+
+def test_what_the_routers_cannot_hold_is_refused_without_a_call(
+    upstream: Callable[[], tuple[RayUpstream, Router]],
+) -> None:
+    async def run() -> None:
+        gateway, router = upstream()
+
+        def ask(number: int) -> asyncio.Future[TokenEvent]:
+            asked = replace(request(30), request_id=f"r{number}")
+            return asyncio.ensure_future(anext(gateway.generate(asked)))
+
+        held = [ask(number) for number in range(MAX_CALLS)]
+        await called(router, MAX_CALLS)
+        with pytest.raises(OverloadedError, match="hold 3 requests") as caught:
+            await ask(MAX_CALLS)
+        assert caught.value.retry_after_s == 1.0
+        assert len(router.calls) == MAX_CALLS
+        held[0].cancel()  # its client leaves
+        router.calls[1].reply.set_result({"events": [event(0, "length").to_wire()]})
+        await asyncio.wait(held[:2])
+        held += [ask(number) for number in (7, 8)]
+        await called(router, MAX_CALLS + 2)
+        with pytest.raises(OverloadedError):
+            await ask(9)
+        for one in held:
+            one.cancel()
+        await asyncio.wait(held)
+        await asyncio.sleep(0)
+        assert gateway._calls["m"] == 0
+        gateway._link.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))

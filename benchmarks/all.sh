@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Runs every benchmark, one after the other, and writes benchmarks/RESULTS.md.
+#
+#   benchmarks/all.sh [--quick] [FOLDER]
+#
+# --quick takes half an hour instead of three and a half hours, with shorter and fewer measurements.
+# FOLDER keeps the JSON and the output of each; by default they are thrown away. The exit status is
+# 1 when a benchmark failed or missed what it promises; the others are run and written all the same.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+quick=
+if [ "${1:-}" = --quick ]; then
+  quick=1
+  shift
+fi
+if [ $# -gt 0 ]; then
+  folder=$1
+  mkdir -p "$folder"
+  rm -f "$folder"/*.{command,status,txt,json}
+else
+  folder=$(mktemp -d)
+  trap 'rm -r "$folder"' EXIT
+fi
+number=0
+failed=0
+
+run() { # run BENCHMARK ARGUMENT...
+  number=$((number + 1))
+  local kept
+  kept=$(printf '%s/%02d-%s' "$folder" "$number" "$1")
+  echo "python -m benchmarks.$*" | tee "$kept.command" >&2
+  python -m "benchmarks.$1" "${@:2}" --json "$kept.json" >"$kept.txt"
+  local status=$?
+  echo "$status" >"$kept.status"
+  [ "$status" = 0 ] || failed=1
+}
+
+if [ -n "$quick" ]; then
+  run dispatch --calls 200
+  run decode --transport auto ray --rounds 2
+  run load --rounds 1
+  run serve --rounds 2
+  run scaling --quick
+  run failover --rounds 1 --seconds 20
+  run simulate
+  run diurnal --devices 2000 --routers 200 --hours 24
+  run edges --seconds 45
+  run knee --quick
+  run wires --count 2000
+  run fuzz --minutes 0.1
+  run soak --minutes 5
+  run soak --minutes 5 --no-faults
+else
+  run dispatch
+  run decode --transport auto ray
+  run load
+  run serve
+  run scaling
+  run failover
+  run simulate
+  run diurnal
+  run edges
+  run knee
+  run wires
+  run fuzz
+  run soak
+  run soak --minutes 60 --no-faults
+fi
+python -m benchmarks.results "$folder" --write benchmarks/RESULTS.md || failed=1
+exit "$failed"

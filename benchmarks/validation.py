@@ -1,0 +1,105 @@
+"""What checking a request costs the gateway's event loop, measured in this process alone."""
+
+from __future__ import annotations
+
+import json
+import time
+import timeit
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from benchmarks.common import MODEL
+from benchmarks.open_loop import body_of, prompt_of
+
+if TYPE_CHECKING:
+    from router.gateway.generation import GenerationService
+    from router.gateway.tokenizer import Tokenizer
+
+SHORT, LONG, TOKENS = 16, 960, 32
+LONG_PROMPT = f"{LONG} token ids"
+"""What it is called in the result."""
+TEXT = "In the beginning God created the heaven and the earth."
+REPEATS = 7
+EVERY_FIELD: dict[str, Any] = {
+    "top_k": 40,
+    "top_p": 0.9,
+    "min_p": 0.05,
+    "seed": 7,
+    "stop": ["\n\n", "The end"],
+    "logprobs": 5,
+    "n": 2,
+    "timeout_s": 30.0,
+    "on_expert_loss": "strict",
+}
+
+
+class Tokenized:
+    """A tokenizer that has done its work: it knows one text's tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, text: str) -> None:
+        self.max_token_bytes = tokenizer.max_token_bytes
+        self._ids = tokenizer.encode(text)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the tokens of the one text."""
+        return self._ids
+
+
+def run(folder: Path) -> dict[str, float]:
+    """Return µs a request by kind, from the parsed body to the checked request.
+
+    A text's tokens are there already: to find them is work for the answer, not checking.
+    """
+    from cluster.config import GatewayConfig
+    from router.gateway.completions import parse_completion
+    from router.gateway.models import GatewayModel, ServedModel
+    from router.gateway.tokenizer import Tokenizer
+    from router.gateway.validate import Validator
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    ends = (config["eos_token_id"],)
+    tokenizer = Tokenized(Tokenizer.load(str(folder), ends), TEXT)
+    info = GatewayModel(
+        id=MODEL,
+        path=str(folder),
+        identity="",
+        family=config["model_type"],
+        num_layers=config["num_hidden_layers"],
+        num_experts=config["num_local_experts"],
+        num_experts_per_tok=config["num_experts_per_tok"],
+        vocab_size=config["vocab_size"],
+        max_model_len=config["max_position_embeddings"],
+        dtype=config["dtype"],
+        eos_token_ids=ends,
+    )
+    model = ServedModel(info, cast("Tokenizer", tokenizer))
+    validator = Validator({MODEL: model}, GatewayConfig())
+    # Of the service only the two methods that a validator has as well are used.
+    service = cast("GenerationService", validator)
+
+    def check_us(body: dict[str, Any]) -> float:
+        return least_us(lambda: parse_completion(body, service, "id"))
+
+    return {
+        f"{SHORT} token ids": check_us(body_of(_ids(SHORT), TOKENS, False)),
+        LONG_PROMPT: check_us(body_of(_ids(LONG), TOKENS, False)),
+        f"{SHORT} token ids, every field": check_us(
+            body_of(_ids(SHORT), TOKENS, False, **EVERY_FIELD)
+        ),
+        "a text": check_us({**body_of([], TOKENS, False), "prompt": TEXT}),
+    }
+
+
+def _ids(count: int) -> list[int]:
+    return [prompt_of(place)[0] for place in range(count)]
+
+
+def least_us(work: Callable[[], object]) -> float:
+    """Return the µs of processor time that ``work`` takes: the least mean of some runs.
+
+    What else runs on the machine does not count, but it makes caches cold.
+    """
+    timer = timeit.Timer(work, timer=time.process_time)
+    number, _ = timer.autorange()
+    return min(timer.repeat(REPEATS, number)) / number * 1e6

@@ -1,0 +1,101 @@
+"""How many routers and gateways their use asks for, through Serve's own delays and bounds."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import serve
+from ray.serve._private.autoscaling_state import _resolve_policy_callable
+from ray.serve.config import AutoscalingConfig
+
+from cluster.config import parse_args
+from cluster.errors import ConfigError
+from router.app import _gateway, _router
+from router.replica_scaling import USE, FollowUse
+from router.scheduler import Limits, Scheduler
+from tests.local_cluster import greedy_request
+
+SCALING = {"min_replicas": 1, "max_replicas": 4, "upscale_delay_s": 0, "downscale_delay_s": 0}
+MODEL = {"id": "m", "path": "models/mesh-tiny"}
+
+
+def context(uses: dict[str, float], current: int, **others: Any) -> Any:
+    metrics = {USE: uses} if uses else {}
+    return SimpleNamespace(
+        aggregated_metrics=metrics,
+        current_num_replicas=current,
+        target_num_replicas=current,
+        total_num_requests=0.0,
+        policy_state={},
+        **others,
+    )
+
+
+@pytest.mark.parametrize(
+    ("uses", "current", "expected"),
+    [
+        ({"a": 0.5}, 1, 1),
+        ({"a": 0.51}, 1, 2),
+        ({"a": 1.5, "b": 1.5}, 2, 6),  # all that waits counts
+        ({"a": 0.9}, 2, 4),  # the second has told nothing yet
+        ({"a": 0.1, "b": 0.2, "c": 0.2}, 3, 1),
+        ({"a": 0.0}, 3, 0),  # the bounds are Serve's
+        ({}, 3, 3),
+    ],
+)
+def test_the_number_follows_the_mean_use(
+    uses: dict[str, float], current: int, expected: int
+) -> None:
+    assert FollowUse(0.5)(context(uses, current)) == (expected, {})
+
+
+def test_serve_takes_the_policy_with_its_delays() -> None:
+    args = {"models": [MODEL], "router": {"replicas": 2, "autoscaling": SCALING}}
+    router = _router("Router-m", parse_args(args))
+    told = router._deployment_config.autoscaling_config
+    assert isinstance(told, AutoscalingConfig)
+    assert (told.min_replicas, told.max_replicas, told.initial_replicas) == (1, 4, 2)
+    policy = _resolve_policy_callable(told.policy)
+    assert policy(context({"a": 1.4}, 1, config=told))[0] == 2
+
+
+def test_without_it_the_number_is_fixed() -> None:
+    config = parse_args({"models": [MODEL], "router": {"replicas": 3}, "gateway": {"replicas": 2}})
+    for deployment, number in ((_router("Router-m", config), 3), (_gateway(config), 2)):
+        assert isinstance(deployment, serve.Deployment)
+        assert deployment._deployment_config.autoscaling_config is None
+        assert deployment.num_replicas == number
+
+
+@pytest.mark.parametrize("section", ["router", "gateway"])
+def test_wrong_bounds_are_refused(section: str) -> None:
+    for replicas, scaling, words in (
+        (5, SCALING, "replicas, 5, must be from min_replicas to max_replicas"),
+        (1, {**SCALING, "least": 1}, "allowed keys: downscale_delay_s, max_replicas"),
+        (1, {"min_replicas": 1}, "Field required"),
+    ):
+        args = {"models": [MODEL], section: {"replicas": replicas, "autoscaling": scaling}}
+        with pytest.raises(ConfigError) as caught:
+            parse_args(args)
+        assert words in str(caught.value)
+        assert caught.value.field.startswith(f"args.{section}.autoscaling")
+
+
+def test_a_routers_use_is_that_of_its_cache_or_of_its_batch() -> None:
+    scheduler = Scheduler(Limits(4, 64, 16), num_pages=32)
+    assert scheduler.use() == 0.0
+    for number in range(2):
+        scheduler.add(greedy_request(str(number), [3] * 4, 4))
+    assert scheduler.use() == 0.5  # they wait
+    scheduler.schedule()
+    assert scheduler.use() == 0.5  # they run, on a page each
+    for number in range(2, 10):
+        scheduler.add(greedy_request(str(number), [3] * 4, 4))
+    assert scheduler.use() == 2.5
+    for sequence in scheduler.sequences():
+        scheduler.finish(sequence)
+    scheduler.add(greedy_request("long", [3] * 4, 16 * 24 - 4))
+    scheduler.schedule()
+    assert scheduler.use() == 0.75
