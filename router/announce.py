@@ -7,6 +7,7 @@ then each model for a token: only an answer shows that there is a router, too.
 
 from __future__ import annotations
 
+import atexit
 import json
 import ssl
 import threading
@@ -136,6 +137,7 @@ class LoadingBar:
         if not loading:
             return
         if self._task is None:
+            atexit.register(self._progress.stop)  # or Ctrl-C would leave a terminal without cursor
             self._progress.start()
             self._task = self._progress.add_task("")
         self._progress.update(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import Queue
@@ -171,6 +171,22 @@ def test_a_terminal_has_a_bar_while_actors_load(monkeypatch: pytest.MonkeyPatch)
         for held in (2, 6):
             bar.show((LoadingStatus("a", held, 8, 10**9), LoadingStatus("b", 0, 8, 0)))
     assert "6 of 16 experts (38%, 1.0 GB) on 2 actors" in shown.getvalue()
+
+
+def test_a_command_that_ends_meanwhile_gives_the_terminal_its_cursor_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    at_exit: list[Callable[[], object]] = []
+    monkeypatch.setattr(announce.atexit, "register", at_exit.append)
+    shown = io.StringIO()
+    bar = LoadingBar(Console(file=shown, force_terminal=True, width=100))
+    bar.show((LoadingStatus("a", 2, 8, 0),))
+    hidden, visible = "\x1b[?25l", "\x1b[?25h"
+    assert (hidden in shown.getvalue(), visible in shown.getvalue()) == (True, False)
+    [stop] = at_exit
+    stop()
+    assert shown.getvalue().rindex(visible) > shown.getvalue().rindex(hidden)
 
 
 @pytest.mark.parametrize("console", [None, Console(file=io.StringIO())])
