@@ -7,24 +7,49 @@ agents behind whose parent is gone, and Ray is then not yet ready to end them.
 from __future__ import annotations
 
 import atexit
+import os
 import signal
+import sys
+import threading
+from types import FrameType
 
 import psutil
 import ray
 
 GRACE_S = 3.0
+INTERRUPTED = 130
 
 
 def end_with_this_process() -> None:
     """Have all processes that descend from this one ended before it is; call it once Ray is
     imported, since what is registered last runs first."""
-    atexit.register(end_descendants)
+    atexit.register(end_descendants, _interruption())
 
 
-def end_descendants() -> None:
-    """End Ray, and whatever of this process's descendants is still there :data:`GRACE_S` later."""
+def _interruption() -> threading.Event:
+    """Return what is set once Ctrl-C has come; whoever minds it still does."""
+    came = threading.Event()
+    usual = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.set()
+        if callable(usual):
+            usual(number, frame)
+
+    if callable(usual):  # it may be ignored, as in a shell's background
+        signal.signal(signal.SIGINT, note)
+    return came
+
+
+def end_descendants(interrupted: threading.Event) -> None:
+    """End Ray, and whatever of this process's descendants is still there :data:`GRACE_S` later.
+
+    Where Ctrl-C came while Ray started, this ends the process, too: Ray's half-made connection
+    would have the interpreter crash at its own end.
+    """
     # It takes seconds at most; another Ctrl-C would only print a stack.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    is_half_made = interrupted.is_set() and not ray.is_initialized()
     descendants = psutil.Process().children(recursive=True)
     ray.shutdown()
     _, left = psutil.wait_procs(descendants, timeout=GRACE_S)
@@ -34,3 +59,7 @@ def end_descendants() -> None:
         except psutil.NoSuchProcess:
             continue
     psutil.wait_procs(left, timeout=GRACE_S)
+    if is_half_made:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
