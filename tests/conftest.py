@@ -12,7 +12,7 @@ from tests.cluster_fixture import ServedCluster, Shape, served_cluster
 # A shell starts its background jobs deaf to Ctrl-C, and what tests start would be deaf too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-ORDER = ("unit", "integration", "fault")
+ORDER = ("unit", "integration", "fault", "long")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
