@@ -32,7 +32,7 @@ from tests.fault.schedule import BAG, schedule
 SEED, DURATION_S, EVERY_S = 20261124, 44.0, 4.0
 LENGTH, STREAMS, UNARY = 40, 3, 2
 DEADLINE_S, BACK_S = 90.0, 120.0
-LONG_PROMPTS, LONG_TIMES, LONG = PROMPTS[:2], 8, 900
+LONG_PROMPTS, LONG_TIMES, LONG = PROMPTS[:2], 5, 900
 """Sixteen streams of 900 tokens take longer than a redeploy."""
 DRAINED_S = GRACEFUL_SHUTDOWN_S + 1.0
 """Longer than Serve waits for what ends at once."""

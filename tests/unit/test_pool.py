@@ -76,9 +76,20 @@ def test_a_node_without_free_room_is_no_place_to_move_to(monkeypatch: pytest.Mon
     pool = ExpertPool("app", {"a": ActorSpec("app", (), 1.5, 0.0, 1, 100)}, object)
     nodes = [
         {"NodeID": name} | node(alive, CPU=cpus)
-        for name, alive, cpus in [("free", True, 4), ("full", True, 4), ("dead", False, 4)]
+        for name, alive, cpus in [
+            ("free", True, 4),
+            ("full", True, 4),
+            ("dead", False, 4),
+            ("leaving", True, 4),
+        ]
     ]
     monkeypatch.setattr(pool_module.ray, "nodes", lambda: nodes)
-    free = {"free": {"CPU": 1.5}, "full": {"CPU": 1.0}, "dead": {"CPU": 4.0}}
+    free = {
+        "free": {"CPU": 1.5},
+        "full": {"CPU": 1.0},
+        "dead": {"CPU": 4.0},
+        "leaving": {"CPU": 4.0},
+    }
     monkeypatch.setattr(pool_module, "available_resources_per_node", lambda: free)
+    monkeypatch.setattr(pool_module.state, "get_draining_nodes", lambda: {"leaving": 0})
     assert pool.nodes_for("a") == ["free"]
