@@ -73,7 +73,7 @@ def application(
         make_upstream,
         controller,
         routers,
-        _held_requests(config.router),
+        held_requests(config.router),
         config.gateway.on_expert_loss,
     )
 
@@ -144,9 +144,14 @@ def _router(name: str, config: AppConfig) -> Any:
     )(RouterDeployment)
 
 
-def _held_requests(router: RouterConfig) -> int:
-    """Return how many requests all routers of a model hold at most, running and waiting."""
-    return router.replicas * (router.max_batch_size + router.max_queue_requests)
+def held_requests(router: RouterConfig) -> int:
+    """Return how many requests all routers of a model hold at most, running and waiting.
+
+    Where their number follows their use that is what the most of them would hold: with fewer, a
+    router refuses what it has no room for.
+    """
+    most = router.replicas if router.autoscaling is None else router.autoscaling.max_replicas
+    return most * (router.max_batch_size + router.max_queue_requests)
 
 
 def _gateway(config: AppConfig) -> Any:

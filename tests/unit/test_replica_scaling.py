@@ -12,7 +12,7 @@ from ray.serve.config import AutoscalingConfig
 
 from cluster.config import parse_args
 from cluster.errors import ConfigError
-from router.app import _gateway, _router
+from router.app import _gateway, _router, held_requests
 from router.replica_scaling import USE, FollowUse
 from router.scheduler import Limits, Scheduler
 from tests.local_cluster import greedy_request
@@ -67,6 +67,13 @@ def test_without_it_the_number_is_fixed() -> None:
         assert isinstance(deployment, serve.Deployment)
         assert deployment._deployment_config.autoscaling_config is None
         assert deployment.num_replicas == number
+
+
+def test_gateways_let_through_what_the_most_routers_would_hold() -> None:
+    sizes = {"replicas": 2, "max_batch_size": 3, "max_queue_requests": 4}
+    for scaling, held in (({}, 2 * 7), ({"autoscaling": SCALING}, 4 * 7)):
+        config = parse_args({"models": [MODEL], "router": sizes | scaling})
+        assert held_requests(config.router) == held
 
 
 @pytest.mark.parametrize("section", ["router", "gateway"])
