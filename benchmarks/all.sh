@@ -40,6 +40,7 @@ if [ -n "$quick" ]; then
   run dispatch --calls 200
   run decode --transport auto ray --rounds 2
   run load --rounds 1
+  run start --rounds 1
   run serve --rounds 2
   run scaling --quick
   run failover --rounds 1 --seconds 20
@@ -55,6 +56,7 @@ else
   run dispatch
   run decode --transport auto ray
   run load
+  run start
   run serve
   run scaling
   run failover

@@ -113,6 +113,13 @@ def _draining(config: AppConfig) -> dict[str, Any]:
     }
 
 
+GATEWAY_ENVIRONMENT = {
+    **SERVING_ENVIRONMENT,
+    # transformers would say that it has found no torch, which is meant so (GatewayReplica).
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+}
+
+
 def router_environment(threads: int) -> dict[str, str]:
     """Return the environment variables of a router replica; they count before torch is there."""
     return {
@@ -165,7 +172,7 @@ def _gateway(config: AppConfig) -> Any:
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
         ray_actor_options={
             "num_cpus": config.gateway.num_cpus,
-            "runtime_env": {"env_vars": SERVING_ENVIRONMENT},
+            "runtime_env": {"env_vars": GATEWAY_ENVIRONMENT},
         },
         **_draining(config),
     )(Gateway)

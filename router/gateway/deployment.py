@@ -17,7 +17,7 @@ from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel, load_models
 from router.gateway.upstream import Upstream
 from router.replica_scaling import USE
-from router.starting import collector_paused
+from router.starting import collector_paused, torch_hidden
 
 
 class GatewayReplica(GrpcMethods):
@@ -43,7 +43,7 @@ class GatewayReplica(GrpcMethods):
         """
         metrics = Metrics()
         upstream = make_upstream(metrics.samples, *upstream_args)
-        with collector_paused():  # transformers is imported for its tokenizers
+        with collector_paused(), torch_hidden():  # transformers is imported for its tokenizers
             loaded = load_models(models)
         self.service = GenerationService(loaded, limits, upstream, metrics)
         self.grpc_handlers = GrpcHandlers(self.service)

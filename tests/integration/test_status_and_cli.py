@@ -70,6 +70,17 @@ def test_status_tells_every_part_and_every_expert_once(served: ServedCluster) ->
     )
 
 
+def test_routers_have_torch_and_gateways_do_without(served: ServedCluster) -> None:
+    told = status_json(served)
+
+    def has_torch(pid: int) -> bool:
+        maps = psutil.Process(pid).memory_maps()
+        return any("libtorch" in one.path for one in maps)
+
+    assert all(has_torch(part["pid"]) for part in told["routers"])
+    assert not any(has_torch(part["pid"]) for part in told["gateways"])
+
+
 def test_status_is_a_table_for_people(served: ServedCluster) -> None:
     done = run("status", "--address", served.grpc_address)
     assert done.returncode == 0

@@ -1,13 +1,17 @@
-"""The garbage collector while large libraries are imported."""
+"""The garbage collector while large libraries are imported, and torch where none is needed."""
 
 from __future__ import annotations
 
 import gc
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
-from router.starting import collector_paused
+from router.gateway.tokenizer import Tokenizer
+from router.starting import collector_paused, torch_hidden
 
 
 @pytest.fixture(autouse=True)
@@ -28,3 +32,42 @@ def test_an_import_that_fails_does_not_leave_it_off() -> None:
     with pytest.raises(ImportError), collector_paused():
         raise ImportError("no such library")
     assert gc.isenabled()
+
+
+GATEWAY_STARTS = """
+import json, sys
+import router.gateway.deployment
+from router.gateway.tokenizer import Tokenizer
+from router.starting import torch_hidden
+
+with torch_hidden():
+    tokenizer = Tokenizer.load("deploy/models/mesh-tiny")
+loaded = [name for name in sys.modules if name.split(".")[0] == "torch"]
+ids = tokenizer.encode("In the beginning, again and again 42.")
+text = tokenizer.decode(ids)
+chat = tokenizer._tokenizer.apply_chat_template(
+    [{"role": "user", "content": "a"}], chat_template="{{ messages[0].content }}!", tokenize=False
+)
+import torch
+print(json.dumps([loaded, ids, text, chat, torch.ones(2).sum().item()]))
+"""
+
+
+def test_a_gateway_loads_and_uses_tokenizers_without_torch_which_may_come_later() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", GATEWAY_STARTS], capture_output=True, timeout=60, check=True
+    )
+    loaded, ids, text, chat, total = json.loads(said.stdout)
+    tokenizer = Tokenizer.load("deploy/models/mesh-tiny")  # in this process, which has torch
+    assert loaded == []
+    assert ids == tokenizer.encode("In the beginning, again and again 42.")
+    assert text == "In the beginning, again and again 42."
+    assert (chat, total) == ("a!", 2.0)
+
+
+def test_torch_that_is_there_stays() -> None:
+    import torch
+
+    with torch_hidden():
+        assert sys.modules["torch"] is torch
+    assert sys.modules["torch"] is torch
