@@ -42,6 +42,7 @@ if [ -n "$quick" ]; then
   run load --rounds 1
   run serve --rounds 2
   run scaling --quick
+  run elastic --quick
   run failover --rounds 1 --seconds 20
   run simulate
   run diurnal --devices 2000 --routers 200 --hours 24
@@ -57,6 +58,7 @@ else
   run load
   run serve
   run scaling
+  run elastic
   run failover
   run simulate
   run diurnal
