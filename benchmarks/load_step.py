@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from benchmarks.devices import Product
     from cluster.load_status import LoadStatus
 
-PROMPT_TOKENS, ANSWER_TOKENS = 4, 12
+PROMPT_TOKENS, ANSWER_TOKENS = 2, 12
 PERIOD_S = 3.0
 """So often each client asks, on average: four tokens a second."""
 LOOK_S = 0.25

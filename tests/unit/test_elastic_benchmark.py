@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from copy import deepcopy
 from typing import Any
 from xml.etree import ElementTree
@@ -24,15 +23,21 @@ SVG = "{http://www.w3.org/2000/svg}"
     [(16, 8, [6, 3, 2, 1, 1, 1, 1, 1]), (3, 2, [2, 1]), (5, 1, [5]), (0, 3, [0, 0, 0])],
 )
 def test_kinds_are_as_frequent_as_zipf_says(total: int, kinds: int, expected: list[int]) -> None:
-    assert elastic.zipf_numbers(total, kinds) == expected
+    assert steered.zipf_numbers(total, kinds) == expected
 
 
-def test_zipf_streams_stay_at_their_expert_in_every_layer() -> None:
-    tokens = elastic.zipf_tokens()
-    assert all(steered.next_token(token) == token for token in tokens)
+def test_zipfs_cycle_has_experts_as_often_as_zipf_says_and_one_first_actor() -> None:
+    cycle = load_step.expected(steered.zipf_token(0), steered.ZIPF_CYCLE)
+    assert sorted(cycle) == list(range(steered.ZIPF_BEGIN, steered.VOCAB))
+    ranks = []
     for layer in range(steered.LAYERS):
-        numbers = Counter(steered.expert_of(layer, token) for token in tokens)
-        assert sorted(numbers.values(), reverse=True) == [6, 3, 2, 1, 1, 1, 1, 1]
+        # Expert e of layer l begins at actor (e + l) mod A.
+        actors = [(steered.expert_of(layer, token) + layer) % steered.EXPERTS for token in cycle]
+        assert [actors.count(rank) for rank in range(steered.EXPERTS)] == steered.zipf_numbers(
+            steered.ZIPF_CYCLE, steered.EXPERTS
+        )
+        ranks.append(actors)
+    assert ranks[0] != ranks[1]
 
 
 def test_what_must_come_after_a_token_is_the_models_own_next_ones() -> None:
@@ -110,7 +115,7 @@ def result() -> dict[str, Any]:
             "answers": 9,
             "failures": [],
             "served_s": {"standing": 1.0, "new": 5.0},
-            "gone_s": elastic.TARGETS["downscale_delay_s"] + elastic.GONE_S,
+            "gone_s": 2 * (elastic.TARGETS["downscale_delay_s"] + elastic.GONE_S),
             "actors": {"before": 2, "most": 4, "after": 2},
             "copies": {"before": 18, "most": 24, "after": 18},
             "come_s": 1.0,
