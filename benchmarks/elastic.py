@@ -4,7 +4,7 @@
         [--compare OLD.json] [--plot FOLDER]
 
 Serves a checkpoint whose tokens choose their experts themselves (``benchmarks.steered``) over
-expert actors that take an accelerator's time (``experts.emulate``). First 32 endless streams whose
+expert actors that take an accelerator's time (``experts.emulate``). First 64 endless streams whose
 tokens take experts as often as Zipf says: throughput with one copy of each expert, and with copies
 that follow the load. Then clients that ask for so many tokens a second: from one moment on four
 times as many, the new ones all for one expert, and later as few as before. Measured is how long it
@@ -39,9 +39,9 @@ from benchmarks.elastic_picture import picture
 from benchmarks.load_step import Plan, run_step
 from benchmarks.serve import Ports, served
 
-DEVICES, STREAMS, ROUTERS = 8, 32, 4
-"""A router has an expert's rows of one step computed by one copy, so copies serve several of
-them."""
+DEVICES, STREAMS, ROUTERS = 8, 64, 8
+"""Of Zipf's load. A router has all rows of one expert in one step computed by one copy, so there
+are several routers for copies to serve."""
 SECONDS, QUICK_SECONDS = 12.0, 6.0
 SETTLE_S = 8.0
 """What copies have to come before throughput is measured."""
@@ -52,7 +52,7 @@ BUDGET_BYTES = 10**8
 REBALANCE_S = 0.25
 LEAST_GAIN = 1.8
 
-ACTORS, MOST_ACTORS = 2, 6
+ACTORS, MOST_ACTORS, STEP_ROUTERS = 2, 6, 4
 STEP_BATCH_S, STEP_ROW_S = 0.010, 0.010
 TARGETS = {
     "min_actors": ACTORS,
@@ -75,10 +75,8 @@ def measure_zipf(ports: Ports, seconds: float) -> dict[str, Any]:
     """Return throughput and busy shares under Zipf's load, and how many copies there are."""
     from router.client import Client
 
-    tokens = [
-        steered.zipf_token(stream * steered.ZIPF_CYCLE // STREAMS) for stream in range(STREAMS)
-    ]
-    streams = scaling.Streams(ports, tokens)
+    apart = steered.ZIPF_CYCLE / STREAMS
+    streams = scaling.Streams(ports, [steered.zipf_token(int(apart * i)) for i in range(STREAMS)])
     try:
         streams.wait_started()
         time.sleep(SETTLE_S)
@@ -91,14 +89,14 @@ def measure_zipf(ports: Ports, seconds: float) -> dict[str, Any]:
     return measured
 
 
-def _application(folder: Path, experts: Mapping[str, Any]) -> Any:
+def _application(folder: Path, experts: Mapping[str, Any], routers: int) -> Any:
     from benchmarks.devices import RecordingController
     from router.app import application
 
     args = {
         "models": [{"id": MODEL, "path": str(folder)}],
         "experts": dict(experts),
-        "router": {"replicas": ROUTERS},
+        "router": {"replicas": routers},
     }
     return application(args, RecordingController)
 
@@ -138,10 +136,10 @@ def run(seconds: float, plan: Plan, seed: int) -> dict[str, Any]:
         steered.save(folder)
         for case, with_copies in (("one copy", False), ("copies follow", True)):
             begin(f"Zipf's load, {case}")
-            with served(partial(_application, folder, zipf_experts(with_copies))) as ports:
+            with served(partial(_application, folder, zipf_experts(with_copies), ROUTERS)) as ports:
                 result["zipf"][case] = measure_zipf(ports, seconds)
         begin("a load that steps")
-        with served(partial(_application, folder, step_experts())) as ports:
+        with served(partial(_application, folder, step_experts(), STEP_ROUTERS)) as ports:
             result["step"] = run_step(ports, plan, ACTORS, seed)
     alone, copied = (result["zipf"][case]["tokens_per_s"] for case in ("one copy", "copies follow"))
     result["gain"] = copied / alone
