@@ -49,7 +49,7 @@ BATCH_S, ROW_S = 0.005, 0.035
 """Of Zipf's devices; a row takes as long as in :mod:`benchmarks.scaling`."""
 BUDGET_BYTES = 10**8
 """For all experts, which are small, on each device."""
-REBALANCE_S = 0.25
+REBALANCE_S = 0.1
 LEAST_GAIN = 1.8
 
 ACTORS, MOST_ACTORS, STEP_ROUTERS = 2, 6, 4
