@@ -354,11 +354,13 @@ class Controller:
     def _heartbeat_period_s(self) -> float:
         """Return how often an actor is looked at: more often where load changes what is where.
 
+        As often as copies follow the load, which would else go by what they went by the last time.
         All looks together stay below :data:`MAX_LOOKS_PER_S`.
         """
         if self._rebalance_period_s is None and not self._elastic.follows_load:
             return HEARTBEAT_PERIOD_S
-        period_s = max(LOAD_PERIOD_S, len(self._fleet.specs) / MAX_LOOKS_PER_S)
+        period_s = min(LOAD_PERIOD_S, self._rebalance_period_s or LOAD_PERIOD_S)
+        period_s = max(period_s, len(self._fleet.specs) / MAX_LOOKS_PER_S)
         return min(HEARTBEAT_PERIOD_S, period_s)
 
     async def _heartbeat(self, actor_id: str, handle: ActorHandle) -> ActorReport:
