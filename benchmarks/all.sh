@@ -43,6 +43,7 @@ if [ -n "$quick" ]; then
   run start --rounds 1
   run serve --rounds 2
   run scaling --quick
+  run elastic --quick
   run failover --rounds 1 --seconds 20
   run simulate
   run diurnal --devices 2000 --routers 200 --hours 24
@@ -59,6 +60,7 @@ else
   run start
   run serve
   run scaling
+  run elastic
   run failover
   run simulate
   run diurnal

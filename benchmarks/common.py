@@ -190,6 +190,25 @@ def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
         yield begin
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One figure: what it is, what was measured, what was promised, and whether it is kept."""
+
+    figure: str
+    measured: str
+    promised: str
+    is_kept: bool
+
+
+def show_verdicts(title: str, verdicts: Sequence[Verdict]) -> None:
+    """Print what was promised, and what came of it."""
+    rows = [
+        (one.figure, one.measured, one.promised, "kept" if one.is_kept else "[red]missed[/red]")
+        for one in verdicts
+    ]
+    show(title, rows, ["figure", "measured", "promised", ""])
+
+
 Better = Literal["higher", "lower", "context"]
 """Which values of a figure are good; ``context`` is for what is not the project's own speed."""
 

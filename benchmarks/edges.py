@@ -17,13 +17,20 @@ import json
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import cancels, overload, stalls, validation
-from benchmarks.common import CACHE_TOKENS, MODEL, machine, progress, show
+from benchmarks.common import (
+    CACHE_TOKENS,
+    MODEL,
+    Verdict,
+    machine,
+    progress,
+    show,
+    show_verdicts,
+)
 from benchmarks.held import METRICS, RAYS, above
 from benchmarks.open_loop import ANSWERED, SHED
 
@@ -41,16 +48,6 @@ VALIDATION_US, ID_US = 50.0, 0.1
 """Of a request with few token ids; and of each id of a long prompt, all of which are looked at."""
 GROWTH_SHARE, GROWTH_MB, GROWTH_FDS = 0.05, 16.0, 16.0
 """A process may hold so much more after clients have left; as :mod:`benchmarks.soak` judges."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """One figure: what it is, what was measured, what was promised, and whether it is kept."""
-
-    figure: str
-    measured: str
-    promised: str
-    is_kept: bool
 
 
 def overload_verdicts(result: Mapping[str, Any]) -> list[Verdict]:
@@ -223,11 +220,7 @@ def report(result: Mapping[str, Any]) -> None:
             for name, value in memory["with"].items()
         ]
         show("memory, MB", rows, ["process", "nobody stalls", f"{result['stalls']['readers']} do"])
-    rows = [
-        (one.figure, one.measured, one.promised, "kept" if one.is_kept else "[red]missed[/red]")
-        for one in judge(result)
-    ]
-    show("edges", rows, ["figure", "measured", "promised", ""])
+    show_verdicts("edges", judge(result))
 
 
 def _report_overload(result: Mapping[str, Any]) -> None:

@@ -8,12 +8,16 @@ tokens of its own, so that a row tells whose it is wherever it is seen.
   one for each stream in turn.
 - ``one``: as that, but the same expert for all streams.
 - ``spread``: a stream goes through a cycle of tokens, each of which takes any expert in each layer.
+
+Beside these there is one cycle for all streams, in which experts are as frequent as Zipf says, and
+the same actor begins with the most popular one of every layer.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +27,10 @@ STREAMS = 16
 EXPERTS = 8
 LAYERS = 2
 CYCLE = 14
-VOCAB = 1 + STREAMS * (2 + CYCLE)
-HIDDEN = 264
+ZIPF_CYCLE = 48
+ZIPF_BEGIN = 1 + STREAMS * (2 + CYCLE)
+VOCAB = ZIPF_BEGIN + ZIPF_CYCLE
+HIDDEN = 312
 HEADS = 4
 MAX_LENGTH = 4096
 STRENGTH = 8.0
@@ -36,8 +42,36 @@ def first_token(traffic: Traffic, stream: int) -> int:
     return begins[traffic] + stream * (CYCLE if traffic == "spread" else 1)
 
 
+def zipf_token(place: int) -> int:
+    """Return the token at a place of Zipf's cycle, which goes on for ever."""
+    return ZIPF_BEGIN + place % ZIPF_CYCLE
+
+
+def zipf_numbers(total: int, kinds: int) -> list[int]:
+    """Return how many of ``total`` are of each kind, the k-th being as frequent as 1/k.
+
+    What is left after rounding down goes to those that lost most by it.
+    """
+    weights = [1 / (kind + 1) for kind in range(kinds)]
+    exact = [total * weight / sum(weights) for weight in weights]
+    numbers = [int(one) for one in exact]
+    by_loss = sorted(range(kinds), key=lambda kind: numbers[kind] - exact[kind])
+    for kind in by_loss[: total - sum(numbers)]:
+        numbers[kind] += 1
+    return numbers
+
+
+@cache
+def _zipf_ranks(layer: int) -> list[int]:
+    """Return the rank of the expert that each place of Zipf's cycle takes in a layer."""
+    numbers = zipf_numbers(ZIPF_CYCLE, EXPERTS)
+    ranks = [rank for rank, number in enumerate(numbers) for _ in range(number)]
+    random.Random(f"zipf {layer}").shuffle(ranks)
+    return ranks
+
+
 def stream_of(token: int) -> int:
-    """Return the stream that a token belongs to."""
+    """Return the stream that a token belongs to, if it is none of Zipf's."""
     place = token - 1
     return place % STREAMS if place < 2 * STREAMS else (place - 2 * STREAMS) // CYCLE
 
@@ -47,6 +81,8 @@ def next_token(token: int) -> int:
     begin = first_token("spread", 0)
     if token < begin:
         return token
+    if token >= ZIPF_BEGIN:
+        return zipf_token(token - ZIPF_BEGIN + 1)
     cycle, place = divmod(token - begin, CYCLE)
     return begin + cycle * CYCLE + (place + 1) % CYCLE
 
@@ -60,6 +96,8 @@ def expert_of(layer: int, token: int) -> int:
         return (stream_of(token) - layer) % EXPERTS
     if token < first_token("spread", 0):
         return -layer % EXPERTS
+    if token >= ZIPF_BEGIN:
+        return (_zipf_ranks(layer)[token - ZIPF_BEGIN] - layer) % EXPERTS
     return random.Random(f"{layer} {token}").randrange(EXPERTS)
 
 

@@ -102,6 +102,10 @@ class Cluster(Protocol):
         """Bring up an actor that has joined the fleet; returns at once."""
         ...
 
+    def joined(self) -> None:
+        """Note that an actor which stood by is in use now."""
+        ...
+
     async def end(self, actor_id: str) -> None:
         """End an actor that holds nothing any more, and take it out of the fleet."""
         ...

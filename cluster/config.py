@@ -108,7 +108,9 @@ class ActorScalingConfig(_Section):
 
     One more comes when devices were busy for more than ``target_busy`` of the time, or frames
     waited longer than ``target_queue_s``, for ``upscale_delay_s``; one goes when fewer would have
-    been enough for ``downscale_delay_s``. With ``dry_run`` that is only logged and told.
+    been enough for ``downscale_delay_s``. ``standby_actors`` beyond them, as far as ``max_actors``
+    allows, are started and hold nothing, so that the next ones need no start: they keep their
+    devices. With ``dry_run`` what would be is only logged and told.
     """
 
     min_actors: int = Field(ge=1, le=1000)
@@ -117,6 +119,7 @@ class ActorScalingConfig(_Section):
     target_queue_s: float = Field(default=0.02, gt=0, le=60)
     upscale_delay_s: float = Field(default=5.0, ge=0, le=86_400)
     downscale_delay_s: float = Field(default=120.0, ge=0, le=86_400)
+    standby_actors: int = Field(default=0, ge=0, le=1000)
     dry_run: bool = False
 
     @field_validator("max_actors")

@@ -158,13 +158,18 @@ class Controller:
 
     def _assign(self) -> dict[str, list[ExpertKey]]:
         # An actor that is new to the pool is to get a share of what the others hold.
-        actor_ids = list(self._fleet.specs)
+        actor_ids = self._fleet.in_use()
         is_same_pool = all(self._last_generation.get(a, 0) > 0 for a in actor_ids)
         held = self._adopted if is_same_pool else {}
-        budgets_bytes = self._fleet.budgets_bytes
-        return assign_experts(
-            self._models, actor_ids, budgets_bytes, self._min_copies, self._nodes, held
+        shares = assign_experts(
+            self._models,
+            actor_ids,
+            self._fleet.budgets_bytes,
+            self._min_copies,
+            self._nodes,
+            held,
         )
+        return {**shares, **{actor_id: [] for actor_id in self._fleet.standby}}
 
     async def _start_all(self) -> dict[str, ActorHandle]:
         """Create all actors, and learn where Ray puts them.
@@ -349,11 +354,13 @@ class Controller:
     def _heartbeat_period_s(self) -> float:
         """Return how often an actor is looked at: more often where load changes what is where.
 
+        As often as copies follow the load, which would else go by what they went by the last time.
         All looks together stay below :data:`MAX_LOOKS_PER_S`.
         """
         if self._rebalance_period_s is None and not self._elastic.follows_load:
             return HEARTBEAT_PERIOD_S
-        period_s = max(LOAD_PERIOD_S, len(self._fleet.specs) / MAX_LOOKS_PER_S)
+        period_s = min(LOAD_PERIOD_S, self._rebalance_period_s or LOAD_PERIOD_S)
+        period_s = max(period_s, len(self._fleet.specs) / MAX_LOOKS_PER_S)
         return min(HEARTBEAT_PERIOD_S, period_s)
 
     async def _heartbeat(self, actor_id: str, handle: ActorHandle) -> ActorReport:
@@ -557,6 +564,9 @@ class _Cluster:
 
     def begin(self, actor_id: str) -> None:
         self._controller._start_keeping(actor_id)
+
+    def joined(self) -> None:
+        self._controller._write_ledger()
 
     async def end(self, actor_id: str) -> None:
         await self._controller._stop_keeping(actor_id)

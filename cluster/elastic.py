@@ -3,7 +3,8 @@
 More: actors join the fleet, Ray is asked for their devices, and once they are up experts are spread
 over them too. Fewer: a committed change moves an actor's experts to others, and then it ends. What
 fails leaves an actor with a part of its experts, and in the fleet. Actors on a node that Ray is
-about to take away get successors elsewhere first, and are emptied in the same way.
+about to take away get successors elsewhere first, and are emptied in the same way. Where a pool
+has some stand by, those are taken first, and others are started in their place.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
 from cluster.balance import Device
 from cluster.changes import Change, Changes, Cluster
@@ -24,6 +25,7 @@ from cluster.load_status import ChangeReport, Move
 from cluster.placement import ExpertKey, ModelExperts
 from cluster.rebalance import Rebalancer, Spread
 from cluster.scaling import BusyMeter, ScalingPolicy, Wanted
+from cluster.standby import Standby
 
 LOOK_S = 0.25
 DRAINING_CHECK_S = 1.0
@@ -62,6 +64,7 @@ class Elastic:
         self._cluster = cluster
         self._changes = changes
         self._rebalancer = rebalancer
+        self._standby = Standby(fleet, cluster, changes)
         self._one_at_a_time = asyncio.Lock()
         self._policies = {
             name: ScalingPolicy(pool.autoscaling)
@@ -175,7 +178,7 @@ class Elastic:
         least, most = 0, MOST_ACTORS
         if targets is not None:
             least, most = targets.min_actors, targets.max_actors
-        others = len(self._fleet.specs) - before
+        others = len(self._fleet.in_use()) - before
         least = max(least, self._min_copies - others, 1 - others)
         if not least <= number <= most:
             raise InvalidRequestError(
@@ -231,13 +234,12 @@ class Elastic:
             spread = Spread(f"pending: {', '.join(away)}: {why}", spread.moves, spread.moved_bytes)
         return self._report(what, reason, spread, added, (), began_s)
 
-    def _begin(self, pools: Sequence[str]) -> list[str]:
-        """Let an actor join each of the pools, as often as it is named, and ask Ray for them."""
-        added = [self._fleet.add(pool) for pool in pools]
-        for actor_id in added:
-            self._changes.shares[actor_id] = []
-            self._cluster.begin(actor_id)
-        return added
+    def _begin(self, pools: Sequence[str], apart_from: Collection[str] = ()) -> list[str]:
+        """Let an actor join each of the pools, as often as it is named.
+
+        That is one that stands by, on none of the nodes ``apart_from``; without any Ray is asked.
+        """
+        return [self._standby.take(pool, apart_from) or self._standby.start(pool) for pool in pools]
 
     async def _wait_up(self, actor_ids: Sequence[str], timeout_s: float) -> list[str]:
         """Return which of the actors are up, after all are or the time is over."""
@@ -316,6 +318,7 @@ class Elastic:
         await asyncio.gather(
             _forever(self._follow_load, LOOK_S),
             _forever(self._fill_empty, LOOK_S),
+            _forever(self._keep_standby, LOOK_S),
             _forever(self._leave_nodes, DRAINING_CHECK_S),
         )
 
@@ -361,6 +364,7 @@ class Elastic:
             if not share
             and actor_id in generations
             and actor_id not in self._awaited
+            and actor_id not in self._fleet.standby
             and (actor_id, generations[actor_id]) not in self._filled
         ]
         began_s = time.monotonic()
@@ -371,6 +375,13 @@ class Elastic:
             if spread.outcome == "committed":
                 what = f"{', '.join(empty)} came up"
                 self._report(what, "waited for", spread, empty, (), began_s)
+
+    async def _keep_standby(self) -> None:
+        """Have as many actors stand by as each pool wants, once all experts are there."""
+        if self._one_at_a_time.locked() or self._cluster.placement.missing():
+            return
+        async with self._one_at_a_time:
+            await self._standby.keep()
 
     async def _leave_nodes(self) -> None:
         """Empty actors whose node Ray is about to take away, after asking for successors."""
@@ -385,9 +396,12 @@ class Elastic:
             return
         async with self._one_at_a_time:
             leaving = [actor_id for actor_id in leaving if actor_id in self._fleet.specs]
-            without = [actor_id for actor_id in leaving if actor_id not in self._succeeded]
+            # Who stands by there ends, and another one is started elsewhere in time.
+            has_one = self._succeeded | self._fleet.standby
+            without = [actor_id for actor_id in leaving if actor_id not in has_one]
             began_s = time.monotonic()
-            added = self._begin([self._fleet.pool_of[actor_id] for actor_id in without])
+            pools = [self._fleet.pool_of[actor_id] for actor_id in without]
+            added = self._begin(pools, draining)
             self._succeeded |= set(without)
             up = await self._wait_up(added, SUCCESSOR_TIMEOUT_S)
             generations = self._cluster.placement.generations

@@ -11,16 +11,21 @@ from cluster.spec import ActorSpec, PoolSpec, budgets_of
 
 @dataclass(frozen=True, slots=True)
 class PoolMembers:
-    """A pool's actors, and how many the configuration asked for when they were written down."""
+    """A pool's actors, and how many the configuration asked for when they were written down.
+
+    Those that stand by are told apart.
+    """
 
     configured: int
     actors: tuple[str, ...]
+    standby: tuple[str, ...] = ()
 
 
 class Fleet:
     """Who belongs to it, and what each is made of and may hold.
 
-    ``specs``, ``pool_of`` and ``budgets_bytes`` are by actor, and change with it.
+    ``specs``, ``pool_of`` and ``budgets_bytes`` are by actor, and change with it. Actors on
+    ``standby`` are started like others, and get no experts until they are taken into use.
     """
 
     def __init__(self, pools: Sequence[PoolSpec]) -> None:
@@ -28,14 +33,23 @@ class Fleet:
         self.pools = {pool.name: pool for pool in pools}
         self.specs: dict[str, ActorSpec] = {}
         self.pool_of: dict[str, str] = {}
+        self.standby: set[str] = set()
         self.budgets_bytes: dict[str, int] | None = None if budgets_of(pools) is None else {}
         for pool in pools:
             for actor_id in pool.actor_ids():
                 self._join(actor_id, pool)
 
     def of(self, pool: str) -> list[str]:
-        """Return a pool's actors, in the order in which they joined."""
-        return [actor_id for actor_id, name in self.pool_of.items() if name == pool]
+        """Return a pool's actors in use, in the order in which they joined."""
+        return [a for a, name in self.pool_of.items() if name == pool and a not in self.standby]
+
+    def standby_of(self, pool: str) -> list[str]:
+        """Return a pool's actors that stand by, in the order in which they joined."""
+        return [a for a, name in self.pool_of.items() if name == pool and a in self.standby]
+
+    def in_use(self) -> list[str]:
+        """Return all actors but those that stand by."""
+        return [actor_id for actor_id in self.specs if actor_id not in self.standby]
 
     def pool_named(self, name: str) -> PoolSpec:
         """Return a pool; the only one where no name is given.
@@ -50,17 +64,26 @@ class Fleet:
             f"must be one of {', '.join(self.pools)} (given: {name!r:.80})", "pool"
         )
 
-    def add(self, pool: str) -> str:
+    def add(self, pool: str, is_standby: bool = False) -> str:
         """Let one more actor join a pool; returns its id, the first that is free."""
         number = 0
         while f"{pool}-{number}" in self.specs:
             number += 1
         actor_id = f"{pool}-{number}"
         self._join(actor_id, self.pools[pool])
+        if is_standby:
+            self.standby.add(actor_id)
         return actor_id
+
+    def take_into_use(self, actor_id: str) -> None:
+        """Have an actor stand by no more; it counts as one that joins now."""
+        self.standby.remove(actor_id)
+        self.specs[actor_id] = self.specs.pop(actor_id)
+        self.pool_of[actor_id] = self.pool_of.pop(actor_id)
 
     def remove(self, actor_id: str) -> None:
         """Let an actor leave."""
+        self.standby.discard(actor_id)
         del self.specs[actor_id], self.pool_of[actor_id]
         if self.budgets_bytes is not None:
             del self.budgets_bytes[actor_id]
@@ -68,7 +91,7 @@ class Fleet:
     def members(self) -> dict[str, PoolMembers]:
         """Return who is there, as :meth:`resume` takes it."""
         return {
-            name: PoolMembers(pool.num_actors, tuple(self.of(name)))
+            name: PoolMembers(pool.num_actors, tuple(self.of(name)), tuple(self.standby_of(name)))
             for name, pool in self.pools.items()
         }
 
@@ -76,7 +99,7 @@ class Fleet:
         """Go on from what an earlier controller wrote down.
 
         A pool whose number of actors was configured anew since has that many, one that follows its
-        load stays in its bounds; those who were there come first.
+        load stays in its bounds; those who were there come first, then those who stood by.
         """
         for name, pool in self.pools.items():
             before = kept.get(name)
@@ -88,10 +111,15 @@ class Fleet:
                 number = pool.autoscaling.bounded(number)
             for actor_id in self.of(name):
                 self.remove(actor_id)
-            for actor_id in before.actors[:number]:
+            known = (*before.actors, *before.standby)
+            for actor_id in known[:number]:
                 self._join(actor_id, pool)
             while len(self.of(name)) < number:
                 self.add(name)
+            for actor_id in before.standby:
+                if actor_id not in self.specs:
+                    self._join(actor_id, pool)
+                    self.standby.add(actor_id)
 
     def _join(self, actor_id: str, pool: PoolSpec) -> None:
         self.specs[actor_id], self.pool_of[actor_id] = pool.actor, pool.name

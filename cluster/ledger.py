@@ -41,7 +41,9 @@ class Ledger:
         """Rebuild a ledger from :meth:`to_json`."""
         told = json.loads(text)
         pools = {
-            name: PoolMembers(one["configured"], tuple(one["actors"]))
+            name: PoolMembers(
+                one["configured"], tuple(one["actors"]), tuple(one.get("standby", ()))
+            )
             for name, one in told.pop("pools", {}).items()
         }
         return cls(**told, pools=pools)

@@ -194,7 +194,7 @@ class Rebalancer:
 
         Where some are, or with ``is_any_room``, devices without a budget have room for anything.
         Raises :class:`UnavailableError` while another that is to hold some is away, or copies are
-        missing. Who was to hold nothing and has not come up yet is left out.
+        missing. Who was to hold nothing and has not come up yet, or stands by, is left out.
         """
         placement, shares = self._cluster.placement, self._changes.shares
         away = [a for a in shares if a not in placement.generations]
@@ -213,7 +213,7 @@ class Rebalancer:
                 speeds.get(actor_id, usual),
             )
             for actor_id in shares
-            if actor_id not in away and actor_id not in leaving
+            if actor_id not in (*away, *leaving) and actor_id not in self._fleet.standby
         ]
 
     def room_bytes(self, pool: str, is_any: bool = False) -> float:
@@ -293,9 +293,10 @@ class Rebalancer:
             if actor_id in placement.generations
         ]
         balance = Balance(1.0, 1.0)
-        if living:
-            held = {device.actor_id: reports[device.actor_id].experts for device in living}
-            balance = balance_of(self._models, living, rates, held)
+        used = [device for device in living if device.actor_id not in self._fleet.standby]
+        if used:
+            held = {device.actor_id: reports[device.actor_id].experts for device in used}
+            balance = balance_of(self._models, used, rates, held)
         return LoadStatus(
             window_s=WINDOW_S,
             layers_balance=balance.layers,

@@ -71,6 +71,13 @@ def wanted_actors(targets: ScalingTargets, num_actors: int, signals: Signals) ->
     return Wanted(bounded, f"{told}, {queue}")
 
 
+def wanted_standby(targets: ScalingTargets, num_actors: int) -> int:
+    """Return how many more actors are to be started and hold nothing, beside those in use."""
+    if targets.dry_run:
+        return 0
+    return max(0, min(targets.standby_actors, targets.max_actors - num_actors))
+
+
 def _ceil(number: float) -> int:
     return max(math.ceil(number - 1e-9), 0)
 

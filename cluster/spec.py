@@ -79,8 +79,9 @@ class ScalingTargets:
     """How a pool follows its load, and its bounds.
 
     ``target_busy`` is the share of its time in which a device is to compute, ``target_queue_s`` how
-    long a frame may wait in the actor where it waits longest. With ``dry_run`` decisions are told,
-    and nothing is done.
+    long a frame may wait in the actor where it waits longest. ``standby_actors`` are started beyond
+    those that hold experts, within ``max_actors``, and wait for a load that needs them. With
+    ``dry_run`` decisions are told, and nothing is done.
     """
 
     min_actors: int
@@ -89,6 +90,7 @@ class ScalingTargets:
     target_queue_s: float
     upscale_delay_s: float
     downscale_delay_s: float
+    standby_actors: int = 0
     dry_run: bool = False
 
     def bounded(self, num_actors: int) -> int:

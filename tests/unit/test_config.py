@@ -343,10 +343,10 @@ def test_each_pool_follows_its_load_within_its_own_bounds(folder: Path) -> None:
     assert gpu.autoscaling is None
     assert cpu.autoscaling == ScalingTargets(1, 4, 0.6, 0.02, 5.0, 120.0)
     assert [cpu.autoscaling.bounded(n) for n in (0, 1, 3, 9)] == [1, 1, 3, 4]
-    told = {**BOUNDS, "target_busy": 0.5, "downscale_delay_s": 9, "dry_run": True}
+    told = {**BOUNDS, "target_busy": 0.5, "standby_actors": 2, "dry_run": True}
     config = config_of(folder, experts={"actors": 4, "autoscaling": told})
     [pool] = pool_specs(config.experts, inspect_models(config))
-    assert pool.autoscaling == ScalingTargets(1, 4, 0.5, 0.02, 5.0, 9.0, dry_run=True)
+    assert pool.autoscaling == ScalingTargets(1, 4, 0.5, 0.02, 5.0, 120.0, 2, dry_run=True)
     assert parse_args(config.effective()) == config
 
 

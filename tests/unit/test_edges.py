@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import edges
+from benchmarks.common import Verdict
 from benchmarks.held import METRICS, RAYS, above, total
 
 
@@ -45,7 +46,7 @@ GOOD: dict[str, Any] = {
 }
 
 
-def missed(part: str, change: dict[str, Any]) -> list[edges.Verdict]:
+def missed(part: str, change: dict[str, Any]) -> list[Verdict]:
     changed = deepcopy(GOOD)
     changed[part] |= change
     return [one for one in edges.judge(changed) if not one.is_kept]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cluster import controller as controller_module
 from cluster import rebalance as rebalance_module
 from cluster.balance import Plan, plan_copies
 from cluster.batches import batches
@@ -206,3 +207,19 @@ def test_what_has_not_come_up_is_not_rebalanced() -> None:
             await cluster.controller._rebalancer.rebalance()
 
     run(test)
+
+
+@pytest.mark.parametrize(
+    ("rebalance_period_s", "num_actors", "expected_s"),
+    [(None, 2, 1.0), (60.0, 2, 0.25), (0.1, 2, 0.1), (0.1, 80, 0.2), (0.1, 1000, 1.0)],
+)
+def test_actors_are_looked_at_as_often_as_copies_follow_the_load(
+    monkeypatch: pytest.MonkeyPatch,
+    rebalance_period_s: float | None,
+    num_actors: int,
+    expected_s: float,
+) -> None:
+    monkeypatch.setattr(controller_module, "HEARTBEAT_PERIOD_S", 1.0)
+    controller = Cluster(num_actors).controller
+    controller._rebalance_period_s = rebalance_period_s
+    assert controller._heartbeat_period_s() == pytest.approx(expected_s)

@@ -1,0 +1,249 @@
+"""Copies and actors that follow the load, on emulated devices, in the whole deployment.
+
+    python -m benchmarks.elastic [--seconds 12] [--quick] [--seed N] [--json FILE]
+        [--compare OLD.json] [--plot FOLDER]
+
+Serves a checkpoint whose tokens choose their experts themselves (``benchmarks.steered``) over
+expert actors that take an accelerator's time (``experts.emulate``). First 64 endless streams whose
+tokens take experts as often as Zipf says: throughput with one copy of each expert, and with copies
+that follow the load. Then clients that ask for so many tokens a second: from one moment on four
+times as many, the new ones all for one expert, and later as few as before. Measured is how long it
+takes until a new copy serves on an actor that was there, and on one that was not, and until copies
+and actors are gone again. The exit status is 1 when a figure is missed or a request failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks import scaling, steered
+from benchmarks.common import (
+    MODEL,
+    Figure,
+    Verdict,
+    finish,
+    machine,
+    output_options,
+    progress,
+    show,
+    show_verdicts,
+)
+from benchmarks.elastic_picture import picture
+from benchmarks.load_step import Plan, run_step
+from benchmarks.serve import Ports, served
+
+DEVICES, STREAMS, ROUTERS = 8, 64, 8
+"""Of Zipf's load. A router has all rows of one expert in one step computed by one copy, so there
+are several routers for copies to serve."""
+SECONDS, QUICK_SECONDS = 12.0, 6.0
+SETTLE_S = 8.0
+"""What copies have to come before throughput is measured."""
+BATCH_S, ROW_S = 0.005, 0.035
+"""Of Zipf's devices; a row takes as long as in :mod:`benchmarks.scaling`."""
+BUDGET_BYTES = 10**8
+"""For all experts, which are small, on each device."""
+REBALANCE_S = 0.1
+LEAST_GAIN = 1.8
+
+ACTORS, MOST_ACTORS, STEP_ROUTERS = 2, 6, 4
+STEP_BATCH_S, STEP_ROW_S = 0.010, 0.010
+TARGETS = {
+    "min_actors": ACTORS,
+    "max_actors": MOST_ACTORS,
+    "target_busy": 0.7,
+    "target_queue_s": 0.060,
+    "upscale_delay_s": 0.5,
+    "downscale_delay_s": 10.0,
+    "standby_actors": 2,
+}
+NEW_COPY_S, NEW_ACTOR_S = 1.0, 5.0
+GONE_S = 3.0
+"""So long beyond ``downscale_delay_s`` an actor may take to be seen idle and to be emptied; each
+may wait for that delay anew, since what the others do meanwhile is looked at first."""
+PLAN = Plan(base=4, crowd=12, base_s=15, crowd_s=40, after_s=5, leave_timeout_s=60)
+QUICK_PLAN = Plan(base=4, crowd=12, base_s=12, crowd_s=25, after_s=3, leave_timeout_s=60)
+
+
+def measure_zipf(ports: Ports, seconds: float) -> dict[str, Any]:
+    """Return throughput and busy shares under Zipf's load, and how many copies there are."""
+    from router.client import Client
+
+    apart = steered.ZIPF_CYCLE / STREAMS
+    streams = scaling.Streams(ports, [steered.zipf_token(int(apart * i)) for i in range(STREAMS)])
+    try:
+        streams.wait_started()
+        time.sleep(SETTLE_S)
+        measured = scaling.measure_streams(streams, seconds)
+    finally:
+        streams.stop()
+    with Client(ports.grpc_address) as client:
+        measured["copies"] = sum(len(one.actors) for one in client.load().experts)
+    del measured["lines"]
+    return measured
+
+
+def _application(folder: Path, experts: Mapping[str, Any], routers: int) -> Any:
+    from benchmarks.devices import RecordingController
+    from router.app import application
+
+    args = {
+        "models": [{"id": MODEL, "path": str(folder)}],
+        "experts": dict(experts),
+        "router": {"replicas": routers},
+    }
+    return application(args, RecordingController)
+
+
+def zipf_experts(with_copies: bool) -> dict[str, Any]:
+    """Return the configuration of the experts, whose copies follow the load or not."""
+    emulate = {"batch_s": BATCH_S, "row_s": ROW_S}
+    experts: dict[str, Any] = {"actors": DEVICES, "emulate": emulate}
+    if with_copies:
+        experts |= {"memory_budget_bytes": BUDGET_BYTES, "rebalance_period_s": REBALANCE_S}
+    return experts
+
+
+def step_experts() -> dict[str, Any]:
+    """Return the configuration of the experts under the load that steps."""
+    return {
+        "actors": ACTORS,
+        "emulate": {"batch_s": STEP_BATCH_S, "row_s": STEP_ROW_S},
+        "memory_budget_bytes": BUDGET_BYTES,
+        "rebalance_period_s": REBALANCE_S,
+        "autoscaling": TARGETS,
+    }
+
+
+def run(seconds: float, plan: Plan, seed: int) -> dict[str, Any]:
+    """Run the whole benchmark; returns what ``--json`` writes."""
+    result: dict[str, Any] = {
+        "benchmark": "elastic",
+        "machine": machine(),
+        "actors": {"zipf": DEVICES, "least": ACTORS, "most": MOST_ACTORS},
+        "clients": {"streams": STREAMS, "before": plan.base, "crowd": plan.crowd},
+        "targets": TARGETS,
+        "zipf": {},
+    }
+    with tempfile.TemporaryDirectory() as name, progress("elastic", 3) as begin:
+        folder = Path(name)
+        steered.save(folder)
+        for case, with_copies in (("one copy", False), ("copies follow", True)):
+            begin(f"Zipf's load, {case}")
+            with served(partial(_application, folder, zipf_experts(with_copies), ROUTERS)) as ports:
+                result["zipf"][case] = measure_zipf(ports, seconds)
+        begin("a load that steps")
+        with served(partial(_application, folder, step_experts(), STEP_ROUTERS)) as ports:
+            result["step"] = run_step(ports, plan, ACTORS, seed)
+    alone, copied = (result["zipf"][case]["tokens_per_s"] for case in ("one copy", "copies follow"))
+    result["gain"] = copied / alone
+    return result
+
+
+def judge(result: Mapping[str, Any]) -> list[Verdict]:
+    """Judge every figure that is promised."""
+    step = result["step"]
+    return [
+        Verdict(
+            "throughput under Zipf's load, over that with one copy of each expert",
+            f"{result['gain']:.2f}",
+            f"at least {LEAST_GAIN:g}",
+            result["gain"] >= LEAST_GAIN,
+        ),
+        _within(
+            "a new copy serves, on an actor that was there",
+            step["served_s"]["standing"],
+            NEW_COPY_S,
+        ),
+        _within("a copy on a new actor serves", step["served_s"]["new"], NEW_ACTOR_S),
+        _within(
+            "actors and their copies are gone after the load",
+            step["gone_s"],
+            (step["actors"]["most"] - result["targets"]["min_actors"])
+            * (result["targets"]["downscale_delay_s"] + GONE_S),
+        ),
+        Verdict(
+            "failed or wrong answers",
+            f"{len(step['failures'])} of {step['answers'] + len(step['failures'])}",
+            "none",
+            not step["failures"],
+        ),
+    ]
+
+
+def _within(figure: str, took_s: float | None, most_s: float) -> Verdict:
+    told = "never" if took_s is None else f"after {took_s:.2f} s"
+    return Verdict(figure, told, f"within {most_s:g} s", took_s is not None and took_s <= most_s)
+
+
+def comparable(result: Mapping[str, Any]) -> dict[str, Figure]:
+    """Return the figures that runs are compared by; times that never ended are left out."""
+    figures = {
+        f"Zipf, {case}, tokens/s": Figure(one["tokens_per_s"], "higher")
+        for case, one in result["zipf"].items()
+    }
+    figures["Zipf, gain"] = Figure(result["gain"], "higher")
+    step = result["step"]
+    for name, took_s in (*step["served_s"].items(), ("gone", step["gone_s"])):
+        if took_s is not None:
+            # How looks and periods lie to each other is chance, by more than the tolerance.
+            figures[f"step, {name}, s"] = Figure(took_s, "context")
+    return figures
+
+
+def report(result: Mapping[str, Any]) -> None:
+    """Print the tables and the verdicts."""
+    rows = [
+        (
+            case,
+            f"{one['tokens_per_s']:.1f}",
+            f"{one['tokens_per_s'] / result['zipf']['one copy']['tokens_per_s']:.2f}",
+            str(one["copies"]),
+            f"{max(one['busy'].values()):.1%}",
+            f"{min(one['busy'].values()):.1%}",
+            f"{one['cores_used']:.2f}",
+        )
+        for case, one in result["zipf"].items()
+    ]
+    columns = ["", "tok/s", "gain", "copies", "busiest device", "least busy", "cores used"]
+    show(f"Zipf's load: {STREAMS} streams, {DEVICES} devices", rows, columns)
+    step = result["step"]
+    rows = [
+        (phase, *("" if ms is None else f"{ms:.0f}" for ms in times.values()))
+        for phase, times in step["phases"].items()
+    ]
+    show("time between tokens, ms", rows, ["", "p50", "p99"])
+    for what in ("actors", "copies"):
+        told = ", ".join(f"{when} {number}" for when, number in step[what].items())
+        print(f"{what.capitalize()}: {told}.")
+    for failure in step["failures"][:5]:
+        print(failure)
+    show_verdicts("elastic", judge(result))
+
+
+def main() -> int:
+    """Parse the command line and run; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, help="how long each of Zipf's cases is measured")
+    parser.add_argument("--quick", action="store_true", help="6 seconds, and a shorter crowd")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed has the same pauses")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="write the picture here")
+    output_options(parser)
+    options = parser.parse_args()
+    seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
+    result = run(seconds, QUICK_PLAN if options.quick else PLAN, options.seed)
+    report(result)
+    if options.plot is not None:
+        (options.plot / "elastic.svg").write_text(picture(result["step"]), encoding="utf-8")
+    missed = not all(one.is_kept for one in judge(result))
+    return max(finish(result, comparable(result), options), int(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""The pure parts of the benchmark of elasticity: Zipf's load, what is made of looks, verdicts."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from benchmarks import elastic, load_step, steered
+from benchmarks.devices import Product
+from benchmarks.elastic_picture import picture
+from benchmarks.load_step import Look
+from benchmarks.serve import Timed
+from cluster.load_status import DeviceStatus, ExpertLoad, LoadStatus
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.mark.parametrize(
+    ("total", "kinds", "expected"),
+    [(16, 8, [6, 3, 2, 1, 1, 1, 1, 1]), (3, 2, [2, 1]), (5, 1, [5]), (0, 3, [0, 0, 0])],
+)
+def test_kinds_are_as_frequent_as_zipf_says(total: int, kinds: int, expected: list[int]) -> None:
+    assert steered.zipf_numbers(total, kinds) == expected
+
+
+def test_zipfs_cycle_has_experts_as_often_as_zipf_says_and_one_first_actor() -> None:
+    cycle = load_step.expected(steered.zipf_token(0), steered.ZIPF_CYCLE)
+    assert sorted(cycle) == list(range(steered.ZIPF_BEGIN, steered.VOCAB))
+    ranks = []
+    for layer in range(steered.LAYERS):
+        # Expert e of layer l begins at actor (e + l) mod A.
+        actors = [(steered.expert_of(layer, token) + layer) % steered.EXPERTS for token in cycle]
+        assert [actors.count(rank) for rank in range(steered.EXPERTS)] == steered.zipf_numbers(
+            steered.ZIPF_CYCLE, steered.EXPERTS
+        )
+        ranks.append(actors)
+    assert ranks[0] != ranks[1]
+
+
+def test_what_must_come_after_a_token_is_the_models_own_next_ones() -> None:
+    own, cycled = steered.first_token("own", 3), steered.first_token("spread", 3)
+    assert load_step.expected(own, 3) == [own] * 3
+    assert load_step.expected(cycled, steered.CYCLE)[-1] == cycled
+
+
+def look(at_s: float, *actors: str, layer: int = 0) -> Look:
+    return Look(at_s, frozenset((actor, layer, 0) for actor in actors), 0)
+
+
+def test_a_look_tells_who_holds_what_and_who_holds_nothing() -> None:
+    devices = [DeviceStatus(actor, "n", 1, 0.0, 0.0, 0.0) for actor in ("a", "b", "c")]
+    experts = (ExpertLoad("m", 0, 1, 0.0, ("a", "b")), ExpertLoad("m", 1, 1, 0.0, ("a",)))
+    seen = load_step.look_of(LoadStatus(30.0, 1.0, 1.0, tuple(devices), experts, ()), 7.0)
+    assert seen == Look(7.0, frozenset({("a", 0, 1), ("b", 0, 1), ("a", 1, 1)}), 1)
+    assert seen.actors == {"a", "b"}
+
+
+def product(expert: int, start_s: float) -> Product:
+    return Product(0, expert, (1,), start_s, start_s + 0.1)
+
+
+def test_a_new_copy_serves_when_it_first_computes_after_the_crowd_came() -> None:
+    before = look(9.0, "a", "b")
+    products = {
+        "a": [product(0, 8.0), product(0, 10.5), product(1, 11.5), product(1, 10.9)],
+        "b": [product(2, 9.5), product(0, 10.1)],
+        "c": [product(0, 14.0), product(0, 13.0)],
+    }
+    served = load_step.served_after(products, before, 10.0)
+    assert served == {"standing": pytest.approx(0.9), "new": pytest.approx(3.0)}
+    assert load_step.served_after({"a": []}, before, 10.0) == {"standing": None, "new": None}
+
+
+def test_actors_are_gone_once_there_are_so_few_for_good() -> None:
+    seen = [look(1, "a"), look(5, "a", "b"), look(6, "a"), look(7, "a", "b"), look(8, "a")]
+    assert load_step.gone_after(seen, 1, 4.0) == 4.0
+    assert load_step.gone_after(seen, 2, 4.0) == 1.0
+    assert load_step.gone_after(seen[:-1], 1, 4.0) is None
+
+
+def answers() -> list[Timed]:
+    return [
+        Timed(0.0, [(0.5, 1), (1.5, 2), (2.5, 1)], 2.5),
+        Timed(0.0, [(1.2, 1), (1.4, 1)], 1.4),
+    ]
+
+
+def test_times_between_tokens_count_each_token_when_it_comes() -> None:
+    assert sorted(load_step.gaps_s(answers(), 1.0, 2.0)) == pytest.approx([0.2, 0.5, 0.5])
+    assert load_step.between_ms(answers(), 1.0, 2.0)["p50_ms"] == pytest.approx(500)
+    assert load_step.between_ms(answers(), 8.0, 9.0) == {"p50_ms": None, "p99_ms": None}
+
+
+def test_the_course_has_a_row_a_second_with_the_last_look_of_it() -> None:
+    told = load_step.course(answers(), [look(0.9, "a"), look(1.9, "a", "b")], 0.0, 3.2)
+    assert [one["at_s"] for one in told] == [1, 2, 3]
+    assert [one["tokens_per_s"] for one in told] == [1, 4, 1]
+    assert [one["actors"] for one in told] == [1, 2, 2]
+    assert [one["p50_ms"] for one in told] == [None, pytest.approx(500), pytest.approx(1000)]
+    assert load_step.course(answers(), [], 0.0, 1.0)[0]["copies"] is None
+
+
+def result() -> dict[str, Any]:
+    seen = [look(0.9, "a"), look(1.9, "a", "b")]
+    case = {"tokens_per_s": 10.0, "copies": 16, "busy": {"a": 0.5}, "cores_used": 1.0}
+    times = {"p50_ms": 40.0, "p99_ms": 90.0}
+    return {
+        "targets": elastic.TARGETS,
+        "zipf": {"one copy": case, "copies follow": {**case, "tokens_per_s": 18.0}},
+        "gain": 1.8,
+        "step": {
+            "answers": 9,
+            "failures": [],
+            "served_s": {"standing": 1.0, "new": 5.0},
+            "gone_s": 2 * (elastic.TARGETS["downscale_delay_s"] + elastic.GONE_S),
+            "actors": {"before": 2, "most": 4, "after": 2},
+            "copies": {"before": 18, "most": 24, "after": 18},
+            "come_s": 1.0,
+            "leave_s": 2.0,
+            "course": load_step.course(answers(), seen, 0.0, 3.0),
+            "phases": {"before": times, "after": {"p50_ms": None, "p99_ms": None}},
+        },
+    }
+
+
+def test_what_is_promised_is_kept_at_its_bound() -> None:
+    verdicts = elastic.judge(result())
+    assert [one.is_kept for one in verdicts] == [True] * 5
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value", "figure"),
+    [
+        ((), "gain", 1.79, "throughput"),
+        (("step", "served_s"), "standing", 1.01, "new copy"),
+        (("step", "served_s"), "new", 5.01, "new actor"),
+        (("step", "served_s"), "new", None, "new actor"),
+        (("step",), "gone_s", None, "gone"),
+        (("step",), "failures", ["UnavailableError: no"], "failed"),
+    ],
+)
+def test_what_is_missed_is_said(
+    place: tuple[str, ...], key: str, value: object, figure: str
+) -> None:
+    changed = deepcopy(result())
+    part = changed
+    for name in place:
+        part = part[name]
+    part[key] = value
+    [missed] = [one for one in elastic.judge(changed) if not one.is_kept]
+    assert figure in missed.figure
+    assert key != "new" or value is not None or missed.measured == "never"
+
+
+def test_times_that_never_ended_are_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    changed = deepcopy(result())
+    changed["step"]["gone_s"] = None
+    assert "step, gone, s" in elastic.comparable(result())
+    assert "step, gone, s" not in elastic.comparable(changed)
+    elastic.report(changed)
+    assert "missed" in capsys.readouterr().out
+
+
+def test_the_picture_has_a_line_for_each_value_and_marks_where_the_crowd_is() -> None:
+    root = ElementTree.fromstring(picture(result()["step"]))
+    lines = list(root.iter(f"{SVG}polyline"))
+    assert [len(one.attrib["points"].split()) for one in lines] == [3, 3, 3, 2, 2]
+    marks = [one for one in root.iter(f"{SVG}line") if one.attrib["stroke-dasharray"] == "4 4"]
+    assert sorted({one.attrib["x1"] for one in marks}) == ["380.0", "680.0"]
+    words = [one.text for one in root.iter(f"{SVG}text")]
+    assert "Tokens a second" in words
+    assert "0 s" in words
