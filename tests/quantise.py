@@ -13,6 +13,17 @@ from safetensors.torch import load_file, save_file
 
 WEIGHTS = "model.safetensors"
 State = dict[str, torch.Tensor]
+FP8_CONFIG: dict[str, Any] = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [32, 24],
+}
+"""A ``quantization_config``; few sizes of the tests' checkpoints are multiples of its blocks."""
+MXFP4_CONFIG: dict[str, Any] = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+}
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 

@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import families
 from cluster.placement import ModelExperts, assign_experts
 from cluster.pool import actor_options
 from cluster.spec import ActorSpec
 from experts import weights as weights_module
 from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.weights import load_expert
-from tests.checkpoints import save_mixtral
+from tests.checkpoints import VOCAB_SIZE, save_mixtral
 from tests.family_checkpoints import save_dbrx, save_gpt_oss, save_qwen2_moe
+from tests.quantise import FP8_CONFIG, MXFP4_CONFIG, quantise
 
 MOST = 1.2
 """How much memory an actor may take at its peak, in shares of its own."""
@@ -58,26 +60,57 @@ def test_actors_together_read_each_byte_of_the_experts_once_and_no_other(
         assert end == info.end - info.begin
 
 
-def test_the_peak_of_loading_is_little_more_than_the_share(tmp_path: Path) -> None:
-    """In a process like an actor's: single matrices, matrices of all experts, and other dtypes."""
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
-    save_mixtral(tmp_path / "single", **sizes)
-    save_gpt_oss(tmp_path / "stacked", dtype=torch.bfloat16, **sizes)
+def narrow(config: Any) -> Any:
+    """Return a configuration of one layer, whose experts take half of what they did.
+
+    A matrix is then smaller than what an actor's ``malloc`` maps by itself.
+    """
+    if not isinstance(config, dict):
+        return config
+    inner = ("intermediate_size", "moe_intermediate_size", "ffn_hidden_size")
+    changed = dict.fromkeys(inner, families.INNER // 2)
+    changed |= {"num_hidden_layers": 1, "n_layers": 1, "vocab_size": VOCAB_SIZE}
+    return {key: changed.get(key, narrow(value)) for key, value in config.items()}
+
+
+def quantised_folder(plain: Path, config: dict[str, Any]) -> Path:
+    """Quantise the experts of a checkpoint."""
+    folder = plain.with_name(f"{plain.name}-{config['quant_method']}")
+    quantise(plain, folder, config, lambda name: ".experts." in name and "bias" not in name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_all_families(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Make a checkpoint of each family, and quantised ones; to be loaded as they are, and wider."""
+    place = tmp_path_factory.mktemp("families")
+    folders = [place / name for name in families.CONFIGS]
+    with pytest.MonkeyPatch.context() as patched:
+        config_of = families.config_of
+        patched.setattr(families, "config_of", lambda name: narrow(config_of(name)))
+        for folder in folders:
+            folder.mkdir()
+            families.make_family(folder, folder.name)
+    fp8 = {**FP8_CONFIG, "weight_block_size": [128, 128]}
+    quantised = [("qwen3_moe", fp8), ("dbrx", fp8), ("gpt_oss", MXFP4_CONFIG)]
+    folders += [quantised_folder(place / name, config) for name, config in quantised]
+    return [f"{folder}:{dtype}" for folder in folders for dtype in ("bfloat16", "float32")]
+
+
+def test_the_peak_of_loading_is_little_more_than_the_share(of_all_families: list[str]) -> None:
+    """In a process like an actor's, with experts that are small enough for its heap."""
     options = actor_options(ActorSpec("app", (), 0.1, 0.0, 1, 1000), "a")
-    loaded = subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.load_peak"),
-            f"{tmp_path / 'single'}:float32",
-            f"{tmp_path / 'single'}:bfloat16",
-            f"{tmp_path / 'stacked'}:bfloat16",
-        ],
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.load_peak", *of_all_families],
         env={**os.environ, **options["runtime_env"]["env_vars"]},
         capture_output=True,
         timeout=60,
         check=True,
         text=True,
     )
-    told = json.loads(loaded.stdout)
-    expert_bytes = 3 * 512 * 1024 * 4
-    assert told["share"] >= 8 * expert_bytes * 2
-    assert told["share"] * 0.9 < told["peak"] <= told["share"] * MOST
+    told = dict(zip(of_all_families, json.loads(ran.stdout), strict=True))
+    parameters = 8 * 3 * families.WIDTH * families.INNER // 2
+    for name, one in told.items():
+        assert parameters * (2 if "bfloat16" in name else 4) <= one["share"], name
+    ratios = {name: one["peak"] / one["share"] for name, one in told.items()}
+    assert {name: ratio for name, ratio in ratios.items() if not 0.9 < ratio <= MOST} == {}

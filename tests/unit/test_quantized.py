@@ -29,23 +29,22 @@ from router.scheduler import Limits
 from router.step import pack
 from tests.family_checkpoints import SAVERS
 from tests.local_cluster import LocalCluster, greedy_request
-from tests.quantise import WEIGHTS, State, fp8_values, mxfp4_values, quantise, write_config
+from tests.quantise import (
+    FP8_CONFIG,
+    MXFP4_CONFIG,
+    WEIGHTS,
+    State,
+    fp8_values,
+    mxfp4_values,
+    quantise,
+    write_config,
+)
 from tests.unit.test_engine import expected_tokens, prompt_of
 from tests.unit.test_peers import HERE, FakeNeighbours
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 NOT_CONVERTED = ("gate.", "lm_head", "embed_tokens", "norm", "bias", "layers.0.self_attn")
-FP8_CONFIG: dict[str, Any] = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [32, 24],
-}
-MXFP4_CONFIG: dict[str, Any] = {
-    "quant_method": "mxfp4",
-    "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
-}
 
 
 def by_name(name: str) -> bool:
