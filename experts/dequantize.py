@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import torch
 
-from experts.pages import paged
 from experts.quantization import FP8, MXFP4, MXFP4_BLOCK, Packed
 
 Rows = tuple[int, int] | None
@@ -41,7 +40,7 @@ def _fp8(packed: Packed, read: Read, rows: tuple[int, int], dtype: torch.dtype) 
     (begin, end), (height, width) = rows, packed.block
     codes = read(packed.codes, (begin, end))
     scales = read(packed.scales, (begin // height, -(-end // height))).float()
-    values = paged(codes.shape, dtype)
+    values = torch.empty(codes.shape, dtype=dtype)
     first = 0
     for number, row in enumerate(scales, begin // height):
         last = min(end, (number + 1) * height) - begin
@@ -54,7 +53,7 @@ def _fp8(packed: Packed, read: Read, rows: tuple[int, int], dtype: torch.dtype) 
 def _mxfp4(packed: Packed, read: Read, rows: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     """Look up the numbers of [E, N, K], some blocks at a time; they are stored as [E, K, N]."""
     codes, scales = read(packed.codes, rows), read(packed.scales, rows)
-    values = paged((codes.shape[0], codes.shape[1], packed.shape[1]), dtype)
+    values = torch.empty((codes.shape[0], codes.shape[1], packed.shape[1]), dtype=dtype)
     blocks = codes.view(-1, MXFP4_BLOCK // 2), scales.view(-1), values.view(-1, MXFP4_BLOCK)
     pieces = (one.split(_BLOCKS_AT_ONCE) for one in blocks)
     for bytes_, exponents, into in zip(*pieces, strict=True):

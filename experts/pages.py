@@ -1,9 +1,9 @@
 """Memory for weights: pages of their own, which go back to the system one tensor at a time.
 
-The heap keeps what is let go between two tensors that stay, and an aligned block of the same size
-does not fit into such a hole again: of experts whose matrices are smaller than what ``malloc`` maps
-by itself, loading would take a third more than they do. Mapping every block of that size would have
-each product pay for fresh pages.
+In the heap they would lie between what is read to make them and let go, and an aligned block of the
+same size does not fit into such a hole again: of experts whose matrices are smaller than what
+``malloc`` maps by itself, loading would take up to half as much again as they do. That ``malloc``
+maps all blocks of that size is no cure: each product would pay for fresh pages.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def _joined(
     What is already as it is wanted is read straight into its place.
     """
     num_rows, *columns = _shape_of(parts[0])
-    # Before what is read for it: of two blocks in the heap, the one that goes is the upper one.
+    # First: where both are in the heap, what is let go then lies above what stays.
     whole = _empty((len(parts) * num_rows, *columns), dtype, device)
     stored, lies = torch.empty(0), None
     for part, place in zip(parts, whole.split(num_rows), strict=True):
@@ -146,7 +146,7 @@ def _read_stored(
     begin, end = rows or (0, info.shape[0])
     row_bytes = (info.end - info.begin) // info.shape[0]
     if into is None:
-        into = paged((end - begin, *info.shape[1:]), _TORCH_DTYPES[info.dtype])
+        into = torch.empty((end - begin, *info.shape[1:]), dtype=_TORCH_DTYPES[info.dtype])
     flat = into.view(-1).view(torch.uint8)
     if checkpoint.remote is not None:
         data = checkpoint.remote.tensor(name, begin * row_bytes, end * row_bytes)
