@@ -22,19 +22,52 @@ from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.weights import load_expert
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 from tests.family_checkpoints import save_dbrx, save_gpt_oss, save_qwen2_moe
-from tests.quantise import FP8_CONFIG, MXFP4_CONFIG, quantise
+from tests.quantise import CASES, FP8_CONFIG, MIXTRAL, MXFP4_CONFIG, Case, make, quantise
 
 MOST = 1.2
 """How much memory an actor may take at its peak, in shares of its own."""
 
 
+def plain(save: Callable[[Path], Any]) -> Callable[[Path], Path]:
+    """Return what saves a checkpoint and tells where."""
+
+    def saved(place: Path) -> Path:
+        save(place)
+        return place
+
+    return saved
+
+
+def quantised(case: Case) -> Callable[[Path], Path]:
+    """Return what saves a quantised checkpoint and tells where."""
+    return lambda place: make(case, place).folder
+
+
+SAVED = {
+    "mixtral": plain(save_mixtral),
+    "dbrx": plain(save_dbrx),
+    "gpt_oss": plain(save_gpt_oss),
+    "qwen2_moe": plain(save_qwen2_moe),
+    "fp8": quantised(MIXTRAL),
+    "mxfp4": quantised(CASES["gpt_oss"]),
+}
+
+
+def stored_names(checkpoint: Checkpoint) -> set[str]:
+    """Return the tensors of the files that experts are made of."""
+    parts = checkpoint.family.expert_parts(checkpoint.config, checkpoint.shape)
+    names = {part.name for part in parts}
+    codes = [checkpoint.packed[name] for name in names & checkpoint.packed.keys()]
+    names -= checkpoint.packed.keys()
+    return names.union(*((one.codes, one.scales) for one in codes))
+
+
 @pytest.mark.parametrize("num_actors", [1, 3])
-@pytest.mark.parametrize("save", [save_mixtral, save_dbrx, save_gpt_oss, save_qwen2_moe])
+@pytest.mark.parametrize("kind", list(SAVED))
 def test_actors_together_read_each_byte_of_the_experts_once_and_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Callable[[Path], Any], num_actors: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, num_actors: int
 ) -> None:
-    save(tmp_path)
-    checkpoint = open_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(SAVED[kind](tmp_path))
     ranges: list[tuple[str, int, int]] = []
     read_into = weights_module.read_into
 
@@ -49,7 +82,7 @@ def test_actors_together_read_each_byte_of_the_experts_once_and_no_other(
     for keys in assign_experts([experts], actor_ids, None, 1).values():
         for key in keys:
             load_expert(checkpoint, key.layer_id, key.expert_id, torch.float32, torch.device("cpu"))
-    names = {part.name for part in checkpoint.family.expert_parts(checkpoint.config, shape)}
+    names = stored_names(checkpoint)
     assert {name for name, _, _ in ranges} == names
     for name in names:
         info = checkpoint.tensors[name]
@@ -92,8 +125,8 @@ def of_all_families(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             folder.mkdir()
             families.make_family(folder, folder.name)
     fp8 = {**FP8_CONFIG, "weight_block_size": [128, 128]}
-    quantised = [("qwen3_moe", fp8), ("dbrx", fp8), ("gpt_oss", MXFP4_CONFIG)]
-    folders += [quantised_folder(place / name, config) for name, config in quantised]
+    stored = [("qwen3_moe", fp8), ("dbrx", fp8), ("gpt_oss", MXFP4_CONFIG)]
+    folders += [quantised_folder(place / name, config) for name, config in stored]
     return [f"{folder}:{dtype}" for folder in folders for dtype in ("bfloat16", "float32")]
 
 
