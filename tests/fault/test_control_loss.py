@@ -9,6 +9,8 @@ import httpx
 import pytest
 from ray import serve
 
+from experts.checkpoint import open_checkpoint
+from experts.quantization import MXFP4
 from router.app import build
 from tests.cluster_fixture import (
     APP,
@@ -128,6 +130,7 @@ def test_a_second_application_serves_mxfp4_and_takes_its_actors_with_it_and_no_o
     told, main = served.status(), actor_names(APP)
     assert len(main) == len(told.actors)
     made = make(CASES["gpt_oss"], tmp_path, max_position_embeddings=2048)
+    assert open_checkpoint(made.folder).stored == MXFP4
     models = [{"id": THROWAWAY, "path": str(made.folder)}]
     args = {"models": models, "experts": {"actors": 1}}
     serve.run(build(args), name=THROWAWAY, route_prefix=f"/{THROWAWAY}")
