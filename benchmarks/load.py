@@ -6,7 +6,8 @@
 Makes a random bf16 checkpoint of each family (:mod:`benchmarks.families`; shapes and sizes are
 alike), loads it in expert actors at the same time, then generates through them with a router's
 engine, as ``benchmarks.decode`` does. The checkpoint has just been written, so it is read from the
-system's file cache and not from a disk.
+system's file cache and not from a disk. The exit status is 1 when an actor took more memory at its
+peak than ``MAX_PEAK_RATIO`` times its share.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from typing import Any
 from benchmarks import engine
 from benchmarks.common import SIZES, Figure, finish, machine, output_options, progress, show
 from benchmarks.families import CONFIGS, make_family
+
+MAX_PEAK_RATIO = 1.2
+"""What an actor may take at its peak, in shares of its own."""
 
 
 def run(
@@ -78,6 +82,12 @@ def comparable(result: Mapping[str, Any]) -> dict[str, Figure]:
     return figures
 
 
+def missed(result: Mapping[str, Any]) -> list[str]:
+    """Return the families of which an actor took more than it may."""
+    families = result["families"]
+    return [name for name, one in families.items() if one["peak_ratio"] > MAX_PEAK_RATIO]
+
+
 def report(result: Mapping[str, Any]) -> None:
     """Print the table."""
     rows = [
@@ -90,6 +100,7 @@ def report(result: Mapping[str, Any]) -> None:
             f"{one['share_mb']:.0f}",
             f"{one['peak_mb']:.0f}",
             f"{one['peak_ratio']:.2f}",
+            "[red]missed[/red]" if family in missed(result) else "kept",
             f"{one['tokens_per_s']:.0f}",
         )
         for family, one in result["families"].items()
@@ -103,6 +114,7 @@ def report(result: Mapping[str, Any]) -> None:
         "an actor's share MB",
         "its peak MB",
         "peak / share",
+        f"≤ {MAX_PEAK_RATIO}",
         f"tok/s, {result['clients']} streams",
     ]
     show(f"loading, {result['actors']} actors at the same time", rows, columns)
@@ -122,7 +134,8 @@ def main() -> int:
     options = parser.parse_args()
     result = run(options.families, options.actors, options.streams, options.tokens, options.rounds)
     report(result)
-    return finish(result, comparable(result), options)
+    slower = finish(result, comparable(result), options)
+    return int(slower or bool(missed(result)))
 
 
 if __name__ == "__main__":

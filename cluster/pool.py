@@ -60,7 +60,7 @@ def actor_options(
                 **SERVING_ENVIRONMENT,
                 # Threads started later than torch.set_num_threads obey only the environment.
                 "OMP_NUM_THREADS": str(spec.threads),
-                # Weights that are let go once they are rearranged must not leave holes in the heap.
+                # Rearranged weights must not lie in the heap; plain ones never do (experts.pages).
                 "MALLOC_MMAP_THRESHOLD_": "1048576",
                 # But what products let go is needed by the next ones; fresh pages cost more.
                 "MALLOC_TRIM_THRESHOLD_": "33554432",

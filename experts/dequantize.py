@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from experts.quantization import FP8, MXFP4, Packed
+from experts.quantization import FP8, MXFP4, MXFP4_BLOCK, Packed
 
 Rows = tuple[int, int] | None
 Read = Callable[[str, Rows], torch.Tensor]
@@ -22,6 +22,8 @@ _PAIRS = torch.tensor(
 """[256, 2], what each byte stands for: its lower half comes first."""
 _POWERS = torch.tensor([2.0 ** (byte - 127) for byte in range(255)] + [float("nan")])
 """[256], what each scale stands for (E8M0)."""
+_BLOCKS_AT_ONCE = 1 << 13
+"""Their numbers take 1 MB in float32, which is what is in memory beside the values."""
 
 
 def dequantized(packed: Packed, read: Read, rows: Rows, dtype: torch.dtype) -> torch.Tensor:
@@ -49,13 +51,15 @@ def _fp8(packed: Packed, read: Read, rows: tuple[int, int], dtype: torch.dtype) 
 
 
 def _mxfp4(packed: Packed, read: Read, rows: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Look up the numbers of [E, N, K], an expert at a time; they are stored as [E, K, N]."""
+    """Look up the numbers of [E, N, K], some blocks at a time; they are stored as [E, K, N]."""
     codes, scales = read(packed.codes, rows), read(packed.scales, rows)
     values = torch.empty((codes.shape[0], codes.shape[1], packed.shape[1]), dtype=dtype)
-    for expert, (blocks, exponents) in enumerate(zip(codes, scales, strict=True)):
-        numbers = _PAIRS.index_select(0, blocks.flatten().int()).view(*exponents.shape, -1)
-        numbers *= _POWERS.index_select(0, exponents.flatten().int()).view(*exponents.shape, 1)
-        values[expert] = numbers.flatten(1)
+    blocks = codes.view(-1, MXFP4_BLOCK // 2), scales.view(-1), values.view(-1, MXFP4_BLOCK)
+    pieces = (one.split(_BLOCKS_AT_ONCE) for one in blocks)
+    for bytes_, exponents, into in zip(*pieces, strict=True):
+        numbers = _PAIRS.index_select(0, bytes_.flatten().int()).view(into.shape)
+        numbers *= _POWERS.index_select(0, exponents.int()).unsqueeze(1)
+        into.copy_(numbers)
     return values.transpose(1, 2)
 
 

@@ -14,6 +14,7 @@ import torch
 from experts.checkpoint import Checkpoint, read_into
 from experts.dequantize import dequantized
 from experts.families.base import Part
+from experts.pages import paged
 
 _TORCH_DTYPES = {
     "F32": torch.float32,
@@ -49,8 +50,9 @@ def load_expert(
     """Read one expert's three matrices, gate and up fused into one contiguous block.
 
     Only these tensors' bytes are read, or fetched, each once; beside the weights no more than one
-    stored matrix is in memory. Gate comes before up, as transformers' fused parameter has it, so
-    that results are bitwise those of its eager experts.
+    stored matrix is in memory, with what its codes stand for where it is quantised. Gate comes
+    before up, as transformers' fused parameter has it, so that results are bitwise those of its
+    eager experts.
     """
     tensors = checkpoint.family.expert_tensors(checkpoint.config, layer_id, expert_id)
 
@@ -67,21 +69,44 @@ def load_expert(
 def _joined(
     checkpoint: Checkpoint, parts: Sequence[Part], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Return parts of equal shapes one below the other; they may lie in one stored matrix."""
-    whole = torch.empty(0)
+    """Return parts of equal shapes one below the other; they may lie in one stored matrix.
+
+    What is already as it is wanted is read straight into its place.
+    """
+    num_rows, *columns = _shape_of(parts[0])
+    # First: where both are in the heap, what is let go then lies above what stays.
+    whole = _empty((len(parts) * num_rows, *columns), dtype, device)
     stored, lies = torch.empty(0), None
-    for place, part in enumerate(parts):
+    for part, place in zip(parts, whole.split(num_rows), strict=True):
+        if _is_stored_as(checkpoint, part, place):
+            _read_stored(checkpoint, part.name, part.rows, place)
+            continue
         if (part.name, part.rows) != lies:
             del stored  # before the next one takes memory
             stored = read_tensor(checkpoint, part.name, dtype, part.rows)
             lies = (part.name, part.rows)
-        piece = _part_of(stored, part)
-        size = piece.shape[0]
-        if place == 0:
-            whole = torch.empty((len(parts) * size, *piece.shape[1:]), dtype=dtype, device=device)
-        whole[place * size : (place + 1) * size] = piece
-        del piece
+        place.copy_(_part_of(stored, part))
     return whole
+
+
+def _shape_of(part: Part) -> torch.Size:
+    """Return the shape of what ``part`` says."""
+    begin, end = part.rows or (0, part.shape[0])
+    return _part_of(torch.empty((end - begin, *part.shape[1:]), device="meta"), part).shape
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return paged(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _is_stored_as(checkpoint: Checkpoint, part: Part, place: torch.Tensor) -> bool:
+    """Whether the bytes of ``part`` in the files are those that ``place`` is to have."""
+    if part.name in checkpoint.packed or part.transposed or part.every is not None:
+        return False
+    stored_dtype = _TORCH_DTYPES[checkpoint.tensors[part.name].dtype]
+    return place.is_cpu and place.dtype == stored_dtype
 
 
 def _part_of(stored: torch.Tensor, part: Part) -> torch.Tensor:
@@ -110,14 +135,22 @@ def read_tensor(
     return dequantized(packed, partial(_read_stored, checkpoint), rows, dtype)
 
 
-def _read_stored(checkpoint: Checkpoint, name: str, rows: tuple[int, int] | None) -> torch.Tensor:
+def _read_stored(
+    checkpoint: Checkpoint,
+    name: str,
+    rows: tuple[int, int] | None,
+    into: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return rows of a tensor of the files: ``into``, filled, or one that is made for them."""
     info = checkpoint.tensors[name]
     begin, end = rows or (0, info.shape[0])
     row_bytes = (info.end - info.begin) // info.shape[0]
+    if into is None:
+        into = torch.empty((end - begin, *info.shape[1:]), dtype=_TORCH_DTYPES[info.dtype])
+    flat = into.view(-1).view(torch.uint8)
     if checkpoint.remote is not None:
         data = checkpoint.remote.tensor(name, begin * row_bytes, end * row_bytes)
-        flat = torch.frombuffer(data, dtype=torch.uint8)
+        flat.copy_(torch.frombuffer(data, dtype=torch.uint8))
     else:
-        flat = torch.empty((end - begin) * row_bytes, dtype=torch.uint8)
         read_into(checkpoint, name, begin * row_bytes, flat.numpy().data)
-    return flat.view(_TORCH_DTYPES[info.dtype]).view(end - begin, *info.shape[1:])
+    return into

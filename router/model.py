@@ -112,13 +112,7 @@ def _weights(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tens
     """
     names = checkpoint.family.dense_tensors(checkpoint.config)
     module_names = checkpoint.family.module_names(checkpoint.config)
-    is_mapped = checkpoint.remote is None
-    state = {}
-    for name in names:
-        tensor = read_tensor(checkpoint, name, dtype)
-        # A copy, where what safetensors gives is the file itself, mapped.
-        is_own = name in checkpoint.packed or not is_mapped
-        state[module_names.get(name, name)] = tensor if is_own else tensor.clone()
+    state = {module_names.get(name, name): read_tensor(checkpoint, name, dtype) for name in names}
     if checkpoint.remote is not None:
         checkpoint.remote.release()
     return state

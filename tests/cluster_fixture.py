@@ -27,7 +27,8 @@ from benchmarks.shipped import free_ports, serve_options
 from cluster.errors import ExpertMeshError
 from cluster.status import ActorStatus, ClusterStatus
 from router.client import Client, Reply, Sampling
-from tests.checkpoints import VOCAB_SIZE, save_mixtral
+from tests.checkpoints import VOCAB_SIZE
+from tests.quantise import MIXTRAL, make
 from tests.span_keeper import FOLDER_VARIABLE
 
 APP, TINY, RANDOM = "expertmesh", "mesh-tiny", "random"
@@ -192,7 +193,10 @@ class StreamReader:
 
 @dataclass(frozen=True)
 class ServedCluster:
-    """A running ExpertMesh: where it answers, and the checkpoint that no other has."""
+    """A running ExpertMesh: where it answers, and the checkpoint that no other has.
+
+    That one's weights are stored in FP8; ``oracle`` is transformers' model of what they stand for.
+    """
 
     http_url: str
     grpc_address: str
@@ -319,14 +323,15 @@ def served_cluster(folder: Path, shape: Shape) -> Iterator[ServedCluster]:
 
     from router.app import build
 
-    oracle = save_mixtral(folder)
+    # Quantised, so that whatever is tested of a deployment holds for it; the other model is not.
+    made = make(MIXTRAL, folder)
     spans_folder = folder.with_name(f"{folder.name}-spans")
     spans_folder.mkdir()
     http_port, grpc_port = free_ports(2)
     args: dict[str, Any] = {
         "models": [
             {"id": TINY, "path": "models/mesh-tiny"},
-            {"id": RANDOM, "path": str(folder)},
+            {"id": RANDOM, "path": str(made.folder)},
         ],
         "experts": {"actors": NUM_ACTORS, "min_copies": shape.min_copies},
         "router": {"replicas": 1},
@@ -339,7 +344,9 @@ def served_cluster(folder: Path, shape: Shape) -> Iterator[ServedCluster]:
         http_url = f"http://127.0.0.1:{http_port}"
         # Without retries, so that a test sees what the server lets through.
         with Client(address, retry=None) as client:
-            cluster = ServedCluster(http_url, address, args, folder, spans_folder, oracle, client)
+            cluster = ServedCluster(
+                http_url, address, args, made.folder, spans_folder, made.oracle, client
+            )
             cluster.wait_whole()
             yield cluster
         serve.shutdown()

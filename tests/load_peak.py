@@ -1,14 +1,15 @@
-"""Loads an actor's share in this process and prints how much memory it took at most.
+"""Loads checkpoints' experts in this process, and prints how much memory each took at most.
 
     python -m tests.load_peak FOLDER:DTYPE...
 
-Prints JSON: the bytes of the share (half of each checkpoint's experts) and those that were resident
-at the peak, beyond what the process had before.
+Prints JSON, for each argument: the bytes of the experts, and those that were resident at the peak,
+beyond what the process had before.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -29,27 +30,47 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def main(arguments: list[str]) -> None:
-    """Load and print."""
-    actor_module.end_when_orphaned = lambda lease, app: None  # type: ignore[assignment]
-    sources: list[ModelSource] = []
-    keys: list[ExpertKey] = []
-    for model, argument in zip("abc", arguments, strict=False):
-        folder, _, dtype = argument.rpartition(":")
-        checkpoint = open_checkpoint(Path(folder))
-        shape = checkpoint.shape
-        experts = ModelExperts(model, shape.layers, shape.num_experts, 1)
-        sources.append(ModelSource(folder, dtype, experts, identity_of(checkpoint)))
-        keys += [ExpertKey(model, i, e) for i in shape.layers for e in range(shape.num_experts)]
-    actor = ExpertActor(ActorSpec("app", tuple(sources), 0.1, 0.0, 1, 1000), "a", 1, 1)
+def source_of(model: str, argument: str) -> ModelSource:
+    """Return what an actor's specification says of FOLDER:DTYPE."""
+    folder, _, dtype = argument.rpartition(":")
+    checkpoint = open_checkpoint(Path(folder))
+    experts = ModelExperts(model, checkpoint.shape.layers, checkpoint.shape.num_experts, 1)
+    return ModelSource(folder, dtype, experts, identity_of(checkpoint))
+
+
+def loaded(actor: ExpertActor, keys: list[ExpertKey]) -> dict[str, int]:
+    """Load ``keys`` and tell what that took."""
     # What the first expert brings along besides itself: code, pools of threads.
     actor._load(keys[:1])
     actor._bank.experts.clear()
     (PROCESS / "clear_refs").write_text("5")  # the peak begins anew
     before = resident("VmRSS")
-    actor._load(keys[::2])
-    told = {"share": actor._bank.num_bytes, "peak": resident("VmHWM") - before}
-    print(json.dumps(told))
+    actor._load(keys)
+    return {"share": actor._bank.num_bytes, "peak": resident("VmHWM") - before}
+
+
+def loaded_apart(actor: ExpertActor, keys: list[ExpertKey]) -> dict[str, int]:
+    """Load ``keys`` in a copy of this process, whose heap has no holes of others' loading."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, json.dumps(loaded(actor, keys)).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        told = pipe.read()
+    os.waitpid(child, 0)
+    return dict(json.loads(told))
+
+
+def main(arguments: list[str]) -> None:
+    """Load and print."""
+    actor_module.end_when_orphaned = lambda lease, app: None  # type: ignore[assignment]
+    sources = tuple(source_of(str(i), argument) for i, argument in enumerate(arguments))
+    actor = ExpertActor(ActorSpec("app", sources, 0.1, 0.0, 1, 1000), "a", 1, 1)
+    print(json.dumps([loaded_apart(actor, source.experts.expert_keys()) for source in sources]))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,32 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from experts.checkpoint import open_checkpoint
+from tests.checkpoints import save_mixtral
+from tests.family_checkpoints import SAVERS
 
 WEIGHTS = "model.safetensors"
 State = dict[str, torch.Tensor]
+FP8_CONFIG: dict[str, Any] = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [32, 24],
+}
+"""A ``quantization_config``; few sizes of the tests' checkpoints are multiples of its blocks."""
+MXFP4_CONFIG: dict[str, Any] = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+}
+NOT_CONVERTED = ("gate.", "lm_head", "embed_tokens", "norm", "bias", "layers.0.self_attn")
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
@@ -122,3 +140,75 @@ def write_config(source: Path, folder: Path, **changes: Any) -> None:
             (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((source / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def by_name(name: str) -> bool:
+    """Tell what makers quantise, who leave out what is small or delicate."""
+    return not any(part in name for part in NOT_CONVERTED)
+
+
+def stacks(name: str) -> bool:
+    """Tell DBRX's matrices of all experts."""
+    return name.endswith(("w1", "v1", "w2"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a family's random checkpoint is quantised; few of its sizes are multiples of a block."""
+
+    save: Callable[..., Any]
+    config: dict[str, Any]
+    is_quantised: Callable[[str], bool]
+    scale_dtype: torch.dtype = torch.float32
+
+
+CASES = {
+    "deepseek_v3": Case(SAVERS["deepseek_v3"], FP8_CONFIG, by_name),
+    "qwen3_moe": Case(
+        SAVERS["qwen3_moe"],
+        FP8_CONFIG | {"modules_to_not_convert": ["lm_head", "model.layers.0.self_attn"]},
+        by_name,
+        torch.bfloat16,
+    ),
+    "dbrx": Case(SAVERS["dbrx"], FP8_CONFIG | {"weight_block_size": [128, 128]}, stacks),
+    "gpt_oss": Case(
+        lambda folder, **sizes: SAVERS["gpt_oss"](folder, intermediate_size=64, **sizes),
+        MXFP4_CONFIG,
+        lambda name: name.endswith(("gate_up_proj", "down_proj")),
+    ),
+}
+MIXTRAL = Case(save_mixtral, FP8_CONFIG, by_name)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A quantised checkpoint; ``plain`` has the same weights as they are, for transformers."""
+
+    folder: Path
+    plain: Path
+    values: State
+    oracle: Any
+
+
+def make(case: Case, place: Path, **options: Any) -> Quantised:
+    """Save a family's checkpoint, quantised, in a folder of ``place``."""
+    case.save(place / "original", **options)
+    values = quantise(
+        place / "original", place / "fp", case.config, case.is_quantised, case.scale_dtype
+    )
+    (place / "plain").mkdir()
+    plain = {name: tensor.float() for name, tensor in values.items()}
+    save_file(plain, place / "plain" / WEIGHTS, {"format": "pt"})
+    write_config(place / "original", place / "plain")
+    oracle = _whole_model(place / "plain")
+    return Quantised(place / "fp", place / "plain", values, oracle)
+
+
+def _whole_model(folder: Path) -> Any:
+    """Return transformers' own model, whole; its config is the one that we have mended."""
+    checkpoint = open_checkpoint(folder)
+    config = AutoConfig.for_model(**checkpoint.family.transformers_config(checkpoint.config))
+    kinds = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, **kinds
+    ).eval()

@@ -5,6 +5,7 @@ Dimension letters: E experts of a layer, I intermediate size, H hidden size.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from experts.families.base import (
@@ -43,13 +44,18 @@ def _usual(config: Config) -> Config:
 
 
 def _transformers_config(config: Config) -> Config:
-    """Mend two things: transformers refuses an exponent of 1, and never reads ``rope_theta``."""
+    """Mend three things: transformers refuses an exponent of 1, and never reads ``rope_theta``.
+
+    And where nothing is to be clipped, it fails.
+    """
     attention, experts = dict(config["attn_config"]), dict(config["ffn_config"])
     exponent = experts.get("moe_normalize_expert_weights", 1.0)
     experts["moe_normalize_expert_weights"] = None if exponent is None else float(exponent)
     theta = float(attention.get("rope_theta") or config.get("rope_theta") or _ROPE_THETA)
     rope = config.get("rope_parameters") or {"rope_type": "default", "rope_theta": theta}
     attention["rope_theta"] = rope["rope_theta"]
+    if attention.get("clip_qkv") is None:
+        attention["clip_qkv"] = math.inf
     mended = {"attn_config": attention, "ffn_config": experts, "rope_parameters": rope}
     return {key: value for key, value in config.items() if key not in _OWN_KEYS} | mended
 

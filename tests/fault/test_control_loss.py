@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import httpx
 import pytest
 from ray import serve
 
+from experts.checkpoint import open_checkpoint
+from experts.quantization import MXFP4
 from router.app import build
 from tests.cluster_fixture import (
     APP,
@@ -17,6 +20,7 @@ from tests.cluster_fixture import (
     StreamReader,
     greedy,
     is_alive,
+    transformers_tokens,
     wait_until,
 )
 from tests.fault.faults import (
@@ -28,6 +32,7 @@ from tests.fault.faults import (
     longest_gap_s,
     start_streams,
 )
+from tests.quantise import CASES, make
 
 BACK_S = 40.0
 BOTH_BACK_S = 10.0
@@ -35,7 +40,7 @@ BOTH_BACK_S = 10.0
 GONE_S = 10.0
 THROWAWAY = "throwaway"
 ENDLESS = {
-    "model": TINY,
+    "model": THROWAWAY,
     "prompt": PROMPTS[0],
     "max_tokens": 1000,
     "n": 8,
@@ -102,18 +107,38 @@ def test_streams_survive_the_loss_of_every_router(served: ServedCluster) -> None
     assert all(actor.pid == before[i].pid for i, actor in served.actors().items())
 
 
+def completed(url: str, prompt: list[int], count: int) -> tuple[int, ...]:
+    """Return the greedy tokens that the throwaway application has for a prompt."""
+    body = {
+        "prompt": prompt,
+        "max_tokens": count,
+        "stream": False,
+        "n": 1,
+        "return_token_ids": True,
+    }
+    reply = httpx.post(url, json=ENDLESS | body, timeout=BACK_S)
+    assert reply.status_code == 200, reply.text
+    [choice] = reply.json()["choices"]
+    return tuple(choice["token_ids"])
+
+
 @pytest.mark.timeout(180)
-def test_a_deleted_application_takes_its_actors_with_it_and_no_others(
-    served: ServedCluster,
+def test_a_second_application_serves_mxfp4_and_takes_its_actors_with_it_and_no_others(
+    served: ServedCluster, tmp_path: Path
 ) -> None:
     # While there are two applications, gRPC calls would have to name theirs: no client here.
     told, main = served.status(), actor_names(APP)
     assert len(main) == len(told.actors)
-    args = {"models": [{"id": TINY, "path": f"models/{TINY}"}], "experts": {"actors": 1}}
+    made = make(CASES["gpt_oss"], tmp_path, max_position_embeddings=2048)
+    assert open_checkpoint(made.folder).stored == MXFP4
+    models = [{"id": THROWAWAY, "path": str(made.folder)}]
+    args = {"models": models, "experts": {"actors": 1}}
     serve.run(build(args), name=THROWAWAY, route_prefix=f"/{THROWAWAY}")
     url = f"{served.http_url}/{THROWAWAY}/v1/completions"
     try:
         wait_until(lambda: len(actor_names(THROWAWAY)) == 1, "its actor is there", BACK_S)
+        for prompt in PROMPTS[:3]:
+            assert completed(url, prompt, 20) == transformers_tokens(made.oracle, prompt, 20)
         assert actor_names(APP) == main
         with httpx.stream("POST", url, json=ENDLESS, timeout=BACK_S) as response:
             lines = response.iter_lines()

@@ -8,6 +8,8 @@ import torch
 from transformers import AutoTokenizer, MixtralForCausalLM
 
 import deploy
+from experts.checkpoint import open_checkpoint
+from experts.quantization import FP8
 from router.client import Sampling
 from tests.cluster_fixture import (
     LAYERS,
@@ -37,7 +39,8 @@ def test_greedy_tokens_of_the_bundled_model_equal_transformers(served: ServedClu
         assert reply.text == tokenizer.decode(expected)
 
 
-def test_greedy_tokens_alone_equal_transformers(served: ServedCluster) -> None:
+def test_greedy_tokens_of_fp8_weights_alone_equal_transformers(served: ServedCluster) -> None:
+    assert open_checkpoint(served.random_folder).stored == FP8
     for length, count in ((1, 30), (16, 17), (17, 16), (150, 40), (254, 1)):
         prompt = prompt_of(length, length)
         [reply] = served.client.generate(prompt, greedy(count), model=RANDOM)

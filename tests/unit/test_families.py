@@ -18,7 +18,7 @@ from router.model import load_dense
 from router.scheduler import Limits
 from router.step import pack
 from tests.checkpoints import save_mixtral
-from tests.family_checkpoints import SAVERS
+from tests.family_checkpoints import SAVERS, save_dbrx
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.unit.test_engine import expected_tokens, prompt_of
 
@@ -48,6 +48,24 @@ def test_every_family_is_tried() -> None:
 
 def test_the_checkpoint_is_in_shards(saved: tuple[Path, Any]) -> None:
     assert len({info.file for info in open_checkpoint(saved[0]).tensors.values()}) > 1
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_dbrx_may_say_that_it_clips_nothing_or_say_nothing_of_it(
+    tmp_path: Path, is_named: bool
+) -> None:
+    # transformers fails on such a model; it clips nothing of one that clips at a large number.
+    attention: dict[str, Any] = {"kv_n_heads": 2, "rope_theta": 5e5}
+    oracle = save_dbrx(tmp_path, attn_config=attention | {"clip_qkv": 1e30})
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["attn_config"]["clip_qkv"]
+    config["attn_config"] |= {"clip_qkv": None} if is_named else {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cluster = LocalCluster(tmp_path)
+    prompt = prompt_of(20, 1)
+    [[event]] = cluster.generate(greedy_request("r", prompt, 8))
+    cluster.close()
+    assert list(event.token_ids) == expected_tokens(oracle, prompt, 8)
 
 
 @pytest.mark.parametrize("length", [1, 17, 100])

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import families
 from benchmarks.families import CONFIGS, config_of, make_family
-from benchmarks.load import summary
+from benchmarks.load import MAX_PEAK_RATIO, main, summary
 from experts.checkpoint import open_checkpoint
 from experts.families import FAMILIES
 
@@ -45,3 +45,20 @@ def test_all_actors_together_have_loaded_when_the_last_one_has() -> None:
         "share_mb": 100.0,
         "peak_ratio": 1.2,
     }
+
+
+@pytest.mark.parametrize(("ratio", "status"), [(MAX_PEAK_RATIO, 0), (MAX_PEAK_RATIO + 0.01, 1)])
+def test_the_exit_status_says_when_an_actor_took_too_much(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ratio: float,
+    status: int,
+) -> None:
+    loading = {"a": {"load_s": 1.0, "weights_mb": 100.0, "peak_mb": 100 * ratio}}
+    streams = {"32": {"tokens_per_s": 9.0}}
+    measured = {"loading": loading, "streams": streams}
+    monkeypatch.setattr("benchmarks.load.make_family", lambda folder, family: 10**8)
+    monkeypatch.setattr("benchmarks.engine.measure", lambda *_: measured)
+    monkeypatch.setattr("sys.argv", ["load", "--families", "mixtral"])
+    assert main() == status
+    assert ("missed" in capsys.readouterr().out) == bool(status)

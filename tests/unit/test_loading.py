@@ -13,26 +13,61 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import families
 from cluster.placement import ModelExperts, assign_experts
 from cluster.pool import actor_options
 from cluster.spec import ActorSpec
 from experts import weights as weights_module
 from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.weights import load_expert
-from tests.checkpoints import save_mixtral
+from tests.checkpoints import VOCAB_SIZE, save_mixtral
 from tests.family_checkpoints import save_dbrx, save_gpt_oss, save_qwen2_moe
+from tests.quantise import CASES, FP8_CONFIG, MIXTRAL, MXFP4_CONFIG, Case, make, quantise
 
 MOST = 1.2
 """How much memory an actor may take at its peak, in shares of its own."""
 
 
+def plain(save: Callable[[Path], Any]) -> Callable[[Path], Path]:
+    """Return what saves a checkpoint and tells where."""
+
+    def saved(place: Path) -> Path:
+        save(place)
+        return place
+
+    return saved
+
+
+def quantised(case: Case) -> Callable[[Path], Path]:
+    """Return what saves a quantised checkpoint and tells where."""
+    return lambda place: make(case, place).folder
+
+
+SAVED = {
+    "mixtral": plain(save_mixtral),
+    "dbrx": plain(save_dbrx),
+    "gpt_oss": plain(save_gpt_oss),
+    "qwen2_moe": plain(save_qwen2_moe),
+    "fp8": quantised(MIXTRAL),
+    "mxfp4": quantised(CASES["gpt_oss"]),
+}
+
+
+def stored_names(checkpoint: Checkpoint) -> set[str]:
+    """Return the tensors of the files that experts are made of."""
+    parts = checkpoint.family.expert_parts(checkpoint.config, checkpoint.shape)
+    names = {part.name for part in parts}
+    codes = [checkpoint.packed[name] for name in names & checkpoint.packed.keys()]
+    names -= checkpoint.packed.keys()
+    return names.union(*((one.codes, one.scales) for one in codes))
+
+
 @pytest.mark.parametrize("num_actors", [1, 3])
-@pytest.mark.parametrize("save", [save_mixtral, save_dbrx, save_gpt_oss, save_qwen2_moe])
+@pytest.mark.parametrize("kind", list(SAVED))
 def test_actors_together_read_each_byte_of_the_experts_once_and_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Callable[[Path], Any], num_actors: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, num_actors: int
 ) -> None:
-    save(tmp_path)
-    checkpoint = open_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(SAVED[kind](tmp_path))
     ranges: list[tuple[str, int, int]] = []
     read_into = weights_module.read_into
 
@@ -47,7 +82,7 @@ def test_actors_together_read_each_byte_of_the_experts_once_and_no_other(
     for keys in assign_experts([experts], actor_ids, None, 1).values():
         for key in keys:
             load_expert(checkpoint, key.layer_id, key.expert_id, torch.float32, torch.device("cpu"))
-    names = {part.name for part in checkpoint.family.expert_parts(checkpoint.config, shape)}
+    names = stored_names(checkpoint)
     assert {name for name, _, _ in ranges} == names
     for name in names:
         info = checkpoint.tensors[name]
@@ -58,26 +93,57 @@ def test_actors_together_read_each_byte_of_the_experts_once_and_no_other(
         assert end == info.end - info.begin
 
 
-def test_the_peak_of_loading_is_little_more_than_the_share(tmp_path: Path) -> None:
-    """In a process like an actor's: single matrices, matrices of all experts, and other dtypes."""
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
-    save_mixtral(tmp_path / "single", **sizes)
-    save_gpt_oss(tmp_path / "stacked", dtype=torch.bfloat16, **sizes)
+def narrow(config: Any) -> Any:
+    """Return a configuration of one layer, whose experts take half of what they did.
+
+    A matrix is then smaller than what an actor's ``malloc`` maps by itself.
+    """
+    if not isinstance(config, dict):
+        return config
+    inner = ("intermediate_size", "moe_intermediate_size", "ffn_hidden_size")
+    changed = dict.fromkeys(inner, families.INNER // 2)
+    changed |= {"num_hidden_layers": 1, "n_layers": 1, "vocab_size": VOCAB_SIZE}
+    return {key: changed.get(key, narrow(value)) for key, value in config.items()}
+
+
+def quantised_folder(plain: Path, config: dict[str, Any]) -> Path:
+    """Quantise the experts of a checkpoint."""
+    folder = plain.with_name(f"{plain.name}-{config['quant_method']}")
+    quantise(plain, folder, config, lambda name: ".experts." in name and "bias" not in name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_all_families(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Make a checkpoint of each family, and quantised ones; to be loaded as they are, and wider."""
+    place = tmp_path_factory.mktemp("families")
+    folders = [place / name for name in families.CONFIGS]
+    with pytest.MonkeyPatch.context() as patched:
+        config_of = families.config_of
+        patched.setattr(families, "config_of", lambda name: narrow(config_of(name)))
+        for folder in folders:
+            folder.mkdir()
+            families.make_family(folder, folder.name)
+    fp8 = {**FP8_CONFIG, "weight_block_size": [128, 128]}
+    stored = [("qwen3_moe", fp8), ("dbrx", fp8), ("gpt_oss", MXFP4_CONFIG)]
+    folders += [quantised_folder(place / name, config) for name, config in stored]
+    return [f"{folder}:{dtype}" for folder in folders for dtype in ("bfloat16", "float32")]
+
+
+def test_the_peak_of_loading_is_little_more_than_the_share(of_all_families: list[str]) -> None:
+    """In a process like an actor's, with experts that are small enough for its heap."""
     options = actor_options(ActorSpec("app", (), 0.1, 0.0, 1, 1000), "a")
-    loaded = subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.load_peak"),
-            f"{tmp_path / 'single'}:float32",
-            f"{tmp_path / 'single'}:bfloat16",
-            f"{tmp_path / 'stacked'}:bfloat16",
-        ],
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.load_peak", *of_all_families],
         env={**os.environ, **options["runtime_env"]["env_vars"]},
         capture_output=True,
         timeout=60,
         check=True,
         text=True,
     )
-    told = json.loads(loaded.stdout)
-    expert_bytes = 3 * 512 * 1024 * 4
-    assert told["share"] >= 8 * expert_bytes * 2
-    assert told["share"] * 0.9 < told["peak"] <= told["share"] * MOST
+    told = dict(zip(of_all_families, json.loads(ran.stdout), strict=True))
+    parameters = 8 * 3 * families.WIDTH * families.INNER // 2
+    for name, one in told.items():
+        assert parameters * (2 if "bfloat16" in name else 4) <= one["share"], name
+    ratios = {name: one["peak"] / one["share"] for name, one in told.items()}
+    assert {name: ratio for name, ratio in ratios.items() if not 0.9 < ratio <= MOST} == {}

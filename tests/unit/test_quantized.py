@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
+from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -29,91 +28,22 @@ from router.scheduler import Limits
 from router.step import pack
 from tests.family_checkpoints import SAVERS
 from tests.local_cluster import LocalCluster, greedy_request
-from tests.quantise import WEIGHTS, State, fp8_values, mxfp4_values, quantise, write_config
+from tests.quantise import (
+    CASES,
+    MXFP4_CONFIG,
+    WEIGHTS,
+    Quantised,
+    State,
+    fp8_values,
+    make,
+    mxfp4_values,
+    write_config,
+)
 from tests.unit.test_engine import expected_tokens, prompt_of
 from tests.unit.test_peers import HERE, FakeNeighbours
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-NOT_CONVERTED = ("gate.", "lm_head", "embed_tokens", "norm", "bias", "layers.0.self_attn")
-FP8_CONFIG: dict[str, Any] = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [32, 24],
-}
-MXFP4_CONFIG: dict[str, Any] = {
-    "quant_method": "mxfp4",
-    "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
-}
-
-
-def by_name(name: str) -> bool:
-    return not any(part in name for part in NOT_CONVERTED)
-
-
-def stacks(name: str) -> bool:
-    return name.endswith(("w1", "v1", "w2"))
-
-
-@dataclass(frozen=True)
-class Case:
-    """How a family's random checkpoint is quantised; few of its sizes are multiples of a block."""
-
-    save: Callable[..., Any]
-    config: dict[str, Any]
-    is_quantised: Callable[[str], bool]
-    scale_dtype: torch.dtype = torch.float32
-
-
-CASES = {
-    "deepseek_v3": Case(SAVERS["deepseek_v3"], FP8_CONFIG, by_name),
-    "qwen3_moe": Case(
-        SAVERS["qwen3_moe"],
-        FP8_CONFIG | {"modules_to_not_convert": ["lm_head", "model.layers.0.self_attn"]},
-        by_name,
-        torch.bfloat16,
-    ),
-    "dbrx": Case(SAVERS["dbrx"], FP8_CONFIG | {"weight_block_size": [128, 128]}, stacks),
-    "gpt_oss": Case(
-        lambda folder, **sizes: SAVERS["gpt_oss"](folder, intermediate_size=64, **sizes),
-        MXFP4_CONFIG,
-        lambda name: name.endswith(("gate_up_proj", "down_proj")),
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Quantised:
-    """A quantised checkpoint; ``plain`` has the same weights as they are, for transformers."""
-
-    folder: Path
-    plain: Path
-    values: State
-    oracle: Any
-
-
-def make(case: Case, place: Path, **options: Any) -> Quantised:
-    case.save(place / "original", **options)
-    values = quantise(
-        place / "original", place / "fp", case.config, case.is_quantised, case.scale_dtype
-    )
-    (place / "plain").mkdir()
-    plain = {name: tensor.float() for name, tensor in values.items()}
-    save_file(plain, place / "plain" / WEIGHTS, {"format": "pt"})
-    write_config(place / "original", place / "plain")
-    oracle = load_dense_of(place / "plain")
-    return Quantised(place / "fp", place / "plain", values, oracle)
-
-
-def load_dense_of(folder: Path) -> Any:
-    """Return transformers' own model, whole; its config is the one that we have mended."""
-    checkpoint = open_checkpoint(folder)
-    config = AutoConfig.for_model(**checkpoint.family.transformers_config(checkpoint.config))
-    kinds = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    return AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, **kinds
-    ).eval()
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))

@@ -14,6 +14,7 @@ import torch
 from cluster.placement import ExpertKey
 from experts.bank import ExpertBank, GatedFfnExpert
 from experts.ffn import ACTIVATIONS
+from experts.pages import paged
 from experts.weights import GatedFfnWeights
 
 COUNT, HIDDEN, INNER = 12, 1024, 1536
@@ -69,3 +70,23 @@ def test_odd_sizes_count_with_what_a_layout_pads_them_by() -> None:
     weights = 3 * hidden * inner * 2
     assert weights <= whole <= 3 * weights
     assert expert(hidden, inner, torch.float32).num_bytes == 2 * weights
+
+
+def test_every_second_weight_that_is_let_go_goes_back_to_the_system() -> None:
+    process, count, num_bytes = psutil.Process(), 64, 256 << 10
+    before = process.memory_info().rss
+    weights = [paged((256, 1024), torch.uint8).fill_(1) for _ in range(count)]
+    held = process.memory_info().rss
+    assert held - before >= 0.9 * count * num_bytes
+    del weights[::2]
+    assert held - process.memory_info().rss >= 0.9 * (count // 2) * num_bytes
+    assert all(bool((weight == 1).all()) for weight in weights)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (300, 500), (70_000,)])
+def test_weights_with_pages_of_their_own_are_tensors_as_others(shape: tuple[int, ...]) -> None:
+    values = torch.randn(shape)
+    own = paged(shape, torch.bfloat16)
+    own.copy_(values)
+    assert (own.shape, own.dtype, own.is_contiguous()) == (shape, torch.bfloat16, True)
+    assert torch.equal(own, values.bfloat16())
