@@ -3,7 +3,8 @@
 #
 #   benchmarks/all.sh [--quick] [FOLDER]
 #
-# --quick takes half an hour instead of three and a half hours, with shorter and fewer measurements.
+# --quick takes three quarters of an hour instead of three and a half hours, with shorter and fewer
+# measurements.
 # FOLDER keeps the JSON and the output of each; by default they are thrown away. The exit status is
 # 1 when a benchmark failed or missed what it promises; the others are run and written all the same.
 set -uo pipefail
