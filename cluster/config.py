@@ -107,10 +107,10 @@ class ActorScalingConfig(_Section):
     """How a pool's number of actors follows its load, from ``min_actors`` to ``max_actors``.
 
     One more comes when devices were busy for more than ``target_busy`` of the time, or frames
-    waited longer than ``target_queue_s``, for ``upscale_delay_s``; one goes when fewer would have
-    been enough for ``downscale_delay_s``. ``standby_actors`` beyond them, as far as ``max_actors``
-    allows, are started and hold nothing, so that the next ones need no start: they keep their
-    devices. With ``dry_run`` what would be is only logged and told.
+    waited longer than ``target_queue_s``, for ``upscale_delay_s``; as many go as were not needed at
+    any time of the last ``downscale_delay_s``. ``standby_actors`` beyond them, as far as
+    ``max_actors`` allows, are started and hold nothing, so that the next ones need no start: they
+    keep their devices. With ``dry_run`` what would be is only logged and told.
     """
 
     min_actors: int = Field(ge=1, le=1000)

@@ -44,10 +44,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A wish for more or fewer actors that is not old enough yet.
-
-    ``wanted`` is the smallest change of all since ``since_s``.
-    """
+    """A wish for more actors that is not old enough yet: the least of all since ``since_s``."""
 
     since_s: float
     wanted: Wanted
@@ -82,6 +79,41 @@ def _ceil(number: float) -> int:
     return max(math.ceil(number - 1e-9), 0)
 
 
+class Wishes:
+    """How many actors were wanted at most during the last seconds: a sliding maximum."""
+
+    def __init__(self, window_s: float) -> None:
+        """Nothing is known yet."""
+        self._window_s = window_s
+        self._since_s = self._last_s = -math.inf
+        # Until when each held. Falling: what is smaller than a later one is never the most again.
+        self._falling: deque[tuple[float, Wanted]] = deque()
+
+    def add(self, wanted: Wanted, now_s: float) -> None:
+        """Take what is wanted now; a window without any wish breaks off what was known."""
+        if now_s - self._last_s > self._window_s:
+            self.clear()
+            self._since_s = now_s
+        self._last_s = now_s
+        if self._falling:  # the last one held until now
+            self._falling.append((now_s, self._falling.pop()[1]))
+        while self._falling and self._falling[-1][1].actors <= wanted.actors:
+            self._falling.pop()
+        self._falling.append((now_s, wanted))
+        while len(self._falling) > 1 and self._falling[0][0] <= now_s - self._window_s:
+            self._falling.popleft()
+
+    def most(self) -> Wanted | None:
+        """Return the most that was wanted; ``None`` while less than a window is known."""
+        is_whole = self._falling and self._last_s - self._since_s >= self._window_s
+        return self._falling[0][1] if is_whole else None
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._falling.clear()
+        self._since_s = self._last_s = -math.inf
+
+
 class ScalingPolicy:
     """One pool's decisions, one after the other."""
 
@@ -89,37 +121,53 @@ class ScalingPolicy:
         """Nothing is waited for yet."""
         self.targets = targets
         self._waiting: Waiting | None = None
+        self._wishes = Wishes(targets.downscale_delay_s)
+        self._last_shrink = (0, -math.inf)
 
     def decide(self, num_actors: int, signals: Signals | None, now_s: float) -> Wanted | None:
         """Return the number of actors to go to, or ``None`` to stay.
 
-        Where the number is out of bounds that is at once; without signals nothing else happens, and
-        what was waited for is forgotten. Of all that was wanted during a delay the smallest change
-        is made.
+        Where the number is out of bounds that is at once; without signals nothing else happens.
+        More come when all that was wanted for a delay was more, and then the least of it. There
+        are never fewer than what was wanted at any time of the delay for them, so a load that
+        fades takes actors along one after the other, each that delay after it was needed last.
+        What did not change the number is decided again after another delay.
         """
         bounded = self.targets.bounded(num_actors)
         if bounded != num_actors:
             self._waiting = None
+            self._wishes.clear()
             return Wanted(bounded, f"{num_actors} actors are out of bounds")
-        wanted = None if signals is None else wanted_actors(self.targets, num_actors, signals)
-        if wanted is None or wanted.actors == num_actors:
+        if signals is None:
             self._waiting = None
             return None
-        self._waiting = waiting = _still(self._waiting, wanted, num_actors, now_s)
-        is_up = wanted.actors > num_actors
-        delay_s = self.targets.upscale_delay_s if is_up else self.targets.downscale_delay_s
+        wanted = wanted_actors(self.targets, num_actors, signals)
+        self._wishes.add(wanted, now_s)
+        if wanted.actors > num_actors:
+            return self._more(wanted, now_s)
+        self._waiting = None
+        most = self._wishes.most()
+        delay_s = self.targets.downscale_delay_s
+        tried_with, at_s = self._last_shrink
+        is_again = tried_with == num_actors and now_s - at_s < delay_s
+        if most is None or most.actors >= num_actors or is_again:
+            return None
+        self._last_shrink = (num_actors, now_s)
+        return _after(most, delay_s)
+
+    def _more(self, wanted: Wanted, now_s: float) -> Wanted | None:
+        before = self._waiting or Waiting(now_s, wanted)
+        least = min(before.wanted, wanted, key=lambda one: one.actors)
+        self._waiting = waiting = replace(before, wanted=least)
+        delay_s = self.targets.upscale_delay_s
         if now_s - waiting.since_s < delay_s:
             return None
         self._waiting = None
-        return replace(waiting.wanted, reason=f"{waiting.wanted.reason}, for {delay_s:g} s")
+        return _after(waiting.wanted, delay_s)
 
 
-def _still(before: Waiting | None, wanted: Wanted, num_actors: int, now_s: float) -> Waiting:
-    """Return the wish of now with that of before, if both are for more, or both for fewer."""
-    if before is None or (before.wanted.actors > num_actors) != (wanted.actors > num_actors):
-        return Waiting(now_s, wanted)
-    is_smaller = abs(wanted.actors - num_actors) < abs(before.wanted.actors - num_actors)
-    return replace(before, wanted=wanted) if is_smaller else before
+def _after(wanted: Wanted, delay_s: float) -> Wanted:
+    return replace(wanted, reason=f"{wanted.reason}, for {delay_s:g} s")
 
 
 class BusyMeter:

@@ -115,7 +115,7 @@ def result() -> dict[str, Any]:
             "answers": 9,
             "failures": [],
             "served_s": {"standing": 1.0, "new": 5.0},
-            "gone_s": 2 * (elastic.TARGETS["downscale_delay_s"] + elastic.GONE_S),
+            "gone_s": elastic.TARGETS["downscale_delay_s"] + elastic.GONE_S,
             "actors": {"before": 2, "most": 4, "after": 2},
             "copies": {"before": 18, "most": 24, "after": 18},
             "come_s": 1.0,

@@ -152,15 +152,52 @@ def test_a_steady_load_is_answered_once_and_then_left_alone(actors: int, busy: f
 
 
 @given(st.lists(signals, min_size=1, max_size=300), st.integers(1, 10))
-def test_no_two_changes_come_faster_than_their_delays(told: list[Signals], actors: int) -> None:
-    policy, last_s = ScalingPolicy(TARGETS), 0.0
+def test_never_fewer_than_were_wanted_in_the_delay_and_more_only_after_theirs(
+    told: list[Signals], actors: int
+) -> None:
+    policy, last_s, wishes = ScalingPolicy(TARGETS), 0.0, [10]
     for second, one in enumerate(told):
+        wishes.append(wanted_actors(TARGETS, actors, one).actors)
         wanted = policy.decide(actors, one, float(second))
         if wanted is None:
+            # A step down that is due is made: who may go are those whom no second of twenty wanted.
+            assert second < 20 or max(wishes[-21:]) >= actors
             continue
-        delay_s = 3.0 if wanted.actors > actors else 20.0
-        assert second - last_s >= delay_s
+        if wanted.actors > actors:
+            assert second - last_s >= 3.0
+            assert wanted.actors == min(wishes[-4:])
+        else:
+            assert second >= 20
+            assert wanted.actors == max(wishes[-20:])
         actors, last_s = wanted.actors, float(second)
+
+
+def test_a_load_that_fades_takes_actors_along_each_a_delay_after_it_was_needed() -> None:
+    policy, actors, went = ScalingPolicy(TARGETS), 5, []
+    fading = {0: 1.7, 1: 1.3, 2: 0.8, 3: 0.1}  # enough for 4, 3, 2 and 1
+    for second in range(60):
+        busy = fading.get(second, 0.1)
+        # What has just changed is not heard of at once: that does not begin the delay anew.
+        is_new = bool(went) and second == went[-1][0] + 1
+        wanted = policy.decide(actors, None if is_new else Signals(busy, 0.0), float(second))
+        if wanted is not None:
+            actors = wanted.actors
+            went.append((second, actors))
+    assert went == [(20, 4), (22, 2), (24, 1)]
+
+
+def test_what_did_not_change_the_number_is_decided_again_after_another_delay() -> None:
+    policy = ScalingPolicy(TARGETS)
+    decided = [s for s in range(65) if policy.decide(4, Signals(0.1, 0.0), float(s)) is not None]
+    assert decided == [20, 40, 60]
+
+
+def test_a_time_without_signals_that_is_longer_than_the_delay_begins_it_anew() -> None:
+    policy = ScalingPolicy(TARGETS)
+    assert policy.decide(4, Signals(0.1, 0.0), 0.0) is None
+    assert policy.decide(4, Signals(0.1, 0.0), 21.0) is None
+    assert policy.decide(4, Signals(0.1, 0.0), 40.9) is None
+    assert policy.decide(4, Signals(0.1, 0.0), 41.0) is not None
 
 
 def test_bounds_alone_decide_where_they_leave_no_choice() -> None:
