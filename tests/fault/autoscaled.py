@@ -20,7 +20,10 @@ from typing import Any
 import psutil
 import ray
 from ray import serve
-from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+from ray.autoscaler._private.fake_multi_node.node_provider import (
+    FAKE_HEAD_NODE_ID,
+    FakeMultiNodeProvider,
+)
 
 from benchmarks.shipped import free_ports, serve_options
 from cluster.status import ClusterStatus
@@ -36,6 +39,15 @@ DEVICE, MOST = "device", 2
 HEAD_CPUS, START_S, GONE_S = 4, 60.0, 90.0
 GREEDY = Sampling(max_tokens=LENGTH, temperature=0.0, ignore_eos=True)
 HEAD = "ray.head.default"
+COMMANDS = (
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+)
+"""What nodes would run; each must be there, if only empty."""
 
 
 def autoscaling(address: str) -> dict[str, Any]:
@@ -44,11 +56,14 @@ def autoscaling(address: str) -> dict[str, Any]:
         "cluster_name": "fake",
         "max_workers": MOST,
         "idle_timeout_minutes": 0.1,
+        # By its class: the defaults of its own name are in a file that Ray's wheels lack.
         "provider": {
-            "type": "fake_multinode",
+            "type": "external",
+            "module": f"{FakeMultiNodeProvider.__module__}.{FakeMultiNodeProvider.__name__}",
             "gcs_address": address,
             "head_node_id": FAKE_HEAD_NODE_ID,
             "launch_multiple": True,
+            "disable_node_updaters": True,
         },
         "available_node_types": {
             HEAD: {"resources": {"CPU": HEAD_CPUS}, "node_config": {}, "max_workers": 0},
@@ -60,6 +75,9 @@ def autoscaling(address: str) -> dict[str, Any]:
             },
         },
         "head_node_type": HEAD,
+        **{name: [] for name in COMMANDS},
+        "cluster_synced_files": [],
+        "file_mounts": {},
     }
 
 
