@@ -3,8 +3,7 @@
 A program of its own, since its Ray cannot live in one process with the tests':
 ``python -m tests.fault.node_loss FOLDER COPIES``. Serve's processes are on the head, the experts on
 two workers, and the checkpoint on the fourth node only, from which all others fetch what they need.
-With one copy of each expert a reader of the checkpoint is lost, too. With two, a node comes in
-the lost one's place, and then has the notice that a preemptible machine gets.
+With one copy of each expert a reader of the checkpoint is lost, too.
 """
 
 from __future__ import annotations
@@ -22,9 +21,7 @@ from pathlib import Path
 import psutil
 import ray
 from ray import serve
-from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
-from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 from ray.util import list_named_actors
 from transformers import MixtralForCausalLM
 
@@ -39,12 +36,8 @@ from tests.cluster_fixture import is_alive, prompt_of, transformers_tokens
 from tests.fault.hub_cache import HUB_ID, cache_environment, make_cache
 from tests.fault.load import Case, Load, Wait
 
-MODEL, LENGTH, UNARY = "random", 24, 2
-STREAMS = {1: 3, 2: 32}
-"""How many there are at once, by how many copies there are."""
+MODEL, LENGTH, STREAMS, UNARY = "random", 24, 3, 2
 DEADLINE_S, LIMIT_S, GONE_S, POLL_S = 30.0, 120.0, 20.0, 0.1
-NOTICE_S = 300.0
-"""How long a node that is to go stays: so long that it is emptied before, or the test fails."""
 HEAD_CPUS, WORKER_CPUS = 1, 4
 FAST, EXPERT_BYTES = "fast", 3 * 64 * 96 * 4
 APP, READER = "expertmesh", "ray::CheckpointReader"
@@ -136,34 +129,7 @@ def lose_a_reader(client: Client, victim: ActorStatus) -> dict[str, object]:
     }
 
 
-def come_and_go(cluster: Cluster, client: Client, environment: dict[str, str]) -> dict[str, object]:
-    """Add a worker, and have Ray say that it is about to go; return who was where."""
-    node = cluster.add_node(num_cpus=WORKER_CPUS, resources={FAST: 2}, env_vars=environment)
-    came = wait_status(client, lambda t: is_whole(t) and node.node_id in {a.node for a in t.actors})
-    ends_ms = int((time.time() + NOTICE_S) * 1000)
-    is_taken, why = GcsClient(address=cluster.address).drain_node(
-        node.node_id, DRAIN_NODE_REASON_PREEMPTION, "a spot notice", ends_ms
-    )
-    if not is_taken:
-        raise RuntimeError(f"Ray does not drain the node: {why}")
-    went = wait_status(
-        client, lambda t: is_whole(t) and node.node_id not in {a.node for a in t.actors}
-    )
-    return {
-        "added": node.node_id,
-        "came": [asdict(actor) for actor in came.actors],
-        "went": [asdict(actor) for actor in went.actors],
-        "alive_when_emptied": [entry["NodeID"] for entry in ray.nodes() if entry["Alive"]],
-    }
-
-
-def lose_a_node(
-    cluster: Cluster,
-    client: Client,
-    oracle: MixtralForCausalLM,
-    copies: int,
-    environment: dict[str, str],
-) -> dict[str, object]:
+def lose_a_node(cluster: Cluster, client: Client, oracle: MixtralForCausalLM) -> dict[str, object]:
     """Remove the node of the first actor under load; return what came of it."""
     before = wait_status(client, is_whole)
     cases = []
@@ -174,16 +140,13 @@ def lose_a_node(
     lost = before.actors[0].node
     [node] = [node for node in cluster.worker_nodes if node.node_id == lost]
     waits: list[Wait] = []
-    load = Load(client, MODEL, cases, STREAMS[copies], UNARY, DEADLINE_S, waits.append)
+    load = Load(client, MODEL, cases, STREAMS, UNARY, DEADLINE_S, waits.append)
     started_s = time.monotonic()
     cluster.remove_node(node, allow_graceful=False)
     after = wait_status(client, lambda t: is_whole(t) and lost not in {a.node for a in t.actors})
     back_s = time.monotonic() - started_s
-    longest_wait_s = max(wait.took_s for wait in waits)
-    moved = come_and_go(cluster, client, environment) if copies > 1 else {}
     outcome = load.end()
     return {
-        **moved,
         "lost": lost,
         "alive": nodes_without(lost),
         "before": [asdict(actor) for actor in before.actors],
@@ -192,7 +155,7 @@ def lose_a_node(
         "fetched_after": fetched(after),
         "expert_bytes": EXPERT_BYTES,
         "back_s": back_s,
-        "longest_wait_s": longest_wait_s,
+        "longest_wait_s": max(wait.took_s for wait in waits),
         "requests": outcome.requests,
         "failures": dict(outcome.failures),
     }
@@ -227,7 +190,7 @@ def main(work: Path, copies: int) -> int:
         for _ in range(2):  # only now, so that Serve's processes are on the head
             cluster.add_node(num_cpus=WORKER_CPUS, resources={FAST: 2}, env_vars=empty)
         with Client(f"127.0.0.1:{grpc_port}") as client:
-            result = lose_a_node(cluster, client, oracle, copies, empty)
+            result = lose_a_node(cluster, client, oracle)
             if copies == 1:
                 result |= lose_a_reader(client, client.status().actors[-1])
         serve.shutdown()
