@@ -65,8 +65,8 @@ TARGETS = {
 }
 NEW_COPY_S, NEW_ACTOR_S = 1.0, 5.0
 GONE_S = 8.0
-"""So long beyond ``downscale_delay_s`` all actors together may take to be seen idle, by what they did
-in the last seconds, and to be emptied."""
+"""So long beyond ``downscale_delay_s`` all actors together may take to be seen idle, by what they
+did in the last seconds, and to be emptied."""
 PLAN = Plan(base=4, crowd=12, base_s=15, crowd_s=40, after_s=5, leave_timeout_s=60)
 QUICK_PLAN = Plan(base=4, crowd=12, base_s=12, crowd_s=25, after_s=3, leave_timeout_s=60)
 
