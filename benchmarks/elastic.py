@@ -161,7 +161,7 @@ def judge(result: Mapping[str, Any]) -> list[Verdict]:
             step["served_s"]["standing"],
             NEW_COPY_S,
         ),
-        _within("a copy on a new actor serves", step["served_s"]["new"], NEW_ACTOR_S),
+        _within("a copy on an actor that stood by serves", step["served_s"]["new"], NEW_ACTOR_S),
         _within(
             "actors and their copies are gone after the load",
             step["gone_s"],
