@@ -136,8 +136,8 @@ def test_what_is_promised_is_kept_at_its_bound() -> None:
     [
         ((), "gain", 1.79, "throughput"),
         (("step", "served_s"), "standing", 1.01, "new copy"),
-        (("step", "served_s"), "new", 5.01, "new actor"),
-        (("step", "served_s"), "new", None, "new actor"),
+        (("step", "served_s"), "new", 5.01, "stood by"),
+        (("step", "served_s"), "new", None, "stood by"),
         (("step",), "gone_s", None, "gone"),
         (("step",), "failures", ["UnavailableError: no"], "failed"),
     ],
