@@ -29,6 +29,7 @@ from benchmarks.common import (
     memory_of,
     peak_mb,
     prompts,
+    resident_mb,
     summary_ms,
 )
 
@@ -297,7 +298,8 @@ def start_actors(
     """Start expert actors as the product does, and have all of them load at the same time.
 
     Returns the placement's view, the handles, and of each actor how long it loaded, the weights
-    that it then held, and what was resident at the peak beyond what its process had before.
+    that it then held, what was resident at the peak for them, and what the first expert brought
+    along besides itself: code, and oneDNN's trial of ways to compute (:func:`experts.ffn.ffn_of`).
     """
     import ray
 
@@ -325,9 +327,13 @@ def start_actors(
         options = actor_options(spec, actor_name(APP, actor_id, GENERATION))
         handles[actor_id] = remote.options(**options).remote(spec, actor_id, GENERATION, EPOCH)
     reports = ray.get([h.describe.remote() for h in handles.values()], timeout=TIMEOUT_S)
-    pids = {report.actor_id: report.pid for report in reports}
-    before_mb = {actor_id: begin_peak(pid) for actor_id, pid in pids.items()}
+    before_mb = {report.actor_id: resident_mb(report.pid) for report in reports}
     started_s = time.perf_counter()
+    firsts = [handle.load.remote(EPOCH, shares[a][:1]) for a, handle in handles.items()]
+    code_mb = {}
+    for report in ray.get(firsts, timeout=TIMEOUT_S):
+        first_mb = begin_peak(report.pid) - report.weight_bytes / 1e6
+        code_mb[report.actor_id] = first_mb - before_mb[report.actor_id]
     loads = {handles[a].load.remote(EPOCH, keys): a for a, keys in shares.items()}
     loading: dict[str, dict[str, float]] = {}
     waiting = list(loads)
@@ -339,7 +345,8 @@ def start_actors(
         loading[actor_id] = {
             "load_s": time.perf_counter() - started_s,
             "weights_mb": report.weight_bytes / 1e6,
-            "peak_mb": peak_mb(report.pid) - before_mb[actor_id],
+            "peak_mb": peak_mb(report.pid) - before_mb[actor_id] - code_mb[actor_id],
+            "code_mb": code_mb[actor_id],
         }
         placement = placement.with_actor(actor_id, GENERATION, shares[actor_id])
     view = PlacementView()

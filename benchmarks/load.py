@@ -59,7 +59,8 @@ def run(
 def summary(loading: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Return of all actors' loading: the time of the last, bytes a second, and the worst peak.
 
-    ``peak_ratio`` is the largest peak of an actor in shares of its own.
+    ``peak_ratio`` is the largest peak of an actor in shares of its own; ``code_mb``, what the first
+    expert brought along besides itself and any number more does not, is not in it.
     """
     load_s = max(one["load_s"] for one in loading.values())
     return {
@@ -68,6 +69,7 @@ def summary(loading: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         "mb_per_s": sum(one["weights_mb"] for one in loading.values()) / load_s,
         "peak_mb": max(one["peak_mb"] for one in loading.values()),
         "share_mb": max(one["weights_mb"] for one in loading.values()),
+        "code_mb": max(one["code_mb"] for one in loading.values()),
         "peak_ratio": max(one["peak_mb"] / one["weights_mb"] for one in loading.values()),
     }
 
@@ -97,6 +99,7 @@ def report(result: Mapping[str, Any]) -> None:
             f"{one['experts_mb']:.0f}",
             f"{one['load_s']:.2f}",
             f"{one['mb_per_s']:.0f}",
+            f"{one['code_mb']:.0f}",
             f"{one['share_mb']:.0f}",
             f"{one['peak_mb']:.0f}",
             f"{one['peak_ratio']:.2f}",
@@ -111,6 +114,7 @@ def report(result: Mapping[str, Any]) -> None:
         "experts MB",
         "load s",
         "MB/s",
+        "code MB",
         "an actor's share MB",
         "its peak MB",
         "peak / share",

@@ -34,8 +34,8 @@ def test_a_familys_checkpoint_is_whole_and_of_the_size_of_the_others(
 
 def test_all_actors_together_have_loaded_when_the_last_one_has() -> None:
     loading = {
-        "a": {"load_s": 2.0, "weights_mb": 100.0, "peak_mb": 110.0},
-        "b": {"load_s": 4.0, "weights_mb": 50.0, "peak_mb": 60.0},
+        "a": {"load_s": 2.0, "weights_mb": 100.0, "peak_mb": 110.0, "code_mb": 5.0},
+        "b": {"load_s": 4.0, "weights_mb": 50.0, "peak_mb": 60.0, "code_mb": 6.0},
     }
     assert summary(loading) == {
         "experts_mb": 150.0,
@@ -43,6 +43,7 @@ def test_all_actors_together_have_loaded_when_the_last_one_has() -> None:
         "mb_per_s": 37.5,
         "peak_mb": 110.0,
         "share_mb": 100.0,
+        "code_mb": 6.0,
         "peak_ratio": 1.2,
     }
 
@@ -54,7 +55,7 @@ def test_the_exit_status_says_when_an_actor_took_too_much(
     ratio: float,
     status: int,
 ) -> None:
-    loading = {"a": {"load_s": 1.0, "weights_mb": 100.0, "peak_mb": 100 * ratio}}
+    loading = {"a": {"load_s": 1.0, "weights_mb": 100.0, "peak_mb": 100 * ratio, "code_mb": 0.0}}
     streams = {"32": {"tokens_per_s": 9.0}}
     measured = {"loading": loading, "streams": streams}
     monkeypatch.setattr("benchmarks.load.make_family", lambda folder, family: 10**8)
