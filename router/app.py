@@ -127,8 +127,9 @@ def router_environment(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         # What a layer of a prefill lets go is needed by the next one. To give it back and fault it
         # in again costs more than the layer's own work in the router.
-        "MALLOC_MMAP_THRESHOLD_": "8388608",
-        "MALLOC_TRIM_THRESHOLD_": "16777216",
+        # The first is the most that glibc takes; the rows of 512 tokens of a large model are 8 MB.
+        "MALLOC_MMAP_THRESHOLD_": "33554432",
+        "MALLOC_TRIM_THRESHOLD_": "67108864",
         # Steps bring new numbers of tokens for ever, and oneDNN and torch would each keep half a
         # megabyte for 1024 shapes; a decode step has five.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",

@@ -111,7 +111,8 @@ class RemoteExchange:
         ids = choice.ids
         num_tokens, k = ids.shape
         # Ascending expert order, so that the sum below is the same whoever computes the shares.
-        pairs = (ids.argsort(axis=1) + np.arange(0, ids.size, k)[:, None]).ravel()
+        order = ids.argsort(axis=1)
+        pairs = (order + np.arange(0, ids.size, k)[:, None]).ravel()
         slots = np.empty_like(pairs)
         slots[pairs] = np.arange(ids.size)
         rows = self._dispatcher.dispatch(
@@ -119,7 +120,5 @@ class RemoteExchange:
         )
         if rows is None:
             return None
-        weights = choice.weights.reshape(-1).index_select(
-            0, torch.from_numpy(pairs).to(choice.weights.device)
-        )
-        return combine(rows.view(num_tokens, k, -1), weights.view(num_tokens, k))
+        weights = choice.weights.gather(1, torch.from_numpy(order).to(choice.weights.device))
+        return combine(rows.view(num_tokens, k, -1), weights)

@@ -395,3 +395,22 @@ def test_combine_leaves_its_arguments_alone() -> None:
     assert torch.equal(combine(rows, weights), torch.ones(2, 3))
     assert torch.equal(rows, torch.ones(2, 2, 3))
     assert torch.equal(weights, torch.full((2, 2), 0.5))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_combined_in_pieces_are_as_those_combined_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, k: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(k)
+    rows = torch.randn(11, k, 8, generator=generator).bfloat16()
+    weights = torch.rand(11, k, generator=generator).to(dtype)
+    monkeypatch.setattr("router.combine.CHUNK_VALUES", 4 * k * 8)  # pieces of 4, 4 and 3 tokens
+    expected = []
+    for token_rows, token_weights in zip(rows, weights, strict=True):
+        total = torch.zeros(8, dtype=torch.bfloat16)
+        for row, weight in zip(token_rows, token_weights, strict=True):
+            total += (row * weight[None]).to(torch.bfloat16)
+        expected.append(total)
+    assert torch.equal(combine(rows, weights), torch.stack(expected))
+    assert combine(rows[:0], weights[:0]).shape == (0, 8)
