@@ -33,7 +33,6 @@ METHODS = (
     "/expertmesh.v1.Inference/GetModelInfo",
     "/expertmesh.v1.Admin/GetStatus",
     "/grpc.health.v1.Health/Check",
-    "/grpc.health.v1.Health/List",
     "/expertmesh.v1.Inference/Nothing",
 )
 STREAMED = METHODS[1:2]
@@ -118,7 +117,7 @@ class Wires:
             connection.close()
 
     def _http2_bytes(self, source: random.Random) -> str:
-        seeds = [_http2_call(METHODS[0], one) for one in self._messages]
+        seeds = [http2_call(METHODS[0], one) for one in self._messages]
         return _answered(_said(self._places.grpc, mutated(source, seeds)))
 
     def _grpc_message(self, source: random.Random) -> str:
@@ -164,7 +163,7 @@ class Wires:
         place = source.choice(self._places.ports)
         seeds = [
             _http_request(PATHS[0], self._bodies),
-            _http2_call(METHODS[0], self._messages[0]),
+            http2_call(METHODS[0], self._messages[0]),
             struct.pack(">I", 66) + b"\x91\xd9\x40" + b"0" * 64,  # a router's hello, wrong secret
         ]
         return _answered(_said(place, mutated(source, seeds)))
@@ -198,8 +197,11 @@ def _http_request(path: str, all_bodies: Sequence[bytes]) -> bytes:
     return head.encode() + b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body) + body
 
 
-def _http2_call(method: str, data: bytes) -> bytes:
-    """Return a connection's first bytes with one gRPC call, every header in plain text."""
+def http2_call(method: str, data: bytes) -> bytes:
+    """Return a connection's first bytes with one gRPC call, every header in plain text.
+
+    ``method`` may have any characters up to 255, each of which is a byte.
+    """
 
     def http2_frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
         return len(payload).to_bytes(3, "big") + struct.pack(">BBI", kind, flags, stream) + payload
@@ -209,7 +211,7 @@ def _http2_call(method: str, data: bytes) -> bytes:
         "content-type": "application/grpc", "te": "trailers",
     }  # fmt: skip
     packed = b"".join(
-        b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+        b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode("latin-1")
         for name, value in headers.items()
     )
     return (

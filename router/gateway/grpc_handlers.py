@@ -134,13 +134,6 @@ class GrpcHandlers:
             raise UnknownModelError(f"{shown(name)} is not one of {served}", "service")
         return self.health()
 
-    async def list_health(self, data: bytes) -> Any:
-        """Answer ``grpc.health.v1.Health/List`` with all services and the server itself."""
-        _parse(health_pb2.HealthListRequest, data)
-        return health_pb2.HealthListResponse(
-            statuses={name: self.health() for name in ("", *SERVICES)}
-        )
-
     def health(self) -> Any:
         """Return SERVING when every expert has a live copy, else NOT_SERVING."""
         status = health_pb2.HealthCheckResponse

@@ -38,7 +38,7 @@ _UNARY = {
         "Drain",
         "SetCopies",
     ),
-    "grpc.health.v1.Health": ("Check", "List"),
+    "grpc.health.v1.Health": ("Check",),
 }
 _STREAM = {
     "expertmesh.v1.Inference": ("GenerateStream",),
@@ -222,11 +222,6 @@ class GrpcMethods:
         grpc_context.set_trailing_metadata(self.grpc_handlers.health_metadata())
         empty = health_pb2.HealthCheckResponse
         return await _unary(self.grpc_handlers.check_health(request), empty, grpc_context)
-
-    async def List(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
-        """Serve ``Health/List``."""
-        empty = health_pb2.HealthListResponse
-        return await _unary(self.grpc_handlers.list_health(request), empty, grpc_context)
 
     async def Watch(  # noqa: N802
         self, request: bytes, grpc_context: CallContext

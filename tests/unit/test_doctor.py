@@ -31,14 +31,14 @@ NEEDS = Needs(3 * GB, 2 * GB, GB)
 
 
 def installed(**packages: str | None) -> Installed:
-    requirements = ("ray[serve]<3,>=2.60", "grpcio>=1.85.1")
-    found = {"ray": "2.60.0", "grpcio": "1.85.1"} | packages
+    requirements = ("ray[serve]<3,>=2.60", "grpcio>=1.83.2")
+    found = {"ray": "2.60.0", "grpcio": "1.83.2"} | packages
     return Installed("3.11.7", ">=3.11", found, requirements)
 
 
 def test_versions_within_their_bounds_are_one_line() -> None:
     [check] = doctor.check_versions(installed())
-    assert check == Check("versions", "ok", "python 3.11.7, ray 2.60.0, grpcio 1.85.1")
+    assert check == Check("versions", "ok", "python 3.11.7, ray 2.60.0, grpcio 1.83.2")
 
 
 @pytest.mark.parametrize("version", ["2.59.9", "3.0.0", None])
@@ -48,7 +48,7 @@ def test_a_package_that_is_too_old_too_new_or_absent_is_a_problem(version: str |
     assert "needed: <3,>=2.60" in wrong.found
     assert (version or "not installed") in wrong.found
     assert wrong.advice == "pip install 'ray[serve]<3,>=2.60'"
-    assert rest.found == "python 3.11.7, grpcio 1.85.1"
+    assert rest.found == "python 3.11.7, grpcio 1.83.2"
 
 
 def test_an_old_python_and_a_package_that_is_not_installed_are_problems() -> None:
