@@ -25,23 +25,25 @@ def link() -> Target:
     """Return the target; a router with the secret sends the bytes, and so does a gateway."""
 
     def run(data: bytes) -> None:
-        asyncio.run(_both(data))
+        # They outlive the loop, as a router's does: one that is collected takes its tasks with it.
+        clients = [LinkClient(lambda request_id, index: None) for _ in range(2)]
+        asyncio.run(_both(data, *clients))
 
     events = packed([["a", EVENT.to_wire()], ["b", EVENT.to_wire()]])
     stops = packed(["stop", "a", 1])
     return Target([events, stops, stops + events, packed(["0" * 64])], run)
 
 
-async def _both(data: bytes) -> None:
+async def _both(data: bytes, honest: LinkClient, fooled: LinkClient) -> None:
     faults: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
     async with asyncio.timeout(LIMIT_S):
-        await _to_gateway(data)
-        await _to_router(data)
+        await _to_gateway(data, honest)
+        await _to_router(data, fooled)
     assert not faults, f"nobody took {faults[0]}"
 
 
-async def _to_gateway(data: bytes) -> None:
+async def _to_gateway(data: bytes, client: LinkClient) -> None:
     taken: asyncio.Queue[tuple[str, TokenEvent]] = asyncio.Queue()
 
     def on_tokens(request_id: str, event: TokenEvent) -> bool:
@@ -56,7 +58,6 @@ async def _to_gateway(data: bytes) -> None:
     writer.write_eof()
     assert await reader.read() == b""  # it was cut off
     writer.close()
-    client = LinkClient(lambda request_id, index: None)
     await client.connect(address)
     client.send(address, [("honest", EVENT)])
     assert await taken.get() == ("honest", EVENT)
@@ -64,7 +65,7 @@ async def _to_gateway(data: bytes) -> None:
     server.close()
 
 
-async def _to_router(data: bytes) -> None:
+async def _to_router(data: bytes, client: LinkClient) -> None:
     told = asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -75,8 +76,8 @@ async def _to_router(data: bytes) -> None:
         told.set()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    client = LinkClient(lambda request_id, index: None)
     port = server.sockets[0].getsockname()[1]
     await client.connect(LinkAddress("127.0.0.1", port, "secret"))
     await told.wait()
+    client.close()
     server.close()
