@@ -100,7 +100,7 @@ class Wires:
 
     def _http_bytes(self, source: random.Random) -> str:
         data = mutated(source, [_http_request(one, self._bodies) for one in PATHS])
-        return _status_line(_said(self._places.http, data))
+        return _status_line(said(self._places.http, data))
 
     def _http_body(self, source: random.Random) -> str:
         body = mutated(source, self._bodies)
@@ -118,7 +118,7 @@ class Wires:
 
     def _http2_bytes(self, source: random.Random) -> str:
         seeds = [http2_call(METHODS[0], one) for one in self._messages]
-        return _answered(_said(self._places.grpc, mutated(source, seeds)))
+        return _answered(said(self._places.grpc, mutated(source, seeds)))
 
     def _grpc_message(self, source: random.Random) -> str:
         data, method = mutated(source, self._messages), source.choice(METHODS)
@@ -166,7 +166,7 @@ class Wires:
             http2_call(METHODS[0], self._messages[0]),
             struct.pack(">I", 66) + b"\x91\xd9\x40" + b"0" * 64,  # a router's hello, wrong secret
         ]
-        return _answered(_said(place, mutated(source, seeds)))
+        return _answered(said(place, mutated(source, seeds)))
 
     def _offer(self, source: random.Random) -> StreamOffer:
         import ray
@@ -222,7 +222,8 @@ def http2_call(method: str, data: bytes) -> bytes:
     )
 
 
-def _said(place: tuple[str, int], data: bytes) -> bytes:
+def said(place: tuple[str, int], data: bytes) -> bytes:
+    """Connect, send bytes, and return what comes until the other end closes or falls silent."""
     with socket.create_connection(place, ANSWER_S) as sock:
         return _exchanged(sock, data)
 

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 
 import grpc
 import pytest
 
-from benchmarks.fuzzing.hostile import http2_call
+from benchmarks.fuzzing.hostile import http2_call, said
 
 ANSWER_S = 10.0
 
 
-def said(port: int, method: str) -> bytes:
-    """Call a method over a connection of its own; return the first bytes of the answer."""
-    with socket.create_connection(("127.0.0.1", port), ANSWER_S) as stranger:
-        stranger.settimeout(ANSWER_S)
-        stranger.sendall(http2_call(method, b""))
-        return stranger.recv(1 << 16)
-
-
 @pytest.mark.timeout(60)
 def test_a_call_whose_method_is_no_text_does_not_end_the_server() -> None:
-    async def serve() -> list[bytes]:
+    async def code_of_the_next_call() -> grpc.StatusCode:
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
+        # Until nothing more comes, by when a server that it ends has ended.
+        await asyncio.to_thread(said, ("127.0.0.1", port), http2_call("/a\xff/b", b""))
         try:
-            # The second is taken when the first has been looked at, the third on a new connection.
-            return [await asyncio.to_thread(said, port, m) for m in ("/a/b", "/a\xff/b", "/a/b")]
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                await channel.unary_unary("/a/b")(b"", timeout=ANSWER_S)
+        except grpc.aio.AioRpcError as error:
+            return error.code()
         finally:
             await server.stop(None)
+        raise AssertionError("a method that is not there was called")
 
-    first, _, third = asyncio.run(serve())
-    assert first
-    assert third
+    assert asyncio.run(code_of_the_next_call()) is grpc.StatusCode.UNIMPLEMENTED
