@@ -13,7 +13,8 @@ from benchmarks.held import METRICS, RAYS, above, total
 
 
 def process(name: str, is_flat: bool = True) -> dict[str, Any]:
-    return {"name": name, "pid": 1, "is_flat": is_flat, "mb_per_min": 0.0 if is_flat else 40.0}
+    grown = {"mb_per_min": 0.0 if is_flat else 40.0, "descriptors_per_min": 3.0}
+    return {"name": name, "pid": 1, "is_flat": is_flat, **grown}
 
 
 def summary(p99_ms: float) -> dict[str, dict[str, float]]:
@@ -82,10 +83,15 @@ def test_parts_that_were_not_run_are_not_judged(part: str) -> None:
         (
             "overload",
             {"processes": [process("Gateway"), process("Router", is_flat=False)]},
-            "memory of the serving processes",
-            "Router +40.0 MB/min",
+            "memory and descriptors of the serving processes",
+            "Router +40.0 MB, +3 descriptors a minute",
         ),
-        ("overload", {"processes": []}, "memory of the serving processes", "flat, all 0"),
+        (
+            "overload",
+            {"processes": []},
+            "memory and descriptors of the serving processes",
+            "flat, all 0",
+        ),
         (
             "cancels",
             {"left": {"gRPC stream: StopIteration": 2}},
@@ -122,6 +128,7 @@ def test_parts_that_were_not_run_are_not_judged(part: str) -> None:
             "checking a text",
             "50.1 µs",
         ),
+        ("validation", {"960 token ids": 50.1}, "checking 960 token ids", "50.1 µs"),
     ],
 )
 def test_what_is_missed_is_told(part: str, change: dict[str, Any], figure: str, said: str) -> None:
