@@ -60,17 +60,16 @@ def test_answers_are_told_in_a_word() -> None:
 
 
 def test_what_a_port_says_is_read_until_it_closes() -> None:
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
+    def serve(listener: socket.socket) -> None:
         sock, _ = listener.accept()
         with sock:
             assert sock.recv(100) == b"hello"
             sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
-    served = threading.Thread(target=serve)
-    served.start()
-    said = hostile._said(listener.getsockname(), b"hello")
-    served.join(10)
-    listener.close()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        served = threading.Thread(target=serve, args=(listener,), daemon=True)
+        served.start()
+        said = hostile.said(listener.getsockname(), b"hello")
+        served.join(10)
     assert hostile._status_line(said) == "400"
