@@ -58,7 +58,9 @@ def overload_verdicts(result: Mapping[str, Any]) -> list[Verdict]:
         for kind, count in some.items()
         if kind not in (ANSWERED[surface], SHED[surface])
     }
-    growing = [one for one in _serving(result["processes"]) if not one["is_flat"]]
+    growing = [one for one in _serving(result["processes"]) if not one["is_memory_flat"]]
+    files = result["descriptors"]
+    open_files = grown(files["before"], files["after"], lambda before: GROWTH_FDS)
     recovered_s = result["recovered_s"]
     return [
         Verdict("statuses", _counted(others) or "no other", "only OK or come back", not others),
@@ -69,16 +71,13 @@ def overload_verdicts(result: Mapping[str, Any]) -> list[Verdict]:
             recovered_s is not None and recovered_s <= RECOVERED_S,
         ),
         Verdict(
-            "memory and descriptors of the serving processes",
-            ", ".join(
-                f"{one['name']} {one['mb_per_min']:+.1f} MB, "
-                f"{one['descriptors_per_min']:+.0f} descriptors a minute"
-                for one in growing
-            )
+            "memory of the serving processes",
+            ", ".join(f"{one['name']} {one['mb_per_min']:+.1f} MB a minute" for one in growing)
             or f"flat, all {len(_serving(result['processes']))}",
             "flat",
             not growing and bool(_serving(result["processes"])),
         ),
+        Verdict("descriptors", _counted(open_files) or "as before", "as before", not open_files),
     ]
 
 

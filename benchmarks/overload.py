@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import summary_ms
+from benchmarks.held import descriptors
 from benchmarks.open_loop import Answer, arrivals_s, asker, capacity_per_s, kinds, late_ms, offer
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ CLIENTS = 32
 TOKENS = 32
 SETTLE_S, CAPACITY_S = 5.0, 15.0
 BEFORE_S, AFTER_S = 10.0, 15.0
+CLOSE_S = 30.0
+"""How long HAProxy is given to close connections that nobody uses any more: 16 s were seen."""
 PROBES_PER_S = 4.0
 """Before and after the overload: few enough to be normal."""
 NORMAL_FACTOR = 1.25
@@ -63,12 +66,15 @@ async def _run(
         begin("normal latency")
         before = await ask_at(probes_s(0.0, BEFORE_S))
         begin(f"{factor:g} times the capacity, {seconds:g} s")
-        sampler = Sampler()
+        sampler, open_before = Sampler(), descriptors()
         due_s = arrivals_s(factor * capacity, seconds, seed)
         answers = await ask_at([*due_s, *probes_s(seconds, AFTER_S)])
         processes = sampler.end()
+    await asyncio.sleep(CLOSE_S)
+    open_after = descriptors()
     during, after = answers[: len(due_s)], answers[len(due_s) :]
     within = sum(one.is_answered and one.ended_s < seconds for one in during)
+    normal = [_latency_s(one) for one in before]
     latencies = [(one.due_s - seconds, _latency_s(one)) for one in after]
     return {
         "capacity_per_s": capacity,
@@ -78,8 +84,11 @@ async def _run(
         "sent_late": late_ms(during),
         "answered": _summary_ms([one for one in during if one.is_answered]),
         "refused": _summary_ms([one for one in during if not one.is_answered]),
-        "normal": summary_ms([_latency_s(one) for one in before]),
-        "recovered_s": recovered_s([_latency_s(one) for one in before], latencies),
+        "normal": summary_ms(normal),
+        "normal_s": normal,
+        "after_s": latencies,
+        "recovered_s": recovered_s(normal, latencies),
+        "descriptors": {"before": open_before, "after": open_after},
         "processes": [asdict(one) for one in processes],
     }
 

@@ -69,7 +69,9 @@ class Growth:
     last: Sample
     mb_per_min: float
     descriptors_per_min: float
+    is_memory_flat: bool
     is_flat: bool
+    """Both memory and descriptors."""
 
 
 def trend(points: Sequence[tuple[float, float]]) -> float:
@@ -91,11 +93,17 @@ def growth(name: str, pid: int, samples: Sequence[Sample]) -> Growth:
     minutes = (judged[-1].at_s - judged[0].at_s) / 60
     mb_per_min = 60 * trend([(one.at_s, one.rss_mb) for one in judged])
     descriptors_per_min = 60 * trend([(one.at_s, float(one.descriptors)) for one in judged])
-    is_flat = (
-        mb_per_min * minutes < max(GROWTH_SHARE * judged[0].rss_mb, GROWTH_MB)
-        and descriptors_per_min * minutes < GROWTH_FDS
+    is_memory_flat = mb_per_min * minutes < max(GROWTH_SHARE * judged[0].rss_mb, GROWTH_MB)
+    return Growth(
+        name,
+        pid,
+        samples[0],
+        samples[-1],
+        mb_per_min,
+        descriptors_per_min,
+        is_memory_flat,
+        is_flat=is_memory_flat and descriptors_per_min * minutes < GROWTH_FDS,
     )
-    return Growth(name, pid, samples[0], samples[-1], mb_per_min, descriptors_per_min, is_flat)
 
 
 NOT_JUDGED = frozenset({"log_monitor.py", "DashboardAgent"})

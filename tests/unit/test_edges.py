@@ -14,7 +14,7 @@ from benchmarks.held import METRICS, RAYS, above, total
 
 def process(name: str, is_flat: bool = True) -> dict[str, Any]:
     grown = {"mb_per_min": 0.0 if is_flat else 40.0, "descriptors_per_min": 3.0}
-    return {"name": name, "pid": 1, "is_flat": is_flat, **grown}
+    return {"name": name, "pid": 1, "is_memory_flat": is_flat, **grown}
 
 
 def summary(p99_ms: float) -> dict[str, dict[str, float]]:
@@ -28,6 +28,7 @@ GOOD: dict[str, Any] = {
         "kinds": {"gRPC": {"OK": 5, "RESOURCE_EXHAUSTED": 15}, "HTTP": {"200": 5, "429": 15}},
         "recovered_s": 4.9,
         "processes": [process("Gateway"), process("clients", is_flat=False)],
+        "descriptors": {"before": {"Gateway": 90.0}, "after": {"Gateway": 95.0}},
     },
     "cancels": {
         "left": {"gRPC stream": 250, "HTTP whole": 250},
@@ -56,7 +57,7 @@ def missed(part: str, change: dict[str, Any]) -> list[Verdict]:
 def test_a_good_run_keeps_every_figure() -> None:
     verdicts = edges.judge(GOOD)
     assert all(one.is_kept for one in verdicts)
-    assert len(verdicts) == 3 + 5 + 2 + 2
+    assert len(verdicts) == 4 + 5 + 2 + 2
     assert [one.measured for one in verdicts][:3] == ["no other", "after 4.9 s", "flat, all 1"]
 
 
@@ -83,14 +84,20 @@ def test_parts_that_were_not_run_are_not_judged(part: str) -> None:
         (
             "overload",
             {"processes": [process("Gateway"), process("Router", is_flat=False)]},
-            "memory and descriptors of the serving processes",
-            "Router +40.0 MB, +3 descriptors a minute",
+            "memory of the serving processes",
+            "Router +40.0 MB a minute",
         ),
         (
             "overload",
             {"processes": []},
-            "memory and descriptors of the serving processes",
+            "memory of the serving processes",
             "flat, all 0",
+        ),
+        (
+            "overload",
+            {"descriptors": {"before": {"Gateway": 90.0}, "after": {"Gateway": 106.0}}},
+            "descriptors",
+            "16 Gateway",
         ),
         (
             "cancels",
