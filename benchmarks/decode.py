@@ -121,7 +121,7 @@ def comparable(result: Mapping[str, Any]) -> dict[str, Figure]:
 
 def report(result: Mapping[str, Any]) -> None:
     """Print the tables."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (f"{n} streams, {kind}", f"{measured['tokens_per_s']:.0f}", f"{measured['rss_mb']:.0f}")
         for kind, by_n in result["one_process"].items()
         for n, measured in by_n.items()

@@ -80,7 +80,9 @@ def machine_lines(ran: Sequence[Ran]) -> list[str]:
         f"- {name or platform.machine()}, {psutil.cpu_count()} cores",
         f"- {psutil.virtual_memory().total / 1e9:.0f} GB of memory",
     ]
-    told = next((one.result["machine"] for one in ran if one.result is not None), {})
+    told: Mapping[str, Any] = next(
+        (one.result["machine"] for one in ran if one.result is not None), {}
+    )
     versions = [f"{key} {told[key]}" for key in ("python", "ray", "torch", "transformers") if told]
     return [*lines, f"- {', '.join(versions)}"] if versions else lines
 

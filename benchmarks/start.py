@@ -20,7 +20,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,6 @@ OURS, ALONE = "expertmesh", "Serve alone"
 RAY = "Ray and Serve"
 
 
-@serve.deployment
 class Hello:
     """An application that needs nothing."""
 
@@ -52,7 +51,7 @@ class Hello:
         return "hello"
 
 
-hello = Hello.bind()
+hello = serve.deployment(Hello).bind()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ class Start:
 def process_name(command_line: str) -> str:
     """Return whose process it is: a part of ours by its name, or :data:`RAY`."""
     replica = re.match(r"ray::ServeReplica:\w+:(\w+)", command_line)
-    if replica is not None and replica[1] != Hello.name:
+    if replica is not None and replica[1] != Hello.__name__:
         return replica[1].lower()
     return "expert actor" if "ExpertActor" in command_line else RAY
 
@@ -111,7 +110,7 @@ def cpu_s(pid: int) -> dict[str, float]:
     """Return the processor seconds of a command and all that runs below it, by name."""
     import psutil
 
-    used: Counter[str] = Counter()
+    used: defaultdict[str, float] = defaultdict(float)
     command = psutil.Process(pid)
     for one in [command, *command.children(recursive=True)]:
         try:

@@ -113,7 +113,7 @@ LATENT: dict[str, Any] = {
 
 def save_deepseek_v2(folder: Path, **overrides: Any) -> Any:
     """Groups by their best expert; queries of full rank."""
-    sizes = {"topk_method": "group_limited_greedy", "q_lora_rank": None}
+    sizes: dict[str, Any] = {"topk_method": "group_limited_greedy", "q_lora_rank": None}
     sizes |= {"routed_scaling_factor": 1.5}
     return _save(folder, "DeepseekV2", LATENT | sizes | overrides)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 MAX_BYTES = 1 << 16
+_ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
 _EDGES = (
     0,
     1,
@@ -98,8 +99,7 @@ def _change(source: random.Random, data: bytearray, seeds: Sequence[bytes]) -> N
     elif kind == 6:
         size = source.choice((1, 2, 4, 8))
         number = source.choice(_EDGES) % (1 << (8 * size))
-        order = source.choice(("little", "big"))
-        data[place : place + size] = number.to_bytes(size, order)
+        data[place : place + size] = number.to_bytes(size, source.choice(_ORDERS))
     else:
         other = source.choice(seeds)
         data[place:] = other[source.randrange(len(other) + 1) :]

@@ -29,8 +29,9 @@ def run(name: str, *arguments: str, limit_s: float, **variables: str) -> dict[st
         output, errors = process.communicate(timeout=limit_s)
     finally:
         if process.poll() is None:
-            for one in (*psutil.Process(process.pid).children(recursive=True), process):
+            for one in psutil.Process(process.pid).children(recursive=True):
                 one.kill()
+            process.kill()
     assert process.returncode == 0, errors[-4000:]
     # Ray may print lines of its own at any time.
     [line] = [line for line in output.splitlines() if line.startswith("{")]

@@ -23,8 +23,8 @@ _POLL_S = 0.02
 
 def named_pids(told: ClusterStatus) -> set[int]:
     """Return every pid that a status names."""
-    parts = (*told.routers, *told.gateways, *told.actors)
-    return {told.controller_pid, *(part.pid for part in parts)}
+    replicas = {one.pid for one in (*told.routers, *told.gateways)}
+    return {told.controller_pid, *replicas, *(actor.pid for actor in told.actors)}
 
 
 def kill(told: ClusterStatus, *pids: int) -> None:

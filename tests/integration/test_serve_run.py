@@ -15,6 +15,7 @@ from benchmarks.shipped import free_ports
 from cluster.errors import UnavailableError
 from router.client import Client
 from tests.cluster_fixture import TINY, StreamReader, greedy, is_alive, wait_until
+from tests.fault.signals import named_pids
 from tests.serve_run import READY_S, copy_with_ports, serve_run, wait_ready
 
 SAYS_S, GONE_S, MAX_LINES = 10.0, 10.0, 12
@@ -35,8 +36,7 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
         assert len(reply.token_ids) == 5
         told = client.status()
         pids = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
-        pids |= {part.pid for part in (*told.routers, *told.gateways, *told.actors)}
-        pids |= {told.controller_pid}
+        pids |= named_pids(told)
         assert len(pids) > 5
         wait_until(lambda: "ready after" in log.read_text(), "the command says so", SAYS_S)
         lines = log.read_text().splitlines()
