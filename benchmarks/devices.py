@@ -1,4 +1,7 @@
-"""Emulated devices that write down what they did, by subclasses: the product has no hook."""
+"""Emulated devices that write down what they did, by subclasses: the product has no hook.
+
+Actors import this, so it is without Serve, as the product's actors are: that takes them a second.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ import ray
 from cluster.placement import ExpertKey
 from cluster.spec import ACTOR_NAMESPACE, parse_actor_name
 from experts.remote import RemoteExpertActor
-from router.control import ControllerDeployment
 
 if TYPE_CHECKING:
     from experts.actor import ExpertActor
@@ -71,12 +73,6 @@ class RecordingRemoteActor(RemoteExpertActor):
     def recorded(self) -> list[Product]:
         """Return all products since the actor's start."""
         return list(self._recorded)
-
-
-class RecordingController(ControllerDeployment):
-    """A controller of recording actors."""
-
-    actor_class = RecordingRemoteActor
 
 
 def recorded(app: str) -> dict[str, list[Product]]:

@@ -90,7 +90,7 @@ def measure_zipf(ports: Ports, seconds: float) -> dict[str, Any]:
 
 
 def _application(folder: Path, experts: Mapping[str, Any], routers: int) -> Any:
-    from benchmarks.devices import RecordingController
+    from benchmarks.recording import RecordingController
     from router.app import application
 
     args = {

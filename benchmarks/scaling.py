@@ -242,7 +242,7 @@ def run(devices: Sequence[int], seconds: float, is_quick: bool) -> dict[str, Any
 
 
 def _application(folder: Path, devices: int, routers: int) -> Any:
-    from benchmarks.devices import RecordingController
+    from benchmarks.recording import RecordingController
     from router.app import application
 
     args = {

@@ -24,7 +24,7 @@ from cluster.fleet import Fleet
 from cluster.load_status import ChangeReport, Move
 from cluster.placement import ExpertKey, ModelExperts
 from cluster.rebalance import Rebalancer, Spread
-from cluster.scaling import BusyMeter, ScalingPolicy, Wanted
+from cluster.scaling import LATELY_S, BusyMeter, ScalingPolicy, Wanted
 from cluster.standby import Standby
 
 LOOK_S = 0.25
@@ -327,7 +327,8 @@ class Elastic:
             actors = self._fleet.of(pool)
             living = [a for a in actors if a in self._cluster.placement.generations]
             signals = self.meter.signals(living) if living else None
-            wanted = policy.decide(len(actors), signals, time.monotonic())
+            lately = self.meter.signals(living, LATELY_S) if living else None
+            wanted = policy.decide(len(actors), signals, time.monotonic(), lately)
             if wanted is None:
                 continue
             if policy.targets.dry_run:

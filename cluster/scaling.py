@@ -16,6 +16,9 @@ from cluster.spec import ActorReport, ScalingTargets
 
 SIGNAL_S = 2.0
 """Over so long busy time and queue time are averaged."""
+LATELY_S = 1.0
+"""Over so long for more actors, which come only after their own delay: that is smoothing enough,
+and a load that stepped up is seen a second sooner."""
 HYSTERESIS = 0.1
 """By this part of the target fewer actors must be below it, or they would soon be more again."""
 QUEUE_HYSTERESIS = 0.5
@@ -124,9 +127,16 @@ class ScalingPolicy:
         self._wishes = Wishes(targets.downscale_delay_s)
         self._last_shrink = (0, -math.inf)
 
-    def decide(self, num_actors: int, signals: Signals | None, now_s: float) -> Wanted | None:
+    def decide(
+        self,
+        num_actors: int,
+        signals: Signals | None,
+        now_s: float,
+        lately: Signals | None = None,
+    ) -> Wanted | None:
         """Return the number of actors to go to, or ``None`` to stay.
 
+        ``lately`` are signals over a shorter time, where there are such; more actors come by them.
         Where the number is out of bounds that is at once; without signals nothing else happens.
         More come when all that was wanted for a delay was more, and then the least of it. There
         are never fewer than what was wanted at any time of the delay for them, so a load that
@@ -138,13 +148,18 @@ class ScalingPolicy:
             self._waiting = None
             self._wishes.clear()
             return Wanted(bounded, f"{num_actors} actors are out of bounds")
-        if signals is None:
+        if signals is not None:
+            self._wishes.add(wanted_actors(self.targets, num_actors, signals), now_s)
+        lately = lately or signals
+        if lately is None:
             self._waiting = None
             return None
-        wanted = wanted_actors(self.targets, num_actors, signals)
-        self._wishes.add(wanted, now_s)
+        wanted = wanted_actors(self.targets, num_actors, lately)
         if wanted.actors > num_actors:
-            return self._more(wanted, now_s)
+            more = self._more(wanted, now_s)
+            if more is not None:
+                self._wishes.add(more, now_s)  # or they might be too many at once
+            return more
         self._waiting = None
         most = self._wishes.most()
         delay_s = self.targets.downscale_delay_s
@@ -194,14 +209,21 @@ class BusyMeter:
         """Forget what came before now, since the number of actors or their experts changed."""
         self._reports.clear()
 
-    def signals(self, actor_ids: Collection[str]) -> Signals | None:
-        """Return what these actors did; ``None`` while one of them has not been heard of twice."""
+    def signals(self, actor_ids: Collection[str], over_s: float = SIGNAL_S) -> Signals | None:
+        """Return what these actors did over the last ``over_s``, at most :data:`SIGNAL_S`.
+
+        ``None`` while one of them has not been heard of for so long: a moment says too little.
+        """
         busy_devices = queue_s = 0.0
         for actor_id in actor_ids:
             kept = self._reports.get(actor_id)
-            if kept is None or len(kept) < 2:
+            if not kept:
                 return None
-            (first_s, first), (last_s, last) = kept[0], kept[-1]
+            last_s, last = kept[-1]
+            early = [one for one in kept if one[0] <= last_s - over_s]
+            if not early:
+                return None
+            first_s, first = early[-1]
             busy_devices += min((last.busy_s - first.busy_s) / (last_s - first_s), 1.0)
             if last.frames > first.frames:
                 waited_s = (last.waited_s - first.waited_s) / (last.frames - first.frames)

@@ -210,20 +210,48 @@ def test_bounds_alone_decide_where_they_leave_no_choice() -> None:
 def test_busy_time_is_that_of_the_last_seconds() -> None:
     meter = BusyMeter()
     assert meter.signals(["a"]) is None
-    meter.observe(report("a", 100.0, 1000, 50.0), 0.0)
-    assert meter.signals(["a"]) is None
-    meter.observe(report("a", 100.5, 1010, 50.1), 1.0)
+    for second in range(2):
+        meter.observe(
+            report("a", 100.0 + second / 2, 1000 + second * 10, 50.0 + second / 10), second
+        )
+        assert meter.signals(["a"]) is None  # not known for long enough
+    meter.observe(report("a", 101.0, 1020, 50.2), 2.0)
     assert meter.signals(["a"]) == Signals(pytest.approx(0.5), pytest.approx(0.01))
-    for second in range(2, 20):  # from now on it never rests
-        meter.observe(report("a", 99.5 + second, 1010, 50.1), float(second))
+    for second in range(3, 20):  # from now on it never rests
+        meter.observe(report("a", 99.0 + second, 1020, 50.2), float(second))
     assert meter.signals(["a"]) == Signals(pytest.approx(1.0), 0.0)
+
+
+def test_busy_time_is_also_told_over_a_shorter_time() -> None:
+    meter = BusyMeter()
+    for place in range(9):  # at rest for a second, and busy all through the next one
+        at_s = place / 4
+        meter.observe(report("a", max(at_s - 1.0, 0.0)), at_s)
+    assert meter.signals(["a"]) == Signals(pytest.approx(0.5), 0.0)
+    assert meter.signals(["a"], 1.0) == Signals(pytest.approx(1.0), 0.0)
+    assert meter.signals(["a"], 1.2) == Signals(pytest.approx(0.8), 0.0)
+
+
+def test_more_actors_come_by_what_was_lately_and_do_not_go_at_once() -> None:
+    policy, usual, lately = ScalingPolicy(TARGETS), Signals(1.9, 0.0), Signals(4.0, 0.0)
+    for second in range(30):  # long enough that fewer might go
+        assert policy.decide(4, usual, float(second), usual) is None
+    assert [policy.decide(4, usual, at_s, lately) for at_s in (30.0, 31.0, 32.0)] == [None] * 3
+    more = policy.decide(4, usual, 33.0, lately)
+    assert more is not None
+    assert more.actors == 8
+    for second in range(34, 54):  # that 8 were wanted holds until 34, when the next wish comes
+        assert policy.decide(8, usual, float(second), usual) is None
+    fewer = policy.decide(8, usual, 54.0, usual)
+    assert fewer is not None
+    assert fewer.actors == 5
 
 
 def test_devices_add_up_and_the_longest_wait_counts() -> None:
     meter = BusyMeter()
     for actor_id, busy_s, waited_s in (("a", 0.25, 0.02), ("b", 0.5, 0.3), ("c", 0.1, 0.0)):
         meter.observe(report(actor_id, 0.0), 0.0)
-        meter.observe(report(actor_id, busy_s, 10, waited_s), 1.0)
+        meter.observe(report(actor_id, 2 * busy_s, 10, waited_s), 2.0)
     assert meter.signals(["a", "b"]) == Signals(pytest.approx(0.75), pytest.approx(0.03))
     assert meter.signals([]) == Signals(0.0, 0.0)
     meter.forget("b")
@@ -236,7 +264,7 @@ def test_devices_add_up_and_the_longest_wait_counts() -> None:
 def test_counters_of_another_generation_are_another_actors() -> None:
     meter = BusyMeter()
     meter.observe(report("a", 50.0), 0.0)
-    meter.observe(report("a", 0.0, generation=2), 1.0)
+    meter.observe(report("a", 0.0, generation=2), 2.0)
     assert meter.signals(["a"]) is None
-    meter.observe(report("a", 0.25, generation=2), 2.0)
+    meter.observe(report("a", 0.5, generation=2), 4.0)
     assert meter.signals(["a"]) == Signals(pytest.approx(0.25), 0.0)
