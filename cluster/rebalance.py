@@ -67,13 +67,17 @@ class Rebalancer:
         self._reports: deque[RebalanceReport] = deque(maxlen=KEPT_REPORTS)
 
     async def run_forever(self, period_s: float) -> None:
-        """Rebalance again and again where that is worth it."""
+        """Rebalance again and again where that is worth it; why it is not is told once."""
+        told = ""
         while True:
             await asyncio.sleep(period_s)
             try:
                 await self.rebalance(least_gain=WORTH_GAIN)
+                told = ""
             except ExpertMeshError as error:
-                logger.info("not rebalanced: %s", error)
+                if str(error) != told:
+                    told = str(error)
+                    logger.info("not rebalanced: %s", told)
             except Exception:
                 logger.exception("unexpected failure; trying again")
 

@@ -209,6 +209,34 @@ def test_what_has_not_come_up_is_not_rebalanced() -> None:
     run(test)
 
 
+def test_why_nothing_is_rebalanced_is_logged_once_until_it_changes(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "expertmesh.rebalance")
+    away, missing = (UnavailableError(why, "", 1.0) for why in ("one is away", "one is missing"))
+    outcomes: list[Exception | None] = [away, away, away, missing, None, missing, missing]
+
+    async def test() -> None:
+        rebalancer, all_told = Cluster().controller._rebalancer, asyncio.Event()
+
+        async def rebalance(least_gain: float) -> None:
+            if not outcomes:
+                all_told.set()
+                return
+            if (outcome := outcomes.pop(0)) is not None:
+                raise outcome
+
+        monkeypatch.setattr(rebalancer, "rebalance", rebalance)
+        task = asyncio.create_task(rebalancer.run_forever(0.0))
+        async with asyncio.timeout(10):
+            await all_told.wait()
+        task.cancel()
+
+    run(test)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"not rebalanced: {one}" for one in (away, missing, missing)]
+
+
 @pytest.mark.parametrize(
     ("rebalance_period_s", "num_actors", "expected_s"),
     [(None, 2, 1.0), (60.0, 2, 0.25), (0.1, 2, 0.1), (0.1, 80, 0.2), (0.1, 1000, 1.0)],
