@@ -66,9 +66,9 @@ TARGETS = {
 STANDBY_ACTORS = {"none stands by": 0, "two stand by": 2}
 """The cases of the load that steps."""
 NEW_COPY_S, NEW_ACTOR_S = 1.0, 5.0
-GONE_S = 8.0
-"""So long beyond ``downscale_delay_s`` all actors together may take to be seen idle, by what they
-did in the last seconds, and to be emptied."""
+GONE_S = 3.0
+"""So long beyond ``downscale_delay_s`` all actors together may take, counted from the last answer:
+they go in several steps, and after each nothing is known for a second."""
 PLAN = Plan(base=4, crowd=12, base_s=15, crowd_s=40, after_s=5, leave_timeout_s=60)
 QUICK_PLAN = Plan(base=4, crowd=12, base_s=12, crowd_s=25, after_s=3, leave_timeout_s=60)
 

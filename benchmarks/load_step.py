@@ -198,6 +198,7 @@ def run_step(ports: Ports, plan: Plan, fewest: int, seed: int) -> dict[str, Any]
             products = recorded(MODEL)
             leave_s = time.perf_counter()
             clients.leave(plan.crowd)
+            left_s = time.perf_counter()
             looks.wait_actors(fewest, plan.leave_timeout_s)
             time.sleep(plan.after_s)
             end_s = time.perf_counter()
@@ -219,7 +220,8 @@ def run_step(ports: Ports, plan: Plan, fewest: int, seed: int) -> dict[str, Any]
             "most": max(len(look.copies) for look in seen),
             "after": len(seen[-1].copies),
         },
-        "gone_s": gone_after(seen, fewest, leave_s),
+        "gone_s": gone_after(seen, fewest, left_s),
+        "last_answers_s": left_s - leave_s,
         "come_s": come_s - begin_s,
         "leave_s": leave_s - begin_s,
         "course": course(clients.answers, seen, begin_s, end_s),

@@ -24,7 +24,7 @@ from cluster.fleet import Fleet
 from cluster.load_status import ChangeReport, Move
 from cluster.placement import ExpertKey, ModelExperts
 from cluster.rebalance import Rebalancer, Spread
-from cluster.scaling import LATELY_S, BusyMeter, ScalingPolicy, Wanted
+from cluster.scaling import LATELY_S, SIGNAL_S, BusyMeter, ScalingPolicy, Wanted
 from cluster.standby import Standby
 
 LOOK_S = 0.25
@@ -67,7 +67,7 @@ class Elastic:
         self._standby = Standby(fleet, cluster, changes)
         self._one_at_a_time = asyncio.Lock()
         self._policies = {
-            name: ScalingPolicy(pool.autoscaling)
+            name: ScalingPolicy(pool.autoscaling, SIGNAL_S)
             for name, pool in fleet.pools.items()
             if pool.autoscaling is not None
         }

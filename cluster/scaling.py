@@ -103,11 +103,11 @@ class Wishes:
         while self._falling and self._falling[-1][1].actors <= wanted.actors:
             self._falling.pop()
         self._falling.append((now_s, wanted))
+
+    def most(self, now_s: float) -> Wanted | None:
+        """Return the most that was wanted; ``None`` while less than a window is known."""
         while len(self._falling) > 1 and self._falling[0][0] <= now_s - self._window_s:
             self._falling.popleft()
-
-    def most(self) -> Wanted | None:
-        """Return the most that was wanted; ``None`` while less than a window is known."""
         is_whole = self._falling and self._last_s - self._since_s >= self._window_s
         return self._falling[0][1] if is_whole else None
 
@@ -120,11 +120,15 @@ class Wishes:
 class ScalingPolicy:
     """One pool's decisions, one after the other."""
 
-    def __init__(self, targets: ScalingTargets) -> None:
-        """Nothing is waited for yet."""
+    def __init__(self, targets: ScalingTargets, signals_s: float = 0.0) -> None:
+        """Nothing is waited for yet.
+
+        Signals are of so long a time, which is a part of the delay for fewer actors: what was
+        wanted at its end covers it.
+        """
         self.targets = targets
         self._waiting: Waiting | None = None
-        self._wishes = Wishes(targets.downscale_delay_s)
+        self._wishes = Wishes(max(0.0, targets.downscale_delay_s - signals_s))
         self._last_shrink = (0, -math.inf)
 
     def decide(
@@ -161,7 +165,7 @@ class ScalingPolicy:
                 self._wishes.add(more, now_s)  # or they might be too many at once
             return more
         self._waiting = None
-        most = self._wishes.most()
+        most = self._wishes.most(now_s)
         delay_s = self.targets.downscale_delay_s
         tried_with, at_s = self._last_shrink
         is_again = tried_with == num_actors and now_s - at_s < delay_s

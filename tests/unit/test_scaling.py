@@ -232,6 +232,24 @@ def test_busy_time_is_also_told_over_a_shorter_time() -> None:
     assert meter.signals(["a"], 1.2) == Signals(pytest.approx(0.8), 0.0)
 
 
+def test_what_signals_cover_is_a_part_of_the_delay_for_fewer() -> None:
+    busy, idle = Signals(2.0, 0.0), Signals(0.1, 0.0)
+    for signals_s, first_s in ((0.0, 21), (2.0, 19), (60.0, 1)):
+        policy = ScalingPolicy(TARGETS, signals_s)
+        for second in range(-20, 1):
+            assert policy.decide(4, busy, float(second)) is None
+        went = [at for at in range(1, 30) if policy.decide(4, idle, float(at)) is not None]
+        assert went[0] == first_s
+
+
+def test_who_may_go_may_do_so_before_the_next_whole_signals() -> None:
+    policy, lately = ScalingPolicy(TARGETS), Signals(0.1, 0.0)
+    for second in range(21):
+        assert policy.decide(4, Signals(2.0 if second < 2 else 0.1, 0.0), float(second)) is None
+    assert policy.decide(4, None, 30.0) is None
+    assert policy.decide(4, None, 30.0, lately) is not None
+
+
 def test_more_actors_come_by_what_was_lately_and_do_not_go_at_once() -> None:
     policy, usual, lately = ScalingPolicy(TARGETS), Signals(1.9, 0.0), Signals(4.0, 0.0)
     for second in range(30):  # long enough that fewer might go
