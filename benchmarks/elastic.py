@@ -66,9 +66,6 @@ TARGETS = {
 STANDBY_ACTORS = {"none stands by": 0, "two stand by": 2}
 """The cases of the load that steps."""
 NEW_COPY_S, NEW_ACTOR_S = 1.0, 5.0
-GONE_S = 3.0
-"""So long beyond ``downscale_delay_s`` all actors together may take, counted from the last answer:
-they go in several steps, and after each nothing is known for a second."""
 PLAN = Plan(base=4, crowd=12, base_s=15, crowd_s=40, after_s=5, leave_timeout_s=60)
 QUICK_PLAN = Plan(base=4, crowd=12, base_s=12, crowd_s=25, after_s=3, leave_timeout_s=60)
 
@@ -153,7 +150,7 @@ def run(seconds: float, plan: Plan, seed: int) -> dict[str, Any]:
 
 def judge(result: Mapping[str, Any]) -> list[Verdict]:
     """Judge every figure that is promised."""
-    gone_s = result["targets"]["downscale_delay_s"] + GONE_S
+    delay_s = result["targets"]["downscale_delay_s"]
     verdicts = [
         Verdict(
             "throughput under Zipf's load, over that with one copy of each expert",
@@ -163,13 +160,14 @@ def judge(result: Mapping[str, Any]) -> list[Verdict]:
         )
     ]
     for case, step in result["steps"].items():
-        served_s = step["served_s"]
+        served_s, gone_s = step["served_s"], step["gone_s"]
         verdicts += [
             _within(
                 f"{case}: a copy serves, on an actor with others", served_s["standing"], NEW_COPY_S
             ),
             _within(f"{case}: on one that had none", served_s["new"], NEW_ACTOR_S),
-            _within(f"{case}: actors, copies gone after the load", step["gone_s"], gone_s),
+            _within(f"{case}: its actors are gone, after the load", gone_s["actors"], delay_s),
+            _within(f"{case}: its copies are gone", gone_s["copies"], delay_s),
             Verdict(
                 f"{case}: failed or wrong answers",
                 f"{len(step['failures'])} of {step['answers'] + len(step['failures'])}",
@@ -193,10 +191,11 @@ def comparable(result: Mapping[str, Any]) -> dict[str, Figure]:
     }
     figures["Zipf, gain"] = Figure(result["gain"], "higher")
     for case, step in result["steps"].items():
-        for name, took_s in (*step["served_s"].items(), ("gone", step["gone_s"])):
-            if took_s is not None:
-                # How looks and periods lie to each other is chance, by more than the tolerance.
-                figures[f"step, {case}, {name}, s"] = Figure(took_s, "context")
+        for what in ("served", "gone"):
+            for name, took_s in step[f"{what}_s"].items():
+                if took_s is not None:
+                    # How looks and periods lie to each other is chance, beyond the tolerance.
+                    figures[f"step, {case}, {name} {what}, s"] = Figure(took_s, "context")
     return figures
 
 

@@ -157,11 +157,12 @@ class Looks:
             while not self._ended.wait(LOOK_S):
                 self.seen.append(look_of(client.load(), time.perf_counter()))
 
-    def wait_actors(self, number: int, timeout_s: float) -> bool:
-        """Wait until only so many actors hold copies; tells whether that came about in time."""
+    def wait_few(self, actors: int, copies: int, timeout_s: float) -> bool:
+        """Wait until there are no more actors with copies, nor copies; tells whether in time."""
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
-            if len(self.seen[-1].actors) <= number:
+            last = self.seen[-1]
+            if len(last.actors) <= actors and len(last.copies) <= copies:
                 return True
             time.sleep(LOOK_S)
         return False
@@ -199,7 +200,7 @@ def run_step(ports: Ports, plan: Plan, fewest: int, seed: int) -> dict[str, Any]
             leave_s = time.perf_counter()
             clients.leave(plan.crowd)
             left_s = time.perf_counter()
-            looks.wait_actors(fewest, plan.leave_timeout_s)
+            looks.wait_few(fewest, len(before.copies), plan.leave_timeout_s)
             time.sleep(plan.after_s)
             end_s = time.perf_counter()
     finally:
@@ -220,7 +221,12 @@ def run_step(ports: Ports, plan: Plan, fewest: int, seed: int) -> dict[str, Any]
             "most": max(len(look.copies) for look in seen),
             "after": len(seen[-1].copies),
         },
-        "gone_s": gone_after(seen, fewest, left_s),
+        "gone_s": {
+            "actors": gone_after([(one.at_s, len(one.actors)) for one in seen], fewest, left_s),
+            "copies": gone_after(
+                [(one.at_s, len(one.copies)) for one in seen], len(before.copies), left_s
+            ),
+        },
         "last_answers_s": left_s - leave_s,
         "come_s": come_s - begin_s,
         "leave_s": leave_s - begin_s,
@@ -254,14 +260,17 @@ def served_after(
     return first
 
 
-def gone_after(seen: Sequence[Look], fewest: int, leave_s: float) -> float | None:
-    """Return after how long at most ``fewest`` actors held copies, and kept to it."""
+def gone_after(seen: Iterable[tuple[float, int]], fewest: int, leave_s: float) -> float | None:
+    """Return after how long there were at most ``fewest``, of the numbers seen at times, for good.
+
+    That is the time of the first look that saw it; ``None`` where there were more at the end.
+    """
     gone_s = None
-    for look in seen:
-        if look.at_s < leave_s or len(look.actors) > fewest:
+    for at_s, number in seen:
+        if at_s < leave_s or number > fewest:
             gone_s = None
         elif gone_s is None:
-            gone_s = look.at_s - leave_s
+            gone_s = at_s - leave_s
     return gone_s
 
 

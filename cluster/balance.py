@@ -18,7 +18,7 @@ import numpy as np
 from cluster.board import Board
 from cluster.errors import ConfigError
 from cluster.placement import ExpertKey, ModelExperts
-from cluster.replicas import replica_counts
+from cluster.replicas import replica_counts, warm_counts
 
 TOLERANCE = 0.01
 """A layer is balanced when its busiest device has so much more to do than the mean."""
@@ -65,6 +65,11 @@ class Plan:
     moved_bytes: int
     before: Balance
     after: Balance
+
+    @property
+    def gain(self) -> float:
+        """What it takes off the busiest device's load, in mean devices' loads."""
+        return max(self.before.layers - self.after.layers, self.before.devices - self.after.devices)
 
 
 def plan_copies(
@@ -117,6 +122,26 @@ def _arrange(board: Board, bounds: tuple[int, int], is_needed_first: bool) -> No
         _add(board, layer, counts, bounds[0])
         _even_out(board, layer)
     _level(board)
+
+
+def plan_without_cold(
+    models: Sequence[ModelExperts],
+    devices: Sequence[Device],
+    tokens_per_s: Mapping[ExpertKey, float],
+    held: Mapping[str, Collection[ExpertKey]],
+    min_copies: int = 1,
+) -> Plan:
+    """Decide only which copies go since they carry next to nothing.
+
+    The load must have been so for long: of a layer without any, all beyond ``min_copies`` go.
+    Each expert has at least one copy. The rest is as in :func:`plan_copies`.
+    """
+    board = Board(models, devices, tokens_per_s, held)
+    before, started = _balance(board), board.has.copy()
+    counts = warm_counts(board.rates, board.mean_shares(), board.counts(), min_copies)
+    for layer in board.layers:
+        _drop(board, layer, counts)
+    return _plan(board, started, before)
 
 
 def balance_of(

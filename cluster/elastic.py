@@ -28,6 +28,8 @@ from cluster.scaling import LATELY_S, SIGNAL_S, BusyMeter, ScalingPolicy, Wanted
 from cluster.standby import Standby
 
 LOOK_S = 0.25
+CHANGE_S = 1.0
+"""What it takes to empty actors and end them, where others have what they hold."""
 DRAINING_CHECK_S = 1.0
 UP_TIMEOUT_S = 60.0
 """How long a change waits for actors that it asked for; they may still come later."""
@@ -67,7 +69,7 @@ class Elastic:
         self._standby = Standby(fleet, cluster, changes)
         self._one_at_a_time = asyncio.Lock()
         self._policies = {
-            name: ScalingPolicy(pool.autoscaling, SIGNAL_S)
+            name: ScalingPolicy(pool.autoscaling, SIGNAL_S + LOOK_S + CHANGE_S)
             for name, pool in fleet.pools.items()
             if pool.autoscaling is not None
         }
@@ -159,6 +161,8 @@ class Elastic:
             moves = () if outcome.startswith("failed") else _moves_of(change)
             spread = Spread(outcome, moves, self._rebalancer.bytes_of(moves))
             what = f"{key.model} layer {key.layer_id} expert {key.expert_id}: {number} copies"
+            if outcome == "committed":
+                self._rebalancer.keep_cold()
             return self._report(what, reason, spread, (), (), began_s)
 
     async def _applied(self, change: Change, dry_run: bool) -> str:
@@ -279,8 +283,8 @@ class Elastic:
             spread = await self._rebalancer.spread(leaving, dry_run=dry_run)
             removed = [] if spread.outcome.startswith("failed") else list(leaving)
             for actor_id in removed if spread.outcome == "committed" else ():
+                self.meter.leave(actor_id, self._fleet.pool_of[actor_id])
                 await self._cluster.end(actor_id)
-        self.meter.restart()
         return self._report(what, reason, spread, (), removed, began_s)
 
     def _report(
@@ -326,8 +330,8 @@ class Elastic:
         for pool, policy in self._policies.items():
             actors = self._fleet.of(pool)
             living = [a for a in actors if a in self._cluster.placement.generations]
-            signals = self.meter.signals(living) if living else None
-            lately = self.meter.signals(living, LATELY_S) if living else None
+            signals = self.meter.signals(living, SIGNAL_S, pool) if living else None
+            lately = self.meter.signals(living, LATELY_S, pool) if living else None
             wanted = policy.decide(len(actors), signals, time.monotonic(), lately)
             if wanted is None:
                 continue

@@ -2,14 +2,15 @@
 
 Counters only grow while an actor lives, so a report that is lost costs nothing: the next one has
 it. What came in fades with ``WINDOW_S``, so a rate is that of about the last half a minute; but an
-expert that is surely asked for more often lately has the rate of the last ``RISE_S``. Pure, with
-the caller's clock.
+expert that is surely asked for more often lately has the rate of the last ``RISE_S``, and of one
+that was surely asked for less, for as long as a fall is to take, what came before is forgotten.
+Pure, with the caller's clock.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,8 +21,14 @@ WINDOW_S = 30.0
 """The time in which what came in fades to 1/e of its weight."""
 RISE_S = 2.0
 """The same of the time in which a rise is looked for."""
+FALL_S = 120.0
+"""After so long at the latest nothing is left of a load that ended, where nothing else is set."""
+LEAST_FALL_S = 5.0
+"""A fall is not looked for in less; a tenth of it must be no shorter than reports are apart."""
+FALL_PARTS = 10
+"""A fall is looked for after each of so many parts of its time, over all but the first two."""
 SURE = 3.0
-"""So many standard deviations of independent arrivals a rise must be beyond chance."""
+"""So many standard deviations of independent arrivals a rise or a fall must be beyond chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,10 @@ class _Fading:
         """Return what is left of the sum."""
         return self._sum * math.exp(-(now_s - self._at_s) / self._window_s)
 
+    def set(self, amount: float, now_s: float) -> None:
+        """Have so much be left now."""
+        self._sum, self._at_s = amount, now_s
+
 
 class _Device:
     """One generation of an actor: its last report, and its sums."""
@@ -74,9 +85,17 @@ class _Device:
 class LoadTracker:
     """Rates of every expert over all its copies, and of every device."""
 
-    def __init__(self, now_s: float) -> None:
-        """Begin without any load; rates are those since then until a window has passed."""
+    def __init__(self, now_s: float, fall_s: float = FALL_S) -> None:
+        """Begin without any load; rates are those since then until a window has passed.
+
+        ``fall_s`` after an expert was asked for last its rate is 0; where it is asked for so
+        rarely that a pause may be chance it only fades.
+        """
         self._begun_s = now_s
+        self.fall_s = max(fall_s, LEAST_FALL_S)
+        self._counted: Counter[ExpertKey] = Counter()
+        self._earlier: deque[tuple[float, Counter[ExpertKey]]] = deque([(now_s, Counter())])
+        """What had been counted at times that are a part of ``fall_s`` apart."""
         self._experts: defaultdict[ExpertKey, _Fading] = defaultdict(_Fading)
         self._lately: defaultdict[ExpertKey, _Fading] = defaultdict(lambda: _Fading(RISE_S))
         self._devices: dict[str, _Device] = {}
@@ -96,6 +115,7 @@ class LoadTracker:
             if added:
                 self._experts[key].add(added, took_s, now_s)
                 self._lately[key].add(added, took_s, now_s)
+                self._counted[key] += added
                 computed += added
         last = device.last
         device.tokens.add(computed, took_s, now_s)
@@ -103,6 +123,25 @@ class LoadTracker:
         device.busy_s.add(report.busy_s - last.busy_s, took_s, now_s)
         device.waited_s.add(report.waited_s - last.waited_s, took_s, now_s)
         device.last, device.at_s = report, now_s
+        if now_s - self._earlier[-1][0] >= self.fall_s / FALL_PARTS:
+            self._forget_what_fell(now_s)
+            self._earlier.append((now_s, self._counted.copy()))
+
+    def _forget_what_fell(self, now_s: float) -> None:
+        """Have experts that were surely asked for less than their rate says begin anew."""
+        least_s = self.fall_s * (FALL_PARTS - 2) / FALL_PARTS
+        while len(self._earlier) > 1 and self._earlier[1][0] <= now_s - least_s:
+            self._earlier.popleft()
+        since_s, before = self._earlier[0]
+        over_s = now_s - since_s
+        if over_s < least_s:
+            return
+        seconds = _faded_s(now_s - self._begun_s)
+        for key, total in self._experts.items():
+            count = self._counted[key] - before[key]
+            expected = total.at(now_s) / seconds * over_s
+            if count < expected - SURE * math.sqrt(expected):
+                total.set(count / over_s * seconds, now_s)
 
     def forget(self, actor_id: str) -> None:
         """Drop a device that is gone; what its experts had to do stays until it fades."""

@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.balance import Balance, Device, Plan, balance_of, plan_copies
+from cluster.balance import Balance, Device, Plan, balance_of, plan_copies, plan_without_cold
 from cluster.batches import batches
 from cluster.changes import Changes, Cluster
 from cluster.errors import ConfigError, ExpertMeshError, InvalidRequestError, UnavailableError
 from cluster.fleet import Fleet
-from cluster.load import WINDOW_S, LoadTracker
+from cluster.load import FALL_S, WINDOW_S, LoadTracker
 from cluster.load_status import DeviceStatus, ExpertLoad, LoadStatus, Move, RebalanceReport
 from cluster.placement import ExpertKey, ModelExperts
 
@@ -55,7 +55,9 @@ class Rebalancer:
 
         Then no expert gets more than ``min_copies``, and no device more than the fullest one has.
         """
-        self.tracker = LoadTracker(time.monotonic())
+        autoscaled = [pool.autoscaling for pool in fleet.pools.values() if pool.autoscaling]
+        fall_s = min((targets.downscale_delay_s for targets in autoscaled), default=FALL_S)
+        self.tracker = LoadTracker(time.monotonic(), fall_s)
         self._models = models
         self._expert_bytes = {model.model: model.expert_bytes for model in models}
         self._fleet = fleet
@@ -65,6 +67,11 @@ class Rebalancer:
         self.one_at_a_time = asyncio.Lock()
         """Held by whoever makes a plan, until it is carried out."""
         self._reports: deque[RebalanceReport] = deque(maxlen=KEPT_REPORTS)
+        self.keep_cold()
+
+    def keep_cold(self) -> None:
+        """Have no copy go by itself for being cold until the load from now on is known for long."""
+        self._cold_from_s = time.monotonic() + self.tracker.fall_s
 
     async def run_forever(self, period_s: float) -> None:
         """Rebalance again and again where that is worth it; why it is not is told once."""
@@ -84,9 +91,10 @@ class Rebalancer:
     async def rebalance(self, dry_run: bool = False, least_gain: float = 0.0) -> RebalanceReport:
         """Spread the load of now; returns when that is done, or at once with what would be.
 
-        A plan that takes less than ``least_gain`` off the busiest device's load is not carried out.
-        Raises :class:`UnavailableError` while an expert has fewer copies than it is to have. Where
-        a change fails, those before it stay, which is told in the report.
+        A plan that takes less than ``least_gain`` off the busiest device's load is not carried out;
+        then only copies go that were hardly asked for since long. Raises :class:`UnavailableError`
+        while an expert has fewer copies than it is to have. Where a change fails, those before it
+        stay, which is told in the report.
         """
         async with self.one_at_a_time:
             began_s = time.monotonic()
@@ -97,10 +105,14 @@ class Rebalancer:
             plan = await asyncio.to_thread(
                 plan_copies, self._models, devices, rates, held, self._min_copies, most
             )
-            gain = max(
-                plan.before.layers - plan.after.layers, plan.before.devices - plan.after.devices
-            )
-            if not (plan.added or plan.dropped) or gain < least_gain:
+            is_worth = plan.gain >= least_gain and bool(plan.added or plan.dropped)
+            if not is_worth and began_s >= self._cold_from_s:
+                told = {} if self._mean_rate(rates) < IDLE_TOKENS_PER_S else rates
+                plan = await asyncio.to_thread(
+                    plan_without_cold, self._models, devices, told, held, self._min_copies
+                )
+                is_worth = bool(plan.dropped)
+            if not is_worth:
                 return self._report("balanced", plan, (), 0, plan.before, began_s)
             moves = _moves(plan.added, plan.dropped)
             self._explain(plan, moves, rates, dry_run)
@@ -158,10 +170,13 @@ class Rebalancer:
         """Return a rate above zero for each expert, and whether nothing is asked for at all."""
         told = self.tracker.tokens_per_s(time.monotonic())
         keys = [key for model in self._models for key in model.expert_keys()]
-        mean = sum(told.get(key, 0.0) for key in keys) / len(keys)
+        mean = self._mean_rate(told)
         is_idle = mean < IDLE_TOKENS_PER_S
         least = 1.0 if is_idle else ASIDE * mean
         return {key: max(0.0 if is_idle else told.get(key, 0.0), least) for key in keys}, is_idle
+
+    def _mean_rate(self, told: Mapping[ExpertKey, float]) -> float:
+        return sum(told.values()) / sum(len(model.expert_keys()) for model in self._models)
 
     def free_bytes(self, devices: Sequence[Device]) -> dict[str, float]:
         """Return the room that each device's actor has beside what it holds."""

@@ -49,6 +49,21 @@ def replica_counts(
     return counts
 
 
+def warm_counts(
+    rates: np.ndarray, shares: np.ndarray, counts: np.ndarray, least: int
+) -> np.ndarray:
+    """Return today's ``counts`` without copies that carry next to nothing.
+
+    In a layer without any load, which must have been so for long, that is each beyond ``least``.
+    The rest is as in :func:`replica_counts`.
+    """
+    counts = counts.copy()
+    _drop_cold(rates, shares, counts, least)
+    idle = shares == 0
+    counts[idle] = np.minimum(counts[idle], least)
+    return counts
+
+
 def _drop_cold(rates: np.ndarray, shares: np.ndarray, counts: np.ndarray, least: int) -> None:
     """Take away copies that carry next to nothing; a layer without any load tells nothing."""
     told = shares > 0

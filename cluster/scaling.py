@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from cluster.spec import ActorReport, ScalingTargets
 
@@ -120,15 +122,16 @@ class Wishes:
 class ScalingPolicy:
     """One pool's decisions, one after the other."""
 
-    def __init__(self, targets: ScalingTargets, signals_s: float = 0.0) -> None:
+    def __init__(self, targets: ScalingTargets, ahead_s: float = 0.0) -> None:
         """Nothing is waited for yet.
 
-        Signals are of so long a time, which is a part of the delay for fewer actors: what was
-        wanted at its end covers it.
+        That there may be fewer actors is decided ``ahead_s`` before the delay for it is over: as
+        long as signals cover, since what was wanted at the end of that covers it, and as a change
+        takes, so that who is not needed is gone after the delay.
         """
         self.targets = targets
         self._waiting: Waiting | None = None
-        self._wishes = Wishes(max(0.0, targets.downscale_delay_s - signals_s))
+        self._wishes = Wishes(max(0.0, targets.downscale_delay_s - ahead_s))
         self._last_shrink = (0, -math.inf)
 
     def decide(
@@ -195,6 +198,7 @@ class BusyMeter:
     def __init__(self) -> None:
         """No report has come yet."""
         self._reports: dict[str, deque[tuple[float, ActorReport]]] = {}
+        self._gone: list[tuple[str, deque[tuple[float, ActorReport]]]] = []
 
     def observe(self, report: ActorReport, now_s: float) -> None:
         """Take an actor's report; counters of an earlier generation are forgotten."""
@@ -204,21 +208,32 @@ class BusyMeter:
         kept.append((now_s, report))
         while len(kept) > 2 and kept[1][0] <= now_s - SIGNAL_S:
             kept.popleft()
+        self._gone = [one for one in self._gone if one[1][-1][0] > now_s - SIGNAL_S]
 
     def forget(self, actor_id: str) -> None:
-        """Drop an actor that is gone."""
+        """Drop an actor that is away."""
         self._reports.pop(actor_id, None)
 
-    def restart(self) -> None:
-        """Forget what came before now, since the number of actors or their experts changed."""
-        self._reports.clear()
+    def leave(self, actor_id: str, pool: str) -> None:
+        """Take an actor as gone from its pool for good: others have what it did until now."""
+        kept = self._reports.pop(actor_id, None)
+        if kept:
+            self._gone.append((pool, kept))
 
-    def signals(self, actor_ids: Collection[str], over_s: float = SIGNAL_S) -> Signals | None:
+    def restart(self) -> None:
+        """Forget what came before now, since there are more actors, or experts are elsewhere."""
+        self._reports.clear()
+        self._gone.clear()
+
+    def signals(
+        self, actor_ids: Collection[str], over_s: float = SIGNAL_S, pool: str = ""
+    ) -> Signals | None:
         """Return what these actors did over the last ``over_s``, at most :data:`SIGNAL_S`.
 
-        ``None`` while one of them has not been heard of for so long: a moment says too little.
+        With them counts what those did in that time that have left the ``pool``. ``None`` while
+        one of them has not been heard of for so long: a moment says too little.
         """
-        busy_devices = queue_s = 0.0
+        busy_devices = queue_s = now_s = 0.0
         for actor_id in actor_ids:
             kept = self._reports.get(actor_id)
             if not kept:
@@ -229,7 +244,18 @@ class BusyMeter:
                 return None
             first_s, first = early[-1]
             busy_devices += min((last.busy_s - first.busy_s) / (last_s - first_s), 1.0)
+            now_s = max(now_s, last_s)
             if last.frames > first.frames:
                 waited_s = (last.waited_s - first.waited_s) / (last.frames - first.frames)
                 queue_s = max(queue_s, waited_s)
+        for of_pool, kept in self._gone:
+            if of_pool == pool:
+                busy_devices += _busy_since(kept, now_s - over_s) / over_s
         return Signals(busy_devices, queue_s)
+
+
+def _busy_since(kept: Sequence[tuple[float, ActorReport]], since_s: float) -> float:
+    """Return for how long an actor has computed since then, evenly between two reports."""
+    told_s = [at_s for at_s, _ in kept]
+    busy_s = [report.busy_s for _, report in kept]
+    return busy_s[-1] - float(np.interp(since_s, told_s, busy_s))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import Counter
@@ -12,9 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.balance import TOLERANCE, Device, Plan, balance_of, plan_copies
+from cluster.balance import (
+    TOLERANCE,
+    Device,
+    Plan,
+    balance_of,
+    plan_copies,
+    plan_without_cold,
+)
 from cluster.errors import ConfigError
 from cluster.placement import ExpertKey, ModelExperts, assign_experts
+from cluster.replicas import COLD
 from tests.eplb import device_loads, eplb
 
 README_LOADS = (
@@ -126,6 +135,30 @@ def test_a_hot_expert_is_copied_and_its_copies_go_when_it_is_cold() -> None:
     cold = {**dict.fromkeys(keys, 100.0), keys[3]: 0.0}
     dropped = plan_copies(models, devices, cold, held_of(copied.holders), 1, 3)
     assert len(dropped.holders[keys[3]]) == 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(clusters(), st.integers(0, 10_000))
+def test_only_copies_that_carry_next_to_nothing_go_for_being_cold(
+    cluster: tuple[list[ModelExperts], list[Device], int], seed: int
+) -> None:
+    models, devices, copies = cluster
+    source = random.Random(seed)
+    keys = [key for model in models for key in model.expert_keys()]
+    names = [device.actor_id for device in devices]
+    holders = {key: source.sample(names, source.randint(copies, len(names))) for key in keys}
+    rates = {key: source.choice([0.0, 0.01, 1.0, 100.0]) for key in keys}
+    held = {name: [key for key in keys if name in holders[key]] for name in names}
+    plan = plan_without_cold(models, devices, rates, held, copies)
+    assert (plan.added, plan.moved_bytes) == ({}, 0)
+    for key in keys:
+        share = sum(rates[other] for other in keys if other[:2] == key[:2]) / len(devices)
+        enough = math.ceil(rates[key] / (COLD * share) - 1e-9) if share else 0
+        assert len(plan.holders[key]) == min(len(holders[key]), max(enough, copies))
+        assert set(plan.holders[key]) <= set(holders[key])
+    assert plan_without_cold(models, devices, rates, held_of(plan.holders), copies).dropped == {}
+    idle = plan_without_cold(models, devices, {}, held, copies)
+    assert {len(actors) for actors in idle.holders.values()} == {copies}
 
 
 def test_a_fast_device_gets_more_of_the_load() -> None:

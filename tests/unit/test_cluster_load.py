@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.load import RISE_S, WINDOW_S, DeviceLoad, LoadTracker
+from cluster.load import FALL_S, LEAST_FALL_S, RISE_S, WINDOW_S, DeviceLoad, LoadTracker
 from cluster.placement import ExpertKey
 from cluster.spec import ActorReport
 
@@ -137,3 +137,63 @@ def test_what_may_be_chance_is_no_rise() -> None:
         tracker.observe(report({A: second}), float(second))
     tracker.observe(report({A: 100 + 4}), 101.0)  # four instead of one, once
     assert tracker.tokens_per_s(101.0)[A] == pytest.approx(1.1, rel=0.02)
+
+
+def asked(tracker: LoadTracker, a_tokens_s: float, b_tokens_s: float, to_s: int) -> float:
+    """Ask for so many tokens a second from where the tracker is; returns when A's rate was 0."""
+    last = tracker._devices["one"]
+    counted, begun_s = dict(last.last.tokens), last.at_s
+    for quarter in range(1, int((to_s - begun_s) * 4) + 1):
+        now_s = begun_s + quarter / 4
+        tokens = {
+            A: counted.get(A, 0) + int(a_tokens_s * quarter / 4),
+            B: counted.get(B, 0) + int(b_tokens_s * quarter / 4),
+        }
+        tracker.observe(report(tokens), now_s)
+        if tracker.tokens_per_s(now_s).get(A) == 0:
+            return now_s
+    return math.inf
+
+
+@pytest.mark.parametrize(("set_s", "fall_s"), [(None, FALL_S), (10.0, 10.0), (0.2, LEAST_FALL_S)])
+@pytest.mark.parametrize("ended_s", [240, 241, 243])
+def test_a_load_that_ended_is_forgotten_within_the_time_that_is_set(
+    set_s: float | None, fall_s: float, ended_s: int
+) -> None:
+    tracker = LoadTracker(0.0) if set_s is None else LoadTracker(0.0, set_s)
+    tracker.observe(report({}), 0.0)
+    assert asked(tracker, 50.0, 20.0, ended_s) == math.inf
+    assert tracker.tokens_per_s(ended_s) == pytest.approx({A: 50, B: 20}, rel=0.01)
+    gone_s = asked(tracker, 0.0, 20.0, ended_s + 200) - ended_s
+    # Eight tenths of the time have to be without any; where the last tenth began is chance.
+    assert 0.8 * fall_s <= gone_s <= 0.9 * fall_s + 0.5
+    assert tracker.tokens_per_s(ended_s + gone_s)[B] == pytest.approx(20, rel=0.05)
+
+
+def test_a_load_that_falls_by_half_has_that_rate_within_the_time() -> None:
+    tracker = LoadTracker(0.0, 10.0)
+    tracker.observe(report({}), 0.0)
+    asked(tracker, 40.0, 20.0, 200)
+    asked(tracker, 20.0, 20.0, 210)
+    assert tracker.tokens_per_s(210.0)[A] == pytest.approx(20, rel=0.15)
+    asked(tracker, 20.0, 20.0, 300)
+    assert tracker.tokens_per_s(300.0) == pytest.approx({A: 20, B: 20}, rel=0.05)
+
+
+def test_what_is_asked_for_rarely_is_not_forgotten_in_a_pause_that_may_be_chance() -> None:
+    tracker = LoadTracker(0.0, 10.0)
+    tracker.observe(report({}), 0.0)
+    asked(tracker, 1.0, 20.0, 200)  # eight are expected in eight seconds: none may be chance
+    assert asked(tracker, 0.0, 20.0, 240) == math.inf
+    assert 0.2 < tracker.tokens_per_s(240.0)[A] < 0.3
+
+
+def test_a_load_that_comes_back_after_it_was_forgotten_is_told_at_once() -> None:
+    tracker = LoadTracker(0.0, 10.0)
+    tracker.observe(report({}), 0.0)
+    asked(tracker, 50.0, 20.0, 200)
+    asked(tracker, 0.0, 20.0, 220)
+    asked(tracker, 50.0, 20.0, 223)
+    assert tracker.tokens_per_s(223.0)[A] > 25
+    asked(tracker, 50.0, 20.0, 400)
+    assert tracker.tokens_per_s(400.0)[A] == pytest.approx(50, rel=0.05)

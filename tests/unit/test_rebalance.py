@@ -15,7 +15,7 @@ from cluster.balance import Plan, plan_copies
 from cluster.batches import batches
 from cluster.changes import Change
 from cluster.errors import UnavailableError
-from cluster.load import LoadTracker
+from cluster.load import FALL_S, LoadTracker
 from cluster.load_status import LoadStatus, RebalanceReport
 from cluster.placement import ExpertKey
 from tests.unit.test_changes import settled
@@ -178,6 +178,44 @@ def test_copies_follow_the_load_by_themselves_when_that_is_worth_it(
     run(test)
     assert "layer 0 expert 0" in caplog.text
     assert "a copy comes to" in caplog.text
+
+
+def test_copies_go_by_themselves_once_they_are_cold_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test() -> None:
+        cluster = Cluster(pools={"expert": (4, 50)})
+        rebalancer = cluster.controller._rebalancer
+        assert rebalancer.tracker.fall_s == FALL_S
+        await cluster.start()
+        await cluster.complete()
+        hot, cold = key(1, 2), key(0, 1)
+        rates = dict.fromkeys(cluster.controller._placement.holders, 1000)
+        for expert in (hot, cold):
+            told = await cluster.controller.set_copies(*expert, 3, False)
+            assert told["report"]["outcome"] == "committed"
+        await busy(cluster, {**rates, hot: 3000, cold: 1})
+        # What was asked for is not known for long enough yet.
+        assert (await rebalancer.rebalance(least_gain=9.0)).outcome == "balanced"
+        assert len(cluster.controller._placement.holders[cold]) == 3
+        monkeypatch.setattr(rebalancer, "_cold_from_s", 0.0)
+        dry = await rebalancer.rebalance(dry_run=True, least_gain=9.0)
+        assert (dry.outcome, dry.moved_bytes) == ("planned", 0)
+        report = await rebalancer.rebalance(least_gain=9.0)
+        assert (report.outcome, report.moves) == ("committed", dry.moves)
+        assert {(move.expert, move.is_added) for move in report.moves} == {(1, False)}
+        placement = await settled(cluster, 1)
+        assert [len(placement.holders[expert]) for expert in (hot, cold)] == [3, 1]
+        assert (await rebalancer.rebalance(least_gain=9.0)).outcome == "balanced"
+        rebalancer.tracker = LoadTracker(time.monotonic())  # nothing is asked for at all
+        assert (await rebalancer.rebalance(least_gain=9.0)).outcome == "committed"
+        placement = await settled(cluster, 1)
+        assert {len(actors) for actors in placement.holders.values()} == {1}
+        await cluster.controller.set_copies(*hot, 2, False)  # they are kept for a while
+        assert (await rebalancer.rebalance(least_gain=9.0)).outcome == "balanced"
+        await cluster.stop()
+
+    run(test)
 
 
 def test_changes_fit_into_what_the_ones_before_leave_free() -> None:

@@ -232,10 +232,10 @@ def test_busy_time_is_also_told_over_a_shorter_time() -> None:
     assert meter.signals(["a"], 1.2) == Signals(pytest.approx(0.8), 0.0)
 
 
-def test_what_signals_cover_is_a_part_of_the_delay_for_fewer() -> None:
+def test_that_fewer_go_is_decided_so_long_before_the_delay_is_over() -> None:
     busy, idle = Signals(2.0, 0.0), Signals(0.1, 0.0)
-    for signals_s, first_s in ((0.0, 21), (2.0, 19), (60.0, 1)):
-        policy = ScalingPolicy(TARGETS, signals_s)
+    for ahead_s, first_s in ((0.0, 21), (2.0, 19), (60.0, 1)):
+        policy = ScalingPolicy(TARGETS, ahead_s)
         for second in range(-20, 1):
             assert policy.decide(4, busy, float(second)) is None
         went = [at for at in range(1, 30) if policy.decide(4, idle, float(at)) is not None]
@@ -277,6 +277,28 @@ def test_devices_add_up_and_the_longest_wait_counts() -> None:
     assert meter.signals(["a"]) is not None
     meter.restart()
     assert meter.signals(["a"]) is None
+
+
+def test_what_an_actor_did_before_it_left_its_pool_counts_until_it_is_past() -> None:
+    meter = BusyMeter()
+    for place in range(9):  # half of the time and all of it
+        meter.observe(report("a", 0.5 * place / 4), place / 4)
+        meter.observe(report("b", place / 4), place / 4)
+    assert meter.signals(["a", "b"], pool="p") == Signals(pytest.approx(1.5), 0.0)
+    meter.leave("b", "p")
+    meter.leave("never seen", "p")
+    assert meter.signals(["a"], pool="p") == Signals(pytest.approx(1.5), 0.0)
+    assert meter.signals(["a"], 1.0, "p") == Signals(pytest.approx(1.5), 0.0)
+    assert meter.signals(["a"], pool="other") == Signals(pytest.approx(0.5), 0.0)
+    busy = []
+    for place in range(9, 21):  # the other one does all of it now
+        meter.observe(report("a", 1.0 + (place - 8) / 4), place / 4)
+        signals = meter.signals(["a"], pool="p")
+        assert signals is not None
+        busy.append(signals.busy_devices)
+    expected = [0.5 + place / 16 + 1 - place / 8 for place in range(1, 9)] + [1.0] * 4
+    assert busy == pytest.approx(expected)
+    assert meter._gone == []
 
 
 def test_counters_of_another_generation_are_another_actors() -> None:
