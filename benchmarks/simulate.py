@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Figure, finish, machine, output_options, progress, show
-from cluster.balance import Device, balance_of, plan_copies
+from cluster.balance import Device, balance_of, plan_copies, plan_without_cold
 from cluster.load import LoadTracker
 from cluster.placement import ExpertKey, ModelExperts, assign_experts
 from cluster.rebalance import WORTH_GAIN
@@ -146,15 +146,17 @@ class Simulation:
     ) -> dict[str, list[ExpertKey]]:
         living = {d.actor_id: held.get(d.actor_id, ()) for d in devices}
         began_s = time.perf_counter()
-        plan = plan_copies(self.models, devices, tracker.tokens_per_s(now_s), living)
+        rates = tracker.tokens_per_s(now_s)
+        plan = plan_copies(self.models, devices, rates, living)
         outcome.plan_s.append(time.perf_counter() - began_s)
-        gain = plan.before.layers - plan.after.layers
         is_whole = {key for keys in living.values() for key in keys} == plan.holders.keys()
-        if is_whole and gain < WORTH_GAIN:
-            outcome.moved_bytes.append(0)
-            return {actor_id: list(keys) for actor_id, keys in living.items()}
+        if is_whole and plan.gain < WORTH_GAIN:
+            if now_s < tracker.fall_s:
+                outcome.moved_bytes.append(0)
+                return {actor_id: list(keys) for actor_id, keys in living.items()}
+            plan = plan_without_cold(self.models, devices, rates, living)
         outcome.moved_bytes.append(plan.moved_bytes)
-        outcome.plans += 1
+        outcome.plans += bool(plan.added or plan.dropped)
         after: dict[str, list[ExpertKey]] = {device.actor_id: [] for device in devices}
         for key, actors in plan.holders.items():
             for actor_id in actors:

@@ -96,6 +96,8 @@ class LoadTracker:
         self._counted: Counter[ExpertKey] = Counter()
         self._earlier: deque[tuple[float, Counter[ExpertKey]]] = deque([(now_s, Counter())])
         """What had been counted at times that are a part of ``fall_s`` apart."""
+        self._fell_s: dict[ExpertKey, float] = {}
+        """When each was last found to be surely asked for less."""
         self._experts: defaultdict[ExpertKey, _Fading] = defaultdict(_Fading)
         self._lately: defaultdict[ExpertKey, _Fading] = defaultdict(lambda: _Fading(RISE_S))
         self._devices: dict[str, _Device] = {}
@@ -141,6 +143,9 @@ class LoadTracker:
             count = self._counted[key] - before[key]
             expected = total.at(now_s) / seconds * over_s
             if count < expected - SURE * math.sqrt(expected):
+                self._fell_s[key] = now_s
+            # The last of what fell may be too little to be sure of.
+            if count < expected and now_s - self._fell_s.get(key, -math.inf) < self.fall_s:
                 total.set(count / over_s * seconds, now_s)
 
     def forget(self, actor_id: str) -> None:

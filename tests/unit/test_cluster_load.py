@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.load import FALL_S, LEAST_FALL_S, RISE_S, WINDOW_S, DeviceLoad, LoadTracker
@@ -168,6 +169,28 @@ def test_a_load_that_ended_is_forgotten_within_the_time_that_is_set(
     # Eight tenths of the time have to be without any; where the last tenth began is chance.
     assert 0.8 * fall_s <= gone_s <= 0.9 * fall_s + 0.5
     assert tracker.tokens_per_s(ended_s + gone_s)[B] == pytest.approx(20, rel=0.05)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.integers(5, 200))
+def test_a_load_that_comes_by_chance_is_forgotten_within_the_time_too(
+    seed: int, tokens_per_s: int
+) -> None:
+    source = random.Random(seed)
+    times = [source.uniform(0, 100) for _ in range(100 * tokens_per_s)]
+    ended_s = max(times)
+    tracker, rate = LoadTracker(0.0, 10.0), math.inf
+    counted = 0
+    times.sort(reverse=True)
+    for quarter in range(501):
+        while times and times[-1] <= quarter / 4:
+            times.pop()
+            counted += 1
+        tracker.observe(report({A: counted, B: 20 * quarter}), quarter / 4)
+        rate = tracker.tokens_per_s(quarter / 4).get(A, math.inf)
+        assert rate > 0 or quarter / 4 > ended_s + 8
+        if quarter / 4 > ended_s + 9.5:
+            assert rate == 0
 
 
 def test_a_load_that_falls_by_half_has_that_rate_within_the_time() -> None:
