@@ -107,8 +107,9 @@ class ActorScalingConfig(_Section):
     """How a pool's number of actors follows its load, from ``min_actors`` to ``max_actors``.
 
     One more comes when devices were busy for more than ``target_busy`` of the time, or frames
-    waited longer than ``target_queue_s``, for ``upscale_delay_s``; as many go as were not needed at
-    any time of the last ``downscale_delay_s``. ``standby_actors`` beyond them, as far as
+    waited longer than ``target_queue_s``, for ``upscale_delay_s``; those that are not
+    needed any more are gone within ``downscale_delay_s``, of which all but the last seconds are
+    waited, and so are copies that are hardly asked for. ``standby_actors`` beyond them, as far as
     ``max_actors`` allows, are started and hold nothing, so that the next ones need no start: they
     keep their devices. With ``dry_run`` what would be is only logged and told.
     """
@@ -198,7 +199,8 @@ class ExpertsConfig(_Section):
     to the actors, ``ray`` by Ray calls, ``auto`` over streams and by Ray calls where and while
     there is none. ``tls`` encrypts the streams between hosts. ``rebalance_period_s`` is how often
     copies follow the load by themselves; without it only when ``expertmesh rebalance`` says so,
-    since every move reads weights while requests run.
+    since every move reads weights while requests run. Copies go once their expert was hardly asked
+    for during the shortest ``downscale_delay_s`` of all pools, or two minutes.
     """
 
     pools: tuple[PoolConfig, ...] | None = Field(default=None, min_length=1, max_length=32)
