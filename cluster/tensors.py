@@ -44,7 +44,9 @@ def from_bytes(data: bytes | memoryview, dtype: str, num_rows: int, size: int) -
 def to_raw(rows: torch.Tensor) -> np.ndarray:
     """Return a tensor's bits as integers in a numpy array on the CPU; no copy when it is there."""
     integers = _RAW_DTYPES[rows.element_size()]
-    raw: np.ndarray = rows.detach().cpu().view(integers).numpy()
+    if not rows.is_cpu or rows.requires_grad:
+        rows = rows.detach().cpu()
+    raw: np.ndarray = rows.view(integers).numpy()
     return raw
 
 

@@ -33,11 +33,12 @@ from cluster.errors import (
 from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode
 from cluster.placement import Placement
 from cluster.retry import RetryPolicy
-from cluster.tensors import dtype_name, from_raw, to_raw
+from cluster.tensors import dtype_name, to_raw
 from cluster.transport import Call, CallFailure, Outcome, Transport
 from router.copies import Copies, Pace, has_other_copies
 from router.loss import LostExperts
 from router.placement_view import PlacementView
+from router.rows import gather, route, scatter
 
 BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
 """Between attempts where every expert has a copy."""
@@ -144,8 +145,8 @@ class Dispatcher:
         deadline_s: float,
         pairs: np.ndarray | None = None,
         traceparent: str | None = None,
-    ) -> torch.Tensor | None:
-        """Return the experts' unweighted rows [P, H] for hidden states [T, H].
+    ) -> np.ndarray | None:
+        """Return the raw values of the experts' unweighted rows [P, H] for hidden states [T, H].
 
         Pair t * K + r is token t with expert ``topk_ids[t, r]``, the gate's choices as they are
         [T, K]; its row stands at ``slots[t * K + r]``. An expert gets its rows by rank, then by
@@ -183,14 +184,14 @@ class Dispatcher:
                 return None
             failed = self._attempt(placement, layer, ordered, parts)
             if not failed:
-                return from_raw(layer.output, layer.dtype).to(hidden_states.device)
+                return layer.output
             layer.failed.update(part.actor_id for part in failed)
             if not all(self._has_other(placement, layer, part) for part in failed):
                 layer.failed.clear()
                 if time.time() < deadline_s:
                     self._wait(placement, deadline_s, failures)
                     failures += 1
-            pending = np.concatenate([part.pairs for part in failed])
+            pending = np.sort(np.concatenate([part.pairs for part in failed]))
 
     def _placement(self, deadline_s: float) -> Placement:
         placement = self._view.current()
@@ -284,7 +285,7 @@ class Dispatcher:
         most_rows = max(len(part.pairs) for part in parts)
         hurried_s = min(timeout_s, self._pace.stall_s(most_rows)) if any(others) else timeout_s
         # All parts' rows at once; each part's are a piece of them.
-        rows = layer.rows.take(ordered // layer.k, axis=0).data.cast("B")
+        rows = gather(layer.rows, ordered, layer.k)
         row_bytes = len(rows) // len(ordered)
         hurried: list[_Sent] = []
         patient: list[_Sent] = []
@@ -346,8 +347,7 @@ class Dispatcher:
             answer.hidden_size,
         ):
             return self._damaged(part, "the answer is not the call's")
-        received = np.frombuffer(answer.rows, layer.output.dtype)
-        layer.output[layer.slots[part.pairs]] = received.reshape(len(part.pairs), -1)
+        scatter(answer.rows, part.pairs, layer.slots, layer.output)
         return True
 
     def _refused(self, layer: _Layer, part: _Part, answer: ErrorFrame) -> bool:
@@ -409,14 +409,11 @@ def split(
 ) -> tuple[np.ndarray, list[_Part], list[np.ndarray]]:
     """Divide pairs among actors: by expert, then by rank, then by token.
 
-    ``expert_ids`` [P] has the expert of every pair of the layer. Returns the pairs that have an
-    actor, in order; the parts, each a stretch of it; and those whose experts have no live copy.
+    ``expert_ids`` [P] has the expert of every pair of the layer; ``pairs`` ascend. Returns the
+    pairs that have an actor, in order; the parts, each a stretch of it; and those whose experts
+    have no live copy.
     """
-    places = layout.place_of[expert_ids[pairs]]
-    # A pair's number is its token's times k plus its rank.
-    keys = (places * k + pairs % k) * len(expert_ids) + pairs
-    ordered = pairs[keys.argsort()]
-    counts = np.bincount(places, minlength=len(layout.expert_ids)).tolist()
+    ordered, counts = route(expert_ids, k, layout.place_of, pairs)
     parts: list[_Part] = []
     homeless: list[np.ndarray] = []
     end = first = 0

@@ -20,6 +20,7 @@ from router.gate import ChooseAmong
 from router.loss import Choice, StepLoss
 from router.metrics.catalogue import LAYER_BUCKETS_S
 from router.metrics.tally import Distribution
+from router.rows import slots_of
 from router.tracing import StepTrace, traceparent
 
 TIMINGS_KEPT = 8192
@@ -108,17 +109,11 @@ class RemoteExchange:
         context: str | None,
     ) -> torch.Tensor | None:
         """Dispatch and combine; returns ``None`` when an expert has no live copy."""
-        ids = choice.ids
-        num_tokens, k = ids.shape
-        # Ascending expert order, so that the sum below is the same whoever computes the shares.
-        order = ids.argsort(axis=1)
-        pairs = (order + np.arange(0, ids.size, k)[:, None]).ravel()
-        slots = np.empty_like(pairs)
-        slots[pairs] = np.arange(ids.size)
+        ids = np.ascontiguousarray(choice.ids, np.int64)
+        slots = slots_of(ids)
         rows = self._dispatcher.dispatch(
             layer_id, hidden_states, ids, slots, self.deadline_s, choice.pairs, context
         )
         if rows is None:
             return None
-        weights = choice.weights.gather(1, torch.from_numpy(order).to(choice.weights.device))
-        return combine(rows.view(num_tokens, k, -1), weights)
+        return combine(rows, choice.weights, slots, hidden_states.dtype)
