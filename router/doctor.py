@@ -90,6 +90,18 @@ def check_versions(installed: Installed) -> list[Check]:
     return [*wrong, Check("versions", "ok", ", ".join(good))]
 
 
+def check_native(is_built: bool) -> Check:
+    """Look whether rows are moved natively, which installing leaves out without a C compiler."""
+    if is_built:
+        return Check("native code", "ok", "built")
+    return Check(
+        "native code",
+        "warning",
+        "was not built: numpy moves rows, and a layer of few tokens takes a third longer",
+        "Install a C compiler and Python's headers, then ExpertMesh again, with --no-cache-dir.",
+    )
+
+
 def check_devices(devices: Devices, gpus_wanted: float) -> Check:
     """Look whether there are as many GPUs as a deployment's actors reserve."""
     cpus = f"{devices.num_cpus} CPUs"

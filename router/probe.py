@@ -105,6 +105,7 @@ def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> lis
     running = None if target is None else look_at(target)
     found = [
         *doctor.check_versions(find_installed()),
+        doctor.check_native(find_spec("expertmesh_native") is not None),
         doctor.check_devices(find_devices(), 0 if deployment is None else deployment.num_gpus),
         doctor.check_memory(machine.memory(), None if deployment is None else deployment.needs),
         doctor.check_shared_memory(machine.shared_memory_bytes()),

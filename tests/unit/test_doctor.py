@@ -186,6 +186,13 @@ def test_the_ray_that_a_start_would_join_is_judged(
     assert bool(check.advice) == (level != "ok")
 
 
+@pytest.mark.parametrize(("is_built", "level"), [(True, "ok"), (False, "warning")])
+def test_native_code_that_was_not_built_is_told_with_what_to_do(is_built: bool, level: str) -> None:
+    check = doctor.check_native(is_built)
+    assert check.level == level
+    assert ("compiler" in check.advice) == (not is_built)
+
+
 @pytest.mark.parametrize(
     ("wanted", "binary", "level"),
     [(True, "/bin/haproxy", "ok"), (True, None, "problem"), (False, None, "ok")],
