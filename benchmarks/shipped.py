@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+from collections.abc import Collection
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
@@ -39,8 +40,8 @@ SERVE_KEYS = (
 )
 
 
-def free_ports(count: int) -> list[int]:
-    """Return TCP ports that nobody listens on at the moment.
+def free_ports(count: int, apart_from: Collection[int] = ()) -> list[int]:
+    """Return TCP ports that nobody listens on at the moment, none of them in ``apart_from``.
 
     They are none that systems give to outgoing connections: HAProxy begins to listen when the
     gateways are there, and by then such a port may be taken.
@@ -49,6 +50,8 @@ def free_ports(count: int) -> list[int]:
     for port in random.sample(QUIET_PORTS, len(QUIET_PORTS)):
         if len(found) == count:
             break
+        if port in apart_from:
+            continue
         with socket.socket() as one, suppress(OSError):
             one.bind(("", port))
             found.append(port)
@@ -70,7 +73,8 @@ def shipped_document(http_port: int, grpc_port: int) -> dict[str, Any]:
     document["http_options"]["port"] = http_port
     document["grpc_options"]["port"] = grpc_port
     variables = document["controller_options"]["runtime_env"]["env_vars"]
-    variables |= zip(OWN_PORTS, map(str, free_ports(len(OWN_PORTS))), strict=True)
+    own_ports = free_ports(len(OWN_PORTS), (http_port, grpc_port))
+    variables |= zip(OWN_PORTS, map(str, own_ports), strict=True)
     gateways = free_range()
     variables["RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT"] = str(gateways[0])
     variables["RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT"] = str(gateways[-1])

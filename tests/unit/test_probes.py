@@ -12,7 +12,7 @@ import psutil
 import pytest
 import yaml
 
-from benchmarks.shipped import DEPLOYED, free_ports, shipped_document
+from benchmarks.shipped import DEPLOYED, OWN_PORTS, free_ports, shipped_document
 from router import machine, probe, running_ray
 from router.doctor import Check
 from router.ports import Port, ports_of, taken_ports
@@ -269,3 +269,15 @@ def test_a_bad_file_is_one_problem_and_the_rest_is_still_looked_at(tmp_path: Pat
     [problem] = [check for check in found if check.level == "problem"]
     assert (problem.name, problem.advice) == ("file", f"Mend {file}.")
     assert "versions" in levels(found)
+
+
+def test_no_two_of_the_ports_that_a_test_is_served_on_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("random.sample", lambda ports, count: list(ports)[:count])
+    given = free_ports(2)
+    document = shipped_document(*given)
+    variables = document["controller_options"]["runtime_env"]["env_vars"]
+    own = [int(variables[name]) for name in OWN_PORTS]
+    assert len({*given, *own}) == len(given) + len(own)
+    assert free_ports(1, given) != free_ports(1)
