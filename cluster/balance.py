@@ -24,6 +24,9 @@ TOLERANCE = 0.01
 """A layer is balanced when its busiest device has so much more to do than the mean."""
 GAIN = 0.005
 """What one moved copy must take off the busiest device, in mean shares, to be worth its bytes."""
+ASIDE = 0.01
+"""An expert that nobody asks for counts for this part of the mean one's load, where copies that
+are hardly needed are spread."""
 LEVEL_STEPS, LEVEL_LAYERS = 64, 3
 """For the sake of all layers together so many copies are moved or exchanged at most, each of one of
 so many layers in which the busiest device has the most to do."""
@@ -134,11 +137,15 @@ def plan_without_cold(
     """Decide only which copies go since they carry next to nothing.
 
     The load must have been so for long: of a layer without any, all beyond ``min_copies`` go.
-    Each expert has at least one copy. The rest is as in :func:`plan_copies`.
+    Each expert has at least one copy. What is left of cold experts is spread as if they were asked
+    for a little. The rest is as in :func:`plan_copies`.
     """
     board = Board(models, devices, tokens_per_s, held)
-    before, started = _balance(board), board.has.copy()
     counts = warm_counts(board.rates, board.mean_shares(), board.counts(), min_copies)
+    aside = ASIDE * float(board.rates.mean()) or 1.0
+    rates = {key: max(tokens_per_s.get(key, 0.0), aside) for key in board.keys}
+    board = Board(models, devices, rates, held)
+    before, started = _balance(board), board.has.copy()
     for layer in board.layers:
         _drop(board, layer, counts)
     return _plan(board, started, before)

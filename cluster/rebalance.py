@@ -9,7 +9,15 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.balance import Balance, Device, Plan, balance_of, plan_copies, plan_without_cold
+from cluster.balance import (
+    ASIDE,
+    Balance,
+    Device,
+    Plan,
+    balance_of,
+    plan_copies,
+    plan_without_cold,
+)
 from cluster.batches import batches
 from cluster.changes import Changes, Cluster
 from cluster.errors import ConfigError, ExpertMeshError, InvalidRequestError, UnavailableError
@@ -20,8 +28,6 @@ from cluster.placement import ExpertKey, ModelExperts
 
 IDLE_TOKENS_PER_S = 0.01
 """An expert with fewer on average is idle, and its rate is what fades of an earlier load."""
-ASIDE = 0.01
-"""An expert that nobody asks for counts for this part of the mean one's load."""
 WORTH_GAIN = 0.05
 """By itself the controller moves nothing for less than this off the busiest device's load, in mean
 devices' loads; measured loads waver by some percent."""

@@ -161,6 +161,24 @@ def test_only_copies_that_carry_next_to_nothing_go_for_being_cold(
     assert {len(actors) for actors in idle.holders.values()} == {copies}
 
 
+@pytest.mark.parametrize("num_experts", [1, 2, 3, 8])
+@pytest.mark.parametrize("hot", [0.0, 500.0])
+def test_what_is_left_of_cold_experts_is_spread_over_all_devices(
+    num_experts: int, hot: float
+) -> None:
+    models = [ModelExperts("m", tuple(range(6)), num_experts, 1)]
+    devices = [Device(name, name, 100) for name in "abc"]
+    keys = models[0].expert_keys()
+    rates = {key: hot for key in keys if key.expert_id == 0}
+    plan = plan_without_cold(models, devices, rates, dict.fromkeys("abc", keys))
+    warm = {key for key in rates if hot}
+    assert {len(actors) for key, actors in plan.holders.items() if key in warm} <= {3}
+    assert {len(actors) for key, actors in plan.holders.items() if key not in warm} <= {1}
+    sizes = [len(held) for held in held_of(plan.holders).values()]
+    assert len(sizes) == 3
+    assert max(sizes) - min(sizes) <= 1
+
+
 def test_a_fast_device_gets_more_of_the_load() -> None:
     models = [ModelExperts("m", (0,), 40, 1)]
     devices = [Device("fast", "n", 100, 3.0), Device("slow", "n", 100, 1.0)]
