@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,7 +106,7 @@ def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> lis
     running = None if target is None else look_at(target)
     found = [
         *doctor.check_versions(find_installed()),
-        doctor.check_native(find_spec("expertmesh_native") is not None),
+        doctor.check_native(_is_importable("expertmesh_native")),
         doctor.check_devices(find_devices(), 0 if deployment is None else deployment.num_gpus),
         doctor.check_memory(machine.memory(), None if deployment is None else deployment.needs),
         doctor.check_shared_memory(machine.shared_memory_bytes()),
@@ -120,6 +121,14 @@ def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> lis
         numbers = [port.number for port in ports]
         found += doctor.check_ports(numbers, taken_ports(ports), joins=running is not None)
     return [*found, *checks]
+
+
+def _is_importable(module: str) -> bool:
+    try:
+        import_module(module)
+    except ImportError:  # there is none, or it was built for another system
+        return False
+    return True
 
 
 def _file(file: Path | None) -> tuple[Deployment | None, list[Check]]:

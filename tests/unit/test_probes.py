@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from benchmarks.shipped import DEPLOYED, OWN_PORTS, free_ports, shipped_document
-from router import machine, probe, running_ray
+from router import machine, probe, rows, running_ray
 from router.doctor import Check
 from router.ports import Port, ports_of, taken_ports
 from router.running_ray import RunningRay, Target, judged, look_at, target_of
@@ -269,6 +269,17 @@ def test_a_bad_file_is_one_problem_and_the_rest_is_still_looked_at(tmp_path: Pat
     [problem] = [check for check in found if check.level == "problem"]
     assert (problem.name, problem.advice) == ("file", f"Mend {file}.")
     assert "versions" in levels(found)
+
+
+@pytest.mark.usefixtures("quick")
+def test_native_code_that_cannot_be_loaded_is_as_if_it_was_not_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = levels(probe.examine(None, {"RAY_TMPDIR": str(tmp_path)}))
+    assert (found["native code"] == "ok") == (rows.native is not None)
+    monkeypatch.setitem(sys.modules, "expertmesh_native", None)
+    found = levels(probe.examine(None, {"RAY_TMPDIR": str(tmp_path)}))
+    assert found["native code"] == "warning"
 
 
 def test_no_two_of_the_ports_that_a_test_is_served_on_are_the_same(
