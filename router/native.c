@@ -13,6 +13,9 @@
 
 #define ALONE_BYTES (1 << 18) /* more than this is moved without holding the interpreter */
 
+#define MOST_EXPERTS (1 << 20) /* of a token; and most bytes of a row: no product overflows */
+#define MOST_ROW_BYTES (1 << 30)
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
 #define FOR_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -91,7 +94,7 @@ static PyObject *route(PyObject *self, PyObject *const *args, Py_ssize_t given) 
     if (!(ordered_view = take(&buffers, args[4], 1))) return NULL;
     Py_ssize_t num_ids = ids_view->len / 8, num_experts = places_view->len / 8;
     Py_ssize_t num_pairs = pairs_view->len / 8, num_places = num_experts * k;
-    if (k < 1 || ordered_view->len != pairs_view->len)
+    if (k < 1 || k > MOST_EXPERTS || ordered_view->len != pairs_view->len)
         return refuse(&buffers, "there must be as much room as pairs, and experts for each token");
     const int64_t *ids = ids_view->buf, *place_of = places_view->buf, *pairs = pairs_view->buf;
     int64_t *ordered = ordered_view->buf;
@@ -143,7 +146,8 @@ static PyObject *gather(PyObject *self, PyObject *const *args, Py_ssize_t given)
     if (!(ordered_view = take(&buffers, args[1], 0))) return NULL;
     Py_ssize_t count = ordered_view->len / 8;
     const int64_t *ordered = ordered_view->buf;
-    if (k < 1 || row_bytes < 1 || rows->len % row_bytes)
+    if (k < 1 || k > MOST_EXPERTS || row_bytes < 1 || row_bytes > MOST_ROW_BYTES ||
+        rows->len % row_bytes)
         return refuse(&buffers, "rows must be whole, and of one token at least");
     Py_ssize_t end = rows->len / row_bytes * k;
     for (Py_ssize_t i = 0; i < count; i++)
@@ -174,7 +178,8 @@ static PyObject *scatter(PyObject *self, PyObject *const *args, Py_ssize_t given
     if (!(output = take(&buffers, args[3], 1))) return NULL;
     Py_ssize_t count = pairs_view->len / 8, num_slots = slots_view->len / 8;
     const int64_t *pairs = pairs_view->buf, *slots = slots_view->buf;
-    if (row_bytes < 1 || rows->len != count * row_bytes || output->len != num_slots * row_bytes)
+    if (row_bytes < 1 || row_bytes > MOST_ROW_BYTES || rows->len != count * row_bytes ||
+        output->len != num_slots * row_bytes)
         return refuse(&buffers, "there must be a row for each pair, and one for each slot");
     for (Py_ssize_t i = 0; i < count; i++) {
         int64_t pair = pairs[i];

@@ -182,6 +182,12 @@ WRONG = {
     "route, a place below": lambda n: n.route(IDS, 2, np.arange(3) - 1, PAIRS, PAIRS.copy()),
     "route, no room": lambda n: n.route(IDS, 2, np.arange(3), PAIRS, np.empty(3, np.int64)),
     "route, no expert each": lambda n: n.route(IDS, 0, np.arange(3), PAIRS, PAIRS.copy()),
+    "route, too many experts each": lambda n: n.route(
+        IDS, 2**62, np.arange(4), PAIRS, PAIRS.copy()
+    ),
+    "gather, too many experts each": lambda n: n.gather(bytes(8), PAIRS, 2**62, 4),
+    "gather, too long rows": lambda n: n.gather(b"", PAIRS, 2, 2**62),
+    "scatter, too long rows": lambda n: n.scatter(b"", PAIRS, PAIRS, bytearray(0), 2**62),
     "gather, a pair too large": lambda n: n.gather(bytes(8), PAIRS + 1, 2, 4),
     "gather, a pair below": lambda n: n.gather(bytes(8), PAIRS - 1, 2, 4),
     "gather, not whole rows": lambda n: n.gather(bytes(9), PAIRS, 2, 4),
