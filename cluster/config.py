@@ -107,9 +107,10 @@ class ActorScalingConfig(_Section):
     """How a pool's number of actors follows its load, from ``min_actors`` to ``max_actors``.
 
     One more comes when devices were busy for more than ``target_busy`` of the time, or frames
-    waited longer than ``target_queue_s``, for ``upscale_delay_s``; those that are not
-    needed any more are gone within ``downscale_delay_s``, of which all but the last seconds are
-    waited, and so are copies that are hardly asked for. ``standby_actors`` beyond them, as far as
+    waited longer than ``target_queue_s``, for ``upscale_delay_s``; those that were not needed
+    go some three seconds before ``downscale_delay_s`` is over, so that they are gone by then where
+    others hold their experts; where those must be loaded first it takes longer. Copies that are
+    hardly asked for go within that delay too. ``standby_actors`` beyond them, as far as
     ``max_actors`` allows, are started and hold nothing, so that the next ones need no start: they
     keep their devices. With ``dry_run`` what would be is only logged and told.
     """
@@ -199,8 +200,9 @@ class ExpertsConfig(_Section):
     to the actors, ``ray`` by Ray calls, ``auto`` over streams and by Ray calls where and while
     there is none. ``tls`` encrypts the streams between hosts. ``rebalance_period_s`` is how often
     copies follow the load by themselves; without it only when ``expertmesh rebalance`` says so,
-    since every move reads weights while requests run. Copies go once their expert was hardly asked
-    for during the shortest ``downscale_delay_s`` of all pools, or two minutes.
+    since every move reads weights while requests run. Copies go at the first such moment after
+    their expert was hardly asked for during nine tenths of the shortest ``downscale_delay_s`` of
+    all pools (ten seconds at least; two minutes without any).
     """
 
     pools: tuple[PoolConfig, ...] | None = Field(default=None, min_length=1, max_length=32)

@@ -23,8 +23,8 @@ RISE_S = 2.0
 """The same of the time in which a rise is looked for."""
 FALL_S = 120.0
 """After so long at the latest nothing is left of a load that ended, where nothing else is set."""
-LEAST_FALL_S = 5.0
-"""A fall is not looked for in less; a tenth of it must be no shorter than reports are apart."""
+LEAST_FALL_S = 10.0
+"""A fall is not looked for in less: a tenth of it is no shorter than reports are apart at most."""
 FALL_PARTS = 10
 """A fall is looked for after each of so many parts of its time, over all but the first two."""
 SURE = 3.0
