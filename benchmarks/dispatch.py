@@ -66,7 +66,7 @@ class IdentityActor(ExpertActor):
 
     def _load(self, keys: Sequence[ExpertKey]) -> None:
         for key in keys:
-            self._bank.experts[ExpertKey(*key)] = IdentityExpert()
+            self._bank.hold(ExpertKey(*key), IdentityExpert())
 
     def echo(self, data: bytes) -> bytes:
         """Return the bytes; the bare Ray call to compare with."""

@@ -21,6 +21,7 @@ from typing import Any
 import msgpack
 
 from cluster.errors import Code, ExpertMeshError, FrameError, WrongPlacementError, error_from_wire
+from cluster.native import native
 from cluster.shown import shown
 
 FRAME_VERSION = 2
@@ -80,13 +81,16 @@ class DispatchFrame:
 
 @dataclass(slots=True)
 class RowsFrame:
-    """An actor's answer: P×H unweighted output rows of ``dtype``, in the order of the pairs."""
+    """An actor's answer: P×H unweighted output rows of ``dtype``, in the order of the pairs.
+
+    They may be in several pieces, which are sent one after the other; received they are one.
+    """
 
     request_id: int
     dtype: str
     num_rows: int
     hidden_size: int
-    rows: Buffer
+    rows: Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +126,22 @@ def encode(frame: Frame) -> Parts:
         return _start(FrameKind.DISPATCH, header), frame.rows
     if isinstance(frame, RowsFrame):
         shape = (frame.request_id, frame.dtype, frame.num_rows, frame.hidden_size)
-        return _start(FrameKind.ROWS, shape), frame.rows
+        return _start(FrameKind.ROWS, shape), *frame.rows
     refusal = (frame.request_id, frame.kind, frame.error.to_wire())
     return (_start(FrameKind.ERROR, refusal),)
 
 
+def joined(parts: Parts) -> Buffer:
+    """Return the bytes in one piece."""
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 def _start(kind: FrameKind, header: tuple[Any, ...]) -> bytes:
+    start = None if native is None else native.pack(FRAME_VERSION, kind, header)
+    return _packed(kind, header) if start is None else start
+
+
+def _packed(kind: FrameKind, header: tuple[Any, ...]) -> bytes:
     packed: bytes = msgpack.packb(header)
     padding = -(_START.size + len(packed)) % ALIGNMENT
     return _START.pack(FRAME_VERSION, kind, len(packed)) + packed + bytes(padding)
@@ -140,6 +154,16 @@ def decode(data: Buffer) -> Frame:
     dtype, a wrong type, a count outside its bounds, or bytes whose length disagrees with the shape.
     """
     view = memoryview(data)
+    fields = None if native is None else native.decode(view, FRAME_VERSION)
+    if fields is None:
+        return _decode(view)
+    return DispatchFrame(*fields) if len(fields) > _ROWS_FIELDS else RowsFrame(*fields)
+
+
+_ROWS_FIELDS = 5
+
+
+def _decode(view: memoryview) -> Frame:
     if len(view) < _START.size:
         raise FrameError(f"must have at least {_START.size} bytes (given: {len(view)})", "frame")
     version, kind, size = _START.unpack_from(view)
@@ -250,7 +274,7 @@ def _decode_rows(header: tuple[Any, ...], payload: memoryview) -> RowsFrame:
     hidden_size = _integer(header[3], "frame.hidden_size", 1, MAX_HIDDEN_SIZE)
     _check_size(payload, num_rows * hidden_size * DTYPE_BYTES[dtype])
     request_id = _integer(header[0], "frame.request_id", 0, _U63)
-    return RowsFrame(request_id, dtype, num_rows, hidden_size, payload)
+    return RowsFrame(request_id, dtype, num_rows, hidden_size, (payload,))
 
 
 def _decode_error(header: tuple[Any, ...], payload: memoryview) -> ErrorFrame:

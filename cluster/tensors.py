@@ -10,6 +10,8 @@ import warnings
 import numpy as np
 import torch
 
+from cluster.native import native
+
 TORCH_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -33,12 +35,27 @@ def to_bytes(rows: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor; no copy is made when it is contiguous on the CPU."""
     if not rows.is_cpu:
         rows = rows.cpu()
-    return memoryview(rows.contiguous().view(torch.uint8).numpy().data).cast("B")
+    rows = rows.contiguous()
+    if native is not None:
+        view: memoryview = native.view(rows, rows.data_ptr(), rows.nbytes)
+        return view
+    return memoryview(rows.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def from_bytes(data: bytes | memoryview, dtype: str, num_rows: int, size: int) -> torch.Tensor:
     """Return an [N, H] tensor over ``data`` without a copy; it must not be written to."""
     return torch.frombuffer(data, dtype=TORCH_DTYPES[dtype]).view(num_rows, size)
+
+
+def pieces_of(
+    data: memoryview, dtype: str, counts: tuple[int, ...], size: int
+) -> list[torch.Tensor]:
+    """Return the rows in ``data``, ``size`` values each, in tensors of so many rows, uncopied."""
+    if native is None:
+        return list(from_bytes(data, dtype, sum(counts), size).split_with_sizes(counts))
+    value_bytes = TORCH_DTYPES[dtype].itemsize
+    capsules = native.pieces(data, counts, size, value_bytes, dtype == "bfloat16")
+    return [torch.from_dlpack(capsule) for capsule in capsules]
 
 
 def to_raw(rows: torch.Tensor) -> np.ndarray:

@@ -50,7 +50,10 @@ logger = logging.getLogger("expertmesh.actor")
 
 @dataclass(slots=True)
 class _Waiting:
+    """A frame of so many rows that waits for its products."""
+
     frame: DispatchFrame
+    num_rows: int
     since_s: float
     answer: Parts | None = None
 
@@ -80,7 +83,9 @@ class ExpertActor:
         self._waited_s = 0.0
         self._spans = open_spans(actor_id, generation)
         tls = None if spec.tls is None else spec.tls.server_context()
-        self._streams = StreamServer(self.compute_all, ray.util.get_node_ip_address(), tls)
+        self._streams = StreamServer(
+            self.compute_all, ray.util.get_node_ip_address(), tls, torch.inference_mode
+        )
         self._lease = Lease(time.monotonic())
         end_when_orphaned(self._lease, spec.app)
 
@@ -113,7 +118,7 @@ class ExpertActor:
         with self._load_lock, self._changed:
             self._changed.wait_for(lambda: not self._computing)
             for key in keys:
-                self._bank.experts.pop(ExpertKey(*key), None)
+                self._bank.let_go(ExpertKey(*key))
         return self._report()
 
     def heartbeat(self, epoch: int) -> ActorReport:
@@ -139,7 +144,7 @@ class ExpertActor:
         sources = {source.experts.model: source for source in self._spec.models}
         with self._load_lock:
             for key in keys:
-                if key in self._bank.experts:
+                if key in self._bank:
                     continue
                 source = sources[key.model]
                 if key.model not in self._checkpoints:
@@ -148,7 +153,7 @@ class ExpertActor:
                     )
                 checkpoint = self._checkpoints[key.model]
                 dtype = TORCH_DTYPES[source.dtype]
-                self._bank.experts[key] = self._load_one(checkpoint, key, dtype)
+                self._bank.hold(key, self._load_one(checkpoint, key, dtype))
             for remote in self._remotes():
                 remote.release()
 
@@ -173,7 +178,7 @@ class ExpertActor:
             device=str(self._device) if self._spec.emulation is None else EMULATED,
             experts=tuple(sorted(self._bank.experts)),
             weight_bytes=self._bank.num_bytes,
-            tokens=dict(self._bank.tokens),
+            tokens=self._bank.tokens,
             queued_rows=self._queued_rows,
             steps=self._steps,
             frames=self._frames,
@@ -187,42 +192,38 @@ class ExpertActor:
 
     def compute(self, data: bytes) -> bytes:
         """Answer one frame that came by a Ray call; see :meth:`compute_all`."""
-        return b"".join(self.compute_all([data])[0])
+        with torch.inference_mode():
+            return b"".join(self.compute_all([data])[0])
 
     def compute_all(self, data: Sequence[Buffer]) -> list[Parts]:
         """Answer each dispatch frame by a rows frame, or by an error frame; never raises.
 
         A frame that would make more than ``max_queue_rows`` rows wait is refused with
-        RESOURCE_EXHAUSTED; the router tries again.
+        RESOURCE_EXHAUSTED; the router tries again. To be called in torch's inference mode.
         """
         frames = [_read(one) for one in data]
+        batch: list[_Waiting] = []
         with self._changed:
-            waiting = [self._enqueue(f) if isinstance(f, DispatchFrame) else None for f in frames]
-            mine = [w for w in waiting if w is not None]
+            mine = [self._enqueue(f) if isinstance(f, DispatchFrame) else f for f in frames]
             # Bounded: whoever computes answers every frame that waits, late ones too.
-            while self._computing and any(w.answer is None for w in mine):
+            while self._computing and _some_wait(mine):
                 self._changed.wait()
-            batch: list[_Waiting] = []
-            if any(w.answer is None for w in mine):
+            if _some_wait(mine):
                 self._computing = True
                 batch, self._queue = self._queue, []
         if batch:
             self._answer(batch)
-        return [
-            _answered(frame) if w is None else _answered(w.answer)
-            for frame, w in zip(frames, waiting, strict=True)
-        ]
+        return [_answered(one) for one in mine]
 
-    def _enqueue(self, frame: DispatchFrame) -> _Waiting:
+    def _enqueue(self, frame: DispatchFrame) -> _Waiting | Parts:
         """Have a frame wait for its products, or refuse it; under the lock."""
-        waiting = _Waiting(frame, time.monotonic())
-        rows = self._queued_rows
-        if rows > 0 and rows + frame.num_pairs > self._spec.max_queue_rows:
-            full = OverloadedError(f"{rows} rows wait already", "queue", 0.01)
-            waiting.answer = _error(frame.request_id, full)
-        else:
-            self._queued_rows += frame.num_pairs
-            self._queue.append(waiting)
+        num_rows, waiting_rows = frame.num_pairs, self._queued_rows
+        if waiting_rows > 0 and waiting_rows + num_rows > self._spec.max_queue_rows:
+            full = OverloadedError(f"{waiting_rows} rows wait already", "queue", 0.01)
+            return _error(frame.request_id, full)
+        waiting = _Waiting(frame, num_rows, time.monotonic())
+        self._queued_rows += num_rows
+        self._queue.append(waiting)
         return waiting
 
     def _answer(self, batch: list[_Waiting]) -> None:
@@ -230,7 +231,8 @@ class ExpertActor:
         answers: list[Parts] = []
         begun_s = time.monotonic()
         self._frames += len(batch)
-        self._waited_s += sum(begun_s - waiting.since_s for waiting in batch)
+        for waiting in batch:
+            self._waited_s += begun_s - waiting.since_s
         try:
             answers = self._compute_batch(batch)
         finally:
@@ -241,25 +243,21 @@ class ExpertActor:
             with self._changed:
                 for done, answer in zip(batch, answers, strict=True):
                     done.answer = answer
-                    self._queued_rows -= done.frame.num_pairs
+                    self._queued_rows -= done.num_rows
                 self._computing = False
                 self._steps += 1
                 self._changed.notify_all()
         if self._spans is not None:
             self._spans.computed([(w.frame, w.since_s) for w in batch], begun_s)
 
-    @torch.inference_mode()
     def _compute_batch(self, batch: Sequence[_Waiting]) -> list[Parts]:
         """Return an answer to each waiting frame, or nothing at all when the batch failed."""
         now_s = time.time()
         live = [w.frame for w in batch if w.frame.deadline_s > now_s]
-        late = DeadlineExceededError("the frame's deadline passed while it waited")
         try:
             computed = iter(self._bank.compute(live))
             return [
-                encode(next(computed))
-                if w.frame.deadline_s > now_s
-                else _error(w.frame.request_id, late)
+                encode(next(computed) if w.frame.deadline_s > now_s else _late(w.frame))
                 for w in batch
             ]
         except Exception:
@@ -279,9 +277,20 @@ def _read(data: Buffer) -> DispatchFrame | Parts:
     return frame
 
 
-def _answered(answer: DispatchFrame | Parts | None) -> Parts:
-    assert isinstance(answer, tuple)  # every frame has been answered, in one way or another
+def _some_wait(frames: Sequence[_Waiting | Parts]) -> bool:
+    """Tell whether a frame has no answer yet."""
+    return any(isinstance(frame, _Waiting) and frame.answer is None for frame in frames)
+
+
+def _answered(frame: _Waiting | Parts) -> Parts:
+    answer = frame.answer if isinstance(frame, _Waiting) else frame
+    assert answer is not None  # every frame has been answered, in one way or another
     return answer
+
+
+def _late(frame: DispatchFrame) -> ErrorFrame:
+    error = DeadlineExceededError("the frame's deadline passed while it waited")
+    return ErrorFrame(frame.request_id, type(error).__name__, error)
 
 
 def _error(request_id: int, error: ExpertMeshError) -> Parts:

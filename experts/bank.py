@@ -16,12 +16,15 @@ from typing import Protocol
 
 import torch
 
-from cluster.errors import FrameError, WrongPlacementError
+from cluster.errors import ExpertMeshError, FrameError, WrongPlacementError
 from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame
 from cluster.placement import ExpertKey
-from cluster.tensors import TORCH_DTYPES, from_bytes, to_bytes
+from cluster.tensors import TORCH_DTYPES, from_bytes, pieces_of, to_bytes
 from experts.ffn import Activation, PackedFfn, ffn_of
 from experts.weights import GatedFfnWeights
+
+MOST_PIECES = 32
+"""So many experts' results are sent from where they lie; more are first brought together."""
 
 
 class GatedFfnExpert:
@@ -54,21 +57,70 @@ class Expert(Protocol):
         ...
 
 
-_Pieces = list[torch.Tensor]
-"""One frame's rows, a piece per expert; each piece's results take its place."""
+@dataclass(slots=True)
+class _Layer:
+    """The experts of one layer that are held, by id, and how many rows each has computed."""
+
+    experts: dict[int, Expert] = field(default_factory=dict)
+    tokens: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass(slots=True)
+class _Work:
+    """A frame's experts, and its rows in as many pieces; each piece's results take its place."""
+
+    frame: DispatchFrame
+    layer: _Layer
+    experts: list[Expert]
+    pieces: list[torch.Tensor]
+
+
+_NO_LAYER = _Layer()
+
+
 class ExpertBank:
     """Loaded experts by key, and how many token rows each has computed."""
 
-    experts: dict[ExpertKey, Expert] = field(default_factory=dict)
-    tokens: Counter[ExpertKey] = field(default_factory=Counter)
+    def __init__(self) -> None:
+        """Start empty."""
+        self._layers: dict[tuple[str, int], _Layer] = {}
+
+    def hold(self, key: ExpertKey, expert: Expert) -> None:
+        """Have an expert from now on; frames may be computed meanwhile."""
+        layer = self._layers.setdefault((key.model, key.layer_id), _Layer())
+        layer.experts[key.expert_id] = expert
+
+    def let_go(self, key: ExpertKey) -> None:
+        """Let an expert and its memory go; one that is not held is not an error."""
+        self._layer(key).experts.pop(key.expert_id, None)
+
+    def __contains__(self, key: ExpertKey) -> bool:
+        """Tell whether an expert is held."""
+        return key.expert_id in self._layer(key).experts
+
+    def _layer(self, key: ExpertKey) -> _Layer:
+        return self._layers.get((key.model, key.layer_id), _NO_LAYER)
+
+    @property
+    def experts(self) -> dict[ExpertKey, Expert]:
+        """The experts that are held now."""
+        layers = list(self._layers.items())
+        return {
+            ExpertKey(*at, expert_id): expert
+            for at, layer in layers
+            for expert_id, expert in list(layer.experts.items())
+        }
+
+    @property
+    def tokens(self) -> dict[ExpertKey, int]:
+        """How many rows each expert has computed, those that are no longer held too."""
+        layers = list(self._layers.items())
+        return {ExpertKey(*at, e): n for at, layer in layers for e, n in list(layer.tokens.items())}
 
     @property
     def num_bytes(self) -> int:
         """Resident bytes of the weights of all experts that are held now."""
-        return sum(expert.num_bytes for expert in list(self.experts.values()))
+        return sum(expert.num_bytes for expert in self.experts.values())
 
     def compute(self, frames: Sequence[DispatchFrame]) -> list[RowsFrame | ErrorFrame]:
         """Run all frames' pairs, merged per expert; one answer per frame, in order.
@@ -76,65 +128,73 @@ class ExpertBank:
         A frame that asks for an expert that is not held is answered by WrongPlacementError, one
         whose rows do not fit the expert by FrameError; other frames are not disturbed.
         """
-        answers: list[ErrorFrame | _Pieces] = []
-        waiting: dict[ExpertKey, list[tuple[_Pieces, int]]] = {}
-        for frame in frames:
-            try:
-                keys = [ExpertKey(frame.model, frame.layer_id, e) for e in frame.expert_ids]
-                pieces = self._pieces(frame, keys)
-            except (WrongPlacementError, FrameError) as error:
-                answers.append(ErrorFrame(frame.request_id, type(error).__name__, error))
-                continue
-            answers.append(pieces)
-            for place, key in enumerate(keys):
-                waiting.setdefault(key, []).append((pieces, place))
-        for key, places in waiting.items():
-            self._run(key, places)
-        return [
-            answer if isinstance(answer, ErrorFrame) else _rows_frame(frame, answer)
-            for frame, answer in zip(frames, answers, strict=True)
-        ]
-
-    def _pieces(self, frame: DispatchFrame, keys: Sequence[ExpertKey]) -> _Pieces:
-        """Return the rows of a frame's pairs, [P, H] in all, a piece per expert."""
-        device = self._check(frame, keys)
-        rows = from_bytes(frame.rows, frame.dtype, frame.num_pairs, frame.hidden_size)
-        if device.type != "cpu":
-            rows = rows.to(device)
-        return list(rows.split(frame.num_tokens_per_expert))
-
-    def _check(self, frame: DispatchFrame, keys: Sequence[ExpertKey]) -> torch.device:
-        dtype = TORCH_DTYPES[frame.dtype]
-        for key in keys:
-            expert = self.experts.get(key)
-            if expert is None:
-                raise WrongPlacementError(
-                    f"expert {key.expert_id} of layer {key.layer_id} is not held here", key.model
-                )
-            if frame.hidden_size != expert.hidden_size:
-                raise FrameError(
-                    f"must be {expert.hidden_size} (given: {frame.hidden_size})",
-                    "frame.hidden_size",
-                )
-            if dtype != expert.dtype:
-                raise FrameError(f"must be {expert.dtype} (given: {frame.dtype})", "frame.dtype")
-        return self.experts[keys[0]].device
-
-    def _run(self, key: ExpertKey, places: list[tuple[_Pieces, int]]) -> None:
-        """Run one expert once over all pieces that wait for it, and put the results there."""
-        rows = [pieces[place] for pieces, place in places]
-        if len(rows) == 1:
-            outputs: Sequence[torch.Tensor] = (self.experts[key](rows[0]),)
+        opened = [self._open(frame) for frame in frames]
+        works = [work for work in opened if isinstance(work, _Work)]
+        if len(works) == 1:
+            [work] = works
+            work.pieces = [run(rows) for run, rows in zip(work.experts, work.pieces, strict=True)]
         else:
-            sizes = [piece.shape[0] for piece in rows]
-            outputs = self.experts[key](torch.cat(rows)).split(sizes)
-        for (pieces, place), output in zip(places, outputs, strict=True):
-            pieces[place] = output
-            self.tokens[key] += output.shape[0]
+            _run_merged(works)
+        for work in works:
+            counts, tokens = work.frame.num_tokens_per_expert, work.layer.tokens
+            for expert_id, count in zip(work.frame.expert_ids, counts, strict=True):
+                tokens[expert_id] += count
+        return [_rows_frame(work) if isinstance(work, _Work) else work for work in opened]
+
+    def _open(self, frame: DispatchFrame) -> _Work | ErrorFrame:
+        layer = self._layers.get((frame.model, frame.layer_id), _NO_LAYER)
+        held, hidden_size, dtype = layer.experts, frame.hidden_size, TORCH_DTYPES[frame.dtype]
+        experts: list[Expert] = []
+        for expert_id in frame.expert_ids:
+            expert = held.get(expert_id)
+            if expert is None or expert.hidden_size != hidden_size or expert.dtype != dtype:
+                error = _misfit(frame, expert_id, expert)
+                return ErrorFrame(frame.request_id, type(error).__name__, error)
+            experts.append(expert)
+        return _Work(frame, layer, experts, _pieces(frame, experts[0].device))
 
 
-def _rows_frame(frame: DispatchFrame, pieces: _Pieces) -> RowsFrame:
-    result = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    return RowsFrame(
-        frame.request_id, frame.dtype, result.shape[0], result.shape[1], to_bytes(result)
-    )
+def _pieces(frame: DispatchFrame, device: torch.device) -> list[torch.Tensor]:
+    """Return the frame's rows, a piece for each expert; another device gets them all at once."""
+    counts, size = frame.num_tokens_per_expert, frame.hidden_size
+    if device.type == "cpu":
+        return pieces_of(memoryview(frame.rows), frame.dtype, counts, size)
+    rows = from_bytes(frame.rows, frame.dtype, frame.num_pairs, size).to(device)
+    return list(rows.split_with_sizes(counts))
+
+
+def _misfit(frame: DispatchFrame, expert_id: int, expert: Expert | None) -> ExpertMeshError:
+    """Return why an expert cannot compute a frame."""
+    if expert is None:
+        return WrongPlacementError(
+            f"expert {expert_id} of layer {frame.layer_id} is not held here", frame.model
+        )
+    if frame.hidden_size != expert.hidden_size:
+        return FrameError(
+            f"must be {expert.hidden_size} (given: {frame.hidden_size})", "frame.hidden_size"
+        )
+    return FrameError(f"must be {expert.dtype} (given: {frame.dtype})", "frame.dtype")
+
+
+def _run_merged(works: Sequence[_Work]) -> None:
+    """Run each expert once over all pieces that wait for it, and put the results there."""
+    waiting: dict[tuple[int, int], list[tuple[_Work, int]]] = {}
+    for work in works:
+        for place, expert_id in enumerate(work.frame.expert_ids):
+            waiting.setdefault((id(work.layer), expert_id), []).append((work, place))
+    for places in waiting.values():
+        first, at = places[0]
+        rows = [work.pieces[place] for work, place in places]
+        sizes = [piece.shape[0] for piece in rows]
+        joined = torch.cat(rows) if len(rows) > 1 else rows[0]
+        outputs = first.experts[at](joined).split(sizes)
+        for (work, place), output in zip(places, outputs, strict=True):
+            work.pieces[place] = output
+
+
+def _rows_frame(work: _Work) -> RowsFrame:
+    frame, pieces = work.frame, work.pieces
+    if len(pieces) > MOST_PIECES or not pieces[0].is_cpu:
+        pieces = [torch.cat(pieces)]
+    rows = tuple([to_bytes(piece) for piece in pieces])
+    return RowsFrame(frame.request_id, frame.dtype, frame.num_pairs, frame.hidden_size, rows)

@@ -6,12 +6,14 @@ Dimension letters: T tokens, K experts per token, P = T x K pairs, H hidden size
 from __future__ import annotations
 
 from functools import reduce
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from cluster.tensors import dtype_name, from_raw, to_raw
-from router import rows as native_rows
+from cluster.frames import Buffer
+from cluster.native import native
+from cluster.tensors import to_bytes, to_raw
 
 CHUNK_VALUES = 1 << 19
 """So many values are weighted at once on a CPU by torch. Weights in float32 make float32 of all of
@@ -22,29 +24,42 @@ _NATIVE |= {(torch.float32, torch.float32)}
 """Dtypes of rows and of weights."""
 
 
-def combine(
-    rows: np.ndarray, weights: torch.Tensor, slots: np.ndarray, dtype: torch.dtype
-) -> torch.Tensor:
-    """Sum each token's rows, weighted by [T, K] as the gate gave them, in the rows' order.
+class Received(NamedTuple):
+    """What an actor's experts made of some pairs: a row for each, one after the other."""
 
-    ``rows`` [P, H] have the bits of ``dtype`` (:func:`cluster.tensors.to_raw`) and stand as
-    :func:`router.rows.slots_of` says, which ``slots`` are. Each weighted row is rounded to that
-    dtype and accumulated in it, one expert after the other: bit for bit what transformers' eager
-    experts do, whatever the placement, the number of actors or a retry. Returns [T, H], where the
-    weights are.
+    pairs: np.ndarray
+    """int64, contiguous."""
+    rows: Buffer
+
+
+def combine(
+    received: list[Received], weights: torch.Tensor, slots: np.ndarray, like: torch.Tensor
+) -> torch.Tensor:
+    """Sum each token's rows, weighted by [T, K] as the gate gave them, in the order of slots.
+
+    A pair's row has its place among its token's by ``slots`` (:func:`router.rows.slots_of`); one
+    that was not received is zeros. Rows have the width and the dtype of ``like`` [T, H]. Each
+    weighted row is rounded to that dtype and accumulated in it, one expert after the other: bit for
+    bit what transformers' eager experts do, whatever the placement, the number of actors or a
+    retry. Returns [T, H], where the weights are.
     """
+    is_known = (like.dtype, weights.dtype) in _NATIVE and weights.is_cpu and like.is_cpu
+    if native is not None and is_known and like.numel():
+        sums = torch.empty_like(like, memory_format=torch.contiguous_format)
+        native.combine(
+            received, to_bytes(weights), slots, weights.shape[1], to_bytes(sums), like.itemsize
+        )
+        return sums
     num_tokens, k = weights.shape
-    hidden_size = rows.shape[1]
-    is_known = (dtype, weights.dtype) in _NATIVE and weights.is_cpu and weights.is_contiguous()
-    if native_rows.native is not None and is_known and rows.size:
-        sums = np.empty((num_tokens, hidden_size), rows.dtype)
-        native_rows.native.combine(rows, to_raw(weights), slots, k, sums, rows.itemsize)
-        return from_raw(sums, dtype_name(dtype))
     ranks = np.empty(slots.size, np.int64)
     ranks[slots] = np.arange(slots.size) % k
     order = torch.from_numpy(ranks.reshape(num_tokens, k)).to(weights.device)
-    values = from_raw(rows, dtype_name(dtype)).to(weights.device)
-    return _in_pieces(values.view(num_tokens, k, hidden_size), weights.gather(1, order))
+    rows = torch.zeros(slots.size, like.shape[1], dtype=like.dtype)
+    for piece in received:
+        raw = to_raw(rows)
+        raw[slots[piece.pairs]] = np.frombuffer(piece.rows, raw.dtype).reshape(-1, like.shape[1])
+    values = rows.to(weights.device).view(num_tokens, k, like.shape[1])
+    return _in_pieces(values, weights.gather(1, order))
 
 
 def _in_pieces(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -30,15 +30,16 @@ from cluster.errors import (
     FrameError,
     InternalError,
 )
-from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode
+from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode, joined
 from cluster.placement import Placement
 from cluster.retry import RetryPolicy
-from cluster.tensors import dtype_name, to_raw
+from cluster.tensors import dtype_name
 from cluster.transport import Call, CallFailure, Outcome, Transport
+from router.combine import Received
 from router.copies import Copies, Pace, has_other_copies
 from router.loss import LostExperts
 from router.placement_view import PlacementView
-from router.rows import gather, route, scatter
+from router.rows import gather, route
 
 BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
 """Between attempts where every expert has a copy."""
@@ -51,25 +52,23 @@ logger = logging.getLogger("expertmesh.dispatch")
 
 
 @dataclass(frozen=True, slots=True)
-class _Share:
-    """Experts ``start:end`` of a layout; ``actor_id`` is ``None`` where they have no live copy."""
+class _Holder:
+    """Who has a share of a layout; ``actor_id`` is ``None`` where its experts have no live copy."""
 
     actor_id: str | None
     generation: int
-    start: int
-    end: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """One layer's experts in an order in which those of one actor stand together.
+    """One layer's experts in an order in which those of one holder stand together.
 
-    ``expert_ids[place_of[e]] == e``.
+    ``expert_of`` [E] has the expert at each place, and ``ends`` where each holder's places end.
     """
 
-    place_of: np.ndarray
-    expert_ids: list[int]
-    shares: tuple[_Share, ...]
+    expert_of: np.ndarray
+    ends: np.ndarray
+    holders: tuple[_Holder, ...]
 
 
 @dataclass(slots=True)
@@ -90,23 +89,25 @@ _Sent = tuple[_Part, DispatchFrame, Call]
 class _Layer:
     """One layer's work. Pair t * K + r is token t with the expert that the gate put at rank r.
 
-    ``rows`` [T, H] and ``output`` [P, H] are raw values (:func:`cluster.tensors.to_raw`);
-    ``slots`` [P] says where in the output a pair's row belongs.
+    ``rows`` are [T, H].
     """
 
     layer_id: int
-    rows: np.ndarray
+    rows: torch.Tensor
     expert_ids: np.ndarray
     k: int
-    slots: np.ndarray
-    output: np.ndarray
     dtype: str
     deadline_s: float
     traceparent: str | None
-    failed: set[str] = field(default_factory=set)
+    received: list[Received] = field(default_factory=list)
+    failed: frozenset[str] = frozenset()
     """Actors that failed in this layer; they are asked again only where there is no other."""
-    refusals: Counter[int] = field(default_factory=Counter)
-    """How often each expert's rows were refused as malformed."""
+    refusals: tuple[int, ...] = ()
+    """The experts whose rows were refused as malformed, as often as they were."""
+
+    def keep(self) -> None:
+        """Copy what was received: the transport's next wait may use its memory again."""
+        self.received = [Received(one.pairs, bytes(one.rows)) for one in self.received]
 
 
 class Dispatcher:
@@ -141,33 +142,28 @@ class Dispatcher:
         layer_id: int,
         hidden_states: torch.Tensor,
         topk_ids: np.ndarray,
-        slots: np.ndarray,
         deadline_s: float,
         pairs: np.ndarray | None = None,
         traceparent: str | None = None,
-    ) -> np.ndarray | None:
-        """Return the raw values of the experts' unweighted rows [P, H] for hidden states [T, H].
+    ) -> list[Received] | None:
+        """Return the experts' unweighted rows for hidden states [T, H].
 
         Pair t * K + r is token t with expert ``topk_ids[t, r]``, the gate's choices as they are
-        [T, K]; its row stands at ``slots[t * K + r]``. An expert gets its rows by rank, then by
-        token, as transformers' eager experts do, since a row's bits depend on its place in the
-        product. Only ``pairs`` are computed where they are given; the other rows are zeros.
-        ``traceparent`` goes along with the frames of a layer that is traced.
+        [T, K]. An expert gets its rows by rank, then by token, as transformers' eager experts do,
+        since a row's bits depend on its place in the product. Only ``pairs`` are computed where
+        they are given. What is returned lasts until the next call. ``traceparent`` goes along with
+        the frames of a layer that is traced.
         Returns ``None`` when an expert has no live copy: what is then to be done is the caller's
         business. Raises :class:`ExpertUnavailableError` when not every share could be had before
         ``deadline_s`` (wall clock), and :class:`DeadlineExceededError` where that was no expert's
         fault.
         """
-        rows = to_raw(hidden_states)
+        rows = hidden_states if hidden_states.is_cpu else hidden_states.cpu()
         layer = _Layer(
             layer_id=layer_id,
             rows=rows,
             expert_ids=topk_ids.ravel(),
             k=topk_ids.shape[1],
-            slots=slots,
-            output=(np.empty if pairs is None else np.zeros)(
-                (topk_ids.size, rows.shape[1]), rows.dtype
-            ),
             dtype=dtype_name(hidden_states.dtype),
             deadline_s=deadline_s,
             traceparent=traceparent,
@@ -180,14 +176,15 @@ class Dispatcher:
             placement = self._placement(deadline_s)
             layout = self._layout(placement, layer, pending)
             ordered, parts, homeless = split(layout, layer.expert_ids, layer.k, pending)
-            if homeless:
+            if len(homeless):
                 return None
             failed = self._attempt(placement, layer, ordered, parts)
             if not failed:
-                return layer.output
-            layer.failed.update(part.actor_id for part in failed)
+                return layer.received
+            layer.keep()
+            layer.failed |= {part.actor_id for part in failed}
             if not all(self._has_other(placement, layer, part) for part in failed):
-                layer.failed.clear()
+                layer.failed = frozenset()
                 if time.time() < deadline_s:
                     self._wait(placement, deadline_s, failures)
                     failures += 1
@@ -276,10 +273,10 @@ class Dispatcher:
         self, placement: Placement, layer: _Layer, ordered: np.ndarray, parts: Sequence[_Part]
     ) -> list[_Part]:
         """Send every part once and take the answers; return the parts that got none."""
-        now_s = time.time()
-        timeout_s = max(0.0, min(self._call_timeout_s, layer.deadline_s - now_s))
         if not parts:
             return []
+        now_s = time.time()
+        timeout_s = max(0.0, min(self._call_timeout_s, layer.deadline_s - now_s))
         # Where others can do its work, an actor that does not answer is given up early.
         others = [self._has_other(placement, layer, part) for part in parts]
         most_rows = max(len(part.pairs) for part in parts)
@@ -287,24 +284,25 @@ class Dispatcher:
         # All parts' rows at once; each part's are a piece of them.
         rows = gather(layer.rows, ordered, layer.k)
         row_bytes = len(rows) // len(ordered)
+        hidden_size = layer.rows.shape[1]
         hurried: list[_Sent] = []
         patient: list[_Sent] = []
         begin = 0
         for part, has_other in zip(parts, others, strict=True):
             end = begin + len(part.pairs) * row_bytes
-            frame = DispatchFrame(
-                request_id=next(self._request_ids),
-                epoch=placement.epoch,
-                placement_version=placement.version,
-                model=self._model,
-                layer_id=layer.layer_id,
-                expert_ids=part.expert_ids,
-                num_tokens_per_expert=part.counts,
-                dtype=layer.dtype,
-                hidden_size=layer.rows.shape[1],
-                deadline_s=now_s + (hurried_s if has_other else timeout_s),
-                rows=rows[begin:end],
-                traceparent=layer.traceparent,
+            frame = DispatchFrame(  # by place, which takes less than by name
+                next(self._request_ids),
+                placement.epoch,
+                placement.version,
+                self._model,
+                layer.layer_id,
+                part.expert_ids,
+                part.counts,
+                layer.dtype,
+                hidden_size,
+                now_s + (hurried_s if has_other else timeout_s),
+                rows[begin:end],
+                layer.traceparent,
             )
             call = Call(part.actor_id, part.generation, encode(frame), has_other)
             (hurried if has_other else patient).append((part, frame, call))
@@ -316,7 +314,7 @@ class Dispatcher:
         ]
         failed: list[_Part] = []
         for sent, flight in flights:
-            # Taken before the next flight is waited for, which may use the answers' memory again.
+            layer.keep()
             outcomes = flight.wait(partial(self._is_given_up, placement.epoch, most_rows, now_s))
             failed += [
                 part
@@ -347,7 +345,7 @@ class Dispatcher:
             answer.hidden_size,
         ):
             return self._damaged(part, "the answer is not the call's")
-        scatter(answer.rows, part.pairs, layer.slots, layer.output)
+        layer.received.append(Received(part.pairs, joined(answer.rows)))
         return True
 
     def _refused(self, layer: _Layer, part: _Part, answer: ErrorFrame) -> bool:
@@ -358,8 +356,8 @@ class Dispatcher:
         if answer.error.code is not Code.INVALID_ARGUMENT:
             self.retries[answer.kind] += 1
             return False
-        layer.refusals.update(part.expert_ids)
-        if max(layer.refusals[expert_id] for expert_id in part.expert_ids) >= MAX_REFUSALS:
+        layer.refusals += part.expert_ids
+        if max(map(layer.refusals.count, part.expert_ids)) >= MAX_REFUSALS:
             logger.error("%s refused a frame: %s", part.actor_id, answer.error)
             raise InternalError("expert actors refuse a frame as malformed")
         return self._damaged(part, answer.error)
@@ -392,41 +390,32 @@ def lay_out(holders: Mapping[int, str | None], generations: Mapping[str, int]) -
     ``holders`` has every expert of the layer.
     """
     expert_ids = sorted(holders, key=lambda expert_id: (holders[expert_id] or "", expert_id))
-    place_of = np.empty(len(expert_ids), dtype=np.int64)
-    place_of[expert_ids] = np.arange(len(expert_ids))
-    shares = []
-    start = 0
-    for actor_id, group in itertools.groupby(expert_ids, key=lambda e: holders[e]):
-        end = start + len(list(group))
-        generation = 0 if actor_id is None else generations[actor_id]
-        shares.append(_Share(actor_id, generation, start, end))
-        start = end
-    return _Layout(place_of, expert_ids, tuple(shares))
+    sizes: Counter[str | None] = Counter()  # in the order of the experts
+    for expert_id in expert_ids:
+        sizes[holders[expert_id]] += 1
+    return _Layout(
+        np.array(expert_ids, np.int64),
+        np.cumsum(list(sizes.values()), dtype=np.int64),
+        tuple(_Holder(one, 0 if one is None else generations[one]) for one in sizes),
+    )
 
 
 def split(
     layout: _Layout, expert_ids: np.ndarray, k: int, pairs: np.ndarray
-) -> tuple[np.ndarray, list[_Part], list[np.ndarray]]:
+) -> tuple[np.ndarray, list[_Part], np.ndarray]:
     """Divide pairs among actors: by expert, then by rank, then by token.
 
     ``expert_ids`` [P] has the expert of every pair of the layer; ``pairs`` ascend. Returns the
     pairs that have an actor, in order; the parts, each a stretch of it; and those whose experts
     have no live copy.
     """
-    ordered, counts = route(expert_ids, k, layout.place_of, pairs)
+    ordered, shares = route(expert_ids, k, layout.expert_of, layout.ends, pairs)
     parts: list[_Part] = []
-    homeless: list[np.ndarray] = []
-    end = first = 0
-    for share in layout.shares:
-        asked = [place for place in range(share.start, share.end) if counts[place]]
-        if not asked:
-            continue
-        sizes = tuple([counts[place] for place in asked])
-        begin, end = end, end + sum(sizes)
-        if share.actor_id is None:  # the first share, if there is such
-            homeless.append(ordered[begin:end])
+    first = 0
+    for holder, (asked_ids, counts, begin, end) in zip(layout.holders, shares, strict=True):
+        if holder.actor_id is None:  # the first share, if there is such
             first = end
-            continue
-        asked_ids = tuple([layout.expert_ids[place] for place in asked])
-        parts.append(_Part(share.actor_id, share.generation, asked_ids, sizes, ordered[begin:end]))
-    return ordered[first:], parts, homeless
+        elif asked_ids:
+            asked = ordered[begin:end]
+            parts.append(_Part(holder.actor_id, holder.generation, asked_ids, counts, asked))
+    return ordered[first:], parts, ordered[:first]

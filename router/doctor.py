@@ -91,13 +91,13 @@ def check_versions(installed: Installed) -> list[Check]:
 
 
 def check_native(is_built: bool) -> Check:
-    """Look whether rows are moved natively, which installing leaves out without a C compiler."""
+    """Look whether messages go natively, which installing leaves out without a C compiler."""
     if is_built:
         return Check("native code", "ok", "built")
     return Check(
         "native code",
         "warning",
-        "was not built: numpy moves rows, and a layer of few tokens takes a third longer",
+        "was not built: Python does its work, and a layer of few tokens takes twice as long",
         "Install a C compiler and Python's headers, then ExpertMesh again, with --no-cache-dir.",
     )
 

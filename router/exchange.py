@@ -110,10 +110,9 @@ class RemoteExchange:
     ) -> torch.Tensor | None:
         """Dispatch and combine; returns ``None`` when an expert has no live copy."""
         ids = np.ascontiguousarray(choice.ids, np.int64)
-        slots = slots_of(ids)
-        rows = self._dispatcher.dispatch(
-            layer_id, hidden_states, ids, slots, self.deadline_s, choice.pairs, context
+        received = self._dispatcher.dispatch(
+            layer_id, hidden_states, ids, self.deadline_s, choice.pairs, context
         )
-        if rows is None:
+        if received is None:
             return None
-        return combine(rows, choice.weights, slots, hidden_states.dtype)
+        return combine(received, choice.weights, slots_of(ids), hidden_states)

@@ -1,8 +1,7 @@
-"""A layer's rows: who gets which, and their way to the experts and back.
+"""A layer's rows: who gets which, and where they belong when they come back.
 
 Each of these is some small operations on arrays, and in a step of few tokens their number is what
-a layer costs: so ``router/native.c`` does each at once, where it was built. Where it was not (there
-was no C compiler when the package was installed) numpy does the same.
+a layer costs: so native code does each at once (:mod:`cluster.native`), or numpy without it.
 
 Dimension letters: T tokens, K experts per token, P = T x K pairs, E experts, H hidden size. Pair
 t * K + r is token t with the expert that the gate put at rank r.
@@ -10,18 +9,13 @@ t * K + r is token t with the expert that the gate put at rank r.
 
 from __future__ import annotations
 
-from types import ModuleType
+import itertools
 
 import numpy as np
+import torch
 
-from cluster.frames import Buffer
-
-try:
-    import expertmesh_native
-except ImportError:
-    native: ModuleType | None = None
-else:
-    native = expertmesh_native
+from cluster.native import native
+from cluster.tensors import to_bytes, to_raw
 
 
 def slots_of(ids: np.ndarray) -> np.ndarray:
@@ -40,40 +34,40 @@ def slots_of(ids: np.ndarray) -> np.ndarray:
     return slots
 
 
+Share = tuple[tuple[int, ...], tuple[int, ...], int, int]
+"""Some experts' ids and numbers of pairs, and where in the order their pairs begin and end."""
+
+
 def route(
-    expert_ids: np.ndarray, k: int, place_of: np.ndarray, pairs: np.ndarray
-) -> tuple[np.ndarray, list[int]]:
+    expert_ids: np.ndarray, k: int, expert_of: np.ndarray, ends: np.ndarray, pairs: np.ndarray
+) -> tuple[np.ndarray, list[Share]]:
     """Order pairs by their expert's place, then by rank, then by token.
 
-    ``expert_ids`` int64 [P] has the expert of every pair of the layer, ``place_of`` int64 [E] the
-    place of every expert; ``pairs`` are ascending. Returns the pairs in order, and how many each
-    place has.
+    ``expert_ids`` int64 [P] has the expert of every pair of the layer, ``expert_of`` int64 [E] the
+    expert at every place; ``pairs`` ascend. Shares of the places go up to ``ends``, int64. Returns
+    the pairs in order, and for each share those of its experts that have pairs.
     """
+    ordered = np.empty(len(pairs), np.int64)
     if native is not None:
-        ordered = np.empty(len(pairs), np.int64)
-        counts: list[int] = native.route(expert_ids, k, place_of, pairs, ordered)
-        return ordered, counts
+        shares: list[Share] = native.route(expert_ids, k, expert_of, ends, pairs, ordered)
+        return ordered, shares
+    place_of = np.empty_like(expert_of)
+    place_of[expert_of] = np.arange(len(expert_of))
     places = place_of[expert_ids[pairs]]
     keys = (places * k + pairs % k) * len(expert_ids) + pairs
-    counts = np.bincount(places, minlength=len(place_of)).tolist()
-    return pairs[keys.argsort()], counts
+    counts = np.bincount(places, minlength=len(place_of))
+    bounds = [0, *np.cumsum(counts).tolist()]
+    shares = []
+    for start, end in itertools.pairwise([0, *ends.tolist()]):
+        asked = start + np.flatnonzero(counts[start:end])
+        ids, numbers = tuple(expert_of[asked].tolist()), tuple(counts[asked].tolist())
+        shares.append((ids, numbers, bounds[start], bounds[end]))
+    return pairs[keys.argsort()], shares
 
 
-def gather(rows: np.ndarray, ordered: np.ndarray, k: int) -> memoryview:
-    """Return the bytes of the token's row of each pair; ``rows`` [T, H] are raw values."""
-    if native is not None and rows.flags.c_contiguous:
-        row_bytes = rows.shape[1] * rows.itemsize
-        return memoryview(native.gather(rows, ordered, k, row_bytes))
-    return rows.take(ordered // k, axis=0).data.cast("B")
-
-
-def scatter(received: Buffer, pairs: np.ndarray, slots: np.ndarray, output: np.ndarray) -> None:
-    """Put the rows that were received for ``pairs`` where they belong in ``output`` [P, H].
-
-    ``output`` has raw values, and as many bytes must be ``received`` as that many rows of it have.
-    """
+def gather(rows: torch.Tensor, ordered: np.ndarray, k: int) -> memoryview:
+    """Return the bytes of the token's row of each pair, of rows [T, H]."""
     if native is not None:
-        native.scatter(received, pairs, slots, output, output.shape[1] * output.itemsize)
-        return
-    values = np.frombuffer(received, output.dtype)
-    output[slots[pairs]] = values.reshape(len(pairs), -1)
+        row_bytes = rows.shape[1] * rows.itemsize
+        return memoryview(native.gather(to_bytes(rows), ordered, k, row_bytes))
+    return to_raw(rows).take(ordered // k, axis=0).data.cast("B")

@@ -99,12 +99,12 @@ def load_banks(
         for key in keys:
             if emulation is not None:
                 hidden_size = checkpoint.shape.hidden_size
-                bank.experts[key] = EmulatedExpert(emulation, hidden_size, TORCH_DTYPES[dtype])
+                bank.hold(key, EmulatedExpert(emulation, hidden_size, TORCH_DTYPES[dtype]))
                 continue
             weights = load_expert(
                 checkpoint, key.layer_id, key.expert_id, TORCH_DTYPES[dtype], torch.device("cpu")
             )
-            bank.experts[key] = GatedFfnExpert(weights, act)
+            bank.hold(key, GatedFfnExpert(weights, act))
         banks[actor_id] = bank
     return banks
 

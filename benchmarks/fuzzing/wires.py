@@ -34,7 +34,7 @@ _START = struct.Struct("<QQ")
 ROWS = np.arange(12, dtype=np.float32).tobytes()
 FRAMES: tuple[Frame, ...] = (
     DispatchFrame(7, 1, 2, "tiny", 3, (0, 5), (2, 1), "float32", 4, 2e9, ROWS * 1),
-    RowsFrame(7, "bfloat16", 2, 3, ROWS[:12]),
+    RowsFrame(7, "bfloat16", 2, 3, (ROWS[:12],)),
     ErrorFrame(7, "OverloadedError", OverloadedError("full", "queue", 0.01)),
     ErrorFrame(7, "WrongPlacementError", WrongPlacementError("not here", "tiny")),
 )
@@ -67,8 +67,12 @@ def _decode(data: bytes) -> None:
         return
     assert not isinstance(again, ErrorFrame)
     num_rows = found.num_pairs if isinstance(found, DispatchFrame) else found.num_rows
-    rows = from_bytes(bytes(found.rows), found.dtype, num_rows, found.hidden_size)
-    assert bytes(to_bytes(rows)) == bytes(found.rows) == bytes(again.rows)
+    rows = from_bytes(_rows_of(found), found.dtype, num_rows, found.hidden_size)
+    assert bytes(to_bytes(rows)) == _rows_of(found) == _rows_of(again)
+
+
+def _rows_of(found: DispatchFrame | RowsFrame) -> bytes:
+    return b"".join(found.rows) if isinstance(found, RowsFrame) else bytes(found.rows)
 
 
 def stranger() -> Target:

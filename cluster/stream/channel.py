@@ -13,8 +13,10 @@ import ssl
 import struct
 from collections import deque
 from collections.abc import Sequence
+from types import ModuleType
 
-from cluster.frames import ALIGNMENT, Buffer
+from cluster.frames import ALIGNMENT, Buffer, Parts
+from cluster.native import native
 
 MAX_MESSAGE_BYTES = 256 << 20
 BUFFER_BYTES = 256 << 10
@@ -30,10 +32,15 @@ Message = tuple[int, memoryview]
 class Channel:
     """One end of a connection; used by one thread at a time."""
 
+    has_more = False
+    """Whether bytes wait that no selector tells of."""
+    _native: ModuleType | None = native
+
     def __init__(self, sock: socket.socket, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
         """Take over ``sock``. A longer message than ``max_message_bytes`` is an error."""
         sock.setblocking(False)
         self.sock = sock
+        self._fd = sock.fileno()
         self._outgoing: deque[memoryview] = deque()
         self._buffer = memoryview(b"")
         self._start = self._end = 0
@@ -51,20 +58,32 @@ class Channel:
         """Whether bytes wait for the peer to read."""
         return bool(self._outgoing)
 
-    def send(self, call_id: int, parts: Sequence[Buffer] = ()) -> None:
+    def send(self, call_id: int, parts: Parts = ()) -> None:
         """Send a message, or as much of it as the peer takes now; :meth:`flush` sends the rest.
 
         The parts must not change before it is sent. Raises ``OSError`` when the connection is gone.
         """
+        left = None
+        if self._native is not None and not self._outgoing:
+            left = self._native.send(self._fd, call_id, parts)
+        if left != 0:
+            self._send_rest(call_id, parts, left)
+
+    def _send_rest(self, call_id: int, parts: Parts, left: int | None) -> None:
+        """Send the last ``left`` bytes of a message, or the whole message, or have it wait."""
         length = sum(map(len, parts))
         pieces = [_START.pack(length, call_id), *parts, _PADDING[-length % ALIGNMENT]]
-        if self._outgoing:
-            self._outgoing.extend(memoryview(piece) for piece in pieces if len(piece))
-            return
-        sent = self._send(pieces)
-        if sent < _START.size + length + -length % ALIGNMENT:
-            self._outgoing.extend(memoryview(piece) for piece in pieces if len(piece))
-            self._skip(sent)
+        is_first = not self._outgoing
+        self._outgoing.extend(memoryview(piece) for piece in pieces if len(piece))
+        if left is not None:
+            self._skip(_START.size + length + -length % ALIGNMENT - left)
+        elif is_first:
+            self.flush()
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether :meth:`receive` can wait, and has nothing to send meanwhile."""
+        return self._native is not None and not self._outgoing
 
     def flush(self) -> None:
         """Send what waits, as far as the peer takes it now; raises ``OSError``."""
@@ -88,12 +107,24 @@ class Channel:
         except _WOULD_BLOCK:
             return 0
 
-    def receive(self) -> list[Message]:
+    def receive(self, wait_ms: int = 0) -> list[Message]:
         """Return the messages that have come whole; their bytes last until the next call.
 
+        If nothing is there it waits ``wait_ms`` at most, where it :attr:`can_wait`.
         Raises ``ConnectionError`` when the peer has closed or a message is too long.
         """
         self._make_room()
+        if self._native is None:
+            return self._receive()
+        came = self._native.receive(
+            self._fd, self._buffer, self._start, self._end, self._max_message_bytes, wait_ms
+        )
+        if came is None:
+            return []
+        self._start, self._end, found = came
+        return [(call_id, self._buffer[at : at + length]) for call_id, at, length in found]
+
+    def _receive(self) -> list[Message]:
         received = self._receive_into(self._buffer[self._end :])
         if received is None:
             return []
@@ -146,14 +177,10 @@ class Channel:
         except _WOULD_BLOCK:
             return None
 
-    @property
-    def has_more(self) -> bool:
-        """Whether bytes wait that no selector tells of."""
-        return False
-
     def close(self) -> None:
         """Close the socket; what waits is dropped."""
         self._outgoing.clear()
+        self._fd = -1
         self.sock.close()
 
 
@@ -161,6 +188,7 @@ class TlsChannel(Channel):
     """A channel whose socket encrypts; the handshake happens with the first bytes."""
 
     sock: ssl.SSLSocket
+    _native = None
 
     def _send(self, pieces: Sequence[Buffer]) -> int:
         sent = 0
@@ -187,7 +215,7 @@ class TlsChannel(Channel):
         return received
 
     @property
-    def has_more(self) -> bool:
+    def has_more(self) -> bool:  # type: ignore[override]
         """Whether decrypted bytes wait, which do not wake a selector."""
         return self.sock.pending() > 0
 

@@ -28,6 +28,10 @@ from cluster.transport import (
     never_gone,
 )
 
+LAST_WAIT_MS = 5
+"""So long only the actor that was asked last is waited for, once a flight. When its answer comes
+those of the others are there mostly, and all are taken for one wake-up; but a connection that
+breaks, or one to write to, is not seen meanwhile."""
 WINDOW = 8
 """Unanswered calls on one connection; beyond it (an actor that hangs) calls go elsewhere."""
 
@@ -100,7 +104,7 @@ class StreamTransport:
             link = self._links.get(calls[place].actor_id)
             return 1 if link is None else -link.answers_before
 
-        return sorted(range(len(calls)), key=key)
+        return sorted(range(len(calls)), key=key) if len(calls) > 1 else [0] * len(calls)
 
     def renew(self, actor_id: str) -> None:
         """See :class:`Transport`: the next calls go elsewhere until there is a new connection."""
@@ -122,7 +126,7 @@ class StreamTransport:
         if link is None:
             return CallFailure.DIED
         if len(link.unanswered) >= WINDOW:
-            self.receive(flight, 0)  # late answers, which nobody has waited for
+            self._receive_any(flight, 0.0)  # late answers, which nobody has waited for
         if len(link.unanswered) >= WINDOW or sum(map(len, call.frame)) > MAX_MESSAGE_BYTES:
             return CallFailure.TIMED_OUT
         self._last_id = call_id = self._last_id + 1
@@ -148,32 +152,52 @@ class StreamTransport:
 
     def receive(self, waiting: _StreamFlight, timeout_s: float) -> None:
         """Wait for something to come, and give each answer to its flight."""
+        wait_ms = min(LAST_WAIT_MS, int(timeout_s * 1000))
+        actor_id = waiting.last_asked if wait_ms else None
+        link = None if actor_id is None else self._links.get(actor_id)
+        if link is not None and link.channel.can_wait:
+            if self._receive_from(link, waiting, wait_ms):
+                return
+            waiting.last_asked_is_late = True
+            timeout_s = max(0.0, timeout_s - wait_ms / 1000)
+        self._receive_any(waiting, timeout_s)
+
+    def _receive_any(self, waiting: _StreamFlight, timeout_s: float) -> None:
+        """Wait for something to come from whomever, and give each answer to its flight."""
         pending = [link for link in self._links.values() if link.channel.has_more]
-        ready = self._selector.select(0 if pending else timeout_s)
-        links = {key.data: events for key, events in ready}
-        links |= {link: selectors.EVENT_READ for link in pending if link not in links}
+        links = {key.data: ev for key, ev in self._selector.select(0 if pending else timeout_s)}
+        for link in pending:
+            links.setdefault(link, selectors.EVENT_READ)
         for link, events in links.items():
             try:
                 if link.channel.is_sending:
                     link.channel.flush()
                     if not link.channel.is_sending:
                         self._watch(link)
-                if not events & selectors.EVENT_READ:
-                    continue
-                messages = link.channel.receive()
             except OSError as error:
                 self._lose(link, error)
                 continue
-            for call_id, frame in messages:
-                link.unanswered.discard(call_id)
-                link.answers_before = self._answers
-                self._answers += 1
-                flight = self._flights.pop(call_id, None)
-                if flight is None:  # the answer comes too late
-                    continue
-                # What else comes over the link would overwrite an answer that is kept.
-                is_safe = flight is waiting and not link.unanswered
-                flight.take(call_id, frame if is_safe else bytes(frame))
+            if events & selectors.EVENT_READ:
+                self._receive_from(link, waiting)
+
+    def _receive_from(self, link: _Link, waiting: _StreamFlight, wait_ms: int = 0) -> bool:
+        """Give each answer that has come over a link to its flight; return whether any has."""
+        try:
+            messages = link.channel.receive(wait_ms)
+        except OSError as error:
+            self._lose(link, error)
+            return True
+        for call_id, frame in messages:
+            link.unanswered.discard(call_id)
+            link.answers_before = self._answers
+            self._answers += 1
+            flight = self._flights.pop(call_id, None)
+            if flight is None:  # the answer comes too late
+                continue
+            # What else comes over the link would overwrite an answer that is kept.
+            is_safe = flight is waiting and not link.unanswered
+            flight.take(call_id, frame if is_safe else bytes(frame))
+        return bool(messages)
 
     def forget(self, call_ids: Sequence[int]) -> None:
         """Wait no longer for these calls' answers."""
@@ -208,11 +232,20 @@ class _StreamFlight:
         self, transport: StreamTransport, calls: Sequence[Call], deadline_s: float
     ) -> None:
         self.places: dict[int, int] = {}
+        self.last_asked_is_late = False
+        """Whether it was waited for already."""
         self._transport = transport
         self._calls = calls
         self._deadline_s = deadline_s
         self._outcomes: list[Outcome] = [CallFailure.TIMED_OUT] * len(calls)
         self._elsewhere: list[tuple[int, Flight]] = []
+
+    @property
+    def last_asked(self) -> str | None:
+        """The actor that was asked last of those without an answer, unless it was waited for."""
+        if self.last_asked_is_late or not self.places:
+            return None
+        return self._calls[next(reversed(self.places.values()))].actor_id
 
     def remaining_s(self) -> float:
         """Return the seconds left; negative when the time is over."""

@@ -17,7 +17,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 from cluster.frames import Buffer, Parts
@@ -90,11 +90,18 @@ class _Keys:
 class StreamServer:
     """Serves streams on a daemon thread of its own from the first :meth:`offer` on."""
 
-    def __init__(self, answer: Answer, host: str, tls: ssl.SSLContext | None) -> None:
-        """``answer`` maps frames to answers, on the server's thread.
+    def __init__(
+        self,
+        answer: Answer,
+        host: str,
+        tls: ssl.SSLContext | None,
+        mode: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """``answer`` maps frames to answers, on the server's thread, which stays in ``mode``.
 
         ``host`` is the address that TCP streams come in on, encrypted when there is ``tls``.
         """
+        self._mode = mode
         self._answer = answer
         self._host = host
         self._tls = tls
@@ -151,7 +158,8 @@ class StreamServer:
 
     def _run(self) -> None:
         try:
-            self._serve_until_closed()
+            with self._mode():
+                self._serve_until_closed()
         finally:  # whatever ended it, no router must wait for an answer here
             self._closing = True
             for peer in list(self._peers):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cluster.errors import Code, StaleEpochError, UnavailableError
-from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode
+from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode, joined
 from cluster.lease import ABSENT_S, LEASE_S, Lease
 from cluster.placement import ExpertKey, ModelExperts
 from cluster.spec import ActorReport, ActorSpec, ModelSource
@@ -51,7 +51,7 @@ class Actor(ExpertActor):
             str(self._device),
             tuple(sorted(self._bank.experts)),
             self._bank.num_bytes,
-            dict(self._bank.tokens),
+            self._bank.tokens,
             self._queued_rows,
             self._steps,
             self._frames,
@@ -141,7 +141,7 @@ def expected(folder: Path, rows: torch.Tensor) -> torch.Tensor:
 def rows_answer(data: bytes) -> torch.Tensor:
     answer = decode(data)
     assert isinstance(answer, RowsFrame), answer
-    return from_bytes(answer.rows, answer.dtype, answer.num_rows, answer.hidden_size)
+    return from_bytes(joined(answer.rows), answer.dtype, answer.num_rows, answer.hidden_size)
 
 
 def error_answer(data: bytes) -> ErrorFrame:
@@ -304,7 +304,7 @@ def test_experts_are_let_go_after_the_batch_under_way(
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"garbage", b"\xc1", b"".join(encode(RowsFrame(1, "float32", 1, 1, bytes(4))))]
+    "data", [b"", b"garbage", b"\xc1", b"".join(encode(RowsFrame(1, "float32", 1, 1, (bytes(4),))))]
 )
 def test_what_is_no_dispatch_frame_is_answered_by_a_frame_error(
     make: Callable[..., Actor], data: bytes

@@ -522,7 +522,8 @@ def test_an_actor_that_dies_in_the_middle_of_a_layer(
     assert math.isfinite(sum(cluster.exchange.timings_s))
     for bank in cluster.transport.banks.values():  # a successor may hold what it likes
         for other in cluster.transport.banks.values():
-            bank.experts.update(other.experts)
+            for key, expert in other.experts.items():
+                bank.hold(key, expert)
     [event] = cluster.result(strict)
     assert list(event.token_ids) == expected_tokens(plain, prompt, 10)
     assert event.exact

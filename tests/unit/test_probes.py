@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from benchmarks.shipped import DEPLOYED, OWN_PORTS, free_ports, shipped_document
-from router import machine, probe, rows, running_ray
+from cluster import native as built
+from router import machine, probe, running_ray
 from router.doctor import Check
 from router.ports import Port, ports_of, taken_ports
 from router.running_ray import RunningRay, Target, judged, look_at, target_of
@@ -276,7 +277,7 @@ def test_native_code_that_cannot_be_loaded_is_as_if_it_was_not_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = levels(probe.examine(None, {"RAY_TMPDIR": str(tmp_path)}))
-    assert (found["native code"] == "ok") == (rows.native is not None)
+    assert (found["native code"] == "ok") == (built.native is not None)
     monkeypatch.setitem(sys.modules, "expertmesh_native", None)
     found = levels(probe.examine(None, {"RAY_TMPDIR": str(tmp_path)}))
     assert found["native code"] == "warning"

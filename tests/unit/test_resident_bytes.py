@@ -33,7 +33,7 @@ def fill_a_bank(dtype: torch.dtype) -> tuple[int, int]:
     process, bank = psutil.Process(), ExpertBank()
     before = process.memory_info().rss
     for expert_id in range(COUNT):
-        bank.experts[ExpertKey("m", 0, expert_id)] = expert(HIDDEN, INNER, dtype)
+        bank.hold(ExpertKey("m", 0, expert_id), expert(HIDDEN, INNER, dtype))
     gc.collect()
     return bank.num_bytes, process.memory_info().rss - before
 
@@ -58,9 +58,9 @@ def test_a_bank_counts_what_it_holds_now() -> None:
     bank = ExpertBank()
     assert bank.num_bytes == 0
     for expert_id in range(3):
-        bank.experts[ExpertKey("m", 0, expert_id)] = expert(64, 32, torch.float32)
+        bank.hold(ExpertKey("m", 0, expert_id), expert(64, 32, torch.float32))
     assert bank.num_bytes == 3 * 3 * 64 * 32 * 4
-    del bank.experts[ExpertKey("m", 0, 1)]
+    bank.let_go(ExpertKey("m", 0, 1))
     assert bank.num_bytes == 2 * 3 * 64 * 32 * 4
 
 

@@ -14,31 +14,37 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.tensors import to_raw
+import router.combine
+from cluster import native as built
+from cluster.tensors import to_bytes, to_raw
 from router import rows
-from router.combine import combine
-from router.rows import gather, route, scatter, slots_of
+from router.combine import Received, combine
+from router.rows import Share, gather, route, slots_of
 
-IMPLEMENTATIONS = [None] if rows.native is None else [None, rows.native]
+IMPLEMENTATIONS = [None] if built.native is None else [None, built.native]
+FACES = (rows, router.combine)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS, ids=lambda native: "numpy" if native is None else "native")
 def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "native", request.param)
+    for face in FACES:
+        monkeypatch.setattr(face, "native", request.param)
 
 
 def each() -> Iterator[ModuleType | None]:
     """Have each implementation in use, one after the other."""
-    before = rows.native
     try:
-        for rows.native in IMPLEMENTATIONS:
-            yield rows.native
+        for one in IMPLEMENTATIONS:
+            for face in FACES:
+                face.native = one  # type: ignore[attr-defined]
+            yield one
     finally:
-        rows.native = before
+        for face in FACES:
+            face.native = built.native  # type: ignore[attr-defined]
 
 
 def test_native_code_is_there_where_it_can_be_built() -> None:
-    assert rows.native is not None or shutil.which("cc") is None
+    assert built.native is not None or shutil.which("cc") is None
 
 
 @st.composite
@@ -55,9 +61,11 @@ def choices(draw: st.DrawFn) -> np.ndarray:
 def test_pairs_are_routed_gathered_and_scattered_as_loops_do_it(ids: np.ndarray, seed: int) -> None:
     source = random.Random(seed)
     k, flat = ids.shape[1], ids.ravel().tolist()
-    place_of = source.sample(range(9), 9)
     some = sorted(source.sample(range(len(flat)), source.randint(1, len(flat))))
-    values = np.arange(ids.shape[0] * 5, dtype=np.int16).reshape(-1, 5)
+    values = torch.arange(ids.shape[0] * 5, dtype=torch.int16).view(torch.bfloat16).view(-1, 5)
+    expert_of = source.sample(range(9), 9)
+    place_of = [expert_of.index(expert) for expert in range(9)]
+    ends = [*sorted(source.sample(range(9), source.randint(0, 4))), 9]
     expected = sorted(some, key=lambda pair: (place_of[flat[pair]], pair % k, pair))
     slots = [
         token * k + sorted(row).index(expert)
@@ -65,17 +73,34 @@ def test_pairs_are_routed_gathered_and_scattered_as_loops_do_it(ids: np.ndarray,
         for expert in row
     ]
     for _ in each():
-        ordered, counts = route(ids.ravel(), k, np.array(place_of), np.array(some, np.int64))
+        ordered, shares = route(
+            ids.ravel(), k, np.array(expert_of), np.array(ends), np.array(some, np.int64)
+        )
         assert ordered.tolist() == expected
-        assert counts == [sum(place_of[flat[p]] == place for p in some) for place in range(9)]
+        assert shares == [*shares_of(expert_of, ends, [flat[pair] for pair in expected])]
         assert slots_of(ids).tolist() == slots
-        received = gather(values, ordered, k)
-        assert bytes(received) == b"".join(values[pair // k].tobytes() for pair in expected)
-        output = np.zeros((len(flat), 5), np.int16)
-        scatter(received, ordered, np.array(slots), output)
-        for pair, slot in enumerate(slots):
-            row = values[pair // k].tolist() if pair in some else [0] * 5
-            assert output[slot].tolist() == row
+        moved = gather(values, ordered, k)
+        raw = to_raw(values)
+        assert bytes(moved) == b"".join(raw[pair // k].tobytes() for pair in expected)
+
+
+def shares_of(expert_of: list[int], ends: list[int], asked: list[int]) -> Iterator[Share]:
+    """What each share has, counted one by one; ``asked`` are the pairs' experts in order."""
+    begin = place = 0
+    for end in ends:
+        experts = [e for e in expert_of[place:end] if e in asked]
+        counts = [asked.count(expert) for expert in experts]
+        yield tuple(experts), tuple(counts), begin, begin + sum(counts)
+        begin, place = begin + sum(counts), end
+
+
+def received_in(pieces: int, values: torch.Tensor, slots: np.ndarray) -> list[Received]:
+    """The rows as so many actors would send them: what stands in slot s is of the pair with s."""
+    raw = to_raw(values)
+    return [
+        Received(pairs.copy(), raw[slots[pairs]].tobytes())
+        for pairs in (np.arange(slots.size)[place::pieces] for place in range(pieces))
+    ]
 
 
 def slow_sum(values: torch.Tensor, weights: torch.Tensor, slots: list[int]) -> torch.Tensor:
@@ -113,7 +138,8 @@ def test_sums_have_the_bits_of_sums_that_are_rounded_step_by_step(
     for _ in each():
         slots = slots_of(ids)
         expected = slow_sum(values, weights, slots.tolist())
-        got = combine(to_raw(values), weights, slots, values.dtype)
+        like = torch.empty(ids.shape[0], size, dtype=dtypes[0])
+        got = combine(received_in(1 + seed % 4, values, slots), weights, slots, like)
         assert got.dtype == dtypes[0]
         assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
         assert torch.equal(got.isnan(), expected.isnan())
@@ -129,7 +155,8 @@ def test_what_is_not_finite_and_what_is_halfway_are_rounded_as_torch_rounds(
     values = torch.tensor([numbers, numbers[::-1]]).to(dtype)
     for weight in (0.0, 1.0, -1.0, 1.5, inf, 1.00390625):
         weights = torch.tensor([[weight, 1.0]])
-        got = combine(to_raw(values), weights, np.array([1, 0]), values.dtype)
+        received = [Received(np.array([1, 0]), to_bytes(values))]
+        got = combine(received, weights, np.array([1, 0]), values[:1])
         expected = slow_sum(values, weights, [1, 0])
         assert torch.equal(got.isnan(), expected.isnan())
         assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
@@ -141,90 +168,139 @@ def test_a_large_sum_is_as_its_single_tokens_are(monkeypatch: pytest.MonkeyPatch
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(400, 700, generator=generator).bfloat16()  # moved without the interpreter
     weights = torch.rand(200, 2, generator=generator)
-    raw, dtype, slots = to_raw(values), values.dtype, np.arange(400)
-    got = combine(to_raw(values), weights, slots, values.dtype)
+    slots, like = np.arange(400), values[:200]
+    got = combine([Received(slots, to_bytes(values))], weights, slots, like)
     for token in range(0, 200, 7):
-        own = combine(
-            raw[2 * token : 2 * token + 2], weights[token : token + 1], np.arange(2), dtype
-        )
-        assert torch.equal(got[token : token + 1], own)
-    assert combine(raw[:0], weights[:0], slots[:0], dtype).shape == (0, 700)
+        own = [Received(slots[:2], to_bytes(values[2 * token : 2 * token + 2]))]
+        expected = combine(own, weights[token : token + 1], slots[:2], like[:1])
+        assert torch.equal(got[token : token + 1], expected)
+    assert combine([], weights[:0], slots[:0], like[:0]).shape == (0, 700)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_pairs_whose_rows_were_not_received_are_zeros(dtype: torch.dtype) -> None:
+    rows = torch.tensor([[3.0, 4.0], [5.0, 6.0]]).to(dtype)
+    weights, slots = torch.tensor([[0.5, 1.0], [1.0, 2.0]]), np.array([1, 0, 2, 3])
+    received = [Received(np.array([3, 0]), to_bytes(rows))]
+    assert combine(received, weights, slots, rows).tolist() == [[2.5, 3.0], [6.0, 8.0]]
+    assert combine([], weights, slots, rows).tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.usefixtures("native")
+def test_rows_are_summed_from_wherever_they_lie() -> None:
+    values = torch.arange(6.0).view(2, 3)
+    apart = memoryview(b"x" + bytes(to_bytes(values)))[1:]  # not where a float would begin
+    weights, slots = torch.tensor([[1.0], [10.0]]), np.arange(2)
+    sums = combine([Received(slots, apart)], weights, slots, values)
+    assert sums.tolist() == [[0, 1, 2], [30, 40, 50]]
 
 
 @pytest.mark.usefixtures("native")
 def test_many_rows_are_moved_whole() -> None:
-    values = np.random.default_rng(1).integers(0, 1000, (600, 512)).astype(np.int32)
+    values = torch.randn(600, 512, generator=torch.Generator().manual_seed(1))
     order = np.random.default_rng(2).permutation(600)
     moved = gather(values, order, 1)
-    assert bytes(moved) == values[order].tobytes()
-    back = np.empty_like(values)
-    scatter(moved, order, np.arange(600), back)
-    assert (back == values).all()
+    assert bytes(moved) == values.numpy()[order].tobytes()
+    ones = torch.ones(600, 1)
+    assert torch.equal(combine([Received(order, moved)], ones, np.arange(600), values), values)
 
 
 def test_rows_that_do_not_lie_together_are_gathered_too() -> None:
-    values = np.arange(40, dtype=np.int16).reshape(4, 10)[:, ::2]
+    values = torch.arange(40.0).view(4, 10)[:, ::2]
     for _ in each():
-        assert bytes(gather(values, np.array([3, 0]), 1)) == values[[3, 0]].tobytes()
+        assert bytes(gather(values, np.array([3, 0]), 1)) == values.numpy()[[3, 0]].tobytes()
 
 
-IDS, PAIRS = np.array([0, 1, 2, 0], np.int64), np.arange(4)
+IDS, PAIRS, ENDS = np.array([0, 1, 2, 0], np.int64), np.arange(4), np.array([3])
+
+
+def routed(
+    native: ModuleType,
+    ids: np.ndarray = IDS,
+    k: int = 2,
+    expert_of: np.ndarray = PAIRS[:3],
+    ends: np.ndarray = ENDS,
+    pairs: np.ndarray = PAIRS,
+    room: int = 4,
+) -> None:
+    native.route(ids, k, expert_of, ends, pairs, np.empty(room, np.int64))
+
+
+def summed(
+    native: ModuleType,
+    pieces: object = ((PAIRS, bytes(16)),),
+    weights: bytes = bytes(16),
+    slots: np.ndarray = PAIRS,
+    k: int = 2,
+    room: int = 8,
+    value_bytes: int = 4,
+) -> None:
+    native.combine(list(pieces), weights, slots, k, bytearray(room), value_bytes)  # type: ignore[call-overload]
+
+
 WRONG = {
     "slots, no expert each": lambda n: n.slots(IDS, 0, np.empty(4, np.int64)),
     "slots, not whole tokens": lambda n: n.slots(IDS, 3, np.empty(4, np.int64)),
     "slots, no room": lambda n: n.slots(IDS, 2, np.empty(3, np.int64)),
     "slots, too few arguments": lambda n: n.slots(IDS, 2),
-    "route, an id too large": lambda n: n.route(IDS, 2, np.arange(2), PAIRS, PAIRS.copy()),
-    "route, an id below": lambda n: n.route(IDS - 1, 2, np.arange(3), PAIRS, PAIRS.copy()),
-    "route, a pair too large": lambda n: n.route(IDS, 2, np.arange(3), PAIRS + 1, PAIRS.copy()),
-    "route, a pair below": lambda n: n.route(IDS, 2, np.arange(3), PAIRS - 1, PAIRS.copy()),
-    "route, a place too large": lambda n: n.route(IDS, 2, np.arange(1, 4), PAIRS, PAIRS.copy()),
-    "route, a place below": lambda n: n.route(IDS, 2, np.arange(3) - 1, PAIRS, PAIRS.copy()),
-    "route, no room": lambda n: n.route(IDS, 2, np.arange(3), PAIRS, np.empty(3, np.int64)),
-    "route, no expert each": lambda n: n.route(IDS, 0, np.arange(3), PAIRS, PAIRS.copy()),
-    "route, too many experts each": lambda n: n.route(
-        IDS, 2**62, np.arange(4), PAIRS, PAIRS.copy()
-    ),
+    "route, an id too large": lambda n: routed(n, ids=IDS + 1),
+    "route, an id below": lambda n: routed(n, ids=IDS - 1),
+    "route, a pair too large": lambda n: routed(n, pairs=PAIRS + 1),
+    "route, a pair below": lambda n: routed(n, pairs=PAIRS - 1),
+    "route, an expert too large": lambda n: routed(n, expert_of=PAIRS[1:].copy()),
+    "route, an expert below": lambda n: routed(n, expert_of=PAIRS[:3] - 1),
+    "route, a share too large": lambda n: routed(n, ends=np.array([4])),
+    "route, a share below": lambda n: routed(n, ends=np.array([-1, 3])),
+    "route, shares that go back": lambda n: routed(n, ends=np.array([2, 1, 3])),
+    "route, no room": lambda n: routed(n, room=3),
+    "route, no expert each": lambda n: routed(n, k=0),
+    "route, too many experts each": lambda n: routed(n, k=2**62),
     "gather, too many experts each": lambda n: n.gather(bytes(8), PAIRS, 2**62, 4),
     "gather, too long rows": lambda n: n.gather(b"", PAIRS, 2, 2**62),
-    "scatter, too long rows": lambda n: n.scatter(b"", PAIRS, PAIRS, bytearray(0), 2**62),
     "gather, a pair too large": lambda n: n.gather(bytes(8), PAIRS + 1, 2, 4),
     "gather, a pair below": lambda n: n.gather(bytes(8), PAIRS - 1, 2, 4),
     "gather, not whole rows": lambda n: n.gather(bytes(9), PAIRS, 2, 4),
     "gather, no bytes": lambda n: n.gather(bytes(8), PAIRS, 2, 0),
-    "scatter, a pair too large": lambda n: n.scatter(bytes(8), PAIRS + 1, PAIRS, bytearray(8), 2),
-    "scatter, a slot too large": lambda n: n.scatter(bytes(8), PAIRS, PAIRS + 1, bytearray(8), 2),
-    "scatter, a slot below": lambda n: n.scatter(bytes(8), PAIRS, PAIRS - 1, bytearray(8), 2),
-    "scatter, too few bytes": lambda n: n.scatter(bytes(7), PAIRS, PAIRS, bytearray(8), 2),
-    "scatter, no room": lambda n: n.scatter(bytes(8), PAIRS, PAIRS, bytearray(6), 2),
-    "combine, another's slot": lambda n: n.combine(
-        bytes(16), bytes(16), PAIRS[::-1].copy(), 2, bytearray(8), 4
+    "combine, another's slot": lambda n: summed(n, slots=PAIRS[::-1].copy()),
+    "combine, a slot below": lambda n: summed(n, slots=PAIRS - 1),
+    "combine, no room": lambda n: summed(n, room=4),
+    "combine, no room at all": lambda n: summed(n, room=0),
+    "combine, odd values": lambda n: summed(n, value_bytes=3),
+    "combine, odd weights": lambda n: summed(n, weights=bytes(12)),
+    "combine, no pairs": lambda n: summed(n, (), b"", PAIRS[:0].copy(), room=0),
+    "combine, no expert each": lambda n: summed(n, k=0),
+    "combine, too many experts each": lambda n: summed(n, k=2**62),
+    "combine, a pair too large": lambda n: summed(n, [(PAIRS + 1, bytes(16))]),
+    "combine, a pair below": lambda n: summed(n, [(PAIRS - 1, bytes(16))]),
+    "combine, too few rows": lambda n: summed(n, [(PAIRS, bytes(12))]),
+    "combine, not whole rows": lambda n: summed(n, [(PAIRS, bytes(17))]),
+    "combine, no pieces, an argument's type": lambda n: n.combine(
+        3, bytes(16), PAIRS, 2, bytearray(8), 4
     ),
-    "combine, a slot below": lambda n: n.combine(
-        bytes(16), bytes(16), PAIRS - 1, 2, bytearray(8), 4
-    ),
-    "combine, no room": lambda n: n.combine(bytes(16), bytes(16), PAIRS, 2, bytearray(4), 4),
-    "combine, odd values": lambda n: n.combine(bytes(16), bytes(16), PAIRS, 2, bytearray(8), 3),
-    "combine, odd weights": lambda n: n.combine(bytes(16), bytes(12), PAIRS, 2, bytearray(8), 4),
-    "combine, no pairs": lambda n: n.combine(b"", b"", PAIRS[:0].copy(), 2, bytearray(0), 4),
-    "combine, odd rows": lambda n: n.combine(bytes(24), bytes(16), PAIRS, 2, bytearray(12), 4),
+    "combine, a piece of another type": lambda n: summed(n, [3]),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_numbers_are_refused_and_nothing_beyond_is_touched(case: str) -> None:
     for native in IMPLEMENTATIONS[1:]:
-        with pytest.raises(TypeError if "arguments" in case else ValueError, match=r"\w"):
+        is_type = "arguments" in case or "type" in case
+        with pytest.raises(TypeError if is_type else ValueError, match=r"\w"):
             WRONG[case](native)
 
 
 def test_what_is_no_buffer_or_cannot_be_written_is_refused_and_let_go() -> None:
     for native in IMPLEMENTATIONS[1:]:
-        values = bytearray(8)
+        values, rows_of = bytearray(8), bytearray(16)
         for wrong in (b"12345678", None, np.arange(8)[::2]):
             with pytest.raises((TypeError, ValueError, BufferError)):
-                native.scatter(values, PAIRS, PAIRS, wrong, 2)
-        values.append(1)  # no view of it is held any more
+                native.combine([(PAIRS, rows_of)], rows_of, PAIRS, 2, wrong, 4)
+        for pieces in ([(PAIRS, None)], [(None, rows_of)], [(PAIRS, rows_of), (PAIRS, bytes(3))]):
+            with pytest.raises((TypeError, ValueError)):
+                native.combine(pieces, rows_of, PAIRS, 2, values, 4)
+        rows_of.append(1)  # no view of it is held any more
+        values.append(1)
         with pytest.raises(TypeError):
             native.gather(values, PAIRS, "2", 2)
         with pytest.raises(OverflowError):
@@ -232,4 +308,5 @@ def test_what_is_no_buffer_or_cannot_be_written_is_refused_and_let_go() -> None:
         before = sys.getrefcount(PAIRS)
         for _ in range(100):
             native.gather(bytes(8), PAIRS, 2, 4)
+            summed(native)
         assert sys.getrefcount(PAIRS) == before

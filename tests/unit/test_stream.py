@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import secrets
+import select
 import socket
 import ssl
 import struct
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import trustme
 
+from cluster import native as built
 from cluster.errors import ConfigError
 from cluster.frames import Buffer, Parts
 from cluster.stream import channel as channel_module
@@ -28,7 +32,7 @@ from cluster.stream.connect import Connector, greet, open_socket
 from cluster.stream.offer import HELLO_BYTES, Network, Side, StreamOffer, new_nonce, proof
 from cluster.stream.server import StreamServer
 from cluster.stream.tls import TlsFiles
-from cluster.transport import Call, CallFailure, Outcome
+from cluster.transport import GONE_CHECK_S, Call, CallFailure, Outcome
 from tests.local_cluster import Answered
 
 LIMIT_S = 20.0
@@ -99,6 +103,21 @@ class Actors:
             # As an actor of another host, whose Unix sockets are not to be found here.
             return StreamOffer(network, b"\0no-such-name", bytes(16), bytes(32))
         return self.altered(server.offer(network))
+
+
+IMPLEMENTATIONS = [None] if built.native is None else [built.native, None]
+
+
+@pytest.fixture(
+    params=IMPLEMENTATIONS,
+    ids=lambda native: "python" if native is None else "native",
+    autouse=True,
+)
+def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType | None:
+    """Have all of this module's tests once with native code, and once without."""
+    monkeypatch.setattr(Channel, "_native", request.param)
+    chosen: ModuleType | None = request.param
+    return chosen
 
 
 @pytest.fixture
@@ -346,6 +365,85 @@ def test_a_call_under_way_goes_elsewhere_when_its_stream_breaks(
     assert other.frames == [("a", b"one")]
     actors.echoes["a"].open.set()
     until(lambda: ask(transport, *calls) == [b"one", b"two"], "it is connected again")
+
+
+def test_a_stream_that_breaks_is_seen_while_the_actor_that_was_asked_last_hangs(
+    actors: Actors, connect: Open
+) -> None:
+    actors.add("a")
+    actors.add("b")
+    other = Elsewhere()
+    transport = connect(other)
+    calls = [call(b"one", "a"), call(b"two", "b")]
+    until(lambda: ask(transport, *calls) == [b"one", b"two"], "both streams are there")
+    other.frames.clear()
+    for echo in actors.echoes.values():
+        echo.open.clear()
+    flight = transport.begin(calls, LIMIT_S)
+    first, last = (calls[place].actor_id for place in flight.places.values())  # type: ignore[attr-defined]
+    outcomes: list[Outcome] = []
+    waiting = threading.Thread(target=lambda: outcomes.extend(flight.wait()))
+    waiting.start()
+    [link] = [one for one in transport._links.values() if one.actor_id == first]
+    link.channel.sock.shutdown(socket.SHUT_RDWR)
+    until(lambda: [actor_id for actor_id, _ in other.frames] == [first], "it is asked elsewhere")
+    assert waiting.is_alive()
+    actors.echoes[last].open.set()
+    waiting.join(LIMIT_S)
+    assert sorted(answers(outcomes)) in ([b"elsewhere", b"two"], [b"elsewhere", b"one"])
+    actors.echoes[first].open.set()
+
+
+def test_answers_that_came_in_time_count_when_the_router_itself_is_late(
+    actors: Actors, connect: Open
+) -> None:
+    for actor_id in "abc":
+        actors.add(actor_id)
+    transport = connect()
+    calls = [call(actor_id.encode(), actor_id) for actor_id in "abc"]
+    assert ask(transport, *calls) == [b"a", b"b", b"c"]
+    flight = transport.begin(calls, 0.05)
+    over_s = time.monotonic() + 0.05
+    links = list(transport._links.values())
+    until(lambda: all(select.select([one.channel.sock], [], [], 0)[0] for one in links), "answers")
+    until(lambda: time.monotonic() > over_s, "the time is over")
+    assert answers(flight.wait()) == [b"a", b"b", b"c"]
+
+
+def test_the_actor_that_was_asked_last_is_waited_for_alone_only_once(
+    actors: Actors, connect: Open, monkeypatch: pytest.MonkeyPatch, native: ModuleType | None
+) -> None:
+    actors.add("a")
+    actors.add("b")
+    transport = connect()
+    large = bytes(8 << 20)  # dozens of what a socket takes
+    calls = [call(large, "a"), call(b"two", "b")]
+    assert ask(transport, *calls) == [large, b"two"]
+    waits_ms: list[int] = []
+    receive_from = transport._receive_from
+
+    def noted(link: Any, waiting: Any, wait_ms: int = 0) -> bool:
+        waits_ms.append(wait_ms)
+        return receive_from(link, waiting, wait_ms)
+
+    monkeypatch.setattr(transport, "_receive_from", noted)
+    for echo in actors.echoes.values():
+        echo.open.clear()
+        while echo.entered.acquire(blocking=False):
+            pass
+    flight = transport.begin(calls, LIMIT_S)
+    outcomes: list[Outcome] = []
+    waiting = threading.Thread(target=lambda: outcomes.extend(flight.wait()))
+    waiting.start()
+    for echo in actors.echoes.values():  # the large frame is there, whoever was asked last
+        assert echo.entered.acquire(timeout=LIMIT_S)
+    over_s = time.monotonic() + 3 * GONE_CHECK_S
+    until(lambda: time.monotonic() > over_s, "it has waited for a while")
+    assert len([wait_ms for wait_ms in waits_ms if wait_ms]) == (0 if native is None else 1)
+    for echo in actors.echoes.values():
+        echo.open.set()
+    waiting.join(LIMIT_S)
+    assert answers(outcomes) == [large, b"two"]
 
 
 def test_a_call_that_another_actor_can_answer_is_lost_at_once_when_its_stream_breaks(
@@ -752,6 +850,53 @@ def test_what_the_socket_does_not_take_is_sent_later_in_order() -> None:
         messages += [(call_id, bytes(frame)) for call_id, frame in right.receive()]
     assert messages == sent
     assert not left.is_sending
+
+
+def test_a_message_in_many_parts_is_one() -> None:
+    left, right = channels()
+    parts = tuple(secrets.token_bytes(7) for _ in range(3000))  # more than one call can send
+    left.send(1, parts[:64])
+    left.send(2, parts)
+    left.send(3)
+    whole = [(1, b"".join(parts[:64])), (2, b"".join(parts)), (3, b"")]
+    assert received(right, 3) == whole
+
+
+def test_nothing_is_sent_or_received_once_a_channel_is_closed() -> None:
+    left, right = channels()
+    left.close()
+    with tempfile.TemporaryFile() as file:  # has the number of what was closed
+        with pytest.raises(OSError, match=r"\w"):
+            left.send(1, (b"lost",))
+        with pytest.raises(OSError, match=r"\w"):
+            left.receive()
+        assert file.read() == b""
+    with pytest.raises(OSError, match=r"\w"):
+        right.send(1, (b"lost",))
+    with pytest.raises(ConnectionError):
+        right.receive()
+
+
+def test_a_channel_waits_for_what_comes_and_no_longer_than_it_is_told(
+    native: ModuleType | None,
+) -> None:
+    left, right = channels()
+    assert right.can_wait == (native is not None)
+    begun_s = time.monotonic()
+    assert right.receive(50) == []
+    assert (time.monotonic() - begun_s >= 0.05) == (native is not None)
+    begun_s = time.monotonic()
+    sender = threading.Timer(0.05, left.send, (7, (b"late",)))
+    sender.start()
+    messages: list[tuple[int, memoryview]] = []
+    while not messages and time.monotonic() < begun_s + LIMIT_S:
+        messages = right.receive(1000)
+    assert [(call_id, bytes(frame)) for call_id, frame in messages] == [(7, b"late")]
+    assert time.monotonic() - begun_s < 0.9
+    sender.join()
+    right.send(1, (bytes(4 << 20),))
+    assert right.is_sending
+    assert not right.can_wait
 
 
 def test_memory_grows_with_what_has_come_and_not_with_what_a_length_says() -> None:

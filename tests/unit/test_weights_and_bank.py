@@ -19,16 +19,16 @@ from transformers import MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from cluster.errors import FrameError, WrongPlacementError
-from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame
+from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame, joined
 from cluster.placement import ExpertKey, ModelExperts, assign_experts, empty_placement
-from cluster.tensors import TORCH_DTYPES, dtype_name, from_bytes, to_bytes, to_raw
+from cluster.tensors import TORCH_DTYPES, dtype_name, from_bytes, to_bytes
 from cluster.transport import Call, CallFailure
-from experts.bank import ExpertBank
+from experts.bank import MOST_PIECES, ExpertBank
 from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.families.base import ACTIVATION_NAMES
 from experts.ffn import ACTIVATIONS
 from experts.weights import load_expert
-from router.combine import combine
+from router.combine import Received, combine
 from router.dispatch import Dispatcher
 from router.exchange import RemoteExchange
 from router.placement_view import PlacementView
@@ -111,7 +111,7 @@ def frame_of(
 
 def answer_rows(answer: RowsFrame | ErrorFrame) -> torch.Tensor:
     assert isinstance(answer, RowsFrame)
-    return from_bytes(answer.rows, answer.dtype, answer.num_rows, answer.hidden_size)
+    return from_bytes(joined(answer.rows), answer.dtype, answer.num_rows, answer.hidden_size)
 
 
 # Weights.
@@ -208,6 +208,32 @@ def test_frames_are_merged_into_one_product_per_expert(
     monkeypatch.setattr(expert, "__call__", counted)
     bank.compute([frame_of(rows_of(4, i), {1: [0, 1], 2: [3]}) for i in range(3)])
     assert products == [6, 3]
+
+
+class Numbered:
+    """An expert that adds its number."""
+
+    num_bytes = 0
+    hidden_size = 4
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows + self._number
+
+
+def test_many_experts_results_are_in_order_as_few_are() -> None:
+    many = ExpertBank()
+    for expert_id in range(70):
+        many.hold(ExpertKey(MODEL, 0, expert_id), Numbered(expert_id))
+    for count in (1, MOST_PIECES, MOST_PIECES + 1, 70):
+        [answer] = many.compute([frame_of(torch.zeros(count, 4), {e: [e] for e in range(count)})])
+        assert isinstance(answer, RowsFrame)
+        assert len(answer.rows) == (count if count <= MOST_PIECES else 1)
+        assert answer_rows(answer)[:, 0].tolist() == list(range(count))
 
 
 def test_tokens_are_counted_per_expert_and_only_the_chosen_ones_run(bank: ExpertBank) -> None:
@@ -388,14 +414,16 @@ def test_combine_sums_in_the_rows_own_precision_in_the_given_order() -> None:
     # 256 + 1 is not a bf16 number: each 1 is lost when added to 256, not when added first.
     rows = torch.tensor([[256.0], [1.0], [1.0], [1.0], [1.0], [256.0]]).bfloat16()
     weights = torch.ones(2, 3)
-    assert combine(to_raw(rows), weights, np.arange(6), rows.dtype).flatten().tolist() == [
-        256.0,
-        258.0,
-    ]
+    received = [Received(np.arange(6), to_bytes(rows))]
+    sums = combine(received, weights, np.arange(6), torch.empty(2, 1).bfloat16())
+    assert sums.flatten().tolist() == [256.0, 258.0]
 
 
 def test_combine_leaves_its_arguments_alone() -> None:
     rows, weights = torch.ones(4, 3), torch.full((2, 2), 0.5)
-    assert torch.equal(combine(to_raw(rows), weights, np.arange(4), rows.dtype), torch.ones(2, 3))
+    like = torch.full((2, 3), 7.0)
+    received = [Received(np.arange(4), to_bytes(rows))]
+    assert torch.equal(combine(received, weights, np.arange(4), like), torch.ones(2, 3))
+    assert torch.equal(like, torch.full((2, 3), 7.0))
     assert torch.equal(rows, torch.ones(4, 3))
     assert torch.equal(weights, torch.full((2, 2), 0.5))

@@ -1,0 +1,134 @@
+/* Messages over a socket.
+ *
+ * cluster/stream/channel.py is the face, and does the same without this.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include "native.h"
+
+#define START_BYTES 16 /* length, id of the call */
+#define ALIGNMENT 16
+#define MAX_PARTS 64
+#define MAX_WAIT_MS 1000
+
+static void put_little_endian(unsigned char *at, uint64_t number) {
+    for (int i = 0; i < 8; i++) at[i] = (unsigned char)(number >> (8 * i));
+}
+
+static uint64_t get_little_endian(const unsigned char *at) {
+    uint64_t number = 0;
+    for (int i = 7; i >= 0; i--) number = number << 8 | at[i];
+    return number;
+}
+
+/* Whether to call again: a signal came and its handler let it go on. */
+static int is_interrupted(void) { return errno == EINTR && !PyErr_CheckSignals(); }
+
+/* Whether a call that failed would only have to wait; where not, there is an exception. */
+static int may_wait(void) {
+    if (PyErr_Occurred()) return 0;
+    if (errno == EAGAIN || errno == EWOULDBLOCK) return 1;
+    PyErr_SetFromErrno(PyExc_OSError);
+    return 0;
+}
+
+/* send(fd, call_id, parts) -> how many bytes of the message are left to be sent; None for many parts */
+FUNCTION(send) {
+    static unsigned char padding[ALIGNMENT];
+    unsigned char start[START_BYTES];
+    struct iovec pieces[MAX_PARTS + 2] = {{start, START_BYTES}};
+    Py_buffer views[MAX_PARTS];
+    Py_ssize_t count = 0, length = 0, taken = 0;
+    if (!are_given(given, 3)) return NULL;
+    int fd = (int)PyLong_AsLong(args[0]); /* that of a closed socket is an OSError */
+    uint64_t call_id = PyLong_AsUnsignedLongLong(args[1]);
+    if (PyErr_Occurred()) return NULL;
+    if (!PyTuple_CheckExact(args[2]) || (count = PyTuple_GET_SIZE(args[2])) > MAX_PARTS)
+        Py_RETURN_NONE;
+    PyObject *result = NULL;
+    for (; taken < count; taken++) {
+        PyObject *part = PyTuple_GET_ITEM(args[2], taken);
+        if (PyObject_GetBuffer(part, &views[taken], PyBUF_SIMPLE)) goto done;
+        pieces[1 + taken] = (struct iovec){views[taken].buf, views[taken].len};
+        length += views[taken].len;
+    }
+    pieces[1 + count] = (struct iovec){padding, -length & (ALIGNMENT - 1)};
+    put_little_endian(start, (uint64_t)length);
+    put_little_endian(start + 8, call_id);
+    struct msghdr message = {.msg_iov = pieces, .msg_iovlen = (size_t)count + 2};
+    ssize_t sent;
+    do {
+        Py_BEGIN_ALLOW_THREADS
+        sent = sendmsg(fd, &message, MSG_NOSIGNAL);
+        Py_END_ALLOW_THREADS
+    } while (sent < 0 && is_interrupted());
+    Py_ssize_t whole = START_BYTES + length + (-length & (ALIGNMENT - 1));
+    if (sent < 0 && !may_wait()) goto done;
+    result = PyLong_FromSsize_t(whole - (sent < 0 ? 0 : sent));
+done:
+    while (taken) PyBuffer_Release(&views[--taken]);
+    return result;
+}
+
+/* receive(fd, buffer, begin, end, most, wait_ms) -> (begin, end, messages): receive behind `end`
+ * what is there, or comes within a while if nothing is, and find the messages that are whole from `begin` on, (id of the call, where it begins, its length) each.
+ * None where nothing is there. ConnectionError where the peer has closed, or a message has more
+ * than `most` bytes. */
+FUNCTION(receive) {
+    Py_buffer buffer;
+    if (!are_given(given, 6)) return NULL;
+    int fd = (int)PyLong_AsLong(args[0]); /* that of a closed socket is an OSError */
+    Py_ssize_t begin = PyLong_AsSsize_t(args[2]), end = PyLong_AsSsize_t(args[3]);
+    Py_ssize_t most = PyLong_AsSsize_t(args[4]);
+    long wait_ms = PyLong_AsLong(args[5]);
+    if (PyErr_Occurred() || PyObject_GetBuffer(args[1], &buffer, PyBUF_WRITABLE)) return NULL;
+    PyObject *messages = NULL, *result = NULL;
+    if (begin < 0 || end < begin || buffer.len <= end || most < 0 || wait_ms < 0 ||
+        wait_ms > MAX_WAIT_MS) {
+        PyErr_SetString(PyExc_ValueError, "there must be room behind what has come");
+        goto done;
+    }
+    ssize_t received;
+    do {
+        struct pollfd waited = {fd, POLLIN, 0};
+        Py_BEGIN_ALLOW_THREADS
+        if (wait_ms) poll(&waited, 1, (int)wait_ms);
+        received = recv(fd, (char *)buffer.buf + end, buffer.len - end, 0);
+        Py_END_ALLOW_THREADS
+    } while (received < 0 && is_interrupted());
+    if (received < 0) {
+        if (may_wait()) result = Py_NewRef(Py_None);
+        goto done;
+    }
+    if (!received) {
+        PyErr_SetString(PyExc_ConnectionError, "the peer closed the stream");
+        goto done;
+    }
+    end += received;
+    if (!(messages = PyList_New(0))) goto done;
+    while (end - begin >= START_BYTES) {
+        const unsigned char *start = (unsigned char *)buffer.buf + begin;
+        uint64_t length = get_little_endian(start);
+        if (length > (uint64_t)most) {
+            PyErr_Format(PyExc_ConnectionError, "a message of %llu bytes; at most %zd",
+                         (unsigned long long)length, most);
+            goto done;
+        }
+        Py_ssize_t at = begin + START_BYTES, size = (Py_ssize_t)length;
+        Py_ssize_t next = at + size + (-size & (ALIGNMENT - 1));
+        if (next > end) break;
+        PyObject *message = Py_BuildValue("Knn", get_little_endian(start + 8), at, size);
+        int is_kept = message && !PyList_Append(messages, message);
+        Py_XDECREF(message);
+        if (!is_kept) goto done;
+        begin = next;
+    }
+    result = Py_BuildValue("nnO", begin, end, messages);
+done:
+    Py_XDECREF(messages);
+    PyBuffer_Release(&buffer);
+    return result;
+}
