@@ -21,6 +21,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray._private import worker
+from ray.exceptions import ActorUnavailableError
 
 from cluster.errors import ExpertMeshError
 from router.app import build
@@ -123,13 +124,17 @@ def main(folder: Path) -> int:
         logging_level="warning",
     )
     try:
-        serve.start(
-            http_options={"port": http_port},
-            grpc_options={
-                "port": grpc_port,
-                "grpc_servicer_functions": ["router.gateway.grpc_service:add_services_to_server"],
-            },
-        )
+        # Serve's own start may lose the call by which it waits for its proxies; they start anyway.
+        with suppress(ActorUnavailableError):
+            serve.start(
+                http_options={"port": http_port},
+                grpc_options={
+                    "port": grpc_port,
+                    "grpc_servicer_functions": [
+                        "router.gateway.grpc_service:add_services_to_server"
+                    ],
+                },
+            )
         args = {
             "models": [{"id": MODEL, "path": str(folder)}],
             "experts": {"actors": ACTORS, "transport": "ray"},
