@@ -32,6 +32,7 @@ MAX_HIDDEN_SIZE = 1 << 20
 MAX_EXPERTS = 1 << 16
 MAX_RETRY_AFTER_S = 86_400.0
 ALIGNMENT = 16
+_ROWS_FIELDS = 5
 _START = struct.Struct("<HHI")  # version, kind, bytes of the header
 
 Buffer = bytes | memoryview
@@ -158,9 +159,6 @@ def decode(data: Buffer) -> Frame:
     if fields is None:
         return _decode(view)
     return DispatchFrame(*fields) if len(fields) > _ROWS_FIELDS else RowsFrame(*fields)
-
-
-_ROWS_FIELDS = 5
 
 
 def _decode(view: memoryview) -> Frame:

@@ -65,8 +65,3 @@ def to_raw(rows: torch.Tensor) -> np.ndarray:
         rows = rows.detach().cpu()
     raw: np.ndarray = rows.view(integers).numpy()
     return raw
-
-
-def from_raw(raw: np.ndarray, dtype: str) -> torch.Tensor:
-    """Return the tensor of which ``raw`` has the bits, over the same memory."""
-    return torch.from_numpy(raw).view(TORCH_DTYPES[dtype])

@@ -343,9 +343,8 @@ def test_without_a_fall_back_an_unknown_actor_has_died(
     assert time.monotonic() - started_s < 2
 
 
-def test_a_call_under_way_goes_elsewhere_when_its_stream_breaks(
-    actors: Actors, connect: Open
-) -> None:
+def with_two(actors: Actors, connect: Open) -> tuple[StreamTransport, list[Call], Elsewhere]:
+    """Return a transport with streams to two actors, a call for each, and the fall-back."""
     actors.add("a")
     actors.add("b")
     other = Elsewhere()
@@ -353,6 +352,13 @@ def test_a_call_under_way_goes_elsewhere_when_its_stream_breaks(
     calls = [call(b"one", "a"), call(b"two", "b")]
     until(lambda: ask(transport, *calls) == [b"one", b"two"], "both streams are there")
     other.frames.clear()
+    return transport, calls, other
+
+
+def test_a_call_under_way_goes_elsewhere_when_its_stream_breaks(
+    actors: Actors, connect: Open
+) -> None:
+    transport, calls, other = with_two(actors, connect)
     actors.echoes["a"].open.clear()
     while actors.echoes["a"].entered.acquire(blocking=False):
         pass
@@ -370,13 +376,7 @@ def test_a_call_under_way_goes_elsewhere_when_its_stream_breaks(
 def test_a_stream_that_breaks_is_seen_while_the_actor_that_was_asked_last_hangs(
     actors: Actors, connect: Open
 ) -> None:
-    actors.add("a")
-    actors.add("b")
-    other = Elsewhere()
-    transport = connect(other)
-    calls = [call(b"one", "a"), call(b"two", "b")]
-    until(lambda: ask(transport, *calls) == [b"one", b"two"], "both streams are there")
-    other.frames.clear()
+    transport, calls, other = with_two(actors, connect)
     for echo in actors.echoes.values():
         echo.open.clear()
     flight = transport.begin(calls, LIMIT_S)
