@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from experts.quantization import FP8, MXFP4, MXFP4_BLOCK, Packed
+from experts.quantization import MXFP4, MXFP4_BLOCK, Packed
 
 Rows = tuple[int, int] | None
 Read = Callable[[str, Rows], torch.Tensor]
@@ -32,22 +32,25 @@ def dequantized(packed: Packed, read: Read, rows: Rows, dtype: torch.dtype) -> t
     Only these rows' codes are read, with the scales of their blocks. A value is computed in float32
     and rounded once.
     """
-    return _METHODS[packed.method](packed, read, rows or (0, packed.shape[0]), dtype)
+    rows = rows or (0, packed.shape[0])
+    if packed.method == MXFP4:
+        return _mxfp4(packed, read, rows, dtype)
+    values = torch.empty((rows[1] - rows[0], *packed.shape[1:]), dtype=dtype)
+    dequantize_fp8(packed, read, rows, values)
+    return values
 
 
-def _fp8(packed: Packed, read: Read, rows: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Multiply each block of [N, K] by its scale, a row of blocks at a time."""
+def dequantize_fp8(packed: Packed, read: Read, rows: tuple[int, int], into: torch.Tensor) -> None:
+    """Fill ``into`` [N, K] of any dtype: each block times its scale, a row of blocks at a time."""
     (begin, end), (height, width) = rows, packed.block
     codes = read(packed.codes, (begin, end))
     scales = read(packed.scales, (begin // height, -(-end // height))).float()
-    values = torch.empty(codes.shape, dtype=dtype)
     first = 0
     for number, row in enumerate(scales, begin // height):
         last = min(end, (number + 1) * height) - begin
         factors = row.repeat_interleave(width)[: codes.shape[1]]
-        values[first:last] = codes[first:last].float() * factors
+        into[first:last] = codes[first:last].float() * factors
         first = last
-    return values
 
 
 def _mxfp4(packed: Packed, read: Read, rows: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -61,6 +64,3 @@ def _mxfp4(packed: Packed, read: Read, rows: tuple[int, int], dtype: torch.dtype
         numbers *= _POWERS.index_select(0, exponents.int()).unsqueeze(1)
         into.copy_(numbers)
     return values.transpose(1, 2)
-
-
-_METHODS = {FP8: _fp8, MXFP4: _mxfp4}

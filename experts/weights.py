@@ -12,9 +12,10 @@ from functools import partial
 import torch
 
 from experts.checkpoint import Checkpoint, read_into
-from experts.dequantize import dequantized
+from experts.dequantize import dequantize_fp8, dequantized
 from experts.families.base import Part
 from experts.pages import paged
+from experts.quantization import FP8
 
 _TORCH_DTYPES = {
     "F32": torch.float32,
@@ -71,7 +72,7 @@ def _joined(
 ) -> torch.Tensor:
     """Return parts of equal shapes one below the other; they may lie in one stored matrix.
 
-    What is already as it is wanted is read straight into its place.
+    What is already as it is wanted is read straight into its place, FP8 multiplied into it.
     """
     num_rows, *columns = _shape_of(parts[0])
     # First: where both are in the heap, what is let go then lies above what stays.
@@ -80,6 +81,10 @@ def _joined(
     for part, place in zip(parts, whole.split(num_rows), strict=True):
         if _is_stored_as(checkpoint, part, place):
             _read_stored(checkpoint, part.name, part.rows, place)
+            continue
+        if _is_fp8_as_it_lies(checkpoint, part, place):
+            packed, rows = checkpoint.packed[part.name], part.rows or (0, part.shape[0])
+            dequantize_fp8(packed, partial(_read_stored, checkpoint), rows, place)
             continue
         if (part.name, part.rows) != lies:
             del stored  # before the next one takes memory
@@ -101,9 +106,19 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> to
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def _is_rearranged(part: Part) -> bool:
+    return part.transposed or part.every is not None
+
+
+def _is_fp8_as_it_lies(checkpoint: Checkpoint, part: Part, place: torch.Tensor) -> bool:
+    """Whether each stored code of ``part`` stands for the number at its own place."""
+    packed = checkpoint.packed.get(part.name)
+    return packed is not None and packed.method == FP8 and place.is_cpu and not _is_rearranged(part)
+
+
 def _is_stored_as(checkpoint: Checkpoint, part: Part, place: torch.Tensor) -> bool:
     """Whether the bytes of ``part`` in the files are those that ``place`` is to have."""
-    if part.name in checkpoint.packed or part.transposed or part.every is not None:
+    if part.name in checkpoint.packed or _is_rearranged(part):
         return False
     stored_dtype = _TORCH_DTYPES[checkpoint.tensors[part.name].dtype]
     return place.is_cpu and place.dtype == stored_dtype

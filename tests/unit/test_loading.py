@@ -94,7 +94,7 @@ def test_actors_together_read_each_byte_of_the_experts_once_and_no_other(
 
 
 def narrow(config: Any) -> Any:
-    """Return a configuration of one layer, whose experts take half of what they did.
+    """Return a configuration of two layers, whose experts take half of what they did.
 
     A matrix is then smaller than what an actor's ``malloc`` maps by itself.
     """
@@ -102,7 +102,7 @@ def narrow(config: Any) -> Any:
         return config
     inner = ("intermediate_size", "moe_intermediate_size", "ffn_hidden_size")
     changed = dict.fromkeys(inner, families.INNER // 2)
-    changed |= {"num_hidden_layers": 1, "n_layers": 1, "vocab_size": VOCAB_SIZE}
+    changed |= {"num_hidden_layers": 2, "n_layers": 2, "vocab_size": VOCAB_SIZE}
     return {key: changed.get(key, narrow(value)) for key, value in config.items()}
 
 
@@ -142,7 +142,7 @@ def test_the_peak_of_loading_is_little_more_than_the_share(of_all_families: list
         text=True,
     )
     told = dict(zip(of_all_families, json.loads(ran.stdout), strict=True))
-    parameters = 8 * 3 * families.WIDTH * families.INNER // 2
+    parameters = 2 * 8 * 3 * families.WIDTH * families.INNER // 2
     for name, one in told.items():
         assert parameters * (2 if "bfloat16" in name else 4) <= one["share"], name
     ratios = {name: one["peak"] / one["share"] for name, one in told.items()}
