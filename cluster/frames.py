@@ -16,7 +16,7 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -32,7 +32,11 @@ MAX_HIDDEN_SIZE = 1 << 20
 MAX_EXPERTS = 1 << 16
 MAX_RETRY_AFTER_S = 86_400.0
 ALIGNMENT = 16
-_ROWS_FIELDS = 5
+ROWS_HEADER = 4
+"""So many fields of a rows frame are its header, in their order."""
+_ROWS = ROWS_HEADER + 1
+_DISPATCH_HEADER = 10
+"""The same of a dispatch frame, without the trace context, which comes last."""
 _START = struct.Struct("<HHI")  # version, kind, bytes of the header
 
 Buffer = bytes | memoryview
@@ -48,9 +52,8 @@ class FrameKind(enum.IntEnum):
     ERROR = 3
 
 
-# Frames are not frozen: a frozen dataclass takes several times as long to make.
-@dataclass(slots=True)
-class DispatchFrame:
+# Tuples: made in one step, and the header is a piece of one.
+class DispatchFrame(NamedTuple):
     """One layer's token rows for the experts of one actor.
 
     ``rows`` are P×H values of ``dtype``, row-major, little-endian, grouped by expert: the first
@@ -80,8 +83,7 @@ class DispatchFrame:
         return sum(self.num_tokens_per_expert)
 
 
-@dataclass(slots=True)
-class RowsFrame:
+class RowsFrame(NamedTuple):
     """An actor's answer: P×H unweighted output rows of ``dtype``, in the order of the pairs.
 
     They may be in several pieces, which are sent one after the other; received they are one.
@@ -110,24 +112,12 @@ _KNOWN_ERRORS = {cls.__name__: cls for cls in (WrongPlacementError, FrameError)}
 def encode(frame: Frame) -> Parts:
     """Return the frame's bytes in parts; the rows are not copied."""
     if isinstance(frame, DispatchFrame):
-        header: tuple[Any, ...] = (
-            frame.request_id,
-            frame.epoch,
-            frame.placement_version,
-            frame.model,
-            frame.layer_id,
-            frame.expert_ids,
-            frame.num_tokens_per_expert,
-            frame.dtype,
-            frame.hidden_size,
-            frame.deadline_s,
-        )
+        header: tuple[Any, ...] = frame[:_DISPATCH_HEADER]
         if frame.traceparent is not None:
             header = (*header, frame.traceparent)
         return _start(FrameKind.DISPATCH, header), frame.rows
     if isinstance(frame, RowsFrame):
-        shape = (frame.request_id, frame.dtype, frame.num_rows, frame.hidden_size)
-        return _start(FrameKind.ROWS, shape), *frame.rows
+        return _start(FrameKind.ROWS, frame[:ROWS_HEADER]), *frame.rows
     refusal = (frame.request_id, frame.kind, frame.error.to_wire())
     return (_start(FrameKind.ERROR, refusal),)
 
@@ -158,7 +148,8 @@ def decode(data: Buffer) -> Frame:
     fields = None if native is None else native.decode(view, FRAME_VERSION)
     if fields is None:
         return _decode(view)
-    return DispatchFrame(*fields) if len(fields) > _ROWS_FIELDS else RowsFrame(*fields)
+    kind: type[DispatchFrame | RowsFrame] = RowsFrame if len(fields) == _ROWS else DispatchFrame
+    return tuple.__new__(kind, fields)
 
 
 def _decode(view: memoryview) -> Frame:

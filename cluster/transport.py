@@ -11,8 +11,7 @@ import enum
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import ray
 from ray.actor import ActorHandle
@@ -30,8 +29,7 @@ class CallFailure(enum.StrEnum):
     TIMED_OUT = "timed_out"
 
 
-@dataclass(slots=True)
-class Call:
+class Call(NamedTuple):
     """One frame for one generation of one actor.
 
     ``replaceable`` says that another actor can answer it: where its connection breaks, that is told

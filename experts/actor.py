@@ -55,7 +55,8 @@ class _Waiting:
     frame: DispatchFrame
     num_rows: int
     since_s: float
-    answer: Parts | None = None
+    answer: Parts = ()
+    """Nothing until there is one."""
 
 
 class ExpertActor:
@@ -75,7 +76,9 @@ class ExpertActor:
         self._queue: list[_Waiting] = []
         self._queued_rows = 0
         self._computing = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._blocked = 0  # threads that are to be told of a change
         self._steps = 0
         # Written by the thread that computes alone, so that counting needs no lock.
         self._frames = 0
@@ -115,8 +118,9 @@ class ExpertActor:
         are not an error.
         """
         self._accept(epoch)
-        with self._load_lock, self._changed:
-            self._changed.wait_for(lambda: not self._computing)
+        with self._load_lock, self._lock:
+            while self._computing:
+                self._wait()
             for key in keys:
                 self._bank.let_go(ExpertKey(*key))
         return self._report()
@@ -202,26 +206,38 @@ class ExpertActor:
         RESOURCE_EXHAUSTED; the router tries again. To be called in torch's inference mode.
         """
         frames = [_read(one) for one in data]
+        since_s = time.monotonic()
         batch: list[_Waiting] = []
-        with self._changed:
-            mine = [self._enqueue(f) if isinstance(f, DispatchFrame) else f for f in frames]
+        with self._lock:
+            mine = [
+                self._enqueue(frame, since_s) if isinstance(frame, DispatchFrame) else frame
+                for frame in frames
+            ]
             # Bounded: whoever computes answers every frame that waits, late ones too.
             while self._computing and _some_wait(mine):
-                self._changed.wait()
+                self._wait()
             if _some_wait(mine):
                 self._computing = True
                 batch, self._queue = self._queue, []
         if batch:
             self._answer(batch)
-        return [_answered(one) for one in mine]
+        return [one.answer if isinstance(one, _Waiting) else one for one in mine]
 
-    def _enqueue(self, frame: DispatchFrame) -> _Waiting | Parts:
+    def _wait(self) -> None:
+        """Wait for the thread that computes to be done; under the lock."""
+        self._blocked += 1
+        try:
+            self._changed.wait()
+        finally:
+            self._blocked -= 1
+
+    def _enqueue(self, frame: DispatchFrame, since_s: float) -> _Waiting | Parts:
         """Have a frame wait for its products, or refuse it; under the lock."""
         num_rows, waiting_rows = frame.num_pairs, self._queued_rows
         if waiting_rows > 0 and waiting_rows + num_rows > self._spec.max_queue_rows:
             full = OverloadedError(f"{waiting_rows} rows wait already", "queue", 0.01)
             return _error(frame.request_id, full)
-        waiting = _Waiting(frame, num_rows, time.monotonic())
+        waiting = _Waiting(frame, num_rows, since_s)
         self._queued_rows += num_rows
         self._queue.append(waiting)
         return waiting
@@ -240,13 +256,14 @@ class ExpertActor:
                 failure = InternalError("the expert actor failed to compute the batch")
                 answers = [_error(w.frame.request_id, failure) for w in batch]
             self._busy_s += time.monotonic() - begun_s
-            with self._changed:
+            self._steps += 1
+            with self._lock:
                 for done, answer in zip(batch, answers, strict=True):
                     done.answer = answer
                     self._queued_rows -= done.num_rows
                 self._computing = False
-                self._steps += 1
-                self._changed.notify_all()
+                if self._blocked:
+                    self._changed.notify_all()
         if self._spans is not None:
             self._spans.computed([(w.frame, w.since_s) for w in batch], begun_s)
 
@@ -279,13 +296,7 @@ def _read(data: Buffer) -> DispatchFrame | Parts:
 
 def _some_wait(frames: Sequence[_Waiting | Parts]) -> bool:
     """Tell whether a frame has no answer yet."""
-    return any(isinstance(frame, _Waiting) and frame.answer is None for frame in frames)
-
-
-def _answered(frame: _Waiting | Parts) -> Parts:
-    answer = frame.answer if isinstance(frame, _Waiting) else frame
-    assert answer is not None  # every frame has been answered, in one way or another
-    return answer
+    return bool([one for one in frames if isinstance(one, _Waiting) and not one.answer])
 
 
 def _late(frame: DispatchFrame) -> ErrorFrame:

@@ -32,25 +32,45 @@ class Received(NamedTuple):
     rows: Buffer
 
 
-def combine(
-    received: list[Received], weights: torch.Tensor, slots: np.ndarray, like: torch.Tensor
-) -> torch.Tensor:
-    """Sum each token's rows, weighted by [T, K] as the gate gave them, in the order of slots.
+class Plan(NamedTuple):
+    """All that a layer's sums take but the experts' rows; :func:`prepare` makes one."""
 
-    A pair's row has its place among its token's by ``slots`` (:func:`router.rows.slots_of`); one
-    that was not received is zeros. Rows have the width and the dtype of ``like`` [T, H]. Each
-    weighted row is rounded to that dtype and accumulated in it, one expert after the other: bit for
-    bit what transformers' eager experts do, whatever the placement, the number of actors or a
-    retry. Returns [T, H], where the weights are.
+    weights: torch.Tensor
+    slots: np.ndarray
+    like: torch.Tensor
+    sums: torch.Tensor | None = None
+    """Room for them, where native code sums; then there are these two."""
+    weights_bytes: Buffer = b""
+    sums_bytes: Buffer = b""
+
+
+def prepare(weights: torch.Tensor, slots: np.ndarray, like: torch.Tensor) -> Plan:
+    """Make ready for :func:`combine` what can be while the experts compute.
+
+    ``weights`` [T, K] are as the gate gave them. A pair's row has its place among its token's by
+    ``slots`` (:func:`router.rows.slots_of`). Rows have the width and the dtype of ``like`` [T, H].
     """
     is_known = (like.dtype, weights.dtype) in _NATIVE and weights.is_cpu and like.is_cpu
-    if native is not None and is_known and like.numel():
-        sums = torch.empty_like(like, memory_format=torch.contiguous_format)
-        native.combine(
-            received, to_bytes(weights), slots, weights.shape[1], to_bytes(sums), like.itemsize
-        )
-        return sums
+    if native is None or not is_known or not like.numel():
+        return Plan(weights, slots, like)
+    sums = torch.empty_like(like, memory_format=torch.contiguous_format)
+    return Plan(weights, slots, like, sums, to_bytes(weights), to_bytes(sums))
+
+
+def combine(received: list[Received], plan: Plan) -> torch.Tensor:
+    """Sum each token's rows, weighted, in the order of their slots.
+
+    One that was not received is zeros. Each weighted row is rounded to the rows' dtype and
+    accumulated in it, one expert after the other: bit for bit what transformers' eager experts do,
+    whatever the placement, the number of actors or a retry. Returns [T, H], where the weights are;
+    the plan is used up.
+    """
+    weights, slots, like, sums, weights_bytes, sums_bytes = plan
     num_tokens, k = weights.shape
+    if sums is not None:
+        assert native is not None
+        native.combine(received, weights_bytes, slots, k, sums_bytes, like.itemsize)
+        return sums
     ranks = np.empty(slots.size, np.int64)
     ranks[slots] = np.arange(slots.size) % k
     order = torch.from_numpy(ranks.reshape(num_tokens, k)).to(weights.device)

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,11 +31,19 @@ from cluster.errors import (
     FrameError,
     InternalError,
 )
-from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode, joined
+from cluster.frames import (
+    ROWS_HEADER,
+    DispatchFrame,
+    ErrorFrame,
+    RowsFrame,
+    decode,
+    encode,
+    joined,
+)
 from cluster.placement import Placement
 from cluster.retry import RetryPolicy
 from cluster.tensors import dtype_name
-from cluster.transport import Call, CallFailure, Outcome, Transport
+from cluster.transport import Call, CallFailure, Flight, Outcome, Transport
 from router.combine import Received
 from router.copies import Copies, Pace, has_other_copies
 from router.loss import LostExperts
@@ -71,8 +80,7 @@ class _Layout:
     holders: tuple[_Holder, ...]
 
 
-@dataclass(slots=True)
-class _Part:
+class _Part(NamedTuple):
     """The share of one actor in a layer: which pairs it computes, grouped by expert."""
 
     actor_id: str
@@ -83,6 +91,16 @@ class _Part:
 
 
 _Sent = tuple[_Part, DispatchFrame, Call]
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """Parts under way: under which placement's epoch, since when, and the most rows of one."""
+
+    epoch: int
+    sent_s: float
+    most_rows: int
+    flights: list[tuple[list[_Sent], Flight]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -108,6 +126,10 @@ class _Layer:
     def keep(self) -> None:
         """Copy what was received: the transport's next wait may use its memory again."""
         self.received = [Received(one.pairs, bytes(one.rows)) for one in self.received]
+
+
+def _nothing() -> None:
+    """Do nothing meanwhile."""
 
 
 class Dispatcher:
@@ -145,6 +167,7 @@ class Dispatcher:
         deadline_s: float,
         pairs: np.ndarray | None = None,
         traceparent: str | None = None,
+        meanwhile: Callable[[], None] = _nothing,
     ) -> list[Received] | None:
         """Return the experts' unweighted rows for hidden states [T, H].
 
@@ -152,7 +175,8 @@ class Dispatcher:
         [T, K]. An expert gets its rows by rank, then by token, as transformers' eager experts do,
         since a row's bits depend on its place in the product. Only ``pairs`` are computed where
         they are given. What is returned lasts until the next call. ``traceparent`` goes along with
-        the frames of a layer that is traced.
+        the frames of a layer that is traced. ``meanwhile`` is called once, while the experts
+        compute.
         Returns ``None`` when an expert has no live copy: what is then to be done is the caller's
         business. Raises :class:`ExpertUnavailableError` when not every share could be had before
         ``deadline_s`` (wall clock), and :class:`DeadlineExceededError` where that was no expert's
@@ -178,12 +202,15 @@ class Dispatcher:
             ordered, parts, homeless = split(layout, layer.expert_ids, layer.k, pending)
             if len(homeless):
                 return None
-            failed = self._attempt(placement, layer, ordered, parts)
+            attempt = self._begin(placement, layer, ordered, parts)
+            meanwhile()
+            meanwhile = _nothing
+            failed = self._finish(layer, attempt)
             if not failed:
                 return layer.received
             layer.keep()
             layer.failed |= {part.actor_id for part in failed}
-            if not all(self._has_other(placement, layer, part) for part in failed):
+            if not all(self._others(placement, layer, failed)):
                 layer.failed = frozenset()
                 if time.time() < deadline_s:
                     self._wait(placement, deadline_s, failures)
@@ -239,10 +266,16 @@ class Dispatcher:
             if actor_id not in shunned and not self._transport.is_ready(actor_id, generation)
         )
 
+    def _others(
+        self, placement: Placement, layer: _Layer, parts: Sequence[_Part]
+    ) -> Sequence[bool]:
+        """Tell of each part whether others can do its work."""
+        if layer.layer_id in self._layouts:  # no expert has a second copy
+            return [False] * len(parts)
+        return [self._has_other(placement, layer, part) for part in parts]
+
     def _has_other(self, placement: Placement, layer: _Layer, part: _Part) -> bool:
         """Tell whether other actors hold all experts of a part and have not failed lately."""
-        if layer.layer_id in self._layouts:  # no expert has a second copy
-            return False
         holders = self._holders_of(placement, layer.layer_id)
         shunned = self._shunned(placement, layer)
         return has_other_copies(holders, part.expert_ids, part.actor_id, shunned)
@@ -269,60 +302,67 @@ class Dispatcher:
             self._suspect(call.actor_id, call.generation)
         return self._is_gone(epoch, call)
 
-    def _attempt(
+    def _begin(
         self, placement: Placement, layer: _Layer, ordered: np.ndarray, parts: Sequence[_Part]
-    ) -> list[_Part]:
-        """Send every part once and take the answers; return the parts that got none."""
-        if not parts:
-            return []
+    ) -> _Attempt:
+        """Send every part once."""
         now_s = time.time()
+        attempt = _Attempt(
+            placement.epoch, now_s, max([len(one.pairs) for one in parts], default=0)
+        )
+        if not parts:
+            return attempt
         timeout_s = max(0.0, min(self._call_timeout_s, layer.deadline_s - now_s))
         # Where others can do its work, an actor that does not answer is given up early.
-        others = [self._has_other(placement, layer, part) for part in parts]
-        most_rows = max(len(part.pairs) for part in parts)
-        hurried_s = min(timeout_s, self._pace.stall_s(most_rows)) if any(others) else timeout_s
+        others = self._others(placement, layer, parts)
+        hurried_s = timeout_s
+        if any(others):
+            hurried_s = min(timeout_s, self._pace.stall_s(attempt.most_rows))
         # All parts' rows at once; each part's are a piece of them.
         rows = gather(layer.rows, ordered, layer.k)
         row_bytes = len(rows) // len(ordered)
+        same = placement.epoch, placement.version, self._model, layer.layer_id
         hidden_size = layer.rows.shape[1]
         hurried: list[_Sent] = []
         patient: list[_Sent] = []
         begin = 0
         for part, has_other in zip(parts, others, strict=True):
-            end = begin + len(part.pairs) * row_bytes
-            frame = DispatchFrame(  # by place, which takes less than by name
+            actor_id, generation, expert_ids, counts, pairs = part
+            end = begin + len(pairs) * row_bytes
+            frame = DispatchFrame(
                 next(self._request_ids),
-                placement.epoch,
-                placement.version,
-                self._model,
-                layer.layer_id,
-                part.expert_ids,
-                part.counts,
+                *same,
+                expert_ids,
+                counts,
                 layer.dtype,
                 hidden_size,
                 now_s + (hurried_s if has_other else timeout_s),
                 rows[begin:end],
                 layer.traceparent,
             )
-            call = Call(part.actor_id, part.generation, encode(frame), has_other)
+            call = Call(actor_id, generation, encode(frame), has_other)
             (hurried if has_other else patient).append((part, frame, call))
             begin = end
-        flights = [
-            (sent, self._transport.begin([call for _, _, call in sent], limit_s))
-            for sent, limit_s in ((hurried, hurried_s), (patient, timeout_s))
-            if sent
-        ]
+        for sent, limit_s in ((hurried, hurried_s), (patient, timeout_s)):
+            if sent:
+                flight = self._transport.begin([call for _, _, call in sent], limit_s)
+                attempt.flights.append((sent, flight))
+        return attempt
+
+    def _finish(self, layer: _Layer, attempt: _Attempt) -> list[_Part]:
+        """Take the answers; return the parts that got none."""
+        is_given_up = partial(self._is_given_up, attempt.epoch, attempt.most_rows, attempt.sent_s)
         failed: list[_Part] = []
-        for sent, flight in flights:
+        for sent, flight in attempt.flights:
             layer.keep()
-            outcomes = flight.wait(partial(self._is_given_up, placement.epoch, most_rows, now_s))
+            outcomes = flight.wait(is_given_up)
             failed += [
                 part
                 for (part, frame, _), outcome in zip(sent, outcomes, strict=True)
                 if not self._take(layer, part, frame, outcome)
             ]
-        if not failed:
-            self._pace.note(most_rows, time.time() - now_s)
+        if attempt.flights and not failed:
+            self._pace.note(attempt.most_rows, time.time() - attempt.sent_s)
         return failed
 
     def _take(self, layer: _Layer, part: _Part, sent: DispatchFrame, outcome: Outcome) -> bool:
@@ -338,12 +378,7 @@ class Dispatcher:
         if isinstance(answer, ErrorFrame):
             return self._refused(layer, part, answer)
         expected = (sent.request_id, sent.dtype, len(part.pairs), sent.hidden_size)
-        if not isinstance(answer, RowsFrame) or expected != (
-            answer.request_id,
-            answer.dtype,
-            answer.num_rows,
-            answer.hidden_size,
-        ):
+        if not isinstance(answer, RowsFrame) or answer[:ROWS_HEADER] != expected:
             return self._damaged(part, "the answer is not the call's")
         layer.received.append(Received(part.pairs, joined(answer.rows)))
         return True

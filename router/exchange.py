@@ -14,7 +14,7 @@ from opentelemetry.trace import Span
 
 from cluster.errors import ExpertUnavailableError
 from router.capacity import CapacityLimit
-from router.combine import combine
+from router.combine import Plan, combine, prepare
 from router.dispatch import Dispatcher
 from router.gate import ChooseAmong
 from router.loss import Choice, StepLoss
@@ -110,9 +110,14 @@ class RemoteExchange:
     ) -> torch.Tensor | None:
         """Dispatch and combine; returns ``None`` when an expert has no live copy."""
         ids = np.ascontiguousarray(choice.ids, np.int64)
+        plans: list[Plan] = []
         received = self._dispatcher.dispatch(
-            layer_id, hidden_states, ids, self.deadline_s, choice.pairs, context
+            layer_id,
+            hidden_states,
+            ids,
+            self.deadline_s,
+            choice.pairs,
+            context,
+            lambda: plans.append(prepare(choice.weights, slots_of(ids), hidden_states)),
         )
-        if received is None:
-            return None
-        return combine(received, choice.weights, slots_of(ids), hidden_states)
+        return None if received is None else combine(received, plans[0])

@@ -35,16 +35,18 @@ static int may_wait(void) {
     return 0;
 }
 
-/* send(fd, call_id, parts) -> how many bytes of the message are left to be sent; None for many parts */
+/* send(fd, call_id, parts, most) -> how many bytes of the message are left to be sent; None for many
+ * parts, or for more than `most` bytes */
 FUNCTION(send) {
     static unsigned char padding[ALIGNMENT];
     unsigned char start[START_BYTES];
     struct iovec pieces[MAX_PARTS + 2] = {{start, START_BYTES}};
     Py_buffer views[MAX_PARTS];
     Py_ssize_t count = 0, length = 0, taken = 0;
-    if (!are_given(given, 3)) return NULL;
+    if (!are_given(given, 4)) return NULL;
     int fd = (int)PyLong_AsLong(args[0]); /* that of a closed socket is an OSError */
     uint64_t call_id = PyLong_AsUnsignedLongLong(args[1]);
+    Py_ssize_t most = PyLong_AsSsize_t(args[3]);
     if (PyErr_Occurred()) return NULL;
     if (!PyTuple_CheckExact(args[2]) || (count = PyTuple_GET_SIZE(args[2])) > MAX_PARTS)
         Py_RETURN_NONE;
@@ -54,6 +56,10 @@ FUNCTION(send) {
         if (PyObject_GetBuffer(part, &views[taken], PyBUF_SIMPLE)) goto done;
         pieces[1 + taken] = (struct iovec){views[taken].buf, views[taken].len};
         length += views[taken].len;
+    }
+    if (length > most) {
+        result = Py_NewRef(Py_None);
+        goto done;
     }
     pieces[1 + count] = (struct iovec){padding, -length & (ALIGNMENT - 1)};
     put_little_endian(start, (uint64_t)length);
@@ -73,10 +79,24 @@ done:
     return result;
 }
 
+/* Return (id of the call, the message's bytes as a piece of the memoryview `data`). */
+static PyObject *message_of(uint64_t call_id, PyObject *data, Py_ssize_t begin, Py_ssize_t end) {
+    PyObject *slice = NULL, *piece = NULL, *message = NULL;
+    PyObject *from = PyLong_FromSsize_t(begin), *to = PyLong_FromSsize_t(end);
+    if (from && to && (slice = PySlice_New(from, to, NULL)) &&
+        (piece = PyObject_GetItem(data, slice)))
+        message = Py_BuildValue("KO", (unsigned long long)call_id, piece);
+    Py_XDECREF(piece);
+    Py_XDECREF(slice);
+    Py_XDECREF(from);
+    Py_XDECREF(to);
+    return message;
+}
+
 /* receive(fd, buffer, begin, end, most, wait_ms) -> (begin, end, messages): receive behind `end`
- * what is there, or comes within a while if nothing is, and find the messages that are whole from `begin` on, (id of the call, where it begins, its length) each.
- * None where nothing is there. ConnectionError where the peer has closed, or a message has more
- * than `most` bytes. */
+ * what is there, or comes within a while if nothing is, and find the messages that are whole from
+ * `begin` on, (id of the call, a piece of the memoryview `buffer`) each. None where nothing is
+ * there. ConnectionError where the peer has closed, or a message has more than `most` bytes. */
 FUNCTION(receive) {
     Py_buffer buffer;
     if (!are_given(given, 6)) return NULL;
@@ -120,7 +140,7 @@ FUNCTION(receive) {
         Py_ssize_t at = begin + START_BYTES, size = (Py_ssize_t)length;
         Py_ssize_t next = at + size + (-size & (ALIGNMENT - 1));
         if (next > end) break;
-        PyObject *message = Py_BuildValue("Knn", get_little_endian(start + 8), at, size);
+        PyObject *message = message_of(get_little_endian(start + 8), args[1], at, at + size);
         int is_kept = message && !PyList_Append(messages, message);
         Py_XDECREF(message);
         if (!is_kept) goto done;

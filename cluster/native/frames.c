@@ -192,7 +192,7 @@ static PyObject *rest(PyObject *data, Py_ssize_t begin, Py_ssize_t end, int64_t 
     return piece;
 }
 
-/* The fields of a DispatchFrame, in its order, but the trace context; NULL where one is odd. Ids
+/* The fields of a DispatchFrame without a trace context, in its order; NULL where one is odd. Ids
  * ascend, as routers have them: so they are distinct. */
 static PyObject *dispatch_fields(Text *text, PyObject *data, Py_ssize_t begin, Py_ssize_t end) {
     int64_t numbers[3], layer_id, hidden_size = 0, sum, num_pairs = 0;
@@ -215,8 +215,8 @@ static PyObject *dispatch_fields(Text *text, PyObject *data, Py_ssize_t begin, P
     if ((hidden_size = get_integer(text, MAX_HIDDEN_SIZE)) < 1) goto odd;
     if (!get_double(text, &deadline_s) || text->at != text->end) goto odd;
     if (!(rows = rest(data, begin, end, num_pairs * hidden_size * value_bytes))) goto odd;
-    fields = Py_BuildValue("LLLOLOOOLdO", numbers[0], numbers[1], numbers[2], model, layer_id, ids,
-                           counts, dtype, hidden_size, deadline_s, rows);
+    fields = Py_BuildValue("LLLOLOOOLdOO", numbers[0], numbers[1], numbers[2], model, layer_id, ids,
+                           counts, dtype, hidden_size, deadline_s, rows, Py_None);
 odd:
     Py_XDECREF(model);
     Py_XDECREF(ids);

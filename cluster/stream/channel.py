@@ -41,7 +41,8 @@ class Channel:
         sock.setblocking(False)
         self.sock = sock
         self._fd = sock.fileno()
-        self._outgoing: deque[memoryview] = deque()
+        self.outgoing: deque[memoryview] = deque()
+        """What waits for the peer to read."""
         self._buffer = memoryview(b"")
         self._start = self._end = 0
         self.allow(max_message_bytes)
@@ -53,51 +54,49 @@ class Channel:
         if size > len(self._buffer):
             self._replace_buffer(size)
 
-    @property
-    def is_sending(self) -> bool:
-        """Whether bytes wait for the peer to read."""
-        return bool(self._outgoing)
-
-    def send(self, call_id: int, parts: Parts = ()) -> None:
+    def send(self, call_id: int, parts: Parts = ()) -> bool:
         """Send a message, or as much of it as the peer takes now; :meth:`flush` sends the rest.
 
-        The parts must not change before it is sent. Raises ``OSError`` when the connection is gone.
+        The parts must not change before it is sent. Returns whether a message may be as long; where
+        not, nothing is sent. Raises ``OSError`` when the connection is gone.
         """
         left = None
-        if self._native is not None and not self._outgoing:
-            left = self._native.send(self._fd, call_id, parts)
-        if left != 0:
-            self._send_rest(call_id, parts, left)
+        if self._native is not None and not self.outgoing:
+            left = self._native.send(self._fd, call_id, parts, MAX_MESSAGE_BYTES)
+        return left == 0 or self._send_rest(call_id, parts, left)
 
-    def _send_rest(self, call_id: int, parts: Parts, left: int | None) -> None:
+    def _send_rest(self, call_id: int, parts: Parts, left: int | None) -> bool:
         """Send the last ``left`` bytes of a message, or the whole message, or have it wait."""
         length = sum(map(len, parts))
+        if length > MAX_MESSAGE_BYTES:
+            return False
         pieces = [_START.pack(length, call_id), *parts, _PADDING[-length % ALIGNMENT]]
-        is_first = not self._outgoing
-        self._outgoing.extend(memoryview(piece) for piece in pieces if len(piece))
+        is_first = not self.outgoing
+        self.outgoing.extend(memoryview(piece) for piece in pieces if len(piece))
         if left is not None:
             self._skip(_START.size + length + -length % ALIGNMENT - left)
         elif is_first:
             self.flush()
+        return True
 
     @property
     def can_wait(self) -> bool:
         """Whether :meth:`receive` can wait, and has nothing to send meanwhile."""
-        return self._native is not None and not self._outgoing
+        return self._native is not None and not self.outgoing
 
     def flush(self) -> None:
         """Send what waits, as far as the peer takes it now; raises ``OSError``."""
-        while self._outgoing:
-            sent = self._send(list(self._outgoing)[:64])
+        while self.outgoing:
+            sent = self._send(list(self.outgoing)[:64])
             if not sent:
                 return
             self._skip(sent)
 
     def _skip(self, sent: int) -> None:
         while sent:
-            first = self._outgoing.popleft()
+            first = self.outgoing.popleft()
             if len(first) > sent:
-                self._outgoing.appendleft(first[sent:])
+                self.outgoing.appendleft(first[sent:])
                 return
             sent -= len(first)
 
@@ -113,7 +112,10 @@ class Channel:
         If nothing is there it waits ``wait_ms`` at most, where it :attr:`can_wait`.
         Raises ``ConnectionError`` when the peer has closed or a message is too long.
         """
-        self._make_room()
+        if self._start != self._end or len(self._buffer) > KEPT_BUFFER_BYTES:
+            self._make_room()
+        else:
+            self._start = self._end = 0
         if self._native is None:
             return self._receive()
         came = self._native.receive(
@@ -121,8 +123,9 @@ class Channel:
         )
         if came is None:
             return []
-        self._start, self._end, found = came
-        return [(call_id, self._buffer[at : at + length]) for call_id, at, length in found]
+        messages: list[Message]
+        self._start, self._end, messages = came
+        return messages
 
     def _receive(self) -> list[Message]:
         received = self._receive_into(self._buffer[self._end :])
@@ -149,9 +152,6 @@ class Channel:
     def _make_room(self) -> None:
         """Move what is left of a message to the front of a buffer that holds all of it."""
         left = self._end - self._start
-        if not left and len(self._buffer) <= KEPT_BUFFER_BYTES:
-            self._start = self._end = 0
-            return
         needed = min(len(self._buffer), BUFFER_BYTES)
         if left >= _START.size:
             length, _ = _START.unpack_from(self._buffer, self._start)
@@ -179,7 +179,7 @@ class Channel:
 
     def close(self) -> None:
         """Close the socket; what waits is dropped."""
-        self._outgoing.clear()
+        self.outgoing.clear()
         self._fd = -1
         self.sock.close()
 

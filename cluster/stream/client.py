@@ -14,8 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cluster.frames import Buffer
-from cluster.stream.channel import MAX_MESSAGE_BYTES, Channel
+from cluster.stream.channel import Channel
 from cluster.stream.connect import Connector
 from cluster.transport import (
     GONE_CHECK_S,
@@ -29,9 +28,7 @@ from cluster.transport import (
 )
 
 LAST_WAIT_MS = 5
-"""So long only the actor that was asked last is waited for, once a flight. When its answer comes
-those of the others are there mostly, and all are taken for one wake-up; but a connection that
-breaks, or one to write to, is not seen meanwhile."""
+"""So long a flight waits for one actor alone before it looks at all."""
 WINDOW = 8
 """Unanswered calls on one connection; beyond it (an actor that hangs) calls go elsewhere."""
 
@@ -45,7 +42,8 @@ class _Link:
     actor_id: str
     generation: int
     channel: Channel
-    unanswered: set[int] = field(default_factory=set)
+    unanswered: dict[int, _StreamFlight | None] = field(default_factory=dict)
+    """By the id of the call; ``None`` where nobody waits any longer."""
     answers_before: int = 0
     """How many answers of all connections had come when this one's latest came."""
 
@@ -60,17 +58,25 @@ class StreamTransport:
         self._fallback = fallback
         self._selector = selectors.DefaultSelector()
         self._links: dict[str, _Link] = {}
-        self._flights: dict[int, _StreamFlight] = {}
         self._last_id = 0
         self._answers = 0
 
     def begin(self, calls: Sequence[Call], timeout_s: float) -> Flight:
-        """See :class:`Transport`."""
+        """See :class:`Transport`.
+
+        Those that may have to wait for a connection are sent last. Of the others the actor that
+        answered last comes first. On a host with few cores this thread wakes on the core of the one
+        that was done first, so that only the other's own core idles. Sent the other way round, the
+        first would be woken there and the second behind it, one after the other.
+        """
         flight = _StreamFlight(self, calls, time.monotonic() + timeout_s)
-        for place in self._in_order(calls):
-            failure = self._send(flight, place, calls[place])
+        links = [self._links.get(call.actor_id) for call in calls]
+        turns = [1 if link is None else -link.answers_before for link in links]
+        for place in sorted(range(len(calls)), key=turns.__getitem__):
+            failure = self._send(flight, place, calls[place], links[place])
             if failure is not None:
                 flight.send_elsewhere(place, failure)
+        self.calls["stream"] += len(flight.places)
         return flight
 
     def is_ready(self, actor_id: str, generation: int) -> bool:
@@ -91,21 +97,6 @@ class StreamTransport:
         self._selector.register(channel.sock, selectors.EVENT_READ, link)
         return link
 
-    def _in_order(self, calls: Sequence[Call]) -> list[int]:
-        """Return the calls' places in the order in which they are best sent.
-
-        Those that may have to wait for a connection come last. Of the others the actor that
-        answered last comes first. On a host with few cores this thread wakes on the core of the one
-        that was done first, so that only the other's own core idles. Sent the other way round, the
-        first would be woken there and the second behind it, one after the other.
-        """
-
-        def key(place: int) -> int:
-            link = self._links.get(calls[place].actor_id)
-            return 1 if link is None else -link.answers_before
-
-        return sorted(range(len(calls)), key=key) if len(calls) > 1 else [0] * len(calls)
-
     def renew(self, actor_id: str) -> None:
         """See :class:`Transport`: the next calls go elsewhere until there is a new connection."""
         if actor_id in self._links:
@@ -120,49 +111,58 @@ class StreamTransport:
         if self._fallback is not None:
             self._fallback.close()
 
-    def _send(self, flight: _StreamFlight, place: int, call: Call) -> CallFailure | None:
+    def _send(
+        self, flight: _StreamFlight, place: int, call: Call, link: _Link | None
+    ) -> CallFailure | None:
         """Send a call over its stream; tell what it comes to when that cannot be."""
-        link = self._link(call.actor_id, call.generation, flight.remaining_s())
-        if link is None:
-            return CallFailure.DIED
+        if link is None or link.generation != call.generation:
+            link = self._link(call.actor_id, call.generation, flight.remaining_s())
+            if link is None:
+                return CallFailure.DIED
         if len(link.unanswered) >= WINDOW:
-            self._receive_any(flight, 0.0)  # late answers, which nobody has waited for
-        if len(link.unanswered) >= WINDOW or sum(map(len, call.frame)) > MAX_MESSAGE_BYTES:
-            return CallFailure.TIMED_OUT
+            self.receive_any(flight, 0.0)  # late answers, which nobody has waited for
+            if len(link.unanswered) >= WINDOW:
+                return CallFailure.TIMED_OUT
+        channel = link.channel
         self._last_id = call_id = self._last_id + 1
         try:
-            link.channel.send(call_id, call.frame)
+            if not channel.send(call_id, call.frame):
+                return CallFailure.TIMED_OUT
         except OSError as error:
             self._lose(link, error)
             flight.lose(place)
             return None
-        if link.channel.is_sending:
+        if channel.outgoing:
             self._watch(link)
-        link.unanswered.add(call_id)
-        self._flights[call_id] = flight
+        link.unanswered[call_id] = flight
         flight.places[call_id] = place
-        self.calls["stream"] += 1
         return None
 
     def _watch(self, link: _Link) -> None:
         events = selectors.EVENT_READ
-        if link.channel.is_sending:
+        if link.channel.outgoing:
             events |= selectors.EVENT_WRITE
         self._selector.modify(link.channel.sock, events, link)
 
-    def receive(self, waiting: _StreamFlight, timeout_s: float) -> None:
-        """Wait for something to come, and give each answer to its flight."""
-        wait_ms = min(LAST_WAIT_MS, int(timeout_s * 1000))
-        actor_id = waiting.last_asked if wait_ms else None
-        link = None if actor_id is None else self._links.get(actor_id)
-        if link is not None and link.channel.can_wait:
-            if self._receive_from(link, waiting, wait_ms):
-                return
-            waiting.last_asked_is_late = True
-            timeout_s = max(0.0, timeout_s - wait_ms / 1000)
-        self._receive_any(waiting, timeout_s)
+    def receive_in_turn(
+        self, waiting: _StreamFlight, calls: Sequence[Call], until_s: float
+    ) -> None:
+        """Wait for the actor that was asked last, and so on, until one's answer is late.
 
-    def _receive_any(self, waiting: _StreamFlight, timeout_s: float) -> None:
+        When the last one's answer comes those of the others are there mostly, and all are taken for
+        one wake-up; but a connection that breaks, or one to write to, is not seen meanwhile.
+        """
+        for call_id, place in reversed(list(waiting.places.items())):
+            if call_id not in waiting.places:  # its answer came with another's
+                continue
+            link = self._links.get(calls[place].actor_id)
+            left_ms = int((until_s - time.monotonic()) * 1000)
+            if link is None or left_ms <= 0 or not link.channel.can_wait:
+                return
+            if not self._receive_from(link, waiting, min(LAST_WAIT_MS, left_ms)):
+                return
+
+    def receive_any(self, waiting: _StreamFlight, timeout_s: float) -> None:
         """Wait for something to come from whomever, and give each answer to its flight."""
         pending = [link for link in self._links.values() if link.channel.has_more]
         links = {key.data: ev for key, ev in self._selector.select(0 if pending else timeout_s)}
@@ -170,9 +170,9 @@ class StreamTransport:
             links.setdefault(link, selectors.EVENT_READ)
         for link, events in links.items():
             try:
-                if link.channel.is_sending:
+                if link.channel.outgoing:
                     link.channel.flush()
-                    if not link.channel.is_sending:
+                    if not link.channel.outgoing:
                         self._watch(link)
             except OSError as error:
                 self._lose(link, error)
@@ -188,21 +188,25 @@ class StreamTransport:
             self._lose(link, error)
             return True
         for call_id, frame in messages:
-            link.unanswered.discard(call_id)
-            link.answers_before = self._answers
-            self._answers += 1
-            flight = self._flights.pop(call_id, None)
+            flight = link.unanswered.pop(call_id, None)
             if flight is None:  # the answer comes too late
                 continue
-            # What else comes over the link would overwrite an answer that is kept.
-            is_safe = flight is waiting and not link.unanswered
-            flight.take(call_id, frame if is_safe else bytes(frame))
+            place = flight.places.pop(call_id)
+            if not len(frame):
+                flight.send_elsewhere(place, CallFailure.TIMED_OUT)
+            elif flight is waiting and not link.unanswered:
+                flight.outcomes[place] = frame
+            else:  # what else comes over the link would overwrite it
+                flight.outcomes[place] = bytes(frame)
+        if messages:
+            link.answers_before = self._answers = self._answers + 1
         return bool(messages)
 
-    def forget(self, call_ids: Sequence[int]) -> None:
-        """Wait no longer for these calls' answers."""
-        for call_id in call_ids:
-            self._flights.pop(call_id, None)
+    def forget(self, call_id: int, call: Call) -> None:
+        """Wait no longer for a call's answer."""
+        link = self._links.get(call.actor_id)
+        if link is not None and call_id in link.unanswered:
+            link.unanswered[call_id] = None
 
     def elsewhere(self, call: Call, timeout_s: float) -> Flight | None:
         """Send a call over the fall-back, if there is one."""
@@ -219,8 +223,7 @@ class StreamTransport:
         del self._links[link.actor_id]
         self._selector.unregister(link.channel.sock)
         link.channel.close()
-        for call_id in link.unanswered:
-            flight = self._flights.pop(call_id, None)
+        for call_id, flight in link.unanswered.items():
             if flight is not None:
                 flight.lose(flight.places.pop(call_id))
 
@@ -232,20 +235,12 @@ class _StreamFlight:
         self, transport: StreamTransport, calls: Sequence[Call], deadline_s: float
     ) -> None:
         self.places: dict[int, int] = {}
-        self.last_asked_is_late = False
-        """Whether it was waited for already."""
+        """Of the calls that the streams have not answered: by id, where among all they stand."""
+        self.outcomes: list[Outcome] = [CallFailure.TIMED_OUT] * len(calls)
         self._transport = transport
         self._calls = calls
         self._deadline_s = deadline_s
-        self._outcomes: list[Outcome] = [CallFailure.TIMED_OUT] * len(calls)
         self._elsewhere: list[tuple[int, Flight]] = []
-
-    @property
-    def last_asked(self) -> str | None:
-        """The actor that was asked last of those without an answer, unless it was waited for."""
-        if self.last_asked_is_late or not self.places:
-            return None
-        return self._calls[next(reversed(self.places.values()))].actor_id
 
     def remaining_s(self) -> float:
         """Return the seconds left; negative when the time is over."""
@@ -254,6 +249,7 @@ class _StreamFlight:
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """See :class:`Flight`."""
         check_s = time.monotonic() + GONE_CHECK_S
+        self._transport.receive_in_turn(self, self._calls, min(self._deadline_s, check_s))
         while self.places:
             now_s = time.monotonic()
             if now_s >= check_s:
@@ -261,33 +257,31 @@ class _StreamFlight:
                 check_s = now_s + GONE_CHECK_S
                 continue
             # When the time is over too: what came while this process did not run still counts.
-            self._transport.receive(self, max(0.0, min(self._deadline_s, check_s) - now_s))
+            self._transport.receive_any(self, max(0.0, min(self._deadline_s, check_s) - now_s))
             if now_s >= self._deadline_s:
                 break
-        self._transport.forget(list(self.places))
+        for call_id in list(self.places):
+            self._forget(call_id)
         for place, other in self._elsewhere:
-            [self._outcomes[place]] = other.wait(is_gone)
-        return self._outcomes
+            [self.outcomes[place]] = other.wait(is_gone)
+        return self.outcomes
 
     def _give_up(self, is_gone: IsGone) -> None:
         """Wait no longer for the answers of actors that are gone."""
         lost = [call_id for call_id, place in self.places.items() if is_gone(self._calls[place])]
-        self._transport.forget(lost)
         for call_id in lost:
-            self._outcomes[self.places.pop(call_id)] = CallFailure.DIED
+            self.outcomes[self._forget(call_id)] = CallFailure.DIED
 
-    def take(self, call_id: int, answer: Buffer) -> None:
-        """Keep an answer; one of no bytes says that the stream cannot carry it."""
+    def _forget(self, call_id: int) -> int:
+        """Wait no longer for a call; returns where it stands."""
         place = self.places.pop(call_id)
-        if len(answer):
-            self._outcomes[place] = answer
-        else:
-            self.send_elsewhere(place, CallFailure.TIMED_OUT)
+        self._transport.forget(call_id, self._calls[place])
+        return place
 
     def lose(self, place: int) -> None:
         """Take it that a call's connection broke: tell of it, or send the call elsewhere."""
         if self._calls[place].replaceable:
-            self._outcomes[place] = CallFailure.DIED
+            self.outcomes[place] = CallFailure.DIED
         else:
             self.send_elsewhere(place, CallFailure.DIED)
 
@@ -295,6 +289,6 @@ class _StreamFlight:
         """Send a call over the fall-back; without one, its outcome is ``failure``."""
         other = self._transport.elsewhere(self._calls[place], max(0.0, self.remaining_s()))
         if other is None:
-            self._outcomes[place] = failure
+            self.outcomes[place] = failure
         else:
             self._elsewhere.append((place, other))

@@ -217,7 +217,7 @@ class StreamServer:
     def _serve(self, peer: _Peer, events: int) -> list[tuple[_Peer, Message]]:
         """Read and write what can be; returns the frames of an admitted router."""
         try:
-            if peer.channel.is_sending:
+            if peer.channel.outgoing:
                 peer.channel.flush()
                 self._watch(peer)
             if not events & selectors.EVENT_READ:
@@ -247,22 +247,22 @@ class StreamServer:
         answers = self._answer([frame for _, (_, frame) in messages])
         for (peer, (call_id, _)), parts in zip(messages, answers, strict=True):
             if peer in self._peers:
-                fits = sum(map(len, parts)) <= MAX_MESSAGE_BYTES
-                self._send(peer, call_id, parts if fits else ())
+                self._send(peer, call_id, parts)
 
     def _send(self, peer: _Peer, call_id: int, parts: Parts) -> None:
         try:
-            peer.channel.send(call_id, parts)
+            if not peer.channel.send(call_id, parts):
+                peer.channel.send(call_id)
         except OSError as error:
             self._drop(peer, str(error))
             return
-        if peer.channel.is_sending:
+        if peer.channel.outgoing:
             self._watch(peer)
 
     def _watch(self, peer: _Peer) -> None:
         """Wait for the router to read, or to write; never to write while it does not read."""
         events = selectors.EVENT_READ  # before its hello, where TLS reads in order to write
-        if peer.admitted and peer.channel.is_sending:
+        if peer.admitted and peer.channel.outgoing:
             peer.since_s = time.monotonic()
             events = selectors.EVENT_WRITE
         self._selector.modify(peer.channel.sock, events, peer)
@@ -271,7 +271,7 @@ class StreamServer:
         for peer in list(self._peers):
             if not peer.admitted and now_s - peer.since_s > HELLO_TIMEOUT_S:
                 self._drop(peer, "no hello came")
-            elif peer.channel.is_sending and now_s - peer.since_s > STALLED_S:
+            elif peer.channel.outgoing and now_s - peer.since_s > STALLED_S:
                 self._drop(peer, "its answers are not read")
 
     def _drop(self, peer: _Peer, reason: str) -> None:

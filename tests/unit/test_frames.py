@@ -6,7 +6,6 @@ import pickle
 import struct
 import time
 import tracemalloc
-from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -139,8 +138,8 @@ def described(frame: Frame) -> Any:
     if isinstance(frame, ErrorFrame):
         return (frame.request_id, frame.kind, type(frame.error), frame.error.to_wire())
     if isinstance(frame, RowsFrame):
-        return replace(frame, rows=(bytes(joined(frame.rows)),))
-    return replace(frame, rows=bytes(frame.rows))
+        return frame._replace(rows=(bytes(joined(frame.rows)),))
+    return frame._replace(rows=bytes(frame.rows))
 
 
 def assembled(
@@ -189,9 +188,9 @@ def test_the_rows_begin_at_an_aligned_place(frame: Frame) -> None:
 
 
 def test_rows_may_be_views_of_memory_in_several_pieces() -> None:
-    frame = replace(ROWS, rows=(memoryview(bytes(range(5))), bytes(range(5, 12))))
+    frame = ROWS._replace(rows=(memoryview(bytes(range(5))), bytes(range(5, 12))))
     answer = decode(wire_of(frame))
-    assert described(answer) == described(replace(ROWS, rows=(bytes(range(12)),)))
+    assert described(answer) == described(ROWS._replace(rows=(bytes(range(12)),)))
 
 
 def test_the_rows_of_a_decoded_frame_are_views_of_what_was_received() -> None:
@@ -266,7 +265,7 @@ CONTEXT = f"00-{'a' * 32}-{'b' * 16}-01"
 def test_a_frame_that_is_not_traced_says_nothing_of_traces() -> None:
     """So that an actor of an older build reads it."""
     header, _, _ = taken_apart(DISPATCH)
-    traced, _, _ = taken_apart(replace(DISPATCH, traceparent=CONTEXT))
+    traced, _, _ = taken_apart(DISPATCH._replace(traceparent=CONTEXT))
     assert (len(header), traced) == (len(DISPATCH_FIELDS), [*header, CONTEXT])
 
 
@@ -409,7 +408,7 @@ HEADER_BOMBS: dict[str, tuple[bytes, int]] = {
 }
 BOMBS: dict[str, bytes] = {
     **{name: assembled(header, b"", kind) for name, (header, kind) in HEADER_BOMBS.items()},
-    "rows of 2**40 bytes": altered(replace(ROWS, num_rows=MAX_ROWS), "hidden_size", 1 << 20),
+    "rows of 2**40 bytes": altered(ROWS._replace(num_rows=MAX_ROWS), "hidden_size", 1 << 20),
     "a long text for a number": altered(DISPATCH, "epoch", "x" * 200_000),
     "many experts": altered(DISPATCH, "expert_ids", list(range(MAX_EXPERTS + 1))),
 }

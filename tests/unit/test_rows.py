@@ -18,7 +18,7 @@ import router.combine
 from cluster import native as built
 from cluster.tensors import to_bytes, to_raw
 from router import rows
-from router.combine import Received, combine
+from router.combine import Received, combine, prepare
 from router.rows import Share, gather, route, slots_of
 
 IMPLEMENTATIONS = [None] if built.native is None else [None, built.native]
@@ -139,7 +139,7 @@ def test_sums_have_the_bits_of_sums_that_are_rounded_step_by_step(
         slots = slots_of(ids)
         expected = slow_sum(values, weights, slots.tolist())
         like = torch.empty(ids.shape[0], size, dtype=dtypes[0])
-        got = combine(received_in(1 + seed % 4, values, slots), weights, slots, like)
+        got = combine(received_in(1 + seed % 4, values, slots), prepare(weights, slots, like))
         assert got.dtype == dtypes[0]
         assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
         assert torch.equal(got.isnan(), expected.isnan())
@@ -156,7 +156,7 @@ def test_what_is_not_finite_and_what_is_halfway_are_rounded_as_torch_rounds(
     for weight in (0.0, 1.0, -1.0, 1.5, inf, 1.00390625):
         weights = torch.tensor([[weight, 1.0]])
         received = [Received(np.array([1, 0]), to_bytes(values))]
-        got = combine(received, weights, np.array([1, 0]), values[:1])
+        got = combine(received, prepare(weights, np.array([1, 0]), values[:1]))
         expected = slow_sum(values, weights, [1, 0])
         assert torch.equal(got.isnan(), expected.isnan())
         assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
@@ -169,12 +169,12 @@ def test_a_large_sum_is_as_its_single_tokens_are(monkeypatch: pytest.MonkeyPatch
     values = torch.randn(400, 700, generator=generator).bfloat16()  # moved without the interpreter
     weights = torch.rand(200, 2, generator=generator)
     slots, like = np.arange(400), values[:200]
-    got = combine([Received(slots, to_bytes(values))], weights, slots, like)
+    got = combine([Received(slots, to_bytes(values))], prepare(weights, slots, like))
     for token in range(0, 200, 7):
         own = [Received(slots[:2], to_bytes(values[2 * token : 2 * token + 2]))]
-        expected = combine(own, weights[token : token + 1], slots[:2], like[:1])
+        expected = combine(own, prepare(weights[token : token + 1], slots[:2], like[:1]))
         assert torch.equal(got[token : token + 1], expected)
-    assert combine([], weights[:0], slots[:0], like[:0]).shape == (0, 700)
+    assert combine([], prepare(weights[:0], slots[:0], like[:0])).shape == (0, 700)
 
 
 @pytest.mark.usefixtures("native")
@@ -183,8 +183,8 @@ def test_pairs_whose_rows_were_not_received_are_zeros(dtype: torch.dtype) -> Non
     rows = torch.tensor([[3.0, 4.0], [5.0, 6.0]]).to(dtype)
     weights, slots = torch.tensor([[0.5, 1.0], [1.0, 2.0]]), np.array([1, 0, 2, 3])
     received = [Received(np.array([3, 0]), to_bytes(rows))]
-    assert combine(received, weights, slots, rows).tolist() == [[2.5, 3.0], [6.0, 8.0]]
-    assert combine([], weights, slots, rows).tolist() == [[0, 0], [0, 0]]
+    assert combine(received, prepare(weights, slots, rows)).tolist() == [[2.5, 3.0], [6.0, 8.0]]
+    assert combine([], prepare(weights, slots, rows)).tolist() == [[0, 0], [0, 0]]
 
 
 @pytest.mark.usefixtures("native")
@@ -192,7 +192,7 @@ def test_rows_are_summed_from_wherever_they_lie() -> None:
     values = torch.arange(6.0).view(2, 3)
     apart = memoryview(b"x" + bytes(to_bytes(values)))[1:]  # not where a float would begin
     weights, slots = torch.tensor([[1.0], [10.0]]), np.arange(2)
-    sums = combine([Received(slots, apart)], weights, slots, values)
+    sums = combine([Received(slots, apart)], prepare(weights, slots, values))
     assert sums.tolist() == [[0, 1, 2], [30, 40, 50]]
 
 
@@ -203,7 +203,9 @@ def test_many_rows_are_moved_whole() -> None:
     moved = gather(values, order, 1)
     assert bytes(moved) == values.numpy()[order].tobytes()
     ones = torch.ones(600, 1)
-    assert torch.equal(combine([Received(order, moved)], ones, np.arange(600), values), values)
+    assert torch.equal(
+        combine([Received(order, moved)], prepare(ones, np.arange(600), values)), values
+    )
 
 
 def test_rows_that_do_not_lie_together_are_gathered_too() -> None:

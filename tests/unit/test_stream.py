@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +24,6 @@ from cluster import native as built
 from cluster.errors import ConfigError
 from cluster.frames import Buffer, Parts
 from cluster.stream import channel as channel_module
-from cluster.stream import client as client_module
 from cluster.stream import server as server_module
 from cluster.stream.channel import BUFFER_BYTES, KEPT_BUFFER_BYTES, Channel
 from cluster.stream.client import WINDOW, StreamTransport
@@ -245,9 +244,9 @@ def test_the_actor_that_answered_last_is_asked_first(
     sent: list[str] = []
     send = transport._send
 
-    def noting(flight: Any, place: int, one: Call) -> Any:
+    def noting(flight: Any, place: int, one: Call, link: Any) -> Any:
         sent.append(one.actor_id)
-        return send(flight, place, one)
+        return send(flight, place, one, link)
 
     transport._send = noting  # type: ignore[method-assign]
     assert ask(transport, *calls) == [b"hello", b"hello"]
@@ -452,7 +451,7 @@ def test_a_call_that_another_actor_can_answer_is_lost_at_once_when_its_stream_br
     actors.add("a")
     other = Elsewhere()
     transport = connect(other)
-    replaceable = replace(call(b"one"), replaceable=True)
+    replaceable = call(b"one")._replace(replaceable=True)
     # Before there is a connection nothing speaks against the actor.
     assert ask(transport, replaceable) in ([b"elsewhere"], [b"one"])
     until(lambda: ask(transport, replaceable) == [b"one"], "a stream is made")
@@ -477,7 +476,8 @@ def test_an_actor_that_is_gone_is_waited_for_no_longer(actors: Actors, connect: 
     outcomes = flight.wait(lambda one: one.actor_id == "a")
     assert answers(outcomes) == [CallFailure.DIED, b"two"]
     assert time.monotonic() - started_s < LIMIT_S
-    assert transport._flights == {}
+    awaited = [list(link.unanswered.values()) for link in transport._links.values()]
+    assert awaited == [[None], []], "nothing of the flight is kept"
     actors.echoes["a"].open.set()
     until(lambda: ask(transport, *calls) == [b"one", b"two"], "late answers disturb nobody")
 
@@ -506,9 +506,8 @@ def test_late_answers_are_ignored_and_never_taken_for_another_calls(
     flight = transport.begin([call(b"patient")], LIMIT_S)
     actors.echoes["a"].open.set()
     assert answers(flight.wait()) == [b"patient"]
-    assert transport._flights == {}
     [link] = transport._links.values()
-    assert link.unanswered == set()
+    assert link.unanswered == {}
 
 
 def test_calls_beyond_the_window_go_elsewhere(actors: Actors, connect: Open) -> None:
@@ -535,7 +534,7 @@ def test_frames_that_the_socket_does_not_take_at_once_are_sent_when_it_does(
     frames = [secrets.token_bytes(3_000_000) for _ in range(3)]
     flights = [transport.begin([call(frame)], LIMIT_S) for frame in frames]
     [link] = transport._links.values()
-    assert link.channel.is_sending
+    assert link.channel.outgoing
     actors.echoes["a"].open.set()
     assert [answers(flight.wait()) for flight in flights] == [[frame] for frame in frames]
 
@@ -555,8 +554,7 @@ def test_without_a_fall_back_a_full_window_is_no_death(actors: Actors, connect: 
 def test_frames_and_answers_that_are_too_long_go_elsewhere(
     actors: Actors, connect: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (client_module, server_module):
-        monkeypatch.setattr(module, "MAX_MESSAGE_BYTES", 1000)
+    monkeypatch.setattr(channel_module, "MAX_MESSAGE_BYTES", 1000)
     actors.add("a")
     other = Elsewhere()
     transport = connect(other)
@@ -841,7 +839,7 @@ def test_what_the_socket_does_not_take_is_sent_later_in_order() -> None:
     sent = [(i, secrets.token_bytes(300_001)) for i in range(5)]
     for call_id, frame in sent:
         left.send(call_id, (frame[:7], frame[7:]))
-    assert left.is_sending
+    assert left.outgoing
     messages: list[tuple[int, bytes]] = []
     deadline_s = time.monotonic() + LIMIT_S
     while len(messages) < 5:
@@ -849,7 +847,7 @@ def test_what_the_socket_does_not_take_is_sent_later_in_order() -> None:
         left.flush()
         messages += [(call_id, bytes(frame)) for call_id, frame in right.receive()]
     assert messages == sent
-    assert not left.is_sending
+    assert not left.outgoing
 
 
 def test_a_message_in_many_parts_is_one() -> None:
@@ -895,7 +893,7 @@ def test_a_channel_waits_for_what_comes_and_no_longer_than_it_is_told(
     assert time.monotonic() - begun_s < 0.9
     sender.join()
     right.send(1, (bytes(4 << 20),))
-    assert right.is_sending
+    assert right.outgoing
     assert not right.can_wait
 
 

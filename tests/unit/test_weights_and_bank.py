@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.families.base import ACTIVATION_NAMES
 from experts.ffn import ACTIVATIONS
 from experts.weights import load_expert
-from router.combine import Received, combine
+from router.combine import Received, combine, prepare
 from router.dispatch import Dispatcher
 from router.exchange import RemoteExchange
 from router.placement_view import PlacementView
@@ -267,7 +266,7 @@ BAD: dict[str, tuple[DispatchFrame, type[Exception], str]] = {
         "layer 3",
     ),
     "a model that is not held": (
-        replace(frame_of(rows_of(1), {1: [0]}), model="other"),
+        frame_of(rows_of(1), {1: [0]})._replace(model="other"),
         WrongPlacementError,
         "not held",
     ),
@@ -283,7 +282,7 @@ def test_a_frame_that_does_not_fit_is_refused_and_disturbs_no_other(
     frame, error_class, words = BAD[name]
     [alone] = bank.compute([GOOD])
     counted = sum(bank.tokens.values())
-    before, refused, after = bank.compute([GOOD, replace(frame, request_id=5), GOOD])
+    before, refused, after = bank.compute([GOOD, frame._replace(request_id=5), GOOD])
     assert isinstance(refused, ErrorFrame)
     assert (refused.request_id, refused.kind) == (5, error_class.__name__)
     assert isinstance(refused.error, error_class)
@@ -415,7 +414,7 @@ def test_combine_sums_in_the_rows_own_precision_in_the_given_order() -> None:
     rows = torch.tensor([[256.0], [1.0], [1.0], [1.0], [1.0], [256.0]]).bfloat16()
     weights = torch.ones(2, 3)
     received = [Received(np.arange(6), to_bytes(rows))]
-    sums = combine(received, weights, np.arange(6), torch.empty(2, 1).bfloat16())
+    sums = combine(received, prepare(weights, np.arange(6), torch.empty(2, 1).bfloat16()))
     assert sums.flatten().tolist() == [256.0, 258.0]
 
 
@@ -423,7 +422,7 @@ def test_combine_leaves_its_arguments_alone() -> None:
     rows, weights = torch.ones(4, 3), torch.full((2, 2), 0.5)
     like = torch.full((2, 3), 7.0)
     received = [Received(np.arange(4), to_bytes(rows))]
-    assert torch.equal(combine(received, weights, np.arange(4), like), torch.ones(2, 3))
+    assert torch.equal(combine(received, prepare(weights, np.arange(4), like)), torch.ones(2, 3))
     assert torch.equal(like, torch.full((2, 3), 7.0))
     assert torch.equal(rows, torch.ones(4, 3))
     assert torch.equal(weights, torch.full((2, 2), 0.5))
