@@ -29,7 +29,7 @@ from cluster.errors import (
     StaleEpochError,
     UnavailableError,
 )
-from cluster.frames import Buffer, DispatchFrame, ErrorFrame, Parts, decode, encode
+from cluster.frames import Buffer, DispatchFrame, ErrorFrame, Parts, RowsFrame, decode, encode
 from cluster.lease import Lease, end_when_orphaned
 from cluster.placement import ExpertKey
 from cluster.spec import EMULATED, ActorReport, ActorSpec
@@ -216,9 +216,9 @@ class ExpertActor:
             # Bounded: whoever computes answers every frame that waits, late ones too.
             while self._computing and _some_wait(mine):
                 self._wait()
-            if _some_wait(mine):
-                self._computing = True
+            if not self._computing:
                 batch, self._queue = self._queue, []
+                self._computing = bool(batch)
         if batch:
             self._answer(batch)
         return [one.answer if isinstance(one, _Waiting) else one for one in mine]
@@ -270,13 +270,14 @@ class ExpertActor:
     def _compute_batch(self, batch: Sequence[_Waiting]) -> list[Parts]:
         """Return an answer to each waiting frame, or nothing at all when the batch failed."""
         now_s = time.time()
-        live = [w.frame for w in batch if w.frame.deadline_s > now_s]
+        frames = [waiting.frame for waiting in batch]
+        live = [frame for frame in frames if frame.deadline_s > now_s]
         try:
-            computed = iter(self._bank.compute(live))
-            return [
-                encode(next(computed) if w.frame.deadline_s > now_s else _late(w.frame))
-                for w in batch
-            ]
+            computed: list[RowsFrame | ErrorFrame] = self._bank.compute(live)
+            if len(live) < len(frames):
+                came = iter(computed)
+                computed = [next(came) if f.deadline_s > now_s else _late(f) for f in frames]
+            return [encode(answer) for answer in computed]
         except Exception:
             # A failure of the device or of torch: say so to every router, stay alive.
             logger.exception("expert actor %s: a batch failed", self._actor_id)

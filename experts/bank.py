@@ -151,16 +151,13 @@ class ExpertBank:
                 error = _misfit(frame, expert_id, expert)
                 return ErrorFrame(frame.request_id, type(error).__name__, error)
             experts.append(expert)
-        return _Work(frame, layer, experts, _pieces(frame, experts[0].device))
-
-
-def _pieces(frame: DispatchFrame, device: torch.device) -> list[torch.Tensor]:
-    """Return the frame's rows, a piece for each expert; another device gets them all at once."""
-    counts, size = frame.num_tokens_per_expert, frame.hidden_size
-    if device.type == "cpu":
-        return pieces_of(memoryview(frame.rows), frame.dtype, counts, size)
-    rows = from_bytes(frame.rows, frame.dtype, frame.num_pairs, size).to(device)
-    return list(rows.split_with_sizes(counts))
+        counts, device = frame.num_tokens_per_expert, experts[0].device
+        if device.type == "cpu":
+            pieces = pieces_of(memoryview(frame.rows), frame.dtype, counts, hidden_size)
+        else:  # another device gets all rows at once
+            rows = from_bytes(frame.rows, frame.dtype, frame.num_pairs, hidden_size).to(device)
+            pieces = list(rows.split_with_sizes(counts))
+        return _Work(frame, layer, experts, pieces)
 
 
 def _misfit(frame: DispatchFrame, expert_id: int, expert: Expert | None) -> ExpertMeshError:
