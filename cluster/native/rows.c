@@ -76,7 +76,7 @@ static PyObject *share_of(const int64_t *expert_of, const Py_ssize_t *next, Py_s
     return share;
 }
 
-/* route(ids [P] int64, k, expert_of [E] int64, ends int64, pairs int64, ordered int64 out)
+/* route(ids [P] int64, k, expert_of [E] int64, ends int64, pairs int64 or None, ordered int64 out)
  * -> (expert ids, counts, begin, end) for each share of the experts, which go up to `ends` */
 FUNCTION(route) {
     Buffers buffers = {.count = 0};
@@ -87,7 +87,7 @@ FUNCTION(route) {
     if (!(ids_view = take(&buffers, args[0], 0))) return NULL;
     if (!(experts_view = take(&buffers, args[2], 0))) return NULL;
     if (!(ends_view = take(&buffers, args[3], 0))) return NULL;
-    if (!(pairs_view = take(&buffers, args[4], 0))) return NULL;
+    if (!(pairs_view = take(&buffers, args[4] == Py_None ? args[0] : args[4], 0))) return NULL;
     if (!(ordered_view = take(&buffers, args[5], 1))) return NULL;
     Py_ssize_t num_ids = ids_view->len / 8, num_experts = experts_view->len / 8;
     Py_ssize_t num_pairs = pairs_view->len / 8, num_shares = ends_view->len / 8;
@@ -95,7 +95,7 @@ FUNCTION(route) {
         ordered_view->len != pairs_view->len)
         return refuse(&buffers, "there must be as much room as pairs, and experts for each token");
     const int64_t *ids = ids_view->buf, *expert_of = experts_view->buf, *ends = ends_view->buf;
-    const int64_t *pairs = pairs_view->buf;
+    const int64_t *pairs = args[4] == Py_None ? NULL : pairs_view->buf; /* all of them */
     int64_t *ordered = ordered_view->buf;
     for (Py_ssize_t i = 0; i < num_shares; i++)
         if (ends[i] < (i ? ends[i - 1] : 0) || ends[i] > num_experts)
@@ -115,7 +115,7 @@ FUNCTION(route) {
     }
     /* By expert's place, then by rank; within both in the order of the pairs. */
     for (Py_ssize_t i = 0; i < num_pairs && !wrong; i++) {
-        int64_t pair = pairs[i];
+        int64_t pair = pairs ? pairs[i] : i;
         if (pair < 0 || pair >= num_ids || ids[pair] < 0 || ids[pair] >= num_experts)
             wrong = "a pair beyond the ids, or an id beyond the experts";
         else next[places[ids[pair]] * k + pair % k + 1]++;
@@ -135,7 +135,7 @@ FUNCTION(route) {
         PyList_SET_ITEM(shares, i, share);
     }
     for (Py_ssize_t i = 0; i < num_pairs; i++) {
-        int64_t pair = pairs[i];
+        int64_t pair = pairs ? pairs[i] : i;
         ordered[next[places[ids[pair]] * k + pair % k]++] = pair;
     }
 done:

@@ -78,6 +78,10 @@ def test_pairs_are_routed_gathered_and_scattered_as_loops_do_it(ids: np.ndarray,
         )
         assert ordered.tolist() == expected
         assert shares == [*shares_of(expert_of, ends, [flat[pair] for pair in expected])]
+        every = np.arange(ids.size)
+        layer = ids.ravel(), k, np.array(expert_of), np.array(ends)
+        (alike, of_all), (other, of_other) = route(*layer, None), route(*layer, every)
+        assert (alike.tolist(), of_all) == (other.tolist(), of_other), "None is all pairs"
         assert slots_of(ids).tolist() == slots
         moved = gather(values, ordered, k)
         raw = to_raw(values)
@@ -223,7 +227,7 @@ def routed(
     k: int = 2,
     expert_of: np.ndarray = PAIRS[:3],
     ends: np.ndarray = ENDS,
-    pairs: np.ndarray = PAIRS,
+    pairs: np.ndarray | None = PAIRS,
     room: int = 4,
 ) -> None:
     native.route(ids, k, expert_of, ends, pairs, np.empty(room, np.int64))
@@ -256,6 +260,7 @@ WRONG = {
     "route, a share below": lambda n: routed(n, ends=np.array([-1, 3])),
     "route, shares that go back": lambda n: routed(n, ends=np.array([2, 1, 3])),
     "route, no room": lambda n: routed(n, room=3),
+    "route, no room for all pairs": lambda n: routed(n, pairs=None, room=3),
     "route, no expert each": lambda n: routed(n, k=0),
     "route, too many experts each": lambda n: routed(n, k=2**62),
     "gather, too many experts each": lambda n: n.gather(bytes(8), PAIRS, 2**62, 4),

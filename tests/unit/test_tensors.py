@@ -11,7 +11,7 @@ import torch
 
 from cluster import native as built
 from cluster import tensors
-from cluster.tensors import TORCH_DTYPES, from_bytes, pieces_of, to_bytes
+from cluster.tensors import TORCH_DTYPES, from_bytes, pieces_of, to_bytes, to_ids
 
 IMPLEMENTATIONS = [None] if built.native is None else [None, built.native]
 
@@ -56,6 +56,20 @@ def test_what_does_not_lie_together_and_what_is_empty_have_bytes_too() -> None:
     assert bytes(to_bytes(rows.t())) == rows.numpy().T.tobytes()
     assert bytes(to_bytes(rows[:, ::2])) == np.ascontiguousarray(rows.numpy()[:, ::2]).tobytes()
     assert bytes(to_bytes(rows[:0])) == b""
+
+
+CHOSEN = torch.arange(12).view(4, 3)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [CHOSEN, CHOSEN.int(), CHOSEN.T, CHOSEN[:, :2], CHOSEN[:1, :1], CHOSEN[:0]],
+    ids=["whole", "int32", "turned", "a part", "one", "none"],
+)
+def test_choices_are_the_same_in_numpy(ids: torch.Tensor) -> None:
+    array = to_ids(ids)
+    assert (array.dtype, array.shape) == (np.int64, tuple(ids.shape))
+    assert array.tolist() == ids.tolist()
 
 
 def test_memory_lasts_as_long_as_what_is_made_of_it() -> None:
