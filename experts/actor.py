@@ -216,9 +216,10 @@ class ExpertActor:
             # Bounded: whoever computes answers every frame that waits, late ones too.
             while self._computing and _some_wait(mine):
                 self._wait()
-            if not self._computing:
+            # Not where its own are answered: those would wait for others' products.
+            if _some_wait(mine):
+                self._computing = True
                 batch, self._queue = self._queue, []
-                self._computing = bool(batch)
         if batch:
             self._answer(batch)
         return [one.answer if isinstance(one, _Waiting) else one for one in mine]

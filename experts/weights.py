@@ -51,9 +51,8 @@ def load_expert(
     """Read one expert's three matrices, gate and up fused into one contiguous block.
 
     Only these tensors' bytes are read, or fetched, each once; beside the weights no more than one
-    stored matrix is in memory, with what its codes stand for where it is quantised. Gate comes
-    before up, as transformers' fused parameter has it, so that results are bitwise those of its
-    eager experts.
+    stored matrix is in memory, at most with what its codes stand for. Gate comes before up, as
+    transformers' fused parameter has it, so that results are bitwise those of its eager experts.
     """
     tensors = checkpoint.family.expert_tensors(checkpoint.config, layer_id, expert_id)
 
@@ -113,7 +112,9 @@ def _is_rearranged(part: Part) -> bool:
 def _is_fp8_as_it_lies(checkpoint: Checkpoint, part: Part, place: torch.Tensor) -> bool:
     """Whether each stored code of ``part`` stands for the number at its own place."""
     packed = checkpoint.packed.get(part.name)
-    return packed is not None and packed.method == FP8 and place.is_cpu and not _is_rearranged(part)
+    if packed is None or packed.method != FP8 or part.stacked:
+        return False
+    return place.is_cpu and not _is_rearranged(part)
 
 
 def _is_stored_as(checkpoint: Checkpoint, part: Part, place: torch.Tensor) -> bool:

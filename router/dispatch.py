@@ -175,8 +175,8 @@ class Dispatcher:
         [T, K]. An expert gets its rows by rank, then by token, as transformers' eager experts do,
         since a row's bits depend on its place in the product. Only ``pairs`` are computed where
         they are given. What is returned lasts until the next call. ``traceparent`` goes along with
-        the frames of a layer that is traced. ``meanwhile`` is called once, while the experts
-        compute.
+        the frames of a layer that is traced. ``meanwhile`` is called once before
+        rows are returned, while the experts compute.
         Returns ``None`` when an expert has no live copy: what is then to be done is the caller's
         business. Raises :class:`ExpertUnavailableError` when not every share could be had before
         ``deadline_s`` (wall clock), and :class:`DeadlineExceededError` where that was no expert's

@@ -45,7 +45,7 @@ class _Link:
     unanswered: dict[int, _StreamFlight | None] = field(default_factory=dict)
     """By the id of the call; ``None`` where nobody waits any longer."""
     answers_before: int = 0
-    """How many answers of all connections had come when this one's latest came."""
+    """How many times answers had come, over any connection, when this one's latest came."""
 
 
 class StreamTransport:
@@ -73,10 +73,9 @@ class StreamTransport:
         links = [self._links.get(call.actor_id) for call in calls]
         turns = [1 if link is None else -link.answers_before for link in links]
         for place in sorted(range(len(calls)), key=turns.__getitem__):
-            failure = self._send(flight, place, calls[place], links[place])
+            failure = self._send(flight, place, calls[place])
             if failure is not None:
                 flight.send_elsewhere(place, failure)
-        self.calls["stream"] += len(flight.places)
         return flight
 
     def is_ready(self, actor_id: str, generation: int) -> bool:
@@ -111,10 +110,9 @@ class StreamTransport:
         if self._fallback is not None:
             self._fallback.close()
 
-    def _send(
-        self, flight: _StreamFlight, place: int, call: Call, link: _Link | None
-    ) -> CallFailure | None:
+    def _send(self, flight: _StreamFlight, place: int, call: Call) -> CallFailure | None:
         """Send a call over its stream; tell what it comes to when that cannot be."""
+        link = self._links.get(call.actor_id)
         if link is None or link.generation != call.generation:
             link = self._link(call.actor_id, call.generation, flight.remaining_s())
             if link is None:
@@ -136,6 +134,7 @@ class StreamTransport:
             self._watch(link)
         link.unanswered[call_id] = flight
         flight.places[call_id] = place
+        self.calls["stream"] += 1
         return None
 
     def _watch(self, link: _Link) -> None:

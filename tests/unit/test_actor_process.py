@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -374,6 +375,40 @@ def test_calls_that_wait_together_share_one_product_and_get_their_own_rows(
     assert gate.products == [1, sum(batches)]
     queued(actor, 0)
     assert actor.describe().steps == 2
+
+
+def test_a_call_that_has_its_answer_waits_for_no_other_product(
+    make: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    product = GatedFfnExpert.__call__
+    gates = {num_rows: threading.Event() for num_rows in (1, 2 + 3, 9)}
+    entered: SimpleQueue[int] = SimpleQueue()
+
+    def gated(expert: GatedFfnExpert, rows: torch.Tensor) -> torch.Tensor:
+        entered.put(len(rows))
+        assert gates[len(rows)].wait(LIMIT_S)
+        return product(expert, rows)
+
+    monkeypatch.setattr(GatedFfnExpert, "__call__", gated)
+    actor = make()
+    with ThreadPoolExecutor(4) as pool:
+        try:
+            first = pool.submit(actor.compute, frame_of(rows_of(1)))
+            assert entered.get(timeout=LIMIT_S) == 1
+            mates = [pool.submit(actor.compute, frame_of(rows_of(count))) for count in (2, 3)]
+            queued(actor, 1 + 2 + 3)
+            gates[1].set()
+            assert entered.get(timeout=LIMIT_S) == 2 + 3
+            last = pool.submit(actor.compute, frame_of(rows_of(9)))
+            queued(actor, 2 + 3 + 9)
+            gates[2 + 3].set()
+            assert entered.get(timeout=LIMIT_S) == 9
+            assert [len(rows_answer(mate.result(LIMIT_S / 3))) for mate in mates] == [2, 3]
+            assert not last.done()
+        finally:
+            for gate in gates.values():
+                gate.set()
+        assert [len(rows_answer(one.result(LIMIT_S))) for one in (first, last)] == [1, 9]
 
 
 def test_a_full_queue_refuses_the_next_frame_and_serves_those_that_wait(

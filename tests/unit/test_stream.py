@@ -244,9 +244,9 @@ def test_the_actor_that_answered_last_is_asked_first(
     sent: list[str] = []
     send = transport._send
 
-    def noting(flight: Any, place: int, one: Call, link: Any) -> Any:
+    def noting(flight: Any, place: int, one: Call) -> Any:
         sent.append(one.actor_id)
-        return send(flight, place, one, link)
+        return send(flight, place, one)
 
     transport._send = noting  # type: ignore[method-assign]
     assert ask(transport, *calls) == [b"hello", b"hello"]
@@ -522,6 +522,28 @@ def test_calls_beyond_the_window_go_elsewhere(actors: Actors, connect: Open) -> 
     actors.echoes["a"].open.set()
     expected = [[b"%d" % i] for i in range(WINDOW)] + [[b"elsewhere"]] * 3
     assert [answers(flight.wait()) for flight in flights] == expected
+
+
+def test_a_stream_that_is_found_broken_while_calls_are_sent_is_no_death(
+    actors: Actors, connect: Open
+) -> None:
+    for name in "ab":
+        actors.add(name)
+    other = Elsewhere()
+    transport = connect(other)
+    calls = [call(name.encode(), name) for name in "ba"]
+    until(lambda: ask(transport, *calls) == [b"b", b"a"], "both streams are there")
+    ask(transport, call(b"a"))  # whoever answered last is asked first
+    actors.echoes["a"].open.clear()
+    held = [transport.begin([call(b"held")], LIMIT_S) for _ in range(WINDOW)]
+    transport._links["b"].channel.sock.shutdown(socket.SHUT_RDWR)
+    other.frames.clear()
+    # That the window to a is full makes the transport look at all of its connections.
+    flight = transport.begin([call(b"later"), call(b"b", "b")._replace(replaceable=True)], LIMIT_S)
+    assert other.frames == [("a", b"later"), ("b", b"b")]
+    assert answers(flight.wait()) == [b"elsewhere", b"elsewhere"]
+    actors.echoes["a"].open.set()
+    assert [answers(one.wait()) for one in held] == [[b"held"]] * WINDOW
 
 
 def test_frames_that_the_socket_does_not_take_at_once_are_sent_when_it_does(
