@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hmac
 import logging
-import os
 import secrets
 import selectors
 import socket
@@ -88,18 +87,6 @@ class _Keys:
         return secret if until_s > time.monotonic() else None
 
 
-def _let_senders_finish() -> None:
-    """Have Linux wake this thread without taking the core from whoever is running there.
-
-    A router that sends to several actors would else lose its core to the first one that is woken
-    on it, for a whole product, and the others would get their messages after that. It may be
-    forbidden, and then costs only speed.
-    """
-    if hasattr(os, "SCHED_BATCH"):
-        with suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
 class StreamServer:
     """Serves streams on a daemon thread of its own from the first :meth:`offer` on."""
 
@@ -170,7 +157,6 @@ class StreamServer:
         return listener
 
     def _run(self) -> None:
-        _let_senders_finish()
         try:
             with self._mode():
                 self._serve_until_closed()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import select
 import socket
@@ -589,16 +588,6 @@ def test_frames_and_answers_that_are_too_long_go_elsewhere(
     assert other.frames == [("a", bytes(1001)), ("a", b"y")]
     actors.echoes["a"].answer = lambda frame: (frame,)
     assert ask(transport, call(bytes(1000))) == [bytes(1000)]
-
-
-def test_an_actor_does_not_take_the_core_from_a_router_that_sends(
-    actors: Actors, connect: Open
-) -> None:
-    actors.add("a")
-    actors.echoes["a"].answer = lambda frame: (b"%d" % os.sched_getscheduler(0),)
-    before = os.sched_getscheduler(0)
-    assert ask(connect(), call(b"x")) == [b"%d" % os.SCHED_BATCH]
-    assert os.sched_getscheduler(0) == before, "the thread's own matter"
 
 
 def test_an_actor_that_ends_breaks_its_streams(actors: Actors, connect: Open) -> None:
