@@ -42,6 +42,18 @@ def to_bytes(rows: torch.Tensor) -> memoryview:
     return memoryview(rows.reshape(-1).view(torch.uint8).numpy().data)
 
 
+def to_span(rows: torch.Tensor) -> memoryview:
+    """Return the bytes from a tensor's first value to its last, on the CPU, whatever its strides.
+
+    Without a copy; only for native code, which is told the strides.
+    """
+    assert native is not None
+    steps = zip(rows.shape, rows.stride(), strict=True)
+    last = sum((count - 1) * stride for count, stride in steps)
+    view: memoryview = native.view(rows, rows.data_ptr(), (last + 1) * rows.itemsize)
+    return view
+
+
 def to_ids(ids: torch.Tensor) -> np.ndarray:
     """Return integers [T, K] as int64 in a numpy array on the CPU; no copy where they are that."""
     whole = ids if ids.dtype == torch.int64 else ids.long()

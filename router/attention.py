@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from cluster.native import native
+from cluster.tensors import to_bytes
 from router.cache import Chunk, PagedBatch, PagedCache, PagedContext, paged_attention
 from router.packing import PackedLinear, is_packable
 
@@ -49,11 +51,7 @@ class FusedAttention(nn.Module):
         num_q, num_kv, size = self._num_q, self._num_kv, self._head_dim
         num_qk = num_q + num_kv
         qkv = self.qkv_proj(hidden_states).view(1, -1, num_qk + num_kv, size)  # [1, T, Q+2G, D]
-        rotated = qkv.narrow(2, 0, num_qk)
-        cos, sin = position_embeddings
-        first, second = rotated.narrow(3, 0, size // 2), rotated.narrow(3, size // 2, size // 2)
-        turned = torch.cat((second.neg(), first), dim=3).mul_(sin.unsqueeze(2))
-        rotated = (rotated * cos.unsqueeze(2)).add_(turned).transpose(1, 2)  # [1, Q+G, T, D]
+        rotated = _rotate(qkv, num_qk, *position_embeddings).transpose(1, 2)  # [1, Q+G, T, D]
         output, _weights = paged_attention(
             self,
             rotated.narrow(1, 0, num_q),
@@ -64,6 +62,24 @@ class FusedAttention(nn.Module):
             paged=paged,
         )
         return self.o_proj(output.flatten(2)), None
+
+
+def _rotate(
+    heads: torch.Tensor, count: int, cosines: torch.Tensor, sines: torch.Tensor
+) -> torch.Tensor:
+    """Return the first ``count`` heads of [1, T, N, D] rotated by angles [1, T, D].
+
+    Natively in place, else by torch. Every product and every sum is rounded, as transformers' are.
+    """
+    num_tokens, size = heads.shape[1], heads.shape[3]
+    rotated = heads.narrow(2, 0, count)
+    if native is not None and cosines.dtype == sines.dtype == heads.dtype:
+        angles = to_bytes(cosines), to_bytes(sines)
+        native.rotate(to_bytes(heads), *angles, num_tokens, size, count)
+        return rotated
+    first, second = rotated.narrow(3, 0, size // 2), rotated.narrow(3, size // 2, size // 2)
+    turned = torch.cat((second.neg(), first), dim=3).mul_(sines.unsqueeze(2))
+    return (rotated * cosines.unsqueeze(2)).add_(turned)
 
 
 def fuse_attention(model: nn.Module) -> None:

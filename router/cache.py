@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from cluster.native import native
+from cluster.tensors import to_bytes, to_span
+from router.decoding import attend_cached, attend_gathered, can_attend_cached, decode_by_scores
 from router.scores import attend_by_scores
 
 ATTENTION_NAME = "expertmesh_paged"
 PAGE_SIZE = 16
-_MANY = 8
-"""From so many decoding sequences on, batched products are faster than torch's own attention."""
-_LENGTH_STEP = 16
 
 
 class PagePool:
@@ -120,8 +120,8 @@ class PagedCache:
         self, layer_id: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> None:
         """Put a layer's new keys and values [G, T, D] at slots [T]."""
-        self.keys[layer_id].index_copy_(1, slots, key)
-        self.values[layer_id].index_copy_(1, slots, value)
+        _store(key, self.keys[layer_id], slots)
+        _store(value, self.values[layer_id], slots)
 
     def gather(self, layer_id: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a layer's keys and values at slots [B, L], [G, B, L, D] each and contiguous.
@@ -157,12 +157,30 @@ class LatentCache(PagedCache):
         self, layer_id: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> None:
         """Put a layer's new keys at slots; ``value`` is part of them."""
-        self.keys[layer_id].index_copy_(1, slots, key)
+        _store(key, self.keys[layer_id], slots)
 
     def gather(self, layer_id: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a layer's keys and values at slots; see :meth:`PagedCache.gather`."""
         keys = self._gathered_keys.gather(self.keys[layer_id], slots)
         return keys, keys[..., : self._latent_size]
+
+
+def _store(rows: torch.Tensor, cached: torch.Tensor, slots: torch.Tensor) -> None:
+    """Put rows [G, T, D] into [G, S, D] at slots [T]."""
+    if native is None or not rows.is_cpu or rows.stride(2) != 1:
+        cached.index_copy_(1, slots, rows)
+        return
+    num_heads, num_slots, size = cached.shape
+    value_bytes = rows.itemsize
+    between_heads, between_tokens, _ = rows.stride()
+    sizes = (
+        num_heads,
+        num_slots,
+        size * value_bytes,
+        between_tokens * value_bytes,
+        between_heads * value_bytes,
+    )
+    native.store(to_span(rows), to_bytes(cached), to_bytes(slots), sizes)
 
 
 class _Scratch:
@@ -220,14 +238,18 @@ def paged_attention(
     is_plain = s_aux is None and softcap is None
     outputs = []  # [1, T, Q, D] each
     if batch.num_decode:
-        keys, values = paged.cache.gather(layer_id, batch.decode_slots)
+        cached = paged.cache.keys[layer_id], paged.cache.values[layer_id]
         mask = batch.decode_windowed if windowed else batch.decode_mask
         decoding = query[0, :, : batch.num_decode]
-        outputs.append(
-            _attend_decoding(decoding, keys, values, mask, scaling)
-            if is_plain
-            else _decode_by_scores(decoding, keys, values, mask, scaling, softcap, s_aux)
-        )
+        if is_plain and can_attend_cached(decoding, *cached):
+            outputs.append(attend_cached(decoding, *cached, batch.decode_slots, mask, scaling))
+        else:
+            gathered = paged.cache.gather(layer_id, batch.decode_slots)
+            outputs.append(
+                attend_gathered(decoding, *gathered, mask, scaling)
+                if is_plain
+                else decode_by_scores(decoding, *gathered, mask, scaling, softcap, s_aux)
+            )
     for chunk in batch.chunks:
         keys, values = paged.cache.gather(layer_id, chunk.slots.unsqueeze(0))
         mask = chunk.windowed if windowed else chunk.mask
@@ -248,23 +270,6 @@ def paged_attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 
-def _decode_by_scores(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Do as :func:`_attend_decoding`, with a cap or sinks [Q]."""
-    num_kv, num_decode, _, size = keys.shape
-    decoding = query.view(num_kv, -1, num_decode, size).transpose(1, 2)  # [G, B, R, D]
-    per_head = None if sinks is None else sinks.view(num_kv, 1, -1, 1)
-    output = attend_by_scores(decoding, keys, values, mask, scaling, softcap, per_head)
-    return output.transpose(0, 1).reshape(1, num_decode, -1, values.shape[-1])
-
-
 def _chunk_by_scores(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -283,63 +288,3 @@ def _chunk_by_scores(
     per_head = None if sinks is None else sinks.view(num_kv, -1, 1, 1)
     output = attend_by_scores(tokens, keys, values, mask, scaling, softcap, per_head)
     return output.flatten(0, 1).transpose(0, 1).unsqueeze(0)
-
-
-def length_step(dtype: torch.dtype, device: torch.device) -> int:
-    """Return of what the lengths that decodes attend to are best multiples.
-
-    oneDNN compiles batched products for every length that it meets, which grows with each step.
-    """
-    return _LENGTH_STEP if _takes_products(dtype, device) else 1
-
-
-def _takes_products(dtype: torch.dtype, device: torch.device) -> bool:
-    return device.type == "cpu" and dtype == torch.bfloat16
-
-
-def _attend_decoding(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-) -> torch.Tensor:
-    """Attend one token [Q, B, D] of each sequence to keys and values [G, B, L, D].
-
-    Query heads of one key/value head as if they were tokens: one product, not one for each.
-    Returns [1, B, Q, D].
-    """
-    num_kv, num_decode, _, size = keys.shape
-    decoding = query.view(num_kv, -1, num_decode, size).transpose(1, 2)  # [G, B, Q/G, D]
-    if num_decode >= _MANY and _takes_products(query.dtype, query.device):
-        output = _attend_bf16(decoding, keys, values, mask, scaling)
-    else:
-        output = functional.scaled_dot_product_attention(
-            decoding, keys, values, attn_mask=mask, scale=scaling
-        )
-    return output.transpose(0, 1).reshape(1, num_decode, -1, values.shape[-1])
-
-
-def _attend_bf16(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-) -> torch.Tensor:
-    """Attend queries [G, B, R, D] to keys and values [G, B, L, D] by batched products.
-
-    torch's own attention on a CPU spends its time in arranging each head's keys anew. A product in
-    bf16 rounds scores too coarsely for a softmax, so what the rounding lost is computed by a second
-    one, whose sum begins with the rounded scores: the two together are good to 16 bits.
-    """
-    rows = query.reshape(-1, *query.shape[2:])  # [G*B, R, D]
-    columns = keys.flatten(0, 1).transpose(1, 2)  # [G*B, D, L]
-    rounded = torch.bmm(rows, columns)
-    scores = rounded.float().add_(torch.baddbmm(rounded, rows, columns, beta=-1)).mul_(scaling)
-    scores = scores.view(*query.shape[:3], -1)  # [G, B, R, L]
-    if mask is not None:
-        scores.masked_fill_(~mask, -torch.inf)
-    shares = scores.softmax(-1).to(values.dtype).flatten(0, 1)
-    output = torch.bmm(shares, values.flatten(0, 1))
-    return output.view(*query.shape[:3], values.shape[-1])

@@ -32,12 +32,13 @@ from router.cache import (
     PagedBatch,
     PagedCache,
     PagedContext,
-    length_step,
     paged_attention,
 )
+from router.decoding import length_step
 from router.gate import Gate, chooser
 from router.grok import register_grok
 from router.latent import LATENT_ATTENTION_NAME, keep_latents, latent_attention
+from router.norms import replace_norms
 from router.packing import pack_linears
 from router.remote_experts import ExpertExchange, RemoteExperts
 
@@ -129,6 +130,7 @@ class MoEModel:
         keep_latents(self._model)
         fuse_attention(self._model)
         pack_linears(self._model)
+        replace_norms(self._model)
         config = self._model.config
         # Some families say 0 where others say nothing.
         self.sliding_window: int | None = getattr(config, "sliding_window", None) or None

@@ -15,6 +15,10 @@ static PyMethodDef functions[] = {
     ENTRY(pieces, "cluster.tensors.pieces_of"),
     ENTRY(send, "cluster.stream.channel.Channel.send"),
     ENTRY(receive, "cluster.stream.channel.Channel.receive"),
+    ENTRY(attend, "router.decoding.attend"),
+    ENTRY(rotate, "router.attention"),
+    ENTRY(store, "router.cache.PagedCache.store"),
+    ENTRY(normalise, "router.norms"),
     {NULL, NULL, 0, NULL},
 };
 

@@ -9,8 +9,21 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
+#if __GNUC__ >= 12 /* older ones do not know it, and are content with less */
+#define WIDEST "arch=x86-64-v4"
+#else
+#define WIDEST "avx512f"
+#endif
+#define FOR_EACH_CPU __attribute__((target_clones(WIDEST, "avx2", "default")))
+#else
+#define FOR_EACH_CPU
+#endif
+
+#define ALONE_BYTES (1 << 18) /* more than this is moved without holding the interpreter */
+
 typedef struct {
-    Py_buffer views[5]; /* as many as a function takes */
+    Py_buffer views[6]; /* as many as a function takes */
     int count;
 } Buffers;
 
@@ -54,5 +67,9 @@ FUNCTION(view);
 FUNCTION(pieces);
 FUNCTION(send);
 FUNCTION(receive);
+FUNCTION(attend);
+FUNCTION(rotate);
+FUNCTION(store);
+FUNCTION(normalise);
 
 extern PyTypeObject native_View;

@@ -7,22 +7,11 @@
  */
 #include "native.h"
 
-#define ALONE_BYTES (1 << 18) /* more than this is moved without holding the interpreter */
+#include "bfloat16.h"
 
 #define BLOCK 256 /* values that are summed at once */
 #define MOST_EXPERTS (1 << 20) /* of a token; and most bytes of a row: no product overflows */
 #define MOST_ROW_BYTES (1 << 30)
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
-#if __GNUC__ >= 12 /* older ones do not know it, and are content with less */
-#define WIDEST "arch=x86-64-v4"
-#else
-#define WIDEST "avx512f"
-#endif
-#define FOR_EACH_CPU __attribute__((target_clones(WIDEST, "avx2", "default")))
-#else
-#define FOR_EACH_CPU
-#endif
 
 /* slots(ids [T, K] int64, k, slots [P] int64 out) */
 FUNCTION(slots) {
@@ -182,23 +171,6 @@ typedef float __attribute__((aligned(1), may_alias)) Float;
 typedef uint16_t Bits;
 typedef float Float;
 #endif
-
-static inline float of_bfloat16(uint16_t bits) {
-    uint32_t wide = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &wide, 4);
-    return value;
-}
-
-/* Round to the nearest bfloat16, ties to even. */
-static inline float rounded(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
-    nearest = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : nearest;
-    memcpy(&value, &nearest, 4);
-    return value;
-}
 
 /* Sum K weighted rows of bfloat16, each product and each sum rounded. */
 FOR_EACH_CPU

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
+from cluster import native as built
 from experts import ffn
 from experts.checkpoint import open_checkpoint
+from router import attention
 from router.attention import FusedAttention, fuse_attention
 from router.model import load_dense
 from tests.checkpoints import save_mixtral
@@ -62,3 +67,35 @@ def test_another_attention_stays(tmp_path: Path, change: object) -> None:
     change(model.model.layers[1].self_attn)  # type: ignore[operator]
     fuse_attention(model)
     assert not isinstance(model.model.layers[1].self_attn, FusedAttention)
+
+
+@pytest.mark.parametrize("native", [] if built.native is None else [built.native])
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10_000),
+    num_tokens=st.integers(1, 5),
+    num_heads=st.integers(1, 4),
+    half=st.integers(1, 70),
+    wrong=st.booleans(),
+)
+def test_heads_are_rotated_natively_with_torchs_bits(
+    native: ModuleType, seed: int, num_tokens: int, num_heads: int, half: int, wrong: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(torch.bfloat16)
+
+    heads = randn(1, num_tokens, num_heads + 2, 2 * half)
+    if wrong:
+        heads[0, 0, 0, 0], heads[0, -1, -1, -1] = torch.nan, torch.inf
+    angles = randn(1, num_tokens, 2 * half), randn(1, num_tokens, 2 * half)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "native", None)
+        expected = attention._rotate(heads, num_heads, *angles)
+    untouched = heads[:, :, num_heads:].clone()
+    got = attention._rotate(heads, num_heads, *angles)
+    assert torch.equal(got.isnan(), expected.isnan())
+    numbers = ~got.isnan()
+    assert torch.equal(got[numbers].view(torch.int16), expected[numbers].view(torch.int16))
+    assert torch.equal(heads[:, :, num_heads:].view(torch.int16), untouched.view(torch.int16))

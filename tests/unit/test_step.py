@@ -21,10 +21,10 @@ from router.cache import (
     PagedCache,
     PagedContext,
     PagePool,
-    _attend_decoding,
     paged_attention,
     pages_needed,
 )
+from router.decoding import attend_gathered
 from router.request import GenerationRequest, SamplingParams
 from router.scheduler import Sequence, Work
 from router.step import pack
@@ -252,7 +252,7 @@ def test_products_of_many_decodes_are_as_exact_as_torchs_attention(
     values = randn(num_kv, num_decode, length, size)
     ends = torch.randint(1, length + 1, (num_decode, 1), generator=generator)
     mask = (torch.arange(length) < ends)[:, None] if hides else None
-    got = _attend_decoding(query, keys, values, mask, scaling)[0]  # [B, Q, D]
+    got = attend_gathered(query, keys, values, mask, scaling)[0]  # [B, Q, D]
 
     def truth(dtype: torch.dtype) -> torch.Tensor:
         attended = functional.scaled_dot_product_attention(

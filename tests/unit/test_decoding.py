@@ -1,0 +1,318 @@
+"""Decodes that read the cache natively, against attention in float64 and against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster import native as built
+from cluster.tensors import to_bytes
+from router import decoding
+from router.cache import LatentCache, PagedCache
+from router.decoding import attend_cached, attend_gathered, can_attend_cached
+
+BUILT = [] if built.native is None else [built.native]
+
+
+@dataclass
+class Case:
+    query: torch.Tensor  # [Q, B, D]
+    keys: torch.Tensor  # [G, S, D]
+    values: torch.Tensor  # [G, S, D]
+    slots: torch.Tensor  # [B, L]
+    mask: torch.Tensor | None  # [B, 1, L]
+    scaling: float
+
+    def attend(self) -> torch.Tensor:
+        """Return [B, Q, D]."""
+        return attend_cached(
+            self.query, self.keys, self.values, self.slots, self.mask, self.scaling
+        )[0]
+
+    def exact(self) -> torch.Tensor:
+        """Return [B, Q, D] in float64, one sequence and head after the other."""
+        num_q, num_seqs, size = self.query.shape
+        output = torch.empty(num_seqs, num_q, size, dtype=torch.float64)
+        for b in range(num_seqs):
+            seen = self.slots[b] if self.mask is None else self.slots[b][self.mask[b, 0]]
+            for q in range(num_q):
+                g = q // (num_q // len(self.keys))
+                keys, values = self.keys[g, seen].double(), self.values[g, seen].double()
+                shares = (keys @ self.query[q, b].double() * self.scaling).softmax(0)
+                output[b, q] = shares @ values
+        return output
+
+    def of(self, sequence: int) -> Case:
+        """Return one sequence alone, without its padding."""
+        slots, mask = self.slots[sequence : sequence + 1], None
+        if self.mask is not None:
+            slots = slots[:, self.mask[sequence, 0]]
+        alone = self.query[:, sequence : sequence + 1]
+        return Case(alone, self.keys, self.values, slots, mask, self.scaling)
+
+
+def make(
+    seed: int,
+    *,
+    num_seqs: int,
+    num_kv: int,
+    heads: int,
+    size: int,
+    length: int,
+    hides: bool,
+    spread: float = 1.0,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    num_slots = num_seqs * length + 5
+
+    def randn(*shape: int) -> torch.Tensor:
+        return (spread * torch.randn(shape, generator=generator)).to(torch.bfloat16)
+
+    # As the model's: tokens first, seen with heads first.
+    query = randn(num_seqs, num_kv * heads + 2, size).transpose(0, 1)[1:-1]
+    keys, values = randn(num_kv, num_slots, size), randn(num_kv, num_slots, size)
+    slots = torch.randperm(num_slots, generator=generator)[: num_seqs * length]
+    mask = None
+    if hides:
+        mask = torch.rand(num_seqs, 1, length, generator=generator) < 0.6
+        mask[:, :, int(torch.randint(length, (), generator=generator))] = True
+    return Case(query, keys, values, slots.view(num_seqs, length), mask, size**-0.5)
+
+
+CASES = st.builds(
+    make,
+    st.integers(0, 10_000),
+    num_seqs=st.integers(1, 5),
+    num_kv=st.integers(1, 3),
+    heads=st.integers(1, 9),
+    size=st.sampled_from([1, 2, 8, 31, 32, 40, 64, 80, 96, 128]),
+    length=st.integers(1, 50),
+    hides=st.booleans(),
+    spread=st.sampled_from([0.01, 1.0, 4.0]),
+)
+
+
+def one_rounding_off(exact: torch.Tensor) -> torch.Tensor:
+    """Return how far a value may be that is computed in float32 and rounded to bfloat16 once."""
+    return exact.abs() * 2**-8 + 2e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("native", BUILT)
+@settings(deadline=None, max_examples=120)
+@given(case=CASES)
+def test_all_but_one_rounding_is_exact(native: ModuleType, case: Case) -> None:
+    assert can_attend_cached(case.query, case.keys, case.values)
+    exact = case.exact()
+    assert ((case.attend().double() - exact).abs() <= one_rounding_off(exact)).all()
+
+
+@pytest.mark.parametrize("native", BUILT)
+@settings(deadline=None, max_examples=40)
+@given(case=CASES)
+def test_neither_other_sequences_nor_padding_change_a_bit(native: ModuleType, case: Case) -> None:
+    together = case.attend()
+    for sequence in range(len(case.slots)):
+        assert torch.equal(together[sequence], case.of(sequence).attend()[0])
+
+
+@pytest.mark.parametrize("native", BUILT)
+@pytest.mark.parametrize("num_seqs", [1, 7])
+def test_threads_change_no_bit(
+    native: ModuleType, num_seqs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 7 * 700 * 24 * 128 values are worth seven threads, one sequence's are worth one.
+    case = make(3, num_seqs=num_seqs, num_kv=4, heads=6, size=128, length=700, hides=True)
+    outputs = []
+    for threads in (1, 2, 7, 1000):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        outputs.append(case.attend())
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+    exact = case.exact()
+    assert ((outputs[0].double() - exact).abs() <= one_rounding_off(exact)).all()
+
+
+@pytest.mark.parametrize("native", BUILT)
+def test_what_is_not_seen_counts_for_nothing_and_what_is_no_number_is_told(
+    native: ModuleType,
+) -> None:
+    case = make(5, num_seqs=2, num_kv=2, heads=2, size=64, length=20, hides=True)
+    before = case.attend()
+    hidden = case.slots[~case.mask[:, 0]]
+    case.keys[:, hidden] = case.values[:, hidden] = torch.nan
+    assert torch.equal(case.attend(), before)
+    seen = case.slots[0][case.mask[0, 0]]
+    for wrong in (torch.nan, torch.inf):
+        case.keys[0, seen[-1]] = wrong
+        output = case.attend()
+        assert output[0, :2].isnan().all()  # the heads that share those keys
+        assert torch.equal(output[0, 2:], before[0, 2:])
+        assert torch.equal(output[1], before[1])
+
+
+@pytest.mark.parametrize("native", BUILT)
+def test_a_key_that_outshines_all_others_is_all_that_counts(native: ModuleType) -> None:
+    case = make(6, num_seqs=1, num_kv=1, heads=1, size=64, length=33, hides=False)
+    case.keys[0, case.slots[0, 17]] = 1000 * case.query[0, 0].sign()
+    assert torch.equal(case.attend()[0, 0], case.values[0, case.slots[0, 17]])
+
+
+def test_without_native_code_and_for_other_kinds_of_cache_keys_are_gathered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = make(7, num_seqs=2, num_kv=2, heads=2, size=64, length=20, hides=False)
+    wide = case.query.float()
+    assert not can_attend_cached(wide, case.keys.float(), case.values.float())
+    assert not can_attend_cached(wide, case.keys, case.values)
+    assert not can_attend_cached(case.query.transpose(1, 2), case.keys, case.values)
+    cpu = torch.device("cpu")
+    latents = LatentCache(1, 64, 48, 16, torch.bfloat16, cpu)
+    assert not can_attend_cached(case.query, latents.keys[0], latents.values[0])
+    monkeypatch.setattr(decoding, "native", None)
+    assert not can_attend_cached(case.query, case.keys, case.values)
+    cache = PagedCache(1, case.keys.shape[1], 2, 64, torch.bfloat16, cpu)
+    cache.store(0, torch.arange(case.keys.shape[1]), case.keys, case.values)
+    gathered = attend_gathered(case.query, *cache.gather(0, case.slots), None, case.scaling)[0]
+    exact = case.exact()
+    assert ((gathered.double() - exact).abs() <= 3 * one_rounding_off(exact).max()).all()
+
+
+@pytest.mark.parametrize("native", [None, *BUILT])
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 10_000),
+    num_heads=st.integers(1, 4),
+    num_tokens=st.integers(1, 9),
+    size=st.integers(1, 40),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+)
+def test_new_keys_and_values_come_to_their_slots_and_nowhere_else(
+    native: ModuleType | None,
+    seed: int,
+    num_heads: int,
+    num_tokens: int,
+    size: int,
+    dtype: torch.dtype,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    both = torch.randn(1, num_tokens, 2 * num_heads + 1, size, generator=generator).to(dtype)
+    key = both[0, :, :num_heads].transpose(0, 1)
+    value = both[0, :, num_heads + 1 :].transpose(0, 1)
+    slots = torch.randperm(16, generator=generator)[:num_tokens]
+    cache = PagedCache(2, 16, num_heads, size, dtype, torch.device("cpu"))
+    for stored in (*cache.keys, *cache.values):
+        stored.fill_(7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("router.cache.native", native)
+        cache.store(1, slots, key, value)
+    for stored, rows in ((cache.keys[1], key), (cache.values[1], value)):
+        expected = torch.full_like(stored, 7)
+        for token, slot in enumerate(slots.tolist()):
+            expected[:, slot] = rows[:, token]
+        assert torch.equal(stored, expected)
+    assert (cache.keys[0] == 7).all()
+    assert (cache.values[0] == 7).all()
+
+
+SIZES = (2, 1, 3, 2, 1, 2, 2)  # B, G, S, D, Q, and strides
+
+
+def attended(
+    native: ModuleType,
+    query: int = 8,
+    keys: int = 12,
+    values: int = 12,
+    slots: tuple[int, ...] = (0, 1, 2, 0),
+    mask: bytes | None = None,
+    room: int = 8,
+    sizes: object = SIZES,
+    scaling: object = 1.0,
+    threads: int = 1,
+) -> None:
+    out = bytearray(room)
+    all_slots = torch.tensor(slots, dtype=torch.int64).numpy()
+    native.attend(
+        bytes(query), bytes(keys), bytes(values), all_slots, mask, out, sizes, scaling, threads
+    )
+
+
+def sizes_but(place: int, value: int) -> tuple[int, ...]:
+    return (*SIZES[:place], value, *SIZES[place + 1 :])
+
+
+ROWS, SLOTS = bytes(16), torch.arange(2).numpy()
+
+
+def stored(
+    native: ModuleType, sizes: object = (2, 3, 4, 8, 4), rows: int = 16, room: int = 24
+) -> None:
+    native.store(bytes(rows), bytearray(room), SLOTS, sizes)
+
+
+WRONG = {
+    "attend, a slot too large": lambda n: attended(n, slots=(0, 1, 2, 3)),
+    "attend, a slot below": lambda n: attended(n, slots=(0, 1, 2, -1)),
+    "attend, no slots": lambda n: attended(n, slots=()),
+    "attend, not as many slots each": lambda n: attended(n, slots=(0, 1, 2)),
+    "attend, too few queries": lambda n: attended(n, query=6),
+    "attend, too few keys": lambda n: attended(n, keys=8),
+    "attend, too few values": lambda n: attended(n, values=8),
+    "attend, too little mask": lambda n: attended(n, mask=bytes([1, 1, 1])),
+    "attend, nothing seen": lambda n: attended(n, mask=bytes([1, 1, 0, 0])),
+    "attend, no room": lambda n: attended(n, room=4),
+    "attend, no thread": lambda n: attended(n, threads=0),
+    "attend, too few sizes, an argument's type": lambda n: attended(n, sizes=SIZES[:6]),
+    "attend, sizes of another type": lambda n: attended(n, sizes=list(SIZES)),
+    "attend, scaling of another type": lambda n: attended(n, scaling="1"),
+    **{
+        f"attend, size {place} is {value}": lambda n, place=place, value=value: attended(
+            n, sizes=sizes_but(place, value)
+        )
+        for place in range(7)
+        for value in (-1, *((0,) if place < 5 else ()), 2**62)
+    },
+    "store, too few rows": lambda n: stored(n, rows=12),
+    "store, a cache too small": lambda n: stored(n, room=20),
+    "store, a slot too large": lambda n: stored(n, sizes=(2, 1, 4, 8, 4), room=8),
+    "store, sizes of another type": lambda n: stored(n, sizes=[2, 3, 4, 8, 4]),
+    **{
+        f"store, size {place} is {value}": lambda n, place=place, value=value: stored(
+            n, sizes=tuple(value if i == place else (2, 3, 4, 8, 4)[i] for i in range(5))
+        )
+        for place in range(5)
+        for value in (-1, *((0,) if place < 3 else ()), 2**62)
+    },
+}
+
+
+def test_what_the_wrong_cases_start_from_is_right() -> None:
+    for native in BUILT:
+        attended(native)
+        attended(native, mask=bytes([1, 0, 0, 1]))
+        stored(native)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_numbers_are_refused_and_nothing_beyond_is_touched(case: str) -> None:
+    for native in BUILT:
+        with pytest.raises(TypeError if "type" in case else ValueError, match=r"\w"):
+            WRONG[case](native)
+
+
+def test_buffers_are_let_go() -> None:
+    for native in BUILT:
+        out, cached = bytearray(8), bytearray(24)
+        slots = torch.tensor([0, 1, 2, 0]).numpy()
+        for threads in (1, 0):
+            try:
+                native.attend(bytes(8), cached[:12], bytes(12), slots, None, out, SIZES, 1, threads)
+            except ValueError:
+                assert threads == 0
+        native.store(ROWS, cached, SLOTS, (2, 3, 4, 8, 4))
+        out.append(1)  # no view of it is held any more
+        cached.append(1)
+        assert to_bytes(torch.zeros(2)).nbytes == 8
