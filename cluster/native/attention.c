@@ -12,7 +12,9 @@
 
 #include "bfloat16.h"
 
+#ifndef __clang__
 #pragma GCC optimize("fp-contract=fast") /* one rounding for a product and its sum: faster, finer */
+#endif
 
 #define ALONE_VALUES (1 << 18) /* more than these are read without holding the interpreter */
 #define SHARE_VALUES (1 << 21) /* so many are worth a thread, which takes some 30 us to start */

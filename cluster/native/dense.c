@@ -15,15 +15,16 @@
 
 /* A head's halves (x, y) become (x cos - y sin, y cos + x sin), each product and sum rounded. */
 FOR_EACH_CPU
-static void rotate_head(uint16_t *head, const uint16_t *cosines, const uint16_t *sines,
+static void rotate_head(uint16_t *restrict low, uint16_t *restrict high,
+                        const uint16_t *restrict cosines, const uint16_t *restrict sines,
                         Py_ssize_t half) {
     for (Py_ssize_t d = 0; d < half; d++) {
-        float x = of_bfloat16(head[d]), y = of_bfloat16(head[half + d]);
+        float x = of_bfloat16(low[d]), y = of_bfloat16(high[d]);
         float xc = rounded(x * of_bfloat16(cosines[d])), ys = rounded(-y * of_bfloat16(sines[d]));
         float yc = rounded(y * of_bfloat16(cosines[half + d]));
         float xs = rounded(x * of_bfloat16(sines[half + d]));
-        head[d] = to_bfloat16(xc + ys);
-        head[half + d] = to_bfloat16(yc + xs);
+        low[d] = to_bfloat16(xc + ys);
+        high[d] = to_bfloat16(yc + xs);
     }
 }
 
@@ -45,11 +46,13 @@ FUNCTION(rotate) {
     if (heads->len != num_tokens * head_bytes * num_heads || count < 0 || count > num_heads ||
         cosines->len != num_tokens * head_bytes || sines->len != cosines->len)
         return refuse(&buffers, "there must be as many heads and angles as the sizes say");
-    for (Py_ssize_t t = 0; t < num_tokens; t++)
-        for (Py_ssize_t n = 0; n < count; n++)
-            rotate_head((uint16_t *)heads->buf + (t * num_heads + n) * size,
-                        (const uint16_t *)cosines->buf + t * size,
+    for (Py_ssize_t t = 0; t < num_tokens; t++) {
+        for (Py_ssize_t n = 0; n < count; n++) {
+            uint16_t *head = (uint16_t *)heads->buf + (t * num_heads + n) * size;
+            rotate_head(head, head + size / 2, (const uint16_t *)cosines->buf + t * size,
                         (const uint16_t *)sines->buf + t * size, size / 2);
+        }
+    }
     release(&buffers);
     Py_RETURN_NONE;
 }
