@@ -6,18 +6,22 @@ Dimension letters: P rows of one expert, H hidden size, I intermediate size.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import cache, partial
 
 import torch
 from torch.nn import functional
 
 from experts.linear import can_pack, pack, packed_bytes, packed_linear
+from experts.tiled import (
+    MAX_ROWS,
+    Activation,
+    GatedFfn,
+    TiledFfn,
+    can_tile,
+    keeps_bits,
+    one_row_fits,
+)
 from experts.weights import GatedFfnWeights
-
-Activation = Callable[[torch.Tensor], torch.Tensor]
-GatedFfn = Callable[[torch.Tensor], torch.Tensor]
-"""One expert: maps rows [P, H] to rows [P, H]."""
 
 # By hidden_act; families.base.ACTIVATION_NAMES are the same ones.
 ACTIVATIONS: dict[str, Activation] = {
@@ -37,17 +41,11 @@ _PLACELESS = frozenset((functional.silu, functional.relu))
 # oneDNN can be told not to use what the processor has.
 _LIMITS = {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"}
 _HAS_AMX: bool = torch.cpu._is_amx_tile_supported() and not _LIMITS & os.environ.keys()
-# With more rows than two AMX tiles have oneDNN adds up in another order.
-_MAX_TILED_ROWS = 32
 # From the first to the second number of rows it adds up in one and the same order again.
 _BLOCKED_ROWS = range(37, 353)
 _BLOCK = 32
 # Products with no more weights than this are torch's own, which add up in another order yet.
 _MAX_TINY_SIZE = 4096
-# One row adds up as two rows do where H and I are multiples of the one and at most the other.
-_ONE_ROW_STEP = 64
-_ONE_ROW_MAX = 2048
-
 
 # Packed products are computed for a multiple of so many rows, up to and beyond so many.
 _FEW_ROWS, _FEW_STEP, _MANY_STEP = 32, 4, 32
@@ -75,8 +73,12 @@ def ffn_of(weights: GatedFfnWeights, act: Activation) -> GatedFfn:
     """
     if weights.gate_up_bias is not None:
         return partial(clamped_ffn, weights=weights)
+    is_big = weights.down.numel() > _MAX_TINY_SIZE
+    tiles = _HAS_AMX and is_big and act in _PLACELESS and can_tile(weights)
+    if tiles and keeps_bits(weights, act, gated_ffn):
+        return TiledFfn(weights, act, partial(gated_ffn, weights=weights, act=act))
     # With AMX the products of gated_ffn are as fast, and no layout hides the weights.
-    packs = not _HAS_AMX and can_pack(weights.down) and weights.down.numel() > _MAX_TINY_SIZE
+    packs = not _HAS_AMX and is_big and can_pack(weights.down)
     if packs and _packing_keeps_bits(*weights.down.shape, act):
         return PackedFfn(weights, act)
     return partial(gated_ffn, weights=weights, act=act)
@@ -162,10 +164,8 @@ def _is_placeless(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation)
 
 
 def _fits_tiles(num_rows: int, weights: GatedFfnWeights) -> bool:
-    sizes = weights.down.shape
-    if num_rows == 1 and (max(sizes) > _ONE_ROW_MAX or any(n % _ONE_ROW_STEP for n in sizes)):
-        return False
-    return 0 < num_rows <= _MAX_TILED_ROWS
+    # With more rows than two AMX tiles have oneDNN adds up in another order.
+    return 0 < num_rows <= MAX_ROWS and (num_rows > 1 or one_row_fits(weights))
 
 
 def _tiled_ffn(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> torch.Tensor:

@@ -4,7 +4,7 @@
 do the same, bit for bit and with the same errors; only attention is computed another way then. Each
 of its functions has one face, which is what others call: :mod:`router.rows`, :mod:`router.combine`,
 :mod:`router.decoding`, :mod:`router.attention`, :mod:`router.norms`, :mod:`router.cache`,
-:mod:`cluster.frames`, :mod:`cluster.tensors`, :mod:`cluster.stream.channel`.
+:mod:`experts.tiled`, :mod:`cluster.frames`, :mod:`cluster.tensors`, :mod:`cluster.stream.channel`.
 """
 
 from __future__ import annotations

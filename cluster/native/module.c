@@ -19,6 +19,8 @@ static PyMethodDef functions[] = {
     ENTRY(rotate, "router.attention"),
     ENTRY(store, "router.cache.PagedCache.store"),
     ENTRY(normalise, "router.norms"),
+    ENTRY(may_tile, "experts.tiled"),
+    ENTRY(tiled_ffn, "experts.tiled"),
     {NULL, NULL, 0, NULL},
 };
 

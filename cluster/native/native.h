@@ -71,5 +71,7 @@ FUNCTION(attend);
 FUNCTION(rotate);
 FUNCTION(store);
 FUNCTION(normalise);
+FUNCTION(may_tile);
+FUNCTION(tiled_ffn);
 
 extern PyTypeObject native_View;

@@ -1,0 +1,206 @@
+"""Experts by AMX tiles: where they are used, what they refuse; bits are test_ffn.py's matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+
+import pytest
+import torch
+from torch.nn import functional
+
+from cluster import native as built
+from experts import ffn, tiled
+from experts.ffn import ffn_of, gated_ffn
+from experts.tiled import MAX_ROWS, TiledFfn, can_tile
+from experts.weights import GatedFfnWeights
+
+HAS_TILES = ffn._HAS_AMX and built.native is not None and built.native.may_tile()
+# Elsewhere an expert is computed by torch, and there is nothing of this to be tried.
+TILING = [built.native] if HAS_TILES else []
+BUILT = [] if built.native is None else [built.native]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def expert_of(hidden: int = 64, inner: int = 96, scale: float = 1.0) -> GatedFfnWeights:
+    generator = torch.Generator().manual_seed(hidden)
+    parts = [
+        (scale * torch.randn(shape, generator=generator)).bfloat16()
+        for shape in ((2 * inner, hidden), (hidden, inner))
+    ]
+    return GatedFfnWeights(*parts)
+
+
+def rows_of(count: int, hidden: int = 64) -> torch.Tensor:
+    return torch.randn(count, hidden, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+def test_experts_are_tiled_where_the_processor_can_and_bits_stay() -> None:
+    assert isinstance(ffn_of(expert_of(), functional.silu), TiledFfn) == HAS_TILES
+
+
+@pytest.mark.parametrize("native", TILING)
+@pytest.mark.parametrize(
+    ("weights", "act"),
+    [
+        (expert_of(72, 96), functional.silu),
+        (expert_of(64, 72), functional.silu),
+        (expert_of(64, 32), functional.silu),
+        (expert_of(), functional.gelu),
+        (
+            GatedFfnWeights(*(p.float() for p in (expert_of().gate_up, expert_of().down))),
+            torch.relu,
+        ),
+    ],
+    ids=["odd hidden size", "odd intermediate size", "tiny", "not placeless", "float32"],
+)
+def test_others_are_not(native: ModuleType, weights: GatedFfnWeights, act: object) -> None:
+    assert not isinstance(ffn_of(weights, act), TiledFfn)
+
+
+def test_without_native_code_or_permission_none_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled, "_may_tile", lambda: False)
+    assert not can_tile(expert_of())
+    monkeypatch.undo()
+    monkeypatch.setattr(tiled, "native", None)
+    assert not can_tile(expert_of())
+
+
+@pytest.mark.parametrize("native", TILING)
+def test_where_the_trial_finds_another_bit_torch_computes(
+    native: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = TiledFfn.compute
+
+    def a_bit_off(self: TiledFfn, rows: torch.Tensor) -> torch.Tensor:
+        output = compute(self, rows)
+        output.view(torch.int16)[-1, -1] ^= 1
+        return output
+
+    tiled._keeps_bits.cache_clear()
+    monkeypatch.setattr(TiledFfn, "compute", a_bit_off)
+    try:
+        assert not isinstance(ffn_of(expert_of(), functional.silu), TiledFfn)
+    finally:
+        tiled._keeps_bits.cache_clear()
+
+
+@pytest.mark.parametrize("native", TILING)
+def test_more_rows_and_more_threads_are_left_to_torch(
+    native: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = expert_of(64, 128)
+    expert = ffn_of(weights, functional.silu)
+    long = ffn_of(expert_of(4096, 32), functional.silu)
+    counts: list[int] = []
+    compute = TiledFfn.compute
+
+    def counted(self: TiledFfn, rows: torch.Tensor) -> torch.Tensor:
+        counts.append(len(rows))
+        return compute(self, rows)
+
+    monkeypatch.setattr(TiledFfn, "compute", counted)
+    for count in (1, MAX_ROWS, MAX_ROWS + 1, 100):
+        assert torch.equal(
+            expert(rows_of(count)), gated_ffn(rows_of(count), weights, functional.silu)
+        )
+    assert counts == [1, MAX_ROWS]
+    # One row of a long sum is another product to oneDNN.
+    assert long(rows_of(1, 4096)).shape == (1, 4096)
+    torch.set_num_threads(2)
+    expert(rows_of(3))
+    assert counts == [1, MAX_ROWS]
+
+
+@pytest.mark.parametrize("native", TILING)
+@pytest.mark.parametrize("act", [functional.silu, functional.relu])
+def test_what_is_no_number_or_too_large_comes_out_as_torchs(
+    native: ModuleType, act: object
+) -> None:
+    weights = expert_of(scale=30.0)
+    rows = rows_of(5)
+    rows[1, 3], rows[2, 5], rows[3] = torch.nan, torch.inf, 1e38
+    rows[4] = 1e-38
+    expected = gated_ffn(rows, weights, act)
+    got = ffn_of(weights, act)(rows)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("native", TILING)
+def test_rows_that_do_not_lie_together_are_computed_too(native: ModuleType) -> None:
+    weights = expert_of()
+    expert = ffn_of(weights, functional.silu)
+    for rows in (rows_of(6, 128)[:, ::2], rows_of(12)[::2], rows_of(64, 6).t()):
+        rows = rows[:6]
+        assert torch.equal(expert(rows), gated_ffn(rows.contiguous(), weights, functional.silu))
+
+
+@pytest.mark.parametrize("native", TILING)
+def test_threads_compute_side_by_side_without_a_trace_of_each_other(native: ModuleType) -> None:
+    weights = expert_of(512, 1024)
+    expert = ffn_of(weights, functional.silu)
+    assert isinstance(expert, TiledFfn)
+    samples = [rows_of(count, 512) for count in (1, 3, 16, 17, 31, 32)]
+    expected = [gated_ffn(rows, weights, functional.silu) for rows in samples]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(10):
+            for got, wanted in zip(threads.map(expert.compute, samples), expected, strict=True):
+                assert torch.equal(got, wanted)
+
+
+def computed(
+    native: ModuleType,
+    rows: int = 128,
+    gate_up: int = 2 * 2 * 32 * 32,
+    down: int = 2 * 32 * 32,
+    activation: int = 1 << 17,
+    room: int = 128,
+    hidden: object = 32,
+    inner: object = 32,
+) -> None:
+    views = bytes(rows), bytes(gate_up), bytes(down), bytes(activation), bytearray(room)
+    native.tiled_ffn(*views, hidden, inner)
+
+
+WRONG = {
+    "no rows": {"rows": 0, "room": 0},
+    "half a row": {"rows": 96, "room": 96},
+    "too many rows": {"rows": 33 * 64, "room": 33 * 64},
+    "too little room": {"room": 64},
+    "too few weights first": {"gate_up": 4094},
+    "too few weights last": {"down": 2046},
+    "no activation": {"activation": 0},
+    "odd hidden size": {"hidden": 16},
+    "odd intermediate size": {"inner": 48},
+    "no hidden size": {"hidden": 0},
+    "less than no intermediate size": {"inner": -32},
+    "a huge hidden size": {"hidden": 2**62},
+    "a huge intermediate size": {"inner": 2**62},
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_numbers_are_refused_and_nothing_beyond_is_touched(case: str) -> None:
+    for native in BUILT:  # where there are no tiles, everything is refused
+        with pytest.raises(ValueError, match=r"\w"):
+            computed(native, **WRONG[case])
+
+
+@pytest.mark.parametrize("native", TILING)
+def test_what_the_wrong_cases_start_from_is_right(native: ModuleType) -> None:
+    computed(native)
+    with pytest.raises(TypeError):
+        computed(native, hidden="32")
+    with pytest.raises(TypeError):
+        native.tiled_ffn(b"")
+    with pytest.raises(TypeError):
+        native.may_tile(1)
