@@ -14,7 +14,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define WITH_TILES __attribute__((target("amx-tile,amx-bf16")))
+/* No processor has tiles without AVX-512. */
+#define WITH_TILES __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl")))
 #define SIDE 16                /* rows of a tile, and float32 in one */
 #define PAIRED 32              /* bfloat16 in a row of a tile: two to a sum */
 #define MOST_ROWS (2 * SIDE)   /* columns of two tiles */
@@ -89,6 +90,7 @@ typedef struct {
 /* `room` takes the rows in pairs, then what is between the two products. */
 WITH_TILES static void compute(const Expert *e, uint32_t *room) {
     float sums[2 * SIDE * MOST_ROWS];
+    uint16_t values[SIDE * MOST_ROWS];
     int num_rows = (int)e->num_rows;
     uint16_t *inner = (uint16_t *)(room + num_rows * e->hidden / 2);
     pair_up(e->rows, num_rows, e->hidden, room);
@@ -96,12 +98,17 @@ WITH_TILES static void compute(const Expert *e, uint32_t *room) {
     for (Py_ssize_t m = 0; m < e->inner; m += SIDE) {
         const uint16_t *gate = e->gate_up + m * e->hidden, *up = gate + e->inner * e->hidden;
         multiply(gate, up, e->hidden, room, num_rows, sums);
-        for (int i = 0; i < SIDE; i++) {
-            uint16_t *to = inner + (m + i) / 2 * num_rows * 2 + i % 2;
+        int count = SIDE * num_rows;
+        const float *ups = sums + count;
+        for (int i = 0; i < count; i++) values[i] = to_bfloat16(sums[i]);
+        for (int i = 0; i < count; i++) values[i] = e->activation[values[i]];
+        for (int i = 0; i < count; i++)
+            values[i] = to_bfloat16(of_bfloat16(values[i]) * rounded(ups[i]));
+        for (int i = 0; i < SIDE; i += 2) {
+            uint16_t *to = inner + (m + i) * num_rows;
             for (int p = 0; p < num_rows; p++) {
-                uint16_t active = e->activation[to_bfloat16(sums[i * num_rows + p])];
-                float other = rounded(sums[(SIDE + i) * num_rows + p]);
-                to[2 * p] = to_bfloat16(of_bfloat16(active) * other);
+                to[2 * p] = values[i * num_rows + p];
+                to[2 * p + 1] = values[(i + 1) * num_rows + p];
             }
         }
     }
