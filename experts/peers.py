@@ -266,12 +266,16 @@ def _chunks(peer: Peer, name: str, begin: int, end: int) -> Iterator[bytes]:
 
 def _answer_of(answer: Future[dict[str, Any]], timeout_s: float) -> dict[str, Any]:
     try:
-        told = answer.result(max(0.0, timeout_s))
+        # Not ``result``: what it raises has a traceback, and so all frames' peers, in the future
+        # that those frames refer to. Such a circle, and with it the peers' processes, would live
+        # until Python looks for circles, which it does rarely here.
+        failure = answer.exception(max(0.0, timeout_s))  # of Ray's many kinds of death
     except FutureTimeoutError:
         answer.cancel()
         raise PeerError("did not answer in time") from None
-    except Exception as error:  # Ray's many kinds of death
-        raise PeerError(f"died ({type(error).__name__})") from None
+    if failure is not None:
+        raise PeerError(f"died ({type(failure).__name__})")
+    told = answer.result()
     if "error" in told:
         raise PeerError(str(error_from_wire(told["error"])))
     return told

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import shutil
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -62,7 +65,7 @@ def done(call: Callable[[], dict[str, Any]]) -> Future[dict[str, Any]]:
     try:
         future.set_result(call())
     except OSError as error:  # what the faults below raise
-        future.set_exception(error)
+        future.set_exception(error.with_traceback(None))  # Ray's come without one, too
     return future
 
 
@@ -362,6 +365,51 @@ def test_a_peer_cannot_have_a_file_written_elsewhere(folder: Path) -> None:
     neighbours.connect = lambda node, path: peer  # type: ignore[method-assign]
     with pytest.raises(CheckpointMissingError, match="is not a plain file name"):
         fetched(folder, neighbours)
+
+
+class DyingPeer(FakePeer):
+    """Dies before it has opened anything."""
+
+    def open(self) -> Future[dict[str, Any]]:
+        def die() -> dict[str, Any]:
+            raise OSError("the node is gone")
+
+        return done(die)
+
+
+@pytest.mark.parametrize("reads_fail", [False, True])
+def test_peers_are_gone_with_the_last_use_of_them_though_others_died(
+    folder: Path,
+    reads_fail: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.ERROR, "expertmesh.peers")  # or what is logged would be kept
+    monkeypatch.setattr(peers_module, "ASKED_AT_ONCE", 2)
+    neighbours = FakeNeighbours({"a": None, "b": None, "c": folder, "d": folder})
+    if reads_fail:
+        neighbours.faults = {"c": dies, "d": dies}
+    connected: list[weakref.ref[FakePeer]] = []
+
+    def connect(node: str, path: str) -> FakePeer:
+        reader = CheckpointReader(str(neighbours.folders[node] or path))
+        fault = neighbours.faults.get(node)
+        peer = (DyingPeer if node == "a" else FakePeer)(node, reader, fault, [])
+        connected.append(weakref.ref(peer))
+        return peer
+
+    monkeypatch.setattr(neighbours, "connect", connect)
+    gc.collect()
+    gc.disable()  # it comes late or, in a quiet process, never: a peer's process would stay
+    try:
+        checkpoint = fetched(folder, neighbours)
+        assert checkpoint.remote is not None
+        check_expert(folder, checkpoint)
+        checkpoint.remote.release()
+        assert len(connected) >= 4
+        assert [peer().node for peer in connected if peer() is not None] == []
+    finally:
+        gc.enable()
 
 
 def test_a_released_peer_is_found_again(folder: Path) -> None:
