@@ -17,10 +17,11 @@ from typing import Protocol
 import torch
 
 from cluster.errors import ExpertMeshError, FrameError, WrongPlacementError
-from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame
+from cluster.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame
 from cluster.placement import ExpertKey
 from cluster.tensors import TORCH_DTYPES, from_bytes, pieces_of, to_bytes
 from experts.ffn import Activation, PackedFfn, ffn_of
+from experts.tiled import compute_tiled
 from experts.weights import GatedFfnWeights
 
 MOST_PIECES = 32
@@ -32,8 +33,8 @@ class GatedFfnExpert:
 
     def __init__(self, weights: GatedFfnWeights, act: Activation) -> None:
         """Take over ``weights``, which may be rearranged."""
-        self._ffn = ffn_of(weights, act)
-        packed = self._ffn if isinstance(self._ffn, PackedFfn) else None
+        self.ffn = ffn_of(weights, act)
+        packed = self.ffn if isinstance(self.ffn, PackedFfn) else None
         self.num_bytes = weights.num_bytes if packed is None else packed.num_bytes
         self.hidden_size = weights.down.shape[0]
         self.dtype = weights.down.dtype
@@ -41,7 +42,7 @@ class GatedFfnExpert:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [P, H] to rows [P, H]."""
-        return self._ffn(rows)
+        return self.ffn(rows)
 
 
 class Expert(Protocol):
@@ -67,12 +68,13 @@ class _Layer:
 
 @dataclass(slots=True)
 class _Work:
-    """A frame's experts, and its rows in as many pieces; each piece's results take its place."""
+    """A frame and its experts, and what these make of its rows."""
 
     frame: DispatchFrame
     layer: _Layer
     experts: list[Expert]
-    pieces: list[torch.Tensor]
+    results: list[torch.Tensor] | memoryview | None = None
+    """Of each expert, or of all in one."""
 
 
 _NO_LAYER = _Layer()
@@ -131,8 +133,7 @@ class ExpertBank:
         opened = [self._open(frame) for frame in frames]
         works = [work for work in opened if isinstance(work, _Work)]
         if len(works) == 1:
-            [work] = works
-            work.pieces = [run(rows) for run, rows in zip(work.experts, work.pieces, strict=True)]
+            _run_lone(works[0])
         else:
             _run_merged(works)
         for work in works:
@@ -151,13 +152,7 @@ class ExpertBank:
                 error = _misfit(frame, expert_id, expert)
                 return ErrorFrame(frame.request_id, type(error).__name__, error)
             experts.append(expert)
-        counts, device = frame.num_tokens_per_expert, experts[0].device
-        if device.type == "cpu":
-            pieces = pieces_of(memoryview(frame.rows), frame.dtype, counts, hidden_size)
-        else:  # another device gets all rows at once
-            rows = from_bytes(frame.rows, frame.dtype, frame.num_pairs, hidden_size).to(device)
-            pieces = list(rows.split_with_sizes(counts))
-        return _Work(frame, layer, experts, pieces)
+        return _Work(frame, layer, experts)
 
 
 def _misfit(frame: DispatchFrame, expert_id: int, expert: Expert | None) -> ExpertMeshError:
@@ -173,25 +168,52 @@ def _misfit(frame: DispatchFrame, expert_id: int, expert: Expert | None) -> Expe
     return FrameError(f"must be {expert.dtype} (given: {frame.dtype})", "frame.dtype")
 
 
+def _run_lone(work: _Work) -> None:
+    """Run a frame's experts over its rows."""
+    ffns = [expert.ffn for expert in work.experts if isinstance(expert, GatedFfnExpert)]
+    work.results = compute_tiled(ffns, work.frame.num_tokens_per_expert, work.frame.rows)
+    if work.results is None:
+        pieces = _pieces_of(work)
+        work.results = [run(rows) for run, rows in zip(work.experts, pieces, strict=True)]
+
+
 def _run_merged(works: Sequence[_Work]) -> None:
-    """Run each expert once over all pieces that wait for it, and put the results there."""
-    waiting: dict[tuple[int, int], list[tuple[_Work, int]]] = {}
+    """Run each expert once over all pieces that wait for it."""
+    waiting: dict[tuple[int, int], list[tuple[list[torch.Tensor], int, Expert]]] = {}
     for work in works:
-        for place, expert_id in enumerate(work.frame.expert_ids):
-            waiting.setdefault((id(work.layer), expert_id), []).append((work, place))
+        # Each piece's results take its place.
+        work.results = pieces = _pieces_of(work)
+        asked = zip(work.frame.expert_ids, work.experts, strict=True)
+        for place, (expert_id, expert) in enumerate(asked):
+            key = id(work.layer), expert_id
+            waiting.setdefault(key, []).append((pieces, place, expert))
     for places in waiting.values():
-        first, at = places[0]
-        rows = [work.pieces[place] for work, place in places]
-        sizes = [piece.shape[0] for piece in rows]
+        rows = [pieces[place] for pieces, place, _ in places]
         joined = torch.cat(rows) if len(rows) > 1 else rows[0]
-        outputs = first.experts[at](joined).split(sizes)
-        for (work, place), output in zip(places, outputs, strict=True):
-            work.pieces[place] = output
+        outputs = places[0][2](joined).split([piece.shape[0] for piece in rows])
+        for (pieces, place, _), output in zip(places, outputs, strict=True):
+            pieces[place] = output
+
+
+def _pieces_of(work: _Work) -> list[torch.Tensor]:
+    """Return a frame's rows, in a piece for each of its experts."""
+    frame, device = work.frame, work.experts[0].device
+    counts, hidden_size = frame.num_tokens_per_expert, frame.hidden_size
+    if device.type == "cpu":
+        return pieces_of(memoryview(frame.rows), frame.dtype, counts, hidden_size)
+    # Another device gets all rows at once.
+    rows = from_bytes(frame.rows, frame.dtype, frame.num_pairs, hidden_size).to(device)
+    return list(rows.split_with_sizes(counts))
 
 
 def _rows_frame(work: _Work) -> RowsFrame:
-    frame, pieces = work.frame, work.pieces
-    if len(pieces) > MOST_PIECES or not pieces[0].is_cpu:
-        pieces = [torch.cat(pieces)]
-    rows = tuple([to_bytes(piece) for piece in pieces])
+    frame, results = work.frame, work.results
+    assert results is not None
+    rows: tuple[Buffer, ...]
+    if isinstance(results, memoryview):
+        rows = (results,)
+    else:
+        if len(results) > MOST_PIECES or not results[0].is_cpu:
+            results = [torch.cat(results)]
+        rows = tuple([to_bytes(piece) for piece in results])
     return RowsFrame(frame.request_id, frame.dtype, frame.num_pairs, frame.hidden_size, rows)

@@ -9,11 +9,13 @@ Dimension letters: P rows of one expert, H hidden size, I intermediate size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
+import numpy as np
 import torch
 
+from cluster.frames import Buffer
 from cluster.native import native
 from cluster.tensors import to_bytes
 from experts.weights import GatedFfnWeights
@@ -52,32 +54,55 @@ class TiledFfn:
 
     def __init__(self, weights: GatedFfnWeights, act: Activation, otherwise: GatedFfn) -> None:
         """Compute what ``otherwise`` does; ``act`` maps every value by itself."""
-        self._hidden_size, self._intermediate_size = weights.down.shape
-        self._gate_up, self._down = to_bytes(weights.gate_up), to_bytes(weights.down)
-        self._activation = _activated(act)
+        self.sizes = weights.down.shape
+        self.row_bytes = self.sizes[0] * weights.down.itemsize
+        self.weights = to_bytes(weights.gate_up), to_bytes(weights.down)
+        self.activation = _activated(act)
         self._otherwise = otherwise
         self._min_rows = 1 if one_row_fits(weights) else 2
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [P, H] to rows [P, H]."""
-        if not self._min_rows <= len(rows) <= MAX_ROWS or torch.get_num_threads() > 1:
-            return self._otherwise(rows)
-        return self.compute(rows)
+        return self.compute(rows) if self.takes(len(rows)) else self._otherwise(rows)
+
+    def takes(self, num_rows: int) -> bool:
+        """Say whether so many rows are computed natively, where bits and speed are as good."""
+        return self._min_rows <= num_rows <= MAX_ROWS and torch.get_num_threads() == 1
 
     def compute(self, rows: torch.Tensor) -> torch.Tensor:
         """Map 1 to ``MAX_ROWS`` rows [P, H] to rows [P, H] natively."""
-        assert native is not None
         output = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        native.tiled_ffn(
-            to_bytes(rows),
-            self._gate_up,
-            self._down,
-            self._activation,
-            to_bytes(output),
-            self._hidden_size,
-            self._intermediate_size,
-        )
+        _compute((self,), (len(rows),), to_bytes(rows), to_bytes(output))
         return output
+
+
+def compute_tiled(
+    experts: Sequence[GatedFfn], counts: tuple[int, ...], rows: Buffer
+) -> memoryview | None:
+    """Compute several experts' rows, one after the other in ``rows``, at once.
+
+    The first ``counts[0]`` are the first expert's, and so on. Returns the results in the same
+    order, or ``None`` where an expert is not of this kind, or does not take so many rows, and all
+    are to be computed one by one.
+    """
+    tiled = [expert for expert in experts if isinstance(expert, TiledFfn)]
+    if len(tiled) < len(counts) or not all(map(TiledFfn.takes, tiled, counts)):
+        return None
+    first = tiled[0]
+    if any(one.sizes != first.sizes or one.activation is not first.activation for one in tiled):
+        return None
+    output = np.empty(sum(counts) * first.row_bytes, np.uint8).data
+    _compute(tiled, counts, rows, output)
+    return output
+
+
+def _compute(
+    experts: Sequence[TiledFfn], counts: tuple[int, ...], rows: Buffer, output: Buffer
+) -> None:
+    assert native is not None
+    first = experts[0]
+    weights = tuple([expert.weights for expert in experts])
+    native.tiled_ffns(rows, counts, weights, first.activation, output, *first.sizes)
 
 
 def one_row_fits(weights: GatedFfnWeights) -> bool:

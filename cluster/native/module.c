@@ -20,7 +20,7 @@ static PyMethodDef functions[] = {
     ENTRY(store, "router.cache.PagedCache.store"),
     ENTRY(normalise, "router.norms"),
     ENTRY(may_tile, "experts.tiled"),
-    ENTRY(tiled_ffn, "experts.tiled"),
+    ENTRY(tiled_ffns, "experts.tiled"),
     {NULL, NULL, 0, NULL},
 };
 

@@ -72,6 +72,6 @@ FUNCTION(rotate);
 FUNCTION(store);
 FUNCTION(normalise);
 FUNCTION(may_tile);
-FUNCTION(tiled_ffn);
+FUNCTION(tiled_ffns);
 
 extern PyTypeObject native_View;

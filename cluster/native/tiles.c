@@ -128,46 +128,102 @@ FUNCTION(may_tile) {
     return PyBool_FromLong(!syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA));
 }
 
-/* tiled_ffn(rows [P, H] bfloat16, gate_up [2 * I, H] the same, down [H, I] the same, activation
- * [65536] of each bfloat16 by its bits, out [P, H], H, I), for up to 32 rows, where may_tile() */
-FUNCTION(tiled_ffn) {
+/* Take the weights of each of `pairs`, (gate_up, down) each; 0 with an error set. */
+static int take_weights(PyObject *pairs, Expert *experts, Py_buffer *views, Py_ssize_t *num_views,
+                        Py_ssize_t hidden, Py_ssize_t inner) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(pairs); i++) {
+        PyObject *pair = PyTuple_GET_ITEM(pairs, i);
+        if (!PyTuple_CheckExact(pair) || PyTuple_GET_SIZE(pair) != 2) {
+            PyErr_SetString(PyExc_TypeError, "an expert's weights must be two");
+            return 0;
+        }
+        for (int part = 0; part < 2; part++) {
+            Py_buffer *view = &views[*num_views];
+            if (PyObject_GetBuffer(PyTuple_GET_ITEM(pair, part), view, PyBUF_SIMPLE)) return 0;
+            ++*num_views;
+            if (view->len != (part ? 2 : 4) * inner * hidden) {
+                PyErr_SetString(PyExc_ValueError, "there must be weights as the sizes say");
+                return 0;
+            }
+        }
+        experts[i].gate_up = views[*num_views - 2].buf;
+        experts[i].down = views[*num_views - 1].buf;
+    }
+    return 1;
+}
+
+/* Give each expert as many of the rows as it is to have; 0 with an error set. */
+static int share_rows(PyObject *counts, Expert *experts, const Py_buffer *rows, Py_buffer *out,
+                      Py_ssize_t hidden) {
+    Py_ssize_t done = 0, total = rows->len / 2 / hidden;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(counts); i++) {
+        Py_ssize_t count = PyLong_AsSsize_t(PyTuple_GET_ITEM(counts, i));
+        if (count == -1 && PyErr_Occurred()) return 0;
+        if (count < 1 || count > MOST_ROWS || count > total - done) {
+            PyErr_SetString(PyExc_ValueError, "there must be 1 to 32 rows for each expert");
+            return 0;
+        }
+        experts[i].num_rows = count;
+        experts[i].rows = (const uint16_t *)rows->buf + done * hidden;
+        experts[i].out = (uint16_t *)out->buf + done * hidden;
+        done += count;
+    }
+    if (done == total && rows->len == total * hidden * 2 && out->len == rows->len) return 1;
+    PyErr_SetString(PyExc_ValueError, "there must be as many rows as experts are to have");
+    return 0;
+}
+
+/* tiled_ffns(rows [P, H] bfloat16, counts, weights, activation [65536] of each bfloat16 by its
+ * bits, out [P, H], H, I), where may_tile(): the first counts[0] rows, 32 at most, by the first
+ * expert, whose weights are (gate_up [2 * I, H] bfloat16, down [H, I] the same), and so on */
+FUNCTION(tiled_ffns) {
     Buffers buffers = {.count = 0};
-    Py_buffer *rows, *gate_up, *down, *activation, *out;
+    Py_buffer *rows, *activation, *out;
     if (!are_given(given, 7)) return NULL;
     Py_ssize_t hidden = PyLong_AsSsize_t(args[5]), inner = PyLong_AsSsize_t(args[6]);
     if (PyErr_Occurred()) return NULL;
+    if (!PyTuple_CheckExact(args[1]) || !PyTuple_CheckExact(args[2])) {
+        PyErr_SetString(PyExc_TypeError, "counts and weights must be tuples");
+        return NULL;
+    }
     if (!(rows = take(&buffers, args[0], 0))) return NULL;
-    if (!(gate_up = take(&buffers, args[1], 0))) return NULL;
-    if (!(down = take(&buffers, args[2], 0))) return NULL;
     if (!(activation = take(&buffers, args[3], 0))) return NULL;
     if (!(out = take(&buffers, args[4], 1))) return NULL;
     if (hidden < 1 || hidden > MOST_SIZE || hidden % PAIRED || inner < 1 || inner > MOST_SIZE ||
         inner % PAIRED)
         return refuse(&buffers, "sizes must be multiples of 32");
-    Py_ssize_t num_rows = rows->len / 2 / hidden;
-    if (num_rows < 1 || num_rows > MOST_ROWS || rows->len != num_rows * hidden * 2 ||
-        out->len != rows->len || gate_up->len != 4 * inner * hidden ||
-        down->len != 2 * inner * hidden || activation->len != 2 * 65536)
-        return refuse(&buffers, "there must be 1 to 32 rows, and weights as the sizes say");
-    Expert expert = {.rows = rows->buf, .gate_up = gate_up->buf, .down = down->buf,
-                     .activation = activation->buf, .out = out->buf, .num_rows = num_rows,
-                     .hidden = hidden, .inner = inner};
-    uint32_t *room = PyMem_RawMalloc(num_rows * (hidden + inner) * 2);
-    if (!room) {
-        release(&buffers);
-        return PyErr_NoMemory();
+    Py_ssize_t count = PyTuple_GET_SIZE(args[1]), num_views = 0;
+    if (PyTuple_GET_SIZE(args[2]) != count || activation->len != 2 * 65536)
+        return refuse(&buffers, "there must be a count for each expert, and an activation");
+    Expert *experts = PyMem_RawCalloc(count + 1, sizeof *experts);
+    Py_buffer *views = PyMem_RawCalloc(2 * count + 1, sizeof *views);
+    uint32_t *room = PyMem_RawMalloc(MOST_ROWS * (hidden + inner) * 2);
+    PyObject *result = NULL;
+    if (!experts || !views || !room) {
+        PyErr_NoMemory();
+    } else if (take_weights(args[2], experts, views, &num_views, hidden, inner) &&
+               share_rows(args[1], experts, rows, out, hidden)) {
+        PyThreadState *saved = PyEval_SaveThread();
+        for (Py_ssize_t i = 0; i < count; i++) {
+            experts[i].activation = activation->buf;
+            experts[i].hidden = hidden;
+            experts[i].inner = inner;
+            compute(&experts[i], room);
+        }
+        PyEval_RestoreThread(saved);
+        result = Py_NewRef(Py_None);
     }
-    PyThreadState *saved = PyEval_SaveThread();
-    compute(&expert, room);
-    PyEval_RestoreThread(saved);
+    while (num_views) PyBuffer_Release(&views[--num_views]);
     PyMem_RawFree(room);
+    PyMem_RawFree(views);
+    PyMem_RawFree(experts);
     release(&buffers);
-    Py_RETURN_NONE;
+    return result;
 }
 #else
 FUNCTION(may_tile) { return are_given(given, 0) ? Py_NewRef(Py_False) : NULL; }
 
-FUNCTION(tiled_ffn) {
+FUNCTION(tiled_ffns) {
     PyErr_SetString(PyExc_ValueError, "built for a processor without tiles");
     return NULL;
 }

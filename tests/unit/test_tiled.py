@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import ModuleType
 
 import pytest
@@ -11,7 +12,11 @@ import torch
 from torch.nn import functional
 
 from cluster import native as built
+from cluster.frames import DispatchFrame, RowsFrame, decode, encode
+from cluster.placement import ExpertKey
+from cluster.tensors import to_bytes
 from experts import ffn, tiled
+from experts.bank import ExpertBank, GatedFfnExpert
 from experts.ffn import ffn_of, gated_ffn
 from experts.tiled import MAX_ROWS, TiledFfn, can_tile
 from experts.weights import GatedFfnWeights
@@ -160,21 +165,29 @@ def test_threads_compute_side_by_side_without_a_trace_of_each_other(native: Modu
 def computed(
     native: ModuleType,
     rows: int = 128,
+    counts: object = (2,),
     gate_up: int = 2 * 2 * 32 * 32,
     down: int = 2 * 32 * 32,
     activation: int = 1 << 17,
     room: int = 128,
     hidden: object = 32,
     inner: object = 32,
+    weights: object = None,
 ) -> None:
-    views = bytes(rows), bytes(gate_up), bytes(down), bytes(activation), bytearray(room)
-    native.tiled_ffn(*views, hidden, inner)
+    weights = ((bytes(gate_up), bytes(down)),) if weights is None else weights
+    activation_, out = bytes(activation), bytearray(room)
+    native.tiled_ffns(bytes(rows), counts, weights, activation_, out, hidden, inner)
 
 
 WRONG = {
-    "no rows": {"rows": 0, "room": 0},
-    "half a row": {"rows": 96, "room": 96},
-    "too many rows": {"rows": 33 * 64, "room": 33 * 64},
+    "no rows": {"rows": 0, "room": 0, "counts": (0,)},
+    "half a row": {"rows": 96, "room": 96, "counts": (1,)},
+    "too many rows": {"rows": 33 * 64, "room": 33 * 64, "counts": (33,)},
+    "more rows than there are": {"counts": (3,)},
+    "fewer rows than there are": {"counts": (1,)},
+    "less than no rows": {"counts": (-1,)},
+    "a count too many": {"counts": (1, 1)},
+    "weights too many": {"weights": ((bytes(4096), bytes(2048)),) * 2},
     "too little room": {"room": 64},
     "too few weights first": {"gate_up": 4094},
     "too few weights last": {"down": 2046},
@@ -198,9 +211,77 @@ def test_wrong_numbers_are_refused_and_nothing_beyond_is_touched(case: str) -> N
 @pytest.mark.parametrize("native", TILING)
 def test_what_the_wrong_cases_start_from_is_right(native: ModuleType) -> None:
     computed(native)
+    computed(native, rows=0, room=0, counts=(), weights=())
+    for wrong in (
+        {"hidden": "32"},
+        {"counts": [2]},
+        {"counts": ("2",)},
+        {"weights": [(b"", b"")]},
+        {"weights": (b"",)},
+        {"weights": ((b"",),)},
+        {"weights": ((None, b""),)},
+    ):
+        with pytest.raises(TypeError):
+            computed(native, **wrong)
     with pytest.raises(TypeError):
-        computed(native, hidden="32")
-    with pytest.raises(TypeError):
-        native.tiled_ffn(b"")
+        native.tiled_ffns(b"")
     with pytest.raises(TypeError):
         native.may_tile(1)
+
+
+@pytest.mark.parametrize("native", TILING)
+def test_buffers_are_let_go(native: ModuleType) -> None:
+    rows, out, first, last = bytearray(128), bytearray(128), bytearray(4096), bytearray(2048)
+    for counts in ((2,), (3,)):
+        with suppress(ValueError):
+            native.tiled_ffns(rows, counts, ((first, last),), bytes(1 << 17), out, 32, 32)
+    for buffer in (rows, out, first, last):
+        buffer.append(1)  # no view of it is held any more
+
+
+def bank_of(*experts: GatedFfnWeights, act: object = functional.silu) -> ExpertBank:
+    bank = ExpertBank()
+    for expert_id, weights in enumerate(experts):
+        bank.hold(ExpertKey("m", 0, expert_id), GatedFfnExpert(weights, act))
+    return bank
+
+
+def frame_of(counts: dict[int, int], rows: torch.Tensor, request_id: int = 1) -> DispatchFrame:
+    frame = DispatchFrame(
+        request_id=request_id,
+        epoch=1,
+        placement_version=1,
+        model="m",
+        layer_id=0,
+        expert_ids=tuple(counts),
+        num_tokens_per_expert=tuple(counts.values()),
+        dtype="bfloat16",
+        hidden_size=rows.shape[1],
+        deadline_s=1e12,
+        rows=bytes(to_bytes(rows)),
+    )
+    decoded = decode(b"".join(encode(frame)))
+    assert isinstance(decoded, DispatchFrame)
+    return decoded
+
+
+@pytest.mark.parametrize(
+    "counts", [{0: 1}, {2: 5}, {0: 1, 1: 32, 2: 7}, {0: 3, 2: 33}, {1: 100, 2: 1}]
+)
+@pytest.mark.parametrize("kind", ["alike", "one of another size", "one that is not tiled"])
+@pytest.mark.parametrize("num_frames", [1, 2])
+def test_a_frames_experts_give_what_each_gives_by_itself(
+    counts: dict[int, int], kind: str, num_frames: int
+) -> None:
+    inner = {"alike": 96, "one of another size": 160, "one that is not tiled": 72}[kind]
+    experts = [expert_of(), expert_of(64, inner), expert_of(64, 96, 2.0)]
+    rows = rows_of(sum(counts.values()))
+    frames = [frame_of(counts, rows, request_id) for request_id in range(num_frames)]
+    expected = []
+    for expert_id, some in zip(counts, rows.split(list(counts.values())), strict=True):
+        of_all_frames = torch.cat([some] * num_frames)
+        expected.append(gated_ffn(of_all_frames, experts[expert_id], functional.silu)[: len(some)])
+    for answer in bank_of(*experts).compute(frames):
+        assert isinstance(answer, RowsFrame)
+        got = b"".join(bytes(part) for part in answer.rows)
+        assert got == bytes(to_bytes(torch.cat(expected)))
