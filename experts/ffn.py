@@ -6,21 +6,14 @@ Dimension letters: P rows of one expert, H hidden size, I intermediate size.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache, partial
 
 import torch
 from torch.nn import functional
 
 from experts.linear import can_pack, pack, packed_bytes, packed_linear
-from experts.tiled import (
-    MAX_ROWS,
-    Activation,
-    GatedFfn,
-    TiledFfn,
-    can_tile,
-    keeps_bits,
-    one_row_fits,
-)
+from experts.tiled import MAX_ROWS, Activation, GatedFfn, TiledFfn, can_tile
 from experts.weights import GatedFfnWeights
 
 # By hidden_act; families.base.ACTIVATION_NAMES are the same ones.
@@ -50,6 +43,12 @@ _MAX_TINY_SIZE = 4096
 # Packed products are computed for a multiple of so many rows, up to and beyond so many.
 _FEW_ROWS, _FEW_STEP, _MANY_STEP = 32, 4, 32
 _TRIED_ROWS = (1, 2, 3, 5, 8, 17, 48, 100)
+# One tile and two. Few, since oneDNN keeps the code that it makes for each.
+_TRIED_TILED_ROWS = (3, 17)
+_TRIED_SIDE = 128
+# One row adds up as two rows do where H and I are multiples of the one and at most the other.
+_ONE_ROW_STEP = 64
+_ONE_ROW_MAX = 2048
 
 
 def clamped_ffn(rows: torch.Tensor, weights: GatedFfnWeights) -> torch.Tensor:
@@ -75,8 +74,13 @@ def ffn_of(weights: GatedFfnWeights, act: Activation) -> GatedFfn:
         return partial(clamped_ffn, weights=weights)
     is_big = weights.down.numel() > _MAX_TINY_SIZE
     tiles = _HAS_AMX and is_big and act in _PLACELESS and can_tile(weights)
-    if tiles and keeps_bits(weights, act, gated_ffn):
-        return TiledFfn(weights, act, partial(gated_ffn, weights=weights, act=act))
+    hidden_size, intermediate_size = weights.down.shape
+    # How long sums are is what matters, not how many.
+    if tiles and all(
+        _tiling_keeps_bits(*sizes, act)
+        for sizes in ((hidden_size, _TRIED_SIDE), (_TRIED_SIDE, intermediate_size))
+    ):
+        return _tiled(weights, act)
     # With AMX the products of gated_ffn are as fast, and no layout hides the weights.
     packs = not _HAS_AMX and is_big and can_pack(weights.down)
     if packs and _packing_keeps_bits(*weights.down.shape, act):
@@ -112,21 +116,40 @@ class PackedFfn:
         return packed_linear(self._act(gate) * up, self._down)[:num_rows]
 
 
+def _tiled(weights: GatedFfnWeights, act: Activation) -> TiledFfn:
+    otherwise = partial(gated_ffn, weights=weights, act=act)
+    return TiledFfn(weights, act, otherwise, 1 if _one_row_fits(weights) else 2)
+
+
 @cache
 @torch.inference_mode()
 def _packing_keeps_bits(hidden_size: int, intermediate_size: int, act: Activation) -> bool:
     """Try packed products on a random expert of this shape: a matter of shape and processor."""
+    weights, samples = _random_expert(hidden_size, intermediate_size, _TRIED_ROWS)
+    packed = PackedFfn(weights, act)
+    return all(torch.equal(packed(rows), _plain_ffn(rows, weights, act)) for rows in samples)
+
+
+@cache
+@torch.inference_mode()
+def _tiling_keeps_bits(hidden_size: int, intermediate_size: int, act: Activation) -> bool:
+    """Try tiles on a random expert of this shape."""
+    weights, samples = _random_expert(hidden_size, intermediate_size, _TRIED_TILED_ROWS)
+    tiled = _tiled(weights, act)
+    return all(torch.equal(tiled.compute(rows), gated_ffn(rows, weights, act)) for rows in samples)
+
+
+def _random_expert(
+    hidden_size: int, intermediate_size: int, counts: Sequence[int]
+) -> tuple[GatedFfnWeights, list[torch.Tensor]]:
+    """Return an expert, and so many rows for it of each count."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16).normal_(generator=generator)
 
-    weights = GatedFfnWeights(
-        randn(2 * intermediate_size, hidden_size), randn(hidden_size, intermediate_size)
-    )
-    packed = PackedFfn(weights, act)
-    samples = [randn(num_rows, hidden_size) for num_rows in _TRIED_ROWS]
-    return all(torch.equal(packed(rows), _plain_ffn(rows, weights, act)) for rows in samples)
+    gate_up, down = randn(2 * intermediate_size, hidden_size), randn(hidden_size, intermediate_size)
+    return GatedFfnWeights(gate_up, down), [randn(count, hidden_size) for count in counts]
 
 
 def gated_ffn(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> torch.Tensor:
@@ -165,7 +188,12 @@ def _is_placeless(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation)
 
 def _fits_tiles(num_rows: int, weights: GatedFfnWeights) -> bool:
     # With more rows than two AMX tiles have oneDNN adds up in another order.
-    return 0 < num_rows <= MAX_ROWS and (num_rows > 1 or one_row_fits(weights))
+    return 0 < num_rows <= MAX_ROWS and (num_rows > 1 or _one_row_fits(weights))
+
+
+def _one_row_fits(weights: GatedFfnWeights) -> bool:
+    sizes = weights.down.shape
+    return max(sizes) <= _ONE_ROW_MAX and not any(size % _ONE_ROW_STEP for size in sizes)
 
 
 def _tiled_ffn(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> torch.Tensor:

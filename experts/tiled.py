@@ -22,16 +22,10 @@ from experts.weights import GatedFfnWeights
 
 MAX_ROWS = 32
 _SIZE_STEP = 32
-_TRIED_ROWS = (2, 3, 8, 16, 17, 32)
-_TRIED_SIDE = 128
-# One row adds up as two rows do where H and I are multiples of the one and at most the other.
-_ONE_ROW_STEP = 64
-_ONE_ROW_MAX = 2048
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 GatedFfn = Callable[[torch.Tensor], torch.Tensor]
 """One expert: maps rows [P, H] to rows [P, H]."""
-PlainFfn = Callable[[torch.Tensor, GatedFfnWeights, Activation], torch.Tensor]
 
 
 def can_tile(weights: GatedFfnWeights) -> bool:
@@ -52,18 +46,22 @@ class TiledFfn:
     More rows, and all where torch has several threads for them, are left to ``otherwise``.
     """
 
-    def __init__(self, weights: GatedFfnWeights, act: Activation, otherwise: GatedFfn) -> None:
-        """Compute what ``otherwise`` does; ``act`` maps every value by itself."""
+    def __init__(
+        self, weights: GatedFfnWeights, act: Activation, otherwise: GatedFfn, min_rows: int
+    ) -> None:
+        """Compute what ``otherwise`` does, from ``min_rows`` on; ``act`` is of single values."""
         self.sizes = weights.down.shape
         self.row_bytes = self.sizes[0] * weights.down.itemsize
         self.weights = to_bytes(weights.gate_up), to_bytes(weights.down)
         self.activation = _activated(act)
         self._otherwise = otherwise
-        self._min_rows = 1 if one_row_fits(weights) else 2
+        self._min_rows = min_rows
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [P, H] to rows [P, H]."""
-        return self.compute(rows) if self.takes(len(rows)) else self._otherwise(rows)
+        is_own = rows.is_cpu and rows.dtype == torch.bfloat16 and rows.shape[1] == self.sizes[0]
+        takes = is_own and self.takes(len(rows))
+        return self.compute(rows) if takes else self._otherwise(rows)
 
     def takes(self, num_rows: int) -> bool:
         """Say whether so many rows are computed natively, where bits and speed are as good."""
@@ -105,12 +103,6 @@ def _compute(
     native.tiled_ffns(rows, counts, weights, first.activation, output, *first.sizes)
 
 
-def one_row_fits(weights: GatedFfnWeights) -> bool:
-    """Say whether oneDNN sums the products of a single row as it does those of two."""
-    sizes = weights.down.shape
-    return max(sizes) <= _ONE_ROW_MAX and not any(size % _ONE_ROW_STEP for size in sizes)
-
-
 @cache
 def _may_tile() -> bool:
     return native is not None and bool(native.may_tile())
@@ -121,35 +113,3 @@ def _activated(act: Activation) -> memoryview:
     """Return what an activation makes of each bfloat16, in the order of their bits."""
     bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
     return to_bytes(act(bits.view(torch.bfloat16)))
-
-
-@torch.inference_mode()
-def keeps_bits(weights: GatedFfnWeights, act: Activation, plain: PlainFfn) -> bool:
-    """Say whether :class:`TiledFfn` computes an expert of this shape as ``plain`` does."""
-    return all(
-        _keeps_bits(hidden_size, intermediate_size, act, plain)
-        for hidden_size, intermediate_size in (
-            (weights.down.shape[0], _TRIED_SIDE),
-            (_TRIED_SIDE, weights.down.shape[1]),
-        )
-    )
-
-
-@cache
-def _keeps_bits(hidden_size: int, intermediate_size: int, act: Activation, plain: PlainFfn) -> bool:
-    """Try both on random experts. How many sums there are is no matter, only how long they are."""
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(generator=generator)
-
-    weights = GatedFfnWeights(
-        randn(2 * intermediate_size, hidden_size), randn(hidden_size, intermediate_size)
-    )
-
-    def expected(rows: torch.Tensor) -> torch.Tensor:
-        return plain(rows, weights, act)
-
-    tiled = TiledFfn(weights, act, expected)
-    samples = [randn(num_rows, hidden_size) for num_rows in _TRIED_ROWS]
-    return all(torch.equal(tiled.compute(rows), expected(rows)) for rows in samples)

@@ -51,7 +51,9 @@ class FusedAttention(nn.Module):
         num_q, num_kv, size = self._num_q, self._num_kv, self._head_dim
         num_qk = num_q + num_kv
         qkv = self.qkv_proj(hidden_states).view(1, -1, num_qk + num_kv, size)  # [1, T, Q+2G, D]
-        rotated = _rotate(qkv, num_qk, *position_embeddings).transpose(1, 2)  # [1, Q+G, T, D]
+        rotated = _rotate_in_place(qkv, num_qk, *position_embeddings).transpose(
+            1, 2
+        )  # [1, Q+G, T, D]
         output, _weights = paged_attention(
             self,
             rotated.narrow(1, 0, num_q),
@@ -64,16 +66,18 @@ class FusedAttention(nn.Module):
         return self.o_proj(output.flatten(2)), None
 
 
-def _rotate(
+def _rotate_in_place(
     heads: torch.Tensor, count: int, cosines: torch.Tensor, sines: torch.Tensor
 ) -> torch.Tensor:
     """Return the first ``count`` heads of [1, T, N, D] rotated by angles [1, T, D].
 
-    Natively in place, else by torch. Every product and every sum is rounded, as transformers' are.
+    Natively where they lie, else by torch; ``heads`` is not to be used again for these. Every
+    product and every sum is rounded, as transformers' are.
     """
     num_tokens, size = heads.shape[1], heads.shape[3]
     rotated = heads.narrow(2, 0, count)
-    if native is not None and cosines.dtype == sines.dtype == heads.dtype:
+    is_bf16 = heads.dtype == cosines.dtype == sines.dtype == torch.bfloat16
+    if native is not None and is_bf16 and heads.is_cpu and heads.is_contiguous():
         angles = to_bytes(cosines), to_bytes(sines)
         native.rotate(to_bytes(heads), *angles, num_tokens, size, count)
         return rotated

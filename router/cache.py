@@ -167,10 +167,12 @@ class LatentCache(PagedCache):
 
 def _store(rows: torch.Tensor, cached: torch.Tensor, slots: torch.Tensor) -> None:
     """Put rows [G, T, D] into [G, S, D] at slots [T]."""
-    if native is None or not rows.is_cpu or rows.stride(2) != 1:
+    num_heads, num_slots, size = cached.shape
+    is_plain = rows.is_cpu and rows.stride(2) == 1 and rows.dtype == cached.dtype
+    fits = rows.shape == (num_heads, len(slots), size) and len(slots) > 0
+    if native is None or not is_plain or not fits:
         cached.index_copy_(1, slots, rows)
         return
-    num_heads, num_slots, size = cached.shape
     value_bytes = rows.itemsize
     between_heads, between_tokens, _ = rows.stride()
     sizes = (

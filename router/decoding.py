@@ -1,8 +1,8 @@
 """One new token of each of many sequences attending to what the cache has of them.
 
-Native code reads keys and values where they lie, one sequence and key/value head after the other.
-Without it, and where a head's values are not like its keys, they are gathered first and torch
-computes with them; a cap or sinks have formulas of their own (:mod:`router.scores`).
+With AVX-512 native code reads keys and values where they lie, one sequence and key/value head after
+the other. Elsewhere, and where a head's values are not like its keys, they are gathered first and
+torch computes with them; a cap or sinks have formulas of their own (:mod:`router.scores`).
 
 Dimension letters: B decoding sequences, L cached tokens attended to, S cache slots, G key/value
 heads, Q query heads, R of them to a key/value head, D head size.
@@ -20,12 +20,16 @@ from router.scores import attend_by_scores
 _MANY = 8
 """From so many decoding sequences on, batched products are faster than torch's own attention."""
 _LENGTH_STEP = 16
+_IS_WIDE = native is not None and bool(native.is_wide())
+"""Whether vectors are wide enough for native attention to be the faster one: with half as wide ones
+a single long sequence takes twice as long as by torch."""
 
 
 def can_attend_cached(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
     """Say whether :func:`attend_cached` takes queries [Q, B, D] and a layer's keys and values."""
     return (
-        native is not None
+        _IS_WIDE
+        and native is not None
         and query.is_cpu
         and query.dtype == keys.dtype == torch.bfloat16
         and query.stride(2) == 1

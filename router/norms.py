@@ -8,6 +8,7 @@ Dimension letters: T tokens, H hidden size.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -50,20 +51,22 @@ class NativeNorm(nn.Module):
 def replace_norms(model: nn.Module) -> None:
     """Replace every norm of ``model`` whose results :class:`NativeNorm` gives bit for bit.
 
-    Others stay: other dtypes and devices, other formulas, and all where native code is not built.
+    Others stay: other dtypes and devices, other formulas, what has hooks, and all where native code
+    is not built.
     """
+    # Whether norms of a class are native ones is a matter of their size and epsilon, if not of
+    # their weights: those that are tried are random ones.
     tried: dict[tuple[type, int, float], bool] = {}
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if not _is_candidate(child):
+            if not _is_candidate(child) or isinstance(parent, NativeNorm):
                 continue
             norm: Any = child
             key = type(norm), norm.weight.numel(), norm.variance_epsilon
-            native_norm = NativeNorm(norm)
             if key not in tried:
-                tried[key] = _same_bits(norm, native_norm)
+                tried[key] = _same_bits(norm)
             if tried[key]:
-                setattr(parent, name, native_norm)
+                setattr(parent, name, NativeNorm(norm))
 
 
 def _is_candidate(module: Any) -> bool:
@@ -73,6 +76,7 @@ def _is_candidate(module: Any) -> bool:
         native is not None
         and parameters.keys() == {"weight"}
         and not list(module.children())
+        and not (module._forward_hooks or module._forward_pre_hooks)
         and isinstance(getattr(module, "variance_epsilon", None), float)
         and module.weight.dim() == 1
         and module.weight.numel() >= _LANES
@@ -82,17 +86,20 @@ def _is_candidate(module: Any) -> bool:
 
 
 @torch.inference_mode()
-def _same_bits(replaced: Any, native_norm: NativeNorm) -> bool:
-    """Try both on random rows, some small enough for epsilon to count.
+def _same_bits(replaced: Any) -> bool:
+    """Try both on random rows and weights, some rows small enough for epsilon to count.
 
     Some at a time: freed memory stays with a router, so what trials take it keeps.
     """
     size = replaced.weight.numel()
     generator = torch.Generator().manual_seed(0)
+    norm = copy.copy(replaced)
+    norm._parameters = {"weight": torch.randn(size, generator=generator).to(torch.bfloat16)}
+    native_norm = NativeNorm(norm)
     num_rows = -(-_TRIED_VALUES // size)
     scales = torch.logspace(-4, 2, num_rows).unsqueeze(1)
     for some in scales.split(max(1, _TRIED_AT_ONCE // size)):
         rows = (torch.randn(len(some), size, generator=generator) * some).to(torch.bfloat16)
-        if not torch.equal(replaced(rows), native_norm(rows)):
+        if not torch.equal(norm(rows), native_norm(rows)):
             return False
     return True

@@ -21,7 +21,7 @@
 #define MOST_THREADS 64
 #define MOST_HEADS (1 << 12)   /* and values of a head */
 #define MOST_SEQS (1 << 24)
-#define MOST_ROWS (1LL << 36)  /* slots and strides: no product of sizes overflows */
+#define MOST_SLOTS (1LL << 36) /* and values between two rows: no product of sizes overflows */
 #define LANES 16
 #define BLOCK (2 * LANES)
 #define AHEAD 16 /* rows that are asked for before they are needed: pages are not adjacent */
@@ -58,7 +58,7 @@ static inline __attribute__((always_inline)) float total(Lane lane) {
 }
 
 /* e to the power of each value of at most 0, to the last bit or two (Cephes' polynomial). */
-static inline __attribute__((always_inline)) Lane power(Lane x) {
+static inline __attribute__((always_inline)) Lane exponential(Lane x) {
     const float magic = 12582912.0f; /* adding it rounds to whole numbers */
     Whole is_low = x < -87.0f;
     x = (Lane)(((Whole)x & ~is_low) | ((Whole)((Lane){} - 87.0f) & is_low));
@@ -137,7 +137,7 @@ static inline __attribute__((always_inline)) float soften(float *scores, Py_ssiz
     for (int i = 1; i < LANES; i++) highest = most[i] > highest ? most[i] : highest;
     for (Py_ssize_t l = 0; l < length; l += LANES) {
         LooseLane *some = (LooseLane *)(scores + l);
-        Lane shares = power(*some - highest);
+        Lane shares = exponential(*some - highest);
         sums += shares;
         *some = shares;
     }
@@ -277,6 +277,12 @@ static int attend_all(const Share *whole, Py_ssize_t num_shares) {
     return has_memory;
 }
 
+/* is_wide() -> whether a vector of LANES is one register here, as attend() takes to be fast */
+FUNCTION(is_wide) {
+    if (!are_given(given, 0)) return NULL;
+    return PyBool_FromLong(IS_WIDE);
+}
+
 /* attend(queries bfloat16, keys [G, S, D] bfloat16, values the same, slots [B, L] int64, mask
  * [B, L] bool or None, out [B, Q, D] bfloat16, (B, G, S, D, Q, values between two tokens' queries
  * and between two heads'), scaling, most threads) */
@@ -302,7 +308,7 @@ FUNCTION(attend) {
     if (!(slots = take(&buffers, args[3], 0))) return NULL;
     if (args[4] != Py_None && !(mask = take(&buffers, args[4], 0))) return NULL;
     if (!(out = take(&buffers, args[5], 1))) return NULL;
-    const Py_ssize_t most = MOST_HEADS, much = MOST_ROWS;
+    const Py_ssize_t most = MOST_HEADS, much = MOST_SLOTS;
     if (s.num_seqs < 1 || s.num_seqs > MOST_SEQS || s.num_kv < 1 || s.num_kv > most || s.size < 1 ||
         s.size > most || s.num_q < 1 || s.num_q > most || s.num_q % s.num_kv || s.num_slots < 1 ||
         s.num_slots > much || s.token_stride < 0 || s.token_stride > much || s.head_stride < 0 ||
@@ -329,7 +335,7 @@ FUNCTION(attend) {
     Share whole = {.shape = &s, .queries = queries->buf, .keys = keys->buf, .values = values->buf,
                    .slots = all, .mask = is_seen, .out = out->buf, .scaling = scaling};
     Py_ssize_t num_rows = s.num_seqs * s.length;
-    Py_ssize_t num_values = (num_rows < MOST_ROWS ? num_rows : MOST_ROWS) * s.num_q * s.size;
+    Py_ssize_t num_values = (num_rows < MOST_SLOTS ? num_rows : MOST_SLOTS) * s.num_q * s.size;
     Py_ssize_t num_shares = num_values / SHARE_VALUES, heads = s.num_seqs * s.num_kv;
     if (num_shares > threads) num_shares = threads;
     if (num_shares > heads) num_shares = heads;

@@ -46,6 +46,7 @@ FUNCTION(rotate) {
     if (heads->len != num_tokens * head_bytes * num_heads || count < 0 || count > num_heads ||
         cosines->len != num_tokens * head_bytes || sines->len != cosines->len)
         return refuse(&buffers, "there must be as many heads and angles as the sizes say");
+    PyThreadState *saved = heads->len > ALONE_BYTES ? PyEval_SaveThread() : NULL;
     for (Py_ssize_t t = 0; t < num_tokens; t++) {
         for (Py_ssize_t n = 0; n < count; n++) {
             uint16_t *head = (uint16_t *)heads->buf + (t * num_heads + n) * size;
@@ -53,6 +54,7 @@ FUNCTION(rotate) {
                         (const uint16_t *)sines->buf + t * size, size / 2);
         }
     }
+    if (saved) PyEval_RestoreThread(saved);
     release(&buffers);
     Py_RETURN_NONE;
 }
@@ -86,10 +88,12 @@ FUNCTION(store) {
     for (Py_ssize_t t = 0; t < num_tokens; t++)
         if (slots[t] < 0 || slots[t] >= num_slots)
             return refuse(&buffers, "a slot beyond the cache");
+    PyThreadState *saved = rows->len > ALONE_BYTES ? PyEval_SaveThread() : NULL;
     for (Py_ssize_t t = 0; t < num_tokens; t++)
         for (Py_ssize_t g = 0; g < num_heads; g++)
             memcpy((char *)cached->buf + (g * num_slots + slots[t]) * row_bytes,
                    (const char *)rows->buf + t * token_bytes + g * head_bytes, row_bytes);
+    if (saved) PyEval_RestoreThread(saved);
     release(&buffers);
     Py_RETURN_NONE;
 }
@@ -116,8 +120,8 @@ static inline float sum_squares(const uint16_t *row, Py_ssize_t size) {
     Py_ssize_t num_vectors = size / LANES, num_steps = num_vectors / CHAINS, step = 0;
     int log = 0;
     while (((Py_ssize_t)1 << log) < num_steps) log++;
-    int power = log / LEVELS > 4 ? log / LEVELS : 4;
-    Py_ssize_t group = (Py_ssize_t)1 << power;
+    int level_bits = log / LEVELS > 4 ? log / LEVELS : 4;
+    Py_ssize_t group = (Py_ssize_t)1 << level_bits;
     while (step + group <= num_steps) {
         for (Py_ssize_t end = step + group; step < end; step++)
             for (int c = 0; c < CHAINS; c++)
@@ -125,7 +129,7 @@ static inline float sum_squares(const uint16_t *row, Py_ssize_t size) {
         for (int level = 1; level < LEVELS; level++) {
             for (int c = 0; c < CHAINS; c++) add_to(sums[level][c], sums[level - 1][c]);
             memset(sums[level - 1], 0, sizeof sums[level - 1]);
-            if (step & ((group - 1) << (level * power))) break;
+            if (step & ((group - 1) << (level * level_bits))) break;
         }
     }
     for (; step < num_steps; step++)

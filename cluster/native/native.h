@@ -16,8 +16,14 @@
 #define WIDEST "avx512f"
 #endif
 #define FOR_EACH_CPU __attribute__((target_clones(WIDEST, "avx2", "default")))
+#define IS_WIDE (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
 #else
 #define FOR_EACH_CPU
+#ifdef __AVX512F__
+#define IS_WIDE 1
+#else
+#define IS_WIDE 0
+#endif
 #endif
 
 #define ALONE_BYTES (1 << 18) /* more than this is moved without holding the interpreter */
@@ -67,6 +73,7 @@ FUNCTION(view);
 FUNCTION(pieces);
 FUNCTION(send);
 FUNCTION(receive);
+FUNCTION(is_wide);
 FUNCTION(attend);
 FUNCTION(rotate);
 FUNCTION(store);

@@ -92,10 +92,31 @@ def test_heads_are_rotated_natively_with_torchs_bits(
     angles = randn(1, num_tokens, 2 * half), randn(1, num_tokens, 2 * half)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "native", None)
-        expected = attention._rotate(heads, num_heads, *angles)
+        expected = attention._rotate_in_place(heads, num_heads, *angles)
     untouched = heads[:, :, num_heads:].clone()
-    got = attention._rotate(heads, num_heads, *angles)
+    got = attention._rotate_in_place(heads, num_heads, *angles)
     assert torch.equal(got.isnan(), expected.isnan())
     numbers = ~got.isnan()
     assert torch.equal(got[numbers].view(torch.int16), expected[numbers].view(torch.int16))
     assert torch.equal(heads[:, :, num_heads:].view(torch.int16), untouched.view(torch.int16))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "angle_dtype", "step"),
+    [
+        (torch.float16, torch.float16, 1),
+        (torch.float32, torch.float32, 1),
+        (torch.bfloat16, torch.float32, 1),
+        (torch.bfloat16, torch.bfloat16, 2),
+    ],
+    ids=["float16", "float32", "angles in float32", "heads that do not lie together"],
+)
+def test_what_is_not_rotated_natively_is_rotated_by_torch(
+    dtype: torch.dtype, angle_dtype: torch.dtype, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.randn(1, 3, 4, 8 * step, generator=generator).to(dtype)[..., ::step]
+    angles = tuple(torch.randn(1, 3, 8, generator=generator).to(angle_dtype) for _ in range(2))
+    got = attention._rotate_in_place(heads, 2, *angles)
+    monkeypatch.setattr(attention, "native", None)
+    assert torch.equal(got, attention._rotate_in_place(heads, 2, *angles))

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import native as built
-from cluster.tensors import to_bytes
 from router import decoding
 from router.cache import LatentCache, PagedCache
 from router.decoding import attend_cached, attend_gathered, can_attend_cached
 
 BUILT = [] if built.native is None else [built.native]
+IS_WIDE = built.native is not None and built.native.is_wide()
 
 
 @dataclass
@@ -106,7 +110,7 @@ def one_rounding_off(exact: torch.Tensor) -> torch.Tensor:
 @settings(deadline=None, max_examples=120)
 @given(case=CASES)
 def test_all_but_one_rounding_is_exact(native: ModuleType, case: Case) -> None:
-    assert can_attend_cached(case.query, case.keys, case.values)
+    assert can_attend_cached(case.query, case.keys, case.values) == IS_WIDE
     exact = case.exact()
     assert ((case.attend().double() - exact).abs() <= one_rounding_off(exact)).all()
 
@@ -134,6 +138,31 @@ def test_threads_change_no_bit(
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
     exact = case.exact()
     assert ((outputs[0].double() - exact).abs() <= one_rounding_off(exact)).all()
+
+
+@pytest.mark.parametrize("native", BUILT)
+@pytest.mark.parametrize(("threads", "are_more"), [(1, False), (3, True)])
+def test_as_many_threads_compute_as_torch_has(
+    native: ModuleType, threads: int, are_more: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make(4, num_seqs=4, num_kv=4, heads=8, size=128, length=2000, hides=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    ends, most = threading.Event(), 0
+
+    def repeat() -> None:
+        deadline_s = time.monotonic() + 10
+        while not ends.is_set() and time.monotonic() < deadline_s:
+            case.attend()
+
+    attending, process = threading.Thread(target=repeat), psutil.Process()
+    before = process.num_threads() + 1
+    attending.start()
+    deadline_s = time.monotonic() + (10 if are_more else 0.5)
+    while time.monotonic() < deadline_s and most < threads - 1:
+        most = max(most, process.num_threads() - before)
+    ends.set()
+    attending.join()
+    assert (most >= threads - 1) if are_more else most == 0
 
 
 @pytest.mark.parametrize("native", BUILT)
@@ -172,13 +201,40 @@ def test_without_native_code_and_for_other_kinds_of_cache_keys_are_gathered(
     cpu = torch.device("cpu")
     latents = LatentCache(1, 64, 48, 16, torch.bfloat16, cpu)
     assert not can_attend_cached(case.query, latents.keys[0], latents.values[0])
-    monkeypatch.setattr(decoding, "native", None)
-    assert not can_attend_cached(case.query, case.keys, case.values)
+    for attribute, value in (("native", None), ("_IS_WIDE", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, attribute, value)
+            assert not can_attend_cached(case.query, case.keys, case.values)
     cache = PagedCache(1, case.keys.shape[1], 2, 64, torch.bfloat16, cpu)
     cache.store(0, torch.arange(case.keys.shape[1]), case.keys, case.values)
     gathered = attend_gathered(case.query, *cache.gather(0, case.slots), None, case.scaling)[0]
     exact = case.exact()
     assert ((gathered.double() - exact).abs() <= 3 * one_rounding_off(exact).max()).all()
+
+
+@pytest.mark.parametrize(
+    ("key_dtype", "key_shape"),
+    [
+        (torch.float16, (2, 3, 8)),
+        (torch.bfloat16, (2, 3, 9)),
+        (torch.bfloat16, (1, 3, 8)),
+        (torch.bfloat16, (2, 4, 8)),
+    ],
+    ids=["another dtype", "other sizes", "fewer heads", "more tokens than slots"],
+)
+def test_what_does_not_fit_the_cache_is_refused(
+    key_dtype: torch.dtype, key_shape: tuple[int, ...]
+) -> None:
+    cache = PagedCache(1, 16, 2, 8, torch.bfloat16, torch.device("cpu"))
+    wrong = torch.ones(key_shape, dtype=key_dtype)
+    with pytest.raises((RuntimeError, IndexError)):
+        cache.store(0, torch.arange(3), wrong, wrong)
+
+
+def test_no_new_token_is_no_error() -> None:
+    cache = PagedCache(1, 16, 2, 8, torch.bfloat16, torch.device("cpu"))
+    none = torch.empty(2, 0, 8, dtype=torch.bfloat16)
+    cache.store(0, torch.arange(0), none, none)
 
 
 @pytest.mark.parametrize("native", [None, *BUILT])
@@ -289,30 +345,30 @@ WRONG = {
 }
 
 
-def test_what_the_wrong_cases_start_from_is_right() -> None:
-    for native in BUILT:
-        attended(native)
-        attended(native, mask=bytes([1, 0, 0, 1]))
-        stored(native)
+@pytest.mark.parametrize("native", BUILT)
+def test_what_the_wrong_cases_start_from_is_right(native: ModuleType) -> None:
+    attended(native)
+    attended(native, mask=bytes([1, 0, 0, 1]))
+    stored(native)
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_numbers_are_refused_and_nothing_beyond_is_touched(case: str) -> None:
-    for native in BUILT:
-        with pytest.raises(TypeError if "type" in case else ValueError, match=r"\w"):
-            WRONG[case](native)
+@pytest.mark.parametrize("native", BUILT)
+def test_wrong_numbers_are_refused_and_nothing_beyond_is_touched(
+    case: str, native: ModuleType
+) -> None:
+    with pytest.raises(TypeError if "type" in case else ValueError, match=r"\w"):
+        WRONG[case](native)
 
 
-def test_buffers_are_let_go() -> None:
-    for native in BUILT:
-        out, cached = bytearray(8), bytearray(24)
-        slots = torch.tensor([0, 1, 2, 0]).numpy()
-        for threads in (1, 0):
-            try:
-                native.attend(bytes(8), cached[:12], bytes(12), slots, None, out, SIZES, 1, threads)
-            except ValueError:
-                assert threads == 0
-        native.store(ROWS, cached, SLOTS, (2, 3, 4, 8, 4))
-        out.append(1)  # no view of it is held any more
-        cached.append(1)
-        assert to_bytes(torch.zeros(2)).nbytes == 8
+@pytest.mark.parametrize("native", BUILT)
+def test_buffers_are_let_go(native: ModuleType) -> None:
+    out, cached = bytearray(8), bytearray(24)
+    slots = torch.tensor([0, 1, 2, 0]).numpy()
+    keys = bytearray(12)
+    for threads in (1, 0):
+        with suppress(ValueError):
+            native.attend(bytes(8), keys, bytes(12), slots, None, out, SIZES, 1, threads)
+    native.store(ROWS, cached, SLOTS, (2, 3, 4, 8, 4))
+    for buffer in (out, keys, cached):
+        buffer.append(1)  # no view of it is held any more

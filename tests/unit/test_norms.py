@@ -116,6 +116,32 @@ def test_other_norms_stay(kind: str) -> None:
     assert replaced(module) is module
 
 
+@pytest.mark.parametrize("native", BUILT)
+def test_weights_that_hide_a_formula_open_no_door_to_its_class(
+    native: ModuleType,
+) -> None:
+    plain, telling = RoundsOnce(2880).bfloat16(), RoundsOnce(2880).bfloat16()
+    telling.weight.data = torch.randn(2880, generator=torch.Generator().manual_seed(4)).bfloat16()
+    model = nn.Sequential(plain, telling)
+    replace_norms(model)
+    assert model[1] is telling
+
+
+@pytest.mark.parametrize("native", BUILT)
+def test_hooks_stay_and_a_second_time_changes_nothing(native: ModuleType) -> None:
+    seen: list[int] = []
+    model = nn.Sequential(norm_of(64), norm_of(64), norm_of(64))
+    model[1].register_forward_hook(lambda *_: seen.append(1))
+    model[2].register_forward_pre_hook(lambda *_: seen.append(2))
+    expected = model(torch.ones(2, 64).bfloat16())
+    replace_norms(model)
+    replace_norms(model)
+    assert [isinstance(module, NativeNorm) for module in model] == [True, False, False]
+    seen.clear()
+    assert torch.equal(model(torch.ones(2, 64).bfloat16()), expected)
+    assert seen == [1, 2]
+
+
 def test_without_native_code_all_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norms, "native", None)
     norm = norm_of(64)
@@ -159,14 +185,16 @@ WRONG = {
 }
 
 
-def test_what_the_wrong_cases_start_from_is_right() -> None:
-    for native in BUILT:
-        normalised(native)
-        rotated(native)
+@pytest.mark.parametrize("native", BUILT)
+def test_what_the_wrong_cases_start_from_is_right(native: ModuleType) -> None:
+    normalised(native)
+    rotated(native)
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_numbers_are_refused_and_nothing_beyond_is_touched(case: str) -> None:
-    for native in BUILT:
-        with pytest.raises(TypeError if "type" in case and "another" in case else ValueError):
-            WRONG[case](native)
+@pytest.mark.parametrize("native", BUILT)
+def test_wrong_numbers_are_refused_and_nothing_beyond_is_touched(
+    case: str, native: ModuleType
+) -> None:
+    with pytest.raises(TypeError if "another type" in case else ValueError):
+        WRONG[case](native)

@@ -49,7 +49,23 @@ def rows_of(count: int, hidden: int = 64) -> torch.Tensor:
 
 
 def test_experts_are_tiled_where_the_processor_can_and_bits_stay() -> None:
-    assert isinstance(ffn_of(expert_of(), functional.silu), TiledFfn) == HAS_TILES
+    weights = expert_of()
+    expert = ffn_of(weights, functional.silu)
+    assert isinstance(expert, TiledFfn) == HAS_TILES
+    for count in range(1, 40):
+        rows = rows_of(count)
+        assert torch.equal(expert(rows), gated_ffn(rows, weights, functional.silu)), count
+
+
+@pytest.mark.parametrize("native", TILING)
+@pytest.mark.parametrize(
+    "rows", [torch.ones(3, 64), torch.ones(3, 64).half(), torch.ones(3, 32).bfloat16()]
+)
+def test_rows_of_another_kind_are_refused_as_torch_does(
+    native: ModuleType, rows: torch.Tensor
+) -> None:
+    with pytest.raises(RuntimeError):
+        ffn_of(expert_of(), functional.silu)(rows)
 
 
 @pytest.mark.parametrize("native", TILING)
@@ -90,12 +106,12 @@ def test_where_the_trial_finds_another_bit_torch_computes(
         output.view(torch.int16)[-1, -1] ^= 1
         return output
 
-    tiled._keeps_bits.cache_clear()
+    ffn._tiling_keeps_bits.cache_clear()
     monkeypatch.setattr(TiledFfn, "compute", a_bit_off)
     try:
         assert not isinstance(ffn_of(expert_of(), functional.silu), TiledFfn)
     finally:
-        tiled._keeps_bits.cache_clear()
+        ffn._tiling_keeps_bits.cache_clear()
 
 
 @pytest.mark.parametrize("native", TILING)
@@ -202,10 +218,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_numbers_are_refused_and_nothing_beyond_is_touched(case: str) -> None:
-    for native in BUILT:  # where there are no tiles, everything is refused
-        with pytest.raises(ValueError, match=r"\w"):
-            computed(native, **WRONG[case])
+@pytest.mark.parametrize("native", BUILT)  # where there are no tiles, everything is refused
+def test_wrong_numbers_are_refused_and_nothing_beyond_is_touched(
+    case: str, native: ModuleType
+) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        computed(native, **WRONG[case])
 
 
 @pytest.mark.parametrize("native", TILING)
