@@ -51,9 +51,8 @@ class FusedAttention(nn.Module):
         num_q, num_kv, size = self._num_q, self._num_kv, self._head_dim
         num_qk = num_q + num_kv
         qkv = self.qkv_proj(hidden_states).view(1, -1, num_qk + num_kv, size)  # [1, T, Q+2G, D]
-        rotated = _rotate_in_place(qkv, num_qk, *position_embeddings).transpose(
-            1, 2
-        )  # [1, Q+G, T, D]
+        rotated = _rotate_in_place(qkv, num_qk, *position_embeddings)  # [1, T, Q+G, D]
+        rotated = rotated.transpose(1, 2)
         output, _weights = paged_attention(
             self,
             rotated.narrow(1, 0, num_q),
