@@ -7,10 +7,12 @@ agents behind whose parent is gone, and Ray is then not yet ready to end them.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from types import FrameType
 
 import psutil
@@ -18,6 +20,7 @@ import ray
 
 GRACE_S = 3.0
 INTERRUPTED = 130
+_PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
 def end_with_this_process() -> None:
@@ -41,6 +44,16 @@ def _interruption() -> threading.Event:
     return came
 
 
+def _adopt_orphans() -> None:
+    """Have descendants whose parent ends become this process's children, where the system can.
+
+    They would become those of the system's first process, and nobody here could tell whose they
+    were.
+    """
+    with suppress(AttributeError, OSError):  # Linux alone has it
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
 def end_descendants(interrupted: threading.Event) -> None:
     """End Ray, and whatever of this process's descendants is still there :data:`GRACE_S` later.
 
@@ -50,9 +63,12 @@ def end_descendants(interrupted: threading.Event) -> None:
     # It takes seconds at most; another Ctrl-C would only print a stack.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     is_half_made = interrupted.is_set() and not ray.is_initialized()
+    _adopt_orphans()
     descendants = psutil.Process().children(recursive=True)
     ray.shutdown()
     _, left = psutil.wait_procs(descendants, timeout=GRACE_S)
+    # And what one of them started while it was ended.
+    left = [*left, *(p for p in psutil.Process().children(recursive=True) if p not in left)]
     for process in left:
         try:
             process.kill()

@@ -68,11 +68,16 @@ def short_folder() -> Iterator[Path]:
 
 
 def of_ray_in(folder: Path) -> dict[int, str]:
-    """Return the processes that run with this folder as Ray's; zombies do not run."""
+    """Return the processes that run with this folder as Ray's; zombies do not run.
+
+    Those that give themselves a title write it over their environment; they have files open there.
+    """
     found = {}
-    for process in psutil.process_iter(["name", "status", "environ"]):
-        environment = process.info["environ"] or {}
-        if environment.get("RAY_TMPDIR") == str(folder) and is_alive(process.pid):
+    for process in psutil.process_iter(["name", "environ", "open_files"]):
+        environment, files = process.info["environ"] or {}, process.info["open_files"] or []
+        is_in_it = any(Path(file.path).is_relative_to(folder) for file in files)
+        is_of_it = is_in_it or environment.get("RAY_TMPDIR") == str(folder)
+        if is_of_it and is_alive(process.pid):
             found[process.pid] = process.info["name"]
     return found
 
@@ -82,16 +87,25 @@ def test_ctrl_c_while_ray_starts_leaves_nothing(
     tmp_path: Path, short_folder: Path, moment: str
 ) -> None:
     file, log = copy_with_ports(tmp_path, *free_ports(2)), tmp_path / "log"
+    seen: set[int] = set()
+
+    def running() -> dict[int, str]:
+        found = of_ray_in(short_folder)
+        seen.update(found)
+        return found
+
     with serve_run(file, log, RAY_TMPDIR=str(short_folder)) as process:
         wait_until(
-            lambda: STARTED in log.read_text() or moment in of_ray_in(short_folder).values(),
+            lambda: STARTED in log.read_text() or moment in running().values(),
             "Ray starts",
             READY_S,
         )
         assert (moment == STARTED) == (STARTED in log.read_text())
         process.send_signal(signal.SIGINT)
         process.wait(STARTING_GONE_S)
-        wait_until(lambda: not of_ray_in(short_folder), "no process is left", GONE_S)
+        wait_until(
+            lambda: not running() and not any(map(is_alive, seen)), "no process is left", GONE_S
+        )
     assert process.returncode > 0  # no signal ended it
     assert "Traceback" not in log.read_text()
 
