@@ -44,6 +44,7 @@ def _recording_actor(recorded: list[Product], *arguments: Any) -> ExpertActor:
             self._key = key
             self.num_bytes, self.hidden_size = inner.num_bytes, inner.hidden_size
             self.dtype, self.device = inner.dtype, inner.device
+            self.together = None  # each product is recorded
 
         def __call__(self, rows: torch.Tensor) -> torch.Tensor:
             start_s = time.perf_counter()

@@ -32,10 +32,14 @@ from benchmarks.common import (
     show,
     summary_ms,
 )
+from cluster.frames import Buffer
 from cluster.placement import ExpertKey, ModelExperts, assign_experts, empty_placement
 from cluster.spec import ActorSpec, ModelSource
 from cluster.transports import TransportKind, open_transport
 from experts.actor import ExpertActor
+from experts.bank import GatedFfnExpert
+from experts.ffn import ACTIVATIONS
+from experts.weights import GatedFfnWeights
 from router.placement_view import PlacementView
 
 APP = "bench-dispatch"
@@ -49,24 +53,37 @@ _RUNS = itertools.count()  # actor names must differ from run to run
 
 
 class IdentityExpert:
-    """An expert that returns its input."""
+    """An expert that returns its input, as bytes where real ones get theirs as bytes."""
 
     num_bytes = 0
     hidden_size = HIDDEN
     dtype = torch.bfloat16
     device = torch.device("cpu")
 
+    def __init__(self, like: GatedFfnExpert) -> None:
+        """``like`` is a real one of the same rows."""
+        self.together = None if like.together is None else _same_bytes
+
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the rows."""
         return rows
+
+
+def _same_bytes(
+    experts: Sequence[IdentityExpert], counts: tuple[int, ...], rows: Buffer
+) -> memoryview:
+    return memoryview(rows)
 
 
 class IdentityActor(ExpertActor):
     """The expert actor with identity experts; everything else is the product's."""
 
     def _load(self, keys: Sequence[ExpertKey]) -> None:
+        parts = torch.zeros(2 * HIDDEN, HIDDEN), torch.zeros(HIDDEN, HIDDEN)
+        weights = GatedFfnWeights(*(part.bfloat16() for part in parts))
+        real = GatedFfnExpert(weights, ACTIVATIONS["silu"])
         for key in keys:
-            self._bank.hold(ExpertKey(*key), IdentityExpert())
+            self._bank.hold(ExpertKey(*key), IdentityExpert(real))
 
     def echo(self, data: bytes) -> bytes:
         """Return the bytes; the bare Ray call to compare with."""

@@ -10,9 +10,9 @@ Dimension letters: P rows of a frame or of one expert, H hidden size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -21,7 +21,7 @@ from cluster.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame
 from cluster.placement import ExpertKey
 from cluster.tensors import TORCH_DTYPES, from_bytes, pieces_of, to_bytes
 from experts.ffn import Activation, PackedFfn, ffn_of
-from experts.tiled import compute_tiled
+from experts.tiled import TiledFfn, compute_tiled
 from experts.weights import GatedFfnWeights
 
 MOST_PIECES = 32
@@ -36,6 +36,7 @@ class GatedFfnExpert:
         self.ffn = ffn_of(weights, act)
         packed = self.ffn if isinstance(self.ffn, PackedFfn) else None
         self.num_bytes = weights.num_bytes if packed is None else packed.num_bytes
+        self.together = _tiled_together if isinstance(self.ffn, TiledFfn) else None
         self.hidden_size = weights.down.shape[0]
         self.dtype = weights.down.dtype
         self.device = weights.down.device
@@ -45,6 +46,20 @@ class GatedFfnExpert:
         return self.ffn(rows)
 
 
+Together = Callable[[Sequence[Any], tuple[int, ...], Buffer], memoryview | None]
+"""Computes the rows of several experts of one kind at once, from bytes to bytes.
+
+The first ``counts[0]`` rows are the first expert's, and so on. ``None`` where that cannot be, and
+all are to be computed one by one.
+"""
+
+
+def _tiled_together(
+    experts: Sequence[GatedFfnExpert], counts: tuple[int, ...], rows: Buffer
+) -> memoryview | None:
+    return compute_tiled([expert.ffn for expert in experts], counts, rows)
+
+
 class Expert(Protocol):
     """A loaded expert as the bank needs it: its resident bytes, and what rows it takes."""
 
@@ -52,6 +67,11 @@ class Expert(Protocol):
     hidden_size: int
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def together(self) -> Together | None:
+        """What computes several like this one at once; the same for all of them."""
+        ...
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [P, H] to rows [P, H]."""
@@ -170,8 +190,9 @@ def _misfit(frame: DispatchFrame, expert_id: int, expert: Expert | None) -> Expe
 
 def _run_lone(work: _Work) -> None:
     """Run a frame's experts over its rows."""
-    ffns = [expert.ffn for expert in work.experts if isinstance(expert, GatedFfnExpert)]
-    work.results = compute_tiled(ffns, work.frame.num_tokens_per_expert, work.frame.rows)
+    experts, together = work.experts, work.experts[0].together
+    if together is not None and all(expert.together is together for expert in experts):
+        work.results = together(experts, work.frame.num_tokens_per_expert, work.frame.rows)
     if work.results is None:
         pieces = _pieces_of(work)
         work.results = [run(rows) for run, rows in zip(work.experts, pieces, strict=True)]

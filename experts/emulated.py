@@ -22,6 +22,8 @@ class EmulatedExpert:
     num_bytes = 0
     """Nothing is loaded."""
     device = torch.device("cpu")
+    together = None
+    """A device computes one product after the other."""
 
     def __init__(
         self,

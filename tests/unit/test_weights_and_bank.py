@@ -216,6 +216,7 @@ class Numbered:
     hidden_size = 4
     dtype = torch.float32
     device = torch.device("cpu")
+    together = None
 
     def __init__(self, number: int) -> None:
         self._number = number
