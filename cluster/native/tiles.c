@@ -122,10 +122,13 @@ WITH_TILES static void compute(const Expert *e, uint32_t *room) {
     _tile_release();
 }
 
-/* may_tile() -> whether the kernel lets this process use tiles; the caller knows that there are */
+static int is_permitted;
+
+/* may_tile() -> whether there are tiles and the kernel lets this process use them */
 FUNCTION(may_tile) {
     if (!are_given(given, 0)) return NULL;
-    return PyBool_FromLong(!syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA));
+    is_permitted = !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+    return PyBool_FromLong(is_permitted);
 }
 
 /* Take the weights of each of `pairs`, (gate_up, down) each; 0 with an error set. */
@@ -174,7 +177,7 @@ static int share_rows(PyObject *counts, Expert *experts, const Py_buffer *rows, 
 }
 
 /* tiled_ffns(rows [P, H] bfloat16, counts, weights, activation [65536] of each bfloat16 by its
- * bits, out [P, H], H, I), where may_tile(): the first counts[0] rows, 32 at most, by the first
+ * bits, out [P, H], H, I), once may_tile(): the first counts[0] rows, 32 at most, by the first
  * expert, whose weights are (gate_up [2 * I, H] bfloat16, down [H, I] the same), and so on */
 FUNCTION(tiled_ffns) {
     Buffers buffers = {.count = 0};
@@ -186,6 +189,7 @@ FUNCTION(tiled_ffns) {
         PyErr_SetString(PyExc_TypeError, "counts and weights must be tuples");
         return NULL;
     }
+    if (!is_permitted) return refuse(&buffers, "may_tile() has not said so");
     if (!(rows = take(&buffers, args[0], 0))) return NULL;
     if (!(activation = take(&buffers, args[3], 0))) return NULL;
     if (!(out = take(&buffers, args[4], 1))) return NULL;
