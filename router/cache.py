@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from cluster.native import native
 from cluster.tensors import to_bytes, to_span
-from router.decoding import attend_cached, attend_gathered, can_attend_cached, decode_by_scores
-from router.scores import attend_by_scores
+from router.decoding import attend_cached, attend_gathered, can_attend_cached
+from router.scores import chunk_by_scores, decode_by_scores
 
 ATTENTION_NAME = "expertmesh_paged"
 PAGE_SIZE = 16
@@ -257,7 +257,7 @@ def paged_attention(
         mask = chunk.windowed if windowed else chunk.mask
         tokens = query[:, :, chunk.start : chunk.end]  # [1, Q, C, D]
         if not is_plain:
-            outputs.append(_chunk_by_scores(tokens[0], keys, values, mask, scaling, softcap, s_aux))
+            outputs.append(chunk_by_scores(tokens[0], keys, values, mask, scaling, softcap, s_aux))
             continue
         output = functional.scaled_dot_product_attention(
             tokens,
@@ -270,23 +270,3 @@ def paged_attention(
         )
         outputs.append(output.transpose(1, 2))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
-
-
-def _chunk_by_scores(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attend a chunk [Q, C, D] to keys and values [G, 1, L, D]; returns [1, C, Q, D]."""
-    num_kv, _, length, size = keys.shape
-    num_tokens = query.shape[1]
-    tokens = query.reshape(num_kv, -1, num_tokens, size)  # [G, R, C, D]
-    if mask is None:
-        mask = torch.ones(num_tokens, length, dtype=torch.bool, device=query.device).tril()
-    per_head = None if sinks is None else sinks.view(num_kv, -1, 1, 1)
-    output = attend_by_scores(tokens, keys, values, mask, scaling, softcap, per_head)
-    return output.flatten(0, 1).transpose(0, 1).unsqueeze(0)

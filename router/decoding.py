@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from cluster.native import native
 from cluster.tensors import to_bytes, to_span
-from router.scores import attend_by_scores
 
 _MANY = 8
 """From so many decoding sequences on, batched products are faster than torch's own attention."""
@@ -70,23 +69,6 @@ def attend_cached(
         torch.get_num_threads(),
     )
     return output
-
-
-def decode_by_scores(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Do as :func:`attend_gathered`, with a cap or sinks [Q]."""
-    num_kv, num_decode, _, size = keys.shape
-    decoding = query.view(num_kv, -1, num_decode, size).transpose(1, 2)  # [G, B, R, D]
-    per_head = None if sinks is None else sinks.view(num_kv, 1, -1, 1)
-    output = attend_by_scores(decoding, keys, values, mask, scaling, softcap, per_head)
-    return output.transpose(0, 1).reshape(1, num_decode, -1, values.shape[-1])
 
 
 def length_step(dtype: torch.dtype, device: torch.device) -> int:
