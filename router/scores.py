@@ -1,7 +1,7 @@
 """Attention by its scores written out, for what torch's own has no argument: a cap, and sinks.
 
-Dimension letters: Q query heads, G key/value heads, R query heads to one, B sequences, C tokens, L keys, D head
-size.
+Dimension letters: Q query heads, G key/value heads, R query heads to one, B sequences, C tokens,
+L keys, D head size.
 """
 
 from __future__ import annotations
