@@ -5,7 +5,7 @@
 Real expert actors on a local Ray, the router's own dispatcher, frames and combine; only the
 experts' products are replaced, so that what is left is what serving experts apart costs. Prints
 p50 and p99 for one token's row (1 KB), 16 KB, 128 KB and 1 MB of rows, to one actor and to four,
-over streams and over Ray calls, beside a bare Ray call of as many bytes in the same run.
+over streams and over Ray calls, beside bare Ray calls of as many bytes in the same run.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ class IdentityActor(ExpertActor):
             self._bank.hold(ExpertKey(*key), IdentityExpert(real))
 
     def echo(self, data: bytes) -> bytes:
-        """Return the bytes; the bare Ray call to compare with."""
+        """Return the bytes; what a bare Ray call takes is the least that one of ours can."""
         return data
 
 
-def start(num_actors: int) -> tuple[PlacementView, list[Any]]:
-    """Start actors that share one layer's experts; returns the placement and the handles."""
+def start(num_actors: int) -> tuple[PlacementView, dict[Any, list[int]]]:
+    """Start actors that share one layer's experts; returns the placement, and who has which."""
     import ray
 
     from cluster.pool import CONTROL_CALLS, actor_options
@@ -101,16 +101,22 @@ def start(num_actors: int) -> tuple[PlacementView, list[Any]]:
     actor_ids = [f"bench-{next(_RUNS)}-{i}" for i in range(num_actors)]
     remote = ray.remote(concurrency_groups={"control": CONTROL_CALLS})(IdentityActor)
     placement = empty_placement(1, [experts])
-    handles = []
+    experts_of = {}
     for actor_id, keys in assign_experts([experts], actor_ids, None).items():
         options = actor_options(spec, f"expertmesh:{APP}:{actor_id}:g1")
         handle = remote.options(**options).remote(spec, actor_id, 1, 1)
         ray.get(handle.load.remote(1, keys), timeout=60)
         placement = placement.with_actor(actor_id, 1, keys)
-        handles.append(handle)
+        experts_of[handle] = [key.expert_id for key in keys]
     view = PlacementView()
     view.publish(placement)
-    return view, handles
+    return view, experts_of
+
+
+def bare_calls(experts_of: dict[Any, list[int]], topk_ids: np.ndarray) -> list[tuple[Any, bytes]]:
+    """Return the actors that a layer asks, and as many bytes as the rows that it sends them."""
+    rows = {handle: int(np.isin(topk_ids, ids).sum()) for handle, ids in experts_of.items()}
+    return [(handle, bytes(count * HIDDEN * 2)) for handle, count in rows.items() if count]
 
 
 def measure(num_actors: int, payload_bytes: int, calls: int) -> dict[str, Any]:
@@ -120,7 +126,7 @@ def measure(num_actors: int, payload_bytes: int, calls: int) -> dict[str, Any]:
     from router.dispatch import Dispatcher
     from router.exchange import RemoteExchange
 
-    view, handles = start(num_actors)
+    view, experts_of = start(num_actors)
     exchanges = {}
     for kind in TRANSPORTS:
         dispatcher = Dispatcher(MODEL, view, open_transport(APP, kind), lambda a, g: None, 10.0)
@@ -131,18 +137,18 @@ def measure(num_actors: int, payload_bytes: int, calls: int) -> dict[str, Any]:
     pairs = list(itertools.combinations(range(NUM_EXPERTS), TOP_K))
     topk_ids = torch.from_numpy(np.array([pairs[t % len(pairs)] for t in range(tokens)]))
     topk_weights = torch.full((tokens, TOP_K), 0.5)
-    data = bytes(payload_bytes)
+    bare = bare_calls(experts_of, topk_ids.numpy())
     bare_s = []
     for _ in range(calls // TURN + 1):
         for _ in range(TURN):
             started_s = time.perf_counter()
-            ray.get([handle.echo.remote(data) for handle in handles], timeout=10)
+            ray.get([handle.echo.remote(data) for handle, data in bare], timeout=10)
             bare_s.append(time.perf_counter() - started_s)
         for exchange in exchanges.values():
             for _ in range(TURN):
                 combined = exchange(0, rows, topk_ids, topk_weights)
             assert torch.equal(combined, rows), "identity experts with weights that sum to 1"
-    for handle in handles:
+    for handle in experts_of:
         ray.kill(handle)
     figures = {"bare_call": summary_ms(bare_s[TURN:])}  # the first turn warms up
     for kind, exchange in exchanges.items():
