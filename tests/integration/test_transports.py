@@ -16,12 +16,14 @@ import psutil
 import pytest
 import ray
 from ray import serve
+from ray.experimental import get_object_locations
 
 from cluster.placement import Placement
-from cluster.pool import CONTROL_CALLS
-from cluster.spec import ACTOR_NAMESPACE, actor_name
+from cluster.pool import CONTROL_CALLS, actor_options
+from cluster.spec import ACTOR_NAMESPACE, ActorSpec, actor_name
 from cluster.transport import Call, CallFailure, Outcome, Transport
 from cluster.transports import TransportKind, open_transport
+from router.app import router_environment
 from tests.cluster_fixture import APP as SERVED_APP
 from tests.cluster_fixture import RANDOM, VOCAB_SIZE, ServedCluster, is_alive, prompt_of, wait_until
 from tests.echo_actor import Echo
@@ -301,3 +303,35 @@ def test_tokens_do_not_depend_on_the_transport(
     calls = cluster.dispatcher._transport.calls
     assert calls["ray" if kind == "ray" else "stream"] > 0
     assert kind == "auto" or len(calls) == 1
+
+
+class _Asked:
+    def rows(self, size_bytes: int) -> bytes:
+        return bytes(size_bytes)
+
+    def nodes_with(self, asked: Any, size_bytes: int) -> list[str]:
+        """Return the nodes whose object store another actor's answer came to lie in."""
+        ref = asked.rows.remote(size_bytes)
+        ray.wait([ref], timeout=LIMIT_S, fetch_local=False)
+        nodes: list[str] = get_object_locations([ref])[ref]["node_ids"]
+        return nodes
+
+
+def test_a_steps_rows_of_a_large_model_make_no_way_through_the_object_store(
+    served: ServedCluster,
+) -> None:
+    actors = ray.remote(_Asked)
+    spec = ActorSpec(APP, (), 0.0, 0, 1, 1)
+    as_actor = actor_options(spec, "unused")["runtime_env"]
+    as_router = {"env_vars": router_environment(1)}
+    expert = actors.options(num_cpus=0, runtime_env=as_actor).remote()
+    router = actors.options(num_cpus=0, runtime_env=as_router).remote()
+    try:
+        sizes = [32 * 8192 * 2, 1_000_000, 1_100_000]  # 32 rows of 8,192 values in bf16
+        asked = [router.nodes_with.remote(expert, size) for size in sizes]
+        inside, close_to_it, outside = ray.get(asked, timeout=LIMIT_S)
+    finally:
+        ray.kill(expert)
+        ray.kill(router)
+    assert (inside, close_to_it) == ([], [])
+    assert len(outside) == 1, "so that a store that tells nothing does not pass"
