@@ -196,8 +196,6 @@ class ExpertActor:
 
     def compute(self, data: bytes) -> bytes:
         """Answer one frame that came by a Ray call; see :meth:`compute_all`."""
-        # Not in torch's inference mode: to enter it takes 0.03 ms where Ray's code has had the
-        # caches, more than it spares, and no weight asks for gradients.
         return b"".join(self.compute_all([data])[0])
 
     def compute_all(self, data: Sequence[Buffer]) -> list[Parts]:

@@ -225,6 +225,34 @@ class Numbered:
         return rows + self._number
 
 
+class Watching(Numbered):
+    """One that keeps whether its products were computed in torch's inference mode."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.modes: list[bool] = []
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        self.modes.append(torch.is_inference_mode_enabled())
+        return super().__call__(rows)
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+@pytest.mark.parametrize("num_frames", [1, 3])
+def test_products_are_computed_in_inference_mode_whoever_asks(
+    num_frames: int, is_inside: bool
+) -> None:
+    watching, bank = Watching(1), ExpertBank()
+    bank.hold(ExpertKey(MODEL, 0, 1), watching)
+    with torch.inference_mode(is_inside):
+        answers = bank.compute([frame_of(torch.zeros(1, 4), {1: [0]})] * num_frames)
+        assert torch.is_inference_mode_enabled() == is_inside
+    assert watching.modes == [True]
+    for answer in answers:
+        assert isinstance(answer, RowsFrame)
+        assert answer_rows(answer).tolist() == [[1.0] * 4]
+
+
 def test_many_experts_results_are_in_order_as_few_are() -> None:
     many = ExpertBank()
     for expert_id in range(70):
