@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import socket
+import sys
+import sysconfig
 from collections.abc import Collection
 from contextlib import suppress
 from copy import deepcopy
@@ -38,6 +40,25 @@ SERVE_KEYS = (
     "logging_config",
     "controller_options",
 )
+
+
+_INTERRUPTIBLE = (
+    "import os, signal, sys;"
+    "signal.signal(signal.SIGINT, signal.SIG_DFL);"
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+def serve_command(file: Path) -> list[str]:
+    """Return ``serve run`` of a file on a Ray of its own, which Ctrl-C ends wherever it runs.
+
+    A shell's background commands ignore it, and so do theirs. It is restored after the fork: a
+    ``preexec_fn`` would run gRPC's handlers of forks in this process, which then may abort it
+    (https://github.com/grpc/grpc/issues/43055).
+    """
+    serve = Path(sysconfig.get_path("scripts")) / "serve"
+    run = [str(serve), "run", "-a", "local", str(file)]
+    return [sys.executable, "-S", "-c", _INTERRUPTIBLE, *run]
 
 
 def free_ports(count: int, apart_from: Collection[int] = ()) -> list[int]:

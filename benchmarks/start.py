@@ -17,7 +17,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections import defaultdict
@@ -31,10 +30,9 @@ import yaml
 from ray import serve
 
 from benchmarks.common import Figure, finish, machine, output_options, progress, show
-from benchmarks.shipped import free_ports, shipped_document
+from benchmarks.shipped import free_ports, serve_command, shipped_document
 from router.announce import Endpoint, why_not_ready
 
-SERVE = Path(sysconfig.get_path("scripts")) / "serve"
 MODEL = "mesh-tiny"
 ROUNDS = 3
 POLL_S, TIMEOUT_S = 0.1, 180.0
@@ -85,12 +83,11 @@ def measure(document: Mapping[str, Any], answers: Callable[[], bool]) -> Start:
         started_s = time.perf_counter()
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [SERVE, "run", "-a", "local", file],
+                serve_command(file),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         try:
             while not answers():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +12,9 @@ import httpx
 import psutil
 import yaml
 
-from benchmarks.shipped import shipped_document
+from benchmarks.shipped import serve_command, shipped_document
 from tests.cluster_fixture import wait_until
 
-SERVE = str(Path(sysconfig.get_path("scripts")) / "serve")
 READY_S = 90.0
 
 
@@ -30,14 +27,12 @@ def serve_run(file: Path, log: Path, **variables: str) -> Iterator[subprocess.Po
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | variables
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [SERVE, "run", "-a", "local", str(file)],
+            serve_command(file),
             cwd=file.parent,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # Where the tests run in the background, Ctrl-C would be ignored here too.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     left: list[psutil.Process] = []
     try:
