@@ -52,9 +52,9 @@ _INTERRUPTIBLE = (
 def serve_command(file: Path) -> list[str]:
     """Return ``serve run`` of a file on a Ray of its own, which Ctrl-C ends wherever it runs.
 
-    A shell's background commands ignore it, and so do theirs. It is restored after the fork: a
-    ``preexec_fn`` would run gRPC's handlers of forks in this process, which then may abort it
-    (https://github.com/grpc/grpc/issues/43055).
+    A shell's background commands ignore it, and so do theirs. A process in between restores it: a
+    ``preexec_fn`` makes a real fork of this one, and gRPC does not take forks well while it has
+    channels open (https://github.com/grpc/grpc/issues/43055).
     """
     serve = Path(sysconfig.get_path("scripts")) / "serve"
     run = [str(serve), "run", "-a", "local", str(file)]
