@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 
-from cluster.placement import ExpertKey
+from cluster.placement.placement import ExpertKey
 from cluster.spec import ACTOR_NAMESPACE, parse_actor_name
 from experts.remote import RemoteExpertActor
 

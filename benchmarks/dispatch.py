@@ -32,15 +32,15 @@ from benchmarks.common import (
     show,
     summary_ms,
 )
-from cluster.frames import Buffer
-from cluster.placement import ExpertKey, ModelExperts, assign_experts, empty_placement
+from cluster.placement.placement import ExpertKey, ModelExperts, assign_experts, empty_placement
 from cluster.spec import ActorSpec, ModelSource
-from cluster.transports import TransportKind, open_transport
+from cluster.transport.open import TransportKind, open_transport
+from cluster.wire.frames import Buffer
 from experts.actor import ExpertActor
 from experts.bank import GatedFfnExpert
-from experts.ffn import ACTIVATIONS
-from experts.weights import GatedFfnWeights
-from router.placement_view import PlacementView
+from experts.checkpoint.expert_weights import GatedFfnWeights
+from experts.compute.ffn import ACTIVATIONS
+from router.control.placement_view import PlacementView
 
 APP = "bench-dispatch"
 HIDDEN, NUM_EXPERTS, TOP_K = 512, 8, 2
@@ -94,7 +94,7 @@ def start(num_actors: int) -> tuple[PlacementView, dict[Any, list[int]]]:
     """Start actors that share one layer's experts; returns the placement, and who has which."""
     import ray
 
-    from cluster.pool import CONTROL_CALLS, actor_options
+    from cluster.controller.pool import CONTROL_CALLS, actor_options
 
     experts = ModelExperts(MODEL, (0,), NUM_EXPERTS, 1)
     spec = ActorSpec(APP, (ModelSource("", "bfloat16", experts, ""),), 0.1, 0, 1, 65_536)
@@ -123,8 +123,8 @@ def measure(num_actors: int, payload_bytes: int, calls: int) -> dict[str, Any]:
     """Measure bare calls and layers over each transport, by turns, so that all see one machine."""
     import ray
 
-    from router.dispatch import Dispatcher
-    from router.exchange import RemoteExchange
+    from router.moe.dispatch import Dispatcher
+    from router.moe.layer import RemoteExchange
 
     view, experts_of = start(num_actors)
     exchanges = {}

@@ -6,10 +6,10 @@
 Routers of several time zones ask for more by day than by night, each wavering on its own, and twice
 a crowd comes. Every device is a queue: what comes in waits as in Pollaczek and Khinchine's formula
 while there is less than it can do, and else for what has piled up. Nodes die and come back; a
-device that is asked for takes ``--start`` seconds. The number follows :mod:`cluster.scaling`'s
-policy, fed as the controller feeds it. Printed are device-hours, and the share of the work that
-waited longer than the objective, beside those of the smallest fixed number of devices that misses
-as little. All of it follows from the seed.
+device that is asked for takes ``--start`` seconds. The number follows
+:mod:`cluster.placement.scaling`'s policy, fed as the controller feeds it. Printed are device-hours,
+and the share of the work that waited longer than the objective, beside those of the smallest fixed
+number of devices that misses as little. All of it follows from the seed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks.common import Figure, finish, machine, output_options, progress, show
 from benchmarks.drawing import document, line, polyline, text
-from cluster.scaling import ScalingPolicy, Signals
+from cluster.placement.scaling import ScalingPolicy, Signals
 from cluster.spec import ScalingTargets
 
 STEP_S = 10.0

@@ -48,8 +48,8 @@ def measure(
     trace: Path | None = None,
 ) -> dict[str, Any]:
     """Generate in a fresh process; see :func:`run` for what comes back."""
-    from cluster.config import RouterConfig
     from router.app import router_environment
+    from router.config import RouterConfig
 
     arguments = [str(folder), transport, str(actors), str(tokens), str(rounds), *streams]
     if trace is not None:
@@ -132,15 +132,15 @@ class Bench:
         import torch
 
         from benchmarks.tracing import Recorder, TracingExchange, TracingTransport
-        from cluster.config import ExpertsConfig, RouterConfig
-        from cluster.transports import open_transport
-        from experts.checkpoint import open_checkpoint
-        from router.cache import PAGE_SIZE, pages_needed
-        from router.dispatch import Dispatcher
-        from router.engine import Engine
-        from router.exchange import RemoteExchange
-        from router.model import MoEModel
-        from router.scheduler import Limits, Scheduler
+        from cluster.transport.open import open_transport
+        from experts.checkpoint.checkpoint import open_checkpoint
+        from router.config import ExpertsConfig, RouterConfig
+        from router.engine.engine import Engine
+        from router.engine.scheduler import Limits, Scheduler
+        from router.model.kv_cache import PAGE_SIZE, pages_needed
+        from router.model.model import MoEModel
+        from router.moe.dispatch import Dispatcher
+        from router.moe.layer import RemoteExchange
 
         config, experts = RouterConfig(), ExpertsConfig()
         torch.set_num_threads(config.threads)
@@ -196,7 +196,7 @@ class Bench:
         """Generate for all streams at once; returns the seconds that it took."""
         import ray
 
-        from router.request import GenerationRequest, SamplingParams
+        from router.messages.request import GenerationRequest, SamplingParams
 
         # Without a controller nobody else renews their leases.
         ray.get([h.heartbeat.remote(EPOCH) for h in self._handles.values()], timeout=TIMEOUT_S)
@@ -299,19 +299,20 @@ def start_actors(
 
     Returns the placement's view, the handles, and of each actor how long it loaded, the weights
     that it then held, what was resident at the peak for them, and what the first expert brought
-    along besides itself: code, and oneDNN's trial of ways to compute (:func:`experts.ffn.ffn_of`).
+    along besides itself: code, and oneDNN's trial of ways to compute
+    (:func:`experts.compute.ffn.ffn_of`).
     """
     import ray
 
     from benchmarks.tracing import TracingActor
-    from cluster.config import ExpertsConfig
-    from cluster.placement import ModelExperts, assign_experts, empty_placement
-    from cluster.pool import CONTROL_CALLS, actor_options
+    from cluster.controller.pool import CONTROL_CALLS, actor_options
+    from cluster.placement.placement import ModelExperts, assign_experts, empty_placement
     from cluster.spec import ActorSpec, ModelSource, actor_name
-    from experts.checkpoint import open_checkpoint
-    from experts.identity import identity_of
+    from experts.checkpoint.checkpoint import open_checkpoint
+    from experts.checkpoint.identity import identity_of
     from experts.remote import RemoteExpertActor
-    from router.placement_view import PlacementView
+    from router.config import ExpertsConfig
+    from router.control.placement_view import PlacementView
 
     config = ExpertsConfig()
     experts = ModelExperts(MODEL, shape.layers, shape.num_experts, 1)

@@ -138,8 +138,8 @@ class Bench:
         return run
 
     def _train(self, config: Any, on_step: Callable[[int], None]) -> Run:
-        from router.workshop.balance import use_serving_gates
         from router.workshop.evaluation import kinds_of_vocabulary, score
+        from router.workshop.gating import use_serving_gates
         from router.workshop.report import num_active_parameters
         from router.workshop.trainer import Trainer
 

@@ -36,7 +36,7 @@ from benchmarks.common import (
 from benchmarks.serve import deployed
 
 if TYPE_CHECKING:
-    from cluster.status import ClusterStatus
+    from cluster.reports import ClusterStatus
     from router.client import Client
     from tests.fault.load import Case, Wait
 

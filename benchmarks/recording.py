@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.devices import RecordingRemoteActor
-from router.control import ControllerDeployment
+from router.serve.controller import ControllerDeployment
 
 
 class RecordingController(ControllerDeployment):

@@ -4,11 +4,11 @@
         [--period S] [--seed N] [--json FILE] [--compare OLD.json]
 
 Each step is a period between two rebalancings. Tokens are drawn from the trace of that moment and
-counted by the devices that hold the experts; the load is what :mod:`cluster.load` makes of their
-reports, the plan :mod:`cluster.balance`'s. Printed is the busiest device over the mean one, by
-layer, under the load that comes after the decision: as the experts were placed at first, and as
-they were after each plan; then what the plans had to load and how long they took to make. All of it
-follows from the seed, but the time.
+counted by the devices that hold the experts; the load is what :mod:`cluster.placement.load` makes
+of their reports, the plan :mod:`cluster.placement.balance`'s. Printed is the busiest device over
+the mean one, by layer, under the load that comes after the decision: as the experts were placed at
+first, and as they were after each plan; then what the plans had to load and how long they took to
+make. All of it follows from the seed, but the time.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Figure, finish, machine, output_options, progress, show
-from cluster.balance import Device, balance_of, plan_copies, plan_without_cold
-from cluster.load import LoadTracker
-from cluster.placement import ExpertKey, ModelExperts, assign_experts
-from cluster.rebalance import WORTH_GAIN
+from cluster.controller.rebalance import WORTH_GAIN
+from cluster.placement.balance import Device, balance_of, plan_copies, plan_without_cold
+from cluster.placement.load import LoadTracker
+from cluster.placement.placement import ExpertKey, ModelExperts, assign_experts
 from cluster.spec import ActorReport
 
 EXPERT_BYTES = 44_040_192

@@ -31,7 +31,7 @@ from ray import serve
 
 from benchmarks.common import Figure, finish, machine, output_options, progress, show
 from benchmarks.shipped import free_ports, serve_command, shipped_document
-from router.announce import Endpoint, why_not_ready
+from router.ops.startup.announce import Endpoint, why_not_ready
 
 MODEL = "mesh-tiny"
 ROUNDS = 3

@@ -9,10 +9,10 @@ from typing import Any
 import ray
 import torch
 
-from cluster.frames import Buffer, Parts
-from cluster.transport import Call, Flight, IsGone, Outcome, Transport, never_gone
+from cluster.transport.base import Call, Flight, IsGone, Outcome, Transport, never_gone
+from cluster.wire.frames import Buffer, Parts
 from experts.actor import ExpertActor
-from router.exchange import RemoteExchange
+from router.moe.layer import RemoteExchange
 
 Recorded = tuple[str, float, float]
 """Name, start and end (``time.perf_counter``) of a span of the process that recorded it."""

@@ -13,7 +13,7 @@ from benchmarks.common import MODEL
 from benchmarks.open_loop import body_of, prompt_of
 
 if TYPE_CHECKING:
-    from router.gateway.generation import GenerationService
+    from router.gateway.service import GenerationService
     from router.gateway.tokenizer import Tokenizer
 
 SHORT, LONG, TOKENS = 16, 960, 32
@@ -49,9 +49,9 @@ def run(folder: Path) -> dict[str, float]:
 
     A text's tokens are there already: to find them is work for the answer, not checking.
     """
-    from cluster.config import GatewayConfig
-    from router.gateway.completions import parse_completion
+    from router.config import GatewayConfig
     from router.gateway.models import GatewayModel, ServedModel
+    from router.gateway.openai.completions import parse_completion
     from router.gateway.tokenizer import Tokenizer
     from router.gateway.validate import Validator
 

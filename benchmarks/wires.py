@@ -28,7 +28,7 @@ from benchmarks.common import MODEL, machine, progress, show
 
 if TYPE_CHECKING:
     from benchmarks.fuzzing.hostile import Places
-    from cluster.status import ClusterStatus
+    from cluster.reports import ClusterStatus
     from router.client import Client
 
 MODEL_PATH = "models/mesh-tiny"

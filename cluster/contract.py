@@ -6,7 +6,8 @@ from typing import Literal, get_args
 
 OnExpertLoss = Literal["strict", "next_expert", "drop"]
 """``strict`` waits for the expert: the answer is exact or an error. ``next_expert`` has the next
-live expert in line take the token. ``drop`` leaves the expert's share out. See ``router/loss.py``.
+live expert in line take the token. ``drop`` leaves the expert's share out. See
+``router/moe/missing.py``.
 """
 
 ON_EXPERT_LOSS: tuple[str, ...] = get_args(OnExpertLoss)

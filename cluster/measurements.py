@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.reports import ClusterStatus, ProcessStatus
 from cluster.spec import ActorReport
-from cluster.status import ClusterStatus, ProcessStatus
 
 Sample = tuple[str, Mapping[str, str], float]
 """One of Prometheus' samples: its name with any suffix, its labels, its value."""

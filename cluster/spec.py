@@ -1,7 +1,7 @@
 """What an expert actor is told at its start, and what it reports: the actor's contract.
 
 ``cluster`` creates and watches expert actors but does not know their class, which
-``router/control.py`` injects; this file is what both sides agree on.
+``router/serve/controller.py`` injects; this file is what both sides agree on.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from cluster.placement import ExpertKey, ModelExperts
-from cluster.stream.tls import TlsFiles
+from cluster.placement.placement import ExpertKey, ModelExperts
+from cluster.tls import TlsFiles
 
 ACTOR_NAMESPACE = "serve"
 """Serve's own namespace, so that every replica finds the actors without naming another."""
@@ -22,7 +22,8 @@ ACTOR_NAMESPACE = "serve"
 class ModelSource:
     """Where one model's experts come from and how placement sees them.
 
-    ``identity`` tells the checkpoint from others under the same path (:mod:`experts.identity`).
+    ``identity`` tells the checkpoint from others under the same path
+    (:mod:`experts.checkpoint.identity`).
     """
 
     path: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from cluster.placement import ExpertKey
+from cluster.placement.placement import ExpertKey
 
 
 def crowding(

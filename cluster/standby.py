@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 
-from cluster.changes import Changes, Cluster
-from cluster.fleet import Fleet
-from cluster.scaling import wanted_standby
+from cluster.controller.changes import Changes, Cluster
+from cluster.controller.fleet import Fleet
+from cluster.placement.scaling import wanted_standby
 
 logger = logging.getLogger("expertmesh.scaling")
 

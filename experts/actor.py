@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import ray
 import torch
 
+from cluster.controller.lease import Lease, end_when_orphaned
 from cluster.errors import (
     DeadlineExceededError,
     ExpertMeshError,
@@ -29,21 +30,20 @@ from cluster.errors import (
     StaleEpochError,
     UnavailableError,
 )
-from cluster.frames import Buffer, DispatchFrame, ErrorFrame, Parts, RowsFrame, decode, encode
-from cluster.lease import Lease, end_when_orphaned
-from cluster.placement import ExpertKey
+from cluster.placement.placement import ExpertKey
 from cluster.spec import EMULATED, ActorReport, ActorSpec
-from cluster.stream.offer import Network, StreamOffer
-from cluster.stream.server import StreamServer
-from cluster.tensors import TORCH_DTYPES
+from cluster.transport.stream.handshake import Network, StreamOffer
+from cluster.transport.stream.server import StreamServer
+from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, Parts, RowsFrame, decode, encode
+from cluster.wire.tensors import TORCH_DTYPES
 from experts.bank import Expert, ExpertBank, GatedFfnExpert
-from experts.checkpoint import Checkpoint, RemoteFiles
-from experts.emulated import EmulatedExpert
-from experts.ffn import ACTIVATIONS
-from experts.peers import open_model
+from experts.checkpoint.checkpoint import Checkpoint, RemoteFiles
+from experts.checkpoint.expert_weights import load_expert
+from experts.checkpoint.remote_files import open_model
+from experts.compute.emulated import EmulatedExpert
+from experts.compute.ffn import ACTIVATIONS
 from experts.ray_peers import RayNeighbours
-from experts.spans import open_spans
-from experts.weights import load_expert
+from experts.tracing import open_spans
 
 logger = logging.getLogger("expertmesh.actor")
 

@@ -18,12 +18,12 @@ from typing import Any, Protocol
 import torch
 
 from cluster.errors import ExpertMeshError, FrameError, WrongPlacementError
-from cluster.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame
-from cluster.placement import ExpertKey
-from cluster.tensors import TORCH_DTYPES, from_bytes, pieces_of, to_bytes
-from experts.ffn import Activation, PackedFfn, ffn_of
-from experts.tiled import TiledFfn, compute_tiled
-from experts.weights import GatedFfnWeights
+from cluster.placement.placement import ExpertKey
+from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame
+from cluster.wire.tensors import TORCH_DTYPES, from_bytes, pieces_of, to_bytes
+from experts.checkpoint.expert_weights import GatedFfnWeights
+from experts.compute.amx_ffn import TiledFfn, compute_tiled
+from experts.compute.ffn import Activation, PackedFfn, ffn_of
 
 MOST_PIECES = 32
 """So many experts' results are sent from where they lie; more are first brought together."""

@@ -1,4 +1,5 @@
-"""The other nodes of a Ray cluster as :mod:`experts.peers` asks them for a checkpoint."""
+"""The other nodes of a Ray cluster as :mod:`experts.checkpoint.remote_files` asks them for a
+checkpoint."""
 
 from __future__ import annotations
 
@@ -9,21 +10,21 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from experts.reader import CheckpointReader
+from experts.checkpoint.remote_reader import CheckpointReader
 
 
 class RayNeighbours:
     """The living nodes of the cluster that this process is in; none where Ray does not run."""
 
     def nodes(self) -> Sequence[str]:
-        """See :class:`experts.peers.Neighbours`."""
+        """See :class:`experts.checkpoint.remote_files.Neighbours`."""
         if not ray.is_initialized():
             return []
         own = ray.get_runtime_context().get_node_id()
         return [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeID"] != own]
 
     def connect(self, node: str, path: str) -> RayPeer:
-        """See :class:`experts.peers.Neighbours`."""
+        """See :class:`experts.checkpoint.remote_files.Neighbours`."""
         return RayPeer(node, path)
 
 
@@ -44,11 +45,11 @@ class RayPeer:
         )
 
     def open(self) -> Future[dict[str, Any]]:
-        """See :class:`experts.peers.Peer`."""
+        """See :class:`experts.checkpoint.remote_files.Peer`."""
         return self._reader.open.remote().future()  # type: ignore[no-any-return]
 
     def read(self, name: str, begin: int, end: int) -> Future[dict[str, Any]]:
-        """See :class:`experts.peers.Peer`."""
+        """See :class:`experts.checkpoint.remote_files.Peer`."""
         return self._reader.read.remote(name, begin, end).future()  # type: ignore[no-any-return]
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from cluster.placement import ExpertKey
+from cluster.placement.placement import ExpertKey
 from cluster.spec import ActorReport, ActorSpec
-from cluster.stream.offer import Network, StreamOffer
+from cluster.transport.stream.handshake import Network, StreamOffer
 
 if TYPE_CHECKING:
     from experts.actor import ExpertActor

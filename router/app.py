@@ -15,17 +15,17 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import RayServeException
 
-from cluster.config import AppConfig, RouterConfig, parse_args
+from cluster.controller.pool import SERVING_ENVIRONMENT
 from cluster.errors import ConfigError, ExpertMeshError
-from cluster.pool import SERVING_ENVIRONMENT
 from experts.ray_peers import RayNeighbours
-from router.control import ControllerDeployment
-from router.deployment import RouterDeployment
+from router.config import AppConfig, RouterConfig, parse_args
 from router.gateway.budget import RETRY_AFTER_S
-from router.gateway.deployment import Gateway
 from router.gateway.models import GatewayModel
 from router.gateway.ray_upstream import make_upstream
-from router.replica_scaling import replica_options
+from router.serve.autoscaling import replica_options
+from router.serve.controller import ControllerDeployment
+from router.serve.gateway import Gateway
+from router.serve.router import RouterDeployment
 from router.served import ServedModel, inspect_models, pool_specs
 
 MAX_CONTROL_CALLS = 10_000
@@ -45,7 +45,8 @@ def build(args: dict[str, Any]) -> Application:
     """Build the application; what ``import_path: router.app:build`` names.
 
     A wrong configuration or checkpoint becomes the application's message in Serve's status; the
-    commands ``serve run`` and ``serve deploy`` have found it before (:mod:`router.preflight`).
+    commands ``serve run`` and ``serve deploy`` have found it before
+    (:mod:`router.ops.startup.preflight`).
     """
     return application(args)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.config import load_deployment
+from router.config import load_deployment
 from router.served import ServedModel, inspect_models
 
 

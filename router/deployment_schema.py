@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.config import IMPORT_PATH, AppConfig
+from router.config import IMPORT_PATH, AppConfig
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

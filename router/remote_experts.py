@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from router.gate import ChooseAmong
+from router.moe.gate import ChooseAmong
 
 
 class ExpertExchange(Protocol):

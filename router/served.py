@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import AppConfig, ExpertsConfig, ModelConfig
 from cluster.errors import CheckpointError, ConfigError
-from cluster.placement import ModelExperts, assign_experts
+from cluster.placement.placement import ModelExperts, assign_experts
 from cluster.shown import shown
 from cluster.spec import ActorSpec, ModelSource, PoolSpec, budgets_of
-from experts.checkpoint import Checkpoint, parse_json
-from experts.identity import identity_of
-from experts.peers import Neighbours, open_model
+from experts.checkpoint.checkpoint import Checkpoint, parse_json
+from experts.checkpoint.identity import identity_of
+from experts.checkpoint.remote_files import Neighbours, open_model
+from router.config import AppConfig, ExpertsConfig, ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from transformers import MixtralForCausalLM
 
 from benchmarks.shipped import free_ports, serve_options
 from cluster.errors import ExpertMeshError
-from cluster.status import ActorStatus, ClusterStatus
+from cluster.reports import ActorStatus, ClusterStatus
 from router.client import Client, Reply, Sampling
 from tests.checkpoints import VOCAB_SIZE
 from tests.quantise import MIXTRAL, make

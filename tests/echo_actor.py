@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import ray
 
-from cluster.frames import Buffer, Parts
-from cluster.stream.offer import Network, StreamOffer
-from cluster.stream.server import StreamServer
+from cluster.transport.stream.handshake import Network, StreamOffer
+from cluster.transport.stream.server import StreamServer
+from cluster.wire.frames import Buffer, Parts
 
 
 class Echo:

@@ -14,12 +14,12 @@ import os
 import sys
 from pathlib import Path
 
-from cluster.placement import ExpertKey, ModelExperts
+from cluster.placement.placement import ExpertKey, ModelExperts
 from cluster.spec import ActorSpec, ModelSource
 from experts import actor as actor_module
 from experts.actor import ExpertActor
-from experts.checkpoint import open_checkpoint
-from experts.identity import identity_of
+from experts.checkpoint.checkpoint import open_checkpoint
+from experts.checkpoint.identity import identity_of
 
 PROCESS = Path("/proc/self")
 

@@ -15,27 +15,33 @@ from pathlib import Path
 
 import torch
 
-from cluster.config import CapacityConfig
 from cluster.errors import ExpertMeshError
-from cluster.frames import DispatchFrame, decode, encode
-from cluster.placement import ExpertKey, ModelExperts, Placement, assign_experts, empty_placement
+from cluster.placement.placement import (
+    ExpertKey,
+    ModelExperts,
+    Placement,
+    assign_experts,
+    empty_placement,
+)
 from cluster.spec import Emulation
-from cluster.tensors import TORCH_DTYPES
-from cluster.transport import Call, CallFailure, IsGone, Outcome, Transport, never_gone
+from cluster.transport.base import Call, CallFailure, IsGone, Outcome, Transport, never_gone
+from cluster.wire.frames import DispatchFrame, decode, encode
+from cluster.wire.tensors import TORCH_DTYPES
 from experts.bank import ExpertBank, GatedFfnExpert
-from experts.checkpoint import Checkpoint, open_checkpoint
-from experts.emulated import EmulatedExpert
-from experts.ffn import ACTIVATIONS
-from experts.weights import load_expert
-from router.cache import PAGE_SIZE
-from router.capacity import CapacityLimit
-from router.dispatch import Dispatcher
-from router.engine import Emission, Engine
-from router.exchange import RemoteExchange
-from router.model import MoEModel
-from router.placement_view import PlacementView
-from router.request import GenerationRequest, SamplingParams, TokenEvent, merge_events
-from router.scheduler import Limits, Scheduler
+from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from experts.checkpoint.expert_weights import load_expert
+from experts.compute.emulated import EmulatedExpert
+from experts.compute.ffn import ACTIVATIONS
+from router.config import CapacityConfig
+from router.control.placement_view import PlacementView
+from router.engine.engine import Emission, Engine
+from router.engine.scheduler import Limits, Scheduler
+from router.messages.request import GenerationRequest, SamplingParams, TokenEvent, merge_events
+from router.model.kv_cache import PAGE_SIZE
+from router.model.model import MoEModel
+from router.moe.capacity import CapacityLimit
+from router.moe.dispatch import Dispatcher
+from router.moe.layer import RemoteExchange
 
 MODEL = "m"
 

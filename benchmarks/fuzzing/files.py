@@ -14,12 +14,12 @@ from safetensors.numpy import save, save_file
 
 from benchmarks.fuzzing.target import Target, check_refusal
 from cluster.errors import CheckpointError
-from experts.checkpoint import open_checkpoint
+from experts.checkpoint.checkpoint import open_checkpoint
+from experts.checkpoint.identity import identity_of
+from experts.checkpoint.shards import INDEX_FILE, WEIGHTS_FILE, read_header
 from experts.convert.gguf_file import open_gguf
 from experts.convert.layouts import open_source
 from experts.convert.plan import make_plan
-from experts.identity import identity_of
-from experts.shards import INDEX_FILE, WEIGHTS_FILE, read_header
 
 CONFIG: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],

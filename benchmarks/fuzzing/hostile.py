@@ -18,10 +18,10 @@ import grpc
 from benchmarks.fuzzing.mutate import mutated
 from benchmarks.fuzzing.requests import bodies, messages
 from benchmarks.fuzzing.wires import joined, message
-from cluster.frames import DispatchFrame, ErrorFrame, decode
-from cluster.stream.connect import greet, open_socket
-from cluster.stream.offer import Network, StreamOffer
-from cluster.tensors import TORCH_DTYPES
+from cluster.transport.stream.connect import greet, open_socket
+from cluster.transport.stream.handshake import Network, StreamOffer
+from cluster.wire.frames import DispatchFrame, ErrorFrame, decode
+from cluster.wire.tensors import TORCH_DTYPES
 
 ANSWER_S = 10.0
 """For a whole answer, where there must be one."""

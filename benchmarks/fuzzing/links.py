@@ -8,8 +8,8 @@ from typing import Any
 import msgpack
 
 from benchmarks.fuzzing.target import Target
-from router.link import LinkAddress, LinkClient, LinkServer
-from router.request import TokenEvent, TokenLogprobs
+from router.messages.request import TokenEvent, TokenLogprobs
+from router.messages.token_link import LinkAddress, LinkClient, LinkServer
 
 LIMIT_S = 10.0
 EVENT = TokenEvent(1, (5, 6), (TokenLogprobs(-0.5, (5,), (-0.5,)),) * 2, "stop", False, 3)

@@ -14,16 +14,16 @@ from starlette.requests import Request
 
 import deploy
 from benchmarks.fuzzing.target import Target
-from cluster.config import GatewayConfig
 from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelError
-from router.gateway.chat import parse_chat
-from router.gateway.completions import parse_completion
-from router.gateway.generation import GenerationService
-from router.gateway.grpc_handlers import GrpcHandlers, parse_health_check
-from router.gateway.http_io import read_json
+from router.config import GatewayConfig
+from router.gateway.errors import STATUS, error_from_grpc, grpc_error, http_error
+from router.gateway.grpc.handlers import GrpcHandlers, parse_health_check
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel, ServedModel
-from router.gateway.status import STATUS, error_from_grpc, grpc_error, http_error
+from router.gateway.openai.chat import parse_chat
+from router.gateway.openai.completions import parse_completion
+from router.gateway.openai.http_io import read_json
+from router.gateway.service import GenerationService
 from router.gateway.tokenizer import Tokenizer
 from router.protos import inference_pb2
 

@@ -11,7 +11,18 @@ import numpy as np
 
 from benchmarks.fuzzing.target import Target, check_refusal
 from cluster.errors import FrameError, OverloadedError, WrongPlacementError
-from cluster.frames import (
+from cluster.transport.stream.channel import Channel
+from cluster.transport.stream.connect import greet, open_socket
+from cluster.transport.stream.handshake import (
+    KEY_ID_BYTES,
+    Network,
+    Side,
+    StreamOffer,
+    new_nonce,
+    proof,
+)
+from cluster.transport.stream.server import StreamServer
+from cluster.wire.frames import (
     ALIGNMENT,
     Buffer,
     DispatchFrame,
@@ -22,11 +33,7 @@ from cluster.frames import (
     decode,
     encode,
 )
-from cluster.stream.channel import Channel
-from cluster.stream.connect import greet, open_socket
-from cluster.stream.offer import KEY_ID_BYTES, Network, Side, StreamOffer, new_nonce, proof
-from cluster.stream.server import StreamServer
-from cluster.tensors import from_bytes, to_bytes
+from cluster.wire.tensors import from_bytes, to_bytes
 
 LIMIT_S = 10.0
 _START = struct.Struct("<QQ")

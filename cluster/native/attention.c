@@ -1,6 +1,6 @@
 /* Attention of decoding sequences, read from where the cache has their keys and values.
  *
- * router/decoding.py is the face of this function.
+ * router/model/cpu/decode_attention.py is the face of this function.
  *
  * Letters: B sequences of one new token each, L cached tokens, S cache slots, G key/value heads,
  * R query heads to each of them, Q = G * R query heads, D values of a head.

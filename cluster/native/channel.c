@@ -1,6 +1,6 @@
 /* Messages over a socket.
  *
- * cluster/stream/channel.py is the face, and does the same without this.
+ * cluster/transport/stream/channel.py is the face, and does the same without this.
  */
 #include <errno.h>
 #include <poll.h>

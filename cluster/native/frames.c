@@ -1,6 +1,6 @@
 /* Frames' headers, packed and read.
  *
- * cluster/frames.py is the face, and has the limits and the words for what is wrong: whatever is not
+ * cluster/wire/frames.py is the face, and has the limits and the words for what is wrong: whatever is not
  * plainly right is answered by None here, and looked at again there.
  */
 #include "native.h"

@@ -1,6 +1,6 @@
 /* A layer's rows, moved and summed without the cost of a dozen small array operations.
  *
- * router/rows.py is the face of these functions and says what each of them means; it does the same
+ * router/moe/permute.py is the face of these functions and says what each of them means; it does the same
  * with numpy and torch where this is not built.
  *
  * Letters: T tokens, K experts per token, P = T * K pairs, E experts, H values of a row.

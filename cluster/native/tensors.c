@@ -1,6 +1,6 @@
 /* Memory as tensors and tensors' memory, without a copy.
  *
- * cluster/tensors.py is the face of these functions.
+ * cluster/wire/tensors.py is the face of these functions.
  */
 #include "native.h"
 

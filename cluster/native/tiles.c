@@ -1,6 +1,6 @@
 /* An expert's products of a few rows by AMX tiles, with weights read once, as they lie.
  *
- * experts/tiled.py is the face of these functions. The sums have the bits of oneDNN's, since both
+ * experts/compute/amx_ffn.py is the face of these functions. The sums have the bits of oneDNN's, since both
  * have a tile add up the products of one value after the other.
  *
  * Letters: P rows, H hidden size, I intermediate size.

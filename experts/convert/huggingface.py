@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experts.checkpoint import Checkpoint, open_checkpoint, read_json
+from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_json
+from experts.checkpoint.quantization import quantization_of
+from experts.checkpoint.shards import DTYPES, INDEX_FILE, WEIGHTS_FILE, weight_map_of
 from experts.convert.safetensors_files import SafetensorsFiles
 from experts.convert.source import QUANTISED, Entry, Source, Take, Tensors
 from experts.families.grok import GROK_1, GROK_1_OF_XAI, name_of_xai
-from experts.quantization import quantization_of
-from experts.shards import DTYPES, INDEX_FILE, WEIGHTS_FILE, weight_map_of
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ class _DequantisedFiles:
         """Return rows of a tensor; only they are read and dequantised."""
         import torch
 
-        from experts.weights import read_tensor
+        from experts.checkpoint.expert_weights import read_tensor
 
         return read_tensor(self._checkpoint, name, torch.float32, (begin, end))
 

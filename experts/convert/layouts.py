@@ -6,11 +6,11 @@ from pathlib import Path
 
 from cluster.errors import CheckpointError
 from cluster.shown import shown_name
+from experts.checkpoint.shards import PICKLE_SUFFIXES
 from experts.convert.gguf_file import is_gguf, open_gguf
 from experts.convert.huggingface import is_huggingface, open_huggingface
 from experts.convert.mistral import is_mistral, open_mistral
 from experts.convert.source import Source
-from experts.shards import PICKLE_SUFFIXES
 
 _ALLOWED = (
     "a folder with config.json and safetensors, a folder with params.json and "

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from math import prod
 
 from cluster.errors import CheckpointError
-from cluster.frames import DTYPE_BYTES
 from cluster.shown import shown_name
-from experts.checkpoint import checked_shape, family_of, usual_config, wrong_kinds
+from cluster.wire.frames import DTYPE_BYTES
+from experts.checkpoint.checkpoint import checked_shape, family_of, usual_config, wrong_kinds
+from experts.checkpoint.shards import WEIGHTS_FILE
 from experts.convert.source import QUANTISED, Source, Take, shape_after
 from experts.families.base import Config, Family
-from experts.shards import WEIGHTS_FILE
 
 _NAMED = 3
 """So many tensors are named in an error."""

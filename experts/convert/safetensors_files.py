@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 from cluster.errors import CheckpointError
 from cluster.shown import shown_name
+from experts.checkpoint.shards import DTYPES, TensorInfo, read_all
 from experts.convert.source import Entry
-from experts.shards import DTYPES, TensorInfo, read_all
 
 if TYPE_CHECKING:
     import torch

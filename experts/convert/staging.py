@@ -18,8 +18,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from cluster.errors import CheckpointError, ConfigError, ExpertMeshError
+from experts.checkpoint.shards import DTYPES
 from experts.convert.plan import Plan, Shard
-from experts.shards import DTYPES
 
 _JOB_FILE = "job.json"
 _MODEL_FOLDER = "model"

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from cluster.errors import CheckpointError
-from experts.checkpoint import open_checkpoint, read_small
+from experts.checkpoint.checkpoint import open_checkpoint, read_small
+from experts.checkpoint.shards import INDEX_FILE
 from experts.convert.huggingface import CONFIG_FILE
 from experts.convert.layouts import open_source
 from experts.convert.plan import Piece, Plan, Shard, make_plan
@@ -28,7 +29,6 @@ from experts.convert.staging import (
     staged,
     write_whole,
 )
-from experts.shards import INDEX_FILE
 
 if TYPE_CHECKING:
     import torch

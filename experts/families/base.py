@@ -16,8 +16,8 @@ Shapes = dict[str, tuple[int, ...]]
 """Shapes of tensors by their names in the checkpoint."""
 
 ACTIVATION_NAMES = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
-"""The values of ``hidden_act`` that :mod:`experts.ffn` computes; here, so that a checkpoint can be
-checked without importing torch."""
+"""The values of ``hidden_act`` that :mod:`experts.compute.ffn` computes; here, so that a checkpoint
+can be checked without importing torch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class ExpertShape:
     """Sizes of the mixture of one model; every layer listed in ``layers`` has the same experts.
 
     ``has_biases`` says that they are GPT-OSS's: each of the three matrices comes with a bias, and
-    what is between them is clamped (:func:`experts.ffn.clamped_ffn`).
+    what is between them is clamped (:func:`experts.compute.ffn.clamped_ffn`).
     """
 
     layers: tuple[int, ...]
@@ -138,10 +138,10 @@ class Family:
     ``weights_of_all`` tells whether a chosen expert's weight is its share of all experts', not of
     the chosen ones'. ``cache_values`` counts the
     numbers that a layer's attention keeps of a token; ``caches_latents`` says that they are latents
-    of which keys and values are made (:mod:`router.latent`). Tensors whose names end by one of
-    ``in_float32`` may be so beside others of half precision; those that begin by one of ``ignored``
-    may be there and are not read. ``module_names`` has what the model calls a tensor where the
-    checkpoint calls it otherwise.
+    of which keys and values are made (:mod:`router.model.latent_attention`). Tensors whose names
+    end by one of ``in_float32`` may be so beside others of half precision; those that begin by one
+    of ``ignored`` may be there and are not read. ``module_names`` has what the model calls a tensor
+    where the checkpoint calls it otherwise.
     """
 
     model_type: str

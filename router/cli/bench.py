@@ -22,7 +22,7 @@ from router.cli.common import (
     write_json,
 )
 from router.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client, ModelInfo, Sampling
-from router.load import Load, Measured, put_load
+from router.ops.load_test import Load, Measured, put_load
 
 MAX_CLIENTS, MAX_REQUESTS = 1024, 100_000
 _NUM_RANDOM_PROMPTS = 64

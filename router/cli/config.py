@@ -45,7 +45,7 @@ def show(
     What is printed is a deployment file itself and means the same. Checkpoints are not looked at;
     `expertmesh check` does.
     """
-    from cluster.config import parse_deployment, read_document
+    from router.config import parse_deployment, read_document
 
     document = read_document(file)
     parsed = parse_deployment(document, file)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from router.cli.common import INTERRUPTED, AsJson, fail, write, write_json
-from router.sizes import format_size, parse_size
+from router.ops.plan.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from experts.convert.write import Converted

@@ -13,7 +13,7 @@ from rich.table import Table
 from router.cli.common import REFUSED, AsJson, write_json
 
 if TYPE_CHECKING:
-    from router.doctor import Check
+    from router.ops.doctor.doctor import Check
 
 STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
 
@@ -31,7 +31,7 @@ def doctor(
 
     The exit code is 1 when there is a problem; warnings are none.
     """
-    from router.probe import examine
+    from router.ops.doctor.probe import examine
 
     checks = examine(file)
     is_well = all(check.level != "problem" for check in checks)

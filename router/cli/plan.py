@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from router.cli.common import REFUSED, AsJson, write_json
-from router.sizes import format_count, format_size, parse_size
+from router.ops.plan.sizes import format_count, format_size, parse_size
 
 if TYPE_CHECKING:
-    from router.plan import DevicesPlan, Plan
+    from router.ops.plan.plan import DevicesPlan, Plan
 
 
 def plan(
@@ -48,8 +48,8 @@ def plan(
 
     The exit code is 1 when something does not fit on the devices that were given.
     """
-    from router.plan import Wish, make_plan, problems
-    from router.plan_source import find_model
+    from router.ops.plan.plan import Wish, make_plan, problems
+    from router.ops.plan.source import find_model
 
     memory = None if device_memory is None else parse_size(device_memory, "--device-memory")
     wish = Wish(copies, memory, devices, context, concurrency)

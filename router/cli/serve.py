@@ -36,11 +36,12 @@ def serve(
         what = "is a folder" if path.is_dir() else "does not exist"
         fail(f"{path}: {what}; a deployment file is needed, as deploy/cluster.yaml", BAD_USAGE)
     # Serve's command shows no more than a stack for what is no YAML.
-    from cluster.config import load_deployment
+    from router.config import load_deployment
 
     load_deployment(path)
     words = [PROGRAM, "run", *([] if ray_address is None else ["--address", ray_address])]
-    # By its command line our module inside Serve's command knows what is run: router/preflight.py.
+    # By its command line our module inside Serve's command knows what is run:
+    # router/ops/startup/preflight.py.
     sys.argv = [*words, str(path)]
     _run_serve(path)
 

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.errors import ExpertMeshError
+from cluster.reports import ActorStatus, ClusterStatus, ProcessStatus
 from cluster.spec import EMULATED
-from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
 from router.cli.common import Address, AsJson, write, write_json
 from router.client import DEFAULT_ADDRESS, Client
 

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelError
-from cluster.retry import Retries, RetryBudget, RetryPolicy
-from router.attempts import Attempts
+from router.client.attempts import Attempts
 from router.client.types import Message, Sampling, UnreachableError
 from router.client.wire import sampling_message, typed_error
 from router.protos import inference_pb2
+from router.retry import Retries, RetryBudget, RetryPolicy
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 DEFAULT_TIMEOUT_S = 120.0

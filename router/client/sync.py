@@ -15,9 +15,8 @@ import grpc
 
 from cluster.errors import ExpertMeshError, UnavailableError
 from cluster.load_status import ChangeReport, LoadStatus, RebalanceReport
-from cluster.retry import RetryPolicy
-from cluster.status import ClusterStatus
-from router.attempts import Attempts
+from cluster.reports import ClusterStatus
+from router.client.attempts import Attempts
 from router.client.session import (
     CHANGE_TIMEOUT_S,
     DEFAULT_ADDRESS,
@@ -39,6 +38,7 @@ from router.client.wire import (
     status_of,
 )
 from router.protos import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from router.retry import RetryPolicy
 
 
 class Client:

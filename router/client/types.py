@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.errors import UnavailableError
-from router.request import TokenLogprobs
+from router.messages.request import TokenLogprobs
 
 
 class UnreachableError(UnavailableError):

@@ -8,12 +8,12 @@ import grpc
 
 from cluster.errors import ExpertMeshError
 from cluster.load_status import ChangeReport, LoadStatus, RebalanceReport
-from cluster.status import ClusterStatus
-from router.attempts import Attempts
+from cluster.reports import ClusterStatus
+from router.client.attempts import Attempts
 from router.client.types import ModelInfo, Reply, Sampling, UnreachableError, Usage
-from router.gateway.status import DETAILS_KEY, error_from_grpc, is_from_server
+from router.gateway.errors import DETAILS_KEY, error_from_grpc, is_from_server
+from router.messages.request import TokenLogprobs
 from router.protos import inference_pb2
-from router.request import TokenLogprobs
 
 # The server answers DEADLINE_EXCEEDED itself at the request's timeout; this is the way back.
 _GRACE_S = 5.0

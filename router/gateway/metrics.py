@@ -1,7 +1,7 @@
 """What one gateway counts, in a Prometheus registry of its own.
 
-``router/metrics/catalogue.py`` names the metrics; ``router/metrics/exposition.py`` writes them out,
-with those of all other processes.
+``router/observability/catalogue.py`` names the metrics; ``router/observability/exposition.py``
+writes them out, with those of all other processes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from cluster.errors import Code, ExpertMeshError
 from cluster.measurements import Samples
-from router.metrics import catalogue
-from router.metrics.catalogue import LATENCY_BUCKETS_S, Family
+from router.observability import catalogue
+from router.observability.catalogue import LATENCY_BUCKETS_S, Family
 
 OK = "ok"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from experts.peers import open_model
+from experts.checkpoint.remote_files import open_model
 from experts.ray_peers import RayNeighbours
 from router.gateway.tokenizer import Tokenizer
 

@@ -27,7 +27,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from cluster.contract import OnExpertLoss
-from cluster.controller import app_is_wanted
+from cluster.controller.controller import app_is_wanted
 from cluster.errors import (
     DeadlineExceededError,
     ExpertMeshError,
@@ -39,15 +39,15 @@ from cluster.errors import (
 )
 from cluster.load_status import ChangeReport, LoadStatus, RebalanceReport
 from cluster.measurements import Measurements, ProcessSamples, Samples
-from cluster.retry import Retries, RetryBudget, RetryPolicy
-from cluster.status import ClusterStatus, ProcessStatus
+from cluster.reports import ClusterStatus, ProcessStatus
+from router.control.placement_view import PlacementView, PlacementWatcher
+from router.control.readiness import Readiness, readiness
 from router.gateway.budget import RETRY_AFTER_S
-from router.link import LinkAddress, LinkServer
 from router.logs import setup_logging
-from router.placement_view import PlacementView, PlacementWatcher
-from router.readiness import Readiness, readiness
-from router.request import GenerationRequest, Receipts, TokenEvent, merge_events
-from router.tracing import as_current, gateway_span
+from router.messages.request import GenerationRequest, Receipts, TokenEvent, merge_events
+from router.messages.token_link import LinkAddress, LinkServer
+from router.observability.tracing import as_current, gateway_span
+from router.retry import Retries, RetryBudget, RetryPolicy
 
 STATUS_TIMEOUT_S = 5.0
 CHANGE_TIMEOUT_S = 900.0
@@ -305,7 +305,8 @@ def make_upstream(
 
 
 class HandleController:
-    """The controller behind a Serve handle, as :class:`router.placement_view.ControllerClient`."""
+    """The controller behind a Serve handle, as
+    :class:`router.control.placement_view.ControllerClient`."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         """``handle`` is the controller deployment's."""
@@ -320,14 +321,14 @@ class HandleController:
         timeout_s: float,
         samples: Samples,
     ) -> dict[str, Any]:
-        """See :meth:`cluster.controller.Controller.watch`."""
+        """See :meth:`cluster.controller.controller.Controller.watch`."""
         told: dict[str, Any] = await self._handle.watch.remote(
             kind, pid, node, known, timeout_s, samples
         )
         return told
 
     async def suspect(self, actor_id: str, generation: int) -> None:
-        """See :meth:`cluster.controller.Controller.suspect`."""
+        """See :meth:`cluster.controller.controller.Controller.suspect`."""
         await self._handle.suspect.remote(actor_id, generation)
 
 

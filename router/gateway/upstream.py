@@ -7,9 +7,9 @@ from typing import Protocol
 
 from cluster.load_status import ChangeReport, LoadStatus, RebalanceReport
 from cluster.measurements import Measurements
-from cluster.status import ClusterStatus
-from router.readiness import Readiness
-from router.request import GenerationRequest, TokenEvent
+from cluster.reports import ClusterStatus
+from router.control.readiness import Readiness
+from router.messages.request import GenerationRequest, TokenEvent
 
 
 class Upstream(Protocol):
@@ -43,7 +43,8 @@ class Upstream(Protocol):
         ...
 
     async def scale(self, number: int, pool: str, dry_run: bool) -> ChangeReport:
-        """Have a pool of so many actors; raises what :class:`cluster.elastic.Elastic` raises."""
+        """Have a pool of so many actors; raises what :class:`cluster.controller.elastic.Elastic`
+        raises."""
         ...
 
     async def drain(self, target: str, dry_run: bool) -> ChangeReport:

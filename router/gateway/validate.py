@@ -17,14 +17,14 @@ from typing import cast
 
 import numpy as np
 
-from cluster.config import GatewayConfig
 from cluster.contract import ON_EXPERT_LOSS
 from cluster.errors import InvalidRequestError, UnknownModelError
 from cluster.shown import shown
+from router.config import GatewayConfig
 from router.gateway import checks
 from router.gateway.conversation import check_messages
 from router.gateway.models import ServedModel
-from router.request import GenerationRequest, Received, SamplingParams
+from router.messages.request import GenerationRequest, Received, SamplingParams
 
 MAX_TEMPERATURE = 100.0
 MAX_STOPS = 16

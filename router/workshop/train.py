@@ -13,7 +13,6 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from router.workshop.balance import use_serving_gates
 from router.workshop.corpus import Corpus, encode_documents, read_corpus, train_tokenizer
 from router.workshop.evaluation import (
     expert_shares,
@@ -25,6 +24,7 @@ from router.workshop.evaluation import (
     unigram_nats,
 )
 from router.workshop.folder import check_out, make_out, write_checkpoint
+from router.workshop.gating import use_serving_gates
 from router.workshop.report import (
     Figures,
     Record,

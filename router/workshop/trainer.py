@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from router.workshop.balance import use_training_gates
 from router.workshop.corpus import windows
+from router.workshop.gating import use_training_gates
 from router.workshop.settings import (
     ModelSettings,
     OptimizationSettings,

@@ -26,7 +26,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
 )
 
 from benchmarks.shipped import free_ports, serve_options
-from cluster.status import ClusterStatus
+from cluster.reports import ClusterStatus
 from router.app import build
 from router.client import Client, Sampling
 from tests.checkpoints import save_mixtral

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from cluster.errors import ExpertMeshError
-from cluster.status import ClusterStatus
+from cluster.reports import ClusterStatus
 from tests.fault.schedule import Fault, Kind
 from tests.fault.signals import is_running, is_stopped, kill, let_go, stopped
 

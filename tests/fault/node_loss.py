@@ -27,8 +27,8 @@ from transformers import MixtralForCausalLM
 
 from benchmarks.shipped import free_ports, serve_options
 from cluster.errors import ExpertMeshError
+from cluster.reports import ActorStatus, ClusterStatus
 from cluster.spec import ACTOR_NAMESPACE, actor_name
-from cluster.status import ActorStatus, ClusterStatus
 from router.app import build
 from router.client import Client
 from tests.checkpoints import save_mixtral

@@ -19,7 +19,7 @@ from ray import serve
 from ray.cluster_utils import Cluster
 
 from benchmarks.shipped import free_ports, serve_options
-from cluster.status import ClusterStatus
+from cluster.reports import ClusterStatus
 from router.app import build
 from router.client import Client
 from tests.checkpoints import save_mixtral

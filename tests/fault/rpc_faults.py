@@ -131,7 +131,7 @@ def main(folder: Path) -> int:
                 grpc_options={
                     "port": grpc_port,
                     "grpc_servicer_functions": [
-                        "router.gateway.grpc_service:add_services_to_server"
+                        "router.gateway.grpc.service:add_services_to_server"
                     ],
                 },
             )

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import psutil
 
-from cluster.status import ClusterStatus
+from cluster.reports import ClusterStatus
 
 HIT_S = 5.0
 _POLL_S = 0.02

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cluster.errors import Code, ExpertMeshError
-from cluster.status import ActorStatus
+from cluster.reports import ActorStatus
 from router.client import Reply
 from router.protos import inference_pb2, inference_pb2_grpc
 from tests.checkpoints import VOCAB_SIZE

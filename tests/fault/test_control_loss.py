@@ -9,8 +9,8 @@ import httpx
 import pytest
 from ray import serve
 
-from experts.checkpoint import open_checkpoint
-from experts.quantization import MXFP4
+from experts.checkpoint.checkpoint import open_checkpoint
+from experts.checkpoint.quantization import MXFP4
 from router.app import build
 from tests.cluster_fixture import (
     APP,

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import pytest
 
 from cluster.errors import Code, ExpertMeshError
+from cluster.reports import ActorStatus
 from cluster.spec import actor_name
-from cluster.status import ActorStatus
 from tests.cluster_fixture import (
     APP,
     RANDOM,

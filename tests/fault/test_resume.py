@@ -19,7 +19,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.util import list_named_actors
 
-from cluster.status import ClusterStatus
+from cluster.reports import ClusterStatus
 from router.app import build
 from router.client import Client
 from tests.cluster_fixture import (

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from cluster.status import ActorStatus
+from cluster.reports import ActorStatus
 from tests.cluster_fixture import RANDOM, ServedCluster, greedy, wait_until
 from tests.fault.faults import PROMPTS, expected_tokens, kill
 

@@ -15,9 +15,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
-from cluster.frames import ALIGNMENT
-from cluster.stream.connect import Ask
-from cluster.stream.offer import Network, StreamOffer
+from cluster.transport.stream.connect import Ask
+from cluster.transport.stream.handshake import Network, StreamOffer
+from cluster.wire.frames import ALIGNMENT
 
 DELAY_S = 0.2
 _START = struct.Struct("<QQ")  # a message's length and its call's id, see cluster.stream.channel

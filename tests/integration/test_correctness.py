@@ -8,8 +8,8 @@ import torch
 from transformers import AutoTokenizer, MixtralForCausalLM
 
 import deploy
-from experts.checkpoint import open_checkpoint
-from experts.quantization import FP8
+from experts.checkpoint.checkpoint import open_checkpoint
+from experts.checkpoint.quantization import FP8
 from router.client import Sampling
 from tests.cluster_fixture import (
     LAYERS,

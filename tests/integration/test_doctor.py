@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from benchmarks.shipped import shipped_document
-from router.doctor import check_ray
-from router.running_ray import Target, look_at, raylets
+from router.ops.doctor.doctor import check_ray
+from router.ops.doctor.running_ray import Target, look_at, raylets
 from tests.cluster_fixture import ServedCluster
 from tests.integration.test_status_and_cli import run
 

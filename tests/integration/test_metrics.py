@@ -7,8 +7,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from router.client import Sampling
-from router.metrics import catalogue
-from router.metrics.catalogue import FAMILIES, Family
+from router.observability import catalogue
+from router.observability.catalogue import FAMILIES, Family
 from tests.cluster_fixture import LAYERS, RANDOM, TOP_K, ServedCluster, prompt_of, wait_until
 from tests.observed import dashboard_names, panels
 

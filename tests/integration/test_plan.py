@@ -8,8 +8,8 @@ from collections import Counter
 import psutil
 import pytest
 
-from router.plan import ACTOR_PROCESS_BYTES, Plan, Wish, largest_share, make_plan
-from router.plan_source import find_model
+from router.ops.plan.plan import ACTOR_PROCESS_BYTES, Plan, Wish, largest_share, make_plan
+from router.ops.plan.source import find_model
 from tests.cluster_fixture import NUM_ACTORS, RANDOM, TINY, ServedCluster
 from tests.integration.test_status_and_cli import run, status_json
 

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cluster.config import GatewayConfig
 from cluster.load_status import (
     ChangeReport,
     DeviceStatus,
@@ -24,17 +23,18 @@ from cluster.load_status import (
     RebalanceReport,
 )
 from cluster.measurements import Measurements, ProcessSamples
-from cluster.placement import ExpertKey
+from cluster.placement.placement import ExpertKey
+from cluster.reports import ActorStatus, ClusterStatus, LoadingStatus, ProcessStatus
 from cluster.spec import ActorReport
-from cluster.status import ActorStatus, ClusterStatus, LoadingStatus, ProcessStatus
-from router.gateway.generation import GenerationService
-from router.gateway.grpc_handlers import GrpcHandlers
-from router.gateway.grpc_service import GrpcMethods, add_services_to_server
+from router.config import GatewayConfig
+from router.control.readiness import Readiness
+from router.gateway.grpc.handlers import GrpcHandlers
+from router.gateway.grpc.service import GrpcMethods, add_services_to_server
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel, ServedModel
+from router.gateway.service import GenerationService
 from router.gateway.tokenizer import Tokenizer
-from router.readiness import Readiness
-from router.request import GenerationRequest, TokenEvent, TokenLogprobs
+from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
 
 EOS = 1
 CONTEXT = 64

@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 
-from cluster.config import GatewayConfig
-from router.gateway.http import create_app
+from router.config import GatewayConfig
+from router.gateway.openai.app import create_app
 from tests.unit.gateway_fakes import FakeUpstream, service
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

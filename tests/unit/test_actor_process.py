@@ -15,21 +15,21 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.controller.lease import ABSENT_S, LEASE_S, Lease
 from cluster.errors import Code, StaleEpochError, UnavailableError
-from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode, joined
-from cluster.lease import ABSENT_S, LEASE_S, Lease
-from cluster.placement import ExpertKey, ModelExperts
+from cluster.placement.placement import ExpertKey, ModelExperts
 from cluster.spec import ActorReport, ActorSpec, ModelSource
-from cluster.tensors import from_bytes, to_bytes
+from cluster.wire.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode, joined
+from cluster.wire.tensors import from_bytes, to_bytes
 from experts import actor as actor_module
 from experts.actor import ExpertActor
 from experts.bank import GatedFfnExpert
-from experts.checkpoint import open_checkpoint
-from experts.ffn import ACTIVATIONS, gated_ffn
-from experts.identity import identity_of
+from experts.checkpoint.checkpoint import open_checkpoint
+from experts.checkpoint.expert_weights import load_expert
+from experts.checkpoint.identity import identity_of
+from experts.compute.ffn import ACTIVATIONS, gated_ffn
 from experts.remote import RemoteExpertActor
-from experts.spans import BatchSpans
-from experts.weights import load_expert
+from experts.tracing import BatchSpans
 from tests.checkpoints import save_mixtral
 from tests.span_keeper import SpanKeeper
 

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from cluster.status import LoadingStatus
-from router import announce
-from router.announce import Endpoint, LoadingBar, endpoints, why_not_ready
+from cluster.reports import LoadingStatus
+from router.ops.startup import announce
+from router.ops.startup.announce import Endpoint, LoadingBar, endpoints, why_not_ready
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 LIMIT_S = 20.0

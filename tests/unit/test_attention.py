@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cluster import native as built
-from experts import ffn
-from experts.checkpoint import open_checkpoint
-from router import attention
-from router.attention import FusedAttention, fuse_attention
-from router.model import load_dense
+from experts.checkpoint.checkpoint import open_checkpoint
+from experts.compute import ffn
+from router.model.cpu import fused_attention as attention
+from router.model.cpu.fused_attention import FusedAttention, fuse_attention
+from router.model.model import load_dense
 from tests.checkpoints import save_mixtral
 
 # Where fusing is sure to be possible; elsewhere a trial decides.

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.balance import (
+from cluster.errors import ConfigError
+from cluster.placement.balance import (
     TOLERANCE,
     Device,
     Plan,
@@ -21,9 +22,8 @@ from cluster.balance import (
     plan_copies,
     plan_without_cold,
 )
-from cluster.errors import ConfigError
-from cluster.placement import ExpertKey, ModelExperts, assign_experts
-from cluster.replicas import COLD
+from cluster.placement.copy_counts import COLD
+from cluster.placement.placement import ExpertKey, ModelExperts, assign_experts
 from tests.eplb import device_loads, eplb
 
 README_LOADS = (

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from cluster.errors import InternalError, OverloadedError
 from router.cli.app import app
-from router.load import Samples
-from router.request import GenerationRequest, TokenEvent
+from router.messages.request import GenerationRequest, TokenEvent
+from router.ops.load_test import Samples
 from tests.unit.gateway_fakes import FakeUpstream, grpc_server, says, tokenizer, vocab_size
 from tests.unit.terminal import Terminal
 

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from cluster.config import CapacityConfig
-from router.capacity import Placed, tokens_per_expert, within_capacity
-from router.gate import chooser
-from router.loss import Choice
-from router.metrics import catalogue
-from router.metrics.samples import RouterSamples
+from router.config import CapacityConfig
+from router.moe.capacity import Placed, tokens_per_expert, within_capacity
+from router.moe.gate import chooser
+from router.moe.missing import Choice
+from router.observability import catalogue
+from router.observability.samples import RouterSamples
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import MODEL, LocalCluster, greedy_request
 from tests.unit.test_engine import expected_tokens, prompt_of

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster import changes as changes_module
-from cluster import members
-from cluster.changes import Change
+from cluster.controller import changes as changes_module
+from cluster.controller import members
+from cluster.controller.changes import Change
 from cluster.errors import CheckpointError, UnavailableError
-from cluster.placement import ExpertKey, Placement
+from cluster.placement.placement import ExpertKey, Placement
 from tests.unit.test_controller import (  # noqa: F401 - the fixture is used by its name
     Cluster,
     FakeActor,

@@ -12,7 +12,7 @@ from cluster.errors import UnavailableError
 from router.cli.app import app
 from router.cli.conversation import Conversation
 from router.client import Message
-from router.request import GenerationRequest
+from router.messages.request import GenerationRequest
 from tests.unit.gateway_fakes import CONTEXT, FakeUpstream, grpc_server, says, tokenizer
 from tests.unit.terminal import Terminal
 

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import CheckpointError
-from experts.checkpoint import open_checkpoint, resolve_folder
+from experts.checkpoint.checkpoint import open_checkpoint, resolve_folder
+from experts.checkpoint.shards import PICKLE_SUFFIXES
 from experts.families import FAMILIES
-from experts.shards import PICKLE_SUFFIXES
 
 CONFIG: dict[str, Any] = {
     "model_type": "mixtral",

@@ -333,9 +333,9 @@ def test_help_tells_the_exit_codes() -> None:
     [
         ("router.cli.app", ("torch", "ray", "transformers", "tokenizers", "numpy", "fastapi")),
         ("router.app", ("torch", "transformers")),
-        ("router.control", ("torch", "transformers")),
-        ("router.preflight", ("torch", "transformers")),
-        ("router.gateway.deployment", ("torch", "transformers")),
+        ("router.serve.controller", ("torch", "transformers")),
+        ("router.ops.startup.preflight", ("torch", "transformers")),
+        ("router.serve.gateway", ("torch", "transformers")),
         ("router.gateway.ray_upstream", ("torch", "transformers")),
     ],
 )

@@ -10,8 +10,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from router.cli.app import app
-from router.plan import Wish, make_plan
-from router.plan_source import find_model
+from router.ops.plan.plan import Wish, make_plan
+from router.ops.plan.source import find_model
 
 
 def run(*args: str) -> Result:

@@ -19,11 +19,11 @@ from cluster.errors import (
     OverloadedError,
     UnavailableError,
 )
-from cluster.retry import Retries, RetryBudget, RetryPolicy
-from router.attempts import Attempts
 from router.client import Client, Reply, Sampling, UnreachableError
+from router.client.attempts import Attempts
+from router.messages.request import GenerationRequest
 from router.protos import inference_pb2
-from router.request import GenerationRequest
+from router.retry import Retries, RetryBudget, RetryPolicy
 from tests.unit.blocking_client import BlockingAsyncClient
 from tests.unit.gateway_fakes import FakeUpstream, goes_on, grpc_server, says, tokenizer
 

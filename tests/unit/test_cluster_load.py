@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.load import FALL_S, LEAST_FALL_S, RISE_S, WINDOW_S, DeviceLoad, LoadTracker
-from cluster.placement import ExpertKey
+from cluster.placement.load import FALL_S, LEAST_FALL_S, RISE_S, WINDOW_S, DeviceLoad, LoadTracker
+from cluster.placement.placement import ExpertKey
 from cluster.spec import ActorReport
 
 A, B = ExpertKey("m", 0, 0), ExpertKey("m", 0, 1)

@@ -13,7 +13,11 @@ import yaml
 from ray.serve.exceptions import RayServeException
 
 import deploy
-from cluster.config import (
+from cluster.errors import CheckpointError, ConfigError, ExpertMeshError
+from cluster.spec import ScalingTargets, budgets_of
+from router.app import build, deployment_names
+from router.check import check_file
+from router.config import (
     AppConfig,
     ExpertsConfig,
     GatewayConfig,
@@ -24,10 +28,6 @@ from cluster.config import (
     load_deployment,
     parse_args,
 )
-from cluster.errors import CheckpointError, ConfigError, ExpertMeshError
-from cluster.spec import ScalingTargets, budgets_of
-from router.app import build, deployment_names
-from router.check import check_file
 from router.served import ServedModel, inspect_models, pool_specs
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 
@@ -36,7 +36,7 @@ DEPLOYMENT_FILES = sorted(DEPLOY.rglob("*.yaml"))
 SERVE_CONFIGS = [file for file in DEPLOYMENT_FILES if "models" not in file.parts]
 MODEL = {"id": "a", "path": "models/mesh-tiny"}
 TLS = {"certificate": "c", "key": "k", "authority": "a", "cert": "x"}
-PREFLIGHT = "router.preflight:PowerOfTwoChoicesRequestRouter"
+PREFLIGHT = "router.ops.startup.preflight:PowerOfTwoChoicesRequestRouter"
 
 
 @pytest.fixture(scope="module")

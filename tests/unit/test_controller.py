@@ -14,17 +14,18 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from cluster import apart as apart_module
-from cluster import controller as controller_module
-from cluster import loading as loading_module
-from cluster import members, progress
-from cluster.controller import Controller
+from cluster.controller import anti_affinity as apart_module
+from cluster.controller import controller as controller_module
+from cluster.controller import liveness as progress
+from cluster.controller import loading as loading_module
+from cluster.controller import members
+from cluster.controller.controller import Controller
+from cluster.controller.ledger import Ledger
 from cluster.errors import CheckpointError, StaleEpochError
-from cluster.ledger import Ledger
 from cluster.measurements import ProcessSamples, Samples
-from cluster.placement import ExpertKey, ModelExperts, Placement
+from cluster.placement.placement import ExpertKey, ModelExperts, Placement
+from cluster.reports import ClusterStatus, LoadingStatus, ProcessStatus
 from cluster.spec import ActorReport, ActorSpec, ModelSource, PoolSpec, ScalingTargets
-from cluster.status import ClusterStatus, LoadingStatus, ProcessStatus
 
 NUM_EXPERTS = 4
 LIMIT_S = 20.0
@@ -85,7 +86,7 @@ class FakeActor:
 
 
 class FakeLedger:
-    """Stands in for :class:`cluster.ledger.LedgerStore`."""
+    """Stands in for :class:`cluster.controller.ledger.LedgerStore`."""
 
     def __init__(self) -> None:
         self.kept = Ledger()
@@ -101,7 +102,7 @@ class FakeLedger:
 
 
 class FakePool:
-    """Stands in for :class:`cluster.pool.ExpertPool`; keeps what was asked of it."""
+    """Stands in for :class:`cluster.controller.pool.ExpertPool`; keeps what was asked of it."""
 
     def __init__(self, digest: str) -> None:
         self.digest = digest

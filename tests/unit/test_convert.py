@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
-from experts.checkpoint import open_checkpoint
+from experts.checkpoint.checkpoint import open_checkpoint
 from experts.convert import write
 from router.cli.app import app
 from tests import foreign_layouts as foreign

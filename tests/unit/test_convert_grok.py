@@ -11,7 +11,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from experts.checkpoint import open_checkpoint
+from experts.checkpoint.checkpoint import open_checkpoint
 from experts.convert import write
 from router.cli.app import app
 from tests.grok_oracle import Weights, greedy_tokens, llama_name, random_weights, save_grok

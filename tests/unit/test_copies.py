@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.copies import (
+from router.moe.copy_choice import (
     AVOID_S,
     SLACK,
     STALL_S,

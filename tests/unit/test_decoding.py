@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import native as built
-from router import decoding
-from router.cache import LatentCache, PagedCache
-from router.decoding import attend_cached, attend_gathered, can_attend_cached
+from router.model.cpu import decode_attention as decoding
+from router.model.cpu.decode_attention import attend_cached, attend_gathered, can_attend_cached
+from router.model.kv_cache import LatentCache, PagedCache
 
 BUILT = [] if built.native is None else [built.native]
 IS_WIDE = built.native is not None and built.native.is_wide()
@@ -263,7 +263,7 @@ def test_new_keys_and_values_come_to_their_slots_and_nowhere_else(
     for stored in (*cache.keys, *cache.values):
         stored.fill_(7)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("router.cache.native", native)
+        patch.setattr("router.model.kv_cache.native", native)
         cache.store(1, slots, key, value)
     for stored, rows in ((cache.keys[1], key), (cache.values[1], value)):
         expected = torch.full_like(stored, 7)

@@ -19,11 +19,11 @@ from cluster.errors import (
     InternalError,
     OverloadedError,
 )
-from cluster.frames import ErrorFrame, encode
-from cluster.placement import Placement
-from cluster.transport import Call, CallFailure, IsGone, Outcome, never_gone
-from router import dispatch as dispatch_module
-from router.dispatch import MAX_REFUSALS
+from cluster.placement.placement import Placement
+from cluster.transport.base import Call, CallFailure, IsGone, Outcome, never_gone
+from cluster.wire.frames import ErrorFrame, encode
+from router.moe import dispatch as dispatch_module
+from router.moe.dispatch import MAX_REFUSALS
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import Answered, LocalCluster, greedy_request
 

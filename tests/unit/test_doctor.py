@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cluster.config import parse_args
-from router import doctor, probe
 from router.cli.app import app
-from router.doctor import Check, Devices, Installed
-from router.machine import Disk, Memory
-from router.needs import (
+from router.config import parse_args
+from router.ops.doctor import doctor, probe
+from router.ops.doctor.doctor import Check, Devices, Installed
+from router.ops.doctor.machine import Disk, Memory
+from router.ops.doctor.needs import (
     ACTOR_BYTES,
     GATEWAY_BYTES,
     RAY_AND_SERVE_BYTES,
@@ -21,9 +21,9 @@ from router.needs import (
     Needs,
     needs_of,
 )
-from router.plan_source import find_model
-from router.ports import Port, TakenPort
-from router.running_ray import RunningRay, Target
+from router.ops.doctor.ports import Port, TakenPort
+from router.ops.doctor.running_ray import RunningRay, Target
+from router.ops.plan.source import find_model
 
 GB = 10**9
 FOLDER = Path("/tmp/ray")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.balance import Device
-from cluster.changes import Change
-from cluster.emptying import change_of_copies, cheapest_to_empty
+from cluster.controller.changes import Change
 from cluster.errors import InvalidRequestError
-from cluster.placement import ExpertKey
+from cluster.placement.balance import Device
+from cluster.placement.drain import change_of_copies, cheapest_to_empty
+from cluster.placement.placement import ExpertKey
 
 A, B, C = (ExpertKey("small", 0, i) for i in range(3))
 D = ExpertKey("large", 0, 0)

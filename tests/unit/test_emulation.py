@@ -12,21 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.config import parse_args
 from cluster.errors import ConfigError
-from cluster.frames import DispatchFrame, RowsFrame, decode, encode, joined
-from cluster.placement import ExpertKey, ModelExperts
+from cluster.placement.placement import ExpertKey, ModelExperts
+from cluster.reports import ActorStatus, ClusterStatus
 from cluster.spec import EMULATED, ActorReport, ActorSpec, Emulation, ModelSource
-from cluster.status import ActorStatus, ClusterStatus
-from cluster.tensors import to_bytes
+from cluster.wire.frames import DispatchFrame, RowsFrame, decode, encode, joined
+from cluster.wire.tensors import to_bytes
 from experts import actor as actor_module
 from experts.actor import ExpertActor
 from experts.bank import ExpertBank
-from experts.checkpoint import open_checkpoint
-from experts.emulated import EmulatedExpert
-from experts.identity import identity_of
+from experts.checkpoint.checkpoint import open_checkpoint
+from experts.checkpoint.identity import identity_of
+from experts.compute.emulated import EmulatedExpert
 from router.check import check_file
 from router.cli.status import _summary
+from router.config import parse_args
 from router.served import inspect_models, pool_specs
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request

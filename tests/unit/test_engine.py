@@ -18,8 +18,8 @@ from cluster.errors import (
     ExpertUnavailableError,
     OverloadedError,
 )
-from cluster.transport import CallFailure
-from router.scheduler import Limits
+from cluster.transport.base import CallFailure
+from router.engine.scheduler import Limits
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request
 

@@ -19,7 +19,7 @@ from benchmarks.failover import (
     router_is_back,
     window,
 )
-from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
+from cluster.reports import ActorStatus, ClusterStatus, ProcessStatus
 from tests.fault.load import Wait
 
 

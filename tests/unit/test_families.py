@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import CheckpointError
-from experts.checkpoint import open_checkpoint
+from experts.checkpoint.checkpoint import open_checkpoint
 from experts.families import FAMILIES
-from router.model import load_dense
-from router.scheduler import Limits
-from router.step import pack
+from router.engine.batch import pack
+from router.engine.scheduler import Limits
+from router.model.model import load_dense
 from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import SAVERS, save_dbrx
 from tests.local_cluster import LocalCluster, greedy_request

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from experts.checkpoint import open_checkpoint
-from router.capacity import within_capacity
-from router.gate import chooser
-from router.loss import Choice
+from experts.checkpoint.checkpoint import open_checkpoint
+from router.moe.capacity import within_capacity
+from router.moe.gate import chooser
+from router.moe.missing import Choice
 from tests.family_checkpoints import SAVERS
 
 Weights = dict[int, float]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.status import ActorStatus, ClusterStatus, ProcessStatus
+from cluster.reports import ActorStatus, ClusterStatus, ProcessStatus
 from tests.fault.injector import Hit, due_s, victims
 from tests.fault.load import WrongTokensError, check_next, check_whole
 from tests.fault.schedule import BAG, PAUSE_S, Fault, Kind, schedule

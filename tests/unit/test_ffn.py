@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from experts import ffn
-from experts.ffn import ACTIVATIONS, Activation, PackedFfn, ffn_of, gated_ffn
-from experts.weights import GatedFfnWeights
+from experts.checkpoint.expert_weights import GatedFfnWeights
+from experts.compute import ffn
+from experts.compute.ffn import ACTIVATIONS, Activation, PackedFfn, ffn_of, gated_ffn
 
 Make = Callable[[int, int, int, torch.dtype], tuple[torch.Tensor, GatedFfnWeights]]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from cluster.controller.fleet import Fleet, PoolMembers
+from cluster.controller.ledger import Ledger
 from cluster.errors import InvalidRequestError
-from cluster.fleet import Fleet, PoolMembers
-from cluster.ledger import Ledger
 from cluster.spec import ActorSpec, PoolSpec, ScalingTargets
 
 SPEC = ActorSpec("app", (), 0.1, 0.0, 1, 100)

@@ -23,7 +23,7 @@ from cluster.errors import (
     WrongPlacementError,
     error_from_wire,
 )
-from cluster.frames import (
+from cluster.wire.frames import (
     ALIGNMENT,
     DTYPE_BYTES,
     FRAME_VERSION,

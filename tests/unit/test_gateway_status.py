@@ -17,7 +17,7 @@ from cluster.errors import (
     UnknownModelError,
     error_from_wire,
 )
-from router.gateway.status import (
+from router.gateway.errors import (
     STATUS,
     error_from_grpc,
     grpc_error,

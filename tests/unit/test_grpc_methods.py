@@ -11,7 +11,6 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.config import GatewayConfig
 from cluster.errors import (
     DeadlineExceededError,
     ExpertMeshError,
@@ -23,10 +22,11 @@ from cluster.errors import (
     UnknownModelError,
 )
 from router.client import Client, Message, Sampling, UnreachableError, Usage
-from router.gateway import grpc_service
+from router.config import GatewayConfig
+from router.control.readiness import Readiness
+from router.gateway.grpc import service as grpc_service
+from router.messages.request import GenerationRequest, TokenEvent
 from router.protos import admin_pb2, inference_pb2
-from router.readiness import Readiness
-from router.request import GenerationRequest, TokenEvent
 from tests.unit.gateway_fakes import (
     CONTEXT,
     STATUS,

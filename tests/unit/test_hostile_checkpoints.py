@@ -19,15 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import CheckpointError, InvalidRequestError
-from experts import reader as reader_module
-from experts import shards
-from experts.checkpoint import open_checkpoint, read_json
-from experts.config_checks import MAX_DEPTH
+from experts.checkpoint import remote_reader as reader_module
+from experts.checkpoint import shards
+from experts.checkpoint.checkpoint import open_checkpoint, read_json
+from experts.checkpoint.config_checks import MAX_DEPTH
+from experts.checkpoint.remote_reader import CheckpointReader
+from experts.checkpoint.shards import INDEX_FILE, MAX_HEADER_BYTES, WEIGHTS_FILE, read_header
 from experts.convert.layouts import open_source
-from experts.reader import CheckpointReader
-from experts.shards import INDEX_FILE, MAX_HEADER_BYTES, WEIGHTS_FILE, read_header
 from router.gateway.tokenizer import Tokenizer
-from router.model import load_dense
+from router.model.model import load_dense
 from tests.checkpoints import save_mixtral
 from tests.unit.gateway_fakes import tokenizer
 

@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from cluster.errors import InternalError, UnavailableError
-from router.gateway.http import create_app
-from router.readiness import Readiness
-from router.request import GenerationRequest, TokenEvent, TokenLogprobs
+from router.control.readiness import Readiness
+from router.gateway.openai.app import create_app
+from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
 from tests.unit.gateway_fakes import EOS, FakeUpstream, says, service, tokenizer
 from tests.unit.http_calls import COMPLETIONS, call, chat, completion, events
 

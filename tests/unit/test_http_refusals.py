@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from cluster.config import GatewayConfig
 from cluster.errors import OverloadedError, UnavailableError
-from router.request import GenerationRequest, TokenEvent
+from router.config import GatewayConfig
+from router.messages.request import GenerationRequest, TokenEvent
 from tests.unit.gateway_fakes import FakeUpstream, says, tokenizer
 from tests.unit.http_calls import CHAT, COMPLETIONS, HELLO, call, completion, events, refusal
 

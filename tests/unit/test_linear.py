@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from experts import ffn
-from router.packing import PackedLinear, pack_linears
+from experts.compute import ffn
+from router.model.cpu.packed_linear import PackedLinear, pack_linears
 
 # Where packing is sure to be possible; elsewhere a trial decides, and the bits are the same anyway.
 AMX = ffn._HAS_AMX

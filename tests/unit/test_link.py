@@ -15,9 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router import link as link_module
-from router.link import LinkAddress, LinkClient, LinkServer
-from router.request import (
+from router.messages import token_link as link_module
+from router.messages.request import (
     GenerationRequest,
     Receipts,
     Received,
@@ -25,6 +24,7 @@ from router.request import (
     TokenEvent,
     TokenLogprobs,
 )
+from router.messages.token_link import LinkAddress, LinkClient, LinkServer
 
 LIMIT_S = 20.0
 EVENT = TokenEvent(

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import families
 from benchmarks.families import CONFIGS, config_of, make_family
 from benchmarks.load import MAX_PEAK_RATIO, main, summary
-from experts.checkpoint import open_checkpoint
+from experts.checkpoint.checkpoint import open_checkpoint
 from experts.families import FAMILIES
 
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from benchmarks import families
-from cluster.placement import ModelExperts, assign_experts
-from cluster.pool import actor_options
+from cluster.controller.pool import actor_options
+from cluster.placement.placement import ModelExperts, assign_experts
 from cluster.spec import ActorSpec
-from experts import weights as weights_module
-from experts.checkpoint import Checkpoint, open_checkpoint
-from experts.weights import load_expert
+from experts.checkpoint import expert_weights as weights_module
+from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from experts.checkpoint.expert_weights import load_expert
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 from tests.family_checkpoints import save_dbrx, save_gpt_oss, save_qwen2_moe
 from tests.quantise import CASES, FP8_CONFIG, MIXTRAL, MXFP4_CONFIG, Case, make, quantise

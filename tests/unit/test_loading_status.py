@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from cluster.loading import NOTICE_S, Loading, loading_line
-from cluster.placement import ExpertKey
+from cluster.controller.loading import NOTICE_S, Loading, loading_line
+from cluster.placement.placement import ExpertKey
+from cluster.reports import LoadingStatus
 from cluster.spec import ActorReport
-from cluster.status import LoadingStatus
 
 
 def report(actor_id: str, held: int) -> ActorReport:

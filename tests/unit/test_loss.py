@@ -21,12 +21,12 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from cluster.errors import CancelledRequestError, DeadlineExceededError, ExpertUnavailableError
-from cluster.placement import ModelExperts, empty_placement
-from cluster.transport import Call, CallFailure
-from router.gate import choose_among
-from router.loss import Choice, StepLoss, lost_by_layer
-from router.request import GenerationRequest, TokenEvent
-from router.scheduler import Limits, Sequence, Work
+from cluster.placement.placement import ModelExperts, empty_placement
+from cluster.transport.base import Call, CallFailure
+from router.engine.scheduler import Limits, Sequence, Work
+from router.messages.request import GenerationRequest, TokenEvent
+from router.moe.gate import choose_among
+from router.moe.missing import Choice, StepLoss, lost_by_layer
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.unit.test_engine import expected_tokens, prompt_of

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
 
-from cluster.config import CapacityConfig
-from router.metrics import catalogue
-from router.metrics.catalogue import FAMILIES, LAYER_BUCKETS_S, Family
-from router.metrics.samples import RouterSamples, histogram_of
-from router.metrics.tally import Distribution
-from router.request import GenerationRequest, Received
+from router.config import CapacityConfig
+from router.messages.request import GenerationRequest, Received
+from router.observability import catalogue
+from router.observability.catalogue import FAMILIES, LAYER_BUCKETS_S, Family
+from router.observability.histogram import Distribution
+from router.observability.samples import RouterSamples, histogram_of
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import MODEL, LocalCluster, greedy_request
 from tests.observed import dashboard_names, panels

@@ -18,8 +18,8 @@ from transformers import MixtralForCausalLM
 from transformers.models.mixtral import modeling_mixtral
 
 from cluster.errors import CheckpointError
-from experts.checkpoint import open_checkpoint
-from router.model import MoEModel, RemoteExperts, load_dense
+from experts.checkpoint.checkpoint import open_checkpoint
+from router.model.model import MoEModel, RemoteExperts, load_dense
 from tests.checkpoints import save_mixtral
 
 

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster import frames
 from cluster.errors import FrameError
-from cluster.frames import (
+from cluster.native import native
+from cluster.wire import frames
+from cluster.wire.frames import (
     FRAME_VERSION,
     MAX_EXPERTS,
     MAX_HEADER_BYTES,
@@ -22,7 +23,6 @@ from cluster.frames import (
     decode,
     encode,
 )
-from cluster.native import native
 from tests.unit.test_frames import DISPATCH, ERROR, FRAMES, ROWS, described, wire_of
 
 NEEDED = "these tests need the native code, and so a C compiler where this is installed"

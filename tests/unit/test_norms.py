@@ -12,8 +12,8 @@ from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from cluster import native as built
-from router import norms
-from router.norms import NativeNorm, replace_norms
+from router.model.cpu import rms_norm as norms
+from router.model.cpu.rms_norm import NativeNorm, replace_norms
 
 BUILT = [] if built.native is None else [built.native]
 # Around the ends of torch's vectors, chains and levels, and what models have.

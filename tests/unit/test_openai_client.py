@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from router.gateway.http import create_app
+from router.gateway.openai.app import create_app
 from tests.unit.gateway_fakes import FakeUpstream, says, service
 
 

@@ -11,7 +11,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import TracerProvider
 
-from router.otlp import span_processors
+from router.observability.otlp import span_processors
 
 LIMIT_S = 10.0
 Received = SimpleQueue[tuple[str, bytes]]

@@ -16,16 +16,16 @@ import pytest
 import torch
 
 from cluster.errors import CheckpointError, CheckpointMissingError
-from experts import peers as peers_module
-from experts import reader as reader_module
-from experts.checkpoint import Checkpoint, open_checkpoint
-from experts.identity import identity_of
-from experts.peers import Neighbours, open_model
-from experts.reader import CheckpointReader, Chunk
-from experts.weights import load_expert
+from experts.checkpoint import remote_files as peers_module
+from experts.checkpoint import remote_reader as reader_module
+from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from experts.checkpoint.expert_weights import load_expert
+from experts.checkpoint.identity import identity_of
+from experts.checkpoint.remote_files import Neighbours, open_model
+from experts.checkpoint.remote_reader import CheckpointReader, Chunk
 from router.gateway.models import GatewayModel, load_models
 from router.gateway.tokenizer import Tokenizer
-from router.model import load_dense
+from router.model.model import load_dense
 from router.served import inspect_models
 from tests.checkpoints import save_mixtral, save_tokenizer
 from tests.unit.test_config import config_of

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError
-from cluster.placement import (
+from cluster.placement.placement import (
     ExpertKey,
     ModelExperts,
     Placement,

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from cluster.measurements import Samples
-from cluster.placement import Placement
-from router import placement_view
-from router.placement_view import PlacementView, PlacementWatcher
+from cluster.placement.placement import Placement
+from router.control import placement_view
+from router.control.placement_view import PlacementView, PlacementWatcher
 
 LIMIT_S = 20.0
 

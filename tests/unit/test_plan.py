@@ -11,12 +11,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cluster.config import RouterConfig
 from cluster.errors import CheckpointError, ConfigError
-from cluster.placement import ModelExperts, assign_experts
-from experts.checkpoint import open_checkpoint
-from router.model_shape import ModelShape, shape_of
-from router.plan import (
+from cluster.placement.placement import ModelExperts, assign_experts
+from experts.checkpoint.checkpoint import open_checkpoint
+from router.config import RouterConfig
+from router.ops.plan.plan import (
     ACTOR_PROCESS_BYTES,
     ROUTER_PROCESS_BYTES,
     PlannedModel,
@@ -26,7 +25,8 @@ from router.plan import (
     make_plan,
     problems,
 )
-from router.plan_source import find_model, known_models
+from router.ops.plan.shape import ModelShape, shape_of
+from router.ops.plan.source import find_model, known_models
 from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import SAVERS
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-import cluster.pool as pool_module
-from cluster.pool import ExpertPool, actor_options, shortage
+import cluster.controller.pool as pool_module
+from cluster.controller.pool import ExpertPool, actor_options, shortage
 from cluster.spec import ActorSpec
 
 LIMIT_S = 10.0

@@ -15,11 +15,12 @@ import yaml
 
 import deploy
 from benchmarks.shipped import free_ports, shipped_document
-from cluster.config import ExpertsConfig
-from router import preflight, probe
-from router.machine import Memory
-from router.preflight import check_command_line, deployment_file, given_address
-from router.running_ray import RunningRay, Target
+from router.config import ExpertsConfig
+from router.ops.doctor import probe
+from router.ops.doctor.machine import Memory
+from router.ops.doctor.running_ray import RunningRay, Target
+from router.ops.startup import preflight
+from router.ops.startup.preflight import check_command_line, deployment_file, given_address
 
 DEPLOY = Path(deploy.__file__).parent
 MODEL = {"id": "a", "path": "models/mesh-tiny"}
@@ -44,7 +45,7 @@ def own_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(temp))
     # Where pytest's own folders have long names, sockets would not fit in them.
-    monkeypatch.setattr("router.doctor.MAX_SOCKET_PATH", 500)
+    monkeypatch.setattr("router.ops.doctor.doctor.MAX_SOCKET_PATH", 500)
     return temp
 
 
@@ -186,7 +187,7 @@ def test_a_full_disk_ends_the_command(
     def full(**_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("router.machine.tempfile.TemporaryFile", full)
+    monkeypatch.setattr("router.ops.doctor.machine.tempfile.TemporaryFile", full)
     line = refusal(["serve", "run", str(file)], capsys)
     assert f"{own_ray / 'ray'} is full. Free some space, or set RAY_TMPDIR" in line
 

@@ -14,10 +14,10 @@ import yaml
 
 from benchmarks.shipped import DEPLOYED, OWN_PORTS, free_ports, shipped_document
 from cluster import native as built
-from router import machine, probe, running_ray
-from router.doctor import Check
-from router.ports import Port, ports_of, taken_ports
-from router.running_ray import RunningRay, Target, judged, look_at, target_of
+from router.ops.doctor import machine, probe, running_ray
+from router.ops.doctor.doctor import Check
+from router.ops.doctor.ports import Port, ports_of, taken_ports
+from router.ops.doctor.running_ray import RunningRay, Target, judged, look_at, target_of
 
 HERE = {"RAY_TMPDIR": "/nowhere"}
 
@@ -71,7 +71,7 @@ def test_what_cannot_be_opened_for_other_reasons_says_which(
     class Denied(socket.socket):
         bind = denied  # type: ignore[assignment]
 
-    monkeypatch.setattr("router.ports.socket.socket", Denied)
+    monkeypatch.setattr("router.ops.doctor.ports.socket.socket", Denied)
     [taken] = taken_ports([Port(80, "127.0.0.1", "HTTP", "key")])
     assert taken.reason == "not allowed to this user"
 
@@ -121,7 +121,7 @@ def test_a_disk_that_takes_no_file_says_why(
     def fails(**_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("router.machine.tempfile.TemporaryFile", fails)
+    monkeypatch.setattr("router.ops.doctor.machine.tempfile.TemporaryFile", fails)
     assert machine.writable_folder(tmp_path).reason.startswith(words)
 
 
@@ -239,7 +239,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch is not asked, and no Ray that is here counts."""
     monkeypatch.setattr(probe, "_ASK_TORCH", "print('[]')")
     monkeypatch.setattr(probe, "raylets", lambda: [])
-    monkeypatch.setattr("router.doctor.MAX_SOCKET_PATH", 500)
+    monkeypatch.setattr("router.ops.doctor.doctor.MAX_SOCKET_PATH", 500)
 
 
 @pytest.mark.usefixtures("quick")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.progress import HUNG_S, LOOK_S, SILENT_S, SUSPECTED_S, Progress, Silence
+from cluster.controller.liveness import HUNG_S, LOOK_S, SILENT_S, SUSPECTED_S, Progress, Silence
 
 
 def test_an_actor_without_work_is_never_hung() -> None:

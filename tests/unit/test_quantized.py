@@ -15,17 +15,17 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from cluster.errors import CheckpointError, ExpertMeshError
-from experts.checkpoint import open_checkpoint
+from experts.checkpoint.checkpoint import open_checkpoint
+from experts.checkpoint.expert_weights import load_expert, read_tensor
+from experts.checkpoint.identity import identity_of
+from experts.checkpoint.remote_files import open_model
 from experts.convert.write import convert
-from experts.identity import identity_of
-from experts.peers import open_model
-from experts.weights import load_expert, read_tensor
 from router.check import check_file
-from router.model import load_dense
-from router.plan import Wish, make_plan
-from router.plan_source import find_model
-from router.scheduler import Limits
-from router.step import pack
+from router.engine.batch import pack
+from router.engine.scheduler import Limits
+from router.model.model import load_dense
+from router.ops.plan.plan import Wish, make_plan
+from router.ops.plan.source import find_model
 from tests.family_checkpoints import SAVERS
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.quantise import (

@@ -15,18 +15,18 @@ from ray.exceptions import RayActorError
 
 from cluster.errors import DeadlineExceededError, OverloadedError, UnavailableError
 from cluster.measurements import Samples
-from cluster.retry import RetryBudget
 from router.gateway import ray_upstream
 from router.gateway.ray_upstream import Inbox, RayUpstream, _take
-from router.link import LinkAddress
-from router.request import (
+from router.messages.request import (
     GenerationRequest,
     SamplingParams,
     TokenEvent,
     TokenLogprobs,
     merge_events,
 )
-from router.tracing import as_current
+from router.messages.token_link import LinkAddress
+from router.observability.tracing import as_current
+from router.retry import RetryBudget
 from tests.span_keeper import SpanKeeper
 
 MAX_CALLS = 3

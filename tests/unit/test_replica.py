@@ -8,10 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from cluster.errors import CancelledRequestError, UnavailableError
-from router.engine import Emission
-from router.link import LinkAddress
-from router.replica import RouterReplica, _Request
-from router.request import GenerationRequest, SamplingParams, TokenEvent
+from router.engine.engine import Emission
+from router.engine.replica import RouterReplica, _Request
+from router.messages.request import GenerationRequest, SamplingParams, TokenEvent
+from router.messages.token_link import LinkAddress
 
 HERE, THERE = LinkAddress("h", 1, ""), LinkAddress("h", 2, "")
 

@@ -10,11 +10,11 @@ from ray import serve
 from ray.serve._private.autoscaling_state import _resolve_policy_callable
 from ray.serve.config import AutoscalingConfig
 
-from cluster.config import parse_args
 from cluster.errors import ConfigError
 from router.app import _gateway, _router, held_requests
-from router.replica_scaling import USE, FollowUse
-from router.scheduler import Limits, Scheduler
+from router.config import parse_args
+from router.engine.scheduler import Limits, Scheduler
+from router.serve.autoscaling import USE, FollowUse
 from tests.local_cluster import greedy_request
 
 SCALING = {"min_replicas": 1, "max_replicas": 4, "upscale_delay_s": 0, "downscale_delay_s": 0}

@@ -11,11 +11,11 @@ import psutil
 import pytest
 import torch
 
-from cluster.placement import ExpertKey
+from cluster.placement.placement import ExpertKey
 from experts.bank import ExpertBank, GatedFfnExpert
-from experts.ffn import ACTIVATIONS
+from experts.checkpoint.expert_weights import GatedFfnWeights
+from experts.compute.ffn import ACTIVATIONS
 from experts.pages import paged
-from experts.weights import GatedFfnWeights
 
 COUNT, HIDDEN, INNER = 12, 1024, 1536
 

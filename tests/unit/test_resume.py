@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from router.request import GenerationRequest, Received, TokenEvent
-from router.scheduler import Limits
+from router.engine.scheduler import Limits
+from router.messages.request import GenerationRequest, Received, TokenEvent
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.unit.test_engine import prompt_of

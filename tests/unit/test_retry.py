@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError
-from cluster.retry import Retries, RetryBudget, RetryPolicy
+from router.retry import Retries, RetryBudget, RetryPolicy
 
 DRAW = st.floats(0, 1, exclude_max=True)
 POLICY = st.builds(

@@ -14,15 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import router.combine
+import router.moe.combine
 from cluster import native as built
-from cluster.tensors import to_bytes, to_raw
-from router import rows
-from router.combine import Received, combine, prepare
-from router.rows import Share, gather, route, slots_of
+from cluster.wire.tensors import to_bytes, to_raw
+from router.moe import permute as rows
+from router.moe.combine import Received, combine, prepare
+from router.moe.permute import Share, gather, route, slots_of
 
 IMPLEMENTATIONS = [None] if built.native is None else [None, built.native]
-FACES = (rows, router.combine)
+FACES = (rows, router.moe.combine)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS, ids=lambda native: "numpy" if native is None else "native")
@@ -168,7 +168,7 @@ def test_what_is_not_finite_and_what_is_halfway_are_rounded_as_torch_rounds(
 
 @pytest.mark.usefixtures("native")
 def test_a_large_sum_is_as_its_single_tokens_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.combine.CHUNK_VALUES", 1 << 12)  # several pieces
+    monkeypatch.setattr("router.moe.combine.CHUNK_VALUES", 1 << 12)  # several pieces
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(400, 700, generator=generator).bfloat16()  # moved without the interpreter
     weights = torch.rand(200, 2, generator=generator)

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.errors import InvalidRequestError, UnknownModelError
 from router.client import Client, Message, Sampling
-from router.gateway.openai_fields import ANY, CHAT, COMPLETION, Fields
+from router.gateway.openai.fields import ANY, CHAT, COMPLETION, Fields
 from tests.unit import http_calls
 from tests.unit.gateway_fakes import CONTEXT, FakeUpstream, grpc_server, says, vocab_size
 from tests.unit.http_calls import HELLO, call, refusal

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.request import SamplingParams
-from router.sampling import Draw, sample
+from router.engine.sampling import Draw, sample
+from router.messages.request import SamplingParams
 
 INF = float("inf")
 

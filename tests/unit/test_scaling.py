@@ -9,14 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement import ExpertKey
-from cluster.scaling import (
-    HYSTERESIS,
-    BusyMeter,
-    ScalingPolicy,
-    Signals,
-    wanted_actors,
-)
+from cluster.placement.placement import ExpertKey
+from cluster.placement.scaling import HYSTERESIS, BusyMeter, ScalingPolicy, Signals, wanted_actors
 from cluster.spec import ActorReport, ScalingTargets
 
 TARGETS = ScalingTargets(

@@ -14,7 +14,7 @@ from transformers import MixtralForCausalLM
 from benchmarks import scaling, steered
 from benchmarks.device_lines import picture
 from benchmarks.devices import Product
-from cluster.placement import ModelExperts, assign_experts
+from cluster.placement.placement import ModelExperts, assign_experts
 
 SVG = "{http://www.w3.org/2000/svg}"
 TRAFFICS = get_args(steered.Traffic)

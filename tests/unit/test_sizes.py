@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError
-from router.sizes import UNITS, format_count, format_size, parse_size
+from router.ops.plan.sizes import UNITS, format_count, format_size, parse_size
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ import grpc
 import pytest
 import uvicorn
 
-from cluster.config import GatewayConfig
 from cluster.errors import OverloadedError, SlowReaderError
 from router.client import Client, Sampling
-from router.gateway.generation import Delta, GenerationService
-from router.gateway.http import create_app
+from router.config import GatewayConfig
+from router.gateway.openai.app import create_app
+from router.gateway.service import Delta, GenerationService
 from router.gateway.validate import RawRequest
+from router.messages.request import GenerationRequest, TokenEvent
 from router.protos import inference_pb2, inference_pb2_grpc
-from router.request import GenerationRequest, TokenEvent
 from tests.unit.gateway_fakes import FakeUpstream, grpc_server, service
 
 SHORT = GatewayConfig(reader_timeout_s=0.05, max_ongoing_requests=1)

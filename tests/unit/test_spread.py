@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.placement import ExpertKey
+from cluster.placement.placement import ExpertKey
 from cluster.spread import crowding, node_apart
 
 

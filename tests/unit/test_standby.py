@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from cluster.fleet import Fleet, PoolMembers
-from cluster.ledger import Ledger
+from cluster.controller.fleet import Fleet, PoolMembers
+from cluster.controller.ledger import Ledger
 from cluster.load_status import LoadStatus
-from cluster.scaling import wanted_standby
+from cluster.placement.scaling import wanted_standby
 from cluster.spec import ActorSpec, PoolSpec, ScalingTargets
 from tests.unit.test_changes import settled
 from tests.unit.test_controller import (  # noqa: F401 - the fixture is used by its name

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from router.gateway.tokenizer import Tokenizer
-from router.starting import collector_paused, torch_hidden
+from router.serve.process import collector_paused, torch_hidden
 
 
 @pytest.fixture(autouse=True)

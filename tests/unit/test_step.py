@@ -16,7 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from router.cache import (
+from router.engine.batch import pack
+from router.engine.scheduler import Sequence, Work
+from router.messages.request import GenerationRequest, SamplingParams
+from router.model.cpu.decode_attention import attend_gathered
+from router.model.kv_cache import (
     PAGE_SIZE,
     PagedCache,
     PagedContext,
@@ -24,10 +28,6 @@ from router.cache import (
     paged_attention,
     pages_needed,
 )
-from router.decoding import attend_gathered
-from router.request import GenerationRequest, SamplingParams
-from router.scheduler import Sequence, Work
-from router.step import pack
 
 
 def sequence_of(name: str, token_ids: list[int], pages: list[int], computed: int = 0) -> Sequence:

@@ -22,16 +22,23 @@ import trustme
 
 from cluster import native as built
 from cluster.errors import ConfigError
-from cluster.frames import Buffer, Parts
-from cluster.stream import channel as channel_module
-from cluster.stream import server as server_module
-from cluster.stream.channel import BUFFER_BYTES, KEPT_BUFFER_BYTES, Channel
-from cluster.stream.client import WINDOW, StreamTransport
-from cluster.stream.connect import Connector, greet, open_socket
-from cluster.stream.offer import HELLO_BYTES, Network, Side, StreamOffer, new_nonce, proof
-from cluster.stream.server import StreamServer
-from cluster.stream.tls import TlsFiles
-from cluster.transport import GONE_CHECK_S, Call, CallFailure, Outcome
+from cluster.tls import TlsFiles
+from cluster.transport.base import GONE_CHECK_S, Call, CallFailure, Outcome
+from cluster.transport.stream import channel as channel_module
+from cluster.transport.stream import server as server_module
+from cluster.transport.stream.channel import BUFFER_BYTES, KEPT_BUFFER_BYTES, Channel
+from cluster.transport.stream.client import WINDOW, StreamTransport
+from cluster.transport.stream.connect import Connector, greet, open_socket
+from cluster.transport.stream.handshake import (
+    HELLO_BYTES,
+    Network,
+    Side,
+    StreamOffer,
+    new_nonce,
+    proof,
+)
+from cluster.transport.stream.server import StreamServer
+from cluster.wire.frames import Buffer, Parts
 from tests.local_cluster import Answered
 
 LIMIT_S = 20.0
@@ -723,7 +730,7 @@ def test_a_router_does_not_talk_to_a_stranger_at_the_actors_address() -> None:
 
 
 def test_a_router_gives_up_on_an_actor_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.stream.connect.CONNECT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("cluster.transport.stream.connect.CONNECT_TIMEOUT_S", 0.1)
     ours, theirs = socket.socketpair()
     offer = StreamOffer(Network.UNIX, b"\0x", bytes(16), bytes(32))
     with pytest.raises(TimeoutError, match="no greeting"):

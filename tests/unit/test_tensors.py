@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cluster import native as built
-from cluster import tensors
-from cluster.tensors import TORCH_DTYPES, from_bytes, pieces_of, to_bytes, to_ids
+from cluster.wire import tensors
+from cluster.wire.tensors import TORCH_DTYPES, from_bytes, pieces_of, to_bytes, to_ids
 
 IMPLEMENTATIONS = [None] if built.native is None else [None, built.native]
 

@@ -12,14 +12,15 @@ import torch
 from torch.nn import functional
 
 from cluster import native as built
-from cluster.frames import DispatchFrame, RowsFrame, decode, encode
-from cluster.placement import ExpertKey
-from cluster.tensors import to_bytes
-from experts import ffn, tiled
+from cluster.placement.placement import ExpertKey
+from cluster.wire.frames import DispatchFrame, RowsFrame, decode, encode
+from cluster.wire.tensors import to_bytes
 from experts.bank import ExpertBank, GatedFfnExpert
-from experts.ffn import ffn_of, gated_ffn
-from experts.tiled import MAX_ROWS, TiledFfn, can_tile
-from experts.weights import GatedFfnWeights
+from experts.checkpoint.expert_weights import GatedFfnWeights
+from experts.compute import amx_ffn as tiled
+from experts.compute import ffn
+from experts.compute.amx_ffn import MAX_ROWS, TiledFfn, can_tile
+from experts.compute.ffn import ffn_of, gated_ffn
 
 HAS_TILES = ffn._HAS_AMX and built.native is not None and built.native.may_tile()
 # Elsewhere torch computes the same experts, and the same is asked of it.

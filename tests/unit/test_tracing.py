@@ -18,12 +18,11 @@ from ray.serve._private import constants, logging_utils
 from ray.serve.schema import TracingConfig
 
 from cluster.errors import CancelledRequestError, OverloadedError
-from cluster.frames import DispatchFrame
-from experts.spans import EXPORTER_VARIABLE, open_spans
-from router.control import exporter_of
-from router.request import GenerationRequest, Receipts, SamplingParams, TokenEvent
-from router.scheduler import Sequence, Work
-from router.tracing import (
+from cluster.wire.frames import DispatchFrame
+from experts.tracing import EXPORTER_VARIABLE, open_spans
+from router.engine.scheduler import Sequence, Work
+from router.messages.request import GenerationRequest, Receipts, SamplingParams, TokenEvent
+from router.observability.tracing import (
     STEPS_IN_DETAIL,
     RequestTrace,
     as_current,
@@ -31,6 +30,7 @@ from router.tracing import (
     gateway_span,
     traceparent,
 )
+from router.serve.controller import exporter_of
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.span_keeper import SpanKeeper

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from router.workshop.balance import (
+from router.workshop.gating import (
     TrainingGate,
     dense_gates,
     load_probability,

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MixtralConfig
 
-from router.workshop.balance import TrainingGate
+from router.workshop.gating import TrainingGate
 from router.workshop.groups import capacity_of, second_by_chance, within_capacity
 from router.workshop.settings import GatingSettings, GroupSettings, TrainingConfig
 from router.workshop.train import Watcher, train

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from cluster.config import GatewayConfig
 from cluster.contract import OnExpertLoss
 from cluster.errors import InvalidRequestError, UnknownModelError
+from router.config import GatewayConfig
 from router.gateway.validate import CheckedRequest, RawRequest, Validator
-from router.request import Received
+from router.messages.request import Received
 from tests.unit.gateway_fakes import CONTEXT, EOS, served, tokenizer, vocab_size
 
 LIMITS = GatewayConfig(max_choices=4, max_logprobs=5, default_timeout_s=20, max_timeout_s=60)

@@ -18,19 +18,19 @@ from transformers import MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from cluster.errors import FrameError, WrongPlacementError
-from cluster.frames import DispatchFrame, ErrorFrame, RowsFrame, joined
-from cluster.placement import ExpertKey, ModelExperts, assign_experts, empty_placement
-from cluster.tensors import TORCH_DTYPES, dtype_name, from_bytes, to_bytes
-from cluster.transport import Call, CallFailure
+from cluster.placement.placement import ExpertKey, ModelExperts, assign_experts, empty_placement
+from cluster.transport.base import Call, CallFailure
+from cluster.wire.frames import DispatchFrame, ErrorFrame, RowsFrame, joined
+from cluster.wire.tensors import TORCH_DTYPES, dtype_name, from_bytes, to_bytes
 from experts.bank import MOST_PIECES, ExpertBank
-from experts.checkpoint import Checkpoint, open_checkpoint
+from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from experts.checkpoint.expert_weights import load_expert
+from experts.compute.ffn import ACTIVATIONS
 from experts.families.base import ACTIVATION_NAMES
-from experts.ffn import ACTIVATIONS
-from experts.weights import load_expert
-from router.combine import Received, combine, prepare
-from router.dispatch import Dispatcher
-from router.exchange import RemoteExchange
-from router.placement_view import PlacementView
+from router.control.placement_view import PlacementView
+from router.moe.combine import Received, combine, prepare
+from router.moe.dispatch import Dispatcher
+from router.moe.layer import RemoteExchange
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import MODEL, BankTransport, load_banks
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.frames import Buffer, DispatchFrame, Parts, encode
-from cluster.stream.client import StreamTransport
-from cluster.stream.connect import Connector
-from cluster.stream.offer import Network, StreamOffer
-from cluster.stream.server import Answer, StreamServer
+from cluster.transport.stream.client import StreamTransport
+from cluster.transport.stream.connect import Connector
+from cluster.transport.stream.handshake import Network, StreamOffer
+from cluster.transport.stream.server import Answer, StreamServer
+from cluster.wire.frames import Buffer, DispatchFrame, Parts, encode
 from experts.actor import _read
 from experts.bank import ExpertBank
 from tests.checkpoints import VOCAB_SIZE, save_mixtral

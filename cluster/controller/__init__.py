@@ -1,0 +1,1 @@
+"""The controller: it keeps every expert on a living actor."""

@@ -1,0 +1,71 @@
+"""What must never go backwards, though controller and actors die together: kept by Ray itself.
+
+Routers take a placement only when it is newer than theirs, and an actor's name has its generation
+in it. A controller learns both from the living actors; where none lived on, from this ledger in
+Ray's own key-value store, which lives as long as the cluster's head does.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+from ray.experimental.internal_kv import (
+    _internal_kv_del,
+    _internal_kv_get,
+    _internal_kv_put,
+)
+
+from cluster.controller.fleet import PoolMembers
+
+KV_NAMESPACE = b"expertmesh"
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """The last epoch of an application's controllers, and the last generation of each actor.
+
+    ``pools`` has who belongs to each pool, which scaling changes.
+    """
+
+    epoch: int = 0
+    generations: dict[str, int] = field(default_factory=dict)
+    pools: dict[str, PoolMembers] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the ledger as text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Ledger:
+        """Rebuild a ledger from :meth:`to_json`."""
+        told = json.loads(text)
+        pools = {
+            name: PoolMembers(
+                one["configured"], tuple(one["actors"]), tuple(one.get("standby", ()))
+            )
+            for name, one in told.pop("pools", {}).items()
+        }
+        return cls(**told, pools=pools)
+
+
+class LedgerStore:
+    """The ledger of one application; every call is one short round trip to Ray's head."""
+
+    def __init__(self, app: str) -> None:
+        """Must be used in a process that is connected to Ray."""
+        self._key = app.encode()
+
+    def read(self) -> Ledger:
+        """Return what was written last, or an empty ledger."""
+        data = _internal_kv_get(self._key, namespace=KV_NAMESPACE)
+        return Ledger.from_json(data) if data else Ledger()
+
+    def write(self, ledger: Ledger) -> None:
+        """Replace the ledger."""
+        data = ledger.to_json().encode()
+        _internal_kv_put(self._key, data, overwrite=True, namespace=KV_NAMESPACE)
+
+    def clear(self) -> None:
+        """Forget the application, which is being deleted."""
+        _internal_kv_del(self._key, namespace=KV_NAMESPACE)

@@ -1,0 +1,74 @@
+"""The routers and gateways that the controller hears of, as their watch calls tell."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from cluster.measurements import ProcessSamples, Samples
+from cluster.reports import ProcessStatus
+
+MEMBER_TTL_S = 15.0
+"""How long one counts that has not called again."""
+
+
+@dataclass(slots=True)
+class _Member:
+    kind: str
+    process: ProcessStatus
+    known: tuple[int, int]
+    seen_s: float
+    samples: Samples | None
+
+
+class Members:
+    """Router and gateway replicas, each as its last call told; who is silent is forgotten."""
+
+    def __init__(self) -> None:
+        """Know nobody yet."""
+        self._members: dict[str, _Member] = {}
+
+    def heard(
+        self,
+        kind: str,
+        process: ProcessStatus,
+        known: tuple[int, int] | None = None,
+        samples: Samples | None = None,
+    ) -> None:
+        """Note that a replica has called, which placement, (epoch, version), it knows, and samples.
+
+        Samples older than those known are dropped: calls may overtake each other, and a counter
+        must not go back.
+        """
+        key = f"{kind}:{process.node}:{process.pid}"
+        member = self._members.setdefault(key, _Member(kind, process, (-1, -1), 0.0, None))
+        member.known = known or member.known
+        member.seen_s = time.monotonic()
+        if samples is not None and (
+            member.samples is None or samples.taken_s > member.samples.taken_s
+        ):
+            member.samples = samples
+        self._forget()
+
+    def of(self, kind: str) -> tuple[ProcessStatus, ...]:
+        """Return the replicas of a kind that have called lately."""
+        self._forget()
+        return tuple(m.process for m in self._members.values() if m.kind == kind)
+
+    def know(self, kind: str, order: tuple[int, int]) -> bool:
+        """Tell whether all replicas of a kind know this placement or a newer one."""
+        self._forget()
+        return all(m.known >= order for m in self._members.values() if m.kind == kind)
+
+    def samples(self) -> tuple[ProcessSamples, ...]:
+        """Return the newest samples of all that have called lately and brought some."""
+        self._forget()
+        return tuple(
+            ProcessSamples(m.kind, m.process, m.samples)
+            for m in self._members.values()
+            if m.samples is not None
+        )
+
+    def _forget(self) -> None:
+        oldest_s = time.monotonic() - MEMBER_TTL_S
+        self._members = {key: m for key, m in self._members.items() if m.seen_s > oldest_s}

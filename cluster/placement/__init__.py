@@ -1,0 +1,1 @@
+"""Decisions about placement: pure functions without Ray, clock or I/O."""

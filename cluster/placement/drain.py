@@ -1,0 +1,80 @@
+"""Which actors to do without, and where the copies of one expert are to be. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+
+from cluster.controller.changes import Change
+from cluster.errors import InvalidRequestError
+from cluster.placement.balance import Device
+from cluster.placement.placement import ExpertKey
+
+
+def cheapest_to_empty(
+    candidates: Sequence[str],
+    number: int,
+    shares: Mapping[str, Collection[ExpertKey]],
+    expert_bytes: Mapping[str, int],
+    min_copies: int,
+    tokens_per_s: Mapping[str, float],
+) -> list[str]:
+    """Return so many of the candidates, whose experts cost the fewest bytes to load elsewhere.
+
+    What others hold often enough costs nothing. Of equals the one with the least to do goes, then
+    the one that comes last. ``expert_bytes`` are by model, ``tokens_per_s`` by actor.
+    """
+    copies = Counter(key for keys in shares.values() for key in keys)
+    left, chosen = list(candidates), []
+
+    def cost(actor_id: str) -> tuple[float, float, int]:
+        keys = shares.get(actor_id, ())
+        needed = sum(expert_bytes[key.model] for key in keys if copies[key] <= min_copies)
+        return needed, tokens_per_s.get(actor_id, 0.0), -left.index(actor_id)
+
+    for _ in range(number):
+        actor_id = min(left, key=cost)
+        left.remove(actor_id)
+        chosen.append(actor_id)
+        copies.subtract(shares.get(actor_id, ()))
+    return chosen
+
+
+def change_of_copies(
+    key: ExpertKey,
+    number: int,
+    devices: Sequence[Device],
+    shares: Mapping[str, Collection[ExpertKey]],
+    free_bytes: Mapping[str, float],
+    expert_bytes: int,
+    tokens_per_s: Mapping[str, float],
+) -> Change:
+    """Return what brings an expert to so many copies, on nodes without one first.
+
+    New ones come where there is the least to do, old ones go from where there is the most.
+    Raises :class:`InvalidRequestError` where devices or their room do not suffice.
+    """
+    holders = [device for device in devices if key in shares[device.actor_id]]
+    come, go = [], []
+
+    def crowd(device: Device) -> int:
+        return sum(other.node == device.node for other in holders)
+
+    def load(device: Device) -> float:
+        return tokens_per_s.get(device.actor_id, 0.0) / device.speed
+
+    while len(holders) < number:
+        fit = [d for d in devices if d not in holders and free_bytes[d.actor_id] >= expert_bytes]
+        if not fit:
+            raise InvalidRequestError(
+                f"only {len(holders)} of {len(devices)} actors have room for it (given: {number})",
+                "copies",
+            )
+        best = min(fit, key=lambda d: (crowd(d), load(d), d.actor_id))
+        holders.append(best)
+        come.append(best.actor_id)
+    while len(holders) > number:
+        worst = max(holders, key=lambda d: (crowd(d) > 1, load(d), d.actor_id))
+        holders.remove(worst)
+        go.append(worst.actor_id)
+    return Change({actor: [key] for actor in come}, {actor: [key] for actor in go})

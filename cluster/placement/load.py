@@ -1,0 +1,206 @@
+"""The load of experts and devices lately, from the counters that actors report.
+
+Counters only grow while an actor lives, so a report that is lost costs nothing: the next one has
+it. What came in fades with ``WINDOW_S``, so a rate is that of about the last half a minute; but an
+expert that is surely asked for more often lately has the rate of the last ``RISE_S``, and of one
+that was surely asked for less, for as long as a fall is to take, what came before is forgotten.
+Pure, with the caller's clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.placement.placement import ExpertKey
+from cluster.spec import ActorReport
+
+WINDOW_S = 30.0
+"""The time in which what came in fades to 1/e of its weight."""
+RISE_S = 2.0
+"""The same of the time in which a rise is looked for."""
+FALL_S = 120.0
+"""After so long at the latest nothing is left of a load that ended, where nothing else is set."""
+LEAST_FALL_S = 10.0
+"""A fall is not looked for in less: a tenth of it is no shorter than reports are apart at most."""
+FALL_PARTS = 10
+"""A fall is looked for after each of so many parts of its time, over all but the first two."""
+SURE = 3.0
+"""So many standard deviations of independent arrivals a rise or a fall must be beyond chance."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLoad:
+    """One device lately, all a second: tokens computed, batches' and waiting frames' seconds.
+
+    ``busy`` is so the share of time in which the device computed. ``wait_s`` is how long a frame
+    waited on average; 0 where none came.
+    """
+
+    tokens_per_s: float
+    busy: float
+    wait_s: float
+
+
+class _Fading:
+    """A sum in which what was added fades."""
+
+    __slots__ = ("_at_s", "_sum", "_window_s")
+
+    def __init__(self, window_s: float = WINDOW_S) -> None:
+        self._sum = 0.0
+        self._at_s = -math.inf
+        self._window_s = window_s
+
+    def add(self, amount: float, took_s: float, now_s: float) -> None:
+        """Add what came in evenly over the last ``took_s`` seconds, part of which has faded."""
+        kept = (1 - math.exp(-took_s / self._window_s)) * self._window_s / took_s
+        self._sum = self.at(now_s) + amount * kept
+        self._at_s = now_s
+
+    def at(self, now_s: float) -> float:
+        """Return what is left of the sum."""
+        return self._sum * math.exp(-(now_s - self._at_s) / self._window_s)
+
+    def set(self, amount: float, now_s: float) -> None:
+        """Have so much be left now."""
+        self._sum, self._at_s = amount, now_s
+
+
+class _Device:
+    """One generation of an actor: its last report, and its sums."""
+
+    __slots__ = ("at_s", "begun_s", "busy_s", "frames", "generation", "last", "tokens", "waited_s")
+
+    def __init__(self, report: ActorReport, now_s: float) -> None:
+        self.generation = report.generation
+        self.begun_s = self.at_s = now_s
+        self.last = report
+        self.tokens, self.frames = _Fading(), _Fading()
+        self.busy_s, self.waited_s = _Fading(), _Fading()
+
+
+class LoadTracker:
+    """Rates of every expert over all its copies, and of every device."""
+
+    def __init__(self, now_s: float, fall_s: float = FALL_S) -> None:
+        """Begin without any load; rates are those since then until a window has passed.
+
+        ``fall_s`` after an expert was asked for last its rate is 0; where it is asked for so
+        rarely that a pause may be chance it only fades.
+        """
+        self._begun_s = now_s
+        self.fall_s = max(fall_s, LEAST_FALL_S)
+        self._counted: Counter[ExpertKey] = Counter()
+        self._earlier: deque[tuple[float, Counter[ExpertKey]]] = deque([(now_s, Counter())])
+        """What had been counted at times that are a part of ``fall_s`` apart."""
+        self._fell_s: dict[ExpertKey, float] = {}
+        """When each was last found to be surely asked for less."""
+        self._experts: defaultdict[ExpertKey, _Fading] = defaultdict(_Fading)
+        self._lately: defaultdict[ExpertKey, _Fading] = defaultdict(lambda: _Fading(RISE_S))
+        self._devices: dict[str, _Device] = {}
+
+    def observe(self, report: ActorReport, now_s: float) -> None:
+        """Take an actor's report; the first of a generation only says where its counters stand."""
+        device = self._devices.get(report.actor_id)
+        if device is None or device.generation != report.generation:
+            self._devices[report.actor_id] = _Device(report, now_s)
+            return
+        took_s = now_s - device.at_s
+        if took_s <= 0:
+            return
+        computed = 0
+        for key, count in report.tokens.items():
+            added = count - device.last.tokens.get(key, 0)
+            if added:
+                self._experts[key].add(added, took_s, now_s)
+                self._lately[key].add(added, took_s, now_s)
+                self._counted[key] += added
+                computed += added
+        last = device.last
+        device.tokens.add(computed, took_s, now_s)
+        device.frames.add(report.frames - last.frames, took_s, now_s)
+        device.busy_s.add(report.busy_s - last.busy_s, took_s, now_s)
+        device.waited_s.add(report.waited_s - last.waited_s, took_s, now_s)
+        device.last, device.at_s = report, now_s
+        if now_s - self._earlier[-1][0] >= self.fall_s / FALL_PARTS:
+            self._forget_what_fell(now_s)
+            self._earlier.append((now_s, self._counted.copy()))
+
+    def _forget_what_fell(self, now_s: float) -> None:
+        """Have experts that were surely asked for less than their rate says begin anew."""
+        least_s = self.fall_s * (FALL_PARTS - 2) / FALL_PARTS
+        while len(self._earlier) > 1 and self._earlier[1][0] <= now_s - least_s:
+            self._earlier.popleft()
+        since_s, before = self._earlier[0]
+        over_s = now_s - since_s
+        if over_s < least_s:
+            return
+        seconds = _faded_s(now_s - self._begun_s)
+        for key, total in self._experts.items():
+            count = self._counted[key] - before[key]
+            expected = total.at(now_s) / seconds * over_s
+            if count < expected - SURE * math.sqrt(expected):
+                self._fell_s[key] = now_s
+            # The last of what fell may be too little to be sure of.
+            if count < expected and now_s - self._fell_s.get(key, -math.inf) < self.fall_s:
+                total.set(count / over_s * seconds, now_s)
+
+    def forget(self, actor_id: str) -> None:
+        """Drop a device that is gone; what its experts had to do stays until it fades."""
+        self._devices.pop(actor_id, None)
+
+    def tokens_per_s(self, now_s: float) -> dict[ExpertKey, float]:
+        """Return the rate of every expert that had anything to do lately."""
+        seconds = _faded_s(now_s - self._begun_s)
+        lately_s = _faded_s(now_s - self._begun_s, RISE_S)
+
+        def rate(key: ExpertKey, total: _Fading) -> float:
+            lately = self._lately[key].at(now_s)
+            risen = max(lately - SURE * math.sqrt(lately), 0.0)
+            return max(total.at(now_s) / seconds, risen / lately_s)
+
+        return {key: rate(key, total) for key, total in self._experts.items()}
+
+    def devices(self, now_s: float) -> dict[str, DeviceLoad]:
+        """Return each device's load; one that has not been heard of twice has none."""
+        return {
+            actor_id: _load_of(device, now_s)
+            for actor_id, device in self._devices.items()
+            if device.at_s > device.begun_s
+        }
+
+    def speeds(self, kind_of: Mapping[str, str], now_s: float) -> dict[str, float]:
+        """Return the tokens that each device computes in a busy second, as its kind does.
+
+        ``kind_of`` names the kind of each device. Devices of a kind are alike, so all their busy
+        time counts together; a kind that was busy for less than a second in all is left out.
+        """
+        tokens: defaultdict[str, float] = defaultdict(float)
+        busy_s: defaultdict[str, float] = defaultdict(float)
+        for actor_id, device in self._devices.items():
+            if actor_id in kind_of:
+                tokens[kind_of[actor_id]] += device.tokens.at(now_s)
+                busy_s[kind_of[actor_id]] += device.busy_s.at(now_s)
+        return {
+            actor_id: tokens[kind] / busy_s[kind]
+            for actor_id, kind in kind_of.items()
+            if busy_s[kind] >= 1.0 and tokens[kind] > 0
+        }
+
+
+def _load_of(device: _Device, now_s: float) -> DeviceLoad:
+    seconds = _faded_s(now_s - device.begun_s)
+    frames = device.frames.at(now_s)
+    return DeviceLoad(
+        tokens_per_s=device.tokens.at(now_s) / seconds,
+        busy=device.busy_s.at(now_s) / seconds,
+        wait_s=device.waited_s.at(now_s) / frames if frames > 0 else 0.0,
+    )
+
+
+def _faded_s(elapsed_s: float, window_s: float = WINDOW_S) -> float:
+    """Return what so many seconds weigh, of which each fades like what came in during it."""
+    return window_s * (1 - math.exp(-max(elapsed_s, 1e-9) / window_s))

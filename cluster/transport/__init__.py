@@ -1,0 +1,1 @@
+"""How frames reach expert actors: streams held open, or Ray calls."""

@@ -1,0 +1,240 @@
+"""Framed messages over one non-blocking socket.
+
+A message is a length (8 bytes), the id of the call that it belongs to (8 bytes), the bytes of a
+frame, and padding to a multiple of ``ALIGNMENT``. A message of no bytes is an actor's word that the
+answer does not fit the stream. Receiving keeps what has come in one buffer and hands out views of
+it, so rows go from the socket to the product without another copy.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import struct
+from collections import deque
+from collections.abc import Sequence
+from types import ModuleType
+
+from cluster.native import native
+from cluster.wire.frames import ALIGNMENT, Buffer, Parts
+
+MAX_MESSAGE_BYTES = 256 << 20
+BUFFER_BYTES = 256 << 10
+KEPT_BUFFER_BYTES = 4 << 20
+_START = struct.Struct("<QQ")
+_PADDING = [bytes(count) for count in range(ALIGNMENT)]
+_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+Message = tuple[int, memoryview]
+"""The id of a call and its frame."""
+
+
+class Channel:
+    """One end of a connection; used by one thread at a time."""
+
+    has_more = False
+    """Whether bytes wait that no selector tells of."""
+    _native: ModuleType | None = native
+
+    def __init__(self, sock: socket.socket, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        """Take over ``sock``. A longer message than ``max_message_bytes`` is an error."""
+        sock.setblocking(False)
+        self.sock = sock
+        self._fd = sock.fileno()
+        self.outgoing: deque[memoryview] = deque()
+        """What waits for the peer to read."""
+        self._buffer = memoryview(b"")
+        self._start = self._end = 0
+        self.allow(max_message_bytes)
+
+    def allow(self, max_message_bytes: int) -> None:
+        """Take messages of at most so many bytes from now on; a stranger's few cost little."""
+        self._max_message_bytes = max_message_bytes
+        size = min(BUFFER_BYTES, _START.size + max_message_bytes + ALIGNMENT)
+        if size > len(self._buffer):
+            self._replace_buffer(size)
+
+    def send(self, call_id: int, parts: Parts = ()) -> bool:
+        """Send a message, or as much of it as the peer takes now; :meth:`flush` sends the rest.
+
+        The parts must not change before it is sent. Returns whether a message may be as long; where
+        not, nothing is sent. Raises ``OSError`` when the connection is gone.
+        """
+        left = None
+        if self._native is not None and not self.outgoing:
+            left = self._native.send(self._fd, call_id, parts, MAX_MESSAGE_BYTES)
+        return left == 0 or self._send_rest(call_id, parts, left)
+
+    def _send_rest(self, call_id: int, parts: Parts, left: int | None) -> bool:
+        """Send the last ``left`` bytes of a message, or the whole message, or have it wait."""
+        length = sum(map(len, parts))
+        if length > MAX_MESSAGE_BYTES:
+            return False
+        pieces = [_START.pack(length, call_id), *parts, _PADDING[-length % ALIGNMENT]]
+        is_first = not self.outgoing
+        self.outgoing.extend(memoryview(piece) for piece in pieces if len(piece))
+        if left is not None:
+            self._skip(_START.size + length + -length % ALIGNMENT - left)
+        elif is_first:
+            self.flush()
+        return True
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether :meth:`receive` can wait, and has nothing to send meanwhile."""
+        return self._native is not None and not self.outgoing
+
+    def flush(self) -> None:
+        """Send what waits, as far as the peer takes it now; raises ``OSError``."""
+        while self.outgoing:
+            sent = self._send(list(self.outgoing)[:64])
+            if not sent:
+                return
+            self._skip(sent)
+
+    def _skip(self, sent: int) -> None:
+        while sent:
+            first = self.outgoing.popleft()
+            if len(first) > sent:
+                self.outgoing.appendleft(first[sent:])
+                return
+            sent -= len(first)
+
+    def _send(self, pieces: Sequence[Buffer]) -> int:
+        try:
+            return self.sock.sendmsg(pieces)
+        except _WOULD_BLOCK:
+            return 0
+
+    def receive(self, wait_ms: int = 0) -> list[Message]:
+        """Return the messages that have come whole; their bytes last until the next call.
+
+        If nothing is there it waits ``wait_ms`` at most, where it :attr:`can_wait`.
+        Raises ``ConnectionError`` when the peer has closed or a message is too long.
+        """
+        if self._start != self._end or len(self._buffer) > KEPT_BUFFER_BYTES:
+            self._make_room()
+        else:
+            self._start = self._end = 0
+        if self._native is None:
+            return self._receive()
+        came = self._native.receive(
+            self._fd, self._buffer, self._start, self._end, self._max_message_bytes, wait_ms
+        )
+        if came is None:
+            return []
+        messages: list[Message]
+        self._start, self._end, messages = came
+        return messages
+
+    def _receive(self) -> list[Message]:
+        received = self._receive_into(self._buffer[self._end :])
+        if received is None:
+            return []
+        if not received:
+            raise ConnectionError("the peer closed the stream")
+        self._end += received
+        messages: list[Message] = []
+        while self._end - self._start >= _START.size:
+            length, call_id = _START.unpack_from(self._buffer, self._start)
+            if length > self._max_message_bytes:
+                raise ConnectionError(
+                    f"a message of {length} bytes; at most {self._max_message_bytes}"
+                )
+            begin = self._start + _START.size
+            end = begin + length + -length % ALIGNMENT
+            if end > self._end:
+                break
+            messages.append((call_id, self._buffer[begin : begin + length]))
+            self._start = end
+        return messages
+
+    def _make_room(self) -> None:
+        """Move what is left of a message to the front of a buffer that holds all of it."""
+        left = self._end - self._start
+        needed = min(len(self._buffer), BUFFER_BYTES)
+        if left >= _START.size:
+            length, _ = _START.unpack_from(self._buffer, self._start)
+            # In proportion to what has come, not to what a length says.
+            needed = max(needed, min(_START.size + length + ALIGNMENT, 4 * left))
+        size = len(self._buffer)
+        if needed > size or size > max(needed, KEPT_BUFFER_BYTES):
+            self._replace_buffer(needed)
+        elif self._start:
+            self._buffer[:left] = bytes(self._buffer[self._start : self._end])
+            self._start, self._end = 0, left
+
+    def _replace_buffer(self, size: int) -> None:
+        """Take another buffer; views of the old one last as long as they are held."""
+        left = self._end - self._start
+        buffer = memoryview(bytearray(size))
+        buffer[:left] = self._buffer[self._start : self._end]
+        self._buffer, self._start, self._end = buffer, 0, left
+
+    def _receive_into(self, room: memoryview) -> int | None:
+        try:
+            return self.sock.recv_into(room)
+        except _WOULD_BLOCK:
+            return None
+
+    def close(self) -> None:
+        """Close the socket; what waits is dropped."""
+        self.outgoing.clear()
+        self._fd = -1
+        self.sock.close()
+
+
+class TlsChannel(Channel):
+    """A channel whose socket encrypts; the handshake happens with the first bytes."""
+
+    sock: ssl.SSLSocket
+    _native = None
+
+    def _send(self, pieces: Sequence[Buffer]) -> int:
+        sent = 0
+        try:
+            for piece in pieces:
+                while len(piece):
+                    count = self.sock.send(piece)
+                    sent += count
+                    piece = memoryview(piece)[count:]
+        except _WOULD_BLOCK:
+            pass
+        return sent
+
+    def _receive_into(self, room: memoryview) -> int | None:
+        received = 0
+        try:
+            while received < len(room):
+                count = self.sock.recv_into(room[received:])
+                if not count:
+                    return received
+                received += count
+        except _WOULD_BLOCK:
+            return received or None
+        return received
+
+    @property
+    def has_more(self) -> bool:  # type: ignore[override]
+        """Whether decrypted bytes wait, which do not wake a selector."""
+        return self.sock.pending() > 0
+
+
+def channel_over(sock: socket.socket, max_message_bytes: int) -> Channel:
+    """Return the right kind of channel for a socket."""
+    kind = TlsChannel if isinstance(sock, ssl.SSLSocket) else Channel
+    return kind(sock, max_message_bytes)
+
+
+def prepare_tcp(sock: socket.socket) -> None:
+    """Send without delay, and notice within seconds that the other host is gone."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", 2),
+        ("TCP_KEEPINTVL", 1),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", 5000),
+    ):
+        if hasattr(socket, name):  # not every system has every option
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

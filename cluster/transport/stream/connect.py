@@ -1,0 +1,171 @@
+"""Making connections to actors in the background, so that no step waits for it."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
+
+from cluster.transport.stream.channel import MAX_MESSAGE_BYTES, Channel, channel_over, prepare_tcp
+from cluster.transport.stream.handshake import (
+    NONCE_BYTES,
+    PROOF_BYTES,
+    Network,
+    Side,
+    StreamOffer,
+    new_nonce,
+    proof,
+)
+
+CONNECT_TIMEOUT_S = 5.0
+RETRY_S = 1.0
+WORKERS = 4
+_HAS_UNIX = hasattr(socket, "AF_UNIX")
+
+logger = logging.getLogger("expertmesh.stream")
+
+Ask = Callable[[str, int, Network, float], StreamOffer | None]
+
+
+class Connector:
+    """Connects to one generation of each actor, asked for by :meth:`take`."""
+
+    def __init__(self, ask: Ask, tls: ssl.SSLContext | None) -> None:
+        """``ask(actor_id, generation, network, timeout_s)`` gets an offer from an actor."""
+        self._ask = ask
+        self._tls = tls
+        # Several, so that an actor that does not answer keeps no other one waiting.
+        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="connector")
+        self._changed = threading.Condition()
+        self._asked: dict[str, tuple[int, float]] = {}
+        """The generation asked for last, and from when on it may be asked for again."""
+        self._made: dict[str, tuple[int, Channel]] = {}
+        self._closed = False
+
+    def take(self, actor_id: str, generation: int, timeout_s: float) -> Channel | None:
+        """Return a new connection once it is there, or ``None``.
+
+        Asks for it unless that is under way or failed a moment ago, and waits at most ``timeout_s``
+        for what then comes of it.
+        """
+        with self._changed:
+            self._want(actor_id, generation)
+            if timeout_s > 0:
+                self._changed.wait_for(lambda: not self._under_way(actor_id), timeout_s)
+            if not self._is_made(actor_id, generation):
+                return None
+            self._asked.pop(actor_id, None)
+            return self._made.pop(actor_id)[1]
+
+    def close(self) -> None:
+        """End the threads after what they are doing."""
+        with self._changed:
+            self._closed = True
+            for _, channel in self._made.values():
+                channel.close()
+            self._made.clear()
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    def _is_made(self, actor_id: str, generation: int) -> bool:
+        return actor_id in self._made and self._made[actor_id][0] == generation
+
+    def _under_way(self, actor_id: str) -> bool:
+        asked = self._asked.get(actor_id)
+        return actor_id not in self._made and asked is not None and asked[1] == float("inf")
+
+    def _want(self, actor_id: str, generation: int) -> None:
+        asked, again_s = self._asked.get(actor_id, (0, 0.0))
+        if self._closed or (asked == generation and time.monotonic() < again_s):
+            return
+        self._asked[actor_id] = (generation, float("inf"))
+        stale = self._made.pop(actor_id, None)
+        if stale is not None:
+            stale[1].close()
+        self._workers.submit(self._make, actor_id, generation)
+
+    def _make(self, actor_id: str, generation: int) -> None:
+        channel = None
+        try:
+            channel = self._connect(actor_id, generation)
+        finally:
+            with self._changed:
+                still = self._asked.get(actor_id, (0, 0.0))[0] == generation and not self._closed
+                if channel is not None and not still:
+                    channel.close()
+                elif channel is not None:
+                    self._made[actor_id] = (generation, channel)
+                elif still:
+                    self._asked[actor_id] = (generation, time.monotonic() + RETRY_S)
+                self._changed.notify_all()
+
+    def _connect(self, actor_id: str, generation: int) -> Channel | None:
+        # An actor of this host is found by its Unix socket; a name of another host's is not there.
+        for network in (Network.UNIX, Network.TCP) if _HAS_UNIX else (Network.TCP,):
+            try:
+                offer = self._ask(actor_id, generation, network, CONNECT_TIMEOUT_S)
+                if offer is None:
+                    return None
+                channel = greet(open_socket(offer, self._tls), offer)
+            except OSError as error:
+                failure = error
+                continue
+            logger.debug("a stream to %s g%d over %s", actor_id, generation, network.value)
+            return channel
+        logger.warning("no stream to %s g%d (%s)", actor_id, generation, failure)
+        return None
+
+
+def open_socket(offer: StreamOffer, tls: ssl.SSLContext | None) -> socket.socket:
+    """Connect to what an actor offers; raises ``OSError``."""
+    if offer.network is Network.UNIX:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(CONNECT_TIMEOUT_S)
+            sock.connect(offer.address)
+        except OSError:
+            sock.close()
+            raise
+        return sock
+    assert not isinstance(offer.address, bytes)
+    sock = socket.create_connection(offer.address[:2], CONNECT_TIMEOUT_S)
+    prepare_tcp(sock)
+    return sock if tls is None else tls.wrap_socket(sock)
+
+
+def greet(sock: socket.socket, offer: StreamOffer) -> Channel:
+    """Show the actor that the offer was ours, and see that the actor made it.
+
+    Raises ``OSError``, and closes the socket, when either does not hold or takes too long.
+    """
+    channel = channel_over(sock, max(NONCE_BYTES, PROOF_BYTES))
+    deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
+    try:
+        actor_nonce = _receive_one(channel, deadline_s)
+        nonce = new_nonce()
+        shown = proof(offer.secret, Side.ROUTER, actor_nonce, nonce)
+        channel.send(0, (offer.key_id, nonce, shown))
+        expected = proof(offer.secret, Side.ACTOR, actor_nonce, nonce)
+        if not hmac.compare_digest(_receive_one(channel, deadline_s), expected):
+            raise ConnectionError("the other end does not have the secret")
+    except OSError:
+        channel.close()
+        raise
+    channel.allow(MAX_MESSAGE_BYTES)
+    return channel
+
+
+def _receive_one(channel: Channel, deadline_s: float) -> bytes:
+    while True:
+        remaining_s = deadline_s - time.monotonic()
+        if remaining_s <= 0:
+            raise TimeoutError("no greeting came")
+        if not channel.has_more:
+            wait([channel.sock], remaining_s)
+        for _, message in channel.receive():
+            return bytes(message)

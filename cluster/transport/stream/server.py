@@ -1,0 +1,283 @@
+"""An actor's end of the streams: one thread that reads, has the frames answered, and writes.
+
+Everything that has come from all routers when the thread looks is handed over together, so frames
+of several routers share products; while they are computed the sockets' own buffers fill and no
+more, which is the back-pressure. A router that does not read its answers is not read from either,
+and is cut off after a while; one that sends what is no message is cut off at once.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import secrets
+import selectors
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+
+from cluster.transport.stream.channel import (
+    MAX_MESSAGE_BYTES,
+    Channel,
+    Message,
+    channel_over,
+    prepare_tcp,
+)
+from cluster.transport.stream.handshake import (
+    HELLO_BYTES,
+    KEY_ID_BYTES,
+    NONCE_BYTES,
+    Network,
+    Side,
+    StreamOffer,
+    new_nonce,
+    proof,
+)
+from cluster.wire.frames import Buffer, Parts
+
+MAX_CONNECTIONS = 1024
+MAX_KEYS = 1024
+KEY_LIFE_S = 30.0
+HELLO_TIMEOUT_S = 5.0
+STALLED_S = 30.0
+"""How long a router may leave its answers unread."""
+LOOK_S = 1.0
+CLOSE_S = 5.0
+_BACKLOG = 128
+
+logger = logging.getLogger("expertmesh.stream")
+
+Answer = Callable[[Sequence[Buffer]], Sequence[Parts]]
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    """A connection, and whether its other end has shown that it may be here."""
+
+    channel: Channel
+    nonce: bytes
+    since_s: float
+    """When it connected, or when its unread answers began to wait."""
+    admitted: bool = False
+
+
+@dataclass(slots=True)
+class _Keys:
+    """Secrets that were handed out and not used yet; each is good for one connection."""
+
+    _secrets: dict[bytes, tuple[float, bytes]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def new(self) -> tuple[bytes, bytes]:
+        key_id, secret = secrets.token_bytes(KEY_ID_BYTES), secrets.token_bytes(32)
+        now_s = time.monotonic()
+        with self._lock:
+            kept = [(k, v) for k, v in self._secrets.items() if v[0] > now_s]
+            self._secrets = dict(kept[1 - MAX_KEYS :])
+            self._secrets[key_id] = (now_s + KEY_LIFE_S, secret)
+        return key_id, secret
+
+    def take(self, key_id: bytes) -> bytes | None:
+        with self._lock:
+            until_s, secret = self._secrets.pop(key_id, (0.0, b""))
+        return secret if until_s > time.monotonic() else None
+
+
+class StreamServer:
+    """Serves streams on a daemon thread of its own from the first :meth:`offer` on."""
+
+    def __init__(
+        self,
+        answer: Answer,
+        host: str,
+        tls: ssl.SSLContext | None,
+        mode: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """``answer`` maps frames to answers, on the server's thread, which stays in ``mode``.
+
+        ``host`` is the address that TCP streams come in on, encrypted when there is ``tls``.
+        """
+        self._mode = mode
+        self._answer = answer
+        self._host = host
+        self._tls = tls
+        self._keys = _Keys()
+        self._selector = selectors.DefaultSelector()
+        self._listeners: dict[Network, socket.socket] = {}
+        self._peers: set[_Peer] = set()
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+
+    def offer(self, network: Network) -> StreamOffer:
+        """Listen, if not yet, and return what a router needs for one connection.
+
+        Callable from any thread. Raises ``OSError`` where the network is not to be had.
+        """
+        with self._starting:
+            if self._closing:
+                raise OSError("the actor serves no streams any more")
+            if network not in self._listeners:
+                self._listeners[network] = listener = self._listen(network)
+                self._selector.register(listener, selectors.EVENT_READ)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
+                self._thread.start()
+        return StreamOffer(network, self._listeners[network].getsockname(), *self._keys.new())
+
+    def close(self) -> None:
+        """End the thread after what it is doing, and the connections with it.
+
+        Returns when it has ended, or after :data:`CLOSE_S`: a thread that lived on into the
+        interpreter's end would abort the process when it lets go of a tensor.
+        """
+        self._closing = True
+        with self._starting:
+            for listener in self._listeners.values():
+                with suppress(OSError):  # it has ended already
+                    listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        if self._thread is not None:
+            self._thread.join(CLOSE_S)
+
+    def _listen(self, network: Network) -> socket.socket:
+        if network is Network.UNIX:
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            # An abstract name: nothing is left behind when the process is killed.
+            listener.bind(b"\0expertmesh-" + secrets.token_hex(16).encode())
+        else:
+            family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+            listener = socket.socket(family, socket.SOCK_STREAM)
+            listener.bind((self._host, 0))
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+        return listener
+
+    def _run(self) -> None:
+        try:
+            with self._mode():
+                self._serve_until_closed()
+        finally:  # whatever ended it, no router must wait for an answer here
+            self._closing = True
+            for peer in list(self._peers):
+                self._drop(peer, "the server ends")
+            for listener in self._listeners.values():
+                listener.close()
+
+    def _serve_until_closed(self) -> None:
+        looked_s = time.monotonic()
+        while not self._closing:
+            waits = any(peer.channel.has_more for peer in self._peers) if self._tls else False
+            messages: list[tuple[_Peer, Message]] = []
+            for key, events in self._selector.select(0 if waits else LOOK_S):
+                if key.data is None:
+                    self._accept(key.fileobj)  # type: ignore[arg-type]
+                else:
+                    messages += self._serve(key.data, events)
+            if waits:
+                for peer in [peer for peer in self._peers if peer.channel.has_more]:
+                    messages += self._serve(peer, selectors.EVENT_READ)
+            if messages:
+                self._reply(messages)
+            if time.monotonic() - looked_s > LOOK_S:
+                looked_s = time.monotonic()
+                self._drop_stalled(looked_s)
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except OSError:  # it has left again
+            return
+        if len(self._peers) >= MAX_CONNECTIONS:
+            logger.warning("%d streams are open; another one is refused", len(self._peers))
+            sock.close()
+            return
+        try:
+            sock = self._prepared(sock)
+        except OSError:
+            sock.close()
+            return
+        peer = _Peer(channel_over(sock, HELLO_BYTES), new_nonce(), time.monotonic())
+        self._peers.add(peer)
+        self._selector.register(sock, selectors.EVENT_READ, peer)
+        self._send(peer, 0, (peer.nonce,))
+
+    def _prepared(self, sock: socket.socket) -> socket.socket:
+        if sock.family == socket.AF_UNIX:
+            return sock
+        prepare_tcp(sock)
+        if self._tls is None:
+            return sock
+        sock.setblocking(False)
+        return self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+
+    def _serve(self, peer: _Peer, events: int) -> list[tuple[_Peer, Message]]:
+        """Read and write what can be; returns the frames of an admitted router."""
+        try:
+            if peer.channel.outgoing:
+                peer.channel.flush()
+                self._watch(peer)
+            if not events & selectors.EVENT_READ:
+                return []
+            messages = peer.channel.receive()
+            if peer.admitted:
+                return [(peer, message) for message in messages]
+            for message in messages:  # a router waits for the answer to its hello
+                self._admit(peer, bytes(message[1]))
+        except (OSError, ValueError) as error:
+            self._drop(peer, str(error))
+        return []
+
+    def _admit(self, peer: _Peer, hello: bytes) -> None:
+        key_id, rest = hello[:KEY_ID_BYTES], hello[KEY_ID_BYTES:]
+        router_nonce, shown = rest[:NONCE_BYTES], rest[NONCE_BYTES:]
+        secret = self._keys.take(key_id)
+        if peer.admitted or secret is None:
+            raise ConnectionError("a stream with an unknown key")
+        if not hmac.compare_digest(proof(secret, Side.ROUTER, peer.nonce, router_nonce), shown):
+            raise ConnectionError("a stream with a wrong secret")
+        peer.admitted = True
+        peer.channel.allow(MAX_MESSAGE_BYTES)
+        self._send(peer, 0, (proof(secret, Side.ACTOR, peer.nonce, router_nonce),))
+
+    def _reply(self, messages: list[tuple[_Peer, Message]]) -> None:
+        answers = self._answer([frame for _, (_, frame) in messages])
+        for (peer, (call_id, _)), parts in zip(messages, answers, strict=True):
+            if peer in self._peers:
+                self._send(peer, call_id, parts)
+
+    def _send(self, peer: _Peer, call_id: int, parts: Parts) -> None:
+        try:
+            if not peer.channel.send(call_id, parts):
+                peer.channel.send(call_id)
+        except OSError as error:
+            self._drop(peer, str(error))
+            return
+        if peer.channel.outgoing:
+            self._watch(peer)
+
+    def _watch(self, peer: _Peer) -> None:
+        """Wait for the router to read, or to write; never to write while it does not read."""
+        events = selectors.EVENT_READ  # before its hello, where TLS reads in order to write
+        if peer.admitted and peer.channel.outgoing:
+            peer.since_s = time.monotonic()
+            events = selectors.EVENT_WRITE
+        self._selector.modify(peer.channel.sock, events, peer)
+
+    def _drop_stalled(self, now_s: float) -> None:
+        for peer in list(self._peers):
+            if not peer.admitted and now_s - peer.since_s > HELLO_TIMEOUT_S:
+                self._drop(peer, "no hello came")
+            elif peer.channel.outgoing and now_s - peer.since_s > STALLED_S:
+                self._drop(peer, "its answers are not read")
+
+    def _drop(self, peer: _Peer, reason: str) -> None:
+        if peer not in self._peers:
+            return
+        self._peers.discard(peer)
+        self._selector.unregister(peer.channel.sock)
+        peer.channel.close()
+        logger.debug("a stream ended: %s", reason)

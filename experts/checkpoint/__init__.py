@@ -1,0 +1,1 @@
+"""Checkpoints: files, headers, tensors, identity, and readers on other nodes."""

@@ -1,0 +1,67 @@
+"""The values of quantised tensors; :mod:`experts.checkpoint.quantization` says how these are
+stored.
+
+Dimension letters: E experts, N rows, K columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from experts.checkpoint.quantization import MXFP4, MXFP4_BLOCK, Packed
+
+Rows = tuple[int, int] | None
+Read = Callable[[str, Rows], torch.Tensor]
+"""Reads rows (from, to) of the first axis of a stored tensor, or all."""
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_PAIRS = torch.tensor(
+    [[(_E2M1[n & 7] * (-1 if n & 8 else 1)) for n in (byte & 15, byte >> 4)] for byte in range(256)]
+)
+"""[256, 2], what each byte stands for: its lower half comes first."""
+_POWERS = torch.tensor([2.0 ** (byte - 127) for byte in range(255)] + [float("nan")])
+"""[256], what each scale stands for (E8M0)."""
+_BLOCKS_AT_ONCE = 1 << 13
+"""Their numbers take 1 MB in float32, which is what is in memory beside the values."""
+
+
+def dequantized(packed: Packed, read: Read, rows: Rows, dtype: torch.dtype) -> torch.Tensor:
+    """Return rows of the first axis of a quantised tensor, or all, in ``dtype``.
+
+    Only these rows' codes are read, with the scales of their blocks. A value is computed in float32
+    and rounded once.
+    """
+    rows = rows or (0, packed.shape[0])
+    if packed.method == MXFP4:
+        return _mxfp4(packed, read, rows, dtype)
+    values = torch.empty((rows[1] - rows[0], *packed.shape[1:]), dtype=dtype)
+    dequantize_fp8(packed, read, rows, values)
+    return values
+
+
+def dequantize_fp8(packed: Packed, read: Read, rows: tuple[int, int], into: torch.Tensor) -> None:
+    """Fill ``into`` [N, K] of any dtype: each block times its scale, a row of blocks at a time."""
+    (begin, end), (height, width) = rows, packed.block
+    codes = read(packed.codes, (begin, end))
+    scales = read(packed.scales, (begin // height, -(-end // height))).float()
+    first = 0
+    for number, row in enumerate(scales, begin // height):
+        last = min(end, (number + 1) * height) - begin
+        factors = row.repeat_interleave(width)[: codes.shape[1]]
+        into[first:last] = codes[first:last].float() * factors
+        first = last
+
+
+def _mxfp4(packed: Packed, read: Read, rows: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Look up the numbers of [E, N, K], some blocks at a time; they are stored as [E, K, N]."""
+    codes, scales = read(packed.codes, rows), read(packed.scales, rows)
+    values = torch.empty((codes.shape[0], codes.shape[1], packed.shape[1]), dtype=dtype)
+    blocks = codes.view(-1, MXFP4_BLOCK // 2), scales.view(-1), values.view(-1, MXFP4_BLOCK)
+    pieces = (one.split(_BLOCKS_AT_ONCE) for one in blocks)
+    for bytes_, exponents, into in zip(*pieces, strict=True):
+        numbers = _PAIRS.index_select(0, bytes_.flatten().int()).view(into.shape)
+        numbers *= _POWERS.index_select(0, exponents.int()).unsqueeze(1)
+        into.copy_(numbers)
+    return values.transpose(1, 2)

@@ -1,0 +1,172 @@
+"""Loading the weights of single experts, and nothing else, from a checkpoint.
+
+Dimension letters: H hidden size, I intermediate size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from experts.checkpoint.checkpoint import Checkpoint, read_into
+from experts.checkpoint.dequantize import dequantize_fp8, dequantized
+from experts.checkpoint.quantization import FP8
+from experts.families.base import Part
+from experts.pages import paged
+
+_TORCH_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GatedFfnWeights:
+    """One expert's matrices as the product wants them: ``gate_up`` [2I, H], ``down`` [H, I].
+
+    ``gate_up_bias`` [2I] and ``down_bias`` [H] are of families that have them.
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes of the weights."""
+        tensors = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def load_expert(
+    checkpoint: Checkpoint, layer_id: int, expert_id: int, dtype: torch.dtype, device: torch.device
+) -> GatedFfnWeights:
+    """Read one expert's three matrices, gate and up fused into one contiguous block.
+
+    Only these tensors' bytes are read, or fetched, each once; beside the weights no more than one
+    stored matrix is in memory, at most with what its codes stand for. Gate comes before up, as
+    transformers' fused parameter has it, so that results are bitwise those of its eager experts.
+    """
+    tensors = checkpoint.family.expert_tensors(checkpoint.config, layer_id, expert_id)
+
+    def joined(*parts: Part) -> torch.Tensor:
+        return _joined(checkpoint, parts, dtype, device)
+
+    weights = GatedFfnWeights(joined(tensors.gate, tensors.up), joined(tensors.down))
+    if not tensors.biases:
+        return weights
+    gate, up, down = tensors.biases
+    return replace(weights, gate_up_bias=joined(gate, up), down_bias=joined(down))
+
+
+def _joined(
+    checkpoint: Checkpoint, parts: Sequence[Part], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Return parts of equal shapes one below the other; they may lie in one stored matrix.
+
+    What is already as it is wanted is read straight into its place, FP8 multiplied into it.
+    """
+    num_rows, *columns = _shape_of(parts[0])
+    # First: where both are in the heap, what is let go then lies above what stays.
+    whole = _empty((len(parts) * num_rows, *columns), dtype, device)
+    stored, lies = torch.empty(0), None
+    for part, place in zip(parts, whole.split(num_rows), strict=True):
+        if _is_stored_as(checkpoint, part, place):
+            _read_stored(checkpoint, part.name, part.rows, place)
+            continue
+        if _is_fp8_as_it_lies(checkpoint, part, place):
+            packed, rows = checkpoint.packed[part.name], part.rows or (0, part.shape[0])
+            dequantize_fp8(packed, partial(_read_stored, checkpoint), rows, place)
+            continue
+        if (part.name, part.rows) != lies:
+            del stored  # before the next one takes memory
+            stored = read_tensor(checkpoint, part.name, dtype, part.rows)
+            lies = (part.name, part.rows)
+        place.copy_(_part_of(stored, part))
+    return whole
+
+
+def _shape_of(part: Part) -> torch.Size:
+    """Return the shape of what ``part`` says."""
+    begin, end = part.rows or (0, part.shape[0])
+    return _part_of(torch.empty((end - begin, *part.shape[1:]), device="meta"), part).shape
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return paged(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _is_rearranged(part: Part) -> bool:
+    return part.transposed or part.every is not None
+
+
+def _is_fp8_as_it_lies(checkpoint: Checkpoint, part: Part, place: torch.Tensor) -> bool:
+    """Whether each stored code of ``part`` stands for the number at its own place."""
+    packed = checkpoint.packed.get(part.name)
+    if packed is None or packed.method != FP8 or part.stacked:
+        return False
+    return place.is_cpu and not _is_rearranged(part)
+
+
+def _is_stored_as(checkpoint: Checkpoint, part: Part, place: torch.Tensor) -> bool:
+    """Whether the bytes of ``part`` in the files are those that ``place`` is to have."""
+    if part.name in checkpoint.packed or _is_rearranged(part):
+        return False
+    stored_dtype = _TORCH_DTYPES[checkpoint.tensors[part.name].dtype]
+    return place.is_cpu and place.dtype == stored_dtype
+
+
+def _part_of(stored: torch.Tensor, part: Part) -> torch.Tensor:
+    """Return what ``part`` says of the rows that were read."""
+    tensor = stored.squeeze(0) if part.stacked else stored
+    if part.transposed:
+        tensor = tensor.T
+    if part.every is not None:
+        first, step = part.every
+        tensor = tensor[first::step]
+    return tensor
+
+
+def read_tensor(
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype, rows: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Read one tensor of the model, from this node's disk or from another node.
+
+    It comes as it is stored, and in ``dtype`` only where it is quantised. ``rows`` (from, to) reads
+    these of its first axis alone. Raises :class:`CheckpointError` when the file has changed since
+    the checkpoint was opened.
+    """
+    packed = checkpoint.packed.get(name)
+    if packed is None:
+        return _read_stored(checkpoint, name, rows)
+    return dequantized(packed, partial(_read_stored, checkpoint), rows, dtype)
+
+
+def _read_stored(
+    checkpoint: Checkpoint,
+    name: str,
+    rows: tuple[int, int] | None,
+    into: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return rows of a tensor of the files: ``into``, filled, or one that is made for them."""
+    info = checkpoint.tensors[name]
+    begin, end = rows or (0, info.shape[0])
+    row_bytes = (info.end - info.begin) // info.shape[0]
+    if into is None:
+        into = torch.empty((end - begin, *info.shape[1:]), dtype=_TORCH_DTYPES[info.dtype])
+    flat = into.view(-1).view(torch.uint8)
+    if checkpoint.remote is not None:
+        data = checkpoint.remote.tensor(name, begin * row_bytes, end * row_bytes)
+        flat.copy_(torch.frombuffer(data, dtype=torch.uint8))
+    else:
+        read_into(checkpoint, name, begin * row_bytes, flat.numpy().data)
+    return into

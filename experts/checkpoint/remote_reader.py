@@ -1,0 +1,95 @@
+"""Reads a checkpoint for another node: the Ray actor on the node that has it.
+
+Whoever lacks a checkpoint starts one of these on each node that may have it, asks one for what it
+needs, and lets it go (:mod:`experts.checkpoint.remote_files`). It reads the one checkpoint that it
+was made for: tensors by the names in its headers, and the few small files beside them. Without
+torch, so that it starts quickly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import astuple
+from typing import Any, NamedTuple
+
+from cluster.errors import CheckpointError, ExpertMeshError
+from experts.checkpoint.checkpoint import (
+    Checkpoint,
+    open_checkpoint,
+    read_range,
+    read_small,
+    resolve_folder,
+)
+from experts.checkpoint.identity import identity_of
+
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")
+"""What transformers reads a configuration and a tokenizer from."""
+MAX_SMALL_FILES_BYTES = 256 << 20
+"""Of all these, which travel at once."""
+MAX_CHUNK_BYTES = 16 << 20
+
+
+class Chunk(NamedTuple):
+    """Bytes and the SHA-256 that their reader computed."""
+
+    data: bytes
+    sha256: bytes
+
+    @classmethod
+    def of(cls, data: bytes) -> Chunk:
+        """Hash ``data``."""
+        return cls(data, hashlib.sha256(data).digest())
+
+    def is_whole(self) -> bool:
+        """Whether the bytes are still those that were hashed."""
+        return hashlib.sha256(self.data).digest() == self.sha256
+
+
+class CheckpointReader:
+    """Reads one checkpoint of its node; a call answers with a dictionary, of which an error is one.
+
+    Errors travel as ``{"error": …}``, as everywhere between our processes.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Open nothing yet; ``path`` is the configured one."""
+        self._path = path
+        self._checkpoint: Checkpoint | None = None
+
+    def open(self) -> dict[str, Any]:
+        """Open the checkpoint; returns its identity, headers and small files."""
+        try:
+            checkpoint = open_checkpoint(resolve_folder(self._path))
+            self._checkpoint = checkpoint
+            return {
+                "identity": identity_of(checkpoint),
+                "folder": str(checkpoint.folder),
+                "tensors": {name: astuple(info) for name, info in checkpoint.tensors.items()},
+                "small_files": {name: Chunk.of(data) for name, data in _small(checkpoint).items()},
+            }
+        except ExpertMeshError as error:
+            return {"error": error.to_wire()}
+
+    def read(self, name: str, begin: int, end: int) -> dict[str, Any]:
+        """Return bytes ``begin`` to ``end`` of a tensor, at most :data:`MAX_CHUNK_BYTES`."""
+        try:
+            if self._checkpoint is None:
+                raise CheckpointError("is not open", self._path)
+            if end - begin > MAX_CHUNK_BYTES:
+                raise CheckpointError(f"at most {MAX_CHUNK_BYTES} bytes at once", name)
+            return {"chunk": Chunk.of(read_range(self._checkpoint, name, begin, end))}
+        except ExpertMeshError as error:
+            return {"error": error.to_wire()}
+
+
+def _small(checkpoint: Checkpoint) -> dict[str, bytes]:
+    found = {file for pattern in SMALL_FILES for file in checkpoint.folder.glob(pattern)}
+    files = sorted(file for file in found if file.is_file())
+    size_bytes = sum(file.stat().st_size for file in files)
+    if size_bytes > MAX_SMALL_FILES_BYTES:
+        raise CheckpointError(
+            f"has {size_bytes} bytes beside the weights ({', '.join(SMALL_FILES)}); at most "
+            f"{MAX_SMALL_FILES_BYTES}",
+            str(checkpoint.folder),
+        )
+    return {file.name: read_small(file) for file in files}

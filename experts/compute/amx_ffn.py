@@ -1,0 +1,115 @@
+"""A feed-forward expert of a few rows in one native call, on processors with AMX.
+
+What torch needs for it is some ten operations, which in an actor that other processes have taken
+the caches from cost as much as the products. Bits are the same: a tile of AMX sums the products of
+one value after the other, as oneDNN has it do.
+
+Dimension letters: P rows of one expert, H hidden size, I intermediate size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+import torch
+
+from cluster.native import native
+from cluster.wire.frames import Buffer
+from cluster.wire.tensors import to_bytes
+from experts.checkpoint.expert_weights import GatedFfnWeights
+
+MAX_ROWS = 32
+_SIZE_STEP = 32
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+GatedFfn = Callable[[torch.Tensor], torch.Tensor]
+"""One expert: maps rows [P, H] to rows [P, H]."""
+
+
+def can_tile(weights: GatedFfnWeights) -> bool:
+    """Say whether :class:`TiledFfn` can hold an expert; the processor has AMX."""
+    hidden_size, intermediate_size = weights.down.shape
+    return (
+        native is not None
+        and all(part.is_cpu and part.is_contiguous() for part in (weights.gate_up, weights.down))
+        and weights.gate_up.dtype == weights.down.dtype == torch.bfloat16
+        and hidden_size % _SIZE_STEP == 0 == intermediate_size % _SIZE_STEP
+        and _may_tile()
+    )
+
+
+class TiledFfn:
+    """One expert whose products of up to ``MAX_ROWS`` rows are native, from weights as they lie.
+
+    More rows, and all where torch has several threads for them, are left to ``otherwise``.
+    """
+
+    def __init__(
+        self, weights: GatedFfnWeights, act: Activation, otherwise: GatedFfn, min_rows: int
+    ) -> None:
+        """Compute what ``otherwise`` does, from ``min_rows`` on; ``act`` is of single values."""
+        self.sizes = weights.down.shape
+        self.row_bytes = self.sizes[0] * weights.down.itemsize
+        self.weights = to_bytes(weights.gate_up), to_bytes(weights.down)
+        self.activation = _activated(act)
+        self._otherwise = otherwise
+        self._min_rows = min_rows
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Map rows [P, H] to rows [P, H]."""
+        is_own = rows.is_cpu and rows.dtype == torch.bfloat16 and rows.shape[1] == self.sizes[0]
+        takes = is_own and self.takes(len(rows))
+        return self.compute(rows) if takes else self._otherwise(rows)
+
+    def takes(self, num_rows: int) -> bool:
+        """Say whether so many rows are computed natively, where bits and speed are as good."""
+        return self._min_rows <= num_rows <= MAX_ROWS and torch.get_num_threads() == 1
+
+    def compute(self, rows: torch.Tensor) -> torch.Tensor:
+        """Map 1 to ``MAX_ROWS`` rows [P, H] to rows [P, H] natively."""
+        output = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        _compute((self,), (len(rows),), to_bytes(rows), to_bytes(output))
+        return output
+
+
+def compute_tiled(
+    experts: Sequence[GatedFfn], counts: tuple[int, ...], rows: Buffer
+) -> memoryview | None:
+    """Compute several experts' rows, one after the other in ``rows``, at once.
+
+    The first ``counts[0]`` are the first expert's, and so on. Returns the results in the same
+    order, or ``None`` where an expert is not of this kind, or does not take so many rows, and all
+    are to be computed one by one.
+    """
+    tiled = [expert for expert in experts if isinstance(expert, TiledFfn)]
+    if len(tiled) < len(counts) or not all(map(TiledFfn.takes, tiled, counts)):
+        return None
+    first = tiled[0]
+    if any(one.sizes != first.sizes or one.activation is not first.activation for one in tiled):
+        return None
+    output = np.empty(sum(counts) * first.row_bytes, np.uint8).data
+    _compute(tiled, counts, rows, output)
+    return output
+
+
+def _compute(
+    experts: Sequence[TiledFfn], counts: tuple[int, ...], rows: Buffer, output: Buffer
+) -> None:
+    assert native is not None
+    first = experts[0]
+    weights = tuple([expert.weights for expert in experts])
+    native.tiled_ffns(rows, counts, weights, first.activation, output, *first.sizes)
+
+
+@cache
+def _may_tile() -> bool:
+    return native is not None and bool(native.may_tile())
+
+
+@cache
+def _activated(act: Activation) -> memoryview:
+    """Return what an activation makes of each bfloat16, in the order of their bits."""
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    return to_bytes(act(bits.view(torch.bfloat16)))

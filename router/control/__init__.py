@@ -1,0 +1,1 @@
+"""What a replica knows of the controller: its placement and its state."""

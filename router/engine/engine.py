@@ -1,0 +1,299 @@
+"""The engine: one thread that turns queued requests into tokens, step by step.
+
+``step`` is the table of contents: schedule, forward, sample, emit. Requests join and leave at any
+step. A step changes nothing before its tokens are sampled, so what failed for want of an expert is
+simply done again: a sequence that has to wait for one is parked, and the others go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from cluster.errors import (
+    CancelledRequestError,
+    DeadlineExceededError,
+    ExpertMeshError,
+    ExpertUnavailableError,
+    InternalError,
+)
+from router.engine.batch import StepInput, pack
+from router.engine.sampling import Draw, sample
+from router.engine.scheduler import Scheduler, Sequence, Work
+from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
+from router.model.model import MoEModel
+from router.moe.layer import RemoteExchange
+from router.moe.missing import StepLoss
+from router.observability.histogram import EngineTally
+from router.observability.tracing import RequestTrace, begin_step
+
+IDLE_S = 0.1
+PARKED_S = 0.02
+"""How long to wait for commands while there are no sequences, or while all of them are parked; the
+latter is how late a new placement may be noticed."""
+CLOSE_S = 1.0
+
+logger = logging.getLogger("expertmesh.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """What one step has for one request: tokens of a choice, or the error that ended it."""
+
+    request_id: str
+    outcome: TokenEvent | ExpertMeshError
+
+
+Emit = Callable[[list[Emission]], None]
+Command = Callable[[], None]
+
+
+class Engine:
+    """Generates for one model; all methods but :meth:`run` may be called from any thread."""
+
+    def __init__(
+        self,
+        model: MoEModel,
+        exchange: RemoteExchange,
+        scheduler: Scheduler,
+        eos_token_ids: frozenset[int],
+        emit: Emit,
+        is_exact: bool = True,
+    ) -> None:
+        """``emit`` is called on the engine's thread, at most once a step.
+
+        Without ``is_exact`` no token is the model's, and all are flagged as not exact.
+        ``replayed`` counts the forced tokens by whether the step sampled the same; ``tally`` has
+        times and tokens.
+        """
+        self._model = model
+        self._exchange = exchange
+        self._scheduler = scheduler
+        self._eos_token_ids = eos_token_ids
+        self._emit = emit
+        self._is_exact = is_exact
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._outbox: list[Emission] = []
+        self.replayed: Counter[str] = Counter()
+        self.tally = EngineTally()
+        self._closing = False
+        self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Run on a daemon thread of its own."""
+        self._thread.start()
+
+    def is_alive(self) -> bool:
+        """Return whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """Have the engine's thread end after the step that it is in.
+
+        Returns when it has ended, or after :data:`CLOSE_S`: what it uses may then be closed, and
+        the interpreter may end, which would abort where a thread is in torch.
+        """
+
+        def stop() -> None:
+            self._closing = True
+
+        self._commands.put(stop)
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(CLOSE_S)
+
+    def submit(self, request: GenerationRequest, trace: RequestTrace | None = None) -> None:
+        """Queue a request; tokens or an error come through ``emit``, spans go to ``trace``."""
+
+        def add() -> None:
+            try:
+                for sequence in self._scheduler.add(request):
+                    sequence.times.queued_s = time.monotonic()
+                    sequence.trace = trace
+            except ExpertMeshError as error:
+                self._outbox.append(Emission(request.request_id, error))
+
+        self._commands.put(add)
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request's choices; nothing more is emitted for it than the cancellation."""
+        error = CancelledRequestError("the request was cancelled")
+        self._commands.put(lambda: self._fail_request(request_id, error))
+
+    def stop_choice(self, request_id: str, index: int) -> None:
+        """End one choice as if it had met its stop, since the gateway found a stop string."""
+
+        def stop() -> None:
+            for sequence in self._scheduler.sequences():
+                if (sequence.request.request_id, sequence.index) == (request_id, index):
+                    self.tally.finished(sequence)
+                    self._finish(sequence)
+                    event = TokenEvent(
+                        index, (), (), "stop", sequence.exact, sequence.num_generated
+                    )
+                    self._outbox.append(Emission(request_id, event))
+
+        self._commands.put(stop)
+
+    def run(self) -> None:
+        """Serve until :meth:`close`."""
+        torch.set_grad_enabled(False)
+        work: list[Work] = []
+        while not self._closing:
+            wait_s = PARKED_S if self._scheduler.sequences() else IDLE_S
+            self._obey(0.0 if work else wait_s)
+            self._expire()
+            self._unpark()
+            work = self._scheduler.schedule()
+            if work:
+                self._guarded_step(work)
+            self._flush()
+
+    def _obey(self, wait_s: float) -> None:
+        try:
+            if wait_s:
+                self._commands.get(timeout=wait_s)()
+            while True:
+                self._commands.get_nowait()()
+        except queue.Empty:
+            pass
+
+    def _unpark(self) -> None:
+        for sequence in self._scheduler.parked():
+            if self._exchange.lost.none_of(sequence.awaited):
+                sequence.awaited = frozenset()
+
+    def _guarded_step(self, work: list[Work]) -> None:
+        self._exchange.trace = trace = begin_step(work)
+        try:
+            self.step(work)
+        except (ExpertUnavailableError, DeadlineExceededError) as error:
+            # The step's earliest deadline passed while an expert was away; the others go on.
+            self._expire(error)
+        except Exception:
+            logger.exception("a step failed; its requests are answered by an error")
+            failed = {w.sequence.request.request_id for w in work}
+            internal = InternalError("the router failed to compute a step")
+            self._fail(lambda s: s.request.request_id in failed, internal)
+        finally:
+            if trace is not None:
+                trace.end()
+
+    def step(self, work: list[Work]) -> None:
+        """Compute the scheduled work, sample, and note what is to be emitted."""
+        self._note(work)
+        step = pack(work, self._model.sliding_window, self._model.length_step)
+        self._exchange.deadline_s = min(w.sequence.request.deadline_s for w in work)
+        self._exchange.loss = loss = StepLoss(step.works)
+        logits = self._model.forward(step.token_ids, step.positions, step.batch, step.sample_rows)
+        token_ids, logprobs = sample(logits, [_draw(s) for s in step.sampled])
+        self._advance(step, loss, token_ids, logprobs)
+
+    def _note(self, work: list[Work]) -> None:
+        now_s = time.monotonic()
+        self.tally.steps += 1
+        for item in work:
+            self.tally.step_tokens += item.end - item.start
+            if not item.sequence.times.scheduled_s:
+                self.tally.scheduled(item.sequence, now_s)
+
+    def _advance(
+        self,
+        step: StepInput,
+        loss: StepLoss,
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs | None],
+    ) -> None:
+        if loss.inexact:
+            self._exchange.inexact_rows += loss.rows_by_contract()
+        for place, item in enumerate(step.works):
+            if place in loss.awaited:
+                # What was stored for it is stored anew when it is computed again.
+                item.sequence.awaited = loss.awaited[place]
+                continue
+            item.sequence.num_computed = item.end
+            is_exact = self._is_exact and place not in loss.inexact
+            item.sequence.exact = item.sequence.exact and is_exact
+        now_s = time.monotonic()
+        for sequence, token_id, row in zip(step.sampled, token_ids, logprobs, strict=True):
+            if sequence.awaited:
+                continue
+            forced = sequence.next_forced
+            if forced is not None:
+                self._replay(sequence, forced, token_id)
+                continue
+            sequence.token_ids.append(token_id)
+            self.tally.token(sequence, now_s)
+            reason = self._finish_reason(sequence, token_id)
+            if reason is not None:
+                self.tally.finished(sequence)
+                self._finish(sequence)
+            rows = () if row is None else (row,)
+            start = sequence.num_generated - 1
+            event = TokenEvent(sequence.index, (token_id,), rows, reason, sequence.exact, start)
+            self._outbox.append(Emission(sequence.request.request_id, event))
+
+    def _replay(self, sequence: Sequence, forced: int, sampled: int) -> None:
+        """Take a token that the caller has already; only the end of its choice is emitted."""
+        self.replayed["equal" if forced == sampled else "different"] += 1
+        sequence.token_ids.append(forced)
+        reason = self._finish_reason(sequence, forced)
+        if reason is not None:
+            self._finish(sequence)
+            end = TokenEvent(sequence.index, (), (), reason, sequence.exact, sequence.num_generated)
+            self._outbox.append(Emission(sequence.request.request_id, end))
+
+    def _finish(self, sequence: Sequence, error: ExpertMeshError | None = None) -> None:
+        self._scheduler.finish(sequence)
+        if sequence.trace is not None:
+            sequence.trace.ended(sequence, error)
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
+        sampling = sequence.request.sampling
+        if token_id in self._eos_token_ids and not sampling.ignore_eos:
+            return "stop"
+        return "length" if sequence.num_generated >= sampling.max_tokens else None
+
+    def _expire(self, error: ExpertMeshError | None = None) -> None:
+        now_s = time.time()
+        parked = self._scheduler.parked()
+        starved = {s.request.request_id: s for s in parked if s.request.deadline_s <= now_s}
+        for request_id, sequence in starved.items():
+            self._fail_request(request_id, _unavailable(sequence))
+        error = error or DeadlineExceededError("the request's deadline passed")
+        self._fail(lambda s: s.request.deadline_s <= now_s, error)
+
+    def _fail_request(self, request_id: str, error: ExpertMeshError) -> None:
+        self._fail(lambda s: s.request.request_id == request_id, error)
+
+    def _fail(self, affected: Callable[[Sequence], bool], error: ExpertMeshError) -> None:
+        ended = [s for s in self._scheduler.sequences() if affected(s)]
+        request_ids = dict.fromkeys(s.request.request_id for s in ended)
+        for sequence in ended:
+            self._finish(sequence, error)
+        self._outbox.extend(Emission(request_id, error) for request_id in request_ids)
+
+    def _flush(self) -> None:
+        if self._outbox:
+            emissions, self._outbox = self._outbox, []
+            self._emit(emissions)
+
+
+def _unavailable(sequence: Sequence) -> ExpertUnavailableError:
+    layer_id, expert_id = min(sequence.awaited)
+    more = f" and {len(sequence.awaited) - 1} more" if len(sequence.awaited) > 1 else ""
+    return ExpertUnavailableError(
+        f"expert {expert_id} of layer {layer_id}{more} had no live copy until the deadline",
+        sequence.request.model,
+        1.0,
+    )
+
+
+def _draw(sequence: Sequence) -> Draw:
+    return Draw(sequence.request.sampling, sequence.index, len(sequence.token_ids))

@@ -1,0 +1,242 @@
+"""The router replica: the engine behind one call per request.
+
+``generate`` spans a request: it returns when all of its choices are finished, with all their
+tokens, and its cancellation ends the request. Meanwhile each engine step's tokens travel to the
+gateways as one frame per gateway (:mod:`router.messages.token_link`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import logging
+import os
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import psutil
+import torch
+
+from cluster.controller.controller import app_is_wanted
+from cluster.errors import ExpertMeshError, being_deleted
+from cluster.transport.open import open_transport
+from cluster.wire.tensors import TORCH_DTYPES
+from experts.checkpoint.remote_files import open_model
+from experts.ray_peers import RayNeighbours
+from router.config import ExpertsConfig, RouterConfig
+from router.control.placement_view import ControllerClient, PlacementView, PlacementWatcher
+from router.engine.engine import Emission, Engine
+from router.engine.scheduler import Limits, Scheduler
+from router.messages.request import GenerationRequest, TokenEvent, merge_events
+from router.messages.token_link import LinkAddress, LinkClient
+from router.model.kv_cache import PAGE_SIZE, pages_needed
+from router.model.model import MoEModel
+from router.moe.capacity import CapacityLimit
+from router.moe.dispatch import Dispatcher
+from router.moe.layer import RemoteExchange
+from router.observability.samples import RouterSamples
+from router.observability.tracing import RequestTrace
+from router.served import ServedModel
+
+logger = logging.getLogger("expertmesh.router")
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request in flight: what has been generated, and who waits for it.
+
+    ``wire_id`` is how its gateway calls it. The engine has an id of its own for every call, since
+    Serve may make a call twice when it takes a slow connection for a lost one.
+    """
+
+    wire_id: str
+    address: LinkAddress
+    streamed: bool
+    done: asyncio.Future[None]
+    unfinished: int
+    events: list[TokenEvent] = field(default_factory=list)
+
+
+class RouterReplica:
+    """Attention, gate and sampling of one model; the experts are elsewhere."""
+
+    def __init__(
+        self,
+        app: str,
+        model: ServedModel,
+        config: RouterConfig,
+        experts: ExpertsConfig,
+        controller: ControllerClient,
+    ) -> None:
+        """Load the dense part of the model and start the engine; needs a running event loop."""
+        torch.set_num_threads(config.threads)
+        self._loop = asyncio.get_running_loop()
+        self._requests: dict[str, _Request] = {}
+        self._call_numbers = itertools.count()
+        view = PlacementView()
+        self._is_deleted = False
+        self._watcher = PlacementWatcher(
+            "router",
+            view,
+            controller,
+            partial(app_is_wanted, app),
+            self._end_requests,
+            lambda: self._samples(),  # is there when the event loop has its turn again
+        )
+        tls = None if experts.tls is None else experts.tls.files()
+        self._transport = open_transport(app, experts.transport, tls)
+        self._dispatcher = Dispatcher(
+            model.id, view, self._transport, self._watcher.suspect, experts.call_timeout_s
+        )
+        capacity = config.expert_capacity
+        limit = None if capacity is None else CapacityLimit(capacity, model.num_experts)
+        self._exchange = RemoteExchange(self._dispatcher, limit)
+        num_pages = pages_needed(config.cache_tokens_for(model.max_model_len))
+        checkpoint = open_model(model.path, model.source.identity, RayNeighbours())
+        scheduler = Scheduler(
+            Limits(
+                config.max_batch_size,
+                config.max_batch_tokens,
+                config.max_queue_requests,
+                config.max_queue_tokens,
+            ),
+            num_pages,
+        )
+        self._scheduler = scheduler
+        self._engine = Engine(
+            MoEModel(
+                checkpoint,
+                TORCH_DTYPES[model.dtype],
+                num_pages * PAGE_SIZE,
+                self._exchange,
+            ),
+            self._exchange,
+            scheduler,
+            frozenset(model.eos_token_ids),
+            self._emit,
+            is_exact=not experts.emulated_pools,
+        )
+        self._samples = RouterSamples(
+            model.id, self._engine, scheduler, self._exchange, self._dispatcher
+        )
+        self._links = LinkClient(self._stop_choice)
+        gc.collect()
+        gc.freeze()  # what is there now stays: no collection has to look through it again
+        self._engine.start()
+        logger.info(
+            "router of %s: %s, cache of %d tokens%s",
+            model.id,
+            model.dtype,
+            num_pages * PAGE_SIZE,
+            "" if checkpoint.remote is None else f", {checkpoint.remote.told()}",
+        )
+        if experts.emulated_pools:
+            logger.warning(
+                "%s: pools with emulated devices (%s): no expert is computed there, all answers "
+                "are of zeros and not exact",
+                model.id,
+                ", ".join(experts.emulated_pools),
+            )
+
+    async def generate(self, wire: dict[str, Any], address: LinkAddress) -> dict[str, Any]:
+        """Generate all choices of a request.
+
+        Returns ``{"events": […]}``, one event per choice with all its tokens but those that the
+        request says have been received, or ``{"error": …}``; a streamed request's tokens go to
+        ``address`` as they are sampled, of others the first of each choice.
+        """
+        if self._is_deleted:
+            return {"error": being_deleted().to_wire()}
+        request = GenerationRequest.from_wire(wire)
+        await self._links.connect(address)
+        unfinished = sum(not request.received_of(i).finished for i in range(request.sampling.n))
+        pending = _Request(
+            request.request_id, address, request.streamed, self._loop.create_future(), unfinished
+        )
+        request = replace(request, request_id=f"{request.request_id}/{next(self._call_numbers)}")
+        self._requests[request.request_id] = pending
+        self._engine.submit(request, RequestTrace.of_call())
+        try:
+            await pending.done
+        except ExpertMeshError as error:
+            return {"error": error.to_wire()}
+        except asyncio.CancelledError:
+            self._engine.cancel(request.request_id)
+            raise
+        finally:
+            del self._requests[request.request_id]
+        return {"events": [e.to_wire() for e in merge_events(pending.events)]}
+
+    def _end_requests(self) -> None:
+        """End all requests, which Serve waits for before it ends a replica."""
+        self._is_deleted = True
+        for request_id, request in self._requests.items():
+            self._engine.cancel(request_id)
+            if not request.done.done():
+                request.done.set_exception(being_deleted())
+
+    def _stop_choice(self, wire_id: str, index: int) -> None:
+        for request_id, request in self._requests.items():
+            if request.wire_id == wire_id:
+                self._engine.stop_choice(request_id, index)
+
+    def _emit(self, emissions: list[Emission]) -> None:
+        """Take a step's emissions from the engine's thread to the event loop."""
+        self._loop.call_soon_threadsafe(self._deliver, emissions)
+
+    def _deliver(self, emissions: list[Emission]) -> None:
+        frames: defaultdict[LinkAddress, list[tuple[str, TokenEvent]]] = defaultdict(list)
+        for emission in emissions:
+            request = self._requests.get(emission.request_id)
+            if request is None or request.done.done():
+                continue
+            if isinstance(emission.outcome, ExpertMeshError):
+                request.done.set_exception(emission.outcome)
+                continue
+            request.events.append(emission.outcome)
+            if request.streamed or emission.outcome.start == 0:
+                frames[request.address].append((request.wire_id, emission.outcome))
+            request.unfinished -= emission.outcome.finish_reason is not None
+            if request.unfinished == 0:
+                request.done.set_result(None)
+        for address, events in frames.items():
+            self._links.send(address, events)
+
+    def use(self) -> float:
+        """Return how much of this replica is used, 1 being all: of its cache, or of its batch.
+
+        Sequences that wait count as part of the batch, so it may be more.
+        """
+        return self._scheduler.use()
+
+    async def stats(self) -> dict[str, Any]:
+        """Return measurements: layer times (s) since the last call, retries by reason, calls by
+        transport, requests under way, forced tokens by whether they were sampled again, token rows
+        computed without an expert by contract, tokens by the (layer, expert) that had no room for
+        them, memory."""
+        layer_s = list(self._exchange.timings_s)
+        self._exchange.timings_s.clear()
+        return {
+            "layer_s": layer_s,
+            "retries": dict(self._dispatcher.retries),
+            "calls": dict(self._transport.calls),
+            "inexact_rows": dict(self._exchange.inexact_rows),
+            "overflow": dict(self._exchange.overflow),
+            "pid": os.getpid(),
+            "requests": len(self._requests),
+            "replayed": dict(self._engine.replayed),
+            "rss_bytes": psutil.Process().memory_info().rss,
+        }
+
+    def is_alive(self) -> bool:
+        """Return whether the engine still works."""
+        return self._engine.is_alive()
+
+    def close(self) -> None:
+        """Stop the engine after its step, and the background work."""
+        self._engine.close()
+        self._watcher.stop()
+        self._links.close()

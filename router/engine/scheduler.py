@@ -1,0 +1,217 @@
+"""Continuous batching: who waits, who runs, and which tokens the next step computes.
+
+A sequence is admitted only when the cache has pages for its prompt and all tokens that it may
+generate, so nothing admitted is ever evicted. Decoding sequences go first, one token each; what is
+left of the step's token budget goes to prefill chunks, so that a long prompt does not stall others.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cluster.errors import OverloadedError
+from router.messages.request import GenerationRequest
+from router.model.kv_cache import PAGE_SIZE, PagePool, pages_needed
+
+if TYPE_CHECKING:
+    from router.observability.tracing import RequestTrace
+
+Awaited = tuple[int, int]
+"""An expert that has no live copy and is waited for: (layer, expert)."""
+
+
+@dataclass(slots=True)
+class Times:
+    """When things happened to a sequence, on the monotonic clock; 0 is not yet."""
+
+    queued_s: float = 0.0
+    scheduled_s: float = 0.0
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice of one request: its tokens so far, and where they are in the cache.
+
+    ``num_computed`` tokens have their keys and values in the cache; ``exact`` is false when any of
+    these were computed without an expert that they chose. A sequence that has ``awaited`` experts
+    is parked: it keeps its place and its pages, and no step computes it. ``forced`` are the
+    generated tokens that are given, of a request that goes on after a failure. ``pages`` and
+    ``slots`` (the cache slot of every position up to ``max_length``) are empty while the sequence
+    waits. ``trace`` is there where the request is sampled.
+    """
+
+    request: GenerationRequest
+    index: int
+    token_ids: list[int]
+    num_computed: int = 0
+    exact: bool = True
+    awaited: frozenset[Awaited] = frozenset()
+    forced: tuple[int, ...] = ()
+    pages: list[int] = field(default_factory=list)
+    slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    times: Times = field(default_factory=Times)
+    trace: RequestTrace | None = None
+
+    @property
+    def num_generated(self) -> int:
+        """How many tokens have been sampled."""
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that the sequence can ever have."""
+        return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens
+
+    @property
+    def next_forced(self) -> int | None:
+        """The next token where it is given, whatever is sampled."""
+        place = self.num_generated
+        return self.forced[place] if place < len(self.forced) else None
+
+    def occupy(self, pages: list[int]) -> None:
+        """Take pages for all positions that the sequence can ever have."""
+        positions = np.arange(self.max_length)
+        self.pages = pages
+        first_slots = np.asarray(pages, dtype=np.int64) * PAGE_SIZE
+        self.slots = first_slots[positions // PAGE_SIZE] + positions % PAGE_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Tokens ``start:end`` of a sequence, to be computed in the next step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step ends with a new token for the sequence."""
+        return self.end == len(self.sequence.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """A replica's limits; see :class:`router.config.RouterConfig`."""
+
+    max_batch_size: int
+    max_batch_tokens: int
+    max_queue_requests: int
+    max_queue_tokens: int = 1_048_576
+
+
+class Scheduler:
+    """Holds all sequences of a router replica; used by the engine's thread alone."""
+
+    def __init__(self, limits: Limits, num_pages: int) -> None:
+        """Start empty with ``num_pages`` pages of cache."""
+        self._limits = limits
+        self._pool = PagePool(num_pages)
+        self.num_pages = num_pages
+        self.waiting: deque[Sequence] = deque()
+        self._waiting_tokens = 0
+        self.running: list[Sequence] = []
+
+    def add(self, request: GenerationRequest) -> list[Sequence]:
+        """Queue a request's choices that are not finished.
+
+        Raises :class:`OverloadedError` when the queue is full, by requests or by tokens, or when
+        the cache could not hold one of the request's sequences even if it were empty.
+        """
+        waiting = {sequence.request.request_id for sequence in self.waiting}
+        if len(waiting) >= self._limits.max_queue_requests:
+            raise OverloadedError(f"{len(waiting)} requests wait already", "queue", 1.0)
+        prompt = request.prompt_token_ids
+        length = len(prompt) + request.sampling.max_tokens
+        if pages_needed(length) > self._pool.num_pages:
+            capacity = self._pool.num_pages * PAGE_SIZE
+            raise OverloadedError(
+                f"prompt and max_tokens need {length} cache tokens; a router has {capacity}"
+            )
+        received = [(i, request.received_of(i)) for i in range(request.sampling.n)]
+        added = [
+            Sequence(request, i, list(prompt), exact=one.exact, forced=one.token_ids)
+            for i, one in received
+            if not one.finished
+        ]
+        tokens = self._waiting_tokens + length * len(added)
+        if self.waiting and tokens > self._limits.max_queue_tokens:
+            raise OverloadedError(
+                f"{self._waiting_tokens} tokens of {len(waiting)} requests wait already",
+                "queue",
+                1.0,
+            )
+        self._waiting_tokens = tokens
+        self.waiting.extend(added)
+        return added
+
+    def sequences(self) -> list[Sequence]:
+        """Return every sequence that is not finished."""
+        return [*self.running, *self.waiting]
+
+    def parked(self) -> list[Sequence]:
+        """Return the running sequences that wait for experts."""
+        return [sequence for sequence in self.running if sequence.awaited]
+
+    def schedule(self) -> list[Work]:
+        """Admit what fits and return the next step's work: decodes first, then prefill chunks.
+
+        There is none where all that run are parked.
+        """
+        self._admit()
+        ready = [s for s in self.running if not s.awaited][: self._limits.max_batch_size]
+        decodes = [s for s in ready if s.num_computed == len(s.token_ids) - 1]
+        budget = self._limits.max_batch_tokens
+        work = [Work(s, s.num_computed, len(s.token_ids)) for s in decodes]
+        budget = max(budget - len(work), 1 if not work else 0)
+        for sequence in ready:
+            left = len(sequence.token_ids) - sequence.num_computed
+            if left > 1 and budget > 0:
+                count = min(left, budget)
+                start = sequence.num_computed
+                work.append(Work(sequence, start, start + count))
+                budget -= count
+        return work
+
+    def _admit(self) -> None:
+        # The parked take pages, but no place in the batch from those that can go on. When
+        # they are back the batch is for the oldest, and the others go on as these end.
+        num_ready = len(self.running) - len(self.parked())
+        while self.waiting and num_ready < self._limits.max_batch_size:
+            needed = pages_needed(self.waiting[0].max_length)
+            if needed > self._pool.num_free:
+                return
+            sequence = self.waiting.popleft()
+            self._waiting_tokens -= sequence.max_length
+            sequence.occupy(self._pool.take(needed))
+            self.running.append(sequence)
+            num_ready += 1
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free its pages."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+            self._waiting_tokens -= sequence.max_length
+        self._pool.give_back(sequence.pages)
+        sequence.pages = []
+
+    def use(self) -> float:
+        """Return the share of the cache, or of the batch, that all sequences take or wait for.
+
+        The larger of both; what waits may make it more than 1. May be asked on any thread.
+        """
+        of_batch = (len(self.running) + len(self.waiting)) / self._limits.max_batch_size
+        return max(of_batch, 1 - self.num_free_pages / self.num_pages)
+
+    @property
+    def num_free_pages(self) -> int:
+        """How many cache pages are free."""
+        return self._pool.num_free

@@ -1,0 +1,298 @@
+"""The gRPC front: how methods are registered with a server, and how errors become statuses.
+
+Serve's proxy calls :func:`add_services_to_server` (named in the YAML's ``grpc_servicer_functions``)
+and sends each call to the gateway's method of the same name, see :class:`GrpcMethods`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from cluster.contract import EXACT_KEY
+from cluster.errors import ExpertMeshError
+from router.gateway.errors import DETAILS_KEY, grpc_error, public_error
+from router.gateway.grpc.handlers import SERVICES, GrpcHandlers, parse_health_check
+from router.protos import admin_pb2, inference_pb2
+
+logger = logging.getLogger(__name__)
+
+_WATCH_PERIOD_S = 0.5
+_MAX_WATCH_S = 60.0
+"""A gateway that a redeploy has replaced ends only when its last stream does. Who watches on asks
+again, and reaches its successor."""
+_UNARY = {
+    "expertmesh.v1.Inference": ("Generate", "GetModelInfo"),
+    "expertmesh.v1.Admin": (
+        "GetStatus",
+        "GetLoad",
+        "Rebalance",
+        "Scale",
+        "Drain",
+        "SetCopies",
+    ),
+    "grpc.health.v1.Health": ("Check",),
+}
+_STREAM = {
+    "expertmesh.v1.Inference": ("GenerateStream",),
+    "grpc.health.v1.Health": ("Watch",),
+}
+_FILES = (inference_pb2, admin_pb2, health_pb2)
+"""Imported so that reflection finds the descriptors of every service."""
+
+
+class CallContext(Protocol):
+    """The part of a gRPC call's context that is used; Serve's and grpcio's both have it."""
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        """Set the status code."""
+
+    def set_details(self, details: str) -> None:
+        """Set the status message."""
+
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        """Set the metadata sent with the status."""
+
+
+class _Handlers(grpc.GenericRpcHandler):
+    """Handlers of all methods, by path.
+
+    Serve replaces the entries of ``_method_handlers`` with calls to its replicas. From a replica to
+    Serve's proxy a status travels only with a message, so a stream's error comes with an empty one;
+    it is dropped here, where the client is, which sees the status alone.
+    """
+
+    def __init__(self, method_handlers: dict[str, grpc.RpcMethodHandler]) -> None:
+        self._method_handlers = method_handlers
+
+    def service(self, handler_call_details: Any) -> grpc.RpcMethodHandler | None:
+        """Return the handler of a call, or ``None``; grpcio calls this."""
+        handler = self._method_handlers.get(handler_call_details.method)
+        if handler is None or not handler.response_streaming:
+            return handler
+        return handler._replace(unary_stream=_without_error_message(handler.unary_stream))
+
+
+def _without_error_message(
+    stream: Callable[[Any, Any], AsyncIterator[Any]],
+) -> Callable[[Any, Any], Awaitable[None]]:
+    async def filtered(request: Any, context: Any) -> None:
+        # Writes by itself, so that a client's leaving is noticed here while a message is sent too.
+        messages = stream(request, _ContextWithPeer(context))
+        try:
+            async for message in messages:
+                if message != b"" and not context.code():  # no message of ours is empty but this
+                    await context.write(message)
+        except asyncio.CancelledError:
+            await _cancel(messages)
+            raise
+
+    return filtered
+
+
+class _ContextWithPeer:
+    """A call's context that still knows its peer when the call is over.
+
+    Serve asks for the peer once more after a cancelled stream, for its log; asking grpcio then
+    reads freed memory and has ended the whole proxy.
+    """
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self._peer: str = context.peer()
+
+    def peer(self) -> str:
+        """Return the address that the call came from."""
+        return self._peer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
+async def _cancel(messages: AsyncIterator[Any]) -> None:
+    """Have Serve cancel a call to a replica whose client went away while a message was sent to it.
+
+    Serve does so only where the cancellation meets it waiting for the next message; otherwise the
+    call would run to its end. Must be done before the handler returns: Serve then still looks at
+    the client's address, and grpcio crashes when asked for that later.
+    """
+    following = asyncio.ensure_future(anext(messages, None))
+    await asyncio.sleep(0)  # lets it begin to wait
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
+
+
+def add_services_to_server(servicer: Any, server: Any) -> None:
+    """Register Inference, Admin and Health; their methods get the request as raw bytes.
+
+    Bytes that are no protobuf thus reach :class:`GrpcMethods`, which answers INVALID_ARGUMENT;
+    grpcio would answer UNKNOWN.
+    """
+    for service, methods in _UNARY.items():
+        streams = _STREAM.get(service, ())
+        handlers = {
+            f"/{service}/{name}": grpc.unary_unary_rpc_method_handler(
+                getattr(servicer, name), request_deserializer=None, response_serializer=_serialize
+            )
+            for name in methods
+        }
+        handlers |= {
+            f"/{service}/{name}": grpc.unary_stream_rpc_method_handler(
+                getattr(servicer, name), request_deserializer=None, response_serializer=_serialize
+            )
+            for name in streams
+        }
+        server.add_generic_rpc_handlers((_Handlers(handlers),))
+
+
+def _serialize(message: Any) -> bytes:
+    return bytes(message.SerializeToString())
+
+
+class GrpcMethods:
+    """The methods of all services, by their names, which Serve wants to be unique over services.
+
+    A subclass sets ``grpc_handlers``. Every method takes bytes, returns (or yields) protobuf
+    messages and lets no exception but cancellation out: an error is a status in ``grpc_context``.
+    """
+
+    grpc_handlers: GrpcHandlers
+
+    async def Generate(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
+        """Serve ``Inference/Generate``."""
+        empty = inference_pb2.GenerateReply
+        reply = await _unary(self.grpc_handlers.generate(request), empty, grpc_context)
+        if reply.finish_reason:  # else it is an error, which has metadata of its own
+            _set_exact(all(one.exact for one in (reply, *reply.other_choices)), grpc_context)
+        return reply
+
+    async def GenerateStream(  # noqa: N802
+        self, request: bytes, grpc_context: CallContext
+    ) -> AsyncGenerator[Any, None]:
+        """Serve ``Inference/GenerateStream``."""
+        replies = _with_exact(self.grpc_handlers.generate_stream(request), grpc_context)
+        async with aclosing(_stream(replies, inference_pb2.GenerateReply, grpc_context)) as safe:
+            async for reply in safe:
+                yield reply
+
+    async def GetModelInfo(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
+        """Serve ``Inference/GetModelInfo``."""
+        empty = inference_pb2.GetModelInfoReply
+        return await _unary(self.grpc_handlers.get_model_info(request), empty, grpc_context)
+
+    async def GetStatus(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
+        """Serve ``Admin/GetStatus``."""
+        empty = admin_pb2.GetStatusReply
+        return await _unary(self.grpc_handlers.get_status(request), empty, grpc_context)
+
+    async def GetLoad(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
+        """Serve ``Admin/GetLoad``."""
+        empty = admin_pb2.GetLoadReply
+        return await _unary(self.grpc_handlers.get_load(request), empty, grpc_context)
+
+    async def Rebalance(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
+        """Serve ``Admin/Rebalance``."""
+        empty = admin_pb2.RebalanceReply
+        return await _unary(self.grpc_handlers.rebalance(request), empty, grpc_context)
+
+    async def Scale(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
+        """Serve ``Admin/Scale``."""
+        empty = admin_pb2.ChangeReply
+        return await _unary(self.grpc_handlers.scale(request), empty, grpc_context)
+
+    async def Drain(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
+        """Serve ``Admin/Drain``."""
+        empty = admin_pb2.ChangeReply
+        return await _unary(self.grpc_handlers.drain(request), empty, grpc_context)
+
+    async def SetCopies(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
+        """Serve ``Admin/SetCopies``."""
+        empty = admin_pb2.ChangeReply
+        return await _unary(self.grpc_handlers.set_copies(request), empty, grpc_context)
+
+    async def Check(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
+        """Serve ``Health/Check``."""
+        grpc_context.set_trailing_metadata(self.grpc_handlers.health_metadata())
+        empty = health_pb2.HealthCheckResponse
+        return await _unary(self.grpc_handlers.check_health(request), empty, grpc_context)
+
+    async def Watch(  # noqa: N802
+        self, request: bytes, grpc_context: CallContext
+    ) -> AsyncGenerator[Any, None]:
+        """Serve ``Health/Watch``."""
+        replies = self._watch(request)
+        empty = health_pb2.HealthCheckResponse
+        async with aclosing(_stream(replies, empty, grpc_context)) as safe:
+            async for reply in safe:
+                yield reply
+
+    async def _watch(self, request: bytes) -> AsyncGenerator[Any, None]:
+        name = parse_health_check(request)
+        told: int | None = None
+        end_s = time.monotonic() + _MAX_WATCH_S
+        while time.monotonic() < end_s and not self.grpc_handlers.service.ready().is_deleted:
+            reply = self.grpc_handlers.health()
+            if name and name not in SERVICES:
+                reply = health_pb2.HealthCheckResponse(
+                    status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+                )
+            if reply.status != told:
+                told = reply.status
+                yield reply
+            await asyncio.sleep(_WATCH_PERIOD_S)
+
+
+async def _unary(work: Awaitable[Any], empty: Callable[[], Any], context: CallContext) -> Any:
+    try:
+        return await work
+    except Exception as error:
+        _set_error(error, context)
+        return empty()
+
+
+async def _stream(
+    replies: AsyncGenerator[Any, None], empty: Callable[[], Any], context: CallContext
+) -> AsyncGenerator[Any, None]:
+    try:
+        async with aclosing(replies):
+            async for reply in replies:
+                yield reply
+    except Exception as error:
+        _set_error(error, context)
+        # Serve passes a status on only together with a message; see _Handlers.
+        yield empty()
+
+
+async def _with_exact(
+    replies: AsyncGenerator[Any, None], context: CallContext
+) -> AsyncGenerator[Any, None]:
+    """Keep the metadata at what the replies have been so far: Serve sends it with each of them."""
+    told: bool | None = None
+    async with aclosing(replies):
+        async for reply in replies:
+            exact = told is not False and reply.exact
+            if exact != told:
+                told = exact
+                _set_exact(exact, context)
+            yield reply
+
+
+def _set_exact(exact: bool, context: CallContext) -> None:
+    context.set_trailing_metadata([(EXACT_KEY, str(exact).lower())])
+
+
+def _set_error(error: Exception, context: CallContext) -> None:
+    if not isinstance(error, ExpertMeshError):
+        logger.error("a gRPC call failed", exc_info=error)
+    code, details, status_details = grpc_error(public_error(error))
+    context.set_code(code)
+    context.set_details(details)
+    metadata: Iterable[tuple[str, bytes]] = [(DETAILS_KEY, status_details)]
+    context.set_trailing_metadata(metadata)

@@ -1,0 +1,146 @@
+"""The OpenAI-compatible HTTP surface, as a FastAPI app over a :class:`GenerationService`.
+
+Bodies are read as plain JSON and checked by ``validate.py``, the same as for gRPC, so there is one
+set of rules and one set of messages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from cluster.contract import EXACT_KEY
+from cluster.errors import ExpertMeshError
+from router.control.readiness import Readiness
+from router.gateway.models import GatewayModel
+from router.gateway.openai.call import OpenAiCall
+from router.gateway.openai.chat import parse_chat
+from router.gateway.openai.completions import parse_completion
+from router.gateway.openai.http_io import (
+    EdgeMiddleware,
+    SseResponse,
+    error_response,
+    read_json,
+    until_disconnect,
+)
+from router.gateway.service import Delta, GenerationService
+
+EXACT_HEADER = f"x-{EXACT_KEY}"
+Parse = Callable[[dict[str, Any], GenerationService, str], OpenAiCall]
+
+
+def create_app(service: GenerationService, echoes_request_id: bool = True) -> FastAPI:
+    """Return the app; it keeps nothing but ``service``.
+
+    ``echoes_request_id`` is false behind a proxy that itself sets ``X-Request-Id`` on requests and
+    replies, as Serve's does.
+    """
+    app = FastAPI(title="ExpertMesh", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(EdgeMiddleware, echoes_id=echoes_request_id)
+    app.add_exception_handler(ExpertMeshError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    _add_openai_routes(app, service)
+    _add_operator_routes(app, service)
+    return app
+
+
+def _add_openai_routes(app: FastAPI, service: GenerationService) -> None:
+    started = int(time.time())
+
+    @app.get("/v1/models")
+    async def list_models() -> JSONResponse:
+        models = [_model_object(model, started) for model in service.models()]
+        return JSONResponse({"object": "list", "data": models})
+
+    @app.get("/v1/models/{model_id:path}")
+    async def get_model(model_id: str) -> JSONResponse:
+        return JSONResponse(_model_object(service.model(model_id).info, started))
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await _answer(request, service, parse_completion)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await _answer(request, service, parse_chat)
+
+
+def _add_operator_routes(app: FastAPI, service: GenerationService) -> None:
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        return JSONResponse({"status": "alive"})
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        told = service.ready()
+        return JSONResponse(_ready_object(told), 200 if told.is_ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        told = await service.measured()
+        return Response(told, media_type=CONTENT_TYPE_LATEST)
+
+
+async def _answer(request: Request, service: GenerationService, parse: Parse) -> Response:
+    with service.metrics.refusals("http"):
+        body = await read_json(request, service.limits.max_body_bytes, service.bodies)
+        call = parse(body, service, request.state.request_id)
+    if not call.stream:
+        body, is_exact = await until_disconnect(request.receive, call.answer(service))
+        return JSONResponse(body, headers={EXACT_HEADER: str(is_exact).lower()})
+    deltas = call.deltas(service)
+
+    async def first_delta() -> tuple[int, Delta]:
+        return await anext(deltas)
+
+    # Before the first token an error can still be a status; after it only an event.
+    try:
+        first = await until_disconnect(request.receive, first_delta())
+    except BaseException:
+        await deltas.aclose()
+        raise
+    return SseResponse(call.chunks(first, deltas), deltas)
+
+
+def _ready_object(told: Readiness) -> dict[str, Any]:
+    epoch, version = told.order or (None, None)
+    return {
+        "ready": told.is_ready,
+        "reason": told.reason or None,
+        "epoch": epoch,
+        "placement_version": version,
+        "controller_loop_age_s": told.loop_age_s,
+    }
+
+
+def _model_object(model: GatewayModel, created: int) -> dict[str, Any]:
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": created,
+        "owned_by": "expertmesh",
+        "max_model_len": model.max_model_len,
+    }
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ExpertMeshError)  # Starlette's signature is wider than its calls.
+    return error_response(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # Starlette's signature is wider than its calls.
+    body = {
+        "message": f"{request.method} {request.url.path[:200]}: {error.detail}",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "unknown_url" if error.status_code == 404 else None,
+    }
+    return JSONResponse({"error": body}, error.status_code, error.headers)

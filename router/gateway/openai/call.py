@@ -1,0 +1,186 @@
+"""One call of an OpenAI endpoint: its checked requests, and running them into JSON or events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from router.gateway.service import Delta, GenerationService, Usage
+from router.gateway.validate import CheckedRequest
+from router.messages.request import TokenLogprobs
+
+
+@dataclass(slots=True)
+class Collected:
+    """All deltas of one choice put together."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    exact: bool = True
+
+    def add(self, delta: Delta) -> None:
+        """Append one delta."""
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        self.finish_reason = delta.finish_reason
+        self.exact = self.exact and delta.exact
+
+
+class OpenAiCall(ABC):
+    """A checked call; subclasses know how their endpoint writes answers.
+
+    ``checked`` has one request per prompt; choice ``j`` of prompt ``i`` has index ``i * n + j``.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        checked: list[CheckedRequest],
+        stream: bool,
+        include_usage: bool,
+        return_token_ids: bool,
+    ) -> None:
+        self.request_id = request_id
+        self.checked = checked
+        self.stream = stream
+        self.include_usage = include_usage
+        self.return_token_ids = return_token_ids
+        self.created = int(time.time())
+        self.tokenizer = checked[0].model.tokenizer
+        self.wants_logprobs = checked[0].request.sampling.logprobs is not None
+
+    @abstractmethod
+    def envelope(self, choices: list[dict[str, Any]], streamed: bool) -> dict[str, Any]:
+        """Return an answer or a chunk with these choices, without usage."""
+
+    @abstractmethod
+    def opening(self) -> list[dict[str, Any]]:
+        """Return the chunks that stand before the first text."""
+
+    @abstractmethod
+    def piece(self, index: int, delta: Delta) -> dict[str, Any]:
+        """Return the choice object of a chunk."""
+
+    @abstractmethod
+    def choice(self, index: int, whole: Collected) -> dict[str, Any]:
+        """Return the choice object of a full answer."""
+
+    def prompt_token_ids(self, index: int) -> list[int]:
+        """Return the prompt of choice ``index``."""
+        request = self.checked[index // self.checked[0].request.sampling.n].request
+        return list(request.prompt_token_ids)
+
+    def deltas(self, service: GenerationService) -> AsyncGenerator[tuple[int, Delta], None]:
+        """Run all requests; yields (index of the choice in the call, delta)."""
+        n = self.checked[0].request.sampling.n
+        return _merge([service.generate(checked, "http") for checked in self.checked], n)
+
+    async def answer(self, service: GenerationService) -> tuple[dict[str, Any], bool]:
+        """Run to the end; returns the answer and whether all of it is exact."""
+        wholes: dict[int, Collected] = {}
+        usages: list[Usage] = []
+        async with aclosing(self.deltas(service)) as deltas:
+            async for index, delta in deltas:
+                wholes.setdefault(index, Collected()).add(delta)
+                if delta.usage is not None:
+                    usages.append(delta.usage)
+        choices = [
+            {**self.choice(index, wholes[index]), "exact": wholes[index].exact}
+            for index in sorted(wholes)
+        ]
+        body = self.envelope(choices, streamed=False)
+        body["usage"] = usage_object(usages)
+        return body, all(whole.exact for whole in wholes.values())
+
+    async def chunks(
+        self, first: tuple[int, Delta], rest: AsyncGenerator[tuple[int, Delta], None]
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield the chunks of a stream; ``first`` has been taken from ``rest`` already.
+
+        A choice's last chunk says whether all of it is exact; an earlier one only where it is not.
+        """
+        usages: list[Usage] = []
+        inexact: set[int] = set()
+        async with aclosing(rest):
+            for chunk in self.opening():
+                yield self._finish(chunk)
+            index, delta = first
+            while True:
+                if delta.usage is not None:
+                    usages.append(delta.usage)
+                if self._is_worth_sending(delta):
+                    piece = self.piece(index, delta)
+                    if not delta.exact:
+                        inexact.add(index)
+                    if delta.finish_reason or index in inexact:
+                        piece["exact"] = index not in inexact
+                    yield self._finish(self.envelope([piece], streamed=True))
+                following = await anext(rest, None)
+                if following is None:
+                    break
+                index, delta = following
+        if self.include_usage:
+            yield {**self.envelope([], streamed=True), "usage": usage_object(usages)}
+
+    def _is_worth_sending(self, delta: Delta) -> bool:
+        wants_tokens = self.return_token_ids or self.wants_logprobs
+        return bool(delta.text or delta.finish_reason or wants_tokens or not delta.exact)
+
+    def _finish(self, chunk: dict[str, Any]) -> dict[str, Any]:
+        return {**chunk, "usage": None} if self.include_usage else chunk
+
+
+def usage_object(usages: list[Usage]) -> dict[str, int]:
+    """Return OpenAI's usage object, summed over the prompts of a call."""
+    prompt = sum(usage.prompt_tokens for usage in usages)
+    completion = sum(usage.completion_tokens for usage in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+async def _merge(
+    streams: list[AsyncGenerator[Delta, None]], n: int
+) -> AsyncGenerator[tuple[int, Delta], None]:
+    """Run streams side by side; the first error ends all, closing ends all."""
+    if len(streams) == 1:  # without a task and a queue in between
+        async with aclosing(streams[0]) as deltas:
+            async for delta in deltas:
+                yield delta.index, delta
+        return
+    queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(maxsize=1)
+
+    async def pump(place: int, stream: AsyncGenerator[Delta, None]) -> None:
+        try:
+            async with aclosing(stream) as deltas:
+                async for delta in deltas:
+                    await queue.put((place, delta))
+            await queue.put((place, None))
+        except Exception as error:
+            await queue.put((place, error))
+
+    tasks = [asyncio.create_task(pump(place, stream)) for place, stream in enumerate(streams)]
+    going = len(tasks)
+    try:
+        while going:
+            place, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                going -= 1
+            else:
+                yield place * n + item.index, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,122 @@
+"""OpenAI's ``/v1/chat/completions``: from messages to a checked request, from deltas to answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.errors import InvalidRequestError
+from router.gateway import checks
+from router.gateway.openai.call import Collected, OpenAiCall
+from router.gateway.openai.fields import (
+    CHAT,
+    OPTION_FIELDS,
+    SAMPLING_FIELDS,
+    known_fields,
+    stream_options,
+)
+from router.gateway.service import Delta, GenerationService
+from router.gateway.validate import RawRequest
+from router.messages.request import TokenLogprobs
+
+
+def parse_chat(body: dict[str, Any], service: GenerationService, request_id: str) -> ChatCall:
+    """Check a body; its messages are rendered by the model's chat template."""
+    given = known_fields(body, CHAT)
+    stream, include_usage = stream_options(given)
+    return_token_ids = checks.boolean(given.get("return_token_ids", False), "return_token_ids")
+    sampling = {name: given[name] for name in SAMPLING_FIELDS if name in given}
+    field_names = {"logprobs": "top_logprobs"}
+    if "max_completion_tokens" in given:
+        if "max_tokens" in given:
+            raise InvalidRequestError(
+                "is the same as max_tokens; give one of the two", "max_completion_tokens"
+            )
+        sampling["max_tokens"] = given["max_completion_tokens"]
+        field_names["max_tokens"] = "max_completion_tokens"
+    if checks.boolean(given.get("logprobs", False), "logprobs"):
+        sampling["logprobs"] = given.get("top_logprobs", 0)
+    elif "top_logprobs" in given:
+        raise InvalidRequestError("is allowed only with logprobs true", "top_logprobs")
+    raw = RawRequest(
+        model=given.get("model", ""),
+        prompt=given.get("messages"),
+        sampling=sampling,
+        options={name: given[name] for name in OPTION_FIELDS if name in given},
+        is_chat=True,
+        prompt_field="messages",
+        field_names=field_names,
+        streamed=stream,
+    )
+    return ChatCall(request_id, [service.check(raw)], stream, include_usage, return_token_ids)
+
+
+class ChatCall(OpenAiCall):
+    """One call of ``/v1/chat/completions``."""
+
+    def envelope(self, choices: list[dict[str, Any]], streamed: bool) -> dict[str, Any]:
+        """Return a ``chat.completion`` or a ``chat.completion.chunk``."""
+        body: dict[str, Any] = {
+            "id": f"chatcmpl-{self.request_id}",
+            "object": "chat.completion.chunk" if streamed else "chat.completion",
+            "created": self.created,
+            "model": self.checked[0].request.model,
+            "choices": choices,
+        }
+        if self.return_token_ids and not streamed:
+            body["prompt_token_ids"] = self.prompt_token_ids(0)
+        return body
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Return one chunk per choice that says who speaks."""
+        chunks = []
+        for index in range(self.checked[0].request.sampling.n):
+            delta = {"role": "assistant", "content": ""}
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            chunks.append(self.envelope([choice], streamed=True))
+        if self.return_token_ids:
+            chunks[0]["prompt_token_ids"] = self.prompt_token_ids(0)
+        return chunks
+
+    def piece(self, index: int, delta: Delta) -> dict[str, Any]:
+        """Return one chunk's choice."""
+        choice: dict[str, Any] = {
+            "index": index,
+            "delta": {"content": delta.text} if delta.text else {},
+            "logprobs": self._logprobs(delta.token_ids, delta.logprobs),
+            "finish_reason": delta.finish_reason,
+        }
+        if self.return_token_ids:
+            choice["token_ids"] = list(delta.token_ids)
+        return choice
+
+    def choice(self, index: int, whole: Collected) -> dict[str, Any]:
+        """Return one whole choice."""
+        choice: dict[str, Any] = {
+            "index": index,
+            "message": {"role": "assistant", "content": whole.text},
+            "logprobs": self._logprobs(tuple(whole.token_ids), tuple(whole.logprobs)),
+            "finish_reason": whole.finish_reason,
+        }
+        if self.return_token_ids:
+            choice["token_ids"] = whole.token_ids
+        return choice
+
+    def _logprobs(
+        self, token_ids: tuple[int, ...], rows: tuple[TokenLogprobs, ...]
+    ) -> dict[str, Any] | None:
+        if not self.wants_logprobs:
+            return None
+        content = []
+        for token_id, row in zip(token_ids, rows, strict=True):
+            top = zip(row.top_ids, row.top_logprobs, strict=True)
+            entry = self._token(token_id, row.logprob)
+            entry["top_logprobs"] = [self._token(top_id, logprob) for top_id, logprob in top]
+            content.append(entry)
+        return {"content": content, "refusal": None}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self.tokenizer.token_text(token_id),
+            "logprob": logprob,
+            "bytes": list(self.tokenizer.token_bytes(token_id)),
+        }

@@ -1,0 +1,147 @@
+"""OpenAI's ``/v1/completions``: from the body to checked requests, from deltas to its answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.errors import InvalidRequestError
+from router.gateway import checks
+from router.gateway.openai.call import Collected, OpenAiCall
+from router.gateway.openai.fields import (
+    COMPLETION,
+    OPTION_FIELDS,
+    SAMPLING_FIELDS,
+    known_fields,
+    stream_options,
+)
+from router.gateway.service import Delta, GenerationService
+from router.gateway.validate import CheckedRequest, RawRequest
+from router.messages.request import TokenLogprobs
+
+MAX_PROMPTS = 128
+
+
+def parse_completion(
+    body: dict[str, Any], service: GenerationService, request_id: str
+) -> CompletionCall:
+    """Check a body whole, so that nothing starts when any of its prompts is wrong."""
+    given = known_fields(body, COMPLETION)
+    stream, include_usage = stream_options(given)
+    return_token_ids = checks.boolean(given.get("return_token_ids", False), "return_token_ids")
+    sampling_fields = (*SAMPLING_FIELDS, "logprobs")
+    checked: list[CheckedRequest] = []
+    for prompt, where in _prompts(given.get("prompt")):
+        raw = RawRequest(
+            model=given.get("model", ""),
+            prompt=prompt,
+            sampling={name: given[name] for name in sampling_fields if name in given},
+            options={name: given[name] for name in OPTION_FIELDS if name in given},
+            prompt_field=where,
+            streamed=stream,
+        )
+        checked.append(service.check(raw))
+    service.check_together(checked)
+    return CompletionCall(request_id, checked, stream, include_usage, return_token_ids)
+
+
+def _prompts(prompt: Any) -> list[tuple[Any, str]]:
+    """Return the prompts, each with how the caller writes its place."""
+    if prompt is None:
+        raise InvalidRequestError("is missing", "prompt")
+    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], str | list):
+        return [(prompt, "prompt")]
+    if len(prompt) > MAX_PROMPTS:
+        raise InvalidRequestError(f"has {len(prompt)} prompts; at most {MAX_PROMPTS}", "prompt")
+    return [(one, f"prompt[{place}]") for place, one in enumerate(prompt)]
+
+
+class CompletionCall(OpenAiCall):
+    """One call of ``/v1/completions``."""
+
+    def __init__(
+        self,
+        request_id: str,
+        checked: list[CheckedRequest],
+        stream: bool,
+        include_usage: bool,
+        return_token_ids: bool,
+    ) -> None:
+        super().__init__(request_id, checked, stream, include_usage, return_token_ids)
+        # How long the tokens told of so far are as text; by choice, for logprobs' text_offset.
+        self._offsets: dict[int, int] = {}
+
+    def envelope(self, choices: list[dict[str, Any]], streamed: bool) -> dict[str, Any]:
+        """Return a ``text_completion``; chunks have the same shape."""
+        return {
+            "id": f"cmpl-{self.request_id}",
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.checked[0].request.model,
+            "choices": choices,
+        }
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Completions have nothing before the first text."""
+        return []
+
+    def piece(self, index: int, delta: Delta) -> dict[str, Any]:
+        """Return one chunk's choice."""
+        is_first = index not in self._offsets
+        choice = self._choice(
+            index, delta.text, delta.token_ids, delta.logprobs, delta.finish_reason
+        )
+        if self.return_token_ids and is_first:
+            choice["prompt_token_ids"] = self.prompt_token_ids(index)
+        return choice
+
+    def choice(self, index: int, whole: Collected) -> dict[str, Any]:
+        """Return one whole choice."""
+        choice = self._choice(
+            index, whole.text, whole.token_ids, whole.logprobs, whole.finish_reason
+        )
+        if self.return_token_ids:
+            choice["prompt_token_ids"] = self.prompt_token_ids(index)
+        return choice
+
+    def _choice(
+        self,
+        index: int,
+        text: str,
+        token_ids: list[int] | tuple[int, ...],
+        logprobs: list[TokenLogprobs] | tuple[TokenLogprobs, ...],
+        finish_reason: str | None,
+    ) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": text,
+            "logprobs": self._logprobs(index, token_ids, logprobs),
+            "finish_reason": finish_reason,
+        }
+        if self.return_token_ids:
+            choice["token_ids"] = list(token_ids)
+        return choice
+
+    def _logprobs(
+        self,
+        index: int,
+        token_ids: list[int] | tuple[int, ...],
+        logprobs: list[TokenLogprobs] | tuple[TokenLogprobs, ...],
+    ) -> dict[str, Any] | None:
+        offset = self._offsets.get(index, 0)
+        tokens = [self.tokenizer.token_text(token_id) for token_id in token_ids]
+        offsets = [offset + sum(map(len, tokens[:place])) for place in range(len(tokens))]
+        self._offsets[index] = offset + sum(map(len, tokens))
+        if not self.wants_logprobs:
+            return None
+        return {
+            "tokens": tokens,
+            "token_logprobs": [row.logprob for row in logprobs],
+            "top_logprobs": [
+                {
+                    self.tokenizer.token_text(top_id): logprob
+                    for top_id, logprob in zip(row.top_ids, row.top_logprobs, strict=True)
+                }
+                for row in logprobs
+            ],
+            "text_offset": offsets,
+        }

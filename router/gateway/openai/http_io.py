@@ -1,0 +1,175 @@
+"""Reading JSON bodies, sending server-sent events, noticing that a client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import uuid
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.errors import (
+    CancelledRequestError,
+    ExpertMeshError,
+    InvalidRequestError,
+    TooLargeError,
+)
+from router.gateway.budget import Budget
+from router.gateway.errors import http_error, public_error
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID_HEADER = "x-request-id"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+T = TypeVar("T")
+
+
+def error_response(error: ExpertMeshError) -> JSONResponse:
+    """Return the OpenAI-shaped response for an error."""
+    status, body, headers = http_error(error)
+    return JSONResponse(body, status, headers)
+
+
+async def read_json(request: Request, max_bytes: int, bodies: Budget) -> dict[str, Any]:
+    """Return the body, a JSON object; ``bodies`` is for all that are being read at the time.
+
+    Raises :class:`InvalidRequestError`, :class:`TooLargeError` beyond ``max_bytes`` (before it is
+    read where its head says so) and ``OverloadedError`` where ``bodies`` is used up.
+    """
+    too_large = TooLargeError(f"the body is over the limit of {max_bytes} bytes")
+    told = request.headers.get("content-length", "")
+    if told.isdecimal() and int(told[:20]) > max_bytes:
+        raise too_large
+    with bodies.share() as share:
+        body = bytearray()
+        async for piece in request.stream():
+            share.take(len(piece))
+            body += piece
+            if len(body) > max_bytes:
+                raise too_large
+        return _parse_json(bytes(body))
+
+
+def _parse_json(body: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "it cannot be decoded"
+        raise InvalidRequestError(f"the body is not JSON: {reason}") from None
+    if not isinstance(parsed, dict):
+        raise InvalidRequestError("the body must be a JSON object")
+    return parsed
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Return what ``work`` returns, or cancel it when the client goes away.
+
+    The request's body must have been read. Raises ``CancelledRequestError`` on disconnect.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise CancelledRequestError("the client went away")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class SseResponse(Response):
+    """Sends each item of a generator as one server-sent event, and ``[DONE]`` at the end.
+
+    An error midway is sent as an event ``{"error": …}``. When the client goes away the generator
+    is closed at once, not when the garbage collector finds it.
+    """
+
+    def __init__(
+        self, events: AsyncGenerator[dict[str, Any], None], source: AsyncGenerator[Any, None]
+    ) -> None:
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._events = events
+        # Closed as well, since closing a generator that never began runs none of its code.
+        self._source = source
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events; the ASGI interface."""
+        try:
+            await until_disconnect(receive, self._send(send))
+        except CancelledRequestError:
+            logger.debug("a client left in the middle of a stream")
+        finally:
+            await self._events.aclose()
+            await self._source.aclose()
+
+    async def _send(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        try:
+            async with aclosing(self._events) as events:
+                async for event in events:
+                    await _send_event(send, json.dumps(event))
+        except Exception as error:
+            if not isinstance(error, ExpertMeshError):
+                logger.exception("a stream failed")
+            await _send_event(send, json.dumps(http_error(public_error(error))[1]))
+        await _send_event(send, "[DONE]")
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _send_event(send: Send, data: str) -> None:
+    body = f"data: {data}\n\n".encode()
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+class EdgeMiddleware:
+    """Names each request (``X-Request-Id``) and lets no exception out.
+
+    The name is the caller's, where it sent a sensible one, and is sent back if ``echoes_id``.
+    What is not ours becomes a 500 that says nothing of the inside; the log has the rest.
+    """
+
+    def __init__(self, app: ASGIApp, echoes_id: bool) -> None:
+        self._app = app
+        self._echoes_id = echoes_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on; the ASGI interface."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def send_named(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                if self._echoes_id:
+                    MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_named)
+        except Exception as error:
+            logger.exception("request %s failed", request_id)
+            if not started:
+                await error_response(public_error(error))(scope, receive, send_named)

@@ -1,0 +1,290 @@
+"""From a raw request to a stream of text: the part of the gateway that no surface shows."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from cluster.errors import (
+    Code,
+    DeadlineExceededError,
+    InternalError,
+    InvalidRequestError,
+)
+from cluster.load_status import ChangeReport, LoadStatus, RebalanceReport
+from cluster.reports import ClusterStatus
+from router.config import BODIES_AT_ONCE, GatewayConfig
+from router.control.readiness import Readiness
+from router.gateway.budget import Budget
+from router.gateway.detokenize import ChoiceText
+from router.gateway.errors import public_error
+from router.gateway.limits import SlowReaderWatch
+from router.gateway.metrics import Metrics
+from router.gateway.models import GatewayModel, ServedModel
+from router.gateway.upstream import Upstream
+from router.gateway.validate import CheckedRequest, RawRequest, Validator
+from router.messages.request import TokenEvent, TokenLogprobs
+from router.observability.exposition import expose
+
+_LEAST_LOGPROB = -9999.0
+GRACE_S = 0.5
+Surface = Literal["http", "grpc"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a whole request: the prompt once, the output of all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A new piece of one choice.
+
+    ``text`` may lag behind ``token_ids``. ``finish_reason`` (``stop`` or ``length``) ends the
+    choice; ``usage`` is there on the last delta of the request.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: str | None = None
+    exact: bool = True
+    usage: Usage | None = None
+
+
+class GenerationService:
+    """Checks requests, sends them upstream and turns tokens into text.
+
+    Both surfaces use it and nothing below it. ``models`` are the served ones by id.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        limits: GatewayConfig,
+        upstream: Upstream,
+        metrics: Metrics,
+    ) -> None:
+        self.metrics = metrics
+        self.limits = limits
+        self.bodies = Budget(BODIES_AT_ONCE * limits.max_body_bytes, "bytes of bodies")
+        self._places = Budget(limits.max_ongoing_requests, "requests")
+        self._models = models
+        self._validator = Validator(models, limits)
+        self._upstream = upstream
+
+    def models(self) -> list[GatewayModel]:
+        """Return what is served, in the deployment's order."""
+        return [model.info for model in self._models.values()]
+
+    def model(self, model_id: object) -> ServedModel:
+        """Return one served model; raises ``UnknownModelError``."""
+        return self._validator.model(model_id)
+
+    def check(self, raw: RawRequest) -> CheckedRequest:
+        """Validate a request without starting it; raises ``InvalidRequestError``."""
+        return self._validator.check(raw)
+
+    def check_together(self, checked: Sequence[CheckedRequest]) -> None:
+        """Check what the requests of one call take together; raises ``InvalidRequestError``."""
+        self._validator.check_together(checked)
+
+    def use(self) -> float:
+        """Return how many of the requests that may be under way are, as a share."""
+        return self._places.taken / self.limits.max_ongoing_requests
+
+    def ready(self) -> Readiness:
+        """Tell whether requests can be served, and if not, why."""
+        return self._upstream.ready()
+
+    async def status(self) -> ClusterStatus:
+        """Return what the controller knows of the cluster."""
+        return await self._upstream.status()
+
+    async def load(self) -> LoadStatus:
+        """Return the load of experts and devices lately."""
+        return await self._upstream.load()
+
+    async def rebalance(self, dry_run: bool) -> RebalanceReport:
+        """Spread the load over the actors, or only tell how."""
+        return await self._upstream.rebalance(dry_run)
+
+    async def scale(self, number: int, pool: str, dry_run: bool) -> ChangeReport:
+        """Have a pool of so many actors, or be told what that would move."""
+        return await self._upstream.scale(number, pool, dry_run)
+
+    async def drain(self, target: str, dry_run: bool) -> ChangeReport:
+        """Empty and end an actor, or those of a node."""
+        return await self._upstream.drain(target, dry_run)
+
+    async def set_copies(
+        self, model: str, layer: int, expert: int, number: int, dry_run: bool
+    ) -> ChangeReport:
+        """Bring one expert to so many copies."""
+        return await self._upstream.set_copies(model, layer, expert, number, dry_run)
+
+    async def measured(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return expose(await self._upstream.measurements(), self.ready().loop_age_s)
+
+    async def generate(
+        self, checked: CheckedRequest, surface: Surface
+    ) -> AsyncGenerator[Delta, None]:
+        """Yield the deltas of all choices; the last one has the usage.
+
+        Raises :class:`ExpertMeshError`. Closing or cancelling the generator ends the request
+        upstream, and so does a client that does not read. Counts the outcome.
+        """
+        with self._places.share() as place:
+            with self.metrics.refusals(surface):
+                place.take(1)
+
+            def cut() -> None:
+                self.metrics.slow_reader(surface)
+                place.give_back()
+
+            async with (
+                aclosing(self._counted(checked, surface)) as deltas,
+                SlowReaderWatch(self.limits.reader_timeout_s, deltas.aclose, cut) as watch,
+            ):
+                async for delta in deltas:
+                    if delta.usage is not None:  # nothing is left to do for it
+                        place.give_back()
+                        yield delta
+                        continue
+                    with watch:
+                        yield delta
+
+    async def _counted(
+        self, checked: CheckedRequest, surface: Surface
+    ) -> AsyncGenerator[Delta, None]:
+        model_id = checked.request.model
+        started_s = time.monotonic()
+        self.metrics.started(model_id, len(checked.request.prompt_token_ids))
+        code: Code | None = None
+        waiting = True
+        try:
+            async with aclosing(self._deltas(checked)) as deltas:
+                async for delta in deltas:
+                    if waiting:
+                        waiting = False
+                        self.metrics.first_token(model_id, time.monotonic() - started_s)
+                    self.metrics.tokens(model_id, len(delta.token_ids))
+                    if delta.finish_reason is not None:
+                        self.metrics.choice_finished(model_id, delta.finish_reason)
+                    if not delta.exact:
+                        reason = checked.request.on_expert_loss
+                        self.metrics.inexact_tokens(model_id, reason, len(delta.token_ids))
+                    yield delta
+        except (asyncio.CancelledError, GeneratorExit):
+            code = Code.CANCELLED
+            raise
+        except Exception as error:
+            code = public_error(error).code
+            raise
+        finally:
+            self.metrics.ended(model_id, time.monotonic() - started_s)
+            self.metrics.finished(surface, code)
+
+    async def _deltas(self, checked: CheckedRequest) -> AsyncGenerator[Delta, None]:
+        choices = _Choices(checked)
+        async with aclosing(self._upstream.generate(checked.request)) as events:
+            # A moment past the deadline, so that the router's own word on it comes first.
+            while (
+                event := await _next_event(events, checked.request.remaining_s() + GRACE_S)
+            ) is not None:
+                delta = choices.push(event)
+                if delta is None:
+                    continue
+                if delta.finish_reason is not None and event.finish_reason is None:
+                    self._upstream.stop(checked.request.request_id, event.index)
+                yield delta
+                if delta.usage is not None:
+                    return
+        raise InternalError("the stream of tokens ended before every choice was finished")
+
+
+class _Choices:
+    """The choices of one request: their texts, and which of them go on."""
+
+    def __init__(self, checked: CheckedRequest) -> None:
+        request = checked.request
+        self._prompt_tokens = len(request.prompt_token_ids)
+        self._completion_tokens = 0
+        self._going: dict[int, ChoiceText] = {}
+        self._n = request.sampling.n
+        for index in range(self._n):
+            self._begin(checked, index)
+
+    def _begin(self, checked: CheckedRequest, index: int) -> None:
+        """Take up a choice where its client has it; the text of its tokens is not told again."""
+        request, received = checked.request, checked.request.received_of(index)
+        self._completion_tokens += len(received.token_ids)
+        if received.finished:
+            return
+        choice = ChoiceText(checked.model.tokenizer, checked.stops, request.prompt_token_ids)
+        _, _, stopped = choice.push(received.token_ids)
+        if stopped:
+            raise InvalidRequestError(
+                "its text has a stop string, so it is finished", f"resume[{index}].finished"
+            )
+        self._going[index] = choice
+
+    def push(self, event: TokenEvent) -> Delta | None:
+        """Return the delta of an event, or ``None`` when its choice is finished already."""
+        if not 0 <= event.index < self._n:
+            raise InternalError("tokens came for a choice that was not asked for")
+        choice = self._going.get(event.index)
+        if choice is None:
+            return None
+        text, used, stopped = choice.push(event.token_ids)
+        finish_reason = event.finish_reason
+        if not stopped and finish_reason is not None:
+            rest, stopped = choice.flush()
+            text += rest
+        if stopped:
+            finish_reason = "stop"
+        self._completion_tokens += used
+        delta = Delta(
+            index=event.index,
+            text=text,
+            token_ids=event.token_ids[:used],
+            logprobs=_finite(event.logprobs[:used]),
+            finish_reason=finish_reason,
+            exact=event.exact,
+        )
+        if finish_reason is not None:
+            del self._going[event.index]
+        if self._going:
+            return delta
+        return replace(delta, usage=Usage(self._prompt_tokens, self._completion_tokens))
+
+
+def _finite(rows: tuple[TokenLogprobs, ...]) -> tuple[TokenLogprobs, ...]:
+    """Replace minus infinity, which JSON has no way to write, by a very small number."""
+    return tuple(
+        TokenLogprobs(
+            max(row.logprob, _LEAST_LOGPROB),
+            row.top_ids,
+            tuple(max(logprob, _LEAST_LOGPROB) for logprob in row.top_logprobs),
+        )
+        for row in rows
+    )
+
+
+async def _next_event(
+    events: AsyncGenerator[TokenEvent, None], remaining_s: float
+) -> TokenEvent | None:
+    try:
+        async with asyncio.timeout(remaining_s):
+            return await anext(events, None)
+    except TimeoutError:
+        raise DeadlineExceededError("the request's time ran out before its last token") from None

@@ -1,0 +1,1 @@
+"""What gateway and router say to each other."""

@@ -1,0 +1,186 @@
+"""The token link: one connection from a router to each gateway, one frame per engine step.
+
+A gateway listens; its address and secret travel with each request's call. The link carries tokens
+early; the call's own reply carries all of them again, so a broken link delays a stream and loses
+nothing. In the other direction it carries "this choice needs no more tokens".
+
+A frame is a 4-byte big-endian length and a msgpack array.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import secrets
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from router.messages.request import TokenEvent
+
+MAX_FRAME_BYTES = 16 << 20
+MAX_HELLO_BYTES = 1024
+MAX_BUFFERED_BYTES = 8 << 20
+CONNECT_TIMEOUT_S = 5.0
+HELLO_TIMEOUT_S = 5.0
+_LENGTH = struct.Struct(">I")
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError)
+"""What taking a frame apart raises that is not as it should be."""
+
+logger = logging.getLogger("expertmesh.link")
+
+
+@dataclass(frozen=True, slots=True)
+class LinkAddress:
+    """Where a gateway listens for routers, and the secret that it expects first."""
+
+    host: str
+    port: int
+    secret: str
+
+
+async def _read_frame(reader: asyncio.StreamReader, max_bytes: int = MAX_FRAME_BYTES) -> list[Any]:
+    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    if length > max_bytes:
+        raise ConnectionError(f"a link frame of {length} bytes; at most {max_bytes}")
+    frame = msgpack.unpackb(await reader.readexactly(length))
+    if not isinstance(frame, list):
+        raise ConnectionError("a link frame that is no array")
+    return frame
+
+
+def _pack_frame(body: list[Any]) -> bytes:
+    packed: bytes = msgpack.packb(body)
+    return _LENGTH.pack(len(packed)) + packed
+
+
+OnTokens = Callable[[str, TokenEvent], bool]
+OnStop = Callable[[str, int], None]
+
+
+class LinkServer:
+    """A gateway's end: hands each token event to ``on_tokens(request_id, event)``.
+
+    That returns whether the request is still wanted; nothing is remembered of one that is not.
+    """
+
+    def __init__(self, host: str, on_tokens: OnTokens) -> None:
+        """``host`` is the address that routers can reach; :meth:`start` opens a free port."""
+        self._host = host
+        self._secret = secrets.token_hex(32)
+        self._on_tokens = on_tokens
+        self._server: asyncio.Server | None = None
+        self._routes: dict[str, asyncio.StreamWriter] = {}
+
+    async def start(self) -> LinkAddress:
+        """Listen, and return what routers need to connect."""
+        self._server = await asyncio.start_server(self._serve, self._host, 0)
+        port = self._server.sockets[0].getsockname()[1]
+        return LinkAddress(self._host, port, self._secret)
+
+    def close(self) -> None:
+        """Stop listening and drop the connections."""
+        if self._server is not None:
+            self._server.close()
+        for writer in set(self._routes.values()):
+            writer.close()
+
+    def stop_choice(self, request_id: str, index: int) -> None:
+        """Tell the router that serves the request to end one choice, if it is connected."""
+        writer = self._routes.get(request_id)
+        if writer is not None and not writer.is_closing():
+            writer.write(_pack_frame(["stop", request_id, index]))
+
+    def forget(self, request_id: str) -> None:
+        """Drop what is remembered of a request that has ended."""
+        self._routes.pop(request_id, None)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                hello = await _read_frame(reader, MAX_HELLO_BYTES)
+            said = hello[0] if len(hello) == 1 and isinstance(hello[0], str) else ""
+            if not hmac.compare_digest(said.encode(), self._secret.encode()):
+                raise ConnectionError("a link with a wrong secret")
+            while True:
+                for request_id, wire in await _read_frame(reader):
+                    if self._on_tokens(request_id, TokenEvent.from_wire(wire)):
+                        self._routes[request_id] = writer
+        except (OSError, asyncio.IncompleteReadError, TimeoutError, *_MALFORMED) as error:
+            if not isinstance(error, asyncio.IncompleteReadError):
+                logger.warning("link closed: %s", error)
+        finally:
+            for request_id in [r for r, w in self._routes.items() if w is writer]:
+                self._routes.pop(request_id)
+            writer.close()
+
+
+class LinkClient:
+    """A router's end of all its links; used on the replica's event loop."""
+
+    def __init__(self, on_stop: OnStop) -> None:
+        """``on_stop(request_id, index)`` is called when a gateway ends a choice."""
+        self._on_stop = on_stop
+        self._links: dict[LinkAddress, asyncio.StreamWriter] = {}
+        self._readers: set[asyncio.Task[None]] = set()
+        self._connecting = asyncio.Lock()
+
+    async def connect(self, address: LinkAddress) -> None:
+        """Have a link to a gateway; returns without one when the gateway cannot be reached."""
+        if self._is_linked(address):  # not behind the lock, where another gateway may keep us
+            return
+        async with self._connecting:
+            if self._is_linked(address):
+                return
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    reader, writer = await asyncio.open_connection(address.host, address.port)
+            except (OSError, TimeoutError) as error:
+                logger.warning("no link to a gateway (%s): its tokens come late", error)
+                return
+            writer.write(_pack_frame([address.secret]))
+            self._links[address] = writer
+            task = asyncio.create_task(self._read_stops(address, reader, writer))
+            self._readers.add(task)
+            task.add_done_callback(self._readers.discard)
+
+    def _is_linked(self, address: LinkAddress) -> bool:
+        known = self._links.get(address)
+        return known is not None and not known.is_closing()
+
+    def send(self, address: LinkAddress, events: list[tuple[str, TokenEvent]]) -> None:
+        """Send one step's events for a gateway's requests; drops them where there is no link.
+
+        A gateway that does not read is cut off, so that a slow one costs bounded memory.
+        """
+        writer = self._links.get(address)
+        if writer is None or writer.is_closing():
+            return
+        if writer.transport.get_write_buffer_size() > MAX_BUFFERED_BYTES:
+            logger.warning("a gateway does not read its link; cutting it off")
+            writer.transport.abort()
+            return
+        writer.write(_pack_frame([[request_id, e.to_wire()] for request_id, e in events]))
+
+    def close(self) -> None:
+        """Drop all links."""
+        for writer in self._links.values():
+            writer.close()
+
+    async def _read_stops(
+        self, address: LinkAddress, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        try:
+            while True:
+                kind, request_id, index = await _read_frame(reader)
+                if kind == "stop":
+                    self._on_stop(request_id, index)
+        except (OSError, asyncio.IncompleteReadError, *_MALFORMED):
+            writer.close()
+        finally:
+            if self._links.get(address) is writer:
+                del self._links[address]

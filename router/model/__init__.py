@@ -1,0 +1,1 @@
+"""The dense part of the model: embedding, attention, norms, head."""

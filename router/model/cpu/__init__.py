@@ -1,0 +1,1 @@
+"""What takes the place of torch's operations on a processor."""

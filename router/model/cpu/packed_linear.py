@@ -1,0 +1,57 @@
+"""Replacing a model's linear layers by packed ones (:mod:`experts.compute.packed_linear`), where
+bits stay.
+
+Dimension letters: T tokens, I input size, O output size.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+from torch import nn
+
+from experts.compute.packed_linear import can_pack, pack, packed_linear
+
+_CHECKED_ROWS = (1, 48)
+
+
+class PackedLinear(nn.Module):
+    """``nn.Linear`` without a bias, in bf16 on a CPU, from a rearranged copy of its weight."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """Rearrange ``weight`` [O, I]; it is not kept."""
+        super().__init__()
+        # Not a buffer: oneDNN's layout is opaque, so it can neither be moved nor saved.
+        self._packed = pack(weight)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map [..., T, I] to [..., T, O]."""
+        return packed_linear(hidden_states, self._packed)
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Replace every linear layer of ``model`` that has a packed twin with the very same results.
+
+    The others stay: other dtypes and devices, a bias, a processor for which oneDNN has no bf16, and
+    whatever does not give bit for bit what it gave. A head tied to the embedding is copied.
+    """
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if is_packable(child):
+                packed = PackedLinear(child.weight)
+                if _same_bits(child, packed):
+                    setattr(parent, name, packed)
+
+
+def is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Say whether a module is a linear layer that :class:`PackedLinear` can hold."""
+    return type(module) is nn.Linear and module.bias is None and can_pack(module.weight)
+
+
+def _same_bits(linear: nn.Linear, packed: PackedLinear) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.randn(t, linear.in_features, generator=generator) for t in _CHECKED_ROWS]
+    return all(
+        torch.equal(linear(rows), packed(rows)) for rows in (s.to(torch.bfloat16) for s in samples)
+    )

@@ -1,0 +1,246 @@
+"""Grok-1 without its experts: transformers has no class of it.
+
+As in github.com/xai-org/grok-1 (model.py): norms before and after attention and mixture, scores
+capped, embeddings and logits multiplied, one table for both.
+
+Dimension letters: T packed tokens, H hidden size, D head size, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from router.model.kv_cache import PagedContext, paged_attention
+from router.remote_experts import RemoteExperts
+
+
+class GrokConfig(PreTrainedConfig):  # type: ignore[misc]
+    """The configuration as :mod:`experts.families.grok` completes it."""
+
+    model_type = "grok-1"
+
+
+class GrokNamesConfig(GrokConfig):
+    """The same of a checkpoint with the names of xAI's own code."""
+
+    model_type = "grok"
+
+
+class GrokNorm(nn.Module):
+    """Root mean square norm in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        """Scale ``size`` values."""
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+        self._eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map [..., H] to [..., H]."""
+        wide = hidden_states.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._eps)
+        return (wide * self.scale.float()).to(hidden_states.dtype)
+
+
+class GrokAttention(nn.Module):
+    """Grouped-query attention whose scores are capped."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        """Build the attention of one layer."""
+        super().__init__()
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self._head_dim = _head_dim(config)
+        self._scaling = config.attn_output_multiplier
+        self._cap = config.max_attn_value
+        self.layer_idx = layer_idx
+        self.q_proj = nn.Linear(config.hidden_size, heads * self._head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self._head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self._head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * self._head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        paged: PagedContext,
+    ) -> torch.Tensor:
+        """Map [1, T, H] to [1, T, H]; ``rotation`` are cosines and sines [1, 1, T, D]."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self._head_dim)).transpose(1, 2)
+            for projection in projections
+        )
+        output, _ = paged_attention(
+            self,
+            _rotated(query, rotation),
+            _rotated(key, rotation),
+            value,
+            None,
+            scaling=self._scaling,
+            paged=paged,
+            softcap=self._cap,
+        )
+        return self.o_proj(output.flatten(2))  # type: ignore[no-any-return]
+
+
+class GrokGate(nn.Module):
+    """The shares of the top K of a softmax over all experts."""
+
+    def __init__(self, config: Any) -> None:
+        """Score ``num_experts`` experts."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.top_k: int = config.num_experts_per_tok
+
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Map rows [T, H] to logits [T, E], weights and ids [T, K]."""
+        logits = functional.linear(rows, self.weight)
+        weights, ids = functional.softmax(logits, dim=-1, dtype=torch.float32).topk(self.top_k)
+        return logits, weights.to(rows.dtype), ids
+
+
+class GrokMixture(nn.Module):
+    """Gate and experts of a layer."""
+
+    def __init__(self, config: Any) -> None:
+        """Build the gate; the experts are elsewhere."""
+        super().__init__()
+        self.gate = GrokGate(config)
+        self.experts = RemoteExperts(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map [1, T, H] to [1, T, H]."""
+        _, weights, ids = self.gate(hidden_states.flatten(0, 1))
+        return self.experts(hidden_states, ids, weights)  # type: ignore[no-any-return]
+
+
+class GrokLayer(nn.Module):
+    """Attention and mixture, each between two norms."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        """Build one layer."""
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.attn = GrokAttention(config, layer_idx)
+        self.moe_block = GrokMixture(config)
+        self.pre_attn_norm = GrokNorm(size, eps)
+        self.post_attn_norm = GrokNorm(size, eps)
+        self.pre_moe_norm = GrokNorm(size, eps)
+        self.post_moe_norm = GrokNorm(size, eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        paged: PagedContext,
+    ) -> torch.Tensor:
+        """Map [1, T, H] to [1, T, H]."""
+        attended = self.attn(self.pre_attn_norm(hidden_states), rotation, paged)
+        hidden_states = hidden_states + self.post_attn_norm(attended)
+        mixed = self.moe_block(self.pre_moe_norm(hidden_states))
+        return hidden_states + self.post_moe_norm(mixed)  # type: ignore[no-any-return]
+
+
+class GrokPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """What transformers has to know to load it."""
+
+    config_class = GrokConfig
+    base_model_prefix = "model"
+    _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave all as it is: every parameter is loaded."""
+
+
+class GrokModel(GrokPreTrainedModel):
+    """All but the output head."""
+
+    def __init__(self, config: Any) -> None:
+        """Build the layers."""
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(GrokLayer(config, index) for index in layers)
+        self.norm = GrokNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, paged: PagedContext, **_: Any
+    ) -> BaseModelOutput:
+        """Run packed tokens, ids and positions [1, T]."""
+        hidden_states = self.embed_tokens(input_ids) * self.config.embedding_multiplier_scale
+        rotation = _rotation(self.config, position_ids, hidden_states.dtype)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, rotation, paged)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+
+class GrokHead(nn.Linear):
+    """The output head, whose logits are multiplied."""
+
+    def __init__(self, config: Any) -> None:
+        """Score the vocabulary."""
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+        self._multiplier = config.output_multiplier_scale
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map [..., H] to logits."""
+        return super().forward(input) * self._multiplier
+
+
+class GrokForCausalLM(GrokPreTrainedModel):
+    """The whole of what a router holds."""
+
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: Any) -> None:
+        """Build model and head."""
+        super().__init__(config)
+        self.model = GrokModel(config)
+        self.lm_head = GrokHead(config)
+        self.post_init()
+
+
+class GrokNamesForCausalLM(GrokForCausalLM):
+    """The same of a checkpoint with the names of xAI's own code."""
+
+    config_class = GrokNamesConfig
+
+
+def register_grok() -> None:
+    """Make transformers know the class, as if it were its own."""
+    for config, model in (
+        (GrokConfig, GrokForCausalLM),
+        (GrokNamesConfig, GrokNamesForCausalLM),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
+
+
+def _head_dim(config: Any) -> int:
+    head_dim: int | None = getattr(config, "head_dim", None)
+    return head_dim or config.hidden_size // config.num_attention_heads
+
+
+def _rotation(
+    config: Any, position_ids: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and sines [1, 1, T, D] of positions [1, T]."""
+    size = _head_dim(config)
+    exponents = torch.arange(0, size, 2, device=position_ids.device).float() / size
+    angles = position_ids[..., None].float() / config.rope_theta**exponents  # [1, T, D/2]
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _rotated(vectors: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Turn the first half of each head against the second (Su et al. 2021)."""
+    cos, sin = rotation
+    first, second = vectors.chunk(2, dim=-1)
+    return vectors * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,0 +1,201 @@
+"""The model that a router runs: transformers' class without its experts.
+
+Embedding, attention, norms, the gate (transformers' own router module, so ``topk_ids`` and
+``topk_weights`` are its) and the output head are loaded; the experts module is replaced by a
+parameter-free one that hands the tokens to an :class:`ExpertExchange`. A router therefore never
+reads or holds an expert's weight.
+
+Dimension letters: T packed tokens, R rows to sample, K experts per token, H hidden size, V vocab.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from cluster.errors import CheckpointError
+from experts.checkpoint.checkpoint import Checkpoint
+from experts.checkpoint.expert_weights import read_tensor
+from experts.families import Family
+from router.model.cpu.decode_attention import length_step
+from router.model.cpu.fused_attention import fuse_attention
+from router.model.cpu.packed_linear import pack_linears
+from router.model.cpu.rms_norm import replace_norms
+from router.model.grok import register_grok
+from router.model.kv_cache import (
+    ATTENTION_NAME,
+    LatentCache,
+    PagedBatch,
+    PagedCache,
+    PagedContext,
+    paged_attention,
+)
+from router.model.latent_attention import LATENT_ATTENTION_NAME, keep_latents, latent_attention
+from router.moe.gate import Gate, chooser
+from router.remote_experts import ExpertExchange, RemoteExperts
+
+_REPLACING = threading.Lock()
+
+
+@contextmanager
+def _experts_replaced(family: Family) -> Iterator[None]:
+    """Make transformers build ``RemoteExperts`` where the family's block asks for its experts."""
+    if family.experts_module is None or family.experts_class is None:
+        yield
+        return
+    module = importlib.import_module(family.experts_module)
+    with _REPLACING:
+        original = getattr(module, family.experts_class)
+        setattr(module, family.experts_class, RemoteExperts)
+        try:
+            yield
+        finally:
+            setattr(module, family.experts_class, original)
+
+
+def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """Build transformers' model from everything in the checkpoint but the experts.
+
+    Raises :class:`CheckpointError` when transformers cannot make a model of the configuration, and
+    when a tensor that the router needs did not arrive.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, paged_attention)
+    ALL_ATTENTION_FUNCTIONS.register(LATENT_ATTENTION_NAME, latent_attention)
+    has_latents = checkpoint.family.caches_latents
+    with _experts_replaced(checkpoint.family):
+        model_class, config = _class_of(checkpoint)
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=_weights(checkpoint, dtype),
+            dtype=dtype,
+            attn_implementation=LATENT_ATTENTION_NAME if has_latents else ATTENTION_NAME,
+            output_loading_info=True,
+        )
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise CheckpointError(f"did not give the router {missing}", str(checkpoint.folder))
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def _class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """Return transformers' class and configuration of a model."""
+    register_grok()
+    try:
+        wanted = checkpoint.family.transformers_config(checkpoint.config)
+        # The weights that it gets are not quantised any more.
+        wanted = {key: value for key, value in wanted.items() if key != "quantization_config"}
+        config = transformers.AutoConfig.for_model(**wanted)
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
+    except Exception as error:  # whatever a value of a wrong kind makes of it
+        file = checkpoint.folder / "config.json"
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CheckpointError(f"transformers refuses it ({reason})", str(file)) from error
+
+
+def _weights(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the tensors that were checked when the checkpoint was opened, and no others.
+
+    From a folder, transformers would choose files by its own rules: a single one before an index,
+    and whatever ``config.json`` names as ``transformers_weights``, which may be a pickle.
+    """
+    names = checkpoint.family.dense_tensors(checkpoint.config)
+    module_names = checkpoint.family.module_names(checkpoint.config)
+    state = {module_names.get(name, name): read_tensor(checkpoint, name, dtype) for name in names}
+    if checkpoint.remote is not None:
+        checkpoint.remote.release()
+    return state
+
+
+class MoEModel:
+    """A model whose experts are elsewhere, run over packed steps."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, cache_slots: int, exchange: ExpertExchange
+    ) -> None:
+        """Load the dense part and make a cache of ``cache_slots`` tokens."""
+        self._model = load_dense(checkpoint, dtype)
+        keep_latents(self._model)
+        fuse_attention(self._model)
+        pack_linears(self._model)
+        replace_norms(self._model)
+        config = self._model.config
+        # Some families say 0 where others say nothing.
+        self.sliding_window: int | None = getattr(config, "sliding_window", None) or None
+        self._windowed = _windowed_layers(config)
+        self.length_step = length_step(dtype, self._model.device)
+        self._cache = _cache_of(config, checkpoint.family, cache_slots, dtype, self._model.device)
+        for layer_id, (module, gate) in enumerate(_remote_experts(self._model, checkpoint)):
+            module.layer_id = checkpoint.shape.layers[layer_id]
+            module.exchange = exchange
+            module.choose_among = chooser(gate, checkpoint.family.weights_of_all(checkpoint.config))
+        self._base, self._head = self._model.base_model, self._model.get_output_embeddings()
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        batch: PagedBatch,
+        sample_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run one packed step; returns fp32 logits [R, V] of the rows to sample.
+
+        ``token_ids`` and ``positions`` are [T], ``sample_rows`` [R] indexes into them.
+        """
+        output = self._base(
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            output_router_logits=False,
+            paged=PagedContext(self._cache, batch, self._windowed),
+        )
+        hidden_states = output.last_hidden_state[0].index_select(0, sample_rows)  # [R, H]
+        return self._head(hidden_states).float()  # type: ignore[no-any-return]
+
+
+def _cache_of(
+    config: Any, family: Family, num_slots: int, dtype: torch.dtype, device: torch.device
+) -> PagedCache:
+    layers = config.num_hidden_layers
+    if family.caches_latents:
+        latent, rotary = config.kv_lora_rank, config.qk_rope_head_dim
+        return LatentCache(layers, num_slots, latent, rotary, dtype, device)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return PagedCache(layers, num_slots, config.num_key_value_heads, head_dim, dtype, device)
+
+
+def _windowed_layers(config: Any) -> tuple[bool, ...]:
+    """Return of each layer whether it has a sliding window; layers may differ."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return tuple(kind == "sliding_attention" for kind in kinds)
+    return (bool(getattr(config, "sliding_window", None)),) * config.num_hidden_layers
+
+
+def _remote_experts(model: nn.Module, checkpoint: Checkpoint) -> list[tuple[RemoteExperts, Gate]]:
+    """Return each layer's experts, and the gate that stands beside them."""
+    found = [
+        (module, checkpoint.family.gate_of(block))
+        for block in model.modules()
+        for module in block.children()
+        if isinstance(module, RemoteExperts)
+    ]
+    if len(found) != len(checkpoint.shape.layers):
+        raise CheckpointError(
+            f"{len(found)} expert modules were replaced, {len(checkpoint.shape.layers)} expected",
+            str(checkpoint.folder),
+        )
+    return found

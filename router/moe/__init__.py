@@ -1,0 +1,1 @@
+"""One MoE layer: choose, dispatch, combine."""

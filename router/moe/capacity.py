@@ -1,0 +1,180 @@
+"""Expert capacity: how many of a step's tokens an expert takes, and who takes the others.
+
+After GShard (Lepikhin et al. 2020, arXiv 2006.16668, section 2.2): each expert takes at most its
+capacity of a batch's tokens. All tokens' first choices are placed before their second ones, each in
+the tokens' order. What an expert has no room for goes to the token's next expert in line by the
+gate's probability; a token that finds no room at all passes the layer by its residual connection.
+It bounds what the busiest expert computes in a step, and so the step's time.
+
+Dimension letters: T tokens, K experts per token, E experts of the layer, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from router.config import CapacityConfig
+from router.moe.gate import ChooseAmong
+from router.moe.missing import Choice, StepLoss, choose_anew
+
+
+def tokens_per_expert(config: CapacityConfig, num_pairs: int, num_experts: int) -> int:
+    """Return the capacity in a step whose tokens make ``num_pairs`` choices in all; at least 1."""
+    if config.tokens is not None:
+        return config.tokens
+    assert config.factor is not None
+    return max(1, math.ceil(config.factor * num_pairs / num_experts))
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """What came of a capacity.
+
+    ``rows`` are the tokens whose experts are not those that they chose, ``overflow`` [E] how many
+    tokens each expert was asked to take and had no room for.
+    """
+
+    choice: Choice
+    rows: np.ndarray
+    overflow: np.ndarray
+
+
+class CapacityLimit:
+    """Holds one model's layers to a capacity, and counts what overflowed.
+
+    ``overflow`` has, by (layer, expert), the tokens that an expert was asked to take and had no
+    room for; for the engine's thread alone, others may read it.
+    """
+
+    def __init__(self, config: CapacityConfig, num_experts: int) -> None:
+        """``num_experts`` are those of each layer."""
+        self._config = config
+        self._none_lost = np.zeros(num_experts, dtype=bool)
+        self.overflow: Counter[tuple[int, int]] = Counter()
+
+    def apply(
+        self,
+        layer_id: int,
+        choice: Choice,
+        lost: np.ndarray | None,
+        loss: StepLoss,
+        hidden_states: torch.Tensor,
+        choose_among: ChooseAmong,
+    ) -> Choice:
+        """Return what the tokens [T, H] get; ``loss`` notes those that do not get their choice."""
+        lost = self._none_lost if lost is None else lost
+        num_pairs = choice.ids.size if choice.pairs is None else len(choice.pairs)
+        capacity = tokens_per_expert(self._config, num_pairs, len(lost))
+        placed = within_capacity(choice, capacity, lost, hidden_states, choose_among)
+        if len(placed.rows):
+            loss.touch(placed.rows)
+            for expert_id in placed.overflow.nonzero()[0].tolist():
+                self.overflow[layer_id, expert_id] += int(placed.overflow[expert_id])
+        return placed.choice
+
+
+class _Room:
+    """Which token has which expert, as they are placed one preference after the other."""
+
+    def __init__(self, num_tokens: int, wanted: np.ndarray, capacity: int, lost: np.ndarray):
+        self._wanted = wanted  # [T], how many experts each token is to have
+        self._capacity = capacity
+        self._counts = np.zeros(len(lost), dtype=np.int64)  # [E]
+        self.overflow = np.zeros(len(lost), dtype=np.int64)  # [E]
+        self.has = np.zeros((num_tokens, len(lost)), dtype=bool)  # [T, E]
+        self.tried = np.broadcast_to(lost, self.has.shape).copy()  # [T, E]; the lost have no room
+
+    def lacking(self) -> np.ndarray:
+        """Return the tokens that lack an expert and have not tried all."""
+        lacks = (self.has.sum(axis=1) < self._wanted) & ~self.tried.all(axis=1)
+        return np.flatnonzero(lacks)
+
+    def ask(self, tokens: np.ndarray, experts: np.ndarray) -> None:
+        """Have each of ``tokens``, ascending, ask for one expert; those that have enough do not."""
+        lacks = self.has[tokens].sum(axis=1) < self._wanted[tokens]
+        tokens, experts = tokens[lacks], experts[lacks]
+        by_expert = np.argsort(experts, kind="stable")
+        ordered = experts[by_expert]
+        before = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
+        fits = np.empty(len(tokens), dtype=bool)
+        fits[by_expert] = self._counts[ordered] + before < self._capacity
+        self.tried[tokens, experts] = True
+        self.has[tokens[fits], experts[fits]] = True
+        self._counts += np.bincount(experts[fits], minlength=len(self._counts))
+        self.overflow += np.bincount(experts[~fits], minlength=len(self._counts))
+
+
+def within_capacity(
+    choice: Choice,
+    capacity: int,
+    lost: np.ndarray,
+    hidden_states: torch.Tensor,
+    choose_among: ChooseAmong,
+) -> Placed:
+    """Return what the tokens [T, H] get when each expert takes at most ``capacity`` of them.
+
+    ``lost`` [E] are experts that cannot be asked at all. Where every expert has room the choice
+    comes back as it is. Otherwise no expert has more than its capacity, no token goes past an
+    expert that it prefers and that has room, and the weights of the tokens that had to are
+    normalised over what they got, as the gate does.
+    """
+    num_tokens, k = choice.ids.shape
+    served = np.ones((num_tokens, k), dtype=bool)
+    if choice.pairs is not None:
+        served = np.zeros(num_tokens * k, dtype=bool)
+        served[choice.pairs] = True
+        served = served.reshape(num_tokens, k)
+    demand = np.bincount(choice.ids[served], minlength=len(lost))
+    if demand.max() <= capacity:
+        return Placed(choice, np.zeros(0, dtype=np.int64), np.zeros(len(lost), dtype=np.int64))
+    room = _Room(num_tokens, served.sum(axis=1), capacity, lost)
+    weights = choice.weights.float().cpu().numpy()
+    for tokens, experts in _in_line(np.arange(num_tokens), choice.ids, weights, served):
+        room.ask(tokens, experts)
+    before = -1
+    # It ends with a gate that names nobody new, too: one may that is given no numbers.
+    while (tried := int(room.tried.sum())) > before and len(lacking := room.lacking()):
+        before = tried
+        for tokens, experts in _next(lacking, ~room.tried[lacking], hidden_states, choose_among):
+            room.ask(tokens, experts)
+    own = np.zeros_like(room.has)
+    own[served.nonzero()[0], choice.ids[served]] = True
+    moved = np.flatnonzero((room.has != own).any(axis=1))
+    allowed = room.has[moved]
+    return Placed(
+        choose_anew(choice, served, moved, allowed, hidden_states, choose_among),
+        moved,
+        room.overflow,
+    )
+
+
+def _next(
+    tokens: np.ndarray, allowed: np.ndarray, hidden_states: torch.Tensor, choose_among: ChooseAmong
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the next experts in line of ``tokens`` among those ``allowed``, rank by rank."""
+    device = hidden_states.device
+    chosen, weights = choose_among(
+        hidden_states.index_select(0, torch.from_numpy(tokens).to(device)),
+        torch.from_numpy(allowed).to(device),
+    )
+    ids, shares = chosen.cpu().numpy(), weights.float().cpu().numpy()
+    # A gate that chooses among groups names others, too, with a weight of nothing.
+    is_next = np.take_along_axis(allowed, ids, axis=1) & (shares > 0)
+    yield from _in_line(tokens, ids, shares, is_next)
+
+
+def _in_line(
+    tokens: np.ndarray, ids: np.ndarray, weights: np.ndarray, valid: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield tokens and an expert of each, the likeliest first; of [T, K] only the ``valid``."""
+    order = np.argsort(np.where(valid, -weights, np.inf), axis=1, kind="stable")
+    for rank in order.T:
+        places = np.arange(len(tokens))
+        counts = valid[places, rank]
+        yield tokens[counts], ids[places, rank][counts]

@@ -1,0 +1,174 @@
+"""Spans of gateways and routers, within the traces that Serve's tracing begins.
+
+Serve takes a request's W3C context from HTTP headers or gRPC metadata, samples, and brings the
+context from the gateway to the router; ``docs/observability.md`` says how to switch it on. Here
+are the spans of what Serve cannot see: a request in the gateway, its queue, prefill and decode in
+the router, and the first steps' layers, from where frames bring the context to the expert actors
+(:mod:`experts.tracing`). A request that is not sampled makes no span and keeps nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Values
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+from opentelemetry import trace
+from opentelemetry.trace import (
+    Link,
+    Span,
+    SpanContext,
+    Status,
+    StatusCode,
+    format_span_id,
+    format_trace_id,
+)
+
+from cluster.errors import ExpertMeshError
+from experts.tracing import wall_ns
+from router.messages.request import GenerationRequest, Receipts
+
+if TYPE_CHECKING:  # brings torch, which a gateway does without
+    from router.engine.scheduler import Sequence, Work
+
+STEPS_IN_DETAIL = 4
+"""So many steps of a request have spans for their layers: all of them would be thousands."""
+
+
+def _tracer() -> trace.Tracer:
+    return trace.get_tracer("expertmesh")
+
+
+@contextmanager
+def gateway_span(request: GenerationRequest, receipts: Receipts) -> Iterator[Span]:
+    """Have a span for as long as the gateway generates; one that records nothing if not sampled.
+
+    It is not the current one, since generators run in their callers' contexts.
+    """
+    parent = trace.get_current_span()
+    if not parent.is_recording():
+        yield trace.INVALID_SPAN
+        return
+    span = _tracer().start_span("expertmesh.request", attributes=_attributes_of(request))
+    try:
+        yield span
+    except Exception as error:
+        span.set_status(_failed(error))
+        raise
+    finally:
+        received = receipts.received()
+        span.set_attribute("gen_ai.usage.output_tokens", sum(len(r.token_ids) for r in received))
+        span.set_attribute("expertmesh.exact", all(r.exact for r in received))
+        span.end()
+
+
+def as_current(span: Span) -> AbstractContextManager[Span]:
+    """Have a span be the current one for a while, in which nothing is awaited or yielded."""
+    if not span.is_recording():
+        return nullcontext(span)
+    return trace.use_span(span, record_exception=False, set_status_on_exception=False)
+
+
+def _attributes_of(request: GenerationRequest) -> dict[str, str | int]:
+    return {
+        "gen_ai.request.id": request.request_id,
+        "gen_ai.request.model": request.model,
+        "gen_ai.request.choice.count": request.sampling.n,
+        "gen_ai.request.max_tokens": request.sampling.max_tokens,
+        "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
+    }
+
+
+def _failed(error: BaseException) -> Status:
+    # Our own errors say nothing of a prompt; others might.
+    told = str(error) if isinstance(error, ExpertMeshError) else type(error).__name__
+    return Status(StatusCode.ERROR, told)
+
+
+class RequestTrace:
+    """A sampled request in the router; for the engine's thread, but for its making."""
+
+    def __init__(self, parent: Span) -> None:
+        """``parent`` is the span that the router's are under."""
+        self.parent = parent
+        self._context = trace.set_span_in_context(parent)
+        self._steps_left = STEPS_IN_DETAIL
+
+    @classmethod
+    def of_call(cls) -> RequestTrace | None:
+        """Return the trace of the call that is being served, or ``None`` if it is not sampled."""
+        span = trace.get_current_span()
+        return cls(span) if span.is_recording() else None
+
+    def take_step(self) -> bool:
+        """Return whether the next step is to be told in detail; counts it."""
+        self._steps_left -= 1
+        return self._steps_left >= 0
+
+    def ended(self, sequence: Sequence, error: ExpertMeshError | None = None) -> None:
+        """Tell where a sequence's time went, which has ended now; ``error`` if not well."""
+        times, now_s = sequence.times, time.monotonic()
+        begun = [
+            ("queue", times.queued_s),
+            ("prefill", times.scheduled_s),
+            ("decode", times.first_token_s),
+        ]
+        begun = [(name, start_s) for name, start_s in begun if start_s]
+        ends_s = [*(start_s for _, start_s in begun[1:]), now_s]
+        for (name, start_s), end_s in zip(begun, ends_s, strict=True):
+            span = _tracer().start_span(
+                f"expertmesh.{name}",
+                self._context,
+                attributes={
+                    "expertmesh.choice": sequence.index,
+                    "expertmesh.generated_tokens": sequence.num_generated,
+                },
+                start_time=wall_ns(start_s),
+            )
+            if error is not None and end_s == now_s:
+                span.set_status(_failed(error))
+            span.end(wall_ns(end_s))
+
+
+class StepTrace:
+    """One step of the engine in the trace of one of its requests; the others' are linked."""
+
+    def __init__(self, work: Values[Work], traces: Values[RequestTrace]) -> None:
+        """Begin; ``traces``, at least one, are those of ``work`` that tell of the step."""
+        self._span = _tracer().start_span(
+            "expertmesh.step",
+            trace.set_span_in_context(traces[0].parent),
+            attributes={
+                "expertmesh.sequences": len(work),
+                "expertmesh.tokens": sum(item.end - item.start for item in work),
+            },
+            links=[Link(other.parent.get_span_context()) for other in traces[1:]],
+        )
+        self._context = trace.set_span_in_context(self._span)
+
+    def layer(self, layer_id: int) -> Span:
+        """Begin the span of an MoE layer, which the caller ends."""
+        return _tracer().start_span(
+            "expertmesh.layer", self._context, attributes={"expertmesh.layer": layer_id}
+        )
+
+    def end(self) -> None:
+        """End the step's span."""
+        self._span.end()
+
+
+def begin_step(work: Values[Work]) -> StepTrace | None:
+    """Begin to tell of a step, or return ``None`` if no request of it asks for that."""
+    traces = dict.fromkeys(t for item in work if (t := item.sequence.trace) is not None)
+    detailed = [one for one in traces if one.take_step()]
+    return StepTrace(work, detailed) if detailed else None
+
+
+def traceparent(context: SpanContext) -> str:
+    """Return a span's context as the W3C's header has it."""
+    return (
+        f"00-{format_trace_id(context.trace_id)}-{format_span_id(context.span_id)}"
+        f"-{context.trace_flags:02x}"
+    )

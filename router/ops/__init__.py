@@ -1,0 +1,1 @@
+"""Tools of operators: doctor, plan, startup, load test."""

@@ -1,0 +1,69 @@
+"""The memory that a deployment takes, summed up from sizes: pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from cluster.wire.frames import DTYPE_BYTES
+from router.config import AppConfig, ExpertsConfig
+from router.ops.plan.plan import PlannedModel
+
+ACTOR_BYTES = 190_000_000
+ROUTER_BYTES = 310_000_000
+GATEWAY_BYTES = 240_000_000
+RAY_AND_SERVE_BYTES = 1_000_000_000
+"""What processes take at their start beyond weights and cache, with memory that they share counted
+once (proportional set size on Linux, after ``serve run deploy/cluster.yaml``); what they grow to is
+in :mod:`router.ops.plan.plan`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes of host memory by what takes them; experts on GPUs take none."""
+
+    experts_bytes: int
+    routers_bytes: int
+    processes_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.experts_bytes + self.routers_bytes + self.processes_bytes
+
+
+def needs_of(applications: Iterable[tuple[AppConfig, Mapping[str, PlannedModel]]]) -> Needs:
+    """Sum up what applications take when all of it is on one machine.
+
+    Each comes with its models by id, in the dtype in which they are served.
+    """
+    experts = routers = 0
+    processes = RAY_AND_SERVE_BYTES
+    for config, models in applications:
+        copies = config.experts.min_copies * _share_on_host(config.experts)
+        for served in config.models:
+            shape, value_bytes = models[served.id].shape, DTYPE_BYTES[models[served.id].dtype]
+            tokens = config.router.cache_tokens_for(
+                served.max_model_len or shape.max_position_embeddings
+            )
+            values = shape.router_parameters + tokens * shape.cache_values_per_token
+            routers += values * value_bytes * config.router.replicas
+            one_copy = shape.num_all_experts * shape.expert_parameters * value_bytes
+            experts += math.ceil(one_copy * copies)
+        processes += config.experts.num_actors * ACTOR_BYTES
+        processes += config.router.replicas * len(config.models) * ROUTER_BYTES
+        processes += config.gateway.replicas * GATEWAY_BYTES
+    return Needs(experts, routers, processes)
+
+
+def _share_on_host(experts: ExpertsConfig) -> float:
+    """Return which part of the experts is held by actors without a GPU.
+
+    Shares are in proportion to budgets, as :func:`cluster.placement.placement.assign_experts` deals
+    them.
+    """
+    weights = {True: 0, False: 0}
+    for pool in experts.all_pools():
+        weights[pool.num_gpus == 0] += pool.actors * (pool.memory_budget_bytes or 1)
+    return weights[True] / sum(weights.values())

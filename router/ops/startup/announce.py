@@ -1,0 +1,189 @@
+"""Says in the output of ``serve run`` when requests are answered, and where to send them.
+
+Serve's command says that an application is deployed before its experts are there, and Ray brings
+the lines of our own processes in any order. So a thread of the command asks ``/ready`` itself, and
+then each model for a token: only an answer shows that there is a router, too.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import ssl
+import threading
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Values
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from cluster.controller.loading import loading_line
+from cluster.errors import ExpertMeshError
+from cluster.reports import LoadingStatus
+from router.client import DEFAULT_ADDRESS, Client
+
+POLL_S = 0.5
+ASK_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 30.0
+LOG_DELAY_S = 1.5
+"""Ray brings the lines of other processes about so late; the one that matters is to be the last."""
+LONG_S = 60.0
+IMPORT_PATH = "router.app:build"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where one application of a deployment file is reached from this machine."""
+
+    http_url: str
+    grpc_address: str
+    models: tuple[str, ...] = ()
+
+    def command(self) -> str:
+        """Return a command to try it with."""
+        where = "" if self.grpc_address == DEFAULT_ADDRESS else f" --address {self.grpc_address}"
+        return f'expertmesh generate "In the beginning" --stream{where}'
+
+
+def endpoints(document: Mapping[str, Any]) -> list[Endpoint]:
+    """Return an endpoint for each of our applications in a deployment file."""
+    http, grpc = document.get("http_options") or {}, document.get("grpc_options") or {}
+    host = str(http.get("host", "127.0.0.1"))
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    scheme = "https" if http.get("ssl_keyfile") else "http"
+    base = f"{scheme}://{host}:{http.get('port', 8000)}{http.get('root_path', '')}"
+    return [
+        Endpoint(
+            base + str(application.get("route_prefix", "/")).rstrip("/"),
+            f"{host}:{grpc.get('port', 9000)}",
+            tuple(model["id"] for model in application["args"]["models"]),
+        )
+        for application in document["applications"]
+        if application.get("import_path") == IMPORT_PATH
+    ]
+
+
+def announce(
+    file: Path, say: Callable[[str], None], console: Console | None = None
+) -> list[threading.Thread]:
+    """Tell ``say`` of each application of a checked file once it is ready; returns at once.
+
+    Also told is, once, what is missing after :data:`LONG_S`. A ``console`` at a terminal has a bar
+    meanwhile that shows how far actors are with loading; elsewhere the controller's lines tell it.
+    The threads end with the process.
+    """
+    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    threads = [
+        threading.Thread(target=_tell, args=(endpoint, say, console), name="announce", daemon=True)
+        for endpoint in endpoints(document)
+    ]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def _tell(endpoint: Endpoint, say: Callable[[str], None], console: Console | None) -> None:
+    started_s, has_warned = time.monotonic(), False
+    with LoadingBar(console) as bar:
+        while (reason := why_not_ready(endpoint)) is not None:
+            waited_s = time.monotonic() - started_s
+            if waited_s > LONG_S and not has_warned:
+                say(f"expertmesh: not ready after {waited_s:.0f} s: {reason}")
+                has_warned = True
+            if bar.is_shown:
+                bar.show(_loading(endpoint.grpc_address))
+            time.sleep(POLL_S)
+    ready_s = time.monotonic() - started_s
+    time.sleep(LOG_DELAY_S)
+    say(
+        f"expertmesh: ready after {ready_s:.0f} s: HTTP {endpoint.http_url}/v1, "
+        f"gRPC {endpoint.grpc_address}; try: {endpoint.command()}"
+    )
+
+
+class LoadingBar:
+    """A bar at the foot of a terminal while actors load; lines of others go above it."""
+
+    def __init__(self, console: Console | None) -> None:
+        """Show nothing yet; never, where ``console`` is none or at no terminal."""
+        self.is_shown = console is not None and console.is_terminal
+        self._progress = Progress(
+            TextColumn("expertmesh: loading"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> LoadingBar:
+        """Return the bar."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Take the bar away."""
+        self._progress.stop()
+
+    def show(self, loading: Values[LoadingStatus]) -> None:
+        """Show how far all that load are together; nothing where nobody does."""
+        if not loading:
+            return
+        if self._task is None:
+            atexit.register(self._progress.stop)  # or Ctrl-C would leave a terminal without cursor
+            self._progress.start()
+            self._task = self._progress.add_task("")
+        self._progress.update(
+            self._task,
+            total=sum(one.num_experts for one in loading),
+            completed=sum(one.held_experts for one in loading),
+            description=loading_line(tuple(loading)),
+        )
+
+
+def _loading(grpc_address: str) -> Values[LoadingStatus]:
+    """Return how far actors are, as a gateway has it; nothing while there is none."""
+    try:
+        with Client(grpc_address, retry=None) as client:
+            return client.status().loading
+    except ExpertMeshError:
+        return ()
+
+
+def why_not_ready(endpoint: Endpoint) -> str | None:
+    """Ask once; returns what keeps requests from being answered, ``None`` if nothing."""
+    reason = _why_fails(endpoint.http_url, "/ready", ASK_TIMEOUT_S)
+    for model in endpoint.models:
+        body = {"model": model, "prompt": [0], "max_tokens": 1}
+        reason = reason or _why_fails(
+            endpoint.http_url, "/v1/completions", ANSWER_TIMEOUT_S, json.dumps(body).encode()
+        )
+    return reason
+
+
+def _why_fails(url: str, path: str, timeout_s: float, body: bytes | None = None) -> str | None:
+    # Only a status is read, on an address of the operator's own file, whatever its certificate.
+    context = ssl._create_unverified_context() if url.startswith("https") else None
+    request = Request(url + path, body, {"content-type": "application/json"} if body else {})
+    try:
+        with urlopen(request, timeout=timeout_s, context=context):
+            return None
+    except HTTPError as error:
+        return _reason(error.read()) or f"HTTP status {error.code}"
+    except (OSError, HTTPException) as error:
+        return f"{url} does not answer ({error})"
+
+
+def _reason(body: bytes) -> str:
+    try:
+        told = json.loads(body)
+    except ValueError:
+        return ""
+    return str(told.get("reason") or "") if isinstance(told, dict) else ""

@@ -1,0 +1,73 @@
+"""The controller as a Serve deployment; imports nothing that its quick return would wait for.
+
+A new controller is what a dead actor's successor waits for, so this module is without torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import ClassVar
+
+import ray
+from ray import serve
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve.schema import TracingConfig
+
+from cluster.controller.controller import Controller
+from cluster.spec import PoolSpec
+from experts.remote import RemoteExpertActor
+from experts.tracing import EXPORTER_VARIABLE, TO_FILES
+from router.config import AppConfig
+from router.logs import failures_logged, setup_logging
+
+SERVE_TIMEOUT_S = 5.0
+
+
+class ControllerDeployment(Controller):
+    """The controller as a Serve replica; adds Serve's name of the application.
+
+    ``actor_class`` is what its expert actors are made of.
+    """
+
+    actor_class: ClassVar[type] = RemoteExpertActor
+
+    async def __init__(  # type: ignore[misc]
+        self, pools: tuple[PoolSpec, ...], config: AppConfig
+    ) -> None:
+        """Start the controller on the replica's event loop."""
+        setup_logging()
+        app = serve.get_replica_context().app_name
+        with failures_logged("the controller"):
+            named = [replace(pool, actor=replace(pool.actor, app=app)) for pool in pools]
+            experts = config.experts
+            super().__init__(
+                app,
+                named,
+                self.actor_class,
+                experts.min_copies,
+                experts.rebalance_period_s,
+                await tracing_environment(),
+            )
+            await self.start()
+        self._deletion = asyncio.create_task(self.look_for_deletion(), name="deletion")
+
+    async def __del__(self) -> None:
+        """Serve awaits this at a graceful end of the replica."""
+        await self.close()
+
+
+async def tracing_environment() -> dict[str, str]:
+    """Return the variables by which an expert actor traces as Serve's replicas do.
+
+    There are none where Serve itself goes by its variables, which actors inherit too.
+    """
+    serves_own = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    async with asyncio.timeout(SERVE_TIMEOUT_S):
+        config: TracingConfig | None = await serves_own.get_tracing_config.remote()
+    return {} if config is None else {EXPORTER_VARIABLE: exporter_of(config)}
+
+
+def exporter_of(config: TracingConfig) -> str:
+    """Return the exporter that Serve takes by this configuration; empty for none."""
+    return (config.exporter_import_path or TO_FILES) if config.enabled else ""

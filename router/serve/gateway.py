@@ -1,0 +1,60 @@
+"""The gateway as a Serve deployment class: one replica serves HTTP and gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+
+from router.config import GatewayConfig
+from router.gateway.grpc.handlers import GrpcHandlers
+from router.gateway.grpc.service import GrpcMethods
+from router.gateway.metrics import Metrics
+from router.gateway.models import GatewayModel, load_models
+from router.gateway.openai.app import create_app
+from router.gateway.service import GenerationService
+from router.gateway.upstream import Upstream
+from router.serve.autoscaling import USE
+from router.serve.process import collector_paused, torch_hidden
+
+
+class GatewayReplica(GrpcMethods):
+    """One gateway process; loads the tokenizers, and knows no weights.
+
+    Serve builds the HTTP app after the constructor (``__serve_build_asgi_app__``), so nothing of
+    it is ever pickled.
+    """
+
+    def __init__(
+        self,
+        models: tuple[GatewayModel, ...],
+        limits: GatewayConfig,
+        make_upstream: Callable[..., Upstream],
+        *upstream_args: Any,
+    ) -> None:
+        """Load the tokenizers and call ``make_upstream(samples, *upstream_args)`` in the loop.
+
+        ``samples`` returns what this gateway measures.
+
+        The arguments are the constructor's own, so that Serve puts handles in place of bound
+        deployments among them.
+        """
+        metrics = Metrics()
+        upstream = make_upstream(metrics.samples, *upstream_args)
+        with collector_paused(), torch_hidden():  # transformers is imported for its tokenizers
+            loaded = load_models(models)
+        self.service = GenerationService(loaded, limits, upstream, metrics)
+        self.grpc_handlers = GrpcHandlers(self.service)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell Serve how much of this gateway is used; Serve calls this by its name."""
+        return {USE: self.service.use()}
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self.service, echoes_request_id=False)
+
+
+Gateway = serve.ingress()(GatewayReplica)
+"""Bind it: ``serve.deployment(Gateway, …).bind(models, limits, make_upstream, *upstream_args)``."""

@@ -1,0 +1,67 @@
+"""A router as a Serve deployment.
+
+Importing this brings neither torch nor transformers: whoever builds the application imports it too,
+and a start would wait for that twice.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+
+from router.config import AppConfig
+from router.gateway.ray_upstream import HandleController
+from router.logs import failures_logged, setup_logging
+from router.serve.autoscaling import USE
+from router.serve.process import collector_paused
+from router.served import ServedModel
+
+if TYPE_CHECKING:
+    from router.engine.replica import RouterReplica
+    from router.messages.token_link import LinkAddress
+
+
+class RouterDeployment:
+    """A :class:`RouterReplica` as a Serve replica."""
+
+    _replica: RouterReplica | None = None
+
+    async def __init__(  # type: ignore[misc]
+        self, model: ServedModel, config: AppConfig, controller: Any
+    ) -> None:
+        """Load the model's dense part and start the engine."""
+        setup_logging()
+        app = serve.get_replica_context().app_name
+        with failures_logged(f"the router of {model.id}"):
+            with collector_paused():
+                from router.engine.replica import RouterReplica
+            client = HandleController(controller)
+            self._replica = RouterReplica(app, model, config.router, config.experts, client)
+
+    async def generate(self, wire: dict[str, Any], address: LinkAddress) -> dict[str, Any]:
+        """See :meth:`RouterReplica.generate`."""
+        return await self._started().generate(wire, address)
+
+    async def stats(self) -> dict[str, Any]:
+        """See :meth:`RouterReplica.stats`."""
+        return await self._started().stats()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell Serve how much of this replica is used; Serve calls this by its name."""
+        return {USE: self._started().use()}
+
+    def check_health(self) -> None:
+        """Raise when the engine's thread has ended; Serve then replaces the replica."""
+        if not self._started().is_alive():
+            raise RuntimeError("the engine's thread has ended")
+
+    def __del__(self) -> None:
+        """Serve calls this at a graceful end of the replica."""
+        if self._replica is not None:
+            self._replica.close()
+
+    def _started(self) -> RouterReplica:
+        if self._replica is None:
+            raise RuntimeError("the router has not started")
+        return self._replica
