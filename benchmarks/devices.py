@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 
-from cluster.placement.placement import ExpertKey
-from cluster.spec import ACTOR_NAMESPACE, parse_actor_name
+from cluster.spec import ACTOR_NAMESPACE, ExpertKey, parse_actor_name
 from experts.remote import RemoteExpertActor
 
 if TYPE_CHECKING:

@@ -32,8 +32,8 @@ from benchmarks.common import (
     show,
     summary_ms,
 )
-from cluster.placement.placement import ExpertKey, ModelExperts, assign_experts, empty_placement
-from cluster.spec import ActorSpec, ModelSource
+from cluster.placement.placement import assign_experts, empty_placement
+from cluster.spec import ActorSpec, ExpertKey, ModelExperts, ModelSource
 from cluster.transport.open import TransportKind, open_transport
 from cluster.wire.frames import Buffer
 from experts.actor import ExpertActor

@@ -306,8 +306,8 @@ def start_actors(
 
     from benchmarks.tracing import TracingActor
     from cluster.controller.pool import CONTROL_CALLS, actor_options
-    from cluster.placement.placement import ModelExperts, assign_experts, empty_placement
-    from cluster.spec import ActorSpec, ModelSource, actor_name
+    from cluster.placement.placement import assign_experts, empty_placement
+    from cluster.spec import ActorSpec, ModelExperts, ModelSource, actor_name
     from experts.checkpoint.checkpoint import open_checkpoint
     from experts.checkpoint.identity import identity_of
     from experts.remote import RemoteExpertActor

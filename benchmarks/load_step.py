@@ -22,7 +22,7 @@ from benchmarks.serve import Ports, Timed
 
 if TYPE_CHECKING:
     from benchmarks.devices import Product
-    from cluster.load_status import LoadStatus
+    from cluster.reports import LoadStatus
 
 PROMPT_TOKENS, ANSWER_TOKENS = 2, 12
 PERIOD_S = 3.0

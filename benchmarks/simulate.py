@@ -24,10 +24,11 @@ import numpy as np
 
 from benchmarks.common import Figure, finish, machine, output_options, progress, show
 from cluster.controller.rebalance import WORTH_GAIN
-from cluster.placement.balance import Device, balance_of, plan_copies, plan_without_cold
+from cluster.placement.balance import balance_of, plan_copies, plan_without_cold
+from cluster.placement.board import Device
 from cluster.placement.load import LoadTracker
-from cluster.placement.placement import ExpertKey, ModelExperts, assign_experts
-from cluster.spec import ActorReport
+from cluster.placement.placement import assign_experts
+from cluster.spec import ActorReport, ExpertKey, ModelExperts
 
 EXPERT_BYTES = 44_040_192
 """An expert of DeepSeek-V3 in fp8: three matrices of 7168 x 2048."""

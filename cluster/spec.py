@@ -10,8 +10,8 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Literal, NamedTuple, get_args
 
-from cluster.placement.placement import ExpertKey, ModelExperts
 from cluster.tls import TlsFiles
 
 ACTOR_NAMESPACE = "serve"
@@ -176,3 +176,44 @@ def parse_actor_name(name: str, app: str) -> tuple[str, int] | None:
     if not name.startswith(prefix) or not separator or not generation.isdecimal():
         return None
     return actor_id, int(generation)
+
+
+class ExpertKey(NamedTuple):
+    """A logical expert: which model, which layer of it, which expert of that layer."""
+
+    model: str
+    layer_id: int
+    expert_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelExperts:
+    """The experts of one model as placement sees them: how many, where, how large."""
+
+    model: str
+    layers: tuple[int, ...]
+    num_experts: int
+    expert_bytes: int
+
+    def expert_keys(self) -> list[ExpertKey]:
+        """Return every logical expert of the model, layer by layer."""
+        return [
+            ExpertKey(self.model, layer_id, expert_id)
+            for layer_id in self.layers
+            for expert_id in range(self.num_experts)
+        ]
+
+
+OnExpertLoss = Literal["strict", "next_expert", "drop"]
+"""``strict`` waits for the expert: the answer is exact or an error. ``next_expert`` has the next
+live expert in line take the token. ``drop`` leaves the expert's share out. See
+``router/moe/missing.py``.
+"""
+
+
+ON_EXPERT_LOSS: tuple[str, ...] = get_args(OnExpertLoss)
+
+
+EXACT_KEY = "expertmesh-exact"
+"""gRPC's trailing metadata that says ``true`` or ``false`` of a whole answer; HTTP's header has an
+``x-`` before it."""

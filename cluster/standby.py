@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 
-from cluster.controller.changes import Changes, Cluster
+from cluster.controller.changes import Changes
 from cluster.controller.fleet import Fleet
+from cluster.controller.state import Cluster
 from cluster.placement.scaling import wanted_standby
 
 logger = logging.getLogger("expertmesh.scaling")

@@ -30,8 +30,7 @@ from cluster.errors import (
     StaleEpochError,
     UnavailableError,
 )
-from cluster.placement.placement import ExpertKey
-from cluster.spec import EMULATED, ActorReport, ActorSpec
+from cluster.spec import EMULATED, ActorReport, ActorSpec, ExpertKey
 from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.transport.stream.server import StreamServer
 from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, Parts, RowsFrame, decode, encode

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from cluster.errors import ExpertMeshError, FrameError, WrongPlacementError
-from cluster.placement.placement import ExpertKey
+from cluster.spec import ExpertKey
 from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame
 from cluster.wire.tensors import TORCH_DTYPES, from_bytes, pieces_of, to_bytes
 from experts.checkpoint.expert_weights import GatedFfnWeights

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from cluster.placement.placement import ExpertKey
-from cluster.spec import ActorReport, ActorSpec
+from cluster.spec import ActorReport, ActorSpec, ExpertKey
 from cluster.transport.stream.handshake import Network, StreamOffer
 
 if TYPE_CHECKING:

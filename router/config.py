@@ -21,9 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from cluster.contract import OnExpertLoss
 from cluster.errors import ConfigError
-from cluster.spec import Emulation, ScalingTargets
+from cluster.spec import Emulation, OnExpertLoss, ScalingTargets
 from cluster.tls import TlsFiles
 from cluster.transport.open import TransportKind
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.errors import CheckpointError, ConfigError
-from cluster.placement.placement import ModelExperts, assign_experts
-from cluster.shown import shown
-from cluster.spec import ActorSpec, ModelSource, PoolSpec, budgets_of
+from cluster.errors import CheckpointError, ConfigError, shown
+from cluster.placement.placement import assign_experts
+from cluster.spec import ActorSpec, ModelExperts, ModelSource, PoolSpec, budgets_of
 from experts.checkpoint.checkpoint import Checkpoint, parse_json
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.remote_files import Neighbours, open_model

@@ -14,8 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from cluster.placement.placement import ExpertKey, ModelExperts
-from cluster.spec import ActorSpec, ModelSource
+from cluster.spec import ActorSpec, ExpertKey, ModelExperts, ModelSource
 from experts import actor as actor_module
 from experts.actor import ExpertActor
 from experts.checkpoint.checkpoint import open_checkpoint

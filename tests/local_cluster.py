@@ -16,14 +16,8 @@ from pathlib import Path
 import torch
 
 from cluster.errors import ExpertMeshError
-from cluster.placement.placement import (
-    ExpertKey,
-    ModelExperts,
-    Placement,
-    assign_experts,
-    empty_placement,
-)
-from cluster.spec import Emulation
+from cluster.placement.placement import Placement, assign_experts, empty_placement
+from cluster.spec import Emulation, ExpertKey, ModelExperts
 from cluster.transport.base import Call, CallFailure, IsGone, Outcome, Transport, never_gone
 from cluster.wire.frames import DispatchFrame, decode, encode
 from cluster.wire.tensors import TORCH_DTYPES

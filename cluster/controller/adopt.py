@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.controller.pool import ExpertPool
-from cluster.failures import kind_of
+from cluster.controller.pool import ExpertPool, kind_of
 from cluster.spec import ActorReport, ActorSpec
 
 logger = logging.getLogger("expertmesh.controller")

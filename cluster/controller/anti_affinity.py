@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from cluster.controller.changes import Changes, Cluster
-from cluster.failures import kind_of
-from cluster.spread import node_apart
+from cluster.controller.changes import Changes
+from cluster.controller.pool import kind_of
+from cluster.controller.state import Cluster
+from cluster.placement.placement import node_apart
 
 NODES_CHECK_S = 5.0
 WHOLE_TIMEOUT_S = 60.0

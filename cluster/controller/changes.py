@@ -13,106 +13,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Awaitable, Mapping, Sequence
 
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.controller.pool import ExpertPool
+from cluster.controller.pool import cause_of, kind_of
+from cluster.controller.state import Cluster
 from cluster.errors import ExpertMeshError, UnavailableError
-from cluster.failures import cause_of, kind_of
-from cluster.placement.placement import ExpertKey, Placement, surplus
-from cluster.spec import ActorReport
+from cluster.placement.change import Change, Shares, refuse_losses, with_change
+from cluster.placement.placement import Placement, surplus
+from cluster.spec import ActorReport, ExpertKey
 
 LOAD_TIMEOUT_S = 600.0
 UNLOAD_TIMEOUT_S = 30.0
 RETIRE_TIMEOUT_S = 60.0
 """How long a change waits for what it has dropped to be let go; routers may be silent so long."""
 
-Shares = dict[str, list[ExpertKey]]
 
 logger = logging.getLogger("expertmesh.controller")
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Copies that come and copies that go, by actor."""
-
-    added: Mapping[str, Sequence[ExpertKey]] = field(default_factory=dict)
-    dropped: Mapping[str, Sequence[ExpertKey]] = field(default_factory=dict)
-
-    def touched(self) -> set[ExpertKey]:
-        """Return every expert that gets or loses a copy."""
-        by_actor = (*self.added.values(), *self.dropped.values())
-        return {key for keys in by_actor for key in keys}
-
-    def on(self, shares: Shares) -> Shares:
-        """Return the shares as they are after it."""
-        after = {actor_id: list(keys) for actor_id, keys in shares.items()}
-        for actor_id, keys in self.dropped.items():
-            gone = set(keys)
-            after[actor_id] = [key for key in after[actor_id] if key not in gone]
-        for actor_id, keys in self.added.items():
-            after[actor_id] = sorted({*after[actor_id], *keys})
-        return after
-
-
-class Cluster(Protocol):
-    """What a controller has and does, as far as changes need it."""
-
-    @property
-    def pool(self) -> ExpertPool:
-        """The actors' side."""
-        ...
-
-    @property
-    def placement(self) -> Placement:
-        """What is published."""
-        ...
-
-    @property
-    def reports(self) -> Mapping[str, ActorReport]:
-        """What each living actor has reported last."""
-        ...
-
-    @property
-    def handles(self) -> Mapping[str, ActorHandle]:
-        """The actors that are in the placement."""
-        ...
-
-    async def publish(self, change: Callable[[Placement], Placement]) -> None:
-        """Publish what ``change`` makes of the placement; nothing where it raises."""
-        ...
-
-    async def wait_for(self, condition: Callable[[Placement], bool]) -> None:
-        """Wait until the placement satisfies a condition."""
-        ...
-
-    def is_known(self, order: tuple[int, int]) -> bool:
-        """Tell whether all routers that are heard of know this version or a newer one."""
-        ...
-
-    def look_at(self, actor_id: str) -> None:
-        """Have an actor's keeper look at it now."""
-        ...
-
-    def begin(self, actor_id: str) -> None:
-        """Bring up an actor that has joined the fleet; returns at once."""
-        ...
-
-    def joined(self) -> None:
-        """Note that an actor which stood by is in use now."""
-        ...
-
-    async def end(self, actor_id: str) -> None:
-        """End an actor that holds nothing any more, and take it out of the fleet."""
-        ...
-
-    def node_of(self, actor_id: str) -> str | None:
-        """Return the node that an actor runs on, or ran on last, if it ever did."""
-        ...
 
 
 class Changes:
@@ -166,7 +85,7 @@ class Changes:
                     f"copies, and is to have at least {self._min_copies}",
                     key.model,
                 )
-        _refuse_losses(with_change(placement, change), change)
+        refuse_losses(with_change(placement, change), change)
         return generations
 
     async def _prepare(self, change: Change) -> None:
@@ -192,7 +111,7 @@ class Changes:
             if placement.generations.get(actor_id) != generation:
                 raise UnavailableError(f"{actor_id} died before the change was made", "", 1.0)
         after = with_change(placement, change)
-        _refuse_losses(after, change)
+        refuse_losses(after, change)
         # With the map, so that whoever is brought up from now on gets the new share.
         self.shares.update(change.on(self.shares))
         self._left |= dict.fromkeys(change.dropped, after.order)
@@ -260,30 +179,6 @@ class Changes:
         """Look at those who wait for routers to know that they are not asked any more."""
         for actor_id in tuple(self._left):
             self._cluster.look_at(actor_id)
-
-
-def with_change(placement: Placement, change: Change) -> Placement:
-    """Return the next version, in which the change is made; the dead hold nothing in it."""
-    holders = dict(placement.holders)
-    for actor_id, keys in change.added.items():
-        for key in keys:
-            if actor_id not in holders[key]:
-                holders[key] = (*holders[key], actor_id)
-    for actor_id, keys in change.dropped.items():
-        for key in keys:
-            holders[key] = tuple(a for a in holders[key] if a != actor_id)
-    return Placement(placement.epoch, placement.version + 1, holders, placement.generations)
-
-
-def _refuse_losses(after: Placement, change: Change) -> None:
-    lost = sorted(key for key in change.touched() if not after.holders[key])
-    if lost:
-        raise UnavailableError(
-            f"refused: expert {lost[0].expert_id} of layer {lost[0].layer_id} would have no live "
-            "copy",
-            lost[0].model,
-            1.0,
-        )
 
 
 async def _said(actor_id: str, what: str, answer: Awaitable[ActorReport]) -> ActorReport:

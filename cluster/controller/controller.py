@@ -20,13 +20,12 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.schema import ApplicationStatus
 
 from cluster.controller.adopt import adopt
 from cluster.controller.anti_affinity import Apart
+from cluster.controller.application import app_is_wanted
 from cluster.controller.changes import LOAD_TIMEOUT_S, Changes
 from cluster.controller.elastic import Elastic
 from cluster.controller.fleet import Fleet
@@ -34,15 +33,20 @@ from cluster.controller.ledger import Ledger
 from cluster.controller.liveness import LOOK_S, Progress, Silence
 from cluster.controller.loading import Loading
 from cluster.controller.members import Members
-from cluster.controller.pool import ExpertPool
+from cluster.controller.pool import ExpertPool, cause_of, kind_of, reason_of
 from cluster.controller.rebalance import Rebalancer
 from cluster.errors import ExpertMeshError, StaleEpochError
-from cluster.failures import cause_of, kind_of, reason_of
-from cluster.load_status import ChangeReport
-from cluster.measurements import Measurements, ProcessSamples, Samples
-from cluster.placement.placement import ExpertKey, Placement, assign_experts, empty_placement
-from cluster.reports import ActorStatus, ClusterStatus, ProcessStatus
-from cluster.spec import ActorReport, PoolSpec
+from cluster.placement.placement import Placement, assign_experts, empty_placement
+from cluster.reports import (
+    ActorStatus,
+    ChangeReport,
+    ClusterStatus,
+    Measurements,
+    ProcessSamples,
+    ProcessStatus,
+    Samples,
+)
+from cluster.spec import ActorReport, ExpertKey, PoolSpec
 
 HEARTBEAT_PERIOD_S = 1.0
 LOAD_PERIOD_S = 0.25
@@ -581,15 +585,6 @@ async def _told(change: Awaitable[ChangeReport]) -> dict[str, Any]:
         return {"report": (await change).to_wire()}
     except ExpertMeshError as error:
         return {"error": error.to_wire()}
-
-
-def app_is_wanted(app: str) -> bool:
-    """Return whether Serve lists the application as one that is to run; asks Serve itself."""
-    status = serve.status().applications.get(app)
-    return status is not None and status.status not in (
-        ApplicationStatus.DELETING,
-        ApplicationStatus.NOT_STARTED,
-    )
 
 
 def _actor_status(report: ActorReport) -> ActorStatus:

@@ -15,16 +15,18 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
-from cluster.controller.changes import Change, Changes, Cluster
+from cluster.controller.changes import Changes
 from cluster.controller.fleet import Fleet
+from cluster.controller.pool import kind_of
 from cluster.controller.rebalance import Rebalancer, Spread
+from cluster.controller.state import Cluster
 from cluster.errors import ExpertMeshError, InvalidRequestError
-from cluster.failures import kind_of
-from cluster.load_status import ChangeReport, Move
-from cluster.placement.balance import Device
+from cluster.placement.board import Device
+from cluster.placement.change import Change
 from cluster.placement.drain import change_of_copies, cheapest_to_empty
-from cluster.placement.placement import ExpertKey, ModelExperts
 from cluster.placement.scaling import LATELY_S, SIGNAL_S, BusyMeter, ScalingPolicy, Wanted
+from cluster.reports import ChangeReport, Move
+from cluster.spec import ExpertKey, ModelExperts
 from cluster.standby import Standby
 
 LOOK_S = 0.25

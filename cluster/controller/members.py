@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from cluster.measurements import ProcessSamples, Samples
-from cluster.reports import ProcessStatus
+from cluster.reports import ProcessSamples, ProcessStatus, Samples
 
 MEMBER_TTL_S = 15.0
 """How long one counts that has not called again."""

@@ -14,13 +14,19 @@ from typing import Any
 import ray
 from ray._private.state import available_resources_per_node, state  # nothing public tells these
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.controller.ledger import LedgerStore
-from cluster.placement.placement import ExpertKey
-from cluster.spec import ACTOR_NAMESPACE, ActorReport, ActorSpec, actor_name, parse_actor_name
+from cluster.spec import (
+    ACTOR_NAMESPACE,
+    ActorReport,
+    ActorSpec,
+    ExpertKey,
+    actor_name,
+    parse_actor_name,
+)
 
 DATA_CALLS = 32
 """How many dispatch calls may be in an actor at once, each on a thread of its own; a router has at
@@ -213,3 +219,23 @@ def shortage(needed: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) ->
 async def _within(answer: Awaitable[ActorReport], timeout_s: float) -> ActorReport:
     async with asyncio.timeout(timeout_s):
         return await answer
+
+
+def cause_of(error: RayTaskError) -> Exception:
+    """Return the actor's own exception instead of Ray's wrapper with its stack."""
+    cause = error.cause
+    return cause if isinstance(cause, Exception) else error
+
+
+def kind_of(error: BaseException) -> str:
+    """Return an error's class by name."""
+    return type(error).__name__
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what is said of an actor that is replaced because of an error."""
+    if isinstance(error, TimeoutError):
+        return "does not answer; replacing it"
+    if isinstance(error, RayActorError):
+        return "died; replacing it"
+    return f"{kind_of(error)}; replacing it"

@@ -9,22 +9,23 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.controller.changes import Changes, Cluster
+from cluster.controller.changes import Changes
 from cluster.controller.fleet import Fleet
+from cluster.controller.state import Cluster
 from cluster.errors import ConfigError, ExpertMeshError, InvalidRequestError, UnavailableError
-from cluster.load_status import DeviceStatus, ExpertLoad, LoadStatus, Move, RebalanceReport
 from cluster.placement.balance import (
     ASIDE,
     Balance,
-    Device,
     Plan,
     balance_of,
     plan_copies,
     plan_without_cold,
 )
+from cluster.placement.board import Device
 from cluster.placement.change import batches
 from cluster.placement.load import FALL_S, WINDOW_S, LoadTracker
-from cluster.placement.placement import ExpertKey, ModelExperts
+from cluster.reports import DeviceStatus, ExpertLoad, LoadStatus, Move, RebalanceReport
+from cluster.spec import ExpertKey, ModelExperts
 
 IDLE_TOKENS_PER_S = 0.01
 """An expert with fewer on average is idle, and its rate is what fades of an earlier load."""

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.errors import ConfigError
-from cluster.placement.board import Board
+from cluster.placement.board import Board, Device
 from cluster.placement.copy_counts import replica_counts, warm_counts
-from cluster.placement.placement import ExpertKey, ModelExperts
+from cluster.spec import ExpertKey, ModelExperts
 
 TOLERANCE = 0.01
 """A layer is balanced when its busiest device has so much more to do than the mean."""
@@ -30,20 +30,6 @@ are hardly needed are spread."""
 LEVEL_STEPS, LEVEL_LAYERS = 64, 3
 """For the sake of all layers together so many copies are moved or exchanged at most, each of one of
 so many layers in which the busiest device has the most to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """One actor's device: what it may hold, and how fast it is beside others of the cluster.
-
-    ``room_bytes`` is for experts' weights. Copies come before others go, so a device keeps room
-    for one more expert free where it takes any.
-    """
-
-    actor_id: str
-    node: str
-    room_bytes: float
-    speed: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

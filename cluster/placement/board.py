@@ -7,14 +7,15 @@ one device, M nodes.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cluster.placement.placement import ExpertKey, ModelExperts
+from cluster.spec import ExpertKey, ModelExperts
 
 if TYPE_CHECKING:
-    from cluster.placement.balance import Device
+    pass
 
 
 class Step(NamedTuple):
@@ -298,3 +299,17 @@ class Board:
         load[step.source] += self.weight(step.other, count, step.source)
         self.take(step.other, step.target)
         self.put(step.other, step.source)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One actor's device: what it may hold, and how fast it is beside others of the cluster.
+
+    ``room_bytes`` is for experts' weights. Copies come before others go, so a device keeps room
+    for one more expert free where it takes any.
+    """
+
+    actor_id: str
+    node: str
+    room_bytes: float
+    speed: float = 1.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from cluster.controller.changes import Change
 from cluster.errors import InvalidRequestError
-from cluster.placement.balance import Device
-from cluster.placement.placement import ExpertKey
+from cluster.placement.board import Device
+from cluster.placement.change import Change
+from cluster.spec import ExpertKey
 
 
 def cheapest_to_empty(

@@ -14,8 +14,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluster.placement.placement import ExpertKey
-from cluster.spec import ActorReport
+from cluster.spec import ActorReport, ExpertKey
 
 WINDOW_S = 30.0
 """The time in which what came in fades to 1/e of its weight."""

@@ -6,37 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from cluster.errors import ConfigError
+from cluster.spec import ExpertKey, ModelExperts
 
 BUDGET_FIELD = "args.experts.memory_budget_bytes"
-
-
-class ExpertKey(NamedTuple):
-    """A logical expert: which model, which layer of it, which expert of that layer."""
-
-    model: str
-    layer_id: int
-    expert_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class ModelExperts:
-    """The experts of one model as placement sees them: how many, where, how large."""
-
-    model: str
-    layers: tuple[int, ...]
-    num_experts: int
-    expert_bytes: int
-
-    def expert_keys(self) -> list[ExpertKey]:
-        """Return every logical expert of the model, layer by layer."""
-        return [
-            ExpertKey(self.model, layer_id, expert_id)
-            for layer_id in self.layers
-            for expert_id in range(self.num_experts)
-        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,3 +254,40 @@ class _Deal:
             (dealt[actor] + 1) / self._weights[actor],
             sum(shared[frozenset((actor, other))] for other in chosen),
         )
+
+
+def crowding(
+    actor_id: str,
+    node: str,
+    shares: Mapping[str, Sequence[ExpertKey]],
+    nodes: Mapping[str, str],
+) -> int:
+    """Return how many copies of an actor's experts others hold on ``node``.
+
+    ``shares`` has what each actor holds, ``nodes`` where each is.
+    """
+    own = set(shares[actor_id])
+    return sum(
+        len(own.intersection(share))
+        for other, share in shares.items()
+        if other != actor_id and nodes.get(other) == node
+    )
+
+
+def node_apart(
+    actor_id: str,
+    candidates: Collection[str],
+    shares: Mapping[str, Sequence[ExpertKey]],
+    nodes: Mapping[str, str],
+) -> str | None:
+    """Return the node where an actor would have fewer of its copies beside it than where it is.
+
+    Of ``candidates``, which have room for it, the one with the fewest; ``None`` where none is
+    better.
+    """
+    here = nodes.get(actor_id)
+    if here is None:
+        return None
+    best = min(sorted(candidates), key=lambda n: crowding(actor_id, n, shares, nodes), default=here)
+    is_better = crowding(actor_id, best, shares, nodes) < crowding(actor_id, here, shares, nodes)
+    return best if is_better else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from cluster.tls import TlsFiles
-from cluster.transport.base import RayActors, RayTransport, Transport
+from cluster.transport.base import Transport
+from cluster.transport.ray import RayActors, RayTransport
 from cluster.transport.stream.client import StreamTransport
 from cluster.transport.stream.connect import Connector
 

@@ -20,9 +20,15 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from cluster.errors import Code, ExpertMeshError, FrameError, WrongPlacementError, error_from_wire
+from cluster.errors import (
+    Code,
+    ExpertMeshError,
+    FrameError,
+    WrongPlacementError,
+    error_from_wire,
+    shown,
+)
 from cluster.native import native
-from cluster.shown import shown
 
 FRAME_VERSION = 2
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -17,8 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster.errors import CheckpointError, CheckpointMissingError
-from cluster.shown import shown, shown_name
+from cluster.errors import CheckpointError, CheckpointMissingError, shown, shown_name
 from cluster.wire.frames import DTYPE_BYTES
 from experts.checkpoint.config_checks import (
     MAX_SIZE,

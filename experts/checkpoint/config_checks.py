@@ -6,8 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import CheckpointError
-from cluster.shown import shown
+from cluster.errors import CheckpointError, shown
 from experts.families.base import Config
 
 MAX_DEPTH = 64

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import CheckpointError
-from cluster.shown import shown, shown_name
+from cluster.errors import CheckpointError, shown, shown_name
 from experts.checkpoint.config_checks import MAX_SIZE
 from experts.checkpoint.shards import TensorInfo
 from experts.families.base import Config, Shapes

@@ -21,8 +21,13 @@ from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster.errors import CheckpointError, CheckpointMissingError, error_from_wire
-from cluster.shown import shown, shown_name
+from cluster.errors import (
+    CheckpointError,
+    CheckpointMissingError,
+    error_from_wire,
+    shown,
+    shown_name,
+)
 from experts.checkpoint.checkpoint import (
     Checkpoint,
     checkpoint_of,

@@ -16,8 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from cluster.errors import CheckpointError
-from cluster.shown import shown, shown_name
+from cluster.errors import CheckpointError, shown, shown_name
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """What weights that are not quantised may be."""

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import CheckpointError
-from cluster.shown import shown, shown_name
+from cluster.errors import CheckpointError, shown, shown_name
 from experts.convert.mixtral_names import expert_part, takes_by_part
 from experts.convert.source import QUANTISED, Entry, Source, Take
 from experts.families.base import Config

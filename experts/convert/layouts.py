@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.errors import CheckpointError
-from cluster.shown import shown_name
+from cluster.errors import CheckpointError, shown_name
 from experts.checkpoint.shards import PICKLE_SUFFIXES
 from experts.convert.gguf_file import is_gguf, open_gguf
 from experts.convert.huggingface import is_huggingface, open_huggingface

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from cluster.errors import CheckpointError
-from cluster.shown import shown_name
+from cluster.errors import CheckpointError, shown_name
 from cluster.wire.frames import DTYPE_BYTES
 from experts.checkpoint.checkpoint import checked_shape, family_of, usual_config, wrong_kinds
 from experts.checkpoint.shards import WEIGHTS_FILE

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from cluster.errors import CheckpointError
-from cluster.shown import shown_name
+from cluster.errors import CheckpointError, shown_name
 from experts.checkpoint.shards import DTYPES, TensorInfo, read_all
 from experts.convert.source import Entry
 

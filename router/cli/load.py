@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.load_status import LoadStatus, Move, RebalanceReport
+from cluster.reports import LoadStatus, Move, RebalanceReport
 from router.cli.common import REFUSED, Address, AsJson, fail, write, write_json
 from router.client import DEFAULT_ADDRESS, Client
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.load_status import ChangeReport
+from cluster.reports import ChangeReport
 from router.cli.common import REFUSED, Address, AsJson, fail, write, write_json
 from router.cli.load import show_moves
 from router.client import DEFAULT_ADDRESS, Client

@@ -14,8 +14,7 @@ from typing import Any
 import grpc
 
 from cluster.errors import ExpertMeshError, UnavailableError
-from cluster.load_status import ChangeReport, LoadStatus, RebalanceReport
-from cluster.reports import ClusterStatus
+from cluster.reports import ChangeReport, ClusterStatus, LoadStatus, RebalanceReport
 from router.client.attempts import Attempts
 from router.client.session import (
     CHANGE_TIMEOUT_S,

@@ -7,8 +7,7 @@ from typing import Any
 import grpc
 
 from cluster.errors import ExpertMeshError
-from cluster.load_status import ChangeReport, LoadStatus, RebalanceReport
-from cluster.reports import ClusterStatus
+from cluster.reports import ChangeReport, ClusterStatus, LoadStatus, RebalanceReport
 from router.client.attempts import Attempts
 from router.client.types import ModelInfo, Reply, Sampling, UnreachableError, Usage
 from router.gateway.errors import DETAILS_KEY, error_from_grpc, is_from_server

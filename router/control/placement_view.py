@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 import ray
 
-from cluster.measurements import Samples
 from cluster.placement.placement import Placement
+from cluster.reports import Samples
 
 WATCH_S = 1.0
 CALL_TIMEOUT_S = 15.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cluster.contract import OnExpertLoss
-from cluster.placement.placement import ExpertKey, Placement
+from cluster.placement.placement import Placement
+from cluster.spec import ExpertKey, OnExpertLoss
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import torch
 
-from cluster.controller.controller import app_is_wanted
+from cluster.controller.application import app_is_wanted
 from cluster.errors import ExpertMeshError, being_deleted
 from cluster.transport.open import open_transport
 from cluster.wire.tensors import TORCH_DTYPES

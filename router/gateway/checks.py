@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from cluster.errors import InvalidRequestError
-from cluster.shown import shown
+from cluster.errors import InvalidRequestError, shown
 
 
 def wrong(value: object, allowed: str) -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from cluster.errors import Code, ExpertMeshError
-from cluster.measurements import Samples
+from cluster.reports import Samples
 from router.observability import catalogue
 from router.observability.catalogue import LATENCY_BUCKETS_S, Family
 

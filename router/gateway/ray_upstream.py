@@ -26,8 +26,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from cluster.contract import OnExpertLoss
-from cluster.controller.controller import app_is_wanted
+from cluster.controller.application import app_is_wanted
 from cluster.errors import (
     DeadlineExceededError,
     ExpertMeshError,
@@ -37,9 +36,17 @@ from cluster.errors import (
     being_deleted,
     error_from_wire,
 )
-from cluster.load_status import ChangeReport, LoadStatus, RebalanceReport
-from cluster.measurements import Measurements, ProcessSamples, Samples
-from cluster.reports import ClusterStatus, ProcessStatus
+from cluster.reports import (
+    ChangeReport,
+    ClusterStatus,
+    LoadStatus,
+    Measurements,
+    ProcessSamples,
+    ProcessStatus,
+    RebalanceReport,
+    Samples,
+)
+from cluster.spec import OnExpertLoss
 from router.control.placement_view import PlacementView, PlacementWatcher
 from router.control.readiness import Readiness, readiness
 from router.gateway.budget import RETRY_AFTER_S

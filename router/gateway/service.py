@@ -15,8 +15,7 @@ from cluster.errors import (
     InternalError,
     InvalidRequestError,
 )
-from cluster.load_status import ChangeReport, LoadStatus, RebalanceReport
-from cluster.reports import ClusterStatus
+from cluster.reports import ChangeReport, ClusterStatus, LoadStatus, RebalanceReport
 from router.config import BODIES_AT_ONCE, GatewayConfig
 from router.control.readiness import Readiness
 from router.gateway.budget import Budget

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from cluster.load_status import ChangeReport, LoadStatus, RebalanceReport
-from cluster.measurements import Measurements
-from cluster.reports import ClusterStatus
+from cluster.reports import ChangeReport, ClusterStatus, LoadStatus, Measurements, RebalanceReport
 from router.control.readiness import Readiness
 from router.messages.request import GenerationRequest, TokenEvent
 

@@ -17,9 +17,8 @@ from typing import cast
 
 import numpy as np
 
-from cluster.contract import ON_EXPERT_LOSS
-from cluster.errors import InvalidRequestError, UnknownModelError
-from cluster.shown import shown
+from cluster.errors import InvalidRequestError, UnknownModelError, shown
+from cluster.spec import ON_EXPERT_LOSS
 from router.config import GatewayConfig
 from router.gateway import checks
 from router.gateway.conversation import check_messages

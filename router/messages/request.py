@@ -53,7 +53,7 @@ class GenerationRequest:
 
     ``deadline_s`` is wall-clock time (``time.time()``) after which the answer is of no use. Where
     ``streamed`` is false, only each choice's first tokens are told early; the others come with the
-    reply. ``on_expert_loss`` is one of :data:`cluster.contract.ON_EXPERT_LOSS`. ``received`` has an
+    reply. ``on_expert_loss`` is one of :data:`cluster.spec.ON_EXPERT_LOSS`. ``received`` has an
     entry for every choice of a request that goes on after a failure, and none for a new one; its
     tokens count towards ``max_tokens``.
     """

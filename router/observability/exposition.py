@@ -14,8 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from cluster.measurements import Measurements, Sample, Samples
-from cluster.reports import ClusterStatus, ProcessStatus
+from cluster.reports import ClusterStatus, Measurements, ProcessStatus, Sample, Samples
 from cluster.spec import ActorReport
 from router.observability import catalogue
 from router.observability.catalogue import FAMILIES, Family

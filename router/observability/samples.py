@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 
-from cluster.measurements import Sample, Samples
+from cluster.reports import Sample, Samples
 from router.engine.engine import Engine
 from router.engine.scheduler import Scheduler
 from router.moe.dispatch import Dispatcher

@@ -14,18 +14,21 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cluster.load_status import (
+from cluster.reports import (
+    ActorStatus,
     ChangeReport,
+    ClusterStatus,
     DeviceStatus,
     ExpertLoad,
+    LoadingStatus,
     LoadStatus,
+    Measurements,
     Move,
+    ProcessSamples,
+    ProcessStatus,
     RebalanceReport,
 )
-from cluster.measurements import Measurements, ProcessSamples
-from cluster.placement.placement import ExpertKey
-from cluster.reports import ActorStatus, ClusterStatus, LoadingStatus, ProcessStatus
-from cluster.spec import ActorReport
+from cluster.spec import ActorReport, ExpertKey
 from router.config import GatewayConfig
 from router.control.readiness import Readiness
 from router.gateway.grpc.handlers import GrpcHandlers

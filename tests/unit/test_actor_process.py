@@ -17,8 +17,7 @@ import torch
 
 from cluster.controller.lease import ABSENT_S, LEASE_S, Lease
 from cluster.errors import Code, StaleEpochError, UnavailableError
-from cluster.placement.placement import ExpertKey, ModelExperts
-from cluster.spec import ActorReport, ActorSpec, ModelSource
+from cluster.spec import ActorReport, ActorSpec, ExpertKey, ModelExperts, ModelSource
 from cluster.wire.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode, joined
 from cluster.wire.tensors import from_bytes, to_bytes
 from experts import actor as actor_module

@@ -14,16 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError
-from cluster.placement.balance import (
-    TOLERANCE,
-    Device,
-    Plan,
-    balance_of,
-    plan_copies,
-    plan_without_cold,
-)
+from cluster.placement.balance import TOLERANCE, Plan, balance_of, plan_copies, plan_without_cold
+from cluster.placement.board import Device
 from cluster.placement.copy_counts import COLD
-from cluster.placement.placement import ExpertKey, ModelExperts, assign_experts
+from cluster.placement.placement import assign_experts
+from cluster.spec import ExpertKey, ModelExperts
 from tests.eplb import device_loads, eplb
 
 README_LOADS = (

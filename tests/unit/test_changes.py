@@ -9,9 +9,10 @@ import pytest
 
 from cluster.controller import changes as changes_module
 from cluster.controller import members
-from cluster.controller.changes import Change
 from cluster.errors import CheckpointError, UnavailableError
-from cluster.placement.placement import ExpertKey, Placement
+from cluster.placement.change import Change
+from cluster.placement.placement import Placement
+from cluster.spec import ExpertKey
 from tests.unit.test_controller import (  # noqa: F401 - the fixture is used by its name
     Cluster,
     FakeActor,

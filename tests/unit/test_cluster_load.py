@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.placement.load import FALL_S, LEAST_FALL_S, RISE_S, WINDOW_S, DeviceLoad, LoadTracker
-from cluster.placement.placement import ExpertKey
-from cluster.spec import ActorReport
+from cluster.spec import ActorReport, ExpertKey
 
 A, B = ExpertKey("m", 0, 0), ExpertKey("m", 0, 1)
 

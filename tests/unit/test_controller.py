@@ -22,10 +22,17 @@ from cluster.controller import members
 from cluster.controller.controller import Controller
 from cluster.controller.ledger import Ledger
 from cluster.errors import CheckpointError, StaleEpochError
-from cluster.measurements import ProcessSamples, Samples
-from cluster.placement.placement import ExpertKey, ModelExperts, Placement
-from cluster.reports import ClusterStatus, LoadingStatus, ProcessStatus
-from cluster.spec import ActorReport, ActorSpec, ModelSource, PoolSpec, ScalingTargets
+from cluster.placement.placement import Placement
+from cluster.reports import ClusterStatus, LoadingStatus, ProcessSamples, ProcessStatus, Samples
+from cluster.spec import (
+    ActorReport,
+    ActorSpec,
+    ExpertKey,
+    ModelExperts,
+    ModelSource,
+    PoolSpec,
+    ScalingTargets,
+)
 
 NUM_EXPERTS = 4
 LIMIT_S = 20.0

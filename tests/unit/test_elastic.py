@@ -11,9 +11,9 @@ import pytest
 from cluster.controller import elastic as elastic_module
 from cluster.controller.controller import Controller
 from cluster.errors import CheckpointError, InvalidRequestError, UnavailableError, error_from_wire
-from cluster.load_status import ChangeReport, LoadStatus
-from cluster.placement.placement import ExpertKey, Placement
-from cluster.spec import PoolSpec, ScalingTargets
+from cluster.placement.placement import Placement
+from cluster.reports import ChangeReport, LoadStatus
+from cluster.spec import ExpertKey, PoolSpec, ScalingTargets
 from tests.unit.test_changes import settled
 from tests.unit.test_controller import (  # noqa: F401 - the fixture is used by its name
     NUM_EXPERTS,

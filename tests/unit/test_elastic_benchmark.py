@@ -13,7 +13,7 @@ from benchmarks.devices import Product
 from benchmarks.elastic_picture import picture
 from benchmarks.load_step import Look
 from benchmarks.serve import Timed
-from cluster.load_status import DeviceStatus, ExpertLoad, LoadStatus
+from cluster.reports import DeviceStatus, ExpertLoad, LoadStatus
 
 SVG = "{http://www.w3.org/2000/svg}"
 

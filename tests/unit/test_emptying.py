@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.controller.changes import Change
 from cluster.errors import InvalidRequestError
-from cluster.placement.balance import Device
+from cluster.placement.board import Device
+from cluster.placement.change import Change
 from cluster.placement.drain import change_of_copies, cheapest_to_empty
-from cluster.placement.placement import ExpertKey
+from cluster.spec import ExpertKey
 
 A, B, C = (ExpertKey("small", 0, i) for i in range(3))
 D = ExpertKey("large", 0, 0)

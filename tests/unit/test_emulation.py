@@ -13,9 +13,16 @@ import pytest
 import torch
 
 from cluster.errors import ConfigError
-from cluster.placement.placement import ExpertKey, ModelExperts
 from cluster.reports import ActorStatus, ClusterStatus
-from cluster.spec import EMULATED, ActorReport, ActorSpec, Emulation, ModelSource
+from cluster.spec import (
+    EMULATED,
+    ActorReport,
+    ActorSpec,
+    Emulation,
+    ExpertKey,
+    ModelExperts,
+    ModelSource,
+)
 from cluster.wire.frames import DispatchFrame, RowsFrame, decode, encode, joined
 from cluster.wire.tensors import to_bytes
 from experts import actor as actor_module

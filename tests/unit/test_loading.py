@@ -15,8 +15,8 @@ import torch
 
 from benchmarks import families
 from cluster.controller.pool import actor_options
-from cluster.placement.placement import ModelExperts, assign_experts
-from cluster.spec import ActorSpec
+from cluster.placement.placement import assign_experts
+from cluster.spec import ActorSpec, ModelExperts
 from experts.checkpoint import expert_weights as weights_module
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.expert_weights import load_expert

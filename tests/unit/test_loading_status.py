@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from cluster.controller.loading import NOTICE_S, Loading, loading_line
-from cluster.placement.placement import ExpertKey
 from cluster.reports import LoadingStatus
-from cluster.spec import ActorReport
+from cluster.spec import ActorReport, ExpertKey
 
 
 def report(actor_id: str, held: int) -> ActorReport:

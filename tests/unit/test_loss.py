@@ -21,7 +21,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from cluster.errors import CancelledRequestError, DeadlineExceededError, ExpertUnavailableError
-from cluster.placement.placement import ModelExperts, empty_placement
+from cluster.placement.placement import empty_placement
+from cluster.spec import ModelExperts
 from cluster.transport.base import Call, CallFailure
 from router.engine.scheduler import Limits, Sequence, Work
 from router.messages.request import GenerationRequest, TokenEvent

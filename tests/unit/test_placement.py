@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError
-from cluster.placement.placement import (
+from cluster.placement.placement import Placement, assign_experts, empty_placement, surplus
+from cluster.spec import (
+    ActorSpec,
     ExpertKey,
     ModelExperts,
-    Placement,
-    assign_experts,
-    empty_placement,
-    surplus,
+    ModelSource,
+    actor_name,
+    parse_actor_name,
 )
-from cluster.spec import ActorSpec, ModelSource, actor_name, parse_actor_name
 
 ACTORS = st.integers(1, 9).map(lambda count: [f"expert-{i}" for i in range(count)])
 MODELS = st.lists(

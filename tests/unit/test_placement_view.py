@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from cluster.measurements import Samples
 from cluster.placement.placement import Placement
+from cluster.reports import Samples
 from router.control import placement_view
 from router.control.placement_view import PlacementView, PlacementWatcher
 

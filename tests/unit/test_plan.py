@@ -12,7 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cluster.errors import CheckpointError, ConfigError
-from cluster.placement.placement import ModelExperts, assign_experts
+from cluster.placement.placement import assign_experts
+from cluster.spec import ModelExperts
 from experts.checkpoint.checkpoint import open_checkpoint
 from router.config import RouterConfig
 from router.ops.plan.plan import (

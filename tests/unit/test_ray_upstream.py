@@ -14,7 +14,7 @@ from opentelemetry.trace import Span
 from ray.exceptions import RayActorError
 
 from cluster.errors import DeadlineExceededError, OverloadedError, UnavailableError
-from cluster.measurements import Samples
+from cluster.reports import Samples
 from router.gateway import ray_upstream
 from router.gateway.ray_upstream import Inbox, RayUpstream, _take
 from router.messages.request import (

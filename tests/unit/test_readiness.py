@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cluster.placement.placement import ModelExperts, Placement, empty_placement
+from cluster.placement.placement import Placement, empty_placement
+from cluster.spec import ModelExperts
 from router.control.readiness import Readiness, readiness
 
 MODELS = [ModelExperts("a", (0, 1), 2, 1), ModelExperts("b", (0,), 2, 1)]

@@ -11,13 +11,12 @@ import pytest
 
 from cluster.controller import controller as controller_module
 from cluster.controller import rebalance as rebalance_module
-from cluster.controller.changes import Change
 from cluster.errors import UnavailableError
-from cluster.load_status import LoadStatus, RebalanceReport
 from cluster.placement.balance import Plan, plan_copies
-from cluster.placement.change import batches
+from cluster.placement.change import Change, batches
 from cluster.placement.load import FALL_S, LoadTracker
-from cluster.placement.placement import ExpertKey
+from cluster.reports import LoadStatus, RebalanceReport
+from cluster.spec import ExpertKey
 from tests.unit.test_changes import settled
 from tests.unit.test_controller import (  # noqa: F401 - the fixture is used by its name
     Cluster,

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from cluster.placement.placement import ExpertKey
+from cluster.spec import ExpertKey
 from experts.bank import ExpertBank, GatedFfnExpert
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.ffn import ACTIVATIONS

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from cluster.errors import InvalidRequestError
-from cluster.load_status import ChangeReport
+from cluster.reports import ChangeReport
 from router.client import AsyncClient, Client
 from tests.unit.gateway_fakes import CHANGED, FakeUpstream, grpc_server, says
 from tests.unit.test_cli import run

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement.placement import ExpertKey
 from cluster.placement.scaling import HYSTERESIS, BusyMeter, ScalingPolicy, Signals, wanted_actors
-from cluster.spec import ActorReport, ScalingTargets
+from cluster.spec import ActorReport, ExpertKey, ScalingTargets
 
 TARGETS = ScalingTargets(
     min_actors=1,

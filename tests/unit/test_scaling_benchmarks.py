@@ -14,7 +14,8 @@ from transformers import MixtralForCausalLM
 from benchmarks import scaling, steered
 from benchmarks.device_lines import picture
 from benchmarks.devices import Product
-from cluster.placement.placement import ModelExperts, assign_experts
+from cluster.placement.placement import assign_experts
+from cluster.spec import ModelExperts
 
 SVG = "{http://www.w3.org/2000/svg}"
 TRAFFICS = get_args(steered.Traffic)

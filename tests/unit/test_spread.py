@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.placement.placement import ExpertKey
-from cluster.spread import crowding, node_apart
+from cluster.placement.placement import crowding, node_apart
+from cluster.spec import ExpertKey
 
 
 def keys(*expert_ids: int) -> list[ExpertKey]:

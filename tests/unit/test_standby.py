@@ -8,8 +8,8 @@ import pytest
 
 from cluster.controller.fleet import Fleet, PoolMembers
 from cluster.controller.ledger import Ledger
-from cluster.load_status import LoadStatus
 from cluster.placement.scaling import wanted_standby
+from cluster.reports import LoadStatus
 from cluster.spec import ActorSpec, PoolSpec, ScalingTargets
 from tests.unit.test_changes import settled
 from tests.unit.test_controller import (  # noqa: F401 - the fixture is used by its name

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from cluster import native as built
-from cluster.placement.placement import ExpertKey
+from cluster.spec import ExpertKey
 from cluster.wire.frames import DispatchFrame, RowsFrame, decode, encode
 from cluster.wire.tensors import to_bytes
 from experts.bank import ExpertBank, GatedFfnExpert

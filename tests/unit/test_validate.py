@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cluster.contract import OnExpertLoss
 from cluster.errors import InvalidRequestError, UnknownModelError
+from cluster.spec import OnExpertLoss
 from router.config import GatewayConfig
 from router.gateway.validate import CheckedRequest, RawRequest, Validator
 from router.messages.request import Received

@@ -18,7 +18,8 @@ from transformers import MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from cluster.errors import FrameError, WrongPlacementError
-from cluster.placement.placement import ExpertKey, ModelExperts, assign_experts, empty_placement
+from cluster.placement.placement import assign_experts, empty_placement
+from cluster.spec import ExpertKey, ModelExperts
 from cluster.transport.base import Call, CallFailure
 from cluster.wire.frames import DispatchFrame, ErrorFrame, RowsFrame, joined
 from cluster.wire.tensors import TORCH_DTYPES, dtype_name, from_bytes, to_bytes

@@ -12,8 +12,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
-from cluster.errors import InvalidRequestError, TooLargeError, UnknownModelError
-from cluster.shown import shown
+from cluster.errors import InvalidRequestError, TooLargeError, UnknownModelError, shown
 from router.gateway.openai.call import Collected
 from router.gateway.service import Delta, GenerationService, Usage
 from router.gateway.tokenizer import Tokenizer

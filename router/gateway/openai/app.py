@@ -16,8 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from cluster.contract import EXACT_KEY
 from cluster.errors import ExpertMeshError
+from cluster.spec import EXACT_KEY
 from router.control.readiness import Readiness
 from router.gateway.models import GatewayModel
 from router.gateway.openai.call import OpenAiCall

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.errors import InvalidRequestError
-from cluster.shown import shown
+from cluster.errors import InvalidRequestError, shown
 from router.gateway import checks
 
 ANY = None

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cluster.errors import ConfigError
-from cluster.placement.placement import ModelExperts, assign_experts
+from cluster.placement.placement import assign_experts
+from cluster.spec import ModelExperts
 from cluster.wire.frames import DTYPE_BYTES
 from router.config import RouterConfig
 from router.ops.plan.shape import ModelShape

@@ -1,0 +1,140 @@
+"""Frames to expert actors as Ray calls."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayError
+
+from cluster.spec import ACTOR_NAMESPACE, actor_name
+from cluster.transport.base import (
+    GONE_CHECK_S,
+    Call,
+    CallFailure,
+    Flight,
+    IsGone,
+    Outcome,
+    never_gone,
+)
+from cluster.transport.stream.handshake import Network, StreamOffer
+
+
+class RayTransport:
+    """One Ray actor call per frame. Works everywhere; must be used from one thread."""
+
+    def __init__(self, actors: RayActors) -> None:
+        """``actors`` finds the actors' handles."""
+        self.calls: Counter[str] = Counter()
+        self._actors = actors
+
+    def begin(self, calls: Sequence[Call], timeout_s: float) -> Flight:
+        """See :class:`Transport`."""
+        deadline_s = time.monotonic() + timeout_s
+        refs: list[ray.ObjectRef | None] = []
+        for call in calls:
+            handle = self._actors.handle(call.actor_id, call.generation)
+            frame = call.frame[0] if len(call.frame) == 1 else b"".join(call.frame)
+            refs.append(None if handle is None else handle.compute.remote(frame))
+        self.calls["ray"] += len(calls)
+        return _RayFlight(self._actors, calls, refs, deadline_s)
+
+    def renew(self, actor_id: str) -> None:
+        """See :class:`Transport`; Ray keeps the connections."""
+
+    def is_ready(self, actor_id: str, generation: int) -> bool:
+        """See :class:`Transport`; Ray does not tell."""
+        return True
+
+    def close(self) -> None:
+        """See :class:`Transport`; Ray keeps the connections."""
+
+
+class _RayFlight:
+    def __init__(
+        self,
+        actors: RayActors,
+        calls: Sequence[Call],
+        refs: Sequence[ray.ObjectRef | None],
+        deadline_s: float,
+    ) -> None:
+        self._actors = actors
+        self._calls = calls
+        self._refs = refs
+        self._deadline_s = deadline_s
+
+    def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
+        """See :class:`Flight`."""
+        sent = [(c, ref) for c, ref in zip(self._calls, self._refs, strict=True) if ref is not None]
+        try:
+            answers: list[Outcome] = ray.get([ref for _, ref in sent], timeout=self._slice_s())
+        except RayError:
+            answers = [self._outcome(call, ref, is_gone) for call, ref in sent]
+        came = iter(answers)
+        outcomes = [CallFailure.DIED if ref is None else next(came) for ref in self._refs]
+        for call, outcome in zip(self._calls, outcomes, strict=True):
+            if outcome is CallFailure.DIED:
+                # A controller that never knew this one may give its generation to another.
+                self._actors.forget(call.actor_id)
+        return outcomes
+
+    def _remaining_s(self) -> float:
+        return max(0.0, self._deadline_s - time.monotonic())
+
+    def _slice_s(self) -> float:
+        return min(self._remaining_s(), GONE_CHECK_S)
+
+    def _outcome(self, call: Call, ref: ray.ObjectRef, is_gone: IsGone) -> Outcome:
+        while True:
+            try:
+                answer: bytes = ray.get(ref, timeout=self._slice_s())
+                return answer
+            except GetTimeoutError:
+                if is_gone(call):
+                    return CallFailure.DIED
+                if self._remaining_s() == 0:
+                    return CallFailure.TIMED_OUT
+            except RayError:
+                return CallFailure.DIED
+
+
+class RayActors:
+    """Finds one application's expert actors by their names; safe to use from several threads."""
+
+    def __init__(self, app: str) -> None:
+        """``app`` is the Serve application whose actors are called."""
+        self._app = app
+        self._handles: dict[str, tuple[int, ActorHandle]] = {}
+
+    def handle(self, actor_id: str, generation: int) -> ActorHandle | None:
+        """Return the handle of one generation of an actor, or ``None`` when Ray knows no such."""
+        known, handle = self._handles.get(actor_id, (0, None))
+        if handle is not None and known == generation:
+            return handle
+        name = actor_name(self._app, actor_id, generation)
+        try:
+            handle = ray.get_actor(name, namespace=ACTOR_NAMESPACE)
+        except ValueError:  # Ray knows no living actor of this name
+            return None
+        self._handles[actor_id] = (generation, handle)
+        return handle
+
+    def forget(self, actor_id: str) -> None:
+        """Look the actor up again at its next call."""
+        self._handles.pop(actor_id, None)
+
+    def offer(
+        self, actor_id: str, generation: int, network: Network, timeout_s: float
+    ) -> StreamOffer | None:
+        """Ask an actor where it listens for streams; ``None`` when it does not tell in time."""
+        handle = self.handle(actor_id, generation)
+        if handle is None:
+            return None
+        try:
+            offer: StreamOffer = ray.get(handle.offer_stream.remote(network), timeout=timeout_s)
+            return offer
+        except RayError:
+            return None
