@@ -137,8 +137,8 @@ class Bench:
         from router.config import ExpertsConfig, RouterConfig
         from router.engine.engine import Engine
         from router.engine.scheduler import Limits, Scheduler
-        from router.model.kv_cache import PAGE_SIZE, pages_needed
         from router.model.model import MoEModel
+        from router.model.page_pool import PAGE_SIZE, pages_needed
         from router.moe.dispatch import Dispatcher
         from router.moe.layer import RemoteExchange
 

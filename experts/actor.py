@@ -39,9 +39,9 @@ from experts.bank import Expert, ExpertBank, GatedFfnExpert
 from experts.checkpoint.checkpoint import Checkpoint, RemoteFiles
 from experts.checkpoint.expert_weights import load_expert
 from experts.checkpoint.remote_files import open_model
+from experts.checkpoint.remote_reader import RayNeighbours
 from experts.compute.emulated import EmulatedExpert
 from experts.compute.ffn import ACTIVATIONS
-from experts.ray_peers import RayNeighbours
 from experts.tracing import open_spans
 
 logger = logging.getLogger("expertmesh.actor")

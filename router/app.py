@@ -17,7 +17,7 @@ from ray.serve.exceptions import RayServeException
 
 from cluster.controller.pool import SERVING_ENVIRONMENT
 from cluster.errors import ConfigError, ExpertMeshError
-from experts.ray_peers import RayNeighbours
+from experts.checkpoint.remote_reader import RayNeighbours
 from router.config import AppConfig, RouterConfig, parse_args
 from router.gateway.budget import RETRY_AFTER_S
 from router.gateway.models import GatewayModel

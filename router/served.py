@@ -12,7 +12,7 @@ from cluster.spec import ActorSpec, ModelExperts, ModelSource, PoolSpec, budgets
 from experts.checkpoint.checkpoint import Checkpoint, parse_json
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.remote_files import Neighbours, open_model
-from router.config import AppConfig, ExpertsConfig, ModelConfig
+from router.config import AppConfig, ExpertsConfig, ModelConfig, load_deployment
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,3 +142,34 @@ def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     if any(type(i) is not int or not 0 <= i < checkpoint.vocab_size for i in ids):
         raise CheckpointError(f"eos_token_id {shown(eos)} is not in the vocabulary", str(file))
     return ids
+
+
+def check_file(path: Path) -> list[str]:
+    """Check a deployment file and its models' headers; returns a line for each thing found fine.
+
+    Raises :class:`ConfigError` or :class:`CheckpointError` for the first thing that is wrong.
+    """
+    lines = []
+    for name, config in load_deployment(path):
+        served = inspect_models(config, f"{path}: applications.{name}.args")
+        pools = config.experts.pools or ()
+        kinds = f" ({', '.join(f'{pool.name}: {pool.actors}' for pool in pools)})" if pools else ""
+        lines.append(
+            f"application {name}: {config.experts.num_actors} expert actors{kinds}, "
+            f"{config.router.replicas} routers per model, {config.gateway.replicas} gateways"
+        )
+        if emulated := config.experts.emulated_pools:
+            lines.append(f"emulated devices, so that no answer is exact: {', '.join(emulated)}")
+        lines.extend(_describe(model) for model in served)
+    return lines
+
+
+def _describe(model: ServedModel) -> str:
+    experts = model.source.experts
+    total_mb = len(experts.expert_keys()) * experts.expert_bytes / 1e6
+    dtype = model.dtype if model.stored is None else f"{model.dtype} (stored as {model.stored})"
+    return (
+        f"model {model.id}: {model.family}, {model.num_layers} layers of {model.num_experts} "
+        f"experts (top {model.num_experts_per_tok}), {dtype}, experts {total_mb:.1f} MB, "
+        f"context {model.max_model_len} tokens"
+    )

@@ -31,8 +31,8 @@ from router.control.placement_view import PlacementView
 from router.engine.engine import Emission, Engine
 from router.engine.scheduler import Limits, Scheduler
 from router.messages.request import GenerationRequest, SamplingParams, TokenEvent, merge_events
-from router.model.kv_cache import PAGE_SIZE
 from router.model.model import MoEModel
+from router.model.page_pool import PAGE_SIZE
 from router.moe.capacity import CapacityLimit
 from router.moe.dispatch import Dispatcher
 from router.moe.layer import RemoteExchange

@@ -5,6 +5,8 @@ Dimension letters: H hidden size, I intermediate size.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +17,6 @@ from experts.checkpoint.checkpoint import Checkpoint, read_into
 from experts.checkpoint.dequantize import dequantize_fp8, dequantized
 from experts.checkpoint.quantization import FP8
 from experts.families.base import Part
-from experts.pages import paged
 
 _TORCH_DTYPES = {
     "F32": torch.float32,
@@ -170,3 +171,18 @@ def _read_stored(
     else:
         read_into(checkpoint, name, begin * row_bytes, flat.numpy().data)
     return into
+
+
+MIN_PAGED_BYTES = 64 << 10
+"""Smaller tensors come from the heap: half a page is lost at the end of each that has its own."""
+
+
+_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+
+
+def paged(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor on the CPU, to be filled, that leaves no hole in the heap when it goes."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes < MIN_PAGED_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, num_bytes, flags=_FLAGS), dtype=dtype).view(shape)

@@ -13,9 +13,8 @@ from typer.core import TyperGroup
 
 from router.cli.bench import bench
 from router.cli.chat import chat
-from router.cli.check import check
 from router.cli.common import exit_codes, write
-from router.cli.config import config
+from router.cli.config import check, config
 from router.cli.convert import convert
 from router.cli.doctor import doctor
 from router.cli.generate import generate

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
-from router.cli.common import AsJson, write, write_json
+from cluster.errors import CheckpointError, ConfigError
+from router.cli.common import BAD_USAGE, AsJson, fail, write, write_json
+from router.config import IMPORT_PATH, AppConfig
+from router.served import check_file
 
 config = typer.Typer(
     no_args_is_help=True, help="What a deployment file may hold, and what one comes to."
@@ -28,7 +32,7 @@ def schema(
     An editor with a YAML language server takes it from a file's first line:
     `# yaml-language-server: $schema=expertmesh.schema.json`
     """
-    from router.deployment_schema import args_schema, file_schema
+    pass
 
     write_json(args_schema() if args else file_schema(), indent=2)
 
@@ -55,3 +59,50 @@ def show(
         write_json(document, indent=2)
     else:
         write(yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100))
+
+
+def check(
+    file: Annotated[Path, typer.Argument(help="A deployment file, as `serve run` takes it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check a deployment file and its checkpoints without starting anything.
+
+    Example: expertmesh check deploy/cluster.yaml
+    """
+
+    try:
+        lines = check_file(file)
+    except (ConfigError, CheckpointError) as error:
+        if as_json:
+            write_json({"ok": False, "error": error.to_wire()})
+        fail(str(error), BAD_USAGE)
+    if as_json:
+        write_json({"ok": True, "checks": lines})
+    else:
+        write("".join(f"{line}\n" for line in lines))
+
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def args_schema() -> dict[str, Any]:
+    """Return the schema of what stands under an application's ``args:``."""
+    return {"$schema": _DIALECT, **AppConfig.model_json_schema()}
+
+
+def file_schema() -> dict[str, Any]:
+    """Return the schema of a whole file: Ray Serve's own, with ours at ``args:``."""
+
+    schema: dict[str, Any] = {"$schema": _DIALECT, **ServeDeploySchema.model_json_schema()}
+    schema["title"] = "ExpertMesh deployment file"
+    definitions = schema["$defs"]
+    args = AppConfig.model_json_schema()
+    ours = {**args.pop("$defs"), "AppConfig": args}
+    assert not ours.keys() & definitions.keys(), "Serve has classes of the same names"
+    definitions.update(ours)
+    application = definitions["ServeApplicationSchema"]
+    application["properties"]["args"] = {"$ref": "#/$defs/AppConfig"}
+    application["properties"]["import_path"] = {"const": IMPORT_PATH}
+    application["required"] = sorted({*application.get("required", []), "args", "import_path"})
+    schema["properties"]["applications"]["minItems"] = 1
+    return schema

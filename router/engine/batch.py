@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from router.engine.scheduler import Sequence, Work
+from router.engine.sequence import Sequence, Work
 from router.model.kv_cache import Chunk, PagedBatch
 
 

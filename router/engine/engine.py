@@ -26,12 +26,13 @@ from cluster.errors import (
 )
 from router.engine.batch import StepInput, pack
 from router.engine.sampling import Draw, sample
-from router.engine.scheduler import Scheduler, Sequence, Work
+from router.engine.scheduler import Scheduler
+from router.engine.sequence import Sequence, Work
+from router.engine.stats import EngineTally
 from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
 from router.model.model import MoEModel
 from router.moe.layer import RemoteExchange
 from router.moe.missing import StepLoss
-from router.observability.histogram import EngineTally
 from router.observability.tracing import RequestTrace, begin_step
 
 IDLE_S = 0.1

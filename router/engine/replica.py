@@ -25,19 +25,19 @@ from cluster.errors import ExpertMeshError, being_deleted
 from cluster.transport.open import open_transport
 from cluster.wire.tensors import TORCH_DTYPES
 from experts.checkpoint.remote_files import open_model
-from experts.ray_peers import RayNeighbours
+from experts.checkpoint.remote_reader import RayNeighbours
 from router.config import ExpertsConfig, RouterConfig
 from router.control.placement_view import ControllerClient, PlacementView, PlacementWatcher
 from router.engine.engine import Emission, Engine
 from router.engine.scheduler import Limits, Scheduler
+from router.engine.stats import RouterSamples
 from router.messages.request import GenerationRequest, TokenEvent, merge_events
 from router.messages.token_link import LinkAddress, LinkClient
-from router.model.kv_cache import PAGE_SIZE, pages_needed
 from router.model.model import MoEModel
+from router.model.page_pool import PAGE_SIZE, pages_needed
 from router.moe.capacity import CapacityLimit
 from router.moe.dispatch import Dispatcher
 from router.moe.layer import RemoteExchange
-from router.observability.samples import RouterSamples
 from router.observability.tracing import RequestTrace
 from router.served import ServedModel
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from experts.checkpoint.remote_files import open_model
-from experts.ray_peers import RayNeighbours
+from experts.checkpoint.remote_reader import RayNeighbours
 from router.gateway.tokenizer import Tokenizer
 
 

@@ -50,11 +50,11 @@ from cluster.spec import OnExpertLoss
 from router.control.placement_view import PlacementView, PlacementWatcher
 from router.control.readiness import Readiness, readiness
 from router.gateway.budget import RETRY_AFTER_S
-from router.logs import setup_logging
 from router.messages.request import GenerationRequest, Receipts, TokenEvent, merge_events
 from router.messages.token_link import LinkAddress, LinkServer
 from router.observability.tracing import as_current, gateway_span
 from router.retry import Retries, RetryBudget, RetryPolicy
+from router.serve.process import setup_logging
 
 STATUS_TIMEOUT_S = 5.0
 CHANGE_TIMEOUT_S = 900.0

@@ -16,8 +16,8 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from router.model.kv_cache import PagedContext, paged_attention
-from router.remote_experts import RemoteExperts
+from router.model.paged_attention import PagedContext, paged_attention
+from router.moe.layer import RemoteExperts
 
 
 class GrokConfig(PreTrainedConfig):  # type: ignore[misc]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from router.model.kv_cache import PagedContext, paged_attention
+from router.model.paged_attention import PagedContext, paged_attention
 
 LATENT_ATTENTION_NAME = "expertmesh_latent"
 

@@ -30,17 +30,11 @@ from router.model.cpu.fused_attention import fuse_attention
 from router.model.cpu.packed_linear import pack_linears
 from router.model.cpu.rms_norm import replace_norms
 from router.model.grok import register_grok
-from router.model.kv_cache import (
-    ATTENTION_NAME,
-    LatentCache,
-    PagedBatch,
-    PagedCache,
-    PagedContext,
-    paged_attention,
-)
+from router.model.kv_cache import LatentCache, PagedBatch, PagedCache
 from router.model.latent_attention import LATENT_ATTENTION_NAME, keep_latents, latent_attention
+from router.model.paged_attention import ATTENTION_NAME, PagedContext, paged_attention
 from router.moe.gate import Gate, chooser
-from router.remote_experts import ExpertExchange, RemoteExperts
+from router.moe.layer import ExpertExchange, RemoteExperts
 
 _REPLACING = threading.Lock()
 

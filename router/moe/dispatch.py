@@ -15,10 +15,9 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,8 +45,9 @@ from cluster.wire.tensors import dtype_name
 from router.control.placement_view import PlacementView
 from router.moe.combine import Received
 from router.moe.copy_choice import Copies, Pace, has_other_copies
+from router.moe.layout import Layout, Part, lay_out, split
 from router.moe.missing import LostExperts
-from router.moe.permute import gather, route
+from router.moe.permute import gather
 from router.retry import RetryPolicy
 
 BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
@@ -60,37 +60,7 @@ LATE_S = 0.5
 logger = logging.getLogger("expertmesh.dispatch")
 
 
-@dataclass(frozen=True, slots=True)
-class _Holder:
-    """Who has a share of a layout; ``actor_id`` is ``None`` where its experts have no live copy."""
-
-    actor_id: str | None
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """One layer's experts in an order in which those of one holder stand together.
-
-    ``expert_of`` [E] has the expert at each place, and ``ends`` where each holder's places end.
-    """
-
-    expert_of: np.ndarray
-    ends: np.ndarray
-    holders: tuple[_Holder, ...]
-
-
-class _Part(NamedTuple):
-    """The share of one actor in a layer: which pairs it computes, grouped by expert."""
-
-    actor_id: str
-    generation: int
-    expert_ids: tuple[int, ...]
-    counts: tuple[int, ...]
-    pairs: np.ndarray
-
-
-_Sent = tuple[_Part, DispatchFrame, Call]
+_Sent = tuple[Part, DispatchFrame, Call]
 
 
 @dataclass(slots=True)
@@ -151,7 +121,7 @@ class Dispatcher:
         self._call_timeout_s = call_timeout_s
         self._request_ids = itertools.count(1)
         self._laid_out: Placement | None = None
-        self._layouts: dict[int, _Layout] = {}
+        self._layouts: dict[int, Layout] = {}
         self._holders: dict[int, list[tuple[str, ...]]] = {}
         self._copies = Copies()
         self._pace = Pace()
@@ -225,7 +195,7 @@ class Dispatcher:
             raise ExpertUnavailableError("no placement is known yet", self._model, 1.0)
         return placement
 
-    def _layout(self, placement: Placement, layer: _Layer, pending: np.ndarray | None) -> _Layout:
+    def _layout(self, placement: Placement, layer: _Layer, pending: np.ndarray | None) -> Layout:
         """Return the layer's layout: a kept one where no expert has more than one copy."""
         holders = self._holders_of(placement, layer.layer_id)
         layout = self._layouts.get(layer.layer_id)
@@ -267,15 +237,13 @@ class Dispatcher:
             if actor_id not in shunned and not self._transport.is_ready(actor_id, generation)
         )
 
-    def _others(
-        self, placement: Placement, layer: _Layer, parts: Sequence[_Part]
-    ) -> Sequence[bool]:
+    def _others(self, placement: Placement, layer: _Layer, parts: Sequence[Part]) -> Sequence[bool]:
         """Tell of each part whether others can do its work."""
         if layer.layer_id in self._layouts:  # no expert has a second copy
             return [False] * len(parts)
         return [self._has_other(placement, layer, part) for part in parts]
 
-    def _has_other(self, placement: Placement, layer: _Layer, part: _Part) -> bool:
+    def _has_other(self, placement: Placement, layer: _Layer, part: Part) -> bool:
         """Tell whether other actors hold all experts of a part and have not failed lately."""
         holders = self._holders_of(placement, layer.layer_id)
         shunned = self._shunned(placement, layer)
@@ -304,7 +272,7 @@ class Dispatcher:
         return self._is_gone(epoch, call)
 
     def _begin(
-        self, placement: Placement, layer: _Layer, ordered: np.ndarray, parts: Sequence[_Part]
+        self, placement: Placement, layer: _Layer, ordered: np.ndarray, parts: Sequence[Part]
     ) -> _Attempt:
         """Send every part once."""
         now_s = time.time()
@@ -350,10 +318,10 @@ class Dispatcher:
                 attempt.flights.append((sent, flight))
         return attempt
 
-    def _finish(self, layer: _Layer, attempt: _Attempt) -> list[_Part]:
+    def _finish(self, layer: _Layer, attempt: _Attempt) -> list[Part]:
         """Take the answers; return the parts that got none."""
         is_given_up = partial(self._is_given_up, attempt.epoch, attempt.most_rows, attempt.sent_s)
-        failed: list[_Part] = []
+        failed: list[Part] = []
         for sent, flight in attempt.flights:
             layer.keep()
             outcomes = flight.wait(is_given_up)
@@ -366,7 +334,7 @@ class Dispatcher:
             self._pace.note(attempt.most_rows, time.time() - attempt.sent_s)
         return failed
 
-    def _take(self, layer: _Layer, part: _Part, sent: DispatchFrame, outcome: Outcome) -> bool:
+    def _take(self, layer: _Layer, part: Part, sent: DispatchFrame, outcome: Outcome) -> bool:
         if isinstance(outcome, CallFailure):
             self.retries[outcome.value] += 1
             self._copies.avoid(part.actor_id, part.generation, time.monotonic())
@@ -384,7 +352,7 @@ class Dispatcher:
         layer.received.append(Received(part.pairs, joined(answer.rows)))
         return True
 
-    def _refused(self, layer: _Layer, part: _Part, answer: ErrorFrame) -> bool:
+    def _refused(self, layer: _Layer, part: Part, answer: ErrorFrame) -> bool:
         """Count a refusal; raises for a frame that is malformed whichever way it goes.
 
         One that was damaged on its way is sent again.
@@ -398,7 +366,7 @@ class Dispatcher:
             raise InternalError("expert actors refuse a frame as malformed")
         return self._damaged(part, answer.error)
 
-    def _damaged(self, part: _Part, what: object) -> bool:
+    def _damaged(self, part: Part, what: object) -> bool:
         """Count a frame that was damaged on its way to or from an actor."""
         logger.warning("%s g%d, a damaged frame: %s", part.actor_id, part.generation, what)
         self.retries["malformed"] += 1
@@ -418,40 +386,3 @@ class Dispatcher:
         remaining_s = max(0.0, deadline_s - time.time())
         wait_s = BACKOFF.delay_s(failures, random.random()) or 0.0
         self._view.wait_newer(placement, min(wait_s, remaining_s))
-
-
-def lay_out(holders: Mapping[int, str | None], generations: Mapping[str, int]) -> _Layout:
-    """Order a layer's experts by holder, those without one first, then by id.
-
-    ``holders`` has every expert of the layer.
-    """
-    expert_ids = sorted(holders, key=lambda expert_id: (holders[expert_id] or "", expert_id))
-    sizes: Counter[str | None] = Counter()  # in the order of the experts
-    for expert_id in expert_ids:
-        sizes[holders[expert_id]] += 1
-    return _Layout(
-        np.array(expert_ids, np.int64),
-        np.cumsum(list(sizes.values()), dtype=np.int64),
-        tuple(_Holder(one, 0 if one is None else generations[one]) for one in sizes),
-    )
-
-
-def split(
-    layout: _Layout, expert_ids: np.ndarray, k: int, pairs: np.ndarray | None
-) -> tuple[np.ndarray, list[_Part], np.ndarray]:
-    """Divide pairs among actors: by expert, then by rank, then by token.
-
-    ``expert_ids`` [P] has the expert of every pair of the layer; ``pairs`` ascend, ``None`` is all
-    of them. Returns the pairs that have an actor, in order; the parts, each a stretch of it; and
-    those whose experts have no live copy.
-    """
-    ordered, shares = route(expert_ids, k, layout.expert_of, layout.ends, pairs)
-    parts: list[_Part] = []
-    first = 0
-    for holder, (asked_ids, counts, begin, end) in zip(layout.holders, shares, strict=True):
-        if holder.actor_id is None:  # the first share, if there is such
-            first = end
-        elif asked_ids:
-            asked = ordered[begin:end]
-            parts.append(_Part(holder.actor_id, holder.generation, asked_ids, counts, asked))
-    return ordered[first:], parts, ordered[:first]

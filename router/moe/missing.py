@@ -22,7 +22,7 @@ import torch
 
 from cluster.placement.placement import Placement
 from router.control.placement_view import PlacementView
-from router.engine.scheduler import Awaited, Work
+from router.engine.sequence import Awaited, Work
 from router.moe.gate import ChooseAmong
 
 

@@ -7,10 +7,11 @@ moment ago.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Values
 
-from router.engine.scheduler import Sequence
-from router.observability.catalogue import LATENCY_BUCKETS_S, TOKEN_BUCKETS_S
+from cluster.reports import Sample
+from router.observability.catalogue import Family
 
 
 class Distribution:
@@ -37,39 +38,21 @@ class Distribution:
         return counts
 
 
-class EngineTally:
-    """Times and tokens of one engine; :class:`router.engine.scheduler.Times` has a sequence's own.
+def counts_of(
+    family: Family, counts: Mapping[str, float], labels: Mapping[str, str], by: str
+) -> list[Sample]:
+    """Return a counter's samples, one for each value of the label ``by``."""
+    name = family.exported
+    return [(name, {**labels, by: key}, float(value)) for key, value in counts.items()]
 
-    A sequence that goes on after a failure brings tokens with it; only what follows them counts.
-    """
 
-    def __init__(self) -> None:
-        """Start at nothing."""
-        self.queue_time_s = Distribution(LATENCY_BUCKETS_S)
-        self.prefill_time_s = Distribution(LATENCY_BUCKETS_S)
-        self.decode_time_s = Distribution(LATENCY_BUCKETS_S)
-        self.inter_token_s = Distribution(TOKEN_BUCKETS_S)
-        self.steps = 0
-        self.step_tokens = 0
-
-    def scheduled(self, sequence: Sequence, now_s: float) -> None:
-        """Note that a step computes the sequence, for the first time."""
-        sequence.times.scheduled_s = now_s
-        self.queue_time_s.add(now_s - sequence.times.queued_s)
-
-    def token(self, sequence: Sequence, now_s: float) -> None:
-        """Note a token that was sampled for the sequence."""
-        times = sequence.times
-        if times.last_token_s:
-            self.inter_token_s.add(now_s - times.last_token_s)
-        elif not sequence.forced:
-            self.prefill_time_s.add(now_s - times.scheduled_s)
-        if not times.first_token_s:
-            times.first_token_s = now_s
-        times.last_token_s = now_s
-
-    def finished(self, sequence: Sequence) -> None:
-        """Note that the sequence has its last token."""
-        times = sequence.times
-        if times.first_token_s and not sequence.forced:
-            self.decode_time_s.add(times.last_token_s - times.first_token_s)
+def histogram_of(
+    family: Family, values: Distribution, labels: Mapping[str, str]
+) -> Iterable[Sample]:
+    """Yield a histogram's samples: its buckets, count and sum."""
+    cumulative = values.cumulative()
+    bounds = [*map(repr, values.bounds), "+Inf"]
+    for bound, count in zip(bounds, cumulative, strict=True):
+        yield f"{family.name}_bucket", {**labels, "le": bound}, float(count)
+    yield f"{family.name}_count", labels, float(cumulative[-1])
+    yield f"{family.name}_sum", labels, values.total

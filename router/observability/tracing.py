@@ -31,7 +31,7 @@ from experts.tracing import wall_ns
 from router.messages.request import GenerationRequest, Receipts
 
 if TYPE_CHECKING:  # brings torch, which a gateway does without
-    from router.engine.scheduler import Sequence, Work
+    from router.engine.sequence import Sequence, Work
 
 STEPS_IN_DETAIL = 4
 """So many steps of a request have spans for their layers: all of them would be thousands."""

@@ -19,7 +19,7 @@ from cluster.spec import PoolSpec
 from experts.remote import RemoteExpertActor
 from experts.tracing import EXPORTER_VARIABLE, TO_FILES
 from router.config import AppConfig
-from router.logs import failures_logged, setup_logging
+from router.serve.process import failures_logged, setup_logging
 
 SERVE_TIMEOUT_S = 5.0
 

@@ -12,9 +12,8 @@ from ray import serve
 
 from router.config import AppConfig
 from router.gateway.ray_upstream import HandleController
-from router.logs import failures_logged, setup_logging
 from router.serve.autoscaling import USE
-from router.serve.process import collector_paused
+from router.serve.process import collector_paused, failures_logged, setup_logging
 from router.served import ServedModel
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from router.config import CapacityConfig
+from router.engine.stats import RouterSamples
 from router.moe.capacity import Placed, tokens_per_expert, within_capacity
 from router.moe.gate import chooser
 from router.moe.missing import Choice
 from router.observability import catalogue
-from router.observability.samples import RouterSamples
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import MODEL, LocalCluster, greedy_request
 from tests.unit.test_engine import expected_tokens, prompt_of

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from cluster.errors import UnavailableError
 from router.cli.app import app
-from router.cli.conversation import Conversation
+from router.cli.chat import Conversation
 from router.client import Message
 from router.messages.request import GenerationRequest
 from tests.unit.gateway_fakes import CONTEXT, FakeUpstream, grpc_server, says, tokenizer

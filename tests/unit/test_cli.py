@@ -212,9 +212,9 @@ def stub_check(monkeypatch: pytest.MonkeyPatch, result: list[str] | Exception) -
             raise result
         return [f"{path.name}: {line}" for line in result]
 
-    module: Any = types.ModuleType("router.check")
+    module: Any = types.ModuleType("router.served")
     module.check_file = check_file
-    monkeypatch.setitem(sys.modules, "router.check", module)
+    monkeypatch.setitem(sys.modules, "router.served", module)
 
 
 def test_check_prints_what_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:

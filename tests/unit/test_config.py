@@ -16,7 +16,6 @@ import deploy
 from cluster.errors import CheckpointError, ConfigError, ExpertMeshError
 from cluster.spec import ScalingTargets, budgets_of
 from router.app import build, deployment_names
-from router.check import check_file
 from router.config import (
     AppConfig,
     ExpertsConfig,
@@ -28,7 +27,7 @@ from router.config import (
     load_deployment,
     parse_args,
 )
-from router.served import ServedModel, inspect_models, pool_specs
+from router.served import ServedModel, check_file, inspect_models, pool_specs
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 
 DEPLOY = Path(deploy.__file__).parent

@@ -31,10 +31,9 @@ from experts.bank import ExpertBank
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.identity import identity_of
 from experts.compute.emulated import EmulatedExpert
-from router.check import check_file
 from router.cli.status import _summary
 from router.config import parse_args
-from router.served import inspect_models, pool_specs
+from router.served import check_file, inspect_models, pool_specs
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.unit.test_engine import expected_tokens, prompt_of

@@ -17,8 +17,8 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from experts.convert.layouts import open_source
 from experts.convert.plan import make_plan
 from experts.families import FAMILIES
-from router.check import check_file
 from router.ops.plan.source import find_model
+from router.served import check_file
 from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import SAVERS
 from tests.grok_oracle import save_grok

@@ -24,7 +24,8 @@ from cluster.errors import CancelledRequestError, DeadlineExceededError, ExpertU
 from cluster.placement.placement import empty_placement
 from cluster.spec import ModelExperts
 from cluster.transport.base import Call, CallFailure
-from router.engine.scheduler import Limits, Sequence, Work
+from router.engine.scheduler import Limits
+from router.engine.sequence import Sequence, Work
 from router.messages.request import GenerationRequest, TokenEvent
 from router.moe.gate import choose_among
 from router.moe.missing import Choice, StepLoss, lost_by_layer

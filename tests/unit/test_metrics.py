@@ -15,11 +15,11 @@ import pytest
 from prometheus_client import CollectorRegistry, Histogram
 
 from router.config import CapacityConfig
+from router.engine.stats import RouterSamples
 from router.messages.request import GenerationRequest, Received
 from router.observability import catalogue
 from router.observability.catalogue import FAMILIES, LAYER_BUCKETS_S, Family
-from router.observability.histogram import Distribution
-from router.observability.samples import RouterSamples, histogram_of
+from router.observability.histogram import Distribution, histogram_of
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import MODEL, LocalCluster, greedy_request
 from tests.observed import dashboard_names, panels

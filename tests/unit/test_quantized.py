@@ -20,12 +20,12 @@ from experts.checkpoint.expert_weights import load_expert, read_tensor
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.remote_files import open_model
 from experts.convert.write import convert
-from router.check import check_file
 from router.engine.batch import pack
 from router.engine.scheduler import Limits
 from router.model.model import load_dense
 from router.ops.plan.plan import Wish, make_plan
 from router.ops.plan.source import find_model
+from router.served import check_file
 from tests.family_checkpoints import SAVERS
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.quantise import (

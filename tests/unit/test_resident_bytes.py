@@ -13,9 +13,8 @@ import torch
 
 from cluster.spec import ExpertKey
 from experts.bank import ExpertBank, GatedFfnExpert
-from experts.checkpoint.expert_weights import GatedFfnWeights
+from experts.checkpoint.expert_weights import GatedFfnWeights, paged
 from experts.compute.ffn import ACTIVATIONS
-from experts.pages import paged
 
 COUNT, HIDDEN, INNER = 12, 1024, 1536
 

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import OverloadedError
-from router.engine.scheduler import Limits, Scheduler, Sequence, Work
+from router.engine.scheduler import Limits, Scheduler
+from router.engine.sequence import Sequence, Work
 from router.messages.request import GenerationRequest, SamplingParams
-from router.model.kv_cache import PAGE_SIZE, PagePool, pages_needed
+from router.model.page_pool import PAGE_SIZE, PagePool, pages_needed
 
 
 def request_of(request_id: str, length: int, max_tokens: int = 4, n: int = 1) -> GenerationRequest:

@@ -20,7 +20,7 @@ from ray.serve.schema import TracingConfig
 from cluster.errors import CancelledRequestError, OverloadedError
 from cluster.wire.frames import DispatchFrame
 from experts.tracing import EXPORTER_VARIABLE, open_spans
-from router.engine.scheduler import Sequence, Work
+from router.engine.sequence import Sequence, Work
 from router.messages.request import GenerationRequest, Receipts, SamplingParams, TokenEvent
 from router.observability.tracing import (
     STEPS_IN_DETAIL,

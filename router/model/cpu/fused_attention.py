@@ -17,7 +17,8 @@ from torch import nn
 from cluster.native import native
 from cluster.wire.tensors import to_bytes
 from router.model.cpu.packed_linear import PackedLinear, is_packable
-from router.model.kv_cache import Chunk, PagedBatch, PagedCache, PagedContext, paged_attention
+from router.model.kv_cache import Chunk, PagedBatch, PagedCache
+from router.model.paged_attention import PagedContext, paged_attention
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _TRIED_TOKENS = (2, 48)

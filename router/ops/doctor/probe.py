@@ -22,7 +22,6 @@ from packaging.requirements import Requirement
 
 from cluster.errors import CheckpointMissingError, ExpertMeshError
 from experts.checkpoint.checkpoint import resolve_folder
-from router.check import check_file
 from router.config import AppConfig, load_deployment
 from router.ops.doctor import doctor, machine
 from router.ops.doctor.doctor import Check, Devices, Installed
@@ -31,6 +30,7 @@ from router.ops.doctor.ports import HAPROXY, ports_of, serve_variables, taken_po
 from router.ops.doctor.running_ray import look_at, raylets, target_of, temp_folder
 from router.ops.plan.plan import PlannedModel
 from router.ops.plan.source import find_model
+from router.served import check_file
 
 TORCH_TIMEOUT_S = 60.0
 _ASK_TORCH = """

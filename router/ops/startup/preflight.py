@@ -21,12 +21,12 @@ from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 from rich.console import Console
 
 from cluster.errors import CheckpointMissingError, ExpertMeshError
-from router.check import check_file
 from router.ops.doctor.doctor import Check, check_ray
 from router.ops.doctor.probe import checks_of_a_start, read_deployment
 from router.ops.doctor.running_ray import Target, look_at, target_of
 from router.ops.startup.announce import announce
 from router.ops.startup.leftovers import end_with_this_process
+from router.served import check_file
 
 __all__ = ["PowerOfTwoChoicesRequestRouter"]
 

@@ -1,38 +1,56 @@
-"""A process's numbers as plain samples, and a router's from what it counts."""
+"""What an engine counts, and the samples that a router makes of it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
 
 from cluster.reports import Sample, Samples
 from router.engine.engine import Engine
 from router.engine.scheduler import Scheduler
+from router.engine.sequence import Sequence
 from router.moe.dispatch import Dispatcher
 from router.moe.layer import RemoteExchange
 from router.observability import catalogue
-from router.observability.catalogue import Family
-from router.observability.histogram import Distribution
+from router.observability.catalogue import LATENCY_BUCKETS_S, TOKEN_BUCKETS_S, Family
+from router.observability.histogram import Distribution, counts_of, histogram_of
 
 
-def counts_of(
-    family: Family, counts: Mapping[str, float], labels: Mapping[str, str], by: str
-) -> list[Sample]:
-    """Return a counter's samples, one for each value of the label ``by``."""
-    name = family.exported
-    return [(name, {**labels, by: key}, float(value)) for key, value in counts.items()]
+class EngineTally:
+    """Times and tokens of one engine; :class:`router.engine.sequence.Times` has a sequence's own.
 
+    A sequence that goes on after a failure brings tokens with it; only what follows them counts.
+    """
 
-def histogram_of(
-    family: Family, values: Distribution, labels: Mapping[str, str]
-) -> Iterable[Sample]:
-    """Yield a histogram's samples: its buckets, count and sum."""
-    cumulative = values.cumulative()
-    bounds = [*map(repr, values.bounds), "+Inf"]
-    for bound, count in zip(bounds, cumulative, strict=True):
-        yield f"{family.name}_bucket", {**labels, "le": bound}, float(count)
-    yield f"{family.name}_count", labels, float(cumulative[-1])
-    yield f"{family.name}_sum", labels, values.total
+    def __init__(self) -> None:
+        """Start at nothing."""
+        self.queue_time_s = Distribution(LATENCY_BUCKETS_S)
+        self.prefill_time_s = Distribution(LATENCY_BUCKETS_S)
+        self.decode_time_s = Distribution(LATENCY_BUCKETS_S)
+        self.inter_token_s = Distribution(TOKEN_BUCKETS_S)
+        self.steps = 0
+        self.step_tokens = 0
+
+    def scheduled(self, sequence: Sequence, now_s: float) -> None:
+        """Note that a step computes the sequence, for the first time."""
+        sequence.times.scheduled_s = now_s
+        self.queue_time_s.add(now_s - sequence.times.queued_s)
+
+    def token(self, sequence: Sequence, now_s: float) -> None:
+        """Note a token that was sampled for the sequence."""
+        times = sequence.times
+        if times.last_token_s:
+            self.inter_token_s.add(now_s - times.last_token_s)
+        elif not sequence.forced:
+            self.prefill_time_s.add(now_s - times.scheduled_s)
+        if not times.first_token_s:
+            times.first_token_s = now_s
+        times.last_token_s = now_s
+
+    def finished(self, sequence: Sequence) -> None:
+        """Note that the sequence has its last token."""
+        times = sequence.times
+        if times.first_token_s and not sequence.forced:
+            self.decode_time_s.add(times.last_token_s - times.first_token_s)
 
 
 class RouterSamples:

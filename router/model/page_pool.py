@@ -1,0 +1,38 @@
+"""Pages of the key/value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+PAGE_SIZE = 16
+
+
+class PagePool:
+    """Hands out pages of ``PAGE_SIZE`` token slots; a sequence's pages need not be adjacent."""
+
+    def __init__(self, num_pages: int) -> None:
+        """All pages are free at first."""
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        """How many pages are free."""
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """Take ``count`` pages; the caller has checked ``num_free``."""
+        if count > len(self._free):
+            raise IndexError(f"{count} pages asked for, {len(self._free)} free")
+        taken = self._free[len(self._free) - count :]
+        del self._free[len(self._free) - count :]
+        return taken[::-1]
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        """Return pages to the pool."""
+        self._free.extend(reversed(pages))
+
+
+def pages_needed(num_tokens: int) -> int:
+    """Return how many pages hold ``num_tokens`` tokens."""
+    return -(-num_tokens // PAGE_SIZE)

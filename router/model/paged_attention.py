@@ -1,0 +1,87 @@
+"""Attention over the paged cache, as transformers calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from router.model.capped_attention import chunk_by_scores, decode_by_scores
+from router.model.cpu.decode_attention import attend_cached, attend_gathered, can_attend_cached
+from router.model.kv_cache import PagedBatch, PagedCache
+
+ATTENTION_NAME = "expertmesh_paged"
+
+
+@dataclass(frozen=True, slots=True)
+class PagedContext:
+    """What travels through transformers' model to :func:`paged_attention`.
+
+    ``windowed`` tells of each layer whether it has a sliding window.
+    """
+
+    cache: PagedCache
+    batch: PagedBatch
+    windowed: Sequence[bool]
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    paged: PagedContext,
+    s_aux: torch.Tensor | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend packed tokens to their sequences' cached keys and values.
+
+    An attention implementation in the sense of transformers' registry. ``query`` is [1, Q, T, D],
+    ``key`` and ``value`` [1, G, T, D]; ``paged`` comes from the model's caller. Returns
+    [1, T, Q, D], where D is that of the values. Masks are in ``paged``; sliding windows are part of
+    them. ``s_aux`` [Q] are the heads' sinks, ``softcap`` caps scores
+    (:mod:`router.model.capped_attention`).
+    """
+    layer_id: int = module.layer_idx  # type: ignore[assignment]
+    batch, windowed = paged.batch, paged.windowed[layer_id]
+    paged.cache.store(layer_id, batch.new_slots, key.squeeze(0), value.squeeze(0))
+    is_plain = s_aux is None and softcap is None
+    outputs = []  # [1, T, Q, D] each
+    if batch.num_decode:
+        cached = paged.cache.keys[layer_id], paged.cache.values[layer_id]
+        mask = batch.decode_windowed if windowed else batch.decode_mask
+        decoding = query[0, :, : batch.num_decode]
+        if is_plain and can_attend_cached(decoding, *cached):
+            outputs.append(attend_cached(decoding, *cached, batch.decode_slots, mask, scaling))
+        else:
+            gathered = paged.cache.gather(layer_id, batch.decode_slots)
+            outputs.append(
+                attend_gathered(decoding, *gathered, mask, scaling)
+                if is_plain
+                else decode_by_scores(decoding, *gathered, mask, scaling, softcap, s_aux)
+            )
+    for chunk in batch.chunks:
+        keys, values = paged.cache.gather(layer_id, chunk.slots.unsqueeze(0))
+        mask = chunk.windowed if windowed else chunk.mask
+        tokens = query[:, :, chunk.start : chunk.end]  # [1, Q, C, D]
+        if not is_plain:
+            outputs.append(chunk_by_scores(tokens[0], keys, values, mask, scaling, softcap, s_aux))
+            continue
+        output = functional.scaled_dot_product_attention(
+            tokens,
+            keys.transpose(0, 1),  # [1, G, L, D]
+            values.transpose(0, 1),
+            attn_mask=mask,
+            scale=scaling,
+            is_causal=mask is None,
+            enable_gqa=query.shape[1] != keys.shape[0],
+        )
+        outputs.append(output.transpose(1, 2))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
