@@ -19,12 +19,11 @@ from cluster.controller.pool import SERVING_ENVIRONMENT
 from cluster.errors import ConfigError, ExpertMeshError
 from experts.checkpoint.remote_reader import RayNeighbours
 from router.config import AppConfig, RouterConfig, parse_args
-from router.gateway.budget import RETRY_AFTER_S
+from router.gateway.limits import RETRY_AFTER_S
 from router.gateway.models import GatewayModel
-from router.gateway.ray_upstream import make_upstream
 from router.serve.autoscaling import replica_options
 from router.serve.controller import ControllerDeployment
-from router.serve.gateway import Gateway
+from router.serve.gateway import Gateway, make_upstream
 from router.serve.router import RouterDeployment
 from router.served import ServedModel, inspect_models, pool_specs
 

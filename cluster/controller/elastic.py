@@ -19,6 +19,7 @@ from cluster.controller.changes import Changes
 from cluster.controller.fleet import Fleet
 from cluster.controller.pool import kind_of
 from cluster.controller.rebalance import Rebalancer, Spread
+from cluster.controller.standby import Standby
 from cluster.controller.state import Cluster
 from cluster.errors import ExpertMeshError, InvalidRequestError
 from cluster.placement.board import Device
@@ -27,7 +28,6 @@ from cluster.placement.drain import change_of_copies, cheapest_to_empty
 from cluster.placement.scaling import LATELY_S, SIGNAL_S, BusyMeter, ScalingPolicy, Wanted
 from cluster.reports import ChangeReport, Move
 from cluster.spec import ExpertKey, ModelExperts
-from cluster.standby import Standby
 
 LOOK_S = 0.25
 CHANGE_S = 1.0

@@ -13,12 +13,13 @@ import os
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 
 from cluster.placement.placement import Placement
 from cluster.reports import Samples
+from router.control.client import ControllerClient
 
 WATCH_S = 1.0
 CALL_TIMEOUT_S = 15.0
@@ -27,26 +28,6 @@ LATE_S = WATCH_S + 1.0
 RETRY_S = 0.5
 
 logger = logging.getLogger("expertmesh.placement")
-
-
-class ControllerClient(Protocol):
-    """The controller's methods that a view needs; in a deployment, a Serve handle behind them."""
-
-    def watch(
-        self,
-        kind: str,
-        pid: int,
-        node: str,
-        known: tuple[int, int],
-        timeout_s: float,
-        samples: Samples,
-    ) -> Awaitable[dict[str, Any]]:
-        """See :meth:`cluster.controller.controller.Controller.watch`."""
-        ...
-
-    def suspect(self, actor_id: str, generation: int) -> Awaitable[None]:
-        """See :meth:`cluster.controller.controller.Controller.suspect`."""
-        ...
 
 
 class PlacementView:

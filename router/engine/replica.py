@@ -27,7 +27,8 @@ from cluster.wire.tensors import TORCH_DTYPES
 from experts.checkpoint.remote_files import open_model
 from experts.checkpoint.remote_reader import RayNeighbours
 from router.config import ExpertsConfig, RouterConfig
-from router.control.placement_view import ControllerClient, PlacementView, PlacementWatcher
+from router.control.client import ControllerClient
+from router.control.placement_view import PlacementView, PlacementWatcher
 from router.engine.engine import Emission, Engine
 from router.engine.scheduler import Limits, Scheduler
 from router.engine.stats import RouterSamples

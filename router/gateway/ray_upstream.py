@@ -11,24 +11,19 @@ import asyncio
 import itertools
 import logging
 import os
-import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import ray
 from opentelemetry.trace import Span
-from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from cluster.controller.application import app_is_wanted
 from cluster.errors import (
-    DeadlineExceededError,
     ExpertMeshError,
     InternalError,
     OverloadedError,
@@ -47,14 +42,15 @@ from cluster.reports import (
     Samples,
 )
 from cluster.spec import OnExpertLoss
+from router.control.client import HandleController
 from router.control.placement_view import PlacementView, PlacementWatcher
 from router.control.readiness import Readiness, readiness
-from router.gateway.budget import RETRY_AFTER_S
+from router.gateway.inbox import Inbox, Reply, put_reply, take_events
+from router.gateway.limits import RETRY_AFTER_S
 from router.messages.request import GenerationRequest, Receipts, TokenEvent, merge_events
 from router.messages.token_link import LinkAddress, LinkServer
 from router.observability.tracing import as_current, gateway_span
 from router.retry import Retries, RetryBudget, RetryPolicy
-from router.serve.process import setup_logging
 
 STATUS_TIMEOUT_S = 5.0
 CHANGE_TIMEOUT_S = 900.0
@@ -62,7 +58,6 @@ MEASURE_TIMEOUT_S = 2.0
 RESEND = RetryPolicy(first_delay_s=0.1, max_delay_s=1.0)
 RESEND_TOKENS = 8192
 """A dying router may take along all requests of a gateway at once, which must not use up half."""
-MAX_BUFFERED_EVENTS = 100_000
 MESSAGES_PER_S = 500
 MAX_PAUSE_S = 0.1
 """Beyond so many messages of all streams together, tokens travel several to a message.
@@ -72,8 +67,6 @@ between two of a stream's messages is bounded, so that it still reads as it come
 """
 
 logger = logging.getLogger("expertmesh.gateway")
-
-_Reply = BaseException | dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +158,13 @@ class RayUpstream:
         inbox = Inbox()
         self._inboxes[request.request_id] = inbox
         self._num_streams += request.streamed
-        reply = asyncio.create_task(_put_reply(call, inbox))
+        reply = asyncio.create_task(put_reply(call, inbox))
         self._calls[request.model] += 1
         reply.add_done_callback(lambda _: self._calls.subtract([request.model]))
         try:
             while True:
                 pause_s = min(self._num_streams / MESSAGES_PER_S, MAX_PAUSE_S)
-                events, end = await _take(inbox, request, pause_s)
+                events, end = await take_events(inbox, request, pause_s)
                 for index in stopped.intersection(e.index for e in events if not e.finish_reason):
                     self._link.stop_choice(request.request_id, index)
                 fresh = [f for event in events if (f := receipts.take(event)) is not None]
@@ -297,48 +290,6 @@ async def _done(call: Awaitable[Any]) -> Any:
     return told["report"]
 
 
-def make_upstream(
-    samples: Callable[[], Samples],
-    controller: DeploymentHandle,
-    routers: Mapping[str, DeploymentHandle],
-    max_calls: int,
-    on_expert_loss: OnExpertLoss,
-) -> RayUpstream:
-    """Make a gateway replica's upstream, in the replica."""
-    setup_logging()
-    app = serve.get_replica_context().app_name
-    is_wanted = partial(app_is_wanted, app)
-    return RayUpstream(controller, routers, max_calls, on_expert_loss, is_wanted, samples)
-
-
-class HandleController:
-    """The controller behind a Serve handle, as
-    :class:`router.control.placement_view.ControllerClient`."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        """``handle`` is the controller deployment's."""
-        self._handle = handle
-
-    async def watch(
-        self,
-        kind: str,
-        pid: int,
-        node: str,
-        known: tuple[int, int],
-        timeout_s: float,
-        samples: Samples,
-    ) -> dict[str, Any]:
-        """See :meth:`cluster.controller.controller.Controller.watch`."""
-        told: dict[str, Any] = await self._handle.watch.remote(
-            kind, pid, node, known, timeout_s, samples
-        )
-        return told
-
-    async def suspect(self, actor_id: str, generation: int) -> None:
-        """See :meth:`cluster.controller.controller.Controller.suspect`."""
-        await self._handle.suspect.remote(actor_id, generation)
-
-
 def _resend_delay_s(
     error: Exception, retries: Retries, is_resent: bool, remaining_s: float
 ) -> float:
@@ -357,71 +308,7 @@ def _resend_delay_s(
     return delay_s
 
 
-class Inbox:
-    """What has come for one request: token events in order, and in the end the call's reply.
-
-    Events gather here while the reader is busy with those that it took last: until the client has
-    room for them.
-    """
-
-    def __init__(self) -> None:
-        self._reply: _Reply | None = None
-        self._loop = asyncio.get_running_loop()
-        self._events: list[TokenEvent] = []
-        self._due_s = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-        self._changed = asyncio.Event()
-
-    def put(self, event: TokenEvent) -> None:
-        """Take one event; the reader is woken at once when it is a choice's end, or in its time."""
-        if len(self._events) >= MAX_BUFFERED_EVENTS:  # what is left out comes with the reply
-            return
-        self._events.append(event)
-        if event.finish_reason is not None or self._loop.time() >= self._due_s:
-            self._changed.set()
-        elif self._timer is None:
-            self._timer = self._loop.call_at(self._due_s, self._changed.set)
-
-    def end(self, reply: _Reply) -> None:
-        """Take the call's reply or the error that it ended with; the reader is woken at once."""
-        self._reply = reply
-        self._changed.set()
-
-    async def take(self, pause_s: float) -> tuple[list[TokenEvent], _Reply | None]:
-        """Wait for events or the reply; return all events that have come, and the reply if it has.
-
-        Events that follow are held back for ``pause_s``, so that they are returned together.
-        """
-        await self._changed.wait()
-        self._changed.clear()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._due_s = self._loop.time() + pause_s
-        events, self._events = self._events, []
-        return events, self._reply
-
-
-async def _put_reply(call: Any, inbox: Inbox) -> None:
-    try:
-        inbox.end(await call)
-    except Exception as error:
-        inbox.end(error)
-
-
-async def _take(
-    inbox: Inbox, request: GenerationRequest, pause_s: float
-) -> tuple[list[TokenEvent], _Reply | None]:
-    # A moment past the deadline, so that the router's own word on it comes first.
-    timeout_s = max(0.0, request.deadline_s - time.time()) + 1.0
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await inbox.take(pause_s)
-    except TimeoutError:
-        raise DeadlineExceededError("the request's deadline passed") from None
-
-
-def _events(reply: _Reply) -> list[TokenEvent]:
+def _events(reply: Reply) -> list[TokenEvent]:
     """Return the reply's events; raises the error that it is."""
     if isinstance(reply, BaseException):
         raise _typed(reply)

@@ -18,10 +18,9 @@ from cluster.errors import (
 from cluster.reports import ChangeReport, ClusterStatus, LoadStatus, RebalanceReport
 from router.config import BODIES_AT_ONCE, GatewayConfig
 from router.control.readiness import Readiness
-from router.gateway.budget import Budget
 from router.gateway.detokenize import ChoiceText
 from router.gateway.errors import public_error
-from router.gateway.limits import SlowReaderWatch
+from router.gateway.limits import Budget, SlowReaderWatch
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel, ServedModel
 from router.gateway.upstream import Upstream

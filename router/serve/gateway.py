@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
+from cluster.controller.application import app_is_wanted
+from cluster.reports import Samples
+from cluster.spec import OnExpertLoss
 from router.config import GatewayConfig
 from router.gateway.grpc.handlers import GrpcHandlers
 from router.gateway.grpc.service import GrpcMethods
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel, load_models
 from router.gateway.openai.app import create_app
+from router.gateway.ray_upstream import RayUpstream
 from router.gateway.service import GenerationService
 from router.gateway.upstream import Upstream
 from router.serve.autoscaling import USE
-from router.serve.process import collector_paused, torch_hidden
+from router.serve.process import collector_paused, setup_logging, torch_hidden
 
 
 class GatewayReplica(GrpcMethods):
@@ -58,3 +64,17 @@ class GatewayReplica(GrpcMethods):
 
 Gateway = serve.ingress()(GatewayReplica)
 """Bind it: ``serve.deployment(Gateway, …).bind(models, limits, make_upstream, *upstream_args)``."""
+
+
+def make_upstream(
+    samples: Callable[[], Samples],
+    controller: DeploymentHandle,
+    routers: Mapping[str, DeploymentHandle],
+    max_calls: int,
+    on_expert_loss: OnExpertLoss,
+) -> RayUpstream:
+    """Make a gateway replica's upstream, in the replica."""
+    setup_logging()
+    app = serve.get_replica_context().app_name
+    is_wanted = partial(app_is_wanted, app)
+    return RayUpstream(controller, routers, max_calls, on_expert_loss, is_wanted, samples)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 
 from router.config import AppConfig
-from router.gateway.ray_upstream import HandleController
+from router.control.client import HandleController
 from router.serve.autoscaling import USE
 from router.serve.process import collector_paused, failures_logged, setup_logging
 from router.served import ServedModel

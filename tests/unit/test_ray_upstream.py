@@ -16,7 +16,8 @@ from ray.exceptions import RayActorError
 from cluster.errors import DeadlineExceededError, OverloadedError, UnavailableError
 from cluster.reports import Samples
 from router.gateway import ray_upstream
-from router.gateway.ray_upstream import Inbox, RayUpstream, _take
+from router.gateway.inbox import Inbox, take_events
+from router.gateway.ray_upstream import RayUpstream
 from router.messages.request import (
     GenerationRequest,
     SamplingParams,
@@ -50,7 +51,7 @@ def event(start: int, finish_reason: str | None = None) -> TokenEvent:
 def test_a_cancellation_that_meets_a_token_is_not_swallowed(turns: int) -> None:
     async def run() -> None:
         inbox = Inbox()
-        reading = asyncio.create_task(_take(inbox, request(30), 0.0))
+        reading = asyncio.create_task(take_events(inbox, request(30), 0.0))
         await asyncio.sleep(0.01)
         inbox.put(event(0))
         for _ in range(turns):
@@ -66,7 +67,7 @@ def test_a_cancellation_that_meets_a_token_is_not_swallowed(turns: int) -> None:
 def test_a_token_that_never_comes_ends_with_the_deadline() -> None:
     async def run() -> None:
         with pytest.raises(DeadlineExceededError):
-            await _take(Inbox(), request(-1), 0.0)
+            await take_events(Inbox(), request(-1), 0.0)
 
     asyncio.run(run())
 

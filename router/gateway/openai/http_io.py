@@ -22,8 +22,8 @@ from cluster.errors import (
     InvalidRequestError,
     TooLargeError,
 )
-from router.gateway.budget import Budget
 from router.gateway.errors import http_error, public_error
+from router.gateway.limits import Budget
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,58 @@
+"""The controller, as routers and gateways call it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any, Protocol
+
+from ray.serve.handle import DeploymentHandle
+
+from cluster.reports import Samples
+
+
+class ControllerClient(Protocol):
+    """The controller's methods that a view needs; in a deployment, a Serve handle behind them."""
+
+    def watch(
+        self,
+        kind: str,
+        pid: int,
+        node: str,
+        known: tuple[int, int],
+        timeout_s: float,
+        samples: Samples,
+    ) -> Awaitable[dict[str, Any]]:
+        """See :meth:`cluster.controller.controller.Controller.watch`."""
+        ...
+
+    def suspect(self, actor_id: str, generation: int) -> Awaitable[None]:
+        """See :meth:`cluster.controller.controller.Controller.suspect`."""
+        ...
+
+
+class HandleController:
+    """The controller behind a Serve handle, as
+    :class:`router.control.client.ControllerClient`."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        """``handle`` is the controller deployment's."""
+        self._handle = handle
+
+    async def watch(
+        self,
+        kind: str,
+        pid: int,
+        node: str,
+        known: tuple[int, int],
+        timeout_s: float,
+        samples: Samples,
+    ) -> dict[str, Any]:
+        """See :meth:`cluster.controller.controller.Controller.watch`."""
+        told: dict[str, Any] = await self._handle.watch.remote(
+            kind, pid, node, known, timeout_s, samples
+        )
+        return told
+
+    async def suspect(self, actor_id: str, generation: int) -> None:
+        """See :meth:`cluster.controller.controller.Controller.suspect`."""
+        await self._handle.suspect.remote(actor_id, generation)
