@@ -2,7 +2,7 @@
 
 Run ``python -m router.protos.generate`` after changing a ``.proto``. Generated code refuses a
 runtime older than its generator, so the pinned grpcio-tools in pyproject.toml and the lower bounds
-of grpcio and protobuf move together; ``tests/unit/test_protos.py`` checks both.
+of grpcio and protobuf move together; ``tests/unit/router/test_protos.py`` checks both.
 """
 
 from __future__ import annotations

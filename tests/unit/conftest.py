@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.training_runs import write_grammar
+from tests.unit.router.workshop.training_runs import write_grammar
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,196 @@
+"""Bad input of every family: refused with file and field by what a deployment runs at its start."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cluster.errors import CheckpointError
+from experts.checkpoint.checkpoint import open_checkpoint
+from experts.convert.layouts import open_source
+from experts.convert.plan import make_plan
+from experts.families import FAMILIES
+from router.ops.plan.source import find_model
+from router.served import check_file
+from tests.checkpoints import save_mixtral
+from tests.family_checkpoints import SAVERS
+from tests.grok_oracle import save_grok
+from tests.unit.experts.families.test_families import change_config
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+State = dict[str, torch.Tensor]
+ALL: dict[str, Callable[[Path], object]] = SAVERS | {
+    "mixtral": save_mixtral,
+    "grok-1": lambda folder: save_grok(folder, "grok-1"),
+    "grok": lambda folder: save_grok(folder, "grok"),
+}
+EXPERT_SIZES = {
+    "dbrx": "ffn_config.ffn_hidden_size",
+    "deepseek_v2": "moe_intermediate_size",
+    "deepseek_v3": "moe_intermediate_size",
+    "qwen2_moe": "moe_intermediate_size",
+    "qwen3_moe": "moe_intermediate_size",
+}
+"""Where a configuration calls the size of an expert otherwise than ``intermediate_size``."""
+PER_TOKEN = {"dbrx": "ffn_config.moe_top_k"}
+
+
+@pytest.fixture(scope="module", params=sorted(ALL))
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family's good checkpoint; its name is the folder's."""
+    folder = tmp_path_factory.mktemp("saved") / str(request.param)
+    folder.mkdir()
+    ALL[request.param](folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return shutil.copytree(saved, tmp_path / saved.name)
+
+
+def refused(folder: Path, file: str, *words: str) -> None:
+    """Check a deployment of the folder; the error names ``file`` of it and says the words."""
+    deployment = folder.parent / "deployment.yaml"
+    deployment.write_text(
+        "applications:\n- name: a\n  import_path: router.app:build\n"
+        f"  args: {{models: [{{id: m, path: {folder}}}]}}\n"
+    )
+    with pytest.raises(CheckpointError) as caught:
+        check_file(deployment)
+    place = folder / file if file else folder
+    assert caught.value.field == f"{deployment}: applications.a.args.models[0].path: {place}"
+    for word in words:
+        assert word in caught.value.message
+    assert "\n" not in str(caught.value)
+
+
+def change_tensors(folder: Path, change: Callable[[State], object]) -> None:
+    state = load_file(folder / WEIGHTS)
+    change(state)
+    save_file(state, folder / WEIGHTS, {"format": "pt"})
+
+
+def names_of(folder: Path) -> list[str]:
+    """Return a tensor that routers need, and one that has weights of an expert."""
+    checkpoint = open_checkpoint(folder)
+    dense = sorted(checkpoint.family.dense_tensors(checkpoint.config))
+    layer_id = checkpoint.shape.layers[-1]
+    expert = checkpoint.family.expert_tensors(checkpoint.config, layer_id, 1)
+    return [dense[len(dense) // 2], expert.down.name]
+
+
+def test_every_family_is_tried() -> None:
+    assert ALL.keys() == FAMILIES.keys()
+
+
+def test_sizes_that_are_not_the_tensors_are_refused(folder: Path) -> None:
+    embedding = next(n for n, t in load_file(folder / WEIGHTS).items() if t.shape[0] == 320)
+    config = (folder / "config.json").read_text()
+    change_config(folder, "vocab_size", 321)
+    refused(folder, WEIGHTS, "tensor ", "has shape [320, ", "config.json says [321, ")
+    (folder / "config.json").write_text(config)
+    change_config(folder, EXPERT_SIZES.get(folder.name, "intermediate_size"), 47)
+    refused(folder, WEIGHTS, "tensor ", "expert" if folder.name != "grok" else "moe", "says [")
+    (folder / "config.json").write_text(config)
+    change_tensors(folder, lambda state: state.update({embedding: state[embedding][1:]}))
+    refused(folder, WEIGHTS, f"tensor {embedding} has shape [319, ")
+
+
+def test_more_experts_to_a_token_than_there_are_are_refused(folder: Path) -> None:
+    change_config(folder, PER_TOKEN.get(folder.name, "num_experts_per_tok"), 9)
+    refused(folder, "config.json", "num_experts_per_tok")
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["dense", "expert"])
+def test_a_missing_tensor_is_named(folder: Path, which: int) -> None:
+    name = names_of(folder)[which]
+    change_tensors(folder, lambda state: state.pop(name))
+    refused(folder, "", f"lacks 1 tensors: {name}")
+
+
+def test_a_tensor_too_many_is_named(folder: Path) -> None:
+    change_tensors(folder, lambda state: state.update({"model.extra.weight": torch.ones(2)}))
+    refused(folder, "", "has unexpected 1 tensors: model.extra.weight")
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["dense", "expert"])
+def test_a_tensor_in_two_shards_is_named(folder: Path, which: int) -> None:
+    name, state = names_of(folder)[which], load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).rename(folder / "a.safetensors")
+    weight_map = dict.fromkeys(state, "a.safetensors")
+    save_file({name: state[name], "other": torch.ones(1)}, folder / "b.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map | {"other": "b.safetensors"}}
+    (folder / INDEX).write_text(json.dumps(index))
+    refused(folder, "b.safetensors", f"tensor {name} is also in a.safetensors")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", None])
+def test_an_unknown_quantisation_is_named(folder: Path, method: str | None) -> None:
+    change_config(folder, "quantization_config", {"quant_method": method, "bits": 4})
+    words = f"quantization_config.quant_method must be fp8 or mxfp4 (given: {method!r})"
+    refused(folder, "config.json", words)
+    with pytest.raises(CheckpointError, match="must be fp8 or mxfp4") as caught:
+        find_model(str(folder))
+    assert caught.value.field == str(folder / "config.json")
+
+
+def test_every_option_that_is_not_served_is_named(folder: Path) -> None:
+    config = (folder / "config.json").read_text()
+    for key, served in FAMILIES[folder.name].options.items():
+        other = not served[0] if isinstance(served[0], bool) else "relu"
+        change_config(folder, key, other)
+        refused(folder, "config.json", f"{key} {other!r} is not served for {folder.name}, only")
+        (folder / "config.json").write_text(config)
+
+
+def test_rotary_embeddings_that_are_not_served_are_named(folder: Path) -> None:
+    change_config(folder, "rope_scaling", {"rope_type": "dynamic", "factor": 2.0})
+    refused(folder, "config.json", "rope type 'dynamic' is not served", "served: default")
+
+
+def _without(config: dict[str, Any], path: str) -> dict[str, Any]:
+    key, _, rest = path.partition(".")
+    left = {name: value for name, value in config.items() if name != key}
+    return left | {key: _without(config[key], rest)} if rest else left
+
+
+def test_sizes_that_are_left_out_are_named_by_plan_too(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    path = EXPERT_SIZES.get(folder.name, "intermediate_size")
+    (folder / "config.json").write_text(json.dumps(_without(config, path)))
+    key = path.rpartition(".")[2]
+    refused(folder, "config.json", key)
+    with pytest.raises(CheckpointError, match=key) as caught:
+        find_model(str(folder))
+    assert caught.value.field == str(folder / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("qwen2_moe", "shared_expert_intermediate_size"), ("deepseek_v3", "kv_lora_rank")],
+)
+def test_a_key_of_routers_alone_is_named_by_check_plan_and_convert(
+    tmp_path: Path, name: str, key: str
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    ALL[name](folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(_without(config, key)))
+    refused(folder, "config.json", f"lacks the key {key}")
+    for ask in (
+        lambda: find_model(str(folder)),
+        lambda: make_plan(open_source(folder), "auto", 10**9),
+    ):
+        with pytest.raises(CheckpointError, match=f"lacks the key {key}") as caught:
+            ask()
+        assert caught.value.field == str(folder / "config.json")

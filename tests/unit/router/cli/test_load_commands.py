@@ -1,0 +1,86 @@
+"""``expertmesh load``, ``placement`` and ``rebalance`` against a real gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+import pytest
+
+from cluster.errors import UnavailableError
+from router.client import AsyncClient, Client
+from tests.unit.gateway_fakes import LOAD, REBALANCED, FakeUpstream, grpc_server, says
+from tests.unit.router.cli.test_cli import run
+
+
+@pytest.fixture
+def upstream() -> FakeUpstream:
+    return FakeUpstream(says(""))
+
+
+@pytest.fixture
+def address(upstream: FakeUpstream) -> Iterator[str]:
+    with grpc_server(upstream) as opened:
+        yield opened
+
+
+def test_both_clients_get_all_that_the_controller_tells(
+    address: str, upstream: FakeUpstream
+) -> None:
+    async def ask() -> tuple[object, object]:
+        async with AsyncClient(address) as client:
+            return await client.load(), await client.rebalance()
+
+    assert asyncio.run(ask()) == (LOAD, REBALANCED)
+    with Client(address) as client:
+        assert (client.load(), client.rebalance(dry_run=True)) == (LOAD, REBALANCED)
+    assert upstream.rebalances == [False, True]
+
+
+def test_load_shows_devices_and_the_busiest_experts(address: str) -> None:
+    result = run("load", "--top", "1", "--address", address)
+    assert result.exit_code == 0
+    assert "balance: 1.50 by layer, 1.25 in all" in result.stdout
+    assert "last rebalancing: committed, 1 copies moved" in result.stdout
+    lines = [line.replace("│", " ").split() for line in result.stdout.splitlines()]
+    assert ["a0", "n1", "2", "120", "25%", "2.00", "ms"] in lines
+    assert ["tiny", "0", "1", "90", "a0"] in lines
+    assert ["tiny", "0", "0", "20", "a0,", "a1"] not in lines
+    told = json.loads(run("load", "--json", "--address", address).stdout)
+    assert told == json.loads(json.dumps(asdict(LOAD)))
+
+
+def test_placement_shows_who_holds_what(address: str) -> None:
+    lines = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in run("placement", "--address", address).stdout.splitlines()
+    ]
+    assert ["tiny", "0", "0-1", "0, 2-3", ""] in lines
+    assert ["tiny", "1", "", "", "0"] in lines
+    told = json.loads(run("placement", "--json", "--address", address).stdout)
+    assert told[0]["actors"] == ["a0", "a1"]
+
+
+def test_rebalance_shows_what_it_did(address: str, upstream: FakeUpstream) -> None:
+    result = run("rebalance", "--dry-run", "--address", address)
+    assert (result.exit_code, upstream.rebalances) == (0, [True])
+    assert "balance by layer 1.50 -> 1.00, in all 1.25 -> 0.00; 2.5 MB loaded" in result.stdout
+    assert "to a1" in result.stdout
+    assert "from a0" in result.stdout
+    told = json.loads(run("rebalance", "--json", "--address", address).stdout)
+    assert told == json.loads(json.dumps(asdict(REBALANCED)))
+    assert upstream.rebalances == [True, False]
+
+
+def test_a_rebalancing_that_is_refused_or_fails_is_exit_code_1(
+    address: str, upstream: FakeUpstream
+) -> None:
+    upstream.rebalanced = replace(REBALANCED, outcome="failed: a1 died", moves=())
+    result = run("rebalance", "--address", address)
+    assert (result.exit_code, "failed: a1 died" in result.stderr) == (1, True)
+    upstream.status_error = UnavailableError("copies are not moved while a1 is away", "", 1.0)
+    result = run("rebalance", "--address", address)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "while a1 is away" in result.stderr

@@ -1,0 +1,88 @@
+"""``expertmesh scale``, ``drain`` and ``copies`` against a real gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+import pytest
+
+from cluster.errors import InvalidRequestError
+from cluster.reports import ChangeReport
+from router.client import AsyncClient, Client
+from tests.unit.gateway_fakes import CHANGED, FakeUpstream, grpc_server, says
+from tests.unit.router.cli.test_cli import run
+
+COMMANDS = {
+    "scale 2": ("scale", 2, "", False),
+    "scale 2 --pool gpu --dry-run": ("scale", 2, "gpu", True),
+    "drain a0": ("drain", "a0", False),
+    "drain 0a1b2c --dry-run": ("drain", "0a1b2c", True),
+    "copies tiny 1 5 3": ("copies", "tiny", 1, 5, 3, False),
+    "copies tiny 1 5 3 --dry-run": ("copies", "tiny", 1, 5, 3, True),
+}
+
+
+@pytest.fixture
+def upstream() -> FakeUpstream:
+    return FakeUpstream(says(""))
+
+
+@pytest.fixture
+def address(upstream: FakeUpstream) -> Iterator[str]:
+    with grpc_server(upstream) as opened:
+        yield opened
+
+
+def test_both_clients_bring_everything_to_the_controller_and_back(
+    address: str, upstream: FakeUpstream
+) -> None:
+    async def ask() -> list[ChangeReport]:
+        async with AsyncClient(address) as client:
+            return [
+                await client.scale(3, "gpu", dry_run=True),
+                await client.drain("a0"),
+                await client.set_copies("tiny", 1, 5, 2),
+            ]
+
+    assert asyncio.run(ask()) == [CHANGED] * 3
+    with Client(address) as client:
+        assert client.scale(3, "gpu", dry_run=True) == CHANGED
+        assert client.drain("a0") == CHANGED
+        assert client.set_copies("tiny", 1, 5, 2) == CHANGED
+    assert upstream.asked == 2 * [
+        ("scale", 3, "gpu", True),
+        ("drain", "a0", False),
+        ("copies", "tiny", 1, 5, 2, False),
+    ]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_shows_what_was_done(address: str, upstream: FakeUpstream, command: str) -> None:
+    result = run(*command.split(), "--address", address)
+    assert (result.exit_code, upstream.asked) == (0, [COMMANDS[command]])
+    assert "expert: 1 -> 2 actors: committed in 0.50 s; +a1 actors, 2.5 MB" in result.stdout
+    assert "to a1" in result.stdout
+    told = json.loads(run(*command.split(), "--json", "--address", address).stdout)
+    assert told == json.loads(json.dumps(asdict(CHANGED)))
+
+
+@pytest.mark.parametrize("outcome", ["failed: a1 died", "pending: a1: it needs GPU 1"])
+def test_what_is_not_done_is_exit_code_1(
+    address: str, upstream: FakeUpstream, outcome: str
+) -> None:
+    upstream.changed = replace(CHANGED, outcome=outcome, moves=())
+    result = run("scale", "2", "--address", address)
+    assert (result.exit_code, outcome in result.stderr) == (1, True)
+    upstream.status_error = InvalidRequestError("must be from 1 to 4 (given: 9)", "actors")
+    result = run("scale", "9", "--address", address)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "actors: must be from 1 to 4 (given: 9)" in result.stderr
+
+
+def test_load_shows_the_last_change_and_who_wanted_it(address: str) -> None:
+    shown = run("load", "--address", address).stdout
+    assert "last change: expert: 1 -> 2 actors: committed, " in shown
+    assert "(asked for)" in shown

@@ -1,0 +1,281 @@
+"""How many tokens an expert takes of a step, and who takes the others.
+
+The oracle asks one token and one expert at a time. T tokens, K experts per token, E experts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+from router.config import CapacityConfig
+from router.engine.stats import RouterSamples
+from router.moe.capacity import Placed, tokens_per_expert, within_capacity
+from router.moe.gate import chooser
+from router.moe.missing import Choice
+from router.observability import catalogue
+from tests.checkpoints import save_mixtral
+from tests.local_cluster import MODEL, LocalCluster, greedy_request
+from tests.unit.router.engine.test_engine import expected_tokens, prompt_of
+
+Chain = list[dict[int, float]]
+"""The weight of each expert of each token."""
+
+
+def place(
+    probabilities: list[list[float]],
+    k: int,
+    capacity: int,
+    lost: set[int] = frozenset(),  # type: ignore[assignment]
+    going: list[bool] | None = None,
+) -> tuple[Placed, Choice]:
+    """Place tokens whose gate has these probabilities [T, E]; also returns its own choice."""
+    num_experts = len(probabilities[0])
+    gate = MixtralTopKRouter(
+        MixtralConfig(hidden_size=num_experts, num_local_experts=num_experts, num_experts_per_tok=k)
+    )
+    gate.weight.data = torch.eye(num_experts)
+    logits = torch.tensor(probabilities, dtype=torch.float64).log().float()
+    with torch.inference_mode():
+        _, weights, ids = gate(logits)
+        pairs = None if going is None else np.flatnonzero(np.repeat(going, k))
+        own = Choice(ids.numpy(), weights, pairs)
+        mask = np.isin(np.arange(num_experts), list(lost))
+        return within_capacity(own, capacity, mask, logits, chooser(gate)), own
+
+
+def got(choice: Choice) -> Chain:
+    """What each token is computed by."""
+    served = np.ones(choice.ids.size, dtype=bool)
+    if choice.pairs is not None:
+        served = np.isin(np.arange(choice.ids.size), choice.pairs)
+    return [
+        {e: w for e, w, s in zip(ids, weights, is_served, strict=True) if s}
+        for ids, weights, is_served in zip(
+            choice.ids.tolist(),
+            choice.weights.tolist(),
+            served.reshape(choice.ids.shape).tolist(),
+            strict=True,
+        )
+    ]
+
+
+def oracle(
+    probabilities: list[list[float]], k: int, capacity: int, lost: set[int], going: list[bool]
+) -> tuple[list[set[int]], Counter[int]]:
+    """Return the experts of each token, and how often each had no room."""
+    has: list[set[int]] = [set() for _ in probabilities]
+    counts: Counter[int] = Counter()
+    overflow: Counter[int] = Counter()
+    lines = [sorted(range(len(p)), key=lambda e, p=p: -p[e]) for p in probabilities]
+    lines = [[e for e in line if e not in lost] for line in lines]
+    for rank in range(len(probabilities[0])):
+        for token, line in enumerate(lines):
+            if not going[token] or len(has[token]) == k or rank >= len(line):
+                continue
+            expert = line[rank]
+            if counts[expert] < capacity:
+                counts[expert] += 1
+                has[token].add(expert)
+            else:
+                overflow[expert] += 1
+    return has, overflow
+
+
+@pytest.mark.parametrize(
+    ("config", "num_pairs", "num_experts", "expected"),
+    [
+        (CapacityConfig(tokens=3), 1000, 8, 3),
+        (CapacityConfig(factor=1.0), 64, 8, 8),
+        (CapacityConfig(factor=1.25), 64, 8, 10),
+        (CapacityConfig(factor=1.0), 65, 8, 9),
+        (CapacityConfig(factor=0.5), 2, 8, 1),
+        (CapacityConfig(factor=2.0), 0, 8, 1),
+    ],
+)
+def test_the_capacity_is_a_number_or_a_multiple_of_equal_loads(
+    config: CapacityConfig, num_pairs: int, num_experts: int, expected: int
+) -> None:
+    assert tokens_per_expert(config, num_pairs, num_experts) == expected
+
+
+@pytest.mark.parametrize("given_both", [{}, {"factor": 1.0, "tokens": 2}])
+def test_a_capacity_is_given_in_one_way(given_both: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="exactly one of factor and tokens"):
+        CapacityConfig.model_validate(given_both)
+
+
+FIRST = [8, 4, 2, 1]
+
+
+def test_a_chain_of_overflows_by_hand() -> None:
+    """Four equal tokens of two experts each, and room for two tokens: 0 and 1, then 2 and 3."""
+    placed, _ = place([FIRST] * 4, k=2, capacity=2)
+    assert got(placed.choice) == [
+        pytest.approx({0: 8 / 12, 1: 4 / 12}),
+        pytest.approx({0: 8 / 12, 1: 4 / 12}),
+        pytest.approx({2: 2 / 3, 3: 1 / 3}),
+        pytest.approx({2: 2 / 3, 3: 1 / 3}),
+    ]
+    assert placed.rows.tolist() == [2, 3]
+    assert placed.overflow.tolist() == [2, 2, 0, 0]
+
+
+def test_first_choices_are_placed_before_second_ones() -> None:
+    """Expert 1 is the first token's second choice and the second token's first."""
+    placed, _ = place([[8, 4, 2, 1], [1, 8, 4, 2]], k=2, capacity=1)
+    assert [set(one) for one in got(placed.choice)] == [{0, 3}, {1, 2}]
+    assert placed.overflow.tolist() == [0, 1, 1, 0]
+
+
+def test_a_token_without_room_passes_and_one_with_half_keeps_its_weight_whole() -> None:
+    placed, _ = place([[2, 1]] * 3, k=2, capacity=1)
+    assert got(placed.choice) == [pytest.approx({0: 2 / 3, 1: 1 / 3}), {}, {}]
+    assert placed.choice.weights[1:].tolist() == [[0.0, 0.0]] * 2
+    placed, _ = place([[4, 2, 1]] * 2, k=2, capacity=1)
+    assert got(placed.choice) == [pytest.approx({0: 4 / 6, 1: 2 / 6}), pytest.approx({2: 1.0})]
+
+
+def test_where_there_is_room_the_choice_is_the_gates_own() -> None:
+    placed, own = place([FIRST] * 4, k=2, capacity=4)
+    assert placed.choice is own
+    assert (len(placed.rows), placed.overflow.sum()) == (0, 0)
+
+
+@st.composite
+def _steps(draw: st.DrawFn) -> tuple[list[list[float]], int, int, set[int], list[bool]]:
+    num_experts = draw(st.integers(1, 9))
+    k = draw(st.integers(1, num_experts))
+    row = st.permutations(range(1, num_experts + 1)).map(lambda r: [float(2**p) for p in r])
+    # Skewed, as real gates are: many tokens of one mind.
+    rows = draw(st.lists(row, min_size=1, max_size=3))
+    probabilities = draw(st.lists(st.sampled_from(rows), min_size=1, max_size=20))
+    going = draw(st.lists(st.booleans(), min_size=len(probabilities), max_size=len(probabilities)))
+    return probabilities, k, draw(st.integers(1, 8)), set(), going
+
+
+@settings(max_examples=200, deadline=None)
+@given(_steps(), st.data())
+def test_capacity_as_the_oracle_has_it(
+    step: tuple[list[list[float]], int, int, set[int], list[bool]], data: st.DataObject
+) -> None:
+    probabilities, k, capacity, lost, going = step
+    placed, own = place(probabilities, k, capacity, lost, going)
+    has, overflow = oracle(probabilities, k, capacity, lost, going)
+    chain = got(placed.choice)
+    assert [set(one) for one in chain] == has
+    counts = Counter(e for one in chain for e in one)
+    assert all(count <= capacity for count in counts.values())
+    for token, one in enumerate(chain):
+        total = sum(probabilities[token][e] for e in one)
+        assert one == pytest.approx({e: probabilities[token][e] / total for e in one}, rel=1e-5)
+        if going[token]:  # what it goes past is full
+            worst = min((probabilities[token][e] for e in one), default=0.0)
+            limit = worst if len(one) == k else 0.0
+            preferred = [e for e, p in enumerate(probabilities[token]) if p > limit]
+            assert all(e in one or counts[e] == capacity for e in preferred)
+    full = {e: n for e, n in enumerate(placed.overflow.tolist()) if n}
+    assert full == dict(overflow) if placed.choice is not own else not overflow
+    moved = [t for t, (a, b) in enumerate(zip(chain, got(own), strict=True)) if set(a) != set(b)]
+    assert placed.rows.tolist() == moved
+
+
+def test_a_lost_expert_has_no_room() -> None:
+    """Of tokens that do not choose it; the contract of those that do has its say before."""
+    placed, _ = place([FIRST] * 3, k=1, capacity=2, lost={1})
+    assert [set(one) for one in got(placed.choice)] == [{0}, {0}, {2}]
+
+
+def test_a_gate_of_what_is_no_number_ends_too() -> None:
+    placed, _ = place([[float("nan")] * 4] * 5, k=2, capacity=1)
+    counts = Counter(e for one in got(placed.choice) for e in one)
+    assert all(count <= 1 for count in counts.values())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixtral")
+    save_mixtral(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> MixtralForCausalLM:
+    return MixtralForCausalLM.from_pretrained(folder, attn_implementation="eager")
+
+
+@pytest.fixture
+def tight(folder: Path) -> Iterator[LocalCluster]:
+    """A cluster whose experts take one token of a step each."""
+    cluster = LocalCluster(folder, capacity=CapacityConfig(tokens=1))
+    yield cluster
+    cluster.close()
+
+
+PROMPTS = [prompt_of(9, seed) for seed in range(6)]
+
+
+def test_no_expert_computes_more_than_its_capacity_and_answers_say_so(
+    tight: LocalCluster,
+) -> None:
+    requests = [greedy_request(f"r{i}", prompt, 6) for i, prompt in enumerate(PROMPTS)]
+    answers = tight.generate(*requests)
+    frames = tight.transport.frames
+    assert max(max(frame.num_tokens_per_expert) for frame in frames) == 1
+    assert sum(tight.exchange.overflow.values()) > 0
+    assert [(len(event.token_ids), event.exact) for [event] in answers] == [(6, False)] * 6
+
+
+@pytest.mark.parametrize("capacity", [None, CapacityConfig(factor=1e6)])
+def test_without_overflow_answers_are_exact(
+    folder: Path, plain: MixtralForCausalLM, capacity: CapacityConfig | None
+) -> None:
+    cluster = LocalCluster(folder, capacity=capacity)
+    requests = [greedy_request(f"r{i}", prompt, 6) for i, prompt in enumerate(PROMPTS)]
+    answers = cluster.generate(*requests)
+    cluster.close()
+    for [event], prompt in zip(answers, PROMPTS, strict=True):
+        assert (event.exact, list(event.token_ids)) == (True, expected_tokens(plain, prompt, 6))
+
+
+def test_a_lone_decode_never_overflows(tight: LocalCluster, plain: MixtralForCausalLM) -> None:
+    """Its experts are all different, so even a capacity of one token is enough."""
+    [[event]] = tight.generate(greedy_request("r", [5], 8))
+    assert (event.exact, list(event.token_ids)) == (True, expected_tokens(plain, [5], 8))
+
+
+def overflow_told(cluster: LocalCluster) -> dict[tuple[str, str], float]:
+    """What the router's metrics have, by layer and expert."""
+    samples = RouterSamples(
+        MODEL, cluster.engine, cluster.scheduler, cluster.exchange, cluster.dispatcher
+    )()
+    told = {}
+    for name, labels, value in samples.families[catalogue.OVERFLOW.name]:
+        assert (name, labels["model_name"]) == ("expertmesh_expert_overflow_tokens_total", MODEL)
+        told[labels["layer"], labels["expert"]] = value
+    return told
+
+
+def test_metrics_tell_what_each_expert_had_no_room_for(folder: Path, tight: LocalCluster) -> None:
+    """Of two equal tokens one gets both experts, and the other is sent on by both."""
+    roomy = LocalCluster(folder)
+    roomy.generate(greedy_request("alone", [5], 1))
+    roomy.close()
+    assert overflow_told(roomy) == overflow_told(tight) == {}
+    tight.generate(greedy_request("twice", [5], 1, n=2))
+    told = overflow_told(tight)
+    chosen = {e for f in roomy.transport.frames if f.layer_id == 0 for e in f.expert_ids}
+    assert {expert: v for (layer, expert), v in told.items() if layer == "0"} == {
+        str(expert): 1.0 for expert in chosen
+    }
+    assert len(chosen) == 2
+    assert {layer for layer, _ in told} == {str(layer) for layer in roomy.checkpoint.shape.layers}
