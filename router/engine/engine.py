@@ -171,7 +171,9 @@ class Engine:
                 sequence.awaited = frozenset()
 
     def _guarded_step(self, work: list[Work]) -> None:
-        self._exchange.trace = trace = begin_step(work)
+        traces = [w.sequence.trace for w in work if w.sequence.trace is not None]
+        num_tokens = sum(w.end - w.start for w in work)
+        self._exchange.trace = trace = begin_step(traces, len(work), num_tokens)
         try:
             self.step(work)
         except (ExpertUnavailableError, DeadlineExceededError) as error:
@@ -191,7 +193,10 @@ class Engine:
         self._note(work)
         step = pack(work, self._model.sliding_window, self._model.length_step)
         self._exchange.deadline_s = min(w.sequence.request.deadline_s for w in work)
-        self._exchange.loss = loss = StepLoss(step.works)
+        self._exchange.loss = loss = StepLoss(
+            [w.end - w.start for w in step.works],
+            [w.sequence.request.on_expert_loss for w in step.works],
+        )
         logits = self._model.forward(step.token_ids, step.positions, step.batch, step.sample_rows)
         token_ids, logprobs = sample(logits, [_draw(s) for s in step.sampled])
         self._advance(step, loss, token_ids, logprobs)
@@ -253,7 +258,9 @@ class Engine:
     def _finish(self, sequence: Sequence, error: ExpertMeshError | None = None) -> None:
         self._scheduler.finish(sequence)
         if sequence.trace is not None:
-            sequence.trace.ended(sequence, error)
+            sequence.trace.ended(
+                sequence.index, sequence.num_generated, sequence.times.phases_s(), error
+            )
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
         sampling = sequence.request.sampling

@@ -121,7 +121,7 @@ class RouterReplica:
             is_exact=not experts.emulated_pools,
         )
         self._samples = RouterSamples(
-            model.id, self._engine, scheduler, self._exchange, self._dispatcher
+            model.id, self._engine.tally, scheduler, self._exchange, self._dispatcher
         )
         self._links = LinkClient(self._stop_choice)
         gc.collect()

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from router.messages.request import GenerationRequest
 from router.model.page_pool import PAGE_SIZE
-
-if TYPE_CHECKING:
-    from router.observability.tracing import RequestTrace
-
-
-Awaited = tuple[int, int]
-"""An expert that has no live copy and is waited for: (layer, expert)."""
+from router.moe.missing import Awaited
+from router.observability.tracing import RequestTrace
 
 
 @dataclass(slots=True)
@@ -26,6 +20,14 @@ class Times:
     scheduled_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
+
+    def phases_s(self) -> dict[str, float]:
+        """Return when each phase of the sequence began; 0 is not yet."""
+        return {
+            "queue": self.queued_s,
+            "prefill": self.scheduled_s,
+            "decode": self.first_token_s,
+        }
 
 
 @dataclass(slots=True, eq=False)

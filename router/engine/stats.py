@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from cluster.reports import Sample, Samples
-from router.engine.engine import Engine
 from router.engine.scheduler import Scheduler
 from router.engine.sequence import Sequence
 from router.moe.dispatch import Dispatcher
@@ -59,14 +58,14 @@ class RouterSamples:
     def __init__(
         self,
         model: str,
-        engine: Engine,
+        tally: EngineTally,
         scheduler: Scheduler,
         exchange: RemoteExchange,
         dispatcher: Dispatcher,
     ) -> None:
         """``model`` is the id of the model that the router serves."""
         self._labels = {"model_name": model}
-        self._engine = engine
+        self._tally = tally
         self._scheduler = scheduler
         self._exchange = exchange
         self._dispatcher = dispatcher
@@ -74,7 +73,7 @@ class RouterSamples:
     def __call__(self) -> Samples:
         """Return the numbers of this moment."""
         labels = self._labels
-        tally, dispatcher = self._engine.tally, self._dispatcher
+        tally, dispatcher = self._tally, self._dispatcher
         numbers = {**self._gauges(), catalogue.STEPS: tally.steps}
         numbers[catalogue.STEP_TOKENS] = tally.step_tokens
         found: dict[str, list[Sample]] = {

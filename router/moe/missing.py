@@ -22,8 +22,10 @@ import torch
 
 from cluster.placement.placement import Placement
 from router.control.placement_view import PlacementView
-from router.engine.sequence import Awaited, Work
 from router.moe.gate import ChooseAmong
+
+Awaited = tuple[int, int]
+"""An expert that has no live copy and is waited for: (layer, expert)."""
 
 
 class LostExperts:
@@ -83,9 +85,13 @@ class StepLoss:
     that they chose. Nothing is built before the first loss, so a step without one costs nothing.
     """
 
-    def __init__(self, works: Sequence[Work]) -> None:
-        """``works`` are the step's, in the order of its tokens."""
-        self._works = works
+    def __init__(self, sizes: Sequence[int], contracts: Sequence[str]) -> None:
+        """``sizes`` [W] are the works' numbers of tokens, in the order of the step's tokens.
+
+        ``contracts`` [W] are their requests' ``on_expert_loss``.
+        """
+        self._sizes = sizes
+        self._contract_of_work = contracts
         self._waits = np.zeros(0, dtype=bool)  # [W]
         self._touched = np.zeros(0, dtype=bool)  # [T]
         self._owners = np.zeros(0, dtype=np.int64)  # [T], places in works
@@ -139,12 +145,11 @@ class StepLoss:
     def _set_up(self) -> None:
         if len(self._waits):
             return
-        sizes = [work.end - work.start for work in self._works]
-        contracts = [work.sequence.request.on_expert_loss for work in self._works]
-        self._waits = np.zeros(len(sizes), dtype=bool)
-        self._touched = np.zeros(sum(sizes), dtype=bool)
-        self._owners = np.repeat(np.arange(len(sizes)), sizes)
-        self._contracts = np.array(contracts)[self._owners]
+        num_works = len(self._sizes)
+        self._waits = np.zeros(num_works, dtype=bool)
+        self._touched = np.zeros(sum(self._sizes), dtype=bool)
+        self._owners = np.repeat(np.arange(num_works), self._sizes)
+        self._contracts = np.array(self._contract_of_work)[self._owners]
 
     def _await(self, layer_id: int, ids: np.ndarray, waiting: np.ndarray) -> None:
         """Have the works of the ``waiting`` pairs, bool [T, K], wait for the pairs' experts."""

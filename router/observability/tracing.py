@@ -10,10 +10,9 @@ the router, and the first steps' layers, from where frames bring the context to 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Values
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
 
 from opentelemetry import trace
 from opentelemetry.trace import (
@@ -29,9 +28,6 @@ from opentelemetry.trace import (
 from cluster.errors import ExpertMeshError
 from experts.tracing import wall_ns
 from router.messages.request import GenerationRequest, Receipts
-
-if TYPE_CHECKING:  # brings torch, which a gateway does without
-    from router.engine.sequence import Sequence, Work
 
 STEPS_IN_DETAIL = 4
 """So many steps of a request have spans for their layers: all of them would be thousands."""
@@ -107,23 +103,28 @@ class RequestTrace:
         self._steps_left -= 1
         return self._steps_left >= 0
 
-    def ended(self, sequence: Sequence, error: ExpertMeshError | None = None) -> None:
-        """Tell where a sequence's time went, which has ended now; ``error`` if not well."""
-        times, now_s = sequence.times, time.monotonic()
-        begun = [
-            ("queue", times.queued_s),
-            ("prefill", times.scheduled_s),
-            ("decode", times.first_token_s),
-        ]
-        begun = [(name, start_s) for name, start_s in begun if start_s]
+    def ended(
+        self,
+        choice: int,
+        num_generated: int,
+        started_s: Mapping[str, float],
+        error: ExpertMeshError | None = None,
+    ) -> None:
+        """Make a span of each phase of a choice that has ended now; ``error`` is why it failed.
+
+        ``started_s`` maps the phases, in their order, to their starts on the monotonic clock. A
+        start of 0 means that the choice did not reach the phase.
+        """
+        now_s = time.monotonic()
+        begun = [(phase, start_s) for phase, start_s in started_s.items() if start_s]
         ends_s = [*(start_s for _, start_s in begun[1:]), now_s]
-        for (name, start_s), end_s in zip(begun, ends_s, strict=True):
+        for (phase, start_s), end_s in zip(begun, ends_s, strict=True):
             span = _tracer().start_span(
-                f"expertmesh.{name}",
+                f"expertmesh.{phase}",
                 self._context,
                 attributes={
-                    "expertmesh.choice": sequence.index,
-                    "expertmesh.generated_tokens": sequence.num_generated,
+                    "expertmesh.choice": choice,
+                    "expertmesh.generated_tokens": num_generated,
                 },
                 start_time=wall_ns(start_s),
             )
@@ -135,14 +136,14 @@ class RequestTrace:
 class StepTrace:
     """One step of the engine in the trace of one of its requests; the others' are linked."""
 
-    def __init__(self, work: Values[Work], traces: Values[RequestTrace]) -> None:
-        """Begin; ``traces``, at least one, are those of ``work`` that tell of the step."""
+    def __init__(self, traces: Values[RequestTrace], num_sequences: int, num_tokens: int) -> None:
+        """Begin the step's span under the first of ``traces``; the others are linked."""
         self._span = _tracer().start_span(
             "expertmesh.step",
             trace.set_span_in_context(traces[0].parent),
             attributes={
-                "expertmesh.sequences": len(work),
-                "expertmesh.tokens": sum(item.end - item.start for item in work),
+                "expertmesh.sequences": num_sequences,
+                "expertmesh.tokens": num_tokens,
             },
             links=[Link(other.parent.get_span_context()) for other in traces[1:]],
         )
@@ -159,11 +160,15 @@ class StepTrace:
         self._span.end()
 
 
-def begin_step(work: Values[Work]) -> StepTrace | None:
-    """Begin to tell of a step, or return ``None`` if no request of it asks for that."""
-    traces = dict.fromkeys(t for item in work if (t := item.sequence.trace) is not None)
-    detailed = [one for one in traces if one.take_step()]
-    return StepTrace(work, detailed) if detailed else None
+def begin_step(
+    traces: Iterable[RequestTrace], num_sequences: int, num_tokens: int
+) -> StepTrace | None:
+    """Begin a step's span, or return ``None`` where no sampled request wants its steps in detail.
+
+    ``traces`` are those of the step's sequences; a request with several sequences counts once.
+    """
+    detailed = [sampled for sampled in dict.fromkeys(traces) if sampled.take_step()]
+    return StepTrace(detailed, num_sequences, num_tokens) if detailed else None
 
 
 def traceparent(context: SpanContext) -> str:

@@ -25,7 +25,7 @@ from tests.unit.gateway_fakes import STATUS, FakeUpstream, grpc_server, says, to
 from tests.unit.terminal import Terminal
 
 NOBODY = "127.0.0.1:1"
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture

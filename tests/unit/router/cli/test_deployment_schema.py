@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from router.cli.app import app
 from router.config import load_deployment
 
-DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+DEPLOY = Path(__file__).resolve().parents[4] / "deploy"
 FILES = sorted(DEPLOY.glob("*.yaml"))
 FULL = {
     "models": [{"id": "a", "path": "/a", "dtype": "bfloat16", "max_model_len": 2}],

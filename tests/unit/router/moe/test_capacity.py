@@ -256,7 +256,7 @@ def test_a_lone_decode_never_overflows(tight: LocalCluster, plain: MixtralForCau
 def overflow_told(cluster: LocalCluster) -> dict[tuple[str, str], float]:
     """What the router's metrics have, by layer and expert."""
     samples = RouterSamples(
-        MODEL, cluster.engine, cluster.scheduler, cluster.exchange, cluster.dispatcher
+        MODEL, cluster.engine.tally, cluster.scheduler, cluster.exchange, cluster.dispatcher
     )()
     told = {}
     for name, labels, value in samples.families[catalogue.OVERFLOW.name]:

@@ -25,7 +25,6 @@ from cluster.placement.placement import empty_placement
 from cluster.spec import ModelExperts
 from cluster.transport.base import Call, CallFailure
 from router.engine.scheduler import Limits
-from router.engine.sequence import Sequence, Work
 from router.messages.request import GenerationRequest, TokenEvent
 from router.moe.gate import choose_among
 from router.moe.missing import Choice, StepLoss, lost_by_layer
@@ -195,11 +194,6 @@ def test_lost_experts_by_layer() -> None:
 # One step's decisions, against the oracle.
 
 
-def work_of(contract: str, num_tokens: int) -> Work:
-    request = greedy_request("r", [1] * num_tokens, 1, on_expert_loss=contract)
-    return Work(Sequence(request, 0, [1] * num_tokens), 0, num_tokens)
-
-
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_a_steps_choices_are_the_oracles(data: st.DataObject) -> None:
@@ -214,7 +208,7 @@ def test_a_steps_choices_are_the_oracles(data: st.DataObject) -> None:
     with torch.inference_mode():
         _, weights, ids = gate(hidden)
         own = Choice(ids.numpy(), weights)
-        loss = StepLoss([work_of(c, n) for c, n in zip(contracts, sizes, strict=True)])
+        loss = StepLoss(sizes, contracts)
         mask = lost if lost.any() else None
         got = loss.choose(7, mask, hidden, own, lambda h, a: choose_among(gate, h, a))
     gone = set(np.flatnonzero(lost).tolist())
@@ -243,7 +237,7 @@ def test_a_steps_choices_are_the_oracles(data: st.DataObject) -> None:
 
 def test_a_step_without_a_loss_is_not_looked_at() -> None:
     own = Choice(np.zeros((1, K), dtype=np.int64), torch.zeros(1, K))
-    loss = StepLoss([work_of("strict", 1)])
+    loss = StepLoss([1], ["strict"])
     assert loss.choose(0, None, TOKEN, own, choose_among) is own  # type: ignore[arg-type]
 
 

@@ -56,7 +56,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 def counted(cluster: LocalCluster) -> dict[str, float]:
     """The router's samples but buckets, without the one label that all of them have."""
     samples = RouterSamples(
-        MODEL, cluster.engine, cluster.scheduler, cluster.exchange, cluster.dispatcher
+        MODEL, cluster.engine.tally, cluster.scheduler, cluster.exchange, cluster.dispatcher
     )()
     found = {}
     for family in samples.families.values():

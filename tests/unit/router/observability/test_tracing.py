@@ -20,7 +20,7 @@ from ray.serve.schema import TracingConfig
 from cluster.errors import CancelledRequestError, OverloadedError
 from cluster.wire.frames import DispatchFrame
 from experts.tracing import EXPORTER_VARIABLE, open_spans
-from router.engine.sequence import Sequence, Work
+from router.engine.sequence import Sequence
 from router.messages.request import GenerationRequest, Receipts, SamplingParams, TokenEvent
 from router.observability.tracing import (
     STEPS_IN_DETAIL,
@@ -128,10 +128,9 @@ def test_a_step_of_several_sampled_requests_is_in_one_trace_and_linked_from_it(
     spans: SpanKeeper,
 ) -> None:
     first, second = spans.tracer.start_span("first"), spans.tracer.start_span("second")
-    work = [Work(sequence(name, p), 0, 2) for name, p in [("x", None), ("a", first), ("b", second)]]
-    assert begin_step([]) is None
-    assert begin_step(work[:1]) is None
-    step = begin_step(work)
+    traces = [RequestTrace(first), RequestTrace(second)]
+    assert begin_step([], 1, 2) is None
+    step = begin_step(traces, 3, 6)
     assert step is not None
     step.end()
     [told] = spans.told("expertmesh.step")
@@ -147,7 +146,8 @@ def test_what_fails_says_so_where_it_was(spans: SpanKeeper, num_begun: int) -> N
     begun = [now_s - 3 + place if place < num_begun else 0.0 for place in range(3)]
     one.times.queued_s, one.times.scheduled_s, one.times.first_token_s = begun
     assert one.trace is not None
-    one.trace.ended(one, CancelledRequestError("the request was cancelled"))
+    error = CancelledRequestError("the request was cancelled")
+    one.trace.ended(one.index, one.num_generated, one.times.phases_s(), error)
     names = ["queue", "prefill", "decode"][:num_begun]
     told = spans.told()
     assert [span.name for span in told] == [f"expertmesh.{name}" for name in names]
