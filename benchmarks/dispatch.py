@@ -124,14 +124,14 @@ def measure(num_actors: int, payload_bytes: int, calls: int) -> dict[str, Any]:
     import ray
 
     from router.moe.dispatch import Dispatcher
-    from router.moe.layer import RemoteExchange
+    from router.moe.layer import MoELayers, StepContext
 
     view, experts_of = start(num_actors)
-    exchanges = {}
+    layers_of = {}
     for kind in TRANSPORTS:
         dispatcher = Dispatcher(MODEL, view, open_transport(APP, kind), lambda a, g: None, 10.0)
-        exchanges[kind] = RemoteExchange(dispatcher)
-        exchanges[kind].deadline_s = time.time() + 600
+        layers = layers_of[kind] = MoELayers(dispatcher)
+        layers.step = StepContext(time.time() + 600, (), ())
     tokens = payload_bytes // (HIDDEN * 2)
     rows = torch.randn(tokens, HIDDEN).bfloat16()
     pairs = list(itertools.combinations(range(NUM_EXPERTS), TOP_K))
@@ -144,15 +144,16 @@ def measure(num_actors: int, payload_bytes: int, calls: int) -> dict[str, Any]:
             started_s = time.perf_counter()
             ray.get([handle.echo.remote(data) for handle, data in bare], timeout=10)
             bare_s.append(time.perf_counter() - started_s)
-        for exchange in exchanges.values():
+        for layers in layers_of.values():
             for _ in range(TURN):
-                combined = exchange(0, rows, topk_ids, topk_weights)
+                combined = layers(0, rows, topk_ids, topk_weights)
             assert torch.equal(combined, rows), "identity experts with weights that sum to 1"
     for handle in experts_of:
         ray.kill(handle)
     figures = {"bare_call": summary_ms(bare_s[TURN:])}  # the first turn warms up
-    for kind, exchange in exchanges.items():
-        figures[kind] = summary_ms(list(exchange.timings_s)[TURN:])
+    for kind, layers in layers_of.items():
+        assert layers.step is not None
+        figures[kind] = summary_ms(layers.step.layer_times_s[TURN:])
     return figures
 
 

@@ -131,7 +131,7 @@ class Bench:
         """Start the actors, load their experts, and start the engine with the product's limits."""
         import torch
 
-        from benchmarks.tracing import Recorder, TracingExchange, TracingTransport
+        from benchmarks.tracing import Recorder, TracingLayers, TracingTransport
         from cluster.transport.open import open_transport
         from experts.checkpoint.checkpoint import open_checkpoint
         from router.config import ExpertsConfig, RouterConfig
@@ -140,7 +140,7 @@ class Bench:
         from router.model.model import MoEModel
         from router.model.page_pool import PAGE_SIZE, pages_needed
         from router.moe.dispatch import Dispatcher
-        from router.moe.layer import RemoteExchange
+        from router.moe.layer import MoELayers
 
         config, experts = RouterConfig(), ExpertsConfig()
         torch.set_num_threads(config.threads)
@@ -152,7 +152,7 @@ class Bench:
         self._recorder = recorder = Recorder()
         carrier = TracingTransport(self._transport, recorder) if traced else self._transport
         dispatcher = Dispatcher(MODEL, view, carrier, _ignore, experts.call_timeout_s)
-        exchange = TracingExchange(dispatcher, recorder) if traced else RemoteExchange(dispatcher)
+        layers = TracingLayers(dispatcher, recorder) if traced else MoELayers(dispatcher)
         steps = self._steps = Steps()
         all_there = self._all_there = threading.Event()
 
@@ -166,17 +166,17 @@ class Bench:
         class TimedEngine(Engine):
             """Notes what each step took, and its layers."""
 
-            def step(self, work: Any) -> None:
-                exchange.timings_s.clear()
+            def step(self, work: Any, trace: Any = None) -> None:
+                self.tally.latest_layers_s.clear()
                 started_s = time.perf_counter()
                 if traced:
-                    recorder.step(lambda: super(TimedEngine, self).step(work))
+                    recorder.step(lambda: super(TimedEngine, self).step(work, trace))
                 else:
-                    super().step(work)
+                    super().step(work, trace)
                 took_s = time.perf_counter() - started_s
                 if all(item.end - item.start == 1 for item in work):
                     steps.decode_s.append(took_s)
-                    steps.layer_s.extend(exchange.timings_s)
+                    steps.layer_s.extend(self.tally.latest_layers_s)
                 else:
                     steps.prefill_s.append(took_s)
 
@@ -184,8 +184,8 @@ class Bench:
         limits = Limits(config.max_batch_size, config.max_batch_tokens, config.max_queue_requests)
         self._collector = Collector()
         self._engine = TimedEngine(
-            MoEModel(checkpoint, torch.bfloat16, num_pages * PAGE_SIZE, exchange),
-            exchange,
+            MoEModel(checkpoint, torch.bfloat16, num_pages * PAGE_SIZE, layers),
+            layers,
             HeldScheduler(limits, num_pages),
             frozenset(),
             self._collector,

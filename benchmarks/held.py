@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from benchmarks.serve import Ports
 
 METRICS = {
-    "requests in flight": "expertmesh_requests_in_flight",
+    "requests in pending": "expertmesh_requests_in_flight",
     "running": "expertmesh_num_requests_running",
     "waiting": "expertmesh_num_requests_waiting",
     "cache in use, %": "expertmesh_kv_cache_usage_perc",

@@ -124,7 +124,7 @@ def run(ports: Ports, count: int, begin: Callable[[str], None]) -> dict[str, Any
             _wait(lambda: not metrics(ports)["running"], "their tokens are computed")
             stretches["with"].append(asyncio.run(others(ports, STRETCH_S)))
             held_mb = memory_mb()
-        _wait(lambda: not metrics(ports)["requests in flight"], "all have left")
+        _wait(lambda: not metrics(ports)["requests in pending"], "all have left")
     return {
         "readers": count,
         "stretches": {which: [summary(one) for one in some] for which, some in stretches.items()},

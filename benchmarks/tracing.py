@@ -9,10 +9,10 @@ from typing import Any
 import ray
 import torch
 
-from cluster.transport.base import Call, Flight, IsGone, Outcome, Transport, never_gone
+from cluster.transport.base import Call, IsGone, Outcome, PendingCalls, Transport, never_gone
 from cluster.wire.frames import Buffer, Parts
 from experts.actor import ExpertActor
-from router.moe.layer import RemoteExchange
+from router.moe.layer import MoELayers
 
 Recorded = tuple[str, float, float]
 """Name, start and end (``time.perf_counter``) of a span of the process that recorded it."""
@@ -52,17 +52,17 @@ class Recorder:
         self.last_s = now_s
 
 
-class TracingExchange(RemoteExchange):
-    """The router's exchange, recording each layer."""
+class TracingLayers(MoELayers):
+    """The router's MoE layers, recording each."""
 
     def __init__(self, dispatcher: Any, recorder: Recorder) -> None:
-        """As :class:`RemoteExchange`."""
+        """As :class:`MoELayers`."""
         super().__init__(dispatcher)
         self._recorder = recorder
 
     def __call__(self, *arguments: Any) -> torch.Tensor:
-        """As :class:`RemoteExchange`."""
-        return self._recorder.layer(lambda: super(TracingExchange, self).__call__(*arguments))
+        """As :class:`MoELayers`."""
+        return self._recorder.layer(lambda: super(TracingLayers, self).__call__(*arguments))
 
 
 class TracingTransport:
@@ -74,11 +74,11 @@ class TracingTransport:
         self._recorder = recorder
         self.calls = inner.calls
 
-    def begin(self, calls: Sequence[Call], timeout_s: float) -> Flight:
+    def send(self, calls: Sequence[Call], timeout_s: float) -> PendingCalls:
         """See :class:`Transport`."""
-        flight = self._inner.begin(calls, timeout_s)
+        pending = self._inner.send(calls, timeout_s)
         self._recorder.mark("send")
-        return _TracingFlight(flight, self._recorder)
+        return _TracingCalls(pending, self._recorder)
 
     def renew(self, actor_id: str) -> None:
         """See :class:`Transport`."""
@@ -93,13 +93,13 @@ class TracingTransport:
         self._inner.close()
 
 
-class _TracingFlight:
-    def __init__(self, inner: Flight, recorder: Recorder) -> None:
+class _TracingCalls:
+    def __init__(self, inner: PendingCalls, recorder: Recorder) -> None:
         self._inner = inner
         self._recorder = recorder
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
-        """See :class:`Flight`."""
+        """See :class:`PendingCalls`."""
         outcomes = self._inner.wait(is_gone)
         self._recorder.mark("wait")
         return outcomes

@@ -28,6 +28,7 @@ from experts.compute.emulated import EmulatedExpert
 from experts.compute.ffn import ACTIVATIONS
 from router.config import CapacityConfig
 from router.control.placement_view import PlacementView
+from router.engine.batch import StepInput, context_of
 from router.engine.engine import Emission, Engine
 from router.engine.scheduler import Limits, Scheduler
 from router.messages.request import GenerationRequest, SamplingParams, TokenEvent, merge_events
@@ -35,14 +36,14 @@ from router.model.model import MoEModel
 from router.model.page_pool import PAGE_SIZE
 from router.moe.capacity import CapacityLimit
 from router.moe.dispatch import Dispatcher
-from router.moe.layer import RemoteExchange
+from router.moe.layer import MoELayers
 
 MODEL = "m"
 
 
 @dataclass
 class Answered:
-    """A flight that has its answers from the start."""
+    """A pending that has its answers from the start."""
 
     outcomes: list[Outcome]
 
@@ -61,7 +62,7 @@ class BankTransport:
     calls: Counter[str] = field(default_factory=Counter)
     unready: set[str] = field(default_factory=set)
 
-    def begin(self, calls: Sequence[Call], timeout_s: float) -> Answered:
+    def send(self, calls: Sequence[Call], timeout_s: float) -> Answered:
         """Answer each call from its bank, unless ``fail`` says otherwise."""
         return Answered([self._answer(call) for call in calls])
 
@@ -153,9 +154,10 @@ class LocalCluster:
             5.0,
         )
         self.limit = None if capacity is None else CapacityLimit(capacity, shape.num_experts)
-        self.exchange = RemoteExchange(self.dispatcher, self.limit)
+        self.overflow = {} if self.limit is None else self.limit.overflow
+        self.layers = MoELayers(self.dispatcher, self.limit)
         self.model = MoEModel(
-            self.checkpoint, TORCH_DTYPES[dtype], num_pages * PAGE_SIZE, self.exchange
+            self.checkpoint, TORCH_DTYPES[dtype], num_pages * PAGE_SIZE, self.layers
         )
         self.scheduler = Scheduler(limits, num_pages)
         self._outcomes: defaultdict[str, list[TokenEvent | ExpertMeshError]] = defaultdict(list)
@@ -163,7 +165,7 @@ class LocalCluster:
         eos = self.checkpoint.config["eos_token_id"]
         self.engine = Engine(
             self.model,
-            self.exchange,
+            self.layers,
             self.scheduler,
             frozenset([eos]),
             self._on_emissions,
@@ -171,6 +173,12 @@ class LocalCluster:
         )
         if threaded:
             self.engine.start()
+
+    def forward(self, step: StepInput) -> torch.Tensor:
+        """Run one packed step through the model and the experts; returns the logits."""
+        return self.model.forward(
+            step.token_ids, step.positions, step.batch, step.sample_rows, context_of(step)
+        )
 
     def _on_emissions(self, emissions: list[Emission]) -> None:
         with self._changed:

@@ -47,7 +47,7 @@ def never_gone(call: Call) -> bool:
     return False
 
 
-class Flight(Protocol):
+class PendingCalls(Protocol):
     """Calls that are under way."""
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
@@ -67,7 +67,7 @@ class Transport(Protocol):
     calls: Counter[str]
     """How many calls went over which transport, ``ray`` or ``stream``."""
 
-    def begin(self, calls: Sequence[Call], timeout_s: float) -> Flight:
+    def send(self, calls: Sequence[Call], timeout_s: float) -> PendingCalls:
         """Send all calls at once; ``timeout_s`` bounds the wait for all of their answers."""
         ...
 

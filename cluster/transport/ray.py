@@ -15,9 +15,9 @@ from cluster.transport.base import (
     GONE_CHECK_S,
     Call,
     CallFailure,
-    Flight,
     IsGone,
     Outcome,
+    PendingCalls,
     never_gone,
 )
 from cluster.transport.stream.handshake import Network, StreamOffer
@@ -31,7 +31,7 @@ class RayTransport:
         self.calls: Counter[str] = Counter()
         self._actors = actors
 
-    def begin(self, calls: Sequence[Call], timeout_s: float) -> Flight:
+    def send(self, calls: Sequence[Call], timeout_s: float) -> PendingCalls:
         """See :class:`Transport`."""
         deadline_s = time.monotonic() + timeout_s
         refs: list[ray.ObjectRef | None] = []
@@ -40,7 +40,7 @@ class RayTransport:
             frame = call.frame[0] if len(call.frame) == 1 else b"".join(call.frame)
             refs.append(None if handle is None else handle.compute.remote(frame))
         self.calls["ray"] += len(calls)
-        return _RayFlight(self._actors, calls, refs, deadline_s)
+        return _RayCalls(self._actors, calls, refs, deadline_s)
 
     def renew(self, actor_id: str) -> None:
         """See :class:`Transport`; Ray keeps the connections."""
@@ -53,7 +53,7 @@ class RayTransport:
         """See :class:`Transport`; Ray keeps the connections."""
 
 
-class _RayFlight:
+class _RayCalls:
     def __init__(
         self,
         actors: RayActors,
@@ -67,7 +67,7 @@ class _RayFlight:
         self._deadline_s = deadline_s
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
-        """See :class:`Flight`."""
+        """See :class:`PendingCalls`."""
         sent = [(c, ref) for c, ref in zip(self._calls, self._refs, strict=True) if ref is not None]
         try:
             answers: list[Outcome] = ray.get([ref for _, ref in sent], timeout=self._slice_s())

@@ -31,23 +31,22 @@ logger = logging.getLogger("expertmesh.placement")
 
 
 class PlacementView:
-    """The newest placement that this replica has heard of; safe to read from any thread."""
+    """The newest placement that this replica has heard of; safe to read from any thread.
+
+    ``placement`` is ``None`` before the first one, and only :meth:`publish` sets it.
+    """
 
     def __init__(self) -> None:
-        """Start without a placement; :meth:`current` is then ``None``."""
-        self._placement: Placement | None = None
+        """Start without a placement."""
+        self.placement: Placement | None = None
         self._looped_s: float | None = None
         self._changed = threading.Condition()
-
-    def current(self) -> Placement | None:
-        """Return the newest placement, or ``None`` before the first."""
-        return self._placement
 
     def publish(self, placement: Placement) -> None:
         """Take a placement if it is newer than the current one, and wake those who wait."""
         with self._changed:
-            if self._placement is None or placement.order > self._placement.order:
-                self._placement = placement
+            if self.placement is None or placement.order > self.placement.order:
+                self.placement = placement
                 self._changed.notify_all()
 
     def heard(self, loop_age_s: float) -> None:
@@ -63,7 +62,7 @@ class PlacementView:
         order = (-1, -1) if than is None else than.order
         with self._changed:
             return self._changed.wait_for(
-                lambda: self._placement is not None and self._placement.order > order, timeout_s
+                lambda: self.placement is not None and self.placement.order > order, timeout_s
             )
 
 
@@ -135,7 +134,7 @@ class PlacementWatcher:
                 self._view.publish(Placement.from_wire(told["placement"]))
 
     async def _watch_once(self, node: str) -> tuple[bool, Any]:
-        current = self._view.current()
+        current = self._view.placement
         known = (-1, -1) if current is None else current.order
         call = asyncio.create_task(
             self._bounded(

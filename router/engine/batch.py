@@ -14,6 +14,8 @@ import torch
 
 from router.engine.sequence import Sequence, Work
 from router.model.kv_cache import Chunk, PagedBatch
+from router.moe.layer import StepContext
+from router.observability.tracing import StepTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,17 @@ def pack(work: List[Work], sliding_window: int | None, length_step: int = 1) -> 
         sample_rows=_tensor(rows),
         sampled=tuple(w.sequence for w in ordered if w.samples),
         works=tuple(ordered),
+    )
+
+
+def context_of(step: StepInput, trace: StepTrace | None = None) -> StepContext:
+    """Return the step as its MoE layers see it; the earliest deadline of its requests bounds it."""
+    requests = [work.sequence.request for work in step.works]
+    return StepContext(
+        min(request.deadline_s for request in requests),
+        [work.end - work.start for work in step.works],
+        [request.on_expert_loss for request in requests],
+        trace,
     )
 
 

@@ -24,16 +24,16 @@ from cluster.errors import (
     ExpertUnavailableError,
     InternalError,
 )
-from router.engine.batch import StepInput, pack
+from router.engine.batch import StepInput, context_of, pack
 from router.engine.sampling import Draw, sample
 from router.engine.scheduler import Scheduler
 from router.engine.sequence import Sequence, Work
 from router.engine.stats import EngineTally
 from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
 from router.model.model import MoEModel
-from router.moe.layer import RemoteExchange
-from router.moe.missing import StepLoss
-from router.observability.tracing import RequestTrace, begin_step
+from router.moe.layer import MoELayers
+from router.moe.missing import StepMissing
+from router.observability.tracing import RequestTrace, StepTrace, begin_step
 
 IDLE_S = 0.1
 PARKED_S = 0.02
@@ -62,7 +62,7 @@ class Engine:
     def __init__(
         self,
         model: MoEModel,
-        exchange: RemoteExchange,
+        layers: MoELayers,
         scheduler: Scheduler,
         eos_token_ids: frozenset[int],
         emit: Emit,
@@ -71,11 +71,12 @@ class Engine:
         """``emit`` is called on the engine's thread, at most once a step.
 
         Without ``is_exact`` no token is the model's, and all are flagged as not exact.
-        ``replayed`` counts the forced tokens by whether the step sampled the same; ``tally`` has
-        times and tokens.
+        ``replayed`` counts the forced tokens by whether the step sampled the same. ``tally`` has
+        times and tokens. ``inexact_rows`` counts, by contract, the rows that were computed without
+        an expert that they chose.
         """
         self._model = model
-        self._exchange = exchange
+        self._layers = layers
         self._scheduler = scheduler
         self._eos_token_ids = eos_token_ids
         self._emit = emit
@@ -83,6 +84,7 @@ class Engine:
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._outbox: list[Emission] = []
         self.replayed: Counter[str] = Counter()
+        self.inexact_rows: Counter[str] = Counter()
         self.tally = EngineTally()
         self._closing = False
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
@@ -167,15 +169,15 @@ class Engine:
 
     def _unpark(self) -> None:
         for sequence in self._scheduler.parked():
-            if self._exchange.lost.none_of(sequence.awaited):
+            if self._layers.have_all(sequence.awaited):
                 sequence.awaited = frozenset()
 
     def _guarded_step(self, work: list[Work]) -> None:
         traces = [w.sequence.trace for w in work if w.sequence.trace is not None]
         num_tokens = sum(w.end - w.start for w in work)
-        self._exchange.trace = trace = begin_step(traces, len(work), num_tokens)
+        trace = begin_step(traces, len(work), num_tokens)
         try:
-            self.step(work)
+            self.step(work, trace)
         except (ExpertUnavailableError, DeadlineExceededError) as error:
             # The step's earliest deadline passed while an expert was away; the others go on.
             self._expire(error)
@@ -188,18 +190,17 @@ class Engine:
             if trace is not None:
                 trace.end()
 
-    def step(self, work: list[Work]) -> None:
-        """Compute the scheduled work, sample, and note what is to be emitted."""
+    def step(self, work: list[Work], trace: StepTrace | None = None) -> None:
+        """Compute the scheduled work, sample, and note the tokens to be emitted."""
         self._note(work)
         step = pack(work, self._model.sliding_window, self._model.length_step)
-        self._exchange.deadline_s = min(w.sequence.request.deadline_s for w in work)
-        self._exchange.loss = loss = StepLoss(
-            [w.end - w.start for w in step.works],
-            [w.sequence.request.on_expert_loss for w in step.works],
+        context = context_of(step, trace)
+        logits = self._model.forward(
+            step.token_ids, step.positions, step.batch, step.sample_rows, context
         )
-        logits = self._model.forward(step.token_ids, step.positions, step.batch, step.sample_rows)
         token_ids, logprobs = sample(logits, [_draw(s) for s in step.sampled])
-        self._advance(step, loss, token_ids, logprobs)
+        self.tally.layers(context.layer_times_s)
+        self._advance(step, context.missing, token_ids, logprobs)
 
     def _note(self, work: list[Work]) -> None:
         now_s = time.monotonic()
@@ -212,19 +213,21 @@ class Engine:
     def _advance(
         self,
         step: StepInput,
-        loss: StepLoss,
+        missing: StepMissing | None,
         token_ids: list[int],
         logprobs: list[TokenLogprobs | None],
     ) -> None:
-        if loss.inexact:
-            self._exchange.inexact_rows += loss.rows_by_contract()
+        awaited = {} if missing is None else missing.awaited
+        inexact = set() if missing is None else missing.inexact
+        if missing is not None and inexact:
+            self.inexact_rows += missing.rows_by_contract()
         for place, item in enumerate(step.works):
-            if place in loss.awaited:
-                # What was stored for it is stored anew when it is computed again.
-                item.sequence.awaited = loss.awaited[place]
+            if place in awaited:
+                # Its keys and values are stored anew when it is computed again.
+                item.sequence.awaited = awaited[place]
                 continue
             item.sequence.num_computed = item.end
-            is_exact = self._is_exact and place not in loss.inexact
+            is_exact = self._is_exact and place not in inexact
             item.sequence.exact = item.sequence.exact and is_exact
         now_s = time.monotonic()
         for sequence, token_id, row in zip(step.sampled, token_ids, logprobs, strict=True):

@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -38,7 +39,7 @@ from router.model.model import MoEModel
 from router.model.page_pool import PAGE_SIZE, pages_needed
 from router.moe.capacity import CapacityLimit
 from router.moe.dispatch import Dispatcher
-from router.moe.layer import RemoteExchange
+from router.moe.layer import MoELayers
 from router.observability.tracing import RequestTrace
 from router.served import ServedModel
 
@@ -94,7 +95,8 @@ class RouterReplica:
         )
         capacity = config.expert_capacity
         limit = None if capacity is None else CapacityLimit(capacity, model.num_experts)
-        self._exchange = RemoteExchange(self._dispatcher, limit)
+        self._overflow: Mapping[tuple[int, int], int] = {} if limit is None else limit.overflow
+        layers = MoELayers(self._dispatcher, limit)
         num_pages = pages_needed(config.cache_tokens_for(model.max_model_len))
         checkpoint = open_model(model.path, model.source.identity, RayNeighbours())
         scheduler = Scheduler(
@@ -112,16 +114,16 @@ class RouterReplica:
                 checkpoint,
                 TORCH_DTYPES[model.dtype],
                 num_pages * PAGE_SIZE,
-                self._exchange,
+                layers,
             ),
-            self._exchange,
+            layers,
             scheduler,
             frozenset(model.eos_token_ids),
             self._emit,
             is_exact=not experts.emulated_pools,
         )
         self._samples = RouterSamples(
-            model.id, self._engine.tally, scheduler, self._exchange, self._dispatcher
+            model.id, self._engine.tally, scheduler, self._dispatcher, self._overflow
         )
         self._links = LinkClient(self._stop_choice)
         gc.collect()
@@ -218,14 +220,15 @@ class RouterReplica:
         transport, requests under way, forced tokens by whether they were sampled again, token rows
         computed without an expert by contract, tokens by the (layer, expert) that had no room for
         them, memory."""
-        layer_s = list(self._exchange.timings_s)
-        self._exchange.timings_s.clear()
+        latest_s = self._engine.tally.latest_layers_s
+        layer_s = list(latest_s)
+        latest_s.clear()
         return {
             "layer_s": layer_s,
             "retries": dict(self._dispatcher.retries),
             "calls": dict(self._transport.calls),
-            "inexact_rows": dict(self._exchange.inexact_rows),
-            "overflow": dict(self._exchange.overflow),
+            "inexact_rows": dict(self._engine.inexact_rows),
+            "overflow": dict(self._overflow),
             "pid": os.getpid(),
             "requests": len(self._requests),
             "replayed": dict(self._engine.replayed),

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Iterable, Mapping
 
 from cluster.reports import Sample, Samples
 from router.engine.scheduler import Scheduler
 from router.engine.sequence import Sequence
 from router.moe.dispatch import Dispatcher
-from router.moe.layer import RemoteExchange
 from router.observability import catalogue
-from router.observability.catalogue import LATENCY_BUCKETS_S, TOKEN_BUCKETS_S, Family
+from router.observability.catalogue import (
+    LATENCY_BUCKETS_S,
+    LAYER_BUCKETS_S,
+    TOKEN_BUCKETS_S,
+    Family,
+)
 from router.observability.histogram import Distribution, counts_of, histogram_of
+
+LAYERS_KEPT = 8192
 
 
 class EngineTally:
     """Times and tokens of one engine; :class:`router.engine.sequence.Times` has a sequence's own.
 
-    A sequence that goes on after a failure brings tokens with it; only what follows them counts.
+    A sequence that goes on after a failure brings tokens with it; only the tokens after them count.
+    ``latest_layers_s`` keeps the durations of the latest MoE layers.
     """
 
     def __init__(self) -> None:
@@ -26,6 +35,8 @@ class EngineTally:
         self.prefill_time_s = Distribution(LATENCY_BUCKETS_S)
         self.decode_time_s = Distribution(LATENCY_BUCKETS_S)
         self.inter_token_s = Distribution(TOKEN_BUCKETS_S)
+        self.layer_time_s = Distribution(LAYER_BUCKETS_S)
+        self.latest_layers_s: deque[float] = deque(maxlen=LAYERS_KEPT)
         self.steps = 0
         self.step_tokens = 0
 
@@ -45,6 +56,12 @@ class EngineTally:
             times.first_token_s = now_s
         times.last_token_s = now_s
 
+    def layers(self, times_s: Iterable[float]) -> None:
+        """Note how long each MoE layer of a step took."""
+        for took_s in times_s:
+            self.latest_layers_s.append(took_s)
+            self.layer_time_s.add(took_s)
+
     def finished(self, sequence: Sequence) -> None:
         """Note that the sequence has its last token."""
         times = sequence.times
@@ -60,15 +77,18 @@ class RouterSamples:
         model: str,
         tally: EngineTally,
         scheduler: Scheduler,
-        exchange: RemoteExchange,
         dispatcher: Dispatcher,
+        overflow: Mapping[tuple[int, int], int],
     ) -> None:
-        """``model`` is the id of the model that the router serves."""
+        """``model`` is the id of the model that the router serves.
+
+        ``overflow`` maps (layer, expert) to the tokens for which the expert had no room.
+        """
         self._labels = {"model_name": model}
         self._tally = tally
         self._scheduler = scheduler
-        self._exchange = exchange
         self._dispatcher = dispatcher
+        self._overflow = overflow
 
     def __call__(self) -> Samples:
         """Return the numbers of this moment."""
@@ -85,7 +105,7 @@ class RouterSamples:
             (catalogue.PREFILL_TIME, tally.prefill_time_s),
             (catalogue.DECODE_TIME, tally.decode_time_s),
             (catalogue.INTER_TOKEN, tally.inter_token_s),
-            (catalogue.LAYER_TIME, self._exchange.layer_time_s),
+            (catalogue.LAYER_TIME, tally.layer_time_s),
         ):
             found[family.name] = list(histogram_of(family, values, labels))
         for family, counts, by in (
@@ -97,7 +117,7 @@ class RouterSamples:
         name = catalogue.OVERFLOW.exported
         found[catalogue.OVERFLOW.name] = [
             (name, {**labels, "layer": str(layer_id), "expert": str(expert_id)}, float(count))
-            for (layer_id, expert_id), count in dict(self._exchange.overflow).items()
+            for (layer_id, expert_id), count in dict(self._overflow).items()
         ]
         return Samples(time.monotonic(), found)
 

@@ -266,7 +266,7 @@ class RayUpstream:
     def ready(self) -> Readiness:
         """See :class:`Upstream`."""
         told = readiness(
-            self._view.current(), self._routers, self._view.loop_age_s(), self._on_expert_loss
+            self._view.placement, self._routers, self._view.loop_age_s(), self._on_expert_loss
         )
         if self._is_deleted:
             told = replace(told, reason=being_deleted().message, is_deleted=True)

@@ -2,8 +2,8 @@
 
 Embedding, attention, norms, the gate (transformers' own router module, so ``topk_ids`` and
 ``topk_weights`` are its) and the output head are loaded; the experts module is replaced by a
-parameter-free one that hands the tokens to an :class:`ExpertExchange`. A router therefore never
-reads or holds an expert's weight.
+parameter-free one that hands the tokens to :class:`router.moe.layer.MoELayers`. A router therefore
+never reads or holds an expert's weight.
 
 Dimension letters: T packed tokens, R rows to sample, K experts per token, H hidden size, V vocab.
 """
@@ -34,7 +34,7 @@ from router.model.kv_cache import LatentCache, PagedBatch, PagedCache
 from router.model.latent_attention import LATENT_ATTENTION_NAME, keep_latents, latent_attention
 from router.model.paged_attention import ATTENTION_NAME, PagedContext, paged_attention
 from router.moe.gate import Gate, chooser
-from router.moe.layer import ExpertExchange, RemoteExperts
+from router.moe.layer import MoELayers, RemoteExperts, StepContext
 
 _REPLACING = threading.Lock()
 
@@ -117,7 +117,7 @@ class MoEModel:
     """A model whose experts are elsewhere, run over packed steps."""
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, cache_slots: int, exchange: ExpertExchange
+        self, checkpoint: Checkpoint, dtype: torch.dtype, cache_slots: int, layers: MoELayers
     ) -> None:
         """Load the dense part and make a cache of ``cache_slots`` tokens."""
         self._model = load_dense(checkpoint, dtype)
@@ -125,6 +125,7 @@ class MoEModel:
         fuse_attention(self._model)
         pack_linears(self._model)
         replace_norms(self._model)
+        self._layers = layers
         config = self._model.config
         # Some families say 0 where others say nothing.
         self.sliding_window: int | None = getattr(config, "sliding_window", None) or None
@@ -133,7 +134,7 @@ class MoEModel:
         self._cache = _cache_of(config, checkpoint.family, cache_slots, dtype, self._model.device)
         for layer_id, (module, gate) in enumerate(_remote_experts(self._model, checkpoint)):
             module.layer_id = checkpoint.shape.layers[layer_id]
-            module.exchange = exchange
+            module.layers = layers
             module.choose_among = chooser(gate, checkpoint.family.weights_of_all(checkpoint.config))
         self._base, self._head = self._model.base_model, self._model.get_output_embeddings()
 
@@ -144,11 +145,14 @@ class MoEModel:
         positions: torch.Tensor,
         batch: PagedBatch,
         sample_rows: torch.Tensor,
+        step: StepContext,
     ) -> torch.Tensor:
         """Run one packed step; returns fp32 logits [R, V] of the rows to sample.
 
-        ``token_ids`` and ``positions`` are [T], ``sample_rows`` [R] indexes into them.
+        ``token_ids`` and ``positions`` are [T], ``sample_rows`` [R] indexes into them. ``step``
+        goes to every MoE layer.
         """
+        self._layers.step = step
         output = self._base(
             input_ids=token_ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),

@@ -21,7 +21,7 @@ import torch
 
 from router.config import CapacityConfig
 from router.moe.gate import ChooseAmong
-from router.moe.missing import Choice, StepLoss, choose_anew
+from router.moe.missing import Choice, StepMissing, choose_anew
 
 
 def tokens_per_expert(config: CapacityConfig, num_pairs: int, num_experts: int) -> int:
@@ -55,40 +55,41 @@ class CapacityLimit:
     def __init__(self, config: CapacityConfig, num_experts: int) -> None:
         """``num_experts`` are those of each layer."""
         self._config = config
-        self._none_lost = np.zeros(num_experts, dtype=bool)
+        self._none_missing = np.zeros(num_experts, dtype=bool)
         self.overflow: Counter[tuple[int, int]] = Counter()
 
     def apply(
         self,
         layer_id: int,
         choice: Choice,
-        lost: np.ndarray | None,
-        loss: StepLoss,
+        missing: np.ndarray | None,
+        record: StepMissing,
         hidden_states: torch.Tensor,
         choose_among: ChooseAmong,
     ) -> Choice:
-        """Return what the tokens [T, H] get; ``loss`` notes those that do not get their choice."""
-        lost = self._none_lost if lost is None else lost
+        """Return the experts that the tokens [T, H] get; ``record`` notes the changed choices."""
+        missing = self._none_missing if missing is None else missing
         num_pairs = choice.ids.size if choice.pairs is None else len(choice.pairs)
-        capacity = tokens_per_expert(self._config, num_pairs, len(lost))
-        placed = within_capacity(choice, capacity, lost, hidden_states, choose_among)
+        capacity = tokens_per_expert(self._config, num_pairs, len(missing))
+        placed = within_capacity(choice, capacity, missing, hidden_states, choose_among)
         if len(placed.rows):
-            loss.touch(placed.rows)
+            record.touch(placed.rows)
             for expert_id in placed.overflow.nonzero()[0].tolist():
                 self.overflow[layer_id, expert_id] += int(placed.overflow[expert_id])
         return placed.choice
 
 
 class _Room:
-    """Which token has which expert, as they are placed one preference after the other."""
+    """The experts of each token, as they are placed one preference after the other."""
 
-    def __init__(self, num_tokens: int, wanted: np.ndarray, capacity: int, lost: np.ndarray):
+    def __init__(self, num_tokens: int, wanted: np.ndarray, capacity: int, missing: np.ndarray):
         self._wanted = wanted  # [T], how many experts each token is to have
         self._capacity = capacity
-        self._counts = np.zeros(len(lost), dtype=np.int64)  # [E]
-        self.overflow = np.zeros(len(lost), dtype=np.int64)  # [E]
-        self.has = np.zeros((num_tokens, len(lost)), dtype=bool)  # [T, E]
-        self.tried = np.broadcast_to(lost, self.has.shape).copy()  # [T, E]; the lost have no room
+        self._counts = np.zeros(len(missing), dtype=np.int64)  # [E]
+        self.overflow = np.zeros(len(missing), dtype=np.int64)  # [E]
+        self.has = np.zeros((num_tokens, len(missing)), dtype=bool)  # [T, E]
+        # Missing experts have no room.
+        self.tried = np.broadcast_to(missing, self.has.shape).copy()  # [T, E]
 
     def lacking(self) -> np.ndarray:
         """Return the tokens that lack an expert and have not tried all."""
@@ -113,13 +114,13 @@ class _Room:
 def within_capacity(
     choice: Choice,
     capacity: int,
-    lost: np.ndarray,
+    missing: np.ndarray,
     hidden_states: torch.Tensor,
     choose_among: ChooseAmong,
 ) -> Placed:
     """Return what the tokens [T, H] get when each expert takes at most ``capacity`` of them.
 
-    ``lost`` [E] are experts that cannot be asked at all. Where every expert has room the choice
+    ``missing`` [E] are experts that cannot be asked at all. Where every expert has room the choice
     comes back as it is. Otherwise no expert has more than its capacity, no token goes past an
     expert that it prefers and that has room, and the weights of the tokens that had to are
     normalised over what they got, as the gate does.
@@ -130,10 +131,10 @@ def within_capacity(
         served = np.zeros(num_tokens * k, dtype=bool)
         served[choice.pairs] = True
         served = served.reshape(num_tokens, k)
-    demand = np.bincount(choice.ids[served], minlength=len(lost))
+    demand = np.bincount(choice.ids[served], minlength=len(missing))
     if demand.max() <= capacity:
-        return Placed(choice, np.zeros(0, dtype=np.int64), np.zeros(len(lost), dtype=np.int64))
-    room = _Room(num_tokens, served.sum(axis=1), capacity, lost)
+        return Placed(choice, np.zeros(0, dtype=np.int64), np.zeros(len(missing), dtype=np.int64))
+    room = _Room(num_tokens, served.sum(axis=1), capacity, missing)
     weights = choice.weights.float().cpu().numpy()
     for tokens, experts in _in_line(np.arange(num_tokens), choice.ids, weights, served):
         room.ask(tokens, experts)

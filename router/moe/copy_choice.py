@@ -13,10 +13,6 @@ AVOID_S = 10.0
 replaced sooner; one that was merely slow is tried again."""
 FORGET = 0.9
 """The share of an actor's recent rows that still counts a layer later."""
-STALL_S = 0.25
-"""A killed process may take so long to die, and to close its connections, on a busy machine."""
-SLACK = 3.0
-DECAY = 0.98
 
 
 class Copies:
@@ -99,34 +95,3 @@ def _usable(actors: tuple[str, ...], shunned: Collection[str]) -> tuple[str, ...
     if not shunned or len(actors) < 2:
         return actors
     return tuple(one for one in actors if one not in shunned) or actors
-
-
-class Pace:
-    """How long answers take, so that an actor that hangs is told from one that has much to do."""
-
-    def __init__(self) -> None:
-        """Begin without any; then nothing counts as a stall."""
-        self._longest_s: dict[int, float] = {}
-        """By the number of bits of the number of rows: the longest lately, which fades."""
-
-    def note(self, rows: int, took_s: float) -> None:
-        """Take the time in which parts of at most ``rows`` rows were all answered."""
-        size = rows.bit_length()
-        self._longest_s[size] = max(took_s, DECAY * self._longest_s.get(size, 0.0))
-
-    def stall_s(self, rows: int) -> float:
-        """Return how long an actor may take before another copy is asked.
-
-        That is ``SLACK`` times the longest lately, and never less than ``STALL_S``; for more rows
-        than were ever answered it grows in proportion, and it is infinite before any answer.
-        """
-        size = rows.bit_length()
-        larger = [known for known in self._longest_s if known >= size]
-        if larger:
-            expected_s = self._longest_s[min(larger)]
-        elif self._longest_s:
-            largest = max(self._longest_s)
-            expected_s = self._longest_s[largest] * 2 ** (size - largest)
-        else:
-            return float("inf")
-        return max(STALL_S, SLACK * expected_s)

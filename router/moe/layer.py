@@ -1,58 +1,68 @@
-"""One MoE layer of the router: order the choices, dispatch, combine.
+"""One MoE layer of the router: choose, dispatch, combine.
 
-Dimension letters: T tokens, K experts per token, H hidden size.
+Dimension letters: T tokens, K experts per token, H hidden size, W works of the step.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from opentelemetry.trace import Span
 from torch import nn
 
 from cluster.errors import ExpertUnavailableError
 from cluster.wire.tensors import to_ids
 from router.moe.capacity import CapacityLimit
-from router.moe.combine import Plan, combine, prepare
+from router.moe.combine import combine, prepare
 from router.moe.dispatch import Dispatcher
 from router.moe.gate import ChooseAmong
-from router.moe.missing import Choice, StepLoss
+from router.moe.missing import Awaited, Choice, StepMissing
 from router.moe.permute import slots_of
-from router.observability.catalogue import LAYER_BUCKETS_S
-from router.observability.histogram import Distribution
 from router.observability.tracing import StepTrace, traceparent
 
-TIMINGS_KEPT = 8192
+
+@dataclass(slots=True)
+class StepContext:
+    """One engine step, as its MoE layers see it.
+
+    ``deadline_s`` (wall clock) bounds every wait. ``sizes`` [W] are the works' numbers of tokens in
+    the order of the step's tokens, ``contracts`` [W] their requests' ``on_expert_loss``. ``trace``
+    is there where the step is traced.
+
+    The layers leave two things behind: ``missing`` is there once an expert was missing or had no
+    room, and ``layer_times_s`` has the duration of every layer, from its choice to its sums.
+    """
+
+    deadline_s: float
+    sizes: Sequence[int]
+    contracts: Sequence[str]
+    trace: StepTrace | None = None
+    missing: StepMissing | None = None
+    layer_times_s: list[float] = field(default_factory=list)
+
+    def without_experts(self) -> StepMissing:
+        """Return the record of what the step computes without an expert; begins it."""
+        if self.missing is None:
+            self.missing = StepMissing(self.sizes, self.contracts)
+        return self.missing
 
 
-class RemoteExchange:
-    """The :class:`router.model.model.ExpertExchange` whose experts are actors.
+class MoELayers:
+    """The MoE layers of one model; their experts are actors.
 
-    ``deadline_s`` (wall clock) bounds every wait, ``loss`` says what to do without an expert and
-    ``trace`` where to tell of layers; the engine sets them before each step. ``inexact_rows``
-    counts, by contract, the rows that were computed without an expert that they chose; ``lost``
-    tells which experts have no live copy, ``overflow`` by (layer, expert) how many tokens they had
-    no room for.
-    ``timings_s`` keeps how long the latest layers took, dispatch and combine together;
-    ``layer_time_s`` counts all of them.
+    ``step`` is the step that is being computed: transformers' blocks hand their experts hidden
+    states and choices alone, so :class:`router.model.model.MoEModel` leaves the step here.
     """
 
     def __init__(self, dispatcher: Dispatcher, limit: CapacityLimit | None = None) -> None:
-        """Exchange through ``dispatcher``; ``limit`` bounds what an expert takes of a step."""
+        """Send rows by ``dispatcher``; ``limit`` bounds the tokens of an expert in a step."""
         self._dispatcher = dispatcher
         self._limit = limit
-        self.deadline_s = 0.0
-        self.loss: StepLoss | None = None
-        self.trace: StepTrace | None = None
-        self.lost = dispatcher.lost
-        self.overflow: Counter[tuple[int, int]] = Counter() if limit is None else limit.overflow
-        self.inexact_rows: Counter[str] = Counter()
-        self.timings_s: deque[float] = deque(maxlen=TIMINGS_KEPT)
-        self.layer_time_s = Distribution(LAYER_BUCKETS_S)
+        self.step: StepContext | None = None
 
     def __call__(
         self,
@@ -62,86 +72,75 @@ class RemoteExchange:
         topk_weights: torch.Tensor,
         choose_among: ChooseAmong | None = None,
     ) -> torch.Tensor:
-        """Map [T, H] and [T, K] ids and weights to [T, H].
+        """Map hidden states [T, H], and the gate's ids and weights [T, K], to [T, H].
 
-        ``choose_among`` is the layer's gate, asked where an expert has no live copy. Raises
-        :class:`ExpertUnavailableError` when the deadline passes first.
+        ``choose_among`` is the layer's gate, asked again where an expert has no live copy. Raises
+        :class:`ExpertUnavailableError` when the step's deadline passes first.
         """
+        step = self.step
+        if step is None:
+            raise RuntimeError(f"layer {layer_id} is computed outside of a step")
         started_s = time.perf_counter()
-        gates_own = Choice(to_ids(topk_ids), topk_weights)
-        span = None if self.trace is None else self.trace.layer(layer_id)
+        span = None if step.trace is None else step.trace.layer(layer_id)
+        context = None if span is None else traceparent(span.get_span_context())
+        gate_choice = Choice(to_ids(topk_ids), topk_weights)
         try:
-            combined = self._exchange(layer_id, hidden_states, gates_own, choose_among, span)
+            combined = None
+            while combined is None:  # again only where an expert is lost while the layer is sent
+                choice = self._choose(step, layer_id, hidden_states, gate_choice, choose_among)
+                combined = self._compute(step, layer_id, hidden_states, choice, context)
         finally:
             if span is not None:
                 span.end()
-        took_s = time.perf_counter() - started_s
-        self.timings_s.append(took_s)
-        self.layer_time_s.add(took_s)
+        step.layer_times_s.append(time.perf_counter() - started_s)
         return combined
 
-    def _exchange(
+    def _choose(
         self,
+        step: StepContext,
         layer_id: int,
         hidden_states: torch.Tensor,
-        gates_own: Choice,
+        gate_choice: Choice,
         choose_among: ChooseAmong | None,
-        span: Span | None,
-    ) -> torch.Tensor:
-        context = None if span is None else traceparent(span.get_span_context())
-        combined = None
-        while combined is None:  # once more only when an expert was lost in the middle of it
-            choice = gates_own
-            if self.loss is not None and choose_among is not None:
-                lost = self.lost.of_layer(layer_id)
-                choice = self.loss.choose(layer_id, lost, hidden_states, gates_own, choose_among)
-                if self._limit is not None:
-                    choice = self._limit.apply(
-                        layer_id, choice, lost, self.loss, hidden_states, choose_among
-                    )
-            combined = self._compute(layer_id, hidden_states, choice, context)
-            if combined is None and (self.loss is None or choose_among is None):
-                raise ExpertUnavailableError("an expert has no live copy", f"layer {layer_id}", 1.0)
-        return combined
+    ) -> Choice:
+        """Return the gate's choice, changed where experts are missing or have no room."""
+        missing = self._dispatcher.missing(layer_id)
+        if missing is None and step.missing is None and self._limit is None:
+            return gate_choice
+        if choose_among is None:
+            raise ExpertUnavailableError("an expert has no live copy", f"layer {layer_id}", 1.0)
+        record = step.without_experts()
+        choice = record.choose(layer_id, missing, hidden_states, gate_choice, choose_among)
+        if self._limit is None:
+            return choice
+        return self._limit.apply(layer_id, choice, missing, record, hidden_states, choose_among)
 
     def _compute(
         self,
+        step: StepContext,
         layer_id: int,
         hidden_states: torch.Tensor,
         choice: Choice,
         context: str | None,
     ) -> torch.Tensor | None:
-        """Dispatch and combine; returns ``None`` when an expert has no live copy."""
+        """Dispatch and combine; returns ``None`` when an expert has lost its last live copy."""
         ids = np.ascontiguousarray(choice.ids, np.int64)
-        plans: list[Plan] = []
-        received = self._dispatcher.dispatch(
-            layer_id,
-            hidden_states,
-            ids,
-            self.deadline_s,
-            choice.pairs,
-            context,
-            lambda: plans.append(prepare(choice.weights, slots_of(ids), hidden_states)),
+        pending = self._dispatcher.send(
+            layer_id, hidden_states, ids, step.deadline_s, choice.pairs, context
         )
-        return None if received is None else combine(received, plans[0])
+        if pending is None:
+            return None
+        plan = prepare(choice.weights, slots_of(ids), hidden_states)
+        received = pending.wait()
+        return None if received is None else combine(received, plan)
 
-
-class ExpertExchange(Protocol):
-    """Where a layer's tokens go to meet their experts."""
-
-    def __call__(
-        self,
-        layer_id: int,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        choose_among: ChooseAmong | None = None,
-    ) -> torch.Tensor:
-        """Map hidden states [T, H], ids and weights [T, K] to the combined output [T, H].
-
-        ``choose_among`` is the layer's gate, for tokens that must do without an expert.
-        """
-        ...
+    def have_all(self, experts: Iterable[Awaited]) -> bool:
+        """Return whether each of the (layer, expert) pairs has a live copy."""
+        for layer_id, expert_id in experts:
+            missing = self._dispatcher.missing(layer_id)
+            if missing is not None and missing[expert_id]:
+                return False
+        return True
 
 
 class RemoteExperts(nn.Module):
@@ -151,21 +150,21 @@ class RemoteExperts(nn.Module):
     _is_hf_initialized = True
 
     def __init__(self, config: Any) -> None:
-        """``config`` is transformers'; layer and exchange are set after the model is built."""
+        """``config`` is transformers'; the attributes are set after the model is built."""
         super().__init__()
         self.layer_id = -1
-        self.exchange: ExpertExchange | None = None
+        self.layers: MoELayers | None = None
         self.choose_among: ChooseAmong | None = None
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Return the combined output of the chosen experts, shaped as ``hidden_states`` are.
+        """Return the combined output of the chosen experts, shaped as ``hidden_states``.
 
-        Those are [T, H], or [1, T, H] in families whose block leaves them so.
+        The shape is [T, H], or [1, T, H] in families whose block leaves it so.
         """
-        if self.exchange is None:
-            raise RuntimeError(f"layer {self.layer_id} has no exchange")
+        if self.layers is None:
+            raise RuntimeError(f"layer {self.layer_id} has no dispatcher")
         rows = hidden_states.flatten(0, -2)
-        combined = self.exchange(self.layer_id, rows, top_k_index, top_k_weights, self.choose_among)
+        combined = self.layers(self.layer_id, rows, top_k_index, top_k_weights, self.choose_among)
         return combined.view(hidden_states.shape)

@@ -1,12 +1,16 @@
-"""What the loss of experts does to a step: who waits, and who goes on without them.
+"""Missing experts: which sequences of a step wait for them, and which go on without them.
 
-Experts without a live copy are lost. A row of a ``strict`` request that chose one makes its
-sequence wait: all rows of the sequence are left out of the rest of the step and its tokens are not
-sampled. The others go on: under ``next_expert`` the next live expert in line takes the token, under
-``drop`` the lost share is left out; both normalise the weights over what is left, as the gate does.
-Where a whole layer is lost there is no next expert, so ``next_expert`` waits like ``strict``; under
-``drop`` the token then passes the layer by its residual connection, as GShard's overflowed tokens
-do (Lepikhin et al. 2020, section 2.2).
+An expert without a live copy is missing. The contract of a request, its ``on_expert_loss``, says
+what happens to a row that chose a missing expert:
+
+- ``strict``: the sequence waits. All of its rows are left out of the rest of the step, and no token
+  is sampled for it.
+- ``next_expert``: the next live expert in line takes the row. Where a whole layer is missing there
+  is no next expert, and the sequence waits.
+- ``drop``: the expert's share is left out. Where a whole layer is missing the row passes the layer
+  by its residual connection, as GShard's overflowed tokens do (Lepikhin et al. 2020, section 2.2).
+
+``next_expert`` and ``drop`` normalise the weights over the experts that are left, as the gate does.
 
 Dimension letters: T tokens, K experts per token, E experts of the layer, H hidden size, W works.
 """
@@ -14,62 +18,23 @@ Dimension letters: T tokens, K experts per token, E experts of the layer, H hidd
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from cluster.placement.placement import Placement
-from router.control.placement_view import PlacementView
 from router.moe.gate import ChooseAmong
 
 Awaited = tuple[int, int]
 """An expert that has no live copy and is waited for: (layer, expert)."""
 
 
-class LostExperts:
-    """The experts of one model that have no live copy now; for the engine's thread alone."""
-
-    def __init__(self, model: str, view: PlacementView) -> None:
-        """``view`` tells which experts have a copy."""
-        self._model = model
-        self._view = view
-        self._placement: Placement | None = None
-        self._masks: dict[int, np.ndarray] = {}
-
-    def of_layer(self, layer_id: int) -> np.ndarray | None:
-        """Return which experts of a layer are lost, bool [E], or ``None`` when none is."""
-        placement = self._view.current()
-        if placement is not self._placement:
-            self._placement = placement
-            self._masks = {} if placement is None else lost_by_layer(placement, self._model)
-        return self._masks.get(layer_id)
-
-    def none_of(self, experts: Iterable[Awaited]) -> bool:
-        """Return whether each of the (layer, expert) pairs has a live copy."""
-        for layer_id, expert_id in experts:
-            lost = self.of_layer(layer_id)
-            if lost is not None and lost[expert_id]:
-                return False
-        return True
-
-
-def lost_by_layer(placement: Placement, model: str) -> dict[int, np.ndarray]:
-    """Return the lost experts, bool [E], of each layer that has any."""
-    missing = [key for key in placement.missing() if key.model == model]
-    sizes = Counter(key.layer_id for key in placement.holders if key.model == model)
-    masks = {key.layer_id: np.zeros(sizes[key.layer_id], dtype=bool) for key in missing}
-    for key in missing:
-        masks[key.layer_id][key.expert_id] = True
-    return masks
-
-
 @dataclass(slots=True)
 class Choice:
-    """Which experts a layer's tokens go to: ids and weights [T, K].
+    """The experts of a layer's tokens: ids and weights [T, K].
 
-    ``pairs`` are those of the T * K pairs that are computed at all; ``None`` is all of them.
+    ``pairs`` are the pairs of the T * K that are computed at all; ``None`` is all of them.
     """
 
     ids: np.ndarray
@@ -77,12 +42,12 @@ class Choice:
     pairs: np.ndarray | None = None
 
 
-class StepLoss:
-    """The losses that one step met, and their consequences for its works.
+class StepMissing:
+    """The record of one step that meets missing experts, and what it means for the step's works.
 
-    ``awaited`` has, by place in ``works``, the experts that a work waits for: what was computed for
-    it is of no use. ``inexact`` has the places of those whose rows were computed without an expert
-    that they chose. Nothing is built before the first loss, so a step without one costs nothing.
+    ``awaited`` maps the place of a work to the experts that it waits for; what was computed for the
+    work is of no use. ``inexact`` are the places of the works of which a row was computed without
+    an expert that it chose.
     """
 
     def __init__(self, sizes: Sequence[int], contracts: Sequence[str]) -> None:
@@ -90,37 +55,34 @@ class StepLoss:
 
         ``contracts`` [W] are their requests' ``on_expert_loss``.
         """
-        self._sizes = sizes
-        self._contract_of_work = contracts
-        self._waits = np.zeros(0, dtype=bool)  # [W]
-        self._touched = np.zeros(0, dtype=bool)  # [T]
-        self._owners = np.zeros(0, dtype=np.int64)  # [T], places in works
-        self._contracts = np.zeros(0, dtype=str)  # [T]
+        self._waits = np.zeros(len(sizes), dtype=bool)  # [W]
+        self._touched = np.zeros(sum(sizes), dtype=bool)  # [T]
+        self._owners = np.repeat(np.arange(len(sizes)), sizes)  # [T], places of works
+        self._contracts = np.array(contracts)[self._owners]  # [T]
         self.awaited: dict[int, frozenset[Awaited]] = {}
         self.inexact: set[int] = set()
 
     def choose(
         self,
         layer_id: int,
-        lost: np.ndarray | None,
+        missing: np.ndarray | None,
         hidden_states: torch.Tensor,
         choice: Choice,
         choose_among: ChooseAmong,
     ) -> Choice:
-        """Return what the tokens [T, H] choose, given the gate's own choice and the lost [E].
+        """Return what the tokens [T, H] choose, given the gate's own choice and the missing [E].
 
         Notes which works wait and which are inexact.
         """
-        if lost is None and not self.awaited:
+        if missing is None and not self.awaited:
             return choice
-        self._set_up()
         going = ~self._waits[self._owners]  # [T]
-        if lost is None:
+        if missing is None:
             return Choice(choice.ids, choice.weights, _pairs(going, choice.ids.shape))
-        hit = lost[choice.ids] & going[:, None]  # [T, K]
+        hit = missing[choice.ids] & going[:, None]  # [T, K]
         touched = hit.any(axis=1)
         waits = self._contracts == "strict"
-        if lost.all():
+        if missing.all():
             waits |= self._contracts == "next_expert"
         self._await(layer_id, choice.ids, hit & waits[:, None])
         going = ~self._waits[self._owners]
@@ -129,11 +91,10 @@ class StepLoss:
             return Choice(choice.ids, choice.weights, _pairs(going, choice.ids.shape))
         self._touched[rows] = True
         self.inexact.update(self._owners[rows].tolist())
-        return self._without(lost, hidden_states, choice, choose_among, rows, going)
+        return self._without(missing, hidden_states, choice, choose_among, rows, going)
 
     def touch(self, rows: np.ndarray) -> None:
         """Note tokens that were computed without an expert that they chose, for another reason."""
-        self._set_up()
         self._touched[rows] = True
         self.inexact.update(self._owners[rows].tolist())
 
@@ -141,15 +102,6 @@ class StepLoss:
         """Return how many rows of works that do not wait were computed inexactly, by contract."""
         kept = self._touched & ~self._waits[self._owners]
         return Counter(self._contracts[kept].tolist())
-
-    def _set_up(self) -> None:
-        if len(self._waits):
-            return
-        num_works = len(self._sizes)
-        self._waits = np.zeros(num_works, dtype=bool)
-        self._touched = np.zeros(sum(self._sizes), dtype=bool)
-        self._owners = np.repeat(np.arange(num_works), self._sizes)
-        self._contracts = np.array(self._contract_of_work)[self._owners]
 
     def _await(self, layer_id: int, ids: np.ndarray, waiting: np.ndarray) -> None:
         """Have the works of the ``waiting`` pairs, bool [T, K], wait for the pairs' experts."""
@@ -162,7 +114,7 @@ class StepLoss:
 
     def _without(
         self,
-        lost: np.ndarray,
+        missing: np.ndarray,
         hidden_states: torch.Tensor,
         choice: Choice,
         choose_among: ChooseAmong,
@@ -170,9 +122,9 @@ class StepLoss:
         going: np.ndarray,
     ) -> Choice:
         """Choose anew for ``rows``; the others' choices stay as they are, bit for bit."""
-        own = np.zeros((len(rows), len(lost)), dtype=bool)
+        own = np.zeros((len(rows), len(missing)), dtype=bool)
         np.put_along_axis(own, choice.ids[rows], True, axis=1)
-        allowed = ~lost & (own | (self._contracts[rows] != "drop")[:, None])  # [rows, E]
+        allowed = ~missing & (own | (self._contracts[rows] != "drop")[:, None])  # [rows, E]
         served = np.repeat(going[:, None], choice.ids.shape[1], axis=1)
         return choose_anew(choice, served, rows, allowed, hidden_states, choose_among)
 

@@ -1,7 +1,9 @@
-"""A layer's rows: who gets which, and where they belong when they come back.
+"""Permute: which actor computes which rows of a layer, and where the rows belong afterwards.
 
-Each of these is some small operations on arrays, and in a step of few tokens their number is what
-a layer costs: so native code does each at once (:mod:`cluster.native`), or numpy without it.
+A layer's choices are ordered by the actors that hold the experts, so that each actor's rows are one
+stretch. Each function here stands for several small operations on arrays. In a step of few tokens
+their number is the cost of a layer, so native code does each at once (:mod:`cluster.native`), and
+numpy without it.
 
 Dimension letters: T tokens, K experts per token, P = T x K pairs, E experts, H hidden size. Pair
 t * K + r is token t with the expert that the gate put at rank r.
@@ -10,12 +12,145 @@ t * K + r is token t with the expert that the gate put at rank r.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from cluster.native import native
+from cluster.placement.placement import Placement
 from cluster.wire.tensors import to_bytes, to_raw
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The actor of a share of a layout; ``actor_id`` is ``None`` where no copy is live."""
+
+    actor_id: str | None
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One layer's experts, ordered so that the experts of one holder stand together.
+
+    ``expert_of`` [E] is the expert at each place. ``ends`` are the ends of the holders' places.
+    """
+
+    expert_of: np.ndarray
+    ends: np.ndarray
+    holders: tuple[Holder, ...]
+
+
+class Part(NamedTuple):
+    """The pairs of a layer that one actor computes, grouped by expert."""
+
+    actor_id: str
+    generation: int
+    expert_ids: tuple[int, ...]
+    counts: tuple[int, ...]
+    pairs: np.ndarray
+
+
+def lay_out(holders: Mapping[int, str | None], generations: Mapping[str, int]) -> Layout:
+    """Order a layer's experts by holder, then by id; experts without a holder come first.
+
+    ``holders`` maps every expert of the layer to its actor, or to ``None``.
+    """
+    expert_ids = sorted(holders, key=lambda expert_id: (holders[expert_id] or "", expert_id))
+    sizes: Counter[str | None] = Counter()  # in the order of the experts
+    for expert_id in expert_ids:
+        sizes[holders[expert_id]] += 1
+    return Layout(
+        np.array(expert_ids, np.int64),
+        np.cumsum(list(sizes.values()), dtype=np.int64),
+        tuple(
+            Holder(actor_id, 0 if actor_id is None else generations[actor_id]) for actor_id in sizes
+        ),
+    )
+
+
+def split(
+    layout: Layout, expert_ids: np.ndarray, k: int, pairs: np.ndarray | None
+) -> tuple[np.ndarray, list[Part], np.ndarray]:
+    """Divide a layer's pairs among its actors.
+
+    ``expert_ids`` [P] is the expert of every pair of the layer. ``pairs`` are the pairs to divide,
+    ascending; ``None`` is all of them. Returns three things: the pairs that have an actor, ordered
+    by expert, then by rank, then by token; the actors' parts, each a stretch of that order; the
+    pairs whose expert has no live copy.
+    """
+    ordered, shares = route(expert_ids, k, layout.expert_of, layout.ends, pairs)
+    parts: list[Part] = []
+    first = 0
+    for holder, (asked_ids, counts, begin, end) in zip(layout.holders, shares, strict=True):
+        if holder.actor_id is None:  # always the first share
+            first = end
+        elif asked_ids:
+            asked = ordered[begin:end]
+            parts.append(Part(holder.actor_id, holder.generation, asked_ids, counts, asked))
+    return ordered[first:], parts, ordered[:first]
+
+
+class Layouts:
+    """The layers of one model under one placement; kept until another placement is asked about."""
+
+    def __init__(self, model: str) -> None:
+        """``model`` is the model's id in the placement."""
+        self._model = model
+        self._placement: Placement | None = None
+        self._holders: dict[int, list[tuple[str, ...]]] = {}
+        self._fixed: dict[int, Layout | None] = {}
+        self._missing: dict[int, np.ndarray] = {}
+
+    def holders(self, placement: Placement, layer_id: int) -> list[tuple[str, ...]]:
+        """Return the actors that hold a copy of each expert of a layer."""
+        self._keep(placement)
+        holders = self._holders.get(layer_id)
+        if holders is None:
+            actors_of = {
+                key.expert_id: actors
+                for key, actors in placement.holders.items()
+                if (key.model, key.layer_id) == (self._model, layer_id)
+            }
+            holders = self._holders[layer_id] = [actors_of[e] for e in range(len(actors_of))]
+        return holders
+
+    def fixed(self, placement: Placement, layer_id: int) -> Layout | None:
+        """Return the only layout of a layer; ``None`` where an expert has several copies."""
+        holders = self.holders(placement, layer_id)
+        if layer_id not in self._fixed:
+            layout = None
+            if all(len(actors) < 2 for actors in holders):
+                only = {e: actors[0] if actors else None for e, actors in enumerate(holders)}
+                layout = lay_out(only, placement.generations)
+            self._fixed[layer_id] = layout
+        return self._fixed[layer_id]
+
+    def missing(self, placement: Placement, layer_id: int) -> np.ndarray | None:
+        """Return the experts of a layer without a live copy, bool [E]; ``None`` where all live."""
+        self._keep(placement)
+        return self._missing.get(layer_id)
+
+    def _keep(self, placement: Placement) -> None:
+        """Forget what another placement said."""
+        if placement is not self._placement:
+            self._placement = placement
+            self._holders, self._fixed = {}, {}
+            self._missing = missing_by_layer(placement, self._model)
+
+
+def missing_by_layer(placement: Placement, model: str) -> dict[int, np.ndarray]:
+    """Return the experts without a live copy, bool [E], of each layer that has any."""
+    missing = [key for key in placement.missing() if key.model == model]
+    sizes = Counter(key.layer_id for key in placement.holders if key.model == model)
+    masks = {key.layer_id: np.zeros(sizes[key.layer_id], dtype=bool) for key in missing}
+    for key in missing:
+        masks[key.layer_id][key.expert_id] = True
+    return masks
 
 
 def slots_of(ids: np.ndarray) -> np.ndarray:

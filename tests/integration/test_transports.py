@@ -108,7 +108,7 @@ def answers(outcomes: Sequence[Outcome]) -> list[bytes | CallFailure]:
 def ask(
     transport: Transport, *calls: Call, timeout_s: float = LIMIT_S
 ) -> list[bytes | CallFailure]:
-    return answers(transport.begin(calls, timeout_s).wait())
+    return answers(transport.send(calls, timeout_s).wait())
 
 
 def settle(transport: Transport, kind: TransportKind, names: Sequence[str]) -> None:
@@ -143,9 +143,9 @@ def test_an_actor_that_is_gone_is_waited_for_no_longer(
 ) -> None:
     settle(transport, kind, mortal)
     hung, well = mortal
-    flight = transport.begin([call(hung, b"wait 5"), call(well, b"hello")], LIMIT_S)
+    pending = transport.send([call(hung, b"wait 5"), call(well, b"hello")], LIMIT_S)
     started_s = time.monotonic()
-    outcomes = flight.wait(lambda one: one.actor_id == hung)
+    outcomes = pending.wait(lambda one: one.actor_id == hung)
     assert answers(outcomes) == [CallFailure.DIED, b"olleh"]
     assert time.monotonic() - started_s < 4.0
 
@@ -164,10 +164,10 @@ def test_outcomes_are_in_the_order_of_the_calls(
 def test_flights_overlap(transport: Transport, kind: TransportKind, names: list[str]) -> None:
     settle(transport, kind, names)
     frames = [[secrets.token_bytes(40_000) for _ in names] for _ in range(4)]
-    flights = [transport.begin([*map(call, names, one)], LIMIT_S) for one in frames]
+    pending_calls = [transport.send([*map(call, names, one)], LIMIT_S) for one in frames]
     for place in (2, 0, 3, 1):
         expected = [frame[::-1] for frame in frames[place]]
-        assert answers(flights[place].wait()) == expected
+        assert answers(pending_calls[place].wait()) == expected
 
 
 def test_an_actor_that_never_was_has_died_and_others_are_not_disturbed(

@@ -18,9 +18,9 @@ from cluster.transport.base import (
     GONE_CHECK_S,
     Call,
     CallFailure,
-    Flight,
     IsGone,
     Outcome,
+    PendingCalls,
     Transport,
     never_gone,
 )
@@ -28,7 +28,7 @@ from cluster.transport.stream.channel import Channel
 from cluster.transport.stream.connect import Connector
 
 LAST_WAIT_MS = 5
-"""So long a flight waits for one actor alone before it looks at all."""
+"""How long a wait watches one actor alone before it watches all of them."""
 WINDOW = 8
 """Unanswered calls on one connection; beyond it (an actor that hangs) calls go elsewhere."""
 
@@ -42,7 +42,7 @@ class _Link:
     actor_id: str
     generation: int
     channel: Channel
-    unanswered: dict[int, _StreamFlight | None] = field(default_factory=dict)
+    unanswered: dict[int, _StreamCalls | None] = field(default_factory=dict)
     """By the id of the call; ``None`` where nobody waits any longer."""
     answers_before: int = 0
     """How many times answers had come, over any connection, when this one's latest came."""
@@ -61,7 +61,7 @@ class StreamTransport:
         self._last_id = 0
         self._answers = 0
 
-    def begin(self, calls: Sequence[Call], timeout_s: float) -> Flight:
+    def send(self, calls: Sequence[Call], timeout_s: float) -> PendingCalls:
         """See :class:`Transport`.
 
         Those that may have to wait for a connection are sent last. Of the others the actor that
@@ -69,14 +69,14 @@ class StreamTransport:
         that was done first, so that only the other's own core idles. Sent the other way round, the
         first would be woken there and the second behind it, one after the other.
         """
-        flight = _StreamFlight(self, calls, time.monotonic() + timeout_s)
+        pending = _StreamCalls(self, calls, time.monotonic() + timeout_s)
         links = [self._links.get(call.actor_id) for call in calls]
         turns = [1 if link is None else -link.answers_before for link in links]
         for place in sorted(range(len(calls)), key=turns.__getitem__):
-            failure = self._send(flight, place, calls[place])
+            failure = self._send(pending, place, calls[place])
             if failure is not None:
-                flight.send_elsewhere(place, failure)
-        return flight
+                pending.send_elsewhere(place, failure)
+        return pending
 
     def is_ready(self, actor_id: str, generation: int) -> bool:
         """See :class:`Transport`."""
@@ -110,15 +110,15 @@ class StreamTransport:
         if self._fallback is not None:
             self._fallback.close()
 
-    def _send(self, flight: _StreamFlight, place: int, call: Call) -> CallFailure | None:
+    def _send(self, pending: _StreamCalls, place: int, call: Call) -> CallFailure | None:
         """Send a call over its stream; tell what it comes to when that cannot be."""
         link = self._links.get(call.actor_id)
         if link is None or link.generation != call.generation:
-            link = self._link(call.actor_id, call.generation, flight.remaining_s())
+            link = self._link(call.actor_id, call.generation, pending.remaining_s())
             if link is None:
                 return CallFailure.DIED
         if len(link.unanswered) >= WINDOW:
-            self.receive_any(flight, 0.0)  # late answers, which nobody has waited for
+            self.receive_any(pending, 0.0)  # late answers, which nobody has waited for
             if len(link.unanswered) >= WINDOW:
                 return CallFailure.TIMED_OUT
         channel = link.channel
@@ -128,12 +128,12 @@ class StreamTransport:
                 return CallFailure.TIMED_OUT
         except OSError as error:
             self._lose(link, error)
-            flight.lose(place)
+            pending.lose(place)
             return None
         if channel.outgoing:
             self._watch(link)
-        link.unanswered[call_id] = flight
-        flight.places[call_id] = place
+        link.unanswered[call_id] = pending
+        pending.places[call_id] = place
         self.calls["stream"] += 1
         return None
 
@@ -143,9 +143,7 @@ class StreamTransport:
             events |= selectors.EVENT_WRITE
         self._selector.modify(link.channel.sock, events, link)
 
-    def receive_in_turn(
-        self, waiting: _StreamFlight, calls: Sequence[Call], until_s: float
-    ) -> None:
+    def receive_in_turn(self, waiting: _StreamCalls, calls: Sequence[Call], until_s: float) -> None:
         """Wait for the actor that was asked last, and so on, until one's answer is late.
 
         When the last one's answer comes those of the others are there mostly, and all are taken for
@@ -161,11 +159,11 @@ class StreamTransport:
             if not self._receive_from(link, waiting, min(LAST_WAIT_MS, left_ms)):
                 return
 
-    def receive_any(self, waiting: _StreamFlight, timeout_s: float) -> None:
-        """Wait for something to come from whomever, and give each answer to its flight."""
-        pending = [link for link in self._links.values() if link.channel.has_more]
-        links = {key.data: ev for key, ev in self._selector.select(0 if pending else timeout_s)}
-        for link in pending:
+    def receive_any(self, waiting: _StreamCalls, timeout_s: float) -> None:
+        """Wait for an answer of any actor, and give each answer to its calls."""
+        readable = [link for link in self._links.values() if link.channel.has_more]
+        links = {key.data: ev for key, ev in self._selector.select(0 if readable else timeout_s)}
+        for link in readable:
             links.setdefault(link, selectors.EVENT_READ)
         for link, events in links.items():
             try:
@@ -179,24 +177,24 @@ class StreamTransport:
             if events & selectors.EVENT_READ:
                 self._receive_from(link, waiting)
 
-    def _receive_from(self, link: _Link, waiting: _StreamFlight, wait_ms: int = 0) -> bool:
-        """Give each answer that has come over a link to its flight; return whether any has."""
+    def _receive_from(self, link: _Link, waiting: _StreamCalls, wait_ms: int = 0) -> bool:
+        """Give each answer that has come over a link to its calls; return whether any has."""
         try:
             messages = link.channel.receive(wait_ms)
         except OSError as error:
             self._lose(link, error)
             return True
         for call_id, frame in messages:
-            flight = link.unanswered.pop(call_id, None)
-            if flight is None:  # the answer comes too late
+            pending = link.unanswered.pop(call_id, None)
+            if pending is None:  # the answer comes too late
                 continue
-            place = flight.places.pop(call_id)
+            place = pending.places.pop(call_id)
             if not len(frame):
-                flight.send_elsewhere(place, CallFailure.TIMED_OUT)
-            elif flight is waiting and not link.unanswered:
-                flight.outcomes[place] = frame
+                pending.send_elsewhere(place, CallFailure.TIMED_OUT)
+            elif pending is waiting and not link.unanswered:
+                pending.outcomes[place] = frame
             else:  # what else comes over the link would overwrite it
-                flight.outcomes[place] = bytes(frame)
+                pending.outcomes[place] = bytes(frame)
         if messages:
             link.answers_before = self._answers = self._answers + 1
         return bool(messages)
@@ -207,9 +205,9 @@ class StreamTransport:
         if link is not None and call_id in link.unanswered:
             link.unanswered[call_id] = None
 
-    def elsewhere(self, call: Call, timeout_s: float) -> Flight | None:
+    def elsewhere(self, call: Call, timeout_s: float) -> PendingCalls | None:
         """Send a call over the fall-back, if there is one."""
-        return None if self._fallback is None else self._fallback.begin([call], timeout_s)
+        return None if self._fallback is None else self._fallback.send([call], timeout_s)
 
     def _lose(self, link: _Link, error: OSError) -> None:
         """Give up a broken connection; its unanswered calls are lost or go elsewhere."""
@@ -222,12 +220,12 @@ class StreamTransport:
         del self._links[link.actor_id]
         self._selector.unregister(link.channel.sock)
         link.channel.close()
-        for call_id, flight in link.unanswered.items():
-            if flight is not None:
-                flight.lose(flight.places.pop(call_id))
+        for call_id, pending in link.unanswered.items():
+            if pending is not None:
+                pending.lose(pending.places.pop(call_id))
 
 
-class _StreamFlight:
+class _StreamCalls:
     """Calls under way; what the streams do not carry is under way over the fall-back."""
 
     def __init__(
@@ -239,14 +237,14 @@ class _StreamFlight:
         self._transport = transport
         self._calls = calls
         self._deadline_s = deadline_s
-        self._elsewhere: list[tuple[int, Flight]] = []
+        self._elsewhere: list[tuple[int, PendingCalls]] = []
 
     def remaining_s(self) -> float:
         """Return the seconds left; negative when the time is over."""
         return self._deadline_s - time.monotonic()
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
-        """See :class:`Flight`."""
+        """See :class:`PendingCalls`."""
         check_s = time.monotonic() + GONE_CHECK_S
         self._transport.receive_in_turn(self, self._calls, min(self._deadline_s, check_s))
         while self.places:

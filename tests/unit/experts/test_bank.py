@@ -31,7 +31,7 @@ from experts.families.base import ACTIVATION_NAMES
 from router.control.placement_view import PlacementView
 from router.moe.combine import Received, combine, prepare
 from router.moe.dispatch import Dispatcher
-from router.moe.layer import RemoteExchange
+from router.moe.layer import MoELayers, StepContext
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import MODEL, BankTransport, load_banks
 
@@ -331,7 +331,7 @@ def test_no_frames_give_no_answers(bank: ExpertBank) -> None:
 
 
 @functools.cache
-def exchange_over(folder: Path, dtype: str, num_banks: int) -> RemoteExchange:
+def layers_over(folder: Path, dtype: str, num_banks: int) -> MoELayers:
     checkpoint = open_checkpoint(folder)
     experts = ModelExperts(MODEL, checkpoint.shape.layers, 8, 1)
     shares = assign_experts([experts], [f"a{i}" for i in range(num_banks)], None)
@@ -341,9 +341,9 @@ def exchange_over(folder: Path, dtype: str, num_banks: int) -> RemoteExchange:
     view = PlacementView()
     view.publish(placement)
     transport = BankTransport(load_banks(checkpoint, shares, dtype))
-    exchange = RemoteExchange(Dispatcher(MODEL, view, transport, lambda a, g: None, 30.0))
-    exchange.deadline_s = time.time() + 3600
-    return exchange
+    layers = MoELayers(Dispatcher(MODEL, view, transport, lambda a, g: None, 30.0))
+    layers.step = StepContext(time.time() + 3600, (), ())
+    return layers
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -358,7 +358,7 @@ def test_remote_experts_equal_transformers_eager_experts_bit_for_bit(
     num_tokens: int,
     top_k: int,
 ) -> None:
-    exchange = exchange_over(folders[dtype], dtype, num_banks)
+    layers = layers_over(folders[dtype], dtype, num_banks)
     generator = torch.Generator().manual_seed(100 * num_tokens + top_k)
     hidden_states = torch.randn(num_tokens, HIDDEN, generator=generator).to(TORCH_DTYPES[dtype])
     logits = torch.randn(num_tokens, 8, generator=generator)
@@ -369,7 +369,7 @@ def test_remote_experts_equal_transformers_eager_experts_bit_for_bit(
         for gate_weights in (weights, weights.to(TORCH_DTYPES[dtype])):
             with torch.no_grad():
                 expected = experts(hidden_states, ids, gate_weights)
-            got = exchange(layer_id, hidden_states, ids, gate_weights)
+            got = layers(layer_id, hidden_states, ids, gate_weights)
             assert got.dtype == hidden_states.dtype
             assert torch.equal(got, expected)
 
@@ -395,11 +395,11 @@ def test_shares_that_come_together_under_another_placement_are_not_mixed_up(
         return CallFailure.DIED
 
     transport = BankTransport(load_banks(checkpoint, {"a": keys, "b": even}, "float32"), both_die)
-    exchange = RemoteExchange(Dispatcher(MODEL, view, transport, lambda a, g: None, 30.0))
-    exchange.deadline_s = time.time() + 60
+    layers = MoELayers(Dispatcher(MODEL, view, transport, lambda a, g: None, 30.0))
+    layers.step = StepContext(time.time() + 60, (), ())
     hidden_states = rows_of(33)
     weights, ids = torch.randn(33, 8).softmax(-1).topk(3)
-    got = exchange(0, hidden_states, ids, weights)
+    got = layers(0, hidden_states, ids, weights)
     with torch.no_grad():
         assert torch.equal(got, oracles["float32"][0](hidden_states, ids, weights))
     assert len(transport.frames) == 3
@@ -409,14 +409,14 @@ def test_an_expert_gets_its_rows_in_the_order_in_which_transformers_computes_the
     folders: dict[str, Path],
 ) -> None:
     # A row's bits can depend on its place in the product: on two threads they do, on one seldom.
-    exchange = exchange_over(folders["float32"], "float32", 2)
-    transport = exchange._dispatcher._transport
+    layers = layers_over(folders["float32"], "float32", 2)
+    transport = layers._dispatcher._transport
     assert isinstance(transport, BankTransport)
     hidden_states = rows_of(33)
     generator = torch.Generator().manual_seed(4)
     weights, ids = torch.randn(33, 8, generator=generator).softmax(-1).topk(3)
     transport.frames.clear()
-    exchange(0, hidden_states, ids, weights)
+    layers(0, hidden_states, ids, weights)
     seen: dict[int, torch.Tensor] = {}
     for frame in transport.frames:
         rows = from_bytes(frame.rows, frame.dtype, frame.num_pairs, frame.hidden_size)
@@ -434,7 +434,7 @@ def test_every_token_may_choose_the_same_expert(
 ) -> None:
     hidden_states, ids = rows_of(17), torch.full((17, 1), 5)
     weights = torch.linspace(0.1, 1, 17).unsqueeze(1)
-    got = exchange_over(folders["float32"], "float32", 3)(0, hidden_states, ids, weights)
+    got = layers_over(folders["float32"], "float32", 3)(0, hidden_states, ids, weights)
     with torch.no_grad():
         assert torch.equal(got, oracles["float32"][0](hidden_states, ids, weights))
 

@@ -41,7 +41,7 @@ def fill_a_bank(dtype: torch.dtype) -> tuple[int, int]:
 def test_a_bank_tells_the_bytes_that_its_process_grows_by(dtype: str) -> None:
     # In a process of its own, whose heap has no room left over from other tests.
     program = (
-        "import json, torch; from tests.unit.test_resident_bytes import fill_a_bank; "
+        "import json, torch; from tests.unit.experts.test_resident_bytes import fill_a_bank; "
         f"print(json.dumps(fill_a_bank(torch.{dtype})))"
     )
     command = [sys.executable, "-c", program]

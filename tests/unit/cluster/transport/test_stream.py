@@ -70,7 +70,7 @@ class Elsewhere:
     frames: list[tuple[str, bytes]] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
 
-    def begin(self, calls: Sequence[Call], timeout_s: float) -> Answered:
+    def send(self, calls: Sequence[Call], timeout_s: float) -> Answered:
         self.frames += [(call.actor_id, b"".join(call.frame)) for call in calls]
         return Answered([b"elsewhere"] * len(calls))
 
@@ -166,7 +166,7 @@ def answers(outcomes: Sequence[Outcome]) -> list[bytes | CallFailure]:
 def ask(
     transport: StreamTransport, *calls: Call, timeout_s: float = LIMIT_S
 ) -> list[bytes | CallFailure]:
-    return answers(transport.begin(calls, timeout_s).wait())
+    return answers(transport.send(calls, timeout_s).wait())
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -232,9 +232,9 @@ def test_answers_come_in_the_order_of_the_calls_whoever_is_first(
     transport = connect()
     ask(transport, *(call(b"hello", name) for name in "abc"))
     actors.echoes["a"].open.clear()
-    flight = transport.begin([call(name.encode() * 9, name) for name in "abc"], LIMIT_S)
+    pending = transport.send([call(name.encode() * 9, name) for name in "abc"], LIMIT_S)
     threading.Timer(0.05, actors.echoes["a"].open.set).start()
-    assert answers(flight.wait()) == [b"a" * 9, b"b" * 9, b"c" * 9]
+    assert answers(pending.wait()) == [b"a" * 9, b"b" * 9, b"c" * 9]
 
 
 @pytest.mark.parametrize("last", "ab")
@@ -251,9 +251,9 @@ def test_the_actor_that_answered_last_is_asked_first(
     sent: list[str] = []
     send = transport._send
 
-    def noting(flight: Any, place: int, one: Call) -> Any:
+    def noting(pending: Any, place: int, one: Call) -> Any:
         sent.append(one.actor_id)
-        return send(flight, place, one)
+        return send(pending, place, one)
 
     transport._send = noting  # type: ignore[method-assign]
     assert ask(transport, *calls) == [b"hello", b"hello"]
@@ -265,10 +265,10 @@ def test_flights_may_be_waited_for_in_any_order(actors: Actors, connect: Open) -
     actors.add("b")
     transport = connect()
     frames = [secrets.token_bytes(50_000) for _ in range(6)]
-    flights = [
-        transport.begin([call(frame, "a"), call(frame[::-1], "b")], LIMIT_S) for frame in frames
+    pending_calls = [
+        transport.send([call(frame, "a"), call(frame[::-1], "b")], LIMIT_S) for frame in frames
     ]
-    kept = {i: answers(flights[i].wait()) for i in (5, 0, 3, 1, 4, 2)}
+    kept = {i: answers(pending_calls[i].wait()) for i in (5, 0, 3, 1, 4, 2)}
     assert kept == {i: [frame, frame[::-1]] for i, frame in enumerate(frames)}
 
 
@@ -278,8 +278,8 @@ def test_answers_of_a_flight_last_while_others_come_in(actors: Actors, connect: 
     transport = connect()
     first, second = (secrets.token_bytes(9000) for _ in range(2))
     actors.echoes["b"].open.clear()
-    early = transport.begin([call(first, "a"), call(first, "b")], LIMIT_S)
-    late = transport.begin([call(second, "a")], LIMIT_S)
+    early = transport.send([call(first, "a"), call(first, "b")], LIMIT_S)
+    late = transport.send([call(second, "a")], LIMIT_S)
     assert answers(late.wait()) == [second]
     actors.echoes["b"].open.set()
     assert answers(early.wait()) == [first, first]
@@ -295,12 +295,12 @@ def test_frames_that_wait_together_are_answered_together(actors: Actors, connect
     echo.open.clear()
     while echo.entered.acquire(blocking=False):
         pass
-    busy = routers[0].begin([call(b"first")], LIMIT_S)
+    busy = routers[0].send([call(b"first")], LIMIT_S)
     assert echo.entered.acquire(timeout=LIMIT_S)
-    flights = [router.begin([call(b"later")], LIMIT_S) for router in routers]
+    pending_calls = [router.send([call(b"later")], LIMIT_S) for router in routers]
     echo.open.set()
     assert answers(busy.wait()) == [b"first"]
-    assert [answers(flight.wait()) for flight in flights] == [[b"later"]] * 3
+    assert [answers(pending.wait()) for pending in pending_calls] == [[b"later"]] * 3
     assert [b"first"] in echo.batches
     assert max(map(len, echo.batches)) == 3
 
@@ -368,12 +368,12 @@ def test_a_call_under_way_goes_elsewhere_when_its_stream_breaks(
     actors.echoes["a"].open.clear()
     while actors.echoes["a"].entered.acquire(blocking=False):
         pass
-    flight = transport.begin(calls, LIMIT_S)
+    pending = transport.send(calls, LIMIT_S)
     assert actors.echoes["a"].entered.acquire(timeout=LIMIT_S)
     for link in list(transport._links.values()):
         if link.actor_id == "a":
             link.channel.sock.shutdown(socket.SHUT_RDWR)
-    assert answers(flight.wait()) == [b"elsewhere", b"two"]
+    assert answers(pending.wait()) == [b"elsewhere", b"two"]
     assert other.frames == [("a", b"one")]
     actors.echoes["a"].open.set()
     until(lambda: ask(transport, *calls) == [b"one", b"two"], "it is connected again")
@@ -385,10 +385,10 @@ def test_a_stream_that_breaks_is_seen_while_the_actor_that_was_asked_last_hangs(
     transport, calls, other = with_two(actors, connect)
     for echo in actors.echoes.values():
         echo.open.clear()
-    flight = transport.begin(calls, LIMIT_S)
-    first, last = (calls[place].actor_id for place in flight.places.values())  # type: ignore[attr-defined]
+    pending = transport.send(calls, LIMIT_S)
+    first, last = (calls[place].actor_id for place in pending.places.values())  # type: ignore[attr-defined]
     outcomes: list[Outcome] = []
-    waiting = threading.Thread(target=lambda: outcomes.extend(flight.wait()))
+    waiting = threading.Thread(target=lambda: outcomes.extend(pending.wait()))
     waiting.start()
     [link] = [one for one in transport._links.values() if one.actor_id == first]
     link.channel.sock.shutdown(socket.SHUT_RDWR)
@@ -408,12 +408,12 @@ def test_answers_that_came_in_time_count_when_the_router_itself_is_late(
     transport = connect()
     calls = [call(actor_id.encode(), actor_id) for actor_id in "abc"]
     assert ask(transport, *calls) == [b"a", b"b", b"c"]
-    flight = transport.begin(calls, 0.05)
+    pending = transport.send(calls, 0.05)
     over_s = time.monotonic() + 0.05
     links = list(transport._links.values())
     until(lambda: all(select.select([one.channel.sock], [], [], 0)[0] for one in links), "answers")
     until(lambda: time.monotonic() > over_s, "the time is over")
-    assert answers(flight.wait()) == [b"a", b"b", b"c"]
+    assert answers(pending.wait()) == [b"a", b"b", b"c"]
 
 
 def test_the_actor_that_was_asked_last_is_waited_for_alone_only_once(
@@ -437,9 +437,9 @@ def test_the_actor_that_was_asked_last_is_waited_for_alone_only_once(
         echo.open.clear()
         while echo.entered.acquire(blocking=False):
             pass
-    flight = transport.begin(calls, LIMIT_S)
+    pending = transport.send(calls, LIMIT_S)
     outcomes: list[Outcome] = []
-    waiting = threading.Thread(target=lambda: outcomes.extend(flight.wait()))
+    waiting = threading.Thread(target=lambda: outcomes.extend(pending.wait()))
     waiting.start()
     for echo in actors.echoes.values():  # the large frame is there, whoever was asked last
         assert echo.entered.acquire(timeout=LIMIT_S)
@@ -464,10 +464,10 @@ def test_a_call_that_another_actor_can_answer_is_lost_at_once_when_its_stream_br
     until(lambda: ask(transport, replaceable) == [b"one"], "a stream is made")
     other.frames.clear()
     actors.echoes["a"].open.clear()
-    flight = transport.begin([replaceable], LIMIT_S)
+    pending = transport.send([replaceable], LIMIT_S)
     [link] = transport._links.values()
     link.channel.sock.shutdown(socket.SHUT_RDWR)
-    assert answers(flight.wait()) == [CallFailure.DIED]
+    assert answers(pending.wait()) == [CallFailure.DIED]
     assert other.frames == []
 
 
@@ -478,13 +478,13 @@ def test_an_actor_that_is_gone_is_waited_for_no_longer(actors: Actors, connect: 
     calls = [call(b"one", "a"), call(b"two", "b")]
     until(lambda: ask(transport, *calls) == [b"one", b"two"], "both streams are there")
     actors.echoes["a"].open.clear()
-    flight = transport.begin(calls, 10 * LIMIT_S)
+    pending = transport.send(calls, 10 * LIMIT_S)
     started_s = time.monotonic()
-    outcomes = flight.wait(lambda one: one.actor_id == "a")
+    outcomes = pending.wait(lambda one: one.actor_id == "a")
     assert answers(outcomes) == [CallFailure.DIED, b"two"]
     assert time.monotonic() - started_s < LIMIT_S
     awaited = [list(link.unanswered.values()) for link in transport._links.values()]
-    assert awaited == [[None], []], "nothing of the flight is kept"
+    assert awaited == [[None], []], "nothing of the pending is kept"
     actors.echoes["a"].open.set()
     until(lambda: ask(transport, *calls) == [b"one", b"two"], "late answers disturb nobody")
 
@@ -510,9 +510,9 @@ def test_late_answers_are_ignored_and_never_taken_for_another_calls(
     actors.echoes["a"].open.clear()
     assert ask(transport, call(b"late 1"), timeout_s=0.05) == [CallFailure.TIMED_OUT]
     assert ask(transport, call(b"late 2"), timeout_s=0.05) == [CallFailure.TIMED_OUT]
-    flight = transport.begin([call(b"patient")], LIMIT_S)
+    pending = transport.send([call(b"patient")], LIMIT_S)
     actors.echoes["a"].open.set()
-    assert answers(flight.wait()) == [b"patient"]
+    assert answers(pending.wait()) == [b"patient"]
     [link] = transport._links.values()
     assert link.unanswered == {}
 
@@ -524,11 +524,11 @@ def test_calls_beyond_the_window_go_elsewhere(actors: Actors, connect: Open) -> 
     until(lambda: ask(transport, call(b"x")) == [b"x"], "a stream is made")
     other.frames.clear()
     actors.echoes["a"].open.clear()
-    flights = [transport.begin([call(b"%d" % i)], 1.0) for i in range(WINDOW + 3)]
+    pending_calls = [transport.send([call(b"%d" % i)], 1.0) for i in range(WINDOW + 3)]
     assert other.frames == [("a", b"%d" % i) for i in range(WINDOW, WINDOW + 3)]
     actors.echoes["a"].open.set()
     expected = [[b"%d" % i] for i in range(WINDOW)] + [[b"elsewhere"]] * 3
-    assert [answers(flight.wait()) for flight in flights] == expected
+    assert [answers(pending.wait()) for pending in pending_calls] == expected
 
 
 def test_a_stream_that_is_found_broken_while_calls_are_sent_is_no_death(
@@ -542,13 +542,13 @@ def test_a_stream_that_is_found_broken_while_calls_are_sent_is_no_death(
     until(lambda: ask(transport, *calls) == [b"b", b"a"], "both streams are there")
     ask(transport, call(b"a"))  # whoever answered last is asked first
     actors.echoes["a"].open.clear()
-    held = [transport.begin([call(b"held")], LIMIT_S) for _ in range(WINDOW)]
+    held = [transport.send([call(b"held")], LIMIT_S) for _ in range(WINDOW)]
     transport._links["b"].channel.sock.shutdown(socket.SHUT_RDWR)
     other.frames.clear()
     # That the window to a is full makes the transport look at all of its connections.
-    flight = transport.begin([call(b"later"), call(b"b", "b")._replace(replaceable=True)], LIMIT_S)
+    pending = transport.send([call(b"later"), call(b"b", "b")._replace(replaceable=True)], LIMIT_S)
     assert other.frames == [("a", b"later"), ("b", b"b")]
-    assert answers(flight.wait()) == [b"elsewhere", b"elsewhere"]
+    assert answers(pending.wait()) == [b"elsewhere", b"elsewhere"]
     actors.echoes["a"].open.set()
     assert [answers(one.wait()) for one in held] == [[b"held"]] * WINDOW
 
@@ -561,11 +561,11 @@ def test_frames_that_the_socket_does_not_take_at_once_are_sent_when_it_does(
     ask(transport, call(b"hello"))
     actors.echoes["a"].open.clear()
     frames = [secrets.token_bytes(3_000_000) for _ in range(3)]
-    flights = [transport.begin([call(frame)], LIMIT_S) for frame in frames]
+    pending_calls = [transport.send([call(frame)], LIMIT_S) for frame in frames]
     [link] = transport._links.values()
     assert link.channel.outgoing
     actors.echoes["a"].open.set()
-    assert [answers(flight.wait()) for flight in flights] == [[frame] for frame in frames]
+    assert [answers(pending.wait()) for pending in pending_calls] == [[frame] for frame in frames]
 
 
 def test_without_a_fall_back_a_full_window_is_no_death(actors: Actors, connect: Open) -> None:
@@ -573,10 +573,10 @@ def test_without_a_fall_back_a_full_window_is_no_death(actors: Actors, connect: 
     transport = connect()
     ask(transport, call(b"hello"))
     actors.echoes["a"].open.clear()
-    flights = [transport.begin([call(b"x")], LIMIT_S) for _ in range(WINDOW)]
+    pending_calls = [transport.send([call(b"x")], LIMIT_S) for _ in range(WINDOW)]
     assert ask(transport, call(b"one more")) == [CallFailure.TIMED_OUT]
     actors.echoes["a"].open.set()
-    assert [answers(flight.wait()) for flight in flights] == [[b"x"]] * WINDOW
+    assert [answers(pending.wait()) for pending in pending_calls] == [[b"x"]] * WINDOW
     assert ask(transport, call(b"one more")) == [b"one more"]
 
 
@@ -989,8 +989,8 @@ def test_a_stream_between_hosts_can_be_encrypted(
     [link] = transport._links.values()
     assert isinstance(link.channel.sock, ssl.SSLSocket)
     assert link.channel.sock.version() == "TLSv1.3"
-    flights = [transport.begin([call(frame)], LIMIT_S) for frame in frames]
-    assert [answers(flight.wait()) for flight in flights] == [[frame] for frame in frames]
+    pending_calls = [transport.send([call(frame)], LIMIT_S) for frame in frames]
+    assert [answers(pending.wait()) for pending in pending_calls] == [[frame] for frame in frames]
 
 
 @pytest.mark.parametrize("who", ["the router", "the actor", "a router without TLS"])

@@ -96,7 +96,7 @@ PEAK = """
 import resource, sys
 from pathlib import Path
 from cluster.errors import CheckpointError
-from experts.shards import read_header
+from experts.checkpoint.shards import read_header
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     print(len(read_header(Path(sys.argv[1]))))

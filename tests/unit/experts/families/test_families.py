@@ -101,8 +101,7 @@ def test_logits_are_transformers_own(saved: tuple[Path, Any]) -> None:
         work = cluster.scheduler.schedule()
         ids = list(work[0].sequence.token_ids)
         step = pack(work, cluster.model.sliding_window)
-        cluster.exchange.deadline_s = 2e9
-        ours = cluster.model.forward(step.token_ids, step.positions, step.batch, step.sample_rows)
+        ours = cluster.forward(step)
         theirs = oracle(torch.tensor([ids])).logits[0, -1:].float()
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
         cluster.engine.step(work)
@@ -129,8 +128,7 @@ def test_half_precision_is_served_too(tmp_path: Path, name: str, dtype: torch.dt
     prompt = prompt_of(20, 1)
     cluster.scheduler.add(greedy_request("r", prompt, 1))
     step = pack(cluster.scheduler.schedule(), cluster.model.sliding_window)
-    cluster.exchange.deadline_s = 2e9
-    ours = cluster.model.forward(step.token_ids, step.positions, step.batch, step.sample_rows)
+    ours = cluster.forward(step)
     with torch.inference_mode():
         theirs = oracle(torch.tensor([prompt])).logits[0, -1:].float()
     # Roundings differ, so that a choice between nearly equal experts may.

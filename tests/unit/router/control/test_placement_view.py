@@ -26,7 +26,7 @@ def placement_of(epoch: int, version: int) -> Placement:
 
 def test_a_view_starts_without_a_placement() -> None:
     view = PlacementView()
-    assert view.current() is None
+    assert view.placement is None
     assert view.wait_newer(None, 0) is False
 
 
@@ -35,7 +35,7 @@ def test_an_older_placement_or_the_same_is_ignored(older: tuple[int, int]) -> No
     view, current = PlacementView(), placement_of(2, 5)
     view.publish(current)
     view.publish(placement_of(*older))
-    assert view.current() is current
+    assert view.placement is current
 
 
 @pytest.mark.parametrize("newer", [(2, 6), (3, 0)])
@@ -43,7 +43,7 @@ def test_a_newer_placement_is_taken(newer: tuple[int, int]) -> None:
     view = PlacementView()
     view.publish(placement_of(2, 5))
     view.publish(placement_of(*newer))
-    current = view.current()
+    current = view.placement
     assert current is not None
     assert current.order == newer
 
@@ -168,7 +168,7 @@ def test_the_watcher_feeds_the_view_and_says_what_is_known() -> None:
         view, controller = PlacementView(), FakeController(*answers)
         watcher = watcher_of(view, controller)
         await controller.exhausted.wait()
-        assert view.current() == placement_of(1, 4)
+        assert view.placement == placement_of(1, 4)
         assert controller.known == [(-1, -1), (1, 1), (1, 1), (1, 4)]
         age_s = view.loop_age_s()
         assert age_s is not None
@@ -190,7 +190,7 @@ def test_while_the_controller_is_away_the_placement_stays_and_watching_goes_on()
         watcher = watcher_of(view, controller)
         await controller.exhausted.wait()
         assert controller.known == [(-1, -1), (1, 1), (1, 1), (1, 1), (2, 0)]
-        assert view.current() == placement_of(2, 0)
+        assert view.placement == placement_of(2, 0)
         watcher.stop()
 
     run(test)
@@ -266,7 +266,7 @@ def test_a_deleted_application_is_told_of_once_and_not_watched_any_more() -> Non
         await deleted.wait()
         await asyncio.wait([watcher._task])
         assert told == [True]
-        assert view.current() == placement_of(1, 1)
+        assert view.placement == placement_of(1, 1)
 
     run(test)
 
@@ -321,7 +321,7 @@ def test_a_serve_that_does_not_answer_deletes_nothing_and_keeps_nobody_from_watc
         view = PlacementView()
         watcher = watcher_of(view, controller, is_wanted, on_deleted)
         await controller.exhausted.wait()
-        assert view.current() == placement_of(2, 0)
+        assert view.placement == placement_of(2, 0)
         release.set()
         watcher.stop()
 

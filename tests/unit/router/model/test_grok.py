@@ -50,8 +50,7 @@ def test_logits_are_the_oracles(saved: tuple[Path, Weights]) -> None:
         work = cluster.scheduler.schedule()
         theirs = logits_of(weights, list(work[0].sequence.token_ids))
         step = pack(work, cluster.model.sliding_window)
-        cluster.exchange.deadline_s = 2e9
-        ours = cluster.model.forward(step.token_ids, step.positions, step.batch, step.sample_rows)
+        ours = cluster.forward(step)
         assert (ours[0] - theirs).abs().max() <= 1e-5 * theirs.abs().max()
         cluster.engine.step(work)
 
@@ -71,8 +70,7 @@ def test_half_precision_is_served_too(tmp_path: Path, dtype: torch.dtype) -> Non
     prompt = prompt_of(12, 1)
     cluster.scheduler.add(greedy_request("r", prompt, 1))
     step = pack(cluster.scheduler.schedule(), None)
-    cluster.exchange.deadline_s = 2e9
-    ours = cluster.model.forward(step.token_ids, step.positions, step.batch, step.sample_rows)
+    ours = cluster.forward(step)
     assert ours.shape == (1, VOCAB_SIZE)
     assert torch.cosine_similarity(ours[0], logits_of(weights, prompt), dim=0).item() > 0.98
 

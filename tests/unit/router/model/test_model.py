@@ -92,18 +92,18 @@ def test_transformers_own_class_is_put_back_even_after_a_failure(
     assert modeling_mixtral.MixtralExperts is original
 
 
-def test_each_layers_experts_know_their_layer_and_exchange(folder: Path) -> None:
-    def exchange(*_: object) -> torch.Tensor:
+def test_each_layers_experts_know_their_layer_and_the_dispatcher(folder: Path) -> None:
+    def layers(*_: object) -> torch.Tensor:
         raise AssertionError("not called")
 
-    model = MoEModel(open_checkpoint(folder), torch.float32, 32, exchange)  # type: ignore[arg-type]
+    model = MoEModel(open_checkpoint(folder), torch.float32, 32, layers)  # type: ignore[arg-type]
     replaced = [m for m in model._model.modules() if isinstance(m, RemoteExperts)]
     assert [m.layer_id for m in replaced] == [0, 1, 2]
-    assert all(m.exchange is exchange for m in replaced)
+    assert all(m.layers is layers for m in replaced)
 
 
 def test_experts_without_an_exchange_say_so() -> None:
-    with pytest.raises(RuntimeError, match="no exchange"):
+    with pytest.raises(RuntimeError, match="no dispatcher"):
         RemoteExperts(None)(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1))
 
 
@@ -168,8 +168,8 @@ MEASURE = """
 import json, re, sys
 from pathlib import Path
 import torch
-from experts.checkpoint import open_checkpoint
-from router.model import load_dense
+from experts.checkpoint.checkpoint import open_checkpoint
+from router.model.model import load_dense
 
 def peak_mb():
     # Not getrusage: its peak is handed down from the process that started this one.

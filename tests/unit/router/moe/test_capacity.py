@@ -231,7 +231,7 @@ def test_no_expert_computes_more_than_its_capacity_and_answers_say_so(
     answers = tight.generate(*requests)
     frames = tight.transport.frames
     assert max(max(frame.num_tokens_per_expert) for frame in frames) == 1
-    assert sum(tight.exchange.overflow.values()) > 0
+    assert sum(tight.overflow.values()) > 0
     assert [(len(event.token_ids), event.exact) for [event] in answers] == [(6, False)] * 6
 
 
@@ -256,7 +256,7 @@ def test_a_lone_decode_never_overflows(tight: LocalCluster, plain: MixtralForCau
 def overflow_told(cluster: LocalCluster) -> dict[tuple[str, str], float]:
     """What the router's metrics have, by layer and expert."""
     samples = RouterSamples(
-        MODEL, cluster.engine.tally, cluster.scheduler, cluster.exchange, cluster.dispatcher
+        MODEL, cluster.engine.tally, cluster.scheduler, cluster.dispatcher, cluster.overflow
     )()
     told = {}
     for name, labels, value in samples.families[catalogue.OVERFLOW.name]:

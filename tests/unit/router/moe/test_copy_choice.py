@@ -1,4 +1,4 @@
-"""Which copy of an expert is asked, and how soon another one is."""
+"""Which copy of an expert is asked."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from hypothesis import strategies as st
 
 from router.moe.copy_choice import (
     AVOID_S,
-    SLACK,
-    STALL_S,
     Copies,
-    Pace,
     choose_copies,
     has_other_copies,
 )
@@ -86,26 +83,3 @@ def test_other_copies_must_be_there_for_every_expert(
 ) -> None:
     copies = [("a", "b"), ("a",), ("a", "b", "c")]
     assert has_other_copies(copies, expert_ids, "a", shunned) == expected
-
-
-def test_nothing_is_a_stall_before_anything_was_answered() -> None:
-    assert Pace().stall_s(1) == float("inf")
-
-
-def test_a_stall_is_longer_than_the_longest_answer_lately() -> None:
-    pace = Pace()
-    pace.note(5, 0.01)
-    assert pace.stall_s(5) == STALL_S
-    pace.note(5, 1.0)
-    assert pace.stall_s(5) == SLACK
-    assert pace.stall_s(1) == SLACK  # fewer rows never take longer
-    for _ in range(200):
-        pace.note(5, 0.01)
-    assert pace.stall_s(5) == STALL_S  # one slow answer is forgotten
-
-
-def test_more_rows_than_ever_are_given_more_time() -> None:
-    pace = Pace()
-    pace.note(4, 0.25)
-    assert pace.stall_s(7) == max(STALL_S, SLACK * 0.25)
-    assert pace.stall_s(64) == SLACK * 0.25 * 16

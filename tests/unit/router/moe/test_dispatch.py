@@ -100,7 +100,7 @@ def test_where_one_copy_fails_another_is_asked_at_once(
     def no_wait(*_: object) -> None:
         raise AssertionError("there is another copy")
 
-    monkeypatch.setattr(dispatch_module.Dispatcher, "_wait", no_wait)
+    monkeypatch.setattr(dispatch_module.Dispatcher, "_back_off", no_wait)
     cluster.transport.fail = lambda call, number: failure if call.actor_id == "a1" else None
     assert tokens_of(cluster) == expected
     asked = Counter(cluster.dispatcher.retries)
@@ -260,10 +260,10 @@ def test_an_only_copy_that_takes_too_long_is_suspected_and_still_waited_for(
                     asked.append(is_gone(call))
                 return self.outcomes
 
-        begin = cluster.transport.begin
-        flights = iter([Slow])
-        cluster.transport.begin = lambda calls, timeout_s: next(flights, Answered)(  # type: ignore[method-assign]
-            begin(calls, timeout_s).outcomes
+        send = cluster.transport.send
+        pending_calls = iter([Slow])
+        cluster.transport.send = lambda calls, timeout_s: next(pending_calls, Answered)(  # type: ignore[method-assign]
+            send(calls, timeout_s).outcomes
         )
         assert tokens_of(cluster) == expected
         assert asked == [False, False]
@@ -277,13 +277,13 @@ def test_an_answer_is_waited_for_shortly_only_where_another_actor_can_give_it(
     cluster: LocalCluster,
 ) -> None:
     limits: list[float] = []
-    begin = cluster.transport.begin
+    send = cluster.transport.send
 
     def recorded(calls: list[Call], timeout_s: float) -> object:
         limits.append(timeout_s)
-        return begin(calls, timeout_s)
+        return send(calls, timeout_s)
 
-    cluster.transport.begin = recorded  # type: ignore[assignment,method-assign]
+    cluster.transport.send = recorded  # type: ignore[assignment,method-assign]
     started_s = time.monotonic()
     cluster.generate(greedy_request("r", [3], 8))
     took_s = time.monotonic() - started_s

@@ -27,7 +27,8 @@ from cluster.transport.base import Call, CallFailure
 from router.engine.scheduler import Limits
 from router.messages.request import GenerationRequest, TokenEvent
 from router.moe.gate import choose_among
-from router.moe.missing import Choice, StepLoss, lost_by_layer
+from router.moe.missing import Choice, StepMissing
+from router.moe.permute import missing_by_layer
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.unit.router.engine.test_engine import expected_tokens, prompt_of
@@ -187,7 +188,7 @@ def test_lost_experts_by_layer() -> None:
     models = [ModelExperts("m", (0, 2), 3, 1), ModelExperts("other", (0,), 3, 1)]
     placement = empty_placement(1, models)
     keys = [k for k in placement.holders if k not in [("m", 2, 1), ("other", 0, 0)]]
-    lost = lost_by_layer(placement.with_actor("a", 1, keys), "m")
+    lost = missing_by_layer(placement.with_actor("a", 1, keys), "m")
     assert {layer_id: mask.tolist() for layer_id, mask in lost.items()} == {2: [False, True, False]}
 
 
@@ -208,7 +209,7 @@ def test_a_steps_choices_are_the_oracles(data: st.DataObject) -> None:
     with torch.inference_mode():
         _, weights, ids = gate(hidden)
         own = Choice(ids.numpy(), weights)
-        loss = StepLoss(sizes, contracts)
+        loss = StepMissing(sizes, contracts)
         mask = lost if lost.any() else None
         got = loss.choose(7, mask, hidden, own, lambda h, a: choose_among(gate, h, a))
     gone = set(np.flatnonzero(lost).tolist())
@@ -237,7 +238,7 @@ def test_a_steps_choices_are_the_oracles(data: st.DataObject) -> None:
 
 def test_a_step_without_a_loss_is_not_looked_at() -> None:
     own = Choice(np.zeros((1, K), dtype=np.int64), torch.zeros(1, K))
-    loss = StepLoss([1], ["strict"])
+    loss = StepMissing([1], ["strict"])
     assert loss.choose(0, None, TOKEN, own, choose_among) is own  # type: ignore[arg-type]
 
 
@@ -262,7 +263,7 @@ def test_tokens_without_experts_are_the_oracles(
     [[event]] = cluster.generate(request)
     assert list(event.token_ids) == tokens_without(plain, prompt, 8, lost, contract)
     assert not event.exact
-    assert set(cluster.exchange.inexact_rows) == {contract}
+    assert set(cluster.engine.inexact_rows) == {contract}
     asked = {(f.layer_id, e) for f in cluster.transport.frames for e in f.expert_ids}
     assert not asked & set(lost)
 
@@ -277,7 +278,7 @@ def test_an_expert_that_nobody_needs_is_no_loss(
     [[event]] = cluster.generate(greedy_request("r", prompt, 8, on_expert_loss=contract))
     assert list(event.token_ids) == expected_tokens(plain, prompt, 8)
     assert event.exact
-    assert not cluster.exchange.inexact_rows
+    assert not cluster.engine.inexact_rows
 
 
 def test_a_layer_without_any_expert_is_passed_by_under_drop_and_waited_for_otherwise(
@@ -515,7 +516,7 @@ def test_an_actor_that_dies_in_the_middle_of_a_layer(
     cluster.transport.fail = lambda call, number: None
     back = cluster.placement.without("a1").with_actor("a1", 2, cluster.placement.holders)
     cluster.view.publish(back)
-    assert math.isfinite(sum(cluster.exchange.timings_s))
+    assert math.isfinite(sum(cluster.engine.tally.latest_layers_s))
     for bank in cluster.transport.banks.values():  # a successor may hold what it likes
         for other in cluster.transport.banks.values():
             for key, expert in other.experts.items():

@@ -56,7 +56,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 def counted(cluster: LocalCluster) -> dict[str, float]:
     """The router's samples but buckets, without the one label that all of them have."""
     samples = RouterSamples(
-        MODEL, cluster.engine.tally, cluster.scheduler, cluster.exchange, cluster.dispatcher
+        MODEL, cluster.engine.tally, cluster.scheduler, cluster.dispatcher, cluster.overflow
     )()
     found = {}
     for family in samples.families.values():
@@ -137,7 +137,7 @@ def test_tokens_without_room_are_counted_by_expert(cluster: LocalCluster) -> Non
     tight.generate(*(greedy_request(f"r{i}", [5 + i] * 9, 3) for i in range(4)))
     tight.close()
     told = {n: value for n, value in counted(tight).items() if "overflow" in n}
-    overflow = tight.exchange.overflow
+    overflow = tight.overflow
     assert told == {f"expert_overflow_tokens_total:{n}:{e}": c for (n, e), c in overflow.items()}
     assert sum(told.values()) > 0
 

@@ -38,7 +38,7 @@ GATEWAY_STARTS = """
 import json, sys
 import router.gateway.deployment
 from router.gateway.tokenizer import Tokenizer
-from router.starting import torch_hidden
+from router.serve.process import torch_hidden
 
 with torch_hidden():
     tokenizer = Tokenizer.load("deploy/models/mesh-tiny")

@@ -1,0 +1,28 @@
+"""How soon another copy of an expert is asked."""
+
+from __future__ import annotations
+
+from router.moe.pace import SLACK, STALL_S, Pace
+
+
+def test_nothing_is_a_stall_before_anything_was_answered() -> None:
+    assert Pace().stall_s(1) == float("inf")
+
+
+def test_a_stall_is_longer_than_the_longest_answer_lately() -> None:
+    pace = Pace()
+    pace.note(5, 0.01)
+    assert pace.stall_s(5) == STALL_S
+    pace.note(5, 1.0)
+    assert pace.stall_s(5) == SLACK
+    assert pace.stall_s(1) == SLACK  # fewer rows never take longer
+    for _ in range(200):
+        pace.note(5, 0.01)
+    assert pace.stall_s(5) == STALL_S  # one slow answer is forgotten
+
+
+def test_more_rows_than_ever_are_given_more_time() -> None:
+    pace = Pace()
+    pace.note(4, 0.25)
+    assert pace.stall_s(7) == max(STALL_S, SLACK * 0.25)
+    assert pace.stall_s(64) == SLACK * 0.25 * 16
