@@ -1,6 +1,6 @@
 /* Small operations of a model's dense part, each in one call and with torch's own bits.
  *
- * router/model/cpu/fused_attention.py, router/model/cpu/rms_norm.py and router/model/kv_cache.py are the faces of these functions.
+ * router/model/fused_attention.py, router/model/cpu/rms_norm.py and router/model/kv_cache.py are the faces of these functions.
  *
  * Letters: T tokens, N heads, D values of a head (an even number), H values of a row, G key/value
  * heads, S cache slots.

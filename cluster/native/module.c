@@ -17,7 +17,7 @@ static PyMethodDef functions[] = {
     ENTRY(receive, "cluster.transport.stream.channel.Channel.receive"),
     ENTRY(is_wide, "router.model.cpu.decode_attention.can_attend_cached"),
     ENTRY(attend, "router.model.cpu.decode_attention.attend_cached"),
-    ENTRY(rotate, "router.model.cpu.fused_attention"),
+    ENTRY(rotate, "router.model.fused_attention"),
     ENTRY(store, "router.model.kv_cache"),
     ENTRY(normalise, "router.model.cpu.rms_norm"),
     ENTRY(may_tile, "experts.compute.amx_ffn"),

@@ -56,7 +56,7 @@ def pack(work: List[Work], sliding_window: int | None, length_step: int = 1) -> 
         new_slots.extend(slots[item.start :])
         positions.extend(range(item.start, item.end))
     token_ids = [t for w in ordered for t in w.sequence.token_ids[w.start : w.end]]
-    rows = [end - 1 for end, w in zip(ends, ordered, strict=True) if w.samples]
+    sampled = [w.end == len(w.sequence.token_ids) for w in ordered]
     return StepInput(
         token_ids=_tensor(token_ids),
         positions=_tensor(positions),
@@ -68,8 +68,8 @@ def pack(work: List[Work], sliding_window: int | None, length_step: int = 1) -> 
             decode_windowed=windowed,
             chunks=chunks,
         ),
-        sample_rows=_tensor(rows),
-        sampled=tuple(w.sequence for w in ordered if w.samples),
+        sample_rows=_tensor(list(itertools.compress((end - 1 for end in ends), sampled))),
+        sampled=tuple(w.sequence for w in itertools.compress(ordered, sampled)),
         works=tuple(ordered),
     )
 

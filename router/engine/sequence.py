@@ -80,13 +80,11 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Tokens ``start:end`` of a sequence, to be computed in the next step."""
+    """Tokens ``start:end`` of a sequence, to be computed in the next step.
+
+    A token is sampled for the sequence where ``end`` is its last token's.
+    """
 
     sequence: Sequence
     start: int
     end: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step ends with a new token for the sequence."""
-        return self.end == len(self.sequence.token_ids)

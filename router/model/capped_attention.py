@@ -43,7 +43,7 @@ def decode_by_scores(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Do as :func:`router.model.cpu.decode_attention.attend_gathered`, with a cap or sinks [Q]."""
+    """Do as :func:`router.model.paged_attention.attend_gathered`, with a cap or sinks [Q]."""
     num_kv, num_decode, _, size = keys.shape
     decoding = query.view(num_kv, -1, num_decode, size).transpose(1, 2)  # [G, B, R, D]
     per_head = None if sinks is None else sinks.view(num_kv, 1, -1, 1)

@@ -26,9 +26,9 @@ from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import read_tensor
 from experts.families import Family
 from router.model.cpu.decode_attention import length_step
-from router.model.cpu.fused_attention import fuse_attention
 from router.model.cpu.packed_linear import pack_linears
 from router.model.cpu.rms_norm import replace_norms
+from router.model.fused_attention import fuse_attention
 from router.model.grok import register_grok
 from router.model.kv_cache import LatentCache, PagedBatch, PagedCache
 from router.model.latent_attention import LATENT_ATTENTION_NAME, keep_latents, latent_attention

@@ -1,4 +1,12 @@
-"""Attention over the paged cache, as transformers calls it."""
+"""Attention over the paged cache, as transformers calls it.
+
+Decodes and prefill chunks gather their keys and values from the cache, and torch attends. In bf16
+on a CPU decodes have faster ways (:mod:`router.model.cpu.decode_attention`). A cap of the scores,
+and sinks, have formulas of their own (:mod:`router.model.capped_attention`).
+
+Dimension letters: T packed tokens, B decoding sequences, C tokens of a chunk, L cached tokens
+attended to, G key/value heads, Q query heads, R of them to a key/value head, D head size.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +18,12 @@ import torch
 from torch.nn import functional
 
 from router.model.capped_attention import chunk_by_scores, decode_by_scores
-from router.model.cpu.decode_attention import attend_cached, attend_gathered, can_attend_cached
+from router.model.cpu.decode_attention import (
+    MANY,
+    attend_cached,
+    attend_products,
+    can_attend_cached,
+)
 from router.model.kv_cache import PagedBatch, PagedCache
 
 ATTENTION_NAME = "expertmesh_paged"
@@ -58,7 +71,8 @@ def paged_attention(
         cached = paged.cache.keys[layer_id], paged.cache.values[layer_id]
         mask = batch.decode_windowed if windowed else batch.decode_mask
         decoding = query[0, :, : batch.num_decode]
-        if is_plain and can_attend_cached(decoding, *cached):
+        is_bf16 = query.is_cpu and query.dtype == torch.bfloat16
+        if is_plain and is_bf16 and can_attend_cached(decoding, *cached):
             outputs.append(attend_cached(decoding, *cached, batch.decode_slots, mask, scaling))
         else:
             gathered = paged.cache.gather(layer_id, batch.decode_slots)
@@ -85,3 +99,26 @@ def paged_attention(
         )
         outputs.append(output.transpose(1, 2))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
+
+
+def attend_gathered(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Attend one token [Q, B, D] of each sequence to keys and values [G, B, L, D].
+
+    The query heads of one key/value head count as tokens: one product, not one for each. Returns
+    [1, B, Q, D].
+    """
+    num_kv, num_decode, _, size = keys.shape
+    decoding = query.view(num_kv, -1, num_decode, size).transpose(1, 2)  # [G, B, R, D]
+    if num_decode >= MANY and query.is_cpu and query.dtype == torch.bfloat16:
+        output = attend_products(decoding, keys, values, mask, scaling)
+    else:
+        output = functional.scaled_dot_product_attention(
+            decoding, keys, values, attn_mask=mask, scale=scaling
+        )
+    return output.transpose(0, 1).reshape(1, num_decode, -1, values.shape[-1])

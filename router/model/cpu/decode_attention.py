@@ -1,9 +1,8 @@
-"""One new token of each of many sequences attending to what the cache has of them.
+"""Attention of decodes in bf16 on a CPU: natively on the cache, or by batched products.
 
-With AVX-512 native code reads keys and values where they lie, one sequence and key/value head after
-the other. Elsewhere, and where a head's values are not like its keys, they are gathered first and
-torch computes with them; a cap or sinks have formulas of their own
-(:mod:`router.model.capped_attention`).
+With AVX-512 native code reads keys and values in the cache, one sequence and key/value head after
+the other. Elsewhere, and where a head's values differ from its keys in shape, keys and values are
+gathered first; batched products are the faster attention for many sequences.
 
 Dimension letters: B decoding sequences, L cached tokens attended to, S cache slots, G key/value
 heads, Q query heads, R of them to a key/value head, D head size.
@@ -12,12 +11,11 @@ heads, Q query heads, R of them to a key/value head, D head size.
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
 from cluster.native import native
 from cluster.wire.tensors import to_bytes, to_span
 
-_MANY = 8
+MANY = 8
 """From so many decoding sequences on, batched products are faster than torch's own attention."""
 _LENGTH_STEP = 16
 _IS_WIDE = native is not None and bool(native.is_wide())
@@ -73,52 +71,25 @@ def attend_cached(
 
 
 def length_step(dtype: torch.dtype, device: torch.device) -> int:
-    """Return of what the lengths that decodes attend to are best multiples.
+    """Return the number of which the lengths that decodes attend to are best multiples.
 
-    oneDNN compiles batched products for every length that it meets, which grows with each step.
+    oneDNN compiles batched products anew for every length, and a sequence grows with each step.
     """
-    return _LENGTH_STEP if _takes_products(dtype, device) else 1
+    return _LENGTH_STEP if device.type == "cpu" and dtype == torch.bfloat16 else 1
 
 
-def _takes_products(dtype: torch.dtype, device: torch.device) -> bool:
-    return device.type == "cpu" and dtype == torch.bfloat16
-
-
-def attend_gathered(
+def attend_products(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
-    """Attend one token [Q, B, D] of each sequence to keys and values [G, B, L, D].
-
-    Query heads of one key/value head as if they were tokens: one product, not one for each.
-    Returns [1, B, Q, D].
-    """
-    num_kv, num_decode, _, size = keys.shape
-    decoding = query.view(num_kv, -1, num_decode, size).transpose(1, 2)  # [G, B, Q/G, D]
-    if num_decode >= _MANY and _takes_products(query.dtype, query.device):
-        output = _attend_bf16(decoding, keys, values, mask, scaling)
-    else:
-        output = functional.scaled_dot_product_attention(
-            decoding, keys, values, attn_mask=mask, scale=scaling
-        )
-    return output.transpose(0, 1).reshape(1, num_decode, -1, values.shape[-1])
-
-
-def _attend_bf16(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-) -> torch.Tensor:
-    """Attend queries [G, B, R, D] to keys and values [G, B, L, D] by batched products.
+    """Attend queries [G, B, R, D] to keys and values [G, B, L, D]; returns [G, B, R, D].
 
     torch's own attention on a CPU spends its time in arranging each head's keys anew. A product in
-    bf16 rounds scores too coarsely for a softmax, so what the rounding lost is computed by a second
-    one, whose sum begins with the rounded scores: the two together are good to 16 bits.
+    bf16 rounds scores too coarsely for a softmax. So a second product, whose sum begins with the
+    rounded scores, computes the rounding error: the two together are good to 16 bits.
     """
     rows = query.reshape(-1, *query.shape[2:])  # [G*B, R, D]
     columns = keys.flatten(0, 1).transpose(1, 2)  # [G*B, D, L]

@@ -19,10 +19,9 @@ from torch.nn import functional
 from router.engine.batch import pack
 from router.engine.sequence import Sequence, Work
 from router.messages.request import GenerationRequest, SamplingParams
-from router.model.cpu.decode_attention import attend_gathered
 from router.model.kv_cache import PagedCache
 from router.model.page_pool import PAGE_SIZE, PagePool, pages_needed
-from router.model.paged_attention import PagedContext, paged_attention
+from router.model.paged_attention import PagedContext, attend_gathered, paged_attention
 
 
 def sequence_of(name: str, token_ids: list[int], pages: list[int], computed: int = 0) -> Sequence:

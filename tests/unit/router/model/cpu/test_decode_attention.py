@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from cluster import native as built
 from router.model.cpu import decode_attention as decoding
-from router.model.cpu.decode_attention import attend_cached, attend_gathered, can_attend_cached
+from router.model.cpu.decode_attention import attend_cached, can_attend_cached
 from router.model.kv_cache import LatentCache, PagedCache
+from router.model.paged_attention import attend_gathered
 
 BUILT = [] if built.native is None else [built.native]
 IS_WIDE = built.native is not None and built.native.is_wide()

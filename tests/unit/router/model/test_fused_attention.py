@@ -14,8 +14,8 @@ from torch import nn
 from cluster import native as built
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.compute import ffn
-from router.model.cpu import fused_attention as attention
-from router.model.cpu.fused_attention import FusedAttention, fuse_attention
+from router.model import fused_attention as attention
+from router.model.fused_attention import FusedAttention, fuse_attention
 from router.model.model import load_dense
 from tests.checkpoints import save_mixtral
 
