@@ -76,7 +76,7 @@ def config_of(model_type: str) -> dict[str, Any]:
     """Return a family's ``config.json``, as transformers would write it where it knows it."""
     import transformers
 
-    from experts.families import FAMILIES
+    from experts.families.registry import FAMILIES
 
     own = CONFIGS[model_type] if model_type == "dbrx" else {**_COMMON, **CONFIGS[model_type]}
     own |= {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}

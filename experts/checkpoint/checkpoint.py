@@ -28,8 +28,8 @@ from experts.checkpoint.config_checks import (
 )
 from experts.checkpoint.quantization import Packed, check_dtypes, packed_tensors, quantization_of
 from experts.checkpoint.shards import DTYPES, TensorInfo, read_headers
-from experts.families import FAMILIES, ExpertShape, Family
-from experts.families.base import ACTIVATION_NAMES, Config, Shapes
+from experts.families.base import ACTIVATION_NAMES, Config, ExpertShape, Family, Shapes
+from experts.families.registry import FAMILIES
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]

@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import read_tensor
-from experts.families import Family
+from experts.families.base import Family
 from router.model.cpu.decode_attention import length_step
 from router.model.cpu.packed_linear import pack_linears
 from router.model.cpu.rms_norm import replace_norms

@@ -17,7 +17,7 @@ class Terminal:
 
     def __init__(self, *words: str) -> None:
         self.leader, follower = pty.openpty()
-        code = "from router.cli import main; main()"
+        code = "from router.cli.main import main; main()"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, *words],
             stdin=follower,

@@ -10,7 +10,7 @@ from benchmarks import families
 from benchmarks.families import CONFIGS, config_of, make_family
 from benchmarks.load import MAX_PEAK_RATIO, main, summary
 from experts.checkpoint.checkpoint import open_checkpoint
-from experts.families import FAMILIES
+from experts.families.registry import FAMILIES
 
 
 def test_every_family_that_is_served_is_measured() -> None:

@@ -17,47 +17,27 @@ import torch
 
 from cluster.controller.lease import ABSENT_S, LEASE_S, Lease
 from cluster.errors import Code, StaleEpochError, UnavailableError
-from cluster.spec import ActorReport, ActorSpec, ExpertKey, ModelExperts, ModelSource
-from cluster.wire.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode, joined
-from cluster.wire.tensors import from_bytes, to_bytes
+from cluster.spec import ExpertKey
+from cluster.wire.frames import ErrorFrame, RowsFrame, decode, encode, joined
+from cluster.wire.tensors import from_bytes
 from experts import actor as actor_module
-from experts.actor import ExpertActor
 from experts.bank import GatedFfnExpert
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.expert_weights import load_expert
-from experts.checkpoint.identity import identity_of
 from experts.compute.ffn import ACTIVATIONS, gated_ffn
 from experts.remote import RemoteExpertActor
 from experts.tracing import BatchSpans
 from tests.checkpoints import save_mixtral
 from tests.span_keeper import SpanKeeper
-
-HIDDEN = 64
-LIMIT_S = 30.0
-KEYS = [ExpertKey("m", 0, 0), ExpertKey("m", 0, 3), ExpertKey("m", 2, 3)]
-
-
-class Actor(ExpertActor):
-    """The actor, but for the one thing that it asks Ray."""
-
-    def _report(self) -> ActorReport:
-        return ActorReport(
-            self._actor_id,
-            self._generation,
-            self._spec.digest,
-            self._epoch,
-            os.getpid(),
-            "node",
-            str(self._device),
-            tuple(sorted(self._bank.experts)),
-            self._bank.num_bytes,
-            self._bank.tokens,
-            self._queued_rows,
-            self._steps,
-            self._frames,
-            self._busy_s,
-            self._waited_s,
-        )
+from tests.unit.experts.local_actor import (
+    HIDDEN,
+    KEYS,
+    LIMIT_S,
+    Actor,
+    frame_of,
+    local_actor,
+    rows_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +54,7 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
 
     def made(max_queue_rows: int = 1000, num_gpus: float = 0.0) -> Actor:
-        identity = identity_of(open_checkpoint(folder))
-        source = ModelSource(str(folder), "float32", ModelExperts("m", (0, 1, 2), 8, 1), identity)
-        actor = Actor(
-            ActorSpec("app", (source,), 0.1, num_gpus, 1, max_queue_rows), "expert-0", 1, 1
-        )
-        actor.load(1, KEYS)
-        return actor
+        return local_actor(folder, max_queue_rows, num_gpus)
 
     yield made
     torch.set_num_threads(threads)
@@ -99,38 +73,6 @@ def test_a_gpu_of_rays_that_torch_does_not_find_is_said(
     with pytest.raises(UnavailableError, match="install torch for CUDA there") as caught:
         make(num_gpus=1)
     assert caught.value.field == "args.experts.num_gpus"
-
-
-def rows_of(num_rows: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(num_rows, HIDDEN, generator=torch.Generator().manual_seed(seed))
-
-
-def frame_of(
-    rows: torch.Tensor,
-    request_id: int = 1,
-    timeout_s: float = LIMIT_S,
-    expert_id: int = 3,
-    traceparent: str | None = None,
-) -> bytes:
-    """A frame that sends all rows to one expert of layer 0."""
-    return b"".join(
-        encode(
-            DispatchFrame(
-                request_id=request_id,
-                epoch=1,
-                placement_version=1,
-                model="m",
-                layer_id=0,
-                expert_ids=(expert_id,),
-                num_tokens_per_expert=(len(rows),),
-                dtype="float32",
-                hidden_size=HIDDEN,
-                deadline_s=time.time() + timeout_s,
-                rows=to_bytes(rows),
-                traceparent=traceparent,
-            )
-        )
-    )
 
 
 def expected(folder: Path, rows: torch.Tensor) -> torch.Tensor:

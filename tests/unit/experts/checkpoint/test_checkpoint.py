@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import open_checkpoint, resolve_folder
 from experts.checkpoint.shards import PICKLE_SUFFIXES
-from experts.families import FAMILIES
+from experts.families.registry import FAMILIES
 
 CONFIG: dict[str, Any] = {
     "model_type": "mixtral",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import open_checkpoint
-from experts.families import FAMILIES
+from experts.families.registry import FAMILIES
 from router.engine.batch import pack
 from router.engine.scheduler import Limits
 from router.model.model import load_dense

@@ -16,7 +16,7 @@ from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.convert.layouts import open_source
 from experts.convert.plan import make_plan
-from experts.families import FAMILIES
+from experts.families.registry import FAMILIES
 from router.ops.plan.source import find_model
 from router.served import check_file
 from tests.checkpoints import save_mixtral

@@ -143,7 +143,7 @@ def next_line(process: subprocess.Popen[str]) -> Any:
 
 
 def test_watching_outlives_the_server_and_ends_by_ctrl_c(upstream: FakeUpstream) -> None:
-    code = "from router.cli import main; main()"
+    code = "from router.cli.main import main; main()"
     words = ["status", "--watch", "--json", "--interval", "0.1"]
     with grpc_server(upstream) as address:
         watching = subprocess.Popen(
@@ -263,7 +263,7 @@ def test_the_address_may_stand_in_the_environment(
 def test_a_reader_that_leaves_gets_no_stack(address: str) -> None:
     read, write = os.pipe()
     os.close(read)
-    code = "from router.cli import main; main()"
+    code = "from router.cli.main import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "generate", "in", "--stream", "--json"],
         stdout=write,
@@ -277,7 +277,7 @@ def test_a_reader_that_leaves_gets_no_stack(address: str) -> None:
 
 
 def test_a_text_that_the_output_has_no_letters_for_is_no_failure(address: str) -> None:
-    code = "from router.cli import main; main()"
+    code = "from router.cli.main import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "generate", "in", "--address", address],
         capture_output=True,

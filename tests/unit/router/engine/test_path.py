@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 
+from cluster.transport.base import Call
+from cluster.transport.stream.client import StreamTransport
+from cluster.transport.stream.connect import Connector
+from cluster.wire.frames import RowsFrame, decode
+from experts import actor as actor_module
 from router.engine.sampling import sample
 from router.engine.sequence import Work
 from tests.checkpoints import save_mixtral
 from tests.unit.cluster.transport.wired import LENGTH, Wired
+from tests.unit.experts.local_actor import LIMIT_S, frame_of, local_actor, rows_of
 
 ROOT = Path(__file__).parents[4]
 MOST_FILES = 16
-LIMIT_S = 20.0
+DOCUMENT = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+ROUTER, ACTOR = (
+    DOCUMENT.partition(begin)[2].partition(end)[0]
+    for begin, end in (
+        ("**A decode step**", "**Over in the expert actor's process**"),
+        ("**Over in the expert actor's process**", "In bf16 on a processor"),
+    )
+)
+REPLACEMENTS = DOCUMENT.partition("In bf16 on a processor")[2].partition("Each is used only")[0]
+
+
+def numbered(text: str) -> list[str]:
+    """Return the files that a numbered list begins its entries with."""
+    return re.findall(r"^ *\d+\. `([\w/]+\.py)`:", text, re.MULTILINE)
+
+
+def named(text: str) -> set[str]:
+    """Return all files that a text names by their whole path."""
+    return set(re.findall(r"`((?:router|experts|cluster)/[\w/]+\.py)`", text))
 
 
 class Trace:
@@ -60,14 +87,56 @@ def files_of_a_decode(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> list[str
     return list(traces[-1].files)
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
-def wired(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Wired]:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     save_mixtral(tmp_path)
-    wired = Wired(tmp_path, request.param)
-    yield wired
-    wired.close()
+    return tmp_path
 
 
-def test_probe(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
-    print("\n".join(files_of_a_decode(wired, monkeypatch)))
-    assert 0
+@contextmanager
+def connected(folder: Path, dtype: str) -> Iterator[Wired]:
+    wired = Wired(folder, dtype)
+    try:
+        yield wired
+    finally:
+        wired.close()
+
+
+def test_a_decode_step_passes_the_files_of_the_document_in_their_order(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connected(folder, "float32") as wired:
+        files = files_of_a_decode(wired, monkeypatch)
+    assert files == numbered(ROUTER)
+    assert len(files) <= MOST_FILES
+
+
+def test_in_bf16_only_the_documents_replacements_join_in(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connected(folder, "bfloat16") as wired:
+        files = set(files_of_a_decode(wired, monkeypatch))
+    assert set(numbered(ROUTER)) <= files
+    assert files - set(numbered(ROUTER)) <= named(REPLACEMENTS)
+
+
+def test_a_frame_passes_the_actors_files_of_the_document_in_their_order(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actor_module, "end_when_orphaned", lambda lease, app: None)
+    trace = Trace()
+    threading.setprofile(trace)  # of threads that start from here on: the actor's
+    actor = local_actor(folder)
+    connector = Connector(lambda *where: actor.offer_stream(where[2]), None)
+    transport = StreamTransport(connector, None)
+    try:
+        for request_id in (1, 2):  # the first call connects
+            trace.files.clear()
+            call = Call("expert-0", 1, (frame_of(rows_of(1), request_id),))
+            [outcome] = transport.send([call], LIMIT_S).wait()
+    finally:
+        threading.setprofile(None)  # type: ignore[arg-type]
+        transport.close()
+    assert isinstance(decode(outcome), RowsFrame)
+    shared = set(numbered(ROUTER))
+    assert [file for file in trace.files if file not in shared] == numbered(ACTOR)

@@ -1,0 +1,85 @@
+"""An expert actor in the test's own process, and frames for it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from cluster.spec import ActorReport, ActorSpec, ExpertKey, ModelExperts, ModelSource
+from cluster.wire.frames import DispatchFrame, encode
+from cluster.wire.tensors import to_bytes
+from experts.actor import ExpertActor
+from experts.checkpoint.checkpoint import open_checkpoint
+from experts.checkpoint.identity import identity_of
+
+HIDDEN = 64
+LIMIT_S = 30.0
+KEYS = [ExpertKey("m", 0, 0), ExpertKey("m", 0, 3), ExpertKey("m", 2, 3)]
+
+
+class Actor(ExpertActor):
+    """The actor, but for the one thing that it asks Ray."""
+
+    def _report(self) -> ActorReport:
+        return ActorReport(
+            self._actor_id,
+            self._generation,
+            self._spec.digest,
+            self._epoch,
+            os.getpid(),
+            "node",
+            str(self._device),
+            tuple(sorted(self._bank.experts)),
+            self._bank.num_bytes,
+            self._bank.tokens,
+            self._queued_rows,
+            self._steps,
+            self._frames,
+            self._busy_s,
+            self._waited_s,
+        )
+
+
+def local_actor(folder: Path, max_queue_rows: int = 1000, num_gpus: float = 0.0) -> Actor:
+    """Return an actor of the model in ``folder`` that has loaded :data:`KEYS`."""
+    identity = identity_of(open_checkpoint(folder))
+    source = ModelSource(str(folder), "float32", ModelExperts("m", (0, 1, 2), 8, 1), identity)
+    spec = ActorSpec("app", (source,), 0.1, num_gpus, 1, max_queue_rows)
+    actor = Actor(spec, "expert-0", 1, 1)
+    actor.load(1, KEYS)
+    return actor
+
+
+def rows_of(num_rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(num_rows, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def frame_of(
+    rows: torch.Tensor,
+    request_id: int = 1,
+    timeout_s: float = LIMIT_S,
+    expert_id: int = 3,
+    traceparent: str | None = None,
+) -> bytes:
+    """A frame that sends all rows to one expert of layer 0."""
+    return b"".join(
+        encode(
+            DispatchFrame(
+                request_id=request_id,
+                epoch=1,
+                placement_version=1,
+                model="m",
+                layer_id=0,
+                expert_ids=(expert_id,),
+                num_tokens_per_expert=(len(rows),),
+                dtype="float32",
+                hidden_size=HIDDEN,
+                deadline_s=time.time() + timeout_s,
+                rows=to_bytes(rows),
+                traceparent=traceparent,
+            )
+        )
+    )
