@@ -93,7 +93,7 @@ def make_family(folder: Path, model_type: str, seed: int = 0) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from experts.checkpoint.checkpoint import checked_shape, family_of, usual_config
+    from experts.checkpoint.config import checked_shape, family_of, usual_config
 
     config, file = config_of(model_type), folder / "config.json"
     file.write_text(json.dumps(config), encoding="utf-8")

@@ -9,7 +9,8 @@ from pathlib import Path
 from cluster.errors import CheckpointError, ConfigError, shown
 from cluster.placement.placement import assign_experts
 from cluster.spec import ActorSpec, ModelExperts, ModelSource, PoolSpec, budgets_of
-from experts.checkpoint.checkpoint import Checkpoint, parse_json
+from experts.checkpoint.checkpoint import Checkpoint
+from experts.checkpoint.config import parse_json
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.remote_files import Neighbours, open_model
 from router.config import AppConfig, ExpertsConfig, ModelConfig, load_deployment

@@ -28,13 +28,8 @@ from cluster.errors import (
     shown,
     shown_name,
 )
-from experts.checkpoint.checkpoint import (
-    Checkpoint,
-    checkpoint_of,
-    open_checkpoint,
-    parse_json,
-    resolve_folder,
-)
+from experts.checkpoint.checkpoint import Checkpoint, checkpoint_of, open_checkpoint, resolve_folder
+from experts.checkpoint.config import parse_json
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.shards import STORED_BYTES, TensorInfo
 

@@ -18,13 +18,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import CheckpointError, ExpertMeshError
-from experts.checkpoint.checkpoint import (
-    Checkpoint,
-    open_checkpoint,
-    read_range,
-    read_small,
-    resolve_folder,
-)
+from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_range, resolve_folder
+from experts.checkpoint.config import read_small
 from experts.checkpoint.identity import identity_of
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")

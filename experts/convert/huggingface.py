@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_json
+from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from experts.checkpoint.config import read_json
 from experts.checkpoint.quantization import quantization_of
 from experts.checkpoint.shards import DTYPES, INDEX_FILE, WEIGHTS_FILE, weight_map_of
 from experts.convert.safetensors_files import SafetensorsFiles

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import CheckpointError
-from experts.checkpoint.checkpoint import read_json
+from experts.checkpoint.config import read_json
 from experts.convert.mixtral_names import expert_part, takes_by_part
 from experts.convert.safetensors_files import SafetensorsFiles
 from experts.convert.source import Source, Take

@@ -9,7 +9,7 @@ from math import prod
 
 from cluster.errors import CheckpointError, shown_name
 from cluster.wire.frames import DTYPE_BYTES
-from experts.checkpoint.checkpoint import checked_shape, family_of, usual_config, wrong_kinds
+from experts.checkpoint.config import checked_shape, family_of, usual_config, wrong_kinds
 from experts.checkpoint.shards import WEIGHTS_FILE
 from experts.convert.source import QUANTISED, Source, Take, shape_after
 from experts.families.base import Config, Family

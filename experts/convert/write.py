@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from cluster.errors import CheckpointError
-from experts.checkpoint.checkpoint import open_checkpoint, read_small
+from experts.checkpoint.checkpoint import open_checkpoint
+from experts.checkpoint.config import read_small
 from experts.checkpoint.shards import INDEX_FILE
 from experts.convert.huggingface import CONFIG_FILE
 from experts.convert.layouts import open_source

@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from experts.checkpoint.checkpoint import checked_shape, family_of, usual_config, wrong_kinds
+from experts.checkpoint.config import checked_shape, family_of, usual_config, wrong_kinds
 
 
 @dataclass(frozen=True, slots=True)

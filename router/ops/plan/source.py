@@ -13,7 +13,8 @@ import yaml
 
 from cluster.errors import ConfigError
 from cluster.wire.frames import DTYPE_BYTES
-from experts.checkpoint.checkpoint import open_checkpoint, read_json
+from experts.checkpoint.checkpoint import open_checkpoint
+from experts.checkpoint.config import read_json
 from experts.checkpoint.quantization import METHODS, quantization_of
 from router.ops.plan.plan import PlannedModel
 from router.ops.plan.shape import shape_of

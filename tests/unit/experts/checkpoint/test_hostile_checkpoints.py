@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from cluster.errors import CheckpointError, InvalidRequestError
 from experts.checkpoint import remote_reader as reader_module
 from experts.checkpoint import shards
-from experts.checkpoint.checkpoint import open_checkpoint, read_json
+from experts.checkpoint.checkpoint import open_checkpoint
+from experts.checkpoint.config import read_json
 from experts.checkpoint.config_checks import MAX_DEPTH
 from experts.checkpoint.remote_reader import CheckpointReader
 from experts.checkpoint.shards import INDEX_FILE, MAX_HEADER_BYTES, WEIGHTS_FILE, read_header

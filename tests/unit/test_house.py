@@ -1,0 +1,78 @@
+"""The habits of the tree: short files, packages that import nothing by themselves."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+MOST_LINES = 400
+PUBLIC = {"router/client/__init__.py": "users import the client from there"}
+"""Packages whose ``__init__`` hands names on, and why."""
+
+
+def product_files(suffix: str) -> list[Path]:
+    """Return the product's files of one suffix but the generated ones."""
+    found = [
+        file
+        for package in ("cluster", "experts", "router", "deploy")
+        for file in sorted((ROOT / package).rglob(f"*{suffix}"))
+        if not file.stem.endswith(("_pb2", "_pb2_grpc"))
+    ]
+    assert found, suffix
+    return found
+
+
+@pytest.mark.parametrize("suffix", [".py", ".c", ".h"])
+def test_no_file_is_long(suffix: str) -> None:
+    lines = {
+        str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines())
+        for file in product_files(suffix)
+    }
+    assert {file: count for file, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_a_packages_init_is_a_docstring_alone() -> None:
+    """So a gateway, a controller or a client that imports one module gets no other with it."""
+    busy = set()
+    for file in product_files("__init__.py"):
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+        is_docstring = len(body) == 1 and isinstance(body[0], ast.Expr)
+        if not is_docstring:
+            busy.add(str(file.relative_to(ROOT)))
+    assert busy == set(PUBLIC)
+
+
+def test_pre_commit_runs_the_linters_of_ci() -> None:
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    linters = ci[ci.index("pip install --quiet '.[dev]'") + 1 :]
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    entries = [hook["entry"] for repo in config["repos"] for hook in repo["hooks"]]
+    assert entries == [line.removesuffix(" .") for line in linters if line]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        ("router.preflight", "router.ops.startup.preflight", "PowerOfTwoChoicesRequestRouter"),
+        ("router.gateway.grpc_service", "router.gateway.grpc.service", "add_services_to_server"),
+    ],
+)
+def test_import_paths_of_users_deployment_files_go_on_working(
+    old: str, new: str, name: str
+) -> None:
+    code = f"import {old} as old, {new} as new; assert old.{name} is new.{name}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
