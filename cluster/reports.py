@@ -1,4 +1,8 @@
-"""What the controller knows of the cluster, as plain data that gateways and commands show."""
+"""The controller's knowledge of the cluster, as plain data that gateways and commands show.
+
+Routers and gateways add their samples to the watch call that they make anyway; expert actors report
+to the controller. The controller keeps the newest of each process, and a gateway asks for all.
+"""
 
 from __future__ import annotations
 

@@ -176,12 +176,17 @@ def _read_stored(
 MIN_PAGED_BYTES = 64 << 10
 """Smaller tensors come from the heap: half a page is lost at the end of each that has its own."""
 
-
 _FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 def paged(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor on the CPU, to be filled, that leaves no hole in the heap when it goes."""
+    """Return an empty tensor on the CPU in pages of its own, which go back to the system with it.
+
+    In the heap, weights would lie between the buffers of their loading. An aligned block of the
+    same size does not fit into the hole that a freed buffer leaves, so loading experts with small
+    matrices would take up to half as much memory again. Having ``malloc`` map all blocks of that
+    size is no cure: each product would pay for fresh pages.
+    """
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < MIN_PAGED_BYTES:
         return torch.empty(shape, dtype=dtype)
