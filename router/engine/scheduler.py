@@ -9,15 +9,11 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from cluster.errors import OverloadedError
 from router.engine.sequence import Sequence, Work
 from router.messages.request import GenerationRequest
 from router.model.page_pool import PAGE_SIZE, PagePool, pages_needed
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
