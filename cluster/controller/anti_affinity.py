@@ -11,7 +11,7 @@ import logging
 from cluster.controller.changes import Changes
 from cluster.controller.pool import kind_of
 from cluster.controller.state import Cluster
-from cluster.placement.placement import node_apart
+from cluster.placement.placement import less_crowded_node
 
 NODES_CHECK_S = 5.0
 WHOLE_TIMEOUT_S = 60.0
@@ -51,7 +51,7 @@ class Apart:
         async with asyncio.timeout(WHOLE_TIMEOUT_S):
             await self._cluster.wait_for(lambda now: now.fewest_copies() >= self._min_copies)
         candidates = await asyncio.to_thread(self._cluster.pool.nodes_for, actor_id)
-        node = node_apart(actor_id, candidates, self._changes.shares, self._nodes)
+        node = less_crowded_node(actor_id, candidates, self._changes.shares, self._nodes)
         if node is None:
             return
         logger.info("%s moves to node %s, apart from other copies", actor_id, node[:10])

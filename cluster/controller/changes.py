@@ -152,7 +152,9 @@ class Changes:
         in_map = {key for key in beyond if actor_id in self._cluster.placement.holders[key]}
         if surplus(self._cluster.placement, self.shares, in_map):
             await self._cluster.publish(
-                lambda now: now.without_copies(actor_id, surplus(now, self.shares, in_map))
+                lambda now: with_change(
+                    now, Change({}, {actor_id: surplus(now, self.shares, in_map)})
+                )
             )
             self._left[actor_id] = self._cluster.placement.order
         placement = self._cluster.placement

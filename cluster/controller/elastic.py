@@ -24,8 +24,8 @@ from cluster.controller.state import Cluster
 from cluster.errors import ExpertMeshError, InvalidRequestError
 from cluster.placement.board import Device
 from cluster.placement.change import Change
-from cluster.placement.drain import change_of_copies, cheapest_to_empty
-from cluster.placement.scaling import LATELY_S, SIGNAL_S, BusyMeter, ScalingPolicy, Wanted
+from cluster.placement.drain import change_of_copies, cheapest_to_drain
+from cluster.placement.scaling import RECENT_S, SIGNAL_S, BusyMeter, ScalingPolicy, Wanted
 from cluster.reports import ChangeReport, Move
 from cluster.spec import ExpertKey, ModelExperts
 
@@ -208,7 +208,7 @@ class Elastic:
         loads = self._rebalancer.tracker.devices(time.monotonic())
         rates = {actor_id: load.tokens_per_s for actor_id, load in loads.items()}
         shares = self._changes.shares
-        return cheapest_to_empty(
+        return cheapest_to_drain(
             actors, number, shares, self._expert_bytes, self._min_copies, rates
         )
 
@@ -333,8 +333,8 @@ class Elastic:
             actors = self._fleet.of(pool)
             living = [a for a in actors if a in self._cluster.placement.generations]
             signals = self.meter.signals(living, SIGNAL_S, pool) if living else None
-            lately = self.meter.signals(living, LATELY_S, pool) if living else None
-            wanted = policy.decide(len(actors), signals, time.monotonic(), lately)
+            recent = self.meter.signals(living, RECENT_S, pool) if living else None
+            wanted = policy.decide(len(actors), signals, time.monotonic(), recent)
             if wanted is None:
                 continue
             if policy.targets.dry_run:

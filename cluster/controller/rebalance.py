@@ -14,7 +14,7 @@ from cluster.controller.fleet import Fleet
 from cluster.controller.state import Cluster
 from cluster.errors import ConfigError, ExpertMeshError, InvalidRequestError, UnavailableError
 from cluster.placement.balance import (
-    ASIDE,
+    IDLE_SHARE,
     Balance,
     Plan,
     balance_of,
@@ -179,7 +179,7 @@ class Rebalancer:
         keys = [key for model in self._models for key in model.expert_keys()]
         mean = self._mean_rate(told)
         is_idle = mean < IDLE_TOKENS_PER_S
-        least = 1.0 if is_idle else ASIDE * mean
+        least = 1.0 if is_idle else IDLE_SHARE * mean
         return {key: max(0.0 if is_idle else told.get(key, 0.0), least) for key in keys}, is_idle
 
     def _mean_rate(self, told: Mapping[ExpertKey, float]) -> float:

@@ -1,9 +1,9 @@
 """Where copies of experts should be, given their load: a pure function of today's placement.
 
-The load of a layer is spread over devices so that the busiest one of each layer, which a router
-waits for, has little more to do than others; then so that the busiest one over all layers has. A
-device's load is what it computes divided by its speed; the copies of an expert share its tokens
-evenly. Everything begins with today's copies and changes only what pays, so few bytes move.
+First the busiest device of each layer, for which a router waits, gets little more load than the
+mean device; then the busiest device over all layers. A device's load is the tokens that it computes
+over its speed; the copies of an expert share its tokens evenly. Planning begins with today's copies
+and changes only what pays, so few bytes move.
 
 Letters: E experts of a layer, D devices, C copies of a layer.
 """
@@ -17,26 +17,25 @@ import numpy as np
 
 from cluster.errors import ConfigError
 from cluster.placement.board import Board, Device
-from cluster.placement.copy_counts import replica_counts, warm_counts
+from cluster.placement.copy_counts import copy_counts, warm_counts
 from cluster.spec import ExpertKey, ModelExperts
 
 TOLERANCE = 0.01
-"""A layer is balanced when its busiest device has so much more to do than the mean."""
+"""A layer is balanced where its busiest device has at most this part more load than the mean."""
 GAIN = 0.005
-"""What one moved copy must take off the busiest device, in mean shares, to be worth its bytes."""
-ASIDE = 0.01
-"""An expert that nobody asks for counts for this part of the mean one's load, where copies that
-are hardly needed are spread."""
+"""The least gain that makes a moved copy worth its bytes, in the mean device's load."""
+IDLE_SHARE = 0.01
+"""Where cold copies are spread too, an expert without load has this part of the mean expert's."""
 LEVEL_STEPS, LEVEL_LAYERS = 64, 3
-"""For the sake of all layers together so many copies are moved or exchanged at most, each of one of
-so many layers in which the busiest device has the most to do."""
+"""Bounds of balancing all layers together: the number of steps, and the number of layers in which
+the busiest device has the most load that each step chooses from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Balance:
     """How evenly a placement spreads the load: 1 is perfect.
 
-    ``layers`` is the busiest device's load in a layer over the mean device's, averaged over the
+    ``layers`` is the busiest device's load of a layer over the mean device's, averaged over the
     layers by their load; ``devices`` is the same of all layers together.
     """
 
@@ -46,7 +45,7 @@ class Balance:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Who is to hold which expert, and what it changes."""
+    """The actors that are to hold each expert, and by actor the copies that come and go."""
 
     holders: dict[ExpertKey, tuple[str, ...]]
     added: dict[str, tuple[ExpertKey, ...]]
@@ -57,7 +56,7 @@ class Plan:
 
     @property
     def gain(self) -> float:
-        """What it takes off the busiest device's load, in mean devices' loads."""
+        """The load taken off the busiest device, in the mean device's load."""
         return max(self.before.layers - self.after.layers, self.before.devices - self.after.devices)
 
 
@@ -69,13 +68,13 @@ def plan_copies(
     min_copies: int = 1,
     max_copies: int | None = None,
 ) -> Plan:
-    """Decide who holds which expert, from what each actor has ``held`` until now.
+    """Plan the holders of all experts, given what each actor has ``held`` until now.
 
-    Each expert gets at least ``min_copies`` and at most ``max_copies``, by default as many as there
-    are devices, never two on one device, and on different nodes as far as there are several. No
-    device holds more than its room. Deterministic. An expert without load counts for nothing, so
-    without any load only what is missing changes. Raises :class:`ConfigError` where ``min_copies``
-    of all do not fit.
+    Each expert gets at least ``min_copies`` and at most ``max_copies``, by default one a device.
+    Copies of an expert are on different devices, and on different nodes where there are several. No
+    device holds more than its room. An expert without load counts for nothing, so without any load
+    only missing copies are added. Deterministic. Raises :class:`ConfigError` where ``min_copies``
+    of all experts do not fit.
     """
     most = min(max_copies or len(devices), len(devices))
     if min_copies > most:
@@ -86,16 +85,16 @@ def plan_copies(
     before, started = _balance(board), board.has.copy()
     try:
         _arrange(board, (min_copies, most), is_needed_first=False)
-    except ConfigError:  # what is not needed took the room of what is
+    except ConfigError:  # further copies took the room of needed ones
         board = Board(models, devices, tokens_per_s, held)
         _arrange(board, (min_copies, most), is_needed_first=True)
     return _plan(board, started, before)
 
 
 def _arrange(board: Board, bounds: tuple[int, int], is_needed_first: bool) -> None:
-    """Bring every expert to its number of copies, and the load to where it is even."""
-    board.empty_overfull()
-    counts = replica_counts(
+    """Bring every expert to its number of copies, and even out the load."""
+    board.relieve_overfull()
+    counts = copy_counts(
         board.rates,
         board.mean_shares(),
         board.counts(),
@@ -120,16 +119,16 @@ def plan_without_cold(
     held: Mapping[str, Collection[ExpertKey]],
     min_copies: int = 1,
 ) -> Plan:
-    """Decide only which copies go since they carry next to nothing.
+    """Plan only to drop copies that carry next to nothing.
 
-    The load must have been so for long: of a layer without any, all beyond ``min_copies`` go.
-    Each expert has at least one copy. What is left of cold experts is spread as if they were asked
-    for a little. The rest is as in :func:`plan_copies`.
+    The load must have been low for long: a layer without load keeps ``min_copies`` of each expert.
+    Each expert keeps at least one copy. Experts without load count a little, so that the copies
+    left are spread. The arguments are those of :func:`plan_copies`.
     """
     board = Board(models, devices, tokens_per_s, held)
     counts = warm_counts(board.rates, board.mean_shares(), board.counts(), min_copies)
-    aside = ASIDE * float(board.rates.mean()) or 1.0
-    rates = {key: max(tokens_per_s.get(key, 0.0), aside) for key in board.keys}
+    least = IDLE_SHARE * float(board.rates.mean()) or 1.0
+    rates = {key: max(tokens_per_s.get(key, 0.0), least) for key in board.keys}
     board = Board(models, devices, rates, held)
     before, started = _balance(board), board.has.copy()
     for layer in board.layers:
@@ -143,25 +142,25 @@ def balance_of(
     tokens_per_s: Mapping[ExpertKey, float],
     held: Mapping[str, Collection[ExpertKey]],
 ) -> Balance:
-    """Return how evenly what is ``held`` spreads the load."""
+    """Return how evenly the ``held`` copies spread the load."""
     return _balance(Board(models, devices, tokens_per_s, held))
 
 
 def _drop(board: Board, layer: slice, wanted: np.ndarray) -> None:
-    """Take copies away from experts that have more than ``wanted``."""
-    board.lift(layer)
+    """Remove copies of experts that have more than ``wanted``, [N]."""
+    board.exclude(layer)
     load = board.layer_load(layer, wanted)
     for expert in _hottest_first(board, layer, wanted):
         while board.count(expert) > wanted[expert]:
             device = board.worst_holder(expert, load)
-            board.take(expert, device)
+            board.remove(expert, device)
             load[device] -= board.weight(expert, wanted[expert], device)
-    board.lay(layer)
+    board.include(layer)
 
 
 def _add(board: Board, layer: slice, wanted: np.ndarray, min_copies: int) -> None:
-    """Add copies up to the number ``wanted``, as far as there is room beyond ``min_copies``."""
-    board.lift(layer)
+    """Add copies up to ``wanted``, [N], beyond ``min_copies`` as far as there is room."""
+    board.exclude(layer)
     load = board.layer_load(layer, wanted)
     for expert in _hottest_first(board, layer, wanted):
         weight = float(board.rates[expert] / wanted[expert])
@@ -174,9 +173,9 @@ def _add(board: Board, layer: slice, wanted: np.ndarray, min_copies: int) -> Non
                         "args.experts.memory_budget_bytes",
                     )
                 break
-            board.put(expert, device)
+            board.add(expert, device)
             load[device] += board.weight(expert, wanted[expert], device)
-    board.lay(layer)
+    board.include(layer)
 
 
 def _hottest_first(board: Board, layer: slice, wanted: np.ndarray) -> list[int]:
@@ -185,8 +184,8 @@ def _hottest_first(board: Board, layer: slice, wanted: np.ndarray) -> list[int]:
 
 
 def _even_out(board: Board, layer: slice) -> None:
-    """Move and exchange copies of a layer while its busiest device gets less to do by that."""
-    board.lift(layer)
+    """Move and exchange copies of a layer while that relieves its busiest device."""
+    board.exclude(layer)
     load = board.layer_load(layer)
     mean = board.mean_of(layer)
     for _ in range(4 * len(load)):
@@ -197,11 +196,11 @@ def _even_out(board: Board, layer: slice) -> None:
         if step is None or step.gain < GAIN * mean:
             break
         board.apply(step, load)
-    board.lay(layer)
+    board.include(layer)
 
 
 def _level(board: Board) -> None:
-    """Even out all layers together, without making the busiest device of any layer busier."""
+    """Even out all layers together; the busiest device of a layer gets no busier in it."""
     mean = float(board.total.mean())
     for _ in range(LEVEL_STEPS):
         peak = int(board.total.argmax())

@@ -1,4 +1,4 @@
-"""The board that :mod:`cluster.placement.balance` moves copies about on: who holds what, as arrays.
+"""The board on which :mod:`cluster.placement.balance` moves copies: holders and loads as arrays.
 
 Letters: N experts of all layers, E experts of a layer, D devices, C copies of a layer, A of them on
 one device, M nodes.
@@ -8,20 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from cluster.spec import ExpertKey, ModelExperts
 
-if TYPE_CHECKING:
-    pass
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One actor's device: what it may hold, and how fast it is beside others of the cluster.
+
+    ``room_bytes`` is for experts' weights. Copies come before others go, so a device keeps room
+    for one more expert free where it takes any.
+    """
+
+    actor_id: str
+    node: str
+    room_bytes: float
+    speed: float = 1.0
 
 
 class Step(NamedTuple):
-    """One copy moved, or two exchanged, and what that takes off the busier of the two devices.
+    """A copy of ``expert`` that moves from device ``source`` to ``target``.
 
-    ``value`` is the gain per copy that has to be loaded.
+    With ``other``, a copy of that expert moves the other way. ``gain`` is the load that this takes
+    off the busier of the two devices, ``value`` the gain a copy that has to be loaded.
     """
 
     expert: int
@@ -42,7 +54,7 @@ class Board:
         tokens_per_s: Mapping[ExpertKey, float],
         held: Mapping[str, Collection[ExpertKey]],
     ) -> None:
-        """Set up what is held; what the models or devices do not know is left out."""
+        """Set up what is ``held``; experts and devices that are not given are left out."""
         self.keys = [key for model in models for key in model.expert_keys()]
         self.actor_ids = [device.actor_id for device in devices]
         self.rates = np.array([max(tokens_per_s.get(key, 0.0), 0.0) for key in self.keys])
@@ -75,9 +87,9 @@ class Board:
         self._free_bytes = np.array([device.room_bytes for device in devices]) - used_bytes
         self.total = np.zeros(len(devices))
         for layer in self.layers:
-            self.lay(layer)
+            self.include(layer)
 
-    # What is there.
+    # Reading the board.
 
     def counts(self) -> np.ndarray:
         """Return the number of copies of each expert, [N]."""
@@ -88,7 +100,7 @@ class Board:
         return int(np.count_nonzero(self.has[expert]))
 
     def mean_of(self, layer: slice) -> float:
-        """Return what each device would have of a layer if all had as much."""
+        """Return the mean device's load of a layer."""
         return float(self.rates[layer].sum()) / len(self._speed)
 
     def mean_shares(self) -> np.ndarray:
@@ -96,7 +108,7 @@ class Board:
         return np.array([self.mean_of(layer) for layer in self.layers])[self._layer_of]
 
     def usable_bytes(self) -> float:
-        """Return the bytes that whole experts may take, beside what is kept free."""
+        """Return the bytes that whole experts may take, without the reserve of each device."""
         room = self._used_bytes + np.maximum(self._free_bytes - self._reserve_bytes, 0.0)
         return float((room // self._reserve_bytes * self._reserve_bytes).sum())
 
@@ -113,59 +125,54 @@ class Board:
         return [self.layers[layer] for layer in busiest if by_layer[layer] > 0]
 
     def layer_load(self, layer: slice, counts: np.ndarray | None = None) -> np.ndarray:
-        """Return each device's load of a layer, [D]; with ``counts`` as if those were the copies'
-        numbers."""
+        """Return each device's load of a layer, [D], with ``counts`` in place of today's, [N]."""
         has = self.has[layer]
-        of_layer = has.sum(axis=1) if counts is None else counts[layer]
-        weights = self.rates[layer] / np.maximum(of_layer, 1)
+        layer_counts = has.sum(axis=1) if counts is None else counts[layer]
+        weights = self.rates[layer] / np.maximum(layer_counts, 1)
         return (weights @ has) / self._speed  # type: ignore[no-any-return]
 
     def weight(self, expert: int, count: int, device: int) -> float:
-        """Return a device's load by one of ``count`` copies of an expert."""
+        """Return the load of one of ``count`` copies of an expert on a device."""
         return float(self.rates[expert] / count / self._speed[device])
 
-    # What changes.
+    # Changing it.
 
-    def lift(self, layer: slice) -> None:
-        """Take a layer's load out of the total, until :meth:`lay`."""
+    def exclude(self, layer: slice) -> None:
+        """Take a layer's load out of the total until :meth:`include`."""
         self.total -= self.layer_load(layer)
 
-    def lay(self, layer: slice) -> None:
+    def include(self, layer: slice) -> None:
         """Put a layer's load back into the total."""
         self.total += self.layer_load(layer)
 
-    def put(self, expert: int, device: int) -> None:
+    def add(self, expert: int, device: int) -> None:
         """Add a copy."""
         self.has[expert, device] = True
         self._on_node[expert, self._node[device]] += 1
         self._used_bytes[device] += self.expert_bytes[expert]
         self._free_bytes[device] -= self.expert_bytes[expert]
 
-    def take(self, expert: int, device: int) -> None:
-        """Take a copy away."""
+    def remove(self, expert: int, device: int) -> None:
+        """Remove a copy."""
         self.has[expert, device] = False
         self._on_node[expert, self._node[device]] -= 1
         self._used_bytes[device] -= self.expert_bytes[expert]
         self._free_bytes[device] += self.expert_bytes[expert]
 
-    def empty_overfull(self) -> None:
-        """Take copies from devices that hold more than their room, coldest first."""
+    def relieve_overfull(self) -> None:
+        """Remove copies from devices that hold more than their room, the coldest first."""
         for device in np.flatnonzero(self._free_bytes < 0).tolist():
             here = np.flatnonzero(self.has[:, device])
             for expert in here[self.rates[here].argsort(kind="stable")].tolist():
                 if self._free_bytes[device] >= 0:
                     break
-                self.take(expert, device)
-        self.sum_up()
-
-    def sum_up(self) -> None:
-        """Bring the total to what is there."""
+                self.remove(expert, device)
         self.total[:] = 0
         for layer in self.layers:
-            self.lay(layer)
+            self.include(layer)
 
     def worst_holder(self, expert: int, load: np.ndarray) -> int:
-        """Return the device whose copy is missed least: beside another on its node, or busiest."""
+        """Return the device that best loses its copy: beside another on its node, or busiest."""
         holders = np.flatnonzero(self.has[expert])
         is_alone = self._on_node[expert, self._node[holders]] == 1
         worst = np.lexsort((-self.total[holders], -load[holders], is_alone))[0]
@@ -176,14 +183,14 @@ class Board:
     ) -> int | None:
         """Return the device for another copy; ``None`` where none has room.
 
-        One that ``is_needed`` may take the room that is kept free for changes.
+        A copy that ``is_needed`` may take the room that is reserved for changes.
         """
         num_bytes = self.expert_bytes[expert]
         is_other = ~self.has[expert]
         candidates = np.flatnonzero(
             (self._free_bytes >= num_bytes + self._reserve_bytes) & is_other
         )
-        if len(candidates) == 0 and is_needed:  # rather without room for one more than not at all
+        if len(candidates) == 0 and is_needed:
             candidates = np.flatnonzero((self._free_bytes >= num_bytes) & is_other)
         if len(candidates) == 0:
             return None
@@ -191,7 +198,7 @@ class Board:
         candidates = candidates[is_new] if is_new.any() else candidates
         added = weight / self._speed
         peak = load.max()
-        # A layer with a copy too hot to be evened out leaves the choice to all layers together.
+        # Where one copy is too hot for its layer to be even, the load of all layers decides.
         is_hopeless = peak > 2 * load.mean()
         after = np.maximum(load + added, peak if is_hopeless else 0.0)
         total = self.total + added
@@ -200,15 +207,15 @@ class Board:
             candidates = candidates[is_least]
         return int(candidates[self._free_bytes[candidates].argmax()])
 
-    # What would be better.
+    # Improving it.
 
     def best_step(
         self, layer: slice, load: np.ndarray, peak: int, bound: np.ndarray | None = None
     ) -> Step | None:
-        """Return the move or exchange that takes most off device ``peak``, per copy that moves.
+        """Return the step that takes most off device ``peak`` for each copy that moves.
 
-        ``load`` is what is to be evened out; where ``bound`` has another load, which is the
-        layer's own, no device of it may become busier than its busiest.
+        ``load`` is to become even, [D]. ``bound`` is the layer's own load where ``load`` is of all
+        layers: no device may become busier in the layer than the busiest is.
         """
         has = self.has[layer]  # [E, D]
         own = np.flatnonzero(has[:, peak])  # [A]
@@ -219,7 +226,7 @@ class Board:
             return None
         on_node = self._on_node[layer]  # [E, M]
         is_same_node = self._node == self._node[peak]
-        # Nothing may go from the only one of its node to where another is.
+        # The only copy of a node may not go to a node that has another.
         is_alone = on_node[own, self._node[peak]] == 1  # [A]
         is_new = (on_node[own][:, self._node] == 0) | is_same_node  # [A, D]
         may_take = ~has[own] & (is_new | ~is_alone[:, None])  # [A, D]
@@ -253,7 +260,7 @@ class Board:
         has = self.has[layer]
         is_spare = self._free_bytes >= self._reserve_bytes
         is_offered = has & is_spare & ~has[:, peak][:, None]  # [E, D]
-        # Far faster than numpy's own for two dimensions.
+        # Far faster than np.nonzero of two dimensions.
         experts, devices = np.divmod(np.flatnonzero(is_offered), has.shape[1])  # [C]
         if len(experts) == 0:
             return None
@@ -276,7 +283,7 @@ class Board:
         devices: np.ndarray,
         bound: np.ndarray | None,
     ) -> np.ndarray:
-        """Return what moving ``weights`` [A, 1 or C] to ``devices`` [C] takes off, [A, C]."""
+        """Return the gain of moving ``weights`` [A, 1 or C] to ``devices`` [C], [A, C]."""
         after_peak = load[peak] - weights / self._speed[peak]
         added = weights / self._speed[devices]
         after = load[devices] + added
@@ -286,30 +293,16 @@ class Board:
         return gain  # type: ignore[no-any-return]
 
     def apply(self, step: Step, load: np.ndarray) -> None:
-        """Do a step, and change ``load`` with it."""
+        """Take a step, and change ``load`` with it."""
         count = self.count(step.expert)
         load[step.source] -= self.weight(step.expert, count, step.source)
         load[step.target] += self.weight(step.expert, count, step.target)
-        self.take(step.expert, step.source)
-        self.put(step.expert, step.target)
+        self.remove(step.expert, step.source)
+        self.add(step.expert, step.target)
         if step.other is None:
             return
         count = self.count(step.other)
         load[step.target] -= self.weight(step.other, count, step.target)
         load[step.source] += self.weight(step.other, count, step.source)
-        self.take(step.other, step.target)
-        self.put(step.other, step.source)
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """One actor's device: what it may hold, and how fast it is beside others of the cluster.
-
-    ``room_bytes`` is for experts' weights. Copies come before others go, so a device keeps room
-    for one more expert free where it takes any.
-    """
-
-    actor_id: str
-    node: str
-    room_bytes: float
-    speed: float = 1.0
+        self.remove(step.other, step.target)
+        self.add(step.other, step.source)

@@ -1,4 +1,4 @@
-"""Dividing a plan into changes that fit, since a copy comes before another goes. Pure."""
+"""A change of the placement, and how a plan is divided into changes that fit into memory."""
 
 from __future__ import annotations
 
@@ -10,49 +10,8 @@ from cluster.errors import UnavailableError
 from cluster.placement.placement import Placement
 from cluster.spec import ExpertKey
 
-
-def batches(
-    added: Mapping[str, Sequence[ExpertKey]],
-    dropped: Mapping[str, Sequence[ExpertKey]],
-    free_bytes: Mapping[str, float],
-    expert_bytes: Mapping[str, int],
-) -> list[Change]:
-    """Return the changes of a plan, in order; each fits into what the ones before leave free.
-
-    ``free_bytes`` are by actor, ``expert_bytes`` by model. An expert loses copies with the change
-    that brings the last of its new ones. What finds no room, because nothing else that could give
-    way goes, is left out.
-    """
-    free = dict(free_bytes)
-    waiting = [(actor_id, key) for actor_id, keys in added.items() for key in keys]
-    going = [(actor_id, key) for actor_id, keys in dropped.items() for key in keys]
-    changes: list[Change] = []
-    while waiting or going:
-        coming: list[tuple[str, ExpertKey]] = []
-        for actor_id, key in waiting:
-            if free[actor_id] >= expert_bytes[key.model]:
-                free[actor_id] -= expert_bytes[key.model]
-                coming.append((actor_id, key))
-        waiting = [one for one in waiting if one not in set(coming)]
-        still_waits = Counter(key for _, key in waiting)
-        leaving = [one for one in going if not still_waits[one[1]]]
-        going = [one for one in going if still_waits[one[1]]]
-        if not coming and not leaving:
-            break
-        for actor_id, key in leaving:
-            free[actor_id] += expert_bytes[key.model]
-        changes.append(Change(_by_actor(coming), _by_actor(leaving)))
-    return changes
-
-
-def _by_actor(copies: Sequence[tuple[str, ExpertKey]]) -> dict[str, list[ExpertKey]]:
-    result: dict[str, list[ExpertKey]] = {}
-    for actor_id, key in copies:
-        result.setdefault(actor_id, []).append(key)
-    return result
-
-
 Shares = dict[str, list[ExpertKey]]
+"""The experts that each actor is to hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +27,7 @@ class Change:
         return {key for keys in by_actor for key in keys}
 
     def on(self, shares: Shares) -> Shares:
-        """Return the shares as they are after it."""
+        """Return the shares after the change."""
         after = {actor_id: list(keys) for actor_id, keys in shares.items()}
         for actor_id, keys in self.dropped.items():
             gone = set(keys)
@@ -79,7 +38,7 @@ class Change:
 
 
 def with_change(placement: Placement, change: Change) -> Placement:
-    """Return the next version, in which the change is made; the dead hold nothing in it."""
+    """Return the next version of a placement, in which the change is made."""
     holders = dict(placement.holders)
     for actor_id, keys in change.added.items():
         for key in keys:
@@ -92,6 +51,7 @@ def with_change(placement: Placement, change: Change) -> Placement:
 
 
 def refuse_losses(after: Placement, change: Change) -> None:
+    """Raise :class:`UnavailableError` where a change leaves an expert without a live copy."""
     lost = sorted(key for key in change.touched() if not after.holders[key])
     if lost:
         raise UnavailableError(
@@ -100,3 +60,44 @@ def refuse_losses(after: Placement, change: Change) -> None:
             lost[0].model,
             1.0,
         )
+
+
+def batches(
+    added: Mapping[str, Sequence[ExpertKey]],
+    dropped: Mapping[str, Sequence[ExpertKey]],
+    free_bytes: Mapping[str, float],
+    expert_bytes: Mapping[str, int],
+) -> list[Change]:
+    """Divide a plan into changes, each of which fits into the memory that those before leave free.
+
+    Within a change, copies are added before others are dropped. ``free_bytes`` are by actor,
+    ``expert_bytes`` by model. An expert's copies are dropped with the change that adds the last of
+    its new copies. Copies for which no room ever becomes free are left out.
+    """
+    free = dict(free_bytes)
+    waiting = [(actor_id, key) for actor_id, keys in added.items() for key in keys]
+    going = [(actor_id, key) for actor_id, keys in dropped.items() for key in keys]
+    changes: list[Change] = []
+    while waiting or going:
+        coming: list[tuple[str, ExpertKey]] = []
+        for actor_id, key in waiting:
+            if free[actor_id] >= expert_bytes[key.model]:
+                free[actor_id] -= expert_bytes[key.model]
+                coming.append((actor_id, key))
+        waiting = [copy for copy in waiting if copy not in set(coming)]
+        still_waits = Counter(key for _, key in waiting)
+        leaving = [(actor_id, key) for actor_id, key in going if not still_waits[key]]
+        going = [(actor_id, key) for actor_id, key in going if still_waits[key]]
+        if not coming and not leaving:
+            break
+        for actor_id, key in leaving:
+            free[actor_id] += expert_bytes[key.model]
+        changes.append(Change(_by_actor(coming), _by_actor(leaving)))
+    return changes
+
+
+def _by_actor(copies: Sequence[tuple[str, ExpertKey]]) -> dict[str, list[ExpertKey]]:
+    result: dict[str, list[ExpertKey]] = {}
+    for actor_id, key in copies:
+        result.setdefault(actor_id, []).append(key)
+    return result

@@ -1,8 +1,10 @@
-"""How many copies each expert is to have: hot ones more, cold ones fewer. Pure.
+"""How many copies each expert is to have: hot experts more, cold experts fewer.
 
-The largest load of a single copy is made as small as the room allows, as EPLB's replication does
-(github.com/deepseek-ai/EPLB): one more copy goes again and again to the expert whose copies have
-the most to do. Unlike there, today's counts are the beginning, and change only where it pays.
+The largest load of a single copy is made as small as the room allows, as in EPLB's replication
+(github.com/deepseek-ai/EPLB): the next copy always goes to the expert whose copies have the most
+load. Unlike EPLB this begins with today's counts, and changes them only where that pays.
+
+Letters: N experts of all layers.
 """
 
 from __future__ import annotations
@@ -12,19 +14,18 @@ import heapq
 import numpy as np
 
 WORTH = 0.05
-"""A copy that would carry less than this part of a device's mean share of its layer is not worth
-its memory."""
+"""A new copy must carry at least this part of the mean device's load of its layer."""
 COLD = WORTH / 2
-"""Below this a copy is dropped; between the two nothing changes."""
+"""A copy that carries less than this part is dropped; between the two nothing changes."""
 HOTTER = 1.15
-"""A copy is taken from one expert for another only where that one's copies carry so many times
-what the first one's would carry then."""
+"""An expert gives a copy to another only where the other's copies carry this many times the load
+that the giver's copies would carry then."""
 FILLING = 0.9
-"""Not so where one copy alone is this part of a device's mean share: then nothing but more copies
+"""A single copy with this part of the mean device's load needs no :data:`HOTTER`: only more copies
 can even out its layer."""
 
 
-def replica_counts(
+def copy_counts(
     rates: np.ndarray,
     shares: np.ndarray,
     counts: np.ndarray,
@@ -32,11 +33,11 @@ def replica_counts(
     room_bytes: float,
     bounds: tuple[int, int],
 ) -> np.ndarray:
-    """Return how many copies each expert is to have.
+    """Return how many copies each expert is to have, [N].
 
-    ``rates`` are tokens a second, ``shares`` what a device's mean share of the expert's layer is,
-    ``counts`` today's copies. All copies take at most ``room_bytes``, where the least number,
-    the first of ``bounds``, of each allows that; the second is the most.
+    ``rates`` are the experts' tokens a second, ``shares`` the mean device's load of each expert's
+    layer, ``counts`` today's copies, all [N]. ``bounds`` are the least and the most copies of an
+    expert. All copies together take at most ``room_bytes``, unless the least number takes more.
     """
     least, most = bounds
     counts = np.clip(counts, least, most)
@@ -52,10 +53,10 @@ def replica_counts(
 def warm_counts(
     rates: np.ndarray, shares: np.ndarray, counts: np.ndarray, least: int
 ) -> np.ndarray:
-    """Return today's ``counts`` without copies that carry next to nothing.
+    """Return today's ``counts`` without the copies that carry next to nothing, [N].
 
-    In a layer without any load, which must have been so for long, that is each beyond ``least``.
-    The rest is as in :func:`replica_counts`.
+    In a layer without load, which must have lasted for long, those are all beyond ``least``. The
+    arguments are those of :func:`copy_counts`.
     """
     counts = counts.copy()
     _drop_cold(rates, shares, counts, least)
@@ -65,16 +66,16 @@ def warm_counts(
 
 
 def _drop_cold(rates: np.ndarray, shares: np.ndarray, counts: np.ndarray, least: int) -> None:
-    """Take away copies that carry next to nothing; a layer without any load tells nothing."""
-    told = shares > 0
-    enough = np.ceil(rates[told] / (COLD * shares[told]))
-    counts[told] = np.minimum(counts[told], np.maximum(enough, least))
+    """Drop copies that carry next to nothing; a layer without any load is left as it is."""
+    has_load = shares > 0
+    enough = np.ceil(rates[has_load] / (COLD * shares[has_load]))
+    counts[has_load] = np.minimum(counts[has_load], np.maximum(enough, least))
 
 
 def _give_back(
     rates: np.ndarray, counts: np.ndarray, expert_bytes: np.ndarray, free_bytes: float, least: int
 ) -> float:
-    """Take copies away, those that are missed least first, until the rest fits."""
+    """Drop copies until the rest fits, first where the other copies get the least load."""
     heap = [(rates[e] / (counts[e] - 1), e) for e in np.flatnonzero(counts > least).tolist()]
     heapq.heapify(heap)
     while free_bytes < 0 and heap:
@@ -94,7 +95,7 @@ def _fill(
     free_bytes: float,
     most: int,
 ) -> float:
-    """Add copies of the hottest experts while there is room and they are worth it."""
+    """Add copies of the hottest experts while there is room and they carry enough."""
     heap = [(-rates[e] / counts[e], e) for e in np.flatnonzero(counts < most).tolist()]
     heapq.heapify(heap)
     while heap:
@@ -117,14 +118,14 @@ def _exchange(
     free_bytes: float,
     bounds: tuple[int, int],
 ) -> None:
-    """Take copies from experts that miss them little for those that are much hotter."""
+    """Move copies from cold experts to much hotter ones."""
     least, most = bounds
     hot = [(-rates[e] / counts[e], e) for e in np.flatnonzero(counts < most).tolist()]
     spare = [(rates[e] / (counts[e] - 1), e) for e in np.flatnonzero(counts > least).tolist()]
     heapq.heapify(hot)
     heapq.heapify(spare)
-    # What is told of an expert twice is old once its count has changed, and then says too little:
-    # it is taken from, or given to, too rarely, never too often.
+    # An expert's entry in the other heap is old once its count has changed. An old entry makes
+    # exchanges rarer, never more frequent.
     while hot and spare:
         (heat, taker), (loss, giver) = hot[0], spare[0]
         is_worth = rates[taker] / (counts[taker] + 1) >= WORTH * shares[taker] > 0

@@ -1,4 +1,4 @@
-"""Which actors to do without, and where the copies of one expert are to be. Pure."""
+"""Which actors to drain, and which copies an expert gains or loses by command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluster.placement.change import Change
 from cluster.spec import ExpertKey
 
 
-def cheapest_to_empty(
+def cheapest_to_drain(
     candidates: Sequence[str],
     number: int,
     shares: Mapping[str, Collection[ExpertKey]],
@@ -19,10 +19,11 @@ def cheapest_to_empty(
     min_copies: int,
     tokens_per_s: Mapping[str, float],
 ) -> list[str]:
-    """Return so many of the candidates, whose experts cost the fewest bytes to load elsewhere.
+    """Return the ``number`` candidates whose experts cost the fewest bytes to load elsewhere.
 
-    What others hold often enough costs nothing. Of equals the one with the least to do goes, then
-    the one that comes last. ``expert_bytes`` are by model, ``tokens_per_s`` by actor.
+    An expert that still has ``min_copies`` without the candidate costs nothing. Of equal candidates
+    the one with the least load comes first, then the last in order. ``expert_bytes`` are by model,
+    ``tokens_per_s`` by actor.
     """
     copies = Counter(key for keys in shares.values() for key in keys)
     left, chosen = list(candidates), []
@@ -49,10 +50,11 @@ def change_of_copies(
     expert_bytes: int,
     tokens_per_s: Mapping[str, float],
 ) -> Change:
-    """Return what brings an expert to so many copies, on nodes without one first.
+    """Return the change that brings an expert to ``number`` copies.
 
-    New ones come where there is the least to do, old ones go from where there is the most.
-    Raises :class:`InvalidRequestError` where devices or their room do not suffice.
+    A copy is added on a node without one first, then where there is the least load. A copy is
+    dropped from a node with another first, then where there is the most load. Raises
+    :class:`InvalidRequestError` where too few devices have room.
     """
     holders = [device for device in devices if key in shares[device.actor_id]]
     come, go = [], []

@@ -1,10 +1,10 @@
-"""The load of experts and devices lately, from the counters that actors report.
+"""The current load of experts and devices, from the counters that actors report.
 
-Counters only grow while an actor lives, so a report that is lost costs nothing: the next one has
-it. What came in fades with ``WINDOW_S``, so a rate is that of about the last half a minute; but an
-expert that is surely asked for more often lately has the rate of the last ``RISE_S``, and of one
-that was surely asked for less, for as long as a fall is to take, what came before is forgotten.
-Pure, with the caller's clock.
+Counters only grow while an actor lives, so a lost report costs nothing: the next one includes it.
+Counts fade with ``WINDOW_S``, so a rate covers about the last half minute. Two exceptions make it
+follow sooner: an expert whose load has surely risen has the rate of the last ``RISE_S``, and of an
+expert whose load has surely fallen for the time of a fall, earlier counts are forgotten. The clock
+is the caller's.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from dataclasses import dataclass
 from cluster.spec import ActorReport, ExpertKey
 
 WINDOW_S = 30.0
-"""The time in which what came in fades to 1/e of its weight."""
+"""The time in which a count fades to 1/e of its weight."""
 RISE_S = 2.0
-"""The same of the time in which a rise is looked for."""
+"""The same for the rates in which a rise shows."""
 FALL_S = 120.0
-"""After so long at the latest nothing is left of a load that ended, where nothing else is set."""
+"""The default time after which nothing is left of a load that ended."""
 LEAST_FALL_S = 10.0
-"""A fall is not looked for in less: a tenth of it is no shorter than reports are apart at most."""
+"""The shortest time of a fall: a tenth of it is still as long as reports are apart."""
 FALL_PARTS = 10
-"""A fall is looked for after each of so many parts of its time, over all but the first two."""
+"""The time of a fall is divided into this many parts. After each one a fall is looked for, over all
+but the first two."""
 SURE = 3.0
-"""So many standard deviations of independent arrivals a rise or a fall must be beyond chance."""
+"""How many standard deviations of independent arrivals make a rise or a fall sure."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceLoad:
-    """One device lately, all a second: tokens computed, batches' and waiting frames' seconds.
+    """The current load of one device.
 
-    ``busy`` is so the share of time in which the device computed. ``wait_s`` is how long a frame
-    waited on average; 0 where none came.
+    ``busy`` is the share of time in which it computes. ``wait_s`` is how long a frame waits on
+    average; 0 where none came.
     """
 
     tokens_per_s: float
@@ -44,7 +45,7 @@ class DeviceLoad:
 
 
 class _Fading:
-    """A sum in which what was added fades."""
+    """A sum whose terms fade."""
 
     __slots__ = ("_at_s", "_sum", "_window_s")
 
@@ -54,17 +55,17 @@ class _Fading:
         self._window_s = window_s
 
     def add(self, amount: float, took_s: float, now_s: float) -> None:
-        """Add what came in evenly over the last ``took_s`` seconds, part of which has faded."""
+        """Add an amount that came evenly over the last ``took_s`` seconds and has faded partly."""
         kept = (1 - math.exp(-took_s / self._window_s)) * self._window_s / took_s
         self._sum = self.at(now_s) + amount * kept
         self._at_s = now_s
 
     def at(self, now_s: float) -> float:
-        """Return what is left of the sum."""
+        """Return the faded sum."""
         return self._sum * math.exp(-(now_s - self._at_s) / self._window_s)
 
     def set(self, amount: float, now_s: float) -> None:
-        """Have so much be left now."""
+        """Set the sum."""
         self._sum, self._at_s = amount, now_s
 
 
@@ -85,24 +86,24 @@ class LoadTracker:
     """Rates of every expert over all its copies, and of every device."""
 
     def __init__(self, now_s: float, fall_s: float = FALL_S) -> None:
-        """Begin without any load; rates are those since then until a window has passed.
+        """Begin without any load; until a window has passed, rates are those since now.
 
-        ``fall_s`` after an expert was asked for last its rate is 0; where it is asked for so
-        rarely that a pause may be chance it only fades.
+        ``fall_s`` after an expert's last load its rate is 0. Where the load is so low that a pause
+        may be chance, the rate only fades.
         """
         self._begun_s = now_s
         self.fall_s = max(fall_s, LEAST_FALL_S)
         self._counted: Counter[ExpertKey] = Counter()
         self._earlier: deque[tuple[float, Counter[ExpertKey]]] = deque([(now_s, Counter())])
-        """What had been counted at times that are a part of ``fall_s`` apart."""
+        """The counts at times that are a part of ``fall_s`` apart."""
         self._fell_s: dict[ExpertKey, float] = {}
-        """When each was last found to be surely asked for less."""
+        """When the load of each expert was last found to have surely fallen."""
         self._experts: defaultdict[ExpertKey, _Fading] = defaultdict(_Fading)
-        self._lately: defaultdict[ExpertKey, _Fading] = defaultdict(lambda: _Fading(RISE_S))
+        self._recent: defaultdict[ExpertKey, _Fading] = defaultdict(lambda: _Fading(RISE_S))
         self._devices: dict[str, _Device] = {}
 
     def observe(self, report: ActorReport, now_s: float) -> None:
-        """Take an actor's report; the first of a generation only says where its counters stand."""
+        """Take an actor's report; the first of a generation only sets the counters' beginning."""
         device = self._devices.get(report.actor_id)
         if device is None or device.generation != report.generation:
             self._devices[report.actor_id] = _Device(report, now_s)
@@ -115,7 +116,7 @@ class LoadTracker:
             added = count - device.last.tokens.get(key, 0)
             if added:
                 self._experts[key].add(added, took_s, now_s)
-                self._lately[key].add(added, took_s, now_s)
+                self._recent[key].add(added, took_s, now_s)
                 self._counted[key] += added
                 computed += added
         last = device.last
@@ -125,11 +126,11 @@ class LoadTracker:
         device.waited_s.add(report.waited_s - last.waited_s, took_s, now_s)
         device.last, device.at_s = report, now_s
         if now_s - self._earlier[-1][0] >= self.fall_s / FALL_PARTS:
-            self._forget_what_fell(now_s)
+            self._reset_fallen(now_s)
             self._earlier.append((now_s, self._counted.copy()))
 
-    def _forget_what_fell(self, now_s: float) -> None:
-        """Have experts that were surely asked for less than their rate says begin anew."""
+    def _reset_fallen(self, now_s: float) -> None:
+        """Give experts whose load has surely fallen the rate since it fell."""
         least_s = self.fall_s * (FALL_PARTS - 2) / FALL_PARTS
         while len(self._earlier) > 1 and self._earlier[1][0] <= now_s - least_s:
             self._earlier.popleft()
@@ -143,28 +144,28 @@ class LoadTracker:
             expected = total.at(now_s) / seconds * over_s
             if count < expected - SURE * math.sqrt(expected):
                 self._fell_s[key] = now_s
-            # The last of what fell may be too little to be sure of.
+            # The rest of a fall may be too little to be sure of.
             if count < expected and now_s - self._fell_s.get(key, -math.inf) < self.fall_s:
                 total.set(count / over_s * seconds, now_s)
 
     def forget(self, actor_id: str) -> None:
-        """Drop a device that is gone; what its experts had to do stays until it fades."""
+        """Drop a device that is gone; the load of its experts stays until it fades."""
         self._devices.pop(actor_id, None)
 
     def tokens_per_s(self, now_s: float) -> dict[ExpertKey, float]:
-        """Return the rate of every expert that had anything to do lately."""
+        """Return the rate of every expert that ever had load."""
         seconds = _faded_s(now_s - self._begun_s)
-        lately_s = _faded_s(now_s - self._begun_s, RISE_S)
+        recent_s = _faded_s(now_s - self._begun_s, RISE_S)
 
         def rate(key: ExpertKey, total: _Fading) -> float:
-            lately = self._lately[key].at(now_s)
-            risen = max(lately - SURE * math.sqrt(lately), 0.0)
-            return max(total.at(now_s) / seconds, risen / lately_s)
+            recent = self._recent[key].at(now_s)
+            surely = max(recent - SURE * math.sqrt(recent), 0.0)
+            return max(total.at(now_s) / seconds, surely / recent_s)
 
         return {key: rate(key, total) for key, total in self._experts.items()}
 
     def devices(self, now_s: float) -> dict[str, DeviceLoad]:
-        """Return each device's load; one that has not been heard of twice has none."""
+        """Return the load of each device that has reported at least twice."""
         return {
             actor_id: _load_of(device, now_s)
             for actor_id, device in self._devices.items()
@@ -172,10 +173,10 @@ class LoadTracker:
         }
 
     def speeds(self, kind_of: Mapping[str, str], now_s: float) -> dict[str, float]:
-        """Return the tokens that each device computes in a busy second, as its kind does.
+        """Return the tokens that each device computes in a busy second.
 
-        ``kind_of`` names the kind of each device. Devices of a kind are alike, so all their busy
-        time counts together; a kind that was busy for less than a second in all is left out.
+        ``kind_of`` names the kind of each device. Devices of a kind are alike and have one speed,
+        by their busy time together. A kind that was busy for less than a second is left out.
         """
         tokens: defaultdict[str, float] = defaultdict(float)
         busy_s: defaultdict[str, float] = defaultdict(float)
@@ -201,5 +202,5 @@ def _load_of(device: _Device, now_s: float) -> DeviceLoad:
 
 
 def _faded_s(elapsed_s: float, window_s: float = WINDOW_S) -> float:
-    """Return what so many seconds weigh, of which each fades like what came in during it."""
+    """Return how much time the faded counts of the last ``elapsed_s`` seconds stand for."""
     return window_s * (1 - math.exp(-max(elapsed_s, 1e-9) / window_s))

@@ -1,4 +1,4 @@
-"""Which actor holds which expert: the versioned map, and the pure functions that decide it."""
+"""The placement: the versioned map of the experts that each actor holds, and how they are dealt."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ BUDGET_FIELD = "args.experts.memory_budget_bytes"
 class Placement:
     """The cluster-wide assignment under one (epoch, version).
 
-    ``holders`` maps each logical expert to the actors that hold a physical copy of it (none, while
-    its only actor is being recreated). ``generations`` has every live actor's generation; together
-    they name the Ray actor. A higher epoch, or the same and a higher version, is newer.
+    ``holders`` maps each logical expert to the actors that hold a physical copy of it (none while
+    its only actor is being recreated). ``generations`` has the generation of every live actor; id
+    and generation together name the Ray actor. Of two placements the one with the higher
+    (epoch, version) is newer.
     """
 
     epoch: int
@@ -30,7 +31,7 @@ class Placement:
 
     @property
     def order(self) -> tuple[int, int]:
-        """What decides which of two placements is newer."""
+        """The (epoch, version) by which placements are compared."""
         return (self.epoch, self.version)
 
     def missing(self) -> list[ExpertKey]:
@@ -40,6 +41,14 @@ class Placement:
     def fewest_copies(self) -> int:
         """Return how many live copies the expert with the fewest has; 0 where there is none."""
         return min((len(actors) for actors in self.holders.values()), default=0)
+
+    def held(self) -> dict[str, list[ExpertKey]]:
+        """Return the experts that each live actor holds."""
+        held: dict[str, list[ExpertKey]] = {actor_id: [] for actor_id in self.generations}
+        for key, actors in self.holders.items():
+            for actor_id in actors:
+                held[actor_id].append(key)
+        return held
 
     def without(self, actor_id: str) -> Placement:
         """Return the next version, in which ``actor_id`` is dead and holds nothing."""
@@ -59,15 +68,6 @@ class Placement:
         generations = {**self.generations, actor_id: generation}
         return replace(self, version=self.version + 1, holders=holders, generations=generations)
 
-    def without_copies(self, actor_id: str, keys: Iterable[ExpertKey]) -> Placement:
-        """Return the next version, in which ``actor_id`` is not asked for ``keys`` any more."""
-        retired = set(keys)
-        holders = {
-            key: tuple(a for a in actors if a != actor_id) if key in retired else actors
-            for key, actors in self.holders.items()
-        }
-        return replace(self, version=self.version + 1, holders=holders)
-
     def to_wire(self) -> dict[str, Any]:
         """Return the placement as plain data."""
         return {
@@ -85,7 +85,7 @@ class Placement:
 
 
 def empty_placement(epoch: int, models: Sequence[ModelExperts]) -> Placement:
-    """Return version 0 of an epoch: every expert of the models, none with a copy."""
+    """Return version 0 of an epoch: no expert of the models has a copy."""
     return Placement(epoch, 0, {key: () for model in models for key in model.expert_keys()}, {})
 
 
@@ -97,20 +97,22 @@ def assign_experts(
     nodes: Mapping[str, str] | None = None,
     held: Mapping[str, Collection[ExpertKey]] | None = None,
 ) -> dict[str, list[ExpertKey]]:
-    """Decide which experts each actor holds: ``min_copies`` each, on different actors.
+    """Return the experts that each actor is to hold: ``min_copies`` of each, on different actors.
 
-    ``nodes`` has the node of each actor, as far as known; copies sit on different nodes as far as
-    there are several. Every layer is spread over all actors: of A actors, expert e of layer l
-    begins at (e + l) mod A, so that the actors' shares of any layer differ by at most one expert
-    where nodes leave the choice, and those of all layers even out. The copies of what one actor
-    holds are spread over the others too, which take over evenly. An actor keeps what it has
-    ``held``, unless that has more copies than wanted; copies that are missing go to actors that are
-    not in ``held``, if nodes allow it, so that nothing that runs has to load more. Deterministic.
+    Every layer is spread over all actors: of A actors, expert e of layer l begins at actor
+    (e + l) mod A. So the actors' shares of a layer differ by at most one expert, where nodes leave
+    the choice, and over all layers they even out. The other copies of one actor's experts are
+    spread too, so that the others take over evenly when it dies.
 
-    ``budgets_bytes`` bounds what each actor holds; where they differ, an actor's share is in
-    proportion to its budget, in every layer and over all of them. Where experts do not fit that
-    way, what is held is not kept, and at last the roomiest actors come first. Raises
-    :class:`ConfigError` when there are more copies than actors, or the budgets are too small.
+    ``nodes`` has the node of each actor as far as known; copies of an expert get different nodes
+    where there are several. ``held`` has the experts of the running actors: they keep these, unless
+    an expert has more copies than wanted. Missing copies go to actors that are not in ``held``, if
+    nodes allow it, so that running actors need not load more.
+
+    ``budgets_bytes`` bounds each actor's share. Where budgets differ, shares are in proportion to
+    them, in every layer and over all. Where experts do not fit that way, ``held`` is ignored, and
+    then the actors with the most room come first. Deterministic. Raises :class:`ConfigError` when
+    there are more copies than actors, or the budgets are too small.
     """
     if min_copies > len(actor_ids):
         raise ConfigError(
@@ -136,9 +138,9 @@ def _does_not_fit(models: Sequence[ModelExperts], budgets: Sequence[float], copi
 def surplus(
     placement: Placement, shares: Mapping[str, Sequence[ExpertKey]], beyond: Collection[ExpertKey]
 ) -> list[ExpertKey]:
-    """Return what an actor need not hold ``beyond`` its share, since all who are to hold it do.
+    """Return which experts ``beyond`` its share an actor need not hold any longer.
 
-    ``shares`` has the experts that each actor is to hold.
+    Those are the experts that all actors with the expert in their ``shares`` hold already.
     """
     wanted: dict[ExpertKey, set[str]] = {key: set() for key in beyond}
     if beyond:
@@ -149,7 +151,7 @@ def surplus(
 
 
 class _Deal:
-    """One way of dealing experts out to actors, as far as it has come."""
+    """Deals experts out to actors in one way; :func:`assign_experts` tries several."""
 
     def __init__(
         self,
@@ -160,7 +162,7 @@ class _Deal:
         held: Mapping[str, Collection[ExpertKey]],
         is_roomiest_first: bool,
     ) -> None:
-        """Nothing is dealt yet; the arguments are as :func:`assign_experts` explains them."""
+        """Begin with empty shares; the arguments are those of :func:`assign_experts`."""
         self.shares: dict[str, list[ExpertKey]] = {actor_id: [] for actor_id in actor_ids}
         self._actor_ids = actor_ids
         self._room_bytes = {actor_id: budgets_bytes[actor_id] for actor_id in actor_ids}
@@ -176,7 +178,7 @@ class _Deal:
         return [actor_id for actor_id in self._actor_ids if key in self._held[actor_id]]
 
     def reserve(self, models: Sequence[ModelExperts]) -> bool:
-        """Take room for what is kept; returns whether there was enough."""
+        """Take room for the experts that actors keep; returns whether there was enough."""
         for model in models:
             for key in model.expert_keys():
                 holders = self._holders(key)
@@ -204,9 +206,9 @@ class _Deal:
     def _spread_layer(
         self, layer_id: int, kept: Sequence[list[str]], dealt: dict[str, int], num_bytes: int
     ) -> list[list[str]] | None:
-        """Return the actors that are to hold each expert of a layer, those that do already first.
+        """Return the actors that are to hold each expert of a layer; ``None`` without room.
 
-        ``dealt`` counts what each actor has been dealt; ``None`` when there is no room.
+        ``kept`` has the actors that hold each expert already; ``dealt`` counts experts by actor.
         """
         for actor_id in self._actor_ids:
             dealt[actor_id] += sum(actor_id in actors for actors in kept)
@@ -216,7 +218,7 @@ class _Deal:
             begin = (expert_id + layer_id) % len(self._actor_ids)
             in_turn = [*self._actor_ids[begin:], *self._actor_ids[:begin]]
             has_surplus = len(actors) > self._num_copies
-            if has_surplus:  # chosen anew, from those who hold it
+            if has_surplus:  # chosen anew among its holders
                 dealt.update({actor: dealt[actor] - 1 for actor in actors})
             chosen = [] if has_surplus else list(actors)
             while len(chosen) < self._num_copies:
@@ -244,8 +246,8 @@ class _Deal:
         dealt: Mapping[str, int],
         shared: Mapping[frozenset[str], int],
     ) -> tuple[float, ...]:
-        """What speaks against an actor as the next copy's place, the heaviest first."""
-        # An actor whose node is not known counts as one on a node of its own.
+        """Return what speaks against an actor as the next copy's place, the heaviest first."""
+        # An actor whose node is not known counts as if it had a node of its own.
         node = self._nodes.get(actor, actor)
         return (
             -self._room_bytes[actor] if self._is_roomiest_first else 0,
@@ -262,9 +264,9 @@ def crowding(
     shares: Mapping[str, Sequence[ExpertKey]],
     nodes: Mapping[str, str],
 ) -> int:
-    """Return how many copies of an actor's experts others hold on ``node``.
+    """Return how many copies of an actor's experts other actors hold on ``node``.
 
-    ``shares`` has what each actor holds, ``nodes`` where each is.
+    ``shares`` has the experts of each actor, ``nodes`` its node.
     """
     own = set(shares[actor_id])
     return sum(
@@ -274,16 +276,16 @@ def crowding(
     )
 
 
-def node_apart(
+def less_crowded_node(
     actor_id: str,
     candidates: Collection[str],
     shares: Mapping[str, Sequence[ExpertKey]],
     nodes: Mapping[str, str],
 ) -> str | None:
-    """Return the node where an actor would have fewer of its copies beside it than where it is.
+    """Return the node with the fewest other copies of an actor's experts.
 
-    Of ``candidates``, which have room for it, the one with the fewest; ``None`` where none is
-    better.
+    It is one of ``candidates``, which have room for the actor; ``None`` where none of them has
+    fewer than the actor's own node, or that is not known.
     """
     here = nodes.get(actor_id)
     if here is None:

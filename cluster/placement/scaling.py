@@ -1,8 +1,8 @@
-"""How many actors of a pool the load asks for: pure decisions, with the caller's clock.
+"""How many actors of a pool the load needs.
 
-A pool is to be busy for a share of its time, and frames are to wait no longer than so long. More
-actors come once that was exceeded for a while without a pause, fewer go once fewer would have been
-enough all through a longer while; between the two nothing changes.
+The targets are a share of busy time, and how long frames may wait. The pool grows when a target was
+exceeded all through the upscale delay, and shrinks when fewer actors would have been enough all
+through the downscale delay. The clock is the caller's.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import numpy as np
 from cluster.spec import ActorReport, ScalingTargets
 
 SIGNAL_S = 2.0
-"""Over so long busy time and queue time are averaged."""
-LATELY_S = 1.0
-"""Over so long for more actors, which come only after their own delay: that is smoothing enough,
-and a load that stepped up is seen a second sooner."""
+"""The time over which busy time and queue time are averaged."""
+RECENT_S = 1.0
+"""The same for growing: the upscale delay smooths enough, and a rise shows a second sooner."""
 HYSTERESIS = 0.1
-"""By this part of the target fewer actors must be below it, or they would soon be more again."""
+"""Fewer actors must be below the target by this part of it, or the pool would soon grow again."""
 QUEUE_HYSTERESIS = 0.5
-"""While frames wait longer than this part of their target, no actor goes."""
+"""While frames wait longer than this part of their target, the pool does not shrink."""
 
 
 @dataclass(frozen=True, slots=True)
 class Signals:
-    """What a pool's actors did lately.
+    """The current load of a pool's actors.
 
-    ``busy_devices`` is the busy share of all devices added up, so how many would be enough that
-    never rest; ``queue_s`` how long a frame waited on average in the actor where they wait longest.
+    ``busy_devices`` is the sum of the busy shares of all devices, so the number of devices that
+    would be enough if none ever rested. ``queue_s`` is how long a frame waits on average in the
+    actor where frames wait longest.
     """
 
     busy_devices: float
@@ -41,24 +41,24 @@ class Signals:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A number of actors, and the words for why."""
+    """A wanted number of actors, and the reason in words."""
 
     actors: int
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
-    """A wish for more actors that is not old enough yet: the least of all since ``since_s``."""
+class Pending:
+    """The wish for more actors while its delay runs: the least wanted since ``since_s``."""
 
     since_s: float
     wanted: Wanted
 
 
 def wanted_actors(targets: ScalingTargets, num_actors: int, signals: Signals) -> Wanted:
-    """Return how many actors there should be by the signals alone, within the bounds."""
+    """Return how many actors the signals need, within the bounds of the targets."""
     busy = signals.busy_devices / num_actors
-    told = f"busy {busy:.0%} (target {targets.target_busy:.0%})"
+    reason = f"busy {busy:.0%} (target {targets.target_busy:.0%})"
     queue = f"frames wait {1000 * signals.queue_s:.1f} ms ({1000 * targets.target_queue_s:.1f})"
     more = _ceil(signals.busy_devices / targets.target_busy)
     fewer = _ceil(signals.busy_devices / (targets.target_busy * (1 - HYSTERESIS)))
@@ -69,12 +69,12 @@ def wanted_actors(targets: ScalingTargets, num_actors: int, signals: Signals) ->
     wanted = more if more > num_actors else min(fewer, num_actors)
     bounded = targets.bounded(wanted)
     if bounded != wanted:
-        told += f", would be {wanted} actors"
-    return Wanted(bounded, f"{told}, {queue}")
+        reason += f", would be {wanted} actors"
+    return Wanted(bounded, f"{reason}, {queue}")
 
 
 def wanted_standby(targets: ScalingTargets, num_actors: int) -> int:
-    """Return how many more actors are to be started and hold nothing, beside those in use."""
+    """Return how many standby actors are to be kept beside those in use."""
     if targets.dry_run:
         return 0
     return max(0, min(targets.standby_actors, targets.max_actors - num_actors))
@@ -84,30 +84,31 @@ def _ceil(number: float) -> int:
     return max(math.ceil(number - 1e-9), 0)
 
 
-class Wishes:
-    """How many actors were wanted at most during the last seconds: a sliding maximum."""
+class WantedMax:
+    """The largest number of actors wanted during the last ``window_s``: a sliding maximum."""
 
     def __init__(self, window_s: float) -> None:
-        """Nothing is known yet."""
+        """Begin without any number."""
         self._window_s = window_s
         self._since_s = self._last_s = -math.inf
-        # Until when each held. Falling: what is smaller than a later one is never the most again.
+        # With the time until which each was wanted. Falling: a number smaller than a later one is
+        # never the maximum again.
         self._falling: deque[tuple[float, Wanted]] = deque()
 
     def add(self, wanted: Wanted, now_s: float) -> None:
-        """Take what is wanted now; a window without any wish breaks off what was known."""
+        """Take the number wanted now; a pause of a whole window forgets the earlier ones."""
         if now_s - self._last_s > self._window_s:
             self.clear()
             self._since_s = now_s
         self._last_s = now_s
-        if self._falling:  # the last one held until now
+        if self._falling:  # the last number was wanted until now
             self._falling.append((now_s, self._falling.pop()[1]))
         while self._falling and self._falling[-1][1].actors <= wanted.actors:
             self._falling.pop()
         self._falling.append((now_s, wanted))
 
     def most(self, now_s: float) -> Wanted | None:
-        """Return the most that was wanted; ``None`` while less than a window is known."""
+        """Return the largest number; ``None`` while less than a window has passed."""
         while len(self._falling) > 1 and self._falling[0][0] <= now_s - self._window_s:
             self._falling.popleft()
         is_whole = self._falling and self._last_s - self._since_s >= self._window_s
@@ -120,18 +121,17 @@ class Wishes:
 
 
 class ScalingPolicy:
-    """One pool's decisions, one after the other."""
+    """Decides the number of actors of one pool."""
 
     def __init__(self, targets: ScalingTargets, ahead_s: float = 0.0) -> None:
-        """Nothing is waited for yet.
+        """Begin without any signals.
 
-        That there may be fewer actors is decided ``ahead_s`` before the delay for it is over: as
-        long as signals cover, since what was wanted at the end of that covers it, and as a change
-        takes, so that who is not needed is gone after the delay.
+        Shrinking is decided ``ahead_s`` before the downscale delay is over, so that the actors are
+        gone when it is. That is the time that signals cover, and the time of the change.
         """
         self.targets = targets
-        self._waiting: Waiting | None = None
-        self._wishes = Wishes(max(0.0, targets.downscale_delay_s - ahead_s))
+        self._pending: Pending | None = None
+        self._max = WantedMax(max(0.0, targets.downscale_delay_s - ahead_s))
         self._last_shrink = (0, -math.inf)
 
     def decide(
@@ -139,36 +139,36 @@ class ScalingPolicy:
         num_actors: int,
         signals: Signals | None,
         now_s: float,
-        lately: Signals | None = None,
+        recent: Signals | None = None,
     ) -> Wanted | None:
         """Return the number of actors to go to, or ``None`` to stay.
 
-        ``lately`` are signals over a shorter time, where there are such; more actors come by them.
-        Where the number is out of bounds that is at once; without signals nothing else happens.
-        More come when all that was wanted for a delay was more, and then the least of it. There
-        are never fewer than what was wanted at any time of the delay for them, so a load that
-        fades takes actors along one after the other, each that delay after it was needed last.
-        What did not change the number is decided again after another delay.
+        A number out of bounds is corrected at once; without ``signals`` nothing else happens. The
+        pool grows by ``recent`` signals, over a shorter time, where there are any: when more were
+        wanted all through the upscale delay, to the least of that. It shrinks to the most that was
+        wanted during the downscale delay, so a fading load ends actors one by one, each that delay
+        after it was needed last. A decision that did not change the number is repeated after
+        another delay.
         """
         bounded = self.targets.bounded(num_actors)
         if bounded != num_actors:
-            self._waiting = None
-            self._wishes.clear()
+            self._pending = None
+            self._max.clear()
             return Wanted(bounded, f"{num_actors} actors are out of bounds")
         if signals is not None:
-            self._wishes.add(wanted_actors(self.targets, num_actors, signals), now_s)
-        lately = lately or signals
-        if lately is None:
-            self._waiting = None
+            self._max.add(wanted_actors(self.targets, num_actors, signals), now_s)
+        recent = recent or signals
+        if recent is None:
+            self._pending = None
             return None
-        wanted = wanted_actors(self.targets, num_actors, lately)
+        wanted = wanted_actors(self.targets, num_actors, recent)
         if wanted.actors > num_actors:
             more = self._more(wanted, now_s)
             if more is not None:
-                self._wishes.add(more, now_s)  # or they might be too many at once
+                self._max.add(more, now_s)  # or they might be too many the next moment
             return more
-        self._waiting = None
-        most = self._wishes.most(now_s)
+        self._pending = None
+        most = self._max.most(now_s)
         delay_s = self.targets.downscale_delay_s
         tried_with, at_s = self._last_shrink
         is_again = tried_with == num_actors and now_s - at_s < delay_s
@@ -178,14 +178,14 @@ class ScalingPolicy:
         return _after(most, delay_s)
 
     def _more(self, wanted: Wanted, now_s: float) -> Wanted | None:
-        before = self._waiting or Waiting(now_s, wanted)
-        least = min(before.wanted, wanted, key=lambda one: one.actors)
-        self._waiting = waiting = replace(before, wanted=least)
+        before = self._pending or Pending(now_s, wanted)
+        least = min(before.wanted, wanted, key=lambda wish: wish.actors)
+        self._pending = pending = replace(before, wanted=least)
         delay_s = self.targets.upscale_delay_s
-        if now_s - waiting.since_s < delay_s:
+        if now_s - pending.since_s < delay_s:
             return None
-        self._waiting = None
-        return _after(waiting.wanted, delay_s)
+        self._pending = None
+        return _after(pending.wanted, delay_s)
 
 
 def _after(wanted: Wanted, delay_s: float) -> Wanted:
@@ -196,42 +196,42 @@ class BusyMeter:
     """Busy time and queue time of actors over the last :data:`SIGNAL_S`, from their counters."""
 
     def __init__(self) -> None:
-        """No report has come yet."""
+        """Begin without any report."""
         self._reports: dict[str, deque[tuple[float, ActorReport]]] = {}
         self._gone: list[tuple[str, deque[tuple[float, ActorReport]]]] = []
 
     def observe(self, report: ActorReport, now_s: float) -> None:
-        """Take an actor's report; counters of an earlier generation are forgotten."""
+        """Take an actor's report; those of an earlier generation are forgotten."""
         kept = self._reports.setdefault(report.actor_id, deque())
         if kept and kept[-1][1].generation != report.generation:
             kept.clear()
         kept.append((now_s, report))
         while len(kept) > 2 and kept[1][0] <= now_s - SIGNAL_S:
             kept.popleft()
-        self._gone = [one for one in self._gone if one[1][-1][0] > now_s - SIGNAL_S]
+        self._gone = [(p, kept) for p, kept in self._gone if kept[-1][0] > now_s - SIGNAL_S]
 
     def forget(self, actor_id: str) -> None:
-        """Drop an actor that is away."""
+        """Drop an actor that is dead."""
         self._reports.pop(actor_id, None)
 
     def leave(self, actor_id: str, pool: str) -> None:
-        """Take an actor as gone from its pool for good: others have what it did until now."""
+        """Note that an actor has left its pool; others take over the load that it had."""
         kept = self._reports.pop(actor_id, None)
         if kept:
             self._gone.append((pool, kept))
 
     def restart(self) -> None:
-        """Forget what came before now, since there are more actors, or experts are elsewhere."""
+        """Forget all reports, since experts have moved to other actors."""
         self._reports.clear()
         self._gone.clear()
 
     def signals(
         self, actor_ids: Collection[str], over_s: float = SIGNAL_S, pool: str = ""
     ) -> Signals | None:
-        """Return what these actors did over the last ``over_s``, at most :data:`SIGNAL_S`.
+        """Return the load of these actors over the last ``over_s``, at most :data:`SIGNAL_S`.
 
-        With them counts what those did in that time that have left the ``pool``. ``None`` while
-        one of them has not been heard of for so long: a moment says too little.
+        It includes the load of actors that left the ``pool`` in that time. ``None`` while the
+        reports of one of the actors cover less: a moment says too little.
         """
         busy_devices = queue_s = now_s = 0.0
         for actor_id in actor_ids:
@@ -239,7 +239,7 @@ class BusyMeter:
             if not kept:
                 return None
             last_s, last = kept[-1]
-            early = [one for one in kept if one[0] <= last_s - over_s]
+            early = [(at_s, report) for at_s, report in kept if at_s <= last_s - over_s]
             if not early:
                 return None
             first_s, first = early[-1]
@@ -248,14 +248,14 @@ class BusyMeter:
             if last.frames > first.frames:
                 waited_s = (last.waited_s - first.waited_s) / (last.frames - first.frames)
                 queue_s = max(queue_s, waited_s)
-        for of_pool, kept in self._gone:
-            if of_pool == pool:
+        for left_pool, kept in self._gone:
+            if left_pool == pool:
                 busy_devices += _busy_since(kept, now_s - over_s) / over_s
         return Signals(busy_devices, queue_s)
 
 
 def _busy_since(kept: Sequence[tuple[float, ActorReport]], since_s: float) -> float:
-    """Return for how long an actor has computed since then, evenly between two reports."""
-    told_s = [at_s for at_s, _ in kept]
+    """Return for how long an actor has computed since then, interpolated between reports."""
+    at_s = [at_s for at_s, _ in kept]
     busy_s = [report.busy_s for _, report in kept]
-    return busy_s[-1] - float(np.interp(since_s, told_s, busy_s))
+    return busy_s[-1] - float(np.interp(since_s, at_s, busy_s))

@@ -7,7 +7,7 @@ import pytest
 from cluster.errors import InvalidRequestError
 from cluster.placement.board import Device
 from cluster.placement.change import Change
-from cluster.placement.drain import change_of_copies, cheapest_to_empty
+from cluster.placement.drain import change_of_copies, cheapest_to_drain
 from cluster.spec import ExpertKey
 
 A, B, C = (ExpertKey("small", 0, i) for i in range(3))
@@ -17,20 +17,20 @@ EXPERT_BYTES = {"small": 10, "large": 100}
 
 def test_the_actor_goes_whose_experts_cost_the_fewest_bytes_elsewhere() -> None:
     shares = {"a": [A, B], "b": [D], "c": [C]}
-    assert cheapest_to_empty(["a", "b", "c"], 1, shares, EXPERT_BYTES, 1, {}) == ["c"]
+    assert cheapest_to_drain(["a", "b", "c"], 1, shares, EXPERT_BYTES, 1, {}) == ["c"]
     # What others hold often enough costs nothing, until they have gone themselves.
     shares = {"a": [A, B], "b": [A, B], "c": [C]}
-    assert cheapest_to_empty(["a", "b", "c"], 1, shares, EXPERT_BYTES, 1, {}) == ["b"]
-    assert cheapest_to_empty(["a", "b", "c"], 2, shares, EXPERT_BYTES, 1, {}) == ["b", "c"]
-    assert cheapest_to_empty(["a", "b", "c"], 1, shares, EXPERT_BYTES, 2, {}) == ["c"]
+    assert cheapest_to_drain(["a", "b", "c"], 1, shares, EXPERT_BYTES, 1, {}) == ["b"]
+    assert cheapest_to_drain(["a", "b", "c"], 2, shares, EXPERT_BYTES, 1, {}) == ["b", "c"]
+    assert cheapest_to_drain(["a", "b", "c"], 1, shares, EXPERT_BYTES, 2, {}) == ["c"]
 
 
 def test_of_equals_the_idlest_goes_then_the_last() -> None:
     shares = {"a": [A], "b": [B], "c": [C], "d": []}
     rates = {"a": 5.0, "b": 3.0, "c": 3.0}
-    assert cheapest_to_empty(["a", "b", "c"], 3, shares, EXPERT_BYTES, 1, rates) == ["c", "b", "a"]
-    assert cheapest_to_empty(["a", "b", "c", "d"], 1, shares, EXPERT_BYTES, 1, rates) == ["d"]
-    assert cheapest_to_empty(["a"], 0, shares, EXPERT_BYTES, 1, rates) == []
+    assert cheapest_to_drain(["a", "b", "c"], 3, shares, EXPERT_BYTES, 1, rates) == ["c", "b", "a"]
+    assert cheapest_to_drain(["a", "b", "c", "d"], 1, shares, EXPERT_BYTES, 1, rates) == ["d"]
+    assert cheapest_to_drain(["a"], 0, shares, EXPERT_BYTES, 1, rates) == []
 
 
 DEVICES = [Device("a", "n0", 100), Device("b", "n0", 100), Device("c", "n1", 100)]

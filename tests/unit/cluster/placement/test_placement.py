@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError
+from cluster.placement.change import Change, with_change
 from cluster.placement.placement import Placement, assign_experts, empty_placement, surplus
 from cluster.spec import (
     ActorSpec,
@@ -231,7 +232,7 @@ def test_copies_that_are_retired_leave_the_map_and_nothing_else() -> None:
     first, second = model.expert_keys()
     both = empty_placement(1, [model]).with_actor("a", 4, [first, second])
     both = both.with_actor("b", 9, [first, second])
-    left = both.without_copies("a", [second])
+    left = with_change(both, Change({}, {"a": [second]}))
     assert left.holders == {first: ("a", "b"), second: ("b",)}
     assert (left.generations, left.order) == (both.generations, (1, 3))
 

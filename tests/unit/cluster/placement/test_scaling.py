@@ -236,19 +236,19 @@ def test_that_fewer_go_is_decided_so_long_before_the_delay_is_over() -> None:
 
 
 def test_who_may_go_may_do_so_before_the_next_whole_signals() -> None:
-    policy, lately = ScalingPolicy(TARGETS), Signals(0.1, 0.0)
+    policy, recent = ScalingPolicy(TARGETS), Signals(0.1, 0.0)
     for second in range(21):
         assert policy.decide(4, Signals(2.0 if second < 2 else 0.1, 0.0), float(second)) is None
     assert policy.decide(4, None, 30.0) is None
-    assert policy.decide(4, None, 30.0, lately) is not None
+    assert policy.decide(4, None, 30.0, recent) is not None
 
 
-def test_more_actors_come_by_what_was_lately_and_do_not_go_at_once() -> None:
-    policy, usual, lately = ScalingPolicy(TARGETS), Signals(1.9, 0.0), Signals(4.0, 0.0)
+def test_more_actors_come_by_the_recent_load_and_do_not_go_at_once() -> None:
+    policy, usual, recent = ScalingPolicy(TARGETS), Signals(1.9, 0.0), Signals(4.0, 0.0)
     for second in range(30):  # long enough that fewer might go
         assert policy.decide(4, usual, float(second), usual) is None
-    assert [policy.decide(4, usual, at_s, lately) for at_s in (30.0, 31.0, 32.0)] == [None] * 3
-    more = policy.decide(4, usual, 33.0, lately)
+    assert [policy.decide(4, usual, at_s, recent) for at_s in (30.0, 31.0, 32.0)] == [None] * 3
+    more = policy.decide(4, usual, 33.0, recent)
     assert more is not None
     assert more.actors == 8
     for second in range(34, 54):  # that 8 were wanted holds until 34, when the next wish comes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.placement.placement import crowding, node_apart
+from cluster.placement.placement import crowding, less_crowded_node
 from cluster.spec import ExpertKey
 
 
@@ -37,4 +37,4 @@ def test_crowding_counts_the_copies_that_others_hold_on_a_node() -> None:
 def test_an_actor_moves_only_to_where_fewer_copies_are(
     nodes: dict[str, str], candidates: list[str], expected: str | None
 ) -> None:
-    assert node_apart("a", candidates, SHARES, nodes) == expected
+    assert less_crowded_node("a", candidates, SHARES, nodes) == expected
