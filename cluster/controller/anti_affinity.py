@@ -1,6 +1,7 @@
-"""Moving actors to a node that joins, where their copies share one with others of the same expert.
+"""Anti-affinity: moves actors to a node that joins, away from other copies of their experts.
 
-That is where a lost machine's actors went. They move one at a time, while all others serve.
+The actors of a lost machine start beside the others, so copies of an expert may share a node. They
+move back one at a time, while all others serve.
 """
 
 from __future__ import annotations
@@ -8,55 +9,59 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from cluster.controller.changes import Changes
-from cluster.controller.pool import kind_of
-from cluster.controller.state import Cluster
+from cluster.controller.pool import ExpertPool, kind_of
+from cluster.controller.state import ClusterState
 from cluster.placement.placement import less_crowded_node
 
 NODES_CHECK_S = 5.0
-WHOLE_TIMEOUT_S = 60.0
+ALL_COPIES_TIMEOUT_S = 60.0
 
 logger = logging.getLogger("expertmesh.controller")
 
 
-class Apart:
+class AntiAffinity:
     """Watches Ray's nodes for one controller."""
 
-    def __init__(
-        self, cluster: Cluster, changes: Changes, nodes: dict[str, str], min_copies: int
-    ) -> None:
-        """``nodes`` has the node of each actor, and says where its keeper puts its successor."""
-        self._cluster = cluster
-        self._changes = changes
-        self._nodes = nodes
-        self._min_copies = min_copies
+    def __init__(self, state: ClusterState, pool: ExpertPool) -> None:
+        """Nothing moves before :meth:`run_forever`."""
+        self._state = state
+        self._pool = pool
 
     async def run_forever(self, known: set[str]) -> None:
-        """Look for nodes beyond those that are ``known``, again and again."""
+        """Look for nodes beyond the ``known`` ones again and again, and move actors to them."""
         while True:
             await asyncio.sleep(NODES_CHECK_S)
             try:
-                nodes = set(await asyncio.to_thread(self._cluster.pool.nodes))
+                nodes = set(await asyncio.to_thread(self._pool.nodes))
                 if nodes - known:
-                    for actor_id in self._changes.shares:
+                    for actor_id in tuple(self._state.shares):
                         await self._move(actor_id)
             except TimeoutError:
-                continue  # not whole now, so nothing may be moved yet
-            except Exception as error:  # Ray's own is away for a moment
-                logger.warning("the nodes are not known (%s)", kind_of(error))
+                continue  # copies are missing, so nothing may move yet
+            except Exception as error:  # Ray's control store may be away for a moment
+                logger.warning("Ray does not list its nodes (%s)", kind_of(error))
                 continue
             known = nodes
 
     async def _move(self, actor_id: str) -> None:
-        async with asyncio.timeout(WHOLE_TIMEOUT_S):
-            await self._cluster.wait_for(lambda now: now.fewest_copies() >= self._min_copies)
-        candidates = await asyncio.to_thread(self._cluster.pool.nodes_for, actor_id)
-        node = less_crowded_node(actor_id, candidates, self._changes.shares, self._nodes)
+        """Move an actor to a node with fewer copies of its experts, where there is any.
+
+        The actor leaves the placement and is killed; its keeper creates the successor there. Raises
+        ``TimeoutError`` while copies are missing.
+        """
+        state = self._state
+        async with asyncio.timeout(ALL_COPIES_TIMEOUT_S):
+            await state.wait_for(lambda: state.placement.fewest_copies() >= state.min_copies)
+        if actor_id not in state.shares:
+            return  # it left the fleet meanwhile
+        spec = state.fleet.specs[actor_id]
+        candidates = await asyncio.to_thread(self._pool.nodes_for, spec)
+        node = less_crowded_node(actor_id, candidates, state.shares, state.nodes)
         if node is None:
             return
         logger.info("%s moves to node %s, apart from other copies", actor_id, node[:10])
-        self._nodes[actor_id] = node
-        await self._cluster.publish(lambda placement: placement.without(actor_id))
-        for found_id, _, handle in await asyncio.to_thread(self._cluster.pool.find):
+        state.nodes[actor_id] = node
+        await state.publish(lambda placement: placement.without(actor_id))
+        for found_id, _, handle in await asyncio.to_thread(self._pool.find):
             if found_id == actor_id:
-                self._cluster.pool.kill(handle)
+                self._pool.kill(handle)

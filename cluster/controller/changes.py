@@ -1,77 +1,153 @@
-"""Changes of who holds what, one at a time and all or nothing, while requests run.
+"""Changes of the placement, one at a time and all or nothing, while requests run.
 
-A change is prepared (its copies are loaded where they are to be), committed (one new version of the
-placement has the new copies and lacks the old ones) and then retired: what nobody is to hold any
-more is let go, once every router has said that it knows that version or has not been heard of for
-long. Where a step before the commit fails nothing has changed, and what was loaded is let go.
+A change is prepared (the new copies are loaded), committed (one new version of the placement has
+the new copies and lacks the dropped ones) and retired (the dropped copies leave their actors'
+memory). A copy is retired once every router knows that version, or has not been heard of for long.
+A failure before the commit changes nothing, and copies loaded until then are retired.
 
-Retiring goes by what is: an actor lets go whatever it holds beyond its share. So it does not matter
-who failed when, and a next controller finishes what this one began.
+Retirement compares what an actor holds with its share. So it matters to no one which process failed
+when, and the next controller finishes what this one began.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.controller.pool import cause_of, kind_of
-from cluster.controller.state import Cluster
+from cluster.controller.members import Members
+from cluster.controller.pool import ExpertPool, kind_of
+from cluster.controller.state import ClusterState
 from cluster.errors import ExpertMeshError, UnavailableError
-from cluster.placement.change import Change, Shares, refuse_losses, with_change
+from cluster.placement.change import Change, refuse_losses, with_change
 from cluster.placement.placement import Placement, surplus
 from cluster.spec import ActorReport, ExpertKey
 
 LOAD_TIMEOUT_S = 600.0
 UNLOAD_TIMEOUT_S = 30.0
 RETIRE_TIMEOUT_S = 60.0
-"""How long a change waits for what it has dropped to be let go; routers may be silent so long."""
-
+"""How long a change waits until its dropped copies are out of memory; a router may be silent."""
 
 logger = logging.getLogger("expertmesh.controller")
 
 
-class Changes:
-    """Applies changes, and has actors let go what they need not hold."""
+class Retirement:
+    """Has actors unload what they hold beyond their shares; called at every heartbeat."""
 
-    def __init__(self, cluster: Cluster, shares: Shares, min_copies: int) -> None:
-        """``shares`` has what each actor is to hold until the first change."""
-        self.shares = shares
-        self._cluster = cluster
-        self._min_copies = min_copies
-        self._one_at_a_time = asyncio.Lock()
-        self._pending: Mapping[str, Sequence[ExpertKey]] = {}
-        self._left: dict[str, tuple[int, int]] = {}
-        """The placement in which each actor was given up for some experts that it still holds."""
-        self._let_go = asyncio.Event()
+    def __init__(self, state: ClusterState, pool: ExpertPool, members: Members) -> None:
+        """``members`` knows which placement each router has."""
+        self.prepared: Mapping[str, Sequence[ExpertKey]] = {}
+        """Copies, by actor, that a change loads and that are in no share yet."""
+        self._state = state
+        self._pool = pool
+        self._members = members
+        self._left_in: dict[str, tuple[int, int]] = {}
+        """The placement without some copies that an actor still holds, as routers must know it."""
+        self._woken = asyncio.Event()
+
+    async def retire(self, actor_id: str, handle: ActorHandle, report: ActorReport) -> None:
+        """Have an actor unload what it holds beyond its share, once no router asks it for that.
+
+        First the copies leave the placement, as soon as all actors that are to hold the experts do;
+        then, once all routers know that placement, the actor's memory. Raises what the actor
+        raises.
+        """
+        self._woken.set()
+        share, prepared = self._state.shares[actor_id], self.prepared.get(actor_id, ())
+        beyond = set(report.experts).difference(share, prepared)
+        if not beyond:
+            self._left_in.pop(actor_id, None)
+            return
+        shares, holders = self._state.shares, self._state.placement.holders
+        placed = {key for key in beyond if actor_id in holders[key]}
+        if surplus(self._state.placement, shares, placed):
+            await self._state.publish(
+                lambda now: with_change(now, Change({}, {actor_id: surplus(now, shares, placed)}))
+            )
+            self._left_in[actor_id] = self._state.placement.order
+        placement = self._state.placement
+        gone = sorted(key for key in beyond if actor_id not in placement.holders[key])
+        if not gone or not self._members.all_know("router", self._left_in.get(actor_id, (-1, -1))):
+            return
+        after = await self._pool.unload(handle, placement.epoch, gone, UNLOAD_TIMEOUT_S)
+        logger.info("%s unloaded %d experts", actor_id, len(gone))
+        self._state.reports[actor_id] = after
+        self._woken.set()
+
+    def begin(self, actor_ids: Iterable[str], order: tuple[int, int]) -> None:
+        """Note that copies of these actors left the placement in the version ``order``."""
+        self._left_in |= dict.fromkeys(actor_ids, order)
+
+    def waiting(self) -> tuple[str, ...]:
+        """Return the actors that wait until routers know a placement."""
+        return tuple(self._left_in)
+
+    def forget(self, actor_id: str) -> None:
+        """Drop an actor that left the fleet."""
+        self._left_in.pop(actor_id, None)
+
+    def wake(self) -> None:
+        """Have :meth:`finished` look again, since an actor is gone."""
+        self._woken.set()
+
+    async def finished(self, dropped: Mapping[str, Sequence[ExpertKey]]) -> None:
+        """Wait until no living actor holds any of these copies; gives up with a warning."""
+        reports = self._state.reports
+        try:
+            async with asyncio.timeout(RETIRE_TIMEOUT_S):
+                while any(
+                    actor_id in reports and not set(keys).isdisjoint(reports[actor_id].experts)
+                    for actor_id, keys in dropped.items()
+                ):
+                    self._woken.clear()
+                    await self._woken.wait()
+        except TimeoutError:
+            logger.warning("dropped copies are still in memory after %.0f s", RETIRE_TIMEOUT_S)
+
+
+class Changes:
+    """Makes changes of the placement."""
+
+    def __init__(
+        self,
+        state: ClusterState,
+        pool: ExpertPool,
+        retirement: Retirement,
+        heartbeat_now: Callable[[str], None],
+    ) -> None:
+        """``heartbeat_now`` sends an actor a heartbeat, which retires its copies."""
+        self._state = state
+        self._pool = pool
+        self._retirement = retirement
+        self._heartbeat_now = heartbeat_now
+        self._lock = asyncio.Lock()
 
     async def apply(self, change: Change) -> None:
-        """Make a change; returns when it is committed and what it drops has been let go.
+        """Make a change; returns when it is committed and its dropped copies are retired.
 
         Raises :class:`UnavailableError` where it is refused or a step failed; then nothing has
-        changed. What is let go late is let go all the same.
+        changed. A retirement that takes long goes on after the return.
         """
-        async with self._one_at_a_time:
+        async with self._lock:
             generations = self._check(change)
-            self._pending = change.added
+            self._retirement.prepared = change.added
             try:
                 await self._prepare(change)
-                await self._cluster.publish(lambda now: self._commit(now, change, generations))
+                await self._state.publish(lambda now: self._commit(now, change, generations))
             finally:
-                self._pending = {}
+                self._retirement.prepared = {}
                 for actor_id in (*change.added, *change.dropped):
-                    self._cluster.look_at(actor_id)
-            await self._wait_let_go(change)
+                    self._heartbeat_now(actor_id)
+            await self._retirement.finished(change.dropped)
 
     def _check(self, change: Change) -> dict[str, int]:
-        """Return the generations that are to load; refuses what would lose an expert."""
-        placement, after = self._cluster.placement, change.on(self.shares)
+        """Return the generations of the actors that load; raises where an expert would be lost."""
+        placement, after = self._state.placement, change.on(self._state.shares)
         generations = {}
         for actor_id in change.added:
-            if actor_id not in placement.generations or actor_id not in self._cluster.handles:
+            if actor_id not in placement.generations or actor_id not in self._state.handles:
                 raise UnavailableError(f"{actor_id} is not there now", "", 1.0)
             generations[actor_id] = placement.generations[actor_id]
         copies = dict.fromkeys(change.touched(), 0)
@@ -79,115 +155,40 @@ class Changes:
             for key in copies.keys() & keys:
                 copies[key] += 1
         for key, count in copies.items():
-            if count < self._min_copies:
+            if count < self._state.min_copies:
                 raise UnavailableError(
                     f"refused: expert {key.expert_id} of layer {key.layer_id} would have {count} "
-                    f"copies, and is to have at least {self._min_copies}",
+                    f"copies, and is to have at least {self._state.min_copies}",
                     key.model,
                 )
         refuse_losses(with_change(placement, change), change)
         return generations
 
     async def _prepare(self, change: Change) -> None:
-        """Load what is to come; all or nothing."""
-        epoch = self._cluster.placement.epoch
-
-        async def load(actor_id: str, keys: Sequence[ExpertKey]) -> None:
-            handle = self._cluster.handles[actor_id]
-            loaded = self._cluster.pool.load(handle, epoch, keys, LOAD_TIMEOUT_S)
-            await _said(actor_id, "load", loaded)
-
-        loads = [load(actor_id, keys) for actor_id, keys in change.added.items()]
-        outcomes = await asyncio.gather(*loads, return_exceptions=True)
-        for outcome in outcomes:
+        """Load the added copies; raises the first failure once all loads have ended."""
+        handles = self._state.handles
+        loads = [self._load(a, handles[a], keys) for a, keys in change.added.items()]
+        for outcome in await asyncio.gather(*loads, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 raise outcome
+
+    async def _load(self, actor_id: str, handle: ActorHandle, keys: Sequence[ExpertKey]) -> None:
+        try:
+            await self._pool.load(handle, self._state.placement.epoch, keys, LOAD_TIMEOUT_S)
+        except Exception as error:  # of any kind: the change fails, and its caller goes on
+            reason = str(error) if isinstance(error, ExpertMeshError) else kind_of(error)
+            raise UnavailableError(f"{actor_id} did not load: {reason}", "", 1.0) from error
 
     def _commit(
         self, placement: Placement, change: Change, generations: Mapping[str, int]
     ) -> Placement:
-        """Return the placement after a change, if those who loaded still live."""
+        """Return the placement after a change; raises where an actor that loaded has died."""
         for actor_id, generation in generations.items():
             if placement.generations.get(actor_id) != generation:
                 raise UnavailableError(f"{actor_id} died before the change was made", "", 1.0)
         after = with_change(placement, change)
         refuse_losses(after, change)
-        # With the map, so that whoever is brought up from now on gets the new share.
-        self.shares.update(change.on(self.shares))
-        self._left |= dict.fromkeys(change.dropped, after.order)
+        # In the same step as the placement, so that an actor that starts now gets its new share.
+        self._state.shares.update(change.on(self._state.shares))
+        self._retirement.begin(change.dropped, after.order)
         return after
-
-    async def _wait_let_go(self, change: Change) -> None:
-        try:
-            async with asyncio.timeout(RETIRE_TIMEOUT_S):
-                while self._is_held(change):
-                    self._let_go.clear()
-                    await self._let_go.wait()
-        except TimeoutError:
-            logger.warning("what a change dropped is not let go after %.0f s", RETIRE_TIMEOUT_S)
-
-    def _is_held(self, change: Change) -> bool:
-        reports = self._cluster.reports
-        return any(
-            actor_id in reports and not set(keys).isdisjoint(reports[actor_id].experts)
-            for actor_id, keys in change.dropped.items()
-        )
-
-    # Letting go, at every look at an actor.
-
-    async def retire(
-        self, actor_id: str, handle: ActorHandle, report: ActorReport
-    ) -> ActorReport | None:
-        """Have an actor let go what it holds beyond its share, once those who are to hold it do.
-
-        First it leaves the map, then, once all routers know that, the actor's memory. Returns the
-        actor's new report, or ``None`` where nothing was let go. Raises what the actor raises.
-        """
-        beyond = set(report.experts).difference(
-            self.shares[actor_id], self._pending.get(actor_id, ())
-        )
-        if not beyond:
-            self._left.pop(actor_id, None)
-            return None
-        in_map = {key for key in beyond if actor_id in self._cluster.placement.holders[key]}
-        if surplus(self._cluster.placement, self.shares, in_map):
-            await self._cluster.publish(
-                lambda now: with_change(
-                    now, Change({}, {actor_id: surplus(now, self.shares, in_map)})
-                )
-            )
-            self._left[actor_id] = self._cluster.placement.order
-        placement = self._cluster.placement
-        gone = sorted(key for key in beyond if actor_id not in placement.holders[key])
-        if not gone or not self._cluster.is_known(self._left.get(actor_id, (-1, -1))):
-            return None
-        try:
-            after = await self._cluster.pool.unload(handle, placement.epoch, gone, UNLOAD_TIMEOUT_S)
-        except RayTaskError as error:
-            raise cause_of(error) from None
-        logger.info("%s lets %d experts go", actor_id, len(gone))
-        return after
-
-    def forget(self, actor_id: str) -> None:
-        """Take out an actor that is to hold nothing any more."""
-        self.shares.pop(actor_id, None)
-        self._left.pop(actor_id, None)
-
-    def looked_at(self) -> None:
-        """Wake a change that waits for what it dropped; an actor has reported or is gone."""
-        self._let_go.set()
-
-    def known_to_one_more(self) -> None:
-        """Look at those who wait for routers to know that they are not asked any more."""
-        for actor_id in tuple(self._left):
-            self._cluster.look_at(actor_id)
-
-
-async def _said(actor_id: str, what: str, answer: Awaitable[ActorReport]) -> ActorReport:
-    """Wait for an actor; raises :class:`UnavailableError` that says what failed."""
-    try:
-        return await answer
-    except (RayActorError, RayTaskError, TimeoutError, OSError, ExpertMeshError) as error:
-        cause = cause_of(error) if isinstance(error, RayTaskError) else error
-        told = str(cause) if isinstance(cause, ExpertMeshError) else kind_of(cause)
-        raise UnavailableError(f"{actor_id} did not {what}: {told}", "", 1.0) from None

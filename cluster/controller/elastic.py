@@ -1,10 +1,10 @@
-"""More and fewer actors, and copies of an expert, while requests run: by load or by command.
+"""More and fewer actors, and copies of an expert, while requests run.
 
-More: actors join the fleet, Ray is asked for their devices, and once they are up experts are spread
-over them too. Fewer: a committed change moves an actor's experts to others, and then it ends. What
-fails leaves an actor with a part of its experts, and in the fleet. Actors on a node that Ray is
-about to take away get successors elsewhere first, and are emptied in the same way. Where a pool
-has some stand by, those are taken first, and others are started in their place.
+To grow, actors join the fleet, Ray is asked for their devices, and once they are up experts are
+spread over them too. Standby actors are taken into use first. To shrink, a committed change moves
+an actor's experts to others, and then the actor ends. After a failure the actor keeps the rest of
+its experts, and stays in the fleet. Actors on a draining node get successors elsewhere, and are
+drained in the same way.
 """
 
 from __future__ import annotations
@@ -13,35 +13,29 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
-from cluster.controller.changes import Changes
-from cluster.controller.fleet import Fleet
-from cluster.controller.pool import kind_of
-from cluster.controller.rebalance import Rebalancer, Spread
-from cluster.controller.standby import Standby
-from cluster.controller.state import Cluster
+from cluster.controller.keeper import Keeper
+from cluster.controller.pool import ExpertPool
+from cluster.controller.rebalance import Moved, Rebalancer
+from cluster.controller.state import ClusterState
 from cluster.errors import ExpertMeshError, InvalidRequestError
 from cluster.placement.board import Device
-from cluster.placement.change import Change
 from cluster.placement.drain import change_of_copies, cheapest_to_drain
-from cluster.placement.scaling import RECENT_S, SIGNAL_S, BusyMeter, ScalingPolicy, Wanted
-from cluster.reports import ChangeReport, Move
-from cluster.spec import ExpertKey, ModelExperts
+from cluster.placement.scaling import BusyMeter, wanted_standby
+from cluster.reports import ChangeReport
+from cluster.spec import ExpertKey
 
-LOOK_S = 0.25
-CHANGE_S = 1.0
-"""What it takes to empty actors and end them, where others have what they hold."""
-DRAINING_CHECK_S = 1.0
 UP_TIMEOUT_S = 60.0
-"""How long a change waits for actors that it asked for; they may still come later."""
+"""How long a change waits for new actors; they may still come later."""
 SUCCESSOR_TIMEOUT_S = 10.0
-"""The same where their predecessors' node is about to go, perhaps in half a minute."""
-FILL_AGAIN_S = 1.0
+"""How long to wait for successors of actors on a draining node, which may be gone in 30 s."""
+SPREAD_RETRY_S = 1.0
 KEPT_REPORTS = 64
-MOST_ACTORS = 1000
+MAX_ACTORS = 1000
 NODE_PREFIX = 6
-ASKED = "asked for"
+COMMAND = "asked for"
+"""The reason of a change that an operator commanded."""
 
 logger = logging.getLogger("expertmesh.scaling")
 
@@ -51,56 +45,43 @@ class Elastic:
 
     def __init__(
         self,
-        models: Sequence[ModelExperts],
-        fleet: Fleet,
-        min_copies: int,
-        cluster: Cluster,
-        changes: Changes,
+        state: ClusterState,
+        pool: ExpertPool,
+        keeper: Keeper,
         rebalancer: Rebalancer,
+        meter: BusyMeter,
     ) -> None:
-        """Nothing has changed yet."""
-        self.meter = BusyMeter()
+        """``meter`` is told where its measurements are no more of the fleet that there is."""
         self.history: deque[ChangeReport] = deque(maxlen=KEPT_REPORTS)
-        """What was changed, or would have been, the newest first."""
-        self._expert_bytes = {model.model: model.expert_bytes for model in models}
-        self._fleet = fleet
-        self._min_copies = min_copies
-        self._cluster = cluster
-        self._changes = changes
+        """The last changes, also those that a dry run would have made; the newest first."""
+        self._state = state
+        self._fleet = state.fleet
+        self._pool = pool
+        self._keeper = keeper
         self._rebalancer = rebalancer
-        self._standby = Standby(fleet, cluster, changes)
-        self._one_at_a_time = asyncio.Lock()
-        self._policies = {
-            name: ScalingPolicy(pool.autoscaling, SIGNAL_S + LOOK_S + CHANGE_S)
-            for name, pool in fleet.pools.items()
-            if pool.autoscaling is not None
-        }
-        self._planned: dict[str, int] = {}
-        """What each pool that only tells would have gone to last."""
-        self._filled: set[tuple[str, int]] = set()
-        """Generations of empty actors over which experts were spread, or are being spread."""
-        self._fill_from_s = 0.0
+        self._meter = meter
+        self._expert_bytes = {model.model: model.expert_bytes for model in state.models}
+        self._lock = asyncio.Lock()
+        self._spread_over: set[tuple[str, int]] = set()
+        """Generations of actors that came up empty and get, or have got, experts."""
+        self._spread_from_s = 0.0
+        """Until then no spreading over empty actors is tried again."""
         self._awaited: set[str] = set()
         """New actors that a change waits for."""
         self._succeeded: set[str] = set()
-        """Actors that are to go with their node and have a successor."""
+        """Actors on draining nodes that have a successor."""
 
-    @property
-    def follows_load(self) -> bool:
-        """Whether the number of actors of any pool follows its load."""
-        return bool(self._policies)
-
-    # What operators ask for.
+    # What operators command.
 
     async def scale(
-        self, number: int, pool: str = "", dry_run: bool = False, reason: str = ASKED
+        self, number: int, pool: str = "", dry_run: bool = False, reason: str = COMMAND
     ) -> ChangeReport:
-        """Have a pool of ``number`` actors; returns when experts are spread over them.
+        """Bring a pool to ``number`` actors; returns when experts are spread over them.
 
         Raises :class:`InvalidRequestError` where the number is out of bounds or its devices cannot
         hold all experts, :class:`UnavailableError` where another actor is away.
         """
-        async with self._one_at_a_time:
+        async with self._lock:
             name = self._fleet.pool_named(pool).name
             before = self._fleet.of(name)
             self._check_number(name, number, len(before))
@@ -111,90 +92,79 @@ class Elastic:
             if dry_run:
                 return await self._plan_growth(name, number - len(before), what, reason)
             logger.info("%s, %s", what, reason)
-            added = self._begin([name] * (number - len(before)))
-        # Others go on meanwhile: it may take Ray's autoscaler minutes to find them devices.
+            added = self._grow([name] * (number - len(before)))
+        # Without the lock: Ray's autoscaler may take minutes to find devices.
         return await self._use(added, what, reason)
 
-    async def drain(self, target: str, dry_run: bool = False, reason: str = ASKED) -> ChangeReport:
-        """Empty and end an actor, or all of a node that its id or the beginning of it names.
+    async def drain(self, target: str, dry_run: bool = False) -> ChangeReport:
+        """Drain and end an actor, or all of a node that ``target``, its id or a prefix, names.
 
         Raises what :meth:`scale` raises, also where a pool would fall below its bounds.
         """
-        async with self._one_at_a_time:
+        async with self._lock:
             leaving = self._named(target)
             for name in {self._fleet.pool_of[actor_id] for actor_id in leaving}:
                 actors = self._fleet.of(name)
                 left = len(actors) - len(set(actors) & set(leaving))
                 self._check_number(name, left, len(actors))
-            return await self._shrink(leaving, f"drain {target}", dry_run, reason)
+            return await self._shrink(leaving, f"drain {target}", dry_run, COMMAND)
 
-    async def set_copies(
-        self, key: ExpertKey, number: int, dry_run: bool = False, reason: str = ASKED
-    ) -> ChangeReport:
-        """Bring an expert to so many copies, which stay until a rebalancing finds others better.
+    async def set_copies(self, key: ExpertKey, number: int, dry_run: bool = False) -> ChangeReport:
+        """Bring an expert to ``number`` copies, which stay until a rebalancing changes them.
 
         Raises :class:`InvalidRequestError` where there is no such expert, or the number is below
-        ``min_copies`` or beyond what has room.
+        ``min_copies`` or more than fit.
         """
-        async with self._one_at_a_time, self._rebalancer.one_at_a_time:
+        async with self._lock, self._rebalancer.plan_lock:
             began_s = time.monotonic()
-            if key not in self._cluster.placement.holders:
+            if key not in self._state.placement.holders:
                 raise InvalidRequestError(
                     f"no model {key.model!r:.80} with expert {key.expert_id} in layer "
                     f"{key.layer_id}",
                     "expert",
                 )
             devices = self._rebalancer.devices(is_any_room=True)
-            if not self._min_copies <= number <= len(devices):
+            least = self._state.min_copies
+            if not least <= number <= len(devices):
                 raise InvalidRequestError(
-                    f"must be from {self._min_copies} to {len(devices)} (given: {number})", "copies"
+                    f"must be from {least} to {len(devices)} (given: {number})", "copies"
                 )
-            loads = self._rebalancer.tracker.devices(began_s)
+            free_bytes = self._rebalancer.free_bytes(devices)
             change = change_of_copies(
                 key,
                 number,
                 devices,
-                self._changes.shares,
-                self._rebalancer.free_bytes(devices),
+                self._state.shares,
+                free_bytes,
                 self._expert_bytes[key.model],
-                {actor_id: load.tokens_per_s for actor_id, load in loads.items()},
+                self._tokens_per_s(),
             )
-            outcome = await self._applied(change, dry_run)
-            moves = () if outcome.startswith("failed") else _moves_of(change)
-            spread = Spread(outcome, moves, self._rebalancer.bytes_of(moves))
+            moved = Moved("unchanged")
+            if change.touched():
+                moved = await self._rebalancer.carry_out(
+                    change.added, change.dropped, free_bytes, dry_run
+                )
+            if moved.outcome == "committed":
+                self._rebalancer.keep_cold_copies()
             what = f"{key.model} layer {key.layer_id} expert {key.expert_id}: {number} copies"
-            if outcome == "committed":
-                self._rebalancer.keep_cold()
-            return self._report(what, reason, spread, (), (), began_s)
-
-    async def _applied(self, change: Change, dry_run: bool) -> str:
-        if not change.touched():
-            return "unchanged"
-        if dry_run:
-            return "planned"
-        try:
-            await self._changes.apply(change)
-        except ExpertMeshError as error:
-            return f"failed: {error}"
-        return "committed"
+            return self.report(what, COMMAND, moved, began_s)
 
     def _check_number(self, pool: str, number: int, before: int) -> None:
-        """Raise :class:`InvalidRequestError` where a pool may not have so many actors."""
+        """Raise :class:`InvalidRequestError` where a pool may not have ``number`` actors."""
         targets = self._fleet.pools[pool].autoscaling
-        least, most = 0, MOST_ACTORS
-        if targets is not None:
-            least, most = targets.min_actors, targets.max_actors
+        least, most = (targets.min_actors, targets.max_actors) if targets else (0, MAX_ACTORS)
         others = len(self._fleet.in_use()) - before
-        least = max(least, self._min_copies - others, 1 - others)
+        least = max(least, self._state.min_copies - others, 1 - others)
         if not least <= number <= most:
             raise InvalidRequestError(
                 f"{pool} must have from {least} to {most} actors (given: {number})", "actors"
             )
 
     def _named(self, target: str) -> list[str]:
+        """Return the actors that a command names by an id, or by the prefix of a node's id."""
         if target in self._fleet.specs:
             return [target]
-        nodes = {actor_id: self._cluster.node_of(actor_id) or "" for actor_id in self._fleet.specs}
+        nodes = {actor_id: self._state.nodes.get(actor_id, "") for actor_id in self._fleet.specs}
         found = {node for node in nodes.values() if node.startswith(target)}
         if len(target) < NODE_PREFIX or len(found) != 1:
             raise InvalidRequestError(
@@ -205,12 +175,18 @@ class Elastic:
         return [actor_id for actor_id, node in nodes.items() if node in found]
 
     def _cheapest(self, actors: Sequence[str], number: int) -> list[str]:
-        loads = self._rebalancer.tracker.devices(time.monotonic())
-        rates = {actor_id: load.tokens_per_s for actor_id, load in loads.items()}
-        shares = self._changes.shares
         return cheapest_to_drain(
-            actors, number, shares, self._expert_bytes, self._min_copies, rates
+            actors,
+            number,
+            self._state.shares,
+            self._expert_bytes,
+            self._state.min_copies,
+            self._tokens_per_s(),
         )
+
+    def _tokens_per_s(self) -> dict[str, float]:
+        loads = self._rebalancer.tracker.devices(time.monotonic())
+        return {actor_id: load.tokens_per_s for actor_id, load in loads.items()}
 
     # Growing and shrinking.
 
@@ -218,95 +194,114 @@ class Elastic:
         began_s = time.monotonic()
         room_bytes = self._rebalancer.room_bytes(pool)
         coming = [Device(f"{pool}-new-{i}", f"new-{i}", room_bytes) for i in range(number)]
-        async with self._rebalancer.one_at_a_time:
-            spread = await self._rebalancer.spread(coming=coming, dry_run=True)
+        async with self._rebalancer.plan_lock:
+            moved = await self._rebalancer.spread(coming=coming, dry_run=True)
         added = [device.actor_id for device in coming]
-        return self._report(what, reason, spread, added, (), began_s)
+        return self.report(what, reason, moved, began_s, added)
+
+    def _grow(self, pools: Sequence[str], avoided_nodes: Collection[str] = ()) -> list[str]:
+        """Let an actor join each of the pools: a standby actor that is up, or else a new one.
+
+        A standby actor on one of ``avoided_nodes`` is not taken.
+        """
+        return [self._take_standby(pool, avoided_nodes) or self._start(pool) for pool in pools]
+
+    def _take_standby(self, pool: str, avoided_nodes: Collection[str]) -> str | None:
+        for actor_id in self._fleet.standby_of(pool):
+            is_up = actor_id in self._state.placement.generations
+            if is_up and self._state.nodes.get(actor_id) not in avoided_nodes:
+                self._fleet.take_into_use(actor_id)
+                self._state.record()
+                return actor_id
+        return None
+
+    def _start(self, pool: str, is_standby: bool = False) -> str:
+        actor_id = self._fleet.add(pool, is_standby)
+        self._state.shares[actor_id] = []
+        self._keeper.start(actor_id)
+        return actor_id
 
     async def _use(self, added: Sequence[str], what: str, reason: str) -> ChangeReport:
-        """Spread experts over actors that were asked for, those that come up in time."""
+        """Spread experts over the added actors, as far as they come up in time."""
         began_s = time.monotonic()
         self._awaited |= set(added)
         try:
             await self._wait_up(added, UP_TIMEOUT_S)
-            async with self._one_at_a_time:
-                up = [a for a in added if a in self._cluster.placement.generations]
-                spread = await self._fill(up) if up else Spread("committed", (), 0)
+            async with self._lock:
+                up = [a for a in added if a in self._state.placement.generations]
+                moved = await self._spread_over_empty(up) if up else Moved("committed")
         finally:
             self._awaited -= set(added)
         away = [a for a in added if a not in up and a in self._fleet.specs]
-        if away and spread.outcome == "committed":
-            why = await asyncio.to_thread(self._cluster.pool.shortage, away[0])
-            spread = Spread(f"pending: {', '.join(away)}: {why}", spread.moves, spread.moved_bytes)
-        return self._report(what, reason, spread, added, (), began_s)
-
-    def _begin(self, pools: Sequence[str], apart_from: Collection[str] = ()) -> list[str]:
-        """Let an actor join each of the pools, as often as it is named.
-
-        That is one that stands by, on none of the nodes ``apart_from``; without any Ray is asked.
-        """
-        return [self._standby.take(pool, apart_from) or self._standby.start(pool) for pool in pools]
+        if away and moved.outcome == "committed":
+            why = await asyncio.to_thread(self._pool.shortage, self._fleet.specs[away[0]])
+            moved = Moved(f"pending: {', '.join(away)}: {why}", moved.moves, moved.moved_bytes)
+        return self.report(what, reason, moved, began_s, added)
 
     async def _wait_up(self, actor_ids: Sequence[str], timeout_s: float) -> list[str]:
-        """Return which of the actors are up, after all are or the time is over."""
+        """Wait for actors to come up; returns those that are up in time."""
         wanted = set(actor_ids)
         try:
             async with asyncio.timeout(timeout_s):
-                await self._cluster.wait_for(lambda now: wanted <= now.generations.keys())
+                await self._state.wait_for(
+                    lambda: wanted <= self._state.placement.generations.keys()
+                )
         except TimeoutError:
             pass
-        return [a for a in actor_ids if a in self._cluster.placement.generations]
+        return [a for a in actor_ids if a in self._state.placement.generations]
 
-    async def _fill(self, empty: Sequence[str]) -> Spread:
-        """Spread experts over actors that are up and have none; where that fails, later again."""
-        generations = self._cluster.placement.generations
-        filled = {(actor_id, generations[actor_id]) for actor_id in empty}
-        self._filled |= filled
+    async def _spread_over_empty(self, empty: Sequence[str]) -> Moved:
+        """Spread experts over actors that are up and hold none; a failure is retried later."""
+        generations = self._state.placement.generations
+        tried = {(actor_id, generations[actor_id]) for actor_id in empty}
+        self._spread_over |= tried
         try:
-            async with self._rebalancer.one_at_a_time:
-                spread = await self._rebalancer.spread()
+            async with self._rebalancer.plan_lock:
+                moved = await self._rebalancer.spread()
         except ExpertMeshError as error:
-            spread = Spread(f"failed: {error}", (), 0)
-        if spread.outcome != "committed":
-            self._filled -= filled
-            self._fill_from_s = time.monotonic() + FILL_AGAIN_S
-        self.meter.restart()
-        return spread
+            moved = Moved(f"failed: {error}")
+        if moved.outcome != "committed":
+            self._spread_over -= tried
+            self._spread_from_s = time.monotonic() + SPREAD_RETRY_S
+        self._meter.restart()
+        return moved
 
     async def _shrink(
         self, leaving: Sequence[str], what: str, dry_run: bool, reason: str
     ) -> ChangeReport:
         began_s = time.monotonic()
         if not leaving:
-            return self._report(what, reason, Spread("unchanged", (), 0), (), (), began_s)
+            return self.report(what, reason, Moved("unchanged"), began_s)
         if not dry_run:
-            logger.info("%s, %s: %s to go", what, reason, ", ".join(leaving))
-        async with self._rebalancer.one_at_a_time:
-            spread = await self._rebalancer.spread(leaving, dry_run=dry_run)
-            removed = [] if spread.outcome.startswith("failed") else list(leaving)
-            for actor_id in removed if spread.outcome == "committed" else ():
-                self.meter.leave(actor_id, self._fleet.pool_of[actor_id])
-                await self._cluster.end(actor_id)
-        return self._report(what, reason, spread, (), removed, began_s)
+            logger.info("%s, %s: draining %s", what, reason, ", ".join(leaving))
+        async with self._rebalancer.plan_lock:
+            moved = await self._rebalancer.spread(leaving, dry_run=dry_run)
+            if moved.outcome == "committed":
+                for actor_id in leaving:
+                    self._meter.leave(actor_id, self._fleet.pool_of[actor_id])
+                    await self._keeper.stop(actor_id)
+        removed = () if moved.outcome.startswith("failed") else leaving
+        return self.report(what, reason, moved, began_s, removed=removed)
 
-    def _report(
+    def report(
         self,
         what: str,
         reason: str,
-        spread: Spread,
-        added: Sequence[str],
-        removed: Sequence[str],
+        moved: Moved,
         began_s: float,
+        added: Sequence[str] = (),
+        removed: Sequence[str] = (),
     ) -> ChangeReport:
-        placement = self._cluster.placement
+        """Return the report of a change, after logging it and keeping it in the history."""
+        placement = self._state.placement
         report = ChangeReport(
             what=what,
             reason=reason,
-            outcome=spread.outcome,
+            outcome=moved.outcome,
             added=tuple(added),
             removed=tuple(removed),
-            moves=tuple(spread.moves),
-            moved_bytes=spread.moved_bytes,
+            moves=moved.moves,
+            moved_bytes=moved.moved_bytes,
             at_s=time.time(),
             took_s=time.monotonic() - began_s,
             epoch=placement.epoch,
@@ -317,125 +312,71 @@ class Elastic:
             self.history.appendleft(report)
         return report
 
-    # What happens by itself.
+    # What happens automatically.
 
-    async def run_forever(self) -> None:
-        """Follow the load, use actors that have come up, and leave nodes that are about to go."""
-        await asyncio.gather(
-            _forever(self._follow_load, LOOK_S),
-            _forever(self._fill_empty, LOOK_S),
-            _forever(self._keep_standby, LOOK_S),
-            _forever(self._leave_nodes, DRAINING_CHECK_S),
-        )
-
-    async def _follow_load(self) -> None:
-        for pool, policy in self._policies.items():
-            actors = self._fleet.of(pool)
-            living = [a for a in actors if a in self._cluster.placement.generations]
-            signals = self.meter.signals(living, SIGNAL_S, pool) if living else None
-            recent = self.meter.signals(living, RECENT_S, pool) if living else None
-            wanted = policy.decide(len(actors), signals, time.monotonic(), recent)
-            if wanted is None:
-                continue
-            if policy.targets.dry_run:
-                self._tell(pool, len(actors), wanted)
-            else:
-                await self._follow(pool, wanted)
-
-    async def _follow(self, pool: str, wanted: Wanted) -> None:
-        before = len(self._fleet.of(pool))
-        try:
-            await self.scale(wanted.actors, pool, reason=wanted.reason)
-        except ExpertMeshError as error:
-            what = f"{pool}: {before} -> {wanted.actors} actors"
-            spread = Spread(f"failed: {error}", (), 0)
-            self._report(what, wanted.reason, spread, (), (), time.monotonic())
-
-    def _tell(self, pool: str, before: int, wanted: Wanted) -> None:
-        """Report what a pool would do, once as long as that is the same."""
-        if self._planned.get(pool) == wanted.actors:
-            return
-        self._planned[pool] = wanted.actors
-        what = f"{pool}: {before} -> {wanted.actors} actors"
-        report = self._report(
-            what, wanted.reason, Spread("planned", (), 0), (), (), time.monotonic()
-        )
-        self.history.appendleft(report)
-
-    async def _fill_empty(self) -> None:
-        """Use actors that came up after what asked for them had stopped waiting."""
-        generations = self._cluster.placement.generations
+    async def use_empty(self) -> None:
+        """Spread experts over actors that came up after their change stopped waiting."""
+        generations = self._state.placement.generations
         empty = [
             actor_id
-            for actor_id, share in self._changes.shares.items()
+            for actor_id, share in self._state.shares.items()
             if not share
             and actor_id in generations
             and actor_id not in self._awaited
             and actor_id not in self._fleet.standby
-            and (actor_id, generations[actor_id]) not in self._filled
+            and (actor_id, generations[actor_id]) not in self._spread_over
         ]
         began_s = time.monotonic()
-        if not empty or self._one_at_a_time.locked() or began_s < self._fill_from_s:
+        if not empty or self._lock.locked() or began_s < self._spread_from_s:
             return
-        async with self._one_at_a_time:
-            spread = await self._fill(empty)
-            if spread.outcome == "committed":
-                what = f"{', '.join(empty)} came up"
-                self._report(what, "waited for", spread, empty, (), began_s)
+        async with self._lock:
+            moved = await self._spread_over_empty(empty)
+            if moved.outcome == "committed":
+                self.report(f"{', '.join(empty)} came up", "waited for", moved, began_s, empty)
 
-    async def _keep_standby(self) -> None:
-        """Have as many actors stand by as each pool wants, once all experts are there."""
-        if self._one_at_a_time.locked() or self._cluster.placement.missing():
+    async def keep_standby(self) -> None:
+        """Start and end standby actors to the number that each pool wants.
+
+        A process that imports torch takes seconds to start, and a machine minutes; a standby actor
+        needs only its experts. Waits until all experts have a copy.
+        """
+        if self._lock.locked() or self._state.placement.missing():
             return
-        async with self._one_at_a_time:
-            await self._standby.keep()
+        async with self._lock:
+            for name, pool in self._fleet.pools.items():
+                standing = self._fleet.standby_of(name)
+                wanted = 0
+                if pool.autoscaling is not None:
+                    wanted = wanted_standby(pool.autoscaling, len(self._fleet.of(name)))
+                for _ in range(wanted - len(standing)):
+                    logger.info("%s starts as a standby", self._start(name, is_standby=True))
+                for actor_id in standing[wanted:]:
+                    await self._keeper.stop(actor_id)
 
-    async def _leave_nodes(self) -> None:
-        """Empty actors whose node Ray is about to take away, after asking for successors."""
-        draining = await asyncio.to_thread(self._cluster.pool.draining)
+    async def leave_nodes(self, draining: Collection[str]) -> None:
+        """Drain the actors on nodes that Ray is about to take away, after asking for successors."""
         self._succeeded &= self._fleet.specs.keys()
         leaving = [
             actor_id
             for actor_id in self._fleet.specs
-            if self._cluster.node_of(actor_id) in draining or actor_id in self._succeeded
+            if self._state.nodes.get(actor_id) in draining or actor_id in self._succeeded
         ]
         if not leaving:
             return
-        async with self._one_at_a_time:
-            leaving = [actor_id for actor_id in leaving if actor_id in self._fleet.specs]
-            # Who stands by there ends, and another one is started elsewhere in time.
-            has_one = self._succeeded | self._fleet.standby
-            without = [actor_id for actor_id in leaving if actor_id not in has_one]
+        async with self._lock:
             began_s = time.monotonic()
-            pools = [self._fleet.pool_of[actor_id] for actor_id in without]
-            added = self._begin(pools, draining)
+            leaving = [actor_id for actor_id in leaving if actor_id in self._fleet.specs]
+            # A standby actor needs no successor here: another one starts elsewhere in time.
+            has_successor = self._succeeded | self._fleet.standby
+            without = [actor_id for actor_id in leaving if actor_id not in has_successor]
+            added = self._grow([self._fleet.pool_of[actor_id] for actor_id in without], draining)
             self._succeeded |= set(without)
             up = await self._wait_up(added, SUCCESSOR_TIMEOUT_S)
-            generations = self._cluster.placement.generations
-            self._filled |= {(a, generations[a]) for a in up if a in generations}
+            generations = self._state.placement.generations
+            self._spread_over |= {(a, generations[a]) for a in up if a in generations}
             what = f"{', '.join(leaving)} to go with their node"
             report = await self._shrink(leaving, what, False, "Ray drains it")
             if added:
                 logger.info("%s took over after %.1f s", ", ".join(up), time.monotonic() - began_s)
             if report.outcome == "committed":
                 self._succeeded -= set(leaving)
-
-
-async def _forever(look: Callable[[], Awaitable[None]], period_s: float) -> None:
-    while True:
-        await asyncio.sleep(period_s)
-        try:
-            await look()
-        except ExpertMeshError as error:
-            logger.info("not scaled: %s", error)
-        except Exception as error:  # Ray's own is away for a moment
-            logger.warning("not scaled (%s)", kind_of(error), exc_info=True)
-
-
-def _moves_of(change: Change) -> tuple[Move, ...]:
-    return tuple(
-        Move(actor_id, *key, is_added=is_added)
-        for by_actor, is_added in ((change.added, True), (change.dropped, False))
-        for actor_id, keys in by_actor.items()
-        for key in keys
-    )

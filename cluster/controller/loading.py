@@ -27,8 +27,8 @@ class Loading:
             self._said_s = now_s
         self._actors[actor_id] = LoadingStatus(actor_id, 0, num_experts, 0)
 
-    def saw(self, report: ActorReport) -> None:
-        """Take what an actor reports meanwhile."""
+    def update(self, report: ActorReport) -> None:
+        """Take a report of an actor that loads."""
         known = self._actors.get(report.actor_id)
         if known is not None:
             held, weight_bytes = len(report.experts), report.weight_bytes

@@ -54,8 +54,8 @@ class Members:
         self._forget()
         return tuple(m.process for m in self._members.values() if m.kind == kind)
 
-    def know(self, kind: str, order: tuple[int, int]) -> bool:
-        """Tell whether all replicas of a kind know this placement or a newer one."""
+    def all_know(self, kind: str, order: tuple[int, int]) -> bool:
+        """Return whether all replicas of a kind know this placement or a newer one."""
         self._forget()
         return all(m.known >= order for m in self._members.values() if m.kind == kind)
 

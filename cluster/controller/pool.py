@@ -1,7 +1,6 @@
-"""Ray's side of the expert pool: creating, finding, asking and killing expert actors.
+"""Ray's side of the expert actors: creates, finds, calls and kills them, and decides nothing.
 
-Nothing is decided here; :mod:`cluster.controller.controller` decides. Every wait but a heartbeat's,
-which the controller looks at, has a deadline.
+Every call has a deadline, except the heartbeat: its caller decides when to give up.
 """
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ from typing import Any
 import ray
 from ray._private.state import available_resources_per_node, state  # nothing public tells these
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.controller.ledger import LedgerStore
 from cluster.spec import (
     ACTOR_NAMESPACE,
     ActorReport,
@@ -29,21 +27,23 @@ from cluster.spec import (
 )
 
 DATA_CALLS = 32
-"""How many dispatch calls may be in an actor at once, each on a thread of its own; a router has at
-most one under way, so this is how many routers' messages can merge."""
+"""How many dispatch calls an actor takes at once, each on its own thread. A router has at most one
+under way, so messages of so many routers can merge into one batch."""
 CONTROL_CALLS = 4
-AGAIN_S = 0.1
+RESEND_S = 0.1
+"""How long to wait before sending a heartbeat again that Ray lost."""
 SERVING_ENVIRONMENT = {
-    # Ray gives workers nice 15, but only once they have started: one that starts, as after a fault,
-    # would halt those that serve beside it.
+    # Ray sets nice 15 only once a worker has started. While one starts, as after a fault, it would
+    # slow the actors that serve beside it.
     "RAY_worker_niceness": "0",
     # A heap per thread would keep memory that no other thread reuses, and grow for hours.
     "MALLOC_ARENA_MAX": "1",
-    # Up to so many bytes Ray carries what it carries in the call itself. Its own 100 KB are fewer
-    # than a step's rows of a large model, and by the object store a call takes twice as long.
+    # Arguments and results up to this size travel inside the call. Ray's default of 100 KB is
+    # less than a step's rows of a large model, and through the object store a call takes twice as
+    # long.
     "RAY_max_direct_call_object_size": "1048576",
 }
-"""Environment variables of every process that requests or the control of them go through."""
+"""Environment variables of all serving processes: gateways, routers, controller, expert actors."""
 
 
 def actor_options(
@@ -51,7 +51,7 @@ def actor_options(
 ) -> dict[str, Any]:
     """Return the Ray options of an expert actor: detached, never restarted by Ray itself.
 
-    ``environment`` is what its process is to have beside what every one has.
+    ``environment`` adds variables to those of every expert actor's process.
     """
     return {
         "name": name,
@@ -69,13 +69,13 @@ def actor_options(
                 **SERVING_ENVIRONMENT,
                 # Threads started later than torch.set_num_threads obey only the environment.
                 "OMP_NUM_THREADS": str(spec.threads),
-                # Rearranged weights must not lie in the heap; plain ones never do (experts.pages).
+                # Rearranged weights stay out of the heap; plain weights never lie in it.
                 "MALLOC_MMAP_THRESHOLD_": "1048576",
-                # But what products let go is needed by the next ones; fresh pages cost more.
+                # The next products reuse the heap of the last ones; fresh pages cost more.
                 "MALLOC_TRIM_THRESHOLD_": "33554432",
-                # oneDNN keeps the code that it compiles for each shape of a product, 0.5 MB, and
-                # torch a description of it for each thread, 0.5 MB too; both keep 1024 by default,
-                # and prompts bring new numbers of rows for ever.
+                # Each shape of a product costs 0.5 MB of code compiled by oneDNN and 0.5 MB of
+                # torch's description of it a thread. Both caches keep 1024 shapes by default, and
+                # prompts bring ever new numbers of rows.
                 "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
                 "LRU_CACHE_CAPACITY": "1",
                 **environment,
@@ -85,38 +85,37 @@ def actor_options(
 
 
 class ExpertPool:
-    """The actors of one application, all of one injected class."""
+    """The actors of one application, all of one injected class.
+
+    Calls of a dead actor raise ``RayActorError``. What an actor raises itself comes as it is, but
+    from :meth:`describe` as ``RayTaskError``.
+    """
 
     def __init__(
         self,
         app: str,
-        specs: Mapping[str, ActorSpec],
         actor_class: type,
         environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """``specs`` are by actor; ``actor_class`` takes (spec, actor_id, generation, epoch).
+        """``actor_class`` takes (spec, actor_id, generation, epoch).
 
-        ``environment`` is for the processes of all, and not part of what they are made of: an actor
-        that has another is adopted.
+        ``environment`` adds variables to the actors' processes. It is not part of their
+        specification: an actor that was started with other variables is adopted.
         """
         self._app = app
-        self._specs = specs
         self._environment = environment
-        self.ledger = LedgerStore(app)
         self._remote = ray.remote(concurrency_groups={"control": CONTROL_CALLS})(actor_class)
 
     def create(
-        self, actor_id: str, generation: int, epoch: int, node: str | None = None
+        self, spec: ActorSpec, actor_id: str, generation: int, epoch: int, node: str | None = None
     ) -> ActorHandle:
         """Ask Ray for a new actor; returns at once, the first call waits for its start.
 
-        It comes on ``node``, when that is given and lives, and waits there for room; else wherever
-        Ray puts it.
+        The actor starts on ``node`` if that is given and alive, and waits there for resources.
+        Otherwise Ray chooses the node.
         """
-        spec = self._specs[actor_id]
-        options = actor_options(
-            spec, actor_name(self._app, actor_id, generation), self._environment
-        )
+        name = actor_name(self._app, actor_id, generation)
+        options = actor_options(spec, name, self._environment)
         if node is not None:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
         return self._remote.options(**options).remote(spec, actor_id, generation, epoch)
@@ -135,13 +134,13 @@ class ExpertPool:
             found.append((*parsed, handle))
         return found
 
-    def shortage(self, actor_id: str) -> str:
-        """Return what an actor that Ray has not started waits for, for people."""
-        return shortage(self._needed(actor_id), ray.nodes())
+    def shortage(self, spec: ActorSpec) -> str:
+        """Say which resources an actor waits for that Ray has not started."""
+        return shortage(_needed(spec), ray.nodes())
 
-    def nodes_for(self, actor_id: str) -> list[str]:
-        """Return the living nodes that have room for an actor now, and are to stay."""
-        needed, free = self._needed(actor_id), available_resources_per_node()
+    def nodes_for(self, spec: ActorSpec) -> list[str]:
+        """Return the living nodes that have free resources for an actor and are not draining."""
+        needed, free = _needed(spec), available_resources_per_node()
         draining = self.draining()
         return [
             node["NodeID"]
@@ -150,49 +149,52 @@ class ExpertPool:
         ]
 
     def nodes(self) -> list[str]:
-        """Return the nodes that live."""
+        """Return the living nodes."""
         return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
 
     def draining(self) -> set[str]:
         """Return the nodes that Ray is about to take away: scaled down, or with a spot notice."""
         return set(state.get_draining_nodes())
 
-    def _needed(self, actor_id: str) -> dict[str, float]:
-        spec = self._specs[actor_id]
-        needed = {"CPU": spec.num_cpus, "GPU": spec.num_gpus, **spec.resources}
-        return {name: amount for name, amount in needed.items() if amount}
-
     async def describe(self, handle: ActorHandle, timeout_s: float) -> ActorReport:
-        """Ask an actor what it is and holds."""
-        return await _within(handle.describe.remote(), timeout_s)
+        """Return an actor's report without renewing its lease."""
+        async with asyncio.timeout(timeout_s):
+            report: ActorReport = await handle.describe.remote()
+            return report
 
     async def heartbeat(self, handle: ActorHandle, epoch: int) -> ActorReport:
-        """Renew an actor's lease and get its report; how long to wait is the caller's business.
+        """Renew an actor's lease and return its report; has no deadline of its own.
 
-        A call that Ray lost on its way says nothing of the actor, and is made again.
+        A call that Ray lost on its way says nothing of the actor, and is sent again.
         """
         while True:
             try:
-                report: ActorReport = await handle.heartbeat.remote(epoch)
-                return report
+                return await _own_errors(handle.heartbeat.remote(epoch))
             except ActorUnavailableError:
-                await asyncio.sleep(AGAIN_S)
+                await asyncio.sleep(RESEND_S)
 
     async def load(
         self, handle: ActorHandle, epoch: int, keys: Sequence[ExpertKey], timeout_s: float
     ) -> ActorReport:
         """Have an actor load experts; returns when it holds them."""
-        return await _within(handle.load.remote(epoch, list(keys)), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            return await _own_errors(handle.load.remote(epoch, list(keys)))
 
     async def unload(
         self, handle: ActorHandle, epoch: int, keys: Sequence[ExpertKey], timeout_s: float
     ) -> ActorReport:
-        """Have an actor let experts go."""
-        return await _within(handle.unload.remote(epoch, list(keys)), timeout_s)
+        """Have an actor free experts' memory."""
+        async with asyncio.timeout(timeout_s):
+            return await _own_errors(handle.unload.remote(epoch, list(keys)))
 
     def kill(self, handle: ActorHandle) -> None:
-        """End an actor at once; routers see it as dead and try elsewhere."""
+        """End an actor at once; routers see it as dead and ask other copies."""
         ray.kill(handle, no_restart=True)
+
+
+def _needed(spec: ActorSpec) -> dict[str, float]:
+    needed = {"CPU": spec.num_cpus, "GPU": spec.num_gpus, **spec.resources}
+    return {name: amount for name, amount in needed.items() if amount}
 
 
 def _fitting(
@@ -206,7 +208,7 @@ def _has(resources: Mapping[str, float], needed: Mapping[str, float]) -> bool:
 
 
 def shortage(needed: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) -> str:
-    """Return why no node takes an actor that needs these resources; ``nodes`` as Ray lists them."""
+    """Say why no node takes an actor that needs these resources; ``nodes`` as Ray lists them."""
     asked = ", ".join(f"{name} {amount:g}" for name, amount in needed.items())
     if fitting := _fitting(needed, nodes):
         return f"it needs {asked}, which is in use on all nodes that have it ({len(fitting)})"
@@ -216,26 +218,14 @@ def shortage(needed: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) ->
     return f"it needs {asked}; none of the {len(alive)} nodes has {what}"
 
 
-async def _within(answer: Awaitable[ActorReport], timeout_s: float) -> ActorReport:
-    async with asyncio.timeout(timeout_s):
-        return await answer
-
-
-def cause_of(error: RayTaskError) -> Exception:
-    """Return the actor's own exception instead of Ray's wrapper with its stack."""
-    cause = error.cause
-    return cause if isinstance(cause, Exception) else error
+async def _own_errors(call: Awaitable[ActorReport]) -> ActorReport:
+    """Await a call; raises the actor's own exception instead of Ray's wrapper with its stack."""
+    try:
+        return await call
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
 
 def kind_of(error: BaseException) -> str:
     """Return an error's class by name."""
     return type(error).__name__
-
-
-def reason_of(error: BaseException) -> str:
-    """Return what is said of an actor that is replaced because of an error."""
-    if isinstance(error, TimeoutError):
-        return "does not answer; replacing it"
-    if isinstance(error, RayActorError):
-        return "died; replacing it"
-    return f"{kind_of(error)}; replacing it"

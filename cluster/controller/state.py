@@ -1,68 +1,148 @@
-"""The state of the cluster that the controller owns."""
+"""The state of the cluster: the published placement, and what is known of each actor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 from ray.actor import ActorHandle
 
-from cluster.controller.pool import ExpertPool
-from cluster.placement.placement import Placement
-from cluster.spec import ActorReport
+from cluster.controller.adopt import Adopted
+from cluster.controller.fleet import Fleet
+from cluster.controller.ledger import Ledger, LedgerStore
+from cluster.placement.change import Shares
+from cluster.placement.placement import Placement, assign_experts, empty_placement
+from cluster.spec import ActorReport, ModelExperts
+
+logger = logging.getLogger("expertmesh.controller")
 
 
-class Cluster(Protocol):
-    """What a controller has and does, as far as changes need it."""
+class ClusterState:
+    """The placement and the actors of one application, changed on one event loop.
 
-    @property
-    def pool(self) -> ExpertPool:
-        """The actors' side."""
-        ...
+    ``placement`` changes through :meth:`publish` alone, which wakes every :meth:`wait_for`. Of each
+    actor there are: in ``shares`` the experts that it is to hold, in ``nodes`` the node that it
+    runs on or ran on last; and while it serves, in ``handles`` its handle and in ``reports`` its
+    last report. ``is_deleted`` says that Serve deletes the application.
+    """
 
-    @property
-    def placement(self) -> Placement:
-        """What is published."""
-        ...
+    def __init__(
+        self,
+        models: Sequence[ModelExperts],
+        fleet: Fleet,
+        min_copies: int,
+        ledger: LedgerStore,
+    ) -> None:
+        """Begin without actors; raises :class:`ConfigError` where the fleet cannot hold all."""
+        self.models, self.fleet, self.min_copies = tuple(models), fleet, min_copies
+        self.placement = empty_placement(0, self.models)
+        self.shares: Shares = {}
+        self.nodes: dict[str, str] = {}
+        self.handles: dict[str, ActorHandle] = {}
+        self.reports: dict[str, ActorReport] = {}
+        self.is_deleted = False
+        self._generations: defaultdict[str, int] = defaultdict(int)
+        """The last generation of every actor that there ever was."""
+        self._ledger = ledger
+        self._changed = asyncio.Condition()
+        self.assign()
 
-    @property
-    def reports(self) -> Mapping[str, ActorReport]:
-        """What each living actor has reported last."""
-        ...
-
-    @property
-    def handles(self) -> Mapping[str, ActorHandle]:
-        """The actors that are in the placement."""
-        ...
+    # The placement.
 
     async def publish(self, change: Callable[[Placement], Placement]) -> None:
-        """Publish what ``change`` makes of the placement; nothing where it raises."""
-        ...
+        """Publish ``change(placement)``; nothing where it raises."""
+        async with self._changed:
+            # Computed under the lock: concurrent changes must not undo each other.
+            placement = change(self.placement)
+            is_complete = self.placement.missing() and not placement.missing()
+            self.placement = placement
+            self._changed.notify_all()
+        if is_complete:
+            logger.info(
+                "all %d experts have a live copy (epoch %d, placement %d)",
+                len(placement.holders),
+                *placement.order,
+            )
 
-    async def wait_for(self, condition: Callable[[Placement], bool]) -> None:
-        """Wait until the placement satisfies a condition."""
-        ...
+    async def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition holds; it is checked after each change of the placement."""
+        async with self._changed:
+            await self._changed.wait_for(condition)
 
-    def is_known(self, order: tuple[int, int]) -> bool:
-        """Tell whether all routers that are heard of know this version or a newer one."""
-        ...
+    async def mark_deleted(self) -> None:
+        """Note that Serve deletes the application, and wake all who wait."""
+        async with self._changed:
+            self.is_deleted = True
+            self._changed.notify_all()
 
-    def look_at(self, actor_id: str) -> None:
-        """Have an actor's keeper look at it now."""
-        ...
+    def assign(self) -> None:
+        """Decide what each actor is to hold; actors in the placement keep what they hold.
 
-    def begin(self, actor_id: str) -> None:
-        """Bring up an actor that has joined the fleet; returns at once."""
-        ...
+        Where the fleet has an actor that never was before, all experts are dealt out anew, so that
+        it gets a share.
+        """
+        actor_ids, budgets_bytes = self.fleet.in_use(), self.fleet.budgets_bytes
+        is_same_fleet = all(self._generations.get(actor_id, 0) for actor_id in actor_ids)
+        held = self.placement.held() if is_same_fleet else {}
+        self.shares = assign_experts(
+            self.models, actor_ids, budgets_bytes, self.min_copies, self.nodes, held
+        )
+        self.shares |= {actor_id: [] for actor_id in self.fleet.standby}
 
-    def joined(self) -> None:
-        """Note that an actor which stood by is in use now."""
-        ...
+    # The actors.
 
-    async def end(self, actor_id: str) -> None:
-        """End an actor that holds nothing any more, and take it out of the fleet."""
-        ...
+    def next_generation(self, actor_id: str) -> int:
+        """Return the generation of an actor that is about to be created, and record it."""
+        self._generations[actor_id] += 1
+        self.record()
+        return self._generations[actor_id]
 
-    def node_of(self, actor_id: str) -> str | None:
-        """Return the node that an actor runs on, or ran on last, if it ever did."""
-        ...
+    async def add(self, actor_id: str, handle: ActorHandle, report: ActorReport) -> None:
+        """Take an actor that serves now into the placement, with the experts that it reports."""
+        self.handles[actor_id], self.reports[actor_id] = handle, report
+        self.nodes[actor_id] = report.node
+        await self.publish(
+            lambda placement: placement.with_actor(actor_id, report.generation, report.experts)
+        )
+
+    async def leave_placement(self, actor_id: str) -> bool:
+        """Publish that an actor holds nothing; returns whether it was in the placement."""
+        is_placed = actor_id in self.placement.generations
+        if is_placed:
+            await self.publish(lambda placement: placement.without(actor_id))
+        return is_placed
+
+    def forget(self, actor_id: str) -> None:
+        """Drop the handle and the report of an actor that is dead."""
+        self.handles.pop(actor_id, None)
+        self.reports.pop(actor_id, None)
+
+    def remove(self, actor_id: str) -> None:
+        """Drop an actor that left the fleet."""
+        self.forget(actor_id)
+        self.shares.pop(actor_id, None)
+        self.nodes.pop(actor_id, None)
+
+    # What must outlive the controller.
+
+    def take_over(self, adopted: Adopted, ledger: Ledger) -> None:
+        """Begin the next epoch with the adopted actors in the placement.
+
+        An empty placement would tell routers that living experts are lost.
+        """
+        for generations in (adopted.generations, ledger.generations):
+            for actor_id, generation in generations.items():
+                self._generations[actor_id] = max(generation, self._generations[actor_id])
+        placement = empty_placement(max(adopted.epoch, ledger.epoch) + 1, self.models)
+        for actor_id, report in adopted.reports.items():
+            placement = placement.with_actor(actor_id, report.generation, report.experts)
+            self.nodes[actor_id] = report.node
+        self.placement = placement
+        self.record()
+
+    def record(self) -> None:
+        """Write down what the next controller must go beyond, even if no actor survives."""
+        epoch, generations = self.placement.epoch, dict(self._generations)
+        self._ledger.write(Ledger(epoch, generations, self.fleet.members()))

@@ -15,6 +15,8 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.schema import TracingConfig
 
 from cluster.controller.controller import Controller
+from cluster.controller.ledger import LedgerStore
+from cluster.controller.pool import ExpertPool
 from cluster.spec import PoolSpec
 from experts.remote import RemoteExpertActor
 from experts.tracing import EXPORTER_VARIABLE, TO_FILES
@@ -44,10 +46,10 @@ class ControllerDeployment(Controller):
             super().__init__(
                 app,
                 named,
-                self.actor_class,
+                ExpertPool(app, self.actor_class, await tracing_environment()),
+                LedgerStore(app),
                 experts.min_copies,
                 experts.rebalance_period_s,
-                await tracing_environment(),
             )
             await self.start()
         self._deletion = asyncio.create_task(self.look_for_deletion(), name="deletion")

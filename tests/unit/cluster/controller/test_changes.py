@@ -11,51 +11,29 @@ from cluster.controller import changes as changes_module
 from cluster.controller import members
 from cluster.errors import CheckpointError, UnavailableError
 from cluster.placement.change import Change
-from cluster.placement.placement import Placement
 from cluster.spec import ExpertKey
-from tests.unit.cluster.controller.test_controller import (  # noqa: F401 - the fixture is used by its name
+from tests.unit.cluster.controller.fakes import (
     Cluster,
     FakeActor,
     FakePool,
-    _short_periods,
     happens,
     run,
     running,
+    settled,
     spec_of,
 )
+
+pytestmark = pytest.mark.usefixtures("short_periods")
 
 KEY = ExpertKey("m", 0, 0)
 
 
 def moving(cluster: Cluster) -> tuple[Change, str, str]:
     """Return a change that moves KEY, from whom, and to whom."""
-    shares = cluster.controller._changes.shares
+    shares = cluster.state.shares
     source = next(actor_id for actor_id, keys in shares.items() if KEY in keys)
     target = next(actor_id for actor_id, keys in shares.items() if KEY not in keys)
     return Change({target: [KEY]}, {source: [KEY]}), source, target
-
-
-async def settled(cluster: Cluster, min_copies: int) -> Placement:
-    """Wait until each actor holds its share and no more, and the placement says just that."""
-
-    def is_settled() -> bool:
-        placement = cluster.controller._placement
-        living = {actor.actor_id: actor for actor in cluster.pool.actors if actor.alive}
-        shares = cluster.controller._changes.shares
-        return (
-            placement.fewest_copies() >= min_copies
-            and all(
-                sorted(living[actor_id].keys)
-                == sorted(keys)
-                == sorted(key for key, actors in placement.holders.items() if actor_id in actors)
-                for actor_id, keys in shares.items()
-                if actor_id in living
-            )
-            and living.keys() == shares.keys()
-        )
-
-    await happens(is_settled)
-    return cluster.controller._placement
 
 
 def test_a_copy_moves_in_one_version_and_is_let_go_afterwards() -> None:
@@ -64,7 +42,7 @@ def test_a_copy_moves_in_one_version_and_is_let_go_afterwards() -> None:
             before = await cluster.complete()
             change, source, target = moving(cluster)
             published = len(cluster.published)
-            await cluster.controller._changes.apply(change)
+            await cluster.changes.apply(change)
             assert len(cluster.published) == published + 1
             after = cluster.published[-1]
             assert after.holders == {**before.holders, KEY: (target,)}
@@ -82,9 +60,9 @@ def test_what_is_dropped_stays_until_every_router_knows_it() -> None:
             for pid in (1, 2):
                 await cluster.controller.watch("router", pid, "n", before, 0)
             change, source, _ = moving(cluster)
-            applied = asyncio.create_task(cluster.controller._changes.apply(change))
-            await happens(lambda: cluster.controller._placement.order > before)
-            now, [holder] = cluster.controller._placement.order, cluster.pool.of(source)
+            applied = asyncio.create_task(cluster.changes.apply(change))
+            await happens(lambda: cluster.state.placement.order > before)
+            now, [holder] = cluster.state.placement.order, cluster.pool.of(source)
             await cluster.controller.watch("router", 1, "n", now, 0)
             await cluster.controller.watch("gateway", 3, "n", now, 0)
             beats = holder.heartbeats
@@ -106,8 +84,8 @@ def test_a_router_that_is_silent_for_long_is_not_waited_for(
             before = (await cluster.complete()).order
             await cluster.controller.watch("router", 1, "n", before, 0)
             change, source, _ = moving(cluster)
-            applied = asyncio.create_task(cluster.controller._changes.apply(change))
-            await happens(lambda: cluster.controller._placement.order > before)
+            applied = asyncio.create_task(cluster.changes.apply(change))
+            await happens(lambda: cluster.state.placement.order > before)
             assert KEY in cluster.pool.of(source)[0].keys
             monkeypatch.setattr(members, "MEMBER_TTL_S", 0)
             await applied
@@ -125,9 +103,9 @@ def test_a_change_that_waits_too_long_for_routers_returns_and_lets_go_later(
         async with running(3) as cluster:
             await cluster.controller.watch("router", 1, "n", (await cluster.complete()).order, 0)
             change, source, _ = moving(cluster)
-            await cluster.controller._changes.apply(change)
+            await cluster.changes.apply(change)
             assert KEY in cluster.pool.of(source)[0].keys
-            now = cluster.controller._placement.order
+            now = cluster.state.placement.order
             await cluster.controller.watch("router", 1, "n", now, 0)
             await settled(cluster, 1)
 
@@ -138,20 +116,20 @@ def test_what_would_lose_an_expert_or_its_copies_is_refused() -> None:
     async def test() -> None:
         async with running(3, min_copies=2) as cluster:
             before = await cluster.until(lambda p: p.fewest_copies() == 2)
-            shares = {a: list(keys) for a, keys in cluster.controller._changes.shares.items()}
+            shares = {a: list(keys) for a, keys in cluster.state.shares.items()}
             first, second = before.holders[KEY]
             for dropped, message in (
                 ({first: [KEY]}, "1 copies"),
                 ({first: [KEY], second: [KEY]}, "0"),
             ):
                 with pytest.raises(UnavailableError, match=f"refused: .* would have {message}"):
-                    await cluster.controller._changes.apply(Change({}, dropped))
-            cluster.controller._changes.shares["expert-9"] = []
+                    await cluster.changes.apply(Change({}, dropped))
+            cluster.state.shares["expert-9"] = []
             with pytest.raises(UnavailableError, match="expert-9 is not there"):
-                await cluster.controller._changes.apply(Change({"expert-9": [KEY]}, {}))
-            del cluster.controller._changes.shares["expert-9"]
-            assert cluster.controller._changes.shares == shares
-            assert cluster.controller._placement == before
+                await cluster.changes.apply(Change({"expert-9": [KEY]}, {}))
+            del cluster.state.shares["expert-9"]
+            assert cluster.state.shares == shares
+            assert cluster.state.placement == before
 
     run(test)
 
@@ -161,13 +139,13 @@ def test_a_drop_is_refused_while_the_other_copy_is_dead() -> None:
         async with running(3) as cluster:
             await cluster.complete()
             change, source, target = moving(cluster)
-            await cluster.controller._changes.apply(Change(change.added, {}))
+            await cluster.changes.apply(Change(change.added, {}))
             gate = asyncio.Event()
             cluster.pool.load_gate = lambda actor: gate.wait()
             cluster.pool.of(target)[0].alive = False
             await cluster.until(lambda p: target not in p.generations)
             with pytest.raises(UnavailableError, match="would have no live copy"):
-                await cluster.controller._changes.apply(Change({}, {source: [KEY]}))
+                await cluster.changes.apply(Change({}, {source: [KEY]}))
             assert KEY in cluster.pool.of(source)[0].keys
             gate.set()
             await settled(cluster, 1)
@@ -190,13 +168,13 @@ def test_changes_at_the_same_time_are_made_one_after_the_other() -> None:
                 loading.remove(actor.actor_id)
 
             cluster.pool.load_gate = gate
-            shares = cluster.controller._changes.shares
+            shares = cluster.state.shares
             changes = [
                 Change({target: [key]}, {source: [key]})
                 for source, keys in shares.items()
                 for key, target in zip(keys, [a for a in shares if a != source], strict=False)
             ]
-            await asyncio.gather(*(cluster.controller._changes.apply(one) for one in changes))
+            await asyncio.gather(*(cluster.changes.apply(one) for one in changes))
             assert most == 1
             placement = await settled(cluster, 1)
             assert all(len(actors) == 1 for actors in placement.holders.values())
@@ -205,7 +183,9 @@ def test_changes_at_the_same_time_are_made_one_after_the_other() -> None:
     run(test)
 
 
-@pytest.mark.parametrize("failure", [CheckpointError("gone", "file"), TimeoutError(), OSError()])
+@pytest.mark.parametrize(
+    "failure", [CheckpointError("gone", "file"), TimeoutError(), OSError(), ValueError()]
+)
 def test_a_copy_that_cannot_be_loaded_changes_nothing(failure: Exception) -> None:
     async def test() -> None:
         async with running(3, min_copies=2) as cluster:
@@ -222,7 +202,7 @@ def test_a_copy_that_cannot_be_loaded_changes_nothing(failure: Exception) -> Non
             source = before.holders[KEY][0]
             change = Change({targets[0]: [KEY], more: [other]}, {source: [KEY]})
             with pytest.raises(UnavailableError, match=f"{targets[0]} did not load"):
-                await cluster.controller._changes.apply(change)
+                await cluster.changes.apply(change)
             assert await settled(cluster, 2) == before
 
     run(test)
@@ -255,7 +235,7 @@ def test_a_fault_between_any_two_steps_loses_no_expert(step: str, fault: str) ->
 
             at(step, cluster, strike, target)
             change = Change({target: [KEY]}, {source: [KEY]})
-            applied = asyncio.create_task(cluster.controller._changes.apply(change))
+            applied = asyncio.create_task(cluster.changes.apply(change))
             [outcome] = await asyncio.gather(applied, return_exceptions=True)
             assert struck.is_set()
             assert outcome is None or isinstance(
@@ -268,7 +248,7 @@ def test_a_fault_between_any_two_steps_loses_no_expert(step: str, fault: str) ->
                 return
         pool.load_gate = None
         async with running(3, pool, min_copies=2) as successor:
-            assert successor.controller._placement.missing() == []
+            assert successor.state.placement.missing() == []
             await settled(successor, 2)
             assert all(one.missing() == [] for one in successor.published)
 
@@ -277,7 +257,7 @@ def test_a_fault_between_any_two_steps_loses_no_expert(step: str, fault: str) ->
 
 def at(step: str, cluster: Cluster, strike: Callable[[], object], target: str) -> None:
     """Have ``strike`` awaited at a step of the next change."""
-    pool, publish = cluster.pool, cluster.controller._publish
+    pool, publish = cluster.pool, cluster.state.publish
     load, unload = pool.load, pool.unload
 
     async def striking_load(actor, *args):  # type: ignore[no-untyped-def]
@@ -295,8 +275,8 @@ def at(step: str, cluster: Cluster, strike: Callable[[], object], target: str) -
 
     async def striking_publish(change):  # type: ignore[no-untyped-def]
         await publish(change)
-        if step == "committed" and target in cluster.controller._placement.holders[KEY]:
+        if step == "committed" and target in cluster.state.placement.holders[KEY]:
             await strike()  # type: ignore[misc]
 
     pool.load, pool.unload = striking_load, striking_unload  # type: ignore[method-assign]
-    cluster.controller._publish = striking_publish  # type: ignore[method-assign]
+    cluster.state.publish = striking_publish  # type: ignore[method-assign]

@@ -10,62 +10,28 @@ import pytest
 
 from cluster.controller import elastic as elastic_module
 from cluster.controller.controller import Controller
-from cluster.errors import CheckpointError, InvalidRequestError, UnavailableError, error_from_wire
-from cluster.placement.placement import Placement
-from cluster.reports import ChangeReport, LoadStatus
-from cluster.spec import ExpertKey, PoolSpec, ScalingTargets
-from tests.unit.cluster.controller.test_changes import settled
-from tests.unit.cluster.controller.test_controller import (  # noqa: F401 - the fixture is used by its name
+from cluster.errors import CheckpointError, InvalidRequestError, UnavailableError
+from cluster.reports import LoadStatus
+from cluster.spec import ExpertKey, PoolSpec
+from tests.unit.cluster.controller.fakes import (
     NUM_EXPERTS,
+    TARGETS,
     Cluster,
     FakeActor,
     FakePool,
-    _short_periods,
+    autoscaled,
+    busy,
+    done,
     happens,
+    never_lost,
     run,
     running,
+    settled,
+    sizes,
     spec_of,
 )
-from tests.unit.cluster.controller.test_rebalance import busy
 
-TARGETS = ScalingTargets(
-    min_actors=1,
-    max_actors=4,
-    target_busy=0.5,
-    target_queue_s=0.01,
-    upscale_delay_s=0.05,
-    downscale_delay_s=0.2,
-)
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elastic_module, "LOOK_S", 0.01)
-    monkeypatch.setattr(elastic_module, "DRAINING_CHECK_S", 0.01)
-    monkeypatch.setattr(elastic_module, "FILL_AGAIN_S", 0.01)
-    monkeypatch.setattr(elastic_module, "UP_TIMEOUT_S", 5.0)
-    monkeypatch.setattr(elastic_module, "SUCCESSOR_TIMEOUT_S", 0.2)
-
-
-async def done(call: Awaitable[dict[str, Any]]) -> ChangeReport:
-    told = await call
-    if "error" in told:
-        raise error_from_wire(told["error"])
-    return ChangeReport.from_wire(told["report"])
-
-
-def never_lost(cluster: Cluster, since: int = 0) -> bool:
-    """Tell whether every expert had a copy in all placements published ``since``."""
-    return all(not placement.missing() for placement in cluster.published[since:])
-
-
-def sizes(placement: Placement) -> dict[str, int]:
-    """Return how many experts each actor holds."""
-    counts = dict.fromkeys(placement.generations, 0)
-    for actors in placement.holders.values():
-        for actor_id in actors:
-            counts[actor_id] += 1
-    return counts
+pytestmark = pytest.mark.usefixtures("short_periods", "quick_scaling")
 
 
 def test_experts_spread_over_new_actors_and_come_back_when_they_go() -> None:
@@ -91,7 +57,7 @@ def test_experts_spread_over_new_actors_and_come_back_when_they_go() -> None:
             assert len(again.added) == 3
             assert sizes(await settled(cluster, 1)) == {f"expert-{i}": 2 for i in range(4)}
             # Ids are used again, generations never.
-            assert sorted(cluster.controller._placement.generations.values()) == [1, 2, 2, 2]
+            assert sorted(cluster.state.placement.generations.values()) == [1, 2, 2, 2]
             load = LoadStatus.from_wire(await cluster.controller.load())
             assert load.changes == (again, shrunk, grown)
 
@@ -113,7 +79,7 @@ def test_a_dry_run_tells_what_would_be_and_changes_nothing() -> None:
             copied = await done(controller.set_copies("m", 0, 0, 2, True))
             assert (copied.outcome, len(copied.moves)) == ("planned", 1)
             assert (await done(controller.scale(2, "", False))).outcome == "unchanged"
-            assert controller._placement == before
+            assert cluster.state.placement == before
             assert len(cluster.pool.actors) == 2
             assert LoadStatus.from_wire(await controller.load()).changes == ()
 
@@ -145,7 +111,7 @@ def test_what_is_out_of_bounds_is_refused_and_changes_nothing(case: str) -> None
             with pytest.raises(InvalidRequestError) as caught:
                 await done(ask(cluster.controller))
             assert words in str(caught.value)
-            assert cluster.controller._placement == before
+            assert cluster.state.placement == before
 
     run(test)
 
@@ -157,14 +123,14 @@ def test_no_fewer_actors_than_copies_or_than_budgets_hold() -> None:
             with pytest.raises(InvalidRequestError, match="from 2 to 1000"):
                 await done(cluster.controller.scale(1, "", False))
             assert (await done(cluster.controller.scale(2, "", False))).outcome == "committed"
-            assert cluster.controller._placement.fewest_copies() == 2
+            assert cluster.state.placement.fewest_copies() == 2
         tight = Cluster(pools={"expert": (3, 40)})  # 80 bytes of experts: two may not hold them
         await tight.start()
         await tight.complete()
         assert (await done(tight.controller.scale(2, "", False))).outcome == "committed"
         with pytest.raises(InvalidRequestError, match="refused"):
             await done(tight.controller.scale(1, "", False))
-        assert len(tight.controller._placement.generations) == 2
+        assert len(tight.state.placement.generations) == 2
         await tight.stop()
 
     run(test)
@@ -205,7 +171,7 @@ def test_an_actor_that_cannot_be_emptied_stays() -> None:
             assert report.outcome.startswith("failed: ")
             assert "gone" in report.outcome
             assert (report.removed, report.moves) == ((), ())
-            assert cluster.controller._placement.holders == before.holders
+            assert cluster.state.placement.holders == before.holders
             cluster.pool.load_gate = None
             assert (await done(cluster.controller.scale(1, "", False))).outcome == "committed"
 
@@ -238,7 +204,7 @@ def test_an_actor_that_ray_has_no_device_for_is_told_and_used_when_it_comes(
             assert waiting.killed
             assert (await done(cluster.controller.scale(3, "", False))).outcome[:7] == "pending"
             room.set()
-            await happens(lambda: bool(cluster.controller._changes.shares["expert-2"]))
+            await happens(lambda: bool(cluster.state.shares["expert-2"]))
             assert sizes(await settled(cluster, 1))["expert-2"] > 0
             history = cluster.controller._elastic.history
             await happens(lambda: history[0].what == "expert-2 came up")
@@ -324,7 +290,7 @@ def test_a_node_is_left_while_another_change_waits_for_a_device() -> None:
             pool.draining_ids = {"n1"}
             pool.node_ids = ["n0"]
             await happens(lambda: pool.of("expert-1")[-1].killed)
-            assert sizes(cluster.controller._placement) == {"expert-0": 4, "expert-3": 4}
+            assert sizes(cluster.state.placement) == {"expert-0": 4, "expert-3": 4}
             forever.set()
             report = await growing
             assert (report.outcome, report.added) == ("committed", ("expert-2",))
@@ -348,24 +314,12 @@ def test_without_room_for_successors_those_who_stay_take_over() -> None:
             pool.load_gate = waits
             pool.draining_ids = {"n1"}
             await happens(lambda: pool.of("expert-1")[-1].killed)
-            assert sizes(cluster.controller._placement) == {"expert-0": 2 * NUM_EXPERTS}
+            assert sizes(cluster.state.placement) == {"expert-0": 2 * NUM_EXPERTS}
             forever.set()  # when there is a place again, it is used
-            await happens(lambda: bool(cluster.controller._changes.shares["expert-2"]))
+            await happens(lambda: bool(cluster.state.shares["expert-2"]))
             assert sizes(await settled(cluster, 1)) == {"expert-0": 4, "expert-2": 4}
 
     run(test)
-
-
-async def autoscaled(pool: FakePool | None = None, **changes: Any) -> Cluster:
-    """Start a cluster whose one pool follows its load."""
-    cluster = Cluster(pool=pool, autoscaling=ScalingTargets(**{**vars_of(TARGETS), **changes}))
-    await cluster.start()
-    await cluster.complete()
-    return cluster
-
-
-def vars_of(targets: ScalingTargets) -> dict[str, Any]:
-    return {name: getattr(targets, name) for name in targets.__slots__}
 
 
 def test_actors_come_with_load_and_go_when_it_is_gone() -> None:
@@ -376,7 +330,7 @@ def test_actors_come_with_load_and_go_when_it_is_gone() -> None:
         cluster.pool.work_s = 0.0
         history = cluster.controller._elastic.history
         await happens(lambda: bool(history and history[0].removed))
-        await happens(lambda: len(cluster.controller._placement.generations) == 1)
+        await happens(lambda: len(cluster.state.placement.generations) == 1)
         assert never_lost(cluster, 2)
         changes = LoadStatus.from_wire(await cluster.controller.load()).changes
         assert {change.outcome for change in changes} == {"committed"}
@@ -429,7 +383,7 @@ def test_a_superseded_controller_scales_no_more() -> None:
         cluster = await autoscaled()
         for actor in cluster.pool.actors:
             actor.epoch = 2
-        await happens(lambda: all(task.done() for task in cluster.controller._tasks))
+        await happens(lambda: all(task.done() for task in cluster.controller._loops))
         cluster.pool.work_s = 2.0
         assert len(cluster.pool.actors) == 2
         await cluster.stop()

@@ -16,7 +16,7 @@ def test_nobody_loads_at_first_and_nothing_is_said() -> None:
     loading = Loading()
     assert loading.status() == ()
     assert loading.notice(1e9) is None
-    loading.saw(report("stranger", 3))
+    loading.update(report("stranger", 3))
     loading.end("stranger")
     assert loading.status() == ()
 
@@ -26,7 +26,7 @@ def test_what_takes_long_is_said_once_in_a_while_for_all_together() -> None:
     loading.begin("b", 8, 100.0)
     loading.begin("a", 4, 103.0)
     assert loading.notice(100.0 + NOTICE_S - 0.1) is None
-    loading.saw(report("b", 3))
+    loading.update(report("b", 3))
     assert loading.status() == (
         LoadingStatus("a", 0, 4, 0),
         LoadingStatus("b", 3, 8, 3 * 10**9),

@@ -7,21 +7,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 import cluster.controller.pool as pool_module
 from cluster.controller.pool import ExpertPool, actor_options, shortage
+from cluster.errors import StaleEpochError
 from cluster.spec import ActorSpec
 
 LIMIT_S = 10.0
 
 
 def heartbeat_of(outcomes: list[Any]) -> tuple[Any, list[int]]:
-    """Ask an actor whose calls come to these outcomes; returns the last, and the epochs told."""
-    told: list[int] = []
+    """Ask an actor whose calls come to these outcomes; returns the last, and the epochs sent."""
+    sent: list[int] = []
 
     async def remote(epoch: int) -> Any:
-        told.append(epoch)
+        sent.append(epoch)
         outcome = outcomes.pop(0)
         if isinstance(outcome, Exception):
             raise outcome
@@ -29,11 +30,11 @@ def heartbeat_of(outcomes: list[Any]) -> tuple[Any, list[int]]:
 
     async def ask() -> Any:
         handle: Any = SimpleNamespace(heartbeat=SimpleNamespace(remote=remote))
-        pool = ExpertPool("app", {}, object)
+        pool = ExpertPool("app", object)
         async with asyncio.timeout(LIMIT_S):
             return await pool.heartbeat(handle, 7)
 
-    return asyncio.run(ask()), told
+    return asyncio.run(ask()), sent
 
 
 def test_a_heartbeat_that_was_lost_on_its_way_is_sent_again() -> None:
@@ -44,6 +45,13 @@ def test_a_heartbeat_that_was_lost_on_its_way_is_sent_again() -> None:
 def test_a_dead_actor_is_not_asked_again() -> None:
     with pytest.raises(ActorDiedError):
         heartbeat_of([ActorDiedError(), "report"])
+
+
+def test_what_an_actor_raises_comes_without_rays_wrapper() -> None:
+    own = StaleEpochError("is older than 8", "epoch")
+    with pytest.raises(StaleEpochError) as caught:
+        heartbeat_of([RayTaskError("heartbeat", "stack", own).as_instanceof_cause()])
+    assert caught.value is own
 
 
 def test_an_actor_reserves_what_its_pool_says() -> None:
@@ -73,7 +81,7 @@ def test_what_an_actor_waits_for_is_told() -> None:
 
 
 def test_a_node_without_free_room_is_no_place_to_move_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = ExpertPool("app", {"a": ActorSpec("app", (), 1.5, 0.0, 1, 100)}, object)
+    pool, spec = ExpertPool("app", object), ActorSpec("app", (), 1.5, 0.0, 1, 100)
     nodes = [
         {"NodeID": name} | node(alive, CPU=cpus)
         for name, alive, cpus in [
@@ -92,4 +100,4 @@ def test_a_node_without_free_room_is_no_place_to_move_to(monkeypatch: pytest.Mon
     }
     monkeypatch.setattr(pool_module, "available_resources_per_node", lambda: free)
     monkeypatch.setattr(pool_module.state, "get_draining_nodes", lambda: {"leaving": 0})
-    assert pool.nodes_for("a") == ["free"]
+    assert pool.nodes_for(spec) == ["free"]

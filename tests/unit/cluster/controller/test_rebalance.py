@@ -3,47 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from cluster.controller import controller as controller_module
 from cluster.controller import rebalance as rebalance_module
 from cluster.errors import UnavailableError
 from cluster.placement.balance import Plan, plan_copies
 from cluster.placement.change import Change, batches
-from cluster.placement.load import FALL_S, LoadTracker
+from cluster.placement.load import FALL_S
 from cluster.reports import LoadStatus, RebalanceReport
 from cluster.spec import ExpertKey
-from tests.unit.cluster.controller.test_changes import settled
-from tests.unit.cluster.controller.test_controller import (  # noqa: F401 - the fixture is used by its name
+from tests.unit.cluster.controller.fakes import (
     Cluster,
     FakeActor,
-    _short_periods,
+    busy,
     happens,
+    restart,
     run,
     running,
+    settled,
 )
+
+pytestmark = pytest.mark.usefixtures("short_periods")
 
 
 def key(layer_id: int, expert_id: int) -> ExpertKey:
     return ExpertKey("m", layer_id, expert_id)
-
-
-async def busy(cluster: Cluster, rates: Mapping[ExpertKey, int]) -> None:
-    """Have actors report that each expert has computed so many rows since the last heartbeat."""
-    cluster.controller._rebalancer.tracker = LoadTracker(time.monotonic())
-    placement = cluster.controller._placement
-    before = {actor.actor_id: actor.heartbeats for actor in cluster.pool.actors}
-    await happens(lambda: all(a.heartbeats > before[a.actor_id] + 1 for a in cluster.pool.actors))
-    for expert, count in rates.items():
-        [first, *_] = placement.holders[expert]
-        tokens = cluster.pool.of(first)[-1].tokens
-        tokens[expert] = tokens.get(expert, 0) + count
-    told = cluster.controller._rebalancer.tracker
-    await happens(lambda: told.tokens_per_s(time.monotonic()).keys() == rates.keys())
 
 
 async def report_of(cluster: Cluster, dry_run: bool = False) -> RebalanceReport:
@@ -105,7 +91,7 @@ def test_what_is_balanced_is_left_alone_and_idle_clusters_too() -> None:
             assert (await report_of(cluster)).outcome == "balanced"
             await busy(cluster, dict.fromkeys(placement.holders, 1000))
             assert (await report_of(cluster)).outcome == "balanced"
-            assert cluster.controller._placement == placement
+            assert cluster.state.placement == placement
 
     run(test)
 
@@ -158,8 +144,7 @@ def test_copies_follow_the_load_by_themselves_when_that_is_worth_it(
     monkeypatch.setattr(rebalance_module, "plan_copies", planned)
 
     async def test() -> None:
-        cluster = Cluster(pools={"expert": (4, 50)})
-        cluster.controller._rebalance_period_s = 0.01
+        cluster = Cluster(pools={"expert": (4, 50)}, rebalance_period_s=0.01)
         await cluster.start()
         placement = await cluster.complete()
         rates = dict.fromkeys(placement.holders, 1000)
@@ -167,7 +152,7 @@ def test_copies_follow_the_load_by_themselves_when_that_is_worth_it(
         asked = len(plans)
         await happens(lambda: len(plans) > asked + 2)
         assert any(plan.added for plan in plans[asked:])
-        assert cluster.controller._placement == placement
+        assert cluster.state.placement == placement
         await busy(cluster, {**rates, key(0, 0): 100_000})
         after = await cluster.until(lambda p: len(p.holders[key(0, 0)]) > 1)
         assert after.missing() == []
@@ -184,19 +169,19 @@ def test_copies_go_by_themselves_once_they_are_cold_for_long(
 ) -> None:
     async def test() -> None:
         cluster = Cluster(pools={"expert": (4, 50)})
-        rebalancer = cluster.controller._rebalancer
+        rebalancer = cluster.rebalancer
         assert rebalancer.tracker.fall_s == FALL_S
         await cluster.start()
         await cluster.complete()
         hot, cold = key(1, 2), key(0, 1)
-        rates = dict.fromkeys(cluster.controller._placement.holders, 1000)
+        rates = dict.fromkeys(cluster.state.placement.holders, 1000)
         for expert in (hot, cold):
             told = await cluster.controller.set_copies(*expert, 3, False)
             assert told["report"]["outcome"] == "committed"
         await busy(cluster, {**rates, hot: 3000, cold: 1})
         # What was asked for is not known for long enough yet.
         assert (await rebalancer.rebalance(least_gain=9.0)).outcome == "balanced"
-        assert len(cluster.controller._placement.holders[cold]) == 3
+        assert len(cluster.state.placement.holders[cold]) == 3
         monkeypatch.setattr(rebalancer, "_cold_from_s", 0.0)
         dry = await rebalancer.rebalance(dry_run=True, least_gain=9.0)
         assert (dry.outcome, dry.moved_bytes) == ("planned", 0)
@@ -206,7 +191,7 @@ def test_copies_go_by_themselves_once_they_are_cold_for_long(
         placement = await settled(cluster, 1)
         assert [len(placement.holders[expert]) for expert in (hot, cold)] == [3, 1]
         assert (await rebalancer.rebalance(least_gain=9.0)).outcome == "balanced"
-        rebalancer.tracker = LoadTracker(time.monotonic())  # nothing is asked for at all
+        restart(rebalancer.tracker)  # nothing is asked for at all
         assert (await rebalancer.rebalance(least_gain=9.0)).outcome == "committed"
         placement = await settled(cluster, 1)
         assert {len(actors) for actors in placement.holders.values()} == {1}
@@ -241,7 +226,7 @@ def test_what_has_not_come_up_is_not_rebalanced() -> None:
     async def test() -> None:
         cluster = Cluster()
         with pytest.raises(UnavailableError, match="while expert-0, expert-1 is away"):
-            await cluster.controller._rebalancer.rebalance()
+            await cluster.rebalancer.rebalance()
 
     run(test)
 
@@ -254,7 +239,7 @@ def test_why_nothing_is_rebalanced_is_logged_once_until_it_changes(
     outcomes: list[Exception | None] = [away, away, away, missing, None, missing, missing]
 
     async def test() -> None:
-        rebalancer, all_told = Cluster().controller._rebalancer, asyncio.Event()
+        rebalancer, all_told = Cluster().rebalancer, asyncio.Event()
 
         async def rebalance(least_gain: float) -> None:
             if not outcomes:
@@ -272,19 +257,3 @@ def test_why_nothing_is_rebalanced_is_logged_once_until_it_changes(
     run(test)
     said = [record.getMessage() for record in caplog.records]
     assert said == [f"not rebalanced: {one}" for one in (away, missing, missing)]
-
-
-@pytest.mark.parametrize(
-    ("rebalance_period_s", "num_actors", "expected_s"),
-    [(None, 2, 1.0), (60.0, 2, 0.25), (0.1, 2, 0.1), (0.1, 80, 0.2), (0.1, 1000, 1.0)],
-)
-def test_actors_are_looked_at_as_often_as_copies_follow_the_load(
-    monkeypatch: pytest.MonkeyPatch,
-    rebalance_period_s: float | None,
-    num_actors: int,
-    expected_s: float,
-) -> None:
-    monkeypatch.setattr(controller_module, "HEARTBEAT_PERIOD_S", 1.0)
-    controller = Cluster(num_actors).controller
-    controller._rebalance_period_s = rebalance_period_s
-    assert controller._heartbeat_period_s() == pytest.approx(expected_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,23 +12,20 @@ from cluster.controller.ledger import Ledger
 from cluster.placement.scaling import wanted_standby
 from cluster.reports import LoadStatus
 from cluster.spec import ActorSpec, PoolSpec, ScalingTargets
-from tests.unit.cluster.controller.test_changes import settled
-from tests.unit.cluster.controller.test_controller import (  # noqa: F401 - the fixture is used by its name
-    FakePool,
-    _short_periods,
-    happens,
-    run,
-    spec_of,
-)
-from tests.unit.cluster.controller.test_elastic import (  # noqa: F401 - the fixture is used by its name
+from tests.unit.cluster.controller.fakes import (
     TARGETS,
-    _quick,
+    FakePool,
     autoscaled,
     done,
+    happens,
     never_lost,
+    run,
+    settled,
     sizes,
-    vars_of,
+    spec_of,
 )
+
+pytestmark = pytest.mark.usefixtures("short_periods", "quick_scaling")
 
 SPEC = ActorSpec("app", (), 0.1, 0.0, 1, 100)
 NEVER_S = 1000.0
@@ -35,7 +33,7 @@ NEVER_S = 1000.0
 
 
 def targets(**changes: Any) -> ScalingTargets:
-    return ScalingTargets(**{**vars_of(TARGETS), "standby_actors": 1, **changes})
+    return replace(TARGETS, **{"standby_actors": 1, **changes})
 
 
 @pytest.mark.parametrize(
@@ -120,10 +118,10 @@ def test_who_stands_by_beyond_the_bounds_is_ended() -> None:
     async def test() -> None:
         cluster = await autoscaled(standby_actors=2, downscale_delay_s=NEVER_S)
         await cluster.until(lambda p: len(p.generations) == 4)
-        cluster.controller._fleet.add("expert")  # as one that comes up while others are taken
-        cluster.controller._changes.shares["expert-4"] = []
-        cluster.controller._start_keeping("expert-4")
-        await happens(lambda: len(cluster.controller._fleet.standby) == 1)
+        cluster.state.fleet.add("expert")  # as one that comes up while others are taken
+        cluster.state.shares["expert-4"] = []
+        cluster.keeper.start("expert-4")
+        await happens(lambda: len(cluster.state.fleet.standby) == 1)
         await happens(lambda: sum(actor.alive for actor in cluster.pool.actors) == 4)
         await settled(cluster, 1)
         await cluster.stop()
@@ -138,8 +136,8 @@ def test_a_next_controller_adopts_who_stands_by() -> None:
         await cluster.until(lambda p: "expert-2" in p.generations)
         await cluster.stop()
         cluster = await autoscaled(pool, standby_actors=1, downscale_delay_s=NEVER_S)
-        assert cluster.controller._fleet.standby == {"expert-2"}
-        assert sizes(cluster.controller._placement) == {"expert-0": 4, "expert-1": 4, "expert-2": 0}
+        assert cluster.state.fleet.standby == {"expert-2"}
+        assert sizes(cluster.state.placement) == {"expert-0": 4, "expert-1": 4, "expert-2": 0}
         assert [actor.actor_id for actor in pool.actors] == ["expert-0", "expert-1", "expert-2"]
         await cluster.stop()
 
@@ -156,7 +154,7 @@ def test_successors_of_a_node_that_goes_are_those_who_stand_by_elsewhere() -> No
         await happens(lambda: all(a.node != "n1" for a in pool.actors if a.alive))
         placement = await settled(cluster, 1)
         assert sizes(placement)["expert-0"] == sizes(placement)["expert-2"] == 4
-        assert cluster.controller._fleet.in_use() == ["expert-0", "expert-2"]
+        assert cluster.state.fleet.in_use() == ["expert-0", "expert-2"]
         await cluster.stop()
 
     run(test)

@@ -1,0 +1,280 @@
+"""Keeps expert actors alive: one task an actor creates it, has it load, and sends it heartbeats.
+
+On death the task publishes the loss and creates the next generation. Actors are detached: they
+outlive a controller, and the next one adopts them under a higher epoch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+
+from cluster.controller.changes import LOAD_TIMEOUT_S, Retirement
+from cluster.controller.liveness import LOOK_S, Progress, Silence
+from cluster.controller.loading import Loading
+from cluster.controller.pool import ExpertPool, kind_of
+from cluster.controller.state import ClusterState
+from cluster.errors import ExpertMeshError, StaleEpochError
+from cluster.spec import ActorReport
+
+HEARTBEAT_PERIOD_S = 1.0
+LOAD_PERIOD_S = 0.25
+"""Time between an actor's heartbeats where the number of copies or actors follows the load."""
+MAX_HEARTBEATS_PER_S = 400
+"""Bound of the heartbeats of all actors together, which makes the period longer."""
+SUSPICION_S = 1.0
+"""How long a router's suspicion counts; the router repeats it while it waits."""
+PLACE_NOTICE_S = 10.0
+FIRST_RETRY_S = 0.2
+MAX_RETRY_S = 15.0
+
+logger = logging.getLogger("expertmesh.controller")
+
+
+class Observer(Protocol):
+    """Learns something from the reports of all actors."""
+
+    def observe(self, report: ActorReport, now_s: float) -> None:
+        """Take an actor's report."""
+
+    def forget(self, actor_id: str) -> None:
+        """Drop an actor that is dead or gone."""
+
+
+class Keeper:
+    """Keeps the actors of one application alive, each by a task of its own."""
+
+    def __init__(
+        self,
+        state: ClusterState,
+        pool: ExpertPool,
+        retirement: Retirement,
+        observers: Sequence[Observer],
+        rebalance_period_s: float | None,
+        superseded: Callable[[], None],
+    ) -> None:
+        """``observers`` get every report; ``superseded`` is called once a newer controller runs.
+
+        Heartbeats come every :data:`HEARTBEAT_PERIOD_S`, or more often where the load decides
+        anything, so that no decision repeats on the counters of the last one.
+        """
+        self.loading = Loading()
+        self.looped_s = time.monotonic()
+        """When any task last finished a step; old where this controller hangs."""
+        self._state = state
+        self._pool = pool
+        self._retirement = retirement
+        self._observers = observers
+        self._superseded = superseded
+        self._load_period_s: float | None = None
+        if rebalance_period_s is not None:
+            self._load_period_s = min(LOAD_PERIOD_S, rebalance_period_s)
+        elif any(pool.autoscaling for pool in state.fleet.pools.values()):
+            self._load_period_s = LOAD_PERIOD_S
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._heartbeat_due: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._suspected_s: defaultdict[str, float] = defaultdict(lambda: -math.inf)
+
+    # What others ask of the keeper.
+
+    def start(self, actor_id: str, handle: ActorHandle | None = None) -> None:
+        """Begin to keep an actor of the fleet, with its handle where it lives already."""
+        keeping = self._keep(actor_id, handle)
+        self._tasks[actor_id] = asyncio.create_task(keeping, name=f"keep {actor_id}")
+
+    async def stop(self, actor_id: str) -> None:
+        """End an actor that is to hold nothing any more, and take it out of the fleet."""
+        self._state.fleet.remove(actor_id)
+        self._state.record()
+        await self._state.leave_placement(actor_id)
+        task = self._tasks.pop(actor_id)
+        task.cancel()
+        await asyncio.wait([task])
+        await self._state.leave_placement(actor_id)  # it may have come up until a moment ago
+        self._forget(actor_id)
+        self._state.remove(actor_id)
+        self._retirement.forget(actor_id)
+        self._heartbeat_due.pop(actor_id, None)
+        self._suspected_s.pop(actor_id, None)
+
+    def heartbeat_now(self, actor_id: str) -> None:
+        """Send an actor its next heartbeat at once."""
+        self._heartbeat_due[actor_id].set()
+
+    def suspect(self, actor_id: str, generation: int) -> None:
+        """Check an actor at once, since a router has no answer from this generation.
+
+        While the router repeats its suspicion, an unanswered heartbeat counts as death sooner.
+        """
+        report = self._state.reports.get(actor_id)
+        if report is not None and report.generation == generation:
+            self._suspected_s[actor_id] = time.monotonic()
+            self.heartbeat_now(actor_id)
+
+    def close(self) -> None:
+        """Stop keeping; the actors live on."""
+        for task in self._tasks.values():
+            task.cancel()
+
+    def create(self, actor_id: str) -> ActorHandle:
+        """Ask Ray for the next generation of an actor; returns at once.
+
+        With several copies of each expert, a successor returns to its predecessor's node, so that
+        copies stay on different nodes.
+        """
+        generation = self._state.next_generation(actor_id)
+        node = self._state.nodes.get(actor_id) if self._state.min_copies > 1 else None
+        spec, epoch = self._state.fleet.specs[actor_id], self._state.placement.epoch
+        return self._pool.create(spec, actor_id, generation, epoch, node)
+
+    # The life of one actor.
+
+    async def _keep(self, actor_id: str, handle: ActorHandle | None) -> None:
+        delay_s = FIRST_RETRY_S
+        while True:
+            self.looped_s = time.monotonic()
+            try:
+                handle = handle or self.create(actor_id)
+                await self._bring_up(actor_id, handle)
+                delay_s = FIRST_RETRY_S
+                await self._watch(actor_id, handle)
+            except StaleEpochError:
+                logger.warning("a newer controller took over; this one stops")
+                self._superseded()
+                return
+            except (RayActorError, RayTaskError, TimeoutError) as error:
+                logger.warning("%s: %s; replacing it", actor_id, _reason_of(error))
+            except ExpertMeshError as error:
+                logger.error("%s: %s", actor_id, error)
+            except asyncio.CancelledError:
+                if actor_id not in self._state.fleet.specs and handle is not None:
+                    self._pool.kill(handle)
+                raise
+            except Exception:
+                logger.exception("%s: unexpected failure; trying again", actor_id)
+            if handle is not None:
+                self._pool.kill(handle)
+                handle = None
+            self._forget(actor_id)
+            self._retirement.wake()
+            if not await self._state.leave_placement(actor_id):  # it never came up: do not spin
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, MAX_RETRY_S)
+
+    def _forget(self, actor_id: str) -> None:
+        self._state.forget(actor_id)
+        for observer in self._observers:
+            observer.forget(actor_id)
+
+    async def _bring_up(self, actor_id: str, handle: ActorHandle) -> None:
+        """Have an actor load its share, and publish it."""
+        started_s = time.monotonic()
+        epoch, keys = self._state.placement.epoch, self._state.shares[actor_id]
+        waiting = asyncio.create_task(self._say_why_it_waits(actor_id, handle))
+        following = asyncio.create_task(self._follow_loading(handle))
+        self.loading.begin(actor_id, len(keys), started_s)
+        try:
+            report = await self._pool.load(handle, epoch, keys, LOAD_TIMEOUT_S)
+        finally:
+            waiting.cancel()
+            following.cancel()
+            self.loading.end(actor_id)
+        await self._state.add(actor_id, handle, report)
+        logger.info(
+            "%s g%d on %s holds %d experts, pid %d, %.1f s%s",
+            actor_id,
+            report.generation,
+            report.device,
+            len(report.experts),
+            report.pid,
+            time.monotonic() - started_s,
+            report.fetched(),
+        )
+
+    async def _say_why_it_waits(self, actor_id: str, handle: ActorHandle) -> None:
+        """Log which resources an actor waits for that Ray has not started; Ray says nothing here.
+
+        An actor that waits for a certain node is ended; its successor may start on any node.
+        """
+        for notices in itertools.count():
+            await asyncio.sleep(PLACE_NOTICE_S * 2 ** min(notices, 5))
+            try:
+                await self._pool.describe(handle, PLACE_NOTICE_S)
+                return  # it has started, and loads
+            except (RayActorError, RayTaskError):
+                return
+            except TimeoutError:
+                spec = self._state.fleet.specs[actor_id]
+                why = await asyncio.to_thread(self._pool.shortage, spec)
+                logger.warning("%s waits for a place: %s", actor_id, why)
+                if self._state.min_copies > 1 and self._state.nodes.pop(actor_id, ""):
+                    self._pool.kill(handle)
+                    return
+
+    async def _follow_loading(self, handle: ActorHandle) -> None:
+        """Ask an actor again and again how much of its share is loaded, and log the progress."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_PERIOD_S)
+            try:
+                self.loading.update(await self._pool.describe(handle, PLACE_NOTICE_S))
+            except (RayActorError, RayTaskError, TimeoutError):
+                continue  # it has not started, or died; the load call notices that
+            if (line := self.loading.notice(time.monotonic())) is not None:
+                logger.info("loading: %s", line)
+
+    async def _watch(self, actor_id: str, handle: ActorHandle) -> None:
+        """Send heartbeats for ever; raises ``TimeoutError`` when the actor hangs."""
+        due = self._heartbeat_due[actor_id]
+        self._suspected_s[actor_id] = -math.inf  # a suspicion of its predecessor counts no more
+        progress = Progress(time.monotonic())
+        while True:
+            due.clear()
+            report = await self._heartbeat(actor_id, handle)
+            self.looped_s = now_s = time.monotonic()
+            self._state.reports[actor_id] = report
+            for observer in self._observers:
+                observer.observe(report, now_s)
+            if progress.is_hung(report.steps, report.queued_rows, now_s):
+                raise TimeoutError("rows wait and none is computed")
+            await self._retirement.retire(actor_id, handle, report)
+            try:
+                async with asyncio.timeout(self._heartbeat_period_s()):
+                    await due.wait()
+            except TimeoutError:
+                continue
+
+    def _heartbeat_period_s(self) -> float:
+        if self._load_period_s is None:
+            return HEARTBEAT_PERIOD_S
+        shortest_s = len(self._state.fleet.specs) / MAX_HEARTBEATS_PER_S
+        return min(HEARTBEAT_PERIOD_S, max(self._load_period_s, shortest_s))
+
+    async def _heartbeat(self, actor_id: str, handle: ActorHandle) -> ActorReport:
+        """Return an actor's report; raises ``TimeoutError`` when it does not answer."""
+        answer = asyncio.ensure_future(self._pool.heartbeat(handle, self._state.placement.epoch))
+        silence = Silence(time.monotonic())
+        try:
+            while not (await asyncio.wait([answer], timeout=LOOK_S))[0]:
+                now_s = time.monotonic()
+                is_suspected = now_s - self._suspected_s[actor_id] < SUSPICION_S
+                if silence.is_hung(is_suspected, now_s):
+                    raise TimeoutError("no heartbeat is answered")
+            return answer.result()
+        finally:
+            answer.cancel()
+
+
+def _reason_of(error: BaseException) -> str:
+    """Say why an actor is replaced."""
+    if isinstance(error, TimeoutError):
+        return "does not answer"
+    return "died" if isinstance(error, RayActorError) else kind_of(error)

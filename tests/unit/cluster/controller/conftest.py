@@ -1,0 +1,27 @@
+"""Short periods, so that tests of the controller over a fake pool take no time."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.controller import autoscale, controller, elastic, keeper, liveness
+
+
+@pytest.fixture
+def short_periods(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "HEARTBEAT_PERIOD_S", 0.01)
+    monkeypatch.setattr(controller, "ADOPT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(keeper, "LOOK_S", 0.01)
+    monkeypatch.setattr(liveness, "LOOK_S", 0.01)
+    monkeypatch.setattr(liveness, "SILENT_S", 0.1)
+    monkeypatch.setattr(keeper, "FIRST_RETRY_S", 0.001)
+    monkeypatch.setattr(keeper, "MAX_RETRY_S", 0.01)
+
+
+@pytest.fixture
+def quick_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoscale, "CHECK_S", 0.01)
+    monkeypatch.setattr(autoscale, "DRAINING_CHECK_S", 0.01)
+    monkeypatch.setattr(elastic, "SPREAD_RETRY_S", 0.01)
+    monkeypatch.setattr(elastic, "UP_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(elastic, "SUCCESSOR_TIMEOUT_S", 0.2)

@@ -1,0 +1,369 @@
+"""A fake pool of expert actors, and a controller over it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ray.exceptions import RayActorError
+
+from cluster.controller.controller import Controller
+from cluster.controller.ledger import Ledger
+from cluster.errors import StaleEpochError, error_from_wire
+from cluster.placement.load import LoadTracker
+from cluster.placement.placement import Placement
+from cluster.reports import (
+    ChangeReport,
+)
+from cluster.spec import (
+    ActorReport,
+    ActorSpec,
+    ExpertKey,
+    ModelExperts,
+    ModelSource,
+    PoolSpec,
+    ScalingTargets,
+)
+
+NUM_EXPERTS = 4
+LIMIT_S = 20.0
+TARGETS = ScalingTargets(
+    min_actors=1,
+    max_actors=4,
+    target_busy=0.5,
+    target_queue_s=0.01,
+    upscale_delay_s=0.05,
+    downscale_delay_s=0.2,
+)
+
+
+def spec_of(threads: int = 1) -> ActorSpec:
+    experts = ModelExperts("m", (0, 1), NUM_EXPERTS, 10)
+    return ActorSpec("app", (ModelSource("path", "float32", experts, ""),), 0.1, 0.0, threads, 100)
+
+
+@dataclass(eq=False)
+class FakeActor:
+    """An actor as the pool's callers see it; a test may kill or hang it."""
+
+    actor_id: str
+    generation: int
+    digest: str
+    epoch: int
+    pid: int
+    keys: list[ExpertKey] = field(default_factory=list)
+    tokens: dict[ExpertKey, int] = field(default_factory=dict)
+    alive: bool = True
+    killed: bool = False
+    hung: bool = False
+    node: str = "node"
+    heartbeats: int = 0
+    loads: int = 0
+    busy_s: float = 0.0
+    asked_s: float = field(default_factory=time.monotonic)
+
+    def report(self) -> ActorReport:
+        return ActorReport(
+            actor_id=self.actor_id,
+            generation=self.generation,
+            digest=self.digest,
+            epoch=self.epoch,
+            pid=self.pid,
+            node=self.node,
+            device="cpu",
+            experts=tuple(sorted(self.keys)),
+            weight_bytes=10 * len(self.keys),
+            tokens=dict(self.tokens),
+            queued_rows=0,
+            steps=0,
+            busy_s=self.busy_s,
+        )
+
+    async def answer(self, epoch: int | None, timeout_s: float | None) -> ActorReport:
+        if not self.alive:
+            raise RayActorError
+        if self.hung:
+            await asyncio.wait_for(asyncio.Event().wait(), timeout_s)
+        if epoch is not None:
+            if epoch < self.epoch:
+                raise StaleEpochError(f"is older than {self.epoch}", "epoch")
+            self.epoch = epoch
+        return self.report()
+
+
+class FakeLedger:
+    """Stands in for :class:`cluster.controller.ledger.LedgerStore`."""
+
+    def __init__(self) -> None:
+        self.kept = Ledger()
+
+    def read(self) -> Ledger:
+        return self.kept
+
+    def write(self, ledger: Ledger) -> None:
+        self.kept = ledger
+
+    def clear(self) -> None:
+        self.kept = Ledger()
+
+
+class FakePool:
+    """Stands in for :class:`cluster.controller.pool.ExpertPool`; notes the calls.
+
+    ``ledger`` stands in for Ray's own store, so that a next controller over this pool finds it.
+    """
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+        self.actors: list[FakeActor] = []
+        self.unloads: list[tuple[str, list[ExpertKey]]] = []
+        self.ledger = FakeLedger()
+        self.looks = 0
+        self.node_ids = ["node"]
+        """Ray's nodes; actors are put on them in turn."""
+        self.work_s = 0.0
+        """What all actors together compute in each second."""
+        self.draining_ids: set[str] = set()
+        self.load_gate: Callable[[FakeActor], Awaitable[object]] | None = None
+        self._pids = itertools.count(1000)
+
+    def add(self, actor_id: str, generation: int, epoch: int, /, **changes: Any) -> FakeActor:
+        actor = FakeActor(actor_id, generation, self.digest, epoch, next(self._pids))
+        for name, value in changes.items():
+            setattr(actor, name, value)
+        self.actors.append(actor)
+        return actor
+
+    def create(
+        self, spec: ActorSpec, actor_id: str, generation: int, epoch: int, node: str | None = None
+    ) -> FakeActor:
+        node = node or self.node_ids[len(self.actors) % len(self.node_ids)]
+        return self.add(actor_id, generation, epoch, node=node)
+
+    def nodes(self) -> list[str]:
+        self.looks += 1
+        return list(self.node_ids)
+
+    def nodes_for(self, spec: ActorSpec) -> list[str]:
+        return list(self.node_ids)
+
+    def draining(self) -> set[str]:
+        return set(self.draining_ids)
+
+    def shortage(self, spec: ActorSpec) -> str:
+        return "it needs GPU 1"
+
+    def find(self) -> list[tuple[str, int, FakeActor]]:
+        return [(a.actor_id, a.generation, a) for a in self.actors if a.alive]
+
+    async def describe(self, actor: FakeActor, timeout_s: float) -> ActorReport:
+        return await actor.answer(None, timeout_s)
+
+    async def heartbeat(self, actor: FakeActor, epoch: int) -> ActorReport:
+        actor.heartbeats += 1
+        self._work(actor)
+        return await actor.answer(epoch, None)
+
+    def _work(self, actor: FakeActor) -> None:
+        """Have an actor do its part of the work since it was asked last."""
+        now_s = time.monotonic()
+        holders = sum(bool(actor.keys) for actor in self.actors if actor.alive)
+        if actor.keys:
+            actor.busy_s += min(self.work_s / holders, 1.0) * (now_s - actor.asked_s)
+        actor.asked_s = now_s
+
+    async def load(
+        self, actor: FakeActor, epoch: int, keys: Sequence[ExpertKey], timeout_s: float
+    ) -> ActorReport:
+        actor.loads += 1
+        if self.load_gate is not None:
+            await self.load_gate(actor)
+        await actor.answer(epoch, timeout_s)
+        actor.keys = sorted({*actor.keys, *keys})
+        return actor.report()
+
+    async def unload(
+        self, actor: FakeActor, epoch: int, keys: Sequence[ExpertKey], timeout_s: float
+    ) -> ActorReport:
+        self.unloads.append((actor.actor_id, list(keys)))
+        await actor.answer(epoch, timeout_s)
+        actor.keys = sorted(set(actor.keys) - set(keys))
+        return actor.report()
+
+    def kill(self, actor: FakeActor) -> None:
+        actor.alive = False
+        actor.killed = True
+
+    def of(self, actor_id: str) -> list[FakeActor]:
+        return [actor for actor in self.actors if actor.actor_id == actor_id]
+
+
+def tasks_of(controller: Controller) -> list[asyncio.Task[None]]:
+    """Return all tasks that a controller runs."""
+    return [*controller._loops, *controller._keeper._tasks.values()]
+
+
+class Cluster:
+    """A controller over a fake pool, and every placement that it ever published."""
+
+    def __init__(
+        self,
+        num_actors: int = 2,
+        pool: FakePool | None = None,
+        min_copies: int = 1,
+        pools: dict[str, tuple[int, int]] | None = None,
+        autoscaling: ScalingTargets | None = None,
+        rebalance_period_s: float | None = None,
+    ) -> None:
+        """``pools`` has each pool's number of actors and budget; by default there is one."""
+        self.spec = spec_of()
+        specs = [
+            PoolSpec(name, count, budget, spec_of(threads))
+            for threads, (name, (count, budget)) in enumerate((pools or {}).items(), 1)
+        ] or [PoolSpec("expert", num_actors, None, self.spec, autoscaling)]
+        self.specs = {actor_id: pool.actor for pool in specs for actor_id in pool.actor_ids()}
+        self.pool = pool or FakePool(self.spec.digest)
+        self.controller = Controller(
+            "app", specs, self.pool, self.pool.ledger, min_copies, rebalance_period_s
+        )
+        self.state = self.controller._state
+        self.keeper = self.controller._keeper
+        self.rebalancer = self.controller._rebalancer
+        self.changes = self.rebalancer._changes
+        self.published: list[Placement] = []
+        publish = self.state.publish
+
+        async def recorded(change: Callable[[Placement], Placement]) -> None:
+            await publish(change)
+            self.published.append(self.state.placement)
+
+        self.state.publish = recorded  # type: ignore[method-assign]
+
+    async def start(self) -> None:
+        await self.controller.start()
+
+    async def until(self, condition: Callable[[Placement], bool]) -> Placement:
+        """Wait until the newest published placement satisfies ``condition``."""
+        known = (-1, -1)
+        async with asyncio.timeout(LIMIT_S):
+            while True:
+                wire = (await self.controller.watch("test", 2, "test", known, 5.0))["placement"]
+                if wire is None:
+                    continue
+                placement = Placement.from_wire(wire)
+                if condition(placement):
+                    return placement
+                known = placement.order
+
+    async def complete(self) -> Placement:
+        return await self.until(lambda placement: not placement.missing())
+
+    async def stop(self) -> None:
+        for task in tasks_of(self.controller):
+            task.cancel()
+
+
+@asynccontextmanager
+async def running(
+    num_actors: int = 2, pool: FakePool | None = None, min_copies: int = 1
+) -> AsyncIterator[Cluster]:
+    cluster = Cluster(num_actors, pool, min_copies)
+    await cluster.start()
+    try:
+        yield cluster
+    finally:
+        await cluster.stop()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    """Run a test's coroutine on an event loop of its own, within a time limit."""
+
+    async def limited() -> None:
+        async with asyncio.timeout(2 * LIMIT_S):
+            await test()
+
+    asyncio.run(limited())
+
+
+async def happens(condition: Callable[[], bool]) -> None:
+    """Let the event loop run until the condition holds."""
+    async with asyncio.timeout(LIMIT_S):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+async def settled(cluster: Cluster, min_copies: int) -> Placement:
+    """Wait until each actor holds its share and no more, and the placement says just that."""
+
+    def is_settled() -> bool:
+        placement = cluster.state.placement
+        living = {actor.actor_id: actor for actor in cluster.pool.actors if actor.alive}
+        shares = cluster.state.shares
+        return (
+            placement.fewest_copies() >= min_copies
+            and all(
+                sorted(living[actor_id].keys)
+                == sorted(keys)
+                == sorted(key for key, actors in placement.holders.items() if actor_id in actors)
+                for actor_id, keys in shares.items()
+                if actor_id in living
+            )
+            and living.keys() == shares.keys()
+        )
+
+    await happens(is_settled)
+    return cluster.state.placement
+
+
+def restart(tracker: LoadTracker) -> None:
+    """Have a tracker forget all load."""
+    for name, value in vars(LoadTracker(time.monotonic())).items():
+        setattr(tracker, name, value)
+
+
+async def busy(cluster: Cluster, rates: Mapping[ExpertKey, int]) -> None:
+    """Have actors report that each expert has computed so many rows since the last heartbeat."""
+    tracker = cluster.rebalancer.tracker
+    restart(tracker)
+    placement = cluster.state.placement
+    before = {actor.actor_id: actor.heartbeats for actor in cluster.pool.actors}
+    await happens(lambda: all(a.heartbeats > before[a.actor_id] + 1 for a in cluster.pool.actors))
+    for expert, count in rates.items():
+        [first, *_] = placement.holders[expert]
+        tokens = cluster.pool.of(first)[-1].tokens
+        tokens[expert] = tokens.get(expert, 0) + count
+    await happens(lambda: tracker.tokens_per_s(time.monotonic()).keys() == rates.keys())
+
+
+async def done(call: Awaitable[dict[str, Any]]) -> ChangeReport:
+    outcome = await call
+    if "error" in outcome:
+        raise error_from_wire(outcome["error"])
+    return ChangeReport.from_wire(outcome["report"])
+
+
+def never_lost(cluster: Cluster, since: int = 0) -> bool:
+    """Tell whether every expert had a copy in all placements published ``since``."""
+    return all(not placement.missing() for placement in cluster.published[since:])
+
+
+def sizes(placement: Placement) -> dict[str, int]:
+    """Return how many experts each actor holds."""
+    counts = dict.fromkeys(placement.generations, 0)
+    for actors in placement.holders.values():
+        for actor_id in actors:
+            counts[actor_id] += 1
+    return counts
+
+
+async def autoscaled(pool: FakePool | None = None, **changes: Any) -> Cluster:
+    """Start a cluster whose one pool follows its load."""
+    cluster = Cluster(pool=pool, autoscaling=replace(TARGETS, **changes))
+    await cluster.start()
+    await cluster.complete()
+    return cluster

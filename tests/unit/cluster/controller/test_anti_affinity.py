@@ -1,0 +1,107 @@
+"""Copies over a fake pool with several nodes: they survive a loss, and sit on different nodes."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cluster.controller import anti_affinity
+from cluster.reports import ClusterStatus
+from cluster.spec import (
+    ActorReport,
+)
+from tests.unit.cluster.controller.fakes import (
+    Cluster,
+    FakeActor,
+    FakePool,
+    happens,
+    run,
+    running,
+    spec_of,
+)
+
+pytestmark = pytest.mark.usefixtures("short_periods")
+
+
+def test_the_loss_of_one_of_two_copies_leaves_every_expert_placed() -> None:
+    async def test() -> None:
+        async with running(3, min_copies=2) as cluster:
+            before = await cluster.until(lambda p: p.fewest_copies() == 2)
+            assert all(len(actors) == 2 for actors in before.holders.values())
+            gate = asyncio.Event()
+            cluster.pool.load_gate = lambda actor: gate.wait()
+            cluster.pool.of("expert-1")[0].alive = False
+            lost = await cluster.until(lambda p: "expert-1" not in p.generations)
+            assert (lost.missing(), lost.fewest_copies()) == ([], 1)
+            status = ClusterStatus.from_wire(await cluster.controller.status())
+            assert (status.missing_experts, status.min_copies, status.live_copies) == (0, 2, 1)
+            gate.set()
+            after = await cluster.until(lambda p: p.fewest_copies() == 2)
+            assert {k: set(v) for k, v in after.holders.items()} == {
+                k: set(v) for k, v in before.holders.items()
+            }
+
+    run(test)
+
+
+def test_copies_sit_on_different_nodes_and_a_successor_on_its_predecessors() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        pool.node_ids = ["n1", "n1", "n2", "n2"]
+        async with running(4, pool, min_copies=2) as cluster:
+            placement = await cluster.until(lambda p: p.fewest_copies() == 2)
+            node_of = {actor.actor_id: actor.node for actor in pool.actors}
+            assert len(pool.actors) == 4
+            for actors in placement.holders.values():
+                assert {node_of[actor_id] for actor_id in actors} == {"n1", "n2"}
+            pool.node_ids = ["n2"]
+            pool.of("expert-0")[0].alive = False
+            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+            assert pool.of("expert-0")[1].node == "n1"
+
+    run(test)
+
+
+def test_an_actor_that_does_not_tell_its_node_counts_as_one_on_a_node_of_its_own() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        pool.node_ids = ["n1", "n1"]
+        describe = pool.describe
+
+        async def silent(actor: FakeActor, timeout_s: float) -> ActorReport:
+            if actor.actor_id == "expert-0":
+                raise TimeoutError
+            return await describe(actor, timeout_s)
+
+        pool.describe = silent  # type: ignore[method-assign]
+        async with running(3, pool, min_copies=2) as cluster:
+            placement = await cluster.until(lambda p: p.fewest_copies() == 2)
+            assert len(pool.actors) == 3
+            assert all("expert-0" in actors for actors in placement.holders.values())
+
+    run(test)
+
+
+def test_copies_move_apart_when_a_node_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anti_affinity, "NODES_CHECK_S", 0.01)
+
+    async def test() -> None:
+        cluster = Cluster(num_actors=2, min_copies=2)
+        await cluster.start()
+        await cluster.until(lambda placement: placement.fewest_copies() == 2)
+        assert {actor.node for actor in cluster.pool.actors} == {"node"}
+        cluster.pool.node_ids.append("joined")
+        await happens(lambda: len(cluster.pool.actors) == 3)
+        await cluster.until(lambda placement: placement.fewest_copies() == 2)
+        living = {a.actor_id: (a.generation, a.node) for a in cluster.pool.actors if a.alive}
+        assert living == {"expert-0": (2, "joined"), "expert-1": (1, "node")}
+        # One copy of each expert was there all the time, and nothing moves any more.
+        assert min(placement.fewest_copies() for placement in cluster.published[2:]) == 1
+        cluster.pool.node_ids.append("third")
+        published, looks = len(cluster.published), cluster.pool.looks
+        await happens(lambda: cluster.pool.looks >= looks + 3)
+        assert len(cluster.published) == published
+        await cluster.stop()
+
+    run(test)
