@@ -1,4 +1,4 @@
-"""Taking over the actors that live when a controller starts, and ending those that do not fit."""
+"""Adoption: a controller that starts takes over living actors, and ends those that do not fit."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ logger = logging.getLogger("expertmesh.controller")
 
 @dataclass(slots=True)
 class Adopted:
-    """The actors that were taken over, by id, and what a controller must go beyond.
+    """The adopted actors by id, and the numbers that the new controller must go beyond.
 
-    ``epoch`` is the highest that any living actor has seen, ``generations`` has every actor's
-    last one, also of those that were ended.
+    ``epoch`` is the highest that any living actor has seen. ``generations`` has the last generation
+    of every actor that was found, also of the ended ones.
     """
 
     handles: dict[str, ActorHandle] = field(default_factory=dict)
@@ -31,11 +31,14 @@ class Adopted:
 
 
 async def adopt(pool: ExpertPool, specs: Mapping[str, ActorSpec], timeout_s: float) -> Adopted:
-    """Take over the newest generation of each actor that answers and has the specification."""
+    """Adopt the newest generation of each actor that answers and fits its specification.
+
+    All other actors of the application are ended.
+    """
     adopted = Adopted()
     found = await asyncio.to_thread(pool.find)
     found.sort(key=lambda entry: entry[:2])
-    # At once, so that several that hang delay the others by one timeout only.
+    # Concurrently, so that hanging actors cost one timeout together.
     described = await asyncio.gather(*(_describe(pool, *entry, timeout_s) for entry in found))
     for (actor_id, generation, handle), report in zip(found, described, strict=True):
         adopted.generations[actor_id] = max(generation, adopted.generations.get(actor_id, 0))
@@ -50,7 +53,7 @@ async def adopt(pool: ExpertPool, specs: Mapping[str, ActorSpec], timeout_s: flo
         if spec is not None and report.digest == spec.digest:
             adopted.handles[actor_id], adopted.reports[actor_id] = handle, report
         else:
-            logger.info("%s g%d: has another configuration, ending it", actor_id, generation)
+            logger.info("%s g%d has another configuration; ending it", actor_id, generation)
             pool.kill(handle)
     return adopted
 
@@ -58,9 +61,9 @@ async def adopt(pool: ExpertPool, specs: Mapping[str, ActorSpec], timeout_s: flo
 async def _describe(
     pool: ExpertPool, actor_id: str, generation: int, handle: ActorHandle, timeout_s: float
 ) -> ActorReport | None:
-    """Return what an actor says that it is, or ``None`` where it does not answer."""
+    """Return an actor's report, or ``None`` where it does not answer."""
     try:
         return await pool.describe(handle, timeout_s)
     except (RayActorError, RayTaskError, TimeoutError) as error:
-        logger.warning("%s g%d: not adopted (%s)", actor_id, generation, kind_of(error))
+        logger.warning("%s g%d is not adopted (%s)", actor_id, generation, kind_of(error))
         return None

@@ -22,17 +22,17 @@ logger = logging.getLogger("expertmesh.controller")
 class AntiAffinity:
     """Watches Ray's nodes for one controller."""
 
-    def __init__(self, state: ClusterState, pool: ExpertPool) -> None:
+    def __init__(self, state: ClusterState, expert_pool: ExpertPool) -> None:
         """Nothing moves before :meth:`run_forever`."""
         self._state = state
-        self._pool = pool
+        self._expert_pool = expert_pool
 
     async def run_forever(self, known: set[str]) -> None:
         """Look for nodes beyond the ``known`` ones again and again, and move actors to them."""
         while True:
             await asyncio.sleep(NODES_CHECK_S)
             try:
-                nodes = set(await asyncio.to_thread(self._pool.nodes))
+                nodes = set(await asyncio.to_thread(self._expert_pool.nodes))
                 if nodes - known:
                     for actor_id in tuple(self._state.shares):
                         await self._move(actor_id)
@@ -55,13 +55,13 @@ class AntiAffinity:
         if actor_id not in state.shares:
             return  # it left the fleet meanwhile
         spec = state.fleet.specs[actor_id]
-        candidates = await asyncio.to_thread(self._pool.nodes_for, spec)
+        candidates = await asyncio.to_thread(self._expert_pool.nodes_for, spec)
         node = less_crowded_node(actor_id, candidates, state.shares, state.nodes)
         if node is None:
             return
         logger.info("%s moves to node %s, apart from other copies", actor_id, node[:10])
         state.nodes[actor_id] = node
         await state.publish(lambda placement: placement.without(actor_id))
-        for found_id, _, handle in await asyncio.to_thread(self._pool.find):
+        for found_id, _, handle in await asyncio.to_thread(self._expert_pool.find):
             if found_id == actor_id:
-                self._pool.kill(handle)
+                self._expert_pool.kill(handle)

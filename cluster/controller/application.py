@@ -1,4 +1,4 @@
-"""Whether Serve still wants the application."""
+"""Whether Serve still runs the application."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ray.serve.schema import ApplicationStatus
 
 
 def app_is_wanted(app: str) -> bool:
-    """Return whether Serve lists the application as one that is to run; asks Serve itself."""
+    """Ask Serve whether the application is to run; ``False`` once it is being deleted."""
     status = serve.status().applications.get(app)
     return status is not None and status.status not in (
         ApplicationStatus.DELETING,

@@ -26,11 +26,11 @@ class Autoscaler:
     """Has each autoscaled pool follow its load, by one policy a pool."""
 
     def __init__(
-        self, state: ClusterState, pool: ExpertPool, elastic: Elastic, meter: BusyMeter
+        self, state: ClusterState, expert_pool: ExpertPool, elastic: Elastic, meter: BusyMeter
     ) -> None:
         """``meter`` measures the actors' load, ``elastic`` changes their number."""
         self._state = state
-        self._pool = pool
+        self._expert_pool = expert_pool
         self._elastic = elastic
         self._meter = meter
         self._policies = {
@@ -78,7 +78,7 @@ class Autoscaler:
         self._elastic.history.appendleft(report)
 
     async def _leave_nodes(self) -> None:
-        await self._elastic.leave_nodes(await asyncio.to_thread(self._pool.draining))
+        await self._elastic.leave_nodes(await asyncio.to_thread(self._expert_pool.draining))
 
 
 async def _repeat(step: Callable[[], Awaitable[None]], period_s: float) -> None:

@@ -5,8 +5,8 @@ the new copies and lacks the dropped ones) and retired (the dropped copies leave
 memory). A copy is retired once every router knows that version, or has not been heard of for long.
 A failure before the commit changes nothing, and copies loaded until then are retired.
 
-Retirement compares what an actor holds with its share. So it matters to no one which process failed
-when, and the next controller finishes what this one began.
+Retirement compares what an actor holds with its share. So no failure leaves anything to undo: the
+next heartbeat, perhaps of the next controller, finishes the retirement.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ logger = logging.getLogger("expertmesh.controller")
 class Retirement:
     """Has actors unload what they hold beyond their shares; called at every heartbeat."""
 
-    def __init__(self, state: ClusterState, pool: ExpertPool, members: Members) -> None:
+    def __init__(self, state: ClusterState, expert_pool: ExpertPool, members: Members) -> None:
         """``members`` knows which placement each router has."""
         self.prepared: Mapping[str, Sequence[ExpertKey]] = {}
         """Copies, by actor, that a change loads and that are in no share yet."""
         self._state = state
-        self._pool = pool
+        self._expert_pool = expert_pool
         self._members = members
         self._left_in: dict[str, tuple[int, int]] = {}
-        """The placement without some copies that an actor still holds, as routers must know it."""
+        """The placement that all routers must know before an actor unloads."""
         self._woken = asyncio.Event()
 
     async def retire(self, actor_id: str, handle: ActorHandle, report: ActorReport) -> None:
@@ -71,7 +71,7 @@ class Retirement:
         gone = sorted(key for key in beyond if actor_id not in placement.holders[key])
         if not gone or not self._members.all_know("router", self._left_in.get(actor_id, (-1, -1))):
             return
-        after = await self._pool.unload(handle, placement.epoch, gone, UNLOAD_TIMEOUT_S)
+        after = await self._expert_pool.unload(handle, placement.epoch, gone, UNLOAD_TIMEOUT_S)
         logger.info("%s unloaded %d experts", actor_id, len(gone))
         self._state.reports[actor_id] = after
         self._woken.set()
@@ -113,13 +113,13 @@ class Changes:
     def __init__(
         self,
         state: ClusterState,
-        pool: ExpertPool,
+        expert_pool: ExpertPool,
         retirement: Retirement,
         heartbeat_now: Callable[[str], None],
     ) -> None:
         """``heartbeat_now`` sends an actor a heartbeat, which retires its copies."""
         self._state = state
-        self._pool = pool
+        self._expert_pool = expert_pool
         self._retirement = retirement
         self._heartbeat_now = heartbeat_now
         self._lock = asyncio.Lock()
@@ -158,7 +158,7 @@ class Changes:
             if count < self._state.min_copies:
                 raise UnavailableError(
                     f"refused: expert {key.expert_id} of layer {key.layer_id} would have {count} "
-                    f"copies, and is to have at least {self._state.min_copies}",
+                    f"copies, fewer than min_copies ({self._state.min_copies})",
                     key.model,
                 )
         refuse_losses(with_change(placement, change), change)
@@ -174,7 +174,7 @@ class Changes:
 
     async def _load(self, actor_id: str, handle: ActorHandle, keys: Sequence[ExpertKey]) -> None:
         try:
-            await self._pool.load(handle, self._state.placement.epoch, keys, LOAD_TIMEOUT_S)
+            await self._expert_pool.load(handle, self._state.placement.epoch, keys, LOAD_TIMEOUT_S)
         except Exception as error:  # of any kind: the change fails, and its caller goes on
             reason = str(error) if isinstance(error, ExpertMeshError) else kind_of(error)
             raise UnavailableError(f"{actor_id} did not load: {reason}", "", 1.0) from error

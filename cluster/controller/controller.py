@@ -60,18 +60,18 @@ class Controller:
         self,
         app: str,
         pools: Sequence[PoolSpec],
-        pool: ExpertPool,
+        expert_pool: ExpertPool,
         ledger: LedgerStore,
         min_copies: int = 1,
         rebalance_period_s: float | None = None,
     ) -> None:
         """Set up; :meth:`start` adopts or creates the actors.
 
-        ``pool`` is Ray's side of them, ``ledger`` what outlives them. Copies follow the load every
-        ``rebalance_period_s``, or only when :meth:`rebalance` is called.
+        ``expert_pool`` is Ray's side of the actors, ``ledger`` keeps what must outlive them. Copies
+        follow the load every ``rebalance_period_s``, or only when :meth:`rebalance` is called.
         """
         self._app = app
-        self._pool = pool
+        self._expert_pool = expert_pool
         self._ledger = ledger
         self._rebalance_period_s = rebalance_period_s
         models = [source.experts for source in pools[0].actor.models]
@@ -80,35 +80,35 @@ class Controller:
         targets = [spec.autoscaling for spec in pools if spec.autoscaling]
         fall_s = min((target.downscale_delay_s for target in targets), default=FALL_S)
         tracker, meter = LoadTracker(time.monotonic(), fall_s), BusyMeter()
-        self._retirement = Retirement(self._state, pool, self._members)
+        self._retirement = Retirement(self._state, expert_pool, self._members)
         self._keeper = Keeper(
             self._state,
-            pool,
+            expert_pool,
             self._retirement,
             (tracker, meter),
             rebalance_period_s,
             self._stop_loops,
         )
-        changes = Changes(self._state, pool, self._retirement, self._keeper.heartbeat_now)
+        changes = Changes(self._state, expert_pool, self._retirement, self._keeper.heartbeat_now)
         self._rebalancer = Rebalancer(self._state, changes, tracker)
-        self._elastic = Elastic(self._state, pool, self._keeper, self._rebalancer, meter)
-        self._autoscaler = Autoscaler(self._state, pool, self._elastic, meter)
+        self._elastic = Elastic(self._state, expert_pool, self._keeper, self._rebalancer, meter)
+        self._autoscaler = Autoscaler(self._state, expert_pool, self._elastic, meter)
         self._loops: list[asyncio.Task[None]] = []
 
     # The loop.
 
     async def start(self) -> None:
-        """Take the next epoch, adopt the living actors that fit, and keep all of them alive."""
+        """Begin the next epoch, adopt the living actors that fit, and keep all actors alive."""
         handles = await self._adopt()
-        nodes = await asyncio.to_thread(self._pool.nodes)
+        nodes = await asyncio.to_thread(self._expert_pool.nodes)
         if self._state.min_copies > 1 and len(nodes) > 1:
-            # Only before anything is served is there time to wait for all actors.
+            # There is time to wait for all actors only before anything is served.
             handles = handles or await self._create_all()
         self._state.assign()
         for actor_id in self._state.fleet.specs:
             self._keeper.start(actor_id, handles.get(actor_id))
         if self._state.min_copies > 1:
-            anti_affinity = AntiAffinity(self._state, self._pool)
+            anti_affinity = AntiAffinity(self._state, self._expert_pool)
             self._run(anti_affinity.run_forever(set(nodes)), "nodes")
         if self._rebalance_period_s is not None:
             self._run(self._rebalancer.run_forever(self._rebalance_period_s), "rebalance")
@@ -125,7 +125,7 @@ class Controller:
         """Take over the actors of the last controller; returns their handles."""
         ledger = await asyncio.to_thread(self._ledger.read)
         self._state.fleet.resume(ledger.pools)
-        adopted = await adopt(self._pool, self._state.fleet.specs, ADOPT_TIMEOUT_S)
+        adopted = await adopt(self._expert_pool, self._state.fleet.specs, ADOPT_TIMEOUT_S)
         self._state.take_over(adopted, ledger)
         return adopted.handles
 
@@ -139,9 +139,9 @@ class Controller:
 
         async def learn_node(actor_id: str, handle: ActorHandle) -> None:
             try:
-                report = await self._pool.describe(handle, START_TIMEOUT_S)
+                report = await self._expert_pool.describe(handle, START_TIMEOUT_S)
             except (RayActorError, RayTaskError, TimeoutError) as error:
-                logger.warning("%s: its node is not known (%s)", actor_id, kind_of(error))
+                logger.warning("%s did not report its node (%s)", actor_id, kind_of(error))
             else:
                 self._state.nodes[actor_id] = report.node
 
@@ -173,8 +173,8 @@ class Controller:
         self._keeper.close()
         if await asyncio.to_thread(app_is_wanted, self._app):
             return
-        for _, _, handle in await asyncio.to_thread(self._pool.find):
-            self._pool.kill(handle)
+        for _, _, handle in await asyncio.to_thread(self._expert_pool.find):
+            self._expert_pool.kill(handle)
         await asyncio.to_thread(self._ledger.clear)
 
     # What routers and gateways call.

@@ -46,17 +46,17 @@ class Elastic:
     def __init__(
         self,
         state: ClusterState,
-        pool: ExpertPool,
+        expert_pool: ExpertPool,
         keeper: Keeper,
         rebalancer: Rebalancer,
         meter: BusyMeter,
     ) -> None:
-        """``meter`` is told where its measurements are no more of the fleet that there is."""
+        """``meter`` restarts where experts have moved, since its measurements are old then."""
         self.history: deque[ChangeReport] = deque(maxlen=KEPT_REPORTS)
-        """The last changes, also those that a dry run would have made; the newest first."""
+        """The last changes, and those that pools in dry run would have made; the newest first."""
         self._state = state
         self._fleet = state.fleet
-        self._pool = pool
+        self._expert_pool = expert_pool
         self._keeper = keeper
         self._rebalancer = rebalancer
         self._meter = meter
@@ -168,8 +168,8 @@ class Elastic:
         found = {node for node in nodes.values() if node.startswith(target)}
         if len(target) < NODE_PREFIX or len(found) != 1:
             raise InvalidRequestError(
-                f"{target!r:.80} is no actor, and not the beginning ({NODE_PREFIX} characters or "
-                f"more) of the id of one node that has some; actors: {', '.join(nodes)}",
+                f"{target!r:.80} is neither an actor nor a prefix ({NODE_PREFIX} characters or "
+                f"more) of the id of exactly one node with actors; actors: {', '.join(nodes)}",
                 "target",
             )
         return [actor_id for actor_id, node in nodes.items() if node in found]
@@ -200,7 +200,7 @@ class Elastic:
         return self.report(what, reason, moved, began_s, added)
 
     def _grow(self, pools: Sequence[str], avoided_nodes: Collection[str] = ()) -> list[str]:
-        """Let an actor join each of the pools: a standby actor that is up, or else a new one.
+        """Add an actor to each of the pools: a standby actor that is up, or else a new one.
 
         A standby actor on one of ``avoided_nodes`` is not taken.
         """
@@ -234,7 +234,7 @@ class Elastic:
             self._awaited -= set(added)
         away = [a for a in added if a not in up and a in self._fleet.specs]
         if away and moved.outcome == "committed":
-            why = await asyncio.to_thread(self._pool.shortage, self._fleet.specs[away[0]])
+            why = await asyncio.to_thread(self._expert_pool.shortage, self._fleet.specs[away[0]])
             moved = Moved(f"pending: {', '.join(away)}: {why}", moved.moves, moved.moved_bytes)
         return self.report(what, reason, moved, began_s, added)
 

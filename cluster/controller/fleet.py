@@ -1,4 +1,4 @@
-"""The actors that an application is to have, pool by pool; it grows and shrinks while it runs."""
+"""The fleet: the actors that an application is to have, pool by pool, which scaling changes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from cluster.spec import ActorSpec, PoolSpec, budgets_of
 
 @dataclass(frozen=True, slots=True)
 class PoolMembers:
-    """A pool's actors, and how many the configuration asked for when they were written down.
-
-    Those that stand by are told apart.
-    """
+    """A pool's actors in use and on standby, and the number that was configured at that time."""
 
     configured: int
     actors: tuple[str, ...]
@@ -22,10 +19,10 @@ class PoolMembers:
 
 
 class Fleet:
-    """Who belongs to it, and what each is made of and may hold.
+    """The actors of each pool.
 
-    ``specs``, ``pool_of`` and ``budgets_bytes`` are by actor, and change with it. Actors on
-    ``standby`` are started like others, and get no experts until they are taken into use.
+    ``specs``, ``pool_of`` and ``budgets_bytes`` are by actor; there are no budgets where pools have
+    none. Actors on ``standby`` run like others, and hold no experts until they are taken into use.
     """
 
     def __init__(self, pools: Sequence[PoolSpec]) -> None:
@@ -44,17 +41,17 @@ class Fleet:
         return [a for a, name in self.pool_of.items() if name == pool and a not in self.standby]
 
     def standby_of(self, pool: str) -> list[str]:
-        """Return a pool's actors that stand by, in the order in which they joined."""
+        """Return a pool's standby actors, in the order in which they joined."""
         return [a for a, name in self.pool_of.items() if name == pool and a in self.standby]
 
     def in_use(self) -> list[str]:
-        """Return all actors but those that stand by."""
+        """Return all actors in use."""
         return [actor_id for actor_id in self.specs if actor_id not in self.standby]
 
     def pool_named(self, name: str) -> PoolSpec:
-        """Return a pool; the only one where no name is given.
+        """Return a pool by its name; without a name the only pool.
 
-        Raises :class:`InvalidRequestError` where that is none or not clear.
+        Raises :class:`InvalidRequestError` where there is no such pool, or no name and several.
         """
         if name in self.pools:
             return self.pools[name]
@@ -65,7 +62,7 @@ class Fleet:
         )
 
     def add(self, pool: str, is_standby: bool = False) -> str:
-        """Let one more actor join a pool; returns its id, the first that is free."""
+        """Add an actor to a pool; returns its id, the first free one."""
         number = 0
         while f"{pool}-{number}" in self.specs:
             number += 1
@@ -76,30 +73,31 @@ class Fleet:
         return actor_id
 
     def take_into_use(self, actor_id: str) -> None:
-        """Have an actor stand by no more; it counts as one that joins now."""
+        """End an actor's standby; it counts as if it joined now."""
         self.standby.remove(actor_id)
         self.specs[actor_id] = self.specs.pop(actor_id)
         self.pool_of[actor_id] = self.pool_of.pop(actor_id)
 
     def remove(self, actor_id: str) -> None:
-        """Let an actor leave."""
+        """Remove an actor."""
         self.standby.discard(actor_id)
         del self.specs[actor_id], self.pool_of[actor_id]
         if self.budgets_bytes is not None:
             del self.budgets_bytes[actor_id]
 
     def members(self) -> dict[str, PoolMembers]:
-        """Return who is there, as :meth:`resume` takes it."""
+        """Return the members of each pool, for :meth:`resume` of a next controller."""
         return {
             name: PoolMembers(pool.num_actors, tuple(self.of(name)), tuple(self.standby_of(name)))
             for name, pool in self.pools.items()
         }
 
     def resume(self, kept: Mapping[str, PoolMembers]) -> None:
-        """Go on from what an earlier controller wrote down.
+        """Continue with the members that an earlier controller ``kept``.
 
-        A pool whose number of actors was configured anew since has that many, one that follows its
-        load stays in its bounds; those who were there come first, then those who stood by.
+        A pool keeps its number of actors, unless the configured number has changed since; an
+        autoscaled pool stays within its bounds. Actors that were in use come first, then standby
+        actors, then new ones.
         """
         for name, pool in self.pools.items():
             before = kept.get(name)

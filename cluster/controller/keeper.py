@@ -30,7 +30,7 @@ HEARTBEAT_PERIOD_S = 1.0
 LOAD_PERIOD_S = 0.25
 """Time between an actor's heartbeats where the number of copies or actors follows the load."""
 MAX_HEARTBEATS_PER_S = 400
-"""Bound of the heartbeats of all actors together, which makes the period longer."""
+"""The most heartbeats of all actors together; many actors get a longer period."""
 SUSPICION_S = 1.0
 """How long a router's suspicion counts; the router repeats it while it waits."""
 PLACE_NOTICE_S = 10.0
@@ -41,7 +41,7 @@ logger = logging.getLogger("expertmesh.controller")
 
 
 class Observer(Protocol):
-    """Learns something from the reports of all actors."""
+    """Measures something by the reports of all actors."""
 
     def observe(self, report: ActorReport, now_s: float) -> None:
         """Take an actor's report."""
@@ -56,7 +56,7 @@ class Keeper:
     def __init__(
         self,
         state: ClusterState,
-        pool: ExpertPool,
+        expert_pool: ExpertPool,
         retirement: Retirement,
         observers: Sequence[Observer],
         rebalance_period_s: float | None,
@@ -64,14 +64,14 @@ class Keeper:
     ) -> None:
         """``observers`` get every report; ``superseded`` is called once a newer controller runs.
 
-        Heartbeats come every :data:`HEARTBEAT_PERIOD_S`, or more often where the load decides
-        anything, so that no decision repeats on the counters of the last one.
+        Heartbeats come every :data:`HEARTBEAT_PERIOD_S`, or more often where copies or actors
+        follow the load, so that each decision has new counters.
         """
         self.loading = Loading()
         self.looped_s = time.monotonic()
         """When any task last finished a step; old where this controller hangs."""
         self._state = state
-        self._pool = pool
+        self._expert_pool = expert_pool
         self._retirement = retirement
         self._observers = observers
         self._superseded = superseded
@@ -84,7 +84,7 @@ class Keeper:
         self._heartbeat_due: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._suspected_s: defaultdict[str, float] = defaultdict(lambda: -math.inf)
 
-    # What others ask of the keeper.
+    # What other parts call.
 
     def start(self, actor_id: str, handle: ActorHandle | None = None) -> None:
         """Begin to keep an actor of the fleet, with its handle where it lives already."""
@@ -134,7 +134,7 @@ class Keeper:
         generation = self._state.next_generation(actor_id)
         node = self._state.nodes.get(actor_id) if self._state.min_copies > 1 else None
         spec, epoch = self._state.fleet.specs[actor_id], self._state.placement.epoch
-        return self._pool.create(spec, actor_id, generation, epoch, node)
+        return self._expert_pool.create(spec, actor_id, generation, epoch, node)
 
     # The life of one actor.
 
@@ -157,12 +157,12 @@ class Keeper:
                 logger.error("%s: %s", actor_id, error)
             except asyncio.CancelledError:
                 if actor_id not in self._state.fleet.specs and handle is not None:
-                    self._pool.kill(handle)
+                    self._expert_pool.kill(handle)
                 raise
             except Exception:
                 logger.exception("%s: unexpected failure; trying again", actor_id)
             if handle is not None:
-                self._pool.kill(handle)
+                self._expert_pool.kill(handle)
                 handle = None
             self._forget(actor_id)
             self._retirement.wake()
@@ -183,7 +183,7 @@ class Keeper:
         following = asyncio.create_task(self._follow_loading(handle))
         self.loading.begin(actor_id, len(keys), started_s)
         try:
-            report = await self._pool.load(handle, epoch, keys, LOAD_TIMEOUT_S)
+            report = await self._expert_pool.load(handle, epoch, keys, LOAD_TIMEOUT_S)
         finally:
             waiting.cancel()
             following.cancel()
@@ -208,16 +208,16 @@ class Keeper:
         for notices in itertools.count():
             await asyncio.sleep(PLACE_NOTICE_S * 2 ** min(notices, 5))
             try:
-                await self._pool.describe(handle, PLACE_NOTICE_S)
+                await self._expert_pool.describe(handle, PLACE_NOTICE_S)
                 return  # it has started, and loads
             except (RayActorError, RayTaskError):
                 return
             except TimeoutError:
                 spec = self._state.fleet.specs[actor_id]
-                why = await asyncio.to_thread(self._pool.shortage, spec)
+                why = await asyncio.to_thread(self._expert_pool.shortage, spec)
                 logger.warning("%s waits for a place: %s", actor_id, why)
                 if self._state.min_copies > 1 and self._state.nodes.pop(actor_id, ""):
-                    self._pool.kill(handle)
+                    self._expert_pool.kill(handle)
                     return
 
     async def _follow_loading(self, handle: ActorHandle) -> None:
@@ -225,7 +225,7 @@ class Keeper:
         while True:
             await asyncio.sleep(HEARTBEAT_PERIOD_S)
             try:
-                self.loading.update(await self._pool.describe(handle, PLACE_NOTICE_S))
+                self.loading.update(await self._expert_pool.describe(handle, PLACE_NOTICE_S))
             except (RayActorError, RayTaskError, TimeoutError):
                 continue  # it has not started, or died; the load call notices that
             if (line := self.loading.notice(time.monotonic())) is not None:
@@ -260,7 +260,9 @@ class Keeper:
 
     async def _heartbeat(self, actor_id: str, handle: ActorHandle) -> ActorReport:
         """Return an actor's report; raises ``TimeoutError`` when it does not answer."""
-        answer = asyncio.ensure_future(self._pool.heartbeat(handle, self._state.placement.epoch))
+        answer = asyncio.ensure_future(
+            self._expert_pool.heartbeat(handle, self._state.placement.epoch)
+        )
         silence = Silence(time.monotonic())
         try:
             while not (await asyncio.wait([answer], timeout=LOOK_S))[0]:

@@ -1,8 +1,8 @@
-"""The lease of a detached expert actor: it ends by itself when nobody owns it any more.
+"""The lease of a detached expert actor: an actor without an application ends itself.
 
-The controller renews the lease with every heartbeat. A controller may be away for a while (it is
-being restarted), so a lapsed lease alone ends nothing: the actor then looks whether Serve still has
-a replica of its application, and ends when there has been none for a while.
+The controller renews the lease with every heartbeat. A controller may be away for a while, as in a
+restart, so a lapsed lease alone ends nothing: the actor then looks whether Serve has a replica of
+its application, and ends when there has been none for a while.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger("expertmesh.lease")
 
 
 class Lease:
-    """When an actor may end: a pure state of times, so that a test can turn the clock."""
+    """When an actor may end; the clock is the caller's."""
 
     def __init__(self, now_s: float) -> None:
         """Begin with a full lease of ``LEASE_S`` seconds."""
@@ -67,10 +67,10 @@ def end_when_orphaned(
 
 
 def app_has_replicas(app: str) -> bool:
-    """Return whether Ray knows a Serve replica of the application; costs about a millisecond.
+    """Return whether Ray has a Serve replica of the application; takes about a millisecond.
 
-    Goes by the names that Serve gives its replicas, since asking Serve itself would bring 50 MB of
-    its modules into an expert actor.
+    Serve itself is not asked, since that would load 50 MB of its modules into an expert actor. The
+    names of the replicas tell the same.
     """
     prefix = f"SERVE_REPLICA::{app}#"
     actors = list_named_actors(all_namespaces=True)

@@ -1,8 +1,8 @@
-"""What must never go backwards, though controller and actors die together: kept by Ray itself.
+"""The ledger: what must never go backwards, even when the controller and all actors die together.
 
-Routers take a placement only when it is newer than theirs, and an actor's name has its generation
-in it. A controller learns both from the living actors; where none lived on, from this ledger in
-Ray's own key-value store, which lives as long as the cluster's head does.
+Routers take only a newer placement, and an actor's name contains its generation. A new controller
+learns both from the living actors, and where none survived from this ledger. It lies in Ray's
+key-value store, which lives as long as the cluster's head.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KV_NAMESPACE = b"expertmesh"
 class Ledger:
     """The last epoch of an application's controllers, and the last generation of each actor.
 
-    ``pools`` has who belongs to each pool, which scaling changes.
+    ``pools`` has the members of each pool, which scaling changes.
     """
 
     epoch: int = 0
@@ -39,25 +39,25 @@ class Ledger:
     @classmethod
     def from_json(cls, text: str | bytes) -> Ledger:
         """Rebuild a ledger from :meth:`to_json`."""
-        told = json.loads(text)
+        fields = json.loads(text)
         pools = {
             name: PoolMembers(
-                one["configured"], tuple(one["actors"]), tuple(one.get("standby", ()))
+                pool["configured"], tuple(pool["actors"]), tuple(pool.get("standby", ()))
             )
-            for name, one in told.pop("pools", {}).items()
+            for name, pool in fields.pop("pools", {}).items()
         }
-        return cls(**told, pools=pools)
+        return cls(**fields, pools=pools)
 
 
 class LedgerStore:
     """The ledger of one application; every call is one short round trip to Ray's head."""
 
     def __init__(self, app: str) -> None:
-        """Must be used in a process that is connected to Ray."""
+        """Works in a process that is connected to Ray."""
         self._key = app.encode()
 
     def read(self) -> Ledger:
-        """Return what was written last, or an empty ledger."""
+        """Return the ledger written last, or an empty one."""
         data = _internal_kv_get(self._key, namespace=KV_NAMESPACE)
         return Ledger.from_json(data) if data else Ledger()
 
@@ -67,5 +67,5 @@ class LedgerStore:
         _internal_kv_put(self._key, data, overwrite=True, namespace=KV_NAMESPACE)
 
     def clear(self) -> None:
-        """Forget the application, which is being deleted."""
+        """Delete the ledger, with its application."""
         _internal_kv_del(self._key, namespace=KV_NAMESPACE)

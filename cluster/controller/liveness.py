@@ -1,28 +1,29 @@
-"""Telling an actor that hangs from one that has much to do: pure, with the caller's clock."""
+"""Tells a hung actor from a busy one: pure, with the caller's clock."""
 
 from __future__ import annotations
 
 HUNG_S = 60.0
 SILENT_S = 3.0
+"""How long a heartbeat may stay unanswered."""
 SUSPECTED_S = 0.8
-"""How long a heartbeat may stay unanswered, and how long while a router waits in vain too: then
-two ways to the actor, which share no thread of it, are silent."""
+"""The same while a router waits in vain too: then two ways to the actor that share no thread of it
+are silent."""
 LOOK_S = 0.1
-"""How often to look whether a heartbeat has been answered."""
+"""Time between two looks whether a heartbeat is answered."""
 
 
 class Progress:
-    """An actor's progress as its heartbeats tell it."""
+    """An actor's progress, from its heartbeats."""
 
     def __init__(self, now_s: float) -> None:
-        """Begin as if something had just been computed."""
+        """Begin as if the actor had just computed a batch."""
         self._steps = -1
         self._moved_s = now_s
 
     def is_hung(self, steps: int, queued_rows: int, now_s: float) -> bool:
-        """Take a heartbeat; return whether rows have waited for ``HUNG_S`` and none was computed.
+        """Take a heartbeat; returns whether rows have waited for ``HUNG_S`` without any batch.
 
-        ``steps`` counts the batches that the actor has computed, ``queued_rows`` wait now.
+        ``steps`` counts the batches that the actor has computed, ``queued_rows`` the waiting rows.
         """
         if steps != self._steps or queued_rows == 0:
             self._steps, self._moved_s = steps, now_s
@@ -30,19 +31,19 @@ class Progress:
 
 
 class Silence:
-    """How long a heartbeat has not been answered, as one knows who looks every ``LOOK_S``.
+    """How long a heartbeat stays unanswered, for a caller that looks every ``LOOK_S``.
 
-    Where a look comes late, its process was kept from running, and so the actor may have been: no
-    more than ``LOOK_S`` of that time counts.
+    A late look means that the caller's process did not run, and perhaps the actor's neither. So a
+    look counts for at most ``LOOK_S``.
     """
 
     def __init__(self, now_s: float) -> None:
-        """Begin with the heartbeat's sending."""
+        """Begin when the heartbeat is sent."""
         self._looked_s = now_s
         self._silent_s = 0.0
 
     def is_hung(self, is_suspected: bool, now_s: float) -> bool:
-        """Take a look that found no answer; return whether none is to be expected any more.
+        """Take a look without an answer; returns whether the actor counts as hung.
 
         ``is_suspected`` says that a router waits in vain for rows of this actor.
         """

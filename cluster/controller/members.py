@@ -1,4 +1,4 @@
-"""The routers and gateways that the controller hears of, as their watch calls tell."""
+"""The router and gateway replicas that the controller knows from their watch calls."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cluster.reports import ProcessSamples, ProcessStatus, Samples
 
 MEMBER_TTL_S = 15.0
-"""How long one counts that has not called again."""
+"""How long a silent replica still counts."""
 
 
 @dataclass(slots=True)
@@ -21,10 +21,10 @@ class _Member:
 
 
 class Members:
-    """Router and gateway replicas, each as its last call told; who is silent is forgotten."""
+    """Router and gateway replicas by their last calls; silent ones are forgotten."""
 
     def __init__(self) -> None:
-        """Know nobody yet."""
+        """Begin without any."""
         self._members: dict[str, _Member] = {}
 
     def heard(
@@ -34,9 +34,9 @@ class Members:
         known: tuple[int, int] | None = None,
         samples: Samples | None = None,
     ) -> None:
-        """Note that a replica has called, which placement, (epoch, version), it knows, and samples.
+        """Note a replica's call, with the placement (epoch, version) that it knows and its samples.
 
-        Samples older than those known are dropped: calls may overtake each other, and a counter
+        Samples older than the last ones are dropped: calls may overtake each other, and a counter
         must not go back.
         """
         key = f"{kind}:{process.node}:{process.pid}"
@@ -50,7 +50,7 @@ class Members:
         self._forget()
 
     def of(self, kind: str) -> tuple[ProcessStatus, ...]:
-        """Return the replicas of a kind that have called lately."""
+        """Return the replicas of a kind."""
         self._forget()
         return tuple(m.process for m in self._members.values() if m.kind == kind)
 
@@ -60,7 +60,7 @@ class Members:
         return all(m.known >= order for m in self._members.values() if m.kind == kind)
 
     def samples(self) -> tuple[ProcessSamples, ...]:
-        """Return the newest samples of all that have called lately and brought some."""
+        """Return the newest samples of all replicas that brought some."""
         self._forget()
         return tuple(
             ProcessSamples(m.kind, m.process, m.samples)

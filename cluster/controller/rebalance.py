@@ -99,9 +99,9 @@ class Rebalancer:
             )
             is_worth = plan.gain >= least_gain and bool(plan.added or plan.dropped)
             if not is_worth and began_s >= self._cold_from_s:
-                rates_of_use = {} if self._mean_rate(rates) < IDLE_TOKENS_PER_S else rates
+                warm_rates = {} if self._mean_rate(rates) < IDLE_TOKENS_PER_S else rates
                 plan = await asyncio.to_thread(
-                    plan_without_cold, models, devices, rates_of_use, held, min_copies
+                    plan_without_cold, models, devices, warm_rates, held, min_copies
                 )
                 is_worth = bool(plan.dropped)
             if not is_worth:

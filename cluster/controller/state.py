@@ -44,7 +44,7 @@ class ClusterState:
         self.reports: dict[str, ActorReport] = {}
         self.is_deleted = False
         self._generations: defaultdict[str, int] = defaultdict(int)
-        """The last generation of every actor that there ever was."""
+        """The last generation of every actor, also of those that left the fleet."""
         self._ledger = ledger
         self._changed = asyncio.Condition()
         self.assign()
@@ -80,8 +80,7 @@ class ClusterState:
     def assign(self) -> None:
         """Decide what each actor is to hold; actors in the placement keep what they hold.
 
-        Where the fleet has an actor that never was before, all experts are dealt out anew, so that
-        it gets a share.
+        Where the fleet has a new actor, all experts are dealt out anew, so that it gets a share.
         """
         actor_ids, budgets_bytes = self.fleet.in_use(), self.fleet.budgets_bytes
         is_same_fleet = all(self._generations.get(actor_id, 0) for actor_id in actor_ids)
@@ -143,6 +142,6 @@ class ClusterState:
         self.record()
 
     def record(self) -> None:
-        """Write down what the next controller must go beyond, even if no actor survives."""
+        """Write the ledger, by which the next controller goes even if no actor survives."""
         epoch, generations = self.placement.epoch, dict(self._generations)
         self._ledger.write(Ledger(epoch, generations, self.fleet.members()))

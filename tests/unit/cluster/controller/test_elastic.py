@@ -92,7 +92,7 @@ REFUSED: dict[str, tuple[Ask, str]] = {
     "negative": (lambda c: c.scale(-1, "", False), "(given: -1)"),
     "too many": (lambda c: c.scale(1001, "", False), "(given: 1001)"),
     "other pool": (lambda c: c.scale(2, "gpu", False), "must be one of expert (given: 'gpu')"),
-    "last actors": (lambda c: c.drain("node", False), "is no actor"),
+    "last actors": (lambda c: c.drain("node", False), "is neither an actor"),
     "unknown": (lambda c: c.drain("expert-9", False), "actors: expert-0, expert-1"),
     "no copy": (lambda c: c.set_copies("m", 0, 0, 0, False), "from 1 to 2 (given: 0)"),
     "copies": (lambda c: c.set_copies("m", 0, 0, 3, False), "from 1 to 2 (given: 3)"),
