@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 Config = dict[str, Any]
 """A checkpoint's ``config.json``."""
@@ -78,6 +77,38 @@ class ExpertTensors:
         return self.gate, self.up, self.down, *self.biases
 
 
+@dataclass(frozen=True, slots=True)
+class GateSpec:
+    """How a family's gate chooses K of E experts by their logits, and weights them.
+
+    ``score`` makes scores of logits: "softmax" over all experts, or "sigmoid" of each. The experts
+    of the K largest are chosen, and their scores are their weights. With "softmax_of_chosen" the
+    logits are the scores, and the weights are the softmax over the K.
+    ``renormalises`` divides weights by their sum, ``norm_exponent`` by their norm of that exponent;
+    ``scaling_factor`` multiplies them.
+
+    The experts form ``num_groups`` equal groups, and only the ``topk_groups`` best count, by the
+    sum of their ``best_of_group`` largest scores. The results named in ``float32`` are so in a
+    model of half precision, too. ``sorts`` puts the best expert first.
+    """
+
+    score: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"
+    renormalises: bool = False
+    norm_exponent: float | None = None
+    scaling_factor: float = 1.0
+    num_groups: int = 1
+    topk_groups: int = 1
+    best_of_group: int = 1
+    float32: tuple[Literal["logits", "scores", "weights"], ...] = ("scores",)
+    sorts: bool = True
+
+    @property
+    def weights_are_of_all(self) -> bool:
+        """Whether a weight is a share of all experts, whichever of them are chosen."""
+        is_divided = self.renormalises or self.norm_exponent is not None
+        return self.score == "softmax" and not is_divided
+
+
 def _as_it_is(config: Config) -> Config:
     return config
 
@@ -117,31 +148,25 @@ def _no_other_names(config: Config) -> dict[str, str]:
     return {}
 
 
-def _shares_of_the_chosen(config: Config) -> bool:
-    return False
-
-
 @dataclass(frozen=True, slots=True)
 class Family:
     """How to read one family's checkpoints and where its experts sit in transformers' class.
 
     ``experts_module`` and ``experts_class`` name the class that the router replaces by a
-    parameter-free one (``None`` where the model is our own, and has it already); ``gate_of``
-    returns, from the block that has it, what maps hidden states to (logits, weights, ids).
+    parameter-free one (``None`` where the model is our own, and has it already); ``gate`` describes
+    the gate, whose parameters are those of ``gate_module`` in the same block.
     ``dense_tensors`` lists name and shape of every tensor that a router needs; together with
     ``expert_tensors`` (of a layer's expert) it is the whole checkpoint. ``stacks_experts`` says
     that a layer's experts share their tensors.
 
     ``usual`` gives a configuration the key names that the other families have; all functions here
     take it so. ``transformers_config`` is what transformers' configuration is made from.
-    ``options`` are the values that are served of keys for which others exist;
-    ``weights_of_all`` tells whether a chosen expert's weight is its share of all experts', not of
-    the chosen ones'. ``cache_values`` counts the
-    numbers that a layer's attention keeps of a token; ``caches_latents`` says that they are latents
-    of which keys and values are made (:mod:`router.model.latent_attention`). Tensors whose names
-    end by one of ``in_float32`` may be so beside others of half precision; those that begin by one
-    of ``ignored`` may be there and are not read. ``module_names`` has what the model calls a tensor
-    where the checkpoint calls it otherwise.
+    ``options`` are the values that are served of keys for which others exist. ``cache_values``
+    counts the numbers that a layer's attention keeps of a token; ``caches_latents`` says that they
+    are latents of which keys and values are made (:mod:`router.model.latent_attention`). Tensors
+    whose names end by one of ``in_float32`` may be so beside others of half precision; those that
+    begin by one of ``ignored`` may be there and are not read. ``module_names`` has what the model
+    calls a tensor where the checkpoint calls it otherwise.
     """
 
     model_type: str
@@ -151,12 +176,12 @@ class Family:
     expert_shape: Callable[[Config], ExpertShape]
     expert_tensors: Callable[[Config, int, int], ExpertTensors]
     dense_tensors: Callable[[Config], Shapes]
-    gate_of: Callable[[Any], Any] = attrgetter("gate")
+    gate: Callable[[Config], GateSpec]
+    gate_module: str = "gate"
     stacks_experts: bool = False
     usual: Callable[[Config], Config] = _as_it_is
     transformers_config: Callable[[Config], Config] = _as_it_is
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    weights_of_all: Callable[[Config], bool] = _shares_of_the_chosen
     cache_values: Callable[[Config], int] = _keys_and_values
     caches_latents: bool = False
     in_float32: tuple[str, ...] = ()

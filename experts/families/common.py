@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experts.families.base import Config, ExpertTensors, Part, Shapes, head_sizes
+from experts.families.base import Config, ExpertTensors, GateSpec, Part, Shapes, head_sizes
 
 
 def outer_tensors(config: Config) -> Shapes:
@@ -43,6 +43,11 @@ def mlp_tensors(prefix: str, hidden_size: int, inner_size: int) -> Shapes:
         f"{prefix}.up_proj.weight": (inner_size, hidden_size),
         f"{prefix}.down_proj.weight": (hidden_size, inner_size),
     }
+
+
+def softmax_gate(config: Config) -> GateSpec:
+    """Return the gate of Qwen's and OLMoE's classes, which renormalises where the config says."""
+    return GateSpec(renormalises=bool(config.get("norm_topk_prob", False)))
 
 
 def plain_expert(

@@ -6,13 +6,13 @@ Dimension letters: E experts of a layer, I intermediate size, H hidden size.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from experts.families.base import (
     Config,
     ExpertShape,
     ExpertTensors,
     Family,
+    GateSpec,
     Part,
     Shapes,
     head_sizes,
@@ -49,8 +49,7 @@ def _transformers_config(config: Config) -> Config:
     And where nothing is to be clipped, it fails.
     """
     attention, experts = dict(config["attn_config"]), dict(config["ffn_config"])
-    exponent = experts.get("moe_normalize_expert_weights", 1.0)
-    experts["moe_normalize_expert_weights"] = None if exponent is None else float(exponent)
+    experts["moe_normalize_expert_weights"] = _norm_exponent(config)
     theta = float(attention.get("rope_theta") or config.get("rope_theta") or _ROPE_THETA)
     rope = config.get("rope_parameters") or {"rope_type": "default", "rope_theta": theta}
     attention["rope_theta"] = rope["rope_theta"]
@@ -107,16 +106,9 @@ def _dense_tensors(config: Config) -> Shapes:
     return tensors
 
 
-def _gate_of(block: Any) -> Any:
-    def gate(hidden_states: Any) -> tuple[Any, Any, Any]:
-        logits = block.router(hidden_states)
-        return logits, *block.route_tokens_to_experts(logits)
-
-    return gate
-
-
-def _weights_of_all(config: Config) -> bool:
-    return config["ffn_config"].get("moe_normalize_expert_weights", 1.0) is None
+def _norm_exponent(config: Config) -> float | None:
+    exponent = config["ffn_config"].get("moe_normalize_expert_weights", 1.0)
+    return None if exponent is None else float(exponent)
 
 
 DBRX = Family(
@@ -127,10 +119,10 @@ DBRX = Family(
     expert_shape=_expert_shape,
     expert_tensors=_expert_tensors,
     dense_tensors=_dense_tensors,
-    gate_of=_gate_of,
+    gate=lambda config: GateSpec(norm_exponent=_norm_exponent(config), float32=()),
+    gate_module="router.layer",
     stacks_experts=True,
     usual=_usual,
     transformers_config=_transformers_config,
     options={"tie_word_embeddings": (False,)},
-    weights_of_all=_weights_of_all,
 )

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from experts.families.base import Config, ExpertShape, ExpertTensors, Family, Shapes, size
+from dataclasses import replace
+
+from experts.families.base import (
+    Config,
+    ExpertShape,
+    ExpertTensors,
+    Family,
+    GateSpec,
+    Shapes,
+    size,
+)
 from experts.families.common import mlp_tensors, outer_tensors, plain_expert
 
 _CORRECTION = "mlp.gate.e_score_correction_bias"
@@ -114,8 +124,28 @@ def _predicting_layers(config: Config) -> tuple[str, ...]:
     return tuple(f"model.layers.{layer_id}." for layer_id in range(first, first + count))
 
 
-def _always(config: Config) -> bool:
-    return True
+def _v2_gate(config: Config) -> GateSpec:
+    spec = GateSpec(
+        scaling_factor=config.get("routed_scaling_factor", 1.0),
+        float32=("logits", "scores", "weights"),
+        sorts=False,
+    )
+    if config.get("topk_method") != "group_limited_greedy":
+        return spec
+    return replace(spec, num_groups=config["n_group"], topk_groups=config["topk_group"])
+
+
+def _v3_gate(config: Config) -> GateSpec:
+    return GateSpec(
+        score="sigmoid",
+        renormalises=bool(config.get("norm_topk_prob", True)),
+        scaling_factor=config.get("routed_scaling_factor", 2.5),
+        num_groups=config["n_group"],
+        topk_groups=config["topk_group"],
+        best_of_group=2,
+        float32=("logits", "scores", "weights"),
+        sorts=False,
+    )
 
 
 DEEPSEEK_V2 = Family(
@@ -126,6 +156,7 @@ DEEPSEEK_V2 = Family(
     expert_shape=_v2_shape,
     expert_tensors=_expert_tensors,
     dense_tensors=_v2_tensors,
+    gate=_v2_gate,
     options={
         "attention_bias": (False,),
         "mlp_bias": (False,),
@@ -134,7 +165,6 @@ DEEPSEEK_V2 = Family(
         "scoring_func": ("softmax",),
         "topk_method": ("greedy", "group_limited_greedy"),
     },
-    weights_of_all=_always,
     cache_values=_latent_values,
     caches_latents=True,
     in_float32=("mlp.gate.weight",),
@@ -148,6 +178,7 @@ DEEPSEEK_V3 = Family(
     expert_shape=_v3_shape,
     expert_tensors=_expert_tensors,
     dense_tensors=_v3_tensors,
+    gate=_v3_gate,
     usual=_v3_usual,
     options={
         "attention_bias": (False,),

@@ -5,13 +5,12 @@ Dimension letters: E experts of a layer, I intermediate size, H hidden size.
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 from experts.families.base import (
     Config,
     ExpertShape,
     ExpertTensors,
     Family,
+    GateSpec,
     Part,
     Shapes,
     head_sizes,
@@ -81,7 +80,8 @@ GPT_OSS = Family(
     expert_shape=_expert_shape,
     expert_tensors=_expert_tensors,
     dense_tensors=_dense_tensors,
-    gate_of=attrgetter("router"),
+    gate=lambda _: GateSpec(score="softmax_of_chosen", float32=()),
+    gate_module="router",
     stacks_experts=True,
     options={"hidden_act": ("silu",), "swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
 )

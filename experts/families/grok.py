@@ -13,6 +13,7 @@ from experts.families.base import (
     ExpertShape,
     ExpertTensors,
     Family,
+    GateSpec,
     Shapes,
     head_sizes,
     size,
@@ -118,10 +119,6 @@ def _module_names(config: Config) -> dict[str, str]:
     return {name_of_xai(name): name for name in _dense_tensors(config)}
 
 
-def _always(config: Config) -> bool:
-    return True
-
-
 GROK_1 = Family(
     model_type="grok-1",
     architectures=("Grok1ModelForCausalLM", "Grok1ForCausalLM", "GrokForCausalLM"),
@@ -130,6 +127,7 @@ GROK_1 = Family(
     expert_shape=_expert_shape,
     expert_tensors=_expert_tensors,
     dense_tensors=_dense_tensors,
+    gate=lambda _: GateSpec(),
     usual=_usual,
     options={
         "hidden_act": ("gelu", "gelu_pytorch_tanh"),
@@ -137,7 +135,6 @@ GROK_1 = Family(
         "router_logit_softcapping": (0,),
         "tie_word_embeddings": (True,),
     },
-    weights_of_all=_always,
 )
 
 GROK_1_OF_XAI = replace(

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from experts.families.base import Config, ExpertShape, ExpertTensors, Family, Shapes, size
+from experts.families.base import (
+    Config,
+    ExpertShape,
+    ExpertTensors,
+    Family,
+    GateSpec,
+    Shapes,
+    size,
+)
 from experts.families.common import layer_tensors, outer_tensors, plain_expert
 
 
@@ -40,4 +48,5 @@ MIXTRAL = Family(
     expert_shape=_expert_shape,
     expert_tensors=_expert_tensors,
     dense_tensors=_dense_tensors,
+    gate=lambda _: GateSpec(renormalises=True, float32=("scores", "weights")),
 )

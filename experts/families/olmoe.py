@@ -11,7 +11,7 @@ from experts.families.base import (
     head_sizes,
     size,
 )
-from experts.families.common import layer_tensors, outer_tensors, plain_expert
+from experts.families.common import layer_tensors, outer_tensors, plain_expert, softmax_gate
 
 
 def _expert_shape(config: Config) -> ExpertShape:
@@ -42,10 +42,6 @@ def _dense_tensors(config: Config) -> Shapes:
     return tensors
 
 
-def _weights_of_all(config: Config) -> bool:
-    return not config.get("norm_topk_prob", False)
-
-
 OLMOE = Family(
     model_type="olmoe",
     architectures=("OlmoeForCausalLM",),
@@ -54,5 +50,5 @@ OLMOE = Family(
     expert_shape=_expert_shape,
     expert_tensors=_expert_tensors,
     dense_tensors=_dense_tensors,
-    weights_of_all=_weights_of_all,
+    gate=softmax_gate,
 )

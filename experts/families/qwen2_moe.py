@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from experts.families import qwen_moe
 from experts.families.base import Config, Family, Shapes
-from experts.families.common import layer_tensors, mlp_tensors, outer_tensors
+from experts.families.common import layer_tensors, mlp_tensors, outer_tensors, softmax_gate
 
 
 def _dense_tensors(config: Config) -> Shapes:
@@ -29,5 +29,5 @@ QWEN2_MOE = Family(
     expert_shape=qwen_moe.expert_shape,
     expert_tensors=qwen_moe.expert_tensors,
     dense_tensors=_dense_tensors,
-    weights_of_all=qwen_moe.weights_of_all,
+    gate=softmax_gate,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from experts.families import qwen_moe
 from experts.families.base import Config, Family, Shapes, head_sizes
-from experts.families.common import layer_tensors, outer_tensors
+from experts.families.common import layer_tensors, outer_tensors, softmax_gate
 
 
 def _usual(config: Config) -> Config:
@@ -32,6 +32,6 @@ QWEN3_MOE = Family(
     expert_shape=qwen_moe.expert_shape,
     expert_tensors=qwen_moe.expert_tensors,
     dense_tensors=_dense_tensors,
+    gate=softmax_gate,
     usual=_usual,
-    weights_of_all=qwen_moe.weights_of_all,
 )

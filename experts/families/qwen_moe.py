@@ -34,8 +34,3 @@ def mixture_tensors(config: Config, layer_id: int) -> Shapes:
     if layer_id in expert_shape(config).layers:
         return {f"{prefix}.gate.weight": (config["num_experts"], hidden)}
     return mlp_tensors(prefix, hidden, config["intermediate_size"])
-
-
-def weights_of_all(config: Config) -> bool:
-    """Say whether the weights of the chosen experts are left as they are among all."""
-    return not config.get("norm_topk_prob", False)

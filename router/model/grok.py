@@ -3,7 +3,7 @@
 As in github.com/xai-org/grok-1 (model.py): norms before and after attention and mixture, scores
 capped, embeddings and logits multiplied, one table for both.
 
-Dimension letters: T packed tokens, H hidden size, D head size, E experts, K experts per token.
+Dimension letters: T packed tokens, H hidden size, D head size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -89,34 +88,18 @@ class GrokAttention(nn.Module):
         return self.o_proj(output.flatten(2))  # type: ignore[no-any-return]
 
 
-class GrokGate(nn.Module):
-    """The shares of the top K of a softmax over all experts."""
-
-    def __init__(self, config: Any) -> None:
-        """Score ``num_experts`` experts."""
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        self.top_k: int = config.num_experts_per_tok
-
-    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Map rows [T, H] to logits [T, E], weights and ids [T, K]."""
-        logits = functional.linear(rows, self.weight)
-        weights, ids = functional.softmax(logits, dim=-1, dtype=torch.float32).topk(self.top_k)
-        return logits, weights.to(rows.dtype), ids
-
-
 class GrokMixture(nn.Module):
     """Gate and experts of a layer."""
 
     def __init__(self, config: Any) -> None:
-        """Build the gate; the experts are elsewhere."""
+        """Build what holds the gate's weight, which a :class:`router.moe.gate.Gate` replaces."""
         super().__init__()
-        self.gate = GrokGate(config)
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = RemoteExperts(config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map [1, T, H] to [1, T, H]."""
-        _, weights, ids = self.gate(hidden_states.flatten(0, 1))
+        _, weights, ids = self.gate(hidden_states)
         return self.experts(hidden_states, ids, weights)  # type: ignore[no-any-return]
 
 

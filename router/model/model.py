@@ -1,9 +1,8 @@
 """The model that a router runs: transformers' class without its experts.
 
-Embedding, attention, norms, the gate (transformers' own router module, so ``topk_ids`` and
-``topk_weights`` are its) and the output head are loaded; the experts module is replaced by a
-parameter-free one that hands the tokens to :class:`router.moe.layer.MoELayers`. A router therefore
-never reads or holds an expert's weight.
+Embedding, attention, norms, the gate and the output head are loaded; the experts module is replaced
+by a parameter-free one that hands the tokens to :class:`router.moe.layer.MoELayers`. A router
+therefore never reads or holds an expert's weight. :class:`router.moe.gate.Gate` replaces the gate.
 
 Dimension letters: T packed tokens, R rows to sample, K experts per token, H hidden size, V vocab.
 """
@@ -14,6 +13,7 @@ import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -24,16 +24,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import read_tensor
-from experts.families.base import Family
+from experts.families.base import Family, GateSpec
 from router.model.cpu.decode_attention import length_step
-from router.model.cpu.packed_linear import pack_linears
+from router.model.cpu.packed_linear import pack_linears, product_with
 from router.model.cpu.rms_norm import replace_norms
 from router.model.fused_attention import fuse_attention
 from router.model.grok import register_grok
 from router.model.kv_cache import LatentCache, PagedBatch, PagedCache
 from router.model.latent_attention import LATENT_ATTENTION_NAME, keep_latents, latent_attention
 from router.model.paged_attention import ATTENTION_NAME, PagedContext, paged_attention
-from router.moe.gate import Gate, chooser
+from router.moe.gate import Gate
 from router.moe.layer import MoELayers, RemoteExperts, StepContext
 
 _REPLACING = threading.Lock()
@@ -121,6 +121,7 @@ class MoEModel:
     ) -> None:
         """Load the dense part and make a cache of ``cache_slots`` tokens."""
         self._model = load_dense(checkpoint, dtype)
+        _connect(self._model, checkpoint, layers)
         keep_latents(self._model)
         fuse_attention(self._model)
         pack_linears(self._model)
@@ -132,10 +133,6 @@ class MoEModel:
         self._windowed = _windowed_layers(config)
         self.length_step = length_step(dtype, self._model.device)
         self._cache = _cache_of(config, checkpoint.family, cache_slots, dtype, self._model.device)
-        for layer_id, (module, gate) in enumerate(_remote_experts(self._model, checkpoint)):
-            module.layer_id = checkpoint.shape.layers[layer_id]
-            module.layers = layers
-            module.choose_among = chooser(gate, checkpoint.family.weights_of_all(checkpoint.config))
         self._base, self._head = self._model.base_model, self._model.get_output_embeddings()
 
     @torch.inference_mode()
@@ -183,17 +180,36 @@ def _windowed_layers(config: Any) -> tuple[bool, ...]:
     return (bool(getattr(config, "sliding_window", None)),) * config.num_hidden_layers
 
 
-def _remote_experts(model: nn.Module, checkpoint: Checkpoint) -> list[tuple[RemoteExperts, Gate]]:
-    """Return each layer's experts, and the gate that stands beside them."""
+def _connect(model: nn.Module, checkpoint: Checkpoint, layers: MoELayers) -> None:
+    """Replace each MoE layer's gate, and tell its experts where their hidden states go."""
+    family, shape = checkpoint.family, checkpoint.shape
     found = [
-        (module, checkpoint.family.gate_of(block))
+        (block, experts)
         for block in model.modules()
-        for module in block.children()
-        if isinstance(module, RemoteExperts)
+        for experts in block.children()
+        if isinstance(experts, RemoteExperts)
     ]
-    if len(found) != len(checkpoint.shape.layers):
+    if len(found) != len(shape.layers):
         raise CheckpointError(
-            f"{len(found)} expert modules were replaced, {len(checkpoint.shape.layers)} expected",
+            f"{len(found)} expert modules were replaced, {len(shape.layers)} expected",
             str(checkpoint.folder),
         )
-    return found
+    spec = family.gate(checkpoint.config)
+    for layer_id, (block, experts) in zip(shape.layers, found, strict=True):
+        gate = replace_gate(block, family.gate_module, spec, shape.num_experts_per_tok)
+        experts.layer_id, experts.layers = layer_id, layers
+        experts.choose_among = gate.choose
+
+
+def replace_gate(block: Any, path: str, spec: GateSpec, top_k: int) -> Gate:
+    """Put a :class:`Gate` where ``block`` has transformers' at ``path``, with its parameters."""
+    replaced = block.get_submodule(path)
+    # Made wider once, not in each step as transformers does.
+    weight = replaced.weight.float() if "logits" in spec.float32 else replaced.weight
+    logits_of = product_with(weight, getattr(replaced, "bias", None))
+    gate = Gate(spec, top_k, logits_of, getattr(replaced, "e_score_correction_bias", None))
+    block.set_submodule(path, gate)
+    if hasattr(block, "route_tokens_to_experts"):
+        # DBRX's gate returns logits, and its block makes weights and ids of them.
+        block.route_tokens_to_experts = itemgetter(1, 2)
+    return gate

@@ -165,9 +165,7 @@ def _next(
         torch.from_numpy(allowed).to(device),
     )
     ids, shares = chosen.cpu().numpy(), weights.float().cpu().numpy()
-    # A gate that chooses among groups names others, too, with a weight of nothing.
-    is_next = np.take_along_axis(allowed, ids, axis=1) & (shares > 0)
-    yield from _in_line(tokens, ids, shares, is_next)
+    yield from _in_line(tokens, ids, shares, shares > 0)
 
 
 def _in_line(

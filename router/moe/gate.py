@@ -1,93 +1,135 @@
-"""Asking transformers' own gate again, with some experts out of the question.
+"""The gate: which experts a token goes to, and with which weights.
 
-Dimension letters: R rows, H hidden size, E experts, K experts per token.
+One module serves every family, by its :class:`experts.families.base.GateSpec`. It takes the place
+of transformers' gate, whose ids and weights it gives bit for bit, and it can choose anew without
+some experts: missing ones, and those without room.
+
+Dimension letters: T tokens, H hidden size, E experts, K experts per token, G groups.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from experts.families.base import GateSpec
 
 ChooseAmong = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Maps hidden states [R, H] and the allowed experts, bool [R, E], to ids and weights [R, K]."""
+"""Maps hidden states [T, H] and the allowed experts, bool [T, E], to ids and weights [T, K]."""
+
+_LEAST_SUM = 1e-20
+"""DeepSeek-V3's, added to the sum of sigmoids, which may be 0."""
 
 
-Gate = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""A family's own gate: maps hidden states [R, H] to (logits, weights, ids)."""
-_SOFTMAXES = (functional.softmax, torch.softmax, torch.Tensor.softmax)
-
-
-class _Masked(TorchFunctionMode):
-    """Within the block, results of ``functions`` are ``value`` for experts that are not allowed."""
+class Gate(nn.Module):
+    """Scores the experts of one layer and chooses the K best of each token; has no parameters."""
 
     def __init__(
-        self, functions: Sequence[Callable[..., Any]], value: float, allowed: torch.Tensor
-    ) -> None:
-        super().__init__()
-        self._functions = functions
-        self._value = value
-        self._allowed = allowed
-
-    def __torch_function__(
         self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in self._functions:
-            return result.masked_fill(~self._allowed, self._value)
-        return result
+        spec: GateSpec,
+        top_k: int,
+        logits_of: Callable[[torch.Tensor], torch.Tensor],
+        correction: torch.Tensor | None = None,
+    ) -> None:
+        """``logits_of`` maps hidden states [T, H] to logits [T, E].
 
+        ``correction`` [E] is added to the scores for the choice, not for the weights (DeepSeek-V3,
+        arXiv 2412.19437, section 2.1.2).
+        """
+        super().__init__()
+        self._spec = spec
+        self._top_k = top_k
+        self._logits_of = logits_of
+        self._scores_dtype = torch.float32 if "scores" in spec.float32 else None
+        self._rounds_weights = "scores" in spec.float32 and "weights" not in spec.float32
+        self._correction = None if correction is None else correction.float()
 
-def choose_among(
-    gate: Gate,
-    hidden_states: torch.Tensor,
-    allowed: torch.Tensor,
-    weights_of_all: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the ids and weights [R, K] that the gate gives when only ``allowed`` [R, E] exist.
+    def forward(self, hidden_states: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Map hidden states [..., H] to ``None``, weights and ids [T, K], for transformers' blocks.
 
-    The gate is transformers' and computes what it always does, from logits that are minus infinity
-    where an expert is not allowed; so its choice falls to the next in line (GShard, Lepikhin et
-    al. 2020, section 2.2), and the weights are normalised as the family does. Where they are shares
-    of all experts' (``weights_of_all``), it is the shares that are below all others instead: what
-    is left keeps its weight. A correction that is added for the choice alone (DeepSeek-V3) is less
-    than any other's, too. Where no more than K are allowed these are chosen, from however many
-    groups; the rest of the ids are of experts that are not allowed, and their weights mean nothing.
-    """
-    gate = _of_any_groups(gate, allowed)
-    correction = getattr(gate, "e_score_correction_bias", None)
-    if correction is not None and isinstance(gate, nn.Module):
-        # Not minus infinity: groups are chosen by sums, and one with a living expert is worth more.
-        lowered = torch.where(allowed, correction, correction.min() - 1)
-        gate = functools.partial(
-            torch.func.functional_call, gate, {"e_score_correction_bias": lowered}
+        These expect logits in the first place and do not use them.
+        """
+        ids, weights = self.choose(hidden_states.flatten(0, -2))
+        return None, weights, ids
+
+    def choose(
+        self, hidden_states: torch.Tensor, allowed: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids, int64, and weights of the K best experts of each of the hidden states [T, H].
+
+        With ``allowed``, bool [T, E], the K best of the allowed experts are chosen, the next in
+        line in place of the others (GShard, Lepikhin et al. 2020, section 2.2); weights that are
+        normalised are so over these. Where a row has fewer than K, ids that are not allowed fill
+        it, with a weight of 0.
+        """
+        scores = self._scores(hidden_states, allowed)
+        ranks = self._ranks(scores, allowed)
+        values, ids = ranks.topk(self._top_k, -1, True, self._spec.sorts)
+        are_scores = allowed is None and self._correction is None
+        weights = self._weights(values if are_scores else scores.gather(1, ids))
+        if allowed is not None:
+            # Last, because a row without an allowed expert was divided by 0.
+            weights = weights.masked_fill(~allowed.gather(1, ids), 0.0)
+        return ids, weights.to(hidden_states.dtype) if self._rounds_weights else weights
+
+    def _scores(self, hidden_states: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+        """Return scores [T, E]; those of a softmax are shares of all, or of the allowed experts."""
+        spec = self._spec
+        logits = self._logits_of(
+            hidden_states.float() if "logits" in spec.float32 else hidden_states
         )
-    # Logits without the lost ones would make the others' shares of all larger.
-    masked = _Masked(_SOFTMAXES, -1.0, allowed) if weights_of_all else None
-    with masked or _Masked((functional.linear,), -torch.inf, allowed):
-        _, weights, ids = gate(hidden_states)
-    return ids, weights
+        if allowed is not None and not spec.weights_are_of_all:
+            # Before the softmax: beside an expert that is not allowed all others may round to 0.
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        if spec.score == "softmax":
+            return logits.softmax(-1, dtype=self._scores_dtype)
+        return logits.sigmoid() if spec.score == "sigmoid" else logits
 
+    def _ranks(self, scores: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+        """Return the values [T, E] by which experts are chosen."""
+        ranks = scores if self._correction is None else scores + self._correction
+        if allowed is not None:
+            ranks = ranks.masked_fill(~allowed, self._below_all())
+        if self._spec.topk_groups < self._spec.num_groups:
+            ranks = self._of_best_groups(ranks, allowed)
+        return ranks
 
-def _of_any_groups(gate: Any, allowed: torch.Tensor) -> Any:
-    """Return the gate; where no more than K are allowed, one that takes them of all its groups."""
-    if not hasattr(gate, "topk_group") or (allowed.sum(dim=1) > gate.top_k).any():
-        return gate
-    gate = copy.copy(gate)
-    gate.topk_group = gate.num_group
-    return gate
+    def _below_all(self) -> float:
+        """Return a rank below every allowed expert's.
 
+        It is finite for the sums of groups: one with an allowed expert ranks above one without.
+        """
+        if self._spec.score == "softmax_of_chosen":
+            return -torch.inf
+        return -1.0 if self._correction is None else self._correction.min().item() - 1.0
 
-def chooser(gate: Gate, weights_of_all: bool = False) -> ChooseAmong:
-    """Return :func:`choose_among` for one layer's gate."""
-    return functools.partial(choose_among, gate, weights_of_all=weights_of_all)
+    def _of_best_groups(self, ranks: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+        """Return the ranks [T, E] with those of all but the best groups made lowest.
+
+        A row that is allowed no more than K experts may take them from all groups.
+        """
+        spec = self._spec
+        groups = ranks.unflatten(1, (spec.num_groups, -1))  # [T, G, E / G]
+        group_scores = groups.topk(spec.best_of_group, dim=-1).values.sum(dim=-1)  # [T, G]
+        best = group_scores.topk(spec.topk_groups, dim=-1, sorted=False).indices
+        left_out = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
+        if allowed is not None:
+            left_out &= allowed.sum(dim=1, keepdim=True) > self._top_k
+        # transformers' DeepSeek-V2 has 0 here, which ties with experts whose share rounds to 0.
+        lowest = 0.0 if allowed is None and spec.score == "softmax" else -torch.inf
+        return groups.masked_fill(left_out.unsqueeze(-1), lowest).flatten(1)
+
+    def _weights(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return the weights [T, K] that the scores of the chosen experts make."""
+        spec = self._spec
+        if spec.score == "softmax_of_chosen":
+            scores = scores.softmax(-1)
+        if spec.norm_exponent is not None:
+            norm = torch.linalg.vector_norm(scores, spec.norm_exponent, dim=-1, keepdim=True)
+            scores = scores / norm
+        if spec.renormalises:
+            total = scores.sum(-1, keepdim=True)
+            scores = scores / (total + _LEAST_SUM if spec.score == "sigmoid" else total)
+        return scores if spec.scaling_factor == 1.0 else scores * spec.scaling_factor

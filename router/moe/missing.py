@@ -151,8 +151,6 @@ def choose_anew(
     is_left = np.take_along_axis(allowed, new_ids, axis=1)
     ids, served = choice.ids.copy(), served.copy()
     ids[rows], served[rows] = new_ids, is_left
-    # Where none is left the gate divides by nothing.
-    weights = weights.masked_fill(~torch.from_numpy(is_left).to(device), 0.0)
     return Choice(
         ids,
         choice.weights.index_copy(0, index, weights.to(choice.weights.dtype)),

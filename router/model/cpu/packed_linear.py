@@ -6,13 +6,18 @@ Dimension letters: T tokens, I input size, O output size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TypeGuard
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from experts.compute.packed_linear import can_pack, pack, packed_linear
 
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""Maps rows [..., T, I] to [..., T, O]."""
 _CHECKED_ROWS = (1, 48)
 
 
@@ -40,8 +45,18 @@ def pack_linears(model: nn.Module) -> None:
         for name, child in parent.named_children():
             if is_packable(child):
                 packed = PackedLinear(child.weight)
-                if _same_bits(child, packed):
+                if _same_bits(child, packed, child.in_features):
                     setattr(parent, name, packed)
+
+
+def product_with(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Product:
+    """Return the product with ``weight`` [O, I] plus ``bias`` [O]; packed, where bits stay."""
+    plain = partial(functional.linear, weight=weight, bias=bias)
+    if bias is None and can_pack(weight):
+        packed = PackedLinear(weight)
+        if _same_bits(plain, packed, weight.shape[1]):
+            return packed.forward
+    return plain
 
 
 def is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -49,9 +64,9 @@ def is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
     return type(module) is nn.Linear and module.bias is None and can_pack(module.weight)
 
 
-def _same_bits(linear: nn.Linear, packed: PackedLinear) -> bool:
+def _same_bits(plain: Product, packed: Product, input_size: int) -> bool:
     generator = torch.Generator().manual_seed(0)
-    samples = [torch.randn(t, linear.in_features, generator=generator) for t in _CHECKED_ROWS]
+    samples = [torch.randn(t, input_size, generator=generator) for t in _CHECKED_ROWS]
     return all(
-        torch.equal(linear(rows), packed(rows)) for rows in (s.to(torch.bfloat16) for s in samples)
+        torch.equal(plain(rows), packed(rows)) for rows in (s.to(torch.bfloat16) for s in samples)
     )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from experts.compute import ffn
-from router.model.cpu.packed_linear import PackedLinear, pack_linears
+from router.model.cpu.packed_linear import PackedLinear, pack_linears, product_with
 
 # Where packing is sure to be possible; elsewhere a trial decides, and the bits are the same anyway.
 AMX = ffn._HAS_AMX
@@ -62,3 +62,24 @@ def test_a_layer_whose_twin_gives_other_bits_stays(monkeypatch: pytest.MonkeyPat
     model = model_of(nn.Linear(8, 8, bias=False, dtype=torch.bfloat16))
     pack_linears(model)
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_product_has_the_bits_of_torchs(dtype: torch.dtype, has_bias: bool) -> None:
+    linear = nn.Linear(96, 8, bias=has_bias, dtype=dtype).requires_grad_(False)
+    product = product_with(linear.weight, linear.bias)
+    is_packed = isinstance(getattr(product, "__self__", None), PackedLinear)
+    if dtype == torch.float32 or has_bias:
+        assert not is_packed
+    else:
+        assert is_packed or not AMX
+    for rows in (1, 2, 33):
+        inputs = torch.randn(rows, 96, dtype=dtype)
+        assert torch.equal(product(inputs), linear(inputs))
+
+
+def test_a_product_whose_twin_gives_other_bits_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, rows: torch.zeros(1))
+    weight, inputs = torch.randn(8, 8).bfloat16(), torch.randn(3, 8).bfloat16()
+    assert torch.equal(product_with(weight)(inputs), nn.functional.linear(inputs, weight))

@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MixtralConfig, MixtralForCausalLM
-from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers import MixtralForCausalLM
 
+from experts.families.base import GateSpec
 from router.config import CapacityConfig
 from router.engine.stats import RouterSamples
 from router.moe.capacity import Placed, tokens_per_expert, within_capacity
-from router.moe.gate import chooser
+from router.moe.gate import Gate
 from router.moe.missing import Choice
 from router.observability import catalogue
 from tests.checkpoints import save_mixtral
@@ -40,17 +40,14 @@ def place(
 ) -> tuple[Placed, Choice]:
     """Place tokens whose gate has these probabilities [T, E]; also returns its own choice."""
     num_experts = len(probabilities[0])
-    gate = MixtralTopKRouter(
-        MixtralConfig(hidden_size=num_experts, num_local_experts=num_experts, num_experts_per_tok=k)
-    )
-    gate.weight.data = torch.eye(num_experts)
+    gate = Gate(GateSpec(renormalises=True), k, lambda hidden_states: hidden_states)
     logits = torch.tensor(probabilities, dtype=torch.float64).log().float()
     with torch.inference_mode():
-        _, weights, ids = gate(logits)
+        ids, weights = gate.choose(logits)
         pairs = None if going is None else np.flatnonzero(np.repeat(going, k))
         own = Choice(ids.numpy(), weights, pairs)
         mask = np.isin(np.arange(num_experts), list(lost))
-        return within_capacity(own, capacity, mask, logits, chooser(gate)), own
+        return within_capacity(own, capacity, mask, logits, gate.choose), own
 
 
 def got(choice: Choice) -> Chain:

@@ -17,16 +17,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
-from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers import MixtralForCausalLM
 
 from cluster.errors import CancelledRequestError, DeadlineExceededError, ExpertUnavailableError
 from cluster.placement.placement import empty_placement
 from cluster.spec import ModelExperts
 from cluster.transport.base import Call, CallFailure
+from experts.families.base import GateSpec
 from router.engine.scheduler import Limits
 from router.messages.request import GenerationRequest, TokenEvent
-from router.moe.gate import choose_among
+from router.moe.gate import Gate
 from router.moe.missing import Choice, StepMissing
 from router.moe.permute import missing_by_layer
 from tests.checkpoints import save_mixtral
@@ -142,13 +142,7 @@ def tokens_of(cluster: LocalCluster, request_id: str) -> list[int]:
 # The gate, asked again.
 
 
-def doubling_gate() -> MixtralTopKRouter:
-    """A gate of four experts whose logits are the hidden states."""
-    gate = MixtralTopKRouter(
-        MixtralConfig(hidden_size=4, num_local_experts=4, num_experts_per_tok=2)
-    )
-    gate.weight.data = torch.eye(4)
-    return gate
+GATE = Gate(GateSpec(renormalises=True), K, lambda hidden_states: hidden_states)
 
 
 TOKEN = torch.tensor([[8.0, 4.0, 2.0, 1.0]]).log()
@@ -168,17 +162,9 @@ def test_a_choice_falls_to_the_next_in_line_and_weights_are_normalised_again(
     allowed: list[bool], expected: dict[int, float]
 ) -> None:
     with torch.inference_mode():
-        ids, weights = choose_among(doubling_gate(), TOKEN, torch.tensor([allowed]))
+        ids, weights = GATE.choose(TOKEN, torch.tensor([allowed]))
     got = {e: w for e, w in zip(ids[0].tolist(), weights[0].tolist(), strict=True) if allowed[e]}
     assert got == pytest.approx(expected)
-
-
-def test_the_mask_ends_with_the_question() -> None:
-    gate = doubling_gate()
-    with torch.inference_mode():
-        before = gate(TOKEN)
-        choose_among(gate, TOKEN, torch.tensor([[False, False, True, True]]))
-        assert all(torch.equal(a, b) for a, b in zip(before, gate(TOKEN), strict=True))
 
 
 # Which experts are lost.
@@ -205,13 +191,12 @@ def test_a_steps_choices_are_the_oracles(data: st.DataObject) -> None:
     lost = np.array(data.draw(st.lists(st.booleans(), min_size=4, max_size=4)))
     seed = data.draw(st.integers(0, 1000))
     hidden = torch.randn(sum(sizes), 4, generator=torch.Generator().manual_seed(seed))
-    gate = doubling_gate()
     with torch.inference_mode():
-        _, weights, ids = gate(hidden)
+        ids, weights = GATE.choose(hidden)
         own = Choice(ids.numpy(), weights)
         loss = StepMissing(sizes, contracts)
         mask = lost if lost.any() else None
-        got = loss.choose(7, mask, hidden, own, lambda h, a: choose_among(gate, h, a))
+        got = loss.choose(7, mask, hidden, own, GATE.choose)
     gone = set(np.flatnonzero(lost).tolist())
     computed = set(range(ids.numel())) if got.pairs is None else set(got.pairs.tolist())
     row = 0
@@ -239,7 +224,7 @@ def test_a_steps_choices_are_the_oracles(data: st.DataObject) -> None:
 def test_a_step_without_a_loss_is_not_looked_at() -> None:
     own = Choice(np.zeros((1, K), dtype=np.int64), torch.zeros(1, K))
     loss = StepMissing([1], ["strict"])
-    assert loss.choose(0, None, TOKEN, own, choose_among) is own  # type: ignore[arg-type]
+    assert loss.choose(0, None, TOKEN, own, GATE.choose) is own
 
 
 # Whole generations, against the oracle.
