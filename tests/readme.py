@@ -1,10 +1,10 @@
-"""The README's command blocks: how they are run, and whether what they show is what comes.
+"""The command blocks of README and ``docs/``: how they are run, and whether their output is true.
 
-    python -m tests.readme [--write]
+    python -m tests.readme [--write] [DOCUMENT ...]
 
 Runs every block that can be run against one ``serve run deploy/cluster.yaml`` on ports of its own
-and compares; with ``--write`` what came takes the place of what was shown. Commands and their
-output are ``console`` blocks; what a ``python`` block prints stands in the block that follows it.
+and compares; with ``--write`` the real output takes the place of the shown one. Commands and their
+output are ``console`` blocks; the output of a ``python`` block stands in the block that follows it.
 """
 
 from __future__ import annotations
@@ -24,31 +24,32 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK_TIMEOUT_S, END_S = 90.0, 20.0
 HTTP_PORT, GRPC_PORT = 8000, 9000
 ELSEWHERE = {
     "pip install": "installs, as every run of the tests does before it",
     "serve run": "starts a server of its own; tests/integration/test_serve_run.py has both ends",
     "expertmesh doctor": "tells of the machine; tests/integration/test_doctor.py runs it",
+    "docker run": "needs Docker; tests/integration/test_tracing.py reads the spans",
 }
 """Beginnings of blocks that are not run here, and why."""
-SECTIONS_ELSEWHERE = {
-    "Several machines": "needs several; tests/fault/node_loss.py has four nodes",
+DOCUMENTS_ELSEWHERE = {
+    "multi-node.md": "needs several machines; tests/fault/node_loss.py has four nodes",
 }
-_HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
+"""Documents whose blocks are not run here, and why."""
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _MARK = "@@status "
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block: its language, its text, where that begins in the file, and under what."""
+    """A fenced block: its language, its text, and where the text begins in the document."""
 
     language: str
     text: str
     begin: int
-    section: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +60,30 @@ class Step:
     output: str
 
 
+def run_documents() -> list[Path]:
+    """Return the documents whose blocks are run here."""
+    return [document for document in DOCUMENTS if document.name not in DOCUMENTS_ELSEWHERE]
+
+
 def blocks(markdown: str) -> list[Block]:
     """Return the fenced blocks in order."""
-    headings = [(m.start(), m[1]) for m in _HEADING.finditer(markdown)]
+    return [Block(m[1], m[2], m.start(2)) for m in _FENCE.finditer(markdown)]
+
+
+def blocks_without_output(markdown: str) -> list[Block]:
+    """Return the blocks that can be run and yet would not be: no output of theirs is shown."""
     found = []
-    for m in _FENCE.finditer(markdown):
-        above = [title for begin, title in headings if begin < m.start()]
-        found.append(Block(m[1], m[2], m.start(2), above[-1] if above else ""))
+    for block, following in _with_following(markdown):
+        if block.language == "sh" and reason_elsewhere(block) is None:
+            found.append(block)
+        if block.language == "python" and (following is None or following.language):
+            found.append(block)
     return found
+
+
+def _with_following(markdown: str) -> Iterator[tuple[Block, Block | None]]:
+    all_blocks = blocks(markdown)
+    return zip(all_blocks, [*all_blocks[1:], None], strict=True)
 
 
 def steps(text: str) -> list[Step]:
@@ -91,8 +108,6 @@ def shown(done: Iterable[Step]) -> str:
 
 def reason_elsewhere(block: Block) -> str | None:
     """Return why a block is not run; ``None`` for one that is."""
-    if block.section in SECTIONS_ELSEWHERE:
-        return SECTIONS_ELSEWHERE[block.section]
     first = block.text.removeprefix("$ ")
     return next((why for begin, why in ELSEWHERE.items() if first.startswith(begin)), None)
 
@@ -186,10 +201,9 @@ def serving(folder: Path) -> Iterator[Place]:
 
 
 def rerun(markdown: str, place: Place) -> str:
-    """Return the README with what its blocks really print."""
+    """Return the document with the real output of its blocks."""
     result, moved = markdown, 0
-    all_blocks = blocks(markdown)
-    for block, following in zip(all_blocks, [*all_blocks[1:], None], strict=True):
+    for block, following in _with_following(markdown):
         target = block
         if reason_elsewhere(block) is not None:
             continue
@@ -206,20 +220,26 @@ def rerun(markdown: str, place: Place) -> str:
 
 
 def main() -> int:
-    """Parse the command line and run; returns 1 where something else came than is shown."""
+    """Parse the command line and run; returns 1 where another output came than is shown."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="put what came into the README")
+    parser.add_argument("documents", nargs="*", type=Path, default=run_documents())
+    parser.add_argument("--write", action="store_true", help="put the output into the documents")
     options = parser.parse_args()
-    before = README.read_text(encoding="utf-8")
+    before = {document: document.read_text(encoding="utf-8") for document in options.documents}
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as place:
-        after = rerun(before, place)
+        after = {document: rerun(text, place) for document, text in before.items()}
     if options.write:
-        README.write_text(after, encoding="utf-8")
+        for document, text in after.items():
+            document.write_text(text, encoding="utf-8")
         return 0
-    pairs = zip(blocks(before), blocks(after), strict=True)
-    differ = [(old, new) for old, new in pairs if not same(old.text, new.text)]
-    for old, new in differ:
-        print(f"--- shown\n{old.text}--- came\n{new.text}")
+    pairs = [
+        (document, old, new)
+        for document in before
+        for old, new in zip(blocks(before[document]), blocks(after[document]), strict=True)
+    ]
+    differ = [(document, old, new) for document, old, new in pairs if not same(old.text, new.text)]
+    for document, old, new in differ:
+        print(f"--- {document} shows\n{old.text}--- came\n{new.text}")
     return int(bool(differ))
 
 

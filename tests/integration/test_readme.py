@@ -1,27 +1,43 @@
-"""Every command block of the README is run as it stands, and shows what really comes."""
+"""Every command block of README and docs is run as it stands, and shows its real output."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.readme import README, blocks, reason_elsewhere, rerun, same, serving
+from tests.readme import (
+    DOCUMENTS,
+    Place,
+    blocks,
+    blocks_without_output,
+    rerun,
+    run_documents,
+    same,
+    serving,
+)
 
-SHELL = ("console", "sh", "python")
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """One server for all documents."""
+    with serving(tmp_path_factory.mktemp("documents")) as place:
+        yield place
 
 
 @pytest.mark.timeout(240)
-def test_the_readme_shows_what_its_commands_print(tmp_path: Path) -> None:
-    markdown = README.read_text(encoding="utf-8")
-    with serving(tmp_path) as place:
-        after = rerun(markdown, place)
+@pytest.mark.parametrize("document", run_documents(), ids=lambda document: document.name)
+def test_a_document_shows_what_its_commands_print(document: Path, place: Place) -> None:
+    markdown = document.read_text(encoding="utf-8")
+    after = rerun(markdown, place)
     for old, new in zip(blocks(markdown), blocks(after), strict=True):
         assert same(old.text, new.text), f"shown:\n{old.text}\ncame:\n{new.text}"
 
 
 def test_every_command_block_is_run_or_has_a_reason_not_to_be() -> None:
-    commands = [b for b in blocks(README.read_text(encoding="utf-8")) if b.language in SHELL]
-    assert len([b for b in commands if b.language == "console"]) >= 4
-    for block in commands:
-        assert block.language != "sh" or reason_elsewhere(block), block.text
+    assert len(DOCUMENTS) >= 11
+    texts = [document.read_text(encoding="utf-8") for document in DOCUMENTS]
+    assert sum(block.language == "console" for text in texts for block in blocks(text)) >= 10
+    for document, text in zip(DOCUMENTS, texts, strict=True):
+        assert blocks_without_output(text) == [], document

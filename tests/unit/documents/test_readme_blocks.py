@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.readme import Block, Place, Step, blocks, reason_elsewhere, rerun, same, shown, steps
+from tests.readme import (
+    Block,
+    Place,
+    Step,
+    blocks,
+    blocks_without_output,
+    reason_elsewhere,
+    rerun,
+    same,
+    shown,
+    steps,
+)
 
 MARKDOWN = """# A title
 
@@ -42,7 +53,6 @@ def test_blocks_are_found_with_their_place() -> None:
     assert [block.language for block in found] == ["console", "python", "", "sh"]
     for block in found:
         assert MARKDOWN[block.begin :].startswith(block.text)
-        assert block.section == "Use"
     assert blocks("no block") == []
 
 
@@ -85,5 +95,14 @@ def test_numbers_ids_and_the_width_of_columns_do_not_matter_and_words_do() -> No
 
 def test_blocks_that_are_not_run_have_a_reason() -> None:
     assert reason_elsewhere(Block("sh", "pip install . && serve run\n", 0))
-    assert reason_elsewhere(Block("console", "$ expertmesh status\n", 0, "Several machines"))
     assert reason_elsewhere(Block("console", "$ expertmesh status\n", 0)) is None
+
+
+def test_a_block_that_would_not_be_run_for_want_of_an_output_is_found() -> None:
+    assert blocks_without_output(MARKDOWN) == []
+    [python] = blocks_without_output(MARKDOWN.replace("```\n41\n```", ""))
+    assert python.text == "print(6 * 7)\n"
+    [shell] = blocks_without_output(
+        MARKDOWN.replace("pip install . && exit 1", "expertmesh status")
+    )
+    assert shell.language == "sh"
