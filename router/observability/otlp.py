@@ -1,8 +1,8 @@
 """An exporter for Serve's tracing: spans go to a collector, by OTLP over HTTP.
 
-Name it in the deployment file (``exporter_import_path: router.otlp:span_processors``); it needs the
-extra ``tracing``. Where the collector is and the rest are OpenTelemetry's own variables, such as
-``OTEL_EXPORTER_OTLP_ENDPOINT``.
+Name it in the deployment file: ``exporter_import_path: router.observability.otlp:span_processors``.
+It needs the extra ``tracing``. OpenTelemetry's own variables, such as
+``OTEL_EXPORTER_OTLP_ENDPOINT``, say where the collector is.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from router.ops.plan.sizes import format_size
 
 ROUTER_PROCESS_BYTES = 553_000_000
 ACTOR_PROCESS_BYTES = 346_000_000
-"""What a process takes beyond weights and cache, as ``benchmarks.serve`` measures it on a CPU; the
-README has the figures."""
+"""What a process takes beyond weights and cache, as ``benchmarks.serve`` measures it on a CPU;
+``docs/lab-notes.md`` has the figures."""
 USUAL_DEVICES_BYTES = (24 * 10**9, 48 * 10**9, 80 * 10**9, 141 * 10**9)
 """Planned for where no device's memory is given: what GPUs have."""
 MAX_DEVICES = 1000
