@@ -83,7 +83,7 @@ def blocks_without_output(markdown: str) -> list[Block]:
 
 def _with_following(markdown: str) -> Iterator[tuple[Block, Block | None]]:
     all_blocks = blocks(markdown)
-    return zip(all_blocks, [*all_blocks[1:], None], strict=True)
+    return zip(all_blocks, [*all_blocks, None][1:], strict=True)
 
 
 def steps(text: str) -> list[Step]:

@@ -73,6 +73,7 @@ def test_what_blocks_print_takes_the_place_of_what_is_shown(tmp_path: Path) -> N
     after = rerun(MARKDOWN, Place(1, 2, tmp_path))
     assert after == MARKDOWN.replace("\n41\n", "\n42\n")
     assert rerun(after, Place(1, 2, tmp_path)) == after
+    assert rerun("no block", Place(1, 2, tmp_path)) == "no block"
     wrong = MARKDOWN.replace("\none\n", "\ntwo\nthree\n")
     assert rerun(wrong, Place(1, 2, tmp_path)) == after
     assert same(blocks(wrong)[0].text, blocks(after)[0].text) is False
@@ -99,7 +100,7 @@ def test_blocks_that_are_not_run_have_a_reason() -> None:
 
 
 def test_a_block_that_would_not_be_run_for_want_of_an_output_is_found() -> None:
-    assert blocks_without_output(MARKDOWN) == []
+    assert blocks_without_output(MARKDOWN) == blocks_without_output("no block") == []
     [python] = blocks_without_output(MARKDOWN.replace("```\n41\n```", ""))
     assert python.text == "print(6 * 7)\n"
     [shell] = blocks_without_output(
