@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError
 
 from cluster.errors import DeadlineExceededError, OverloadedError, UnavailableError
 from cluster.reports import Samples
+from router.gateway import inbox as inbox_module
 from router.gateway import ray_upstream
 from router.gateway.inbox import Inbox, take_events
 from router.gateway.ray_upstream import RayUpstream
@@ -125,7 +126,7 @@ def test_what_comes_while_the_reader_is_busy_comes_as_one(
 
 
 def test_what_nobody_reads_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_upstream, "MAX_BUFFERED_EVENTS", 2)
+    monkeypatch.setattr(inbox_module, "MAX_BUFFERED_EVENTS", 2)
 
     async def run() -> None:
         inbox = Inbox()
