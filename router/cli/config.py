@@ -7,12 +7,9 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from ray.serve.schema import ServeDeploySchema
 
 from cluster.errors import CheckpointError, ConfigError
 from router.cli.common import BAD_USAGE, AsJson, fail, write, write_json
-from router.config import IMPORT_PATH, AppConfig
-from router.served import check_file
 
 config = typer.Typer(
     no_args_is_help=True, help="What a deployment file may hold, and what one comes to."
@@ -32,8 +29,6 @@ def schema(
     An editor with a YAML language server takes it from a file's first line:
     `# yaml-language-server: $schema=expertmesh.schema.json`
     """
-    pass
-
     write_json(args_schema() if args else file_schema(), indent=2)
 
 
@@ -69,6 +64,7 @@ def check(
 
     Example: expertmesh check deploy/cluster.yaml
     """
+    from router.served import check_file
 
     try:
         lines = check_file(file)
@@ -87,11 +83,16 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 def args_schema() -> dict[str, Any]:
     """Return the schema of what stands under an application's ``args:``."""
+    from router.config import AppConfig
+
     return {"$schema": _DIALECT, **AppConfig.model_json_schema()}
 
 
 def file_schema() -> dict[str, Any]:
     """Return the schema of a whole file: Ray Serve's own, with ours at ``args:``."""
+    from ray.serve.schema import ServeDeploySchema
+
+    from router.config import IMPORT_PATH, AppConfig
 
     schema: dict[str, Any] = {"$schema": _DIALECT, **ServeDeploySchema.model_json_schema()}
     schema["title"] = "ExpertMesh deployment file"
