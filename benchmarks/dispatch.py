@@ -33,8 +33,8 @@ from benchmarks.common import (
     summary_ms,
 )
 from cluster.placement.placement import assign_experts, empty_placement
-from cluster.spec import ActorSpec, ExpertKey, ModelExperts, ModelSource
-from cluster.transport.open import TransportKind, open_transport
+from cluster.spec import ActorSpec, ExpertKey, ModelExperts, ModelSource, TransportKind
+from cluster.transport.open import open_transport
 from cluster.wire.frames import Buffer
 from experts.actor import ExpertActor
 from experts.bank import GatedFfnExpert

@@ -44,6 +44,15 @@ class LoadingStatus:
     weight_bytes: int
 
 
+def loading_line(loading: Sequence[LoadingStatus]) -> str:
+    """Return the progress of all loading actors together, as one line for people."""
+    held = sum(actor.held_experts for actor in loading)
+    total = sum(actor.num_experts for actor in loading)
+    size_gb = sum(actor.weight_bytes for actor in loading) / 1e9
+    actors = f"{len(loading)} actor{'s' if len(loading) > 1 else ''}"
+    return f"{held} of {total} experts ({held / max(1, total):.0%}, {size_gb:.1f} GB) on {actors}"
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
     """A router or gateway replica that has been heard of lately."""

@@ -214,6 +214,10 @@ live expert in line take the token. ``drop`` leaves the expert's share out. See
 ON_EXPERT_LOSS: tuple[str, ...] = get_args(OnExpertLoss)
 
 
+TransportKind = Literal["auto", "ray", "stream"]
+"""How frames travel from routers to expert actors; see :func:`cluster.transport.open`."""
+
+
 EXACT_KEY = "expertmesh-exact"
 """gRPC's trailing metadata that says ``true`` or ``false`` of a whole answer; HTTP's header has an
 ``x-`` before it."""

@@ -17,9 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from cluster.spec import Emulation, ScalingTargets
+from cluster.spec import Emulation, ScalingTargets, TransportKind
 from cluster.tls import TlsFiles
-from cluster.transport.open import TransportKind
 
 DEFAULT_POOL = "expert"
 ONE_POOLS_KEYS = (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cluster.reports import LoadingStatus
+from cluster.reports import LoadingStatus, loading_line
 from cluster.spec import ActorReport
 
 NOTICE_S = 5.0
@@ -50,12 +50,3 @@ class Loading:
             return None
         self._noticed_s = now_s
         return loading_line(self.status())
-
-
-def loading_line(loading: tuple[LoadingStatus, ...]) -> str:
-    """Return the progress of all loading actors together, as a line of text."""
-    held = sum(actor.held_experts for actor in loading)
-    total = sum(actor.num_experts for actor in loading)
-    size = sum(actor.weight_bytes for actor in loading) / 1e9
-    actors = f"{len(loading)} actor{'s' if len(loading) > 1 else ''}"
-    return f"{held} of {total} experts ({held / max(1, total):.0%}, {size:.1f} GB) on {actors}"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
+from cluster.spec import TransportKind
 from cluster.tls import TlsFiles
 from cluster.transport.base import Transport
 from cluster.transport.ray import RayActors, RayTransport
 from cluster.transport.stream.client import StreamTransport
 from cluster.transport.stream.connect import Connector
-
-TransportKind = Literal["auto", "ray", "stream"]
 
 
 def open_transport(app: str, kind: TransportKind, tls: TlsFiles | None = None) -> Transport:

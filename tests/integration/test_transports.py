@@ -20,9 +20,9 @@ from ray.experimental import get_object_locations
 
 from cluster.controller.pool import CONTROL_CALLS, actor_options
 from cluster.placement.placement import Placement
-from cluster.spec import ACTOR_NAMESPACE, ActorSpec, actor_name
+from cluster.spec import ACTOR_NAMESPACE, ActorSpec, TransportKind, actor_name
 from cluster.transport.base import Call, CallFailure, Outcome, Transport
-from cluster.transport.open import TransportKind, open_transport
+from cluster.transport.open import open_transport
 from router.app import router_environment
 from tests.cluster_fixture import APP as SERVED_APP
 from tests.cluster_fixture import RANDOM, VOCAB_SIZE, ServedCluster, is_alive, prompt_of, wait_until

@@ -12,8 +12,7 @@ import json
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Values
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -25,17 +24,16 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from cluster.controller.loading import loading_line
 from cluster.errors import ExpertMeshError
-from cluster.reports import LoadingStatus
+from cluster.reports import LoadingStatus, loading_line
 from router.client import DEFAULT_ADDRESS, Client
+from router.config import IMPORT_PATH
 
 POLL_S = 0.5
 ASK_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 30.0
 LOG_DELAY_S = 1.5
 """Ray brings the lines of other processes about so late; the one that matters is to be the last."""
 LONG_S = 60.0
-IMPORT_PATH = "router.app:build"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +130,7 @@ class LoadingBar:
         """Take the bar away."""
         self._progress.stop()
 
-    def show(self, loading: Values[LoadingStatus]) -> None:
+    def show(self, loading: Sequence[LoadingStatus]) -> None:
         """Show how far all that load are together; nothing where nobody does."""
         if not loading:
             return
@@ -144,11 +142,11 @@ class LoadingBar:
             self._task,
             total=sum(one.num_experts for one in loading),
             completed=sum(one.held_experts for one in loading),
-            description=loading_line(tuple(loading)),
+            description=loading_line(loading),
         )
 
 
-def _loading(grpc_address: str) -> Values[LoadingStatus]:
+def _loading(grpc_address: str) -> Sequence[LoadingStatus]:
     """Return how far actors are, as a gateway has it; nothing while there is none."""
     try:
         with Client(grpc_address, retry=None) as client:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cluster.controller.loading import NOTICE_S, Loading, loading_line
-from cluster.reports import LoadingStatus
+from cluster.controller.loading import NOTICE_S, Loading
+from cluster.reports import LoadingStatus, loading_line
 from cluster.spec import ActorReport, ExpertKey
 
 

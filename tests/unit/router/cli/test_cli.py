@@ -332,11 +332,14 @@ def test_help_tells_the_exit_codes() -> None:
     ("module", "heavy"),
     [
         ("router.cli.app", ("torch", "ray", "transformers", "tokenizers", "numpy", "fastapi")),
+        ("router.client", ("torch", "ray", "transformers", "numpy")),
+        ("router.config", ("torch", "ray", "transformers", "numpy")),
         ("router.app", ("torch", "transformers")),
         ("router.serve.controller", ("torch", "transformers")),
-        ("router.ops.startup.preflight", ("torch", "transformers")),
-        ("router.serve.gateway", ("torch", "transformers")),
-        ("router.gateway.ray_upstream", ("torch", "transformers")),
+        ("router.ops.startup.preflight", ("torch", "transformers", "cluster.controller")),
+        ("router.serve.gateway", ("torch", "transformers", "cluster.controller.controller")),
+        ("router.serve.router", ("torch", "transformers", "cluster.controller.controller")),
+        ("router.engine.replica", ("cluster.controller.controller", "cluster.controller.pool")),
     ],
 )
 def test_what_must_start_soon_starts_without_heavy_imports(module: str, heavy: list[str]) -> None:
