@@ -159,7 +159,7 @@ def measure(num_actors: int, payload_bytes: int, calls: int) -> dict[str, Any]:
 
 def become_a_router() -> None:
     """Start anew with a router's environment, which the C library reads when a process starts."""
-    from router.app import router_environment
+    from cluster.environment import router_environment
 
     environment = router_environment(1)
     if not environment.items() <= os.environ.items():

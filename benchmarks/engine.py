@@ -48,7 +48,7 @@ def measure(
     trace: Path | None = None,
 ) -> dict[str, Any]:
     """Generate in a fresh process; see :func:`run` for what comes back."""
-    from router.app import router_environment
+    from cluster.environment import router_environment
     from router.config import RouterConfig
 
     arguments = [str(folder), transport, str(actors), str(tokens), str(rounds), *streams]

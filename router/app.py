@@ -15,7 +15,7 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import RayServeException
 
-from cluster.controller.pool import SERVING_ENVIRONMENT
+from cluster.environment import GATEWAY_ENVIRONMENT, SERVING_ENVIRONMENT, router_environment
 from cluster.errors import ConfigError, ExpertMeshError
 from experts.checkpoint.remote_reader import RayNeighbours
 from router.config import AppConfig, RouterConfig, parse_args
@@ -110,30 +110,6 @@ def _draining(config: AppConfig) -> dict[str, Any]:
         **REPLICA_OPTIONS,
         "graceful_shutdown_timeout_s": config.gateway.max_timeout_s + GRACEFUL_SHUTDOWN_S,
         "max_surge_percent": SURGE_PERCENT,
-    }
-
-
-GATEWAY_ENVIRONMENT = {
-    **SERVING_ENVIRONMENT,
-    # transformers would say that it has found no torch, which is meant so (GatewayReplica).
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-}
-
-
-def router_environment(threads: int) -> dict[str, str]:
-    """Return the environment variables of a router replica; they count before torch is there."""
-    return {
-        **SERVING_ENVIRONMENT,
-        "OMP_NUM_THREADS": str(threads),
-        # What a layer of a prefill lets go is needed by the next one. To give it back and fault it
-        # in again costs more than the layer's own work in the router.
-        # The first is the most that glibc takes; the rows of 512 tokens of a large model are 8 MB.
-        "MALLOC_MMAP_THRESHOLD_": "33554432",
-        "MALLOC_TRIM_THRESHOLD_": "67108864",
-        # Steps bring new numbers of tokens for ever, and oneDNN and torch would each keep half a
-        # megabyte for 1024 shapes; a decode step has five.
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
-        "LRU_CACHE_CAPACITY": "16",
     }
 
 

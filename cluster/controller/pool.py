@@ -17,6 +17,7 @@ from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.environment import actor_environment
 from cluster.spec import (
     ACTOR_NAMESPACE,
     ActorReport,
@@ -32,18 +33,6 @@ under way, so messages of so many routers can merge into one batch."""
 CONTROL_CALLS = 4
 RESEND_S = 0.1
 """How long to wait before sending a heartbeat again that Ray lost."""
-SERVING_ENVIRONMENT = {
-    # Ray sets nice 15 only once a worker has started. While one starts, as after a fault, it would
-    # slow the actors that serve beside it.
-    "RAY_worker_niceness": "0",
-    # A heap per thread would keep memory that no other thread reuses, and grow for hours.
-    "MALLOC_ARENA_MAX": "1",
-    # Arguments and results up to this size travel inside the call. Ray's default of 100 KB is
-    # less than a step's rows of a large model, and through the object store a call takes twice as
-    # long.
-    "RAY_max_direct_call_object_size": "1048576",
-}
-"""Environment variables of all serving processes: gateways, routers, controller, expert actors."""
 
 
 def actor_options(
@@ -64,23 +53,7 @@ def actor_options(
         "scheduling_strategy": "SPREAD",
         "max_concurrency": DATA_CALLS,
         "enable_task_events": False,
-        "runtime_env": {
-            "env_vars": {
-                **SERVING_ENVIRONMENT,
-                # Threads started later than torch.set_num_threads obey only the environment.
-                "OMP_NUM_THREADS": str(spec.threads),
-                # Rearranged weights stay out of the heap; plain weights never lie in it.
-                "MALLOC_MMAP_THRESHOLD_": "1048576",
-                # The next products reuse the heap of the last ones; fresh pages cost more.
-                "MALLOC_TRIM_THRESHOLD_": "33554432",
-                # Each shape of a product costs 0.5 MB of code compiled by oneDNN and 0.5 MB of
-                # torch's description of it a thread. Both caches keep 1024 shapes by default, and
-                # prompts bring ever new numbers of rows.
-                "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
-                "LRU_CACHE_CAPACITY": "1",
-                **environment,
-            }
-        },
+        "runtime_env": {"env_vars": {**actor_environment(spec.threads), **environment}},
     }
 
 

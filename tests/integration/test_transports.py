@@ -19,11 +19,11 @@ from ray import serve
 from ray.experimental import get_object_locations
 
 from cluster.controller.pool import CONTROL_CALLS, actor_options
+from cluster.environment import router_environment
 from cluster.placement.placement import Placement
 from cluster.spec import ACTOR_NAMESPACE, ActorSpec, TransportKind, actor_name
 from cluster.transport.base import Call, CallFailure, Outcome, Transport
 from cluster.transport.open import open_transport
-from router.app import router_environment
 from tests.cluster_fixture import APP as SERVED_APP
 from tests.cluster_fixture import RANDOM, VOCAB_SIZE, ServedCluster, is_alive, prompt_of, wait_until
 from tests.echo_actor import Echo
