@@ -6,7 +6,6 @@ Dimension letters: T packed tokens, B decoding sequences, L cached tokens, R row
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence as List
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +32,7 @@ class StepInput:
     works: tuple[Work, ...]
 
 
-def pack(work: List[Work], sliding_window: int | None, length_step: int = 1) -> StepInput:
+def pack(work: list[Work], sliding_window: int | None, length_step: int = 1) -> StepInput:
     """Pack a step: single-token work first (as decodes), then chunks, without padding.
 
     ``sliding_window`` is that of the layers that have one. The lengths L that decodes attend to are
@@ -85,13 +84,13 @@ def context_of(step: StepInput, trace: StepTrace | None = None) -> StepContext:
     )
 
 
-def _tensor(numbers: List[int]) -> torch.Tensor:
+def _tensor(numbers: list[int]) -> torch.Tensor:
     # numpy reads a list several times as fast as torch does.
     return torch.from_numpy(np.array(numbers, dtype=np.int64))
 
 
 def _decode_part(
-    slots: List[np.ndarray], sliding_window: int | None, length_step: int
+    slots: list[np.ndarray], sliding_window: int | None, length_step: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Return slots [B, L], what of them is seen and what in a window; ``None`` is all of it."""
     if not slots:

@@ -8,7 +8,7 @@ Dimension letters: R rows, V vocabulary size, N likeliest tokens reported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,9 @@ class Draw:
     position: int
 
 
-def sample(logits: torch.Tensor, draws: Rows[Draw]) -> tuple[list[int], list[TokenLogprobs | None]]:
+def sample(
+    logits: torch.Tensor, draws: Sequence[Draw]
+) -> tuple[list[int], list[TokenLogprobs | None]]:
     """Draw one token per row of fp32 logits [R, V].
 
     Temperature first, then top-k, top-p and min-p filter what is left (in that order), then one
@@ -43,7 +45,7 @@ def sample(logits: torch.Tensor, draws: Rows[Draw]) -> tuple[list[int], list[Tok
     return ids, _logprobs(logits, ids, draws)
 
 
-def _draw(logits: torch.Tensor, draws: Rows[Draw]) -> torch.Tensor:
+def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     params = [draw.params for draw in draws]
     vocab = logits.shape[1]
     temperature = torch.tensor([p.temperature for p in params], dtype=torch.float64).unsqueeze(1)
@@ -69,7 +71,7 @@ def _draw(logits: torch.Tensor, draws: Rows[Draw]) -> torch.Tensor:
     return order.gather(1, torch.minimum(picked, last)).squeeze(1)
 
 
-def _uniform(draws: Rows[Draw]) -> torch.Tensor:
+def _uniform(draws: Sequence[Draw]) -> torch.Tensor:
     """Return one number in [0, 1) per row, a function of (seed, choice, position) alone."""
     seeds = np.array([d.params.seed & 0xFFFFFFFFFFFFFFFF for d in draws], dtype=np.uint64)
     choices = np.array([d.choice for d in draws], dtype=np.uint64)
@@ -87,7 +89,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _logprobs(
-    logits: torch.Tensor, ids: Rows[int], draws: Rows[Draw]
+    logits: torch.Tensor, ids: Sequence[int], draws: Sequence[Draw]
 ) -> list[TokenLogprobs | None]:
     found: list[TokenLogprobs | None] = [None] * len(draws)
     for i, draw in enumerate(draws):

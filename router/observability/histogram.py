@@ -7,8 +7,7 @@ moment ago.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Values
+from collections.abc import Iterable, Mapping, Sequence
 
 from cluster.reports import Sample
 from router.observability.catalogue import Family
@@ -19,7 +18,7 @@ class Distribution:
 
     __slots__ = ("_counts", "bounds", "total")
 
-    def __init__(self, bounds: Values[float]) -> None:
+    def __init__(self, bounds: Sequence[float]) -> None:
         """``bounds`` are the upper ones, ascending; one without a bound follows."""
         self.bounds = tuple(bounds)
         self._counts = [0] * (len(bounds) + 1)

@@ -10,8 +10,7 @@ the router, and the first steps' layers, from where frames bring the context to 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from collections.abc import Sequence as Values
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from opentelemetry import trace
@@ -136,7 +135,7 @@ class RequestTrace:
 class StepTrace:
     """One step of the engine in the trace of one of its requests; the others' are linked."""
 
-    def __init__(self, traces: Values[RequestTrace], num_sequences: int, num_tokens: int) -> None:
+    def __init__(self, traces: Sequence[RequestTrace], num_sequences: int, num_tokens: int) -> None:
         """Begin the step's span under the first of ``traces``; the others are linked."""
         self._span = _tracer().start_span(
             "expertmesh.step",
