@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import timeit
 from collections.abc import Callable
@@ -49,29 +48,16 @@ def run(folder: Path) -> dict[str, float]:
 
     A text's tokens are there already: to find them is work for the answer, not checking.
     """
-    from router.config import GatewayConfig
-    from router.gateway.models import GatewayModel, ServedModel
+    from router.config import GatewayConfig, parse_args
+    from router.gateway.models import GatewayModel
     from router.gateway.openai.completions import parse_completion
     from router.gateway.tokenizer import Tokenizer
     from router.gateway.validate import Validator
+    from router.served import inspect_models
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    ends = (config["eos_token_id"],)
-    tokenizer = Tokenized(Tokenizer.load(str(folder), ends), TEXT)
-    info = GatewayModel(
-        id=MODEL,
-        path=str(folder),
-        identity="",
-        family=config["model_type"],
-        num_layers=config["num_hidden_layers"],
-        num_experts=config["num_local_experts"],
-        num_experts_per_tok=config["num_experts_per_tok"],
-        vocab_size=config["vocab_size"],
-        max_model_len=config["max_position_embeddings"],
-        dtype=config["dtype"],
-        eos_token_ids=ends,
-    )
-    model = ServedModel(info, cast("Tokenizer", tokenizer))
+    [info] = inspect_models(parse_args({"models": [{"id": MODEL, "path": str(folder.resolve())}]}))
+    tokenizer = Tokenized(Tokenizer.load(str(folder), info.eos_token_ids), TEXT)
+    model = GatewayModel(info, cast("Tokenizer", tokenizer))
     validator = Validator({MODEL: model}, GatewayConfig())
     # Of the service only the two methods that a validator has as well are used.
     service = cast("GenerationService", validator)

@@ -7,7 +7,6 @@ controller creates the expert actors. Everything is checked before anything is d
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from typing import Any
 
 from ray import serve
@@ -20,7 +19,6 @@ from cluster.errors import ConfigError, ExpertMeshError
 from experts.checkpoint.remote_reader import RayNeighbours
 from router.config import AppConfig, RouterConfig, parse_args
 from router.gateway.limits import RETRY_AFTER_S
-from router.gateway.models import GatewayModel
 from router.serve.autoscaling import replica_options
 from router.serve.controller import ControllerDeployment
 from router.serve.gateway import Gateway, make_upstream
@@ -66,9 +64,8 @@ def application(
         model.id: _router(names[model.id], config).bind(model, config, controller)
         for model in models
     }
-    gateway_models = tuple(_gateway_model(model) for model in models)
     return _gateway(config).bind(  # type: ignore[no-any-return]
-        gateway_models,
+        tuple(models),
         config.gateway,
         make_upstream,
         controller,
@@ -153,9 +150,3 @@ def _gateway(config: AppConfig) -> Any:
         },
         **_draining(config),
     )(Gateway)
-
-
-def _gateway_model(model: ServedModel) -> GatewayModel:
-    names = [one.name for one in fields(GatewayModel) if one.name != "identity"]
-    told = {name: getattr(model, name) for name in names}
-    return GatewayModel(**told, identity=model.source.identity)

@@ -18,24 +18,44 @@ from router.config import AppConfig, ExpertsConfig, ModelConfig, load_deployment
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """One model as routers, gateways and expert actors are told of it; plain data.
+    """One model as the builder hands it to routers and gateways: plain data, without weights.
 
-    ``stored`` is how its weights are quantised in the files, if they are; ``dtype`` is what they
-    are held in.
+    ``max_model_len`` bounds prompt plus output, in tokens. ``eos_token_ids`` end a choice and never
+    show in its text. ``stored`` is the quantisation of the weights' files, if they have one.
     """
 
-    id: str
-    path: str
+    source: ModelSource
     family: str
-    dtype: str
-    max_model_len: int
     vocab_size: int
-    num_layers: int
-    num_experts: int
+    max_model_len: int
     num_experts_per_tok: int
     eos_token_ids: tuple[int, ...]
-    source: ModelSource
     stored: str | None = None
+
+    @property
+    def id(self) -> str:
+        """The id that requests name."""
+        return self.source.experts.model
+
+    @property
+    def path(self) -> str:
+        """The configured path of the checkpoint."""
+        return self.source.path
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the weights in memory."""
+        return self.source.dtype
+
+    @property
+    def num_layers(self) -> int:
+        """The number of MoE layers."""
+        return len(self.source.experts.layers)
+
+    @property
+    def num_experts(self) -> int:
+        """The number of experts of a layer."""
+        return self.source.experts.num_experts
 
 
 def inspect_models(
@@ -107,17 +127,12 @@ def _inspect(model: ModelConfig, where: str, neighbours: Neighbours | None) -> S
         model.id, shape.layers, shape.num_experts, checkpoint.expert_bytes(dtype)
     )
     return ServedModel(
-        id=model.id,
-        path=model.path,
+        source=ModelSource(model.path, dtype, experts, identity),
         family=checkpoint.family.model_type,
-        dtype=dtype,
-        max_model_len=model.max_model_len or longest,
         vocab_size=checkpoint.vocab_size,
-        num_layers=len(shape.layers),
-        num_experts=shape.num_experts,
+        max_model_len=model.max_model_len or longest,
         num_experts_per_tok=shape.num_experts_per_tok,
         eos_token_ids=_eos_token_ids(checkpoint),
-        source=ModelSource(model.path, dtype, experts, identity),
         stored=checkpoint.stored,
     )
 

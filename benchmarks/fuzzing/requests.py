@@ -15,19 +15,20 @@ from starlette.requests import Request
 import deploy
 from benchmarks.fuzzing.target import Target
 from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelError
-from router.config import GatewayConfig
+from router.config import GatewayConfig, parse_args
 from router.gateway.errors import STATUS, error_from_grpc, grpc_error, http_error
 from router.gateway.grpc.handlers import GrpcHandlers, parse_health_check
 from router.gateway.metrics import Metrics
-from router.gateway.models import GatewayModel, ServedModel
+from router.gateway.models import GatewayModel
 from router.gateway.openai.chat import parse_chat
 from router.gateway.openai.completions import parse_completion
 from router.gateway.openai.http_io import read_json
 from router.gateway.service import GenerationService
 from router.gateway.tokenizer import Tokenizer
 from router.protos import inference_pb2
+from router.served import inspect_models
 
-MODEL, CONTEXT, VOCAB = "mesh-tiny", 1024, 4096
+MODEL = "mesh-tiny"
 Parse = Callable[[dict[str, Any], GenerationService, str], object]
 _CODES = tuple(one.grpc for one in STATUS.values())
 COMPLETIONS: tuple[dict[str, Any], ...] = (
@@ -55,8 +56,8 @@ CHATS: tuple[dict[str, Any], ...] = (
 def service() -> GenerationService:
     """Return a gateway's service for the bundled model; nothing is behind it."""
     folder = Path(deploy.__file__).parent / "models" / MODEL
-    info = GatewayModel(MODEL, str(folder), "", "mixtral", 4, 8, 2, VOCAB, CONTEXT, "float32", (1,))
-    model = ServedModel(info, Tokenizer.load(str(folder), (1,)))
+    [info] = inspect_models(parse_args({"models": [{"id": MODEL, "path": str(folder)}]}))
+    model = GatewayModel(info, Tokenizer.load(str(folder), info.eos_token_ids))
     upstream: Any = None
     return GenerationService({MODEL: model}, GatewayConfig(), upstream, Metrics())
 

@@ -22,11 +22,12 @@ from router.gateway.detokenize import ChoiceText
 from router.gateway.errors import public_error
 from router.gateway.limits import Budget, SlowReaderWatch
 from router.gateway.metrics import Metrics
-from router.gateway.models import GatewayModel, ServedModel
+from router.gateway.models import GatewayModel
 from router.gateway.upstream import Upstream
 from router.gateway.validate import CheckedRequest, RawRequest, Validator
 from router.messages.request import TokenEvent, TokenLogprobs
 from router.observability.exposition import expose
+from router.served import ServedModel
 
 _LEAST_LOGPROB = -9999.0
 GRACE_S = 0.5
@@ -66,7 +67,7 @@ class GenerationService:
 
     def __init__(
         self,
-        models: Mapping[str, ServedModel],
+        models: Mapping[str, GatewayModel],
         limits: GatewayConfig,
         upstream: Upstream,
         metrics: Metrics,
@@ -79,11 +80,11 @@ class GenerationService:
         self._validator = Validator(models, limits)
         self._upstream = upstream
 
-    def models(self) -> list[GatewayModel]:
+    def models(self) -> list[ServedModel]:
         """Return what is served, in the deployment's order."""
         return [model.info for model in self._models.values()]
 
-    def model(self, model_id: object) -> ServedModel:
+    def model(self, model_id: object) -> GatewayModel:
         """Return one served model; raises ``UnknownModelError``."""
         return self._validator.model(model_id)
 

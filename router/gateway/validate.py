@@ -21,7 +21,7 @@ from cluster.errors import InvalidRequestError, UnknownModelError, shown
 from cluster.spec import ON_EXPERT_LOSS
 from router.config import GatewayConfig
 from router.gateway import checks
-from router.gateway.models import ServedModel
+from router.gateway.models import GatewayModel
 from router.messages.request import GenerationRequest, Received, SamplingParams
 
 MAX_TEMPERATURE = 100.0
@@ -64,7 +64,7 @@ class CheckedRequest:
     """A request that may be sent upstream, and what the gateway itself does with its tokens."""
 
     request: GenerationRequest
-    model: ServedModel
+    model: GatewayModel
     stops: tuple[str, ...]
 
     @property
@@ -78,11 +78,11 @@ class CheckedRequest:
 class Validator:
     """Checks requests against the served models and the deployment's limits."""
 
-    def __init__(self, models: Mapping[str, ServedModel], limits: GatewayConfig) -> None:
+    def __init__(self, models: Mapping[str, GatewayModel], limits: GatewayConfig) -> None:
         self._models = models
         self._limits = limits
 
-    def model(self, model_id: object) -> ServedModel:
+    def model(self, model_id: object) -> GatewayModel:
         """Return the served model; raises :class:`UnknownModelError` naming those that are."""
         if not isinstance(model_id, str):
             raise InvalidRequestError(checks.wrong(model_id, "the id of a model"), "model")
@@ -149,7 +149,7 @@ class Validator:
         return str(value)
 
     def _check_sampling(
-        self, raw: RawRequest, model: ServedModel, prompt_len: int
+        self, raw: RawRequest, model: GatewayModel, prompt_len: int
     ) -> SamplingParams:
         given, path, vocab_size = raw.sampling, raw.path, model.info.vocab_size
         max_choices = self._limits.max_choices
@@ -178,7 +178,7 @@ class Validator:
         return checks.integer(raw.sampling["logprobs"], raw.path("logprobs"), 0, limit)
 
 
-def _prompt_ids(raw: RawRequest, model: ServedModel) -> tuple[int, ...]:
+def _prompt_ids(raw: RawRequest, model: GatewayModel) -> tuple[int, ...]:
     context = model.info.max_model_len
     where = raw.prompt_field
     prompt = raw.prompt
@@ -234,7 +234,7 @@ def _are_ids(prompt: Sequence[object], vocab_size: int) -> bool:
     return bool(np.frombuffer(ids, np.uintc).max(initial=0) < vocab_size)
 
 
-def _check_max_tokens(raw: RawRequest, model: ServedModel, prompt_len: int) -> int:
+def _check_max_tokens(raw: RawRequest, model: GatewayModel, prompt_len: int) -> int:
     context = model.info.max_model_len
     left = context - prompt_len
     if "max_tokens" not in raw.sampling:
@@ -251,7 +251,7 @@ def _check_max_tokens(raw: RawRequest, model: ServedModel, prompt_len: int) -> i
 
 
 def _check_resume(
-    raw: RawRequest, model: ServedModel, sampling: SamplingParams
+    raw: RawRequest, model: GatewayModel, sampling: SamplingParams
 ) -> tuple[Received, ...]:
     if not raw.resume:
         return ()

@@ -17,13 +17,14 @@ from router.config import GatewayConfig
 from router.gateway.grpc.handlers import GrpcHandlers
 from router.gateway.grpc.service import GrpcMethods
 from router.gateway.metrics import Metrics
-from router.gateway.models import GatewayModel, load_models
+from router.gateway.models import load_models
 from router.gateway.openai.app import create_app
 from router.gateway.ray_upstream import RayUpstream
 from router.gateway.service import GenerationService
 from router.gateway.upstream import Upstream
 from router.serve.autoscaling import USE
 from router.serve.process import collector_paused, setup_logging, torch_hidden
+from router.served import ServedModel
 
 
 class GatewayReplica(GrpcMethods):
@@ -35,7 +36,7 @@ class GatewayReplica(GrpcMethods):
 
     def __init__(
         self,
-        models: tuple[GatewayModel, ...],
+        models: tuple[ServedModel, ...],
         limits: GatewayConfig,
         make_upstream: Callable[..., Upstream],
         *upstream_args: Any,

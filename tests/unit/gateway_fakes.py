@@ -28,16 +28,17 @@ from cluster.reports import (
     ProcessStatus,
     RebalanceReport,
 )
-from cluster.spec import ActorReport, ExpertKey
+from cluster.spec import ActorReport, ExpertKey, ModelExperts, ModelSource
 from router.config import GatewayConfig
 from router.control.readiness import Readiness
 from router.gateway.grpc.handlers import GrpcHandlers
 from router.gateway.grpc.service import GrpcMethods, add_services_to_server
 from router.gateway.metrics import Metrics
-from router.gateway.models import GatewayModel, ServedModel
+from router.gateway.models import GatewayModel
 from router.gateway.service import GenerationService
 from router.gateway.tokenizer import Tokenizer
 from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
+from router.served import ServedModel
 
 EOS = 1
 CONTEXT = 64
@@ -72,12 +73,11 @@ def vocab_size() -> int:
     return 330
 
 
-def served(model_id: str = "tiny", chat_template: str | None = TEMPLATE) -> ServedModel:
+def served(model_id: str = "tiny", chat_template: str | None = TEMPLATE) -> GatewayModel:
     """A model of which only the tokenizer is real."""
-    info = GatewayModel(
-        model_id, "unused", "unused", "mixtral", 2, 8, 2, vocab_size(), CONTEXT, "float32", (EOS,)
-    )
-    return ServedModel(info, tokenizer(chat_template))
+    source = ModelSource("unused", "float32", ModelExperts(model_id, (0, 1), 8, 0), "unused")
+    info = ServedModel(source, "mixtral", vocab_size(), CONTEXT, 2, (EOS,))
+    return GatewayModel(info, tokenizer(chat_template))
 
 
 STATUS = ClusterStatus(

@@ -19,7 +19,6 @@ from starlette.responses import JSONResponse, Response
 from cluster.errors import ExpertMeshError
 from cluster.spec import EXACT_KEY
 from router.control.readiness import Readiness
-from router.gateway.models import GatewayModel
 from router.gateway.openai.call import OpenAiCall
 from router.gateway.openai.chat import parse_chat
 from router.gateway.openai.completions import parse_completion
@@ -31,6 +30,7 @@ from router.gateway.openai.http_io import (
     until_disconnect,
 )
 from router.gateway.service import Delta, GenerationService
+from router.served import ServedModel
 
 EXACT_HEADER = f"x-{EXACT_KEY}"
 Parse = Callable[[dict[str, Any], GenerationService, str], OpenAiCall]
@@ -120,7 +120,7 @@ def _ready_object(told: Readiness) -> dict[str, Any]:
     }
 
 
-def _model_object(model: GatewayModel, created: int) -> dict[str, Any]:
+def _model_object(model: ServedModel, created: int) -> dict[str, Any]:
     return {
         "id": model.id,
         "object": "model",

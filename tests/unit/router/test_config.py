@@ -506,11 +506,7 @@ def test_a_damaged_generation_configuration_is_refused(folder: Path, text: str) 
 
 
 def served(*ids: str) -> list[ServedModel]:
-    [model] = inspect_models(parse_args({"models": [MODEL]}))
-    return [
-        ServedModel(**{name: getattr(model, name) for name in model.__slots__} | {"id": model_id})
-        for model_id in ids
-    ]
+    return inspect_models(parse_args({"models": [{**MODEL, "id": model_id} for model_id in ids]}))
 
 
 def test_deployments_are_named_after_their_models() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from cluster.errors import CheckpointError, CheckpointMissingError
+from cluster.spec import ModelExperts, ModelSource
 from experts.checkpoint import remote_files as peers_module
 from experts.checkpoint import remote_reader as reader_module
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -23,10 +24,10 @@ from experts.checkpoint.expert_weights import load_expert
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.remote_files import Neighbours, open_model
 from experts.checkpoint.remote_reader import CheckpointReader, Chunk
-from router.gateway.models import GatewayModel, load_models
+from router.gateway.models import load_models
 from router.gateway.tokenizer import Tokenizer
 from router.model.model import load_dense
-from router.served import inspect_models
+from router.served import ServedModel, inspect_models
 from tests.checkpoints import save_mixtral, save_tokenizer
 from tests.unit.router.test_config import config_of
 
@@ -168,8 +169,8 @@ def test_a_router_gets_the_dense_part_without_any_expert(tmp_path: Path, tied: b
 
 def test_a_gateway_gets_the_tokenizer(folder: Path) -> None:
     identity = identity_of(open_checkpoint(folder))
-    fields = ("mixtral", 3, 8, 2, 320, 256, "float32", (0,))
-    model = GatewayModel("m", HERE, identity, *fields)
+    source = ModelSource(HERE, "float32", ModelExperts("m", (0, 1, 2), 8, 0), identity)
+    model = ServedModel(source, "mixtral", 320, 256, 2, (0,))
     with pytest.MonkeyPatch.context() as patch:
         neighbours = FakeNeighbours({"a": folder})
         patch.setattr("router.gateway.models.RayNeighbours", lambda: neighbours)
