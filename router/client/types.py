@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.errors import UnavailableError
-from router.messages.request import TokenLogprobs
+from router.messages.request import TokenLogprobs, Usage
 
 
 class UnreachableError(UnavailableError):
@@ -19,14 +19,6 @@ class Message:
 
     role: str
     content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens of a whole request: the prompt once, the output of all choices."""
-
-    prompt_tokens: int
-    completion_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

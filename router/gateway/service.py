@@ -25,21 +25,13 @@ from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel
 from router.gateway.upstream import Upstream
 from router.gateway.validate import CheckedRequest, RawRequest, Validator
-from router.messages.request import TokenEvent, TokenLogprobs
+from router.messages.request import TokenEvent, TokenLogprobs, Usage
 from router.observability.exposition import expose
 from router.served import ServedModel
 
 _LEAST_LOGPROB = -9999.0
 GRACE_S = 0.5
 Surface = Literal["http", "grpc"]
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens of a whole request: the prompt once, the output of all choices."""
-
-    prompt_tokens: int
-    completion_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,14 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a whole request: the prompt once, the output of all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """New tokens of one choice.
 

@@ -14,10 +14,10 @@ from grpc_health.v1 import health_pb2
 
 from cluster.errors import InvalidRequestError, TooLargeError, UnknownModelError, shown
 from router.gateway.openai.call import Collected
-from router.gateway.service import Delta, GenerationService, Usage
+from router.gateway.service import Delta, GenerationService
 from router.gateway.tokenizer import Tokenizer
 from router.gateway.validate import CheckedRequest, RawRequest
-from router.messages.request import Received, TokenLogprobs
+from router.messages.request import Received, TokenLogprobs, Usage
 from router.protos import admin_pb2, inference_pb2
 
 SERVICES = ("expertmesh.v1.Inference", "expertmesh.v1.Admin")

@@ -10,9 +10,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from router.gateway.service import Delta, GenerationService, Usage
+from router.gateway.service import Delta, GenerationService
 from router.gateway.validate import CheckedRequest
-from router.messages.request import TokenLogprobs
+from router.messages.request import TokenLogprobs, Usage
 
 
 @dataclass(slots=True)
