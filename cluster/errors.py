@@ -1,7 +1,7 @@
 """Every error that ExpertMesh raises on purpose, each with the code that a client sees.
 
 An error says what was given, what is allowed and where (``field``). The code is one of
-:class:`Code`; ``router/gateway/errors.py`` holds the one table from code to gRPC and HTTP status.
+:class:`Code`, whose names are gRPC's; ``router/gateway/errors.py`` has the table of HTTP statuses.
 Errors cross process boundaries as plain dictionaries (:meth:`ExpertMeshError.to_wire`), never as
 pickled exceptions, so no stack, pid or path of a server reaches a client.
 """

@@ -16,7 +16,7 @@ import deploy
 from benchmarks.fuzzing.target import Target
 from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelError
 from router.config import GatewayConfig, parse_args
-from router.gateway.errors import STATUS, error_from_grpc, grpc_error, http_error
+from router.gateway.errors import http_error
 from router.gateway.grpc.handlers import GrpcHandlers, parse_health_check
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel
@@ -26,11 +26,12 @@ from router.gateway.openai.http_io import read_json
 from router.gateway.service import GenerationService
 from router.gateway.tokenizer import Tokenizer
 from router.protos import inference_pb2
+from router.protos.errors import GRPC_CODES, error_from_grpc, grpc_error
 from router.served import inspect_models
 
 MODEL = "mesh-tiny"
 Parse = Callable[[dict[str, Any], GenerationService, str], object]
-_CODES = tuple(one.grpc for one in STATUS.values())
+_CODES = tuple(GRPC_CODES.values())
 COMPLETIONS: tuple[dict[str, Any], ...] = (
     {"model": MODEL, "prompt": "And the LORD said", "max_tokens": 4, "temperature": 0},
     {

@@ -10,9 +10,9 @@ from cluster.errors import ExpertMeshError
 from cluster.reports import ChangeReport, ClusterStatus, LoadStatus, RebalanceReport
 from router.client.attempts import Attempts
 from router.client.types import ModelInfo, Reply, Sampling, UnreachableError
-from router.gateway.errors import DETAILS_KEY, error_from_grpc, is_from_server
 from router.messages.request import TokenLogprobs, Usage
 from router.protos import inference_pb2
+from router.protos.errors import DETAILS_KEY, error_from_grpc, is_from_server
 
 # The server answers DEADLINE_EXCEEDED itself at the request's timeout; this is the way back.
 _GRACE_S = 5.0

@@ -18,9 +18,10 @@ from grpc_health.v1 import health_pb2
 
 from cluster.errors import ExpertMeshError
 from cluster.spec import EXACT_KEY
-from router.gateway.errors import DETAILS_KEY, grpc_error, public_error
+from router.gateway.errors import public_error
 from router.gateway.grpc.handlers import SERVICES, GrpcHandlers, parse_health_check
 from router.protos import admin_pb2, inference_pb2
+from router.protos.errors import DETAILS_KEY, grpc_error
 
 logger = logging.getLogger(__name__)
 

@@ -332,7 +332,7 @@ def test_help_tells_the_exit_codes() -> None:
     ("module", "heavy"),
     [
         ("router.cli.app", ("torch", "ray", "transformers", "tokenizers", "numpy", "fastapi")),
-        ("router.client", ("torch", "ray", "transformers", "numpy")),
+        ("router.client", ("torch", "ray", "transformers", "numpy", "router.gateway")),
         ("router.config", ("torch", "ray", "transformers", "numpy")),
         ("router.app", ("torch", "transformers")),
         ("router.serve.controller", ("torch", "transformers")),

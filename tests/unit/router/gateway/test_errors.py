@@ -17,20 +17,14 @@ from cluster.errors import (
     UnknownModelError,
     error_from_wire,
 )
-from router.gateway.errors import (
-    STATUS,
-    error_from_grpc,
-    grpc_error,
-    http_error,
-    is_from_server,
-    public_error,
-)
+from router.gateway.errors import HTTP_STATUS, http_error, public_error
+from router.protos.errors import GRPC_CODES, error_from_grpc, grpc_error, is_from_server
 
 
-def test_the_table_has_every_code_and_no_grpc_status_twice() -> None:
-    assert set(STATUS) == set(Code)
-    assert len({status.grpc for status in STATUS.values()}) == len(STATUS)
-    assert all(status.grpc.name == code.name for code, status in STATUS.items())
+def test_every_code_has_a_status_of_http_and_one_of_its_own_of_grpc() -> None:
+    assert set(HTTP_STATUS) == set(GRPC_CODES) == set(Code)
+    assert len(set(GRPC_CODES.values())) == len(GRPC_CODES)
+    assert all(status.name == code.name for code, status in GRPC_CODES.items())
 
 
 @pytest.mark.parametrize(
@@ -46,7 +40,7 @@ def test_the_table_has_every_code_and_no_grpc_status_twice() -> None:
     ],
 )
 def test_http_statuses(code: Code, http: int) -> None:
-    assert STATUS[code].http == http
+    assert HTTP_STATUS[code][0] == http
 
 
 @pytest.mark.parametrize("code", list(Code))
