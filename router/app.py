@@ -21,7 +21,7 @@ from router.config import AppConfig, RouterConfig, parse_args
 from router.gateway.limits import RETRY_AFTER_S
 from router.serve.autoscaling import replica_options
 from router.serve.controller import ControllerDeployment
-from router.serve.gateway import Gateway, make_upstream
+from router.serve.gateway import Gateway
 from router.serve.router import RouterDeployment
 from router.served import ServedModel, inspect_models, pool_specs
 
@@ -67,11 +67,9 @@ def application(
     return _gateway(config).bind(  # type: ignore[no-any-return]
         tuple(models),
         config.gateway,
-        make_upstream,
         controller,
         routers,
         held_requests(config.router),
-        config.gateway.on_expert_loss,
     )
 
 

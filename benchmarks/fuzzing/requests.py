@@ -94,7 +94,8 @@ def _check_http(error: ExpertMeshError) -> None:
 
 def protobuf() -> Target:
     """Return the target of the bytes of gRPC requests."""
-    handlers = GrpcHandlers(service())
+    admin: Any = None
+    handlers = GrpcHandlers(service(), admin)
 
     def run(data: bytes) -> None:
         for check in (lambda: handlers._check(data, True), lambda: parse_health_check(data)):

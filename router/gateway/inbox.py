@@ -1,4 +1,4 @@
-"""What has come for one request of a gateway, until its stream has room for it."""
+"""Tokens that have come for a request of a gateway, until its client has room for them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from cluster.errors import DeadlineExceededError
 from router.messages.request import GenerationRequest, TokenEvent
 
 MAX_BUFFERED_EVENTS = 100_000
-
-
 Reply = BaseException | dict[str, Any]
 
 
 class Inbox:
-    """What has come for one request: token events in order, and in the end the call's reply.
+    """The token events of one request in their order, and in the end the call's reply.
 
-    Events gather here while the reader is busy with those that it took last: until the client has
-    room for them.
+    Events gather here while the reader is busy, until the client has room for them.
     """
 
     def __init__(self) -> None:
@@ -31,8 +28,8 @@ class Inbox:
         self._changed = asyncio.Event()
 
     def put(self, event: TokenEvent) -> None:
-        """Take one event; the reader is woken at once when it is a choice's end, or in its time."""
-        if len(self._events) >= MAX_BUFFERED_EVENTS:  # what is left out comes with the reply
+        """Take one event; the end of a choice wakes the reader at once, others after its pause."""
+        if len(self._events) >= MAX_BUFFERED_EVENTS:  # the reply has the dropped events again
             return
         self._events.append(event)
         if event.finish_reason is not None or self._loop.time() >= self._due_s:
@@ -41,14 +38,14 @@ class Inbox:
             self._timer = self._loop.call_at(self._due_s, self._changed.set)
 
     def end(self, reply: Reply) -> None:
-        """Take the call's reply or the error that it ended with; the reader is woken at once."""
+        """Take the call's reply, or the error that ended it, and wake the reader at once."""
         self._reply = reply
         self._changed.set()
 
     async def take(self, pause_s: float) -> tuple[list[TokenEvent], Reply | None]:
-        """Wait for events or the reply; return all events that have come, and the reply if it has.
+        """Wait; return all events that have come, and the reply once it has come.
 
-        Events that follow are held back for ``pause_s``, so that they are returned together.
+        Later events are held back for ``pause_s``, so that the next call returns them together.
         """
         await self._changed.wait()
         self._changed.clear()
@@ -61,6 +58,7 @@ class Inbox:
 
 
 async def put_reply(call: Any, inbox: Inbox) -> None:
+    """Wait for a router's call, and put its reply or its error into the inbox."""
     try:
         inbox.end(await call)
     except Exception as error:
@@ -70,7 +68,8 @@ async def put_reply(call: Any, inbox: Inbox) -> None:
 async def take_events(
     inbox: Inbox, request: GenerationRequest, pause_s: float
 ) -> tuple[list[TokenEvent], Reply | None]:
-    # A moment past the deadline, so that the router's own word on it comes first.
+    """Return what :meth:`Inbox.take` does; raises ``DeadlineExceededError`` where nothing comes."""
+    # A second past the deadline, so that the router's own error comes first.
     timeout_s = max(0.0, request.deadline_s - time.time()) + 1.0
     try:
         async with asyncio.timeout(timeout_s):

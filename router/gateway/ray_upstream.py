@@ -1,8 +1,8 @@
-"""The gateway's upstream on Ray: a call to a router per request, early tokens over the link.
+"""The routers behind a gateway: a Ray call for each request, early tokens over the token link.
 
-When the router replica that serves a request dies, the request is sent to another one with the
-tokens that the client has already. Those are forced there, and draws are a function of (seed,
-choice, position), so the rest is what the first one would have sent.
+When the router of a request dies, the request goes to another router with the tokens that its
+client has. The new router forces these tokens, and draws are a function of (seed, choice,
+position), so the rest is what the dead router would have sent.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any
 
 import ray
 from opentelemetry.trace import Span
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from cluster.errors import (
@@ -31,16 +29,7 @@ from cluster.errors import (
     being_deleted,
     error_from_wire,
 )
-from cluster.reports import (
-    ChangeReport,
-    ClusterStatus,
-    LoadStatus,
-    Measurements,
-    ProcessSamples,
-    ProcessStatus,
-    RebalanceReport,
-    Samples,
-)
+from cluster.reports import Samples
 from cluster.spec import OnExpertLoss
 from router.control.client import HandleController
 from router.control.placement_view import PlacementView, PlacementWatcher
@@ -52,18 +41,16 @@ from router.messages.token_link import LinkAddress, LinkServer
 from router.observability.tracing import as_current, gateway_span
 from router.retry import Retries, RetryBudget, RetryPolicy
 
-STATUS_TIMEOUT_S = 5.0
-CHANGE_TIMEOUT_S = 900.0
-MEASURE_TIMEOUT_S = 2.0
 RESEND = RetryPolicy(first_delay_s=0.1, max_delay_s=1.0)
 RESEND_TOKENS = 8192
-"""A dying router may take along all requests of a gateway at once, which must not use up half."""
+"""The budget for sending requests again. When a router dies, a gateway may lose all of its requests
+at once; sending them again must take less than half of the budget."""
 MESSAGES_PER_S = 500
 MAX_PAUSE_S = 0.1
-"""Beyond so many messages of all streams together, tokens travel several to a message.
+"""With more messages a second, of all streams together, a message carries several tokens.
 
 A message costs gateway and client together more than a token costs router and experts. The pause
-between two of a stream's messages is bounded, so that it still reads as it comes.
+between two messages of a stream is bounded, so that a reader still sees the text as it comes.
 """
 
 logger = logging.getLogger("expertmesh.gateway")
@@ -78,7 +65,7 @@ class _Attempt:
 
 
 class RayUpstream:
-    """Implements :class:`router.gateway.upstream.Upstream` over Serve handles."""
+    """Implements :class:`router.gateway.service.Upstream` over Serve handles."""
 
     def __init__(
         self,
@@ -91,14 +78,13 @@ class RayUpstream:
     ) -> None:
         """``routers`` are handles by model id. Needs a running event loop.
 
-        ``max_calls`` is how many requests the routers of one model hold, running and waiting; one
-        more is refused here, since a call to a router that refuses it costs as much as one that
-        does not. ``on_expert_loss`` is the deployment's, by which it is or is not ready.
-        ``is_wanted`` asks Serve whether the application is to run. ``samples`` returns what the
-        gateway measures.
+        ``max_calls`` is the number of requests that the routers of one model hold, running and
+        waiting. The gateway itself refuses the next one, since a router's refusal costs as much as
+        an accepted call. ``on_expert_loss`` is the deployment's, and decides whether it is ready.
+        ``is_wanted`` asks Serve whether the application is to run. ``samples`` returns the
+        gateway's own samples.
         """
         self._on_expert_loss = on_expert_loss
-        self._controller = controller
         self._routers = routers
         self._max_calls = max_calls
         self._calls: Counter[str] = Counter()
@@ -112,7 +98,6 @@ class RayUpstream:
             self._end_requests,
             samples,
         )
-        self._samples = samples
         self._inboxes: dict[str, Inbox] = {}
         self._num_streams = 0
         self._leaving: set[asyncio.Task[None]] = set()
@@ -182,7 +167,7 @@ class RayUpstream:
             self._num_streams -= request.streamed
             self._link.forget(request.request_id)
             if receipts.all_finished():
-                # The reply, which is under way, has nothing new.
+                # The reply is under way and has nothing new.
                 self._leaving.add(reply)
                 reply.add_done_callback(self._leaving.discard)
             elif not reply.done():
@@ -192,11 +177,11 @@ class RayUpstream:
     def _check_room(self, model: str) -> None:
         """Raise :class:`OverloadedError` when a model's routers hold all that they can."""
         if self._calls[model] >= self._max_calls:
-            told = f"the routers are full: they hold {self._max_calls} requests"
-            raise OverloadedError(told, "queue", RETRY_AFTER_S)
+            message = f"the routers are full: they hold {self._max_calls} requests"
+            raise OverloadedError(message, "queue", RETRY_AFTER_S)
 
     def _end_requests(self) -> None:
-        """End all requests, which Serve waits for before it ends a replica."""
+        """End all requests; Serve waits for them before it ends a replica."""
         self._is_deleted = True
         for inbox in self._inboxes.values():
             inbox.end(being_deleted())
@@ -204,7 +189,7 @@ class RayUpstream:
     async def _listening(self) -> LinkAddress:
         if self._address is None:
             self._address = asyncio.ensure_future(self._link.start())
-        return await asyncio.shield(self._address)  # others wait for it too
+        return await asyncio.shield(self._address)  # other requests wait for it too
 
     def _on_tokens(self, request_id: str, event: TokenEvent) -> bool:
         inbox = self._inboxes.get(request_id)
@@ -216,86 +201,25 @@ class RayUpstream:
         """See :class:`Upstream`."""
         attempt = self._attempts.get(request_id)
         if attempt is not None:
-            attempt.stopped.add(index)  # another router must be told again
+            attempt.stopped.add(index)  # a router that takes over must stop it too
             self._link.stop_choice(attempt.wire_id, index)
-
-    async def status(self) -> ClusterStatus:
-        """See :class:`Upstream`."""
-        wire = await _answered(self._controller.status.remote(), STATUS_TIMEOUT_S)
-        return ClusterStatus.from_wire(wire)
-
-    async def load(self) -> LoadStatus:
-        """See :class:`Upstream`."""
-        return LoadStatus.from_wire(
-            await _answered(self._controller.load.remote(), STATUS_TIMEOUT_S)
-        )
-
-    async def rebalance(self, dry_run: bool) -> RebalanceReport:
-        """See :class:`Upstream`."""
-        return RebalanceReport.from_wire(await _done(self._controller.rebalance.remote(dry_run)))
-
-    async def scale(self, number: int, pool: str, dry_run: bool) -> ChangeReport:
-        """See :class:`Upstream`."""
-        call = self._controller.scale.remote(number, pool, dry_run)
-        return ChangeReport.from_wire(await _done(call))
-
-    async def drain(self, target: str, dry_run: bool) -> ChangeReport:
-        """See :class:`Upstream`."""
-        call = self._controller.drain.remote(target, dry_run)
-        return ChangeReport.from_wire(await _done(call))
-
-    async def set_copies(
-        self, model: str, layer: int, expert: int, number: int, dry_run: bool
-    ) -> ChangeReport:
-        """See :class:`Upstream`."""
-        call = self._controller.set_copies.remote(model, layer, expert, number, dry_run)
-        return ChangeReport.from_wire(await _done(call))
-
-    async def measurements(self) -> Measurements:
-        """See :class:`Upstream`."""
-        process = ProcessStatus(os.getpid(), ray.get_runtime_context().get_node_id())
-        own = ProcessSamples("gateway", process, self._samples())
-        try:
-            async with asyncio.timeout(MEASURE_TIMEOUT_S):
-                told: Measurements = await self._controller.measurements.remote(own)
-        except Exception as error:  # away, restarting, or slow: what is here is told alone
-            logger.warning("the controller tells no metrics (%s)", type(error).__name__)
-            return Measurements(None, (), (own,))
-        return told
 
     def ready(self) -> Readiness:
         """See :class:`Upstream`."""
-        told = readiness(
+        ready = readiness(
             self._view.placement, self._routers, self._view.loop_age_s(), self._on_expert_loss
         )
         if self._is_deleted:
-            told = replace(told, reason=being_deleted().message, is_deleted=True)
-        return told
-
-
-async def _answered(call: Awaitable[Any], timeout_s: float) -> Any:
-    """Return the controller's answer; raises ``UnavailableError`` where there is none in time."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await call
-    except (RayActorError, RayServeException, TimeoutError):
-        raise UnavailableError("the controller does not answer", "", 1.0) from None
-
-
-async def _done(call: Awaitable[Any]) -> Any:
-    """Return the report of a change that the controller was asked for; raises its error."""
-    told = await _answered(call, CHANGE_TIMEOUT_S)
-    if "error" in told:
-        raise error_from_wire(told["error"])
-    return told["report"]
+            return replace(ready, reason=being_deleted().message, is_deleted=True)
+        return ready
 
 
 def _resend_delay_s(
     error: Exception, retries: Retries, is_resent: bool, remaining_s: float
 ) -> float:
-    """Return when to send a request again; raises what its client is told if it is not to be.
+    """Return the seconds until a request is sent again; raises its client's error if it is not.
 
-    A full queue refuses a new request, but one that another router had accepted waits for room.
+    A full queue refuses a new request. A request that a router has accepted waits for room.
     """
     retry_after_s = None
     if isinstance(error, OverloadedError):
@@ -309,7 +233,7 @@ def _resend_delay_s(
 
 
 def _events(reply: Reply) -> list[TokenEvent]:
-    """Return the reply's events; raises the error that it is."""
+    """Return the events of a reply; raises the error if the reply is an error."""
     if isinstance(reply, BaseException):
         raise _typed(reply)
     if "error" in reply:
@@ -318,7 +242,7 @@ def _events(reply: Reply) -> list[TokenEvent]:
 
 
 def _typed(error: BaseException) -> BaseException:
-    """Return the error as one that may leave the gateway, or as one that means "send again"."""
+    """Return an error that clients may see, or an error that means "send again"."""
     if isinstance(error, (RayActorError, DeploymentUnavailableError, ExpertMeshError)):
         return error
     if isinstance(error, BackPressureError):

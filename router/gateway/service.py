@@ -1,4 +1,4 @@
-"""From a raw request to a stream of text: the part of the gateway that no surface shows."""
+"""From a raw request to a stream of text, below HTTP and gRPC and above the routers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
-from cluster.errors import (
-    Code,
-    DeadlineExceededError,
-    InternalError,
-    InvalidRequestError,
-)
-from cluster.reports import ChangeReport, ClusterStatus, LoadStatus, RebalanceReport
+from cluster.errors import Code, DeadlineExceededError, InternalError, InvalidRequestError
 from router.config import BODIES_AT_ONCE, GatewayConfig
 from router.control.readiness import Readiness
 from router.gateway.detokenize import ChoiceText
@@ -23,10 +17,8 @@ from router.gateway.errors import public_error
 from router.gateway.limits import Budget, SlowReaderWatch
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel
-from router.gateway.upstream import Upstream
 from router.gateway.validate import CheckedRequest, RawRequest, Validator
-from router.messages.request import TokenEvent, TokenLogprobs, Usage
-from router.observability.exposition import expose
+from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs, Usage
 from router.served import ServedModel
 
 _LEAST_LOGPROB = -9999.0
@@ -51,10 +43,33 @@ class Delta:
     usage: Usage | None = None
 
 
+class Upstream(Protocol):
+    """The routers of all models, as a service needs them."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+        """Yield the events of all choices; each choice ends with a ``finish_reason``.
+
+        Raises :class:`cluster.errors.ExpertMeshError`. Closing the generator (``aclose``) or
+        cancelling it ends the request at its router.
+        """
+        ...
+
+    def stop(self, request_id: str, index: int) -> None:
+        """Ask for no more tokens of choice ``index``; its events then end.
+
+        Does not wait. An unknown or finished request is not an error.
+        """
+        ...
+
+    def ready(self) -> Readiness:
+        """Return whether every expert has a live copy, and if not, why; waits for nothing."""
+        ...
+
+
 class GenerationService:
     """Checks requests, sends them upstream and turns tokens into text.
 
-    Both surfaces use it and nothing below it. ``models`` are the served ones by id.
+    HTTP and gRPC both use it. ``models`` are the served models by id.
     """
 
     def __init__(
@@ -73,7 +88,7 @@ class GenerationService:
         self._upstream = upstream
 
     def models(self) -> list[ServedModel]:
-        """Return what is served, in the deployment's order."""
+        """Return the served models, in the deployment's order."""
         return [model.info for model in self._models.values()]
 
     def model(self, model_id: object) -> GatewayModel:
@@ -85,46 +100,16 @@ class GenerationService:
         return self._validator.check(raw)
 
     def check_together(self, checked: Sequence[CheckedRequest]) -> None:
-        """Check what the requests of one call take together; raises ``InvalidRequestError``."""
+        """Check the total size of the requests of one call; raises ``InvalidRequestError``."""
         self._validator.check_together(checked)
 
     def use(self) -> float:
-        """Return how many of the requests that may be under way are, as a share."""
+        """Return the requests under way as a share of the limit."""
         return self._places.taken / self.limits.max_ongoing_requests
 
     def ready(self) -> Readiness:
-        """Tell whether requests can be served, and if not, why."""
+        """Return whether requests can be served, and if not, why."""
         return self._upstream.ready()
-
-    async def status(self) -> ClusterStatus:
-        """Return what the controller knows of the cluster."""
-        return await self._upstream.status()
-
-    async def load(self) -> LoadStatus:
-        """Return the load of experts and devices lately."""
-        return await self._upstream.load()
-
-    async def rebalance(self, dry_run: bool) -> RebalanceReport:
-        """Spread the load over the actors, or only tell how."""
-        return await self._upstream.rebalance(dry_run)
-
-    async def scale(self, number: int, pool: str, dry_run: bool) -> ChangeReport:
-        """Have a pool of so many actors, or be told what that would move."""
-        return await self._upstream.scale(number, pool, dry_run)
-
-    async def drain(self, target: str, dry_run: bool) -> ChangeReport:
-        """Empty and end an actor, or those of a node."""
-        return await self._upstream.drain(target, dry_run)
-
-    async def set_copies(
-        self, model: str, layer: int, expert: int, number: int, dry_run: bool
-    ) -> ChangeReport:
-        """Bring one expert to so many copies."""
-        return await self._upstream.set_copies(model, layer, expert, number, dry_run)
-
-    async def measured(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
-        return expose(await self._upstream.measurements(), self.ready().loop_age_s)
 
     async def generate(
         self, checked: CheckedRequest, surface: Surface
@@ -147,7 +132,7 @@ class GenerationService:
                 SlowReaderWatch(self.limits.reader_timeout_s, deltas.aclose, cut) as watch,
             ):
                 async for delta in deltas:
-                    if delta.usage is not None:  # nothing is left to do for it
+                    if delta.usage is not None:  # the request is done
                         place.give_back()
                         yield delta
                         continue
@@ -188,7 +173,7 @@ class GenerationService:
     async def _deltas(self, checked: CheckedRequest) -> AsyncGenerator[Delta, None]:
         choices = _Choices(checked)
         async with aclosing(self._upstream.generate(checked.request)) as events:
-            # A moment past the deadline, so that the router's own word on it comes first.
+            # GRACE_S past the deadline, so that the router's own error comes first.
             while (
                 event := await _next_event(events, checked.request.remaining_s() + GRACE_S)
             ) is not None:
@@ -204,7 +189,7 @@ class GenerationService:
 
 
 class _Choices:
-    """The choices of one request: their texts, and which of them go on."""
+    """The choices of one request: their texts, and the choices that still go on."""
 
     def __init__(self, checked: CheckedRequest) -> None:
         request = checked.request
@@ -216,7 +201,7 @@ class _Choices:
             self._begin(checked, index)
 
     def _begin(self, checked: CheckedRequest, index: int) -> None:
-        """Take up a choice where its client has it; the text of its tokens is not told again."""
+        """Start a choice after the tokens that its client has; their text is not sent again."""
         request, received = checked.request, checked.request.received_of(index)
         self._completion_tokens += len(received.token_ids)
         if received.finished:
@@ -225,14 +210,14 @@ class _Choices:
         _, _, stopped = choice.push(received.token_ids)
         if stopped:
             raise InvalidRequestError(
-                "its text has a stop string, so it is finished", f"resume[{index}].finished"
+                "the text has a stop string, so the choice is finished", f"resume[{index}].finished"
             )
         self._going[index] = choice
 
     def push(self, event: TokenEvent) -> Delta | None:
-        """Return the delta of an event, or ``None`` when its choice is finished already."""
+        """Return the delta of an event, or ``None`` when its choice has finished before."""
         if not 0 <= event.index < self._n:
-            raise InternalError("tokens came for a choice that was not asked for")
+            raise InternalError("tokens came for a choice that the request does not have")
         choice = self._going.get(event.index)
         if choice is None:
             return None
@@ -260,7 +245,7 @@ class _Choices:
 
 
 def _finite(rows: tuple[TokenLogprobs, ...]) -> tuple[TokenLogprobs, ...]:
-    """Replace minus infinity, which JSON has no way to write, by a very small number."""
+    """Replace minus infinity, which JSON cannot write, by a very small number."""
     return tuple(
         TokenLogprobs(
             max(row.logprob, _LEAST_LOGPROB),

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.controller.application import app_is_wanted
-from cluster.reports import Samples
-from cluster.spec import OnExpertLoss
+from cluster.reports import ProcessSamples, ProcessStatus
 from router.config import GatewayConfig
+from router.gateway.admin import Admin
 from router.gateway.grpc.handlers import GrpcHandlers
 from router.gateway.grpc.service import GrpcMethods
 from router.gateway.metrics import Metrics
@@ -21,14 +22,13 @@ from router.gateway.models import load_models
 from router.gateway.openai.app import create_app
 from router.gateway.ray_upstream import RayUpstream
 from router.gateway.service import GenerationService
-from router.gateway.upstream import Upstream
 from router.serve.autoscaling import USE
 from router.serve.process import collector_paused, setup_logging, torch_hidden
 from router.served import ServedModel
 
 
 class GatewayReplica(GrpcMethods):
-    """One gateway process; loads the tokenizers, and knows no weights.
+    """One gateway process, with the tokenizers and without weights.
 
     Serve builds the HTTP app after the constructor (``__serve_build_asgi_app__``), so nothing of
     it is ever pickled.
@@ -38,44 +38,42 @@ class GatewayReplica(GrpcMethods):
         self,
         models: tuple[ServedModel, ...],
         limits: GatewayConfig,
-        make_upstream: Callable[..., Upstream],
-        *upstream_args: Any,
+        controller: DeploymentHandle,
+        routers: Mapping[str, DeploymentHandle],
+        max_calls: int,
     ) -> None:
-        """Load the tokenizers and call ``make_upstream(samples, *upstream_args)`` in the loop.
+        """Load the tokenizers and follow the controller; needs a running event loop.
 
-        ``samples`` returns what this gateway measures.
-
-        The arguments are the constructor's own, so that Serve puts handles in place of bound
-        deployments among them.
+        Serve puts handles in the place of ``controller`` and ``routers`` (by model id), which are
+        bound deployments when the application is built. ``max_calls`` is the number of requests
+        that the routers of one model hold.
         """
+        setup_logging()
         metrics = Metrics()
-        upstream = make_upstream(metrics.samples, *upstream_args)
+        upstream = RayUpstream(
+            controller,
+            routers,
+            max_calls,
+            limits.on_expert_loss,
+            partial(app_is_wanted, serve.get_replica_context().app_name),
+            metrics.samples,
+        )
+        process = ProcessStatus(os.getpid(), ray.get_runtime_context().get_node_id())
+        self.admin = Admin(
+            controller, lambda: ProcessSamples("gateway", process, metrics.samples())
+        )
         with collector_paused(), torch_hidden():  # transformers is imported for its tokenizers
             loaded = load_models(models)
         self.service = GenerationService(loaded, limits, upstream, metrics)
-        self.grpc_handlers = GrpcHandlers(self.service)
+        self.grpc_handlers = GrpcHandlers(self.service, self.admin)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Tell Serve how much of this gateway is used; Serve calls this by its name."""
+        """Return the use of this gateway to Serve, which calls this method by its name."""
         return {USE: self.service.use()}
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.service, echoes_request_id=False)
+        return create_app(self.service, self.admin, echoes_request_id=False)
 
 
 Gateway = serve.ingress()(GatewayReplica)
-"""Bind it: ``serve.deployment(Gateway, …).bind(models, limits, make_upstream, *upstream_args)``."""
-
-
-def make_upstream(
-    samples: Callable[[], Samples],
-    controller: DeploymentHandle,
-    routers: Mapping[str, DeploymentHandle],
-    max_calls: int,
-    on_expert_loss: OnExpertLoss,
-) -> RayUpstream:
-    """Make a gateway replica's upstream, in the replica."""
-    setup_logging()
-    app = serve.get_replica_context().app_name
-    is_wanted = partial(app_is_wanted, app)
-    return RayUpstream(controller, routers, max_calls, on_expert_loss, is_wanted, samples)
+"""The class that :func:`router.app.build` deploys."""

@@ -1,4 +1,5 @@
-"""A gateway without a cluster: a small real tokenizer and an upstream that plays a script."""
+"""A gateway without a cluster: a small real tokenizer, an upstream that plays a script, and a
+controller's handle."""
 
 from __future__ import annotations
 
@@ -8,12 +9,16 @@ import tempfile
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import grpc
+from fastapi import FastAPI
+from ray.exceptions import RayActorError
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from cluster.errors import ExpertMeshError
 from cluster.reports import (
     ActorStatus,
     ChangeReport,
@@ -31,10 +36,12 @@ from cluster.reports import (
 from cluster.spec import ActorReport, ExpertKey, ModelExperts, ModelSource
 from router.config import GatewayConfig
 from router.control.readiness import Readiness
+from router.gateway.admin import Admin
 from router.gateway.grpc.handlers import GrpcHandlers
 from router.gateway.grpc.service import GrpcMethods, add_services_to_server
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel
+from router.gateway.openai.app import create_app
 from router.gateway.service import GenerationService
 from router.gateway.tokenizer import Tokenizer
 from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
@@ -157,10 +164,43 @@ REPORT = ActorReport(
 Script = Callable[[GenerationRequest], Iterable[TokenEvent | Exception]]
 
 
+class FakeController:
+    """The controller behind its handle: keeps the calls, and answers each with plain data.
+
+    With a ``refusal`` it refuses every change; a controller that ``is_away`` answers nothing.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+        self.refusal: ExpertMeshError | None = None
+        self.is_away = False
+        self.rebalanced = REBALANCED
+        self.changed = CHANGED
+
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(remote=functools.partial(self._answer, name))
+
+    async def _answer(self, name: str, *args: object) -> object:
+        self.calls.append((name, *args))
+        if self.is_away:
+            raise RayActorError
+        if name == "status":
+            return STATUS.to_wire()
+        if name == "load":
+            return LOAD.to_wire()
+        if name == "measurements":
+            return Measurements(STATUS, (REPORT,), args)
+        if self.refusal is not None:
+            return {"error": self.refusal.to_wire()}
+        report = self.rebalanced if name == "rebalance" else self.changed
+        return {"report": report.to_wire()}
+
+
 class FakeUpstream:
     """Plays a script of events per request; an exception in it is raised.
 
-    With ``endless`` the stream stays open after the script. Records what was asked of it.
+    With ``endless`` the stream stays open after the script. Keeps the requests. ``controller`` is
+    the same deployment's.
     """
 
     def __init__(self, script: Script, endless: bool = False) -> None:
@@ -170,12 +210,7 @@ class FakeUpstream:
         self.stopped: list[tuple[str, int]] = []
         self.closed = threading.Event()
         self.readiness = Readiness("", (3, 7), 0.25)
-        self.status_error: Exception | None = None
-        self.rebalances: list[bool] = []
-        self.rebalanced = REBALANCED
-        self.asked: list[tuple[object, ...]] = []
-        self.changed = CHANGED
-        self.samples = Metrics().samples
+        self.controller = FakeController()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         self.requests.append(request)
@@ -191,43 +226,6 @@ class FakeUpstream:
 
     def stop(self, request_id: str, index: int) -> None:
         self.stopped.append((request_id, index))
-
-    async def status(self) -> ClusterStatus:
-        if self.status_error is not None:
-            raise self.status_error
-        return STATUS
-
-    async def load(self) -> LoadStatus:
-        return LOAD
-
-    async def rebalance(self, dry_run: bool) -> RebalanceReport:
-        self.rebalances.append(dry_run)
-        if self.status_error is not None:
-            raise self.status_error
-        return self.rebalanced
-
-    async def scale(self, number: int, pool: str, dry_run: bool) -> ChangeReport:
-        return self._change("scale", number, pool, dry_run)
-
-    async def drain(self, target: str, dry_run: bool) -> ChangeReport:
-        return self._change("drain", target, dry_run)
-
-    async def set_copies(
-        self, model: str, layer: int, expert: int, number: int, dry_run: bool
-    ) -> ChangeReport:
-        return self._change("copies", model, layer, expert, number, dry_run)
-
-    def _change(self, *asked: object) -> ChangeReport:
-        self.asked.append(asked)
-        if self.status_error is not None:
-            raise self.status_error
-        return self.changed
-
-    async def measurements(self) -> Measurements:
-        own = ProcessSamples("gateway", ProcessStatus(43, "n1"), self.samples())
-        if self.status_error is not None:
-            return Measurements(None, (), (own,))
-        return Measurements(STATUS, (REPORT,), (own,))
 
     def ready(self) -> Readiness:
         return self.readiness
@@ -283,16 +281,27 @@ def _logprobs(token_id: int, top: int | None) -> tuple[TokenLogprobs, ...]:
 def service(upstream: FakeUpstream, limits: GatewayConfig | None = None) -> GenerationService:
     """The service over two models: ``tiny``, and ``bare`` without a chat template."""
     both = {"tiny": served(), "bare": served("bare", None)}
-    metrics = Metrics()
-    upstream.samples = metrics.samples
-    return GenerationService(both, limits or GatewayConfig(), upstream, metrics)
+    return GenerationService(both, limits or GatewayConfig(), upstream, Metrics())
+
+
+def admin(upstream: FakeUpstream, metrics: Metrics) -> Admin:
+    """The calls of the upstream's controller, from a gateway with these metrics."""
+    process = ProcessStatus(43, "n1")
+    return Admin(upstream.controller, lambda: ProcessSamples("gateway", process, metrics.samples()))
+
+
+def http_app(upstream: FakeUpstream, limits: GatewayConfig | None = None) -> FastAPI:
+    """The HTTP app over :func:`service`."""
+    generation = service(upstream, limits)
+    return create_app(generation, admin(upstream, generation.metrics))
 
 
 class Servicer(GrpcMethods):
     """The gRPC methods as Serve's replica has them, without Serve."""
 
     def __init__(self, upstream: FakeUpstream, limits: GatewayConfig | None = None) -> None:
-        self.grpc_handlers = GrpcHandlers(service(upstream, limits))
+        generation = service(upstream, limits)
+        self.grpc_handlers = GrpcHandlers(generation, admin(upstream, generation.metrics))
 
 
 @contextmanager

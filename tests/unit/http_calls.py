@@ -9,8 +9,7 @@ from typing import Any
 import httpx
 
 from router.config import GatewayConfig
-from router.gateway.openai.app import create_app
-from tests.unit.gateway_fakes import FakeUpstream, service
+from tests.unit.gateway_fakes import FakeUpstream, http_app
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "in the"}]
@@ -26,7 +25,7 @@ def call(
     """One request to a fresh app; ``body`` is JSON, or raw bytes."""
 
     async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(service(upstream, limits)))
+        transport = httpx.ASGITransport(http_app(upstream, limits))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             if body is None:
                 return await client.get(path, headers=headers)

@@ -1,18 +1,21 @@
-"""The gRPC methods, from request bytes to reply messages; they know nothing of Serve or of gRPC.
+"""The gRPC methods, from request bytes to reply messages, without Serve and without gRPC.
 
-Each raises :class:`cluster.errors.ExpertMeshError`; ``service.py`` turns that into a status.
+Each raises :class:`cluster.errors.ExpertMeshError`; ``service.py`` turns that into a status. A new
+method of the Admin service is a line in :data:`ADMIN_CALLS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 
 from cluster.errors import InvalidRequestError, TooLargeError, UnknownModelError, shown
+from cluster.reports import ClusterStatus
 from router.gateway.openai.call import Collected
 from router.gateway.service import Delta, GenerationService
 from router.gateway.tokenizer import Tokenizer
@@ -20,8 +23,25 @@ from router.gateway.validate import CheckedRequest, RawRequest
 from router.messages.request import Received, TokenLogprobs, Usage
 from router.protos import admin_pb2, inference_pb2
 
-SERVICES = ("expertmesh.v1.Inference", "expertmesh.v1.Admin")
-"""The names that health knows, beside the empty one for the whole server."""
+if TYPE_CHECKING:
+    from router.gateway.admin import Admin
+
+INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
+ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["Admin"]
+SERVICES = (INFERENCE_SERVICE.full_name, ADMIN_SERVICE.full_name)
+"""The services that health knows, beside the empty name of the whole server."""
+
+ADMIN_CALLS: Mapping[str, Callable[[Admin, Any], Awaitable[Any]]] = {
+    "GetStatus": lambda admin, request: admin.status(),
+    "GetLoad": lambda admin, request: admin.load(),
+    "Rebalance": lambda admin, request: admin.rebalance(request.dry_run),
+    "Scale": lambda admin, request: admin.scale(request.actors, request.pool, request.dry_run),
+    "Drain": lambda admin, request: admin.drain(request.target, request.dry_run),
+    "SetCopies": lambda admin, request: admin.set_copies(
+        request.model, request.layer, request.expert, request.copies, request.dry_run
+    ),
+}
+"""The methods of the Admin service; each returns a report that has the fields of its reply."""
 
 EPOCH_KEY = "expertmesh-epoch"
 VERSION_KEY = "expertmesh-placement-version"
@@ -33,10 +53,11 @@ _SAMPLING_FIELDS = (
 
 
 class GrpcHandlers:
-    """Answers parsed requests through the :class:`GenerationService`."""
+    """Answers requests through the :class:`GenerationService` and :class:`Admin`."""
 
-    def __init__(self, service: GenerationService) -> None:
+    def __init__(self, service: GenerationService, admin: Admin) -> None:
         self.service = service
+        self.admin = admin
 
     async def generate(self, data: bytes) -> Any:
         """Run a ``GenerateRequest`` to its end and return one ``GenerateReply``."""
@@ -63,7 +84,7 @@ class GrpcHandlers:
                 yield _delta_reply(delta, checked.model.tokenizer)
 
     async def get_model_info(self, data: bytes) -> Any:
-        """Return the numbers of one model, or of all when none is named."""
+        """Return the description of one model, or of all models where the request names none."""
         request = _parse(inference_pb2.GetModelInfoRequest, data)
         models = self.service.models()
         if request.model:
@@ -83,47 +104,12 @@ class GrpcHandlers:
         ]
         return inference_pb2.GetModelInfoReply(models=infos)
 
-    async def get_status(self, data: bytes) -> Any:
-        """Return what the controller knows of the cluster."""
-        _parse(admin_pb2.GetStatusRequest, data)
-        wire = (await self.service.status()).to_wire()
-        for actor in wire["actors"]:
-            actor["experts"] = [
-                admin_pb2.ExpertKey(model=model, layer=layer, expert=expert)
-                for model, layer, expert in actor["experts"]
-            ]
-        return admin_pb2.GetStatusReply(**wire)
-
-    async def get_load(self, data: bytes) -> Any:
-        """Return the load of experts and devices lately."""
-        _parse(admin_pb2.GetLoadRequest, data)
-        return admin_pb2.GetLoadReply(**(await self.service.load()).to_wire())
-
-    async def rebalance(self, data: bytes) -> Any:
-        """Spread the load over the actors, or only tell how."""
-        request = _parse(admin_pb2.RebalanceRequest, data)
-        report = await self.service.rebalance(request.dry_run)
-        return admin_pb2.RebalanceReply(**report.to_wire())
-
-    async def scale(self, data: bytes) -> Any:
-        """Bring a pool to a number of actors."""
-        request = _parse(admin_pb2.ScaleRequest, data)
-        report = await self.service.scale(request.actors, request.pool, request.dry_run)
-        return admin_pb2.ChangeReply(**report.to_wire())
-
-    async def drain(self, data: bytes) -> Any:
-        """Empty and end an actor, or those of a node."""
-        request = _parse(admin_pb2.DrainRequest, data)
-        report = await self.service.drain(request.target, request.dry_run)
-        return admin_pb2.ChangeReply(**report.to_wire())
-
-    async def set_copies(self, data: bytes) -> Any:
-        """Bring one expert to a number of copies."""
-        request = _parse(admin_pb2.SetCopiesRequest, data)
-        report = await self.service.set_copies(
-            request.model, request.layer, request.expert, request.copies, request.dry_run
-        )
-        return admin_pb2.ChangeReply(**report.to_wire())
+    async def administer(self, method: str, data: bytes) -> Any:
+        """Answer a method of the Admin service, from its request to its reply."""
+        rpc = ADMIN_SERVICE.methods_by_name[method]
+        request = _parse(GetMessageClass(rpc.input_type), data)
+        report = await ADMIN_CALLS[method](self.admin, request)
+        return GetMessageClass(rpc.output_type)(**_reply_fields(report))
 
     async def check_health(self, data: bytes) -> Any:
         """Answer ``grpc.health.v1.Health/Check``; an unknown service is NOT_FOUND."""
@@ -140,13 +126,13 @@ class GrpcHandlers:
         return status(status=status.SERVING if is_ready else status.NOT_SERVING)
 
     def health_metadata(self) -> list[tuple[str, str]]:
-        """Return what health goes by, for a call's trailing metadata; its message has no room."""
-        told = self.service.ready()
+        """Return what health depends on, as trailing metadata: its reply has no field for it."""
+        ready = self.service.ready()
         metadata: list[tuple[str, str]] = []
-        if told.order is not None:
-            metadata += zip((EPOCH_KEY, VERSION_KEY), map(str, told.order), strict=True)
-        if told.loop_age_s is not None:
-            metadata.append((LOOP_AGE_KEY, f"{told.loop_age_s:.3f}"))
+        if ready.order is not None:
+            metadata += zip((EPOCH_KEY, VERSION_KEY), map(str, ready.order), strict=True)
+        if ready.loop_age_s is not None:
+            metadata.append((LOOP_AGE_KEY, f"{ready.loop_age_s:.3f}"))
         return metadata
 
     def _check(self, data: bytes, streamed: bool) -> CheckedRequest:
@@ -169,6 +155,17 @@ def _parse(message_type: Any, data: bytes) -> Any:
     except DecodeError:
         name = message_type.DESCRIPTOR.full_name
         raise InvalidRequestError(f"the bytes are not a {name} message") from None
+
+
+def _reply_fields(report: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = report.to_wire()
+    if isinstance(report, ClusterStatus):
+        for actor in fields["actors"]:
+            actor["experts"] = [
+                admin_pb2.ExpertKey(model=model, layer=layer, expert=expert)
+                for model, layer, expert in actor["experts"]
+            ]
+    return fields
 
 
 def _raw_request(request: Any, streamed: bool) -> RawRequest:
@@ -200,12 +197,12 @@ def _raw_request(request: Any, streamed: bool) -> RawRequest:
 
 
 def _prompt(request: Any) -> tuple[object, str]:
-    """Return the request's one input, and where it stands."""
+    """Return the request's only input, and the name of its field."""
     which = request.WhichOneof("input")
     if request.messages:
         if which is not None:
             raise InvalidRequestError(f"cannot be given together with {which}", "messages")
-        messages = [{"role": one.role, "content": one.content} for one in request.messages]
+        messages = [{"role": m.role, "content": m.content} for m in request.messages]
         return messages, "messages"
     if which is None:
         raise InvalidRequestError("is missing; give it, prompt_token_ids or messages", "prompt")

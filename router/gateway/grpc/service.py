@@ -1,7 +1,7 @@
-"""The gRPC front: how methods are registered with a server, and how errors become statuses.
+"""How gRPC methods are registered with a server, and how errors become statuses.
 
 Serve's proxy calls :func:`add_services_to_server` (named in the YAML's ``grpc_servicer_functions``)
-and sends each call to the gateway's method of the same name, see :class:`GrpcMethods`.
+and sends each call to the gateway's method of the same name; see :class:`GrpcMethods`.
 """
 
 from __future__ import annotations
@@ -14,39 +14,30 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 import grpc
+from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 
 from cluster.errors import ExpertMeshError
 from cluster.spec import EXACT_KEY
 from router.gateway.errors import public_error
-from router.gateway.grpc.handlers import SERVICES, GrpcHandlers, parse_health_check
-from router.protos import admin_pb2, inference_pb2
+from router.gateway.grpc.handlers import (
+    ADMIN_CALLS,
+    ADMIN_SERVICE,
+    INFERENCE_SERVICE,
+    SERVICES,
+    GrpcHandlers,
+    parse_health_check,
+)
+from router.protos import inference_pb2
 from router.protos.errors import DETAILS_KEY, grpc_error
 
 logger = logging.getLogger(__name__)
 
 _WATCH_PERIOD_S = 0.5
 _MAX_WATCH_S = 60.0
-"""A gateway that a redeploy has replaced ends only when its last stream does. Who watches on asks
-again, and reaches its successor."""
-_UNARY = {
-    "expertmesh.v1.Inference": ("Generate", "GetModelInfo"),
-    "expertmesh.v1.Admin": (
-        "GetStatus",
-        "GetLoad",
-        "Rebalance",
-        "Scale",
-        "Drain",
-        "SetCopies",
-    ),
-    "grpc.health.v1.Health": ("Check",),
-}
-_STREAM = {
-    "expertmesh.v1.Inference": ("GenerateStream",),
-    "grpc.health.v1.Health": ("Watch",),
-}
-_FILES = (inference_pb2, admin_pb2, health_pb2)
-"""Imported so that reflection finds the descriptors of every service."""
+"""A gateway that a redeploy has replaced ends with its last stream. A client that goes on watching
+calls again, and reaches the new gateway."""
+_HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"]
 
 
 class CallContext(Protocol):
@@ -66,8 +57,8 @@ class _Handlers(grpc.GenericRpcHandler):
     """Handlers of all methods, by path.
 
     Serve replaces the entries of ``_method_handlers`` with calls to its replicas. From a replica to
-    Serve's proxy a status travels only with a message, so a stream's error comes with an empty one;
-    it is dropped here, where the client is, which sees the status alone.
+    Serve's proxy a status travels only with a message, so the error of a stream comes with an empty
+    message. That message is dropped here, so that the client sees the status alone.
     """
 
     def __init__(self, method_handlers: dict[str, grpc.RpcMethodHandler]) -> None:
@@ -85,11 +76,11 @@ def _without_error_message(
     stream: Callable[[Any, Any], AsyncIterator[Any]],
 ) -> Callable[[Any, Any], Awaitable[None]]:
     async def filtered(request: Any, context: Any) -> None:
-        # Writes by itself, so that a client's leaving is noticed here while a message is sent too.
+        # Writes by itself, so that it notices a client that leaves while a message is sent.
         messages = stream(request, _ContextWithPeer(context))
         try:
             async for message in messages:
-                if message != b"" and not context.code():  # no message of ours is empty but this
+                if message != b"" and not context.code():  # only an error's message is empty
                     await context.write(message)
         except asyncio.CancelledError:
             await _cancel(messages)
@@ -101,8 +92,8 @@ def _without_error_message(
 class _ContextWithPeer:
     """A call's context that still knows its peer when the call is over.
 
-    Serve asks for the peer once more after a cancelled stream, for its log; asking grpcio then
-    reads freed memory and has ended the whole proxy.
+    Serve asks for the peer once more after a cancelled stream, for its log. grpcio then reads freed
+    memory, which has ended the whole proxy.
     """
 
     def __init__(self, context: Any) -> None:
@@ -118,14 +109,14 @@ class _ContextWithPeer:
 
 
 async def _cancel(messages: AsyncIterator[Any]) -> None:
-    """Have Serve cancel a call to a replica whose client went away while a message was sent to it.
+    """Have Serve cancel a call to a replica whose client left while a message was sent to it.
 
-    Serve does so only where the cancellation meets it waiting for the next message; otherwise the
-    call would run to its end. Must be done before the handler returns: Serve then still looks at
-    the client's address, and grpcio crashes when asked for that later.
+    Serve does so only if the cancellation comes while it waits for the next message; otherwise the
+    call runs to its end. Must be done before the handler returns: Serve reads the client's address
+    afterwards, and grpcio crashes when asked for it later.
     """
     following = asyncio.ensure_future(anext(messages, None))
-    await asyncio.sleep(0)  # lets it begin to wait
+    await asyncio.sleep(0)  # lets Serve begin to wait
     following.cancel()
     await asyncio.gather(following, return_exceptions=True)
 
@@ -134,22 +125,17 @@ def add_services_to_server(servicer: Any, server: Any) -> None:
     """Register Inference, Admin and Health; their methods get the request as raw bytes.
 
     Bytes that are no protobuf thus reach :class:`GrpcMethods`, which answers INVALID_ARGUMENT;
-    grpcio would answer UNKNOWN.
+    grpcio itself answers UNKNOWN.
     """
-    for service, methods in _UNARY.items():
-        streams = _STREAM.get(service, ())
-        handlers = {
-            f"/{service}/{name}": grpc.unary_unary_rpc_method_handler(
-                getattr(servicer, name), request_deserializer=None, response_serializer=_serialize
+    for service in (INFERENCE_SERVICE, ADMIN_SERVICE, _HEALTH_SERVICE):
+        handlers = {}
+        for rpc in service.methods:
+            method = getattr(servicer, rpc.name)
+            handlers[f"/{service.full_name}/{rpc.name}"] = (
+                grpc.unary_stream_rpc_method_handler(method, None, _serialize)
+                if rpc.server_streaming
+                else grpc.unary_unary_rpc_method_handler(method, None, _serialize)
             )
-            for name in methods
-        }
-        handlers |= {
-            f"/{service}/{name}": grpc.unary_stream_rpc_method_handler(
-                getattr(servicer, name), request_deserializer=None, response_serializer=_serialize
-            )
-            for name in streams
-        }
         server.add_generic_rpc_handlers((_Handlers(handlers),))
 
 
@@ -158,10 +144,11 @@ def _serialize(message: Any) -> bytes:
 
 
 class GrpcMethods:
-    """The methods of all services, by their names, which Serve wants to be unique over services.
+    """The methods of all services by their names, which Serve wants to be unique over services.
 
     A subclass sets ``grpc_handlers``. Every method takes bytes, returns (or yields) protobuf
-    messages and lets no exception but cancellation out: an error is a status in ``grpc_context``.
+    messages and raises nothing but a cancellation: an error is a status in ``grpc_context``. The
+    methods of the Admin service are added below the class, one for each of ``ADMIN_CALLS``.
     """
 
     grpc_handlers: GrpcHandlers
@@ -171,7 +158,8 @@ class GrpcMethods:
         empty = inference_pb2.GenerateReply
         reply = await _unary(self.grpc_handlers.generate(request), empty, grpc_context)
         if reply.finish_reason:  # else it is an error, which has metadata of its own
-            _set_exact(all(one.exact for one in (reply, *reply.other_choices)), grpc_context)
+            is_exact = all(choice.exact for choice in (reply, *reply.other_choices))
+            _set_exact(is_exact, grpc_context)
         return reply
 
     async def GenerateStream(  # noqa: N802
@@ -187,36 +175,6 @@ class GrpcMethods:
         """Serve ``Inference/GetModelInfo``."""
         empty = inference_pb2.GetModelInfoReply
         return await _unary(self.grpc_handlers.get_model_info(request), empty, grpc_context)
-
-    async def GetStatus(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
-        """Serve ``Admin/GetStatus``."""
-        empty = admin_pb2.GetStatusReply
-        return await _unary(self.grpc_handlers.get_status(request), empty, grpc_context)
-
-    async def GetLoad(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
-        """Serve ``Admin/GetLoad``."""
-        empty = admin_pb2.GetLoadReply
-        return await _unary(self.grpc_handlers.get_load(request), empty, grpc_context)
-
-    async def Rebalance(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
-        """Serve ``Admin/Rebalance``."""
-        empty = admin_pb2.RebalanceReply
-        return await _unary(self.grpc_handlers.rebalance(request), empty, grpc_context)
-
-    async def Scale(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
-        """Serve ``Admin/Scale``."""
-        empty = admin_pb2.ChangeReply
-        return await _unary(self.grpc_handlers.scale(request), empty, grpc_context)
-
-    async def Drain(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
-        """Serve ``Admin/Drain``."""
-        empty = admin_pb2.ChangeReply
-        return await _unary(self.grpc_handlers.drain(request), empty, grpc_context)
-
-    async def SetCopies(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
-        """Serve ``Admin/SetCopies``."""
-        empty = admin_pb2.ChangeReply
-        return await _unary(self.grpc_handlers.set_copies(request), empty, grpc_context)
 
     async def Check(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
         """Serve ``Health/Check``."""
@@ -236,7 +194,7 @@ class GrpcMethods:
 
     async def _watch(self, request: bytes) -> AsyncGenerator[Any, None]:
         name = parse_health_check(request)
-        told: int | None = None
+        sent: int | None = None
         end_s = time.monotonic() + _MAX_WATCH_S
         while time.monotonic() < end_s and not self.grpc_handlers.service.ready().is_deleted:
             reply = self.grpc_handlers.health()
@@ -244,10 +202,23 @@ class GrpcMethods:
                 reply = health_pb2.HealthCheckResponse(
                     status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
                 )
-            if reply.status != told:
-                told = reply.status
+            if reply.status != sent:
+                sent = reply.status
                 yield reply
             await asyncio.sleep(_WATCH_PERIOD_S)
+
+
+def _admin_method(name: str) -> Callable[[GrpcMethods, bytes, CallContext], Awaitable[Any]]:
+    empty = GetMessageClass(ADMIN_SERVICE.methods_by_name[name].output_type)
+
+    async def method(self: GrpcMethods, request: bytes, grpc_context: CallContext) -> Any:
+        return await _unary(self.grpc_handlers.administer(name, request), empty, grpc_context)
+
+    return method
+
+
+for _name in ADMIN_CALLS:
+    setattr(GrpcMethods, _name, _admin_method(_name))
 
 
 async def _unary(work: Awaitable[Any], empty: Callable[[], Any], context: CallContext) -> Any:
@@ -267,21 +238,21 @@ async def _stream(
                 yield reply
     except Exception as error:
         _set_error(error, context)
-        # Serve passes a status on only together with a message; see _Handlers.
+        # Serve passes a status on only with a message; see _Handlers.
         yield empty()
 
 
 async def _with_exact(
     replies: AsyncGenerator[Any, None], context: CallContext
 ) -> AsyncGenerator[Any, None]:
-    """Keep the metadata at what the replies have been so far: Serve sends it with each of them."""
-    told: bool | None = None
+    """Set the metadata to whether all replies so far are exact; Serve sends it with each reply."""
+    was_exact: bool | None = None
     async with aclosing(replies):
         async for reply in replies:
-            exact = told is not False and reply.exact
-            if exact != told:
-                told = exact
-                _set_exact(exact, context)
+            is_exact = was_exact is not False and reply.exact
+            if is_exact != was_exact:
+                was_exact = is_exact
+                _set_exact(is_exact, context)
             yield reply
 
 

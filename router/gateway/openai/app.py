@@ -1,4 +1,4 @@
-"""The OpenAI-compatible HTTP surface, as a FastAPI app over a :class:`GenerationService`.
+"""The OpenAI-compatible HTTP API, as a FastAPI app over a :class:`GenerationService`.
 
 Bodies are read as plain JSON and checked by ``validate.py``, the same as for gRPC, so there is one
 set of rules and one set of messages.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -30,14 +30,18 @@ from router.gateway.openai.http_io import (
     until_disconnect,
 )
 from router.gateway.service import Delta, GenerationService
+from router.observability.exposition import expose
 from router.served import ServedModel
+
+if TYPE_CHECKING:
+    from router.gateway.admin import Admin
 
 EXACT_HEADER = f"x-{EXACT_KEY}"
 Parse = Callable[[dict[str, Any], GenerationService, str], OpenAiCall]
 
 
-def create_app(service: GenerationService, echoes_request_id: bool = True) -> FastAPI:
-    """Return the app; it keeps nothing but ``service``.
+def create_app(service: GenerationService, admin: Admin, echoes_request_id: bool = True) -> FastAPI:
+    """Return the app; it has no state but ``service`` and ``admin``.
 
     ``echoes_request_id`` is false behind a proxy that itself sets ``X-Request-Id`` on requests and
     replies, as Serve's does.
@@ -47,7 +51,7 @@ def create_app(service: GenerationService, echoes_request_id: bool = True) -> Fa
     app.add_exception_handler(ExpertMeshError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     _add_openai_routes(app, service)
-    _add_operator_routes(app, service)
+    _add_operator_routes(app, service, admin)
     return app
 
 
@@ -72,20 +76,21 @@ def _add_openai_routes(app: FastAPI, service: GenerationService) -> None:
         return await _answer(request, service, parse_chat)
 
 
-def _add_operator_routes(app: FastAPI, service: GenerationService) -> None:
+def _add_operator_routes(app: FastAPI, service: GenerationService, admin: Admin) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
         return JSONResponse({"status": "alive"})
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        told = service.ready()
-        return JSONResponse(_ready_object(told), 200 if told.is_ready else 503)
+        readiness = service.ready()
+        return JSONResponse(_ready_object(readiness), 200 if readiness.is_ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        told = await service.measured()
-        return Response(told, media_type=CONTENT_TYPE_LATEST)
+        measurements = await admin.measurements()
+        text = expose(measurements, service.ready().loop_age_s)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 async def _answer(request: Request, service: GenerationService, parse: Parse) -> Response:
@@ -109,14 +114,14 @@ async def _answer(request: Request, service: GenerationService, parse: Parse) ->
     return SseResponse(call.chunks(first, deltas), deltas)
 
 
-def _ready_object(told: Readiness) -> dict[str, Any]:
-    epoch, version = told.order or (None, None)
+def _ready_object(readiness: Readiness) -> dict[str, Any]:
+    epoch, version = readiness.order or (None, None)
     return {
-        "ready": told.is_ready,
-        "reason": told.reason or None,
+        "ready": readiness.is_ready,
+        "reason": readiness.reason or None,
         "epoch": epoch,
         "placement_version": version,
-        "controller_loop_age_s": told.loop_age_s,
+        "controller_loop_age_s": readiness.loop_age_s,
     }
 
 

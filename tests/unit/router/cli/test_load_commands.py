@@ -36,7 +36,12 @@ def test_both_clients_get_all_that_the_controller_tells(
     assert asyncio.run(ask()) == (LOAD, REBALANCED)
     with Client(address) as client:
         assert (client.load(), client.rebalance(dry_run=True)) == (LOAD, REBALANCED)
-    assert upstream.rebalances == [False, True]
+    assert upstream.controller.calls == [
+        ("load",),
+        ("rebalance", False),
+        ("load",),
+        ("rebalance", True),
+    ]
 
 
 def test_load_shows_devices_and_the_busiest_experts(address: str) -> None:
@@ -65,22 +70,22 @@ def test_placement_shows_who_holds_what(address: str) -> None:
 
 def test_rebalance_shows_what_it_did(address: str, upstream: FakeUpstream) -> None:
     result = run("rebalance", "--dry-run", "--address", address)
-    assert (result.exit_code, upstream.rebalances) == (0, [True])
+    assert (result.exit_code, upstream.controller.calls) == (0, [("rebalance", True)])
     assert "balance by layer 1.50 -> 1.00, in all 1.25 -> 0.00; 2.5 MB loaded" in result.stdout
     assert "to a1" in result.stdout
     assert "from a0" in result.stdout
     told = json.loads(run("rebalance", "--json", "--address", address).stdout)
     assert told == json.loads(json.dumps(asdict(REBALANCED)))
-    assert upstream.rebalances == [True, False]
+    assert upstream.controller.calls == [("rebalance", True), ("rebalance", False)]
 
 
 def test_a_rebalancing_that_is_refused_or_fails_is_exit_code_1(
     address: str, upstream: FakeUpstream
 ) -> None:
-    upstream.rebalanced = replace(REBALANCED, outcome="failed: a1 died", moves=())
+    upstream.controller.rebalanced = replace(REBALANCED, outcome="failed: a1 died", moves=())
     result = run("rebalance", "--address", address)
     assert (result.exit_code, "failed: a1 died" in result.stderr) == (1, True)
-    upstream.status_error = UnavailableError("copies are not moved while a1 is away", "", 1.0)
+    upstream.controller.refusal = UnavailableError("copies are not moved while a1 is away", "", 1.0)
     result = run("rebalance", "--address", address)
     assert (result.exit_code, result.stdout) == (1, "")
     assert "while a1 is away" in result.stderr

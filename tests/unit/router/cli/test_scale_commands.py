@@ -20,8 +20,8 @@ COMMANDS = {
     "scale 2 --pool gpu --dry-run": ("scale", 2, "gpu", True),
     "drain a0": ("drain", "a0", False),
     "drain 0a1b2c --dry-run": ("drain", "0a1b2c", True),
-    "copies tiny 1 5 3": ("copies", "tiny", 1, 5, 3, False),
-    "copies tiny 1 5 3 --dry-run": ("copies", "tiny", 1, 5, 3, True),
+    "copies tiny 1 5 3": ("set_copies", "tiny", 1, 5, 3, False),
+    "copies tiny 1 5 3 --dry-run": ("set_copies", "tiny", 1, 5, 3, True),
 }
 
 
@@ -52,17 +52,17 @@ def test_both_clients_bring_everything_to_the_controller_and_back(
         assert client.scale(3, "gpu", dry_run=True) == CHANGED
         assert client.drain("a0") == CHANGED
         assert client.set_copies("tiny", 1, 5, 2) == CHANGED
-    assert upstream.asked == 2 * [
+    assert upstream.controller.calls == 2 * [
         ("scale", 3, "gpu", True),
         ("drain", "a0", False),
-        ("copies", "tiny", 1, 5, 2, False),
+        ("set_copies", "tiny", 1, 5, 2, False),
     ]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_shows_what_was_done(address: str, upstream: FakeUpstream, command: str) -> None:
     result = run(*command.split(), "--address", address)
-    assert (result.exit_code, upstream.asked) == (0, [COMMANDS[command]])
+    assert (result.exit_code, upstream.controller.calls) == (0, [COMMANDS[command]])
     assert "expert: 1 -> 2 actors: committed in 0.50 s; +a1 actors, 2.5 MB" in result.stdout
     assert "to a1" in result.stdout
     told = json.loads(run(*command.split(), "--json", "--address", address).stdout)
@@ -73,10 +73,10 @@ def test_a_command_shows_what_was_done(address: str, upstream: FakeUpstream, com
 def test_what_is_not_done_is_exit_code_1(
     address: str, upstream: FakeUpstream, outcome: str
 ) -> None:
-    upstream.changed = replace(CHANGED, outcome=outcome, moves=())
+    upstream.controller.changed = replace(CHANGED, outcome=outcome, moves=())
     result = run("scale", "2", "--address", address)
     assert (result.exit_code, outcome in result.stderr) == (1, True)
-    upstream.status_error = InvalidRequestError("must be from 1 to 4 (given: 9)", "actors")
+    upstream.controller.refusal = InvalidRequestError("must be from 1 to 4 (given: 9)", "actors")
     result = run("scale", "9", "--address", address)
     assert (result.exit_code, result.stdout) == (1, "")
     assert "actors: must be from 1 to 4 (given: 9)" in result.stderr

@@ -16,12 +16,11 @@ import uvicorn
 from cluster.errors import OverloadedError, SlowReaderError
 from router.client import Client, Sampling
 from router.config import GatewayConfig
-from router.gateway.openai.app import create_app
 from router.gateway.service import Delta, GenerationService
 from router.gateway.validate import RawRequest
 from router.messages.request import GenerationRequest, TokenEvent
 from router.protos import inference_pb2, inference_pb2_grpc
-from tests.unit.gateway_fakes import FakeUpstream, grpc_server, service
+from tests.unit.gateway_fakes import FakeUpstream, grpc_server, http_app, service
 
 SHORT = GatewayConfig(reader_timeout_s=0.05, max_ongoing_requests=1)
 WAIT_S = 20.0
@@ -157,7 +156,7 @@ def http_server(upstream: FakeUpstream, limits: GatewayConfig) -> Iterator[int]:
     """Run the app behind a real server on a loopback port, in a thread; gives its port."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
-        config = uvicorn.Config(create_app(service(upstream, limits)), lifespan="off")
+        config = uvicorn.Config(http_app(upstream, limits), lifespan="off")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()

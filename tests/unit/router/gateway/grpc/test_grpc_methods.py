@@ -474,7 +474,7 @@ def test_status_as_a_message(upstream: FakeUpstream) -> None:
         ("tiny", 0, 1),
         ("tiny", 1, 5),
     ]
-    upstream.status_error = UnavailableError("away", retry_after_s=1)
+    upstream.controller.is_away = True
     _, context = call(upstream, "GetStatus", admin_pb2.GetStatusRequest())
     assert context.code is grpc.StatusCode.UNAVAILABLE
 

@@ -11,11 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.errors import InternalError, UnavailableError
+from cluster.errors import InternalError
 from router.control.readiness import Readiness
-from router.gateway.openai.app import create_app
 from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
-from tests.unit.gateway_fakes import EOS, FakeUpstream, says, service, tokenizer
+from tests.unit.gateway_fakes import EOS, FakeUpstream, http_app, says, tokenizer
 from tests.unit.http_calls import COMPLETIONS, call, chat, completion, events
 
 
@@ -278,7 +277,7 @@ def test_metrics_count_inexact_tokens_by_what_was_asked_for() -> None:
     upstream = FakeUpstream(loses_an_expert)
 
     async def run() -> str:
-        transport = httpx.ASGITransport(create_app(service(upstream)))
+        transport = httpx.ASGITransport(http_app(upstream))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             body = {"model": "tiny", "prompt": [5, 6], "n": 2}
             await client.post(COMPLETIONS, json={**body, "on_expert_loss": "drop"})
@@ -295,7 +294,7 @@ def test_metrics_count_requests_tokens_and_actors() -> None:
     upstream = FakeUpstream(says(" was"))
 
     async def run() -> tuple[str, str]:
-        transport = httpx.ASGITransport(create_app(service(upstream)))
+        transport = httpx.ASGITransport(http_app(upstream))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             body = {"model": "tiny", "prompt": [5, 6]}
             assert (await client.post(COMPLETIONS, json=body)).status_code == 200
@@ -304,7 +303,7 @@ def test_metrics_count_requests_tokens_and_actors() -> None:
             upstream.script = lambda request: [InternalError("x")]
             await client.post(COMPLETIONS, json=body)
             first = (await client.get("/metrics")).text
-            upstream.status_error = UnavailableError("away")
+            upstream.controller.is_away = True
             upstream.readiness = Readiness("", (3, 7), 60.0)
             return first, (await client.get("/metrics")).text
 
@@ -347,7 +346,7 @@ def test_a_client_that_leaves_ends_the_request_upstream(stream: bool, tokens_fir
     body = json.dumps({"model": "tiny", "prompt": "in", "stream": stream}).encode()
 
     async def run() -> None:
-        app = create_app(service(upstream))
+        app = http_app(upstream)
         left = asyncio.Event()
         sent: list[Any] = []
         incoming = [{"type": "http.request", "body": body, "more_body": False}]

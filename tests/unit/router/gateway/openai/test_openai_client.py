@@ -8,13 +8,12 @@ import httpx
 import openai
 import pytest
 
-from router.gateway.openai.app import create_app
-from tests.unit.gateway_fakes import FakeUpstream, says, service
+from tests.unit.gateway_fakes import FakeUpstream, http_app, says
 
 
 def test_the_openai_client() -> None:
     async def run() -> None:
-        app = create_app(service(FakeUpstream(says("the word"))))
+        app = http_app(FakeUpstream(says("the word")))
         transport = httpx.ASGITransport(app)
         client = openai.AsyncOpenAI(
             api_key="none",
