@@ -1,7 +1,7 @@
 """The Python client: generate, stream, status and model info over gRPC, each with a deadline.
 
-Needs neither torch nor ray nor transformers. Errors are those of :mod:`cluster.errors`, rebuilt by
-the table that the gateway writes them with.
+Needs neither torch nor ray nor transformers. Raises the errors of :mod:`cluster.errors`, as the
+gateway raised them.
 """
 
 from router.client.aio import AsyncClient

@@ -9,34 +9,23 @@ from typing import Any
 
 import grpc
 
-from cluster.errors import ExpertMeshError, UnavailableError
-from cluster.reports import ChangeReport, ClusterStatus, LoadStatus, RebalanceReport
+from cluster.errors import ExpertMeshError
+from router.client.admin import AsyncAdminClient
 from router.client.attempts import Attempts
 from router.client.session import (
-    CHANGE_TIMEOUT_S,
     DEFAULT_ADDRESS,
     DEFAULT_RETRY,
     DEFAULT_TIMEOUT_S,
-    INFO_TIMEOUT_S,
+    Answer,
+    Call,
     Session,
 )
 from router.client.types import Message, ModelInfo, Reply, Sampling, UnreachableError
-from router.client.wire import (
-    CHANNEL_OPTIONS,
-    call_options,
-    change_of,
-    choices_of,
-    load_of,
-    models_of,
-    rebalance_of,
-    reply_of,
-    status_of,
-)
-from router.protos import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from router.client.wire import CHANNEL_OPTIONS
 from router.retry import RetryPolicy
 
 
-class AsyncClient:
+class AsyncClient(AsyncAdminClient):
     """Talks to one gateway address from one event loop, the one in which it is made.
 
     An asynchronous context manager. ``retry`` is as in :class:`router.client.Client`.
@@ -46,10 +35,8 @@ class AsyncClient:
         self, address: str = DEFAULT_ADDRESS, *, retry: RetryPolicy | None = DEFAULT_RETRY
     ) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._session = Session(address, retry)
+        self._session = Session(self._channel, address, retry)
         self._closed = asyncio.Event()
-        self._inference = inference_pb2_grpc.InferenceStub(self._channel)
-        self._admin = admin_pb2_grpc.AdminStub(self._channel)
 
     async def __aenter__(self) -> AsyncClient:
         """Return the client itself."""
@@ -79,22 +66,17 @@ class AsyncClient:
         A cancelled task's request is cancelled at the server.
         """
         model = model or await self._first_model()
-        request = self._session.request(
+        attempts = self._session.attempts(
             prompt, messages, sampling, model, timeout_s, on_expert_loss
         )
-        attempts = self._session.attempts(request, timeout_s)
         with self._session.unknown_model_forgotten():
             while True:
                 try:
-                    options = call_options(attempts)
-                    answer = await self._call(
-                        self._inference.Generate(attempts.request(), **options)
-                    )
+                    answer = await self._call(attempts.start(self._session.inference.Generate))
                 except ExpertMeshError as error:
-                    await self._wait(attempts.failed(error), error)
+                    await self._wait(self._session.retry_delay_s(attempts, error), error)
                 else:
-                    attempts.succeeded()
-                    return choices_of(answer)
+                    return attempts.whole(answer)
 
     async def stream(
         self,
@@ -112,10 +94,9 @@ class AsyncClient:
         is closed when Python finds nobody holding it.
         """
         model = model or await self._first_model()
-        request = self._session.request(
+        attempts = self._session.attempts(
             prompt, messages, sampling, model, timeout_s, on_expert_loss
         )
-        attempts = self._session.attempts(request, timeout_s)
         with self._session.unknown_model_forgotten():
             while not attempts.all_finished():
                 try:
@@ -124,91 +105,29 @@ class AsyncClient:
                             yield reply
                 except ExpertMeshError as error:
                     if not attempts.all_finished():  # else nothing is missing
-                        await self._wait(attempts.failed(error), error)
+                        await self._wait(self._session.retry_delay_s(attempts, error), error)
             attempts.succeeded()
 
     async def _stream(self, attempts: Attempts) -> AsyncGenerator[Reply, None]:
-        """Yield what one attempt brings; raises unless it brings the end of every choice."""
-        call = self._inference.GenerateStream(attempts.request(), **call_options(attempts))
+        """Yield the pieces of one attempt; raises unless the end of every choice comes."""
+        call = attempts.start(self._session.inference.GenerateStream)
         try:
             while (message := await self._call(call.read())) is not grpc.aio.EOF:
-                reply = reply_of(message)
-                attempts.took(reply.index, reply.token_ids, reply.finish_reason, reply.exact)
-                yield reply
+                yield attempts.piece(message)
         finally:
             call.cancel()
-        if not attempts.all_finished():
-            raise UnavailableError("the stream ended before its last token")
-
-    async def _wait(self, delay_s: float, error: ExpertMeshError) -> None:
-        """Wait; raises ``error`` where there never was a server or the client is closed."""
-        if not self._session.was_reached:
-            raise error
-        try:
-            async with asyncio.timeout(delay_s):
-                await self._closed.wait()
-        except TimeoutError:
-            return
-        raise error
+        attempts.check_finished()
 
     async def model_info(self, model: str = "") -> list[ModelInfo]:
         """Return one model's numbers, or those of all served models when none is named."""
-        request = inference_pb2.GetModelInfoRequest(model=model)
-        return models_of(
-            await self._call(self._inference.GetModelInfo(request, timeout=INFO_TIMEOUT_S))
-        )
+        return await self._ask(self._session.model_info(model))
 
-    async def status(self) -> ClusterStatus:
-        """Return what the controller knows of the cluster."""
-        request = admin_pb2.GetStatusRequest()
-        return status_of(await self._call(self._admin.GetStatus(request, timeout=INFO_TIMEOUT_S)))
+    async def _ask(self, call: Call[Answer]) -> Answer:
+        return call.read(await self._call(call.start()))
 
-    async def load(self) -> LoadStatus:
-        """Return the load of experts and devices lately, and the last rebalancings."""
-        request = admin_pb2.GetLoadRequest()
-        return load_of(await self._call(self._admin.GetLoad(request, timeout=INFO_TIMEOUT_S)))
-
-    async def rebalance(self, dry_run: bool = False) -> RebalanceReport:
-        """Have copies of experts follow the load, or with ``dry_run`` only be told how."""
-        request = admin_pb2.RebalanceRequest(dry_run=dry_run)
-        call = self._admin.Rebalance(request, timeout=CHANGE_TIMEOUT_S)
-        return rebalance_of(await self._call(call))
-
-    async def scale(self, actors: int, pool: str = "", dry_run: bool = False) -> ChangeReport:
-        """Have a pool of so many actors, or with ``dry_run`` only be told what that would move.
-
-        Returns when experts are spread over them, or while Ray finds no device for one. Raises
-        :class:`InvalidRequestError` where the number is out of bounds or experts do not fit.
-        """
-        request = admin_pb2.ScaleRequest(actors=actors, pool=pool, dry_run=dry_run)
-        call = self._admin.Scale(request, timeout=CHANGE_TIMEOUT_S)
-        return change_of(await self._call(call))
-
-    async def drain(self, target: str, dry_run: bool = False) -> ChangeReport:
-        """Empty and end an actor, or those of a node (its id, or the first characters of it).
-
-        Raises as :meth:`scale` does.
-        """
-        request = admin_pb2.DrainRequest(target=target, dry_run=dry_run)
-        call = self._admin.Drain(request, timeout=CHANGE_TIMEOUT_S)
-        return change_of(await self._call(call))
-
-    async def set_copies(
-        self, model: str, layer: int, expert: int, copies: int, dry_run: bool = False
-    ) -> ChangeReport:
-        """Bring one expert to so many copies, until a rebalancing finds others better.
-
-        Raises as :meth:`scale` does.
-        """
-        request = admin_pb2.SetCopiesRequest(
-            model=model, layer=layer, expert=expert, copies=copies, dry_run=dry_run
-        )
-        call = self._admin.SetCopies(request, timeout=CHANGE_TIMEOUT_S)
-        return change_of(await self._call(call))
-
-    async def _call(self, work: Awaitable[Any]) -> Any:
+    async def _call(self, answering: Awaitable[Any]) -> Any:
         try:
-            answer = await work
+            answer = await answering
         except grpc.RpcError as error:
             raise self._session.failed(error) from None
         except asyncio.CancelledError:
@@ -219,6 +138,15 @@ class AsyncClient:
             raise
         self._session.was_reached = True
         return answer
+
+    async def _wait(self, delay_s: float, error: ExpertMeshError) -> None:
+        """Wait for the next attempt; raises ``error`` if the client is closed before."""
+        try:
+            async with asyncio.timeout(delay_s):
+                await self._closed.wait()
+        except TimeoutError:
+            return
+        raise error
 
     async def _first_model(self) -> str:
         if not self._session.first_model:

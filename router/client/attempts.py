@@ -1,46 +1,50 @@
-"""One request of the client over several attempts: its deadline, what came, whether to go on."""
+"""One request of a client over several attempts: its deadline, its tokens so far, its retries."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 from cluster.errors import ExpertMeshError, OverloadedError, UnavailableError
+from router.client.types import Reply
+from router.client.wire import choices_of, reply_of
 from router.protos import inference_pb2
 from router.retry import Retries
+
+GRACE_S = 5.0
+"""The server itself answers DEADLINE_EXCEEDED at the request's timeout; this is the way back."""
 
 
 class Attempts:
     """The attempts of one request within its time; nothing here waits."""
 
-    def __init__(
-        self,
-        request: Any,
-        timeout_s: float,
-        retries: Retries | None,
-    ) -> None:
+    def __init__(self, request: Any, timeout_s: float, retries: Retries | None) -> None:
         """``retries`` is ``None`` for a request that is tried once."""
-        self.is_first = True
         self._request = request
         self._retries = retries
+        self._is_first = True
         self._deadline_s = time.monotonic() + timeout_s
-        # Not made before they are there: nobody has checked yet how many were asked for.
+        # Filled as choices begin: the number that the client asks for may be wrong.
         self._choices: dict[int, Any] = {}
         self._num_choices = request.sampling.n or 1
 
-    @property
-    def remaining_s(self) -> float:
-        """The time until the request's deadline."""
-        return self._deadline_s - time.monotonic()
+    def start(self, method: Callable[..., Any]) -> Any:
+        """Start the next attempt by a stub's method; returns what the method returns.
+
+        An attempt after the first waits for a server that is away.
+        """
+        if self._is_first:
+            return method(self.request(), timeout=self._remaining_s + GRACE_S)
+        return method(self.request(), timeout=max(self._remaining_s, 0.0), wait_for_ready=True)
 
     def request(self) -> Any:
-        """Return the ``GenerateRequest`` of the next attempt: what has come, what time is left."""
-        if self.is_first:
+        """Return the ``GenerateRequest`` of the next attempt: the tokens so far, the time left."""
+        if self._is_first:
             return self._request
         request = inference_pb2.GenerateRequest()
         request.CopyFrom(self._request)
-        request.timeout_s = max(self.remaining_s, 1e-3)
+        request.timeout_s = max(self._remaining_s, 1e-3)
         if self._choices:
             request.resume.extend(
                 self._choices.get(index, inference_pb2.ResumedChoice())
@@ -48,29 +52,38 @@ class Attempts:
             )
         return request
 
-    def took(
-        self, index: int, token_ids: Sequence[int], finish_reason: str | None, exact: bool
-    ) -> None:
-        """Note a piece of a stream that has come."""
-        choice = self._choices.setdefault(index, inference_pb2.ResumedChoice())
-        choice.token_ids.extend(token_ids)
-        choice.finished = finish_reason is not None
-        choice.inexact |= not exact
+    def piece(self, message: Any) -> Reply:
+        """Note a message of a stream, and return it."""
+        choice = self._choices.setdefault(message.index, inference_pb2.ResumedChoice())
+        choice.token_ids.extend(message.token_ids)
+        choice.finished = bool(message.finish_reason)
+        choice.inexact |= not message.exact
         if self._retries is not None:
             self._retries.progressed()
+        return reply_of(message)
+
+    def whole(self, message: Any) -> list[Reply]:
+        """Note a whole answer, and return its choices by index."""
+        self.succeeded()
+        return choices_of(message)
 
     def all_finished(self) -> bool:
-        """Return whether every choice's end has come."""
+        """Return whether the end of every choice has come."""
         return sum(choice.finished for choice in self._choices.values()) == self._num_choices
 
+    def check_finished(self) -> None:
+        """Raise :class:`UnavailableError` for a stream that ends before its last token."""
+        if not self.all_finished():
+            raise UnavailableError("the stream ended before its last token")
+
     def failed(self, error: ExpertMeshError) -> float:
-        """Return the seconds after which to try again; raises ``error`` where one must not."""
-        if self._retries is None or not self._is_passing(error):
+        """Return the seconds until the next attempt; raises ``error`` if there is none."""
+        if self._retries is None or not self._may_pass(error):
             raise error
-        delay_s = self._retries.next_delay_s(self.remaining_s, error.retry_after_s)
+        delay_s = self._retries.next_delay_s(self._remaining_s, error.retry_after_s)
         if delay_s is None:
             raise error
-        self.is_first = False
+        self._is_first = False
         return delay_s
 
     def succeeded(self) -> None:
@@ -78,7 +91,11 @@ class Attempts:
         if self._retries is not None:
             self._retries.succeeded()
 
-    def _is_passing(self, error: ExpertMeshError) -> bool:
-        # A full queue may refuse a new request; one that it had accepted waits for room.
+    @property
+    def _remaining_s(self) -> float:
+        return self._deadline_s - time.monotonic()
+
+    def _may_pass(self, error: ExpertMeshError) -> bool:
+        # A full queue may refuse a new request; a request that it has accepted waits for room.
         is_full = isinstance(error, OverloadedError) and error.retry_after_s is not None
         return isinstance(error, UnavailableError) or (is_full and bool(self._choices))

@@ -1,20 +1,18 @@
-"""What both clients share: what they remember between requests, and how they make them.
-
-Nothing here waits, so that one client may wait with threads and the other with asyncio.
-"""
+"""The part of both clients that does not wait: what they remember, and how requests are made."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelError
 from router.client.attempts import Attempts
-from router.client.types import Message, Sampling, UnreachableError
-from router.client.wire import sampling_message, typed_error
-from router.protos import inference_pb2
+from router.client.types import Message, ModelInfo, Sampling, UnreachableError
+from router.client.wire import models_of, sampling_message, typed_error
+from router.protos import admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from router.retry import Retries, RetryBudget, RetryPolicy
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
@@ -22,20 +20,44 @@ DEFAULT_TIMEOUT_S = 120.0
 DEFAULT_RETRY = RetryPolicy(first_delay_s=0.1, max_delay_s=2.0)
 INFO_TIMEOUT_S = 10.0
 CHANGE_TIMEOUT_S = 930.0
-"""Longer than a gateway waits, whose word on it is better."""
+"""Longer than a gateway waits, so that its own error comes first."""
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[Answer]):
+    """A call that is made once: a stub's method, its request, and how its reply is read."""
+
+    method: Callable[..., Any]
+    request: Any
+    timeout_s: float
+    read: Callable[[Any], Answer]
+
+    def start(self) -> Any:
+        """Return what the stub's method returns: a reply, or with asyncio one to be awaited."""
+        return self.method(self.request, timeout=self.timeout_s)
 
 
 class Session:
-    """One client's retry budget, its server's first model, and whether a server was ever there."""
+    """A client's stubs, its retry budget, its first model, and whether a server ever answered."""
 
-    def __init__(self, address: str, retry: RetryPolicy | None) -> None:
-        self.address = address
+    def __init__(self, channel: Any, address: str, retry: RetryPolicy | None) -> None:
+        """``channel`` is one of grpc or of grpc.aio; ``retry`` is ``None`` for no retries."""
+        self.inference = inference_pb2_grpc.InferenceStub(channel)
+        self.admin = admin_pb2_grpc.AdminStub(channel)
         self.first_model = ""
         self.was_reached = False
+        self._address = address
         self._retry = retry
         self._budget = RetryBudget()
 
-    def request(
+    def model_info(self, model: str) -> Call[list[ModelInfo]]:
+        """Return the call for one model's description, or for those of all models."""
+        request = inference_pb2.GetModelInfoRequest(model=model)
+        return Call(self.inference.GetModelInfo, request, INFO_TIMEOUT_S, models_of)
+
+    def attempts(
         self,
         prompt: str | Sequence[int] | None,
         messages: Sequence[Message],
@@ -43,15 +65,17 @@ class Session:
         model: str,
         timeout_s: float,
         on_expert_loss: str | None,
-    ) -> Any:
-        """Return a ``GenerateRequest``; raises :class:`InvalidRequestError` for what has no form.
+    ) -> Attempts:
+        """Return the attempts of a new request, within the budget of all requests.
 
-        Whether it makes sense is the server's to say.
+        Raises :class:`InvalidRequestError` for a value that no message can carry. All else is the
+        server's to refuse.
         """
         request = inference_pb2.GenerateRequest(model=model, timeout_s=timeout_s)
         try:
             request.messages.extend(
-                inference_pb2.Message(role=one.role, content=one.content) for one in messages
+                inference_pb2.Message(role=message.role, content=message.content)
+                for message in messages
             )
             if isinstance(prompt, str):
                 request.prompt = prompt
@@ -65,22 +89,27 @@ class Session:
                 request.sampling.seed = secrets.randbits(63)
         except (TypeError, ValueError) as error:
             raise InvalidRequestError(f"cannot be sent: {error}") from None
-        return request
-
-    def attempts(self, request: Any, timeout_s: float) -> Attempts:
-        """Return the attempts of a request, within the budget of all of them."""
         retries = None if self._retry is None else Retries(self._retry, self._budget)
         return Attempts(request, timeout_s, retries)
 
+    def retry_delay_s(self, attempts: Attempts, error: ExpertMeshError) -> float:
+        """Return the seconds until the next attempt; raises ``error`` if there is none.
+
+        An address at which no server has ever answered is not tried again.
+        """
+        if not self.was_reached:
+            raise error
+        return attempts.failed(error)
+
     def failed(self, error: Any) -> ExpertMeshError:
-        """Return the typed error of an ``grpc.RpcError``; a server's own word says it is there."""
-        typed = typed_error(error, self.address)
+        """Return the typed error of a ``grpc.RpcError``; note whether a server of ours answered."""
+        typed = typed_error(error, self._address)
         self.was_reached |= not isinstance(typed, UnreachableError)
         return typed
 
     @contextmanager
     def unknown_model_forgotten(self) -> Iterator[None]:
-        """Ask for the first model again after an answer that what was the first is not served."""
+        """Forget the first model when a server answers that it does not serve the model."""
         try:
             yield
         except UnknownModelError:

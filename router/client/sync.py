@@ -8,39 +8,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import grpc
 
-from cluster.errors import ExpertMeshError, UnavailableError
-from cluster.reports import ChangeReport, ClusterStatus, LoadStatus, RebalanceReport
+from cluster.errors import ExpertMeshError
+from router.client.admin import AdminClient
 from router.client.attempts import Attempts
 from router.client.session import (
-    CHANGE_TIMEOUT_S,
     DEFAULT_ADDRESS,
     DEFAULT_RETRY,
     DEFAULT_TIMEOUT_S,
-    INFO_TIMEOUT_S,
+    Answer,
+    Call,
     Session,
 )
 from router.client.types import Message, ModelInfo, Reply, Sampling
-from router.client.wire import (
-    CHANNEL_OPTIONS,
-    call_options,
-    change_of,
-    choices_of,
-    load_of,
-    models_of,
-    rebalance_of,
-    reply_of,
-    status_of,
-)
-from router.protos import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from router.client.wire import CHANNEL_OPTIONS
 from router.retry import RetryPolicy
 
 
-class Client:
+class Client(AdminClient):
     """Talks to one gateway address; a context manager, safe to use from several threads.
 
     ``retry`` says how ``generate`` and ``stream`` are tried again when no server answers or it says
@@ -54,10 +42,8 @@ class Client:
         self, address: str = DEFAULT_ADDRESS, *, retry: RetryPolicy | None = DEFAULT_RETRY
     ) -> None:
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._session = Session(address, retry)
+        self._session = Session(self._channel, address, retry)
         self._closed = threading.Event()
-        self._inference = inference_pb2_grpc.InferenceStub(self._channel)
-        self._admin = admin_pb2_grpc.AdminStub(self._channel)
 
     def __enter__(self) -> Client:
         """Return the client itself."""
@@ -90,23 +76,17 @@ class Client:
         Raises :class:`ExpertMeshError`, and :class:`UnreachableError` when no server answers.
         """
         model = model or self._first_model()
-        request = self._session.request(
+        attempts = self._session.attempts(
             prompt, messages, sampling, model, timeout_s, on_expert_loss
         )
-        attempts = self._session.attempts(request, timeout_s)
         with self._session.unknown_model_forgotten():
             while True:
                 try:
-                    answer = self._generate(attempts)
+                    answer = self._call(lambda: attempts.start(self._session.inference.Generate))
                 except ExpertMeshError as error:
-                    self._wait(attempts.failed(error), error)
+                    self._wait(self._session.retry_delay_s(attempts, error), error)
                 else:
-                    attempts.succeeded()
-                    return choices_of(answer)
-
-    def _generate(self, attempts: Attempts) -> Any:
-        request, options = attempts.request(), call_options(attempts)
-        return self._call(lambda: self._inference.Generate(request, **options))
+                    return attempts.whole(answer)
 
     def stream(
         self,
@@ -124,105 +104,50 @@ class Client:
         :meth:`generate` does, at any piece.
         """
         model = model or self._first_model()
-        request = self._session.request(
+        attempts = self._session.attempts(
             prompt, messages, sampling, model, timeout_s, on_expert_loss
         )
-        attempts = self._session.attempts(request, timeout_s)
         with self._session.unknown_model_forgotten():
             while not attempts.all_finished():
                 try:
                     yield from self._stream(attempts)
                 except ExpertMeshError as error:
                     if not attempts.all_finished():  # else nothing is missing
-                        self._wait(attempts.failed(error), error)
+                        self._wait(self._session.retry_delay_s(attempts, error), error)
             attempts.succeeded()
 
     def _stream(self, attempts: Attempts) -> Iterator[Reply]:
-        """Yield what one attempt brings; raises unless it brings the end of every choice."""
-        call = self._inference.GenerateStream(attempts.request(), **call_options(attempts))
+        """Yield the pieces of one attempt; raises unless the end of every choice comes."""
+        call = attempts.start(self._session.inference.GenerateStream)
         try:
             while (message := self._call(lambda: next(call, None))) is not None:
-                reply = reply_of(message)
-                attempts.took(reply.index, reply.token_ids, reply.finish_reason, reply.exact)
-                yield reply
+                yield attempts.piece(message)
         finally:
             call.cancel()
-        if not attempts.all_finished():
-            raise UnavailableError("the stream ended before its last token")
-
-    def _wait(self, delay_s: float, error: ExpertMeshError) -> None:
-        """Wait; raises ``error`` where there never was a server or the client is closed."""
-        if not self._session.was_reached or self._closed.wait(delay_s):
-            raise error
+        attempts.check_finished()
 
     def model_info(self, model: str = "") -> list[ModelInfo]:
         """Return one model's numbers, or those of all served models when none is named."""
-        request = inference_pb2.GetModelInfoRequest(model=model)
-        answer = self._call(lambda: self._inference.GetModelInfo(request, timeout=INFO_TIMEOUT_S))
-        return models_of(answer)
+        return self._ask(self._session.model_info(model))
 
-    def status(self) -> ClusterStatus:
-        """Return what the controller knows of the cluster."""
-        request = admin_pb2.GetStatusRequest()
-        answer = self._call(lambda: self._admin.GetStatus(request, timeout=INFO_TIMEOUT_S))
-        return status_of(answer)
+    def _ask(self, call: Call[Answer]) -> Answer:
+        return call.read(self._call(call.start))
 
-    def load(self) -> LoadStatus:
-        """Return the load of experts and devices lately, and the last rebalancings."""
-        request = admin_pb2.GetLoadRequest()
-        return load_of(self._call(lambda: self._admin.GetLoad(request, timeout=INFO_TIMEOUT_S)))
-
-    def rebalance(self, dry_run: bool = False) -> RebalanceReport:
-        """Have copies of experts follow the load, or with ``dry_run`` only be told how.
-
-        Returns when that is done; raises :class:`UnavailableError` while experts lack copies.
-        """
-        request = admin_pb2.RebalanceRequest(dry_run=dry_run)
-        call = partial(self._admin.Rebalance, request, timeout=CHANGE_TIMEOUT_S)
-        return rebalance_of(self._call(call))
-
-    def scale(self, actors: int, pool: str = "", dry_run: bool = False) -> ChangeReport:
-        """Have a pool of so many actors, or with ``dry_run`` only be told what that would move.
-
-        Returns when experts are spread over them, or while Ray finds no device for one. Raises
-        :class:`InvalidRequestError` where the number is out of bounds or experts do not fit.
-        """
-        request = admin_pb2.ScaleRequest(actors=actors, pool=pool, dry_run=dry_run)
-        call = partial(self._admin.Scale, request, timeout=CHANGE_TIMEOUT_S)
-        return change_of(self._call(call))
-
-    def drain(self, target: str, dry_run: bool = False) -> ChangeReport:
-        """Empty and end an actor, or those of a node (its id, or the first characters of it).
-
-        Raises as :meth:`scale` does.
-        """
-        request = admin_pb2.DrainRequest(target=target, dry_run=dry_run)
-        call = partial(self._admin.Drain, request, timeout=CHANGE_TIMEOUT_S)
-        return change_of(self._call(call))
-
-    def set_copies(
-        self, model: str, layer: int, expert: int, copies: int, dry_run: bool = False
-    ) -> ChangeReport:
-        """Bring one expert to so many copies, until a rebalancing finds others better.
-
-        Raises as :meth:`scale` does.
-        """
-        request = admin_pb2.SetCopiesRequest(
-            model=model, layer=layer, expert=expert, copies=copies, dry_run=dry_run
-        )
-        call = partial(self._admin.SetCopies, request, timeout=CHANGE_TIMEOUT_S)
-        return change_of(self._call(call))
-
-    def _call(self, work: Callable[[], Any]) -> Any:
+    def _call(self, start: Callable[[], Any]) -> Any:
         try:
-            answer = work()
+            answer = start()
         except grpc.RpcError as error:
             raise self._session.failed(error) from None
         self._session.was_reached = True
         return answer
 
+    def _wait(self, delay_s: float, error: ExpertMeshError) -> None:
+        """Wait for the next attempt; raises ``error`` if the client is closed before."""
+        if self._closed.wait(delay_s):
+            raise error
+
     def _first_model(self) -> str:
-        # Asked for once: a call before each call would be a second round trip for every answer.
+        # Asked once: a call before each call would be a second round trip for every answer.
         if not self._session.first_model:
             self._session.first_model = self.model_info()[0].id
         return self._session.first_model

@@ -118,7 +118,7 @@ def test_another_attempt_has_what_is_left_of_the_time_and_what_has_come() -> Non
     request.sampling.n = 2
     attempts = Attempts(request, 10, Retries(QUICK, RetryBudget()))
     assert attempts.request() == request
-    attempts.took(1, (5, 6), None, True)
+    attempts.piece(inference_pb2.GenerateReply(index=1, token_ids=[5, 6], exact=True))
     attempts.failed(UnavailableError("away"))
     again = attempts.request()
     assert 0 < again.timeout_s < 10
@@ -269,5 +269,5 @@ def test_the_gateway_refuses_tokens_that_hold_a_stop_string() -> None:
             resume=[inference_pb2.ResumedChoice(token_ids=tokenizer().encode(" was the"))],
         )
         with pytest.raises(InvalidRequestError) as caught:
-            client._call(lambda: client._inference.Generate(request, timeout=10))
+            client._call(lambda: client._session.inference.Generate(request, timeout=10))
         assert caught.value.field == "resume[0].finished"

@@ -1,0 +1,171 @@
+"""The calls of the Admin service, of both clients.
+
+A call is a function that builds it and a method of each client. Docstrings and arguments of the two
+methods are the same; one waits with its thread, the other with asyncio.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from cluster.reports import ChangeReport, ClusterStatus, LoadStatus, RebalanceReport
+from router.client.session import CHANGE_TIMEOUT_S, INFO_TIMEOUT_S, Answer, Call, Session
+from router.protos import admin_pb2
+
+
+class AdminClient(ABC):
+    """The methods of :class:`router.client.Client` that call the Admin service."""
+
+    _session: Session
+
+    @abstractmethod
+    def _ask(self, call: Call[Answer]) -> Answer:
+        """Make a call once and return its answer."""
+
+    def status(self) -> ClusterStatus:
+        """Return what the controller knows of the cluster."""
+        return self._ask(_status(self._session))
+
+    def load(self) -> LoadStatus:
+        """Return the load of experts and devices lately, and the last rebalancings."""
+        return self._ask(_load(self._session))
+
+    def rebalance(self, dry_run: bool = False) -> RebalanceReport:
+        """Have copies of experts follow the load, or with ``dry_run`` only be told how.
+
+        Returns when that is done; raises :class:`UnavailableError` while experts lack copies.
+        """
+        return self._ask(_rebalance(self._session, dry_run))
+
+    def scale(self, actors: int, pool: str = "", dry_run: bool = False) -> ChangeReport:
+        """Have a pool of so many actors, or with ``dry_run`` only be told what that would move.
+
+        Returns when experts are spread over them, or while Ray finds no device for one. Raises
+        :class:`InvalidRequestError` where the number is out of bounds or experts do not fit.
+        """
+        return self._ask(_scale(self._session, actors, pool, dry_run))
+
+    def drain(self, target: str, dry_run: bool = False) -> ChangeReport:
+        """Empty and end an actor, or those of a node (its id, or the first characters of it).
+
+        Raises as :meth:`scale` does.
+        """
+        return self._ask(_drain(self._session, target, dry_run))
+
+    def set_copies(
+        self, model: str, layer: int, expert: int, copies: int, dry_run: bool = False
+    ) -> ChangeReport:
+        """Bring one expert to so many copies, until a rebalancing finds others better.
+
+        Raises as :meth:`scale` does.
+        """
+        return self._ask(_set_copies(self._session, model, layer, expert, copies, dry_run))
+
+
+class AsyncAdminClient(ABC):
+    """The methods of :class:`router.client.AsyncClient` that call the Admin service."""
+
+    _session: Session
+
+    @abstractmethod
+    async def _ask(self, call: Call[Answer]) -> Answer:
+        """Make a call once and return its answer."""
+
+    async def status(self) -> ClusterStatus:
+        """Return what the controller knows of the cluster."""
+        return await self._ask(_status(self._session))
+
+    async def load(self) -> LoadStatus:
+        """Return the load of experts and devices lately, and the last rebalancings."""
+        return await self._ask(_load(self._session))
+
+    async def rebalance(self, dry_run: bool = False) -> RebalanceReport:
+        """Have copies of experts follow the load, or with ``dry_run`` only be told how."""
+        return await self._ask(_rebalance(self._session, dry_run))
+
+    async def scale(self, actors: int, pool: str = "", dry_run: bool = False) -> ChangeReport:
+        """Have a pool of so many actors, or with ``dry_run`` only be told what that would move.
+
+        Returns when experts are spread over them, or while Ray finds no device for one. Raises
+        :class:`InvalidRequestError` where the number is out of bounds or experts do not fit.
+        """
+        return await self._ask(_scale(self._session, actors, pool, dry_run))
+
+    async def drain(self, target: str, dry_run: bool = False) -> ChangeReport:
+        """Empty and end an actor, or those of a node (its id, or the first characters of it).
+
+        Raises as :meth:`scale` does.
+        """
+        return await self._ask(_drain(self._session, target, dry_run))
+
+    async def set_copies(
+        self, model: str, layer: int, expert: int, copies: int, dry_run: bool = False
+    ) -> ChangeReport:
+        """Bring one expert to so many copies, until a rebalancing finds others better.
+
+        Raises as :meth:`scale` does.
+        """
+        return await self._ask(_set_copies(self._session, model, layer, expert, copies, dry_run))
+
+
+def _status(session: Session) -> Call[ClusterStatus]:
+    request = admin_pb2.GetStatusRequest()
+    return _call(session.admin.GetStatus, request, INFO_TIMEOUT_S, _status_from_fields)
+
+
+def _load(session: Session) -> Call[LoadStatus]:
+    request = admin_pb2.GetLoadRequest()
+    return _call(session.admin.GetLoad, request, INFO_TIMEOUT_S, LoadStatus.from_wire)
+
+
+def _rebalance(session: Session, dry_run: bool) -> Call[RebalanceReport]:
+    request = admin_pb2.RebalanceRequest(dry_run=dry_run)
+    return _call(session.admin.Rebalance, request, CHANGE_TIMEOUT_S, RebalanceReport.from_wire)
+
+
+def _scale(session: Session, actors: int, pool: str, dry_run: bool) -> Call[ChangeReport]:
+    request = admin_pb2.ScaleRequest(actors=actors, pool=pool, dry_run=dry_run)
+    return _call(session.admin.Scale, request, CHANGE_TIMEOUT_S, ChangeReport.from_wire)
+
+
+def _drain(session: Session, target: str, dry_run: bool) -> Call[ChangeReport]:
+    request = admin_pb2.DrainRequest(target=target, dry_run=dry_run)
+    return _call(session.admin.Drain, request, CHANGE_TIMEOUT_S, ChangeReport.from_wire)
+
+
+def _set_copies(
+    session: Session, model: str, layer: int, expert: int, copies: int, dry_run: bool
+) -> Call[ChangeReport]:
+    request = admin_pb2.SetCopiesRequest(
+        model=model, layer=layer, expert=expert, copies=copies, dry_run=dry_run
+    )
+    return _call(session.admin.SetCopies, request, CHANGE_TIMEOUT_S, ChangeReport.from_wire)
+
+
+def _call(
+    method: Callable[..., Any],
+    request: Any,
+    timeout_s: float,
+    from_fields: Callable[[dict[str, Any]], Answer],
+) -> Call[Answer]:
+    """Return a call whose reply has the fields of a report."""
+    return Call(method, request, timeout_s, lambda reply: from_fields(_fields_of(reply)))
+
+
+def _status_from_fields(fields: dict[str, Any]) -> ClusterStatus:
+    for actor in fields["actors"]:
+        actor["experts"] = [(e["model"], e["layer"], e["expert"]) for e in actor["experts"]]
+    return ClusterStatus.from_wire(fields)
+
+
+def _fields_of(message: Any) -> dict[str, Any]:
+    """Return a message's fields by name, with those that are zero."""
+    return {
+        field.name: [_fields_of(item) if field.message_type else item for item in value]
+        if field.is_repeated
+        else value
+        for field in message.DESCRIPTOR.fields
+        for value in [getattr(message, field.name)]
+    }
