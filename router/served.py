@@ -1,4 +1,4 @@
-"""What the builder found out about a model before anything is deployed."""
+"""The served models, as the builder finds them before anything is deployed."""
 
 from __future__ import annotations
 

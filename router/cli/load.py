@@ -31,17 +31,17 @@ def load(
     all layers together.
     """
     with Client(address, retry=None) as client:
-        told = client.load()
+        status = client.load()
     if as_json:
-        write_json(told.to_wire(), indent=2)
+        write_json(status.to_wire(), indent=2)
         return
     write(
-        f"the last {told.window_s:.0f} s or so   balance: {told.layers_balance:.2f} by layer, "
-        f"{told.devices_balance:.2f} in all\n{_last_changes(told)}"
+        f"the last {status.window_s:.0f} s or so   balance: {status.layers_balance:.2f} by layer, "
+        f"{status.devices_balance:.2f} in all\n{_last_changes(status)}"
     )
     console = Console()
     table = Table("actor", "node", "experts", "tokens/s", "busy", "wait")
-    for device in told.devices:
+    for device in status.devices:
         table.add_row(
             device.actor_id,
             device.node[:10],
@@ -51,12 +51,12 @@ def load(
             f"{1000 * device.wait_s:.2f} ms",
         )
     console.print(table)
-    busiest = sorted(told.experts, key=lambda expert: -expert.tokens_per_s)[:top]
+    busiest = sorted(status.experts, key=lambda expert: -expert.tokens_per_s)[:top]
     if busiest:
         table = Table("model", "layer", "expert", "tokens/s", "copies on")
-        for one in busiest:
-            rate, actors = f"{one.tokens_per_s:.0f}", ", ".join(one.actors)
-            table.add_row(one.model, str(one.layer), str(one.expert), rate, actors)
+        for load in busiest:
+            rate, actors = f"{load.tokens_per_s:.0f}", ", ".join(load.actors)
+            table.add_row(load.model, str(load.layer), str(load.expert), rate, actors)
         console.print(table)
 
 
@@ -66,16 +66,16 @@ def placement(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> No
     Example: expertmesh placement --json
     """
     with Client(address, retry=None) as client:
-        told = client.load()
+        experts = client.load().experts
     if as_json:
-        write_json([asdict(one) for one in told.experts], indent=2)
+        write_json([asdict(expert) for expert in experts], indent=2)
         return
-    names = sorted({actor_id for one in told.experts for actor_id in one.actors})
+    names = sorted({actor_id for expert in experts for actor_id in expert.actors})
     table = Table("model", "layer", *names, "without a copy")
-    for model, layer in sorted({(one.model, one.layer) for one in told.experts}):
-        experts = [one for one in told.experts if (one.model, one.layer) == (model, layer)]
-        held = [_ids([e.expert for e in experts if name in e.actors]) for name in names]
-        table.add_row(model, str(layer), *held, _ids([e.expert for e in experts if not e.actors]))
+    for model, layer in sorted({(expert.model, expert.layer) for expert in experts}):
+        row = [e for e in experts if (e.model, e.layer) == (model, layer)]
+        held = [_ids([e.expert for e in row if name in e.actors]) for name in names]
+        table.add_row(model, str(layer), *held, _ids([e.expert for e in row if not e.actors]))
     Console().print(table)
 
 
@@ -112,7 +112,7 @@ def _show(report: RebalanceReport) -> None:
 
 
 def show_moves(moves: Sequence[Move]) -> None:
-    """Print which copies move, the first of them."""
+    """Print the first of the copies that move."""
     if not moves:
         return
     table = Table("model", "layer", "expert", "copy")
@@ -124,13 +124,13 @@ def show_moves(moves: Sequence[Move]) -> None:
         write(f"and {len(moves) - SHOWN_MOVES} more; --json has all\n")
 
 
-def _last_changes(told: LoadStatus) -> str:
-    """Return a line for the last rebalancing, and one for the last change of actors or copies."""
+def _last_changes(status: LoadStatus) -> str:
+    """Return a line for the last rebalancing, and a line for the last change."""
     lines = ""
-    for last in told.rebalances[:1]:
+    for last in status.rebalances[:1]:
         copies = sum(move.is_added for move in last.moves)
         lines += f"last rebalancing: {last.outcome}, {copies} copies moved, {_ago(last.at_s)}\n"
-    for change in told.changes[:1]:
+    for change in status.changes[:1]:
         lines += (
             f"last change: {change.what}: {change.outcome}, {_ago(change.at_s)} ({change.reason})\n"
         )

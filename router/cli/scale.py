@@ -1,4 +1,4 @@
-"""``expertmesh scale``, ``drain`` and ``copies``: how many actors, and of what, while it serves."""
+"""``expertmesh scale``, ``drain`` and ``copies``: change actors and copies while requests run."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def _show(report: ChangeReport, as_json: bool) -> None:
     if as_json:
         write_json(report.to_wire(), indent=2)
     else:
-        actors = [f"+{one}" for one in report.added] + [f"-{one}" for one in report.removed]
+        actors = [f"+{actor}" for actor in report.added]
+        actors += [f"-{actor}" for actor in report.removed]
         write(
             f"{report.what}: {report.outcome} in {report.took_s:.2f} s; {' '.join(actors) or 'no'} "
             f"actors, {report.moved_bytes / 1e6:.1f} MB loaded; "

@@ -52,9 +52,9 @@ def status(
             Console().print(_tables(first))
 
 
-def _watch(client: Client, told: ClusterStatus, interval_s: float, as_json: bool) -> None:
-    """Show one status after the other; ends by an exception only."""
-    watched = _Watched(told)
+def _watch(client: Client, first: ClusterStatus, interval_s: float, as_json: bool) -> None:
+    """Show a status again and again; ends by an exception only."""
+    watched = _Watched(first)
     console = Console()
     if as_json:
         _look(client, watched, interval_s, lambda: write_json(watched.wire()))
@@ -72,84 +72,84 @@ def _look(
         show()
         time.sleep(interval_s)
         try:
-            watched.saw(client.status())
+            watched.update(client.status())
         except ExpertMeshError as error:
-            watched.missed(error)
+            watched.failed(error)
 
 
 class _Watched:
-    """The last status that came, when, and what has gone wrong since."""
+    """The last status, when it came, and the error since then."""
 
-    def __init__(self, told: ClusterStatus) -> None:
-        self._told = told
+    def __init__(self, status: ClusterStatus) -> None:
+        self._status = status
         self._at_s = time.monotonic()
         self._error: ExpertMeshError | None = None
         self._rates: dict[tuple[str, int], float] = {}
 
-    def saw(self, told: ClusterStatus) -> None:
+    def update(self, status: ClusterStatus) -> None:
         """Take a new status, and the actors' rates since the last."""
         now_s = time.monotonic()
-        before = {(one.actor_id, one.generation): one.tokens for one in self._told.actors}
+        before = {(actor.actor_id, actor.generation): actor for actor in self._status.actors}
         self._rates = {
-            key: (one.tokens - before[key]) / (now_s - self._at_s)
-            for one in told.actors
-            if (key := (one.actor_id, one.generation)) in before
+            key: (actor.tokens - before[key].tokens) / (now_s - self._at_s)
+            for actor in status.actors
+            if (key := (actor.actor_id, actor.generation)) in before
         }
-        self._told, self._at_s, self._error = told, now_s, None
+        self._status, self._at_s, self._error = status, now_s, None
 
-    def missed(self, error: ExpertMeshError) -> None:
+    def failed(self, error: ExpertMeshError) -> None:
         """Note that no status came."""
         self._error, self._rates = error, {}
 
     def wire(self) -> dict[str, object]:
-        """Return what a line of JSON tells."""
-        return self._told.to_wire() if self._error is None else {"error": self._error.to_wire()}
+        """Return the object of a line of JSON."""
+        return self._status.to_wire() if self._error is None else {"error": self._error.to_wire()}
 
     def view(self) -> Group:
-        """Return what a terminal shows."""
-        table = _tables(self._told, self._rates)
+        """Return the view of a terminal."""
+        table = _tables(self._status, self._rates)
         if self._error is None:
             note = Text(f"{time.strftime('%H:%M:%S')}   Ctrl-C ends", style="dim")
         else:
             age_s = time.monotonic() - self._at_s
             note = Text(f"{self._error}; above is what was {age_s:.0f} s ago", style="bold red")
-        return Group(Text(_summary(self._told)), table, note)
+        return Group(Text(_summary(self._status)), table, note)
 
 
-def _summary(told: ClusterStatus) -> str:
-    ready = "ready" if told.missing_experts == 0 else f"{told.missing_experts} experts missing"
-    copies = f"copies: {told.live_copies} live, {told.min_copies} wanted"
-    if any(actor.device == EMULATED for actor in told.actors):
+def _summary(status: ClusterStatus) -> str:
+    ready = "ready" if status.missing_experts == 0 else f"{status.missing_experts} experts missing"
+    copies = f"copies: {status.live_copies} live, {status.min_copies} wanted"
+    if any(actor.device == EMULATED for actor in status.actors):
         copies += "   emulated devices: no answer is the model's"
     return (
-        f"models: {', '.join(told.models)}   placement: epoch {told.epoch}, "
-        f"version {told.placement_version}   {ready}   {copies}\n"
-        f"controller: pid {told.controller_pid}   "
-        f"routers: {_pids(told.routers)}   gateways: {_pids(told.gateways)}"
+        f"models: {', '.join(status.models)}   placement: epoch {status.epoch}, "
+        f"version {status.placement_version}   {ready}   {copies}\n"
+        f"controller: pid {status.controller_pid}   "
+        f"routers: {_pids(status.routers)}   gateways: {_pids(status.gateways)}"
     )
 
 
-def _tables(told: ClusterStatus, rates: dict[tuple[str, int], float] | None = None) -> Group:
-    """Return what actors hold, and below it a bar for each that loads its share."""
-    if not told.loading:
-        return Group(_table(told, rates))
+def _tables(status: ClusterStatus, rates: dict[tuple[str, int], float] | None = None) -> Group:
+    """Return a row for each actor, and below a bar for each actor that loads."""
+    if not status.loading:
+        return Group(_table(status, rates))
     bars = Table("loading", "", "experts", "memory", box=None, pad_edge=False)
-    for one in told.loading:
+    for actor in status.loading:
         bars.add_row(
-            one.actor_id,
-            ProgressBar(max(1, one.num_experts), one.held_experts, width=BAR_WIDTH),
-            f"{one.held_experts} of {one.num_experts}",
-            f"{one.weight_bytes / 1e9:.1f} GB",
+            actor.actor_id,
+            ProgressBar(max(1, actor.num_experts), actor.held_experts, width=BAR_WIDTH),
+            f"{actor.held_experts} of {actor.num_experts}",
+            f"{actor.weight_bytes / 1e9:.1f} GB",
         )
-    return Group(_table(told, rates), bars)
+    return Group(_table(status, rates), bars)
 
 
-def _table(told: ClusterStatus, rates: dict[tuple[str, int], float] | None = None) -> Table:
+def _table(status: ClusterStatus, rates: dict[tuple[str, int], float] | None = None) -> Table:
     """Return a row for each actor; ``rates`` are tokens a second, by actor and generation."""
     table = Table("actor", "pid", "node", "device", "generation", "experts", "tokens")
     if rates is not None:
         table.add_column("tokens/s")
-    for actor in told.actors:
+    for actor in status.actors:
         row = [
             actor.actor_id,
             str(actor.pid),
@@ -167,16 +167,16 @@ def _table(told: ClusterStatus, rates: dict[tuple[str, int], float] | None = Non
 
 
 def _pids(processes: tuple[ProcessStatus, ...]) -> str:
-    return ", ".join(f"{one.pid}@{_short(one.node)}" for one in processes) or "none"
+    return ", ".join(f"{process.pid}@{_short(process.node)}" for process in processes) or "none"
 
 
 def _short(node: str) -> str:
-    """Return the beginning of a node's id, enough to tell nodes apart; --json has all of it."""
+    """Return the beginning of a node's id; --json has all of it."""
     return node[:10]
 
 
 def _experts(actor: ActorStatus) -> str:
-    """Return how many experts an actor holds of each model, and of how many layers."""
+    """Return the numbers of an actor's experts and of their layers, by model."""
     models = sorted({model for model, _, _ in actor.experts})
     parts = []
     for model in models:

@@ -1,4 +1,4 @@
-"""What the clients take and give, and their one error of their own."""
+"""The arguments and results of both clients, and their own error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of single values that a client gave; each raises ``InvalidRequestError`` for its field."""
+"""Checks of a client's single values; each raises ``InvalidRequestError`` for its field."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def wrong(value: object, allowed: str) -> str:
 
 
 def wrong_kind(value: object, allowed: str) -> str:
-    """Return the message for a part of a prompt that is not allowed, of which no text is shown."""
+    """Return the message for a part of a prompt that is not allowed, without its text."""
     return f"given a text, must be {allowed}" if isinstance(value, str) else wrong(value, allowed)
 
 
 def integer(value: object, field: str, low: int, high: int) -> int:
-    """Return ``value`` if it is an integer from ``low`` to ``high``; a bool is none."""
+    """Return ``value`` if it is an integer from ``low`` to ``high``, and no bool."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InvalidRequestError(wrong(value, f"an integer from {low} to {high}"), field)
     return value
@@ -46,7 +46,7 @@ def boolean(value: object, field: str) -> bool:
 
 
 def text(value: object, field: str) -> str:
-    """Return ``value`` if it is a text that UTF-8 can carry."""
+    """Return ``value`` if it is a text that UTF-8 can encode."""
     if not isinstance(value, str):
         raise InvalidRequestError(wrong(value, "a text"), field)
     try:

@@ -1,6 +1,6 @@
 """From a stream of token ids to a stream of text: whole characters only, cut at a stop string.
 
-:class:`Detokenizer` and :class:`StopMatcher` each keep back what the next token may still change;
+:class:`Detokenizer` and :class:`StopMatcher` each keep back text that the next token may change;
 :class:`ChoiceText` joins them for one choice.
 """
 
@@ -18,14 +18,14 @@ _CONTEXT_TOKENS = 4
 class Detokenizer:
     """Turns ids into text as they come; the pieces together are the decoding of all ids.
 
-    ``context_ids`` are what stands before (the prompt): some decoders strip the space before the
-    first token, which is wrong for text that goes on. Text that ends in the middle of a UTF-8
-    character is kept back until the character is whole, or until :meth:`flush`.
+    ``context_ids`` are the prompt. Some decoders strip the space before the first token, which is
+    wrong for text that continues a prompt. Text that ends in the middle of a UTF-8 character is
+    kept back until the character is whole, or until :meth:`flush`.
     """
 
     def __init__(self, tokenizer: Tokenizer, context_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        # Tokens whose text is out already, and after them those whose text is not yet.
+        # Tokens whose text has gone out, followed by tokens whose text has not.
         kept = [i for i in context_ids[-_CONTEXT_TOKENS:] if i not in tokenizer.skipped_ids]
         text = tokenizer.decode(kept)
         self._window = [] if text.endswith(_REPLACEMENT) else kept
@@ -48,20 +48,20 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """Return what is still kept back; the stream has ended."""
+        """Return the text that is kept back; the stream has ended."""
         return self._tokenizer.decode(self._window)[self._emitted_chars :]
 
     def _advance(self) -> None:
-        # The tokens just told of stay as context of the next ones; what was before them goes.
+        # The newest tokens stay as context of the next ones; the tokens before them go.
         self._window = self._window[self._window_ids_emitted :]
         self._window_ids_emitted = len(self._window)
         self._emitted_chars = len(self._tokenizer.decode(self._window))
 
 
 class StopMatcher:
-    """Lets text through up to the first stop string, however it is cut into pieces.
+    """Passes text up to the first stop string, however the text is cut into pieces.
 
-    First is the one that is complete first; of those, the one that begins first.
+    The first stop string is the first to be complete; of several, the first to begin.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -73,7 +73,7 @@ class StopMatcher:
         return not self._stops
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Take more text; return what may go out and whether a stop string was found."""
+        """Take more text; return the text that may go out, and whether a stop string was found."""
         text = self._held + text
         found = [(text.find(stop), len(stop)) for stop in self._stops]
         ends = [(start + length, start) for start, length in found if start >= 0]
@@ -85,7 +85,7 @@ class StopMatcher:
         return text[: len(text) - keep], False
 
     def flush(self) -> str:
-        """Return the text kept back as a possible beginning of a stop string."""
+        """Return the text that was kept back as a possible beginning of a stop string."""
         held, self._held = self._held, ""
         return held
 
@@ -109,10 +109,10 @@ class ChoiceText:
     def push(self, token_ids: Sequence[int]) -> tuple[str, int, bool]:
         """Take new tokens; return the new text, how many tokens count, whether a stop was found.
 
-        The token that completes a stop string counts, those after it do not.
+        The token that completes a stop string counts, later tokens do not.
         """
         if self._matcher.is_idle():
-            # All tokens count and nothing is kept back, so one decoding does for them all.
+            # All tokens count and nothing is kept back, so one decoding is enough.
             return self._detokenizer.push(*token_ids), len(token_ids), False
         pieces: list[str] = []
         for used, token_id in enumerate(token_ids, start=1):
@@ -123,6 +123,6 @@ class ChoiceText:
         return "".join(pieces), len(token_ids), False
 
     def flush(self) -> tuple[str, bool]:
-        """Return the text kept back when the choice ends, and whether a stop string is in it."""
+        """Return the text that was kept back, and whether a stop string is in it."""
         text, found = self._matcher.push(self._detokenizer.flush())
         return (text, True) if found else (text + self._matcher.flush(), False)

@@ -1,9 +1,4 @@
-"""Ends the work for a client that does not read its stream.
-
-While a client does not read, the server's write of a piece does not end, and the generator that
-made the piece stays where it handed it over. So what is too long there is too long unread, over
-HTTP and gRPC alike, and whatever stands between client and gateway.
-"""
+"""The bounds of a gateway: requests and bytes at one time, and the time that a reader may take."""
 
 from __future__ import annotations
 
@@ -14,12 +9,18 @@ from typing import Any
 
 from cluster.errors import OverloadedError, SlowReaderError
 
+RETRY_AFTER_S = 1.0
+
 
 class SlowReaderWatch:
-    """Watches over the pieces of one stream; each is handed over inside ``with watch:``.
+    """Ends the work for a client that does not read its stream.
 
-    When one takes longer than ``timeout_s``, ``end_work()`` is awaited on a task of its own and
-    ``on_cut()`` called once; when the client reads on after all, the ``with`` raises
+    Each piece of the stream is yielded inside ``with watch:``. While the client does not read, the
+    server's write does not end and the generator stays in the ``with``. So the time there is the
+    time unread, over HTTP and gRPC alike, with any proxy between client and gateway.
+
+    When a piece takes longer than ``timeout_s``, ``on_cut()`` is called and ``end_work()`` awaited
+    on a task of its own, once. If the client reads on after all, the ``with`` raises
     :class:`SlowReaderError`. To be used inside ``async with``, which waits for ``end_work``.
     """
 
@@ -47,7 +48,7 @@ class SlowReaderWatch:
 
     def __enter__(self) -> None:
         self._handed_s = self._loop.time()
-        # One timer goes on over many pieces: to set and cancel one for each costs more.
+        # One timer serves many pieces; a timer for each piece costs more.
         if self._timer is None:
             self._timer = self._loop.call_later(self._timeout_s, self._look)
 
@@ -75,19 +76,16 @@ class SlowReaderWatch:
         self._ending = self._loop.create_task(self._end_work())
 
 
-RETRY_AFTER_S = 1.0
-
-
 class Budget:
     """An amount that requests share; used on the gateway's event loop alone."""
 
     def __init__(self, limit: int, what: str) -> None:
-        """``what`` is how the refusal calls the limit's unit, such as ``requests``."""
+        """``what`` names the unit in the refusal, such as ``requests``."""
         self._limit, self._what = limit, what
         self.taken = 0
 
     def share(self) -> Share:
-        """Return an empty share, which gives back at the end of its ``with`` what it took."""
+        """Return an empty share; the end of its ``with`` gives back everything it took."""
         return Share(self)
 
     def _take(self, amount: int) -> None:
@@ -113,11 +111,11 @@ class Share:
         self.give_back()
 
     def take(self, amount: int) -> None:
-        """Take more; raises :class:`OverloadedError` with a hint when there is not so much."""
+        """Take more; raises :class:`OverloadedError` with a hint when the budget is used up."""
         self._budget._take(amount)
         self._amount += amount
 
     def give_back(self) -> None:
-        """Give back all that was taken; nothing the second time."""
+        """Give back everything that was taken; a second call does nothing."""
         self._budget.taken -= self._amount
         self._amount = 0

@@ -1,7 +1,7 @@
-"""What one gateway counts, in a Prometheus registry of its own.
+"""The metrics of one gateway, in a Prometheus registry of its own.
 
-``router/observability/catalogue.py`` names the metrics; ``router/observability/exposition.py``
-writes them out, with those of all other processes.
+``router/observability/catalogue.py`` has their names; ``router/observability/exposition.py`` writes
+them out with the metrics of all other processes.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ class Metrics:
             raise
 
     def started(self, model_id: str, prompt_tokens: int) -> None:
-        """Count a request that begins to generate; :meth:`ended` must follow."""
+        """Count a request that starts to generate; :meth:`ended` must follow."""
         self._in_flight.labels(model_id).inc()
         self._prompt_tokens.labels(model_id).inc(prompt_tokens)
 
     def ended(self, model_id: str, seconds: float) -> None:
-        """Count a request that generates no longer, ``seconds`` after its start."""
+        """Count a request that has ended, ``seconds`` after its start."""
         self._in_flight.labels(model_id).dec()
         self._latency.labels(model_id).observe(seconds)
 
@@ -84,11 +84,11 @@ class Metrics:
         self._generation_tokens.labels(model_id).inc(count)
 
     def choice_finished(self, model_id: str, reason: str) -> None:
-        """Count a choice that has ended well; ``reason`` is its ``finish_reason``."""
+        """Count a choice that has finished; ``reason`` is its ``finish_reason``."""
         self._success.labels(model_id, reason).inc()
 
     def inexact_tokens(self, model_id: str, reason: str, count: int) -> None:
-        """Count generated tokens that are not exact; ``reason`` is what the request asked for."""
+        """Count generated tokens that are not exact; ``reason`` is the request's contract."""
         self._inexact_tokens.labels(model_id, reason).inc(count)
 
     def slow_reader(self, surface: str) -> None:
@@ -96,7 +96,7 @@ class Metrics:
         self._slow_readers.labels(surface).inc()
 
     def samples(self) -> Samples:
-        """Return all of it as plain samples, without when each series began."""
+        """Return all metrics as plain samples, without the start time of each series."""
         return Samples(
             time.monotonic(),
             {
@@ -111,5 +111,5 @@ class Metrics:
 
 
 def _labels(family: Family) -> list[str]:
-    """Return the labels that are set here; ``replica`` is added where all samples meet."""
+    """Return the labels that are set here; the exposition adds ``replica``."""
     return [label for label in family.labels if label != "replica"]

@@ -1,4 +1,4 @@
-"""A thin, typed face of a Hugging Face tokenizer: text to ids, ids to text, chat template."""
+"""A typed wrapper of a Hugging Face tokenizer: text to ids, ids to text, chat template."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Tokenizer:
         special = {token_id for token_id, token in added.items() if token.special}
         self.skipped_ids = frozenset(special | set(tokenizer.all_special_ids) | set(eos_token_ids))
         self._is_byte_level = _is_byte_level(tokenizer)
-        # No token stands for more bytes than this, so a prompt's size bounds its length from below.
+        # No token has more bytes than this, so a prompt's bytes bound its tokens from below.
         self.max_token_bytes = max(len(token.encode()) for token in tokenizer.get_vocab())
 
     @classmethod
     def load(cls, path: str, eos_token_ids: Sequence[int] = ()) -> Tokenizer:
         """Load the tokenizer in folder ``path``; no code from the folder is run.
 
-        Raises :class:`CheckpointError` for files of which none can be made.
+        Raises :class:`CheckpointError` for files that transformers cannot load.
         """
         # Imported here, so that the command line and the client never load transformers.
         from transformers import AutoTokenizer
@@ -41,13 +41,13 @@ class Tokenizer:
                 raise
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
-                f"its tokenizer's files cannot be used ({type(error).__name__}: {reason})", path
+                f"the tokenizer's files cannot be used ({type(error).__name__}: {reason})", path
             ) from None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the ids of ``text``, with the tokenizer's own begin-of-sequence token if asked.
+        """Return the ids of ``text``, with or without the tokenizer's begin-of-sequence token.
 
-        Raises :class:`InvalidRequestError` for a text that the tokenizer cannot take.
+        Raises :class:`InvalidRequestError` for a text that the tokenizer fails on.
         """
         try:
             ids = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
@@ -57,7 +57,7 @@ class Tokenizer:
                 raise
             reason = type(error).__name__
             raise InvalidRequestError(
-                f"the model's tokenizer fails on its text ({reason})", "prompt"
+                f"the model's tokenizer fails on this text ({reason})", "prompt"
             ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -70,7 +70,7 @@ class Tokenizer:
 
     @functools.lru_cache(maxsize=65_536)  # noqa: B019 - a tokenizer lives as long as the process
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that one token stands for; a special token stands for its name."""
+        """Return the bytes of one token; those of a special token are its name."""
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
         if piece is None:
             return b""
@@ -90,9 +90,9 @@ class Tokenizer:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def chat_prompt(self, messages: list[dict[str, str]]) -> str:
-        """Return the text that the model's chat template makes of ``messages``.
+        """Return the prompt that the model's chat template makes of ``messages``.
 
-        Raises :class:`InvalidRequestError` when there is no template or it refuses them.
+        Raises :class:`InvalidRequestError` when there is no template or it refuses the messages.
         """
         from jinja2 import TemplateError
 
@@ -103,16 +103,16 @@ class Tokenizer:
                 messages, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # a template is a program
-            # A template refuses by raise_exception, whose text is written for the caller.
+            # A template refuses by raise_exception, with a text for the client.
             reason = f": {error}" if isinstance(error, TemplateError) else ""
             raise InvalidRequestError(
-                f"the model's chat template refuses them{reason}", "messages"
+                f"the model's chat template refuses the messages{reason}", "messages"
             ) from None
         return str(text)
 
 
 def _is_failure(error: BaseException) -> bool:
-    # tokenizers, which is Rust, may panic, and that is no Exception.
+    # tokenizers is Rust; its panic is not an Exception.
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 

@@ -1,7 +1,7 @@
-"""The one validation below HTTP and gRPC: raw values in, a :class:`CheckedRequest` out.
+"""The validation of HTTP's and gRPC's requests: raw values in, a :class:`CheckedRequest` out.
 
-Both surfaces hand over what the client wrote; nothing is checked before, so both accept and refuse
-the same. An error names the caller's own field, says what was given and what is allowed.
+Both hand over the client's values unchecked, so both accept and refuse the same. An error names the
+client's own field, the given value and the allowed values.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ MAX_TEMPERATURE = 100.0
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 DEFAULT_MAX_TOKENS = 16
+ROLES = ("system", "developer", "user", "assistant")
+MAX_MESSAGES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class RawRequest:
-    """What a client asked for, unchecked.
+    """A client's request, unchecked.
 
-    ``prompt`` is a text or a sequence of token ids; with ``is_chat`` it is a list of messages,
+    ``prompt`` is a text or a sequence of token ids. With ``is_chat`` it is a list of messages,
     which the model's chat template renders, and the answer may fill the context. ``sampling`` and
-    ``options`` hold only what the client set: the fields of ``SamplingParams`` and ``stop``;
-    ``timeout_s`` and ``on_expert_loss``. ``prompt_field`` and ``field_names`` are how the caller
-    writes the fields; ``sampling_prefix`` stands before those of ``sampling``. ``streamed`` says
-    that the answer is wanted piece by piece. ``resume`` has, for a request that goes on, each
-    choice's tokens so far and whether it is finished.
+    ``options`` hold only the fields that the client set: those of ``SamplingParams`` and ``stop``;
+    ``timeout_s`` and ``on_expert_loss``. ``prompt_field`` and ``field_names`` are the client's
+    names of fields, and ``sampling_prefix`` stands before the names of ``sampling``. ``streamed``
+    asks for the answer in pieces. ``resume`` has the tokens so far of each choice of a request that
+    goes on.
     """
 
     model: object
@@ -55,13 +57,13 @@ class RawRequest:
     resume: Sequence[Received] = ()
 
     def path(self, name: str) -> str:
-        """Return how the caller writes the sampling field ``name``."""
+        """Return the client's name of the sampling field ``name``."""
         return self.sampling_prefix + self.field_names.get(name, name)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedRequest:
-    """A request that may be sent upstream, and what the gateway itself does with its tokens."""
+    """A request for a router, with the model and stop strings that its gateway needs."""
 
     request: GenerationRequest
     model: GatewayModel
@@ -69,7 +71,7 @@ class CheckedRequest:
 
     @property
     def size_tokens(self) -> int:
-        """What it may take of memory, in tokens as ``GatewayConfig.max_request_tokens`` has it."""
+        """The memory that it may take, in tokens as ``GatewayConfig.max_request_tokens`` counts."""
         sampling = self.request.sampling
         output = sampling.max_tokens * (1 + (sampling.logprobs or 0))
         return sampling.n * (len(self.request.prompt_token_ids) + output)
@@ -83,7 +85,7 @@ class Validator:
         self._limits = limits
 
     def model(self, model_id: object) -> GatewayModel:
-        """Return the served model; raises :class:`UnknownModelError` naming those that are."""
+        """Return a served model; raises :class:`UnknownModelError` with the ids of all of them."""
         if not isinstance(model_id, str):
             raise InvalidRequestError(checks.wrong(model_id, "the id of a model"), "model")
         served = ", ".join(self._models)
@@ -121,11 +123,11 @@ class Validator:
         return checked
 
     def check_together(self, checked: Sequence[CheckedRequest], where: str = "prompt") -> None:
-        """Check what the requests of one call may take of memory together.
+        """Check the memory that the requests of one call may take together.
 
         Raises :class:`InvalidRequestError` for the field ``where``.
         """
-        total = sum(one.size_tokens for one in checked)
+        total = sum(request.size_tokens for request in checked)
         limit = max(self._limits.max_request_tokens, checked[0].model.info.max_model_len)
         if total > limit:
             raise InvalidRequestError(
@@ -153,7 +155,7 @@ class Validator:
     ) -> SamplingParams:
         given, path, vocab_size = raw.sampling, raw.path, model.info.vocab_size
         max_choices = self._limits.max_choices
-        # vLLM writes "off" as -1, we as 0; more than the vocabulary is the vocabulary.
+        # 0 is off, and so is vLLM's -1; more than the vocabulary is the vocabulary.
         top_k = checks.integer(given.get("top_k", 0), path("top_k"), -1, 2**31 - 1)
         return SamplingParams(
             max_tokens=_check_max_tokens(raw, model, prompt_len),
@@ -188,7 +190,7 @@ def _prompt_ids(raw: RawRequest, model: GatewayModel) -> tuple[int, ...]:
         text = checks.text(prompt, where)
         if not text:
             raise InvalidRequestError("is empty; at least one token is needed", where)
-        # Tokenising takes time in proportion, so text that cannot fit is refused before it.
+        # A long text takes long to tokenise, so a text that cannot fit is refused before.
         if len(text.encode()) > context * model.tokenizer.max_token_bytes:
             raise InvalidRequestError(
                 f"has {len(text)} characters, more than {context} tokens can hold", where
@@ -224,12 +226,12 @@ def _check_ids(prompt: object, vocab_size: int, where: str) -> tuple[int, ...]:
 
 
 def _are_ids(prompt: Sequence[object], vocab_size: int) -> bool:
-    """Tell whether all are ids, without a step of Python for each, of which there may be many."""
+    """Return whether all are ids, without a Python step for each: a prompt may have many."""
     if countOf(map(type, prompt), int) != len(prompt):
         return False
     try:
         ids = array("I", cast("Sequence[int]", prompt))
-    except OverflowError:  # one is negative, or over 32 bits
+    except OverflowError:  # a number is negative, or over 32 bits
         return False
     return bool(np.frombuffer(ids, np.uintc).max(initial=0) < vocab_size)
 
@@ -257,25 +259,25 @@ def _check_resume(
         return ()
     if len(raw.resume) != sampling.n:
         raise InvalidRequestError(
-            f"has {len(raw.resume)} choices, must have {sampling.n}, as many as are asked for",
+            f"has {len(raw.resume)} choices, must have {sampling.n}, the number of choices",
             "resume",
         )
     if "seed" not in raw.sampling:
         raise InvalidRequestError(
-            "is missing; a request can only go on with the seed that it began with",
+            "is missing; a request goes on only with the seed that it began with",
             raw.path("seed"),
         )
-    if all(one.finished for one in raw.resume):
+    if all(received.finished for received in raw.resume):
         raise InvalidRequestError("every choice is finished already", "resume")
-    for index, one in enumerate(raw.resume):
+    for index, received in enumerate(raw.resume):
         where = f"resume[{index}].token_ids"
-        ids = one.token_ids
+        ids = received.token_ids
         if len(ids) > sampling.max_tokens:
             raise InvalidRequestError(
                 f"has {len(ids)} tokens; at most max_tokens, {sampling.max_tokens}", where
             )
         _check_ids(ids, model.info.vocab_size, where)
-        ends = () if sampling.ignore_eos or one.finished else model.info.eos_token_ids
+        ends = () if sampling.ignore_eos or received.finished else model.info.eos_token_ids
         if any(token_id in ends for token_id in ids[:-1]):
             raise InvalidRequestError("goes on after an end-of-sequence token", where)
     return tuple(raw.resume)
@@ -297,23 +299,17 @@ def _check_stops(raw: RawRequest) -> tuple[str, ...]:
     return tuple(stops)
 
 
-ROLES = ("system", "developer", "user", "assistant")
-
-
-MAX_MESSAGES = 4096
-
-
 def check_messages(given: object, where: str) -> list[dict[str, str]]:
-    """Return the messages as chat templates take them, ``{"role": …, "content": …}`` each.
+    """Return the messages for a chat template, ``{"role": …, "content": …}`` each.
 
     A content may be OpenAI's list of text parts, which are joined. Raises
-    :class:`InvalidRequestError` that names the message and its part.
+    :class:`InvalidRequestError` with the place of the message and its part.
     """
     if not isinstance(given, list) or not given:
         raise InvalidRequestError(checks.wrong_kind(given, "a list of at least one message"), where)
     if len(given) > MAX_MESSAGES:
         raise InvalidRequestError(f"has {len(given)} messages; at most {MAX_MESSAGES}", where)
-    return [_message(one, f"{where}[{place}]") for place, one in enumerate(given)]
+    return [_message(message, f"{where}[{place}]") for place, message in enumerate(given)]
 
 
 def _message(message: object, where: str) -> dict[str, str]:
@@ -329,7 +325,7 @@ def _message(message: object, where: str) -> dict[str, str]:
     role = given.get("role")
     if role not in ROLES:
         raise InvalidRequestError(checks.wrong(role, f"one of {', '.join(ROLES)}"), f"{where}.role")
-    # Templates know OpenAI's newer name for a system message as little as models do.
+    # Templates do not know OpenAI's newer name of a system message.
     known_role = "system" if role == "developer" else str(role)
     return {"role": known_role, "content": _content(given.get("content"), f"{where}.content")}
 

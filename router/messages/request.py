@@ -1,6 +1,6 @@
-"""The nouns that travel between gateway and router: a request and the tokens of one step.
+"""The messages between gateway and router: a request, and the tokens of a step.
 
-Both are plain data that msgpack can carry. Token ids only: text is the gateway's business.
+Both are plain data that msgpack can carry, with token ids alone: text is the gateway's part.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn; checked by ``router/gateway/validate.py`` before it gets here.
+    """How the next token is drawn; ``router/gateway/validate.py`` has checked it.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 and ``min_p`` 0 are off. ``seed`` is
-    always set (the gateway draws a missing one); choice ``i`` of ``n`` samples from a stream of
-    its own that is a function of (seed, i, position). ``logprobs`` is the number of most likely
-    tokens reported beside the sampled one, or ``None`` for no log probabilities at all.
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``seed`` is
+    always set (the gateway draws a missing seed); the draws of choice ``i`` of ``n`` are a function
+    of (seed, i, position). ``logprobs`` is the number of likeliest tokens reported beside the
+    sampled token, or ``None`` for no log probabilities at all.
     """
 
     max_tokens: int
@@ -35,11 +35,11 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """What has come of one choice already; a finished one is not computed again.
+    """The tokens that have come of one choice; a finished choice is not computed again.
 
-    The tokens of an unfinished one are forced: computed one to a step, as they were the first time,
-    so that what follows them is what would have followed then. They are not emitted again.
-    ``exact`` is false where any of them was flagged so; then all that follow are.
+    The tokens of an unfinished choice are forced: computed one to a step, as they were the first
+    time, so that the same tokens follow. They are not emitted again. ``exact`` is false if any of
+    them was flagged as not exact; then all later tokens are flagged too.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -51,11 +51,11 @@ class Received:
 class GenerationRequest:
     """One accepted request: ids in, ``sampling.n`` choices of ids out.
 
-    ``deadline_s`` is wall-clock time (``time.time()``) after which the answer is of no use. Where
-    ``streamed`` is false, only each choice's first tokens are told early; the others come with the
-    reply. ``on_expert_loss`` is one of :data:`cluster.spec.ON_EXPERT_LOSS`. ``received`` has an
-    entry for every choice of a request that goes on after a failure, and none for a new one; its
-    tokens count towards ``max_tokens``.
+    ``deadline_s`` is wall-clock time (``time.time()``) after which the answer is of no use. If
+    ``streamed`` is false, only the first tokens of each choice are sent early; the others come with
+    the reply. ``on_expert_loss`` is one of :data:`cluster.spec.ON_EXPERT_LOSS`. ``received`` has an
+    entry for every choice of a request that goes on after a failure, and is empty for a new
+    request; its tokens count towards ``max_tokens``.
     """
 
     request_id: str
@@ -68,7 +68,7 @@ class GenerationRequest:
     received: tuple[Received, ...] = ()
 
     def received_of(self, index: int) -> Received:
-        """Return what has come of choice ``index`` already."""
+        """Return the tokens that have come of choice ``index``."""
         return self.received[index] if self.received else Received()
 
     def remaining_s(self) -> float:
@@ -85,8 +85,8 @@ class GenerationRequest:
         sampling = SamplingParams(**wire["sampling"])
         ids = tuple(wire["prompt_token_ids"])
         received = tuple(
-            Received(tuple(one["token_ids"]), one["finished"], one["exact"])
-            for one in wire["received"]
+            Received(tuple(choice["token_ids"]), choice["finished"], choice["exact"])
+            for choice in wire["received"]
         )
         return cls(**{**wire, "sampling": sampling, "prompt_token_ids": ids, "received": received})
 
@@ -95,8 +95,8 @@ class GenerationRequest:
 class TokenLogprobs:
     """Log probabilities at one position, of the untempered, unfiltered distribution.
 
-    ``logprob`` is the sampled token's; ``top_ids``/``top_logprobs`` are the most likely ones in
-    descending order.
+    ``logprob`` is the sampled token's; ``top_ids`` and ``top_logprobs`` are those of the likeliest
+    tokens, in descending order.
     """
 
     logprob: float
@@ -116,10 +116,10 @@ class Usage:
 class TokenEvent:
     """New tokens of one choice.
 
-    ``finish_reason`` is ``None`` while the choice goes on, else ``stop`` (an end-of-sequence token,
-    which is then the last id) or ``length``. ``exact`` is false when for these tokens, or for any
-    before them, an expert's share was replaced or dropped. ``start`` is how many tokens of the
-    choice came before these.
+    ``finish_reason`` is ``None`` while the choice goes on, else ``stop`` (the last id is an
+    end-of-sequence token) or ``length``. ``exact`` is false if an expert's share was replaced or
+    dropped for these tokens or any before them. ``start`` is the number of the choice's tokens
+    before these.
     """
 
     index: int
@@ -143,20 +143,20 @@ class TokenEvent:
 
 
 class Receipts:
-    """What has been passed on of each choice of a request, as events come early, late or twice."""
+    """The tokens of each choice that have been passed on; events come early, late or twice."""
 
     def __init__(self, request: GenerationRequest) -> None:
-        """Start with what the request says has been received."""
-        received = [request.received_of(index) for index in range(request.sampling.n)]
-        self._token_ids = [list(one.token_ids) for one in received]
-        self._finished = [one.finished for one in received]
-        self._exact = [one.exact for one in received]
+        """Start with the tokens that the request's client has."""
+        choices = [request.received_of(index) for index in range(request.sampling.n)]
+        self._token_ids = [list(choice.token_ids) for choice in choices]
+        self._finished = [choice.finished for choice in choices]
+        self._exact = [choice.exact for choice in choices]
 
     def take(self, event: TokenEvent) -> TokenEvent | None:
         """Return the part of an event that has not been passed on, and note it as passed on.
 
-        Returns ``None`` for an event with nothing new, or one that leaves a gap (another event,
-        the call's reply, fills it).
+        Returns ``None`` for an event without new tokens, and for an event after a gap; a later
+        event, or the call's reply, fills the gap.
         """
         have = self._token_ids[event.index]
         skip = len(have) - event.start
@@ -176,9 +176,9 @@ class Receipts:
         return all(self._finished)
 
     def received(self, stopped: Set[int] = frozenset()) -> tuple[Received, ...]:
-        """Return what has been passed on, for a request that goes on from there.
+        """Return the tokens that have been passed on, for a request that goes on from there.
 
-        ``stopped`` are choices of which no more is wanted, finished or not.
+        ``stopped`` are choices that need no more tokens.
         """
         return tuple(
             Received(tuple(token_ids), finished or index in stopped, exact)
@@ -189,7 +189,7 @@ class Receipts:
 
 
 def merge_events(events: Iterable[TokenEvent]) -> list[TokenEvent]:
-    """Join each choice's events, which follow one another, into one; in order of the choices."""
+    """Join the events of each choice, which follow each other, into one; ordered by choice."""
     per_choice: defaultdict[int, list[TokenEvent]] = defaultdict(list)
     for event in events:
         per_choice[event.index].append(event)

@@ -1,8 +1,8 @@
 """The token link: one connection from a router to each gateway, one frame per engine step.
 
 A gateway listens; its address and secret travel with each request's call. The link carries tokens
-early; the call's own reply carries all of them again, so a broken link delays a stream and loses
-nothing. In the other direction it carries "this choice needs no more tokens".
+early, and the call's reply has all of them again, so a broken link delays a stream and loses
+nothing. In the other direction the link carries "this choice needs no more tokens".
 
 A frame is a 4-byte big-endian length and a msgpack array.
 """
@@ -29,14 +29,14 @@ CONNECT_TIMEOUT_S = 5.0
 HELLO_TIMEOUT_S = 5.0
 _LENGTH = struct.Struct(">I")
 _MALFORMED = (ValueError, TypeError, LookupError, AttributeError)
-"""What taking a frame apart raises that is not as it should be."""
+"""The errors of unpacking a malformed frame."""
 
 logger = logging.getLogger("expertmesh.link")
 
 
 @dataclass(frozen=True, slots=True)
 class LinkAddress:
-    """Where a gateway listens for routers, and the secret that it expects first."""
+    """Where a gateway listens for routers, and the secret of a router's first frame."""
 
     host: str
     port: int
@@ -65,7 +65,7 @@ OnStop = Callable[[str, int], None]
 class LinkServer:
     """A gateway's end: hands each token event to ``on_tokens(request_id, event)``.
 
-    That returns whether the request is still wanted; nothing is remembered of one that is not.
+    ``on_tokens`` returns whether the request is under way; the server keeps nothing of others.
     """
 
     def __init__(self, host: str, on_tokens: OnTokens) -> None:
@@ -77,7 +77,7 @@ class LinkServer:
         self._routes: dict[str, asyncio.StreamWriter] = {}
 
     async def start(self) -> LinkAddress:
-        """Listen, and return what routers need to connect."""
+        """Listen, and return the address for routers."""
         self._server = await asyncio.start_server(self._serve, self._host, 0)
         port = self._server.sockets[0].getsockname()[1]
         return LinkAddress(self._host, port, self._secret)
@@ -96,15 +96,15 @@ class LinkServer:
             writer.write(_pack_frame(["stop", request_id, index]))
 
     def forget(self, request_id: str) -> None:
-        """Drop what is remembered of a request that has ended."""
+        """Drop the route of a request that has ended."""
         self._routes.pop(request_id, None)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 hello = await _read_frame(reader, MAX_HELLO_BYTES)
-            said = hello[0] if len(hello) == 1 and isinstance(hello[0], str) else ""
-            if not hmac.compare_digest(said.encode(), self._secret.encode()):
+            secret = hello[0] if len(hello) == 1 and isinstance(hello[0], str) else ""
+            if not hmac.compare_digest(secret.encode(), self._secret.encode()):
                 raise ConnectionError("a link with a wrong secret")
             while True:
                 for request_id, wire in await _read_frame(reader):
@@ -130,8 +130,8 @@ class LinkClient:
         self._connecting = asyncio.Lock()
 
     async def connect(self, address: LinkAddress) -> None:
-        """Have a link to a gateway; returns without one when the gateway cannot be reached."""
-        if self._is_linked(address):  # not behind the lock, where another gateway may keep us
+        """Link to a gateway; returns without a link when the gateway cannot be reached."""
+        if self._is_linked(address):  # before the lock, which another gateway may hold up
             return
         async with self._connecting:
             if self._is_linked(address):
@@ -149,13 +149,13 @@ class LinkClient:
             task.add_done_callback(self._readers.discard)
 
     def _is_linked(self, address: LinkAddress) -> bool:
-        known = self._links.get(address)
-        return known is not None and not known.is_closing()
+        writer = self._links.get(address)
+        return writer is not None and not writer.is_closing()
 
     def send(self, address: LinkAddress, events: list[tuple[str, TokenEvent]]) -> None:
-        """Send one step's events for a gateway's requests; drops them where there is no link.
+        """Send the events of a step to the gateway of their requests; drops them without a link.
 
-        A gateway that does not read is cut off, so that a slow one costs bounded memory.
+        A gateway that does not read is cut off, which bounds the memory that it costs.
         """
         writer = self._links.get(address)
         if writer is None or writer.is_closing():

@@ -1,7 +1,7 @@
 """The OpenAI-compatible HTTP API, as a FastAPI app over a :class:`GenerationService`.
 
-Bodies are read as plain JSON and checked by ``validate.py``, the same as for gRPC, so there is one
-set of rules and one set of messages.
+Bodies are read as plain JSON and checked by ``validate.py``, as gRPC's requests are, so that both
+have the same rules and messages.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ async def _answer(request: Request, service: GenerationService, parse: Parse) ->
     async def first_delta() -> tuple[int, Delta]:
         return await anext(deltas)
 
-    # Before the first token an error can still be a status; after it only an event.
+    # Before the first token an error is a status; after it, an event of the stream.
     try:
         first = await until_disconnect(request.receive, first_delta())
     except BaseException:

@@ -1,4 +1,4 @@
-"""One call of an OpenAI endpoint: its checked requests, and running them into JSON or events."""
+"""One call of an OpenAI endpoint: its checked requests, and their answers as JSON or events."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Collected:
 
 
 class OpenAiCall(ABC):
-    """A checked call; subclasses know how their endpoint writes answers.
+    """A checked call; subclasses have the form of their endpoint's answers.
 
     ``checked`` has one request per prompt; choice ``j`` of prompt ``i`` has index ``i * n + j``.
     """
@@ -59,11 +59,11 @@ class OpenAiCall(ABC):
 
     @abstractmethod
     def envelope(self, choices: list[dict[str, Any]], streamed: bool) -> dict[str, Any]:
-        """Return an answer or a chunk with these choices, without usage."""
+        """Return an answer, or a chunk of a stream, with these choices and without usage."""
 
     @abstractmethod
     def opening(self) -> list[dict[str, Any]]:
-        """Return the chunks that stand before the first text."""
+        """Return the chunks before the first text."""
 
     @abstractmethod
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:
@@ -105,7 +105,8 @@ class OpenAiCall(ABC):
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the chunks of a stream; ``first`` has been taken from ``rest`` already.
 
-        A choice's last chunk says whether all of it is exact; an earlier one only where it is not.
+        The last chunk of a choice says whether all of it is exact. Earlier chunks say so only from
+        the first token on that is not exact.
         """
         usages: list[Usage] = []
         inexact: set[int] = set()

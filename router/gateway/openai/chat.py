@@ -20,7 +20,7 @@ from router.messages.request import TokenLogprobs
 
 
 def parse_chat(body: dict[str, Any], service: GenerationService, request_id: str) -> ChatCall:
-    """Check a body; its messages are rendered by the model's chat template."""
+    """Check a body; the model's chat template renders its messages."""
     given = known_fields(body, CHAT)
     stream, include_usage = stream_options(given)
     return_token_ids = checks.boolean(given.get("return_token_ids", False), "return_token_ids")
@@ -29,7 +29,7 @@ def parse_chat(body: dict[str, Any], service: GenerationService, request_id: str
     if "max_completion_tokens" in given:
         if "max_tokens" in given:
             raise InvalidRequestError(
-                "is the same as max_tokens; give one of the two", "max_completion_tokens"
+                "is the same as max_tokens; give only one of them", "max_completion_tokens"
             )
         sampling["max_tokens"] = given["max_completion_tokens"]
         field_names["max_tokens"] = "max_completion_tokens"
@@ -67,7 +67,7 @@ class ChatCall(OpenAiCall):
         return body
 
     def opening(self) -> list[dict[str, Any]]:
-        """Return one chunk per choice that says who speaks."""
+        """Return one chunk per choice with the role of its message."""
         chunks = []
         for index in range(self.checked[0].request.sampling.n):
             delta = {"role": "assistant", "content": ""}

@@ -1,4 +1,4 @@
-"""OpenAI's ``/v1/completions``: from the body to checked requests, from deltas to its answers."""
+"""OpenAI's ``/v1/completions``: from the body to checked requests, from deltas to answers."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def parse_completion(
 
 
 def _prompts(prompt: Any) -> list[tuple[Any, str]]:
-    """Return the prompts, each with how the caller writes its place."""
+    """Return the prompts, each with its place in the body."""
     if prompt is None:
         raise InvalidRequestError("is missing", "prompt")
     if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], str | list):
         return [(prompt, "prompt")]
     if len(prompt) > MAX_PROMPTS:
         raise InvalidRequestError(f"has {len(prompt)} prompts; at most {MAX_PROMPTS}", "prompt")
-    return [(one, f"prompt[{place}]") for place, one in enumerate(prompt)]
+    return [(each, f"prompt[{place}]") for place, each in enumerate(prompt)]
 
 
 class CompletionCall(OpenAiCall):
@@ -67,7 +67,7 @@ class CompletionCall(OpenAiCall):
         return_token_ids: bool,
     ) -> None:
         super().__init__(request_id, checked, stream, include_usage, return_token_ids)
-        # How long the tokens told of so far are as text; by choice, for logprobs' text_offset.
+        # The length of all tokens so far as text, by choice, for text_offset of logprobs.
         self._offsets: dict[int, int] = {}
 
     def envelope(self, choices: list[dict[str, Any]], streamed: bool) -> dict[str, Any]:

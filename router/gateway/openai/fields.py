@@ -1,6 +1,6 @@
-"""Which fields of OpenAI's requests are known, which only at a value that changes nothing.
+"""The fields of OpenAI's requests: those that are supported, and the harmless values of others.
 
-A field that is neither is refused by name, so that nothing a client asks for is dropped silently.
+Any other field is refused by name, so that no wish of a client is dropped silently.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from cluster.errors import InvalidRequestError, shown
 from router.gateway import checks
 
 ANY = None
-"""In a table of harmless values: every value is (the field cannot change the output)."""
+"""In a table of harmless values: every value is harmless, since the field changes no output."""
 
 SAMPLING_FIELDS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "seed", "ignore_eos",
@@ -37,7 +37,7 @@ _COMMON_HARMLESS: dict[str, tuple[object, ...] | None] = {
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """The fields of one endpoint; ``harmless`` are known but served at these values only."""
+    """The fields of one endpoint; ``harmless`` fields are accepted with these values only."""
 
     supported: frozenset[str]
     harmless: Mapping[str, tuple[object, ...] | None]
@@ -68,7 +68,7 @@ CHAT = Fields(
 
 
 def known_fields(body: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
-    """Return the supported fields that are set; ``null`` is not set, as OpenAI has it.
+    """Return the supported fields that are set; ``null`` is not set, as with OpenAI.
 
     Raises :class:`InvalidRequestError` for an unknown field or an unsupported value.
     """
@@ -81,7 +81,7 @@ def known_fields(body: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
             raise InvalidRequestError(f"unknown field; allowed: {allowed}", name)
         harmless = fields.harmless[name]
         if harmless is not None and value not in harmless:
-            only = " or ".join(str(one) for one in (*harmless, "null"))
+            only = " or ".join(map(str, (*harmless, "null")))
             raise InvalidRequestError(
                 f"given {shown(value)}, which is not supported; only {only}", name
             )

@@ -1,4 +1,4 @@
-"""Reading JSON bodies, sending server-sent events, noticing that a client has gone."""
+"""Reading JSON bodies, sending server-sent events, noticing that a client has left."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def error_response(error: ExpertMeshError) -> JSONResponse:
 
 
 async def read_json(request: Request, max_bytes: int, bodies: Budget) -> dict[str, Any]:
-    """Return the body, a JSON object; ``bodies`` is for all that are being read at the time.
+    """Return the body, a JSON object; ``bodies`` bounds all bodies that are read at one time.
 
-    Raises :class:`InvalidRequestError`, :class:`TooLargeError` beyond ``max_bytes`` (before it is
-    read where its head says so) and ``OverloadedError`` where ``bodies`` is used up.
+    Raises :class:`InvalidRequestError`, :class:`TooLargeError` beyond ``max_bytes`` (before the
+    body is read if its content-length says so) and ``OverloadedError`` if ``bodies`` is used up.
     """
     too_large = TooLargeError(f"the body is over the limit of {max_bytes} bytes")
-    told = request.headers.get("content-length", "")
-    if told.isdecimal() and int(told[:20]) > max_bytes:
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > max_bytes:
         raise too_large
     with bodies.share() as share:
         body = bytearray()
@@ -70,7 +70,7 @@ def _parse_json(body: bytes) -> dict[str, Any]:
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Return what ``work`` returns, or cancel it when the client goes away.
+    """Return the result of ``work``, or cancel it when the client leaves.
 
     The request's body must have been read. Raises ``CancelledRequestError`` on disconnect.
     """
@@ -79,7 +79,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise CancelledRequestError("the client went away")
+            raise CancelledRequestError("the client left")
         return task.result()
     finally:
         task.cancel()
@@ -105,7 +105,7 @@ class SseResponse(Response):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
         self._events = events
-        # Closed as well, since closing a generator that never began runs none of its code.
+        # Closed too: closing a generator that never began runs none of its code.
         self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -139,10 +139,10 @@ async def _send_event(send: Send, data: str) -> None:
 
 
 class EdgeMiddleware:
-    """Names each request (``X-Request-Id``) and lets no exception out.
+    """Gives each request an id (``X-Request-Id``) and lets no exception out.
 
-    The name is the caller's, where it sent a sensible one, and is sent back if ``echoes_id``.
-    What is not ours becomes a 500 that says nothing of the inside; the log has the rest.
+    A well-formed id of the client's own is kept. With ``echoes_id`` the reply has the id. An
+    exception becomes a 500 without details; the log has them.
     """
 
     def __init__(self, app: ASGIApp, echoes_id: bool) -> None:
@@ -157,19 +157,19 @@ class EdgeMiddleware:
         given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        started = False
+        has_started = False
 
-        async def send_named(message: Message) -> None:
-            nonlocal started
+        async def send_with_id(message: Message) -> None:
+            nonlocal has_started
             if message["type"] == "http.response.start":
-                started = True
+                has_started = True
                 if self._echoes_id:
                     MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
         try:
-            await self._app(scope, receive, send_named)
+            await self._app(scope, receive, send_with_id)
         except Exception as error:
             logger.exception("request %s failed", request_id)
-            if not started:
-                await error_response(public_error(error))(scope, receive, send_named)
+            if not has_started:
+                await error_response(public_error(error))(scope, receive, send_with_id)
