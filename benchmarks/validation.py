@@ -12,7 +12,6 @@ from benchmarks.common import MODEL
 from benchmarks.open_loop import body_of, prompt_of
 
 if TYPE_CHECKING:
-    from router.gateway.service import GenerationService
     from router.gateway.tokenizer import Tokenizer
 
 SHORT, LONG, TOKENS = 16, 960, 32
@@ -59,11 +58,9 @@ def run(folder: Path) -> dict[str, float]:
     tokenizer = Tokenized(Tokenizer.load(str(folder), info.eos_token_ids), TEXT)
     model = GatewayModel(info, cast("Tokenizer", tokenizer))
     validator = Validator({MODEL: model}, GatewayConfig())
-    # Of the service only the two methods that a validator has as well are used.
-    service = cast("GenerationService", validator)
 
     def check_us(body: dict[str, Any]) -> float:
-        return least_us(lambda: parse_completion(body, service, "id"))
+        return least_us(lambda: parse_completion(body, validator, "id"))
 
     return {
         f"{SHORT} token ids": check_us(body_of(_ids(SHORT), TOKENS, False)),

@@ -25,12 +25,13 @@ from router.gateway.openai.completions import parse_completion
 from router.gateway.openai.http_io import read_json
 from router.gateway.service import GenerationService
 from router.gateway.tokenizer import Tokenizer
+from router.gateway.validate import Validator
 from router.protos import inference_pb2
 from router.protos.errors import GRPC_CODES, error_from_grpc, grpc_error
 from router.served import inspect_models
 
 MODEL = "mesh-tiny"
-Parse = Callable[[dict[str, Any], GenerationService, str], object]
+Parse = Callable[[dict[str, Any], Validator, str], object]
 _CODES = tuple(GRPC_CODES.values())
 COMPLETIONS: tuple[dict[str, Any], ...] = (
     {"model": MODEL, "prompt": "And the LORD said", "max_tokens": 4, "temperature": 0},
@@ -74,7 +75,7 @@ def http() -> Target:
         async def parsed(parse: Parse) -> None:
             request = Request({"type": "http", "headers": []}, receive)
             body = await read_json(request, served.limits.max_body_bytes, served.bodies)
-            parse(body, served, "id")
+            parse(body, served.validator, "id")
 
         for parse in (parse_completion, parse_chat):
             try:

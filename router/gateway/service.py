@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from cluster.errors import Code, DeadlineExceededError, InternalError, InvalidRequestError
@@ -17,7 +17,7 @@ from router.gateway.errors import public_error
 from router.gateway.limits import Budget, SlowReaderWatch
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel
-from router.gateway.validate import CheckedRequest, RawRequest, Validator
+from router.gateway.validate import CheckedRequest, Validator
 from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs, Usage
 from router.served import ServedModel
 
@@ -41,6 +41,25 @@ class Delta:
     finish_reason: str | None = None
     exact: bool = True
     usage: Usage | None = None
+
+
+@dataclass(slots=True)
+class Collected:
+    """All deltas of one choice put together."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    exact: bool = True
+
+    def add(self, delta: Delta) -> None:
+        """Append one delta."""
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        self.finish_reason = delta.finish_reason
+        self.exact = self.exact and delta.exact
 
 
 class Upstream(Protocol):
@@ -67,9 +86,10 @@ class Upstream(Protocol):
 
 
 class GenerationService:
-    """Checks requests, sends them upstream and turns tokens into text.
+    """Sends checked requests upstream and turns tokens into text.
 
-    HTTP and gRPC both use it. ``models`` are the served models by id.
+    HTTP and gRPC both use it, and check requests by its ``validator``. ``models`` are the served
+    models by id.
     """
 
     def __init__(
@@ -84,24 +104,12 @@ class GenerationService:
         self.bodies = Budget(BODIES_AT_ONCE * limits.max_body_bytes, "bytes of bodies")
         self._places = Budget(limits.max_ongoing_requests, "requests")
         self._models = models
-        self._validator = Validator(models, limits)
+        self.validator = Validator(models, limits)
         self._upstream = upstream
 
     def models(self) -> list[ServedModel]:
         """Return the served models, in the deployment's order."""
         return [model.info for model in self._models.values()]
-
-    def model(self, model_id: object) -> GatewayModel:
-        """Return one served model; raises ``UnknownModelError``."""
-        return self._validator.model(model_id)
-
-    def check(self, raw: RawRequest) -> CheckedRequest:
-        """Validate a request without starting it; raises ``InvalidRequestError``."""
-        return self._validator.check(raw)
-
-    def check_together(self, checked: Sequence[CheckedRequest]) -> None:
-        """Check the total size of the requests of one call; raises ``InvalidRequestError``."""
-        self._validator.check_together(checked)
 
     def use(self) -> float:
         """Return the requests under way as a share of the limit."""

@@ -16,8 +16,7 @@ from grpc_health.v1 import health_pb2
 
 from cluster.errors import InvalidRequestError, TooLargeError, UnknownModelError, shown
 from cluster.reports import ClusterStatus
-from router.gateway.openai.call import Collected
-from router.gateway.service import Delta, GenerationService
+from router.gateway.service import Collected, Delta, GenerationService
 from router.gateway.tokenizer import Tokenizer
 from router.gateway.validate import CheckedRequest, RawRequest
 from router.messages.request import Received, TokenLogprobs, Usage
@@ -88,7 +87,7 @@ class GrpcHandlers:
         request = _parse(inference_pb2.GetModelInfoRequest, data)
         models = self.service.models()
         if request.model:
-            models = [self.service.model(request.model).info]
+            models = [self.service.validator.model(request.model).info]
         infos = [
             inference_pb2.ModelInfo(
                 id=model.id,
@@ -141,7 +140,7 @@ class GrpcHandlers:
             if len(data) > limit:
                 raise TooLargeError(f"the message is over the limit of {limit} bytes")
             request = _parse(inference_pb2.GenerateRequest, data)
-            return self.service.check(_raw_request(request, streamed))
+            return self.service.validator.check(_raw_request(request, streamed))
 
 
 def parse_health_check(data: bytes) -> str:

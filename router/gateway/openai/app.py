@@ -30,6 +30,7 @@ from router.gateway.openai.http_io import (
     until_disconnect,
 )
 from router.gateway.service import Delta, GenerationService
+from router.gateway.validate import Validator
 from router.observability.exposition import expose
 from router.served import ServedModel
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from router.gateway.admin import Admin
 
 EXACT_HEADER = f"x-{EXACT_KEY}"
-Parse = Callable[[dict[str, Any], GenerationService, str], OpenAiCall]
+Parse = Callable[[dict[str, Any], Validator, str], OpenAiCall]
 
 
 def create_app(service: GenerationService, admin: Admin, echoes_request_id: bool = True) -> FastAPI:
@@ -65,7 +66,7 @@ def _add_openai_routes(app: FastAPI, service: GenerationService) -> None:
 
     @app.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str) -> JSONResponse:
-        return JSONResponse(_model_object(service.model(model_id).info, started))
+        return JSONResponse(_model_object(service.validator.model(model_id).info, started))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -96,7 +97,7 @@ def _add_operator_routes(app: FastAPI, service: GenerationService, admin: Admin)
 async def _answer(request: Request, service: GenerationService, parse: Parse) -> Response:
     with service.metrics.refusals("http"):
         body = await read_json(request, service.limits.max_body_bytes, service.bodies)
-        call = parse(body, service, request.state.request_id)
+        call = parse(body, service.validator, request.state.request_id)
     if not call.stream:
         body, is_exact = await until_disconnect(request.receive, call.answer(service))
         return JSONResponse(body, headers={EXACT_HEADER: str(is_exact).lower()})

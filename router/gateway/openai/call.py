@@ -7,31 +7,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any
 
-from router.gateway.service import Delta, GenerationService
+from router.gateway.service import Collected, Delta, GenerationService
 from router.gateway.validate import CheckedRequest
-from router.messages.request import TokenLogprobs, Usage
-
-
-@dataclass(slots=True)
-class Collected:
-    """All deltas of one choice put together."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: str | None = None
-    exact: bool = True
-
-    def add(self, delta: Delta) -> None:
-        """Append one delta."""
-        self.text += delta.text
-        self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs
-        self.finish_reason = delta.finish_reason
-        self.exact = self.exact and delta.exact
+from router.messages.request import Usage
 
 
 class OpenAiCall(ABC):

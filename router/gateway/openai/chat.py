@@ -6,7 +6,7 @@ from typing import Any
 
 from cluster.errors import InvalidRequestError
 from router.gateway import checks
-from router.gateway.openai.call import Collected, OpenAiCall
+from router.gateway.openai.call import OpenAiCall
 from router.gateway.openai.fields import (
     CHAT,
     OPTION_FIELDS,
@@ -14,12 +14,12 @@ from router.gateway.openai.fields import (
     known_fields,
     stream_options,
 )
-from router.gateway.service import Delta, GenerationService
-from router.gateway.validate import RawRequest
+from router.gateway.service import Collected, Delta
+from router.gateway.validate import RawRequest, Validator
 from router.messages.request import TokenLogprobs
 
 
-def parse_chat(body: dict[str, Any], service: GenerationService, request_id: str) -> ChatCall:
+def parse_chat(body: dict[str, Any], validator: Validator, request_id: str) -> ChatCall:
     """Check a body; the model's chat template renders its messages."""
     given = known_fields(body, CHAT)
     stream, include_usage = stream_options(given)
@@ -47,7 +47,7 @@ def parse_chat(body: dict[str, Any], service: GenerationService, request_id: str
         field_names=field_names,
         streamed=stream,
     )
-    return ChatCall(request_id, [service.check(raw)], stream, include_usage, return_token_ids)
+    return ChatCall(request_id, [validator.check(raw)], stream, include_usage, return_token_ids)
 
 
 class ChatCall(OpenAiCall):

@@ -6,7 +6,7 @@ from typing import Any
 
 from cluster.errors import InvalidRequestError
 from router.gateway import checks
-from router.gateway.openai.call import Collected, OpenAiCall
+from router.gateway.openai.call import OpenAiCall
 from router.gateway.openai.fields import (
     COMPLETION,
     OPTION_FIELDS,
@@ -14,16 +14,14 @@ from router.gateway.openai.fields import (
     known_fields,
     stream_options,
 )
-from router.gateway.service import Delta, GenerationService
-from router.gateway.validate import CheckedRequest, RawRequest
+from router.gateway.service import Collected, Delta
+from router.gateway.validate import CheckedRequest, RawRequest, Validator
 from router.messages.request import TokenLogprobs
 
 MAX_PROMPTS = 128
 
 
-def parse_completion(
-    body: dict[str, Any], service: GenerationService, request_id: str
-) -> CompletionCall:
+def parse_completion(body: dict[str, Any], validator: Validator, request_id: str) -> CompletionCall:
     """Check a body whole, so that nothing starts when any of its prompts is wrong."""
     given = known_fields(body, COMPLETION)
     stream, include_usage = stream_options(given)
@@ -39,8 +37,8 @@ def parse_completion(
             prompt_field=where,
             streamed=stream,
         )
-        checked.append(service.check(raw))
-    service.check_together(checked)
+        checked.append(validator.check(raw))
+    validator.check_together(checked)
     return CompletionCall(request_id, checked, stream, include_usage, return_token_ids)
 
 

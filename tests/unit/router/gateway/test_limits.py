@@ -45,7 +45,9 @@ class Flood(FakeUpstream):
 
 
 def start(served: GenerationService) -> AsyncGenerator[Delta, None]:
-    return served.generate(served.check(RawRequest("tiny", "in", {}, streamed=True)), "grpc")
+    return served.generate(
+        served.validator.check(RawRequest("tiny", "in", {}, streamed=True)), "grpc"
+    )
 
 
 def counted(served: GenerationService, name: str) -> float:
