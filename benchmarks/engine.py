@@ -2,6 +2,9 @@
 
 Runs in a process of its own, which :func:`measure` starts with the environment that the product
 gives a router replica: threads obey it only when it is there before torch is imported.
+
+``benchmarks.pair_side`` runs this module of other commits too: ``measure``, ``run_module``,
+``main`` and ``Bench.round`` keep their names and arguments.
 """
 
 from __future__ import annotations

@@ -98,7 +98,10 @@ Round = Callable[[], list[Timed]]
 
 @contextmanager
 def deployed(folder: Path, actors: int, routers: int = 1, min_copies: int = 1) -> Iterator[Ports]:
-    """Run the application on a Ray and ports of the benchmark's own, until the block ends."""
+    """Run the application on a Ray and ports of the benchmark's own, until the block ends.
+
+    ``benchmarks.pair_side`` calls this of other commits too: name and first arguments stay.
+    """
     from router.app import build
 
     args = {

@@ -1,0 +1,368 @@
+"""Whether new code is slower than old: processor seconds per token, in alternating pairs.
+
+    python -m benchmarks.pairs OLD [NEW] [--pairs 10] [--benchmarks decode serve] [--json FILE]
+
+OLD and NEW (by default HEAD) name commits. Each pair starts both anew and gives them rounds by
+turns: an engine and its actors with 32 streams and with one, as in ``benchmarks.decode``, and a
+deployment under 32 clients, as in ``benchmarks.serve``. Tokens per second on a shared machine move
+by a third from run to run; processor seconds of the same work by turns move by a few percent.
+
+No slower: there are ten pairs or more, and the 90 % interval of the median ratio new / old ends at
+1.05 or below. The exit status is 1 when a case has fewer pairs or misses that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import ceil, comb
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from rich.console import Console
+
+from benchmarks.checkout import Commit, Side, check_out, commit_of, running, uncommitted
+from benchmarks.common import SIZES, machine, make_checkpoint, progress, show
+from benchmarks.processor_time import spent_between
+
+MIN_PAIRS = 10
+CONFIDENCE = 0.9
+MOST_RATIO = 1.05
+"""The upper end of the interval that still is "no slower"."""
+TOKENS = 32
+"""What a stream generates in a round."""
+DECODE_STREAMS = {"decode, 32 streams": 32, "decode, 1 stream": 1}
+SERVE, SERVE_CLIENTS = "serve, 32 clients", 32
+TURNS = {"decode": 12, "serve": 3}
+"""How often each side of a pair has its turn in a case; in ``serve`` in each way to ask."""
+TURN_CPU_S = 0.6
+"""A turn of ``decode`` is as many rounds as take this long at least, in processor seconds."""
+EXPECTED_S = {"decode": 40.0, "serve": 75.0}
+"""A pair on two cores beside little other work."""
+SET_UP_S = 40.0
+
+Verdict = Literal["no slower", "slower", "too few pairs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a side: its work, its tokens, and the processor seconds of each process."""
+
+    work: str
+    tokens: int
+    cpu_s: Mapping[str, float]
+
+    def ms_per_token(self, process: str | None = None) -> float:
+        """Return processor milliseconds per token, of all processes or of those of a name."""
+        cpu_s = sum(self.cpu_s.values()) if process is None else self.cpu_s.get(process, 0.0)
+        return cpu_s / self.tokens * 1e3
+
+
+def ms_per_token(side: Sequence[Turn], process: str | None = None) -> float:
+    """Return the median of a side's turns of each work, the mean of several works.
+
+    By the median, a burst of other programs' work in one turn does not count.
+    """
+    by_work: dict[str, list[float]] = {}
+    for turn in side:
+        by_work.setdefault(turn.work, []).append(turn.ms_per_token(process))
+    return statistics.fmean(map(statistics.median, by_work.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One case measured once on both sides."""
+
+    old: Sequence[Turn]
+    new: Sequence[Turn]
+
+    @property
+    def ratio(self) -> float:
+        """Processor seconds per token, new / old."""
+        return ms_per_token(self.new) / ms_per_token(self.old)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What pairs say of one case; without a median or an interval where there are too few."""
+
+    pairs: int
+    median: float | None
+    interval: tuple[float, float] | None
+    verdict: Verdict
+
+
+def coverage(pairs: int, rank: int) -> float:
+    """Return how probably the median lies between the values ``rank``-th from below and above."""
+    return 1 - 2 * sum(comb(pairs, i) for i in range(rank)) / 2**pairs
+
+
+def median_interval(
+    values: Sequence[float], confidence: float = CONFIDENCE
+) -> tuple[float, float] | None:
+    """Return the interval that holds the median of what the values are drawn from.
+
+    Order statistics, interpolated between the two ranks around ``confidence`` (Hettmansperger and
+    Sheather, Statistics & Probability Letters 4 (1986), 75-79): no assumption about the values'
+    distribution, and no random numbers. ``None`` where the range of all values is too little, for
+    0.9 with fewer than five.
+    """
+    ordered, n, rank = sorted(values), len(values), 0
+    while rank < n // 2 and coverage(n, rank + 1) >= confidence:
+        rank += 1
+    if rank == 0:
+        return None
+    outer, inner = coverage(n, rank), coverage(n, rank + 1)
+    excess = (outer - confidence) / (outer - inner)
+    weight = (n - rank) * excess / (rank + (n - 2 * rank) * excess)
+    return (
+        (1 - weight) * ordered[rank - 1] + weight * ordered[rank],
+        (1 - weight) * ordered[n - rank] + weight * ordered[n - rank - 1],
+    )
+
+
+def summarize(ratios: Sequence[float]) -> Summary:
+    """Return median, interval and verdict of the ratios new / old of a case's pairs."""
+    interval = median_interval(ratios)
+    verdict: Verdict
+    if interval is None or len(ratios) < MIN_PAIRS:
+        verdict = "too few pairs"
+    else:
+        verdict = "no slower" if interval[1] <= MOST_RATIO else "slower"
+    median = statistics.median(ratios) if ratios else None
+    return Summary(len(ratios), median, interval, verdict)
+
+
+def by_turns(count: int, first: int) -> list[int]:
+    """Return which side's turn it is, 0 or 1, ``count`` times each by turns.
+
+    Both always find the caches as the other leaves them. Callers let sides be ``first`` equally
+    often, so that a machine that gets slower treats them alike.
+    """
+    return [first, 1 - first] * count
+
+
+def take_turn(side: Side, work: str, do: Callable[[], int]) -> Turn:
+    """Return what a side's processes spend on some work; ``do`` does it and returns its tokens."""
+    before = side.times()
+    tokens = do()
+    return Turn(work, tokens, spent_between(before, side.times()))
+
+
+def measure_decode(
+    sides: Sequence[Side], replies: Sequence[Mapping[str, Any]], first: int
+) -> dict[str, Pair]:
+    """Measure two engines, at 32 streams and at one by turns too."""
+
+    def generate(side: Side, streams: int, rounds: int) -> int:
+        return sum(side.generate(streams, TOKENS) for _ in range(rounds))
+
+    rounds: dict[str, int] = {}
+    for case, streams in DECODE_STREAMS.items():
+        tried_s = 0.0
+        for i in by_turns(1, first):
+            generate(sides[i], streams, 1)  # connections come in the background
+            turn = take_turn(sides[i], case, partial(generate, sides[i], streams, 1))
+            tried_s += sum(turn.cpu_s.values())
+        rounds[case] = ceil(TURN_CPU_S * len(sides) / tried_s)
+    taken: dict[str, tuple[list[Turn], list[Turn]]] = {case: ([], []) for case in DECODE_STREAMS}
+    for _ in range(TURNS["decode"]):
+        for case, streams in DECODE_STREAMS.items():
+            for i in by_turns(1, first):
+                do = partial(generate, sides[i], streams, rounds[case])
+                taken[case][i].append(take_turn(sides[i], case, do))
+    return {case: Pair(*both) for case, both in taken.items()}
+
+
+def measure_serve(
+    sides: Sequence[Side], replies: Sequence[Mapping[str, Any]], first: int
+) -> dict[str, Pair]:
+    """Measure two deployments; in a turn all clients ask once in one way of ``benchmarks.serve``.
+
+    The clients run in this process and are the same for both sides.
+    """
+    from benchmarks.serve import WAYS, Ports
+
+    taken: tuple[list[Turn], list[Turn]] = ([], [])
+    with ExitStack() as clients:
+        rounds = {
+            way: [
+                clients.enter_context(opened(Ports(**reply), SERVE_CLIENTS, TOKENS, is_stream))
+                for reply in replies
+            ]
+            for way, (opened, is_stream) in WAYS.items()
+        }
+        for way, of_side in rounds.items():
+            for i in by_turns(1, first):
+                _serve_round(way, of_side[i])  # makes the connections
+        for _ in range(TURNS["serve"]):
+            for way, of_side in rounds.items():
+                for i in by_turns(1, first):
+                    do = partial(_serve_round, way, of_side[i])
+                    taken[i].append(take_turn(sides[i], way, do))
+    return {SERVE: Pair(*taken)}
+
+
+def _serve_round(way: str, once: Callable[[], list[Any]]) -> int:
+    """Have all clients ask once; raises ``RuntimeError`` where an answer lacks tokens."""
+    answers = [timed.tokens for timed in once()]
+    if any(tokens != TOKENS for tokens in answers):
+        raise RuntimeError(f"{way}: an answer has not {TOKENS} tokens: {answers}")
+    return sum(answers)
+
+
+Measure = Callable[[Sequence[Side], Sequence[Mapping[str, Any]], int], dict[str, Pair]]
+"""Measures two sides that run, given what each said and which begins; returns a pair a case."""
+MEASURES: Mapping[str, Measure] = {"decode": measure_decode, "serve": measure_serve}
+
+
+def run(
+    old: Commit, new: Commit, pairs: int, benchmarks: Sequence[str], file: Path | None
+) -> dict[str, list[Pair]]:
+    """Run all pairs; returns them by case. After each pair ``file`` is written anew."""
+    measured: dict[str, list[Pair]] = {}
+    total = 3 + 2 * pairs * len(benchmarks)
+    with tempfile.TemporaryDirectory() as name, progress("pairs", total) as begin:
+        folder = Path(name)
+        begin("checkpoint")
+        model = folder / "model"
+        make_checkpoint(model)
+        begin(f"old, {old.hash[:10]}")
+        checkouts = [check_out(old, folder / "old")]
+        begin(f"new, {new.hash[:10]}")
+        checkouts.append(check_out(new, folder / "new"))
+        for pair in range(pairs):
+            for benchmark in benchmarks:
+                begin(f"pair {pair + 1}, {benchmark}: starting")
+                order = by_turns(1, first=pair % 2)
+                with running([checkouts[i] for i in order], benchmark, model) as started:
+                    sides = [started[i] for i in order]
+                    replies = [side.wait() for side in sides]
+                    begin(f"pair {pair + 1}, {benchmark}")
+                    cases = MEASURES[benchmark](sides, replies, order[0])
+                    for side in sides:
+                        side.check_code()
+                for case, one in cases.items():
+                    measured.setdefault(case, []).append(one)
+            if file is not None:
+                text = json.dumps(to_json(old, new, measured), indent=2) + "\n"
+                file.write_text(text, encoding="utf-8")
+    return measured
+
+
+def to_json(old: Commit, new: Commit, measured: Mapping[str, Sequence[Pair]]) -> dict[str, Any]:
+    """Return what ``--json`` writes: all pairs, and what they say."""
+    cases = {}
+    for case, pairs in measured.items():
+        summary = summarize([pair.ratio for pair in pairs])
+        cases[case] = {
+            "median": summary.median,
+            "interval": summary.interval,
+            "verdict": summary.verdict,
+            "pairs": [
+                {
+                    "ratio": pair.ratio,
+                    "old": [asdict(turn) for turn in pair.old],
+                    "new": [asdict(turn) for turn in pair.new],
+                }
+                for pair in pairs
+            ],
+        }
+    return {
+        "benchmark": "pairs",
+        "machine": machine(),
+        "sizes": SIZES,
+        "tokens": TOKENS,
+        "old": {"commit": old.hash, "subject": old.subject},
+        "new": {"commit": new.hash, "subject": new.subject},
+        "confidence": CONFIDENCE,
+        "most_ratio": MOST_RATIO,
+        "cases": cases,
+    }
+
+
+def report(measured: Mapping[str, Sequence[Pair]]) -> None:
+    """Print the verdicts, and where the processor time went."""
+    rows, parts = [], []
+    for case, pairs in measured.items():
+        summary = summarize([pair.ratio for pair in pairs])
+        lower, upper = summary.interval or (None, None)
+        color = "green" if summary.verdict == "no slower" else "red"
+        rows.append(
+            (
+                case,
+                str(summary.pairs),
+                *_sides_ms(pairs, None),
+                *(_number(value) for value in (summary.median, lower, upper)),
+                f"[{color}]{summary.verdict}[/{color}]",
+            )
+        )
+        names = {name for pair in pairs for turn in (*pair.old, *pair.new) for name in turn.cpu_s}
+        parts += [(f"{case}: {name}", *_sides_ms(pairs, name)) for name in sorted(names)]
+    columns = ["processor ms per token", "pairs", "old", "new", "new / old", "from", "to", ""]
+    show(f"median and {CONFIDENCE:.0%} interval; at most {MOST_RATIO} is no slower", rows, columns)
+    show("by process, medians", parts, ["processor ms per token", "old", "new"])
+
+
+def _sides_ms(pairs: Sequence[Pair], process: str | None) -> tuple[str, str]:
+    old = statistics.median(ms_per_token(pair.old, process) for pair in pairs)
+    new = statistics.median(ms_per_token(pair.new, process) for pair in pairs)
+    return f"{old:.3f}", f"{new:.3f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _commit(name: str) -> Commit:
+    """Parse a commit's name when the command line is parsed, before the long run."""
+    try:
+        return commit_of(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the pairs from the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pairs", description=__doc__)
+    parser.add_argument("old", type=_commit, metavar="OLD")
+    parser.add_argument("new", type=_commit, metavar="NEW", nargs="?", default="HEAD")
+    parser.add_argument("--pairs", type=_positive, default=MIN_PAIRS, metavar="N")
+    parser.add_argument("--benchmarks", nargs="+", choices=tuple(MEASURES), default=list(MEASURES))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    options = parser.parse_args(argv)
+    benchmarks = list(dict.fromkeys(options.benchmarks))
+    say = Console(stderr=True).print
+    minutes = (SET_UP_S + options.pairs * sum(EXPECTED_S[one] for one in benchmarks)) / 60
+    say(f"old: {options.old.hash[:10]} {options.old.subject}", markup=False)
+    say(f"new: {options.new.hash[:10]} {options.new.subject}", markup=False)
+    say(f"{options.pairs} pairs of {' and '.join(benchmarks)}: about {minutes:.0f} minutes")
+    if changes := uncommitted():
+        say(f"Not measured: {len(changes)} uncommitted changes", style="yellow")
+    measured = run(options.old, options.new, options.pairs, benchmarks, options.json)
+    report(measured)
+    verdicts = {summarize([pair.ratio for pair in pairs]).verdict for pairs in measured.values()}
+    return int(verdicts != {"no slower"})
+
+
+def _exit(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _exit)  # as Ctrl-C does: sides end and the checkouts go
+    sys.exit(main())
