@@ -232,7 +232,7 @@ class ExpertActor:
 
     def _enqueue(self, frame: DispatchFrame, since_s: float) -> _Waiting | Parts:
         """Have a frame wait for its products, or refuse it; under the lock."""
-        num_rows, waiting_rows = frame.num_pairs, self._queued_rows
+        num_rows, waiting_rows = frame.num_rows, self._queued_rows
         if waiting_rows > 0 and waiting_rows + num_rows > self._spec.max_queue_rows:
             full = OverloadedError(f"{waiting_rows} rows wait already", "queue", 0.01)
             return _error(frame.request_id, full)

@@ -235,7 +235,7 @@ def _pieces_of(work: _Work) -> list[torch.Tensor]:
     if device.type == "cpu":
         return pieces_of(memoryview(frame.rows), frame.dtype, counts, hidden_size)
     # Another device gets all rows at once.
-    rows = from_bytes(frame.rows, frame.dtype, frame.num_pairs, hidden_size).to(device)
+    rows = from_bytes(frame.rows, frame.dtype, frame.num_rows, hidden_size).to(device)
     return list(rows.split_with_sizes(counts))
 
 
@@ -249,4 +249,4 @@ def _rows_frame(work: _Work) -> RowsFrame:
         if len(results) > MOST_PIECES or not results[0].is_cpu:
             results = [torch.cat(results)]
         rows = tuple([to_bytes(piece) for piece in results])
-    return RowsFrame(frame.request_id, frame.dtype, frame.num_pairs, frame.hidden_size, rows)
+    return RowsFrame(frame.request_id, frame.num_rows, frame.hidden_size, frame.dtype, rows)

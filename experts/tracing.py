@@ -79,7 +79,7 @@ class BatchSpans:
                 "expertmesh.actor": self._actor_id,
                 "expertmesh.layer": frame.layer_id,
                 "expertmesh.experts": len(frame.expert_ids),
-                "expertmesh.rows": frame.num_pairs,
+                "expertmesh.rows": frame.num_rows,
                 "expertmesh.batch_frames": num_frames,
                 "expertmesh.waited_s": begun_s - since_s,
             },

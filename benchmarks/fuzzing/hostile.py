@@ -183,10 +183,20 @@ class Wires:
         """Return a good frame for an expert that the actor holds."""
         held, layer_id, expert_id = source.choice(actor.experts)
         size = self._places.hidden_size
-        rows = bytes(3 * size * TORCH_DTYPES["float32"].itemsize)
         return joined(
             DispatchFrame(
-                1, 1, 1, held, layer_id, (expert_id,), (3,), "float32", size, time.time() + 60, rows
+                request_id=1,
+                num_rows=3,
+                hidden_size=size,
+                epoch=1,
+                placement_version=1,
+                deadline_s=time.time() + 60,
+                layer_id=layer_id,
+                model=held,
+                expert_ids=(expert_id,),
+                num_tokens_per_expert=(3,),
+                dtype="float32",
+                rows=bytes(3 * size * TORCH_DTYPES["float32"].itemsize),
             )
         )
 

@@ -39,9 +39,11 @@ LIMIT_S = 10.0
 _START = struct.Struct("<QQ")
 
 ROWS = np.arange(12, dtype=np.float32).tobytes()
+CONTEXT = f"00-{'a' * 32}-{'b' * 16}-01"
 FRAMES: tuple[Frame, ...] = (
-    DispatchFrame(7, 1, 2, "tiny", 3, (0, 5), (2, 1), "float32", 4, 2e9, ROWS * 1),
-    RowsFrame(7, "bfloat16", 2, 3, (ROWS[:12],)),
+    DispatchFrame(7, 3, 4, 1, 2, 2e9, 3, "tiny", (0, 5), (2, 1), "float32", ROWS),
+    DispatchFrame(8, 6, 1, 1, 2, 2e9, 0, "é", (1, 2, 9), (1, 2, 3), "float16", ROWS[:12], CONTEXT),
+    RowsFrame(7, 2, 3, "bfloat16", (ROWS[:12],)),
     ErrorFrame(7, "OverloadedError", OverloadedError("full", "queue", 0.01)),
     ErrorFrame(7, "WrongPlacementError", WrongPlacementError("not here", "tiny")),
 )
@@ -73,8 +75,7 @@ def _decode(data: bytes) -> None:
         assert found.error.retry_after_s is None or 0 <= found.error.retry_after_s < 1e6
         return
     assert not isinstance(again, ErrorFrame)
-    num_rows = found.num_pairs if isinstance(found, DispatchFrame) else found.num_rows
-    rows = from_bytes(_rows_of(found), found.dtype, num_rows, found.hidden_size)
+    rows = from_bytes(_rows_of(found), found.dtype, found.num_rows, found.hidden_size)
     assert bytes(to_bytes(rows)) == _rows_of(found) == _rows_of(again)
 
 

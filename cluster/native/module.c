@@ -9,8 +9,6 @@ static PyMethodDef functions[] = {
     ENTRY(route, "router.moe.permute.route"),
     ENTRY(gather, "router.moe.permute.gather"),
     ENTRY(combine, "router.moe.combine"),
-    ENTRY(pack, "cluster.wire.frames.encode"),
-    ENTRY(decode, "cluster.wire.frames.decode"),
     ENTRY(view, "cluster.wire.tensors.to_bytes"),
     ENTRY(pieces, "cluster.wire.tensors.pieces_of"),
     ENTRY(send, "cluster.transport.stream.channel.Channel.send"),

@@ -67,8 +67,6 @@ FUNCTION(slots);
 FUNCTION(route);
 FUNCTION(gather);
 FUNCTION(combine);
-FUNCTION(pack);
-FUNCTION(decode);
 FUNCTION(view);
 FUNCTION(pieces);
 FUNCTION(send);

@@ -1,21 +1,22 @@
 """Frames of the data plane: what a router sends to an expert actor for one layer, and the answer.
 
-A frame is eight bytes (version, kind, length of the header), a header (a msgpack array), and the
-raw bytes of the rows, which begin at a multiple of ``ALIGNMENT`` so that a tensor can be made over
-a received frame in place. Encoding gives the parts unjoined, so that rows are not copied to be
-sent. Decoding takes memory in proportion to the header's own length; shapes and lengths are checked
-against each other before a tensor is made of them, and nothing is ever unpickled.
+A frame is a header and a body. The header begins with the fields of :data:`_START`; the fields of
+each kind follow, listed beside it. The body of a dispatch frame and of a rows frame is the raw
+rows. They begin at a multiple of ``ALIGNMENT``, so that a tensor can be made over a received frame
+in place. The body of an error frame is msgpack. All numbers are little-endian.
 
-Dimension letters: P (token, expert) pairs of a frame, H hidden size.
+Encoding returns the parts unjoined, so that rows are not copied to be sent. Decoding compares every
+length with the bytes that have come before it takes memory, and unpickles nothing.
+
+Dimension letters: E experts of a frame, P its (token, expert) pairs, H hidden size.
 """
 
 from __future__ import annotations
 
-import enum
 import re
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import msgpack
@@ -28,37 +29,59 @@ from cluster.errors import (
     error_from_wire,
     shown,
 )
-from cluster.native import native
 
-FRAME_VERSION = 2
+FRAME_VERSION = 3
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-MAX_HEADER_BYTES = 1 << 20
-MAX_ROWS = 1 << 20
-MAX_HIDDEN_SIZE = 1 << 20
-MAX_EXPERTS = 1 << 16
+MAX_ERROR_BYTES = 1 << 16
 MAX_RETRY_AFTER_S = 86_400.0
 ALIGNMENT = 16
-ROWS_HEADER = 4
-"""So many fields of a rows frame are its header, in their order."""
-_ROWS = ROWS_HEADER + 1
-_DISPATCH_HEADER = 10
-"""The same of a dispatch frame, without the trace context, which comes last."""
-_START = struct.Struct("<HHI")  # version, kind, bytes of the header
+DISPATCH_KIND, ROWS_KIND, ERROR_KIND = 1, 2, 3
+
+# The fields of all headers. Any change to them is another FRAME_VERSION, whose place never changes.
+_START = struct.Struct(
+    "<"
+    "H"  # version
+    "B"  # kind
+    "B"  # dtype, by _DTYPE_CODES; 0 in an error frame
+    "H"  # E; 0 in other than dispatch frames
+    "B"  # bytes of the model's name; likewise
+    "B"  # bytes of the trace context; likewise, and in a frame that is not traced
+)
+_ROWS = struct.Struct(
+    f"{_START.format}"
+    "Q"  # request id
+    "I"  # P
+    "I"  # H
+    "8x"
+)
+_DISPATCH = (
+    f"{_START.format}"
+    "Q"  # request id
+    "I"  # P
+    "I"  # H
+    "Q"  # epoch
+    "Q"  # placement version
+    "d"  # deadline, seconds of the wall clock
+    "I"  # layer id
+    "{0}H"  # expert ids
+    "{0}I"  # rows of each expert
+    "{1}s"  # the model's name
+    "{2}s"  # trace context
+)
+_ERROR = struct.Struct(
+    f"{_START.format}Q"  # request id
+)
+_START_END, _ROWS_END, _DISPATCH_END = 6, 9, 13
+"""Among a header's fields: the ends of the start, and of the numbers behind it."""
+_DTYPE_CODES = {"float32": 1, "bfloat16": 2, "float16": 3}
+_DTYPES = {code: dtype for dtype, code in _DTYPE_CODES.items()}
 
 Buffer = bytes | memoryview
 Parts = tuple[Buffer, ...]
 """The bytes of one frame in pieces, to be sent one after the other."""
 
 
-class FrameKind(enum.IntEnum):
-    """What stands after the version in every frame."""
-
-    DISPATCH = 1
-    ROWS = 2
-    ERROR = 3
-
-
-# Tuples: made in one step, and the header is a piece of one.
+# Tuples, whose first fields are those of the header: they are packed and made in one step.
 class DispatchFrame(NamedTuple):
     """One layer's token rows for the experts of one actor.
 
@@ -67,26 +90,22 @@ class DispatchFrame(NamedTuple):
     of the actor take is there twice, so that each expert's rows lie together as its product wants
     them. The answer has one row per pair in the same order. ``deadline_s`` is wall-clock time; an
     actor may drop the work after it. ``traceparent`` is the W3C trace context of a frame that is
-    traced; others' headers are without it.
+    traced.
     """
 
     request_id: int
+    num_rows: int
+    hidden_size: int
     epoch: int
     placement_version: int
-    model: str
+    deadline_s: float
     layer_id: int
+    model: str
     expert_ids: tuple[int, ...]
     num_tokens_per_expert: tuple[int, ...]
     dtype: str
-    hidden_size: int
-    deadline_s: float
     rows: Buffer
     traceparent: str | None = None
-
-    @property
-    def num_pairs(self) -> int:
-        """P, the number of rows."""
-        return sum(self.num_tokens_per_expert)
 
 
 class RowsFrame(NamedTuple):
@@ -96,9 +115,9 @@ class RowsFrame(NamedTuple):
     """
 
     request_id: int
-    dtype: str
     num_rows: int
     hidden_size: int
+    dtype: str
     rows: Parts
 
 
@@ -112,20 +131,48 @@ class ErrorFrame:
 
 
 Frame = DispatchFrame | RowsFrame | ErrorFrame
+_ERROR_KEYS = {"code", "message", "field", "retry_after_s"}
 _KNOWN_ERRORS = {cls.__name__: cls for cls in (WrongPlacementError, FrameError)}
 
 
 def encode(frame: Frame) -> Parts:
-    """Return the frame's bytes in parts; the rows are not copied."""
+    """Return the frame's bytes in parts; the rows are not copied.
+
+    Raises ``struct.error`` for a number or a name that does not fit its field.
+    """
     if isinstance(frame, DispatchFrame):
-        header: tuple[Any, ...] = frame[:_DISPATCH_HEADER]
-        if frame.traceparent is not None:
-            header = (*header, frame.traceparent)
-        return _start(FrameKind.DISPATCH, header), frame.rows
+        return _dispatch_header(frame), frame.rows
     if isinstance(frame, RowsFrame):
-        return _start(FrameKind.ROWS, frame[:ROWS_HEADER]), *frame.rows
-    refusal = (frame.request_id, frame.kind, frame.error.to_wire())
-    return (_start(FrameKind.ERROR, refusal),)
+        code = _DTYPE_CODES[frame.dtype]
+        header = _ROWS.pack(
+            FRAME_VERSION, ROWS_KIND, code, 0, 0, 0, *frame[: _ROWS_END - _START_END]
+        )
+        return header, *frame.rows
+    header = _ERROR.pack(FRAME_VERSION, ERROR_KIND, 0, 0, 0, 0, frame.request_id)
+    return (header + msgpack.packb((frame.kind, frame.error.to_wire())),)
+
+
+def _dispatch_header(frame: DispatchFrame) -> bytes:
+    name, trace = frame.model.encode(), (frame.traceparent or "").encode()
+    sizes = len(frame.expert_ids), len(name), len(trace)
+    return _dispatch(*sizes).pack(
+        FRAME_VERSION,
+        DISPATCH_KIND,
+        _DTYPE_CODES[frame.dtype],
+        *sizes,
+        *frame[: _DISPATCH_END - _START_END],
+        *frame.expert_ids,
+        *frame.num_tokens_per_expert,
+        name,
+        trace,
+    )
+
+
+@lru_cache(1024)
+def _dispatch(num_experts: int, name_bytes: int, trace_bytes: int) -> struct.Struct:
+    """Return the layout of a dispatch frame's header, padded to where its rows begin."""
+    fields = _DISPATCH.format(num_experts, name_bytes, trace_bytes)
+    return struct.Struct(f"{fields}{-struct.calcsize(fields) % ALIGNMENT}x")
 
 
 def joined(parts: Parts) -> Buffer:
@@ -133,152 +180,115 @@ def joined(parts: Parts) -> Buffer:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _start(kind: FrameKind, header: tuple[Any, ...]) -> bytes:
-    start = None if native is None else native.pack(FRAME_VERSION, kind, header)
-    return _packed(kind, header) if start is None else start
-
-
-def _packed(kind: FrameKind, header: tuple[Any, ...]) -> bytes:
-    packed: bytes = msgpack.packb(header)
-    padding = -(_START.size + len(packed)) % ALIGNMENT
-    return _START.pack(FRAME_VERSION, kind, len(packed)) + packed + bytes(padding)
-
-
 def decode(data: Buffer) -> Frame:
     """Parse and check a frame; the rows of the result are a view of ``data``.
 
     Raises :class:`FrameError` naming the field for anything malformed: an unknown version, kind or
-    dtype, a wrong type, a count outside its bounds, or bytes whose length disagrees with the shape.
+    dtype, a count outside its bounds, or bytes whose length disagrees with the shape.
     """
+    # One function: every call costs as much as a check where other processes have had the caches.
     view = memoryview(data)
-    fields = None if native is None else native.decode(view, FRAME_VERSION)
-    if fields is None:
-        return _decode(view)
-    kind: type[DispatchFrame | RowsFrame] = RowsFrame if len(fields) == _ROWS else DispatchFrame
-    return tuple.__new__(kind, fields)
-
-
-def _decode(view: memoryview) -> Frame:
-    if len(view) < _START.size:
-        raise FrameError(f"must have at least {_START.size} bytes (given: {len(view)})", "frame")
-    version, kind, size = _START.unpack_from(view)
+    num_bytes = len(view)
+    if num_bytes < _START.size:
+        raise _cut_off(num_bytes, _START.size)
+    version, kind, dtype_code, num_experts, name_bytes, trace_bytes = _START.unpack_from(view)
     if version != FRAME_VERSION:
         raise FrameError(f"version {version}; this build reads {FRAME_VERSION}", "frame")
-    decoder = _DECODERS.get(kind)
-    if decoder is None:
+    if kind == DISPATCH_KIND:
+        header = _dispatch(num_experts, name_bytes, trace_bytes)
+    elif kind == ROWS_KIND:
+        header = _ROWS
+    elif kind == ERROR_KIND:
+        return _decode_error(view)
+    else:
         raise FrameError(f"unknown kind {kind}", "frame.kind")
-    end = _START.size + size
-    if size > MAX_HEADER_BYTES or end > len(view):
-        raise FrameError(f"a header of {size} bytes in a frame of {len(view)}", "frame")
-    try:
-        header = msgpack.unpackb(view[_START.size : end], use_list=False, raw=False)
-    except Exception as error:  # msgpack raises a family of types for malformed input
-        raise FrameError(f"is not msgpack ({type(error).__name__})", "frame.header") from None
-    if not isinstance(header, tuple):
-        raise FrameError("must be an array", "frame.header")
-    return decoder(header, view[end + -end % ALIGNMENT :])
-
-
-def _integer(value: Any, field: str, low: int, high: int) -> int:
-    if type(value) is not int or not low <= value <= high:
-        raise FrameError(f"must be an integer in {low}..{high} (given: {shown(value)})", field)
-    return value
-
-
-def _text(value: Any, field: str) -> str:
-    if type(value) is not str or not 0 < len(value) <= 256:
-        raise FrameError(f"must be a string of 1 to 256 characters (given: {shown(value)})", field)
-    return value
-
-
-def _check_size(payload: memoryview, expected_bytes: int) -> None:
-    if len(payload) != expected_bytes:
+    begin = header.size
+    if num_bytes < begin:
+        raise _cut_off(num_bytes, begin)
+    fields = header.unpack_from(view)
+    dtype = _DTYPES.get(dtype_code)
+    if dtype is None:
+        raise FrameError(f"unknown dtype {dtype_code}", "frame.dtype")
+    _, num_rows, hidden_size = fields[_START_END:_ROWS_END]
+    rows_bytes = num_rows * hidden_size * DTYPE_BYTES[dtype]
+    if num_bytes - begin != rows_bytes or not rows_bytes:
         raise FrameError(
-            f"must be {expected_bytes} bytes as the shape says (given: {len(payload)})",
+            f"must be {num_rows} x {hidden_size} values of {dtype} "
+            f"(given: {num_bytes - begin} bytes)",
             "frame.rows",
         )
-
-
-def _dtype(value: Any) -> str:
-    if type(value) is not str or value not in DTYPE_BYTES:
-        allowed = ", ".join(sorted(DTYPE_BYTES))
-        raise FrameError(f"must be one of {allowed} (given: {shown(value)})", "frame.dtype")
-    return value
-
-
-def _check_arity(header: tuple[Any, ...], *allowed: int) -> None:
-    if len(header) not in allowed:
-        sizes = " or ".join(map(str, allowed))
-        raise FrameError(f"must have {sizes} elements (given: {len(header)})", "frame.header")
-
-
-def _traceparent(value: Any) -> str:
-    if type(value) is not str or not _TRACEPARENT.fullmatch(value):
+    rows = view[begin:]
+    if kind == ROWS_KIND:
+        return tuple.__new__(RowsFrame, (*fields[_START_END:_ROWS_END], dtype, (rows,)))
+    counts_begin = _DISPATCH_END + num_experts
+    expert_ids, counts = fields[_DISPATCH_END:counts_begin], fields[counts_begin:-2]
+    if len(set(expert_ids)) != num_experts:
+        raise FrameError("must differ from each other", "frame.expert_ids")
+    if not all(counts) or sum(counts) != num_rows:
         raise FrameError(
-            f"must be a W3C trace context, 00-…-…-… (given: {shown(value)})", "frame.traceparent"
+            f"must each be at least 1, and {num_rows} together", "frame.num_tokens_per_expert"
         )
-    return value
-
-
-_U63 = (1 << 63) - 1
-_TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-
-
-def _decode_dispatch(header: tuple[Any, ...], payload: memoryview) -> DispatchFrame:
-    _check_arity(header, 10, 11)
-    expert_ids = _id_list(header[5], "frame.expert_ids", 0, MAX_EXPERTS)
-    counts = _id_list(header[6], "frame.num_tokens_per_expert", 1, MAX_ROWS)
-    if not expert_ids or len(expert_ids) != len(counts) or len(set(expert_ids)) != len(expert_ids):
-        raise FrameError("needs distinct ids, one count each", "frame.expert_ids")
-    num_pairs = _integer(sum(counts), "frame.num_tokens_per_expert", 1, MAX_ROWS)
-    dtype = _dtype(header[7])
-    hidden_size = _integer(header[8], "frame.hidden_size", 1, MAX_HIDDEN_SIZE)
-    deadline_s = header[9]
-    if type(deadline_s) is not float:
-        raise FrameError("must be a float", "frame.deadline_s")
-    _check_size(payload, num_pairs * hidden_size * DTYPE_BYTES[dtype])
-    return DispatchFrame(
-        request_id=_integer(header[0], "frame.request_id", 0, _U63),
-        epoch=_integer(header[1], "frame.epoch", 0, _U63),
-        placement_version=_integer(header[2], "frame.placement_version", 0, _U63),
-        model=_text(header[3], "frame.model"),
-        layer_id=_integer(header[4], "frame.layer_id", 0, 1 << 20),
-        expert_ids=expert_ids,
-        num_tokens_per_expert=counts,
-        dtype=dtype,
-        hidden_size=hidden_size,
-        deadline_s=deadline_s,
-        rows=payload,
-        traceparent=_traceparent(header[10]) if len(header) > 10 else None,
+    return tuple.__new__(
+        DispatchFrame,
+        (
+            *fields[_START_END:_DISPATCH_END],
+            _model(fields[-2]),
+            expert_ids,
+            counts,
+            dtype,
+            rows,
+            _traceparent(fields[-1]) if trace_bytes else None,
+        ),
     )
 
 
-def _id_list(value: Any, field: str, low: int, high: int) -> tuple[int, ...]:
-    if type(value) is not tuple or len(value) > MAX_EXPERTS:
-        raise FrameError(f"must be an array of at most {MAX_EXPERTS} integers", field)
-    if set(map(type, value)) - {int} or (value and (min(value) < low or max(value) > high)):
-        for item in value:
-            _integer(item, field, low, high)  # names the first that is wrong
-    return value
+def _cut_off(num_bytes: int, header_bytes: int) -> FrameError:
+    return FrameError(f"a header of {header_bytes} bytes in a frame of {num_bytes}", "frame")
 
 
-def _decode_rows(header: tuple[Any, ...], payload: memoryview) -> RowsFrame:
-    _check_arity(header, 4)
-    dtype = _dtype(header[1])
-    num_rows = _integer(header[2], "frame.num_rows", 1, MAX_ROWS)
-    hidden_size = _integer(header[3], "frame.hidden_size", 1, MAX_HIDDEN_SIZE)
-    _check_size(payload, num_rows * hidden_size * DTYPE_BYTES[dtype])
-    request_id = _integer(header[0], "frame.request_id", 0, _U63)
-    return RowsFrame(request_id, dtype, num_rows, hidden_size, (payload,))
+def _model(name: bytes) -> str:
+    try:
+        text = name.decode()
+    except UnicodeDecodeError:
+        text = ""
+    if not text:
+        raise FrameError(f"must be text in UTF-8 (given: {shown(name)})", "frame.model")
+    return text
 
 
-def _decode_error(header: tuple[Any, ...], payload: memoryview) -> ErrorFrame:
-    _check_arity(header, 3)
-    _check_size(payload, 0)
-    request_id = _integer(header[0], "frame.request_id", 0, _U63)
-    kind = _text(header[1], "frame.error_kind")
-    wire = header[2]
-    if not isinstance(wire, dict) or set(wire) != {"code", "message", "field", "retry_after_s"}:
+_TRACEPARENT = re.compile(rb"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def _traceparent(context: bytes) -> str:
+    if not _TRACEPARENT.fullmatch(context):
+        raise FrameError(
+            f"must be a W3C trace context, 00-…-…-… (given: {shown(context)})", "frame.traceparent"
+        )
+    return context.decode()
+
+
+def _decode_error(view: memoryview) -> ErrorFrame:
+    if len(view) < _ERROR.size:
+        raise _cut_off(len(view), _ERROR.size)
+    *_, request_id = _ERROR.unpack_from(view)
+    body = view[_ERROR.size :]
+    if len(body) > MAX_ERROR_BYTES:
+        raise FrameError(f"must have at most {MAX_ERROR_BYTES} bytes", "frame.error")
+    try:
+        # Nested arrays that each claim to be long would take memory beyond the body's bytes.
+        fields = msgpack.unpackb(
+            body, use_list=False, raw=False, max_array_len=2, max_map_len=len(_ERROR_KEYS)
+        )
+    except Exception as malformed:  # msgpack raises a family of types for malformed input
+        raise FrameError(f"is not msgpack ({type(malformed).__name__})", "frame.error") from None
+    if not isinstance(fields, tuple) or len(fields) != 2:
+        raise FrameError("must be a kind and an error's dictionary", "frame.error")
+    kind, wire = fields
+    if type(kind) is not str or not 0 < len(kind) <= 256:
+        raise FrameError(
+            f"must be a string of 1 to 256 characters (given: {shown(kind)})", "frame.error_kind"
+        )
+    if not isinstance(wire, dict) or set(wire) != _ERROR_KEYS:
         raise FrameError("must be an error's dictionary", "frame.error")
     if type(wire["code"]) is not str or wire["code"] not in set(Code):
         raise FrameError(f"unknown code {shown(wire['code'])}", "frame.error.code")
@@ -298,10 +308,3 @@ def _decode_error(header: tuple[Any, ...], payload: memoryview) -> ErrorFrame:
 def _is_wait(value: Any) -> bool:
     # NaN compares false.
     return type(value) in (int, float) and 0 <= value <= MAX_RETRY_AFTER_S
-
-
-_DECODERS: dict[int, Callable[[tuple[Any, ...], memoryview], Frame]] = {
-    FrameKind.DISPATCH: _decode_dispatch,
-    FrameKind.ROWS: _decode_rows,
-    FrameKind.ERROR: _decode_error,
-}

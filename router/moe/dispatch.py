@@ -33,7 +33,6 @@ from cluster.errors import (
 from cluster.placement.placement import Placement
 from cluster.transport.base import Call, CallFailure, Outcome, PendingCalls, Transport
 from cluster.wire.frames import (
-    ROWS_HEADER,
     DispatchFrame,
     ErrorFrame,
     RowsFrame,
@@ -260,7 +259,6 @@ class Dispatcher:
         # All parts' rows are gathered at once; each part's rows are a stretch of them.
         rows = gather(layer.rows, ordered, layer.k)
         row_bytes = len(rows) // len(ordered)
-        same = placement.epoch, placement.version, self._model, layer.layer_id
         hidden_size = layer.rows.shape[1]
         hurried: list[_Sent] = []
         patient: list[_Sent] = []
@@ -270,12 +268,16 @@ class Dispatcher:
             end = begin + len(pairs) * row_bytes
             frame = DispatchFrame(
                 next(self._request_ids),
-                *same,
+                len(pairs),
+                hidden_size,
+                placement.epoch,
+                placement.version,
+                now_s + (hurried_s if has_other else timeout_s),
+                layer.layer_id,
+                self._model,
                 expert_ids,
                 counts,
                 layer.dtype,
-                hidden_size,
-                now_s + (hurried_s if has_other else timeout_s),
                 rows[begin:end],
                 layer.traceparent,
             )
@@ -341,8 +343,8 @@ class Dispatcher:
             return self._damaged(part, error)
         if isinstance(answer, ErrorFrame):
             return self._refused(layer, part, answer)
-        expected = (sent.request_id, sent.dtype, len(part.pairs), sent.hidden_size)
-        if not isinstance(answer, RowsFrame) or answer[:ROWS_HEADER] != expected:
+        expected = (sent.request_id, sent.num_rows, sent.hidden_size, sent.dtype)
+        if not isinstance(answer, RowsFrame) or answer[:-1] != expected:
             return self._damaged(part, "the answer is not the call's")
         layer.received.append(Received(part.pairs, joined(answer.rows)))
         return True

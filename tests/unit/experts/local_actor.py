@@ -69,6 +69,7 @@ def frame_of(
         encode(
             DispatchFrame(
                 request_id=request_id,
+                num_rows=len(rows),
                 epoch=1,
                 placement_version=1,
                 model="m",

@@ -246,7 +246,7 @@ def test_experts_are_let_go_after_the_batch_under_way(
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"garbage", b"\xc1", b"".join(encode(RowsFrame(1, "float32", 1, 1, (bytes(4),))))]
+    "data", [b"", b"garbage", b"\xc1", b"".join(encode(RowsFrame(1, 1, 1, "float32", (bytes(4),))))]
 )
 def test_what_is_no_dispatch_frame_is_answered_by_a_frame_error(
     make: Callable[..., Actor], data: bytes

@@ -96,6 +96,7 @@ def frame_of(
     index = [i for rows_ in pairs.values() for i in rows_]
     return DispatchFrame(
         request_id=request_id,
+        num_rows=len(index),
         epoch=1,
         placement_version=1,
         model=MODEL,
@@ -419,7 +420,7 @@ def test_an_expert_gets_its_rows_in_the_order_in_which_transformers_computes_the
     layers(0, hidden_states, ids, weights)
     seen: dict[int, torch.Tensor] = {}
     for frame in transport.frames:
-        rows = from_bytes(frame.rows, frame.dtype, frame.num_pairs, frame.hidden_size)
+        rows = from_bytes(frame.rows, frame.dtype, frame.num_rows, frame.hidden_size)
         parts = rows.split(list(frame.num_tokens_per_expert))
         seen |= dict(zip(frame.expert_ids, parts, strict=True))
     assert sorted(seen) == list(range(8))

@@ -254,6 +254,7 @@ def bank_of(*experts: GatedFfnWeights, act: object = functional.silu) -> ExpertB
 def frame_of(counts: dict[int, int], rows: torch.Tensor, request_id: int = 1) -> DispatchFrame:
     frame = DispatchFrame(
         request_id=request_id,
+        num_rows=len(rows),
         epoch=1,
         placement_version=1,
         model="m",

@@ -53,6 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def frame_of(layer_id: int, expert_id: int, num_rows: int, request_id: int = 1) -> DispatchFrame:
     return DispatchFrame(
         request_id=request_id,
+        num_rows=num_rows,
         epoch=1,
         placement_version=1,
         model="m",

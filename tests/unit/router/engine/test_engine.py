@@ -93,7 +93,7 @@ def test_a_prompt_longer_than_the_step_budget_is_prefilled_in_chunks(
     cluster = LocalCluster(folder, limits=Limits(4, 16, 16))
     prompt = prompt_of(120, 3)
     [[event]] = cluster.generate(greedy_request("r", prompt, 8))
-    assert max(frame.num_pairs for frame in cluster.transport.frames) <= 16 * 2
+    assert max(frame.num_rows for frame in cluster.transport.frames) <= 16 * 2
     assert list(event.token_ids) == expected_tokens(oracle, prompt, 8)
     cluster.close()
 

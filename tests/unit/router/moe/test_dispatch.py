@@ -73,7 +73,7 @@ def test_tokens_do_not_depend_on_the_copies_and_the_actors_share_the_work(
     rows: Counter[str] = Counter()
 
     def count(call: Call, number: int) -> None:
-        rows[call.actor_id] += cluster.transport.frames[-1].num_pairs
+        rows[call.actor_id] += cluster.transport.frames[-1].num_rows
 
     cluster.transport.fail = count
     assert tokens_of(cluster) == expected
@@ -176,7 +176,7 @@ def test_only_the_failed_actors_rows_are_sent_again(cluster: LocalCluster) -> No
     sent: list[tuple[str, int]] = []
 
     def fail(call: Call, number: int) -> CallFailure | None:
-        sent.append((call.actor_id, cluster.transport.frames[-1].num_pairs))
+        sent.append((call.actor_id, cluster.transport.frames[-1].num_rows))
         return CallFailure.DIED if call.actor_id == "a0" else None
 
     cluster.transport.fail = fail
