@@ -8,13 +8,13 @@ import sys
 import sysconfig
 from collections.abc import Collection
 from contextlib import suppress
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import deploy
+from router.serve.options import completed
 
 DEPLOYED = Path(deploy.__file__).parent / "cluster.yaml"
 OWN_PORTS = (
@@ -50,15 +50,19 @@ _INTERRUPTIBLE = (
 
 
 def serve_command(file: Path) -> list[str]:
-    """Return ``serve run`` of a file on a Ray of its own, which Ctrl-C ends wherever it runs.
+    """Return ``serve run`` of a file on a Ray of its own, which Ctrl-C ends wherever it runs."""
+    return interruptible("serve", "run", "-a", "local", str(file))
+
+
+def interruptible(program: str, *words: str) -> list[str]:
+    """Return a command of this Python's environment that Ctrl-C ends wherever it runs.
 
     A shell's background commands ignore it, and so do theirs. A process in between restores it: a
     ``preexec_fn`` makes a real fork of this one, and gRPC does not take forks well while it has
     channels open (https://github.com/grpc/grpc/issues/43055).
     """
-    serve = Path(sysconfig.get_path("scripts")) / "serve"
-    run = [str(serve), "run", "-a", "local", str(file)]
-    return [sys.executable, "-S", "-c", _INTERRUPTIBLE, *run]
+    path = Path(sysconfig.get_path("scripts")) / program
+    return [sys.executable, "-S", "-c", _INTERRUPTIBLE, str(path), *words]
 
 
 def free_ports(count: int, apart_from: Collection[int] = ()) -> list[int]:
@@ -91,18 +95,20 @@ def free_range() -> range:
 def shipped_document(http_port: int, grpc_port: int) -> dict[str, Any]:
     """Return the deployment file with these ports, and free ones for all that Serve opens."""
     document: dict[str, Any] = yaml.safe_load(DEPLOYED.read_text(encoding="utf-8"))
-    document["http_options"]["port"] = http_port
-    document["grpc_options"]["port"] = grpc_port
-    variables = document["controller_options"]["runtime_env"]["env_vars"]
     own_ports = free_ports(len(OWN_PORTS), (http_port, grpc_port))
-    variables |= zip(OWN_PORTS, map(str, own_ports), strict=True)
     gateways = free_range()
-    variables["RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT"] = str(gateways[0])
-    variables["RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT"] = str(gateways[-1])
+    variables = {
+        **dict(zip(OWN_PORTS, map(str, own_ports), strict=True)),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(gateways[0]),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(gateways[-1]),
+    }
+    document["http_options"]["port"] = http_port
+    document["grpc_options"] = {"port": grpc_port}
+    document["controller_options"] = {"runtime_env": {"env_vars": variables}}
     return document
 
 
 def serve_options(http_port: int, grpc_port: int) -> dict[str, Any]:
     """Return the arguments of ``serve.start`` that make it serve as the deployment file does."""
-    document = shipped_document(http_port, grpc_port)
-    return deepcopy({key: document[key] for key in SERVE_KEYS})
+    document = completed(shipped_document(http_port, grpc_port))
+    return {key: document[key] for key in SERVE_KEYS}

@@ -32,6 +32,7 @@ from ray import serve
 from benchmarks.common import Figure, finish, machine, output_options, progress, show
 from benchmarks.shipped import free_ports, serve_command, shipped_document
 from router.ops.startup.announce import Endpoint, why_not_ready
+from router.serve.options import completed
 
 MODEL = "mesh-tiny"
 ROUNDS = 3
@@ -129,7 +130,7 @@ def start_alone() -> Start:
     """Start the application of one line, with the same options of Serve."""
     http, grpc = free_ports(2)
     application = {"name": "hello", "route_prefix": "/", "import_path": "benchmarks.start:hello"}
-    document = shipped_document(http, grpc) | {"applications": [application]}
+    document = completed(shipped_document(http, grpc)) | {"applications": [application]}
 
     def answers() -> bool:
         try:

@@ -33,23 +33,39 @@ def schema(
 
 
 @config.command()
+def new() -> None:
+    """Print a whole deployment file of the bundled model, with all that Serve is told.
+
+    Example: expertmesh config new > my.yaml
+
+    `expertmesh serve` needs no more of a file than `applications`, and fills in the rest. A whole
+    file is for other ways of starting Serve, such as KubeRay, and for changes of Serve's settings.
+    """
+    from router.serve.options import starter_text
+
+    write(starter_text())
+
+
+@config.command()
 def show(
     file: Annotated[Path, typer.Argument(help="A deployment file, as `serve run` takes it.")],
     as_json: AsJson = False,
 ) -> None:
-    """Print a deployment file with every default of its args filled in.
+    """Print a deployment file with every default filled in: of its args, and of Serve's part.
 
     Example: expertmesh config show deploy/cluster.yaml
 
-    What is printed is a deployment file itself and means the same. Checkpoints are not looked at;
-    `expertmesh check` does.
+    The output is a deployment file itself, the one that `expertmesh serve FILE` serves on a Ray of
+    its own. Checkpoints are not looked at; `expertmesh check` does.
     """
     from router.config import parse_deployment, read_document
+    from router.ops.doctor.probe import completed_here
 
     document = read_document(file)
     parsed = parse_deployment(document, file)
     for application, (_, args) in zip(document["applications"], parsed, strict=True):
         application["args"] = args.effective()
+    document = completed_here(document)
     if as_json:
         write_json(document, indent=2)
     else:

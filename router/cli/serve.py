@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
@@ -27,7 +26,7 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve a deployment file until Ctrl-C, as `serve run FILE` does.
+    """Serve a deployment file until Ctrl-C, with all that the file leaves out of Serve's part.
 
     Example: expertmesh serve deploy/cluster.yaml
     """
@@ -35,24 +34,23 @@ def serve(
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         fail(f"{path}: {what}; a deployment file is needed, as deploy/cluster.yaml", BAD_USAGE)
-    # Serve's command shows no more than a stack for what is no YAML.
     from router.config import load_deployment
+    from router.ops.startup.preflight import attend
 
-    load_deployment(path)
-    words = [PROGRAM, "run", *([] if ray_address is None else ["--address", ray_address])]
-    # By its command line our module inside Serve's command knows what is run:
-    # router/ops/startup/preflight.py.
-    sys.argv = [*words, str(path)]
-    _run_serve(path)
+    load_deployment(path)  # Serve's command shows no more than a stack for what is no YAML
+    address = [] if ray_address is None else ["--address", ray_address]
+    command_line = [PROGRAM, "run", *address, str(path)]
+    attend(command_line, path)
+    _run_serve(path, command_line)
 
 
-def _run_serve(path: Path) -> None:
+def _run_serve(path: Path, command_line: list[str]) -> None:
     import click
     from pydantic import ValidationError
 
     [command] = entry_points(group="console_scripts", name=PROGRAM)
     try:
-        command.load().main(sys.argv[1:], prog_name=PROGRAM, standalone_mode=False)
+        command.load().main(command_line[1:], prog_name=PROGRAM, standalone_mode=False)
     except click.Abort:  # Ctrl-C before Serve minds it itself
         raise KeyboardInterrupt from None
     except ValidationError as error:

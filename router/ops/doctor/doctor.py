@@ -229,7 +229,7 @@ def check_haproxy(is_wanted: bool, binary: Path | str | None) -> Check:
     if binary is not None:
         return Check("haproxy", "ok", str(binary))
     if not is_wanted:
-        return Check("haproxy", "ok", "none here; the file does not ask for it")
+        return Check("haproxy", "ok", "none here: Serve's own proxy listens, more slowly")
     return Check(
         "haproxy",
         "problem",

@@ -10,7 +10,8 @@ from typing import Any
 
 import psutil
 
-HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
+from router.serve.options import HAPROXY, serve_variables
+
 _EVERYWHERE = ""
 _VARIABLES = "controller_options.runtime_env.env_vars"
 # Serve's own defaults; what is under env_vars overrides them.
@@ -38,12 +39,6 @@ class TakenPort:
 
     port: Port
     reason: str
-
-
-def serve_variables(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the environment variables that a deployment file gives to Serve's controller."""
-    runtime_env = (document.get("controller_options") or {}).get("runtime_env") or {}
-    return runtime_env.get("env_vars") or {}
 
 
 def ports_of(document: Mapping[str, Any]) -> list[Port]:

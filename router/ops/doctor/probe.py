@@ -17,19 +17,19 @@ from pathlib import Path
 from shutil import which
 from typing import Any
 
-import yaml
 from packaging.requirements import Requirement
 
 from cluster.errors import CheckpointMissingError, ExpertMeshError
 from experts.checkpoint.checkpoint import resolve_folder
-from router.config import AppConfig, load_deployment
+from router.config import AppConfig, parse_deployment, read_document
 from router.ops.doctor import doctor, machine
 from router.ops.doctor.doctor import Check, Devices, Installed
 from router.ops.doctor.needs import Needs, needs_of
-from router.ops.doctor.ports import HAPROXY, ports_of, serve_variables, taken_ports
+from router.ops.doctor.ports import ports_of, taken_ports
 from router.ops.doctor.running_ray import look_at, raylets, target_of, temp_folder
 from router.ops.plan.plan import PlannedModel
 from router.ops.plan.source import find_model
+from router.serve.options import HAPROXY, completed, serve_variables
 from router.served import check_file
 
 TORCH_TIMEOUT_S = 60.0
@@ -41,7 +41,7 @@ print(json.dumps([torch.cuda.get_device_name(i) for i in range(torch.cuda.device
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A deployment file, and the models of its applications by id."""
+    """A completed deployment file, and the models of its applications by id."""
 
     document: Mapping[str, Any]
     applications: tuple[tuple[AppConfig, dict[str, PlannedModel]], ...]
@@ -63,11 +63,13 @@ class Deployment:
         return sum(pool.actors * pool.num_gpus for pool in pools)
 
 
-def read_deployment(file: Path) -> Deployment:
+def read_deployment(file: Path, joins: bool = False) -> Deployment:
     """Read a deployment file that has been checked, and the sizes of its models.
 
-    Raises :class:`CheckpointMissingError` when this machine does not have one of them.
+    Serve's part of it is filled in; ``joins`` says that it is for a Ray cluster that runs. Raises
+    :class:`CheckpointMissingError` when this machine does not have one of the models.
     """
+    document = read_document(file)
     applications = tuple(
         (
             config,
@@ -76,9 +78,18 @@ def read_deployment(file: Path) -> Deployment:
                 for model in config.models
             },
         )
-        for _, config in load_deployment(file)
+        for _, config in parse_deployment(document, file)
     )
-    return Deployment(yaml.safe_load(file.read_text(encoding="utf-8")), applications)
+    return Deployment(completed_here(document, joins), applications)
+
+
+def completed_here(document: Mapping[str, Any], joins: bool = False) -> dict[str, Any]:
+    """Return a file's document with Serve's part filled in, for a command of this machine.
+
+    Another machine of a Linux cluster is taken to have HAProxy, of which ray[serve] brings one.
+    """
+    has_haproxy = find_haproxy(document) is not None or (joins and sys.platform == "linux")
+    return completed(document, joins=joins, has_haproxy=has_haproxy)
 
 
 def find_haproxy(document: Mapping[str, Any]) -> str | None:
@@ -102,8 +113,8 @@ def checks_of_a_start(deployment: Deployment, variables: Mapping[str, str]) -> l
 
 def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> list[Check]:
     """Look at everything, for ``expertmesh doctor``; without a file at this machine alone."""
-    deployment, checks = _file(file)
     target = target_of(None, variables)
+    deployment, checks = _file(file, joins=target is not None)
     running = None if target is None else look_at(target)
     found = [
         *doctor.check_versions(find_installed()),
@@ -132,12 +143,12 @@ def _is_importable(module: str) -> bool:
     return True
 
 
-def _file(file: Path | None) -> tuple[Deployment | None, list[Check]]:
+def _file(file: Path | None, joins: bool) -> tuple[Deployment | None, list[Check]]:
     if file is None:
         return None, []
     try:
         lines = check_file(file)
-        return read_deployment(file), [Check("file", "ok", "; ".join(lines))]
+        return read_deployment(file, joins), [Check("file", "ok", "; ".join(lines))]
     except CheckpointMissingError as error:
         advice = "Well if another machine of the cluster has it. Else mend the path."
         return None, [Check("file", "warning", str(error), advice)]

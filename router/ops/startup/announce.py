@@ -15,12 +15,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
-from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
@@ -70,15 +68,14 @@ def endpoints(document: Mapping[str, Any]) -> list[Endpoint]:
 
 
 def announce(
-    file: Path, say: Callable[[str], None], console: Console | None = None
+    document: Mapping[str, Any], say: Callable[[str], None], console: Console | None = None
 ) -> list[threading.Thread]:
-    """Tell ``say`` of each application of a checked file once it is ready; returns at once.
+    """Tell ``say`` of each application of a checked, completed file once it is ready.
 
-    Also told is, once, what is missing after :data:`LONG_S`. A ``console`` at a terminal has a bar
-    meanwhile that shows how far actors are with loading; elsewhere the controller's lines tell it.
-    The threads end with the process.
+    Returns at once. Also told is, once, what is missing after :data:`LONG_S`. A ``console`` at a
+    terminal has a bar meanwhile that shows how far actors are with loading; elsewhere the
+    controller's lines tell it. The threads end with the process.
     """
-    document = yaml.safe_load(file.read_text(encoding="utf-8"))
     threads = [
         threading.Thread(target=_tell, args=(endpoint, say, console), name="announce", daemon=True)
         for endpoint in endpoints(document)

@@ -1,31 +1,35 @@
-"""Checks a deployment file inside ``serve run`` and ``serve deploy``, before Ray starts.
+"""Checks and completes a deployment file inside ``serve run`` and ``serve deploy``.
 
 Serve builds an application in a task of the cluster, long after the command has told the user that
 all is well, and ``serve run`` does not end when that fails. But while the command reads its file,
 it imports the class that a ``request_router_config`` names. Our files name the one below (Serve's
-own default), so that importing this module checks the whole file in the command's own process: a
-bad one ends the command with one line and status 2, and a ``serve run`` of a good one tells when it
-is ready. Everywhere else importing this does nothing.
+own default), so that importing this module attends the command in its own process, before Ray
+starts: a bad file ends the command with one line and status 2, Serve is started by the completed
+file (:mod:`router.serve.options`), and a ``serve run`` tells when it is ready. ``expertmesh serve``
+does the same for a file that names no class. Everywhere else importing this does nothing.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 from rich.console import Console
 
 from cluster.errors import CheckpointMissingError, ExpertMeshError
+from router.config import read_document
 from router.ops.doctor.doctor import Check, check_ray
-from router.ops.doctor.probe import checks_of_a_start, read_deployment
+from router.ops.doctor.probe import checks_of_a_start, completed_here, read_deployment
 from router.ops.doctor.running_ray import Target, look_at, target_of
 from router.ops.startup.announce import announce
+from router.ops.startup.completion import complete_sent_file, start_serve_with
 from router.ops.startup.leftovers import end_with_this_process
+from router.serve.options import HAPROXY, serve_variables
 from router.served import check_file
 
 __all__ = ["PowerOfTwoChoicesRequestRouter"]
@@ -58,15 +62,36 @@ def given_address(argv: Sequence[str]) -> str | None:
     return None
 
 
-def check_command_line(argv: Sequence[str]) -> None:
-    """Exit with status 2 and one line on stderr when the command cannot do what it is to do.
+def attend(argv: Sequence[str], file: Path | None = None) -> None:
+    """Check the file of a ``serve run`` or ``serve deploy``, and have Serve started by it.
 
-    Its deployment file is checked and, for ``serve run``, what would keep Serve from starting:
-    Serve would wait for ever, say so in a log alone, or print a stack.
+    The ``file`` is found in the command line if it is not given; does nothing for other command
+    lines. A ``serve run`` also says when it is ready, and leaves
+    nothing of a Ray that it starts: see :mod:`router.ops.startup.announce` and
+    :mod:`router.ops.startup.leftovers`.
     """
-    file = deployment_file(argv)
-    if file is None:
+    document = checked_document(argv, file)
+    if document is None:
         return
+    if argv[1] == "deploy":
+        complete_sent_file(HAPROXY in serve_variables(document))
+        return
+    start_serve_with(document)
+    announce(document, partial(print, flush=True), Console())
+    if _target(argv) is None:
+        end_with_this_process()
+
+
+def checked_document(argv: Sequence[str], file: Path | None = None) -> Mapping[str, Any] | None:
+    """Return a command's deployment file, completed, once nothing keeps it from being served.
+
+    Otherwise exits with status 2 and one line on stderr. ``None`` for other command lines. For a
+    ``serve run`` that starts a Ray this machine is looked at too: Serve would wait for ever, say so
+    in a log alone, or print a stack.
+    """
+    file = file or deployment_file(argv)
+    if file is None:
+        return None
     target = _target(argv)
     starts_ray = argv[1] == "run" and target is None
     try:
@@ -75,13 +100,17 @@ def check_command_line(argv: Sequence[str]) -> None:
         # Only a node of the cluster needs it, and this machine need not even be one.
         if starts_ray:
             _end(f"{error} (if another machine of a cluster has it: serve run --address=auto)")
-        print(f"expertmesh: {error}; the cluster looks for it on its nodes", file=sys.stderr)
+        _warn(f"{error}; the cluster looks for it on its nodes")
     except ExpertMeshError as error:
         _end(str(error))
+    document = completed_here(read_document(file), joins=not starts_ray)
     if starts_ray:
         _end_at_a_problem(checks_of_a_start(read_deployment(file), os.environ))
     elif target is not None:
         _end_at_a_problem([check_ray(look_at(target), ())])
+    if HAPROXY not in serve_variables(document):
+        _warn("there is no HAProxy here: Serve's own proxy listens, more slowly")
+    return document
 
 
 def _target(argv: Sequence[str]) -> Target | None:
@@ -96,22 +125,12 @@ def _end_at_a_problem(checks: Sequence[Check]) -> None:
 
 
 def _end(message: str) -> NoReturn:
-    print(f"expertmesh: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    _warn(message)
     sys.exit(EXIT_BAD_CONFIG)
 
 
-def attend_command_line(argv: Sequence[str]) -> None:
-    """Have a ``serve run`` say when it is ready, and leave nothing of a Ray that it starts.
-
-    See :mod:`router.ops.startup.announce` and :mod:`router.ops.startup.leftovers`.
-    """
-    file = deployment_file(argv)
-    if file is None or argv[1] != "run":
-        return
-    announce(file, partial(print, flush=True), Console())
-    if _target(argv) is None:
-        end_with_this_process()
+def _warn(message: str) -> None:
+    print(f"expertmesh: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
-check_command_line(sys.argv)
-attend_command_line(sys.argv)
+attend(sys.argv)

@@ -312,6 +312,7 @@ COMMANDS = [
     "check",
     "plan",
     "doctor",
+    "config new",
     "config schema",
     "config show",
 ]

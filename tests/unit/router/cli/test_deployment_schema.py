@@ -13,11 +13,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from benchmarks.shipped import SERVE_KEYS
 from router.cli.app import app
 from router.config import load_deployment
+from router.serve.options import completed
 
 DEPLOY = Path(__file__).resolve().parents[4] / "deploy"
-FILES = sorted(DEPLOY.glob("*.yaml"))
+FILES = [file for file in sorted(DEPLOY.glob("*.yaml")) if file.name != "base.yaml"]
 FULL = {
     "models": [{"id": "a", "path": "/a", "dtype": "bfloat16", "max_model_len": 2}],
     "experts": {"actors": 3, "tls": {"certificate": "c", "key": "k", "authority": "a"}},
@@ -116,11 +118,21 @@ def test_what_is_shown_is_a_file_that_means_the_same(
     again = tmp_path / "again.yaml"
     again.write_text(shown)
     assert load_deployment(again) == load_deployment(file)
-    original = yaml.safe_load(file.read_text())
+    original = completed(yaml.safe_load(file.read_text()))
     for one in (document, original):
         for application in one["applications"]:
             del application["args"]
     assert document == original
+
+
+def test_a_new_file_is_one_that_shows_as_itself(tmp_path: Path, whole: dict[str, Any]) -> None:
+    new = tmp_path / "my.yaml"
+    new.write_text(run("new"))
+    document = yaml.safe_load(new.read_text())
+    assert is_valid(document, whole)
+    assert load_deployment(new) == load_deployment(DEPLOY / "cluster.yaml")
+    shown = yaml.safe_load(run("show", str(new)))
+    assert {key: shown[key] for key in SERVE_KEYS} == {key: document[key] for key in SERVE_KEYS}
 
 
 def test_every_default_is_shown() -> None:

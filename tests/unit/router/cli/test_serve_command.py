@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,17 @@ class FakeServe:
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
         self.told: list[list[str]] = []
+        self.attended: list[tuple[list[str], str]] = []
+        """The command lines whose files were checked and completed before."""
+
+    def attend(self, command_line: list[str], file: Path) -> None:
+        self.attended.append((command_line, str(file)))
 
     def load(self) -> FakeServe:
         return self
 
     def main(self, args: list[str], **options: Any) -> None:
         self.told.append([*args])
-        assert sys.argv == ["serve", *args]
         assert options == {"prog_name": "serve", "standalone_mode": False}
         if self.error is not None:
             raise self.error
@@ -45,7 +48,7 @@ def run(monkeypatch: pytest.MonkeyPatch, serve: FakeServe, *args: str) -> Result
         return [serve]
 
     monkeypatch.setattr(module, "entry_points", entry_points)
-    monkeypatch.setattr(sys, "argv", ["expertmesh", "serve", *args])
+    monkeypatch.setattr("router.ops.startup.preflight.attend", serve.attend)
     return CliRunner().invoke(app, ["serve", *args])
 
 
@@ -63,6 +66,7 @@ def test_serves_command_is_run_on_the_file_or_the_bundled_one(
     serve = FakeServe()
     result = run(monkeypatch, serve, *args)
     assert (result.exit_code, serve.told) == (0, [expected])
+    assert serve.attended == [(["serve", *expected], expected[-1])]
 
 
 def test_what_is_run_is_the_serve_command_of_ray() -> None:

@@ -18,20 +18,21 @@ from router.ops.doctor import machine, probe, running_ray
 from router.ops.doctor.doctor import Check
 from router.ops.doctor.ports import Port, ports_of, taken_ports
 from router.ops.doctor.running_ray import RunningRay, Target, judged, look_at, target_of
+from router.serve.options import HAPROXY, completed, serve_variables
 
 HERE = {"RAY_TMPDIR": "/nowhere"}
 
 
 def test_the_shipped_file_opens_the_ports_that_the_readme_tells() -> None:
-    ports = ports_of(yaml.safe_load(DEPLOYED.read_text(encoding="utf-8")))
+    ports = ports_of(completed(yaml.safe_load(DEPLOYED.read_text(encoding="utf-8"))))
     assert {port.number for port in ports} == {8000, 9000, 8404, 9101, 8500, 9500}
     assert {port.host for port in ports[:2]} == {"127.0.0.1"}
-    document = shipped_document(1111, 2222)
+    document = completed(shipped_document(1111, 2222))
     numbers = [port.number for port in ports_of(document)]
-    variables = document["controller_options"]["runtime_env"]["env_vars"]
+    variables = serve_variables(document)
     assert numbers[:2] == [1111, 2222]
     assert {str(number) for number in numbers[2:]} <= set(variables.values())
-    del variables["RAY_SERVE_ENABLE_HA_PROXY"]
+    del variables[HAPROXY]
     assert [port.number for port in ports_of(document)] == [1111, 2222]
     assert [port.number for port in ports_of({})] == [8000, 9000]
 

@@ -18,14 +18,15 @@ from rich.console import Console
 from cluster.reports import LoadingStatus
 from router.ops.startup import announce
 from router.ops.startup.announce import Endpoint, LoadingBar, endpoints, why_not_ready
+from router.serve.options import completed
 
 DEPLOY = Path(__file__).parents[5] / "deploy"
 LIMIT_S = 20.0
 
 
 def document(**http_options: Any) -> dict[str, Any]:
-    """Return the deployment file, with these HTTP options."""
-    told: dict[str, Any] = yaml.safe_load((DEPLOY / "cluster.yaml").read_text(encoding="utf-8"))
+    """Return the deployment file, completed, with these HTTP options."""
+    told = completed(yaml.safe_load((DEPLOY / "cluster.yaml").read_text(encoding="utf-8")))
     told["http_options"] |= http_options
     return told
 
@@ -138,17 +139,15 @@ def test_nobody_there_is_a_reason_too(serving: list[Gateway]) -> None:
 
 
 def test_one_line_is_said_once_all_is_there(
-    serving: list[Gateway], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serving: list[Gateway], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(announce, "POLL_S", 0.01)
     monkeypatch.setattr(announce, "LOG_DELAY_S", 0.0)
     monkeypatch.setattr(announce, "LONG_S", 0.0)
     serving.append(Gateway([(404, b""), *[missing(2)] * 5, (200, b"{}")]))
     port = serving[0].port
-    file = tmp_path / "cluster.yaml"
-    file.write_text(yaml.safe_dump(document(port=port)), encoding="utf-8")
     said: Queue[str] = Queue()
-    [thread] = announce.announce(file, said.put)
+    [thread] = announce.announce(document(port=port), said.put)
     thread.join(LIMIT_S)
     assert not thread.is_alive()
     lines = [said.get_nowait() for _ in range(said.qsize())]

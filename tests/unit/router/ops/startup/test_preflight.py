@@ -20,7 +20,8 @@ from router.ops.doctor import probe
 from router.ops.doctor.machine import Memory
 from router.ops.doctor.running_ray import RunningRay, Target
 from router.ops.startup import preflight
-from router.ops.startup.preflight import check_command_line, deployment_file, given_address
+from router.ops.startup.preflight import checked_document, deployment_file, given_address
+from router.serve.options import HAPROXY, completed, serve_variables
 
 DEPLOY = Path(deploy.__file__).parent
 MODEL = {"id": "a", "path": "models/mesh-tiny"}
@@ -52,7 +53,7 @@ def own_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Return the one line with which a command line is refused."""
     with pytest.raises(SystemExit) as caught:
-        check_command_line(argv)
+        checked_document(argv)
     assert caught.value.code == 2
     output = capsys.readouterr()
     assert output.out == ""
@@ -109,15 +110,16 @@ def test_a_bad_file_ends_the_serve_command_with_one_line(
 def test_other_programs_are_left_alone(
     bad_file: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check_command_line([*words, str(bad_file)])
+    checked_document([*words, str(bad_file)])
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_good_file_lets_the_serve_command_go_on(
+def test_a_good_file_lets_the_serve_command_go_on_with_all_of_serves_part(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check_command_line(["serve", "run", str(file)])
+    document = checked_document(["serve", "run", str(file)])
     assert capsys.readouterr() == ("", "")
+    assert document == completed(yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_an_address_file_of_a_ray_that_is_gone_ends_the_command_at_once(
     line = refusal(["serve", "run", str(file)], capsys)
     assert f"127.0.0.1:{nobody} (named by {named}) does not answer (Connection refused)" in line
     assert "`ray stop`" in line
-    check_command_line(["serve", "run", "-a", "local", str(file)])  # which does as it was told
+    checked_document(["serve", "run", "-a", "local", str(file)])  # which does as it was told
 
 
 def test_a_ray_of_another_version_ends_the_command(
@@ -211,7 +213,7 @@ def test_a_model_that_only_the_cluster_has_is_the_clusters_to_find(
 ) -> None:
     monkeypatch.setattr(preflight, "look_at", lambda target: RunningRay(target, ""))
     file = str(nowhere_file)
-    check_command_line(["serve", *(file if word == "FILE" else word for word in words)])
+    checked_document(["serve", *(file if word == "FILE" else word for word in words)])
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("expertmesh: ")
     assert line.endswith("nowhere: no such folder; the cluster looks for it on its nodes")
@@ -236,18 +238,31 @@ def no_haproxy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_haproxy_the_file_that_asks_for_it_is_refused_with_one_line(
     no_haproxy: None, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = refusal(["serve", "run", str(file)], capsys)
+    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    serve_variables(document)[HAPROXY] = "1"
+    line = refusal(["serve", "run", str(write(file, document))], capsys)
     assert "haproxy: there is none here" in line
     assert "leave out RAY_SERVE_ENABLE_HA_PROXY" in line
 
 
-def test_without_haproxy_a_file_without_that_line_is_fine(
+def test_without_haproxy_a_file_that_says_nothing_of_it_is_served_without(
     no_haproxy: None, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    document = checked_document(["serve", "run", str(file)])
+    assert HAPROXY not in serve_variables(document)
+    assert serve_variables(document)["RAY_SERVE_LOG_TO_STDERR"] == "0"
+    output = capsys.readouterr()
+    assert output.out == ""
+    [line] = output.err.splitlines()
+    assert line == "expertmesh: there is no HAProxy here: Serve's own proxy listens, more slowly"
+
+
+@pytest.mark.parametrize("wanted", ["0", "1"])
+def test_what_a_file_says_of_haproxy_is_left_as_it_is(file: Path, wanted: str) -> None:
     document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    del document["controller_options"]["runtime_env"]["env_vars"]["RAY_SERVE_ENABLE_HA_PROXY"]
-    check_command_line(["serve", "run", str(write(file, document))])
-    assert capsys.readouterr() == ("", "")
+    serve_variables(document)[HAPROXY] = wanted
+    checked = checked_document(["serve", "run", str(write(file, document))])
+    assert serve_variables(checked)[HAPROXY] == wanted
 
 
 @pytest.mark.parametrize("words", [["--address=ray://head:10001"], ["-a", "ray://head:10001"]])
@@ -266,7 +281,7 @@ def test_of_a_cluster_that_is_there_only_whether_it_answers_is_asked(
 
     monkeypatch.setattr(preflight, "look_at", fine)
     monkeypatch.setattr(probe.machine, "memory", lambda: Memory(1, 1))
-    check_command_line(["serve", "run", str(file), *words])
+    checked_document(["serve", "run", str(file), *words])
     assert capsys.readouterr() == ("", "")
     assert asked == [Target("ray://head:10001", "--address")]
 
