@@ -6,7 +6,9 @@ controller creates the expert actors. Everything is checked before anything is d
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
@@ -22,6 +24,8 @@ from router.gateway.limits import RETRY_AFTER_S
 from router.serve.autoscaling import replica_options
 from router.serve.controller import ControllerDeployment
 from router.serve.gateway import Gateway
+from router.serve.instance import warn_and_quieten
+from router.serve.options import replica_variables
 from router.serve.router import RouterDeployment
 from router.served import ServedModel, inspect_models, pool_specs
 
@@ -45,6 +49,7 @@ def build(args: dict[str, Any]) -> Application:
     commands ``serve run`` and ``serve deploy`` have found it before
     (:mod:`router.ops.startup.preflight`).
     """
+    warn_and_quieten()
     return application(args)
 
 
@@ -92,9 +97,14 @@ def _controller(controller_class: type[ControllerDeployment]) -> Any:
         name="Controller",
         num_replicas=1,
         max_ongoing_requests=MAX_CONTROL_CALLS,
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": SERVING_ENVIRONMENT}},
+        ray_actor_options={"num_cpus": 0, "runtime_env": _runtime_env(SERVING_ENVIRONMENT)},
         **REPLICA_OPTIONS,
     )(controller_class)
+
+
+def _runtime_env(variables: Mapping[str, str]) -> dict[str, Any]:
+    """Return the environment of a replica, with what Serve was not started with."""
+    return {"env_vars": {**replica_variables(os.environ), **variables}}
 
 
 def _draining(config: AppConfig) -> dict[str, Any]:
@@ -117,7 +127,7 @@ def _router(name: str, config: AppConfig) -> Any:
         max_ongoing_requests=4 * (router.max_batch_size + router.max_queue_requests),
         ray_actor_options={
             "num_cpus": router.num_cpus,
-            "runtime_env": {"env_vars": router_environment(router.threads)},
+            "runtime_env": _runtime_env(router_environment(router.threads)),
         },
         **_draining(config),
     )(RouterDeployment)
@@ -144,7 +154,7 @@ def _gateway(config: AppConfig) -> Any:
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
         ray_actor_options={
             "num_cpus": config.gateway.num_cpus,
-            "runtime_env": {"env_vars": GATEWAY_ENVIRONMENT},
+            "runtime_env": _runtime_env(GATEWAY_ENVIRONMENT),
         },
         **_draining(config),
     )(Gateway)

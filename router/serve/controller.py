@@ -9,9 +9,7 @@ import asyncio
 from dataclasses import replace
 from typing import ClassVar
 
-import ray
 from ray import serve
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.schema import TracingConfig
 
 from cluster.controller.controller import Controller
@@ -21,9 +19,8 @@ from cluster.spec import PoolSpec
 from experts.remote import RemoteExpertActor
 from experts.tracing import EXPORTER_VARIABLE, TO_FILES
 from router.config import AppConfig
+from router.serve.instance import SERVE_TIMEOUT_S, serve_controller
 from router.serve.process import failures_logged, setup_logging
-
-SERVE_TIMEOUT_S = 5.0
 
 
 class ControllerDeployment(Controller):
@@ -64,9 +61,8 @@ async def tracing_environment() -> dict[str, str]:
 
     There are none where Serve itself goes by its variables, which actors inherit too.
     """
-    serves_own = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
     async with asyncio.timeout(SERVE_TIMEOUT_S):
-        config: TracingConfig | None = await serves_own.get_tracing_config.remote()
+        config: TracingConfig | None = await serve_controller().get_tracing_config.remote()
     return {} if config is None else {EXPORTER_VARIABLE: exporter_of(config)}
 
 

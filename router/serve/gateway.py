@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import ray
 from fastapi import FastAPI
@@ -16,6 +17,7 @@ from cluster.reports import ProcessSamples, ProcessStatus
 from router.config import GatewayConfig
 from router.gateway.admin import Admin
 from router.gateway.grpc.handlers import GrpcHandlers
+from router.gateway.grpc.server import GrpcServer
 from router.gateway.grpc.service import GrpcMethods
 from router.gateway.metrics import Metrics
 from router.gateway.models import load_models
@@ -23,8 +25,12 @@ from router.gateway.openai.app import create_app
 from router.gateway.ray_upstream import RayUpstream
 from router.gateway.service import GenerationService
 from router.serve.autoscaling import USE
+from router.serve.instance import own_grpc_address
 from router.serve.process import collector_paused, setup_logging, torch_hidden
 from router.served import ServedModel
+
+MESSAGE_ROOM = 4
+"""A gRPC message up to so many times ``gateway.max_body_bytes`` is read, to be refused by name."""
 
 
 class GatewayReplica(GrpcMethods):
@@ -75,5 +81,25 @@ class GatewayReplica(GrpcMethods):
         return create_app(self.service, self.admin, echoes_request_id=False)
 
 
-Gateway = serve.ingress()(GatewayReplica)
+class ListeningGateway(GatewayReplica):
+    """A gateway that answers gRPC by itself where Serve does not."""
+
+    _grpc_server: GrpcServer | None = None
+
+    async def __init__(self, *args: Any) -> None:  # type: ignore[misc]
+        """Load and start as :class:`GatewayReplica`, and open the gRPC port if it is to."""
+        super().__init__(*args)
+        address = await own_grpc_address()
+        if address is not None:
+            max_message_bytes = MESSAGE_ROOM * self.service.limits.max_body_bytes
+            self._grpc_server = GrpcServer(self, *address, max_message_bytes)
+            self._grpc_server.start()
+
+    async def __del__(self) -> None:
+        """Serve awaits this at a graceful end of the replica, once it knows of no request."""
+        if self._grpc_server is not None:
+            await self._grpc_server.stop(self.service.limits.max_timeout_s)
+
+
+Gateway = serve.ingress()(ListeningGateway)
 """The class that :func:`router.app.build` deploys."""

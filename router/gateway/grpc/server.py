@@ -1,0 +1,115 @@
+"""A gateway's own gRPC server, for a Serve that has none.
+
+Serve opens a gRPC port only where the ``grpc_options`` that it was started with name our services,
+and starts none later. A file of ``applications`` alone names nothing, and ``serve run`` imports
+nothing of ours before it has started Serve. The gateways then listen by themselves: on each machine
+one gateway holds the port, and another takes it over when that gateway ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+
+import grpc
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection
+
+from router.gateway.grpc.handlers import SERVICES
+from router.gateway.grpc.service import GrpcMethods, add_services_to_server
+
+POLL_S = 0.2
+_REFLECTED = (
+    *SERVICES,
+    health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+    reflection.SERVICE_NAME,
+)
+
+logger = logging.getLogger("expertmesh.gateway")
+
+
+class GrpcServer:
+    """Serves a gateway's gRPC methods on a port of its machine, as soon as the port is free."""
+
+    def __init__(self, servicer: GrpcMethods, host: str, port: int, max_message_bytes: int) -> None:
+        """Open nothing yet; ``host`` may be ``0.0.0.0``.
+
+        A longer message than ``max_message_bytes`` ends its call with RESOURCE_EXHAUSTED. The
+        servicer itself refuses with a typed error, so its own limit is lower.
+        """
+        self._servicer = servicer
+        self._host, self._port = host, port
+        self._options = [
+            (
+                "grpc.so_reuseport",
+                0,
+            ),  # or gateways of two applications would get each other's calls
+            ("grpc.max_receive_message_length", max_message_bytes),
+        ]
+        self._server: grpc.aio.Server | None = None
+        self._listening: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Listen from now on, or once the port is free; needs a running event loop.
+
+        Logs why gRPC is not answered: the port is taken, or the server cannot start.
+        """
+        self._listening = asyncio.create_task(self._listen(), name="gRPC server")
+        self._listening.add_done_callback(_log_failure)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls at once, and end those under way after ``grace_s``."""
+        if self._listening is not None:
+            self._listening.cancel()
+            await asyncio.gather(self._listening, return_exceptions=True)
+        if self._server is not None:
+            await self._server.stop(grace_s)
+
+    async def wait_listening(self) -> None:
+        """Return once the port is this gateway's; raises what kept the server from starting."""
+        assert self._listening is not None, "start() comes first"
+        await asyncio.shield(self._listening)
+
+    async def _listen(self) -> None:
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        address, is_logged = f"{host}:{self._port}", False
+        self._server = server = grpc.aio.server(options=self._options)
+        add_services_to_server(self._servicer, server)
+        reflection.enable_server_reflection(_REFLECTED, server)
+        while (reason := _bind(server, self._host, self._port, address)) is not None:
+            if not is_logged:
+                logger.warning(
+                    "gRPC: %s cannot be opened (%s), where another gateway of this machine or "
+                    "another program listens; this gateway answers there once it is free",
+                    address,
+                    reason,
+                )
+                is_logged = True
+            await asyncio.sleep(POLL_S)
+        await server.start()
+        logger.info("gRPC: this gateway answers on %s", address)
+
+
+def _log_failure(listening: asyncio.Task[None]) -> None:
+    error = None if listening.cancelled() else listening.exception()
+    if error is not None:
+        logger.error("gRPC: the server cannot start", exc_info=error)
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int, address: str) -> str | None:
+    """Give a server its port; returns why the port cannot be had now, or ``None``.
+
+    A socket tries first: each failure of gRPC's own writes a line of C++ to the terminal.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.strerror or str(error)
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError as error:  # taken since the socket tried
+        return str(error)
+    return None
