@@ -1,10 +1,12 @@
-"""``serve run`` of the shipped deployment, as a user starts it, on ports of its own."""
+"""``serve run`` and ``expertmesh serve`` of a file, as a user starts them, on ports of its own."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,10 +14,31 @@ import httpx
 import psutil
 import yaml
 
-from benchmarks.shipped import serve_command, shipped_document
-from tests.cluster_fixture import wait_until
+from benchmarks.shipped import interruptible, serve_command, shipped_document
+from router.client import Client
+from tests.cluster_fixture import TINY, greedy, wait_until
 
 READY_S = 90.0
+ASK_S = 60.0
+TEN_LINES = """\
+applications:
+  - name: expertmesh
+    import_path: router.app:build
+    args:
+      models:
+        - id: mesh-tiny
+          path: models/mesh-tiny
+      experts:
+        actors: 2
+"""
+_ENVIRONMENTS = """
+import json, os, sys, ray
+from ray.util import list_named_actors
+ray.init(sys.argv[1], namespace="serve", log_to_driver=False, logging_level="error")
+names = [one["name"] for one in list_named_actors(True) if one["name"].startswith("SERVE_")]
+asked = [ray.get_actor(name).__ray_call__.remote(lambda _: dict(os.environ)) for name in names]
+print(json.dumps(dict(zip(names, ray.get(asked, timeout=30), strict=True))))
+"""
 
 
 @contextmanager
@@ -24,11 +47,27 @@ def serve_run(file: Path, log: Path, **variables: str) -> Iterator[subprocess.Po
 
     ``variables`` are added to its environment.
     """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | variables
+    with _run(serve_command(file), file.parent, log, variables) as process:
+        yield process
+
+
+@contextmanager
+def expertmesh_serve(file: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run ``expertmesh serve`` as :func:`serve_run` runs ``serve run``."""
+    command = interruptible("expertmesh", "serve", "--ray-address", "local", str(file))
+    with _run(command, file.parent, log, {}) as process:
+        yield process
+
+
+@contextmanager
+def _run(
+    command: list[str], folder: Path, log: Path, variables: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {**variables}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            serve_command(file),
-            cwd=file.parent,
+            command,
+            cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -52,6 +91,48 @@ def copy_with_ports(folder: Path, http_port: int, grpc_port: int) -> Path:
     file = folder / "cluster.yaml"
     file.write_text(yaml.safe_dump(shipped_document(http_port, grpc_port), sort_keys=False))
     return file
+
+
+def ten_lines_with_ports(folder: Path, http_port: int, grpc_port: int) -> Path:
+    """Write a file of ten lines, and where it listens."""
+    ports = f"http_options: {{port: {http_port}}}\ngrpc_options: {{port: {grpc_port}}}\n"
+    file = folder / "my.yaml"
+    file.write_text(TEN_LINES + ports)
+    return file
+
+
+def serve_environments(process: subprocess.Popen[bytes]) -> dict[str, dict[str, str]]:
+    """Return the environment of Serve's actors, by name: controller, proxies and replicas.
+
+    They are asked as actors: those that give themselves a title write it over what the system has.
+    """
+    raylets = [
+        child.cmdline()
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if child.name() == "raylet"
+    ]
+    [words] = raylets
+    [address] = [w.partition("=")[2] for w in words if w.startswith("--gcs-address=")]
+    done = subprocess.run(
+        [sys.executable, "-c", _ENVIRONMENTS, address],
+        env={**os.environ, "RAY_AUTH_MODE": "token"},
+        capture_output=True,
+        text=True,
+        timeout=ASK_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, str]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def answers_everywhere(http_port: int, client: Client) -> None:
+    """Assert that the bundled model answers by gRPC and by HTTP, and alike."""
+    [reply] = client.generate("In the beginning", greedy(5), model=TINY)
+    body = {"model": TINY, "prompt": "In the beginning", "max_tokens": 5, "temperature": 0}
+    answer = httpx.post(f"http://127.0.0.1:{http_port}/v1/completions", json=body)
+    assert answer.json()["choices"][0]["text"] == reply.text
+    assert client.status().live_copies == 1
 
 
 def wait_ready(process: subprocess.Popen[bytes], log: Path, http_port: int) -> None:

@@ -1,27 +1,42 @@
-"""``serve run deploy/cluster.yaml`` as the README has it: ready, quiet, and gone after Ctrl-C."""
+"""``serve run`` of the shipped file and of a user's ten lines: ready, quiet, gone after Ctrl-C."""
 
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
+import yaml
 
 from benchmarks.shipped import free_ports
 from cluster.errors import UnavailableError
 from router.client import Client
+from router.serve.options import completed, serve_variables
 from tests.cluster_fixture import TINY, StreamReader, greedy, is_alive, wait_until
 from tests.fault.signals import named_pids
-from tests.serve_run import READY_S, copy_with_ports, serve_run, wait_ready
+from tests.serve_run import (
+    READY_S,
+    answers_everywhere,
+    copy_with_ports,
+    serve_environments,
+    serve_run,
+    ten_lines_with_ports,
+    wait_ready,
+)
 
 SAYS_S, GONE_S, MAX_LINES = 10.0, 10.0, 12
 STARTING_GONE_S = 30.0
 """Ray's own end takes six seconds when it has not begun quite yet, with the cores to itself."""
+MAX_LINES_ALONE = 22
+"""Serve writes eight of its own before it imports anything of ours."""
 STREAMS, CHOICES, LENGTH = 4, 8, 900
+READY = "expertmesh: ready after"
 STARTED = "Started a local Ray instance"
 """Ray says so before the command has connected to it."""
 
@@ -38,12 +53,13 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
         pids = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
         pids |= named_pids(told)
         assert len(pids) > 5
-        wait_until(lambda: "ready after" in log.read_text(), "the command says so", SAYS_S)
+        wait_until(lambda: READY in log.read_text(), "the command says so", SAYS_S)
         lines = log.read_text().splitlines()
         assert len(lines) <= MAX_LINES, "\n".join(lines)
-        assert lines[-1].startswith("expertmesh: ready after"), "\n".join(lines)
+        assert lines[-1].startswith(READY), "\n".join(lines)
         assert f"HTTP http://127.0.0.1:{http_port}/v1, gRPC 127.0.0.1:{grpc_port};" in lines[-1]
         assert any("experts have a live copy" in line for line in lines)
+        has_serves_part_in_every_process(file, process)
 
         sampling = greedy(LENGTH, n=CHOICES)
         streams = [StreamReader(client, "In the", sampling, TINY) for _ in range(STREAMS)]
@@ -57,6 +73,47 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
         for stream in streams:
             stream.wait_end()
             assert isinstance(stream.error, UnavailableError)
+    assert "Traceback" not in log.read_text()
+
+
+def has_serves_part_in_every_process(file: Path, process: subprocess.Popen[bytes]) -> None:
+    """Assert that the variables of the completed file have reached all of Serve's processes."""
+    document = yaml.safe_load(file.read_text())
+    expected = serve_variables(completed(document))
+    assert len(serve_variables(document)) < 0.5 * len(expected)
+    found = serve_environments(process)
+    kinds = Counter(name.partition("#")[0].partition("-")[0] for name in found)
+    assert kinds == {
+        "SERVE_CONTROLLER_ACTOR": 1,
+        "SERVE_PROXY_ACTOR": 2,  # one is the fallback
+        "SERVE_REPLICA::expertmesh": 3,
+    }
+    for name, variables in found.items():
+        assert {key: variables.get(key) for key in expected} == expected, name
+
+
+@pytest.mark.timeout(180)
+def test_ten_lines_are_served_by_serve_run_alone(tmp_path: Path) -> None:
+    http_port, grpc_port = free_ports(2)
+    file, log = ten_lines_with_ports(tmp_path, http_port, grpc_port), tmp_path / "log"
+    with serve_run(file, log) as process, Client(f"127.0.0.1:{grpc_port}", retry=None) as client:
+        wait_ready(process, log, http_port)
+        answers_everywhere(http_port, client)
+        text = log.read_text()
+        assert "Serve was started by the file alone" in text
+        assert f"gRPC: this gateway answers on 0.0.0.0:{grpc_port}" in text
+        assert len(text.splitlines()) <= MAX_LINES_ALONE, text
+        for _ in range(5):
+            answers_everywhere(http_port, client)
+        assert len(log.read_text().splitlines()) <= MAX_LINES_ALONE, log.read_text()
+        pids = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+        stream = StreamReader(client, "In the", greedy(LENGTH), TINY)
+        stream.wait_tokens(1)
+        process.send_signal(signal.SIGINT)
+        process.wait(GONE_S)
+        stream.wait_end()
+        assert isinstance(stream.error, UnavailableError)
+        wait_until(lambda: not [pid for pid in pids if is_alive(pid)], "none is left", GONE_S)
     assert "Traceback" not in log.read_text()
 
 

@@ -1,0 +1,46 @@
+"""``expertmesh serve`` of a user's ten lines: as good as a file that has all of Serve's part."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.shipped import free_ports
+from router.client import Client
+from router.serve.options import completed, serve_variables
+from tests.cluster_fixture import wait_until
+from tests.serve_run import (
+    answers_everywhere,
+    expertmesh_serve,
+    serve_environments,
+    ten_lines_with_ports,
+    wait_ready,
+)
+
+SAYS_S, GONE_S, MAX_LINES = 10.0, 10.0, 14
+READY = "expertmesh: ready after"
+
+
+@pytest.mark.timeout(180)
+def test_ten_lines_are_served_in_full_by_expertmesh_serve(tmp_path: Path) -> None:
+    http_port, grpc_port = free_ports(2)
+    file, log = ten_lines_with_ports(tmp_path, http_port, grpc_port), tmp_path / "log"
+    address = f"127.0.0.1:{grpc_port}"
+    with expertmesh_serve(file, log) as process, Client(address, retry=None) as client:
+        wait_ready(process, log, http_port)
+        answers_everywhere(http_port, client)
+        wait_until(lambda: READY in log.read_text(), "the command says so", SAYS_S)
+        lines = log.read_text().splitlines()
+        assert len(lines) <= MAX_LINES, "\n".join(lines)
+        assert f"HTTP http://127.0.0.1:{http_port}/v1, gRPC {address};" in lines[-1]
+        expected = serve_variables(completed(yaml.safe_load(file.read_text())))
+        found = serve_environments(process)
+        assert len(found) >= 6
+        for name, variables in found.items():
+            assert {key: variables.get(key) for key in expected} == expected, name
+        process.send_signal(signal.SIGINT)
+        process.wait(GONE_S)
+    assert "Traceback" not in log.read_text()
