@@ -20,7 +20,8 @@ from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.wire.frames import ALIGNMENT
 
 DELAY_S = 0.2
-_START = struct.Struct("<QQ")  # a message's length and its call's id, see cluster.stream.channel
+_START = struct.Struct("<QQ")
+"""A message's length and the id of its call; see :mod:`cluster.transport.stream.channel`."""
 _Side = Literal["router", "actor"]
 _GREETING_MESSAGES: dict[_Side, int] = {"actor": 2, "router": 1}
 """Each side's first messages: an actor's nonce and proof, a router's hello."""

@@ -36,7 +36,7 @@ def test_an_import_that_fails_does_not_leave_it_off() -> None:
 
 GATEWAY_STARTS = """
 import json, sys
-import router.gateway.deployment
+import router.serve.gateway
 from router.gateway.tokenizer import Tokenizer
 from router.serve.process import torch_hidden
 
