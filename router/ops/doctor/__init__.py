@@ -1,1 +1,1 @@
-"""Looks at a machine and judges whether a deployment can start there."""
+"""Examines a machine and judges whether a deployment can start there."""

@@ -1,8 +1,8 @@
-"""What is wrong with this machine for serving, and what to do: judged from what was found, pure.
+"""Judges the findings about a machine and says what to do: pure functions.
 
-:mod:`router.ops.doctor.probe` finds; here nothing is asked of the machine. ``expertmesh doctor``
-shows all checks, and a ``serve run`` (:mod:`router.ops.startup.preflight`) ends before it begins
-when one of those that stop a start is a problem.
+:mod:`router.ops.doctor.probe` collects the findings; this module asks nothing of the machine.
+``expertmesh doctor`` shows all checks. A ``serve run`` (:mod:`router.ops.startup.preflight`) stops
+before it starts anything when a check that can stop a start is a problem.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from router.ops.plan.sizes import format_size
 Level = Literal["ok", "warning", "problem"]
 MIN_FREE_DISK_BYTES = 100_000_000
 ENOUGH_FREE_DISK = 0.05
-"""Ray keeps no objects on a disk that is fuller than this share leaves free."""
+"""Ray stores no objects on a disk with a smaller share of free space."""
 MIN_SHARED_MEMORY_BYTES = 200_000_000
 MAX_SOCKET_PATH = 107
 _SOCKET = "session_2000-01-01_00-00-00_000000_0000000/sockets/plasma_store"
-"""A name as long as Ray makes them, below its folder."""
+"""The longest path of a socket that Ray makes below its folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at: how it is, and what to do where it is not ok."""
+    """The verdict on a part of the machine: its state, and advice where it is not ok."""
 
     name: str
     level: Level
@@ -43,7 +43,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """Versions of Python and of packages (``None``: not there), and what our package requires."""
+    """Versions of Python and of packages (``None``: absent), and the requirements of ExpertMesh."""
 
     python: str
     requires_python: str
@@ -53,7 +53,7 @@ class Installed:
 
 @dataclass(frozen=True, slots=True)
 class Devices:
-    """Processors and the GPUs that torch sees; ``reason`` says why it could not be asked."""
+    """Processors and the GPUs that torch sees; ``reason`` says why torch gave no answer."""
 
     num_cpus: int
     gpus: tuple[str, ...] = ()
@@ -61,87 +61,76 @@ class Devices:
 
 
 def check_versions(installed: Installed) -> list[Check]:
-    """Compare what is installed with what our package requires."""
+    """Compare the installed versions with the requirements of ExpertMesh."""
     wrong = []
     if not SpecifierSet(installed.requires_python).contains(installed.python, prereleases=True):
-        wrong.append(
-            Check(
-                "python",
-                "problem",
-                f"{installed.python}; needed: {installed.requires_python}",
-                "Make a virtual environment with such a Python.",
-            )
-        )
+        found = f"{installed.python}; needed: {installed.requires_python}"
+        advice = "Make a virtual environment with such a Python."
+        wrong.append(Check("python", "problem", found, advice))
     good = [f"python {installed.python}"]
     for requirement in map(Requirement, installed.requirements):
-        found = installed.packages.get(requirement.name)
-        if found is None:
-            said = f"not installed; needed: {requirement.specifier}"
-        elif not requirement.specifier.contains(found, prereleases=True):
-            said = f"{found}; needed: {requirement.specifier}"
-        else:
-            good.append(f"{requirement.name} {found}")
+        version = installed.packages.get(requirement.name)
+        if version and requirement.specifier.contains(version, prereleases=True):
+            good.append(f"{requirement.name} {version}")
             continue
-        advice = f"pip install '{requirement}'"
-        wrong.append(Check(requirement.name, "problem", said, advice))
+        found = f"{version or 'not installed'}; needed: {requirement.specifier}"
+        wrong.append(Check(requirement.name, "problem", found, f"pip install '{requirement}'"))
     if not installed.requirements:
-        advice = "pip install ."
-        wrong.append(Check("expertmesh", "problem", "is not installed as a package", advice))
+        found, advice = "is not installed as a package", "pip install ."
+        wrong.append(Check("expertmesh", "problem", found, advice))
     return [*wrong, Check("versions", "ok", ", ".join(good))]
 
 
 def check_native(is_built: bool) -> Check:
-    """Look whether messages go natively, which installing leaves out without a C compiler."""
+    """Check for the native code, which an installation without a C compiler leaves out."""
     if is_built:
         return Check("native code", "ok", "built")
     return Check(
         "native code",
         "warning",
-        "was not built: Python does its work, and a layer of few tokens takes twice as long",
+        "was not built: Python takes its place, and an MoE layer of few tokens takes twice as long",
         "Install a C compiler and Python's headers, then ExpertMesh again, with --no-cache-dir.",
     )
 
 
 def check_devices(devices: Devices, gpus_wanted: float) -> Check:
-    """Look whether there are as many GPUs as a deployment's actors reserve."""
+    """Check that the machine has as many GPUs as a deployment's actors reserve."""
     cpus = f"{devices.num_cpus} CPUs"
     if devices.reason:
-        return Check("devices", "problem", f"{cpus}; torch cannot be asked: {devices.reason}",
-                     "See what `python -c 'import torch'` says.")  # fmt: skip
+        found = f"{cpus}; torch cannot be asked: {devices.reason}"
+        return Check("devices", "problem", found, "Run `python -c 'import torch'` for its error.")
     gpus = f"{len(devices.gpus)} GPUs ({', '.join(devices.gpus)})" if devices.gpus else "no GPU"
-    if gpus_wanted > len(devices.gpus):
-        advice = (
-            "Lower experts.num_gpus or experts.actors, add machines to Ray, or see "
-            "`python -c 'import torch; print(torch.cuda.is_available())'`."
-        )
-        return Check("devices", "problem", f"{cpus}, {gpus}; wanted: {gpus_wanted:g}", advice)
-    return Check("devices", "ok", f"{cpus}, {gpus}")
+    if gpus_wanted <= len(devices.gpus):
+        return Check("devices", "ok", f"{cpus}, {gpus}")
+    advice = (
+        "Lower experts.num_gpus or experts.actors, add machines to Ray, or see "
+        "`python -c 'import torch; print(torch.cuda.is_available())'`."
+    )
+    return Check("devices", "problem", f"{cpus}, {gpus}; wanted: {gpus_wanted:g}", advice)
 
 
 def check_memory(memory: Memory, needs: Needs | None) -> Check:
-    """Look whether what a deployment takes at least is available."""
+    """Compare the available memory with the least that a deployment takes."""
     available = f"{format_size(memory.available_bytes)} of {format_size(memory.total_bytes)} free"
     if needs is None:
         return Check("memory", "ok", available)
-    need = needs.total_bytes
-    said = (
-        f"{available}; about {format_size(need)} needed (experts "
+    found = (
+        f"{available}; about {format_size(needs.total_bytes)} needed (experts "
         f"{format_size(needs.experts_bytes)}, routers' weights and cache "
         f"{format_size(needs.routers_bytes)}, processes {format_size(needs.processes_bytes)})"
     )
+    if needs.total_bytes <= 0.8 * memory.available_bytes:
+        return Check("memory", "ok", found)
     advice = (
         "End other programs, add machines to Ray, or lower router.cache_tokens, "
         "router.replicas, experts.min_copies or experts.actors."
     )
-    if need > memory.available_bytes:
-        return Check("memory", "problem", said, advice)
-    if need > 0.8 * memory.available_bytes:
-        return Check("memory", "warning", said, advice)
-    return Check("memory", "ok", said)
+    is_short = needs.total_bytes > memory.available_bytes
+    return Check("memory", "problem" if is_short else "warning", found, advice)
 
 
 def check_shared_memory(free_bytes: int | None) -> Check:
-    """Look at /dev/shm, where Ray keeps its objects."""
+    """Check /dev/shm, where Ray stores its objects."""
     if free_bytes is None:
         return Check("/dev/shm", "ok", "not on this system; Ray uses its temporary folder")
     found = f"{format_size(free_bytes)} free"
@@ -152,80 +141,67 @@ def check_shared_memory(free_bytes: int | None) -> Check:
 
 
 def check_temp_folder(disk: Disk) -> Check:
-    """Look whether Ray can write its sessions' files: sockets, logs, objects that overflow."""
+    """Check that Ray can write the files of a session: sockets, logs, objects that overflow."""
+    name = "Ray's folder"
     found = f"{disk.folder}: {format_size(disk.free_bytes)} free"
     too_long = len(str(disk.folder / _SOCKET)) - MAX_SOCKET_PATH
     if too_long > 0:
-        return Check(
-            "Ray's folder",
-            "problem",
-            f"{disk.folder}: the names of sockets in it would be {too_long} characters too long",
-            "Set RAY_TMPDIR to a folder with a shorter name.",
-        )
+        found = f"{disk.folder}: the paths of sockets in it would be {too_long} characters too long"
+        return Check(name, "problem", found, "Set RAY_TMPDIR to a folder with a shorter path.")
     if disk.reason:
         advice = "Free some space, or set RAY_TMPDIR to a folder that can be written to."
-        return Check("Ray's folder", "problem", f"{disk.folder} {disk.reason}", advice)
+        return Check(name, "problem", f"{disk.folder} {disk.reason}", advice)
     advice = "Free some space, or set RAY_TMPDIR to a folder on another disk."
     if disk.free_bytes < MIN_FREE_DISK_BYTES:
-        return Check("Ray's folder", "problem", found, advice)
+        return Check(name, "problem", found, advice)
     if disk.free_bytes < ENOUGH_FREE_DISK * disk.total_bytes:
-        return Check("Ray's folder", "warning", f"{found}, less than 5 % of the disk", advice)
-    return Check("Ray's folder", "ok", found)
+        return Check(name, "warning", f"{found}, less than 5 % of the disk", advice)
+    return Check(name, "ok", found)
 
 
 def check_ports(
-    numbers: Iterable[int], taken: Iterable[TakenPort], joins: bool = False
+    numbers: Iterable[int], taken_ports: Iterable[TakenPort], joins: bool = False
 ) -> list[Check]:
-    """Tell of each port that a start would find taken.
+    """Report each port that a start would find taken.
 
-    Where it ``joins`` a cluster that runs, that may have them for this very deployment.
+    A port may belong to this very deployment where the start ``joins`` a running cluster.
     """
-    advice = "Well if it serves this file already. Else end" if joins else "End"
-    wrong = [
-        Check(
-            f"port {one.port.number}",
-            "warning" if joins else "problem",
-            f"for {one.port.purpose}: {one.reason}",
-            f"{advice} that process, or set {one.port.key} to another port.",
-        )
-        for one in taken
-    ]
-    if wrong:
-        return wrong
-    return [Check("ports", "ok", f"{', '.join(map(str, numbers))} are free")]
+    level: Level = "warning" if joins else "problem"
+    end = "Ignore this if the cluster already serves this file. Else end" if joins else "End"
+    checks = []
+    for taken in taken_ports:
+        found = f"for {taken.port.purpose}: {taken.reason}"
+        advice = f"{end} that process, or set {taken.port.key} to another port."
+        checks.append(Check(f"port {taken.port.number}", level, found, advice))
+    return checks or [Check("ports", "ok", f"{', '.join(map(str, numbers))} are free")]
 
 
 def check_ray(running: RunningRay | None, raylets: Iterable[int]) -> Check:
-    """Tell which Ray a ``serve run`` joins, and whether it can."""
-    pids = ", ".join(map(str, raylets))
+    """Report which Ray a ``serve run`` joins, and whether it can."""
     if running is None:
-        if pids:
-            return Check(
-                "ray",
-                "warning",
-                f"a start makes a Ray of its own, beside one that runs (raylet pid {pids})",
-                "If it is left over from something that has ended, end it: `ray stop`.",
-            )
-        return Check("ray", "ok", "none runs; a start makes one of its own")
+        pids = ", ".join(map(str, raylets))
+        if not pids:
+            return Check("ray", "ok", "none runs; a start makes one of its own")
+        found = f"a start makes a Ray of its own, beside a running Ray (raylet pid {pids})"
+        return Check("ray", "warning", found, "If it is left over from an ended run: `ray stop`.")
     target = running.target
     where = f"{target.address or 'a Ray'} (named by {target.named_by})"
     if running.reason:
-        advice = (
-            "If it has ended, forget it: `ray stop` (and unset RAY_ADDRESS), or start a Ray of its "
-            "own: `serve run -a local FILE`."
-        )
+        own_ray = "a Ray of its own: `serve run -a local FILE`."
         if running.ray_version:
+            advice = f"Start that cluster again from this virtual environment, or {own_ray}"
+        else:
             advice = (
-                "Start that cluster again from this virtual environment, or a Ray of its own: "
-                "`serve run -a local FILE`."
+                "If that cluster has ended, run `ray stop` and unset RAY_ADDRESS; or start "
+                f"{own_ray}"
             )
         return Check("ray", "problem", f"{where} {running.reason}", advice)
-    told = f", Ray {running.ray_version}" if running.ray_version else ""
-    return Check("ray", "ok", f"a start joins {where}{told}")
+    version = f", Ray {running.ray_version}" if running.ray_version else ""
+    return Check("ray", "ok", f"a start joins {where}{version}")
 
 
 def check_haproxy(is_wanted: bool, binary: Path | str | None) -> Check:
-    """Look for the HAProxy that a deployment file asks for."""
+    """Check for the HAProxy that a deployment file asks for."""
     if binary is not None:
         return Check("haproxy", "ok", str(binary))
     if not is_wanted:

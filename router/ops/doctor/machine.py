@@ -1,18 +1,24 @@
-"""What this machine has of what serving needs: memory, disk, shared memory, processors."""
+"""The resources of this machine that serving needs: memory, disk, shared memory, processors."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
+from typing import Any
 
 import psutil
 
 SHARED_MEMORY = Path("/dev/shm")
-_CGROUPS = (  # limit, use, statistics and what they call file cache that can be dropped
+# The files of a limit, of the use and of statistics; the statistic of file cache that the kernel
+# can drop.
+_CGROUPS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat",
      "total_inactive_file"),
@@ -22,7 +28,7 @@ _TRIAL_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Memory of this machine, or of the container that this process is in, if that has less."""
+    """The memory of this machine, or of this process's container where that has less."""
 
     total_bytes: int
     available_bytes: int
@@ -30,7 +36,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """A folder that is written to; ``reason`` says why it cannot be, if so."""
+    """A folder for files; ``reason`` says why it takes none, and is empty where it does."""
 
     folder: Path
     total_bytes: int
@@ -41,15 +47,14 @@ class Disk:
 def memory(cgroup: Path = Path("/sys/fs/cgroup")) -> Memory:
     """Return the memory that processes may take."""
     machine = psutil.virtual_memory()
-    found = Memory(machine.total, machine.available)
     for names in _CGROUPS:
         limit = _cgroup_memory(cgroup, *names)
         if limit is not None:
             return Memory(
-                min(found.total_bytes, limit.total_bytes),
-                min(found.available_bytes, limit.available_bytes),
+                min(machine.total, limit.total_bytes),
+                min(machine.available, limit.available_bytes),
             )
-    return found
+    return Memory(machine.total, machine.available)
 
 
 def _cgroup_memory(folder: Path, limit: str, use: str, stat: str, cached: str) -> Memory | None:
@@ -59,31 +64,27 @@ def _cgroup_memory(folder: Path, limit: str, use: str, stat: str, cached: str) -
         lines = (folder / stat).read_text().splitlines()
     except (OSError, ValueError):  # no such version of cgroups, or no limit ("max")
         return None
-    numbers = dict(line.rpartition(" ")[::2] for line in lines)
-    used_bytes -= int(numbers.get(cached, 0))
+    statistics = dict(line.rpartition(" ")[::2] for line in lines)
+    used_bytes -= int(statistics.get(cached, 0))
     return Memory(limit_bytes, max(0, limit_bytes - used_bytes))
 
 
 def writable_folder(folder: Path) -> Disk:
-    """Look whether a folder, or the nearest one above that exists, takes a file of a megabyte."""
-    place = next(one for one in (folder, *folder.parents) if one.exists())
-    usage = disk_usage(place)
+    """Try a file of a megabyte in a folder, or in its nearest parent that exists."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    usage, reason = disk_usage(existing), ""
     try:
-        with tempfile.TemporaryFile(dir=place) as file:
+        with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"\0" * _TRIAL_BYTES)
             file.flush()
     except OSError as error:
-        reason = "is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else _words(error)
-        return Disk(folder, usage.total, usage.free, reason)
-    return Disk(folder, usage.total, usage.free)
-
-
-def _words(error: OSError) -> str:
-    return f"cannot be written to ({error.strerror})"
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "is full" if is_full else f"cannot be written to ({error.strerror})"
+    return Disk(folder, usage.total, usage.free, reason)
 
 
 def shared_memory_bytes() -> int | None:
-    """Return the free shared memory in which Ray puts its objects; ``None`` where there is none."""
+    """Return the free shared memory for Ray's objects; ``None`` where the system has none."""
     return disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
 
 
@@ -92,3 +93,18 @@ def num_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def run_python(program: str, *arguments: str, timeout_s: float) -> Any:
+    """Run a Python program in a process of its own; return the JSON in its last line of output.
+
+    Raises :class:`subprocess.TimeoutExpired`, and :class:`ValueError` with the last line of stderr
+    when the output does not end in JSON.
+    """
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise ValueError(lines[-1]) from None

@@ -1,4 +1,4 @@
-"""The memory that a deployment takes, summed up from sizes: pure."""
+"""The memory that a deployment takes, as a sum of sizes: pure."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ACTOR_BYTES = 190_000_000
 ROUTER_BYTES = 310_000_000
 GATEWAY_BYTES = 240_000_000
 RAY_AND_SERVE_BYTES = 1_000_000_000
-"""What processes take at their start beyond weights and cache, with memory that they share counted
-once (proportional set size on Linux, after ``serve run deploy/cluster.yaml``); what they grow to is
-in :mod:`router.ops.plan.plan`."""
+"""The memory of each process at its start, without weights and cache; memory that processes share
+counts once (proportional set size on Linux, after ``serve run deploy/cluster.yaml``).
+:mod:`router.ops.plan.plan` has the sizes that the processes grow to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes of host memory by what takes them; experts on GPUs take none."""
+    """Bytes of host memory by their user; experts on GPUs take none."""
 
     experts_bytes: int
     routers_bytes: int
@@ -29,14 +29,14 @@ class Needs:
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
+        """The whole need."""
         return self.experts_bytes + self.routers_bytes + self.processes_bytes
 
 
 def needs_of(applications: Iterable[tuple[AppConfig, Mapping[str, PlannedModel]]]) -> Needs:
-    """Sum up what applications take when all of it is on one machine.
+    """Sum up the memory of applications that run on one machine.
 
-    Each comes with its models by id, in the dtype in which they are served.
+    Each application comes with its models by id, in their served dtype.
     """
     experts = routers = 0
     processes = RAY_AND_SERVE_BYTES
@@ -58,12 +58,14 @@ def needs_of(applications: Iterable[tuple[AppConfig, Mapping[str, PlannedModel]]
 
 
 def _share_on_host(experts: ExpertsConfig) -> float:
-    """Return which part of the experts is held by actors without a GPU.
+    """Return the share of the experts that actors without a GPU hold.
 
-    Shares are in proportion to budgets, as :func:`cluster.placement.placement.assign_experts` deals
-    them.
+    A pool's share is in proportion to its budgets, as in
+    :func:`cluster.placement.placement.assign_experts`.
     """
-    weights = {True: 0, False: 0}
+    on_host = total = 0
     for pool in experts.all_pools():
-        weights[pool.num_gpus == 0] += pool.actors * (pool.memory_budget_bytes or 1)
-    return weights[True] / sum(weights.values())
+        weight = pool.actors * (pool.memory_budget_bytes or 1)
+        total += weight
+        on_host += weight * (pool.num_gpus == 0)
+    return on_host / total

@@ -1,10 +1,11 @@
-"""The TCP ports that a deployment opens on this machine, and who holds one that is taken."""
+"""The TCP ports that a deployment opens on this machine, and the process behind a taken port."""
 
 from __future__ import annotations
 
 import errno
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from router.serve.options import HAPROXY, serve_variables
 
 _EVERYWHERE = ""
 _VARIABLES = "controller_options.runtime_env.env_vars"
-# Serve's own defaults; what is under env_vars overrides them.
+# The default ports of Serve; the variables under env_vars override them.
 _BEHIND_HAPROXY = (
     ("RAY_SERVE_HAPROXY_STATS_PORT", 8404, "HAProxy's statistics"),
     ("RAY_SERVE_HAPROXY_METRICS_PORT", 9101, "HAProxy's metrics"),
@@ -25,7 +26,7 @@ _BEHIND_HAPROXY = (
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """A port that a deployment file has opened: what for, and the key that says another."""
+    """A port that a deployment file opens: its purpose, and the key that sets its number."""
 
     number: int
     host: str
@@ -35,16 +36,16 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class TakenPort:
-    """A port that cannot be opened, and why: who listens on it, as far as this user may see."""
+    """A port that cannot be opened, and the reason: the process that listens, if visible."""
 
     port: Port
     reason: str
 
 
 def ports_of(document: Mapping[str, Any]) -> list[Port]:
-    """Return the ports of fixed numbers that Serve opens for a deployment file.
+    """Return the fixed ports that Serve opens for a deployment file.
 
-    A gateway's own, behind HAProxy, are the next free ones from 30000 and 40000 on.
+    The gateways behind HAProxy are not among them: they take free ports from 30000 and 40000 on.
     """
     http, grpc = document.get("http_options") or {}, document.get("grpc_options") or {}
     variables = serve_variables(document)
@@ -55,30 +56,29 @@ def ports_of(document: Mapping[str, Any]) -> list[Port]:
         Port(_number(grpc.get("port"), 9000), host, "gRPC", "grpc_options.port"),
     ]
     if variables.get(HAPROXY) == "1":
-        ports += [
-            Port(_number(variables.get(name), default), _EVERYWHERE, what, f"{_VARIABLES}.{name}")
-            for name, default, what in _BEHIND_HAPROXY
-        ]
+        for name, default, purpose in _BEHIND_HAPROXY:
+            number = _number(variables.get(name), default)
+            ports.append(Port(number, _EVERYWHERE, purpose, f"{_VARIABLES}.{name}"))
     return ports
 
 
 def _number(value: Any, default: int) -> int:
-    """Return a port as the file has it; what is no number is left to Serve to refuse."""
+    """Return the port in the file, else the default; Serve itself refuses another kind of value."""
     return int(value) if str(value).isdecimal() else default
 
 
 def taken_ports(ports: list[Port]) -> list[TakenPort]:
-    """Try to open each port for a moment; returns those that cannot be."""
-    found = []
+    """Try to open each port for a moment; return the ports that cannot be opened."""
+    taken = []
     for port in ports:
-        with socket.socket() as one:
-            # As servers do: connections of the one before that are still closing do not count.
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with socket.socket() as trial:
+            # As servers do: a former server's connections that still close do not hold the port.
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                one.bind((port.host, port.number))
+                trial.bind((port.host, port.number))
             except (OSError, OverflowError) as error:
-                found.append(TakenPort(port, _reason(port, error)))
-    return found
+                taken.append(TakenPort(port, _reason(port, error)))
+    return taken
 
 
 def _reason(port: Port, error: Exception) -> str:
@@ -91,12 +91,10 @@ def _reason(port: Port, error: Exception) -> str:
 
 
 def _holder(number: int) -> str:
-    """Return who listens on a port, as far as this user may see."""
-    try:
-        for one in psutil.net_connections(kind="tcp"):
-            listens = one.status == psutil.CONN_LISTEN
-            if listens and one.laddr and one.laddr.port == number and one.pid:
-                return f"{psutil.Process(one.pid).name()} (pid {one.pid})"
-    except psutil.Error:
-        pass
+    """Return the name and pid of the process that listens on a port, if this user may see it."""
+    with suppress(psutil.Error):
+        for connection in psutil.net_connections(kind="tcp"):
+            listens = connection.status == psutil.CONN_LISTEN and connection.pid
+            if listens and connection.laddr and connection.laddr.port == number:
+                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
     return "another process"

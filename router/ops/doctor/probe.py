@@ -1,9 +1,7 @@
-"""Looks at this machine, and has what it finds judged by :mod:`router.ops.doctor.doctor`; bounded
-in time."""
+"""Examines this machine, in bounded time; :mod:`router.ops.doctor.doctor` judges the findings."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -48,12 +46,12 @@ class Deployment:
 
     @property
     def needs(self) -> Needs:
-        """The memory that it takes."""
+        """The memory that the deployment takes."""
         return needs_of(self.applications)
 
     @property
     def wants_haproxy(self) -> bool:
-        """Whether Serve is to run HAProxy."""
+        """Whether the file asks Serve for HAProxy."""
         return serve_variables(self.document).get(HAPROXY) == "1"
 
     @property
@@ -64,10 +62,10 @@ class Deployment:
 
 
 def read_deployment(file: Path, joins: bool = False) -> Deployment:
-    """Read a deployment file that has been checked, and the sizes of its models.
+    """Read a checked deployment file and the sizes of its models.
 
-    Serve's part of it is filled in; ``joins`` says that it is for a Ray cluster that runs. Raises
-    :class:`CheckpointMissingError` when this machine does not have one of the models.
+    The settings of Serve are filled in; ``joins`` says that the file is for a running Ray cluster.
+    Raises :class:`CheckpointMissingError` when this machine lacks the checkpoint of a model.
     """
     document = read_document(file)
     applications = tuple(
@@ -84,16 +82,16 @@ def read_deployment(file: Path, joins: bool = False) -> Deployment:
 
 
 def completed_here(document: Mapping[str, Any], joins: bool = False) -> dict[str, Any]:
-    """Return a file's document with Serve's part filled in, for a command of this machine.
+    """Return a file's document with Serve's settings filled in, for a command of this machine.
 
-    Another machine of a Linux cluster is taken to have HAProxy, of which ray[serve] brings one.
+    A machine of a running Linux cluster counts as one with HAProxy, since ray[serve] brings it.
     """
     has_haproxy = find_haproxy(document) is not None or (joins and sys.platform == "linux")
     return completed(document, joins=joins, has_haproxy=has_haproxy)
 
 
 def find_haproxy(document: Mapping[str, Any]) -> str | None:
-    """Return the HAProxy that Serve would run: the given one, the system's, or ray[serve]'s."""
+    """Return the HAProxy that Serve would run: of the file, of the system, or of ray[serve]."""
     given = serve_variables(document).get("RAY_SERVE_HAPROXY_BINARY_PATH")
     if given:
         return str(given)
@@ -101,7 +99,7 @@ def find_haproxy(document: Mapping[str, Any]) -> str | None:
 
 
 def checks_of_a_start(deployment: Deployment, variables: Mapping[str, str]) -> list[Check]:
-    """Look at what would stop a ``serve run`` that starts a Ray of its own."""
+    """Check the conditions of a ``serve run`` that starts a Ray of its own."""
     ports = ports_of(deployment.document)
     return [
         doctor.check_haproxy(deployment.wants_haproxy, find_haproxy(deployment.document)),
@@ -112,13 +110,13 @@ def checks_of_a_start(deployment: Deployment, variables: Mapping[str, str]) -> l
 
 
 def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> list[Check]:
-    """Look at everything, for ``expertmesh doctor``; without a file at this machine alone."""
+    """Run all checks of ``expertmesh doctor``; without a file, of this machine alone."""
     target = target_of(None, variables)
-    deployment, checks = _file(file, joins=target is not None)
+    deployment, file_checks = _check_file(file, joins=target is not None)
     running = None if target is None else look_at(target)
     found = [
         *doctor.check_versions(find_installed()),
-        doctor.check_native(_is_importable("expertmesh_native")),
+        doctor.check_native(_has_native_code()),
         doctor.check_devices(find_devices(), 0 if deployment is None else deployment.num_gpus),
         doctor.check_memory(machine.memory(), None if deployment is None else deployment.needs),
         doctor.check_shared_memory(machine.shared_memory_bytes()),
@@ -132,25 +130,25 @@ def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> lis
         ports = ports_of(document)
         numbers = [port.number for port in ports]
         found += doctor.check_ports(numbers, taken_ports(ports), joins=running is not None)
-    return [*found, *checks]
+    return [*found, *file_checks]
 
 
-def _is_importable(module: str) -> bool:
+def _has_native_code() -> bool:
     try:
-        import_module(module)
-    except ImportError:  # there is none, or it was built for another system
+        import_module("expertmesh_native")
+    except ImportError:  # not built, or built for another system
         return False
     return True
 
 
-def _file(file: Path | None, joins: bool) -> tuple[Deployment | None, list[Check]]:
+def _check_file(file: Path | None, joins: bool) -> tuple[Deployment | None, list[Check]]:
     if file is None:
         return None, []
     try:
         lines = check_file(file)
         return read_deployment(file, joins), [Check("file", "ok", "; ".join(lines))]
     except CheckpointMissingError as error:
-        advice = "Well if another machine of the cluster has it. Else mend the path."
+        advice = "Ignore this if another machine of the cluster has it. Else mend the path."
         return None, [Check("file", "warning", str(error), advice)]
     except ExpertMeshError as error:
         return None, [Check("file", "problem", str(error), f"Mend {file}.")]
@@ -161,16 +159,15 @@ def _temp_folder(variables: Mapping[str, str]) -> Check:
 
 
 def find_installed() -> Installed:
-    """Read the versions of Python and of what our package requires, without importing any."""
+    """Read the versions of Python and of all required packages, without an import of them."""
     try:
         needed = metadata("expertmesh")["Requires-Python"] or ">=3"
         wanted = [Requirement(text) for text in requires("expertmesh") or []]
     except PackageNotFoundError:
         return Installed(platform.python_version(), ">=3", {}, ())
-    wanted = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
-    packages = {one.name: _version(one.name) for one in wanted}
-    requirements = tuple(str(one) for one in wanted)
-    return Installed(platform.python_version(), needed, packages, requirements)
+    wanted = [need for need in wanted if need.marker is None or need.marker.evaluate({"extra": ""})]
+    packages = {need.name: _version(need.name) for need in wanted}
+    return Installed(platform.python_version(), needed, packages, tuple(map(str, wanted)))
 
 
 def _version(package: str) -> str | None:
@@ -181,14 +178,11 @@ def _version(package: str) -> str | None:
 
 
 def find_devices() -> Devices:
-    """Ask torch for its GPUs, in a process of its own: it may take long, or die of a driver."""
+    """Ask torch for its GPUs, in a process of its own: a driver may hang or kill that process."""
     num_cpus = machine.num_cpus()
-    command = [sys.executable, "-c", _ASK_TORCH]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TORCH_TIMEOUT_S)
-        return Devices(num_cpus, tuple(json.loads(done.stdout.splitlines()[-1])))
+        return Devices(num_cpus, tuple(machine.run_python(_ASK_TORCH, timeout_s=TORCH_TIMEOUT_S)))
     except subprocess.TimeoutExpired:
         return Devices(num_cpus, reason=f"no answer within {TORCH_TIMEOUT_S:.0f} s")
-    except (ValueError, IndexError):
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        return Devices(num_cpus, reason=last)
+    except ValueError as error:
+        return Devices(num_cpus, reason=str(error))

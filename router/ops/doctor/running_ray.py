@@ -1,13 +1,12 @@
-"""Which Ray a ``serve run`` would join, and whether it answers.
+"""The Ray cluster that a ``serve run`` would join, and whether it answers.
 
-``ray start`` writes the address of its cluster into a file, and a command without an address of its
-own joins that. When the cluster is gone, Ray tries for minutes; when it is of another version, Ray
-prints a stack.
+``ray start`` writes the address of its cluster into a file. A command without an address joins that
+cluster. When the cluster is gone, Ray tries for minutes; when it has another version, Ray prints a
+stack.
 """
 
 from __future__ import annotations
 
-import json
 import platform
 import socket
 import subprocess
@@ -19,12 +18,14 @@ from pathlib import Path
 
 import psutil
 
+from router.ops.doctor.machine import run_python
+
 CONNECT_TIMEOUT_S = 3.0
 ASK_TIMEOUT_S = 15.0
 ADDRESS_VARIABLE, ADDRESS_OPTION = "RAY_ADDRESS", "--address"
 _CLIENT = "ray://"
-# Ray's own table of the cluster has what it was started with; a driver compares it with its own.
-# To a cluster that was found, not named, it shows this user's token without being asked to.
+# Ray's metadata of a cluster has the versions that started it; a driver compares them with its own.
+# A cluster that was found, not named, gets this user's token without a setting.
 _ASK = """
 import json, sys
 from ray._common.usage.usage_lib import get_cluster_metadata
@@ -32,16 +33,16 @@ from ray._private.authentication import authentication_token_setup
 from ray._raylet import GcsClient
 if sys.argv[2] == "found":
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-told = get_cluster_metadata(GcsClient(address=sys.argv[1]))
-print(json.dumps([told["ray_version"], told["python_version"]]))
+metadata = get_cluster_metadata(GcsClient(address=sys.argv[1]))
+print(json.dumps([metadata["ray_version"], metadata["python_version"]]))
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The cluster that a command joins, and what names it (``--address``, a variable, a file).
+    """The cluster that a command joins, and the source of its name: an option, a variable, a file.
 
-    ``address`` is empty for whichever runs on this machine (``auto``).
+    ``address`` is empty for the cluster that runs on this machine (``auto``).
     """
 
     address: str
@@ -50,9 +51,9 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class RunningRay:
-    """What was found of a cluster; ``reason`` says why it cannot be joined, if it cannot.
+    """The state of a cluster; ``reason`` says why a command cannot join it, and is empty otherwise.
 
-    ``ray_version`` and ``python_version`` are empty where it did not tell them.
+    ``ray_version`` and ``python_version`` are empty where the cluster did not report them.
     """
 
     target: Target
@@ -62,7 +63,7 @@ class RunningRay:
 
 
 def temp_folder(variables: Mapping[str, str]) -> Path:
-    """Return the folder in which Ray has its sessions and the address file."""
+    """Return the folder of Ray's sessions and of its address file."""
     base = variables.get("RAY_TMPDIR") or (
         variables.get("TMPDIR") if sys.platform.startswith("linux") else None
     )
@@ -70,9 +71,9 @@ def temp_folder(variables: Mapping[str, str]) -> Path:
 
 
 def target_of(given: str | None, variables: Mapping[str, str]) -> Target | None:
-    """Return the cluster that a command joins; ``None`` when it starts one of its own.
+    """Return the cluster that a command joins; ``None`` when it starts its own.
 
-    ``given`` is the command's ``--address``. Ray itself goes by the same rules.
+    ``given`` is the command's ``--address``. Ray itself follows the same rules.
     """
     if given not in (None, "auto"):
         return None if given == "local" else Target(given, ADDRESS_OPTION)
@@ -91,8 +92,10 @@ def target_of(given: str | None, variables: Mapping[str, str]) -> Target | None:
 
 
 def look_at(target: Target) -> RunningRay:
-    """Ask a cluster for its versions; takes at most :data:`CONNECT_TIMEOUT_S` and then
-    :data:`ASK_TIMEOUT_S`."""
+    """Ask a cluster for its versions.
+
+    Takes at most :data:`CONNECT_TIMEOUT_S` plus :data:`ASK_TIMEOUT_S`.
+    """
     if not target.address:
         return RunningRay(target, "" if raylets() else "is not there: no Ray runs here")
     host, _, port = target.address.removeprefix(_CLIENT).rpartition(":")
@@ -109,21 +112,21 @@ def look_at(target: Target) -> RunningRay:
 
 
 def _ask(target: Target) -> RunningRay:
-    how = "named" if target.named_by in (ADDRESS_OPTION, ADDRESS_VARIABLE) else "found"
-    command = [sys.executable, "-c", _ASK, target.address, how]
+    origin = "named" if target.named_by in (ADDRESS_OPTION, ADDRESS_VARIABLE) else "found"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_TIMEOUT_S)
-        ray_version, python_version = json.loads(done.stdout.splitlines()[-1])
+        ray_version, python_version = run_python(
+            _ASK, target.address, origin, timeout_s=ASK_TIMEOUT_S
+        )
     except subprocess.TimeoutExpired:
         return RunningRay(target, f"answers nothing within {ASK_TIMEOUT_S:.0f} s")
-    except (ValueError, IndexError):
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        return RunningRay(target, f"does not answer as a Ray of this version does ({last:.300})")
+    except ValueError as error:
+        reason = f"does not answer as a Ray of this version does ({error!s:.300})"
+        return RunningRay(target, reason)
     return judged(target, ray_version, python_version)
 
 
 def judged(target: Target, ray_version: str, python_version: str) -> RunningRay:
-    """Compare a cluster's versions with those of this process, as a driver of Ray does."""
+    """Compare a cluster's versions with the versions of this process, as a driver of Ray does."""
     ours = (version("ray"), platform.python_version())
     reason = ""
     if (ray_version, python_version) != ours:
@@ -137,4 +140,4 @@ def judged(target: Target, ray_version: str, python_version: str) -> RunningRay:
 def raylets() -> list[int]:
     """Return the pids of Ray's node processes on this machine, as far as this user may see."""
     processes = psutil.process_iter(["name"])
-    return sorted(one.pid for one in processes if one.info["name"] == "raylet")
+    return sorted(process.pid for process in processes if process.info["name"] == "raylet")
