@@ -1,8 +1,8 @@
-"""What a model needs and where it fits, from sizes alone: pure.
+"""Plans the memory and the devices of a model from sizes alone: pure functions.
 
-A router holds everything but the routed experts, and the key/value cache; the experts' copies are
-spread over devices as :func:`cluster.placement.placement.assign_experts` spreads them over actors,
-one to a device, so what is planned is what a deployment will do.
+A router holds the key/value cache and all weights but the routed experts'. Each device has one
+expert actor. :func:`cluster.placement.placement.assign_experts` spreads the copies over the actors
+of the plan, as it does in a deployment.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from router.ops.plan.sizes import format_size
 
 ROUTER_PROCESS_BYTES = 553_000_000
 ACTOR_PROCESS_BYTES = 346_000_000
-"""What a process takes beyond weights and cache, as ``benchmarks.serve`` measures it on a CPU;
+"""The memory of a process without weights and cache, measured by ``benchmarks.serve`` on a CPU;
 ``docs/lab-notes.md`` has the figures."""
 USUAL_DEVICES_BYTES = (24 * 10**9, 48 * 10**9, 80 * 10**9, 141 * 10**9)
-"""Planned for where no device's memory is given: what GPUs have."""
+"""The memory of usual GPUs; a plan without a given device memory covers each of them."""
 MAX_DEVICES = 1000
-"""Most expert actors that a deployment may have."""
+"""The most expert actors of a deployment."""
 _EXACT_UP_TO = 128
 
 
@@ -33,7 +33,7 @@ _EXACT_UP_TO = 128
 class PlannedModel:
     """A model to plan for.
 
-    ``source`` says where its shape is from, ``note`` what is worth knowing of it, if anything.
+    ``source`` names the origin of its shape. ``note`` is a remark for the user, or empty.
     """
 
     name: str
@@ -45,11 +45,10 @@ class PlannedModel:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What is to be planned; ``None`` leaves it open.
+    """The user's wishes for a plan; ``None`` leaves a value open.
 
-    Without ``devices`` the fewest are looked for that hold the experts. The cache is to hold
-    ``concurrency`` sequences of ``context`` tokens; where neither is given, what a router reserves
-    without further settings.
+    Without ``devices`` the plan finds the fewest that hold the experts. The cache holds
+    ``concurrency`` sequences of ``context`` tokens. Without both, it has a router's default size.
     """
 
     copies: int = 1
@@ -61,14 +60,14 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class DevicesPlan:
-    """How the experts and the router do on devices of one memory size.
+    """The fit of the experts and of the router on devices of one memory size.
 
-    ``num_devices`` is given or the fewest that hold all copies (``None``: not even
-    :data:`MAX_DEVICES` do). ``experts_on_fullest`` and ``bytes_on_fullest``, process included, are
-    of the device that holds the most. ``most_copies`` is how many copies of each expert would fit
-    on a given number of devices. ``free_for_cache_bytes`` is what a router on a device of its own
-    has for its cache, negative where even its weights do not fit; ``cache_tokens`` are the tokens
-    in it.
+    ``num_devices`` is the given number, or the fewest devices that hold all copies (``None``: more
+    than :data:`MAX_DEVICES`). ``experts_on_fullest`` and ``bytes_on_fullest`` describe the device
+    with the most experts; the bytes include the actor's process. ``most_copies`` is the number of
+    copies of each expert that fit on a given number of devices. ``free_for_cache_bytes`` is the
+    room for the cache of a router on a device of its own; it is negative where the router's weights
+    do not fit. ``cache_tokens`` is the number of tokens in that room.
     """
 
     device_memory_bytes: int
@@ -84,7 +83,7 @@ class DevicesPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a model needs, part by part, and where it fits; sizes in bytes."""
+    """The needs of a model, part by part, and the devices that hold it; sizes in bytes."""
 
     model: PlannedModel
     copies: int
@@ -92,16 +91,16 @@ class Plan:
     router_process_bytes: int
     expert_bytes: int
     all_experts_bytes: int
-    """one copy of each"""
+    """One copy of each expert."""
     actor_process_bytes: int
     cache_token_bytes: int
     wanted_cache_tokens: int
     wanted_cache_bytes: int
     devices: tuple[DevicesPlan, ...]
     num_devices: int | None
-    """as given"""
+    """The given number."""
     needed_device_bytes: int | None
-    """the memory that each of ``num_devices`` needs for its experts and its process"""
+    """The memory that each of ``num_devices`` needs for its experts and its process."""
 
     @property
     def router_bytes_without_cache(self) -> int:
@@ -116,12 +115,12 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data."""
         shape = self.model.shape
-        told = asdict(self) | {"router_bytes": self.router_bytes}
-        told["model"] |= {
+        plan = asdict(self) | {"router_bytes": self.router_bytes}
+        plan["model"] |= {
             "total_parameters": shape.total_parameters,
             "active_parameters": shape.active_parameters,
         }
-        return told
+        return plan
 
 
 def make_plan(model: PlannedModel, wish: Wish) -> Plan:
@@ -135,7 +134,11 @@ def make_plan(model: PlannedModel, wish: Wish) -> Plan:
     value_bytes = DTYPE_BYTES[model.dtype]
     expert_bytes = shape.expert_parameters * value_bytes
     cache_token_bytes = shape.cache_values_per_token * value_bytes
-    tokens = _cache_tokens(model, wish)
+    tokens = _cache_tokens(shape, wish)
+    needed_device_bytes = None
+    if wish.devices is not None:
+        share = largest_share(shape, wish.devices, wish.copies)
+        needed_device_bytes = share * expert_bytes + ACTOR_PROCESS_BYTES
     plan = Plan(
         model=model,
         copies=wish.copies,
@@ -149,15 +152,12 @@ def make_plan(model: PlannedModel, wish: Wish) -> Plan:
         wanted_cache_bytes=tokens * cache_token_bytes,
         devices=(),
         num_devices=wish.devices,
-        needed_device_bytes=None,
+        needed_device_bytes=needed_device_bytes,
     )
-    given = wish.device_memory_bytes
-    memories = (given,) if given is not None else () if wish.devices else USUAL_DEVICES_BYTES
-    changed: dict[str, Any] = {"devices": tuple(_devices(plan, m, wish) for m in memories)}
-    if wish.devices is not None:
-        most = largest_share(shape, wish.devices, wish.copies)
-        changed["needed_device_bytes"] = most * expert_bytes + ACTOR_PROCESS_BYTES
-    return replace(plan, **changed)
+    sizes: tuple[int, ...] = () if wish.devices else USUAL_DEVICES_BYTES
+    if wish.device_memory_bytes is not None:
+        sizes = (wish.device_memory_bytes,)
+    return replace(plan, devices=tuple(_devices(plan, size, wish) for size in sizes))
 
 
 def _check(model: PlannedModel, wish: Wish) -> None:
@@ -165,8 +165,8 @@ def _check(model: PlannedModel, wish: Wish) -> None:
         raise ConfigError(f"must be at most {MAX_DEVICES} (given: {wish.devices})", "--devices")
     if wish.devices is not None and wish.copies > wish.devices:
         raise ConfigError(
-            f"must be at most the number of devices, {wish.devices}, since the copies of an expert "
-            f"are on different ones (given: {wish.copies})",
+            f"must be at most the number of devices, {wish.devices}, since each copy of an expert "
+            f"is on another device (given: {wish.copies})",
             "--copies",
         )
     longest = model.shape.max_position_embeddings
@@ -177,9 +177,9 @@ def _check(model: PlannedModel, wish: Wish) -> None:
         )
 
 
-def _cache_tokens(model: PlannedModel, wish: Wish) -> int:
-    """Return how many tokens the cache is to hold."""
-    router, context = RouterConfig(), wish.context or model.shape.max_position_embeddings
+def _cache_tokens(shape: ModelShape, wish: Wish) -> int:
+    """Return how many tokens the wished cache holds."""
+    router, context = RouterConfig(), wish.context or shape.max_position_embeddings
     if wish.context is None and wish.concurrency is None:
         return router.cache_tokens_for(context)
     return context * (wish.concurrency or router.max_batch_size)
@@ -211,27 +211,27 @@ def largest_share(shape: ModelShape, num_devices: int, copies: int) -> int:
     layer = ModelExperts("", (0,), shape.num_experts, 1)
     shares = assign_experts([layer], actor_ids, None, copies)
     counts = [len(shares[actor_id]) for actor_id in actor_ids]
-    # A layer is spread like the one before it, from the next device on.
+    # Each layer is spread as the layer before it, from the next device on.
     return max(
-        sum(counts[(place - layer_id) % num_devices] for layer_id in range(shape.num_moe_layers))
-        for place in range(num_devices)
+        sum(counts[(device - layer_id) % num_devices] for layer_id in range(shape.num_moe_layers))
+        for device in range(num_devices)
     )
 
 
 def fewest_devices(shape: ModelShape, copies: int, experts_per_device: int) -> int | None:
-    """Return the fewest devices that hold ``copies`` of each expert, each on devices of their own.
+    """Return the fewest devices that hold ``copies`` of each expert, each copy on another device.
 
-    From :data:`_EXACT_UP_TO` devices on the number may be a hundredth too high. ``None`` when no
-    number up to :data:`MAX_DEVICES` is enough.
+    The number is exact up to :data:`_EXACT_UP_TO` devices, and at most a hundredth too high above.
+    ``None`` when :data:`MAX_DEVICES` are too few.
     """
     if experts_per_device < 1:
         return None
     needed = shape.num_all_experts * copies
     count = max(copies, -(-needed // experts_per_device))
-    # With more devices than this the layers do not come round to the first ones again, and every
-    # share stays as it is.
-    most = min(MAX_DEVICES, max(count, shape.num_experts * copies + shape.num_moe_layers))
-    while count <= most:
+    # With this many devices the layers no longer wrap around to the first device, so more devices
+    # make no share smaller.
+    limit = min(MAX_DEVICES, max(count, shape.num_experts * copies + shape.num_moe_layers))
+    while count <= limit:
         if largest_share(shape, count, copies) <= experts_per_device:
             return count
         count += max(1, count // _EXACT_UP_TO)
@@ -239,7 +239,7 @@ def fewest_devices(shape: ModelShape, copies: int, experts_per_device: int) -> i
 
 
 def _most_copies(shape: ModelShape, num_devices: int, experts_per_device: int) -> int:
-    """Return how many copies of each expert fit on so many devices; 0 where not even one does."""
+    """Return how many copies of each expert fit on the devices; 0 where no copy does."""
     bound = min(num_devices, num_devices * experts_per_device // shape.num_all_experts)
     for copies in range(bound, 0, -1):
         if largest_share(shape, num_devices, copies) <= experts_per_device:
@@ -248,41 +248,41 @@ def _most_copies(shape: ModelShape, num_devices: int, experts_per_device: int) -
 
 
 def problems(plan: Plan) -> list[str]:
-    """Return a sentence for each thing that does not fit on the devices of a plan."""
+    """Return a sentence for each part that does not fit on the devices of a plan."""
     return [sentence for devices in plan.devices for sentence in _problems(plan, devices)]
 
 
 def _problems(plan: Plan, devices: DevicesPlan) -> list[str]:
-    size, found = format_size(devices.device_memory_bytes), []
+    size, sentences = format_size(devices.device_memory_bytes), []
     room = devices.device_memory_bytes - plan.actor_process_bytes
     if plan.expert_bytes > room:
-        found.append(
+        sentences.append(
             f"One expert of {format_size(plan.expert_bytes)} and an actor's process of "
             f"{format_size(plan.actor_process_bytes)} do not fit on a device of {size}."
         )
     elif devices.num_devices is None:
-        found.append(
+        sentences.append(
             f"{_copies(plan.copies)} of the experts needs more than {MAX_DEVICES} devices of "
             f"{size}."
         )
     elif not devices.experts_fit:
-        found.append(
+        sentences.append(
             f"{_copies(plan.copies)} of the experts need {format_size(devices.bytes_on_fullest)} "
             f"on each of {devices.num_devices} devices of {size}, which hold "
             f"{_copies(devices.most_copies or 0).lower()}."
         )
     if devices.free_for_cache_bytes <= 0:
-        found.append(
+        sentences.append(
             f"A router's weights and process need {format_size(plan.router_bytes_without_cache)}, "
             f"more than a device of {size} has."
         )
     elif not devices.cache_fits:
-        found.append(
+        sentences.append(
             f"A cache of {plan.wanted_cache_tokens:,} tokens needs "
             f"{format_size(plan.wanted_cache_bytes)}; beside the router, a device of {size} has "
             f"room for {devices.cache_tokens:,} tokens."
         )
-    return found
+    return sentences
 
 
 def _copies(count: int) -> str:

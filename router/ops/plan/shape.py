@@ -1,7 +1,6 @@
-"""How many parameters the parts of a Mixture-of-Experts model have, from its configuration: pure.
+"""Counts the parameters of a Mixture-of-Experts model from its configuration: pure functions.
 
-What :mod:`router.ops.plan.plan` plans with: the sizes of the tensors that a family's checkpoint
-has.
+The counts are the sizes of the tensors in a checkpoint of the model's family.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from experts.checkpoint.config import checked_shape, family_of, usual_config, wr
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Parameters of a model by who holds them.
+    """The parameters of a model, by the process that holds them.
 
-    ``router_parameters`` are all but the routed experts': ``lookup_parameters`` of them are an
-    embedding of which a token takes one row and computes with no other. ``expert_parameters`` are
-    one routed expert's. ``cache_values_per_token`` are the numbers that the key/value cache keeps
-    of a token in all layers.
+    ``router_parameters`` are all parameters outside the routed experts. ``lookup_parameters`` of
+    them belong to the embedding, of which a token reads a single row. ``expert_parameters`` belong
+    to one routed expert. ``cache_values_per_token`` is the number of values that the key/value
+    cache stores for a token in all layers.
     """
 
     model_type: str
@@ -48,7 +47,7 @@ class ModelShape:
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that one token computes with."""
+        """Parameters in the computation of one token."""
         chosen = self.num_moe_layers * self.num_experts_per_tok * self.expert_parameters
         return self.router_parameters - self.lookup_parameters + chosen
 
@@ -56,8 +55,8 @@ class ModelShape:
 def shape_of(given: Mapping[str, Any], where: str) -> ModelShape:
     """Count the parameters that a configuration describes.
 
-    Raises :class:`CheckpointError` naming ``where`` for a family that is not served, and for sizes
-    that are missing or no positive integers.
+    Raises :class:`CheckpointError` naming ``where`` for a family that is not served, and for a size
+    that is missing or no positive integer.
     """
     file = Path(where)
     family = family_of(dict(given), file)

@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write and read them."""
+"""Converts sizes in bytes from and to the text that people write and read."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]+)")
 
 
 def parse_size(text: str, field: str) -> int:
-    """Return the bytes that ``24GB``, ``1.5 TB`` or ``80GiB`` mean.
+    """Return the number of bytes in a text like ``24GB``, ``1.5 TB`` or ``80GiB``.
 
-    Raises :class:`ConfigError` naming ``field`` for anything else: a size without a unit, an
-    unknown one, or a size of less than a byte.
+    Raises :class:`ConfigError` naming ``field`` for a missing or unknown unit, any other text, and
+    a size of less than a byte.
     """
     match = _SIZE.fullmatch(text)
     if match is None or match[2] not in UNITS:

@@ -1,6 +1,6 @@
-"""Finds the model that ``expertmesh plan`` is asked about: a folder's, or one known by its name.
+"""Finds the model of an ``expertmesh plan``, by its folder or by the name of a known model.
 
-Of a folder only ``config.json`` is read and, where there are any weights, their headers.
+Of a folder it reads ``config.json`` and the headers of the weights, if there are weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEFAULT_DTYPE = "bfloat16"
 
 
 def known_models() -> dict[str, dict[str, Any]]:
-    """Return the known models by their names in lower case, as ``known_models.yaml`` has them."""
+    """Return the entries of ``known_models.yaml`` by the models' names in lower case."""
     text = (importlib.resources.files("router") / "known_models.yaml").read_text(encoding="utf-8")
     known: dict[str, dict[str, Any]] = yaml.safe_load(text)
     return known
@@ -32,26 +32,21 @@ def known_models() -> dict[str, dict[str, Any]]:
 def find_model(name: str, dtype: str = "auto") -> PlannedModel:
     """Find a model: a folder, a folder in the ``deploy`` package, or a known model's name.
 
-    ``dtype`` is what its weights are to be held in; ``auto`` takes the checkpoint's own, and
-    bfloat16 where this version cannot hold that. Raises :class:`CheckpointError` naming the file
-    that is wrong, and :class:`ConfigError` when there is no such model.
+    ``dtype`` is the served dtype of its weights. ``auto`` stands for the checkpoint's dtype, or for
+    bfloat16 where this version cannot serve that. Raises :class:`CheckpointError` naming the wrong
+    file, and :class:`ConfigError` when there is no such model.
     """
     if dtype != "auto" and dtype not in DTYPE_BYTES:
         allowed = ", ".join(("auto", *sorted(DTYPE_BYTES)))
         raise ConfigError(f"must be one of {allowed} (given: {dtype!r:.40})", "--dtype")
+    bundled = Path(str(importlib.resources.files("deploy")))
+    for folder in (Path(name), bundled / name, bundled / "models" / name):
+        if folder.is_dir():
+            return _of_folder(folder, dtype)
     known = known_models()
-    folder = _folder(name)
-    if folder is not None:
-        return _of_folder(folder, dtype)
     if name.lower() not in known:
         raise ConfigError(f"is neither a folder nor a known model; known: {', '.join(known)}", name)
     return _of_known(name.lower(), known[name.lower()], dtype)
-
-
-def _folder(name: str) -> Path | None:
-    bundled = Path(str(importlib.resources.files("deploy")))
-    places = (Path(name), bundled / name, bundled / "models" / name)
-    return next((place for place in places if place.is_dir()), None)
 
 
 def _of_folder(folder: Path, dtype: str) -> PlannedModel:
@@ -69,9 +64,9 @@ def _of_folder(folder: Path, dtype: str) -> PlannedModel:
 
 
 def _dtype_of(config: dict[str, Any]) -> str:
-    """Return a configuration's dtype if it is one that this version holds."""
-    told = config.get("dtype") or config.get("torch_dtype")
-    return told if told in DTYPE_BYTES else DEFAULT_DTYPE
+    """Return the dtype of a configuration, or the default where this version cannot serve it."""
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    return dtype if dtype in DTYPE_BYTES else DEFAULT_DTYPE
 
 
 def _of_known(name: str, entry: dict[str, Any], dtype: str) -> PlannedModel:
@@ -83,7 +78,7 @@ def _of_known(name: str, entry: dict[str, Any], dtype: str) -> PlannedModel:
 
 
 def _stored_note(stored: str, chosen: str) -> str:
-    """Return a sentence on weights that are stored otherwise than they are held."""
+    """Return a remark on weights whose stored format is not their served dtype."""
     if stored in METHODS:
-        return f"stored in {stored}, dequantised when it is loaded; planned for {chosen}"
+        return f"stored in {stored}, dequantised when loaded; planned for {chosen}"
     return f"published in {stored}, which is not served; planned for {chosen}"
