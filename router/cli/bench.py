@@ -1,4 +1,4 @@
-"""``expertmesh bench``: load on a running server, and what it makes of it."""
+"""``expertmesh bench``: a load test of a running server."""
 
 from __future__ import annotations
 
@@ -12,17 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from router.cli.common import (
-    INTERRUPTED,
-    REFUSED,
-    Address,
-    AsJson,
-    Model,
-    Timeout,
-    write_json,
-)
+from router.cli.common import INTERRUPTED, REFUSED, Address, AsJson, Model, Timeout, write_json
 from router.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client, ModelInfo, Sampling
-from router.ops.load_test import Load, Measured, put_load
+from router.ops.load_test import LoadTest, Results, run_load_test
 
 MAX_CLIENTS, MAX_REQUESTS = 1024, 100_000
 _NUM_RANDOM_PROMPTS = 64
@@ -52,12 +44,12 @@ def bench(
 
     Example: expertmesh bench --clients 16 --requests 200 --max-tokens 64
 
-    Every request is greedy, goes on past any end of text for all its tokens, and is sent once,
-    without retries. The exit code is 1 when one failed; Ctrl-C ends it with what was measured.
+    Every request is greedy, ignores the end of the text, and is sent once, without retries. The
+    exit code is 1 when a request failed. Ctrl-C ends the test and prints its results so far.
     """
     with Client(address) as client:
         info = client.model_info(model)[0]
-    load = Load(
+    test = LoadTest(
         prompts=prompt or _random_prompts(info, prompt_tokens),
         sampling=Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
         model=info.id,
@@ -66,19 +58,18 @@ def bench(
         streamed=stream,
         timeout_s=timeout,
     )
-    measured = Measured()
+    results = Results()
     try:
-        _run(address, load, measured)
+        _run(address, test, results)
+        code = REFUSED if results.failed else 0
     except KeyboardInterrupt:
-        _show(load, measured, as_json)
-        raise typer.Exit(INTERRUPTED) from None
-    _show(load, measured, as_json)
-    if measured.failed:
-        raise typer.Exit(REFUSED)
+        code = INTERRUPTED
+    _show(test, results, as_json)
+    raise typer.Exit(code)
 
 
 def _random_prompts(info: ModelInfo, length: int) -> list[Sequence[int]]:
-    """Return prompts that are the same in every run, so that runs can be compared."""
+    """Return prompts of random tokens; they are the same in every run, so that runs compare."""
     source = random.Random(0)
     return [
         [source.randrange(info.vocab_size) for _ in range(length)]
@@ -86,7 +77,7 @@ def _random_prompts(info: ModelInfo, length: int) -> list[Sequence[int]]:
     ]
 
 
-def _run(address: str, load: Load, measured: Measured) -> None:
+def _run(address: str, test: LoadTest, results: Results) -> None:
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -96,39 +87,39 @@ def _run(address: str, load: Load, measured: Measured) -> None:
         TextColumn("{task.fields[failed]}"),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"{load.clients} at once", total=load.requests, failed="")
+        task = progress.add_task(f"{test.clients} at once", total=test.requests, failed="")
 
         def on_end() -> None:
-            failed = f"[red]{measured.failed} failed" if measured.failed else ""
+            failed = f"[red]{results.failed} failed" if results.failed else ""
             progress.update(task, advance=1, failed=failed)
 
-        asyncio.run(put_load(address, load, measured, on_end))
+        asyncio.run(run_load_test(address, test, results, on_end))
 
 
-def _show(load: Load, measured: Measured, as_json: bool) -> None:
-    told = measured.to_json()
+def _show(test: LoadTest, results: Results, as_json: bool) -> None:
+    figures = results.to_json()
     if as_json:
-        asked = {
-            "model": load.model,
-            "clients": load.clients,
-            "requests": load.requests,
-            "max_tokens": load.sampling.max_tokens,
-            "streamed": load.streamed,
+        settings = {
+            "model": test.model,
+            "clients": test.clients,
+            "requests": test.requests,
+            "max_tokens": test.sampling.max_tokens,
+            "streamed": test.streamed,
         }
-        write_json({**asked, **told}, indent=2)
+        write_json(settings | figures, indent=2)
         return
     console = Console()
     console.print(
-        f"{load.model}: {told['succeeded']} of {load.requests} requests, {load.clients} at once, "
-        f"in {told['elapsed_s']:.2f} s: {told['tokens_per_s']:.0f} tokens/s, "
-        f"{told['requests_per_s']:.1f} requests/s",
+        f"{test.model}: {results.succeeded} of {test.requests} requests, {test.clients} at once, "
+        f"in {results.elapsed_s:.2f} s: {figures['tokens_per_s']:.0f} tokens/s, "
+        f"{figures['requests_per_s']:.1f} requests/s",
         highlight=False,
         soft_wrap=True,
     )
-    console.print(_times(told, load.streamed))
-    for kind, one in told["failures"].items():
+    console.print(_times(figures, test.streamed))
+    for kind, failures in sorted(results.failures.items()):
         console.print(
-            f"{one['count']} failed, {kind}: {one['first']}",
+            f"{failures.count} failed, {kind}: {failures.first}",
             style="red",
             highlight=False,
             markup=False,
@@ -136,12 +127,12 @@ def _show(load: Load, measured: Measured, as_json: bool) -> None:
         )
 
 
-def _times(told: dict[str, Any], streamed: bool) -> Table:
+def _times(figures: dict[str, Any], streamed: bool) -> Table:
     table = Table("ms", "p50", "p99")
     rows = {"whole request": "request_ms"}
     if streamed:
         rows = {"first token": "first_token_ms", "between tokens": "between_tokens_ms", **rows}
     for name, key in rows.items():
-        values = [told[key][percent] for percent in ("p50", "p99")]
+        values = [figures[key][percent] for percent in ("p50", "p99")]
         table.add_row(name, *("" if value is None else f"{value:.1f}" for value in values))
     return table

@@ -1,6 +1,6 @@
-"""Load on a running server: requests at once, and what is measured of them.
+"""Runs a load test: sends concurrent requests to a running server and measures the answers.
 
-All times are as a client sees them, by its own clock; the client takes its share of the machine.
+All times are a client's, by its own clock. The client itself uses a share of the machine.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cluster.errors import ExpertMeshError
@@ -20,10 +20,10 @@ MAX_SAMPLES = 100_000
 
 
 class Samples:
-    """Durations, of which percentiles are wanted.
+    """Percentiles of durations.
 
-    Exact up to ``limit`` of them; beyond, an even sample of that size is kept (Vitter's
-    algorithm R, "Random Sampling with a Reservoir", 1985).
+    They are exact up to ``limit`` durations. Beyond, they come from an even sample of that size
+    (Vitter's algorithm R, "Random Sampling with a Reservoir", 1985).
     """
 
     def __init__(self, limit: int = MAX_SAMPLES) -> None:
@@ -33,25 +33,25 @@ class Samples:
         self._random = random.Random(0)
 
     def add(self, value_s: float) -> None:
-        """Take one duration."""
+        """Add a duration."""
         self._seen += 1
         if len(self._kept) < self._limit:
             self._kept.append(value_s)
-        elif (place := self._random.randrange(self._seen)) < self._limit:
-            self._kept[place] = value_s
+        elif (index := self._random.randrange(self._seen)) < self._limit:
+            self._kept[index] = value_s
 
     def percentile_ms(self, percent: float) -> float | None:
-        """Return the smallest duration that so many percent do not exceed, in milliseconds."""
+        """Return the duration in milliseconds that ``percent`` of all do not exceed, if any."""
         if not self._kept:
             return None
         ranked = sorted(self._kept)
-        place = max(0, -(-len(ranked) * percent // 100) - 1)  # nearest rank, rounded up
-        return ranked[int(place)] * 1000
+        index = max(0, -(-len(ranked) * percent // 100) - 1)  # nearest rank, rounded up
+        return ranked[int(index)] * 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What to ask: ``requests`` in all, ``clients`` at once, the prompts in turn."""
+class LoadTest:
+    """The requests of a load test: ``requests`` in all, ``clients`` at once, prompts in turn."""
 
     prompts: Sequence[str | Sequence[int]]
     sampling: Sampling
@@ -64,18 +64,18 @@ class Load:
 
 @dataclass(slots=True)
 class Failures:
-    """How often one kind of failure came, and the words of the first."""
+    """The number of failures of one kind, and the message of the first."""
 
     count: int
     first: str
 
 
 @dataclass(slots=True)
-class Measured:
-    """What has been measured so far; whole or, when it was interrupted, in part.
+class Results:
+    """The measurements of a load test up to now, so that an interrupted test has results too.
 
-    A piece of several tokens counts as many equal times between tokens. What is not streamed has
-    no first token and no times between tokens.
+    A piece of n tokens counts as n equal times between tokens. An answer that is not streamed has
+    no time to the first token and no times between tokens.
     """
 
     elapsed_s: float = 0.0
@@ -89,17 +89,16 @@ class Measured:
     @property
     def failed(self) -> int:
         """The number of requests that failed."""
-        return sum(one.count for one in self.failures.values())
+        return sum(failures.count for failures in self.failures.values())
 
-    def failed_with(self, error: ExpertMeshError) -> None:
+    def add_failure(self, error: ExpertMeshError) -> None:
         """Count a failure by its kind."""
-        is_silence = isinstance(error, UnreachableError)
-        kind = "unreachable" if is_silence else error.code.value
+        kind = "unreachable" if isinstance(error, UnreachableError) else error.code.value
         self.failures.setdefault(kind, Failures(0, str(error))).count += 1
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as plain data; rates are per second, times in milliseconds."""
-        elapsed_s = self.elapsed_s or 1.0  # nothing was done in no time
+        """Return the results as plain data; rates are per second, times in milliseconds."""
+        elapsed_s = self.elapsed_s or 1.0  # a test that did not start has rates of 0
 
         def percentiles(samples: Samples) -> dict[str, float | None]:
             return {f"p{percent}": samples.percentile_ms(percent) for percent in (50, 99)}
@@ -108,8 +107,7 @@ class Measured:
             "succeeded": self.succeeded,
             "failed": self.failed,
             "failures": {
-                kind: {"count": one.count, "first": one.first}
-                for kind, one in sorted(self.failures.items())
+                kind: asdict(failures) for kind, failures in sorted(self.failures.items())
             },
             "elapsed_s": self.elapsed_s,
             "output_tokens": self.output_tokens,
@@ -121,69 +119,70 @@ class Measured:
         }
 
 
-async def put_load(
-    address: str, load: Load, measured: Measured, on_end: Callable[[], None]
+async def run_load_test(
+    address: str, test: LoadTest, results: Results, on_end: Callable[[], None]
 ) -> None:
-    """Ask everything once, without retries; ``on_end`` is called after each request.
+    """Send each request once, without retries; call ``on_end`` after each.
 
-    Fills ``measured``, so that what is there when the task is cancelled is not lost.
+    Fills ``results`` on the way, so that a cancelled test keeps its measurements.
     """
     started_s = time.monotonic()
-    left = iter(range(load.requests))
+    numbers = iter(range(test.requests))
     try:
         async with AsyncClient(address, retry=None) as client, asyncio.TaskGroup() as group:
-            for _ in range(min(load.clients, load.requests)):
-                group.create_task(_one_client(client, load, left, measured, on_end))
+            for _ in range(min(test.clients, test.requests)):
+                group.create_task(_run_client(client, test, numbers, results, on_end))
     finally:
-        measured.elapsed_s = time.monotonic() - started_s
+        results.elapsed_s = time.monotonic() - started_s
 
 
-async def _one_client(
+async def _run_client(
     client: AsyncClient,
-    load: Load,
-    left: Iterator[int],
-    measured: Measured,
+    test: LoadTest,
+    numbers: Iterator[int],
+    results: Results,
     on_end: Callable[[], None],
 ) -> None:
-    for number in left:
-        prompt = load.prompts[number % len(load.prompts)]
+    """Send one request after the other, as long as the clients' shared ``numbers`` last."""
+    for number in numbers:
+        prompt = test.prompts[number % len(test.prompts)]
         started_s = time.monotonic()
         try:
-            await (_stream if load.streamed else _generate)(client, load, prompt, measured)
+            await (_stream if test.streamed else _generate)(client, test, prompt, results)
         except ExpertMeshError as error:
-            measured.failed_with(error)
+            results.add_failure(error)
         else:
-            measured.succeeded += 1
-            measured.whole.add(time.monotonic() - started_s)
+            results.succeeded += 1
+            results.whole.add(time.monotonic() - started_s)
         on_end()
 
 
 async def _generate(
-    client: AsyncClient, load: Load, prompt: str | Sequence[int], measured: Measured
+    client: AsyncClient, test: LoadTest, prompt: str | Sequence[int], results: Results
 ) -> None:
     replies = await client.generate(
-        prompt, load.sampling, model=load.model, timeout_s=load.timeout_s
+        prompt, test.sampling, model=test.model, timeout_s=test.timeout_s
     )
-    measured.output_tokens += sum(len(reply.token_ids) for reply in replies)
+    results.output_tokens += sum(len(reply.token_ids) for reply in replies)
 
 
 async def _stream(
-    client: AsyncClient, load: Load, prompt: str | Sequence[int], measured: Measured
+    client: AsyncClient, test: LoadTest, prompt: str | Sequence[int], results: Results
 ) -> None:
     before_s = time.monotonic()
     is_first = True
-    pieces = client.stream(prompt, load.sampling, model=load.model, timeout_s=load.timeout_s)
+    pieces = client.stream(prompt, test.sampling, model=test.model, timeout_s=test.timeout_s)
     async with aclosing(pieces):
         async for piece in pieces:
             count = len(piece.token_ids)
             if not count:
                 continue
             now_s = time.monotonic()
-            measured.output_tokens += count
+            results.output_tokens += count
             if is_first:
-                measured.first_token.add(now_s - before_s)
+                results.first_token.add(now_s - before_s)
                 is_first = False
             else:
                 for _ in range(count):
-                    measured.between_tokens.add((now_s - before_s) / count)
+                    results.between_tokens.add((now_s - before_s) / count)
             before_s = now_s
