@@ -1,1 +1,1 @@
-"""Whole-model work on Mixture-of-Experts checkpoints, done offline and apart from serving."""
+"""Trains and evaluates whole Mixture-of-Experts models, offline and apart from serving."""

@@ -1,6 +1,6 @@
-"""Text in, token ids out: reading, holding out, and the byte-level BPE tokenizer.
+"""Turns texts into token ids: reads them, holds out blocks, trains a byte-level BPE tokenizer.
 
-A document ends at two blank lines. N: number of tokens, B: batch, L: sequence length.
+Two blank lines end a document. N: number of tokens, B: batch, L: sequence length.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of a run, split; those held out and the hashes by the name of their file."""
+    """The documents of a run: for training, and held out by file name; hashes by file name too."""
 
     train_documents: list[str]
     heldout_documents: dict[str, list[str]]
@@ -43,8 +43,8 @@ class Corpus:
 def read_corpus(paths: list[Path], holdout_every_blocks: int) -> Corpus:
     """Read UTF-8 texts and hold out every n-th block of about `BLOCK_CHARS` characters.
 
-    Blocks end at line ends. Raises TrainingError for an unreadable or empty file, one too short
-    to hold anything out, and two of the same name.
+    Blocks end at line ends. Raises TrainingError for an unreadable or empty file, for a file too
+    short to hold anything out, and for two files of the same name.
     """
     train: list[str] = []
     heldout: dict[str, list[str]] = {}
@@ -52,30 +52,31 @@ def read_corpus(paths: list[Path], holdout_every_blocks: int) -> Corpus:
     for path in paths:
         if path.name in files:
             raise TrainingError(
-                f"{path}: another text is called {path.name} too; figures are told by file name, "
-                "so rename one"
+                f"{path}: another text is called {path.name} too; figures go by file name, so "
+                "rename one of the texts"
             )
         text = _read_text(path)
         files[path.name] = hashlib.sha256(text.encode()).hexdigest()
-        kept: list[str] = []
+        held: list[str] = []
         for index, block in enumerate(_blocks(text)):
-            side = kept if index % holdout_every_blocks == holdout_every_blocks - 1 else train
-            side.extend(part for part in re.split(r"\n{3,}", block.strip("\n")) if part.strip())
-        if not kept:
+            documents = held if index % holdout_every_blocks == holdout_every_blocks - 1 else train
+            parts = re.split(r"\n{3,}", block.strip("\n"))
+            documents.extend(part for part in parts if part.strip())
+        if not held:
             raise TrainingError(
                 f"{path}: the text is too short to hold any of it out: with holdout_every_blocks "
                 f"{holdout_every_blocks} a file needs at least "
                 f"{holdout_every_blocks * BLOCK_CHARS} characters, in lines"
             )
-        heldout[path.name] = kept
+        heldout[path.name] = held
     return Corpus(train, heldout, files)
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with bos, eos and a chat template.
 
-    Any text round-trips, since all 256 bytes are in the vocabulary. Raises TrainingError when the
-    text has too few distinct pairs for `vocab_size`, or that is less than the bytes alone need.
+    Any text round-trips, since all 256 bytes are in the vocabulary. Raises TrainingError when
+    `vocab_size` is more than the text's distinct pairs allow, or less than the bytes need.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     least = len(alphabet) + 2
@@ -113,7 +114,7 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Tensor:
-    """Return all documents as one stream of ids, each followed by eos: int64 [N]."""
+    """Return the ids of all documents in a row, each followed by eos: int64 [N]."""
     ids: list[int] = []
     for encoded in tokenizer(documents, add_special_tokens=False)["input_ids"]:
         ids.extend(encoded)
@@ -126,7 +127,7 @@ def windows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut inputs and next-token targets, both int64 [B, L], at `starts` [B] in `tokens` [N].
 
-    Every input begins with bos, as a served prompt does.
+    Each input begins with bos, as a served prompt does.
     """
     targets = tokens[starts[:, None] + torch.arange(sequence_length)]
     bos = torch.full((len(starts), 1), bos_token_id, dtype=torch.int64)

@@ -1,13 +1,14 @@
-"""How well a model tells held-out text, and which tokens each of its experts takes.
+"""Measures how well a model predicts held-out text, and which tokens each expert takes.
 
-A token's expert is that of the position where it is read. L: sequence length, V: vocabulary size,
-E: experts, k: experts per token, K: kinds of token.
+The experts of a token are the experts at its input position.
+L: sequence length, V: vocabulary size, E: experts, k: experts per token, K: kinds of token.
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,10 +33,10 @@ _NO_KIND = len(KINDS)
 
 @dataclass(frozen=True)
 class SourceScore:
-    """One text's held-out tokens: their number, the nats they cost, and their experts.
+    """The score of a text's held-out tokens: their number, their loss in nats, their experts.
 
-    `counts` [layers][K + 1][E] are assignments; the last kind is the marks that begin and end a
-    document.
+    `counts` [layers][K + 1][E] are numbers of assignments. The last kind is the special tokens that
+    begin and end a document.
     """
 
     num_tokens: int
@@ -44,23 +45,23 @@ class SourceScore:
 
 
 def unigram_nats(train: torch.Tensor, heldout: torch.Tensor, vocab_size: int) -> float:
-    """Return what held-out ids cost under the training counts, each plus one (V kinds of token)."""
+    """Return the nats of held-out ids under the counts of the V training ids, each plus one."""
     counts = torch.bincount(train, minlength=vocab_size).double() + 1
     log_probabilities = (counts / counts.sum()).log()
     return -log_probabilities[heldout].sum().item()
 
 
 def token_kind(text: str) -> str:
-    """Return which of KINDS a token is, by its text with the space before it.
+    """Return the kind of a token, one of KINDS, by its text and the space before it.
 
-    A word begins after a space; whatever else has letters is a part of one.
+    A word begins after a space. Any other token with letters is a part of a word.
     """
     bare = text.strip()
     if not bare:
         return "line ends and spaces"
-    if any(character.isdigit() for character in bare):
+    if any(map(str.isdigit, bare)):
         return "numbers"
-    if not any(character.isalpha() for character in bare):
+    if not any(map(str.isalpha, bare)):
         return "punctuation"
     if bare[0].isupper():
         return "capitals"
@@ -68,7 +69,7 @@ def token_kind(text: str) -> str:
 
 
 def kinds_of_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> torch.Tensor:
-    """Return the index in KINDS of every token id, K for special tokens: int64 [V]."""
+    """Return the index in KINDS of each token id, K for special tokens: int64 [V]."""
     special = set(tokenizer.all_special_ids)
     return torch.tensor(
         [
@@ -84,9 +85,9 @@ def score(
     kinds: torch.Tensor,
     sequence_length: int,
 ) -> dict[str, SourceScore]:
-    """Score each text's held-out ids in whole windows of L that do not overlap, each after bos.
+    """Score each text's held-out ids in whole windows of L without overlap, each after bos.
 
-    Raises TrainingError when a text has not one such window.
+    Raises TrainingError when a text is shorter than a window.
     """
     model.eval()
     scores = {}
@@ -127,29 +128,21 @@ def _score(
 
 @contextmanager
 def _routes(model: MixtralForCausalLM) -> Iterator[list[torch.Tensor]]:
-    """Give a list that holds every layer's topk_ids of the latest forward pass."""
+    """Yield a list that holds each layer's topk_ids of the latest forward pass."""
     layers = model.model.layers
     routes = [torch.empty(0, dtype=torch.int64) for _ in layers]
 
-    def keep(layer_id: int) -> Any:
-        def hook(_gate: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-            routes[layer_id] = output[2]
+    def keep(layer_id: int, _gate: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        routes[layer_id] = output[2]
 
-        return hook
-
-    handles = [
-        layer.mlp.gate.register_forward_hook(keep(layer_id))
-        for layer_id, layer in enumerate(layers)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for layer_id, layer in enumerate(layers):
+            hooks.enter_context(layer.mlp.gate.register_forward_hook(partial(keep, layer_id)))
         yield routes
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def perplexity(nats: float, num_tokens: int) -> float:
-    """Return the perplexity per token of text that cost so many nats."""
+    """Return the perplexity per token of a text with this loss."""
     return math.exp(nats / num_tokens)
 
 
@@ -168,11 +161,11 @@ def kind_shares(scores: Mapping[str, SourceScore]) -> dict[str, list[list[float]
 
 def source_shares(scores: Mapping[str, SourceScore]) -> dict[str, list[list[float]]]:
     """Return, for each text, each expert's share of its assignments, [layers][E]."""
-    return {name: _shares(one.counts.sum(1)) for name, one in scores.items()}
+    return {name: _shares(text_score.counts.sum(1)) for name, text_score in scores.items()}
 
 
 def _total(scores: Mapping[str, SourceScore]) -> torch.Tensor:
-    return torch.stack([one.counts for one in scores.values()]).sum(0)
+    return torch.stack([text_score.counts for text_score in scores.values()]).sum(0)
 
 
 def _shares(counts: torch.Tensor) -> list[list[float]]:

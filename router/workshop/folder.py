@@ -1,4 +1,4 @@
-"""The folder that a run writes into: what may be in it before, and the checkpoint at its end."""
+"""Checks and makes the folder of a run, and writes the checkpoint into it at the end."""
 
 import shutil
 from pathlib import Path
@@ -16,11 +16,11 @@ CARD_FILE = "README.md"
 _STAGING = ".checkpoint.tmp"
 _LEFTOVERS = {_STAGING, f".{STATE_FILE}.tmp"}
 _BYTES_PER_PARAMETER = 4 * (2 * 3 + 1)
-"""Two training states, the new beside the old, of fp32 weight and two moments; a checkpoint."""
+"""fp32 values: the old and the new training state (weight, two moments each); a checkpoint."""
 
 
 def check_out(out: Path, *, resume: bool) -> None:
-    """Raise TrainingError unless `out` holds this run's state or, without `resume`, nothing."""
+    """Raise TrainingError unless `out` holds a state to resume or, without `resume`, no files."""
     state = out / STATE_FILE
     if resume:
         if not state.exists():
@@ -29,26 +29,26 @@ def check_out(out: Path, *, resume: bool) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise TrainingError(f"{out}: is a file; --out names a folder, which training makes")
+        raise TrainingError(f"{out}: is a file; --out must name a folder, new or empty")
     if state.exists():
         raise TrainingError(
             f"{state}: holds an unfinished run; give --resume, another --out, or delete it"
         )
-    found = sorted(path.name for path in out.iterdir() if path.name not in _LEFTOVERS)
-    if found:
+    files = sorted(path.name for path in out.iterdir() if path.name not in _LEFTOVERS)
+    if files:
         raise TrainingError(
-            f"{out}: holds other files ({', '.join(found[:3])}); --out must be new or empty"
+            f"{out}: holds other files ({', '.join(files[:3])}); --out must be new or empty"
         )
 
 
 def make_out(out: Path, num_parameters: int) -> None:
-    """Make the folder; raise TrainingFailedError when it or what a run writes cannot be there."""
+    """Make the folder; raise TrainingFailedError when that fails or the disk has no room."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(out).free
     except OSError as error:
         raise TrainingFailedError(
-            f"{out}: cannot be made: {error.strerror}; name a folder that you may write to"
+            f"{out}: cannot be made: {error.strerror}; name a folder that you can write to"
         ) from error
     needed_bytes = num_parameters * _BYTES_PER_PARAMETER
     if free_bytes < needed_bytes:
@@ -61,10 +61,10 @@ def make_out(out: Path, num_parameters: int) -> None:
 def write_checkpoint(
     trainer: Trainer, tokenizer: PreTrainedTokenizerFast, record: Record, out: Path
 ) -> None:
-    """Leave model, tokenizer, training.json, card and picture in `out`, each written whole.
+    """Write model, tokenizer, training.json, card and picture into `out`, each file atomically.
 
-    The training state goes last, so that a run broken off here is resumed. Raises
-    TrainingFailedError when the disk takes no more; the state stays then.
+    The training state is deleted last, so that an interrupted run can resume. Raises
+    TrainingFailedError when a write fails; the state stays then.
     """
     staging = out / _STAGING
     try:
@@ -75,7 +75,7 @@ def write_checkpoint(
     except OSError as error:
         raise TrainingFailedError(
             f"{out}: the checkpoint cannot be written: {error}; "
-            "the training state stays: make room, then give --resume"
+            "the training state is kept: make room, then give --resume"
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

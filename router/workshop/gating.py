@@ -1,4 +1,4 @@
-"""Noisy top-k gating and the losses that keep experts in balance.
+"""Noisy top-k gating and the losses that balance the experts.
 
 After Shazeer et al. 2017, "Outrageously Large Neural Networks", sections 2.1 and 4, appendix A.
 T: tokens, E: experts, k: experts per token, H: hidden size.
@@ -19,7 +19,7 @@ def top_k_gates(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return topk_weights and topk_ids, both [T, k]: a softmax over the k largest logits.
 
-    Equals Softmax(KeepTopK(H, k)), equations 3 and 5; every other gate is zero.
+    Equals Softmax(KeepTopK(H, k)), equations 3 and 5; all other gates are zero.
     """
     topk_logits, topk_ids = logits.topk(num_experts_per_tok, dim=-1)
     return topk_logits.float().softmax(dim=-1), topk_ids
@@ -28,7 +28,7 @@ def top_k_gates(
 def dense_gates(
     topk_weights: torch.Tensor, topk_ids: torch.Tensor, num_experts: int
 ) -> torch.Tensor:
-    """Spread topk_weights [T, k] over all experts: [T, E] with exactly k nonzeros a row."""
+    """Scatter topk_weights [T, k] over all experts: [T, E] with exactly k nonzeros a row."""
     zeros = topk_weights.new_zeros(len(topk_ids), num_experts)
     return zeros.scatter(1, topk_ids, topk_weights)
 
@@ -39,30 +39,32 @@ def load_probability(
     noise_std: torch.Tensor,
     num_experts_per_tok: int,
 ) -> torch.Tensor:
-    """Return P [T, E], the chance that an expert is in the top k if only its noise is drawn anew.
+    """Return P [T, E]: the probability that an expert is in the top k when only its noise changes.
 
-    All inputs are [T, E], k < E. Differentiable in all of them; equations 8 and 9. Its sum over
-    tokens is the load.
+    All inputs are [T, E], and P is differentiable in them; k < E. Equations 8 and 9. The sum of P
+    over the tokens is the load.
     """
     largest, topk_ids = noisy_logits.topk(num_experts_per_tok + 1, dim=-1)
     is_chosen = torch.zeros_like(noisy_logits, dtype=torch.bool)
     is_chosen.scatter_(1, topk_ids[:, :-1], True)
-    # kth_excluding(H, k, i): a chosen expert must stay above the (k+1)-th, another reach the k-th.
+    # kth_excluding(H, k, i): a chosen expert must stay above the (k+1)-th logit; an expert that is
+    # not chosen must pass the k-th.
     threshold = torch.where(is_chosen, largest[:, -1:], largest[:, -2:-1])
     return torch.special.ndtr((clean_logits - threshold) / noise_std)
 
 
 def squared_variation(per_expert: torch.Tensor) -> torch.Tensor:
-    """Return the squared coefficient of variation of [E] values: zero iff all are equal."""
+    """Return the squared coefficient of variation of [E] values: zero iff they are equal."""
     return per_expert.var(unbiased=False) / per_expert.mean().square()
 
 
 class TrainingGate(MixtralTopKRouter):
-    """Mixtral's gate with noise while training; in eval mode it is Mixtral's own, bit by bit.
+    """Mixtral's gate with noise in training mode; in eval mode it equals Mixtral's bit by bit.
 
-    After a forward pass in training mode `balancing_loss` holds this layer's scalar, equations 7
-    and 11, and `overflow_share` the share of choices that found no room, 0 without groups. Noise is
-    drawn from `noise_generator`, so that it is a function of its seed.
+    A forward pass in training mode sets two attributes. `balancing_loss` is this layer's scalar
+    loss, equations 7 and 11. `overflow_share` is the share of the sent choices beyond the experts'
+    capacity, 0 without groups. The noise comes from `noise_generator`, so it is a function of the
+    seed.
     """
 
     def __init__(
@@ -94,13 +96,13 @@ class TrainingGate(MixtralTopKRouter):
         importance = dense_gates(topk_weights, topk_ids, self.num_experts).sum(0)
         self.balancing_loss = loss + self.gating.importance_weight * squared_variation(importance)
         if self.gating.groups is not None:
-            topk_weights = self._with_room(topk_weights, topk_ids, self.gating.groups)
+            topk_weights = self._within_groups(topk_weights, topk_ids, self.gating.groups)
         return router_logits, topk_weights, topk_ids
 
-    def _with_room(
+    def _within_groups(
         self, topk_weights: torch.Tensor, topk_ids: torch.Tensor, groups: GroupSettings
     ) -> torch.Tensor:
-        """Return the weights [T, k] with zeros for what is not sent or finds no room."""
+        """Return the weights [T, k], zero for a choice that is not sent or exceeds a capacity."""
         sent = torch.ones_like(topk_ids, dtype=torch.bool)
         if groups.random_second:
             sent = second_by_chance(topk_weights.detach(), self.noise_generator)
@@ -113,7 +115,7 @@ class TrainingGate(MixtralTopKRouter):
 def use_training_gates(
     model: MixtralForCausalLM, gating: GatingSettings, noise_generator: torch.Generator
 ) -> list[TrainingGate]:
-    """Swap every layer's gate for a TrainingGate with the same weight; return them in order."""
+    """Replace each layer's gate by a TrainingGate of the same weight; return the gates in order."""
     gates = []
     for layer in model.model.layers:
         gate = TrainingGate(model.config, gating, noise_generator)
@@ -124,7 +126,7 @@ def use_training_gates(
 
 
 def use_serving_gates(model: MixtralForCausalLM) -> None:
-    """Swap every layer's gate back for Mixtral's own; the noise weights are dropped."""
+    """Replace each layer's gate by Mixtral's own of the same weight; drop the noise weights."""
     for layer in model.model.layers:
         gate = MixtralTopKRouter(model.config)
         gate.weight = layer.mlp.gate.weight

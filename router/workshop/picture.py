@@ -1,4 +1,4 @@
-"""A picture of which tokens each expert takes; needs matplotlib (`expertmesh[plots]`)."""
+"""Draws which tokens each expert takes; needs matplotlib (`expertmesh[plots]`)."""
 
 import importlib.util
 from pathlib import Path
@@ -17,7 +17,7 @@ def can_draw() -> bool:
 def draw_experts(figures: Figures, path: Path) -> None:
     """Write a PNG: a row per kind of token and per text, a column per layer and expert.
 
-    A cell's colour is the share of that kind's assignments in that layer that go to that expert.
+    The colour of a cell is the expert's share of the row's assignments in the layer.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -28,14 +28,14 @@ def draw_experts(figures: Figures, path: Path) -> None:
     figure = Figure(figsize=(2.2 + 0.3 * num_layers * num_experts, 1.2 + 0.3 * len(rows)))
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, num_layers, sharey=True, squeeze=False)[0]
-    most = max(share for row in rows for layer in row for share in layer)
+    largest = max(share for row in rows for layer in row for share in layer)
     for layer_id, axis in enumerate(axes):
         image = axis.imshow(
             [[100 * share for share in row[layer_id]] for row in rows],
             aspect="auto",
             cmap="viridis",
             vmin=0,
-            vmax=100 * most,
+            vmax=100 * largest,
         )
         axis.set_title(f"layer {layer_id}", fontsize=10)
         axis.set_xticks(range(num_experts))

@@ -1,4 +1,4 @@
-"""What a run achieved, and the files that tell it: training.json and the model card.
+"""The record of a run, and its two files: training.json and the model card.
 
 E: experts.
 """
@@ -18,7 +18,7 @@ _DENSE_SIZES: tuple[DenseSize, ...] = ("active", "total")
 
 
 class SourceFigures(BaseModel):
-    """One text's part of the held-out tokens; perplexities are per token."""
+    """The figures of one text's held-out tokens; perplexities are per token."""
 
     heldout_tokens: int
     perplexity: float
@@ -26,7 +26,7 @@ class SourceFigures(BaseModel):
 
 
 class Figures(BaseModel):
-    """What a run achieved; perplexities are per token, shares [layers][E] of assignments."""
+    """The figures of a run; perplexities are per token, shares [layers][E] of assignments."""
 
     heldout_tokens: int
     heldout_perplexity: float
@@ -44,7 +44,10 @@ class Figures(BaseModel):
 
 
 class Record(BaseModel):
-    """A run as training.json keeps it: what it was told, its texts, what came of it."""
+    """The content of training.json: configuration, texts and figures of a run.
+
+    `beside` has the figures of the dense runs that the run is compared with.
+    """
 
     config: TrainingConfig
     dense: DenseSize | None = None
@@ -62,7 +65,8 @@ def read_beside(
 ) -> dict[DenseSize, Figures]:
     """Return the figures of finished dense runs of the same recipe and text, by their size.
 
-    Raises TrainingError for a folder that has none, or one of another recipe, text or size.
+    Raises TrainingError for a folder without a finished run, and for a run of another recipe, text
+    or size.
     """
     beside: dict[DenseSize, Figures] = {}
     for folder in folders:
@@ -76,21 +80,21 @@ def read_beside(
         if not sizes or record.text_sha256 != dict(files):
             raise TrainingError(
                 f"{path}: is no dense run of this configuration and text; "
-                "train one with the same ones and --dense active or --dense total"
+                "train it with both and --dense active or --dense total"
             )
         beside[sizes[0]] = record.figures
     return beside
 
 
 def num_active_parameters(num_parameters: int, model: ModelSettings) -> int:
-    """Return how many parameters one token meets: all but the experts that it does not take."""
+    """Return how many parameters a token uses: all except the experts that it does not take."""
     idle = model.num_local_experts - model.num_experts_per_tok
     expert = 3 * model.hidden_size * model.intermediate_size
     return num_parameters - model.num_hidden_layers * idle * expert
 
 
 def shares_table(expert_shares: Sequence[Sequence[float]]) -> Table:
-    """Lay out the share of assignments per layer and expert for a terminal."""
+    """Return a terminal's table of the share of assignments per layer and expert."""
     table = Table(title="Share of held-out tokens' assignments, %")
     table.add_column("layer", justify="right")
     for expert_id in range(len(expert_shares[0])):
@@ -101,9 +105,9 @@ def shares_table(expert_shares: Sequence[Sequence[float]]) -> Table:
 
 
 def model_card(record: Record, picture: str | None) -> str:
-    """Return the model card: what it is, how good it is, and the commands that make it again.
+    """Return the model card: the model's sizes, its figures, and the commands that reproduce it.
 
-    `picture` is the file beside it that shows which tokens each expert takes.
+    `picture` is the name of the picture file of :mod:`router.workshop.picture`, if there is one.
     """
     config, figures = record.config, record.figures
     model, run = config.model, config.optimization
@@ -142,13 +146,13 @@ def _perplexities(record: Record) -> str:
     for size, dense in record.beside.items():
         models[f"dense, same {size} size"] = dense
     rows = [
-        f"| {name} | {one.num_parameters:,} | {one.num_active_parameters:,} "
-        f"| {one.heldout_perplexity:.2f} |"
-        for name, one in models.items()
+        f"| {name} | {model.num_parameters:,} | {model.num_active_parameters:,} "
+        f"| {model.heldout_perplexity:.2f} |"
+        for name, model in models.items()
     ]
     by_source = [
         f"| `{name}` | {source.heldout_tokens:,} | "
-        + " | ".join(f"{one.sources[name].perplexity:.2f}" for one in models.values())
+        + " | ".join(f"{model.sources[name].perplexity:.2f}" for model in models.values())
         + f" | {source.unigram_perplexity:.2f} |"
         for name, source in figures.sources.items()
     ]
@@ -198,20 +202,19 @@ def _experts(record: Record, picture: str | None) -> str:
 
 
 def strongest_leanings(figures: Figures) -> list[tuple[float, str, int, int]]:
-    """Return the largest shares that experts take of a kind of token or text, one a kind.
+    """Return the largest share that an expert takes of each kind of token and each text.
 
-    Each is (share, kind, layer, expert), largest first.
+    An item is (share, kind, layer, expert). The largest are first, at most `STRONGEST` in all.
     """
-    best = []
-    for kind, shares in {**figures.kind_shares, **figures.source_shares}.items():
-        best.append(
-            max(
-                (share, kind, layer_id, expert_id)
-                for layer_id, row in enumerate(shares)
-                for expert_id, share in enumerate(row)
-            )
+    leanings = [
+        max(
+            (share, kind, layer_id, expert_id)
+            for layer_id, row in enumerate(shares)
+            for expert_id, share in enumerate(row)
         )
-    return sorted(best, reverse=True)[:STRONGEST]
+        for kind, shares in {**figures.kind_shares, **figures.source_shares}.items()
+    ]
+    return sorted(leanings, reverse=True)[:STRONGEST]
 
 
 def _recipe(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""What a training run is told: the YAML file, validated before any work begins."""
+"""The settings of a training run: a YAML file, validated before any work begins."""
 
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,11 +20,11 @@ DenseSize = Literal["active", "total"]
 
 
 class TrainingError(ValueError):
-    """A training run cannot go on as asked; the message says what was given and what is allowed."""
+    """A training run is refused; the message says what was given and what is allowed."""
 
 
 class TrainingFailedError(TrainingError):
-    """A training run that was asked for rightly broke off; the message says what to do."""
+    """A valid training run has failed; the message says what to do."""
 
 
 class _Settings(BaseModel):
@@ -34,7 +34,7 @@ class _Settings(BaseModel):
 class ModelSettings(_Settings):
     """Sizes of the Mixtral model, named as in transformers' `MixtralConfig`.
 
-    One expert makes a dense model: every token takes it whole.
+    A model with a single expert is dense: each token takes that expert.
     """
 
     vocab_size: PositiveInt
@@ -69,11 +69,11 @@ class ModelSettings(_Settings):
 
 
 class GroupSettings(_Settings):
-    """GShard's controls while training (Lepikhin et al. 2020, section 2.2).
+    """GShard's controls in training (Lepikhin et al. 2020, section 2.2).
 
-    In each group of `tokens` an expert takes at most `capacity_factor` times an equal share; what
-    finds no room passes the layer by. With `random_second` the second expert is asked with a
-    probability of twice its weight.
+    In each group of `tokens` an expert takes at most `capacity_factor` times an equal share of the
+    choices. A choice beyond that adds nothing to the layer's output. With `random_second` a token
+    takes its second expert with a probability of twice that expert's weight.
     """
 
     tokens: PositiveInt
@@ -100,7 +100,7 @@ class GatingSettings(_Settings):
 
 
 class OptimizationSettings(_Settings):
-    """Batches and steps; the learning rate warms up linearly, then falls along a cosine."""
+    """Batches and steps; the learning rate rises linearly at first, then falls along a cosine."""
 
     sequence_length: int = Field(ge=2)
     batch_size: PositiveInt
@@ -122,7 +122,7 @@ class OptimizationSettings(_Settings):
 
 
 class CardSettings(_Settings):
-    """What only a person knows for the model card: a name, the text and how it was made."""
+    """The part of the model card that a person writes: a name, the texts and their commands."""
 
     name: str
     text: str
@@ -130,7 +130,7 @@ class CardSettings(_Settings):
 
 
 class TrainingConfig(_Settings):
-    """One training run; together with the text it determines every weight on one thread."""
+    """A training run; on one thread it and the texts determine each weight."""
 
     seed: NonNegativeInt
     holdout_every_blocks: int = Field(ge=2)
@@ -178,13 +178,13 @@ class TrainingConfig(_Settings):
         return self
 
     def recipe(self) -> dict[str, Any]:
-        """Return all that determines the weights: everything but the card."""
+        """Return the settings that determine the weights: all but the card."""
         return self.model_dump(exclude={"card"}, exclude_none=True)
 
     def as_dense(self, size: DenseSize) -> Self:
-        """Return the same run of a dense model, its feed-forward as wide as the experts.
+        """Return the same run of a dense model, its feed-forward as wide as several experts.
 
-        `active`: as wide as those that one token takes; `total`: as all of a layer.
+        `active`: as wide as the experts of a token; `total`: as wide as all experts of a layer.
         """
         model = self.model
         width = model.num_experts_per_tok if size == "active" else model.num_local_experts
@@ -205,7 +205,7 @@ class TrainingConfig(_Settings):
 def load_config(path: Path) -> TrainingConfig:
     """Read and validate a training configuration.
 
-    Raises TrainingError that names the file and every offending key.
+    Raises TrainingError that names the file and each offending key.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
-"""The training state on disk: one safetensors file whose header carries the JSON part.
+"""The training state on disk: a safetensors file with the counters as JSON in its header.
 
-One file, so that tensors and counters can never be of two different steps.
+A single file, so that tensors and counters are always of the same step.
 """
 
 import json
@@ -27,9 +27,9 @@ def save_state(
     elapsed_s: float,
     fingerprint: str,
 ) -> None:
-    """Write parameters, AdamW moments and counters atomically: the old file or the new one.
+    """Write parameters, AdamW moments and counters atomically.
 
-    Raises TrainingFailedError when the disk takes no more.
+    Raises TrainingFailedError when the write fails; the file of the last save stays then.
     """
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -46,7 +46,7 @@ def save_state(
     except (OSError, SafetensorError) as error:
         raise TrainingFailedError(
             f"{out / STATE_FILE}: the state of step {steps_done} cannot be written: {error}; "
-            "what was saved before it stays: make room, then give --resume"
+            "the state saved before it is kept: make room, then give --resume"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -57,19 +57,17 @@ def load_state(
 ) -> tuple[int, float]:
     """Restore model and optimizer in place, bit by bit; return (steps_done, elapsed_s).
 
-    Raises TrainingError when there is no readable state, or it is of another configuration or
-    text.
+    The file must exist. Raises TrainingError for a file that is no state, and for a state of
+    another configuration or text.
     """
     path = out / STATE_FILE
-    if not path.exists():
-        raise TrainingError(f"{path}: nothing to resume; leave --resume out to begin a run")
     try:
         with safe_open(path, framework="pt") as file:
             counters = json.loads((file.metadata() or {})["training"])
             if counters["fingerprint"] != fingerprint:
                 raise TrainingError(
                     f"{path}: was written with another configuration or text; "
-                    "resume with the same ones, or delete it to begin anew"
+                    "resume with those, or delete this file to begin anew"
                 )
             for name, parameter in model.named_parameters():
                 with torch.no_grad():

@@ -1,8 +1,7 @@
-"""One training run, from texts to a checkpoint with its figures.
+"""A training run, from texts to a checkpoint with its figures.
 
-The same configuration and text give the same weights, bit by bit, on one thread and one build of
-torch; also when the run is broken off and resumed, since every random number is a function of
-(seed, step).
+The same configuration and texts give the same weights, bit by bit, on one thread and one build of
+torch. A resumed run gives them too, since each random number is a function of (seed, step).
 """
 
 import hashlib
@@ -37,7 +36,7 @@ from router.workshop.trainer import StepReport, Trainer
 
 
 class StoppedError(Exception):
-    """A run ended early because it was asked to; `steps_done` are saved."""
+    """The watcher stopped a run; `steps_done` are saved."""
 
     def __init__(self, steps_done: int) -> None:
         super().__init__(steps_done)
@@ -46,7 +45,7 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class Watcher:
-    """Who follows a run: hears of each phase and step, and says when to stop between steps."""
+    """The callbacks of a run: at each phase, after each step, and to stop it between steps."""
 
     on_phase: Callable[[str], None] = lambda phase: None
     on_step: Callable[[StepReport], None] = lambda report: None
@@ -65,14 +64,16 @@ def train(
 ) -> Record:
     """Train on the texts and leave a checkpoint, training.json, card and picture in `out`.
 
-    `dense` trains the configuration's dense model instead; `beside` are folders of such runs,
-    whose figures join this one's. A run that ends early in whatever way is continued by `resume`
-    from the last saved state. Raises TrainingError for what was asked wrongly, before any step;
-    TrainingFailedError when a run cannot go on; StoppedError when the watcher asked for it.
+    `dense` trains the configuration's dense model instead. `beside` are folders of finished dense
+    runs to compare with. `resume` continues a run that ended early from its last saved state.
+    Raises TrainingError for wrong settings or texts, before the first step or at the evaluation;
+    TrainingFailedError when the run fails; StoppedError when the watcher stops it.
     """
     watcher = watcher or Watcher()
     if dense and beside:
-        raise TrainingError("a dense run stands beside others; give it no runs beside itself")
+        raise TrainingError(
+            "a dense run compares with no other runs; leave out --dense or --beside"
+        )
     if dense:
         config = config.as_dense(dense)
     check_out(out, resume=resume)
@@ -105,21 +106,21 @@ def train(
 
 
 def _run(trainer: Trainer, out: Path, watcher: Watcher) -> None:
-    """Take the steps that are left; the last one is saved too, whatever follows it."""
+    """Take the remaining steps; save the state after the last step too."""
     settings = trainer.config.optimization
     while trainer.steps_done < settings.steps:
         report = trainer.step()
-        stops = watcher.should_stop()
+        should_stop = watcher.should_stop()
         is_last = report.steps_done == settings.steps
-        if stops or is_last or report.steps_done % settings.checkpoint_every_steps == 0:
+        if should_stop or is_last or report.steps_done % settings.checkpoint_every_steps == 0:
             trainer.save(out)
         watcher.on_step(report)
-        if stops:
+        if should_stop:
             raise StoppedError(report.steps_done)
 
 
 def _fingerprint(config: TrainingConfig, corpus: Corpus) -> str:
-    # The card changes no weight, so it may still be written while a run goes on.
+    # Without the card: it changes no weight, so its text may change between stop and resume.
     record = json.dumps([config.recipe(), corpus.files], sort_keys=True)
     return hashlib.sha256(record.encode()).hexdigest()
 
@@ -135,23 +136,22 @@ def _figures(trainer: Trainer, tokenizer: PreTrainedTokenizerFast, corpus: Corpu
     kinds = kinds_of_vocabulary(tokenizer, vocab_size)
     scores = score(trainer.model, heldout, kinds, settings.sequence_length)
     unigram = {
-        name: unigram_nats(trainer.tokens, heldout[name][: one.num_tokens], vocab_size)
-        for name, one in scores.items()
+        name: unigram_nats(trainer.tokens, heldout[name][: text.num_tokens], vocab_size)
+        for name, text in scores.items()
     }
-    num_tokens = sum(one.num_tokens for one in scores.values())
+    num_tokens = sum(text.num_tokens for text in scores.values())
     training_tokens = settings.steps * settings.batch_size * settings.sequence_length
-    num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     return Figures(
         heldout_tokens=num_tokens,
-        heldout_perplexity=perplexity(sum(one.nats for one in scores.values()), num_tokens),
+        heldout_perplexity=perplexity(sum(text.nats for text in scores.values()), num_tokens),
         unigram_perplexity=perplexity(sum(unigram.values()), num_tokens),
         sources={
             name: SourceFigures(
-                heldout_tokens=one.num_tokens,
-                perplexity=perplexity(one.nats, one.num_tokens),
-                unigram_perplexity=perplexity(unigram[name], one.num_tokens),
+                heldout_tokens=text.num_tokens,
+                perplexity=perplexity(text.nats, text.num_tokens),
+                unigram_perplexity=perplexity(unigram[name], text.num_tokens),
             )
-            for name, one in scores.items()
+            for name, text in scores.items()
         },
         expert_shares=expert_shares(scores),
         kind_shares=kind_shares(scores),
@@ -160,6 +160,6 @@ def _figures(trainer: Trainer, tokenizer: PreTrainedTokenizerFast, corpus: Corpu
         distinct_training_tokens=len(trainer.tokens),
         tokens_per_s=training_tokens / trainer.elapsed_s,
         training_s=trainer.elapsed_s,
-        num_parameters=num_parameters,
-        num_active_parameters=num_active_parameters(num_parameters, config.model),
+        num_parameters=trainer.num_parameters,
+        num_active_parameters=num_active_parameters(trainer.num_parameters, config.model),
     )

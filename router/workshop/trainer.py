@@ -1,4 +1,4 @@
-"""The training loop's one step and all that it needs to go on from where it stopped.
+"""A step of the training loop, and the state that a later run resumes from.
 
 B: batch, L: sequence length, V: vocabulary size.
 """
@@ -27,9 +27,9 @@ ADAM_BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step done: `loss` is the language-model loss in nats per token, before the update.
+    """The outcome of a step: `loss` is the language-model loss in nats per token before the update.
 
-    `overflow_share` of all layers' choices found no room under the groups' capacity.
+    `overflow_share` is the share of the choices beyond the experts' capacity, over all layers.
     """
 
     steps_done: int
@@ -39,7 +39,7 @@ class StepReport:
 
 
 def learning_rate_at(step: int, settings: OptimizationSettings) -> float:
-    """Linear warm-up from 0 and a cosine down to final_learning_rate; `step` counts from 0."""
+    """Return the rate of a step, from 0 on: a linear warm-up, then a cosine to the final rate."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     progress = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
@@ -50,7 +50,7 @@ def learning_rate_at(step: int, settings: OptimizationSettings) -> float:
 def build_model(
     settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> MixtralForCausalLM:
-    """Return a freshly initialised fp32 model, a function of the sizes and the seed."""
+    """Return a new fp32 model; its weights are a function of the sizes and the seed."""
     config = MixtralConfig(
         **settings.model_dump(exclude={"rope_theta"}),
         rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta},
@@ -64,7 +64,7 @@ def build_model(
 
 
 class Trainer:
-    """The training loop's state and its one step; all of it survives `save` and `load`."""
+    """The state of the training loop and its step; `save` and `load` keep the whole state."""
 
     def __init__(
         self,
@@ -85,18 +85,18 @@ class Trainer:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers are trained, the noise's weights among them."""
+        """The parameters of the model; in training, the weights of the noise are among them."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def step(self) -> StepReport:
-        """Draw a batch, take one optimizer step, report it.
+        """Draw a batch, take an optimizer step, report it.
 
         Raises TrainingFailedError, and changes no weight, when the loss is not finite.
         """
         started_s = time.perf_counter()
         settings = self.config.optimization
         self.model.train()
-        # A new seed at each step is all that a resumed run needs to draw the same numbers.
+        # The seed is a function of the step, so that a resumed run draws the same numbers.
         self.generator.manual_seed(self.config.seed * 1_000_003 + self.steps_done)
         last_start = len(self.tokens) - settings.sequence_length
         starts = torch.randint(last_start + 1, (settings.batch_size,), generator=self.generator)
@@ -135,7 +135,7 @@ class Trainer:
         )
 
     def load(self, out: Path) -> None:
-        """Go on from the state in `out`; raises TrainingError when it is not of this run."""
+        """Load the state in `out`; raises TrainingError when it is of another run."""
         self.steps_done, self.elapsed_s = load_state(
             out, self.model, self.optimizer, self.fingerprint
         )
