@@ -1,6 +1,6 @@
-"""The ``expertmesh`` command line: its commands, each a module of this package.
+"""The ``expertmesh`` command line: a module of this package for each group of commands.
 
-Neither torch nor ray nor transformers is imported before a command that needs it runs.
+A command imports torch, ray and transformers when it runs, if it needs them.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from router.cli.train import train
 
 
 class _Commands(TyperGroup):
-    """All commands; an error of any is one line and an exit code."""
+    """All commands; an error of a command is a line on stderr and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         with exit_codes():
             return super().invoke(ctx)
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         write(f"expertmesh {version('expertmesh')}\n")
         raise typer.Exit
 
@@ -58,27 +58,14 @@ def _options(
     print_version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
-    """Take what stands before a command."""
+    """Take the options before a command."""
 
 
-app.command()(serve)
-app.command()(generate)
-app.command()(chat)
-app.command()(status)
-app.command()(load)
-app.command()(placement)
-app.command()(rebalance)
-app.command()(scale)
-app.command()(drain)
-app.command()(copies)
-app.command()(bench)
-app.command()(check)
+_SERVING = (serve, generate, chat, status, load, placement, rebalance, scale, drain, copies, bench)
+for _command in (*_SERVING, check, plan, doctor, train, convert):
+    app.command()(_command)
 app.add_typer(config, name="config")
-app.command()(plan)
-app.command()(doctor)
-app.command()(train)
-app.command()(convert)

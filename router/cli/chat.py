@@ -1,4 +1,4 @@
-"""``expertmesh chat``: a conversation, answered as it comes."""
+"""``expertmesh chat``: a conversation whose answers appear piece by piece."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from router.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client, Message, R
 
 ROOM_TOKENS = 256
 _TOO_LONG_FIELDS = ("messages", "sampling.max_tokens")
-"""What the server names when a conversation and the room for its answer exceed the context."""
+"""The fields of a server's error when conversation and answer exceed the context."""
 _HELP = """\
 /reset  forget the conversation; the system prompt stays
 /quit   leave, as Ctrl-D does
-/help   show this
+/help   show these lines
 //text  say a text that begins with /
-Ctrl-C ends an answer; what has come of it counts as the answer."""
+Ctrl-C ends an answer; the text up to there counts as the answer."""
 
 Ask = Callable[[list[Message]], Generator[Reply, None, None]]
 
@@ -47,7 +47,7 @@ def chat(
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Most tokens of an answer, for which room is kept; by default "
+            help="Most tokens of an answer, reserved in the context; by default "
             f"{ROOM_TOKENS}, or half the context where that is less."
         ),
     ] = None,
@@ -63,9 +63,9 @@ def chat(
 
     Example: expertmesh chat --system "Answer as a prophet would." --temperature 0.8
 
-    Where question, history and room for the answer exceed the context, the oldest exchanges are
-    forgotten, and it is said how many. When stdin is no terminal each of its lines is a question,
-    only answers are printed, and the first failure ends the command.
+    The command forgets the oldest exchanges that the context has no room for, and says how many.
+    When stdin is no terminal, each of its lines is a question, stdout has the answers alone, and
+    the first failure ends the command.
     """
     with Client(address) as client:
         info = client.model_info(model)[0]
@@ -99,9 +99,9 @@ class _Chat:
         self._notes = Console(stderr=not self._is_terminal, highlight=False)
 
     def run(self) -> None:
-        """Answer line after line until the input ends or /quit."""
+        """Answer each line until the input ends or /quit."""
         if self._is_terminal:
-            self._note(f"{self._model}; /help tells what else there is, Ctrl-D leaves")
+            self._note(f"{self._model}; /help lists the commands, Ctrl-D leaves")
         for line in self._lines():
             text = line.strip()
             if text == "/quit":
@@ -132,7 +132,7 @@ class _Chat:
     def _prompt(self) -> str:
         if self._notes.color_system is None:
             return "you> "
-        # The marks keep readline from counting the colours as columns.
+        # The marks \001 and \002 keep readline from counting the colours as columns.
         return "\001\033[1;36m\002you>\001\033[0m\002 "
 
     def _command(self, text: str) -> None:
@@ -142,7 +142,7 @@ class _Chat:
         elif text == "/help":
             self._note(_HELP)
         else:
-            self._note(f"there is no {text.split()[0]}; /help tells what there is")
+            self._note(f"there is no {text.split()[0]}; /help lists the commands")
 
     def _answer(self, question: str) -> None:
         try:
@@ -153,27 +153,27 @@ class _Chat:
             self._notes.print(f"[red]{escape(str(error))}[/]; ask again", soft_wrap=True)
         else:
             if answer:
-                self._conversation.answered(question, answer)
+                self._conversation.add(question, answer)
 
     def _fitting_answer(self, question: str) -> str:
-        """Ask with as much of the conversation as fits; returns the answer as far as it came."""
-        without = 0
+        """Ask with the newest exchanges that fit; return the answer, as far as it came."""
+        num_forgotten = 0
         while True:
             try:
-                return self._stream(question, without)
+                return self._stream(question, num_forgotten)
             except InvalidRequestError as error:
-                if error.field not in _TOO_LONG_FIELDS or without == len(self._conversation):
+                if error.field not in _TOO_LONG_FIELDS or num_forgotten == len(self._conversation):
                     raise
-                without += 1
+                num_forgotten += 1
 
-    def _stream(self, question: str, without: int) -> str:
+    def _stream(self, question: str, num_forgotten: int) -> str:
         answer, begun = "", False
-        with closing(self._ask(self._conversation.asking(question, without))) as pieces:
+        with closing(self._ask(self._conversation.messages(question, num_forgotten))) as pieces:
             try:
                 for piece in pieces:
                     if not begun:
                         begun = True
-                        self._begin(without)
+                        self._begin(num_forgotten)
                     new = piece.text if answer else piece.text.lstrip()
                     answer += new
                     write_generated(new)
@@ -187,12 +187,12 @@ class _Chat:
                     write("\n")
         return answer
 
-    def _begin(self, forgotten: int) -> None:
-        """Say what an accepted question has cost, and who speaks."""
-        if forgotten:
-            self._conversation.forget(forgotten)
-            these = "exchange is" if forgotten == 1 else f"{forgotten} exchanges are"
-            self._note(f"the oldest {these} forgotten: the context has no room for more")
+    def _begin(self, num_forgotten: int) -> None:
+        """Begin an answer: report the forgotten exchanges, print the model's name."""
+        if num_forgotten:
+            self._conversation.forget(num_forgotten)
+            exchanges = "exchange is" if num_forgotten == 1 else f"{num_forgotten} exchanges are"
+            self._note(f"the oldest {exchanges} forgotten: the context has no room for more")
         if self._is_terminal:
             self._notes.print(f"[bold green]{escape(self._model)}>[/] ", end="")
 
@@ -211,18 +211,18 @@ class Conversation:
         """Return the number of exchanges."""
         return len(self._exchanges)
 
-    def asking(self, question: str, without: int = 0) -> list[Message]:
-        """Return the messages to send with a question, ``without`` so many of the oldest."""
+    def messages(self, question: str, num_forgotten: int = 0) -> list[Message]:
+        """Return the messages of a request, without the ``num_forgotten`` oldest exchanges."""
         messages = list(self._system)
-        for asked, answered in self._exchanges[without:]:
-            messages += [Message("user", asked), Message("assistant", answered)]
+        for earlier_question, answer in self._exchanges[num_forgotten:]:
+            messages += [Message("user", earlier_question), Message("assistant", answer)]
         return [*messages, Message("user", question)]
 
     def forget(self, count: int) -> None:
         """Forget the ``count`` oldest exchanges; the system prompt stays."""
         del self._exchanges[:count]
 
-    def answered(self, question: str, answer: str) -> None:
+    def add(self, question: str, answer: str) -> None:
         """Remember an exchange."""
-        # A template puts its own space before a text; models write theirs first, too.
+        # Chat templates write a space before a text, and so do models.
         self._exchanges.append((question, answer.strip()))

@@ -1,7 +1,7 @@
-"""What the commands share: exit codes, errors as one line, options, writing.
+"""The common parts of the commands: exit codes, errors as one line, options, output.
 
-A new command is a module with one function, and a line in ``app.py``. What it needs of torch, ray
-or transformers is imported inside the function: every command imports all modules here.
+A new command is a module with a function, and its name in ``app.py``. The function imports torch,
+ray and transformers, not the module: each command line imports the modules of all commands.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from cluster.errors import CheckpointError, ConfigError, ExpertMeshError
 from router.client import DEFAULT_ADDRESS, UnreachableError
 
 REFUSED, BAD_USAGE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
-# What a model writes is not to move the cursor, recolour or retitle a terminal.
+# A model's text must not move the cursor of a terminal, nor change its colours or its title.
 _CONTROLS = {code: "�" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """End the command with one line on stderr and this exit code."""
+    """End the command with a line on stderr and this exit code."""
     sys.stderr.write(f"expertmesh: {' '.join(message.split())}\n")
     raise typer.Exit(code)
 
@@ -44,11 +44,11 @@ Address = Annotated[
         help="host:port of the gRPC gateway.",
     ),
 ]
-Model = Annotated[str, typer.Option(help="Model id; by default the first served.")]
+Model = Annotated[str, typer.Option(help="Model id; by default the first served model.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest token.")]
-TopP = Annotated[float | None, typer.Option(help="Sample from this share of likelihood.")]
-TopK = Annotated[int | None, typer.Option(help="Sample from so many tokens; 0: all.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from this share of the probability.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from this many likeliest tokens; 0: all.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")]
 Timeout = Annotated[float, typer.Option(min=0.001, help="Seconds that an answer may take.")]
@@ -57,9 +57,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Turn errors into one line on stderr and an exit code; ``app.py`` puts it around all commands.
+    """Turn an error of a command into a line on stderr and an exit code.
 
-    Wrong configurations and checkpoints are 2, no server 3, Ctrl-C 130, every other error 1.
+    A wrong configuration or checkpoint is 2, no server 3, Ctrl-C 130, any other error 1.
     """
     try:
         yield
@@ -80,10 +80,10 @@ def write(text: str) -> None:
 
 
 def write_generated(text: str) -> None:
-    """Write a model's text to stdout at once; to a terminal without control characters."""
+    """Write a model's text to stdout at once; a terminal gets no control characters."""
     write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
 
 
 def write_json(value: Any, indent: int | None = None) -> None:
-    """Write a value as JSON and a line's end."""
+    """Write a value as JSON and a line feed."""
     write(json.dumps(value, indent=indent, default=str) + "\n")

@@ -1,4 +1,4 @@
-"""``expertmesh convert``: a model in another layout into the one that is served."""
+"""``expertmesh convert``: converts a checkpoint from another layout into the served layout."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def convert(
     dest: Annotated[Path, typer.Argument(help="Folder for the checkpoint; new or empty.")],
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="auto is what most of the source is in; of quantised weights, bfloat16."),
+        typer.Option(help="auto: the source's most common dtype; of quantised weights, bfloat16."),
     ] = "auto",
     max_shard_size: Annotated[
-        str, typer.Option(help="Most bytes of a file, like 5GB; also about what is in memory.")
+        str, typer.Option(help="Most bytes of a file, like 5GB; about as much memory is used.")
     ] = "5GB",
     as_json: AsJson = False,
 ) -> None:
-    """Bring a model in another layout to the one that is served, or change its dtype or shards.
+    """Convert a model into the served layout, or change its dtype or shard size.
 
-    Mistral's own files and GGUF are of Mixtral models; a folder with config.json may be of any
-    family, quantised or not. Grok-1 gets one set of names, whichever of the two it comes with.
+    Mistral's own files and GGUF hold Mixtral models. A folder with config.json may hold any family,
+    quantised or not. Both naming schemes of Grok-1 become the same one.
 
     Example: expertmesh convert mixtral-q8.gguf my-model --dtype bfloat16
 
-    DEST appears at the end, whole. A broken-off run is resumed by the same command.
+    DEST appears at the end, complete. The same command resumes an interrupted run.
     """
     from experts.convert.staging import finished_shards, staging_folder
     from experts.convert.write import convert as run
@@ -95,6 +95,6 @@ def _print(done: Converted) -> None:
     )
     if not done.has_tokenizer:
         write(
-            "No tokenizer.json lay beside the source; the model is served when you put the model's "
+            "There is no tokenizer.json beside the source. Before serving, put the model's "
             f"tokenizer.json and tokenizer_config.json into {done.dest}.\n"
         )

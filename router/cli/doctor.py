@@ -1,4 +1,4 @@
-"""``expertmesh doctor``: what is wrong with this machine, and what to do."""
+"""``expertmesh doctor``: finds what is wrong with this machine, and says what to do."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from router.cli.common import REFUSED, AsJson, write_json
 
@@ -21,15 +22,15 @@ STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
 def doctor(
     file: Annotated[
         Path | None,
-        typer.Argument(help="A deployment file; its ports, memory and models are looked at too."),
+        typer.Argument(help="A deployment file; its ports, memory and models are checked too."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look for what is wrong with this machine, and say what to do.
+    """Find what is wrong with this machine, and say what to do.
 
     Example: expertmesh doctor deploy/cluster.yaml
 
-    The exit code is 1 when there is a problem; warnings are none.
+    The exit code is 1 when there is a problem; a warning is no problem.
     """
     from router.ops.doctor.probe import examine
 
@@ -46,11 +47,6 @@ def doctor(
 def _print_checks(checks: list[Check]) -> None:
     table = Table("what", "", "found, and what to do")
     for check in checks:
-        said = f"{check.found}\n{check.advice}" if check.advice else check.found
-        table.add_row(check.name, f"[{STYLES[check.level]}]{check.level}[/]", _plain(said))
+        verdict = f"{check.found}\n{check.advice}".rstrip()
+        table.add_row(check.name, Text(check.level, STYLES[check.level]), Text(verdict))
     Console().print(table)
-
-
-def _plain(text: str) -> str:
-    """Return a text in which no bracket is read as a style."""
-    return text.replace("[", r"\[")

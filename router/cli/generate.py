@@ -1,4 +1,4 @@
-"""``expertmesh generate``: continue a prompt."""
+"""``expertmesh generate``: continues a prompt."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def generate(
 
     Example: expertmesh generate "In the beginning" --stream --max-tokens 64
 
-    With --json one object is printed; with --stream too, one object per line and piece.
+    With --json the command prints an object; with --stream too, it prints a line for each piece.
     """
     sampling = Sampling(
         max_tokens=max_tokens,

@@ -1,4 +1,4 @@
-"""``expertmesh load``, ``placement`` and ``rebalance``: the load of experts, and who holds them."""
+"""``expertmesh load``, ``placement`` and ``rebalance``: the load of experts, and their actors."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ SHOWN_MOVES = 20
 
 
 def load(
-    top: Annotated[int, typer.Option(min=0, help="Show so many of the busiest experts.")] = 8,
+    top: Annotated[int, typer.Option(min=0, help="The number of busiest experts to show.")] = 8,
     address: Address = DEFAULT_ADDRESS,
     as_json: AsJson = False,
 ) -> None:
-    """Show how busy devices and experts have been lately.
+    """Show the recent load of devices and experts.
 
     Example: expertmesh load --top 3
 
-    Balance is the busiest device's load over the mean one's, 1 being perfect: of each layer, and of
-    all layers together.
+    Balance is the load of the busiest device over the mean load of all devices; 1 is perfect. It is
+    measured by layer, and for all layers together.
     """
     with Client(address, retry=None) as client:
         status = client.load()
@@ -54,9 +54,9 @@ def load(
     busiest = sorted(status.experts, key=lambda expert: -expert.tokens_per_s)[:top]
     if busiest:
         table = Table("model", "layer", "expert", "tokens/s", "copies on")
-        for load in busiest:
-            rate, actors = f"{load.tokens_per_s:.0f}", ", ".join(load.actors)
-            table.add_row(load.model, str(load.layer), str(load.expert), rate, actors)
+        for expert in busiest:
+            rate, actors = f"{expert.tokens_per_s:.0f}", ", ".join(expert.actors)
+            table.add_row(expert.model, str(expert.layer), str(expert.expert), rate, actors)
         console.print(table)
 
 
@@ -80,16 +80,16 @@ def placement(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> No
 
 
 def rebalance(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would move.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would move.")] = False,
     address: Address = DEFAULT_ADDRESS,
     as_json: AsJson = False,
 ) -> None:
-    """Have copies of experts follow their load, while requests run.
+    """Move copies of experts to follow their load, while requests run.
 
     Example: expertmesh rebalance --dry-run
 
-    Returns when the new copies serve and the old ones are let go. Exit code 1 when it is refused or
-    fails; then every expert is where it was, or where the changes made before put it.
+    Returns when the new copies serve and the old copies are freed. The exit code is 1 when the
+    rebalancing is refused or fails; the copies that it had already moved stay where they are.
     """
     with Client(address, retry=None) as client:
         report = client.rebalance(dry_run)
@@ -142,7 +142,7 @@ def _ago(at_s: float) -> str:
 
 
 def _ids(expert_ids: list[int]) -> str:
-    """Return ids in short: 0-2, 5."""
+    """Return ids as ranges: 0-2, 5."""
     parts: list[list[int]] = []
     for expert_id in sorted(expert_ids):
         if parts and parts[-1][-1] == expert_id - 1:

@@ -8,15 +8,15 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; the entry point of the installed command."""
-    # gRPC's own log lines would stand between ours, as when a server says goodbye.
+    """Run the command line."""
+    # gRPC writes log lines to the terminal too, as when a server closes a connection.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        # Imported here, so that Ctrl-C during the imports shows no stack either.
+        # Imported here, so that Ctrl-C during the imports prints no stack either.
         from router.cli.app import app
 
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # a model may write what its encoding has not
+            if isinstance(stream, io.TextIOWrapper):  # not every encoding has every character
                 stream.reconfigure(errors="replace")
         app()
     except KeyboardInterrupt:

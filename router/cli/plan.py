@@ -1,4 +1,4 @@
-"""``expertmesh plan``: what a model needs and where it fits, without loading a weight."""
+"""``expertmesh plan``: the memory and the devices of a model, without a load of its weights."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ def plan(
     ] = None,
     devices: Annotated[
         int | None,
-        typer.Option(min=1, help="Devices for the experts; else the fewest."),
+        typer.Option(min=1, help="Devices for the experts; by default the fewest."),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="auto, float32, bfloat16 or float16; auto is the checkpoint's.")
     ] = "auto",
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a sequence; else the model's longest.")
+        int | None,
+        typer.Option(min=1, help="Tokens of a sequence; by default the model's longest."),
     ] = None,
     concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Sequences whose tokens the cache holds together.")
+        int | None, typer.Option(min=1, help="Sequences that the cache holds at once.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what a model needs and where it fits, from its configuration and headers alone.
+    """Plan a model's memory and devices, from its configuration and headers alone.
 
     Example: expertmesh plan mixtral-8x7b --copies 2 --device-memory 80GB
 
-    The exit code is 1 when something does not fit on the devices that were given.
+    The exit code is 1 when a part does not fit on the given devices.
     """
     from router.ops.plan.plan import Wish, make_plan, problems
     from router.ops.plan.source import find_model

@@ -11,38 +11,39 @@ from router.cli.common import REFUSED, Address, AsJson, fail, write, write_json
 from router.cli.load import show_moves
 from router.client import DEFAULT_ADDRESS, Client
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would change.")]
 
 
 def scale(
-    actors: Annotated[int, typer.Argument(min=0, help="How many actors the pool is to have.")],
-    pool: Annotated[str, typer.Option(help="Which pool; may be left out where there is one.")] = "",
+    actors: Annotated[int, typer.Argument(min=0, help="The new number of actors in the pool.")],
+    pool: Annotated[str, typer.Option(help="The pool; needed where there are several.")] = "",
     dry_run: DryRun = False,
     address: Address = DEFAULT_ADDRESS,
     as_json: AsJson = False,
 ) -> None:
-    """Have more or fewer expert actors, while requests run.
+    """Change the number of expert actors while requests run.
 
     Example: expertmesh scale 4
 
-    Returns when experts are spread over them. Those that are cheapest to empty go first. Exit code
-    1 when it is refused or fails, or while Ray finds no device for a new one, which it gets later.
+    Returns when the experts are spread over the new number. The actors that are cheapest to drain
+    go first. The exit code is 1 when the change is refused or fails, and when Ray has no device for
+    a new actor yet; that actor starts when Ray has one.
     """
     with Client(address, retry=None) as client:
         _show(client.scale(actors, pool, dry_run), as_json)
 
 
 def drain(
-    target: Annotated[str, typer.Argument(help="An actor; or a node, by its id's beginning.")],
+    target: Annotated[str, typer.Argument(help="An actor, or a node by the beginning of its id.")],
     dry_run: DryRun = False,
     address: Address = DEFAULT_ADDRESS,
     as_json: AsJson = False,
 ) -> None:
-    """Move the experts of an actor, or of all actors of a node, to others, and end it.
+    """Move the experts of an actor, or of a node's actors, to other actors, and end it.
 
     Example: expertmesh drain expert-1
 
-    Returns when nothing is left on it. Exit code 1 when it is refused or fails.
+    Returns when no expert is left on it. The exit code is 1 when the drain is refused or fails.
     """
     with Client(address, retry=None) as client:
         _show(client.drain(target, dry_run), as_json)
@@ -50,18 +51,18 @@ def drain(
 
 def copies(
     model: Annotated[str, typer.Argument(help="Model id.")],
-    layer: Annotated[int, typer.Argument(min=0, help="Layer of the expert.")],
+    layer: Annotated[int, typer.Argument(min=0, help="The layer of the expert.")],
     expert: Annotated[int, typer.Argument(min=0, help="The expert.")],
-    number: Annotated[int, typer.Argument(min=1, help="How many actors are to hold it.")],
+    number: Annotated[int, typer.Argument(min=1, help="The new number of copies.")],
     dry_run: DryRun = False,
     address: Address = DEFAULT_ADDRESS,
     as_json: AsJson = False,
 ) -> None:
-    """Bring one expert to a number of copies, until a rebalancing finds others better.
+    """Set the number of copies of an expert; a later rebalancing may change it.
 
     Example: expertmesh copies mesh-tiny 0 3 2
 
-    Exit code 1 when it is refused or fails.
+    The exit code is 1 when the change is refused or fails.
     """
     with Client(address, retry=None) as client:
         _show(client.set_copies(model, layer, expert, number, dry_run), as_json)

@@ -1,4 +1,4 @@
-"""``expertmesh status``: which processes serve and which experts each actor holds."""
+"""``expertmesh status``: shows the serving processes and the experts of each actor."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ BAR_WIDTH = 30
 
 
 def status(
-    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show the status repeatedly.")] = False,
     interval: Annotated[
-        float, typer.Option(min=0.1, max=3600, help="With --watch: seconds between two looks.")
+        float, typer.Option(min=0.1, max=3600, help="With --watch: seconds between two requests.")
     ] = 2.0,
     address: Address = DEFAULT_ADDRESS,
     as_json: AsJson = False,
 ) -> None:
-    """Show which processes serve and which experts each actor holds.
+    """Show the serving processes and the experts of each actor.
 
     Example: expertmesh status --watch
 
-    With --watch Ctrl-C ends it, with exit code 0. A server that goes away is said to be away, and
-    its last status stays until it is back; one that is not there at first is exit code 3. With
-    --json there is one object a line then, `{"error": …}` for a look that failed.
+    With --watch, Ctrl-C ends the command with exit code 0. While the server is away, its last
+    status stays, with the error below; a server that is away at first is exit code 3. With --watch
+    and --json, each line is an object, `{"error": …}` for a request that failed.
     """
     with Client(address, retry=None) as client:
         first = client.status()
@@ -57,15 +57,15 @@ def _watch(client: Client, first: ClusterStatus, interval_s: float, as_json: boo
     watched = _Watched(first)
     console = Console()
     if as_json:
-        _look(client, watched, interval_s, lambda: write_json(watched.wire()))
+        _repeat(client, watched, interval_s, lambda: write_json(watched.wire()))
     elif not console.is_terminal:
-        _look(client, watched, interval_s, lambda: console.print(watched.view(), soft_wrap=True))
+        _repeat(client, watched, interval_s, lambda: console.print(watched.view(), soft_wrap=True))
     else:
         with Live(console=console, auto_refresh=False) as live:
-            _look(client, watched, interval_s, lambda: live.update(watched.view(), refresh=True))
+            _repeat(client, watched, interval_s, lambda: live.update(watched.view(), refresh=True))
 
 
-def _look(
+def _repeat(
     client: Client, watched: _Watched, interval_s: float, show: Callable[[], None]
 ) -> NoReturn:
     while True:
@@ -112,7 +112,7 @@ class _Watched:
             note = Text(f"{time.strftime('%H:%M:%S')}   Ctrl-C ends", style="dim")
         else:
             age_s = time.monotonic() - self._at_s
-            note = Text(f"{self._error}; above is what was {age_s:.0f} s ago", style="bold red")
+            note = Text(f"{self._error}; the status above is {age_s:.0f} s old", style="bold red")
         return Group(Text(_summary(self._status)), table, note)
 
 

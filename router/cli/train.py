@@ -1,12 +1,10 @@
-"""``expertmesh train``: a small model from text, with its figures, resumable at any moment."""
+"""``expertmesh train``: trains a small model from text; an interrupted run can resume."""
 
 from __future__ import annotations
 
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to train, and how.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The settings of the run.")],
     text: Annotated[
         list[Path],
         typer.Option(help="A UTF-8 text; two blank lines end a document. Repeatable."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; new or empty.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a broken-off run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     dense: Annotated[
         Literal["active", "total"] | None,
         typer.Option(help="Train a dense model instead, of the same active or total size."),
@@ -43,8 +41,8 @@ def train(
 
     Example: expertmesh train train.yaml --text plays.txt --text novels.txt --out my-model
 
-    Ctrl-C ends it after the step under way, which is saved; --resume goes on with the same bits.
-    With --json the record of the run is printed, as it is in training.json.
+    Ctrl-C ends the run after the current step and saves it; --resume continues it bit by bit. With
+    --json the command prints the record of the run, as in training.json.
     """
     import torch
     from transformers.utils import logging
@@ -64,7 +62,7 @@ def train(
             sys.stderr.write(
                 "no picture of the experts: it needs pip install 'expertmesh[plots]'\n"
             )
-        with _Display(settings.optimization.steps) as display, _gentle_stop(display) as stop:
+        with _Display(settings.optimization.steps) as display:
             record = run(
                 settings,
                 text,
@@ -72,7 +70,7 @@ def train(
                 resume=resume,
                 dense=dense,
                 beside=beside or [],
-                watcher=Watcher(display.phase, display.step, stop.asked),
+                watcher=Watcher(display.on_phase, display.on_step, display.should_stop),
             )
     except TrainingFailedError as error:
         fail(str(error), REFUSED)
@@ -82,8 +80,8 @@ def train(
         fail(f"stopped; {stopped.steps_done} steps are saved; go on with: {again}", INTERRUPTED)
     except KeyboardInterrupt:
         if (out / STATE_FILE).exists():
-            fail(f"interrupted; what was saved stays; go on with: {again}", INTERRUPTED)
-        fail("interrupted; nothing had been saved", INTERRUPTED)
+            fail(f"interrupted; the saved state is kept; go on with: {again}", INTERRUPTED)
+        fail("interrupted; no state was saved", INTERRUPTED)
     if as_json:
         write_json(record.model_dump())
     else:
@@ -91,10 +89,14 @@ def train(
 
 
 class _Display:
-    """The progress bar on stderr; ``current`` is the phase that it shows."""
+    """The progress bar on stderr, and the handler of Ctrl-C.
+
+    The first Ctrl-C while training stops the run after the current step. Any other Ctrl-C ends it
+    at once.
+    """
 
     def __init__(self, steps: int) -> None:
-        self.current = ""
+        self._phase = ""
         self._steps = steps
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -108,56 +110,38 @@ class _Display:
 
     def __enter__(self) -> _Display:
         self._progress.start()
+        self._former_handler = signal.signal(signal.SIGINT, self._on_sigint)
         return self
 
     def __exit__(self, *_exception: Any) -> None:
+        signal.signal(signal.SIGINT, self._former_handler)
         self._progress.stop()
 
-    def phase(self, name: str) -> None:
-        self.current = name
+    def on_phase(self, name: str) -> None:
+        self._phase = name
         self._progress.update(self._task, description=name)
-        if name == "evaluating":  # of a resumed run too, which may have had no step left
+        if name == "evaluating":  # a resumed run may have no step left
             self._progress.update(self._task, completed=self._steps)
 
-    def step(self, report: StepReport) -> None:
+    def on_step(self, report: StepReport) -> None:
         pace = f"loss {report.loss:.3f}  {report.tokens_per_s:,.0f} tokens/s"
         if report.overflow_share:
             pace += f"  {report.overflow_share:.1%} overflow"
         self._progress.update(self._task, completed=report.steps_done, pace=pace)
 
+    def should_stop(self) -> bool:
+        return self._phase == "stopping"
 
-class _Stop:
-    """Whether Ctrl-C asked for an end after the step under way."""
-
-    def __init__(self, display: _Display) -> None:
-        self._display = display
-        self._asked = False
-
-    def asked(self) -> bool:
-        return self._asked
-
-    def on_signal(self, _signum: int, _frame: Any) -> None:
-        """End between two steps at the first Ctrl-C while training, else at once."""
-        if self._asked or self._display.current != "training":
+    def _on_sigint(self, _signum: int, _frame: Any) -> None:
+        if self._phase != "training":
             raise KeyboardInterrupt
-        self._asked = True
-        self._display.phase("stopping")
-
-
-@contextmanager
-def _gentle_stop(display: _Display) -> Iterator[_Stop]:
-    stop = _Stop(display)
-    before = signal.signal(signal.SIGINT, stop.on_signal)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
+        self.on_phase("stopping")
 
 
 def _command(
     config: Path, texts: list[Path], out: Path, dense: str | None, beside: list[Path]
 ) -> str:
-    """Return the command that goes on with this run."""
+    """Return the command that resumes this run."""
     words = ["expertmesh", "train", str(config)]
     words += [word for path in texts for word in ("--text", str(path))]
     words += ["--out", str(out), *(["--dense", dense] if dense else [])]

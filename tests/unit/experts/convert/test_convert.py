@@ -187,10 +187,10 @@ def test_dtype_and_shard_size_of_the_same_layout(original: Original, tmp_path: P
 def test_tokenizer_is_copied_or_said_to_be_missing(original: Original, tmp_path: Path) -> None:
     foreign.write_gguf(tmp_path / "in.gguf", original.config, original.state)
     without = run(tmp_path / "in.gguf", tmp_path / "without")
-    assert "No tokenizer.json lay beside the source" in without.stdout
+    assert "no tokenizer.json beside the source" in without.stdout
     shutil.copy(original.folder / "tokenizer.json", tmp_path)
     with_it = run(tmp_path / "in.gguf", tmp_path / "with")
-    assert "No tokenizer.json" not in with_it.stdout
+    assert "no tokenizer.json" not in with_it.stdout
     assert (tmp_path / "with" / "tokenizer.json").exists()
 
 

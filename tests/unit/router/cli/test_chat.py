@@ -111,15 +111,15 @@ def test_in_a_pipe_the_first_failure_ends_it(address: str, upstream: FakeUpstrea
 def test_a_conversation_forgets_its_oldest_exchanges_only() -> None:
     conversation = Conversation("be brief")
     for question in "abc":
-        conversation.answered(question, f" {question}! ")
+        conversation.add(question, f" {question}! ")
     system, rest = Message("system", "be brief"), [Message("user", "d")]
-    assert conversation.asking("d", without=2) == [
+    assert conversation.messages("d", num_forgotten=2) == [
         system, Message("user", "c"), Message("assistant", "c!"), *rest
     ]  # fmt: skip
     conversation.forget(1)
     assert len(conversation) == 2
-    assert conversation.asking("d")[1] == Message("user", "b")
-    assert Conversation().asking("d") == rest
+    assert conversation.messages("d")[1] == Message("user", "b")
+    assert Conversation().messages("d") == rest
 
 
 def test_ctrl_c_ends_an_answer_and_ctrl_d_the_command(address: str, upstream: FakeUpstream) -> None:

@@ -171,7 +171,7 @@ def test_watching_at_a_terminal_shows_that_the_server_is_away(upstream: FakeUpst
         terminal = Terminal("status", "--watch", "--interval", "0.1", "--address", address)
         terminal.wait_for("tokens/s")
         terminal.wait_for("Ctrl-C ends")
-    terminal.wait_for("; above is what was")
+    terminal.wait_for("; the status above is ")
     terminal.process.send_signal(signal.SIGINT)
     assert terminal.end() == 0
 

@@ -119,7 +119,7 @@ def test_ctrl_c_twice_ends_a_step_at_once(
     on_step(monkeypatch, interrupt)
     result = run(words)
     assert result.exit_code == 130
-    assert "interrupted; what was saved stays; go on with: expertmesh train" in result.stderr
+    assert "interrupted; the saved state is kept; go on with: expertmesh train" in result.stderr
     assert state_steps(words, tmp_path) == 5
 
 
@@ -138,7 +138,7 @@ def test_ctrl_c_while_saving_leaves_a_whole_state(
     monkeypatch.setattr(state, "save_file", save)
     result = run(words)
     assert result.exit_code == 130
-    assert "what was saved stays" in result.stderr
+    assert "the saved state is kept" in result.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == [STATE_FILE]
     assert state_steps(words, tmp_path) == 5
 
@@ -151,7 +151,7 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(
     )
     result = run(words)
     assert result.exit_code == 130
-    assert "interrupted; nothing had been saved" in result.stderr
+    assert "interrupted; no state was saved" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
