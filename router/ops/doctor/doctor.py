@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
@@ -200,10 +199,10 @@ def check_ray(running: RunningRay | None, raylets: Iterable[int]) -> Check:
     return Check("ray", "ok", f"a start joins {where}{version}")
 
 
-def check_haproxy(is_wanted: bool, binary: Path | str | None) -> Check:
+def check_haproxy(is_wanted: bool, binary: str | None) -> Check:
     """Check for the HAProxy that a deployment file asks for."""
     if binary is not None:
-        return Check("haproxy", "ok", str(binary))
+        return Check("haproxy", "ok", binary)
     if not is_wanted:
         return Check("haproxy", "ok", "none here: Serve's own proxy listens, more slowly")
     return Check(
