@@ -1,14 +1,13 @@
-"""The controller's knowledge of the cluster, as plain data that gateways and commands show.
+"""The controller's knowledge of the cluster, as gateways and commands show it.
 
-Routers and gateways add their samples to the watch call that they make anyway; expert actors report
-to the controller. The controller keeps the newest of each process, and a gateway asks for all.
+Routers and gateways send their samples with each watch call. Expert actors report to the
+controller. The controller keeps the newest report of each process, and a gateway asks for all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from cluster.spec import ActorReport
 
@@ -17,8 +16,8 @@ from cluster.spec import ActorReport
 class ActorStatus:
     """One live expert actor.
 
-    ``experts`` are (model, layer, expert), ``tokens`` rows computed, ``weight_bytes`` what the
-    experts' weights take in the device's memory.
+    ``experts`` are (model, layer, expert), ``tokens`` the rows that the actor has computed,
+    ``weight_bytes`` the size of the experts' weights in the device's memory.
     """
 
     actor_id: str
@@ -33,9 +32,10 @@ class ActorStatus:
 
 @dataclass(frozen=True, slots=True)
 class LoadingStatus:
-    """How far an actor is that loads its share: experts and bytes in memory, of how many experts.
+    """The progress of an actor that loads its experts.
 
-    It serves none of them before it has all.
+    ``held_experts`` of ``num_experts`` are in memory, ``weight_bytes`` so far. The actor serves
+    when it holds all of them.
     """
 
     actor_id: str
@@ -45,7 +45,7 @@ class LoadingStatus:
 
 
 def loading_line(loading: Sequence[LoadingStatus]) -> str:
-    """Return the progress of all loading actors together, as one line for people."""
+    """Return the progress of all loading actors together as a line of text."""
     held = sum(actor.held_experts for actor in loading)
     total = sum(actor.num_experts for actor in loading)
     size_gb = sum(actor.weight_bytes for actor in loading) / 1e9
@@ -55,7 +55,7 @@ def loading_line(loading: Sequence[LoadingStatus]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
-    """A router or gateway replica that has been heard of lately."""
+    """A router or gateway replica that has called the controller lately."""
 
     pid: int
     node: str
@@ -65,9 +65,10 @@ class ProcessStatus:
 class ClusterStatus:
     """The answer of ``Admin/GetStatus`` and ``expertmesh status``.
 
-    ``missing_experts`` is how many (model, layer, expert) have no live copy; 0 means ready.
-    ``min_copies`` is how many copies of each the configuration asks for, ``live_copies`` how many
-    the expert with the fewest has. ``loading`` are the actors that do not serve yet.
+    ``missing_experts`` is the number of (model, layer, expert) without a live copy; 0 means ready.
+    ``min_copies`` is the configured number of copies of each expert. ``live_copies`` is the number
+    of live copies of the expert that has the fewest. ``loading`` are the actors that do not serve
+    yet.
     """
 
     models: tuple[str, ...]
@@ -82,34 +83,10 @@ class ClusterStatus:
     live_copies: int = 0
     loading: tuple[LoadingStatus, ...] = ()
 
-    def to_wire(self) -> dict[str, Any]:
-        """Return the status as a msgpack-able dictionary."""
-        return asdict(self)
-
-    @classmethod
-    def from_wire(cls, wire: dict[str, Any]) -> ClusterStatus:
-        """Rebuild a status from :meth:`to_wire`."""
-        actors = tuple(
-            ActorStatus(**{**a, "experts": tuple((m, i, e) for m, i, e in a["experts"])})
-            for a in wire["actors"]
-        )
-        routers = tuple(ProcessStatus(**p) for p in wire["routers"])
-        gateways = tuple(ProcessStatus(**p) for p in wire["gateways"])
-        return cls(
-            **{
-                **wire,
-                "models": tuple(wire["models"]),
-                "routers": routers,
-                "gateways": gateways,
-                "actors": actors,
-                "loading": tuple(LoadingStatus(**one) for one in wire["loading"]),
-            }
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A copy of an expert that comes to an actor (``is_added``) or goes from it."""
+    """A copy of an expert that an actor loads (``is_added``) or unloads."""
 
     actor_id: str
     model: str
@@ -120,12 +97,13 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class RebalanceReport:
-    """What one rebalancing decided, and what became of it.
+    """The decision of one rebalancing, and its outcome.
 
-    ``outcome`` is ``committed``, ``planned`` of a dry run, ``balanced`` where nothing was worth
-    moving, or ``failed: `` and why. ``at_s`` is wall clock, ``moved_bytes`` what had to be loaded.
-    The balances are the busiest device's load over the mean one's: averaged over the layers, and of
-    all layers together. ``epoch`` and ``version`` name the placement afterwards.
+    ``outcome`` is ``committed``, ``planned`` (a dry run), ``balanced`` (no move was worth its cost)
+    or ``failed: `` with the reason. ``at_s`` is wall clock. ``moved_bytes`` is the size of the
+    loaded copies. A balance is the load of the busiest device over the mean load: ``layers_…`` is
+    the average over the layers, ``devices_…`` counts all layers together. ``epoch`` and ``version``
+    name the placement afterwards.
     """
 
     outcome: str
@@ -140,24 +118,15 @@ class RebalanceReport:
     epoch: int
     version: int
 
-    def to_wire(self) -> dict[str, Any]:
-        """Return the report as a msgpack-able dictionary."""
-        return asdict(self)
-
-    @classmethod
-    def from_wire(cls, wire: dict[str, Any]) -> RebalanceReport:
-        """Rebuild a report from :meth:`to_wire`."""
-        return cls(**{**wire, "moves": tuple(Move(**move) for move in wire["moves"])})
-
 
 @dataclass(frozen=True, slots=True)
 class ChangeReport:
-    """A change of the number of actors, or of one expert's copies, and what became of it.
+    """A change of the number of actors, or of the copies of one expert, and its outcome.
 
-    ``what`` names the change and ``reason`` who wanted it, for people. ``outcome`` is
-    ``committed``, ``planned`` of a dry run, ``unchanged``, ``pending: `` and what actors that were
-    asked for wait for, or ``failed: `` and why. ``added`` and ``removed`` are actors; ``at_s`` is
-    wall clock.
+    ``what`` describes the change and ``reason`` its cause, both for people. ``outcome`` is
+    ``committed``, ``planned`` (a dry run), ``unchanged``, ``pending: `` with the resource that new
+    actors wait for, or ``failed: `` with the reason. ``added`` and ``removed`` are ids of actors.
+    ``at_s`` is wall clock.
     """
 
     what: str
@@ -172,21 +141,10 @@ class ChangeReport:
     epoch: int
     version: int
 
-    def to_wire(self) -> dict[str, Any]:
-        """Return the report as a msgpack-able dictionary."""
-        return asdict(self)
-
-    @classmethod
-    def from_wire(cls, wire: dict[str, Any]) -> ChangeReport:
-        """Rebuild a report from :meth:`to_wire`."""
-        moves = tuple(Move(**move) for move in wire["moves"])
-        added, removed = tuple(wire["added"]), tuple(wire["removed"])
-        return cls(**{**wire, "moves": moves, "added": added, "removed": removed})
-
 
 @dataclass(frozen=True, slots=True)
 class ExpertLoad:
-    """One logical expert: token rows a second over all its copies lately, and who holds one."""
+    """One logical expert: its recent token rows a second over all copies, and their actors."""
 
     model: str
     layer: int
@@ -197,10 +155,9 @@ class ExpertLoad:
 
 @dataclass(frozen=True, slots=True)
 class DeviceStatus:
-    """One actor's device lately.
+    """The recent load of one actor's device.
 
-    ``busy`` is the share of time in which it computed, ``wait_s`` how long a frame waited on
-    average.
+    ``busy`` is the share of time in which it computed, ``wait_s`` the mean wait of a frame.
     """
 
     actor_id: str
@@ -215,7 +172,7 @@ class DeviceStatus:
 class LoadStatus:
     """The answer of ``Admin/GetLoad``: rates of about the last ``window_s`` seconds.
 
-    ``rebalances`` and ``changes`` are the last ones, the newest first.
+    ``rebalances`` and ``changes`` start with the newest.
     """
 
     window_s: float
@@ -226,35 +183,17 @@ class LoadStatus:
     rebalances: tuple[RebalanceReport, ...]
     changes: tuple[ChangeReport, ...] = ()
 
-    def to_wire(self) -> dict[str, Any]:
-        """Return the load as a msgpack-able dictionary."""
-        return asdict(self)
-
-    @classmethod
-    def from_wire(cls, wire: dict[str, Any]) -> LoadStatus:
-        """Rebuild a load from :meth:`to_wire`."""
-        experts = (ExpertLoad(**{**e, "actors": tuple(e["actors"])}) for e in wire["experts"])
-        return cls(
-            **{
-                **wire,
-                "devices": tuple(DeviceStatus(**one) for one in wire["devices"]),
-                "experts": tuple(experts),
-                "rebalances": tuple(RebalanceReport.from_wire(r) for r in wire["rebalances"]),
-                "changes": tuple(ChangeReport.from_wire(c) for c in wire["changes"]),
-            }
-        )
-
 
 Sample = tuple[str, Mapping[str, str], float]
-"""One of Prometheus' samples: its name with any suffix, its labels, its value."""
+"""A Prometheus sample: its name with any suffix, its labels, its value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
     """All samples of one process at one moment.
 
-    ``taken_s`` is on the process's own monotonic clock, and only orders its samples. ``families``
-    has each metric's samples by its name without a suffix.
+    ``taken_s`` is a time of the process's monotonic clock, which orders the samples of this process
+    alone. ``families`` has each metric's samples by its name without a suffix.
     """
 
     taken_s: float
@@ -272,9 +211,10 @@ class ProcessSamples:
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """All that the controller has heard: from the actors, the routers and the gateways.
+    """The newest reports of all actors, routers and gateways.
 
-    While it is away there is no ``status``, and ``processes`` has only the gateway that is asked.
+    While the controller is away, ``status`` is ``None`` and ``processes`` has the asked gateway
+    alone.
     """
 
     status: ClusterStatus | None

@@ -37,6 +37,7 @@ from cluster.reports import (
     ActorStatus,
     ChangeReport,
     ClusterStatus,
+    LoadStatus,
     Measurements,
     ProcessSamples,
     ProcessStatus,
@@ -190,25 +191,25 @@ class Controller:
     ) -> dict[str, Any]:
         """Return the placement once it differs from ``known`` (epoch, version).
 
-        The answer is ``{"placement": …, "loop_age_s": …, "is_deleted": …}``: the placement as plain
-        data, ``None`` when nothing changed within ``timeout_s`` (at most ``MAX_WATCH_S``), how long
-        ago this controller last finished a heartbeat of any actor, and whether Serve deletes the
-        application. The call also says that this router or gateway is alive, and brings its
-        ``samples``.
+        The answer is ``{"placement": …, "loop_age_s": …, "is_deleted": …}``: the
+        :class:`Placement`, ``None`` when nothing changed within ``timeout_s`` (at most
+        ``MAX_WATCH_S``), how long ago this controller last finished a heartbeat of any actor, and
+        whether Serve deletes the application. The call also says that this router or gateway is
+        alive, and brings its ``samples``.
         """
         state, order = self._state, (known[0], known[1])
         self._members.heard(kind, ProcessStatus(pid, node), order, samples)
         for actor_id in self._retirement.waiting():
             self._keeper.heartbeat_now(actor_id)
-        wire = None
+        placement = None
         try:
             async with asyncio.timeout(min(timeout_s, MAX_WATCH_S)):
                 await state.wait_for(lambda: state.is_deleted or state.placement.order != order)
-            wire = state.placement.to_wire()
+            placement = state.placement
         except TimeoutError:
             pass
         return {
-            "placement": wire,
+            "placement": placement,
             "loop_age_s": time.monotonic() - self._keeper.looped_s,
             "is_deleted": state.is_deleted,
         }
@@ -217,9 +218,9 @@ class Controller:
         """Check an actor at once, since a router has no answer from this generation."""
         self._keeper.suspect(actor_id, generation)
 
-    async def status(self) -> dict[str, Any]:
-        """Return :class:`ClusterStatus` as plain data."""
-        return self._status().to_wire()
+    async def status(self) -> ClusterStatus:
+        """Return the processes that serve, and the experts of each actor."""
+        return self._status()
 
     async def measurements(self, own: ProcessSamples) -> Measurements:
         """Return all measurements; ``own`` are the samples of the gateway that asks."""
@@ -245,12 +246,11 @@ class Controller:
             loading=self._keeper.loading.status(),
         )
 
-    async def load(self) -> dict[str, Any]:
-        """Return :class:`LoadStatus` as plain data."""
-        status = replace(self._rebalancer.load(), changes=tuple(self._elastic.history))
-        return status.to_wire()
+    async def load(self) -> LoadStatus:
+        """Return the recent load of experts and devices, and the last changes."""
+        return replace(self._rebalancer.load(), changes=tuple(self._elastic.history))
 
-    # Each of the following returns ``{"report": …}`` as plain data, or ``{"error": …}``.
+    # Each of the following returns ``{"report": …}``, or ``{"error": …}`` as plain data.
 
     async def rebalance(self, dry_run: bool) -> dict[str, Any]:
         """Spread the current load, or only plan it; see :meth:`Rebalancer.rebalance`."""
@@ -273,9 +273,9 @@ class Controller:
 
 
 async def _outcome(change: Awaitable[ChangeReport | RebalanceReport]) -> dict[str, Any]:
-    """Return a change's report or error as plain data; Serve would wrap a raised error."""
+    """Return a change's report, or its error as plain data; Serve would wrap a raised error."""
     try:
-        return {"report": (await change).to_wire()}
+        return {"report": await change}
     except ExpertMeshError as error:
         return {"error": error.to_wire()}
 

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from cluster.errors import ConfigError
 from cluster.spec import ExpertKey, ModelExperts
@@ -67,21 +66,6 @@ class Placement:
         }
         generations = {**self.generations, actor_id: generation}
         return replace(self, version=self.version + 1, holders=holders, generations=generations)
-
-    def to_wire(self) -> dict[str, Any]:
-        """Return the placement as plain data."""
-        return {
-            "epoch": self.epoch,
-            "version": self.version,
-            "holders": [[*key, list(actors)] for key, actors in self.holders.items()],
-            "generations": dict(self.generations),
-        }
-
-    @classmethod
-    def from_wire(cls, wire: dict[str, Any]) -> Placement:
-        """Rebuild a placement from :meth:`to_wire`."""
-        holders = {ExpertKey(m, i, e): tuple(actors) for m, i, e, actors in wire["holders"]}
-        return cls(wire["epoch"], wire["version"], holders, dict(wire["generations"]))
 
 
 def empty_placement(epoch: int, models: Sequence[ModelExperts]) -> Placement:

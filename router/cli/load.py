@@ -33,7 +33,7 @@ def load(
     with Client(address, retry=None) as client:
         status = client.load()
     if as_json:
-        write_json(status.to_wire(), indent=2)
+        write_json(asdict(status), indent=2)
         return
     write(
         f"the last {status.window_s:.0f} s or so   balance: {status.layers_balance:.2f} by layer, "
@@ -94,7 +94,7 @@ def rebalance(
     with Client(address, retry=None) as client:
         report = client.rebalance(dry_run)
     if as_json:
-        write_json(report.to_wire(), indent=2)
+        write_json(asdict(report), indent=2)
     else:
         _show(report)
     if report.outcome.startswith("failed"):

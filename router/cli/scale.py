@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -70,7 +71,7 @@ def copies(
 
 def _show(report: ChangeReport, as_json: bool) -> None:
     if as_json:
-        write_json(report.to_wire(), indent=2)
+        write_json(asdict(report), indent=2)
     else:
         actors = [f"+{actor}" for actor in report.added]
         actors += [f"-{actor}" for actor in report.removed]

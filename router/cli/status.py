@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Annotated, NoReturn
 
 import typer
@@ -46,7 +47,7 @@ def status(
             except KeyboardInterrupt:
                 return
         elif as_json:
-            write_json(first.to_wire(), indent=2)
+            write_json(asdict(first), indent=2)
         else:
             write(_summary(first) + "\n")
             Console().print(_tables(first))
@@ -103,7 +104,7 @@ class _Watched:
 
     def wire(self) -> dict[str, object]:
         """Return the object of a line of JSON."""
-        return self._status.to_wire() if self._error is None else {"error": self._error.to_wire()}
+        return asdict(self._status) if self._error is None else {"error": self._error.to_wire()}
 
     def view(self) -> Group:
         """Return the view of a terminal."""

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+from cluster import reports
 from cluster.reports import ChangeReport, ClusterStatus, LoadStatus, RebalanceReport
 from router.client.session import CHANGE_TIMEOUT_S, INFO_TIMEOUT_S, Answer, Call, Session
 from router.protos import admin_pb2
@@ -112,27 +113,27 @@ class AsyncAdminClient(ABC):
 
 def _status(session: Session) -> Call[ClusterStatus]:
     request = admin_pb2.GetStatusRequest()
-    return _call(session.admin.GetStatus, request, INFO_TIMEOUT_S, _status_from_fields)
+    return _call(session.admin.GetStatus, request, INFO_TIMEOUT_S)
 
 
 def _load(session: Session) -> Call[LoadStatus]:
     request = admin_pb2.GetLoadRequest()
-    return _call(session.admin.GetLoad, request, INFO_TIMEOUT_S, LoadStatus.from_wire)
+    return _call(session.admin.GetLoad, request, INFO_TIMEOUT_S)
 
 
 def _rebalance(session: Session, dry_run: bool) -> Call[RebalanceReport]:
     request = admin_pb2.RebalanceRequest(dry_run=dry_run)
-    return _call(session.admin.Rebalance, request, CHANGE_TIMEOUT_S, RebalanceReport.from_wire)
+    return _call(session.admin.Rebalance, request, CHANGE_TIMEOUT_S)
 
 
 def _scale(session: Session, actors: int, pool: str, dry_run: bool) -> Call[ChangeReport]:
     request = admin_pb2.ScaleRequest(actors=actors, pool=pool, dry_run=dry_run)
-    return _call(session.admin.Scale, request, CHANGE_TIMEOUT_S, ChangeReport.from_wire)
+    return _call(session.admin.Scale, request, CHANGE_TIMEOUT_S)
 
 
 def _drain(session: Session, target: str, dry_run: bool) -> Call[ChangeReport]:
     request = admin_pb2.DrainRequest(target=target, dry_run=dry_run)
-    return _call(session.admin.Drain, request, CHANGE_TIMEOUT_S, ChangeReport.from_wire)
+    return _call(session.admin.Drain, request, CHANGE_TIMEOUT_S)
 
 
 def _set_copies(
@@ -141,31 +142,37 @@ def _set_copies(
     request = admin_pb2.SetCopiesRequest(
         model=model, layer=layer, expert=expert, copies=copies, dry_run=dry_run
     )
-    return _call(session.admin.SetCopies, request, CHANGE_TIMEOUT_S, ChangeReport.from_wire)
+    return _call(session.admin.SetCopies, request, CHANGE_TIMEOUT_S)
 
 
-def _call(
-    method: Callable[..., Any],
-    request: Any,
-    timeout_s: float,
-    from_fields: Callable[[dict[str, Any]], Answer],
-) -> Call[Answer]:
-    """Return a call whose reply has the fields of a report."""
-    return Call(method, request, timeout_s, lambda reply: from_fields(_fields_of(reply)))
+def _call(method: Callable[..., Any], request: Any, timeout_s: float) -> Call[Any]:
+    """Return a call whose reply is read as a report."""
+    return Call(method, request, timeout_s, _report_of)
 
 
-def _status_from_fields(fields: dict[str, Any]) -> ClusterStatus:
-    for actor in fields["actors"]:
-        actor["experts"] = [(e["model"], e["layer"], e["expert"]) for e in actor["experts"]]
-    return ClusterStatus.from_wire(fields)
-
-
-def _fields_of(message: Any) -> dict[str, Any]:
-    """Return a message's fields by name, with those that are zero."""
-    return {
-        field.name: [_fields_of(item) if field.message_type else item for item in value]
+def _report_of(message: Any) -> Any:
+    """Return a message, with all messages in it, as the class that has the same fields."""
+    values = {
+        field.name: tuple(_report_of(item) if field.message_type else item for item in value)
         if field.is_repeated
         else value
         for field in message.DESCRIPTOR.fields
         for value in [getattr(message, field.name)]
     }
+    return _CLASSES[message.DESCRIPTOR.name](**values)
+
+
+_CLASSES: dict[str, Callable[..., Any]] = {
+    "GetStatusReply": reports.ClusterStatus,
+    "ActorStatus": reports.ActorStatus,
+    "ExpertKey": lambda **key: tuple(key.values()),
+    "LoadingStatus": reports.LoadingStatus,
+    "ProcessStatus": reports.ProcessStatus,
+    "GetLoadReply": reports.LoadStatus,
+    "DeviceStatus": reports.DeviceStatus,
+    "ExpertLoad": reports.ExpertLoad,
+    "RebalanceReply": reports.RebalanceReport,
+    "ChangeReply": reports.ChangeReport,
+    "Move": reports.Move,
+}
+"""By the name of a message of ``admin.proto``."""

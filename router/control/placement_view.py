@@ -131,7 +131,7 @@ class PlacementWatcher:
                 return
             self._view.heard(told["loop_age_s"])
             if told["placement"] is not None:
-                self._view.publish(Placement.from_wire(told["placement"]))
+                self._view.publish(told["placement"])
 
     async def _watch_once(self, node: str) -> tuple[bool, Any]:
         current = self._view.placement

@@ -45,32 +45,37 @@ class Admin:
 
     async def status(self) -> ClusterStatus:
         """Return the processes that serve, and the experts of each actor."""
-        wire = await _answer(self._controller.status.remote(), STATUS_TIMEOUT_S)
-        return ClusterStatus.from_wire(wire)
+        status: ClusterStatus = await _answer(self._controller.status.remote(), STATUS_TIMEOUT_S)
+        return status
 
     async def load(self) -> LoadStatus:
         """Return the recent load of experts and devices."""
-        return LoadStatus.from_wire(await _answer(self._controller.load.remote(), STATUS_TIMEOUT_S))
+        load: LoadStatus = await _answer(self._controller.load.remote(), STATUS_TIMEOUT_S)
+        return load
 
     async def rebalance(self, dry_run: bool) -> RebalanceReport:
         """Have copies of experts follow the load."""
-        return RebalanceReport.from_wire(await _report(self._controller.rebalance.remote(dry_run)))
+        report: RebalanceReport = await _report(self._controller.rebalance.remote(dry_run))
+        return report
 
     async def scale(self, actors: int, pool: str, dry_run: bool) -> ChangeReport:
         """Bring a pool to a number of actors."""
-        report = await _report(self._controller.scale.remote(actors, pool, dry_run))
-        return ChangeReport.from_wire(report)
+        call = self._controller.scale.remote(actors, pool, dry_run)
+        report: ChangeReport = await _report(call)
+        return report
 
     async def drain(self, target: str, dry_run: bool) -> ChangeReport:
         """Empty and end an actor, or all actors of a node."""
-        return ChangeReport.from_wire(await _report(self._controller.drain.remote(target, dry_run)))
+        report: ChangeReport = await _report(self._controller.drain.remote(target, dry_run))
+        return report
 
     async def set_copies(
         self, model: str, layer: int, expert: int, copies: int, dry_run: bool
     ) -> ChangeReport:
         """Bring one expert to a number of copies."""
         call = self._controller.set_copies.remote(model, layer, expert, copies, dry_run)
-        return ChangeReport.from_wire(await _report(call))
+        report: ChangeReport = await _report(call)
+        return report
 
     async def measurements(self) -> Measurements:
         """Return the measurements of the whole cluster, with the newest samples of this gateway.
@@ -97,7 +102,7 @@ async def _answer(call: Awaitable[Any], timeout_s: float) -> Any:
 
 
 async def _report(call: Awaitable[Any]) -> Any:
-    """Return the report of a change as plain data; raises the controller's error."""
+    """Return the report of a change; raises the controller's error."""
     answer = await _answer(call, CHANGE_TIMEOUT_S)
     if "error" in answer:
         raise error_from_wire(answer["error"])

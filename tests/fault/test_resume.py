@@ -99,7 +99,8 @@ def handle(name: str) -> DeploymentHandle:
 
 
 def twin_status() -> ClusterStatus:
-    return ClusterStatus.from_wire(handle("Controller").status.remote().result(timeout_s=ANSWER_S))
+    status: ClusterStatus = handle("Controller").status.remote().result(timeout_s=ANSWER_S)
+    return status
 
 
 def router_stats() -> dict[str, Any]:

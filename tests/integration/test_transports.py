@@ -20,7 +20,6 @@ from ray.experimental import get_object_locations
 
 from cluster.controller.pool import CONTROL_CALLS, actor_options
 from cluster.environment import router_environment
-from cluster.placement.placement import Placement
 from cluster.spec import ACTOR_NAMESPACE, ActorSpec, TransportKind, actor_name
 from cluster.transport.base import Call, CallFailure, Outcome, Transport
 from cluster.transport.open import open_transport
@@ -272,9 +271,9 @@ def open_engine(served: ServedCluster) -> Iterator[Callable[[TransportKind], Loc
 
     def opened(kind: TransportKind) -> LocalCluster:
         controller = serve.get_deployment_handle("Controller", app_name=SERVED_APP)
-        wire = controller.watch.remote("test", 0, "", (-1, -1), 5.0).result(timeout_s=LIMIT_S)
+        told = controller.watch.remote("test", 0, "", (-1, -1), 5.0).result(timeout_s=LIMIT_S)
         transports.append(open_transport(SERVED_APP, kind))
-        elsewhere = (RANDOM, transports[-1], Placement.from_wire(wire["placement"]))
+        elsewhere = (RANDOM, transports[-1], told["placement"])
         clusters.append(LocalCluster(served.random_folder, elsewhere=elsewhere))
         return clusters[-1]
 

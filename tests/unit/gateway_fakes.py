@@ -185,15 +185,15 @@ class FakeController:
         if self.is_away:
             raise RayActorError
         if name == "status":
-            return STATUS.to_wire()
+            return STATUS
         if name == "load":
-            return LOAD.to_wire()
+            return LOAD
         if name == "measurements":
             return Measurements(STATUS, (REPORT,), args)
         if self.refusal is not None:
             return {"error": self.refusal.to_wire()}
         report = self.rebalanced if name == "rebalance" else self.changed
-        return {"report": report.to_wire()}
+        return {"report": report}
 
 
 class FakeUpstream:

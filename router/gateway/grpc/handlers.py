@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import DecodeError
@@ -157,7 +158,7 @@ def _parse(message_type: Any, data: bytes) -> Any:
 
 
 def _reply_fields(report: Any) -> dict[str, Any]:
-    fields: dict[str, Any] = report.to_wire()
+    fields: dict[str, Any] = asdict(report)
     if isinstance(report, ClusterStatus):
         for actor in fields["actors"]:
             actor["experts"] = [

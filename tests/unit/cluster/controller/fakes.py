@@ -252,10 +252,10 @@ class Cluster:
         known = (-1, -1)
         async with asyncio.timeout(LIMIT_S):
             while True:
-                wire = (await self.controller.watch("test", 2, "test", known, 5.0))["placement"]
-                if wire is None:
+                answer = await self.controller.watch("test", 2, "test", known, 5.0)
+                placement: Placement | None = answer["placement"]
+                if placement is None:
                     continue
-                placement = Placement.from_wire(wire)
                 if condition(placement):
                     return placement
                 known = placement.order
@@ -344,7 +344,8 @@ async def done(call: Awaitable[dict[str, Any]]) -> ChangeReport:
     outcome = await call
     if "error" in outcome:
         raise error_from_wire(outcome["error"])
-    return ChangeReport.from_wire(outcome["report"])
+    report: ChangeReport = outcome["report"]
+    return report
 
 
 def never_lost(cluster: Cluster, since: int = 0) -> bool:

@@ -7,7 +7,6 @@ import asyncio
 import pytest
 
 from cluster.controller import anti_affinity
-from cluster.reports import ClusterStatus
 from cluster.spec import (
     ActorReport,
 )
@@ -34,7 +33,7 @@ def test_the_loss_of_one_of_two_copies_leaves_every_expert_placed() -> None:
             cluster.pool.of("expert-1")[0].alive = False
             lost = await cluster.until(lambda p: "expert-1" not in p.generations)
             assert (lost.missing(), lost.fewest_copies()) == ([], 1)
-            status = ClusterStatus.from_wire(await cluster.controller.status())
+            status = await cluster.controller.status()
             assert (status.missing_experts, status.min_copies, status.live_copies) == (0, 2, 1)
             gate.set()
             after = await cluster.until(lambda p: p.fewest_copies() == 2)

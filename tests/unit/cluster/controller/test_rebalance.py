@@ -12,7 +12,7 @@ from cluster.errors import UnavailableError
 from cluster.placement.balance import Plan, plan_copies
 from cluster.placement.change import Change, batches
 from cluster.placement.load import FALL_S
-from cluster.reports import LoadStatus, RebalanceReport
+from cluster.reports import RebalanceReport
 from cluster.spec import ExpertKey
 from tests.unit.cluster.controller.fakes import (
     Cluster,
@@ -33,8 +33,8 @@ def key(layer_id: int, expert_id: int) -> ExpertKey:
 
 
 async def report_of(cluster: Cluster, dry_run: bool = False) -> RebalanceReport:
-    told = await cluster.controller.rebalance(dry_run)
-    return RebalanceReport.from_wire(told["report"])
+    report: RebalanceReport = (await cluster.controller.rebalance(dry_run))["report"]
+    return report
 
 
 def test_a_hot_expert_gets_copies_where_budgets_have_room() -> None:
@@ -56,7 +56,7 @@ def test_a_hot_expert_gets_copies_where_budgets_have_room() -> None:
         assert report.moved_bytes == 10 * sum(move.is_added for move in report.moves)
         assert max(len(actor.keys) for actor in cluster.pool.actors) <= 5
         assert (report.epoch, report.version) == placement.order
-        load = LoadStatus.from_wire(await cluster.controller.load())
+        load = await cluster.controller.load()
         assert load.rebalances == (report,)
         assert {e.actors for e in load.experts if (e.layer, e.expert) == (1, 2)} == {
             placement.holders[hot]
@@ -177,7 +177,7 @@ def test_copies_go_by_themselves_once_they_are_cold_for_long(
         rates = dict.fromkeys(cluster.state.placement.holders, 1000)
         for expert in (hot, cold):
             told = await cluster.controller.set_copies(*expert, 3, False)
-            assert told["report"]["outcome"] == "committed"
+            assert told["report"].outcome == "committed"
         await busy(cluster, {**rates, hot: 3000, cold: 1})
         # What was asked for is not known for long enough yet.
         assert (await rebalancer.rebalance(least_gain=9.0)).outcome == "balanced"

@@ -10,7 +10,6 @@ import pytest
 from cluster.controller.fleet import Fleet, PoolMembers
 from cluster.controller.ledger import Ledger
 from cluster.placement.scaling import wanted_standby
-from cluster.reports import LoadStatus
 from cluster.spec import ActorSpec, PoolSpec, ScalingTargets
 from tests.unit.cluster.controller.fakes import (
     TARGETS,
@@ -91,8 +90,8 @@ def test_growing_takes_who_stands_by_and_another_one_is_started() -> None:
         placement = await cluster.until(lambda p: "expert-2" in p.generations)
         assert sizes(placement) == {"expert-0": 4, "expert-1": 4, "expert-2": 0}
         rebalanced = await cluster.controller.rebalance(False)
-        assert rebalanced["report"]["outcome"] == "balanced"
-        told = LoadStatus.from_wire(await cluster.controller.load())
+        assert rebalanced["report"].outcome == "balanced"
+        told = await cluster.controller.load()
         assert told.layers_balance == told.devices_balance == 1.0
         assert {one.actor_id: one.experts for one in told.devices}["expert-2"] == 0
         since, [before] = len(cluster.published), cluster.pool.of("expert-2")

@@ -164,7 +164,7 @@ def watcher_of(
 
 def test_the_watcher_feeds_the_view_and_says_what_is_known() -> None:
     async def test() -> None:
-        answers = [placement_of(1, 1).to_wire(), None, placement_of(1, 4).to_wire()]
+        answers = [placement_of(1, 1), None, placement_of(1, 4)]
         view, controller = PlacementView(), FakeController(*answers)
         watcher = watcher_of(view, controller)
         await controller.exhausted.wait()
@@ -182,10 +182,10 @@ def test_while_the_controller_is_away_the_placement_stays_and_watching_goes_on()
     async def test() -> None:
         view = PlacementView()
         controller = FakeController(
-            placement_of(1, 1).to_wire(),
+            placement_of(1, 1),
             ConnectionError("away"),
             RuntimeError("restarting"),
-            placement_of(2, 0).to_wire(),
+            placement_of(2, 0),
         )
         watcher = watcher_of(view, controller)
         await controller.exhausted.wait()
@@ -252,7 +252,7 @@ def test_a_suspicion_that_the_controller_has_not_taken_is_not_told_once_more() -
 
 def test_a_deleted_application_is_told_of_once_and_not_watched_any_more() -> None:
     async def test() -> None:
-        answers = [placement_of(1, 1).to_wire(), ConnectionError("away"), ConnectionError("away")]
+        answers = [placement_of(1, 1), ConnectionError("away"), ConnectionError("away")]
         view, controller = PlacementView(), FakeController(*answers, None)
         wanted = iter([True, False])
         deleted = asyncio.Event()
@@ -277,7 +277,7 @@ def test_the_controllers_word_on_a_deletion_is_enough() -> None:
             raise AssertionError("nobody needs to ask Serve")
 
         told: list[bool] = []
-        controller = FakeController(placement_of(1, 1).to_wire(), "deleted")
+        controller = FakeController(placement_of(1, 1), "deleted")
         watcher = watcher_of(PlacementView(), controller, is_wanted, lambda: told.append(True))
         await asyncio.wait([watcher._task])
         assert told == [True]
@@ -293,7 +293,7 @@ def test_nothing_is_asked_of_serve_while_the_controller_answers() -> None:
             asked.append(True)
             return True
 
-        controller = FakeController(placement_of(1, 1).to_wire(), None, None, None)
+        controller = FakeController(placement_of(1, 1), None, None, None)
         watcher = watcher_of(PlacementView(), controller, is_wanted)
         await controller.exhausted.wait()
         assert asked == []
@@ -317,7 +317,7 @@ def test_a_serve_that_does_not_answer_deletes_nothing_and_keeps_nobody_from_watc
             raise AssertionError("nobody said so")
 
         away = [ConnectionError("away")] * 6
-        controller = FakeController(*away, placement_of(2, 0).to_wire())
+        controller = FakeController(*away, placement_of(2, 0))
         view = PlacementView()
         watcher = watcher_of(view, controller, is_wanted, on_deleted)
         await controller.exhausted.wait()
