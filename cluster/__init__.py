@@ -1,1 +1,1 @@
-"""Control plane and wire: configuration, errors, frames, transports, placement, controller."""
+"""The control plane and the data plane: errors, frames, transports, placement, controller."""

@@ -1,9 +1,9 @@
 """Every error that ExpertMesh raises on purpose, each with the code that a client sees.
 
-An error says what was given, what is allowed and where (``field``). The code is one of
-:class:`Code`, whose names are gRPC's; ``router/gateway/errors.py`` has the table of HTTP statuses.
-Errors cross process boundaries as plain dictionaries (:meth:`ExpertMeshError.to_wire`), never as
-pickled exceptions, so no stack, pid or path of a server reaches a client.
+An error contains the given value, the allowed values and the place (``field``). The codes
+(:class:`Code`) are gRPC's; ``router/gateway/errors.py`` has the table of HTTP statuses. Errors
+cross process boundaries as plain dictionaries (:meth:`ExpertMeshError.to_wire`), never as pickled
+exceptions, so that no stack, pid or path of a server reaches a client.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 
 class Code(enum.StrEnum):
-    """What kind of failure a client is told of; named as gRPC names its status codes."""
+    """The kind of a failure, as a client sees it; the names are those of gRPC's status codes."""
 
     INVALID_ARGUMENT = "invalid_argument"
     NOT_FOUND = "not_found"
@@ -29,8 +29,8 @@ class Code(enum.StrEnum):
 class ExpertMeshError(Exception):
     """Base of all errors raised on purpose.
 
-    ``field`` is the path of the offending input (``sampling.top_p``, ``args.models[0].dtype``) or
-    the empty string; ``retry_after_s`` is a hint when trying again can help, else ``None``.
+    ``field`` is the path of the wrong input (``sampling.top_p``, ``args.models[0].dtype``), or
+    empty. ``retry_after_s`` is set where another attempt can succeed.
     """
 
     code: ClassVar[Code] = Code.INTERNAL
@@ -62,17 +62,17 @@ class ConfigError(ExpertMeshError):
 
 
 class CheckpointError(ExpertMeshError):
-    """A checkpoint's files are missing, damaged or disagree; ``field`` is the file."""
+    """A checkpoint's files are missing, damaged or contradictory; ``field`` is the file."""
 
     code = Code.INVALID_ARGUMENT
 
 
 class CheckpointMissingError(CheckpointError):
-    """There is no checkpoint under the path at all, on this node or on those that were asked."""
+    """No checkpoint lies under the path, on this node or on any other node that was asked."""
 
 
 class InvalidRequestError(ExpertMeshError):
-    """A request is wrong; ``field`` names the part of it."""
+    """A request is wrong; ``field`` is the wrong part."""
 
     code = Code.INVALID_ARGUMENT
 
@@ -84,33 +84,33 @@ class UnknownModelError(ExpertMeshError):
 
 
 class UnsupportedError(ExpertMeshError):
-    """A request asks for something that exists but that this deployment does not do."""
+    """A request uses a feature of the API that this deployment does not have."""
 
     code = Code.UNIMPLEMENTED
 
 
 class OverloadedError(ExpertMeshError):
-    """A bounded queue is full; the caller may come back after ``retry_after_s``."""
+    """A bounded queue is full; the caller may try again after ``retry_after_s``."""
 
     code = Code.RESOURCE_EXHAUSTED
 
 
 class TooLargeError(OverloadedError):
-    """A request is larger than the deployment takes; it never will, so there is no hint."""
+    """A request is larger than the deployment accepts; another attempt cannot succeed."""
 
 
 class SlowReaderError(OverloadedError):
-    """A client did not read its stream for too long, and the stream was ended."""
+    """A client did not read its stream for too long, so the stream was ended."""
 
 
 class ExpertUnavailableError(ExpertMeshError):
-    """No live copy of an expert was reachable in time."""
+    """No live copy of an expert answered in time."""
 
     code = Code.UNAVAILABLE
 
 
 class UnavailableError(ExpertMeshError):
-    """A part of the cluster (a router, the controller) is not reachable at the moment."""
+    """A part of the cluster (a router, the controller) does not answer at the moment."""
 
     code = Code.UNAVAILABLE
 
@@ -122,19 +122,19 @@ class DeadlineExceededError(ExpertMeshError):
 
 
 class CancelledRequestError(ExpertMeshError):
-    """The client went away or asked to stop."""
+    """The client disconnected or cancelled the request."""
 
     code = Code.CANCELLED
 
 
 class WrongPlacementError(ExpertMeshError):
-    """An actor was asked for an expert that it does not hold; the caller's placement is old."""
+    """An actor does not hold the requested expert: the caller's placement is old."""
 
     code = Code.UNAVAILABLE
 
 
 class StaleEpochError(ExpertMeshError):
-    """A controller that was replaced by a newer one still gives orders."""
+    """A controller that a newer controller has replaced still gives orders."""
 
     code = Code.UNAVAILABLE
 
@@ -146,13 +146,13 @@ class FrameError(ExpertMeshError):
 
 
 class InternalError(ExpertMeshError):
-    """Something that should not happen did; details are in the server's log, not here."""
+    """A failure of ExpertMesh itself; the details are in the server's log alone."""
 
     code = Code.INTERNAL
 
 
 def being_deleted() -> UnavailableError:
-    """Return what a request is told that is under way when its deployment is deleted."""
+    """Return the error of a request whose deployment is deleted meanwhile."""
     return UnavailableError("the deployment is being deleted", "", 1.0)
 
 
@@ -169,22 +169,18 @@ _BY_CODE: dict[Code, type[ExpertMeshError]] = {
 
 
 def error_from_wire(wire: dict[str, Any]) -> ExpertMeshError:
-    """Rebuild a typed error from :meth:`ExpertMeshError.to_wire`; the code decides the class."""
+    """Rebuild an error from :meth:`ExpertMeshError.to_wire`; the code decides the class."""
     cls = _BY_CODE[Code(wire["code"])]
     return cls(wire["message"], wire["field"], wire["retry_after_s"])
 
 
 _MAX_CHARS = 60
-
-
 _MAX_NAME_CHARS = 120
-
-
 _MAX_INTEGER_BITS = 128
 
 
 def shown(value: object) -> str:
-    """Return a short, printable form of a value; never the inside of a container."""
+    """Return a short, printable form of a value, without the items of a container."""
     if isinstance(value, int) and not isinstance(value, bool):
         if value.bit_length() > _MAX_INTEGER_BITS:
             return "a very large integer"
@@ -198,5 +194,5 @@ def shown(value: object) -> str:
 
 
 def shown_name(name: str) -> str:
-    """Return a name as it is where it is short and printable, else as :func:`shown` does."""
+    """Return a short, printable name unchanged, and any other name as :func:`shown` does."""
     return name if name.isprintable() and len(name) <= _MAX_NAME_CHARS else shown(name)

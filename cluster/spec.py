@@ -1,7 +1,7 @@
-"""What an expert actor is told at its start, and what it reports: the actor's contract.
+"""The contract of an expert actor: its specification at the start, and its reports.
 
-``cluster`` creates and watches expert actors but does not know their class, which
-``router/serve/controller.py`` injects; this file is what both sides agree on.
+``cluster`` creates and watches expert actors without their class, which
+``router/serve/controller.py`` injects. Both sides share this file alone.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Literal, NamedTuple, get_args
 from cluster.tls import TlsFiles
 
 ACTOR_NAMESPACE = "serve"
-"""Serve's own namespace, so that every replica finds the actors without naming another."""
+"""Serve's own namespace, in which every replica looks for actors by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where one model's experts come from and how placement sees them.
+    """The checkpoint of one model, and its experts as placement sees them.
 
-    ``identity`` tells the checkpoint from others under the same path
+    ``identity`` distinguishes the checkpoint from others under the same path
     (:mod:`experts.checkpoint.identity`).
     """
 
@@ -34,28 +34,30 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True)
 class Emulation:
-    """How long an emulated device takes for one product, that is for one expert in one batch.
+    """The time that an emulated device takes for one expert in one batch.
 
-    ``batch_s`` whatever its rows, as for reading the expert's weights, and ``row_s`` for each row.
+    ``batch_s`` is the constant part, such as reading the expert's weights; ``row_s`` is the time of
+    each row.
     """
 
     batch_s: float
     row_s: float
 
     def product_s(self, num_rows: int) -> float:
-        """Return the time of one expert's product for ``num_rows`` rows."""
+        """Return the time of one expert for ``num_rows`` rows."""
         return self.batch_s + num_rows * self.row_s
 
 
 EMULATED = "emulated"
-"""The device of an actor that computes nothing, as reports and ``status`` show it."""
+"""The device of an emulating actor in reports and in ``status``."""
 
 
 @dataclass(frozen=True, slots=True)
 class ActorSpec:
-    """What an expert actor is made of; two actors with equal digests are interchangeable.
+    """The specification of an expert actor; actors with equal digests are interchangeable.
 
-    With ``emulation`` it loads and computes nothing, and answers zeros in an accelerator's time.
+    With ``emulation`` the actor loads and computes nothing, and answers zeros after the time that
+    an accelerator would take.
     """
 
     app: str
@@ -70,19 +72,19 @@ class ActorSpec:
 
     @property
     def digest(self) -> str:
-        """A short hash of the specification; an actor with another one is not adopted."""
+        """A short hash of the specification; the controller adopts only actors with its own."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
 class ScalingTargets:
-    """How a pool follows its load, and its bounds.
+    """The load that a pool's number of actors follows, and the bounds of that number.
 
-    ``target_busy`` is the share of its time in which a device is to compute, ``target_queue_s`` how
-    long a frame may wait in the actor where it waits longest. ``standby_actors`` are started beyond
-    those that hold experts, within ``max_actors``, and wait for a load that needs them. With
-    ``dry_run`` decisions are told, and nothing is done.
+    ``target_busy`` is the share of time in which a device should compute. ``target_queue_s`` is the
+    longest time that a frame should wait in any actor. ``standby_actors`` are idle actors kept
+    warm, within ``max_actors``, so that scaling up skips process start. With ``dry_run`` decisions
+    are reported and not carried out.
     """
 
     min_actors: int
@@ -95,15 +97,15 @@ class ScalingTargets:
     dry_run: bool = False
 
     def bounded(self, num_actors: int) -> int:
-        """Return the number within the bounds that is nearest."""
+        """Return the number within the bounds that is nearest to ``num_actors``."""
         return min(max(num_actors, self.min_actors), self.max_actors)
 
 
 @dataclass(frozen=True, slots=True)
 class PoolSpec:
-    """Alike expert actors: how many, how much each may hold, what each is made of.
+    """Expert actors of one specification: their number, and the memory budget of each.
 
-    With ``autoscaling`` that is the number to begin with.
+    With ``autoscaling``, ``num_actors`` is the number at the start.
     """
 
     name: str
@@ -113,12 +115,12 @@ class PoolSpec:
     autoscaling: ScalingTargets | None = None
 
     def actor_ids(self) -> list[str]:
-        """Return the actors' ids, unique in the application as the pools' names are."""
+        """Return the actors' ids; they are unique in the application, as the pools' names are."""
         return [f"{self.name}-{i}" for i in range(self.num_actors)]
 
 
 def budgets_of(pools: Sequence[PoolSpec]) -> dict[str, int] | None:
-    """Return the budget of each actor, or ``None`` where they have none."""
+    """Return the memory budget of each actor, or ``None`` without budgets."""
     return {
         actor_id: pool.memory_budget_bytes
         for pool in pools
@@ -131,12 +133,12 @@ def budgets_of(pools: Sequence[PoolSpec]) -> dict[str, int] | None:
 class ActorReport:
     """An expert actor's answer to a heartbeat.
 
-    ``weight_bytes`` are what the weights of ``experts`` take in the device's memory; ``tokens``
-    counts the token rows computed per expert since the actor's start; ``queued_rows`` wait now;
-    ``steps`` counts batches computed, so that a hung compute thread shows as no progress; of the
-    ``frames`` in them, ``waited_s`` is how long all waited before, and ``busy_s`` how long all
-    batches took; both since the actor's start.
-    ``fetched_bytes`` of its weights came from another node, in ``fetched_s`` seconds.
+    Counters start with the actor. ``weight_bytes`` is the size of the weights of ``experts`` in the
+    device's memory. ``tokens`` counts the computed token rows of each expert. ``queued_rows`` wait
+    now. ``steps`` counts the computed batches: a hung compute thread makes no progress here.
+    ``frames`` counts the frames in these batches, ``waited_s`` sums up the frames' waits before
+    their batch, and ``busy_s`` the batches' durations. ``fetched_bytes`` of the weights came from
+    another node, in ``fetched_s`` seconds.
     """
 
     actor_id: str
@@ -158,7 +160,7 @@ class ActorReport:
     fetched_s: float = 0.0
 
     def fetched(self) -> str:
-        """Return what came from another node as the end of a line for people; may be empty."""
+        """Return the end of a log line about bytes from another node, or an empty text."""
         if not self.fetched_bytes:
             return ""
         return f", {self.fetched_bytes / 1e6:.1f} MB in {self.fetched_s:.1f} s from another node"
@@ -179,7 +181,7 @@ def parse_actor_name(name: str, app: str) -> tuple[str, int] | None:
 
 
 class ExpertKey(NamedTuple):
-    """A logical expert: which model, which layer of it, which expert of that layer."""
+    """A logical expert: its model, its layer, and its number in that layer."""
 
     model: str
     layer_id: int
@@ -188,7 +190,7 @@ class ExpertKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ModelExperts:
-    """The experts of one model as placement sees them: how many, where, how large."""
+    """The experts of one model as placement sees them: layers, experts of a layer, bytes of one."""
 
     model: str
     layers: tuple[int, ...]
@@ -205,19 +207,17 @@ class ModelExperts:
 
 
 OnExpertLoss = Literal["strict", "next_expert", "drop"]
-"""``strict`` waits for the expert: the answer is exact or an error. ``next_expert`` has the next
-live expert in line take the token. ``drop`` leaves the expert's share out. See
-``router/moe/missing.py``.
+"""The treatment of tokens whose expert is missing; see ``router/moe/missing.py``.
+
+``strict`` waits for the expert: the answer is exact or an error. ``next_expert`` gives the token to
+the live expert with the next highest score. ``drop`` leaves the expert's output out.
 """
-
-
 ON_EXPERT_LOSS: tuple[str, ...] = get_args(OnExpertLoss)
 
 
 TransportKind = Literal["auto", "ray", "stream"]
-"""How frames travel from routers to expert actors; see :func:`cluster.transport.open`."""
-
+"""The transport of frames from routers to expert actors; see :mod:`cluster.transport.open`."""
 
 EXACT_KEY = "expertmesh-exact"
-"""gRPC's trailing metadata that says ``true`` or ``false`` of a whole answer; HTTP's header has an
-``x-`` before it."""
+"""The key of the trailing metadata (gRPC) with ``true`` for an exact answer and ``false`` for any
+other; HTTP's header has the prefix ``x-``."""

@@ -1,4 +1,4 @@
-"""TLS of streams between hosts: both ends show a certificate signed by the configured authority."""
+"""TLS of streams between hosts: both ends need a certificate of the configured authority."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from cluster.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """Paths of PEM files, the same on every node: a node's certificate and key, the authority."""
+    """Paths of PEM files, equal on every node: the node's certificate and key, the authority."""
 
     certificate: str
     key: str
     authority: str
 
     def server_context(self, where: str = "experts.tls") -> ssl.SSLContext:
-        """Return the context of an actor.
+        """Return the TLS context of an actor.
 
-        Raises :class:`ConfigError` for unusable files, naming the one under ``where``.
+        Raises :class:`ConfigError` for an unusable file; its field is the file's key in ``where``.
         """
         return self._context(ssl.PROTOCOL_TLS_SERVER, where)
 
     def client_context(self, where: str = "experts.tls") -> ssl.SSLContext:
-        """Return the context of a router; see :meth:`server_context`."""
+        """Return the TLS context of a router; see :meth:`server_context`."""
         return self._context(ssl.PROTOCOL_TLS_CLIENT, where)
 
     def _context(self, protocol: int, where: str) -> ssl.SSLContext:
         context = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        # Nodes come and go and are known by address: what counts is who signed their certificate.
+        # Nodes come and go and have addresses alone, so their certificates need no host names.
         context.check_hostname = False
         context.verify_mode = ssl.CERT_REQUIRED
         for name in ("certificate", "key", "authority"):
