@@ -1,1 +1,1 @@
-"""How frames reach expert actors: streams held open, or Ray calls."""
+"""The transports of frames to expert actors: streams and Ray calls."""

@@ -1,8 +1,7 @@
-"""How a router's frames reach expert actors: the transport interface, and the one over Ray calls.
+"""The interface of the transports that carry a router's frames to expert actors.
 
-A transport only carries bytes. It tells an actor that is gone from one that does not answer in
-time; what to do about either is the dispatcher's business. The other transport is
-:mod:`cluster.transport.stream`.
+A transport only carries bytes. It distinguishes a dead actor from a late answer; the dispatcher
+decides what follows.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from cluster.wire.frames import Buffer, Parts
 
 
 class CallFailure(enum.StrEnum):
-    """Why a call brought no frame back."""
+    """The reason for a call without an answer."""
 
     DIED = "died"
     TIMED_OUT = "timed_out"
@@ -25,8 +24,9 @@ class CallFailure(enum.StrEnum):
 class Call(NamedTuple):
     """One frame for one generation of one actor.
 
-    ``replaceable`` says that another actor can answer it: where its connection breaks, that is told
-    at once rather than asked of Ray, which needs longer to know that an actor is dead.
+    ``replaceable`` is true where another actor can answer. When the connection of such a call
+    breaks, its outcome is DIED at once. Any other call is repeated through Ray, which needs longer
+    to notice a dead actor.
     """
 
     actor_id: str
@@ -39,49 +39,48 @@ Outcome = Buffer | CallFailure
 IsGone = Callable[[Call], bool]
 
 GONE_CHECK_S = 0.2
-"""How often a wait for answers looks whether an actor has been replaced meanwhile."""
+"""The period in which a wait for answers checks whether an actor has been replaced."""
 
 
 def never_gone(call: Call) -> bool:
-    """Wait for every call's actor until the time is over."""
+    """Return false: every call is waited for until its deadline."""
     return False
 
 
 class PendingCalls(Protocol):
-    """Calls that are under way."""
+    """Calls that were sent and not answered yet."""
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
-        """Return one outcome per call, in order, within the time that the calls were given.
+        """Return one outcome per call, in order, before the calls' deadline.
 
-        A call whose actor ``is_gone``, as is asked every ``GONE_CHECK_S``, is waited for no longer:
-        its outcome is DIED. Never raises for an actor's failure. An answer that comes after the
-        time is dropped. The answers may be views of memory that the transport's next wait uses
-        again.
+        The wait asks ``is_gone`` for each open call every ``GONE_CHECK_S``; the outcome of a call
+        whose actor is gone is DIED. Late answers are dropped. An actor's failure never raises. The
+        answers may be views of memory that the transport's next wait overwrites.
         """
         ...
 
 
 class Transport(Protocol):
-    """Carries frames to actors and brings their answers back; used from one thread."""
+    """Carries frames to actors and returns their answers; for one thread."""
 
     calls: Counter[str]
-    """How many calls went over which transport, ``ray`` or ``stream``."""
+    """Number of calls by transport, ``ray`` or ``stream``."""
 
     def send(self, calls: Sequence[Call], timeout_s: float) -> PendingCalls:
-        """Send all calls at once; ``timeout_s`` bounds the wait for all of their answers."""
+        """Send all calls at once; ``timeout_s`` bounds the wait for all answers."""
         ...
 
     def renew(self, actor_id: str) -> None:
-        """Trust no more what leads to this actor, since a frame was damaged on its way."""
+        """Replace the connection to this actor, because a frame was damaged on its way."""
         ...
 
     def is_ready(self, actor_id: str, generation: int) -> bool:
-        """Tell whether a call would go at once; where not, prepare for it without waiting.
+        """Return whether a call can be sent at once; otherwise start to connect, without a wait.
 
-        The first call to a new actor may take long; it can wait while there are other copies.
+        The first connection to a new actor may take long. Other copies can serve meanwhile.
         """
         ...
 
     def close(self) -> None:
-        """Drop connections and end threads, where there are any."""
+        """Close all connections and end all threads."""
         ...

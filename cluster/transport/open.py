@@ -1,4 +1,4 @@
-"""Which transport a router uses, as its configuration says."""
+"""The choice of a router's transport by its configuration."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from cluster.transport.stream.connect import Connector
 def open_transport(app: str, kind: TransportKind, tls: TlsFiles | None = None) -> Transport:
     """Return the transport to the expert actors of an application.
 
-    ``ray`` makes a Ray call of every frame. ``stream`` sends them over connections held open to the
-    actors, and nothing else. ``auto`` does too, and makes a Ray call where and while there is no
-    connection. ``tls`` encrypts connections between hosts, not Ray's calls, which have Ray's own.
+    ``ray`` sends every frame as a Ray call. ``stream`` sends frames over open connections to the
+    actors alone. ``auto`` uses streams, and Ray calls while an actor has no stream. ``tls``
+    encrypts streams between hosts. Ray has its own encryption for its calls.
     """
     actors = RayActors(app)
     if kind == "ray":

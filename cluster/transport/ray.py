@@ -24,10 +24,10 @@ from cluster.transport.stream.handshake import Network, StreamOffer
 
 
 class RayTransport:
-    """One Ray actor call per frame. Works everywhere; must be used from one thread."""
+    """Sends each frame as one Ray call; for one thread."""
 
     def __init__(self, actors: RayActors) -> None:
-        """``actors`` finds the actors' handles."""
+        """``actors`` looks up the actors' handles."""
         self.calls: Counter[str] = Counter()
         self._actors = actors
 
@@ -46,7 +46,7 @@ class RayTransport:
         """See :class:`Transport`; Ray keeps the connections."""
 
     def is_ready(self, actor_id: str, generation: int) -> bool:
-        """See :class:`Transport`; Ray does not tell."""
+        """See :class:`Transport`; Ray queues a call until its actor is there."""
         return True
 
     def close(self) -> None:
@@ -73,11 +73,12 @@ class _RayCalls:
             answers: list[Outcome] = ray.get([ref for _, ref in sent], timeout=self._slice_s())
         except RayError:
             answers = [self._outcome(call, ref, is_gone) for call, ref in sent]
-        came = iter(answers)
-        outcomes = [CallFailure.DIED if ref is None else next(came) for ref in self._refs]
+        remaining = iter(answers)
+        outcomes = [CallFailure.DIED if ref is None else next(remaining) for ref in self._refs]
         for call, outcome in zip(self._calls, outcomes, strict=True):
             if outcome is CallFailure.DIED:
-                # A controller that never knew this one may give its generation to another.
+                # A new controller that does not know this actor may give the same generation to a
+                # successor.
                 self._actors.forget(call.actor_id)
         return outcomes
 
@@ -102,17 +103,17 @@ class _RayCalls:
 
 
 class RayActors:
-    """Finds one application's expert actors by their names; safe to use from several threads."""
+    """Looks up the expert actors of one application by name; safe for several threads."""
 
     def __init__(self, app: str) -> None:
-        """``app`` is the Serve application whose actors are called."""
+        """``app`` is the name of the Serve application."""
         self._app = app
         self._handles: dict[str, tuple[int, ActorHandle]] = {}
 
     def handle(self, actor_id: str, generation: int) -> ActorHandle | None:
-        """Return the handle of one generation of an actor, or ``None`` when Ray knows no such."""
-        known, handle = self._handles.get(actor_id, (0, None))
-        if handle is not None and known == generation:
+        """Return the handle of one generation of an actor, or ``None`` without a living actor."""
+        known_generation, handle = self._handles.get(actor_id, (0, None))
+        if handle is not None and known_generation == generation:
             return handle
         name = actor_name(self._app, actor_id, generation)
         try:
@@ -123,13 +124,13 @@ class RayActors:
         return handle
 
     def forget(self, actor_id: str) -> None:
-        """Look the actor up again at its next call."""
+        """Look up the actor again at its next call."""
         self._handles.pop(actor_id, None)
 
     def offer(
         self, actor_id: str, generation: int, network: Network, timeout_s: float
     ) -> StreamOffer | None:
-        """Ask an actor where it listens for streams; ``None`` when it does not tell in time."""
+        """Ask an actor for a stream; ``None`` without an answer in time."""
         handle = self.handle(actor_id, generation)
         if handle is None:
             return None

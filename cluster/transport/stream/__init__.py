@@ -1,1 +1,1 @@
-"""The stream transport: framed connections that routers hold open to expert actors."""
+"""The stream transport: open connections from routers to expert actors that carry frames."""

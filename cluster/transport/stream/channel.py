@@ -1,9 +1,9 @@
 """Framed messages over one non-blocking socket.
 
-A message is a length (8 bytes), the id of the call that it belongs to (8 bytes), the bytes of a
-frame, and padding to a multiple of ``ALIGNMENT``. A message of no bytes is an actor's word that the
-answer does not fit the stream. Receiving keeps what has come in one buffer and hands out views of
-it, so rows go from the socket to the product without another copy.
+A message is a length (8 bytes), the id of its call (8 bytes), the bytes of a frame, and padding to
+a multiple of ``ALIGNMENT``. An actor sends an empty message when its answer is too long for the
+stream. Received bytes lie in one buffer and are returned as views of it, so that rows go from the
+socket to the expert's product without another copy.
 """
 
 from __future__ import annotations
@@ -26,39 +26,40 @@ _PADDING = [bytes(count) for count in range(ALIGNMENT)]
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 Message = tuple[int, memoryview]
-"""The id of a call and its frame."""
+"""The id of a call, and its frame."""
 
 
 class Channel:
-    """One end of a connection; used by one thread at a time."""
+    """One end of a connection; for one thread at a time."""
 
     has_more = False
-    """Whether bytes wait that no selector tells of."""
+    """Whether received bytes wait that do not wake a selector."""
     _native: ModuleType | None = native
 
     def __init__(self, sock: socket.socket, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
-        """Take over ``sock``. A longer message than ``max_message_bytes`` is an error."""
+        """Take over ``sock``. A received message over ``max_message_bytes`` is an error."""
         sock.setblocking(False)
         self.sock = sock
         self._fd = sock.fileno()
         self.outgoing: deque[memoryview] = deque()
-        """What waits for the peer to read."""
+        """Bytes that wait until the peer reads."""
         self._buffer = memoryview(b"")
         self._start = self._end = 0
         self.allow(max_message_bytes)
 
     def allow(self, max_message_bytes: int) -> None:
-        """Take messages of at most so many bytes from now on; a stranger's few cost little."""
+        """Set the longest message to receive from now on, and make room for it."""
         self._max_message_bytes = max_message_bytes
         size = min(BUFFER_BYTES, _START.size + max_message_bytes + ALIGNMENT)
         if size > len(self._buffer):
             self._replace_buffer(size)
 
     def send(self, call_id: int, parts: Parts = ()) -> bool:
-        """Send a message, or as much of it as the peer takes now; :meth:`flush` sends the rest.
+        """Send as much of a message as the peer takes now; :meth:`flush` sends the rest.
 
-        The parts must not change before it is sent. Returns whether a message may be as long; where
-        not, nothing is sent. Raises ``OSError`` when the connection is gone.
+        The parts must not change before the whole message is sent. Returns false, and sends
+        nothing, for a message over :data:`MAX_MESSAGE_BYTES`. Raises ``OSError`` when the
+        connection is gone.
         """
         left = None
         if self._native is not None and not self.outgoing:
@@ -66,7 +67,7 @@ class Channel:
         return left == 0 or self._send_rest(call_id, parts, left)
 
     def _send_rest(self, call_id: int, parts: Parts, left: int | None) -> bool:
-        """Send the last ``left`` bytes of a message, or the whole message, or have it wait."""
+        """Queue the last ``left`` bytes of a message, or send all of it after the waiting bytes."""
         length = sum(map(len, parts))
         if length > MAX_MESSAGE_BYTES:
             return False
@@ -81,11 +82,11 @@ class Channel:
 
     @property
     def can_wait(self) -> bool:
-        """Whether :meth:`receive` can wait, and has nothing to send meanwhile."""
+        """Whether :meth:`receive` can wait: nothing waits to be sent meanwhile."""
         return self._native is not None and not self.outgoing
 
     def flush(self) -> None:
-        """Send what waits, as far as the peer takes it now; raises ``OSError``."""
+        """Send as many of the waiting bytes as the peer takes now; raises ``OSError``."""
         while self.outgoing:
             sent = self._send(list(self.outgoing)[:64])
             if not sent:
@@ -107,10 +108,10 @@ class Channel:
             return 0
 
     def receive(self, wait_ms: int = 0) -> list[Message]:
-        """Return the messages that have come whole; their bytes last until the next call.
+        """Return all complete messages; their bytes are valid until the next call.
 
-        If nothing is there it waits ``wait_ms`` at most, where it :attr:`can_wait`.
-        Raises ``ConnectionError`` when the peer has closed or a message is too long.
+        Without any received byte it waits ``wait_ms`` at most, if it :attr:`can_wait`. Raises
+        ``ConnectionError`` when the peer has closed or a message is too long.
         """
         if self._start != self._end or len(self._buffer) > KEPT_BUFFER_BYTES:
             self._make_room()
@@ -118,13 +119,13 @@ class Channel:
             self._start = self._end = 0
         if self._native is None:
             return self._receive()
-        came = self._native.receive(
+        received = self._native.receive(
             self._fd, self._buffer, self._start, self._end, self._max_message_bytes, wait_ms
         )
-        if came is None:
+        if received is None:
             return []
         messages: list[Message]
-        self._start, self._end, messages = came
+        self._start, self._end, messages = received
         return messages
 
     def _receive(self) -> list[Message]:
@@ -150,12 +151,12 @@ class Channel:
         return messages
 
     def _make_room(self) -> None:
-        """Move what is left of a message to the front of a buffer that holds all of it."""
+        """Move the begun message to the front of a buffer that has room for all of it."""
         left = self._end - self._start
         needed = min(len(self._buffer), BUFFER_BYTES)
         if left >= _START.size:
             length, _ = _START.unpack_from(self._buffer, self._start)
-            # In proportion to what has come, not to what a length says.
+            # In proportion to the received bytes: a peer can claim any length.
             needed = max(needed, min(_START.size + length + ALIGNMENT, 4 * left))
         size = len(self._buffer)
         if needed > size or size > max(needed, KEPT_BUFFER_BYTES):
@@ -165,7 +166,7 @@ class Channel:
             self._start, self._end = 0, left
 
     def _replace_buffer(self, size: int) -> None:
-        """Take another buffer; views of the old one last as long as they are held."""
+        """Use a new buffer; views of the old buffer keep it alive."""
         left = self._end - self._start
         buffer = memoryview(bytearray(size))
         buffer[:left] = self._buffer[self._start : self._end]
@@ -178,14 +179,14 @@ class Channel:
             return None
 
     def close(self) -> None:
-        """Close the socket; what waits is dropped."""
+        """Close the socket, and drop the bytes that wait to be sent."""
         self.outgoing.clear()
         self._fd = -1
         self.sock.close()
 
 
 class TlsChannel(Channel):
-    """A channel whose socket encrypts; the handshake happens with the first bytes."""
+    """A channel over TLS; the first bytes start the handshake."""
 
     sock: ssl.SSLSocket
     _native = None
@@ -216,18 +217,18 @@ class TlsChannel(Channel):
 
     @property
     def has_more(self) -> bool:  # type: ignore[override]
-        """Whether decrypted bytes wait, which do not wake a selector."""
+        """Whether decrypted bytes wait that do not wake a selector."""
         return self.sock.pending() > 0
 
 
 def channel_over(sock: socket.socket, max_message_bytes: int) -> Channel:
-    """Return the right kind of channel for a socket."""
+    """Return a channel over a plain or a TLS socket."""
     kind = TlsChannel if isinstance(sock, ssl.SSLSocket) else Channel
     return kind(sock, max_message_bytes)
 
 
 def prepare_tcp(sock: socket.socket) -> None:
-    """Send without delay, and notice within seconds that the other host is gone."""
+    """Send without delay, and detect a dead host within seconds."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
@@ -236,5 +237,5 @@ def prepare_tcp(sock: socket.socket) -> None:
         ("TCP_KEEPCNT", 3),
         ("TCP_USER_TIMEOUT", 5000),
     ):
-        if hasattr(socket, name):  # not every system has every option
+        if hasattr(socket, name):  # some systems lack some options
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -1,4 +1,4 @@
-"""Making connections to actors in the background, so that no step waits for it."""
+"""Connections to actors, made in the background so that no step waits for them."""
 
 from __future__ import annotations
 
@@ -34,46 +34,43 @@ Ask = Callable[[str, int, Network, float], StreamOffer | None]
 
 
 class Connector:
-    """Connects to one generation of each actor, asked for by :meth:`take`."""
+    """Connects to the generation of each actor that :meth:`take` asked for last."""
 
     def __init__(self, ask: Ask, tls: ssl.SSLContext | None) -> None:
         """``ask(actor_id, generation, network, timeout_s)`` gets an offer from an actor."""
         self._ask = ask
         self._tls = tls
-        # Several, so that an actor that does not answer keeps no other one waiting.
+        # Several threads, so that a silent actor delays no connection to another actor.
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="connector")
         self._changed = threading.Condition()
         self._asked: dict[str, tuple[int, float]] = {}
-        """The generation asked for last, and from when on it may be asked for again."""
+        """By actor: the generation of the last attempt, and the earliest time of the next."""
         self._made: dict[str, tuple[int, Channel]] = {}
         self._closed = False
 
     def take(self, actor_id: str, generation: int, timeout_s: float) -> Channel | None:
-        """Return a new connection once it is there, or ``None``.
+        """Return a new connection, or ``None`` while there is none.
 
-        Asks for it unless that is under way or failed a moment ago, and waits at most ``timeout_s``
-        for what then comes of it.
+        Starts an attempt, unless an attempt runs or failed within the last :data:`RETRY_S`. Waits
+        at most ``timeout_s`` for its end.
         """
         with self._changed:
             self._want(actor_id, generation)
             if timeout_s > 0:
                 self._changed.wait_for(lambda: not self._under_way(actor_id), timeout_s)
-            if not self._is_made(actor_id, generation):
+            if self._made.get(actor_id, (None,))[0] != generation:
                 return None
             self._asked.pop(actor_id, None)
             return self._made.pop(actor_id)[1]
 
     def close(self) -> None:
-        """End the threads after what they are doing."""
+        """Close the connections that nobody took, and end the threads after their attempts."""
         with self._changed:
             self._closed = True
             for _, channel in self._made.values():
                 channel.close()
             self._made.clear()
         self._workers.shutdown(wait=False, cancel_futures=True)
-
-    def _is_made(self, actor_id: str, generation: int) -> bool:
-        return actor_id in self._made and self._made[actor_id][0] == generation
 
     def _under_way(self, actor_id: str) -> bool:
         asked = self._asked.get(actor_id)
@@ -95,17 +92,19 @@ class Connector:
             channel = self._connect(actor_id, generation)
         finally:
             with self._changed:
-                still = self._asked.get(actor_id, (0, 0.0))[0] == generation and not self._closed
-                if channel is not None and not still:
+                asked, _ = self._asked.get(actor_id, (0, 0.0))
+                is_wanted = asked == generation and not self._closed
+                if channel is not None and not is_wanted:
                     channel.close()
                 elif channel is not None:
                     self._made[actor_id] = (generation, channel)
-                elif still:
+                elif is_wanted:
                     self._asked[actor_id] = (generation, time.monotonic() + RETRY_S)
                 self._changed.notify_all()
 
     def _connect(self, actor_id: str, generation: int) -> Channel | None:
-        # An actor of this host is found by its Unix socket; a name of another host's is not there.
+        # An actor of this host answers on its Unix socket. The name of another host's socket does
+        # not exist here.
         for network in (Network.UNIX, Network.TCP) if _HAS_UNIX else (Network.TCP,):
             try:
                 offer = self._ask(actor_id, generation, network, CONNECT_TIMEOUT_S)
@@ -115,14 +114,14 @@ class Connector:
             except OSError as error:
                 failure = error
                 continue
-            logger.debug("a stream to %s g%d over %s", actor_id, generation, network.value)
+            logger.debug("connected to %s g%d over %s", actor_id, generation, network.value)
             return channel
-        logger.warning("no stream to %s g%d (%s)", actor_id, generation, failure)
+        logger.warning("cannot open a stream to %s g%d (%s)", actor_id, generation, failure)
         return None
 
 
 def open_socket(offer: StreamOffer, tls: ssl.SSLContext | None) -> socket.socket:
-    """Connect to what an actor offers; raises ``OSError``."""
+    """Connect to the offered address; raises ``OSError``."""
     if offer.network is Network.UNIX:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -139,19 +138,19 @@ def open_socket(offer: StreamOffer, tls: ssl.SSLContext | None) -> socket.socket
 
 
 def greet(sock: socket.socket, offer: StreamOffer) -> Channel:
-    """Show the actor that the offer was ours, and see that the actor made it.
+    """Prove to the actor that this router has the secret, and check the actor's proof.
 
-    Raises ``OSError``, and closes the socket, when either does not hold or takes too long.
+    Raises ``OSError``, and closes the socket, when a proof fails or takes too long.
     """
     channel = channel_over(sock, max(NONCE_BYTES, PROOF_BYTES))
     deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
     try:
-        actor_nonce = _receive_one(channel, deadline_s)
+        actor_nonce = _receive_message(channel, deadline_s)
         nonce = new_nonce()
-        shown = proof(offer.secret, Side.ROUTER, actor_nonce, nonce)
-        channel.send(0, (offer.key_id, nonce, shown))
+        own_proof = proof(offer.secret, Side.ROUTER, actor_nonce, nonce)
+        channel.send(0, (offer.key_id, nonce, own_proof))
         expected = proof(offer.secret, Side.ACTOR, actor_nonce, nonce)
-        if not hmac.compare_digest(_receive_one(channel, deadline_s), expected):
+        if not hmac.compare_digest(_receive_message(channel, deadline_s), expected):
             raise ConnectionError("the other end does not have the secret")
     except OSError:
         channel.close()
@@ -160,7 +159,7 @@ def greet(sock: socket.socket, offer: StreamOffer) -> Channel:
     return channel
 
 
-def _receive_one(channel: Channel, deadline_s: float) -> bytes:
+def _receive_message(channel: Channel, deadline_s: float) -> bytes:
     while True:
         remaining_s = deadline_s - time.monotonic()
         if remaining_s <= 0:

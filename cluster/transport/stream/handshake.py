@@ -1,7 +1,8 @@
-"""What an actor hands to a router, over a Ray call, so that it can connect; and how both prove it.
+"""The offer of a stream, and the proofs that open it.
 
-The secret is used once and never sent: each side shows a keyed hash of both sides' random numbers
-(HMAC, RFC 2104), so neither talks to a stranger who happens to have the address.
+An actor gives a router an offer through a Ray call, with a secret for one connection. The secret
+never travels over the connection: each side sends a keyed hash (HMAC, RFC 2104) of both sides'
+random numbers. So a third party that has only the address cannot connect.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ HELLO_BYTES = KEY_ID_BYTES + NONCE_BYTES + PROOF_BYTES
 
 
 class Network(enum.StrEnum):
-    """What a stream runs over."""
+    """The kind of socket under a stream."""
 
     UNIX = "unix"
     TCP = "tcp"
 
 
 class Side(enum.Enum):
-    """Who makes a proof; a proof of one side is no good as the other's."""
+    """The side that makes a proof; the other side cannot use the same proof."""
 
     ROUTER = b"router"
     ACTOR = b"actor"
@@ -33,9 +34,9 @@ class Side(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class StreamOffer:
-    """Where an actor listens, and the key for one connection.
+    """The address of a listening actor, and the key for one connection.
 
-    ``address`` is a socket address: (host, port) for TCP, an abstract name for a Unix socket.
+    ``address`` is (host, port) for TCP and an abstract name for a Unix socket.
     """
 
     network: Network
@@ -45,10 +46,10 @@ class StreamOffer:
 
 
 def new_nonce() -> bytes:
-    """Return a random number that is used once."""
+    """Return a random number for one connection."""
     return secrets.token_bytes(NONCE_BYTES)
 
 
 def proof(secret: bytes, side: Side, actor_nonce: bytes, router_nonce: bytes) -> bytes:
-    """Return what shows that ``side`` has the secret."""
+    """Return the proof that ``side`` has the secret."""
     return hmac.digest(secret, side.value + actor_nonce + router_nonce, "sha256")

@@ -1,9 +1,10 @@
-"""An actor's end of the streams: one thread that reads, has the frames answered, and writes.
+"""An actor's end of the streams: one thread that reads frames, answers them, and writes.
 
-Everything that has come from all routers when the thread looks is handed over together, so frames
-of several routers share products; while they are computed the sockets' own buffers fill and no
-more, which is the back-pressure. A router that does not read its answers is not read from either,
-and is cut off after a while; one that sends what is no message is cut off at once.
+The thread answers all frames together that have arrived from all routers, so that frames of several
+routers share an expert's product. While it computes it reads nothing: the sockets' buffers fill,
+which is the back-pressure. The thread does not read from a router that leaves its answers unread,
+and closes that connection after :data:`STALLED_S`. It closes a connection with a malformed message
+at once.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ MAX_KEYS = 1024
 KEY_LIFE_S = 30.0
 HELLO_TIMEOUT_S = 5.0
 STALLED_S = 30.0
-"""How long a router may leave its answers unread."""
+"""The longest time that a router may leave its answers unread."""
 LOOK_S = 1.0
 CLOSE_S = 5.0
 _BACKLOG = 128
@@ -56,18 +57,18 @@ Answer = Callable[[Sequence[Buffer]], Sequence[Parts]]
 
 @dataclass(slots=True, eq=False)
 class _Peer:
-    """A connection, and whether its other end has shown that it may be here."""
+    """A connection to a router, ``admitted`` once the router has proved that it has the secret."""
 
     channel: Channel
     nonce: bytes
     since_s: float
-    """When it connected, or when its unread answers began to wait."""
+    """The time of the connection, or the time since which answers are unread."""
     admitted: bool = False
 
 
 @dataclass(slots=True)
 class _Keys:
-    """Secrets that were handed out and not used yet; each is good for one connection."""
+    """Offered secrets that no connection has used yet; each opens one connection."""
 
     _secrets: dict[bytes, tuple[float, bytes]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -88,7 +89,7 @@ class _Keys:
 
 
 class StreamServer:
-    """Serves streams on a daemon thread of its own from the first :meth:`offer` on."""
+    """Serves streams on a daemon thread that the first :meth:`offer` starts."""
 
     def __init__(
         self,
@@ -97,9 +98,9 @@ class StreamServer:
         tls: ssl.SSLContext | None,
         mode: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """``answer`` maps frames to answers, on the server's thread, which stays in ``mode``.
+        """``answer`` maps frames to answers on the server's thread, which stays in ``mode``.
 
-        ``host`` is the address that TCP streams come in on, encrypted when there is ``tls``.
+        ``host`` is the address that listens for TCP streams; ``tls`` encrypts these.
         """
         self._mode = mode
         self._answer = answer
@@ -114,9 +115,9 @@ class StreamServer:
         self._closing = False
 
     def offer(self, network: Network) -> StreamOffer:
-        """Listen, if not yet, and return what a router needs for one connection.
+        """Listen on a network, and return the address and the key for one connection.
 
-        Callable from any thread. Raises ``OSError`` where the network is not to be had.
+        Callable from any thread. Raises ``OSError`` where the network is not available.
         """
         with self._starting:
             if self._closing:
@@ -130,15 +131,15 @@ class StreamServer:
         return StreamOffer(network, self._listeners[network].getsockname(), *self._keys.new())
 
     def close(self) -> None:
-        """End the thread after what it is doing, and the connections with it.
+        """End the thread after its current batch, and close its connections.
 
-        Returns when it has ended, or after :data:`CLOSE_S`: a thread that lived on into the
-        interpreter's end would abort the process when it lets go of a tensor.
+        Returns when the thread has ended, or after :data:`CLOSE_S`. A thread that still runs at the
+        interpreter's end would abort the process when it frees a tensor.
         """
         self._closing = True
         with self._starting:
             for listener in self._listeners.values():
-                with suppress(OSError):  # it has ended already
+                with suppress(OSError):  # the thread has closed it
                     listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
         if self._thread is not None:
             self._thread.join(CLOSE_S)
@@ -146,7 +147,7 @@ class StreamServer:
     def _listen(self, network: Network) -> socket.socket:
         if network is Network.UNIX:
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            # An abstract name: nothing is left behind when the process is killed.
+            # An abstract name leaves no file behind when the process is killed.
             listener.bind(b"\0expertmesh-" + secrets.token_hex(16).encode())
         else:
             family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
@@ -160,7 +161,7 @@ class StreamServer:
         try:
             with self._mode():
                 self._serve_until_closed()
-        finally:  # whatever ended it, no router must wait for an answer here
+        finally:  # also after a failure: no router may wait for an answer from here
             self._closing = True
             for peer in list(self._peers):
                 self._drop(peer, "the server ends")
@@ -168,31 +169,31 @@ class StreamServer:
                 listener.close()
 
     def _serve_until_closed(self) -> None:
-        looked_s = time.monotonic()
+        checked_s = time.monotonic()
         while not self._closing:
-            waits = any(peer.channel.has_more for peer in self._peers) if self._tls else False
+            has_more = any(peer.channel.has_more for peer in self._peers) if self._tls else False
             messages: list[tuple[_Peer, Message]] = []
-            for key, events in self._selector.select(0 if waits else LOOK_S):
+            for key, events in self._selector.select(0 if has_more else LOOK_S):
                 if key.data is None:
                     self._accept(key.fileobj)  # type: ignore[arg-type]
                 else:
                     messages += self._serve(key.data, events)
-            if waits:
+            if has_more:
                 for peer in [peer for peer in self._peers if peer.channel.has_more]:
                     messages += self._serve(peer, selectors.EVENT_READ)
             if messages:
                 self._reply(messages)
-            if time.monotonic() - looked_s > LOOK_S:
-                looked_s = time.monotonic()
-                self._drop_stalled(looked_s)
+            if time.monotonic() - checked_s > LOOK_S:
+                checked_s = time.monotonic()
+                self._drop_stalled(checked_s)
 
     def _accept(self, listener: socket.socket) -> None:
         try:
             sock, _ = listener.accept()
-        except OSError:  # it has left again
+        except OSError:  # the router has closed it again
             return
         if len(self._peers) >= MAX_CONNECTIONS:
-            logger.warning("%d streams are open; another one is refused", len(self._peers))
+            logger.warning("%d streams are open; a new stream is refused", len(self._peers))
             sock.close()
             return
         try:
@@ -215,7 +216,7 @@ class StreamServer:
         return self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
 
     def _serve(self, peer: _Peer, events: int) -> list[tuple[_Peer, Message]]:
-        """Read and write what can be; returns the frames of an admitted router."""
+        """Read and write without a wait; returns the frames of an admitted router."""
         try:
             if peer.channel.outgoing:
                 peer.channel.flush()
@@ -225,19 +226,20 @@ class StreamServer:
             messages = peer.channel.receive()
             if peer.admitted:
                 return [(peer, message) for message in messages]
-            for message in messages:  # a router waits for the answer to its hello
-                self._admit(peer, bytes(message[1]))
+            for _, hello in messages:  # one: a router waits for the answer to its hello
+                self._admit(peer, bytes(hello))
         except (OSError, ValueError) as error:
             self._drop(peer, str(error))
         return []
 
     def _admit(self, peer: _Peer, hello: bytes) -> None:
         key_id, rest = hello[:KEY_ID_BYTES], hello[KEY_ID_BYTES:]
-        router_nonce, shown = rest[:NONCE_BYTES], rest[NONCE_BYTES:]
+        router_nonce, router_proof = rest[:NONCE_BYTES], rest[NONCE_BYTES:]
         secret = self._keys.take(key_id)
         if peer.admitted or secret is None:
             raise ConnectionError("a stream with an unknown key")
-        if not hmac.compare_digest(proof(secret, Side.ROUTER, peer.nonce, router_nonce), shown):
+        expected = proof(secret, Side.ROUTER, peer.nonce, router_nonce)
+        if not hmac.compare_digest(expected, router_proof):
             raise ConnectionError("a stream with a wrong secret")
         peer.admitted = True
         peer.channel.allow(MAX_MESSAGE_BYTES)
@@ -260,8 +262,8 @@ class StreamServer:
             self._watch(peer)
 
     def _watch(self, peer: _Peer) -> None:
-        """Wait for the router to read, or to write; never to write while it does not read."""
-        events = selectors.EVENT_READ  # before its hello, where TLS reads in order to write
+        """Wait until the router reads unread answers; without any, until it writes."""
+        events = selectors.EVENT_READ  # also before the hello, where TLS reads in order to write
         if peer.admitted and peer.channel.outgoing:
             peer.since_s = time.monotonic()
             events = selectors.EVENT_WRITE
@@ -270,9 +272,9 @@ class StreamServer:
     def _drop_stalled(self, now_s: float) -> None:
         for peer in list(self._peers):
             if not peer.admitted and now_s - peer.since_s > HELLO_TIMEOUT_S:
-                self._drop(peer, "no hello came")
+                self._drop(peer, "no hello arrived")
             elif peer.channel.outgoing and now_s - peer.since_s > STALLED_S:
-                self._drop(peer, "its answers are not read")
+                self._drop(peer, "the router does not read its answers")
 
     def _drop(self, peer: _Peer, reason: str) -> None:
         if peer not in self._peers:
@@ -280,4 +282,4 @@ class StreamServer:
         self._peers.discard(peer)
         self._selector.unregister(peer.channel.sock)
         peer.channel.close()
-        logger.debug("a stream ended: %s", reason)
+        logger.debug("closed a stream: %s", reason)
