@@ -43,7 +43,7 @@ def _recording_actor(recorded: list[Product], *arguments: Any) -> ExpertActor:
             self._key = key
             self.num_bytes, self.hidden_size = inner.num_bytes, inner.hidden_size
             self.dtype, self.device = inner.dtype, inner.device
-            self.together = None  # each product is recorded
+            self.grouped = None  # each product is recorded
 
         def __call__(self, rows: torch.Tensor) -> torch.Tensor:
             start_s = time.perf_counter()
@@ -55,8 +55,8 @@ def _recording_actor(recorded: list[Product], *arguments: Any) -> ExpertActor:
             return answer
 
     class RecordingActor(ExpertActor):
-        def _load_one(self, checkpoint: Any, key: ExpertKey, dtype: torch.dtype) -> Expert:
-            return RecordingExpert(super()._load_one(checkpoint, key, dtype), key)
+        def _load_expert(self, checkpoint: Any, key: ExpertKey, dtype: torch.dtype) -> Expert:
+            return RecordingExpert(super()._load_expert(checkpoint, key, dtype), key)
 
     return RecordingActor(*arguments)
 

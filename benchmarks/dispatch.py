@@ -62,7 +62,7 @@ class IdentityExpert:
 
     def __init__(self, like: GatedFfnExpert) -> None:
         """``like`` is a real one of the same rows."""
-        self.together = None if like.together is None else _same_bytes
+        self.grouped = None if like.grouped is None else _same_bytes
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the rows."""

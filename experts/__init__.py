@@ -1,1 +1,1 @@
-"""Expert back ends: checkpoint slices, grouped products, batching and the expert actor."""
+"""Experts: checkpoints, model families, computation, batching, and the expert actor."""

@@ -1,11 +1,10 @@
-"""The expert actor: one per device, holding any subset of the experts.
+"""The expert actor: one per device, with any subset of the experts.
 
-Each call has a thread that puts its frame into a bounded queue. One of the threads at a time
-computes: it takes all that waits, merges it (:mod:`experts.bank`) and answers for the others too;
-so a lone call changes threads nowhere, and many calls share products. Threads rather than asyncio,
-since a Ray call to an async actor takes 0.3 ms longer. :mod:`experts.remote` gives calls their
-threads. Calls are pure: computing a frame twice gives the same answer, so a router may always try
-again.
+Each call has a thread (:mod:`experts.remote`) that puts its frame into a bounded queue. One thread
+at a time computes: it takes all waiting frames, merges them (:mod:`experts.bank`) and answers them
+all. So a lone call never changes threads, and many calls share an expert's product. The actor has
+threads because a Ray call to an asyncio actor takes 0.3 ms longer. Calls are pure: a frame that is
+computed twice gets the same answer, so a router may always repeat a call.
 """
 
 from __future__ import annotations
@@ -49,20 +48,20 @@ logger = logging.getLogger("expertmesh.actor")
 
 @dataclass(slots=True)
 class _Waiting:
-    """A frame of so many rows that waits for its products."""
+    """A frame of ``num_rows`` rows in the queue."""
 
     frame: DispatchFrame
     num_rows: int
     since_s: float
     answer: Parts = ()
-    """Nothing until there is one."""
+    """Empty until the frame is computed."""
 
 
 class ExpertActor:
-    """Serves the experts that its controller assigned to it, until the controller lets it go."""
+    """Holds and computes the experts that its controller assigns to it."""
 
     def __init__(self, spec: ActorSpec, actor_id: str, generation: int, epoch: int) -> None:
-        """Start empty; :meth:`load` brings the experts."""
+        """Start without experts; :meth:`load` loads them."""
         torch.set_num_threads(spec.threads)
         self._spec = spec
         self._actor_id = actor_id
@@ -77,9 +76,9 @@ class ExpertActor:
         self._computing = False
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._blocked = 0  # threads that are to be told of a change
+        self._blocked = 0  # threads that wait for ``_changed``
         self._steps = 0
-        # Written by the thread that computes alone, so that counting needs no lock.
+        # Only the computing thread writes these counters, so they need no lock.
         self._frames = 0
         self._busy_s = 0.0
         self._waited_s = 0.0
@@ -91,14 +90,15 @@ class ExpertActor:
         self._lease = Lease(time.monotonic())
         end_when_orphaned(self._lease, spec.app)
 
-    # Control calls, which :mod:`experts.remote` has on threads of their own.
+    # Control calls, on threads of their own (:mod:`experts.remote`).
 
     def load(self, epoch: int, keys: Sequence[ExpertKey]) -> ActorReport:
-        """Load the given experts beside those already held; returns when all can be asked for.
+        """Load the given experts beside the held experts; returns when all of them serve.
 
-        What is not on this node's disk comes from another node's. Raises :class:`CheckpointError`
-        when the checkpoint cannot be read on any; experts that were whole before that stay; and
-        :class:`UnavailableError` when Ray gave a GPU that torch does not find.
+        A checkpoint that is not on this node's disk comes from another node. Raises
+        :class:`CheckpointError` when no node can read the checkpoint; the experts loaded before
+        that stay. Raises :class:`UnavailableError` when torch does not find the GPU that Ray has
+        assigned.
         """
         self._accept(epoch)
         if self._device.type == "cuda" and not torch.cuda.is_available():
@@ -111,30 +111,30 @@ class ExpertActor:
         return self._report()
 
     def unload(self, epoch: int, keys: Sequence[ExpertKey]) -> ActorReport:
-        """Let the given experts go after the batch under way, and their memory with them.
+        """Free the given experts and their memory after the current batch.
 
-        A frame that still asks for one is answered by WRONG_PLACEMENT. Experts that are not held
-        are not an error.
+        The answer to a later frame for one of them is WrongPlacementError. Experts that the actor
+        does not hold are ignored.
         """
         self._accept(epoch)
         with self._load_lock, self._lock:
             while self._computing:
                 self._wait()
             for key in keys:
-                self._bank.let_go(ExpertKey(*key))
+                self._bank.release(ExpertKey(*key))
         return self._report()
 
     def heartbeat(self, epoch: int) -> ActorReport:
-        """Renew the lease and report; refuses a controller of an older epoch."""
+        """Renew the lease and report; raises :class:`StaleEpochError` for an older epoch."""
         self._accept(epoch)
         return self._report()
 
     def describe(self) -> ActorReport:
-        """Report without renewing the lease, for a controller that looks whom it can adopt."""
+        """Report without renewing the lease, for a controller that looks for actors to adopt."""
         return self._report()
 
     def offer_stream(self, network: Network) -> StreamOffer:
-        """Tell a router how to open one stream to this actor; raises ``OSError`` if it cannot."""
+        """Return the offer of one stream to this actor; raises ``OSError`` if it cannot listen."""
         return self._streams.offer(network)
 
     def _accept(self, epoch: int) -> None:
@@ -156,11 +156,11 @@ class ExpertActor:
                     )
                 checkpoint = self._checkpoints[key.model]
                 dtype = TORCH_DTYPES[source.dtype]
-                self._bank.hold(key, self._load_one(checkpoint, key, dtype))
+                self._bank.hold(key, self._load_expert(checkpoint, key, dtype))
             for remote in self._remotes():
                 remote.release()
 
-    def _load_one(self, checkpoint: Checkpoint, key: ExpertKey, dtype: torch.dtype) -> Expert:
+    def _load_expert(self, checkpoint: Checkpoint, key: ExpertKey, dtype: torch.dtype) -> Expert:
         if self._spec.emulation is not None:
             return EmulatedExpert(self._spec.emulation, checkpoint.shape.hidden_size, dtype)
         weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype, self._device)
@@ -191,39 +191,39 @@ class ExpertActor:
             fetched_s=sum(remote.fetched_s for remote in remotes),
         )
 
-    # The data plane.
+    # Data plane.
 
     def compute(self, data: bytes) -> bytes:
-        """Answer one frame that came by a Ray call; see :meth:`compute_all`."""
+        """Answer one frame of a Ray call; see :meth:`compute_all`."""
         return b"".join(self.compute_all([data])[0])
 
     def compute_all(self, data: Sequence[Buffer]) -> list[Parts]:
-        """Answer each dispatch frame by a rows frame, or by an error frame; never raises.
+        """Answer each dispatch frame by a rows frame or by an error frame; never raises.
 
-        A frame that would make more than ``max_queue_rows`` rows wait is refused with
+        The answer to a frame that would put more than ``max_queue_rows`` rows into the queue is
         RESOURCE_EXHAUSTED; the router tries again.
         """
-        frames = [_read(one) for one in data]
+        frames = [_read(buffer) for buffer in data]
         since_s = time.monotonic()
         batch: list[_Waiting] = []
         with self._lock:
-            mine = [
+            own = [
                 self._enqueue(frame, since_s) if isinstance(frame, DispatchFrame) else frame
                 for frame in frames
             ]
-            # Bounded: whoever computes answers every frame that waits, late ones too.
-            while self._computing and _some_wait(mine):
+            # Bounded: the computing thread answers every waiting frame, also after its deadline.
+            while self._computing and _some_wait(own):
                 self._wait()
-            # Not where its own are answered: those would wait for others' products.
-            if _some_wait(mine):
+            # Without open frames of its own this thread returns its answers at once.
+            if _some_wait(own):
                 self._computing = True
                 batch, self._queue = self._queue, []
         if batch:
             self._answer(batch)
-        return [one.answer if isinstance(one, _Waiting) else one for one in mine]
+        return [frame.answer if isinstance(frame, _Waiting) else frame for frame in own]
 
     def _wait(self) -> None:
-        """Wait for the thread that computes to be done; under the lock."""
+        """Wait until the computing thread has finished its batch; under the lock."""
         self._blocked += 1
         try:
             self._changed.wait()
@@ -231,18 +231,18 @@ class ExpertActor:
             self._blocked -= 1
 
     def _enqueue(self, frame: DispatchFrame, since_s: float) -> _Waiting | Parts:
-        """Have a frame wait for its products, or refuse it; under the lock."""
+        """Put a frame into the queue, or return the answer that refuses it; under the lock."""
         num_rows, waiting_rows = frame.num_rows, self._queued_rows
         if waiting_rows > 0 and waiting_rows + num_rows > self._spec.max_queue_rows:
-            full = OverloadedError(f"{waiting_rows} rows wait already", "queue", 0.01)
-            return _error(frame.request_id, full)
+            error = OverloadedError(f"{waiting_rows} rows wait already", "queue", 0.01)
+            return _error(frame.request_id, error)
         waiting = _Waiting(frame, num_rows, since_s)
         self._queued_rows += num_rows
         self._queue.append(waiting)
         return waiting
 
     def _answer(self, batch: list[_Waiting]) -> None:
-        """Compute a batch; whatever happens, nobody waits for this thread for ever."""
+        """Compute a batch; every frame gets an answer, also after a failure."""
         answers: list[Parts] = []
         begun_s = time.monotonic()
         self._frames += len(batch)
@@ -267,24 +267,24 @@ class ExpertActor:
             self._spans.computed([(w.frame, w.since_s) for w in batch], begun_s)
 
     def _compute_batch(self, batch: Sequence[_Waiting]) -> list[Parts]:
-        """Return an answer to each waiting frame, or nothing at all when the batch failed."""
+        """Return an answer to each waiting frame, or an empty list when the batch failed."""
         now_s = time.time()
         frames = [waiting.frame for waiting in batch]
         live = [frame for frame in frames if frame.deadline_s > now_s]
         try:
             computed: list[RowsFrame | ErrorFrame] = self._bank.compute(live)
             if len(live) < len(frames):
-                came = iter(computed)
-                computed = [next(came) if f.deadline_s > now_s else _late(f) for f in frames]
+                results = iter(computed)
+                computed = [next(results) if f.deadline_s > now_s else _late(f) for f in frames]
             return [encode(answer) for answer in computed]
         except Exception:
-            # A failure of the device or of torch: say so to every router, stay alive.
+            # A failure of the device or of torch: every router gets an error, the actor lives on.
             logger.exception("expert actor %s: a batch failed", self._actor_id)
             return []
 
 
 def _read(data: Buffer) -> DispatchFrame | Parts:
-    """Return a dispatch frame, or the answer to what is none."""
+    """Return a dispatch frame, or the error frame for any other bytes."""
     try:
         frame = decode(data)
         if not isinstance(frame, DispatchFrame):
@@ -295,8 +295,8 @@ def _read(data: Buffer) -> DispatchFrame | Parts:
 
 
 def _some_wait(frames: Sequence[_Waiting | Parts]) -> bool:
-    """Tell whether a frame has no answer yet."""
-    return bool([one for one in frames if isinstance(one, _Waiting) and not one.answer])
+    """Return whether any frame has no answer yet."""
+    return any(isinstance(frame, _Waiting) and not frame.answer for frame in frames)
 
 
 def _late(frame: DispatchFrame) -> ErrorFrame:

@@ -1,8 +1,8 @@
-"""The experts that one actor holds, and the products that it runs for waiting messages.
+"""The experts of one actor, and their computation of waiting frames.
 
-Messages of all routers that wait at the same time are merged: all rows for one (model, layer,
-expert) go through one product. Rows are independent of each other, so an answer does not depend
-on who shares the product beyond the rounding of a differently sized matrix product.
+The frames that wait at the same time are merged: all rows for one (model, layer, expert) go through
+the expert together. Rows are independent of each other. So an answer does not depend on the other
+rows, except for the rounding of a matrix product of another size.
 
 Dimension letters: P rows of a frame or of one expert, H hidden size.
 """
@@ -26,18 +26,18 @@ from experts.compute.amx_ffn import TiledFfn, compute_tiled
 from experts.compute.ffn import Activation, PackedFfn, ffn_of
 
 MOST_PIECES = 32
-"""So many experts' results are sent from where they lie; more are first brought together."""
+"""The most results that an answer sends from their own memory; more are concatenated first."""
 
 
 class GatedFfnExpert:
-    """A loaded expert, its resident bytes, and what rows it takes: H, dtype and device."""
+    """A loaded expert, its resident bytes, and the H, dtype and device of its rows."""
 
     def __init__(self, weights: GatedFfnWeights, act: Activation) -> None:
         """Take over ``weights``, which may be rearranged."""
         self.ffn = ffn_of(weights, act)
         packed = self.ffn if isinstance(self.ffn, PackedFfn) else None
         self.num_bytes = weights.num_bytes if packed is None else packed.num_bytes
-        self.together = _tiled_together if isinstance(self.ffn, TiledFfn) else None
+        self.grouped = _compute_tiled if isinstance(self.ffn, TiledFfn) else None
         self.hidden_size = weights.down.shape[0]
         self.dtype = weights.down.dtype
         self.device = weights.down.device
@@ -47,22 +47,22 @@ class GatedFfnExpert:
         return self.ffn(rows)
 
 
-Together = Callable[[Sequence[Any], tuple[int, ...], Buffer], memoryview | None]
-"""Computes the rows of several experts of one kind at once, from bytes to bytes.
+GroupedFfn = Callable[[Sequence[Any], tuple[int, ...], Buffer], memoryview | None]
+"""Computes the rows of several experts of one kind in one call, from bytes to bytes.
 
-The first ``counts[0]`` rows are the first expert's, and so on. ``None`` where that cannot be, and
-all are to be computed one by one.
+The first ``counts[0]`` rows are the first expert's, and so on. ``None`` means that the experts must
+be computed one by one.
 """
 
 
-def _tiled_together(
+def _compute_tiled(
     experts: Sequence[GatedFfnExpert], counts: tuple[int, ...], rows: Buffer
 ) -> memoryview | None:
     return compute_tiled([expert.ffn for expert in experts], counts, rows)
 
 
 class Expert(Protocol):
-    """A loaded expert as the bank needs it: its resident bytes, and what rows it takes."""
+    """A loaded expert as the bank needs it; see :class:`GatedFfnExpert`."""
 
     num_bytes: int
     hidden_size: int
@@ -70,8 +70,8 @@ class Expert(Protocol):
     device: torch.device
 
     @property
-    def together(self) -> Together | None:
-        """What computes several like this one at once; the same for all of them."""
+    def grouped(self) -> GroupedFfn | None:
+        """The function that computes several experts of this kind, equal for all of them."""
         ...
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ class Expert(Protocol):
 
 @dataclass(slots=True)
 class _Layer:
-    """The experts of one layer that are held, by id, and how many rows each has computed."""
+    """The held experts of one layer by id, and the number of rows that each has computed."""
 
     experts: dict[int, Expert] = field(default_factory=dict)
     tokens: Counter[int] = field(default_factory=Counter)
@@ -89,36 +89,36 @@ class _Layer:
 
 @dataclass(slots=True)
 class _Work:
-    """A frame and its experts, and what these make of its rows."""
+    """A frame, its experts, and their results."""
 
     frame: DispatchFrame
     layer: _Layer
     experts: list[Expert]
     results: list[torch.Tensor] | memoryview | None = None
-    """Of each expert, or of all in one."""
+    """The rows of each expert, or the bytes of all rows."""
 
 
 _NO_LAYER = _Layer()
 
 
 class ExpertBank:
-    """Loaded experts by key, and how many token rows each has computed."""
+    """Loaded experts by key, and the number of rows that each has computed."""
 
     def __init__(self) -> None:
         """Start empty."""
         self._layers: dict[tuple[str, int], _Layer] = {}
 
     def hold(self, key: ExpertKey, expert: Expert) -> None:
-        """Have an expert from now on; frames may be computed meanwhile."""
+        """Add an expert; frames may be computed meanwhile."""
         layer = self._layers.setdefault((key.model, key.layer_id), _Layer())
         layer.experts[key.expert_id] = expert
 
-    def let_go(self, key: ExpertKey) -> None:
-        """Let an expert and its memory go; one that is not held is not an error."""
+    def release(self, key: ExpertKey) -> None:
+        """Free an expert and its memory; an expert that is not held is ignored."""
         self._layer(key).experts.pop(key.expert_id, None)
 
     def __contains__(self, key: ExpertKey) -> bool:
-        """Tell whether an expert is held."""
+        """Return whether an expert is held."""
         return key.expert_id in self._layer(key).experts
 
     def _layer(self, key: ExpertKey) -> _Layer:
@@ -126,30 +126,30 @@ class ExpertBank:
 
     @property
     def experts(self) -> dict[ExpertKey, Expert]:
-        """The experts that are held now."""
+        """The held experts."""
         layers = list(self._layers.items())
         return {
-            ExpertKey(*at, expert_id): expert
-            for at, layer in layers
+            ExpertKey(*layer_key, expert_id): expert
+            for layer_key, layer in layers
             for expert_id, expert in list(layer.experts.items())
         }
 
     @property
     def tokens(self) -> dict[ExpertKey, int]:
-        """How many rows each expert has computed, those that are no longer held too."""
+        """The number of rows that each expert has computed, also of released experts."""
         layers = list(self._layers.items())
-        return {ExpertKey(*at, e): n for at, layer in layers for e, n in list(layer.tokens.items())}
+        return {ExpertKey(*k, e): n for k, layer in layers for e, n in list(layer.tokens.items())}
 
     @property
     def num_bytes(self) -> int:
-        """Resident bytes of the weights of all experts that are held now."""
+        """Resident bytes of the weights of all held experts."""
         return sum(expert.num_bytes for expert in self.experts.values())
 
     def compute(self, frames: Sequence[DispatchFrame]) -> list[RowsFrame | ErrorFrame]:
-        """Run all frames' pairs, merged per expert; one answer per frame, in order.
+        """Compute the rows of all frames, merged per expert; one answer per frame, in order.
 
-        A frame that asks for an expert that is not held is answered by WrongPlacementError, one
-        whose rows do not fit the expert by FrameError; other frames are not disturbed.
+        The answer to a frame for an expert that is not held is WrongPlacementError. The answer to a
+        frame whose rows do not fit its experts is FrameError. Other frames are not affected.
         """
         opened = [self._open(frame) for frame in frames]
         works = [work for work in opened if isinstance(work, _Work)]
@@ -178,7 +178,7 @@ class ExpertBank:
 
 
 def _misfit(frame: DispatchFrame, expert_id: int, expert: Expert | None) -> ExpertMeshError:
-    """Return why an expert cannot compute a frame."""
+    """Return the error of a frame that an expert cannot compute."""
     if expert is None:
         return WrongPlacementError(
             f"expert {expert_id} of layer {frame.layer_id} is not held here", frame.model
@@ -191,19 +191,19 @@ def _misfit(frame: DispatchFrame, expert_id: int, expert: Expert | None) -> Expe
 
 
 def _inference() -> AbstractContextManager[object]:
-    """Return torch's inference mode, for a thread that is not in it.
+    """Return torch's inference mode, for a thread that is not in inference mode.
 
-    An expert's product takes up to 8 µs less in it. To enter it takes 30 from cold caches, so who
-    computes without torch does not, and the threads of streams stay in it.
+    Inference mode saves up to 8 µs of an expert's product, and costs up to 30 µs to enter. So
+    native computation does not enter it, and the threads of streams stay in it.
     """
     return nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
 
 
 def _run_lone(work: _Work) -> None:
-    """Run a frame's experts over its rows."""
-    experts, together = work.experts, work.experts[0].together
-    if together is not None and all(expert.together is together for expert in experts):
-        work.results = together(experts, work.frame.num_tokens_per_expert, work.frame.rows)
+    """Compute the rows of a lone frame."""
+    experts, grouped = work.experts, work.experts[0].grouped
+    if grouped is not None and all(expert.grouped is grouped for expert in experts):
+        work.results = grouped(experts, work.frame.num_tokens_per_expert, work.frame.rows)
     if work.results is None:
         with _inference():
             pieces = _pieces_of(work)
@@ -211,30 +211,30 @@ def _run_lone(work: _Work) -> None:
 
 
 def _run_merged(works: Sequence[_Work]) -> None:
-    """Run each expert once over all pieces that wait for it."""
+    """Run each expert once over its rows of all frames."""
     waiting: dict[tuple[int, int], list[tuple[list[torch.Tensor], int, Expert]]] = {}
     for work in works:
-        # Each piece's results take its place.
+        # An expert's results replace its rows in this list.
         work.results = pieces = _pieces_of(work)
-        asked = zip(work.frame.expert_ids, work.experts, strict=True)
-        for place, (expert_id, expert) in enumerate(asked):
+        experts = zip(work.frame.expert_ids, work.experts, strict=True)
+        for index, (expert_id, expert) in enumerate(experts):
             key = id(work.layer), expert_id
-            waiting.setdefault(key, []).append((pieces, place, expert))
-    for places in waiting.values():
-        rows = [pieces[place] for pieces, place, _ in places]
+            waiting.setdefault(key, []).append((pieces, index, expert))
+    for inputs in waiting.values():
+        rows = [pieces[index] for pieces, index, _ in inputs]
         joined = torch.cat(rows) if len(rows) > 1 else rows[0]
-        outputs = places[0][2](joined).split([piece.shape[0] for piece in rows])
-        for (pieces, place, _), output in zip(places, outputs, strict=True):
-            pieces[place] = output
+        outputs = inputs[0][2](joined).split([piece.shape[0] for piece in rows])
+        for (pieces, index, _), output in zip(inputs, outputs, strict=True):
+            pieces[index] = output
 
 
 def _pieces_of(work: _Work) -> list[torch.Tensor]:
-    """Return a frame's rows, in a piece for each of its experts."""
+    """Return the rows of each expert of a frame."""
     frame, device = work.frame, work.experts[0].device
     counts, hidden_size = frame.num_tokens_per_expert, frame.hidden_size
     if device.type == "cpu":
         return pieces_of(memoryview(frame.rows), frame.dtype, counts, hidden_size)
-    # Another device gets all rows at once.
+    # All rows go to another device in one copy.
     rows = from_bytes(frame.rows, frame.dtype, frame.num_rows, hidden_size).to(device)
     return list(rows.split_with_sizes(counts))
 

@@ -1,34 +1,30 @@
-"""The expert actor as Ray sees it; torch is imported in the actor's own process only.
+"""The expert actor as Ray sees it; only the actor's own process imports torch.
 
-Whoever creates actors needs their class, and the controller creates them: so it is without torch,
-which is most of its memory and half of what a new controller takes to start.
+The controller needs this class to create actors. Without torch the controller starts in half the
+time, with a fraction of the memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import ray
 
 from cluster.spec import ActorReport, ActorSpec, ExpertKey
 from cluster.transport.stream.handshake import Network, StreamOffer
 
-if TYPE_CHECKING:
-    from experts.actor import ExpertActor
-
 
 class RemoteExpertActor:
-    """An :class:`experts.actor.ExpertActor`, with Ray's threads for its calls.
+    """An :class:`experts.actor.ExpertActor` whose calls run on Ray's threads.
 
-    Control calls have a concurrency group of their own, so that slow products do not delay them.
+    Control calls have a concurrency group of their own, so that a slow batch does not delay them.
     """
 
     def __init__(self, spec: ActorSpec, actor_id: str, generation: int, epoch: int) -> None:
         """See :class:`ExpertActor`."""
         from experts.actor import ExpertActor
 
-        self._actor: ExpertActor = ExpertActor(spec, actor_id, generation, epoch)
+        self._actor = ExpertActor(spec, actor_id, generation, epoch)
 
     @ray.method(concurrency_group="control")
     def load(self, epoch: int, keys: Sequence[ExpertKey]) -> ActorReport:

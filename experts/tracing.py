@@ -1,8 +1,8 @@
-"""Spans of an expert actor: its part of a trace, where Serve's tracing is on.
+"""The spans of an expert actor, for deployments with Serve's tracing.
 
-Serve sets tracing up in its own replicas. An expert actor is none: its controller tells it the
-exporter by Serve's environment variable, and a dispatch frame brings the context that it belongs
-to. Whether a trace is kept was decided where it began. Where tracing is off nothing is imported.
+Serve sets up tracing in its own replicas, and an expert actor is no replica. Its controller passes
+the exporter in Serve's environment variable, and a dispatch frame carries the trace context. The
+start of a trace decides whether the trace is sampled. Without tracing nothing is imported.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
 EXPORTER_VARIABLE = "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"
-"""Serve's own: a function that returns span processors, as ``module:function``; empty is off."""
+"""Serve's variable: ``module:function`` of a function that returns span processors, or empty."""
 TO_FILES = "ray.serve._private.tracing_utils:default_tracing_exporter"
-"""Serve's own exporter, the one that takes an argument: a file's name."""
+"""Serve's own exporter to files, which takes the file's name."""
 
 
 def open_spans(actor_id: str, generation: int) -> BatchSpans | None:
-    """Return where the actor tells of its batches, or ``None`` where the deployment does not trace.
+    """Return the exporter of the actor's spans, or ``None`` without tracing.
 
-    Raises what importing the exporter raises, as Serve's replicas do then.
+    An exporter that cannot be imported raises its own error, as in Serve's replicas.
     """
     path = os.environ.get(EXPORTER_VARIABLE)
     if not path:
@@ -48,20 +48,20 @@ class BatchSpans:
     """Makes a span for each traced frame of a batch."""
 
     def __init__(self, tracer: Tracer, actor_id: str) -> None:
-        """``tracer`` exports by what it was made from."""
+        """``tracer`` starts the spans, and its provider exports them."""
         self._tracer = tracer
         self._actor_id = actor_id
 
     def computed(self, batch: Sequence[tuple[DispatchFrame, float]], begun_s: float) -> None:
-        """Tell of the batch that was computed from ``begun_s`` until now.
+        """Export a span for each traced frame of a batch that ran from ``begun_s`` until now.
 
-        Each frame comes with the time since when it waited; times are the monotonic clock's.
+        Each frame has the time at which its wait began. Times are of the monotonic clock.
         """
         for frame, since_s in batch:
             if frame.traceparent is not None:
-                self._tell(frame, frame.traceparent, len(batch), since_s, begun_s)
+                self._export(frame, frame.traceparent, len(batch), since_s, begun_s)
 
-    def _tell(
+    def _export(
         self,
         frame: DispatchFrame,
         traceparent: str,
@@ -89,5 +89,5 @@ class BatchSpans:
 
 
 def wall_ns(monotonic_s: float) -> int:
-    """Return a time of the monotonic clock as OpenTelemetry has times."""
+    """Return a time of the monotonic clock as OpenTelemetry's wall-clock nanoseconds."""
     return time.time_ns() - int((time.monotonic() - monotonic_s) * 1e9)

@@ -42,7 +42,7 @@ def loaded(actor: ExpertActor, keys: list[ExpertKey]) -> dict[str, int]:
     """Load ``keys`` and tell what that took."""
     # What the first expert brings along besides itself: code, pools of threads.
     actor._load(keys[:1])
-    actor._bank.let_go(keys[0])
+    actor._bank.release(keys[0])
     # What it let go may lie in the heap yet, to be used or given back in the course of the load.
     ctypes.CDLL(None).malloc_trim(0)
     (PROCESS / "clear_refs").write_text("5")  # the peak begins anew

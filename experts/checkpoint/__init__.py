@@ -1,1 +1,1 @@
-"""Checkpoints: files, headers, tensors, identity, and readers on other nodes."""
+"""Checkpoints: files, headers, tensors, identity, and checkpoints on other nodes."""

@@ -1,8 +1,8 @@
 """Reading a Hugging Face safetensors folder: configuration, headers, and single tensors.
 
-Opening a checkpoint reads ``config.json``, the index and the shards' headers, never a weight, and
+Opening a checkpoint reads ``config.json``, the index and the shards' headers, and no weight. It
 checks every tensor's name, shape and dtype against the model family, so that a damaged or unknown
-checkpoint is refused before any process is started for it. Pickle formats are refused unread.
+checkpoint is refused before any process starts. Pickle files are refused unread.
 """
 
 from __future__ import annotations
@@ -27,29 +27,31 @@ from experts.checkpoint.config import (
     wrong_kinds,
 )
 from experts.checkpoint.quantization import Packed, check_dtypes, packed_tensors, quantization_of
-from experts.checkpoint.shards import DTYPES, TensorInfo, read_headers
+from experts.checkpoint.shards import DTYPES, TensorInfo, listed_names, read_headers
 from experts.families.base import Config, ExpertShape, Family, Shapes
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
 _HUB_FOLDERS = ["*/*"]
-"""What is left there: the same weights in other layouts, as GPT-OSS has them."""
+"""Folders that are not fetched: the same weights in other layouts, as in GPT-OSS."""
 
 
 class RemoteFiles(Protocol):
     """A checkpoint's files on another node; see :mod:`experts.checkpoint.remote_files`."""
 
     def tensor(self, name: str, begin: int = 0, end: int | None = None) -> bytearray:
-        """Return bytes of a tensor, by default all; raises :class:`CheckpointError` if nobody has
-        them."""
+        """Return bytes of a tensor, by default all.
+
+        Raises :class:`CheckpointError` when no node has them.
+        """
         ...
 
     def release(self) -> None:
-        """Keep nobody busy until the next tensor is asked for."""
+        """End the process on the other node until the next :meth:`tensor`."""
         ...
 
-    def told(self) -> str:
-        """Return what has been fetched so far, for people."""
+    def summary(self) -> str:
+        """Return the fetched bytes and seconds so far as text."""
         ...
 
     @property
@@ -64,23 +66,23 @@ class RemoteFiles(Protocol):
 
     @property
     def fetched_s(self) -> float:
-        """Seconds that they took."""
+        """Seconds of these fetches."""
         ...
 
     @property
     def small_files(self) -> Mapping[str, bytes]:
-        """The configuration's and the tokenizer's files by name."""
+        """The files of the configuration and of the tokenizer by name."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened and checked checkpoint; holds headers only.
+    """An opened and checked checkpoint, with headers only.
 
-    ``config`` has the usual key names, whatever the family calls them. ``tensors`` are as they are
-    stored, ``packed`` tells of those of the model that are quantised; ``dtype`` is that of the
-    others. ``remote`` has the files where they are not on this node; ``folder`` is then the other
-    node's. Else ``stamps`` tell whether a file is still the one that was opened.
+    ``config`` has the usual key names of all families. ``tensors`` are the stored tensors;
+    ``packed`` has the model's quantised tensors, and ``dtype`` is that of all others. Where the
+    files are on another node, ``remote`` reads them and ``folder`` is a path of that node.
+    Otherwise ``stamps`` detect a file that has changed since the checkpoint was opened.
     """
 
     folder: Path
@@ -95,7 +97,7 @@ class Checkpoint:
 
     @property
     def max_position_embeddings(self) -> int:
-        """The longest context, in tokens, that the model was made for."""
+        """The model's longest context in tokens."""
         return int(self.config["max_position_embeddings"])
 
     @property
@@ -105,11 +107,11 @@ class Checkpoint:
 
     @property
     def stored(self) -> str | None:
-        """How weights are quantised in the files, if any are."""
+        """The method of the quantised weights in the files, if there are any."""
         return next((packed.method for packed in self.packed.values()), None)
 
     def small_file(self, name: str) -> bytes | None:
-        """Return a file beside the weights, or ``None`` where there is none.
+        """Return a file beside the weights, or ``None`` without such a file.
 
         Raises :class:`CheckpointError` when it cannot be read.
         """
@@ -119,19 +121,16 @@ class Checkpoint:
         return read_small(file) if file.is_file() else None
 
     def expert_bytes(self, dtype: str) -> int:
-        """Return the bytes of one expert's weights when they are held in ``dtype``.
-
-        Quantised ones are not held as they are stored.
-        """
+        """Return the bytes of one expert's weights in ``dtype``, also of quantised weights."""
         return self.shape.expert_parameters * DTYPE_BYTES[dtype]
 
 
 def resolve_folder(path: str) -> Path:
     """Find a model's folder on this machine.
 
-    An absolute path is taken as it is; a relative one is looked up in the installed ``deploy``
-    package; anything else that looks like ``owner/name`` is a hub id, fetched into the hub's local
-    cache. Raises :class:`CheckpointMissingError` when there is no such folder.
+    ``path`` is an absolute path, or a path in the installed ``deploy`` package, or a hub id
+    ``owner/name``, which is fetched into the hub's local cache. Raises
+    :class:`CheckpointMissingError` when there is no such folder.
     """
     if Path(path).is_absolute():
         if Path(path).is_dir():
@@ -155,9 +154,9 @@ def _fetch_from_hub(hub_id: str) -> Path:
             snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_FOLDERS)
         )
     except Exception as error:  # the hub client raises many unrelated types
-        reason = f"{type(error).__name__}"
         raise CheckpointMissingError(
-            f"is no folder of the deploy package and could not be fetched from the hub ({reason})",
+            "is no folder of the deploy package and could not be fetched from the hub "
+            f"({type(error).__name__})",
             hub_id,
         ) from None
 
@@ -165,10 +164,10 @@ def _fetch_from_hub(hub_id: str) -> Path:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read and check a checkpoint's configuration and headers.
 
-    Raises :class:`CheckpointError` whose field is the file: no or broken ``config.json``, an
-    unknown architecture, a missing or truncated shard, pickle weights, and tensors that are
-    missing, unexpected, or of another shape or dtype than the configuration says; also those that
-    are quantised in a way that is not known.
+    Raises :class:`CheckpointError`, whose field is the file, for a missing or broken
+    ``config.json``, an unknown architecture, a missing or truncated shard, pickle weights, an
+    unknown quantisation, and tensors that are missing, unexpected, or of another shape or dtype
+    than the configuration says.
     """
     config = read_json(folder / "config.json")
     opened = checkpoint_of(folder, config, lambda: read_headers(folder, read_json))
@@ -189,7 +188,7 @@ def checkpoint_of(
     shape = checked_shape(family, config, config_file)
     with wrong_kinds(config_file):
         ignored = family.ignored(config)
-    tensors = {n: info for n, info in read_tensors().items() if not n.startswith(ignored or (" ",))}
+    tensors = {name: info for name, info in read_tensors().items() if not name.startswith(ignored)}
     expected = _expected(folder, family, config, shape, len(tensors))
     packed = packed_tensors(quantization_of(config, config_file), expected, tensors, folder)
     _check_tensors(folder, config, _stored(expected, packed), tensors)
@@ -200,8 +199,7 @@ def checkpoint_of(
 def read_range(checkpoint: Checkpoint, name: str, begin: int, end: int) -> bytes:
     """Read bytes ``begin`` to ``end`` of a tensor of a checkpoint in a folder of this node.
 
-    Raises as :func:`read_into` does, and :class:`CheckpointError` for a tensor or a range that it
-    does not have.
+    Raises :class:`CheckpointError` as :func:`read_into` does, and for a missing tensor or range.
     """
     info = checkpoint.tensors.get(name)
     if info is None or not 0 <= begin <= end <= info.end - info.begin:
@@ -212,10 +210,10 @@ def read_range(checkpoint: Checkpoint, name: str, begin: int, end: int) -> bytes
 
 
 def read_into(checkpoint: Checkpoint, name: str, begin: int, buffer: memoryview) -> None:
-    """Fill ``buffer`` with a tensor's bytes from ``begin`` on: read once, and kept nowhere else.
+    """Fill ``buffer`` with a tensor's bytes from ``begin`` on, without another copy.
 
-    Raises :class:`CheckpointError` when the file cannot be read, or is not the one any more whose
-    header was read.
+    Raises :class:`CheckpointError` when the file cannot be read, or has changed since the
+    checkpoint was opened.
     """
     info = checkpoint.tensors[name]
     file = checkpoint.folder / info.file
@@ -240,11 +238,11 @@ def read_into(checkpoint: Checkpoint, name: str, begin: int, buffer: memoryview)
 def _expected(
     folder: Path, family: Family, config: Config, shape: ExpertShape, num_tensors: int
 ) -> Shapes:
-    """Return the model's tensors; raises :class:`CheckpointError` if there are far too few."""
+    """Return the model's tensors; raises :class:`CheckpointError` if the files have far too few."""
     with wrong_kinds(folder / "config.json"):
         expected = family.dense_tensors(config)
     names = len(shape.layers) * (1 if family.stacks_experts else shape.num_experts)
-    if names > num_tensors:  # before that many names are made
+    if names > num_tensors:  # checked first: making the names takes memory
         raise CheckpointError(
             f"lacks tensors: config.json says {shape.num_experts} experts in each of "
             f"{len(shape.layers)} layers, the files hold {num_tensors} tensors",
@@ -255,10 +253,10 @@ def _expected(
 
 
 def _stored(expected: Shapes, packed: Mapping[str, Packed]) -> Shapes:
-    """Return the tensors that must be there: of quantised ones codes and scales."""
+    """Return the expected stored tensors: codes and scales in place of quantised tensors."""
     stored = {name: shape for name, shape in expected.items() if name not in packed}
-    for one in packed.values():
-        stored |= one.stored()
+    for tensor in packed.values():
+        stored |= tensor.stored()
     return stored
 
 
@@ -268,15 +266,16 @@ def _check_tensors(
     ignored = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
     missing = sorted(expected.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - expected.keys() - ignored)
-    for what, names_ in (("lacks", missing), ("has unexpected", unexpected)):
-        if names_:
-            listed = ", ".join(map(shown_name, names_[:3])) + (", …" if len(names_) > 3 else "")
-            raise CheckpointError(f"{what} {len(names_)} tensors: {listed}", str(folder))
-    for name, wanted in expected.items():
-        info = tensors[name]
-        if info.shape != wanted:
+    for problem, names in (("lacks", missing), ("has unexpected", unexpected)):
+        if names:
             raise CheckpointError(
-                f"tensor {name} has shape {list(info.shape)}; config.json says {list(wanted)}",
+                f"{problem} {len(names)} tensors: {listed_names(names)}", str(folder)
+            )
+    for name, shape in expected.items():
+        info = tensors[name]
+        if info.shape != shape:
+            raise CheckpointError(
+                f"tensor {name} has shape {list(info.shape)}; config.json says {list(shape)}",
                 str(folder / info.file),
             )
 
@@ -287,22 +286,22 @@ def _plain_dtype(
     tensors: dict[str, TensorInfo],
     packed: Mapping[str, Packed],
 ) -> str:
-    """Return the dtype of all tensors that are not quantised."""
-    for one in packed.values():
-        check_dtypes(one, tensors, folder)
-    of_packed = {name for one in packed.values() for name in (one.codes, one.scales)}
-    kinds = set()
+    """Return the one dtype of all tensors that are not quantised."""
+    for tensor in packed.values():
+        check_dtypes(tensor, tensors, folder)
+    stored = {name for tensor in packed.values() for name in (tensor.codes, tensor.scales)}
+    dtypes = set()
     for name, info in tensors.items():
-        if name in of_packed:
+        if name in stored:
             continue
         if info.dtype not in DTYPES:
             raise CheckpointError(
-                f"tensor {shown_name(name)} has dtype {info.dtype}, and config.json's "
-                f"quantization_config names none with such codes; supported: {', '.join(DTYPES)}",
+                f"tensor {shown_name(name)} has dtype {info.dtype}, and the quantization_config of "
+                f"config.json names no method with such codes; supported: {', '.join(DTYPES)}",
                 str(folder / info.file),
             )
-        if info.dtype != "F32" or not name.endswith(family.in_float32 or (" ",)):
-            kinds.add(info.dtype)
-    if len(kinds) > 1:
-        raise CheckpointError(f"mixes the dtypes {', '.join(sorted(kinds))}", str(folder))
-    return DTYPES[kinds.pop()]
+        if info.dtype != "F32" or not name.endswith(family.in_float32):
+            dtypes.add(info.dtype)
+    if len(dtypes) > 1:
+        raise CheckpointError(f"mixes the dtypes {', '.join(sorted(dtypes))}", str(folder))
+    return DTYPES[dtypes.pop()]

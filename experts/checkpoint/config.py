@@ -1,4 +1,4 @@
-"""A model's configuration: the file, the family, and its values checked before they are used."""
+"""A model's configuration: reading the file, finding the family, and checking the values."""
 
 from __future__ import annotations
 
@@ -22,16 +22,10 @@ from experts.families.base import ACTIVATION_NAMES, Config, ExpertShape, Family
 from experts.families.registry import FAMILIES
 
 MAX_SMALL_BYTES = 64 << 20
-"""Of a file beside the weights, of which tokenizers have the longest."""
-
-
+"""The most bytes of a file beside the weights; a tokenizer is the longest of these."""
 MAX_JSON_BYTES = 16 << 20
-"""Of one that is parsed here: in memory, JSON can take twenty times its length."""
-
-
+"""The most bytes of a JSON file; parsed JSON can take twenty times its length in memory."""
 _MAX_LAYERS = 10_000
-
-
 _SIZES = (
     "vocab_size",
     "max_position_embeddings",
@@ -39,19 +33,15 @@ _SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-
-
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
-
-
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose angles depend on the position alone."""
+"""The rotary embeddings whose angles depend on the position alone."""
 
 
 def read_small(file: Path, max_bytes: int = MAX_SMALL_BYTES) -> bytes:
     """Read a file beside the weights; raises :class:`CheckpointError` naming it."""
     try:
-        if file.exists() and not file.is_file():  # reading a pipe would wait for ever
+        if file.exists() and not file.is_file():  # reading a pipe could block for ever
             raise CheckpointError("is not a file", str(file))
         if file.stat().st_size > max_bytes:
             raise CheckpointError(f"is larger than {max_bytes} bytes", str(file))
@@ -61,7 +51,7 @@ def read_small(file: Path, max_bytes: int = MAX_SMALL_BYTES) -> bytes:
 
 
 def stamp_of(stat: os.stat_result) -> tuple[int, int]:
-    """Return what tells a file from one that takes its place: its size and time of change."""
+    """Return a file's size and time of change, by which a replaced file is detected."""
     return stat.st_size, stat.st_mtime_ns
 
 
@@ -71,7 +61,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, file: Path) -> dict[str, Any]:
-    """Return the JSON object that a file's ``data`` is; raises :class:`CheckpointError`."""
+    """Parse a file's ``data`` as a JSON object; raises :class:`CheckpointError`."""
     if len(data) > MAX_JSON_BYTES:
         raise CheckpointError(f"is larger than {MAX_JSON_BYTES} bytes", str(file))
     try:
@@ -85,9 +75,9 @@ def parse_json(data: bytes, file: Path) -> dict[str, Any]:
 
 
 def family_of(config: Config, file: Path) -> Family:
-    """Return the family that a configuration names; raises :class:`CheckpointError`.
+    """Return the family of a configuration.
 
-    Also for a quantisation that is not known.
+    Raises :class:`CheckpointError` for an unknown family or quantisation.
     """
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
@@ -99,33 +89,33 @@ def family_of(config: Config, file: Path) -> Family:
         name in architectures for name in family.architectures
     ):
         known = ", ".join(family.architectures)
-        named = architectures[0] if architectures and type(architectures) is list else architectures
-        raise CheckpointError(f"unknown architectures: {shown(named)}; known: {known}", str(file))
+        given = architectures[0] if architectures and type(architectures) is list else architectures
+        raise CheckpointError(f"unknown architectures: {shown(given)}; known: {known}", str(file))
     quantization_of(config, file)
     return family
 
 
 def usual_config(family: Family, config: Config, file: Path) -> Config:
-    """Return a configuration under the usual names; raises :class:`CheckpointError`.
+    """Return a configuration with the usual key names of all families.
 
-    That is also for options of the family that are not served: the error names the key.
+    Raises :class:`CheckpointError` for wrong values and for options that are not served.
     """
     with wrong_kinds(file):
         config = family.usual(config)
     check_rotary(config, file)
     with wrong_kinds(file):
-        kinds = {str(one.get("rope_type", one.get("type", "default"))) for one in _ropes(config)}
-    if not kinds <= set(ROPE_TYPES):
-        odd = shown(min(kinds - set(ROPE_TYPES)))
+        types = {str(rope.get("rope_type", rope.get("type", "default"))) for rope in _ropes(config)}
+    unknown = types - set(ROPE_TYPES)
+    if unknown:
         raise CheckpointError(
-            f"rope type {odd} is not served, since positions would turn by the longest request of "
-            f"a step; served: {', '.join(ROPE_TYPES)}",
+            f"rope type {shown(min(unknown))} is not served, because its angles depend on the "
+            f"longest request of a step; served: {', '.join(ROPE_TYPES)}",
             str(file),
         )
     for key, served in family.options.items():
         value = config.get(key)
         if value is not None and value not in served:
-            allowed = " or ".join(json.dumps(one) for one in served)
+            allowed = " or ".join(map(json.dumps, served))
             raise CheckpointError(
                 f"{key} {shown(value)} is not served for {family.model_type}, only {allowed}",
                 str(file),
@@ -134,7 +124,7 @@ def usual_config(family: Family, config: Config, file: Path) -> Config:
 
 
 def _ropes(config: Config) -> Iterator[Config]:
-    """Yield a configuration's rotary embeddings: one, or one for each kind of layer."""
+    """Yield a configuration's rotary embeddings, of all layers or of each kind of layer."""
     for rope in (config.get("rope_parameters") or {}, config.get("rope_scaling") or {}):
         yield rope
         yield from (value for value in rope.values() if isinstance(value, dict))
@@ -142,7 +132,7 @@ def _ropes(config: Config) -> Iterator[Config]:
 
 @contextmanager
 def wrong_kinds(file: Path) -> Iterator[None]:
-    """Turn what code that trusts a configuration's types stumbles over into an error of ours."""
+    """Turn the errors of code that trusts a configuration's types into :class:`CheckpointError`."""
     try:
         yield
     except KeyError as error:
@@ -158,9 +148,9 @@ def _line(error: Exception) -> str:
 
 
 def checked_shape(family: Family, config: Config, file: Path) -> ExpertShape:
-    """Check a configuration's sizes and return its experts'; raises :class:`CheckpointError`.
+    """Check the sizes in a configuration, and return those of the experts.
 
-    ``config`` is what :func:`usual_config` gave.
+    ``config`` is a result of :func:`usual_config`. Raises :class:`CheckpointError`.
     """
     for key in (*_SIZES, *(key for key in _OPTIONAL_SIZES if config.get(key) is not None)):
         check_size(config, key, file)

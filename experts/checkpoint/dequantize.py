@@ -1,5 +1,4 @@
-"""The values of quantised tensors; :mod:`experts.checkpoint.quantization` says how these are
-stored.
+"""The values of quantised tensors, whose storage :mod:`experts.checkpoint.quantization` describes.
 
 Dimension letters: E experts, N rows, K columns.
 """
@@ -14,24 +13,24 @@ from experts.checkpoint.quantization import MXFP4, MXFP4_BLOCK, Packed
 
 Rows = tuple[int, int] | None
 Read = Callable[[str, Rows], torch.Tensor]
-"""Reads rows (from, to) of the first axis of a stored tensor, or all."""
+"""Reads rows (begin, end) of the first axis of a stored tensor, or all rows."""
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _PAIRS = torch.tensor(
     [[(_E2M1[n & 7] * (-1 if n & 8 else 1)) for n in (byte & 15, byte >> 4)] for byte in range(256)]
 )
-"""[256, 2], what each byte stands for: its lower half comes first."""
+"""[256, 2], the two numbers of each byte, the lower half first."""
 _POWERS = torch.tensor([2.0 ** (byte - 127) for byte in range(255)] + [float("nan")])
-"""[256], what each scale stands for (E8M0)."""
+"""[256], the factor of each scale (E8M0)."""
 _BLOCKS_AT_ONCE = 1 << 13
-"""Their numbers take 1 MB in float32, which is what is in memory beside the values."""
+"""The numbers of so many blocks take 1 MB in float32, beside the result."""
 
 
 def dequantized(packed: Packed, read: Read, rows: Rows, dtype: torch.dtype) -> torch.Tensor:
-    """Return rows of the first axis of a quantised tensor, or all, in ``dtype``.
+    """Return rows of the first axis of a quantised tensor, or all rows, in ``dtype``.
 
-    Only these rows' codes are read, with the scales of their blocks. A value is computed in float32
-    and rounded once.
+    Only the codes of these rows are read, and the scales of their blocks. A value is computed in
+    float32 and rounded once.
     """
     rows = rows or (0, packed.shape[0])
     if packed.method == MXFP4:
@@ -42,7 +41,7 @@ def dequantized(packed: Packed, read: Read, rows: Rows, dtype: torch.dtype) -> t
 
 
 def dequantize_fp8(packed: Packed, read: Read, rows: tuple[int, int], into: torch.Tensor) -> None:
-    """Fill ``into`` [N, K] of any dtype: each block times its scale, a row of blocks at a time."""
+    """Fill ``into`` [N, K] of any dtype with each block times its scale, by rows of blocks."""
     (begin, end), (height, width) = rows, packed.block
     codes = read(packed.codes, (begin, end))
     scales = read(packed.scales, (begin // height, -(-end // height))).float()
@@ -55,11 +54,11 @@ def dequantize_fp8(packed: Packed, read: Read, rows: tuple[int, int], into: torc
 
 
 def _mxfp4(packed: Packed, read: Read, rows: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Look up the numbers of [E, N, K], some blocks at a time; they are stored as [E, K, N]."""
+    """Return the numbers [E, N, K] of codes that are stored as [E, K, N]."""
     codes, scales = read(packed.codes, rows), read(packed.scales, rows)
     values = torch.empty((codes.shape[0], codes.shape[1], packed.shape[1]), dtype=dtype)
     blocks = codes.view(-1, MXFP4_BLOCK // 2), scales.view(-1), values.view(-1, MXFP4_BLOCK)
-    pieces = (one.split(_BLOCKS_AT_ONCE) for one in blocks)
+    pieces = (tensor.split(_BLOCKS_AT_ONCE) for tensor in blocks)
     for bytes_, exponents, into in zip(*pieces, strict=True):
         numbers = _PAIRS.index_select(0, bytes_.flatten().int()).view(into.shape)
         numbers *= _POWERS.index_select(0, exponents.int()).unsqueeze(1)

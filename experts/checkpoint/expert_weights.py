@@ -1,4 +1,4 @@
-"""Loading the weights of single experts, and nothing else, from a checkpoint.
+"""Loading the weights of single experts from a checkpoint.
 
 Dimension letters: H hidden size, I intermediate size.
 """
@@ -29,9 +29,9 @@ _TORCH_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class GatedFfnWeights:
-    """One expert's matrices as the product wants them: ``gate_up`` [2I, H], ``down`` [H, I].
+    """One expert's matrices: ``gate_up`` [2I, H], ``down`` [H, I].
 
-    ``gate_up_bias`` [2I] and ``down_bias`` [H] are of families that have them.
+    Families with biases also have ``gate_up_bias`` [2I] and ``down_bias`` [H].
     """
 
     gate_up: torch.Tensor
@@ -51,9 +51,9 @@ def load_expert(
 ) -> GatedFfnWeights:
     """Read one expert's three matrices, gate and up fused into one contiguous block.
 
-    Only these tensors' bytes are read, or fetched, each once; beside the weights no more than one
-    stored matrix is in memory, at most with what its codes stand for. Gate comes before up, as
-    transformers' fused parameter has it, so that results are bitwise those of its eager experts.
+    Only the bytes of this expert are read or fetched, each once. Beside the weights at most one
+    stored matrix is in memory, and its dequantised values. Gate comes before up, as in
+    transformers' fused parameter, so that results have the bits of its eager experts.
     """
     tensors = checkpoint.family.expert_tensors(checkpoint.config, layer_id, expert_id)
 
@@ -70,32 +70,32 @@ def load_expert(
 def _joined(
     checkpoint: Checkpoint, parts: Sequence[Part], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Return parts of equal shapes one below the other; they may lie in one stored matrix.
+    """Return parts of equal shapes, concatenated by rows; a stored matrix may contain all parts.
 
-    What is already as it is wanted is read straight into its place, FP8 multiplied into it.
+    A part that is stored in its final form is read into its place, and FP8 is dequantised into it.
     """
     num_rows, *columns = _shape_of(parts[0])
-    # First: where both are in the heap, what is let go then lies above what stays.
+    # Allocated first: in the heap, the freed buffer then lies above the weights.
     whole = _empty((len(parts) * num_rows, *columns), dtype, device)
-    stored, lies = torch.empty(0), None
+    stored, stored_rows = torch.empty(0), None
     for part, place in zip(parts, whole.split(num_rows), strict=True):
-        if _is_stored_as(checkpoint, part, place):
+        if _is_stored_like(checkpoint, part, place):
             _read_stored(checkpoint, part.name, part.rows, place)
             continue
-        if _is_fp8_as_it_lies(checkpoint, part, place):
+        if _is_fp8_in_place(checkpoint, part, place):
             packed, rows = checkpoint.packed[part.name], part.rows or (0, part.shape[0])
             dequantize_fp8(packed, partial(_read_stored, checkpoint), rows, place)
             continue
-        if (part.name, part.rows) != lies:
-            del stored  # before the next one takes memory
+        if (part.name, part.rows) != stored_rows:
+            del stored  # before the next matrix takes memory
             stored = read_tensor(checkpoint, part.name, dtype, part.rows)
-            lies = (part.name, part.rows)
+            stored_rows = (part.name, part.rows)
         place.copy_(_part_of(stored, part))
     return whole
 
 
 def _shape_of(part: Part) -> torch.Size:
-    """Return the shape of what ``part`` says."""
+    """Return the shape of a part."""
     begin, end = part.rows or (0, part.shape[0])
     return _part_of(torch.empty((end - begin, *part.shape[1:]), device="meta"), part).shape
 
@@ -110,16 +110,16 @@ def _is_rearranged(part: Part) -> bool:
     return part.transposed or part.every is not None
 
 
-def _is_fp8_as_it_lies(checkpoint: Checkpoint, part: Part, place: torch.Tensor) -> bool:
-    """Whether each stored code of ``part`` stands for the number at its own place."""
+def _is_fp8_in_place(checkpoint: Checkpoint, part: Part, place: torch.Tensor) -> bool:
+    """Return whether a part is FP8 whose codes are in the order of its numbers in ``place``."""
     packed = checkpoint.packed.get(part.name)
     if packed is None or packed.method != FP8 or part.stacked:
         return False
     return place.is_cpu and not _is_rearranged(part)
 
 
-def _is_stored_as(checkpoint: Checkpoint, part: Part, place: torch.Tensor) -> bool:
-    """Whether the bytes of ``part`` in the files are those that ``place`` is to have."""
+def _is_stored_like(checkpoint: Checkpoint, part: Part, place: torch.Tensor) -> bool:
+    """Return whether the stored bytes of a part are those of ``place``."""
     if part.name in checkpoint.packed or _is_rearranged(part):
         return False
     stored_dtype = _TORCH_DTYPES[checkpoint.tensors[part.name].dtype]
@@ -127,7 +127,7 @@ def _is_stored_as(checkpoint: Checkpoint, part: Part, place: torch.Tensor) -> bo
 
 
 def _part_of(stored: torch.Tensor, part: Part) -> torch.Tensor:
-    """Return what ``part`` says of the rows that were read."""
+    """Return a part, out of the rows that were read for it."""
     tensor = stored.squeeze(0) if part.stacked else stored
     if part.transposed:
         tensor = tensor.T
@@ -142,8 +142,8 @@ def read_tensor(
 ) -> torch.Tensor:
     """Read one tensor of the model, from this node's disk or from another node.
 
-    It comes as it is stored, and in ``dtype`` only where it is quantised. ``rows`` (from, to) reads
-    these of its first axis alone. Raises :class:`CheckpointError` when the file has changed since
+    The result has the stored dtype, or ``dtype`` for a quantised tensor. ``rows`` (begin, end)
+    selects rows of the first axis. Raises :class:`CheckpointError` when the file has changed since
     the checkpoint was opened.
     """
     packed = checkpoint.packed.get(name)
@@ -158,7 +158,7 @@ def _read_stored(
     rows: tuple[int, int] | None,
     into: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return rows of a tensor of the files: ``into``, filled, or one that is made for them."""
+    """Read rows of a stored tensor into ``into`` or into a new tensor; returns this tensor."""
     info = checkpoint.tensors[name]
     begin, end = rows or (0, info.shape[0])
     row_bytes = (info.end - info.begin) // info.shape[0]
@@ -174,18 +174,18 @@ def _read_stored(
 
 
 MIN_PAGED_BYTES = 64 << 10
-"""Smaller tensors come from the heap: half a page is lost at the end of each that has its own."""
+"""Smaller tensors come from the heap: a tensor with its own pages wastes half a page."""
 
 _FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 def paged(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Return an empty tensor on the CPU in pages of its own, which go back to the system with it.
+    """Return an empty CPU tensor in pages of its own, which are freed with the tensor.
 
-    In the heap, weights would lie between the buffers of their loading. An aligned block of the
-    same size does not fit into the hole that a freed buffer leaves, so loading experts with small
-    matrices would take up to half as much memory again. Having ``malloc`` map all blocks of that
-    size is no cure: each product would pay for fresh pages.
+    In the heap, weights would lie between the buffers of their loading. An aligned block does not
+    fit into the hole that a freed buffer of the same size leaves. So experts with small matrices
+    would take up to half as much memory again. A lower mmap threshold of ``malloc`` does not help:
+    every product would need fresh pages.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < MIN_PAGED_BYTES:

@@ -1,11 +1,15 @@
-"""Quantised checkpoints: which of their tensors are codes, and where the scales of these lie.
+"""The quantised tensors of a checkpoint: their codes and their scales.
 
-Two methods are known. ``fp8`` (DeepSeek-V3's and Qwen3's): a matrix [N, K] of eight-bit numbers and
-beside it, as ``…_scale_inv``, a factor for each block of it. ``mxfp4`` (GPT-OSS's; Open Compute
-Project 2023, "Microscaling Formats"): of a stack [E, N, K] the ``…_blocks`` [E, K, N/32, 16], two
-numbers to a byte, and the ``…_scales`` [E, K, N/32], exponents of two. The headers tell which
-tensors are quantised; all others are as they are, whatever the configuration's list of them says.
-:mod:`experts.checkpoint.dequantize` computes the values; here all is without torch.
+Two methods are known:
+
+- ``fp8`` (DeepSeek-V3, Qwen3): a matrix [N, K] of eight-bit numbers, and in ``…_scale_inv`` a
+  factor for each block of the matrix.
+- ``mxfp4`` (GPT-OSS; Open Compute Project 2023, "Microscaling Formats"): for a stack [E, N, K] the
+  codes ``…_blocks`` [E, K, N/32, 16], two numbers in a byte, and the scales ``…_scales``
+  [E, K, N/32], exponents of two.
+
+The headers show which tensors are quantised; the configuration's own list does not count.
+:mod:`experts.checkpoint.dequantize` computes the values. This module does not need torch.
 """
 
 from __future__ import annotations
@@ -13,17 +17,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cluster.errors import CheckpointError, shown, shown_name
-from experts.checkpoint.config_checks import MAX_SIZE
+from cluster.errors import CheckpointError, shown_name
+from experts.checkpoint.config_checks import is_size, wrong_value
 from experts.checkpoint.shards import TensorInfo
 from experts.families.base import Config, Shapes
 
 FP8, MXFP4 = "fp8", "mxfp4"
 METHODS = (FP8, MXFP4)
 MXFP4_BLOCK = 32
-"""Numbers that share an exponent; two of them are in a byte."""
+"""Numbers that share an exponent; a byte has two numbers."""
 _FP8_CODES = "F8_E4M3"
 _FP8_OPTIONS = {"fmt": ("e4m3",), "activation_scheme": ("dynamic",)}
 _SCALES = {FP8: ("F32", "BF16"), MXFP4: ("U8",)}
@@ -32,7 +35,7 @@ _CODES = {FP8: (_FP8_CODES,), MXFP4: ("U8",)}
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """What a configuration says of it: the method, and of ``fp8`` a block's (rows, columns)."""
+    """A configuration's quantisation: the method, and the (rows, columns) of an ``fp8`` block."""
 
     method: str
     block: tuple[int, int]
@@ -40,7 +43,7 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Where the values of a quantised tensor of ``shape`` lie: tensors of codes and of scales."""
+    """A quantised tensor of ``shape``; ``codes`` and ``scales`` are names of stored tensors."""
 
     method: str
     shape: tuple[int, ...]
@@ -49,7 +52,7 @@ class Packed:
     scales: str
 
     def stored(self) -> Shapes:
-        """Return the shapes of both."""
+        """Return the shapes of the stored tensors by name."""
         if self.method == FP8:
             (rows, columns), (height, width) = self.shape, self.block
             scales = (-(-rows // height), -(-columns // width))
@@ -60,33 +63,29 @@ class Packed:
 
 
 def quantization_of(config: Config, file: Path) -> Quantization | None:
-    """Return what a configuration says of quantisation, or ``None`` where it is not quantised.
+    """Return a configuration's quantisation, or ``None`` without one.
 
-    Raises :class:`CheckpointError` naming ``file`` and the key for a method that is not known and
-    for options of one that are not served.
+    Raises :class:`CheckpointError` with the file and the key for an unknown method and for options
+    that are not served.
     """
     given = config.get("quantization_config")
     if not given:
         return None
     if not isinstance(given, dict):
-        raise _wrong("quantization_config", given, "a mapping", file)
+        raise wrong_value("quantization_config", given, "a mapping", file)
     method = given.get("quant_method")
     if method not in METHODS:
-        raise _wrong("quantization_config.quant_method", method, " or ".join(METHODS), file)
+        raise wrong_value("quantization_config.quant_method", method, " or ".join(METHODS), file)
     if method == MXFP4:
         return Quantization(MXFP4, (1, MXFP4_BLOCK))
     for key, served in _FP8_OPTIONS.items():
         if given.get(key, served[0]) not in served:
-            raise _wrong(f"quantization_config.{key}", given[key], " or ".join(served), file)
+            raise wrong_value(f"quantization_config.{key}", given[key], " or ".join(served), file)
     block = given.get("weight_block_size")
-    if not isinstance(block, list) or len(block) != 2 or not all(map(_is_size, block)):
+    if not isinstance(block, list) or len(block) != 2 or not all(map(is_size, block)):
         key = "quantization_config.weight_block_size"
-        raise _wrong(key, block, "two positive integers, rows and columns", file)
+        raise wrong_value(key, block, "two positive integers, rows and columns", file)
     return Quantization(FP8, (block[0], block[1]))
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= MAX_SIZE
 
 
 def packed_tensors(
@@ -95,17 +94,17 @@ def packed_tensors(
     tensors: Mapping[str, TensorInfo],
     folder: Path,
 ) -> dict[str, Packed]:
-    """Return which of the model's tensors, of the shapes ``expected``, are quantised, and how.
+    """Return the quantised tensors by name, among those that a model has (``expected``).
 
-    Raises :class:`CheckpointError` naming the file for codes of a tensor of which there are none.
+    Raises :class:`CheckpointError` with the file for codes of a tensor whose shape has no blocks.
     """
     packed = {}
     if quantization is not None:
         for name, shape in expected.items():
-            one = _packed(quantization, name, shape, tensors)
-            if one is not None:
-                _check_dimensions(one, folder / tensors[one.codes].file)
-                packed[name] = one
+            tensor = _packed(quantization, name, shape, tensors)
+            if tensor is not None:
+                _check_dimensions(tensor, folder / tensors[tensor.codes].file)
+                packed[name] = tensor
     return packed
 
 
@@ -138,7 +137,7 @@ def _check_dimensions(packed: Packed, file: Path) -> None:
 
 
 def check_dtypes(packed: Packed, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
-    """Raise :class:`CheckpointError` unless codes and scales are of the method's dtypes."""
+    """Raise :class:`CheckpointError` unless codes and scales have the method's dtypes."""
     for name, allowed in (
         (packed.codes, _CODES[packed.method]),
         (packed.scales, _SCALES[packed.method]),
@@ -150,7 +149,3 @@ def check_dtypes(packed: Packed, tensors: Mapping[str, TensorInfo], folder: Path
                 f"{' or '.join(allowed)}",
                 str(folder / info.file),
             )
-
-
-def _wrong(key: str, value: Any, allowed: str, file: Path) -> CheckpointError:
-    return CheckpointError(f"{key} must be {allowed} (given: {shown(value)})", str(file))

@@ -1,11 +1,10 @@
-"""A checkpoint on another node: found there, and only what is needed of it fetched, checked.
+"""A checkpoint on another node: finding it, and fetching the needed tensors.
 
-A node whose disk lacks a model's folder need not fail. Whoever needs the model there asks the other
-nodes (:class:`Neighbours`), takes one whose checkpoint is the one that is served
-(:mod:`experts.checkpoint.identity`), and fetches the tensors that it needs in chunks, each with the
-hash that its reader computed. When a peer dies, hangs or sends damaged bytes, the fetch goes on at
-another, or the same, from the last good chunk. Bytes go straight into memory; nothing is written to
-disk.
+A process on a node without a model's folder asks the other nodes (:class:`Neighbours`) and chooses
+a peer with the served checkpoint (:mod:`experts.checkpoint.identity`). It fetches the needed
+tensors in chunks, each with the hash that the peer computed. When a peer dies, hangs or sends
+damaged bytes, the fetch continues after the last good chunk, at another peer or at the same. The
+bytes stay in memory and are not written to disk.
 """
 
 from __future__ import annotations
@@ -37,34 +36,34 @@ OPEN_TIMEOUT_S = 60.0
 CHUNK_TIMEOUT_S = 30.0
 CHUNK_BYTES = 8 << 20
 CHUNKS_AHEAD = 3
-"""Chunks that are asked for before they are needed: one is read while another travels."""
-ASKED_AT_ONCE = 8
+"""The most chunks under way, so that the peer reads a chunk while another travels."""
+PEERS_AT_ONCE = 8
 MAX_FAILURES = 5
-"""How often a fetch goes on elsewhere without a single good chunk in between."""
+"""The number of failures without a good chunk in between after which a fetch fails."""
 OTHER_CHECKPOINT = "is another checkpoint than the one that is served"
 
 logger = logging.getLogger("expertmesh.peers")
 
 
 class PeerError(Exception):
-    """A peer did not do what was asked: why."""
+    """A peer failed, or its answer is wrong; the message is the reason."""
 
 
 class Peer(Protocol):
-    """A reader (:class:`experts.checkpoint.remote_reader.CheckpointReader`) on another node; let it
-    go to end it.
+    """A :class:`experts.checkpoint.remote_reader.CheckpointReader` on another node.
 
-    What the futures raise means that the peer failed; their results are as the reader returns them.
+    The reader ends when this object is dropped. A future with an exception means that the peer has
+    failed; any other result is that of the reader.
     """
 
     node: str
 
     def open(self) -> Future[dict[str, Any]]:
-        """Ask it to open the checkpoint."""
+        """Call the reader's ``open``."""
         ...
 
     def read(self, name: str, begin: int, end: int) -> Future[dict[str, Any]]:
-        """Ask it for bytes of a tensor."""
+        """Call the reader's ``read``."""
         ...
 
 
@@ -72,7 +71,7 @@ class Neighbours(Protocol):
     """The cluster's other nodes."""
 
     def nodes(self) -> Sequence[str]:
-        """Return the ids of the nodes that live, without the own one."""
+        """Return the ids of the living nodes, without this node."""
         ...
 
     def connect(self, node: str, path: str) -> Peer:
@@ -81,12 +80,12 @@ class Neighbours(Protocol):
 
 
 def open_model(path: str, identity: str | None, neighbours: Neighbours | None) -> Checkpoint:
-    """Open a model's checkpoint: the one in this node's folder, or else a peer's.
+    """Open a model's checkpoint in this node's folder, or else at a peer.
 
-    ``identity`` is that of the checkpoint that is served; ``None`` while it is not known yet, when
-    whatever lies at ``path`` is right. Raises :class:`CheckpointError` for what is wrong here where
-    that is for the user to mend; :class:`CheckpointMissingError` that says which nodes were asked
-    and what each said when none has it.
+    ``identity`` is that of the served checkpoint. It is ``None`` before it is known: then any
+    checkpoint at ``path`` is right, and :class:`CheckpointError` is raised for a wrong checkpoint
+    on this node. Raises :class:`CheckpointMissingError`, with the answer of every asked node, when
+    no node has the checkpoint.
     """
     try:
         checkpoint = open_checkpoint(resolve_folder(path))
@@ -105,15 +104,12 @@ def open_model(path: str, identity: str | None, neighbours: Neighbours | None) -
 
 
 class PeerFiles:
-    """A checkpoint's files as peers have them; whichever lives is asked.
-
-    For one thread at a time.
-    """
+    """A checkpoint's files on peers, any of which can serve a fetch; for one thread at a time."""
 
     def __init__(
         self, path: str, identity: str | None, neighbours: Neighbours, reason: str
     ) -> None:
-        """Find a first peer; ``reason`` says why it is needed.
+        """Find a first peer; ``reason`` is the error of this node's own folder.
 
         Raises :class:`CheckpointMissingError` when no node has the checkpoint.
         """
@@ -123,31 +119,31 @@ class PeerFiles:
         self._reason = reason
         self._peer: Peer | None = None
         self._failed: list[str] = []
-        """Nodes that failed since the last good chunk, the latest last."""
+        """The nodes that have failed since the last good chunk, in order."""
         self.fetched_bytes = 0
         self.fetched_s = 0.0
-        told = self._find()
-        self._identity = told["identity"]
+        opened = self._find()
+        self._identity = opened["identity"]
         self.small_files: Mapping[str, bytes] = {
-            name: chunk.data for name, chunk in told["small_files"].items()
+            name: chunk.data for name, chunk in opened["small_files"].items()
         }
-        folder = Path(told["folder"])
+        folder = Path(opened["folder"])
         config_file = folder / "config.json"
         config = parse_json(self.small_files.get("config.json", b""), config_file)
-        tensors = _tensors_of(told)
+        tensors = _tensors_of(opened)
         self.checkpoint = checkpoint_of(folder, config, lambda: tensors, self)
 
     @property
     def identity(self) -> str:
         """The identity of the checkpoint that is fetched."""
-        assert self._identity is not None  # the first peer told it
+        assert self._identity is not None  # the first peer has sent it
         return self._identity
 
     def tensor(self, name: str, begin: int = 0, end: int | None = None) -> bytearray:
-        """Return bytes of a tensor; raises :class:`CheckpointMissingError` as a last resort.
+        """Return bytes of a tensor.
 
-        That is when no node has the checkpoint any more, or peers failed :data:`MAX_FAILURES` times
-        in a row.
+        Raises :class:`CheckpointMissingError` when no node has the checkpoint any more, or when
+        peers have failed :data:`MAX_FAILURES` times in a row.
         """
         started_s = time.monotonic()
         info = self.checkpoint.tensors[name]
@@ -164,21 +160,23 @@ class PeerFiles:
                     done += len(piece)
                     self._failed.clear()
             except PeerError as error:
-                self._lose(self._peer, error)
+                self._drop_failed(self._peer, error)
         self.fetched_bytes += len(data)
         self.fetched_s += time.monotonic() - started_s
         return data
 
     def release(self) -> None:
-        """Let the peer go for now, and with it its process; the next tensor finds one again."""
+        """End the peer's process; the next :meth:`tensor` finds a peer again."""
         self._peer = None
 
-    def told(self) -> str:
-        """Return what has been fetched so far, for people."""
+    def summary(self) -> str:
+        """Return the fetched bytes and seconds so far as text."""
         return f"{self.fetched_bytes / 1e6:.1f} MB in {self.fetched_s:.1f} s from another node"
 
-    def _lose(self, peer: Peer, error: PeerError) -> None:
-        logger.warning("node %s, %s: %s; going on elsewhere", peer.node[:10], self._path, error)
+    def _drop_failed(self, peer: Peer, error: PeerError) -> None:
+        logger.warning(
+            "node %s, %s: %s; fetching from another node", peer.node[:10], self._path, error
+        )
         self._peer = None
         self._failed.append(peer.node)
         if len(self._failed) >= MAX_FAILURES:
@@ -189,58 +187,58 @@ class PeerFiles:
             )
 
     def _find(self) -> dict[str, Any]:
-        """Find a peer with the checkpoint and keep it; returns what it told.
+        """Find and keep a peer with the checkpoint; returns its answer.
 
-        Those that failed lately are asked last, since there may be no other.
+        Peers that failed lately are asked last.
         """
-        said = [f"this node: {self._reason}"]
+        reasons = [f"this node: {self._reason}"]
         nodes = list(self._neighbours.nodes())
-        random.shuffle(nodes)  # or all who lack it would fetch from the same
+        random.shuffle(nodes)  # so that not all processes fetch from one node
         nodes.sort(key=self._failed.count)
-        for first in range(0, len(nodes), ASKED_AT_ONCE):
-            asked = nodes[first : first + ASKED_AT_ONCE]
+        for first in range(0, len(nodes), PEERS_AT_ONCE):
+            asked = nodes[first : first + PEERS_AT_ONCE]
             peers = [self._neighbours.connect(node, self._path) for node in asked]
             for peer, answer in _as_answered(peers):
                 try:
-                    told = self._checked(_answer_of(answer, 0.0))
+                    opened = self._checked(_answer_of(answer, 0.0))
                 except PeerError as error:
-                    said.append(f"node {peer.node[:10]}: {error}")
+                    reasons.append(f"node {peer.node[:10]}: {error}")
                 else:
                     self._peer = peer
-                    return told
+                    return opened
         raise CheckpointMissingError(
-            f"no node of the cluster has the checkpoint ({'; '.join(said)}); put it under this "
+            f"no node of the cluster has the checkpoint ({'; '.join(reasons)}); put it under this "
             "path on one of them, or add a node that has it",
             self._path,
         )
 
-    def _checked(self, told: dict[str, Any]) -> dict[str, Any]:
-        """Return what a peer told of its checkpoint, if it is whole and the one that is served."""
-        if self._identity not in (None, told["identity"]):
-            raise PeerError(f"{told['folder']}: {OTHER_CHECKPOINT}")
-        _tensors_of(told)
-        for name, chunk in told["small_files"].items():
+    def _checked(self, opened: dict[str, Any]) -> dict[str, Any]:
+        """Return a peer's answer; raises :class:`PeerError` if it is wrong or damaged."""
+        if self._identity not in (None, opened["identity"]):
+            raise PeerError(f"{opened['folder']}: {OTHER_CHECKPOINT}")
+        _tensors_of(opened)
+        for name, chunk in opened["small_files"].items():
             if Path(name).name != name:
                 raise PeerError(f"{shown(name)} is not a plain file name")
             if not chunk.is_whole():
                 raise PeerError(f"{name} came damaged")
-        return told
+        return opened
 
 
-def _tensors_of(told: dict[str, Any]) -> dict[str, TensorInfo]:
-    """Return the headers that a peer told; so many bytes are taken for a tensor as its shape says.
+def _tensors_of(opened: dict[str, Any]) -> dict[str, TensorInfo]:
+    """Return the headers in a peer's answer.
 
-    Raises :class:`PeerError` for headers that disagree with themselves.
+    Raises :class:`PeerError` for a tensor whose number of bytes contradicts its shape.
     """
-    tensors = {name: TensorInfo(*info) for name, info in told["tensors"].items()}
+    tensors = {name: TensorInfo(*info) for name, info in opened["tensors"].items()}
     for name, info in tensors.items():
         if info.end - info.begin != prod(info.shape) * STORED_BYTES.get(info.dtype, -1):
-            raise PeerError(f"told that tensor {shown_name(name)} has other bytes than its shape")
+            raise PeerError(f"the bytes of tensor {shown_name(name)} do not fit its shape")
     return tensors
 
 
 def _as_answered(peers: Sequence[Peer]) -> Iterator[tuple[Peer, Future[dict[str, Any]]]]:
-    """Ask peers to open the checkpoint; yields each as it answers, at last those that do not."""
+    """Ask peers to open the checkpoint; yields each that answers, then the silent peers."""
     waiting = {peer.open(): peer for peer in peers}
     try:
         for answer in as_completed(list(waiting), OPEN_TIMEOUT_S):
@@ -250,7 +248,7 @@ def _as_answered(peers: Sequence[Peer]) -> Iterator[tuple[Peer, Future[dict[str,
 
 
 def _chunks(peer: Peer, name: str, begin: int, end: int) -> Iterator[bytes]:
-    """Yield a tensor's bytes, checked; raises :class:`PeerError` at the first that do not come."""
+    """Yield a tensor's checked bytes; raises :class:`PeerError` at the first failure."""
     starts = iter(range(begin, end, CHUNK_BYTES))
     under_way: deque[tuple[int, Future[dict[str, Any]]]] = deque()
     while True:
@@ -268,16 +266,16 @@ def _chunks(peer: Peer, name: str, begin: int, end: int) -> Iterator[bytes]:
 
 def _answer_of(answer: Future[dict[str, Any]], timeout_s: float) -> dict[str, Any]:
     try:
-        # Not ``result``: what it raises has a traceback, and so all frames' peers, in the future
-        # that those frames refer to. Such a circle, and with it the peers' processes, would live
-        # until Python looks for circles, which it does rarely here.
-        failure = answer.exception(max(0.0, timeout_s))  # of Ray's many kinds of death
+        # Not ``result``: its exception has a traceback whose frames refer to the peers and to this
+        # future. This cycle would keep the peers' processes until the garbage collector runs, which
+        # is rare here.
+        failure = answer.exception(max(0.0, timeout_s))  # any error of Ray
     except FutureTimeoutError:
         answer.cancel()
         raise PeerError("did not answer in time") from None
     if failure is not None:
         raise PeerError(f"died ({type(failure).__name__})")
-    told = answer.result()
-    if "error" in told:
-        raise PeerError(str(error_from_wire(told["error"])))
-    return told
+    reply = answer.result()
+    if "error" in reply:
+        raise PeerError(str(error_from_wire(reply["error"])))
+    return reply

@@ -1,9 +1,9 @@
-"""Reads a checkpoint for another node: the Ray actor on the node that has it.
+"""The Ray actor that reads a checkpoint on its node for another node.
 
-Whoever lacks a checkpoint starts one of these on each node that may have it, asks one for what it
-needs, and lets it go (:mod:`experts.checkpoint.remote_files`). It reads the one checkpoint that it
-was made for: tensors by the names in its headers, and the few small files beside them. Without
-torch, so that it starts quickly.
+A process without a checkpoint starts a reader on each node that may have it, fetches bytes from one
+of them, and ends it (:mod:`experts.checkpoint.remote_files`). A reader reads one checkpoint: its
+tensors, by the names in the headers, and the small files beside them. It does not import torch, so
+that it starts quickly.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from experts.checkpoint.config import read_small
 from experts.checkpoint.identity import identity_of
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")
-"""What transformers reads a configuration and a tokenizer from."""
+"""The files from which transformers reads a configuration and a tokenizer."""
 MAX_SMALL_FILES_BYTES = 256 << 20
-"""Of all these, which travel at once."""
+"""The most bytes of all small files, which travel together."""
 MAX_CHUNK_BYTES = 16 << 20
 
 
 class Chunk(NamedTuple):
-    """Bytes and the SHA-256 that their reader computed."""
+    """Bytes, and the SHA-256 that the reader computed of them."""
 
     data: bytes
     sha256: bytes
@@ -41,18 +41,18 @@ class Chunk(NamedTuple):
         return cls(data, hashlib.sha256(data).digest())
 
     def is_whole(self) -> bool:
-        """Whether the bytes are still those that were hashed."""
+        """Return whether the bytes have the reader's hash."""
         return hashlib.sha256(self.data).digest() == self.sha256
 
 
 class CheckpointReader:
-    """Reads one checkpoint of its node; a call answers with a dictionary, of which an error is one.
+    """Reads one checkpoint of its node; every call returns a dictionary.
 
-    Errors travel as ``{"error": …}``, as everywhere between our processes.
+    The dictionary of an error is ``{"error": …}``, as between all processes of a deployment.
     """
 
     def __init__(self, path: str) -> None:
-        """Open nothing yet; ``path`` is the configured one."""
+        """``path`` is the configured path, which :meth:`open` opens."""
         self._path = path
         self._checkpoint: Checkpoint | None = None
 
@@ -96,7 +96,7 @@ def _small(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 class RayNeighbours:
-    """The living nodes of the cluster that this process is in; none where Ray does not run."""
+    """The other living nodes of this process's cluster; none where Ray does not run."""
 
     def nodes(self) -> Sequence[str]:
         """See :class:`experts.checkpoint.remote_files.Neighbours`."""
@@ -111,13 +111,13 @@ class RayNeighbours:
 
 
 class RayPeer:
-    """A reader on another node; Ray ends its process when this object is let go."""
+    """A reader on another node; Ray ends its process when this object is dropped."""
 
     def __init__(self, node: str, path: str) -> None:
-        """Ask Ray for the reader; returns at once."""
+        """Start the reader; returns at once."""
         self.node = node
         self._reader = (
-            _remote_reader()
+            ray.remote(CheckpointReader)
             .options(
                 num_cpus=0,
                 enable_task_events=False,
@@ -133,7 +133,3 @@ class RayPeer:
     def read(self, name: str, begin: int, end: int) -> Future[dict[str, Any]]:
         """See :class:`experts.checkpoint.remote_files.Peer`."""
         return self._reader.read.remote(name, begin, end).future()  # type: ignore[no-any-return]
-
-
-def _remote_reader() -> Any:
-    return ray.remote(CheckpointReader)

@@ -1,14 +1,14 @@
-"""The headers of a checkpoint's safetensors files, and which files those are.
+"""The safetensors files of a checkpoint, and their headers.
 
-Headers are parsed by the safetensors library alone, which checks that tensors neither overlap nor
-leave holes nor reach beyond the file; so a tensor begins where those before it end. Before it sees
-a file its header's length is checked: memory is about ten times that.
+The safetensors library alone parses headers. It checks that tensors neither overlap nor leave holes
+nor exceed the file, so a tensor begins at the end of the tensor before. The length of a header is
+checked first, because a parsed header takes about ten times its length in memory.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,23 +19,24 @@ from safetensors import SafetensorError, safe_open
 from cluster.errors import CheckpointError, shown, shown_name
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""What weights that are not quantised may be."""
+"""The dtypes of weights that are not quantised."""
 STORED_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1}
-"""Bytes of one number of all that may be there: quantised weights have the codes too."""
+"""Bytes of one number of each dtype, also of codes of quantised weights."""
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 16 << 20
-"""Of one file: some 120,000 tensors."""
+"""The longest header of one file: about 120,000 tensors."""
 MAX_HEADERS_BYTES = 64 << 20
-"""Of all files of a checkpoint."""
+"""The most bytes of all headers of a checkpoint."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+MAX_LISTED = 3
 _LENGTH_BYTES = 8
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,199}\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor's bytes lie, counted from the file's beginning, and what it is."""
+    """One tensor of a file: its shape, its dtype, and its bytes, counted from the file's start."""
 
     file: str
     shape: tuple[int, ...]
@@ -49,9 +50,9 @@ def read_headers(
 ) -> dict[str, TensorInfo]:
     """Return the tensors of a folder's shards; ``read_index`` reads the index, a JSON object.
 
-    Raises :class:`CheckpointError` that names the file: a missing, broken or truncated shard,
-    headers that are too long, a tensor in two shards, a dtype that is not served, and an index that
-    names other files than plain ones or that disagrees with them.
+    Raises :class:`CheckpointError`, whose field is the file, for a missing, broken or truncated
+    shard, headers that are too long, a tensor in two shards, a dtype that is not served, and an
+    index that contradicts the shards or has anything but plain file names.
     """
     if not (folder / INDEX_FILE).exists():
         if not (folder / WEIGHTS_FILE).exists():
@@ -68,7 +69,7 @@ def read_headers(
 
 
 def weight_map_of(index: Mapping[str, Any], file: Path) -> dict[str, str]:
-    """Return an index's mapping from tensors to shards, each a plain name of a file beside it.
+    """Return an index's mapping from tensors to shards, which are plain names of files beside it.
 
     Raises :class:`CheckpointError` naming ``file``.
     """
@@ -85,7 +86,7 @@ def weight_map_of(index: Mapping[str, Any], file: Path) -> dict[str, str]:
 
 
 def read_all(files: Iterable[Path]) -> dict[str, TensorInfo]:
-    """Return the tensors of several files; see :func:`read_headers` for what is refused."""
+    """Return the tensors of several files; raises as :func:`read_headers` does."""
     tensors: dict[str, TensorInfo] = {}
     left_bytes = MAX_HEADERS_BYTES
     for file in files:
@@ -100,11 +101,11 @@ def read_all(files: Iterable[Path]) -> dict[str, TensorInfo]:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Return the tensors of one file; raises :class:`CheckpointError` as :func:`read_headers`."""
+    """Return the tensors of one file; raises as :func:`read_headers` does."""
     begin = _LENGTH_BYTES + _checked_header_bytes(path, MAX_HEADER_BYTES)
     tensors = {}
     try:
-        with safe_open(str(path), framework="numpy") as shard:  # it has checked the whole header
+        with safe_open(str(path), framework="numpy") as shard:  # checks the whole header
             for name in shard.offset_keys():
                 part = shard.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), part.get_dtype()
@@ -123,10 +124,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _checked_header_bytes(path: Path, max_bytes: int) -> int:
-    """Return how long a file says that its header is; nothing of it is read.
+    """Return the length of a file's header, which is not read.
 
-    Raises :class:`CheckpointError` when that is more than ``max_bytes`` or than a file may have,
-    and when there is no such file.
+    Raises :class:`CheckpointError` when there is no such file, or when the length exceeds
+    ``max_bytes`` or :data:`MAX_HEADER_BYTES`.
     """
     try:
         if not path.is_file():
@@ -147,17 +148,23 @@ def _checked_header_bytes(path: Path, max_bytes: int) -> int:
     return header_bytes
 
 
-def _broken(path: Path, why: str) -> CheckpointError:
-    # The library's words may hold a tensor's name, which may be anything.
-    plain = "".join(char if char.isprintable() else "?" for char in why[:300])
+def _broken(path: Path, reason: str) -> CheckpointError:
+    # The library's message may contain the name of a tensor, with any characters.
+    plain = "".join(char if char.isprintable() else "?" for char in reason[:300])
     return CheckpointError(f"is not a whole safetensors file ({plain})", str(path))
+
+
+def listed_names(names: Sequence[str]) -> str:
+    """Return the first :data:`MAX_LISTED` names for an error, and ``…`` for all others."""
+    ending = ", …" if len(names) > MAX_LISTED else ""
+    return ", ".join(map(shown_name, names[:MAX_LISTED])) + ending
 
 
 def _no_weights(folder: Path) -> str:
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLE_SUFFIXES)
     if pickles:
         return (
-            f"has only pickle weights ({', '.join(map(shown_name, pickles[:3]))}), which are never "
+            f"has only pickle weights ({listed_names(pickles)}), which are never "
             "loaded; convert them to safetensors"
         )
     return f"has neither {WEIGHTS_FILE} nor {INDEX_FILE}"

@@ -1,8 +1,8 @@
-"""A feed-forward expert of a few rows in one native call, on processors with AMX.
+"""A feed-forward expert for a few rows in one native call, on processors with AMX.
 
-What torch needs for it is some ten operations, which in an actor that other processes have taken
-the caches from cost as much as the products. Bits are the same: a tile of AMX sums the products of
-one value after the other, as oneDNN has it do.
+torch needs about ten operations for an expert. In an actor whose caches other processes have
+replaced, these operations take as long as the matrix products. The result has the same bits: an AMX
+tile adds up the products of one value in sequence, as in oneDNN.
 
 Dimension letters: P rows of one expert, H hidden size, I intermediate size.
 """
@@ -29,7 +29,7 @@ GatedFfn = Callable[[torch.Tensor], torch.Tensor]
 
 
 def can_tile(weights: GatedFfnWeights) -> bool:
-    """Say whether :class:`TiledFfn` can hold an expert; the processor has AMX."""
+    """Return whether :class:`TiledFfn` can compute an expert, on a processor with AMX."""
     hidden_size, intermediate_size = weights.down.shape
     return (
         native is not None
@@ -41,30 +41,30 @@ def can_tile(weights: GatedFfnWeights) -> bool:
 
 
 class TiledFfn:
-    """One expert whose products of up to ``MAX_ROWS`` rows are native, from weights as they lie.
+    """One expert with native products of up to ``MAX_ROWS`` rows, from weights in torch's layout.
 
-    More rows, and all where torch has several threads for them, are left to ``otherwise``.
+    ``fallback`` computes more rows, and all rows where torch has several threads.
     """
 
     def __init__(
-        self, weights: GatedFfnWeights, act: Activation, otherwise: GatedFfn, min_rows: int
+        self, weights: GatedFfnWeights, act: Activation, fallback: GatedFfn, min_rows: int
     ) -> None:
-        """Compute what ``otherwise`` does, from ``min_rows`` on; ``act`` is of single values."""
+        """Compute ``min_rows`` rows or more as ``fallback`` does; ``act`` maps single values."""
         self.sizes = weights.down.shape
         self.row_bytes = self.sizes[0] * weights.down.itemsize
         self.weights = to_bytes(weights.gate_up), to_bytes(weights.down)
         self.activation = _activated(act)
-        self._otherwise = otherwise
+        self._fallback = fallback
         self._min_rows = min_rows
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [P, H] to rows [P, H]."""
-        is_own = rows.is_cpu and rows.dtype == torch.bfloat16 and rows.shape[1] == self.sizes[0]
-        takes = is_own and self.takes(len(rows))
-        return self.compute(rows) if takes else self._otherwise(rows)
+        fits = rows.is_cpu and rows.dtype == torch.bfloat16 and rows.shape[1] == self.sizes[0]
+        is_native = fits and self.takes(len(rows))
+        return self.compute(rows) if is_native else self._fallback(rows)
 
     def takes(self, num_rows: int) -> bool:
-        """Say whether so many rows are computed natively, where bits and speed are as good."""
+        """Return whether this number of rows is computed natively, with equal bits and no loss."""
         return self._min_rows <= num_rows <= MAX_ROWS and torch.get_num_threads() == 1
 
     def compute(self, rows: torch.Tensor) -> torch.Tensor:
@@ -77,17 +77,17 @@ class TiledFfn:
 def compute_tiled(
     experts: Sequence[GatedFfn], counts: tuple[int, ...], rows: Buffer
 ) -> memoryview | None:
-    """Compute several experts' rows, one after the other in ``rows``, at once.
+    """Compute the rows of several experts in one native call.
 
-    The first ``counts[0]`` are the first expert's, and so on. Returns the results in the same
-    order, or ``None`` where an expert is not of this kind, or does not take so many rows, and all
-    are to be computed one by one.
+    The first ``counts[0]`` of ``rows`` are the first expert's, and so on. Returns the results in
+    the same order. ``None`` means that the experts must be computed one by one: an expert is of
+    another kind, or does not take its number of rows natively.
     """
     tiled = [expert for expert in experts if isinstance(expert, TiledFfn)]
     if len(tiled) < len(counts) or not all(map(TiledFfn.takes, tiled, counts)):
         return None
     first = tiled[0]
-    if any(one.sizes != first.sizes or one.activation is not first.activation for one in tiled):
+    if any(ffn.sizes != first.sizes or ffn.activation is not first.activation for ffn in tiled):
         return None
     output = np.empty(sum(counts) * first.row_bytes, np.uint8).data
     _compute(tiled, counts, rows, output)
@@ -110,6 +110,6 @@ def _may_tile() -> bool:
 
 @cache
 def _activated(act: Activation) -> memoryview:
-    """Return what an activation makes of each bfloat16, in the order of their bits."""
+    """Return the activation of every bfloat16 value, in the order of the bits."""
     bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
     return to_bytes(act(bits.view(torch.bfloat16)))

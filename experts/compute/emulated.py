@@ -1,7 +1,7 @@
-"""An expert that takes the time of an accelerator and computes nothing.
+"""An expert that computes nothing and takes the time of an accelerator.
 
-With these, what serving experts apart gives on many devices is measured on a machine that has none:
-the actor's one queue is the device's, and a product sleeps instead of using a core.
+With emulated experts a machine without accelerators measures a deployment over many devices. The
+actor's queue stands for the device's, and an expert sleeps instead of using a core.
 
 Dimension letters: P rows of one expert, H hidden size.
 """
@@ -17,13 +17,13 @@ from cluster.spec import Emulation
 
 
 class EmulatedExpert:
-    """Stands for a loaded expert; its answers are zeros, which nobody can take for the model's."""
+    """A stand-in for a loaded expert; its results are zeros, unlike those of any model."""
 
     num_bytes = 0
-    """Nothing is loaded."""
+    """No weights are loaded."""
     device = torch.device("cpu")
-    together = None
-    """A device computes one product after the other."""
+    grouped = None
+    """The emulated device computes one expert after the other."""
 
     def __init__(
         self,
@@ -32,13 +32,13 @@ class EmulatedExpert:
         dtype: torch.dtype,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Take rows of ``hidden_size`` values of ``dtype``; ``sleep`` takes seconds."""
+        """Accept rows of ``hidden_size`` values of ``dtype``; ``sleep`` waits for seconds."""
         self._emulation = emulation
         self._sleep = sleep
         self.hidden_size = hidden_size
         self.dtype = dtype
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return zeros for rows [P, H] after the time that the device is to take for them."""
+        """Return zeros for rows [P, H] after the emulated time."""
         self._sleep(self._emulation.product_s(rows.shape[0]))
         return torch.zeros_like(rows)

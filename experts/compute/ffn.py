@@ -1,4 +1,4 @@
-"""The feed-forward expert of Mixtral and its kin: y = down(act(gate x) * up x)  (Shazeer 2020).
+"""The gated feed-forward expert: y = down(act(gate x) * up x)  (Shazeer 2020).
 
 Dimension letters: P rows of one expert, H hidden size, I intermediate size.
 """
@@ -16,7 +16,7 @@ from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.amx_ffn import MAX_ROWS, Activation, GatedFfn, TiledFfn, can_tile
 from experts.compute.packed_linear import can_pack, pack, packed_bytes, packed_linear
 
-# By hidden_act; families.base.ACTIVATION_NAMES are the same ones.
+# By ``hidden_act``; families.base.ACTIVATION_NAMES has the same names.
 ACTIVATIONS: dict[str, Activation] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -24,35 +24,34 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": functional.relu,
 }
 
-
 _CLAMP, _SWIGLU_ALPHA = 7.0, 1.702
 
-# Activations whose code for whole vectors and for single values agrees on every bfloat16 value,
-# so that a result does not depend on where in memory its value lay. Both gelus' do not.
-_PLACELESS = frozenset((functional.silu, functional.relu))
+# Activations with equal results of vector code and scalar code for every bfloat16 value, so that a
+# result does not depend on the value's position in memory. Both gelus have unequal results.
+_POSITION_FREE = frozenset((functional.silu, functional.relu))
 
-# oneDNN can be told not to use what the processor has.
+# Variables that forbid oneDNN instruction sets of the processor.
 _LIMITS = {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"}
 _HAS_AMX: bool = torch.cpu._is_amx_tile_supported() and not _LIMITS & os.environ.keys()
-# From the first to the second number of rows it adds up in one and the same order again.
+# oneDNN adds up these numbers of rows in one order.
 _BLOCKED_ROWS = range(37, 353)
 _BLOCK = 32
-# Products with no more weights than this are torch's own, which add up in another order yet.
+# torch itself computes products with at most so many weights, in an order of its own.
 _MAX_TINY_SIZE = 4096
 
-# Packed products are computed for a multiple of so many rows, up to and beyond so many.
+# Packed products pad to a multiple of _FEW_STEP rows up to _FEW_ROWS rows, then of _MANY_STEP.
 _FEW_ROWS, _FEW_STEP, _MANY_STEP = 32, 4, 32
 _TRIED_ROWS = (1, 2, 3, 5, 8, 17, 48, 100)
-# One tile and two. Few, since oneDNN keeps the code that it makes for each.
+# One tile, and two tiles. Only two numbers, because oneDNN keeps compiled code for each.
 _TRIED_TILED_ROWS = (3, 17)
 _TRIED_SIDE = 128
-# One row adds up as two rows do where H and I are multiples of the one and at most the other.
+# One row has the bits of two where H and I are multiples of _ONE_ROW_STEP up to _ONE_ROW_MAX.
 _ONE_ROW_STEP = 64
 _ONE_ROW_MAX = 2048
 
 
 def clamped_ffn(rows: torch.Tensor, weights: GatedFfnWeights) -> torch.Tensor:
-    """Apply an expert of GPT-OSS to rows [P, H]: both sides clamped, one added to the linear one.
+    """Apply an expert of GPT-OSS to rows [P, H]; returns [P, H].
 
     With g = min(gate x, 7) and u = up x within 7 of 0: y = down(g sigmoid(1.702 g) (u + 1)).
     """
@@ -64,24 +63,23 @@ def clamped_ffn(rows: torch.Tensor, weights: GatedFfnWeights) -> torch.Tensor:
 
 
 def ffn_of(weights: GatedFfnWeights, act: Activation) -> GatedFfn:
-    """Return the fastest way to apply an expert that gives the bits of :func:`gated_ffn`.
+    """Return the fastest function for an expert with the bits of :func:`gated_ffn`.
 
-    One with biases is GPT-OSS's (:func:`clamped_ffn`), which has an activation of its own.
-
-    It may hold the weights rearranged; whoever has no other use for ``weights`` lets them go.
+    An expert with biases is GPT-OSS's (:func:`clamped_ffn`), with its own activation. The function
+    may hold a rearranged copy of the weights, so the caller should drop ``weights``.
     """
     if weights.gate_up_bias is not None:
         return partial(clamped_ffn, weights=weights)
     is_big = weights.down.numel() > _MAX_TINY_SIZE
-    tiles = _HAS_AMX and is_big and act in _PLACELESS and can_tile(weights)
+    tiles = _HAS_AMX and is_big and act in _POSITION_FREE and can_tile(weights)
     hidden_size, intermediate_size = weights.down.shape
-    # How long sums are is what matters, not how many.
+    # The order of a sum depends on its length, so a few sums of each length suffice.
     if tiles and all(
         _tiling_keeps_bits(*sizes, act)
         for sizes in ((hidden_size, _TRIED_SIDE), (_TRIED_SIDE, intermediate_size))
     ):
         return _tiled(weights, act)
-    # With AMX the products of gated_ffn are as fast, and no layout hides the weights.
+    # With AMX the products of gated_ffn are as fast, without another layout.
     packs = not _HAS_AMX and is_big and can_pack(weights.down)
     if packs and _packing_keeps_bits(*weights.down.shape, act):
         return PackedFfn(weights, act)
@@ -92,7 +90,7 @@ class PackedFfn:
     """One expert on a CPU in bf16, from a rearranged copy of its weights."""
 
     def __init__(self, weights: GatedFfnWeights, act: Activation) -> None:
-        """Rearrange ``weights``; they are not kept."""
+        """Rearrange ``weights``, without keeping the originals."""
         self._gate_up = pack(weights.gate_up)
         self._down = pack(weights.down)
         self._act = act
@@ -105,11 +103,11 @@ class PackedFfn:
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [P, H] to rows [P, H].
 
-        oneDNN compiles code for every number of rows; few numbers are met, since rows are padded.
-        One row stays alone: its sum may have another order.
+        oneDNN compiles code for every number of rows, so rows are padded to a few numbers. One row
+        is not padded: its sums may have another order.
         """
         num_rows = rows.shape[0]
-        if num_rows > 1 and self._act in _PLACELESS:
+        if num_rows > 1 and self._act in _POSITION_FREE:
             step = _FEW_STEP if num_rows <= _FEW_ROWS else _MANY_STEP
             rows = _padded(rows, -num_rows % step)
         gate, up = packed_linear(rows, self._gate_up).chunk(2, dim=-1)  # [P, I] each
@@ -117,14 +115,14 @@ class PackedFfn:
 
 
 def _tiled(weights: GatedFfnWeights, act: Activation) -> TiledFfn:
-    otherwise = partial(gated_ffn, weights=weights, act=act)
-    return TiledFfn(weights, act, otherwise, 1 if _one_row_fits(weights) else 2)
+    fallback = partial(gated_ffn, weights=weights, act=act)
+    return TiledFfn(weights, act, fallback, 1 if _one_row_fits(weights) else 2)
 
 
 @cache
 @torch.inference_mode()
 def _packing_keeps_bits(hidden_size: int, intermediate_size: int, act: Activation) -> bool:
-    """Try packed products on a random expert of this shape: a matter of shape and processor."""
+    """Compare packed and plain products of a random expert; bits depend on shape and processor."""
     weights, samples = _random_expert(hidden_size, intermediate_size, _TRIED_ROWS)
     packed = PackedFfn(weights, act)
     return all(torch.equal(packed(rows), _plain_ffn(rows, weights, act)) for rows in samples)
@@ -133,7 +131,7 @@ def _packing_keeps_bits(hidden_size: int, intermediate_size: int, act: Activatio
 @cache
 @torch.inference_mode()
 def _tiling_keeps_bits(hidden_size: int, intermediate_size: int, act: Activation) -> bool:
-    """Try tiles on a random expert of this shape."""
+    """Compare tiled and plain products of a random expert of this shape."""
     weights, samples = _random_expert(hidden_size, intermediate_size, _TRIED_TILED_ROWS)
     tiled = _tiled(weights, act)
     return all(torch.equal(tiled.compute(rows), gated_ffn(rows, weights, act)) for rows in samples)
@@ -142,7 +140,7 @@ def _tiling_keeps_bits(hidden_size: int, intermediate_size: int, act: Activation
 def _random_expert(
     hidden_size: int, intermediate_size: int, counts: Sequence[int]
 ) -> tuple[GatedFfnWeights, list[torch.Tensor]]:
-    """Return an expert, and so many rows for it of each count."""
+    """Return a random expert, and random rows for it, in a tensor of each of ``counts``."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -155,14 +153,14 @@ def _random_expert(
 def gated_ffn(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> torch.Tensor:
     """Apply one expert to rows [P, H]; returns [P, H] in the rows' dtype.
 
-    Bit for bit what two ``functional.linear`` make of just these rows.
+    The result has the bits of two ``functional.linear`` over these rows alone.
     """
     num_rows = rows.shape[0]
-    if _HAS_AMX and _is_placeless(rows, weights, act):
+    if _HAS_AMX and _is_position_free(rows, weights, act):
         if _fits_tiles(num_rows, weights):
             return _tiled_ffn(rows, weights, act)
         if num_rows in _BLOCKED_ROWS:
-            # For the fewer numbers of rows that there is code for, as in _tiled_ffn.
+            # oneDNN compiles code for fewer numbers of rows, as in _tiled_ffn.
             return _plain_ffn(_padded(rows, -num_rows % _BLOCK), weights, act)[:num_rows]
     return _plain_ffn(rows, weights, act)
 
@@ -176,18 +174,18 @@ def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
     return functional.pad(rows, (0, 0, 0, count)) if count else rows
 
 
-def _is_placeless(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> bool:
-    """Say whether a row's result is the same in a product with some more rows."""
+def _is_position_free(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> bool:
+    """Return whether a row's result is the same in a product with more rows."""
     return (
         rows.dtype == torch.bfloat16
         and rows.is_cpu
         and weights.down.numel() > _MAX_TINY_SIZE
-        and act in _PLACELESS
+        and act in _POSITION_FREE
     )
 
 
 def _fits_tiles(num_rows: int, weights: GatedFfnWeights) -> bool:
-    # With more rows than two AMX tiles have oneDNN adds up in another order.
+    # Beyond the rows of two AMX tiles oneDNN adds up in another order.
     return 0 < num_rows <= MAX_ROWS and (num_rows > 1 or _one_row_fits(weights))
 
 
@@ -197,12 +195,12 @@ def _one_row_fits(weights: GatedFfnWeights) -> bool:
 
 
 def _tiled_ffn(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> torch.Tensor:
-    """Compute y^T = down (act(gate x^T) * up x^T): weights on the left are read as they lie.
+    """Compute y^T = down (act(gate x^T) * up x^T), with the weights on the left.
 
-    ``functional.linear`` has them on the right, where oneDNN rearranges them for AMX in every
-    call, which takes half as long again as the product. And oneDNN compiles and keeps code for
-    every number of rows (1.1 MB, 1 to 4 ms), so that only powers of two are computed, from two
-    on: one row is a product of another kind, and slower.
+    ``functional.linear`` has the weights on the right. There oneDNN rearranges them for AMX in
+    every call, which takes half as long as the product; on the left it reads them in place. oneDNN
+    compiles and keeps code for every number of rows (1.1 MB, 1 to 4 ms), so rows are padded to a
+    power of two. The least number is two, because oneDNN has other, slower code for one row.
     """
     num_rows = rows.shape[0]
     rows = _padded(rows, max(2, 1 << (num_rows - 1).bit_length()) - num_rows)

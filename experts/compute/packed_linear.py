@@ -1,7 +1,7 @@
-"""Products with a weight that lies in memory as the processor's matrix unit reads it.
+"""Products with a weight in the memory layout of the processor's matrix unit.
 
-``torch.nn.functional.linear`` in bf16 has oneDNN rearrange the whole weight at every call, which
-costs as much as a product of a few rows itself. Here that is done once, at loading.
+In bf16, oneDNN rearranges the whole weight in every call of ``torch.nn.functional.linear``, which
+takes as long as the product of a few rows. Here the weight is rearranged once, when it is loaded.
 
 Dimension letters: T rows, I input size, O output size.
 """
@@ -12,7 +12,7 @@ import torch
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Say whether oneDNN has a layout for a weight: bf16, on a CPU that computes in it."""
+    """Return whether oneDNN has a layout for a weight: bf16, on a CPU that supports it."""
     return (
         weight.is_cpu
         and weight.dtype == torch.bfloat16
@@ -21,13 +21,13 @@ def can_pack(weight: torch.Tensor) -> bool:
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """Return a rearranged copy of ``weight`` [O, I], for :func:`packed_linear` alone."""
+    """Return a rearranged copy of ``weight`` [O, I] for :func:`packed_linear`."""
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight.default(weight)
     return packed
 
 
 def packed_bytes(packed: torch.Tensor) -> int:
-    """Return the bytes that a packed weight takes, with what the layout pads it by."""
+    """Return the bytes of a packed weight, with the padding of its layout."""
     return int(torch.ops.mkldnn._nbytes(packed))
 
 

@@ -1,7 +1,8 @@
-"""GGUF files, read and dequantised by the ``gguf`` package.
+"""GGUF files, which the ``gguf`` package reads and dequantises.
 
-llama.cpp keeps the experts of a layer in one tensor [experts, rows, columns] (older files: one
-tensor each), and the rows of queries and keys of its architecture ``llama`` as rotary pairs.
+llama.cpp stores the experts of a layer in one tensor [experts, rows, columns]; older files have a
+tensor for each expert. Its architecture ``llama`` stores the rows of queries and keys as rotary
+pairs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 _MAGIC = b"GGUF"
 MAX_VALUES = 4_000_000
-"""Of a file's metadata; a vocabulary of 250,000 tokens with its merges has two million."""
+"""The most values of a file's metadata; 250,000 tokens with their merges have two million."""
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _OUTER = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -40,7 +41,7 @@ _MATRICES = {"w1": "ffn_gate", "w2": "ffn_down", "w3": "ffn_up"}
 
 
 def is_gguf(path: Path) -> bool:
-    """Tell whether a file begins as GGUF files do; raises :class:`CheckpointError`."""
+    """Return whether a file starts with GGUF's magic number; raises :class:`CheckpointError`."""
     try:
         with path.open("rb") as file:
             return file.read(len(_MAGIC)) == _MAGIC
@@ -49,7 +50,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def open_gguf(path: Path) -> Source:
-    """Read a file's metadata; raises :class:`CheckpointError`."""
+    """Open a file and read its metadata; raises :class:`CheckpointError`."""
     file = _GgufFile(path)
     architecture = str(file.field("general.architecture"))
     if architecture not in _ARCHITECTURES:
@@ -63,7 +64,7 @@ def open_gguf(path: Path) -> Source:
 
 
 class _GgufFile:
-    """Metadata and tensors of a file."""
+    """The metadata and the tensors of a file."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -76,7 +77,7 @@ class _GgufFile:
         self._dequantize = gguf.quants.dequantize
         try:
             self._reader = _bounded_reader(gguf.GGUFReader)(path)
-        except Exception as error:  # it looks wherever the file's lengths lead it
+        except Exception as error:  # any error, since the reader trusts the lengths in the file
             reason = shown(f"{type(error).__name__}: {error}")
             raise CheckpointError(f"is not a whole GGUF file ({reason})", str(path)) from None
         if self.number("split.count", 1) > 1:
@@ -88,11 +89,11 @@ class _GgufFile:
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """What there is."""
+        """See :class:`Tensors`."""
         return self._entries
 
     def field(self, key: str, default: Any = None) -> Any:
-        """Return a value of the metadata; raises CheckpointError where there must be one."""
+        """Return a value of the metadata; raises CheckpointError without a value or ``default``."""
         found = self._reader.get_field(key)
         if found is not None:
             return self._contents(key, found)
@@ -103,19 +104,19 @@ class _GgufFile:
     def _contents(self, key: str, found: Any) -> Any:
         try:
             return found.contents()
-        except Exception as error:  # for instance text that is no UTF-8
+        except Exception as error:  # for instance for text that is not UTF-8
             reason = type(error).__name__
             raise CheckpointError(f"{key} cannot be read ({reason})", str(self.path)) from None
 
     def number(self, key: str, default: int | None = None) -> int:
-        """Return a whole number of the metadata; raises CheckpointError for anything else."""
+        """Return an integer of the metadata; raises CheckpointError for any other value."""
         value = self.field(key, default)
         if type(value) is not int:
             raise CheckpointError(f"{key} must be a whole number", str(self.path))
         return value
 
     def read(self, name: str, begin: int, end: int) -> torch.Tensor:
-        """Return rows of a tensor in float32; only they are dequantised."""
+        """Return rows of a tensor in float32; only these rows are dequantised."""
         import numpy as np
         import torch
 
@@ -129,10 +130,10 @@ class _GgufFile:
 
 
 def _bounded_reader(reader: Any) -> Any:
-    """Return gguf's reader as one that stops where the file does, and after so many values.
+    """Return gguf's reader with an error at the end of the file and after :data:`MAX_VALUES`.
 
-    By itself it takes what lies beyond the end for nothing, and goes on for as many values as the
-    file says that there are.
+    gguf's own reader returns empty values beyond the end of the file, and reads as many values as
+    the file claims.
     """
 
     class BoundedReader(reader):  # type: ignore[misc]
@@ -197,14 +198,14 @@ def _mixtral_config(file: _GgufFile) -> Config:
 
 
 def _shortest(value: float) -> float:
-    """Return the shortest number that is the same float32, which is how GGUF keeps it."""
+    """Return the shortest decimal number of GGUF's float32 value."""
     import numpy as np
 
     return float(str(np.float32(value)))
 
 
 def _mixtral_takes(config: Config) -> Callable[[str], list[Take]]:
-    def others(prefix: str, part: str) -> list[Take]:
+    def expert_takes(prefix: str, part: str) -> list[Take]:
         expert = expert_part(part)
         if expert is None:
             return []
@@ -215,7 +216,7 @@ def _mixtral_takes(config: Config) -> Callable[[str], list[Take]]:
             Take(f"{prefix}.{_MATRICES[matrix]}.{expert_id}.weight"),
         ]
 
-    return takes_by_part(config, "blk", _OUTER, _IN_LAYER, others)
+    return takes_by_part(config, "blk", _OUTER, _IN_LAYER, expert_takes)
 
 
 _ARCHITECTURES = {"llama": (_mixtral_config, _mixtral_takes)}

@@ -1,7 +1,7 @@
-"""The layout that is served itself: a conversion changes its dtype and its shards' size.
+"""The served layout as a source: a conversion changes the dtype and the size of the shards.
 
-Of a quantised checkpoint it makes one that is not, and of a model that was published under two sets
-of names always the same one.
+The conversion of a quantised checkpoint has plain weights. The conversion of a model that was
+published with two sets of names always has the same names.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.json"
 _RENAMED = {GROK_1_OF_XAI.model_type: (GROK_1.model_type, name_of_xai)}
-"""By the ``model_type`` of names that go: the other one, and what tells the old name of a new."""
+"""By the old ``model_type``: the new one, and the function from a new name to the old name."""
 
 
 def is_huggingface(path: Path) -> bool:
-    """Tell whether a folder has this layout's configuration and weights."""
+    """Return whether a folder has this layout's configuration and weights."""
     has_weights = (path / WEIGHTS_FILE).exists() or (path / INDEX_FILE).exists()
     return (path / CONFIG_FILE).exists() and has_weights
 
@@ -42,47 +42,43 @@ def open_huggingface(path: Path) -> Source:
     else:
         tensors = _DequantisedFiles(open_checkpoint(path))
         config = {key: value for key, value in config.items() if key != "quantization_config"}
-    files, old_name = (config_file, *shards), _same
+    files = (config_file, *shards)
+    old_name: Callable[[str], str] = str
     if str(config.get("model_type")) in _RENAMED:
         model_type, old_name = _RENAMED[config["model_type"]]
         config = config | {"model_type": model_type}
-    takes = _takes_of(old_name)
+
+    def takes(name: str) -> list[Take]:
+        return [Take(old_name(name))]
+
     return Source("huggingface", path, config_file, config, tensors, takes, files)
 
 
 class _DequantisedFiles:
-    """The tensors of a checkpoint of which some are quantised."""
+    """The tensors of a checkpoint with quantised tensors."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         packed = checkpoint.packed.values()
-        codes = {name for one in packed for name in (one.codes, one.scales)}
+        stored = {name for tensor in packed for name in (tensor.codes, tensor.scales)}
         self._entries = {
             name: Entry(info.shape, DTYPES[info.dtype])
             for name, info in checkpoint.tensors.items()
-            if name not in codes
-        } | {name: Entry(one.shape, QUANTISED) for name, one in checkpoint.packed.items()}
+            if name not in stored
+        } | {name: Entry(tensor.shape, QUANTISED) for name, tensor in checkpoint.packed.items()}
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """What there is."""
+        """See :class:`Tensors`."""
         return self._entries
 
     def read(self, name: str, begin: int, end: int) -> torch.Tensor:
-        """Return rows of a tensor; only they are read and dequantised."""
+        """Return rows of a tensor; only these rows are read and dequantised."""
         import torch
 
         from experts.checkpoint.expert_weights import read_tensor
 
         return read_tensor(self._checkpoint, name, torch.float32, (begin, end))
-
-
-def _takes_of(old_name: Callable[[str], str]) -> Callable[[str], list[Take]]:
-    return lambda name: [Take(old_name(name))]
-
-
-def _same(name: str) -> str:
-    return name
 
 
 def _shards(path: Path) -> tuple[Path, ...]:

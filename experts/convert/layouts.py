@@ -1,11 +1,11 @@
-"""Finding out which layout a path has, and opening it."""
+"""Finding the layout of a path, and opening it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.errors import CheckpointError, shown_name
-from experts.checkpoint.shards import PICKLE_SUFFIXES
+from cluster.errors import CheckpointError
+from experts.checkpoint.shards import PICKLE_SUFFIXES, listed_names
 from experts.convert.gguf_file import is_gguf, open_gguf
 from experts.convert.huggingface import is_huggingface, open_huggingface
 from experts.convert.mistral import is_mistral, open_mistral
@@ -18,10 +18,10 @@ _ALLOWED = (
 
 
 def open_source(path: Path) -> Source:
-    """Open a model in any known layout; reads its configuration and headers, never a weight.
+    """Open a model in any known layout; reads the configuration and the headers, and no weight.
 
-    Raises :class:`CheckpointError` for a path that is none, for pickles, which are never loaded,
-    and for whatever the layout finds wrong.
+    Raises :class:`CheckpointError` for a path without a known layout, for pickles, which are never
+    loaded, and for the errors of the layout.
     """
     try:
         if path.is_dir():
@@ -50,7 +50,7 @@ def _open_folder(path: Path) -> Source:
 
 def _pickled(path: Path, names: list[str]) -> CheckpointError:
     return CheckpointError(
-        f"has only pickle weights ({', '.join(map(shown_name, names[:3]))}), which can run any "
+        f"has only pickle weights ({listed_names(names)}), which can run any "
         "program when they are loaded and so never are; look for the model's safetensors",
         str(path),
     )

@@ -1,7 +1,8 @@
 """Mistral's own layout: ``params.json`` beside ``consolidated*.safetensors``.
 
-Experts are one tensor each, or, in older files, stacked by rows: ``w1``, ``w2`` and ``w3`` are then
-[experts * I, H], with ``w2`` transposed. The rows of queries and keys lie as rotary pairs.
+Each matrix of an expert is a tensor. In older files the experts are stacked by rows: ``w1``, ``w2``
+and ``w3`` are [experts * I, H], with ``w2`` transposed. The rows of queries and keys are stored as
+rotary pairs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from experts.families.base import Config
 PARAMS_FILE = "params.json"
 _PATTERN = "consolidated*.safetensors"
 _ROPE_THETA, _CONTEXT = 1_000_000.0, 32_768
-"""What Mistral's own code takes where ``params.json`` is silent, and Mixtral 8x7B's context."""
+"""Defaults for missing keys: the value in Mistral's own code, and Mixtral 8x7B's context."""
 _OUTER = {
     "model.embed_tokens.weight": "tok_embeddings.weight",
     "model.norm.weight": "norm.weight",
@@ -38,7 +39,7 @@ _BLOCKS = ("block_sparse_moe", "feed_forward")
 
 
 def is_mistral(path: Path) -> bool:
-    """Tell whether a folder has this layout's configuration and weights."""
+    """Return whether a folder has this layout's configuration and weights."""
     return (path / PARAMS_FILE).exists() and any(path.glob(_PATTERN))
 
 
@@ -92,7 +93,7 @@ def _config(params: dict[str, Any], file: Path) -> Config:
 
 
 def _takes(config: Config) -> Callable[[str], list[Take]]:
-    def others(prefix: str, part: str) -> list[Take]:
+    def rest_takes(prefix: str, part: str) -> list[Take]:
         expert = expert_part(part)
         if expert is None:
             return [Take(f"{prefix}.{block}.gate.weight") for block in _BLOCKS]
@@ -107,4 +108,4 @@ def _takes(config: Config) -> Callable[[str], list[Take]]:
             ),
         ]
 
-    return takes_by_part(config, "layers", _OUTER, _IN_LAYER, others)
+    return takes_by_part(config, "layers", _OUTER, _IN_LAYER, rest_takes)

@@ -1,4 +1,4 @@
-"""Where other layouts have a Mixtral tensor, by what they call its parts."""
+"""The places of Mixtral's tensors in other layouts, by the names of their parts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ def takes_by_part(
     layers: str,
     outer: Mapping[str, str],
     in_layer: Mapping[str, str],
-    others: Callable[[str, str], list[Take]],
+    rest: Callable[[str, str], list[Take]],
 ) -> Callable[[str], list[Take]]:
-    """Return what tells where a tensor comes from, for a layout with queries and keys as pairs.
+    """Return the function from a tensor's name to its takes, for a layout with rotary pairs.
 
-    ``layers`` begins a layer's names; ``outer`` and ``in_layer`` name what is one to one, and
-    ``others(prefix of the layer, part)`` answers for the rest of a layer.
+    ``layers`` is the prefix of all layers' names. ``outer`` and ``in_layer`` have the layout's name
+    of a tensor outside and inside of a layer. ``rest(prefix of the layer, part)`` returns the takes
+    of all other tensors of a layer.
     """
     rotary = {
         "self_attn.q_proj": config["num_attention_heads"],
@@ -30,25 +31,18 @@ def takes_by_part(
     }
 
     def takes(name: str) -> list[Take]:
-        found = _layer_part(name)
-        if found is None:
+        match = _LAYER.fullmatch(name)
+        if match is None:
             return [Take(outer[name])]
-        layer_id, part = found
-        prefix = f"{layers}.{layer_id}"
+        prefix, part = f"{layers}.{int(match[1])}", match[2]
         if part in in_layer:
             return [Take(f"{prefix}.{in_layer[part]}.weight", rotary_heads=rotary.get(part))]
-        return others(prefix, part)
+        return rest(prefix, part)
 
     return takes
 
 
-def _layer_part(name: str) -> tuple[int, str] | None:
-    # ``self_attn.q_proj`` is a part; ``None`` stands for a tensor of no layer.
-    match = _LAYER.fullmatch(name)
-    return None if match is None else (int(match[1]), match[2])
-
-
 def expert_part(part: str) -> tuple[int, str] | None:
-    """Return expert and matrix (``w1``), or ``None`` for a part that is no expert's."""
+    """Return the expert and the matrix (``w1``) of a part, or ``None`` for any other part."""
     match = _EXPERT.fullmatch(part)
     return None if match is None else (int(match[1]), match[2])

@@ -1,4 +1,4 @@
-"""What a conversion will write: every tensor of the model, where it comes from, in which shard."""
+"""The plan of a conversion: the source and the shard of every tensor of the model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from math import prod
 from cluster.errors import CheckpointError, shown_name
 from cluster.wire.frames import DTYPE_BYTES
 from experts.checkpoint.config import checked_shape, family_of, usual_config, wrong_kinds
-from experts.checkpoint.shards import WEIGHTS_FILE
+from experts.checkpoint.shards import MAX_LISTED, WEIGHTS_FILE, listed_names
 from experts.convert.source import QUANTISED, Source, Take, shape_after
 from experts.families.base import Config, Family
-
-_NAMED = 3
-"""So many tensors are named in an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +26,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file to write; ``size_bytes`` are its tensors'."""
+    """One file to write, with ``size_bytes`` of tensors."""
 
     file: str
     pieces: tuple[Piece, ...]
@@ -38,7 +35,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that is to be written, in ``dtype``; ``config`` is the ``config.json`` of it."""
+    """All shards to write, in ``dtype``; ``config`` is the new ``config.json``."""
 
     source: Source
     config: Config
@@ -58,10 +55,11 @@ class Plan:
 
 
 def make_plan(source: Source, dtype: str, max_shard_bytes: int) -> Plan:
-    """Find every tensor of the model in the source; ``auto`` is the dtype of most of its bytes.
+    """Find every tensor of the model in the source.
 
-    Quantised values become bfloat16 by ``auto``. Raises :class:`CheckpointError` naming what is
-    missing, there twice, unexpected or of another shape than the configuration says.
+    ``auto`` is the dtype of most bytes, or bfloat16 where these are quantised. Raises
+    :class:`CheckpointError` with the names of tensors that are missing, unexpected, found twice, or
+    of another shape than the configuration says.
     """
     pieces = _pieces(source)
     taken = {piece.take.name for piece in pieces}
@@ -91,10 +89,10 @@ def _pieces(source: Source) -> list[Piece]:
             pieces.append(Piece(name, shape, found[0]))
         else:
             missing.append(" or ".join(take.name for take in takes[:2]))
-        if len(missing) > _NAMED:  # a wrong configuration can make any number of names
+        if len(missing) > MAX_LISTED:  # a wrong configuration can have any number of names
             break
     if missing:
-        raise CheckpointError(f"lacks tensors: {_listed(missing)}", str(source.path))
+        raise CheckpointError(f"lacks tensors: {listed_names(missing)}", str(source.path))
     return pieces
 
 
@@ -108,18 +106,18 @@ def _expected(source: Source) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _family(source: Source) -> tuple[Family, Config]:
-    """Return a source's family, and its configuration as that has it."""
+    """Return a source's family, and its configuration with the usual key names."""
     family = family_of(source.config, source.config_file)
     return family, usual_config(family, source.config, source.config_file)
 
 
-def _check_shape(source: Source, take: Take, wanted: tuple[int, ...]) -> None:
+def _check_shape(source: Source, take: Take, expected: tuple[int, ...]) -> None:
     entry = source.tensors.entries[take.name]
-    if shape_after(take, entry) != wanted:
+    if shape_after(take, entry) != expected:
         parts = "" if take.part is None else f" in {take.part[1]} parts"
         raise CheckpointError(
             f"tensor {shown_name(take.name)} has shape {list(entry.shape)}; "
-            f"{source.config_file.name} says {list(wanted)}"
+            f"{source.config_file.name} says {list(expected)}"
             f"{' transposed' if take.transpose else ''}{parts}",
             str(source.path),
         )
@@ -128,18 +126,14 @@ def _check_shape(source: Source, take: Take, wanted: tuple[int, ...]) -> None:
 def _refuse_unexpected(source: Source, taken: set[str]) -> None:
     family, config = _family(source)
     with wrong_kinds(source.config_file):
-        ignored = family.ignored(config) or (" ",)
+        ignored = family.ignored(config)
     unexpected = {n for n in source.tensors.entries.keys() - taken if not n.startswith(ignored)}
     if source.config.get("tie_word_embeddings"):
         unexpected -= {take.name for take in source.takes("lm_head.weight")}
     if unexpected:
         raise CheckpointError(
-            f"has unexpected tensors: {_listed(sorted(unexpected))}", str(source.path)
+            f"has unexpected tensors: {listed_names(sorted(unexpected))}", str(source.path)
         )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(shown_name, names[:_NAMED])) + (", …" if len(names) > _NAMED else "")
 
 
 def _shards(pieces: list[Piece], value_bytes: int, max_bytes: int) -> tuple[Shard, ...]:

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class SafetensorsFiles:
-    """Tensors read from files whose headers have been checked."""
+    """The tensors of files with checked headers."""
 
     def __init__(self, files: tuple[Path, ...]) -> None:
-        """Read the headers of files, at least one, that lie in one folder.
+        """Read the headers of one or more files in one folder.
 
-        Raises :class:`CheckpointError` for a file that is missing or broken, a dtype that cannot be
-        converted and a tensor that is in two files.
+        Raises :class:`CheckpointError` for a missing or broken file, a dtype that cannot be
+        converted, and a tensor in two files.
         """
         tensors = read_all(files)
         self._entries = {name: _entry(name, info, files[0]) for name, info in tensors.items()}
@@ -31,11 +31,11 @@ class SafetensorsFiles:
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """What there is."""
+        """See :class:`Tensors`."""
         return self._entries
 
     def read(self, name: str, begin: int, end: int) -> torch.Tensor:
-        """Return rows of a tensor; only they are read."""
+        """Return rows of a tensor; only these rows are read."""
         file = self._files[name]
         try:
             with safe_open(str(file), framework="pt") as opened:

@@ -1,4 +1,4 @@
-"""What a layout tells of a model in it: configuration, tensors, and where each is to be found."""
+"""A model in another layout: its configuration, and how to read each tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 QUANTISED = "quantised"
-"""The dtype of an entry whose values are codes, which reading turns into float32."""
+"""The dtype of an entry with codes, which reading dequantises to float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Tensors(Protocol):
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """What there is; known without reading a weight."""
+        """All tensors by name; known from the headers."""
         ...
 
     def read(self, name: str, begin: int, end: int) -> torch.Tensor:
@@ -39,11 +39,11 @@ class Tensors(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """How one tensor of the model comes out of one of the source.
+    """The steps from a tensor of the source to a tensor of the model.
 
-    ``part`` (which, of how many) takes an equal share of the first axis; ``transpose`` swaps the
-    axes; ``rotary_heads`` says that the rows of so many heads lie as the pairs that the rotary
-    embedding turns, where the model has first all first, then all second members of the pairs.
+    ``part`` (index, count) takes one of ``count`` equal shares of the first axis. ``transpose``
+    swaps the axes. ``rotary_heads`` is the number of heads whose rows the source stores as pairs of
+    the rotary embedding; the model has all first members of the pairs, then all second members.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Take:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An opened source; ``takes`` gives the places where a tensor may be, one of which must be."""
+    """An opened source; ``takes`` returns the possible takes of a tensor, of which one exists."""
 
     layout: str
     path: Path
@@ -66,12 +66,12 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """Where the tokenizer's files are looked for."""
+        """The folder of the tokenizer's files."""
         return self.path if self.path.is_dir() else self.path.parent
 
 
 def shape_after(take: Take, entry: Entry) -> tuple[int, ...] | None:
-    """Return the shape that :func:`read` gives, or ``None`` where the parts are not equal."""
+    """Return the shape of :func:`read`'s result, or ``None`` where the parts are not equal."""
     shape = entry.shape
     if take.part is not None:
         _, count = take.part
@@ -84,12 +84,12 @@ def shape_after(take: Take, entry: Entry) -> tuple[int, ...] | None:
 
 
 def read(tensors: Tensors, take: Take) -> torch.Tensor:
-    """Return a tensor of the model as the source has it, in its dtype; raises CheckpointError."""
+    """Return a tensor of the model in the source's dtype; raises CheckpointError."""
     num_rows = tensors.entries[take.name].shape[0]
     begin, end = 0, num_rows
     if take.part is not None:
-        which, count = take.part
-        begin, end = which * num_rows // count, (which + 1) * num_rows // count
+        index, count = take.part
+        begin, end = index * num_rows // count, (index + 1) * num_rows // count
     tensor = tensors.read(take.name, begin, end)
     if take.part is not None and tensor.dim() == 3:
         tensor = tensor[0]

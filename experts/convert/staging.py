@@ -1,7 +1,8 @@
-"""The folder beside the destination in which a conversion is made, and by which it is resumed.
+"""The folder beside the destination that holds an unfinished conversion.
 
-It is ``.NAME.converting``: ``job.json`` tells of what and how, ``model/`` becomes the destination
-by one rename. A shard in ``model/`` is whole, as it is written under another name first.
+The folder is ``.NAME.converting``. ``job.json`` has the source and the options; ``model/`` becomes
+the destination by one rename. Every shard in ``model/`` is complete, because it is written under
+another name first. So a broken-off conversion can be resumed.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ UNFINISHED = ".unfinished"
 
 
 class ConvertFailedError(ExpertMeshError):
-    """The disk or another program came in the way; what is written is kept; ``field``: the path."""
+    """The disk or another program stopped a conversion at the path ``field``; shards are kept."""
 
 
 def staging_folder(dest: Path) -> Path:
-    """Return where a conversion to ``dest`` is made."""
+    """Return the folder of an unfinished conversion to ``dest``."""
     dest = dest.absolute()
     return dest.parent / f".{dest.name}.converting"
 
 
 def finished_shards(dest: Path) -> int:
-    """Return how many shards of a broken-off conversion lie there."""
+    """Return the number of complete shards of a broken-off conversion to ``dest``."""
     return len(list((staging_folder(dest) / _MODEL_FOLDER).glob("*.safetensors")))
 
 
@@ -57,10 +58,10 @@ def check_dest(dest: Path) -> None:
 
 @contextmanager
 def staged(plan: Plan, dest: Path, max_shard_bytes: int) -> Iterator[Path]:
-    """Give the folder to write the model in, with the whole shards of the same job in it.
+    """Yield the folder for the model, with the complete shards of an earlier run of the same job.
 
-    What another job left there is deleted. Raises :class:`ConvertFailedError` when the folder
-    cannot be made or another conversion is at work in it.
+    The shards of any other job are deleted. Raises :class:`ConvertFailedError` when the folder
+    cannot be written or another conversion uses it.
     """
     staging = staging_folder(dest)
     try:
@@ -73,11 +74,11 @@ def staged(plan: Plan, dest: Path, max_shard_bytes: int) -> Iterator[Path]:
         _prepare(staging, job(plan, max_shard_bytes), {shard.file for shard in plan.shards})
         yield staging / _MODEL_FOLDER
     except BlockingIOError:
-        raise ConvertFailedError("another conversion is at work there", str(staging)) from None
+        raise ConvertFailedError("another conversion uses this folder", str(staging)) from None
     except OSError as error:
         raise ConvertFailedError(
-            f"cannot be written: {error.strerror or error}; what is whole is kept: mend it, then "
-            "run the same command again",
+            f"cannot be written: {error.strerror or error}; complete shards are kept: solve the "
+            "problem, then run the same command again",
             str(staging),
         ) from None
     finally:
@@ -85,9 +86,9 @@ def staged(plan: Plan, dest: Path, max_shard_bytes: int) -> Iterator[Path]:
 
 
 def job(plan: Plan, max_shard_bytes: int) -> dict[str, Any]:
-    """Return what makes two conversions the same: the source's files as they are now, and how.
+    """Return the identity of a conversion: the source's files with their stamps, and the options.
 
-    Raises :class:`CheckpointError` when a file of the source has gone.
+    Raises :class:`CheckpointError` when a file of the source is missing.
     """
     try:
         stats = [(str(file.resolve()), file.stat()) for file in plan.source.files]
@@ -101,28 +102,28 @@ def job(plan: Plan, max_shard_bytes: int) -> dict[str, Any]:
 
 
 def publish(staging: Path, dest: Path) -> None:
-    """Make the finished model appear as ``dest`` in one step, and remove the rest."""
+    """Rename the finished model to ``dest``, and remove the staging folder."""
     (staging / _MODEL_FOLDER).replace(dest)
     shutil.rmtree(staging)
 
 
 def is_whole(file: Path, shard: Shard, dtype: str) -> bool:
-    """Tell whether a shard lies there with the names, shapes and bytes that it must have."""
-    wanted = {piece.name: piece.shape for piece in shard.pieces}
+    """Return whether a shard exists with the expected names, shapes and length."""
+    expected = {piece.name: piece.shape for piece in shard.pieces}
     try:
-        with safe_open(str(file), framework="numpy") as opened:  # it checks the file's length
+        with safe_open(str(file), framework="numpy") as opened:  # checks the file's length
             found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return all(DTYPES.get(part.get_dtype()) == dtype for part in found.values()) and (
-                wanted == {name: tuple(part.get_shape()) for name, part in found.items()}
+                expected == {name: tuple(part.get_shape()) for name, part in found.items()}
             )
     except (SafetensorError, OSError):
         return False
 
 
-def _prepare(staging: Path, wanted: dict[str, Any], shard_files: set[str]) -> None:
+def _prepare(staging: Path, wanted_job: dict[str, Any], shard_files: set[str]) -> None:
     job_file, model = staging / _JOB_FILE, staging / _MODEL_FOLDER
     try:
-        is_same = json.loads(job_file.read_text(encoding="utf-8")) == wanted
+        is_same = json.loads(job_file.read_text(encoding="utf-8")) == wanted_job
     except (OSError, ValueError):
         is_same = False
     if not is_same and model.exists():
@@ -131,25 +132,25 @@ def _prepare(staging: Path, wanted: dict[str, Any], shard_files: set[str]) -> No
     for file in model.iterdir():  # a killed conversion leaves unfinished files
         if file.name not in shard_files:
             file.unlink()
-    write_whole(job_file, json.dumps(wanted).encode())
+    write_whole(job_file, json.dumps(wanted_job).encode())
 
 
 def write_whole(file: Path, data: bytes) -> None:
-    """Write a small file so that it is there as a whole or not at all."""
+    """Write a small file that exists completely or not at all."""
     unfinished = file.with_name(file.name + UNFINISHED)
     unfinished.write_bytes(data)
     _finish(unfinished, file)
 
 
 def finish_shard(unfinished: Path, folder: Path, file: str) -> None:
-    """Give a written shard its name, readable by whom the user lets read files."""
-    # safetensors makes files for their owner only; the job's was made by the user's umask.
+    """Give a written shard its name, and the permissions of the user's umask."""
+    # safetensors creates files for their owner alone. The job file has the umask's permissions.
     unfinished.chmod((folder.parent / _JOB_FILE).stat().st_mode)
     _finish(unfinished, folder / file)
 
 
 def _finish(unfinished: Path, file: Path) -> None:
-    """Give a written file its name when its bytes are on the disk."""
+    """Give a written file its name once its bytes are on the disk."""
     with unfinished.open("rb") as opened:
         os.fsync(opened.fileno())
     unfinished.replace(file)

@@ -1,13 +1,13 @@
-"""``convert``: one tensor at a time into shards, then the small files, then one rename."""
+"""``convert`` writes the shards, one tensor at a time, then the small files, and renames once."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
@@ -45,12 +45,12 @@ _SMALL_FILES = (
     "generation_config.json",
 )
 Progress = Callable[[int, int], None]
-"""Told the bytes done and the bytes in all."""
+"""Receives the bytes written so far, and the bytes of all tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What a conversion has done; ``kept_shards`` were there from a broken-off one."""
+    """The result of a conversion; ``kept_shards`` are from a broken-off conversion."""
 
     source: str
     layout: str
@@ -63,20 +63,16 @@ class Converted:
     kept_shards: int
     has_tokenizer: bool
 
-    def to_json(self) -> dict[str, Any]:
-        """Return it as a JSON object."""
-        return asdict(self)
-
 
 def convert(
     path: Path, dest: Path, dtype: str, max_shard_bytes: int, progress: Progress
 ) -> Converted:
-    """Write the model at ``path`` as ``dest``, which appears whole, at the end.
+    """Write the model at ``path`` to the folder ``dest``, which appears when it is complete.
 
     ``dtype`` is auto, float32, bfloat16 or float16. At most a shard and a tensor are in memory. A
-    broken-off conversion goes on at its first missing shard; if the source or the options are
-    others, it begins anew. Raises :class:`CheckpointError` for a wrong source, ``ConfigError`` for
-    a wrong ``dest`` and :class:`ConvertFailedError` for a disk that is full or forbidden.
+    broken-off conversion continues at its first missing shard; with another source or other options
+    it starts again. Raises :class:`CheckpointError` for a wrong source, ``ConfigError`` for a wrong
+    ``dest``, and :class:`ConvertFailedError` for a disk that is full or not writable.
     """
     check_dest(dest)
     plan = make_plan(open_source(path), dtype, max_shard_bytes)
@@ -103,7 +99,7 @@ def convert(
 
 
 def _write_shards(plan: Plan, folder: Path, progress: Progress) -> int:
-    """Write the shards that are not there yet; returns how many were."""
+    """Write the missing shards; returns the number of the others."""
     missing = [
         shard for shard in plan.shards if not is_whole(folder / shard.file, shard, plan.dtype)
     ]

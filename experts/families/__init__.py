@@ -1,1 +1,1 @@
-"""The model families, a small file each: names and shapes of tensors, and supported options."""
+"""The model families, one file each: names and shapes of tensors, and supported options."""

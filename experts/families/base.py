@@ -1,4 +1,4 @@
-"""What a model family tells the rest of the system about its checkpoints.
+"""The description of a model family: its checkpoints, its experts and its gate.
 
 Dimension letters: H hidden size, I intermediate size of one expert, E experts of a layer.
 """
@@ -15,16 +15,16 @@ Shapes = dict[str, tuple[int, ...]]
 """Shapes of tensors by their names in the checkpoint."""
 
 ACTIVATION_NAMES = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
-"""The values of ``hidden_act`` that :mod:`experts.compute.ffn` computes; here, so that a checkpoint
-can be checked without importing torch."""
+"""The values of ``hidden_act`` that :mod:`experts.compute.ffn` computes. They are here so that a
+check of a checkpoint does not import torch."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """Sizes of the mixture of one model; every layer listed in ``layers`` has the same experts.
+    """The sizes of one model's experts; every layer in ``layers`` has experts of these sizes.
 
-    ``has_biases`` says that they are GPT-OSS's: each of the three matrices comes with a bias, and
-    what is between them is clamped (:func:`experts.compute.ffn.clamped_ffn`).
+    ``has_biases`` is true for GPT-OSS: each of the three matrices has a bias, and the values
+    between the matrices are clamped (:func:`experts.compute.ffn.clamped_ffn`).
     """
 
     layers: tuple[int, ...]
@@ -37,18 +37,18 @@ class ExpertShape:
 
     @property
     def expert_parameters(self) -> int:
-        """Parameters of one expert."""
+        """Number of parameters of one expert."""
         biases = 2 * self.intermediate_size + self.hidden_size if self.has_biases else 0
         return 3 * self.hidden_size * self.intermediate_size + biases
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Where one matrix or bias of an expert lies: in a tensor, ``name``, of ``shape`` in all.
+    """The place of one matrix or bias of an expert in the tensor ``name`` of ``shape``.
 
-    ``rows`` (from, to) are those of the first axis that are the expert's; of a stack of all experts
-    (``stacked``) that is one, and the axis goes. ``transposed`` matrices have input and output
-    swapped. Of what is left, ``every`` (first, step) takes some of the rows.
+    The steps to the matrix follow in this order. ``rows`` (begin, end) selects rows of the first
+    axis. ``stacked`` removes that axis: the tensor is a stack of all experts, and the selection has
+    one. ``transposed`` swaps input and output. ``every`` (first, step) selects some of the rows.
     """
 
     name: str
@@ -61,10 +61,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class ExpertTensors:
-    """Where one gated expert's matrices lie, and its biases if it has any.
+    """The places of one gated expert's matrices and biases.
 
-    ``gate`` and ``up`` are [I, H], ``down`` is [H, I]: y = down(act(gate x) * up x). ``biases`` are
-    of the three in this order, or none.
+    ``gate`` and ``up`` are [I, H], ``down`` is [H, I]: y = down(act(gate x) * up x). ``biases`` is
+    empty or has the biases of the three matrices in this order.
     """
 
     gate: Part
@@ -73,23 +73,24 @@ class ExpertTensors:
     biases: tuple[Part, ...] = ()
 
     def parts(self) -> tuple[Part, ...]:
-        """Return all that the expert is made of."""
+        """Return all matrices and biases."""
         return self.gate, self.up, self.down, *self.biases
 
 
 @dataclass(frozen=True, slots=True)
 class GateSpec:
-    """How a family's gate chooses K of E experts by their logits, and weights them.
+    """The choice of K of E experts by their logits, and the weights of the chosen experts.
 
-    ``score`` makes scores of logits: "softmax" over all experts, or "sigmoid" of each. The experts
-    of the K largest are chosen, and their scores are their weights. With "softmax_of_chosen" the
-    logits are the scores, and the weights are the softmax over the K.
-    ``renormalises`` divides weights by their sum, ``norm_exponent`` by their norm of that exponent;
+    ``score`` maps logits to scores: "softmax" over all experts, or "sigmoid" of each. The experts
+    with the K largest scores are chosen, and the scores are the weights. With "softmax_of_chosen"
+    the logits are the scores, and the weights are the softmax over the chosen K. ``renormalises``
+    divides the weights by their sum, ``norm_exponent`` by their norm of that exponent.
     ``scaling_factor`` multiplies them.
 
-    The experts form ``num_groups`` equal groups, and only the ``topk_groups`` best count, by the
-    sum of their ``best_of_group`` largest scores. The results named in ``float32`` are so in a
-    model of half precision, too. ``sorts`` puts the best expert first.
+    The experts form ``num_groups`` equal groups. Only experts of the ``topk_groups`` best groups
+    are chosen, by the sum of a group's ``best_of_group`` largest scores. The results named in
+    ``float32`` have that dtype also in a model of half precision. ``sorts`` puts the best expert
+    first.
     """
 
     score: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"
@@ -104,19 +105,16 @@ class GateSpec:
 
     @property
     def weights_are_of_all(self) -> bool:
-        """Whether a weight is a share of all experts, whichever of them are chosen."""
+        """Whether the weight of an expert does not depend on the other chosen experts."""
         is_divided = self.renormalises or self.norm_exponent is not None
         return self.score == "softmax" and not is_divided
 
 
-def _as_it_is(config: Config) -> Config:
-    return config
-
-
 def size(config: Config, key: str, default: int | None = None) -> int:
-    """Return a size that a configuration has; ``default`` is for one that may be left out.
+    """Return a size in a configuration, or ``default`` where it is missing.
 
-    Raises ``KeyError``, and ``ValueError`` naming the key for what is no positive integer.
+    Raises ``KeyError`` without a default, and ``ValueError`` with the key for any value but a
+    positive integer.
     """
     value = config.get(key)
     if value is None:
@@ -129,7 +127,7 @@ def size(config: Config, key: str, default: int | None = None) -> int:
 
 
 def head_sizes(config: Config) -> tuple[int, int, int]:
-    """Return query heads, key/value heads and a head's size."""
+    """Return the numbers of query heads and key/value heads, and the size of a head."""
     heads = size(config, "num_attention_heads")
     kv_heads = size(config, "num_key_value_heads", heads)
     return heads, kv_heads, size(config, "head_dim", max(1, config["hidden_size"] // heads))
@@ -140,33 +138,26 @@ def _keys_and_values(config: Config) -> int:
     return 2 * kv_heads * head_size
 
 
-def _nothing(config: Config) -> tuple[str, ...]:
-    return ()
-
-
-def _no_other_names(config: Config) -> dict[str, str]:
-    return {}
-
-
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How to read one family's checkpoints and where its experts sit in transformers' class.
+    """One family's checkpoints, and the place of its experts in transformers' class.
 
-    ``experts_module`` and ``experts_class`` name the class that the router replaces by a
-    parameter-free one (``None`` where the model is our own, and has it already); ``gate`` describes
-    the gate, whose parameters are those of ``gate_module`` in the same block.
-    ``dense_tensors`` lists name and shape of every tensor that a router needs; together with
-    ``expert_tensors`` (of a layer's expert) it is the whole checkpoint. ``stacks_experts`` says
-    that a layer's experts share their tensors.
+    ``experts_module`` and ``experts_class`` name the class that the router replaces by a class
+    without parameters. They are ``None`` for a model class of ExpertMesh, which has that class.
+    ``gate`` describes the gate, whose parameters are those of ``gate_module`` in the same block.
 
-    ``usual`` gives a configuration the key names that the other families have; all functions here
-    take it so. ``transformers_config`` is what transformers' configuration is made from.
-    ``options`` are the values that are served of keys for which others exist. ``cache_values``
-    counts the numbers that a layer's attention keeps of a token; ``caches_latents`` says that they
-    are latents of which keys and values are made (:mod:`router.model.latent_attention`). Tensors
-    whose names end by one of ``in_float32`` may be so beside others of half precision; those that
-    begin by one of ``ignored`` may be there and are not read. ``module_names`` has what the model
-    calls a tensor where the checkpoint calls it otherwise.
+    ``dense_tensors`` returns the name and shape of every tensor that a router needs, and
+    ``expert_tensors`` those of one expert of a layer. Together they are the whole checkpoint.
+    ``stacks_experts`` is true where a layer's experts share their tensors.
+
+    ``usual`` renames the keys of a configuration to those of the other families, and all other
+    functions take its result. ``transformers_config`` returns the arguments of transformers'
+    configuration. ``options`` has the served values of keys that also have other values.
+    ``cache_values`` returns how many numbers a layer's attention keeps of a token.
+    ``caches_latents`` is true where these are latents, from which keys and values are computed
+    (:mod:`router.model.latent_attention`). Tensors with a suffix in ``in_float32`` may be float32
+    beside others of half precision. Tensors with a prefix of ``ignored`` are allowed and not read.
+    ``module_names`` maps a checkpoint's names to the model's names where these differ.
     """
 
     model_type: str
@@ -179,17 +170,17 @@ class Family:
     gate: Callable[[Config], GateSpec]
     gate_module: str = "gate"
     stacks_experts: bool = False
-    usual: Callable[[Config], Config] = _as_it_is
-    transformers_config: Callable[[Config], Config] = _as_it_is
+    usual: Callable[[Config], Config] = lambda config: config
+    transformers_config: Callable[[Config], Config] = lambda config: config
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     cache_values: Callable[[Config], int] = _keys_and_values
     caches_latents: bool = False
     in_float32: tuple[str, ...] = ()
-    ignored: Callable[[Config], tuple[str, ...]] = _nothing
-    module_names: Callable[[Config], dict[str, str]] = _no_other_names
+    ignored: Callable[[Config], tuple[str, ...]] = lambda config: ()
+    module_names: Callable[[Config], dict[str, str]] = lambda config: {}
 
     def expert_parts(self, config: Config, shape: ExpertShape) -> Iterator[Part]:
-        """Yield the parts of all experts; of experts that share their tensors, the first one's."""
+        """Yield the parts of all experts, or of each layer's first where experts share tensors."""
         for layer_id in shape.layers:
             for expert_id in range(1 if self.stacks_experts else shape.num_experts):
                 yield from self.expert_tensors(config, layer_id, expert_id).parts()

@@ -1,12 +1,48 @@
-"""Tensors that many families have alike, by the names of Llama's classes in transformers."""
+"""Sizes and tensors that many families share; tensors have the names of transformers' Llama."""
 
 from __future__ import annotations
 
-from experts.families.base import Config, ExpertTensors, GateSpec, Part, Shapes, head_sizes
+from collections.abc import Iterable
+
+from experts.families.base import (
+    Config,
+    ExpertShape,
+    ExpertTensors,
+    GateSpec,
+    Part,
+    Shapes,
+    head_sizes,
+    size,
+)
+
+
+def routed_shape(
+    config: Config,
+    *,
+    num_experts: str = "num_experts",
+    intermediate_size: str = "intermediate_size",
+    layers: Iterable[int] | None = None,
+    activation: str | None = None,
+    has_biases: bool = False,
+) -> ExpertShape:
+    """Return the sizes of the experts in ``layers``, by default all.
+
+    ``num_experts`` and ``intermediate_size`` are keys of the configuration. The default of
+    ``activation`` is the configured one.
+    """
+    return ExpertShape(
+        layers=tuple(range(config["num_hidden_layers"]) if layers is None else layers),
+        num_experts=size(config, num_experts),
+        num_experts_per_tok=size(config, "num_experts_per_tok"),
+        hidden_size=config["hidden_size"],
+        intermediate_size=size(config, intermediate_size),
+        activation=config.get("hidden_act", "silu") if activation is None else activation,
+        has_biases=has_biases,
+    )
 
 
 def outer_tensors(config: Config) -> Shapes:
-    """Return embedding, last norm and, where it is not tied, the output head."""
+    """Return the embedding, the last norm, and the output head if it is not tied."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     tensors: Shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
     if not config.get("tie_word_embeddings", False):
@@ -17,7 +53,7 @@ def outer_tensors(config: Config) -> Shapes:
 def layer_tensors(
     config: Config, layer_id: int, qkv_bias: bool = False, output_bias: bool = False
 ) -> Shapes:
-    """Return grouped-query attention and the two norms of a layer."""
+    """Return the grouped-query attention and the two norms of a layer."""
     hidden, prefix = config["hidden_size"], f"model.layers.{layer_id}"
     heads, kv_heads, head_size = head_sizes(config)
     tensors: Shapes = {
@@ -37,7 +73,7 @@ def layer_tensors(
 
 
 def mlp_tensors(prefix: str, hidden_size: int, inner_size: int) -> Shapes:
-    """Return a gated feed-forward layer, one that is no routed expert."""
+    """Return a gated feed-forward layer that is not a routed expert."""
     return {
         f"{prefix}.gate_proj.weight": (inner_size, hidden_size),
         f"{prefix}.up_proj.weight": (inner_size, hidden_size),
@@ -46,7 +82,7 @@ def mlp_tensors(prefix: str, hidden_size: int, inner_size: int) -> Shapes:
 
 
 def softmax_gate(config: Config) -> GateSpec:
-    """Return the gate of Qwen's and OLMoE's classes, which renormalises where the config says."""
+    """Return the gate of Qwen and OLMoE, which ``norm_topk_prob`` renormalises."""
     return GateSpec(renormalises=bool(config.get("norm_topk_prob", False)))
 
 
@@ -56,7 +92,7 @@ def plain_expert(
     inner_size: int,
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 ) -> ExpertTensors:
-    """Return an expert of three matrices of its own, called gate, up, down by ``names``."""
+    """Return an expert with its own tensors; ``names`` are those of gate, up and down."""
     gate, up, down = (f"{prefix}.{name}.weight" for name in names)
     wide, narrow = (inner_size, hidden_size), (hidden_size, inner_size)
     return ExpertTensors(Part(gate, wide), Part(up, wide), Part(down, narrow))

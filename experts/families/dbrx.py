@@ -18,6 +18,7 @@ from experts.families.base import (
     head_sizes,
     size,
 )
+from experts.families.common import routed_shape
 
 _OWN_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _ROPE_THETA = 10000.0
@@ -44,9 +45,10 @@ def _usual(config: Config) -> Config:
 
 
 def _transformers_config(config: Config) -> Config:
-    """Mend three things: transformers refuses an exponent of 1, and never reads ``rope_theta``.
+    """Return a configuration without three faults of transformers' class.
 
-    And where nothing is to be clipped, it fails.
+    The class refuses an integer exponent, never reads ``rope_theta``, and fails without a
+    ``clip_qkv``.
     """
     attention, experts = dict(config["attn_config"]), dict(config["ffn_config"])
     experts["moe_normalize_expert_weights"] = _norm_exponent(config)
@@ -55,20 +57,14 @@ def _transformers_config(config: Config) -> Config:
     attention["rope_theta"] = rope["rope_theta"]
     if attention.get("clip_qkv") is None:
         attention["clip_qkv"] = math.inf
-    mended = {"attn_config": attention, "ffn_config": experts, "rope_parameters": rope}
-    return {key: value for key, value in config.items() if key not in _OWN_KEYS} | mended
+    fixed = {"attn_config": attention, "ffn_config": experts, "rope_parameters": rope}
+    return {key: value for key, value in config.items() if key not in _OWN_KEYS} | fixed
 
 
 def _expert_shape(config: Config) -> ExpertShape:
     activation = config["ffn_config"].get("ffn_act_fn") or {}
-    return ExpertShape(
-        layers=tuple(range(config["num_hidden_layers"])),
-        num_experts=size(config, "num_local_experts"),
-        num_experts_per_tok=size(config, "num_experts_per_tok"),
-        hidden_size=config["hidden_size"],
-        intermediate_size=size(config, "intermediate_size"),
-        activation=str(activation.get("name", "silu")),
-    )
+    name = str(activation.get("name", "silu"))
+    return routed_shape(config, num_experts="num_local_experts", activation=name)
 
 
 def _expert_tensors(config: Config, layer_id: int, expert_id: int) -> ExpertTensors:

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from experts.families.base import (
-    Config,
-    ExpertShape,
-    ExpertTensors,
-    Family,
-    GateSpec,
-    Shapes,
-    size,
-)
-from experts.families.common import mlp_tensors, outer_tensors, plain_expert
+from experts.families.base import Config, ExpertShape, ExpertTensors, Family, GateSpec, Shapes, size
+from experts.families.common import mlp_tensors, outer_tensors, plain_expert, routed_shape
 
 _CORRECTION = "mlp.gate.e_score_correction_bias"
 
@@ -22,18 +14,16 @@ def _expert_shape(config: Config) -> ExpertShape:
     num_dense = config.get("first_k_dense_replace") or 0
     if type(num_dense) is not int or num_dense < 0:
         raise ValueError(f"first_k_dense_replace must be an integer (given: {num_dense!r:.40})")
-    return ExpertShape(
-        layers=tuple(range(num_dense, config["num_hidden_layers"])),
-        num_experts=size(config, "n_routed_experts"),
-        num_experts_per_tok=size(config, "num_experts_per_tok"),
-        hidden_size=config["hidden_size"],
-        intermediate_size=size(config, "moe_intermediate_size"),
-        activation=config.get("hidden_act", "silu"),
+    return routed_shape(
+        config,
+        num_experts="n_routed_experts",
+        intermediate_size="moe_intermediate_size",
+        layers=range(num_dense, config["num_hidden_layers"]),
     )
 
 
 def _check_groups(config: Config, least: int) -> None:
-    """Raise ``ValueError`` where a choice among groups of ``least`` experts or more has none."""
+    """Raise ``ValueError`` unless groups are equal, large enough, and have enough experts."""
     groups, chosen = size(config, "n_group"), size(config, "topk_group")
     experts, wanted = size(config, "n_routed_experts"), size(config, "num_experts_per_tok")
     if experts % groups or experts // groups < least:
@@ -117,10 +107,12 @@ def _latent_values(config: Config) -> int:
 
 
 def _predicting_layers(config: Config) -> tuple[str, ...]:
-    """Return how the names of layers begin that predict a token more, and are not served."""
+    """Return the prefixes of the layers for multi-token prediction, which are not served."""
     first, count = config["num_hidden_layers"], config.get("num_nextn_predict_layers") or 0
     if type(count) is not int or not 0 <= count <= first:
-        raise ValueError(f"num_nextn_predict_layers must be a few (given: {count!r:.40})")
+        raise ValueError(
+            f"num_nextn_predict_layers must be from 0 to {first} (given: {count!r:.40})"
+        )
     return tuple(f"model.layers.{layer_id}." for layer_id in range(first, first + count))
 
 

@@ -5,36 +5,16 @@ Dimension letters: E experts of a layer, I intermediate size, H hidden size.
 
 from __future__ import annotations
 
-from experts.families.base import (
-    Config,
-    ExpertShape,
-    ExpertTensors,
-    Family,
-    GateSpec,
-    Part,
-    Shapes,
-    head_sizes,
-    size,
-)
-from experts.families.common import layer_tensors, outer_tensors
+from functools import partial
+
+from experts.families.base import Config, ExpertTensors, Family, GateSpec, Part, Shapes, head_sizes
+from experts.families.common import layer_tensors, outer_tensors, routed_shape
 
 _EVEN, _ODD = (0, 2), (1, 2)
 
 
-def _expert_shape(config: Config) -> ExpertShape:
-    return ExpertShape(
-        layers=tuple(range(config["num_hidden_layers"])),
-        num_experts=size(config, "num_local_experts"),
-        num_experts_per_tok=size(config, "num_experts_per_tok"),
-        hidden_size=config["hidden_size"],
-        intermediate_size=size(config, "intermediate_size"),
-        activation="silu",
-        has_biases=True,
-    )
-
-
 def _expert_tensors(config: Config, layer_id: int, expert_id: int) -> ExpertTensors:
-    """Gates and ups alternate in one stack, which like that of the downs lies transposed."""
+    """Rows of gate and up alternate in one stack; both stacks of matrices are transposed."""
     num_experts, hidden = config["num_local_experts"], config["hidden_size"]
     inner, prefix = config["intermediate_size"], f"model.layers.{layer_id}.mlp.experts"
 
@@ -77,7 +57,9 @@ GPT_OSS = Family(
     architectures=("GptOssForCausalLM",),
     experts_module="transformers.models.gpt_oss.modeling_gpt_oss",
     experts_class="GptOssExperts",
-    expert_shape=_expert_shape,
+    expert_shape=partial(
+        routed_shape, num_experts="num_local_experts", activation="silu", has_biases=True
+    ),
     expert_tensors=_expert_tensors,
     dense_tensors=_dense_tensors,
     gate=lambda _: GateSpec(score="softmax_of_chosen", float32=()),

@@ -1,24 +1,16 @@
-"""Grok-1 (xAI 2024, github.com/xai-org/grok-1), in both layouts that it was published in.
+"""Grok-1 (xAI 2024, github.com/xai-org/grok-1), with both published sets of names.
 
-The released weights are no safetensors; two conversions are, which differ in names alone: one
-(``grok-1``) has Llama's, the other (``grok``) those of xAI's own code.
+The original weights are not safetensors. Two conversions to safetensors differ in names alone:
+``grok-1`` has Llama's names, ``grok`` those of xAI's own code.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
-from experts.families.base import (
-    Config,
-    ExpertShape,
-    ExpertTensors,
-    Family,
-    GateSpec,
-    Shapes,
-    head_sizes,
-    size,
-)
-from experts.families.common import plain_expert
+from experts.families.base import Config, ExpertTensors, Family, GateSpec, Shapes, head_sizes
+from experts.families.common import plain_expert, routed_shape
 
 _DEFAULTS = {
     "attn_output_multiplier": 0.08838834764831845,
@@ -29,7 +21,7 @@ _DEFAULTS = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
-"""Multipliers and limits as xAI's code has them."""
+"""The multipliers and limits in xAI's code."""
 
 _NAMES_OF_XAI = {
     "model.embed_tokens.weight": "transformer.in_out_embed.weight",
@@ -55,17 +47,6 @@ def _usual(config: Config) -> Config:
         if not isinstance(value, (int, float)) or not (value > 0 or isinstance(value, bool)):
             raise ValueError(f"{key} must be a positive number (given: {value!r:.40})")
     return _DEFAULTS | given | {"num_experts": count}
-
-
-def _expert_shape(config: Config) -> ExpertShape:
-    return ExpertShape(
-        layers=tuple(range(config["num_hidden_layers"])),
-        num_experts=size(config, "num_experts"),
-        num_experts_per_tok=size(config, "num_experts_per_tok"),
-        hidden_size=config["hidden_size"],
-        intermediate_size=size(config, "intermediate_size"),
-        activation="gelu_pytorch_tanh",
-    )
 
 
 def _experts(prefix: str, config: Config, expert_id: int) -> ExpertTensors:
@@ -100,7 +81,7 @@ def _dense_tensors(config: Config) -> Shapes:
 
 
 def name_of_xai(name: str) -> str:
-    """Return what xAI's code calls a tensor; ``KeyError`` for one of a layer that has none such."""
+    """Return a tensor's name in xAI's code; raises ``KeyError`` for an unknown part of a layer."""
     if not name.startswith("model.layers."):
         return _NAMES_OF_XAI.get(name, name)
     _, _, layer_id, part = name.split(".", 3)
@@ -124,7 +105,7 @@ GROK_1 = Family(
     architectures=("Grok1ModelForCausalLM", "Grok1ForCausalLM", "GrokForCausalLM"),
     experts_module=None,
     experts_class=None,
-    expert_shape=_expert_shape,
+    expert_shape=partial(routed_shape, activation="gelu_pytorch_tanh"),
     expert_tensors=_expert_tensors,
     dense_tensors=_dense_tensors,
     gate=lambda _: GateSpec(),

@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-from experts.families.base import (
-    Config,
-    ExpertShape,
-    ExpertTensors,
-    Family,
-    GateSpec,
-    Shapes,
-    size,
-)
-from experts.families.common import layer_tensors, outer_tensors, plain_expert
+from functools import partial
 
-
-def _expert_shape(config: Config) -> ExpertShape:
-    return ExpertShape(
-        layers=tuple(range(config["num_hidden_layers"])),
-        num_experts=size(config, "num_local_experts"),
-        num_experts_per_tok=size(config, "num_experts_per_tok"),
-        hidden_size=config["hidden_size"],
-        intermediate_size=size(config, "intermediate_size"),
-        activation=config.get("hidden_act", "silu"),
-    )
+from experts.families.base import Config, ExpertTensors, Family, GateSpec, Shapes
+from experts.families.common import layer_tensors, outer_tensors, plain_expert, routed_shape
 
 
 def _expert_tensors(config: Config, layer_id: int, expert_id: int) -> ExpertTensors:
@@ -45,7 +28,7 @@ MIXTRAL = Family(
     architectures=("MixtralForCausalLM",),
     experts_module="transformers.models.mixtral.modeling_mixtral",
     experts_class="MixtralExperts",
-    expert_shape=_expert_shape,
+    expert_shape=partial(routed_shape, num_experts="num_local_experts"),
     expert_tensors=_expert_tensors,
     dense_tensors=_dense_tensors,
     gate=lambda _: GateSpec(renormalises=True, float32=("scores", "weights")),

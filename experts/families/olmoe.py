@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from experts.families.base import (
-    Config,
-    ExpertShape,
-    ExpertTensors,
-    Family,
-    Shapes,
-    head_sizes,
-    size,
+from experts.families.base import Config, ExpertTensors, Family, Shapes, head_sizes
+from experts.families.common import (
+    layer_tensors,
+    outer_tensors,
+    plain_expert,
+    routed_shape,
+    softmax_gate,
 )
-from experts.families.common import layer_tensors, outer_tensors, plain_expert, softmax_gate
-
-
-def _expert_shape(config: Config) -> ExpertShape:
-    return ExpertShape(
-        layers=tuple(range(config["num_hidden_layers"])),
-        num_experts=size(config, "num_experts"),
-        num_experts_per_tok=size(config, "num_experts_per_tok"),
-        hidden_size=config["hidden_size"],
-        intermediate_size=size(config, "intermediate_size"),
-        activation=config.get("hidden_act", "silu"),
-    )
 
 
 def _expert_tensors(config: Config, layer_id: int, expert_id: int) -> ExpertTensors:
@@ -47,7 +34,7 @@ OLMOE = Family(
     architectures=("OlmoeForCausalLM",),
     experts_module="transformers.models.olmoe.modeling_olmoe",
     experts_class="OlmoeExperts",
-    expert_shape=_expert_shape,
+    expert_shape=routed_shape,
     expert_tensors=_expert_tensors,
     dense_tensors=_dense_tensors,
     gate=softmax_gate,

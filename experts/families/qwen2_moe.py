@@ -1,4 +1,4 @@
-"""Qwen2-MoE (Qwen Team 2024, Qwen1.5-MoE): routed experts beside one shared, gated by a sigmoid."""
+"""Qwen2-MoE (Qwen Team 2024, Qwen1.5-MoE): routed experts, and a shared expert behind a sigmoid."""
 
 from __future__ import annotations
 

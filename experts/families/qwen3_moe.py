@@ -8,7 +8,7 @@ from experts.families.common import layer_tensors, outer_tensors, softmax_gate
 
 
 def _usual(config: Config) -> Config:
-    # transformers saves the number of experts under another name than it was published with.
+    # transformers saves the number of experts under another key than the published one.
     count = config.get("num_experts", config.get("num_local_experts"))
     return {**config, "num_experts": count}
 

@@ -1,4 +1,4 @@
-"""The registry of model families: one small file each, found by the config's ``model_type``."""
+"""The model families by the ``model_type`` of a configuration."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -71,7 +72,7 @@ def convert(
             )
         fail("interrupted before a shard was whole; run the same command again", INTERRUPTED)
     if as_json:
-        write_json(done.to_json())
+        write_json(asdict(done))
     else:
         _print(done)
 

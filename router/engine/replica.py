@@ -134,7 +134,7 @@ class RouterReplica:
             model.id,
             model.dtype,
             num_pages * PAGE_SIZE,
-            "" if checkpoint.remote is None else f", {checkpoint.remote.told()}",
+            "" if checkpoint.remote is None else f", {checkpoint.remote.summary()}",
         )
         if experts.emulated_pools:
             logger.warning(

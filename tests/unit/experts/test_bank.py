@@ -218,7 +218,7 @@ class Numbered:
     hidden_size = 4
     dtype = torch.float32
     device = torch.device("cpu")
-    together = None
+    grouped = None
 
     def __init__(self, number: int) -> None:
         self._number = number

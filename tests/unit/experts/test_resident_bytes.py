@@ -59,7 +59,7 @@ def test_a_bank_counts_what_it_holds_now() -> None:
     for expert_id in range(3):
         bank.hold(ExpertKey("m", 0, expert_id), expert(64, 32, torch.float32))
     assert bank.num_bytes == 3 * 3 * 64 * 32 * 4
-    bank.let_go(ExpertKey("m", 0, 1))
+    bank.release(ExpertKey("m", 0, 1))
     assert bank.num_bytes == 2 * 3 * 64 * 32 * 4
 
 

@@ -96,7 +96,7 @@ class FakeNeighbours:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers_module, "CHUNK_BYTES", CHUNK_BYTES)
     monkeypatch.setattr(peers_module, "CHUNK_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(peers_module, "ASKED_AT_ONCE", 1)  # in order, so that all is determined
+    monkeypatch.setattr(peers_module, "PEERS_AT_ONCE", 1)  # in order, so that all is determined
     monkeypatch.setattr(peers_module.random, "shuffle", lambda nodes: nodes.sort())
 
 
@@ -147,7 +147,7 @@ def test_an_expert_is_fetched_whole_and_nothing_else_is(tmp_path: Path, dtype: t
     assert sum(end - begin for _, begin, end in neighbours.reads["b"]) == (
         checkpoint.remote.fetched_bytes
     )
-    assert checkpoint.remote.told().endswith("from another node")
+    assert checkpoint.remote.summary().endswith("from another node")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -220,7 +220,7 @@ def test_a_peer_whose_headers_disagree_with_themselves_is_passed_over(
     if liars == ["a"]:
         check_expert(folder, fetched(folder, neighbours))
         return
-    with pytest.raises(CheckpointMissingError, match="has other bytes than its shape"):
+    with pytest.raises(CheckpointMissingError, match="do not fit its shape"):
         fetched(folder, neighbours)
 
 
@@ -266,7 +266,7 @@ def test_a_peer_that_hangs_is_left(folder: Path) -> None:
 def test_a_node_that_does_not_answer_delays_nobody(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers_module, "ASKED_AT_ONCE", 8)
+    monkeypatch.setattr(peers_module, "PEERS_AT_ONCE", 8)
     neighbours = FakeNeighbours({"a": folder, "b": folder}, mute=["a"])
     check_expert(folder, fetched(folder, neighbours))  # within the test's own limit
     assert neighbours.connected == ["a", "b"]
@@ -386,7 +386,7 @@ def test_peers_are_gone_with_the_last_use_of_them_though_others_died(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.ERROR, "expertmesh.peers")  # or what is logged would be kept
-    monkeypatch.setattr(peers_module, "ASKED_AT_ONCE", 2)
+    monkeypatch.setattr(peers_module, "PEERS_AT_ONCE", 2)
     neighbours = FakeNeighbours({"a": None, "b": None, "c": folder, "d": folder})
     if reads_fail:
         neighbours.faults = {"c": dies, "d": dies}

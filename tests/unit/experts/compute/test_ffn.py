@@ -126,7 +126,7 @@ def test_many_rows_have_the_bits_of_linear(make: Make, hidden: int, inner: int) 
 @pytest.mark.parametrize("name", ["silu", "relu"])
 def test_a_placeless_activation_has_one_result_for_a_value(name: str) -> None:
     act = ACTIVATIONS[name]
-    assert act in ffn._PLACELESS
+    assert act in ffn._POSITION_FREE
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     values = values[values.isfinite()]
     single = torch.cat([act(value) for value in values.split(1)])
