@@ -1,10 +1,10 @@
-"""Expert capacity: how many of a step's tokens an expert takes, and who takes the others.
+"""Expert capacity: how many of a step's tokens an expert takes, and which experts take the rest.
 
 After GShard (Lepikhin et al. 2020, arXiv 2006.16668, section 2.2): each expert takes at most its
-capacity of a batch's tokens. All tokens' first choices are placed before their second ones, each in
-the tokens' order. What an expert has no room for goes to the token's next expert in line by the
-gate's probability; a token that finds no room at all passes the layer by its residual connection.
-It bounds what the busiest expert computes in a step, and so the step's time.
+capacity of a batch's tokens. The first choices of all tokens are placed before all second choices,
+in the order of the tokens. A token whose expert is full goes to its next expert by the gate's
+probability. A token that finds no room at all passes the layer by its residual connection. The
+capacity bounds the work of the busiest expert in a step, and so the step's time.
 
 Dimension letters: T tokens, K experts per token, E experts of the layer, H hidden size.
 """
@@ -25,7 +25,7 @@ from router.moe.missing import Choice, StepMissing, choose_anew
 
 
 def tokens_per_expert(config: CapacityConfig, num_pairs: int, num_experts: int) -> int:
-    """Return the capacity in a step whose tokens make ``num_pairs`` choices in all; at least 1."""
+    """Return the capacity of an expert in a step of ``num_pairs`` choices; at least 1."""
     if config.tokens is not None:
         return config.tokens
     assert config.factor is not None
@@ -34,10 +34,10 @@ def tokens_per_expert(config: CapacityConfig, num_pairs: int, num_experts: int) 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """What came of a capacity.
+    """A layer's choice within the capacity.
 
-    ``rows`` are the tokens whose experts are not those that they chose, ``overflow`` [E] how many
-    tokens each expert was asked to take and had no room for.
+    ``rows`` are the tokens that did not get the experts of the gate's choice. ``overflow`` [E]
+    counts the tokens that each expert had no room for.
     """
 
     choice: Choice
@@ -46,14 +46,14 @@ class Placed:
 
 
 class CapacityLimit:
-    """Holds one model's layers to a capacity, and counts what overflowed.
+    """Holds one model's layers to a capacity, and counts the overflow.
 
-    ``overflow`` has, by (layer, expert), the tokens that an expert was asked to take and had no
-    room for; for the engine's thread alone, others may read it.
+    ``overflow`` counts, by (layer, expert), the tokens that an expert had no room for. The engine's
+    thread alone writes it; any thread may read it.
     """
 
     def __init__(self, config: CapacityConfig, num_experts: int) -> None:
-        """``num_experts`` are those of each layer."""
+        """``num_experts`` is the number of experts in each layer."""
         self._config = config
         self._none_missing = np.zeros(num_experts, dtype=bool)
         self.overflow: Counter[tuple[int, int]] = Counter()
@@ -67,7 +67,7 @@ class CapacityLimit:
         hidden_states: torch.Tensor,
         choose_among: ChooseAmong,
     ) -> Choice:
-        """Return the experts that the tokens [T, H] get; ``record`` notes the changed choices."""
+        """Return the experts of the tokens [T, H]; ``record`` notes the changed choices."""
         missing = self._none_missing if missing is None else missing
         num_pairs = choice.ids.size if choice.pairs is None else len(choice.pairs)
         capacity = tokens_per_expert(self._config, num_pairs, len(missing))
@@ -80,10 +80,10 @@ class CapacityLimit:
 
 
 class _Room:
-    """The experts of each token, as they are placed one preference after the other."""
+    """The places of each token's experts, filled one preference after the other."""
 
     def __init__(self, num_tokens: int, wanted: np.ndarray, capacity: int, missing: np.ndarray):
-        self._wanted = wanted  # [T], how many experts each token is to have
+        self._wanted = wanted  # [T], the number of experts that each token wants
         self._capacity = capacity
         self._counts = np.zeros(len(missing), dtype=np.int64)  # [E]
         self.overflow = np.zeros(len(missing), dtype=np.int64)  # [E]
@@ -92,12 +92,15 @@ class _Room:
         self.tried = np.broadcast_to(missing, self.has.shape).copy()  # [T, E]
 
     def lacking(self) -> np.ndarray:
-        """Return the tokens that lack an expert and have not tried all."""
+        """Return the tokens that lack an expert and have not tried all experts."""
         lacks = (self.has.sum(axis=1) < self._wanted) & ~self.tried.all(axis=1)
         return np.flatnonzero(lacks)
 
     def ask(self, tokens: np.ndarray, experts: np.ndarray) -> None:
-        """Have each of ``tokens``, ascending, ask for one expert; those that have enough do not."""
+        """Place each of ``tokens``, ascending, with its one of ``experts`` if there is room.
+
+        Tokens that have all the experts that they want are skipped.
+        """
         lacks = self.has[tokens].sum(axis=1) < self._wanted[tokens]
         tokens, experts = tokens[lacks], experts[lacks]
         by_expert = np.argsort(experts, kind="stable")
@@ -118,12 +121,12 @@ def within_capacity(
     hidden_states: torch.Tensor,
     choose_among: ChooseAmong,
 ) -> Placed:
-    """Return what the tokens [T, H] get when each expert takes at most ``capacity`` of them.
+    """Return the choice of the tokens [T, H] when each expert takes at most ``capacity`` of them.
 
-    ``missing`` [E] are experts that cannot be asked at all. Where every expert has room the choice
-    comes back as it is. Otherwise no expert has more than its capacity, no token goes past an
-    expert that it prefers and that has room, and the weights of the tokens that had to are
-    normalised over what they got, as the gate does.
+    ``missing`` [E] experts take no tokens. Where every expert has room the choice is returned
+    unchanged. Otherwise no expert exceeds its capacity, and no token passes over an expert that it
+    prefers and that has room. The weights of a token with changed experts are normalised over its
+    new experts, as the gate does.
     """
     num_tokens, k = choice.ids.shape
     served = np.ones((num_tokens, k), dtype=bool)
@@ -139,7 +142,7 @@ def within_capacity(
     for tokens, experts in _in_line(np.arange(num_tokens), choice.ids, weights, served):
         room.ask(tokens, experts)
     before = -1
-    # It ends with a gate that names nobody new, too: one may that is given no numbers.
+    # The loop also ends when the gate names no new expert, as it does for scores that are NaN.
     while (tried := int(room.tried.sum())) > before and len(lacking := room.lacking()):
         before = tried
         for tokens, experts in _next(lacking, ~room.tried[lacking], hidden_states, choose_among):
@@ -158,7 +161,7 @@ def within_capacity(
 def _next(
     tokens: np.ndarray, allowed: np.ndarray, hidden_states: torch.Tensor, choose_among: ChooseAmong
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the next experts in line of ``tokens`` among those ``allowed``, rank by rank."""
+    """Yield the next experts of ``tokens`` among the ``allowed`` experts, rank by rank."""
     device = hidden_states.device
     chosen, weights = choose_among(
         hidden_states.index_select(0, torch.from_numpy(tokens).to(device)),
@@ -171,7 +174,7 @@ def _next(
 def _in_line(
     tokens: np.ndarray, ids: np.ndarray, weights: np.ndarray, valid: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield tokens and an expert of each, the likeliest first; of [T, K] only the ``valid``."""
+    """Yield tokens with one expert each, likeliest experts first; only ``valid`` [T, K] pairs."""
     order = np.argsort(np.where(valid, -weights, np.inf), axis=1, kind="stable")
     for rank in order.T:
         places = np.arange(len(tokens))

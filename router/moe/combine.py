@@ -1,4 +1,4 @@
-"""Combine: the weighted sum of the experts' rows, in an order that nothing else can change.
+"""Combine: the weighted sum of each token's expert rows, in a fixed order.
 
 Dimension letters: T tokens, K experts per token, P = T x K pairs, H hidden size.
 """
@@ -16,16 +16,16 @@ from cluster.wire.frames import Buffer
 from cluster.wire.tensors import to_bytes, to_raw
 
 CHUNK_VALUES = 1 << 19
-"""So many values are weighted at once on a CPU by torch. Weights in float32 make float32 of all of
-them, and two megabytes are in the cache when they are rounded; those of a whole prefill would be
-fresh pages in every layer, which costs ten times as much."""
+"""The most values that torch weights at once on a CPU. Weights in float32 widen all values to
+float32. Two megabytes of them stay in the processor's cache until they are rounded. Those of a
+whole prefill would be fresh pages in every layer, which costs ten times as much."""
 _NATIVE = {(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)}
 _NATIVE |= {(torch.float32, torch.float32)}
-"""Dtypes of rows and of weights."""
+"""The dtypes of rows and of weights that the native code sums."""
 
 
-class Received(NamedTuple):
-    """What an actor's experts made of some pairs: a row for each, one after the other."""
+class ExpertRows(NamedTuple):
+    """The unweighted output of an actor's experts: one row for each pair, in the pairs' order."""
 
     pairs: np.ndarray
     """int64, contiguous."""
@@ -33,23 +33,22 @@ class Received(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All that a layer's sums take but the experts' rows; :func:`prepare` makes one."""
+    """The operands of a layer's sums, without the experts' rows; made by :func:`prepare`."""
 
     weights: torch.Tensor
     slots: np.ndarray
     like: torch.Tensor
     sums: torch.Tensor | None = None
-    """Room for them, where native code sums; then there are these two."""
+    """Memory for the sums where native code sums; the two buffers below are set then as well."""
     weights_bytes: Buffer = b""
     sums_bytes: Buffer = b""
 
 
 def prepare(weights: torch.Tensor, slots: np.ndarray, like: torch.Tensor) -> Plan:
-    """Make ready for :func:`combine` what can be while the experts compute.
+    """Prepare :func:`combine` while the experts compute.
 
-    ``weights`` [T, K] are as the gate gave them. A pair's row has its place among its token's by
-    ``slots`` (:func:`router.moe.permute.slots_of`). Rows have the width and the dtype of ``like``
-    [T, H].
+    ``weights`` [T, K] are the gate's. ``slots`` order the rows of each token
+    (:func:`router.moe.permute.slots_of`). Rows have the width and the dtype of ``like`` [T, H].
     """
     is_known = (like.dtype, weights.dtype) in _NATIVE and weights.is_cpu and like.is_cpu
     if native is None or not is_known or not like.numel():
@@ -58,13 +57,12 @@ def prepare(weights: torch.Tensor, slots: np.ndarray, like: torch.Tensor) -> Pla
     return Plan(weights, slots, like, sums, to_bytes(weights), to_bytes(sums))
 
 
-def combine(received: list[Received], plan: Plan) -> torch.Tensor:
-    """Sum each token's rows, weighted, in the order of their slots.
+def combine(received: list[ExpertRows], plan: Plan) -> torch.Tensor:
+    """Sum each token's weighted rows in the order of their slots; a row not received counts as 0.
 
-    One that was not received is zeros. Each weighted row is rounded to the rows' dtype and
-    accumulated in it, one expert after the other: bit for bit what transformers' eager experts do,
-    whatever the placement, the number of actors or a retry. Returns [T, H], where the weights are;
-    the plan is used up.
+    Each weighted row is rounded to the rows' dtype and accumulated in it, one expert after the
+    other. The sums equal those of transformers' eager experts bit for bit, whatever the placement,
+    the number of actors or a retry. Returns [T, H] on the weights' device. A plan is used once.
     """
     weights, slots, like, sums, weights_bytes, sums_bytes = plan
     num_tokens, k = weights.shape

@@ -1,9 +1,9 @@
 """Dispatch: send each token's row to the actors that hold its experts, and bring the rows back.
 
 Each actor gets one frame a layer. Where an actor is dead, hung, overloaded or under another
-placement, its frame alone is sent again: at once where its experts have other copies
-(:mod:`router.moe.copy_choice` chooses), else under the then-current placement, until the deadline.
-Calls are pure, so sending one again is safe. All of this runs on the engine's thread.
+placement, only its frame is sent again: at once where its experts have other copies
+(:mod:`router.moe.copy_choice` chooses), else under the next placement, until the deadline. Calls
+are pure, so sending a frame again is safe. All of this runs on the engine's thread.
 
 Dimension letters: T tokens, K experts per token, H hidden size, P = T*K pairs.
 """
@@ -42,18 +42,19 @@ from cluster.wire.frames import (
 )
 from cluster.wire.tensors import dtype_name
 from router.control.placement_view import PlacementView
-from router.moe.combine import Received
+from router.moe.combine import ExpertRows
 from router.moe.copy_choice import Copies, has_other_copies
 from router.moe.pace import Pace
 from router.moe.permute import Layout, Layouts, Part, gather, lay_out, split
 from router.retry import RetryPolicy
 
 BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
-"""Between attempts where every expert has a copy."""
+"""The delays between attempts while every expert has a live copy."""
 MAX_REFUSALS = 3
-"""An expert's rows that are refused as malformed so often are the router's own fault."""
+"""So many refusals of an expert's rows as malformed are the router's own fault."""
 LATE_S = 0.5
-"""An answer that the deadline cuts off sooner is not late: the request's time was simply over."""
+"""Where a layer waits at least this long until the deadline, an expert is at fault. Where it waits
+less, the request's time was used up before."""
 
 logger = logging.getLogger("expertmesh.dispatch")
 
@@ -62,7 +63,7 @@ _Sent = tuple[Part, DispatchFrame, Call]
 
 @dataclass(slots=True)
 class _Attempt:
-    """Calls under way for one layer, and the placement under which they were sent."""
+    """The pending calls of one layer, and the placement under which they were sent."""
 
     placement: Placement
     sent_s: float
@@ -72,9 +73,9 @@ class _Attempt:
 
 @dataclass(slots=True)
 class PendingLayer:
-    """One layer that was sent and is not yet received; :meth:`wait` brings its rows.
+    """One layer that was sent and is not yet received; :meth:`wait` returns its rows.
 
-    Pair t * K + r is token t with the expert that the gate put at rank r. ``rows`` are [T, H].
+    Pair t * K + r is token t with the gate's choice of rank r. ``rows`` are [T, H].
     """
 
     dispatcher: Dispatcher
@@ -88,23 +89,27 @@ class PendingLayer:
     started_s: float
     attempt: _Attempt | None = None
     failures: int = 0
-    received: list[Received] = field(default_factory=list)
+    received: list[ExpertRows] = field(default_factory=list)
     failed: frozenset[str] = frozenset()
-    """Actors that failed in this layer; they are asked again only where there is no other."""
+    """Actors that failed in this layer; asked again only for experts without another copy."""
     refusals: tuple[int, ...] = ()
     """The experts whose rows were refused as malformed, once for each refusal."""
 
-    def wait(self) -> list[Received] | None:
+    def wait(self) -> list[ExpertRows] | None:
         """See :meth:`Dispatcher.wait`."""
         return self.dispatcher.wait(self)
 
     def keep(self) -> None:
-        """Copy the received rows: the transport's next wait may use their memory again."""
-        self.received = [Received(part.pairs, bytes(part.rows)) for part in self.received]
+        """Copy the received rows, since the transport's next wait may overwrite their memory."""
+        self.received = [ExpertRows(part.pairs, bytes(part.rows)) for part in self.received]
 
 
 class Dispatcher:
-    """Dispatches the layers of one model; one per router replica, used by one thread."""
+    """Dispatches the layers of one model; each router replica has one, used by one thread.
+
+    ``retries`` counts the frames that were sent again, by reason. ``calls`` counts frames by
+    transport.
+    """
 
     def __init__(
         self,
@@ -128,7 +133,7 @@ class Dispatcher:
         self.calls = transport.calls
 
     def missing(self, layer_id: int) -> np.ndarray | None:
-        """Return the experts of a layer without a live copy, bool [E]; ``None`` where all live."""
+        """Return the missing experts of a layer, bool [E]; ``None`` where none is missing."""
         placement = self._view.placement
         return None if placement is None else self._layouts.missing(placement, layer_id)
 
@@ -145,8 +150,8 @@ class Dispatcher:
 
         Pair t * K + r is token t with expert ``topk_ids[t, r]``, int64 [T, K]. An expert gets its
         rows by rank, then by token, as transformers' eager experts do, since a row's bits depend on
-        its place in the product. Only ``pairs`` are sent where they are given. ``traceparent`` goes
-        along with the frames of a traced layer.
+        its place in the matrix product. ``pairs``, where given, are the only pairs that are sent.
+        ``traceparent`` is sent with the frames of a traced layer.
 
         Returns ``None`` when an expert has no live copy; the caller decides. Raises
         :class:`ExpertUnavailableError` when no placement comes before ``deadline_s`` (wall clock),
@@ -165,12 +170,12 @@ class Dispatcher:
         )
         return layer if self._send(layer, pairs) else None
 
-    def wait(self, layer: PendingLayer) -> list[Received] | None:
-        """Return the experts' unweighted rows, and send again what gets no answer.
+    def wait(self, layer: PendingLayer) -> list[ExpertRows] | None:
+        """Return the experts' unweighted rows; sends a part again when its actor does not answer.
 
         The rows last until the next call of :meth:`wait`. Returns ``None`` when an expert has lost
-        its last live copy. Raises :class:`ExpertUnavailableError` when not every share came before
-        the deadline, and :class:`DeadlineExceededError` where no expert is at fault.
+        its last live copy. Raises :class:`ExpertUnavailableError` when an actor's answer does not
+        come before the deadline, and :class:`DeadlineExceededError` where no expert is at fault.
         """
         while failed := self._receive(layer):
             layer.keep()
@@ -218,11 +223,11 @@ class Dispatcher:
         return lay_out(dict(enumerate(chosen)), placement.generations)
 
     def _shunned(self, placement: Placement, layer: PendingLayer) -> frozenset[str]:
-        """Return the actors to be asked only where there is no other."""
+        """Return the actors to be asked only for experts without another copy."""
         return self._copies.avoided(placement.generations, time.monotonic()) | layer.failed
 
     def _unready(self, placement: Placement, shunned: Set[str]) -> frozenset[str]:
-        """Return the actors that are not shunned and to which no connection stands yet."""
+        """Return the actors without a connection yet, except ``shunned`` actors."""
         return frozenset(
             actor_id
             for actor_id, generation in placement.generations.items()
@@ -232,7 +237,7 @@ class Dispatcher:
     def _others(
         self, placement: Placement, layer: PendingLayer, parts: Sequence[Part]
     ) -> Sequence[bool]:
-        """Return of each part whether other actors hold all its experts and have not failed."""
+        """Return for each part whether other actors, none of them shunned, hold its experts."""
         if self._layouts.fixed(placement, layer.layer_id) is not None:
             return [False] * len(parts)
         holders = self._layouts.holders(placement, layer.layer_id)
@@ -251,12 +256,12 @@ class Dispatcher:
         if not parts:
             return attempt
         timeout_s = max(0.0, min(self._call_timeout_s, layer.deadline_s - now_s))
-        # Where others can do its work, an actor that does not answer is given up early.
+        # An actor whose experts have other copies is given up early when it does not answer.
         others = self._others(placement, layer, parts)
         hurried_s = timeout_s
         if any(others):
             hurried_s = min(timeout_s, self._pace.stall_s(most_rows))
-        # All parts' rows are gathered at once; each part's rows are a stretch of them.
+        # The rows of all parts are gathered at once; each part's rows are a slice of them.
         rows = gather(layer.rows, ordered, layer.k)
         row_bytes = len(rows) // len(ordered)
         hidden_size = layer.rows.shape[1]
@@ -291,7 +296,7 @@ class Dispatcher:
         return attempt
 
     def _receive(self, layer: PendingLayer) -> list[Part]:
-        """Take the answers of an attempt; return the parts that got none."""
+        """Take the answers of an attempt; returns the parts without an answer."""
         attempt = layer.attempt
         assert attempt is not None
         is_given_up = partial(self._is_given_up, attempt)
@@ -309,20 +314,21 @@ class Dispatcher:
         return failed
 
     def _is_given_up(self, attempt: _Attempt, call: Call) -> bool:
-        """Return whether to wait no longer for a call, as :meth:`_is_gone` says.
+        """Return whether to stop waiting for a call; see :meth:`_is_gone`.
 
-        Has the controller look at an actor that takes longer than answers do; meanwhile the wait
-        goes on.
+        Reports an actor to the controller when it takes longer than answers do. The wait goes on
+        meanwhile.
         """
         if time.time() - attempt.sent_s >= self._pace.stall_s(attempt.most_rows):
             self._suspect(call.actor_id, call.generation)
         return self._is_gone(attempt.placement.epoch, call)
 
     def _is_gone(self, epoch: int, call: Call) -> bool:
-        """Return whether the newest placement has given up the actor that a call went to.
+        """Return whether the newest placement has replaced or removed the actor of a call.
 
-        ``epoch`` is that of the placement under which the call was made. A new controller may not
-        know the actor yet; then nothing is said against it.
+        ``epoch`` is that of the placement under which the call was made. Under a new epoch, an
+        actor that the placement does not list may still live: the new controller does not know it
+        yet.
         """
         placement = self._view.placement
         if placement is None:
@@ -331,7 +337,7 @@ class Dispatcher:
         return placement.epoch == epoch if generation is None else generation != call.generation
 
     def _take(self, layer: PendingLayer, part: Part, sent: DispatchFrame, outcome: Outcome) -> bool:
-        """Keep the rows of an answer; returns whether there are any."""
+        """Keep the rows of an answer; returns false where the answer has no rows."""
         if isinstance(outcome, CallFailure):
             self.retries[outcome.value] += 1
             self._copies.avoid(part.actor_id, part.generation, time.monotonic())
@@ -345,14 +351,14 @@ class Dispatcher:
             return self._refused(layer, part, answer)
         expected = (sent.request_id, sent.num_rows, sent.hidden_size, sent.dtype)
         if not isinstance(answer, RowsFrame) or answer[:-1] != expected:
-            return self._damaged(part, "the answer is not the call's")
-        layer.received.append(Received(part.pairs, joined(answer.rows)))
+            return self._damaged(part, "the answer does not belong to the call")
+        layer.received.append(ExpertRows(part.pairs, joined(answer.rows)))
         return True
 
     def _refused(self, layer: PendingLayer, part: Part, answer: ErrorFrame) -> bool:
-        """Count a refusal; raises where a frame is malformed whichever way it goes.
+        """Count a refusal, so that the frame is sent again.
 
-        A frame that was damaged on its way is sent again.
+        Raises :class:`InternalError` for a frame that stays malformed however often it is sent.
         """
         if answer.error.code is not Code.INVALID_ARGUMENT:
             self.retries[answer.kind] += 1
@@ -364,14 +370,14 @@ class Dispatcher:
         return self._damaged(part, answer.error)
 
     def _damaged(self, part: Part, damage: object) -> bool:
-        """Count a frame that was damaged on its way to or from an actor."""
-        logger.warning("%s g%d, a damaged frame: %s", part.actor_id, part.generation, damage)
+        """Count a frame that was damaged on its way to or from an actor; returns false."""
+        logger.warning("%s g%d: a damaged frame: %s", part.actor_id, part.generation, damage)
         self.retries["malformed"] += 1
         self._transport.renew(part.actor_id)
         return False
 
     def _late(self, layer: PendingLayer) -> ExpertMeshError:
-        """Return the error of a passed deadline: an expert's fault, or the request's time."""
+        """Return the error of a passed deadline: an expert is at fault, or the time is used up."""
         if layer.failures or time.time() - layer.started_s >= LATE_S:
             return ExpertUnavailableError(
                 "an expert has no live copy that answers in time", self._model, 1.0
@@ -379,7 +385,7 @@ class Dispatcher:
         return DeadlineExceededError("the request's deadline passed")
 
     def _back_off(self, layer: PendingLayer) -> None:
-        """Wait a moment for another placement."""
+        """Wait a moment, or less if a new placement comes."""
         assert layer.attempt is not None
         remaining_s = max(0.0, layer.deadline_s - time.time())
         wait_s = BACKOFF.delay_s(layer.failures, random.random()) or 0.0

@@ -1,8 +1,8 @@
 """The gate: which experts a token goes to, and with which weights.
 
 One module serves every family, by its :class:`experts.families.base.GateSpec`. It takes the place
-of transformers' gate, whose ids and weights it gives bit for bit, and it can choose anew without
-some experts: missing ones, and those without room.
+of transformers' gate and gives the same ids and weights bit for bit. It can also choose without
+some experts: missing experts, and experts without room.
 
 Dimension letters: T tokens, H hidden size, E experts, K experts per token, G groups.
 """
@@ -20,7 +20,7 @@ ChooseAmong = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.T
 """Maps hidden states [T, H] and the allowed experts, bool [T, E], to ids and weights [T, K]."""
 
 _LEAST_SUM = 1e-20
-"""DeepSeek-V3's, added to the sum of sigmoids, which may be 0."""
+"""Added to the sum of sigmoids, which may be 0; the value is DeepSeek-V3's."""
 
 
 class Gate(nn.Module):
@@ -49,7 +49,7 @@ class Gate(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         """Map hidden states [..., H] to ``None``, weights and ids [T, K], for transformers' blocks.
 
-        These expect logits in the first place and do not use them.
+        The blocks expect logits first, but do not use them.
         """
         ids, weights = self.choose(hidden_states.flatten(0, -2))
         return None, weights, ids
@@ -59,10 +59,9 @@ class Gate(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ids, int64, and weights of the K best experts of each of the hidden states [T, H].
 
-        With ``allowed``, bool [T, E], the K best of the allowed experts are chosen, the next in
-        line in place of the others (GShard, Lepikhin et al. 2020, section 2.2); weights that are
-        normalised are so over these. Where a row has fewer than K, ids that are not allowed fill
-        it, with a weight of 0.
+        With ``allowed``, bool [T, E], the K best of the allowed experts are chosen (GShard,
+        Lepikhin et al. 2020, section 2.2), and weights are normalised over them. Where a row is
+        allowed fewer than K experts, other ids fill it, with a weight of 0.
         """
         scores = self._scores(hidden_states, allowed)
         ranks = self._ranks(scores, allowed)
@@ -70,18 +69,18 @@ class Gate(nn.Module):
         are_scores = allowed is None and self._correction is None
         weights = self._weights(values if are_scores else scores.gather(1, ids))
         if allowed is not None:
-            # Last, because a row without an allowed expert was divided by 0.
+            # Last, because a row without an allowed expert divides by 0 before.
             weights = weights.masked_fill(~allowed.gather(1, ids), 0.0)
         return ids, weights.to(hidden_states.dtype) if self._rounds_weights else weights
 
     def _scores(self, hidden_states: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
-        """Return scores [T, E]; those of a softmax are shares of all, or of the allowed experts."""
+        """Return scores [T, E]; a softmax is over all experts, or over the allowed experts."""
         spec = self._spec
         logits = self._logits_of(
             hidden_states.float() if "logits" in spec.float32 else hidden_states
         )
         if allowed is not None and not spec.weights_are_of_all:
-            # Before the softmax: beside an expert that is not allowed all others may round to 0.
+            # Before the softmax, where the large score of a forbidden expert rounds others to 0.
             logits = logits.masked_fill(~allowed, -torch.inf)
         if spec.score == "softmax":
             return logits.softmax(-1, dtype=self._scores_dtype)
@@ -99,7 +98,7 @@ class Gate(nn.Module):
     def _below_all(self) -> float:
         """Return a rank below every allowed expert's.
 
-        It is finite for the sums of groups: one with an allowed expert ranks above one without.
+        It is finite for the sums of groups: a group with an allowed expert ranks above the others.
         """
         if self._spec.score == "softmax_of_chosen":
             return -torch.inf
@@ -108,7 +107,7 @@ class Gate(nn.Module):
     def _of_best_groups(self, ranks: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
         """Return the ranks [T, E] with those of all but the best groups made lowest.
 
-        A row that is allowed no more than K experts may take them from all groups.
+        A row with at most K allowed experts may take them from all groups.
         """
         spec = self._spec
         groups = ranks.unflatten(1, (spec.num_groups, -1))  # [T, G, E / G]
@@ -117,12 +116,12 @@ class Gate(nn.Module):
         left_out = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
         if allowed is not None:
             left_out &= allowed.sum(dim=1, keepdim=True) > self._top_k
-        # transformers' DeepSeek-V2 has 0 here, which ties with experts whose share rounds to 0.
+        # transformers' DeepSeek-V2 has 0 here, a tie with experts whose share rounds to 0.
         lowest = 0.0 if allowed is None and spec.score == "softmax" else -torch.inf
         return groups.masked_fill(left_out.unsqueeze(-1), lowest).flatten(1)
 
     def _weights(self, scores: torch.Tensor) -> torch.Tensor:
-        """Return the weights [T, K] that the scores of the chosen experts make."""
+        """Return the weights [T, K] for the scores of the chosen experts."""
         spec = self._spec
         if spec.score == "softmax_of_chosen":
             scores = scores.softmax(-1)

@@ -29,12 +29,12 @@ from router.observability.tracing import StepTrace, traceparent
 class StepContext:
     """One engine step, as its MoE layers see it.
 
-    ``deadline_s`` (wall clock) bounds every wait. ``sizes`` [W] are the works' numbers of tokens in
-    the order of the step's tokens, ``contracts`` [W] their requests' ``on_expert_loss``. ``trace``
-    is there where the step is traced.
+    ``deadline_s`` (wall clock) bounds every wait. ``sizes`` [W] are the works' numbers of tokens,
+    in the order of the step's tokens. ``contracts`` [W] are their requests' ``on_expert_loss``.
+    ``trace`` is set where the step is traced.
 
-    The layers leave two things behind: ``missing`` is there once an expert was missing or had no
-    room, and ``layer_times_s`` has the duration of every layer, from its choice to its sums.
+    The layers set two results. ``missing`` is set once an expert was missing or had no room.
+    ``layer_times_s`` has the duration of every layer, from its choice to its sums.
     """
 
     deadline_s: float
@@ -45,7 +45,7 @@ class StepContext:
     layer_times_s: list[float] = field(default_factory=list)
 
     def without_experts(self) -> StepMissing:
-        """Return the record of what the step computes without an expert; begins it."""
+        """Return the record of the step's missing experts; the first call begins it."""
         if self.missing is None:
             self.missing = StepMissing(self.sizes, self.contracts)
         return self.missing
@@ -54,12 +54,12 @@ class StepContext:
 class MoELayers:
     """The MoE layers of one model; their experts are actors.
 
-    ``step`` is the step that is being computed: transformers' blocks hand their experts hidden
-    states and choices alone, so :class:`router.model.model.MoEModel` leaves the step here.
+    ``step`` is the current step, set by :class:`router.model.model.MoEModel`: transformers' blocks
+    hand their experts nothing but hidden states and choices.
     """
 
     def __init__(self, dispatcher: Dispatcher, limit: CapacityLimit | None = None) -> None:
-        """Send rows by ``dispatcher``; ``limit`` bounds the tokens of an expert in a step."""
+        """Send rows through ``dispatcher``; ``limit`` bounds the tokens of an expert in a step."""
         self._dispatcher = dispatcher
         self._limit = limit
         self.step: StepContext | None = None
@@ -86,7 +86,7 @@ class MoELayers:
         gate_choice = Choice(to_ids(topk_ids), topk_weights)
         try:
             combined = None
-            while combined is None:  # again only where an expert is lost while the layer is sent
+            while combined is None:  # repeats when an expert loses its last copy meanwhile
                 choice = self._choose(step, layer_id, hidden_states, gate_choice, choose_among)
                 combined = self._compute(step, layer_id, hidden_states, choice, context)
         finally:
@@ -144,13 +144,13 @@ class MoELayers:
 
 
 class RemoteExperts(nn.Module):
-    """Takes the place of a family's experts module; has no parameters."""
+    """The module that takes the place of a family's experts; has no parameters."""
 
-    # transformers initialises what is not marked; there is nothing to initialise here.
+    # Without this mark transformers would initialise the module.
     _is_hf_initialized = True
 
     def __init__(self, config: Any) -> None:
-        """``config`` is transformers'; the attributes are set after the model is built."""
+        """``config`` is transformers' and unused; attributes are set after the model is built."""
         super().__init__()
         self.layer_id = -1
         self.layers: MoELayers | None = None

@@ -1,16 +1,16 @@
 """Missing experts: which sequences of a step wait for them, and which go on without them.
 
-An expert without a live copy is missing. The contract of a request, its ``on_expert_loss``, says
-what happens to a row that chose a missing expert:
+An expert without a live copy is missing. The contract of a request, its ``on_expert_loss``,
+decides about a row that chose a missing expert:
 
 - ``strict``: the sequence waits. All of its rows are left out of the rest of the step, and no token
   is sampled for it.
-- ``next_expert``: the next live expert in line takes the row. Where a whole layer is missing there
-  is no next expert, and the sequence waits.
+- ``next_expert``: the live expert with the next best score takes the row. Where a whole layer is
+  missing there is no such expert, and the sequence waits.
 - ``drop``: the expert's share is left out. Where a whole layer is missing the row passes the layer
   by its residual connection, as GShard's overflowed tokens do (Lepikhin et al. 2020, section 2.2).
 
-``next_expert`` and ``drop`` normalise the weights over the experts that are left, as the gate does.
+``next_expert`` and ``drop`` normalise the weights over the remaining experts, as the gate does.
 
 Dimension letters: T tokens, K experts per token, E experts of the layer, H hidden size, W works.
 """
@@ -27,14 +27,14 @@ import torch
 from router.moe.gate import ChooseAmong
 
 Awaited = tuple[int, int]
-"""An expert that has no live copy and is waited for: (layer, expert)."""
+"""A missing expert that a sequence waits for: (layer, expert)."""
 
 
 @dataclass(slots=True)
 class Choice:
     """The experts of a layer's tokens: ids and weights [T, K].
 
-    ``pairs`` are the pairs of the T * K that are computed at all; ``None`` is all of them.
+    ``pairs`` are the computed pairs of the T * K pairs; ``None`` is all of them.
     """
 
     ids: np.ndarray
@@ -43,11 +43,11 @@ class Choice:
 
 
 class StepMissing:
-    """The record of one step that meets missing experts, and what it means for the step's works.
+    """The record of one step with missing experts: which works wait, and which are inexact.
 
-    ``awaited`` maps the place of a work to the experts that it waits for; what was computed for the
-    work is of no use. ``inexact`` are the places of the works of which a row was computed without
-    an expert that it chose.
+    ``awaited`` maps the place of a work to the experts that it waits for; such a work is computed
+    again later. ``inexact`` are the places of works with a row that was computed without an expert
+    that the gate chose.
     """
 
     def __init__(self, sizes: Sequence[int], contracts: Sequence[str]) -> None:
@@ -70,9 +70,9 @@ class StepMissing:
         choice: Choice,
         choose_among: ChooseAmong,
     ) -> Choice:
-        """Return what the tokens [T, H] choose, given the gate's own choice and the missing [E].
+        """Return the choice of the tokens [T, H] without the ``missing`` experts [E].
 
-        Notes which works wait and which are inexact.
+        ``choice`` is the gate's. Records which works wait and which are inexact.
         """
         if missing is None and not self.awaited:
             return choice
@@ -94,20 +94,20 @@ class StepMissing:
         return self._without(missing, hidden_states, choice, choose_among, rows, going)
 
     def touch(self, rows: np.ndarray) -> None:
-        """Note tokens that were computed without an expert that they chose, for another reason."""
+        """Record rows that are inexact since an expert had no room for them."""
         self._touched[rows] = True
         self.inexact.update(self._owners[rows].tolist())
 
     def rows_by_contract(self) -> Counter[str]:
-        """Return how many rows of works that do not wait were computed inexactly, by contract."""
+        """Return the number of inexact rows by contract, without the rows of works that wait."""
         kept = self._touched & ~self._waits[self._owners]
         return Counter(self._contracts[kept].tolist())
 
     def _await(self, layer_id: int, ids: np.ndarray, waiting: np.ndarray) -> None:
-        """Have the works of the ``waiting`` pairs, bool [T, K], wait for the pairs' experts."""
+        """Record the works of ``waiting`` pairs, bool [T, K], with the experts that they await."""
         tokens, ranks = waiting.nonzero()
-        found = zip(self._owners[tokens].tolist(), ids[tokens, ranks].tolist(), strict=True)
-        for place, expert_id in set(found):
+        pairs = zip(self._owners[tokens].tolist(), ids[tokens, ranks].tolist(), strict=True)
+        for place, expert_id in set(pairs):
             awaited = self.awaited.get(place, frozenset())
             self.awaited[place] = awaited | {(layer_id, expert_id)}
             self._waits[place] = True
@@ -121,7 +121,7 @@ class StepMissing:
         rows: np.ndarray,
         going: np.ndarray,
     ) -> Choice:
-        """Choose anew for ``rows``; the others' choices stay as they are, bit for bit."""
+        """Choose anew for ``rows``; the choices of other rows stay, bit for bit."""
         own = np.zeros((len(rows), len(missing)), dtype=bool)
         np.put_along_axis(own, choice.ids[rows], True, axis=1)
         allowed = ~missing & (own | (self._contracts[rows] != "drop")[:, None])  # [rows, E]
@@ -137,10 +137,10 @@ def choose_anew(
     hidden_states: torch.Tensor,
     choose_among: ChooseAmong,
 ) -> Choice:
-    """Choose for ``rows`` among ``allowed`` [rows, E]; the others stay as they are, bit for bit.
+    """Choose for ``rows`` among ``allowed`` [rows, E]; the choices of other rows stay, bit for bit.
 
-    ``served`` [T, K] are the pairs that are computed now. Where fewer than K are allowed, only
-    those are served.
+    ``served`` [T, K] are the pairs that are computed now. A row with fewer than K allowed experts
+    is served by these alone.
     """
     device = hidden_states.device
     index = torch.from_numpy(rows).to(device)

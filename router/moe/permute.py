@@ -1,9 +1,9 @@
-"""Permute: which actor computes which rows of a layer, and where the rows belong afterwards.
+"""Permute: orders a layer's rows by the actors that compute them, and back by token.
 
-A layer's choices are ordered by the actors that hold the experts, so that each actor's rows are one
-stretch. Each function here stands for several small operations on arrays. In a step of few tokens
-their number is the cost of a layer, so native code does each at once (:mod:`cluster.native`), and
-numpy without it.
+The pairs of a layer are ordered by the actors that hold the experts, so that each actor's rows are
+contiguous. Each function here needs several small array operations. In a step of few tokens their
+number decides the time of a layer, so native code (:mod:`cluster.native`) does them at once. numpy
+does them where the native code is not built.
 
 Dimension letters: T tokens, K experts per token, P = T x K pairs, E experts, H hidden size. Pair
 t * K + r is token t with the expert that the gate put at rank r.
@@ -27,7 +27,7 @@ from cluster.wire.tensors import to_bytes, to_raw
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """The actor of a share of a layout; ``actor_id`` is ``None`` where no copy is live."""
+    """The actor of some experts of a layout; ``actor_id`` is ``None`` for missing experts."""
 
     actor_id: str | None
     generation: int
@@ -35,9 +35,9 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One layer's experts, ordered so that the experts of one holder stand together.
+    """One layer's experts, ordered so that the experts of one holder are adjacent.
 
-    ``expert_of`` [E] is the expert at each place. ``ends`` are the ends of the holders' places.
+    ``expert_of`` [E] is the expert at each place. ``ends`` are where the holders' places end.
     """
 
     expert_of: np.ndarray
@@ -46,7 +46,7 @@ class Layout:
 
 
 class Part(NamedTuple):
-    """The pairs of a layer that one actor computes, grouped by expert."""
+    """The pairs of a layer that one actor computes, grouped by expert; ``counts`` are by expert."""
 
     actor_id: str
     generation: int
@@ -80,23 +80,23 @@ def split(
 
     ``expert_ids`` [P] is the expert of every pair of the layer. ``pairs`` are the pairs to divide,
     ascending; ``None`` is all of them. Returns three things: the pairs that have an actor, ordered
-    by expert, then by rank, then by token; the actors' parts, each a stretch of that order; the
-    pairs whose expert has no live copy.
+    by expert, then by rank, then by token; the actors' parts, each a slice of that order; the pairs
+    whose expert is missing.
     """
     ordered, shares = route(expert_ids, k, layout.expert_of, layout.ends, pairs)
     parts: list[Part] = []
     first = 0
-    for holder, (asked_ids, counts, begin, end) in zip(layout.holders, shares, strict=True):
+    for holder, (share_ids, counts, begin, end) in zip(layout.holders, shares, strict=True):
         if holder.actor_id is None:  # always the first share
             first = end
-        elif asked_ids:
-            asked = ordered[begin:end]
-            parts.append(Part(holder.actor_id, holder.generation, asked_ids, counts, asked))
+        elif share_ids:
+            part_pairs = ordered[begin:end]
+            parts.append(Part(holder.actor_id, holder.generation, share_ids, counts, part_pairs))
     return ordered[first:], parts, ordered[:first]
 
 
 class Layouts:
-    """The layers of one model under one placement; kept until another placement is asked about."""
+    """The layouts of one model's layers under the latest placement that was asked about."""
 
     def __init__(self, model: str) -> None:
         """``model`` is the model's id in the placement."""
@@ -120,7 +120,10 @@ class Layouts:
         return holders
 
     def fixed(self, placement: Placement, layer_id: int) -> Layout | None:
-        """Return the only layout of a layer; ``None`` where an expert has several copies."""
+        """Return the only possible layout of a layer; ``None`` where an expert has several copies.
+
+        Missing experts are laid out without an actor.
+        """
         holders = self.holders(placement, layer_id)
         if layer_id not in self._fixed:
             layout = None
@@ -131,12 +134,12 @@ class Layouts:
         return self._fixed[layer_id]
 
     def missing(self, placement: Placement, layer_id: int) -> np.ndarray | None:
-        """Return the experts of a layer without a live copy, bool [E]; ``None`` where all live."""
+        """Return the missing experts of a layer, bool [E]; ``None`` where none is missing."""
         self._keep(placement)
         return self._missing.get(layer_id)
 
     def _keep(self, placement: Placement) -> None:
-        """Forget what another placement said."""
+        """Forget the layouts of an earlier placement."""
         if placement is not self._placement:
             self._placement = placement
             self._holders, self._fixed = {}, {}
@@ -144,7 +147,7 @@ class Layouts:
 
 
 def missing_by_layer(placement: Placement, model: str) -> dict[int, np.ndarray]:
-    """Return the experts without a live copy, bool [E], of each layer that has any."""
+    """Return the missing experts, bool [E], of each layer with missing experts."""
     missing = [key for key in placement.missing() if key.model == model]
     sizes = Counter(key.layer_id for key in placement.holders if key.model == model)
     masks = {key.layer_id: np.zeros(sizes[key.layer_id], dtype=bool) for key in missing}
@@ -154,10 +157,10 @@ def missing_by_layer(placement: Placement, model: str) -> dict[int, np.ndarray]:
 
 
 def slots_of(ids: np.ndarray) -> np.ndarray:
-    """Return where each pair's row stands, int64 [P]: a token's rows by ascending expert.
+    """Return the slot of each pair's row, int64 [P]: a token's rows by ascending expert.
 
-    ``ids`` [T, K] are the gate's choices, int64 and contiguous. In that order their sum is the same
-    whoever computes the shares.
+    ``ids`` [T, K] are the gate's choices, int64 and contiguous. Summed in the order of slots, rows
+    give the same result whichever actors compute them.
     """
     k = ids.shape[1]
     slots = np.empty(ids.size, np.int64)
@@ -170,7 +173,7 @@ def slots_of(ids: np.ndarray) -> np.ndarray:
 
 
 Share = tuple[tuple[int, ...], tuple[int, ...], int, int]
-"""Some experts' ids and numbers of pairs, and where in the order their pairs begin and end."""
+"""The experts of one actor: ids, numbers of pairs, and the begin and end of their pairs."""
 
 
 def route(
@@ -182,9 +185,9 @@ def route(
 ) -> tuple[np.ndarray, list[Share]]:
     """Order pairs by their expert's place, then by rank, then by token.
 
-    ``expert_ids`` int64 [P] has the expert of every pair of the layer, ``expert_of`` int64 [E] the
-    expert at every place; ``pairs`` ascend, ``None`` is all of them. Shares of the places go up to
-    ``ends``, int64. Returns the pairs in order, and for each share those of its experts that have
+    ``expert_ids`` int64 [P] is the expert of every pair of the layer, ``expert_of`` int64 [E] the
+    expert at every place, ``ends`` int64 the end of each share of the places. ``pairs`` ascend;
+    ``None`` is all of them. Returns the pairs in order, and each share with its experts that have
     pairs.
     """
     if native is not None:
@@ -200,14 +203,14 @@ def route(
     bounds = [0, *np.cumsum(counts).tolist()]
     shares = []
     for start, end in itertools.pairwise([0, *ends.tolist()]):
-        asked = start + np.flatnonzero(counts[start:end])
-        ids, numbers = tuple(expert_of[asked].tolist()), tuple(counts[asked].tolist())
+        used = start + np.flatnonzero(counts[start:end])
+        ids, numbers = tuple(expert_of[used].tolist()), tuple(counts[used].tolist())
         shares.append((ids, numbers, bounds[start], bounds[end]))
     return pairs[keys.argsort()], shares
 
 
 def gather(rows: torch.Tensor, ordered: np.ndarray, k: int) -> memoryview:
-    """Return the bytes of the token's row of each pair, of rows [T, H]."""
+    """Return the bytes of rows [T, H], permuted: the row of each pair's token."""
     if native is not None:
         row_bytes = rows.shape[1] * rows.itemsize
         return memoryview(native.gather(to_bytes(rows), ordered, k, row_bytes))

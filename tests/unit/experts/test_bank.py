@@ -29,7 +29,7 @@ from experts.checkpoint.expert_weights import load_expert
 from experts.compute.ffn import ACTIVATIONS
 from experts.families.base import ACTIVATION_NAMES
 from router.control.placement_view import PlacementView
-from router.moe.combine import Received, combine, prepare
+from router.moe.combine import ExpertRows, combine, prepare
 from router.moe.dispatch import Dispatcher
 from router.moe.layer import MoELayers, StepContext
 from tests.checkpoints import save_mixtral
@@ -444,7 +444,7 @@ def test_combine_sums_in_the_rows_own_precision_in_the_given_order() -> None:
     # 256 + 1 is not a bf16 number: each 1 is lost when added to 256, not when added first.
     rows = torch.tensor([[256.0], [1.0], [1.0], [1.0], [1.0], [256.0]]).bfloat16()
     weights = torch.ones(2, 3)
-    received = [Received(np.arange(6), to_bytes(rows))]
+    received = [ExpertRows(np.arange(6), to_bytes(rows))]
     sums = combine(received, prepare(weights, np.arange(6), torch.empty(2, 1).bfloat16()))
     assert sums.flatten().tolist() == [256.0, 258.0]
 
@@ -452,7 +452,7 @@ def test_combine_sums_in_the_rows_own_precision_in_the_given_order() -> None:
 def test_combine_leaves_its_arguments_alone() -> None:
     rows, weights = torch.ones(4, 3), torch.full((2, 2), 0.5)
     like = torch.full((2, 3), 7.0)
-    received = [Received(np.arange(4), to_bytes(rows))]
+    received = [ExpertRows(np.arange(4), to_bytes(rows))]
     assert torch.equal(combine(received, prepare(weights, np.arange(4), like)), torch.ones(2, 3))
     assert torch.equal(like, torch.full((2, 3), 7.0))
     assert torch.equal(rows, torch.ones(4, 3))

@@ -18,7 +18,7 @@ import router.moe.combine
 from cluster import native as built
 from cluster.wire.tensors import to_bytes, to_raw
 from router.moe import permute as rows
-from router.moe.combine import Received, combine, prepare
+from router.moe.combine import ExpertRows, combine, prepare
 from router.moe.permute import Share, gather, route, slots_of
 
 IMPLEMENTATIONS = [None] if built.native is None else [None, built.native]
@@ -98,11 +98,11 @@ def shares_of(expert_of: list[int], ends: list[int], asked: list[int]) -> Iterat
         begin, place = begin + sum(counts), end
 
 
-def received_in(pieces: int, values: torch.Tensor, slots: np.ndarray) -> list[Received]:
+def received_in(pieces: int, values: torch.Tensor, slots: np.ndarray) -> list[ExpertRows]:
     """The rows as so many actors would send them: what stands in slot s is of the pair with s."""
     raw = to_raw(values)
     return [
-        Received(pairs.copy(), raw[slots[pairs]].tobytes())
+        ExpertRows(pairs.copy(), raw[slots[pairs]].tobytes())
         for pairs in (np.arange(slots.size)[place::pieces] for place in range(pieces))
     ]
 
@@ -159,7 +159,7 @@ def test_what_is_not_finite_and_what_is_halfway_are_rounded_as_torch_rounds(
     values = torch.tensor([numbers, numbers[::-1]]).to(dtype)
     for weight in (0.0, 1.0, -1.0, 1.5, inf, 1.00390625):
         weights = torch.tensor([[weight, 1.0]])
-        received = [Received(np.array([1, 0]), to_bytes(values))]
+        received = [ExpertRows(np.array([1, 0]), to_bytes(values))]
         got = combine(received, prepare(weights, np.array([1, 0]), values[:1]))
         expected = slow_sum(values, weights, [1, 0])
         assert torch.equal(got.isnan(), expected.isnan())
@@ -173,9 +173,9 @@ def test_a_large_sum_is_as_its_single_tokens_are(monkeypatch: pytest.MonkeyPatch
     values = torch.randn(400, 700, generator=generator).bfloat16()  # moved without the interpreter
     weights = torch.rand(200, 2, generator=generator)
     slots, like = np.arange(400), values[:200]
-    got = combine([Received(slots, to_bytes(values))], prepare(weights, slots, like))
+    got = combine([ExpertRows(slots, to_bytes(values))], prepare(weights, slots, like))
     for token in range(0, 200, 7):
-        own = [Received(slots[:2], to_bytes(values[2 * token : 2 * token + 2]))]
+        own = [ExpertRows(slots[:2], to_bytes(values[2 * token : 2 * token + 2]))]
         expected = combine(own, prepare(weights[token : token + 1], slots[:2], like[:1]))
         assert torch.equal(got[token : token + 1], expected)
     assert combine([], prepare(weights[:0], slots[:0], like[:0])).shape == (0, 700)
@@ -186,7 +186,7 @@ def test_a_large_sum_is_as_its_single_tokens_are(monkeypatch: pytest.MonkeyPatch
 def test_pairs_whose_rows_were_not_received_are_zeros(dtype: torch.dtype) -> None:
     rows = torch.tensor([[3.0, 4.0], [5.0, 6.0]]).to(dtype)
     weights, slots = torch.tensor([[0.5, 1.0], [1.0, 2.0]]), np.array([1, 0, 2, 3])
-    received = [Received(np.array([3, 0]), to_bytes(rows))]
+    received = [ExpertRows(np.array([3, 0]), to_bytes(rows))]
     assert combine(received, prepare(weights, slots, rows)).tolist() == [[2.5, 3.0], [6.0, 8.0]]
     assert combine([], prepare(weights, slots, rows)).tolist() == [[0, 0], [0, 0]]
 
@@ -196,7 +196,7 @@ def test_rows_are_summed_from_wherever_they_lie() -> None:
     values = torch.arange(6.0).view(2, 3)
     apart = memoryview(b"x" + bytes(to_bytes(values)))[1:]  # not where a float would begin
     weights, slots = torch.tensor([[1.0], [10.0]]), np.arange(2)
-    sums = combine([Received(slots, apart)], prepare(weights, slots, values))
+    sums = combine([ExpertRows(slots, apart)], prepare(weights, slots, values))
     assert sums.tolist() == [[0, 1, 2], [30, 40, 50]]
 
 
@@ -208,7 +208,7 @@ def test_many_rows_are_moved_whole() -> None:
     assert bytes(moved) == values.numpy()[order].tobytes()
     ones = torch.ones(600, 1)
     assert torch.equal(
-        combine([Received(order, moved)], prepare(ones, np.arange(600), values)), values
+        combine([ExpertRows(order, moved)], prepare(ones, np.arange(600), values)), values
     )
 
 
