@@ -1,4 +1,4 @@
-"""From a step's work to the tensors that the model takes: pure functions.
+"""Packs a step's work into the tensors that the model takes: pure functions.
 
 Dimension letters: T packed tokens, B decoding sequences, L cached tokens, R rows to sample.
 """
@@ -19,9 +19,10 @@ from router.observability.tracing import StepTrace
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """What :meth:`router.model.model.MoEModel.forward` takes; ``sampled`` are the rows' sequences.
+    """One packed step, as :meth:`router.model.model.MoEModel.forward` takes it.
 
-    ``works`` is the step's work in the order of its tokens.
+    ``sampled`` are the sequences of ``sample_rows``. ``works`` is the step's work in the order of
+    its tokens.
     """
 
     token_ids: torch.Tensor
@@ -33,10 +34,10 @@ class StepInput:
 
 
 def pack(work: list[Work], sliding_window: int | None, length_step: int = 1) -> StepInput:
-    """Pack a step: single-token work first (as decodes), then chunks, without padding.
+    """Pack a step without padding: decodes (works of a single token) first, then prefill chunks.
 
-    ``sliding_window`` is that of the layers that have one. The lengths L that decodes attend to are
-    padded to a multiple of ``length_step``.
+    ``sliding_window`` is the window, in tokens, of the layers that have a window. The length L
+    that decodes attend to is padded to a multiple of ``length_step``.
     """
     decodes = [w for w in work if w.end - w.start == 1]
     prefills = [w for w in work if w.end - w.start > 1]
@@ -74,7 +75,7 @@ def pack(work: list[Work], sliding_window: int | None, length_step: int = 1) -> 
 
 
 def context_of(step: StepInput, trace: StepTrace | None = None) -> StepContext:
-    """Return the step as its MoE layers see it; the earliest deadline of its requests bounds it."""
+    """Return the context of the step's MoE layers; its deadline is its requests' earliest."""
     requests = [work.sequence.request for work in step.works]
     return StepContext(
         min(request.deadline_s for request in requests),
@@ -92,7 +93,10 @@ def _tensor(numbers: list[int]) -> torch.Tensor:
 def _decode_part(
     slots: list[np.ndarray], sliding_window: int | None, length_step: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Return slots [B, L], what of them is seen and what in a window; ``None`` is all of it."""
+    """Return slots [B, L], the mask of all sequences, and the mask within the sliding window.
+
+    Masks are [B, 1, L]; ``None`` hides nothing.
+    """
     if not slots:
         return torch.empty((0, 0), dtype=torch.int64), None, None
     lengths = np.array([len(s) for s in slots]).reshape(-1, 1)
@@ -104,7 +108,7 @@ def _decode_part(
         return torch.from_numpy(np.stack(slots)), None, None
     column = np.arange(longest).reshape(1, -1)
     mask = column < lengths
-    # Padding repeats the sequence's own first slot: what is masked must still be a finite number.
+    # Padding repeats the sequence's own first slot, since a masked value must still be finite.
     padded = np.repeat([[s[0]] for s in slots], longest, axis=1)
     padded[mask] = np.concatenate(slots)
     seen = None if is_even else torch.from_numpy(mask)[:, None, :]

@@ -1,8 +1,8 @@
 """The engine: one thread that turns queued requests into tokens, step by step.
 
-``step`` is the table of contents: schedule, forward, sample, emit. Requests join and leave at any
-step. A step changes nothing before its tokens are sampled, so what failed for want of an expert is
-simply done again: a sequence that has to wait for one is parked, and the others go on.
+``run`` schedules and emits; ``step`` computes and samples. Requests join and leave at any step. A
+sequence changes only after its tokens are sampled, so work that misses an expert can be computed
+again. A sequence that waits for an expert is parked, and the others go on.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from router.moe.missing import StepMissing
 from router.observability.tracing import RequestTrace, StepTrace, begin_step
 
 IDLE_S = 0.1
+"""How long to wait for commands while there are no sequences."""
 PARKED_S = 0.02
-"""How long to wait for commands while there are no sequences, or while all of them are parked; the
-latter is how late a new placement may be noticed."""
+"""How long to wait for commands while all sequences are parked, and so how late the engine may
+notice a new placement."""
 CLOSE_S = 1.0
 
 logger = logging.getLogger("expertmesh.engine")
@@ -46,7 +47,7 @@ logger = logging.getLogger("expertmesh.engine")
 
 @dataclass(frozen=True, slots=True)
 class Emission:
-    """What one step has for one request: tokens of a choice, or the error that ended it."""
+    """A step's outcome for one request: tokens of a choice, or the error that ended the request."""
 
     request_id: str
     outcome: TokenEvent | ExpertMeshError
@@ -57,7 +58,11 @@ Command = Callable[[], None]
 
 
 class Engine:
-    """Generates for one model; all methods but :meth:`run` may be called from any thread."""
+    """Generates for one model.
+
+    All public methods may be called from any thread, except :meth:`run` and :meth:`step`, which
+    belong to the engine's thread.
+    """
 
     def __init__(
         self,
@@ -70,10 +75,11 @@ class Engine:
     ) -> None:
         """``emit`` is called on the engine's thread, at most once a step.
 
-        Without ``is_exact`` no token is the model's, and all are flagged as not exact.
-        ``replayed`` counts the forced tokens by whether the step sampled the same. ``tally`` has
-        times and tokens. ``inexact_rows`` counts, by contract, the rows that were computed without
-        an expert that they chose.
+        Without ``is_exact``, experts are emulated and every token is flagged as not exact.
+
+        ``replayed`` counts the forced tokens, by whether the step sampled an equal token. ``tally``
+        has times and tokens. ``inexact_rows`` counts, by contract, the rows that were computed
+        without an expert that the gate chose.
         """
         self._model = model
         self._layers = layers
@@ -98,21 +104,17 @@ class Engine:
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """Have the engine's thread end after the step that it is in.
+        """End the engine's thread after its current step; waits for that, at most ``CLOSE_S``.
 
-        Returns when it has ended, or after :data:`CLOSE_S`: what it uses may then be closed, and
-        the interpreter may end, which would abort where a thread is in torch.
+        An interpreter that ends while a thread is in torch aborts.
         """
-
-        def stop() -> None:
-            self._closing = True
-
-        self._commands.put(stop)
+        self._closing = True
+        self._commands.put(lambda: None)  # wakes a thread that waits for commands
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(CLOSE_S)
 
     def submit(self, request: GenerationRequest, trace: RequestTrace | None = None) -> None:
-        """Queue a request; tokens or an error come through ``emit``, spans go to ``trace``."""
+        """Queue a request. ``emit`` gets its tokens or its error, ``trace`` its spans."""
 
         def add() -> None:
             try:
@@ -125,12 +127,12 @@ class Engine:
         self._commands.put(add)
 
     def cancel(self, request_id: str) -> None:
-        """Drop a request's choices; nothing more is emitted for it than the cancellation."""
+        """End a request's choices; nothing is emitted for it afterwards but the cancellation."""
         error = CancelledRequestError("the request was cancelled")
         self._commands.put(lambda: self._fail_request(request_id, error))
 
     def stop_choice(self, request_id: str, index: int) -> None:
-        """End one choice as if it had met its stop, since the gateway found a stop string."""
+        """End one choice with ``stop``, since the gateway found a stop string in its text."""
 
         def stop() -> None:
             for sequence in self._scheduler.sequences():
@@ -150,7 +152,7 @@ class Engine:
         work: list[Work] = []
         while not self._closing:
             wait_s = PARKED_S if self._scheduler.sequences() else IDLE_S
-            self._obey(0.0 if work else wait_s)
+            self._run_commands(0.0 if work else wait_s)
             self._expire()
             self._unpark()
             work = self._scheduler.schedule()
@@ -158,7 +160,7 @@ class Engine:
                 self._guarded_step(work)
             self._flush()
 
-    def _obey(self, wait_s: float) -> None:
+    def _run_commands(self, wait_s: float) -> None:
         try:
             if wait_s:
                 self._commands.get(timeout=wait_s)()
@@ -179,7 +181,7 @@ class Engine:
         try:
             self.step(work, trace)
         except (ExpertUnavailableError, DeadlineExceededError) as error:
-            # The step's earliest deadline passed while an expert was away; the others go on.
+            # The earliest deadline passed while the step waited; its other requests go on.
             self._expire(error)
         except Exception:
             logger.exception("a step failed; its requests are answered by an error")
@@ -191,8 +193,8 @@ class Engine:
                 trace.end()
 
     def step(self, work: list[Work], trace: StepTrace | None = None) -> None:
-        """Compute the scheduled work, sample, and note the tokens to be emitted."""
-        self._note(work)
+        """Compute the scheduled work, sample, and queue the tokens to be emitted."""
+        self._count(work)
         step = pack(work, self._model.sliding_window, self._model.length_step)
         context = context_of(step, trace)
         logits = self._model.forward(
@@ -202,7 +204,7 @@ class Engine:
         self.tally.layers(context.layer_times_s)
         self._advance(step, context.missing, token_ids, logprobs)
 
-    def _note(self, work: list[Work]) -> None:
+    def _count(self, work: list[Work]) -> None:
         now_s = time.monotonic()
         self.tally.steps += 1
         for item in work:
@@ -223,7 +225,7 @@ class Engine:
             self.inexact_rows += missing.rows_by_contract()
         for place, item in enumerate(step.works):
             if place in awaited:
-                # Its keys and values are stored anew when it is computed again.
+                # The work is computed again, and overwrites its keys and values.
                 item.sequence.awaited = awaited[place]
                 continue
             item.sequence.num_computed = item.end
@@ -249,7 +251,7 @@ class Engine:
             self._outbox.append(Emission(sequence.request.request_id, event))
 
     def _replay(self, sequence: Sequence, forced: int, sampled: int) -> None:
-        """Take a token that the caller has already; only the end of its choice is emitted."""
+        """Append a token that the client has already; only the end of its choice is emitted."""
         self.replayed["equal" if forced == sampled else "different"] += 1
         sequence.token_ids.append(forced)
         reason = self._finish_reason(sequence, forced)

@@ -1,8 +1,8 @@
-"""The router replica: the engine behind one call per request.
+"""The router replica: an engine, and one call for each request.
 
-``generate`` spans a request: it returns when all of its choices are finished, with all their
-tokens, and its cancellation ends the request. Meanwhile each engine step's tokens travel to the
-gateways as one frame per gateway (:mod:`router.messages.token_link`).
+A call of ``generate`` lasts as long as its request. It returns the tokens of all choices when they
+are finished, and its cancellation ends the request. Meanwhile each engine step sends its new tokens
+to the gateways, one frame for each gateway (:mod:`router.messages.token_link`).
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ logger = logging.getLogger("expertmesh.router")
 
 @dataclass(slots=True)
 class _Request:
-    """A request in flight: what has been generated, and who waits for it.
+    """A running request: its events so far, and the future that its call waits for.
 
-    ``wire_id`` is how its gateway calls it. The engine has an id of its own for every call, since
-    Serve may make a call twice when it takes a slow connection for a lost one.
+    ``wire_id`` is the gateway's id of the request. The engine has a different id for every call,
+    since Serve may repeat a call when it mistakes a slow connection for a broken one.
     """
 
     wire_id: str
@@ -63,7 +63,7 @@ class _Request:
 
 
 class RouterReplica:
-    """Attention, gate and sampling of one model; the experts are elsewhere."""
+    """Attention, gate and sampling of one model; its experts are in the expert actors."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class RouterReplica:
             controller,
             partial(app_is_wanted, app),
             self._end_requests,
-            lambda: self._samples(),  # is there when the event loop has its turn again
+            lambda: self._samples(),  # set below, before the event loop runs the watcher
         )
         tls = None if experts.tls is None else experts.tls.files()
         self._transport = open_transport(app, experts.transport, tls)
@@ -127,7 +127,7 @@ class RouterReplica:
         )
         self._links = LinkClient(self._stop_choice)
         gc.collect()
-        gc.freeze()  # what is there now stays: no collection has to look through it again
+        gc.freeze()  # the model lives as long as the process; collections skip it from here on
         self._engine.start()
         logger.info(
             "router of %s: %s, cache of %d tokens%s",
@@ -138,8 +138,8 @@ class RouterReplica:
         )
         if experts.emulated_pools:
             logger.warning(
-                "%s: pools with emulated devices (%s): no expert is computed there, all answers "
-                "are of zeros and not exact",
+                "%s: the devices of some pools are emulated (%s): their experts answer zeros, and "
+                "no reply is exact",
                 model.id,
                 ", ".join(experts.emulated_pools),
             )
@@ -147,9 +147,10 @@ class RouterReplica:
     async def generate(self, wire: dict[str, Any], address: LinkAddress) -> dict[str, Any]:
         """Generate all choices of a request.
 
-        Returns ``{"events": […]}``, one event per choice with all its tokens but those that the
-        request says have been received, or ``{"error": …}``; a streamed request's tokens go to
-        ``address`` as they are sampled, of others the first of each choice.
+        Returns ``{"error": …}``, or ``{"events": […]}`` with one event for each choice: all its
+        tokens except those that the request lists as received. Meanwhile the tokens of a streamed
+        request go to ``address`` as they are sampled. Of any other request, only the first tokens
+        of each choice do.
         """
         if self._is_deleted:
             return {"error": being_deleted().to_wire()}
@@ -174,7 +175,7 @@ class RouterReplica:
         return {"events": [e.to_wire() for e in merge_events(pending.events)]}
 
     def _end_requests(self) -> None:
-        """End all requests, which Serve waits for before it ends a replica."""
+        """End all requests; Serve waits for them before it ends a replica."""
         self._is_deleted = True
         for request_id, request in self._requests.items():
             self._engine.cancel(request_id)
@@ -187,7 +188,7 @@ class RouterReplica:
                 self._engine.stop_choice(request_id, index)
 
     def _emit(self, emissions: list[Emission]) -> None:
-        """Take a step's emissions from the engine's thread to the event loop."""
+        """Pass a step's emissions from the engine's thread to the event loop."""
         self._loop.call_soon_threadsafe(self._deliver, emissions)
 
     def _deliver(self, emissions: list[Emission]) -> None:
@@ -209,17 +210,18 @@ class RouterReplica:
             self._links.send(address, events)
 
     def use(self) -> float:
-        """Return how much of this replica is used, 1 being all: of its cache, or of its batch.
-
-        Sequences that wait count as part of the batch, so it may be more.
-        """
+        """Return the used share of this replica's cache or batch; see :meth:`Scheduler.use`."""
         return self._scheduler.use()
 
     async def stats(self) -> dict[str, Any]:
-        """Return measurements: layer times (s) since the last call, retries by reason, calls by
-        transport, requests under way, forced tokens by whether they were sampled again, token rows
-        computed without an expert by contract, tokens by the (layer, expert) that had no room for
-        them, memory."""
+        """Return this process's measurements.
+
+        ``layer_s`` are the MoE layers' times (s) since the last call. ``retries`` are by reason,
+        ``calls`` by transport. ``inexact_rows`` counts, by contract, token rows computed without
+        an expert that the gate chose. ``overflow`` counts tokens by the (layer, expert) that had
+        no room for them. ``replayed`` counts forced tokens by whether the step sampled an equal
+        token.
+        """
         latest_s = self._engine.tally.latest_layers_s
         layer_s = list(latest_s)
         latest_s.clear()
@@ -236,11 +238,11 @@ class RouterReplica:
         }
 
     def is_alive(self) -> bool:
-        """Return whether the engine still works."""
+        """Return whether the engine's thread runs."""
         return self._engine.is_alive()
 
     def close(self) -> None:
-        """Stop the engine after its step, and the background work."""
+        """Stop the engine after its current step, then the watcher and the links."""
         self._engine.close()
         self._watcher.stop()
         self._links.close()

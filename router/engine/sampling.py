@@ -1,7 +1,8 @@
-"""Drawing the next tokens of a step, all rows at once.
+"""Samples the next tokens of a step, all rows at once.
 
-A row's draw depends on its logits, its parameters and (seed, choice, position) alone: neither on
-its place in the batch nor on its mates, so a retried or moved request draws the same tokens.
+A row's token depends on its logits, its parameters and (seed, choice, position) alone. It depends
+neither on the row's place in the batch nor on the other rows, so a request that is retried or moved
+gets the same tokens.
 
 Dimension letters: R rows, V vocabulary size, N likeliest tokens reported.
 """
@@ -19,7 +20,7 @@ from router.messages.request import SamplingParams, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What one row needs besides its logits."""
+    """The sampling parameters, the choice and the position of one row."""
 
     params: SamplingParams
     choice: int
@@ -31,11 +32,11 @@ def sample(
 ) -> tuple[list[int], list[TokenLogprobs | None]]:
     """Draw one token per row of fp32 logits [R, V].
 
-    Temperature first, then top-k, top-p and min-p filter what is left (in that order), then one
-    uniform number per row picks from the renormalised rest. Temperature 0 takes the largest logit.
-    Log probabilities, where asked for, are those of the logits as they came.
+    Logits are divided by the temperature. Top-k, top-p and min-p then filter tokens, in this order.
+    One uniform number per row picks from the remaining tokens, renormalised. Temperature 0 takes
+    the largest logit. Log probabilities are those of the unchanged logits.
     """
-    # numpy's argmax is four times as fast as torch's, and takes the first of equals as well.
+    # numpy's argmax is four times as fast as torch's. Both take the first of equal logits.
     token_ids = torch.from_numpy(logits.numpy(force=True).argmax(axis=-1))
     warm = [i for i, draw in enumerate(draws) if draw.params.temperature > 0]
     if warm:
@@ -59,14 +60,14 @@ def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     probabilities[torch.arange(vocab).unsqueeze(0) >= top_k] = 0
     before = probabilities.cumsum(dim=-1) - probabilities
     total = probabilities.sum(dim=-1, keepdim=True)
-    # top-p keeps the smallest set of tokens whose share reaches top_p: those before it hold less.
+    # top-p keeps the smallest set of tokens whose share reaches top_p.
     probabilities[before >= top_p * total] = 0
     probabilities[probabilities < min_p * probabilities[:, :1]] = 0
     cumulative = probabilities.cumsum(dim=-1)
     target = _uniform(draws).unsqueeze(1) * cumulative[:, -1:]
     picked = (cumulative <= target).sum(dim=-1, keepdim=True)
-    # A rounding error at the very end must not pick a token that was filtered out. The first is
-    # always left, also where a tiny temperature or top-p has underflowed to nothing.
+    # A rounding error at the very end must not pick a token that was filtered out. The first
+    # token always stays, also where a tiny temperature or top-p underflows to 0.
     last = ((probabilities > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     return order.gather(1, torch.minimum(picked, last)).squeeze(1)
 
@@ -91,15 +92,15 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def _logprobs(
     logits: torch.Tensor, ids: Sequence[int], draws: Sequence[Draw]
 ) -> list[TokenLogprobs | None]:
-    found: list[TokenLogprobs | None] = [None] * len(draws)
+    logprobs: list[TokenLogprobs | None] = [None] * len(draws)
     for i, draw in enumerate(draws):
         if draw.params.logprobs is None:
             continue
         row = logits[i].log_softmax(dim=-1)
         top = row.topk(min(draw.params.logprobs, row.shape[0]))
-        found[i] = TokenLogprobs(
+        logprobs[i] = TokenLogprobs(
             logprob=float(row[ids[i]]),
             top_ids=tuple(top.indices.tolist()),
             top_logprobs=tuple(top.values.tolist()),
         )
-    return found
+    return logprobs

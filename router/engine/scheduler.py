@@ -1,8 +1,9 @@
-"""Continuous batching: who waits, who runs, and which tokens the next step computes.
+"""Continuous batching: which sequences wait, which run, and which tokens the next step computes.
 
 A sequence is admitted only when the cache has pages for its prompt and all tokens that it may
-generate, so nothing admitted is ever evicted. Decoding sequences go first, one token each; what is
-left of the step's token budget goes to prefill chunks, so that a long prompt does not stall others.
+generate, so no admitted sequence is ever evicted. Decoding sequences come first, with one token
+each. Prefill chunks get the rest of the step's token budget, so a long prompt does not stall the
+decoding sequences.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ class Scheduler:
         self.running: list[Sequence] = []
 
     def add(self, request: GenerationRequest) -> list[Sequence]:
-        """Queue a request's choices that are not finished.
+        """Queue the unfinished choices of a request.
 
         Raises :class:`OverloadedError` when the queue is full, by requests or by tokens, or when
-        the cache could not hold one of the request's sequences even if it were empty.
+        even an empty cache could not hold one of the request's sequences.
         """
         waiting = {sequence.request.request_id for sequence in self.waiting}
         if len(waiting) >= self._limits.max_queue_requests:
@@ -54,11 +55,10 @@ class Scheduler:
             raise OverloadedError(
                 f"prompt and max_tokens need {length} cache tokens; a router has {capacity}"
             )
-        received = [(i, request.received_of(i)) for i in range(request.sampling.n)]
         added = [
-            Sequence(request, i, list(prompt), exact=one.exact, forced=one.token_ids)
-            for i, one in received
-            if not one.finished
+            Sequence(request, i, list(prompt), exact=received.exact, forced=received.token_ids)
+            for i in range(request.sampling.n)
+            if not (received := request.received_of(i)).finished
         ]
         tokens = self._waiting_tokens + length * len(added)
         if self.waiting and tokens > self._limits.max_queue_tokens:
@@ -80,9 +80,9 @@ class Scheduler:
         return [sequence for sequence in self.running if sequence.awaited]
 
     def schedule(self) -> list[Work]:
-        """Admit what fits and return the next step's work: decodes first, then prefill chunks.
+        """Admit sequences that fit, and return the next step's work: decodes, then prefill chunks.
 
-        There is none where all that run are parked.
+        There is no work while all running sequences are parked.
         """
         self._admit()
         ready = [s for s in self.running if not s.awaited][: self._limits.max_batch_size]
@@ -100,8 +100,8 @@ class Scheduler:
         return work
 
     def _admit(self) -> None:
-        # The parked take pages, but no place in the batch from those that can go on. When
-        # they are back the batch is for the oldest, and the others go on as these end.
+        # Parked sequences keep their pages, but not their places in the batch. When they go on,
+        # more sequences may run than the batch has places; the oldest are computed first.
         num_ready = len(self.running) - len(self.parked())
         while self.waiting and num_ready < self._limits.max_batch_size:
             needed = pages_needed(self.waiting[0].max_length)
@@ -114,7 +114,7 @@ class Scheduler:
             num_ready += 1
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and free its pages."""
+        """Remove a sequence, running or waiting, and free its pages."""
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
@@ -124,14 +124,15 @@ class Scheduler:
         sequence.pages = []
 
     def use(self) -> float:
-        """Return the share of the cache, or of the batch, that all sequences take or wait for.
+        """Return the used share of the cache or of the batch, whichever is larger.
 
-        The larger of both; what waits may make it more than 1. May be asked on any thread.
+        Waiting sequences count as part of the batch, so the share may be above 1. May be called on
+        any thread.
         """
         of_batch = (len(self.running) + len(self.waiting)) / self._limits.max_batch_size
         return max(of_batch, 1 - self.num_free_pages / self.num_pages)
 
     @property
     def num_free_pages(self) -> int:
-        """How many cache pages are free."""
+        """The number of free cache pages."""
         return self._pool.num_free

@@ -14,7 +14,7 @@ from router.observability.tracing import RequestTrace
 
 @dataclass(slots=True)
 class Times:
-    """When things happened to a sequence, on the monotonic clock; 0 is not yet."""
+    """Times of a sequence on the monotonic clock; 0 where the event has not happened yet."""
 
     queued_s: float = 0.0
     scheduled_s: float = 0.0
@@ -22,7 +22,7 @@ class Times:
     last_token_s: float = 0.0
 
     def phases_s(self) -> dict[str, float]:
-        """Return when each phase of the sequence began; 0 is not yet."""
+        """Return the start of each phase of the sequence; 0 where it has not begun."""
         return {
             "queue": self.queued_s,
             "prefill": self.scheduled_s,
@@ -32,14 +32,14 @@ class Times:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One choice of one request: its tokens so far, and where they are in the cache.
+    """One choice of one request: its tokens so far, and their places in the cache.
 
-    ``num_computed`` tokens have their keys and values in the cache; ``exact`` is false when any of
-    these were computed without an expert that they chose. A sequence that has ``awaited`` experts
-    is parked: it keeps its place and its pages, and no step computes it. ``forced`` are the
-    generated tokens that are given, of a request that goes on after a failure. ``pages`` and
+    The first ``num_computed`` tokens have their keys and values in the cache. ``exact`` is false
+    when any of these tokens was computed without an expert that the gate chose. A sequence with
+    ``awaited`` experts is parked: it keeps its pages, and no step computes it. ``forced`` are
+    generated tokens that the request gives, since it goes on after a failure. ``pages`` and
     ``slots`` (the cache slot of every position up to ``max_length``) are empty while the sequence
-    waits. ``trace`` is there where the request is sampled.
+    waits for admission. ``trace`` is set where the request's trace is sampled.
     """
 
     request: GenerationRequest
@@ -56,7 +56,7 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
-        """How many tokens have been sampled."""
+        """The number of generated tokens, forced tokens included."""
         return len(self.token_ids) - len(self.request.prompt_token_ids)
 
     @property
@@ -66,7 +66,7 @@ class Sequence:
 
     @property
     def next_forced(self) -> int | None:
-        """The next token where it is given, whatever is sampled."""
+        """The next generated token where the request forces it, else ``None``."""
         place = self.num_generated
         return self.forced[place] if place < len(self.forced) else None
 
@@ -82,7 +82,7 @@ class Sequence:
 class Work:
     """Tokens ``start:end`` of a sequence, to be computed in the next step.
 
-    A token is sampled for the sequence where ``end`` is its last token's.
+    A token is sampled for the sequence where ``end`` is the end of its tokens.
     """
 
     sequence: Sequence

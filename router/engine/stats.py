@@ -1,4 +1,4 @@
-"""What an engine counts, and the samples that a router makes of it."""
+"""The counters of an engine, and the metric samples that a router makes of them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ LAYERS_KEPT = 8192
 
 
 class EngineTally:
-    """Times and tokens of one engine; :class:`router.engine.sequence.Times` has a sequence's own.
+    """Times and tokens of one engine; :class:`router.engine.sequence.Times` are a sequence's times.
 
-    A sequence that goes on after a failure brings tokens with it; only the tokens after them count.
-    ``latest_layers_s`` keeps the durations of the latest MoE layers.
+    The forced tokens of a sequence that goes on after a failure do not count. ``latest_layers_s``
+    are the durations of the latest MoE layers.
     """
 
     def __init__(self) -> None:
-        """Start at nothing."""
+        """Start every counter at 0."""
         self.queue_time_s = Distribution(LATENCY_BUCKETS_S)
         self.prefill_time_s = Distribution(LATENCY_BUCKETS_S)
         self.decode_time_s = Distribution(LATENCY_BUCKETS_S)
@@ -41,12 +41,12 @@ class EngineTally:
         self.step_tokens = 0
 
     def scheduled(self, sequence: Sequence, now_s: float) -> None:
-        """Note that a step computes the sequence, for the first time."""
+        """Count the first step of a sequence."""
         sequence.times.scheduled_s = now_s
         self.queue_time_s.add(now_s - sequence.times.queued_s)
 
     def token(self, sequence: Sequence, now_s: float) -> None:
-        """Note a token that was sampled for the sequence."""
+        """Count a token that was sampled for the sequence."""
         times = sequence.times
         if times.last_token_s:
             self.inter_token_s.add(now_s - times.last_token_s)
@@ -57,20 +57,20 @@ class EngineTally:
         times.last_token_s = now_s
 
     def layers(self, times_s: Iterable[float]) -> None:
-        """Note how long each MoE layer of a step took."""
+        """Count the durations of a step's MoE layers."""
         for took_s in times_s:
             self.latest_layers_s.append(took_s)
             self.layer_time_s.add(took_s)
 
     def finished(self, sequence: Sequence) -> None:
-        """Note that the sequence has its last token."""
+        """Count a sequence that has its last token."""
         times = sequence.times
         if times.first_token_s and not sequence.forced:
             self.decode_time_s.add(times.last_token_s - times.first_token_s)
 
 
 class RouterSamples:
-    """Reads a router's counters; the engine's thread goes on meanwhile."""
+    """Reads a router's counters while the engine's thread goes on counting."""
 
     def __init__(
         self,
@@ -91,14 +91,15 @@ class RouterSamples:
         self._overflow = overflow
 
     def __call__(self) -> Samples:
-        """Return the numbers of this moment."""
-        labels = self._labels
-        tally, dispatcher = self._tally, self._dispatcher
-        numbers = {**self._gauges(), catalogue.STEPS: tally.steps}
-        numbers[catalogue.STEP_TOKENS] = tally.step_tokens
-        found: dict[str, list[Sample]] = {
+        """Return the current numbers."""
+        labels, tally, dispatcher = self._labels, self._tally, self._dispatcher
+        samples: dict[str, list[Sample]] = {
             family.name: [(family.exported, labels, float(value))]
-            for family, value in numbers.items()
+            for family, value in (
+                *self._gauges().items(),
+                (catalogue.STEPS, tally.steps),
+                (catalogue.STEP_TOKENS, tally.step_tokens),
+            )
         }
         for family, values in (
             (catalogue.QUEUE_TIME, tally.queue_time_s),
@@ -107,19 +108,19 @@ class RouterSamples:
             (catalogue.INTER_TOKEN, tally.inter_token_s),
             (catalogue.LAYER_TIME, tally.layer_time_s),
         ):
-            found[family.name] = list(histogram_of(family, values, labels))
+            samples[family.name] = list(histogram_of(family, values, labels))
         for family, counts, by in (
             (catalogue.CALLS, dispatcher.calls, "transport"),
             (catalogue.RETRIES, dispatcher.retries, "reason"),
         ):
-            # A copy at one stroke: the engine's thread may add a key.
-            found[family.name] = counts_of(family, dict(counts), labels, by)
+            # Copied in one operation, since the engine's thread may add a key.
+            samples[family.name] = counts_of(family, dict(counts), labels, by)
         name = catalogue.OVERFLOW.exported
-        found[catalogue.OVERFLOW.name] = [
+        samples[catalogue.OVERFLOW.name] = [
             (name, {**labels, "layer": str(layer_id), "expert": str(expert_id)}, float(count))
             for (layer_id, expert_id), count in dict(self._overflow).items()
         ]
-        return Samples(time.monotonic(), found)
+        return Samples(time.monotonic(), samples)
 
     def _gauges(self) -> dict[Family, float]:
         scheduler = self._scheduler

@@ -1,1 +1,1 @@
-"""What gateway and router say to each other."""
+"""The messages between gateway and router, and the link that carries tokens."""

@@ -106,7 +106,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of a whole request: the prompt once, the output of all choices."""
+    """Token counts of a whole request: its prompt once, and the output of all choices."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -153,19 +153,19 @@ class Receipts:
         self._exact = [choice.exact for choice in choices]
 
     def take(self, event: TokenEvent) -> TokenEvent | None:
-        """Return the part of an event that has not been passed on, and note it as passed on.
+        """Return the part of an event that was not passed on yet; it then counts as passed on.
 
         Returns ``None`` for an event without new tokens, and for an event after a gap; a later
         event, or the call's reply, fills the gap.
         """
-        have = self._token_ids[event.index]
-        skip = len(have) - event.start
+        passed_on = self._token_ids[event.index]
+        skip = len(passed_on) - event.start
         if self._finished[event.index] or skip < 0:
             return None
         token_ids = event.token_ids[skip:]
         if not token_ids and event.finish_reason is None:
             return None
-        have.extend(token_ids)
+        passed_on.extend(token_ids)
         self._finished[event.index] = event.finish_reason is not None
         self._exact[event.index] &= event.exact
         logprobs = event.logprobs[skip:]

@@ -46,10 +46,10 @@ class LinkAddress:
 async def _read_frame(reader: asyncio.StreamReader, max_bytes: int = MAX_FRAME_BYTES) -> list[Any]:
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
     if length > max_bytes:
-        raise ConnectionError(f"a link frame of {length} bytes; at most {max_bytes}")
+        raise ConnectionError(f"a link frame has {length} bytes; at most {max_bytes}")
     frame = msgpack.unpackb(await reader.readexactly(length))
     if not isinstance(frame, list):
-        raise ConnectionError("a link frame that is no array")
+        raise ConnectionError("a link frame is not an array")
     return frame
 
 
@@ -63,7 +63,7 @@ OnStop = Callable[[str, int], None]
 
 
 class LinkServer:
-    """A gateway's end: hands each token event to ``on_tokens(request_id, event)``.
+    """The gateway's end of its links: hands each token event to ``on_tokens(request_id, event)``.
 
     ``on_tokens`` returns whether the request is under way; the server keeps nothing of others.
     """
@@ -90,7 +90,7 @@ class LinkServer:
             writer.close()
 
     def stop_choice(self, request_id: str, index: int) -> None:
-        """Tell the router that serves the request to end one choice, if it is connected."""
+        """Ask the router of a request to end one choice; does nothing where no link is open."""
         writer = self._routes.get(request_id)
         if writer is not None and not writer.is_closing():
             writer.write(_pack_frame(["stop", request_id, index]))
@@ -105,14 +105,14 @@ class LinkServer:
                 hello = await _read_frame(reader, MAX_HELLO_BYTES)
             secret = hello[0] if len(hello) == 1 and isinstance(hello[0], str) else ""
             if not hmac.compare_digest(secret.encode(), self._secret.encode()):
-                raise ConnectionError("a link with a wrong secret")
+                raise ConnectionError("its secret is wrong")
             while True:
                 for request_id, wire in await _read_frame(reader):
                     if self._on_tokens(request_id, TokenEvent.from_wire(wire)):
                         self._routes[request_id] = writer
         except (OSError, asyncio.IncompleteReadError, TimeoutError, *_MALFORMED) as error:
             if not isinstance(error, asyncio.IncompleteReadError):
-                logger.warning("link closed: %s", error)
+                logger.warning("a router's link is closed: %s", error)
         finally:
             for request_id in [r for r, w in self._routes.items() if w is writer]:
                 self._routes.pop(request_id)
@@ -120,7 +120,7 @@ class LinkServer:
 
 
 class LinkClient:
-    """A router's end of all its links; used on the replica's event loop."""
+    """The router's end of all its links; used on the replica's event loop."""
 
     def __init__(self, on_stop: OnStop) -> None:
         """``on_stop(request_id, index)`` is called when a gateway ends a choice."""
@@ -140,7 +140,7 @@ class LinkClient:
                 async with asyncio.timeout(CONNECT_TIMEOUT_S):
                     reader, writer = await asyncio.open_connection(address.host, address.port)
             except (OSError, TimeoutError) as error:
-                logger.warning("no link to a gateway (%s): its tokens come late", error)
+                logger.warning("no link to a gateway (%s); its tokens come with the reply", error)
                 return
             writer.write(_pack_frame([address.secret]))
             self._links[address] = writer
@@ -161,7 +161,7 @@ class LinkClient:
         if writer is None or writer.is_closing():
             return
         if writer.transport.get_write_buffer_size() > MAX_BUFFERED_BYTES:
-            logger.warning("a gateway does not read its link; cutting it off")
+            logger.warning("a gateway does not read its link; the link is cut")
             writer.transport.abort()
             return
         writer.write(_pack_frame([[request_id, e.to_wire()] for request_id, e in events]))
