@@ -1,7 +1,7 @@
-"""Attention by its scores written out, for what torch's own has no argument: a cap, and sinks.
+"""Attention with capped scores or sinks, for which torch's own attention has no arguments.
 
-Dimension letters: Q query heads, G key/value heads, R query heads to one, B sequences, C tokens,
-L keys, D head size.
+Dimension letters: Q query heads, G key/value heads, R = Q / G, C tokens, L keys, D
+head size.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def attend_by_scores(
 ) -> torch.Tensor:
     """Attend queries [..., C, D] to keys and values [..., L, D]; returns [..., C, D].
 
-    ``mask`` is true where a query may look. ``softcap`` c makes a score s to c tanh(s / c).
-    ``sinks`` [..., C or 1, 1] are scores that take their share of the softmax and give nothing.
+    ``mask`` is true where a query attends. ``softcap`` c turns a score s into c tanh(s / c).
+    ``sinks`` [..., C or 1, 1] are scores that take a share of the softmax and add no value.
     """
     scores = torch.matmul(query, keys.transpose(-1, -2)).float().mul_(scaling)
     if softcap is not None:
@@ -32,23 +32,6 @@ def attend_by_scores(
         scores = torch.cat((scores, sinks.float().expand(*scores.shape[:-1], 1)), dim=-1)
     shares = scores.softmax(-1)[..., : keys.shape[-2]]
     return shares.to(values.dtype) @ values
-
-
-def decode_by_scores(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Do as :func:`router.model.paged_attention.attend_gathered`, with a cap or sinks [Q]."""
-    num_kv, num_decode, _, size = keys.shape
-    decoding = query.view(num_kv, -1, num_decode, size).transpose(1, 2)  # [G, B, R, D]
-    per_head = None if sinks is None else sinks.view(num_kv, 1, -1, 1)
-    output = attend_by_scores(decoding, keys, values, mask, scaling, softcap, per_head)
-    return output.transpose(0, 1).reshape(1, num_decode, -1, values.shape[-1])
 
 
 def chunk_by_scores(

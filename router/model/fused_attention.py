@@ -1,8 +1,8 @@
 """Llama's attention over the paged cache: one product for query, key and value, one rotation.
 
-transformers' modules make three products and rotate twice; with few tokens, that is what a step's
-time goes to. A module is replaced only where a trial at loading gives bit for bit the same, so
-a family with another attention simply keeps its own.
+transformers' modules make three products and rotate twice, which takes most of a step's time when
+tokens are few. A module is replaced only where a trial at loading gives equal results bit for bit.
+A family with another attention keeps its own module.
 
 Dimension letters: T packed tokens, G key/value heads, Q query heads, D head size, H hidden size.
 """
@@ -25,10 +25,10 @@ _TRIED_TOKENS = (2, 48)
 
 
 class FusedAttention(nn.Module):
-    """Takes the place of an attention module of transformers'; runs on packed weights."""
+    """The module that takes the place of transformers' attention; runs on packed weights."""
 
     def __init__(self, replaced: Any) -> None:
-        """Rearrange copies of ``replaced``'s weights."""
+        """Rearrange copies of the weights of ``replaced``."""
         super().__init__()
         self.layer_idx: int = replaced.layer_idx
         self._scaling: float = replaced.scaling
@@ -48,13 +48,13 @@ class FusedAttention(nn.Module):
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """Map [1, T, H] to [1, T, H]; ``position_embeddings`` are cosines and sines [1, T, D]."""
-        # Views by narrow and view: chunk, split and unflatten go through Python, in every layer.
+        # narrow and view, since chunk, split and unflatten run Python code in every layer.
         num_q, num_kv, size = self._num_q, self._num_kv, self._head_dim
         num_qk = num_q + num_kv
         qkv = self.qkv_proj(hidden_states).view(1, -1, num_qk + num_kv, size)  # [1, T, Q+2G, D]
         rotated = _rotate_in_place(qkv, num_qk, *position_embeddings)  # [1, T, Q+G, D]
         rotated = rotated.transpose(1, 2)
-        output, _weights = paged_attention(
+        output = paged_attention(
             self,
             rotated.narrow(1, 0, num_q),
             rotated.narrow(1, num_q, num_kv),
@@ -62,17 +62,17 @@ class FusedAttention(nn.Module):
             None,
             scaling=self._scaling,
             paged=paged,
-        )
+        )[0]
         return self.o_proj(output.flatten(2)), None
 
 
 def _rotate_in_place(
     heads: torch.Tensor, count: int, cosines: torch.Tensor, sines: torch.Tensor
 ) -> torch.Tensor:
-    """Return the first ``count`` heads of [1, T, N, D] rotated by angles [1, T, D].
+    """Return the first ``count`` heads of [1, T, N, D], rotated by angles [1, T, D].
 
-    Natively where they lie, else by torch; ``heads`` is not to be used again for these. Every
-    product and every sum is rounded, as transformers' are.
+    Native code rotates in place, torch into new memory; the caller uses the returned heads alone.
+    Every product and every sum is rounded, as in transformers.
     """
     num_tokens, size = heads.shape[1], heads.shape[3]
     rotated = heads.narrow(2, 0, count)
@@ -97,7 +97,7 @@ def fuse_attention(model: nn.Module) -> None:
 
 
 def _is_llamas(module: nn.Module) -> bool:
-    """Say whether a module has the parts of Llama's attention, and no others."""
+    """Return whether a module has exactly the parts of Llama's attention."""
     parts = dict(module.named_children())
     return (
         parts.keys() == set(_PROJECTIONS)
@@ -109,7 +109,7 @@ def _is_llamas(module: nn.Module) -> bool:
 
 @torch.inference_mode()
 def _same_bits(replaced: Any, fused: FusedAttention) -> bool:
-    """Try both on random prompts; what cannot take them is another kind of attention."""
+    """Compare both on random prompts; a module that cannot take them is another attention."""
     generator = torch.Generator().manual_seed(0)
     num_kv, head_dim = fused._num_kv, fused._head_dim
     dtype, device = torch.bfloat16, torch.device("cpu")

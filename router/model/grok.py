@@ -1,7 +1,7 @@
-"""Grok-1 without its experts: transformers has no class of it.
+"""Grok-1 without its experts, for which transformers has no class.
 
-As in github.com/xai-org/grok-1 (model.py): norms before and after attention and mixture, scores
-capped, embeddings and logits multiplied, one table for both.
+As in github.com/xai-org/grok-1 (model.py): norms stand before and after attention and mixture,
+scores are capped, embeddings and logits are scaled, and both share one table.
 
 Dimension letters: T packed tokens, H hidden size, D head size.
 """
@@ -20,13 +20,13 @@ from router.moe.layer import RemoteExperts
 
 
 class GrokConfig(PreTrainedConfig):  # type: ignore[misc]
-    """The configuration as :mod:`experts.families.grok` completes it."""
+    """The configuration, as completed by :mod:`experts.families.grok`."""
 
     model_type = "grok-1"
 
 
 class GrokNamesConfig(GrokConfig):
-    """The same of a checkpoint with the names of xAI's own code."""
+    """The configuration of a checkpoint with the names of xAI's own code."""
 
     model_type = "grok"
 
@@ -35,7 +35,7 @@ class GrokNorm(nn.Module):
     """Root mean square norm in float32 (Zhang and Sennrich 2019)."""
 
     def __init__(self, size: int, eps: float) -> None:
-        """Scale ``size`` values."""
+        """Build the norm of rows of ``size`` values."""
         super().__init__()
         self.scale = nn.Parameter(torch.ones(size))
         self._eps = eps
@@ -92,7 +92,7 @@ class GrokMixture(nn.Module):
     """Gate and experts of a layer."""
 
     def __init__(self, config: Any) -> None:
-        """Build what holds the gate's weight, which a :class:`router.moe.gate.Gate` replaces."""
+        """Build a layer for the gate's weight; a :class:`router.moe.gate.Gate` replaces it."""
         super().__init__()
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = RemoteExperts(config)
@@ -131,18 +131,18 @@ class GrokLayer(nn.Module):
 
 
 class GrokPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
-    """What transformers has to know to load it."""
+    """The class attributes by which transformers loads Grok-1."""
 
     config_class = GrokConfig
     base_model_prefix = "model"
     _supports_attention_backend = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave all as it is: every parameter is loaded."""
+        """Do nothing, since every parameter is loaded."""
 
 
 class GrokModel(GrokPreTrainedModel):
-    """All but the output head."""
+    """The model without its output head."""
 
     def __init__(self, config: Any) -> None:
         """Build the layers."""
@@ -165,10 +165,10 @@ class GrokModel(GrokPreTrainedModel):
 
 
 class GrokHead(nn.Linear):
-    """The output head, whose logits are multiplied."""
+    """The output head, which scales the logits."""
 
     def __init__(self, config: Any) -> None:
-        """Score the vocabulary."""
+        """Build the head over the vocabulary."""
         super().__init__(config.hidden_size, config.vocab_size, bias=False)
         self._multiplier = config.output_multiplier_scale
 
@@ -178,7 +178,7 @@ class GrokHead(nn.Linear):
 
 
 class GrokForCausalLM(GrokPreTrainedModel):
-    """The whole of what a router holds."""
+    """The model and its output head, as a router holds them."""
 
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -191,13 +191,13 @@ class GrokForCausalLM(GrokPreTrainedModel):
 
 
 class GrokNamesForCausalLM(GrokForCausalLM):
-    """The same of a checkpoint with the names of xAI's own code."""
+    """The model of a checkpoint with the names of xAI's own code."""
 
     config_class = GrokNamesConfig
 
 
 def register_grok() -> None:
-    """Make transformers know the class, as if it were its own."""
+    """Register Grok-1's classes with transformers."""
     for config, model in (
         (GrokConfig, GrokForCausalLM),
         (GrokNamesConfig, GrokNamesForCausalLM),
@@ -223,7 +223,7 @@ def _rotation(
 
 
 def _rotated(vectors: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn the first half of each head against the second (Su et al. 2021)."""
+    """Rotate the first half of each head against its second half (Su et al. 2021)."""
     cos, sin = rotation
     first, second = vectors.chunk(2, dim=-1)
     return vectors * cos + torch.cat((-second, first), dim=-1) * sin

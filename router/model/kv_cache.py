@@ -1,13 +1,12 @@
-"""The paged key/value cache, and the attention that reads and writes it.
+"""The paged key/value cache, and a step's places in it.
 
 The tokens of one engine step are packed into a single row without padding: first the tokens of
 decoding sequences, one each, then the prefill chunks. transformers' model runs over that row and
-calls :func:`paged_attention` in every layer, which stores the new keys and values in their slots
-and attends each sequence to its own.
+calls :func:`router.model.paged_attention.paged_attention` in every layer. That stores the new keys
+and values in their slots, and attends each sequence to its own slots.
 
 Dimension letters: T packed tokens, B decoding sequences, C tokens of a chunk, L cached tokens
-attended to, S cache slots, G key/value heads, Q query heads, R of them to a key/value head, D head
-size.
+attended to, S cache slots, G key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from cluster.wire.tensors import to_bytes, to_span
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A prefill chunk in the packed row: tokens ``start:end``, and the slots it attends to.
+    """A prefill chunk: tokens ``start:end`` of the packed row, and the slots that they attend to.
 
-    ``slots`` [L] are the sequence's slots up to and including the chunk's last token; ``mask``
-    [C, L] is true where a token may look, or ``None`` when plain causal attention says the same;
-    ``windowed`` is the same for layers with a sliding window.
+    ``slots`` [L] are the sequence's slots up to and including the chunk's last token. ``mask``
+    [C, L] is true where a token attends, or ``None`` for plain causal attention. ``windowed`` is
+    the mask of layers with a sliding window.
     """
 
     start: int
@@ -38,12 +37,12 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class PagedBatch:
-    """Where the tokens of one packed step live in the cache.
+    """The cache slots of one packed step.
 
-    ``new_slots`` [T] is where each token's key and value go. The first ``num_decode`` tokens
-    belong to decoding sequences: ``decode_slots`` [B, L] are the slots that they attend to, right
-    padded, and ``decode_mask`` [B, 1, L] is false at the padding, or ``None`` where nothing is
-    hidden; ``decode_windowed`` is also false outside the sliding window of layers that have one.
+    ``new_slots`` [T] take each token's key and value. The first ``num_decode`` tokens belong to
+    decoding sequences, which attend to ``decode_slots`` [B, L], padded on the right.
+    ``decode_mask`` [B, 1, L] is false at the padding. ``decode_windowed`` is also false outside the
+    sliding window, for layers that have a window. A mask of ``None`` hides nothing.
     """
 
     new_slots: torch.Tensor
@@ -55,9 +54,10 @@ class PagedBatch:
 
 
 class PagedCache:
-    """Keys and values of all layers, [G, S, D] each; memory is touched only where tokens are.
+    """Keys and values of all layers, [G, S, D] each.
 
-    Heads come first, so that what is gathered of them lies as products of many heads want it.
+    Memory is touched only where tokens are stored. Heads come first, the layout that batched
+    matrix products over heads need of gathered rows.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class PagedCache:
         shape = (num_kv_heads, num_slots, head_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        # Fresh memory for every layer's gathered rows costs more, page by page, than gathering.
+        # Fresh memory for each layer's rows would cost more, by its page faults, than gathering.
         self._gathered_keys = _Scratch(self.keys[0])
         self._gathered_values = _Scratch(self.values[0])
 
@@ -87,7 +87,7 @@ class PagedCache:
     def gather(self, layer_id: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a layer's keys and values at slots [B, L], [G, B, L, D] each and contiguous.
 
-        They last until the next call, for whatever layer.
+        They last until the next call, for any layer.
         """
         return (
             self._gathered_keys.gather(self.keys[layer_id], slots),
@@ -96,7 +96,7 @@ class PagedCache:
 
 
 class LatentCache(PagedCache):
-    """Latents of all layers and their rotary keys, [1, S, D]; values are the beginning of a key."""
+    """Latents and rotary keys of all layers, [1, S, D]; a value is the beginning of its key."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class LatentCache(PagedCache):
     def store(
         self, layer_id: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> None:
-        """Put a layer's new keys at slots; ``value`` is part of them."""
+        """Put a layer's new keys at slots; ``value`` is a part of ``key``."""
         _store(key, self.keys[layer_id], slots)
 
     def gather(self, layer_id: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,7 +147,7 @@ def _store(rows: torch.Tensor, cached: torch.Tensor, slots: torch.Tensor) -> Non
 
 
 class _Scratch:
-    """Memory for gathered rows, as much as the largest gathering needed."""
+    """Reused memory for gathered rows, as large as the largest gathering so far."""
 
     def __init__(self, like: torch.Tensor) -> None:
         self._memory = like.new_empty(0)

@@ -1,12 +1,13 @@
 """Latent attention over the paged cache (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
-Of a token only one latent and one rotary key are cached, in place of keys and values of all heads.
-Those would be linear functions of the latent, so that instead a query is taken to where the latents
-are (a score is q (U c) = (q U) c), and an output from there: attention with a single head of keys
-and values. transformers' module computes everything else, and calls :func:`latent_attention`.
+The cache holds one latent and one rotary key of a token, in place of keys and values of all heads.
+A head's keys and values are linear functions of the latent. So queries are projected into the space
+of the latents instead (a score is q (U c) = (q U) c), and outputs back from it. The attention then
+has a single head of keys and values. transformers' module computes everything else, and calls
+:func:`latent_attention`.
 
-Dimension letters: T packed tokens, Q heads, L latent size, N size of a head's part that is not
-rotated, R of that which is, V of a head's values.
+Dimension letters: T packed tokens, Q heads, L latent size, N size of a head's unrotated part, R
+size of its rotated part, V size of a head's values.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ LATENT_ATTENTION_NAME = "expertmesh_latent"
 
 
 def keep_latents(model: nn.Module) -> None:
-    """Have every attention module of ``model`` keep latents as they are.
+    """Make every attention module of ``model`` cache latents in place of keys and values.
 
-    What would make keys and values of them is taken apart for :func:`latent_attention`.
+    The projection from latents to keys and values is split for :func:`latent_attention`.
     """
     for module in list(model.modules()):
         if not hasattr(module, "expand_kv"):
             continue
         attention: Any = module
         size = attention.qk_nope_head_dim
-        whole = attention.kv_b_proj.weight
-        up = whole.view(attention.num_heads, -1, whole.shape[-1])  # [Q, N + V, L]
+        weight = attention.kv_b_proj.weight
+        up = weight.view(attention.num_heads, -1, weight.shape[-1])  # [Q, N + V, L]
         attention.key_up = up[:, :size]
         attention.value_up = up[:, size:].transpose(1, 2)
         attention.expand_kv = _as_latents
@@ -42,7 +43,7 @@ def keep_latents(model: nn.Module) -> None:
 def _as_latents(
     latents: torch.Tensor, rotary_keys: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what is cached in place of keys and values, [1, 1, T, L + R] and [1, 1, T, L]."""
+    """Return the cached keys [1, 1, T, L + R] and values [1, 1, T, L]."""
     return torch.cat((latents, rotary_keys), dim=-1), latents
 
 
@@ -60,8 +61,8 @@ def latent_attention(
     """Attend queries [1, Q, T, N + R] to cached latents; returns [1, T, Q, V]."""
     attention: Any = module
     plain, rotary = query.split([attention.qk_nope_head_dim, attention.qk_rope_head_dim], dim=-1)
-    taken = torch.cat((plain @ attention.key_up, rotary), dim=-1)  # [1, Q, T, L + R]
-    mixed, _weights = paged_attention(
-        module, taken, key, value, attention_mask, scaling=scaling, paged=paged
-    )
-    return (mixed.transpose(1, 2) @ attention.value_up).transpose(1, 2), None
+    projected = torch.cat((plain @ attention.key_up, rotary), dim=-1)  # [1, Q, T, L + R]
+    latents = paged_attention(
+        module, projected, key, value, attention_mask, scaling=scaling, paged=paged
+    )[0]
+    return (latents.transpose(1, 2) @ attention.value_up).transpose(1, 2), None

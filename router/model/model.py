@@ -1,8 +1,8 @@
 """The model that a router runs: transformers' class without its experts.
 
-Embedding, attention, norms, the gate and the output head are loaded; the experts module is replaced
-by a parameter-free one that hands the tokens to :class:`router.moe.layer.MoELayers`. A router
-therefore never reads or holds an expert's weight. :class:`router.moe.gate.Gate` replaces the gate.
+Embedding, attention, norms, the gate and the output head are loaded. The experts module is replaced
+by a module without parameters, which hands hidden states to :class:`router.moe.layer.MoELayers`. So
+a router never reads or holds an expert's weight. :class:`router.moe.gate.Gate` replaces the gate.
 
 Dimension letters: T packed tokens, R rows to sample, K experts per token, H hidden size, V vocab.
 """
@@ -59,7 +59,7 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """Build transformers' model from everything in the checkpoint but the experts.
 
     Raises :class:`CheckpointError` when transformers cannot make a model of the configuration, and
-    when a tensor that the router needs did not arrive.
+    when the checkpoint lacks a tensor that the router needs.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -78,7 +78,7 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         )
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise CheckpointError(f"did not give the router {missing}", str(checkpoint.folder))
+        raise CheckpointError(f"lacks tensors of the router: {missing}", str(checkpoint.folder))
     model.eval()
     model.requires_grad_(False)
     return model
@@ -88,22 +88,21 @@ def _class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
     """Return transformers' class and configuration of a model."""
     register_grok()
     try:
-        wanted = checkpoint.family.transformers_config(checkpoint.config)
-        # The weights that it gets are not quantised any more.
-        wanted = {key: value for key, value in wanted.items() if key != "quantization_config"}
-        config = transformers.AutoConfig.for_model(**wanted)
+        values = dict(checkpoint.family.transformers_config(checkpoint.config))
+        values.pop("quantization_config", None)  # the router dequantises weights at loading
+        config = transformers.AutoConfig.for_model(**values)
         return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
-    except Exception as error:  # whatever a value of a wrong kind makes of it
+    except Exception as error:  # transformers raises many kinds for a value of a wrong kind
         file = checkpoint.folder / "config.json"
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise CheckpointError(f"transformers refuses it ({reason})", str(file)) from error
 
 
 def _weights(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the tensors that were checked when the checkpoint was opened, and no others.
+    """Return the dense tensors, from the files that were checked when the checkpoint was opened.
 
-    From a folder, transformers would choose files by its own rules: a single one before an index,
-    and whatever ``config.json`` names as ``transformers_weights``, which may be a pickle.
+    Given a folder, transformers would choose files by its own rules: a single file before an index,
+    and any file that ``config.json`` names as ``transformers_weights``, which may be a pickle.
     """
     names = checkpoint.family.dense_tensors(checkpoint.config)
     module_names = checkpoint.family.module_names(checkpoint.config)
@@ -114,7 +113,7 @@ def _weights(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tens
 
 
 class MoEModel:
-    """A model whose experts are elsewhere, run over packed steps."""
+    """A model without its experts, run over packed steps."""
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype, cache_slots: int, layers: MoELayers
@@ -128,7 +127,7 @@ class MoEModel:
         replace_norms(self._model)
         self._layers = layers
         config = self._model.config
-        # Some families say 0 where others say nothing.
+        # Some families write 0 for no window, others leave the key out.
         self.sliding_window: int | None = getattr(config, "sliding_window", None) or None
         self._windowed = _windowed_layers(config)
         self.length_step = length_step(dtype, self._model.device)
@@ -146,8 +145,8 @@ class MoEModel:
     ) -> torch.Tensor:
         """Run one packed step; returns fp32 logits [R, V] of the rows to sample.
 
-        ``token_ids`` and ``positions`` are [T], ``sample_rows`` [R] indexes into them. ``step``
-        goes to every MoE layer.
+        ``token_ids`` and ``positions`` are [T]; ``sample_rows`` [R] are indices into them. Every
+        MoE layer gets ``step``.
         """
         self._layers.step = step
         output = self._base(
@@ -173,7 +172,7 @@ def _cache_of(
 
 
 def _windowed_layers(config: Any) -> tuple[bool, ...]:
-    """Return of each layer whether it has a sliding window; layers may differ."""
+    """Return for each layer whether it has a sliding window; layers may differ."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return tuple(kind == "sliding_attention" for kind in kinds)
@@ -181,7 +180,7 @@ def _windowed_layers(config: Any) -> tuple[bool, ...]:
 
 
 def _connect(model: nn.Module, checkpoint: Checkpoint, layers: MoELayers) -> None:
-    """Replace each MoE layer's gate, and tell its experts where their hidden states go."""
+    """Replace each MoE layer's gate, and set the attributes of its ``RemoteExperts``."""
     family, shape = checkpoint.family, checkpoint.shape
     found = [
         (block, experts)
@@ -202,14 +201,14 @@ def _connect(model: nn.Module, checkpoint: Checkpoint, layers: MoELayers) -> Non
 
 
 def replace_gate(block: Any, path: str, spec: GateSpec, top_k: int) -> Gate:
-    """Put a :class:`Gate` where ``block`` has transformers' at ``path``, with its parameters."""
+    """Replace transformers' gate at ``path`` of ``block`` by a :class:`Gate` of equal weights."""
     replaced = block.get_submodule(path)
-    # Made wider once, not in each step as transformers does.
+    # Widened once, not in each step as transformers does.
     weight = replaced.weight.float() if "logits" in spec.float32 else replaced.weight
     logits_of = product_with(weight, getattr(replaced, "bias", None))
     gate = Gate(spec, top_k, logits_of, getattr(replaced, "e_score_correction_bias", None))
     block.set_submodule(path, gate)
     if hasattr(block, "route_tokens_to_experts"):
-        # DBRX's gate returns logits, and its block makes weights and ids of them.
+        # DBRX's gate returns logits, from which its block computes weights and ids.
         block.route_tokens_to_experts = itemgetter(1, 2)
     return gate

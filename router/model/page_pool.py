@@ -11,17 +11,17 @@ class PagePool:
     """Hands out pages of ``PAGE_SIZE`` token slots; a sequence's pages need not be adjacent."""
 
     def __init__(self, num_pages: int) -> None:
-        """All pages are free at first."""
+        """Start with all pages free."""
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
 
     @property
     def num_free(self) -> int:
-        """How many pages are free."""
+        """The number of free pages."""
         return len(self._free)
 
     def take(self, count: int) -> list[int]:
-        """Take ``count`` pages; the caller has checked ``num_free``."""
+        """Take ``count`` pages; raises ``IndexError`` when fewer are free."""
         if count > len(self._free):
             raise IndexError(f"{count} pages asked for, {len(self._free)} free")
         taken = self._free[len(self._free) - count :]
@@ -34,5 +34,5 @@ class PagePool:
 
 
 def pages_needed(num_tokens: int) -> int:
-    """Return how many pages hold ``num_tokens`` tokens."""
+    """Return the number of pages for ``num_tokens`` tokens."""
     return -(-num_tokens // PAGE_SIZE)

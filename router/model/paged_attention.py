@@ -1,11 +1,11 @@
 """Attention over the paged cache, as transformers calls it.
 
 Decodes and prefill chunks gather their keys and values from the cache, and torch attends. In bf16
-on a CPU decodes have faster ways (:mod:`router.model.cpu.decode_attention`). A cap of the scores,
-and sinks, have formulas of their own (:mod:`router.model.capped_attention`).
+on a CPU, :mod:`router.model.cpu.decode_attention` attends decodes faster. Where scores are capped
+or heads have sinks, :mod:`router.model.capped_attention` attends.
 
 Dimension letters: T packed tokens, B decoding sequences, C tokens of a chunk, L cached tokens
-attended to, G key/value heads, Q query heads, R of them to a key/value head, D head size.
+attended to, G key/value heads, Q query heads, R = Q / G, D head size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from router.model.capped_attention import chunk_by_scores, decode_by_scores
+from router.model.capped_attention import attend_by_scores, chunk_by_scores
 from router.model.cpu.decode_attention import (
     MANY,
     attend_cached,
@@ -31,9 +31,9 @@ ATTENTION_NAME = "expertmesh_paged"
 
 @dataclass(frozen=True, slots=True)
 class PagedContext:
-    """What travels through transformers' model to :func:`paged_attention`.
+    """The argument that transformers' model passes on to :func:`paged_attention`.
 
-    ``windowed`` tells of each layer whether it has a sliding window.
+    ``windowed`` is true for each layer with a sliding window.
     """
 
     cache: PagedCache
@@ -56,11 +56,10 @@ def paged_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend packed tokens to their sequences' cached keys and values.
 
-    An attention implementation in the sense of transformers' registry. ``query`` is [1, Q, T, D],
-    ``key`` and ``value`` [1, G, T, D]; ``paged`` comes from the model's caller. Returns
-    [1, T, Q, D], where D is that of the values. Masks are in ``paged``; sliding windows are part of
-    them. ``s_aux`` [Q] are the heads' sinks, ``softcap`` caps scores
-    (:mod:`router.model.capped_attention`).
+    An attention implementation for transformers' registry. ``query`` is [1, Q, T, D], ``key`` and
+    ``value`` are [1, G, T, D]. ``paged`` comes from the model's caller and has the masks, sliding
+    windows included. ``s_aux`` [Q] are the heads' sinks; ``softcap`` caps scores
+    (:mod:`router.model.capped_attention`). Returns [1, T, Q, D] with the D of the values.
     """
     layer_id: int = module.layer_idx  # type: ignore[assignment]
     batch, windowed = paged.batch, paged.windowed[layer_id]
@@ -76,11 +75,7 @@ def paged_attention(
             outputs.append(attend_cached(decoding, *cached, batch.decode_slots, mask, scaling))
         else:
             gathered = paged.cache.gather(layer_id, batch.decode_slots)
-            outputs.append(
-                attend_gathered(decoding, *gathered, mask, scaling)
-                if is_plain
-                else decode_by_scores(decoding, *gathered, mask, scaling, softcap, s_aux)
-            )
+            outputs.append(attend_gathered(decoding, *gathered, mask, scaling, softcap, s_aux))
     for chunk in batch.chunks:
         keys, values = paged.cache.gather(layer_id, chunk.slots.unsqueeze(0))
         mask = chunk.windowed if windowed else chunk.mask
@@ -107,15 +102,20 @@ def attend_gathered(
     values: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend one token [Q, B, D] of each sequence to keys and values [G, B, L, D].
 
-    The query heads of one key/value head count as tokens: one product, not one for each. Returns
-    [1, B, Q, D].
+    The query heads of one key/value head count as tokens, so that they share one matrix product.
+    ``softcap`` caps scores, ``sinks`` are [Q]. Returns [1, B, Q, D].
     """
     num_kv, num_decode, _, size = keys.shape
     decoding = query.view(num_kv, -1, num_decode, size).transpose(1, 2)  # [G, B, R, D]
-    if num_decode >= MANY and query.is_cpu and query.dtype == torch.bfloat16:
+    if softcap is not None or sinks is not None:
+        per_head = None if sinks is None else sinks.view(num_kv, 1, -1, 1)
+        output = attend_by_scores(decoding, keys, values, mask, scaling, softcap, per_head)
+    elif num_decode >= MANY and query.is_cpu and query.dtype == torch.bfloat16:
         output = attend_products(decoding, keys, values, mask, scaling)
     else:
         output = functional.scaled_dot_product_attention(

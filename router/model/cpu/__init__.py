@@ -1,1 +1,1 @@
-"""What takes the place of torch's operations on a processor."""
+"""Faster replacements of torch's operations on a CPU."""

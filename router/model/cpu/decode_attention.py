@@ -1,11 +1,11 @@
-"""Attention of decodes in bf16 on a CPU: natively on the cache, or by batched products.
+"""Attention of decodes in bf16 on a CPU: natively on the cache, or by batched matrix products.
 
-With AVX-512 native code reads keys and values in the cache, one sequence and key/value head after
-the other. Elsewhere, and where a head's values differ from its keys in shape, keys and values are
-gathered first; batched products are the faster attention for many sequences.
+With AVX-512, native code reads keys and values directly in the cache. Elsewhere, and where values
+differ from keys in shape, keys and values are gathered first. For many sequences, batched products
+then attend faster than torch.
 
 Dimension letters: B decoding sequences, L cached tokens attended to, S cache slots, G key/value
-heads, Q query heads, R of them to a key/value head, D head size.
+heads, Q query heads, R = Q / G, D head size.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from cluster.native import native
 from cluster.wire.tensors import to_bytes, to_span
 
 MANY = 8
-"""From so many decoding sequences on, batched products are faster than torch's own attention."""
+"""From this number of decoding sequences on, batched products are faster than torch's attention."""
 _LENGTH_STEP = 16
 _IS_WIDE = native is not None and bool(native.is_wide())
-"""Whether vectors are wide enough for native attention to be the faster one: with half as wide ones
-a single long sequence takes twice as long as by torch."""
+"""Whether the processor has AVX-512. With vectors of half the width, native attention takes twice
+torch's time for a single long sequence."""
 
 
 def can_attend_cached(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
-    """Say whether :func:`attend_cached` takes queries [Q, B, D] and a layer's keys and values."""
+    """Return whether :func:`attend_cached` takes these queries [Q, B, D], keys and values."""
     return (
         _IS_WIDE
         and native is not None
@@ -47,9 +47,9 @@ def attend_cached(
 ) -> torch.Tensor:
     """Attend one token [Q, B, D] of each sequence to the cache's keys and values [G, S, D].
 
-    ``slots`` [B, L] are what each looks at, ``mask`` [B, 1, L] is false where it does not. Scores
-    and sums are float32, rounded once to bfloat16. What a sequence gets does not depend on the
-    others, nor on the number of threads. Returns [1, B, Q, D].
+    A sequence attends to its ``slots`` [B, L], except where ``mask`` [B, 1, L] is false. Scores and
+    sums are float32, rounded once to bfloat16. A sequence's output depends neither on the other
+    sequences nor on the number of threads. Returns [1, B, Q, D].
     """
     assert native is not None
     num_q, num_decode, size = query.shape
@@ -71,7 +71,7 @@ def attend_cached(
 
 
 def length_step(dtype: torch.dtype, device: torch.device) -> int:
-    """Return the number of which the lengths that decodes attend to are best multiples.
+    """Return the number to whose multiples the lengths of decodes are padded.
 
     oneDNN compiles batched products anew for every length, and a sequence grows with each step.
     """
@@ -87,9 +87,9 @@ def attend_products(
 ) -> torch.Tensor:
     """Attend queries [G, B, R, D] to keys and values [G, B, L, D]; returns [G, B, R, D].
 
-    torch's own attention on a CPU spends its time in arranging each head's keys anew. A product in
-    bf16 rounds scores too coarsely for a softmax. So a second product, whose sum begins with the
-    rounded scores, computes the rounding error: the two together are good to 16 bits.
+    torch's own attention on a CPU spends its time rearranging each head's keys. A product in bf16
+    rounds scores too coarsely for a softmax. So a second product, whose sum begins with the rounded
+    scores, computes the rounding error. Both together are exact to 16 bits.
     """
     rows = query.reshape(-1, *query.shape[2:])  # [G*B, R, D]
     columns = keys.flatten(0, 1).transpose(1, 2)  # [G*B, D, L]

@@ -1,5 +1,6 @@
-"""Replacing a model's linear layers by packed ones (:mod:`experts.compute.packed_linear`), where
-bits stay.
+"""Replaces a model's linear layers by packed layers with the same bits.
+
+:mod:`experts.compute.packed_linear` packs the weights.
 
 Dimension letters: T tokens, I input size, O output size.
 """
@@ -25,7 +26,7 @@ class PackedLinear(nn.Module):
     """``nn.Linear`` without a bias, in bf16 on a CPU, from a rearranged copy of its weight."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        """Rearrange ``weight`` [O, I]; it is not kept."""
+        """Rearrange a copy of ``weight`` [O, I]; ``weight`` itself is not kept."""
         super().__init__()
         # Not a buffer: oneDNN's layout is opaque, so it can neither be moved nor saved.
         self._packed = pack(weight)
@@ -36,10 +37,10 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace every linear layer of ``model`` that has a packed twin with the very same results.
+    """Replace every linear layer of ``model`` whose packed layer gives the same bits.
 
-    The others stay: other dtypes and devices, a bias, a processor for which oneDNN has no bf16, and
-    whatever does not give bit for bit what it gave. A head tied to the embedding is copied.
+    Layers with a bias, another dtype or another device stay, and all layers on a processor for
+    which oneDNN has no bf16. The weight of a head tied to the embedding is copied.
     """
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -50,7 +51,7 @@ def pack_linears(model: nn.Module) -> None:
 
 
 def product_with(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Product:
-    """Return the product with ``weight`` [O, I] plus ``bias`` [O]; packed, where bits stay."""
+    """Return the product with ``weight`` [O, I] plus ``bias`` [O]; packed where bits are equal."""
     plain = partial(functional.linear, weight=weight, bias=bias)
     if bias is None and can_pack(weight):
         packed = PackedLinear(weight)
@@ -60,13 +61,14 @@ def product_with(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Prod
 
 
 def is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Say whether a module is a linear layer that :class:`PackedLinear` can hold."""
+    """Return whether a module is a linear layer that :class:`PackedLinear` can replace."""
     return type(module) is nn.Linear and module.bias is None and can_pack(module.weight)
 
 
 def _same_bits(plain: Product, packed: Product, input_size: int) -> bool:
     generator = torch.Generator().manual_seed(0)
-    samples = [torch.randn(t, input_size, generator=generator) for t in _CHECKED_ROWS]
-    return all(
-        torch.equal(plain(rows), packed(rows)) for rows in (s.to(torch.bfloat16) for s in samples)
+    samples = (
+        torch.randn(num_rows, input_size, generator=generator).to(torch.bfloat16)
+        for num_rows in _CHECKED_ROWS
     )
+    return all(torch.equal(plain(rows), packed(rows)) for rows in samples)

@@ -1,7 +1,7 @@
-"""Replacing a model's root mean square norms by native ones, where bits stay.
+"""Replaces a model's root mean square norms by native norms with the same bits.
 
-transformers' module is eight small operations of torch; in a step of few tokens their number is
-what it costs.
+transformers' module makes eight small torch operations. In a step of few tokens their number
+decides its time.
 
 Dimension letters: T tokens, H hidden size.
 """
@@ -18,21 +18,22 @@ from cluster.native import native
 from cluster.wire.tensors import to_bytes
 
 _LANES = 8
-"""Of torch's sums; it has another way for rows that are shorter than that."""
+"""The lanes of torch's sums; torch sums shorter rows in another order."""
 _TRIED_VALUES = 1 << 21
-"""A sum in another order changes one bfloat16 in some 200,000; so many would show it."""
+"""The number of values in a trial. A sum in another order changes about one bfloat16 in 200,000, so
+a trial of this size shows it."""
 _TRIED_AT_ONCE = 1 << 16
 
 
 class NativeNorm(nn.Module):
     """``weight * bf16(x / sqrt(mean(x ** 2) + eps))`` of bfloat16 on a CPU.
 
-    Root mean square layer normalisation (Zhang and Sennrich 2019, eq. 4) with the sums in the order
-    of torch's and its roundings.
+    Root mean square layer normalisation (Zhang and Sennrich 2019, eq. 4), with torch's order of
+    sums and torch's roundings.
     """
 
     def __init__(self, replaced: Any) -> None:
-        """Share ``replaced``'s weight [H]; it stays for what is not bfloat16."""
+        """Share the weight [H] of ``replaced``, which still computes dtypes other than bfloat16."""
         super().__init__()
         self._replaced = replaced
         self._epsilon = float(replaced.variance_epsilon)
@@ -51,11 +52,11 @@ class NativeNorm(nn.Module):
 def replace_norms(model: nn.Module) -> None:
     """Replace every norm of ``model`` whose results :class:`NativeNorm` gives bit for bit.
 
-    Others stay: other dtypes and devices, other formulas, what has hooks, and all where native code
-    is not built.
+    Norms with other dtypes, devices or formulas stay, and norms with hooks. All stay where the
+    native code is not built.
     """
-    # Whether norms of a class are native ones is a matter of their size and epsilon, if not of
-    # their weights: those that are tried are random ones.
+    # Whether bits are equal depends on a norm's class, size and epsilon, not on its weights, which
+    # are random in the trial.
     tried: dict[tuple[type, int, float], bool] = {}
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -70,7 +71,7 @@ def replace_norms(model: nn.Module) -> None:
 
 
 def _is_candidate(module: Any) -> bool:
-    """Say whether a module has the one weight and the epsilon of transformers' norms."""
+    """Return whether a module has exactly the weight and the epsilon of transformers' norms."""
     parameters = dict(module.named_parameters())
     return (
         native is not None
@@ -87,9 +88,9 @@ def _is_candidate(module: Any) -> bool:
 
 @torch.inference_mode()
 def _same_bits(replaced: Any) -> bool:
-    """Try both on random rows and weights, some rows small enough for epsilon to count.
+    """Compare both norms on random rows and weights; some rows are so small that epsilon counts.
 
-    Some at a time: freed memory stays with a router, so what trials take it keeps.
+    Rows are tried in pieces, since a router keeps the memory that a trial took.
     """
     size = replaced.weight.numel()
     generator = torch.Generator().manual_seed(0)
@@ -98,8 +99,8 @@ def _same_bits(replaced: Any) -> bool:
     native_norm = NativeNorm(norm)
     num_rows = -(-_TRIED_VALUES // size)
     scales = torch.logspace(-4, 2, num_rows).unsqueeze(1)
-    for some in scales.split(max(1, _TRIED_AT_ONCE // size)):
-        rows = (torch.randn(len(some), size, generator=generator) * some).to(torch.bfloat16)
+    for piece in scales.split(max(1, _TRIED_AT_ONCE // size)):
+        rows = (torch.randn(len(piece), size, generator=generator) * piece).to(torch.bfloat16)
         if not torch.equal(norm(rows), native_norm(rows)):
             return False
     return True
