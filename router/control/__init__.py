@@ -1,1 +1,1 @@
-"""What a replica knows of the controller: its placement and its state."""
+"""A replica's client of the controller, its copy of the placement, and its readiness."""

@@ -1,4 +1,4 @@
-"""The controller, as routers and gateways call it."""
+"""The controller's methods that routers and gateways call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluster.reports import Samples
 
 
 class ControllerClient(Protocol):
-    """The controller's methods that a view needs; in a deployment, a Serve handle behind them."""
+    """The controller's methods that a :class:`PlacementWatcher` calls."""
 
     def watch(
         self,
@@ -31,8 +31,7 @@ class ControllerClient(Protocol):
 
 
 class HandleController:
-    """The controller behind a Serve handle, as
-    :class:`router.control.client.ControllerClient`."""
+    """Implements :class:`ControllerClient` over the Serve handle of the controller."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         """``handle`` is the controller deployment's."""
@@ -48,10 +47,10 @@ class HandleController:
         samples: Samples,
     ) -> dict[str, Any]:
         """See :meth:`cluster.controller.controller.Controller.watch`."""
-        told: dict[str, Any] = await self._handle.watch.remote(
+        answer: dict[str, Any] = await self._handle.watch.remote(
             kind, pid, node, known, timeout_s, samples
         )
-        return told
+        return answer
 
     async def suspect(self, actor_id: str, generation: int) -> None:
         """See :meth:`cluster.controller.controller.Controller.suspect`."""

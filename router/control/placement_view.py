@@ -1,8 +1,8 @@
 """A replica's copy of the placement, kept up to date by long polls of the controller.
 
 The engine's thread reads it and waits on it; the replica's event loop writes it. While the
-controller is away the last placement stays in force; when it is for ever, since Serve deletes the
-application, the replica is told.
+controller is away the last placement stays in force. When Serve deletes the application, the
+controller does not come back, and the replica is notified.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -24,16 +24,17 @@ from router.control.client import ControllerClient
 WATCH_S = 1.0
 CALL_TIMEOUT_S = 15.0
 LATE_S = WATCH_S + 1.0
-"""After so long without an answer to a long poll Serve is asked whether the controller is gone."""
+"""After this time without an answer to a long poll, Serve is asked about the application."""
 RETRY_S = 0.5
+T = TypeVar("T")
 
 logger = logging.getLogger("expertmesh.placement")
 
 
 class PlacementView:
-    """The newest placement that this replica has heard of; safe to read from any thread.
+    """The newest placement that this replica knows; safe to read from any thread.
 
-    ``placement`` is ``None`` before the first one, and only :meth:`publish` sets it.
+    ``placement`` is ``None`` until :meth:`publish` gets the first placement.
     """
 
     def __init__(self) -> None:
@@ -43,22 +44,22 @@ class PlacementView:
         self._changed = threading.Condition()
 
     def publish(self, placement: Placement) -> None:
-        """Take a placement if it is newer than the current one, and wake those who wait."""
+        """Take a placement if it is newer than the current one, and wake waiting threads."""
         with self._changed:
             if self.placement is None or placement.order > self.placement.order:
                 self.placement = placement
                 self._changed.notify_all()
 
     def heard(self, loop_age_s: float) -> None:
-        """Take the controller's word on how long ago its last loop ended."""
+        """Record the time since the controller's last loop ended, as the controller says."""
         self._looped_s = time.monotonic() - loop_age_s
 
     def loop_age_s(self) -> float | None:
-        """Return how long ago the controller's last loop that is known of ended, if any is."""
+        """Return the time since the controller's last known loop ended; ``None`` if none is."""
         return None if self._looped_s is None else time.monotonic() - self._looped_s
 
     def wait_newer(self, than: Placement | None, timeout_s: float) -> bool:
-        """Block until the placement is newer than ``than``; returns whether it became so."""
+        """Block until the placement is newer than ``than``; returns false after ``timeout_s``."""
         order = (-1, -1) if than is None else than.order
         with self._changed:
             return self._changed.wait_for(
@@ -67,7 +68,7 @@ class PlacementView:
 
 
 class PlacementWatcher:
-    """Feeds a view from the controller, on an event loop; also passes suspicions on."""
+    """Feeds a view from the controller, on an event loop; also reports suspected actors."""
 
     def __init__(
         self,
@@ -78,12 +79,12 @@ class PlacementWatcher:
         on_deleted: Callable[[], None],
         samples: Callable[[], Samples],
     ) -> None:
-        """``kind`` is ``router`` or ``gateway``, as it is to appear in the status.
+        """``kind``, ``router`` or ``gateway``, is shown in the cluster's status.
 
-        ``samples`` returns what the replica measures; each long poll brings that along.
+        ``samples`` returns the replica's samples; each long poll sends them.
 
-        ``on_deleted`` is called, once, when Serve deletes the application. The controller tells of
-        it; while that does not answer, ``is_wanted`` asks Serve, and may block.
+        ``on_deleted`` is called once, when Serve deletes the application. The controller says so;
+        while it does not answer, ``is_wanted`` asks Serve, and may block.
         """
         self._kind = kind
         self._is_wanted = is_wanted
@@ -92,7 +93,7 @@ class PlacementWatcher:
         self._asking: asyncio.Task[None] | None = None
         self._view = view
         self._controller = controller
-        self._telling: set[tuple[str, int]] = set()
+        self._reporting: set[tuple[str, int]] = set()
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._watch_forever(), name="placement watch")
 
@@ -103,37 +104,37 @@ class PlacementWatcher:
             self._asking.cancel()
 
     def suspect(self, actor_id: str, generation: int) -> None:
-        """Tell the controller that an actor gives no answer; callable from any thread.
+        """Report to the controller that an actor does not answer; callable from any thread.
 
-        What it has not taken yet is not said to it once more.
+        An actor is not reported again while a report of it is under way.
         """
-        asyncio.run_coroutine_threadsafe(self._tell(actor_id, generation), self._loop)
+        asyncio.run_coroutine_threadsafe(self._report(actor_id, generation), self._loop)
 
-    async def _tell(self, actor_id: str, generation: int) -> None:
-        if (actor_id, generation) in self._telling:
+    async def _report(self, actor_id: str, generation: int) -> None:
+        if (actor_id, generation) in self._reporting:
             return
-        self._telling.add((actor_id, generation))
+        self._reporting.add((actor_id, generation))
         try:
             await self._bounded(lambda: self._controller.suspect(actor_id, generation))
         finally:
-            self._telling.discard((actor_id, generation))
+            self._reporting.discard((actor_id, generation))
 
     async def _watch_forever(self) -> None:
         node = ray.get_runtime_context().get_node_id()
         while True:
-            answered, told = await self._watch_once(node)
-            if not answered:
+            answer = await self._watch_once(node)
+            if answer is None:
                 self._ask_serve()
                 await asyncio.sleep(RETRY_S)
                 continue
-            if told["is_deleted"]:
+            if answer["is_deleted"]:
                 self._on_deleted()
                 return
-            self._view.heard(told["loop_age_s"])
-            if told["placement"] is not None:
-                self._view.publish(told["placement"])
+            self._view.heard(answer["loop_age_s"])
+            if answer["placement"] is not None:
+                self._view.publish(answer["placement"])
 
-    async def _watch_once(self, node: str) -> tuple[bool, Any]:
+    async def _watch_once(self, node: str) -> dict[str, Any] | None:
         current = self._view.placement
         known = (-1, -1) if current is None else current.order
         call = asyncio.create_task(
@@ -151,24 +152,25 @@ class PlacementWatcher:
             call.cancel()
 
     def _ask_serve(self) -> None:
-        """Look whether the controller is away for ever; nobody waits for the answer."""
+        """Ask Serve in the background whether the application is deleted."""
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._end_if_deleted())
 
     async def _end_if_deleted(self) -> None:
         try:
             wanted = await asyncio.to_thread(self._is_wanted)
-        except Exception as error:  # Serve itself is away, which says nothing
+        except Exception as error:  # Serve itself is away: the application may still be wanted
             logger.warning("Serve does not answer (%s)", type(error).__name__)
             return
         if not wanted and not self._task.done():
             self._task.cancel()
             self._on_deleted()
 
-    async def _bounded(self, call: Callable[[], Awaitable[Any]]) -> tuple[bool, Any]:
+    async def _bounded(self, call: Callable[[], Awaitable[T]]) -> T | None:
+        """Return the answer of a call, or ``None`` where the controller does not answer."""
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
-                return True, await call()
+                return await call()
         except Exception as error:  # away, restarting, or slow: the view stays as it is
             logger.warning("the controller does not answer (%s)", type(error).__name__)
-            return False, None
+            return None

@@ -1,4 +1,4 @@
-"""Whether requests can be served now, and how old the knowledge is that this goes by: pure."""
+"""Decides whether requests can be served now, and dates the placement behind it: pure functions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from cluster.spec import ExpertKey, OnExpertLoss
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """What ``/ready`` and ``grpc.health.v1`` tell.
+    """The answer of ``/ready`` and ``grpc.health.v1``.
 
-    ``reason`` says why not, and is empty when ready. ``order`` is the (epoch, version) of the
-    placement that this goes by, and ``loop_age_s`` how long ago the controller last finished a
-    look at an actor, which grows while the controller is away; both ``None`` before the first word
-    from it. When the deployment ``is_deleted``, it never becomes ready again.
+    ``reason`` is empty when ready, else it says why not. ``order`` is the (epoch, version) of the
+    known placement. ``loop_age_s`` is the time since the controller last finished a look at an
+    actor; it grows while the controller is away. Both are ``None`` before the controller's first
+    answer. A deployment that ``is_deleted`` never becomes ready again.
     """
 
     reason: str
@@ -26,7 +26,7 @@ class Readiness:
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests that ask for nothing else go on now."""
+        """Whether requests under the deployment's own ``on_expert_loss`` are served now."""
         return not self.reason
 
 
@@ -36,10 +36,10 @@ def readiness(
     loop_age_s: float | None,
     on_expert_loss: OnExpertLoss = "strict",
 ) -> Readiness:
-    """Decide whether the served ``models`` can be served under the newest known placement.
+    """Decide whether ``models`` can be served under the newest known placement.
 
-    ``on_expert_loss`` is the deployment's. Requests wait for an expert without a live copy under
-    ``strict``, and under ``next_expert`` where a whole layer has none; then this is not ready.
+    ``on_expert_loss`` is the deployment's. Requests wait for missing experts under ``strict``, and
+    under ``next_expert`` where a whole layer is missing. The deployment is not ready then.
     """
     order = None if placement is None else placement.order
     return Readiness(_reason(placement, models, on_expert_loss), order, loop_age_s)
@@ -52,14 +52,14 @@ def _reason(
         return "no placement of the experts is known yet"
     placed = {key.model for key in placement.holders}
     unplaced = sorted(set(models) - placed)
-    if unplaced:  # a new gateway may be there before the controller that knows its models
+    if unplaced:  # a new gateway may start before the controller that knows its models
         return f"no placement of the experts of {', '.join(unplaced)} is known yet"
     missing = len(_awaited(placement, on_expert_loss))
     return f"{missing} experts have no live copy" if missing else ""
 
 
 def _awaited(placement: Placement, on_expert_loss: OnExpertLoss) -> list[ExpertKey]:
-    """Return the experts without a live copy that keep requests waiting."""
+    """Return the missing experts that requests wait for."""
     missing = placement.missing()
     if on_expert_loss == "strict" or not missing:
         return missing

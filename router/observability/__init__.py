@@ -1,1 +1,1 @@
-"""Metrics: what there is (``catalogue``), how a router counts, how all of it is written out."""
+"""Metrics and traces: the catalogue of metrics, a router's counters, the exposition, spans."""

@@ -1,11 +1,11 @@
-"""Every metric that is exported: name, kind, labels, meaning; ``docs/observability.md`` has all.
+"""Every exported metric: name, kind, labels, meaning; ``docs/observability.md`` lists them.
 
-Names, units and meanings are those of vLLM where it has the same, under ``expertmesh_``.
+Where vLLM has the same metric, name, unit and meaning are vLLM's, under ``expertmesh_``.
 
 All label sets are bounded: ``model_name`` by the deployment; ``surface``, ``code``, ``reason``,
 ``finished_reason`` and ``transport`` by the code; ``actor_id`` by the deployment's pools;
-``replica`` by the processes that live. The largest is ``expert_tokens``: models x layers x experts
-x the actors that hold a copy; ``expert_overflow_tokens`` has a router for the actor.
+``replica`` by the live processes. The largest is ``expert_tokens``: models x layers x experts x the
+actors that hold a copy. ``expert_overflow_tokens`` has routers in place of the actors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOKEN_BUCKETS_S = (
 LAYER_BUCKETS_S = (
     0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0,
 )  # fmt: skip
-"""Upper bounds of histograms: of whole requests, between tokens, of one MoE layer."""
+"""Upper bounds of the histograms: whole requests, times between tokens, one MoE layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def _family(name: str, kind: Kind, labels: str, text: str) -> Family:
     return Family(PREFIX + name, kind, tuple(labels.split()), text)
 
 
-# Of gateways.
+# Metrics of gateways.
 REQUESTS = _family(
     "requests", "counter", "surface code replica", "Requests by surface and outcome; ok is success."
 )
@@ -93,7 +93,7 @@ LATENCY = _family(
     "From a checked request to its end.",
 )
 
-# Of routers. A choice is a sequence of its own.
+# Metrics of routers. Each choice of a request is a sequence.
 RUNNING = _family(
     "num_requests_running", "gauge", "model_name replica", "Sequences admitted to the cache."
 )
@@ -165,7 +165,7 @@ OVERFLOW = _family(
     "Tokens that an expert had no room for, under router.expert_capacity.",
 )
 
-# Of the controller and the placement.
+# Metrics of the controller and the placement.
 EPOCH = _family(
     "placement_epoch", "gauge", "", "Epoch of the placement; a new controller's is new."
 )
@@ -183,7 +183,7 @@ PROCESSES = _family(
     "processes", "gauge", "kind", "Routers, gateways and expert actors that are heard of."
 )
 
-# Of expert actors, as their latest heartbeat tells.
+# Metrics of expert actors, from their latest heartbeats.
 EXPERT_TOKENS = _family(
     "expert_tokens",
     "counter",

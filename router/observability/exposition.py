@@ -1,86 +1,83 @@
-"""Everything that is measured, in Prometheus' text format.
+"""All metrics in Prometheus' text format.
 
-One answer has the whole application's numbers, whichever gateway is asked, so that a scrape through
-a load balancer is right: what processes count of themselves is told apart by ``replica``.
+The answer of any gateway has the numbers of the whole application, so that a scrape through a load
+balancer is right. The label ``replica`` separates the numbers of processes.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from cluster.reports import ClusterStatus, Measurements, ProcessStatus, Sample, Samples
+from cluster.reports import ClusterStatus, Measurements, ProcessSamples, Sample
 from cluster.spec import ActorReport
 from router.observability import catalogue
 from router.observability.catalogue import FAMILIES, Family
 
-_Found = dict[str, list[Sample]]
+_Samples = dict[str, list[Sample]]
 
 
 def expose(measured: Measurements, loop_age_s: float | None) -> bytes:
     """Return all metrics as text; the placement's gauges are NaN while the controller is away.
 
-    ``loop_age_s`` is what this gateway knows of the controller's last loop.
+    ``loop_age_s`` is the time since the controller's last known loop.
     """
-    found: _Found = defaultdict(list)
-    _gauge(found, catalogue.LOOP_AGE, math.nan if loop_age_s is None else loop_age_s)
+    samples: _Samples = defaultdict(list)
+    _gauge(samples, catalogue.LOOP_AGE, math.nan if loop_age_s is None else loop_age_s)
     if measured.status is None:
         for family in (catalogue.EPOCH, catalogue.VERSION, catalogue.MISSING):
-            _gauge(found, family, math.nan)
+            _gauge(samples, family, math.nan)
     else:
-        _add_cluster(found, measured.status)
+        _add_cluster(samples, measured.status)
     for report in measured.reports:
-        _add_actor(found, report)
-    for one in measured.processes:
-        _add(found, one.process, one.samples)
-    registry = CollectorRegistry()
-    registry.register(_Told(found))
-    return generate_latest(registry)
+        _add_actor(samples, report)
+    for measurement in measured.processes:
+        _add_process(samples, measurement)
+    return generate_latest(_Families(samples))
 
 
-class _Told(Collector):
-    def __init__(self, found: _Found) -> None:
-        self._found = found
+class _Families(Collector):
+    """The metrics of ``FAMILIES``, in that order."""
+
+    def __init__(self, samples: _Samples) -> None:
+        self._samples = samples
 
     def collect(self) -> Iterator[Metric]:
         for family in FAMILIES:
             metric = Metric(family.name, family.help, family.kind)
-            for name, labels, value in self._found.get(family.name, ()):
+            for name, labels, value in self._samples.get(family.name, ()):
                 metric.add_sample(name, dict(labels), value)
             yield metric
 
 
-def _gauge(found: _Found, family: Family, value: float, **labels: str) -> None:
-    found[family.name].append((family.exported, labels, float(value)))
+def _gauge(samples: _Samples, family: Family, value: float, **labels: str) -> None:
+    samples[family.name].append((family.exported, labels, float(value)))
 
 
-def _add(found: _Found, process: ProcessStatus, samples: Samples) -> None:
+def _add_process(samples: _Samples, measurement: ProcessSamples) -> None:
+    process = measurement.process
     replica = {"replica": f"{process.node[:10]}:{process.pid}"}
-    for name, values in samples.families.items():
-        found[name] += [(sample, {**labels, **replica}, value) for sample, labels, value in values]
+    for family, values in measurement.samples.families.items():
+        samples[family] += [(name, {**labels, **replica}, value) for name, labels, value in values]
 
 
-def _add_cluster(found: _Found, status: ClusterStatus) -> None:
-    _gauge(found, catalogue.EPOCH, status.epoch)
-    _gauge(found, catalogue.VERSION, status.placement_version)
-    _gauge(found, catalogue.MISSING, status.missing_experts)
-    _gauge(found, catalogue.LIVE_COPIES, status.live_copies)
-    _gauge(found, catalogue.MIN_COPIES, status.min_copies)
-    groups: Iterable[tuple[str, int]] = (
-        ("router", len(status.routers)),
-        ("gateway", len(status.gateways)),
-        ("actor", len(status.actors)),
-    )
-    for kind, count in groups:
-        _gauge(found, catalogue.PROCESSES, count, kind=kind)
+def _add_cluster(samples: _Samples, status: ClusterStatus) -> None:
+    _gauge(samples, catalogue.EPOCH, status.epoch)
+    _gauge(samples, catalogue.VERSION, status.placement_version)
+    _gauge(samples, catalogue.MISSING, status.missing_experts)
+    _gauge(samples, catalogue.LIVE_COPIES, status.live_copies)
+    _gauge(samples, catalogue.MIN_COPIES, status.min_copies)
+    _gauge(samples, catalogue.PROCESSES, len(status.routers), kind="router")
+    _gauge(samples, catalogue.PROCESSES, len(status.gateways), kind="gateway")
+    _gauge(samples, catalogue.PROCESSES, len(status.actors), kind="actor")
 
 
-def _add_actor(found: _Found, report: ActorReport) -> None:
+def _add_actor(samples: _Samples, report: ActorReport) -> None:
     for family, value in (
         (catalogue.ACTOR_EXPERTS, len(report.experts)),
         (catalogue.ACTOR_WEIGHTS, report.weight_bytes),
@@ -91,10 +88,10 @@ def _add_actor(found: _Found, report: ActorReport) -> None:
         (catalogue.ACTOR_QUEUE, report.waited_s),
         (catalogue.ACTOR_REPLACEMENTS, report.generation - 1),
     ):
-        _gauge(found, family, value, actor_id=report.actor_id)
+        _gauge(samples, family, value, actor_id=report.actor_id)
     for key, rows in report.tokens.items():
         _gauge(
-            found,
+            samples,
             catalogue.EXPERT_TOKENS,
             rows,
             model_name=key.model,

@@ -1,11 +1,12 @@
-"""What the engine's thread counts: plain numbers, without a lock and without a metrics library.
+"""Distributions that the engine's thread counts, without a lock and without a metrics library.
 
-Only the engine's thread writes; another may read at any time, and sees each number as it was a
-moment ago.
+Only the engine's thread writes. Another thread may read at any time; its numbers may be a moment
+old.
 """
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -14,12 +15,12 @@ from router.observability.catalogue import Family
 
 
 class Distribution:
-    """How many values fell under each bound, and their sum."""
+    """The number of values under each bound, and the sum of all values."""
 
     __slots__ = ("_counts", "bounds", "total")
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        """``bounds`` are the upper ones, ascending; one without a bound follows."""
+        """``bounds`` are upper bounds, ascending; a last bucket without a bound follows."""
         self.bounds = tuple(bounds)
         self._counts = [0] * (len(bounds) + 1)
         self.total = 0.0
@@ -30,11 +31,8 @@ class Distribution:
         self.total += value
 
     def cumulative(self) -> list[int]:
-        """Return how many values are at most each bound, and in the end how many there are."""
-        counts = self._counts.copy()
-        for place in range(1, len(counts)):
-            counts[place] += counts[place - 1]
-        return counts
+        """Return the number of values up to each bound, then the number of all values."""
+        return list(itertools.accumulate(self._counts))
 
 
 def counts_of(

@@ -1,8 +1,8 @@
-"""An exporter for Serve's tracing: spans go to a collector, by OTLP over HTTP.
+"""An exporter for Serve's tracing: sends spans to a collector by OTLP over HTTP.
 
 Name it in the deployment file: ``exporter_import_path: router.observability.otlp:span_processors``.
-It needs the extra ``tracing``. OpenTelemetry's own variables, such as
-``OTEL_EXPORTER_OTLP_ENDPOINT``, say where the collector is.
+It needs the extra ``tracing``. OpenTelemetry's own environment variables, such as
+``OTEL_EXPORTER_OTLP_ENDPOINT``, configure it.
 """
 
 from __future__ import annotations
@@ -13,5 +13,5 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 
 def span_processors() -> list[SpanProcessor]:
-    """Return what sends spans in the background; a collector that is away loses them only."""
+    """Return a processor that sends spans in the background; without a collector they are lost."""
     return [BatchSpanProcessor(OTLPSpanExporter())]

@@ -1,10 +1,11 @@
 """Spans of gateways and routers, within the traces that Serve's tracing begins.
 
-Serve takes a request's W3C context from HTTP headers or gRPC metadata, samples, and brings the
-context from the gateway to the router; ``docs/observability.md`` says how to switch it on. Here
-are the spans of what Serve cannot see: a request in the gateway, its queue, prefill and decode in
-the router, and the first steps' layers, from where frames bring the context to the expert actors
-(:mod:`experts.tracing`). A request that is not sampled makes no span and keeps nothing.
+Serve takes a request's W3C context from HTTP headers or gRPC metadata, decides whether to sample
+it, and brings the context from the gateway to the router. ``docs/observability.md`` explains how to
+switch tracing on. This module adds the spans that Serve cannot see: a request in the gateway; its
+queue, prefill and decode in the router; the MoE layers of its first steps. Frames bring the context
+of a layer to the expert actors (:mod:`experts.tracing`). A request that is not sampled has no spans
+and costs no memory.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from experts.tracing import wall_ns
 from router.messages.request import GenerationRequest, Receipts
 
 STEPS_IN_DETAIL = 4
-"""So many steps of a request have spans for their layers: all of them would be thousands."""
+"""The number of a request's steps with spans for their layers; all steps would make thousands."""
 
 
 def _tracer() -> trace.Tracer:
@@ -38,9 +39,9 @@ def _tracer() -> trace.Tracer:
 
 @contextmanager
 def gateway_span(request: GenerationRequest, receipts: Receipts) -> Iterator[Span]:
-    """Have a span for as long as the gateway generates; one that records nothing if not sampled.
+    """Yield the span of a request in the gateway, a span without a recording if it is not sampled.
 
-    It is not the current one, since generators run in their callers' contexts.
+    It does not become the current span, since a generator runs in the contexts of its callers.
     """
     parent = trace.get_current_span()
     if not parent.is_recording():
@@ -60,7 +61,7 @@ def gateway_span(request: GenerationRequest, receipts: Receipts) -> Iterator[Spa
 
 
 def as_current(span: Span) -> AbstractContextManager[Span]:
-    """Have a span be the current one for a while, in which nothing is awaited or yielded."""
+    """Make a span the current span within a ``with`` block, which must not await or yield."""
     if not span.is_recording():
         return nullcontext(span)
     return trace.use_span(span, record_exception=False, set_status_on_exception=False)
@@ -77,16 +78,16 @@ def _attributes_of(request: GenerationRequest) -> dict[str, str | int]:
 
 
 def _failed(error: BaseException) -> Status:
-    # Our own errors say nothing of a prompt; others might.
-    told = str(error) if isinstance(error, ExpertMeshError) else type(error).__name__
-    return Status(StatusCode.ERROR, told)
+    # Errors of other libraries may quote a prompt.
+    is_own = isinstance(error, ExpertMeshError)
+    return Status(StatusCode.ERROR, str(error) if is_own else type(error).__name__)
 
 
 class RequestTrace:
-    """A sampled request in the router; for the engine's thread, but for its making."""
+    """A sampled request in the router; only the engine's thread uses it once it is made."""
 
     def __init__(self, parent: Span) -> None:
-        """``parent`` is the span that the router's are under."""
+        """``parent`` is the parent of the router's spans."""
         self.parent = parent
         self._context = trace.set_span_in_context(parent)
         self._steps_left = STEPS_IN_DETAIL
@@ -98,7 +99,7 @@ class RequestTrace:
         return cls(span) if span.is_recording() else None
 
     def take_step(self) -> bool:
-        """Return whether the next step is to be told in detail; counts it."""
+        """Count a step; returns whether it has spans for its layers."""
         self._steps_left -= 1
         return self._steps_left >= 0
 
@@ -109,10 +110,10 @@ class RequestTrace:
         started_s: Mapping[str, float],
         error: ExpertMeshError | None = None,
     ) -> None:
-        """Make a span of each phase of a choice that has ended now; ``error`` is why it failed.
+        """Make a span for each phase of a choice that ends now; ``error`` is the reason it failed.
 
-        ``started_s`` maps the phases, in their order, to their starts on the monotonic clock. A
-        start of 0 means that the choice did not reach the phase.
+        ``started_s`` maps the phases, in their order, to their starts on the monotonic clock. The
+        start is 0 for a phase that the choice did not reach.
         """
         now_s = time.monotonic()
         begun = [(phase, start_s) for phase, start_s in started_s.items() if start_s]
@@ -133,10 +134,10 @@ class RequestTrace:
 
 
 class StepTrace:
-    """One step of the engine in the trace of one of its requests; the others' are linked."""
+    """One engine step, as a span in the trace of one of its requests."""
 
     def __init__(self, traces: Sequence[RequestTrace], num_sequences: int, num_tokens: int) -> None:
-        """Begin the step's span under the first of ``traces``; the others are linked."""
+        """Begin the step's span in the first of ``traces``; it links to the other traces."""
         self._span = _tracer().start_span(
             "expertmesh.step",
             trace.set_span_in_context(traces[0].parent),
@@ -144,7 +145,7 @@ class StepTrace:
                 "expertmesh.sequences": num_sequences,
                 "expertmesh.tokens": num_tokens,
             },
-            links=[Link(other.parent.get_span_context()) for other in traces[1:]],
+            links=[Link(linked.parent.get_span_context()) for linked in traces[1:]],
         )
         self._context = trace.set_span_in_context(self._span)
 
@@ -162,16 +163,16 @@ class StepTrace:
 def begin_step(
     traces: Iterable[RequestTrace], num_sequences: int, num_tokens: int
 ) -> StepTrace | None:
-    """Begin a step's span, or return ``None`` where no sampled request wants its steps in detail.
+    """Begin a step's span; returns ``None`` where no request has a detailed step left.
 
     ``traces`` are those of the step's sequences; a request with several sequences counts once.
     """
-    detailed = [sampled for sampled in dict.fromkeys(traces) if sampled.take_step()]
+    detailed = [request for request in dict.fromkeys(traces) if request.take_step()]
     return StepTrace(detailed, num_sequences, num_tokens) if detailed else None
 
 
 def traceparent(context: SpanContext) -> str:
-    """Return a span's context as the W3C's header has it."""
+    """Return a span's context as the W3C's header ``traceparent``."""
     return (
         f"00-{format_trace_id(context.trace_id)}-{format_span_id(context.span_id)}"
         f"-{context.trace_flags:02x}"
