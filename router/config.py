@@ -1,7 +1,7 @@
 """The ``args:`` of a deployment file, validated; every error names its YAML path.
 
-A deployment file is a Ray Serve config whose ``import_path`` is ``router.app:build``; what stands
-under ``args:`` is :class:`AppConfig`. Unknown keys are errors that list the allowed ones.
+A deployment file is a Ray Serve config whose ``import_path`` is ``router.app:build``. Its ``args:``
+are an :class:`AppConfig`. The error of an unknown key lists the allowed keys.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import (
 from cluster.errors import ConfigError
 from cluster.spec import OnExpertLoss
 from router.expert_config import (
-    ONE_POOLS_KEYS,
+    SINGLE_POOL_KEYS,
     ActorScalingConfig,
     EmulateConfig,
     ExpertsConfig,
@@ -77,7 +77,7 @@ class CapacityConfig(Section):
     tokens: int | None = Field(default=None, ge=1, description="Number of tokens.")
 
     @model_validator(mode="after")
-    def _is_one_of_both(self) -> CapacityConfig:
+    def _has_one_key(self) -> CapacityConfig:
         if (self.factor is None) == (self.tokens is None):
             raise ValueError(
                 "needs exactly one of factor and tokens "
@@ -173,15 +173,15 @@ class RouterConfig(Section):
     )
 
     def cache_tokens_for(self, max_model_len: int) -> int:
-        """Return the tokens that one replica's cache holds, for a model of this context."""
+        """Return the size in tokens of one replica's cache, for a model of this context."""
         if self.cache_tokens is not None:
             return self.cache_tokens
         wanted = self.max_batch_size * max_model_len
         return max(max_model_len, min(wanted, MAX_DEFAULT_CACHE_TOKENS))
 
     @model_validator(mode="after")
-    def _a_step_holds_the_batch(self) -> RouterConfig:
-        if self.max_batch_tokens < self.max_batch_size:  # decodes alone would leave no prefill
+    def _step_holds_batch(self) -> RouterConfig:
+        if self.max_batch_tokens < self.max_batch_size:  # decodes would leave no room for prefill
             raise ValueError(
                 f"max_batch_tokens must be at least max_batch_size, {self.max_batch_size} "
                 f"(given: {self.max_batch_tokens})"
@@ -256,10 +256,10 @@ class AppConfig(Section):
         return models
 
     def effective(self) -> dict[str, Any]:
-        """Return the args with every default, which :func:`parse_args` reads as the same again."""
+        """Return the args with every default; :func:`parse_args` makes an equal config of them."""
         args = self.model_dump(mode="json")
-        if self.experts.pools is not None:  # the keys of the one pool stand in each of them then
-            for key in ONE_POOLS_KEYS:
+        if self.experts.pools is not None:  # each pool has these keys itself
+            for key in SINGLE_POOL_KEYS:
                 del args["experts"][key]
         return args
 
@@ -289,8 +289,8 @@ def _allowed_keys(loc: tuple[int | str, ...]) -> list[str]:
 def parse_args(args: dict[str, Any], root: str = "args") -> AppConfig:
     """Validate ``args:`` of a deployment file.
 
-    Raises :class:`ConfigError` with the YAML path of the first thing that is wrong, what was given
-    and what is allowed.
+    Raises :class:`ConfigError` for the first error, with its YAML path, the given value and the
+    allowed values.
     """
     try:
         return AppConfig.model_validate(args)
@@ -307,7 +307,7 @@ def parse_args(args: dict[str, Any], root: str = "args") -> AppConfig:
 def load_deployment(file: Path) -> list[tuple[str, AppConfig]]:
     """Read a deployment file and validate each application's args; returns (name, config) pairs.
 
-    Raises :class:`ConfigError` naming the file and YAML path.
+    Raises :class:`ConfigError` with the file and the YAML path.
     """
     return parse_deployment(read_document(file), file)
 

@@ -21,7 +21,7 @@ from cluster.spec import Emulation, ScalingTargets, TransportKind
 from cluster.tls import TlsFiles
 
 DEFAULT_POOL = "expert"
-ONE_POOLS_KEYS = (
+SINGLE_POOL_KEYS = (
     "actors",
     "num_cpus",
     "num_gpus",
@@ -30,7 +30,7 @@ ONE_POOLS_KEYS = (
     "emulate",
     "autoscaling",
 )
-RAYS_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
+RAY_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
 
 
 class Section(BaseModel):
@@ -53,7 +53,7 @@ class TlsConfig(Section):
     )
 
     def files(self) -> TlsFiles:
-        """Return the paths as the streams take them."""
+        """Return the paths for :mod:`cluster.tls`."""
         return TlsFiles(self.certificate, self.key, self.authority)
 
 
@@ -78,7 +78,7 @@ class EmulateConfig(Section):
         return self
 
     def emulation(self) -> Emulation:
-        """Return what an actor is told."""
+        """Return the emulation for an actor."""
         return Emulation(self.batch_s, self.row_s)
 
 
@@ -130,14 +130,14 @@ class ActorScalingConfig(Section):
 
     @field_validator("max_actors")
     @classmethod
-    def _most_is_not_least(cls, max_actors: int, info: ValidationInfo) -> int:
+    def _bounds_are_ordered(cls, max_actors: int, info: ValidationInfo) -> int:
         least = info.data.get("min_actors")  # absent when wrong
         if least is not None and max_actors < least:
             raise ValueError(f"must be at least min_actors, {least}")
         return max_actors
 
     def targets(self) -> ScalingTargets:
-        """Return what the controller goes by."""
+        """Return the targets for the controller."""
         return ScalingTargets(**self.model_dump())
 
 
@@ -156,7 +156,7 @@ def _fewest(actors: int, autoscaling: ActorScalingConfig | None) -> int:
     return actors if autoscaling is None else autoscaling.min_actors
 
 
-# The keys that describe a pool stand in each of several pools, or once for the only one.
+# The keys of a pool stand in each entry of ``pools``, or in ``experts`` where there is one pool.
 Actors = Annotated[
     int,
     Field(
@@ -228,12 +228,12 @@ class PoolConfig(Section):
 
     @field_validator("resources")
     @classmethod
-    def _resources_are_rays(cls, resources: dict[str, float]) -> dict[str, float]:
+    def _resources_are_valid(cls, resources: dict[str, float]) -> dict[str, float]:
         for name, amount in resources.items():
-            if not name or name in RAYS_RESOURCES:
-                raise ValueError(f"{name!r} is Ray's own; use num_cpus, num_gpus")
+            if not name or name in RAY_RESOURCES:
+                raise ValueError(f"{name!r} is Ray's own; use num_cpus or num_gpus")
             if amount <= 0 or (amount > 1 and amount % 1):
-                raise ValueError(f"{name} must be a whole number or a part of 1")
+                raise ValueError(f"{name} must be a whole number, or between 0 and 1")
         return resources
 
 
@@ -291,22 +291,22 @@ class ExpertsConfig(Section):
 
     @field_validator("pools")
     @classmethod
-    def _pools_differ(cls, pools: tuple[PoolConfig, ...] | None) -> tuple[PoolConfig, ...] | None:
+    def _pools_agree(cls, pools: tuple[PoolConfig, ...] | None) -> tuple[PoolConfig, ...] | None:
         names = [pool.name for pool in pools or ()]
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise ValueError(f"names must differ; given more than once: {', '.join(doubled)}")
         budgets = [pool.memory_budget_bytes for pool in pools or ()]
         if None in budgets and any(budget is not None for budget in budgets):
-            raise ValueError("all pools need memory_budget_bytes, or none")
+            raise ValueError("all pools must have memory_budget_bytes, or none")
         return pools
 
-    @field_validator(*ONE_POOLS_KEYS)
+    @field_validator(*SINGLE_POOL_KEYS)
     @classmethod
     def _stands_in_one_place(cls, value: Any, info: ValidationInfo) -> Any:
-        # Not called for defaults, so this was given beside the pools.
+        # pydantic does not call this for defaults, so the key was given.
         if info.data.get("pools") is not None:
-            raise ValueError("with pools it stands in each of them")
+            raise ValueError("belongs in each pool when pools are listed")
         return value
 
     @field_validator("min_copies")
@@ -322,18 +322,18 @@ class ExpertsConfig(Section):
         return min_copies
 
     def all_pools(self) -> tuple[PoolConfig, ...]:
-        """Return the pools, of which there is one where none is listed."""
+        """Return the listed pools, or the single pool where none is listed."""
         if self.pools is not None:
             return self.pools
-        given = {key: getattr(self, key) for key in ONE_POOLS_KEYS}
-        return (PoolConfig(name=DEFAULT_POOL, **given),)
+        values = {key: getattr(self, key) for key in SINGLE_POOL_KEYS}
+        return (PoolConfig(name=DEFAULT_POOL, **values),)
 
     @property
     def emulated_pools(self) -> tuple[str, ...]:
-        """Names of the pools that compute nothing."""
+        """The names of the pools with emulated devices."""
         return tuple(pool.name for pool in self.all_pools() if pool.emulate is not None)
 
     @property
     def num_actors(self) -> int:
-        """Actors of all pools."""
+        """The number of actors in all pools."""
         return sum(pool.actors for pool in self.all_pools())

@@ -1,8 +1,8 @@
-"""When to try again: one policy for the gateway's resends, the dispatcher's backoff and the client.
+"""Retries: one policy for the gateway's resends, the dispatcher's backoff and the client.
 
 Delays grow exponentially up to a cap, with full jitter (Brooker, "Exponential Backoff and Jitter",
-2015); a budget as in gRPC's retry throttling (gRFC A6) keeps those who all failed from failing the
-rest. Nothing here waits or has a clock of its own.
+2015). A budget as in gRPC's retry throttling (gRFC A6) keeps the retries of many failed requests
+from overloading a server. Nothing here waits or has a clock of its own.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from cluster.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How long to wait after each failure.
+    """The delays after failures.
 
     The longest delay after failure ``i`` (from 0) is ``first_delay_s * multiplier ** i``, at most
-    ``max_delay_s``; what is waited is evenly drawn from nothing to that. Raises
-    :class:`ConfigError` for numbers that are none of a backoff.
+    ``max_delay_s``. The actual delay is drawn uniformly from 0 to the longest delay. Raises
+    :class:`ConfigError` for a delay below 0, a multiplier below 1, or a cap below the first delay.
     """
 
     first_delay_s: float = 0.1
@@ -35,8 +35,8 @@ class RetryPolicy:
         _check("retry.max_delay_s", self.max_delay_s, self.first_delay_s)
 
     def longest_s(self, failures: int) -> float:
-        """Return the longest delay after so many failures before this one."""
-        # As a logarithm, since the power itself overflows where a wait goes on for hours.
+        """Return the longest delay of a failure after ``failures`` earlier failures."""
+        # Logarithms, since the power overflows after hours of failures.
         if self.first_delay_s == 0.0:
             return 0.0
         room = math.log(self.max_delay_s / self.first_delay_s)
@@ -51,24 +51,24 @@ class RetryPolicy:
         remaining_s: float = math.inf,
         retry_after_s: float | None = None,
     ) -> float | None:
-        """Return how long to wait, or ``None`` where the wait would reach the deadline.
+        """Return the delay, or ``None`` where it would reach the deadline.
 
-        ``draw`` is a number in [0, 1). What the other side asks for (``retry_after_s``) is waited
-        in any case, and the jittered delay after it, so that not all come back at once.
+        ``draw`` is a number in [0, 1). ``retry_after_s`` is the delay that the server asks for. The
+        jittered delay is added to it, so that clients do not all come back at once.
         """
         delay_s = draw * self.longest_s(failures) + max(0.0, retry_after_s or 0.0)
         return delay_s if delay_s < remaining_s else None
 
 
 class RetryBudget:
-    """What all requests of one caller may retry together; safe to use from several threads.
+    """A bound on the retries of all requests of one caller; safe to use from several threads.
 
-    A failure takes one token, a success gives ``token_ratio`` back, and nobody retries while half
-    the tokens or less are left.
+    A failure takes one token, and a success gives ``token_ratio`` back. No request is retried
+    while half of the tokens or fewer are left.
     """
 
     def __init__(self, max_tokens: float = 200.0, token_ratio: float = 0.1) -> None:
-        """Start full. Raises :class:`ConfigError` for numbers that are not positive."""
+        """Start full. Raises :class:`ConfigError` for ``max_tokens`` below 1 or a ratio below 0."""
         _check("retry.max_tokens", max_tokens, 1.0)
         _check("retry.token_ratio", token_ratio, 0.0)
         self._max_tokens = max_tokens
@@ -77,7 +77,7 @@ class RetryBudget:
         self._lock = threading.Lock()
 
     def failed(self) -> bool:
-        """Count a failure; returns whether it may be tried again."""
+        """Count a failure; returns whether the request may be retried."""
         with self._lock:
             self._tokens = max(0.0, self._tokens - 1.0)
             return self._tokens > self._max_tokens / 2
@@ -89,7 +89,7 @@ class RetryBudget:
 
 
 class Retries:
-    """The failures of one request so far, and what follows from the next one."""
+    """The retries of one request, by its failures so far, a policy and a budget."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Retries:
         self._draw = draw
 
     def next_delay_s(self, remaining_s: float, retry_after_s: float | None = None) -> float | None:
-        """Count a failure; return how long to wait for the next attempt, ``None`` for no more.
+        """Count a failure; returns the delay of the next attempt, ``None`` for no more attempts.
 
         ``remaining_s`` is the time until the request's deadline.
         """
@@ -114,7 +114,7 @@ class Retries:
         return delay_s if may_retry else None
 
     def progressed(self) -> None:
-        """Begin again with short delays: the attempt that has just failed had brought something."""
+        """Return to short delays, since the current attempt has brought a part of the answer."""
         self.failures = 0
 
     def succeeded(self) -> None:
@@ -124,4 +124,4 @@ class Retries:
 
 def _check(field: str, value: float, least: float) -> None:
     if not (math.isfinite(value) and value >= least):
-        raise ConfigError(f"given {value}, must be a number of at least {least:g}", field)
+        raise ConfigError(f"given {value}, must be a finite number of at least {least:g}", field)

@@ -18,10 +18,10 @@ from router.config import AppConfig, ExpertsConfig, ModelConfig, load_deployment
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """One model as the builder hands it to routers and gateways: plain data, without weights.
+    """The description of a model that routers and gateways get: plain data, without weights.
 
     ``max_model_len`` bounds prompt plus output, in tokens. ``eos_token_ids`` end a choice and never
-    show in its text. ``stored`` is the quantisation of the weights' files, if they have one.
+    show in its text. ``stored`` is the quantisation of the files, ``None`` where they have none.
     """
 
     source: ModelSource
@@ -61,11 +61,10 @@ class ServedModel:
 def inspect_models(
     config: AppConfig, root: str = "args", neighbours: Neighbours | None = None
 ) -> list[ServedModel]:
-    """Open every configured checkpoint and check that the pool can hold its experts.
+    """Open every configured checkpoint, and check that the pools can hold all experts.
 
-    Reads headers only; those of a checkpoint that is not on this node through ``neighbours``, if
-    given. Raises :class:`ConfigError` or :class:`CheckpointError` that names the YAML path or the
-    file.
+    Reads headers only. ``neighbours``, if given, read those of a checkpoint that is not on this
+    node. Raises :class:`ConfigError` or :class:`CheckpointError` with the YAML path or the file.
     """
     if config.experts.tls is not None:
         config.experts.tls.files().server_context(f"{root}.experts.tls")
@@ -83,7 +82,7 @@ def inspect_models(
 
 
 def pool_specs(experts: ExpertsConfig, models: Sequence[ServedModel]) -> tuple[PoolSpec, ...]:
-    """Return the pools as the controller keeps them, without Serve's name of the application."""
+    """Return the pools for the controller, without Serve's name of the application."""
     return tuple(
         PoolSpec(
             pool.name,
@@ -146,7 +145,7 @@ def _check_tokenizer(checkpoint: Checkpoint, where: str) -> None:
 
 
 def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Return the ids that end a text; ``generation_config.json`` decides where it names any."""
+    """Return the ids that end a text; those of ``generation_config.json`` take precedence."""
     eos = checkpoint.config.get("eos_token_id")
     file: Path = checkpoint.folder / "generation_config.json"
     generation = checkpoint.small_file(file.name)
@@ -161,9 +160,10 @@ def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def check_file(path: Path) -> list[str]:
-    """Check a deployment file and its models' headers; returns a line for each thing found fine.
+    """Check a deployment file and its models' headers; returns a line for each application and
+    model.
 
-    Raises :class:`ConfigError` or :class:`CheckpointError` for the first thing that is wrong.
+    Raises :class:`ConfigError` or :class:`CheckpointError` for the first error.
     """
     lines = []
     for name, config in load_deployment(path):

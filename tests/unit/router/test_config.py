@@ -131,7 +131,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str, str]] = [
     (pools_of({"name": "a"}), "args.experts.pools[0].actors", "Field required"),
     (pools_of({"name": "A b", "actors": 1}), "args.experts.pools[0].name", "given: 'A b'"),
     (pools_of(CPU, CPU), "args.experts.pools", "names must differ; given more than once: cpu"),
-    (pools_of(CPU, actors=3), "args.experts.actors", "with pools it stands in each of them"),
+    (pools_of(CPU, actors=3), "args.experts.actors", "belongs in each pool when pools are listed"),
     (
         {"models": [MODEL], "experts": {"actors": 2, "autoscaling": {"min_actors": 1}}},
         "args.experts.autoscaling.max_actors",
@@ -161,17 +161,17 @@ BAD_VALUES: list[tuple[dict[str, Any], str, str]] = [
     (
         pools_of({**CPU, "memory_budget_bytes": 9}, GPU),
         "args.experts.pools",
-        "all pools need memory_budget_bytes, or none",
+        "all pools must have memory_budget_bytes, or none",
     ),
     (
         pools_of({**CPU, "resources": {"GPU": 1}}),
         "args.experts.pools[0].resources",
-        "'GPU' is Ray's own; use num_cpus, num_gpus",
+        "'GPU' is Ray's own; use num_cpus or num_gpus",
     ),
     (
         pools_of({**CPU, "resources": {"fast": 1.5}}),
         "args.experts.pools[0].resources",
-        "fast must be a whole number or a part of 1",
+        "fast must be a whole number, or between 0 and 1",
     ),
     ({"models": [MODEL], "experts": None}, "args.experts", "given: None"),
     ({"models": [MODEL], "router": {"replicas": 1.5}}, "args.router.replicas", "given: 1.5"),

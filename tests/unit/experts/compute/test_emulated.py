@@ -190,7 +190,7 @@ def test_the_check_names_emulated_pools(tmp_path: Path) -> None:
         (
             {"pools": [{"name": "a", "actors": 1}], "emulate": TIMES},
             "args.experts.emulate",
-            "with pools it stands in each of them",
+            "belongs in each pool when pools are listed",
         ),
         (
             {"pools": [{"name": "a", "actors": 1, "emulate": {"x": 1}}]},
