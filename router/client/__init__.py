@@ -1,7 +1,7 @@
 """The Python client: generate, stream, status and model info over gRPC, each with a deadline.
 
-Needs neither torch nor ray nor transformers. Raises the errors of :mod:`cluster.errors`, as the
-gateway raised them.
+It needs neither torch nor ray nor transformers. It raises the gateway's errors as the types of
+:mod:`cluster.errors`.
 """
 
 from router.client.aio import AsyncClient

@@ -1,7 +1,7 @@
-"""The calls of the Admin service, of both clients.
+"""The calls of the Admin service, for both clients.
 
-A call is a function that builds it and a method of each client. Docstrings and arguments of the two
-methods are the same; one waits with its thread, the other with asyncio.
+A function builds each call, and a method of each client makes it. The methods of both clients have
+the same arguments and results; those of :class:`AsyncAdminClient` are coroutines.
 """
 
 from __future__ import annotations
@@ -26,30 +26,32 @@ class AdminClient(ABC):
         """Make a call once and return its answer."""
 
     def status(self) -> ClusterStatus:
-        """Return what the controller knows of the cluster."""
+        """Return the processes of the cluster, and the experts of each actor."""
         return self._ask(_status(self._session))
 
     def load(self) -> LoadStatus:
-        """Return the load of experts and devices lately, and the last rebalancings."""
+        """Return the recent load of experts and devices, and the last rebalancings."""
         return self._ask(_load(self._session))
 
     def rebalance(self, dry_run: bool = False) -> RebalanceReport:
-        """Have copies of experts follow the load, or with ``dry_run`` only be told how.
+        """Move and copy experts to follow the load; with ``dry_run``, only report the changes.
 
-        Returns when that is done; raises :class:`UnavailableError` while experts lack copies.
+        Returns when the changes are done. Raises :class:`UnavailableError` while experts are
+        missing.
         """
         return self._ask(_rebalance(self._session, dry_run))
 
     def scale(self, actors: int, pool: str = "", dry_run: bool = False) -> ChangeReport:
-        """Have a pool of so many actors, or with ``dry_run`` only be told what that would move.
+        """Bring a pool to a number of actors; with ``dry_run``, only report the changes.
 
-        Returns when experts are spread over them, or while Ray finds no device for one. Raises
-        :class:`InvalidRequestError` where the number is out of bounds or experts do not fit.
+        Returns when the experts are spread over the actors, or while an actor waits for a device.
+        Raises :class:`InvalidRequestError` where the number is out of bounds or the experts do not
+        fit.
         """
         return self._ask(_scale(self._session, actors, pool, dry_run))
 
     def drain(self, target: str, dry_run: bool = False) -> ChangeReport:
-        """Empty and end an actor, or those of a node (its id, or the first characters of it).
+        """Empty and end an actor, or all actors of a node, given by its id or the id's beginning.
 
         Raises as :meth:`scale` does.
         """
@@ -58,7 +60,7 @@ class AdminClient(ABC):
     def set_copies(
         self, model: str, layer: int, expert: int, copies: int, dry_run: bool = False
     ) -> ChangeReport:
-        """Bring one expert to so many copies, until a rebalancing finds others better.
+        """Bring one expert to a number of copies, until a rebalancing changes it again.
 
         Raises as :meth:`scale` does.
         """
@@ -75,39 +77,29 @@ class AsyncAdminClient(ABC):
         """Make a call once and return its answer."""
 
     async def status(self) -> ClusterStatus:
-        """Return what the controller knows of the cluster."""
+        """See :meth:`AdminClient.status`."""
         return await self._ask(_status(self._session))
 
     async def load(self) -> LoadStatus:
-        """Return the load of experts and devices lately, and the last rebalancings."""
+        """See :meth:`AdminClient.load`."""
         return await self._ask(_load(self._session))
 
     async def rebalance(self, dry_run: bool = False) -> RebalanceReport:
-        """Have copies of experts follow the load, or with ``dry_run`` only be told how."""
+        """See :meth:`AdminClient.rebalance`."""
         return await self._ask(_rebalance(self._session, dry_run))
 
     async def scale(self, actors: int, pool: str = "", dry_run: bool = False) -> ChangeReport:
-        """Have a pool of so many actors, or with ``dry_run`` only be told what that would move.
-
-        Returns when experts are spread over them, or while Ray finds no device for one. Raises
-        :class:`InvalidRequestError` where the number is out of bounds or experts do not fit.
-        """
+        """See :meth:`AdminClient.scale`."""
         return await self._ask(_scale(self._session, actors, pool, dry_run))
 
     async def drain(self, target: str, dry_run: bool = False) -> ChangeReport:
-        """Empty and end an actor, or those of a node (its id, or the first characters of it).
-
-        Raises as :meth:`scale` does.
-        """
+        """See :meth:`AdminClient.drain`."""
         return await self._ask(_drain(self._session, target, dry_run))
 
     async def set_copies(
         self, model: str, layer: int, expert: int, copies: int, dry_run: bool = False
     ) -> ChangeReport:
-        """Bring one expert to so many copies, until a rebalancing finds others better.
-
-        Raises as :meth:`scale` does.
-        """
+        """See :meth:`AdminClient.set_copies`."""
         return await self._ask(_set_copies(self._session, model, layer, expert, copies, dry_run))
 
 

@@ -1,4 +1,4 @@
-"""The client on asyncio: all that :class:`router.client.Client` does, in the same words."""
+"""The asynchronous client: the methods of :class:`router.client.Client` as coroutines."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from router.retry import RetryPolicy
 
 
 class AsyncClient(AsyncAdminClient):
-    """Talks to one gateway address from one event loop, the one in which it is made.
+    """Talks to one gateway address from one event loop, the loop in which the client is made.
 
-    An asynchronous context manager. ``retry`` is as in :class:`router.client.Client`.
+    It is an asynchronous context manager. ``retry`` is as in :class:`router.client.Client`.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class AsyncClient(AsyncAdminClient):
     ) -> AsyncGenerator[Reply, None]:
         """Yield pieces of all choices as they come; see :meth:`router.client.Client.stream`.
 
-        Closing the generator (``contextlib.aclosing``) cancels the request; one that is only left
-        is closed when Python finds nobody holding it.
+        Closing the generator (``contextlib.aclosing``) cancels the request. Leaving the loop alone
+        cancels it only once Python finalises the generator.
         """
         model = model or await self._first_model()
         attempts = self._session.attempts(
@@ -119,7 +119,7 @@ class AsyncClient(AsyncAdminClient):
         attempts.check_finished()
 
     async def model_info(self, model: str = "") -> list[ModelInfo]:
-        """Return one model's numbers, or those of all served models when none is named."""
+        """Return the description of one model, or of all served models where none is named."""
         return await self._ask(self._session.model_info(model))
 
     async def _ask(self, call: Call[Answer]) -> Answer:
@@ -132,7 +132,7 @@ class AsyncClient(AsyncAdminClient):
             raise self._session.failed(error) from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            # A closed channel cancels its calls, which is no reason for the task to end.
+            # Closing the client cancels its calls, but the caller's task is not cancelled.
             if self._closed.is_set() and task is not None and not task.cancelling():
                 raise UnreachableError("the client is closed") from None
             raise

@@ -1,4 +1,4 @@
-"""One request of a client over several attempts: its deadline, its tokens so far, its retries."""
+"""The attempts of one request of a client, with its deadline, its tokens so far and its retries."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from router.protos import inference_pb2
 from router.retry import Retries
 
 GRACE_S = 5.0
-"""The server itself answers DEADLINE_EXCEEDED at the request's timeout; this is the way back."""
+"""Added to a call's timeout, so that the server's own DEADLINE_EXCEEDED arrives first."""
 
 
 class Attempts:
-    """The attempts of one request within its time; nothing here waits."""
+    """The attempts of one request within its deadline; nothing here waits."""
 
     def __init__(self, request: Any, timeout_s: float, retries: Retries | None) -> None:
-        """``retries`` is ``None`` for a request that is tried once."""
+        """``retries`` is ``None`` for a request with a single attempt."""
         self._request = request
         self._retries = retries
         self._is_first = True
         self._deadline_s = time.monotonic() + timeout_s
-        # Filled as choices begin: the number that the client asks for may be wrong.
+        # Filled as choices begin, since the client may ask for a number that is not allowed.
         self._choices: dict[int, Any] = {}
         self._num_choices = request.sampling.n or 1
 
@@ -39,7 +39,7 @@ class Attempts:
         return method(self.request(), timeout=max(self._remaining_s, 0.0), wait_for_ready=True)
 
     def request(self) -> Any:
-        """Return the ``GenerateRequest`` of the next attempt: the tokens so far, the time left."""
+        """Return the ``GenerateRequest`` of the next attempt, with the tokens so far."""
         if self._is_first:
             return self._request
         request = inference_pb2.GenerateRequest()
@@ -53,7 +53,7 @@ class Attempts:
         return request
 
     def piece(self, message: Any) -> Reply:
-        """Note a message of a stream, and return it."""
+        """Record a message of a stream; returns it as a :class:`Reply`."""
         choice = self._choices.setdefault(message.index, inference_pb2.ResumedChoice())
         choice.token_ids.extend(message.token_ids)
         choice.finished = bool(message.finish_reason)
@@ -63,12 +63,12 @@ class Attempts:
         return reply_of(message)
 
     def whole(self, message: Any) -> list[Reply]:
-        """Note a whole answer, and return its choices by index."""
+        """Record a whole answer; returns its choices by index."""
         self.succeeded()
         return choices_of(message)
 
     def all_finished(self) -> bool:
-        """Return whether the end of every choice has come."""
+        """Return whether every choice has ended."""
         return sum(choice.finished for choice in self._choices.values()) == self._num_choices
 
     def check_finished(self) -> None:
@@ -78,7 +78,7 @@ class Attempts:
 
     def failed(self, error: ExpertMeshError) -> float:
         """Return the seconds until the next attempt; raises ``error`` if there is none."""
-        if self._retries is None or not self._may_pass(error):
+        if self._retries is None or not self._is_temporary(error):
             raise error
         delay_s = self._retries.next_delay_s(self._remaining_s, error.retry_after_s)
         if delay_s is None:
@@ -87,7 +87,7 @@ class Attempts:
         return delay_s
 
     def succeeded(self) -> None:
-        """Note that the request is answered."""
+        """Record the success of the request."""
         if self._retries is not None:
             self._retries.succeeded()
 
@@ -95,7 +95,7 @@ class Attempts:
     def _remaining_s(self) -> float:
         return self._deadline_s - time.monotonic()
 
-    def _may_pass(self, error: ExpertMeshError) -> bool:
+    def _is_temporary(self, error: ExpertMeshError) -> bool:
         # A full queue may refuse a new request; a request that it has accepted waits for room.
         is_full = isinstance(error, OverloadedError) and error.retry_after_s is not None
         return isinstance(error, UnavailableError) or (is_full and bool(self._choices))

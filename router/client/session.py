@@ -1,4 +1,4 @@
-"""The part of both clients that does not wait: what they remember, and how requests are made."""
+"""The state of a client and the making of its requests, for both clients; nothing here waits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[Answer]):
-    """A call that is made once: a stub's method, its request, and how its reply is read."""
+    """A call without retries: a stub's method, its request, and the reader of its reply."""
 
     method: Callable[..., Any]
     request: Any
@@ -35,7 +35,7 @@ class Call(Generic[Answer]):
     read: Callable[[Any], Answer]
 
     def start(self) -> Any:
-        """Return what the stub's method returns: a reply, or with asyncio one to be awaited."""
+        """Return what the stub's method returns: a reply, or an awaitable reply with asyncio."""
         return self.method(self.request, timeout=self.timeout_s)
 
 
@@ -43,7 +43,7 @@ class Session:
     """A client's stubs, its retry budget, its first model, and whether a server ever answered."""
 
     def __init__(self, channel: Any, address: str, retry: RetryPolicy | None) -> None:
-        """``channel`` is one of grpc or of grpc.aio; ``retry`` is ``None`` for no retries."""
+        """``channel`` is a channel of grpc or of grpc.aio. ``retry`` is ``None`` for no retries."""
         self.inference = inference_pb2_grpc.InferenceStub(channel)
         self.admin = admin_pb2_grpc.AdminStub(channel)
         self.first_model = ""
@@ -53,7 +53,7 @@ class Session:
         self._budget = RetryBudget()
 
     def model_info(self, model: str) -> Call[list[ModelInfo]]:
-        """Return the call for one model's description, or for those of all models."""
+        """Return the call for the description of one model, or of all models."""
         request = inference_pb2.GetModelInfoRequest(model=model)
         return Call(self.inference.GetModelInfo, request, INFO_TIMEOUT_S, models_of)
 
@@ -66,10 +66,10 @@ class Session:
         timeout_s: float,
         on_expert_loss: str | None,
     ) -> Attempts:
-        """Return the attempts of a new request, within the budget of all requests.
+        """Return the attempts of a new request, within the client's retry budget.
 
-        Raises :class:`InvalidRequestError` for a value that no message can carry. All else is the
-        server's to refuse.
+        Raises :class:`InvalidRequestError` for a value that a message cannot carry. The server
+        checks all other values.
         """
         request = inference_pb2.GenerateRequest(model=model, timeout_s=timeout_s)
         try:
@@ -102,14 +102,14 @@ class Session:
         return attempts.failed(error)
 
     def failed(self, error: Any) -> ExpertMeshError:
-        """Return the typed error of a ``grpc.RpcError``; note whether a server of ours answered."""
+        """Return the typed error of a ``grpc.RpcError``; records whether a gateway answered."""
         typed = typed_error(error, self._address)
         self.was_reached |= not isinstance(typed, UnreachableError)
         return typed
 
     @contextmanager
     def unknown_model_forgotten(self) -> Iterator[None]:
-        """Forget the first model when a server answers that it does not serve the model."""
+        """Forget the first model when the server no longer serves the requested model."""
         try:
             yield
         except UnknownModelError:

@@ -1,7 +1,7 @@
 """The synchronous client.
 
-``generate`` and ``stream`` outlive a server: where the gateway, its proxy or the connection is lost
-they ask again within their deadline, and a stream goes on from the tokens that it has.
+``generate`` and ``stream`` survive the loss of a gateway, its proxy or the connection: they ask
+again within their deadline, and a stream goes on after the tokens that it has.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from router.retry import RetryPolicy
 class Client(AdminClient):
     """Talks to one gateway address; a context manager, safe to use from several threads.
 
-    ``retry`` says how ``generate`` and ``stream`` are tried again when no server answers or it says
-    UNAVAILABLE: always within their ``timeout_s``, and all of a client's requests within one
-    :class:`RetryBudget`. They then go with a seed that the client draws where none is given, so
-    that another attempt comes to the same tokens. An address at which no server has ever answered
-    is not tried again. ``None`` tries everything once.
+    ``generate`` and ``stream`` are retried by ``retry`` when no server answers or it answers
+    UNAVAILABLE. Retries end with the request's ``timeout_s``, and all requests of a client share
+    one :class:`RetryBudget`. The client draws a seed where none is given, so that another attempt
+    gives the same tokens. An address at which no server has ever answered is not tried again. A
+    ``retry`` of ``None`` makes a single attempt.
     """
 
     def __init__(
@@ -70,10 +70,11 @@ class Client(AdminClient):
     ) -> list[Reply]:
         """Return all choices of a prompt (text or token ids) or of ``messages``, by index.
 
-        Exactly one of the two is given; the model's chat template renders messages, and what is
-        generated is the assistant's next one. An empty ``model`` is the first that is served.
-        ``on_expert_loss`` is ``strict``, ``next_expert`` or ``drop``; by default the deployment's.
-        Raises :class:`ExpertMeshError`, and :class:`UnreachableError` when no server answers.
+        Exactly one of the two is given. The model's chat template renders ``messages``, and the
+        reply is the assistant's next message. An empty ``model`` is the first served model.
+        ``on_expert_loss`` is ``strict``, ``next_expert`` or ``drop``; the default is the
+        deployment's. Raises :class:`ExpertMeshError`, and :class:`UnreachableError` when no server
+        answers.
         """
         model = model or self._first_model()
         attempts = self._session.attempts(
@@ -100,7 +101,7 @@ class Client(AdminClient):
     ) -> Generator[Reply, None, None]:
         """Yield pieces of all choices as they come; leaving the loop cancels the request.
 
-        No token is left out or comes twice when the stream breaks and goes on. Raises as
+        A stream that breaks and goes on neither loses nor repeats a token. Raises as
         :meth:`generate` does, at any piece.
         """
         model = model or self._first_model()
@@ -127,7 +128,7 @@ class Client(AdminClient):
         attempts.check_finished()
 
     def model_info(self, model: str = "") -> list[ModelInfo]:
-        """Return one model's numbers, or those of all served models when none is named."""
+        """Return the description of one model, or of all served models where none is named."""
         return self._ask(self._session.model_info(model))
 
     def _ask(self, call: Call[Answer]) -> Answer:
@@ -147,7 +148,7 @@ class Client(AdminClient):
             raise error
 
     def _first_model(self) -> str:
-        # Asked once: a call before each call would be a second round trip for every answer.
+        # Remembered, since asking before each request would double the round trips.
         if not self._session.first_model:
             self._session.first_model = self.model_info()[0].id
         return self._session.first_model

@@ -23,11 +23,12 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One choice, or in a stream a new piece of one.
+    """One choice, or a new piece of a choice in a stream.
 
     ``finish_reason`` is ``stop``, ``length`` or, while the choice goes on, ``None``. ``exact`` is
-    false when for its tokens, or any before them, an expert's share was replaced or dropped.
-    ``usage`` is there on the first choice of :meth:`Client.generate` and a stream's last piece.
+    false when an expert's share was replaced or dropped for one of its tokens, or for an earlier
+    token. ``usage`` is set on the first choice of :meth:`Client.generate` and on the last piece of
+    a stream.
     """
 
     index: int
@@ -41,7 +42,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The numbers of a served model."""
+    """The description of a served model."""
 
     id: str
     family: str
@@ -55,7 +56,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample; ``None`` leaves a field to the server's default."""
+    """Sampling parameters; ``None`` leaves a field to the server's default."""
 
     max_tokens: int | None = None
     temperature: float | None = None

@@ -1,4 +1,4 @@
-"""The clients' types to and from gRPC's messages and errors."""
+"""Converts between the clients' types and gRPC's messages and errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from router.protos.errors import DETAILS_KEY, error_from_grpc, is_from_server
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    # gRPC waits up to two minutes by default; a proxy is back within seconds.
+    # gRPC's default backoff grows to two minutes; a proxy is back within seconds.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
@@ -27,12 +27,11 @@ _LOST = (
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.NOT_FOUND,
 )
-"""Codes that, without our server's details, mean that a connection, a proxy or its gateway is away.
-"""
+"""Codes that mean a lost connection, proxy or gateway where the gateway's details are missing."""
 
 
 def sampling_message(sampling: Sampling) -> Any:
-    """Return a sampling as a message; raises ``TypeError`` or ``ValueError`` for a wrong value."""
+    """Return a sampling as a message; raises ``TypeError`` or ``ValueError`` for a bad value."""
     names = [name for name in Sampling.__dataclass_fields__ if name != "stop"]
     given = {name: value for name in names if (value := getattr(sampling, name)) is not None}
     return inference_pb2.Sampling(**given, stop=sampling.stop)
@@ -43,7 +42,7 @@ def typed_error(error: Any, address: str) -> ExpertMeshError:
     metadata = dict(error.trailing_metadata() or ())
     status_details = metadata.get(DETAILS_KEY)
     code, details = error.code(), error.details() or "no details"
-    # A server answers by the request's own timeout, so a deadline without its details is silence.
+    # A gateway answers within the request's timeout, so a bare DEADLINE_EXCEEDED is not its own.
     if code in _LOST and not is_from_server(status_details):
         return UnreachableError(f"no ExpertMesh server answers at {address}", retry_after_s=1.0)
     return error_from_grpc(code, details, status_details)
