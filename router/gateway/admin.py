@@ -1,4 +1,4 @@
-"""The calls of the controller that operators and metrics need."""
+"""The gateway's calls of the controller, for operators and metrics."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Admin:
     async def measurements(self) -> Measurements:
         """Return the measurements of the whole cluster, with the newest samples of this gateway.
 
-        While the controller does not answer they are this gateway's samples alone.
+        While the controller does not answer, they have this gateway's samples alone.
         """
         own = self._own_samples()
         try:

@@ -32,7 +32,7 @@ def number(value: object, field: str, low: float, high: float, above: bool = Fal
     allowed = f"a number above {low:g} and up to {high:g}" if above else f"from {low:g} to {high:g}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidRequestError(wrong(value, allowed), field)
-    # Comparing first, since an integer may be too large for a float; NaN compares false.
+    # Compared before the conversion, since an integer may be too large for a float. NaN fails.
     if not low <= value <= high or (above and value == low) or not math.isfinite(value):
         raise InvalidRequestError(wrong(value, allowed), field)
     return float(value)

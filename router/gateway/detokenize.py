@@ -1,4 +1,4 @@
-"""From a stream of token ids to a stream of text: whole characters only, cut at a stop string.
+"""Turns a stream of token ids into a stream of text: whole characters, up to a stop string.
 
 :class:`Detokenizer` and :class:`StopMatcher` each keep back text that the next token may change;
 :class:`ChoiceText` joins them for one choice.
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from router.gateway.tokenizer import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# Enough of the prompt for a tokenizer whose decoder treats the first token in its own way.
 _CONTEXT_TOKENS = 4
+"""The tokens of the prompt before the text, for decoders that treat the first token differently."""
 
 
 class Detokenizer:
@@ -69,7 +69,7 @@ class StopMatcher:
         self._held = ""
 
     def is_idle(self) -> bool:
-        """Return whether there is no stop string to look for."""
+        """Return whether there are no stop strings."""
         return not self._stops
 
     def push(self, text: str) -> tuple[str, bool]:
@@ -90,11 +90,10 @@ class StopMatcher:
         return held
 
     def _possible_beginning(self, text: str) -> int:
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        for keep in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-keep:]) for stop in self._stops):
-                return keep
-        return 0
+        """Return the length of the longest end of ``text`` that begins a stop string."""
+        longest = max(map(len, self._stops), default=1) - 1
+        lengths = range(min(longest, len(text)), 0, -1)
+        return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._stops)), 0)
 
 
 class ChoiceText:
@@ -107,7 +106,8 @@ class ChoiceText:
         self._matcher = StopMatcher(stops)
 
     def push(self, token_ids: Sequence[int]) -> tuple[str, int, bool]:
-        """Take new tokens; return the new text, how many tokens count, whether a stop was found.
+        """Take new tokens; returns the new text, the number of tokens that count, and whether a
+        stop string was found.
 
         The token that completes a stop string counts, later tokens do not.
         """

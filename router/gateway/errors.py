@@ -30,11 +30,11 @@ HTTP_STATUS: dict[Code, tuple[int, str]] = {
 """Status and OpenAI's ``type`` of each code."""
 
 TOO_LARGE = (413, "invalid_request_error")
-"""Of :class:`TooLargeError`: not 429, which means that the same request may be taken later."""
+"""The status of :class:`TooLargeError`; not 429, which invites a later try of the same request."""
 
 
 def public_error(error: Exception) -> ExpertMeshError:
-    """Return the error that a client sees: our own errors as they are, all others as INTERNAL."""
+    """Return the error for the client: an ``ExpertMeshError`` as it is, all others as INTERNAL."""
     if isinstance(error, ExpertMeshError):
         return error
     return InternalError("the server failed on this request; its log has the details")

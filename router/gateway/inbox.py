@@ -1,4 +1,4 @@
-"""Tokens that have come for a request of a gateway, until its client has room for them."""
+"""The inbox of a request in a gateway: its tokens, until its client has room for them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Reply = BaseException | dict[str, Any]
 
 
 class Inbox:
-    """The token events of one request in their order, and in the end the call's reply.
+    """The token events of one request in their order, and at the end the call's reply.
 
-    Events gather here while the reader is busy, until the client has room for them.
+    Events gather here while the reader is busy.
     """
 
     def __init__(self) -> None:
@@ -28,8 +28,8 @@ class Inbox:
         self._changed = asyncio.Event()
 
     def put(self, event: TokenEvent) -> None:
-        """Take one event; the end of a choice wakes the reader at once, others after its pause."""
-        if len(self._events) >= MAX_BUFFERED_EVENTS:  # the reply has the dropped events again
+        """Take one event; wakes the reader after its pause, or at once at the end of a choice."""
+        if len(self._events) >= MAX_BUFFERED_EVENTS:  # the reply repeats the dropped events
             return
         self._events.append(event)
         if event.finish_reason is not None or self._loop.time() >= self._due_s:
@@ -43,7 +43,7 @@ class Inbox:
         self._changed.set()
 
     async def take(self, pause_s: float) -> tuple[list[TokenEvent], Reply | None]:
-        """Wait; return all events that have come, and the reply once it has come.
+        """Wait; returns all events so far, and the reply or ``None`` while there is none.
 
         Later events are held back for ``pause_s``, so that the next call returns them together.
         """
@@ -68,7 +68,7 @@ async def put_reply(call: Any, inbox: Inbox) -> None:
 async def take_events(
     inbox: Inbox, request: GenerationRequest, pause_s: float
 ) -> tuple[list[TokenEvent], Reply | None]:
-    """Return what :meth:`Inbox.take` does; raises ``DeadlineExceededError`` where nothing comes."""
+    """Call :meth:`Inbox.take`; raises ``DeadlineExceededError`` after the request's deadline."""
     # A second past the deadline, so that the router's own error comes first.
     timeout_s = max(0.0, request.deadline_s - time.time()) + 1.0
     try:

@@ -61,7 +61,7 @@ class SlowReaderWatch:
         self._handed_s = None
         if self._ending is not None and error is None:
             raise SlowReaderError(
-                f"the answer was not read for {self._timeout_s:g} s, and has been ended"
+                f"the answer was not read for {self._timeout_s:g} s, so it was ended"
             )
 
     def _look(self) -> None:
@@ -79,9 +79,9 @@ class SlowReaderWatch:
 class Budget:
     """An amount that requests share; used on the gateway's event loop alone."""
 
-    def __init__(self, limit: int, what: str) -> None:
-        """``what`` names the unit in the refusal, such as ``requests``."""
-        self._limit, self._what = limit, what
+    def __init__(self, limit: int, unit: str) -> None:
+        """``unit`` names the unit in the refusal, such as ``requests``."""
+        self._limit, self._unit = limit, unit
         self.taken = 0
 
     def share(self) -> Share:
@@ -91,7 +91,7 @@ class Budget:
     def _take(self, amount: int) -> None:
         if self.taken + amount > self._limit:
             raise OverloadedError(
-                f"the gateway is full: at most {self._limit} {self._what} at one time",
+                f"the gateway is full: at most {self._limit} {self._unit} at one time",
                 retry_after_s=RETRY_AFTER_S,
             )
         self.taken += amount

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -18,6 +19,7 @@ from router.observability import catalogue
 from router.observability.catalogue import LATENCY_BUCKETS_S, Family
 
 OK = "ok"
+M = TypeVar("M", Counter, Gauge, Histogram)
 
 
 class Metrics:
@@ -25,32 +27,21 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._requests = self._counter(catalogue.REQUESTS)
-        self._in_flight = Gauge(
-            catalogue.IN_FLIGHT.name,
-            catalogue.IN_FLIGHT.help,
-            _labels(catalogue.IN_FLIGHT),
-            registry=self._registry,
-        )
-        self._success = self._counter(catalogue.SUCCESS)
-        self._prompt_tokens = self._counter(catalogue.PROMPT_TOKENS)
-        self._generation_tokens = self._counter(catalogue.GENERATION_TOKENS)
-        self._inexact_tokens = self._counter(catalogue.INEXACT_TOKENS)
-        self._slow_readers = self._counter(catalogue.SLOW_READERS)
-        self._first_token = self._histogram(catalogue.FIRST_TOKEN)
-        self._latency = self._histogram(catalogue.LATENCY)
+        self._requests = self._metric(Counter, catalogue.REQUESTS)
+        self._in_flight = self._metric(Gauge, catalogue.IN_FLIGHT)
+        self._success = self._metric(Counter, catalogue.SUCCESS)
+        self._prompt_tokens = self._metric(Counter, catalogue.PROMPT_TOKENS)
+        self._generation_tokens = self._metric(Counter, catalogue.GENERATION_TOKENS)
+        self._inexact_tokens = self._metric(Counter, catalogue.INEXACT_TOKENS)
+        self._slow_readers = self._metric(Counter, catalogue.SLOW_READERS)
+        buckets = LATENCY_BUCKETS_S
+        self._first_token = self._metric(Histogram, catalogue.FIRST_TOKEN, buckets=buckets)
+        self._latency = self._metric(Histogram, catalogue.LATENCY, buckets=buckets)
 
-    def _counter(self, family: Family) -> Counter:
-        return Counter(family.name, family.help, _labels(family), registry=self._registry)
-
-    def _histogram(self, family: Family) -> Histogram:
-        return Histogram(
-            family.name,
-            family.help,
-            _labels(family),
-            buckets=LATENCY_BUCKETS_S,
-            registry=self._registry,
-        )
+    def _metric(self, kind: type[M], family: Family, **options: Any) -> M:
+        """Register a metric with its labels; the exposition adds ``replica``."""
+        labels = [label for label in family.labels if label != "replica"]
+        return kind(family.name, family.help, labels, registry=self._registry, **options)
 
     def finished(self, surface: str, code: Code | None) -> None:
         """Count a request's outcome; ``None`` is success."""
@@ -108,8 +99,3 @@ class Metrics:
                 for family in self._registry.collect()
             },
         )
-
-
-def _labels(family: Family) -> list[str]:
-    """Return the labels that are set here; the exposition adds ``replica``."""
-    return [label for label in family.labels if label != "replica"]

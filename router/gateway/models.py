@@ -1,4 +1,4 @@
-"""A model as a gateway holds it: its description and its tokenizer, without weights."""
+"""A model in a gateway: its description and its tokenizer, without weights."""
 
 from __future__ import annotations
 

@@ -47,10 +47,11 @@ RESEND_TOKENS = 8192
 at once; sending them again must take less than half of the budget."""
 MESSAGES_PER_S = 500
 MAX_PAUSE_S = 0.1
-"""With more messages a second, of all streams together, a message carries several tokens.
+"""From ``MESSAGES_PER_S`` messages of all streams on, a message carries several tokens.
 
 A message costs gateway and client together more than a token costs router and experts. The pause
-between two messages of a stream is bounded, so that a reader still sees the text as it comes.
+between two messages of a stream is at most ``MAX_PAUSE_S``, so that a reader sees the text as it
+comes.
 """
 
 logger = logging.getLogger("expertmesh.gateway")
@@ -79,9 +80,9 @@ class RayUpstream:
         """``routers`` are handles by model id. Needs a running event loop.
 
         ``max_calls`` is the number of requests that the routers of one model hold, running and
-        waiting. The gateway itself refuses the next one, since a router's refusal costs as much as
-        an accepted call. ``on_expert_loss`` is the deployment's, and decides whether it is ready.
-        ``is_wanted`` asks Serve whether the application is to run. ``samples`` returns the
+        waiting. The gateway refuses more requests itself, since a router's refusal costs as much as
+        an accepted call. ``on_expert_loss`` is the deployment's; readiness depends on it.
+        ``is_wanted`` asks Serve whether the application shall run. ``samples`` returns the
         gateway's own samples.
         """
         self._on_expert_loss = on_expert_loss
@@ -138,7 +139,7 @@ class RayUpstream:
         if self._is_deleted:
             raise being_deleted()
         self._check_room(request.model)
-        with as_current(span):  # Serve takes its context along with the call
+        with as_current(span):  # Serve sends its context with the call
             call = self._routers[request.model].generate.remote(request.to_wire(), address)
         inbox = Inbox()
         self._inboxes[request.request_id] = inbox
@@ -152,22 +153,18 @@ class RayUpstream:
                 events, end = await take_events(inbox, request, pause_s)
                 for index in stopped.intersection(e.index for e in events if not e.finish_reason):
                     self._link.stop_choice(request.request_id, index)
-                fresh = [f for event in events if (f := receipts.take(event)) is not None]
-                for event in merge_events(fresh):
+                for event in merge_events(filter(None, map(receipts.take, events))):
                     yield event
-                if end is None:
-                    continue
-                for event in _events(end):
-                    rest = receipts.take(event)
-                    if rest is not None:
-                        yield rest
-                return
+                if end is not None:
+                    for event in filter(None, map(receipts.take, _events(end))):
+                        yield event
+                    return
         finally:
             del self._inboxes[request.request_id]
             self._num_streams -= request.streamed
             self._link.forget(request.request_id)
             if receipts.all_finished():
-                # The reply is under way and has nothing new.
+                # The reply has no new tokens; it is received in the background.
                 self._leaving.add(reply)
                 reply.add_done_callback(self._leaving.discard)
             elif not reply.done():
@@ -175,7 +172,7 @@ class RayUpstream:
                 reply.cancel()
 
     def _check_room(self, model: str) -> None:
-        """Raise :class:`OverloadedError` when a model's routers hold all that they can."""
+        """Raise :class:`OverloadedError` when the routers of a model are full."""
         if self._calls[model] >= self._max_calls:
             message = f"the routers are full: they hold {self._max_calls} requests"
             raise OverloadedError(message, "queue", RETRY_AFTER_S)
@@ -242,7 +239,7 @@ def _events(reply: Reply) -> list[TokenEvent]:
 
 
 def _typed(error: BaseException) -> BaseException:
-    """Return an error that clients may see, or an error that means "send again"."""
+    """Return an error for the client, or an error that means that the request is sent again."""
     if isinstance(error, (RayActorError, DeploymentUnavailableError, ExpertMeshError)):
         return error
     if isinstance(error, BackPressureError):

@@ -30,8 +30,8 @@ Surface = Literal["http", "grpc"]
 class Delta:
     """A new piece of one choice.
 
-    ``text`` may lag behind ``token_ids``. ``finish_reason`` (``stop`` or ``length``) ends the
-    choice; ``usage`` is there on the last delta of the request.
+    ``text`` may lag behind ``token_ids``. A ``finish_reason`` (``stop`` or ``length``) ends the
+    choice. ``usage`` is set on the last delta of the request.
     """
 
     index: int
@@ -223,7 +223,7 @@ class _Choices:
         self._going[index] = choice
 
     def push(self, event: TokenEvent) -> Delta | None:
-        """Return the delta of an event, or ``None`` when its choice has finished before."""
+        """Return the delta of an event, or ``None`` when its choice is finished already."""
         if not 0 <= event.index < self._n:
             raise InternalError("tokens came for a choice that the request does not have")
         choice = self._going.get(event.index)

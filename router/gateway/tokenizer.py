@@ -28,7 +28,7 @@ class Tokenizer:
 
         Raises :class:`CheckpointError` for files that transformers cannot load.
         """
-        # Imported here, so that the command line and the client never load transformers.
+        # Imported here, since the command line and the client must not load transformers.
         from transformers import AutoTokenizer
 
         try:
@@ -86,7 +86,7 @@ class Tokenizer:
         return str(piece).replace("▁", " ").encode()
 
     def token_text(self, token_id: int) -> str:
-        """Return one token as text; half a character shows as �."""
+        """Return one token as text; a part of a character becomes �."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def chat_prompt(self, messages: list[dict[str, str]]) -> str:
@@ -126,7 +126,7 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 @functools.cache
 def _bytes_of_characters() -> dict[str, int]:
-    # Byte-level BPE writes printable bytes as themselves and the others as U+0100 and up.
+    # Byte-level BPE writes printable bytes as themselves, and other bytes as U+0100 and up.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}

@@ -114,7 +114,7 @@ class Validator:
             sampling=sampling,
             deadline_s=time.time() + timeout_s,
             on_expert_loss=self._check_on_expert_loss(raw),
-            # A stop string must be found in time to end its choice.
+            # The gateway must see tokens early, so that a stop string ends its choice in time.
             streamed=raw.streamed or bool(stops),
             received=_check_resume(raw, model, sampling),
         )
@@ -196,9 +196,9 @@ def _prompt_ids(raw: RawRequest, model: GatewayModel) -> tuple[int, ...]:
                 f"has {len(text)} characters, more than {context} tokens can hold", where
             )
         ids = tuple(model.tokenizer.encode(text, add_special_tokens=not raw.is_chat))
-        if max(ids, default=0) >= model.info.vocab_size:  # a tokenizer of another model
+        if max(ids, default=0) >= model.info.vocab_size:  # the tokenizer is of another model
             raise InvalidRequestError(
-                f"token {max(ids)} of its text is none of the model's {model.info.vocab_size}",
+                f"its text has token {max(ids)}, but the model has {model.info.vocab_size} tokens",
                 where,
             )
     else:

@@ -20,7 +20,7 @@ from cluster.reports import ClusterStatus
 from router.gateway.service import Collected, Delta, GenerationService
 from router.gateway.tokenizer import Tokenizer
 from router.gateway.validate import CheckedRequest, RawRequest
-from router.messages.request import Received, TokenLogprobs, Usage
+from router.messages.request import Received, Usage
 from router.protos import admin_pb2, inference_pb2
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
 ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["Admin"]
 SERVICES = (INFERENCE_SERVICE.full_name, ADMIN_SERVICE.full_name)
-"""The services that health knows, beside the empty name of the whole server."""
+"""The services that a health check may name; the empty name is the whole server."""
 
 ADMIN_CALLS: Mapping[str, Callable[[Admin, Any], Awaitable[Any]]] = {
     "GetStatus": lambda admin, request: admin.status(),
@@ -69,11 +69,11 @@ class GrpcHandlers:
                 wholes[delta.index].add(delta)
                 usage = delta.usage
         tokenizer = checked.model.tokenizer
-        replies = [_whole_reply(index, whole, tokenizer) for index, whole in enumerate(wholes)]
-        reply = replies[0]
-        reply.other_choices.extend(replies[1:])
-        if usage is not None:
-            reply.usage.CopyFrom(_usage(usage))
+        reply, *others = [
+            _reply(index, whole, tokenizer, None if index else usage)
+            for index, whole in enumerate(wholes)
+        ]
+        reply.other_choices.extend(others)
         return reply
 
     async def generate_stream(self, data: bytes) -> AsyncGenerator[Any, None]:
@@ -81,7 +81,7 @@ class GrpcHandlers:
         checked = self._check(data, streamed=True)
         async with aclosing(self.service.generate(checked, "grpc")) as deltas:
             async for delta in deltas:
-                yield _delta_reply(delta, checked.model.tokenizer)
+                yield _reply(delta.index, delta, checked.model.tokenizer, delta.usage)
 
     async def get_model_info(self, data: bytes) -> Any:
         """Return the description of one model, or of all models where the request names none."""
@@ -89,17 +89,9 @@ class GrpcHandlers:
         models = self.service.models()
         if request.model:
             models = [self.service.validator.model(request.model).info]
+        names = inference_pb2.ModelInfo.DESCRIPTOR.fields_by_name
         infos = [
-            inference_pb2.ModelInfo(
-                id=model.id,
-                family=model.family,
-                num_layers=model.num_layers,
-                num_experts=model.num_experts,
-                num_experts_per_tok=model.num_experts_per_tok,
-                vocab_size=model.vocab_size,
-                max_model_len=model.max_model_len,
-                dtype=model.dtype,
-            )
+            inference_pb2.ModelInfo(**{name: getattr(model, name) for name in names})
             for model in models
         ]
         return inference_pb2.GetModelInfoReply(models=infos)
@@ -113,7 +105,7 @@ class GrpcHandlers:
 
     async def check_health(self, data: bytes) -> Any:
         """Answer ``grpc.health.v1.Health/Check``; an unknown service is NOT_FOUND."""
-        name = _parse(health_pb2.HealthCheckRequest, data).service
+        name = parse_health_check(data)
         if name and name not in SERVICES:
             served = ", ".join(SERVICES)
             raise UnknownModelError(f"{shown(name)} is not one of {served}", "service")
@@ -126,7 +118,10 @@ class GrpcHandlers:
         return status(status=status.SERVING if is_ready else status.NOT_SERVING)
 
     def health_metadata(self) -> list[tuple[str, str]]:
-        """Return what health depends on, as trailing metadata: its reply has no field for it."""
+        """Return the placement's epoch and version and the loop's age, as trailing metadata.
+
+        The reply itself has no fields for them.
+        """
         ready = self.service.ready()
         metadata: list[tuple[str, str]] = []
         if ready.order is not None:
@@ -198,39 +193,28 @@ def _raw_request(request: Any, streamed: bool) -> RawRequest:
 
 def _prompt(request: Any) -> tuple[object, str]:
     """Return the request's only input, and the name of its field."""
-    which = request.WhichOneof("input")
+    given = request.WhichOneof("input")
     if request.messages:
-        if which is not None:
-            raise InvalidRequestError(f"cannot be given together with {which}", "messages")
+        if given is not None:
+            raise InvalidRequestError(f"cannot be given together with {given}", "messages")
         messages = [{"role": m.role, "content": m.content} for m in request.messages]
         return messages, "messages"
-    if which is None:
+    if given is None:
         raise InvalidRequestError("is missing; give it, prompt_token_ids or messages", "prompt")
-    if which == "prompt":
+    if given == "prompt":
         return request.prompt, "prompt"
     return list(request.prompt_token_ids.ids), "prompt_token_ids.ids"
 
 
-def _whole_reply(index: int, whole: Collected, tokenizer: Tokenizer) -> Any:
+def _reply(index: int, part: Delta | Collected, tokenizer: Tokenizer, usage: Usage | None) -> Any:
     return inference_pb2.GenerateReply(
         index=index,
-        text=whole.text,
-        token_ids=whole.token_ids,
-        logprobs=_logprobs(whole.token_ids, whole.logprobs, tokenizer),
-        finish_reason=whole.finish_reason or "",
-        exact=whole.exact,
-    )
-
-
-def _delta_reply(delta: Delta, tokenizer: Tokenizer) -> Any:
-    return inference_pb2.GenerateReply(
-        index=delta.index,
-        text=delta.text,
-        token_ids=delta.token_ids,
-        logprobs=_logprobs(delta.token_ids, delta.logprobs, tokenizer),
-        finish_reason=delta.finish_reason or "",
-        usage=None if delta.usage is None else _usage(delta.usage),
-        exact=delta.exact,
+        text=part.text,
+        token_ids=part.token_ids,
+        logprobs=_logprobs(part, tokenizer),
+        finish_reason=part.finish_reason or "",
+        usage=None if usage is None else _usage(usage),
+        exact=part.exact,
     )
 
 
@@ -242,15 +226,11 @@ def _usage(usage: Usage) -> Any:
     )
 
 
-def _logprobs(
-    token_ids: list[int] | tuple[int, ...],
-    rows: list[TokenLogprobs] | tuple[TokenLogprobs, ...],
-    tokenizer: Tokenizer,
-) -> list[Any]:
-    if not rows:
+def _logprobs(part: Delta | Collected, tokenizer: Tokenizer) -> list[Any]:
+    if not part.logprobs:
         return []
     replies = []
-    for token_id, row in zip(token_ids, rows, strict=True):
+    for token_id, row in zip(part.token_ids, part.logprobs, strict=True):
         top = [
             inference_pb2.TopLogprob(
                 token_id=top_id, token=tokenizer.token_text(top_id), logprob=logprob

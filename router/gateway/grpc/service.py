@@ -1,4 +1,4 @@
-"""How gRPC methods are registered with a server, and how errors become statuses.
+"""Registers the gRPC methods with a server, and turns errors into statuses.
 
 Serve's proxy calls :func:`add_services_to_server` (named in the YAML's ``grpc_servicer_functions``)
 and sends each call to the gateway's method of the same name; see :class:`GrpcMethods`.
@@ -76,7 +76,7 @@ def _without_error_message(
     stream: Callable[[Any, Any], AsyncIterator[Any]],
 ) -> Callable[[Any, Any], Awaitable[None]]:
     async def filtered(request: Any, context: Any) -> None:
-        # Writes by itself, so that it notices a client that leaves while a message is sent.
+        # Writes the messages itself, to notice a client that leaves while a message is sent.
         messages = stream(request, _ContextWithPeer(context))
         try:
             async for message in messages:
@@ -109,7 +109,7 @@ class _ContextWithPeer:
 
 
 async def _cancel(messages: AsyncIterator[Any]) -> None:
-    """Have Serve cancel a call to a replica whose client left while a message was sent to it.
+    """Make Serve cancel a call whose client left while a message was sent to it.
 
     Serve does so only if the cancellation comes while it waits for the next message; otherwise the
     call runs to its end. Must be done before the handler returns: Serve reads the client's address
@@ -144,7 +144,7 @@ def _serialize(message: Any) -> bytes:
 
 
 class GrpcMethods:
-    """The methods of all services by their names, which Serve wants to be unique over services.
+    """The methods of all services; Serve needs names that are unique over all services.
 
     A subclass sets ``grpc_handlers``. Every method takes bytes, returns (or yields) protobuf
     messages and raises nothing but a cancellation: an error is a status in ``grpc_context``. The
@@ -157,7 +157,7 @@ class GrpcMethods:
         """Serve ``Inference/Generate``."""
         empty = inference_pb2.GenerateReply
         reply = await _unary(self.grpc_handlers.generate(request), empty, grpc_context)
-        if reply.finish_reason:  # else it is an error, which has metadata of its own
+        if reply.finish_reason:  # an empty reply is an error, which has other metadata
             is_exact = all(choice.exact for choice in (reply, *reply.other_choices))
             _set_exact(is_exact, grpc_context)
         return reply

@@ -7,35 +7,38 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any
 
 from router.gateway.service import Collected, Delta, GenerationService
+from router.gateway.tokenizer import Tokenizer
 from router.gateway.validate import CheckedRequest
 from router.messages.request import Usage
 
 
+@dataclass(eq=False)
 class OpenAiCall(ABC):
     """A checked call; subclasses have the form of their endpoint's answers.
 
     ``checked`` has one request per prompt; choice ``j`` of prompt ``i`` has index ``i * n + j``.
     """
 
-    def __init__(
-        self,
-        request_id: str,
-        checked: list[CheckedRequest],
-        stream: bool,
-        include_usage: bool,
-        return_token_ids: bool,
-    ) -> None:
-        self.request_id = request_id
-        self.checked = checked
-        self.stream = stream
-        self.include_usage = include_usage
-        self.return_token_ids = return_token_ids
-        self.created = int(time.time())
-        self.tokenizer = checked[0].model.tokenizer
-        self.wants_logprobs = checked[0].request.sampling.logprobs is not None
+    request_id: str
+    checked: list[CheckedRequest]
+    stream: bool
+    include_usage: bool
+    return_token_ids: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.checked[0].model.tokenizer
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the answer has log probabilities."""
+        return self.checked[0].request.sampling.logprobs is not None
 
     @abstractmethod
     def envelope(self, choices: list[dict[str, Any]], streamed: bool) -> dict[str, Any]:
@@ -59,12 +62,12 @@ class OpenAiCall(ABC):
         return list(request.prompt_token_ids)
 
     def deltas(self, service: GenerationService) -> AsyncGenerator[tuple[int, Delta], None]:
-        """Run all requests; yields (index of the choice in the call, delta)."""
+        """Run all requests; yields each delta with the index of its choice in the call."""
         n = self.checked[0].request.sampling.n
         return _merge([service.generate(checked, "http") for checked in self.checked], n)
 
     async def answer(self, service: GenerationService) -> tuple[dict[str, Any], bool]:
-        """Run to the end; returns the answer and whether all of it is exact."""
+        """Run all requests to their end; returns the answer, and whether all of it is exact."""
         wholes: dict[int, Collected] = {}
         usages: list[Usage] = []
         async with aclosing(self.deltas(service)) as deltas:
@@ -133,8 +136,8 @@ def usage_object(usages: list[Usage]) -> dict[str, int]:
 async def _merge(
     streams: list[AsyncGenerator[Delta, None]], n: int
 ) -> AsyncGenerator[tuple[int, Delta], None]:
-    """Run streams side by side; the first error ends all, closing ends all."""
-    if len(streams) == 1:  # without a task and a queue in between
+    """Run streams side by side; the first error, or closing, ends them all."""
+    if len(streams) == 1:  # needs neither a task nor a queue
         async with aclosing(streams[0]) as deltas:
             async for delta in deltas:
                 yield delta.index, delta

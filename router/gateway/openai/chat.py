@@ -1,4 +1,4 @@
-"""OpenAI's ``/v1/chat/completions``: from messages to a checked request, from deltas to answers."""
+"""OpenAI's ``/v1/chat/completions``: checks its bodies and writes its answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from router.gateway.openai.fields import (
 )
 from router.gateway.service import Collected, Delta
 from router.gateway.validate import RawRequest, Validator
-from router.messages.request import TokenLogprobs
 
 
 def parse_chat(body: dict[str, Any], validator: Validator, request_id: str) -> ChatCall:
@@ -79,35 +78,31 @@ class ChatCall(OpenAiCall):
 
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:
         """Return one chunk's choice."""
-        choice: dict[str, Any] = {
-            "index": index,
-            "delta": {"content": delta.text} if delta.text else {},
-            "logprobs": self._logprobs(delta.token_ids, delta.logprobs),
-            "finish_reason": delta.finish_reason,
-        }
-        if self.return_token_ids:
-            choice["token_ids"] = list(delta.token_ids)
-        return choice
+        return self._choice(index, "delta", {"content": delta.text} if delta.text else {}, delta)
 
     def choice(self, index: int, whole: Collected) -> dict[str, Any]:
         """Return one whole choice."""
+        message = {"role": "assistant", "content": whole.text}
+        return self._choice(index, "message", message, whole)
+
+    def _choice(
+        self, index: int, key: str, text: dict[str, str], part: Delta | Collected
+    ) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": index,
-            "message": {"role": "assistant", "content": whole.text},
-            "logprobs": self._logprobs(tuple(whole.token_ids), tuple(whole.logprobs)),
-            "finish_reason": whole.finish_reason,
+            key: text,
+            "logprobs": self._logprobs(part),
+            "finish_reason": part.finish_reason,
         }
         if self.return_token_ids:
-            choice["token_ids"] = whole.token_ids
+            choice["token_ids"] = list(part.token_ids)
         return choice
 
-    def _logprobs(
-        self, token_ids: tuple[int, ...], rows: tuple[TokenLogprobs, ...]
-    ) -> dict[str, Any] | None:
+    def _logprobs(self, part: Delta | Collected) -> dict[str, Any] | None:
         if not self.wants_logprobs:
             return None
         content = []
-        for token_id, row in zip(token_ids, rows, strict=True):
+        for token_id, row in zip(part.token_ids, part.logprobs, strict=True):
             top = zip(row.top_ids, row.top_logprobs, strict=True)
             entry = self._token(token_id, row.logprob)
             entry["top_logprobs"] = [self._token(top_id, logprob) for top_id, logprob in top]

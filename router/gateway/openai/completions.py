@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from cluster.errors import InvalidRequestError
@@ -16,7 +18,6 @@ from router.gateway.openai.fields import (
 )
 from router.gateway.service import Collected, Delta
 from router.gateway.validate import CheckedRequest, RawRequest, Validator
-from router.messages.request import TokenLogprobs
 
 MAX_PROMPTS = 128
 
@@ -53,20 +54,12 @@ def _prompts(prompt: Any) -> list[tuple[Any, str]]:
     return [(each, f"prompt[{place}]") for place, each in enumerate(prompt)]
 
 
+@dataclass(eq=False)
 class CompletionCall(OpenAiCall):
     """One call of ``/v1/completions``."""
 
-    def __init__(
-        self,
-        request_id: str,
-        checked: list[CheckedRequest],
-        stream: bool,
-        include_usage: bool,
-        return_token_ids: bool,
-    ) -> None:
-        super().__init__(request_id, checked, stream, include_usage, return_token_ids)
-        # The length of all tokens so far as text, by choice, for text_offset of logprobs.
-        self._offsets: dict[int, int] = {}
+    _offsets: dict[int, int] = field(default_factory=dict)
+    """The length of each choice's text so far, for the text_offset of logprobs."""
 
     def envelope(self, choices: list[dict[str, Any]], streamed: bool) -> dict[str, Any]:
         """Return a ``text_completion``; chunks have the same shape."""
@@ -79,67 +72,45 @@ class CompletionCall(OpenAiCall):
         }
 
     def opening(self) -> list[dict[str, Any]]:
-        """Completions have nothing before the first text."""
+        """Return no chunks: completions have none before the first text."""
         return []
 
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:
-        """Return one chunk's choice."""
-        is_first = index not in self._offsets
-        choice = self._choice(
-            index, delta.text, delta.token_ids, delta.logprobs, delta.finish_reason
-        )
-        if self.return_token_ids and is_first:
-            choice["prompt_token_ids"] = self.prompt_token_ids(index)
-        return choice
+        """Return one chunk's choice; a choice's first chunk may have the prompt's ids."""
+        return self._choice(index, delta, index not in self._offsets)
 
     def choice(self, index: int, whole: Collected) -> dict[str, Any]:
         """Return one whole choice."""
-        choice = self._choice(
-            index, whole.text, whole.token_ids, whole.logprobs, whole.finish_reason
-        )
-        if self.return_token_ids:
-            choice["prompt_token_ids"] = self.prompt_token_ids(index)
-        return choice
+        return self._choice(index, whole, True)
 
-    def _choice(
-        self,
-        index: int,
-        text: str,
-        token_ids: list[int] | tuple[int, ...],
-        logprobs: list[TokenLogprobs] | tuple[TokenLogprobs, ...],
-        finish_reason: str | None,
-    ) -> dict[str, Any]:
+    def _choice(self, index: int, part: Delta | Collected, is_first: bool) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": index,
-            "text": text,
-            "logprobs": self._logprobs(index, token_ids, logprobs),
-            "finish_reason": finish_reason,
+            "text": part.text,
+            "logprobs": self._logprobs(index, part),
+            "finish_reason": part.finish_reason,
         }
         if self.return_token_ids:
-            choice["token_ids"] = list(token_ids)
+            choice["token_ids"] = list(part.token_ids)
+            if is_first:
+                choice["prompt_token_ids"] = self.prompt_token_ids(index)
         return choice
 
-    def _logprobs(
-        self,
-        index: int,
-        token_ids: list[int] | tuple[int, ...],
-        logprobs: list[TokenLogprobs] | tuple[TokenLogprobs, ...],
-    ) -> dict[str, Any] | None:
-        offset = self._offsets.get(index, 0)
-        tokens = [self.tokenizer.token_text(token_id) for token_id in token_ids]
-        offsets = [offset + sum(map(len, tokens[:place])) for place in range(len(tokens))]
-        self._offsets[index] = offset + sum(map(len, tokens))
+    def _logprobs(self, index: int, part: Delta | Collected) -> dict[str, Any] | None:
+        offset = self._offsets.setdefault(index, 0)
         if not self.wants_logprobs:
             return None
+        tokens = [self.tokenizer.token_text(token_id) for token_id in part.token_ids]
+        *offsets, self._offsets[index] = accumulate(map(len, tokens), initial=offset)
         return {
             "tokens": tokens,
-            "token_logprobs": [row.logprob for row in logprobs],
+            "token_logprobs": [row.logprob for row in part.logprobs],
             "top_logprobs": [
                 {
                     self.tokenizer.token_text(top_id): logprob
                     for top_id, logprob in zip(row.top_ids, row.top_logprobs, strict=True)
                 }
-                for row in logprobs
+                for row in part.logprobs
             ],
             "text_offset": offsets,
         }
