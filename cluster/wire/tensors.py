@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import torch
 
-from cluster.native import native
+from cluster.native.built import native
 
 TORCH_DTYPES = {
     "float32": torch.float32,

@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from cluster.native import native
+from cluster.native.built import native
 from cluster.wire.frames import Buffer
 from cluster.wire.tensors import to_bytes
 from experts.checkpoint.expert_weights import GatedFfnWeights

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluster.native import native
+from cluster.native.built import native
 from cluster.wire.tensors import to_bytes
 from router.model.cpu.packed_linear import PackedLinear, is_packable
 from router.model.kv_cache import Chunk, PagedBatch, PagedCache

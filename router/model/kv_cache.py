@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.native import native
+from cluster.native.built import native
 from cluster.wire.tensors import to_bytes, to_span
 
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from types import ModuleType
 
-from cluster.native import native
+from cluster.native.built import native
 from cluster.wire.frames import ALIGNMENT, Buffer, Parts
 
 MAX_MESSAGE_BYTES = 256 << 20

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from cluster.native import native
+from cluster.native.built import native
 from cluster.wire.tensors import to_bytes, to_span
 
 MANY = 8

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluster.native import native
+from cluster.native.built import native
 from cluster.wire.tensors import to_bytes
 
 _LANES = 8

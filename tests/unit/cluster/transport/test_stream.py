@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import trustme
 
-from cluster import native as built
 from cluster.errors import ConfigError
+from cluster.native import built
 from cluster.tls import TlsFiles
 from cluster.transport.base import GONE_CHECK_S, Call, CallFailure, Outcome
 from cluster.transport.stream import channel as channel_module

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cluster import native as built
+from cluster.native import built
 from cluster.spec import ExpertKey
 from cluster.wire.frames import DispatchFrame, RowsFrame, decode, encode
 from cluster.wire.tensors import to_bytes

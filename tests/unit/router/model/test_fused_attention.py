@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cluster import native as built
+from cluster.native import built
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.compute import ffn
 from router.model import fused_attention as attention

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster import native as built
+from cluster.native import built
 from router.model.cpu import decode_attention as decoding
 from router.model.cpu.decode_attention import attend_cached, can_attend_cached
 from router.model.kv_cache import LatentCache, PagedCache

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
-from cluster import native as built
+from cluster.native import built
 from router.model.cpu import rms_norm as norms
 from router.model.cpu.rms_norm import NativeNorm, replace_norms
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from benchmarks.shipped import DEPLOYED, OWN_PORTS, free_ports, shipped_document
-from cluster import native as built
+from cluster.native import built
 from router.ops.doctor import machine, probe, running_ray
 from router.ops.doctor.doctor import Check
 from router.ops.doctor.ports import Port, ports_of, taken_ports
