@@ -89,7 +89,8 @@ class Scheduler:
         decodes = [s for s in ready if s.num_computed == len(s.token_ids) - 1]
         budget = self._limits.max_batch_tokens
         work = [Work(s, s.num_computed, len(s.token_ids)) for s in decodes]
-        budget = max(budget - len(work), 1 if not work else 0)
+        # Decodes are never held back. Without any, a prompt gets at least one token a step.
+        budget = max(budget - len(work), 0 if work else 1)
         for sequence in ready:
             left = len(sequence.token_ids) - sequence.num_computed
             if left > 1 and budget > 0:

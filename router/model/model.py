@@ -201,7 +201,7 @@ def _connect(model: nn.Module, checkpoint: Checkpoint, layers: MoELayers) -> Non
 
 
 def replace_gate(block: Any, path: str, spec: GateSpec, top_k: int) -> Gate:
-    """Replace transformers' gate at ``path`` of ``block`` by a :class:`Gate` of equal weights."""
+    """Replace transformers' gate at ``path`` of ``block``; the :class:`Gate` has its weights."""
     replaced = block.get_submodule(path)
     # Widened once, not in each step as transformers does.
     weight = replaced.weight.float() if "logits" in spec.float32 else replaced.weight

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from router.config import CapacityConfig
-from router.moe.gate import ChooseAmong
-from router.moe.missing import Choice, StepMissing, choose_anew
+from router.moe.gate import Choice, ChooseAmong
+from router.moe.missing import StepMissing, choose_anew
 
 
 def tokens_per_expert(config: CapacityConfig, num_pairs: int, num_experts: int) -> int:

@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     """The operands of a layer's sums, without the experts' rows; made by :func:`prepare`."""
 
     weights: torch.Tensor
-    slots: np.ndarray
+    places: np.ndarray
     like: torch.Tensor
     sums: torch.Tensor | None = None
     """Memory for the sums where native code sums; the two buffers below are set then as well."""
@@ -44,39 +44,39 @@ class Plan(NamedTuple):
     sums_bytes: Buffer = b""
 
 
-def prepare(weights: torch.Tensor, slots: np.ndarray, like: torch.Tensor) -> Plan:
+def prepare(weights: torch.Tensor, places: np.ndarray, like: torch.Tensor) -> Plan:
     """Prepare :func:`combine` while the experts compute.
 
-    ``weights`` [T, K] are the gate's. ``slots`` order the rows of each token
-    (:func:`router.moe.permute.slots_of`). Rows have the width and the dtype of ``like`` [T, H].
+    ``weights`` [T, K] are the gate's. ``places`` order the rows of each token
+    (:func:`router.moe.permute.sum_places`). Rows have the width and the dtype of ``like`` [T, H].
     """
     is_known = (like.dtype, weights.dtype) in _NATIVE and weights.is_cpu and like.is_cpu
     if native is None or not is_known or not like.numel():
-        return Plan(weights, slots, like)
+        return Plan(weights, places, like)
     sums = torch.empty_like(like, memory_format=torch.contiguous_format)
-    return Plan(weights, slots, like, sums, to_bytes(weights), to_bytes(sums))
+    return Plan(weights, places, like, sums, to_bytes(weights), to_bytes(sums))
 
 
 def combine(received: list[ExpertRows], plan: Plan) -> torch.Tensor:
-    """Sum each token's weighted rows in the order of their slots; a row not received counts as 0.
+    """Sum each token's weighted rows in the order of their places; a row not received counts as 0.
 
     Each weighted row is rounded to the rows' dtype and accumulated in it, one expert after the
     other. The sums equal those of transformers' eager experts bit for bit, whatever the placement,
     the number of actors or a retry. Returns [T, H] on the weights' device. A plan is used once.
     """
-    weights, slots, like, sums, weights_bytes, sums_bytes = plan
+    weights, places, like, sums, weights_bytes, sums_bytes = plan
     num_tokens, k = weights.shape
     if sums is not None:
         assert native is not None
-        native.combine(received, weights_bytes, slots, k, sums_bytes, like.itemsize)
+        native.combine(received, weights_bytes, places, k, sums_bytes, like.itemsize)
         return sums
-    ranks = np.empty(slots.size, np.int64)
-    ranks[slots] = np.arange(slots.size) % k
+    ranks = np.empty(places.size, np.int64)
+    ranks[places] = np.arange(places.size) % k
     order = torch.from_numpy(ranks.reshape(num_tokens, k)).to(weights.device)
-    rows = torch.zeros(slots.size, like.shape[1], dtype=like.dtype)
+    rows = torch.zeros(places.size, like.shape[1], dtype=like.dtype)
     for piece in received:
         raw = to_raw(rows)
-        raw[slots[piece.pairs]] = np.frombuffer(piece.rows, raw.dtype).reshape(-1, like.shape[1])
+        raw[places[piece.pairs]] = np.frombuffer(piece.rows, raw.dtype).reshape(-1, like.shape[1])
     values = rows.to(weights.device).view(num_tokens, k, like.shape[1])
     return _in_pieces(values, weights.gather(1, order))
 

@@ -73,12 +73,11 @@ class _Attempt:
 
 @dataclass(slots=True)
 class PendingLayer:
-    """One layer that was sent and is not yet received; :meth:`wait` returns its rows.
+    """One layer that was sent and is not yet received; :meth:`Dispatcher.wait` returns its rows.
 
     Pair t * K + r is token t with the gate's choice of rank r. ``rows`` are [T, H].
     """
 
-    dispatcher: Dispatcher
     layer_id: int
     rows: torch.Tensor
     expert_ids: np.ndarray
@@ -94,10 +93,6 @@ class PendingLayer:
     """Actors that failed in this layer; asked again only for experts without another copy."""
     refusals: tuple[int, ...] = ()
     """The experts whose rows were refused as malformed, once for each refusal."""
-
-    def wait(self) -> list[ExpertRows] | None:
-        """See :meth:`Dispatcher.wait`."""
-        return self.dispatcher.wait(self)
 
     def keep(self) -> None:
         """Copy the received rows, since the transport's next wait may overwrite their memory."""
@@ -158,7 +153,6 @@ class Dispatcher:
         and :class:`DeadlineExceededError` when the deadline has passed.
         """
         layer = PendingLayer(
-            dispatcher=self,
             layer_id=layer_id,
             rows=hidden_states if hidden_states.is_cpu else hidden_states.cpu(),
             expert_ids=topk_ids.ravel(),
@@ -197,7 +191,7 @@ class Dispatcher:
         layout = self._layout(placement, layer, pairs)
         ordered, parts, homeless = split(layout, layer.expert_ids, layer.k, pairs)
         if not len(homeless):
-            layer.attempt = self._begin(placement, layer, ordered, parts)
+            layer.attempt = self._send_parts(placement, layer, ordered, parts)
         return not len(homeless)
 
     def _placement(self, deadline_s: float) -> Placement:
@@ -246,7 +240,7 @@ class Dispatcher:
             has_other_copies(holders, part.expert_ids, part.actor_id, shunned) for part in parts
         ]
 
-    def _begin(
+    def _send_parts(
         self, placement: Placement, layer: PendingLayer, ordered: np.ndarray, parts: Sequence[Part]
     ) -> _Attempt:
         """Send every part once."""
@@ -299,11 +293,11 @@ class Dispatcher:
         """Take the answers of an attempt; returns the parts without an answer."""
         attempt = layer.attempt
         assert attempt is not None
-        is_given_up = partial(self._is_given_up, attempt)
+        is_gone = partial(self._suspect_if_late, attempt)
         failed: list[Part] = []
         for sent, calls in attempt.calls:
             layer.keep()
-            outcomes = calls.wait(is_given_up)
+            outcomes = calls.wait(is_gone)
             failed += [
                 part
                 for (part, frame, _), outcome in zip(sent, outcomes, strict=True)
@@ -313,7 +307,7 @@ class Dispatcher:
             self._pace.note(attempt.most_rows, time.time() - attempt.sent_s)
         return failed
 
-    def _is_given_up(self, attempt: _Attempt, call: Call) -> bool:
+    def _suspect_if_late(self, attempt: _Attempt, call: Call) -> bool:
         """Return whether to stop waiting for a call; see :meth:`_is_gone`.
 
         Reports an actor to the controller when it takes longer than answers do. The wait goes on

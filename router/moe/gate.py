@@ -10,7 +10,9 @@ Dimension letters: T tokens, H hidden size, E experts, K experts per token, G gr
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -132,3 +134,15 @@ class Gate(nn.Module):
             total = scores.sum(-1, keepdim=True)
             scores = scores / (total + _LEAST_SUM if spec.score == "sigmoid" else total)
         return scores if spec.scaling_factor == 1.0 else scores * spec.scaling_factor
+
+
+@dataclass(slots=True)
+class Choice:
+    """The experts of a layer's tokens: ids and weights [T, K].
+
+    ``pairs`` are the computed pairs of the T * K pairs; ``None`` is all of them.
+    """
+
+    ids: np.ndarray
+    weights: torch.Tensor
+    pairs: np.ndarray | None = None

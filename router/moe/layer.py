@@ -1,4 +1,7 @@
-"""One MoE layer of the router: choose, dispatch, combine.
+"""One MoE layer of the router: choose, send, prepare, wait, combine.
+
+:class:`RemoteExperts` stands in transformers' model where the experts were. It hands the layer to
+:class:`MoELayers`, one for all layers of the model.
 
 Dimension letters: T tokens, K experts per token, H hidden size, W works of the step.
 """
@@ -19,10 +22,37 @@ from cluster.wire.tensors import to_ids
 from router.moe.capacity import CapacityLimit
 from router.moe.combine import combine, prepare
 from router.moe.dispatch import Dispatcher
-from router.moe.gate import ChooseAmong
-from router.moe.missing import Awaited, Choice, StepMissing
-from router.moe.permute import slots_of
+from router.moe.gate import Choice, ChooseAmong
+from router.moe.missing import Awaited, StepMissing
+from router.moe.permute import sum_places
 from router.observability.tracing import StepTrace, traceparent
+
+
+class RemoteExperts(nn.Module):
+    """The module that takes the place of a family's experts; has no parameters."""
+
+    # Without this mark transformers would initialise the module.
+    _is_hf_initialized = True
+
+    def __init__(self, config: Any) -> None:
+        """``config`` is transformers' and unused; attributes are set after the model is built."""
+        super().__init__()
+        self.layer_id = -1
+        self.layers: MoELayers | None = None
+        self.choose_among: ChooseAmong | None = None
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the combined output of the chosen experts, shaped as ``hidden_states``.
+
+        The shape is [T, H], or [1, T, H] in families whose block leaves it so.
+        """
+        if self.layers is None:
+            raise RuntimeError(f"layer {self.layer_id} has no dispatcher")
+        rows = hidden_states.flatten(0, -2)
+        combined = self.layers(self.layer_id, rows, top_k_index, top_k_weights, self.choose_among)
+        return combined.view(hidden_states.shape)
 
 
 @dataclass(slots=True)
@@ -130,8 +160,8 @@ class MoELayers:
         )
         if pending is None:
             return None
-        plan = prepare(choice.weights, slots_of(ids), hidden_states)
-        received = pending.wait()
+        plan = prepare(choice.weights, sum_places(ids), hidden_states)
+        received = self._dispatcher.wait(pending)
         return None if received is None else combine(received, plan)
 
     def have_all(self, experts: Iterable[Awaited]) -> bool:
@@ -141,30 +171,3 @@ class MoELayers:
             if missing is not None and missing[expert_id]:
                 return False
         return True
-
-
-class RemoteExperts(nn.Module):
-    """The module that takes the place of a family's experts; has no parameters."""
-
-    # Without this mark transformers would initialise the module.
-    _is_hf_initialized = True
-
-    def __init__(self, config: Any) -> None:
-        """``config`` is transformers' and unused; attributes are set after the model is built."""
-        super().__init__()
-        self.layer_id = -1
-        self.layers: MoELayers | None = None
-        self.choose_among: ChooseAmong | None = None
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the combined output of the chosen experts, shaped as ``hidden_states``.
-
-        The shape is [T, H], or [1, T, H] in families whose block leaves it so.
-        """
-        if self.layers is None:
-            raise RuntimeError(f"layer {self.layer_id} has no dispatcher")
-        rows = hidden_states.flatten(0, -2)
-        combined = self.layers(self.layer_id, rows, top_k_index, top_k_weights, self.choose_among)
-        return combined.view(hidden_states.shape)

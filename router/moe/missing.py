@@ -19,27 +19,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from router.moe.gate import ChooseAmong
+from router.moe.gate import Choice, ChooseAmong
 
 Awaited = tuple[int, int]
 """A missing expert that a sequence waits for: (layer, expert)."""
-
-
-@dataclass(slots=True)
-class Choice:
-    """The experts of a layer's tokens: ids and weights [T, K].
-
-    ``pairs`` are the computed pairs of the T * K pairs; ``None`` is all of them.
-    """
-
-    ids: np.ndarray
-    weights: torch.Tensor
-    pairs: np.ndarray | None = None
 
 
 class StepMissing:

@@ -156,20 +156,20 @@ def missing_by_layer(placement: Placement, model: str) -> dict[int, np.ndarray]:
     return masks
 
 
-def slots_of(ids: np.ndarray) -> np.ndarray:
+def sum_places(ids: np.ndarray) -> np.ndarray:
     """Return the slot of each pair's row, int64 [P]: a token's rows by ascending expert.
 
-    ``ids`` [T, K] are the gate's choices, int64 and contiguous. Summed in the order of slots, rows
+    ``ids`` [T, K] are the gate's choices, int64 and contiguous. Summed in the order of places, rows
     give the same result whichever actors compute them.
     """
     k = ids.shape[1]
-    slots = np.empty(ids.size, np.int64)
+    places = np.empty(ids.size, np.int64)
     if native is not None:
-        native.slots(ids, k, slots)
-        return slots
+        native.slots(ids, k, places)
+        return places
     order = ids.argsort(axis=1, kind="stable")
-    slots[(order + np.arange(0, ids.size, k)[:, None]).ravel()] = np.arange(ids.size)
-    return slots
+    places[(order + np.arange(0, ids.size, k)[:, None]).ravel()] = np.arange(ids.size)
+    return places
 
 
 Share = tuple[tuple[int, ...], tuple[int, ...], int, int]

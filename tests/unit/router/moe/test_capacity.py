@@ -20,8 +20,7 @@ from experts.families.base import GateSpec
 from router.config import CapacityConfig
 from router.engine.stats import RouterSamples
 from router.moe.capacity import Placed, tokens_per_expert, within_capacity
-from router.moe.gate import Gate
-from router.moe.missing import Choice
+from router.moe.gate import Choice, Gate
 from router.observability import catalogue
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import MODEL, LocalCluster, greedy_request

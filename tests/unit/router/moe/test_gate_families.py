@@ -20,8 +20,7 @@ from torch import nn
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from router.model.model import replace_gate
 from router.moe.capacity import within_capacity
-from router.moe.gate import Gate
-from router.moe.missing import Choice
+from router.moe.gate import Choice, Gate
 from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import SAVERS
 

@@ -26,8 +26,8 @@ from cluster.transport.base import Call, CallFailure
 from experts.families.base import GateSpec
 from router.engine.scheduler import Limits
 from router.messages.request import GenerationRequest, TokenEvent
-from router.moe.gate import Gate
-from router.moe.missing import Choice, StepMissing
+from router.moe.gate import Choice, Gate
+from router.moe.missing import StepMissing
 from router.moe.permute import missing_by_layer
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request

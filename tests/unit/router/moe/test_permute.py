@@ -19,7 +19,7 @@ from cluster.native import built
 from cluster.wire.tensors import to_bytes, to_raw
 from router.moe import permute as rows
 from router.moe.combine import ExpertRows, combine, prepare
-from router.moe.permute import Share, gather, route, slots_of
+from router.moe.permute import Share, gather, route, sum_places
 
 IMPLEMENTATIONS = [None] if built.native is None else [None, built.native]
 FACES = (rows, router.moe.combine)
@@ -67,7 +67,7 @@ def test_pairs_are_routed_gathered_and_scattered_as_loops_do_it(ids: np.ndarray,
     place_of = [expert_of.index(expert) for expert in range(9)]
     ends = [*sorted(source.sample(range(9), source.randint(0, 4))), 9]
     expected = sorted(some, key=lambda pair: (place_of[flat[pair]], pair % k, pair))
-    slots = [
+    places = [
         token * k + sorted(row).index(expert)
         for token, row in enumerate(ids.tolist())
         for expert in row
@@ -82,7 +82,7 @@ def test_pairs_are_routed_gathered_and_scattered_as_loops_do_it(ids: np.ndarray,
         layer = ids.ravel(), k, np.array(expert_of), np.array(ends)
         (alike, of_all), (other, of_other) = route(*layer, None), route(*layer, every)
         assert (alike.tolist(), of_all) == (other.tolist(), of_other), "None is all pairs"
-        assert slots_of(ids).tolist() == slots
+        assert sum_places(ids).tolist() == places
         moved = gather(values, ordered, k)
         raw = to_raw(values)
         assert bytes(moved) == b"".join(raw[pair // k].tobytes() for pair in expected)
@@ -98,20 +98,20 @@ def shares_of(expert_of: list[int], ends: list[int], asked: list[int]) -> Iterat
         begin, place = begin + sum(counts), end
 
 
-def received_in(pieces: int, values: torch.Tensor, slots: np.ndarray) -> list[ExpertRows]:
+def received_in(pieces: int, values: torch.Tensor, places: np.ndarray) -> list[ExpertRows]:
     """The rows as so many actors would send them: what stands in slot s is of the pair with s."""
     raw = to_raw(values)
     return [
-        ExpertRows(pairs.copy(), raw[slots[pairs]].tobytes())
-        for pairs in (np.arange(slots.size)[place::pieces] for place in range(pieces))
+        ExpertRows(pairs.copy(), raw[places[pairs]].tobytes())
+        for pairs in (np.arange(places.size)[place::pieces] for place in range(pieces))
     ]
 
 
-def slow_sum(values: torch.Tensor, weights: torch.Tensor, slots: list[int]) -> torch.Tensor:
-    """Sum in the order of the slots, each step rounded by torch to the rows' own dtype."""
+def slow_sum(values: torch.Tensor, weights: torch.Tensor, places: list[int]) -> torch.Tensor:
+    """Sum in the order of the places, each step rounded by torch to the rows' own dtype."""
     k, sums = weights.shape[1], []
     for token in range(weights.shape[0]):
-        of_slot = {slots[token * k + rank]: weights[token, rank] for rank in range(k)}
+        of_slot = {places[token * k + rank]: weights[token, rank] for rank in range(k)}
         total = None
         for slot in sorted(of_slot):
             weighted = [(value * of_slot[slot]).to(values.dtype) for value in values[slot]]
@@ -140,10 +140,10 @@ def test_sums_have_the_bits_of_sums_that_are_rounded_step_by_step(
     values = (torch.randn(ids.size, size, generator=generator) * scale).to(dtypes[0])
     weights = torch.rand(ids.shape, generator=generator).to(dtypes[1])
     for _ in each():
-        slots = slots_of(ids)
-        expected = slow_sum(values, weights, slots.tolist())
+        places = sum_places(ids)
+        expected = slow_sum(values, weights, places.tolist())
         like = torch.empty(ids.shape[0], size, dtype=dtypes[0])
-        got = combine(received_in(1 + seed % 4, values, slots), prepare(weights, slots, like))
+        got = combine(received_in(1 + seed % 4, values, places), prepare(weights, places, like))
         assert got.dtype == dtypes[0]
         assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
         assert torch.equal(got.isnan(), expected.isnan())
@@ -172,31 +172,31 @@ def test_a_large_sum_is_as_its_single_tokens_are(monkeypatch: pytest.MonkeyPatch
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(400, 700, generator=generator).bfloat16()  # moved without the interpreter
     weights = torch.rand(200, 2, generator=generator)
-    slots, like = np.arange(400), values[:200]
-    got = combine([ExpertRows(slots, to_bytes(values))], prepare(weights, slots, like))
+    places, like = np.arange(400), values[:200]
+    got = combine([ExpertRows(places, to_bytes(values))], prepare(weights, places, like))
     for token in range(0, 200, 7):
-        own = [ExpertRows(slots[:2], to_bytes(values[2 * token : 2 * token + 2]))]
-        expected = combine(own, prepare(weights[token : token + 1], slots[:2], like[:1]))
+        own = [ExpertRows(places[:2], to_bytes(values[2 * token : 2 * token + 2]))]
+        expected = combine(own, prepare(weights[token : token + 1], places[:2], like[:1]))
         assert torch.equal(got[token : token + 1], expected)
-    assert combine([], prepare(weights[:0], slots[:0], like[:0])).shape == (0, 700)
+    assert combine([], prepare(weights[:0], places[:0], like[:0])).shape == (0, 700)
 
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_pairs_whose_rows_were_not_received_are_zeros(dtype: torch.dtype) -> None:
     rows = torch.tensor([[3.0, 4.0], [5.0, 6.0]]).to(dtype)
-    weights, slots = torch.tensor([[0.5, 1.0], [1.0, 2.0]]), np.array([1, 0, 2, 3])
+    weights, places = torch.tensor([[0.5, 1.0], [1.0, 2.0]]), np.array([1, 0, 2, 3])
     received = [ExpertRows(np.array([3, 0]), to_bytes(rows))]
-    assert combine(received, prepare(weights, slots, rows)).tolist() == [[2.5, 3.0], [6.0, 8.0]]
-    assert combine([], prepare(weights, slots, rows)).tolist() == [[0, 0], [0, 0]]
+    assert combine(received, prepare(weights, places, rows)).tolist() == [[2.5, 3.0], [6.0, 8.0]]
+    assert combine([], prepare(weights, places, rows)).tolist() == [[0, 0], [0, 0]]
 
 
 @pytest.mark.usefixtures("native")
 def test_rows_are_summed_from_wherever_they_lie() -> None:
     values = torch.arange(6.0).view(2, 3)
     apart = memoryview(b"x" + bytes(to_bytes(values)))[1:]  # not where a float would begin
-    weights, slots = torch.tensor([[1.0], [10.0]]), np.arange(2)
-    sums = combine([ExpertRows(slots, apart)], prepare(weights, slots, values))
+    weights, places = torch.tensor([[1.0], [10.0]]), np.arange(2)
+    sums = combine([ExpertRows(places, apart)], prepare(weights, places, values))
     assert sums.tolist() == [[0, 1, 2], [30, 40, 50]]
 
 
@@ -237,12 +237,12 @@ def summed(
     native: ModuleType,
     pieces: object = ((PAIRS, bytes(16)),),
     weights: bytes = bytes(16),
-    slots: np.ndarray = PAIRS,
+    places: np.ndarray = PAIRS,
     k: int = 2,
     room: int = 8,
     value_bytes: int = 4,
 ) -> None:
-    native.combine(list(pieces), weights, slots, k, bytearray(room), value_bytes)  # type: ignore[call-overload]
+    native.combine(list(pieces), weights, places, k, bytearray(room), value_bytes)  # type: ignore[call-overload]
 
 
 WRONG = {
@@ -269,8 +269,8 @@ WRONG = {
     "gather, a pair below": lambda n: n.gather(bytes(8), PAIRS - 1, 2, 4),
     "gather, not whole rows": lambda n: n.gather(bytes(9), PAIRS, 2, 4),
     "gather, no bytes": lambda n: n.gather(bytes(8), PAIRS, 2, 0),
-    "combine, another's slot": lambda n: summed(n, slots=PAIRS[::-1].copy()),
-    "combine, a slot below": lambda n: summed(n, slots=PAIRS - 1),
+    "combine, another's slot": lambda n: summed(n, places=PAIRS[::-1].copy()),
+    "combine, a slot below": lambda n: summed(n, places=PAIRS - 1),
     "combine, no room": lambda n: summed(n, room=4),
     "combine, no room at all": lambda n: summed(n, room=0),
     "combine, odd values": lambda n: summed(n, value_bytes=3),
