@@ -39,7 +39,8 @@ def commit_of(name: str) -> Commit:
     done = _git("show", "--no-patch", "--format=%H %s", f"{name}^{{commit}}", "--")
     if done.returncode:
         raise ValueError(f"{name} names no commit: {done.stderr.strip()}")
-    return Commit(*done.stdout.strip().split(" ", 1))
+    hash_, _, subject = done.stdout.rstrip("\n").partition(" ")
+    return Commit(hash_, subject)
 
 
 def uncommitted() -> list[str]:

@@ -41,11 +41,11 @@ TOKENS = 32
 """What a stream generates in a round."""
 DECODE_STREAMS = {"decode, 32 streams": 32, "decode, 1 stream": 1}
 SERVE, SERVE_CLIENTS = "serve, 32 clients", 32
-TURNS = {"decode": 12, "serve": 3}
+TURNS = {"decode": 8, "serve": 4}
 """How often each side of a pair has its turn in a case; in ``serve`` in each way to ask."""
 TURN_CPU_S = 0.6
 """A turn of ``decode`` is as many rounds as take this long at least, in processor seconds."""
-EXPECTED_S = {"decode": 40.0, "serve": 75.0}
+EXPECTED_S = {"decode": 50.0, "serve": 80.0}
 """A pair on two cores beside little other work."""
 SET_UP_S = 40.0
 
