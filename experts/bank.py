@@ -20,7 +20,7 @@ import torch
 from cluster.errors import ExpertMeshError, FrameError, WrongPlacementError
 from cluster.spec import ExpertKey
 from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame
-from cluster.wire.tensors import TORCH_DTYPES, from_bytes, pieces_of, to_bytes
+from cluster.wire.tensors import TORCH_DTYPES, from_bytes, to_bytes
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.amx_ffn import TiledFfn, compute_tiled
 from experts.compute.ffn import Activation, PackedFfn, ffn_of
@@ -231,12 +231,10 @@ def _run_merged(works: Sequence[_Work]) -> None:
 def _pieces_of(work: _Work) -> list[torch.Tensor]:
     """Return the rows of each expert of a frame."""
     frame, device = work.frame, work.experts[0].device
-    counts, hidden_size = frame.num_tokens_per_expert, frame.hidden_size
-    if device.type == "cpu":
-        return pieces_of(memoryview(frame.rows), frame.dtype, counts, hidden_size)
-    # All rows go to another device in one copy.
-    rows = from_bytes(frame.rows, frame.dtype, frame.num_rows, hidden_size).to(device)
-    return list(rows.split_with_sizes(counts))
+    rows = from_bytes(frame.rows, frame.dtype, frame.num_rows, frame.hidden_size)
+    if device.type != "cpu":
+        rows = rows.to(device)  # all of them in one copy
+    return list(rows.split_with_sizes(frame.num_tokens_per_expert))
 
 
 def _rows_frame(work: _Work) -> RowsFrame:

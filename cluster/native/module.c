@@ -10,7 +10,6 @@ static PyMethodDef functions[] = {
     ENTRY(gather, "router.moe.permute.gather"),
     ENTRY(combine, "router.moe.combine"),
     ENTRY(view, "cluster.wire.tensors.to_bytes"),
-    ENTRY(pieces, "cluster.wire.tensors.pieces_of"),
     ENTRY(send, "cluster.transport.stream.channel.Channel.send"),
     ENTRY(receive, "cluster.transport.stream.channel.Channel.receive"),
     ENTRY(is_wide, "router.model.cpu.decode_attention.can_attend_cached"),

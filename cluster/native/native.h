@@ -68,7 +68,6 @@ FUNCTION(route);
 FUNCTION(gather);
 FUNCTION(combine);
 FUNCTION(view);
-FUNCTION(pieces);
 FUNCTION(send);
 FUNCTION(receive);
 FUNCTION(is_wide);

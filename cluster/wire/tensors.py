@@ -66,17 +66,6 @@ def from_bytes(data: bytes | memoryview, dtype: str, num_rows: int, size: int) -
     return torch.frombuffer(data, dtype=TORCH_DTYPES[dtype]).view(num_rows, size)
 
 
-def pieces_of(
-    data: memoryview, dtype: str, counts: tuple[int, ...], size: int
-) -> list[torch.Tensor]:
-    """Return the rows in ``data``, ``size`` values each, in tensors of so many rows, uncopied."""
-    if native is None:
-        return list(from_bytes(data, dtype, sum(counts), size).split_with_sizes(counts))
-    value_bytes = TORCH_DTYPES[dtype].itemsize
-    capsules = native.pieces(data, counts, size, value_bytes, dtype == "bfloat16")
-    return [torch.from_dlpack(capsule) for capsule in capsules]
-
-
 def to_raw(rows: torch.Tensor) -> np.ndarray:
     """Return a tensor's bits as integers in a numpy array on the CPU; no copy when it is there."""
     integers = _RAW_DTYPES[rows.element_size()]
