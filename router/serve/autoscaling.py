@@ -1,4 +1,4 @@
-"""The number of routers and gateways, by Serve's own autoscaler and the use that they tell it."""
+"""The number of routers and gateways, by Serve's own autoscaler and their use."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ray.serve.config import AutoscalingContext
 from router.config import ReplicaScalingConfig
 
 USE = "use"
-"""The name under which a replica tells Serve how much of it is used; 1 is all of it."""
+"""The name under which a replica reports to Serve the share of it that is in use."""
 
 
 def replica_options(replicas: int, scaling: ReplicaScalingConfig | None) -> dict[str, Any]:
-    """Return what ``serve.deployment`` is told of a deployment's number of replicas."""
+    """Return the options of ``serve.deployment`` for a deployment's number of replicas."""
     if scaling is None:
         return {"num_replicas": replicas}
     return {
@@ -34,10 +34,10 @@ def replica_options(replicas: int, scaling: ReplicaScalingConfig | None) -> dict
 
 
 class FollowUse:
-    """Serve's autoscaling policy: as many replicas as would be used for ``target_use``.
+    """Serve's autoscaling policy: so many replicas that ``target_use`` of each is in use.
 
-    Serve makes one of it for each deployment, and adds delays and bounds. Replicas that have told
-    nothing yet count as used as the others are. Where none has, the number stays.
+    Serve makes one instance for each deployment, and adds delays and bounds. A replica that has not
+    reported yet counts with the mean of the others. Where none has reported, the number stays.
     """
 
     def __init__(self, target_use: float) -> None:

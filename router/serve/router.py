@@ -1,7 +1,7 @@
 """A router as a Serve deployment.
 
-Importing this brings neither torch nor transformers: whoever builds the application imports it too,
-and a start would wait for that twice.
+This module imports neither torch nor transformers: the builder of the application imports it too,
+and a start would wait for them twice.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class RouterDeployment:
         return await self._started().stats()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Tell Serve how much of this replica is used; Serve calls this by its name."""
+        """Return the share of this replica that is in use; Serve calls this by its name."""
         return {USE: self._started().use()}
 
     def check_health(self) -> None:

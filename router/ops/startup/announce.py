@@ -1,8 +1,8 @@
-"""Says in the output of ``serve run`` when requests are answered, and where to send them.
+"""The line in which ``serve run`` says that requests are answered, and where to send them.
 
-Serve's command says that an application is deployed before its experts are there, and Ray brings
-the lines of our own processes in any order. So a thread of the command asks ``/ready`` itself, and
-then each model for a token: only an answer shows that there is a router, too.
+Serve's command says that an application is deployed before its experts are loaded, and Ray prints
+the lines of our processes in any order. So a thread of the command asks ``/ready``, and then each
+model for a token: only an answer shows that there is a router, too.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from router.config import IMPORT_PATH
 POLL_S = 0.5
 ASK_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 30.0
 LOG_DELAY_S = 1.5
-"""Ray brings the lines of other processes about so late; the one that matters is to be the last."""
+"""Ray prints the lines of other processes so much later; the address is to be the last line."""
 LONG_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where one application of a deployment file is reached from this machine."""
+    """The addresses of one application of a deployment file, as seen from this machine."""
 
     http_url: str
     grpc_address: str
     models: tuple[str, ...] = ()
 
     def command(self) -> str:
-        """Return a command to try it with."""
+        """Return a command that tries the endpoint."""
         where = "" if self.grpc_address == DEFAULT_ADDRESS else f" --address {self.grpc_address}"
         return f'expertmesh generate "In the beginning" --stream{where}'
 
@@ -70,14 +70,16 @@ def endpoints(document: Mapping[str, Any]) -> list[Endpoint]:
 def announce(
     document: Mapping[str, Any], say: Callable[[str], None], console: Console | None = None
 ) -> list[threading.Thread]:
-    """Tell ``say`` of each application of a checked, completed file once it is ready.
+    """Call ``say`` with a line for each application of a checked, completed file once it is ready.
 
-    Returns at once. Also told is, once, what is missing after :data:`LONG_S`. A ``console`` at a
-    terminal has a bar meanwhile that shows how far actors are with loading; elsewhere the
-    controller's lines tell it. The threads end with the process.
+    Returns at once. After :data:`LONG_S`, one more line says why an application is not ready. A
+    ``console`` at a terminal shows a bar while actors load; elsewhere the controller logs their
+    progress. The threads end with the process.
     """
     threads = [
-        threading.Thread(target=_tell, args=(endpoint, say, console), name="announce", daemon=True)
+        threading.Thread(
+            target=_announce_one, args=(endpoint, say, console), name="announce", daemon=True
+        )
         for endpoint in endpoints(document)
     ]
     for thread in threads:
@@ -85,7 +87,7 @@ def announce(
     return threads
 
 
-def _tell(endpoint: Endpoint, say: Callable[[str], None], console: Console | None) -> None:
+def _announce_one(endpoint: Endpoint, say: Callable[[str], None], console: Console | None) -> None:
     started_s, has_warned = time.monotonic(), False
     with LoadingBar(console) as bar:
         while (reason := why_not_ready(endpoint)) is not None:
@@ -105,10 +107,10 @@ def _tell(endpoint: Endpoint, say: Callable[[str], None], console: Console | Non
 
 
 class LoadingBar:
-    """A bar at the foot of a terminal while actors load; lines of others go above it."""
+    """A bar at the foot of a terminal while actors load; other lines go above it."""
 
     def __init__(self, console: Console | None) -> None:
-        """Show nothing yet; never, where ``console`` is none or at no terminal."""
+        """Show nothing yet. Without a ``console`` at a terminal, the bar is never shown."""
         self.is_shown = console is not None and console.is_terminal
         self._progress = Progress(
             TextColumn("expertmesh: loading"),
@@ -124,11 +126,11 @@ class LoadingBar:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._progress.stop()
 
     def show(self, loading: Sequence[LoadingStatus]) -> None:
-        """Show how far all that load are together; nothing where nobody does."""
+        """Show the progress of all loading actors together; shows nothing where none loads."""
         if not loading:
             return
         if self._task is None:
@@ -137,14 +139,14 @@ class LoadingBar:
             self._task = self._progress.add_task("")
         self._progress.update(
             self._task,
-            total=sum(one.num_experts for one in loading),
-            completed=sum(one.held_experts for one in loading),
+            total=sum(actor.num_experts for actor in loading),
+            completed=sum(actor.held_experts for actor in loading),
             description=loading_line(loading),
         )
 
 
 def _loading(grpc_address: str) -> Sequence[LoadingStatus]:
-    """Return how far actors are, as a gateway has it; nothing while there is none."""
+    """Return the loading actors, by a gateway's status; none while no gateway answers."""
     try:
         with Client(grpc_address, retry=None) as client:
             return client.status().loading
@@ -153,7 +155,7 @@ def _loading(grpc_address: str) -> Sequence[LoadingStatus]:
 
 
 def why_not_ready(endpoint: Endpoint) -> str | None:
-    """Ask once; returns what keeps requests from being answered, ``None`` if nothing."""
+    """Ask once; returns why requests are not answered, or ``None`` where they are."""
     reason = _why_fails(endpoint.http_url, "/ready", ASK_TIMEOUT_S)
     for model in endpoint.models:
         body = {"model": model, "prompt": [0], "max_tokens": 1}
@@ -178,7 +180,7 @@ def _why_fails(url: str, path: str, timeout_s: float, body: bytes | None = None)
 
 def _reason(body: bytes) -> str:
     try:
-        told = json.loads(body)
+        answer = json.loads(body)
     except ValueError:
         return ""
-    return str(told.get("reason") or "") if isinstance(told, dict) else ""
+    return str(answer.get("reason") or "") if isinstance(answer, dict) else ""

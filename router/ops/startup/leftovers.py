@@ -1,7 +1,7 @@
-"""Ends, with a command that starts a Ray of its own, whatever of that Ray would outlive it.
+"""Ends the processes of a command's own Ray that would outlive the command.
 
-Ray ends its processes when the command ends. But one that is interrupted while Ray starts leaves
-agents behind whose parent is gone, and Ray is then not yet ready to end them.
+Ray ends its processes when the command ends. A command that is interrupted while Ray starts leaves
+agents behind: their parent is gone, and Ray is not yet ready to end them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
 def end_with_this_process() -> None:
-    """Have all processes that descend from this one ended before it is; call it once Ray is
-    imported, since what is registered last runs first."""
+    """End all descendants of this process before it ends; call it once Ray is imported.
+
+    Exit handlers run in the opposite order of their registration, so this one runs before Ray's.
+    """
     atexit.register(end_descendants, _interruption())
 
 
 def _interruption() -> threading.Event:
-    """Return what is set once Ctrl-C has come; whoever minds it still does."""
+    """Return an event that Ctrl-C sets; the former handler still runs."""
     came = threading.Event()
     usual = signal.getsignal(signal.SIGINT)
 
@@ -45,29 +47,28 @@ def _interruption() -> threading.Event:
 
 
 def _adopt_orphans() -> None:
-    """Have descendants whose parent ends become this process's children, where the system can.
+    """Become the parent of descendants whose own parent ends, where the system can.
 
-    They would become those of the system's first process, and nobody here could tell whose they
-    were.
+    Otherwise the system's first process becomes their parent, and they cannot be found from here.
     """
     with suppress(AttributeError, OSError):  # Linux alone has it
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def end_descendants(interrupted: threading.Event) -> None:
-    """End Ray, and whatever of this process's descendants is still there :data:`GRACE_S` later.
+    """End Ray, and kill the descendants that are still alive :data:`GRACE_S` later.
 
     Where Ctrl-C came while Ray started, this ends the process, too: Ray's half-made connection
-    would have the interpreter crash at its own end.
+    would crash the interpreter at its end.
     """
-    # It takes seconds at most; another Ctrl-C would only print a stack.
+    # This takes seconds at most; another Ctrl-C would only print a stack.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     is_half_made = interrupted.is_set() and not ray.is_initialized()
     _adopt_orphans()
     descendants = psutil.Process().children(recursive=True)
     ray.shutdown()
     _, left = psutil.wait_procs(descendants, timeout=GRACE_S)
-    # And what one of them started while it was ended.
+    # Descendants may have started others while they were ended.
     left = [*left, *(p for p in psutil.Process().children(recursive=True) if p not in left)]
     for process in left:
         try:
