@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple, get_args
 
 from cluster.tls import TlsFiles
 
+FRAME_VERSION = 3
+"""The version of the frames between routers and expert actors (:mod:`cluster.wire.frames`)."""
 ACTOR_NAMESPACE = "serve"
 """Serve's own namespace, in which every replica looks for actors by default."""
 
@@ -72,8 +74,11 @@ class ActorSpec:
 
     @property
     def digest(self) -> str:
-        """A short hash of the specification; the controller adopts only actors with its own."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        """A short hash of the specification; the controller adopts only actors with its own.
+
+        Of the frames' version too: an older build's actor outlives it, and reads no newer frame.
+        """
+        text = json.dumps([FRAME_VERSION, asdict(self)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

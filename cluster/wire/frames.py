@@ -29,8 +29,8 @@ from cluster.errors import (
     error_from_wire,
     shown,
 )
+from cluster.spec import FRAME_VERSION
 
-FRAME_VERSION = 3
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_ERROR_BYTES = 1 << 16
 MAX_RETRY_AFTER_S = 86_400.0

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cluster import spec
 from cluster.spec import (
     ActorReport,
     ModelExperts,
@@ -138,6 +139,23 @@ def test_an_actor_that_does_not_fit_is_ended_and_not_adopted(changes: dict[str, 
             assert placement.generations == {"expert-0": expected}
             # Even an actor that is ended tells which epochs are used up.
             assert placement.epoch == (1 if "hung" in changes else 6)
+
+    run(test)
+
+
+def test_an_actor_whose_frames_have_another_version_is_not_adopted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as older_build:
+        older_build.setattr(spec, "FRAME_VERSION", spec.FRAME_VERSION - 1)
+        older_digest = spec_of().digest
+
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        old = pool.add("expert-0", 2, 5, digest=older_digest)
+        async with running(1, pool) as cluster:
+            assert (await cluster.complete()).generations == {"expert-0": 3}
+            assert old.killed
 
     run(test)
 

@@ -24,12 +24,12 @@ from cluster.errors import (
     WrongPlacementError,
     error_from_wire,
 )
+from cluster.spec import FRAME_VERSION
 from cluster.wire.frames import (
     ALIGNMENT,
     DISPATCH_KIND,
     DTYPE_BYTES,
     ERROR_KIND,
-    FRAME_VERSION,
     MAX_ERROR_BYTES,
     ROWS_KIND,
     DispatchFrame,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 import threading
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ from cluster.errors import (
     OverloadedError,
 )
 from cluster.placement.placement import Placement
+from cluster.spec import FRAME_VERSION
 from cluster.transport.base import Call, CallFailure, IsGone, Outcome, never_gone
 from cluster.wire.frames import ErrorFrame, encode
 from router.moe import dispatch as dispatch_module
@@ -308,5 +310,21 @@ def test_a_deadline_within_an_answers_usual_time_is_no_experts_fault(folder: Pat
         cluster.transport.fail = lambda call, number: CallFailure.DIED
         with pytest.raises(ExpertUnavailableError):
             cluster.generate(greedy_request("lost", PROMPTS[0], LENGTH, timeout_s=0.3))
+    finally:
+        cluster.close()
+
+
+def test_an_actor_whose_frames_have_another_version_is_unavailable(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = LocalCluster(folder, 3)
+    older = struct.pack("<H", FRAME_VERSION - 1) + REFUSED[2:]
+    cluster.transport.fail = lambda call, number: older
+    try:
+        with pytest.raises(ExpertUnavailableError), caplog.at_level("WARNING"):
+            cluster.generate(greedy_request("older", PROMPTS[0], LENGTH, timeout_s=1.0))
+        assert cluster.dispatcher.retries["malformed"] > 1
+        assert f"version {FRAME_VERSION - 1}; this build reads {FRAME_VERSION}" in caplog.text
+        assert cluster.suspected == []
     finally:
         cluster.close()
