@@ -1,9 +1,10 @@
 """The expert actor: one per device, with any subset of the experts.
 
-Each call has a thread (:mod:`experts.remote`) that puts its frame into a bounded queue. One thread
-at a time computes: it takes all waiting frames, merges them (:mod:`experts.bank`) and answers them
-all. So a lone call never changes threads, and many calls share an expert's product. The actor has
-threads because a Ray call to an asyncio actor takes 0.3 ms longer. Calls are pure: a frame that is
+The streams' thread brings the frames of all routers; a Ray call brings one frame on a thread of its
+own (:mod:`experts.remote`). Each puts its frames into a bounded queue, and one thread at a time
+computes: it takes all waiting frames, merges them (:mod:`experts.bank`) and answers them all. So a
+lone call never changes threads, and many calls share an expert's product. The actor has threads
+because a Ray call to an asyncio actor takes 0.3 ms longer. Calls are pure: a frame that is
 computed twice gets the same answer, so a router may always repeat a call.
 """
 

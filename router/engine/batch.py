@@ -34,10 +34,11 @@ class StepInput:
 
 
 def pack(work: list[Work], sliding_window: int | None, length_step: int = 1) -> StepInput:
-    """Pack a step without padding: decodes (works of a single token) first, then prefill chunks.
+    """Pack a step: decodes (works of a single token) first, then prefill chunks.
 
-    ``sliding_window`` is the window, in tokens, of the layers that have a window. The length L
-    that decodes attend to is padded to a multiple of ``length_step``.
+    Tokens are not padded. The table of slots [B, L] that decodes attend to is padded, to a length
+    L that is a multiple of ``length_step``. ``sliding_window`` is the window, in tokens, of the
+    layers that have a window.
     """
     decodes = [w for w in work if w.end - w.start == 1]
     prefills = [w for w in work if w.end - w.start > 1]

@@ -200,7 +200,7 @@ class Engine:
         logits = self._model.forward(
             step.token_ids, step.positions, step.batch, step.sample_rows, context
         )
-        token_ids, logprobs = sample(logits, [_draw(s) for s in step.sampled])
+        token_ids, logprobs = sample(logits, [_draw_of(s) for s in step.sampled])
         self.tally.layers(context.layer_times_s)
         self._advance(step, context.missing, token_ids, logprobs)
 
@@ -308,5 +308,5 @@ def _unavailable(sequence: Sequence) -> ExpertUnavailableError:
     )
 
 
-def _draw(sequence: Sequence) -> Draw:
+def _draw_of(sequence: Sequence) -> Draw:
     return Draw(sequence.request.sampling, sequence.index, len(sequence.token_ids))

@@ -149,6 +149,8 @@ class MoEModel:
         MoE layer gets ``step``.
         """
         self._layers.step = step
+        # transformers' layers come back to us by paged_attention, Gate.forward and
+        # RemoteExperts.forward.
         output = self._base(
             input_ids=token_ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),

@@ -189,10 +189,11 @@ class Dispatcher:
             raise self._late(layer)
         placement = self._placement(layer.deadline_s)
         layout = self._layout(placement, layer, pairs)
-        ordered, parts, homeless = split(layout, layer.expert_ids, layer.k, pairs)
-        if not len(homeless):
-            layer.attempt = self._send_parts(placement, layer, ordered, parts)
-        return not len(homeless)
+        ordered, parts, missing_pairs = split(layout, layer.expert_ids, layer.k, pairs)
+        if len(missing_pairs):
+            return False
+        layer.attempt = self._send_parts(placement, layer, ordered, parts)
+        return True
 
     def _placement(self, deadline_s: float) -> Placement:
         placement = self._view.placement

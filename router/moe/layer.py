@@ -112,20 +112,22 @@ class MoELayers:
             raise RuntimeError(f"layer {layer_id} is computed outside of a step")
         started_s = time.perf_counter()
         span = None if step.trace is None else step.trace.layer(layer_id)
-        context = None if span is None else traceparent(span.get_span_context())
+        parent = None if span is None else traceparent(span.get_span_context())
         gate_choice = Choice(to_ids(topk_ids), topk_weights)
         try:
             combined = None
             while combined is None:  # repeats when an expert loses its last copy meanwhile
-                choice = self._choose(step, layer_id, hidden_states, gate_choice, choose_among)
-                combined = self._compute(step, layer_id, hidden_states, choice, context)
+                choice = self._without_missing(
+                    step, layer_id, hidden_states, gate_choice, choose_among
+                )
+                combined = self._send_and_combine(step, layer_id, hidden_states, choice, parent)
         finally:
             if span is not None:
                 span.end()
         step.layer_times_s.append(time.perf_counter() - started_s)
         return combined
 
-    def _choose(
+    def _without_missing(
         self,
         step: StepContext,
         layer_id: int,
@@ -145,18 +147,21 @@ class MoELayers:
             return choice
         return self._limit.apply(layer_id, choice, missing, record, hidden_states, choose_among)
 
-    def _compute(
+    def _send_and_combine(
         self,
         step: StepContext,
         layer_id: int,
         hidden_states: torch.Tensor,
         choice: Choice,
-        context: str | None,
+        parent: str | None,
     ) -> torch.Tensor | None:
-        """Dispatch and combine; returns ``None`` when an expert has lost its last live copy."""
+        """Return the sums of a choice; ``None`` when an expert has lost its last live copy.
+
+        ``parent`` is the layer's trace context, where it is traced.
+        """
         ids = np.ascontiguousarray(choice.ids, np.int64)
         pending = self._dispatcher.send(
-            layer_id, hidden_states, ids, step.deadline_s, choice.pairs, context
+            layer_id, hidden_states, ids, step.deadline_s, choice.pairs, parent
         )
         if pending is None:
             return None
