@@ -220,7 +220,7 @@ class ExpertActor:
                 self._computing = True
                 batch, self._queue = self._queue, []
         if batch:
-            self._answer(batch)
+            self._compute_and_answer(batch)
         return [frame.answer if isinstance(frame, _Waiting) else frame for frame in own]
 
     def _wait(self) -> None:
@@ -242,7 +242,7 @@ class ExpertActor:
         self._queue.append(waiting)
         return waiting
 
-    def _answer(self, batch: list[_Waiting]) -> None:
+    def _compute_and_answer(self, batch: list[_Waiting]) -> None:
         """Compute a batch; every frame gets an answer, also after a failure."""
         answers: list[Parts] = []
         begun_s = time.monotonic()

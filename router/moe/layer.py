@@ -1,4 +1,4 @@
-"""One MoE layer of the router: choose, send, prepare, wait, combine.
+"""One MoE layer of the router, after its gate: send, prepare, wait, combine.
 
 :class:`RemoteExperts` stands in transformers' model where the experts were. It hands the layer to
 :class:`MoELayers`, one for all layers of the model.
@@ -64,7 +64,7 @@ class StepContext:
     ``trace`` is set where the step is traced.
 
     The layers set two results. ``missing`` is set once an expert was missing or had no room.
-    ``layer_times_s`` has the duration of every layer, from its choice to its sums.
+    ``layer_times_s`` has the duration of every layer, from the gate's choice to the sums.
     """
 
     deadline_s: float
