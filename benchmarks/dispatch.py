@@ -131,7 +131,7 @@ def measure(num_actors: int, payload_bytes: int, calls: int) -> dict[str, Any]:
     for kind in TRANSPORTS:
         dispatcher = Dispatcher(MODEL, view, open_transport(APP, kind), lambda a, g: None, 10.0)
         layers = layers_of[kind] = MoELayers(dispatcher)
-        layers.step = StepContext(time.time() + 600, (), ())
+        layers.step = StepContext(time.monotonic() + 600, (), ())
     tokens = payload_bytes // (HIDDEN * 2)
     rows = torch.randn(tokens, HIDDEN).bfloat16()
     pairs = list(itertools.combinations(range(NUM_EXPERTS), TOP_K))

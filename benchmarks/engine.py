@@ -206,7 +206,7 @@ class Bench:
         self._cached_tokens = max(self._cached_tokens, streams * (PROMPT_TOKENS + tokens))
         sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         requests = [
-            GenerationRequest(str(i), MODEL, tuple(ids), sampling, time.time() + TIMEOUT_S)
+            GenerationRequest(str(i), MODEL, tuple(ids), sampling, time.monotonic() + TIMEOUT_S)
             for i, ids in enumerate(prompts(streams))
         ]
         self._collector.expect([request.request_id for request in requests])

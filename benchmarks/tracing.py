@@ -74,9 +74,9 @@ class TracingTransport:
         self._recorder = recorder
         self.calls = inner.calls
 
-    def send(self, calls: Sequence[Call], timeout_s: float) -> PendingCalls:
+    def send(self, calls: Sequence[Call]) -> PendingCalls:
         """See :class:`Transport`."""
-        pending = self._inner.send(calls, timeout_s)
+        pending = self._inner.send(calls)
         self._recorder.mark("send")
         return _TracingCalls(pending, self._recorder)
 

@@ -269,14 +269,17 @@ class ExpertActor:
 
     def _compute_batch(self, batch: Sequence[_Waiting]) -> list[Parts]:
         """Return an answer to each waiting frame, or an empty list when the batch failed."""
-        now_s = time.time()
-        frames = [waiting.frame for waiting in batch]
-        live = [frame for frame in frames if frame.deadline_s > now_s]
+        now_s = time.monotonic()
+        is_late = [now_s - w.since_s >= w.frame.time_left_s for w in batch]
+        live = [w.frame for w, late in zip(batch, is_late, strict=True) if not late]
         try:
             computed: list[RowsFrame | ErrorFrame] = self._bank.compute(live)
-            if len(live) < len(frames):
+            if len(live) < len(batch):
                 results = iter(computed)
-                computed = [next(results) if f.deadline_s > now_s else _late(f) for f in frames]
+                computed = [
+                    _late(w.frame) if late else next(results)
+                    for w, late in zip(batch, is_late, strict=True)
+                ]
             return [encode(answer) for answer in computed]
         except Exception:
             # A failure of the device or of torch: every router gets an error, the actor lives on.
@@ -301,7 +304,7 @@ def _some_wait(frames: Sequence[_Waiting | Parts]) -> bool:
 
 
 def _late(frame: DispatchFrame) -> ErrorFrame:
-    error = DeadlineExceededError("the frame's deadline passed while it waited")
+    error = DeadlineExceededError("the frame's time was over before it was computed")
     return ErrorFrame(frame.request_id, type(error).__name__, error)
 
 

@@ -41,6 +41,11 @@ from router.moe.layer import MoELayers
 MODEL = "m"
 
 
+def within(timeout_s: float, calls: Sequence[Call]) -> list[Call]:
+    """Return the calls with this much time for each answer."""
+    return [call._replace(timeout_s=timeout_s) for call in calls]
+
+
 @dataclass
 class Answered:
     """A pending that has its answers from the start."""
@@ -62,7 +67,7 @@ class BankTransport:
     calls: Counter[str] = field(default_factory=Counter)
     unready: set[str] = field(default_factory=set)
 
-    def send(self, calls: Sequence[Call], timeout_s: float) -> Answered:
+    def send(self, calls: Sequence[Call]) -> Answered:
         """Answer each call from its bank, unless ``fail`` says otherwise."""
         return Answered([self._answer(call) for call in calls])
 
@@ -243,6 +248,6 @@ def greedy_request(
         model=MODEL,
         prompt_token_ids=tuple(prompt),
         sampling=SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
-        deadline_s=time.time() + timeout_s,
+        deadline_s=time.monotonic() + timeout_s,
         on_expert_loss=on_expert_loss,
     )

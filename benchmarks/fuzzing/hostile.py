@@ -7,7 +7,6 @@ import json
 import random
 import socket
 import struct
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -190,7 +189,7 @@ class Wires:
                 hidden_size=size,
                 epoch=1,
                 placement_version=1,
-                deadline_s=time.time() + 60,
+                time_left_s=60,
                 layer_id=layer_id,
                 model=held,
                 expert_ids=(expert_id,),

@@ -24,14 +24,15 @@ class CallFailure(enum.StrEnum):
 class Call(NamedTuple):
     """One frame for one generation of one actor.
 
-    ``replaceable`` is true where another actor can answer. When the connection of such a call
-    breaks, its outcome is DIED at once. Any other call is repeated through Ray, which needs longer
-    to notice a dead actor.
+    ``timeout_s`` bounds the wait for the answer. ``replaceable`` is true where another actor can
+    answer. When the connection of such a call breaks, its outcome is DIED at once. Any other call
+    is repeated through Ray, which needs longer to notice a dead actor.
     """
 
     actor_id: str
     generation: int
     frame: Parts
+    timeout_s: float
     replaceable: bool = False
 
 
@@ -43,7 +44,7 @@ GONE_CHECK_S = 0.2
 
 
 def never_gone(call: Call) -> bool:
-    """Return false: every call is waited for until its deadline."""
+    """Return false: every call is waited for until its time is over."""
     return False
 
 
@@ -51,7 +52,7 @@ class PendingCalls(Protocol):
     """Calls that were sent and not answered yet."""
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
-        """Return one outcome per call, in order, before the calls' deadline.
+        """Return one outcome per call, in order, each within its call's time.
 
         The wait asks ``is_gone`` for each open call every ``GONE_CHECK_S``; the outcome of a call
         whose actor is gone is DIED. Late answers are dropped. An actor's failure never raises. The
@@ -66,8 +67,8 @@ class Transport(Protocol):
     calls: Counter[str]
     """Number of calls by transport, ``ray`` or ``stream``."""
 
-    def send(self, calls: Sequence[Call], timeout_s: float) -> PendingCalls:
-        """Send all calls at once; ``timeout_s`` bounds the wait for all answers."""
+    def send(self, calls: Sequence[Call]) -> PendingCalls:
+        """Send all calls at once; the time of each call begins now."""
         ...
 
     def renew(self, actor_id: str) -> None:

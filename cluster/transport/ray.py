@@ -31,16 +31,15 @@ class RayTransport:
         self.calls: Counter[str] = Counter()
         self._actors = actors
 
-    def send(self, calls: Sequence[Call], timeout_s: float) -> PendingCalls:
+    def send(self, calls: Sequence[Call]) -> PendingCalls:
         """See :class:`Transport`."""
-        deadline_s = time.monotonic() + timeout_s
         refs: list[ray.ObjectRef | None] = []
         for call in calls:
             handle = self._actors.handle(call.actor_id, call.generation)
             frame = call.frame[0] if len(call.frame) == 1 else b"".join(call.frame)
             refs.append(None if handle is None else handle.compute.remote(frame))
         self.calls["ray"] += len(calls)
-        return _RayCalls(self._actors, calls, refs, deadline_s)
+        return _RayCalls(self._actors, calls, refs)
 
     def renew(self, actor_id: str) -> None:
         """See :class:`Transport`; Ray keeps the connections."""
@@ -59,18 +58,19 @@ class _RayCalls:
         actors: RayActors,
         calls: Sequence[Call],
         refs: Sequence[ray.ObjectRef | None],
-        deadline_s: float,
     ) -> None:
         self._actors = actors
         self._calls = calls
         self._refs = refs
-        self._deadline_s = deadline_s
+        self._sent_s = time.monotonic()
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """See :class:`PendingCalls`."""
         sent = [(c, ref) for c, ref in zip(self._calls, self._refs, strict=True) if ref is not None]
         try:
-            answers: list[Outcome] = ray.get([ref for _, ref in sent], timeout=self._slice_s())
+            first_s = min((self._remaining_s(call) for call, _ in sent), default=0.0)
+            refs = [ref for _, ref in sent]
+            answers: list[Outcome] = ray.get(refs, timeout=min(first_s, GONE_CHECK_S))
         except RayError:
             answers = [self._outcome(call, ref, is_gone) for call, ref in sent]
         remaining = iter(answers)
@@ -82,21 +82,19 @@ class _RayCalls:
                 self._actors.forget(call.actor_id)
         return outcomes
 
-    def _remaining_s(self) -> float:
-        return max(0.0, self._deadline_s - time.monotonic())
-
-    def _slice_s(self) -> float:
-        return min(self._remaining_s(), GONE_CHECK_S)
+    def _remaining_s(self, call: Call) -> float:
+        return max(0.0, self._sent_s + call.timeout_s - time.monotonic())
 
     def _outcome(self, call: Call, ref: ray.ObjectRef, is_gone: IsGone) -> Outcome:
         while True:
+            remaining_s = self._remaining_s(call)
             try:
-                answer: bytes = ray.get(ref, timeout=self._slice_s())
+                answer: bytes = ray.get(ref, timeout=min(remaining_s, GONE_CHECK_S))
                 return answer
             except GetTimeoutError:
                 if is_gone(call):
                     return CallFailure.DIED
-                if self._remaining_s() == 0:
+                if remaining_s == 0:
                     return CallFailure.TIMED_OUT
             except RayError:
                 return CallFailure.DIED

@@ -61,7 +61,7 @@ _DISPATCH = (
     "I"  # H
     "Q"  # epoch
     "Q"  # placement version
-    "d"  # deadline, seconds of the wall clock
+    "d"  # time left, seconds
     "I"  # layer id
     "{0}H"  # expert ids
     "{0}I"  # rows of each expert
@@ -88,9 +88,9 @@ class DispatchFrame(NamedTuple):
     ``rows`` are P×H values of ``dtype``, row-major, little-endian, grouped by expert: the first
     ``num_tokens_per_expert[0]`` rows are for ``expert_ids[0]``, and so on. A token that two experts
     of the actor take is there twice, so that each expert's rows lie together as its product wants
-    them. The answer has one row per pair in the same order. ``deadline_s`` is wall-clock time; an
-    actor may drop the work after it. ``traceparent`` is the W3C trace context of a frame that is
-    traced.
+    them. The answer has one row per pair in the same order. An actor may drop
+    the work once the frame has been there for ``time_left_s``; hosts' clocks are never compared.
+    ``traceparent`` is the W3C trace context of a frame that is traced.
     """
 
     request_id: int
@@ -98,7 +98,7 @@ class DispatchFrame(NamedTuple):
     hidden_size: int
     epoch: int
     placement_version: int
-    deadline_s: float
+    time_left_s: float
     layer_id: int
     model: str
     expert_ids: tuple[int, ...]

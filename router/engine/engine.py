@@ -155,10 +155,11 @@ class Engine:
             self._run_commands(0.0 if work else wait_s)
             self._expire()
             self._unpark()
-            work = self._scheduler.schedule()
+            work = self._scheduler.schedule() if self._layers.is_placed() else []
+            self._flush()  # a step may wait long for an expert that is away
             if work:
                 self._guarded_step(work)
-            self._flush()
+                self._flush()
 
     def _run_commands(self, wait_s: float) -> None:
         try:
@@ -180,14 +181,12 @@ class Engine:
         trace = begin_step(traces, len(work), num_tokens)
         try:
             self.step(work, trace)
-        except (ExpertUnavailableError, DeadlineExceededError) as error:
-            # The earliest deadline passed while the step waited; its other requests go on.
-            self._expire(error)
-        except Exception:
+        except Exception as error:
             logger.exception("a step failed; its requests are answered by an error")
+            if not isinstance(error, ExpertMeshError):
+                error = InternalError("the router failed to compute a step")
             failed = {w.sequence.request.request_id for w in work}
-            internal = InternalError("the router failed to compute a step")
-            self._fail(lambda s: s.request.request_id in failed, internal)
+            self._fail(lambda s: s.request.request_id in failed, error)
         finally:
             if trace is not None:
                 trace.end()
@@ -273,13 +272,16 @@ class Engine:
             return "stop"
         return "length" if sequence.num_generated >= sampling.max_tokens else None
 
-    def _expire(self, error: ExpertMeshError | None = None) -> None:
-        now_s = time.time()
+    def _expire(self) -> None:
+        """End the requests whose time is over; only between steps, so that no step is lost."""
+        now_s = time.monotonic()
         parked = self._scheduler.parked()
         starved = {s.request.request_id: s for s in parked if s.request.deadline_s <= now_s}
         for request_id, sequence in starved.items():
             self._fail_request(request_id, _unavailable(sequence))
-        error = error or DeadlineExceededError("the request's deadline passed")
+        error: ExpertMeshError = DeadlineExceededError("the request's deadline passed")
+        if not self._layers.is_placed():
+            error = ExpertUnavailableError("no placement of the experts is known yet", "", 1.0)
         self._fail(lambda s: s.request.deadline_s <= now_s, error)
 
     def _fail_request(self, request_id: str, error: ExpertMeshError) -> None:

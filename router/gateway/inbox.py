@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 from cluster.errors import DeadlineExceededError
@@ -70,7 +69,7 @@ async def take_events(
 ) -> tuple[list[TokenEvent], Reply | None]:
     """Call :meth:`Inbox.take`; raises ``DeadlineExceededError`` after the request's deadline."""
     # A second past the deadline, so that the router's own error comes first.
-    timeout_s = max(0.0, request.deadline_s - time.time()) + 1.0
+    timeout_s = max(0.0, request.remaining_s()) + 1.0
     try:
         async with asyncio.timeout(timeout_s):
             return await inbox.take(pause_s)

@@ -112,7 +112,7 @@ class Validator:
             model=model.info.id,
             prompt_token_ids=ids,
             sampling=sampling,
-            deadline_s=time.time() + timeout_s,
+            deadline_s=time.monotonic() + timeout_s,
             on_expert_loss=self._check_on_expert_loss(raw),
             # The gateway must see tokens early, so that a stop string ends its choice in time.
             streamed=raw.streamed or bool(stops),

@@ -51,11 +51,12 @@ class Received:
 class GenerationRequest:
     """One accepted request: ids in, ``sampling.n`` choices of ids out.
 
-    ``deadline_s`` is wall-clock time (``time.time()``) after which the answer is of no use. If
-    ``streamed`` is false, only the first tokens of each choice are sent early; the others come with
-    the reply. ``on_expert_loss`` is one of :data:`cluster.spec.ON_EXPERT_LOSS`. ``received`` has an
-    entry for every choice of a request that goes on after a failure, and is empty for a new
-    request; its tokens count towards ``max_tokens``.
+    ``deadline_s`` is the time of this process's monotonic clock after which the answer is of no
+    use; the message has the time left instead. If ``streamed`` is false, only the first tokens of
+    each choice are sent early; the others come with the reply. ``on_expert_loss`` is one of
+    :data:`cluster.spec.ON_EXPERT_LOSS`. ``received`` has an entry for every choice of a request
+    that goes on after a failure, and is empty for a new request; its tokens count towards
+    ``max_tokens``.
     """
 
     request_id: str
@@ -73,22 +74,27 @@ class GenerationRequest:
 
     def remaining_s(self) -> float:
         """Return the seconds left until the deadline; negative when it has passed."""
-        return self.deadline_s - time.time()
+        return self.deadline_s - time.monotonic()
 
     def to_wire(self) -> dict[str, Any]:
         """Return the request as a msgpack-able dictionary."""
-        return asdict(self)
+        wire = asdict(self)
+        del wire["deadline_s"]
+        return {**wire, "time_left_s": self.remaining_s()}
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> GenerationRequest:
         """Rebuild a request from :meth:`to_wire`."""
+        fields = dict(wire)
+        deadline_s = time.monotonic() + fields.pop("time_left_s")
         sampling = SamplingParams(**wire["sampling"])
         ids = tuple(wire["prompt_token_ids"])
         received = tuple(
             Received(tuple(choice["token_ids"]), choice["finished"], choice["exact"])
             for choice in wire["received"]
         )
-        return cls(**{**wire, "sampling": sampling, "prompt_token_ids": ids, "received": received})
+        fields |= {"sampling": sampling, "prompt_token_ids": ids, "received": received}
+        return cls(**fields, deadline_s=deadline_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
 Each actor gets one frame a layer. Where an actor is dead, hung, overloaded or under another
 placement, only its frame is sent again: at once where its experts have other copies
-(:mod:`router.moe.copy_choice` chooses), else under the next placement, until the deadline. Calls
-are pure, so sending a frame again is safe. All of this runs on the engine's thread.
+(:mod:`router.moe.copy_choice` chooses), else under the next placement. Calls are pure, so sending a
+frame again is safe. A deadline ends the wait for experts that are away, and no other wait: the rows
+of actors that answer are never thrown away. All of this runs on the engine's thread.
 
 Dimension letters: T tokens, K experts per token, H hidden size, P = T*K pairs.
 """
@@ -16,7 +17,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -24,14 +24,12 @@ import torch
 
 from cluster.errors import (
     Code,
-    DeadlineExceededError,
-    ExpertMeshError,
     ExpertUnavailableError,
     FrameError,
     InternalError,
 )
 from cluster.placement.placement import Placement
-from cluster.transport.base import Call, CallFailure, Outcome, PendingCalls, Transport
+from cluster.transport.base import Call, CallFailure, Outcome, Transport
 from cluster.wire.frames import (
     DispatchFrame,
     ErrorFrame,
@@ -45,6 +43,7 @@ from router.control.placement_view import PlacementView
 from router.moe.combine import ExpertRows
 from router.moe.copy_choice import Copies, has_other_copies
 from router.moe.pace import Pace
+from router.moe.pending import Attempt, AwayError, PendingLayer
 from router.moe.permute import Layout, Layouts, Part, gather, lay_out, split
 from router.retry import RetryPolicy
 
@@ -52,51 +51,8 @@ BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
 """The delays between attempts while every expert has a live copy."""
 MAX_REFUSALS = 3
 """So many refusals of an expert's rows as malformed are the router's own fault."""
-LATE_S = 0.5
-"""Where a layer waits at least this long until the deadline, an expert is at fault. Where it waits
-less, the request's time was used up before."""
 
 logger = logging.getLogger("expertmesh.dispatch")
-
-_Sent = tuple[Part, DispatchFrame, Call]
-
-
-@dataclass(slots=True)
-class _Attempt:
-    """The pending calls of one layer, and the placement under which they were sent."""
-
-    placement: Placement
-    sent_s: float
-    most_rows: int
-    calls: list[tuple[list[_Sent], PendingCalls]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class PendingLayer:
-    """One layer that was sent and is not yet received; :meth:`Dispatcher.wait` returns its rows.
-
-    Pair t * K + r is token t with the gate's choice of rank r. ``rows`` are [T, H].
-    """
-
-    layer_id: int
-    rows: torch.Tensor
-    expert_ids: np.ndarray
-    k: int
-    dtype: str
-    deadline_s: float
-    traceparent: str | None
-    started_s: float
-    attempt: _Attempt | None = None
-    failures: int = 0
-    received: list[ExpertRows] = field(default_factory=list)
-    failed: frozenset[str] = frozenset()
-    """Actors that failed in this layer; asked again only for experts without another copy."""
-    refusals: tuple[int, ...] = ()
-    """The experts whose rows were refused as malformed, once for each refusal."""
-
-    def keep(self) -> None:
-        """Copy the received rows, since the transport's next wait may overwrite their memory."""
-        self.received = [ExpertRows(part.pairs, bytes(part.rows)) for part in self.received]
 
 
 class Dispatcher:
@@ -127,6 +83,10 @@ class Dispatcher:
         self.retries: Counter[str] = Counter()
         self.calls = transport.calls
 
+    def is_placed(self) -> bool:
+        """Return whether a placement is known."""
+        return self._view.placement is not None
+
     def missing(self, layer_id: int) -> np.ndarray | None:
         """Return the missing experts of a layer, bool [E]; ``None`` where none is missing."""
         placement = self._view.placement
@@ -148,9 +108,10 @@ class Dispatcher:
         its place in the matrix product. ``pairs``, where given, are the only pairs that are sent.
         ``traceparent`` is sent with the frames of a traced layer.
 
+        ``deadline_s`` (monotonic) is the earliest of the step's requests; see :meth:`wait`.
+
         Returns ``None`` when an expert has no live copy; the caller decides. Raises
-        :class:`ExpertUnavailableError` when no placement comes before ``deadline_s`` (wall clock),
-        and :class:`DeadlineExceededError` when the deadline has passed.
+        :class:`ExpertUnavailableError` when no placement is known.
         """
         layer = PendingLayer(
             layer_id=layer_id,
@@ -160,7 +121,7 @@ class Dispatcher:
             dtype=dtype_name(hidden_states.dtype),
             deadline_s=deadline_s,
             traceparent=traceparent,
-            started_s=time.time(),
+            started_s=time.monotonic(),
         )
         return layer if self._send(layer, pairs) else None
 
@@ -168,40 +129,63 @@ class Dispatcher:
         """Return the experts' unweighted rows; sends a part again when its actor does not answer.
 
         The rows last until the next call of :meth:`wait`. Returns ``None`` when an expert has lost
-        its last live copy. Raises :class:`ExpertUnavailableError` when an actor's answer does not
-        come before the deadline, and :class:`DeadlineExceededError` where no expert is at fault.
+        its last live copy. Raises :class:`AwayError` when actors without another copy have not
+        answered by the deadline: the step goes on without their pairs, so that a request whose time
+        is over ends.
         """
         while failed := self._receive(layer):
             layer.keep()
-            layer.failed |= {part.actor_id for part in failed}
+            layer.failed |= {part.actor_id for part, _ in failed}
             assert layer.attempt is not None
-            if not all(self._others(layer.attempt.placement, layer, failed)):
+            parts = [part for part, _ in failed]
+            others = self._others(layer.attempt.placement, layer, parts)
+            if not all(others):
                 layer.failed = frozenset()
-                if time.time() < layer.deadline_s:
-                    self._back_off(layer)
-            if not self._send(layer, np.sort(np.concatenate([part.pairs for part in failed]))):
+                self._check_away(
+                    layer, [f for f, other in zip(failed, others, strict=True) if not other]
+                )
+                self._back_off(layer)
+            if not self._send(layer, np.sort(np.concatenate([part.pairs for part in parts]))):
                 return None
         return layer.received
 
+    def _check_away(
+        self, layer: PendingLayer, failed: Sequence[tuple[Part, CallFailure | None]]
+    ) -> None:
+        """Raise :class:`AwayError` once the wait for a part without another copy is over."""
+        now_s = time.monotonic()
+        away = [part for part, failure in failed if now_s >= self._given_up_s(layer, part, failure)]
+        if away:
+            self._pace.left_out((part.actor_id, part.generation) for part in away)
+            raise AwayError(np.concatenate([part.pairs for part in away]))
+
+    def _given_up_s(self, layer: PendingLayer, part: Part, failure: CallFailure | None) -> float:
+        """Return when the wait for a part without another copy ends; ``failure`` is its last one.
+
+        That is the deadline. An actor that lives has :meth:`_patience_s` beyond it.
+        """
+        if failure is CallFailure.DIED:
+            return layer.deadline_s
+        assert layer.attempt is not None
+        patience_s = self._patience_s(part, layer.attempt.most_rows)
+        return max(layer.deadline_s, layer.started_s + patience_s)
+
+    def _patience_s(self, part: Part, most_rows: int) -> float:
+        """Return how long an actor may take for its answer, whatever the deadlines are."""
+        patience_s = self._pace.patience_s(part.actor_id, part.generation, most_rows)
+        return min(self._call_timeout_s, patience_s)
+
     def _send(self, layer: PendingLayer, pairs: np.ndarray | None) -> bool:
         """Send ``pairs`` of a layer once; returns false where an expert has no live copy."""
-        if time.time() >= layer.deadline_s:
-            raise self._late(layer)
-        placement = self._placement(layer.deadline_s)
+        placement = self._view.placement
+        if placement is None:
+            raise ExpertUnavailableError("no placement is known yet", self._model, 1.0)
         layout = self._layout(placement, layer, pairs)
         ordered, parts, missing_pairs = split(layout, layer.expert_ids, layer.k, pairs)
         if len(missing_pairs):
             return False
         layer.attempt = self._send_parts(placement, layer, ordered, parts)
         return True
-
-    def _placement(self, deadline_s: float) -> Placement:
-        placement = self._view.placement
-        if placement is None and self._view.wait_newer(None, max(0.0, deadline_s - time.time())):
-            placement = self._view.placement
-        if placement is None:
-            raise ExpertUnavailableError("no placement is known yet", self._model, 1.0)
-        return placement
 
     def _layout(
         self, placement: Placement, layer: PendingLayer, pairs: np.ndarray | None
@@ -243,36 +227,31 @@ class Dispatcher:
 
     def _send_parts(
         self, placement: Placement, layer: PendingLayer, ordered: np.ndarray, parts: Sequence[Part]
-    ) -> _Attempt:
+    ) -> Attempt:
         """Send every part once."""
-        now_s = time.time()
+        now_s = time.monotonic()
         most_rows = max([len(part.pairs) for part in parts], default=0)
-        attempt = _Attempt(placement, now_s, most_rows)
+        attempt = Attempt(placement, now_s, most_rows)
         if not parts:
             return attempt
-        timeout_s = max(0.0, min(self._call_timeout_s, layer.deadline_s - now_s))
-        # An actor whose experts have other copies is given up early when it does not answer.
         others = self._others(placement, layer, parts)
-        hurried_s = timeout_s
-        if any(others):
-            hurried_s = min(timeout_s, self._pace.stall_s(most_rows))
         # The rows of all parts are gathered at once; each part's rows are a slice of them.
         rows = gather(layer.rows, ordered, layer.k)
         row_bytes = len(rows) // len(ordered)
         hidden_size = layer.rows.shape[1]
-        hurried: list[_Sent] = []
-        patient: list[_Sent] = []
+        calls: list[Call] = []
         begin = 0
         for part, has_other in zip(parts, others, strict=True):
             actor_id, generation, expert_ids, counts, pairs = part
             end = begin + len(pairs) * row_bytes
+            timeout_s = self._timeout_s(layer, part, most_rows, now_s, has_other)
             frame = DispatchFrame(
                 next(self._request_ids),
                 len(pairs),
                 hidden_size,
                 placement.epoch,
                 placement.version,
-                now_s + (hurried_s if has_other else timeout_s),
+                timeout_s,
                 layer.layer_id,
                 self._model,
                 expert_ids,
@@ -281,40 +260,50 @@ class Dispatcher:
                 rows[begin:end],
                 layer.traceparent,
             )
-            call = Call(actor_id, generation, encode(frame), has_other)
-            (hurried if has_other else patient).append((part, frame, call))
+            attempt.sent.append((part, frame))
+            calls.append(Call(actor_id, generation, encode(frame), timeout_s, has_other))
             begin = end
-        for sent, limit_s in ((hurried, hurried_s), (patient, timeout_s)):
-            if sent:
-                calls = self._transport.send([call for _, _, call in sent], limit_s)
-                attempt.calls.append((sent, calls))
+        attempt.calls = self._transport.send(calls)
         return attempt
 
-    def _receive(self, layer: PendingLayer) -> list[Part]:
-        """Take the answers of an attempt; returns the parts without an answer."""
+    def _timeout_s(
+        self, layer: PendingLayer, part: Part, most_rows: int, now_s: float, has_other: bool
+    ) -> float:
+        """Return how long to wait for one answer; shortly where another copy can be asked."""
+        if has_other:
+            return min(self._call_timeout_s, self._pace.stall_s(most_rows))
+        left_s = layer.deadline_s - now_s
+        if left_s < self._call_timeout_s:
+            left_s = max(left_s, self._patience_s(part, most_rows))
+        return min(self._call_timeout_s, left_s)
+
+    def _receive(self, layer: PendingLayer) -> list[tuple[Part, CallFailure | None]]:
+        """Take the answers of an attempt; returns the parts without an answer.
+
+        The failure of a part is ``None`` where its actor has answered, but without rows.
+        """
         attempt = layer.attempt
         assert attempt is not None
-        is_gone = partial(self._suspect_if_late, attempt)
-        failed: list[Part] = []
-        for sent, calls in attempt.calls:
-            layer.keep()
-            outcomes = calls.wait(is_gone)
-            failed += [
-                part
-                for (part, frame, _), outcome in zip(sent, outcomes, strict=True)
-                if not self._take(layer, part, frame, outcome)
-            ]
-        if attempt.calls and not failed:
-            self._pace.note(attempt.most_rows, time.time() - attempt.sent_s)
+        if attempt.calls is None:
+            return []
+        outcomes = attempt.calls.wait(partial(self._suspect_if_late, attempt))
+        failed = [
+            (part, outcome if isinstance(outcome, CallFailure) else None)
+            for (part, frame), outcome in zip(attempt.sent, outcomes, strict=True)
+            if not self._take(layer, part, frame, outcome)
+        ]
+        if not failed:
+            actors = ((part.actor_id, part.generation) for part, _ in attempt.sent)
+            self._pace.note(attempt.most_rows, time.monotonic() - attempt.sent_s, actors)
         return failed
 
-    def _suspect_if_late(self, attempt: _Attempt, call: Call) -> bool:
+    def _suspect_if_late(self, attempt: Attempt, call: Call) -> bool:
         """Return whether to stop waiting for a call; see :meth:`_is_gone`.
 
         Reports an actor to the controller when it takes longer than answers do. The wait goes on
         meanwhile.
         """
-        if time.time() - attempt.sent_s >= self._pace.stall_s(attempt.most_rows):
+        if time.monotonic() - attempt.sent_s >= self._pace.stall_s(attempt.most_rows):
             self._suspect(call.actor_id, call.generation)
         return self._is_gone(attempt.placement.epoch, call)
 
@@ -371,18 +360,9 @@ class Dispatcher:
         self._transport.renew(part.actor_id)
         return False
 
-    def _late(self, layer: PendingLayer) -> ExpertMeshError:
-        """Return the error of a passed deadline: an expert is at fault, or the time is used up."""
-        if layer.failures or time.time() - layer.started_s >= LATE_S:
-            return ExpertUnavailableError(
-                "an expert has no live copy that answers in time", self._model, 1.0
-            )
-        return DeadlineExceededError("the request's deadline passed")
-
     def _back_off(self, layer: PendingLayer) -> None:
         """Wait a moment, or less if a new placement comes."""
         assert layer.attempt is not None
-        remaining_s = max(0.0, layer.deadline_s - time.time())
         wait_s = BACKOFF.delay_s(layer.failures, random.random()) or 0.0
         layer.failures += 1
-        self._view.wait_newer(layer.attempt.placement, min(wait_s, remaining_s))
+        self._view.wait_newer(layer.attempt.placement, wait_s)

@@ -24,6 +24,7 @@ from router.moe.combine import combine, prepare
 from router.moe.dispatch import Dispatcher
 from router.moe.gate import Choice, ChooseAmong
 from router.moe.missing import Awaited, StepMissing
+from router.moe.pending import AwayError
 from router.moe.permute import sum_places
 from router.observability.tracing import StepTrace, traceparent
 
@@ -59,8 +60,10 @@ class RemoteExperts(nn.Module):
 class StepContext:
     """One engine step, as its MoE layers see it.
 
-    ``deadline_s`` (wall clock) bounds every wait. ``sizes`` [W] are the works' numbers of tokens,
-    in the order of the step's tokens. ``contracts`` [W] are their requests' ``on_expert_loss``.
+    ``deadline_s`` (monotonic) is the earliest of the works' requests. It ends the wait for experts
+    that are away, and only the works that need these are left out of the step. ``sizes`` [W] are
+    the works' numbers of tokens, in the order of the step's tokens. ``contracts`` [W] are their
+    requests' ``on_expert_loss``.
     ``trace`` is set where the step is traced.
 
     The layers set two results. ``missing`` is set once an expert was missing or had no room.
@@ -105,7 +108,7 @@ class MoELayers:
         """Map hidden states [T, H], and the gate's ids and weights [T, K], to [T, H].
 
         ``choose_among`` is the layer's gate, asked again where an expert has no live copy. Raises
-        :class:`ExpertUnavailableError` when the step's deadline passes first.
+        :class:`ExpertUnavailableError` while no placement is known.
         """
         step = self.step
         if step is None:
@@ -157,6 +160,7 @@ class MoELayers:
     ) -> torch.Tensor | None:
         """Return the sums of a choice; ``None`` when an expert has lost its last live copy.
 
+        Also ``None`` when experts are away at the step's deadline; the works that need them wait.
         ``parent`` is the layer's trace context, where it is traced.
         """
         ids = np.ascontiguousarray(choice.ids, np.int64)
@@ -166,8 +170,16 @@ class MoELayers:
         if pending is None:
             return None
         plan = prepare(choice.weights, sum_places(ids), hidden_states)
-        received = self._dispatcher.wait(pending)
+        try:
+            received = self._dispatcher.wait(pending)
+        except AwayError as away:
+            step.without_experts().leave_out(layer_id, ids, away.pairs)
+            return None
         return None if received is None else combine(received, plan)
+
+    def is_placed(self) -> bool:
+        """Return whether a placement is known; without one no layer can be sent."""
+        return self._dispatcher.is_placed()
 
     def have_all(self, experts: Iterable[Awaited]) -> bool:
         """Return whether each of the (layer, expert) pairs has a live copy."""

@@ -80,6 +80,15 @@ class StepMissing:
         self.inexact.update(self._owners[rows].tolist())
         return self._without(missing, hidden_states, choice, choose_among, rows, going)
 
+    def leave_out(self, layer_id: int, ids: np.ndarray, pairs: np.ndarray) -> None:
+        """Let the works of ``pairs`` wait, whatever their contracts; their experts are away.
+
+        ``ids`` [T, K] are the choices of the layer.
+        """
+        is_away = np.zeros(ids.shape, dtype=bool)
+        is_away.ravel()[pairs] = True
+        self._await(layer_id, ids, is_away)
+
     def touch(self, rows: np.ndarray) -> None:
         """Record rows that are inexact since an expert had no room for them."""
         self._touched[rows] = True

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterable
+
 STALL_S = 0.25
 """The shortest stall. On a busy machine a killed process takes up to this long to die and to close
 its connections."""
 SLACK = 3.0
 DECAY = 0.98
+MAX_DOUBLINGS = 16
+Actor = tuple[str, int]
+"""An actor's id and generation."""
 
 
 class Pace:
@@ -16,9 +23,14 @@ class Pace:
         """Start without any answer; nothing counts as a stall yet."""
         self._longest_s: dict[int, float] = {}
         """Keyed by the bit length of the number of rows; decays with every answer."""
+        self._left_out: Counter[Actor] = Counter()
+        """How often in a row the pairs of an actor were left out of a step."""
 
-    def note(self, rows: int, took_s: float) -> None:
-        """Record the time in which all parts, of at most ``rows`` rows each, were answered."""
+    def note(self, rows: int, took_s: float, actors: Iterable[Actor]) -> None:
+        """Record the time in which all ``actors`` answered, each of at most ``rows`` rows."""
+        if self._left_out:
+            for actor in actors:
+                self._left_out.pop(actor, None)
         size = rows.bit_length()
         self._longest_s[size] = max(took_s, DECAY * self._longest_s.get(size, 0.0))
 
@@ -33,3 +45,18 @@ class Pace:
             return float("inf")
         nearest = min((s for s in self._longest_s if s >= size), default=max(self._longest_s))
         return max(STALL_S, SLACK * self._longest_s[nearest] * 2 ** max(0, size - nearest))
+
+    def left_out(self, actors: Iterable[Actor]) -> None:
+        """Record that the pairs of actors were left out of a step, since no answer had come."""
+        self._left_out.update(actors)
+
+    def patience_s(self, actor_id: str, generation: int, rows: int) -> float:
+        """Return how long an actor without another copy may take beyond the requests' deadlines.
+
+        That is a stall, and twice as long each time that its pairs were left out in a row.
+        Otherwise requests with little time could keep a slow actor from ever answering the others.
+        Before the first answer a stall is ``STALL_S``.
+        """
+        stall_s = self.stall_s(rows)
+        doublings = min(self._left_out.get((actor_id, generation), 0), MAX_DOUBLINGS)
+        return (STALL_S if stall_s == math.inf else stall_s) * 2.0**doublings

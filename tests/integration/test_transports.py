@@ -26,7 +26,7 @@ from cluster.transport.open import open_transport
 from tests.cluster_fixture import APP as SERVED_APP
 from tests.cluster_fixture import RANDOM, VOCAB_SIZE, ServedCluster, is_alive, prompt_of, wait_until
 from tests.echo_actor import Echo
-from tests.local_cluster import LocalCluster, greedy_request
+from tests.local_cluster import LocalCluster, greedy_request, within
 
 APP = "contract"
 KINDS: tuple[TransportKind, ...] = ("ray", "stream", "auto")
@@ -97,7 +97,7 @@ def transport(kind: TransportKind) -> Iterator[Transport]:
 
 
 def call(name: str, frame: bytes, generation: int = 1) -> Call:
-    return Call(name, generation, (frame[:5], frame[5:]))
+    return Call(name, generation, (frame[:5], frame[5:]), LIMIT_S)
 
 
 def answers(outcomes: Sequence[Outcome]) -> list[bytes | CallFailure]:
@@ -107,7 +107,7 @@ def answers(outcomes: Sequence[Outcome]) -> list[bytes | CallFailure]:
 def ask(
     transport: Transport, *calls: Call, timeout_s: float = LIMIT_S
 ) -> list[bytes | CallFailure]:
-    return answers(transport.send(calls, timeout_s).wait())
+    return answers(transport.send(within(timeout_s, calls)).wait())
 
 
 def settle(transport: Transport, kind: TransportKind, names: Sequence[str]) -> None:
@@ -142,7 +142,7 @@ def test_an_actor_that_is_gone_is_waited_for_no_longer(
 ) -> None:
     settle(transport, kind, mortal)
     hung, well = mortal
-    pending = transport.send([call(hung, b"wait 5"), call(well, b"hello")], LIMIT_S)
+    pending = transport.send(within(LIMIT_S, [call(hung, b"wait 5"), call(well, b"hello")]))
     started_s = time.monotonic()
     outcomes = pending.wait(lambda one: one.actor_id == hung)
     assert answers(outcomes) == [CallFailure.DIED, b"olleh"]
@@ -163,7 +163,7 @@ def test_outcomes_are_in_the_order_of_the_calls(
 def test_flights_overlap(transport: Transport, kind: TransportKind, names: list[str]) -> None:
     settle(transport, kind, names)
     frames = [[secrets.token_bytes(40_000) for _ in names] for _ in range(4)]
-    pending_calls = [transport.send([*map(call, names, one)], LIMIT_S) for one in frames]
+    pending_calls = [transport.send(within(LIMIT_S, [*map(call, names, one)])) for one in frames]
     for place in (2, 0, 3, 1):
         expected = [frame[::-1] for frame in frames[place]]
         assert answers(pending_calls[place].wait()) == expected

@@ -61,7 +61,7 @@ class StreamTransport:
         self._last_id = 0
         self._answers = 0
 
-    def send(self, calls: Sequence[Call], timeout_s: float) -> PendingCalls:
+    def send(self, calls: Sequence[Call]) -> PendingCalls:
         """See :class:`Transport`.
 
         Calls without a connection are sent last, because they may wait for one. Before them, the
@@ -70,7 +70,7 @@ class StreamTransport:
         idle core starts at once; the actor on this thread's core starts when this thread waits.
         In the opposite order both actors would start on this core, one after the other.
         """
-        pending = _StreamCalls(self, calls, time.monotonic() + timeout_s)
+        pending = _StreamCalls(self, calls)
         links = [self._links.get(call.actor_id) for call in calls]
         order = [1 if link is None else -link.last_answer for link in links]
         for index in sorted(range(len(calls)), key=order.__getitem__):
@@ -115,7 +115,7 @@ class StreamTransport:
         """Send a call over its stream; returns the failure where that is impossible."""
         link = self._links.get(call.actor_id)
         if link is None or link.generation != call.generation:
-            link = self._link(call.actor_id, call.generation, pending.remaining_s())
+            link = self._link(call.actor_id, call.generation, pending.remaining_s(index))
             if link is None:
                 return CallFailure.DIED
         if len(link.unanswered) >= WINDOW:
@@ -210,7 +210,11 @@ class StreamTransport:
 
     def send_by_fallback(self, call: Call, timeout_s: float) -> PendingCalls | None:
         """Send a call over the fall-back; returns ``None`` without a fall-back."""
-        return None if self._fallback is None else self._fallback.send([call], timeout_s)
+        return (
+            None
+            if self._fallback is None
+            else self._fallback.send([call._replace(timeout_s=timeout_s)])
+        )
 
     def _break(self, link: _Link, error: OSError) -> None:
         """Close a broken connection; its unanswered calls fail or use the fall-back."""
@@ -231,37 +235,36 @@ class StreamTransport:
 class _StreamCalls:
     """Pending calls over streams, and over the fall-back."""
 
-    def __init__(
-        self, transport: StreamTransport, calls: Sequence[Call], deadline_s: float
-    ) -> None:
+    def __init__(self, transport: StreamTransport, calls: Sequence[Call]) -> None:
         self.indices: dict[int, int] = {}
         """The index in ``calls`` of each call that the streams have not answered, by its id."""
         self.outcomes: list[Outcome] = [CallFailure.TIMED_OUT] * len(calls)
         self._transport = transport
         self._calls = calls
-        self._deadline_s = deadline_s
+        now_s = time.monotonic()
+        self._until_s = [now_s + call.timeout_s for call in calls]
         self._by_fallback: list[tuple[int, PendingCalls]] = []
 
-    def remaining_s(self) -> float:
-        """Return the seconds until the deadline; negative after it."""
-        return self._deadline_s - time.monotonic()
+    def remaining_s(self, index: int) -> float:
+        """Return the seconds that a call has left; negative after its time."""
+        return self._until_s[index] - time.monotonic()
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """See :class:`PendingCalls`."""
         check_s = time.monotonic() + GONE_CHECK_S
-        self._transport.receive_in_turn(self, self._calls, min(self._deadline_s, check_s))
+        self._transport.receive_in_turn(self, self._calls, min([check_s, *self._until_s]))
         while self.indices:
             now_s = time.monotonic()
             if now_s >= check_s:
                 self._give_up(is_gone)
                 check_s = now_s + GONE_CHECK_S
                 continue
-            # Also after the deadline: an answer that arrived while this process did not run counts.
-            self._transport.receive_any(self, max(0.0, min(self._deadline_s, check_s) - now_s))
-            if now_s >= self._deadline_s:
-                break
-        for call_id in list(self.indices):
-            self._forget(call_id)
+            first_s = min(self._until_s[index] for index in self.indices.values())
+            # Also after its time: an answer that arrived while this process did not run counts.
+            self._transport.receive_any(self, max(0.0, min(first_s, check_s) - now_s))
+            for call_id, index in list(self.indices.items()):
+                if self._until_s[index] <= now_s:
+                    self._forget(call_id)
         for index, pending in self._by_fallback:
             [self.outcomes[index]] = pending.wait(is_gone)
         return self.outcomes
@@ -287,7 +290,7 @@ class _StreamCalls:
 
     def fall_back(self, index: int, failure: CallFailure) -> None:
         """Send a call over the fall-back; without a fall-back its outcome is ``failure``."""
-        timeout_s = max(0.0, self.remaining_s())
+        timeout_s = max(0.0, self.remaining_s(index))
         pending = self._transport.send_by_fallback(self._calls[index], timeout_s)
         if pending is None:
             self.outcomes[index] = failure

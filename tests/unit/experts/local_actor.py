@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import torch
@@ -78,7 +77,7 @@ def frame_of(
                 num_tokens_per_expert=(len(rows),),
                 dtype="float32",
                 hidden_size=HIDDEN,
-                deadline_s=time.time() + timeout_s,
+                time_left_s=timeout_s,
                 rows=to_bytes(rows),
                 traceparent=traceparent,
             )

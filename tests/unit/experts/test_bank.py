@@ -105,7 +105,7 @@ def frame_of(
         num_tokens_per_expert=tuple(len(rows_) for rows_ in pairs.values()),
         dtype=dtype_name(rows.dtype),
         hidden_size=rows.shape[1],
-        deadline_s=time.time() + 60,
+        time_left_s=60,
         rows=bytes(to_bytes(rows[index])),
     )
 
@@ -343,7 +343,7 @@ def layers_over(folder: Path, dtype: str, num_banks: int) -> MoELayers:
     view.publish(placement)
     transport = BankTransport(load_banks(checkpoint, shares, dtype))
     layers = MoELayers(Dispatcher(MODEL, view, transport, lambda a, g: None, 30.0))
-    layers.step = StepContext(time.time() + 3600, (), ())
+    layers.step = StepContext(time.monotonic() + 3600, (), ())
     return layers
 
 
@@ -397,7 +397,7 @@ def test_shares_that_come_together_under_another_placement_are_not_mixed_up(
 
     transport = BankTransport(load_banks(checkpoint, {"a": keys, "b": even}, "float32"), both_die)
     layers = MoELayers(Dispatcher(MODEL, view, transport, lambda a, g: None, 30.0))
-    layers.step = StepContext(time.time() + 60, (), ())
+    layers.step = StepContext(time.monotonic() + 60, (), ())
     hidden_states = rows_of(33)
     weights, ids = torch.randn(33, 8).softmax(-1).topk(3)
     got = layers(0, hidden_states, ids, weights)

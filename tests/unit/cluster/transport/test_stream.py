@@ -39,7 +39,7 @@ from cluster.transport.stream.handshake import (
 )
 from cluster.transport.stream.server import StreamServer
 from cluster.wire.frames import Buffer, Parts
-from tests.local_cluster import Answered
+from tests.local_cluster import Answered, within
 
 LIMIT_S = 20.0
 NETWORKS = list(Network)
@@ -70,7 +70,7 @@ class Elsewhere:
     frames: list[tuple[str, bytes]] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
 
-    def send(self, calls: Sequence[Call], timeout_s: float) -> Answered:
+    def send(self, calls: Sequence[Call]) -> Answered:
         self.frames += [(call.actor_id, b"".join(call.frame)) for call in calls]
         return Answered([b"elsewhere"] * len(calls))
 
@@ -156,7 +156,7 @@ def connect(actors: Actors) -> Iterator[Open]:
 
 
 def call(frame: bytes, actor_id: str = "a", generation: int = 1) -> Call:
-    return Call(actor_id, generation, (frame[:3], frame[3:]))
+    return Call(actor_id, generation, (frame[:3], frame[3:]), LIMIT_S)
 
 
 def answers(outcomes: Sequence[Outcome]) -> list[bytes | CallFailure]:
@@ -166,7 +166,7 @@ def answers(outcomes: Sequence[Outcome]) -> list[bytes | CallFailure]:
 def ask(
     transport: StreamTransport, *calls: Call, timeout_s: float = LIMIT_S
 ) -> list[bytes | CallFailure]:
-    return answers(transport.send(calls, timeout_s).wait())
+    return answers(transport.send(within(timeout_s, calls)).wait())
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -232,7 +232,7 @@ def test_answers_come_in_the_order_of_the_calls_whoever_is_first(
     transport = connect()
     ask(transport, *(call(b"hello", name) for name in "abc"))
     actors.echoes["a"].open.clear()
-    pending = transport.send([call(name.encode() * 9, name) for name in "abc"], LIMIT_S)
+    pending = transport.send(within(LIMIT_S, [call(name.encode() * 9, name) for name in "abc"]))
     threading.Timer(0.05, actors.echoes["a"].open.set).start()
     assert answers(pending.wait()) == [b"a" * 9, b"b" * 9, b"c" * 9]
 
@@ -266,7 +266,8 @@ def test_flights_may_be_waited_for_in_any_order(actors: Actors, connect: Open) -
     transport = connect()
     frames = [secrets.token_bytes(50_000) for _ in range(6)]
     pending_calls = [
-        transport.send([call(frame, "a"), call(frame[::-1], "b")], LIMIT_S) for frame in frames
+        transport.send(within(LIMIT_S, [call(frame, "a"), call(frame[::-1], "b")]))
+        for frame in frames
     ]
     kept = {i: answers(pending_calls[i].wait()) for i in (5, 0, 3, 1, 4, 2)}
     assert kept == {i: [frame, frame[::-1]] for i, frame in enumerate(frames)}
@@ -278,8 +279,8 @@ def test_answers_of_a_flight_last_while_others_come_in(actors: Actors, connect: 
     transport = connect()
     first, second = (secrets.token_bytes(9000) for _ in range(2))
     actors.echoes["b"].open.clear()
-    early = transport.send([call(first, "a"), call(first, "b")], LIMIT_S)
-    late = transport.send([call(second, "a")], LIMIT_S)
+    early = transport.send(within(LIMIT_S, [call(first, "a"), call(first, "b")]))
+    late = transport.send(within(LIMIT_S, [call(second, "a")]))
     assert answers(late.wait()) == [second]
     actors.echoes["b"].open.set()
     assert answers(early.wait()) == [first, first]
@@ -295,9 +296,9 @@ def test_frames_that_wait_together_are_answered_together(actors: Actors, connect
     echo.open.clear()
     while echo.entered.acquire(blocking=False):
         pass
-    busy = routers[0].send([call(b"first")], LIMIT_S)
+    busy = routers[0].send(within(LIMIT_S, [call(b"first")]))
     assert echo.entered.acquire(timeout=LIMIT_S)
-    pending_calls = [router.send([call(b"later")], LIMIT_S) for router in routers]
+    pending_calls = [router.send(within(LIMIT_S, [call(b"later")])) for router in routers]
     echo.open.set()
     assert answers(busy.wait()) == [b"first"]
     assert [answers(pending.wait()) for pending in pending_calls] == [[b"later"]] * 3
@@ -368,7 +369,7 @@ def test_a_call_under_way_goes_elsewhere_when_its_stream_breaks(
     actors.echoes["a"].open.clear()
     while actors.echoes["a"].entered.acquire(blocking=False):
         pass
-    pending = transport.send(calls, LIMIT_S)
+    pending = transport.send(within(LIMIT_S, calls))
     assert actors.echoes["a"].entered.acquire(timeout=LIMIT_S)
     for link in list(transport._links.values()):
         if link.actor_id == "a":
@@ -385,7 +386,7 @@ def test_a_stream_that_breaks_is_seen_while_the_actor_that_was_asked_last_hangs(
     transport, calls, other = with_two(actors, connect)
     for echo in actors.echoes.values():
         echo.open.clear()
-    pending = transport.send(calls, LIMIT_S)
+    pending = transport.send(within(LIMIT_S, calls))
     first, last = (calls[index].actor_id for index in pending.indices.values())  # type: ignore[attr-defined]
     outcomes: list[Outcome] = []
     waiting = threading.Thread(target=lambda: outcomes.extend(pending.wait()))
@@ -408,7 +409,7 @@ def test_answers_that_came_in_time_count_when_the_router_itself_is_late(
     transport = connect()
     calls = [call(actor_id.encode(), actor_id) for actor_id in "abc"]
     assert ask(transport, *calls) == [b"a", b"b", b"c"]
-    pending = transport.send(calls, 0.05)
+    pending = transport.send(within(0.05, calls))
     over_s = time.monotonic() + 0.05
     links = list(transport._links.values())
     until(lambda: all(select.select([one.channel.sock], [], [], 0)[0] for one in links), "answers")
@@ -437,7 +438,7 @@ def test_the_actor_that_was_asked_last_is_waited_for_alone_only_once(
         echo.open.clear()
         while echo.entered.acquire(blocking=False):
             pass
-    pending = transport.send(calls, LIMIT_S)
+    pending = transport.send(within(LIMIT_S, calls))
     outcomes: list[Outcome] = []
     waiting = threading.Thread(target=lambda: outcomes.extend(pending.wait()))
     waiting.start()
@@ -464,7 +465,7 @@ def test_a_call_that_another_actor_can_answer_is_lost_at_once_when_its_stream_br
     until(lambda: ask(transport, replaceable) == [b"one"], "a stream is made")
     other.frames.clear()
     actors.echoes["a"].open.clear()
-    pending = transport.send([replaceable], LIMIT_S)
+    pending = transport.send(within(LIMIT_S, [replaceable]))
     [link] = transport._links.values()
     link.channel.sock.shutdown(socket.SHUT_RDWR)
     assert answers(pending.wait()) == [CallFailure.DIED]
@@ -478,7 +479,7 @@ def test_an_actor_that_is_gone_is_waited_for_no_longer(actors: Actors, connect: 
     calls = [call(b"one", "a"), call(b"two", "b")]
     until(lambda: ask(transport, *calls) == [b"one", b"two"], "both streams are there")
     actors.echoes["a"].open.clear()
-    pending = transport.send(calls, 10 * LIMIT_S)
+    pending = transport.send(within(10 * LIMIT_S, calls))
     started_s = time.monotonic()
     outcomes = pending.wait(lambda one: one.actor_id == "a")
     assert answers(outcomes) == [CallFailure.DIED, b"two"]
@@ -510,7 +511,7 @@ def test_late_answers_are_ignored_and_never_taken_for_another_calls(
     actors.echoes["a"].open.clear()
     assert ask(transport, call(b"late 1"), timeout_s=0.05) == [CallFailure.TIMED_OUT]
     assert ask(transport, call(b"late 2"), timeout_s=0.05) == [CallFailure.TIMED_OUT]
-    pending = transport.send([call(b"patient")], LIMIT_S)
+    pending = transport.send(within(LIMIT_S, [call(b"patient")]))
     actors.echoes["a"].open.set()
     assert answers(pending.wait()) == [b"patient"]
     [link] = transport._links.values()
@@ -524,7 +525,7 @@ def test_calls_beyond_the_window_go_elsewhere(actors: Actors, connect: Open) -> 
     until(lambda: ask(transport, call(b"x")) == [b"x"], "a stream is made")
     other.frames.clear()
     actors.echoes["a"].open.clear()
-    pending_calls = [transport.send([call(b"%d" % i)], 1.0) for i in range(WINDOW + 3)]
+    pending_calls = [transport.send(within(1.0, [call(b"%d" % i)])) for i in range(WINDOW + 3)]
     assert other.frames == [("a", b"%d" % i) for i in range(WINDOW, WINDOW + 3)]
     actors.echoes["a"].open.set()
     expected = [[b"%d" % i] for i in range(WINDOW)] + [[b"elsewhere"]] * 3
@@ -542,11 +543,13 @@ def test_a_stream_that_is_found_broken_while_calls_are_sent_is_no_death(
     until(lambda: ask(transport, *calls) == [b"b", b"a"], "both streams are there")
     ask(transport, call(b"a"))  # whoever answered last is asked first
     actors.echoes["a"].open.clear()
-    held = [transport.send([call(b"held")], LIMIT_S) for _ in range(WINDOW)]
+    held = [transport.send(within(LIMIT_S, [call(b"held")])) for _ in range(WINDOW)]
     transport._links["b"].channel.sock.shutdown(socket.SHUT_RDWR)
     other.frames.clear()
     # That the window to a is full makes the transport look at all of its connections.
-    pending = transport.send([call(b"later"), call(b"b", "b")._replace(replaceable=True)], LIMIT_S)
+    pending = transport.send(
+        within(LIMIT_S, [call(b"later"), call(b"b", "b")._replace(replaceable=True)])
+    )
     assert other.frames == [("a", b"later"), ("b", b"b")]
     assert answers(pending.wait()) == [b"elsewhere", b"elsewhere"]
     actors.echoes["a"].open.set()
@@ -561,7 +564,7 @@ def test_frames_that_the_socket_does_not_take_at_once_are_sent_when_it_does(
     ask(transport, call(b"hello"))
     actors.echoes["a"].open.clear()
     frames = [secrets.token_bytes(3_000_000) for _ in range(3)]
-    pending_calls = [transport.send([call(frame)], LIMIT_S) for frame in frames]
+    pending_calls = [transport.send(within(LIMIT_S, [call(frame)])) for frame in frames]
     [link] = transport._links.values()
     assert link.channel.outgoing
     actors.echoes["a"].open.set()
@@ -573,7 +576,7 @@ def test_without_a_fall_back_a_full_window_is_no_death(actors: Actors, connect: 
     transport = connect()
     ask(transport, call(b"hello"))
     actors.echoes["a"].open.clear()
-    pending_calls = [transport.send([call(b"x")], LIMIT_S) for _ in range(WINDOW)]
+    pending_calls = [transport.send(within(LIMIT_S, [call(b"x")])) for _ in range(WINDOW)]
     assert ask(transport, call(b"one more")) == [CallFailure.TIMED_OUT]
     actors.echoes["a"].open.set()
     assert [answers(pending.wait()) for pending in pending_calls] == [[b"x"]] * WINDOW
@@ -989,7 +992,7 @@ def test_a_stream_between_hosts_can_be_encrypted(
     [link] = transport._links.values()
     assert isinstance(link.channel.sock, ssl.SSLSocket)
     assert link.channel.sock.version() == "TLSv1.3"
-    pending_calls = [transport.send([call(frame)], LIMIT_S) for frame in frames]
+    pending_calls = [transport.send(within(LIMIT_S, [call(frame)])) for frame in frames]
     assert [answers(pending.wait()) for pending in pending_calls] == [[frame] for frame in frames]
 
 

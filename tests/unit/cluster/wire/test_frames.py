@@ -61,7 +61,7 @@ def dispatch_frames(draw: st.DrawFn) -> DispatchFrame:
         hidden_size=hidden_size,
         epoch=draw(NUMBERS),
         placement_version=draw(NUMBERS),
-        deadline_s=draw(st.floats(allow_nan=False)),
+        time_left_s=draw(st.floats(allow_nan=False)),
         layer_id=draw(st.integers(0, (1 << 32) - 1)),
         model=draw(NAMES),
         expert_ids=tuple(expert_ids),
@@ -104,7 +104,7 @@ DISPATCH = DispatchFrame(
     hidden_size=3,
     epoch=1,
     placement_version=2,
-    deadline_s=1.5,
+    time_left_s=1.5,
     layer_id=3,
     model="m",
     expert_ids=(4, 6),
@@ -133,7 +133,7 @@ def described(frame: Frame) -> Any:
 
 
 # The layout a second time, and what stands in the frames above, so that one field can be wrong.
-START = {"version": ("H", 3), "kind": ("B", 1), "dtype": ("B", 1)}
+START = {"version": ("H", 4), "kind": ("B", 1), "dtype": ("B", 1)}
 SIZES = {"num_experts": ("H", 2), "name_bytes": ("B", 1), "trace_bytes": ("B", 0)}
 NO_SIZES = {name: (code, 0) for name, (code, _) in SIZES.items()}
 DISPATCH_FIELDS: dict[str, tuple[str, Any]] = {
@@ -208,7 +208,7 @@ def test_frames_have_the_layout_that_is_documented() -> None:
     assert wire_of(ERROR) == error_wire(["OverloadedError", ERROR.error.to_wire()])
     # As others may read it: little-endian, version and kind first, rows at the end.
     assert wire_of(ROWS).hex() == (
-        "030002020000000007000000000000000200000003000000" + "00" * 8 + "00" * 12
+        "040002020000000007000000000000000200000003000000" + "00" * 8 + "00" * 12
     )
 
 
@@ -414,11 +414,11 @@ def test_a_frame_of_the_version_before_is_refused_by_its_version() -> None:
     header = msgpack.packb((7, 1, 2, "m", 3, (4, 6), (2, 1), "float32", 3, 1.5))
     start = struct.pack("<HHI", 2, 1, len(header)) + header
     old = start + bytes(-len(start) % 16) + bytes(36)
-    with pytest.raises(FrameError, match="version 2; this build reads 3") as caught:
+    with pytest.raises(FrameError, match="version 2; this build reads 4") as caught:
         decode(old)
     assert caught.value.field == "frame"
     # The other way round the version is where the version before looks for its own.
-    assert struct.unpack_from("<H", wire_of(DISPATCH)) == (3,)
+    assert struct.unpack_from("<H", wire_of(DISPATCH)) == (4,)
 
 
 @pytest.mark.parametrize(

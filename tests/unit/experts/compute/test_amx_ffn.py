@@ -263,7 +263,7 @@ def frame_of(counts: dict[int, int], rows: torch.Tensor, request_id: int = 1) ->
         num_tokens_per_expert=tuple(counts.values()),
         dtype="bfloat16",
         hidden_size=rows.shape[1],
-        deadline_s=1e12,
+        time_left_s=1e12,
         rows=bytes(to_bytes(rows)),
     )
     decoded = decode(b"".join(encode(frame)))

@@ -62,7 +62,7 @@ def frame_of(layer_id: int, expert_id: int, num_rows: int, request_id: int = 1) 
         num_tokens_per_expert=(num_rows,),
         dtype="float32",
         hidden_size=HIDDEN,
-        deadline_s=time.time() + 30,
+        time_left_s=30,
         rows=to_bytes(torch.ones(num_rows, HIDDEN)),
     )
 

@@ -132,8 +132,8 @@ def test_a_frame_passes_the_actors_files_of_the_document_in_their_order(
     try:
         for request_id in (1, 2):  # the first call connects
             trace.files.clear()
-            call = Call("expert-0", 1, (frame_of(rows_of(1), request_id),))
-            [outcome] = transport.send([call], LIMIT_S).wait()
+            call = Call("expert-0", 1, (frame_of(rows_of(1), request_id),), LIMIT_S)
+            [outcome] = transport.send([call]).wait()
     finally:
         threading.setprofile(None)  # type: ignore[arg-type]
         transport.close()

@@ -40,7 +40,7 @@ def request(timeout_s: float) -> GenerationRequest:
         model="m",
         prompt_token_ids=(1,),
         sampling=SamplingParams(max_tokens=1),
-        deadline_s=time.time() + timeout_s,
+        deadline_s=time.monotonic() + timeout_s,
     )
 
 

@@ -230,7 +230,7 @@ def test_calls_say_whether_another_actor_can_answer(cluster: LocalCluster) -> No
 
 
 def test_an_actor_that_is_no_longer_placed_is_gone(cluster: LocalCluster) -> None:
-    call, epoch = Call("a0", 1, ()), cluster.placement.epoch
+    call, epoch = Call("a0", 1, (), 5.0), cluster.placement.epoch
     assert not cluster.dispatcher._is_gone(epoch, call)
     cluster.view.publish(cluster.placement.without("a0"))
     assert cluster.dispatcher._is_gone(epoch, call)
@@ -253,7 +253,7 @@ def test_an_only_copy_that_takes_too_long_is_suspected_and_still_waited_for(
         @dataclass
         class Slow(Answered):
             def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
-                dispatcher, call = cluster.dispatcher, Call("a1", 1, ())
+                dispatcher, call = cluster.dispatcher, Call("a1", 1, (), 5.0)
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(dispatcher._pace, "stall_s", lambda rows: 3600.0)
                     asked.append(is_gone(call))
@@ -264,8 +264,8 @@ def test_an_only_copy_that_takes_too_long_is_suspected_and_still_waited_for(
 
         send = cluster.transport.send
         pending_calls = iter([Slow])
-        cluster.transport.send = lambda calls, timeout_s: next(pending_calls, Answered)(  # type: ignore[method-assign]
-            send(calls, timeout_s).outcomes
+        cluster.transport.send = lambda calls: next(pending_calls, Answered)(  # type: ignore[method-assign]
+            send(calls).outcomes
         )
         assert tokens_of(cluster) == expected
         assert asked == [False, False]
@@ -279,13 +279,7 @@ def test_an_answer_is_waited_for_shortly_only_where_another_actor_can_give_it(
     cluster: LocalCluster,
 ) -> None:
     limits: list[float] = []
-    send = cluster.transport.send
-
-    def recorded(calls: list[Call], timeout_s: float) -> object:
-        limits.append(timeout_s)
-        return send(calls, timeout_s)
-
-    cluster.transport.send = recorded  # type: ignore[assignment,method-assign]
+    cluster.transport.fail = lambda call, number: limits.append(call.timeout_s)
     started_s = time.monotonic()
     cluster.generate(greedy_request("r", [3], 8))
     took_s = time.monotonic() - started_s
@@ -297,13 +291,11 @@ def test_a_deadline_within_an_answers_usual_time_is_no_experts_fault(folder: Pat
     cluster = LocalCluster(folder, 3)
     request = greedy_request("short", PROMPTS[0], LENGTH, timeout_s=0.3)
 
-    def cut_off(call: Call, number: int) -> CallFailure | None:
-        if number < 5:
-            return None
-        threading.Event().wait(max(0.0, request.deadline_s - time.time()))
-        return CallFailure.TIMED_OUT
+    def outlast(call: Call, number: int) -> None:
+        if number == 5:
+            threading.Event().wait(max(0.0, request.deadline_s - time.monotonic()))
 
-    cluster.transport.fail = cut_off
+    cluster.transport.fail = outlast
     try:
         with pytest.raises(DeadlineExceededError):
             cluster.generate(request)

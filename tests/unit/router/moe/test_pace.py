@@ -11,18 +11,33 @@ def test_nothing_is_a_stall_before_anything_was_answered() -> None:
 
 def test_a_stall_is_longer_than_the_longest_answer_lately() -> None:
     pace = Pace()
-    pace.note(5, 0.01)
+    pace.note(5, 0.01, ())
     assert pace.stall_s(5) == STALL_S
-    pace.note(5, 1.0)
+    pace.note(5, 1.0, ())
     assert pace.stall_s(5) == SLACK
     assert pace.stall_s(1) == SLACK  # fewer rows never take longer
     for _ in range(200):
-        pace.note(5, 0.01)
+        pace.note(5, 0.01, ())
     assert pace.stall_s(5) == STALL_S  # one slow answer is forgotten
 
 
 def test_more_rows_than_ever_are_given_more_time() -> None:
     pace = Pace()
-    pace.note(4, 0.25)
+    pace.note(4, 0.25, ())
     assert pace.stall_s(7) == max(STALL_S, SLACK * 0.25)
     assert pace.stall_s(64) == SLACK * 0.25 * 16
+
+
+def test_patience_doubles_while_an_actor_is_left_out_and_ends_with_its_answer() -> None:
+    pace = Pace()
+    assert pace.patience_s("a", 1, 4) == STALL_S
+    pace.note(4, 1.0, ())
+    assert pace.patience_s("a", 1, 4) == SLACK
+    pace.left_out([("a", 1)])
+    pace.left_out([("a", 1), ("b", 1)])
+    assert pace.patience_s("a", 1, 4) == 4 * SLACK
+    assert pace.patience_s("b", 1, 4) == 2 * SLACK
+    assert pace.patience_s("a", 2, 4) == SLACK  # its successor
+    pace.note(4, 1.0, [("a", 1)])
+    assert pace.patience_s("a", 1, 4) == SLACK
+    assert pace.patience_s("b", 1, 4) == 2 * SLACK

@@ -158,7 +158,7 @@ def test_what_fails_says_so_where_it_was(spans: SpanKeeper, num_begun: int) -> N
 
 def asked() -> GenerationRequest:
     sampling = SamplingParams(max_tokens=9, n=2)
-    return GenerationRequest("r", "m", (1, 2, 3), sampling, time.time() + 60)
+    return GenerationRequest("r", "m", (1, 2, 3), sampling, time.monotonic() + 60)
 
 
 def test_the_gateways_span_is_under_serves_and_counts_tokens(spans: SpanKeeper) -> None:

@@ -1,0 +1,69 @@
+"""A layer under way: what :mod:`router.moe.dispatch` keeps between sending it and its rows.
+
+Dimension letters: T tokens, K experts per token, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from cluster.placement.placement import Placement
+from cluster.transport.base import PendingCalls
+from cluster.wire.frames import DispatchFrame
+from router.moe.combine import ExpertRows
+from router.moe.permute import Part
+
+Sent = tuple[Part, DispatchFrame]
+
+
+class AwayError(Exception):
+    """The experts of ``pairs`` did not answer before a deadline of the step; they may do so yet."""
+
+    def __init__(self, pairs: np.ndarray) -> None:
+        super().__init__(pairs)
+        self.pairs = pairs
+
+
+@dataclass(slots=True)
+class Attempt:
+    """The frames of one layer, their pending calls, and the placement under which they were sent.
+
+    ``calls`` is ``None`` where no expert was asked.
+    """
+
+    placement: Placement
+    sent_s: float
+    most_rows: int
+    sent: list[Sent] = field(default_factory=list)
+    calls: PendingCalls | None = None
+
+
+@dataclass(slots=True)
+class PendingLayer:
+    """One layer that was sent and is not yet received.
+
+    Pair t * K + r is token t with the gate's choice of rank r. ``rows`` are [T, H].
+    """
+
+    layer_id: int
+    rows: torch.Tensor
+    expert_ids: np.ndarray
+    k: int
+    dtype: str
+    deadline_s: float
+    traceparent: str | None
+    started_s: float
+    attempt: Attempt | None = None
+    failures: int = 0
+    received: list[ExpertRows] = field(default_factory=list)
+    failed: frozenset[str] = frozenset()
+    """Actors that failed in this layer; asked again only for experts without another copy."""
+    refusals: tuple[int, ...] = ()
+    """The experts whose rows were refused as malformed, once for each refusal."""
+
+    def keep(self) -> None:
+        """Copy the received rows, since the transport's next wait may overwrite their memory."""
+        self.received = [ExpertRows(part.pairs, bytes(part.rows)) for part in self.received]
