@@ -145,6 +145,12 @@ class FrameError(ExpertMeshError):
     code = Code.INVALID_ARGUMENT
 
 
+class NotFiniteError(ExpertMeshError):
+    """The model's own output for a request is NaN or infinite, so that no token can be drawn."""
+
+    code = Code.INTERNAL
+
+
 class InternalError(ExpertMeshError):
     """A failure of ExpertMesh itself; the details are in the server's log alone."""
 

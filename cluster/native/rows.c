@@ -172,11 +172,14 @@ typedef uint16_t Bits;
 typedef float Float;
 #endif
 
-/* Sum K weighted rows of bfloat16, each product and each sum rounded. */
+#define EXPONENT 0x7f800000u /* of a float32; all ones in NaN and infinity */
+
+/* Sum K weighted rows of bfloat16, each product and each sum rounded; whether all sums are finite. */
 FOR_EACH_CPU
-static void sum_bfloat16(uint16_t *sum, const char *const *rows, const float *weights,
+static int sum_bfloat16(uint16_t *sum, const char *const *rows, const float *weights,
                          Py_ssize_t k, Py_ssize_t size) {
     float sums[BLOCK];
+    uint32_t largest = 0;
     for (Py_ssize_t begin = 0; begin < size; begin += BLOCK) {
         Py_ssize_t count = size - begin < BLOCK ? size - begin : BLOCK;
         const Bits *first = (const Bits *)rows[0] + begin;
@@ -191,13 +194,16 @@ static void sum_bfloat16(uint16_t *sum, const char *const *rows, const float *we
             uint32_t bits;
             memcpy(&bits, &sums[h], 4);
             sum[begin + h] = (uint16_t)(bits >> 16);
+            largest = (bits & EXPONENT) > largest ? bits & EXPONENT : largest;
         }
     }
+    return largest != EXPONENT;
 }
 
-/* Contraction to one rounding is off (pyproject.toml), or the sum would have other bits. */
+/* The same in float32. Contraction to one rounding is off (pyproject.toml), or the sum would have
+ * other bits. */
 FOR_EACH_CPU
-static void sum_float32(float *sum, const char *const *rows, const float *weights, Py_ssize_t k,
+static int sum_float32(float *sum, const char *const *rows, const float *weights, Py_ssize_t k,
                         Py_ssize_t size) {
     const Float *first = (const Float *)rows[0];
     for (Py_ssize_t h = 0; h < size; h++) sum[h] = first[h] * weights[0];
@@ -209,6 +215,13 @@ static void sum_float32(float *sum, const char *const *rows, const float *weight
             sum[h] = sum[h] + weighted;
         }
     }
+    uint32_t largest = 0;
+    for (Py_ssize_t h = 0; h < size; h++) {
+        uint32_t bits;
+        memcpy(&bits, &sum[h], 4);
+        largest = (bits & EXPONENT) > largest ? bits & EXPONENT : largest;
+    }
+    return largest != EXPONENT;
 }
 
 /* What is summed: a row for each slot, and the buffers that they lie in. */
@@ -279,9 +292,9 @@ static int find_rows(Received *received, PyObject *pieces, const int64_t *slots,
     return 1;
 }
 
-/* combine(pieces, weights [P], slots [P] int64, k, sums [T, H] out, value_bytes): pieces are (pairs
- * int64, their rows) each, and pairs without a row have zeros. Values of two bytes are bfloat16,
- * those of four float32, and so are weights, whatever rows are. */
+/* combine(pieces, weights [P], slots [P] int64, k, sums [T, H] out, value_bytes) -> whether all sums
+ * are finite: pieces are (pairs int64, their rows) each, and pairs without a row have zeros. Values of
+ * two bytes are bfloat16, those of four float32, and so are weights, whatever rows are. */
 FUNCTION(combine) {
     Buffers buffers = {.count = 0};
     Received received = {0};
@@ -316,18 +329,19 @@ FUNCTION(combine) {
     int is_found = find_rows(&received, args[0], slots, num_pairs, row_bytes);
     PyThreadState *saved = is_found && sums->len > ALONE_BYTES ? PyEval_SaveThread() : NULL;
     Py_ssize_t size = row_bytes / value_bytes;
+    int is_finite = 1;
     for (Py_ssize_t begin = 0; is_found && begin < num_pairs; begin += k) {
         char *sum = (char *)sums->buf + begin / k * row_bytes;
         const char *const *rows = received.row_of + begin;
         if (value_bytes == 4)
-            sum_float32((float *)sum, rows, weight_of + begin, k, size);
+            is_finite &= sum_float32((float *)sum, rows, weight_of + begin, k, size);
         else
-            sum_bfloat16((uint16_t *)sum, rows, weight_of + begin, k, size);
+            is_finite &= sum_bfloat16((uint16_t *)sum, rows, weight_of + begin, k, size);
     }
     if (saved) PyEval_RestoreThread(saved);
     PyMem_Free(weight_of);
     forget(&received);
     release(&buffers);
     if (!is_found) return NULL;
-    Py_RETURN_NONE;
+    return PyBool_FromLong(is_finite);
 }

@@ -23,16 +23,16 @@ from cluster.errors import (
     ExpertMeshError,
     ExpertUnavailableError,
     InternalError,
+    NotFiniteError,
 )
 from router.engine.batch import StepInput, context_of, pack
-from router.engine.sampling import Draw, sample
+from router.engine.sampling import Draw, Drawn, sample
 from router.engine.scheduler import Scheduler
 from router.engine.sequence import Sequence, Work
 from router.engine.stats import EngineTally
-from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
+from router.messages.request import GenerationRequest, TokenEvent
 from router.model.model import MoEModel
-from router.moe.layer import MoELayers
-from router.moe.missing import StepMissing
+from router.moe.layer import MoELayers, StepContext
 from router.observability.tracing import RequestTrace, StepTrace, begin_step
 
 IDLE_S = 0.1
@@ -199,9 +199,9 @@ class Engine:
         logits = self._model.forward(
             step.token_ids, step.positions, step.batch, step.sample_rows, context
         )
-        token_ids, logprobs = sample(logits, [_draw_of(s) for s in step.sampled])
+        drawn = sample(logits, [_draw_of(s) for s in step.sampled])
         self.tally.layers(context.layer_times_s)
-        self._advance(step, context.missing, token_ids, logprobs)
+        self._advance(step, context, drawn)
 
     def _count(self, work: list[Work]) -> None:
         now_s = time.monotonic()
@@ -214,10 +214,10 @@ class Engine:
     def _advance(
         self,
         step: StepInput,
-        missing: StepMissing | None,
-        token_ids: list[int],
-        logprobs: list[TokenLogprobs | None],
+        context: StepContext,
+        drawn: Drawn,
     ) -> None:
+        missing = context.missing
         awaited = {} if missing is None else missing.awaited
         inexact = set() if missing is None else missing.inexact
         if missing is not None and inexact:
@@ -230,9 +230,16 @@ class Engine:
             item.sequence.num_computed = item.end
             is_exact = self._is_exact and place not in inexact
             item.sequence.exact = item.sequence.exact and is_exact
+        failed = {step.works[place].sequence.request.request_id for place in context.not_finite}
         now_s = time.monotonic()
-        for sequence, token_id, row in zip(step.sampled, token_ids, logprobs, strict=True):
+        for sequence, token_id, row in zip(
+            step.sampled, drawn.token_ids, drawn.logprobs, strict=True
+        ):
             if sequence.awaited:
+                continue
+            if token_id is None:
+                failed.add(sequence.request.request_id)
+            if token_id is None or sequence.request.request_id in failed:
                 continue
             forced = sequence.next_forced
             if forced is not None:
@@ -248,6 +255,10 @@ class Engine:
             start = sequence.num_generated - 1
             event = TokenEvent(sequence.index, (token_id,), rows, reason, sequence.exact, start)
             self._outbox.append(Emission(sequence.request.request_id, event))
+        for request_id in failed:
+            logger.error("request %s: the model's output is not finite", request_id)
+            message = "the model's output for this request is not finite (NaN or infinity)"
+            self._fail_request(request_id, NotFiniteError(message))
 
     def _replay(self, sequence: Sequence, forced: int, sampled: int) -> None:
         """Append a token that the client has already; only the end of its choice is emitted."""

@@ -27,9 +27,18 @@ class Draw:
     position: int
 
 
-def sample(
-    logits: torch.Tensor, draws: Sequence[Draw]
-) -> tuple[list[int], list[TokenLogprobs | None]]:
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The token of each row, and its log probabilities where they were asked for.
+
+    A row whose logits are NaN, or whose largest is infinite, has no token.
+    """
+
+    token_ids: list[int | None]
+    logprobs: list[TokenLogprobs | None]
+
+
+def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> Drawn:
     """Draw one token per row of fp32 logits [R, V].
 
     Logits are divided by the temperature. Top-k, top-p and min-p then filter tokens, in this order.
@@ -37,13 +46,17 @@ def sample(
     the largest logit. Log probabilities are those of the unchanged logits.
     """
     # numpy's argmax is four times as fast as torch's. Both take the first of equal logits.
-    token_ids = torch.from_numpy(logits.numpy(force=True).argmax(axis=-1))
+    # It takes a NaN for the largest.
+    values = logits.numpy(force=True)
+    largest = values.argmax(axis=-1)
+    is_finite = np.isfinite(np.take_along_axis(values, largest[:, None], axis=-1)).ravel().tolist()
+    token_ids = torch.from_numpy(largest)
     warm = [i for i, draw in enumerate(draws) if draw.params.temperature > 0]
     if warm:
         rows = torch.tensor(warm)
         token_ids[rows] = _draw(logits[rows], [draws[i] for i in warm])
-    ids: list[int] = token_ids.tolist()
-    return ids, _logprobs(logits, ids, draws)
+    ids = [i if finite else None for i, finite in zip(token_ids.tolist(), is_finite, strict=True)]
+    return Drawn(ids, _logprobs(logits, ids, draws))
 
 
 def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
@@ -90,16 +103,17 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _logprobs(
-    logits: torch.Tensor, ids: Sequence[int], draws: Sequence[Draw]
+    logits: torch.Tensor, ids: Sequence[int | None], draws: Sequence[Draw]
 ) -> list[TokenLogprobs | None]:
     logprobs: list[TokenLogprobs | None] = [None] * len(draws)
     for i, draw in enumerate(draws):
-        if draw.params.logprobs is None:
+        token_id = ids[i]
+        if draw.params.logprobs is None or token_id is None:
             continue
         row = logits[i].log_softmax(dim=-1)
         top = row.topk(min(draw.params.logprobs, row.shape[0]))
         logprobs[i] = TokenLogprobs(
-            logprob=float(row[ids[i]]),
+            logprob=float(row[token_id]),
             top_ids=tuple(top.indices.tolist()),
             top_logprobs=tuple(top.values.tolist()),
         )

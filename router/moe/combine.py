@@ -57,19 +57,20 @@ def prepare(weights: torch.Tensor, places: np.ndarray, like: torch.Tensor) -> Pl
     return Plan(weights, places, like, sums, to_bytes(weights), to_bytes(sums))
 
 
-def combine(received: list[ExpertRows], plan: Plan) -> torch.Tensor:
+def combine(received: list[ExpertRows], plan: Plan) -> tuple[torch.Tensor, bool]:
     """Sum each token's weighted rows in the order of their places; a row not received counts as 0.
 
     Each weighted row is rounded to the rows' dtype and accumulated in it, one expert after the
     other. The sums equal those of transformers' eager experts bit for bit, whatever the placement,
-    the number of actors or a retry. Returns [T, H] on the weights' device. A plan is used once.
+    the number of actors or a retry. Returns [T, H] on the weights' device, and whether all of it is
+    finite. The sums last until the plan is used again.
     """
     weights, places, like, sums, weights_bytes, sums_bytes = plan
     num_tokens, k = weights.shape
     if sums is not None:
         assert native is not None
-        native.combine(received, weights_bytes, places, k, sums_bytes, like.itemsize)
-        return sums
+        is_finite = native.combine(received, weights_bytes, places, k, sums_bytes, like.itemsize)
+        return sums, is_finite
     ranks = np.empty(places.size, np.int64)
     ranks[places] = np.arange(places.size) % k
     order = torch.from_numpy(ranks.reshape(num_tokens, k)).to(weights.device)
@@ -78,7 +79,8 @@ def combine(received: list[ExpertRows], plan: Plan) -> torch.Tensor:
         raw = to_raw(rows)
         raw[places[piece.pairs]] = np.frombuffer(piece.rows, raw.dtype).reshape(-1, like.shape[1])
     values = rows.to(weights.device).view(num_tokens, k, like.shape[1])
-    return _in_pieces(values, weights.gather(1, order))
+    sums = _in_pieces(values, weights.gather(1, order))
+    return sums, bool(sums.isfinite().all())
 
 
 def _in_pieces(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

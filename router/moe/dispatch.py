@@ -80,6 +80,7 @@ class Dispatcher:
         self._layouts = Layouts(model)
         self._copies = Copies()
         self._pace = Pace()
+        self._damaged_actors: set[tuple[str, int]] = set()
         self.retries: Counter[str] = Counter()
         self.calls = transport.calls
 
@@ -133,10 +134,11 @@ class Dispatcher:
         answered by the deadline: the step goes on without their pairs, so that a request whose time
         is over ends.
         """
+        if layer.attempt is None:
+            return None
         while failed := self._receive(layer):
             layer.keep()
             layer.failed |= {part.actor_id for part, _ in failed}
-            assert layer.attempt is not None
             parts = [part for part, _ in failed]
             others = self._others(layer.attempt.placement, layer, parts)
             if not all(others):
@@ -148,6 +150,27 @@ class Dispatcher:
             if not self._send(layer, np.sort(np.concatenate([part.pairs for part in parts]))):
                 return None
         return layer.received
+
+    def ask_again(self, layer: PendingLayer) -> bool:
+        """Send the parts of a layer again whose rows are not finite though its hidden states are.
+
+        Another copy is asked, or the same one where it is the only one. Returns false where there
+        is no such part or it was asked again before: the model itself yields such rows.
+        """
+        if layer.is_asked_again:
+            return False
+        layer.is_asked_again = True
+        layer.keep()
+        damaged = layer.drop_damaged()
+        if not damaged:
+            return False
+        for part in damaged:
+            self._log_once(part, "rows that are not finite")
+            self.retries["not_finite"] += 1
+        layer.failed |= {part.actor_id for part in damaged}
+        if not self._send(layer, np.sort(np.concatenate([part.pairs for part in damaged]))):
+            layer.attempt = None  # an expert has lost its last copy: the next wait returns None
+        return True
 
     def _check_away(
         self, layer: PendingLayer, failed: Sequence[tuple[Part, CallFailure | None]]
@@ -337,6 +360,7 @@ class Dispatcher:
         if not isinstance(answer, RowsFrame) or answer[:-1] != expected:
             return self._damaged(part, "the answer does not belong to the call")
         layer.received.append(ExpertRows(part.pairs, joined(answer.rows)))
+        layer.answered.append(part)
         return True
 
     def _refused(self, layer: PendingLayer, part: Part, answer: ErrorFrame) -> bool:
@@ -355,10 +379,17 @@ class Dispatcher:
 
     def _damaged(self, part: Part, damage: object) -> bool:
         """Count a frame that was damaged on its way to or from an actor; returns false."""
-        logger.warning("%s g%d: a damaged frame: %s", part.actor_id, part.generation, damage)
+        self._log_once(part, f"a damaged frame: {damage}")
         self.retries["malformed"] += 1
         self._transport.renew(part.actor_id)
         return False
+
+    def _log_once(self, part: Part, damage: str) -> None:
+        """Log the first damage of each actor; ``retries`` counts all."""
+        actor = (part.actor_id, part.generation)
+        if actor not in self._damaged_actors:
+            self._damaged_actors.add(actor)
+            logger.warning("%s g%d: %s; further damage is only counted", *actor, damage)
 
     def _back_off(self, layer: PendingLayer) -> None:
         """Wait a moment, or less if a new placement comes."""

@@ -66,7 +66,8 @@ class StepContext:
     requests' ``on_expert_loss``.
     ``trace`` is set where the step is traced.
 
-    The layers set two results. ``missing`` is set once an expert was missing or had no room.
+    The layers set three results. ``missing`` is set once an expert was missing or had no room.
+    ``not_finite`` are the places of works with a sum that is NaN or infinite.
     ``layer_times_s`` has the duration of every layer, from the gate's choice to the sums.
     """
 
@@ -75,6 +76,7 @@ class StepContext:
     contracts: Sequence[str]
     trace: StepTrace | None = None
     missing: StepMissing | None = None
+    not_finite: set[int] = field(default_factory=set)
     layer_times_s: list[float] = field(default_factory=list)
 
     def without_experts(self) -> StepMissing:
@@ -82,6 +84,12 @@ class StepContext:
         if self.missing is None:
             self.missing = StepMissing(self.sizes, self.contracts)
         return self.missing
+
+    def note_not_finite(self, sums: torch.Tensor) -> None:
+        """Record the works with a row of sums [T, H] that is not finite; the model's own doing."""
+        owners = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        rows = ~sums.isfinite().all(dim=1).cpu().numpy()
+        self.not_finite.update(owners[rows].tolist())
 
 
 class MoELayers:
@@ -171,11 +179,19 @@ class MoELayers:
             return None
         plan = prepare(choice.weights, sum_places(ids), hidden_states)
         try:
-            received = self._dispatcher.wait(pending)
+            while True:  # twice where rows came damaged
+                received = self._dispatcher.wait(pending)
+                if received is None:
+                    return None
+                sums, is_finite = combine(received, plan)
+                if is_finite:
+                    return sums
+                if not self._dispatcher.ask_again(pending):
+                    step.note_not_finite(sums)
+                    return sums
         except AwayError as away:
             step.without_experts().leave_out(layer_id, ids, away.pairs)
             return None
-        return None if received is None else combine(received, plan)
 
     def is_placed(self) -> bool:
         """Return whether a placement is known; without one no layer can be sent."""

@@ -5,6 +5,7 @@ Dimension letters: T tokens, K experts per token, H hidden size.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from cluster.placement.placement import Placement
 from cluster.transport.base import PendingCalls
 from cluster.wire.frames import DispatchFrame
+from cluster.wire.tensors import from_bytes
 from router.moe.combine import ExpertRows
 from router.moe.permute import Part
 
@@ -59,10 +61,36 @@ class PendingLayer:
     attempt: Attempt | None = None
     failures: int = 0
     received: list[ExpertRows] = field(default_factory=list)
+    answered: list[Part] = field(default_factory=list)
+    """The parts of ``received``."""
+    is_asked_again: bool = False
+    """Whether rows that are not finite were asked for again."""
     failed: frozenset[str] = frozenset()
     """Actors that failed in this layer; asked again only for experts without another copy."""
     refusals: tuple[int, ...] = ()
     """The experts whose rows were refused as malformed, once for each refusal."""
+
+    def drop_damaged(self) -> list[Part]:
+        """Drop and return the parts with a row that is not finite where its hidden state is.
+
+        Such rows are damaged, or the expert itself yields them.
+        """
+        is_finite = self.rows.isfinite().all(dim=1).numpy()
+        damaged = [
+            bool((is_finite[part.pairs // self.k] & ~self._finite_rows(rows)).any())
+            for part, rows in zip(self.answered, self.received, strict=True)
+        ]
+        dropped = list(itertools.compress(self.answered, damaged))
+        kept = [not is_damaged for is_damaged in damaged]
+        self.answered = list(itertools.compress(self.answered, kept))
+        self.received = list(itertools.compress(self.received, kept))
+        return dropped
+
+    def _finite_rows(self, received: ExpertRows) -> np.ndarray:
+        """Return whether each row is finite, bool [P]."""
+        shape = len(received.pairs), self.rows.shape[1]
+        rows = from_bytes(received.rows, self.dtype, *shape)
+        return rows.isfinite().all(dim=1).numpy()
 
     def keep(self) -> None:
         """Copy the received rows, since the transport's next wait may overwrite their memory."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from router.engine.sampling import Draw, sample
 from router.messages.request import SamplingParams
 
-INF = float("inf")
+INF, NAN = float("inf"), float("nan")
 
 
 def draw_of(position: int = 0, choice: int = 0, **params: float | int | None) -> Draw:
@@ -41,10 +41,17 @@ def oracle(logits: list[float], params: SamplingParams) -> dict[int, float]:
     return {i: weights[i] / total for i in kept if weights[i] > 0}
 
 
+def token_ids_of(logits: torch.Tensor, draws: list[Draw]) -> list[int]:
+    """Draw rows that all have a token."""
+    token_ids = [token_id for token_id in sample(logits, draws).token_ids if token_id is not None]
+    assert len(token_ids) == len(draws)
+    return token_ids
+
+
 def drawn(logits: list[float], params: SamplingParams, count: int) -> Counter[int]:
     """How often each token is drawn at ``count`` positions."""
     rows = torch.tensor([logits]).expand(count, -1)
-    token_ids, _ = sample(rows, [Draw(params, 0, position) for position in range(count)])
+    token_ids = token_ids_of(rows, [Draw(params, 0, position) for position in range(count)])
     return Counter(token_ids)
 
 
@@ -52,22 +59,29 @@ def drawn(logits: list[float], params: SamplingParams, count: int) -> Counter[in
     "params", [{"temperature": 1e-46}, {"temperature": 5e-324}, {"top_p": 5e-324}, {"min_p": 1.0}]
 )
 def test_a_number_that_underflows_leaves_the_likeliest_token(params: dict[str, float]) -> None:
-    [token_id, mate], _ = sample(
+    [token_id, mate] = token_ids_of(
         torch.tensor([[0.5, 2.0, 1.0], [0.0, -INF, -INF]]), [draw_of(**params), draw_of()]
     )
     assert (token_id, mate) == (1, 0)
 
 
-def test_a_row_that_is_not_a_number_does_not_disturb_its_mates() -> None:
-    nan = float("nan")
-    token_ids, _ = sample(torch.tensor([[nan] * 3, [0.0, -INF, -INF]]), [draw_of(), draw_of()])
-    assert token_ids[1] == 0
+@pytest.mark.parametrize("row", [[NAN] * 3, [0.0, NAN, 1.0], [0.0, INF, 1.0], [-INF] * 3])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_is_not_finite_has_no_token_and_does_not_disturb_its_mates(
+    row: list[float], temperature: float
+) -> None:
+    draws = [draw_of(temperature=temperature, logprobs=2), draw_of(logprobs=2)]
+    found = sample(torch.tensor([row, [0.0, -INF, -INF]]), draws)
+    assert found.token_ids == [None, 0]
+    assert found.logprobs[0] is None
+    assert found.logprobs[1] is not None
+    assert found.logprobs[1].logprob == 0.0
 
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=12))
 def test_temperature_zero_takes_a_largest_logit(logits: list[float]) -> None:
-    [token_id], _ = sample(torch.tensor([logits]), [draw_of(temperature=0.0)])
+    [token_id] = token_ids_of(torch.tensor([logits]), [draw_of(temperature=0.0)])
     assert logits[token_id] == max(logits)
 
 
@@ -130,7 +144,7 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(
             for i in range(count)
         ],
     }[over]
-    seen = Counter(sample(rows, draws)[0])
+    seen = Counter(token_ids_of(rows, draws))
     assert set(seen) <= set(probabilities)
     statistic = sum((seen[i] - count * p) ** 2 / (count * p) for i, p in probabilities.items())
     freedom = len(probabilities) - 1
@@ -138,7 +152,7 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(
 
 
 def test_consecutive_positions_are_independent() -> None:
-    token_ids, _ = sample(
+    token_ids = token_ids_of(
         torch.zeros(20_000, 2), [draw_of(position=i, seed=9) for i in range(20_000)]
     )
     pairs = Counter(itertools.pairwise(token_ids))
@@ -207,9 +221,9 @@ def test_a_draw_depends_neither_on_its_place_nor_on_its_mates(
     logits = torch.randn(len(DRAWS), 50, generator=torch.Generator().manual_seed(seed))
     alone = [sample(logits[i : i + 1], [DRAWS[i]]) for i in range(len(DRAWS))]
     chosen = order[:size]
-    token_ids, logprobs = sample(logits[chosen], [DRAWS[i] for i in chosen])
-    assert token_ids == [alone[i][0][0] for i in chosen]
-    assert logprobs == [alone[i][1][0] for i in chosen]
+    drawn = sample(logits[chosen], [DRAWS[i] for i in chosen])
+    assert drawn.token_ids == [alone[i].token_ids[0] for i in chosen]
+    assert drawn.logprobs == [alone[i].logprobs[0] for i in chosen]
 
 
 def test_a_draw_can_be_made_again() -> None:
@@ -227,12 +241,12 @@ def test_seed_choice_and_position_each_change_the_stream(what: str) -> None:
         "choice": [draw_of(choice=i) for i in range(64)],
         "position": [draw_of(position=i) for i in range(64)],
     }[what]
-    assert len(set(sample(rows, draws)[0])) > 55
+    assert len(set(token_ids_of(rows, draws))) > 55
 
 
 def test_every_seed_that_a_request_may_have_works() -> None:
     seeds = [0, 1, -1, 2**31, 2**63 - 1, -(2**63), 2**64 - 1]
-    token_ids, _ = sample(torch.zeros(7, 10**4), [draw_of(seed=seed) for seed in seeds])
+    token_ids = token_ids_of(torch.zeros(7, 10**4), [draw_of(seed=seed) for seed in seeds])
     # -1 and 2**64 - 1 are the same 64 bits; all others have a stream of their own.
     assert token_ids[2] == token_ids[6]
     assert len(set(token_ids)) == 6
@@ -241,7 +255,7 @@ def test_every_seed_that_a_request_may_have_works() -> None:
 def test_choices_of_one_request_draw_different_streams() -> None:
     rows = torch.zeros(32, 100)
     first, second = (
-        sample(rows, [draw_of(position=i, choice=choice, seed=4) for i in range(32)])[0]
+        token_ids_of(rows, [draw_of(position=i, choice=choice, seed=4) for i in range(32)])
         for choice in (0, 1)
     )
     assert sum(a == b for a, b in zip(first, second, strict=True)) < 8
@@ -254,8 +268,10 @@ def test_log_probabilities_are_those_of_the_logits_as_they_came(temperature: flo
         draw_of(temperature=temperature, seed=i, top_k=2, logprobs=count)
         for i, count in enumerate((0, 4, 50))
     ]
-    token_ids, logprobs = sample(logits, draws)
-    for row, token_id, found, count in zip(logits, token_ids, logprobs, (0, 4, 20), strict=True):
+    drawn = sample(logits, draws)
+    for row, token_id, found, count in zip(
+        logits, drawn.token_ids, drawn.logprobs, (0, 4, 20), strict=True
+    ):
         expected = row.log_softmax(-1)
         assert found is not None
         assert found.logprob == float(expected[token_id])
@@ -266,7 +282,7 @@ def test_log_probabilities_are_those_of_the_logits_as_they_came(temperature: flo
 
 
 def test_log_probabilities_are_computed_only_for_those_who_ask() -> None:
-    _, logprobs = sample(torch.zeros(2, 4), [draw_of(), draw_of(logprobs=1)])
+    logprobs = sample(torch.zeros(2, 4), [draw_of(), draw_of(logprobs=1)]).logprobs
     assert logprobs[0] is None
     assert logprobs[1] is not None
 

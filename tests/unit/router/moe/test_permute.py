@@ -143,7 +143,9 @@ def test_sums_have_the_bits_of_sums_that_are_rounded_step_by_step(
         places = sum_places(ids)
         expected = slow_sum(values, weights, places.tolist())
         like = torch.empty(ids.shape[0], size, dtype=dtypes[0])
-        got = combine(received_in(1 + seed % 4, values, places), prepare(weights, places, like))
+        received = received_in(1 + seed % 4, values, places)
+        got, is_finite = combine(received, prepare(weights, places, like))
+        assert is_finite is bool(expected.isfinite().all())
         assert got.dtype == dtypes[0]
         assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
         assert torch.equal(got.isnan(), expected.isnan())
@@ -160,7 +162,8 @@ def test_what_is_not_finite_and_what_is_halfway_are_rounded_as_torch_rounds(
     for weight in (0.0, 1.0, -1.0, 1.5, inf, 1.00390625):
         weights = torch.tensor([[weight, 1.0]])
         received = [ExpertRows(np.array([1, 0]), to_bytes(values))]
-        got = combine(received, prepare(weights, np.array([1, 0]), values[:1]))
+        got, is_finite = combine(received, prepare(weights, np.array([1, 0]), values[:1]))
+        assert not is_finite
         expected = slow_sum(values, weights, [1, 0])
         assert torch.equal(got.isnan(), expected.isnan())
         assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
@@ -173,12 +176,15 @@ def test_a_large_sum_is_as_its_single_tokens_are(monkeypatch: pytest.MonkeyPatch
     values = torch.randn(400, 700, generator=generator).bfloat16()  # moved without the interpreter
     weights = torch.rand(200, 2, generator=generator)
     places, like = np.arange(400), values[:200]
-    got = combine([ExpertRows(places, to_bytes(values))], prepare(weights, places, like))
+    got, is_finite = combine([ExpertRows(places, to_bytes(values))], prepare(weights, places, like))
+    assert is_finite
     for token in range(0, 200, 7):
         own = [ExpertRows(places[:2], to_bytes(values[2 * token : 2 * token + 2]))]
-        expected = combine(own, prepare(weights[token : token + 1], places[:2], like[:1]))
+        expected, _ = combine(own, prepare(weights[token : token + 1], places[:2], like[:1]))
         assert torch.equal(got[token : token + 1], expected)
-    assert combine([], prepare(weights[:0], places[:0], like[:0])).shape == (0, 700)
+    sums, is_finite = combine([], prepare(weights[:0], places[:0], like[:0]))
+    assert sums.shape == (0, 700)
+    assert is_finite
 
 
 @pytest.mark.usefixtures("native")
@@ -187,8 +193,8 @@ def test_pairs_whose_rows_were_not_received_are_zeros(dtype: torch.dtype) -> Non
     rows = torch.tensor([[3.0, 4.0], [5.0, 6.0]]).to(dtype)
     weights, places = torch.tensor([[0.5, 1.0], [1.0, 2.0]]), np.array([1, 0, 2, 3])
     received = [ExpertRows(np.array([3, 0]), to_bytes(rows))]
-    assert combine(received, prepare(weights, places, rows)).tolist() == [[2.5, 3.0], [6.0, 8.0]]
-    assert combine([], prepare(weights, places, rows)).tolist() == [[0, 0], [0, 0]]
+    assert combine(received, prepare(weights, places, rows))[0].tolist() == [[2.5, 3.0], [6.0, 8.0]]
+    assert combine([], prepare(weights, places, rows))[0].tolist() == [[0, 0], [0, 0]]
 
 
 @pytest.mark.usefixtures("native")
@@ -196,7 +202,7 @@ def test_rows_are_summed_from_wherever_they_lie() -> None:
     values = torch.arange(6.0).view(2, 3)
     apart = memoryview(b"x" + bytes(to_bytes(values)))[1:]  # not where a float would begin
     weights, places = torch.tensor([[1.0], [10.0]]), np.arange(2)
-    sums = combine([ExpertRows(places, apart)], prepare(weights, places, values))
+    sums, _ = combine([ExpertRows(places, apart)], prepare(weights, places, values))
     assert sums.tolist() == [[0, 1, 2], [30, 40, 50]]
 
 
@@ -207,9 +213,8 @@ def test_many_rows_are_moved_whole() -> None:
     moved = gather(values, order, 1)
     assert bytes(moved) == values.numpy()[order].tobytes()
     ones = torch.ones(600, 1)
-    assert torch.equal(
-        combine([ExpertRows(order, moved)], prepare(ones, np.arange(600), values)), values
-    )
+    sums, _ = combine([ExpertRows(order, moved)], prepare(ones, np.arange(600), values))
+    assert torch.equal(sums, values)
 
 
 def test_rows_that_do_not_lie_together_are_gathered_too() -> None:

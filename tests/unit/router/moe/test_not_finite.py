@@ -1,0 +1,165 @@
+"""Rows and logits that are NaN or infinite: damage is mended, and no token is drawn from them."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from cluster.errors import NotFiniteError
+from cluster.transport.base import Call
+from cluster.wire.frames import RowsFrame, decode, encode
+from tests.checkpoints import save_mixtral
+from tests.local_cluster import LocalCluster, greedy_request
+from tests.unit.router.engine.test_engine import prompt_of
+
+LENGTH = 6
+VALUES = {"nan": float("nan"), "inf": float("inf"), "minus_inf": float("-inf")}
+PROMPTS = [prompt_of(5, 1), prompt_of(9, 2), prompt_of(3, 3)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_mixtral(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[tuple[int, ...]]:
+    cluster = LocalCluster(folder, 3)
+    found = tokens_of(cluster)
+    cluster.close()
+    return found
+
+
+@pytest.fixture(params=[1, 2], ids=["one copy", "two copies"])
+def cluster(folder: Path, request: pytest.FixtureRequest) -> Iterator[LocalCluster]:
+    cluster = LocalCluster(folder, 3, min_copies=request.param)
+    yield cluster
+    cluster.close()
+
+
+def tokens_of(cluster: LocalCluster) -> list[tuple[int, ...]]:
+    requests = [greedy_request(f"r{i}", prompt, LENGTH) for i, prompt in enumerate(PROMPTS)]
+    return [event.token_ids for [event] in cluster.generate(*requests)]
+
+
+def answer_with(cluster: LocalCluster, call: Call, value: float) -> bytes:
+    """Return the actor's own answer, one value of which is replaced."""
+    [answer] = cluster.transport.banks[call.actor_id].compute([cluster.transport.frames[-1]])
+    wire = bytearray(b"".join(encode(answer)))
+    wire[-4:] = struct.pack("<f", value)
+    assert isinstance(decode(bytes(wire)), RowsFrame)
+    return bytes(wire)
+
+
+@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
+def test_rows_that_came_damaged_are_asked_for_again(
+    cluster: LocalCluster,
+    expected: list[tuple[int, ...]],
+    caplog: pytest.LogCaptureFixture,
+    value: float,
+) -> None:
+    damaged: Counter[str] = Counter()
+
+    def damage(call: Call, number: int) -> bytes | None:
+        if number % 5:
+            return None
+        damaged[call.actor_id] += 1
+        return answer_with(cluster, call, value)
+
+    cluster.transport.fail = damage
+    with caplog.at_level(logging.WARNING):
+        assert tokens_of(cluster) == expected
+    assert damaged.total() > 3
+    assert cluster.dispatcher.retries == {"not_finite": damaged.total()}
+    warnings = [r for r in caplog.records if "not finite" in r.message]
+    assert len(warnings) == len(damaged)  # once an actor
+
+
+def test_another_copy_is_asked_first(folder: Path, expected: list[tuple[int, ...]]) -> None:
+    cluster = LocalCluster(folder, 3, min_copies=2)
+    asked: list[str] = []
+
+    def damage(call: Call, number: int) -> bytes | None:
+        asked.append(call.actor_id)
+        return answer_with(cluster, call, VALUES["nan"]) if call.actor_id == "a1" else None
+
+    cluster.transport.fail = damage
+    try:
+        assert tokens_of(cluster) == expected
+    finally:
+        cluster.close()
+    assert cluster.dispatcher.retries["not_finite"] == asked.count("a1") > 1
+
+
+def broken(folder: Path, name: str, row: int, to: Path) -> Path:
+    """Save the checkpoint with NaN in one row of a tensor."""
+    for file in folder.iterdir():
+        if file.suffix == ".safetensors":
+            tensors = load_file(file)
+            if name in tensors:
+                tensors[name][row] = float("nan")
+            save_file(tensors, to / file.name, {"format": "pt"})
+        else:
+            (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def test_a_model_that_yields_nan_ends_its_own_request_alone(
+    folder: Path, expected: list[tuple[int, ...]], tmp_path: Path
+) -> None:
+    """The embedding of a token that one prompt alone has is not a number."""
+    poisoned = 7
+    prompts = [[t for t in prompt if t != poisoned] for prompt in PROMPTS]
+    cluster = LocalCluster(broken(folder, "model.embed_tokens.weight", poisoned, tmp_path), 3)
+    plain = LocalCluster(folder, 3)
+    try:
+        own = greedy_request("own", [5, poisoned, 9], LENGTH)
+        mates = [greedy_request(f"m{i}", prompt, LENGTH) for i, prompt in enumerate(prompts)]
+        for request in (own, *mates):
+            cluster.engine.submit(request)
+        with pytest.raises(NotFiniteError):
+            cluster.result(own)
+        found = [cluster.result(mate)[0].token_ids for mate in mates]
+        assert found == [event.token_ids for [event] in plain.generate(*mates)]
+        assert cluster.dispatcher.retries == {}  # its hidden states were not finite to begin with
+    finally:
+        cluster.close()
+        plain.close()
+
+
+def test_an_expert_that_yields_nan_is_asked_once_more_and_then_believed(
+    cluster: LocalCluster, expected: list[tuple[int, ...]]
+) -> None:
+    always = {0}
+
+    def damage(call: Call, number: int) -> bytes | None:
+        if cluster.transport.frames[-1].layer_id in always:
+            return answer_with(cluster, call, VALUES["nan"])
+        return None
+
+    cluster.transport.fail = damage
+    with pytest.raises(NotFiniteError, match="not finite"):
+        cluster.generate(greedy_request("r", PROMPTS[0], LENGTH))
+    assert cluster.dispatcher.retries["not_finite"] >= 1
+    always.clear()
+    assert tokens_of(cluster) == expected
+
+
+def test_logits_that_are_not_finite_end_the_request(folder: Path, tmp_path: Path) -> None:
+    cluster = LocalCluster(broken(folder, "lm_head.weight", 11, tmp_path), 3)
+    try:
+        for sampling in ({}, {"temperature": 1.0, "logprobs": 3}, {"n": 2, "temperature": 1.0}):
+            with pytest.raises(NotFiniteError):
+                cluster.generate(greedy_request(str(sampling), PROMPTS[0], 2, **sampling))
+        assert cluster.scheduler.sequences() == []
+        assert cluster.scheduler.num_free_pages == cluster.scheduler.num_pages
+    finally:
+        cluster.close()
