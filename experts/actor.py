@@ -194,7 +194,7 @@ class ExpertActor:
 
     # Data plane.
 
-    def compute(self, data: bytes) -> bytes:
+    def compute(self, data: Buffer) -> bytes:
         """Answer one frame of a Ray call; see :meth:`compute_all`."""
         return b"".join(self.compute_all([data])[0])
 

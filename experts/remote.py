@@ -10,8 +10,11 @@ from collections.abc import Sequence
 
 import ray
 
+from cluster.errors import FrameError
 from cluster.spec import ActorReport, ActorSpec, ExpertKey
 from cluster.transport.stream.handshake import Network, StreamOffer
+from cluster.wire.checksum import sealed, unsealed
+from cluster.wire.frames import ErrorFrame, encode, joined
 
 
 class RemoteExpertActor:
@@ -52,5 +55,9 @@ class RemoteExpertActor:
         return self._actor.offer_stream(network)
 
     def compute(self, data: bytes) -> bytes:
-        """See :meth:`ExpertActor.compute`."""
-        return self._actor.compute(data)
+        """See :meth:`ExpertActor.compute`; frame and answer have checksums, as Ray has none."""
+        frame = unsealed(data)
+        if frame is None:
+            error = FrameError("came damaged: its checksum is wrong", "frame")
+            return bytes(joined(sealed(encode(ErrorFrame(0, "FrameError", error)))))
+        return bytes(joined(sealed((self._actor.compute(frame),))))

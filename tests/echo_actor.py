@@ -10,6 +10,7 @@ import ray
 
 from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.transport.stream.server import StreamServer
+from cluster.wire.checksum import sealed, unsealed
 from cluster.wire.frames import Buffer, Parts
 
 
@@ -21,10 +22,15 @@ class Echo:
 
     def compute_all(self, frames: Sequence[Buffer]) -> list[Parts]:
         """Answer frames that came over streams."""
-        return [(self.compute(bytes(frame)),) for frame in frames]
+        return [(self._answer(bytes(frame)),) for frame in frames]
 
-    def compute(self, frame: bytes) -> bytes:
-        """Answer a frame."""
+    def compute(self, data: bytes) -> bytes:
+        """Answer a frame that came as a Ray call."""
+        frame = unsealed(data)
+        assert frame is not None
+        return b"".join(sealed((self._answer(bytes(frame)),)))
+
+    def _answer(self, frame: bytes) -> bytes:
         if frame.startswith(b"wait "):
             threading.Event().wait(float(frame[5:]))
         return frame[::-1]

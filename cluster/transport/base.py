@@ -19,6 +19,8 @@ class CallFailure(enum.StrEnum):
 
     DIED = "died"
     TIMED_OUT = "timed_out"
+    DAMAGED = "damaged"
+    """The checksum of the answer is wrong (:mod:`cluster.wire.checksum`)."""
 
 
 class Call(NamedTuple):

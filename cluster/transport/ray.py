@@ -21,6 +21,8 @@ from cluster.transport.base import (
     never_gone,
 )
 from cluster.transport.stream.handshake import Network, StreamOffer
+from cluster.wire.checksum import sealed, unsealed
+from cluster.wire.frames import joined
 
 
 class RayTransport:
@@ -36,7 +38,7 @@ class RayTransport:
         refs: list[ray.ObjectRef | None] = []
         for call in calls:
             handle = self._actors.handle(call.actor_id, call.generation)
-            frame = call.frame[0] if len(call.frame) == 1 else b"".join(call.frame)
+            frame = joined(sealed(call.frame))
             refs.append(None if handle is None else handle.compute.remote(frame))
         self.calls["ray"] += len(calls)
         return _RayCalls(self._actors, calls, refs)
@@ -73,7 +75,7 @@ class _RayCalls:
             answers: list[Outcome] = ray.get(refs, timeout=min(first_s, GONE_CHECK_S))
         except RayError:
             answers = [self._outcome(call, ref, is_gone) for call, ref in sent]
-        remaining = iter(answers)
+        remaining = map(_unsealed, answers)
         outcomes = [CallFailure.DIED if ref is None else next(remaining) for ref in self._refs]
         for call, outcome in zip(self._calls, outcomes, strict=True):
             if outcome is CallFailure.DIED:
@@ -98,6 +100,13 @@ class _RayCalls:
                     return CallFailure.TIMED_OUT
             except RayError:
                 return CallFailure.DIED
+
+
+def _unsealed(answer: Outcome) -> Outcome:
+    if isinstance(answer, CallFailure):
+        return answer
+    frame = unsealed(answer)
+    return CallFailure.DAMAGED if frame is None else frame
 
 
 class RayActors:

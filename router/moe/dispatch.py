@@ -43,7 +43,7 @@ from router.control.placement_view import PlacementView
 from router.moe.combine import ExpertRows
 from router.moe.copy_choice import Copies, has_other_copies
 from router.moe.pace import Pace
-from router.moe.pending import Attempt, AwayError, PendingLayer
+from router.moe.pending import Attempt, AwayError, DamageLog, PendingLayer
 from router.moe.permute import Layout, Layouts, Part, gather, lay_out, split
 from router.retry import RetryPolicy
 
@@ -80,7 +80,7 @@ class Dispatcher:
         self._layouts = Layouts(model)
         self._copies = Copies()
         self._pace = Pace()
-        self._damaged_actors: set[tuple[str, int]] = set()
+        self._damage_log = DamageLog()
         self.retries: Counter[str] = Counter()
         self.calls = transport.calls
 
@@ -165,7 +165,7 @@ class Dispatcher:
         if not damaged:
             return False
         for part in damaged:
-            self._log_once(part, "rows that are not finite")
+            self._damage_log.note(part, "rows that are not finite")
             self.retries["not_finite"] += 1
         layer.failed |= {part.actor_id for part in damaged}
         if not self._send(layer, np.sort(np.concatenate([part.pairs for part in damaged]))):
@@ -345,6 +345,8 @@ class Dispatcher:
 
     def _take(self, layer: PendingLayer, part: Part, sent: DispatchFrame, outcome: Outcome) -> bool:
         """Keep the rows of an answer; returns false where the answer has no rows."""
+        if outcome is CallFailure.DAMAGED:
+            return self._damaged(part, "its checksum is wrong", outcome.value)
         if isinstance(outcome, CallFailure):
             self.retries[outcome.value] += 1
             self._copies.avoid(part.actor_id, part.generation, time.monotonic())
@@ -377,19 +379,12 @@ class Dispatcher:
             raise InternalError("expert actors refuse a frame as malformed")
         return self._damaged(part, answer.error)
 
-    def _damaged(self, part: Part, damage: object) -> bool:
+    def _damaged(self, part: Part, damage: object, reason: str = "malformed") -> bool:
         """Count a frame that was damaged on its way to or from an actor; returns false."""
-        self._log_once(part, f"a damaged frame: {damage}")
-        self.retries["malformed"] += 1
+        self._damage_log.note(part, f"a damaged frame: {damage}")
+        self.retries[reason] += 1
         self._transport.renew(part.actor_id)
         return False
-
-    def _log_once(self, part: Part, damage: str) -> None:
-        """Log the first damage of each actor; ``retries`` counts all."""
-        actor = (part.actor_id, part.generation)
-        if actor not in self._damaged_actors:
-            self._damaged_actors.add(actor)
-            logger.warning("%s g%d: %s; further damage is only counted", *actor, damage)
 
     def _back_off(self, layer: PendingLayer) -> None:
         """Wait a moment, or less if a new placement comes."""

@@ -6,6 +6,7 @@ Dimension letters: T tokens, K experts per token, H hidden size.
 from __future__ import annotations
 
 import itertools
+import logging
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,8 @@ from cluster.wire.frames import DispatchFrame
 from cluster.wire.tensors import from_bytes
 from router.moe.combine import ExpertRows
 from router.moe.permute import Part
+
+logger = logging.getLogger("expertmesh.dispatch")
 
 Sent = tuple[Part, DispatchFrame]
 
@@ -95,3 +98,18 @@ class PendingLayer:
     def keep(self) -> None:
         """Copy the received rows, since the transport's next wait may overwrite their memory."""
         self.received = [ExpertRows(part.pairs, bytes(part.rows)) for part in self.received]
+
+
+class DamageLog:
+    """Logs the first damage of each actor; the dispatcher's ``retries`` count all."""
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._actors: set[tuple[str, int]] = set()
+
+    def note(self, part: Part, damage: str) -> None:
+        """Log the damage of a part where it is its actor's first."""
+        actor = part.actor_id, part.generation
+        if actor not in self._actors:
+            self._actors.add(actor)
+            logger.warning("%s g%d: %s; further damage is only counted", *actor, damage)

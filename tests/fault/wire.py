@@ -1,11 +1,12 @@
 """A wire between a router and expert actors that can delay, corrupt and cut what it carries.
 
-A Unix socket of the test's own in front of an actor's, put in place by changing the address in the
+A socket of the test's own in front of an actor's, put in place by changing the address in the
 actor's offer: the two ends still prove to each other that they have the offer's secret.
 """
 
 from __future__ import annotations
 
+import random
 import secrets
 import socket
 import struct
@@ -26,7 +27,8 @@ _Side = Literal["router", "actor"]
 _GREETING_MESSAGES: dict[_Side, int] = {"actor": 2, "router": 1}
 """Each side's first messages: an actor's nonce and proof, a router's hello."""
 
-Fault = Literal["delayed", "corrupted", "cut", "garbled"]
+Fault = Literal["delayed", "corrupted", "cut", "garbled", "flipped", "shortened", "flipped_frame"]
+_OF_FRAMES = ("garbled", "flipped_frame")
 
 
 class Wire:
@@ -35,7 +37,10 @@ class Wire:
     ``hits`` counts the messages that were, so that a test can see that the fault hit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, network: Network = Network.UNIX) -> None:
+        """Carry streams of one network; over TCP actors look as if they were on another host."""
+        self._network = network
+        self._random = random.Random(1)
         self.hits: Counter[Fault] = Counter()
         self._fault: Fault = "delayed"
         self._left = 0
@@ -46,20 +51,23 @@ class Wire:
     def fault(self, fault: Fault, count: int) -> None:
         """Have the next ``count`` answers, of whichever actors, come late, damaged or not.
 
-        ``garbled`` are the next frames to the actors instead.
+        ``flipped`` answers have another value of one bit, ``shortened`` ones lack their last bytes.
+        ``garbled`` and ``flipped_frame`` are the next frames to the actors instead.
         """
         with self._lock:
             self._fault, self._left = fault, count
 
     def between(self, ask: Ask) -> Ask:
-        """Return an ``ask`` whose offers lead over this wire; Unix sockets only."""
+        """Return an ``ask`` whose offers lead over this wire."""
 
         def asked(
             actor_id: str, generation: int, network: Network, timeout_s: float
         ) -> StreamOffer | None:
             offer = ask(actor_id, generation, network, timeout_s)
-            if offer is None or offer.network is not Network.UNIX:
-                return offer
+            if offer is None:
+                return None
+            if offer.network is not self._network:
+                return replace(offer, address=b"\0no-such-name")
             return replace(offer, address=self._listen(offer.address))
 
         return asked
@@ -70,19 +78,26 @@ class Wire:
         for sock in self._sockets:
             _shut(sock)
 
-    def _listen(self, target: tuple[str, int] | bytes) -> bytes:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        address = b"\0wire-" + secrets.token_hex(16).encode()
+    def _listen(self, target: tuple[str, int] | bytes) -> tuple[str, int] | bytes:
+        address: tuple[str, int] | bytes = ("127.0.0.1", 0)
+        if self._network is Network.UNIX:
+            address = b"\0wire-" + secrets.token_hex(16).encode()
+        listener = socket.socket(self._family, socket.SOCK_STREAM)
         listener.bind(address)
         listener.listen(1)
+        address = listener.getsockname()
         self._sockets.append(listener)
         threading.Thread(target=self._accept, args=(listener, target), daemon=True).start()
         return address
 
+    @property
+    def _family(self) -> socket.AddressFamily:
+        return socket.AF_UNIX if self._network is Network.UNIX else socket.AF_INET
+
     def _accept(self, listener: socket.socket, target: tuple[str, int] | bytes) -> None:
         with suppress(OSError):  # closed before the router came
             router, _ = listener.accept()
-            actor = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            actor = socket.socket(self._family, socket.SOCK_STREAM)
             actor.connect(target)
             self._sockets += [router, actor]
             frames = threading.Thread(
@@ -96,29 +111,37 @@ class Wire:
         with suppress(OSError):
             count = 0
             while (start := _receive(source, _START.size)) is not None:
-                length, _ = _START.unpack(start)
+                length, call_id = _START.unpack(start)
                 body = _receive(source, length + -length % ALIGNMENT)
                 if body is None:
                     break
                 count += 1
                 if count > _GREETING_MESSAGES[side]:
-                    body = self._altered(side, body)
+                    body = self._altered(side, body, length)
                     if body is None:
                         break
+                    if len(body) < length:
+                        start = _START.pack(len(body), call_id)
+                        body += bytes(-len(body) % ALIGNMENT)
                 target.sendall(start + body)
         _shut(source)
         _shut(target)
 
-    def _altered(self, side: _Side, body: bytes) -> bytes | None:
-        """Return what becomes of a frame; ``None`` cuts the connection instead."""
+    def _altered(self, side: _Side, body: bytes, length: int) -> bytes | None:
+        """Return what becomes of a frame of ``length`` bytes; ``None`` cuts the connection."""
         with self._lock:
             fault = self._fault
-            if not self._left or (fault == "garbled") != (side == "router"):
+            if not self._left or (fault in _OF_FRAMES) != (side == "router"):
                 return body
             self._left -= 1
             self.hits[fault] += 1
         if fault == "cut":
             return None
+        if fault in ("flipped", "flipped_frame"):
+            place, bit = self._random.randrange(length), self._random.randrange(8)
+            return body[:place] + bytes([body[place] ^ 1 << bit]) + body[place + 1 :]
+        if fault == "shortened":
+            return body[: length - self._random.randrange(1, length)]
         if fault in ("corrupted", "garbled"):
             return bytes([body[0] ^ 0xFF]) + body[1:]  # the frame's version
         self._closed.wait(DELAY_S)

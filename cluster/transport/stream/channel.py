@@ -1,9 +1,9 @@
 """Framed messages over one non-blocking socket.
 
 A message is a length (8 bytes), the id of its call (8 bytes), the bytes of a frame, and padding to
-a multiple of ``ALIGNMENT``. An actor sends an empty message when its answer is too long for the
-stream. Received bytes lie in one buffer and are returned as views of it, so that rows go from the
-socket to the expert's product without another copy.
+a multiple of ``ALIGNMENT``. Over TCP without TLS a checksum ends the frame. An actor sends an empty
+frame when its answer is too long for the stream. Received bytes lie in one buffer and are returned
+as views of it, so that rows go from the socket to the expert's product without another copy.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from cluster.native.built import native
+from cluster.wire.checksum import CHECKSUM_BYTES, sealed, unsealed
 from cluster.wire.frames import ALIGNMENT, Buffer, Parts
 
 MAX_MESSAGE_BYTES = 256 << 20
@@ -23,10 +24,11 @@ BUFFER_BYTES = 256 << 10
 KEPT_BUFFER_BYTES = 4 << 20
 _START = struct.Struct("<QQ")
 _PADDING = [bytes(count) for count in range(ALIGNMENT)]
+_HAS_UNIX = hasattr(socket, "AF_UNIX")
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
-Message = tuple[int, memoryview]
-"""The id of a call, and its frame."""
+Message = tuple[int, memoryview | None]
+"""The id of a call, and its frame; ``None`` where its checksum is wrong."""
 
 
 class Channel:
@@ -41,6 +43,8 @@ class Channel:
         sock.setblocking(False)
         self.sock = sock
         self._fd = sock.fileno()
+        self._is_checked = leaves_host(sock) and not isinstance(sock, ssl.SSLSocket)
+        self._extra_bytes = CHECKSUM_BYTES if self._is_checked else 0
         self.outgoing: deque[memoryview] = deque()
         """Bytes that wait until the peer reads."""
         self._buffer = memoryview(b"")
@@ -49,8 +53,8 @@ class Channel:
 
     def allow(self, max_message_bytes: int) -> None:
         """Set the longest message to receive from now on, and make room for it."""
-        self._max_message_bytes = max_message_bytes
-        size = min(BUFFER_BYTES, _START.size + max_message_bytes + ALIGNMENT)
+        self._max_message_bytes = max_message_bytes + self._extra_bytes
+        size = min(BUFFER_BYTES, _START.size + self._max_message_bytes + ALIGNMENT)
         if size > len(self._buffer):
             self._replace_buffer(size)
 
@@ -62,14 +66,17 @@ class Channel:
         connection is gone.
         """
         left = None
+        if self._is_checked:
+            parts = sealed(parts)
         if self._native is not None and not self.outgoing:
-            left = self._native.send(self._fd, call_id, parts, MAX_MESSAGE_BYTES)
+            most_bytes = MAX_MESSAGE_BYTES + self._extra_bytes
+            left = self._native.send(self._fd, call_id, parts, most_bytes)
         return left == 0 or self._send_rest(call_id, parts, left)
 
     def _send_rest(self, call_id: int, parts: Parts, left: int | None) -> bool:
         """Queue the last ``left`` bytes of a message, or send all of it after the waiting bytes."""
         length = sum(map(len, parts))
-        if length > MAX_MESSAGE_BYTES:
+        if length > MAX_MESSAGE_BYTES + self._extra_bytes:
             return False
         pieces = [_START.pack(length, call_id), *parts, _PADDING[-length % ALIGNMENT]]
         is_first = not self.outgoing
@@ -117,6 +124,12 @@ class Channel:
             self._make_room()
         else:
             self._start = self._end = 0
+        messages = self._received(wait_ms)
+        if self._is_checked:
+            return [(call_id, unsealed(frame)) for call_id, frame in messages]
+        return messages  # type: ignore[return-value]
+
+    def _received(self, wait_ms: int) -> list[tuple[int, memoryview]]:
         if self._native is None:
             return self._receive()
         received = self._native.receive(
@@ -124,18 +137,18 @@ class Channel:
         )
         if received is None:
             return []
-        messages: list[Message]
+        messages: list[tuple[int, memoryview]]
         self._start, self._end, messages = received
         return messages
 
-    def _receive(self) -> list[Message]:
+    def _receive(self) -> list[tuple[int, memoryview]]:
         received = self._receive_into(self._buffer[self._end :])
         if received is None:
             return []
         if not received:
             raise ConnectionError("the peer closed the stream")
         self._end += received
-        messages: list[Message] = []
+        messages: list[tuple[int, memoryview]] = []
         while self._end - self._start >= _START.size:
             length, call_id = _START.unpack_from(self._buffer, self._start)
             if length > self._max_message_bytes:
@@ -219,6 +232,11 @@ class TlsChannel(Channel):
     def has_more(self) -> bool:  # type: ignore[override]
         """Whether decrypted bytes wait that do not wake a selector."""
         return self.sock.pending() > 0
+
+
+def leaves_host(sock: socket.socket) -> bool:
+    """Return whether a socket is one between hosts; a Unix socket stays on its host."""
+    return not _HAS_UNIX or sock.family != socket.AF_UNIX
 
 
 def channel_over(sock: socket.socket, max_message_bytes: int) -> Channel:

@@ -192,7 +192,9 @@ class StreamTransport:
             if pending is None:  # a late answer
                 continue
             index = pending.indices.pop(call_id)
-            if not len(frame):
+            if frame is None:
+                pending.outcomes[index] = CallFailure.DAMAGED
+            elif not len(frame):
                 pending.fall_back(index, CallFailure.TIMED_OUT)
             elif pending is waiting and not link.unanswered:
                 pending.outcomes[index] = frame
@@ -200,6 +202,9 @@ class StreamTransport:
                 pending.outcomes[index] = bytes(frame)
         if messages:
             link.last_answer = self._answers = self._answers + 1
+        # Where the next message begins is unknown too: the length may be the damaged part.
+        if any(frame is None for _, frame in messages):
+            self._break(link, ConnectionError("a message came damaged"))
         return bool(messages)
 
     def forget(self, call_id: int, call: Call) -> None:

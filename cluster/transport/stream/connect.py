@@ -167,4 +167,6 @@ def _receive_message(channel: Channel, deadline_s: float) -> bytes:
         if not channel.has_more:
             wait([channel.sock], remaining_s)
         for _, message in channel.receive():
+            if message is None:
+                raise ConnectionError("a greeting came damaged")
             return bytes(message)

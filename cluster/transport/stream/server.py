@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 
+from cluster.errors import FrameError
 from cluster.transport.stream.channel import (
     MAX_MESSAGE_BYTES,
     Channel,
@@ -38,7 +39,7 @@ from cluster.transport.stream.handshake import (
     new_nonce,
     proof,
 )
-from cluster.wire.frames import Buffer, Parts
+from cluster.wire.frames import Buffer, ErrorFrame, Parts, encode
 
 MAX_CONNECTIONS = 1024
 MAX_KEYS = 1024
@@ -52,6 +53,8 @@ _BACKLOG = 128
 
 logger = logging.getLogger("expertmesh.stream")
 
+_Frame = tuple[int, Buffer]
+"""The id of a call, and its frame."""
 Answer = Callable[[Sequence[Buffer]], Sequence[Parts]]
 
 
@@ -172,7 +175,7 @@ class StreamServer:
         checked_s = time.monotonic()
         while not self._closing:
             has_more = any(peer.channel.has_more for peer in self._peers) if self._tls else False
-            messages: list[tuple[_Peer, Message]] = []
+            messages: list[tuple[_Peer, _Frame]] = []
             for key, events in self._selector.select(0 if has_more else LOOK_S):
                 if key.data is None:
                     self._accept(key.fileobj)  # type: ignore[arg-type]
@@ -215,7 +218,7 @@ class StreamServer:
         sock.setblocking(False)
         return self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
 
-    def _serve(self, peer: _Peer, events: int) -> list[tuple[_Peer, Message]]:
+    def _serve(self, peer: _Peer, events: int) -> list[tuple[_Peer, _Frame]]:
         """Read and write without a wait; returns the frames of an admitted router."""
         try:
             if peer.channel.outgoing:
@@ -224,13 +227,27 @@ class StreamServer:
             if not events & selectors.EVENT_READ:
                 return []
             messages = peer.channel.receive()
+            intact = [(call_id, frame) for call_id, frame in messages if frame is not None]
+            if len(intact) < len(messages):
+                self._refuse_damaged(peer, messages)
             if peer.admitted:
-                return [(peer, message) for message in messages]
-            for _, hello in messages:  # one: a router waits for the answer to its hello
+                return [(peer, message) for message in intact]
+            for _, hello in intact:  # one: a router waits for the answer to its hello
                 self._admit(peer, bytes(hello))
         except (OSError, ValueError) as error:
             self._drop(peer, str(error))
         return []
+
+    def _refuse_damaged(self, peer: _Peer, messages: Sequence[Message]) -> None:
+        """Answer damaged frames by an error; raises ``ConnectionError``, which ends the connection.
+
+        Nobody knows where the next message begins: the length may be the damaged part.
+        """
+        if peer.admitted:
+            for call_id in [call_id for call_id, frame in messages if frame is None]:
+                error = FrameError("came damaged: its checksum is wrong", "frame")
+                self._send(peer, call_id, encode(ErrorFrame(0, "FrameError", error)))
+        raise ConnectionError("a message came damaged")
 
     def _admit(self, peer: _Peer, hello: bytes) -> None:
         key_id, rest = hello[:KEY_ID_BYTES], hello[KEY_ID_BYTES:]
@@ -245,7 +262,7 @@ class StreamServer:
         peer.channel.allow(MAX_MESSAGE_BYTES)
         self._send(peer, 0, (proof(secret, Side.ACTOR, peer.nonce, router_nonce),))
 
-    def _reply(self, messages: list[tuple[_Peer, Message]]) -> None:
+    def _reply(self, messages: list[tuple[_Peer, _Frame]]) -> None:
         answers = self._answer([frame for _, (_, frame) in messages])
         for (peer, (call_id, _)), parts in zip(messages, answers, strict=True):
             if peer in self._peers:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.transport.stream.handshake import Network
 from tests.checkpoints import save_mixtral
 from tests.cluster_fixture import wait_until
+from tests.fault.wire import Fault
 from tests.unit.cluster.transport.wired import Wired, tokens_of
 
 LIMIT_S = 20.0
@@ -18,6 +20,14 @@ LIMIT_S = 20.0
 def wired(tmp_path: Path) -> Iterator[Wired]:
     save_mixtral(tmp_path)
     wired = Wired(tmp_path)
+    yield wired
+    wired.close()
+
+
+@pytest.fixture
+def between_hosts(tmp_path: Path) -> Iterator[Wired]:
+    save_mixtral(tmp_path)
+    wired = Wired(tmp_path, network=Network.TCP)
     yield wired
     wired.close()
 
@@ -64,3 +74,31 @@ def test_calls_go_elsewhere_when_their_connection_is_cut(wired: Wired) -> None:
     assert wired.wire.hits == {"cut": 2}
     assert not wired.cluster.suspected
     assert tokens == tokens_of(wired.plain)
+
+
+@pytest.mark.parametrize("fault", ["flipped", "shortened"])
+def test_an_answer_with_one_bit_flipped_or_cut_short_between_hosts_is_asked_for_again(
+    between_hosts: Wired, fault: Fault
+) -> None:
+    wired, count = between_hosts, 8
+    expected = tokens_of(wired.plain)
+    wired.wire.fault(fault, count)
+
+    def all_hit() -> bool:
+        assert wired.tokens() == expected
+        return wired.wire.hits[fault] == count
+
+    wait_until(all_hit, "every fault hits", LIMIT_S)
+    assert wired.retries["damaged"] == count
+
+
+def test_a_frame_with_one_bit_flipped_between_hosts_is_sent_again(between_hosts: Wired) -> None:
+    wired, count = between_hosts, 8
+    expected = tokens_of(wired.plain)
+    wired.wire.fault("flipped_frame", count)
+
+    def all_hit() -> bool:
+        assert wired.tokens() == expected
+        return wired.wire.hits["flipped_frame"] == count
+
+    wait_until(all_hit, "every fault hits", LIMIT_S)

@@ -24,14 +24,16 @@ NUMBERS = itertools.count()
 class Wired:
     """An engine whose frames go to expert banks by streams over a wire, else straight to them."""
 
-    def __init__(self, folder: Path, dtype: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, dtype: str | None = None, network: Network = Network.UNIX
+    ) -> None:
         """Connect; returns once all frames go over the wire."""
         self.plain = LocalCluster(folder, dtype=dtype)
         self.servers = {
             actor_id: StreamServer(_answers(bank), "127.0.0.1", None)
             for actor_id, bank in self.plain.transport.banks.items()
         }
-        self.wire = Wire()
+        self.wire = Wire(network)
         connector = Connector(self.wire.between(self._offer), None)
         self.transport = StreamTransport(connector, self.plain.transport)
         where = (MODEL, self.transport, self.plain.placement)
