@@ -103,6 +103,9 @@ class SlowReaderError(OverloadedError):
     """A client did not read its stream for too long, so the stream was ended."""
 
 
+REPLACED = "the model was replaced while the request was under way; ask again"
+
+
 class ExpertUnavailableError(ExpertMeshError):
     """No live copy of an expert answered in time."""
 
@@ -113,6 +116,13 @@ class UnavailableError(ExpertMeshError):
     """A part of the cluster (a router, the controller) does not answer at the moment."""
 
     code = Code.UNAVAILABLE
+
+
+class ModelReplacedError(UnavailableError):
+    """The model was replaced by a redeploy while a request was under way; nothing is mixed."""
+
+    def __init__(self, message: str = REPLACED) -> None:
+        super().__init__(message, "", 1.0)
 
 
 class DeadlineExceededError(ExpertMeshError):

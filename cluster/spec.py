@@ -20,6 +20,21 @@ ACTOR_NAMESPACE = "serve"
 """Serve's own namespace, in which every replica looks for actors by default."""
 
 
+def model_key(model_id: str, identity: str, dtype: str) -> str:
+    """Return the name of a model in the placement, in frames and in actors: its id and its content.
+
+    ``identity`` is the checkpoint's (:mod:`experts.checkpoint.identity`). Weights of another
+    content or another ``dtype`` have another key, so that two contents never meet under one name.
+    """
+    content = hashlib.sha256(json.dumps([identity, dtype]).encode()).hexdigest()
+    return f"{model_id}@{content[:32]}"
+
+
+def model_id_of(key: str) -> str:
+    """Return the id in a model's key, as requests and reports name it."""
+    return key.rpartition("@")[0] or key
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSource:
     """The checkpoint of one model, and its experts as placement sees them.
@@ -54,12 +69,16 @@ EMULATED = "emulated"
 """The device of an emulating actor in reports and in ``status``."""
 
 
+_CHANGEABLE = ("models", "max_queue_rows")
+
+
 @dataclass(frozen=True, slots=True)
 class ActorSpec:
     """The specification of an expert actor; actors with equal digests are interchangeable.
 
-    With ``emulation`` the actor loads and computes nothing, and answers zeros after the time that
-    an accelerator would take.
+    A living actor takes other ``models`` and ``max_queue_rows`` with its next load; all else is its
+    process's for life. With ``emulation`` the actor loads and computes nothing, and answers zeros
+    after the time that an accelerator would take.
     """
 
     app: str
@@ -74,11 +93,12 @@ class ActorSpec:
 
     @property
     def digest(self) -> str:
-        """A short hash of the specification; the controller adopts only actors with its own.
+        """A short hash of what is a process's for life; the controller adopts only its own.
 
         Of the frames' version too: an older build's actor outlives it, and reads no newer frame.
         """
-        text = json.dumps([FRAME_VERSION, asdict(self)], sort_keys=True)
+        fixed = {name: value for name, value in asdict(self).items() if name not in _CHANGEABLE}
+        text = json.dumps([FRAME_VERSION, fixed], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -143,7 +163,8 @@ class ActorReport:
     now. ``steps`` counts the computed batches: a hung compute thread makes no progress here.
     ``frames`` counts the frames in these batches, ``waited_s`` sums up the frames' waits before
     their batch, and ``busy_s`` the batches' durations. ``fetched_bytes`` of the weights came from
-    another node, in ``fetched_s`` seconds.
+    another node, in ``fetched_s`` seconds. ``free_bytes`` are free now in the device's memory,
+    which other actors of the node may share.
     """
 
     actor_id: str
@@ -163,6 +184,7 @@ class ActorReport:
     waited_s: float = 0.0
     fetched_bytes: int = 0
     fetched_s: float = 0.0
+    free_bytes: int = 0
 
     def fetched(self) -> str:
         """Return the end of a log line about bytes from another node, or an empty text."""
@@ -186,7 +208,7 @@ def parse_actor_name(name: str, app: str) -> tuple[str, int] | None:
 
 
 class ExpertKey(NamedTuple):
-    """A logical expert: its model, its layer, and its number in that layer."""
+    """A logical expert: the key of its model, its layer, and its number in that layer."""
 
     model: str
     layer_id: int
@@ -195,7 +217,10 @@ class ExpertKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ModelExperts:
-    """The experts of one model as placement sees them: layers, experts of a layer, bytes of one."""
+    """The experts of one model as placement sees them: layers, experts of a layer, bytes of one.
+
+    ``model`` is the model's key (:func:`model_key`).
+    """
 
     model: str
     layers: tuple[int, ...]

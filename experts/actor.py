@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import psutil
 import ray
 import torch
 
@@ -68,6 +69,7 @@ class ExpertActor:
         self._actor_id = actor_id
         self._generation = generation
         self._epoch = epoch
+        self._sources = {source.experts.model: source for source in spec.models}
         self._device = torch.device("cuda" if spec.num_gpus > 0 else "cpu")
         self._bank = ExpertBank()
         self._checkpoints: dict[str, Checkpoint] = {}
@@ -93,9 +95,10 @@ class ExpertActor:
 
     # Control calls, on threads of their own (:mod:`experts.remote`).
 
-    def load(self, epoch: int, keys: Sequence[ExpertKey]) -> ActorReport:
+    def load(self, epoch: int, spec: ActorSpec, keys: Sequence[ExpertKey]) -> ActorReport:
         """Load the given experts beside the held experts; returns when all of them serve.
 
+        ``spec`` is the actor's own from now on, with what may change of it.
         A checkpoint that is not on this node's disk comes from another node. Raises
         :class:`CheckpointError` when no node can read the checkpoint; the experts loaded before
         that stay. Raises :class:`UnavailableError` when torch does not find the GPU that Ray has
@@ -108,8 +111,18 @@ class ExpertActor:
                 f"{torch.__version__} finds none; install torch for CUDA there, or set num_gpus: 0",
                 "args.experts.num_gpus",
             )
-        self._load([ExpertKey(*key) for key in keys])
+        with self._load_lock:
+            self._take_over(spec)
+            self._load([ExpertKey(*key) for key in keys])
         return self._report()
+
+    def _take_over(self, spec: ActorSpec) -> None:
+        """Go by a specification that may have other models and limits."""
+        self._spec = spec
+        self._sources = {source.experts.model: source for source in spec.models}
+        self._checkpoints = {
+            key: checkpoint for key, checkpoint in self._checkpoints.items() if key in self._sources
+        }
 
     def unload(self, epoch: int, keys: Sequence[ExpertKey]) -> ActorReport:
         """Free the given experts and their memory after the current batch.
@@ -145,21 +158,20 @@ class ExpertActor:
         self._lease.renew(time.monotonic())
 
     def _load(self, keys: Sequence[ExpertKey]) -> None:
-        sources = {source.experts.model: source for source in self._spec.models}
-        with self._load_lock:
-            for key in keys:
-                if key in self._bank:
-                    continue
-                source = sources[key.model]
-                if key.model not in self._checkpoints:
-                    self._checkpoints[key.model] = open_model(
-                        source.path, source.identity, RayNeighbours()
-                    )
-                checkpoint = self._checkpoints[key.model]
-                dtype = TORCH_DTYPES[source.dtype]
-                self._bank.hold(key, self._load_expert(checkpoint, key, dtype))
-            for remote in self._remotes():
-                remote.release()
+        """Load experts that are not held yet; under the lock of loads."""
+        for key in keys:
+            if key in self._bank:
+                continue
+            source = self._sources[key.model]
+            if key.model not in self._checkpoints:
+                self._checkpoints[key.model] = open_model(
+                    source.path, source.identity, RayNeighbours()
+                )
+            checkpoint = self._checkpoints[key.model]
+            dtype = TORCH_DTYPES[source.dtype]
+            self._bank.hold(key, self._load_expert(checkpoint, key, dtype))
+        for remote in self._remotes():
+            remote.release()
 
     def _load_expert(self, checkpoint: Checkpoint, key: ExpertKey, dtype: torch.dtype) -> Expert:
         if self._spec.emulation is not None:
@@ -190,6 +202,7 @@ class ExpertActor:
             waited_s=self._waited_s,
             fetched_bytes=sum(remote.fetched_bytes for remote in remotes),
             fetched_s=sum(remote.fetched_s for remote in remotes),
+            free_bytes=_free_bytes(self._device),
         )
 
     # Data plane.
@@ -285,6 +298,12 @@ class ExpertActor:
             # A failure of the device or of torch: every router gets an error, the actor lives on.
             logger.exception("expert actor %s: a batch failed", self._actor_id)
             return []
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda" and torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def _read(data: Buffer) -> DispatchFrame | Parts:

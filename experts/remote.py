@@ -30,9 +30,9 @@ class RemoteExpertActor:
         self._actor = ExpertActor(spec, actor_id, generation, epoch)
 
     @ray.method(concurrency_group="control")
-    def load(self, epoch: int, keys: Sequence[ExpertKey]) -> ActorReport:
+    def load(self, epoch: int, spec: ActorSpec, keys: Sequence[ExpertKey]) -> ActorReport:
         """See :meth:`ExpertActor.load`."""
-        return self._actor.load(epoch, keys)
+        return self._actor.load(epoch, spec, keys)
 
     @ray.method(concurrency_group="control")
     def unload(self, epoch: int, keys: Sequence[ExpertKey]) -> ActorReport:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from cluster.spec import model_id_of
 from cluster.wire.frames import DispatchFrame
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class BatchSpans:
             "expertmesh.experts",
             TraceContextTextMapPropagator().extract({"traceparent": traceparent}),
             attributes={
-                "gen_ai.request.model": frame.model,
+                "gen_ai.request.model": model_id_of(frame.model),
                 "expertmesh.actor": self._actor_id,
                 "expertmesh.layer": frame.layer_id,
                 "expertmesh.experts": len(frame.expert_ids),

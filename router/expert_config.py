@@ -267,6 +267,14 @@ class ExpertsConfig(Section):
         description="Token rows that may wait in one actor. A message beyond it is refused and "
         "sent again.",
     )
+    redeploy_drain_s: float = Field(
+        default=600.0,
+        ge=0,
+        le=86_400,
+        description="After a redeploy with other weights, how long the earlier experts stay in "
+        "memory for requests that run, once the new ones serve. Requests that run longer end with "
+        "UNAVAILABLE. Without memory for both, the earlier experts go at once.",
+    )
     call_timeout_s: float = Field(
         default=10.0,
         gt=0,

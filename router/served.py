@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.errors import CheckpointError, ConfigError, shown
 from cluster.placement.placement import assign_experts
-from cluster.spec import ActorSpec, ModelExperts, ModelSource, PoolSpec, budgets_of
+from cluster.spec import (
+    ActorSpec,
+    ModelExperts,
+    ModelSource,
+    PoolSpec,
+    budgets_of,
+    model_id_of,
+    model_key,
+)
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.config import parse_json
 from experts.checkpoint.identity import identity_of
@@ -31,10 +41,19 @@ class ServedModel:
     num_experts_per_tok: int
     eos_token_ids: tuple[int, ...]
     stored: str | None = None
+    identity: str = ""
+    """A hash of the content and of all settings that can change a token."""
+    text_identity: str = ""
+    """A hash of the files by which text becomes ids (:mod:`experts.checkpoint.identity`)."""
 
     @property
     def id(self) -> str:
         """The id that requests name."""
+        return model_id_of(self.key)
+
+    @property
+    def key(self) -> str:
+        """The name in the placement, which says the content too."""
         return self.source.experts.model
 
     @property
@@ -71,6 +90,7 @@ def inspect_models(
     served = [
         _inspect(model, f"{root}.models[{i}]", neighbours) for i, model in enumerate(config.models)
     ]
+    served = [replace(model, identity=_identity(model, config)) for model in served]
     pools = pool_specs(config.experts, served)
     assign_experts(
         [model.source.experts for model in served],
@@ -123,7 +143,10 @@ def _inspect(model: ModelConfig, where: str, neighbours: Neighbours | None) -> S
     dtype = checkpoint.dtype if model.dtype == "auto" else model.dtype
     shape = checkpoint.shape
     experts = ModelExperts(
-        model.id, shape.layers, shape.num_experts, checkpoint.expert_bytes(dtype)
+        model_key(model.id, identity, dtype),
+        shape.layers,
+        shape.num_experts,
+        checkpoint.expert_bytes(dtype),
     )
     return ServedModel(
         source=ModelSource(model.path, dtype, experts, identity),
@@ -134,6 +157,17 @@ def _inspect(model: ModelConfig, where: str, neighbours: Neighbours | None) -> S
         eos_token_ids=_eos_token_ids(checkpoint),
         stored=checkpoint.stored,
     )
+
+
+def _identity(model: ServedModel, config: AppConfig) -> str:
+    """Return a hash of a model's content and of the settings that can change a token."""
+    capacity = config.router.expert_capacity
+    settings = [
+        model.key,
+        None if capacity is None else capacity.model_dump(),
+        sorted(config.experts.emulated_pools),
+    ]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
 
 def _check_tokenizer(checkpoint: Checkpoint, where: str) -> None:

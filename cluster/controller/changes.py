@@ -23,7 +23,7 @@ from cluster.controller.state import ClusterState
 from cluster.errors import ExpertMeshError, UnavailableError
 from cluster.placement.change import Change, refuse_losses, with_change
 from cluster.placement.placement import Placement, surplus
-from cluster.spec import ActorReport, ExpertKey
+from cluster.spec import ActorReport, ExpertKey, model_id_of
 
 LOAD_TIMEOUT_S = 600.0
 UNLOAD_TIMEOUT_S = 30.0
@@ -57,18 +57,19 @@ class Retirement:
         self._woken.set()
         share, prepared = self._state.shares[actor_id], self.prepared.get(actor_id, ())
         beyond = set(report.experts).difference(share, prepared)
+        beyond = {key for key in beyond if key.model not in self._state.retained}
         if not beyond:
             self._left_in.pop(actor_id, None)
             return
         shares, holders = self._state.shares, self._state.placement.holders
-        placed = {key for key in beyond if actor_id in holders[key]}
+        placed = {key for key in beyond if actor_id in holders.get(key, ())}
         if surplus(self._state.placement, shares, placed):
             await self._state.publish(
                 lambda now: with_change(now, Change({}, {actor_id: surplus(now, shares, placed)}))
             )
             self._left_in[actor_id] = self._state.placement.order
         placement = self._state.placement
-        gone = sorted(key for key in beyond if actor_id not in placement.holders[key])
+        gone = sorted(key for key in beyond if actor_id not in placement.holders.get(key, ()))
         if not gone or not self._members.all_know("router", self._left_in.get(actor_id, (-1, -1))):
             return
         after = await self._expert_pool.unload(handle, placement.epoch, gone, UNLOAD_TIMEOUT_S)
@@ -159,7 +160,7 @@ class Changes:
                 raise UnavailableError(
                     f"refused: expert {key.expert_id} of layer {key.layer_id} would have {count} "
                     f"copies, fewer than min_copies ({self._state.min_copies})",
-                    key.model,
+                    model_id_of(key.model),
                 )
         refuse_losses(with_change(placement, change), change)
         return generations
@@ -174,7 +175,8 @@ class Changes:
 
     async def _load(self, actor_id: str, handle: ActorHandle, keys: Sequence[ExpertKey]) -> None:
         try:
-            await self._expert_pool.load(handle, self._state.placement.epoch, keys, LOAD_TIMEOUT_S)
+            epoch, spec = self._state.placement.epoch, self._state.fleet.specs[actor_id]
+            await self._expert_pool.load(handle, epoch, spec, keys, LOAD_TIMEOUT_S)
         except Exception as error:  # of any kind: the change fails, and its caller goes on
             reason = str(error) if isinstance(error, ExpertMeshError) else kind_of(error)
             raise UnavailableError(f"{actor_id} did not load: {reason}", "", 1.0) from error

@@ -10,9 +10,9 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Collection, Coroutine, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
@@ -26,12 +26,13 @@ from cluster.controller.elastic import Elastic
 from cluster.controller.fleet import Fleet
 from cluster.controller.keeper import Keeper
 from cluster.controller.ledger import LedgerStore
-from cluster.controller.members import Members
+from cluster.controller.members import MEMBER_TTL_S, Members
 from cluster.controller.pool import ExpertPool, kind_of
 from cluster.controller.rebalance import Rebalancer
 from cluster.controller.state import ClusterState
 from cluster.errors import ExpertMeshError
 from cluster.placement.load import FALL_S, LoadTracker
+from cluster.placement.retained import Retention
 from cluster.placement.scaling import BusyMeter
 from cluster.reports import (
     ActorStatus,
@@ -44,12 +45,15 @@ from cluster.reports import (
     RebalanceReport,
     Samples,
 )
-from cluster.spec import ActorReport, ExpertKey, PoolSpec
+from cluster.spec import ActorReport, ExpertKey, PoolSpec, model_id_of
 
 ADOPT_TIMEOUT_S = 3.0
 APP_CHECK_S = 1.0
+RETAIN_CHECK_S = 1.0
 START_TIMEOUT_S = 30.0
 MAX_WATCH_S = 10.0
+
+_Report = TypeVar("_Report", ChangeReport, RebalanceReport)
 
 logger = logging.getLogger("expertmesh.controller")
 
@@ -65,9 +69,11 @@ class Controller:
         ledger: LedgerStore,
         min_copies: int = 1,
         rebalance_period_s: float | None = None,
+        redeploy_drain_s: float = 600.0,
     ) -> None:
         """Set up; :meth:`start` adopts or creates the actors.
 
+        ``redeploy_drain_s`` bounds the stay of experts of an earlier deployment with other weights.
         ``expert_pool`` is Ray's side of the actors, ``ledger`` keeps what must outlive them. Copies
         follow the load every ``rebalance_period_s``, or only when :meth:`rebalance` is called.
         """
@@ -75,6 +81,7 @@ class Controller:
         self._expert_pool = expert_pool
         self._ledger = ledger
         self._rebalance_period_s = rebalance_period_s
+        self._redeploy_drain_s = redeploy_drain_s
         models = [source.experts for source in pools[0].actor.models]
         self._state = ClusterState(models, Fleet(pools), min_copies, ledger)
         self._members = Members()
@@ -100,12 +107,13 @@ class Controller:
 
     async def start(self) -> None:
         """Begin the next epoch, adopt the living actors that fit, and keep all actors alive."""
-        handles = await self._adopt()
+        handles, reports = await self._adopt()
         nodes = await asyncio.to_thread(self._expert_pool.nodes)
         if self._state.min_copies > 1 and len(nodes) > 1:
             # There is time to wait for all actors only before anything is served.
             handles = handles or await self._create_all()
         self._state.assign()
+        self._state.make_room(reports)
         for actor_id in self._state.fleet.specs:
             self._keeper.start(actor_id, handles.get(actor_id))
         if self._state.min_copies > 1:
@@ -114,6 +122,7 @@ class Controller:
         if self._rebalance_period_s is not None:
             self._run(self._rebalancer.run_forever(self._rebalance_period_s), "rebalance")
         self._run(self._autoscaler.run_forever(), "scale")
+        self._run(self._retain(), "retain")
 
     def _run(self, loop: Coroutine[Any, Any, None], name: str) -> None:
         self._loops.append(asyncio.create_task(loop, name=name))
@@ -122,13 +131,31 @@ class Controller:
         for loop in self._loops:
             loop.cancel()
 
-    async def _adopt(self) -> dict[str, ActorHandle]:
-        """Take over the actors of the last controller; returns their handles."""
+    async def _retain(self) -> None:
+        """Keep the models of an earlier deployment until their routers have ended."""
+        retention = Retention(time.monotonic(), MEMBER_TTL_S, self._redeploy_drain_s)
+        while self._state.retained:
+            await asyncio.sleep(RETAIN_CHECK_S)
+            over = retention.over(
+                self._state.retained,
+                self._members.models(),
+                self._state.is_complete(),
+                time.monotonic(),
+            )
+            for model, reason in over.items():
+                logger.info("the earlier %s ends: %s", model, reason)
+            if over:
+                holders = self._state.placement.held()
+                await self._state.release(over)
+                self._retirement.begin(holders, self._state.placement.order)
+
+    async def _adopt(self) -> tuple[dict[str, ActorHandle], dict[str, ActorReport]]:
+        """Take over the actors of the last controller; returns their handles and reports."""
         ledger = await asyncio.to_thread(self._ledger.read)
         self._state.fleet.resume(ledger.pools)
         adopted = await adopt(self._expert_pool, self._state.fleet.specs, ADOPT_TIMEOUT_S)
         self._state.take_over(adopted, ledger)
-        return adopted.handles
+        return adopted.handles, adopted.reports
 
     async def _create_all(self) -> dict[str, ActorHandle]:
         """Create all actors, and wait until Ray has placed them; returns their handles.
@@ -188,6 +215,7 @@ class Controller:
         known: tuple[int, int],
         timeout_s: float,
         samples: Samples | None = None,
+        model: str = "",
     ) -> dict[str, Any]:
         """Return the placement once it differs from ``known`` (epoch, version).
 
@@ -195,10 +223,10 @@ class Controller:
         :class:`Placement`, ``None`` when nothing changed within ``timeout_s`` (at most
         ``MAX_WATCH_S``), how long ago this controller last finished a heartbeat of any actor, and
         whether Serve deletes the application. The call also says that this router or gateway is
-        alive, and brings its ``samples``.
+        alive, and brings its ``samples`` and the key of the ``model`` that a router serves.
         """
         state, order = self._state, (known[0], known[1])
-        self._members.heard(kind, ProcessStatus(pid, node), order, samples)
+        self._members.heard(kind, ProcessStatus(pid, node), order, samples, model)
         for actor_id in self._retirement.waiting():
             self._keeper.heartbeat_now(actor_id)
         placement = None
@@ -228,27 +256,35 @@ class Controller:
         return Measurements(self._status(), self._reports(), self._members.samples())
 
     def _reports(self) -> tuple[ActorReport, ...]:
-        return tuple(report for _, report in sorted(self._state.reports.items()))
+        """Return the actors' reports of the deployment's own models, named by their ids."""
+        return tuple(
+            _named(report, self._state.keys) for _, report in sorted(self._state.reports.items())
+        )
 
     def _status(self) -> ClusterStatus:
         placement = self._state.placement
         return ClusterStatus(
-            models=tuple(experts.model for experts in self._state.models),
+            models=tuple(model_id_of(experts.model) for experts in self._state.models),
             epoch=placement.epoch,
             placement_version=placement.version,
             controller_pid=os.getpid(),
-            missing_experts=len(placement.missing()),
+            missing_experts=sum(key.model in self._state.keys for key in placement.missing()),
             routers=self._members.of("router"),
             gateways=self._members.of("gateway"),
             actors=tuple(_actor_status(report) for report in self._reports()),
             min_copies=self._state.min_copies,
-            live_copies=placement.fewest_copies(),
+            live_copies=placement.fewest_copies(self._state.keys),
             loading=self._keeper.loading.status(),
         )
 
     async def load(self) -> LoadStatus:
         """Return the recent load of experts and devices, and the last changes."""
-        return replace(self._rebalancer.load(), changes=tuple(self._elastic.history))
+        load = self._rebalancer.load()
+        return replace(
+            load,
+            rebalances=tuple(map(_with_ids, load.rebalances)),
+            changes=tuple(map(_with_ids, self._elastic.history)),
+        )
 
     # Each of the following returns ``{"report": …}``, or ``{"error": …}`` as plain data.
 
@@ -268,16 +304,37 @@ class Controller:
         self, model: str, layer: int, expert: int, number: int, dry_run: bool
     ) -> dict[str, Any]:
         """Bring an expert to ``number`` copies; see :meth:`Elastic.set_copies`."""
-        key = ExpertKey(model, layer, expert)
+        keys = [key for key in self._state.keys if model_id_of(key) == model]
+        key = ExpertKey(keys[0] if keys else model, layer, expert)
         return await _outcome(self._elastic.set_copies(key, number, dry_run))
 
 
 async def _outcome(change: Awaitable[ChangeReport | RebalanceReport]) -> dict[str, Any]:
     """Return a change's report, or its error as plain data; Serve would wrap a raised error."""
     try:
-        return {"report": await change}
+        report = await change
     except ExpertMeshError as error:
         return {"error": error.to_wire()}
+    if isinstance(report, ChangeReport):
+        return {"report": _with_ids(report)}
+    return {"report": _with_ids(report)}
+
+
+def _with_ids(report: _Report) -> _Report:
+    """Return a report whose moves name models by their ids."""
+    moves = tuple(replace(move, model=model_id_of(move.model)) for move in report.moves)
+    return replace(report, moves=moves)
+
+
+def _named(report: ActorReport, keys: Collection[str]) -> ActorReport:
+    """Return a report without the experts of earlier models; models have their ids."""
+    own = [key for key in report.experts if key.model in keys]
+    tokens = {_with_id(key): n for key, n in report.tokens.items() if key.model in keys}
+    return replace(report, experts=tuple(map(_with_id, own)), tokens=tokens)
+
+
+def _with_id(key: ExpertKey) -> ExpertKey:
+    return key._replace(model=model_id_of(key.model))
 
 
 def _actor_status(report: ActorReport) -> ActorStatus:

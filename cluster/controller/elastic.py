@@ -24,7 +24,7 @@ from cluster.placement.board import Device
 from cluster.placement.drain import change_of_copies, cheapest_to_drain
 from cluster.placement.scaling import BusyMeter, wanted_standby
 from cluster.reports import ChangeReport
-from cluster.spec import ExpertKey
+from cluster.spec import ExpertKey, model_id_of
 
 UP_TIMEOUT_S = 60.0
 """How long a change waits for new actors; they may still come later."""
@@ -119,7 +119,7 @@ class Elastic:
             began_s = time.monotonic()
             if key not in self._state.placement.holders:
                 raise InvalidRequestError(
-                    f"no model {key.model!r:.80} with expert {key.expert_id} in layer "
+                    f"no model {model_id_of(key.model)!r:.80} with expert {key.expert_id} in layer "
                     f"{key.layer_id}",
                     "expert",
                 )
@@ -146,7 +146,8 @@ class Elastic:
                 )
             if moved.outcome == "committed":
                 self._rebalancer.keep_cold_copies()
-            what = f"{key.model} layer {key.layer_id} expert {key.expert_id}: {number} copies"
+            model = model_id_of(key.model)
+            what = f"{model} layer {key.layer_id} expert {key.expert_id}: {number} copies"
             return self.report(what, COMMAND, moved, began_s)
 
     def _check_number(self, pool: str, number: int, before: int) -> None:

@@ -18,7 +18,7 @@ from typing import Protocol
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.controller.changes import LOAD_TIMEOUT_S, Retirement
+from cluster.controller.changes import LOAD_TIMEOUT_S, UNLOAD_TIMEOUT_S, Retirement
 from cluster.controller.liveness import LOOK_S, Progress, Silence
 from cluster.controller.loading import Loading
 from cluster.controller.pool import ExpertPool, kind_of
@@ -183,7 +183,11 @@ class Keeper:
         following = asyncio.create_task(self._follow_loading(handle))
         self.loading.begin(actor_id, len(keys), started_s)
         try:
-            report = await self._expert_pool.load(handle, epoch, keys, LOAD_TIMEOUT_S)
+            spec = self._state.fleet.specs[actor_id]
+            if withdrawn := self._state.withdrawn.pop(actor_id, ()):  # room for the new experts
+                await self._expert_pool.unload(handle, epoch, withdrawn, UNLOAD_TIMEOUT_S)
+                logger.info("%s unloaded %d experts of an earlier model", actor_id, len(withdrawn))
+            report = await self._expert_pool.load(handle, epoch, spec, keys, LOAD_TIMEOUT_S)
         finally:
             waiting.cancel()
             following.cancel()

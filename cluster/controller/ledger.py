@@ -17,6 +17,7 @@ from ray.experimental.internal_kv import (
 )
 
 from cluster.controller.fleet import PoolMembers
+from cluster.spec import ModelExperts
 
 KV_NAMESPACE = b"expertmesh"
 
@@ -25,12 +26,14 @@ KV_NAMESPACE = b"expertmesh"
 class Ledger:
     """The last epoch of an application's controllers, and the last generation of each actor.
 
-    ``pools`` has the members of each pool, which scaling changes.
+    ``pools`` has the members of each pool, which scaling changes. ``models`` are those that actors
+    may hold experts of.
     """
 
     epoch: int = 0
     generations: dict[str, int] = field(default_factory=dict)
     pools: dict[str, PoolMembers] = field(default_factory=dict)
+    models: tuple[ModelExperts, ...] = ()
 
     def to_json(self) -> str:
         """Return the ledger as text."""
@@ -46,7 +49,11 @@ class Ledger:
             )
             for name, pool in fields.pop("pools", {}).items()
         }
-        return cls(**fields, pools=pools)
+        models = tuple(
+            ModelExperts(**{**model, "layers": tuple(model["layers"])})
+            for model in fields.pop("models", ())
+        )
+        return cls(**fields, pools=pools, models=models)
 
 
 class LedgerStore:

@@ -18,6 +18,7 @@ class _Member:
     known: tuple[int, int]
     seen_s: float
     samples: Samples | None
+    model: str = ""
 
 
 class Members:
@@ -33,15 +34,18 @@ class Members:
         process: ProcessStatus,
         known: tuple[int, int] | None = None,
         samples: Samples | None = None,
+        model: str = "",
     ) -> None:
         """Note a replica's call, with the placement (epoch, version) that it knows and its samples.
 
+        ``model`` is the key of a router's model.
         Samples older than the last ones are dropped: calls may overtake each other, and a counter
         must not go back.
         """
         key = f"{kind}:{process.node}:{process.pid}"
         member = self._members.setdefault(key, _Member(kind, process, (-1, -1), 0.0, None))
         member.known = known or member.known
+        member.model = model or member.model
         member.seen_s = time.monotonic()
         if samples is not None and (
             member.samples is None or samples.taken_s > member.samples.taken_s
@@ -58,6 +62,11 @@ class Members:
         """Return whether all replicas of a kind know this placement or a newer one."""
         self._forget()
         return all(m.known >= order for m in self._members.values() if m.kind == kind)
+
+    def models(self) -> set[str]:
+        """Return the keys of the models that routers serve."""
+        self._forget()
+        return {m.model for m in self._members.values() if m.model}
 
     def samples(self) -> tuple[ProcessSamples, ...]:
         """Return the newest samples of all replicas that brought some."""

@@ -147,11 +147,16 @@ class ExpertPool:
                 await asyncio.sleep(RESEND_S)
 
     async def load(
-        self, handle: ActorHandle, epoch: int, keys: Sequence[ExpertKey], timeout_s: float
+        self,
+        handle: ActorHandle,
+        epoch: int,
+        spec: ActorSpec,
+        keys: Sequence[ExpertKey],
+        timeout_s: float,
     ) -> ActorReport:
-        """Have an actor load experts; returns when it holds them."""
+        """Have an actor load experts of the models of ``spec``; returns when it holds them."""
         async with asyncio.timeout(timeout_s):
-            return await _own_errors(handle.load.remote(epoch, list(keys)))
+            return await _own_errors(handle.load.remote(epoch, spec, list(keys)))
 
     async def unload(
         self, handle: ActorHandle, epoch: int, keys: Sequence[ExpertKey], timeout_s: float

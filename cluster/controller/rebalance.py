@@ -24,7 +24,7 @@ from cluster.placement.board import Device
 from cluster.placement.change import batches
 from cluster.placement.load import WINDOW_S, LoadTracker
 from cluster.reports import DeviceStatus, ExpertLoad, LoadStatus, Move, RebalanceReport
-from cluster.spec import ExpertKey
+from cluster.spec import ExpertKey, model_id_of
 
 IDLE_TOKENS_PER_S = 0.01
 """With fewer for each expert on average there is no load: the rates are fading rests."""
@@ -211,7 +211,7 @@ class Rebalancer:
         placement, shares, fleet = self._state.placement, self._state.shares, self._state.fleet
         away = [a for a in shares if a not in placement.generations]
         missing = [a for a in away if shares[a] and a not in leaving]
-        is_short = placement.fewest_copies() < self._state.min_copies
+        is_short = placement.fewest_copies(self._state.keys) < self._state.min_copies
         if missing or (is_short and not set(away) & set(leaving)):
             who = f"while {', '.join(missing)} is away" if missing else "while copies are missing"
             raise UnavailableError(f"copies are not moved {who}", "", 1.0)
@@ -259,7 +259,8 @@ class Rebalancer:
             key = ExpertKey(move.model, move.layer, move.expert)
             logger.info(
                 "%s layer %d expert %d, %.0f tokens/s: %s %s; %d copies then",
-                *key,
+                model_id_of(key.model),
+                *key[1:],
                 rates.get(key, 0.0),
                 "a copy comes to" if move.is_added else "its copy goes from",
                 move.actor_id,
@@ -316,8 +317,14 @@ class Rebalancer:
                 for load in [loads.get(device.actor_id)]
             ),
             experts=tuple(
-                ExpertLoad(*key, tokens_per_s=rates.get(key, 0.0), actors=actors)
+                ExpertLoad(
+                    model_id_of(key.model),
+                    *key[1:],
+                    tokens_per_s=rates.get(key, 0.0),
+                    actors=actors,
+                )
                 for key, actors in placement.holders.items()
+                if key.model in self._state.keys
             ),
             rebalances=tuple(self._reports),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ray.actor import ActorHandle
 
@@ -14,7 +14,8 @@ from cluster.controller.fleet import Fleet
 from cluster.controller.ledger import Ledger, LedgerStore
 from cluster.placement.change import Shares
 from cluster.placement.placement import Placement, assign_experts, empty_placement
-from cluster.spec import ActorReport, ModelExperts
+from cluster.placement.retained import fits_beside
+from cluster.spec import ActorReport, ExpertKey, ModelExperts
 
 logger = logging.getLogger("expertmesh.controller")
 
@@ -26,6 +27,10 @@ class ClusterState:
     actor there are: in ``shares`` the experts that it is to hold, in ``nodes`` the node that it
     runs on or ran on last; and while it serves, in ``handles`` its handle and in ``reports`` its
     last report. ``is_deleted`` says that Serve deletes the application.
+
+    ``retained`` are models of an earlier deployment, by key: they stay in the placement for routers
+    that still serve them. ``withdrawn`` are the experts, by actor, that have left it for lack of
+    memory and are in their actors' memory still.
     """
 
     def __init__(
@@ -37,6 +42,9 @@ class ClusterState:
     ) -> None:
         """Begin without actors; raises :class:`ConfigError` where the fleet cannot hold all."""
         self.models, self.fleet, self.min_copies = tuple(models), fleet, min_copies
+        self.keys = frozenset(model.model for model in self.models)
+        self.retained: dict[str, ModelExperts] = {}
+        self.withdrawn: dict[str, list[ExpertKey]] = {}
         self.placement = empty_placement(0, self.models)
         self.shares: Shares = {}
         self.nodes: dict[str, str] = {}
@@ -55,7 +63,7 @@ class ClusterState:
         """Publish ``change(placement)``; nothing where it raises."""
         async with self._changed:
             # Computed under the lock: concurrent changes must not undo each other.
-            placement = change(self.placement)
+            placement = self._without_broken(change(self.placement))
             is_complete = self.placement.missing() and not placement.missing()
             self.placement = placement
             self._changed.notify_all()
@@ -65,6 +73,28 @@ class ClusterState:
                 len(placement.holders),
                 *placement.order,
             )
+
+    def _without_broken(self, placement: Placement) -> Placement:
+        """Take retained models with a lost expert out: nobody can load it any more."""
+        broken = {key.model for key in placement.missing()} & self.retained.keys()
+        if not broken:
+            return placement
+        for model in broken:
+            logger.warning("the earlier %s ends: an expert of it is lost", model)
+            del self.retained[model]
+        return placement.without_models(broken)
+
+    async def release(self, models: Iterable[str]) -> None:
+        """Take retained models out of the placement; actors unload their experts later."""
+        gone = set(models)
+        for model in gone:
+            del self.retained[model]
+        await self.publish(lambda placement: placement.without_models(gone))
+        self.record()
+
+    def is_complete(self) -> bool:
+        """Return whether each expert of the deployment's own models has a live copy."""
+        return not any(key.model in self.keys for key in self.placement.missing())
 
     async def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until a condition holds; it is checked after each change of the placement."""
@@ -134,14 +164,39 @@ class ClusterState:
         for generations in (adopted.generations, ledger.generations):
             for actor_id, generation in generations.items():
                 self._generations[actor_id] = max(generation, self._generations[actor_id])
-        placement = empty_placement(max(adopted.epoch, ledger.epoch) + 1, self.models)
+        earlier = {m.model: m for m in ledger.models if m.model not in self.keys}
+        epoch = max(adopted.epoch, ledger.epoch) + 1
+        placement = empty_placement(epoch, [*self.models, *earlier.values()])
         for actor_id, report in adopted.reports.items():
             placement = placement.with_actor(actor_id, report.generation, report.experts)
             self.nodes[actor_id] = report.node
-        self.placement = placement
+        self.retained = earlier
+        self.placement = self._without_broken(placement)
         self.record()
+
+    def make_room(self, reports: Mapping[str, ActorReport]) -> None:
+        """Withdraw the earlier models where adopted actors cannot hold their shares beside them."""
+        own = {model.model: model for model in self.models}
+        budgets_bytes = self.fleet.budgets_bytes
+        if self.retained and not fits_beside(
+            self.shares, reports, own, self.retained, budgets_bytes
+        ):
+            logger.warning(
+                "no memory for the earlier %s beside the new model; its requests end",
+                ", ".join(self.retained),
+            )
+            self.placement = self.placement.without_models(self.retained)
+            self.retained = {}
+            self.record()
+        placed = self.placement.models()
+        self.withdrawn = {
+            actor_id: strangers
+            for actor_id, report in reports.items()
+            if (strangers := [key for key in report.experts if key.model not in placed])
+        }
 
     def record(self) -> None:
         """Write the ledger, by which the next controller goes even if no actor survives."""
         epoch, generations = self.placement.epoch, dict(self._generations)
-        self._ledger.write(Ledger(epoch, generations, self.fleet.members()))
+        models = (*self.models, *self.retained.values())
+        self._ledger.write(Ledger(epoch, generations, self.fleet.members(), models))

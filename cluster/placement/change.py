@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from cluster.errors import UnavailableError
 from cluster.placement.placement import Placement
-from cluster.spec import ExpertKey
+from cluster.spec import ExpertKey, model_id_of
 
 Shares = dict[str, list[ExpertKey]]
 """The experts that each actor is to hold."""
@@ -57,7 +57,7 @@ def refuse_losses(after: Placement, change: Change) -> None:
         raise UnavailableError(
             f"refused: expert {lost[0].expert_id} of layer {lost[0].layer_id} would have no live "
             "copy",
-            lost[0].model,
+            model_id_of(lost[0].model),
             1.0,
         )
 

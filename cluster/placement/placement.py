@@ -37,9 +37,22 @@ class Placement:
         """Return the experts without a live copy."""
         return [key for key, actors in self.holders.items() if not actors]
 
-    def fewest_copies(self) -> int:
-        """Return how many live copies the expert with the fewest has; 0 where there is none."""
-        return min((len(actors) for actors in self.holders.values()), default=0)
+    def fewest_copies(self, models: Collection[str] | None = None) -> int:
+        """Return how many live copies the expert with the fewest has; 0 where there is none.
+
+        ``models``, where given, are the only models that count.
+        """
+        counted = (a for k, a in self.holders.items() if models is None or k.model in models)
+        return min(map(len, counted), default=0)
+
+    def models(self) -> set[str]:
+        """Return the keys of all models."""
+        return {key.model for key in self.holders}
+
+    def without_models(self, models: Collection[str]) -> Placement:
+        """Return the next version, which has nothing of these models."""
+        holders = {key: actors for key, actors in self.holders.items() if key.model not in models}
+        return replace(self, version=self.version + 1, holders=holders)
 
     def held(self) -> dict[str, list[ExpertKey]]:
         """Return the experts that each live actor holds."""

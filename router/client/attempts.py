@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
 
-from cluster.errors import ExpertMeshError, OverloadedError, UnavailableError
+from cluster.errors import (
+    ExpertMeshError,
+    InvalidRequestError,
+    ModelReplacedError,
+    OverloadedError,
+    UnavailableError,
+)
 from router.client.types import Reply
 from router.client.wire import choices_of, reply_of
 from router.protos import inference_pb2
 from router.retry import Retries
 
+_IDENTITY = re.compile(r"resume\[\d+\]\.identity")
 GRACE_S = 5.0
 """Added to a call's timeout, so that the server's own DEADLINE_EXCEEDED arrives first."""
 
@@ -58,6 +66,7 @@ class Attempts:
         choice.token_ids.extend(message.token_ids)
         choice.finished = bool(message.finish_reason)
         choice.inexact |= not message.exact
+        choice.identity = message.identity or choice.identity
         if self._retries is not None:
             self._retries.progressed()
         return reply_of(message)
@@ -77,7 +86,13 @@ class Attempts:
             raise UnavailableError("the stream ended before its last token")
 
     def failed(self, error: ExpertMeshError) -> float:
-        """Return the seconds until the next attempt; raises ``error`` if there is none."""
+        """Return the seconds until the next attempt; raises ``error`` if there is none.
+
+        Where the model of the tokens so far is served no longer, :class:`ModelReplacedError` is
+        raised: a new request gets the new model's whole answer.
+        """
+        if isinstance(error, InvalidRequestError) and _IDENTITY.fullmatch(error.field):
+            raise ModelReplacedError from error
         if self._retries is None or not self._is_temporary(error):
             raise error
         delay_s = self._retries.next_delay_s(self._remaining_s, error.retry_after_s)

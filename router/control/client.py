@@ -21,6 +21,7 @@ class ControllerClient(Protocol):
         known: tuple[int, int],
         timeout_s: float,
         samples: Samples,
+        model: str,
     ) -> Awaitable[dict[str, Any]]:
         """See :meth:`cluster.controller.controller.Controller.watch`."""
         ...
@@ -45,10 +46,11 @@ class HandleController:
         known: tuple[int, int],
         timeout_s: float,
         samples: Samples,
+        model: str,
     ) -> dict[str, Any]:
         """See :meth:`cluster.controller.controller.Controller.watch`."""
         answer: dict[str, Any] = await self._handle.watch.remote(
-            kind, pid, node, known, timeout_s, samples
+            kind, pid, node, known, timeout_s, samples, model
         )
         return answer
 

@@ -78,8 +78,11 @@ class PlacementWatcher:
         is_wanted: Callable[[], bool],
         on_deleted: Callable[[], None],
         samples: Callable[[], Samples],
+        model: str = "",
     ) -> None:
         """``kind``, ``router`` or ``gateway``, is shown in the cluster's status.
+
+        ``model`` is the key of a router's model; the controller keeps its experts for it.
 
         ``samples`` returns the replica's samples; each long poll sends them.
 
@@ -90,6 +93,7 @@ class PlacementWatcher:
         self._is_wanted = is_wanted
         self._on_deleted = on_deleted
         self._samples = samples
+        self._model = model
         self._asking: asyncio.Task[None] | None = None
         self._view = view
         self._controller = controller
@@ -140,7 +144,7 @@ class PlacementWatcher:
         call = asyncio.create_task(
             self._bounded(
                 lambda: self._controller.watch(
-                    self._kind, os.getpid(), node, known, WATCH_S, self._samples()
+                    self._kind, os.getpid(), node, known, WATCH_S, self._samples(), self._model
                 )
             )
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cluster.placement.placement import Placement
-from cluster.spec import ExpertKey, OnExpertLoss
+from cluster.spec import ExpertKey, OnExpertLoss, model_id_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def _reason(
 ) -> str:
     if placement is None:
         return "no placement of the experts is known yet"
-    placed = {key.model for key in placement.holders}
+    placed = {model_id_of(model) for model in placement.models()}
     unplaced = sorted(set(models) - placed)
     if unplaced:  # a new gateway may start before the controller that knows its models
         return f"no placement of the experts of {', '.join(unplaced)} is known yet"
@@ -58,9 +58,29 @@ def _reason(
     return f"{missing} experts have no live copy" if missing else ""
 
 
+def is_its_turn(placement: Placement | None, model: str) -> bool:
+    """Return whether a new router of a model, by its key, is to serve now.
+
+    On a redeploy the earlier model's routers go on until the new experts have copies, so that no
+    request waits for them.
+    """
+    if placement is None:
+        return False
+    is_whole = model in placement.models() - {key.model for key in placement.missing()}
+    model_id = model_id_of(model)
+    earlier = {key for key in placement.models() if model_id_of(key) == model_id} - {model}
+    return is_whole or not earlier
+
+
 def _awaited(placement: Placement, on_expert_loss: OnExpertLoss) -> list[ExpertKey]:
-    """Return the missing experts that requests wait for."""
+    """Return the missing experts that requests wait for.
+
+    During a redeploy, a model that has all experts serves for a successor of its id that has not.
+    """
     missing = placement.missing()
+    whole = placement.models() - {key.model for key in missing}
+    served = {model_id_of(model) for model in whole}
+    missing = [key for key in missing if model_id_of(key.model) not in served]
     if on_expert_loss == "strict" or not missing:
         return missing
     if on_expert_loss == "drop":

@@ -23,6 +23,7 @@ from cluster.errors import (
     ExpertMeshError,
     ExpertUnavailableError,
     InternalError,
+    ModelReplacedError,
     NotFiniteError,
 )
 from router.engine.batch import StepInput, context_of, pack
@@ -72,9 +73,11 @@ class Engine:
         eos_token_ids: frozenset[int],
         emit: Emit,
         is_exact: bool = True,
+        identity: str = "",
     ) -> None:
-        """``emit`` is called on the engine's thread, at most once a step.
+        """``emit`` is called on the engine's thread, at most twice a step.
 
+        The first token of each choice brings the model's ``identity``.
         Without ``is_exact``, experts are emulated and every token is flagged as not exact.
 
         ``replayed`` counts the forced tokens, by whether the step sampled an equal token. ``tally``
@@ -87,6 +90,7 @@ class Engine:
         self._eos_token_ids = eos_token_ids
         self._emit = emit
         self._is_exact = is_exact
+        self._identity = identity
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._outbox: list[Emission] = []
         self.replayed: Counter[str] = Counter()
@@ -154,6 +158,8 @@ class Engine:
             wait_s = PARKED_S if self._scheduler.sequences() else IDLE_S
             self._run_commands(0.0 if work else wait_s)
             self._expire()
+            if self._layers.is_withdrawn():
+                self._fail(lambda _: True, ModelReplacedError())
             self._unpark()
             work = self._scheduler.schedule() if self._layers.is_placed() else []
             self._flush()  # a step may wait long for an expert that is away
@@ -253,7 +259,10 @@ class Engine:
                 self._finish(sequence)
             rows = () if row is None else (row,)
             start = sequence.num_generated - 1
-            event = TokenEvent(sequence.index, (token_id,), rows, reason, sequence.exact, start)
+            identity = "" if start else self._identity
+            event = TokenEvent(
+                sequence.index, (token_id,), rows, reason, sequence.exact, start, identity
+            )
             self._outbox.append(Emission(sequence.request.request_id, event))
         for request_id in failed:
             logger.error("request %s: the model's output is not finite", request_id)

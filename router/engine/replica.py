@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from cluster.controller.application import app_is_wanted
-from cluster.errors import ExpertMeshError, being_deleted
+from cluster.errors import ExpertMeshError, ModelReplacedError, being_deleted
 from cluster.transport.open import open_transport
 from cluster.wire.tensors import TORCH_DTYPES
 from experts.checkpoint.remote_files import open_model
@@ -30,6 +30,7 @@ from experts.checkpoint.remote_reader import RayNeighbours
 from router.config import ExpertsConfig, RouterConfig
 from router.control.client import ControllerClient
 from router.control.placement_view import PlacementView, PlacementWatcher
+from router.control.readiness import is_its_turn
 from router.engine.engine import Emission, Engine
 from router.engine.scheduler import Limits, Scheduler
 from router.engine.stats import RouterSamples
@@ -42,6 +43,8 @@ from router.moe.dispatch import Dispatcher
 from router.moe.layer import MoELayers
 from router.observability.tracing import RequestTrace
 from router.served import ServedModel
+
+TURN_CHECK_S = 0.1
 
 logger = logging.getLogger("expertmesh.router")
 
@@ -78,7 +81,8 @@ class RouterReplica:
         self._loop = asyncio.get_running_loop()
         self._requests: dict[str, _Request] = {}
         self._call_numbers = itertools.count()
-        view = PlacementView()
+        self._model = model
+        view = self._view = PlacementView()
         self._is_deleted = False
         self._watcher = PlacementWatcher(
             "router",
@@ -87,11 +91,12 @@ class RouterReplica:
             partial(app_is_wanted, app),
             self._end_requests,
             lambda: self._samples(),  # set below, before the event loop runs the watcher
+            model.key,
         )
         tls = None if experts.tls is None else experts.tls.files()
         self._transport = open_transport(app, experts.transport, tls)
         self._dispatcher = Dispatcher(
-            model.id, view, self._transport, self._watcher.suspect, experts.call_timeout_s
+            model.key, view, self._transport, self._watcher.suspect, experts.call_timeout_s
         )
         capacity = config.expert_capacity
         limit = None if capacity is None else CapacityLimit(capacity, model.num_experts)
@@ -121,6 +126,7 @@ class RouterReplica:
             frozenset(model.eos_token_ids),
             self._emit,
             is_exact=not experts.emulated_pools,
+            identity=model.identity,
         )
         self._samples = RouterSamples(
             model.id, self._engine.tally, scheduler, self._dispatcher, self._overflow
@@ -148,13 +154,16 @@ class RouterReplica:
         """Generate all choices of a request.
 
         Returns ``{"error": …}``, or ``{"events": […]}`` with one event for each choice: all its
-        tokens except those that the request lists as received. Meanwhile the tokens of a streamed
-        request go to ``address`` as they are sampled. Of any other request, only the first tokens
-        of each choice do.
+        tokens except those that the request lists as received. With an error, ``"replaced": True``
+        says that a router of another model may serve the request. Meanwhile the tokens of a
+        streamed request go to ``address`` as they are sampled. Of any other request, only the first
+        tokens of each choice do.
         """
         if self._is_deleted:
             return {"error": being_deleted().to_wire()}
         request = GenerationRequest.from_wire(wire)
+        if not self._serves(request):
+            return _replaced(ModelReplacedError())
         await self._links.connect(address)
         unfinished = sum(not request.received_of(i).finished for i in range(request.sampling.n))
         pending = _Request(
@@ -165,6 +174,8 @@ class RouterReplica:
         self._engine.submit(request, RequestTrace.of_call())
         try:
             await pending.done
+        except ModelReplacedError as error:
+            return _replaced(error)
         except ExpertMeshError as error:
             return {"error": error.to_wire()}
         except asyncio.CancelledError:
@@ -173,6 +184,17 @@ class RouterReplica:
         finally:
             del self._requests[request.request_id]
         return {"events": [e.to_wire() for e in merge_events(pending.events)]}
+
+    def _serves(self, request: GenerationRequest) -> bool:
+        """Return whether a request's text is of this model's tokenizer, and its tokens its own."""
+        identities = {choice.identity for choice in request.received if choice.token_ids}
+        is_text = request.text_identity in ("", self._model.text_identity)
+        return is_text and identities <= {self._model.identity}
+
+    async def take_turn(self) -> None:
+        """Return once this router is to serve; see :func:`router.control.readiness.is_its_turn`."""
+        while not is_its_turn(self._view.placement, self._model.key):
+            await asyncio.sleep(TURN_CHECK_S)
 
     def _end_requests(self) -> None:
         """End all requests; Serve waits for them before it ends a replica."""
@@ -246,3 +268,7 @@ class RouterReplica:
         self._engine.close()
         self._watcher.stop()
         self._links.close()
+
+
+def _replaced(error: ModelReplacedError) -> dict[str, Any]:
+    return {"error": error.to_wire(), "replaced": True}

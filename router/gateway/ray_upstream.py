@@ -24,6 +24,8 @@ from ray.serve.handle import DeploymentHandle
 from cluster.errors import (
     ExpertMeshError,
     InternalError,
+    InvalidRequestError,
+    ModelReplacedError,
     OverloadedError,
     UnavailableError,
     being_deleted,
@@ -42,6 +44,8 @@ from router.observability.tracing import as_current, gateway_span
 from router.retry import Retries, RetryBudget, RetryPolicy
 
 RESEND = RetryPolicy(first_delay_s=0.1, max_delay_s=1.0)
+RESUMED_TIMES = 3
+"""How often a router of the model that has given tokens is looked for after a redeploy."""
 RESEND_TOKENS = 8192
 """The budget for sending requests again. When a router dies, a gateway may lose all of its requests
 at once; sending them again must take less than half of the budget."""
@@ -125,6 +129,13 @@ class RayUpstream:
                             yield event
                     retries.succeeded()
                     return
+                except ModelReplacedError as error:
+                    if receipts.has_tokens() and number >= RESUMED_TIMES:
+                        raise _not_resumed(request, error) from None
+                    delay_s = retries.next_delay_s(request.remaining_s())
+                    if delay_s is None:
+                        raise
+                    await asyncio.sleep(delay_s)
                 except (RayActorError, DeploymentUnavailableError, OverloadedError) as error:
                     delay_s = _resend_delay_s(error, retries, number > 0, request.remaining_s())
                     logger.warning("a router was lost (%s); sending again", type(error).__name__)
@@ -211,6 +222,18 @@ class RayUpstream:
         return ready
 
 
+def _not_resumed(request: GenerationRequest, error: ModelReplacedError) -> ExpertMeshError:
+    """Return the error of tokens that no router here goes on from; a client's own are refused."""
+    for index, choice in enumerate(request.received):
+        if choice.token_ids:
+            return InvalidRequestError(
+                f"{choice.identity!r:.80} is not the model that is served now; its tokens cannot "
+                "be gone on from",
+                f"resume[{index}].identity",
+            )
+    return error
+
+
 def _resend_delay_s(
     error: Exception, retries: Retries, is_resent: bool, remaining_s: float
 ) -> float:
@@ -233,6 +256,8 @@ def _events(reply: Reply) -> list[TokenEvent]:
     """Return the events of a reply; raises the error if the reply is an error."""
     if isinstance(reply, BaseException):
         raise _typed(reply)
+    if "replaced" in reply:
+        raise ModelReplacedError
     if "error" in reply:
         raise error_from_wire(reply["error"])
     return [TokenEvent.from_wire(wire) for wire in reply["events"]]

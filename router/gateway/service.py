@@ -31,7 +31,8 @@ class Delta:
     """A new piece of one choice.
 
     ``text`` may lag behind ``token_ids``. A ``finish_reason`` (``stop`` or ``length``) ends the
-    choice. ``usage`` is set on the last delta of the request.
+    choice. ``usage`` is set on the last delta of the request, ``identity``, the model's, on the
+    first of a choice.
     """
 
     index: int
@@ -41,6 +42,7 @@ class Delta:
     finish_reason: str | None = None
     exact: bool = True
     usage: Usage | None = None
+    identity: str = ""
 
 
 @dataclass(slots=True)
@@ -52,6 +54,7 @@ class Collected:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     exact: bool = True
+    identity: str = ""
 
     def add(self, delta: Delta) -> None:
         """Append one delta."""
@@ -60,6 +63,7 @@ class Collected:
         self.logprobs += delta.logprobs
         self.finish_reason = delta.finish_reason
         self.exact = self.exact and delta.exact
+        self.identity = delta.identity or self.identity
 
 
 class Upstream(Protocol):
@@ -244,6 +248,7 @@ class _Choices:
             logprobs=_finite(event.logprobs[:used]),
             finish_reason=finish_reason,
             exact=event.exact,
+            identity=event.identity,
         )
         if finish_reason is not None:
             del self._going[event.index]

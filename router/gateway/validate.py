@@ -117,6 +117,7 @@ class Validator:
             # The gateway must see tokens early, so that a stop string ends its choice in time.
             streamed=raw.streamed or bool(stops),
             received=_check_resume(raw, model, sampling),
+            text_identity=model.info.text_identity,
         )
         checked = CheckedRequest(request, model, stops)
         self.check_together([checked], raw.path("max_tokens"))
@@ -280,6 +281,12 @@ def _check_resume(
         ends = () if sampling.ignore_eos or received.finished else model.info.eos_token_ids
         if any(token_id in ends for token_id in ids[:-1]):
             raise InvalidRequestError("goes on after an end-of-sequence token", where)
+        if ids and not received.identity:
+            raise InvalidRequestError(
+                "is missing; tokens are gone on from only by the model that gave them, whose "
+                "identity came with the first of them",
+                f"resume[{index}].identity",
+            )
     return tuple(raw.resume)
 
 

@@ -45,6 +45,8 @@ class Received:
     token_ids: tuple[int, ...] = ()
     finished: bool = False
     exact: bool = True
+    identity: str = ""
+    """That of the model that gave the tokens; no other model goes on from them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class GenerationRequest:
     on_expert_loss: str = "strict"
     streamed: bool = True
     received: tuple[Received, ...] = ()
+    text_identity: str = ""
+    """That of the files by which the gateway makes ids of text; empty where it does not matter."""
 
     def received_of(self, index: int) -> Received:
         """Return the tokens that have come of choice ``index``."""
@@ -90,7 +94,7 @@ class GenerationRequest:
         sampling = SamplingParams(**wire["sampling"])
         ids = tuple(wire["prompt_token_ids"])
         received = tuple(
-            Received(tuple(choice["token_ids"]), choice["finished"], choice["exact"])
+            Received(**{**choice, "token_ids": tuple(choice["token_ids"])})
             for choice in wire["received"]
         )
         fields |= {"sampling": sampling, "prompt_token_ids": ids, "received": received}
@@ -125,7 +129,7 @@ class TokenEvent:
     ``finish_reason`` is ``None`` while the choice goes on, else ``stop`` (the last id is an
     end-of-sequence token) or ``length``. ``exact`` is false if an expert's share was replaced or
     dropped for these tokens or any before them. ``start`` is the number of the choice's tokens
-    before these.
+    before these. ``identity`` is the model's, and is set on the first tokens of a choice.
     """
 
     index: int
@@ -134,18 +138,27 @@ class TokenEvent:
     finish_reason: str | None = None
     exact: bool = True
     start: int = 0
+    identity: str = ""
 
     def to_wire(self) -> list[Any]:
         """Return the event as a msgpack-able list."""
         logprobs = [[p.logprob, p.top_ids, p.top_logprobs] for p in self.logprobs]
-        return [self.index, self.token_ids, logprobs, self.finish_reason, self.exact, self.start]
+        return [
+            self.index,
+            self.token_ids,
+            logprobs,
+            self.finish_reason,
+            self.exact,
+            self.start,
+            self.identity,
+        ]
 
     @classmethod
     def from_wire(cls, wire: list[Any]) -> TokenEvent:
         """Rebuild an event from :meth:`to_wire`."""
-        index, token_ids, logprobs, finish_reason, exact, start = wire
+        index, token_ids, logprobs, finish_reason, exact, start, identity = wire
         rows = tuple(TokenLogprobs(p[0], tuple(p[1]), tuple(p[2])) for p in logprobs)
-        return cls(index, tuple(token_ids), rows, finish_reason, exact, start)
+        return cls(index, tuple(token_ids), rows, finish_reason, exact, start, identity)
 
 
 class Receipts:
@@ -157,6 +170,7 @@ class Receipts:
         self._token_ids = [list(choice.token_ids) for choice in choices]
         self._finished = [choice.finished for choice in choices]
         self._exact = [choice.exact for choice in choices]
+        self._identity = [choice.identity for choice in choices]
 
     def take(self, event: TokenEvent) -> TokenEvent | None:
         """Return the part of an event that was not passed on yet; it then counts as passed on.
@@ -174,8 +188,13 @@ class Receipts:
         passed_on.extend(token_ids)
         self._finished[event.index] = event.finish_reason is not None
         self._exact[event.index] &= event.exact
+        self._identity[event.index] = event.identity or self._identity[event.index]
         logprobs = event.logprobs[skip:]
         return replace(event, token_ids=token_ids, logprobs=logprobs, start=event.start + skip)
+
+    def has_tokens(self) -> bool:
+        """Return whether any token has been passed on."""
+        return any(self._token_ids)
 
     def all_finished(self) -> bool:
         """Return whether no choice needs more tokens."""
@@ -187,9 +206,9 @@ class Receipts:
         ``stopped`` are choices that need no more tokens.
         """
         return tuple(
-            Received(tuple(token_ids), finished or index in stopped, exact)
-            for index, (token_ids, finished, exact) in enumerate(
-                zip(self._token_ids, self._finished, self._exact, strict=True)
+            Received(tuple(token_ids), finished or index in stopped, exact, identity)
+            for index, (token_ids, finished, exact, identity) in enumerate(
+                zip(self._token_ids, self._finished, self._exact, self._identity, strict=True)
             )
         )
 
@@ -212,4 +231,5 @@ def _join(events: list[TokenEvent]) -> TokenEvent:
         events[-1].finish_reason,
         all(event.exact for event in events),
         events[0].start,
+        events[0].identity,
     )

@@ -24,11 +24,14 @@ import torch
 
 from cluster.errors import (
     Code,
+    ExpertMeshError,
     ExpertUnavailableError,
     FrameError,
     InternalError,
+    ModelReplacedError,
 )
 from cluster.placement.placement import Placement
+from cluster.spec import model_id_of
 from cluster.transport.base import Call, CallFailure, Outcome, Transport
 from cluster.wire.frames import (
     DispatchFrame,
@@ -43,7 +46,7 @@ from router.control.placement_view import PlacementView
 from router.moe.combine import ExpertRows
 from router.moe.copy_choice import Copies, has_other_copies
 from router.moe.pace import Pace
-from router.moe.pending import Attempt, AwayError, DamageLog, PendingLayer
+from router.moe.pending import Attempt, AwayError, DamageLog, Failed, PendingLayer
 from router.moe.permute import Layout, Layouts, Part, gather, lay_out, split
 from router.retry import RetryPolicy
 
@@ -70,7 +73,10 @@ class Dispatcher:
         suspect: Callable[[str, int], None],
         call_timeout_s: float,
     ) -> None:
-        """``suspect`` is called with (actor_id, generation) of an actor that does not answer."""
+        """``model`` is the model's key.
+
+        ``suspect`` is called with (actor_id, generation) of an actor that does not answer.
+        """
         self._model = model
         self._view = view
         self._transport = transport
@@ -78,6 +84,7 @@ class Dispatcher:
         self._call_timeout_s = call_timeout_s
         self._request_ids = itertools.count(1)
         self._layouts = Layouts(model)
+        self._was_placed = False
         self._copies = Copies()
         self._pace = Pace()
         self._damage_log = DamageLog()
@@ -85,8 +92,15 @@ class Dispatcher:
         self.calls = transport.calls
 
     def is_placed(self) -> bool:
-        """Return whether a placement is known."""
-        return self._view.placement is not None
+        """Return whether a placement is known that has the model."""
+        placement = self._view.placement
+        is_placed = placement is not None and self._layouts.has_model(placement)
+        self._was_placed = self._was_placed or is_placed
+        return is_placed
+
+    def is_withdrawn(self) -> bool:
+        """Return whether the placement had the model and has it no longer: it was replaced."""
+        return not self.is_placed() and self._was_placed
 
     def missing(self, layer_id: int) -> np.ndarray | None:
         """Return the missing experts of a layer, bool [E]; ``None`` where none is missing."""
@@ -112,7 +126,8 @@ class Dispatcher:
         ``deadline_s`` (monotonic) is the earliest of the step's requests; see :meth:`wait`.
 
         Returns ``None`` when an expert has no live copy; the caller decides. Raises
-        :class:`ExpertUnavailableError` when no placement is known.
+        :class:`ExpertUnavailableError` when no placement is known, and
+        :class:`ModelReplacedError` when the placement has the model no longer.
         """
         layer = PendingLayer(
             layer_id=layer_id,
@@ -172,26 +187,13 @@ class Dispatcher:
             layer.attempt = None  # an expert has lost its last copy: the next wait returns None
         return True
 
-    def _check_away(
-        self, layer: PendingLayer, failed: Sequence[tuple[Part, CallFailure | None]]
-    ) -> None:
+    def _check_away(self, layer: PendingLayer, failed: Sequence[Failed]) -> None:
         """Raise :class:`AwayError` once the wait for a part without another copy is over."""
         now_s = time.monotonic()
-        away = [part for part, failure in failed if now_s >= self._given_up_s(layer, part, failure)]
+        away = [f.part for f in failed if now_s >= layer.given_up_s(f, self._patience_s)]
         if away:
             self._pace.left_out((part.actor_id, part.generation) for part in away)
             raise AwayError(np.concatenate([part.pairs for part in away]))
-
-    def _given_up_s(self, layer: PendingLayer, part: Part, failure: CallFailure | None) -> float:
-        """Return when the wait for a part without another copy ends; ``failure`` is its last one.
-
-        That is the deadline. An actor that lives has :meth:`_patience_s` beyond it.
-        """
-        if failure is CallFailure.DIED:
-            return layer.deadline_s
-        assert layer.attempt is not None
-        patience_s = self._patience_s(part, layer.attempt.most_rows)
-        return max(layer.deadline_s, layer.started_s + patience_s)
 
     def _patience_s(self, part: Part, most_rows: int) -> float:
         """Return how long an actor may take for its answer, whatever the deadlines are."""
@@ -201,14 +203,19 @@ class Dispatcher:
     def _send(self, layer: PendingLayer, pairs: np.ndarray | None) -> bool:
         """Send ``pairs`` of a layer once; returns false where an expert has no live copy."""
         placement = self._view.placement
-        if placement is None:
-            raise ExpertUnavailableError("no placement is known yet", self._model, 1.0)
+        if placement is None or not self._layouts.has_model(placement):
+            raise self._not_placed()
         layout = self._layout(placement, layer, pairs)
         ordered, parts, missing_pairs = split(layout, layer.expert_ids, layer.k, pairs)
         if len(missing_pairs):
             return False
         layer.attempt = self._send_parts(placement, layer, ordered, parts)
         return True
+
+    def _not_placed(self) -> ExpertMeshError:
+        if self.is_withdrawn():
+            return ModelReplacedError()
+        return ExpertUnavailableError("no placement is known yet", model_id_of(self._model), 1.0)
 
     def _layout(
         self, placement: Placement, layer: PendingLayer, pairs: np.ndarray | None
@@ -300,18 +307,15 @@ class Dispatcher:
             left_s = max(left_s, self._patience_s(part, most_rows))
         return min(self._call_timeout_s, left_s)
 
-    def _receive(self, layer: PendingLayer) -> list[tuple[Part, CallFailure | None]]:
-        """Take the answers of an attempt; returns the parts without an answer.
-
-        The failure of a part is ``None`` where its actor has answered, but without rows.
-        """
+    def _receive(self, layer: PendingLayer) -> list[Failed]:
+        """Take the answers of an attempt; returns the parts without rows."""
         attempt = layer.attempt
         assert attempt is not None
         if attempt.calls is None:
             return []
         outcomes = attempt.calls.wait(partial(self._suspect_if_late, attempt))
         failed = [
-            (part, outcome if isinstance(outcome, CallFailure) else None)
+            Failed(part, outcome if isinstance(outcome, CallFailure) else None)
             for (part, frame), outcome in zip(attempt.sent, outcomes, strict=True)
             if not self._take(layer, part, frame, outcome)
         ]

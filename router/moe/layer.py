@@ -194,8 +194,12 @@ class MoELayers:
             return None
 
     def is_placed(self) -> bool:
-        """Return whether a placement is known; without one no layer can be sent."""
+        """Return whether a placement is known that has the model; else no layer can be sent."""
         return self._dispatcher.is_placed()
+
+    def is_withdrawn(self) -> bool:
+        """Return whether the model was replaced by a redeploy."""
+        return self._dispatcher.is_withdrawn()
 
     def have_all(self, experts: Iterable[Awaited]) -> bool:
         """Return whether each of the (layer, expert) pairs has a live copy."""

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from cluster.placement.placement import Placement
-from cluster.transport.base import PendingCalls
+from cluster.transport.base import CallFailure, PendingCalls
 from cluster.wire.frames import DispatchFrame
 from cluster.wire.tensors import from_bytes
 from router.moe.combine import ExpertRows
@@ -46,6 +48,13 @@ class Attempt:
     calls: PendingCalls | None = None
 
 
+class Failed(NamedTuple):
+    """A part without rows; ``failure`` is ``None`` where its actor has answered, but no rows."""
+
+    part: Part
+    failure: CallFailure | None
+
+
 @dataclass(slots=True)
 class PendingLayer:
     """One layer that was sent and is not yet received.
@@ -72,6 +81,16 @@ class PendingLayer:
     """Actors that failed in this layer; asked again only for experts without another copy."""
     refusals: tuple[int, ...] = ()
     """The experts whose rows were refused as malformed, once for each refusal."""
+
+    def given_up_s(self, failed: Failed, patience_s: Callable[[Part, int], float]) -> float:
+        """Return when the wait for a part without another copy ends.
+
+        That is the deadline. An actor that lives may take ``patience_s`` (part, most rows) beyond.
+        """
+        if failed.failure is CallFailure.DIED or self.attempt is None:
+            return self.deadline_s
+        patient_s = self.started_s + patience_s(failed.part, self.attempt.most_rows)
+        return max(self.deadline_s, patient_s)
 
     def drop_damaged(self) -> list[Part]:
         """Drop and return the parts with a row that is not finite where its hidden state is.

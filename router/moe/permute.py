@@ -99,12 +99,13 @@ class Layouts:
     """The layouts of one model's layers under the latest placement that was asked about."""
 
     def __init__(self, model: str) -> None:
-        """``model`` is the model's id in the placement."""
+        """``model`` is the model's key in the placement."""
         self._model = model
         self._placement: Placement | None = None
         self._holders: dict[int, list[tuple[str, ...]]] = {}
         self._fixed: dict[int, Layout | None] = {}
         self._missing: dict[int, np.ndarray] = {}
+        self._has_model = False
 
     def holders(self, placement: Placement, layer_id: int) -> list[tuple[str, ...]]:
         """Return the actors that hold a copy of each expert of a layer."""
@@ -138,12 +139,18 @@ class Layouts:
         self._keep(placement)
         return self._missing.get(layer_id)
 
+    def has_model(self, placement: Placement) -> bool:
+        """Return whether the placement has the model."""
+        self._keep(placement)
+        return self._has_model
+
     def _keep(self, placement: Placement) -> None:
         """Forget the layouts of an earlier placement."""
         if placement is not self._placement:
             self._placement = placement
             self._holders, self._fixed = {}, {}
             self._missing = missing_by_layer(placement, self._model)
+            self._has_model = any(key.model == self._model for key in placement.holders)
 
 
 def missing_by_layer(placement: Placement, model: str) -> dict[int, np.ndarray]:

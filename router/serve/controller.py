@@ -47,6 +47,7 @@ class ControllerDeployment(Controller):
                 LedgerStore(app),
                 experts.min_copies,
                 experts.rebalance_period_s,
+                experts.redeploy_drain_s,
             )
             await self.start()
         self._deletion = asyncio.create_task(self.look_for_deletion(), name="deletion")

@@ -37,6 +37,7 @@ class RouterDeployment:
                 from router.engine.replica import RouterReplica
             client = HandleController(controller)
             self._replica = RouterReplica(app, model, config.router, config.experts, client)
+        await self._replica.take_turn()
 
     async def generate(self, wire: dict[str, Any], address: LinkAddress) -> dict[str, Any]:
         """See :meth:`RouterReplica.generate`."""

@@ -87,6 +87,8 @@ def served(model_id: str = "tiny", chat_template: str | None = TEMPLATE) -> Gate
     return GatewayModel(info, tokenizer(chat_template))
 
 
+IDENTITY = "6d0de1"
+"""Of the model whose tokens the fakes send."""
 STATUS = ClusterStatus(
     models=("tiny",),
     epoch=3,
@@ -266,7 +268,8 @@ def goes_on(*texts: str, upto: int | None = None) -> Script:
                     break
                 reason = "length" if place == len(ids) - 1 else None
                 rows = _logprobs(ids[place], request.sampling.logprobs)
-                yield TokenEvent(index, (ids[place],), rows, reason, start=place)
+                identity = "" if place else IDENTITY
+                yield TokenEvent(index, (ids[place],), rows, reason, True, place, identity)
 
     return script
 

@@ -185,7 +185,7 @@ def _raw_request(request: Any, streamed: bool) -> RawRequest:
         sampling_prefix="sampling.",
         streamed=streamed,
         resume=[
-            Received(tuple(choice.token_ids), choice.finished, not choice.inexact)
+            Received(tuple(choice.token_ids), choice.finished, not choice.inexact, choice.identity)
             for choice in request.resume
         ],
     )
@@ -215,6 +215,7 @@ def _reply(index: int, part: Delta | Collected, tokenizer: Tokenizer, usage: Usa
         finish_reason=part.finish_reason or "",
         usage=None if usage is None else _usage(usage),
         exact=part.exact,
+        identity=part.identity,
     )
 
 

@@ -48,7 +48,7 @@ def local_actor(folder: Path, max_queue_rows: int = 1000, num_gpus: float = 0.0)
     source = ModelSource(str(folder), "float32", ModelExperts("m", (0, 1, 2), 8, 1), identity)
     spec = ActorSpec("app", (source,), 0.1, num_gpus, 1, max_queue_rows)
     actor = Actor(spec, "expert-0", 1, 1)
-    actor.load(1, KEYS)
+    actor.load(1, spec, KEYS)
     return actor
 
 

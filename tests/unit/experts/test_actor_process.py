@@ -219,7 +219,7 @@ def test_experts_are_loaded_beside_those_already_held(make: Callable[..., Actor]
     actor = make()
     held = actor._bank.experts[KEYS[0]]
     more = [KEYS[0], ExpertKey("m", 1, 1)]
-    report = actor.load(1, [tuple(key) for key in more])  # type: ignore[misc]
+    report = actor.load(1, actor._spec, [tuple(key) for key in more])  # type: ignore[misc]
     assert report.experts == tuple(sorted({*KEYS, *more}))
     assert actor._bank.experts[KEYS[0]] is held  # not read again
 
@@ -241,7 +241,7 @@ def test_experts_are_let_go_after_the_batch_under_way(
     answer = decode(waiting.result(LIMIT_S))
     assert isinstance(answer, RowsFrame) or answer.kind == "WrongPlacementError"
     assert error_answer(actor.compute(frame_of(rows_of(1)))).kind == "WrongPlacementError"
-    assert actor.load(1, KEYS).experts == tuple(KEYS)
+    assert actor.load(1, actor._spec, KEYS).experts == tuple(KEYS)
     assert rows_answer(actor.compute(frame_of(rows_of(1)))).shape == (1, HIDDEN)
 
 
@@ -416,7 +416,7 @@ def test_orders_of_an_older_epoch_are_refused_and_those_of_a_newer_accepted(
     assert actor.heartbeat(5).epoch == 5
     for order in (
         lambda: actor.heartbeat(4),
-        lambda: actor.load(4, [ExpertKey("m", 1, 1)]),
+        lambda: actor.load(4, actor._spec, [ExpertKey("m", 1, 1)]),
         lambda: actor.unload(4, KEYS),
     ):
         with pytest.raises(StaleEpochError, match=r"older than 5 \(given: 4\)"):
@@ -437,7 +437,7 @@ def test_heartbeats_and_loads_renew_the_lease_and_other_calls_do_not(
         actor.heartbeat(0)
     assert renewed == []
     actor.heartbeat(1)
-    actor.load(1, [])
+    actor.load(1, actor._spec, [])
     assert len(renewed) == 2
 
 

@@ -42,8 +42,8 @@ TARGETS = ScalingTargets(
 )
 
 
-def spec_of(threads: int = 1) -> ActorSpec:
-    experts = ModelExperts("m", (0, 1), NUM_EXPERTS, 10)
+def spec_of(threads: int = 1, model: str = "m") -> ActorSpec:
+    experts = ModelExperts(model, (0, 1), NUM_EXPERTS, 10)
     return ActorSpec("app", (ModelSource("path", "float32", experts, ""),), 0.1, 0.0, threads, 100)
 
 
@@ -65,6 +65,7 @@ class FakeActor:
     heartbeats: int = 0
     loads: int = 0
     busy_s: float = 0.0
+    free_bytes: int = 10**9
     asked_s: float = field(default_factory=time.monotonic)
 
     def report(self) -> ActorReport:
@@ -82,6 +83,7 @@ class FakeActor:
             queued_rows=0,
             steps=0,
             busy_s=self.busy_s,
+            free_bytes=self.free_bytes,
         )
 
     async def answer(self, epoch: int | None, timeout_s: float | None) -> ActorReport:
@@ -178,8 +180,14 @@ class FakePool:
         actor.asked_s = now_s
 
     async def load(
-        self, actor: FakeActor, epoch: int, keys: Sequence[ExpertKey], timeout_s: float
+        self,
+        actor: FakeActor,
+        epoch: int,
+        spec: ActorSpec,
+        keys: Sequence[ExpertKey],
+        timeout_s: float,
     ) -> ActorReport:
+        assert {key.model for key in keys} <= {source.experts.model for source in spec.models}
         actor.loads += 1
         if self.load_gate is not None:
             await self.load_gate(actor)
@@ -219,17 +227,25 @@ class Cluster:
         pools: dict[str, tuple[int, int]] | None = None,
         autoscaling: ScalingTargets | None = None,
         rebalance_period_s: float | None = None,
+        model: str = "m",
+        redeploy_drain_s: float = 600.0,
     ) -> None:
         """``pools`` has each pool's number of actors and budget; by default there is one."""
-        self.spec = spec_of()
+        self.spec = spec_of(model=model)
         specs = [
-            PoolSpec(name, count, budget, spec_of(threads))
+            PoolSpec(name, count, budget, spec_of(threads, model))
             for threads, (name, (count, budget)) in enumerate((pools or {}).items(), 1)
         ] or [PoolSpec("expert", num_actors, None, self.spec, autoscaling)]
         self.specs = {actor_id: pool.actor for pool in specs for actor_id in pool.actor_ids()}
         self.pool = pool or FakePool(self.spec.digest)
         self.controller = Controller(
-            "app", specs, self.pool, self.pool.ledger, min_copies, rebalance_period_s
+            "app",
+            specs,
+            self.pool,
+            self.pool.ledger,
+            min_copies,
+            rebalance_period_s,
+            redeploy_drain_s,
         )
         self.state = self.controller._state
         self.keeper = self.controller._keeper

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,8 @@ from cluster.spec import (
     ModelExperts,
     ModelSource,
     actor_name,
+    model_id_of,
+    model_key,
     parse_actor_name,
 )
 
@@ -339,11 +342,28 @@ def test_other_names_are_no_actors_of_the_application(name: str) -> None:
     assert parse_actor_name(name, "app") is None
 
 
-def test_a_digest_tells_specifications_apart() -> None:
-    def spec(threads: int, dtype: str) -> ActorSpec:
-        model = ModelSource("path", dtype, ModelExperts("m", (0,), 2, 8), "")
-        return ActorSpec("app", (model,), 0.1, 0.0, threads, 100)
+def test_a_digest_tells_apart_what_is_a_processes_for_life() -> None:
+    """Other weights and limits come to a living actor; nothing reloads for equal ones."""
 
-    assert spec(1, "float32").digest == spec(1, "float32").digest
-    others = {spec(2, "float32").digest, spec(1, "bfloat16").digest, spec(1, "float32").digest}
-    assert len(others) == 3
+    def spec(threads: int, dtype: str = "float32", max_queue_rows: int = 100) -> ActorSpec:
+        model = ModelSource("path", dtype, ModelExperts("m", (0,), 2, 8), "")
+        return ActorSpec("app", (model,), 0.1, 0.0, threads, max_queue_rows)
+
+    assert spec(1).digest == spec(1).digest
+    assert spec(1).digest == spec(1, "bfloat16").digest == spec(1, max_queue_rows=7).digest
+    others = [spec(1), spec(2), replace(spec(1), num_gpus=1.0), replace(spec(1), app="b")]
+    assert len({other.digest for other in others}) == 4
+
+
+def test_a_models_key_is_its_id_and_its_content() -> None:
+    keys = {
+        model_key(*names)
+        for names in [("m", "1", "float32"), ("m", "2", "float32"), ("m", "1", "bfloat16")]
+    }
+    assert len(keys) == 3
+    assert {model_id_of(key) for key in keys} == {"m"}
+    assert model_key("m", "1", "float32") in keys
+    longest = "x" * 128  # what the configuration allows
+    assert len(model_key(longest, "1", "float32").encode()) < 256  # what a frame has room for
+    assert model_id_of("a@b") == "a"
+    assert model_id_of("plain") == "plain"

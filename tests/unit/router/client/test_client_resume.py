@@ -16,6 +16,7 @@ from cluster.errors import (
     ExpertMeshError,
     InternalError,
     InvalidRequestError,
+    ModelReplacedError,
     OverloadedError,
     UnavailableError,
 )
@@ -25,7 +26,7 @@ from router.messages.request import GenerationRequest
 from router.protos import inference_pb2
 from router.retry import Retries, RetryBudget, RetryPolicy
 from tests.unit.blocking_client import BlockingAsyncClient
-from tests.unit.gateway_fakes import FakeUpstream, goes_on, grpc_server, says, tokenizer
+from tests.unit.gateway_fakes import IDENTITY, FakeUpstream, goes_on, grpc_server, says, tokenizer
 
 TEXT = " was 🚀 the q🚀"
 STOP = "🚀 the q"
@@ -266,8 +267,35 @@ def test_the_gateway_refuses_tokens_that_hold_a_stop_string() -> None:
             model="tiny",
             prompt="in",
             sampling=inference_pb2.Sampling(seed=1, stop=["the"]),
-            resume=[inference_pb2.ResumedChoice(token_ids=tokenizer().encode(" was the"))],
+            resume=[
+                inference_pb2.ResumedChoice(
+                    token_ids=tokenizer().encode(" was the"), identity=IDENTITY
+                )
+            ],
         )
         with pytest.raises(InvalidRequestError) as caught:
             client._call(lambda: client._session.inference.Generate(request, timeout=10))
         assert caught.value.field == "resume[0].finished"
+
+
+REFUSED = InvalidRequestError("'old' is not the model that is served now", "resume[0].identity")
+
+
+def test_a_stream_whose_model_was_replaced_ends_with_a_hint(connect: Connect) -> None:
+    first = FakeUpstream(goes_on(TEXT, upto=2), endless=True)
+    second = FakeUpstream(lambda _: [REFUSED])
+    with pytest.raises(ModelReplacedError) as caught:
+        broken_stream(connect, Sampling(max_tokens=20), first, second, 2)
+    assert caught.value.retry_after_s == 1.0
+    assert [one.identity for one in second.requests[0].received] == [IDENTITY]
+
+
+def test_a_call_whose_model_was_replaced_gets_the_new_models_whole_answer(
+    connect: Connect,
+) -> None:
+    answers = iter([lambda _: [ModelReplacedError()], says(TEXT)])
+    upstream = FakeUpstream(lambda request: next(answers)(request))
+    with grpc_server(upstream) as address, connect(address, retry=QUICK) as client:
+        [reply] = client.generate("in", model="tiny", timeout_s=30)
+    assert reply.text == TEXT
+    assert [request.received for request in upstream.requests] == [(), ()]

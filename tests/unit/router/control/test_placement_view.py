@@ -119,8 +119,9 @@ class FakeController:
         known: tuple[int, int],
         timeout_s: float,
         samples: Samples,
+        model: str,
     ) -> dict[str, Any]:
-        assert (kind, node, samples) == ("router", "node", SAMPLES)
+        assert (kind, node, samples, model) == ("router", "node", SAMPLES, "m@1")
         self.known.append(known)
         if not self.answers:
             self.exhausted.set()
@@ -159,7 +160,9 @@ def watcher_of(
     is_wanted: Callable[[], bool] = lambda: True,
     on_deleted: Callable[[], None] = lambda: None,
 ) -> PlacementWatcher:
-    return PlacementWatcher("router", view, controller, is_wanted, on_deleted, lambda: SAMPLES)
+    return PlacementWatcher(
+        "router", view, controller, is_wanted, on_deleted, lambda: SAMPLES, "m@1"
+    )
 
 
 def test_the_watcher_feeds_the_view_and_says_what_is_known() -> None:

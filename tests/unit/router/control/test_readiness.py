@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from cluster.placement.placement import Placement, empty_placement
 from cluster.spec import ModelExperts
-from router.control.readiness import Readiness, readiness
+from router.control.readiness import Readiness, is_its_turn, readiness
 
 MODELS = [ModelExperts("a", (0, 1), 2, 1), ModelExperts("b", (0,), 2, 1)]
 
@@ -63,3 +65,39 @@ def test_a_lost_layer_has_no_next_expert() -> None:
     told = readiness(lost, ["a", "b"], 0.5, "next_expert")
     assert told.reason == "4 experts have no live copy"
     assert readiness(lost, ["a", "b"], 0.5, "drop").is_ready
+
+
+OLD, NEW = ModelExperts("a@1", (0, 1), 2, 1), ModelExperts("a@2", (0, 1), 2, 1)
+
+
+def test_during_a_redeploy_the_earlier_model_serves_for_its_successor() -> None:
+    both = empty_placement(1, [OLD, NEW])
+    old = both.with_actor("x", 1, OLD.expert_keys())
+    assert not readiness(both, ["a"], 1.0).is_ready
+    assert readiness(old, ["a"], 1.0).is_ready
+    assert readiness(old.with_actor("y", 1, NEW.expert_keys()), ["a"], 1.0).is_ready
+    assert readiness(old.without_models({"a@1"}), ["a"], 1.0).reason == (
+        "4 experts have no live copy"
+    )
+
+
+@pytest.mark.parametrize(
+    ("models", "held", "is_turn"),
+    [
+        ([], [], True),  # of another application's model: nothing to wait for
+        ([NEW], [], True),  # a first start serves as experts come
+        ([OLD], [OLD], False),  # the controller does not know of the redeploy yet
+        ([OLD, NEW], [OLD], False),
+        ([OLD, NEW], [OLD, NEW], True),
+        ([OLD, NEW], [NEW], True),
+        ([NEW, MODELS[1]], [], True),
+    ],
+)
+def test_a_new_router_waits_for_its_experts_where_earlier_ones_serve(
+    models: list[ModelExperts], held: list[ModelExperts], is_turn: bool
+) -> None:
+    placement = empty_placement(1, models)
+    for model in held:
+        placement = placement.with_actor(f"of {model.model}", 1, model.expert_keys())
+    assert is_its_turn(placement, "a@2") is is_turn
+    assert not is_its_turn(None, "a@2")

@@ -7,10 +7,12 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from cluster.errors import CancelledRequestError, UnavailableError
 from router.engine.engine import Emission
 from router.engine.replica import RouterReplica, _Request
-from router.messages.request import GenerationRequest, SamplingParams, TokenEvent
+from router.messages.request import GenerationRequest, Received, SamplingParams, TokenEvent
 from router.messages.token_link import LinkAddress
 
 HERE, THERE = LinkAddress("h", 1, ""), LinkAddress("h", 2, "")
@@ -31,6 +33,7 @@ def replica(**streamed: tuple[LinkAddress, bool]) -> tuple[Any, Links]:
     made, links = object.__new__(RouterReplica), Links()
     made._links = links  # type: ignore[assignment]
     made._is_deleted = False
+    made._model = SimpleNamespace(identity="own", text_identity="text")  # type: ignore[assignment]
     made._requests = {
         request_id: _Request(
             request_id, address, flag, asyncio.get_running_loop().create_future(), 1
@@ -123,5 +126,47 @@ def test_a_deletion_ends_all_requests_and_takes_no_more() -> None:
         assert made._requests["b"].done.exception() is None
         reply = await made.generate({}, HERE)
         assert reply["error"]["code"] == "unavailable"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("received", "text_identity", "serves"),
+    [
+        ((), "", True),
+        ((), "text", True),
+        ((), "other", False),
+        ((Received((), identity="other"),), "text", True),
+        ((Received((5,), identity="own"), Received()), "text", True),
+        ((Received((5,), identity="other"),), "text", False),
+        ((Received((5,), identity="own"), Received((5,), identity="other")), "text", False),
+        ((Received((5,)),), "text", False),
+    ],
+)
+def test_a_request_of_another_model_is_refused_and_nothing_is_started(
+    received: tuple[Received, ...], text_identity: str, serves: bool
+) -> None:
+    async def run() -> None:
+        made, links = replica()
+        made._engine = engine = EngineOfOneStep()
+        made._loop, made._call_numbers = asyncio.get_running_loop(), itertools.count()
+        links.connect = lambda address: asyncio.sleep(0)  # type: ignore[attr-defined]
+        sampling = SamplingParams(max_tokens=2, n=max(1, len(received)))
+        asked = GenerationRequest(
+            "r#0", "m", (1,), sampling, 0.0, received=received, text_identity=text_identity
+        )
+        call = asyncio.ensure_future(made.generate(asked.to_wire(), HERE))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert call.done() == (not serves)
+        assert len(engine.submitted) == serves
+        if not serves:
+            reply = await call
+            assert reply["replaced"]
+            assert reply["error"]["retry_after_s"] == 1.0
+            assert made._requests == {}
+        call.cancel()
+        engine.cancel = lambda request_id: None  # type: ignore[attr-defined]
+        await asyncio.wait([call])
 
     asyncio.run(run())

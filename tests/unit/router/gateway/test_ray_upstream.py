@@ -13,14 +13,21 @@ from opentelemetry import trace
 from opentelemetry.trace import Span
 from ray.exceptions import RayActorError
 
-from cluster.errors import DeadlineExceededError, OverloadedError, UnavailableError
+from cluster.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    ModelReplacedError,
+    OverloadedError,
+    UnavailableError,
+)
 from cluster.reports import Samples
 from router.gateway import inbox as inbox_module
 from router.gateway import ray_upstream
 from router.gateway.inbox import Inbox, take_events
-from router.gateway.ray_upstream import RayUpstream
+from router.gateway.ray_upstream import RESUMED_TIMES, RayUpstream
 from router.messages.request import (
     GenerationRequest,
+    Received,
     SamplingParams,
     TokenEvent,
     TokenLogprobs,
@@ -28,7 +35,7 @@ from router.messages.request import (
 )
 from router.messages.token_link import LinkAddress
 from router.observability.tracing import as_current
-from router.retry import RetryBudget
+from router.retry import RetryBudget, RetryPolicy
 from tests.span_keeper import SpanKeeper
 
 MAX_CALLS = 3
@@ -467,3 +474,63 @@ def test_what_the_routers_cannot_hold_is_refused_without_a_call(
         gateway._link.close()
 
     asyncio.run(asyncio.wait_for(run(), 20))
+
+
+REPLACED = {"error": ModelReplacedError().to_wire(), "replaced": True}
+
+
+def test_a_request_without_tokens_goes_to_a_router_of_the_new_model(
+    upstream: Callable[[], tuple[RayUpstream, Router]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_upstream, "RESEND", RetryPolicy(0.0, 2.0, 0.0))
+
+    async def run() -> None:
+        gateway, router = upstream()
+        events = gateway.generate(request(30))
+        first = asyncio.ensure_future(anext(events))
+        async with asyncio.timeout(10):
+            for number in range(2 * RESUMED_TIMES):
+                while len(router.calls) <= number:
+                    await asyncio.sleep(0.001)
+                router.calls[number].reply.set_result(REPLACED)
+            while len(router.calls) <= 2 * RESUMED_TIMES:
+                await asyncio.sleep(0.001)
+            whole = TokenEvent(0, (7,), finish_reason="length", identity="new")
+            router.calls[-1].reply.set_result({"events": [whole.to_wire()]})
+            assert await first == whole
+        gateway._link.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["of a lost router", "of a client"])
+def test_tokens_of_the_old_model_are_never_followed_by_the_new_ones(
+    upstream: Callable[[], tuple[RayUpstream, Router]],
+    monkeypatch: pytest.MonkeyPatch,
+    resumed: bool,
+) -> None:
+    monkeypatch.setattr(ray_upstream, "RESEND", RetryPolicy(0.0, 2.0, 0.0))
+
+    async def run() -> None:
+        gateway, router = upstream()
+        asked = replace(request(30), sampling=SamplingParams(9))
+        if resumed:
+            asked = replace(asked, received=(Received((5,), identity="old"),))
+        events = gateway.generate(asked)
+        begun = replace(event(int(resumed)), identity="" if resumed else "old")
+        await first_of(gateway, router, events, begun)
+        router.calls[0].reply.set_result(REPLACED)
+        ended = asyncio.ensure_future(anext(events))
+        async with asyncio.timeout(10):
+            for number in range(1, RESUMED_TIMES + 1):
+                while len(router.calls) <= number:
+                    await asyncio.sleep(0.001)
+                assert router.wires[number]["received"][0]["identity"] == "old"
+                router.calls[number].reply.set_result(REPLACED)
+            with pytest.raises(InvalidRequestError if resumed else ModelReplacedError) as caught:
+                await ended
+        assert caught.value.field == ("resume[0].identity" if resumed else "")
+        assert caught.value.retry_after_s == (None if resumed else 1.0)
+        gateway._link.close()
+
+    asyncio.run(run())

@@ -240,16 +240,19 @@ def test_messages_do_not_repeat_the_prompt() -> None:
 
 
 def check_resume(resume: Any, **sampling: Any) -> CheckedRequest:
-    received = [Received(tuple(ids), finished) for ids, finished in resume]
+    received = [Received(tuple(ids), finished, True, "one") for ids, finished in resume]
     raw = RawRequest("tiny", "in the", {"seed": 1, **sampling}, resume=received)
     return Validator({"tiny": served()}, LIMITS).check(raw)
 
 
 def test_what_a_client_has_of_each_choice_is_taken() -> None:
     request = check_resume([([5, 6], False), ([7, EOS, 8], True)], n=2, max_tokens=3).request
-    assert request.received == (Received((5, 6)), Received((7, EOS, 8), True))
-    assert check_resume([([], False)]).request.received == (Received(),)
-    assert check_resume([([5, EOS], False)]).request.received == (Received((5, EOS)),)
+    assert request.received == (
+        Received((5, 6), identity="one"),
+        Received((7, EOS, 8), True, identity="one"),
+    )
+    assert check_resume([([], False)]).request.received[0].token_ids == ()
+    assert check_resume([([5, EOS], False)]).request.received[0].token_ids == (5, EOS)
     assert check_resume([([EOS, 5], False)], ignore_eos=True).request.received
     assert check().request.received == ()
 
@@ -280,3 +283,10 @@ def test_a_request_goes_on_only_with_its_seed() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         Validator({"tiny": served()}, LIMITS).check(raw)
     assert caught.value.field == "sampling.seed"
+
+
+def test_tokens_without_the_identity_of_their_model_are_not_gone_on_from() -> None:
+    raw = RawRequest("tiny", "in the", {"seed": 1, "n": 2}, resume=[Received(), Received((5,))])
+    with pytest.raises(InvalidRequestError) as caught:
+        Validator({"tiny": served()}, LIMITS).check(raw)
+    assert caught.value.field == "resume[1].identity"

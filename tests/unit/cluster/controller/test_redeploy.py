@@ -1,0 +1,256 @@
+"""A controller after a redeploy with other weights: both models for a while, then the new alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from cluster.controller import controller, members
+from cluster.controller.ledger import Ledger
+from cluster.placement.placement import Placement
+from cluster.spec import ExpertKey, ModelExperts, model_id_of
+from tests.unit.cluster.controller.fakes import (
+    NUM_EXPERTS,
+    Cluster,
+    FakePool,
+    happens,
+    run,
+    spec_of,
+)
+
+OLD, NEW = "m@old", "m@new"
+pytestmark = pytest.mark.usefixtures("short_periods")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller, "RETAIN_CHECK_S", 0.01)
+    monkeypatch.setattr(controller, "MEMBER_TTL_S", 0.3)
+    monkeypatch.setattr(members, "MEMBER_TTL_S", 0.3)
+
+
+@asynccontextmanager
+async def deployed(model: str, pool: FakePool, **options: Any) -> AsyncIterator[Cluster]:
+    cluster = Cluster(2, pool, model=model, **options)
+    await cluster.start()
+    try:
+        yield cluster
+    finally:
+        await cluster.stop()
+
+
+@asynccontextmanager
+async def router_of(cluster: Cluster, model: str) -> AsyncIterator[list[Placement]]:
+    """Watch as a router of a model does; yields the placements that it has got."""
+    known: list[Placement] = []
+
+    async def watch() -> None:
+        while True:
+            order = known[-1].order if known else (-1, -1)
+            answer = await cluster.controller.watch(
+                "router", hash(model), "n", order, 0.05, None, model
+            )
+            if answer["placement"] is not None:
+                known.append(answer["placement"])
+
+    task = asyncio.create_task(watch())
+    try:
+        yield known
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def models_in(pool: FakePool) -> set[str]:
+    return {key.model for actor in pool.actors if actor.alive for key in actor.keys}
+
+
+async def served(pool: FakePool) -> None:
+    """Deploy the old model whole, and end its controller."""
+    async with deployed(OLD, pool) as cluster:
+        await cluster.complete()
+
+
+def complete(placement: Placement, model: str) -> bool:
+    keys = [key for key in placement.holders if key.model == model]
+    return bool(keys) and all(placement.holders[key] for key in keys)
+
+
+def test_old_experts_stay_for_the_old_routers_and_go_with_them() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        await served(pool)
+        pids = {actor.pid for actor in pool.actors}
+        async with deployed(NEW, pool) as cluster:
+            async with router_of(cluster, OLD) as old:
+                await cluster.until(lambda p: complete(p, NEW))
+                assert models_in(pool) == {OLD, NEW}
+                await asyncio.sleep(0.6)  # twice as long as a silent router counts
+                assert models_in(pool) == {OLD, NEW}
+                assert all(complete(placement, OLD) for placement in old)
+                assert cluster.controller._status().missing_experts == 0
+                assert cluster.controller._status().models == ("m",)
+                held = [e for a in cluster.controller._status().actors for e in a.experts]
+                assert len(held) == 2 * NUM_EXPERTS  # the new model's alone
+            await happens(lambda: models_in(pool) == {NEW})
+            assert cluster.state.placement.models() == {NEW}
+            assert {actor.pid for actor in pool.actors if actor.alive} == pids
+            assert cluster.state.retained == {}
+            assert [m.model for m in pool.ledger.kept.models] == [NEW]
+
+    run(test)
+
+
+def test_at_the_end_of_its_drain_time_an_old_model_goes_though_routers_serve_it() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        await served(pool)
+        async with (
+            deployed(NEW, pool, redeploy_drain_s=0.3) as cluster,
+            router_of(cluster, OLD) as old,
+        ):
+            await cluster.until(lambda p: complete(p, NEW))
+            assert complete(cluster.state.placement, OLD)
+            await happens(lambda: models_in(pool) == {NEW})
+            await happens(lambda: old[-1].models() == {NEW})
+
+    run(test)
+
+
+@pytest.mark.parametrize("short", ["budget", "free"])
+def test_without_memory_for_both_the_old_experts_go_before_the_new_ones_come(short: str) -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        await served(pool)
+        options: dict[str, Any] = {}
+        if short == "budget":
+            options["pools"] = {"expert": (2, 10 * 2 * NUM_EXPERTS - 10)}
+        else:
+            for actor in pool.actors:
+                actor.free_bytes = 30
+        loads: list[set[str]] = []
+
+        async def note(actor: Any) -> None:
+            loads.append({key.model for key in actor.keys})
+
+        pool.load_gate = note
+        async with deployed(NEW, pool, **options) as cluster, router_of(cluster, OLD) as old:
+            await cluster.until(lambda p: complete(p, NEW))
+            assert models_in(pool) == {NEW}
+            assert loads == [set(), set()]  # unloaded first
+            await happens(lambda: bool(old) and old[-1].models() == {NEW})
+
+    run(test)
+
+
+def test_memory_for_both_within_the_budget_is_used() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        await served(pool)
+        pools = {"expert": (2, 10 * 2 * NUM_EXPERTS)}
+        async with deployed(NEW, pool, pools=pools) as cluster, router_of(cluster, OLD):
+            await cluster.until(lambda p: complete(p, NEW))
+            assert models_in(pool) == {OLD, NEW}
+
+    run(test)
+
+
+def test_an_old_model_that_loses_an_expert_ends_whole() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        await served(pool)
+        async with deployed(NEW, pool) as cluster, router_of(cluster, OLD) as old:
+            await cluster.until(lambda p: complete(p, NEW))
+            pool.of("expert-0")[0].alive = False
+            await happens(lambda: cluster.state.placement.models() == {NEW})
+            await cluster.until(lambda p: complete(p, NEW))
+            await happens(lambda: models_in(pool) == {NEW})
+            assert not any(
+                OLD in placement.models() and not complete(placement, OLD) for placement in old
+            )
+
+    run(test)
+
+
+@pytest.mark.parametrize("lost", ["an actor", "the ledger"])
+def test_an_old_model_that_is_not_whole_at_the_start_is_not_kept(lost: str) -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        await served(pool)
+        if lost == "an actor":
+            pool.of("expert-0")[0].alive = False
+        else:
+            pool.ledger.kept = Ledger()
+        async with deployed(NEW, pool) as cluster:
+            assert cluster.state.placement.models() == {NEW}
+            await cluster.until(lambda p: complete(p, NEW))
+            await happens(lambda: models_in(pool) == {NEW})
+
+    run(test)
+
+
+def test_a_second_redeploy_keeps_both_earlier_models_and_going_back_reloads_nothing() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        await served(pool)
+        async with deployed(NEW, pool) as cluster, router_of(cluster, OLD):
+            await cluster.until(lambda p: complete(p, NEW))
+        async with (
+            deployed("m@third", pool) as cluster,
+            router_of(cluster, OLD),
+            router_of(cluster, NEW),
+        ):
+            await cluster.until(lambda p: complete(p, "m@third"))
+            assert models_in(pool) == {OLD, NEW, "m@third"}
+        before = {actor.actor_id: list(actor.keys) for actor in pool.actors}
+        async with deployed(OLD, pool) as cluster, router_of(cluster, OLD):
+            await cluster.until(lambda p: complete(p, OLD))
+            assert {a.actor_id: [k for k in a.keys if k.model == OLD] for a in pool.actors} == {
+                actor_id: [k for k in keys if k.model == OLD] for actor_id, keys in before.items()
+            }
+            await happens(lambda: models_in(pool) == {OLD})
+
+    run(test)
+
+
+def test_the_same_content_with_other_limits_reloads_nothing() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        await served(pool)
+        before = [(actor.pid, list(actor.keys)) for actor in pool.actors]
+        async with deployed(OLD, pool) as cluster:
+            assert not cluster.state.placement.missing()
+            await cluster.complete()
+            assert [(actor.pid, list(actor.keys)) for actor in pool.actors] == before
+            assert cluster.state.retained == {}
+
+    run(test)
+
+
+def test_an_operator_names_the_model_by_its_id() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        async with deployed(NEW, pool) as cluster:
+            await cluster.complete()
+            outcome = await cluster.controller.set_copies(model_id_of(NEW), 0, 1, 2, False)
+            assert outcome["report"].outcome == "committed"
+            assert {move.model for move in outcome["report"].moves} == {"m"}
+            assert len(cluster.state.placement.holders[ExpertKey(NEW, 0, 1)]) == 2
+            load = await cluster.controller.load()
+            assert {expert.model for expert in load.experts} == {"m"}
+            assert {move.model for change in load.changes for move in change.moves} == {"m"}
+            unknown = await cluster.controller.set_copies("other", 0, 1, 2, False)
+            assert "no model 'other'" in unknown["error"]["message"]
+
+    run(test)
+
+
+def test_a_ledger_remembers_the_models() -> None:
+    models = (ModelExperts(OLD, (0, 2), 4, 10), ModelExperts("n", (1,), 2, 7))
+    ledger = Ledger(3, {"a": 1}, {}, models)
+    assert Ledger.from_json(ledger.to_json()) == ledger
+    assert Ledger.from_json('{"epoch": 1, "generations": {}}').models == ()
