@@ -11,6 +11,7 @@ actors that hold a copy. ``expert_overflow_tokens`` has routers in place of the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 Kind = Literal["counter", "gauge", "histogram"]
@@ -42,174 +43,127 @@ class Family:
         return self.name + ("_total" if self.kind == "counter" else "")
 
 
-def _family(name: str, kind: Kind, labels: str, text: str) -> Family:
+_MODEL = "model_name replica"
+_ACTOR = "actor_id"
+"""The labels of most metrics of a process and of an actor."""
+
+
+def _family(kind: Kind, name: str, labels: str, text: str) -> Family:
     return Family(PREFIX + name, kind, tuple(labels.split()), text)
 
 
+_counter = partial(_family, "counter")
+_gauge = partial(_family, "gauge")
+_histogram = partial(_family, "histogram")
+
 # Metrics of gateways.
-REQUESTS = _family(
-    "requests", "counter", "surface code replica", "Requests by surface and outcome; ok is success."
+REQUESTS = _counter(
+    "requests", "surface code replica", "Requests by surface and outcome; ok is success."
 )
-IN_FLIGHT = _family(
-    "requests_in_flight",
-    "gauge",
-    "model_name replica",
-    "Requests that a gateway has accepted and not ended.",
+IN_FLIGHT = _gauge(
+    "requests_in_flight", _MODEL, "Requests that a gateway has accepted and not ended."
 )
-SUCCESS = _family(
+SUCCESS = _counter(
     "request_success",
-    "counter",
     "model_name finished_reason replica",
     "Choices finished, by why: stop or length.",
 )
-PROMPT_TOKENS = _family(
-    "prompt_tokens", "counter", "model_name replica", "Prompt tokens of accepted requests."
-)
-GENERATION_TOKENS = _family(
-    "generation_tokens", "counter", "model_name replica", "Tokens sent to clients."
-)
-INEXACT_TOKENS = _family(
+PROMPT_TOKENS = _counter("prompt_tokens", _MODEL, "Prompt tokens of accepted requests.")
+GENERATION_TOKENS = _counter("generation_tokens", _MODEL, "Tokens sent to clients.")
+INEXACT_TOKENS = _counter(
     "inexact_tokens",
-    "counter",
     "model_name reason replica",
     "Tokens sent that are flagged as not exact, by on_expert_loss.",
 )
-SLOW_READERS = _family(
+SLOW_READERS = _counter(
     "slow_readers",
-    "counter",
     "surface replica",
     "Streams that were ended because their clients did not read them.",
 )
-FIRST_TOKEN = _family(
-    "time_to_first_token_seconds",
-    "histogram",
-    "model_name replica",
-    "From a checked request to its first token.",
+FIRST_TOKEN = _histogram(
+    "time_to_first_token_seconds", _MODEL, "From a checked request to its first token."
 )
-LATENCY = _family(
-    "e2e_request_latency_seconds",
-    "histogram",
-    "model_name replica",
-    "From a checked request to its end.",
-)
+LATENCY = _histogram("e2e_request_latency_seconds", _MODEL, "From a checked request to its end.")
 
 # Metrics of routers. Each choice of a request is a sequence.
-RUNNING = _family(
-    "num_requests_running", "gauge", "model_name replica", "Sequences admitted to the cache."
+RUNNING = _gauge("num_requests_running", _MODEL, "Sequences admitted to the cache.")
+PARKED = _gauge(
+    "num_requests_parked", _MODEL, "Admitted sequences that wait for an expert without a live copy."
 )
-PARKED = _family(
-    "num_requests_parked",
-    "gauge",
-    "model_name replica",
-    "Admitted sequences that wait for an expert without a live copy.",
-)
-WAITING = _family(
-    "num_requests_waiting", "gauge", "model_name replica", "Sequences that wait for room."
-)
-KV_CACHE_USAGE = _family(
-    "kv_cache_usage_perc", "gauge", "model_name replica", "Share of the KV cache in use; 1 is all."
-)
-QUEUE_TIME = _family(
+WAITING = _gauge("num_requests_waiting", _MODEL, "Sequences that wait for room.")
+KV_CACHE_USAGE = _gauge("kv_cache_usage_perc", _MODEL, "Share of the KV cache in use; 1 is all.")
+QUEUE_TIME = _histogram(
     "request_queue_time_seconds",
-    "histogram",
-    "model_name replica",
+    _MODEL,
     "From a sequence's arrival in the router to the first step that computes it.",
 )
-PREFILL_TIME = _family(
-    "request_prefill_time_seconds",
-    "histogram",
-    "model_name replica",
-    "From a sequence's first step to its first token.",
+PREFILL_TIME = _histogram(
+    "request_prefill_time_seconds", _MODEL, "From a sequence's first step to its first token."
 )
-DECODE_TIME = _family(
-    "request_decode_time_seconds",
-    "histogram",
-    "model_name replica",
-    "From a finished sequence's first token to its last.",
+DECODE_TIME = _histogram(
+    "request_decode_time_seconds", _MODEL, "From a finished sequence's first token to its last."
 )
-INTER_TOKEN = _family(
+INTER_TOKEN = _histogram(
     "inter_token_latency_seconds",
-    "histogram",
-    "model_name replica",
+    _MODEL,
     "Between two tokens of a sequence, as the router samples them.",
 )
-STEPS = _family("engine_steps", "counter", "model_name replica", "Steps of the engine.")
-STEP_TOKENS = _family(
-    "engine_step_tokens",
-    "counter",
-    "model_name replica",
-    "Tokens that steps computed, prompts' and generated ones.",
+STEPS = _counter("engine_steps", _MODEL, "Steps of the engine.")
+STEP_TOKENS = _counter(
+    "engine_step_tokens", _MODEL, "Tokens that steps computed, prompts' and generated ones."
 )
-LAYER_TIME = _family(
+LAYER_TIME = _histogram(
     "moe_layer_seconds",
-    "histogram",
-    "model_name replica",
+    _MODEL,
     "One MoE layer of a step as the router sees it: dispatch, the experts, combine.",
 )
-CALLS = _family(
+CALLS = _counter(
     "dispatch_calls",
-    "counter",
     "model_name transport replica",
     "Frames sent to expert actors, by the transport that took them.",
 )
-RETRIES = _family(
-    "dispatch_retries",
-    "counter",
-    "model_name reason replica",
-    "Frames that had to be sent again, by why.",
+RETRIES = _counter(
+    "dispatch_retries", "model_name reason replica", "Frames that had to be sent again, by why."
 )
-OVERFLOW = _family(
+OVERFLOW = _counter(
     "expert_overflow_tokens",
-    "counter",
     "model_name layer expert replica",
     "Tokens that an expert had no room for, under router.expert_capacity.",
 )
 
 # Metrics of the controller and the placement.
-EPOCH = _family(
-    "placement_epoch", "gauge", "", "Epoch of the placement; a new controller's is new."
-)
-VERSION = _family("placement_version", "gauge", "", "Version of the placement within its epoch.")
-MISSING = _family("missing_experts", "gauge", "", "Experts without a live copy.")
-LIVE_COPIES = _family("live_copies", "gauge", "", "Live copies of the expert that has the fewest.")
-MIN_COPIES = _family("min_copies", "gauge", "", "Copies of each expert that are configured.")
-LOOP_AGE = _family(
+EPOCH = _gauge("placement_epoch", "", "Epoch of the placement; a new controller's is new.")
+VERSION = _gauge("placement_version", "", "Version of the placement within its epoch.")
+MISSING = _gauge("missing_experts", "", "Experts without a live copy.")
+LIVE_COPIES = _gauge("live_copies", "", "Live copies of the expert that has the fewest.")
+MIN_COPIES = _gauge("min_copies", "", "Copies of each expert that are configured.")
+LOOP_AGE = _gauge(
     "controller_loop_age_seconds",
-    "gauge",
     "",
     "Since the controller last finished a look at an expert actor, as the asked gateway knows.",
 )
-PROCESSES = _family(
-    "processes", "gauge", "kind", "Routers, gateways and expert actors that are heard of."
-)
+PROCESSES = _gauge("processes", "kind", "Routers, gateways and expert actors that are heard of.")
 
 # Metrics of expert actors, from their latest heartbeats.
-EXPERT_TOKENS = _family(
+EXPERT_TOKENS = _counter(
     "expert_tokens",
-    "counter",
     "model_name layer expert actor_id",
     "Token rows that an actor has computed, by expert.",
 )
-ACTOR_EXPERTS = _family("actor_experts", "gauge", "actor_id", "Experts that an actor holds.")
-ACTOR_WEIGHTS = _family(
-    "actor_weight_bytes", "gauge", "actor_id", "Memory of the weights of an actor's experts."
-)
-ACTOR_QUEUED = _family("actor_queued_rows", "gauge", "actor_id", "Rows that wait in an actor.")
-ACTOR_BATCHES = _family("actor_batches", "counter", "actor_id", "Batches that an actor computed.")
-ACTOR_FRAMES = _family("actor_frames", "counter", "actor_id", "Frames that an actor answered.")
-ACTOR_BUSY = _family(
-    "actor_busy_seconds", "counter", "actor_id", "Time in which an actor computed."
-)
-ACTOR_QUEUE = _family(
+ACTOR_EXPERTS = _gauge("actor_experts", _ACTOR, "Experts that an actor holds.")
+ACTOR_WEIGHTS = _gauge("actor_weight_bytes", _ACTOR, "Memory of the weights of an actor's experts.")
+ACTOR_QUEUED = _gauge("actor_queued_rows", _ACTOR, "Rows that wait in an actor.")
+ACTOR_BATCHES = _counter("actor_batches", _ACTOR, "Batches that an actor computed.")
+ACTOR_FRAMES = _counter("actor_frames", _ACTOR, "Frames that an actor answered.")
+ACTOR_BUSY = _counter("actor_busy_seconds", _ACTOR, "Time in which an actor computed.")
+ACTOR_QUEUE = _counter(
     "actor_queue_seconds",
-    "counter",
-    "actor_id",
+    _ACTOR,
     "Time that frames waited in an actor before it computed them, summed over frames.",
 )
-ACTOR_REPLACEMENTS = _family(
+ACTOR_REPLACEMENTS = _counter(
     "actor_replacements",
-    "counter",
-    "actor_id",
+    _ACTOR,
     "How often an actor was created anew: after its death, a hang, a move, other options.",
 )
 
