@@ -69,7 +69,7 @@ def application(
         model.id: _router(names[model.id], config).bind(model, config, controller)
         for model in models
     }
-    return _gateway(config).bind(  # type: ignore[no-any-return]
+    return _gateway(config).bind(
         tuple(models),
         config.gateway,
         controller,

@@ -180,7 +180,7 @@ def _add(board: Board, layer: slice, wanted: np.ndarray, min_copies: int) -> Non
 
 def _hottest_first(board: Board, layer: slice, wanted: np.ndarray) -> list[int]:
     order = np.argsort(-board.rates[layer] / wanted[layer], kind="stable") + layer.start
-    return order.tolist()  # type: ignore[no-any-return]
+    return order.tolist()
 
 
 def _even_out(board: Board, layer: slice) -> None:

@@ -129,7 +129,7 @@ class Board:
         has = self.has[layer]
         layer_counts = has.sum(axis=1) if counts is None else counts[layer]
         weights = self.rates[layer] / np.maximum(layer_counts, 1)
-        return (weights @ has) / self._speed  # type: ignore[no-any-return]
+        return (weights @ has) / self._speed
 
     def weight(self, expert: int, count: int, device: int) -> float:
         """Return the load of one of ``count`` copies of an expert on a device."""
@@ -290,7 +290,7 @@ class Board:
         gain = load[peak] - np.maximum(after_peak, after)
         if bound is not None:
             gain = np.where(bound[devices] + added <= bound.max() * (1 + 1e-9), gain, -np.inf)
-        return gain  # type: ignore[no-any-return]
+        return gain
 
     def apply(self, step: Step, load: np.ndarray) -> None:
         """Take a step, and change ``load`` with it."""

@@ -22,8 +22,7 @@ def can_pack(weight: torch.Tensor) -> bool:
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """Return a rearranged copy of ``weight`` [O, I] for :func:`packed_linear`."""
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight.default(weight)
-    return packed
+    return torch.ops.mkldnn._reorder_linear_weight.default(weight)
 
 
 def packed_bytes(packed: torch.Tensor) -> int:
@@ -36,4 +35,4 @@ _product = torch.ops.mkldnn._linear_pointwise.default
 
 def packed_linear(rows: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     """Map rows [..., T, I] to [..., T, O]."""
-    return _product(rows, packed, None, "none", [], "")  # type: ignore[no-any-return]
+    return _product(rows, packed, None, "none", [], "")

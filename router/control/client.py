@@ -49,10 +49,9 @@ class HandleController:
         model: str,
     ) -> dict[str, Any]:
         """See :meth:`cluster.controller.controller.Controller.watch`."""
-        answer: dict[str, Any] = await self._handle.watch.remote(
+        return await self._handle.watch.remote(
             kind, pid, node, known, timeout_s, samples, model
         )
-        return answer
 
     async def suspect(self, actor_id: str, generation: int) -> None:
         """See :meth:`cluster.controller.controller.Controller.suspect`."""

@@ -45,37 +45,30 @@ class Admin:
 
     async def status(self) -> ClusterStatus:
         """Return the processes that serve, and the experts of each actor."""
-        status: ClusterStatus = await _answer(self._controller.status.remote(), STATUS_TIMEOUT_S)
-        return status
+        return await _answer(self._controller.status.remote(), STATUS_TIMEOUT_S)
 
     async def load(self) -> LoadStatus:
         """Return the recent load of experts and devices."""
-        load: LoadStatus = await _answer(self._controller.load.remote(), STATUS_TIMEOUT_S)
-        return load
+        return await _answer(self._controller.load.remote(), STATUS_TIMEOUT_S)
 
     async def rebalance(self, dry_run: bool) -> RebalanceReport:
         """Have copies of experts follow the load."""
-        report: RebalanceReport = await _report(self._controller.rebalance.remote(dry_run))
-        return report
+        return await _report(self._controller.rebalance.remote(dry_run))
 
     async def scale(self, actors: int, pool: str, dry_run: bool) -> ChangeReport:
         """Bring a pool to a number of actors."""
-        call = self._controller.scale.remote(actors, pool, dry_run)
-        report: ChangeReport = await _report(call)
-        return report
+        return await _report(self._controller.scale.remote(actors, pool, dry_run))
 
     async def drain(self, target: str, dry_run: bool) -> ChangeReport:
         """Empty and end an actor, or all actors of a node."""
-        report: ChangeReport = await _report(self._controller.drain.remote(target, dry_run))
-        return report
+        return await _report(self._controller.drain.remote(target, dry_run))
 
     async def set_copies(
         self, model: str, layer: int, expert: int, copies: int, dry_run: bool
     ) -> ChangeReport:
         """Bring one expert to a number of copies."""
         call = self._controller.set_copies.remote(model, layer, expert, copies, dry_run)
-        report: ChangeReport = await _report(call)
-        return report
+        return await _report(call)
 
     async def measurements(self) -> Measurements:
         """Return the measurements of the whole cluster, with the newest samples of this gateway.
@@ -85,11 +78,10 @@ class Admin:
         own = self._own_samples()
         try:
             async with asyncio.timeout(MEASURE_TIMEOUT_S):
-                measurements: Measurements = await self._controller.measurements.remote(own)
+                return await self._controller.measurements.remote(own)
         except Exception as error:  # the controller is away, restarts, or is slow
             logger.warning("no metrics from the controller (%s)", type(error).__name__)
             return Measurements(None, (), (own,))
-        return measurements
 
 
 async def _answer(call: Awaitable[Any], timeout_s: float) -> Any:

@@ -85,7 +85,7 @@ class GrokAttention(nn.Module):
             paged=paged,
             softcap=self._cap,
         )
-        return self.o_proj(output.flatten(2))  # type: ignore[no-any-return]
+        return self.o_proj(output.flatten(2))
 
 
 class GrokMixture(nn.Module):
@@ -100,7 +100,7 @@ class GrokMixture(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map [1, T, H] to [1, T, H]."""
         _, weights, ids = self.gate(hidden_states)
-        return self.experts(hidden_states, ids, weights)  # type: ignore[no-any-return]
+        return self.experts(hidden_states, ids, weights)
 
 
 class GrokLayer(nn.Module):
@@ -127,7 +127,7 @@ class GrokLayer(nn.Module):
         attended = self.attn(self.pre_attn_norm(hidden_states), rotation, paged)
         hidden_states = hidden_states + self.post_attn_norm(attended)
         mixed = self.moe_block(self.pre_moe_norm(hidden_states))
-        return hidden_states + self.post_moe_norm(mixed)  # type: ignore[no-any-return]
+        return hidden_states + self.post_moe_norm(mixed)
 
 
 class GrokPreTrainedModel(PreTrainedModel):  # type: ignore[misc]

@@ -159,7 +159,7 @@ class MoEModel:
             paged=PagedContext(self._cache, batch, self._windowed),
         )
         hidden_states = output.last_hidden_state[0].index_select(0, sample_rows)  # [R, H]
-        return self._head(hidden_states).float()  # type: ignore[no-any-return]
+        return self._head(hidden_states).float()
 
 
 def _cache_of(

@@ -25,8 +25,7 @@ DEFAULT_DTYPE = "bfloat16"
 def known_models() -> dict[str, dict[str, Any]]:
     """Return the entries of ``known_models.yaml`` by the models' names in lower case."""
     text = (importlib.resources.files("router") / "known_models.yaml").read_text(encoding="utf-8")
-    known: dict[str, dict[str, Any]] = yaml.safe_load(text)
-    return known
+    return yaml.safe_load(text)
 
 
 def find_model(name: str, dtype: str = "auto") -> PlannedModel:
