@@ -142,9 +142,9 @@ def _keys_and_values(config: Config) -> int:
 class Family:
     """One family's checkpoints, and the place of its experts in transformers' class.
 
-    ``experts_module`` and ``experts_class`` name the class that the router replaces by a class
-    without parameters. They are ``None`` for a model class of ExpertMesh, which has that class.
-    ``gate`` describes the gate, whose parameters are those of ``gate_module`` in the same block.
+    ``experts_class`` names the class of transformers that the router replaces by a class without
+    parameters. It is ``None`` for a model class of ExpertMesh, which has that class. ``gate``
+    describes the gate, whose parameters are those of ``gate_module`` in the same block.
 
     ``dense_tensors`` returns the name and shape of every tensor that a router needs, and
     ``expert_tensors`` those of one expert of a layer. Together they are the whole checkpoint.
@@ -162,7 +162,6 @@ class Family:
 
     model_type: str
     architectures: tuple[str, ...]
-    experts_module: str | None
     experts_class: str | None
     expert_shape: Callable[[Config], ExpertShape]
     expert_tensors: Callable[[Config, int, int], ExpertTensors]

@@ -86,6 +86,14 @@ def softmax_gate(config: Config) -> GateSpec:
     return GateSpec(renormalises=bool(config.get("norm_topk_prob", False)))
 
 
+def mlp_expert(
+    config: Config, layer_id: int, expert_id: int, *, intermediate_size: str = "intermediate_size"
+) -> ExpertTensors:
+    """Return an expert with its own tensors in a layer's ``mlp``; see :func:`routed_shape`."""
+    prefix = f"model.layers.{layer_id}.mlp.experts.{expert_id}"
+    return plain_expert(prefix, config["hidden_size"], config[intermediate_size])
+
+
 def plain_expert(
     prefix: str,
     hidden_size: int,

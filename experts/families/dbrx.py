@@ -110,7 +110,6 @@ def _norm_exponent(config: Config) -> float | None:
 DBRX = Family(
     model_type="dbrx",
     architectures=("DbrxForCausalLM",),
-    experts_module="transformers.models.dbrx.modeling_dbrx",
     experts_class="DbrxExperts",
     expert_shape=_expert_shape,
     expert_tensors=_expert_tensors,

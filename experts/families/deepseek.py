@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
-from experts.families.base import Config, ExpertShape, ExpertTensors, Family, GateSpec, Shapes, size
-from experts.families.common import mlp_tensors, outer_tensors, plain_expert, routed_shape
+from experts.families.base import Config, ExpertShape, Family, GateSpec, Shapes, size
+from experts.families.common import mlp_expert, mlp_tensors, outer_tensors, routed_shape
 
 _CORRECTION = "mlp.gate.e_score_correction_bias"
 
@@ -47,11 +48,6 @@ def _v3_usual(config: Config) -> Config:
 def _v3_shape(config: Config) -> ExpertShape:
     _check_groups(config, least=2)
     return _expert_shape(config)
-
-
-def _expert_tensors(config: Config, layer_id: int, expert_id: int) -> ExpertTensors:
-    prefix = f"model.layers.{layer_id}.mlp.experts.{expert_id}"
-    return plain_expert(prefix, config["hidden_size"], config["moe_intermediate_size"])
 
 
 def _v2_tensors(config: Config) -> Shapes:
@@ -143,10 +139,9 @@ def _v3_gate(config: Config) -> GateSpec:
 DEEPSEEK_V2 = Family(
     model_type="deepseek_v2",
     architectures=("DeepseekV2ForCausalLM",),
-    experts_module="transformers.models.deepseek_v2.modeling_deepseek_v2",
     experts_class="DeepseekV2Experts",
     expert_shape=_v2_shape,
-    expert_tensors=_expert_tensors,
+    expert_tensors=partial(mlp_expert, intermediate_size="moe_intermediate_size"),
     dense_tensors=_v2_tensors,
     gate=_v2_gate,
     options={
@@ -165,10 +160,9 @@ DEEPSEEK_V2 = Family(
 DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",
     architectures=("DeepseekV3ForCausalLM",),
-    experts_module="transformers.models.deepseek_v3.modeling_deepseek_v3",
     experts_class="DeepseekV3Experts",
     expert_shape=_v3_shape,
-    expert_tensors=_expert_tensors,
+    expert_tensors=partial(mlp_expert, intermediate_size="moe_intermediate_size"),
     dense_tensors=_v3_tensors,
     gate=_v3_gate,
     usual=_v3_usual,

@@ -55,7 +55,6 @@ def _dense_tensors(config: Config) -> Shapes:
 GPT_OSS = Family(
     model_type="gpt_oss",
     architectures=("GptOssForCausalLM",),
-    experts_module="transformers.models.gpt_oss.modeling_gpt_oss",
     experts_class="GptOssExperts",
     expert_shape=partial(
         routed_shape, num_experts="num_local_experts", activation="silu", has_biases=True

@@ -103,7 +103,6 @@ def _module_names(config: Config) -> dict[str, str]:
 GROK_1 = Family(
     model_type="grok-1",
     architectures=("Grok1ModelForCausalLM", "Grok1ForCausalLM", "GrokForCausalLM"),
-    experts_module=None,
     experts_class=None,
     expert_shape=partial(routed_shape, activation="gelu_pytorch_tanh"),
     expert_tensors=_expert_tensors,

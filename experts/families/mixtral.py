@@ -26,7 +26,6 @@ def _dense_tensors(config: Config) -> Shapes:
 MIXTRAL = Family(
     model_type="mixtral",
     architectures=("MixtralForCausalLM",),
-    experts_module="transformers.models.mixtral.modeling_mixtral",
     experts_class="MixtralExperts",
     expert_shape=partial(routed_shape, num_experts="num_local_experts"),
     expert_tensors=_expert_tensors,

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from experts.families.base import Config, ExpertTensors, Family, Shapes, head_sizes
+from experts.families.base import Config, Family, Shapes, head_sizes
 from experts.families.common import (
     layer_tensors,
+    mlp_expert,
     outer_tensors,
-    plain_expert,
     routed_shape,
     softmax_gate,
 )
-
-
-def _expert_tensors(config: Config, layer_id: int, expert_id: int) -> ExpertTensors:
-    prefix = f"model.layers.{layer_id}.mlp.experts.{expert_id}"
-    return plain_expert(prefix, config["hidden_size"], config["intermediate_size"])
 
 
 def _dense_tensors(config: Config) -> Shapes:
@@ -32,10 +27,9 @@ def _dense_tensors(config: Config) -> Shapes:
 OLMOE = Family(
     model_type="olmoe",
     architectures=("OlmoeForCausalLM",),
-    experts_module="transformers.models.olmoe.modeling_olmoe",
     experts_class="OlmoeExperts",
     expert_shape=routed_shape,
-    expert_tensors=_expert_tensors,
+    expert_tensors=mlp_expert,
     dense_tensors=_dense_tensors,
     gate=softmax_gate,
 )

@@ -24,7 +24,6 @@ def _dense_tensors(config: Config) -> Shapes:
 QWEN2_MOE = Family(
     model_type="qwen2_moe",
     architectures=("Qwen2MoeForCausalLM",),
-    experts_module="transformers.models.qwen2_moe.modeling_qwen2_moe",
     experts_class="Qwen2MoeExperts",
     expert_shape=qwen_moe.expert_shape,
     expert_tensors=qwen_moe.expert_tensors,

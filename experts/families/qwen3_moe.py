@@ -27,7 +27,6 @@ def _dense_tensors(config: Config) -> Shapes:
 QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architectures=("Qwen3MoeForCausalLM",),
-    experts_module="transformers.models.qwen3_moe.modeling_qwen3_moe",
     experts_class="Qwen3MoeExperts",
     expert_shape=qwen_moe.expert_shape,
     expert_tensors=qwen_moe.expert_tensors,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from experts.families.base import Config, ExpertShape, ExpertTensors, Shapes, size
-from experts.families.common import mlp_tensors, plain_expert, routed_shape
+from functools import partial
+
+from experts.families.base import Config, ExpertShape, Shapes, size
+from experts.families.common import mlp_expert, mlp_tensors, routed_shape
 
 
 def expert_shape(config: Config) -> ExpertShape:
@@ -19,10 +21,7 @@ def expert_shape(config: Config) -> ExpertShape:
     )
 
 
-def expert_tensors(config: Config, layer_id: int, expert_id: int) -> ExpertTensors:
-    """Return the places of an expert's matrices."""
-    prefix = f"model.layers.{layer_id}.mlp.experts.{expert_id}"
-    return plain_expert(prefix, config["hidden_size"], config["moe_intermediate_size"])
+expert_tensors = partial(mlp_expert, intermediate_size="moe_intermediate_size")
 
 
 def mixture_tensors(config: Config, layer_id: int) -> Shapes:

@@ -42,10 +42,11 @@ _REPLACING = threading.Lock()
 @contextmanager
 def _experts_replaced(family: Family) -> Iterator[None]:
     """Make transformers build ``RemoteExperts`` where the family's block asks for its experts."""
-    if family.experts_module is None or family.experts_class is None:
+    if family.experts_class is None:
         yield
         return
-    module = importlib.import_module(family.experts_module)
+    name = family.model_type  # transformers names a module by it
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     with _REPLACING:
         original = getattr(module, family.experts_class)
         setattr(module, family.experts_class, RemoteExperts)
