@@ -56,6 +56,36 @@ class OpenAiCall(ABC):
     def choice(self, index: int, whole: Collected) -> dict[str, Any]:
         """Return the choice object of a full answer."""
 
+    @abstractmethod
+    def logprobs(self, index: int, part: Delta | Collected) -> dict[str, Any]:
+        """Return the log probabilities of the tokens of a choice, or of a piece of it."""
+
+    def answer_object(
+        self, id_prefix: str, kind: str, choices: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return an answer or a chunk without usage; ``kind`` is OpenAI's name of it."""
+        return {
+            "id": f"{id_prefix}-{self.request_id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.checked[0].request.model,
+            "choices": choices,
+        }
+
+    def choice_object(
+        self, index: int, text: dict[str, Any], part: Delta | Collected
+    ) -> dict[str, Any]:
+        """Return a choice, or a piece of it, with its ``text`` as the endpoint writes it."""
+        choice: dict[str, Any] = {
+            "index": index,
+            **text,
+            "logprobs": self.logprobs(index, part) if self.wants_logprobs else None,
+            "finish_reason": part.finish_reason,
+        }
+        if self.return_token_ids:
+            choice["token_ids"] = list(part.token_ids)
+        return choice
+
     def prompt_token_ids(self, index: int) -> list[int]:
         """Return the prompt of choice ``index``."""
         request = self.checked[index // self.checked[0].request.sampling.n].request

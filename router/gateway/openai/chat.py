@@ -54,13 +54,8 @@ class ChatCall(OpenAiCall):
 
     def envelope(self, choices: list[dict[str, Any]], streamed: bool) -> dict[str, Any]:
         """Return a ``chat.completion`` or a ``chat.completion.chunk``."""
-        body: dict[str, Any] = {
-            "id": f"chatcmpl-{self.request_id}",
-            "object": "chat.completion.chunk" if streamed else "chat.completion",
-            "created": self.created,
-            "model": self.checked[0].request.model,
-            "choices": choices,
-        }
+        kind = "chat.completion.chunk" if streamed else "chat.completion"
+        body = self.answer_object("chatcmpl", kind, choices)
         if self.return_token_ids and not streamed:
             body["prompt_token_ids"] = self.prompt_token_ids(0)
         return body
@@ -78,29 +73,16 @@ class ChatCall(OpenAiCall):
 
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:
         """Return one chunk's choice."""
-        return self._choice(index, "delta", {"content": delta.text} if delta.text else {}, delta)
+        text = {"content": delta.text} if delta.text else {}
+        return self.choice_object(index, {"delta": text}, delta)
 
     def choice(self, index: int, whole: Collected) -> dict[str, Any]:
         """Return one whole choice."""
         message = {"role": "assistant", "content": whole.text}
-        return self._choice(index, "message", message, whole)
+        return self.choice_object(index, {"message": message}, whole)
 
-    def _choice(
-        self, index: int, key: str, text: dict[str, str], part: Delta | Collected
-    ) -> dict[str, Any]:
-        choice: dict[str, Any] = {
-            "index": index,
-            key: text,
-            "logprobs": self._logprobs(part),
-            "finish_reason": part.finish_reason,
-        }
-        if self.return_token_ids:
-            choice["token_ids"] = list(part.token_ids)
-        return choice
-
-    def _logprobs(self, part: Delta | Collected) -> dict[str, Any] | None:
-        if not self.wants_logprobs:
-            return None
+    def logprobs(self, index: int, part: Delta | Collected) -> dict[str, Any]:
+        """Return each token with its alternatives."""
         content = []
         for token_id, row in zip(part.token_ids, part.logprobs, strict=True):
             top = zip(row.top_ids, row.top_logprobs, strict=True)

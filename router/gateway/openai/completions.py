@@ -63,13 +63,7 @@ class CompletionCall(OpenAiCall):
 
     def envelope(self, choices: list[dict[str, Any]], streamed: bool) -> dict[str, Any]:
         """Return a ``text_completion``; chunks have the same shape."""
-        return {
-            "id": f"cmpl-{self.request_id}",
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.checked[0].request.model,
-            "choices": choices,
-        }
+        return self.answer_object("cmpl", "text_completion", choices)
 
     def opening(self) -> list[dict[str, Any]]:
         """Return no chunks: completions have none before the first text."""
@@ -84,22 +78,15 @@ class CompletionCall(OpenAiCall):
         return self._choice(index, whole, True)
 
     def _choice(self, index: int, part: Delta | Collected, is_first: bool) -> dict[str, Any]:
-        choice: dict[str, Any] = {
-            "index": index,
-            "text": part.text,
-            "logprobs": self._logprobs(index, part),
-            "finish_reason": part.finish_reason,
-        }
-        if self.return_token_ids:
-            choice["token_ids"] = list(part.token_ids)
-            if is_first:
-                choice["prompt_token_ids"] = self.prompt_token_ids(index)
+        choice = self.choice_object(index, {"text": part.text}, part)
+        if self.return_token_ids and is_first:
+            choice["prompt_token_ids"] = self.prompt_token_ids(index)
+        self._offsets.setdefault(index, 0)
         return choice
 
-    def _logprobs(self, index: int, part: Delta | Collected) -> dict[str, Any] | None:
-        offset = self._offsets.setdefault(index, 0)
-        if not self.wants_logprobs:
-            return None
+    def logprobs(self, index: int, part: Delta | Collected) -> dict[str, Any]:
+        """Return the tokens and their alternatives, side by side, with their places in the text."""
+        offset = self._offsets.get(index, 0)
         tokens = [self.tokenizer.token_text(token_id) for token_id in part.token_ids]
         *offsets, self._offsets[index] = accumulate(map(len, tokens), initial=offset)
         return {
