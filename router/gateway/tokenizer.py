@@ -126,9 +126,7 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 @functools.cache
 def _bytes_of_characters() -> dict[str, int]:
-    # Byte-level BPE writes printable bytes as themselves, and other bytes as U+0100 and up.
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    table.update({chr(0x100 + place): byte for place, byte in enumerate(others)})
-    return table
+    """Return the byte that each character of a byte-level token stands for."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {char: byte for byte, char in bytes_to_unicode().items()}
