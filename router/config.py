@@ -7,29 +7,14 @@ are an :class:`AppConfig`. The error of an unknown key lists the allowed keys.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.errors import ConfigError
 from cluster.spec import OnExpertLoss
-from router.expert_config import (
-    SINGLE_POOL_KEYS,
-    ActorScalingConfig,
-    EmulateConfig,
-    ExpertsConfig,
-    PoolConfig,
-    Section,
-    TlsConfig,
-)
+from router.expert_config import SINGLE_POOL_KEYS, ExpertsConfig, Section, starts_within_bounds
 
 IMPORT_PATH = "router.app:build"
 MAX_DEFAULT_CACHE_TOKENS = 65_536
@@ -112,20 +97,9 @@ class ReplicaScalingConfig(Section):
     )
 
 
-def _around_replicas(
-    autoscaling: ReplicaScalingConfig | None, info: ValidationInfo
-) -> ReplicaScalingConfig | None:
-    replicas = info.data.get("replicas")  # absent when wrong
-    if autoscaling is not None and replicas is not None:
-        least, most = autoscaling.min_replicas, autoscaling.max_replicas
-        if not least <= replicas <= most:
-            raise ValueError(f"replicas, {replicas}, must be from min_replicas to max_replicas")
-    return autoscaling
-
-
 ReplicaScaling = Annotated[
     ReplicaScalingConfig | None,
-    AfterValidator(_around_replicas),
+    starts_within_bounds("replicas"),
     Field(description="Lets the number of replicas follow their use."),
 ]
 
@@ -269,21 +243,18 @@ def _yaml_path(loc: tuple[int | str, ...], root: str) -> str:
 
 
 def _allowed_keys(loc: tuple[int | str, ...]) -> list[str]:
-    section: Any = AppConfig
+    section: type[Section] = AppConfig
     for part in loc[:-1]:
-        if part == "autoscaling":
-            section = ActorScalingConfig if "experts" in loc else ReplicaScalingConfig
-        elif isinstance(part, str):
-            section = {
-                "models": ModelConfig,
-                "experts": ExpertsConfig,
-                "router": RouterConfig,
-                "gateway": GatewayConfig,
-                "tls": TlsConfig,
-                "emulate": EmulateConfig,
-                "pools": PoolConfig,
-            }[part]
+        if isinstance(part, str):
+            [section] = _sections_in(section.model_fields[part].annotation)
     return sorted(section.model_fields)
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    """Return the section in the type of a key, which may be optional or a tuple of sections."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_in(part)]
 
 
 def parse_args(args: dict[str, Any], root: str = "args") -> AppConfig:

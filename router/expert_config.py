@@ -141,15 +141,18 @@ class ActorScalingConfig(Section):
         return ScalingTargets(**self.model_dump())
 
 
-def _around_actors(
-    autoscaling: ActorScalingConfig | None, info: ValidationInfo
-) -> ActorScalingConfig | None:
-    actors = info.data.get("actors")  # absent when wrong
-    if autoscaling is not None and actors is not None:
-        least, most = autoscaling.min_actors, autoscaling.max_actors
-        if not least <= actors <= most:
-            raise ValueError(f"actors, {actors}, must be from min_actors to max_actors")
-    return autoscaling
+def starts_within_bounds(key: str) -> AfterValidator:
+    """Check that the bounds of ``autoscaling`` contain ``key``, the number at the start."""
+
+    def check(autoscaling: Section | None, info: ValidationInfo) -> Section | None:
+        number = info.data.get(key)  # absent when wrong
+        if autoscaling is not None and number is not None:
+            least, most = getattr(autoscaling, f"min_{key}"), getattr(autoscaling, f"max_{key}")
+            if not least <= number <= most:
+                raise ValueError(f"{key}, {number}, must be from min_{key} to max_{key}")
+        return autoscaling
+
+    return AfterValidator(check)
 
 
 def _fewest(actors: int, autoscaling: ActorScalingConfig | None) -> int:
@@ -199,7 +202,7 @@ Emulate = Annotated[
 ]
 ActorScaling = Annotated[
     ActorScalingConfig | None,
-    AfterValidator(_around_actors),
+    starts_within_bounds("actors"),
     Field(description="Lets the number of actors follow the load."),
 ]
 

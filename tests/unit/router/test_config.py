@@ -21,12 +21,11 @@ from router.config import (
     ExpertsConfig,
     GatewayConfig,
     ModelConfig,
-    PoolConfig,
     RouterConfig,
-    TlsConfig,
     load_deployment,
     parse_args,
 )
+from router.expert_config import PoolConfig, TlsConfig
 from router.served import ServedModel, check_file, inspect_models, pool_specs
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 
