@@ -7,7 +7,7 @@ pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,12 +85,7 @@ class _GgufFile:
                 "is one of several parts; join them with llama-gguf-split --merge", str(path)
             )
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        self._entries = {name: _entry(tensor) for name, tensor in self._tensors.items()}
-
-    @property
-    def entries(self) -> Mapping[str, Entry]:
-        """See :class:`Tensors`."""
-        return self._entries
+        self.entries = {name: _entry(tensor) for name, tensor in self._tensors.items()}
 
     def field(self, key: str, default: Any = None) -> Any:
         """Return a value of the metadata; raises CheckpointError without a value or ``default``."""

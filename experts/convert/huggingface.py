@@ -6,7 +6,7 @@ published with two sets of names always has the same names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,16 +61,11 @@ class _DequantisedFiles:
         self._checkpoint = checkpoint
         packed = checkpoint.packed.values()
         stored = {name for tensor in packed for name in (tensor.codes, tensor.scales)}
-        self._entries = {
+        self.entries = {
             name: Entry(info.shape, DTYPES[info.dtype])
             for name, info in checkpoint.tensors.items()
             if name not in stored
         } | {name: Entry(tensor.shape, QUANTISED) for name, tensor in checkpoint.packed.items()}
-
-    @property
-    def entries(self) -> Mapping[str, Entry]:
-        """See :class:`Tensors`."""
-        return self._entries
 
     def read(self, name: str, begin: int, end: int) -> torch.Tensor:
         """Return rows of a tensor; only these rows are read and dequantised."""

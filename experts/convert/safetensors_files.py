@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +25,8 @@ class SafetensorsFiles:
         converted, and a tensor in two files.
         """
         tensors = read_all(files)
-        self._entries = {name: _entry(name, info, files[0]) for name, info in tensors.items()}
+        self.entries = {name: _entry(name, info, files[0]) for name, info in tensors.items()}
         self._files = {name: files[0].parent / info.file for name, info in tensors.items()}
-
-    @property
-    def entries(self) -> Mapping[str, Entry]:
-        """See :class:`Tensors`."""
-        return self._entries
 
     def read(self, name: str, begin: int, end: int) -> torch.Tensor:
         """Return rows of a tensor; only these rows are read."""

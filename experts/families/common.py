@@ -50,17 +50,25 @@ def outer_tensors(config: Config) -> Shapes:
     return tensors
 
 
+def attention_tensors(config: Config, prefix: str) -> Shapes:
+    """Return the four matrices of grouped-query attention."""
+    hidden = config["hidden_size"]
+    heads, kv_heads, head_size = head_sizes(config)
+    return {
+        f"{prefix}.q_proj.weight": (heads * head_size, hidden),
+        f"{prefix}.k_proj.weight": (kv_heads * head_size, hidden),
+        f"{prefix}.v_proj.weight": (kv_heads * head_size, hidden),
+        f"{prefix}.o_proj.weight": (hidden, heads * head_size),
+    }
+
+
 def layer_tensors(
     config: Config, layer_id: int, qkv_bias: bool = False, output_bias: bool = False
 ) -> Shapes:
     """Return the grouped-query attention and the two norms of a layer."""
     hidden, prefix = config["hidden_size"], f"model.layers.{layer_id}"
     heads, kv_heads, head_size = head_sizes(config)
-    tensors: Shapes = {
-        f"{prefix}.self_attn.q_proj.weight": (heads * head_size, hidden),
-        f"{prefix}.self_attn.k_proj.weight": (kv_heads * head_size, hidden),
-        f"{prefix}.self_attn.v_proj.weight": (kv_heads * head_size, hidden),
-        f"{prefix}.self_attn.o_proj.weight": (hidden, heads * head_size),
+    tensors = attention_tensors(config, f"{prefix}.self_attn") | {
         f"{prefix}.input_layernorm.weight": (hidden,),
         f"{prefix}.post_attention_layernorm.weight": (hidden,),
     }

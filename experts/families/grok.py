@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from experts.families.base import Config, ExpertTensors, Family, GateSpec, Shapes, head_sizes
-from experts.families.common import plain_expert, routed_shape
+from experts.families.base import Config, ExpertTensors, Family, GateSpec, Shapes
+from experts.families.common import attention_tensors, plain_expert, routed_shape
 
 _DEFAULTS = {
     "attn_output_multiplier": 0.08838834764831845,
@@ -64,17 +64,11 @@ def _expert_tensors_of_xai(config: Config, layer_id: int, expert_id: int) -> Exp
 
 def _dense_tensors(config: Config) -> Shapes:
     hidden, vocab = config["hidden_size"], config["vocab_size"]
-    heads, kv_heads, head_size = head_sizes(config)
     tensors: Shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.scale": (hidden,)}
     for layer_id in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer_id}"
-        tensors |= {
-            f"{prefix}.attn.q_proj.weight": (heads * head_size, hidden),
-            f"{prefix}.attn.k_proj.weight": (kv_heads * head_size, hidden),
-            f"{prefix}.attn.v_proj.weight": (kv_heads * head_size, hidden),
-            f"{prefix}.attn.o_proj.weight": (hidden, heads * head_size),
-            f"{prefix}.moe_block.gate.weight": (config["num_experts"], hidden),
-        }
+        tensors |= attention_tensors(config, f"{prefix}.attn")
+        tensors[f"{prefix}.moe_block.gate.weight"] = (config["num_experts"], hidden)
         for norm in ("pre_attn_norm", "post_attn_norm", "pre_moe_norm", "post_moe_norm"):
             tensors[f"{prefix}.{norm}.scale"] = (hidden,)
     return tensors

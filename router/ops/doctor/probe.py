@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from cluster.errors import CheckpointMissingError, ExpertMeshError
+from cluster.native.built import native
 from experts.checkpoint.checkpoint import resolve_folder
 from router.config import AppConfig, parse_deployment, read_document
 from router.ops.doctor import doctor, machine
@@ -116,7 +116,7 @@ def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> lis
     running = None if target is None else look_at(target)
     found = [
         *doctor.check_versions(find_installed()),
-        doctor.check_native(_has_native_code()),
+        doctor.check_native(native is not None),
         doctor.check_devices(find_devices(), 0 if deployment is None else deployment.num_gpus),
         doctor.check_memory(machine.memory(), None if deployment is None else deployment.needs),
         doctor.check_shared_memory(machine.shared_memory_bytes()),
@@ -131,14 +131,6 @@ def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> lis
         numbers = [port.number for port in ports]
         found += doctor.check_ports(numbers, taken_ports(ports), joins=running is not None)
     return [*found, *file_checks]
-
-
-def _has_native_code() -> bool:
-    try:
-        import_module("expertmesh_native")
-    except ImportError:  # not built, or built for another system
-        return False
-    return True
 
 
 def _check_file(file: Path | None, joins: bool) -> tuple[Deployment | None, list[Check]]:

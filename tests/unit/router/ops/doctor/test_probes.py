@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import runpy
 import socket
 import sys
 from pathlib import Path
@@ -280,6 +281,7 @@ def test_native_code_that_cannot_be_loaded_is_as_if_it_was_not_built(
     found = levels(probe.examine(None, {"RAY_TMPDIR": str(tmp_path)}))
     assert (found["native code"] == "ok") == (built.native is not None)
     monkeypatch.setitem(sys.modules, "expertmesh_native", None)
+    monkeypatch.setattr(probe, "native", runpy.run_path(str(built.__file__))["native"])
     found = levels(probe.examine(None, {"RAY_TMPDIR": str(tmp_path)}))
     assert found["native code"] == "warning"
 
