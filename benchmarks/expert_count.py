@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine, show
+from cluster.errors import ExpertMeshError
 
 EXPERTS_PER_TOKEN = 2
 RECIPE: dict[str, Any] = {
@@ -288,14 +289,12 @@ def main(arguments: Sequence[str] | None = None, recipe: Mapping[str, Any] = REC
     """Run the benchmark; returns the exit status."""
     import torch
 
-    from router.workshop.settings import TrainingError
-
     options = parse(arguments)
     torch.set_num_threads(1)
     try:
         bench = Bench(options.text, recipe, options.runs)
         runs = run_all(bench, options)
-    except TrainingError as error:
+    except ExpertMeshError as error:
         sys.stderr.write(f"expert_count: {error}\n")
         return 2
     show_runs(runs)

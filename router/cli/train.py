@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from router.cli.common import BAD_USAGE, INTERRUPTED, REFUSED, AsJson, fail, write, write_json
+from router.cli.common import INTERRUPTED, AsJson, fail, write, write_json
 
 if TYPE_CHECKING:
     from router.workshop.report import Record
@@ -48,7 +48,7 @@ def train(
     from transformers.utils import logging
 
     from router.workshop.picture import can_draw
-    from router.workshop.settings import TrainingError, TrainingFailedError, load_config
+    from router.workshop.settings import load_config
     from router.workshop.state import STATE_FILE
     from router.workshop.train import StoppedError, Watcher
     from router.workshop.train import train as run
@@ -72,10 +72,6 @@ def train(
                 beside=beside or [],
                 watcher=Watcher(display.on_phase, display.on_step, display.should_stop),
             )
-    except TrainingFailedError as error:
-        fail(str(error), REFUSED)
-    except TrainingError as error:
-        fail(str(error), BAD_USAGE)
     except StoppedError as stopped:
         fail(f"stopped; {stopped.steps_done} steps are saved; go on with: {again}", INTERRUPTED)
     except KeyboardInterrupt:

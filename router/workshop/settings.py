@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -16,14 +15,17 @@ from pydantic import (
     model_validator,
 )
 
+from cluster.errors import ConfigError, ExpertMeshError
+from router.config import read_document
+
 DenseSize = Literal["active", "total"]
 
 
-class TrainingError(ValueError):
+class TrainingError(ConfigError):
     """A training run is refused; the message says what was given and what is allowed."""
 
 
-class TrainingFailedError(TrainingError):
+class TrainingFailedError(ExpertMeshError):
     """A valid training run has failed; the message says what to do."""
 
 
@@ -205,18 +207,14 @@ class TrainingConfig(_Settings):
 def load_config(path: Path) -> TrainingConfig:
     """Read and validate a training configuration.
 
-    Raises TrainingError that names the file and each offending key.
+    Raises ConfigError for a file that is no YAML, and TrainingError that names the file and each
+    offending key.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return TrainingConfig.model_validate(raw)
+        return TrainingConfig.model_validate(read_document(path))
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(part) for part in item['loc']) or 'the file'}: {item['msg']}"
             for item in error.errors()
         )
         raise TrainingError(f"{path}: {problems}") from error
-    except OSError as error:
-        raise TrainingError(f"{path}: cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise TrainingError(f"{path}: cannot be read as YAML: {error}") from error
