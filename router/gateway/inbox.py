@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from cluster.errors import DeadlineExceededError
-from router.messages.request import GenerationRequest, TokenEvent
+from router.messages.request import TokenEvent
 
 MAX_BUFFERED_EVENTS = 100_000
 Reply = BaseException | dict[str, Any]
@@ -44,7 +43,8 @@ class Inbox:
     async def take(self, pause_s: float) -> tuple[list[TokenEvent], Reply | None]:
         """Wait; returns all events so far, and the reply or ``None`` while there is none.
 
-        Later events are held back for ``pause_s``, so that the next call returns them together.
+        The service above bounds the wait by the request's deadline. Later events are held back for
+        ``pause_s``, so that the next call returns them together.
         """
         await self._changed.wait()
         self._changed.clear()
@@ -62,16 +62,3 @@ async def put_reply(call: Any, inbox: Inbox) -> None:
         inbox.end(await call)
     except Exception as error:
         inbox.end(error)
-
-
-async def take_events(
-    inbox: Inbox, request: GenerationRequest, pause_s: float
-) -> tuple[list[TokenEvent], Reply | None]:
-    """Call :meth:`Inbox.take`; raises ``DeadlineExceededError`` after the request's deadline."""
-    # A second past the deadline, so that the router's own error comes first.
-    timeout_s = max(0.0, request.remaining_s()) + 1.0
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await inbox.take(pause_s)
-    except TimeoutError:
-        raise DeadlineExceededError("the request's deadline passed") from None

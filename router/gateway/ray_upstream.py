@@ -36,7 +36,7 @@ from cluster.spec import OnExpertLoss
 from router.control.client import HandleController
 from router.control.placement_view import PlacementView, PlacementWatcher
 from router.control.readiness import Readiness, readiness
-from router.gateway.inbox import Inbox, Reply, put_reply, take_events
+from router.gateway.inbox import Inbox, Reply, put_reply
 from router.gateway.limits import RETRY_AFTER_S
 from router.messages.request import GenerationRequest, Receipts, TokenEvent, merge_events
 from router.messages.token_link import LinkAddress, LinkServer
@@ -161,7 +161,7 @@ class RayUpstream:
         try:
             while True:
                 pause_s = min(self._num_streams / MESSAGES_PER_S, MAX_PAUSE_S)
-                events, end = await take_events(inbox, request, pause_s)
+                events, end = await inbox.take(pause_s)
                 for index in stopped.intersection(e.index for e in events if not e.finish_reason):
                     self._link.stop_choice(request.request_id, index)
                 for event in merge_events(filter(None, map(receipts.take, events))):

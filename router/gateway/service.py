@@ -72,8 +72,8 @@ class Upstream(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Yield the events of all choices; each choice ends with a ``finish_reason``.
 
-        Raises :class:`cluster.errors.ExpertMeshError`. Closing the generator (``aclose``) or
-        cancelling it ends the request at its router.
+        The caller bounds the wait for an event. Raises :class:`cluster.errors.ExpertMeshError`.
+        Closing the generator (``aclose``) or cancelling it ends the request at its router.
         """
         ...
 

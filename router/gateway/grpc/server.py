@@ -41,10 +41,8 @@ class GrpcServer:
         self._servicer = servicer
         self._host, self._port = host, port
         self._options = [
-            (
-                "grpc.so_reuseport",
-                0,
-            ),  # or gateways of two applications would get each other's calls
+            # Else gateways of two applications would get each other's calls.
+            ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", max_message_bytes),
         ]
         self._server: grpc.aio.Server | None = None

@@ -13,7 +13,7 @@ import grpc
 import pytest
 import uvicorn
 
-from cluster.errors import OverloadedError, SlowReaderError
+from cluster.errors import DeadlineExceededError, OverloadedError, SlowReaderError
 from router.client import Client, Sampling
 from router.config import GatewayConfig
 from router.gateway.service import Delta, GenerationService
@@ -73,6 +73,19 @@ def test_the_work_ends_while_the_client_does_not_read() -> None:
                 assert (await anext(others)).token_ids
             with pytest.raises(SlowReaderError, match=r"not read for 0.05 s"):
                 await anext(deltas)
+
+    asyncio.run(asyncio.wait_for(run(), WAIT_S))
+
+
+def test_a_token_that_never_comes_ends_with_the_deadline() -> None:
+    async def run() -> None:
+        upstream = FakeUpstream(lambda request: (), endless=True)
+        served = service(upstream)
+        raw = RawRequest("tiny", "in", {}, {"timeout_s": 0.01}, streamed=True)
+        with pytest.raises(DeadlineExceededError):
+            await anext(served.generate(served.validator.check(raw), "grpc"))
+        await until_closed(upstream)
+        assert counted(served, "expertmesh_requests_in_flight") == 0
 
     asyncio.run(asyncio.wait_for(run(), WAIT_S))
 
