@@ -6,14 +6,14 @@ Dimension letters: P rows of one expert, H hidden size, I intermediate size.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch.nn import functional
 
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.amx_ffn import MAX_ROWS, Activation, GatedFfn, TiledFfn, can_tile
+from experts.compute.ffn_trials import PACKED_ROWS, TILED_ROWS, TRIED_SIDE, keeps_bits
 from experts.compute.packed_linear import can_pack, pack, packed_bytes, packed_linear
 
 # By ``hidden_act``; families.base.ACTIVATION_NAMES has the same names.
@@ -41,10 +41,6 @@ _MAX_TINY_SIZE = 4096
 
 # Packed products pad to a multiple of _FEW_STEP rows up to _FEW_ROWS rows, then of _MANY_STEP.
 _FEW_ROWS, _FEW_STEP, _MANY_STEP = 32, 4, 32
-_TRIED_ROWS = (1, 2, 3, 5, 8, 17, 48, 100)
-# One tile, and two tiles. Only two numbers, because oneDNN keeps compiled code for each.
-_TRIED_TILED_ROWS = (3, 17)
-_TRIED_SIDE = 128
 # One row has the bits of two where H and I are multiples of _ONE_ROW_STEP up to _ONE_ROW_MAX.
 _ONE_ROW_STEP = 64
 _ONE_ROW_MAX = 2048
@@ -75,13 +71,14 @@ def ffn_of(weights: GatedFfnWeights, act: Activation) -> GatedFfn:
     hidden_size, intermediate_size = weights.down.shape
     # The order of a sum depends on its length, so a few sums of each length suffice.
     if tiles and all(
-        _tiling_keeps_bits(*sizes, act)
-        for sizes in ((hidden_size, _TRIED_SIDE), (_TRIED_SIDE, intermediate_size))
+        keeps_bits(_tiled_product, gated_ffn, TILED_ROWS, sizes, act)
+        for sizes in ((hidden_size, TRIED_SIDE), (TRIED_SIDE, intermediate_size))
     ):
         return _tiled(weights, act)
     # With AMX the products of gated_ffn are as fast, without another layout.
     packs = not _HAS_AMX and is_big and can_pack(weights.down)
-    if packs and _packing_keeps_bits(*weights.down.shape, act):
+    sizes = (hidden_size, intermediate_size)
+    if packs and keeps_bits(PackedFfn, _plain_ffn, PACKED_ROWS, sizes, act):
         return PackedFfn(weights, act)
     return partial(gated_ffn, weights=weights, act=act)
 
@@ -119,35 +116,8 @@ def _tiled(weights: GatedFfnWeights, act: Activation) -> TiledFfn:
     return TiledFfn(weights, act, fallback, 1 if _one_row_fits(weights) else 2)
 
 
-@cache
-@torch.inference_mode()
-def _packing_keeps_bits(hidden_size: int, intermediate_size: int, act: Activation) -> bool:
-    """Compare packed and plain products of a random expert; bits depend on shape and processor."""
-    weights, samples = _random_expert(hidden_size, intermediate_size, _TRIED_ROWS)
-    packed = PackedFfn(weights, act)
-    return all(torch.equal(packed(rows), _plain_ffn(rows, weights, act)) for rows in samples)
-
-
-@cache
-@torch.inference_mode()
-def _tiling_keeps_bits(hidden_size: int, intermediate_size: int, act: Activation) -> bool:
-    """Compare tiled and plain products of a random expert of this shape."""
-    weights, samples = _random_expert(hidden_size, intermediate_size, _TRIED_TILED_ROWS)
-    tiled = _tiled(weights, act)
-    return all(torch.equal(tiled.compute(rows), gated_ffn(rows, weights, act)) for rows in samples)
-
-
-def _random_expert(
-    hidden_size: int, intermediate_size: int, counts: Sequence[int]
-) -> tuple[GatedFfnWeights, list[torch.Tensor]]:
-    """Return a random expert, and random rows for it, in a tensor of each of ``counts``."""
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(generator=generator)
-
-    gate_up, down = randn(2 * intermediate_size, hidden_size), randn(hidden_size, intermediate_size)
-    return GatedFfnWeights(gate_up, down), [randn(count, hidden_size) for count in counts]
+def _tiled_product(weights: GatedFfnWeights, act: Activation) -> GatedFfn:
+    return _tiled(weights, act).compute
 
 
 def gated_ffn(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> torch.Tensor:

@@ -21,6 +21,7 @@ from experts.compute import amx_ffn as tiled
 from experts.compute import ffn
 from experts.compute.amx_ffn import MAX_ROWS, TiledFfn, can_tile
 from experts.compute.ffn import ffn_of, gated_ffn
+from experts.compute.ffn_trials import keeps_bits
 
 HAS_TILES = ffn._HAS_AMX and built.native is not None and built.native.may_tile()
 # Elsewhere torch computes the same experts, and the same is asked of it.
@@ -99,12 +100,12 @@ def test_where_the_trial_finds_another_bit_torch_computes(monkeypatch: pytest.Mo
         output.view(torch.int16)[-1, -1] ^= 1
         return output
 
-    ffn._tiling_keeps_bits.cache_clear()
+    keeps_bits.cache_clear()
     monkeypatch.setattr(TiledFfn, "compute", a_bit_off)
     try:
         assert not isinstance(ffn_of(expert_of(), functional.silu), TiledFfn)
     finally:
-        ffn._tiling_keeps_bits.cache_clear()
+        keeps_bits.cache_clear()
 
 
 def test_more_rows_and_more_threads_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute import ffn
 from experts.compute.ffn import ACTIVATIONS, Activation, PackedFfn, ffn_of, gated_ffn
+from experts.compute.ffn_trials import PACKED_ROWS, keeps_bits
 
 Make = Callable[[int, int, int, torch.dtype], tuple[torch.Tensor, GatedFfnWeights]]
 
@@ -135,14 +136,16 @@ def test_a_placeless_activation_has_one_result_for_a_value(name: str) -> None:
 
 def test_weights_are_packed_only_where_bits_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ffn, "_HAS_AMX", False)
-    ffn._packing_keeps_bits.cache_clear()
+    keeps_bits.cache_clear()
     weights = GatedFfnWeights(torch.ones(192, 64).bfloat16(), torch.ones(64, 96).bfloat16())
     is_supported = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     with monkeypatch.context() as patched:
         patched.setattr(PackedFfn, "__call__", lambda self, rows: rows * 2)
         assert not isinstance(ffn_of(weights, functional.silu), PackedFfn)
-    ffn._packing_keeps_bits.cache_clear()
-    same = ffn._packing_keeps_bits(64, 96, functional.silu) if is_supported else False
+    keeps_bits.cache_clear()
+    same = is_supported and keeps_bits(
+        PackedFfn, ffn._plain_ffn, PACKED_ROWS, (64, 96), functional.silu
+    )
     assert isinstance(ffn_of(weights, functional.silu), PackedFfn) == same
     assert not isinstance(
         ffn_of(
@@ -150,4 +153,4 @@ def test_weights_are_packed_only_where_bits_stay(monkeypatch: pytest.MonkeyPatch
         ),
         PackedFfn,
     )
-    ffn._packing_keeps_bits.cache_clear()
+    keeps_bits.cache_clear()
