@@ -45,7 +45,7 @@ def pack(work: list[Work], sliding_window: int | None, length_step: int = 1) -> 
     ordered = [*decodes, *prefills]
     decode_slots = [w.sequence.slots[: w.end] for w in decodes]
     chunk_slots = [w.sequence.slots[: w.end] for w in prefills]
-    padded, mask, windowed = _decode_part(decode_slots, sliding_window, length_step)
+    padded, mask, window_mask = _decode_part(decode_slots, sliding_window, length_step)
     ends = list(itertools.accumulate(w.end - w.start for w in ordered))
     chunks = tuple(
         _chunk(w, slots, end, sliding_window)
@@ -66,7 +66,7 @@ def pack(work: list[Work], sliding_window: int | None, length_step: int = 1) -> 
             num_decode=len(decodes),
             decode_slots=padded,
             decode_mask=mask,
-            decode_windowed=windowed,
+            decode_window_mask=window_mask,
             chunks=chunks,
         ),
         sample_rows=_tensor(list(itertools.compress((end - 1 for end in ends), sampled))),
@@ -103,9 +103,9 @@ def _decode_part(
     lengths = np.array([len(s) for s in slots]).reshape(-1, 1)
     longest = int(lengths.max())
     longest += -longest % length_step
-    windowed = sliding_window is not None and longest > sliding_window
+    exceeds_window = sliding_window is not None and longest > sliding_window
     is_even = longest == lengths.min()
-    if not windowed and is_even:
+    if not exceeds_window and is_even:
         return torch.from_numpy(np.stack(slots)), None, None
     column = np.arange(longest).reshape(1, -1)
     mask = column < lengths
@@ -113,7 +113,7 @@ def _decode_part(
     padded = np.repeat([[s[0]] for s in slots], longest, axis=1)
     padded[mask] = np.concatenate(slots)
     seen = None if is_even else torch.from_numpy(mask)[:, None, :]
-    if not windowed:
+    if not exceeds_window:
         return torch.from_numpy(padded), seen, seen
     within = mask & (column >= lengths - sliding_window)
     return torch.from_numpy(padded), seen, torch.from_numpy(within)[:, None, :]
@@ -121,13 +121,13 @@ def _decode_part(
 
 def _chunk(work: Work, slots: np.ndarray, end: int, sliding_window: int | None) -> Chunk:
     size = work.end - work.start
-    windowed = sliding_window is not None and work.end > sliding_window
+    exceeds_window = sliding_window is not None and work.end > sliding_window
     mask = within = None
-    if work.start > 0 or windowed:
+    if work.start > 0 or exceeds_window:
         query = np.arange(work.start, work.end).reshape(-1, 1)
         key = np.arange(work.end).reshape(1, -1)
         visible = key <= query
         mask = within = torch.from_numpy(visible) if work.start > 0 else None
-        if sliding_window is not None and windowed:
+        if sliding_window is not None and exceeds_window:
             within = torch.from_numpy(visible & (key > query - sliding_window))
     return Chunk(end - size, end, torch.from_numpy(slots), mask, within)

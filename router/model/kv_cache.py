@@ -24,15 +24,15 @@ class Chunk:
     """A prefill chunk: tokens ``start:end`` of the packed row, and the slots that they attend to.
 
     ``slots`` [L] are the sequence's slots up to and including the chunk's last token. ``mask``
-    [C, L] is true where a token attends, or ``None`` for plain causal attention. ``windowed`` is
-    the mask of layers with a sliding window.
+    [C, L] is true where a token attends, or ``None`` for plain causal attention. ``window_mask``
+    is the mask of layers with a sliding window.
     """
 
     start: int
     end: int
     slots: torch.Tensor
     mask: torch.Tensor | None
-    windowed: torch.Tensor | None
+    window_mask: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +41,15 @@ class PagedBatch:
 
     ``new_slots`` [T] take each token's key and value. The first ``num_decode`` tokens belong to
     decoding sequences, which attend to ``decode_slots`` [B, L], padded on the right.
-    ``decode_mask`` [B, 1, L] is false at the padding. ``decode_windowed`` is also false outside the
-    sliding window, for layers that have a window. A mask of ``None`` hides nothing.
+    ``decode_mask`` [B, 1, L] is false at the padding. ``decode_window_mask`` is also false outside
+    the sliding window, for layers that have a window. A mask of ``None`` hides nothing.
     """
 
     new_slots: torch.Tensor
     num_decode: int
     decode_slots: torch.Tensor
     decode_mask: torch.Tensor | None
-    decode_windowed: torch.Tensor | None
+    decode_window_mask: torch.Tensor | None
     chunks: tuple[Chunk, ...]
 
 

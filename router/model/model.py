@@ -130,7 +130,7 @@ class MoEModel:
         config = self._model.config
         # Some families write 0 for no window, others leave the key out.
         self.sliding_window: int | None = getattr(config, "sliding_window", None) or None
-        self._windowed = _windowed_layers(config)
+        self._has_window = _layers_with_window(config)
         self.length_step = length_step(dtype, self._model.device)
         self._cache = _cache_of(config, checkpoint.family, cache_slots, dtype, self._model.device)
         self._base, self._head = self._model.base_model, self._model.get_output_embeddings()
@@ -157,7 +157,7 @@ class MoEModel:
             position_ids=positions.unsqueeze(0),
             use_cache=False,
             output_router_logits=False,
-            paged=PagedContext(self._cache, batch, self._windowed),
+            paged=PagedContext(self._cache, batch, self._has_window),
         )
         hidden_states = output.last_hidden_state[0].index_select(0, sample_rows)  # [R, H]
         return self._head(hidden_states).float()
@@ -174,7 +174,7 @@ def _cache_of(
     return PagedCache(layers, num_slots, config.num_key_value_heads, head_dim, dtype, device)
 
 
-def _windowed_layers(config: Any) -> tuple[bool, ...]:
+def _layers_with_window(config: Any) -> tuple[bool, ...]:
     """Return for each layer whether it has a sliding window; layers may differ."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:

@@ -33,12 +33,12 @@ ATTENTION_NAME = "expertmesh_paged"
 class PagedContext:
     """The argument that transformers' model passes on to :func:`paged_attention`.
 
-    ``windowed`` is true for each layer with a sliding window.
+    ``has_window`` is true for each layer with a sliding window.
     """
 
     cache: PagedCache
     batch: PagedBatch
-    windowed: Sequence[bool]
+    has_window: Sequence[bool]
 
 
 def paged_attention(
@@ -62,13 +62,13 @@ def paged_attention(
     (:mod:`router.model.capped_attention`). Returns [1, T, Q, D] with the D of the values.
     """
     layer_id: int = module.layer_idx  # type: ignore[assignment]
-    batch, windowed = paged.batch, paged.windowed[layer_id]
+    batch, has_window = paged.batch, paged.has_window[layer_id]
     paged.cache.store(layer_id, batch.new_slots, key.squeeze(0), value.squeeze(0))
     is_plain = s_aux is None and softcap is None
     outputs = []  # [1, T, Q, D] each
     if batch.num_decode:
         cached = paged.cache.keys[layer_id], paged.cache.values[layer_id]
-        mask = batch.decode_windowed if windowed else batch.decode_mask
+        mask = batch.decode_window_mask if has_window else batch.decode_mask
         decoding = query[0, :, : batch.num_decode]
         is_bf16 = query.is_cpu and query.dtype == torch.bfloat16
         if is_plain and is_bf16 and can_attend_cached(decoding, *cached):
@@ -78,7 +78,7 @@ def paged_attention(
             outputs.append(attend_gathered(decoding, *gathered, mask, scaling, softcap, s_aux))
     for chunk in batch.chunks:
         keys, values = paged.cache.gather(layer_id, chunk.slots.unsqueeze(0))
-        mask = chunk.windowed if windowed else chunk.mask
+        mask = chunk.window_mask if has_window else chunk.mask
         tokens = query[:, :, chunk.start : chunk.end]  # [1, Q, C, D]
         if not is_plain:
             outputs.append(chunk_by_scores(tokens[0], keys, values, mask, scaling, softcap, s_aux))

@@ -48,21 +48,21 @@ def test_a_step_is_packed_as_worked_by_hand() -> None:
     assert step.batch.num_decode == 2
     # Padding repeats the first slot and is masked; the window shows the last 3 tokens.
     assert step.batch.decode_slots.tolist() == [[48, 49, 50, 51, 52], [16, 17, 16, 16, 16]]
-    assert step.batch.decode_windowed is not None
-    assert step.batch.decode_windowed[:, 0].int().tolist() == [[0, 0, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert step.batch.decode_window_mask is not None
+    assert step.batch.decode_window_mask[:, 0].int().tolist() == [[0, 0, 1, 1, 1], [1, 1, 0, 0, 0]]
     # Layers without a window see all of it.
     assert step.batch.decode_mask is not None
     assert step.batch.decode_mask[:, 0].int().tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     first, second = step.batch.chunks
     assert (first.start, first.end, first.slots.tolist()) == (2, 5, [0, 1, 2, 3, 4])
-    assert first.windowed is not None
-    assert first.windowed.int().tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert first.window_mask is not None
+    assert first.window_mask.int().tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
     assert first.mask is not None
     assert first.mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert (second.start, second.end, second.slots.tolist()) == (5, 7, [32, 33])
     # Plain causal attention says the same.
     assert second.mask is None
-    assert second.windowed is None
+    assert second.window_mask is None
 
 
 def test_lengths_are_padded_to_a_multiple_and_the_padding_is_hidden() -> None:
@@ -74,8 +74,8 @@ def test_lengths_are_padded_to_a_multiple_and_the_padding_is_hidden() -> None:
     assert one.decode_mask[:, 0].int().tolist() == [[1, 1, 1, 0]]
     both = pack([Work(a, 2, 3), Work(b, 4, 5)], 2, 4).batch
     assert both.decode_slots.tolist() == [[0, 1, 2] + 5 * [0], [32, 33, 34, 35, 36] + 3 * [32]]
-    assert both.decode_windowed is not None
-    assert both.decode_windowed[:, 0].int().tolist() == [
+    assert both.decode_window_mask is not None
+    assert both.decode_window_mask[:, 0].int().tolist() == [
         [0, 1, 1, 0, 0, 0, 0, 0],
         [0, 0, 0, 1, 1, 0, 0, 0],
     ]
