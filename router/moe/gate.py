@@ -1,8 +1,8 @@
 """The gate: which experts a token goes to, and with which weights.
 
-One module serves every family, by its :class:`experts.families.base.GateSpec`. It takes the place
-of transformers' gate and gives the same ids and weights bit for bit. It can also choose without
-some experts: missing experts, and experts without room.
+One module serves every family, by its :class:`experts.families.base.GateSpec`. It replaces
+transformers' gate and gives the same ids and weights bit for bit. It can also choose without some
+experts: missing experts, and experts without room.
 
 Dimension letters: T tokens, H hidden size, E experts, K experts per token, G groups.
 """
@@ -66,8 +66,8 @@ class Gate(nn.Module):
         allowed fewer than K experts, other ids fill it, with a weight of 0.
         """
         scores = self._scores(hidden_states, allowed)
-        ranks = self._ranks(scores, allowed)
-        values, ids = ranks.topk(self._top_k, -1, True, self._spec.sorts)
+        choice_scores = self._choice_scores(scores, allowed)
+        values, ids = choice_scores.topk(self._top_k, -1, True, self._spec.sorts)
         are_scores = allowed is None and self._correction is None
         weights = self._weights(values if are_scores else scores.gather(1, ids))
         if allowed is not None:
@@ -88,31 +88,33 @@ class Gate(nn.Module):
             return logits.softmax(-1, dtype=self._scores_dtype)
         return logits.sigmoid() if spec.score == "sigmoid" else logits
 
-    def _ranks(self, scores: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
-        """Return the values [T, E] by which experts are chosen."""
-        ranks = scores if self._correction is None else scores + self._correction
+    def _choice_scores(self, scores: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+        """Return the scores [T, E] by which experts are chosen, not weighted."""
+        if self._correction is not None:
+            scores = scores + self._correction
         if allowed is not None:
-            ranks = ranks.masked_fill(~allowed, self._below_all())
+            scores = scores.masked_fill(~allowed, self._below_all())
         if self._spec.topk_groups < self._spec.num_groups:
-            ranks = self._of_best_groups(ranks, allowed)
-        return ranks
+            scores = self._of_best_groups(scores, allowed)
+        return scores
 
     def _below_all(self) -> float:
-        """Return a rank below every allowed expert's.
+        """Return a score for the choice below every allowed expert's.
 
-        It is finite for the sums of groups: a group with an allowed expert ranks above the others.
+        It is finite for the sums of groups: a group with an allowed expert has a larger sum than
+        one without.
         """
         if self._spec.score == "softmax_of_chosen":
             return -torch.inf
         return -1.0 if self._correction is None else self._correction.min().item() - 1.0
 
-    def _of_best_groups(self, ranks: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
-        """Return the ranks [T, E] with those of all but the best groups made lowest.
+    def _of_best_groups(self, scores: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+        """Return the scores [T, E] with those of all but the best groups made lowest.
 
         A row with at most K allowed experts may take them from all groups.
         """
         spec = self._spec
-        groups = ranks.unflatten(1, (spec.num_groups, -1))  # [T, G, E / G]
+        groups = scores.unflatten(1, (spec.num_groups, -1))  # [T, G, E / G]
         group_scores = groups.topk(spec.best_of_group, dim=-1).values.sum(dim=-1)  # [T, G]
         best = group_scores.topk(spec.topk_groups, dim=-1, sorted=False).indices
         left_out = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
