@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from cluster.native.built import native
 from cluster.transport.base import Call
 from cluster.transport.stream.client import StreamTransport
 from cluster.transport.stream.connect import Connector
@@ -26,6 +27,8 @@ from tests.unit.experts.local_actor import LIMIT_S, frame_of, local_actor, rows_
 
 ROOT = Path(__file__).parents[4]
 MOST_FILES = 16
+HELPER, HELPERS_CALLER = "cluster/wire/tensors.py", "router/moe/layer.py"
+"""Without native code the cache needs no helper, and the layer is the first to call it."""
 DOCUMENT = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 ROUTER, ACTOR = (
     DOCUMENT.partition(begin)[2].partition(end)[0]
@@ -102,12 +105,25 @@ def connected(folder: Path, dtype: str) -> Iterator[Wired]:
         wired.close()
 
 
+def leave_out_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every module do without native code, as where there was no compiler."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("cluster.", "experts.", "router.")) and hasattr(module, "native"):
+            monkeypatch.setattr(module, "native", None)
+
+
+@pytest.mark.parametrize("has_native", sorted({native is not None, False}))
 def test_a_decode_step_passes_the_files_of_the_document_in_their_order(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, has_native: bool
 ) -> None:
+    expected = numbered(ROUTER)
+    if not has_native:  # as the document says of the helper
+        leave_out_native(monkeypatch)
+        expected.remove(HELPER)
+        expected.insert(expected.index(HELPERS_CALLER) + 1, HELPER)
     with connected(folder, "float32") as wired:
         files = files_of_a_decode(wired, monkeypatch)
-    assert files == numbered(ROUTER)
+    assert files == expected
     assert len(files) <= MOST_FILES
 
 
