@@ -1,4 +1,4 @@
-"""``expertmesh config``: what a deployment file may hold, and what one comes to."""
+"""``expertmesh config`` and ``check``: a deployment file's keys, its defaults, and its check."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ import yaml
 from cluster.errors import CheckpointError, ConfigError
 from router.cli.common import BAD_USAGE, AsJson, fail, write, write_json
 
-config = typer.Typer(
-    no_args_is_help=True, help="What a deployment file may hold, and what one comes to."
-)
+config = typer.Typer(no_args_is_help=True, help="The keys and the defaults of a deployment file.")
 
 
 @config.command()
 def schema(
     args: Annotated[
-        bool, typer.Option("--args", help="Only what stands under an application's args.")
+        bool, typer.Option("--args", help="Only the schema of an application's args.")
     ] = False,
 ) -> None:
     """Print the JSON Schema of a deployment file, for editors and other checkers.
@@ -34,12 +32,12 @@ def schema(
 
 @config.command()
 def new() -> None:
-    """Print a whole deployment file of the bundled model, with all that Serve is told.
+    """Print a whole deployment file of the bundled model, with all settings of Serve.
 
     Example: expertmesh config new > my.yaml
 
-    `expertmesh serve` needs no more of a file than `applications`, and fills in the rest. A whole
-    file is for other ways of starting Serve, such as KubeRay, and for changes of Serve's settings.
+    `expertmesh serve` needs only a file's `applications`, and fills in the rest. A whole file is
+    for other ways of starting Serve, such as KubeRay, and for changes of Serve's settings.
     """
     from router.serve.options import starter_text
 
@@ -51,12 +49,12 @@ def show(
     file: Annotated[Path, typer.Argument(help="A deployment file, as `serve run` takes it.")],
     as_json: AsJson = False,
 ) -> None:
-    """Print a deployment file with every default filled in: of its args, and of Serve's part.
+    """Print a deployment file with every default of its args and of Serve's settings.
 
     Example: expertmesh config show deploy/cluster.yaml
 
-    The output is a deployment file itself, the one that `expertmesh serve FILE` serves on a Ray of
-    its own. Checkpoints are not looked at; `expertmesh check` does.
+    The output is itself a deployment file: `expertmesh serve FILE` serves it on a Ray of its own.
+    The command opens no checkpoint; `expertmesh check` does.
     """
     from router.config import parse_deployment, read_document
     from router.ops.doctor.probe import completed_here
@@ -98,14 +96,14 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def args_schema() -> dict[str, Any]:
-    """Return the schema of what stands under an application's ``args:``."""
+    """Return the schema of an application's ``args:``."""
     from router.config import AppConfig
 
     return {"$schema": _DIALECT, **AppConfig.model_json_schema()}
 
 
 def file_schema() -> dict[str, Any]:
-    """Return the schema of a whole file: Ray Serve's own, with ours at ``args:``."""
+    """Return the schema of a whole file: Serve's schema, with :class:`AppConfig` at ``args:``."""
     from ray.serve.schema import ServeDeploySchema
 
     from router.config import IMPORT_PATH, AppConfig

@@ -45,7 +45,7 @@ def doctor(
 
 
 def _print_checks(checks: list[Check]) -> None:
-    table = Table("what", "", "found, and what to do")
+    table = Table("check", "", "finding and advice")
     for check in checks:
         verdict = f"{check.found}\n{check.advice}".rstrip()
         table.add_row(check.name, Text(check.level, STYLES[check.level]), Text(verdict))
