@@ -112,18 +112,25 @@ def model_card(record: Record, picture: str | None) -> str:
     config, figures = record.config, record.figures
     model, run = config.model, config.optimization
     hashes = "\n".join(f"- `{name}`: sha256 `{sha}`" for name, sha in record.text_sha256.items())
+    sizes = {
+        "Parameters, in fp32": f"{figures.num_parameters:,}",
+        "Parameters that compute a token": f"{figures.num_active_parameters:,}",
+        "Layers": model.num_hidden_layers,
+        "Experts per layer": model.num_local_experts,
+        "Experts per token": model.num_experts_per_tok,
+        "Hidden size": model.hidden_size,
+        "Expert size": model.intermediate_size,
+        "Vocabulary (byte-level BPE)": f"{model.vocab_size:,}",
+        "Tokens per sequence in training": run.sequence_length,
+    }
     return f"""# {config.card.name}
 
 A small Mixtral-format language model, for trying and testing ExpertMesh. It was trained on one \
-CPU thread: it writes the styles of its texts, and it knows nothing. It has not been tuned to \
-follow instructions or to chat.
+CPU thread. It writes in the styles of its texts and knows nothing. It is not tuned for \
+instructions or chat. Its input and output embeddings are tied. Its text gets worse beyond the \
+sequence length of the training.
 
-{figures.num_parameters:,} parameters in fp32, of which one token meets \
-{figures.num_active_parameters:,}: {model.num_hidden_layers} layers, \
-{model.num_local_experts} experts each, {model.num_experts_per_tok} to a token; hidden size \
-{model.hidden_size}, expert size {model.intermediate_size}, vocabulary {model.vocab_size} \
-(byte-level BPE), tied embeddings. Trained on sequences of {run.sequence_length} tokens; text gets \
-worse beyond that length.
+{_two_columns("Size", sizes)}
 
 ## Text
 
@@ -138,6 +145,11 @@ worse beyond that length.
 {_experts(record, picture)}
 
 {_recipe(record)}"""
+
+
+def _two_columns(head: str, rows: Mapping[str, object]) -> str:
+    lines = (f"| {name} | {value} |" for name, value in rows.items())
+    return "\n".join([f"| {head} | |", "|---|---|", *lines])
 
 
 def _perplexities(record: Record) -> str:
@@ -189,12 +201,12 @@ def _experts(record: Record, picture: str | None) -> str:
         lines += ["", "Which tokens each expert takes:", "", f"![Which tokens]({picture})"]
     lines += [
         "",
-        f"The strongest leanings. None would be {100 / num_experts:.1f} %; more than "
-        f"{100 / num_experts_per_tok:.0f} % cannot be, since a token has {num_experts_per_tok} "
-        "experts:",
+        "The largest shares that one expert takes of a kind of token or of a text:",
         "",
         "| Of the assignments of | in layer | go to expert | % |",
         "|---|---|---|---|",
+        f"| any (an even split) | | any | {100 / num_experts:.1f} |",
+        f"| any (the upper bound) | | any | {100 / num_experts_per_tok:.0f} |",
     ]
     for share, kind, layer_id, expert_id in strongest_leanings(figures):
         lines.append(f"| {kind} | {layer_id} | {expert_id} | {100 * share:.1f} |")
@@ -220,14 +232,22 @@ def strongest_leanings(figures: Figures) -> list[tuple[float, str, int, int]]:
 def _recipe(record: Record) -> str:
     config, figures = record.config, record.figures
     run = config.optimization
+    rows = {
+        "Steps": f"{run.steps:,}",
+        "Sequences per step": run.batch_size,
+        "Tokens of all steps": f"{figures.training_tokens:,}",
+        "Tokens of the text": f"{figures.distinct_training_tokens:,}",
+        "AdamW's learning rate": f"{run.learning_rate:g} after {run.warmup_steps} steps of "
+        f"warm-up, then along a cosine to {run.final_learning_rate:g}",
+        "Gate": _gating(config),
+        "Seed": config.seed,
+        "Time": f"{figures.training_s / 60:.0f} minutes at {figures.tokens_per_s:,.0f} tokens/s",
+    }
     return f"""## Recipe
 
-{run.steps} steps of {run.batch_size} sequences of {run.sequence_length} tokens: \
-{figures.training_tokens:,} tokens seen, of {figures.distinct_training_tokens:,} in the text. \
-AdamW, learning rate {run.learning_rate:g} after {run.warmup_steps} steps of warm-up, then along \
-a cosine to {run.final_learning_rate:g}; {_gating(config)}; seed {config.seed}. \
-It took {figures.training_s / 60:.0f} minutes at {figures.tokens_per_s:,.0f} tokens/s. \
-When serving, the gate is plain top-k.
+{_two_columns("Training", rows)}
+
+In serving, the gate is plain top-k.
 
 ```sh
 {config.card.text_commands.strip()}
