@@ -49,9 +49,7 @@ class HandleController:
         model: str,
     ) -> dict[str, Any]:
         """See :meth:`cluster.controller.controller.Controller.watch`."""
-        return await self._handle.watch.remote(
-            kind, pid, node, known, timeout_s, samples, model
-        )
+        return await self._handle.watch.remote(kind, pid, node, known, timeout_s, samples, model)
 
     async def suspect(self, actor_id: str, generation: int) -> None:
         """See :meth:`cluster.controller.controller.Controller.suspect`."""
