@@ -20,7 +20,7 @@ from ray.experimental import get_object_locations
 
 from cluster.controller.pool import CONTROL_CALLS, actor_options
 from cluster.environment import router_environment
-from cluster.spec import ACTOR_NAMESPACE, ActorSpec, TransportKind, actor_name
+from cluster.spec import ACTOR_NAMESPACE, ActorSpec, TransportKind, actor_name, model_id_of
 from cluster.transport.base import Call, CallFailure, Outcome, Transport
 from cluster.transport.open import open_transport
 from tests.cluster_fixture import APP as SERVED_APP
@@ -273,7 +273,8 @@ def open_engine(served: ServedCluster) -> Iterator[Callable[[TransportKind], Loc
         controller = serve.get_deployment_handle("Controller", app_name=SERVED_APP)
         told = controller.watch.remote("test", 0, "", (-1, -1), 5.0).result(timeout_s=LIMIT_S)
         transports.append(open_transport(SERVED_APP, kind))
-        elsewhere = (RANDOM, transports[-1], told["placement"])
+        [key] = [m for m in told["placement"].models() if model_id_of(m) == RANDOM]
+        elsewhere = (key, transports[-1], told["placement"])
         clusters.append(LocalCluster(served.random_folder, elsewhere=elsewhere))
         return clusters[-1]
 

@@ -1,0 +1,214 @@
+"""Other weights are deployed under the same id while requests run: no token is of both models."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import serve
+
+from cluster.errors import ExpertMeshError, UnavailableError
+from router.app import build
+from router.client import Client
+from router.retry import RetryPolicy
+from tests.cluster_fixture import (
+    APP,
+    RANDOM,
+    ServedCluster,
+    StreamReader,
+    greedy,
+    transformers_tokens,
+    wait_until,
+)
+from tests.fault.faults import PROMPTS
+from tests.quantise import MIXTRAL, Quantised, make
+
+STREAMS, SHORT_WORKERS = 8, 2
+LONG, SHORT = 150, 6
+BACK_S = 120.0
+READY_S = 30.0
+"""How soon after its actors are ready the new model must answer."""
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Quantised:
+    """Another checkpoint of the same shape."""
+    return make(MIXTRAL, tmp_path_factory.mktemp("other"), seed=5)
+
+
+class ShortRequests:
+    """Short requests one after another, each answer wholly of one of the two models."""
+
+    def __init__(
+        self, served: ServedCluster, answers: Sequence[dict[tuple[int, ...], str]]
+    ) -> None:
+        self.named: list[tuple[float, str]] = []
+        """The model of each answer, and when it came."""
+        self.failures: list[ExpertMeshError] = []
+        self.wrong: list[tuple[int, ...]] = []
+        self._served, self._answers = served, answers
+        self._ended = threading.Event()
+
+    def ask(self, worker: int) -> None:
+        for number in itertools.count(worker):
+            if self._ended.is_set():
+                return
+            place = number % len(PROMPTS)
+            try:
+                [reply] = self._served.client.generate(
+                    PROMPTS[place], greedy(SHORT), model=RANDOM, timeout_s=60
+                )
+            except ExpertMeshError as error:
+                self.failures.append(error)
+                self._ended.wait(0.2)
+                continue
+            name = self._answers[place].get(reply.token_ids)
+            if name is None:
+                self.wrong.append(reply.token_ids)
+            else:
+                self.named.append((time.monotonic(), name))
+
+    def count(self, name: str) -> int:
+        return sum(named == name for _, named in self.named)
+
+    def end(self) -> None:
+        self._ended.set()
+
+
+@contextmanager
+def asking(served: ServedCluster, old: Any, new: Any) -> Iterator[ShortRequests]:
+    answers = [
+        {
+            transformers_tokens(old, prompt, SHORT): "old",
+            transformers_tokens(new, prompt, SHORT): "new",
+        }
+        for prompt in PROMPTS
+    ]
+    assert all(len(answer) == 2 for answer in answers)
+    requests = ShortRequests(served, answers)
+    with ThreadPoolExecutor(SHORT_WORKERS) as pool:
+        workers = [pool.submit(requests.ask, worker) for worker in range(SHORT_WORKERS)]
+        try:
+            yield requests
+        finally:
+            requests.end()
+    for worker in workers:
+        worker.result()
+
+
+def deploy(served: ServedCluster, folder: Path, **experts: object) -> Future[Any]:
+    """Deploy the same application with other weights, in the background."""
+    tiny, random = served.args["models"]
+    changed = {
+        **served.args,
+        "models": [tiny, {**random, "path": str(folder)}],
+        "experts": {**served.args["experts"], **experts},
+    }
+    pool = ThreadPoolExecutor(1)
+    deployed = pool.submit(serve.run, build(changed), name=APP, route_prefix="/")
+    pool.shutdown(wait=False)
+    return deployed
+
+
+def of_the_new_model(requests: ShortRequests, count: int) -> None:
+    wanted = requests.count("new") + count
+    wait_until(lambda: requests.count("new") >= wanted, "the new model answers", BACK_S)
+
+
+@pytest.mark.timeout(400)
+def test_with_memory_for_both_no_request_fails_and_none_is_mixed(
+    served: ServedCluster, other: Quantised
+) -> None:
+    before = served.status()
+    prompts = list(itertools.islice(itertools.cycle(PROMPTS), STREAMS))
+    streams = [StreamReader(served.client, p, greedy(LONG), RANDOM, BACK_S) for p in prompts]
+    for stream in streams:
+        stream.wait_tokens(1)
+    with asking(served, served.oracle, other.oracle) as requests:
+        deployed = deploy(served, other.folder)
+        of_the_new_model(requests, 20)
+        deployed.result(BACK_S)
+        results = [stream.result(BACK_S) for stream in streams]
+    assert requests.failures == []
+    assert requests.wrong == []
+    assert requests.count("old") > 0
+    named = [name for _, name in sorted(requests.named)]
+    print(f"{named.count('old')} short answers of the old model, {named.count('new')} of the new")
+    expected = [transformers_tokens(served.oracle, prompt, LONG) for prompt in prompts]
+    assert results == expected
+    after = served.wait_whole(BACK_S)
+    assert {a.pid for a in before.actors} == {a.pid for a in after.actors}  # nothing restarted
+    # And back; the old experts leave the memory once the routers of the other model have ended.
+    with asking(served, other.oracle, served.oracle) as requests:
+        deploy(served, served.random_folder).result(BACK_S)
+        of_the_new_model(requests, 5)
+    assert (requests.failures, requests.wrong) == ([], [])
+    weights = sum(actor.weight_bytes for actor in before.actors)
+
+    def is_released() -> bool:
+        return sum(actor.weight_bytes for actor in served.status().actors) == weights
+
+    wait_until(is_released, "the other model's experts leave the memory", BACK_S)
+
+
+@dataclass
+class Streams:
+    """Streams one after another until told to end; of each its prompt, its tokens and its error."""
+
+    served: ServedCluster
+    ended: threading.Event = field(default_factory=threading.Event)
+    came: list[tuple[int, tuple[int, ...], Exception | None]] = field(default_factory=list)
+
+    def read(self, worker: int) -> None:
+        for number in itertools.count(worker):
+            if self.ended.is_set():
+                return
+            place = number % len(PROMPTS)
+            stream = StreamReader(self.served.client, PROMPTS[place], greedy(LONG), RANDOM, BACK_S)
+            stream.wait_end(BACK_S)
+            self.came.append((place, stream.token_ids, stream.error))
+
+
+@pytest.mark.timeout(400)
+def test_without_memory_for_both_old_requests_end_with_a_hint_and_a_retry_is_the_new_models(
+    served: ServedCluster, other: Quantised
+) -> None:
+    budget = int(1.2 * max(actor.weight_bytes for actor in served.status().actors))
+    deploy(served, served.random_folder, memory_budget_bytes=budget).result(BACK_S)
+    served.wait_whole(BACK_S)
+    old = [transformers_tokens(served.oracle, prompt, LONG) for prompt in PROMPTS]
+    new = [transformers_tokens(other.oracle, prompt, LONG) for prompt in PROMPTS]
+    streams, retrying = Streams(served), Client(served.grpc_address, retry=RetryPolicy())
+    with ThreadPoolExecutor(STREAMS) as pool, retrying:
+        retrying.model_info()
+        readers = [pool.submit(streams.read, worker) for worker in range(STREAMS // 2)]
+        deployed = deploy(served, other.folder, memory_budget_bytes=budget)
+        try:
+            wait_until(lambda: any(e for _, _, e in streams.came), "memory is short", BACK_S)
+            [reply] = retrying.generate(PROMPTS[0], greedy(LONG), model=RANDOM, timeout_s=BACK_S)
+            assert reply.token_ids == new[0]
+            deployed.result(BACK_S)
+        finally:
+            streams.ended.set()
+        for reader in readers:
+            reader.result()
+    for place, token_ids, error in streams.came:
+        if error is None:
+            assert token_ids in (old[place], new[place])
+            continue
+        assert isinstance(error, UnavailableError)
+        assert error.retry_after_s is not None
+        assert token_ids == old[place][: len(token_ids)]
+    served.wait_whole(BACK_S)
+    deploy(served, served.random_folder).result(BACK_S)
+    served.wait_whole(BACK_S)
+    [reply] = served.client.generate(PROMPTS[0], greedy(SHORT), model=RANDOM)
+    assert reply.token_ids == old[0][:SHORT]
