@@ -29,6 +29,7 @@ from router.ops.doctor.running_ray import Target, look_at, target_of
 from router.ops.startup.announce import announce
 from router.ops.startup.completion import complete_sent_file, start_serve_with
 from router.ops.startup.leftovers import end_with_this_process
+from router.ops.startup.slow_start import explain_slow_start
 from router.serve.options import HAPROXY, serve_variables
 from router.served import check_file
 
@@ -66,9 +67,9 @@ def attend(argv: Sequence[str], file: Path | None = None) -> None:
     """Check the file of a ``serve run`` or ``serve deploy``, and have Serve started by it.
 
     The ``file`` is found in the command line if it is not given; does nothing for other command
-    lines. A ``serve run`` also says when it is ready, and leaves
-    nothing of a Ray that it starts: see :mod:`router.ops.startup.announce` and
-    :mod:`router.ops.startup.leftovers`.
+    lines. A ``serve run`` also says when it is ready (:mod:`router.ops.startup.announce`), and why
+    its start is slow (:mod:`router.ops.startup.slow_start`). It leaves nothing of a Ray that it
+    starts (:mod:`router.ops.startup.leftovers`).
     """
     document = checked_document(argv, file)
     if document is None:
@@ -77,8 +78,10 @@ def attend(argv: Sequence[str], file: Path | None = None) -> None:
         complete_sent_file(HAPROXY in serve_variables(document))
         return
     start_serve_with(document)
-    announce(document, partial(print, flush=True), Console())
+    say = partial(print, flush=True)
+    waiting = announce(document, say, Console())
     if _target(argv) is None:
+        explain_slow_start(say, waiting)
         end_with_this_process()
 
 

@@ -1,0 +1,153 @@
+"""The line of a slow start: the measured cause, or none."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from router.ops.startup import slow_start
+from router.ops.startup.slow_start import Usage, cause, explain_slow_start, usage
+
+BEFORE = Usage(
+    at_s=100.0, read_bytes=10**8, own_cpu_s=5.0, cpu_s=1000.0, disk_wait_s=50.0, cpu_wait_s=70.0
+)
+LATER = replace(BEFORE, at_s=110.0, read_bytes=7 * 10**8, own_cpu_s=12.0, cpu_s=1008.0)
+LIMIT_S = 20.0
+
+
+@pytest.mark.parametrize(
+    ("disk_wait_s", "cpu_wait_s", "others_cpu_s", "resource"),
+    [
+        (0.5, 9.0, 1.0, ""),  # its own processes want more than the processors have
+        (4.9, 9.0, 1.0, ""),
+        (5.0, 0.0, 0.0, "disk"),
+        (9.0, 9.0, 15.0, "disk"),
+        (0.5, 9.0, 13.0, "cpu"),
+        (0.5, 4.0, 13.0, ""),  # the others are busy, but nobody waits for long
+        (0.5, 9.0, 9.9, ""),
+    ],
+)
+def test_a_cause_is_named_only_where_it_took_half_of_the_time(
+    disk_wait_s: float, cpu_wait_s: float, others_cpu_s: float, resource: str
+) -> None:
+    now = replace(
+        LATER,
+        disk_wait_s=BEFORE.disk_wait_s + disk_wait_s,
+        cpu_wait_s=BEFORE.cpu_wait_s + cpu_wait_s,
+        cpu_s=BEFORE.cpu_s + 7.0 + others_cpu_s,
+    )
+    found, reason = cause(BEFORE, now, processors=2)
+    assert found == resource
+    assert bool(reason) == bool(resource)
+
+
+def test_the_reasons_have_what_was_measured() -> None:
+    disk = replace(LATER, disk_wait_s=BEFORE.disk_wait_s + 8.0)
+    assert cause(BEFORE, disk, 2)[1].startswith("waits for the disk, 0.7 GB read so far;")
+    busy = replace(LATER, cpu_wait_s=BEFORE.cpu_wait_s + 9.0, cpu_s=BEFORE.cpu_s + 20.0)
+    assert cause(BEFORE, busy, 2)[1] == "other programs keep 1.3 of 2 processors busy"
+
+
+def test_usage_is_that_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for resource, total_us in (("io", 1_500_000), ("cpu", 70_000_000)):
+        (tmp_path / resource).write_text(
+            f"some avg10=0.00 avg60=9.02 avg300=0.13 total={total_us}\n"
+            "full avg10=0.00 avg60=0.02 avg300=0.11 total=3\n"
+        )
+    monkeypatch.setattr(slow_start, "PRESSURE", tmp_path)
+    before = usage(psutil.Process())
+    assert (before.disk_wait_s, before.cpu_wait_s) == (1.5, 70.0)
+    while (now := usage(psutil.Process())).own_cpu_s == before.own_cpu_s:
+        pass
+    assert 0 < now.own_cpu_s < now.cpu_s
+    assert now.at_s > before.at_s
+    assert now.read_bytes >= before.read_bytes
+
+
+class Start:
+    """A command that is not ready for a while, and what it prints."""
+
+    def __init__(self) -> None:
+        self.ready = threading.Event()
+        self.waiting = threading.Thread(target=self.ready.wait, args=(LIMIT_S,), daemon=True)
+        self.waiting.start()
+        self.lines: list[str] = []
+        self.said = threading.Event()
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+        self.said.set()
+
+    def explain(self) -> threading.Thread:
+        before = set(threading.enumerate())
+        explain_slow_start(self.say, [self.waiting])
+        [thread] = set(threading.enumerate()) - before
+        return thread
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Start:
+    """A start that is slow at once."""
+    monkeypatch.setattr(slow_start, "SLOW_S", 0.0)
+    monkeypatch.setattr(slow_start, "LOOK_S", -1e9)  # the next look is always due
+    monkeypatch.setattr(slow_start, "POLL_S", 0.001)
+    return Start()
+
+
+def counting(**rates: float) -> Callable[[psutil.Process], Usage]:
+    """Return a usage that grows by so much a second, and a second a look."""
+    begun_s, looks = time.monotonic(), iter(range(1_000_000))
+
+    def usage(command: psutil.Process) -> Usage:
+        after_s = float(next(looks))
+        grown = {name: getattr(BEFORE, name) + rate * after_s for name, rate in rates.items()}
+        return replace(BEFORE, at_s=begun_s + after_s, **grown)
+
+    return usage
+
+
+def test_each_cause_is_told_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slow_start, "usage", counting(disk_wait_s=1.0))
+    thread = start.explain()
+    assert start.said.wait(LIMIT_S)
+    start.ready.set()
+    thread.join(LIMIT_S)
+    assert not thread.is_alive()
+    [line] = start.lines
+    assert line.startswith("expertmesh: not ready after ")
+    assert " s: waits for the disk, 0.1 GB read so far;" in line
+
+
+def test_a_quick_start_tells_nothing(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slow_start, "SLOW_S", 10.0**9)
+    looked = threading.Event()
+    count, looks = counting(disk_wait_s=1.0), iter(range(1_000_000))
+
+    def usage(command: psutil.Process) -> Usage:
+        if next(looks) > 3 * slow_start.LOOKS:
+            looked.set()
+        return count(command)
+
+    monkeypatch.setattr(slow_start, "usage", usage)
+    thread = start.explain()
+    assert looked.wait(LIMIT_S)
+    start.ready.set()
+    thread.join(LIMIT_S)
+    assert start.lines == []
+
+
+def test_where_linux_counts_no_waits_nothing_is_told(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slow_start, "PRESSURE", tmp_path / "absent")
+    thread = start.explain()
+    thread.join(LIMIT_S)
+    assert not thread.is_alive()
+    assert (start.waiting.is_alive(), start.lines) == (True, [])
+    start.ready.set()
