@@ -21,7 +21,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +32,7 @@ ELSEWHERE = {
     "pip install": "installs, as every run of the tests does before it",
     "serve run": "starts a server of its own; tests/integration/test_serve_run.py has both ends",
     "expertmesh doctor": "tells of the machine; tests/integration/test_doctor.py runs it",
+    "export RAY_AUTH_MODE": "ends the server; tests/integration/test_readme.py runs it at its end",
     "docker run": "needs Docker; tests/integration/test_tracing.py reads the spans",
 }
 """Beginnings of blocks that are not run here, and why."""
@@ -133,6 +134,8 @@ class Place:
     http_port: int
     grpc_port: int
     folder: Path
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """What Serve's commands need to find this server, where it is not the machine's first."""
 
     def run(self, command: list[str], text: str) -> str:
         """Run a block's text, given on stdin or as an argument, and return all that it prints."""
@@ -160,7 +163,8 @@ class Place:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         path = f"{sysconfig.get_path('scripts')}{os.pathsep}{kept.get('PATH', '')}"
         address = f"127.0.0.1:{self.grpc_port}"
-        return kept | {"PATH": path, "EXPERTMESH_ADDRESS": address, "COLUMNS": "100"}
+        own = {"PATH": path, "EXPERTMESH_ADDRESS": address, "COLUMNS": "100"}
+        return {**kept, **own, **self.variables}
 
 
 def run_console(block: Block, place: Place) -> str:
@@ -187,7 +191,7 @@ def serving(folder: Path) -> Iterator[Place]:
     """Serve the shipped deployment with ``serve run``, ready, with a copy of it in ``folder``."""
     import deploy
     from benchmarks.shipped import free_ports
-    from tests.serve_run import copy_with_ports, serve_run, wait_ready
+    from tests.serve_run import copy_with_ports, other_shell, serve_run, wait_ready
 
     http_port, grpc_port = free_ports(2)
     work = folder / "work"
@@ -195,7 +199,8 @@ def serving(folder: Path) -> Iterator[Place]:
     file, log = copy_with_ports(folder, http_port, grpc_port), folder / "log"
     with serve_run(file, log) as process:
         wait_ready(process, log, http_port)
-        yield Place(http_port, grpc_port, work)
+        variables = {k: v for k, v in other_shell(log).items() if k != "RAY_AUTH_MODE"}
+        yield Place(http_port, grpc_port, work, variables)
         process.send_signal(signal.SIGINT)
         process.wait(END_S)
 

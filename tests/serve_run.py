@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.cluster_fixture import TINY, greedy, wait_until
 
 READY_S = 90.0
 ASK_S = 60.0
+IN_ANOTHER_SHELL = "in another shell: export "
 TEN_LINES = """\
 applications:
   - name: expertmesh
@@ -84,6 +86,32 @@ def _run(
             if child.is_running():
                 child.kill()
         process.wait(10)
+
+
+def other_shell(log: Path) -> dict[str, str]:
+    """Return the variables that ``serve run`` has told another shell to set."""
+    [line] = [line for line in log.read_text().splitlines() if f" {IN_ANOTHER_SHELL}" in line]
+    words = line.partition(IN_ANOTHER_SHELL)[2].split()
+    return dict(word.split("=", 1) for word in words)
+
+
+def serve_cli(*words: str, **variables: str) -> str:
+    """Run a command of Serve in another shell, where no variable of Ray is set but these.
+
+    Returns what it prints; fails when it fails.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [str(Path(sysconfig.get_path("scripts")) / "serve"), *words],
+        env={**kept, **variables},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=ASK_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def copy_with_ports(folder: Path, http_port: int, grpc_port: int) -> Path:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from router.client import Client
+from router.client.types import UnreachableError
+from tests.cluster_fixture import wait_until
 from tests.readme import (
     DOCUMENTS,
+    ROOT,
     Place,
     blocks,
     blocks_without_output,
@@ -17,6 +22,9 @@ from tests.readme import (
     same,
     serving,
 )
+
+README = ROOT / "README.md"
+GONE_S = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +41,27 @@ def test_a_document_shows_what_its_commands_print(document: Path, place: Place) 
     after = rerun(markdown, place)
     for old, new in zip(blocks(markdown), blocks(after), strict=True):
         assert same(old.text, new.text), f"shown:\n{old.text}\ncame:\n{new.text}"
+
+
+def test_the_commands_for_another_shell_work_as_written(place: Place) -> None:
+    """The last of this file's tests on the server, which it ends."""
+    text = README.read_text(encoding="utf-8")
+    [block] = [b for b in blocks(text) if b.text.startswith("export RAY_AUTH_MODE=token ")]
+    assert re.findall(r"^serve (\w+)", block.text, re.MULTILINE) == ["deploy", "status", "shutdown"]
+    output = place.run(["bash", "-ec"], block.text)
+    assert "Sent deploy request successfully" in output
+    assert "status: RUNNING" in output
+    assert "Sent shutdown request" in output
+    with Client(f"127.0.0.1:{place.grpc_port}", retry=None) as client:
+        wait_until(lambda: does_not_answer(client), "nothing serves any more", GONE_S)
+
+
+def does_not_answer(client: Client) -> bool:
+    try:
+        client.status()
+    except UnreachableError:
+        return True
+    return False
 
 
 def test_every_command_block_is_run_or_has_a_reason_not_to_be() -> None:

@@ -24,6 +24,8 @@ from tests.serve_run import (
     READY_S,
     answers_everywhere,
     copy_with_ports,
+    other_shell,
+    serve_cli,
     serve_environments,
     serve_run,
     ten_lines_with_ports,
@@ -62,6 +64,7 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
         assert f"HTTP http://127.0.0.1:{http_port}/v1, gRPC 127.0.0.1:{grpc_port};" in lines[-1]
         assert any("experts have a live copy" in line for line in lines)
         has_serves_part_in_every_process(file, process)
+        is_reached_from_another_shell(file, log)
 
         sampling = greedy(LENGTH, n=CHOICES)
         streams = [StreamReader(client, "In the", sampling, TINY) for _ in range(STREAMS)]
@@ -76,6 +79,16 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
             stream.wait_end()
             assert isinstance(stream.error, UnavailableError)
     assert "Traceback" not in log.read_text()
+
+
+def is_reached_from_another_shell(file: Path, log: Path) -> None:
+    """Assert that Serve's commands work as documented, under Ray's token."""
+    variables = other_shell(log)
+    assert variables.pop("RAY_AUTH_MODE") == "token"
+    with pytest.raises(AssertionError, match="Authentication required"):
+        serve_cli("status", **variables)  # the token is on
+    assert "Sent deploy request successfully" in serve_cli("deploy", str(file), **variables)
+    assert "RUNNING" in serve_cli("status", **other_shell(log))
 
 
 def has_serves_part_in_every_process(file: Path, process: subprocess.Popen[bytes]) -> None:

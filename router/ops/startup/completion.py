@@ -8,7 +8,7 @@ logs it (:mod:`router.serve.instance`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
@@ -19,14 +19,16 @@ from ray.serve.schema import ServeDeploySchema
 from router.serve.options import completed
 
 
-def start_serve_with(document: Mapping[str, Any]) -> None:
+def start_serve_with(document: Mapping[str, Any], on_ray: Callable[[], None]) -> None:
     """Have a later ``serve_start`` of this process take its options from a completed document.
 
-    They replace the caller's, which are those of the same file before its completion.
+    They replace the caller's, which are those of the same file before its completion. ``on_ray`` is
+    called once this process is connected to its Ray.
     """
     start = api.serve_start
 
     def serve_start(**given: Any) -> Any:
+        on_ray()
         file = ServeDeploySchema.model_validate(document)
         options = {
             "http_options": file.http_options.model_dump(),

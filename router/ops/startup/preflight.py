@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import ray
 from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 from rich.console import Console
 
@@ -29,6 +30,7 @@ from router.ops.doctor.running_ray import Target, look_at, target_of
 from router.ops.startup.announce import announce
 from router.ops.startup.completion import complete_sent_file, start_serve_with
 from router.ops.startup.leftovers import end_with_this_process
+from router.ops.startup.ray_token import dashboard_variable, require_token, send_token
 from router.ops.startup.slow_start import explain_slow_start
 from router.serve.options import HAPROXY, serve_variables
 from router.served import check_file
@@ -67,22 +69,43 @@ def attend(argv: Sequence[str], file: Path | None = None) -> None:
     """Check the file of a ``serve run`` or ``serve deploy``, and have Serve started by it.
 
     The ``file`` is found in the command line if it is not given; does nothing for other command
-    lines. A ``serve run`` also says when it is ready (:mod:`router.ops.startup.announce`), and why
-    its start is slow (:mod:`router.ops.startup.slow_start`). It leaves nothing of a Ray that it
-    starts (:mod:`router.ops.startup.leftovers`).
+    lines. A ``serve run`` also says when it is ready (:mod:`router.ops.startup.announce`), why its
+    start is slow (:mod:`router.ops.startup.slow_start`) and what another shell needs to reach its
+    Ray (:mod:`router.ops.startup.ray_token`). It leaves nothing of a Ray that it starts
+    (:mod:`router.ops.startup.leftovers`).
     """
     document = checked_document(argv, file)
     if document is None:
         return
     if argv[1] == "deploy":
+        send_token(given_address(argv))
         complete_sent_file(HAPROXY in serve_variables(document))
         return
-    start_serve_with(document)
     say = partial(print, flush=True)
+    starts_ray = _target(argv) is None
+    variables = require_token() if starts_ray else {}
+
+    def on_ray() -> None:
+        if starts_ray:
+            _tell_other_shells(say, variables)
+
+    start_serve_with(document, on_ray)
     waiting = announce(document, say, Console())
-    if _target(argv) is None:
+    if starts_ray:
         explain_slow_start(say, waiting)
         end_with_this_process()
+
+
+def _tell_other_shells(say: Callable[[str], None], variables: Mapping[str, str]) -> None:
+    """Print the variables that Serve's commands need to reach the Ray that has been started."""
+    dashboard = ray.get_runtime_context().worker.node.address_info["webui_url"]
+    variables = {**variables, **dashboard_variable(dashboard)}
+    if dashboard and variables:
+        assignments = " ".join(f"{name}={value}" for name, value in variables.items())
+        say(
+            "expertmesh: for `serve deploy`, `serve status` and `serve shutdown` in another shell: "
+            f"export {assignments}"
+        )
 
 
 def checked_document(argv: Sequence[str], file: Path | None = None) -> Mapping[str, Any] | None:

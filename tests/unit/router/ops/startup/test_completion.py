@@ -23,14 +23,16 @@ SHORT = {
 
 def test_serve_is_started_by_the_completed_file(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, Any]] = []
+    connected: list[bool] = []
 
     def serve_start(**options: Any) -> str:
+        assert connected
         started.append(options)
         return "client"
 
     monkeypatch.setattr(api, "serve_start", serve_start)
     document = completed(SHORT)
-    start_serve_with(document)
+    start_serve_with(document, lambda: connected.append(True))
     # As ray.serve.scripts does with the same file, that it has read before.
     own = ServeDeploySchema.model_validate(SHORT)
     client = scripts._private_api.serve_start(
