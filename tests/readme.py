@@ -203,6 +203,9 @@ def serving(folder: Path) -> Iterator[Place]:
         yield Place(http_port, grpc_port, work, variables)
         process.send_signal(signal.SIGINT)
         process.wait(END_S)
+    assert process.returncode == 0, log.read_text()
+    assert "expertmesh: SIGINT: ending" in log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
 def rerun(markdown: str, place: Place) -> str:

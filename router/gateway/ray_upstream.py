@@ -95,12 +95,13 @@ class RayUpstream:
         self._calls: Counter[str] = Counter()
         self._view = PlacementView()
         self._is_deleted = False
+        self._refuses_new = False
         self._watcher = PlacementWatcher(
             "gateway",
             self._view,
             HandleController(controller),
             is_wanted,
-            self._end_requests,
+            self.end_requests,
             samples,
         )
         self._inboxes: dict[str, Inbox] = {}
@@ -113,6 +114,8 @@ class RayUpstream:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """See :class:`Upstream`; resends the request when its router dies."""
+        if self._refuses_new:
+            raise being_deleted()
         receipts = Receipts(request)
         retries = Retries(RESEND, self._budget)
         stopped: set[int] = set()
@@ -188,8 +191,12 @@ class RayUpstream:
             message = f"the routers are full: they hold {self._max_calls} requests"
             raise OverloadedError(message, "queue", RETRY_AFTER_S)
 
-    def _end_requests(self) -> None:
-        """End all requests; Serve waits for them before it ends a replica."""
+    def refuse_new_requests(self) -> None:
+        """Refuse new requests from now on; those under way go on. Readiness turns negative."""
+        self._refuses_new = True
+
+    def end_requests(self) -> None:
+        """End all requests; Serve waits for them before it ends a replica. Refuses new ones."""
         self._is_deleted = True
         for inbox in self._inboxes.values():
             inbox.end(being_deleted())
@@ -217,7 +224,7 @@ class RayUpstream:
         ready = readiness(
             self._view.placement, self._routers, self._view.loop_age_s(), self._on_expert_loss
         )
-        if self._is_deleted:
+        if self._is_deleted or self._refuses_new:
             return replace(ready, reason=being_deleted().message, is_deleted=True)
         return ready
 

@@ -119,6 +119,10 @@ class GenerationService:
         """Return the requests under way as a share of the limit."""
         return self._places.taken / self.limits.max_ongoing_requests
 
+    def requests_under_way(self) -> int:
+        """Return the number of requests that are not finished."""
+        return self._places.taken
+
     def ready(self) -> Readiness:
         """Return whether requests can be served, and if not, why."""
         return self._upstream.ready()

@@ -23,7 +23,7 @@ from router.gateway.metrics import Metrics
 from router.gateway.models import load_models
 from router.gateway.openai.app import create_app
 from router.gateway.ray_upstream import RayUpstream
-from router.gateway.service import GenerationService
+from router.gateway.service import GRACE_S, GenerationService
 from router.serve.autoscaling import USE
 from router.serve.instance import own_grpc_address
 from router.serve.process import collector_paused, setup_logging, torch_hidden
@@ -56,7 +56,7 @@ class GatewayReplica(GrpcMethods):
         """
         setup_logging()
         metrics = Metrics()
-        upstream = RayUpstream(
+        self._upstream = RayUpstream(
             controller,
             routers,
             max_calls,
@@ -70,8 +70,21 @@ class GatewayReplica(GrpcMethods):
         )
         with collector_paused(), torch_hidden():  # transformers is imported for its tokenizers
             loaded = load_models(models)
-        self.service = GenerationService(loaded, limits, upstream, metrics)
+        self.service = GenerationService(loaded, limits, self._upstream, metrics)
         self.grpc_handlers = GrpcHandlers(self.service, self.admin)
+
+    async def shut_down(self, ends_requests: bool) -> tuple[int, float]:
+        """Refuse new requests with UNAVAILABLE and a retry hint from now on.
+
+        Requests under way go on, or end with the same error where ``ends_requests``. Returns their
+        number, and the longest time (s) that a request may take. May be called again.
+        :mod:`router.ops.startup.drain` calls it by its name.
+        """
+        self._upstream.refuse_new_requests()
+        if ends_requests:
+            self._upstream.end_requests()
+        limit_s = self.service.limits.max_timeout_s + GRACE_S
+        return self.service.requests_under_way(), limit_s
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the use of this gateway to Serve, which calls this method by its name."""

@@ -34,6 +34,19 @@ def serve_controller() -> Any:
     return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
 
 
+def our_applications(timeout_s: float = SERVE_TIMEOUT_S) -> list[str]:
+    """Return the names of the applications of ExpertMesh that Serve runs by a file.
+
+    There is none where no Serve runs. Raises :class:`TimeoutError` when Serve does not answer.
+    """
+    try:
+        controller = serve_controller()
+    except ValueError:  # no actor has the name
+        return []
+    applications = ray.get(controller.get_app_configs.remote(), timeout=timeout_s)
+    return [name for name, app in applications.items() if app.import_path == IMPORT_PATH]
+
+
 async def own_grpc_address() -> tuple[str, int] | None:
     """Return host and port on which gateways answer gRPC themselves, or ``None``.
 

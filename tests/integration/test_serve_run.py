@@ -1,4 +1,4 @@
-"""``serve run`` of the shipped file and of a user's ten lines: ready, quiet, gone after Ctrl-C."""
+"""``serve run`` of the shipped file and of a user's ten lines: ready, quiet, gone in the end."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import httpx
 import psutil
 import pytest
 import yaml
@@ -33,6 +35,8 @@ from tests.serve_run import (
 )
 
 SAYS_S, GONE_S, MAX_LINES = 10.0, 10.0, 12
+SHORT = 300
+"""Tokens of a stream that is under way when SIGTERM comes, and ends before the others."""
 STARTING_GONE_S = 30.0
 """Ray's own end takes six seconds when it has not begun quite yet, with the cores to itself."""
 MAX_LINES_ALONE = 22
@@ -41,6 +45,8 @@ STREAMS, CHOICES, LENGTH = 4, 8, 900
 READY = "expertmesh: ready after"
 SLOW = "expertmesh: not ready after"
 """A start beside busy programs says so."""
+STACKS = {"Traceback", "***"}
+"""Words of a stack of Python's, and of one of C++."""
 STARTED = "Started a local Ray instance"
 """Ray says so before the command has connected to it."""
 
@@ -49,7 +55,11 @@ STARTED = "Started a local Ray instance"
 def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
     http_port, grpc_port = free_ports(2)
     file, log = copy_with_ports(tmp_path, http_port, grpc_port), tmp_path / "log"
-    with serve_run(file, log) as process, Client(f"127.0.0.1:{grpc_port}", retry=None) as client:
+    with (
+        serve_run(file, log) as process,
+        Client(f"127.0.0.1:{grpc_port}", retry=None) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
         wait_ready(process, log, http_port)
         [reply] = client.generate("In the beginning", greedy(5), model=TINY)
         assert len(reply.token_ids) == 5
@@ -66,10 +76,23 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
         has_serves_part_in_every_process(file, process)
         is_reached_from_another_shell(file, log)
 
+        short = StreamReader(client, "In the", greedy(SHORT), TINY)
         sampling = greedy(LENGTH, n=CHOICES)
         streams = [StreamReader(client, "In the", sampling, TINY) for _ in range(STREAMS)]
-        for stream in streams:
-            stream.wait_tokens(CHOICES)
+        for stream in (short, *streams):
+            stream.wait_tokens(1)
+        accepted = prompt_tokens(http_port)
+        over_http = pool.submit(complete_over_http, http_port)
+        wait_until(lambda: prompt_tokens(http_port) > accepted, "the gateway has it", SAYS_S)
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "SIGTERM" in log.read_text(), "the command says so", SAYS_S)
+        assert len(short.token_ids) < SHORT
+        with pytest.raises(UnavailableError, match="deleted") as refused:
+            client.generate("In the beginning", greedy(5), model=TINY)
+        assert refused.value.retry_after_s == 1.0
+        short.wait_end()
+        assert (short.error, len(short.token_ids)) == (None, SHORT)
+        assert process.poll() is None
         ends_s = time.monotonic() + GONE_S
         process.send_signal(signal.SIGINT)
         process.wait(GONE_S)
@@ -78,7 +101,44 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
         for stream in streams:
             stream.wait_end()
             assert isinstance(stream.error, UnavailableError)
-    assert "Traceback" not in log.read_text()
+            assert "deleted" in str(stream.error)
+        answer = over_http.result(GONE_S)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert "deleted" in answer.json()["error"]["message"]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert_ended_with(
+        log,
+        [
+            "expertmesh: SIGTERM: ends once the requests under way are done "
+            f"({2 + STREAMS}, at most 3600 s); another signal ends them now",
+            "expertmesh: SIGINT: ending the requests now",
+        ],
+    )
+
+
+def assert_ended_with(log: Path, lines: list[str]) -> None:
+    """Assert that these are the command's last lines, and that nobody has printed a stack."""
+    text = log.read_text()
+    ours = [line for line in text.splitlines() if line.startswith("expertmesh: ")]
+    assert ours[-len(lines) - 1].startswith(READY), text
+    assert ours[-len(lines) :] == lines, text
+    assert not STACKS & set(text.split()), text
+    assert "Task ServeController" not in text, text
+
+
+def complete_over_http(http_port: int) -> httpx.Response:
+    """Ask for more than can be answered in time, without a stream."""
+    body = {"model": TINY, "prompt": "In the", "max_tokens": LENGTH, "n": CHOICES}
+    url = f"http://127.0.0.1:{http_port}/v1/completions"
+    return httpx.post(url, json=body, timeout=READY_S)
+
+
+def prompt_tokens(http_port: int) -> float:
+    """Return the prompt tokens of all requests that the gateway has accepted."""
+    metrics = httpx.get(f"http://127.0.0.1:{http_port}/metrics").text
+    name = "expertmesh_prompt_tokens_total"
+    [line] = [line for line in metrics.splitlines() if line.startswith(name)]
+    return float(line.split()[-1])
 
 
 def is_reached_from_another_shell(file: Path, log: Path) -> None:
@@ -154,9 +214,12 @@ def of_ray_in(folder: Path) -> dict[int, str]:
     return found
 
 
-@pytest.mark.parametrize("moment", ["raylet", STARTED])
-def test_ctrl_c_while_ray_starts_leaves_nothing(
-    tmp_path: Path, short_folder: Path, moment: str
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [(signal.SIGINT, "raylet"), (signal.SIGINT, STARTED), (signal.SIGTERM, STARTED)],
+)
+def test_a_signal_while_ray_starts_leaves_nothing(
+    tmp_path: Path, short_folder: Path, number: signal.Signals, moment: str
 ) -> None:
     file, log = copy_with_ports(tmp_path, *free_ports(2)), tmp_path / "log"
     seen: set[int] = set()
@@ -173,13 +236,14 @@ def test_ctrl_c_while_ray_starts_leaves_nothing(
             READY_S,
         )
         assert (moment == STARTED) == (STARTED in log.read_text())
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         process.wait(STARTING_GONE_S)
         wait_until(
             lambda: not running() and not any(map(is_alive, seen)), "no process is left", GONE_S
         )
     assert process.returncode > 0  # no signal ended it
-    assert "Traceback" not in log.read_text()
+    assert number != signal.SIGTERM or process.returncode == 128 + number
+    assert not STACKS & set(log.read_text().split())
 
 
 def test_serve_run_on_a_bad_file_ends_with_one_clear_line(tmp_path: Path) -> None:

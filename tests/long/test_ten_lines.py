@@ -11,7 +11,7 @@ import yaml
 from benchmarks.shipped import free_ports
 from router.client import Client
 from router.serve.options import completed, serve_variables
-from tests.cluster_fixture import wait_until
+from tests.cluster_fixture import TINY, StreamReader, greedy, wait_until
 from tests.serve_run import (
     answers_everywhere,
     expertmesh_serve,
@@ -21,6 +21,7 @@ from tests.serve_run import (
 )
 
 SAYS_S, GONE_S, MAX_LINES = 10.0, 10.0, 14
+LENGTH = 900
 READY = "expertmesh: ready after"
 
 
@@ -42,6 +43,18 @@ def test_ten_lines_are_served_in_full_by_expertmesh_serve(tmp_path: Path) -> Non
         assert len(found) >= 6
         for name, variables in found.items():
             assert {key: variables.get(key) for key in expected} == expected, name
-        process.send_signal(signal.SIGINT)
+        stream = StreamReader(client, "In the", greedy(LENGTH), TINY)
+        stream.wait_tokens(1)
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "SIGTERM" in log.read_text(), "the command says so", SAYS_S)
+        assert len(stream.token_ids) < LENGTH
+        stream.wait_end()
+        assert (stream.error, len(stream.token_ids)) == (None, LENGTH)
         process.wait(GONE_S)
-    assert "Traceback" not in log.read_text()
+    assert process.returncode == 0
+    text = log.read_text()
+    assert [line for line in text.splitlines()[len(lines) :] if line.startswith("expertmesh:")] == [
+        "expertmesh: SIGTERM: ends once the requests under way are done (1, at most 3600 s); "
+        "another signal ends them now"
+    ]
+    assert not {"Traceback", "***"} & set(text.split())

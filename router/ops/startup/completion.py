@@ -19,11 +19,13 @@ from ray.serve.schema import ServeDeploySchema
 from router.serve.options import completed
 
 
-def start_serve_with(document: Mapping[str, Any], on_ray: Callable[[], None]) -> None:
+def start_serve_with(
+    document: Mapping[str, Any], on_ray: Callable[[], None], on_deployed: Callable[[], None]
+) -> None:
     """Have a later ``serve_start`` of this process take its options from a completed document.
 
     They replace the caller's, which are those of the same file before its completion. ``on_ray`` is
-    called once this process is connected to its Ray.
+    called once this process is connected to its Ray, ``on_deployed`` once Serve has the file.
     """
     start = api.serve_start
 
@@ -36,7 +38,16 @@ def start_serve_with(document: Mapping[str, Any], on_ray: Callable[[], None]) ->
             "grpc_options": gRPCOptions(**file.grpc_options.model_dump()),
             "controller_options": file.controller_options,
         }
-        return start(**given | options)
+        client = start(**given | options)
+        deploy = client.deploy_apps
+
+        def deploy_apps(*args: Any, **options: Any) -> Any:
+            result = deploy(*args, **options)
+            on_deployed()
+            return result
+
+        client.deploy_apps = deploy_apps
+        return client
 
     api.serve_start = serve_start
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,9 +30,9 @@ from router.ops.doctor.probe import checks_of_a_start, completed_here, read_depl
 from router.ops.doctor.running_ray import Target, look_at, target_of
 from router.ops.startup.announce import announce
 from router.ops.startup.completion import complete_sent_file, start_serve_with
-from router.ops.startup.leftovers import end_with_this_process
 from router.ops.startup.ray_token import dashboard_variable, require_token, send_token
 from router.ops.startup.slow_start import explain_slow_start
+from router.ops.startup.termination import Termination
 from router.serve.options import HAPROXY, serve_variables
 from router.served import check_file
 
@@ -71,8 +72,8 @@ def attend(argv: Sequence[str], file: Path | None = None) -> None:
     The ``file`` is found in the command line if it is not given; does nothing for other command
     lines. A ``serve run`` also says when it is ready (:mod:`router.ops.startup.announce`), why its
     start is slow (:mod:`router.ops.startup.slow_start`) and what another shell needs to reach its
-    Ray (:mod:`router.ops.startup.ray_token`). It leaves nothing of a Ray that it starts
-    (:mod:`router.ops.startup.leftovers`).
+    Ray (:mod:`router.ops.startup.ray_token`). It ends cleanly, and leaves nothing of a Ray that it
+    starts (:mod:`router.ops.startup.termination`).
     """
     document = checked_document(argv, file)
     if document is None:
@@ -83,17 +84,19 @@ def attend(argv: Sequence[str], file: Path | None = None) -> None:
         return
     say = partial(print, flush=True)
     starts_ray = _target(argv) is None
+    termination = Termination(_write_line, starts_ray)
     variables = require_token() if starts_ray else {}
 
     def on_ray() -> None:
+        termination.handle_sigterm()
         if starts_ray:
             _tell_other_shells(say, variables)
 
-    start_serve_with(document, on_ray)
+    termination.install()
+    start_serve_with(document, on_ray, termination.serves)
     waiting = announce(document, say, Console())
     if starts_ray:
         explain_slow_start(say, waiting)
-        end_with_this_process()
 
 
 def _tell_other_shells(say: Callable[[str], None], variables: Mapping[str, str]) -> None:
@@ -106,6 +109,12 @@ def _tell_other_shells(say: Callable[[str], None], variables: Mapping[str, str])
             "expertmesh: for `serve deploy`, `serve status` and `serve shutdown` in another shell: "
             f"export {assignments}"
         )
+
+
+def _write_line(line: str) -> None:
+    """Print a line past Python's buffers, which a signal handler must not enter again."""
+    with suppress(OSError):  # nobody reads it
+        os.write(sys.stdout.fileno(), f"{line}\n".encode())
 
 
 def checked_document(argv: Sequence[str], file: Path | None = None) -> Mapping[str, Any] | None:

@@ -403,7 +403,7 @@ def test_a_deletion_ends_all_requests_and_takes_no_more(
         gateway, router = upstream()
         events = gateway.generate(request(30))
         assert await first_of(gateway, router, events, event(0)) == event(0)
-        gateway._end_requests()
+        gateway.end_requests()
         with pytest.raises(UnavailableError, match="deleted"):
             await anext(events)
         assert router.calls[0].was_cancelled
@@ -412,6 +412,32 @@ def test_a_deletion_ends_all_requests_and_takes_no_more(
         assert len(router.calls) == 1
         told = gateway.ready()
         assert (told.is_ready, told.is_deleted) == (False, True)
+
+    asyncio.run(run())
+
+
+def test_before_a_shutdown_requests_under_way_go_on_and_new_ones_are_refused(
+    upstream: Callable[[], tuple[RayUpstream, Router]],
+) -> None:
+    async def run() -> None:
+        gateway, router = upstream()
+        events = gateway.generate(request(30))
+        assert await first_of(gateway, router, events, event(0)) == event(0)
+        rest = asyncio.ensure_future(_read_all(events, []))
+        gateway.refuse_new_requests()
+        with pytest.raises(UnavailableError) as caught:
+            await anext(gateway.generate(request(30)))
+        assert caught.value.retry_after_s == 1.0
+        told = gateway.ready()
+        assert (told.is_ready, told.is_deleted) == (False, True)
+        # The one under way outlives its router, too.
+        router.calls[0].reply.set_exception(RayActorError())
+        await called(router, 2)
+        whole = TokenEvent(0, (0, 1), finish_reason="length")
+        router.calls[1].reply.set_result({"events": [whole.to_wire()]})
+        await rest
+        assert len(router.calls) == 2
+        gateway._link.close()
 
     asyncio.run(run())
 
@@ -427,7 +453,7 @@ def test_a_deletion_ends_a_request_that_waits_for_another_router(
         router.calls[0].reply.set_exception(RayActorError())
         while gateway._inboxes:
             await asyncio.sleep(0)
-        gateway._end_requests()
+        gateway.end_requests()
         with pytest.raises(UnavailableError, match="deleted"):
             await rest
 

@@ -23,16 +23,22 @@ SHORT = {
 
 def test_serve_is_started_by_the_completed_file(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, Any]] = []
-    connected: list[bool] = []
+    order: list[str] = []
 
-    def serve_start(**options: Any) -> str:
-        assert connected
+    class Client:
+        def deploy_apps(self, config: Any, _blocking: bool) -> str:
+            assert not _blocking
+            order.append("deploy")
+            return f"deployed {config}"
+
+    def serve_start(**options: Any) -> Client:
         started.append(options)
-        return "client"
+        order.append("start")
+        return Client()
 
     monkeypatch.setattr(api, "serve_start", serve_start)
     document = completed(SHORT)
-    start_serve_with(document, lambda: connected.append(True))
+    start_serve_with(document, lambda: order.append("ray"), lambda: order.append("deployed"))
     # As ray.serve.scripts does with the same file, that it has read before.
     own = ServeDeploySchema.model_validate(SHORT)
     client = scripts._private_api.serve_start(
@@ -41,7 +47,8 @@ def test_serve_is_started_by_the_completed_file(monkeypatch: pytest.MonkeyPatch)
         grpc_options=gRPCOptions(**own.grpc_options.model_dump()),
         controller_options=own.controller_options,
     )
-    assert client == "client"
+    assert client.deploy_apps("file", _blocking=False) == "deployed file"
+    assert order == ["ray", "start", "deploy", "deployed"]
     [options] = started
     assert HTTPOptions.model_validate(options["http_options"]).host == "127.0.0.1"
     assert options["proxy_location"] == ProxyLocation.EveryNode
@@ -77,7 +84,8 @@ def test_what_is_sent_to_a_cluster_is_completed(
 
 def test_serves_command_makes_the_calls_that_are_taken_over() -> None:
     run = inspect.getsource(scripts.run.callback)
-    assert "_private_api.serve_start(" in run
+    assert "client = _private_api.serve_start(" in run
+    assert "client.deploy_apps(config, _blocking=False)" in run
     assert "ServeSubmissionClient(address).deploy_applications(" in inspect.getsource(
         scripts.deploy.callback
     )

@@ -1,0 +1,126 @@
+"""Lets the requests under way end before a ``serve run`` shuts its Serve down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from threading import Event
+from typing import Protocol
+
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from router.serve.instance import our_applications
+
+POLL_S = 0.2
+ASK_TIMEOUT_S = 5.0
+SILENCE_S = 10.0
+"""Gateways that answer nothing for so long are not waited for."""
+END_S = 2.0
+"""Requests that are ended have left the gateways within this time."""
+METHOD = "shut_down"
+"""The method of :class:`router.serve.gateway.GatewayReplica` that all gateways are asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """The requests that the gateways have not finished, and the longest time (s) they may take."""
+
+    requests: int
+    limit_s: float
+
+
+class Gateways(Protocol):
+    """All gateways of a deployment."""
+
+    def shut_down(self, ends_requests: bool) -> UnderWay | None:
+        """Have every gateway refuse new requests; returns the requests under way at all of them.
+
+        The gateways end those requests where ``ends_requests``. ``None`` where a gateway does not
+        answer.
+        """
+        ...
+
+
+def drain(gateways: Gateways, cut: Event, on_begin: Callable[[UnderWay], None]) -> int:
+    """Have requests refused until none is under way; returns how many are left.
+
+    Some are left when ``cut`` is set, when the time of the longest request is over, and when
+    gateways answer nothing for :data:`SILENCE_S`. ``on_begin`` gets the first answer that has
+    requests.
+    """
+    began_s = answered_s = time.monotonic()
+    last = UnderWay(0, 0.0)
+    while not cut.is_set():
+        answer, now_s = gateways.shut_down(ends_requests=False), time.monotonic()
+        if answer is not None:
+            if answer.requests == 0:
+                return 0
+            if last.requests == 0:
+                on_begin(answer)
+            last, answered_s = answer, now_s
+        if now_s - answered_s > SILENCE_S or now_s - began_s > max(last.limit_s, SILENCE_S):
+            break
+        cut.wait(POLL_S)
+    return last.requests
+
+
+def end_requests(gateways: Gateways) -> None:
+    """Have requests under way end with UNAVAILABLE; returns once none is left, or not in time."""
+    end_s = time.monotonic() + END_S
+    while time.monotonic() < end_s:
+        answer = gateways.shut_down(ends_requests=True)
+        if answer is None or answer.requests == 0:
+            return
+        time.sleep(POLL_S)
+
+
+class ServedGateways:
+    """The gateways of all our applications of the Serve that this process is connected to."""
+
+    def __init__(self) -> None:
+        """Connect to nothing yet."""
+        self._handles: dict[str, DeploymentHandle] = {}
+
+    def shut_down(self, ends_requests: bool) -> UnderWay | None:
+        """See :class:`Gateways`. Replicas that have started since the last call are asked too."""
+        answers: list[UnderWay] = []
+        try:
+            for app in our_applications(ASK_TIMEOUT_S):
+                answers += self._ask(app, ends_requests)
+        except (TimeoutError, RayActorError, _NoAnswerError):
+            return None
+        return UnderWay(
+            sum(answer.requests for answer in answers),
+            max((answer.limit_s for answer in answers), default=0.0),
+        )
+
+    def _ask(self, app: str, ends_requests: bool) -> list[UnderWay]:
+        try:
+            if app not in self._handles:
+                self._handles[app] = serve.get_app_handle(app)
+            asked = self._handles[app].broadcast(METHOD, ends_requests)
+            results = asked.results(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
+        except (RayServeException, DeploymentUnavailableError):  # has no gateway, so no request
+            return []
+        return _answers(results)
+
+
+class _NoAnswerError(Exception):
+    """A gateway that lives has not answered."""
+
+
+def _answers(results: Iterable[object]) -> list[UnderWay]:
+    """Return the answers of the gateways that live; raises :class:`_NoAnswerError`."""
+    answers: list[UnderWay] = []
+    for result in results:
+        if isinstance(result, RayActorError):  # its requests have ended with it
+            continue
+        if isinstance(result, Exception):
+            raise _NoAnswerError from result
+        assert isinstance(result, tuple)
+        answers.append(UnderWay(*result))
+    return answers

@@ -1,0 +1,239 @@
+"""What each signal does to a ``serve run``, in each of its phases."""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from ray._private import utils, worker
+
+from router.ops.startup import drain, termination
+from router.ops.startup.drain import UnderWay
+from router.ops.startup.termination import Termination
+
+LIMIT_S = 20.0
+INT, TERM = signal.SIGINT, signal.SIGTERM
+
+
+class LeftError(Exception):
+    """In the place of the end of this process."""
+
+
+class Command:
+    """A command whose Serve and whose Ray are fakes."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.done: list[str] = []
+        self.requests = 0
+        self.begun = threading.Event()
+        self.termination = Termination(self.say, owns_ray=True)
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+        self.begun.set()
+
+    def shut_down(self, ends_requests: bool) -> UnderWay:
+        if ends_requests:
+            self.requests = 0
+            self.done.append("end requests")
+        return UnderWay(self.requests, 60.0)
+
+    def shutdown(self) -> None:
+        self.done.append("shutdown")
+
+    def kill(self) -> None:
+        self.done.append("kill")
+
+    def leave(self, exit_code: int) -> None:
+        raise LeftError(exit_code)
+
+    def sleep_as_serve_run(self) -> None:
+        """Sleep as the main thread of ``serve run``; a signal has to wake it."""
+        time.sleep(LIMIT_S)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
+    """An installed command; the signals' own handlers come back."""
+    made = Command()
+    monkeypatch.setattr(drain, "POLL_S", 0.001)
+    monkeypatch.setattr(termination, "ServedGateways", lambda: made)
+    monkeypatch.setattr(termination.serve, "shutdown", made.shutdown)
+    monkeypatch.setattr(termination, "kill_descendants", made.kill)
+    monkeypatch.setattr(termination, "_leave_at_once", made.leave)
+    monkeypatch.setattr(termination, "_install_rays_handlers", lambda: None)
+    monkeypatch.setattr(utils, "set_sigterm_handler", utils.set_sigterm_handler)
+    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
+    before = {number: signal.getsignal(number) for number in (INT, TERM, termination._WAKE)}
+    made.termination.install()
+    yield made
+    atexit.unregister(made.termination._at_exit)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def ended(command: Command) -> int:
+    """Return the exit code with which the command's main thread leaves its sleep."""
+    started_s = time.monotonic()
+    with pytest.raises(SystemExit) as caught:
+        command.sleep_as_serve_run()
+    assert time.monotonic() - started_s < LIMIT_S / 2
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def test_an_idle_command_ends_by_a_sigterm(command: Command) -> None:
+    command.termination.serves()
+    signal.raise_signal(TERM)
+    assert ended(command) == 0
+    assert command.done == ["shutdown"]
+    assert command.lines == ["expertmesh: SIGTERM: ending"]
+
+
+def test_requests_under_way_end_before_a_sigterm_does(command: Command) -> None:
+    command.termination.serves()
+    command.requests = 3
+    signal.raise_signal(TERM)
+    assert command.begun.wait(LIMIT_S)
+    assert command.done == []
+    command.requests = 0
+    assert ended(command) == 0
+    assert command.done == ["shutdown"]
+    assert command.lines == [
+        "expertmesh: SIGTERM: ends once the requests under way are done (3, at most 60 s); another "
+        "signal ends them now"
+    ]
+
+
+@pytest.mark.parametrize("second", [INT, TERM])
+def test_a_second_signal_ends_the_requests(command: Command, second: signal.Signals) -> None:
+    command.termination.serves()
+    command.requests = 3
+    signal.raise_signal(TERM)
+    assert command.begun.wait(LIMIT_S)
+    signal.raise_signal(second)
+    assert ended(command) == 143
+    assert command.done == ["end requests", "shutdown"]
+    assert command.lines[1:] == [f"expertmesh: {second.name}: ending the requests now"]
+
+
+def test_ctrl_c_ends_the_requests(command: Command) -> None:
+    command.termination.serves()
+    command.requests = 3
+    signal.raise_signal(INT)
+    assert ended(command) == 0
+    assert command.done == ["end requests", "shutdown"]
+    assert command.lines == ["expertmesh: SIGINT: ending"]
+
+
+@pytest.mark.parametrize("second", [INT, TERM])
+def test_a_signal_while_serve_ends_kills_what_is_left(
+    command: Command, second: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends, may_end = threading.Event(), threading.Event()
+
+    def shutdown() -> None:
+        ends.set()
+        may_end.wait(LIMIT_S)
+
+    monkeypatch.setattr(termination.serve, "shutdown", shutdown)
+    command.termination.serves()
+    signal.raise_signal(INT)
+    assert ends.wait(LIMIT_S)
+    with pytest.raises(LeftError) as caught:
+        signal.raise_signal(second)
+    assert caught.value.args == (128 + second,)
+    assert command.done == ["end requests", "kill"]
+    assert command.lines[1:] == [f"expertmesh: {second.name}: killing what is left"]
+    may_end.set()
+    ended(command)
+
+
+def test_a_serve_that_is_gone_is_a_line_and_no_stack(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone() -> None:
+        raise ConnectionError("no GCS")
+
+    monkeypatch.setattr(termination.serve, "shutdown", gone)
+    command.termination.serves()
+    signal.raise_signal(TERM)
+    assert ended(command) == 143
+    assert command.lines[1:] == [
+        "expertmesh: Serve did not end by itself (ConnectionError: no GCS)"
+    ]
+
+
+def test_a_sigterm_while_it_starts_ends_it_at_once(command: Command) -> None:
+    with pytest.raises(SystemExit) as caught:
+        signal.raise_signal(TERM)
+    assert caught.value.code == 143
+    assert command.lines == ["expertmesh: SIGTERM: ending"]
+    with pytest.raises(LeftError):
+        signal.raise_signal(TERM)
+    assert command.done == ["kill"]
+
+
+def test_ctrl_c_while_it_starts_is_serves_own(command: Command) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(INT)
+    assert (command.lines, command.done) == ([], [])
+    with pytest.raises(LeftError):
+        signal.raise_signal(INT)
+    assert command.done == ["kill"]
+
+
+def test_rays_start_leaves_the_handler_of_sigterm(command: Command) -> None:
+    ours = signal.getsignal(TERM)
+    utils.set_sigterm_handler(lambda *_: None)
+    assert signal.getsignal(TERM) == ours
+
+
+def test_calls_that_fail_as_serves_controller_ends_are_not_printed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    printed: list[Any] = []
+    monkeypatch.setattr(worker, "print_to_stdstream", lambda data, **_: printed.append(data))
+    termination._mute_lost_calls()
+    other = {"lines": ["a worker died"], "pid": "raylet"}
+    for data in (
+        {"lines": ["Task ServeController.listen_for_change failed. There are infinite retries"]},
+        other,
+    ):
+        worker.print_to_stdstream(data, ignore_prefix=False)
+    assert printed == [other]
+
+
+_HANDLERS = """
+import signal, sys
+from ray._private import worker
+from router.ops.startup import termination
+if sys.argv[1] == "ours":
+    termination._install_rays_handlers()
+import ctypes, ray
+signal.signal(signal.SIGTERM, lambda *_: print("ours", flush=True))
+library = ctypes.CDLL(ray._raylet.__file__)
+library[termination._INSTALL_HANDLERS](None, ctypes.c_bool(True))  # as Ray does while it connects
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize(("first", "has_stack"), [("ours", False), ("rays", True)])
+def test_ray_installs_its_handlers_once(first: str, has_stack: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _HANDLERS, first],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "ours" in done.stdout
+    assert ("*** SIGTERM received" in done.stderr) == has_stack
