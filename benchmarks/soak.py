@@ -3,29 +3,37 @@
     python -m benchmarks.soak [--minutes 20] [--every-s 5] [--seed N] [--no-faults] [--json FILE]
 
 Serves the bundled model (gateway, two routers, three expert actors, fp32) and has streams and unary
-requests never stop, while a seeded schedule kills actors, routers and the controller, and stops
-actors and lets them go on. Every answer is compared with that of the same deployment before the
-first fault. Prints what failed, and memory and descriptors of the processes that live long; the
-exit status is 1 when a request failed or was wrong, or a process grew. Without faults every process
-lives as long as the run, so that its memory is seen over all of it.
+requests never stop, while a seeded schedule kills actors, routers and the controller, stops actors
+and lets them go on, and deploys other weights under the same id. Meanwhile one in a hundred answers
+of an actor is damaged: NaN, infinite, cut short, or with one bit flipped. Every answer is compared
+with those of both weights before the first fault. Prints what failed, and memory and descriptors of
+the processes that live long. The exit status is 1 when a request failed or was wrong, when no
+damage was seen, or when a process grew. Without faults every process lives as long as the run, so
+that its memory is seen over all of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import shutil
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import MODEL, machine, progress, prompts, show
-from benchmarks.serve import deployed
+from benchmarks.common import CACHE_TOKENS, MODEL, machine, progress, prompts, show
+from benchmarks.serve import Ports, served
+from cluster.errors import ExpertMeshError
 
 if TYPE_CHECKING:
     from router.client import Client
@@ -37,6 +45,8 @@ ACTORS, ROUTERS = 3, 2
 STREAMS, UNARY = 6, 2
 PROMPTS, TOKENS, VOCAB = 8, 48, 2000
 REQUEST_TIMEOUT_S = 60.0
+REDEPLOY_S = 180.0
+DAMAGE_REASONS = ("not_finite", "damaged", "malformed")
 SAMPLE_S = 5.0
 SETTLE_SHARE = 0.25
 """The part of a process's life that is not judged: caches fill, and code is compiled, at first."""
@@ -197,9 +207,9 @@ def run(minutes: float, every_s: float, seed: int, has_faults: bool) -> dict[str
     from router.client import Client
     from tests.fault.injector import inject
     from tests.fault.load import Load
-    from tests.fault.schedule import schedule
+    from tests.fault.schedule import WITH_REDEPLOY, schedule
 
-    faults = schedule(seed, 60 * minutes, every_s) if has_faults else []
+    faults = schedule(seed, 60 * minutes, every_s, WITH_REDEPLOY) if has_faults else []
     hits: list[Hit] = []
     waits: list[Wait] = []
 
@@ -207,12 +217,20 @@ def run(minutes: float, every_s: float, seed: int, has_faults: bool) -> dict[str
         if wait.took_s >= LONG_S:
             waits.append(wait)
 
-    with progress("soak", 2 + len(faults)) as begin:
+    with progress("soak", 2 + len(faults)) as begin, tempfile.TemporaryDirectory() as folder:
         begin("deployment")
-        served = deployed(Path(MODEL_PATH), ACTORS, ROUTERS)
+        weights = Weights(Path(folder), is_damaging=has_faults)
+        served = weights.served()
         with served as ports, Client(ports.grpc_address) as client:
             begin("answers without faults")
-            load = Load(client, MODEL, answers(client), STREAMS, UNARY, REQUEST_TIMEOUT_S, waited)
+            cases = answers(client)
+            if has_faults:
+                weights.redeploy(client)
+                cases = [
+                    replace(case, others=(other.expected,))
+                    for case, other in zip(cases, answers(client), strict=True)
+                ]
+            load = Load(client, MODEL, cases, STREAMS, UNARY, REQUEST_TIMEOUT_S, waited)
             sampler, started_s = Sampler(), time.monotonic()
 
             def told(hit: Hit) -> None:
@@ -221,12 +239,15 @@ def run(minutes: float, every_s: float, seed: int, has_faults: bool) -> dict[str
                 begin(f"{hit.fault.kind.value} {hit.pid}, {failed} failed")
 
             try:
-                inject(faults, client.status, told)
+                # A redeploy takes longer than the time between two faults.
+                in_time = takewhile(lambda _: time.monotonic() - started_s < 60 * minutes, faults)
+                inject(in_time, client.status, told, lambda: weights.redeploy(client))
                 time.sleep(0 if has_faults else 60 * minutes)
             finally:
                 outcome = load.end()
             took_s = time.monotonic() - started_s
             processes = sampler.end()
+            damages = damages_of(ports)
     longest = longest_apart(
         [replace(wait, began_s=wait.began_s - started_s) for wait in waits], WAITS_SHOWN
     )
@@ -239,10 +260,91 @@ def run(minutes: float, every_s: float, seed: int, has_faults: bool) -> dict[str
         "faults": dict(Counter(hit.fault.kind.value for hit in hits)),
         "requests": outcome.requests,
         "failures": dict(outcome.failures),
+        "damages": damages,
         "waits": [{**asdict(wait), "faults": met(wait, hits)} for wait in longest],
         "tokens_per_s": outcome.tokens / took_s,
         "processes": [asdict(one) for one in processes],
     }
+
+
+class Weights:
+    """The bundled model, and one with other weights, deployed in turn under the same id."""
+
+    def __init__(self, folder: Path, is_damaging: bool) -> None:
+        """Write the other weights to ``folder``."""
+        self._folders = itertools.cycle([str(swapped_experts(folder)), MODEL_PATH])
+        self._is_damaging = is_damaging
+
+    def served(self) -> AbstractContextManager[Ports]:
+        """Serve the bundled model until the block ends."""
+        return served(lambda: self._application(MODEL_PATH))
+
+    def _application(self, folder: str) -> Any:
+        from router.app import application
+        from router.serve.controller import ControllerDeployment
+        from tests.fault.damage import DamagingController
+
+        args = {
+            "models": [{"id": MODEL, "path": folder}],
+            "experts": {"actors": ACTORS},
+            "router": {"cache_tokens": CACHE_TOKENS, "replicas": ROUTERS},
+        }
+        return application(args, DamagingController if self._is_damaging else ControllerDeployment)
+
+    def redeploy(self, client: Client) -> None:
+        """Deploy the other weights; returns when they serve alone."""
+        from ray import serve
+
+        before = client.status()
+        weight_bytes = sum(actor.weight_bytes for actor in before.actors)
+        serve.run(self._application(next(self._folders)), name=MODEL, route_prefix="/")
+        old = {router.pid for router in before.routers}
+        deadline_s = time.monotonic() + REDEPLOY_S
+        while True:
+            try:
+                now = client.status()
+                is_alone = sum(actor.weight_bytes for actor in now.actors) == weight_bytes
+                if is_alone and not old & {router.pid for router in now.routers}:
+                    return
+            except ExpertMeshError:  # the controller is away for a moment
+                pass
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"the redeploy took more than {REDEPLOY_S:g} s")
+            time.sleep(0.5)
+
+
+def swapped_experts(folder: Path) -> Path:
+    """Save the bundled model with its experts in another order, so that its tokens are others."""
+    import importlib.resources
+    import re
+
+    from safetensors.torch import load_file, save_file
+
+    source = Path(str(importlib.resources.files("deploy"))) / MODEL_PATH
+    for file in source.iterdir():
+        if file.suffix == ".safetensors":
+            tensors = load_file(file)
+            swapped = {
+                re.sub(r"\.experts\.([01])\.", lambda m: f".experts.{1 - int(m[1])}.", name): tensor
+                for name, tensor in tensors.items()
+            }
+            save_file(swapped, folder / file.name, {"format": "pt"})
+        elif file.is_file():
+            shutil.copy(file, folder / file.name)
+    return folder
+
+
+def damages_of(ports: Ports) -> dict[str, int]:
+    """Return how many frames were asked for again, by reason, of the routers that live."""
+    import httpx
+
+    counts: Counter[str] = Counter()
+    for line in httpx.get(f"http://127.0.0.1:{ports.http}/metrics").text.splitlines():
+        if line.startswith("expertmesh_dispatch_retries_total{"):
+            [reason] = [part for part in line.split('"')[1::2] if part in DAMAGE_REASONS] or [""]
+            if reason:
+                counts[reason] += int(float(line.rpartition(" ")[2]))
+    return dict(counts)
 
 
 def answers(client: Client) -> list[Case]:
@@ -265,6 +367,7 @@ def report(result: Mapping[str, Any]) -> None:
     figures = [
         *((kind, str(count)) for kind, count in result["faults"].items()),
         ("requests", str(result["requests"])),
+        *((f"asked again: {reason}", str(count)) for reason, count in result["damages"].items()),
         *((f"failed: {reason}", str(count)) for reason, count in result["failures"].items()),
         ("tokens/s", f"{result['tokens_per_s']:.0f}"),
     ]
@@ -299,8 +402,12 @@ def _told(fault: Mapping[str, Any]) -> str:
 
 
 def is_good(result: Mapping[str, Any]) -> bool:
-    """Tell whether no request failed or was wrong, and every long-lived process is flat."""
-    return not result["failures"] and all(one["is_flat"] for one in result["processes"])
+    """Tell whether no request failed or was wrong, and every long-lived process is flat.
+
+    Where there were faults, damage must have been among them.
+    """
+    has_hit = bool(result["damages"]) or not result["faults"]
+    return has_hit and not result["failures"] and all(one["is_flat"] for one in result["processes"])
 
 
 def main() -> int:

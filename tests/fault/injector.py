@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.errors import ExpertMeshError
 from cluster.reports import ClusterStatus
@@ -34,13 +34,15 @@ def inject(
     faults: Iterable[Fault],
     status: Callable[[], ClusterStatus],
     told: Callable[[Hit], None] = lambda hit: None,
+    redeploy: Callable[[], None] | None = None,
 ) -> list[Hit]:
     """Carry out all faults in order, each when it is due or as soon after as it can be; blocks.
 
     A fault waits until the controller answers and names a living victim; one on an expert actor
     also until every expert has a copy, since faults that came faster than copies come back would
-    starve every request. ``told`` hears of every hit. Raises ``AssertionError`` when a victim is
-    not seen killed or stopped, or when there is none for ``ASK_S``.
+    starve every request. ``redeploy`` returns when other weights serve and the old ones are gone;
+    no process is stopped meanwhile. ``told`` hears of every hit. Raises ``AssertionError`` when a
+    victim is not seen killed or stopped, or when there is none for ``ASK_S``.
     """
     pause, started_s = threading.Event(), time.monotonic()
     hits: list[Hit] = []
@@ -48,6 +50,17 @@ def inject(
         going_on = []
         for fault in faults:
             pause.wait(max(0.0, started_s + due_s(fault, hits) - time.monotonic()))
+            if fault.kind is Kind.REDEPLOY:
+                assert redeploy is not None
+                for one in going_on:
+                    one.result()
+                _victim(
+                    replace(fault, kind=Kind.KILL_ACTOR), status, pause
+                )  # all experts are there
+                redeploy()
+                hits.append(Hit(fault, 0, time.monotonic() - started_s))
+                told(hits[-1])
+                continue
             known, pid = _victim(fault, status, pause)
             hits.append(Hit(fault, pid, time.monotonic() - started_s))
             told(hits[-1])

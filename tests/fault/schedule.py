@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 JITTER = 0.3
@@ -19,6 +20,7 @@ class Kind(enum.StrEnum):
     PAUSE_ACTOR = "stop and continue actor"
     KILL_ROUTER = "kill router"
     KILL_CONTROLLER = "kill controller"
+    REDEPLOY = "redeploy other weights"
 
 
 BAG = (Kind.KILL_ACTOR, Kind.PAUSE_ACTOR, Kind.KILL_ROUTER, Kind.KILL_CONTROLLER, Kind.KILL_ACTOR)
@@ -38,16 +40,21 @@ class Fault:
     pause_s: float
 
 
-def schedule(seed: int, duration_s: float, every_s: float) -> tuple[Fault, ...]:
+WITH_REDEPLOY = (*BAG, Kind.REDEPLOY)
+
+
+def schedule(
+    seed: int, duration_s: float, every_s: float, kinds: Sequence[Kind] = BAG
+) -> tuple[Fault, ...]:
     """Return the faults of a run, one in every ``every_s``, none in the last of them.
 
-    Kinds come as from a bag: every five in a row hold all of :data:`BAG`.
+    Kinds come as from a bag: as many in a row as there are ``kinds`` hold all of them.
     """
     source = random.Random(seed)
     faults: list[Fault] = []
     bag: list[Kind] = []
     for place in range(1, int(duration_s / every_s)):
-        bag = bag or source.sample(BAG, len(BAG))
+        bag = bag or source.sample(kinds, len(kinds))
         kind = bag.pop()
         at_s = (place + source.uniform(-JITTER, JITTER)) * every_s
         pause_s = source.uniform(*PAUSE_S) if kind is Kind.PAUSE_ACTOR else 0.0

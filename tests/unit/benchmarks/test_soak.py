@@ -82,8 +82,15 @@ def test_processes_are_called_by_what_they_do(words: list[str], name: str) -> No
 
 
 def test_a_run_is_good_without_failures_and_without_growth() -> None:
-    flat: dict[str, Any] = {"failures": {}, "processes": [{"is_flat": True}] * 2}
+    flat: dict[str, Any] = {
+        "failures": {},
+        "faults": {"kill actor": 3},
+        "damages": {"damaged": 7},
+        "processes": [{"is_flat": True}] * 2,
+    }
     assert is_good(flat)
+    assert is_good({**flat, "faults": {}, "damages": {}})
+    assert not is_good({**flat, "damages": {}})  # it was to be among the faults
     assert not is_good({**flat, "failures": {"unavailable: x": 1}})
     assert not is_good({**flat, "processes": [{"is_flat": True}, {"is_flat": False}]})
 

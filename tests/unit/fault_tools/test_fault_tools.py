@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from cluster.reports import ActorStatus, ClusterStatus, ProcessStatus
-from tests.fault.injector import Hit, due_s, victims
-from tests.fault.load import WrongTokensError, check_next, check_whole
+from tests.fault.injector import Hit, due_s, inject, victims
+from tests.fault.load import Case, WrongTokensError, answers_of, check_next, check_whole
 from tests.fault.schedule import BAG, PAUSE_S, Fault, Kind, schedule
 from tests.fault.signals import kill, let_go, stop
 
@@ -52,12 +53,32 @@ def test_a_late_fault_makes_those_after_it_late_and_none_comes_sooner() -> None:
     assert due_s(third, hits) == 27.0
 
 
+def test_redeploys_are_carried_out_between_the_others() -> None:
+    hits: list[str] = []
+    faults = [Fault(0.0, Kind.REDEPLOY, 0, 0.0), Fault(0.01, Kind.REDEPLOY, 0, 0.0)]
+    victim = replace(STATUS, actors=(replace(STATUS.actors[0], pid=os.getpid()),))
+    told = inject(faults, lambda: victim, redeploy=lambda: hits.append("redeployed"))
+    assert hits == ["redeployed"] * 2
+    assert [(hit.fault.kind, hit.pid) for hit in told] == [(Kind.REDEPLOY, 0)] * 2
+
+
+def test_an_answer_is_wholly_of_one_of_the_deployed_models() -> None:
+    case = Case((1,), (5, 6, 7), ((5, 8, 9),))
+    assert answers_of(case, ()) == [(5, 6, 7), (5, 8, 9)]
+    assert answers_of(case, (5,)) == [(5, 6, 7), (5, 8, 9)]
+    assert answers_of(case, (5, 8)) == [(5, 8, 9)]
+    for mixed in [(5, 6, 9), (5, 8, 7), (6,)]:
+        with pytest.raises(WrongTokensError):
+            answers_of(case, mixed)
+
+
 def test_each_kind_has_its_own_victims() -> None:
     assert {kind: victims(STATUS, kind) for kind in Kind} == {
         Kind.KILL_ACTOR: (13,),
         Kind.PAUSE_ACTOR: (13,),
         Kind.KILL_ROUTER: (11,),
         Kind.KILL_CONTROLLER: (10,),
+        Kind.REDEPLOY: (13,),  # nobody; it comes when all experts are there
     }
 
 
