@@ -105,7 +105,7 @@ def start(num_actors: int) -> tuple[PlacementView, dict[Any, list[int]]]:
     for actor_id, keys in assign_experts([experts], actor_ids, None).items():
         options = actor_options(spec, f"expertmesh:{APP}:{actor_id}:g1")
         handle = remote.options(**options).remote(spec, actor_id, 1, 1)
-        ray.get(handle.load.remote(1, keys), timeout=60)
+        ray.get(handle.load.remote(1, spec, keys), timeout=60)
         placement = placement.with_actor(actor_id, 1, keys)
         experts_of[handle] = [key.expert_id for key in keys]
     view = PlacementView()

@@ -333,12 +333,12 @@ def start_actors(
     reports = ray.get([h.describe.remote() for h in handles.values()], timeout=TIMEOUT_S)
     before_mb = {report.actor_id: resident_mb(report.pid) for report in reports}
     started_s = time.perf_counter()
-    firsts = [handle.load.remote(EPOCH, shares[a][:1]) for a, handle in handles.items()]
+    firsts = [handle.load.remote(EPOCH, spec, shares[a][:1]) for a, handle in handles.items()]
     code_mb = {}
     for report in ray.get(firsts, timeout=TIMEOUT_S):
         first_mb = begin_peak(report.pid) - report.weight_bytes / 1e6
         code_mb[report.actor_id] = first_mb - before_mb[report.actor_id]
-    loads = {handles[a].load.remote(EPOCH, keys): a for a, keys in shares.items()}
+    loads = {handles[a].load.remote(EPOCH, spec, keys): a for a, keys in shares.items()}
     loading: dict[str, dict[str, float]] = {}
     waiting = list(loads)
     while waiting:

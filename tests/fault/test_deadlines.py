@@ -18,7 +18,7 @@ SHORT_S, PATIENT_S = 0.25, 60.0
 
 
 def neighbour_s(served: ServedCluster, timeout_s: float) -> tuple[float, int]:
-    """Return how long a request takes beside others of ``timeout_s``, and how many of them failed."""
+    """Return how long a request takes beside others of ``timeout_s``, and how many were late."""
     expected = served.expected(PROMPTS[0], LENGTH)
     ended = threading.Event()
     late = 0
