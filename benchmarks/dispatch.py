@@ -40,6 +40,7 @@ from experts.actor import ExpertActor
 from experts.bank import GatedFfnExpert
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.ffn import ACTIVATIONS
+from experts.remote import sealed_answer
 from router.control.placement_view import PlacementView
 
 APP = "bench-dispatch"
@@ -84,6 +85,10 @@ class IdentityActor(ExpertActor):
         real = GatedFfnExpert(weights, ACTIVATIONS["silu"])
         for key in keys:
             self._bank.hold(ExpertKey(*key), IdentityExpert(real))
+
+    def compute(self, data: bytes) -> bytes:  # type: ignore[override]
+        """As :class:`RemoteExpertActor` does."""
+        return sealed_answer(super().compute, data)
 
     def echo(self, data: bytes) -> bytes:
         """Return the bytes; what a bare Ray call takes is the least that one of ours can."""

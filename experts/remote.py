@@ -6,7 +6,7 @@ time, with a fraction of the memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import ray
 
@@ -14,7 +14,7 @@ from cluster.errors import FrameError
 from cluster.spec import ActorReport, ActorSpec, ExpertKey
 from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.wire.checksum import sealed, unsealed
-from cluster.wire.frames import ErrorFrame, encode, joined
+from cluster.wire.frames import Buffer, ErrorFrame, encode
 
 
 class RemoteExpertActor:
@@ -56,8 +56,13 @@ class RemoteExpertActor:
 
     def compute(self, data: bytes) -> bytes:
         """See :meth:`ExpertActor.compute`; frame and answer have checksums, as Ray has none."""
-        frame = unsealed(data)
-        if frame is None:
-            error = FrameError("came damaged: its checksum is wrong", "frame")
-            return bytes(joined(sealed(encode(ErrorFrame(0, "FrameError", error)))))
-        return bytes(joined(sealed((self._actor.compute(frame),))))
+        return sealed_answer(self._actor.compute, data)
+
+
+def sealed_answer(compute: Callable[[Buffer], bytes], data: bytes) -> bytes:
+    """Return the answer to a frame with a checksum, with one too; an error to a damaged frame."""
+    frame = unsealed(data)
+    if frame is None:
+        error = FrameError("came damaged: its checksum is wrong", "frame")
+        return b"".join(sealed(encode(ErrorFrame(0, "FrameError", error))))
+    return b"".join(sealed((compute(frame),)))
