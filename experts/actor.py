@@ -102,7 +102,8 @@ class ExpertActor:
         A checkpoint that is not on this node's disk comes from another node. Raises
         :class:`CheckpointError` when no node can read the checkpoint; the experts loaded before
         that stay. Raises :class:`UnavailableError` when torch does not find the GPU that Ray has
-        assigned.
+        assigned. Raises :class:`StaleEpochError` at the next expert once a newer controller has
+        given an order, so that its orders do not wait for the rest.
         """
         self._accept(epoch)
         if self._device.type == "cuda" and not torch.cuda.is_available():
@@ -112,16 +113,20 @@ class ExpertActor:
                 "args.experts.num_gpus",
             )
         with self._load_lock:
+            self._check(epoch)
             self._take_over(spec)
-            self._load([ExpertKey(*key) for key in keys])
+            self._load(epoch, [ExpertKey(*key) for key in keys])
         return self._report()
 
     def _take_over(self, spec: ActorSpec) -> None:
         """Go by a specification that may have other models and limits."""
-        self._spec = spec
+        before, self._spec = self._sources, spec
         self._sources = {source.experts.model: source for source in spec.models}
+        # A checkpoint that has moved is opened anew; its old folder may go.
         self._checkpoints = {
-            key: checkpoint for key, checkpoint in self._checkpoints.items() if key in self._sources
+            key: checkpoint
+            for key, checkpoint in self._checkpoints.items()
+            if self._sources.get(key) == before[key]
         }
 
     def unload(self, epoch: int, keys: Sequence[ExpertKey]) -> ActorReport:
@@ -136,6 +141,7 @@ class ExpertActor:
                 self._wait()
             for key in keys:
                 self._bank.release(ExpertKey(*key))
+            self._bank.forget_others(self._sources.keys())
         return self._report()
 
     def heartbeat(self, epoch: int) -> ActorReport:
@@ -152,14 +158,19 @@ class ExpertActor:
         return self._streams.offer(network)
 
     def _accept(self, epoch: int) -> None:
-        if epoch < self._epoch:
-            raise StaleEpochError(f"is older than {self._epoch} (given: {epoch})", "epoch")
+        self._check(epoch)
         self._epoch = epoch
         self._lease.renew(time.monotonic())
 
-    def _load(self, keys: Sequence[ExpertKey]) -> None:
+    def _check(self, epoch: int) -> None:
+        """Raise :class:`StaleEpochError` where a newer controller has given an order."""
+        if epoch < self._epoch:
+            raise StaleEpochError(f"is older than {self._epoch} (given: {epoch})", "epoch")
+
+    def _load(self, epoch: int, keys: Sequence[ExpertKey]) -> None:
         """Load experts that are not held yet; under the lock of loads."""
         for key in keys:
+            self._check(epoch)
             if key in self._bank:
                 continue
             source = self._sources[key.model]

@@ -10,7 +10,7 @@ Dimension letters: P rows of a frame or of one expert, H hidden size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -117,6 +117,11 @@ class ExpertBank:
         """Free an expert and its memory; an expert that is not held is ignored."""
         self._layer(key).experts.pop(key.expert_id, None)
 
+    def forget_others(self, models: Collection[str]) -> None:
+        """Drop the counters of all models but ``models``, except those with a held expert."""
+        kept = {*models, *(key.model for key in self.experts)}
+        self._layers = {key: layer for key, layer in self._layers.items() if key[0] in kept}
+
     def __contains__(self, key: ExpertKey) -> bool:
         """Return whether an expert is held."""
         return key.expert_id in self._layer(key).experts
@@ -136,7 +141,10 @@ class ExpertBank:
 
     @property
     def tokens(self) -> dict[ExpertKey, int]:
-        """The number of rows that each expert has computed, also of released experts."""
+        """The number of rows that each expert has computed, also of released experts.
+
+        :meth:`forget_others` drops those of models that are gone.
+        """
         layers = list(self._layers.items())
         return {ExpertKey(*k, e): n for k, layer in layers for e, n in list(layer.tokens.items())}
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ import torch
 
 from cluster.controller.lease import ABSENT_S, LEASE_S, Lease
 from cluster.errors import Code, StaleEpochError, UnavailableError
-from cluster.spec import ExpertKey
+from cluster.spec import ActorSpec, ExpertKey
 from cluster.wire.frames import ErrorFrame, RowsFrame, decode, encode, joined
 from cluster.wire.tensors import from_bytes
 from experts import actor as actor_module
@@ -28,6 +30,7 @@ from experts.compute.ffn import ACTIVATIONS, gated_ffn
 from experts.remote import RemoteExpertActor
 from experts.tracing import BatchSpans
 from tests.checkpoints import save_mixtral
+from tests.cluster_fixture import wait_until
 from tests.span_keeper import SpanKeeper
 from tests.unit.experts.local_actor import (
     HIDDEN,
@@ -487,3 +490,62 @@ def test_the_actor_has_what_the_pool_calls() -> None:
     methods.append(remote.unload)
     assert [m.__ray_concurrency_group__ for m in methods] == ["control"] * 5
     assert not hasattr(remote.compute, "__ray_concurrency_group__")
+
+
+def test_a_load_ends_once_a_newer_controller_gives_orders(
+    make: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the newer one's orders wait for all of it, and count the actor as dead meanwhile."""
+    actor = make()
+    begun, going_on = threading.Event(), threading.Event()
+    load = actor._load_expert
+
+    def slowly(*args: Any) -> Any:
+        begun.set()
+        assert going_on.wait(LIMIT_S)
+        return load(*args)
+
+    monkeypatch.setattr(actor, "_load_expert", slowly)
+    share = [ExpertKey("m", 1, expert_id) for expert_id in range(4)]
+    with ThreadPoolExecutor() as pool:
+        older = pool.submit(actor.load, 1, actor._spec, share)
+        assert begun.wait(LIMIT_S)
+        waiting = pool.submit(actor.load, 1, actor._spec, [ExpertKey("m", 1, 7)])
+        newer = pool.submit(actor.unload, 2, KEYS)
+        wait_until(lambda: actor.describe().epoch == 2, "the newer order is there", LIMIT_S)
+        going_on.set()
+        assert newer.result(LIMIT_S).epoch == 2
+        for overtaken in (older, waiting):
+            with pytest.raises(StaleEpochError):
+                overtaken.result(LIMIT_S)
+    assert len(actor.describe().experts) == 1  # the one that was being read
+
+
+def of_other_weights(actor: Actor, folder: Path, model: str) -> ActorSpec:
+    """Return the actor's specification after a redeploy: the checkpoint has another key or path."""
+    [source] = actor._spec.models
+    experts = replace(source.experts, model=model)
+    return replace(actor._spec, models=(replace(source, path=str(folder), experts=experts),))
+
+
+def test_what_an_actor_counted_of_a_replaced_model_goes_with_its_last_expert(
+    make: Callable[..., Actor], folder: Path
+) -> None:
+    actor = make()
+    actor.compute(frame_of(rows_of(2)))
+    replaced = of_other_weights(actor, folder, "n")
+    assert actor.load(1, replaced, [ExpertKey("n", 0, 0)]).tokens[KEYS[1]] == 2
+    assert actor.unload(1, KEYS[:2]).tokens[KEYS[1]] == 2  # requests of the old model go on
+    assert actor.unload(1, KEYS[2:]).tokens == {}
+    assert actor.unload(1, [ExpertKey("n", 0, 0)]).experts == ()
+
+
+def test_a_checkpoint_that_has_moved_is_read_where_it_is_now(
+    make: Callable[..., Actor], folder: Path, tmp_path: Path
+) -> None:
+    actor = make()
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    report = actor.load(1, of_other_weights(actor, moved, "m"), [ExpertKey("m", 1, 1)])
+    assert set(report.experts) == {*KEYS, ExpertKey("m", 1, 1)}
+    assert actor._checkpoints["m"].folder == moved
