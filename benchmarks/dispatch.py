@@ -79,7 +79,7 @@ def _same_bytes(
 class IdentityActor(ExpertActor):
     """The expert actor with identity experts; everything else is the product's."""
 
-    def _load(self, keys: Sequence[ExpertKey]) -> None:
+    def _load(self, epoch: int, keys: Sequence[ExpertKey]) -> None:
         parts = torch.zeros(2 * HIDDEN, HIDDEN), torch.zeros(HIDDEN, HIDDEN)
         weights = GatedFfnWeights(*(part.bfloat16() for part in parts))
         real = GatedFfnExpert(weights, ACTIVATIONS["silu"])

@@ -41,13 +41,13 @@ def source_of(model: str, argument: str) -> ModelSource:
 def loaded(actor: ExpertActor, keys: list[ExpertKey]) -> dict[str, int]:
     """Load ``keys`` and tell what that took."""
     # What the first expert brings along besides itself: code, pools of threads.
-    actor._load(keys[:1])
+    actor._load(1, keys[:1])
     actor._bank.release(keys[0])
     # What it let go may lie in the heap yet, to be used or given back in the course of the load.
     ctypes.CDLL(None).malloc_trim(0)
     (PROCESS / "clear_refs").write_text("5")  # the peak begins anew
     before = resident("VmRSS")
-    actor._load(keys)
+    actor._load(1, keys)
     return {"share": actor._bank.num_bytes, "peak": resident("VmHWM") - before}
 
 

@@ -111,7 +111,7 @@ def test_batches_on_one_device_take_turns(folder: Path, monkeypatch: pytest.Monk
     actor = Actor(
         ActorSpec("app", (source,), 0.1, 0, 1, 1000, emulation=Emulation(BATCH_S, 0.0)), "e-0", 1, 1
     )
-    actor._load([ExpertKey("m", 0, 0), ExpertKey("m", 1, 0)])
+    actor._load(1, [ExpertKey("m", 0, 0), ExpertKey("m", 1, 0)])
     together = threading.Barrier(2)
 
     def ask(layer_id: int) -> float:
