@@ -2,13 +2,13 @@
 
 Opening a checkpoint reads ``config.json``, the index and the shards' headers, and no weight. It
 checks every tensor's name, shape and dtype against the model family, so that a damaged or unknown
-checkpoint is refused before any process starts. Pickle files are refused unread.
+checkpoint is refused before any process starts. Pickle files are refused unread. Bytes of tensors
+are verified as they are read, where the checkpoint has a table of hashes.
 """
 
 from __future__ import annotations
 
 import importlib.resources
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,11 +22,12 @@ from experts.checkpoint.config import (
     family_of,
     read_json,
     read_small,
-    stamp_of,
     usual_config,
     wrong_kinds,
 )
+from experts.checkpoint.hashes import HashTable, leaf_spans
 from experts.checkpoint.quantization import Packed, check_dtypes, packed_tensors, quantization_of
+from experts.checkpoint.shard_file import ShardFile, Stamp, stamp_of_file
 from experts.checkpoint.shards import DTYPES, TensorInfo, listed_names, read_headers
 from experts.families.base import Config, ExpertShape, Family, Shapes
 
@@ -82,7 +83,8 @@ class Checkpoint:
     ``config`` has the usual key names of all families. ``tensors`` are the stored tensors;
     ``packed`` has the model's quantised tensors, and ``dtype`` is that of all others. Where the
     files are on another node, ``remote`` reads them and ``folder`` is a path of that node.
-    Otherwise ``stamps`` detect a file that has changed since the checkpoint was opened.
+    Otherwise ``stamps`` detect a file that has changed since the checkpoint was opened, and every
+    byte that is read is verified by ``hashes``, if there are any.
     """
 
     folder: Path
@@ -93,7 +95,13 @@ class Checkpoint:
     dtype: str
     remote: RemoteFiles | None = None
     packed: Mapping[str, Packed] = field(default_factory=dict)
-    stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
+    hashes: HashTable | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """The stored bytes of all tensors."""
+        return sum(info.num_bytes for info in self.tensors.values())
 
     @property
     def max_position_embeddings(self) -> int:
@@ -170,9 +178,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     than the configuration says.
     """
     config = read_json(folder / "config.json")
+    shards = [file for file in folder.glob("*.safetensors") if file.is_file()]
+    before = {file.name: stamp_of_file(file) for file in shards}
     opened = checkpoint_of(folder, config, lambda: read_headers(folder, read_json))
     files = sorted({info.file for info in opened.tensors.values()})
-    return replace(opened, stamps={file: stamp_of((folder / file).stat()) for file in files})
+    stamps = {file: stamp_of_file(folder / file) for file in files}
+    for file, stamp in stamps.items():
+        if stamp != before.get(file):
+            raise CheckpointError("has changed while it was opened", str(folder / file))
+    return replace(opened, stamps=stamps)
 
 
 def checkpoint_of(
@@ -202,7 +216,7 @@ def read_range(checkpoint: Checkpoint, name: str, begin: int, end: int) -> bytes
     Raises :class:`CheckpointError` as :func:`read_into` does, and for a missing tensor or range.
     """
     info = checkpoint.tensors.get(name)
-    if info is None or not 0 <= begin <= end <= info.end - info.begin:
+    if info is None or not 0 <= begin <= end <= info.num_bytes:
         raise CheckpointError(f"has no bytes {begin} to {end} of {name}", str(checkpoint.folder))
     data = bytearray(end - begin)
     read_into(checkpoint, name, begin, memoryview(data))
@@ -210,29 +224,45 @@ def read_range(checkpoint: Checkpoint, name: str, begin: int, end: int) -> bytes
 
 
 def read_into(checkpoint: Checkpoint, name: str, begin: int, buffer: memoryview) -> None:
-    """Fill ``buffer`` with a tensor's bytes from ``begin`` on, without another copy.
+    """Fill ``buffer`` with a tensor's bytes from ``begin`` on.
 
-    Raises :class:`CheckpointError` when the file cannot be read, or has changed since the
-    checkpoint was opened.
+    With a table of hashes every byte is verified after it was read, and leaves that lie across an
+    end of the range are read whole. Raises :class:`CheckpointError`, which names file and tensor,
+    for bytes that differ from the table. Without a table, it is raised for a file that has changed
+    since the checkpoint was opened. ``buffer`` must not be used after an error.
     """
     info = checkpoint.tensors[name]
-    file = checkpoint.folder / info.file
     try:
-        with file.open("rb", buffering=0) as opened:
-            if stamp_of(os.fstat(opened.fileno())) != checkpoint.stamps.get(info.file):
-                raise CheckpointError(
-                    f"tensor {name} cannot be read: the file has changed since it was opened",
-                    str(file),
-                )
-            opened.seek(info.begin + begin)
-            done = 0
-            while done < len(buffer):
-                count = opened.readinto(buffer[done:])
-                if not count:
-                    raise CheckpointError("has become shorter", str(file))
-                done += count
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", str(file)) from None
+        with ShardFile(checkpoint.folder / info.file) as file:
+            if checkpoint.hashes is not None:
+                _read_verified(file, checkpoint.hashes, name, info, begin, buffer)
+                return
+            if file.stamp != checkpoint.stamps.get(info.file):
+                raise CheckpointError("the file has changed since it was opened", str(file.path))
+            file.read(info.begin + begin, buffer)
+    except CheckpointError as error:
+        message = f"tensor {shown_name(name)}: {error.message}"
+        raise CheckpointError(message, error.field) from None
+
+
+def _read_verified(
+    file: ShardFile, table: HashTable, name: str, info: TensorInfo, begin: int, buffer: memoryview
+) -> None:
+    end = begin + len(buffer)
+    for number, leaf_begin, leaf_end in leaf_spans(begin, end, info.num_bytes):
+        first, last = max(begin, leaf_begin), min(end, leaf_end)
+        part = buffer[first - begin : last - begin]
+        is_whole = last - first == leaf_end - leaf_begin
+        leaf = part if is_whole else memoryview(bytearray(leaf_end - leaf_begin))
+        file.read(info.begin + leaf_begin, leaf)  # hashed at once, from the processor's cache
+        if not table.has_leaf(name, number, leaf):
+            raise CheckpointError(
+                f"bytes {leaf_begin} to {leaf_end} differ from the checkpoint that is served "
+                f"({table.identity}): the file is damaged or has changed since it was opened",
+                str(file.path),
+            )
+        if not is_whole:
+            part[:] = leaf[first - leaf_begin : last - leaf_begin]
 
 
 def _expected(

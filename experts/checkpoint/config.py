@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,11 +47,6 @@ def read_small(file: Path, max_bytes: int = MAX_SMALL_BYTES) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", str(file)) from None
-
-
-def stamp_of(stat: os.stat_result) -> tuple[int, int]:
-    """Return a file's size and time of change, by which a replaced file is detected."""
-    return stat.st_size, stat.st_mtime_ns
 
 
 def read_json(file: Path) -> dict[str, Any]:

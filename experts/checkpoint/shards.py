@@ -44,6 +44,11 @@ class TensorInfo:
     begin: int
     end: int
 
+    @property
+    def num_bytes(self) -> int:
+        """The stored bytes of the tensor."""
+        return self.end - self.begin
+
 
 def read_headers(
     folder: Path, read_index: Callable[[Path], Mapping[str, Any]]

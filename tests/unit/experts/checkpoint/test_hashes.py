@@ -1,0 +1,143 @@
+"""The tree of hashes: what it is, that it covers every byte, and nothing but the content."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from blake3 import blake3
+from safetensors.torch import load_file, save_file
+
+from experts.checkpoint import hashes, remote_files
+from experts.checkpoint.checkpoint import open_checkpoint
+from experts.checkpoint.hashes import leaf_spans, num_leaves, widened
+from experts.checkpoint.identity import identity_of
+from experts.checkpoint.remote_reader import MAX_CHUNK_BYTES
+from tests.checkpoints import save_mixtral, save_tokenizer
+from tests.unit.experts.checkpoint.changed_files import flip_in_tensor, header_of
+
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+
+
+def plain_identity(folder: Path, leaf_bytes: int) -> str:
+    """Compute an identity as the module's docstring describes it, one byte after another."""
+
+    def line(value: object) -> bytes:
+        return json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        header, start = header_of(file)
+        data = file.read_bytes()
+        for name, entry in header.items():
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            leaves = b""
+            while begin < end:
+                leaves += blake3(data[begin : min(end, begin + leaf_bytes)]).digest()
+                begin += leaf_bytes
+            tensors[name] = blake3(line([name, entry["shape"], entry["dtype"]]) + leaves).digest()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    root = line(config) + b"".join(tensors[name] for name in sorted(tensors))
+    return blake3(root).hexdigest()[:32]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    save_mixtral(path)
+    return path
+
+
+@pytest.mark.parametrize("leaf_bytes", [256 << 10, 4096, 1000, 1])
+@pytest.mark.parametrize("shard_size", ["1GB", "50KB"])
+def test_an_identity_is_what_the_docstring_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaf_bytes: int, shard_size: str
+) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24} if leaf_bytes == 1 else {}
+    model = save_mixtral(tmp_path / "whole", torch.bfloat16, **sizes)
+    folder = tmp_path / "model"
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    monkeypatch.setattr(hashes, "LEAF_BYTES", leaf_bytes)
+    assert identity_of(open_checkpoint(folder)) == plain_identity(folder, leaf_bytes)
+
+
+def test_256_changed_bytes_anywhere_in_a_tensor_give_another_identity(folder: Path) -> None:
+    """The old identity had 4 KB from the middle of each tensor, and these give an equal one."""
+    seen = {identity_of(open_checkpoint(folder))}
+    num_bytes = open_checkpoint(folder).tensors[EXPERT].num_bytes
+    for begin in (0, 4096, num_bytes * 3 // 4, num_bytes - 256):
+        flip_in_tensor(folder, EXPERT, begin, 256)
+        seen.add(identity_of(open_checkpoint(folder)))
+        flip_in_tensor(folder, EXPERT, begin, 256)
+    assert len(seen) == 5
+
+
+def test_every_tensor_counts(folder: Path) -> None:
+    first = identity_of(open_checkpoint(folder))
+    for name, info in open_checkpoint(folder).tensors.items():
+        flip_in_tensor(folder, name, info.num_bytes - 1)
+        assert identity_of(open_checkpoint(folder)) != first, name
+        flip_in_tensor(folder, name, info.num_bytes - 1)
+    assert identity_of(open_checkpoint(folder)) == first
+
+
+def test_the_configuration_counts_and_the_order_of_its_keys_does_not(folder: Path) -> None:
+    first = identity_of(open_checkpoint(folder))
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(dict(reversed(config.items())), indent=7))
+    assert identity_of(open_checkpoint(folder)) == first
+    file.write_text(json.dumps({**config, "rms_norm_eps": 2e-5}))
+    assert identity_of(open_checkpoint(folder)) != first
+
+
+def test_equal_bytes_of_another_dtype_or_under_another_name_are_another_content(
+    folder: Path,
+) -> None:
+    first = identity_of(open_checkpoint(folder))
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    other = EXPERT.replace("experts.2", "experts.3")
+    save_file(tensors | {EXPERT: tensors[other], other: tensors[EXPERT]}, file)
+    assert identity_of(open_checkpoint(folder)) != first
+    halves = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(halves, file)
+    as_bfloat16 = identity_of(open_checkpoint(folder))
+    save_file({name: tensor.view(torch.float16) for name, tensor in halves.items()}, file)
+    assert identity_of(open_checkpoint(folder)) != as_bfloat16
+
+
+def test_place_and_shards_do_not_count(folder: Path, tmp_path: Path) -> None:
+    identity = identity_of(open_checkpoint(folder))
+    assert len(identity) == 32
+    shutil.copytree(folder, tmp_path / "copy")
+    assert identity_of(open_checkpoint(tmp_path / "copy")) == identity
+    sharded = tmp_path / "sharded"
+    save_mixtral(tmp_path / "whole").save_pretrained(sharded, max_shard_size="50KB")
+    save_tokenizer(sharded)
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    assert identity_of(open_checkpoint(sharded)) == identity
+
+
+def test_leaves_over_a_range_are_those_that_it_touches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashes, "LEAF_BYTES", 4)
+    for size in range(14):
+        leaves = [set(range(begin, min(size, begin + 4))) for begin in range(0, size, 4)]
+        assert num_leaves(size) == len(leaves)
+        for begin in range(size):
+            for end in range(begin + 1, size + 1):
+                touched = [n for n, leaf in enumerate(leaves) if leaf & set(range(begin, end))]
+                spans = list(leaf_spans(begin, end, size))
+                assert [number for number, _, _ in spans] == touched
+                assert [set(range(a, b)) for _, a, b in spans] == [leaves[n] for n in touched]
+                assert set(range(*widened(begin, end, size))) == set.union(
+                    *(leaves[n] for n in touched)
+                )
+
+
+def test_a_fetched_chunk_has_whole_leaves() -> None:
+    assert remote_files.CHUNK_BYTES % hashes.LEAF_BYTES == 0
+    assert remote_files.CHUNK_BYTES <= MAX_CHUNK_BYTES
