@@ -23,6 +23,7 @@ import torch
 
 from cluster.controller.lease import Lease, end_when_orphaned
 from cluster.errors import (
+    CheckpointError,
     DeadlineExceededError,
     ExpertMeshError,
     FrameError,
@@ -100,10 +101,11 @@ class ExpertActor:
 
         ``spec`` is the actor's own from now on, with what may change of it.
         A checkpoint that is not on this node's disk comes from another node. Raises
-        :class:`CheckpointError` when no node can read the checkpoint; the experts loaded before
-        that stay. Raises :class:`UnavailableError` when torch does not find the GPU that Ray has
-        assigned. Raises :class:`StaleEpochError` at the next expert once a newer controller has
-        given an order, so that its orders do not wait for the rest.
+        :class:`CheckpointError` when no node can read the checkpoint, and for bytes that differ
+        from the served checkpoint; the experts loaded before that stay. Raises
+        :class:`UnavailableError` when torch does not find the GPU that Ray has assigned. Raises
+        :class:`StaleEpochError` at the next expert once a newer controller has given an order, so
+        that its orders do not wait for the rest.
         """
         self._accept(epoch)
         if self._device.type == "cuda" and not torch.cuda.is_available():
@@ -180,7 +182,12 @@ class ExpertActor:
                 )
             checkpoint = self._checkpoints[key.model]
             dtype = TORCH_DTYPES[source.dtype]
-            self._bank.hold(key, self._load_expert(checkpoint, key, dtype))
+            try:
+                expert = self._load_expert(checkpoint, key, dtype)
+            except CheckpointError:
+                del self._checkpoints[key.model]  # the next load looks at the files anew
+                raise
+            self._bank.hold(key, expert)
         for remote in self._remotes():
             remote.release()
 

@@ -1,10 +1,11 @@
 """A checkpoint on another node: finding it, and fetching the needed tensors.
 
 A process on a node without a model's folder asks the other nodes (:class:`Neighbours`) and chooses
-a peer with the served checkpoint (:mod:`experts.checkpoint.identity`). It fetches the needed
-tensors in chunks, each with the hash that the peer computed. When a peer dies, hangs or sends
-damaged bytes, the fetch continues after the last good chunk, at another peer or at the same. The
-bytes stay in memory and are not written to disk.
+a peer whose hashes have the served identity as their root (:mod:`experts.checkpoint.hashes`). It
+fetches the needed tensors in chunks of whole leaves. Each leaf is verified on arrival against the
+peer's leaves, which were verified against the root. When a peer dies, hangs or sends wrong bytes,
+the fetch continues after the last good chunk, at another peer or at the same. The bytes stay in
+memory and are not written to disk.
 """
 
 from __future__ import annotations
@@ -13,28 +14,37 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, as_completed
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from math import prod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from cluster.errors import (
-    CheckpointError,
-    CheckpointMissingError,
-    error_from_wire,
-    shown,
-    shown_name,
-)
+from cluster.errors import CheckpointError, CheckpointMissingError, shown, shown_name
 from experts.checkpoint.checkpoint import Checkpoint, checkpoint_of, open_checkpoint, resolve_folder
 from experts.checkpoint.config import parse_json
-from experts.checkpoint.identity import identity_of
-from experts.checkpoint.shards import STORED_BYTES, TensorInfo
+from experts.checkpoint.hashes import (
+    HASH_BYTES,
+    HashTable,
+    leaf_spans,
+    num_leaves,
+    root_of,
+    tensor_hash,
+    widened,
+)
+from experts.checkpoint.identity import check_samples, hash_table_of, kept_table_of
+from experts.checkpoint.peers import (
+    Neighbours,
+    Peer,
+    PeerError,
+    answer_of,
+    as_answered,
+    tensors_of,
+)
 
-OPEN_TIMEOUT_S = 60.0
 CHUNK_TIMEOUT_S = 30.0
 CHUNK_BYTES = 8 << 20
+"""A multiple of a leaf's bytes."""
 CHUNKS_AHEAD = 3
 """The most chunks under way, so that the peer reads a chunk while another travels."""
 PEERS_AT_ONCE = 8
@@ -45,53 +55,21 @@ OTHER_CHECKPOINT = "is another checkpoint than the one that is served"
 logger = logging.getLogger("expertmesh.peers")
 
 
-class PeerError(Exception):
-    """A peer failed, or its answer is wrong; the message is the reason."""
-
-
-class Peer(Protocol):
-    """A :class:`experts.checkpoint.remote_reader.CheckpointReader` on another node.
-
-    The reader ends when this object is dropped. A future with an exception means that the peer has
-    failed; any other result is that of the reader.
-    """
-
-    node: str
-
-    def open(self) -> Future[dict[str, Any]]:
-        """Call the reader's ``open``."""
-        ...
-
-    def read(self, name: str, begin: int, end: int) -> Future[dict[str, Any]]:
-        """Call the reader's ``read``."""
-        ...
-
-
-class Neighbours(Protocol):
-    """The cluster's other nodes."""
-
-    def nodes(self) -> Sequence[str]:
-        """Return the ids of the living nodes, without this node."""
-        ...
-
-    def connect(self, node: str, path: str) -> Peer:
-        """Start a reader of the model at ``path`` on a node; returns at once."""
-        ...
-
-
 def open_model(path: str, identity: str | None, neighbours: Neighbours | None) -> Checkpoint:
     """Open a model's checkpoint in this node's folder, or else at a peer.
 
-    ``identity`` is that of the served checkpoint. It is ``None`` before it is known: then any
-    checkpoint at ``path`` is right, and :class:`CheckpointError` is raised for a wrong checkpoint
-    on this node. Raises :class:`CheckpointMissingError`, with the answer of every asked node, when
-    no node has the checkpoint.
+    ``identity`` is that of the served checkpoint, against which every byte is verified that is read
+    of the result. The hashes for that are kept ones, or come from a peer, or are computed.
+    ``identity`` is ``None`` before it is known: then any checkpoint at ``path`` is right, its bytes
+    are not verified, and :class:`CheckpointError` is raised for a wrong checkpoint on this node.
+    Raises :class:`CheckpointMissingError`, with the answer of every asked node, when no node has
+    the checkpoint.
     """
     try:
         checkpoint = open_checkpoint(resolve_folder(path))
-        if identity in (None, identity_of(checkpoint)):
+        if identity is None:
             return checkpoint
-        reason = CheckpointError(f"{OTHER_CHECKPOINT}; deploy again", str(checkpoint.folder))
+        return replace(checkpoint, hashes=_table_of(checkpoint, path, identity, neighbours))
     except CheckpointError as error:
         if identity is None and not isinstance(error, CheckpointMissingError):
             raise
@@ -101,6 +79,52 @@ def open_model(path: str, identity: str | None, neighbours: Neighbours | None) -
     if not isinstance(reason, CheckpointMissingError):
         logger.warning("%s; asking other nodes", reason)
     return PeerFiles(path, identity, neighbours, str(reason)).checkpoint
+
+
+def _table_of(
+    checkpoint: Checkpoint, path: str, identity: str, neighbours: Neighbours | None
+) -> HashTable:
+    """Return the hashes of the served checkpoint, which this node's files seem to be.
+
+    Raises :class:`CheckpointError` when the files are those of another checkpoint.
+    """
+    table = kept_table_of(checkpoint, identity)
+    if table is None and neighbours is not None and neighbours.nodes():
+        table = _table_of_peers(checkpoint, path, identity, neighbours)
+    if table is None:
+        table = hash_table_of(checkpoint)
+    if table.identity != identity:
+        raise CheckpointError(f"{OTHER_CHECKPOINT}; deploy again", str(checkpoint.folder))
+    return table
+
+
+def _table_of_peers(
+    checkpoint: Checkpoint, path: str, identity: str, neighbours: Neighbours
+) -> HashTable | None:
+    """Return the served checkpoint's hashes from a peer, or ``None`` where no peer has them.
+
+    Raises :class:`CheckpointError` when a sample of this node's files differs from them.
+    """
+    try:
+        files = PeerFiles(path, identity, neighbours, f"no kept hashes of {checkpoint.folder}")
+        leaves = files.all_leaves()
+    except CheckpointMissingError as error:
+        logger.info("%s", error)
+        return None
+    files.release()
+    table = HashTable.of(checkpoint.config, checkpoint.tensors, leaves)
+    check_samples(checkpoint, table)
+    return table
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A peer's answer, checked: the checkpoint that it has, with its small files and hashes."""
+
+    checkpoint: Checkpoint
+    small_files: Mapping[str, bytes]
+    hashes: Mapping[str, bytes]
+    identity: str
 
 
 class PeerFiles:
@@ -120,50 +144,65 @@ class PeerFiles:
         self._peer: Peer | None = None
         self._failed: list[str] = []
         """The nodes that have failed since the last good chunk, in order."""
+        self._leaves: dict[str, bytes] = {}
+        """The verified leaves so far, by tensor."""
         self.fetched_bytes = 0
         self.fetched_s = 0.0
         opened = self._find()
-        self._identity = opened["identity"]
-        self.small_files: Mapping[str, bytes] = {
-            name: chunk.data for name, chunk in opened["small_files"].items()
-        }
-        folder = Path(opened["folder"])
-        config_file = folder / "config.json"
-        config = parse_json(self.small_files.get("config.json", b""), config_file)
-        tensors = _tensors_of(opened)
-        self.checkpoint = checkpoint_of(folder, config, lambda: tensors, self)
+        self._identity = opened.identity
+        self._hashes = opened.hashes
+        self.small_files = opened.small_files
+        self.checkpoint = opened.checkpoint
 
     @property
     def identity(self) -> str:
         """The identity of the checkpoint that is fetched."""
-        assert self._identity is not None  # the first peer has sent it
+        assert self._identity is not None  # computed from the first peer's hashes
         return self._identity
 
     def tensor(self, name: str, begin: int = 0, end: int | None = None) -> bytearray:
-        """Return bytes of a tensor.
+        """Return bytes of a tensor, all of them verified.
 
         Raises :class:`CheckpointMissingError` when no node has the checkpoint any more, or when
         peers have failed :data:`MAX_FAILURES` times in a row.
         """
         started_s = time.monotonic()
-        info = self.checkpoint.tensors[name]
-        stop = info.end - info.begin if end is None else end
-        data = bytearray(stop - begin)
+        num_bytes = self.checkpoint.tensors[name].num_bytes
+        stop = num_bytes if end is None else end
+        first, last = widened(begin, stop, num_bytes)
+        data = bytearray(last - first)
         done = 0
-        while done < len(data):
-            if self._peer is None:
-                self._find()
-            assert self._peer is not None
-            try:
-                for piece in _chunks(self._peer, name, begin + done, stop):
-                    data[done : done + len(piece)] = piece
-                    done += len(piece)
-                    self._failed.clear()
-            except PeerError as error:
-                self._drop_failed(self._peer, error)
+
+        def fetch(peer: Peer) -> None:
+            nonlocal done
+            for piece in self._chunks(peer, name, first + done, last):
+                data[done : done + len(piece)] = piece
+                done += len(piece)
+                self._failed.clear()
+
+        if data:
+            self._with_a_peer(fetch)
         self.fetched_bytes += len(data)
         self.fetched_s += time.monotonic() - started_s
-        return data
+        return data[begin - first : stop - first]
+
+    def all_leaves(self) -> Mapping[str, bytes]:
+        """Return the leaves of every tensor, verified; raises as :meth:`tensor` does."""
+        missing = [name for name in self.checkpoint.tensors if name not in self._leaves]
+        while missing:
+            asked = [missing.pop()]
+            size = self._leaves_bytes(asked[0])
+            while missing and (size := size + self._leaves_bytes(missing[-1])) <= CHUNK_BYTES:
+                asked.append(missing.pop())
+
+            def take(peer: Peer, names: list[str] = asked) -> None:
+                self._take_leaves(names, peer.leaves(names))
+
+            self._with_a_peer(take)
+        return self._leaves
+
+    def _leaves_bytes(self, name: str) -> int:
+        return num_leaves(self.checkpoint.tensors[name].num_bytes) * HASH_BYTES
 
     def release(self) -> None:
         """End the peer's process; the next :meth:`tensor` finds a peer again."""
@@ -172,6 +211,18 @@ class PeerFiles:
     def summary(self) -> str:
         """Return the fetched bytes and seconds so far as text."""
         return f"{self.fetched_bytes / 1e6:.1f} MB in {self.fetched_s:.1f} s from another node"
+
+    def _with_a_peer(self, call: Callable[[Peer], None]) -> None:
+        """Call with a peer, and after each :class:`PeerError` with another one or the same."""
+        while True:
+            if self._peer is None:
+                self._find()
+            assert self._peer is not None
+            try:
+                call(self._peer)
+                return
+            except PeerError as error:
+                self._drop_failed(self._peer, error)
 
     def _drop_failed(self, peer: Peer, error: PeerError) -> None:
         logger.warning(
@@ -186,7 +237,7 @@ class PeerFiles:
                 self._path,
             )
 
-    def _find(self) -> dict[str, Any]:
+    def _find(self) -> _Opened:
         """Find and keep a peer with the checkpoint; returns its answer.
 
         Peers that failed lately are asked last.
@@ -198,9 +249,9 @@ class PeerFiles:
         for first in range(0, len(nodes), PEERS_AT_ONCE):
             asked = nodes[first : first + PEERS_AT_ONCE]
             peers = [self._neighbours.connect(node, self._path) for node in asked]
-            for peer, answer in _as_answered(peers):
+            for peer, answer in as_answered(peers):
                 try:
-                    opened = self._checked(_answer_of(answer, 0.0))
+                    opened = self._checked(answer_of(answer, 0.0))
                 except PeerError as error:
                     reasons.append(f"node {peer.node[:10]}: {error}")
                 else:
@@ -212,70 +263,71 @@ class PeerFiles:
             self._path,
         )
 
-    def _checked(self, opened: dict[str, Any]) -> dict[str, Any]:
-        """Return a peer's answer; raises :class:`PeerError` if it is wrong or damaged."""
-        if self._identity not in (None, opened["identity"]):
-            raise PeerError(f"{opened['folder']}: {OTHER_CHECKPOINT}")
-        _tensors_of(opened)
-        for name, chunk in opened["small_files"].items():
+    def _checked(self, answer: dict[str, Any]) -> _Opened:
+        """Return a peer's answer; raises :class:`PeerError` if it is wrong or damaged.
+
+        The identity is computed from the configuration and the tensors' hashes in the answer.
+        """
+        if "hashed_bytes" in answer:
+            raise PeerError("has not hashed its checkpoint in time")
+        small_files = {}
+        for name, file in answer["small_files"].items():
             if Path(name).name != name:
                 raise PeerError(f"{shown(name)} is not a plain file name")
-            if not chunk.is_whole():
+            if not file.is_whole():
                 raise PeerError(f"{name} came damaged")
-        return opened
+            small_files[name] = file.data
+        folder, tensors = Path(answer["folder"]), tensors_of(answer)
+        try:
+            config = parse_json(small_files.get("config.json", b""), folder / "config.json")
+            checkpoint = checkpoint_of(folder, config, lambda: tensors, self)
+        except CheckpointError as error:
+            raise PeerError(str(error)) from None
+        hashes = {name: answer["hashes"].get(name, b"") for name in checkpoint.tensors}
+        if any(len(tensor) != HASH_BYTES for tensor in hashes.values()):
+            raise PeerError("sent hashes of other tensors than its headers name")
+        identity = root_of(checkpoint.config, hashes)
+        if self._identity not in (None, identity):
+            raise PeerError(f"{folder}: {OTHER_CHECKPOINT}")
+        return _Opened(checkpoint, small_files, hashes, identity)
 
+    def _chunks(self, peer: Peer, name: str, begin: int, end: int) -> Iterator[bytes]:
+        """Yield verified bytes of whole leaves; raises :class:`PeerError` at the first failure."""
+        leaves = None if name in self._leaves else peer.leaves([name])
+        starts = iter(range(begin, end, CHUNK_BYTES))
+        under_way: deque[tuple[int, int, Future[dict[str, Any]]]] = deque()
+        while True:
+            while len(under_way) < CHUNKS_AHEAD and (start := next(starts, None)) is not None:
+                stop = min(end, start + CHUNK_BYTES)
+                under_way.append((start, stop, peer.read(name, start, stop)))
+            if not under_way:
+                return
+            if leaves is not None:
+                self._take_leaves([name], leaves)
+                leaves = None
+            start, stop, answer = under_way.popleft()
+            chunk = answer_of(answer, CHUNK_TIMEOUT_S)["chunk"]
+            self._check_chunk(name, start, stop, chunk)
+            yield chunk
 
-def _tensors_of(opened: dict[str, Any]) -> dict[str, TensorInfo]:
-    """Return the headers in a peer's answer.
+    def _take_leaves(self, names: Sequence[str], answer: Future[dict[str, Any]]) -> None:
+        """Verify the leaves in an answer by the hashes of their tensors, and keep them."""
+        received = answer_of(answer, CHUNK_TIMEOUT_S)["leaves"]
+        if len(received) != len(names):
+            raise PeerError(f"sent hashes of {len(received)} tensors, not of {len(names)}")
+        for name, leaves in zip(names, received, strict=True):
+            if tensor_hash(name, self.checkpoint.tensors[name], leaves) != self._hashes[name]:
+                raise PeerError(f"sent wrong hashes of {shown_name(name)}")
+            self._leaves[name] = leaves
 
-    Raises :class:`PeerError` for a tensor whose number of bytes contradicts its shape.
-    """
-    tensors = {name: TensorInfo(*info) for name, info in opened["tensors"].items()}
-    for name, info in tensors.items():
-        if info.end - info.begin != prod(info.shape) * STORED_BYTES.get(info.dtype, -1):
-            raise PeerError(f"the bytes of tensor {shown_name(name)} do not fit its shape")
-    return tensors
-
-
-def _as_answered(peers: Sequence[Peer]) -> Iterator[tuple[Peer, Future[dict[str, Any]]]]:
-    """Ask peers to open the checkpoint; yields each that answers, then the silent peers."""
-    waiting = {peer.open(): peer for peer in peers}
-    try:
-        for answer in as_completed(list(waiting), OPEN_TIMEOUT_S):
-            yield waiting.pop(answer), answer
-    except FutureTimeoutError:
-        yield from ((peer, answer) for answer, peer in waiting.items())
-
-
-def _chunks(peer: Peer, name: str, begin: int, end: int) -> Iterator[bytes]:
-    """Yield a tensor's checked bytes; raises :class:`PeerError` at the first failure."""
-    starts = iter(range(begin, end, CHUNK_BYTES))
-    under_way: deque[tuple[int, Future[dict[str, Any]]]] = deque()
-    while True:
-        while len(under_way) < CHUNKS_AHEAD and (start := next(starts, None)) is not None:
-            stop = min(end, start + CHUNK_BYTES)
-            under_way.append((stop - start, peer.read(name, start, stop)))
-        if not under_way:
-            return
-        size, answer = under_way.popleft()
-        chunk = _answer_of(answer, CHUNK_TIMEOUT_S)["chunk"]
-        if len(chunk.data) != size or not chunk.is_whole():
-            raise PeerError(f"a chunk of {name} came damaged")
-        yield chunk.data
-
-
-def _answer_of(answer: Future[dict[str, Any]], timeout_s: float) -> dict[str, Any]:
-    try:
-        # Not ``result``: its exception has a traceback whose frames refer to the peers and to this
-        # future. This cycle would keep the peers' processes until the garbage collector runs, which
-        # is rare here.
-        failure = answer.exception(max(0.0, timeout_s))  # any error of Ray
-    except FutureTimeoutError:
-        answer.cancel()
-        raise PeerError("did not answer in time") from None
-    if failure is not None:
-        raise PeerError(f"died ({type(failure).__name__})")
-    reply = answer.result()
-    if "error" in reply:
-        raise PeerError(str(error_from_wire(reply["error"])))
-    return reply
+    def _check_chunk(self, name: str, begin: int, end: int, chunk: bytes) -> None:
+        if len(chunk) != end - begin:
+            raise PeerError(f"sent {len(chunk)} bytes of {shown_name(name)}, not {end - begin}")
+        table = HashTable(self.identity, self._leaves)
+        data = memoryview(chunk)
+        for number, first, last in leaf_spans(begin, end, self.checkpoint.tensors[name].num_bytes):
+            if not table.has_leaf(name, number, data[first - begin : last - begin]):
+                raise PeerError(
+                    f"sent wrong bytes {first} to {last} of {shown_name(name)}: they were damaged "
+                    "on the way, or its file is"
+                )

@@ -2,47 +2,48 @@
 
 A process without a checkpoint starts a reader on each node that may have it, fetches bytes from one
 of them, and ends it (:mod:`experts.checkpoint.remote_files`). A reader reads one checkpoint: its
-tensors, by the names in the headers, and the small files beside them. It does not import torch, so
-that it starts quickly.
+hashes, its tensors, by the names in the headers, and the small files beside them. It does not
+verify its bytes, since the receiver does. It does not import torch, so that it starts quickly.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import astuple
 from typing import Any, NamedTuple
 
 import ray
+from blake3 import blake3
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import CheckpointError, ExpertMeshError
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_range, resolve_folder
-from experts.checkpoint.config import read_small
-from experts.checkpoint.identity import identity_of
+from experts.checkpoint.hashes import HashTable, tensor_hash
+from experts.checkpoint.identity import hash_table_of
+from experts.checkpoint.small_files import small_files_of
 
-SMALL_FILES = ("*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")
-"""The files from which transformers reads a configuration and a tokenizer."""
-MAX_SMALL_FILES_BYTES = 256 << 20
-"""The most bytes of all small files, which travel together."""
 MAX_CHUNK_BYTES = 16 << 20
+"""The most bytes of tensors, or of leaves, in one answer."""
+HASHING_ANSWER_S = 2.0
+"""How long :meth:`CheckpointReader.open` waits for hashes before it tells how far they are."""
 
 
-class Chunk(NamedTuple):
-    """Bytes, and the SHA-256 that the reader computed of them."""
+class SmallFile(NamedTuple):
+    """A file beside the weights, and its BLAKE3 hash, by which a damaged transfer is noticed."""
 
     data: bytes
-    sha256: bytes
+    hash: bytes
 
     @classmethod
-    def of(cls, data: bytes) -> Chunk:
+    def of(cls, data: bytes) -> SmallFile:
         """Hash ``data``."""
-        return cls(data, hashlib.sha256(data).digest())
+        return cls(data, blake3(data).digest())
 
     def is_whole(self) -> bool:
         """Return whether the bytes have the reader's hash."""
-        return hashlib.sha256(self.data).digest() == self.sha256
+        return blake3(self.data).digest() == self.hash
 
 
 class CheckpointReader:
@@ -55,44 +56,86 @@ class CheckpointReader:
         """``path`` is the configured path, which :meth:`open` opens."""
         self._path = path
         self._checkpoint: Checkpoint | None = None
+        self._hashed_bytes = 0
+        self._hashing: Future[HashTable] | None = None
 
     def open(self) -> dict[str, Any]:
-        """Open the checkpoint; returns its identity, headers and small files."""
+        """Open the checkpoint; returns its headers, small files and tensors' hashes.
+
+        Where the node keeps no hashes of it, they are computed. The answers meanwhile are
+        ``{"hashed_bytes": …}``, one every :data:`HASHING_ANSWER_S`; the caller calls again.
+        """
         try:
-            checkpoint = open_checkpoint(resolve_folder(self._path))
-            self._checkpoint = checkpoint
+            if self._checkpoint is None:
+                self._checkpoint = open_checkpoint(resolve_folder(self._path))
+            checkpoint = self._checkpoint
+            table = self._table(checkpoint)
+            if table is None:
+                return {"hashed_bytes": self._hashed_bytes}
+            files = small_files_of(checkpoint)
             return {
-                "identity": identity_of(checkpoint),
                 "folder": str(checkpoint.folder),
                 "tensors": {name: astuple(info) for name, info in checkpoint.tensors.items()},
-                "small_files": {name: Chunk.of(data) for name, data in _small(checkpoint).items()},
+                "small_files": {name: SmallFile.of(data) for name, data in files.items()},
+                "hashes": _hashes(checkpoint, table),
             }
+        except ExpertMeshError as error:
+            return {"error": error.to_wire()}
+
+    def leaves(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the leaves of tensors, together at most :data:`MAX_CHUNK_BYTES`."""
+        try:
+            table = None if self._hashing is None else self._table(self._opened())
+            if table is None:
+                raise CheckpointError("is not open", self._path)
+            unknown = next((name for name in names if name not in table.leaves), None)
+            if unknown is not None:
+                raise CheckpointError(f"has no tensor {unknown}", self._path)
+            leaves = [table.leaves[name] for name in names]
+            if sum(map(len, leaves)) > MAX_CHUNK_BYTES:
+                raise CheckpointError(f"at most {MAX_CHUNK_BYTES} bytes at once", self._path)
+            return {"leaves": leaves}
         except ExpertMeshError as error:
             return {"error": error.to_wire()}
 
     def read(self, name: str, begin: int, end: int) -> dict[str, Any]:
         """Return bytes ``begin`` to ``end`` of a tensor, at most :data:`MAX_CHUNK_BYTES`."""
         try:
-            if self._checkpoint is None:
-                raise CheckpointError("is not open", self._path)
             if end - begin > MAX_CHUNK_BYTES:
                 raise CheckpointError(f"at most {MAX_CHUNK_BYTES} bytes at once", name)
-            return {"chunk": Chunk.of(read_range(self._checkpoint, name, begin, end))}
+            return {"chunk": read_range(self._opened(), name, begin, end)}
         except ExpertMeshError as error:
             return {"error": error.to_wire()}
 
+    def _opened(self) -> Checkpoint:
+        if self._checkpoint is None:
+            raise CheckpointError("is not open", self._path)
+        return self._checkpoint
 
-def _small(checkpoint: Checkpoint) -> dict[str, bytes]:
-    found = {file for pattern in SMALL_FILES for file in checkpoint.folder.glob(pattern)}
-    files = sorted(file for file in found if file.is_file())
-    size_bytes = sum(file.stat().st_size for file in files)
-    if size_bytes > MAX_SMALL_FILES_BYTES:
-        raise CheckpointError(
-            f"has {size_bytes} bytes beside the weights ({', '.join(SMALL_FILES)}); at most "
-            f"{MAX_SMALL_FILES_BYTES}",
-            str(checkpoint.folder),
-        )
-    return {file.name: read_small(file) for file in files}
+    def _table(self, checkpoint: Checkpoint) -> HashTable | None:
+        """Return the hashes, or ``None`` while they are computed.
+
+        Raises :class:`CheckpointError` when a file cannot be read; the next call tries again.
+        """
+        if self._hashing is None:
+            pool = ThreadPoolExecutor(1, "hashing")
+            self._hashing = pool.submit(hash_table_of, checkpoint, self._watch)
+            pool.shutdown(wait=False)
+        try:
+            return self._hashing.result(HASHING_ANSWER_S)
+        except FutureTimeoutError:
+            return None
+        except CheckpointError:
+            self._checkpoint = self._hashing = None
+            raise
+
+    def _watch(self, done_bytes: int, all_bytes: int) -> None:
+        self._hashed_bytes = done_bytes
+
+
+def _hashes(checkpoint: Checkpoint, table: HashTable) -> Mapping[str, bytes]:
+    tensors = checkpoint.tensors
+    return {name: tensor_hash(name, info, table.leaves[name]) for name, info in tensors.items()}
 
 
 class RayNeighbours:
@@ -129,6 +172,10 @@ class RayPeer:
     def open(self) -> Future[dict[str, Any]]:
         """See :class:`experts.checkpoint.remote_files.Peer`."""
         return self._reader.open.remote().future()  # type: ignore[no-any-return]
+
+    def leaves(self, names: Sequence[str]) -> Future[dict[str, Any]]:
+        """See :class:`experts.checkpoint.remote_files.Peer`."""
+        return self._reader.leaves.remote(names).future()  # type: ignore[no-any-return]
 
     def read(self, name: str, begin: int, end: int) -> Future[dict[str, Any]]:
         """See :class:`experts.checkpoint.remote_files.Peer`."""

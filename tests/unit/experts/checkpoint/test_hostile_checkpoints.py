@@ -19,8 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import CheckpointError, InvalidRequestError
-from experts.checkpoint import remote_reader as reader_module
-from experts.checkpoint import shards
+from experts.checkpoint import shards, small_files
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.config import read_json
 from experts.checkpoint.config_checks import MAX_DEPTH
@@ -233,7 +232,7 @@ def test_files_beside_the_weights_are_bounded_together_where_another_node_asks(
     for number in range(3):
         with (folder / f"{number}.json").open("wb") as file:
             file.truncate(50_000_000)  # sparse
-    monkeypatch.setattr(reader_module, "MAX_SMALL_FILES_BYTES", 100_000_000)
+    monkeypatch.setattr(small_files, "MAX_SMALL_FILES_BYTES", 100_000_000)
     error = reader.open()["error"]
     assert error["field"] == str(folder)
     assert "beside the weights" in error["message"]

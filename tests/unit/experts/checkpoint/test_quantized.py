@@ -15,6 +15,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from cluster.errors import CheckpointError, ExpertMeshError
+from experts.checkpoint import hashes
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.expert_weights import load_expert, read_tensor
 from experts.checkpoint.identity import identity_of
@@ -136,7 +137,10 @@ def test_check_tells_of_it(made: Quantised) -> None:
     assert f"float32 (stored as {checkpoint.stored}), experts {total_mb:.1f} MB" in line
 
 
-def test_another_node_sends_the_codes_not_the_values(made: Quantised) -> None:
+def test_another_node_sends_the_codes_not_the_values(
+    made: Quantised, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hashes, "LEAF_BYTES", 512)  # whole leaves travel
     here = open_checkpoint(made.folder)
     neighbours = FakeNeighbours({"a": made.folder})
     there = open_model(HERE, identity_of(here), neighbours)

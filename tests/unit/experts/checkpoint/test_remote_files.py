@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import shutil
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -17,22 +18,25 @@ import torch
 
 from cluster.errors import CheckpointError, CheckpointMissingError
 from cluster.spec import ModelExperts, ModelSource
-from experts.checkpoint import remote_files as peers_module
+from experts.checkpoint import hashes, peers, remote_files
+from experts.checkpoint import identity as identity_module
 from experts.checkpoint import remote_reader as reader_module
-from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_range
 from experts.checkpoint.expert_weights import load_expert
-from experts.checkpoint.identity import identity_of
+from experts.checkpoint.hash_cache import BESIDE
+from experts.checkpoint.identity import hash_table_of, identity_of
 from experts.checkpoint.remote_files import Neighbours, open_model
-from experts.checkpoint.remote_reader import CheckpointReader, Chunk
+from experts.checkpoint.remote_reader import CheckpointReader, SmallFile
 from router.gateway.models import load_models
 from router.gateway.tokenizer import Tokenizer
 from router.model.model import load_dense
 from router.served import ServedModel, inspect_models
-from tests.checkpoints import save_mixtral, save_tokenizer
+from tests.checkpoints import save_mixtral
+from tests.unit.experts.checkpoint.changed_files import flip_in_tensor
 from tests.unit.router.test_config import config_of
 
 CPU = torch.device("cpu")
-CHUNK_BYTES = 4096
+LEAF_BYTES, CHUNK_BYTES = 1024, 4096
 HERE = "/not/on/this/node"
 Fault = Callable[[int, dict[str, Any]], dict[str, Any]]
 """Takes which read it is and its answer; returns another answer, or raises as a peer that fails."""
@@ -51,6 +55,9 @@ class FakePeer:
 
     def open(self) -> Future[dict[str, Any]]:
         return Future() if self.is_mute else done(self.reader.open)
+
+    def leaves(self, names: Sequence[str]) -> Future[dict[str, Any]]:
+        return done(lambda: self.reader.leaves(names))
 
     def read(self, name: str, begin: int, end: int) -> Future[dict[str, Any]]:
         self.reads.append((name, begin, end))
@@ -94,10 +101,11 @@ class FakeNeighbours:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers_module, "CHUNK_BYTES", CHUNK_BYTES)
-    monkeypatch.setattr(peers_module, "CHUNK_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(peers_module, "PEERS_AT_ONCE", 1)  # in order, so that all is determined
-    monkeypatch.setattr(peers_module.random, "shuffle", lambda nodes: nodes.sort())
+    monkeypatch.setattr(hashes, "LEAF_BYTES", LEAF_BYTES)
+    monkeypatch.setattr(remote_files, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(remote_files, "CHUNK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(remote_files, "PEERS_AT_ONCE", 1)  # in order, so that all is determined
+    monkeypatch.setattr(remote_files.random, "shuffle", lambda nodes: nodes.sort())
 
 
 @pytest.fixture(scope="module")
@@ -226,16 +234,13 @@ def test_a_peer_whose_headers_disagree_with_themselves_is_passed_over(
 
 def damaged(number: int, answer: dict[str, Any]) -> dict[str, Any]:
     """Flip a bit of the third chunk."""
-    chunk: Chunk = answer["chunk"]
-    if number != 3:
-        return answer
-    data = bytes([chunk.data[0] ^ 1]) + chunk.data[1:]
-    return {"chunk": Chunk(data, chunk.sha256)}
+    chunk = answer["chunk"]
+    return answer if number != 3 else {"chunk": bytes([chunk[0] ^ 1]) + chunk[1:]}
 
 
 def short(number: int, answer: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the end of the third chunk, and hash what is left."""
-    return answer if number != 3 else {"chunk": Chunk.of(answer["chunk"].data[:-1])}
+    """Leave out the end of the third chunk."""
+    return answer if number != 3 else {"chunk": answer["chunk"][:-1]}
 
 
 def dies(number: int, answer: dict[str, Any]) -> dict[str, Any]:
@@ -266,11 +271,11 @@ def test_a_peer_that_hangs_is_left(folder: Path) -> None:
 def test_a_node_that_does_not_answer_delays_nobody(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers_module, "PEERS_AT_ONCE", 8)
+    monkeypatch.setattr(remote_files, "PEERS_AT_ONCE", 8)
     neighbours = FakeNeighbours({"a": folder, "b": folder}, mute=["a"])
     check_expert(folder, fetched(folder, neighbours))  # within the test's own limit
     assert neighbours.connected == ["a", "b"]
-    monkeypatch.setattr(peers_module, "OPEN_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(peers, "OPEN_TIMEOUT_S", 0.05)
     with pytest.raises(CheckpointMissingError, match="node a: did not answer in time"):
         fetched(folder, FakeNeighbours({"a": folder}, mute=["a"]))
 
@@ -361,7 +366,7 @@ def test_a_peer_cannot_have_a_file_written_elsewhere(folder: Path) -> None:
     neighbours = FakeNeighbours({"a": folder})
     peer = neighbours.connect("a", HERE)
     told = peer.reader.open()
-    told["small_files"]["../../evil.json"] = Chunk.of(b"{}")
+    told["small_files"]["../../evil.json"] = SmallFile.of(b"{}")
     peer.reader.open = lambda: told  # type: ignore[method-assign]
     neighbours.connect = lambda node, path: peer  # type: ignore[method-assign]
     with pytest.raises(CheckpointMissingError, match="is not a plain file name"):
@@ -386,7 +391,7 @@ def test_peers_are_gone_with_the_last_use_of_them_though_others_died(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.ERROR, "expertmesh.peers")  # or what is logged would be kept
-    monkeypatch.setattr(peers_module, "PEERS_AT_ONCE", 2)
+    monkeypatch.setattr(remote_files, "PEERS_AT_ONCE", 2)
     neighbours = FakeNeighbours({"a": None, "b": None, "c": folder, "d": folder})
     if reads_fail:
         neighbours.faults = {"c": dies, "d": dies}
@@ -423,16 +428,283 @@ def test_a_released_peer_is_found_again(folder: Path) -> None:
     assert neighbours.connected == ["a", "a"]
 
 
-def test_an_identity_goes_by_content_and_not_by_place(
-    folder: Path, other: Path, tmp_path: Path
+# What a peer's bytes are verified against.
+
+
+def altered(
+    neighbours: FakeNeighbours, node: str, call: str, change: Callable[[dict[str, Any]], None]
+) -> None:
+    """Let the reader of a node change the answers of one of its calls."""
+    connect = neighbours.connect
+
+    def connected(to: str, path: str) -> FakePeer:
+        peer = connect(to, path)
+        if to == node:
+            honest = getattr(peer.reader, call)
+
+            def lie(*arguments: Any) -> dict[str, Any]:
+                answer = honest(*arguments)
+                change(answer)
+                return answer
+
+            setattr(peer.reader, call, lie)
+        return peer
+
+    neighbours.connect = connected  # type: ignore[method-assign]
+
+
+NORM = "model.norm.weight"
+
+
+def other_hash(answer: dict[str, Any]) -> None:
+    answer["hashes"][NORM] = bytes(32)
+
+
+def hash_missing(answer: dict[str, Any]) -> None:
+    del answer["hashes"][NORM]
+
+
+def hashes_shifted(answer: dict[str, Any]) -> None:
+    """Move a byte from a hash to the next one, so that all together are the same bytes."""
+    first, second = sorted(answer["hashes"])[:2]
+    both = answer["hashes"][first] + answer["hashes"][second]
+    answer["hashes"] |= {first: both[:31], second: both[31:]}
+
+
+def other_config(answer: dict[str, Any]) -> None:
+    config = answer["small_files"]["config.json"].data.replace(b"1e-05", b"2e-05")
+    answer["small_files"]["config.json"] = SmallFile.of(config)
+
+
+def broken_config(answer: dict[str, Any]) -> None:
+    answer["small_files"]["config.json"] = SmallFile.of(b"{")
+
+
+def other_dtype(answer: dict[str, Any]) -> None:
+    file, shape, _, begin, end = answer["tensors"][NORM]
+    answer["tensors"][NORM] = (file, (shape[0] * 2,), "BF16", begin, end)
+
+
+def small_file_damaged(answer: dict[str, Any]) -> None:
+    good = answer["small_files"]["tokenizer.json"]
+    answer["small_files"]["tokenizer.json"] = SmallFile(good.data + b" ", good.hash)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other_hash, "another checkpoint than the one that is served"),
+        (hash_missing, "sent hashes of other tensors than its headers name"),
+        (hashes_shifted, "sent hashes of other tensors than its headers name"),
+        (other_config, "another checkpoint than the one that is served"),
+        (broken_config, "is not JSON"),
+        (other_dtype, "has shape"),
+        (small_file_damaged, "tokenizer.json came damaged"),
+    ],
+)
+def test_a_peer_whose_table_is_not_that_of_the_served_checkpoint_is_passed_over(
+    folder: Path, change: Callable[[dict[str, Any]], None], words: str
+) -> None:
+    neighbours = FakeNeighbours({"a": folder, "b": folder})
+    altered(neighbours, "a", "open", change)
+    check_expert(folder, fetched(folder, neighbours))
+    assert neighbours.reads["a"] == []
+    alone = FakeNeighbours({"a": folder})
+    altered(alone, "a", "open", change)
+    with pytest.raises(CheckpointMissingError, match=words):
+        fetched(folder, alone)
+
+
+def leaf_changed(answer: dict[str, Any]) -> None:
+    answer["leaves"] = [bytes([leaves[0] ^ 1]) + leaves[1:] for leaves in answer["leaves"]]
+
+
+def leaf_missing(answer: dict[str, Any]) -> None:
+    answer["leaves"] = [leaves[:-32] for leaves in answer["leaves"]]
+
+
+def no_leaves(answer: dict[str, Any]) -> None:
+    answer["leaves"] = []
+
+
+@pytest.mark.parametrize("change", [leaf_changed, leaf_missing, no_leaves])
+def test_a_peer_that_sends_wrong_leaves_is_left_before_its_bytes_are_taken(
+    folder: Path, change: Callable[[dict[str, Any]], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    neighbours = FakeNeighbours({"a": folder, "b": folder})
+    altered(neighbours, "a", "leaves", change)
+    check_expert(folder, fetched(folder, neighbours))
+    assert "node a" in caplog.messages[0]
+    assert "sent" in caplog.messages[0]
+    assert "hashes of" in caplog.messages[0]
+    parts = {name for name, _, _ in neighbours.reads["b"]}
+    assert len(parts) == 3  # all three matrices came from there
+
+
+def test_bytes_that_changed_on_the_peers_disk_are_not_taken(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The reader's table is right, and was right for its file: the bytes have changed since."""
+    bad = tmp_path / "bad"
+    shutil.copytree(folder, bad)
+    identity_of(open_checkpoint(bad))
+    neighbours = FakeNeighbours({"a": bad, "b": folder})
+    checkpoint = fetched(folder, neighbours)
+    flip_in_tensor(bad, "model.layers.1.block_sparse_moe.experts.2.w1.weight", 9000)
+    check_expert(folder, checkpoint)
+    assert "the file has changed since it was opened" in caplog.messages[0]
+
+
+def test_wrong_bytes_are_named_by_tensor_and_place(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    neighbours = FakeNeighbours({"a": folder, "b": folder}, {"a": damaged})
+    check_expert(folder, fetched(folder, neighbours))
+    name = neighbours.reads["a"][2][0]
+    assert f"sent wrong bytes 8192 to 9216 of {name}" in caplog.messages[0]
+
+
+def test_a_range_across_leaves_comes_as_its_own_bytes(folder: Path) -> None:
+    neighbours = FakeNeighbours({"a": folder})
+    remote = fetched(folder, neighbours).remote
+    assert remote is not None
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    right = read_range(open_checkpoint(folder), name, 0, 64 * 96 * 4)
+    for begin, end in ((0, 1), (1023, 1025), (5000, 12000), (24575, 24576), (700, 700)):
+        assert remote.tensor(name, begin, end) == right[begin:end]
+    assert all(begin % LEAF_BYTES == 0 for _, begin, _ in neighbours.reads["a"])
+
+
+# A checkpoint of this node whose hashes are not kept.
+
+
+@pytest.fixture
+def unhashed(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the served checkpoint of which no hashes are kept."""
+    copy = tmp_path / "unhashed"
+    shutil.copytree(folder, copy)
+    (copy / BESIDE).unlink(missing_ok=True)
+    return copy
+
+
+def no_hashing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(checkpoint: Checkpoint, watch: object = None) -> None:
+        raise AssertionError(f"hashes all of {checkpoint.folder}")
+
+    monkeypatch.setattr(identity_module, "hash_tensors", fail)
+
+
+def test_where_no_hashes_are_kept_a_peers_are_taken(
+    folder: Path, unhashed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     identity = identity_of(open_checkpoint(folder))
-    assert len(identity) == 32
-    shutil.copytree(folder, tmp_path / "copy")
-    assert identity_of(open_checkpoint(tmp_path / "copy")) == identity
-    assert identity_of(open_checkpoint(other)) != identity
-    sharded = tmp_path / "sharded"
-    save_mixtral(tmp_path / "whole").save_pretrained(sharded, max_shard_size="50KB")
-    save_tokenizer(sharded)
-    assert len(list(sharded.glob("*.safetensors"))) > 1
-    assert identity_of(open_checkpoint(sharded)) == identity
+    no_hashing(monkeypatch)
+    neighbours = FakeNeighbours({"a": Path(HERE), "b": folder})
+    checkpoint = open_model(str(unhashed), identity, neighbours)
+    assert checkpoint.remote is None
+    assert checkpoint.hashes is not None
+    check_expert(folder, checkpoint)
+    assert neighbours.reads == {"a": [], "b": []}
+    flip_in_tensor(unhashed, "model.layers.1.block_sparse_moe.experts.2.w1.weight", 9000)
+    with pytest.raises(CheckpointError, match="differ from the checkpoint that is served"):
+        check_expert(folder, checkpoint)
+
+
+def test_many_leaves_come_in_several_answers(
+    folder: Path, unhashed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = identity_of(open_checkpoint(folder))
+    monkeypatch.setattr(remote_files, "CHUNK_BYTES", 4 * 24 * 32)  # four experts' matrices
+    asked: list[list[str]] = []
+    neighbours = FakeNeighbours({"a": folder})
+    leaves_of = FakePeer.leaves
+
+    def leaves(peer: FakePeer, names: Sequence[str]) -> Future[dict[str, Any]]:
+        asked.append(list(names))
+        return leaves_of(peer, names)
+
+    monkeypatch.setattr(FakePeer, "leaves", leaves)
+    checkpoint = open_model(str(unhashed), identity, neighbours)
+    names = [name for batch in asked for name in batch]
+    assert sorted(names) == sorted(checkpoint.tensors)
+    assert len(asked) > 10
+    assert max(map(len, asked)) > 1
+    check_expert(folder, checkpoint)
+
+
+def test_without_a_peer_that_has_it_this_nodes_files_are_hashed(
+    folder: Path, unhashed: Path, other: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "expertmesh.peers")
+    identity = identity_of(open_checkpoint(folder))
+    checkpoint = open_model(str(unhashed), identity, FakeNeighbours({"a": Path(HERE), "b": other}))
+    check_expert(folder, checkpoint)
+    assert (unhashed / BESIDE).is_file()
+    assert "no kept hashes of" in caplog.messages[0]
+
+
+def test_another_checkpoint_here_without_kept_hashes_is_passed_by(
+    folder: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = identity_of(open_checkpoint(folder))
+    shutil.copytree(other, tmp_path / "other")
+    (tmp_path / "other" / BESIDE).unlink(missing_ok=True)
+    no_hashing(monkeypatch)
+    neighbours = FakeNeighbours({"a": folder})
+    checkpoint = open_model(str(tmp_path / "other"), identity, neighbours)
+    assert checkpoint.remote is not None
+    check_expert(folder, checkpoint)
+
+
+# A peer that hashes its checkpoint first.
+
+
+@dataclass
+class SlowHashing:
+    """Hashing that goes on for some answers of the reader, or for ever without getting on."""
+
+    goes_on: bool
+    release: threading.Event = field(default_factory=threading.Event)
+    started: int = 0
+
+    def hash_table_of(self, checkpoint: Checkpoint, watch: Callable[[int, int], None]) -> Any:
+        self.started += 1
+        for step in range(5):
+            if self.goes_on:
+                watch(step, 5)
+            if self.release.wait(0.06 if self.goes_on else 5.0):
+                break
+        return hash_table_of(checkpoint)
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_peer_that_hashes_is_waited_for_while_it_gets_on(
+    folder: Path, goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = identity_of(open_checkpoint(folder))
+    monkeypatch.setattr(peers, "OPEN_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(reader_module, "HASHING_ANSWER_S", 0.03)
+    slow = SlowHashing(goes_on)
+    monkeypatch.setattr(reader_module, "hash_table_of", slow.hash_table_of)
+    try:
+        if goes_on:
+            check_expert(folder, open_model(HERE, identity, FakeNeighbours({"a": folder})))
+        else:
+            with pytest.raises(CheckpointMissingError, match="has not hashed its checkpoint in"):
+                open_model(HERE, identity, FakeNeighbours({"a": folder}))
+    finally:
+        slow.release.set()
+    assert slow.started == 1
+
+
+def test_a_reader_whose_files_change_while_it_hashes_opens_them_anew(
+    folder: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / BESIDE).unlink(missing_ok=True)
+    reader = CheckpointReader(str(copy))
+    reader._checkpoint = open_checkpoint(copy)
+    flip_in_tensor(copy, NORM)
+    assert "changed since it was opened" in reader.open()["error"]["message"]
+    assert "error" not in reader.open()
