@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,9 @@ from experts.checkpoint.config import parse_json
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.remote_files import Neighbours, open_model
 from router.config import AppConfig, ExpertsConfig, ModelConfig, load_deployment
+
+Identify = Callable[[Checkpoint], str]
+"""Returns the identity of an opened checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +81,22 @@ class ServedModel:
 
 
 def inspect_models(
-    config: AppConfig, root: str = "args", neighbours: Neighbours | None = None
+    config: AppConfig,
+    root: str = "args",
+    neighbours: Neighbours | None = None,
+    identify: Identify = identity_of,
 ) -> list[ServedModel]:
     """Open every configured checkpoint, and check that the pools can hold all experts.
 
-    Reads headers only. ``neighbours``, if given, read those of a checkpoint that is not on this
-    node. Raises :class:`ConfigError` or :class:`CheckpointError` with the YAML path or the file.
+    Reads headers, and what ``identify`` reads: by default every byte where no current hashes are
+    kept. ``neighbours``, if given, read a checkpoint that is not on this node. Raises
+    :class:`ConfigError` or :class:`CheckpointError` with the YAML path or the file.
     """
     if config.experts.tls is not None:
         config.experts.tls.files().server_context(f"{root}.experts.tls")
     served = [
-        _inspect(model, f"{root}.models[{i}]", neighbours) for i, model in enumerate(config.models)
+        _inspect(model, f"{root}.models[{i}]", neighbours, identify)
+        for i, model in enumerate(config.models)
     ]
     served = [replace(model, identity=_identity(model, config)) for model in served]
     pools = pool_specs(config.experts, served)
@@ -125,10 +133,12 @@ def pool_specs(experts: ExpertsConfig, models: Sequence[ServedModel]) -> tuple[P
     )
 
 
-def _inspect(model: ModelConfig, where: str, neighbours: Neighbours | None) -> ServedModel:
+def _inspect(
+    model: ModelConfig, where: str, neighbours: Neighbours | None, identify: Identify
+) -> ServedModel:
     try:
         checkpoint = open_model(model.path, None, neighbours)
-        identity = identity_of(checkpoint)
+        identity = identify(checkpoint)
     except CheckpointError as error:
         raise type(error)(error.message, f"{where}.path: {error.field}") from None
     if checkpoint.remote is not None:
@@ -193,15 +203,21 @@ def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     return ids
 
 
-def check_file(path: Path) -> list[str]:
+def headers_alone(checkpoint: Checkpoint) -> str:
+    """Return no identity, and read nothing, where only headers are checked."""
+    return ""
+
+
+def check_file(path: Path, identify: Identify = headers_alone) -> list[str]:
     """Check a deployment file and its models' headers; returns a line for each application and
     model.
 
-    Raises :class:`ConfigError` or :class:`CheckpointError` for the first error.
+    ``identify`` is called for the checkpoint of each model. Raises :class:`ConfigError` or
+    :class:`CheckpointError` for the first error.
     """
     lines = []
     for name, config in load_deployment(path):
-        served = inspect_models(config, f"{path}: applications.{name}.args")
+        served = inspect_models(config, f"{path}: applications.{name}.args", identify=identify)
         pools = config.experts.pools or ()
         kinds = f" ({', '.join(f'{pool.name}: {pool.actors}' for pool in pools)})" if pools else ""
         lines.append(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
+from rich.console import Console
 
 from cluster.errors import CheckpointError, ConfigError
 from router.cli.common import BAD_USAGE, AsJson, fail, write, write_json
@@ -72,6 +74,13 @@ def show(
 
 def check(
     file: Annotated[Path, typer.Argument(help="A deployment file, as `serve run` takes it.")],
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Hash every byte of the checkpoints anew, and compare with the kept hashes.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check a deployment file and its checkpoints without starting anything.
@@ -80,14 +89,21 @@ def check(
     """
     from router.served import check_file
 
+    result: dict[str, Any] = {"ok": True}
     try:
-        lines = check_file(file)
+        if verify:
+            from router.ops.hashing import verify_file
+
+            lines, verified = verify_file(file, Console(stderr=True))
+            result["hashes"] = [asdict(checkpoint) for checkpoint in verified]
+        else:
+            lines = check_file(file)
     except (ConfigError, CheckpointError) as error:
         if as_json:
             write_json({"ok": False, "error": error.to_wire()})
         fail(str(error), BAD_USAGE)
     if as_json:
-        write_json({"ok": True, "checks": lines})
+        write_json({**result, "checks": lines})
     else:
         write("".join(f"{line}\n" for line in lines))
 

@@ -94,6 +94,7 @@ def warn_and_quieten() -> None:
     """
     if not ray.is_initialized() or ray.get_runtime_context().get_task_name() != _BUILD_TASK:
         return
+    setup_logging()
     controller = serve_controller()
     asked = [
         controller.get_grpc_config.remote(),
@@ -107,7 +108,6 @@ def warn_and_quieten() -> None:
         quiet = LoggingConfig(**base_document()["logging_config"])
         ray.get(controller.reconfigure_global_logging_config.remote(quiet), timeout=SERVE_TIMEOUT_S)
     if grpc_address(grpc, http, location) is not None:
-        setup_logging()
         logger.warning(
             "Serve was started by the file alone: its own, slower proxy answers HTTP, and one "
             "gateway of each machine gRPC; `expertmesh serve FILE` fills in Serve's part"

@@ -24,17 +24,18 @@ from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 from rich.console import Console
 
 from cluster.errors import CheckpointMissingError, ExpertMeshError
+from experts.checkpoint.checkpoint import Checkpoint
 from router.config import read_document
 from router.ops.doctor.doctor import Check, check_ray
 from router.ops.doctor.probe import checks_of_a_start, completed_here, read_deployment
 from router.ops.doctor.running_ray import Target, look_at, target_of
+from router.ops.hashing import checkpoints_of, keep_hashes
 from router.ops.startup.announce import announce
 from router.ops.startup.completion import complete_sent_file, start_serve_with
 from router.ops.startup.ray_token import dashboard_variable, require_token, send_token
 from router.ops.startup.slow_start import explain_slow_start
 from router.ops.startup.termination import Termination
 from router.serve.options import HAPROXY, serve_variables
-from router.served import check_file
 
 __all__ = ["PowerOfTwoChoicesRequestRouter"]
 
@@ -122,15 +123,17 @@ def checked_document(argv: Sequence[str], file: Path | None = None) -> Mapping[s
 
     Otherwise exits with status 2 and one line on stderr. ``None`` for other command lines. For a
     ``serve run`` that starts a Ray this machine is looked at too: Serve would wait for ever, say so
-    in a log alone, or print a stack.
+    in a log alone, or print a stack. Then checkpoints without kept hashes are hashed, because a bar
+    at the terminal is better than a silent start.
     """
     file = file or deployment_file(argv)
     if file is None:
         return None
     target = _target(argv)
     starts_ray = argv[1] == "run" and target is None
+    checkpoints: Sequence[Checkpoint] = ()
     try:
-        check_file(file)
+        checkpoints = checkpoints_of(file)
     except CheckpointMissingError as error:
         # Only a node of the cluster needs it, and this machine need not even be one.
         if starts_ray:
@@ -141,11 +144,19 @@ def checked_document(argv: Sequence[str], file: Path | None = None) -> Mapping[s
     document = completed_here(read_document(file), joins=not starts_ray)
     if starts_ray:
         _end_at_a_problem(checks_of_a_start(read_deployment(file), os.environ))
+        _keep_hashes(checkpoints)
     elif target is not None:
         _end_at_a_problem([check_ray(look_at(target), ())])
     if HAPROXY not in serve_variables(document):
         _warn("there is no HAProxy here: Serve's own proxy listens, more slowly")
     return document
+
+
+def _keep_hashes(checkpoints: Sequence[Checkpoint]) -> None:
+    try:
+        keep_hashes(checkpoints, Console(stderr=True))
+    except ExpertMeshError as error:
+        _end(str(error))
 
 
 def _target(argv: Sequence[str]) -> Target | None:

@@ -15,6 +15,7 @@ import yaml
 
 import deploy
 from benchmarks.shipped import free_ports, shipped_document
+from experts.checkpoint.hash_cache import BESIDE
 from router.config import ExpertsConfig
 from router.ops.doctor import probe
 from router.ops.doctor.machine import Memory
@@ -22,6 +23,7 @@ from router.ops.doctor.running_ray import RunningRay, Target
 from router.ops.startup import preflight
 from router.ops.startup.preflight import checked_document, deployment_file, given_address
 from router.serve.options import HAPROXY, completed, serve_variables
+from tests.checkpoints import save_mixtral
 
 DEPLOY = Path(deploy.__file__).parent
 MODEL = {"id": "a", "path": "models/mesh-tiny"}
@@ -320,3 +322,40 @@ def test_the_real_command_refuses_a_bad_file_with_one_line_and_starts_no_ray(
     assert not any("Traceback" in line or "Started a local Ray" in line for line in lines)
     # Whatever Ray starts puts its session there first.
     assert list(temp.iterdir()) == []
+
+
+@pytest.fixture
+def own_model(tmp_path: Path) -> tuple[Path, Path]:
+    """A deployment file, and the folder of its model."""
+    folder = tmp_path / "model"
+    save_mixtral(folder)
+    document = shipped_document(*free_ports(2))
+    document["applications"][0]["args"]["models"] = [{"id": "m", "path": str(folder)}]
+    return write(tmp_path / "own.yaml", document), folder
+
+
+@pytest.mark.parametrize("command", ["run", "deploy"])
+def test_a_start_hashes_checkpoints_before_it_starts_anything(
+    own_model: tuple[Path, Path], command: str
+) -> None:
+    file, folder = own_model
+    checked_document(["serve", command, str(file)])
+    # A deploy does not know whether the cluster builds the application on this machine.
+    assert (folder / BESIDE).exists() == (command == "run")
+
+
+def test_a_checkpoint_that_changes_while_a_start_hashes_it_ends_the_start(
+    own_model: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file, folder = own_model
+    checks_of_a_start = preflight.checks_of_a_start
+
+    def changed(*arguments: Any) -> Any:
+        (folder / "model.safetensors").touch()
+        return checks_of_a_start(*arguments)
+
+    monkeypatch.setattr(preflight, "checks_of_a_start", changed)
+    line = refusal(["serve", "run", str(file)], capsys)
+    assert line == f"expertmesh: {folder}/model.safetensors: has changed since it was opened"
