@@ -41,6 +41,7 @@ if [ -n "$quick" ]; then
   run dispatch --calls 200
   run decode --transport auto ray --rounds 2
   run load --rounds 1
+  run identity --gigabytes 2
   run start --rounds 1
   run serve --rounds 2
   run scaling --quick
@@ -58,6 +59,7 @@ else
   run dispatch
   run decode --transport auto ray
   run load
+  run identity
   run start
   run serve
   run scaling
