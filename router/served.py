@@ -21,7 +21,7 @@ from cluster.spec import (
 )
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.config import parse_json
-from experts.checkpoint.identity import identity_of
+from experts.checkpoint.identity import identity_of, text_identity
 from experts.checkpoint.remote_files import Neighbours, open_model
 from router.config import AppConfig, ExpertsConfig, ModelConfig, load_deployment
 
@@ -166,6 +166,7 @@ def _inspect(
         num_experts_per_tok=shape.num_experts_per_tok,
         eos_token_ids=_eos_token_ids(checkpoint),
         stored=checkpoint.stored,
+        text_identity=text_identity(checkpoint),
     )
 
 

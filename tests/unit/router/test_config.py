@@ -15,6 +15,8 @@ from ray.serve.exceptions import RayServeException
 import deploy
 from cluster.errors import CheckpointError, ConfigError, ExpertMeshError
 from cluster.spec import ScalingTargets, budgets_of
+from experts.checkpoint.checkpoint import open_checkpoint
+from experts.checkpoint.identity import identity_of, text_identity
 from router.app import build, deployment_names
 from router.config import (
     AppConfig,
@@ -394,6 +396,9 @@ def test_a_model_is_described_by_its_checkpoint(folder: Path) -> None:
     assert (served.num_layers, served.num_experts, served.num_experts_per_tok) == (3, 8, 2)
     assert served.vocab_size == VOCAB_SIZE
     assert served.source.experts.expert_bytes == 3 * 64 * 96 * 4
+    checkpoint = open_checkpoint(folder)
+    assert served.source.identity == identity_of(checkpoint)
+    assert served.text_identity == text_identity(checkpoint)
 
 
 def test_dtype_and_length_of_the_configuration_win(folder: Path) -> None:
