@@ -27,8 +27,21 @@ _Side = Literal["router", "actor"]
 _GREETING_MESSAGES: dict[_Side, int] = {"actor": 2, "router": 1}
 """Each side's first messages: an actor's nonce and proof, a router's hello."""
 
-Fault = Literal["delayed", "corrupted", "cut", "garbled", "flipped", "shortened", "flipped_frame"]
-_OF_FRAMES = ("garbled", "flipped_frame")
+Fault = Literal[
+    "delayed",
+    "corrupted",
+    "cut",
+    "garbled",
+    "flipped",
+    "shortened",
+    "flipped_frame",
+    "longer",
+    "longer_frame",
+]
+_OF_FRAMES = ("garbled", "flipped_frame", "longer_frame")
+_LONGER = ("longer", "longer_frame")
+LONGER_BYTES = 1 << 26
+"""The bit that is flipped in the length of a ``longer`` message."""
 
 
 class Wire:
@@ -52,7 +65,8 @@ class Wire:
         """Have the next ``count`` answers, of whichever actors, come late, damaged or not.
 
         ``flipped`` answers have another value of one bit, ``shortened`` ones lack their last bytes.
-        ``garbled`` and ``flipped_frame`` are the next frames to the actors instead.
+        ``longer`` ones claim so many bytes more that the next ones count as a part of them.
+        ``garbled``, ``flipped_frame`` and ``longer_frame`` are the next frames to the actors.
         """
         with self._lock:
             self._fault, self._left = fault, count
@@ -117,6 +131,8 @@ class Wire:
                     break
                 count += 1
                 if count > _GREETING_MESSAGES[side]:
+                    if self._is_longer(side):
+                        start = _START.pack(length ^ LONGER_BYTES, call_id)
                     body = self._altered(side, body, length)
                     if body is None:
                         break
@@ -127,14 +143,25 @@ class Wire:
         _shut(source)
         _shut(target)
 
+    def _is_longer(self, side: _Side) -> bool:
+        """Return whether the next message of a side is to claim more bytes than it has."""
+        with self._lock:
+            return self._fault in _LONGER and self._hits(side)
+
+    def _hits(self, side: _Side) -> bool:
+        """Return whether the fault hits a side's next message, and count it; under the lock."""
+        if not self._left or (self._fault in _OF_FRAMES) != (side == "router"):
+            return False
+        self._left -= 1
+        self.hits[self._fault] += 1
+        return True
+
     def _altered(self, side: _Side, body: bytes, length: int) -> bytes | None:
         """Return what becomes of a frame of ``length`` bytes; ``None`` cuts the connection."""
         with self._lock:
             fault = self._fault
-            if not self._left or (fault in _OF_FRAMES) != (side == "router"):
+            if fault in _LONGER or not self._hits(side):
                 return body
-            self._left -= 1
-            self.hits[fault] += 1
         if fault == "cut":
             return None
         if fault in ("flipped", "flipped_frame"):

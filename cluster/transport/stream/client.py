@@ -31,6 +31,9 @@ LAST_WAIT_MS = 5
 """The time for which a wait watches one actor before it watches all actors."""
 WINDOW = 8
 """The most unanswered calls of one connection; further calls use the fall-back."""
+SILENT_S = 2.0
+"""A connection is replaced where a call is given up and no answer has come for so long. No checksum
+covers a message's length: a damaged one takes all that follows for a part of its message."""
 
 logger = logging.getLogger("expertmesh.stream")
 
@@ -46,6 +49,12 @@ class _Link:
     """By the id of the call; ``None`` for a call that is waited for no longer."""
     last_answer: int = 0
     """The number of the latest answer, counted over all connections."""
+    waits_since_s: float = 0.0
+    """When the latest answer came, or the first unanswered call was sent after it."""
+
+    def is_silent(self) -> bool:
+        """Return whether calls have waited for any answer for :data:`SILENT_S`."""
+        return bool(self.unanswered) and time.monotonic() - self.waits_since_s >= SILENT_S
 
 
 class StreamTransport:
@@ -121,6 +130,8 @@ class StreamTransport:
         if len(link.unanswered) >= WINDOW:
             self.receive_any(pending, 0.0)  # late answers of earlier calls
             if len(link.unanswered) >= WINDOW:
+                if not any(link.unanswered.values()) and link.is_silent():
+                    self._break(link, TimeoutError("no call is answered"))
                 return CallFailure.TIMED_OUT
         channel = link.channel
         self._last_id = call_id = self._last_id + 1
@@ -133,6 +144,8 @@ class StreamTransport:
             return None
         if channel.outgoing:
             self._watch(link)
+        if not link.unanswered:
+            link.waits_since_s = time.monotonic()
         link.unanswered[call_id] = pending
         pending.indices[call_id] = index
         self.calls["stream"] += 1
@@ -202,16 +215,19 @@ class StreamTransport:
                 pending.outcomes[index] = bytes(frame)
         if messages:
             link.last_answer = self._answers = self._answers + 1
+            link.waits_since_s = time.monotonic()
         # Where the next message begins is unknown too: the length may be the damaged part.
         if any(frame is None for _, frame in messages):
             self._break(link, ConnectionError("a message came damaged"))
         return bool(messages)
 
     def forget(self, call_id: int, call: Call) -> None:
-        """Drop the answer of a call when it arrives."""
+        """Drop the answer of a call when it arrives; replaces a connection that is silent."""
         link = self._links.get(call.actor_id)
         if link is not None and call_id in link.unanswered:
             link.unanswered[call_id] = None
+            if not any(link.unanswered.values()) and link.is_silent():
+                self._break(link, TimeoutError("no call is answered"))
 
     def send_by_fallback(self, call: Call, timeout_s: float) -> PendingCalls | None:
         """Send a call over the fall-back; returns ``None`` without a fall-back."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.transport.stream import client
 from cluster.transport.stream.handshake import Network
 from tests.checkpoints import save_mixtral
 from tests.cluster_fixture import wait_until
@@ -102,3 +103,19 @@ def test_a_frame_with_one_bit_flipped_between_hosts_is_sent_again(between_hosts:
         return wired.wire.hits["flipped_frame"] == count
 
     wait_until(all_hit, "every fault hits", LIMIT_S)
+
+
+@pytest.mark.parametrize("fault", ["longer", "longer_frame"])
+def test_a_connection_whose_message_claims_too_many_bytes_is_replaced(
+    between_hosts: Wired, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    """All that follows would count as a part of the message, and every call would time out."""
+    wired = between_hosts
+    monkeypatch.setattr(client, "SILENT_S", 0.3)
+    wired.cluster.dispatcher._call_timeout_s = 0.5
+    expected = tokens_of(wired.plain)
+    wired.wire.fault(fault, 1)
+    assert wired.tokens() == expected
+    assert wired.wire.hits == {fault: 1}
+    wait_until(wired._streams, "everything goes over the wire again", LIMIT_S)
+    assert wired.retries == {"timed_out": 1}
