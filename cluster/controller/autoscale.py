@@ -57,8 +57,8 @@ class Autoscaler:
             signals = self._meter.signals(living, SIGNAL_S, pool) if living else None
             recent = self._meter.signals(living, RECENT_S, pool) if living else None
             wanted = policy.decide(len(actors), signals, time.monotonic(), recent)
-            if wanted is None:
-                continue
+            if wanted is None or (wanted.actors < len(actors) and self._state.retained):
+                continue  # with an actor, requests of an earlier deployment's models would end
             what = f"{pool}: {len(actors)} -> {wanted.actors} actors"
             if policy.targets.dry_run:
                 self._report_plan(pool, what, wanted)

@@ -148,6 +148,10 @@ class Controller:
                 holders = self._state.placement.held()
                 await self._state.release(over)
                 self._retirement.begin(holders, self._state.placement.order)
+                try:
+                    self._state.record()
+                except Exception as error:  # Ray's control store may be away for a moment
+                    logger.warning("the ledger still has the earlier models (%s)", kind_of(error))
 
     async def _adopt(self) -> tuple[dict[str, ActorHandle], dict[str, ActorReport]]:
         """Take over the actors of the last controller; returns their handles and reports."""

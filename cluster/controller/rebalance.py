@@ -205,8 +205,9 @@ class Rebalancer:
         """Return the devices of the living actors in use, except those that are ``leaving``.
 
         Where actors leave, or with ``is_any_room``, devices without a budget have room for
-        anything. Actors that are to hold nothing and have not come up yet are left out. Raises
-        :class:`UnavailableError` while any other actor is away, or copies are missing.
+        anything. Retained experts of an earlier deployment take room. Actors that are to hold
+        nothing and have not come up yet are left out. Raises :class:`UnavailableError` while any
+        other actor is away, or copies are missing.
         """
         placement, shares, fleet = self._state.placement, self._state.shares, self._state.fleet
         away = [a for a in shares if a not in placement.generations]
@@ -221,7 +222,8 @@ class Rebalancer:
             Device(
                 actor_id,
                 self._state.nodes.get(actor_id, actor_id),
-                self.room_bytes(fleet.pool_of[actor_id], is_any_room or bool(leaving)),
+                self.room_bytes(fleet.pool_of[actor_id], is_any_room or bool(leaving))
+                - self._state.retained_bytes(actor_id),
                 speeds.get(actor_id, mean_speed),
             )
             for actor_id in shares

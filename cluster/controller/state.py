@@ -14,7 +14,7 @@ from cluster.controller.fleet import Fleet
 from cluster.controller.ledger import Ledger, LedgerStore
 from cluster.placement.change import Shares
 from cluster.placement.placement import Placement, assign_experts, empty_placement
-from cluster.placement.retained import fits_beside
+from cluster.placement.retained import experts_bytes, fits_beside
 from cluster.spec import ActorReport, ExpertKey, ModelExperts
 
 logger = logging.getLogger("expertmesh.controller")
@@ -90,7 +90,11 @@ class ClusterState:
         for model in gone:
             del self.retained[model]
         await self.publish(lambda placement: placement.without_models(gone))
-        self.record()
+
+    def retained_bytes(self, actor_id: str) -> int:
+        """Return the bytes of the retained models' experts that a living actor holds."""
+        report = self.reports.get(actor_id)
+        return 0 if report is None else experts_bytes(report.experts, self.retained)
 
     def is_complete(self) -> bool:
         """Return whether each expert of the deployment's own models has a live copy."""

@@ -32,7 +32,8 @@ def fits_beside(
 
     ``reports`` are of the adopted actors; other actors begin empty. With budgets, an actor's share
     and its retained experts must fit into its own. Otherwise the actors of a node must find their
-    new experts' bytes in :data:`FREE_SHARE` of the memory that is free there now.
+    new experts' bytes in :data:`FREE_SHARE` of the memory that is free there now. The other actors
+    count evenly for all nodes, since theirs are not known yet.
     """
     if budgets_bytes is not None:
         return all(
@@ -48,6 +49,10 @@ def fits_beside(
         place = (report.node, "" if report.device == "cpu" else actor_id)
         to_load[place] += experts_bytes({*shares.get(actor_id, ())} - {*report.experts}, models)
         free[place] = min(report.free_bytes, free.get(place, report.free_bytes))
+    nodes = [(node, actor_id) for node, actor_id in to_load if not actor_id]
+    others = [experts_bytes(share, models) for a, share in shares.items() if a not in reports]
+    for place in nodes:
+        to_load[place] += sum(others) // len(nodes)
     return all(num_bytes <= FREE_SHARE * free[place] for place, num_bytes in to_load.items())
 
 

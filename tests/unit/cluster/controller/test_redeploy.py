@@ -12,11 +12,15 @@ import pytest
 from cluster.controller import controller, members
 from cluster.controller.ledger import Ledger
 from cluster.placement.placement import Placement
+from cluster.placement.scaling import Wanted
 from cluster.spec import ExpertKey, ModelExperts, model_id_of
 from tests.unit.cluster.controller.fakes import (
     NUM_EXPERTS,
+    TARGETS,
     Cluster,
     FakePool,
+    busy,
+    done,
     happens,
     run,
     spec_of,
@@ -254,3 +258,81 @@ def test_a_ledger_remembers_the_models() -> None:
     ledger = Ledger(3, {"a": 1}, {}, models)
     assert Ledger.from_json(ledger.to_json()) == ledger
     assert Ledger.from_json('{"epoch": 1, "generations": {}}').models == ()
+
+
+@pytest.mark.usefixtures("quick_scaling")
+def test_copies_for_the_load_leave_room_for_retained_experts() -> None:
+    async def test() -> None:
+        pool, budget = FakePool(spec_of().digest), 10 * 2 * NUM_EXPERTS
+        await served(pool)
+        held: list[int] = []
+        async with deployed(NEW, pool, pools={"expert": (2, budget)}) as cluster:
+            async with router_of(cluster, OLD):
+                await cluster.until(lambda p: complete(p, NEW))
+                await busy(cluster, {ExpertKey(NEW, 0, 0): 100_000, ExpertKey(NEW, 1, 0): 90_000})
+                await cluster.controller.rebalance(False)
+                held += [10 * len(actor.keys) for actor in pool.actors]
+                assert models_in(pool) == {OLD, NEW}
+            await happens(lambda: models_in(pool) == {NEW})
+            await busy(cluster, {ExpertKey(NEW, 0, 0): 100_000, ExpertKey(NEW, 1, 0): 90_000})
+            moved = await done(cluster.controller.rebalance(False))
+            assert any(move.is_added for move in moved.moves)  # there is room now
+        assert max(held) <= budget
+
+    run(test)
+
+
+@pytest.mark.usefixtures("quick_scaling")
+def test_no_pool_shrinks_by_itself_while_old_routers_need_its_actors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        await served(pool)
+        async with deployed(NEW, pool, autoscaling=TARGETS) as cluster:
+            policy = cluster.controller._autoscaler._policies["expert"]
+            wanted: list[Wanted] = []
+            decide = policy.decide
+
+            def noted(*args: Any) -> Wanted | None:
+                decided = decide(*args)
+                wanted.extend([decided] if decided is not None else [])
+                return decided
+
+            monkeypatch.setattr(policy, "decide", noted)
+            async with router_of(cluster, OLD):
+                await cluster.until(lambda p: complete(p, NEW))
+                await happens(lambda: len(wanted) > 0)
+                await asyncio.sleep(0.2)
+                assert wanted[0].actors == 1
+                assert cluster.state.placement.models() == {OLD, NEW}
+            await happens(lambda: sum(actor.alive for actor in pool.actors) == 1)
+            assert cluster.state.placement.models() == {NEW}
+
+    run(test)
+
+
+def test_old_models_go_though_the_ledger_cannot_be_written() -> None:
+    async def test() -> None:
+        pool = FakePool(spec_of().digest)
+        await served(pool)
+        async with deployed(NEW, pool) as cluster, router_of(cluster, OLD):
+            await cluster.until(lambda p: complete(p, NEW))
+        third, failed = "m@third", asyncio.Event()
+
+        def fail(ledger: Ledger) -> None:
+            failed.set()
+            raise ConnectionError("the store is away")
+
+        async with deployed(third, pool) as cluster:
+            async with router_of(cluster, NEW):
+                async with router_of(cluster, OLD):
+                    await cluster.until(lambda p: complete(p, third))
+                pool.ledger.write = fail  # type: ignore[method-assign]
+                await happens(lambda: models_in(pool) == {NEW, third})
+                assert failed.is_set()
+                del pool.ledger.write
+            await happens(lambda: models_in(pool) == {third})
+            assert [m.model for m in pool.ledger.kept.models] == [third]
+
+    run(test)

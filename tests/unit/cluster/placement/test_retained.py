@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,6 +67,16 @@ def test_without_budgets_new_experts_must_find_free_memory(
         "a": report("a", *keys("old", 0), free_bytes=free_bytes),
         "b": report("b", *keys("old", 1), free_bytes=free_bytes, **changes),
     }
+    assert fits_beside(shares, reports, OWN, EARLIER, None) is fits
+
+
+@pytest.mark.parametrize(("free_bytes", "fits"), [(45, True), (44, False)])
+def test_actors_that_are_not_there_yet_need_memory_too(free_bytes: int, fits: bool) -> None:
+    shares = {"a": keys("new", 0), "b": keys("new", 1), "c": keys("new", 2, 3)}
+    reports = {"a": report("a", *keys("old", 0), free_bytes=free_bytes)}
+    assert fits_beside(shares, reports, OWN, EARLIER, None) is fits
+    elsewhere = report("b", *keys("old", 1), node="m", free_bytes=(free_bytes + 1) // 2)
+    reports = {"a": replace(reports["a"], free_bytes=elsewhere.free_bytes), "b": elsewhere}
     assert fits_beside(shares, reports, OWN, EARLIER, None) is fits
 
 
