@@ -98,6 +98,7 @@ def inspect_models(
         _inspect(model, f"{root}.models[{i}]", neighbours, identify)
         for i, model in enumerate(config.models)
     ]
+    served = [_of_pools(model, config.experts.emulated_pools) for model in served]
     served = [replace(model, identity=_identity(model, config)) for model in served]
     pools = pool_specs(config.experts, served)
     assign_experts(
@@ -170,11 +171,31 @@ def _inspect(
     )
 
 
+def _of_pools(model: ServedModel, emulated: Sequence[str]) -> ServedModel:
+    """Return a model with another key where pools emulate it.
+
+    A router of the real model, whose answers are exact, must never ask emulating actors, whose rows
+    are zeros.
+    """
+    if not emulated:
+        return model
+    source = model.source
+    content = f"{source.dtype}, emulated by {', '.join(sorted(emulated))}"
+    experts = replace(source.experts, model=model_key(model.id, source.identity, content))
+    return replace(model, source=replace(source, experts=experts))
+
+
 def _identity(model: ServedModel, config: AppConfig) -> str:
-    """Return a hash of a model's content and of the settings that can change a token."""
+    """Return a hash of a model's content and of the settings that can change a token.
+
+    With the files of its text: a request whose prompt is tokenised anew does not go on from tokens
+    that followed another prompt.
+    """
     capacity = config.router.expert_capacity
     settings = [
         model.key,
+        model.text_identity,
+        model.eos_token_ids,
         None if capacity is None else capacity.model_dump(),
         sorted(config.experts.emulated_pools),
     ]

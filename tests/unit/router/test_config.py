@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from router.config import (
     parse_args,
 )
 from router.expert_config import PoolConfig, TlsConfig
-from router.served import ServedModel, check_file, inspect_models, pool_specs
+from router.served import ServedModel, _identity, check_file, inspect_models, pool_specs
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 
 DEPLOY = Path(deploy.__file__).parent
@@ -328,6 +329,30 @@ def test_pools_become_actors_of_their_kinds(folder: Path) -> None:
         **dict.fromkeys(cpu.actor_ids(), 2_000_000),
     }
     assert config.experts.num_actors == 5
+
+
+def test_a_router_of_the_real_model_asks_no_emulating_actor(folder: Path) -> None:
+    """It has the model's key, and would flag rows that are zeros as exact."""
+    [real] = inspect_models(config_of(folder))
+    [emulated] = inspect_models(config_of(folder, experts={"emulate": {"batch_s": 0.01}}))
+    [again] = inspect_models(config_of(folder, experts={"emulate": {"batch_s": 0.02}}))
+    assert emulated.id == real.id
+    assert emulated.key != real.key
+    assert emulated.key == again.key
+
+
+def test_other_ends_or_another_tokenizer_are_another_identity_of_the_same_weights(
+    folder: Path,
+) -> None:
+    config = config_of(folder)
+    [served] = inspect_models(config)
+    assert _identity(served, config) == served.identity
+    for changed in (
+        replace(served, text_identity="another tokenizer"),
+        replace(served, eos_token_ids=(*served.eos_token_ids, 7)),
+    ):
+        assert changed.key == served.key
+        assert _identity(changed, config) != served.identity
 
 
 def test_without_pools_all_actors_are_of_one_kind(folder: Path) -> None:
