@@ -123,6 +123,18 @@ def of_the_new_model(requests: ShortRequests, count: int) -> None:
     wait_until(lambda: requests.count("new") >= wanted, "the new model answers", BACK_S)
 
 
+def both_loaded_s(served: ServedCluster, weight_bytes: int) -> float:
+    """Return when the actors held more than ``weight_bytes``, the same for a while: both models."""
+    held: list[int] = []
+
+    def is_loaded() -> bool:
+        held.append(sum(actor.weight_bytes for actor in served.status().actors))
+        return held[-1] > weight_bytes and held[-10:].count(held[-1]) == 10
+
+    wait_until(is_loaded, "both models are loaded", BACK_S)
+    return time.monotonic()
+
+
 @pytest.mark.timeout(400)
 def test_with_memory_for_both_no_request_fails_and_none_is_mixed(
     served: ServedCluster, other: Quantised
@@ -132,14 +144,19 @@ def test_with_memory_for_both_no_request_fails_and_none_is_mixed(
     streams = [StreamReader(served.client, p, greedy(LONG), RANDOM, BACK_S) for p in prompts]
     for stream in streams:
         stream.wait_tokens(1)
+    weights = sum(actor.weight_bytes for actor in before.actors)
     with asking(served, served.oracle, other.oracle) as requests:
         deployed = deploy(served, other.folder)
+        ready_s = both_loaded_s(served, weights)
         of_the_new_model(requests, 20)
         deployed.result(BACK_S)
         results = [stream.result(BACK_S) for stream in streams]
     assert requests.failures == []
     assert requests.wrong == []
     assert requests.count("old") > 0
+    first_s = min(at_s for at_s, name in requests.named if name == "new")
+    print(f"the new model answered {first_s - ready_s:.1f} s after its experts were there")
+    assert first_s - ready_s < READY_S
     named = [name for _, name in sorted(requests.named)]
     print(f"{named.count('old')} short answers of the old model, {named.count('new')} of the new")
     expected = [transformers_tokens(served.oracle, prompt, LONG) for prompt in prompts]
@@ -151,7 +168,6 @@ def test_with_memory_for_both_no_request_fails_and_none_is_mixed(
         deploy(served, served.random_folder).result(BACK_S)
         of_the_new_model(requests, 5)
     assert (requests.failures, requests.wrong) == ([], [])
-    weights = sum(actor.weight_bytes for actor in before.actors)
 
     def is_released() -> bool:
         return sum(actor.weight_bytes for actor in served.status().actors) == weights
