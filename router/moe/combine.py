@@ -48,7 +48,7 @@ def prepare(weights: torch.Tensor, places: np.ndarray, like: torch.Tensor) -> Pl
     """Prepare :func:`combine` while the experts compute.
 
     ``weights`` [T, K] are the gate's. ``places`` order the rows of each token
-    (:func:`router.moe.permute.sum_places`). Rows have the width and the dtype of ``like`` [T, H].
+    (:func:`router.moe.permute.sum_slots`). Rows have the width and the dtype of ``like`` [T, H].
     """
     is_known = (like.dtype, weights.dtype) in _NATIVE and weights.is_cpu and like.is_cpu
     if native is None or not is_known or not like.numel():

@@ -3,8 +3,8 @@
 Each actor gets one frame a layer. Where an actor is dead, hung, overloaded or under another
 placement, only its frame is sent again: at once where its experts have other copies
 (:mod:`router.moe.copy_choice` chooses), else under the next placement. Calls are pure, so sending a
-frame again is safe. A deadline ends the wait for experts that are away, and no other wait: the rows
-of actors that answer are never thrown away. All of this runs on the engine's thread.
+frame again is safe. A deadline ends the wait for experts that are away: the rows of actors that
+answer are never thrown away. All of this runs on the engine's thread.
 
 Dimension letters: T tokens, K experts per token, H hidden size, P = T*K pairs.
 """
@@ -149,18 +149,17 @@ class Dispatcher:
         answered by the deadline: the step goes on without their pairs, so that a request whose time
         is over ends.
         """
-        if layer.attempt is None:
+        if layer.attempt is None:  # by :meth:`ask_again`: an expert has lost its last copy
             return None
         while failed := self._receive(layer):
             layer.keep()
             layer.failed |= {part.actor_id for part, _ in failed}
             parts = [part for part, _ in failed]
-            others = self._others(layer.attempt.placement, layer, parts)
-            if not all(others):
-                layer.failed = frozenset()
-                self._check_away(
-                    layer, [f for f, other in zip(failed, others, strict=True) if not other]
-                )
+            have_other = self._others(layer.attempt.placement, layer, parts)
+            if not all(have_other):
+                layer.failed = frozenset()  # there is nobody else to ask
+                alone = itertools.compress(failed, [not other for other in have_other])
+                self._check_away(layer, list(alone))
                 self._back_off(layer)
             if not self._send(layer, np.sort(np.concatenate([part.pairs for part in parts]))):
                 return None
@@ -313,7 +312,7 @@ class Dispatcher:
         assert attempt is not None
         if attempt.calls is None:
             return []
-        outcomes = attempt.calls.wait(partial(self._suspect_if_late, attempt))
+        outcomes = attempt.calls.wait(partial(self._check_call, attempt))
         failed = [
             Failed(part, outcome if isinstance(outcome, CallFailure) else None)
             for (part, frame), outcome in zip(attempt.sent, outcomes, strict=True)
@@ -324,8 +323,8 @@ class Dispatcher:
             self._pace.note(attempt.most_rows, time.monotonic() - attempt.sent_s, actors)
         return failed
 
-    def _suspect_if_late(self, attempt: Attempt, call: Call) -> bool:
-        """Return whether to stop waiting for a call; see :meth:`_is_gone`.
+    def _check_call(self, attempt: Attempt, call: Call) -> bool:
+        """Return whether a call's actor is gone; see :meth:`_is_gone`.
 
         Reports an actor to the controller when it takes longer than answers do. The wait goes on
         meanwhile.
@@ -363,6 +362,7 @@ class Dispatcher:
         if isinstance(answer, ErrorFrame):
             return self._refused(layer, part, answer)
         expected = (sent.request_id, sent.num_rows, sent.hidden_size, sent.dtype)
+        # All fields but the rows.
         if not isinstance(answer, RowsFrame) or answer[:-1] != expected:
             return self._damaged(part, "the answer does not belong to the call")
         layer.received.append(ExpertRows(part.pairs, joined(answer.rows)))

@@ -25,7 +25,7 @@ from router.moe.dispatch import Dispatcher
 from router.moe.gate import Choice, ChooseAmong
 from router.moe.missing import Awaited, StepMissing
 from router.moe.pending import AwayError
-from router.moe.permute import sum_places
+from router.moe.permute import sum_slots
 from router.observability.tracing import StepTrace, traceparent
 
 
@@ -79,7 +79,7 @@ class StepContext:
     not_finite: set[int] = field(default_factory=set)
     layer_times_s: list[float] = field(default_factory=list)
 
-    def without_experts(self) -> StepMissing:
+    def missing_record(self) -> StepMissing:
         """Return the record of the step's missing experts; the first call begins it."""
         if self.missing is None:
             self.missing = StepMissing(self.sizes, self.contracts)
@@ -127,7 +127,8 @@ class MoELayers:
         gate_choice = Choice(to_ids(topk_ids), topk_weights)
         try:
             combined = None
-            while combined is None:  # repeats when an expert loses its last copy meanwhile
+            # Repeats, with another choice or fewer pairs, when an expert is lost or away meanwhile.
+            while combined is None:
                 choice = self._without_missing(
                     step, layer_id, hidden_states, gate_choice, choose_among
                 )
@@ -152,7 +153,7 @@ class MoELayers:
             return gate_choice
         if choose_among is None:
             raise ExpertUnavailableError("an expert has no live copy", f"layer {layer_id}", 1.0)
-        record = step.without_experts()
+        record = step.missing_record()
         choice = record.choose(layer_id, missing, hidden_states, gate_choice, choose_among)
         if self._limit is None:
             return choice
@@ -177,7 +178,7 @@ class MoELayers:
         )
         if pending is None:
             return None
-        plan = prepare(choice.weights, sum_places(ids), hidden_states)
+        plan = prepare(choice.weights, sum_slots(ids), hidden_states)
         try:
             while True:  # twice where rows came damaged
                 received = self._dispatcher.wait(pending)
@@ -190,7 +191,7 @@ class MoELayers:
                     step.note_not_finite(sums)
                     return sums
         except AwayError as away:
-            step.without_experts().leave_out(layer_id, ids, away.pairs)
+            step.missing_record().leave_out(layer_id, ids, away.pairs)
             return None
 
     def is_placed(self) -> bool:

@@ -68,10 +68,10 @@ class StepMissing:
             return Choice(choice.ids, choice.weights, _pairs(going, choice.ids.shape))
         hit = missing[choice.ids] & going[:, None]  # [T, K]
         touched = hit.any(axis=1)
-        waits = self._contracts == "strict"
+        would_wait = self._contracts == "strict"  # [T]
         if missing.all():
-            waits |= self._contracts == "next_expert"
-        self._await(layer_id, choice.ids, hit & waits[:, None])
+            would_wait |= self._contracts == "next_expert"
+        self._await(layer_id, choice.ids, hit & would_wait[:, None])
         going = ~self._waits[self._owners]
         rows = np.flatnonzero(touched & going)
         if not len(rows):

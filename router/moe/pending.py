@@ -116,7 +116,7 @@ class PendingLayer:
 
     def keep(self) -> None:
         """Copy the received rows, since the transport's next wait may overwrite their memory."""
-        self.received = [ExpertRows(part.pairs, bytes(part.rows)) for part in self.received]
+        self.received = [ExpertRows(rows.pairs, bytes(rows.rows)) for rows in self.received]
 
 
 class DamageLog:

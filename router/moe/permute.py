@@ -163,7 +163,7 @@ def missing_by_layer(placement: Placement, model: str) -> dict[int, np.ndarray]:
     return masks
 
 
-def sum_places(ids: np.ndarray) -> np.ndarray:
+def sum_slots(ids: np.ndarray) -> np.ndarray:
     """Return the slot of each pair's row, int64 [P]: a token's rows by ascending expert.
 
     ``ids`` [T, K] are the gate's choices, int64 and contiguous. Summed in the order of places, rows

@@ -271,7 +271,7 @@ class StreamServer:
     def _send(self, peer: _Peer, call_id: int, parts: Parts) -> None:
         try:
             if not peer.channel.send(call_id, parts):
-                peer.channel.send(call_id)
+                peer.channel.send(call_id)  # empty: the answer is too long for a stream
         except OSError as error:
             self._drop(peer, str(error))
             return

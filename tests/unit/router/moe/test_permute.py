@@ -19,7 +19,7 @@ from cluster.native import built
 from cluster.wire.tensors import to_bytes, to_raw
 from router.moe import permute as rows
 from router.moe.combine import ExpertRows, combine, prepare
-from router.moe.permute import Share, gather, route, sum_places
+from router.moe.permute import Share, gather, route, sum_slots
 
 IMPLEMENTATIONS = [None] if built.native is None else [None, built.native]
 FACES = (rows, router.moe.combine)
@@ -82,7 +82,7 @@ def test_pairs_are_routed_gathered_and_scattered_as_loops_do_it(ids: np.ndarray,
         layer = ids.ravel(), k, np.array(expert_of), np.array(ends)
         (alike, of_all), (other, of_other) = route(*layer, None), route(*layer, every)
         assert (alike.tolist(), of_all) == (other.tolist(), of_other), "None is all pairs"
-        assert sum_places(ids).tolist() == places
+        assert sum_slots(ids).tolist() == places
         moved = gather(values, ordered, k)
         raw = to_raw(values)
         assert bytes(moved) == b"".join(raw[pair // k].tobytes() for pair in expected)
@@ -140,7 +140,7 @@ def test_sums_have_the_bits_of_sums_that_are_rounded_step_by_step(
     values = (torch.randn(ids.size, size, generator=generator) * scale).to(dtypes[0])
     weights = torch.rand(ids.shape, generator=generator).to(dtypes[1])
     for _ in each():
-        places = sum_places(ids)
+        places = sum_slots(ids)
         expected = slow_sum(values, weights, places.tolist())
         like = torch.empty(ids.shape[0], size, dtype=dtypes[0])
         received = received_in(1 + seed % 4, values, places)
