@@ -205,9 +205,9 @@ class Rebalancer:
         """Return the devices of the living actors in use, except those that are ``leaving``.
 
         Where actors leave, or with ``is_any_room``, devices without a budget have room for
-        anything. Retained experts of an earlier deployment take room. Actors that are to hold
-        nothing and have not come up yet are left out. Raises :class:`UnavailableError` while any
-        other actor is away, or copies are missing.
+        anything. Retained experts of an earlier deployment take a part of a budget. Actors that are
+        to hold nothing and have not come up yet are left out. Raises :class:`UnavailableError`
+        while any other actor is away, or copies are missing.
         """
         placement, shares, fleet = self._state.placement, self._state.shares, self._state.fleet
         away = [a for a in shares if a not in placement.generations]

@@ -92,9 +92,11 @@ class ClusterState:
         await self.publish(lambda placement: placement.without_models(gone))
 
     def retained_bytes(self, actor_id: str) -> int:
-        """Return the bytes of the retained models' experts that a living actor holds."""
+        """Return the part of a living actor's budget that experts of the retained models take."""
         report = self.reports.get(actor_id)
-        return 0 if report is None else experts_bytes(report.experts, self.retained)
+        if report is None or self.fleet.budgets_bytes is None:
+            return 0
+        return experts_bytes(report.experts, self.retained)
 
     def is_complete(self) -> bool:
         """Return whether each expert of the deployment's own models has a live copy."""
