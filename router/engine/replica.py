@@ -155,15 +155,16 @@ class RouterReplica:
 
         Returns ``{"error": …}``, or ``{"events": […]}`` with one event for each choice: all its
         tokens except those that the request lists as received. With an error, ``"replaced": True``
-        says that a router of another model may serve the request. Meanwhile the tokens of a
+        says that a router of another model may serve the request, and ``"has_other_text"`` whether
+        that is for its tokenizer. Meanwhile the tokens of a
         streamed request go to ``address`` as they are sampled. Of any other request, only the first
         tokens of each choice do.
         """
         if self._is_deleted:
             return {"error": being_deleted().to_wire()}
         request = GenerationRequest.from_wire(wire)
-        if not self._serves(request):
-            return _replaced(ModelReplacedError())
+        if self._has_other_text(request) or not self._has_own_tokens(request):
+            return _replaced(ModelReplacedError(), self._has_other_text(request))
         await self._links.connect(address)
         unfinished = sum(not request.received_of(i).finished for i in range(request.sampling.n))
         pending = _Request(
@@ -185,11 +186,14 @@ class RouterReplica:
             del self._requests[request.request_id]
         return {"events": [e.to_wire() for e in merge_events(pending.events)]}
 
-    def _serves(self, request: GenerationRequest) -> bool:
-        """Return whether a request's text is of this model's tokenizer, and its tokens its own."""
+    def _has_other_text(self, request: GenerationRequest) -> bool:
+        """Return whether another tokenizer than this model's has made the request's ids."""
+        return request.text_identity not in ("", self._model.text_identity)
+
+    def _has_own_tokens(self, request: GenerationRequest) -> bool:
+        """Return whether the tokens that have come are this model's."""
         identities = {choice.identity for choice in request.received if choice.token_ids}
-        is_text = request.text_identity in ("", self._model.text_identity)
-        return is_text and identities <= {self._model.identity}
+        return identities <= {self._model.identity}
 
     async def take_turn(self) -> None:
         """Return once this router is to serve; see :func:`router.control.readiness.is_its_turn`."""
@@ -270,5 +274,5 @@ class RouterReplica:
         self._links.close()
 
 
-def _replaced(error: ModelReplacedError) -> dict[str, Any]:
-    return {"error": error.to_wire(), "replaced": True}
+def _replaced(error: ModelReplacedError, has_other_text: bool = False) -> dict[str, Any]:
+    return {"error": error.to_wire(), "replaced": True, "has_other_text": has_other_text}

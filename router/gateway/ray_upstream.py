@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -35,7 +35,7 @@ from cluster.reports import Samples
 from cluster.spec import OnExpertLoss
 from router.control.client import HandleController
 from router.control.placement_view import PlacementView, PlacementWatcher
-from router.control.readiness import Readiness, readiness
+from router.control.readiness import Readiness, is_its_turn, readiness
 from router.gateway.inbox import Inbox, Reply, put_reply
 from router.gateway.limits import RETRY_AFTER_S
 from router.messages.request import GenerationRequest, Receipts, TokenEvent, merge_events
@@ -46,6 +46,10 @@ from router.retry import Retries, RetryBudget, RetryPolicy
 RESEND = RetryPolicy(first_delay_s=0.1, max_delay_s=1.0)
 RESUMED_TIMES = 3
 """How often a router of the model that has given tokens is looked for after a redeploy."""
+OTHER_TEXT_S = 5.0
+"""How long a router with this gateway's tokenizer is looked for; gateways and routers of a redeploy
+start at different times."""
+TURN_S, TURN_CHECK_S = 10.0, 0.1
 RESEND_TOKENS = 8192
 """The budget for sending requests again. When a router dies, a gateway may lose all of its requests
 at once; sending them again must take less than half of the budget."""
@@ -119,6 +123,7 @@ class RayUpstream:
         receipts = Receipts(request)
         retries = Retries(RESEND, self._budget)
         stopped: set[int] = set()
+        other_text_s = self._loop_s() + OTHER_TEXT_S
         with gateway_span(request, receipts) as span:
             for number in itertools.count():
                 attempt = _Attempt(f"{request.request_id}#{number}", stopped)
@@ -135,6 +140,8 @@ class RayUpstream:
                 except ModelReplacedError as error:
                     if receipts.has_tokens() and number >= RESUMED_TIMES:
                         raise _not_resumed(request, error) from None
+                    if isinstance(error, _OtherTextError) and self._loop_s() > other_text_s:
+                        raise error from None
                     delay_s = retries.next_delay_s(request.remaining_s())
                     if delay_s is None:
                         raise
@@ -212,6 +219,22 @@ class RayUpstream:
             inbox.put(event)
         return inbox is not None
 
+    async def take_turn(self, models: Sequence[str]) -> None:
+        """Return once this gateway is to serve ``models``, by their keys.
+
+        On a redeploy that is when their routers do (:func:`router.control.readiness.is_its_turn`):
+        until then the earlier gateway is there, whose tokenizer is that of the earlier routers.
+        Without any placement it is after :data:`TURN_S`.
+        """
+        until_s = self._loop_s() + TURN_S
+        while not all(is_its_turn(self._view.placement, model) for model in models):
+            if self._view.placement is None and self._loop_s() > until_s:
+                return
+            await asyncio.sleep(TURN_CHECK_S)
+
+    def _loop_s(self) -> float:
+        return asyncio.get_running_loop().time()
+
     def stop(self, request_id: str, index: int) -> None:
         """See :class:`Upstream`."""
         attempt = self._attempts.get(request_id)
@@ -227,6 +250,10 @@ class RayUpstream:
         if self._is_deleted or self._refuses_new:
             return replace(ready, reason=being_deleted().message, is_deleted=True)
         return ready
+
+
+class _OtherTextError(ModelReplacedError):
+    """The router's tokenizer is not that by which this gateway has made ids of text."""
 
 
 def _not_resumed(request: GenerationRequest, error: ModelReplacedError) -> ExpertMeshError:
@@ -264,7 +291,7 @@ def _events(reply: Reply) -> list[TokenEvent]:
     if isinstance(reply, BaseException):
         raise _typed(reply)
     if "replaced" in reply:
-        raise ModelReplacedError
+        raise _OtherTextError if reply["has_other_text"] else ModelReplacedError
     if "error" in reply:
         raise error_from_wire(reply["error"])
     return [TokenEvent.from_wire(wire) for wire in reply["events"]]

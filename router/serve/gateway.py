@@ -102,6 +102,8 @@ class ListeningGateway(GatewayReplica):
     async def __init__(self, *args: Any) -> None:  # type: ignore[misc]
         """Load and start as :class:`GatewayReplica`, and open the gRPC port if it is to."""
         super().__init__(*args)
+        models = self.service.models()
+        await self._upstream.take_turn([model.key for model in models])
         address = await own_grpc_address()
         if address is not None:
             max_message_bytes = MESSAGE_ROOM * self.service.limits.max_body_bytes

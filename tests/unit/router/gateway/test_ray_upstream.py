@@ -19,7 +19,9 @@ from cluster.errors import (
     OverloadedError,
     UnavailableError,
 )
+from cluster.placement.placement import empty_placement
 from cluster.reports import Samples
+from cluster.spec import ModelExperts
 from router.gateway import inbox as inbox_module
 from router.gateway import ray_upstream
 from router.gateway.inbox import Inbox
@@ -493,7 +495,11 @@ def test_what_the_routers_cannot_hold_is_refused_without_a_call(
     asyncio.run(asyncio.wait_for(run(), 20))
 
 
-REPLACED = {"error": ModelReplacedError().to_wire(), "replaced": True}
+REPLACED: dict[str, Any] = {
+    "error": ModelReplacedError().to_wire(),
+    "replaced": True,
+    "has_other_text": False,
+}
 
 
 def test_a_request_without_tokens_goes_to_a_router_of_the_new_model(
@@ -548,6 +554,59 @@ def test_tokens_of_the_old_model_are_never_followed_by_the_new_ones(
                 await ended
         assert caught.value.field == ("resume[0].identity" if resumed else "")
         assert caught.value.retry_after_s == (None if resumed else 1.0)
+        gateway._link.close()
+
+    asyncio.run(run())
+
+
+def test_a_router_with_the_gateways_tokenizer_is_looked_for_shortly(
+    upstream: Callable[[], tuple[RayUpstream, Router]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_upstream, "RESEND", RetryPolicy(0.01, 1.0, 0.01))
+    monkeypatch.setattr(ray_upstream, "OTHER_TEXT_S", 0.2)
+
+    async def run() -> None:
+        gateway, router = upstream()
+        first = asyncio.ensure_future(anext(gateway.generate(request(30))))
+        answered = 0
+        async with asyncio.timeout(10):
+            while not first.done():
+                for call in router.calls[answered:]:
+                    call.reply.set_result({**REPLACED, "has_other_text": True})
+                answered = len(router.calls)
+                await asyncio.sleep(0.001)
+        assert answered > 1
+        with pytest.raises(ModelReplacedError):
+            await first
+        gateway._link.close()
+
+    asyncio.run(run())
+
+
+def test_a_new_gateway_waits_for_its_routers_turn(
+    upstream: Callable[[], tuple[RayUpstream, Router]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_upstream, "TURN_CHECK_S", 0.001)
+    old, new = ModelExperts("m@old", (0,), 2, 1), ModelExperts("m@new", (0,), 2, 1)
+
+    async def run() -> None:
+        gateway, _ = upstream()
+        gateway._view.publish(empty_placement(1, [old]))
+        turn = asyncio.ensure_future(gateway.take_turn(["m@new"]))
+        await asyncio.sleep(0.05)
+        assert not turn.done()
+        both = empty_placement(2, [old, new])
+        gateway._view.publish(both)
+        await asyncio.sleep(0.05)
+        assert not turn.done()
+        gateway._view.publish(both.with_actor("a", 1, new.expert_keys()))
+        await asyncio.wait_for(turn, 5)
+        # A first start waits for no experts, and without a placement not for long.
+        gateway._view.publish(empty_placement(3, [new]))
+        await asyncio.wait_for(gateway.take_turn(["m@new"]), 5)
+        monkeypatch.setattr(ray_upstream, "TURN_S", 0.05)
+        gateway._view.placement = None
+        await asyncio.wait_for(gateway.take_turn(["m@new"]), 5)
         gateway._link.close()
 
     asyncio.run(run())
