@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from cluster.errors import CheckpointError
+from experts.checkpoint.identity import text_identity
 from experts.checkpoint.remote_files import open_model
 from experts.checkpoint.remote_reader import RayNeighbours
 from router.gateway.tokenizer import Tokenizer
@@ -26,7 +28,17 @@ def load_models(models: tuple[ServedModel, ...]) -> dict[str, GatewayModel]:
 
 
 def _tokenizer(model: ServedModel) -> Tokenizer:
+    """Load a model's tokenizer; raises :class:`CheckpointError` where its files are others.
+
+    The identity of the weights does not cover them.
+    """
     checkpoint = open_model(model.path, model.source.identity, RayNeighbours())
+    if model.text_identity and text_identity(checkpoint) != model.text_identity:
+        raise CheckpointError(
+            "has other files of the tokenizer, the chat template or generation_config.json than "
+            "the checkpoint that is served; deploy again",
+            str(checkpoint.folder),
+        )
     if checkpoint.remote is None:
         return Tokenizer.load(str(checkpoint.folder), model.eos_token_ids)
     with TemporaryDirectory(prefix="expertmesh-") as folder:
