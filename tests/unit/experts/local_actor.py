@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 from cluster.spec import ActorReport, ActorSpec, ExpertKey, ModelExperts, ModelSource
 from cluster.wire.frames import DispatchFrame, encode
 from cluster.wire.tensors import to_bytes
+from experts import actor as actor_module
 from experts.actor import ExpertActor
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.identity import identity_of
@@ -47,7 +49,9 @@ def local_actor(folder: Path, max_queue_rows: int = 1000, num_gpus: float = 0.0)
     identity = identity_of(open_checkpoint(folder))
     source = ModelSource(str(folder), "float32", ModelExperts("m", (0, 1, 2), 8, 1), identity)
     spec = ActorSpec("app", (source,), 0.1, num_gpus, 1, max_queue_rows)
-    actor = Actor(spec, "expert-0", 1, 1)
+    # Without a controller its lease would end this process.
+    with patch.object(actor_module, "end_when_orphaned", lambda lease, app: None):
+        actor = Actor(spec, "expert-0", 1, 1)
     actor.load(1, spec, KEYS)
     return actor
 
