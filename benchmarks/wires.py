@@ -63,12 +63,13 @@ def places_of(
     from ray.util import list_named_actors
 
     from benchmarks.fuzzing.hostile import Actor, Places
+    from cluster.spec import model_id_of
 
     names = [one for one in list_named_actors(True) if one["name"].startswith(f"expertmesh:{app}:")]
     handles = [ray.get_actor(one["name"], one["namespace"]) for one in names]
     reports = ray.get([handle.describe.remote() for handle in handles], timeout=30)
     actors = [
-        Actor(handle, [tuple(key) for key in report.experts if key.model == model])
+        Actor(handle, [tuple(key) for key in report.experts if model_id_of(key.model) == model])
         for handle, report in zip(handles, reports, strict=True)
     ]
     ports = [

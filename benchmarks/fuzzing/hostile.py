@@ -19,6 +19,7 @@ from benchmarks.fuzzing.requests import bodies, messages
 from benchmarks.fuzzing.wires import joined, message
 from cluster.transport.stream.connect import greet, open_socket
 from cluster.transport.stream.handshake import Network, StreamOffer
+from cluster.wire.checksum import sealed, unsealed
 from cluster.wire.frames import DispatchFrame, ErrorFrame, decode
 from cluster.wire.tensors import TORCH_DTYPES
 
@@ -141,12 +142,13 @@ class Wires:
         offer = self._offer(source)
         frames = self._frames(source)
         channel = greet(open_socket(offer, None), offer)
+        is_checked = offer.network is Network.TCP
         try:
-            data = mutated(source, [message(one) for one in frames])
+            data = mutated(source, [message(_sealed(one, is_checked)) for one in frames])
             if source.random() < 0.5:  # the stream is good, the frame in it is not
-                data = message(mutated(source, frames))
+                data = message(_sealed(mutated(source, frames), is_checked))
             channel.sock.setblocking(True)
-            return _frames_in(_exchanged(channel.sock, data))
+            return _frames_in(_exchanged(channel.sock, data), is_checked)
         finally:
             channel.close()
 
@@ -154,9 +156,10 @@ class Wires:
         import ray
 
         actor = source.choice(self._places.actors)
-        data = mutated(source, [self._frame(source, actor)])
+        is_whole = source.random() < 0.5  # else the checksum is wrong
+        data = _sealed(mutated(source, [self._frame(source, actor)]), is_whole)
         answer = ray.get(actor.handle.compute.remote(data), timeout=ANSWER_S)
-        return _kind_of(answer)
+        return _kind_of(answer, is_checked=True)
 
     def _gateway_port(self, source: random.Random) -> str:
         place = source.choice(self._places.ports)
@@ -260,7 +263,12 @@ def _answered(said: bytes) -> str:
     return "bytes" if said else "nothing"
 
 
-def _frames_in(said: bytes) -> str:
+def _sealed(frame: bytes, is_checked: bool) -> bytes:
+    """Return a frame with its checksum where the other end looks for one."""
+    return b"".join(sealed((frame,))) if is_checked else frame
+
+
+def _frames_in(said: bytes, is_checked: bool) -> str:
     """Return of which kinds the messages of a stream are."""
     kinds, place = set(), 0
     while place + 16 <= len(said):
@@ -268,13 +276,17 @@ def _frames_in(said: bytes) -> str:
         data = said[place + 16 : place + 16 + length]
         if len(data) < length:
             break
-        kinds.add(_kind_of(data) if data else "too long")
+        kinds.add(_kind_of(data, is_checked))
         place += 16 + length + -length % 16
     return ", ".join(sorted(kinds)) or "nothing"
 
 
-def _kind_of(data: bytes) -> str:
-    frame = decode(data)
+def _kind_of(data: bytes, is_checked: bool) -> str:
+    intact = unsealed(data) if is_checked else data
+    assert intact is not None  # an actor's answer comes whole
+    if not intact:
+        return "too long"
+    frame = decode(intact)
     return frame.kind if isinstance(frame, ErrorFrame) else "rows"
 
 
