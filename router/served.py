@@ -23,6 +23,7 @@ from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.config import parse_json
 from experts.checkpoint.identity import identity_of, text_identity
 from experts.checkpoint.remote_files import Neighbours, open_model
+from experts.mixture.spec import MixtureSpec
 from router.config import AppConfig, ExpertsConfig, ModelConfig, load_deployment
 
 Identify = Callable[[Checkpoint], str]
@@ -78,6 +79,34 @@ class ServedModel:
     def num_experts(self) -> int:
         """The number of experts of a layer."""
         return self.source.experts.num_experts
+
+
+@dataclass(frozen=True, slots=True)
+class ServedMixture:
+    """The description of a mixture that routers and gateways get: plain data, without weights.
+
+    The mixture has one layer, 0, and its experts are numbered as in ``spec.expert_names``.
+    """
+
+    source: ModelSource
+    spec: MixtureSpec
+    identity: str = ""
+    """A hash of the content and of all settings that can change a prediction."""
+
+    @property
+    def id(self) -> str:
+        """The id that requests name."""
+        return model_id_of(self.key)
+
+    @property
+    def key(self) -> str:
+        """The name in the placement, which says the content too."""
+        return self.source.experts.model
+
+    @property
+    def path(self) -> str:
+        """The configured path of the mixture's folder."""
+        return self.source.path
 
 
 def inspect_models(
