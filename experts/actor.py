@@ -38,10 +38,12 @@ from cluster.transport.stream.server import StreamServer
 from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, Parts, RowsFrame, decode, encode
 from cluster.wire.tensors import TORCH_DTYPES
 from experts.bank import Expert, ExpertBank, GatedFfnExpert
-from experts.checkpoint.checkpoint import Checkpoint, RemoteFiles
+from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import load_expert
+from experts.checkpoint.mixture import Mixture
 from experts.checkpoint.remote_files import open_model
 from experts.checkpoint.remote_reader import RayNeighbours
+from experts.checkpoint.stored import RemoteFiles
 from experts.compute.emulated import EmulatedExpert
 from experts.compute.ffn import ACTIVATIONS
 from experts.tracing import open_spans
@@ -73,7 +75,7 @@ class ExpertActor:
         self._sources = {source.experts.model: source for source in spec.models}
         self._device = torch.device("cuda" if spec.num_gpus > 0 else "cpu")
         self._bank = ExpertBank()
-        self._checkpoints: dict[str, Checkpoint] = {}
+        self._checkpoints: dict[str, Checkpoint | Mixture] = {}
         self._load_lock = threading.Lock()
         self._queue: list[_Waiting] = []
         self._queued_rows = 0
@@ -191,9 +193,15 @@ class ExpertActor:
         for remote in self._remotes():
             remote.release()
 
-    def _load_expert(self, checkpoint: Checkpoint, key: ExpertKey, dtype: torch.dtype) -> Expert:
+    def _load_expert(
+        self, checkpoint: Checkpoint | Mixture, key: ExpertKey, dtype: torch.dtype
+    ) -> Expert:
         if self._spec.emulation is not None:
-            return EmulatedExpert(self._spec.emulation, checkpoint.shape.hidden_size, dtype)
+            return EmulatedExpert(self._spec.emulation, *_shapes(checkpoint), dtype)
+        if isinstance(checkpoint, Mixture):
+            from experts.backends.load import load_mixture_expert  # imports scikit-learn
+
+            return load_mixture_expert(checkpoint, key.expert_id)
         weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype, self._device)
         return GatedFfnExpert(weights, ACTIVATIONS[checkpoint.shape.activation])
 
@@ -316,6 +324,14 @@ class ExpertActor:
             # A failure of the device or of torch: every router gets an error, the actor lives on.
             logger.exception("expert actor %s: a batch failed", self._actor_id)
             return []
+
+
+def _shapes(checkpoint: Checkpoint | Mixture) -> tuple[Shape, Shape]:
+    """Return the shapes of an expert's row and of its output."""
+    if isinstance(checkpoint, Mixture):
+        return checkpoint.spec.rows_input.shape, checkpoint.spec.combine.shape
+    hidden = (checkpoint.shape.hidden_size,)
+    return hidden, hidden
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +23,16 @@ from cluster.spec import (
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.config import parse_json
 from experts.checkpoint.identity import identity_of, text_identity
+from experts.checkpoint.mixture import Mixture
 from experts.checkpoint.remote_files import Neighbours, open_model
-from experts.mixture.spec import MixtureSpec
+from experts.checkpoint.stored import Stored
+from experts.mixture.spec import MixtureSpec, most_experts
 from router.config import AppConfig, ExpertsConfig, ModelConfig, load_deployment
 
-Identify = Callable[[Checkpoint], str]
-"""Returns the identity of an opened checkpoint."""
+Identify = Callable[[Stored], str]
+"""Returns the identity of an opened folder."""
+MIXTURE_LAYERS = (0,)
+"""The layers of a mixture, as placement, frames and actors count them: one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +114,19 @@ class ServedMixture:
         return self.source.path
 
 
+Served = ServedModel | ServedMixture
+
+
 def inspect_models(
     config: AppConfig,
     root: str = "args",
     neighbours: Neighbours | None = None,
     identify: Identify = identity_of,
-) -> list[ServedModel]:
-    """Open every configured checkpoint, and check that the pools can hold all experts.
+) -> list[Served]:
+    """Open every configured model, and check that the pools can hold all experts.
 
-    Reads headers, and what ``identify`` reads: by default every byte where no current hashes are
-    kept. ``neighbours``, if given, read a checkpoint that is not on this node. Raises
+    Reads headers of checkpoints and all experts of mixtures, and what ``identify`` reads: by
+    default every byte where no current hashes are kept. ``neighbours``, if given, read a checkpoint that is not on this node. Raises
     :class:`ConfigError` or :class:`CheckpointError` with the YAML path or the file.
     """
     if config.experts.tls is not None:
@@ -127,8 +135,8 @@ def inspect_models(
         _inspect(model, f"{root}.models[{i}]", neighbours, identify)
         for i, model in enumerate(config.models)
     ]
-    served = [_of_pools(model, config.experts.emulated_pools) for model in served]
-    served = [replace(model, identity=_identity(model, config)) for model in served]
+    emulated = config.experts.emulated_pools
+    served = [_with_identity(_of_pools(model, emulated), config) for model in served]
     pools = pool_specs(config.experts, served)
     assign_experts(
         [model.source.experts for model in served],
@@ -139,7 +147,7 @@ def inspect_models(
     return served
 
 
-def pool_specs(experts: ExpertsConfig, models: Sequence[ServedModel]) -> tuple[PoolSpec, ...]:
+def pool_specs(experts: ExpertsConfig, models: Sequence[Served]) -> tuple[PoolSpec, ...]:
     """Return the pools for the controller, without Serve's name of the application."""
     return tuple(
         PoolSpec(
@@ -165,14 +173,44 @@ def pool_specs(experts: ExpertsConfig, models: Sequence[ServedModel]) -> tuple[P
 
 def _inspect(
     model: ModelConfig, where: str, neighbours: Neighbours | None, identify: Identify
-) -> ServedModel:
+) -> Served:
     try:
-        checkpoint = open_model(model.path, None, neighbours)
-        identity = identify(checkpoint)
+        opened = open_model(model.path, None, neighbours)
+        identity = identify(opened)
+        if isinstance(opened, Mixture):
+            return _inspect_mixture(opened, model, where, identity)
     except CheckpointError as error:
         raise type(error)(error.message, f"{where}.path: {error.field}") from None
-    if checkpoint.remote is not None:
-        checkpoint.remote.release()
+    if opened.remote is not None:
+        opened.remote.release()
+    return _inspect_checkpoint(opened, model, where, identity)
+
+
+def _inspect_mixture(
+    mixture: Mixture, model: ModelConfig, where: str, identity: str
+) -> ServedMixture:
+    from experts.backends.check import check_mixture  # imports torch
+
+    spec = mixture.spec
+    if model.dtype not in ("auto", spec.dtype):
+        raise ConfigError(
+            f"must be auto or the mixture's own {spec.dtype} (given: {model.dtype})",
+            f"{where}.dtype",
+        )
+    if model.max_model_len is not None:
+        raise ConfigError("is for language models, not for a mixture", f"{where}.max_model_len")
+    experts = ModelExperts(
+        model_key(model.id, identity, spec.dtype),
+        MIXTURE_LAYERS,
+        len(spec.experts),
+        max(check_mixture(mixture)),
+    )
+    return ServedMixture(ModelSource(model.path, spec.dtype, experts, identity), spec)
+
+
+def _inspect_checkpoint(
+    checkpoint: Checkpoint, model: ModelConfig, where: str, identity: str
+) -> ServedModel:
     _check_tokenizer(checkpoint, where)
     longest = checkpoint.max_position_embeddings
     if model.max_model_len is not None and model.max_model_len > longest:
@@ -200,7 +238,7 @@ def _inspect(
     )
 
 
-def _of_pools(model: ServedModel, emulated: Sequence[str]) -> ServedModel:
+def _of_pools(model: Served, emulated: Sequence[str]) -> Served:
     """Return a model with another key where pools emulate it.
 
     A router of the real model, whose answers are exact, must never ask emulating actors, whose rows
@@ -214,21 +252,22 @@ def _of_pools(model: ServedModel, emulated: Sequence[str]) -> ServedModel:
     return replace(model, source=replace(source, experts=experts))
 
 
-def _identity(model: ServedModel, config: AppConfig) -> str:
-    """Return a hash of a model's content and of the settings that can change a token.
+def _with_identity(model: Served, config: AppConfig) -> Served:
+    """Return a model with a hash of its content and of the settings that can change an answer.
 
-    With the files of its text: a request whose prompt is tokenised anew does not go on from tokens
-    that followed another prompt.
+    With the files of a language model's text: a request whose prompt is tokenised anew does not go
+    on from tokens that followed another prompt.
     """
     capacity = config.router.expert_capacity
+    text = (model.text_identity, model.eos_token_ids) if isinstance(model, ServedModel) else ()
     settings = [
         model.key,
-        model.text_identity,
-        model.eos_token_ids,
+        *text,
         None if capacity is None else capacity.model_dump(),
         sorted(config.experts.emulated_pools),
     ]
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+    identity = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+    return replace(model, identity=identity)
 
 
 def _check_tokenizer(checkpoint: Checkpoint, where: str) -> None:
@@ -254,7 +293,7 @@ def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     return ids
 
 
-def headers_alone(checkpoint: Checkpoint) -> str:
+def headers_alone(stored: Stored) -> str:
     """Return no identity, and read nothing, where only headers are checked."""
     return ""
 
@@ -281,9 +320,16 @@ def check_file(path: Path, identify: Identify = headers_alone) -> list[str]:
     return lines
 
 
-def _describe(model: ServedModel) -> str:
+def _describe(model: Served) -> str:
     experts = model.source.experts
     total_mb = len(experts.expert_keys()) * experts.expert_bytes / 1e6
+    if isinstance(model, ServedMixture):
+        kinds = Counter(expert.kind for expert in model.spec.experts.values())
+        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        return (
+            f"mixture {model.id}: {listed} experts (at most {most_experts(model.spec)} a row), "
+            f"{model.spec.combine.kind}, {model.source.dtype}, experts {total_mb:.1f} MB"
+        )
     dtype = model.dtype if model.stored is None else f"{model.dtype} (stored as {model.stored})"
     return (
         f"model {model.id}: {model.family}, {model.num_layers} layers of {model.num_experts} "

@@ -13,9 +13,10 @@ from functools import partial
 
 import torch
 
-from experts.checkpoint.checkpoint import Checkpoint, read_into
+from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.dequantize import dequantize_fp8, dequantized
 from experts.checkpoint.quantization import FP8
+from experts.checkpoint.stored import read_into
 from experts.families.base import Part
 
 _TORCH_DTYPES = {

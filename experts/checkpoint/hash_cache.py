@@ -26,8 +26,8 @@ import msgpack
 from blake3 import blake3
 
 from experts.checkpoint import hashes
-from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.shards import MAX_HEADERS_BYTES
+from experts.checkpoint.stored import Stored
 
 VERSION = 1
 BESIDE = ".expertmesh-hashes"
@@ -54,7 +54,7 @@ class _UnusableError(Exception):
     """A file of kept hashes cannot be used; the message is the reason."""
 
 
-def read_kept(checkpoint: Checkpoint) -> KeptHashes | None:
+def read_kept(checkpoint: Stored) -> KeptHashes | None:
     """Return the kept hashes of a checkpoint's tensors, preferably current ones.
 
     A file that is damaged or of another version is named in a warning, and is not used.
@@ -68,7 +68,7 @@ def read_kept(checkpoint: Checkpoint) -> KeptHashes | None:
     return outdated
 
 
-def keep(checkpoint: Checkpoint, leaves: Mapping[str, bytes]) -> Path | None:
+def keep(checkpoint: Stored, leaves: Mapping[str, bytes]) -> Path | None:
     """Keep the leaves of all tensors; returns the file.
 
     Where no file can be written the reason is logged, and the result is ``None``.
@@ -92,14 +92,14 @@ def keep(checkpoint: Checkpoint, leaves: Mapping[str, bytes]) -> Path | None:
     return None
 
 
-def place_of(checkpoint: Checkpoint) -> Path | None:
+def place_of(checkpoint: Stored) -> Path | None:
     """Return the file in which hashes will be kept if it can be written; ``None`` without one."""
     places = _places(checkpoint)
     writable = (file for file in places if os.access(file.parent, os.W_OK))
     return next(writable, places[-1] if places else None)
 
 
-def _places(checkpoint: Checkpoint) -> list[Path]:
+def _places(checkpoint: Stored) -> list[Path]:
     """Return the files in which hashes are looked for and kept, the first choice first."""
     path = checkpoint.folder.resolve()
     bundled = Path(str(importlib.resources.files("deploy"))).resolve()
@@ -114,7 +114,7 @@ def _places(checkpoint: Checkpoint) -> list[Path]:
     return places
 
 
-def _read(checkpoint: Checkpoint, file: Path) -> KeptHashes | None:
+def _read(checkpoint: Stored, file: Path) -> KeptHashes | None:
     try:
         if not file.is_file():
             return None
@@ -137,7 +137,7 @@ def _read(checkpoint: Checkpoint, file: Path) -> KeptHashes | None:
     )
 
 
-def _source(checkpoint: Checkpoint) -> dict[str, Any]:
+def _source(checkpoint: Stored) -> dict[str, Any]:
     """Return what must be equal while kept hashes are current."""
     return {
         "folder": os.fsencode(checkpoint.folder.resolve()),
@@ -145,7 +145,7 @@ def _source(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _encode(checkpoint: Checkpoint, leaves: Mapping[str, bytes]) -> bytes:
+def _encode(checkpoint: Stored, leaves: Mapping[str, bytes]) -> bytes:
     tensors = {name: info.num_bytes for name, info in checkpoint.tensors.items()}
     header = msgpack.packb(
         {**_source(checkpoint), "leaf_bytes": hashes.LEAF_BYTES, "tensors": tensors}

@@ -16,8 +16,8 @@ from contextlib import ExitStack
 
 from cluster.errors import CheckpointError
 from experts.checkpoint import hashes
-from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.shard_file import ShardFile, stamp_of_file
+from experts.checkpoint.stored import Stored
 
 Watch = Callable[[int, int], None]
 """Receives the bytes hashed so far, and those of all tensors; one thread at a time calls it."""
@@ -29,7 +29,7 @@ CLOCK_STEP_S = 0.02
 """The longest step of the clock of file systems: two changes within a step have equal times."""
 
 
-def hash_tensors(checkpoint: Checkpoint, watch: Watch | None = None) -> dict[str, bytes]:
+def hash_tensors(checkpoint: Stored, watch: Watch | None = None) -> dict[str, bytes]:
     """Return the leaves of every tensor by name; see :mod:`experts.checkpoint.hashes`.
 
     Raises :class:`CheckpointError` when a file cannot be read, or is not the one that was opened,
@@ -51,7 +51,7 @@ def hash_tensors(checkpoint: Checkpoint, watch: Watch | None = None) -> dict[str
     return {name: bytes(leaves) for name, leaves in hashing.leaves.items()}
 
 
-def _wait_for_the_clock(checkpoint: Checkpoint) -> None:
+def _wait_for_the_clock(checkpoint: Stored) -> None:
     """Wait until a further change of a file would get another ctime than its last change.
 
     The wall clock is read because file systems do. A wrong clock costs this care alone.
@@ -65,7 +65,7 @@ def _wait_for_the_clock(checkpoint: Checkpoint) -> None:
 class _Hashing:
     """The pieces that the threads share, and the leaves that they fill in."""
 
-    def __init__(self, checkpoint: Checkpoint, watch: Watch | None) -> None:
+    def __init__(self, checkpoint: Stored, watch: Watch | None) -> None:
         self._checkpoint = checkpoint
         self._watch = watch
         self.leaves = {
@@ -95,13 +95,14 @@ class _Hashing:
         """Hash pieces until none is left, in one thread."""
         buffer = memoryview(bytearray(self._piece_bytes))
         file: ShardFile | None = None
+        file_name = ""
         with ExitStack() as opened:
             while (piece := self._next()) is not None:
                 name, begin, end = piece
                 info = self._checkpoint.tensors[name]
-                if file is None or file.path.name != info.file:
+                if file is None or file_name != info.file:
                     opened.close()
-                    file = opened.enter_context(self._open(info.file))
+                    file, file_name = opened.enter_context(self._open(info.file)), info.file
                 data = buffer[: end - begin]
                 file.read(info.begin + begin, data)
                 place = begin // hashes.LEAF_BYTES * hashes.HASH_BYTES

@@ -17,12 +17,12 @@ from typing import Literal
 from blake3 import blake3
 
 from cluster.errors import CheckpointError
-from experts.checkpoint.checkpoint import Checkpoint, read_range
 from experts.checkpoint.hash_cache import keep, place_of, read_kept
 from experts.checkpoint.hashes import IDENTITY_DIGITS, HashTable
 from experts.checkpoint.hashing import Watch, hash_tensors
 from experts.checkpoint.shards import listed_names
 from experts.checkpoint.small_files import small_files_of, text_files_of
+from experts.checkpoint.stored import Stored, read_range
 
 LOGGED_BYTES = 1_000_000_000
 """Hashing this much takes seconds, so that it is logged."""
@@ -31,7 +31,7 @@ SAMPLED_LEAVES = 64
 logger = logging.getLogger("expertmesh.hashes")
 
 
-def identity_of(checkpoint: Checkpoint, watch: Watch | None = None) -> str:
+def identity_of(checkpoint: Stored, watch: Watch | None = None) -> str:
     """Return the identity of a checkpoint on any node: 32 hexadecimal digits.
 
     Kept hashes are used while the files are unchanged; otherwise every byte is read, and the hashes
@@ -43,7 +43,7 @@ def identity_of(checkpoint: Checkpoint, watch: Watch | None = None) -> str:
     return hash_table_of(checkpoint, watch).identity
 
 
-def hash_table_of(checkpoint: Checkpoint, watch: Watch | None = None) -> HashTable:
+def hash_table_of(checkpoint: Stored, watch: Watch | None = None) -> HashTable:
     """Return the hashes of a checkpoint on this node; see :func:`identity_of`."""
     if checkpoint.hashes is not None:
         return checkpoint.hashes
@@ -57,14 +57,14 @@ def hash_table_of(checkpoint: Checkpoint, watch: Watch | None = None) -> HashTab
     return _table(checkpoint, leaves)
 
 
-def hashing_line(checkpoint: Checkpoint) -> str:
+def hashing_line(checkpoint: Stored) -> str:
     """Return the line that says why a start takes long where no hashes are kept."""
     place = place_of(checkpoint)
     kept = "again at each start" if place is None else f"once; kept in {place}"
     return f"hashing {checkpoint.folder.name}, {checkpoint.num_bytes / 1e9:.1f} GB: {kept}"
 
 
-def kept_table_of(checkpoint: Checkpoint, identity: str) -> HashTable | None:
+def kept_table_of(checkpoint: Stored, identity: str) -> HashTable | None:
     """Return kept hashes of a checkpoint on this node, without hashing it.
 
     They are current ones with any identity, or outdated ones with the given identity if samples of
@@ -83,11 +83,11 @@ def kept_table_of(checkpoint: Checkpoint, identity: str) -> HashTable | None:
     return table
 
 
-def check_samples(checkpoint: Checkpoint, table: HashTable) -> None:
+def check_samples(checkpoint: Stored, table: HashTable) -> None:
     """Verify at most :data:`SAMPLED_LEAVES` leaves of tensors that are evenly spaced by name.
 
     So another checkpoint is noticed at once, before bytes of it are needed. Raises
-    :class:`CheckpointError` as :func:`experts.checkpoint.checkpoint.read_into` does.
+    :class:`CheckpointError` as :func:`experts.checkpoint.stored.read_into` does.
     """
     verified = replace(checkpoint, hashes=table)
     names = [name for name in sorted(checkpoint.tensors) if checkpoint.tensors[name].num_bytes]
@@ -97,7 +97,7 @@ def check_samples(checkpoint: Checkpoint, table: HashTable) -> None:
         read_range(verified, name, middle, middle + 1)  # verifies the whole leaf
 
 
-def text_identity(checkpoint: Checkpoint) -> str:
+def text_identity(checkpoint: Stored) -> str:
     """Return a hash over the files that turn text into tokens and back: 32 hexadecimal digits.
 
     These are the files of the tokenizer, the chat template and ``generation_config.json``
@@ -127,7 +127,7 @@ class Verification:
     file: Path | None
 
 
-def verify_hashes(checkpoint: Checkpoint, watch: Watch | None = None) -> Verification:
+def verify_hashes(checkpoint: Stored, watch: Watch | None = None) -> Verification:
     """Hash every byte of a checkpoint on this node, and compare with the kept hashes.
 
     The new hashes are kept. Raises :class:`CheckpointError`, which names file and tensors, for
@@ -159,5 +159,5 @@ def verify_hashes(checkpoint: Checkpoint, watch: Watch | None = None) -> Verific
     )
 
 
-def _table(checkpoint: Checkpoint, leaves: Mapping[str, bytes]) -> HashTable:
+def _table(checkpoint: Stored, leaves: Mapping[str, bytes]) -> HashTable:
     return HashTable.of(checkpoint.config, checkpoint.tensors, leaves)

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import CheckpointError, CheckpointMissingError, shown, shown_name
-from experts.checkpoint.checkpoint import Checkpoint, checkpoint_of, open_checkpoint, resolve_folder
-from experts.checkpoint.config import parse_json
+from experts.checkpoint.checkpoint import Checkpoint
+from experts.checkpoint.folder import described_folder, open_folder
 from experts.checkpoint.hashes import (
     HASH_BYTES,
     HashTable,
@@ -33,6 +33,7 @@ from experts.checkpoint.hashes import (
     widened,
 )
 from experts.checkpoint.identity import check_samples, hash_table_of, kept_table_of
+from experts.checkpoint.mixture import Mixture
 from experts.checkpoint.peers import (
     Neighbours,
     Peer,
@@ -41,6 +42,7 @@ from experts.checkpoint.peers import (
     as_answered,
     tensors_of,
 )
+from experts.checkpoint.stored import Stored, resolve_folder
 
 CHUNK_TIMEOUT_S = 30.0
 CHUNK_BYTES = 8 << 20
@@ -55,8 +57,10 @@ OTHER_CHECKPOINT = "is another checkpoint than the one that is served"
 logger = logging.getLogger("expertmesh.peers")
 
 
-def open_model(path: str, identity: str | None, neighbours: Neighbours | None) -> Checkpoint:
-    """Open a model's checkpoint in this node's folder, or else at a peer.
+def open_model(
+    path: str, identity: str | None, neighbours: Neighbours | None
+) -> Checkpoint | Mixture:
+    """Open a checkpoint or a mixture in this node's folder, or else at a peer.
 
     ``identity`` is that of the served checkpoint, against which every byte is verified that is read
     of the result. The hashes for that are kept ones, or come from a peer, or are computed.
@@ -66,10 +70,10 @@ def open_model(path: str, identity: str | None, neighbours: Neighbours | None) -
     the checkpoint.
     """
     try:
-        checkpoint = open_checkpoint(resolve_folder(path))
+        stored = open_folder(resolve_folder(path))
         if identity is None:
-            return checkpoint
-        return replace(checkpoint, hashes=_table_of(checkpoint, path, identity, neighbours))
+            return stored
+        return replace(stored, hashes=_table_of(stored, path, identity, neighbours))
     except CheckpointError as error:
         if identity is None and not isinstance(error, CheckpointMissingError):
             raise
@@ -78,50 +82,48 @@ def open_model(path: str, identity: str | None, neighbours: Neighbours | None) -
         raise reason
     if not isinstance(reason, CheckpointMissingError):
         logger.warning("%s; asking other nodes", reason)
-    return PeerFiles(path, identity, neighbours, str(reason)).checkpoint
+    return PeerFiles(path, identity, neighbours, str(reason)).stored
 
 
-def _table_of(
-    checkpoint: Checkpoint, path: str, identity: str, neighbours: Neighbours | None
-) -> HashTable:
-    """Return the hashes of the served checkpoint, which this node's files seem to be.
+def _table_of(stored: Stored, path: str, identity: str, neighbours: Neighbours | None) -> HashTable:
+    """Return the hashes of the served stored, which this node's files seem to be.
 
-    Raises :class:`CheckpointError` when the files are those of another checkpoint.
+    Raises :class:`CheckpointError` when the files are those of another stored.
     """
-    table = kept_table_of(checkpoint, identity)
+    table = kept_table_of(stored, identity)
     if table is None and neighbours is not None and neighbours.nodes():
-        table = _table_of_peers(checkpoint, path, identity, neighbours)
+        table = _table_of_peers(stored, path, identity, neighbours)
     if table is None:
-        table = hash_table_of(checkpoint)
+        table = hash_table_of(stored)
     if table.identity != identity:
-        raise CheckpointError(f"{OTHER_CHECKPOINT}; deploy again", str(checkpoint.folder))
+        raise CheckpointError(f"{OTHER_CHECKPOINT}; deploy again", str(stored.folder))
     return table
 
 
 def _table_of_peers(
-    checkpoint: Checkpoint, path: str, identity: str, neighbours: Neighbours
+    stored: Stored, path: str, identity: str, neighbours: Neighbours
 ) -> HashTable | None:
     """Return the served checkpoint's hashes from a peer, or ``None`` where no peer has them.
 
     Raises :class:`CheckpointError` when a sample of this node's files differs from them.
     """
     try:
-        files = PeerFiles(path, identity, neighbours, f"no kept hashes of {checkpoint.folder}")
+        files = PeerFiles(path, identity, neighbours, f"no kept hashes of {stored.folder}")
         leaves = files.all_leaves()
     except CheckpointMissingError as error:
         logger.info("%s", error)
         return None
     files.release()
-    table = HashTable.of(checkpoint.config, checkpoint.tensors, leaves)
-    check_samples(checkpoint, table)
+    table = HashTable.of(stored.config, stored.tensors, leaves)
+    check_samples(stored, table)
     return table
 
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """A peer's answer, checked: the checkpoint that it has, with its small files and hashes."""
+    """A peer's answer, checked: the folder that it has, with its small files and hashes."""
 
-    checkpoint: Checkpoint
+    stored: Checkpoint | Mixture
     small_files: Mapping[str, bytes]
     hashes: Mapping[str, bytes]
     identity: str
@@ -152,7 +154,7 @@ class PeerFiles:
         self._identity = opened.identity
         self._hashes = opened.hashes
         self.small_files = opened.small_files
-        self.checkpoint = opened.checkpoint
+        self.stored = opened.stored
 
     @property
     def identity(self) -> str:
@@ -167,7 +169,7 @@ class PeerFiles:
         peers have failed :data:`MAX_FAILURES` times in a row.
         """
         started_s = time.monotonic()
-        num_bytes = self.checkpoint.tensors[name].num_bytes
+        num_bytes = self.stored.tensors[name].num_bytes
         stop = num_bytes if end is None else end
         first, last = widened(begin, stop, num_bytes)
         data = bytearray(last - first)
@@ -188,7 +190,7 @@ class PeerFiles:
 
     def all_leaves(self) -> Mapping[str, bytes]:
         """Return the leaves of every tensor, verified; raises as :meth:`tensor` does."""
-        missing = [name for name in self.checkpoint.tensors if name not in self._leaves]
+        missing = [name for name in self.stored.tensors if name not in self._leaves]
         while missing:
             asked = [missing.pop()]
             size = self._leaves_bytes(asked[0])
@@ -202,7 +204,7 @@ class PeerFiles:
         return self._leaves
 
     def _leaves_bytes(self, name: str) -> int:
-        return num_leaves(self.checkpoint.tensors[name].num_bytes) * HASH_BYTES
+        return num_leaves(self.stored.tensors[name].num_bytes) * HASH_BYTES
 
     def release(self) -> None:
         """End the peer's process; the next :meth:`tensor` finds a peer again."""
@@ -279,17 +281,16 @@ class PeerFiles:
             small_files[name] = file.data
         folder, tensors = Path(answer["folder"]), tensors_of(answer)
         try:
-            config = parse_json(small_files.get("config.json", b""), folder / "config.json")
-            checkpoint = checkpoint_of(folder, config, lambda: tensors, self)
+            stored = described_folder(folder, small_files, tensors, self)
         except CheckpointError as error:
             raise PeerError(str(error)) from None
-        hashes = {name: answer["hashes"].get(name, b"") for name in checkpoint.tensors}
+        hashes = {name: answer["hashes"].get(name, b"") for name in stored.tensors}
         if any(len(tensor) != HASH_BYTES for tensor in hashes.values()):
             raise PeerError("sent hashes of other tensors than its headers name")
-        identity = root_of(checkpoint.config, hashes)
+        identity = root_of(stored.config, hashes)
         if self._identity not in (None, identity):
             raise PeerError(f"{folder}: {OTHER_CHECKPOINT}")
-        return _Opened(checkpoint, small_files, hashes, identity)
+        return _Opened(stored, small_files, hashes, identity)
 
     def _chunks(self, peer: Peer, name: str, begin: int, end: int) -> Iterator[bytes]:
         """Yield verified bytes of whole leaves; raises :class:`PeerError` at the first failure."""
@@ -316,7 +317,7 @@ class PeerFiles:
         if len(received) != len(names):
             raise PeerError(f"sent hashes of {len(received)} tensors, not of {len(names)}")
         for name, leaves in zip(names, received, strict=True):
-            if tensor_hash(name, self.checkpoint.tensors[name], leaves) != self._hashes[name]:
+            if tensor_hash(name, self.stored.tensors[name], leaves) != self._hashes[name]:
                 raise PeerError(f"sent wrong hashes of {shown_name(name)}")
             self._leaves[name] = leaves
 
@@ -325,7 +326,7 @@ class PeerFiles:
             raise PeerError(f"sent {len(chunk)} bytes of {shown_name(name)}, not {end - begin}")
         table = HashTable(self.identity, self._leaves)
         data = memoryview(chunk)
-        for number, first, last in leaf_spans(begin, end, self.checkpoint.tensors[name].num_bytes):
+        for number, first, last in leaf_spans(begin, end, self.stored.tensors[name].num_bytes):
             if not table.has_leaf(name, number, data[first - begin : last - begin]):
                 raise PeerError(
                     f"sent wrong bytes {first} to {last} of {shown_name(name)}: they were damaged "

@@ -19,10 +19,11 @@ from blake3 import blake3
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import CheckpointError, ExpertMeshError
-from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_range, resolve_folder
+from experts.checkpoint.folder import open_folder
 from experts.checkpoint.hashes import HashTable, tensor_hash
 from experts.checkpoint.identity import hash_table_of
 from experts.checkpoint.small_files import small_files_of
+from experts.checkpoint.stored import Stored, read_range, resolve_folder
 
 MAX_CHUNK_BYTES = 16 << 20
 """The most bytes of tensors, or of leaves, in one answer."""
@@ -55,7 +56,7 @@ class CheckpointReader:
     def __init__(self, path: str) -> None:
         """``path`` is the configured path, which :meth:`open` opens."""
         self._path = path
-        self._checkpoint: Checkpoint | None = None
+        self._checkpoint: Stored | None = None
         self._hashed_bytes = 0
         self._hashing: Future[HashTable] | None = None
 
@@ -67,7 +68,7 @@ class CheckpointReader:
         """
         try:
             if self._checkpoint is None:
-                self._checkpoint = open_checkpoint(resolve_folder(self._path))
+                self._checkpoint = open_folder(resolve_folder(self._path))
             checkpoint = self._checkpoint
             table = self._table(checkpoint)
             if table is None:
@@ -107,12 +108,12 @@ class CheckpointReader:
         except ExpertMeshError as error:
             return {"error": error.to_wire()}
 
-    def _opened(self) -> Checkpoint:
+    def _opened(self) -> Stored:
         if self._checkpoint is None:
             raise CheckpointError("is not open", self._path)
         return self._checkpoint
 
-    def _table(self, checkpoint: Checkpoint) -> HashTable | None:
+    def _table(self, checkpoint: Stored) -> HashTable | None:
         """Return the hashes, or ``None`` while they are computed.
 
         Raises :class:`CheckpointError` when a file cannot be read; the next call tries again.
@@ -133,7 +134,7 @@ class CheckpointReader:
         self._hashed_bytes = done_bytes
 
 
-def _hashes(checkpoint: Checkpoint, table: HashTable) -> Mapping[str, bytes]:
+def _hashes(checkpoint: Stored, table: HashTable) -> Mapping[str, bytes]:
     tensors = checkpoint.tensors
     return {name: tensor_hash(name, info, table.leaves[name]) for name, info in tensors.items()}
 

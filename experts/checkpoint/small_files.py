@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 
 from cluster.errors import CheckpointError
-from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.config import read_small
+from experts.checkpoint.stored import Stored
 
-SMALL_FILES = ("*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")
-"""The files from which transformers reads a configuration and a tokenizer."""
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt", "mixture.yaml")
+"""The files from which transformers reads a configuration and a tokenizer, and a mixture's."""
 TEXT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,7 +29,7 @@ MAX_SMALL_FILES_BYTES = 256 << 20
 """The most bytes of all small files, which travel together."""
 
 
-def small_files_of(checkpoint: Checkpoint) -> Mapping[str, bytes]:
+def small_files_of(checkpoint: Stored) -> Mapping[str, bytes]:
     """Return the content of a checkpoint's small files by name, of this node or of another.
 
     Raises :class:`CheckpointError` when one cannot be read, or when all together are longer than

@@ -233,6 +233,14 @@ class OnnxExpert(ExpertPart):
     kind: Literal["onnx"]
     input: str | None = Field(default=None, description="The model's input, if it has several.")
     output: str | None = Field(default=None, description="The model's output, if it has several.")
+    data: tuple[str, ...] = Field(
+        default=(), max_length=1024, description="The files of its external data, in the folder."
+    )
+
+    @field_validator("data")
+    @classmethod
+    def _check_data(cls, data: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(_checked_file, data))
 
 
 Expert = Annotated[

@@ -25,6 +25,7 @@ from cluster.controller.application import app_is_wanted
 from cluster.errors import ExpertMeshError, ModelReplacedError, being_deleted
 from cluster.transport.open import open_transport
 from cluster.wire.tensors import TORCH_DTYPES
+from experts.checkpoint.folder import language_model
 from experts.checkpoint.remote_files import open_model
 from experts.checkpoint.remote_reader import RayNeighbours
 from router.config import ExpertsConfig, RouterConfig
@@ -103,7 +104,8 @@ class RouterReplica:
         self._overflow: Mapping[tuple[int, int], int] = {} if limit is None else limit.overflow
         layers = MoELayers(self._dispatcher, limit)
         num_pages = pages_needed(config.cache_tokens_for(model.max_model_len))
-        checkpoint = open_model(model.path, model.source.identity, RayNeighbours())
+        opened = open_model(model.path, model.source.identity, RayNeighbours())
+        checkpoint = language_model(opened)
         scheduler = Scheduler(
             Limits(
                 config.max_batch_size,

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cluster.errors import CheckpointError
+from experts.checkpoint.folder import language_model
 from experts.checkpoint.identity import text_identity
 from experts.checkpoint.remote_files import open_model
 from experts.checkpoint.remote_reader import RayNeighbours
@@ -32,7 +33,8 @@ def _tokenizer(model: ServedModel) -> Tokenizer:
 
     The identity of the weights does not cover them.
     """
-    checkpoint = open_model(model.path, model.source.identity, RayNeighbours())
+    opened = open_model(model.path, model.source.identity, RayNeighbours())
+    checkpoint = language_model(opened)
     if model.text_identity and text_identity(checkpoint) != model.text_identity:
         raise CheckpointError(
             "has other files of the tokenizer, the chat template or generation_config.json than "

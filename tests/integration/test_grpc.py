@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 from transformers import AutoTokenizer
 
-from experts.checkpoint.checkpoint import resolve_folder
+from experts.checkpoint.stored import resolve_folder
 from router.client import AsyncClient, Client, Message, Sampling
 from router.protos import inference_pb2, inference_pb2_grpc
 from tests.cluster_fixture import (

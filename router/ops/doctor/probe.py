@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 from cluster.errors import CheckpointMissingError, ExpertMeshError
 from cluster.native.built import native
-from experts.checkpoint.checkpoint import resolve_folder
+from experts.checkpoint.stored import resolve_folder
 from router.config import AppConfig, parse_deployment, read_document
 from router.ops.doctor import doctor, machine
 from router.ops.doctor.doctor import Check, Devices, Installed

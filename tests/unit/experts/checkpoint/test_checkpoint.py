@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import CheckpointError
-from experts.checkpoint.checkpoint import open_checkpoint, resolve_folder
+from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.shards import PICKLE_SUFFIXES
+from experts.checkpoint.stored import resolve_folder
 from experts.families.registry import FAMILIES
 
 CONFIG: dict[str, Any] = {

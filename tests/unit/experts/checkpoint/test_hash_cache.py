@@ -15,10 +15,11 @@ import pytest
 from blake3 import blake3
 
 from experts.checkpoint import hash_cache, hashes, identity
-from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint, resolve_folder
+from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.hash_cache import BESIDE, keep, place_of, read_kept
 from experts.checkpoint.hashing import Watch
 from experts.checkpoint.identity import identity_of
+from experts.checkpoint.stored import resolve_folder
 from tests.checkpoints import save_mixtral
 from tests.unit.experts.checkpoint.changed_files import flip_in_tensor, replace
 

@@ -11,8 +11,9 @@ from blake3 import blake3
 
 from cluster.errors import CheckpointError
 from experts.checkpoint import hashes, hashing
-from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_range
+from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.hashing import hash_tensors
+from experts.checkpoint.stored import read_range
 from tests.checkpoints import save_mixtral
 from tests.unit.experts.checkpoint.changed_files import flip, replace
 

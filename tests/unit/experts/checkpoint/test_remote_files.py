@@ -21,12 +21,13 @@ from cluster.spec import ModelExperts, ModelSource
 from experts.checkpoint import hashes, peers, remote_files
 from experts.checkpoint import identity as identity_module
 from experts.checkpoint import remote_reader as reader_module
-from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_range
+from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.expert_weights import load_expert
 from experts.checkpoint.hash_cache import BESIDE
 from experts.checkpoint.identity import hash_table_of, identity_of
 from experts.checkpoint.remote_files import Neighbours, open_model
 from experts.checkpoint.remote_reader import CheckpointReader, SmallFile
+from experts.checkpoint.stored import read_range
 from router.gateway.models import load_models
 from router.gateway.tokenizer import Tokenizer
 from router.model.model import load_dense

@@ -15,10 +15,11 @@ from cluster.errors import CheckpointError
 from experts.bank import GatedFfnExpert
 from experts.checkpoint import checkpoint as checkpoint_module
 from experts.checkpoint import hashes, identity
-from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_range
+from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.expert_weights import load_expert
 from experts.checkpoint.identity import hash_table_of, identity_of
 from experts.checkpoint.remote_files import open_model
+from experts.checkpoint.stored import read_range
 from experts.compute.ffn import ACTIVATIONS
 from router.model.model import load_dense
 from tests.checkpoints import save_mixtral

@@ -1,0 +1,133 @@
+"""Opening the folder of a mixture: ``mixture.yaml`` and the files that it names.
+
+Each file counts as one tensor of bytes, so that hashes, their cache and the readers of other nodes
+are those of checkpoints. No file but ``mixture.yaml`` is read when a mixture is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from cluster.errors import CheckpointError, shown
+from experts.checkpoint.shard_file import Stamp, stamp_of_file
+from experts.checkpoint.shards import TensorInfo
+from experts.checkpoint.stored import RemoteFiles, Stored, read_range
+from experts.mixture.parts import MIXTURE_FILE, OnnxExpert, ScoringGate
+from experts.mixture.spec import MixtureSpec
+
+MAX_SPEC_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture(Stored):
+    """An opened mixture; ``tensors`` are its files by their paths, as bytes."""
+
+    spec: MixtureSpec
+
+    def file(self, name: str) -> bytes:
+        """Return a whole file, every byte of it verified where there are hashes.
+
+        Raises :class:`CheckpointError` as :func:`experts.checkpoint.stored.read_into` does.
+        """
+        if self.remote is not None:
+            return bytes(self.remote.tensor(name))
+        return read_range(self, name, 0, self.tensors[name].num_bytes)
+
+
+def is_mixture(folder: Path) -> bool:
+    """Return whether a folder of this node is that of a mixture."""
+    return (folder / MIXTURE_FILE).is_file()
+
+
+def open_mixture(folder: Path) -> Mixture:
+    """Read ``mixture.yaml`` and check that its files are there.
+
+    Raises :class:`CheckpointError`, whose field is the file, for a wrong or too long
+    ``mixture.yaml`` and for a file that is missing, empty or no file.
+    """
+    file = folder / MIXTURE_FILE
+    if stamp_of_file(file).num_bytes > MAX_SPEC_BYTES:
+        raise CheckpointError(f"has more than {MAX_SPEC_BYTES} bytes", str(file))
+    stamps: dict[str, Stamp] = {}
+
+    def sizes(names: tuple[str, ...]) -> dict[str, int]:
+        for name in names:
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{MIXTURE_FILE} names a missing file", str(folder / name))
+            stamps[name] = stamp_of_file(folder / name)
+        return {name: stamp.num_bytes for name, stamp in stamps.items()}
+
+    return replace(mixture_of(folder, file.read_bytes(), sizes), stamps=stamps)
+
+
+def mixture_of(
+    folder: Path,
+    text: bytes,
+    sizes: Callable[[tuple[str, ...]], Mapping[str, int]],
+    remote: RemoteFiles | None = None,
+) -> Mixture:
+    """Check the text of a ``mixture.yaml``; ``sizes`` returns the bytes of the files that it names.
+
+    Raises :class:`CheckpointError` as :func:`open_mixture` does.
+    """
+    spec = parse_spec(text, folder / MIXTURE_FILE)
+    tensors: dict[str, TensorInfo] = {}
+    for name, num_bytes in sizes(files_of(spec)).items():
+        if not num_bytes:
+            raise CheckpointError("the file is empty", str(folder / name))
+        tensors[name] = TensorInfo(name, (num_bytes,), "U8", 0, num_bytes)
+    return Mixture(folder, spec.model_dump(mode="json"), tensors, spec, remote=remote)
+
+
+def files_of(spec: MixtureSpec) -> tuple[str, ...]:
+    """Return the files that a mixture names, each once, sorted."""
+    gates = (gate.file for gate in spec.gates.values() if isinstance(gate, ScoringGate))
+    experts = (expert.file for expert in spec.experts.values())
+    data = (n for e in spec.experts.values() if isinstance(e, OnnxExpert) for n in e.data)
+    return tuple(sorted({*gates, *experts, *data}))
+
+
+def parse_spec(text: bytes, file: Path) -> MixtureSpec:
+    """Return the checked content of a ``mixture.yaml``.
+
+    Raises :class:`CheckpointError`, whose field has the file and the key, for text that is no
+    YAML, a key that is there twice, and a wrong value.
+    """
+    try:
+        content = yaml.load(text, _UniqueKeysLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f" in line {mark.line + 1}"
+        reason = getattr(error, "problem", None) or type(error).__name__
+        raise CheckpointError(f"is not YAML{place}: {reason}", str(file)) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"must be a mapping (given: {shown(content)})", str(file))
+    try:
+        return MixtureSpec.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise CheckpointError(message, f"{file}: {key}" if key else str(file)) from None
+
+
+class _UniqueKeysLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which otherwise keeps the last of several equal keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key_node.value!r:.80} is there twice",
+                        key_node.start_mark,
+                    )  # fmt: skip
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
