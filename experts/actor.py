@@ -35,7 +35,16 @@ from cluster.errors import (
 from cluster.spec import EMULATED, ActorReport, ActorSpec, ExpertKey
 from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.transport.stream.server import StreamServer
-from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, Parts, RowsFrame, decode, encode
+from cluster.wire.frames import (
+    Buffer,
+    DispatchFrame,
+    ErrorFrame,
+    Parts,
+    RowsFrame,
+    Shape,
+    decode,
+    encode,
+)
 from cluster.wire.tensors import TORCH_DTYPES
 from experts.bank import Expert, ExpertBank, GatedFfnExpert
 from experts.checkpoint.checkpoint import Checkpoint

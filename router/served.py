@@ -126,8 +126,9 @@ def inspect_models(
     """Open every configured model, and check that the pools can hold all experts.
 
     Reads headers of checkpoints and all experts of mixtures, and what ``identify`` reads: by
-    default every byte where no current hashes are kept. ``neighbours``, if given, read a checkpoint that is not on this node. Raises
-    :class:`ConfigError` or :class:`CheckpointError` with the YAML path or the file.
+    default every byte where no current hashes are kept. ``neighbours``, if given, read a model that
+    is not on this node. Raises :class:`ConfigError` or :class:`CheckpointError` with the YAML path
+    or the file.
     """
     if config.experts.tls is not None:
         config.experts.tls.files().server_context(f"{root}.experts.tls")
