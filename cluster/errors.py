@@ -161,6 +161,12 @@ class NotFiniteError(ExpertMeshError):
     code = Code.INTERNAL
 
 
+class ExpertFailedError(ExpertMeshError):
+    """An expert of a mixture raised an error for some rows; ``field`` is its name."""
+
+    code = Code.INTERNAL
+
+
 class InternalError(ExpertMeshError):
     """A failure of ExpertMesh itself; the details are in the server's log alone."""
 
