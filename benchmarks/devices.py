@@ -41,7 +41,8 @@ def _recording_actor(recorded: list[Product], *arguments: Any) -> ExpertActor:
         def __init__(self, inner: Expert, key: ExpertKey) -> None:
             self._inner = inner
             self._key = key
-            self.num_bytes, self.hidden_size = inner.num_bytes, inner.hidden_size
+            self.num_bytes, self.row_shape = inner.num_bytes, inner.row_shape
+            self.takes = inner.takes
             self.dtype, self.device = inner.dtype, inner.device
             self.grouped = None  # each product is recorded
 

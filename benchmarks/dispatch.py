@@ -57,13 +57,14 @@ class IdentityExpert:
     """An expert that returns its input, as bytes where real ones get theirs as bytes."""
 
     num_bytes = 0
-    hidden_size = HIDDEN
+    row_shape = (HIDDEN,)
     dtype = torch.bfloat16
     device = torch.device("cpu")
 
     def __init__(self, like: GatedFfnExpert) -> None:
         """``like`` is a real one of the same rows."""
         self.grouped = None if like.grouped is None else _same_bytes
+        self.takes = like.takes
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the rows."""

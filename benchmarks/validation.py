@@ -52,9 +52,11 @@ def run(folder: Path) -> dict[str, float]:
     from router.gateway.openai.completions import parse_completion
     from router.gateway.tokenizer import Tokenizer
     from router.gateway.validate import Validator
-    from router.served import inspect_models
+    from router.served import inspect_models, language_models
 
-    [info] = inspect_models(parse_args({"models": [{"id": MODEL, "path": str(folder.resolve())}]}))
+    [info] = language_models(
+        inspect_models(parse_args({"models": [{"id": MODEL, "path": str(folder.resolve())}]}))
+    )
     tokenizer = Tokenized(Tokenizer.load(str(folder), info.eos_token_ids), TEXT)
     model = GatewayModel(info, cast("Tokenizer", tokenizer))
     validator = Validator({MODEL: model}, GatewayConfig())

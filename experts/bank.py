@@ -17,9 +17,14 @@ from typing import Any, Protocol
 
 import torch
 
-from cluster.errors import ExpertMeshError, FrameError, WrongPlacementError
+from cluster.errors import (
+    ExpertFailedError,
+    ExpertMeshError,
+    FrameError,
+    WrongPlacementError,
+)
 from cluster.spec import ExpertKey
-from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame
+from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame, Shape
 from cluster.wire.tensors import TORCH_DTYPES, from_bytes, to_bytes
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.amx_ffn import TiledFfn, compute_tiled
@@ -30,7 +35,7 @@ MOST_PIECES = 32
 
 
 class GatedFfnExpert:
-    """A loaded expert, its resident bytes, and the H, dtype and device of its rows."""
+    """A loaded expert, its resident bytes, and the shape, dtype and device of its rows."""
 
     def __init__(self, weights: GatedFfnWeights, act: Activation) -> None:
         """Take over ``weights``, which may be rearranged."""
@@ -38,9 +43,13 @@ class GatedFfnExpert:
         packed = self.ffn if isinstance(self.ffn, PackedFfn) else None
         self.num_bytes = weights.num_bytes if packed is None else packed.num_bytes
         self.grouped = _compute_tiled if isinstance(self.ffn, TiledFfn) else None
-        self.hidden_size = weights.down.shape[0]
+        self.row_shape: Shape = (weights.down.shape[0],)
         self.dtype = weights.down.dtype
         self.device = weights.down.device
+
+    def takes(self, row_shape: Shape) -> bool:
+        """See :class:`Expert`."""
+        return row_shape == self.row_shape
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [P, H] to rows [P, H]."""
@@ -62,10 +71,13 @@ def _compute_tiled(
 
 
 class Expert(Protocol):
-    """A loaded expert as the bank needs it; see :class:`GatedFfnExpert`."""
+    """A loaded expert as the bank needs it, such as :class:`GatedFfnExpert`.
+
+    ``row_shape`` is that of an input row; an axis of any length is -1.
+    """
 
     num_bytes: int
-    hidden_size: int
+    row_shape: Shape
     dtype: torch.dtype
     device: torch.device
 
@@ -74,8 +86,15 @@ class Expert(Protocol):
         """The function that computes several experts of this kind, equal for all of them."""
         ...
 
+    def takes(self, row_shape: Shape) -> bool:
+        """Return whether rows may have this shape."""
+        ...
+
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """Map rows [P, H] to rows [P, H]."""
+        """Map rows [P, ...] to rows [P, ...], of the same dtype and maybe of another shape.
+
+        Raises :class:`ExpertFailedError` where the expert itself cannot compute the rows.
+        """
         ...
 
 
@@ -96,6 +115,8 @@ class _Work:
     experts: list[Expert]
     results: list[torch.Tensor] | memoryview | None = None
     """The rows of each expert, or the bytes of all rows."""
+    failure: ExpertFailedError | None = None
+    """The error of an expert that cannot compute its rows of this frame."""
 
 
 _NO_LAYER = _Layer()
@@ -157,7 +178,8 @@ class ExpertBank:
         """Compute the rows of all frames, merged per expert; one answer per frame, in order.
 
         The answer to a frame for an expert that is not held is WrongPlacementError. The answer to a
-        frame whose rows do not fit its experts is FrameError. Other frames are not affected.
+        frame whose rows do not fit its experts is FrameError, and to a frame with rows that an
+        expert cannot compute ExpertFailedError. Other frames are not affected.
         """
         opened = [self._open(frame) for frame in frames]
         works = [work for work in opened if isinstance(work, _Work)]
@@ -167,22 +189,28 @@ class ExpertBank:
             with _inference():
                 _run_merged(works)
         for work in works:
+            if work.failure is not None:
+                continue
             counts, tokens = work.frame.num_tokens_per_expert, work.layer.tokens
             for expert_id, count in zip(work.frame.expert_ids, counts, strict=True):
                 tokens[expert_id] += count
-        return [_rows_frame(work) if isinstance(work, _Work) else work for work in opened]
+        return [_answer(work) if isinstance(work, _Work) else work for work in opened]
 
     def _open(self, frame: DispatchFrame) -> _Work | ErrorFrame:
         layer = self._layers.get((frame.model, frame.layer_id), _NO_LAYER)
-        held, hidden_size, dtype = layer.experts, frame.hidden_size, TORCH_DTYPES[frame.dtype]
+        held, shape, dtype = layer.experts, frame.row_shape, TORCH_DTYPES[frame.dtype]
         experts: list[Expert] = []
         for expert_id in frame.expert_ids:
             expert = held.get(expert_id)
-            if expert is None or expert.hidden_size != hidden_size or expert.dtype != dtype:
+            if expert is None or expert.dtype != dtype or not _fits(expert, shape):
                 error = _misfit(frame, expert_id, expert)
                 return ErrorFrame(frame.request_id, type(error).__name__, error)
             experts.append(expert)
         return _Work(frame, layer, experts)
+
+
+def _fits(expert: Expert, row_shape: Shape) -> bool:
+    return expert.row_shape == row_shape or expert.takes(row_shape)
 
 
 def _misfit(frame: DispatchFrame, expert_id: int, expert: Expert | None) -> ExpertMeshError:
@@ -191,9 +219,9 @@ def _misfit(frame: DispatchFrame, expert_id: int, expert: Expert | None) -> Expe
         return WrongPlacementError(
             f"expert {expert_id} of layer {frame.layer_id} is not held here", frame.model
         )
-    if frame.hidden_size != expert.hidden_size:
+    if not expert.takes(frame.row_shape):
         return FrameError(
-            f"must be {expert.hidden_size} (given: {frame.hidden_size})", "frame.hidden_size"
+            f"must be {list(expert.row_shape)} (given: {list(frame.row_shape)})", "frame.row_shape"
         )
     return FrameError(f"must be {expert.dtype} (given: {frame.dtype})", "frame.dtype")
 
@@ -215,44 +243,71 @@ def _run_lone(work: _Work) -> None:
     if work.results is None:
         with _inference():
             pieces = _pieces_of(work)
-            work.results = [run(rows) for run, rows in zip(work.experts, pieces, strict=True)]
+            try:
+                work.results = [run(rows) for run, rows in zip(work.experts, pieces, strict=True)]
+            except ExpertFailedError as failure:
+                work.failure = failure
+
+
+@dataclass(slots=True)
+class _Input:
+    """The rows of one frame for one expert; the expert's results replace them in ``pieces``."""
+
+    work: _Work
+    pieces: list[torch.Tensor]
+    index: int
+
+    @property
+    def rows(self) -> torch.Tensor:
+        return self.pieces[self.index]
 
 
 def _run_merged(works: Sequence[_Work]) -> None:
     """Run each expert once over its rows of all frames."""
-    waiting: dict[tuple[int, int], list[tuple[list[torch.Tensor], int, Expert]]] = {}
+    waiting: dict[tuple[int, int, Shape], list[_Input]] = {}
     for work in works:
-        # An expert's results replace its rows in this list.
         work.results = pieces = _pieces_of(work)
-        experts = zip(work.frame.expert_ids, work.experts, strict=True)
-        for index, (expert_id, expert) in enumerate(experts):
-            key = id(work.layer), expert_id
-            waiting.setdefault(key, []).append((pieces, index, expert))
+        for index, expert_id in enumerate(work.frame.expert_ids):
+            key = id(work.layer), expert_id, work.frame.row_shape
+            waiting.setdefault(key, []).append(_Input(work, pieces, index))
     for inputs in waiting.values():
-        rows = [pieces[index] for pieces, index, _ in inputs]
-        joined = torch.cat(rows) if len(rows) > 1 else rows[0]
-        outputs = inputs[0][2](joined).split([piece.shape[0] for piece in rows])
-        for (pieces, index, _), output in zip(inputs, outputs, strict=True):
-            pieces[index] = output
+        expert = inputs[0].work.experts[inputs[0].index]
+        try:
+            _run_together(expert, inputs)
+        except ExpertFailedError:
+            for alone in inputs:  # the rows of other frames may be fine
+                try:
+                    _run_together(expert, [alone])
+                except ExpertFailedError as failure:
+                    alone.work.failure = failure
+
+
+def _run_together(expert: Expert, inputs: Sequence[_Input]) -> None:
+    rows = [given.rows for given in inputs]
+    joined = torch.cat(rows) if len(rows) > 1 else rows[0]
+    outputs = expert(joined).split([piece.shape[0] for piece in rows])
+    for given, output in zip(inputs, outputs, strict=True):
+        given.pieces[given.index] = output
 
 
 def _pieces_of(work: _Work) -> list[torch.Tensor]:
     """Return the rows of each expert of a frame."""
     frame, device = work.frame, work.experts[0].device
-    rows = from_bytes(frame.rows, frame.dtype, frame.num_rows, frame.hidden_size)
+    rows = from_bytes(frame.rows, frame.dtype, frame.num_rows, frame.row_shape)
     if device.type != "cpu":
         rows = rows.to(device)  # all of them in one copy
     return list(rows.split_with_sizes(frame.num_tokens_per_expert))
 
 
-def _rows_frame(work: _Work) -> RowsFrame:
+def _answer(work: _Work) -> RowsFrame | ErrorFrame:
     frame, results = work.frame, work.results
+    if work.failure is not None:
+        return ErrorFrame(frame.request_id, type(work.failure).__name__, work.failure)
     assert results is not None
-    rows: tuple[Buffer, ...]
     if isinstance(results, memoryview):
-        rows = (results,)
-    else:
-        if len(results) > MOST_PIECES or not results[0].is_cpu:
-            results = [torch.cat(results)]
-        rows = tuple([to_bytes(piece) for piece in results])
-    return RowsFrame(frame.request_id, frame.num_rows, frame.hidden_size, frame.dtype, rows)
+        return RowsFrame(frame.request_id, frame.num_rows, frame.row_shape, frame.dtype, (results,))
+    shape = tuple(results[0].shape[1:])
+    if len(results) > MOST_PIECES or not results[0].is_cpu:
+        results = [torch.cat(results)]
+    rows = tuple([to_bytes(piece) for piece in results])
+    return RowsFrame(frame.request_id, frame.num_rows, shape, frame.dtype, rows)

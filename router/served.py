@@ -137,7 +137,7 @@ def inspect_models(
         for i, model in enumerate(config.models)
     ]
     emulated = config.experts.emulated_pools
-    served = [_with_identity(_of_pools(model, emulated), config) for model in served]
+    served = [with_identity(_of_pools(model, emulated), config) for model in served]
     pools = pool_specs(config.experts, served)
     assign_experts(
         [model.source.experts for model in served],
@@ -146,6 +146,11 @@ def inspect_models(
         config.experts.min_copies,
     )
     return served
+
+
+def language_models(served: Sequence[Served]) -> list[ServedModel]:
+    """Return the served language models."""
+    return [model for model in served if isinstance(model, ServedModel)]
 
 
 def pool_specs(experts: ExpertsConfig, models: Sequence[Served]) -> tuple[PoolSpec, ...]:
@@ -253,7 +258,7 @@ def _of_pools(model: Served, emulated: Sequence[str]) -> Served:
     return replace(model, source=replace(source, experts=experts))
 
 
-def _with_identity(model: Served, config: AppConfig) -> Served:
+def with_identity(model: Served, config: AppConfig) -> Served:
     """Return a model with a hash of its content and of the settings that can change an answer.
 
     With the files of a language model's text: a request whose prompt is tokenised anew does not go

@@ -105,7 +105,10 @@ def load_banks(
         for key in keys:
             if emulation is not None:
                 hidden_size = checkpoint.shape.hidden_size
-                bank.hold(key, EmulatedExpert(emulation, hidden_size, TORCH_DTYPES[dtype]))
+                bank.hold(
+                    key,
+                    EmulatedExpert(emulation, (hidden_size,), (hidden_size,), TORCH_DTYPES[dtype]),
+                )
                 continue
             weights = load_expert(
                 checkpoint, key.layer_id, key.expert_id, TORCH_DTYPES[dtype], torch.device("cpu")

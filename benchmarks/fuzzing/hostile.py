@@ -189,11 +189,11 @@ class Wires:
             DispatchFrame(
                 request_id=1,
                 num_rows=3,
-                hidden_size=size,
                 epoch=1,
                 placement_version=1,
                 time_left_s=60,
                 layer_id=layer_id,
+                row_shape=(size,),
                 model=held,
                 expert_ids=(expert_id,),
                 num_tokens_per_expert=(3,),

@@ -28,7 +28,7 @@ from router.gateway.tokenizer import Tokenizer
 from router.gateway.validate import Validator
 from router.protos import inference_pb2
 from router.protos.errors import GRPC_CODES, error_from_grpc, grpc_error
-from router.served import inspect_models
+from router.served import inspect_models, language_models
 
 MODEL = "mesh-tiny"
 Parse = Callable[[dict[str, Any], Validator, str], object]
@@ -58,7 +58,9 @@ CHATS: tuple[dict[str, Any], ...] = (
 def service() -> GenerationService:
     """Return a gateway's service for the bundled model; nothing is behind it."""
     folder = Path(deploy.__file__).parent / "models" / MODEL
-    [info] = inspect_models(parse_args({"models": [{"id": MODEL, "path": str(folder)}]}))
+    [info] = language_models(
+        inspect_models(parse_args({"models": [{"id": MODEL, "path": str(folder)}]}))
+    )
     model = GatewayModel(info, Tokenizer.load(str(folder), info.eos_token_ids))
     upstream: Any = None
     return GenerationService({MODEL: model}, GatewayConfig(), upstream, Metrics())

@@ -41,9 +41,11 @@ _START = struct.Struct("<QQ")
 ROWS = np.arange(12, dtype=np.float32).tobytes()
 CONTEXT = f"00-{'a' * 32}-{'b' * 16}-01"
 FRAMES: tuple[Frame, ...] = (
-    DispatchFrame(7, 3, 4, 1, 2, 2e9, 3, "tiny", (0, 5), (2, 1), "float32", ROWS),
-    DispatchFrame(8, 6, 1, 1, 2, 2e9, 0, "é", (1, 2, 9), (1, 2, 3), "float16", ROWS[:12], CONTEXT),
-    RowsFrame(7, 2, 3, "bfloat16", (ROWS[:12],)),
+    DispatchFrame(7, 3, 1, 2, 2e9, 3, (4,), "tiny", (0, 5), (2, 1), "float32", ROWS),
+    DispatchFrame(
+        8, 6, 1, 2, 2e9, 0, (1, 1), "é", (1, 2, 9), (1, 2, 3), "float16", ROWS[:12], CONTEXT
+    ),
+    RowsFrame(7, 2, (3,), "bfloat16", (ROWS[:12],)),
     ErrorFrame(7, "OverloadedError", OverloadedError("full", "queue", 0.01)),
     ErrorFrame(7, "WrongPlacementError", WrongPlacementError("not here", "tiny")),
 )
@@ -75,7 +77,7 @@ def _decode(data: bytes) -> None:
         assert found.error.retry_after_s is None or 0 <= found.error.retry_after_s < 1e6
         return
     assert not isinstance(again, ErrorFrame)
-    rows = from_bytes(_rows_of(found), found.dtype, found.num_rows, found.hidden_size)
+    rows = from_bytes(_rows_of(found), found.dtype, found.num_rows, found.row_shape)
     assert bytes(to_bytes(rows)) == _rows_of(found) == _rows_of(again)
 
 

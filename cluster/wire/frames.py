@@ -8,7 +8,7 @@ in place. The body of an error frame is msgpack. All numbers are little-endian.
 Encoding returns the parts unjoined, so that rows are not copied to be sent. Decoding compares every
 length with the bytes that have come before it takes memory, and unpickles nothing.
 
-Dimension letters: E experts of a frame, P its (token, expert) pairs, H hidden size.
+Dimension letters: E experts of a frame, P its (token, expert) pairs, A axes of a row.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import re
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import msgpack
 
 from cluster.errors import (
     Code,
+    ExpertFailedError,
     ExpertMeshError,
     FrameError,
     WrongPlacementError,
@@ -31,11 +33,16 @@ from cluster.errors import (
 )
 from cluster.spec import FRAME_VERSION
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 MAX_ERROR_BYTES = 1 << 16
 MAX_RETRY_AFTER_S = 86_400.0
 ALIGNMENT = 16
 DISPATCH_KIND, ROWS_KIND, ERROR_KIND = 1, 2, 3
+
+
+def _padded(fields: str) -> struct.Struct:
+    return struct.Struct(f"{fields}{-struct.calcsize(fields) % ALIGNMENT}x")
+
 
 # The fields of all headers. Any change to them is another FRAME_VERSION, whose place never changes.
 _START = struct.Struct(
@@ -43,40 +50,43 @@ _START = struct.Struct(
     "H"  # version
     "B"  # kind
     "B"  # dtype, by _DTYPE_CODES; 0 in an error frame
+    "B"  # A; 0 in an error frame
     "H"  # E; 0 in other than dispatch frames
     "B"  # bytes of the model's name; likewise
     "B"  # bytes of the trace context; likewise, and in a frame that is not traced
 )
-_ROWS = struct.Struct(
+_ROWS = (
     f"{_START.format}"
     "Q"  # request id
     "I"  # P
-    "I"  # H
-    "8x"
+    "{0}I"  # axes of a row
 )
 _DISPATCH = (
     f"{_START.format}"
     "Q"  # request id
     "I"  # P
-    "I"  # H
     "Q"  # epoch
     "Q"  # placement version
     "d"  # time left, seconds
     "I"  # layer id
-    "{0}H"  # expert ids
-    "{0}I"  # rows of each expert
-    "{1}s"  # the model's name
-    "{2}s"  # trace context
+    "{0}I"  # axes of a row
+    "{1}H"  # expert ids
+    "{1}I"  # rows of each expert
+    "{2}s"  # the model's name
+    "{3}s"  # trace context
 )
-_ERROR = struct.Struct(
+_ERROR = _padded(
     f"{_START.format}Q"  # request id
 )
-_START_END, _ROWS_END, _DISPATCH_END = 6, 9, 13
+_START_END, _ROWS_END, _DISPATCH_END = 7, 9, 13
 """Among a header's fields: the ends of the start, and of the numbers behind it."""
-_DTYPE_CODES = {"float32": 1, "bfloat16": 2, "float16": 3}
+MAX_AXES = 4
+"""The most axes of one row."""
+_DTYPE_CODES = {"float32": 1, "bfloat16": 2, "float16": 3, "float64": 4}
 _DTYPES = {code: dtype for dtype, code in _DTYPE_CODES.items()}
 
 Buffer = bytes | memoryview
+Shape = tuple[int, ...]
 Parts = tuple[Buffer, ...]
 """The bytes of one frame in pieces, to be sent one after the other."""
 
@@ -85,7 +95,7 @@ Parts = tuple[Buffer, ...]
 class DispatchFrame(NamedTuple):
     """One layer's token rows for the experts of one actor.
 
-    ``rows`` are P×H values of ``dtype``, row-major, little-endian, grouped by expert: the first
+    ``rows`` are P×``row_shape`` values of ``dtype``, little-endian, grouped by expert: the first
     ``num_tokens_per_expert[0]`` rows are for ``expert_ids[0]``, and so on. A token that two experts
     of the actor take is there twice, so that each expert's rows lie together as its product wants
     them. The answer has one row per pair in the same order. An actor may drop
@@ -95,11 +105,11 @@ class DispatchFrame(NamedTuple):
 
     request_id: int
     num_rows: int
-    hidden_size: int
     epoch: int
     placement_version: int
     time_left_s: float
     layer_id: int
+    row_shape: Shape
     model: str
     expert_ids: tuple[int, ...]
     num_tokens_per_expert: tuple[int, ...]
@@ -109,14 +119,14 @@ class DispatchFrame(NamedTuple):
 
 
 class RowsFrame(NamedTuple):
-    """An actor's answer: P×H unweighted output rows of ``dtype``, in the order of the pairs.
+    """An actor's answer: P unweighted output rows of ``dtype``, in the order of the pairs.
 
     They may be in several pieces, which are sent one after the other; received they are one.
     """
 
     request_id: int
     num_rows: int
-    hidden_size: int
+    row_shape: Shape
     dtype: str
     rows: Parts
 
@@ -132,7 +142,7 @@ class ErrorFrame:
 
 Frame = DispatchFrame | RowsFrame | ErrorFrame
 _ERROR_KEYS = {"code", "message", "field", "retry_after_s"}
-_KNOWN_ERRORS = {cls.__name__: cls for cls in (WrongPlacementError, FrameError)}
+_KNOWN_ERRORS = {cls.__name__: cls for cls in (WrongPlacementError, FrameError, ExpertFailedError)}
 
 
 def encode(frame: Frame) -> Parts:
@@ -143,24 +153,26 @@ def encode(frame: Frame) -> Parts:
     if isinstance(frame, DispatchFrame):
         return _dispatch_header(frame), frame.rows
     if isinstance(frame, RowsFrame):
-        code = _DTYPE_CODES[frame.dtype]
-        header = _ROWS.pack(
-            FRAME_VERSION, ROWS_KIND, code, 0, 0, 0, *frame[: _ROWS_END - _START_END]
+        request_id, num_rows, shape, dtype, rows = frame
+        num_axes, code = len(shape), _DTYPE_CODES[dtype]
+        header = _rows(num_axes).pack(
+            FRAME_VERSION, ROWS_KIND, code, num_axes, 0, 0, 0, request_id, num_rows, *shape
         )
-        return header, *frame.rows
-    header = _ERROR.pack(FRAME_VERSION, ERROR_KIND, 0, 0, 0, 0, frame.request_id)
+        return header, *rows
+    header = _ERROR.pack(FRAME_VERSION, ERROR_KIND, 0, 0, 0, 0, 0, frame.request_id)
     return (header + msgpack.packb((frame.kind, frame.error.to_wire())),)
 
 
 def _dispatch_header(frame: DispatchFrame) -> bytes:
     name, trace = frame.model.encode(), (frame.traceparent or "").encode()
-    sizes = len(frame.expert_ids), len(name), len(trace)
+    sizes = len(frame.row_shape), len(frame.expert_ids), len(name), len(trace)
     return _dispatch(*sizes).pack(
         FRAME_VERSION,
         DISPATCH_KIND,
         _DTYPE_CODES[frame.dtype],
         *sizes,
         *frame[: _DISPATCH_END - _START_END],
+        *frame.row_shape,
         *frame.expert_ids,
         *frame.num_tokens_per_expert,
         name,
@@ -169,10 +181,15 @@ def _dispatch_header(frame: DispatchFrame) -> bytes:
 
 
 @lru_cache(1024)
-def _dispatch(num_experts: int, name_bytes: int, trace_bytes: int) -> struct.Struct:
+def _dispatch(num_axes: int, num_experts: int, name_bytes: int, trace_bytes: int) -> struct.Struct:
     """Return the layout of a dispatch frame's header, padded to where its rows begin."""
-    fields = _DISPATCH.format(num_experts, name_bytes, trace_bytes)
-    return struct.Struct(f"{fields}{-struct.calcsize(fields) % ALIGNMENT}x")
+    return _padded(_DISPATCH.format(num_axes, num_experts, name_bytes, trace_bytes))
+
+
+@lru_cache
+def _rows(num_axes: int) -> struct.Struct:
+    """Return the layout of a rows frame's header, padded to where its rows begin."""
+    return _padded(_ROWS.format(num_axes))
 
 
 def joined(parts: Parts) -> Buffer:
@@ -191,13 +208,13 @@ def decode(data: Buffer) -> Frame:
     num_bytes = len(view)
     if num_bytes < _START.size:
         raise _cut_off(num_bytes, _START.size)
-    version, kind, dtype_code, num_experts, name_bytes, trace_bytes = _START.unpack_from(view)
+    version, kind, dtype_code, num_axes, *sizes = _START.unpack_from(view)
     if version != FRAME_VERSION:
         raise FrameError(f"version {version}; this build reads {FRAME_VERSION}", "frame")
     if kind == DISPATCH_KIND:
-        header = _dispatch(num_experts, name_bytes, trace_bytes)
+        header = _dispatch(num_axes, *sizes)
     elif kind == ROWS_KIND:
-        header = _ROWS
+        header = _rows(num_axes)
     elif kind == ERROR_KIND:
         return _decode_error(view)
     else:
@@ -209,19 +226,24 @@ def decode(data: Buffer) -> Frame:
     dtype = _DTYPES.get(dtype_code)
     if dtype is None:
         raise FrameError(f"unknown dtype {dtype_code}", "frame.dtype")
-    _, num_rows, hidden_size = fields[_START_END:_ROWS_END]
-    rows_bytes = num_rows * hidden_size * DTYPE_BYTES[dtype]
+    if not 0 < num_axes <= MAX_AXES:
+        raise FrameError(f"must have 1 to {MAX_AXES} axes (given: {num_axes})", "frame.row_shape")
+    numbers_end = _ROWS_END if kind == ROWS_KIND else _DISPATCH_END
+    shape_end = numbers_end + num_axes
+    num_rows, shape = fields[_START_END + 1], fields[numbers_end:shape_end]
+    rows_bytes = num_rows * prod(shape) * DTYPE_BYTES[dtype]
     if num_bytes - begin != rows_bytes or not rows_bytes:
         raise FrameError(
-            f"must be {num_rows} x {hidden_size} values of {dtype} "
+            f"must be {num_rows} rows of {' x '.join(map(str, shape))} values of {dtype} "
             f"(given: {num_bytes - begin} bytes)",
             "frame.rows",
         )
     rows = view[begin:]
     if kind == ROWS_KIND:
-        return tuple.__new__(RowsFrame, (*fields[_START_END:_ROWS_END], dtype, (rows,)))
-    counts_begin = _DISPATCH_END + num_experts
-    expert_ids, counts = fields[_DISPATCH_END:counts_begin], fields[counts_begin:-2]
+        return tuple.__new__(RowsFrame, (*fields[_START_END:_ROWS_END], shape, dtype, (rows,)))
+    num_experts, _, trace_bytes = sizes
+    counts_begin = shape_end + num_experts
+    expert_ids, counts = fields[shape_end:counts_begin], fields[counts_begin:-2]
     if len(set(expert_ids)) != num_experts:
         raise FrameError("must differ from each other", "frame.expert_ids")
     if not all(counts) or sum(counts) != num_rows:
@@ -232,6 +254,7 @@ def decode(data: Buffer) -> Frame:
         DispatchFrame,
         (
             *fields[_START_END:_DISPATCH_END],
+            shape,
             _model(fields[-2]),
             expert_ids,
             counts,

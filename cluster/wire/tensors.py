@@ -1,11 +1,12 @@
 """Tensors as raw bytes and back, without pickle.
 
-Dimension letters: N rows, H hidden size.
+Dimension letter: N rows.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,11 +17,12 @@ TORCH_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "float64": torch.float64,
 }
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 # numpy, which has no bfloat16, moves small lots of rows in a fraction of torch's time.
-_RAW_DTYPES = {2: torch.int16, 4: torch.int32}
+_RAW_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Received bytes are read-only and nobody writes to them; torch warns about it on first use.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -61,9 +63,11 @@ def to_ids(ids: torch.Tensor) -> np.ndarray:
     return np.frombuffer(to_bytes(whole), np.int64).reshape(ids.shape)
 
 
-def from_bytes(data: bytes | memoryview, dtype: str, num_rows: int, size: int) -> torch.Tensor:
-    """Return an [N, H] tensor over ``data`` without a copy; it must not be written to."""
-    return torch.frombuffer(data, dtype=TORCH_DTYPES[dtype]).view(num_rows, size)
+def from_bytes(
+    data: bytes | memoryview, dtype: str, num_rows: int, row_shape: Sequence[int]
+) -> torch.Tensor:
+    """Return a tensor [N, *row_shape] over ``data`` without a copy; it must not be written to."""
+    return torch.frombuffer(data, dtype=TORCH_DTYPES[dtype]).view(num_rows, *row_shape)
 
 
 def to_raw(rows: torch.Tensor) -> np.ndarray:

@@ -3,7 +3,7 @@
 With emulated experts a machine without accelerators measures a deployment over many devices. The
 actor's queue stands for the device's, and an expert sleeps instead of using a core.
 
-Dimension letters: P rows of one expert, H hidden size.
+Dimension letter: P rows of one expert.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 
 from cluster.spec import Emulation
+from cluster.wire.frames import Shape
 
 
 class EmulatedExpert:
@@ -28,17 +29,31 @@ class EmulatedExpert:
     def __init__(
         self,
         emulation: Emulation,
-        hidden_size: int,
+        row_shape: Shape,
+        answer_shape: Shape,
         dtype: torch.dtype,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Accept rows of ``hidden_size`` values of ``dtype``; ``sleep`` waits for seconds."""
+        """Map rows of ``row_shape`` and ``dtype`` to ``answer_shape``; ``sleep`` waits for seconds.
+
+        The first axis of either shape may be -1, the length of the rows' sequences.
+        """
         self._emulation = emulation
         self._sleep = sleep
-        self.hidden_size = hidden_size
+        self._answer_shape = answer_shape
+        self.row_shape = row_shape
         self.dtype = dtype
 
+    def takes(self, row_shape: Shape) -> bool:
+        """See :class:`experts.bank.Expert`."""
+        own = self.row_shape
+        if own[0] != -1:
+            return row_shape == own
+        return len(row_shape) == len(own) and row_shape[1:] == own[1:]
+
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return zeros for rows [P, H] after the emulated time."""
+        """Return zeros for rows [P, ...] after the emulated time."""
         self._sleep(self._emulation.product_s(rows.shape[0]))
-        return torch.zeros_like(rows)
+        steps = rows.shape[1]  # taken only where the rows are sequences
+        shape = [steps if axis == -1 else axis for axis in self._answer_shape]
+        return rows.new_zeros(rows.shape[0], *shape)

@@ -24,6 +24,7 @@ import torch
 
 from cluster.errors import (
     Code,
+    ExpertFailedError,
     ExpertMeshError,
     ExpertUnavailableError,
     FrameError,
@@ -37,6 +38,7 @@ from cluster.wire.frames import (
     DispatchFrame,
     ErrorFrame,
     RowsFrame,
+    Shape,
     decode,
     encode,
     joined,
@@ -58,6 +60,11 @@ MAX_REFUSALS = 3
 logger = logging.getLogger("expertmesh.dispatch")
 
 
+def as_sent(row_shape: Shape) -> Shape:
+    """Return the same shape: the experts of a language model map hidden states to their like."""
+    return row_shape
+
+
 class Dispatcher:
     """Dispatches the layers of one model; each router replica has one, used by one thread.
 
@@ -72,9 +79,11 @@ class Dispatcher:
         transport: Transport,
         suspect: Callable[[str, int], None],
         call_timeout_s: float,
+        answer_shape: Callable[[Shape], Shape] = as_sent,
     ) -> None:
         """``model`` is the model's key.
 
+        ``answer_shape`` returns the shape of an answer's row for that of a sent row.
         ``suspect`` is called with (actor_id, generation) of an actor that does not answer.
         """
         self._model = model
@@ -82,6 +91,7 @@ class Dispatcher:
         self._transport = transport
         self._suspect = suspect
         self._call_timeout_s = call_timeout_s
+        self._answer_shape = answer_shape
         self._request_ids = itertools.count(1)
         self._layouts = Layouts(model)
         self._was_placed = False
@@ -116,7 +126,7 @@ class Dispatcher:
         pairs: np.ndarray | None = None,
         traceparent: str | None = None,
     ) -> PendingLayer | None:
-        """Send hidden states [T, H] to the experts that the gate chose.
+        """Send hidden states [T, H], or other rows [T, ...], to the experts that the gate chose.
 
         Pair t * K + r is token t with expert ``topk_ids[t, r]``, int64 [T, K]. An expert gets its
         rows by rank, then by token, as transformers' eager experts do, since a row's bits depend on
@@ -132,6 +142,7 @@ class Dispatcher:
         layer = PendingLayer(
             layer_id=layer_id,
             rows=hidden_states if hidden_states.is_cpu else hidden_states.cpu(),
+            row_shape=tuple(hidden_states.shape[1:]),
             expert_ids=topk_ids.ravel(),
             k=topk_ids.shape[1],
             dtype=dtype_name(hidden_states.dtype),
@@ -267,7 +278,6 @@ class Dispatcher:
         # The rows of all parts are gathered at once; each part's rows are a slice of them.
         rows = gather(layer.rows, ordered, layer.k)
         row_bytes = len(rows) // len(ordered)
-        hidden_size = layer.rows.shape[1]
         calls: list[Call] = []
         begin = 0
         for part, has_other in zip(parts, others, strict=True):
@@ -277,11 +287,11 @@ class Dispatcher:
             frame = DispatchFrame(
                 next(self._request_ids),
                 len(pairs),
-                hidden_size,
                 placement.epoch,
                 placement.version,
                 timeout_s,
                 layer.layer_id,
+                layer.row_shape,
                 self._model,
                 expert_ids,
                 counts,
@@ -360,8 +370,11 @@ class Dispatcher:
         except FrameError as error:
             return self._damaged(part, error)
         if isinstance(answer, ErrorFrame):
+            if isinstance(answer.error, ExpertFailedError):
+                raise answer.error
             return self._refused(layer, part, answer)
-        expected = (sent.request_id, sent.num_rows, sent.hidden_size, sent.dtype)
+        shape = self._answer_shape(sent.row_shape)
+        expected = (sent.request_id, sent.num_rows, shape, sent.dtype)
         # All fields but the rows.
         if not isinstance(answer, RowsFrame) or answer[:-1] != expected:
             return self._damaged(part, "the answer does not belong to the call")

@@ -16,7 +16,7 @@ import torch
 
 from cluster.placement.placement import Placement
 from cluster.transport.base import CallFailure, PendingCalls
-from cluster.wire.frames import DispatchFrame
+from cluster.wire.frames import DispatchFrame, Shape
 from cluster.wire.tensors import from_bytes
 from router.moe.combine import ExpertRows
 from router.moe.permute import Part
@@ -59,11 +59,12 @@ class Failed(NamedTuple):
 class PendingLayer:
     """One layer that was sent and is not yet received.
 
-    Pair t * K + r is token t with the gate's choice of rank r. ``rows`` are [T, H].
+    Pair t * K + r is token t with the gate's choice of rank r. ``rows`` are [T, *row_shape].
     """
 
     layer_id: int
     rows: torch.Tensor
+    row_shape: Shape
     expert_ids: np.ndarray
     k: int
     dtype: str
@@ -97,7 +98,7 @@ class PendingLayer:
 
         Such rows are damaged, or the expert itself yields them.
         """
-        is_finite = self.rows.isfinite().all(dim=1).numpy()
+        is_finite = self.rows.isfinite().flatten(1).all(dim=1).numpy()
         damaged = [
             bool((is_finite[part.pairs // self.k] & ~self._finite_rows(rows)).any())
             for part, rows in zip(self.answered, self.received, strict=True)
@@ -110,8 +111,8 @@ class PendingLayer:
 
     def _finite_rows(self, received: ExpertRows) -> np.ndarray:
         """Return whether each row is finite, bool [P]."""
-        shape = len(received.pairs), self.rows.shape[1]
-        rows = from_bytes(received.rows, self.dtype, *shape)
+        num_rows = len(received.pairs)
+        rows = from_bytes(received.rows, self.dtype, num_rows, (-1,))
         return rows.isfinite().all(dim=1).numpy()
 
     def keep(self) -> None:

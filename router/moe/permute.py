@@ -217,8 +217,8 @@ def route(
 
 
 def gather(rows: torch.Tensor, ordered: np.ndarray, k: int) -> memoryview:
-    """Return the bytes of rows [T, H], permuted: the row of each pair's token."""
+    """Return the bytes of rows [T, ...], permuted: the row of each pair's token."""
     if native is not None:
-        row_bytes = rows.shape[1] * rows.itemsize
+        row_bytes = rows[0].nbytes
         return memoryview(native.gather(to_bytes(rows), ordered, k, row_bytes))
     return to_raw(rows).take(ordered // k, axis=0).data.cast("B")

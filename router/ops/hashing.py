@@ -16,7 +16,6 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.hashing import Watch
 from experts.checkpoint.identity import (
     LOGGED_BYTES,
@@ -25,6 +24,7 @@ from experts.checkpoint.identity import (
     identity_of,
     verify_hashes,
 )
+from experts.checkpoint.stored import Stored
 from router.ops.plan.sizes import format_size
 from router.served import check_file, headers_alone
 
@@ -36,7 +36,7 @@ _KEPT = {
 
 
 @contextmanager
-def hashing_bar(console: Console) -> Iterator[Callable[[Checkpoint], Watch]]:
+def hashing_bar(console: Console) -> Iterator[Callable[[Stored], Watch]]:
     """Show how far the hashing of checkpoints is; yields what makes the watch of a checkpoint.
 
     A terminal has a bar. Anything else gets a line for a checkpoint that takes long.
@@ -52,7 +52,7 @@ def hashing_bar(console: Console) -> Iterator[Callable[[Checkpoint], Watch]]:
         disable=not console.is_terminal,
     )
 
-    def watch_of(checkpoint: Checkpoint) -> Watch:
+    def watch_of(checkpoint: Stored) -> Watch:
         task = bar.add_task(checkpoint.folder.name, total=None, visible=False)
         is_begun = False
 
@@ -69,19 +69,19 @@ def hashing_bar(console: Console) -> Iterator[Callable[[Checkpoint], Watch]]:
         yield watch_of
 
 
-def checkpoints_of(file: Path) -> list[Checkpoint]:
+def checkpoints_of(file: Path) -> list[Stored]:
     """Check a deployment file as :func:`router.served.check_file` does; returns its checkpoints."""
-    opened: dict[Path, Checkpoint] = {}
+    opened: dict[Path, Stored] = {}
 
-    def collect(checkpoint: Checkpoint) -> str:
-        opened[checkpoint.folder] = checkpoint
-        return headers_alone(checkpoint)
+    def collect(stored: Stored) -> str:
+        opened[stored.folder] = stored
+        return headers_alone(stored)
 
     check_file(file, collect)
     return list(opened.values())
 
 
-def keep_hashes(checkpoints: Sequence[Checkpoint], console: Console) -> None:
+def keep_hashes(checkpoints: Sequence[Stored], console: Console) -> None:
     """Hash the checkpoints of which no current hashes are kept, before processes need them.
 
     Raises :class:`CheckpointError` for a file that cannot be read, or changes meanwhile.
@@ -100,7 +100,7 @@ def verify_file(file: Path, console: Console) -> tuple[list[str], list[Verificat
     verified: dict[Path, Verification] = {}
     with hashing_bar(console) as watch_of:
 
-        def verify(checkpoint: Checkpoint) -> str:
+        def verify(checkpoint: Stored) -> str:
             if checkpoint.folder not in verified:
                 done = verify_hashes(checkpoint, watch_of(checkpoint))
                 verified[checkpoint.folder] = done

@@ -86,7 +86,7 @@ def expected(folder: Path, rows: torch.Tensor) -> torch.Tensor:
 def rows_answer(data: bytes) -> torch.Tensor:
     answer = decode(data)
     assert isinstance(answer, RowsFrame), answer
-    return from_bytes(joined(answer.rows), answer.dtype, answer.num_rows, answer.hidden_size)
+    return from_bytes(joined(answer.rows), answer.dtype, answer.num_rows, answer.row_shape)
 
 
 def error_answer(data: bytes) -> ErrorFrame:
@@ -249,7 +249,8 @@ def test_experts_are_let_go_after_the_batch_under_way(
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"garbage", b"\xc1", b"".join(encode(RowsFrame(1, 1, 1, "float32", (bytes(4),))))]
+    "data",
+    [b"", b"garbage", b"\xc1", b"".join(encode(RowsFrame(1, 1, (1,), "float32", (bytes(4),))))],
 )
 def test_what_is_no_dispatch_frame_is_answered_by_a_frame_error(
     make: Callable[..., Actor], data: bytes

@@ -101,10 +101,10 @@ def frame_of(
         placement_version=1,
         model=MODEL,
         layer_id=layer_id,
+        row_shape=(rows.shape[1],),
         expert_ids=tuple(pairs),
         num_tokens_per_expert=tuple(len(rows_) for rows_ in pairs.values()),
         dtype=dtype_name(rows.dtype),
-        hidden_size=rows.shape[1],
         time_left_s=60,
         rows=bytes(to_bytes(rows[index])),
     )
@@ -112,7 +112,7 @@ def frame_of(
 
 def answer_rows(answer: RowsFrame | ErrorFrame) -> torch.Tensor:
     assert isinstance(answer, RowsFrame)
-    return from_bytes(joined(answer.rows), answer.dtype, answer.num_rows, answer.hidden_size)
+    return from_bytes(joined(answer.rows), answer.dtype, answer.num_rows, answer.row_shape)
 
 
 # Weights.
@@ -420,7 +420,7 @@ def test_an_expert_gets_its_rows_in_the_order_in_which_transformers_computes_the
     layers(0, hidden_states, ids, weights)
     seen: dict[int, torch.Tensor] = {}
     for frame in transport.frames:
-        rows = from_bytes(frame.rows, frame.dtype, frame.num_rows, frame.hidden_size)
+        rows = from_bytes(frame.rows, frame.dtype, frame.num_rows, frame.row_shape)
         parts = rows.split(list(frame.num_tokens_per_expert))
         seen |= dict(zip(frame.expert_ids, parts, strict=True))
     assert sorted(seen) == list(range(8))

@@ -29,7 +29,7 @@ from router.config import (
     parse_args,
 )
 from router.expert_config import PoolConfig, TlsConfig
-from router.served import ServedModel, _identity, check_file, inspect_models, pool_specs
+from router.served import ServedModel, check_file, inspect_models, pool_specs, with_identity
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 
 DEPLOY = Path(deploy.__file__).parent
@@ -346,13 +346,13 @@ def test_other_ends_or_another_tokenizer_are_another_identity_of_the_same_weight
 ) -> None:
     config = config_of(folder)
     [served] = inspect_models(config)
-    assert _identity(served, config) == served.identity
+    assert with_identity(served, config) == served
     for changed in (
         replace(served, text_identity="another tokenizer"),
         replace(served, eos_token_ids=(*served.eos_token_ids, 7)),
     ):
         assert changed.key == served.key
-        assert _identity(changed, config) != served.identity
+        assert with_identity(changed, config).identity != served.identity
 
 
 def test_without_pools_all_actors_are_of_one_kind(folder: Path) -> None:

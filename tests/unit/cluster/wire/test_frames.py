@@ -7,6 +7,7 @@ import struct
 import sys
 import time
 import tracemalloc
+from math import prod
 from typing import Any
 
 import msgpack
@@ -30,6 +31,7 @@ from cluster.wire.frames import (
     DISPATCH_KIND,
     DTYPE_BYTES,
     ERROR_KIND,
+    MAX_AXES,
     MAX_ERROR_BYTES,
     ROWS_KIND,
     DispatchFrame,
@@ -45,6 +47,7 @@ NUMBERS = st.integers(0, (1 << 64) - 1)
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=60)
 PLAIN_TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
 DTYPES = st.sampled_from(sorted(DTYPE_BYTES))
+SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=MAX_AXES).map(tuple)
 TRACEPARENT = r"00-[0-9a-f]{32}-[0-9a-f]{16}-0[01]"
 
 
@@ -53,16 +56,16 @@ def dispatch_frames(draw: st.DrawFn) -> DispatchFrame:
     expert_ids = draw(st.lists(st.integers(0, 65_535), min_size=1, max_size=5, unique=True))
     size = len(expert_ids)
     counts = draw(st.lists(st.integers(1, 4), min_size=size, max_size=size))
-    dtype, hidden_size = draw(DTYPES), draw(st.integers(1, 8))
-    num_bytes = sum(counts) * hidden_size * DTYPE_BYTES[dtype]
+    dtype, shape = draw(DTYPES), draw(SHAPES)
+    num_bytes = sum(counts) * prod(shape) * DTYPE_BYTES[dtype]
     return DispatchFrame(
         request_id=draw(NUMBERS),
         num_rows=sum(counts),
-        hidden_size=hidden_size,
         epoch=draw(NUMBERS),
         placement_version=draw(NUMBERS),
         time_left_s=draw(st.floats(allow_nan=False)),
         layer_id=draw(st.integers(0, (1 << 32) - 1)),
+        row_shape=shape,
         model=draw(NAMES),
         expert_ids=tuple(expert_ids),
         num_tokens_per_expert=tuple(counts),
@@ -74,10 +77,10 @@ def dispatch_frames(draw: st.DrawFn) -> DispatchFrame:
 
 @st.composite
 def rows_frames(draw: st.DrawFn) -> RowsFrame:
-    dtype, num_rows, hidden_size = draw(DTYPES), draw(st.integers(1, 4)), draw(st.integers(1, 8))
-    num_bytes = num_rows * hidden_size * DTYPE_BYTES[dtype]
+    dtype, num_rows, shape = draw(DTYPES), draw(st.integers(1, 4)), draw(SHAPES)
+    num_bytes = num_rows * prod(shape) * DTYPE_BYTES[dtype]
     rows = draw(st.binary(min_size=num_bytes, max_size=num_bytes))
-    return RowsFrame(draw(NUMBERS), num_rows, hidden_size, dtype, (rows,))
+    return RowsFrame(draw(NUMBERS), num_rows, shape, dtype, (rows,))
 
 
 @st.composite
@@ -101,18 +104,20 @@ FRAMES: st.SearchStrategy[Frame] = dispatch_frames() | rows_frames() | error_fra
 DISPATCH = DispatchFrame(
     request_id=7,
     num_rows=3,
-    hidden_size=3,
     epoch=1,
     placement_version=2,
     time_left_s=1.5,
     layer_id=3,
+    row_shape=(3,),
     model="m",
     expert_ids=(4, 6),
     num_tokens_per_expert=(2, 1),
     dtype="float32",
     rows=bytes(36),
 )
-ROWS = RowsFrame(7, 2, 3, "bfloat16", (bytes(12),))
+ROWS = RowsFrame(7, 2, (3,), "bfloat16", (bytes(12),))
+DEEP = DISPATCH._replace(row_shape=(1, 3, 1, 1))
+DEEP_ROWS = ROWS._replace(row_shape=(3, 1))
 ERROR = ErrorFrame(7, "OverloadedError", OverloadedError("full", "queue", 0.5))
 CONTEXT = f"00-{'a' * 32}-{'b' * 16}-01"
 TRACED = DISPATCH._replace(traceparent=CONTEXT)
@@ -133,7 +138,7 @@ def described(frame: Frame) -> Any:
 
 
 # The layout a second time, and what stands in the frames above, so that one field can be wrong.
-START = {"version": ("H", 4), "kind": ("B", 1), "dtype": ("B", 1)}
+START = {"version": ("H", 5), "kind": ("B", 1), "dtype": ("B", 1), "num_axes": ("B", 1)}
 SIZES = {"num_experts": ("H", 2), "name_bytes": ("B", 1), "trace_bytes": ("B", 0)}
 NO_SIZES = {name: (code, 0) for name, (code, _) in SIZES.items()}
 DISPATCH_FIELDS: dict[str, tuple[str, Any]] = {
@@ -141,11 +146,11 @@ DISPATCH_FIELDS: dict[str, tuple[str, Any]] = {
     **SIZES,
     "request_id": ("Q", 7),
     "num_rows": ("I", 3),
-    "hidden_size": ("I", 3),
     "epoch": ("Q", 1),
     "placement_version": ("Q", 2),
     "deadline_s": ("d", 1.5),
     "layer_id": ("I", 3),
+    "row_shape": ("I", (3,)),
     "expert_ids": ("H", (4, 6)),
     "num_tokens_per_expert": ("I", (2, 1)),
     "model": ("s", b"m"),
@@ -158,13 +163,13 @@ ROWS_FIELDS: dict[str, tuple[str, Any]] = {
     **NO_SIZES,
     "request_id": ("Q", 7),
     "num_rows": ("I", 2),
-    "hidden_size": ("I", 3),
-    "nothing": ("s", bytes(8)),
+    "row_shape": ("I", (3,)),
 }
 ERROR_FIELDS: dict[str, tuple[str, Any]] = {
     **START,
     "kind": ("B", 3),
     "dtype": ("B", 0),
+    "num_axes": ("B", 0),
     **NO_SIZES,
     "request_id": ("Q", 7),
 }
@@ -258,7 +263,7 @@ def test_mutated_frames_are_read_or_refused_and_never_fail_otherwise(data: st.Da
         return
     if not isinstance(frame, ErrorFrame):
         rows = joined(frame.rows) if isinstance(frame, RowsFrame) else frame.rows
-        assert len(rows) == frame.num_rows * frame.hidden_size * DTYPE_BYTES[frame.dtype]
+        assert len(rows) == frame.num_rows * prod(frame.row_shape) * DTYPE_BYTES[frame.dtype]
     # What was accepted is itself a frame that can be written and read.
     encode(frame)
 
@@ -270,7 +275,7 @@ def test_arbitrary_bytes_are_refused(wire: bytes) -> None:
         decode(wire)
 
 
-@pytest.mark.parametrize("frame", [DISPATCH, TRACED, ROWS, ERROR])
+@pytest.mark.parametrize("frame", [DISPATCH, DEEP, TRACED, ROWS, DEEP_ROWS, ERROR])
 def test_a_frame_cut_anywhere_or_followed_by_anything_is_refused(frame: Frame) -> None:
     wire = wire_of(frame)
     for end in range(len(wire)):
@@ -281,7 +286,7 @@ def test_a_frame_cut_anywhere_or_followed_by_anything_is_refused(frame: Frame) -
         decode(wire + b"\xc0")
 
 
-@pytest.mark.parametrize("frame", [DISPATCH, TRACED, ROWS, ERROR])
+@pytest.mark.parametrize("frame", [DISPATCH, DEEP, TRACED, ROWS, DEEP_ROWS, ERROR])
 def test_a_frame_with_any_one_byte_changed_is_read_or_refused(frame: Frame) -> None:
     wire = wire_of(frame)
     for place in range(len(wire)):
@@ -296,18 +301,23 @@ def test_a_frame_with_any_one_byte_changed_is_read_or_refused(frame: Frame) -> N
 
 MOST_32 = (1 << 32) - 1
 BAD_DISPATCH: list[tuple[dict[str, Any], str]] = [
-    *(({"dtype": code}, "frame.dtype") for code in (0, 4, 255)),
+    *(({"dtype": code}, "frame.dtype") for code in (0, 5, 255)),
     *(({"dtype": code}, "frame.rows") for code in (2, 3)),
-    *(({"hidden_size": size}, "frame.rows") for size in (0, 2, 4, 1 << 31, MOST_32)),
+    *(({"row_shape": (size,)}, "frame.rows") for size in (0, 2, 4, 1 << 31, MOST_32)),
     *(({"num_rows": count}, "frame.rows") for count in (0, 2, 4, 1 << 31, MOST_32)),
     *(({"rows": rows}, "frame.rows") for rows in (b"", bytes(24), bytes(35), bytes(37))),
-    ({"num_rows": 0, "hidden_size": 0, "rows": b""}, "frame.rows"),
+    ({"num_rows": 0, "row_shape": (0,), "rows": b""}, "frame.rows"),
     ({"num_rows": 0, "rows": b""}, "frame.rows"),
-    ({"hidden_size": 0, "rows": b""}, "frame.rows"),
+    ({"row_shape": (0,), "rows": b""}, "frame.rows"),
     # As many bytes as there are, where the product is taken in 32 or 64 bits.
-    ({"num_rows": 1 << 30, "hidden_size": 1 << 30, "rows": b""}, "frame.rows"),
-    ({"num_rows": (1 << 30) + 3, "hidden_size": 3}, "frame.rows"),
+    ({"num_rows": 1 << 30, "row_shape": (1 << 30,), "rows": b""}, "frame.rows"),
+    ({"num_rows": (1 << 30) + 3, "row_shape": (3,)}, "frame.rows"),
     ({"expert_ids": (4, 4)}, "frame.expert_ids"),
+    ({"num_axes": 0, "row_shape": ()}, "frame.row_shape"),
+    ({"num_axes": 5, "row_shape": (1, 3, 1, 1, 1)}, "frame.row_shape"),
+    ({"num_axes": 255}, "frame"),
+    ({"num_axes": 2, "row_shape": (3, 0)}, "frame.rows"),
+    ({"num_axes": 4, "row_shape": (1 << 31, 1 << 31, 1 << 31, 1 << 31)}, "frame.rows"),
     ({"num_experts": 0, "expert_ids": (), "num_tokens_per_expert": ()}, "frame.num_tokens"),
     ({"num_experts": 1}, "frame"),
     ({"num_experts": 65_535}, "frame"),
@@ -347,13 +357,16 @@ def test_a_trace_context_that_is_none_is_refused(context: str) -> None:
 
 
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [
-    *(({"dtype": code}, "frame.dtype") for code in (0, 4, 255)),
+    ({"num_axes": 0, "row_shape": (), "rows": b""}, "frame.row_shape"),
+    ({"num_axes": 5, "row_shape": (1, 3, 1, 1, 1)}, "frame.row_shape"),
+    ({"num_axes": 2, "row_shape": (3, 2)}, "frame.rows"),
+    *(({"dtype": code}, "frame.dtype") for code in (0, 5, 255)),
     ({"dtype": 1}, "frame.rows"),
     *(({"num_rows": count}, "frame.rows") for count in (0, 1, 3, 1 << 31, MOST_32)),
-    *(({"hidden_size": size}, "frame.rows") for size in (0, 2, 4, 1 << 31, MOST_32)),
+    *(({"row_shape": (size,)}, "frame.rows") for size in (0, 2, 4, 1 << 31, MOST_32)),
     *(({"rows": rows}, "frame.rows") for rows in (b"", bytes(11), bytes(13))),
     ({"num_rows": 0, "rows": b""}, "frame.rows"),
-    ({"hidden_size": 0, "rows": b""}, "frame.rows"),
+    ({"row_shape": (0,), "rows": b""}, "frame.rows"),
 ]
 
 
@@ -447,7 +460,7 @@ def test_experts_in_any_order_and_as_many_as_there_are_ids() -> None:
     counts = (1,) * 65_535
     frame = DISPATCH._replace(
         num_rows=65_535,
-        hidden_size=1,
+        row_shape=(1,),
         expert_ids=ids,
         num_tokens_per_expert=counts,
         rows=bytes(262_140),
@@ -516,8 +529,8 @@ ERROR_BOMBS: dict[str, bytes] = {
 }
 BOMBS: dict[str, bytes] = {
     **{name: error_wire(body) for name, body in ERROR_BOMBS.items()},
-    "rows of 2**65 bytes": dispatch_wire(num_rows=MOST_32, hidden_size=MOST_32),
-    "an answer of 2**65 bytes": rows_wire(num_rows=MOST_32, hidden_size=MOST_32),
+    "rows of 2**65 bytes": dispatch_wire(num_rows=MOST_32, row_shape=(MOST_32,)),
+    "an answer of 2**65 bytes": rows_wire(num_rows=MOST_32, row_shape=(MOST_32,)),
     "all experts that there can be, and none": dispatch_wire(num_experts=65_535),
     "all experts that there can be, and no rows": dispatch_wire(
         b"",

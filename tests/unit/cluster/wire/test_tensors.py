@@ -32,7 +32,7 @@ def values(num_rows: int, size: int, dtype: str) -> torch.Tensor:
 def test_rows_are_a_tensor_where_they_lie(dtype: str, num_rows: int) -> None:
     expected = values(num_rows, 3, dtype)
     data = bytearray(b"some" + bytes(to_bytes(expected)))
-    rows = from_bytes(memoryview(data)[4:], dtype, num_rows, 3)
+    rows = from_bytes(memoryview(data)[4:], dtype, num_rows, (3,))
     assert rows.dtype == expected.dtype
     assert rows.is_contiguous()
     assert torch.equal(rows, expected)
@@ -47,7 +47,7 @@ def test_a_tensors_bytes_are_where_the_tensor_is(dtype: str) -> None:
     assert (data.nbytes, len(data), data.format) == (rows.nbytes, rows.nbytes, "B")
     assert bytes(data) == bytes(rows.view(torch.uint8).numpy())
     rows += 1
-    assert torch.equal(from_bytes(data, dtype, 2, 3), rows)
+    assert torch.equal(from_bytes(data, dtype, 2, (3,)), rows)
 
 
 def test_what_does_not_lie_together_and_what_is_empty_have_bytes_too() -> None:
@@ -75,19 +75,19 @@ def test_memory_lasts_as_long_as_what_is_made_of_it() -> None:
     def made() -> tuple[memoryview, torch.Tensor]:
         rows = values(300, 1000, "float32")
         copied = memoryview(bytes(to_bytes(rows)))
-        return to_bytes(rows), from_bytes(copied, "float32", 300, 1000)
+        return to_bytes(rows), from_bytes(copied, "float32", 300, (1000,))
 
     data, piece = made()
     gc.collect()
     others = [torch.full((300, 1000), 7.0) for _ in range(20)]  # would take the memory
-    assert torch.equal(from_bytes(data, "float32", 300, 1000), values(300, 1000, "float32"))
+    assert torch.equal(from_bytes(data, "float32", 300, (1000,)), values(300, 1000, "float32"))
     assert torch.equal(piece, values(300, 1000, "float32"))
     assert len(others) == 20
 
 
 def test_memory_is_let_go_with_what_was_made_of_it() -> None:
     data = bytearray(bytes(to_bytes(values(8, 2, "bfloat16"))))
-    pieces = from_bytes(memoryview(data), "bfloat16", 8, 2).split_with_sizes((3, 5))
+    pieces = from_bytes(memoryview(data), "bfloat16", 8, (2,)).split_with_sizes((3, 5))
     with pytest.raises(BufferError):
         data.append(1)
     del pieces
@@ -103,7 +103,7 @@ def test_products_of_pieces_have_the_bits_of_products_of_the_rows() -> None:
     whole = torch.randn(9, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
     with torch.inference_mode():
-        received = from_bytes(memoryview(bytes(to_bytes(whole))), "bfloat16", 9, 64)
+        received = from_bytes(memoryview(bytes(to_bytes(whole))), "bfloat16", 9, (64,))
         for piece, rows in zip(received.split((4, 5)), whole.split((4, 5)), strict=True):
             assert torch.equal(piece @ weight, rows.clone() @ weight)
 

@@ -260,10 +260,10 @@ def frame_of(counts: dict[int, int], rows: torch.Tensor, request_id: int = 1) ->
         placement_version=1,
         model="m",
         layer_id=0,
+        row_shape=(rows.shape[1],),
         expert_ids=tuple(counts),
         num_tokens_per_expert=tuple(counts.values()),
         dtype="bfloat16",
-        hidden_size=rows.shape[1],
         time_left_s=1e12,
         rows=bytes(to_bytes(rows)),
     )

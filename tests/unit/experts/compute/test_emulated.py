@@ -58,10 +58,10 @@ def frame_of(layer_id: int, expert_id: int, num_rows: int, request_id: int = 1) 
         placement_version=1,
         model="m",
         layer_id=layer_id,
+        row_shape=(HIDDEN,),
         expert_ids=(expert_id,),
         num_tokens_per_expert=(num_rows,),
         dtype="float32",
-        hidden_size=HIDDEN,
         time_left_s=30,
         rows=to_bytes(torch.ones(num_rows, HIDDEN)),
     )
@@ -71,7 +71,7 @@ def slept(frames: list[DispatchFrame]) -> tuple[list[float], list[Any]]:
     """Return what a bank of emulated experts sleeps for the frames, and its answers."""
     times_s: list[float] = []
     emulation = Emulation(batch_s=2.0, row_s=0.5)
-    expert = EmulatedExpert(emulation, HIDDEN, torch.float32, times_s.append)
+    expert = EmulatedExpert(emulation, (HIDDEN,), (HIDDEN,), torch.float32, times_s.append)
     bank = ExpertBank()
     for expert_id in range(3):
         bank.hold(ExpertKey("m", 0, expert_id), expert)

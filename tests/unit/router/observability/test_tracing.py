@@ -244,7 +244,7 @@ def test_an_actor_exports_what_was_sampled_where_its_frame_began(
     assert spans is not None
     contexts = [None, f"00-{7:032x}-{8:016x}-01", f"00-{9:032x}-{8:016x}-00"]
     frames = [
-        DispatchFrame(1, 3, 4, 1, 1, 0.0, 2, "m", (4, 5), (1, 2), "float32", b"", context)
+        DispatchFrame(1, 3, 1, 1, 0.0, 2, (4,), "m", (4, 5), (1, 2), "float32", b"", context)
         for context in contexts
     ]
     now_s = time.monotonic()
@@ -272,7 +272,7 @@ def test_serves_own_exporter_writes_an_actors_file(
     spans = open_spans("pool-0", 3)
     assert spans is not None
     context = f"00-{7:032x}-{8:016x}-01"
-    frame = DispatchFrame(1, 1, 4, 1, 1, 0.0, 2, "m", (4,), (1,), "float32", b"", context)
+    frame = DispatchFrame(1, 1, 1, 1, 0.0, 2, (4,), "m", (4,), (1,), "float32", b"", context)
     spans.computed([(frame, time.monotonic())], time.monotonic())
     text = (tmp_path / "spans" / "expert_actor_pool-0_g3_tracing.json").read_text("utf-8")
     assert json.loads(text)["parent_id"] == f"0x{8:016x}"
