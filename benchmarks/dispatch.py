@@ -57,7 +57,7 @@ class IdentityExpert:
     """An expert that returns its input, as bytes where real ones get theirs as bytes."""
 
     num_bytes = 0
-    row_shape = (HIDDEN,)
+    row_shape: tuple[int, ...] = (HIDDEN,)
     dtype = torch.bfloat16
     device = torch.device("cpu")
 

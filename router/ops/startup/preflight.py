@@ -24,7 +24,7 @@ from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 from rich.console import Console
 
 from cluster.errors import CheckpointMissingError, ExpertMeshError
-from experts.checkpoint.checkpoint import Checkpoint
+from experts.checkpoint.stored import Stored
 from router.config import read_document
 from router.ops.doctor.doctor import Check, check_ray
 from router.ops.doctor.probe import checks_of_a_start, completed_here, read_deployment
@@ -131,7 +131,7 @@ def checked_document(argv: Sequence[str], file: Path | None = None) -> Mapping[s
         return None
     target = _target(argv)
     starts_ray = argv[1] == "run" and target is None
-    checkpoints: Sequence[Checkpoint] = ()
+    checkpoints: Sequence[Stored] = ()
     try:
         checkpoints = checkpoints_of(file)
     except CheckpointMissingError as error:

@@ -213,7 +213,7 @@ def test_frames_have_the_layout_that_is_documented() -> None:
     assert wire_of(ERROR) == error_wire(["OverloadedError", ERROR.error.to_wire()])
     # As others may read it: little-endian, version and kind first, rows at the end.
     assert wire_of(ROWS).hex() == (
-        "040002020000000007000000000000000200000003000000" + "00" * 8 + "00" * 12
+        "05000202010000000007000000000000000200000003000000" + "00" * 7 + "00" * 12
     )
 
 
