@@ -129,20 +129,23 @@ def measure(num_actors: int, payload_bytes: int, calls: int) -> dict[str, Any]:
     """Measure bare calls and layers over each transport, by turns, so that all see one machine."""
     import ray
 
+    from router.moe.combine import WeightedSums
     from router.moe.dispatch import Dispatcher
+    from router.moe.gate import Choice
     from router.moe.layer import MoELayers, StepContext
 
     view, experts_of = start(num_actors)
     layers_of = {}
     for kind in TRANSPORTS:
         dispatcher = Dispatcher(MODEL, view, open_transport(APP, kind), lambda a, g: None, 10.0)
-        layers = layers_of[kind] = MoELayers(dispatcher)
+        layers = layers_of[kind] = MoELayers(dispatcher, WeightedSums())
         layers.step = StepContext(time.monotonic() + 600, (), ())
     tokens = payload_bytes // (HIDDEN * 2)
     rows = torch.randn(tokens, HIDDEN).bfloat16()
     pairs = list(itertools.combinations(range(NUM_EXPERTS), TOP_K))
     topk_ids = torch.from_numpy(np.array([pairs[t % len(pairs)] for t in range(tokens)]))
     topk_weights = torch.full((tokens, TOP_K), 0.5)
+    choice = Choice(topk_ids.numpy(), topk_weights)
     bare = bare_calls(experts_of, topk_ids.numpy())
     bare_s = []
     for _ in range(calls // TURN + 1):
@@ -152,7 +155,7 @@ def measure(num_actors: int, payload_bytes: int, calls: int) -> dict[str, Any]:
             bare_s.append(time.perf_counter() - started_s)
         for layers in layers_of.values():
             for _ in range(TURN):
-                combined = layers(0, rows, topk_ids, topk_weights)
+                combined = layers(0, rows, choice)
             assert torch.equal(combined, rows), "identity experts with weights that sum to 1"
     for handle in experts_of:
         ray.kill(handle)

@@ -142,6 +142,7 @@ class Bench:
         from router.engine.scheduler import Limits, Scheduler
         from router.model.model import MoEModel
         from router.model.page_pool import PAGE_SIZE, pages_needed
+        from router.moe.combine import WeightedSums
         from router.moe.dispatch import Dispatcher
         from router.moe.layer import MoELayers
 
@@ -155,7 +156,8 @@ class Bench:
         self._recorder = recorder = Recorder()
         carrier = TracingTransport(self._transport, recorder) if traced else self._transport
         dispatcher = Dispatcher(MODEL, view, carrier, _ignore, experts.call_timeout_s)
-        layers = TracingLayers(dispatcher, recorder) if traced else MoELayers(dispatcher)
+        plain = MoELayers(dispatcher, WeightedSums())
+        layers = TracingLayers(dispatcher, recorder) if traced else plain
         steps = self._steps = Steps()
         all_there = self._all_there = threading.Event()
 

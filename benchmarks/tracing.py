@@ -13,6 +13,7 @@ from cluster.transport.base import Call, IsGone, Outcome, PendingCalls, Transpor
 from cluster.wire.frames import Buffer, Parts
 from experts.actor import ExpertActor
 from experts.remote import sealed_answer
+from router.moe.combine import WeightedSums
 from router.moe.layer import MoELayers
 
 Recorded = tuple[str, float, float]
@@ -53,12 +54,12 @@ class Recorder:
         self.last_s = now_s
 
 
-class TracingLayers(MoELayers):
+class TracingLayers(MoELayers[torch.Tensor]):
     """The router's MoE layers, recording each."""
 
     def __init__(self, dispatcher: Any, recorder: Recorder) -> None:
         """As :class:`MoELayers`."""
-        super().__init__(dispatcher)
+        super().__init__(dispatcher, WeightedSums())
         self._recorder = recorder
 
     def __call__(self, *arguments: Any) -> torch.Tensor:

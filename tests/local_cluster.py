@@ -35,6 +35,7 @@ from router.messages.request import GenerationRequest, SamplingParams, TokenEven
 from router.model.model import MoEModel
 from router.model.page_pool import PAGE_SIZE
 from router.moe.capacity import CapacityLimit
+from router.moe.combine import WeightedSums
 from router.moe.dispatch import Dispatcher
 from router.moe.layer import MoELayers
 
@@ -163,7 +164,7 @@ class LocalCluster:
         )
         self.limit = None if capacity is None else CapacityLimit(capacity, shape.num_experts)
         self.overflow = {} if self.limit is None else self.limit.overflow
-        self.layers = MoELayers(self.dispatcher, self.limit)
+        self.layers = MoELayers(self.dispatcher, WeightedSums(), self.limit)
         self.model = MoEModel(
             self.checkpoint, TORCH_DTYPES[dtype], num_pages * PAGE_SIZE, self.layers
         )

@@ -68,7 +68,7 @@ class Engine:
     def __init__(
         self,
         model: MoEModel,
-        layers: MoELayers,
+        layers: MoELayers[torch.Tensor],
         scheduler: Scheduler,
         eos_token_ids: frozenset[int],
         emit: Emit,

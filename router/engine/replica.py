@@ -40,6 +40,7 @@ from router.messages.token_link import LinkAddress, LinkClient
 from router.model.model import MoEModel
 from router.model.page_pool import PAGE_SIZE, pages_needed
 from router.moe.capacity import CapacityLimit
+from router.moe.combine import WeightedSums
 from router.moe.dispatch import Dispatcher
 from router.moe.layer import MoELayers
 from router.observability.tracing import RequestTrace
@@ -102,7 +103,7 @@ class RouterReplica:
         capacity = config.expert_capacity
         limit = None if capacity is None else CapacityLimit(capacity, model.num_experts)
         self._overflow: Mapping[tuple[int, int], int] = {} if limit is None else limit.overflow
-        layers = MoELayers(self._dispatcher, limit)
+        layers = MoELayers(self._dispatcher, WeightedSums(), limit)
         num_pages = pages_needed(config.cache_tokens_for(model.max_model_len))
         opened = open_model(model.path, model.source.identity, RayNeighbours())
         checkpoint = language_model(opened)

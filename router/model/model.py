@@ -117,7 +117,11 @@ class MoEModel:
     """A model without its experts, run over packed steps."""
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, cache_slots: int, layers: MoELayers
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        cache_slots: int,
+        layers: MoELayers[torch.Tensor],
     ) -> None:
         """Load the dense part and make a cache of ``cache_slots`` tokens."""
         self._model = load_dense(checkpoint, dtype)
@@ -182,7 +186,7 @@ def _layers_with_window(config: Any) -> tuple[bool, ...]:
     return (bool(getattr(config, "sliding_window", None)),) * config.num_hidden_layers
 
 
-def _connect(model: nn.Module, checkpoint: Checkpoint, layers: MoELayers) -> None:
+def _connect(model: nn.Module, checkpoint: Checkpoint, layers: MoELayers[torch.Tensor]) -> None:
     """Replace each MoE layer's gate, and set the attributes of its ``RemoteExperts``."""
     family, shape = checkpoint.family, checkpoint.shape
     found = [
@@ -200,7 +204,7 @@ def _connect(model: nn.Module, checkpoint: Checkpoint, layers: MoELayers) -> Non
     for layer_id, (block, experts) in zip(shape.layers, found, strict=True):
         gate = replace_gate(block, family.gate_module, spec, shape.num_experts_per_tok)
         experts.layer_id, experts.layers = layer_id, layers
-        experts.choose_among = gate.choose
+        experts.gate = gate
 
 
 def replace_gate(block: Any, path: str, spec: GateSpec, top_k: int) -> Gate:

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from router.config import CapacityConfig
 from router.moe.gate import Choice, ChooseAmong
@@ -64,14 +63,13 @@ class CapacityLimit:
         choice: Choice,
         missing: np.ndarray | None,
         record: StepMissing,
-        hidden_states: torch.Tensor,
         choose_among: ChooseAmong,
     ) -> Choice:
-        """Return the experts of the tokens [T, H]; ``record`` notes the changed choices."""
+        """Return the experts of the T tokens; ``record`` notes the changed choices."""
         missing = self._none_missing if missing is None else missing
         num_pairs = choice.ids.size if choice.pairs is None else len(choice.pairs)
         capacity = tokens_per_expert(self._config, num_pairs, len(missing))
-        placed = within_capacity(choice, capacity, missing, hidden_states, choose_among)
+        placed = within_capacity(choice, capacity, missing, choose_among)
         if len(placed.rows):
             record.touch(placed.rows)
             for expert_id in placed.overflow.nonzero()[0].tolist():
@@ -118,22 +116,17 @@ def within_capacity(
     choice: Choice,
     capacity: int,
     missing: np.ndarray,
-    hidden_states: torch.Tensor,
     choose_among: ChooseAmong,
 ) -> Placed:
-    """Return the choice of the tokens [T, H] when each expert takes at most ``capacity`` of them.
+    """Return the choice of the T tokens when each expert takes at most ``capacity`` of them.
 
     ``missing`` [E] experts take no tokens. Where every expert has room the choice is returned
     unchanged. Otherwise no expert exceeds its capacity, and no token passes over an expert that it
     prefers and that has room. The weights of a token with changed experts are normalised over its
     new experts, as the gate does.
     """
-    num_tokens, k = choice.ids.shape
-    served = np.ones((num_tokens, k), dtype=bool)
-    if choice.pairs is not None:
-        served = np.zeros(num_tokens * k, dtype=bool)
-        served[choice.pairs] = True
-        served = served.reshape(num_tokens, k)
+    num_tokens = len(choice.ids)
+    served = choice.served()
     demand = np.bincount(choice.ids[served], minlength=len(missing))
     if demand.max() <= capacity:
         return Placed(choice, np.zeros(0, dtype=np.int64), np.zeros(len(missing), dtype=np.int64))
@@ -145,30 +138,26 @@ def within_capacity(
     # The loop also ends when the gate names no new expert, as it does for scores that are NaN.
     while (tried := int(room.tried.sum())) > before and len(lacking := room.lacking()):
         before = tried
-        for tokens, experts in _next(lacking, ~room.tried[lacking], hidden_states, choose_among):
+        for tokens, experts in _next(lacking, ~room.tried[lacking], choose_among):
             room.ask(tokens, experts)
     own = np.zeros_like(room.has)
     own[served.nonzero()[0], choice.ids[served]] = True
     moved = np.flatnonzero((room.has != own).any(axis=1))
     allowed = room.has[moved]
     return Placed(
-        choose_anew(choice, served, moved, allowed, hidden_states, choose_among),
+        choose_anew(choice, served, moved, allowed, choose_among),
         moved,
         room.overflow,
     )
 
 
 def _next(
-    tokens: np.ndarray, allowed: np.ndarray, hidden_states: torch.Tensor, choose_among: ChooseAmong
+    tokens: np.ndarray, allowed: np.ndarray, choose_among: ChooseAmong
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the next experts of ``tokens`` among the ``allowed`` experts, rank by rank."""
-    device = hidden_states.device
-    chosen, weights = choose_among(
-        hidden_states.index_select(0, torch.from_numpy(tokens).to(device)),
-        torch.from_numpy(allowed).to(device),
-    )
-    ids, shares = chosen.cpu().numpy(), weights.float().cpu().numpy()
-    yield from _in_line(tokens, ids, shares, shares > 0)
+    chosen = choose_among(tokens, allowed)
+    shares = chosen.weights.float().cpu().numpy()
+    yield from _in_line(tokens, chosen.ids, shares, shares > 0)
 
 
 def _in_line(

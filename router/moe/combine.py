@@ -14,6 +14,8 @@ import torch
 from cluster.native.built import native
 from cluster.wire.frames import Buffer
 from cluster.wire.tensors import to_bytes, to_raw
+from router.moe.gate import Choice
+from router.moe.permute import sum_slots
 
 CHUNK_VALUES = 1 << 19
 """The most values that torch weights at once on a CPU. Weights in float32 widen all values to
@@ -22,6 +24,23 @@ whole prefill would be fresh pages in every layer, which costs ten times as much
 _NATIVE = {(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)}
 _NATIVE |= {(torch.float32, torch.float32)}
 """The dtypes of rows and of weights that the native code sums."""
+
+
+class WeightedSums:
+    """The combination of a language model's layer: each token's weighted sum."""
+
+    def prepare(self, choice: Choice, rows: torch.Tensor) -> Plan:
+        """Prepare :meth:`combine` while the experts compute."""
+        return prepare(choice.weights, sum_slots(choice.ids), rows)
+
+    def combine(self, received: list[ExpertRows], plan: Plan) -> tuple[torch.Tensor, bool]:
+        """Return the sums [T, H], and whether they are finite; see :func:`combine`."""
+        return combine(received, plan)
+
+    def finite_rows(self, result: torch.Tensor) -> np.ndarray:
+        """Return whether each sum is finite, bool [T]."""
+        is_finite: np.ndarray = result.isfinite().all(dim=1).cpu().numpy()
+        return is_finite
 
 
 class ExpertRows(NamedTuple):

@@ -18,9 +18,6 @@ from torch import nn
 
 from experts.families.base import GateSpec
 
-ChooseAmong = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Maps hidden states [T, H] and the allowed experts, bool [T, E], to ids and weights [T, K]."""
-
 _LEAST_SUM = 1e-20
 """Added to the sum of sigmoids, which may be 0; the value is DeepSeek-V3's."""
 
@@ -148,3 +145,30 @@ class Choice:
     ids: np.ndarray
     weights: torch.Tensor
     pairs: np.ndarray | None = None
+
+    def served(self) -> np.ndarray:
+        """Return whether each pair is computed, bool [T, K]."""
+        if self.pairs is None:
+            return np.ones(self.ids.shape, dtype=bool)
+        served = np.zeros(self.ids.size, dtype=bool)
+        served[self.pairs] = True
+        return served.reshape(self.ids.shape)
+
+
+ChooseAmong = Callable[[np.ndarray, np.ndarray], Choice]
+"""Chooses anew for some rows of a layer, int64 [R], among the experts allowed to them, bool [R, E].
+
+Weights are normalised over the allowed experts; the choice may name others with a weight of 0.
+"""
+
+
+def choose_among(gate: Gate, hidden_states: torch.Tensor) -> ChooseAmong:
+    """Return the choice of a gate anew for some of the hidden states [T, H]."""
+    device = hidden_states.device
+
+    def choose(rows: np.ndarray, allowed: np.ndarray) -> Choice:
+        some = hidden_states.index_select(0, torch.from_numpy(rows).to(device))
+        ids, weights = gate.choose(some, torch.from_numpy(allowed).to(device))
+        return Choice(ids.cpu().numpy(), weights)
+
+    return choose

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,13 +20,30 @@ from torch import nn
 from cluster.errors import ExpertUnavailableError
 from cluster.wire.tensors import to_ids
 from router.moe.capacity import CapacityLimit
-from router.moe.combine import combine, prepare
+from router.moe.combine import ExpertRows
 from router.moe.dispatch import Dispatcher
-from router.moe.gate import Choice, ChooseAmong
+from router.moe.gate import Choice, ChooseAmong, Gate, choose_among
 from router.moe.missing import Awaited, StepMissing
 from router.moe.pending import AwayError
-from router.moe.permute import sum_slots
 from router.observability.tracing import StepTrace, traceparent
+
+R = TypeVar("R")
+
+
+class Combination(Protocol[R]):
+    """Makes a layer's result of the rows of its experts, such as :class:`WeightedSums`."""
+
+    def prepare(self, choice: Choice, rows: torch.Tensor) -> Any:
+        """Prepare :meth:`combine` while the experts compute; ``rows`` [T, ...] were sent."""
+        ...
+
+    def combine(self, received: list[ExpertRows], plan: Any) -> tuple[R, bool]:
+        """Return the result, and whether all of it is finite; a row not received counts as 0."""
+        ...
+
+    def finite_rows(self, result: R) -> np.ndarray:
+        """Return whether the result of each token is finite, bool [T]."""
+        ...
 
 
 class RemoteExperts(nn.Module):
@@ -39,8 +56,8 @@ class RemoteExperts(nn.Module):
         """``config`` is transformers' and unused; attributes are set after the model is built."""
         super().__init__()
         self.layer_id = -1
-        self.layers: MoELayers | None = None
-        self.choose_among: ChooseAmong | None = None
+        self.layers: MoELayers[torch.Tensor] | None = None
+        self.gate: Gate | None = None
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -52,7 +69,9 @@ class RemoteExperts(nn.Module):
         if self.layers is None:
             raise RuntimeError(f"layer {self.layer_id} has no dispatcher")
         rows = hidden_states.flatten(0, -2)
-        combined = self.layers(self.layer_id, rows, top_k_index, top_k_weights, self.choose_among)
+        choice = Choice(to_ids(top_k_index), top_k_weights)
+        among = None if self.gate is None else choose_among(self.gate, rows)
+        combined = self.layers(self.layer_id, rows, choice, among)
         return combined.view(hidden_states.shape)
 
 
@@ -64,7 +83,8 @@ class StepContext:
     that are away, and only the works that need these are left out of the step. ``sizes`` [W] are
     the works' numbers of tokens, in the order of the step's tokens. ``contracts`` [W] are their
     requests' ``on_expert_loss``.
-    ``trace`` is set where the step is traced.
+    ``trace`` is set where the step is traced. ``needs_an_expert`` is set where a token without any
+    expert has no result.
 
     The layers set three results. ``missing`` is set once an expert was missing or had no room.
     ``not_finite`` are the places of works with a sum that is NaN or infinite.
@@ -75,6 +95,7 @@ class StepContext:
     sizes: Sequence[int]
     contracts: Sequence[str]
     trace: StepTrace | None = None
+    needs_an_expert: bool = False
     missing: StepMissing | None = None
     not_finite: set[int] = field(default_factory=set)
     layer_times_s: list[float] = field(default_factory=list)
@@ -82,26 +103,31 @@ class StepContext:
     def missing_record(self) -> StepMissing:
         """Return the record of the step's missing experts; the first call begins it."""
         if self.missing is None:
-            self.missing = StepMissing(self.sizes, self.contracts)
+            self.missing = StepMissing(self.sizes, self.contracts, self.needs_an_expert)
         return self.missing
 
-    def note_not_finite(self, sums: torch.Tensor) -> None:
-        """Record the works with a row of sums [T, H] that is not finite; the model's own doing."""
+    def note_not_finite(self, is_finite: np.ndarray) -> None:
+        """Record the works with a token that is not finite, bool [T]; the model's own doing."""
         owners = np.repeat(np.arange(len(self.sizes)), self.sizes)
-        rows = ~sums.isfinite().all(dim=1).cpu().numpy()
-        self.not_finite.update(owners[rows].tolist())
+        self.not_finite.update(owners[~is_finite].tolist())
 
 
-class MoELayers:
+class MoELayers(Generic[R]):
     """The MoE layers of one model; their experts are actors.
 
     ``step`` is the current step, set by :class:`router.model.model.MoEModel`: transformers' blocks
     hand their experts nothing but hidden states and choices.
     """
 
-    def __init__(self, dispatcher: Dispatcher, limit: CapacityLimit | None = None) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        combination: Combination[R],
+        limit: CapacityLimit | None = None,
+    ) -> None:
         """Send rows through ``dispatcher``; ``limit`` bounds the tokens of an expert in a step."""
         self._dispatcher = dispatcher
+        self._combination = combination
         self._limit = limit
         self.step: StepContext | None = None
 
@@ -109,13 +135,12 @@ class MoELayers:
         self,
         layer_id: int,
         hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        choose_among: ChooseAmong | None = None,
-    ) -> torch.Tensor:
-        """Map hidden states [T, H], and the gate's ids and weights [T, K], to [T, H].
+        gate_choice: Choice,
+        among: ChooseAmong | None = None,
+    ) -> R:
+        """Combine the experts of the gate's choice [T, K] over hidden states [T, H] or other rows.
 
-        ``choose_among`` is the layer's gate, asked again where an expert has no live copy. Raises
+        ``among`` is the layer's gate, asked again where an expert has no live copy. Raises
         :class:`ExpertUnavailableError` while no placement is known.
         """
         step = self.step
@@ -124,14 +149,11 @@ class MoELayers:
         started_s = time.perf_counter()
         span = None if step.trace is None else step.trace.layer(layer_id)
         parent = None if span is None else traceparent(span.get_span_context())
-        gate_choice = Choice(to_ids(topk_ids), topk_weights)
         try:
-            combined = None
+            combined: R | None = None
             # Repeats, with another choice or fewer pairs, when an expert is lost or away meanwhile.
             while combined is None:
-                choice = self._without_missing(
-                    step, layer_id, hidden_states, gate_choice, choose_among
-                )
+                choice = self._without_missing(step, layer_id, gate_choice, among)
                 combined = self._send_and_combine(step, layer_id, hidden_states, choice, parent)
         finally:
             if span is not None:
@@ -143,21 +165,20 @@ class MoELayers:
         self,
         step: StepContext,
         layer_id: int,
-        hidden_states: torch.Tensor,
         gate_choice: Choice,
-        choose_among: ChooseAmong | None,
+        among: ChooseAmong | None,
     ) -> Choice:
         """Return the gate's choice, changed where experts are missing or have no room."""
         missing = self._dispatcher.missing(layer_id)
         if missing is None and step.missing is None and self._limit is None:
             return gate_choice
-        if choose_among is None:
+        if among is None:
             raise ExpertUnavailableError("an expert has no live copy", f"layer {layer_id}", 1.0)
         record = step.missing_record()
-        choice = record.choose(layer_id, missing, hidden_states, gate_choice, choose_among)
+        choice = record.choose(layer_id, missing, gate_choice, among)
         if self._limit is None:
             return choice
-        return self._limit.apply(layer_id, choice, missing, record, hidden_states, choose_among)
+        return self._limit.apply(layer_id, choice, missing, record, among)
 
     def _send_and_combine(
         self,
@@ -166,8 +187,8 @@ class MoELayers:
         hidden_states: torch.Tensor,
         choice: Choice,
         parent: str | None,
-    ) -> torch.Tensor | None:
-        """Return the sums of a choice; ``None`` when an expert has lost its last live copy.
+    ) -> R | None:
+        """Return the result of a choice; ``None`` when an expert has lost its last live copy.
 
         Also ``None`` when experts are away at the step's deadline; the works that need them wait.
         ``parent`` is the layer's trace context, where it is traced.
@@ -178,18 +199,18 @@ class MoELayers:
         )
         if pending is None:
             return None
-        plan = prepare(choice.weights, sum_slots(ids), hidden_states)
+        plan = self._combination.prepare(Choice(ids, choice.weights, choice.pairs), hidden_states)
         try:
             while True:  # twice where rows came damaged
                 received = self._dispatcher.wait(pending)
                 if received is None:
                     return None
-                sums, is_finite = combine(received, plan)
+                result, is_finite = self._combination.combine(received, plan)
                 if is_finite:
-                    return sums
+                    return result
                 if not self._dispatcher.ask_again(pending):
-                    step.note_not_finite(sums)
-                    return sums
+                    step.note_not_finite(self._combination.finite_rows(result))
+                    return result
         except AwayError as away:
             step.missing_record().leave_out(layer_id, ids, away.pairs)
             return None

@@ -37,11 +37,15 @@ class StepMissing:
     that the gate chose.
     """
 
-    def __init__(self, sizes: Sequence[int], contracts: Sequence[str]) -> None:
+    def __init__(
+        self, sizes: Sequence[int], contracts: Sequence[str], needs_an_expert: bool = False
+    ) -> None:
         """``sizes`` [W] are the works' numbers of tokens, in the order of the step's tokens.
 
-        ``contracts`` [W] are their requests' ``on_expert_loss``.
+        ``contracts`` [W] are their requests' ``on_expert_loss``. With ``needs_an_expert`` a token
+        has no residual connection: a work with a token without any expert waits.
         """
+        self._needs_an_expert = needs_an_expert
         self._waits = np.zeros(len(sizes), dtype=bool)  # [W]
         self._touched = np.zeros(sum(sizes), dtype=bool)  # [T]
         self._owners = np.repeat(np.arange(len(sizes)), sizes)  # [T], places of works
@@ -53,32 +57,36 @@ class StepMissing:
         self,
         layer_id: int,
         missing: np.ndarray | None,
-        hidden_states: torch.Tensor,
         choice: Choice,
         choose_among: ChooseAmong,
     ) -> Choice:
-        """Return the choice of the tokens [T, H] without the ``missing`` experts [E].
+        """Return the choice of the T tokens without the ``missing`` experts [E].
 
         ``choice`` is the gate's. Records which works wait and which are inexact.
         """
         if missing is None and not self.awaited:
             return choice
-        going = ~self._waits[self._owners]  # [T]
+        chosen = choice.served()
         if missing is None:
-            return Choice(choice.ids, choice.weights, _pairs(going, choice.ids.shape))
-        hit = missing[choice.ids] & going[:, None]  # [T, K]
+            return self._of_going(choice, chosen)
+        hit = missing[choice.ids] & chosen & self._going()[:, None]  # [T, K]
         touched = hit.any(axis=1)
         would_wait = self._contracts == "strict"  # [T]
         if missing.all():
             would_wait |= self._contracts == "next_expert"
         self._await(layer_id, choice.ids, hit & would_wait[:, None])
-        going = ~self._waits[self._owners]
-        rows = np.flatnonzero(touched & going)
+        rows = np.flatnonzero(touched & self._going())
         if not len(rows):
-            return Choice(choice.ids, choice.weights, _pairs(going, choice.ids.shape))
+            return self._of_going(choice, chosen)
+        anew = self._without(missing, choice, chosen, choose_among, rows)
+        if self._needs_an_expert:
+            is_lost = np.zeros(len(touched), dtype=bool)
+            is_lost[rows] = ~anew.served()[rows].any(axis=1)
+            self._await(layer_id, choice.ids, hit & is_lost[:, None])
+        rows = rows[self._going()[rows]]
         self._touched[rows] = True
         self.inexact.update(self._owners[rows].tolist())
-        return self._without(missing, hidden_states, choice, choose_among, rows, going)
+        return self._of_going(anew, anew.served())
 
     def leave_out(self, layer_id: int, ids: np.ndarray, pairs: np.ndarray) -> None:
         """Let the works of ``pairs`` wait, whatever their contracts; their experts are away.
@@ -108,21 +116,29 @@ class StepMissing:
             self.awaited[place] = awaited | {(layer_id, expert_id)}
             self._waits[place] = True
 
+    def _going(self) -> np.ndarray:
+        """Return whether the work of each token goes on, bool [T]."""
+        return ~self._waits[self._owners]
+
+    def _of_going(self, choice: Choice, chosen: np.ndarray) -> Choice:
+        """Return a choice with the ``chosen`` pairs, bool [T, K], of works that go on."""
+        pairs = np.flatnonzero(chosen & self._going()[:, None])
+        return Choice(choice.ids, choice.weights, pairs)
+
     def _without(
         self,
         missing: np.ndarray,
-        hidden_states: torch.Tensor,
         choice: Choice,
+        chosen: np.ndarray,
         choose_among: ChooseAmong,
         rows: np.ndarray,
-        going: np.ndarray,
     ) -> Choice:
         """Choose anew for ``rows``; the choices of other rows stay, bit for bit."""
         own = np.zeros((len(rows), len(missing)), dtype=bool)
-        np.put_along_axis(own, choice.ids[rows], True, axis=1)
+        places, ranks = chosen[rows].nonzero()
+        own[places, choice.ids[rows][places, ranks]] = True
         allowed = ~missing & (own | (self._contracts[rows] != "drop")[:, None])  # [rows, E]
-        served = np.repeat(going[:, None], choice.ids.shape[1], axis=1)
-        return choose_anew(choice, served, rows, allowed, hidden_states, choose_among)
+        return choose_anew(choice, chosen, rows, allowed, choose_among)
 
 
 def choose_anew(
@@ -130,7 +146,6 @@ def choose_anew(
     served: np.ndarray,
     rows: np.ndarray,
     allowed: np.ndarray,
-    hidden_states: torch.Tensor,
     choose_among: ChooseAmong,
 ) -> Choice:
     """Choose for ``rows`` among ``allowed`` [rows, E]; the choices of other rows stay, bit for bit.
@@ -138,21 +153,14 @@ def choose_anew(
     ``served`` [T, K] are the pairs that are computed now. A row with fewer than K allowed experts
     is served by these alone.
     """
-    device = hidden_states.device
-    index = torch.from_numpy(rows).to(device)
-    chosen, weights = choose_among(
-        hidden_states.index_select(0, index), torch.from_numpy(allowed).to(device)
-    )
-    new_ids = chosen.cpu().numpy()
-    is_left = np.take_along_axis(allowed, new_ids, axis=1)
+    new = choose_among(rows, allowed)
+    is_left = np.take_along_axis(allowed, new.ids, axis=1) & new.served()
     ids, served = choice.ids.copy(), served.copy()
-    ids[rows], served[rows] = new_ids, is_left
+    ids[rows], served[rows] = new.ids, is_left
+    weights = choice.weights
+    index = torch.from_numpy(rows).to(weights.device)
     return Choice(
         ids,
-        choice.weights.index_copy(0, index, weights.to(choice.weights.dtype)),
+        weights.index_copy(0, index, new.weights.to(weights.dtype)),
         np.flatnonzero(served),
     )
-
-
-def _pairs(going: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return np.flatnonzero(np.broadcast_to(going[:, None], shape))

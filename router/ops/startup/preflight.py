@@ -152,7 +152,7 @@ def checked_document(argv: Sequence[str], file: Path | None = None) -> Mapping[s
     return document
 
 
-def _keep_hashes(checkpoints: Sequence[Checkpoint]) -> None:
+def _keep_hashes(checkpoints: Sequence[Stored]) -> None:
     try:
         keep_hashes(checkpoints, Console(stderr=True))
     except ExpertMeshError as error:

@@ -29,8 +29,9 @@ from experts.checkpoint.expert_weights import load_expert
 from experts.compute.ffn import ACTIVATIONS
 from experts.families.base import ACTIVATION_NAMES
 from router.control.placement_view import PlacementView
-from router.moe.combine import ExpertRows, combine, prepare
+from router.moe.combine import ExpertRows, WeightedSums, combine, prepare
 from router.moe.dispatch import Dispatcher
+from router.moe.gate import Choice
 from router.moe.layer import MoELayers, StepContext
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import MODEL, BankTransport, load_banks
@@ -215,13 +216,16 @@ class Numbered:
     """An expert that adds its number."""
 
     num_bytes = 0
-    hidden_size = 4
+    row_shape: tuple[int, ...] = (4,)
     dtype = torch.float32
     device = torch.device("cpu")
     grouped = None
 
     def __init__(self, number: int) -> None:
         self._number = number
+
+    def takes(self, row_shape: tuple[int, ...]) -> bool:
+        return row_shape == self.row_shape
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         return rows + self._number
@@ -301,7 +305,7 @@ BAD: dict[str, tuple[DispatchFrame, type[Exception], str]] = {
         WrongPlacementError,
         "not held",
     ),
-    "another hidden size": (WIDE, FrameError, "must be 64 (given: 65)"),
+    "another hidden size": (WIDE, FrameError, "must be [64] (given: [65])"),
     "another dtype": (frame_of(rows_of(1, 0, "bfloat16"), {1: [0]}), FrameError, "float32"),
 }
 
@@ -332,7 +336,7 @@ def test_no_frames_give_no_answers(bank: ExpertBank) -> None:
 
 
 @functools.cache
-def layers_over(folder: Path, dtype: str, num_banks: int) -> MoELayers:
+def layers_over(folder: Path, dtype: str, num_banks: int) -> MoELayers[torch.Tensor]:
     checkpoint = open_checkpoint(folder)
     experts = ModelExperts(MODEL, checkpoint.shape.layers, 8, 1)
     shares = assign_experts([experts], [f"a{i}" for i in range(num_banks)], None)
@@ -342,7 +346,7 @@ def layers_over(folder: Path, dtype: str, num_banks: int) -> MoELayers:
     view = PlacementView()
     view.publish(placement)
     transport = BankTransport(load_banks(checkpoint, shares, dtype))
-    layers = MoELayers(Dispatcher(MODEL, view, transport, lambda a, g: None, 30.0))
+    layers = MoELayers(Dispatcher(MODEL, view, transport, lambda a, g: None, 30.0), WeightedSums())
     layers.step = StepContext(time.monotonic() + 3600, (), ())
     return layers
 
@@ -370,7 +374,7 @@ def test_remote_experts_equal_transformers_eager_experts_bit_for_bit(
         for gate_weights in (weights, weights.to(TORCH_DTYPES[dtype])):
             with torch.no_grad():
                 expected = experts(hidden_states, ids, gate_weights)
-            got = layers(layer_id, hidden_states, ids, gate_weights)
+            got = layers(layer_id, hidden_states, Choice(ids.numpy(), gate_weights))
             assert got.dtype == hidden_states.dtype
             assert torch.equal(got, expected)
 
@@ -396,11 +400,11 @@ def test_shares_that_come_together_under_another_placement_are_not_mixed_up(
         return CallFailure.DIED
 
     transport = BankTransport(load_banks(checkpoint, {"a": keys, "b": even}, "float32"), both_die)
-    layers = MoELayers(Dispatcher(MODEL, view, transport, lambda a, g: None, 30.0))
+    layers = MoELayers(Dispatcher(MODEL, view, transport, lambda a, g: None, 30.0), WeightedSums())
     layers.step = StepContext(time.monotonic() + 60, (), ())
     hidden_states = rows_of(33)
     weights, ids = torch.randn(33, 8).softmax(-1).topk(3)
-    got = layers(0, hidden_states, ids, weights)
+    got = layers(0, hidden_states, Choice(ids.numpy(), weights))
     with torch.no_grad():
         assert torch.equal(got, oracles["float32"][0](hidden_states, ids, weights))
     assert len(transport.frames) == 3
@@ -417,7 +421,7 @@ def test_an_expert_gets_its_rows_in_the_order_in_which_transformers_computes_the
     generator = torch.Generator().manual_seed(4)
     weights, ids = torch.randn(33, 8, generator=generator).softmax(-1).topk(3)
     transport.frames.clear()
-    layers(0, hidden_states, ids, weights)
+    layers(0, hidden_states, Choice(ids.numpy(), weights))
     seen: dict[int, torch.Tensor] = {}
     for frame in transport.frames:
         rows = from_bytes(frame.rows, frame.dtype, frame.num_rows, frame.row_shape)
@@ -435,7 +439,8 @@ def test_every_token_may_choose_the_same_expert(
 ) -> None:
     hidden_states, ids = rows_of(17), torch.full((17, 1), 5)
     weights = torch.linspace(0.1, 1, 17).unsqueeze(1)
-    got = layers_over(folders["float32"], "float32", 3)(0, hidden_states, ids, weights)
+    choice = Choice(ids.numpy(), weights)
+    got = layers_over(folders["float32"], "float32", 3)(0, hidden_states, choice)
     with torch.no_grad():
         assert torch.equal(got, oracles["float32"][0](hidden_states, ids, weights))
 

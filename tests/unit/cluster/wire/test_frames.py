@@ -427,11 +427,11 @@ def test_a_frame_of_the_version_before_is_refused_by_its_version() -> None:
     header = msgpack.packb((7, 1, 2, "m", 3, (4, 6), (2, 1), "float32", 3, 1.5))
     start = struct.pack("<HHI", 2, 1, len(header)) + header
     old = start + bytes(-len(start) % 16) + bytes(36)
-    with pytest.raises(FrameError, match="version 2; this build reads 4") as caught:
+    with pytest.raises(FrameError, match="version 2; this build reads 5") as caught:
         decode(old)
     assert caught.value.field == "frame"
     # The other way round the version is where the version before looks for its own.
-    assert struct.unpack_from("<H", wire_of(DISPATCH)) == (4,)
+    assert struct.unpack_from("<H", wire_of(DISPATCH)) == (5,)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from experts.families.base import GateSpec
 from router.config import CapacityConfig
 from router.engine.stats import RouterSamples
 from router.moe.capacity import Placed, tokens_per_expert, within_capacity
-from router.moe.gate import Choice, Gate
+from router.moe.gate import Choice, Gate, choose_among
 from router.observability import catalogue
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import MODEL, LocalCluster, greedy_request
@@ -46,7 +46,7 @@ def place(
         pairs = None if going is None else np.flatnonzero(np.repeat(going, k))
         own = Choice(ids.numpy(), weights, pairs)
         mask = np.isin(np.arange(num_experts), list(lost))
-        return within_capacity(own, capacity, mask, logits, gate.choose), own
+        return within_capacity(own, capacity, mask, choose_among(gate, logits)), own
 
 
 def got(choice: Choice) -> Chain:

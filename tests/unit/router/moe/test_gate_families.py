@@ -20,7 +20,7 @@ from torch import nn
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from router.model.model import replace_gate
 from router.moe.capacity import within_capacity
-from router.moe.gate import Choice, Gate
+from router.moe.gate import Choice, Gate, choose_among
 from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import SAVERS
 
@@ -181,7 +181,7 @@ def test_a_capacity_holds_and_no_room_is_left_that_someone_lacks(
     hidden = torch.randn(50, size) + 2 * torch.randn(size)  # many of one mind
     ids, weights = gate.choose(hidden)
     own = Choice(ids.numpy(), weights)
-    placed = within_capacity(own, capacity, np.zeros(num_experts, bool), hidden, gate.choose)
+    placed = within_capacity(own, capacity, np.zeros(num_experts, bool), choose_among(gate, hidden))
     pairs = np.arange(ids.numel()) if placed.choice.pairs is None else placed.choice.pairs
     has = [set[int]() for _ in hidden]
     for pair in pairs:

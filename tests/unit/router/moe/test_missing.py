@@ -26,7 +26,7 @@ from cluster.transport.base import Call, CallFailure
 from experts.families.base import GateSpec
 from router.engine.scheduler import Limits
 from router.messages.request import GenerationRequest, TokenEvent
-from router.moe.gate import Choice, Gate
+from router.moe.gate import Choice, Gate, choose_among
 from router.moe.missing import StepMissing
 from router.moe.permute import missing_by_layer
 from tests.checkpoints import save_mixtral
@@ -196,7 +196,7 @@ def test_a_steps_choices_are_the_oracles(data: st.DataObject) -> None:
         own = Choice(ids.numpy(), weights)
         loss = StepMissing(sizes, contracts)
         mask = lost if lost.any() else None
-        got = loss.choose(7, mask, hidden, own, GATE.choose)
+        got = loss.choose(7, mask, own, choose_among(GATE, hidden))
     gone = set(np.flatnonzero(lost).tolist())
     computed = set(range(ids.numel())) if got.pairs is None else set(got.pairs.tolist())
     row = 0
@@ -224,7 +224,7 @@ def test_a_steps_choices_are_the_oracles(data: st.DataObject) -> None:
 def test_a_step_without_a_loss_is_not_looked_at() -> None:
     own = Choice(np.zeros((1, K), dtype=np.int64), torch.zeros(1, K))
     loss = StepMissing([1], ["strict"])
-    assert loss.choose(0, None, TOKEN, own, GATE.choose) is own
+    assert loss.choose(0, None, own, choose_among(GATE, TOKEN)) is own
 
 
 # Whole generations, against the oracle.
