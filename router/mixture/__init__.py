@@ -1,0 +1,1 @@
+"""Mixtures: the gate's choice, the combination of the experts' outputs, and their engine."""
