@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -26,8 +26,8 @@ from router.serve.controller import ControllerDeployment
 from router.serve.gateway import Gateway
 from router.serve.instance import warn_and_quieten
 from router.serve.options import replica_variables
-from router.serve.router import RouterDeployment
-from router.served import ServedModel, inspect_models, pool_specs
+from router.serve.router import MixtureDeployment, RouterDeployment
+from router.served import Served, ServedModel, inspect_models, pool_specs
 
 MAX_CONTROL_CALLS = 10_000
 GRACEFUL_SHUTDOWN_S = 5.0
@@ -66,7 +66,9 @@ def application(
         raise RayServeException(str(error)) from None
     controller = _controller(controller_class).bind(pool_specs(config.experts, models), config)
     routers = {
-        model.id: _router(names[model.id], config).bind(model, config, controller)
+        model.id: _router(names[model.id], config, _deployment_of(model)).bind(
+            model, config, controller
+        )
         for model in models
     }
     return _gateway(config).bind(
@@ -78,7 +80,7 @@ def application(
     )
 
 
-def deployment_names(models: list[ServedModel]) -> dict[str, str]:
+def deployment_names(models: Sequence[Served]) -> dict[str, str]:
     """Return the router deployment's name of each model; Serve allows fewer characters than ids.
 
     Raises :class:`ConfigError` when two ids come to the same name.
@@ -118,7 +120,11 @@ def _draining(config: AppConfig) -> dict[str, Any]:
     }
 
 
-def _router(name: str, config: AppConfig) -> Any:
+def _deployment_of(model: Served) -> type:
+    return RouterDeployment if isinstance(model, ServedModel) else MixtureDeployment
+
+
+def _router(name: str, config: AppConfig, deployment: type = RouterDeployment) -> Any:
     router = config.router
     return serve.deployment(
         name=name,
@@ -130,7 +136,7 @@ def _router(name: str, config: AppConfig) -> Any:
             "runtime_env": _runtime_env(router_environment(router.threads)),
         },
         **_draining(config),
-    )(RouterDeployment)
+    )(deployment)
 
 
 def held_requests(router: RouterConfig) -> int:

@@ -117,13 +117,17 @@ class RouterConfig(Section):
     num_cpus: float = Field(default=0.1, ge=0, description="CPUs that one router reserves in Ray.")
     threads: int = Field(default=1, ge=1, le=256, description="Compute threads of one router.")
     max_batch_size: int = Field(
-        default=32, ge=1, le=4096, description="Sequences that decode together in one step."
+        default=32,
+        ge=1,
+        le=4096,
+        description="Sequences that decode together in one step; for a mixture, "
+        "requests that are computed together.",
     )
     max_batch_tokens: int = Field(
         default=512,
         ge=1,
-        description="Tokens that one step computes, and so the size of a prefill chunk. At least "
-        "`max_batch_size`.",
+        description="Tokens that one step computes, and so the size of a prefill chunk; for a "
+        "mixture, rows. At least `max_batch_size`.",
     )
     max_queue_requests: int = Field(
         default=256, ge=1, description="Requests that may wait. One more is refused."
@@ -132,7 +136,7 @@ class RouterConfig(Section):
         default=1_048_576,
         ge=1,
         description="The most that prompt tokens and `max_tokens` of all waiting choices add up "
-        "to. A request that waits alone may have more.",
+        "to, or the rows of all requests for a mixture. A request that waits alone may have more.",
     )
     cache_tokens: int | None = Field(
         default=None,
@@ -143,7 +147,8 @@ class RouterConfig(Section):
     )
     expert_capacity: CapacityConfig | None = Field(
         default=None,
-        description="Bounds the tokens of a step that one expert takes. Without it nothing does.",
+        description="Bounds the tokens of a step that one expert of a language model takes. "
+        "Without it nothing does.",
     )
 
     def cache_tokens_for(self, max_model_len: int) -> int:

@@ -158,10 +158,10 @@ class Engine:
             wait_s = PARKED_S if self._scheduler.sequences() else IDLE_S
             self._run_commands(0.0 if work else wait_s)
             self._expire()
-            if self._layers.is_withdrawn():
+            if self._layers.placed.is_withdrawn():
                 self._fail(lambda _: True, ModelReplacedError())
             self._unpark()
-            work = self._scheduler.schedule() if self._layers.is_placed() else []
+            work = self._scheduler.schedule() if self._layers.placed.is_placed() else []
             self._flush()  # a step may wait long for an expert that is away
             if work:
                 self._guarded_step(work)
@@ -178,7 +178,7 @@ class Engine:
 
     def _unpark(self) -> None:
         for sequence in self._scheduler.parked():
-            if self._layers.have_all(sequence.awaited):
+            if self._layers.placed.have_all(sequence.awaited):
                 sequence.awaited = frozenset()
 
     def _guarded_step(self, work: list[Work]) -> None:
@@ -300,7 +300,7 @@ class Engine:
         for request_id, sequence in starved.items():
             self._fail_request(request_id, _unavailable(sequence))
         error: ExpertMeshError = DeadlineExceededError("the request's deadline passed")
-        if not self._layers.is_placed():
+        if not self._layers.placed.is_placed():
             error = ExpertUnavailableError("no placement of the experts is known yet", "", 1.0)
         self._fail(lambda s: s.request.deadline_s <= now_s, error)
 

@@ -49,7 +49,8 @@ from router.moe.combine import ExpertRows
 from router.moe.copy_choice import Copies, has_other_copies
 from router.moe.pace import Pace
 from router.moe.pending import Attempt, AwayError, DamageLog, Failed, PendingLayer
-from router.moe.permute import Layout, Layouts, Part, gather, lay_out, split
+from router.moe.permute import Layout, Part, gather, lay_out, split
+from router.moe.placed import PlacedModel
 from router.retry import RetryPolicy
 
 BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
@@ -69,7 +70,7 @@ class Dispatcher:
     """Dispatches the layers of one model; each router replica has one, used by one thread.
 
     ``retries`` counts the frames that were sent again, by reason. ``calls`` counts frames by
-    transport.
+    transport. ``placed`` is the model in the newest placement.
     """
 
     def __init__(
@@ -93,29 +94,13 @@ class Dispatcher:
         self._call_timeout_s = call_timeout_s
         self._answer_shape = answer_shape
         self._request_ids = itertools.count(1)
-        self._layouts = Layouts(model)
-        self._was_placed = False
+        self.placed = PlacedModel(model, view)
+        self._layouts = self.placed.layouts
         self._copies = Copies()
         self._pace = Pace()
         self._damage_log = DamageLog()
         self.retries: Counter[str] = Counter()
         self.calls = transport.calls
-
-    def is_placed(self) -> bool:
-        """Return whether a placement is known that has the model."""
-        placement = self._view.placement
-        is_placed = placement is not None and self._layouts.has_model(placement)
-        self._was_placed = self._was_placed or is_placed
-        return is_placed
-
-    def is_withdrawn(self) -> bool:
-        """Return whether the placement had the model and has it no longer: it was replaced."""
-        return not self.is_placed() and self._was_placed
-
-    def missing(self, layer_id: int) -> np.ndarray | None:
-        """Return the missing experts of a layer, bool [E]; ``None`` where none is missing."""
-        placement = self._view.placement
-        return None if placement is None else self._layouts.missing(placement, layer_id)
 
     def send(
         self,
@@ -223,7 +208,7 @@ class Dispatcher:
         return True
 
     def _not_placed(self) -> ExpertMeshError:
-        if self.is_withdrawn():
+        if self.placed.is_withdrawn():
             return ModelReplacedError()
         return ExpertUnavailableError("no placement is known yet", model_id_of(self._model), 1.0)
 

@@ -9,7 +9,7 @@ Dimension letters: T tokens, K experts per token, H hidden size, W works of the 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -23,7 +23,7 @@ from router.moe.capacity import CapacityLimit
 from router.moe.combine import ExpertRows
 from router.moe.dispatch import Dispatcher
 from router.moe.gate import Choice, ChooseAmong, Gate, choose_among
-from router.moe.missing import Awaited, StepMissing
+from router.moe.missing import StepMissing
 from router.moe.pending import AwayError
 from router.observability.tracing import StepTrace, traceparent
 
@@ -115,8 +115,8 @@ class StepContext:
 class MoELayers(Generic[R]):
     """The MoE layers of one model; their experts are actors.
 
-    ``step`` is the current step, set by :class:`router.model.model.MoEModel`: transformers' blocks
-    hand their experts nothing but hidden states and choices.
+    ``placed`` is the model in the newest placement. ``step`` is the current step, set before each:
+    transformers' blocks hand their experts nothing but hidden states and choices.
     """
 
     def __init__(
@@ -127,6 +127,7 @@ class MoELayers(Generic[R]):
     ) -> None:
         """Send rows through ``dispatcher``; ``limit`` bounds the tokens of an expert in a step."""
         self._dispatcher = dispatcher
+        self.placed = dispatcher.placed
         self._combination = combination
         self._limit = limit
         self.step: StepContext | None = None
@@ -169,7 +170,7 @@ class MoELayers(Generic[R]):
         among: ChooseAmong | None,
     ) -> Choice:
         """Return the gate's choice, changed where experts are missing or have no room."""
-        missing = self._dispatcher.missing(layer_id)
+        missing = self.placed.missing(layer_id)
         if missing is None and step.missing is None and self._limit is None:
             return gate_choice
         if among is None:
@@ -214,19 +215,3 @@ class MoELayers(Generic[R]):
         except AwayError as away:
             step.missing_record().leave_out(layer_id, ids, away.pairs)
             return None
-
-    def is_placed(self) -> bool:
-        """Return whether a placement is known that has the model; else no layer can be sent."""
-        return self._dispatcher.is_placed()
-
-    def is_withdrawn(self) -> bool:
-        """Return whether the model was replaced by a redeploy."""
-        return self._dispatcher.is_withdrawn()
-
-    def have_all(self, experts: Iterable[Awaited]) -> bool:
-        """Return whether each of the (layer, expert) pairs has a live copy."""
-        for layer_id, expert_id in experts:
-            missing = self._dispatcher.missing(layer_id)
-            if missing is not None and missing[expert_id]:
-                return False
-        return True

@@ -1,0 +1,207 @@
+"""The replica of a mixture's router: gate and combination; the experts are in the expert actors."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import logging
+import os
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import psutil
+import torch
+
+from cluster.controller.application import app_is_wanted
+from cluster.errors import CheckpointError, ExpertMeshError, ModelReplacedError, being_deleted
+from cluster.transport.open import open_transport
+from cluster.wire.frames import Shape
+from experts.checkpoint.mixture import Mixture
+from experts.checkpoint.remote_files import open_model
+from experts.checkpoint.remote_reader import RayNeighbours
+from experts.mixture.spec import MixtureSpec
+from router.config import ExpertsConfig, RouterConfig
+from router.control.client import ControllerClient
+from router.control.placement_view import PlacementView, PlacementWatcher
+from router.control.readiness import is_its_turn
+from router.messages.prediction import PredictionRequest
+from router.mixture.engine import MixtureEngine
+from router.mixture.gate import MixtureGate
+from router.mixture.gather import GatherRows
+from router.mixture.queue import Outcome, QueueLimits, WorkQueue
+from router.mixture.stats import MixtureSamples
+from router.moe.dispatch import Dispatcher
+from router.moe.layer import MoELayers
+from router.moe.placed import PlacedModel
+from router.served import ServedMixture
+
+LANES = 8
+"""Steps that may wait for experts at one time; as many devices work for one replica's requests."""
+TURN_CHECK_S = 0.1
+
+logger = logging.getLogger("expertmesh.router")
+
+
+class MixtureReplica:
+    """One router of a mixture; needs a running event loop."""
+
+    def __init__(
+        self,
+        app: str,
+        model: ServedMixture,
+        config: RouterConfig,
+        experts: ExpertsConfig,
+        controller: ControllerClient,
+    ) -> None:
+        """Load the gates and start the engine.
+
+        Raises :class:`CheckpointError` when the folder is not that of the served mixture.
+        """
+        torch.set_num_threads(config.threads)
+        self._loop = asyncio.get_running_loop()
+        self._call_numbers = itertools.count()
+        self._model = model
+        self._is_deleted = False
+        self._requests: dict[str, asyncio.Future[Outcome]] = {}
+        view = self._view = PlacementView()
+        self._watcher = PlacementWatcher(
+            "router",
+            view,
+            controller,
+            partial(app_is_wanted, app),
+            self._end_requests,
+            lambda: self._samples(),  # set below, before the event loop runs the watcher
+            model.key,
+        )
+        mixture = open_model(model.path, model.source.identity, RayNeighbours())
+        if not isinstance(mixture, Mixture):
+            raise CheckpointError("is a language model, and no mixture", str(mixture.folder))
+        tls = None if experts.tls is None else experts.tls.files()
+        answer_shape = partial(answer_shape_of, mixture.spec)
+        self._dispatchers = [
+            Dispatcher(
+                model.key,
+                view,
+                open_transport(app, experts.transport, tls),
+                self._watcher.suspect,
+                experts.call_timeout_s,
+                answer_shape,
+            )
+            for _ in range(LANES)
+        ]
+        self._max_requests = config.max_batch_size
+        self._queue = WorkQueue(
+            QueueLimits(
+                config.max_batch_size,
+                config.max_batch_tokens,
+                config.max_batch_size + config.max_queue_requests,
+                config.max_queue_tokens,
+            ),
+            mixture.spec.rows_input.name,
+        )
+        self._engine = MixtureEngine(
+            mixture.spec,
+            MixtureGate(mixture),
+            PlacedModel(model.key, view),
+            [MoELayers(dispatcher, GatherRows(answer_shape)) for dispatcher in self._dispatchers],
+            self._queue,
+            model.identity,
+            is_exact=not experts.emulated_pools,
+        )
+        self._samples = MixtureSamples(model.id, self._engine.tally, self._queue, self._dispatchers)
+        gc.collect()
+        gc.freeze()  # the gates live as long as the process; collections skip them from here on
+        self._engine.start()
+        logger.info("router of %s: a mixture of %d experts", model.id, len(mixture.spec.experts))
+        if experts.emulated_pools:
+            logger.warning(
+                "%s: the devices of some pools are emulated (%s): their experts answer zeros, and "
+                "no reply is exact",
+                model.id,
+                ", ".join(experts.emulated_pools),
+            )
+
+    async def predict(self, wire: dict[str, Any]) -> dict[str, Any]:
+        """Predict for all rows of a request.
+
+        Returns ``{"reply": …}`` or ``{"error": …}``; with an error, ``"replaced": True`` says that
+        a router of another mixture may serve the request. A cancellation ends the request.
+        """
+        if self._is_deleted:
+            return {"error": being_deleted().to_wire()}
+        request = PredictionRequest.from_wire(wire)
+        # Serve may repeat a call when it mistakes a slow connection for a broken one.
+        request = replace(request, request_id=f"{request.request_id}/{next(self._call_numbers)}")
+        outcome: asyncio.Future[Outcome] = self._loop.create_future()
+        self._requests[request.request_id] = outcome
+        try:
+            self._engine.submit(request, partial(self._deliver, outcome))
+            result = await outcome
+        except ExpertMeshError as error:
+            result = error
+        except asyncio.CancelledError:
+            self._engine.cancel(request.request_id)
+            raise
+        finally:
+            del self._requests[request.request_id]
+        if isinstance(result, ExpertMeshError):
+            replaced = isinstance(result, ModelReplacedError)
+            return {"error": result.to_wire(), "replaced": replaced}
+        return {"reply": result.to_wire()}
+
+    def _deliver(self, future: asyncio.Future[Outcome], outcome: Outcome) -> None:
+        """Pass an outcome from a thread of the engine to the event loop."""
+        self._loop.call_soon_threadsafe(_set_result, future, outcome)
+
+    async def take_turn(self) -> None:
+        """Return once this router is to serve; see :func:`router.control.readiness.is_its_turn`."""
+        while not is_its_turn(self._view.placement, self._model.key):
+            await asyncio.sleep(TURN_CHECK_S)
+
+    def _end_requests(self) -> None:
+        """End all requests; Serve waits for them before it ends a replica."""
+        self._is_deleted = True
+        for request_id, outcome in self._requests.items():
+            self._engine.cancel(request_id)
+            _set_result(outcome, being_deleted())
+
+    def use(self) -> float:
+        """Return the requests under way and waiting over those that are computed together."""
+        return len(self._queue.jobs) / self._max_requests
+
+    async def stats(self) -> dict[str, Any]:
+        """Return measurements as :meth:`router.engine.replica.RouterReplica.stats` does."""
+        tally = self._engine.tally
+        layer_s = list(tally.latest_layers_s)
+        tally.latest_layers_s.clear()
+        return {
+            "layer_s": layer_s,
+            "retries": dict(self._samples.retries()),
+            "calls": dict(self._samples.calls()),
+            "inexact_rows": dict(tally.inexact_rows),
+            "pid": os.getpid(),
+            "requests": len(self._requests),
+            "rss_bytes": psutil.Process().memory_info().rss,
+        }
+
+    def is_alive(self) -> bool:
+        """Return whether the engine's threads run."""
+        return self._engine.is_alive()
+
+    def close(self) -> None:
+        """Stop the engine after its current steps, then the watcher."""
+        self._engine.close()
+        self._watcher.stop()
+
+
+def answer_shape_of(spec: MixtureSpec, row_shape: Shape) -> Shape:
+    """Return the shape of an expert's output for a row of this shape."""
+    shape = spec.combine.shape
+    return (row_shape[0], *shape[1:]) if shape[0] == -1 else shape
+
+
+def _set_result(future: asyncio.Future[Outcome], outcome: Outcome) -> None:
+    if not future.done():
+        future.set_result(outcome)
