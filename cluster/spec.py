@@ -249,5 +249,6 @@ TransportKind = Literal["auto", "ray", "stream"]
 """The transport of frames from routers to expert actors; see :mod:`cluster.transport.open`."""
 
 EXACT_KEY = "expertmesh-exact"
+EXACT_HEADER = f"x-{EXACT_KEY}"
 """The key of the trailing metadata (gRPC) with ``true`` for an exact answer and ``false`` for any
 other; HTTP's header has the prefix ``x-``."""

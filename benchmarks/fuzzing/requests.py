@@ -18,11 +18,12 @@ from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelErr
 from router.config import GatewayConfig, parse_args
 from router.gateway.errors import http_error
 from router.gateway.grpc.handlers import GrpcHandlers, parse_health_check
+from router.gateway.http_io import read_json
+from router.gateway.limits import Room
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel
 from router.gateway.openai.chat import parse_chat
 from router.gateway.openai.completions import parse_completion
-from router.gateway.openai.http_io import read_json
 from router.gateway.service import GenerationService
 from router.gateway.tokenizer import Tokenizer
 from router.gateway.validate import Validator
@@ -63,7 +64,8 @@ def service() -> GenerationService:
     )
     model = GatewayModel(info, Tokenizer.load(str(folder), info.eos_token_ids))
     upstream: Any = None
-    return GenerationService({MODEL: model}, GatewayConfig(), upstream, Metrics())
+    limits = GatewayConfig()
+    return GenerationService({MODEL: model}, limits, upstream, Metrics(), Room(limits))
 
 
 def http() -> Target:
@@ -76,7 +78,7 @@ def http() -> Target:
 
         async def parsed(parse: Parse) -> None:
             request = Request({"type": "http", "headers": []}, receive)
-            body = await read_json(request, served.limits.max_body_bytes, served.bodies)
+            body = await read_json(request, served.limits.max_body_bytes, served.room.bodies)
             parse(body, served.validator, "id")
 
         for parse in (parse_completion, parse_chat):

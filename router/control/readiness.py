@@ -45,16 +45,32 @@ def readiness(
     return Readiness(_reason(placement, models, on_expert_loss), order, loop_age_s)
 
 
+def model_readiness(
+    placement: Placement | None,
+    model: str,
+    loop_age_s: float | None,
+    on_expert_loss: OnExpertLoss = "strict",
+) -> Readiness:
+    """Decide whether one model, by its id, can be served, whatever others miss."""
+    order = None if placement is None else placement.order
+    return Readiness(_reason(placement, [model], on_expert_loss, model), order, loop_age_s)
+
+
 def _reason(
-    placement: Placement | None, models: Iterable[str], on_expert_loss: OnExpertLoss
+    placement: Placement | None,
+    models: Iterable[str],
+    on_expert_loss: OnExpertLoss,
+    only: str | None = None,
 ) -> str:
+    """Return why ``models`` cannot be served; only the missing experts of ``only`` count."""
     if placement is None:
         return "no placement of the experts is known yet"
     placed = {model_id_of(model) for model in placement.models()}
     unplaced = sorted(set(models) - placed)
     if unplaced:  # a new gateway may start before the controller that knows its models
         return f"no placement of the experts of {', '.join(unplaced)} is known yet"
-    missing = len(_awaited(placement, on_expert_loss))
+    awaited = _awaited(placement, on_expert_loss)
+    missing = sum(only is None or model_id_of(key.model) == only for key in awaited)
     return f"{missing} experts have no live copy" if missing else ""
 
 

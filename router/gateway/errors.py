@@ -1,4 +1,4 @@
-"""Errors as HTTP carries them: the table from code to status, and OpenAI's error object.
+"""Errors as HTTP carries them: the table from code to status, and each API's error object.
 
 gRPC's side is :mod:`router.protos.errors`.
 """
@@ -42,14 +42,27 @@ def public_error(error: Exception) -> ExpertMeshError:
 
 def http_error(error: ExpertMeshError) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Return HTTP status, OpenAI-shaped body and extra headers for an error."""
-    status, kind = TOO_LARGE if isinstance(error, TooLargeError) else HTTP_STATUS[error.code]
+    status, kind = _status(error)
     body = {
         "message": clean(str(error), MAX_MESSAGE_BYTES),
         "type": kind,
         "param": clean(error.field, MAX_FIELD_BYTES) or None,
         "code": "model_not_found" if isinstance(error, UnknownModelError) else error.code.value,
     }
-    headers: dict[str, str] = {}
-    if error.retry_after_s is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    return status, {"error": body}, headers
+    return status, {"error": body}, _headers(error)
+
+
+def v2_error(error: ExpertMeshError) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Return HTTP status, the Open Inference Protocol's body and extra headers for an error."""
+    body = {"error": clean(str(error), MAX_MESSAGE_BYTES)}
+    return _status(error)[0], body, _headers(error)
+
+
+def _status(error: ExpertMeshError) -> tuple[int, str]:
+    return TOO_LARGE if isinstance(error, TooLargeError) else HTTP_STATUS[error.code]
+
+
+def _headers(error: ExpertMeshError) -> dict[str, str]:
+    if error.retry_after_s is None:
+        return {}
+    return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}

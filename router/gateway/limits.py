@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from cluster.errors import OverloadedError, SlowReaderError
+from router.config import BODIES_AT_ONCE, GatewayConfig
 
 RETRY_AFTER_S = 1.0
 
@@ -119,3 +120,16 @@ class Share:
         """Give back everything that was taken; a second call does nothing."""
         self._budget.taken -= self._amount
         self._amount = 0
+
+
+class Room:
+    """The room of a gateway, which its services share: ``places`` of requests, ``bodies``."""
+
+    def __init__(self, limits: GatewayConfig) -> None:
+        self._max_requests = limits.max_ongoing_requests
+        self.places = Budget(limits.max_ongoing_requests, "requests")
+        self.bodies = Budget(BODIES_AT_ONCE * limits.max_body_bytes, "bytes of bodies")
+
+    def use(self) -> float:
+        """Return the requests under way as a share of the limit."""
+        return self.places.taken / self._max_requests

@@ -23,7 +23,7 @@ M = TypeVar("M", Counter, Gauge, Histogram)
 
 
 class Metrics:
-    """Counts requests and tokens."""
+    """Counts requests, tokens and rows."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -33,6 +33,8 @@ class Metrics:
         self._prompt_tokens = self._metric(Counter, catalogue.PROMPT_TOKENS)
         self._generation_tokens = self._metric(Counter, catalogue.GENERATION_TOKENS)
         self._inexact_tokens = self._metric(Counter, catalogue.INEXACT_TOKENS)
+        self._prediction_rows = self._metric(Counter, catalogue.PREDICTION_ROWS)
+        self._inexact_rows = self._metric(Counter, catalogue.INEXACT_ROWS)
         self._slow_readers = self._metric(Counter, catalogue.SLOW_READERS)
         buckets = LATENCY_BUCKETS_S
         self._first_token = self._metric(Histogram, catalogue.FIRST_TOKEN, buckets=buckets)
@@ -81,6 +83,15 @@ class Metrics:
     def inexact_tokens(self, model_id: str, reason: str, count: int) -> None:
         """Count generated tokens that are not exact; ``reason`` is the request's contract."""
         self._inexact_tokens.labels(model_id, reason).inc(count)
+
+    def prediction_started(self, model_id: str, num_rows: int) -> None:
+        """Count a prediction that starts; :meth:`ended` must follow."""
+        self._in_flight.labels(model_id).inc()
+        self._prediction_rows.labels(model_id).inc(num_rows)
+
+    def inexact_rows(self, model_id: str, reason: str, count: int) -> None:
+        """Count the rows of a reply that is not exact; ``reason`` is the request's contract."""
+        self._inexact_rows.labels(model_id, reason).inc(count)
 
     def slow_reader(self, surface: str) -> None:
         """Count a stream that was ended because its client did not read it."""

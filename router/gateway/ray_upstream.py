@@ -11,48 +11,39 @@ import asyncio
 import itertools
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 import ray
 from opentelemetry.trace import Span
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from cluster.errors import (
     ExpertMeshError,
-    InternalError,
     InvalidRequestError,
     ModelReplacedError,
     OverloadedError,
-    UnavailableError,
     being_deleted,
     error_from_wire,
 )
-from cluster.reports import Samples
-from cluster.spec import OnExpertLoss
-from router.control.client import HandleController
-from router.control.placement_view import PlacementView, PlacementWatcher
-from router.control.readiness import Readiness, is_its_turn, readiness
+from router.control.readiness import Readiness
+from router.gateway.deployment import Deployment
 from router.gateway.inbox import Inbox, Reply, put_reply
 from router.gateway.limits import RETRY_AFTER_S
+from router.gateway.resend import RESEND, RESEND_TOKENS, failure_of, resend_delay_s
 from router.messages.request import GenerationRequest, Receipts, TokenEvent, merge_events
 from router.messages.token_link import LinkAddress, LinkServer
 from router.observability.tracing import as_current, gateway_span
-from router.retry import Retries, RetryBudget, RetryPolicy
+from router.retry import Retries, RetryBudget
 
-RESEND = RetryPolicy(first_delay_s=0.1, max_delay_s=1.0)
 RESUMED_TIMES = 3
 """How often a router of the model that has given tokens is looked for after a redeploy."""
 OTHER_TEXT_S = 5.0
 """How long a router with this gateway's tokenizer is looked for; gateways and routers of a redeploy
 start at different times."""
-TURN_S, TURN_CHECK_S = 10.0, 0.1
-RESEND_TOKENS = 8192
-"""The budget for sending requests again. When a router dies, a gateway may lose all of its requests
-at once; sending them again must take less than half of the budget."""
 MESSAGES_PER_S = 500
 MAX_PAUSE_S = 0.1
 """From ``MESSAGES_PER_S`` messages of all streams on, a message carries several tokens.
@@ -78,36 +69,21 @@ class RayUpstream:
 
     def __init__(
         self,
-        controller: DeploymentHandle,
+        deployment: Deployment,
         routers: Mapping[str, DeploymentHandle],
         max_calls: int,
-        on_expert_loss: OnExpertLoss,
-        is_wanted: Callable[[], bool],
-        samples: Callable[[], Samples],
     ) -> None:
         """``routers`` are handles by model id. Needs a running event loop.
 
         ``max_calls`` is the number of requests that the routers of one model hold, running and
         waiting. The gateway refuses more requests itself, since a router's refusal costs as much as
-        an accepted call. ``on_expert_loss`` is the deployment's; readiness depends on it.
-        ``is_wanted`` asks Serve whether the application shall run. ``samples`` returns the
-        gateway's own samples.
+        an accepted call.
         """
-        self._on_expert_loss = on_expert_loss
+        self._deployment = deployment
+        deployment.on_end(self._end_requests)
         self._routers = routers
         self._max_calls = max_calls
         self._calls: Counter[str] = Counter()
-        self._view = PlacementView()
-        self._is_deleted = False
-        self._refuses_new = False
-        self._watcher = PlacementWatcher(
-            "gateway",
-            self._view,
-            HandleController(controller),
-            is_wanted,
-            self.end_requests,
-            samples,
-        )
         self._inboxes: dict[str, Inbox] = {}
         self._num_streams = 0
         self._leaving: set[asyncio.Task[None]] = set()
@@ -118,8 +94,7 @@ class RayUpstream:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """See :class:`Upstream`; resends the request when its router dies."""
-        if self._refuses_new:
-            raise being_deleted()
+        self._deployment.check_open()
         receipts = Receipts(request)
         retries = Retries(RESEND, self._budget)
         stopped: set[int] = set()
@@ -147,7 +122,7 @@ class RayUpstream:
                         raise
                     await asyncio.sleep(delay_s)
                 except (RayActorError, DeploymentUnavailableError, OverloadedError) as error:
-                    delay_s = _resend_delay_s(error, retries, number > 0, request.remaining_s())
+                    delay_s = resend_delay_s(error, retries, number > 0, request.remaining_s())
                     logger.warning("a router was lost (%s); sending again", type(error).__name__)
                     await asyncio.sleep(delay_s)
                 finally:
@@ -157,7 +132,7 @@ class RayUpstream:
         self, request: GenerationRequest, receipts: Receipts, stopped: set[int], span: Span
     ) -> AsyncGenerator[TokenEvent, None]:
         address = await self._listening()
-        if self._is_deleted:
+        if self._deployment.is_deleted:
             raise being_deleted()
         self._check_room(request.model)
         with as_current(span):  # Serve sends its context with the call
@@ -198,13 +173,7 @@ class RayUpstream:
             message = f"the routers are full: they hold {self._max_calls} requests"
             raise OverloadedError(message, "queue", RETRY_AFTER_S)
 
-    def refuse_new_requests(self) -> None:
-        """Refuse new requests from now on; those under way go on. Readiness turns negative."""
-        self._refuses_new = True
-
-    def end_requests(self) -> None:
-        """End all requests; Serve waits for them before it ends a replica. Refuses new ones."""
-        self._is_deleted = True
+    def _end_requests(self) -> None:
         for inbox in self._inboxes.values():
             inbox.end(being_deleted())
 
@@ -219,19 +188,6 @@ class RayUpstream:
             inbox.put(event)
         return inbox is not None
 
-    async def take_turn(self, models: Sequence[str]) -> None:
-        """Return once this gateway is to serve ``models``, by their keys.
-
-        On a redeploy that is when their routers do (:func:`router.control.readiness.is_its_turn`):
-        until then the earlier gateway is there, whose tokenizer is that of the earlier routers.
-        Without any placement it is after :data:`TURN_S`.
-        """
-        until_s = self._loop_s() + TURN_S
-        while not all(is_its_turn(self._view.placement, model) for model in models):
-            if self._view.placement is None and self._loop_s() > until_s:
-                return
-            await asyncio.sleep(TURN_CHECK_S)
-
     def _loop_s(self) -> float:
         return asyncio.get_running_loop().time()
 
@@ -244,12 +200,7 @@ class RayUpstream:
 
     def ready(self) -> Readiness:
         """See :class:`Upstream`."""
-        ready = readiness(
-            self._view.placement, self._routers, self._view.loop_age_s(), self._on_expert_loss
-        )
-        if self._is_deleted or self._refuses_new:
-            return replace(ready, reason=being_deleted().message, is_deleted=True)
-        return ready
+        return self._deployment.ready()
 
 
 class _OtherTextError(ModelReplacedError):
@@ -268,43 +219,12 @@ def _not_resumed(request: GenerationRequest, error: ModelReplacedError) -> Exper
     return error
 
 
-def _resend_delay_s(
-    error: Exception, retries: Retries, is_resent: bool, remaining_s: float
-) -> float:
-    """Return the seconds until a request is sent again; raises its client's error if it is not.
-
-    A full queue refuses a new request. A request that a router has accepted waits for room.
-    """
-    retry_after_s = None
-    if isinstance(error, OverloadedError):
-        retry_after_s = error.retry_after_s
-        if not is_resent or retry_after_s is None:
-            raise error
-    delay_s = retries.next_delay_s(remaining_s, retry_after_s)
-    if delay_s is None:
-        raise UnavailableError("the router is not reachable", "", 1.0) from None
-    return delay_s
-
-
 def _events(reply: Reply) -> list[TokenEvent]:
     """Return the events of a reply; raises the error if the reply is an error."""
     if isinstance(reply, BaseException):
-        raise _typed(reply)
+        raise failure_of(reply)
     if "replaced" in reply:
         raise _OtherTextError if reply["has_other_text"] else ModelReplacedError
     if "error" in reply:
         raise error_from_wire(reply["error"])
     return [TokenEvent.from_wire(wire) for wire in reply["events"]]
-
-
-def _typed(error: BaseException) -> BaseException:
-    """Return an error for the client, or an error that means that the request is sent again."""
-    if isinstance(error, (RayActorError, DeploymentUnavailableError, ExpertMeshError)):
-        return error
-    if isinstance(error, BackPressureError):
-        return OverloadedError("the router's queue is full", "queue", 1.0)
-    if isinstance(error, RayTaskError):
-        logger.error("a router failed: %s", error)
-    else:
-        logger.error("a call to a router failed: %r", error)
-    return InternalError("the router failed")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from cluster.errors import Code, DeadlineExceededError, InternalError, InvalidRequestError
-from router.config import BODIES_AT_ONCE, GatewayConfig
+from router.config import GatewayConfig
 from router.control.readiness import Readiness
 from router.gateway.detokenize import ChoiceText
 from router.gateway.errors import public_error
-from router.gateway.limits import Budget, SlowReaderWatch
+from router.gateway.limits import Room, SlowReaderWatch
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel
 from router.gateway.validate import CheckedRequest, Validator
@@ -102,26 +102,20 @@ class GenerationService:
         limits: GatewayConfig,
         upstream: Upstream,
         metrics: Metrics,
+        room: Room,
+        mixtures: Collection[str] = (),
     ) -> None:
+        """``mixtures`` are the ids of models that another service answers for."""
         self.metrics = metrics
         self.limits = limits
-        self.bodies = Budget(BODIES_AT_ONCE * limits.max_body_bytes, "bytes of bodies")
-        self._places = Budget(limits.max_ongoing_requests, "requests")
+        self.room = room
         self._models = models
-        self.validator = Validator(models, limits)
+        self.validator = Validator(models, limits, mixtures)
         self._upstream = upstream
 
     def models(self) -> list[ServedModel]:
         """Return the served models, in the deployment's order."""
         return [model.info for model in self._models.values()]
-
-    def use(self) -> float:
-        """Return the requests under way as a share of the limit."""
-        return self._places.taken / self.limits.max_ongoing_requests
-
-    def requests_under_way(self) -> int:
-        """Return the number of requests that are not finished."""
-        return self._places.taken
 
     def ready(self) -> Readiness:
         """Return whether requests can be served, and if not, why."""
@@ -135,7 +129,7 @@ class GenerationService:
         Raises :class:`ExpertMeshError`. Closing or cancelling the generator ends the request
         upstream, and so does a client that does not read. Counts the outcome.
         """
-        with self._places.share() as place:
+        with self.room.places.share() as place:
             with self.metrics.refusals(surface):
                 place.take(1)
 

@@ -10,7 +10,7 @@ import secrets
 import time
 import uuid
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import countOf
 from typing import cast
@@ -80,15 +80,32 @@ class CheckedRequest:
 class Validator:
     """Checks requests against the served models and the deployment's limits."""
 
-    def __init__(self, models: Mapping[str, GatewayModel], limits: GatewayConfig) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, GatewayModel],
+        limits: GatewayConfig,
+        mixtures: Collection[str] = (),
+    ) -> None:
+        """``mixtures`` are the ids of models that are no language models."""
         self._models = models
         self._limits = limits
+        self._mixtures = mixtures
 
     def model(self, model_id: object) -> GatewayModel:
-        """Return a served model; raises :class:`UnknownModelError` with the ids of all of them."""
+        """Return a language model.
+
+        Raises :class:`UnknownModelError` with the ids of all of them, and
+        :class:`InvalidRequestError` with the right API for a mixture.
+        """
         if not isinstance(model_id, str):
             raise InvalidRequestError(checks.wrong(model_id, "the id of a model"), "model")
-        served = ", ".join(self._models)
+        if model_id in self._mixtures:
+            raise InvalidRequestError(
+                f"{model_id} is a mixture, which generates no text; ask for its predictions by "
+                f"POST /v2/models/{model_id}/infer or inference.GRPCInferenceService/ModelInfer",
+                "model",
+            )
+        served = ", ".join(self._models) or "no language model"
         if not model_id:
             raise InvalidRequestError(f"is missing; served: {served}", "model")
         if model_id not in self._models:

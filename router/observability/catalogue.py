@@ -75,6 +75,12 @@ INEXACT_TOKENS = _counter(
     "model_name reason replica",
     "Tokens sent that are flagged as not exact, by on_expert_loss.",
 )
+PREDICTION_ROWS = _counter("prediction_rows", _MODEL, "Rows of accepted predictions of a mixture.")
+INEXACT_ROWS = _counter(
+    "inexact_rows",
+    "model_name reason replica",
+    "Rows of predictions that are flagged as not exact, by on_expert_loss.",
+)
 SLOW_READERS = _counter(
     "slow_readers",
     "surface replica",

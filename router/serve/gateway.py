@@ -16,25 +16,30 @@ from cluster.controller.application import app_is_wanted
 from cluster.reports import ProcessSamples, ProcessStatus
 from router.config import GatewayConfig
 from router.gateway.admin import Admin
+from router.gateway.app import create_app
+from router.gateway.deployment import Deployment
 from router.gateway.grpc.handlers import GrpcHandlers
 from router.gateway.grpc.server import GrpcServer
 from router.gateway.grpc.service import GrpcMethods
+from router.gateway.limits import Room
 from router.gateway.metrics import Metrics
 from router.gateway.models import load_models
-from router.gateway.openai.app import create_app
+from router.gateway.predict.service import PredictionService
+from router.gateway.predict.upstream import RayPredictions
+from router.gateway.predict.v2_grpc import PredictionHandlers
 from router.gateway.ray_upstream import RayUpstream
 from router.gateway.service import GRACE_S, GenerationService
 from router.serve.autoscaling import USE
 from router.serve.instance import own_grpc_address
 from router.serve.process import collector_paused, setup_logging, torch_hidden
-from router.served import ServedModel
+from router.served import Served, ServedMixture, ServedModel
 
 MESSAGE_ROOM = 4
 """A gRPC message up to so many times ``gateway.max_body_bytes`` is read, to be refused by name."""
 
 
 class GatewayReplica(GrpcMethods):
-    """One gateway process, with the tokenizers and without weights.
+    """One gateway process for all models, with the tokenizers and without weights.
 
     Serve builds the HTTP app after the constructor (``__serve_build_asgi_app__``), so nothing of
     it is ever pickled.
@@ -42,7 +47,7 @@ class GatewayReplica(GrpcMethods):
 
     def __init__(
         self,
-        models: tuple[ServedModel, ...],
+        models: tuple[Served, ...],
         limits: GatewayConfig,
         controller: DeploymentHandle,
         routers: Mapping[str, DeploymentHandle],
@@ -52,26 +57,45 @@ class GatewayReplica(GrpcMethods):
 
         Serve puts handles in the place of ``controller`` and ``routers`` (by model id), which are
         bound deployments when the application is built. ``max_calls`` is the number of requests
-        that the routers of one model hold.
+        that the routers of one model hold. ``models`` are language models and mixtures.
         """
         setup_logging()
         metrics = Metrics()
-        self._upstream = RayUpstream(
+        language_models = tuple(model for model in models if isinstance(model, ServedModel))
+        mixtures = {model.id: model for model in models if isinstance(model, ServedMixture)}
+        self._keys = [model.key for model in models]
+        self._deployment = Deployment(
             controller,
-            routers,
-            max_calls,
+            [model.id for model in models],
             limits.on_expert_loss,
             partial(app_is_wanted, serve.get_replica_context().app_name),
             metrics.samples,
         )
+        self._room = Room(limits)
         process = ProcessStatus(os.getpid(), ray.get_runtime_context().get_node_id())
         self.admin = Admin(
             controller, lambda: ProcessSamples("gateway", process, metrics.samples())
         )
         with collector_paused(), torch_hidden():  # transformers is imported for its tokenizers
-            loaded = load_models(models)
-        self.service = GenerationService(loaded, limits, self._upstream, metrics)
+            loaded = load_models(language_models)
+        self.service = GenerationService(
+            loaded,
+            limits,
+            RayUpstream(self._deployment, routers, max_calls),
+            metrics,
+            self._room,
+            tuple(mixtures),
+        )
+        self.predictions = PredictionService(
+            mixtures,
+            limits,
+            RayPredictions(self._deployment, routers, max_calls),
+            metrics,
+            self._room,
+            tuple(loaded),
+        )
         self.grpc_handlers = GrpcHandlers(self.service, self.admin)
+        self.prediction_handlers = PredictionHandlers(self.predictions)
 
     async def shut_down(self, ends_requests: bool) -> tuple[int, float]:
         """Refuse new requests with UNAVAILABLE and a retry hint from now on.
@@ -80,18 +104,18 @@ class GatewayReplica(GrpcMethods):
         number, and the longest time (s) that a request may take. May be called again.
         :mod:`router.ops.startup.drain` calls it by its name.
         """
-        self._upstream.refuse_new_requests()
+        self._deployment.refuse_new_requests()
         if ends_requests:
-            self._upstream.end_requests()
+            self._deployment.end_requests()
         limit_s = self.service.limits.max_timeout_s + GRACE_S
-        return self.service.requests_under_way(), limit_s
+        return self._room.places.taken, limit_s
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the use of this gateway to Serve, which calls this method by its name."""
-        return {USE: self.service.use()}
+        return {USE: self._room.use()}
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.service, self.admin, echoes_request_id=False)
+        return create_app(self.service, self.predictions, self.admin, echoes_request_id=False)
 
 
 class ListeningGateway(GatewayReplica):
@@ -102,8 +126,7 @@ class ListeningGateway(GatewayReplica):
     async def __init__(self, *args: Any) -> None:  # type: ignore[misc]
         """Load and start as :class:`GatewayReplica`, and open the gRPC port if it is to."""
         super().__init__(*args)
-        models = self.service.models()
-        await self._upstream.take_turn([model.key for model in models])
+        await self._deployment.take_turn(self._keys)
         address = await own_grpc_address()
         if address is not None:
             max_message_bytes = MESSAGE_ROOM * self.service.limits.max_body_bytes

@@ -37,15 +37,19 @@ from cluster.spec import ActorReport, ExpertKey, ModelExperts, ModelSource
 from router.config import GatewayConfig
 from router.control.readiness import Readiness
 from router.gateway.admin import Admin
+from router.gateway.app import create_app
 from router.gateway.grpc.handlers import GrpcHandlers
 from router.gateway.grpc.service import GrpcMethods, add_services_to_server
+from router.gateway.limits import Room
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel
-from router.gateway.openai.app import create_app
+from router.gateway.predict.service import PredictionService
+from router.gateway.predict.v2_grpc import PredictionHandlers
 from router.gateway.service import GenerationService
 from router.gateway.tokenizer import Tokenizer
 from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
 from router.served import ServedModel
+from tests.unit.prediction_fakes import MIXTURES, FakePredictions, prediction_service
 
 EOS = 1
 CONTEXT = 64
@@ -281,10 +285,23 @@ def _logprobs(token_id: int, top: int | None) -> tuple[TokenLogprobs, ...]:
     return (TokenLogprobs(-0.25, ids, tuple(-0.25 - step for step in range(top))),)
 
 
-def service(upstream: FakeUpstream, limits: GatewayConfig | None = None) -> GenerationService:
-    """The service over two models: ``tiny``, and ``bare`` without a chat template."""
+def services(
+    upstream: FakeUpstream,
+    limits: GatewayConfig | None = None,
+    predictions: FakePredictions | None = None,
+) -> tuple[GenerationService, PredictionService]:
+    """The services over ``tiny``, ``bare`` without a chat template, and mixtures."""
+    limits = limits or GatewayConfig()
     both = {"tiny": served(), "bare": served("bare", None)}
-    return GenerationService(both, limits or GatewayConfig(), upstream, Metrics())
+    metrics, room = Metrics(), Room(limits)
+    generation = GenerationService(both, limits, upstream, metrics, room, tuple(MIXTURES))
+    fake = predictions or FakePredictions()
+    return generation, prediction_service(fake, limits, metrics, room, tuple(both))
+
+
+def service(upstream: FakeUpstream, limits: GatewayConfig | None = None) -> GenerationService:
+    """The service of the language models alone."""
+    return services(upstream, limits)[0]
 
 
 def admin(upstream: FakeUpstream, metrics: Metrics) -> Admin:
@@ -293,23 +310,36 @@ def admin(upstream: FakeUpstream, metrics: Metrics) -> Admin:
     return Admin(upstream.controller, lambda: ProcessSamples("gateway", process, metrics.samples()))
 
 
-def http_app(upstream: FakeUpstream, limits: GatewayConfig | None = None) -> FastAPI:
-    """The HTTP app over :func:`service`."""
-    generation = service(upstream, limits)
-    return create_app(generation, admin(upstream, generation.metrics))
+def http_app(
+    upstream: FakeUpstream,
+    limits: GatewayConfig | None = None,
+    predictions: FakePredictions | None = None,
+) -> FastAPI:
+    """The HTTP app over :func:`services`."""
+    generation, predicting = services(upstream, limits, predictions)
+    return create_app(generation, predicting, admin(upstream, generation.metrics))
 
 
 class Servicer(GrpcMethods):
     """The gRPC methods as Serve's replica has them, without Serve."""
 
-    def __init__(self, upstream: FakeUpstream, limits: GatewayConfig | None = None) -> None:
-        generation = service(upstream, limits)
+    def __init__(
+        self,
+        upstream: FakeUpstream,
+        limits: GatewayConfig | None = None,
+        predictions: FakePredictions | None = None,
+    ) -> None:
+        generation, predicting = services(upstream, limits, predictions)
+        self.prediction_handlers = PredictionHandlers(predicting)
         self.grpc_handlers = GrpcHandlers(generation, admin(upstream, generation.metrics))
 
 
 @contextmanager
 def grpc_server(
-    upstream: FakeUpstream, port: int = 0, limits: GatewayConfig | None = None
+    upstream: FakeUpstream,
+    port: int = 0,
+    limits: GatewayConfig | None = None,
+    predictions: FakePredictions | None = None,
 ) -> Iterator[str]:
     """Run a real gRPC server on a loopback port, in a thread; gives its address.
 
@@ -321,7 +351,7 @@ def grpc_server(
 
     async def start() -> tuple[grpc.aio.Server, int]:
         server = grpc.aio.server()
-        add_services_to_server(Servicer(upstream, limits), server)
+        add_services_to_server(Servicer(upstream, limits, predictions), server)
         bound = server.add_insecure_port(f"127.0.0.1:{port}")
         await server.start()
         return server, bound

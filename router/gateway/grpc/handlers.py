@@ -11,24 +11,29 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 
 from cluster.errors import InvalidRequestError, TooLargeError, UnknownModelError, shown
 from cluster.reports import ClusterStatus
+from router.gateway.predict.v2_grpc import PREDICTION_SERVICE
 from router.gateway.service import Collected, Delta, GenerationService
 from router.gateway.tokenizer import Tokenizer
 from router.gateway.validate import CheckedRequest, RawRequest
 from router.messages.request import Received, Usage
 from router.protos import admin_pb2, inference_pb2
+from router.protos.parse import parsed
 
 if TYPE_CHECKING:
     from router.gateway.admin import Admin
 
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
 ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["Admin"]
-SERVICES = (INFERENCE_SERVICE.full_name, ADMIN_SERVICE.full_name)
+SERVICES = (
+    INFERENCE_SERVICE.full_name,
+    ADMIN_SERVICE.full_name,
+    PREDICTION_SERVICE.full_name,
+)
 """The services that a health check may name; the empty name is the whole server."""
 
 ADMIN_CALLS: Mapping[str, Callable[[Admin, Any], Awaitable[Any]]] = {
@@ -85,7 +90,7 @@ class GrpcHandlers:
 
     async def get_model_info(self, data: bytes) -> Any:
         """Return the description of one model, or of all models where the request names none."""
-        request = _parse(inference_pb2.GetModelInfoRequest, data)
+        request = parsed(inference_pb2.GetModelInfoRequest, data)
         models = self.service.models()
         if request.model:
             models = [self.service.validator.model(request.model).info]
@@ -99,7 +104,7 @@ class GrpcHandlers:
     async def administer(self, method: str, data: bytes) -> Any:
         """Answer a method of the Admin service, from its request to its reply."""
         rpc = ADMIN_SERVICE.methods_by_name[method]
-        request = _parse(GetMessageClass(rpc.input_type), data)
+        request = parsed(GetMessageClass(rpc.input_type), data)
         report = await ADMIN_CALLS[method](self.admin, request)
         return GetMessageClass(rpc.output_type)(**_reply_fields(report))
 
@@ -135,21 +140,13 @@ class GrpcHandlers:
             limit = self.service.limits.max_body_bytes
             if len(data) > limit:
                 raise TooLargeError(f"the message is over the limit of {limit} bytes")
-            request = _parse(inference_pb2.GenerateRequest, data)
+            request = parsed(inference_pb2.GenerateRequest, data)
             return self.service.validator.check(_raw_request(request, streamed))
 
 
 def parse_health_check(data: bytes) -> str:
     """Return the service that a ``HealthCheckRequest`` names."""
-    return str(_parse(health_pb2.HealthCheckRequest, data).service)
-
-
-def _parse(message_type: Any, data: bytes) -> Any:
-    try:
-        return message_type.FromString(data)
-    except DecodeError:
-        name = message_type.DESCRIPTOR.full_name
-        raise InvalidRequestError(f"the bytes are not a {name} message") from None
+    return str(parsed(health_pb2.HealthCheckRequest, data).service)
 
 
 def _reply_fields(report: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from router.gateway.grpc.handlers import (
     GrpcHandlers,
     parse_health_check,
 )
+from router.gateway.predict.v2_grpc import PREDICTION_SERVICE, PredictionHandlers
 from router.protos import inference_pb2
 from router.protos.errors import DETAILS_KEY, grpc_error
 
@@ -122,12 +123,12 @@ async def _cancel(messages: AsyncIterator[Any]) -> None:
 
 
 def add_services_to_server(servicer: Any, server: Any) -> None:
-    """Register Inference, Admin and Health; their methods get the request as raw bytes.
+    """Register all services; their methods get the request as raw bytes.
 
     Bytes that are no protobuf thus reach :class:`GrpcMethods`, which answers INVALID_ARGUMENT;
     grpcio itself answers UNKNOWN.
     """
-    for service in (INFERENCE_SERVICE, ADMIN_SERVICE, _HEALTH_SERVICE):
+    for service in (INFERENCE_SERVICE, ADMIN_SERVICE, PREDICTION_SERVICE, _HEALTH_SERVICE):
         handlers = {}
         for rpc in service.methods:
             method = getattr(servicer, rpc.name)
@@ -146,12 +147,13 @@ def _serialize(message: Any) -> bytes:
 class GrpcMethods:
     """The methods of all services; Serve needs names that are unique over all services.
 
-    A subclass sets ``grpc_handlers``. Every method takes bytes, returns (or yields) protobuf
-    messages and raises nothing but a cancellation: an error is a status in ``grpc_context``. The
-    methods of the Admin service are added below the class, one for each of ``ADMIN_CALLS``.
+    A subclass sets ``grpc_handlers`` and ``prediction_handlers``. Every method takes bytes, returns
+    (or yields) protobuf messages and raises nothing but a cancellation: an error is a status in
+    ``grpc_context``. The methods of Admin and GRPCInferenceService are added below the class.
     """
 
     grpc_handlers: GrpcHandlers
+    prediction_handlers: PredictionHandlers
 
     async def Generate(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
         """Serve ``Inference/Generate``."""
@@ -219,6 +221,23 @@ def _admin_method(name: str) -> Callable[[GrpcMethods, bytes, CallContext], Awai
 
 for _name in ADMIN_CALLS:
     setattr(GrpcMethods, _name, _admin_method(_name))
+
+
+def _prediction_method(name: str) -> Callable[[GrpcMethods, bytes, CallContext], Awaitable[Any]]:
+    empty = GetMessageClass(PREDICTION_SERVICE.methods_by_name[name].output_type)
+
+    async def method(self: GrpcMethods, request: bytes, grpc_context: CallContext) -> Any:
+        work = self.prediction_handlers.answer(name, request)
+        reply = await _unary(work, empty, grpc_context)
+        if name == "ModelInfer" and reply.model_name:  # an error's empty reply has other metadata
+            _set_exact(reply.parameters["exact"].bool_param, grpc_context)
+        return reply
+
+    return method
+
+
+for _name in PREDICTION_SERVICE.methods_by_name:
+    setattr(GrpcMethods, _name, _prediction_method(_name))
 
 
 async def _unary(work: Awaitable[Any], empty: Callable[[], Any], context: CallContext) -> Any:

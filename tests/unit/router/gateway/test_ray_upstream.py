@@ -22,8 +22,10 @@ from cluster.errors import (
 from cluster.placement.placement import empty_placement
 from cluster.reports import Samples
 from cluster.spec import ModelExperts
+from router.gateway import deployment as deployment_module
 from router.gateway import inbox as inbox_module
 from router.gateway import ray_upstream
+from router.gateway.deployment import Deployment
 from router.gateway.inbox import Inbox
 from router.gateway.ray_upstream import RESUMED_TIMES, RayUpstream
 from router.messages.request import (
@@ -170,15 +172,15 @@ class Router:
 @pytest.fixture
 def upstream(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[RayUpstream, Router]]:
     """Makes, in a running loop, an upstream with one router and without a controller."""
-    monkeypatch.setattr(ray_upstream, "PlacementWatcher", lambda *_: None)
+    monkeypatch.setattr(deployment_module, "PlacementWatcher", lambda *_: None)
     monkeypatch.setattr(ray_upstream.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
 
     def make() -> tuple[RayUpstream, Router]:
         router = Router()
         samples = Samples(0.0, {})
         routers: Any = {"m": router}
-        made = RayUpstream(None, routers, MAX_CALLS, "strict", lambda: True, lambda: samples)  # type: ignore[arg-type]
-        return made, router
+        deployment = Deployment(None, routers, "strict", lambda: True, lambda: samples)
+        return RayUpstream(deployment, routers, MAX_CALLS), router
 
     return make
 
@@ -405,7 +407,7 @@ def test_a_deletion_ends_all_requests_and_takes_no_more(
         gateway, router = upstream()
         events = gateway.generate(request(30))
         assert await first_of(gateway, router, events, event(0)) == event(0)
-        gateway.end_requests()
+        gateway._deployment.end_requests()
         with pytest.raises(UnavailableError, match="deleted"):
             await anext(events)
         assert router.calls[0].was_cancelled
@@ -426,7 +428,7 @@ def test_before_a_shutdown_requests_under_way_go_on_and_new_ones_are_refused(
         events = gateway.generate(request(30))
         assert await first_of(gateway, router, events, event(0)) == event(0)
         rest = asyncio.ensure_future(_read_all(events, []))
-        gateway.refuse_new_requests()
+        gateway._deployment.refuse_new_requests()
         with pytest.raises(UnavailableError) as caught:
             await anext(gateway.generate(request(30)))
         assert caught.value.retry_after_s == 1.0
@@ -455,7 +457,7 @@ def test_a_deletion_ends_a_request_that_waits_for_another_router(
         router.calls[0].reply.set_exception(RayActorError())
         while gateway._inboxes:
             await asyncio.sleep(0)
-        gateway.end_requests()
+        gateway._deployment.end_requests()
         with pytest.raises(UnavailableError, match="deleted"):
             await rest
 
@@ -586,27 +588,27 @@ def test_a_router_with_the_gateways_tokenizer_is_looked_for_shortly(
 def test_a_new_gateway_waits_for_its_routers_turn(
     upstream: Callable[[], tuple[RayUpstream, Router]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_upstream, "TURN_CHECK_S", 0.001)
+    monkeypatch.setattr(deployment_module, "TURN_CHECK_S", 0.001)
     old, new = ModelExperts("m@old", (0,), 2, 1), ModelExperts("m@new", (0,), 2, 1)
 
     async def run() -> None:
         gateway, _ = upstream()
-        gateway._view.publish(empty_placement(1, [old]))
-        turn = asyncio.ensure_future(gateway.take_turn(["m@new"]))
+        gateway._deployment._view.publish(empty_placement(1, [old]))
+        turn = asyncio.ensure_future(gateway._deployment.take_turn(["m@new"]))
         await asyncio.sleep(0.05)
         assert not turn.done()
         both = empty_placement(2, [old, new])
-        gateway._view.publish(both)
+        gateway._deployment._view.publish(both)
         await asyncio.sleep(0.05)
         assert not turn.done()
-        gateway._view.publish(both.with_actor("a", 1, new.expert_keys()))
+        gateway._deployment._view.publish(both.with_actor("a", 1, new.expert_keys()))
         await asyncio.wait_for(turn, 5)
         # A first start waits for no experts, and without a placement not for long.
-        gateway._view.publish(empty_placement(3, [new]))
-        await asyncio.wait_for(gateway.take_turn(["m@new"]), 5)
-        monkeypatch.setattr(ray_upstream, "TURN_S", 0.05)
-        gateway._view.placement = None
-        await asyncio.wait_for(gateway.take_turn(["m@new"]), 5)
+        gateway._deployment._view.publish(empty_placement(3, [new]))
+        await asyncio.wait_for(gateway._deployment.take_turn(["m@new"]), 5)
+        monkeypatch.setattr(deployment_module, "TURN_S", 0.05)
+        gateway._deployment._view.placement = None
+        await asyncio.wait_for(gateway._deployment.take_turn(["m@new"]), 5)
         gateway._link.close()
 
     asyncio.run(run())

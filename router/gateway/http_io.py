@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -22,8 +22,8 @@ from cluster.errors import (
     InvalidRequestError,
     TooLargeError,
 )
-from router.gateway.errors import http_error, public_error
-from router.gateway.limits import Budget
+from router.gateway.errors import http_error, public_error, v2_error
+from router.gateway.limits import Budget, Share
 
 logger = logging.getLogger(__name__)
 
@@ -32,33 +32,57 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 T = TypeVar("T")
 
 
-def error_response(error: ExpertMeshError) -> JSONResponse:
-    """Return the OpenAI-shaped response for an error."""
-    status, body, headers = http_error(error)
+def is_v2(path: str) -> bool:
+    """Return whether a path is one of the Open Inference Protocol."""
+    return path == "/v2" or path.startswith("/v2/")
+
+
+def error_response(error: ExpertMeshError, path: str) -> JSONResponse:
+    """Return the response for an error, in the shape of the API that ``path`` belongs to."""
+    status, body, headers = v2_error(error) if is_v2(path) else http_error(error)
     return JSONResponse(body, status, headers)
 
 
 async def read_json(request: Request, max_bytes: int, bodies: Budget) -> dict[str, Any]:
     """Return the body, a JSON object; ``bodies`` bounds all bodies that are read at one time.
 
-    Raises :class:`InvalidRequestError`, :class:`TooLargeError` beyond ``max_bytes`` (before the
-    body is read if its content-length says so) and ``OverloadedError`` if ``bodies`` is used up.
+    Raises :class:`InvalidRequestError`, and as :func:`read_body` does.
+    """
+    with bodies.share() as share:
+        return parse_json(await read_body(request, max_bytes, share))
+
+
+async def read_body(
+    request: Request,
+    max_bytes: int,
+    share: Share,
+    consume: Callable[[bytes], None] | None = None,
+) -> bytes:
+    """Return the body, for which ``share`` takes bytes as they come.
+
+    With ``consume`` each piece goes there, and nothing is kept. Raises :class:`TooLargeError`
+    beyond ``max_bytes`` (before the body is read if its content-length says so) and
+    ``OverloadedError`` if the budget of ``share`` is used up.
     """
     too_large = TooLargeError(f"the body is over the limit of {max_bytes} bytes")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > max_bytes:
         raise too_large
-    with bodies.share() as share:
-        body = bytearray()
-        async for piece in request.stream():
+    body, num_bytes = bytearray(), 0
+    async for piece in request.stream():
+        num_bytes += len(piece)
+        if num_bytes > max_bytes:
+            raise too_large
+        if consume is None:
             share.take(len(piece))
             body += piece
-            if len(body) > max_bytes:
-                raise too_large
-        return _parse_json(bytes(body))
+        else:
+            consume(piece)
+    return bytes(body)
 
 
-def _parse_json(body: bytes) -> dict[str, Any]:
+def parse_json(body: bytes) -> dict[str, Any]:
+    """Return the JSON object of a body; raises :class:`InvalidRequestError` for anything else."""
     try:
         parsed = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -172,4 +196,6 @@ class EdgeMiddleware:
         except Exception as error:
             logger.exception("request %s failed", request_id)
             if not has_started:
-                await error_response(public_error(error))(scope, receive, send_with_id)
+                await error_response(public_error(error), scope["path"])(
+                    scope, receive, send_with_id
+                )

@@ -1,7 +1,7 @@
-"""The OpenAI-compatible HTTP API, as a FastAPI app over a :class:`GenerationService`.
+"""The HTTP APIs, as one FastAPI app: OpenAI's, the Open Inference Protocol, and the operators'.
 
-Bodies are read as plain JSON and checked by ``validate.py``, as gRPC's requests are, so that both
-have the same rules and messages.
+Bodies are checked by the validators that gRPC's requests go through too, so that both have the same
+rules and messages.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from cluster.errors import ExpertMeshError
-from cluster.spec import EXACT_KEY
+from cluster.spec import EXACT_HEADER
 from router.control.readiness import Readiness
-from router.gateway.openai.call import OpenAiCall
-from router.gateway.openai.chat import parse_chat
-from router.gateway.openai.completions import parse_completion
-from router.gateway.openai.http_io import (
+from router.gateway.http_io import (
     EdgeMiddleware,
     SseResponse,
     error_response,
+    is_v2,
     read_json,
     until_disconnect,
 )
+from router.gateway.openai.call import OpenAiCall
+from router.gateway.openai.chat import parse_chat
+from router.gateway.openai.completions import parse_completion
+from router.gateway.predict.service import PredictionService
+from router.gateway.predict.v2_http import add_v2_routes
 from router.gateway.service import Delta, GenerationService
 from router.gateway.validate import Validator
 from router.observability.exposition import expose
@@ -37,12 +40,16 @@ from router.served import ServedModel
 if TYPE_CHECKING:
     from router.gateway.admin import Admin
 
-EXACT_HEADER = f"x-{EXACT_KEY}"
 Parse = Callable[[dict[str, Any], Validator, str], OpenAiCall]
 
 
-def create_app(service: GenerationService, admin: Admin, echoes_request_id: bool = True) -> FastAPI:
-    """Return the app; it has no state but ``service`` and ``admin``.
+def create_app(
+    service: GenerationService,
+    predictions: PredictionService,
+    admin: Admin,
+    echoes_request_id: bool = True,
+) -> FastAPI:
+    """Return the app; it has no state but the services and ``admin``.
 
     ``echoes_request_id`` is false behind a proxy that itself sets ``X-Request-Id`` on requests and
     replies, as Serve's does.
@@ -52,6 +59,7 @@ def create_app(service: GenerationService, admin: Admin, echoes_request_id: bool
     app.add_exception_handler(ExpertMeshError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     _add_openai_routes(app, service)
+    add_v2_routes(app, predictions)
     _add_operator_routes(app, service, admin)
     return app
 
@@ -96,7 +104,7 @@ def _add_operator_routes(app: FastAPI, service: GenerationService, admin: Admin)
 
 async def _answer(request: Request, service: GenerationService, parse: Parse) -> Response:
     with service.metrics.refusals("http"):
-        body = await read_json(request, service.limits.max_body_bytes, service.bodies)
+        body = await read_json(request, service.limits.max_body_bytes, service.room.bodies)
         call = parse(body, service.validator, request.state.request_id)
     if not call.stream:
         body, is_exact = await until_disconnect(request.receive, call.answer(service))
@@ -138,13 +146,16 @@ def _model_object(model: ServedModel, created: int) -> dict[str, Any]:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ExpertMeshError)  # Starlette's signature is wider than its calls.
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # Starlette's signature is wider than its calls.
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    if is_v2(request.url.path):
+        return JSONResponse({"error": message}, error.status_code, error.headers)
     body = {
-        "message": f"{request.method} {request.url.path[:200]}: {error.detail}",
+        "message": message,
         "type": "invalid_request_error",
         "param": None,
         "code": "unknown_url" if error.status_code == 404 else None,

@@ -1,0 +1,1 @@
+"""The Open Inference Protocol: predictions of mixtures over HTTP and gRPC."""

@@ -1,0 +1,253 @@
+"""The routers of mixtures behind a gateway: a Ray call for each piece of a request's rows.
+
+A prediction has no side effects, and a row's result depends on the row and the weights alone. So a
+piece whose router dies is sent to another one, and the pieces of a large request are computed at
+one time by several routers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from cluster.errors import (
+    InternalError,
+    ModelReplacedError,
+    OverloadedError,
+    being_deleted,
+    error_from_wire,
+)
+from router.control.readiness import Readiness
+from router.gateway.deployment import Deployment
+from router.gateway.limits import RETRY_AFTER_S
+from router.gateway.resend import RESEND, RESEND_TOKENS, failure_of, resend_delay_s
+from router.messages.prediction import PredictionReply, PredictionRequest
+from router.retry import Retries, RetryBudget
+
+MAX_PIECE_BYTES = 1024 * 1024
+"""The most bytes of input of a piece with several rows."""
+MAX_PIECE_ROWS = 4096
+MAX_PIECES_AT_ONCE = 4
+"""The pieces of one request that are under way at one time."""
+REPEATED_TIMES = 3
+"""How often a request is asked for whole again when a redeploy divides its pieces."""
+
+logger = logging.getLogger("expertmesh.gateway")
+
+
+class Predictions(Protocol):
+    """The routers of all mixtures, as a service needs them."""
+
+    async def predict(self, request: PredictionRequest) -> PredictionReply:
+        """Return the outputs of all rows, of one identity.
+
+        The caller bounds the wait. Raises :class:`cluster.errors.ExpertMeshError`. A cancellation
+        ends the request at its routers.
+        """
+        ...
+
+    def ready(self) -> Readiness:
+        """Return whether every expert has a live copy, and if not, why; waits for nothing."""
+        ...
+
+    def model_ready(self, model: str) -> Readiness:
+        """Return the same of one model alone, by its id."""
+        ...
+
+
+@dataclass(slots=True)
+class _Asked:
+    """The pieces of one request: how many are at a router now, and whether any was answered."""
+
+    under_way: int = 0
+    is_answered: bool = False
+
+
+class RayPredictions:
+    """Implements :class:`Predictions` over Serve handles."""
+
+    def __init__(
+        self, deployment: Deployment, routers: Mapping[str, DeploymentHandle], max_calls: int
+    ) -> None:
+        """``routers`` are handles by model id.
+
+        ``max_calls`` is the number of pieces that the routers of one model hold. The gateway
+        refuses more itself, since a router's refusal costs as much as an accepted call.
+        """
+        self._deployment = deployment
+        deployment.on_end(self._end_requests)
+        self._routers = routers
+        self._max_calls = max_calls
+        self._calls: Counter[str] = Counter()
+        self._budget = RetryBudget(RESEND_TOKENS)
+        self._answers: set[asyncio.Task[Any]] = set()
+
+    def ready(self) -> Readiness:
+        """See :class:`Predictions`."""
+        return self._deployment.ready()
+
+    def model_ready(self, model: str) -> Readiness:
+        """See :class:`Predictions`."""
+        return self._deployment.model_ready(model)
+
+    async def predict(self, request: PredictionRequest) -> PredictionReply:
+        """See :class:`Predictions`; sends a piece again when its router dies."""
+        self._deployment.check_open()
+        pieces = pieces_of(request)
+        for _ in range(1 + REPEATED_TIMES):
+            replies = await self._all(pieces)
+            if len({reply.identity for reply in replies}) == 1:
+                return joined(replies)
+            logger.warning("a redeploy divided the rows of a request; asking for all of them again")
+        raise ModelReplacedError
+
+    async def _all(self, pieces: list[PredictionRequest]) -> list[PredictionReply]:
+        asked = _Asked()
+        if len(pieces) == 1:  # needs no task
+            return [await self._piece(pieces[0], asked)]
+        replies: list[PredictionReply | None] = [None] * len(pieces)
+        waiting = iter(range(len(pieces)))
+
+        async def work() -> None:
+            for place in waiting:
+                replies[place] = await self._piece(pieces[place], asked)
+
+        workers = [asyncio.create_task(work()) for _ in range(min(MAX_PIECES_AT_ONCE, len(pieces)))]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+        return [reply for reply in replies if reply is not None]
+
+    async def _piece(self, piece: PredictionRequest, asked: _Asked) -> PredictionReply:
+        """Return the reply to one piece.
+
+        A full router refuses a new request. A request of which a router has a piece waits for room.
+        """
+        retries = Retries(RESEND, self._budget)
+        is_lost = False
+        while True:
+            asked.under_way += 1
+            try:
+                reply = await self._ask(piece)
+            except (
+                ModelReplacedError, RayActorError, DeploymentUnavailableError, OverloadedError,
+            ) as error:  # fmt: skip
+                asked.under_way -= 1
+                is_accepted = is_lost or asked.is_answered or asked.under_way > 0
+                delay_s = self._delay_s(error, retries, is_accepted, piece.remaining_s())
+                is_lost |= not isinstance(error, OverloadedError)
+            else:
+                asked.under_way -= 1
+                asked.is_answered = True
+                retries.succeeded()
+                return reply
+            await asyncio.sleep(delay_s)
+
+    def _delay_s(
+        self, error: Exception, retries: Retries, is_accepted: bool, remaining_s: float
+    ) -> float:
+        """Return the seconds until a piece is sent again; raises the error where it is not."""
+        if isinstance(error, ModelReplacedError):
+            delay_s = retries.next_delay_s(remaining_s)
+            if delay_s is None:
+                raise error
+            return delay_s
+        if not isinstance(error, OverloadedError):
+            logger.warning("a router was lost (%s); sending again", type(error).__name__)
+        return resend_delay_s(error, retries, is_accepted, remaining_s)
+
+    async def _ask(self, piece: PredictionRequest) -> PredictionReply:
+        """Call a router once."""
+        if self._deployment.is_deleted:
+            raise being_deleted()
+        model = piece.model
+        if self._calls[model] >= self._max_calls:
+            message = f"the routers are full: they hold {self._max_calls} requests"
+            raise OverloadedError(message, "queue", RETRY_AFTER_S)
+        call = self._routers[model].predict.remote(piece.to_wire())
+        answer = asyncio.create_task(_awaited(call))
+        self._answers.add(answer)
+        self._calls[model] += 1
+        is_over = False
+        try:
+            wire = await answer
+            is_over = True
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            # The end of the deployment cancels the answer, but not the client's request.
+            if self._deployment.is_deleted and task is not None and not task.cancelling():
+                raise being_deleted() from None
+            raise
+        except Exception as error:
+            is_over = True
+            raise failure_of(error) from None
+        finally:
+            self._calls[model] -= 1
+            self._answers.discard(answer)
+            if not is_over:
+                call.cancel()
+                answer.cancel()
+        return _reply(wire, piece)
+
+    def _end_requests(self) -> None:
+        for answer in self._answers:
+            answer.cancel()
+
+
+async def _awaited(call: Any) -> Any:
+    return await call
+
+
+def _reply(wire: Mapping[str, Any], piece: PredictionRequest) -> PredictionReply:
+    """Return a router's reply; raises its error, and ``InternalError`` where rows are missing."""
+    if "error" in wire:
+        raise ModelReplacedError if wire.get("replaced") else error_from_wire(wire["error"])
+    reply = PredictionReply.from_wire(wire["reply"])
+    for name in piece.outputs:
+        if name not in reply.outputs or len(reply.outputs[name]) != piece.num_rows:
+            logger.error("a router's reply has not the rows of output %s that were asked for", name)
+            raise InternalError("the router failed")
+    return reply
+
+
+def pieces_of(request: PredictionRequest) -> list[PredictionRequest]:
+    """Return a request's rows in order, in pieces of nearly equal size within the bounds."""
+    num_rows = request.num_rows
+    num_bytes = sum(array.nbytes for array in request.inputs.values())
+    most = max(1, min(MAX_PIECE_ROWS, MAX_PIECE_BYTES * num_rows // max(1, num_bytes)))
+    count = -(-num_rows // most)
+    if count == 1:
+        return [request]
+    bounds = [num_rows * place // count for place in range(count + 1)]
+    return [
+        replace(
+            request,
+            request_id=f"{request.request_id}.{place}",
+            inputs={name: array[start:end] for name, array in request.inputs.items()},
+        )
+        for place, (start, end) in enumerate(pairwise(bounds))
+    ]
+
+
+def joined(replies: list[PredictionReply]) -> PredictionReply:
+    """Return the replies to the pieces of a request as one, in their order."""
+    first, *others = replies
+    if not others:
+        return first
+    outputs = {
+        name: np.concatenate([reply.outputs[name] for reply in replies]) for name in first.outputs
+    }
+    return PredictionReply(outputs, all(reply.exact for reply in replies), first.identity)

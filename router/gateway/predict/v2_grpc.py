@@ -1,0 +1,180 @@
+"""The Open Inference Protocol over gRPC: from request bytes to reply messages, without gRPC.
+
+Each method raises :class:`cluster.errors.ExpertMeshError`; ``router/gateway/grpc/service.py`` turns
+that into a status.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+from google.protobuf.message_factory import GetMessageClass
+
+from cluster.errors import InvalidRequestError, TooLargeError
+from experts.mixture.parts import Output
+from router.gateway.predict.service import (
+    EXTENSIONS,
+    SERVER_NAME,
+    SERVER_VERSION,
+    PredictionService,
+    metadata_of,
+)
+from router.gateway.predict.tensors import RawTensor
+from router.gateway.predict.validate import (
+    VERSION,
+    CheckedPrediction,
+    RawPrediction,
+    check_parameters,
+)
+from router.messages.prediction import PredictionReply
+from router.messages.tensor_bytes import TEXT, bytes_of
+from router.protos import open_inference_pb2 as messages
+from router.protos.parse import parsed
+
+PREDICTION_SERVICE = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+CONTENTS: Mapping[str, str] = {
+    "BOOL": "bool_contents",
+    "UINT8": "uint_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    TEXT: "bytes_contents",
+}
+"""The field of ``InferTensorContents`` that has the values of a datatype."""
+
+
+class PredictionHandlers:
+    """Answers requests through the :class:`PredictionService`."""
+
+    def __init__(self, service: PredictionService) -> None:
+        self._service = service
+
+    async def answer(self, method: str, data: bytes) -> Any:
+        """Answer a method of the service by its name, from its request to its reply."""
+        rpc = PREDICTION_SERVICE.methods_by_name[method]
+        limit = self._service.limits.max_body_bytes
+        is_infer = method == "ModelInfer"
+        # The arrays of a request are views of its message, so the share lasts as long.
+        with self._service.room.bodies.share() as share:
+            with self._service.metrics.refusals("grpc") if is_infer else nullcontext():
+                if len(data) > limit:
+                    raise TooLargeError(f"the message is over the limit of {limit} bytes")
+                share.take(len(data))
+                request = parsed(GetMessageClass(rpc.input_type), data)
+            return await _METHODS[method](self, request)
+
+    async def _server_live(self, request: Any) -> Any:
+        return messages.ServerLiveResponse(live=True)
+
+    async def _server_ready(self, request: Any) -> Any:
+        return messages.ServerReadyResponse(ready=self._service.ready().is_ready)
+
+    async def _model_ready(self, request: Any) -> Any:
+        is_ready = self._service.model_ready(request.name, request.version)
+        return messages.ModelReadyResponse(ready=is_ready)
+
+    async def _server_metadata(self, request: Any) -> Any:
+        return messages.ServerMetadataResponse(
+            name=SERVER_NAME, version=SERVER_VERSION, extensions=EXTENSIONS
+        )
+
+    async def _model_metadata(self, request: Any) -> Any:
+        mixture = self._service.validator.mixture(request.name, request.version)
+        return messages.ModelMetadataResponse(**metadata_of(mixture))
+
+    async def _model_infer(self, request: Any) -> Any:
+        with self._service.metrics.refusals("grpc"):
+            checked = self._service.validator.check(_raw_request(request))
+        reply = await self._service.predict(checked, "grpc")
+        return _reply(request.id, checked, reply, is_raw=bool(request.raw_input_contents))
+
+
+_METHODS: Mapping[str, Callable[[PredictionHandlers, Any], Awaitable[Any]]] = {
+    "ServerLive": PredictionHandlers._server_live,
+    "ServerReady": PredictionHandlers._server_ready,
+    "ModelReady": PredictionHandlers._model_ready,
+    "ServerMetadata": PredictionHandlers._server_metadata,
+    "ModelMetadata": PredictionHandlers._model_metadata,
+    "ModelInfer": PredictionHandlers._model_infer,
+}
+
+
+def _raw_request(request: Any) -> RawPrediction:
+    raws = request.raw_input_contents
+    if raws and len(raws) != len(request.inputs):
+        raise InvalidRequestError(
+            f"has {len(raws)} entries, must have one for each of the {len(request.inputs)} inputs",
+            "raw_input_contents",
+        )
+    inputs = []
+    for place, tensor in enumerate(request.inputs):
+        where = f"inputs[{place}]"
+        check_parameters(_values(tensor.parameters), (), f"{where}.parameters")
+        if raws and tensor.HasField("contents"):
+            raise InvalidRequestError(
+                "cannot be given together with raw_input_contents", f"{where}.contents"
+            )
+        data = raws[place] if raws else _contents(tensor, where)
+        inputs.append(RawTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data))
+    for place, output in enumerate(request.outputs):
+        check_parameters(_values(output.parameters), (), f"outputs[{place}].parameters")
+    return RawPrediction(
+        request.model_name,
+        request.model_version,
+        inputs,
+        [output.name for output in request.outputs],
+        _values(request.parameters),
+    )
+
+
+def _contents(tensor: Any, where: str) -> list[Any]:
+    """Return the values of typed contents; those of another field than the datatype's are wrong."""
+    values: list[Any] = []
+    for field, given in tensor.contents.ListFields():
+        if field.name != CONTENTS.get(tensor.datatype):
+            raise InvalidRequestError(
+                f"is not the field of {tensor.datatype!r:.20}, which is "
+                f"{CONTENTS.get(tensor.datatype, 'none')}",
+                f"{where}.contents.{field.name}",
+            )
+        values = list(given)
+    return values
+
+
+def _values(parameters: Any) -> dict[str, object]:
+    """Return the values of a map of ``InferParameter``; one without a value is ``None``."""
+    values: dict[str, object] = {}
+    for name, parameter in parameters.items():
+        kind = parameter.WhichOneof("parameter_choice")
+        values[name] = None if kind is None else getattr(parameter, kind)
+    return values
+
+
+def _reply(
+    request_id: str, checked: CheckedPrediction, reply: PredictionReply, is_raw: bool
+) -> Any:
+    """Return a reply whose tensors have the form of the request's: raw bytes, or typed contents."""
+    message = messages.ModelInferResponse(
+        model_name=checked.mixture.id, model_version=VERSION, id=request_id
+    )
+    message.parameters["exact"].bool_param = reply.exact
+    message.parameters["identity"].string_param = reply.identity
+    for output in checked.outputs():
+        array = reply.outputs[output.name]
+        tensor = message.outputs.add(name=output.name, datatype=output.datatype, shape=array.shape)
+        if is_raw:
+            message.raw_output_contents.append(bytes_of(array))
+        else:
+            _fill(tensor.contents, output, array)
+    return message
+
+
+def _fill(contents: Any, output: Output, array: np.ndarray) -> None:
+    values = array.ravel().tolist()
+    if output.datatype == TEXT:
+        values = [text.encode() for text in values]
+    getattr(contents, CONTENTS[output.datatype]).extend(values)

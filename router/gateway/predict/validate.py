@@ -1,0 +1,249 @@
+"""The validation of predictions: raw values in, a :class:`CheckedPrediction` out.
+
+HTTP and gRPC hand over the client's values unchecked, so both accept and refuse the same.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.errors import InvalidRequestError, UnknownModelError, shown
+from cluster.spec import ON_EXPERT_LOSS
+from experts.mixture.parts import ClassesCombine, DensityCombine, Output
+from experts.mixture.spec import MixtureSpec, output_shape
+from router.config import GatewayConfig
+from router.gateway import checks
+from router.gateway.predict.tensors import RawTensor, checked_array
+from router.messages.prediction import PredictionRequest
+from router.messages.tensor_bytes import NUMPY_DTYPES
+from router.served import ServedMixture
+
+VERSION = "1"
+"""The only version of every model."""
+PARAMETERS = ("timeout_s", "timeout", "on_expert_loss")
+"""The parameters of a request that both surfaces know."""
+REPLY_ROOM = 3
+"""A reply may have so many times ``gateway.max_body_bytes``: a message of its size still passes
+where messages of four times as much do."""
+_HARMLESS: Mapping[str, object] = {"content_type": "np"}
+"""Parameters of clients of other servers that change nothing here, with their harmless value."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawPrediction:
+    """A client's request, unchecked.
+
+    ``outputs`` are the names of the requested outputs; none means all. ``parameters`` are those of
+    the request that are for both surfaces.
+    """
+
+    model: str
+    version: str
+    inputs: Sequence[RawTensor]
+    outputs: Sequence[str]
+    parameters: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedPrediction:
+    """A request for a router, and the mixture that it is for."""
+
+    request: PredictionRequest
+    mixture: ServedMixture
+
+    def outputs(self) -> list[Output]:
+        """Return the requested outputs, in the order in which the client named them."""
+        by_name = {output.name: output for output in self.mixture.spec.outputs}
+        return [by_name[name] for name in self.request.outputs]
+
+
+def check_parameters(given: Mapping[str, object], known: Collection[str], where: str) -> None:
+    """Raise :class:`InvalidRequestError` for a parameter that is not known and not harmless."""
+    for name, value in given.items():
+        if name in known or (name in _HARMLESS and value == _HARMLESS[name]):
+            continue
+        allowed = ", ".join(known) or "none"
+        field = f"{where}.{name}" if name.isidentifier() and len(name) < 64 else where
+        raise InvalidRequestError(f"unknown parameter {shown(name)}; allowed: {allowed}", field)
+
+
+class PredictionValidator:
+    """Checks requests against the served mixtures and the deployment's limits."""
+
+    def __init__(
+        self,
+        mixtures: Mapping[str, ServedMixture],
+        limits: GatewayConfig,
+        language_models: Collection[str] = (),
+    ) -> None:
+        """``language_models`` are the ids of the other models."""
+        self._mixtures = mixtures
+        self._limits = limits
+        self._language_models = language_models
+
+    def check_known(self, model_id: str, version: str) -> None:
+        """Raise :class:`UnknownModelError` for a model or a version that is not served."""
+        if model_id not in self._mixtures and model_id not in self._language_models:
+            served = ", ".join((*self._mixtures, *self._language_models))
+            raise UnknownModelError(
+                f"{shown(model_id)} is not served here; served: {served}", "model"
+            )
+        if version not in ("", VERSION):
+            raise UnknownModelError(
+                f"given {shown(version)}, but {model_id} has the version {VERSION} alone",
+                "model_version",
+            )
+
+    def mixture(self, model_id: str, version: str = "") -> ServedMixture:
+        """Return a served mixture.
+
+        Raises :class:`UnknownModelError`, and :class:`InvalidRequestError` with the right API for a
+        language model.
+        """
+        self.check_known(model_id, version)
+        if model_id in self._mixtures:
+            return self._mixtures[model_id]
+        raise InvalidRequestError(
+            f"{model_id} is a language model, which has no tensors; ask it by "
+            "POST /v1/completions, POST /v1/chat/completions or expertmesh.v1.Inference/Generate",
+            "model",
+        )
+
+    def check(self, raw: RawPrediction) -> CheckedPrediction:
+        """Check every tensor and set the deadline.
+
+        Raises :class:`InvalidRequestError` or :class:`UnknownModelError`.
+        """
+        mixture = self.mixture(raw.model, raw.version)
+        check_parameters(raw.parameters, PARAMETERS, "parameters")
+        timeout_s = self._timeout_s(raw.parameters)
+        on_expert_loss = self._on_expert_loss(raw.parameters)
+        outputs = _requested(raw.outputs, mixture.spec)
+        inputs = _arrays(raw.inputs, mixture.spec, outputs)
+        self._check_reply_bytes(mixture.spec, outputs, inputs)
+        request = PredictionRequest(
+            request_id=uuid.uuid4().hex,
+            model=mixture.id,
+            inputs=inputs,
+            outputs=tuple(output.name for output in outputs),
+            deadline_s=time.monotonic() + timeout_s,
+            on_expert_loss=on_expert_loss,
+        )
+        return CheckedPrediction(request, mixture)
+
+    def _timeout_s(self, parameters: Mapping[str, object]) -> float:
+        limit_s = self._limits.max_timeout_s
+        if "timeout" in parameters:  # Triton's, in microseconds
+            if "timeout_s" in parameters:
+                raise InvalidRequestError(
+                    "cannot be given together with timeout_s", "parameters.timeout"
+                )
+            limit_us = int(limit_s * 1e6)
+            return checks.integer(parameters["timeout"], "parameters.timeout", 1, limit_us) / 1e6
+        if "timeout_s" not in parameters:
+            return self._limits.default_timeout_s
+        value = parameters["timeout_s"]
+        return checks.number(value, "parameters.timeout_s", 0.0, limit_s, above=True)
+
+    def _on_expert_loss(self, parameters: Mapping[str, object]) -> str:
+        value = parameters.get("on_expert_loss", self._limits.on_expert_loss)
+        if value not in ON_EXPERT_LOSS:
+            raise InvalidRequestError(
+                checks.wrong(value, f"one of {', '.join(ON_EXPERT_LOSS)}"),
+                "parameters.on_expert_loss",
+            )
+        return str(value)
+
+    def _check_reply_bytes(
+        self, spec: MixtureSpec, outputs: Sequence[Output], inputs: Mapping[str, np.ndarray]
+    ) -> None:
+        rows = inputs[spec.rows_input.name]
+        row_bytes = sum(
+            math.prod(abs(n) for n in expected_shape(spec, output, rows)[1:])
+            * _value_bytes(spec, output)
+            for output in outputs
+        )
+        limit = REPLY_ROOM * self._limits.max_body_bytes
+        if len(rows) * row_bytes > limit:
+            raise InvalidRequestError(
+                f"{len(rows)} rows have a reply of {len(rows) * row_bytes} bytes, at most {limit}; "
+                "ask for fewer rows or fewer outputs",
+                "outputs",
+            )
+
+
+def expected_shape(spec: MixtureSpec, output: Output, rows: np.ndarray) -> tuple[int, ...]:
+    """Return the shape of an output of a request, with the batch axis, by the experts' rows."""
+    shape = output_shape(spec, output)
+    if -1 in shape:
+        shape = (rows.shape[1], *shape[1:])
+    return (len(rows), *shape)
+
+
+def _value_bytes(spec: MixtureSpec, output: Output) -> int:
+    """Return the most bytes of one value of an output."""
+    if output.datatype in NUMPY_DTYPES:
+        return NUMPY_DTYPES[output.datatype].itemsize
+    assert isinstance(spec.combine, ClassesCombine)  # no other has texts
+    return 4 + max(len(str(label).encode()) for label in spec.combine.classes)
+
+
+def _requested(names: Sequence[str], spec: MixtureSpec) -> list[Output]:
+    if not names:
+        return list(spec.outputs)
+    by_name = {output.name: output for output in spec.outputs}
+    _check_names(names, by_name, "outputs")
+    return [by_name[name] for name in names]
+
+
+def _check_names(names: Iterable[str], known: Collection[str], where: str) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name not in known:
+            raise InvalidRequestError(
+                f"{shown(name)} is not one of the {where} {', '.join(known)}", where
+            )
+        if name in seen:
+            raise InvalidRequestError("is given twice", f"{where}.{name}")
+        seen.add(name)
+
+
+def _arrays(
+    tensors: Sequence[RawTensor], spec: MixtureSpec, outputs: Sequence[Output]
+) -> dict[str, np.ndarray]:
+    by_name = {given.name: given for given in spec.inputs}
+    _check_names((tensor.name for tensor in tensors), by_name, "inputs")
+    given_names = {tensor.name for tensor in tensors}
+    for name, reason in _needed(spec, outputs).items():
+        if name not in given_names:
+            raise InvalidRequestError(f"is missing{reason}", f"inputs.{name}")
+    arrays: dict[str, np.ndarray] = {}
+    for tensor in tensors:
+        arrays[tensor.name] = checked_array(tensor, by_name[tensor.name])
+    first, *others = arrays
+    for name in others:
+        if len(arrays[name]) != len(arrays[first]):
+            raise InvalidRequestError(
+                f"has {len(arrays[name])} rows, but {first} has {len(arrays[first])}",
+                f"inputs.{name}.shape",
+            )
+    return arrays
+
+
+def _needed(spec: MixtureSpec, outputs: Sequence[Output]) -> dict[str, str]:
+    """Return the inputs that a request must have, and the reasons of those that not all need."""
+    needed = {given.name: "" for given in spec.inputs}
+    target = spec.combine.target if isinstance(spec.combine, DensityCombine) else None
+    used = {spec.rows_input.name, *(spec.gate_input(gate).name for gate in spec.gates.values())}
+    if target is not None and target not in used:
+        del needed[target]
+        for output in outputs:
+            if output.source == "log_density":
+                needed[target] = f"; the output {output.name} needs it"
+    return needed
