@@ -95,64 +95,6 @@ def split(
     return ordered[first:], parts, ordered[:first]
 
 
-class Layouts:
-    """The layouts of one model's layers under the latest placement that was asked about."""
-
-    def __init__(self, model: str) -> None:
-        """``model`` is the model's key in the placement."""
-        self._model = model
-        self._placement: Placement | None = None
-        self._holders: dict[int, list[tuple[str, ...]]] = {}
-        self._fixed: dict[int, Layout | None] = {}
-        self._missing: dict[int, np.ndarray] = {}
-        self._has_model = False
-
-    def holders(self, placement: Placement, layer_id: int) -> list[tuple[str, ...]]:
-        """Return the actors that hold a copy of each expert of a layer."""
-        self._keep(placement)
-        holders = self._holders.get(layer_id)
-        if holders is None:
-            actors_of = {
-                key.expert_id: actors
-                for key, actors in placement.holders.items()
-                if (key.model, key.layer_id) == (self._model, layer_id)
-            }
-            holders = self._holders[layer_id] = [actors_of[e] for e in range(len(actors_of))]
-        return holders
-
-    def fixed(self, placement: Placement, layer_id: int) -> Layout | None:
-        """Return the only possible layout of a layer; ``None`` where an expert has several copies.
-
-        Missing experts are laid out without an actor.
-        """
-        holders = self.holders(placement, layer_id)
-        if layer_id not in self._fixed:
-            layout = None
-            if all(len(actors) < 2 for actors in holders):
-                only = {e: actors[0] if actors else None for e, actors in enumerate(holders)}
-                layout = lay_out(only, placement.generations)
-            self._fixed[layer_id] = layout
-        return self._fixed[layer_id]
-
-    def missing(self, placement: Placement, layer_id: int) -> np.ndarray | None:
-        """Return the missing experts of a layer, bool [E]; ``None`` where none is missing."""
-        self._keep(placement)
-        return self._missing.get(layer_id)
-
-    def has_model(self, placement: Placement) -> bool:
-        """Return whether the placement has the model."""
-        self._keep(placement)
-        return self._has_model
-
-    def _keep(self, placement: Placement) -> None:
-        """Forget the layouts of an earlier placement."""
-        if placement is not self._placement:
-            self._placement = placement
-            self._holders, self._fixed = {}, {}
-            self._missing = missing_by_layer(placement, self._model)
-            self._has_model = any(key.model == self._model for key in placement.holders)
-
-
 def missing_by_layer(placement: Placement, model: str) -> dict[int, np.ndarray]:
     """Return the missing experts, bool [E], of each layer with missing experts."""
     missing = [key for key in placement.missing() if key.model == model]
