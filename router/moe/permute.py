@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from cluster.native.built import native
-from cluster.placement.placement import Placement
 from cluster.wire.tensors import to_bytes, to_raw
 
 
@@ -93,16 +92,6 @@ def split(
             part_pairs = ordered[begin:end]
             parts.append(Part(holder.actor_id, holder.generation, share_ids, counts, part_pairs))
     return ordered[first:], parts, ordered[:first]
-
-
-def missing_by_layer(placement: Placement, model: str) -> dict[int, np.ndarray]:
-    """Return the missing experts, bool [E], of each layer with missing experts."""
-    missing = [key for key in placement.missing() if key.model == model]
-    sizes = Counter(key.layer_id for key in placement.holders if key.model == model)
-    masks = {key.layer_id: np.zeros(sizes[key.layer_id], dtype=bool) for key in missing}
-    for key in missing:
-        masks[key.layer_id][key.expert_id] = True
-    return masks
 
 
 def sum_slots(ids: np.ndarray) -> np.ndarray:

@@ -12,6 +12,16 @@ from router.moe.missing import Awaited
 from router.moe.permute import Layout, lay_out
 
 
+def missing_by_layer(placement: Placement, model: str) -> dict[int, np.ndarray]:
+    """Return the missing experts, bool [E], of each layer with missing experts."""
+    missing = [key for key in placement.missing() if key.model == model]
+    sizes = Counter(key.layer_id for key in placement.holders if key.model == model)
+    masks = {key.layer_id: np.zeros(sizes[key.layer_id], dtype=bool) for key in missing}
+    for key in missing:
+        masks[key.layer_id][key.expert_id] = True
+    return masks
+
+
 class Layouts:
     """The layouts of one model's layers under the latest placement that was asked about."""
 
