@@ -38,7 +38,7 @@ def document(gates: Mapping[str, Any], num_experts: int, **changes: Any) -> dict
 
 
 def mixture_in(folder: Path, spec: Mapping[str, Any], tensors: Tensors | None = None) -> Mixture:
-    """Save ``tensors`` as ``gates.safetensors`` beside the ``mixture.yaml``, and open the folder."""
+    """Save ``tensors`` as ``gates.safetensors`` beside ``mixture.yaml``; open the folder."""
     (folder / "mixture.yaml").write_text(yaml.safe_dump(dict(spec), sort_keys=False))
     (folder / "experts.bin").write_bytes(b"never read")
     if tensors is not None:
