@@ -33,7 +33,7 @@ from router.mixture.gather import GatheredRows
 from router.mixture.queue import Job, Outcome, Outputs, Work, WorkQueue
 from router.mixture.stats import MixtureTally
 from router.moe.layer import MoELayers, StepContext
-from router.moe.placed import PlacedModel
+from router.moe.permute import PlacedModel
 
 LAYER = 0
 """The only layer of a mixture."""

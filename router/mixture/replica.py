@@ -34,7 +34,7 @@ from router.mixture.queue import Outcome, QueueLimits, WorkQueue
 from router.mixture.stats import MixtureSamples
 from router.moe.dispatch import Dispatcher
 from router.moe.layer import MoELayers
-from router.moe.placed import PlacedModel
+from router.moe.permute import PlacedModel
 from router.served import ServedMixture
 
 LANES = 8

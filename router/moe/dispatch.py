@@ -49,8 +49,7 @@ from router.moe.combine import ExpertRows
 from router.moe.copy_choice import Copies, has_other_copies
 from router.moe.pace import Pace
 from router.moe.pending import Attempt, AwayError, DamageLog, Failed, PendingLayer
-from router.moe.permute import Layout, Part, gather, lay_out, split
-from router.moe.placed import PlacedModel
+from router.moe.permute import Layout, Part, PlacedModel, gather, lay_out, split
 from router.retry import RetryPolicy
 
 BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
@@ -101,6 +100,10 @@ class Dispatcher:
         self._damage_log = DamageLog()
         self.retries: Counter[str] = Counter()
         self.calls = transport.calls
+
+    def missing(self, layer_id: int) -> np.ndarray | None:
+        """Return the missing experts of a layer, bool [E]; ``None`` where none is missing."""
+        return self.placed.missing(layer_id)
 
     def send(
         self,

@@ -170,7 +170,7 @@ class MoELayers(Generic[R]):
         among: ChooseAmong | None,
     ) -> Choice:
         """Return the gate's choice, changed where experts are missing or have no room."""
-        missing = self.placed.missing(layer_id)
+        missing = self._dispatcher.missing(layer_id)
         if missing is None and step.missing is None and self._limit is None:
             return gate_choice
         if among is None:

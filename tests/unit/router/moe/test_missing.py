@@ -28,7 +28,7 @@ from router.engine.scheduler import Limits
 from router.messages.request import GenerationRequest, TokenEvent
 from router.moe.gate import Choice, Gate, choose_among
 from router.moe.missing import StepMissing
-from router.moe.placed import missing_by_layer
+from router.moe.permute import missing_by_layer
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.unit.router.engine.test_engine import expected_tokens, prompt_of
