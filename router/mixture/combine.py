@@ -25,15 +25,11 @@ from experts.mixture.parts import (
     VoteCombine,
 )
 from experts.mixture.spec import MixtureSpec
+from router.messages.tensor_bytes import NUMPY_DTYPES
 from router.mixture.sums import sum_first
 
 NO_EXPERT = -1
 """In the output ``experts`` where a row has fewer experts than another may have."""
-_DTYPES: dict[str, np.dtype] = {
-    "INT64": np.dtype(np.int64),
-    "FP32": np.dtype(np.float32),
-    "FP64": np.dtype(np.float64),
-}
 
 
 def combined(
@@ -73,9 +69,9 @@ def combined(
     result = {}
     for output in wanted:
         part = parts[output.source]
-        if output.datatype in _DTYPES:
+        if output.datatype in NUMPY_DTYPES:
             with np.errstate(all="ignore"):
-                part = part.astype(_DTYPES[output.datatype])
+                part = part.astype(NUMPY_DTYPES[output.datatype])
             _check_result(part, output.name, first_row)
         result[output.name] = part
     return result
