@@ -95,6 +95,7 @@ class MixtureSpec(Part):
         _check_tree(self.gate, self.gates, self.experts)
         for name, gate in self.gates.items():
             _check_gate(f"gates.{name}", gate, self.gate_input(gate), self.dtype)
+            _check_weights(f"gates.{name}", gate, self.combine)
         for name, expert in self.experts.items():
             _check_expert(f"experts.{name}", expert, self.rows_input, self.combine)
         if isinstance(self.combine, DensityCombine) and self.combine.target is not None:
@@ -171,6 +172,16 @@ def _check_gate(where: str, gate: Gate, given: Input, dtype: RowsDtype) -> None:
         raise ValueError(f"{where}.pool: {gate.pool} is for rows of two axes, [T, F]")
     if gate.pool == "flatten" and -1 in given.shape:
         raise ValueError(f"{where}.pool: flatten is for rows of one length; use mean or last")
+
+
+def _check_weights(where: str, gate: Gate, combine: Combine) -> None:
+    """Check that the weights of a mixture of densities add up to 1."""
+    if isinstance(gate, GivenGate) or gate.renormalize or gate.num_chosen == len(gate.choices):
+        return
+    if isinstance(combine, DensityCombine):
+        raise ValueError(
+            f"{where}.renormalize: must be true for a density, whose weights add up to 1"
+        )
 
 
 def _check_expert(where: str, expert: Expert, rows: Input, combine: Combine) -> None:

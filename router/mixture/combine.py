@@ -16,23 +16,20 @@ import numpy as np
 import torch
 
 from cluster.errors import ExpertFailedError, NotFiniteError
-from experts.compute.row_math import sum_first
 from experts.mixture.parts import (
     ClassesCombine,
+    Combine,
     DensityCombine,
     MeanCombine,
     OutputSource,
     VoteCombine,
 )
 from experts.mixture.spec import MixtureSpec
+from router.messages.tensor_bytes import NUMPY_DTYPES
+from router.mixture.sums import sum_first
 
 NO_EXPERT = -1
 """In the output ``experts`` where a row has fewer experts than another may have."""
-_DTYPES: dict[str, np.dtype] = {
-    "INT64": np.dtype(np.int64),
-    "FP32": np.dtype(np.float32),
-    "FP64": np.dtype(np.float64),
-}
 
 
 def combined(
@@ -43,6 +40,7 @@ def combined(
     is_present: np.ndarray,
     inputs: Mapping[str, np.ndarray],
     outputs: Sequence[str],
+    first_row: int = 0,
 ) -> dict[str, np.ndarray]:
     """Return the ``outputs`` [T, *shape] of one request by name, in the datatypes of ``spec``.
 
@@ -50,14 +48,16 @@ def combined(
     A pair that is not ``is_present``, bool [T, K], counts nothing: weights were normalised before.
     ``inputs`` have the target of a log density. Labels are int64 or numpy's unicode.
 
-    Raises :class:`NotFiniteError`, whose field is the expert, for an expert's output that is NaN or
-    infinite, and for a result beyond the range of its datatype, whose field is the output; and
-    :class:`ExpertFailedError` for a deviation that is not positive.
+    Raises :class:`NotFiniteError`, whose field is the expert's name, for an expert's output that is
+    NaN or infinite; the same, whose field is the output, for a result beyond the range of its
+    datatype; and :class:`ExpertFailedError` for a deviation that is not positive. Errors name the
+    row, counted from ``first_row``.
     """
     by_name = {output.name: output for output in spec.outputs}
     wanted = [by_name[name] for name in outputs]
     pairs = _ordered(rows, weights, ids, is_present)
-    pairs.check(spec)
+    where = _Where(spec.expert_names, pairs.ids, first_row)
+    _check_outputs(pairs.values, where)
     parts: dict[OutputSource, np.ndarray] = {
         "experts": np.where(pairs.is_present, pairs.ids, NO_EXPERT),
         "weights": pairs.weights,
@@ -65,16 +65,30 @@ def combined(
     sources: set[OutputSource] = {output.source for output in wanted}
     if sources - parts.keys():
         with np.errstate(all="ignore"):  # whatever overflows is noticed below
-            parts |= _combination(spec, pairs, sources, inputs)
+            parts |= _combination(spec.combine, pairs, where, sources, inputs)
     result = {}
     for output in wanted:
         part = parts[output.source]
-        if output.datatype in _DTYPES:
+        if output.datatype in NUMPY_DTYPES:
             with np.errstate(all="ignore"):
-                part = part.astype(_DTYPES[output.datatype])
-            _check_finite(part, output.name)
+                part = part.astype(NUMPY_DTYPES[output.datatype])
+            _check_result(part, output.name, first_row)
         result[output.name] = part
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """Where a pair is, for errors: the experts' ``names``, the ``ids`` [T, K], the first row."""
+
+    names: Sequence[str]
+    ids: np.ndarray
+    first_row: int
+
+    def first(self, is_wrong: np.ndarray) -> tuple[int, str]:
+        """Return the row's number and the expert's name of the first wrong pair [T, K]."""
+        row, rank = np.argwhere(is_wrong)[0].tolist()
+        return self.first_row + row, self.names[self.ids[row, rank]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +102,6 @@ class _Pairs:
     weights: np.ndarray
     ids: np.ndarray
     is_present: np.ndarray
-
-    def check(self, spec: MixtureSpec) -> None:
-        """Raise :class:`NotFiniteError` for an expert's output that is NaN or infinite."""
-        finite = np.isfinite(self.values)
-        if finite.all():
-            return
-        is_bad = ~finite.all(axis=tuple(range(2, finite.ndim)))
-        row, field = self.first(is_bad, spec)
-        raise NotFiniteError(f"the expert's output for row {row} is NaN or infinite", field)
-
-    def first(self, of: np.ndarray, spec: MixtureSpec) -> tuple[int, str]:
-        """Return the row and the expert's name of the first pair ``of`` [T, K]."""
-        row, rank = np.argwhere(of)[0].tolist()
-        return row, f"experts.{spec.expert_names[self.ids[row, rank]]}"
 
     def weighted_sum(self, values: np.ndarray) -> np.ndarray:
         """Return the weighted sum of ``values`` [T, K, …] over K, in float64."""
@@ -134,15 +134,23 @@ def _ordered(
     return _Pairs(values, shares, ids, is_present)
 
 
+def _check_outputs(values: np.ndarray, where: _Where) -> None:
+    """Raise :class:`NotFiniteError` for an expert's output of ``values`` [T, K, *W]."""
+    is_finite = np.isfinite(values)
+    if not is_finite.all():
+        row, name = where.first(~is_finite.all(axis=tuple(range(2, values.ndim))))
+        raise NotFiniteError(f"the expert's output for row {row} is NaN or infinite", name)
+
+
 def _combination(
-    spec: MixtureSpec,
+    combine: Combine,
     pairs: _Pairs,
+    where: _Where,
     sources: set[OutputSource],
     inputs: Mapping[str, np.ndarray],
 ) -> dict[OutputSource, np.ndarray]:
-    combine = spec.combine
     if isinstance(combine, DensityCombine):
-        return _density(combine, spec, pairs, sources, inputs)
+        return _density(combine, pairs, where, sources, inputs)
     if isinstance(combine, MeanCombine):
         return {"value": pairs.weighted_sum(pairs.values)}
     if isinstance(combine, VoteCombine):
@@ -167,8 +175,8 @@ def _classes(
 
 def _density(
     combine: DensityCombine,
-    spec: MixtureSpec,
     pairs: _Pairs,
+    where: _Where,
     sources: set[OutputSource],
     inputs: Mapping[str, np.ndarray],
 ) -> dict[OutputSource, np.ndarray]:
@@ -179,9 +187,10 @@ def _density(
         deviations[~pairs.is_present] = 1.0  # counts nothing, and divides by nothing
         least = deviations.min(axis=-1)  # [T, K]
         if (least <= 0).any():
-            row, field = pairs.first(least <= 0, spec)
+            row, name = where.first(least <= 0)
+            value = least[least <= 0][0]
             raise ExpertFailedError(
-                f"a deviation must be above 0 (row {row}, given: {least[row].min():g})", field
+                f"a deviation must be above 0 (row {row}, given: {value:g})", name
             )
     else:
         deviations = np.full_like(means, combine.deviation)
@@ -210,10 +219,10 @@ def _log_density(
     return result
 
 
-def _check_finite(part: np.ndarray, name: str) -> None:
-    finite = np.isfinite(part)
-    if not finite.all():
-        row = int(np.argwhere(~finite)[0][0])
+def _check_result(part: np.ndarray, name: str, first_row: int) -> None:
+    is_finite = np.isfinite(part)
+    if not is_finite.all():
+        row = first_row + int(np.argwhere(~is_finite)[0][0])
         raise NotFiniteError(
             f"the result of row {row} is NaN or infinite in {part.dtype}", f"outputs.{name}"
         )

@@ -5,8 +5,8 @@ choice's weight is the softmax of its score, and an expert's weight is the produ
 along its path (Jordan and Jacobs 1994, "Hierarchical mixtures of experts and the EM algorithm",
 section 2). A gate is computed for the rows that reach it, and for no other row.
 
-A row's choice and weights are the same bits alone and in any batch
-(:mod:`experts.compute.row_math`), and the same in any process of one kind of machine.
+A row's choice and weights have the same bits alone and in any batch, so that no row near a tie
+changes its expert with its batch mates.
 
 Dimension letters: T rows, E experts, K most experts of a row, C choices of a gate, R rows that
 reach a gate, F values that a gate looks at.
@@ -23,14 +23,14 @@ import torch
 
 from cluster.errors import InvalidRequestError, NotFiniteError
 from experts.checkpoint.mixture import Mixture
-from experts.compute.row_math import sum_first
 from experts.mixture.parts import GivenGate
 from experts.mixture.spec import most_experts
 from router.mixture.scores import Scores, read_scores
+from router.mixture.sums import sum_first
 from router.moe.gate import Choice, ChooseAmong
 
 _Chosen = tuple[np.ndarray, np.ndarray]
-"""The choices of a gate: bool [C, R], and their weights [C, R], which count where chosen."""
+"""The choices of a gate: bool [R, C], and their weights [R, C], which count where chosen."""
 
 
 class MixtureGate:
@@ -42,15 +42,14 @@ class MixtureGate:
     def __init__(self, mixture: Mixture) -> None:
         """Read the gates' files.
 
-        Raises :class:`CheckpointError`, whose field is the file and the tensor, for a tensor that
-        is missing, of a wrong shape or dtype, or not finite.
+        Raises :class:`CheckpointError`, whose field is the file and the gate, for a tensor that is
+        missing, of a wrong shape or dtype, not finite or not used.
         """
         spec = mixture.spec
         self.num_experts = len(spec.experts)
         self.max_chosen = most_experts(spec)
         self._dtype = np.dtype(spec.dtype)
         ids = {name: expert_id for expert_id, name in enumerate(spec.experts)}
-        scores = read_scores(mixture)
 
         def node(name: str) -> _Node:
             gate = spec.gates[name]
@@ -58,41 +57,44 @@ class MixtureGate:
             gates = {c: node(choice) for c, choice in enumerate(gate.choices) if choice not in ids}
             if isinstance(gate, GivenGate):
                 return _GivenNode(name, experts, gates, gate.input, gate.column)
-            return _ScoringNode(
-                name, experts, gates, scores[name], gate.num_chosen, gate.renormalize
-            )
+            scores = read_scores(mixture, name, gate)
+            return _ScoringNode(name, experts, gates, scores, gate.num_chosen, gate.renormalize)
 
         self._root = node(spec.gate)
 
-    def choose(self, inputs: Mapping[str, np.ndarray], allowed: np.ndarray | None = None) -> Choice:
+    def choose(self, inputs: Mapping[str, np.ndarray], first_row: int = 0) -> Choice:
         """Return the experts of T rows, ascending by number in each row, with their weights.
 
-        ``inputs`` are arrays [T, *shape] by name, of the inputs' datatypes. Weights have the
-        mixture's dtype. Where a row has fewer than K experts, its last one fills the row with a
-        weight of 0; such pairs are not in ``pairs``. Of equal scores the choice that is listed
-        first wins.
-
-        With ``allowed``, bool [T, E], choices are out that lead a row to no allowed expert, and
-        weights are normalised over the others. A row without any allowed expert has no pairs.
+        ``inputs`` are arrays [T, *shape] by name, of the inputs' datatypes; those that no gate
+        looks at may be absent. Weights have the mixture's dtype. Where a row has fewer than K
+        experts, its last one fills the row with a weight of 0; such pairs are not in ``pairs``. Of
+        equal scores the choice that is listed first wins.
 
         Raises :class:`InvalidRequestError` for a given choice that does not exist, and
         :class:`NotFiniteError` for scores that are NaN or infinite. Either names the first such
-        row; the caller finds further ones by choosing for fewer rows.
+        row of a gate, counted from ``first_row``.
         """
         num_rows = len(next(iter(inputs.values())))
-        walk = _Walk(inputs, self._dtype, allowed)
-        rows = np.arange(num_rows)
-        with np.errstate(all="ignore"):
-            walk.descend(self._root, rows, None)
-        return walk.choice(num_rows, self.max_chosen)
+        numbers = np.arange(first_row, first_row + num_rows)
+        return self._choose(_Walk(inputs, self._dtype, numbers))
 
-    def among(self, inputs: Mapping[str, np.ndarray]) -> ChooseAmong:
-        """Return :meth:`choose` for the rows of one step, to choose anew for some of them."""
+    def among(self, inputs: Mapping[str, np.ndarray], first_row: int = 0) -> ChooseAmong:
+        """Return the choice anew for some rows of :meth:`choose`, among experts allowed to them.
+
+        Choices are out that lead a row to no allowed expert, and weights are normalised over the
+        others. A row without any allowed expert has no pairs.
+        """
 
         def choose_among(rows: np.ndarray, allowed: np.ndarray) -> Choice:
-            return self.choose({name: array[rows] for name, array in inputs.items()}, allowed)
+            some = {name: array[rows] for name, array in inputs.items()}
+            return self._choose(_Walk(some, self._dtype, rows + first_row, allowed))
 
         return choose_among
+
+    def _choose(self, walk: _Walk) -> Choice:
+        with np.errstate(all="ignore"):  # scores that are not finite raise an error of their own
+            walk.descend(self._root, np.arange(walk.num_rows), None)
+        return walk.choice(self.max_chosen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,20 +105,17 @@ class _Node:
     experts: np.ndarray
     gates: Mapping[int, _Node]
 
-    def choose(self, walk: _Walk, rows: np.ndarray, open_: np.ndarray | None) -> _Chosen:
-        """Choose for the rows [R] among the ``open_`` choices, bool [C, R]; ``None`` is all."""
+    def choose(self, walk: _Walk, rows: np.ndarray, is_open: np.ndarray | None) -> _Chosen:
+        """Choose for the rows [R] among the open choices, bool [R, C]; ``None`` is all."""
         raise NotImplementedError
 
-    def reached(self, walk: _Walk, rows: np.ndarray) -> np.ndarray:
-        """Return whether the rows [R] can come to an allowed expert below, by choice: [C, R]."""
+    def open_choices(self, walk: _Walk, rows: np.ndarray) -> np.ndarray:
+        """Return the choices that lead the rows [R] to an allowed expert, bool [R, C]."""
         assert walk.allowed is not None
-        result = np.empty((len(self.experts), len(rows)), dtype=bool)
-        for place, expert_id in enumerate(self.experts.tolist()):
-            if expert_id < 0:
-                result[place] = self.gates[place].reached(walk, rows).any(axis=0)
-            else:
-                result[place] = walk.allowed[rows, expert_id]
-        return result
+        is_open = walk.allowed[rows[:, None], self.experts]
+        for place, below in self.gates.items():
+            is_open[:, place] = below.open_choices(walk, rows).any(axis=1)
+        return is_open
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,34 +124,35 @@ class _ScoringNode(_Node):
     num_chosen: int
     renormalize: bool
 
-    def choose(self, walk: _Walk, rows: np.ndarray, open_: np.ndarray | None) -> _Chosen:
-        scores = self.scores(walk.columns(self.scores.input, self.scores.pool, rows))  # [C, R]
-        finite = np.isfinite(scores)
-        if not finite.all():
-            row = rows[np.flatnonzero(~finite.all(axis=0))[0]]
+    def choose(self, walk: _Walk, rows: np.ndarray, is_open: np.ndarray | None) -> _Chosen:
+        scores = self.scores(walk.vectors(self.scores.input, self.scores.pool, rows))  # [R, C]
+        is_finite = np.isfinite(scores)
+        if not is_finite.all():
+            row = walk.numbers[rows[np.flatnonzero(~is_finite.all(axis=1))[0]]]
             raise NotFiniteError(f"scores of row {row} are NaN or infinite", f"gates.{self.name}")
-        if open_ is not None:
-            scores = np.where(open_, scores, -np.inf)
-        chosen = self._best(scores)
-        if open_ is not None:
-            chosen &= open_
+        if is_open is not None:
+            scores = np.where(is_open, scores, -np.inf)
+        is_chosen = self._best(scores)
+        if is_open is not None:
+            is_chosen &= is_open
         # A row without an open choice has nothing but -inf.
-        shares = np.exp(scores - np.maximum(scores.max(axis=0), np.finfo(scores.dtype).min))
-        counted = np.where(chosen, shares, 0) if self.renormalize else shares.copy()
-        total = sum_first(counted)
-        return chosen, shares / np.where(total > 0, total, 1).astype(shares.dtype)
+        largest = np.maximum(scores.max(axis=1, keepdims=True), np.finfo(scores.dtype).min)
+        shares = np.exp(scores - largest)
+        counted = np.where(is_chosen, shares, 0) if self.renormalize else shares
+        total = sum_first(np.array(counted.T, order="C"))[:, None]
+        return is_chosen, shares / np.where(total > 0, total, 1).astype(shares.dtype)
 
     def _best(self, scores: np.ndarray) -> np.ndarray:
-        """Return the best choices, bool [C, R]; the first of equal ones."""
-        if self.num_chosen == len(scores):
+        """Return the best choices, bool [R, C]; the first of equal ones."""
+        if self.num_chosen == scores.shape[1]:
             return np.ones(scores.shape, dtype=bool)
-        chosen = np.zeros(scores.shape, dtype=bool)
+        is_chosen = np.zeros(scores.shape, dtype=bool)
         if self.num_chosen == 1:
-            chosen[scores.argmax(axis=0), np.arange(scores.shape[1])] = True
-            return chosen
-        order = np.argsort(-scores.T, axis=1, kind="stable")[:, : self.num_chosen]
-        np.put_along_axis(chosen.T, order, True, axis=1)
-        return chosen
+            best = scores.argmax(axis=1, keepdims=True)
+        else:
+            best = np.argsort(-scores, axis=1, kind="stable")[:, : self.num_chosen]
+        np.put_along_axis(is_chosen, best, True, axis=1)
+        return is_chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,100 +160,112 @@ class _GivenNode(_Node):
     input: str
     column: int
 
-    def choose(self, walk: _Walk, rows: np.ndarray, open_: np.ndarray | None) -> _Chosen:
+    def choose(self, walk: _Walk, rows: np.ndarray, is_open: np.ndarray | None) -> _Chosen:
         given = self._given(walk, rows)
         num_choices = len(self.experts)
         wrong = np.flatnonzero((given < 0) | (given >= num_choices))
         if len(wrong):
             raise InvalidRequestError(
-                f"gate {self.name!r} has no choice {given[wrong[0]]} for row {rows[wrong[0]]}, "
-                f"column {self.column}; allowed: 0 to {num_choices - 1}",
+                f"row {walk.numbers[rows[wrong[0]]]}, column {self.column}: gate {self.name!r} has "
+                f"no choice {given[wrong[0]]}; allowed: 0 to {num_choices - 1}",
                 f"inputs.{self.input}",
             )
-        chosen = np.arange(num_choices)[:, None] == given
-        if open_ is not None:
-            chosen &= open_
-        return chosen, np.ones(chosen.shape, walk.dtype)
+        is_chosen = given[:, None] == np.arange(num_choices)
+        if is_open is not None:
+            is_chosen &= is_open
+        return is_chosen, np.ones(is_chosen.shape, walk.dtype)
 
-    def reached(self, walk: _Walk, rows: np.ndarray) -> np.ndarray:
-        """Return the given choice alone; none where the gate, not reached so far, has none."""
-        below = _Node.reached(self, walk, rows)
-        below &= np.arange(len(self.experts))[:, None] == self._given(walk, rows)
-        return below
+    def open_choices(self, walk: _Walk, rows: np.ndarray) -> np.ndarray:
+        """Return the given choice alone; none for a value that names no choice.
+
+        A row may have such a value where its first choice did not reach this gate.
+        """
+        below = _Node.open_choices(self, walk, rows)
+        return below & (self._given(walk, rows)[:, None] == np.arange(len(self.experts)))
 
     def _given(self, walk: _Walk, rows: np.ndarray) -> np.ndarray:
-        array = walk.inputs[self.input]
-        given: np.ndarray = array.reshape(len(array), math.prod(array.shape[1:]))[rows, self.column]
+        given: np.ndarray = _flat(walk.inputs[self.input])[rows, self.column]
         return given
 
 
 class _Walk:
-    """One choice: the rows on their way down the tree, and the experts that they have reached."""
+    """One choice: the rows on their way down the tree, and the experts that they have reached.
+
+    ``numbers`` [T] are the rows' numbers in errors.
+    """
 
     def __init__(
-        self, inputs: Mapping[str, np.ndarray], dtype: np.dtype, allowed: np.ndarray | None
+        self,
+        inputs: Mapping[str, np.ndarray],
+        dtype: np.dtype,
+        numbers: np.ndarray,
+        allowed: np.ndarray | None = None,
     ) -> None:
         self.inputs = inputs
         self.dtype = dtype
+        self.numbers = numbers
+        self.num_rows = len(numbers)
         self.allowed = allowed
-        self._columns: dict[tuple[str, str], np.ndarray] = {}
-        self._found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # rows, ids, weights
+        self._vectors: dict[tuple[str, str], np.ndarray] = {}
+        none = np.empty(0, np.int64)
+        # Rows, ids and weights, of which there may be no others.
+        self._found = [(none, none, np.empty(0, dtype))]
 
-    def columns(self, name: str, pool: str, rows: np.ndarray) -> np.ndarray:
-        """Return an input's values [F, R] of the rows, in the mixture's dtype."""
-        columns = self._columns.get((name, pool))
-        if columns is None:
-            columns = self._columns[name, pool] = _pooled(
-                self.inputs[name], pool, self.dtype, f"inputs.{name}"
-            )
-        return columns if len(rows) == columns.shape[1] else columns[:, rows]
+    def vectors(self, name: str, pool: str, rows: np.ndarray) -> np.ndarray:
+        """Return an input's values [R, F] of the rows, in the mixture's dtype."""
+        vectors = self._vectors.get((name, pool))
+        if vectors is None:
+            pooled = _pooled(self.inputs[name], pool, self.dtype, f"inputs.{name}")
+            vectors = self._vectors[name, pool] = pooled
+        return vectors if len(rows) == self.num_rows else vectors[rows]
 
     def descend(self, node: _Node, rows: np.ndarray, weights: np.ndarray | None) -> None:
         """Lead ``rows`` [R] through a gate and those below; ``weights`` [R] are of their paths."""
-        open_ = None if self.allowed is None else node.reached(self, rows)
-        chosen, shares = node.choose(self, rows, open_)
+        is_open = None if self.allowed is None else node.open_choices(self, rows)
+        is_chosen, shares = node.choose(self, rows, is_open)
         if weights is not None:
-            shares = shares * weights
-        is_expert = node.experts >= 0
-        if is_expert.any():
-            at_expert = chosen & is_expert[:, None] if node.gates else chosen
-            members, places = at_expert.T.nonzero()
-            self._found.append((rows[members], node.experts[places], shares[places, members]))
+            shares = shares * weights[:, None]
+        at_expert = is_chosen & (node.experts >= 0) if node.gates else is_chosen
+        members, places = at_expert.nonzero()
+        self._found.append((rows[members], node.experts[places], shares[members, places]))
         for place, below in node.gates.items():
-            members = chosen[place].nonzero()[0]
+            members = is_chosen[:, place].nonzero()[0]
             if len(members):
-                self.descend(below, rows[members], shares[place, members])
+                self.descend(below, rows[members], shares[members, place])
 
-    def choice(self, num_rows: int, max_chosen: int) -> Choice:
-        """Return what was found, by row and by expert."""
+    def choice(self, max_chosen: int) -> Choice:
+        """Return the reached experts, by row and by number, as [T, K]."""
         rows, ids, weights = (np.concatenate(part) for part in zip(*self._found, strict=True))
-        before = rows[:-1], ids[:-1]
-        is_sorted = (rows[1:] > before[0]) | ((rows[1:] == before[0]) & (ids[1:] > before[1]))
-        if not is_sorted.all():
+        is_next = (rows[1:] > rows[:-1]) | ((rows[1:] == rows[:-1]) & (ids[1:] > ids[:-1]))
+        if not is_next.all():
             order = np.lexsort((ids, rows))
             rows, ids, weights = rows[order], ids[order], weights[order]
-        shape = (num_rows, max_chosen)
-        if len(ids) == num_rows * max_chosen:
+        shape = (self.num_rows, max_chosen)
+        if len(ids) == self.num_rows * max_chosen:
             return Choice(ids.reshape(shape), torch.from_numpy(weights.reshape(shape)))
-        counts = np.bincount(rows, minlength=num_rows)[:, None]  # [T, 1]
+        counts = np.bincount(rows, minlength=self.num_rows)[:, None]  # [T, 1]
         ranks = np.arange(max_chosen)
         is_pair = ranks < counts  # [T, K]
-        # Beyond its experts a row repeats the last.
-        source = np.cumsum(counts)[:, None] - counts + np.minimum(ranks, counts - 1)
-        has_any = counts > 0
-        padded = np.where(has_any, ids[np.where(has_any, source, 0)] if len(ids) else 0, 0)
-        spread = np.zeros(shape, self.dtype)
+        padded, spread = np.zeros(shape, np.int64), np.zeros(shape, self.dtype)
         spread[is_pair] = weights
+        if len(ids):
+            # Beyond its experts a row repeats the last.
+            places = counts.cumsum()[:, None] - counts + np.minimum(ranks, counts - 1)
+            padded = np.where(counts > 0, ids[np.minimum(places, len(ids) - 1)], 0)
         return Choice(padded, torch.from_numpy(spread), np.flatnonzero(is_pair))
 
 
+def _flat(array: np.ndarray) -> np.ndarray:
+    return array.reshape(len(array), math.prod(array.shape[1:]))
+
+
 def _pooled(array: np.ndarray, pool: str, dtype: np.dtype, where: str) -> np.ndarray:
-    """Return the vectors that a gate looks at, as contiguous [F, T]."""
+    """Return the vectors that a gate looks at, as contiguous [T, F]."""
     if pool == "flatten":
-        return np.ascontiguousarray(array.reshape(len(array), math.prod(array.shape[1:])).T, dtype)
+        return np.ascontiguousarray(_flat(array), dtype)
     if not array.shape[1]:
         raise InvalidRequestError("a sequence must have at least one step (given: 0)", where)
     if pool == "last":
-        return np.ascontiguousarray(array[:, -1].T, dtype)
-    steps = np.array(array.transpose(1, 2, 0), dtype, order="C")  # [steps, F, T]
+        return np.ascontiguousarray(array[:, -1], dtype)
+    steps = np.array(array.transpose(1, 0, 2), dtype, order="C")  # [steps, T, F]
     return sum_first(steps) / dtype.type(array.shape[1])

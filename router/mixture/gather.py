@@ -13,6 +13,7 @@ import torch
 
 from cluster.wire.frames import Shape
 from cluster.wire.tensors import to_raw
+from experts.mixture.spec import MixtureSpec
 from router.moe.combine import ExpertRows
 from router.moe.gate import Choice
 
@@ -63,3 +64,9 @@ class GatherRows:
         """Return whether the outputs for each row are finite, bool [T]."""
         is_finite: np.ndarray = result.rows.isfinite().flatten(1).all(dim=1).numpy()
         return is_finite
+
+
+def answer_shape_of(spec: MixtureSpec, row_shape: Shape) -> Shape:
+    """Return the shape of an expert's output for a row of this shape."""
+    shape = spec.combine.shape
+    return (row_shape[0], *shape[1:]) if shape[0] == -1 else shape

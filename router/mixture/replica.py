@@ -17,11 +17,9 @@ import torch
 from cluster.controller.application import app_is_wanted
 from cluster.errors import CheckpointError, ExpertMeshError, ModelReplacedError, being_deleted
 from cluster.transport.open import open_transport
-from cluster.wire.frames import Shape
 from experts.checkpoint.mixture import Mixture
 from experts.checkpoint.remote_files import open_model
 from experts.checkpoint.remote_reader import RayNeighbours
-from experts.mixture.spec import MixtureSpec
 from router.config import ExpertsConfig, RouterConfig
 from router.control.client import ControllerClient
 from router.control.placement_view import PlacementView, PlacementWatcher
@@ -29,7 +27,7 @@ from router.control.readiness import is_its_turn
 from router.messages.prediction import PredictionRequest
 from router.mixture.engine import MixtureEngine
 from router.mixture.gate import MixtureGate
-from router.mixture.gather import GatherRows
+from router.mixture.gather import GatherRows, answer_shape_of
 from router.mixture.queue import Outcome, QueueLimits, WorkQueue
 from router.mixture.stats import MixtureSamples
 from router.moe.dispatch import Dispatcher
@@ -194,12 +192,6 @@ class MixtureReplica:
         """Stop the engine after its current steps, then the watcher."""
         self._engine.close()
         self._watcher.stop()
-
-
-def answer_shape_of(spec: MixtureSpec, row_shape: Shape) -> Shape:
-    """Return the shape of an expert's output for a row of this shape."""
-    shape = spec.combine.shape
-    return (row_shape[0], *shape[1:]) if shape[0] == -1 else shape
 
 
 def _set_result(future: asyncio.Future[Outcome], outcome: Outcome) -> None:

@@ -1,8 +1,8 @@
-"""Small mixtures in folders: gates with random tensors, and experts whose files are never read."""
+"""Small mixtures in folders, and the choice of their gates written out row by row."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,11 @@ import yaml
 from safetensors.numpy import save_file
 
 from experts.checkpoint.mixture import Mixture, open_mixture
+from router.moe.gate import Choice
 
 Tensors = Mapping[str, np.ndarray]
+Leaves = dict[int, float]
+"""The weights of one row's experts."""
 VALUE = {"kind": "mean", "shape": [2]}
 OUTPUTS = [
     {"name": "value", "datatype": "FP64", "from": "value"},
@@ -22,12 +25,19 @@ OUTPUTS = [
 
 
 def document(gates: Mapping[str, Any], num_experts: int, **changes: Any) -> dict[str, Any]:
-    """Return a ``mixture.yaml`` with the experts ``e0``, ``e1`` …; ``changes`` replace its keys."""
+    """Return a ``mixture.yaml`` with the experts ``e0``, ``e1`` …; ``changes`` replace its keys.
+
+    The first of the gates is the root. Rows are three numbers ``x`` and two integers ``column``.
+    """
+    datatype = "FP32" if changes.get("dtype") == "float32" else "FP64"
     experts = {f"e{i}": {"kind": "linear", "file": "experts.bin"} for i in range(num_experts)}
     whole = {
         "format": 1,
         "dtype": "float64",
-        "inputs": [{"name": "x", "datatype": "FP64", "shape": [3]}],
+        "inputs": [
+            {"name": "x", "datatype": datatype, "shape": [3]},
+            {"name": "column", "datatype": "INT64", "shape": [2]},
+        ],
         "gate": next(iter(gates)),
         "gates": dict(gates),
         "experts": experts,
@@ -38,18 +48,90 @@ def document(gates: Mapping[str, Any], num_experts: int, **changes: Any) -> dict
 
 
 def mixture_in(folder: Path, spec: Mapping[str, Any], tensors: Tensors | None = None) -> Mixture:
-    """Save ``tensors`` as ``gates.safetensors`` beside ``mixture.yaml``; open the folder."""
+    """Save a ``mixture.yaml``, and ``tensors`` as ``gates.safetensors``, and open the folder.
+
+    Floating-point tensors get the mixture's dtype. The file of the experts has no tensors: no gate
+    reads it.
+    """
     (folder / "mixture.yaml").write_text(yaml.safe_dump(dict(spec), sort_keys=False))
     (folder / "experts.bin").write_bytes(b"never read")
     if tensors is not None:
-        save_file(
-            {name: np.ascontiguousarray(t) for name, t in tensors.items()},
-            folder / "gates.safetensors",
-        )
+        dtypes = {"f": spec["dtype"], "i": "int64"}
+        stored = {name: t.astype(dtypes[t.dtype.kind], order="C") for name, t in tensors.items()}
+        save_file(stored, folder / "gates.safetensors")
     return open_mixture(folder)
 
 
-def linear_gate(choices: list[str], prefix: str = "", **more: Any) -> dict[str, Any]:
-    return {
-        "kind": "linear", "file": "gates.safetensors", "prefix": prefix, "choices": choices, **more
-    }  # fmt: skip
+def linear_gate(choices: Sequence[str], prefix: str = "", **more: Any) -> dict[str, Any]:
+    """Return a linear gate with its tensors in ``gates.safetensors``."""
+    file = {"file": "gates.safetensors", "prefix": prefix}
+    return {"kind": "linear", "choices": list(choices), **file, **more}
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Return the softmax of a vector."""
+    shares = np.exp(scores - scores.max())
+    return shares / shares.sum()
+
+
+def can_reach(
+    gates: Mapping[str, Any], name: str, allowed: Sequence[bool], given: Sequence[int]
+) -> bool:
+    """Return whether a row with ``given`` integers can come from a choice to an allowed expert."""
+    if name not in gates:
+        return bool(allowed[int(name[1:])])
+    gate = gates[name]
+    choices = gate["choices"]
+    if gate["kind"] == "given":
+        choices = [choices[given[gate.get("column", 0)]]]
+    return any(can_reach(gates, choice, allowed, given) for choice in choices)
+
+
+def leaves(
+    gates: Mapping[str, Any],
+    tensors: Tensors,
+    x: np.ndarray,
+    given: Sequence[int],
+    allowed: Sequence[bool] | None = None,
+) -> Leaves:
+    """Return the experts of one row and their weights by the product rule, gate after gate.
+
+    All gates are linear, with the prefix of their own name, or given. Experts have the names of
+    :func:`document`.
+    """
+    found: Leaves = {}
+
+    def descend(name: str, weight: float) -> None:
+        if name not in gates:
+            found[int(name[1:])] = weight
+            return
+        gate = gates[name]
+        choices = gate["choices"]
+        fits = [allowed is None or can_reach(gates, choice, allowed, given) for choice in choices]
+        left = [place for place, is_left in enumerate(fits) if is_left]
+        if gate["kind"] == "given":
+            column = given[gate.get("column", 0)]
+            if column in left:
+                descend(choices[column], weight)
+            return
+        if not left:
+            return
+        scores = tensors[f"{name}.weight"] @ x + tensors.get(f"{name}.bias", 0.0)
+        shares = dict(zip(left, softmax(scores[left]), strict=True))
+        best = sorted(left, key=lambda place: (-scores[place], place))
+        best = best[: gate.get("top_k", len(choices))]
+        total = sum(shares[p] for p in best) if gate.get("renormalize", True) else 1.0
+        for place in best:
+            descend(choices[place], weight * shares[place] / total)
+
+    descend(next(iter(gates)), 1.0)
+    return found
+
+
+def pairs_of(choice: Choice) -> list[Leaves]:
+    """Return the pairs of a choice, row by row, in their order."""
+    served = choice.served()
+    return [
+        {int(e): float(w) for e, w, is_pair in zip(ids, weights, row, strict=True) if is_pair}
+        for ids, weights, row in zip(choice.ids, choice.weights.numpy(), served, strict=True)
+    ]

@@ -1,0 +1,121 @@
+"""A mixture in one process: gate, experts and combination, without actors and without Ray.
+
+It gives the predictions that a cluster serves, from the same parts.
+
+Dimension letter: T rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from cluster.errors import InvalidRequestError
+from cluster.wire.tensors import TORCH_DTYPES, to_bytes
+from experts.backends.load import load_mixture_expert
+from experts.checkpoint.mixture import Mixture
+from experts.mixture.parts import DensityCombine
+from experts.mixture.spec import MixtureSpec
+from router.messages.tensor_bytes import NUMPY_DTYPES
+from router.mixture.combine import combined
+from router.mixture.gate import MixtureGate
+from router.mixture.gather import GatherRows, answer_shape_of
+from router.moe.combine import ExpertRows
+
+
+class LocalMixture:
+    """A mixture with all of its experts in this process. One thread uses it at a time."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        """Load the gates and every expert.
+
+        Raises :class:`CheckpointError` as :class:`router.mixture.gate.MixtureGate` and
+        :func:`experts.backends.load.load_mixture_expert` do.
+        """
+        self.spec = mixture.spec
+        self._gate = MixtureGate(mixture)
+        self._experts = [
+            load_mixture_expert(mixture, expert_id) for expert_id in range(len(self.spec.experts))
+        ]
+        self._gather = GatherRows(partial(answer_shape_of, self.spec))
+
+    def predict(
+        self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return ``outputs`` [T, *shape] by name, by default all that the inputs allow.
+
+        ``inputs`` are arrays [T, *shape] by name, of the inputs' datatypes. Each expert computes
+        the rows that the gate gives it, in one call. Raises :class:`InvalidRequestError` for wrong
+        inputs, and errors of the gate, of an expert and of the combination.
+        """
+        names = _wanted(self.spec, inputs) if outputs is None else outputs
+        _check(self.spec, inputs, names)
+        given = torch.from_numpy(np.ascontiguousarray(inputs[self.spec.rows_input.name]))
+        rows = given.to(TORCH_DTYPES[self.spec.dtype])
+        choice = self._gate.choose(inputs)
+        num_chosen = choice.ids.shape[1]
+        pairs = np.flatnonzero(choice.served())
+        ids = choice.ids.ravel()[pairs]
+        received = []
+        for expert_id in np.unique(ids).tolist():
+            of_expert = pairs[ids == expert_id]
+            results = self._experts[expert_id](rows[torch.from_numpy(of_expert // num_chosen)])
+            received.append(ExpertRows(of_expert, to_bytes(results)))
+        gathered, _ = self._gather.combine(received, self._gather.prepare(choice, rows))
+        return combined(
+            self.spec, gathered.rows, choice.weights, choice.ids, gathered.is_present, inputs, names
+        )
+
+
+def predict_locally(
+    mixture: Mixture, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Load a mixture and predict once, as :meth:`LocalMixture.predict` does."""
+    return LocalMixture(mixture).predict(inputs, outputs)
+
+
+def _target(spec: MixtureSpec) -> str | None:
+    return spec.combine.target if isinstance(spec.combine, DensityCombine) else None
+
+
+def _wanted(spec: MixtureSpec, inputs: Mapping[str, np.ndarray]) -> list[str]:
+    """Return all outputs but a log density without its target."""
+    can_all = _target(spec) in (None, *inputs)
+    return [output.name for output in spec.outputs if can_all or output.source != "log_density"]
+
+
+def _check(spec: MixtureSpec, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> None:
+    sources = {output.name: output.source for output in spec.outputs}
+    for name in outputs:
+        if name not in sources:
+            raise InvalidRequestError(
+                f"{name!r} is not one of the outputs {', '.join(sources)}", "outputs"
+            )
+    needed = {spec.rows_input.name, *(spec.gate_input(gate).name for gate in spec.gates.values())}
+    target = _target(spec)
+    if target is not None and "log_density" in {sources[name] for name in outputs}:
+        needed.add(target)
+    for name in needed:
+        if name not in inputs:
+            raise InvalidRequestError("is missing", f"inputs.{name}")
+    num_rows = len(inputs[spec.rows_input.name])
+    for name, array in inputs.items():
+        try:
+            part = spec.input(name)
+        except ValueError as error:
+            raise InvalidRequestError(str(error), "inputs") from None
+        allowed = (num_rows, *part.shape)
+        fits = array.ndim == len(allowed) and all(
+            wanted in (-1, given) for given, wanted in zip(array.shape, allowed, strict=True)
+        )
+        if not fits or array.dtype != NUMPY_DTYPES[part.datatype]:
+            raise InvalidRequestError(
+                f"must be {NUMPY_DTYPES[part.datatype]} of the shape {list(allowed)}, where -1 is "
+                f"any length (given: {array.dtype} of {list(array.shape)})",
+                f"inputs.{name}",
+            )
+        if not np.isfinite(array).all():
+            raise InvalidRequestError("has a value that is NaN or infinite", f"inputs.{name}")
