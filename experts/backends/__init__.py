@@ -1,0 +1,1 @@
+"""Loaded experts of mixtures: torch architectures, scikit-learn estimators, ONNX models."""
