@@ -59,7 +59,8 @@ class MixtureExpert:
         if not len(rows):
             return torch.empty(shape, dtype=self.dtype)
         try:
-            outputs = np.asarray(self._model(rows.numpy()))
+            with np.errstate(over="ignore"):  # a value that is not finite is noticed later
+                outputs = np.asarray(self._model(rows.numpy()))
             if outputs.dtype.kind not in "fiub":
                 raise TypeError(f"returns values of dtype {outputs.dtype}")
             converted = np.require(outputs, self._numpy_dtype, ["C", "W"])
