@@ -33,17 +33,25 @@ class Needs:
         return self.experts_bytes + self.routers_bytes + self.processes_bytes
 
 
-def needs_of(applications: Iterable[tuple[AppConfig, Mapping[str, PlannedModel]]]) -> Needs:
+Size = PlannedModel | int
+"""A language model in its served dtype, or the bytes of a mixture's files."""
+
+
+def needs_of(applications: Iterable[tuple[AppConfig, Mapping[str, Size]]]) -> Needs:
     """Sum up the memory of applications that run on one machine.
 
-    Each application comes with its models by id, in their served dtype.
+    Each application comes with its models by id.
     """
     experts = routers = 0
     processes = RAY_AND_SERVE_BYTES
     for config, models in applications:
         copies = config.experts.min_copies * _share_on_host(config.experts)
         for served in config.models:
-            shape, value_bytes = models[served.id].shape, DTYPE_BYTES[models[served.id].dtype]
+            size = models[served.id]
+            if isinstance(size, int):
+                experts += math.ceil(size * copies)
+                continue
+            shape, value_bytes = size.shape, DTYPE_BYTES[size.dtype]
             tokens = config.router.cache_tokens_for(
                 served.max_model_len or shape.max_position_embeddings
             )

@@ -18,14 +18,14 @@ from packaging.requirements import Requirement
 
 from cluster.errors import CheckpointMissingError, ExpertMeshError
 from cluster.native.built import native
+from experts.checkpoint.mixture import is_mixture, open_mixture
 from experts.checkpoint.stored import resolve_folder
-from router.config import AppConfig, parse_deployment, read_document
+from router.config import AppConfig, ModelConfig, parse_deployment, read_document
 from router.ops.doctor import doctor, machine
 from router.ops.doctor.doctor import Check, Devices, Installed
-from router.ops.doctor.needs import Needs, needs_of
+from router.ops.doctor.needs import Needs, Size, needs_of
 from router.ops.doctor.ports import ports_of, taken_ports
 from router.ops.doctor.running_ray import look_at, raylets, target_of, temp_folder
-from router.ops.plan.plan import PlannedModel
 from router.ops.plan.source import find_model
 from router.serve.options import HAPROXY, completed, serve_variables
 from router.served import check_file
@@ -42,7 +42,7 @@ class Deployment:
     """A completed deployment file, and the models of its applications by id."""
 
     document: Mapping[str, Any]
-    applications: tuple[tuple[AppConfig, dict[str, PlannedModel]], ...]
+    applications: tuple[tuple[AppConfig, dict[str, Size]], ...]
 
     @property
     def needs(self) -> Needs:
@@ -69,16 +69,17 @@ def read_deployment(file: Path, joins: bool = False) -> Deployment:
     """
     document = read_document(file)
     applications = tuple(
-        (
-            config,
-            {
-                model.id: find_model(str(resolve_folder(model.path)), model.dtype)
-                for model in config.models
-            },
-        )
+        (config, {model.id: _size_of(model) for model in config.models})
         for _, config in parse_deployment(document, file)
     )
     return Deployment(completed_here(document, joins), applications)
+
+
+def _size_of(model: ModelConfig) -> Size:
+    folder = resolve_folder(model.path)
+    if is_mixture(folder):
+        return open_mixture(folder).num_bytes
+    return find_model(str(folder), model.dtype)
 
 
 def completed_here(document: Mapping[str, Any], joins: bool = False) -> dict[str, Any]:

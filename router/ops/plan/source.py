@@ -15,6 +15,7 @@ from cluster.errors import ConfigError
 from cluster.wire.frames import DTYPE_BYTES
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.config import read_json
+from experts.checkpoint.mixture import is_mixture, open_mixture
 from experts.checkpoint.quantization import METHODS, quantization_of
 from router.ops.plan.plan import PlannedModel
 from router.ops.plan.shape import shape_of
@@ -49,6 +50,12 @@ def find_model(name: str, dtype: str = "auto") -> PlannedModel:
 
 
 def _of_folder(folder: Path, dtype: str) -> PlannedModel:
+    if is_mixture(folder):
+        size_mb = open_mixture(folder).num_bytes / 1e6
+        raise ConfigError(
+            f"is a mixture, whose files have {size_mb:.1f} MB; plan is for language models",
+            str(folder),
+        )
     file = folder / "config.json"
     config = read_json(file)
     shape = shape_of(config, str(file))
