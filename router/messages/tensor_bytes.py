@@ -29,8 +29,9 @@ def datatype_of(array: np.ndarray) -> str:
     """Return the datatype of an array; raises ``ValueError`` where the protocol has none for it."""
     if array.dtype.kind == "U":
         return TEXT
+    little_endian = array.dtype.newbyteorder("<")
     for datatype, dtype in NUMPY_DTYPES.items():
-        if array.dtype == dtype:
+        if little_endian == dtype:
             return datatype
     allowed = ", ".join(str(dtype) for dtype in NUMPY_DTYPES.values())
     raise ValueError(f"is an array of {array.dtype}; allowed: {allowed}")

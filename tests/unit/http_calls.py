@@ -4,15 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import uvicorn
+from fastapi import FastAPI
 
 from router.config import GatewayConfig
 from tests.unit.gateway_fakes import FakeUpstream, http_app
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "in the"}]
+
+
+@contextmanager
+def http_server(app: FastAPI, send_bytes: int | None = None) -> Iterator[int]:
+    """Run an app behind a real server on a loopback port, in a thread; gives its port.
+
+    ``send_bytes`` is the size of its sockets' send buffers.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        if send_bytes is not None:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
+        server = uvicorn.Server(uvicorn.Config(app, lifespan="off"))
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            server.force_exit = server.should_exit = True
+            thread.join(20)
 
 
 def call(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
+from typing import TypeVar
 
 from cluster.errors import Code, DeadlineExceededError, InternalError
 from experts.mixture.spec import MixtureSpec, output_shape
@@ -32,6 +33,7 @@ SERVER_VERSION = version("expertmesh")
 EXTENSIONS = ("binary_tensor_data",)
 PLATFORM = "expertmesh_mixture"
 
+Encoded = TypeVar("Encoded")
 logger = logging.getLogger("expertmesh.gateway")
 
 
@@ -69,11 +71,16 @@ class PredictionService:
         self.validator.check_known(model_id, model_version)
         return self._upstream.model_ready(model_id).is_ready
 
-    async def predict(self, checked: CheckedPrediction, surface: Surface) -> PredictionReply:
-        """Return the reply; its outputs have the shapes and dtypes of the mixture's.
+    async def predict(
+        self,
+        checked: CheckedPrediction,
+        surface: Surface,
+        encode: Callable[[PredictionReply], Encoded],
+    ) -> Encoded:
+        """Return the reply as ``encode`` writes it for the client.
 
-        Counts the outcome. Raises :class:`ExpertMeshError`; a cancellation ends the request
-        upstream.
+        Its outputs have the shapes and dtypes of the mixture's. Counts the outcome. Raises
+        :class:`ExpertMeshError`; a cancellation ends the request upstream.
         """
         model_id, num_rows = checked.request.model, checked.request.num_rows
         with self.room.places.share() as place:
@@ -84,6 +91,7 @@ class PredictionService:
             code: Code | None = None
             try:
                 reply = await self._reply(checked)
+                encoded = encode(reply)
             except asyncio.CancelledError:
                 code = Code.CANCELLED
                 raise
@@ -95,7 +103,7 @@ class PredictionService:
                 self.metrics.finished(surface, code)
             if not reply.exact:
                 self.metrics.inexact_rows(model_id, checked.request.on_expert_loss, num_rows)
-            return reply
+            return encoded
 
     async def _reply(self, checked: CheckedPrediction) -> PredictionReply:
         try:

@@ -89,8 +89,12 @@ class PredictionHandlers:
     async def _model_infer(self, request: Any) -> Any:
         with self._service.metrics.refusals("grpc"):
             checked = self._service.validator.check(_raw_request(request))
-        reply = await self._service.predict(checked, "grpc")
-        return _reply(request.id, checked, reply, is_raw=bool(request.raw_input_contents))
+        is_raw = bool(request.raw_input_contents)
+
+        def encode(reply: PredictionReply) -> Any:
+            return _reply(request.id, checked, reply, is_raw)
+
+        return await self._service.predict(checked, "grpc", encode)
 
 
 _METHODS: Mapping[str, Callable[[PredictionHandlers, Any], Awaitable[Any]]] = {

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from cluster.errors import InvalidRequestError
+from cluster.errors import InvalidRequestError, shown_name
 from cluster.spec import EXACT_HEADER
 from router.gateway import checks
 from router.gateway.http_io import parse_json, read_body, until_disconnect
@@ -116,8 +116,12 @@ async def _infer(
             length = request.headers.get(LENGTH_HEADER)
             parsed = parse_infer(model_id, version, body, length)
             checked = service.validator.check(parsed.raw)
-        reply = await until_disconnect(request.receive, service.predict(checked, "http"))
-        return await _response(request, parsed, checked, reply)
+
+        def encode(reply: PredictionReply) -> EncodedReply:
+            return encoded_reply(parsed, checked, reply)
+
+        work = service.predict(checked, "http", encode)
+        return await _response(request, await until_disconnect(request.receive, work))
 
 
 async def _read(request: Request, max_bytes: int, share: Share) -> bytes:
@@ -229,7 +233,9 @@ def _check_fields(given: Mapping[str, Any], known: frozenset[str], prefix: str) 
     for name in given:
         if name not in known:
             allowed = ", ".join(sorted(known))
-            raise InvalidRequestError(f"unknown field; allowed: {allowed}", f"{prefix}{name}")
+            raise InvalidRequestError(
+                f"unknown field; allowed: {allowed}", f"{prefix}{shown_name(name)}"
+            )
 
 
 def _mapping(given: Any, where: str) -> dict[str, Any]:
@@ -249,27 +255,33 @@ def _list(given: Any, where: str) -> list[Any]:
     return given
 
 
-async def _response(
-    request: Request, parsed: InferRequest, checked: CheckedPrediction, reply: PredictionReply
-) -> Response:
-    body, json_bytes = reply_body(parsed, checked, reply)
-    headers = {EXACT_HEADER: str(reply.exact).lower()}
+@dataclass(frozen=True, slots=True)
+class EncodedReply:
+    """A reply's body, which begins with ``json_bytes`` of JSON."""
+
+    body: bytes
+    json_bytes: int
+    exact: bool
+
+
+async def _response(request: Request, reply: EncodedReply) -> Response:
+    body = reply.body
+    headers = {EXACT_HEADER: str(reply.exact).lower(), "Vary": "Accept-Encoding"}
     media_type = "application/json"
-    if json_bytes < len(body):
-        headers[LENGTH_HEADER] = str(json_bytes)
+    if reply.json_bytes < len(body):
+        headers[LENGTH_HEADER] = str(reply.json_bytes)
         media_type = "application/octet-stream"
     encoding = accepted_encoding(request.headers.get("Accept-Encoding", ""))
-    headers["Vary"] = "Accept-Encoding"
     if encoding is not None and len(body) >= MIN_COMPRESSED_BYTES:
         body = await compressed(body, encoding)
         headers["Content-Encoding"] = encoding
     return Response(body, headers=headers, media_type=media_type)
 
 
-def reply_body(
+def encoded_reply(
     parsed: InferRequest, checked: CheckedPrediction, reply: PredictionReply
-) -> tuple[bytes, int]:
-    """Return a reply's body, and the length of the JSON that it begins with."""
+) -> EncodedReply:
+    """Return a reply as its client asked for it."""
     outputs, binaries = [], []
     for output in checked.outputs():
         array = reply.outputs[output.name]
@@ -293,4 +305,4 @@ def reply_body(
     if parsed.id is not None:
         answer["id"] = parsed.id
     text = json.dumps(answer, allow_nan=False).encode()
-    return b"".join((text, *binaries)), len(text)
+    return EncodedReply(b"".join((text, *binaries)), len(text), reply.exact)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
-import threading
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 import grpc
 import pytest
-import uvicorn
 
 from cluster.errors import DeadlineExceededError, OverloadedError, SlowReaderError
 from router.client import Client, Sampling
@@ -21,6 +19,7 @@ from router.gateway.validate import RawRequest
 from router.messages.request import GenerationRequest, TokenEvent
 from router.protos import inference_pb2, inference_pb2_grpc
 from tests.unit.gateway_fakes import FakeUpstream, grpc_server, http_app, service
+from tests.unit.http_calls import http_server
 
 SHORT = GatewayConfig(reader_timeout_s=0.05, max_ongoing_requests=1)
 WAIT_S = 20.0
@@ -166,28 +165,12 @@ def test_a_grpc_stream_that_is_not_read_ends_with_its_reason() -> None:
         assert "not read for 0.05 s" in caught.value.details()
 
 
-@contextmanager
-def http_server(upstream: FakeUpstream, limits: GatewayConfig) -> Iterator[int]:
-    """Run the app behind a real server on a loopback port, in a thread; gives its port."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
-        config = uvicorn.Config(http_app(upstream, limits), lifespan="off")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
-        thread.start()
-        try:
-            yield listening.getsockname()[1]
-        finally:
-            server.force_exit = server.should_exit = True
-            thread.join(WAIT_S)
-
-
 def test_an_http_stream_that_is_not_read_ends_with_its_reason() -> None:
     upstream = Flood()
     body = b'{"model": "tiny", "prompt": "in", "stream": true, "return_token_ids": true}'
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     with (
-        http_server(upstream, SHORT) as port,
+        http_server(http_app(upstream, SHORT), SMALL) as port,
         socket.socket() as client,
     ):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)

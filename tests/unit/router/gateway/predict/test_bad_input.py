@@ -1,0 +1,415 @@
+"""Wrong requests for predictions: HTTP and gRPC refuse the same in the same words."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import Code, ExpertMeshError, TooLargeError
+from router.config import GatewayConfig
+from router.gateway.predict import validate
+from router.gateway.predict.tensors import MAX_ROWS
+from router.gateway.predict.v2_http import LENGTH_HEADER, parse_infer
+from tests.unit.prediction_fakes import FakePredictions
+from tests.unit.router.gateway.predict.v2_calls import (
+    Infer,
+    Tensor,
+    grpc_call,
+    grpc_infer,
+    grpc_message,
+    http_body,
+    http_call,
+    http_infer,
+    outcome,
+    refusals,
+    tensor,
+)
+
+PIXELS = np.ones((2, 4), np.float32)
+GOOD = Tensor("pixels", "FP32", (2, 4), PIXELS.tobytes())
+DIGITS = "/v2/models/digits/infer"
+
+
+def flow(**changed: Tensor) -> list[Tensor]:
+    """All inputs of team/flow for three rows, some of them changed; a ``None`` is left out."""
+    inputs = {
+        "features": tensor("features", np.ones((3, 2, 3))),
+        "site": tensor("site", np.zeros((3, 1), np.int32)),
+        "flags": tensor("flags", np.ones((3, 2), bool)),
+        "bytes": tensor("bytes", np.ones((3, 1), np.uint8)),
+        "counts": tensor("counts", np.ones((3, 1), np.int64)),
+        **changed,
+    }
+    return [given for given in inputs.values() if given is not None]
+
+
+NAN = struct.pack("<8f", *[1.0] * 7, float("nan"))
+CASES: dict[str, tuple[Infer, str, str]] = {
+    "unknown input": (
+        Infer("digits", [GOOD, Tensor("x\x1b", "FP32", (2, 4), b"")]),
+        "inputs", "'x\\x1b' is not one of the inputs pixels",
+    ),
+    "no input": (Infer("digits", []), "inputs.pixels", "is missing"),
+    "duplicate input": (Infer("digits", [GOOD, GOOD]), "inputs.pixels", "is given twice"),
+    "missing input": (Infer("team/flow", flow(site=None)), "inputs.site", "is missing"),
+    "missing target": (
+        Infer("density", [GOOD]), "inputs.target", "is missing; the output log_density needs it",
+    ),
+    "unknown output": (
+        Infer("digits", [GOOD], ["label", "votes"]),
+        "outputs", "'votes' is not one of the outputs label, probabilities, experts",
+    ),
+    "duplicate output": (
+        Infer("digits", [GOOD], ["label", "label"]), "outputs.label", "is given twice",
+    ),
+    "datatype": (
+        Infer("digits", [Tensor("pixels", "FP64", (2, 4), b"\0" * 64)]),
+        "inputs.pixels.datatype", "given 'FP64', must be FP32",
+    ),
+    "no datatype": (
+        Infer("digits", [Tensor("pixels", "", (2, 4), b"\0" * 32)]),
+        "inputs.pixels.datatype", "given '', must be FP32",
+    ),
+    "shape": (
+        Infer("digits", [Tensor("pixels", "FP32", (2, 5), b"\0" * 40)]),
+        "inputs.pixels.shape", "given [2, 5], must be [-1, 4], where -1 is any length",
+    ),
+    "one row without its batch axis": (
+        Infer("digits", [Tensor("pixels", "FP32", (4,), b"\0" * 16)]),
+        "inputs.pixels.shape", "given [4], must be [-1, 4], where -1 is any length",
+    ),
+    "no rows": (
+        Infer("digits", [Tensor("pixels", "FP32", (0, 4), b"")]),
+        "inputs.pixels.shape[0]", "given 0, must be an integer from 1 to 2147483647",
+    ),
+    "a negative axis": (
+        Infer("digits", [Tensor("pixels", "FP32", (-1, 4), b"")]),
+        "inputs.pixels.shape[0]", "given -1, must be an integer from 1 to 2147483647",
+    ),
+    "a vast shape": (
+        Infer("digits", [Tensor("pixels", "FP32", (2**62, 2**62), b"")]),
+        "inputs.pixels.shape[0]",
+        "given 4611686018427387904, must be an integer from 1 to 2147483647",
+    ),
+    "too many rows": (
+        Infer("digits", [Tensor("pixels", "FP32", (MAX_ROWS + 1, 4), b"")]),
+        "inputs.pixels.shape", f"has {MAX_ROWS + 1} rows; at most {MAX_ROWS}",
+    ),
+    "batch axes": (
+        Infer("team/flow", flow(flags=tensor("flags", np.ones((2, 2), bool)))),
+        "inputs.flags.shape", "has 2 rows, but features has 3",
+    ),
+    "too few bytes": (
+        Infer("digits", [Tensor("pixels", "FP32", (2, 4), b"\0" * 31)]),
+        "inputs.pixels", "has 31 bytes, must have 32: 8 values of FP32",
+    ),
+    "too many values": (
+        Infer("digits", [Tensor("pixels", "FP32", (2, 4), [1.0] * 9)]),
+        "inputs.pixels", "data has 9 values, must have 8 for its shape",
+    ),
+    "not finite in bytes": (
+        Infer("digits", [Tensor("pixels", "FP32", (2, 4), NAN)]),
+        "inputs.pixels", "row 1 has nan; all values must be finite in FP32",
+    ),
+    "not finite in values": (
+        Infer("digits", [Tensor("pixels", "FP32", (2, 4), [1.0, float("inf")] * 4)]),
+        "inputs.pixels", "row 0 has inf; all values must be finite in FP32",
+    ),
+    "a BOOL of 2": (
+        Infer("team/flow", flow(flags=Tensor("flags", "BOOL", (3, 2), b"\0\1\2\0\1\0"))),
+        "inputs.flags", "has a byte that is neither 0 nor 1, must be BOOL",
+    ),
+    "a UINT8 of 256": (
+        Infer("team/flow", [
+            Tensor(t.name, t.datatype, t.shape, [256, 0, 0] if t.name == "bytes" else [1] * 3)
+            for t in flow(features=None, flags=None)
+        ] + [Tensor("features", "FP64", (3, 2, 3), [1.0] * 18),
+             Tensor("flags", "BOOL", (3, 2), [True] * 6)]),
+        "inputs.bytes", "data has 256, must be an integer from 0 to 255",
+    ),
+    "an unknown parameter": (
+        Infer("digits", [GOOD], parameters={"priority": 1}), "parameters.priority",
+        "unknown parameter 'priority'; allowed: timeout_s, timeout, on_expert_loss",
+    ),
+    "timeout_s": (
+        Infer("digits", [GOOD], parameters={"timeout_s": 0.0}),
+        "parameters.timeout_s", "given 0.0, must be a number above 0 and up to 3600",
+    ),
+    "timeout_s as a text": (
+        Infer("digits", [GOOD], parameters={"timeout_s": "1"}),
+        "parameters.timeout_s", "given '1', must be a number above 0 and up to 3600",
+    ),
+    "timeout": (
+        Infer("digits", [GOOD], parameters={"timeout": -1}),
+        "parameters.timeout", "given -1, must be an integer from 1 to 3600000000",
+    ),
+    "both timeouts": (
+        Infer("digits", [GOOD], parameters={"timeout": 5, "timeout_s": 5.0}),
+        "parameters.timeout", "cannot be given together with timeout_s",
+    ),
+    "on_expert_loss": (
+        Infer("digits", [GOOD], parameters={"on_expert_loss": "hope"}),
+        "parameters.on_expert_loss", "given 'hope', must be one of strict, next_expert, drop",
+    ),
+    "a language model": (
+        Infer("tiny", [GOOD]), "model",
+        "tiny is a language model, which has no tensors; ask it by POST /v1/completions, "
+        "POST /v1/chat/completions or expertmesh.v1.Inference/Generate",
+    ),
+    "an unknown model": (
+        Infer("x/y", [GOOD]), "model",
+        "'x/y' is not served here; served: digits, team/flow, waves, density, tiny, bare",
+    ),
+    "an unknown version": (
+        Infer("digits", [GOOD], version="2"), "model_version",
+        "given '2', but digits has the version 1 alone",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_surfaces_refuse_it_alike(name: str) -> None:
+    infer, field, message = CASES[name]
+    (status, text), error = refusals(infer)
+    assert text == str(error) == f"{field}: {message.removesuffix(' ')}"
+    assert (error.field, error.message) == (field, message)
+    is_unknown = error.code is Code.NOT_FOUND
+    assert status == (404 if is_unknown else 400)
+    assert is_unknown or error.code is Code.INVALID_ARGUMENT
+
+
+def test_a_reply_that_would_be_too_large_is_refused_beforehand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(validate, "REPLY_ROOM", 1)
+    limits = GatewayConfig(max_body_bytes=8192)
+
+    def asked(rows: int) -> Infer:
+        return Infer("digits", [Tensor("pixels", "FP32", (rows, 4), b"\0" * 16 * rows)])
+
+    # A row has a label of at most 4 + 13 bytes, 3 FP32 and 2 INT64: 45 bytes.
+    assert http_infer(asked(182), limits=limits).status_code == 200
+    assert grpc_infer(asked(182), limits=limits).model_name == "digits"
+    (status, text), error = refusals(asked(183), limits)
+    assert (status, error.field) == (400, "outputs")
+    assert text == str(error)
+    assert "183 rows have a reply of 8235 bytes, at most 8192" in text
+    fewer = Infer("digits", asked(183).tensors, ["probabilities"])
+    assert http_infer(fewer, limits=limits).status_code == 200
+
+
+def test_the_bounds_of_bodies_hold_for_predictions() -> None:
+    limits = GatewayConfig(max_body_bytes=1024)
+    large = Infer("digits", [Tensor("pixels", "FP32", (100, 4), b"\0" * 1600)])
+    response = http_infer(large, limits=limits)
+    assert response.status_code == 413
+    assert response.json() == {"error": "the body is over the limit of 1024 bytes"}
+    with pytest.raises(TooLargeError, match="the message is over the limit of 1024 bytes"):
+        grpc_infer(large, limits=limits)
+
+
+INPUT = {"name": "pixels", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}
+BODIES: dict[str, tuple[Any, str]] = {
+    "no JSON": (b"{", "the body is not JSON: Expecting property name"),
+    "no object": ([], "the body must be a JSON object"),
+    "no inputs": ({}, "inputs: is missing"),
+    "inputs that are no list": ({"inputs": {}}, "inputs: given a mapping of 0, must be a list"),
+    "an input that is no object": ({"inputs": [3]}, "inputs[0]: given 3, must be a JSON object"),
+    "an unknown field": ({"inputs": [INPUT], "in\nput": 1}, "'in\\nput': unknown field; allowed"),
+    "an unknown field of an input": (
+        {"inputs": [{**INPUT, "dtype": "FP32"}]}, "inputs[0].dtype: unknown field; allowed: data",
+    ),
+    "an unknown field of an output": (
+        {"inputs": [INPUT], "outputs": [{"name": "label", "shape": [1]}]},
+        "outputs[0].shape: unknown field; allowed: name, parameters",
+    ),
+    "no name": ({"inputs": [{**INPUT, "name": 4}]}, "inputs[0].name: given 4, must be a text"),
+    "half a character": (
+        {"inputs": [{**INPUT, "name": "\ud800"}]}, "inputs[0].name: character 0 is half of",
+    ),
+    "no data": ({"inputs": [{**INPUT, "data": None}]}, "inputs[0].data: is missing"),
+    "data that is no list": ({"inputs": [{**INPUT, "data": "1"}]}, "inputs[0].data: given '1'"),
+    "no shape": ({"inputs": [{**INPUT, "shape": 4}]}, "inputs[0].shape: given 4, must be a list"),
+    "a datatype that is no text": (
+        {"inputs": [{**INPUT, "datatype": ["FP32"]}]},
+        "inputs.pixels.datatype: given a list of 1, must be FP32",
+    ),
+    "an id that is no text": ({"inputs": [INPUT], "id": 4}, "id: given 4, must be a text"),
+    "shared memory": (
+        {"inputs": [{**INPUT, "parameters": {"shared_memory_region": "x"}}]},
+        "inputs[0].parameters.shared_memory_region: unknown parameter 'shared_memory_region'; "
+        "allowed: binary_data_size",
+    ),
+    "an odd name of a parameter": (
+        {"inputs": [INPUT], "parameters": {"\u0000 a.b": 1}},
+        "parameters: unknown parameter '\\x00 a.b'; allowed: ",
+    ),
+    "a size beside data": (
+        {"inputs": [{**INPUT, "parameters": {"binary_data_size": 0}}]},
+        "inputs[0].data: cannot be given together with binary_data_size",
+    ),
+    "a size without bytes": (
+        {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [1, 4],
+                     "parameters": {"binary_data_size": 16}}]},
+        "inputs[0].parameters.binary_data_size: given 16, but 0 bytes are left after the JSON",
+    ),
+    "a size that is no number": (
+        {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [1, 4],
+                     "parameters": {"binary_data_size": "16"}}]},
+        "inputs[0].parameters.binary_data_size: given '16', must be an integer",
+    ),
+    "binary_data": (
+        {"inputs": [INPUT], "outputs": [{"name": "label", "parameters": {"binary_data": 1}}]},
+        "outputs[0].parameters.binary_data: given 1, must be true or false",
+    ),
+    "binary_data_output": (
+        {"inputs": [INPUT], "parameters": {"binary_data_output": "yes"}},
+        "parameters.binary_data_output: given 'yes', must be true or false",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_malformed_body_is_refused_with_its_place(name: str) -> None:
+    body, message = BODIES[name]
+    upstream = FakePredictions()
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = http_call(DIGITS, data, upstream=upstream)
+    assert response.status_code == 400
+    assert response.json()["error"].startswith(message)
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        ("", f"{LENGTH_HEADER}: given '', must be from 1 to the body's "),
+        ("0", f"{LENGTH_HEADER}: given '0', must be from 1 to the body's "),
+        ("-1", f"{LENGTH_HEADER}: given '-1', must be from 1 to the body's "),
+        ("1e2", f"{LENGTH_HEADER}: given '1e2', must be from 1 to the body's "),
+        ("99999", f"{LENGTH_HEADER}: given '99999', must be from 1 to the body's "),
+        ("9" * 30, f"{LENGTH_HEADER}: given '99999"),
+        ("10", "the body is not JSON: "),
+        (None, "the body is not JSON: it cannot be decoded"),
+    ],
+)
+def test_the_length_of_the_json_is_checked(length: str | None, message: str) -> None:
+    bytes_ = b"\xff" * 16
+    body, _ = http_body(Infer("digits", [Tensor("pixels", "FP32", (1, 4), bytes_)]))
+    headers = {} if length is None else {LENGTH_HEADER: length}
+    response = http_call(DIGITS, body, headers)
+    assert response.status_code == 400
+    assert response.json()["error"].startswith(message)
+
+
+def test_bytes_that_no_input_has_are_refused() -> None:
+    body, headers = http_body(Infer("digits", [Tensor("pixels", "FP32", (1, 4), b"\0" * 16)]))
+    response = http_call(DIGITS, body + b"!", headers)
+    assert response.json()["error"] == (
+        "inputs: 17 bytes follow the JSON, but binary_data_size of all inputs comes to 16"
+    )
+
+
+def changed(message: Any, change: Callable[[Any], object]) -> Any:
+    change(message)
+    return message
+
+
+GRPC: dict[str, tuple[Callable[[Any], object], str]] = {
+    "too few raw entries": (
+        lambda m: m.inputs.add(name="x"),
+        "raw_input_contents: has 1 entries, must have one for each of the 2 inputs",
+    ),
+    "raw beside typed": (
+        lambda m: m.inputs[0].contents.fp32_contents.append(1),
+        "inputs[0].contents: cannot be given together with raw_input_contents",
+    ),
+    "another field": (
+        lambda m: (m.ClearField("raw_input_contents"),
+                   m.inputs[0].contents.fp64_contents.append(1)),
+        "inputs[0].contents.fp64_contents: is not the field of 'FP32', which is fp32_contents",
+    ),
+    "a field of no datatype": (
+        lambda m: (m.ClearField("raw_input_contents"), setattr(m.inputs[0], "datatype", "FP17"),
+                   m.inputs[0].contents.fp64_contents.append(1)),
+        "inputs[0].contents.fp64_contents: is not the field of 'FP17', which is none",
+    ),
+    "no contents": (
+        lambda m: m.ClearField("raw_input_contents"),
+        "inputs.pixels: data has 0 values, must have 8 for its shape",
+    ),
+    "a parameter without a value": (
+        lambda m: m.parameters["timeout_s"].Clear(),
+        "parameters.timeout_s: given None, must be a number above 0 and up to 3600",
+    ),
+    "shared memory": (
+        lambda m: setattr(m.inputs[0].parameters["shared_memory_region"], "string_param", "x"),
+        "inputs[0].parameters.shared_memory_region: unknown parameter 'shared_memory_region'; "
+        "allowed: none",
+    ),
+    "classification": (
+        lambda m: setattr(m.outputs.add(name="label").parameters["classification"],
+                          "int64_param", 2),
+        "outputs[0].parameters.classification: unknown parameter 'classification'; allowed: none",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRPC)
+def test_a_malformed_message_is_refused_with_its_place(name: str) -> None:
+    change, message = GRPC[name]
+    request = changed(grpc_message(Infer("digits", [GOOD])), change)
+    with pytest.raises(ExpertMeshError) as caught:
+        grpc_call("ModelInfer", request.SerializeToString())
+    assert str(caught.value) == message
+    assert caught.value.code is Code.INVALID_ARGUMENT
+
+
+def test_bytes_that_are_no_message_are_refused() -> None:
+    for method in ("ModelInfer", "ModelMetadata", "ModelReady"):
+        with pytest.raises(ExpertMeshError, match=f"not a inference.{method}Request message"):
+            grpc_call(method, b"\xff\xff")
+
+
+WHOLE, HEADERS = http_body(
+    Infer("digits", [GOOD], ["label", "experts"], {"timeout_s": 3, "binary_data_output": True})
+)
+MESSAGE = grpc_message(Infer("digits", [GOOD], ["label"], {"timeout_s": 3.0})).SerializeToString()
+
+
+def mutated(data: st.DataObject, whole: bytes) -> bytes:
+    changed = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(changed)))
+        end = min(len(changed), start + data.draw(st.integers(0, 4)))
+        changed[start:end] = data.draw(st.binary(max_size=4))
+    return bytes(changed)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_mutated_body_is_parsed_or_refused(data: st.DataObject) -> None:
+    body = mutated(data, WHOLE)
+    length = data.draw(st.sampled_from([HEADERS[LENGTH_HEADER], str(len(body)), None, "7"]))
+    parsed = outcome(lambda: parse_infer("digits", "", body, length))
+    if isinstance(parsed, ExpertMeshError):
+        assert parsed.code is Code.INVALID_ARGUMENT
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+@example(None)
+def test_a_mutated_message_is_answered_or_refused(data: st.DataObject | None) -> None:
+    message = MESSAGE if data is None else mutated(data, MESSAGE)
+    reply = outcome(lambda: grpc_call("ModelInfer", message))
+    if isinstance(reply, ExpertMeshError):
+        assert reply.code in (Code.INVALID_ARGUMENT, Code.NOT_FOUND)
+    else:
+        assert reply.model_name == "digits"

@@ -1,0 +1,260 @@
+"""Triton's own HTTP client, unchanged, against a real server over mixtures without experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.http as triton
+from tritonclient.utils import InferenceServerException
+
+from cluster.errors import OverloadedError
+from router.messages.prediction import PredictionRequest
+from tests.unit.gateway_fakes import FakeUpstream, http_app, says
+from tests.unit.http_calls import http_server
+from tests.unit.prediction_fakes import IDENTITY, LABELS, FakePredictions
+
+PIXELS = np.array([[0, 1, 2, 3], [1, 0.5, -1, 1e-30], [2, 0, 0, 7]], np.float32)
+
+
+@dataclass
+class Served:
+    """A server's fake upstream, and Triton's client of the server."""
+
+    upstream: FakePredictions
+    client: triton.InferenceServerClient
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    upstream = FakePredictions()
+    with http_server(http_app(FakeUpstream(says("x")), predictions=upstream)) as port:
+        client = triton.InferenceServerClient(f"127.0.0.1:{port}", network_timeout=20.0)
+        yield Served(upstream, client)
+        client.close()
+
+
+def tensor(name: str, array: np.ndarray, datatype: str, binary: bool = True) -> triton.InferInput:
+    made = triton.InferInput(name, array.shape, datatype)
+    made.set_data_from_numpy(array, binary_data=binary)
+    return made
+
+
+def digits(served: Served, **options: Any) -> triton.InferResult:
+    return served.client.infer("digits", [tensor("pixels", PIXELS, "FP32")], **options)
+
+
+def check_digits(result: triton.InferResult) -> None:
+    labels = result.as_numpy("label")
+    assert labels.shape == (3, 1)
+    assert [text.decode() for text in labels.ravel()] == list(LABELS)
+    probabilities = result.as_numpy("probabilities")
+    assert probabilities.dtype == np.float32
+    expected = np.stack([PIXELS[:, 0], PIXELS[:, 1:].sum(1), PIXELS[:, 3]], 1)
+    np.testing.assert_array_equal(probabilities, expected)
+    np.testing.assert_array_equal(result.as_numpy("experts"), [[0, -1]] * 3)
+    answer = result.get_response()
+    assert answer["model_name"] == "digits"
+    assert answer["model_version"] == "1"
+    assert answer["parameters"] == {"exact": True, "identity": IDENTITY}
+
+
+def test_the_server_and_its_models_are_described(served: Served) -> None:
+    client = served.client
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+    assert client.is_model_ready("digits")
+    assert client.is_model_ready("team/flow", "1")
+    assert client.is_model_ready("tiny")
+    assert not client.is_model_ready("digits", "2")
+    assert not client.is_model_ready("nobody")
+    assert client.get_model_metadata("digits", "1") == {
+        "name": "digits",
+        "versions": ["1"],
+        "platform": "expertmesh_mixture",
+        "inputs": [{"name": "pixels", "datatype": "FP32", "shape": [-1, 4]}],
+        "outputs": [
+            {"name": "label", "datatype": "BYTES", "shape": [-1, 1]},
+            {"name": "probabilities", "datatype": "FP32", "shape": [-1, 3]},
+            {"name": "experts", "datatype": "INT64", "shape": [-1, 2]},
+        ],
+    }
+    served.upstream.not_ready.add("digits")
+    assert not client.is_model_ready("digits")
+    assert client.is_model_ready("team/flow")
+
+
+def test_binary_tensors_as_the_client_sends_them_by_default(served: Served) -> None:
+    check_digits(digits(served))
+    [request] = served.upstream.requests
+    assert request.outputs == ("label", "probabilities", "experts")
+    np.testing.assert_array_equal(request.inputs["pixels"], PIXELS)
+
+
+@pytest.mark.parametrize("binary_input", [False, True])
+@pytest.mark.parametrize("binary_output", [False, True])
+def test_json_and_binary_in_every_combination(
+    served: Served, binary_input: bool, binary_output: bool
+) -> None:
+    names = ("label", "probabilities", "experts")
+    outputs = [triton.InferRequestedOutput(name, binary_data=binary_output) for name in names]
+    inputs = [tensor("pixels", PIXELS, "FP32", binary_input)]
+    result = served.client.infer("digits", inputs, model_version="1", outputs=outputs)
+    assert ("data" in result.get_output("label")) is not binary_output
+    check_digits(result) if binary_output else check_json(result)
+
+
+def check_json(result: triton.InferResult) -> None:
+    by_name = {output["name"]: output for output in result.get_response()["outputs"]}
+    assert by_name["label"]["data"] == list(LABELS)
+    expected = np.stack([PIXELS[:, 0], PIXELS[:, 1:].sum(1), PIXELS[:, 3]], 1)
+    np.testing.assert_array_equal(
+        np.array(by_name["probabilities"]["data"], np.float32).reshape(3, 3), expected
+    )
+    assert by_name["experts"]["data"] == [0, -1] * 3
+
+
+def test_some_outputs_in_the_asked_order_some_of_them_binary(served: Served) -> None:
+    outputs = [
+        triton.InferRequestedOutput("experts", binary_data=False),
+        triton.InferRequestedOutput("label", binary_data=True),
+    ]
+    result = digits(served, outputs=outputs, request_id="my-id")
+    answer = result.get_response()
+    assert answer["id"] == "my-id"
+    assert [output["name"] for output in answer["outputs"]] == ["experts", "label"]
+    assert [text.decode() for text in result.as_numpy("label").ravel()] == list(LABELS)
+    assert served.upstream.requests[0].outputs == ("experts", "label")
+
+
+def flow_inputs(rows: int = 5) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(3)
+    return {
+        "site": draw.integers(0, 2, (rows, 1), np.int32),
+        "features": draw.normal(size=(rows, 2, 3)),
+        "flags": draw.integers(0, 2, (rows, 2)).astype(bool),
+        "bytes": draw.integers(0, 256, (rows, 1), np.uint8),
+        "counts": draw.integers(-(2**50), 2**50, (rows, 1)),
+    }
+
+
+DATATYPES = {"site": "INT32", "features": "FP64", "flags": "BOOL", "bytes": "UINT8"}
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_several_inputs_of_every_datatype_in_any_order(served: Served, binary: bool) -> None:
+    given = flow_inputs()
+    inputs = [
+        tensor(name, array, DATATYPES.get(name, "INT64"), binary) for name, array in given.items()
+    ]
+    result = served.client.infer("team/flow", inputs)
+    [request] = served.upstream.requests
+    for name, array in given.items():
+        assert request.inputs[name].dtype == array.dtype
+        np.testing.assert_array_equal(request.inputs[name], array)
+    total = sum(array.reshape(5, -1).astype(np.float64).sum(1) for array in given.values())
+    np.testing.assert_allclose(result.as_numpy("value")[:, 0], total, rtol=1e-14)
+
+
+def test_rows_of_any_length(served: Served) -> None:
+    for length in (1, 9):
+        steps = np.ones((2, length, 2), np.float32)
+        result = served.client.infer("waves", [tensor("steps", steps, "FP32")])
+        np.testing.assert_array_equal(
+            result.as_numpy("value"), np.tile(np.arange(1.0, length + 1)[None, :, None], (2, 1, 1))
+        )
+
+
+@pytest.mark.parametrize("request_encoding", [None, "gzip", "deflate"])
+@pytest.mark.parametrize("reply_encoding", [None, "gzip", "deflate"])
+def test_compressed_bodies(
+    served: Served, request_encoding: str | None, reply_encoding: str | None
+) -> None:
+    pixels = np.ones((900, 4), np.float32)
+    result = served.client.infer(
+        "digits",
+        [tensor("pixels", pixels, "FP32")],
+        request_compression_algorithm=request_encoding,
+        response_compression_algorithm=reply_encoding,
+    )
+    assert result.as_numpy("probabilities").shape == (900, 3)
+    np.testing.assert_array_equal(served.upstream.requests[0].inputs["pixels"], pixels)
+
+
+def test_tritons_timeout_and_our_parameters(served: Served) -> None:
+    options: dict[str, Any] = {"parameters": {"on_expert_loss": "drop"}, "timeout": 2_500_000}
+    digits(served, **options)
+    digits(served, parameters={"timeout_s": 9})
+    in_us, in_s = served.upstream.requests
+    assert in_us.on_expert_loss == "drop"
+    assert 2.0 < in_us.remaining_s() < 2.5
+    assert 8.0 < in_s.remaining_s() < 9.0
+
+
+def test_many_rows(served: Served) -> None:
+    pixels = np.arange(4 * 20_000, dtype=np.float32).reshape(-1, 4)
+    result = served.client.infer("digits", [tensor("pixels", pixels, "FP32")])
+    np.testing.assert_array_equal(result.as_numpy("probabilities")[:, 0], pixels[:, 0])
+
+
+def test_an_inexact_reply_says_so(served: Served) -> None:
+    served.upstream.exact = False
+    assert digits(served).get_response()["parameters"]["exact"] is False
+
+
+def refused(served: Served, model: str, inputs: list[Any], **options: Any) -> tuple[str, str]:
+    with pytest.raises(InferenceServerException) as caught:
+        served.client.infer(model, inputs, **options)
+    return caught.value.status(), caught.value.message()
+
+
+def test_errors_come_in_the_protocols_shape(served: Served) -> None:
+    pixels = [tensor("pixels", PIXELS, "FP32")]
+    status, message = refused(served, "nobody", pixels)
+    assert status == "404"
+    assert "served: digits, team/flow" in message
+    status, message = refused(served, "tiny", pixels)
+    assert status == "400"
+    assert "is a language model" in message
+    assert "/v1/completions" in message
+    status, message = refused(served, "digits", pixels, model_version="7")
+    assert (status, "version 1 alone" in message) == ("404", True)
+    status, message = refused(served, "digits", pixels, priority=3)
+    assert (status, "'priority'" in message) == ("400", True)
+    status, message = refused(
+        served, "digits", pixels, outputs=[triton.InferRequestedOutput("label", class_count=2)]
+    )
+    assert (status, "'classification'" in message) == ("400", True)
+    served.upstream.error = OverloadedError("full", "queue", 1.0)
+    assert refused(served, "digits", pixels) == ("429", "queue: full")
+    served.upstream.error = RuntimeError("secret")
+    status, message = refused(served, "digits", pixels)
+    assert (status, "secret" in message) == ("500", False)
+
+
+def test_a_reply_of_another_shape_is_the_servers_fault(served: Served) -> None:
+    def wrong(request: PredictionRequest) -> dict[str, np.ndarray]:
+        return {name: np.zeros((3, 7), np.float32) for name in request.outputs}
+
+    served.upstream.compute = wrong
+    assert refused(served, "digits", [tensor("pixels", PIXELS, "FP32")])[0] == "500"
+
+
+def test_requests_outside_the_protocol_are_refused_in_its_shape(served: Served) -> None:
+    client = served.client
+    asked: list[tuple[Any, str, str]] = [
+        (lambda: client.get_model_config("digits"), "404", "'digits/config' is not served here"),
+        (client.get_model_repository_index, "404", "POST /v2/repository/index: Not Found"),
+        (lambda: client.load_model("digits"), "404", "POST /v2/repository/models/digits/load"),
+        (client.get_inference_statistics, "404", "'stats' is not served here"),
+        (lambda: client.update_trace_settings("digits"), "405", "POST /v2/models/digits/trace"),
+    ]
+    for ask, status, message in asked:
+        with pytest.raises(InferenceServerException) as caught:
+            ask()
+        assert caught.value.status() == status
+        assert message in caught.value.message()

@@ -1,0 +1,473 @@
+"""Predictions over routers' handles: pieces, lost routers, redeploys, full queues, ends."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+
+from cluster.errors import (
+    DeadlineExceededError,
+    ExpertMeshError,
+    InternalError,
+    InvalidRequestError,
+    ModelReplacedError,
+    OverloadedError,
+    UnavailableError,
+)
+from cluster.reports import Samples
+from router.gateway import deployment as deployment_module
+from router.gateway.deployment import Deployment
+from router.gateway.predict import upstream as upstream_module
+from router.gateway.predict.upstream import (
+    MAX_PIECE_BYTES,
+    MAX_PIECE_ROWS,
+    MAX_PIECES_AT_ONCE,
+    REPEATED_TIMES,
+    RayPredictions,
+    joined,
+    pieces_of,
+)
+from router.messages.prediction import PredictionReply, PredictionRequest
+from router.retry import RetryBudget, RetryPolicy
+
+MAX_CALLS = 8
+
+
+class Call:
+    """A router's call under way: its request, and the future of its reply."""
+
+    def __init__(self, wire: dict[str, Any]) -> None:
+        self.request = PredictionRequest.from_wire(wire)
+        self.reply: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.was_cancelled = False
+
+    def __await__(self) -> Any:
+        return self.reply.__await__()
+
+    def cancel(self) -> None:
+        self.was_cancelled = True
+
+    def answer(self, identity: str = "now", exact: bool = True) -> None:
+        """Answer with each row's first value, negated."""
+        [rows] = self.request.inputs.values()
+        outputs = {"y": -rows.reshape(len(rows), -1)[:, :1]}
+        reply = PredictionReply(outputs, exact, identity)
+        self.reply.set_result({"reply": reply.to_wire()})
+
+    def refuse(self, error: ExpertMeshError, replaced: bool = False) -> None:
+        self.reply.set_result({"error": error.to_wire(), "replaced": replaced})
+
+    def fail(self, error: Exception) -> None:
+        self.reply.set_exception(error)
+
+
+class Routers:
+    """A handle whose ``predict.remote`` starts a :class:`Call`."""
+
+    def __init__(self) -> None:
+        self.predict = self
+        self.calls: list[Call] = []
+
+    def remote(self, wire: dict[str, Any]) -> Call:
+        self.calls.append(Call(wire))
+        return self.calls[-1]
+
+    async def until(self, count: int) -> list[Call]:
+        """Return all calls once there are so many."""
+        while len(self.calls) < count:
+            await asyncio.sleep(0)
+        return self.calls
+
+
+Test = Callable[[RayPredictions, Routers], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Test], None]:
+    """Runs a test with an upstream of one model, without a controller and without delays."""
+    monkeypatch.setattr(deployment_module, "PlacementWatcher", lambda *_: None)
+    monkeypatch.setattr(upstream_module, "RESEND", RetryPolicy(0.0, 2.0, 0.0))
+    monkeypatch.setattr(upstream_module, "RETRY_AFTER_S", 0.0)
+
+    def runs(test: Test) -> None:
+        async def main() -> None:
+            routers = Routers()
+            handles: Any = {"m": routers}
+            deployment = Deployment(None, handles, "strict", lambda: True, lambda: Samples(0.0, {}))
+            predictions = RayPredictions(deployment, handles, MAX_CALLS)
+            await test(predictions, routers)
+            assert not predictions._answers
+            assert predictions._calls["m"] == 0
+
+        asyncio.run(asyncio.wait_for(main(), 20))
+
+    return runs
+
+
+def request(num_rows: int = 3, width: int = 2, timeout_s: float = 30.0) -> PredictionRequest:
+    rows = np.arange(num_rows * width, dtype=np.float32).reshape(num_rows, width)
+    return PredictionRequest("r", "m", {"x": rows}, ("y",), time.monotonic() + timeout_s, "drop")
+
+
+PIECES = 6
+LARGE_ROWS = PIECES * MAX_PIECE_ROWS - 7
+"""Enough for more pieces than may be under way at one time."""
+
+
+def asked(upstream: RayPredictions, given: PredictionRequest) -> asyncio.Task[PredictionReply]:
+    return asyncio.create_task(upstream.predict(given))
+
+
+async def answer_all(routers: Routers, work: asyncio.Task[PredictionReply], **how: Any) -> None:
+    """Answer every call that comes, until the work is done."""
+    while not work.done():
+        for call in routers.calls:
+            if not call.reply.done():
+                call.answer(**how)
+        await asyncio.sleep(0)
+
+
+def check_rows(reply: PredictionReply, given: PredictionRequest) -> None:
+    np.testing.assert_array_equal(reply.outputs["y"], -given.inputs["x"][:, :1])
+
+
+def test_a_small_request_is_one_call(run: Callable[[Test], None]) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        given = request()
+        work = asked(upstream, given)
+        [call] = await routers.until(1)
+        assert call.request.request_id == "r"
+        assert call.request.outputs == ("y",)
+        assert call.request.on_expert_loss == "drop"
+        assert 29 < call.request.remaining_s() < 30
+        np.testing.assert_array_equal(call.request.inputs["x"], given.inputs["x"])
+        call.answer(exact=False)
+        reply = await work
+        check_rows(reply, given)
+        assert (reply.exact, reply.identity) == (False, "now")
+        assert not call.was_cancelled
+
+    run(test)
+
+
+def test_a_large_request_goes_in_pieces_and_comes_back_in_order(
+    run: Callable[[Test], None],
+) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        given = request(LARGE_ROWS)
+        work = asked(upstream, given)
+        calls = await routers.until(MAX_PIECES_AT_ONCE)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert len(calls) == MAX_PIECES_AT_ONCE
+        for number in (2, 0, 3):  # answers come in any order
+            calls[number].answer()
+        calls = await routers.until(PIECES)
+        calls[5].answer(exact=False)
+        await answer_all(routers, work)
+        reply = await work
+        check_rows(reply, given)
+        assert reply.exact is False
+        assert len(routers.calls) == PIECES
+        assert len({call.request.request_id for call in routers.calls}) == PIECES
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "width", "count"),
+    [
+        (1, 2, 1),
+        (MAX_PIECE_ROWS, 2, 1),
+        (MAX_PIECE_ROWS + 1, 2, 2),
+        (1024, MAX_PIECE_BYTES // 4096, 1),
+        (1025, MAX_PIECE_BYTES // 4096, 2),
+        (3, MAX_PIECE_BYTES, 3),  # one row alone is four times the bound
+    ],
+)
+def test_pieces_are_of_nearly_equal_size_within_the_bounds(
+    num_rows: int, width: int, count: int
+) -> None:
+    given = request(num_rows, width)
+    pieces = pieces_of(given)
+    sizes = [piece.num_rows for piece in pieces]
+    assert len(sizes) == count
+    assert sum(sizes) == num_rows
+    assert max(sizes) - min(sizes) <= 1
+    rows = np.concatenate([piece.inputs["x"] for piece in pieces])
+    np.testing.assert_array_equal(rows, given.inputs["x"])
+
+
+def test_replies_of_texts_of_other_lengths_are_joined() -> None:
+    parts = [np.array([["a"]]), np.array([["longer"]])]
+    whole = joined([PredictionReply({"y": part}, True, "now") for part in parts])
+    assert whole.outputs["y"].tolist() == [["a"], ["longer"]]
+
+
+def test_a_piece_whose_router_dies_is_sent_again_and_no_other(run: Callable[[Test], None]) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        given = request(2 * MAX_PIECE_ROWS)
+        work = asked(upstream, given)
+        first, second = await routers.until(2)
+        second.answer()
+        for number in range(3):
+            routers.calls[0 if number == 0 else -1].fail(RayActorError())
+            await routers.until(3 + number)
+        again = routers.calls[-1]
+        assert again.request.request_id == first.request.request_id
+        np.testing.assert_array_equal(again.request.inputs["x"], first.request.inputs["x"])
+        again.answer()
+        check_rows(await work, given)
+        assert len(routers.calls) == 5
+
+    run(test)
+
+
+def test_without_a_budget_a_lost_router_is_an_error(run: Callable[[Test], None]) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        upstream._budget = RetryBudget(max_tokens=1.0)
+        work = asked(upstream, request())
+        [call] = await routers.until(1)
+        call.fail(RayActorError())
+        with pytest.raises(UnavailableError, match="the router is not reachable") as caught:
+            await work
+        assert caught.value.retry_after_s == 1.0
+
+    run(test)
+
+
+def test_nothing_is_sent_again_after_the_deadline(run: Callable[[Test], None]) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        work = asked(upstream, request(timeout_s=-0.001))
+        [call] = await routers.until(1)
+        call.fail(RayActorError())
+        with pytest.raises(UnavailableError):
+            await work
+        assert len(routers.calls) == 1
+
+    run(test)
+
+
+def test_a_replaced_model_is_asked_for_again(run: Callable[[Test], None]) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        work = asked(upstream, request())
+        for number in range(5):
+            calls = await routers.until(number + 1)
+            calls[-1].refuse(ModelReplacedError(), replaced=True)
+        calls = await routers.until(6)
+        calls[-1].answer("new")
+        assert (await work).identity == "new"
+
+    run(test)
+
+
+def test_no_reply_is_of_two_models(run: Callable[[Test], None]) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        given = request(2 * MAX_PIECE_ROWS)
+        work = asked(upstream, given)
+        first, second = await routers.until(2)
+        first.answer("old")
+        second.refuse(ModelReplacedError(), replaced=True)
+        calls = await routers.until(3)
+        calls[2].answer("new")
+        calls = await routers.until(5)  # both pieces anew
+        calls[3].answer("new")
+        calls[4].answer("new")
+        reply = await work
+        assert reply.identity == "new"
+        check_rows(reply, given)
+
+    run(test)
+
+
+def test_a_request_that_redeploys_divide_for_ever_is_given_up(run: Callable[[Test], None]) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        work = asked(upstream, request(2 * MAX_PIECE_ROWS))
+        for number in range(1 + REPEATED_TIMES):
+            calls = await routers.until(2 * number + 2)
+            calls[-2].answer("one")
+            calls[-1].answer("other")
+        with pytest.raises(ModelReplacedError):
+            await work
+        assert len(routers.calls) == 2 * (1 + REPEATED_TIMES)
+
+    run(test)
+
+
+FULL = OverloadedError("the queue is full", "queue", 0.0)
+
+
+def test_a_full_router_refuses_a_new_request(run: Callable[[Test], None]) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        for refuse in (lambda c: c.refuse(FULL), lambda c: c.fail(BackPressureError(1, 1, 0))):
+            work = asked(upstream, request())
+            calls = await routers.until(len(routers.calls) + 1)
+            refuse(calls[-1])
+            with pytest.raises(OverloadedError):
+                await work
+        assert len(routers.calls) == 2
+
+    run(test)
+
+
+def test_a_piece_waits_for_room_while_the_routers_have_another(
+    run: Callable[[Test], None],
+) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        given = request(2 * MAX_PIECE_ROWS)
+        work = asked(upstream, given)
+        first, second = await routers.until(2)
+        second.refuse(FULL)
+        calls = await routers.until(3)
+        calls[2].refuse(FULL)
+        calls = await routers.until(4)
+        first.answer()
+        await asyncio.sleep(0.01)
+        calls[3].refuse(FULL)  # although none of it is under way, one was answered
+        calls = await routers.until(5)
+        calls[4].answer()
+        check_rows(await work, given)
+
+    run(test)
+
+
+def test_a_request_all_of_whose_pieces_are_refused_is_refused(run: Callable[[Test], None]) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        work = asked(upstream, request(LARGE_ROWS))
+        while not work.done():
+            for call in routers.calls:
+                if not call.reply.done():
+                    call.refuse(FULL)
+            await asyncio.sleep(0)
+        with pytest.raises(OverloadedError):
+            await work
+
+    run(test)
+
+
+def test_a_request_of_a_lost_router_waits_for_room(run: Callable[[Test], None]) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        work = asked(upstream, request())
+        (await routers.until(1))[0].fail(RayActorError())
+        (await routers.until(2))[1].refuse(FULL)
+        (await routers.until(3))[2].answer()
+        check_rows(await work, request())
+
+    run(test)
+
+
+def test_what_the_routers_cannot_hold_is_refused_without_a_call(
+    run: Callable[[Test], None],
+) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        held = [asked(upstream, request()) for _ in range(MAX_CALLS)]
+        await routers.until(MAX_CALLS)
+        with pytest.raises(OverloadedError, match="hold 8 requests"):
+            await upstream.predict(request())
+        assert len(routers.calls) == MAX_CALLS
+        routers.calls[0].answer()
+        await held[0]
+        more = asked(upstream, request())
+        (await routers.until(MAX_CALLS + 1))[-1].answer()
+        await more
+        for call in routers.calls[1:MAX_CALLS]:
+            call.answer()
+        await asyncio.gather(*held)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DeadlineExceededError("too late"),
+        InvalidRequestError("is wrong", "inputs.x"),
+        UnavailableError("an expert has no copy"),
+    ],
+)
+def test_an_error_of_a_router_is_the_clients_and_ends_the_other_pieces(
+    run: Callable[[Test], None], error: ExpertMeshError
+) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        work = asked(upstream, request(LARGE_ROWS))
+        calls = await routers.until(MAX_PIECES_AT_ONCE)
+        calls[1].refuse(error)
+        with pytest.raises(type(error)) as caught:
+            await work
+        assert caught.value.to_wire() == error.to_wire()
+        assert [call.was_cancelled for call in routers.calls] == [True, False, True, True]
+
+    run(test)
+
+
+@pytest.mark.parametrize("failure", ["raises", "other rows", "no output"])
+def test_a_failure_of_a_router_is_internal_without_its_details(
+    run: Callable[[Test], None], failure: str
+) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        work = asked(upstream, request())
+        [call] = await routers.until(1)
+        if failure == "raises":
+            call.fail(RuntimeError("secret"))
+        else:
+            outputs = {} if failure == "no output" else {"y": np.zeros((2, 1))}
+            call.reply.set_result({"reply": PredictionReply(outputs, True, "now").to_wire()})
+        with pytest.raises(InternalError, match=r"^the router failed$"):
+            await work
+
+    run(test)
+
+
+@pytest.mark.parametrize("num_rows", [3, LARGE_ROWS])
+def test_a_client_that_leaves_ends_all_calls(run: Callable[[Test], None], num_rows: int) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        work = asked(upstream, request(num_rows))
+        count = 1 if num_rows == 3 else MAX_PIECES_AT_ONCE
+        calls = await routers.until(count)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        assert len(calls) == count
+        assert all(call.was_cancelled for call in calls)
+
+    run(test)
+
+
+@pytest.mark.parametrize("num_rows", [3, LARGE_ROWS])
+def test_a_deletion_ends_requests_with_a_hint(run: Callable[[Test], None], num_rows: int) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        work = asked(upstream, request(num_rows))
+        calls = await routers.until(1 if num_rows == 3 else MAX_PIECES_AT_ONCE)
+        upstream._deployment.end_requests()
+        with pytest.raises(UnavailableError, match="being deleted") as caught:
+            await work
+        assert caught.value.retry_after_s == 1.0
+        assert all(call.was_cancelled for call in calls)
+        assert upstream.ready().is_deleted
+        assert upstream.model_ready("m").is_deleted
+        with pytest.raises(UnavailableError, match="being deleted"):
+            await upstream.predict(request())
+
+    run(test)
+
+
+def test_before_a_shutdown_requests_under_way_go_on_and_new_ones_are_refused(
+    run: Callable[[Test], None],
+) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        work: Awaitable[PredictionReply] = asked(upstream, request())
+        [call] = await routers.until(1)
+        upstream._deployment.refuse_new_requests()
+        with pytest.raises(UnavailableError, match="being deleted"):
+            await upstream.predict(request())
+        call.answer()
+        check_rows(await work, request())
+
+    run(test)

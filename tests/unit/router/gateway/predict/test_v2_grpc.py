@@ -1,0 +1,187 @@
+"""``inference.GRPCInferenceService`` over a real server, by the stub of the protocol's own file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.errors import OverloadedError
+from router.config import GatewayConfig
+from router.messages.tensor_bytes import array_of
+from router.protos import open_inference_pb2 as messages
+from router.protos.errors import DETAILS_KEY, error_from_grpc
+from router.protos.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from tests.unit.gateway_fakes import grpc_server
+from tests.unit.prediction_fakes import IDENTITY, LABELS, FakePredictions
+from tests.unit.router.gateway.predict.v2_calls import (
+    TEXT_UPSTREAM,
+    Infer,
+    Tensor,
+    grpc_message,
+    tensor,
+)
+
+WAIT_S = 20.0
+PIXELS = np.array([[0, 1, 2, 3], [1, 0.5, -1, 4]], np.float32)
+PROBABILITIES = np.array([[0, 6, 3], [1, 3.5, 4]], np.float32)
+
+
+@pytest.fixture
+def upstream() -> FakePredictions:
+    return FakePredictions()
+
+
+@pytest.fixture
+def channel(upstream: FakePredictions) -> Iterator[grpc.Channel]:
+    limits = GatewayConfig(max_body_bytes=8192)
+    with (
+        grpc_server(TEXT_UPSTREAM, limits=limits, predictions=upstream) as address,
+        grpc.insecure_channel(address) as opened,
+    ):
+        yield opened
+
+
+@pytest.fixture
+def stub(channel: grpc.Channel) -> Any:
+    return GRPCInferenceServiceStub(channel)
+
+
+def infer(stub: Any, request: Infer) -> tuple[Any, dict[str, str]]:
+    """The reply to a request, and its trailing metadata."""
+    reply, call = stub.ModelInfer.with_call(grpc_message(request), timeout=WAIT_S)
+    return reply, dict(call.trailing_metadata())
+
+
+def refused(work: Any) -> grpc.RpcError:
+    with pytest.raises(grpc.RpcError) as caught:
+        work()
+    return caught.value
+
+
+def test_raw_bytes_are_answered_with_raw_bytes(stub: Any) -> None:
+    message = grpc_message(Infer("digits", [tensor("pixels", PIXELS)]))
+    message.id = "mine"
+    reply = stub.ModelInfer(message, timeout=WAIT_S)
+    assert (reply.model_name, reply.model_version, reply.id) == ("digits", "1", "mine")
+    assert reply.parameters["exact"].bool_param is True
+    assert reply.parameters["identity"].string_param == IDENTITY
+    arrays = {
+        output.name: array_of(output.datatype, output.shape, data)
+        for output, data in zip(reply.outputs, reply.raw_output_contents, strict=True)
+    }
+    assert list(arrays) == ["label", "probabilities", "experts"]
+    assert arrays["label"].tolist() == [[LABELS[0]], [LABELS[1]]]
+    np.testing.assert_array_equal(arrays["probabilities"], PROBABILITIES)
+    np.testing.assert_array_equal(arrays["experts"], [[0, -1]] * 2)
+    assert not any(output.HasField("contents") for output in reply.outputs)
+
+
+def test_typed_contents_are_answered_with_typed_contents(stub: Any) -> None:
+    sent = Infer("digits", [tensor("pixels", PIXELS, binary=False)], ["probabilities", "label"])
+    reply, metadata = infer(stub, sent)
+    probabilities, label = reply.outputs
+    assert list(probabilities.contents.fp32_contents) == PROBABILITIES.ravel().tolist()
+    assert [text.decode() for text in label.contents.bytes_contents] == list(LABELS[:2])
+    assert not reply.raw_output_contents
+    assert metadata["expertmesh-exact"] == "true"
+
+
+def test_typed_contents_of_every_datatype(stub: Any, upstream: FakePredictions) -> None:
+    given = {
+        "features": np.arange(6.0).reshape(1, 2, 3),
+        "site": np.array([[1]], np.int32),
+        "flags": np.array([[True, False]]),
+        "bytes": np.array([[255]], np.uint8),
+        "counts": np.array([[-(2**40)]]),
+    }
+    tensors = [tensor(name, array, binary=False) for name, array in given.items()]
+    reply, _ = infer(stub, Infer("team/flow", tensors))
+    for name, array in given.items():
+        assert upstream.requests[0].inputs[name].dtype == array.dtype
+        np.testing.assert_array_equal(upstream.requests[0].inputs[name], array)
+    total = 15.0 + 1 + 1 + 255 - 2**40
+    assert list(reply.outputs[0].contents.fp64_contents) == [total, -total]
+
+
+def test_parameters_are_those_of_http(stub: Any, upstream: FakePredictions) -> None:
+    pixels = [tensor("pixels", PIXELS)]
+    upstream.exact = False
+    options = {"on_expert_loss": "next_expert", "timeout": 3_000_000}
+    reply, metadata = infer(stub, Infer("digits", pixels, parameters=options))
+    assert metadata["expertmesh-exact"] == "false"
+    assert reply.parameters["exact"].bool_param is False
+    infer(stub, Infer("digits", pixels, parameters={"timeout_s": 9.0}))
+    first, second = upstream.requests
+    assert first.on_expert_loss == "next_expert"
+    assert 2 < first.remaining_s() < 3
+    assert 7 < second.remaining_s() < 9
+
+
+def test_the_server_and_its_models_are_described(stub: Any, upstream: FakePredictions) -> None:
+    assert stub.ServerLive(messages.ServerLiveRequest(), timeout=WAIT_S).live
+    assert stub.ServerReady(messages.ServerReadyRequest(), timeout=WAIT_S).ready
+    server = stub.ServerMetadata(messages.ServerMetadataRequest(), timeout=WAIT_S)
+    assert (server.name, list(server.extensions)) == ("expertmesh", ["binary_tensor_data"])
+    upstream.not_ready.add("waves")
+    for name, is_ready in (("digits", True), ("waves", False), ("tiny", True)):
+        ready = messages.ModelReadyRequest(name=name, version="1")
+        assert stub.ModelReady(ready, timeout=WAIT_S).ready is is_ready
+    asked = messages.ModelMetadataRequest(name="waves")
+    told = stub.ModelMetadata(asked, timeout=WAIT_S)
+    assert (told.name, list(told.versions)) == ("waves", ["1"])
+    [given], [output] = told.inputs, told.outputs
+    assert (given.name, given.datatype, list(given.shape)) == ("steps", "FP32", [-1, -1, 2])
+    assert (output.name, output.datatype, list(output.shape)) == ("value", "FP32", [-1, -1, 1])
+
+
+def test_errors_have_a_status_and_the_field(stub: Any, upstream: FakePredictions) -> None:
+    wrong = Infer("digits", [Tensor("pixels", "FP32", (2, 4), b"\0" * 31)])
+    error = refused(lambda: infer(stub, wrong))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details() == "inputs.pixels: has 31 bytes, must have 32: 8 values of FP32"
+    details = dict(error.trailing_metadata())[DETAILS_KEY]
+    assert error_from_grpc(error.code(), error.details(), details).field == "inputs.pixels"
+    unknown = messages.ModelReadyRequest(name="nobody")
+    assert refused(lambda: stub.ModelReady(unknown, timeout=WAIT_S)).code() is (
+        grpc.StatusCode.NOT_FOUND
+    )
+    language = messages.ModelMetadataRequest(name="tiny")
+    error = refused(lambda: stub.ModelMetadata(language, timeout=WAIT_S))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "/v1/completions" in error.details()
+    upstream.error = OverloadedError("full", "queue", 1.0)
+    pixels = [tensor("pixels", PIXELS)]
+    error = refused(lambda: infer(stub, Infer("digits", pixels)))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    upstream.error = RuntimeError("secret")
+    error = refused(lambda: infer(stub, Infer("digits", pixels)))
+    assert (error.code(), "secret" in error.details()) == (grpc.StatusCode.INTERNAL, False)
+
+
+def test_bytes_that_are_no_message_and_messages_that_are_too_large(channel: grpc.Channel) -> None:
+    call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+    error = refused(lambda: call(b"\xff\xff", timeout=WAIT_S))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    error = refused(lambda: call(b"\0" * 8193, timeout=WAIT_S))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert error.details() == "the message is over the limit of 8192 bytes"
+
+
+def test_a_client_that_cancels_ends_its_request(stub: Any, upstream: FakePredictions) -> None:
+    upstream.endless = True
+    call = stub.ModelInfer.future(grpc_message(Infer("digits", [tensor("pixels", PIXELS)])))
+    while not upstream.requests:
+        assert not call.done()
+    call.cancel()
+    assert upstream.cancelled.wait(WAIT_S)
+
+
+def test_health_knows_the_service(channel: grpc.Channel) -> None:
+    asked = health_pb2.HealthCheckRequest(service="inference.GRPCInferenceService")
+    told = health_pb2_grpc.HealthStub(channel).Check(asked, timeout=WAIT_S)
+    assert told.status == health_pb2.HealthCheckResponse.SERVING

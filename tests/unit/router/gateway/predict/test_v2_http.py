@@ -1,0 +1,328 @@
+"""The protocol over HTTP as curl and plain clients speak it: JSON, paths, encodings, limits."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from cluster.errors import UnavailableError
+from router.config import GatewayConfig
+from router.control.readiness import Readiness
+from tests.unit.gateway_fakes import FakeUpstream, http_app, says
+from tests.unit.http_calls import http_server
+from tests.unit.prediction_fakes import IDENTITY, LABELS, FakePredictions
+from tests.unit.router.gateway.predict.v2_calls import (
+    Infer,
+    Tensor,
+    http_body,
+    http_call,
+    http_infer,
+    tensor,
+)
+
+DIGITS = "/v2/models/digits/infer"
+PIXELS = [[0, 1, 2, 3.5], [1, 0.25, 0, 0]]
+
+
+def body(data: Any = PIXELS, **more: Any) -> bytes:
+    inputs = [{"name": "pixels", "shape": [2, 4], "datatype": "FP32", "data": data}]
+    return json.dumps({"inputs": inputs, **more}).encode()
+
+
+@pytest.mark.parametrize("data", [PIXELS, [v for row in PIXELS for v in row]])
+def test_json_as_curl_sends_it(data: Any) -> None:
+    upstream = FakePredictions()
+    response = http_call(DIGITS, body(data, id="mine"), upstream=upstream)
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-expertmesh-exact"] == "true"
+    assert "inference-header-content-length" not in response.headers
+    assert response.json() == {
+        "model_name": "digits",
+        "model_version": "1",
+        "id": "mine",
+        "parameters": {"exact": True, "identity": IDENTITY},
+        "outputs": [
+            {"name": "label", "datatype": "BYTES", "shape": [2, 1], "data": list(LABELS[:2])},
+            {
+                "name": "probabilities",
+                "datatype": "FP32",
+                "shape": [2, 3],
+                "data": [0.0, 6.5, 3.5, 1.0, 0.25, 0.0],
+            },
+            {"name": "experts", "datatype": "INT64", "shape": [2, 2], "data": [0, -1, 0, -1]},
+        ],
+    }
+    [request] = upstream.requests
+    assert request.model == "digits"
+    assert request.on_expert_loss == "strict"
+    assert 100 < request.remaining_s() < 120
+
+
+def test_a_client_without_an_id_gets_none() -> None:
+    assert "id" not in http_call(DIGITS, body()).json()
+
+
+def test_a_parameter_of_mlservers_clients_is_harmless() -> None:
+    content = {"parameters": {"content_type": "np"}}
+    inputs = [{"name": "pixels", "shape": [2, 4], "datatype": "FP32", "data": PIXELS, **content}]
+    sent = json.dumps({"inputs": inputs, **content}).encode()
+    assert http_call(DIGITS, sent).status_code == 200
+    other = json.dumps({"inputs": inputs, "parameters": {"content_type": "pd"}}).encode()
+    assert http_call(DIGITS, other).status_code == 400
+
+
+def test_a_target_is_needed_for_its_density_alone() -> None:
+    pixels = Tensor("pixels", "FP32", (2, 4), b"\0" * 32)
+    target = tensor("target", np.ones((2, 1), np.float32))
+    mean = http_infer(Infer("density", [pixels], ["mean"]))
+    assert [output["name"] for output in mean.json()["outputs"]] == ["mean"]
+    assert http_infer(Infer("density", [pixels, target])).status_code == 200
+    assert http_infer(Infer("density", [pixels])).status_code == 400
+
+
+def test_json_refuses_an_infinite_output_and_binary_has_it() -> None:
+    zero = [
+        Tensor("pixels", "FP32", (1, 4), b"\0" * 16),
+        tensor("target", np.zeros((1, 1), np.float32)),
+    ]
+    response = http_infer(Infer("density", zero))
+    assert response.status_code == 500
+    assert response.json()["error"] == (
+        "outputs.log_density: row 0 has -inf, which JSON cannot write; ask for it with binary_data"
+    )
+    response = http_infer(Infer("density", zero, parameters={"binary_data_output": True}))
+    assert response.content.endswith(np.float32(-np.inf).tobytes())
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "answer"),
+    [
+        ("/v2/health/live", 200, {"live": True}),
+        ("/v2/health/ready", 200, {"ready": True}),
+        ("/v2/models/digits/ready", 200, {"name": "digits", "ready": True}),
+        ("/v2/models/team/flow/versions/1/ready", 200, {"name": "team/flow", "ready": True}),
+        ("/v2/models/team%2Fflow/ready", 200, {"name": "team/flow", "ready": True}),
+        ("/v2/models/tiny/ready", 200, {"name": "tiny", "ready": True}),
+        ("/v2/models/waves/ready", 503, {"name": "waves", "ready": False}),
+        ("/v2/models/nobody/ready", 404, None),
+        ("/v2/models/digits/versions/2/ready", 404, None),
+        ("/v2/models/digits/versions/2", 404, None),
+        ("/v2/models/tiny", 400, None),
+        ("/v2/models/nobody", 404, None),
+        ("/v2/models/", 404, None),
+        ("/v2/anything", 404, None),
+        ("/v2/models/digits/infer", 405, None),
+    ],
+)
+def test_paths(path: str, status: int, answer: Mapping[str, Any] | None) -> None:
+    upstream = FakePredictions()
+    upstream.not_ready.add("waves")
+    response = http_call(path, upstream=upstream)
+    assert response.status_code == status
+    if answer is None:
+        assert list(response.json()) == ["error"]
+        assert isinstance(response.json()["error"], str)
+    else:
+        assert response.json() == answer
+
+
+def test_the_wrong_method_is_refused_with_the_right_one() -> None:
+    for path, allowed in (("/v2/models/digits", "GET"), ("/v2/models/digits/ready", "GET")):
+        response = http_call(path, b"{}")
+        assert (response.status_code, response.headers["allow"]) == (405, allowed)
+    assert http_call(DIGITS).headers["allow"] == "POST"
+
+
+def test_the_server_is_not_ready_while_experts_are_missing() -> None:
+    upstream = FakePredictions()
+    upstream.readiness = Readiness("2 experts have no live copy", (3, 7), 0.25)
+    response = http_call("/v2/health/ready", upstream=upstream)
+    assert (response.status_code, response.json()) == (503, {"ready": False})
+
+
+def test_ids_with_slashes_and_versions() -> None:
+    inputs = [
+        tensor("features", np.ones((1, 2, 3))),
+        tensor("site", np.zeros((1, 1), np.int32)),
+        tensor("flags", np.ones((1, 2), bool)),
+        tensor("bytes", np.ones((1, 1), np.uint8)),
+        tensor("counts", np.ones((1, 1), np.int64)),
+    ]
+    for version in ("", "1"):
+        answer = http_infer(Infer("team/flow", inputs, version=version)).json()
+        assert answer["model_name"] == "team/flow"
+        assert answer["outputs"][0]["data"] == [10.0, -10.0]
+
+
+def test_language_models_apis_know_no_mixtures() -> None:
+    listed = http_call("/v1/models").json()["data"]
+    assert [model["id"] for model in listed] == ["tiny", "bare"]
+    asked = json.dumps({"model": "digits", "prompt": "x"}).encode()
+    for response in (http_call("/v1/completions", asked), http_call("/v1/models/digits")):
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["param"] == "model"
+        assert "POST /v2/models/digits/infer" in error["message"]
+
+
+MANY = Infer("digits", [tensor("pixels", np.ones((100, 4), np.float32))])
+PACK = {
+    "gzip": (gzip.compress, gzip.decompress),
+    "deflate": (zlib.compress, zlib.decompress),
+}
+
+
+def raw_call(infer_headers: Mapping[str, str], sent: bytes, path: str = DIGITS) -> httpx.Response:
+    """A call whose reply httpx does not decode, over a real server."""
+    app = http_app(FakeUpstream(says("x")), predictions=FakePredictions())
+    with http_server(app) as port, httpx.Client(timeout=20) as client:
+        url = f"http://127.0.0.1:{port}{path}"
+        with client.stream("POST", url, content=sent, headers=infer_headers) as response:
+            response.raw = b"".join(response.iter_raw())
+            return response
+
+
+@pytest.mark.parametrize("encoding", PACK)
+def test_a_reply_is_compressed_for_a_client_that_accepts_it(encoding: str) -> None:
+    sent, headers = http_body(MANY)
+    plain = raw_call({**headers, "Accept-Encoding": "identity"}, sent)
+    assert "content-encoding" not in plain.headers
+    accepted = {**headers, "Accept-Encoding": f"br, {encoding};q=0.5"}
+    packed = raw_call(accepted, sent)
+    assert packed.headers["content-encoding"] == encoding
+    assert packed.headers["vary"] == "Accept-Encoding"
+    assert len(packed.raw) < len(plain.raw) / 4
+    assert PACK[encoding][1](packed.raw) == plain.raw
+
+
+def test_a_small_reply_and_a_refused_encoding_stay_plain() -> None:
+    one, headers = http_body(Infer("digits", [tensor("pixels", np.ones((1, 4), np.float32))]))
+    assert "content-encoding" not in raw_call({**headers, "Accept-Encoding": "gzip"}, one).headers
+    many, headers = http_body(MANY)
+    refused = raw_call({**headers, "Accept-Encoding": "gzip;q=0, br"}, many)
+    assert "content-encoding" not in refused.headers
+
+
+@pytest.mark.parametrize("encoding", PACK)
+def test_a_compressed_body_is_read(encoding: str) -> None:
+    sent, headers = http_body(MANY)
+    packed = PACK[encoding][0](sent)
+    response = http_call(DIGITS, packed, {**headers, "Content-Encoding": encoding})
+    assert response.status_code == 200
+    assert response.json()["outputs"][0]["shape"] == [100, 1]
+
+
+@pytest.mark.parametrize("encoding", PACK)
+@pytest.mark.parametrize("damage", ["cut", "noise", "tail"])
+def test_a_damaged_compressed_body_is_refused(encoding: str, damage: str) -> None:
+    sent, headers = http_body(MANY)
+    packed = PACK[encoding][0](sent)
+    wrong = {"cut": packed[:-5], "noise": b"no" + packed, "tail": packed + b"x"}[damage]
+    response = http_call(DIGITS, wrong, {**headers, "Content-Encoding": encoding})
+    assert response.status_code == 400
+    assert response.json()["error"].startswith("Content-Encoding: the body is not")
+
+
+@pytest.mark.parametrize("encoding", PACK)
+def test_a_body_that_grows_beyond_the_limit_is_refused(encoding: str) -> None:
+    bomb = PACK[encoding][0](b" " * 200_000_000)
+    assert len(bomb) < 1_000_000
+    response = http_call(DIGITS, bomb, {"Content-Encoding": encoding})
+    assert response.status_code == 413
+    assert response.json()["error"] == "the body is over the limit of 4194304 bytes"
+
+
+def test_an_unknown_encoding_is_refused() -> None:
+    response = http_call(DIGITS, b"x", {"Content-Encoding": "br"})
+    assert response.status_code == 400
+    assert response.json()["error"] == (
+        "Content-Encoding: given 'br', must be gzip, deflate or identity"
+    )
+
+
+def test_a_refusal_with_a_hint_has_it_in_a_header() -> None:
+    upstream = FakePredictions()
+    upstream.error = UnavailableError("the router is not reachable", "", 1.0)
+    response = http_call(DIGITS, body(), upstream=upstream)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+
+
+def test_a_gateway_is_full_over_both_apis() -> None:
+    limits = GatewayConfig(max_ongoing_requests=1)
+
+    async def run() -> None:
+        upstream = FakePredictions()
+        upstream.endless = True
+        transport = httpx.ASGITransport(http_app(FakeUpstream(says("x")), limits, upstream))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            held = asyncio.create_task(client.post(DIGITS, content=body()))
+            while not upstream.requests:
+                await asyncio.sleep(0.01)
+            again = await client.post(DIGITS, content=body())
+            text = await client.post("/v1/completions", json={"model": "tiny", "prompt": "in"})
+            assert (again.status_code, text.status_code) == (429, 429)
+            assert again.json()["error"] == "the gateway is full: at most 1 requests at one time"
+            held.cancel()
+            await asyncio.gather(held, return_exceptions=True)
+            assert upstream.cancelled.is_set()
+            text = await client.post("/v1/completions", json={"model": "tiny", "prompt": "in"})
+            assert text.status_code == 200
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_bodies_of_requests_under_way_count_until_their_end() -> None:
+    limits = GatewayConfig(max_body_bytes=1024)
+    sent, headers = http_body(Infer("digits", [Tensor("pixels", "FP32", (40, 4), b"\0" * 640)]))
+
+    async def run() -> None:
+        upstream = FakePredictions()
+        upstream.endless = True
+        transport = httpx.ASGITransport(http_app(FakeUpstream(says("x")), limits, upstream))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            fits = 16 * 1024 // len(sent)
+            held = [
+                asyncio.create_task(client.post(DIGITS, content=sent, headers=headers))
+                for _ in range(fits)
+            ]
+            while len(upstream.requests) < fits:
+                await asyncio.sleep(0.01)
+            more = await client.post(DIGITS, content=sent, headers=headers)
+            assert more.status_code == 429
+            assert "bytes of bodies" in more.json()["error"]
+            for task in held:
+                task.cancel()
+            await asyncio.gather(*held, return_exceptions=True)
+            upstream.endless = False
+            again = await client.post(DIGITS, content=sent, headers=headers)
+            assert again.status_code == 200
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_a_client_that_leaves_ends_its_request() -> None:
+    upstream = FakePredictions()
+    upstream.endless = True
+    app = http_app(FakeUpstream(says("x")), predictions=upstream)
+    with http_server(app) as port, httpx.Client(timeout=0.3) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(f"http://127.0.0.1:{port}{DIGITS}", content=body())
+        assert upstream.cancelled.wait(20)
+
+
+def test_a_deadline_ends_a_request() -> None:
+    upstream = FakePredictions()
+    upstream.endless = True
+    response = http_call(DIGITS, body(parameters={"timeout_s": 0.05}), upstream=upstream)
+    assert response.status_code == 504
+    assert response.json()["error"] == "the request's time ran out before its last row"
+    assert upstream.cancelled.is_set()
