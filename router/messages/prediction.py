@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+MIXTURE_PLATFORM = "expertmesh_mixture"
+"""The platform of a mixture in the metadata of the Open Inference Protocol."""
+
 
 @dataclass(frozen=True, slots=True)
 class PredictionRequest:

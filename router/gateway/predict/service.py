@@ -24,14 +24,13 @@ from router.gateway.predict.validate import (
     expected_shape,
 )
 from router.gateway.service import GRACE_S, Surface
-from router.messages.prediction import PredictionReply
+from router.messages.prediction import MIXTURE_PLATFORM, PredictionReply
 from router.messages.tensor_bytes import NUMPY_DTYPES
 from router.served import ServedMixture
 
 SERVER_NAME = "expertmesh"
 SERVER_VERSION = version("expertmesh")
 EXTENSIONS = ("binary_tensor_data",)
-PLATFORM = "expertmesh_mixture"
 
 Encoded = TypeVar("Encoded")
 logger = logging.getLogger("expertmesh.gateway")
@@ -142,7 +141,7 @@ def metadata_of(mixture: ServedMixture) -> dict[str, object]:
     return {
         "name": mixture.id,
         "versions": [VERSION],
-        "platform": PLATFORM,
+        "platform": MIXTURE_PLATFORM,
         "inputs": [
             {"name": given.name, "datatype": given.datatype, "shape": [-1, *given.shape]}
             for given in spec.inputs

@@ -2,7 +2,8 @@
 
 Serve's command says that an application is deployed before its experts are loaded, and Ray prints
 the lines of our processes in any order. So a thread of the command asks ``/ready``, and then each
-model for a token: only an answer shows that there is a router, too.
+language model for a token and each mixture for a prediction: only an answer shows that there is a
+router, too.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
+from math import prod
 from typing import Any
 from urllib.error import HTTPError
+from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 from rich.console import Console
@@ -26,6 +29,7 @@ from cluster.errors import ExpertMeshError
 from cluster.reports import LoadingStatus, loading_line
 from router.client import DEFAULT_ADDRESS, Client
 from router.config import IMPORT_PATH
+from router.messages.prediction import MIXTURE_PLATFORM
 
 POLL_S = 0.5
 ASK_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 30.0
@@ -44,6 +48,8 @@ class Endpoint:
 
     def command(self) -> str:
         """Return a command that tries the endpoint."""
+        if self.models and all(_mixture(self.http_url, model) for model in self.models):
+            return f"curl {self.http_url}{_path_of(self.models[0])}"
         where = "" if self.grpc_address == DEFAULT_ADDRESS else f" --address {self.grpc_address}"
         return f'expertmesh generate "In the beginning" --stream{where}'
 
@@ -158,19 +164,49 @@ def why_not_ready(endpoint: Endpoint) -> str | None:
     """Ask once; returns why requests are not answered, or ``None`` where they are."""
     reason = _why_fails(endpoint.http_url, "/ready", ASK_TIMEOUT_S)
     for model in endpoint.models:
-        body = {"model": model, "prompt": [0], "max_tokens": 1}
-        reason = reason or _why_fails(
-            endpoint.http_url, "/v1/completions", ANSWER_TIMEOUT_S, json.dumps(body).encode()
-        )
+        reason = reason or _why_no_answer(endpoint.http_url, model)
     return reason
 
 
-def _why_fails(url: str, path: str, timeout_s: float, body: bytes | None = None) -> str | None:
-    # Only a status is read, on an address of the operator's own file, whatever its certificate.
+def _why_no_answer(url: str, model: str) -> str | None:
+    path, body = "/v1/completions", {"model": model, "prompt": [0], "max_tokens": 1}
+    mixture = _mixture(url, model)
+    if mixture is not None:
+        path, body = f"{_path_of(model)}/infer", {"inputs": [_zeros(i) for i in mixture["inputs"]]}
+    return _why_fails(url, path, ANSWER_TIMEOUT_S, json.dumps(body).encode())
+
+
+def _path_of(model: str) -> str:
+    return f"/v2/models/{quote(model)}"
+
+
+def _mixture(url: str, model: str) -> dict[str, Any] | None:
+    """Return the metadata of a mixture; ``None`` for a language model, or without an answer."""
+    try:
+        with _opened(url, _path_of(model), ASK_TIMEOUT_S) as answer:
+            metadata: dict[str, Any] = json.load(answer)
+            return metadata if metadata.get("platform") == MIXTURE_PLATFORM else None
+    except (OSError, HTTPException, ValueError):
+        return None
+
+
+def _zeros(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an input of one row of zeros."""
+    shape = [1 if axis == -1 else axis for axis in given["shape"]]
+    data = [0] * prod(shape)
+    return {"name": given["name"], "datatype": given["datatype"], "shape": shape, "data": data}
+
+
+def _opened(url: str, path: str, timeout_s: float, body: bytes | None = None) -> Any:
+    # No secret is sent, to an address of the operator's own file, whatever its certificate.
     context = ssl._create_unverified_context() if url.startswith("https") else None
     request = Request(url + path, body, {"content-type": "application/json"} if body else {})
+    return urlopen(request, timeout=timeout_s, context=context)
+
+
+def _why_fails(url: str, path: str, timeout_s: float, body: bytes | None = None) -> str | None:
     try:
-        with urlopen(request, timeout=timeout_s, context=context):
+        with _opened(url, path, timeout_s, body):
             return None
     except HTTPError as error:
         return _reason(error.read()) or f"HTTP status {error.code}"

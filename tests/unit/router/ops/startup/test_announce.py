@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from cluster.reports import LoadingStatus
+from router.messages.prediction import MIXTURE_PLATFORM
 from router.ops.startup import announce
 from router.ops.startup.announce import Endpoint, LoadingBar, endpoints, why_not_ready
 from router.serve.options import completed
@@ -40,13 +41,17 @@ class Gateway:
     def __init__(self, answers: list[tuple[int, bytes]]) -> None:
         self.answers = answers
         self.completions: list[tuple[int, bytes]] = [(200, b"{}")]
+        self.metadata: dict[str, tuple[int, bytes]] = {}
         self.paths: list[str] = []
         self.asked: list[dict[str, Any]] = []
         gateway = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.reply(gateway.answers)
+                if self.path.startswith("/v2/"):
+                    self.reply([gateway.metadata.get(self.path, (404, b"{}"))])
+                else:
+                    self.reply(gateway.answers)
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
@@ -123,10 +128,33 @@ def test_each_model_must_answer_too(serving: list[Gateway]) -> None:
     [gateway] = serving
     endpoint = Endpoint(f"http://127.0.0.1:{gateway.port}", "", ("a", "b"))
     assert why_not_ready(endpoint) is None
-    assert gateway.paths == ["/ready", "/v1/completions", "/v1/completions"]
+    completions = "/v1/completions"
+    assert gateway.paths == ["/ready", "/v2/models/a", completions, "/v2/models/b", completions]
     assert [one["model"] for one in gateway.asked] == ["a", "b"]
     assert all(one["max_tokens"] == 1 for one in gateway.asked)
     gateway.completions = [(200, b"{}"), (503, b"{}")]
+    assert why_not_ready(endpoint) == "HTTP status 503"
+
+
+def test_a_mixture_must_predict(serving: list[Gateway]) -> None:
+    serving.append(Gateway([(200, b"{}")]))
+    [gateway] = serving
+    inputs = [
+        {"name": "x", "datatype": "FP32", "shape": [-1, -1, 3]},
+        {"name": "k", "datatype": "INT64", "shape": [-1, 1]},
+    ]
+    metadata = {"platform": MIXTURE_PLATFORM, "inputs": inputs}
+    gateway.metadata["/v2/models/digits"] = 200, json.dumps(metadata).encode()
+    endpoint = Endpoint(f"http://127.0.0.1:{gateway.port}", "", ("digits",))
+    assert why_not_ready(endpoint) is None
+    assert gateway.paths[-1] == "/v2/models/digits/infer"
+    [asked] = gateway.asked
+    assert asked["inputs"] == [
+        {"name": "x", "datatype": "FP32", "shape": [1, 1, 3], "data": [0, 0, 0]},
+        {"name": "k", "datatype": "INT64", "shape": [1, 1], "data": [0]},
+    ]
+    assert endpoint.command() == f"curl http://127.0.0.1:{gateway.port}/v2/models/digits"
+    gateway.completions = [(503, b"{}")]
     assert why_not_ready(endpoint) == "HTTP status 503"
 
 
