@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator
-from sklearn.exceptions import NotFittedError
 
 from cluster.errors import CheckpointError
 from experts.backends.classes import ClassMap
@@ -47,10 +46,7 @@ def sklearn_model(mixture: Mixture, key: str, part: SklearnExpert) -> SklearnMod
 
 
 def _check_features(estimator: BaseEstimator, num_features: int, where: str) -> None:
-    try:
-        fitted = getattr(estimator, "n_features_in_", num_features)
-    except NotFittedError as error:
-        raise CheckpointError(f"cannot be used: {described(error)}", where) from None
+    fitted = getattr(estimator, "n_features_in_", num_features)  # some transformers take any
     if fitted != num_features:
         raise CheckpointError(
             f"takes {fitted} features, and the mixture's rows have {num_features} values", where

@@ -131,23 +131,27 @@ def _check_boosting(boosting: Any) -> None:
 
 
 def _check_hist_boosting(boosting: Any) -> None:
-    categorical = getattr(boosting, "is_categorical_", None)
-    for tree in (tree for trees in getattr(boosting, "_predictors", ()) for tree in trees):
+    if not hasattr(boosting, "_predictors"):
+        return
+    num_features, preprocessor = boosting.n_features_in_, boosting._preprocessor
+    if preprocessor is not None:  # it moves categories to the front
+        encoded = preprocessor.transform(np.zeros((1, num_features)))
+        _require(encoded.shape == (1, num_features), "encoded rows have other features")
+    categorical = boosting._bin_mapper.is_categorical_
+    _require(len(categorical) == num_features, "features are categories or not, all of them")
+    for tree in (tree for trees in boosting._predictors for tree in trees):
         nodes, bitsets = tree.nodes, tree.raw_left_cat_bitsets
         inner = nodes["is_leaf"] == 0
         _check_children(nodes["left"], nodes["right"], inner)
         features = nodes["feature_idx"][inner]
-        _check_features(features, boosting.n_features_in_)
+        _check_features(features, num_features)
         of_categories = nodes["is_categorical"][inner] != 0
-        if of_categories.any():
-            _require(
-                categorical is not None
-                and len(categorical) == boosting.n_features_in_
-                and np.all(categorical[features[of_categories]])
-                and np.all(nodes["bitset_idx"][inner][of_categories] < len(bitsets))
-                and bitsets.shape[1:] == (8,),
-                "a node of a tree asks for categories of another feature",
-            )
+        _require(
+            np.all(categorical[features[of_categories]])
+            and np.all(nodes["bitset_idx"][inner][of_categories] < len(bitsets))
+            and bitsets.shape[1:] == (8,),
+            "a node of a tree asks for categories of another feature",
+        )
 
 
 def _check_space_tree(tree: Any) -> None:

@@ -2,9 +2,10 @@
 
 skops writes a zip archive with ``schema.json``, which names the type of every object, and the
 arrays. The schema is checked first: only the kinds of nodes in :data:`_LOADERS`, and only types
-that skops trusts itself or that :data:`_TYPES` lists. Neither list has a Python function, a method
-or a ``functools.partial``, so a ``FunctionTransformer`` may have a ufunc of numpy or scipy and
-nothing else. No object is made and no module imported before all types were checked.
+that skops trusts itself or that :data:`_TYPES` lists. There are no methods, and no functions but
+ufuncs of numpy and scipy and the few pure ones of :data:`_TYPES`, which a ``FunctionTransformer``
+or a ``functools.partial`` may have. No object is made and no module of the file imported before all
+types were checked.
 
 The checks are about types. A number inside an array that a library follows without a check is
 another matter; :mod:`experts.backends.skops_arrays` checks those of trees and support vectors.
@@ -39,7 +40,7 @@ _LOADERS = frozenset(
     f"{kind}Node"
     for kind in (
         "Object", "Dict", "Json", "NdArray", "List", "Set", "Tuple", "Type", "Slice", "Function",
-        "Tree", "Loss", "RandomState", "RandomGenerator", "MaskedArray", "DType",
+        "Partial", "Tree", "Loss", "RandomState", "RandomGenerator", "MaskedArray", "DType",
     )
 )  # fmt: skip
 _DISTANCES = (
@@ -52,6 +53,7 @@ _KERNELS = (
 )  # fmt: skip
 _TYPES = frozenset(
     {
+        "functools.partial",
         "numpy.dtype",
         "numpy.mean",
         "scipy._lib.array_api_compat.numpy._aliases.asarray",
@@ -64,12 +66,14 @@ _TYPES = frozenset(
         "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
         "sklearn.gaussian_process._gpc._BinaryGaussianProcessClassifierLaplace",
         "sklearn.metrics._scorer._PassthroughScorer",
+        "sklearn.multiclass._ConstantPredictor",
         "sklearn.neighbors._ball_tree.BallTree",
         "sklearn.neighbors._kd_tree.KDTree",
         "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
         "sklearn.neural_network._stochastic_optimizers.SGDOptimizer",
         "sklearn.tree._tree.Tree",
         "sklearn.utils._bunch.Bunch",
+        "sklearn.utils.validation.check_array",
         *(f"sklearn.model_selection._split.{name}KFold" for name in ("", "Stratified")),
         *(f"sklearn.gaussian_process.kernels.{name}" for name in _KERNELS),
         *(
@@ -145,6 +149,8 @@ def _check(data: bytes, where: str) -> int:
             )
         if loader == "RandomGeneratorNode":
             _check_generator(node, where)
+        if loader == "PartialNode" and node["content"]["func"]["__loader__"] != "FunctionNode":
+            raise CheckpointError("has a functools.partial of no function", where)
         file, number = node.get("file"), node.get("__id__")
         if file is not None and (number is None or (number, file) not in seen):
             seen.add((number, file))
