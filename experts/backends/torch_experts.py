@@ -16,12 +16,13 @@ from typing import Protocol
 import numpy as np
 
 from cluster.errors import CheckpointError
-from experts.backends.products import linear, mlp, relu, sigmoid, softmax
+from experts.backends.products import ACTIVATIONS, linear, mlp, softmax
 from experts.backends.tensors import Layer, PartTensors, bytes_of
 from experts.checkpoint.mixture import Mixture
 from experts.mixture.parts import LinearExpert, MlpExpert, RnnExpert, TorchExpert
 
 MAX_RNN_LAYERS = 1000
+_sigmoid, _tanh = ACTIVATIONS["sigmoid"], ACTIVATIONS["tanh"]
 
 
 class Model(Protocol):
@@ -61,7 +62,7 @@ def torch_model(mixture: Mixture, key: str, part: TorchExpert) -> Model:
 def _linked(outputs: np.ndarray, part: TorchExpert) -> np.ndarray:
     if part.link == "softmax":
         return softmax(outputs)
-    return sigmoid(outputs) if part.link == "sigmoid" else outputs
+    return _sigmoid(outputs) if part.link == "sigmoid" else outputs
 
 
 class _LinearModel:
@@ -100,25 +101,30 @@ def _plain_step(act: Callable[[np.ndarray], np.ndarray]) -> _Step:
     return step
 
 
+def _gates_of(values: np.ndarray, num_gates: int) -> np.ndarray:
+    """Return values [P, G H] as [G, P, H].
+
+    Contiguous, as numpy may compute a function of values with gaps in another way, with other bits.
+    """
+    return np.ascontiguousarray(values.reshape(len(values), num_gates, -1).swapaxes(0, 1))
+
+
 def _gru_step(inputs: np.ndarray, state: _State, recurrent: Layer) -> _State:
     """The gates r, z, n of torch.nn.GRU (Cho et al. 2014, with the reset after the product)."""
     (hidden,) = state
-    size = hidden.shape[1]
-    recurrences = linear(hidden, recurrent)
-    reset_update = sigmoid(inputs[:, : 2 * size] + recurrences[:, : 2 * size])
-    reset, update = reset_update[:, :size], reset_update[:, size:]
-    new = np.tanh(inputs[:, 2 * size :] + reset * recurrences[:, 2 * size :])
+    entered, recurred = _gates_of(inputs, 3), _gates_of(linear(hidden, recurrent), 3)
+    reset, update = _sigmoid(entered[:2] + recurred[:2])
+    new = _tanh(entered[2] + reset * recurred[2])
     return ((1 - update) * new + update * hidden,)
 
 
 def _lstm_step(inputs: np.ndarray, state: _State, recurrent: Layer) -> _State:
     """The gates i, f, g, o of torch.nn.LSTM (Hochreiter and Schmidhuber 1997, Gers et al. 2000)."""
     hidden, cell = state
-    size = hidden.shape[1]
-    gates = inputs + linear(hidden, recurrent)
-    entered = sigmoid(gates[:, :size]) * np.tanh(gates[:, 2 * size : 3 * size])
-    cell = sigmoid(gates[:, size : 2 * size]) * cell + entered
-    return sigmoid(gates[:, 3 * size :]) * np.tanh(cell), cell
+    gates = _gates_of(inputs + linear(hidden, recurrent), 4)
+    entry, forget = _sigmoid(gates[:2])
+    cell = forget * cell + entry * _tanh(gates[2])
+    return _sigmoid(gates[3]) * _tanh(cell), cell
 
 
 _NUM_GATES: Mapping[str, int] = {"plain": 1, "gru": 3, "lstm": 4}
@@ -134,7 +140,7 @@ class _RnnModel:
         self._head = tensors.linear(self._layers[-1][1][0].shape[1], width, "head.")
         self.num_bytes = bytes_of([*(layer for pair in self._layers for layer in pair), self._head])
         steps: dict[str, _Step] = {
-            "plain": _plain_step(np.tanh if part.nonlinearity == "tanh" else relu),
+            "plain": _plain_step(ACTIVATIONS[part.nonlinearity]),
             "gru": _gru_step,
             "lstm": _lstm_step,
         }

@@ -153,6 +153,7 @@ class MixtureEngine:
                     return
                 works = self._queue.take()
                 self.tally.taken(works, time.monotonic())
+            layers.placed.is_placed()  # from here on a placement without the model is a withdrawal
             self._guarded_step(layers, works)
 
     def _guarded_step(self, layers: MoELayers[GatheredRows], works: Sequence[Work]) -> None:
@@ -174,7 +175,8 @@ class MixtureEngine:
 
     def _step(self, layers: MoELayers[GatheredRows], works: Sequence[Work]) -> None:
         inputs = _inputs_of(works)
-        choice = self._gate.choose(inputs)
+        first_row = works[0].begin  # an error names the row; of several works none is shown
+        choice = self._gate.choose(inputs, first_row)
         given = torch.from_numpy(inputs[self._spec.rows_input.name])
         rows = given.to(TORCH_DTYPES[self._spec.dtype])
         context = layers.step = StepContext(
@@ -183,7 +185,7 @@ class MixtureEngine:
             [work.job.request.on_expert_loss for work in works],
             needs_an_expert=True,
         )
-        gathered = layers(LAYER, rows, choice, self._gate.among(inputs))
+        gathered = layers(LAYER, rows, choice, self._gate.among(inputs, first_row))
         with self._changed:
             self.tally.stepped(context.layer_times_s, len(rows))
             if context.missing is not None:
@@ -229,6 +231,7 @@ class MixtureEngine:
             gathered.is_present[rows],
             inputs,
             request.outputs,
+            work.begin,
         )
 
     def _end(self, job: Job, error: ExpertMeshError) -> None:

@@ -238,9 +238,13 @@ class PlacedModel:
     def is_placed(self) -> bool:
         """Return whether a placement is known that has the model."""
         placement = self._view.placement
-        is_placed = placement is not None and self.layouts.has_model(placement)
-        self._was_placed = self._was_placed or is_placed
-        return is_placed
+        return placement is not None and self.is_in(placement)
+
+    def is_in(self, placement: Placement) -> bool:
+        """Return whether a placement, the newest, has the model."""
+        is_in = self.layouts.has_model(placement)
+        self._was_placed = self._was_placed or is_in
+        return is_in
 
     def is_withdrawn(self) -> bool:
         """Return whether the placement had the model and has it no longer: it was replaced."""

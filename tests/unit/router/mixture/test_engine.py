@@ -1,0 +1,510 @@
+"""The engine of a mixture's router, over experts in this process: the served path without Ray."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.errors import (
+    CancelledRequestError,
+    DeadlineExceededError,
+    ExpertFailedError,
+    ExpertMeshError,
+    ExpertUnavailableError,
+    InvalidRequestError,
+    ModelReplacedError,
+    OverloadedError,
+)
+from cluster.placement.placement import Placement, assign_experts, empty_placement
+from cluster.spec import ExpertKey, ModelExperts
+from cluster.transport.base import Call, CallFailure, IsGone, never_gone
+from cluster.transport.base import Outcome as CallOutcome
+from experts.backends.load import load_mixture_expert
+from experts.bank import ExpertBank
+from experts.checkpoint.mixture import Mixture, open_mixture
+from router.control.placement_view import PlacementView
+from router.messages.prediction import PredictionReply, PredictionRequest
+from router.mixture.engine import MixtureEngine
+from router.mixture.gate import MixtureGate
+from router.mixture.gather import GatherRows, answer_shape_of
+from router.mixture.local import LocalMixture
+from router.mixture.queue import Outcome, QueueLimits, WorkQueue
+from router.moe.dispatch import Dispatcher
+from router.moe.layer import MoELayers
+from router.moe.permute import PlacedModel
+from tests.local_cluster import Answered, BankTransport
+from tests.mixtures import (
+    NUM_FEATURES,
+    save_given,
+    save_sequences,
+    save_tree,
+    save_unlike,
+)
+
+MODEL, IDENTITY = "m@1", "the identity"
+LIMITS = QueueLimits(step_requests=32, step_rows=64, requests=64, rows=4096)
+WAIT_S = 20.0
+Inputs = Mapping[str, np.ndarray]
+
+
+@dataclass
+class Router:
+    """A mixture's engine over banks, and its placement."""
+
+    mixture: Mixture
+    engine: MixtureEngine
+    view: PlacementView
+    banks: dict[str, ExpertBank]
+    transports: list[BankTransport]
+    placement: Placement
+    local: LocalMixture
+    number: int = 0
+
+    def submit(
+        self,
+        inputs: Inputs,
+        timeout_s: float = WAIT_S,
+        on_expert_loss: str = "strict",
+        outputs: Sequence[str] | None = None,
+        request_id: str = "",
+    ) -> Future[Outcome]:
+        self.number += 1
+        names = [output.name for output in self.mixture.spec.outputs]
+        future: Future[Outcome] = Future()
+        request = PredictionRequest(
+            request_id or f"r{self.number}",
+            "m",
+            inputs,
+            tuple(names if outputs is None else outputs),
+            time.monotonic() + timeout_s,
+            on_expert_loss,
+        )
+        self.engine.submit(request, future.set_result)
+        return future
+
+    def predict(self, inputs: Inputs, **options: Any) -> PredictionReply:
+        outcome = self.submit(inputs, **options).result(WAIT_S)
+        if isinstance(outcome, ExpertMeshError):
+            raise outcome
+        return outcome
+
+    def lose(self, *expert_ids: int) -> None:
+        """Publish a placement without a copy of these experts."""
+        lost = {ExpertKey(MODEL, 0, expert_id) for expert_id in expert_ids}
+        holders = {k: () if k in lost else a for k, a in self.placement.holders.items()}
+        self._publish(replace(self.placement, holders=holders))
+
+    def restore(self) -> None:
+        """Publish the first placement again, as a newer one."""
+        self._publish(self.placement)
+
+    def _publish(self, placement: Placement) -> None:
+        assert self.view.placement is not None
+        self.view.publish(replace(placement, version=self.view.placement.version + 1))
+
+    @property
+    def frames(self) -> list[Any]:
+        return [frame for transport in self.transports for frame in transport.frames]
+
+
+@contextmanager
+def router_of(
+    folder: Path,
+    lanes: int = 3,
+    num_banks: int = 3,
+    limits: QueueLimits = LIMITS,
+    fail: Callable[[Call, int], CallFailure | bytes | None] = lambda call, number: None,
+    is_placed: bool = True,
+    transport: type[BankTransport] = BankTransport,
+) -> Iterator[Router]:
+    mixture = open_mixture(folder)
+    spec = mixture.spec
+    experts = ModelExperts(MODEL, (0,), len(spec.experts), 1)
+    shares = assign_experts([experts], [f"a{i}" for i in range(num_banks)], None)
+    banks, placement = {}, empty_placement(1, [experts])
+    for actor_id, keys in shares.items():
+        bank = banks[actor_id] = ExpertBank()
+        for key in keys:
+            bank.hold(key, load_mixture_expert(mixture, key.expert_id))
+        placement = placement.with_actor(actor_id, 1, keys)
+    view = PlacementView()
+    if is_placed:
+        view.publish(placement)
+    shape = partial(answer_shape_of, spec)
+    transports = [transport(banks, fail) for _ in range(lanes)]
+    layers = [
+        MoELayers(Dispatcher(MODEL, view, t, lambda a, g: None, 5.0, shape), GatherRows(shape))
+        for t in transports
+    ]
+    engine = MixtureEngine(
+        spec,
+        MixtureGate(mixture),
+        PlacedModel(MODEL, view),
+        layers,
+        WorkQueue(limits, spec.rows_input.name),
+        IDENTITY,
+    )
+    engine.start()
+    try:
+        local = LocalMixture(mixture)
+        yield Router(mixture, engine, view, banks, transports, placement, local)
+    finally:
+        engine.close()
+        assert not engine.is_alive()
+
+
+def features(num_rows: int, seed: int = 0) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(seed).normal(size=(num_rows, NUM_FEATURES))}
+
+
+def equal(reply: PredictionReply, expected: Mapping[str, np.ndarray]) -> None:
+    assert reply.identity == IDENTITY
+    assert reply.outputs.keys() == expected.keys()
+    for name, array in expected.items():
+        assert reply.outputs[name].dtype == array.dtype
+        np.testing.assert_array_equal(reply.outputs[name], array)
+
+
+# Predictions, alone and in a crowd.
+
+
+def test_predictions_of_experts_of_every_kind_are_those_of_one_process(tmp_path: Path) -> None:
+    with router_of(save_unlike(tmp_path)) as router:
+        for num_rows in (1, 2, 64, 65, 200):
+            inputs = features(num_rows, num_rows)
+            reply = router.predict(inputs)
+            assert reply.exact
+            expected = router.local.predict(inputs)
+            np.testing.assert_allclose(reply.outputs["value"], expected["value"], rtol=1e-12)
+            np.testing.assert_array_equal(reply.outputs["experts"], expected["experts"])
+
+
+def test_a_tree_and_its_density_are_those_of_one_process(tmp_path: Path) -> None:
+    with router_of(save_tree(tmp_path)) as router:
+        inputs = features(70) | {"y": np.zeros((70, 1))}
+        equal(router.predict(inputs), router.local.predict(inputs))
+        without = {"x": inputs["x"]}
+        asked = ["mean", "variance"]
+        equal(router.predict(without, outputs=asked), router.local.predict(without, asked))
+
+
+def test_sequences_of_several_lengths_do_not_mix(tmp_path: Path) -> None:
+    with router_of(save_sequences(tmp_path), lanes=2) as router:
+        source = np.random.default_rng(1)
+        asked = [
+            {"x": source.normal(size=(rows, steps, 3)).astype(np.float32)}
+            for rows, steps in [(1, 4), (3, 7), (2, 4), (70, 2), (1, 1)] * 3
+        ]
+        futures = [router.submit(inputs) for inputs in asked]
+        for inputs, future in zip(asked, futures, strict=True):
+            outcome = future.result(WAIT_S)
+            assert isinstance(outcome, PredictionReply)
+            equal(outcome, router.local.predict(inputs))
+
+
+def test_a_crowd_gets_the_bits_that_each_gets_alone(tmp_path: Path) -> None:
+    with router_of(save_tree(tmp_path)) as router:
+        asked = [features(1 + i % 5, i) | {"y": np.ones((1 + i % 5, 1))} for i in range(40)]
+        alone = [router.predict(inputs) for inputs in asked]
+        futures = [router.submit(inputs) for inputs in asked]
+        for reply, future in zip(alone, futures, strict=True):
+            outcome = future.result(WAIT_S)
+            assert isinstance(outcome, PredictionReply)
+            equal(outcome, reply.outputs)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_k_of_the_experts_compute_a_row_and_no_more(tmp_path: Path, top_k: int) -> None:
+    with router_of(save_unlike(tmp_path, top_k=top_k)) as router:
+        router.predict(features(50))
+        rows = sum(sum(bank.tokens.values()) for bank in router.banks.values())
+        assert rows == 50 * top_k
+
+
+def test_a_tree_computes_the_product_of_its_ks(tmp_path: Path) -> None:
+    with router_of(save_tree(tmp_path)) as router:
+        router.predict(features(50), outputs=["mean"])
+        rows = sum(sum(bank.tokens.values()) for bank in router.banks.values())
+        assert rows == 50 * (
+            1 + 2
+        )  # both gates of the root, one leaf of the left, two of the right
+
+
+# Failures of single rows.
+
+
+def given(num_rows: int, expert: int, first: float = 0.0) -> dict[str, np.ndarray]:
+    rows = np.zeros((num_rows, NUM_FEATURES))
+    rows[:, 0] = first
+    return {"x": rows, "expert": np.full((num_rows, 1), expert, np.int64)}
+
+
+def test_an_expert_that_raises_fails_its_rows_and_no_others(tmp_path: Path) -> None:
+    with router_of(save_given(tmp_path, 3, fragile=True), lanes=1) as router:
+        fragile = router.mixture.spec.expert_names.index("fragile")
+        gate = threading.Event()
+        router.transports[0].fail = lambda call, number: gate.wait(WAIT_S) and None
+        first = router.submit(given(1, 0))  # holds the lane until all others wait
+        good = [router.submit(given(3, fragile, 1.0)) for _ in range(4)]
+        bad = router.submit(given(3, fragile, 0.5))
+        gate.set()
+        assert isinstance(first.result(WAIT_S), PredictionReply)
+        for future in good:
+            outcome = future.result(WAIT_S)
+            assert isinstance(outcome, PredictionReply)
+            equal(outcome, router.local.predict(given(3, fragile, 1.0)))
+        failure = bad.result(WAIT_S)
+        assert isinstance(failure, ExpertFailedError)
+        assert failure.field == "fragile"
+        assert "0.5" in failure.message
+
+
+def test_a_choice_that_is_not_there_ends_its_own_request(tmp_path: Path) -> None:
+    with router_of(save_given(tmp_path), lanes=1) as router:
+        futures = [router.submit(given(2, e)) for e in (0, 8, -1, 7)]
+        outcomes = [future.result(WAIT_S) for future in futures]
+        assert [isinstance(o, PredictionReply) for o in outcomes] == [True, False, False, True]
+        for outcome in outcomes[1:3]:
+            assert isinstance(outcome, InvalidRequestError)
+            assert outcome.field == "inputs.expert"
+        inputs = given(150, 0)
+        inputs["expert"][130] = 9
+        with pytest.raises(InvalidRequestError, match="row 130"):
+            router.predict(inputs)
+
+
+def test_an_answer_that_is_not_finite_is_asked_for_again(tmp_path: Path) -> None:
+    from cluster.wire.frames import DispatchFrame, RowsFrame, decode, encode
+
+    def damaged(call: Call, number: int) -> bytes | None:
+        frame = decode(b"".join(call.frame))
+        assert isinstance(frame, DispatchFrame)
+        if number > 1:
+            return None
+        rows = np.full((frame.num_rows, 2), np.nan).tobytes()
+        return b"".join(
+            encode(RowsFrame(frame.request_id, frame.num_rows, (2,), "float64", (rows,)))
+        )
+
+    with router_of(save_given(tmp_path), lanes=1, fail=damaged) as router:
+        equal(router.predict(given(4, 2, 1.0)), router.local.predict(given(4, 2, 1.0)))
+        assert len(router.frames) == 2
+
+
+def test_an_answer_of_another_shape_is_damage_and_is_asked_for_again(tmp_path: Path) -> None:
+    from cluster.wire.frames import DispatchFrame, RowsFrame, decode, encode
+
+    def damaged(call: Call, number: int) -> bytes | None:
+        frame = decode(b"".join(call.frame))
+        assert isinstance(frame, DispatchFrame)
+        if number > 1:
+            return None
+        shape = frame.row_shape  # that of the rows, not of the outputs
+        rows = bytes(8 * frame.num_rows * NUM_FEATURES)
+        return b"".join(
+            encode(RowsFrame(frame.request_id, frame.num_rows, shape, "float64", (rows,)))
+        )
+
+    with router_of(save_given(tmp_path), lanes=1, fail=damaged) as router:
+        equal(router.predict(given(4, 2, 1.0)), router.local.predict(given(4, 2, 1.0)))
+
+
+# Missing experts.
+
+
+def test_a_strict_request_waits_for_its_expert_and_others_go_on(tmp_path: Path) -> None:
+    with router_of(save_given(tmp_path)) as router:
+        router.lose(3)
+        waiting = router.submit(given(100, 3, 1.0))
+        equal(router.predict(given(5, 2, 1.0)), router.local.predict(given(5, 2, 1.0)))
+        assert not waiting.done()
+        router.restore()
+        outcome = waiting.result(WAIT_S)
+        assert isinstance(outcome, PredictionReply)
+        assert outcome.exact
+        equal(outcome, router.local.predict(given(100, 3, 1.0)))
+
+
+def test_a_strict_request_without_its_expert_ends_at_its_deadline_by_name(tmp_path: Path) -> None:
+    with router_of(save_given(tmp_path)) as router:
+        router.lose(3)
+        with pytest.raises(ExpertUnavailableError, match="'e3' had no live copy") as caught:
+            router.predict(given(1, 3), timeout_s=0.3)
+        assert caught.value.retry_after_s is not None
+
+
+@pytest.mark.parametrize("contract", ["next_expert", "drop"])
+def test_others_go_on_without_a_missing_expert_and_say_so(tmp_path: Path, contract: str) -> None:
+    with router_of(save_unlike(tmp_path)) as router:
+        inputs = features(60, 9)
+        expected = router.local.predict(inputs)
+        lost = int(expected["experts"][0, 0])
+        router.lose(lost)
+        reply = router.predict(inputs, on_expert_loss=contract)
+        assert not reply.exact
+        assert lost not in reply.outputs["experts"]
+        untouched = ~(expected["experts"] == lost).any(axis=1)
+        assert untouched.any()
+        for name in expected:
+            np.testing.assert_array_equal(reply.outputs[name][untouched], expected[name][untouched])
+        counts = (reply.outputs["experts"][~untouched] >= 0).sum(axis=1)
+        assert set(counts.tolist()) == ({2} if contract == "next_expert" else {1})
+        assert router.engine.tally.inexact_rows == {contract: int((~untouched).sum())}
+        # Rows whose expert is not missing are exact.
+        kept = {"x": inputs["x"][untouched]}
+        assert router.predict(kept, on_expert_loss=contract).exact
+
+
+@pytest.mark.parametrize("contract", ["next_expert", "drop"])
+def test_a_row_without_any_other_expert_waits_whatever_its_contract(
+    tmp_path: Path, contract: str
+) -> None:
+    with router_of(save_given(tmp_path)) as router:
+        router.lose(3)
+        with pytest.raises(ExpertUnavailableError, match="'e3'"):
+            router.predict(given(2, 3), timeout_s=0.3, on_expert_loss=contract)
+
+
+# Ends and bounds.
+
+
+def test_a_request_ends_at_its_deadline_while_an_actor_hangs(tmp_path: Path) -> None:
+    release = threading.Event()
+
+    def hang(call: Call, number: int) -> None:
+        release.wait(WAIT_S)
+
+    with router_of(save_given(tmp_path), lanes=1, fail=hang) as router:
+        started_s = time.monotonic()
+        with pytest.raises(DeadlineExceededError):
+            router.predict(given(1, 0), timeout_s=0.2)
+        assert time.monotonic() - started_s < 2
+        release.set()
+        equal(router.predict(given(1, 0)), router.local.predict(given(1, 0)))
+
+
+def test_a_cancelled_request_ends_and_its_rows_are_not_computed(tmp_path: Path) -> None:
+    release = threading.Event()
+
+    def hang(call: Call, number: int) -> None:
+        release.wait(WAIT_S)
+
+    with router_of(save_given(tmp_path), lanes=1, fail=hang) as router:
+        held = router.submit(given(1, 0))
+        waiting = router.submit(given(50, 1), request_id="gone")
+        router.engine.cancel("gone")
+        router.engine.cancel("unknown")
+        assert isinstance(waiting.result(WAIT_S), CancelledRequestError)
+        release.set()
+        assert isinstance(held.result(WAIT_S), PredictionReply)
+        assert isinstance(router.submit(given(1, 2)).result(WAIT_S), PredictionReply)
+        assert sum(frame.num_rows for frame in router.frames) == 2
+
+
+def test_a_full_router_refuses_and_goes_on(tmp_path: Path) -> None:
+    release = threading.Event()
+
+    def hang(call: Call, number: int) -> None:
+        release.wait(WAIT_S)
+
+    limits = QueueLimits(step_requests=2, step_rows=8, requests=3, rows=20)
+    with router_of(save_given(tmp_path), lanes=1, limits=limits, fail=hang) as router:
+        held = [router.submit(given(5, 0)), router.submit(given(15, 1))]
+        with pytest.raises(OverloadedError, match="20 rows") as caught:
+            router.submit(given(1, 2))
+        assert caught.value.retry_after_s is not None
+        release.set()
+        assert all(isinstance(future.result(WAIT_S), PredictionReply) for future in held)
+        # A request that waits alone may have more rows.
+        equal(router.predict(given(50, 2)), router.local.predict(given(50, 2)))
+
+
+def test_nothing_runs_before_a_placement_and_the_error_says_so(tmp_path: Path) -> None:
+    with router_of(save_given(tmp_path), is_placed=False) as router:
+        with pytest.raises(ExpertUnavailableError, match="no placement"):
+            router.predict(given(1, 0), timeout_s=0.2)
+        waiting = router.submit(given(1, 0))
+        router.view.publish(router.placement)
+        assert isinstance(waiting.result(WAIT_S), PredictionReply)
+
+
+def test_a_replaced_mixture_ends_its_requests_with_a_hint(tmp_path: Path) -> None:
+    with router_of(save_given(tmp_path)) as router:
+        router.lose(3)
+        waiting = router.submit(given(1, 3))
+        other = ModelExperts("other@2", (0,), 1, 1)
+        router.view.publish(empty_placement(2, [other]))
+        outcome = waiting.result(WAIT_S)
+        assert isinstance(outcome, ModelReplacedError)
+        assert outcome.retry_after_s is not None
+
+
+# Devices.
+
+
+@dataclass
+class Devices(BankTransport):
+    """A transport to actors each of which computes one frame after another, each in ``batch_s``."""
+
+    batch_s: float = 0.05
+    free_s: dict[str, float] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def send(self, calls: Sequence[Call]) -> Answered:
+        ready_s = 0.0
+        with self.lock:
+            for call in calls:
+                begin_s = max(time.monotonic(), self.free_s.get(call.actor_id, 0.0))
+                self.free_s[call.actor_id] = begin_s + self.batch_s
+                ready_s = max(ready_s, begin_s + self.batch_s)
+        return Later(super().send(calls).outcomes, ready_s)
+
+
+@dataclass
+class Later(Answered):
+    """Pending calls whose answers are there at a time of the monotonic clock."""
+
+    ready_s: float
+
+    def wait(self, is_gone: IsGone = never_gone) -> list[CallOutcome]:
+        time.sleep(max(0.0, self.ready_s - time.monotonic()))
+        return self.outcomes
+
+
+def test_requests_for_the_experts_of_idle_devices_overlap(tmp_path: Path) -> None:
+    num_devices, each = 8, 10
+    with router_of(
+        save_given(tmp_path), lanes=8, num_banks=num_devices, transport=Devices
+    ) as router:
+        shared: dict[str, float] = {}
+        lock = threading.Lock()
+        for transport in router.transports:
+            assert isinstance(transport, Devices)
+            transport.free_s, transport.lock = shared, lock
+
+        def took_s(clients: int) -> float:
+            def ask(expert: int) -> None:
+                for _ in range(each):
+                    router.predict(given(1, expert))
+
+            threads = [threading.Thread(target=ask, args=(e,)) for e in range(clients)]
+            started_s = time.monotonic()
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(WAIT_S)
+            return time.monotonic() - started_s
+
+        alone_s, together_s = took_s(1), took_s(num_devices)
+    # A bound for a busy machine; benchmarks.mixtures measures it with actors.
+    assert num_devices * alone_s / together_s >= 0.75 * num_devices
