@@ -34,12 +34,14 @@ logger = logging.getLogger("expertmesh.placement")
 class PlacementView:
     """The newest placement that this replica knows; safe to read from any thread.
 
-    ``placement`` is ``None`` until :meth:`publish` gets the first placement.
+    ``placement`` is ``None`` until :meth:`publish` gets the first placement. ``models`` are the
+    keys of all models that any of them had.
     """
 
     def __init__(self) -> None:
         """Start without a placement."""
         self.placement: Placement | None = None
+        self.models: frozenset[str] = frozenset()
         self._looped_s: float | None = None
         self._changed = threading.Condition()
 
@@ -47,6 +49,7 @@ class PlacementView:
         """Take a placement if it is newer than the current one, and wake waiting threads."""
         with self._changed:
             if self.placement is None or placement.order > self.placement.order:
+                self.models |= placement.models()
                 self.placement = placement
                 self._changed.notify_all()
 

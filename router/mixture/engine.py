@@ -153,7 +153,6 @@ class MixtureEngine:
                     return
                 works = self._queue.take()
                 self.tally.taken(works, time.monotonic())
-            layers.placed.is_placed()  # from here on a placement without the model is a withdrawal
             self._guarded_step(layers, works)
 
     def _guarded_step(self, layers: MoELayers[GatheredRows], works: Sequence[Work]) -> None:

@@ -201,7 +201,7 @@ class Dispatcher:
     def _send(self, layer: PendingLayer, pairs: np.ndarray | None) -> bool:
         """Send ``pairs`` of a layer once; returns false where an expert has no live copy."""
         placement = self._view.placement
-        if placement is None or not self.placed.is_in(placement):
+        if placement is None or not self._layouts.has_model(placement):
             raise self._not_placed()
         layout = self._layout(placement, layer, pairs)
         ordered, parts, missing_pairs = split(layout, layer.expert_ids, layer.k, pairs)

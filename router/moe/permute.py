@@ -231,24 +231,18 @@ class PlacedModel:
 
     def __init__(self, model: str, view: PlacementView) -> None:
         """``model`` is the model's key."""
+        self._model = model
         self._view = view
-        self._was_placed = False
         self.layouts = Layouts(model)
 
     def is_placed(self) -> bool:
         """Return whether a placement is known that has the model."""
         placement = self._view.placement
-        return placement is not None and self.is_in(placement)
-
-    def is_in(self, placement: Placement) -> bool:
-        """Return whether a placement, the newest, has the model."""
-        is_in = self.layouts.has_model(placement)
-        self._was_placed = self._was_placed or is_in
-        return is_in
+        return placement is not None and self.layouts.has_model(placement)
 
     def is_withdrawn(self) -> bool:
         """Return whether the placement had the model and has it no longer: it was replaced."""
-        return not self.is_placed() and self._was_placed
+        return not self.is_placed() and self._model in self._view.models
 
     def missing(self, layer_id: int) -> np.ndarray | None:
         """Return the missing experts of a layer, bool [E]; ``None`` where none is missing."""
