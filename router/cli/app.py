@@ -20,6 +20,7 @@ from router.cli.doctor import doctor
 from router.cli.generate import generate
 from router.cli.load import load, placement, rebalance
 from router.cli.plan import plan
+from router.cli.predict import predict
 from router.cli.scale import copies, drain, scale
 from router.cli.serve import serve
 from router.cli.status import status
@@ -65,7 +66,8 @@ def _options(
     """Take the options before a command."""
 
 
-_SERVING = (serve, generate, chat, status, load, placement, rebalance, scale, drain, copies, bench)
-for _command in (*_SERVING, check, plan, doctor, train, convert):
+_SERVING = (serve, generate, chat, predict, status, load, placement)
+_CHANGING = (rebalance, scale, drain, copies)
+for _command in (*_SERVING, *_CHANGING, bench, check, plan, doctor, train, convert):
     app.command()(_command)
 app.add_typer(config, name="config")

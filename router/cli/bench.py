@@ -14,6 +14,7 @@ from rich.table import Table
 
 from router.cli.common import INTERRUPTED, REFUSED, Address, AsJson, Model, Timeout, write_json
 from router.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client, ModelInfo, Sampling
+from router.client.wire import first_model
 from router.ops.load_test import LoadTest, Results, run_load_test
 
 MAX_CLIENTS, MAX_REQUESTS = 1024, 100_000
@@ -48,7 +49,7 @@ def bench(
     exit code is 1 when a request failed. Ctrl-C ends the test and prints its results so far.
     """
     with Client(address) as client:
-        info = client.model_info(model)[0]
+        info = first_model(client.model_info(model))
     test = LoadTest(
         prompts=prompt or _random_prompts(info, prompt_tokens),
         sampling=Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),

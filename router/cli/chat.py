@@ -27,6 +27,7 @@ from router.cli.common import (
     write_generated,
 )
 from router.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client, Message, Reply, Sampling
+from router.client.wire import first_model
 
 ROOM_TOKENS = 256
 _TOO_LONG_FIELDS = ("messages", "sampling.max_tokens")
@@ -68,7 +69,7 @@ def chat(
     the first failure ends the command.
     """
     with Client(address) as client:
-        info = client.model_info(model)[0]
+        info = first_model(client.model_info(model))
         if max_tokens is None:
             max_tokens = min(ROOM_TOKENS, info.max_model_len // 2)
         sampling = Sampling(

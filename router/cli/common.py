@@ -79,9 +79,14 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def printable(text: str) -> str:
+    """Return a model's text as a terminal may have it: without control characters."""
+    return text.translate(_CONTROLS)
+
+
 def write_generated(text: str) -> None:
     """Write a model's text to stdout at once; a terminal gets no control characters."""
-    write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
+    write(printable(text) if sys.stdout.isatty() else text)
 
 
 def write_json(value: Any, indent: int | None = None) -> None:

@@ -21,6 +21,9 @@ def schema(
     args: Annotated[
         bool, typer.Option("--args", help="Only the schema of an application's args.")
     ] = False,
+    mixture: Annotated[
+        bool, typer.Option("--mixture", help="The schema of a mixture's mixture.yaml instead.")
+    ] = False,
 ) -> None:
     """Print the JSON Schema of a deployment file, for editors and other checkers.
 
@@ -29,7 +32,12 @@ def schema(
     An editor with a YAML language server takes it from a file's first line:
     `# yaml-language-server: $schema=expertmesh.schema.json`
     """
-    write_json(args_schema() if args else file_schema(), indent=2)
+    if args and mixture:
+        fail("--args and --mixture: give one of them", BAD_USAGE)
+    if mixture:
+        write_json(mixture_schema(), indent=2)
+    else:
+        write_json(args_schema() if args else file_schema(), indent=2)
 
 
 @config.command()
@@ -116,6 +124,13 @@ def args_schema() -> dict[str, Any]:
     from router.config import AppConfig
 
     return {"$schema": _DIALECT, **AppConfig.model_json_schema()}
+
+
+def mixture_schema() -> dict[str, Any]:
+    """Return the schema of a ``mixture.yaml``."""
+    from experts.mixture.spec import MixtureSpec
+
+    return {"$schema": _DIALECT, **MixtureSpec.model_json_schema()}
 
 
 def file_schema() -> dict[str, Any]:

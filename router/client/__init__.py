@@ -1,4 +1,4 @@
-"""The Python client: generate, stream, status and model info over gRPC, each with a deadline.
+"""The Python client: generate, stream, predict, status and model info over gRPC, with deadlines.
 
 It needs neither torch nor ray nor transformers. It raises the gateway's errors as the types of
 :mod:`cluster.errors`.
@@ -7,7 +7,16 @@ It needs neither torch nor ray nor transformers. It raises the gateway's errors 
 from router.client.aio import AsyncClient
 from router.client.session import DEFAULT_ADDRESS, DEFAULT_RETRY, DEFAULT_TIMEOUT_S
 from router.client.sync import Client
-from router.client.types import Message, ModelInfo, Reply, Sampling, UnreachableError
+from router.client.types import (
+    Message,
+    MixtureInfo,
+    ModelInfo,
+    Prediction,
+    Reply,
+    Sampling,
+    TensorInfo,
+    UnreachableError,
+)
 from router.messages.request import Usage
 
 __all__ = [
@@ -17,9 +26,12 @@ __all__ = [
     "AsyncClient",
     "Client",
     "Message",
+    "MixtureInfo",
     "ModelInfo",
+    "Prediction",
     "Reply",
     "Sampling",
+    "TensorInfo",
     "UnreachableError",
     "Usage",
 ]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -20,9 +20,20 @@ from router.client.session import (
     Call,
     Session,
 )
-from router.client.types import Message, ModelInfo, Reply, Sampling, UnreachableError
-from router.client.wire import CHANNEL_OPTIONS
+from router.client.types import (
+    Message,
+    MixtureInfo,
+    ModelInfo,
+    Prediction,
+    Reply,
+    Sampling,
+    UnreachableError,
+)
+from router.client.wire import CHANNEL_OPTIONS, first_model
 from router.retry import RetryPolicy
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 
 class AsyncClient(AsyncAdminClient):
@@ -118,6 +129,32 @@ class AsyncClient(AsyncAdminClient):
             call.cancel()
         attempts.check_finished()
 
+    async def predict(
+        self,
+        model: str,
+        inputs: Mapping[str, ArrayLike],
+        outputs: Sequence[str] | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        on_expert_loss: str | None = None,
+    ) -> Prediction:
+        """Return a mixture's outputs; see :meth:`router.client.Client.predict`.
+
+        A cancelled task's request is cancelled at the server.
+        """
+        session = self._session
+        attempts = session.prediction_attempts(model, inputs, outputs, timeout_s, on_expert_loss)
+        while True:
+            try:
+                answer = await self._call(attempts.start(session.predictions().ModelInfer))
+            except ExpertMeshError as error:
+                await self._wait(session.retry_delay_s(attempts, error), error)
+            else:
+                return attempts.whole(answer)
+
+    async def mixture_info(self, model: str) -> MixtureInfo:
+        """Return the description of a served mixture."""
+        return await self._ask(self._session.mixture_info(model))
+
     async def model_info(self, model: str = "") -> list[ModelInfo]:
         """Return the description of one model, or of all served models where none is named."""
         return await self._ask(self._session.model_info(model))
@@ -150,5 +187,5 @@ class AsyncClient(AsyncAdminClient):
 
     async def _first_model(self) -> str:
         if not self._session.first_model:
-            self._session.first_model = (await self.model_info())[0].id
+            self._session.first_model = first_model(await self.model_info()).id
         return self._session.first_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -24,18 +25,18 @@ GRACE_S = 5.0
 """Added to a call's timeout, so that the server's own DEADLINE_EXCEEDED arrives first."""
 
 
-class Attempts:
+class RequestAttempts(ABC):
     """The attempts of one request within its deadline; nothing here waits."""
 
-    def __init__(self, request: Any, timeout_s: float, retries: Retries | None) -> None:
+    def __init__(self, timeout_s: float, retries: Retries | None) -> None:
         """``retries`` is ``None`` for a request with a single attempt."""
-        self._request = request
         self._retries = retries
         self._is_first = True
         self._deadline_s = time.monotonic() + timeout_s
-        # Filled as choices begin, since the client may ask for a number that is not allowed.
-        self._choices: dict[int, Any] = {}
-        self._num_choices = request.sampling.n or 1
+
+    @abstractmethod
+    def request(self) -> Any:
+        """Return the message of the next attempt, with the time that is left."""
 
     def start(self, method: Callable[..., Any]) -> Any:
         """Start the next attempt by a stub's method; returns what the method returns.
@@ -45,6 +46,40 @@ class Attempts:
         if self._is_first:
             return method(self.request(), timeout=self._remaining_s + GRACE_S)
         return method(self.request(), timeout=max(self._remaining_s, 0.0), wait_for_ready=True)
+
+    def failed(self, error: ExpertMeshError) -> float:
+        """Return the seconds until the next attempt; raises ``error`` if there is none."""
+        if self._retries is None or not self._is_temporary(error):
+            raise error
+        delay_s = self._retries.next_delay_s(self._remaining_s, error.retry_after_s)
+        if delay_s is None:
+            raise error
+        self._is_first = False
+        return delay_s
+
+    def succeeded(self) -> None:
+        """Record the success of the request."""
+        if self._retries is not None:
+            self._retries.succeeded()
+
+    @property
+    def _remaining_s(self) -> float:
+        return self._deadline_s - time.monotonic()
+
+    def _is_temporary(self, error: ExpertMeshError) -> bool:
+        return isinstance(error, UnavailableError)
+
+
+class Attempts(RequestAttempts):
+    """The attempts of one request for text, with its tokens so far."""
+
+    def __init__(self, request: Any, timeout_s: float, retries: Retries | None) -> None:
+        """``request`` is a ``GenerateRequest``."""
+        super().__init__(timeout_s, retries)
+        self._request = request
+        # Filled as choices begin, since the client may ask for a number that is not allowed.
+        self._choices: dict[int, Any] = {}
+        self._num_choices = request.sampling.n or 1
 
     def request(self) -> Any:
         """Return the ``GenerateRequest`` of the next attempt, with the tokens so far."""
@@ -93,24 +128,9 @@ class Attempts:
         """
         if isinstance(error, InvalidRequestError) and _IDENTITY.fullmatch(error.field):
             raise ModelReplacedError from error
-        if self._retries is None or not self._is_temporary(error):
-            raise error
-        delay_s = self._retries.next_delay_s(self._remaining_s, error.retry_after_s)
-        if delay_s is None:
-            raise error
-        self._is_first = False
-        return delay_s
-
-    def succeeded(self) -> None:
-        """Record the success of the request."""
-        if self._retries is not None:
-            self._retries.succeeded()
-
-    @property
-    def _remaining_s(self) -> float:
-        return self._deadline_s - time.monotonic()
+        return super().failed(error)
 
     def _is_temporary(self, error: ExpertMeshError) -> bool:
         # A full queue may refuse a new request; a request that it has accepted waits for room.
         is_full = isinstance(error, OverloadedError) and error.retry_after_s is not None
-        return isinstance(error, UnavailableError) or (is_full and bool(self._choices))
+        return super()._is_temporary(error) or (is_full and bool(self._choices))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelError
-from router.client.attempts import Attempts
-from router.client.types import Message, ModelInfo, Sampling, UnreachableError
+from router.client.attempts import Attempts, RequestAttempts
+from router.client.types import Message, MixtureInfo, ModelInfo, Sampling, UnreachableError
 from router.client.wire import models_of, sampling_message, typed_error
 from router.protos import admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from router.retry import Retries, RetryBudget, RetryPolicy
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from router.client.prediction import PredictionAttempts
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 DEFAULT_TIMEOUT_S = 120.0
@@ -48,6 +53,8 @@ class Session:
         self.admin = admin_pb2_grpc.AdminStub(channel)
         self.first_model = ""
         self.was_reached = False
+        self._channel = channel
+        self._predictions: Any = None
         self._address = address
         self._retry = retry
         self._budget = RetryBudget()
@@ -56,6 +63,45 @@ class Session:
         """Return the call for the description of one model, or of all models."""
         request = inference_pb2.GetModelInfoRequest(model=model)
         return Call(self.inference.GetModelInfo, request, INFO_TIMEOUT_S, models_of)
+
+    def predictions(self) -> Any:
+        """Return the stub of the Open Inference Protocol, made when it is first needed.
+
+        Other packages have messages of the same names. protobuf takes these once, so a process
+        that only generates text must be able to have both.
+        """
+        if self._predictions is None:
+            from router.client.prediction import stub_of
+
+            self._predictions = stub_of(self._channel)
+        return self._predictions
+
+    def prediction_attempts(
+        self,
+        model: str,
+        inputs: Mapping[str, ArrayLike],
+        outputs: Sequence[str] | None,
+        timeout_s: float,
+        on_expert_loss: str | None,
+    ) -> PredictionAttempts:
+        """Return the attempts of a new prediction, within the client's retry budget.
+
+        Raises :class:`InvalidRequestError` for a value that a message cannot carry.
+        """
+        from router.client.prediction import PredictionAttempts, request_of
+
+        request = request_of(model, inputs, outputs, on_expert_loss)
+        return PredictionAttempts(request, timeout_s, self._retries())
+
+    def mixture_info(self, model: str) -> Call[MixtureInfo]:
+        """Return the call for the description of a mixture."""
+        from router.client.prediction import info_of, metadata_request
+
+        method = self.predictions().ModelMetadata
+        return Call(method, metadata_request(model), INFO_TIMEOUT_S, info_of)
+
+    def _retries(self) -> Retries | None:
+        return None if self._retry is None else Retries(self._retry, self._budget)
 
     def attempts(
         self,
@@ -89,10 +135,9 @@ class Session:
                 request.sampling.seed = secrets.randbits(63)
         except (TypeError, ValueError) as error:
             raise InvalidRequestError(f"cannot be sent: {error}") from None
-        retries = None if self._retry is None else Retries(self._retry, self._budget)
-        return Attempts(request, timeout_s, retries)
+        return Attempts(request, timeout_s, self._retries())
 
-    def retry_delay_s(self, attempts: Attempts, error: ExpertMeshError) -> float:
+    def retry_delay_s(self, attempts: RequestAttempts, error: ExpertMeshError) -> float:
         """Return the seconds until the next attempt; raises ``error`` if there is none.
 
         An address at which no server has ever answered is not tried again.

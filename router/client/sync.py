@@ -7,8 +7,8 @@ again within their deadline, and a stream goes on after the tokens that it has.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -23,19 +23,22 @@ from router.client.session import (
     Call,
     Session,
 )
-from router.client.types import Message, ModelInfo, Reply, Sampling
-from router.client.wire import CHANNEL_OPTIONS
+from router.client.types import Message, MixtureInfo, ModelInfo, Prediction, Reply, Sampling
+from router.client.wire import CHANNEL_OPTIONS, first_model
 from router.retry import RetryPolicy
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 
 class Client(AdminClient):
     """Talks to one gateway address; a context manager, safe to use from several threads.
 
-    ``generate`` and ``stream`` are retried by ``retry`` when no server answers or it answers
-    UNAVAILABLE. Retries end with the request's ``timeout_s``, and all requests of a client share
-    one :class:`RetryBudget`. The client draws a seed where none is given, so that another attempt
-    gives the same tokens. An address at which no server has ever answered is not tried again. A
-    ``retry`` of ``None`` makes a single attempt.
+    ``generate``, ``stream`` and ``predict`` are retried by ``retry`` when no server answers or it
+    answers UNAVAILABLE. Retries end with the request's ``timeout_s``, and all requests of a client
+    share one :class:`RetryBudget`. The client draws a seed where none is given, so that another
+    attempt gives the same tokens. An address at which no server has ever answered is not tried
+    again. A ``retry`` of ``None`` makes a single attempt.
     """
 
     def __init__(
@@ -127,6 +130,35 @@ class Client(AdminClient):
             call.cancel()
         attempts.check_finished()
 
+    def predict(
+        self,
+        model: str,
+        inputs: Mapping[str, ArrayLike],
+        outputs: Sequence[str] | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        on_expert_loss: str | None = None,
+    ) -> Prediction:
+        """Return a mixture's outputs for the rows of ``inputs``, arrays [P, *shape] by name.
+
+        The dtypes are the inputs' own; :meth:`mixture_info` tells them. ``outputs`` are the names
+        of the wanted outputs; by default all. ``on_expert_loss`` is as in :meth:`generate`. A
+        prediction is retried as ``generate`` is. Raises :class:`ExpertMeshError`, and
+        :class:`UnreachableError` when no server answers.
+        """
+        session = self._session
+        attempts = session.prediction_attempts(model, inputs, outputs, timeout_s, on_expert_loss)
+        while True:
+            try:
+                answer = self._call(lambda: attempts.start(session.predictions().ModelInfer))
+            except ExpertMeshError as error:
+                self._wait(session.retry_delay_s(attempts, error), error)
+            else:
+                return attempts.whole(answer)
+
+    def mixture_info(self, model: str) -> MixtureInfo:
+        """Return the description of a served mixture."""
+        return self._ask(self._session.mixture_info(model))
+
     def model_info(self, model: str = "") -> list[ModelInfo]:
         """Return the description of one model, or of all served models where none is named."""
         return self._ask(self._session.model_info(model))
@@ -150,5 +182,5 @@ class Client(AdminClient):
     def _first_model(self) -> str:
         # Remembered, since asking before each request would double the round trips.
         if not self._session.first_model:
-            self._session.first_model = self.model_info()[0].id
+            self._session.first_model = first_model(self.model_info()).id
         return self._session.first_model

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cluster.errors import UnavailableError
 from router.messages.request import TokenLogprobs, Usage
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class UnreachableError(UnavailableError):
@@ -52,6 +56,40 @@ class ModelInfo:
     vocab_size: int
     max_model_len: int
     dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The outputs of a mixture for the rows of a request, by name.
+
+    An array is [P, *shape], P being the rows; texts are numpy's unicode. ``exact`` is false when an
+    expert was replaced or left out for one of the rows. ``identity`` is the mixture's.
+    """
+
+    outputs: Mapping[str, np.ndarray]
+    exact: bool
+    identity: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """The description of a mixture's input or output; -1 in ``shape`` is any length.
+
+    ``datatype`` is that of the Open Inference Protocol, such as ``FP32``.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureInfo:
+    """The description of a served mixture; its experts take the rows of the first input."""
+
+    id: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
 
 
 @dataclass(frozen=True, slots=True)

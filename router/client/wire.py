@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc
 
-from cluster.errors import ExpertMeshError
+from cluster.errors import ExpertMeshError, UnknownModelError
 from router.client.types import ModelInfo, Reply, Sampling, UnreachableError
 from router.messages.request import TokenLogprobs, Usage
 from router.protos import inference_pb2
@@ -73,6 +73,13 @@ def reply_of(message: Any) -> Reply:
 def choices_of(answer: Any) -> list[Reply]:
     """Return all choices of a ``GenerateReply``, by index."""
     return [reply_of(answer), *(reply_of(choice) for choice in answer.other_choices)]
+
+
+def first_model(models: list[ModelInfo]) -> ModelInfo:
+    """Return the first model; raises :class:`UnknownModelError` where there is none."""
+    if not models:
+        raise UnknownModelError("the server has no language model", "model")
+    return models[0]
 
 
 def models_of(answer: Any) -> list[ModelInfo]:

@@ -8,7 +8,7 @@ from collections.abc import Coroutine, Iterator
 from types import TracebackType
 from typing import Any
 
-from router.client import DEFAULT_RETRY, AsyncClient, ModelInfo, Reply
+from router.client import DEFAULT_RETRY, AsyncClient, MixtureInfo, ModelInfo, Prediction, Reply
 
 _TIMEOUT_S = 90
 
@@ -52,6 +52,14 @@ class BlockingAsyncClient:
 
         while (reply := self._run(next_reply())) is not None:
             yield reply
+
+    def predict(self, *args: Any, **options: Any) -> Prediction:
+        prediction: Prediction = self._run(self._client.predict(*args, **options))
+        return prediction
+
+    def mixture_info(self, model: str) -> MixtureInfo:
+        info: MixtureInfo = self._run(self._client.mixture_info(model))
+        return info
 
     def model_info(self) -> list[ModelInfo]:
         models: list[ModelInfo] = self._run(self._client.model_info())

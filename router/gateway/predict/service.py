@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import TypeVar
 
 from cluster.errors import Code, DeadlineExceededError, InternalError
-from experts.mixture.spec import MixtureSpec, output_shape
+from experts.mixture.spec import output_shape
 from router.config import GatewayConfig
 from router.control.readiness import Readiness
 from router.gateway.errors import public_error
@@ -136,15 +136,19 @@ def _check_reply(checked: CheckedPrediction, reply: PredictionReply) -> None:
 
 
 def metadata_of(mixture: ServedMixture) -> dict[str, object]:
-    """Return the protocol's description of a model: plain data, -1 for any length."""
-    spec: MixtureSpec = mixture.spec
+    """Return the protocol's description of a model: plain data, -1 for any length.
+
+    The input that experts take comes first.
+    """
+    spec = mixture.spec
+    inputs = sorted(spec.inputs, key=lambda given: given.name != spec.rows_input.name)
     return {
         "name": mixture.id,
         "versions": [VERSION],
         "platform": MIXTURE_PLATFORM,
         "inputs": [
             {"name": given.name, "datatype": given.datatype, "shape": [-1, *given.shape]}
-            for given in spec.inputs
+            for given in inputs
         ],
         "outputs": [
             {

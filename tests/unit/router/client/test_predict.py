@@ -1,0 +1,252 @@
+"""Predictions by both clients, against a real gRPC server over mixtures without experts."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.errors import (
+    DeadlineExceededError,
+    ExpertMeshError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+    UnknownModelError,
+)
+from router.client import (
+    AsyncClient,
+    Client,
+    MixtureInfo,
+    ModelInfo,
+    TensorInfo,
+    UnreachableError,
+)
+from router.client.prediction import prediction_of
+from router.client.wire import first_model
+from router.protos import open_inference_pb2 as messages
+from tests.unit.blocking_client import BlockingAsyncClient
+from tests.unit.gateway_fakes import FakeUpstream, grpc_server, says
+from tests.unit.prediction_fakes import IDENTITY, LABELS, FakePredictions
+
+PIXELS = np.array([[0, 1, 2, 3], [1, 0.5, -1, 4]], np.float32)
+Make = Callable[..., Any]
+
+
+@pytest.fixture(params=[Client, BlockingAsyncClient])
+def make(request: pytest.FixtureRequest) -> Make:
+    return request.param
+
+
+@pytest.fixture
+def upstream() -> FakePredictions:
+    return FakePredictions()
+
+
+@pytest.fixture
+def address(upstream: FakePredictions) -> Iterator[str]:
+    with grpc_server(FakeUpstream(says("x")), predictions=upstream) as opened:
+        yield opened
+
+
+def test_arrays_in_and_out(make: Make, address: str, upstream: FakePredictions) -> None:
+    with make(address) as client:
+        reply = client.predict("digits", {"pixels": PIXELS})
+        assert list(reply.outputs) == ["label", "probabilities", "experts"]
+        assert reply.outputs["label"].tolist() == [[LABELS[0]], [LABELS[1]]]
+        assert reply.outputs["probabilities"].dtype == np.float32
+        np.testing.assert_array_equal(reply.outputs["probabilities"], [[0, 6, 3], [1, 3.5, 4]])
+        assert (reply.exact, reply.identity) == (True, IDENTITY)
+        upstream.exact = False
+        some = client.predict("digits", {"pixels": PIXELS}, ["experts"], 5.0, "drop")
+        assert list(some.outputs) == ["experts"]
+        assert some.exact is False
+    first, second = upstream.requests
+    np.testing.assert_array_equal(first.inputs["pixels"], PIXELS)
+    assert 100 < first.remaining_s() < 120
+    assert second.outputs == ("experts",)
+    assert 3 < second.remaining_s() < 5
+    assert second.on_expert_loss == "drop"
+
+
+def test_lists_views_and_several_inputs(
+    make: Make, address: str, upstream: FakePredictions
+) -> None:
+    inputs = {
+        "features": np.arange(24.0).reshape(2, 3, 4)[:, :, ::2].transpose(0, 2, 1),
+        "site": np.array([[0], [1]], np.int32),
+        "flags": [[True, False], [False, True]],
+        "bytes": np.array([[3], [255]], np.uint8),
+        "counts": [[1], [-(2**40)]],
+    }
+    with make(address) as client:
+        client.predict("team/flow", inputs)
+    for name, values in inputs.items():
+        np.testing.assert_array_equal(upstream.requests[0].inputs[name], values)
+
+
+def test_a_mixture_is_described(make: Make, address: str) -> None:
+    with make(address) as client:
+        assert client.mixture_info("waves") == MixtureInfo(
+            "waves",
+            (TensorInfo("steps", "FP32", (-1, -1, 2)),),
+            (TensorInfo("value", "FP32", (-1, -1, 1)),),
+        )
+        with pytest.raises(UnknownModelError, match="served: digits"):
+            client.mixture_info("nobody")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "field", "message"),
+    [
+        ({"pixels": PIXELS.astype(np.float16)}, "inputs.pixels", "is an array of float16; allowed"),
+        ({"pixels": PIXELS.astype(np.float64)}, "inputs.pixels.datatype", "given 'FP64', must be"),
+        ({"pixels": [["a"] * 4]}, "inputs.pixels", "is an array of texts"),
+        ({"pixels": [[1, 2], [3]]}, "inputs.pixels", "inhomogeneous"),
+        ({"pixels": PIXELS[0]}, "inputs.pixels.shape", "given [4], must be [-1, 4]"),
+        ({"x": PIXELS}, "inputs", "'x' is not one of the inputs pixels"),
+        ({}, "inputs.pixels", "is missing"),
+    ],
+)
+def test_wrong_inputs_are_typed_errors(
+    make: Make, address: str, inputs: dict[str, Any], field: str, message: str
+) -> None:
+    with make(address) as client, pytest.raises(InvalidRequestError) as caught:
+        client.predict("digits", inputs)
+    assert caught.value.field == field
+    assert message in caught.value.message
+
+
+@pytest.mark.parametrize("bad", ["\ud800", 3])
+def test_a_name_that_cannot_be_sent_is_a_typed_error(make: Make, address: str, bad: Any) -> None:
+    for asked in ((bad, {"pixels": PIXELS}), ("digits", {bad: PIXELS})):
+        with make(address) as client, pytest.raises(InvalidRequestError):
+            client.predict(*asked)
+
+
+class Flaky(FakePredictions):
+    """Fails some times before it answers."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__()
+        self.failures = failures
+
+    async def predict(self, request: Any) -> Any:
+        self.error = UnavailableError("lost", "", 0.0) if self.failures > 0 else None
+        self.failures -= 1
+        return await super().predict(request)
+
+
+def test_an_unavailable_server_is_asked_again_with_the_time_that_is_left(make: Make) -> None:
+    upstream = Flaky(3)
+    with (
+        grpc_server(FakeUpstream(says("x")), predictions=upstream) as address,
+        make(address) as client,
+    ):
+        client.predict("digits", {"pixels": PIXELS})
+        assert len(upstream.requests) == 4
+        deadlines = [request.deadline_s for request in upstream.requests]
+        assert max(deadlines) - min(deadlines) < 0.5
+        upstream.failures = 1
+    with (
+        grpc_server(FakeUpstream(says("x")), predictions=upstream) as address,
+        make(address, retry=None) as client,
+        pytest.raises(UnavailableError, match="lost"),
+    ):
+        client.predict("digits", {"pixels": PIXELS})
+
+
+@pytest.mark.parametrize("error", [OverloadedError("full", "queue", 0.1), InternalError("failed")])
+def test_other_errors_are_not_tried_again(
+    make: Make, address: str, upstream: FakePredictions, error: ExpertMeshError
+) -> None:
+    upstream.error = error
+    with make(address) as client, pytest.raises(type(error)):
+        client.predict("digits", {"pixels": PIXELS})
+    assert len(upstream.requests) == 1
+
+
+def test_a_prediction_survives_the_loss_of_its_server(make: Make) -> None:
+    lost, found = FakePredictions(), FakePredictions()
+    lost.endless = True
+    with grpc_server(FakeUpstream(says("x")), predictions=lost) as address:
+        client = make(address)
+        client.mixture_info("digits")
+        replies: list[Any] = []
+        asking = threading.Thread(
+            target=lambda: replies.append(client.predict("digits", {"pixels": PIXELS}))
+        )
+        asking.start()
+        while not lost.requests:
+            time.sleep(0.001)
+    port = int(address.rpartition(":")[2])
+    with grpc_server(FakeUpstream(says("x")), port, predictions=found):
+        asking.join(30)
+        assert replies[0].identity == IDENTITY
+        client.close()
+    assert len(found.requests) == 1
+
+
+def test_nobody_at_the_address(make: Make) -> None:
+    with make("127.0.0.1:1") as client, pytest.raises(UnreachableError):
+        client.predict("digits", {"pixels": PIXELS})
+
+
+def test_a_deadline(make: Make, address: str, upstream: FakePredictions) -> None:
+    upstream.endless = True
+    with make(address) as client, pytest.raises(DeadlineExceededError):
+        client.predict("digits", {"pixels": PIXELS}, timeout_s=0.05)
+    assert upstream.cancelled.wait(20)
+
+
+def test_a_cancelled_task_cancels_its_prediction(address: str, upstream: FakePredictions) -> None:
+    upstream.endless = True
+
+    async def run() -> None:
+        async with AsyncClient(address) as client:
+            task = asyncio.create_task(client.predict("digits", {"pixels": PIXELS}))
+            while not upstream.requests:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await asyncio.to_thread(upstream.cancelled.wait, 20)
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_malformed_reply_is_an_error() -> None:
+    reply = messages.ModelInferResponse(model_name="digits")
+    reply.outputs.add(name="y", datatype="FP32", shape=[2])
+    for raw in ([], [b"\0" * 7]):
+        del reply.raw_output_contents[:]
+        reply.raw_output_contents.extend(raw)
+        with pytest.raises(InternalError, match="malformed"):
+            prediction_of(reply)
+    reply.outputs[0].datatype = "FP17"
+    with pytest.raises(InternalError, match="malformed"):
+        prediction_of(reply)
+
+
+def test_a_server_of_mixtures_alone_has_no_first_model() -> None:
+    info = ModelInfo("a", "mixtral", 1, 2, 1, 5, 9, "float32")
+    assert first_model([info]) == info
+    with pytest.raises(UnknownModelError, match="no language model"):
+        first_model([])
+
+
+def test_a_process_that_only_generates_text_leaves_the_protocols_names_free() -> None:
+    code = (
+        "import sys\nfrom router.client import Client\nclient = Client()\n"
+        "assert not any('open_inference' in name for name in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
