@@ -74,7 +74,7 @@ def _tried(mixture: Mixture, expert_id: int) -> int:
     where = f"{mixture.folder / spec.experts[expert.name].file}: experts.{expert.name}"
     first_error = None
     for values in _TRIED_VALUES:
-        error = _error_of(expert, mixture, values)
+        error = _error_of(expert, mixture, values, where)
         if error is None:
             return expert.num_bytes
         first_error = first_error or error
@@ -82,8 +82,14 @@ def _tried(mixture: Mixture, expert_id: int) -> int:
     raise CheckpointError(first_error, where)
 
 
-def _error_of(expert: MixtureExpert, mixture: Mixture, values: tuple[float, ...]) -> str | None:
-    """Return the first failure of an expert for rows of these values; ``None`` without one."""
+def _error_of(
+    expert: MixtureExpert, mixture: Mixture, values: tuple[float, ...], where: str
+) -> str | None:
+    """Return the first failure of an expert for rows of these values; ``None`` without one.
+
+    Raises :class:`CheckpointError` for a row's result that depends on other rows, which no other
+    values excuse.
+    """
     for row_shape in _tried_shapes(expert.row_shape):
         rows = torch.empty(len(values), *row_shape, dtype=expert.dtype)
         for row, value in zip(rows, values, strict=True):
@@ -100,7 +106,9 @@ def _error_of(expert: MixtureExpert, mixture: Mixture, values: tuple[float, ...]
                 return f"{given}, it returns {wrong}"
             alone = outputs[0] if alone is None else alone
             if not _is_close(outputs[0], alone):
-                return f"{given}, its result for the first row is not that of the row alone"
+                raise CheckpointError(
+                    f"{given}, its result for the first row is not that of the row alone", where
+                )
     return None
 
 

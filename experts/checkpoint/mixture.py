@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from cluster.errors import CheckpointError, shown
+from cluster.errors import CheckpointError, shown, shown_name
 from experts.checkpoint.shard_file import Stamp, stamp_of_file
 from experts.checkpoint.shards import TensorInfo
 from experts.checkpoint.stored import RemoteFiles, Stored, read_range
@@ -82,7 +82,9 @@ def mixture_of(
         if not num_bytes:
             raise CheckpointError("the file is empty", str(folder / name))
         tensors[name] = TensorInfo(name, (num_bytes,), "U8", 0, num_bytes)
-    return Mixture(folder, spec.model_dump(mode="json"), tensors, spec, remote=remote)
+    # Experts are numbered by their order, which is not in the hash of a mapping.
+    config = {**spec.model_dump(mode="json"), "expert_names": list(spec.expert_names)}
+    return Mixture(folder, config, tensors, spec, remote=remote)
 
 
 def files_of(spec: MixtureSpec) -> tuple[str, ...]:
@@ -97,11 +99,11 @@ def parse_spec(text: bytes, file: Path) -> MixtureSpec:
     """Return the checked content of a ``mixture.yaml``.
 
     Raises :class:`CheckpointError`, whose field has the file and the key, for text that is no
-    YAML, a key that is there twice, and a wrong value.
+    YAML, a key that is there twice, an alias, and a wrong value.
     """
     try:
-        content = yaml.load(text, _UniqueKeysLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        content = yaml.load(text, _Loader)
+    except Exception as error:  # PyYAML raises many types for a value that is not of its tag
         mark = getattr(error, "problem_mark", None)
         place = "" if mark is None else f" in line {mark.line + 1}"
         reason = getattr(error, "problem", None) or type(error).__name__
@@ -112,13 +114,42 @@ def parse_spec(text: bytes, file: Path) -> MixtureSpec:
         return MixtureSpec.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = _key_of(first["loc"], content, is_missing=first["type"] == "missing")
         message = first["msg"].removeprefix("Value error, ")
         raise CheckpointError(message, f"{file}: {key}" if key else str(file)) from None
 
 
-class _UniqueKeysLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which otherwise keeps the last of several equal keys."""
+def _key_of(location: tuple[int | str, ...], content: Any, is_missing: bool) -> str:
+    """Return the path of a key in ``mixture.yaml``, whose last part may be missing there.
+
+    pydantic's location also has the names of the types that it tried, which no file has.
+    """
+    keys = []
+    for place, part in enumerate(location):
+        is_there = (isinstance(content, dict) and part in content) or (
+            isinstance(content, list) and isinstance(part, int) and part < len(content)
+        )
+        if is_there:
+            content = content[part]
+        if is_there or (is_missing and place == len(location) - 1):
+            keys.append(shown_name(str(part)))
+    return ".".join(keys)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader without aliases and without equal keys.
+
+    By aliases a few bytes could become very many values. Of equal keys PyYAML keeps the last.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            mark: Any = event.start_mark
+            raise yaml.composer.ComposerError(
+                None, None, f"the alias *{event.anchor:.40} is not allowed", mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

@@ -11,7 +11,15 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    field_validator,
+    model_validator,
+)
 
 MIXTURE_FILE = "mixture.yaml"
 
@@ -21,6 +29,8 @@ OutputDatatype = Literal["INT64", "FP32", "FP64", "BYTES"]
 RowsDtype = Literal["float32", "float64"]
 Activation = Literal["relu", "tanh", "gelu", "silu", "sigmoid"]
 
+MAX_ROW_VALUES = 1 << 24
+"""The most values of a row, of an input or of an expert's output."""
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
 EXACT_IN: Mapping[RowsDtype, tuple[InputDatatype, ...]] = {
     "float32": ("BOOL", "UINT8", "FP32"),
@@ -41,9 +51,19 @@ def checked_name(name: str) -> str:
     return name
 
 
+def _checked_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    least = [-1 if len(shape) > 1 and place == 0 else 1 for place in range(len(shape))]
+    if any(n < low or n == 0 for n, low in zip(shape, least, strict=True)):
+        raise ValueError("each axis must be at least 1; the first of several may be -1")
+    if abs(math.prod(shape)) > MAX_ROW_VALUES:
+        raise ValueError(f"a row must have at most {MAX_ROW_VALUES} values")
+    return shape
+
+
 def _checked_file(file: str) -> str:
     path = PurePosixPath(file)
-    if path.is_absolute() or ".." in path.parts or str(path) != file or file == MIXTURE_FILE:
+    is_plain = path.parts and not path.is_absolute() and ".." not in path.parts
+    if not is_plain or str(path) != file or file == MIXTURE_FILE:
         raise ValueError(
             f"must be the plain path of another file inside the folder (given: {file!r:.80})"
         )
@@ -55,7 +75,7 @@ class Input(Part):
 
     name: str = Field(description="The tensor's name in requests.")
     datatype: InputDatatype = Field(description="The datatype of the Open Inference Protocol.")
-    shape: tuple[int, ...] = Field(
+    shape: tuple[StrictInt, ...] = Field(
         min_length=1,
         max_length=4,
         description="The shape of a row. The first of several axes may be -1: its length may then "
@@ -63,14 +83,7 @@ class Input(Part):
     )
 
     _check_name = field_validator("name")(checked_name)
-
-    @field_validator("shape")
-    @classmethod
-    def _check_shape(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
-        least = [-1 if len(shape) > 1 and place == 0 else 1 for place in range(len(shape))]
-        if any(n < low or n == 0 for n, low in zip(shape, least, strict=True)):
-            raise ValueError("each axis must be at least 1; the first of several may be -1")
-        return shape
+    _check_shape = field_validator("shape")(_checked_shape)
 
     @property
     def size(self) -> int:
@@ -97,9 +110,6 @@ class Output(Part):
     datatype: OutputDatatype = Field(description="The datatype of the Open Inference Protocol.")
     source: OutputSource = Field(alias="from", description="The part of the combination.")
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True
-    )
     _check_name = field_validator("name")(checked_name)
 
 
@@ -121,7 +131,7 @@ class ScoringGate(GatePart):
     pool: Literal["flatten", "mean", "last"] = Field(
         default="flatten", description="How a row of several axes becomes one vector."
     )
-    top_k: int | None = Field(default=None, ge=1, description="By default all choices.")
+    top_k: StrictInt | None = Field(default=None, ge=1, description="By default all choices.")
     renormalize: bool = Field(
         default=True, description="Whether the weights of the chosen add up to 1."
     )
@@ -158,7 +168,7 @@ class GivenGate(GatePart):
 
     kind: Literal["given"]
     input: str = Field(description="The integer input.")
-    column: int = Field(default=0, ge=0, description="The place in the flattened row.")
+    column: StrictInt = Field(default=0, ge=0, description="The place in the flattened row.")
 
     @property
     def num_chosen(self) -> int:
@@ -220,7 +230,8 @@ class SklearnExpert(ExpertPart):
     """A fitted scikit-learn estimator or pipeline in a skops file. Rows are flattened.
 
     Under ``probabilities`` and ``vote`` the estimator's classes must be among the mixture's; the
-    others have probability 0.
+    others have probability 0. Under ``vote`` a decision function counts as the class of its largest
+    score; the only score of two classes is that of the second.
     """
 
     kind: Literal["sklearn"]
@@ -228,7 +239,11 @@ class SklearnExpert(ExpertPart):
 
 
 class OnnxExpert(ExpertPart):
-    """An ONNX model, computed by onnxruntime on the CPU; needs the extra ``[onnx]``."""
+    """An ONNX model, computed by onnxruntime on the CPU; needs the extra ``[onnx]``.
+
+    Its input has one axis for any number of rows, and the row's own axes or all of them flattened.
+    Its output's columns are in the order of the mixture's classes; under ``vote`` it may be labels.
+    """
 
     kind: Literal["onnx"]
     input: str | None = Field(default=None, description="The model's input, if it has several.")
@@ -258,26 +273,22 @@ class MeanCombine(CombinePart):
 
     sources: ClassVar[tuple[OutputSource, ...]] = ("value",)
     kind: Literal["mean"]
-    shape: tuple[int, ...] = Field(
+    shape: tuple[StrictInt, ...] = Field(
         min_length=1,
         max_length=2,
         description="The shape of an expert's output for one row; the first of two axes may be "
         "-1, the length of the row's sequence.",
     )
 
-    @field_validator("shape")
-    @classmethod
-    def _check_shape(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
-        least = [-1 if len(shape) > 1 and place == 0 else 1 for place in range(len(shape))]
-        if any(n < low or n == 0 for n, low in zip(shape, least, strict=True)):
-            raise ValueError("each axis must be at least 1; the first of two may be -1")
-        return shape
+    _check_shape = field_validator("shape")(_checked_shape)
 
 
 class ClassesCombine(CombinePart):
     """The classes of a classification, in the order of probabilities and votes."""
 
-    classes: tuple[int, ...] | tuple[str, ...] = Field(min_length=2, description="The labels.")
+    classes: tuple[StrictInt, ...] | tuple[StrictStr, ...] = Field(
+        min_length=2, max_length=MAX_ROW_VALUES, description="The labels."
+    )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -319,7 +330,7 @@ class DensityCombine(CombinePart):
 
     sources: ClassVar[tuple[OutputSource, ...]] = ("mean", "variance", "log_density")
     kind: Literal["density"]
-    dimensions: int = Field(ge=1, le=65_536, description="D, the axes of the density.")
+    dimensions: StrictInt = Field(ge=1, le=65_536, description="D, the axes of the density.")
     deviation: float | None = Field(
         default=None, gt=0, allow_inf_nan=False, description="The standard deviation of all axes."
     )

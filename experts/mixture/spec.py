@@ -1,7 +1,7 @@
 """The format of a mixture: ``mixture.yaml``, beside the files of its gates and experts.
 
 Everything that can be checked without reading the other files is checked here; the rest, with every
-expert loaded, by :mod:`experts.mixture.check`.
+expert loaded, by :mod:`experts.backends.check`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from experts.mixture.parts import (
 
 MAX_EXPERTS = 65_535
 """The most experts of a mixture: a frame numbers them in 16 bits."""
+MAX_LEVELS = 64
+"""The most levels of gates; a binary tree over the most experts has 16."""
 _REALS: tuple[OutputDatatype, ...] = ("FP32", "FP64")
 _INTEGERS = ("UINT8", "INT32", "INT64")
 
@@ -143,12 +145,12 @@ def _check_tree(root: str, gates: Mapping[str, Gate], experts: Mapping[str, Expe
                     f"gates.{name}.choices: {choice!r} {other}; gates form a tree, without cycles"
                 )
             parents[choice] = name
-    reached, front = {root}, [root]
-    while front:
-        below = gates.get(front.pop())
-        if below is not None:
-            reached.update(below.choices)
-            front.extend(below.choices)
+    reached, level = {root}, [root]
+    for _ in range(MAX_LEVELS):
+        level = [choice for name in level if name in gates for choice in gates[name].choices]
+        reached.update(level)
+    if any(name in gates for name in level):
+        raise ValueError(f"gates: more than {MAX_LEVELS} levels")
     lost = [name for name in (*gates, *experts) if name not in reached]
     if lost:
         raise ValueError(
@@ -192,6 +194,11 @@ def _check_expert(where: str, expert: Expert, rows: Input, combine: Combine) -> 
             raise ValueError(
                 f"{where}.returns: {expert.returns} does not fit the combination's shape "
                 f"{list(combine.shape)}"
+            )
+        if expert.returns == "sequence" and combine.shape[0] != rows.shape[0]:
+            raise ValueError(
+                f"combine.shape: a sequence is as long as its row, {rows.shape[0]} "
+                f"(given: {combine.shape[0]})"
             )
         return
     if -1 in rows.shape or len(combine.shape) == 2:

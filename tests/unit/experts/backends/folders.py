@@ -66,6 +66,16 @@ def gate_bytes(content: Mapping[str, Any]) -> bytes:
     return save({"weight": np.ones((len(choices), width), content["dtype"])})
 
 
+def linear_files(names: Sequence[str]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return a mixture of linear experts from 3 values to 2, each with a file of its own."""
+    parts = {name: {"kind": "linear", "file": f"{name}.safetensors"} for name in names}
+    files = {
+        part["file"]: save({"weight": np.random.default_rng(i).normal(size=(2, 3))})
+        for i, part in enumerate(parts.values())
+    }
+    return content_of(parts, [3], {"kind": "mean", "shape": [2]}), files
+
+
 def lone_expert(
     folder: Path,
     part: Mapping[str, Any],
@@ -88,10 +98,10 @@ def sklearn_expert(
     return lone_expert(folder, part, files, [estimator.n_features_in_], combine, dtype)
 
 
-def predicted(expert: MixtureExpert, rows: np.ndarray) -> np.ndarray:
+def predicted(expert: MixtureExpert, rows: Any) -> np.ndarray:
     """Return an expert's outputs for rows in the mixture's dtype, called as the bank does."""
     with torch.inference_mode():
-        outputs = expert(torch.from_numpy(rows).to(expert.dtype))
+        outputs = expert(torch.as_tensor(rows).to(expert.dtype))
     assert outputs.is_contiguous()
     assert outputs.dtype == expert.dtype
     return outputs.numpy()

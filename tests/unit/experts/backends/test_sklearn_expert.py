@@ -177,7 +177,8 @@ def test_a_pipeline_does_not_write_into_the_rows(tmp_path: Path) -> None:
 def test_no_estimator_starts_processes_of_its_own(tmp_path: Path) -> None:
     bagging = fitted(BaggingClassifier(RandomForestClassifier(3, n_jobs=4), 2, n_jobs=4), CLASSES)
     expert = sklearn_expert(tmp_path, bagging, "predict", VOTE)
-    loaded = expert._model._method.__self__
+    model: Any = expert._model
+    loaded = model._method.__self__
     members = [loaded, loaded.estimator, *loaded.estimators_]
     assert [member.n_jobs for member in members] == [None] * 4
 
