@@ -1,0 +1,362 @@
+"""Mixtures on a real deployment, beside language models: crowds, kills, moves, failures of rows.
+
+Every answer is compared, bit for bit, with that of one process.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import tritonclient.http as triton
+from ray import serve
+
+from cluster.errors import ExpertFailedError, ExpertMeshError, InternalError, InvalidRequestError
+from cluster.reports import ActorStatus
+from experts.checkpoint.mixture import open_mixture
+from router.app import build
+from router.client import Client
+from router.mixture.local import LocalMixture
+from tests.cluster_fixture import APP, RANDOM, ServedCluster, greedy, prompt_of, wait_until
+from tests.fault.faults import kill
+from tests.mixtures import (
+    NUM_FEATURES,
+    save_given,
+    save_sequences,
+    save_tree,
+    save_unlike,
+)
+
+CLIENTS, MOST_ROWS = 8, 40
+REPLACED_S = 60.0
+UNLIKE, GIVEN, TREE, SEQUENCES = "unlike", "given", "tree", "sequences"
+NUM_EXPERTS = {UNLIKE: 8, GIVEN: 4, TREE: 5, SEQUENCES: 3}
+Inputs = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """A cluster that serves mixtures too, and each mixture in this process."""
+
+    served: ServedCluster
+    folders: Mapping[str, Path]
+    local: Mapping[str, LocalMixture]
+
+    def check(self, model: str, inputs: Inputs, client: Client | None = None) -> None:
+        """Predict, and compare with one process."""
+        got = (client or self.served.client).predict(model, inputs, timeout_s=60)
+        assert got.exact
+        expected = self.local[model].predict(inputs)
+        assert got.outputs.keys() == expected.keys()
+        for name, array in expected.items():
+            assert got.outputs[name].dtype.kind == array.dtype.kind
+            np.testing.assert_array_equal(got.outputs[name], array)
+
+
+@pytest.fixture(scope="module")
+def mixtures(
+    served_session: ServedCluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mixtures]:
+    """Deploy mixtures beside the language models; afterwards these alone."""
+    folder = tmp_path_factory.mktemp("mixtures")
+    folders = {
+        UNLIKE: save_unlike(folder / UNLIKE),
+        GIVEN: save_given(folder / GIVEN, 3, fragile=True),
+        TREE: save_tree(folder / TREE),
+        SEQUENCES: save_sequences(folder / SEQUENCES),
+    }
+    models = [{"id": name, "path": str(path)} for name, path in folders.items()]
+    args = {**served_session.args, "models": [*served_session.args["models"], *models]}
+    served = replace(served_session, args=args)
+    serve.run(build(args), name=APP, route_prefix="/")
+    served.wait_whole()
+    local = {name: LocalMixture(open_mixture(path)) for name, path in folders.items()}
+    yield Mixtures(served, folders, local)
+    serve.run(build(served_session.args), name=APP, route_prefix="/")
+    served_session.wait_whole()
+
+
+def rows_of(model: str, num_rows: int, seed: int) -> Inputs:
+    source = np.random.default_rng(seed)
+    if model == SEQUENCES:
+        steps = 1 + seed % 7
+        return {"x": source.normal(size=(num_rows, steps, 3)).astype(np.float32)}
+    inputs = {"x": source.normal(size=(num_rows, NUM_FEATURES))}
+    if model == GIVEN:
+        inputs["expert"] = source.integers(0, 3, size=(num_rows, 1))
+    if model == TREE:
+        inputs["y"] = source.normal(size=(num_rows, 1))
+    return inputs
+
+
+class Load:
+    """Clients that predict with all mixtures in turn, and compare every answer."""
+
+    def __init__(self, mixtures: Mixtures, mixture: str | None = None) -> None:
+        self._mixtures = mixtures
+        self._names = [mixture] if mixture else [*NUM_EXPERTS]
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self.answers = 0
+
+    def ask(self, worker: int) -> None:
+        seed = worker
+        while not self._ended.is_set():
+            model = self._names[seed % len(self._names)]
+            self._mixtures.check(model, rows_of(model, 1 + seed % MOST_ROWS, seed))
+            seed += CLIENTS
+            with self._lock:
+                self.answers += 1
+
+    def more(self, count: int, timeout_s: float = REPLACED_S) -> None:
+        """Wait for so many further answers."""
+        wanted = self.answers + count
+        wait_until(lambda: self.answers >= wanted or self._ended.is_set(), "answers", timeout_s)
+
+    def end(self) -> None:
+        self._ended.set()
+
+
+@contextmanager
+def loaded(mixtures: Mixtures, mixture: str | None = None) -> Iterator[Load]:
+    load = Load(mixtures, mixture)
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        workers = [pool.submit(load.ask, worker) for worker in range(CLIENTS)]
+        try:
+            yield load
+        finally:
+            load.end()
+    for worker in workers:
+        worker.result()
+
+
+@pytest.mark.parametrize("model", NUM_EXPERTS)
+def test_served_predictions_are_those_of_one_process(mixtures: Mixtures, model: str) -> None:
+    for num_rows in (1, 2, 33, 700):
+        mixtures.check(model, rows_of(model, num_rows, num_rows))
+
+
+def test_each_expert_computes_exactly_the_rows_that_the_gate_gives_it(mixtures: Mixtures) -> None:
+    served = mixtures.served
+
+    def computed(model: str) -> float:
+        samples = served.metric("expertmesh_expert_tokens_total")
+        return sum(n for labels, n in samples.items() if f'model_name="{model}"' in labels)
+
+    for model, k in ((UNLIKE, 2), (GIVEN, 1), (TREE, 3), (SEQUENCES, 2)):
+        served.settled_tokens()
+        before = computed(model)
+        mixtures.check(model, rows_of(model, 50, 1))
+        wait_until(lambda m=model, b=before: computed(m) > b, "heartbeats bring the rows")  # type: ignore[misc]
+        served.settled_tokens()
+        assert computed(model) - before == 50 * k
+
+
+def test_tritons_client_works_unchanged(mixtures: Mixtures) -> None:
+    url = mixtures.served.http_url.removeprefix("http://")
+    client = triton.InferenceServerClient(url)
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready(UNLIKE)
+    assert client.get_model_metadata(SEQUENCES)["inputs"][0]["shape"] == [-1, -1, 3]
+    for model, binary in ((UNLIKE, True), (UNLIKE, False), (SEQUENCES, True)):
+        inputs = rows_of(model, 5, 3)
+        asked = []
+        for given in mixtures.local[model].spec.inputs:
+            tensor = triton.InferInput(given.name, inputs[given.name].shape, given.datatype)
+            tensor.set_data_from_numpy(inputs[given.name], binary_data=binary)
+            asked.append(tensor)
+        reply = client.infer(model, asked)
+        for name, array in mixtures.local[model].predict(inputs).items():
+            got = reply.as_numpy(name)
+            if got.dtype == object:
+                got = np.array([[text.decode() for text in row] for row in got])
+            np.testing.assert_array_equal(got, array)
+    client.close()
+
+
+def test_mixtures_and_language_models_refuse_each_others_requests_by_name(
+    mixtures: Mixtures,
+) -> None:
+    served = mixtures.served
+    with pytest.raises(ExpertMeshError, match="mixture"):
+        served.client.generate("x", greedy(1), model=UNLIKE)
+    with pytest.raises(ExpertMeshError, match=RANDOM):
+        served.client.predict(RANDOM, {"x": np.zeros((1, 2))})
+    listed = httpx.get(f"{served.http_url}/v1/models").json()["data"]
+    assert {model["id"] for model in listed} == {m["id"] for m in served.args["models"][:2]}
+
+
+def test_a_kill_under_load_fails_nothing_and_changes_no_prediction(mixtures: Mixtures) -> None:
+    told = mixtures.served.status()
+    victim = told.actors[1]
+    with loaded(mixtures) as load:
+        load.more(40)
+        kill(told, victim.pid)
+        wait_until(lambda: _pid(mixtures.served, victim) not in (None, victim.pid), "a successor")
+        mixtures.served.wait_whole()
+        load.more(40)
+    assert mixtures.served.actors()[victim.actor_id].generation > victim.generation
+
+
+def _pid(served: ServedCluster, actor: ActorStatus) -> int | None:
+    now = served.actors().get(actor.actor_id)
+    return None if now is None else now.pid
+
+
+def test_a_killed_router_and_a_killed_gateway_fail_nothing_with_the_clients_retry(
+    mixtures: Mixtures,
+) -> None:
+    served = mixtures.served
+    told = served.status()
+    router = next(one.pid for one in told.routers if one.pid in _routers_of(mixtures, UNLIKE))
+    with Client(served.grpc_address) as client, ThreadPoolExecutor(4) as pool:
+        ended = threading.Event()
+
+        def ask(worker: int) -> int:
+            seed = worker
+            while not ended.is_set():
+                mixtures.check(UNLIKE, rows_of(UNLIKE, 3, seed), client)
+                seed += 4
+            return seed
+
+        workers = [pool.submit(ask, worker) for worker in range(4)]
+        try:
+            kill(told, router)
+            served.wait_whole()
+            kill(served.status(), served.status().gateways[0].pid)
+            served.wait_whole()
+        finally:
+            ended.set()
+        assert all(worker.result() > 4 for worker in workers)
+
+
+def _routers_of(mixtures: Mixtures, model: str) -> set[int]:
+    handle = serve.get_deployment_handle(f"Router-{model}", APP)
+    return {handle.stats.remote().result(timeout_s=30)["pid"]}
+
+
+def test_one_expert_alone_is_copied_moved_and_drained_under_load(mixtures: Mixtures) -> None:
+    served = mixtures.served
+    with loaded(mixtures) as load:
+        load.more(20)
+        copied = served.client.set_copies(UNLIKE, 0, 3, 2)
+        assert copied.outcome == "committed"
+        holders = [a.actor_id for a in served.status().actors if _holds(a, UNLIKE, 3)]
+        assert len(holders) == 2
+        load.more(20)
+        assert served.client.set_copies(UNLIKE, 0, 3, 1).outcome == "committed"
+        load.more(20)
+        drained = served.client.drain(served.status().actors[0].actor_id)
+        assert drained.outcome == "committed"
+        load.more(20)
+        served.client.scale(served.args["experts"]["actors"])
+        served.wait_whole()
+        load.more(20)
+    held = [expert for actor in served.status().actors for expert in actor.experts]
+    assert len({e for e in held if e[0] in NUM_EXPERTS}) == sum(NUM_EXPERTS.values())
+
+
+def _holds(actor: Any, model: str, expert_id: int) -> bool:
+    return (model, 0, expert_id) in [tuple(expert) for expert in actor.experts]
+
+
+def test_an_expert_that_raises_fails_its_rows_and_not_its_actor(mixtures: Mixtures) -> None:
+    served = mixtures.served
+    pids = served.pids()
+    fragile = np.full((3, 1), 3)
+    good = {"x": np.zeros((3, NUM_FEATURES)), "expert": fragile}
+    bad = {"x": np.full((3, NUM_FEATURES), 0.5), "expert": fragile}
+    with loaded(mixtures, GIVEN) as load:
+        for _ in range(5):
+            with pytest.raises((ExpertFailedError, InternalError), match="fragile"):
+                served.client.predict(GIVEN, bad)
+            mixtures.check(GIVEN, good)
+        load.more(20)
+    assert served.pids() == pids
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({}, "x"),
+        ({"y": np.zeros((1, NUM_FEATURES))}, "y"),
+        ({"x": np.zeros((1, NUM_FEATURES + 1))}, "x"),
+        ({"x": np.zeros(NUM_FEATURES)}, "x"),
+        ({"x": np.full((1, NUM_FEATURES), np.nan)}, "x"),
+        ({"x": np.full((2, NUM_FEATURES), np.inf)}, "x"),
+    ],
+)
+def test_wrong_inputs_are_refused_by_the_tensors_name(
+    mixtures: Mixtures, inputs: Inputs, words: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        mixtures.served.client.predict(UNLIKE, inputs)
+    assert words in str(caught.value)
+    mixtures.check(UNLIKE, rows_of(UNLIKE, 1, 0))
+
+
+def test_other_experts_under_the_same_id_give_whole_answers_of_either(
+    mixtures: Mixtures, tmp_path: Path
+) -> None:
+    served = mixtures.served
+    other_folder = save_unlike(tmp_path / "other", seed=11)
+    other = LocalMixture(open_mixture(other_folder))
+    models = [
+        {**model, "path": str(other_folder)} if model["id"] == UNLIKE else model
+        for model in served.args["models"]
+    ]
+    inputs = rows_of(UNLIKE, 20, 5)
+    old, new = (m.predict(inputs)["value"] for m in (mixtures.local[UNLIKE], other))
+    counts = {"old": 0, "new": 0}
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            got = served.client.predict(UNLIKE, inputs, timeout_s=60).outputs["value"]
+            counts["old" if np.array_equal(got, old) else "new"] += 1
+            assert np.array_equal(got, old) or np.array_equal(got, new)
+
+    def until(name: str, count: int) -> None:
+        wanted = counts[name] + count
+        wait_until(lambda: counts[name] >= wanted, f"{name} answers", 90)
+
+    with ThreadPoolExecutor(3) as pool:
+        workers = [pool.submit(ask) for _ in range(2)]
+        try:
+            until("old", 10)
+            deployed = pool.submit(
+                serve.run, build({**served.args, "models": models}), name=APP, route_prefix="/"
+            )
+            until("new", 10)
+            deployed.result(90)
+        finally:
+            ended.set()
+    for worker in workers:
+        worker.result()
+    serve.run(build(served.args), name=APP, route_prefix="/")
+    wait_until(lambda: _is_old(served, inputs, old), "the first mixture is back", 90)
+
+
+def _is_old(served: ServedCluster, inputs: Inputs, old: np.ndarray) -> bool:
+    return np.array_equal(served.client.predict(UNLIKE, inputs).outputs["value"], old)
+
+
+def test_a_language_model_and_mixtures_serve_beside_each_other(mixtures: Mixtures) -> None:
+    served = mixtures.served
+    prompt = prompt_of(5, seed=3)
+    started_s = time.monotonic()
+    with loaded(mixtures) as load:
+        [reply] = served.client.generate(prompt, greedy(60), model=RANDOM, timeout_s=60)
+        load.more(10)
+    assert reply.token_ids == served.expected(prompt, 60)
+    assert time.monotonic() - started_s < 60
