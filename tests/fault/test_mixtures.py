@@ -1,6 +1,7 @@
 """Mixtures on a real deployment, beside language models: crowds, kills, moves, failures of rows.
 
-Every answer is compared, bit for bit, with that of one process.
+Every answer is compared with that of one process: bit for bit where all experts are our own, and
+within :data:`RTOL` where libraries compute, whose rounding follows the number of rows.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from tests.mixtures import (
 )
 
 CLIENTS, MOST_ROWS = 8, 40
+RTOL = 1e-12
 REPLACED_S = 60.0
 UNLIKE, GIVEN, TREE, SEQUENCES = "unlike", "given", "tree", "sequences"
 NUM_EXPERTS = {UNLIKE: 8, GIVEN: 4, TREE: 5, SEQUENCES: 3}
@@ -59,7 +61,10 @@ class Mixtures:
         assert got.outputs.keys() == expected.keys()
         for name, array in expected.items():
             assert got.outputs[name].dtype.kind == array.dtype.kind
-            np.testing.assert_array_equal(got.outputs[name], array)
+            if (model, name) == (UNLIKE, "value"):
+                np.testing.assert_allclose(got.outputs[name], array, rtol=RTOL, atol=RTOL)
+            else:
+                np.testing.assert_array_equal(got.outputs[name], array)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +185,10 @@ def test_tritons_client_works_unchanged(mixtures: Mixtures) -> None:
             got = reply.as_numpy(name)
             if got.dtype == object:
                 got = np.array([[text.decode() for text in row] for row in got])
-            np.testing.assert_array_equal(got, array)
+            if name == "value":
+                np.testing.assert_allclose(got, array, rtol=RTOL, atol=RTOL)
+            else:
+                np.testing.assert_array_equal(got, array)
     client.close()
 
 
@@ -323,8 +331,9 @@ def test_other_experts_under_the_same_id_give_whole_answers_of_either(
     def ask() -> None:
         while not ended.is_set():
             got = served.client.predict(UNLIKE, inputs, timeout_s=60).outputs["value"]
-            counts["old" if np.array_equal(got, old) else "new"] += 1
-            assert np.array_equal(got, old) or np.array_equal(got, new)
+            is_old = bool(np.isclose(got, old, RTOL, RTOL).all())
+            assert is_old or np.isclose(got, new, RTOL, RTOL).all()
+            counts["old" if is_old else "new"] += 1
 
     def until(name: str, count: int) -> None:
         wanted = counts[name] + count
@@ -348,7 +357,8 @@ def test_other_experts_under_the_same_id_give_whole_answers_of_either(
 
 
 def _is_old(served: ServedCluster, inputs: Inputs, old: np.ndarray) -> bool:
-    return np.array_equal(served.client.predict(UNLIKE, inputs).outputs["value"], old)
+    got = served.client.predict(UNLIKE, inputs).outputs["value"]
+    return bool(np.isclose(got, old, RTOL, RTOL).all())
 
 
 def test_a_language_model_and_mixtures_serve_beside_each_other(mixtures: Mixtures) -> None:
