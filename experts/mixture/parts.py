@@ -100,7 +100,7 @@ GATE_SOURCES: tuple[OutputSource, ...] = ("experts", "weights")
 
 
 class Output(Part):
-    """A named tensor of a reply: one part of the combination (:class:`Combine`), or of the gate.
+    """A named tensor of a reply: one part of the combination, or of the gate.
 
     ``experts`` are the numbers of the experts that a row was given to, in the order of ``experts:``
     and -1 where a row has fewer than another may have. ``weights`` are their weights.
@@ -160,7 +160,7 @@ class MlpGate(ScoringGate):
     """Scores of the layers ``0.weight``, ``0.bias``, ``1.weight`` …, activations between them."""
 
     kind: Literal["mlp"]
-    activation: Activation = "relu"
+    activation: Activation = Field(default="relu", description="The function between layers.")
 
 
 class GivenGate(GatePart):
@@ -206,7 +206,7 @@ class MlpExpert(TorchExpert):
     """Layers ``0.weight``, ``0.bias``, ``1.weight`` …; rows are flattened."""
 
     kind: Literal["mlp"]
-    activation: Activation = "relu"
+    activation: Activation = Field(default="relu", description="The function between layers.")
 
 
 class RnnExpert(TorchExpert):
@@ -217,7 +217,7 @@ class RnnExpert(TorchExpert):
     """
 
     kind: Literal["rnn"]
-    cell: Literal["plain", "gru", "lstm"]
+    cell: Literal["plain", "gru", "lstm"] = Field(description="The kind of the recurrent cell.")
     nonlinearity: Literal["tanh", "relu"] = Field(
         default="tanh", description="That of a plain cell."
     )
@@ -235,7 +235,9 @@ class SklearnExpert(ExpertPart):
     """
 
     kind: Literal["sklearn"]
-    method: Literal["predict", "predict_proba", "decision_function"] = "predict"
+    method: Literal["predict", "predict_proba", "decision_function"] = Field(
+        default="predict", description="The method whose result is the expert's output."
+    )
 
 
 class OnnxExpert(ExpertPart):
@@ -286,6 +288,7 @@ class MeanCombine(CombinePart):
 class ClassesCombine(CombinePart):
     """The classes of a classification, in the order of probabilities and votes."""
 
+    # Strict, so that the texts "0" and "1" stay texts.
     classes: tuple[StrictInt, ...] | tuple[StrictStr, ...] = Field(
         min_length=2, max_length=MAX_ROW_VALUES, description="The labels."
     )
