@@ -28,7 +28,7 @@ from benchmarks.common import machine, progress, show
 
 TARGETS = (
     "frame", "stranger", "router", "actor", "link", "header", "index", "config", "params", "gguf",
-    "tokenizer", "http", "protobuf", "status",
+    "tokenizer", "http", "protobuf", "infer", "infer-protobuf", "status",
 )  # fmt: skip
 """As in :mod:`benchmarks.fuzzing.targets`, which imports all that is fuzzed."""
 START_S = 120.0

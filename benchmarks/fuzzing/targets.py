@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.fuzzing import files, links, requests, wires
+from benchmarks.fuzzing import files, links, predictions, requests, wires
 from benchmarks.fuzzing.target import Target
 
 TARGETS: dict[str, Callable[[], Target]] = {
@@ -21,5 +21,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "tokenizer": files.tokenizer,
     "http": requests.http,
     "protobuf": requests.protobuf,
+    "infer": predictions.http,
+    "infer-protobuf": predictions.protobuf,
     "status": requests.status,
 }

@@ -27,6 +27,7 @@ from opentelemetry.trace import (
 
 from cluster.errors import ExpertMeshError
 from experts.tracing import wall_ns
+from router.messages.prediction import PredictionRequest
 from router.messages.request import GenerationRequest, Receipts
 
 STEPS_IN_DETAIL = 4
@@ -57,6 +58,27 @@ def gateway_span(request: GenerationRequest, receipts: Receipts) -> Iterator[Spa
         received = receipts.received()
         span.set_attribute("gen_ai.usage.output_tokens", sum(len(r.token_ids) for r in received))
         span.set_attribute("expertmesh.exact", all(r.exact for r in received))
+        span.end()
+
+
+@contextmanager
+def prediction_span(request: PredictionRequest) -> Iterator[Span]:
+    """Yield the span of a prediction in the gateway, without a recording if it is not sampled."""
+    if not trace.get_current_span().is_recording():
+        yield trace.INVALID_SPAN
+        return
+    attributes: dict[str, str | int] = {
+        "gen_ai.request.id": request.request_id,
+        "gen_ai.request.model": request.model,
+        "expertmesh.rows": request.num_rows,
+    }
+    span = _tracer().start_span("expertmesh.prediction", attributes=attributes)
+    try:
+        yield span
+    except Exception as error:
+        span.set_status(_failed(error))
+        raise
+    finally:
         span.end()
 
 

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
+from opentelemetry.trace import Span
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -32,6 +33,7 @@ from router.gateway.deployment import Deployment
 from router.gateway.limits import RETRY_AFTER_S
 from router.gateway.resend import RESEND, RESEND_TOKENS, failure_of, resend_delay_s
 from router.messages.prediction import PredictionReply, PredictionRequest
+from router.observability.tracing import as_current, prediction_span
 from router.retry import Retries, RetryBudget
 
 MAX_PIECE_BYTES = 1024 * 1024
@@ -69,6 +71,7 @@ class Predictions(Protocol):
 class _Asked:
     """The pieces of one request: how many are at a router now, and whether any was answered."""
 
+    span: Span
     under_way: int = 0
     is_answered: bool = False
 
@@ -104,15 +107,18 @@ class RayPredictions:
         """See :class:`Predictions`; sends a piece again when its router dies."""
         self._deployment.check_open()
         pieces = pieces_of(request)
-        for _ in range(1 + REPEATED_TIMES):
-            replies = await self._all(pieces)
-            if len({reply.identity for reply in replies}) == 1:
-                return joined(replies)
-            logger.warning("a redeploy divided the rows of a request; asking for all of them again")
-        raise ModelReplacedError
+        with prediction_span(request) as span:
+            for _ in range(1 + REPEATED_TIMES):
+                replies = await self._all(pieces, span)
+                if len({reply.identity for reply in replies}) == 1:
+                    reply = joined(replies)
+                    span.set_attribute("expertmesh.exact", reply.exact)
+                    return reply
+                logger.warning("a redeploy divided the rows of a request; asking for all again")
+            raise ModelReplacedError
 
-    async def _all(self, pieces: list[PredictionRequest]) -> list[PredictionReply]:
-        asked = _Asked()
+    async def _all(self, pieces: list[PredictionRequest], span: Span) -> list[PredictionReply]:
+        asked = _Asked(span)
         if len(pieces) == 1:  # needs no task
             return [await self._piece(pieces[0], asked)]
         replies: list[PredictionReply | None] = [None] * len(pieces)
@@ -141,7 +147,7 @@ class RayPredictions:
         while True:
             asked.under_way += 1
             try:
-                reply = await self._ask(piece)
+                reply = await self._ask(piece, asked.span)
             except (
                 ModelReplacedError, RayActorError, DeploymentUnavailableError, OverloadedError,
             ) as error:  # fmt: skip
@@ -169,7 +175,7 @@ class RayPredictions:
             logger.warning("a router was lost (%s); sending again", type(error).__name__)
         return resend_delay_s(error, retries, is_accepted, remaining_s)
 
-    async def _ask(self, piece: PredictionRequest) -> PredictionReply:
+    async def _ask(self, piece: PredictionRequest, span: Span) -> PredictionReply:
         """Call a router once."""
         if self._deployment.is_deleted:
             raise being_deleted()
@@ -177,7 +183,8 @@ class RayPredictions:
         if self._calls[model] >= self._max_calls:
             message = f"the routers are full: they hold {self._max_calls} requests"
             raise OverloadedError(message, "queue", RETRY_AFTER_S)
-        call = self._routers[model].predict.remote(piece.to_wire())
+        with as_current(span):  # Serve sends its context with the call
+            call = self._routers[model].predict.remote(piece.to_wire())
         answer = asyncio.create_task(_awaited(call))
         self._answers.add(answer)
         self._calls[model] += 1

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.placement.placement import Placement, empty_placement
 from cluster.spec import ModelExperts
-from router.control.readiness import Readiness, is_its_turn, readiness
+from router.control.readiness import Readiness, is_its_turn, model_readiness, readiness
 
 MODELS = [ModelExperts("a", (0, 1), 2, 1), ModelExperts("b", (0,), 2, 1)]
 
@@ -47,6 +47,21 @@ def test_without_a_placement_it_is_not_ready() -> None:
 
 def test_the_age_of_the_controllers_loop_alone_changes_nothing() -> None:
     assert readiness(placed(*MODELS), ["a"], 3600.0).is_ready
+
+
+def test_one_model_is_ready_whatever_others_miss() -> None:
+    key = MODELS[1].expert_keys()[1]
+    both = placed(*MODELS)
+    lost = both.without("expert-0").with_actor("expert-1", 1, MODELS[0].expert_keys())
+    assert model_readiness(both, "b", 0.5).is_ready
+    assert model_readiness(lost, "a", 0.5) == Readiness("", lost.order, 0.5)
+    assert model_readiness(lost, "b", 0.5).reason == "2 experts have no live copy"
+    back = lost.with_actor("expert-2", 1, [MODELS[1].expert_keys()[0]])
+    assert model_readiness(back, "b", 0.5).reason == "1 experts have no live copy"
+    assert model_readiness(back, "b", 0.5, "drop").is_ready
+    assert back.missing() == [key]
+    assert model_readiness(both, "c", 0.5).reason == "no placement of the experts of c is known yet"
+    assert not model_readiness(None, "a", None).is_ready
 
 
 def test_a_contract_that_goes_on_without_an_expert_is_ready_without_it() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from opentelemetry import trace
+from opentelemetry.trace import Span
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
@@ -35,7 +37,9 @@ from router.gateway.predict.upstream import (
     pieces_of,
 )
 from router.messages.prediction import PredictionReply, PredictionRequest
+from router.observability.tracing import as_current
 from router.retry import RetryBudget, RetryPolicy
+from tests.span_keeper import SpanKeeper
 
 MAX_CALLS = 8
 
@@ -74,8 +78,10 @@ class Routers:
     def __init__(self) -> None:
         self.predict = self
         self.calls: list[Call] = []
+        self.spans: list[Span] = []
 
     def remote(self, wire: dict[str, Any]) -> Call:
+        self.spans.append(trace.get_current_span())
         self.calls.append(Call(wire))
         return self.calls[-1]
 
@@ -153,6 +159,34 @@ def test_a_small_request_is_one_call(run: Callable[[Test], None]) -> None:
         check_rows(reply, given)
         assert (reply.exact, reply.identity) == (False, "now")
         assert not call.was_cancelled
+
+    run(test)
+
+
+def test_serve_takes_the_span_of_a_sampled_request_along_with_its_calls(
+    run: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans = SpanKeeper()
+    monkeypatch.setattr(trace, "get_tracer", spans.provider.get_tracer)
+
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        serves = spans.tracer.start_span("serve")
+        with as_current(serves):
+            work = asked(upstream, request(2 * MAX_PIECE_ROWS))
+        for call in await routers.until(2):
+            call.answer()
+        await work
+        failing = asked(upstream, request())  # is not sampled
+        (await routers.until(3))[2].refuse(InternalError("failed"))
+        await asyncio.gather(failing, return_exceptions=True)
+        [told] = spans.told()
+        assert told.name == "expertmesh.prediction"
+        assert told.parent == serves.get_span_context()
+        assert told.attributes["expertmesh.rows"] == 2 * MAX_PIECE_ROWS
+        assert told.attributes["expertmesh.exact"] is True
+        contexts = [span.get_span_context() for span in routers.spans]
+        assert contexts[:2] == [told.context] * 2
+        assert contexts[2] != told.context
 
     run(test)
 
