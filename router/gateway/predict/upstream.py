@@ -36,8 +36,9 @@ from router.messages.prediction import PredictionReply, PredictionRequest
 from router.observability.tracing import as_current, prediction_span
 from router.retry import Retries, RetryBudget
 
-MAX_PIECE_BYTES = 1024 * 1024
-"""The most bytes of input of a piece with several rows."""
+MAX_PIECE_BYTES = 960 * 1024
+"""The most bytes of input of a piece with several rows: with its frame, a message of the size up to
+which Ray uses no object store (:mod:`cluster.environment`)."""
 MAX_PIECE_ROWS = 4096
 MAX_PIECES_AT_ONCE = 4
 """The pieces of one request that are under way at one time."""
