@@ -1,18 +1,11 @@
-"""Mixtures on a real deployment, beside language models: crowds, kills, moves, failures of rows.
-
-Every answer is compared with that of one process: bit for bit where all experts are our own, and
-within :data:`RTOL` where libraries compute, whose rounding follows the number of rows.
-"""
+"""Mixtures on a real deployment, beside language models: crowds, kills, moves, failures of rows."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,125 +16,33 @@ from ray import serve
 
 from cluster.errors import ExpertFailedError, ExpertMeshError, InternalError, InvalidRequestError
 from cluster.reports import ActorStatus
-from experts.checkpoint.mixture import open_mixture
-from router.app import build
 from router.client import Client
-from router.mixture.local import LocalMixture
 from tests.cluster_fixture import APP, RANDOM, ServedCluster, greedy, prompt_of, wait_until
 from tests.fault.faults import kill
+from tests.mixture_cluster import (
+    GIVEN,
+    NUM_EXPERTS,
+    RTOL,
+    SEQUENCES,
+    TREE,
+    UNLIKE,
+    Inputs,
+    Mixtures,
+    loaded,
+    rows_of,
+    served_mixtures,
+)
 from tests.mixtures import (
     NUM_FEATURES,
-    save_given,
-    save_sequences,
-    save_tree,
-    save_unlike,
 )
-
-CLIENTS, MOST_ROWS = 8, 40
-RTOL = 1e-12
-REPLACED_S = 60.0
-UNLIKE, GIVEN, TREE, SEQUENCES = "unlike", "given", "tree", "sequences"
-NUM_EXPERTS = {UNLIKE: 8, GIVEN: 4, TREE: 5, SEQUENCES: 3}
-Inputs = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Mixtures:
-    """A cluster that serves mixtures too, and each mixture in this process."""
-
-    served: ServedCluster
-    folders: Mapping[str, Path]
-    local: Mapping[str, LocalMixture]
-
-    def check(self, model: str, inputs: Inputs, client: Client | None = None) -> None:
-        """Predict, and compare with one process."""
-        got = (client or self.served.client).predict(model, inputs, timeout_s=60)
-        assert got.exact
-        expected = self.local[model].predict(inputs)
-        assert got.outputs.keys() == expected.keys()
-        for name, array in expected.items():
-            assert got.outputs[name].dtype.kind == array.dtype.kind
-            if (model, name) == (UNLIKE, "value"):
-                np.testing.assert_allclose(got.outputs[name], array, rtol=RTOL, atol=RTOL)
-            else:
-                np.testing.assert_array_equal(got.outputs[name], array)
 
 
 @pytest.fixture(scope="module")
 def mixtures(
     served_session: ServedCluster, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Mixtures]:
-    """Deploy mixtures beside the language models; afterwards these alone."""
-    folder = tmp_path_factory.mktemp("mixtures")
-    folders = {
-        UNLIKE: save_unlike(folder / UNLIKE),
-        GIVEN: save_given(folder / GIVEN, 3, fragile=True),
-        TREE: save_tree(folder / TREE),
-        SEQUENCES: save_sequences(folder / SEQUENCES),
-    }
-    models = [{"id": name, "path": str(path)} for name, path in folders.items()]
-    args = {**served_session.args, "models": [*served_session.args["models"], *models]}
-    served = replace(served_session, args=args)
-    serve.run(build(args), name=APP, route_prefix="/")
-    served.wait_whole()
-    local = {name: LocalMixture(open_mixture(path)) for name, path in folders.items()}
-    yield Mixtures(served, folders, local)
-    serve.run(build(served_session.args), name=APP, route_prefix="/")
-    served_session.wait_whole()
-
-
-def rows_of(model: str, num_rows: int, seed: int) -> Inputs:
-    source = np.random.default_rng(seed)
-    if model == SEQUENCES:
-        steps = 1 + seed % 7
-        return {"x": source.normal(size=(num_rows, steps, 3)).astype(np.float32)}
-    inputs = {"x": source.normal(size=(num_rows, NUM_FEATURES))}
-    if model == GIVEN:
-        inputs["expert"] = source.integers(0, 3, size=(num_rows, 1))
-    if model == TREE:
-        inputs["y"] = source.normal(size=(num_rows, 1))
-    return inputs
-
-
-class Load:
-    """Clients that predict with all mixtures in turn, and compare every answer."""
-
-    def __init__(self, mixtures: Mixtures, mixture: str | None = None) -> None:
-        self._mixtures = mixtures
-        self._names = [mixture] if mixture else [*NUM_EXPERTS]
-        self._ended = threading.Event()
-        self._lock = threading.Lock()
-        self.answers = 0
-
-    def ask(self, worker: int) -> None:
-        seed = worker
-        while not self._ended.is_set():
-            model = self._names[seed % len(self._names)]
-            self._mixtures.check(model, rows_of(model, 1 + seed % MOST_ROWS, seed))
-            seed += CLIENTS
-            with self._lock:
-                self.answers += 1
-
-    def more(self, count: int, timeout_s: float = REPLACED_S) -> None:
-        """Wait for so many further answers."""
-        wanted = self.answers + count
-        wait_until(lambda: self.answers >= wanted or self._ended.is_set(), "answers", timeout_s)
-
-    def end(self) -> None:
-        self._ended.set()
-
-
-@contextmanager
-def loaded(mixtures: Mixtures, mixture: str | None = None) -> Iterator[Load]:
-    load = Load(mixtures, mixture)
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        workers = [pool.submit(load.ask, worker) for worker in range(CLIENTS)]
-        try:
-            yield load
-        finally:
-            load.end()
-    for worker in workers:
-        worker.result()
+    with served_mixtures(served_session, tmp_path_factory.mktemp("mixtures")) as served:
+        yield served
 
 
 @pytest.mark.parametrize("model", NUM_EXPERTS)
@@ -311,54 +212,6 @@ def test_wrong_inputs_are_refused_by_the_tensors_name(
         mixtures.served.client.predict(UNLIKE, inputs)
     assert words in str(caught.value)
     mixtures.check(UNLIKE, rows_of(UNLIKE, 1, 0))
-
-
-def test_other_experts_under_the_same_id_give_whole_answers_of_either(
-    mixtures: Mixtures, tmp_path: Path
-) -> None:
-    served = mixtures.served
-    other_folder = save_unlike(tmp_path / "other", seed=11)
-    other = LocalMixture(open_mixture(other_folder))
-    models = [
-        {**model, "path": str(other_folder)} if model["id"] == UNLIKE else model
-        for model in served.args["models"]
-    ]
-    inputs = rows_of(UNLIKE, 20, 5)
-    old, new = (m.predict(inputs)["value"] for m in (mixtures.local[UNLIKE], other))
-    counts = {"old": 0, "new": 0}
-    ended = threading.Event()
-
-    def ask() -> None:
-        while not ended.is_set():
-            got = served.client.predict(UNLIKE, inputs, timeout_s=60).outputs["value"]
-            is_old = bool(np.isclose(got, old, RTOL, RTOL).all())
-            assert is_old or np.isclose(got, new, RTOL, RTOL).all()
-            counts["old" if is_old else "new"] += 1
-
-    def until(name: str, count: int) -> None:
-        wanted = counts[name] + count
-        wait_until(lambda: counts[name] >= wanted, f"{name} answers", 90)
-
-    with ThreadPoolExecutor(3) as pool:
-        workers = [pool.submit(ask) for _ in range(2)]
-        try:
-            until("old", 10)
-            deployed = pool.submit(
-                serve.run, build({**served.args, "models": models}), name=APP, route_prefix="/"
-            )
-            until("new", 10)
-            deployed.result(90)
-        finally:
-            ended.set()
-    for worker in workers:
-        worker.result()
-    serve.run(build(served.args), name=APP, route_prefix="/")
-    wait_until(lambda: _is_old(served, inputs, old), "the first mixture is back", 90)
-
-
-def _is_old(served: ServedCluster, inputs: Inputs, old: np.ndarray) -> bool:
-    got = served.client.predict(UNLIKE, inputs).outputs["value"]
-    return bool(np.isclose(got, old, RTOL, RTOL).all())
 
 
 def test_a_language_model_and_mixtures_serve_beside_each_other(mixtures: Mixtures) -> None:
