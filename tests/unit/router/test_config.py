@@ -390,7 +390,8 @@ def test_every_deployment_file_of_ours_is_fine(file: Path) -> None:
 
 
 def test_the_deployment_files_are_those_that_the_documents_name() -> None:
-    assert [file.name for file in SERVE_CONFIGS] == ["cluster.yaml", "gpu.yaml", "multi-node.yaml"]
+    names = ["cluster.yaml", "gpu.yaml", "mixtures.yaml", "multi-node.yaml"]
+    assert [file.name for file in SERVE_CONFIGS] == names
 
 
 @pytest.mark.parametrize("file", SERVE_CONFIGS, ids=lambda f: f.name)
@@ -398,7 +399,8 @@ def test_a_deployment_file_of_ours_says_no_more_of_serve_than_where_it_listens(f
     document = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert document.keys() == {"http_options", "applications"}
     # Gateways listen where http_options says, and HAProxy of another machine must reach them.
-    host = "127.0.0.1" if file.name == "cluster.yaml" else "0.0.0.0"
+    is_local = file.name in ("cluster.yaml", "mixtures.yaml")
+    host = "127.0.0.1" if is_local else "0.0.0.0"
     assert document["http_options"] == {"host": host}
 
 

@@ -1,0 +1,1 @@
+"""Training of the bundled mixtures in ``deploy/models``."""

@@ -1,0 +1,132 @@
+"""A mixture's card: a template in ``cards/``, filled with measured figures and an example."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import sklearn
+import torch
+
+from experts.checkpoint.mixture import Mixture
+from router.messages.tensor_bytes import NUMPY_DTYPES
+from router.mixture.local import LocalMixture
+
+_TEMPLATES = Path(__file__).parent / "cards"
+_CPUINFO = Path("/proc/cpuinfo")
+_EXAMPLE = """\
+## Use
+
+With the mixture served by `serve run deploy/mixtures.yaml`:
+
+```sh
+curl -s http://127.0.0.1:8000/v2/models/{name}/infer -d '{asked}'
+```
+
+The reply has, beside the model's version and identity:
+
+```json
+{reply}
+```
+"""
+_MAKING = """\
+## Made by
+
+```sh
+python -m benchmarks.bundled {name}
+```
+
+It writes this folder anew, with this card and its figures. Everything follows from seeds. On
+another processor, or with other versions of the libraries, the last bits of the weights may differ.
+
+{versions}"""
+
+
+def filled(
+    name: str,
+    mixture: Mixture,
+    local: LocalMixture,
+    inputs: Mapping[str, np.ndarray],
+    parts: Mapping[str, object],
+) -> str:
+    """Return a card: the template of this name with ``parts``, and ``inputs`` as an example."""
+    example = _EXAMPLE.format(name=name, asked=_asked(local, inputs), reply=_reply(local, inputs))
+    making = _MAKING.format(name=name, versions=_versions(mixture))
+    template = (_TEMPLATES / f"{name}.md").read_text(encoding="utf-8")
+    return template.format(**parts, example=example, making=making)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table; real numbers have four digits after the point."""
+    first, *others = (
+        f"| {' | '.join(line)} |" for line in (header, *([_cell(v) for v in row] for row in rows))
+    )
+    return "\n".join([first, "|" + "---|" * len(header), *others])
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float | np.floating):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int | np.integer) else str(value)
+
+
+def converted(local: LocalMixture, name: str, rows: np.ndarray) -> np.ndarray:
+    """Return rows [rows, *shape] in the dtype and shape of an input of fixed shape."""
+    part = local.spec.input(name)
+    return rows.astype(NUMPY_DTYPES[part.datatype]).reshape(len(rows), *part.shape)
+
+
+def machine_name() -> str:
+    """Return the processor's name and the number of its cores."""
+    name = platform.processor() or platform.machine()
+    if _CPUINFO.exists():
+        for line in _CPUINFO.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _versions(mixture: Mixture) -> str:
+    rows = [
+        ("Files of gates and experts, bytes", mixture.num_bytes),
+        ("Machine", machine_name()),
+        ("Python", platform.python_version()),
+        ("numpy", np.__version__),
+        ("scikit-learn", sklearn.__version__),
+        ("torch", torch.__version__),
+    ]
+    return table(("", ""), rows)
+
+
+def _asked(local: LocalMixture, inputs: Mapping[str, np.ndarray]) -> str:
+    tensors = [
+        {
+            "name": part.name,
+            "shape": list(inputs[part.name].shape),
+            "datatype": part.datatype,
+            "data": inputs[part.name].ravel().tolist(),
+        }
+        for part in local.spec.inputs
+        if part.name in inputs
+    ]
+    return json.dumps({"inputs": tensors})
+
+
+def _reply(local: LocalMixture, inputs: Mapping[str, np.ndarray]) -> str:
+    datatypes = {output.name: output.datatype for output in local.spec.outputs}
+    tensors = [
+        {
+            "name": name,
+            "datatype": datatypes[name],
+            "shape": list(array.shape),
+            "data": array.ravel().tolist(),
+        }
+        for name, array in local.predict(inputs).items()
+    ]
+    lines = ",\n  ".join(json.dumps(tensor) for tensor in tensors)
+    return f'{{"outputs": [\n  {lines}\n]}}'

@@ -1,0 +1,33 @@
+"""What the training of a bundled mixture gives, and the rows that no training sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from experts.checkpoint.mixture import Mixture
+from router.mixture.local import LocalMixture
+
+HELD_OUT_EVERY = 4
+Begin = Callable[[str], None]
+"""Called with the name of each step of a training as it begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A mixture's content and files, and its card, whose figures are those of the loaded mixture.
+
+    ``files`` are the bytes of each file that ``spec`` names.
+    """
+
+    spec: Mapping[str, Any]
+    files: Mapping[str, bytes]
+    card: Callable[[Mixture, LocalMixture], str]
+
+
+def is_held_out(num_rows: int) -> np.ndarray:
+    """Return which of a data set's rows are held out, bool [rows]: every fourth."""
+    return np.arange(num_rows) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
