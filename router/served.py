@@ -26,7 +26,7 @@ from experts.checkpoint.identity import identity_of, text_identity
 from experts.checkpoint.mixture import Mixture
 from experts.checkpoint.remote_files import Neighbours, open_model
 from experts.checkpoint.stored import Stored
-from experts.mixture.spec import MixtureSpec, most_experts
+from experts.mixture.spec import MixtureSpec, interface_of, most_experts
 from router.config import AppConfig, ExpertsConfig, ModelConfig, load_deployment
 
 Identify = Callable[[Stored], str]
@@ -95,6 +95,8 @@ class ServedMixture:
 
     source: ModelSource
     spec: MixtureSpec
+    interface: str = ""
+    """The hash of inputs and outputs (:func:`experts.mixture.spec.interface_of`)."""
     identity: str = ""
     """A hash of the content and of all settings that can change a prediction."""
 
@@ -211,7 +213,8 @@ def _inspect_mixture(
         len(spec.experts),
         max(check_mixture(mixture)),
     )
-    return ServedMixture(ModelSource(model.path, spec.dtype, experts, identity), spec)
+    source = ModelSource(model.path, spec.dtype, experts, identity)
+    return ServedMixture(source, spec, interface_of(spec))
 
 
 def _inspect_checkpoint(

@@ -6,6 +6,8 @@ expert loaded, by :mod:`experts.backends.check`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -255,6 +257,17 @@ def _datatypes(output: Output, combine: Combine) -> tuple[OutputDatatype, ...]:
         assert isinstance(combine, ClassesCombine)  # no other has this source
         return ("BYTES",) if isinstance(combine.classes[0], str) else ("INT64",)
     return _REALS
+
+
+def interface_of(spec: MixtureSpec) -> str:
+    """Return a hash of all that a request and its reply are checked by: tensors, gates, labels.
+
+    Two mixtures with the same can answer each other's requests, as before and after a redeploy.
+    """
+    tensors = spec.model_dump_json(include={"inputs", "rows", "outputs", "combine"})
+    read = sorted({spec.rows_input.name, *(spec.gate_input(g).name for g in spec.gates.values())})
+    content = [tensors, read, most_experts(spec)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def output_shape(spec: MixtureSpec, output: Output) -> tuple[int, ...]:

@@ -22,6 +22,8 @@ class PredictionRequest:
 
     ``inputs`` are arrays [P, *shape] by the input's name, C-contiguous and of the input's datatype.
     ``outputs`` are the names of the outputs that the reply is to have. ``deadline_s`` is monotonic.
+    ``interface`` is that of the mixture by which the gateway has checked the request
+    (:func:`experts.mixture.spec.interface_of`).
     """
 
     request_id: str
@@ -30,6 +32,7 @@ class PredictionRequest:
     outputs: tuple[str, ...]
     deadline_s: float
     on_expert_loss: str = "strict"
+    interface: str = ""
 
     @property
     def num_rows(self) -> int:
@@ -49,6 +52,7 @@ class PredictionRequest:
             "outputs": list(self.outputs),
             "time_left_s": self.remaining_s(),
             "on_expert_loss": self.on_expert_loss,
+            "interface": self.interface,
         }
 
     @classmethod
@@ -61,6 +65,7 @@ class PredictionRequest:
             tuple(wire["outputs"]),
             time.monotonic() + wire["time_left_s"],
             wire["on_expert_loss"],
+            wire["interface"],
         )
 
 

@@ -20,6 +20,7 @@ from cluster.transport.open import open_transport
 from experts.checkpoint.mixture import Mixture
 from experts.checkpoint.remote_files import open_model
 from experts.checkpoint.remote_reader import RayNeighbours
+from experts.mixture.spec import interface_of
 from router.config import ExpertsConfig, RouterConfig
 from router.control.client import ControllerClient
 from router.control.placement_view import PlacementView, PlacementWatcher
@@ -90,6 +91,7 @@ class MixtureReplica:
             for _ in range(LANES)
         ]
         self._max_requests = config.max_batch_size
+        self._interface = interface_of(mixture.spec)
         self._queue = WorkQueue(
             QueueLimits(
                 config.max_batch_size,
@@ -125,11 +127,15 @@ class MixtureReplica:
         """Predict for all rows of a request.
 
         Returns ``{"reply": …}`` or ``{"error": …}``; with an error, ``"replaced": True`` says that
-        a router of another mixture may serve the request. A cancellation ends the request.
+        a router of another mixture may serve the request, and ``"has_other_interface": True`` that
+        a gateway has checked it by other inputs and outputs than this mixture's. A cancellation
+        ends the request.
         """
         if self._is_deleted:
             return {"error": being_deleted().to_wire()}
         request = PredictionRequest.from_wire(wire)
+        if request.interface != self._interface:
+            return _failed(ModelReplacedError()) | {"has_other_interface": True}
         # Serve may repeat a call when it mistakes a slow connection for a broken one.
         request = replace(request, request_id=f"{request.request_id}/{next(self._call_numbers)}")
         outcome: asyncio.Future[Outcome] = self._loop.create_future()
@@ -145,8 +151,7 @@ class MixtureReplica:
         finally:
             del self._requests[request.request_id]
         if isinstance(result, ExpertMeshError):
-            replaced = isinstance(result, ModelReplacedError)
-            return {"error": result.to_wire(), "replaced": replaced}
+            return _failed(result)
         return {"reply": result.to_wire()}
 
     def _deliver(self, future: asyncio.Future[Outcome], outcome: Outcome) -> None:
@@ -192,6 +197,10 @@ class MixtureReplica:
         """Stop the engine after its current steps, then the watcher."""
         self._engine.close()
         self._watcher.stop()
+
+
+def _failed(error: ExpertMeshError) -> dict[str, Any]:
+    return {"error": error.to_wire(), "replaced": isinstance(error, ModelReplacedError)}
 
 
 def _set_result(future: asyncio.Future[Outcome], outcome: Outcome) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -42,6 +43,9 @@ which Ray uses no object store (:mod:`cluster.environment`)."""
 MAX_PIECE_ROWS = 4096
 MAX_PIECES_AT_ONCE = 4
 """The pieces of one request that are under way at one time."""
+OTHER_INTERFACE_S = 5.0
+"""How long a router with this gateway's inputs and outputs is looked for; gateways and routers of a
+redeploy start at different times."""
 REPEATED_TIMES = 3
 """How often a request is asked for whole again when a redeploy divides its pieces."""
 
@@ -75,6 +79,10 @@ class _Asked:
     span: Span
     under_way: int = 0
     is_answered: bool = False
+
+
+class _OtherInterfaceError(ModelReplacedError):
+    """The router's mixture has other inputs or outputs than the one that this gateway knows."""
 
 
 class RayPredictions:
@@ -144,6 +152,7 @@ class RayPredictions:
         A full router refuses a new request. A request of which a router has a piece waits for room.
         """
         retries = Retries(RESEND, self._budget)
+        other_interface_s = time.monotonic() + OTHER_INTERFACE_S
         is_lost = False
         while True:
             asked.under_way += 1
@@ -153,6 +162,9 @@ class RayPredictions:
                 ModelReplacedError, RayActorError, DeploymentUnavailableError, OverloadedError,
             ) as error:  # fmt: skip
                 asked.under_way -= 1
+                is_other = isinstance(error, _OtherInterfaceError)
+                if is_other and time.monotonic() > other_interface_s:
+                    raise
                 is_accepted = is_lost or asked.is_answered or asked.under_way > 0
                 delay_s = self._delay_s(error, retries, is_accepted, piece.remaining_s())
                 is_lost |= not isinstance(error, OverloadedError)
@@ -222,6 +234,8 @@ async def _awaited(call: Any) -> Any:
 def _reply(wire: Mapping[str, Any], piece: PredictionRequest) -> PredictionReply:
     """Return a router's reply; raises its error, and ``InternalError`` where rows are missing."""
     if "error" in wire:
+        if wire.get("has_other_interface"):
+            raise _OtherInterfaceError
         raise ModelReplacedError if wire.get("replaced") else error_from_wire(wire["error"])
     reply = PredictionReply.from_wire(wire["reply"])
     for name in piece.outputs:

@@ -134,6 +134,7 @@ class PredictionValidator:
             outputs=tuple(output.name for output in outputs),
             deadline_s=time.monotonic() + timeout_s,
             on_expert_loss=on_expert_loss,
+            interface=mixture.interface,
         )
         return CheckedPrediction(request, mixture)
 

@@ -65,8 +65,11 @@ class Call:
         reply = PredictionReply(outputs, exact, identity)
         self.reply.set_result({"reply": reply.to_wire()})
 
-    def refuse(self, error: ExpertMeshError, replaced: bool = False) -> None:
-        self.reply.set_result({"error": error.to_wire(), "replaced": replaced})
+    def refuse(
+        self, error: ExpertMeshError, replaced: bool = False, has_other_interface: bool = False
+    ) -> None:
+        wire = {"error": error.to_wire(), "replaced": replaced}
+        self.reply.set_result(wire | {"has_other_interface": has_other_interface})
 
     def fail(self, error: Exception) -> None:
         self.reply.set_exception(error)
@@ -298,6 +301,27 @@ def test_a_replaced_model_is_asked_for_again(run: Callable[[Test], None]) -> Non
         calls = await routers.until(6)
         calls[-1].answer("new")
         assert (await work).identity == "new"
+
+    run(test)
+
+
+def test_a_router_with_other_inputs_is_passed_over_for_a_while(
+    run: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(upstream: RayPredictions, routers: Routers) -> None:
+        work = asked(upstream, request())
+        [call] = await routers.until(1)
+        call.refuse(ModelReplacedError(), replaced=True, has_other_interface=True)
+        calls = await routers.until(2)
+        calls[1].answer()
+        assert (await work).identity == "now"
+        monkeypatch.setattr(upstream_module, "OTHER_INTERFACE_S", 0.0)
+        work = asked(upstream, request(timeout_s=1e6))
+        calls = await routers.until(3)
+        calls[2].refuse(ModelReplacedError(), replaced=True, has_other_interface=True)
+        with pytest.raises(ModelReplacedError) as caught:
+            await work
+        assert caught.value.retry_after_s is not None
 
     run(test)
 
