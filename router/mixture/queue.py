@@ -82,7 +82,8 @@ class WorkQueue:
         if self.jobs and self.num_rows + num_rows > limits.rows:
             raise OverloadedError(f"the router holds {self.num_rows} rows", "queue", 1.0)
         step = limits.step_rows
-        works = [Work(job, b, min(b + step, num_rows)) for b in range(0, num_rows, step)]
+        begins = range(0, max(1, num_rows), step)  # a request without rows is one empty work
+        works = [Work(job, begin, min(begin + step, num_rows)) for begin in begins]
         job.left = len(works)
         self.jobs[job.request.request_id] = job
         self.num_rows += num_rows

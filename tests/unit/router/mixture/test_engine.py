@@ -180,7 +180,7 @@ def equal(reply: PredictionReply, expected: Mapping[str, np.ndarray]) -> None:
 
 def test_predictions_of_experts_of_every_kind_are_those_of_one_process(tmp_path: Path) -> None:
     with router_of(save_unlike(tmp_path)) as router:
-        for num_rows in (1, 2, 64, 65, 200):
+        for num_rows in (0, 1, 2, 64, 65, 200):
             inputs = features(num_rows, num_rows)
             reply = router.predict(inputs)
             assert reply.exact
@@ -191,6 +191,9 @@ def test_predictions_of_experts_of_every_kind_are_those_of_one_process(tmp_path:
 
 def test_a_tree_and_its_density_are_those_of_one_process(tmp_path: Path) -> None:
     with router_of(save_tree(tmp_path)) as router:
+        for num_rows in (0, 1):
+            few = features(num_rows) | {"y": np.zeros((num_rows, 1))}
+            equal(router.predict(few), router.local.predict(few))
         inputs = features(70) | {"y": np.zeros((70, 1))}
         equal(router.predict(inputs), router.local.predict(inputs))
         without = {"x": inputs["x"]}
