@@ -17,11 +17,11 @@ from torch.nn import functional
 from transformers import MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from cluster.errors import FrameError, WrongPlacementError
+from cluster.errors import ExpertFailedError, FrameError, WrongPlacementError
 from cluster.placement.placement import assign_experts, empty_placement
 from cluster.spec import ExpertKey, ModelExperts
 from cluster.transport.base import Call, CallFailure
-from cluster.wire.frames import DispatchFrame, ErrorFrame, RowsFrame, joined
+from cluster.wire.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode, joined
 from cluster.wire.tensors import TORCH_DTYPES, dtype_name, from_bytes, to_bytes
 from experts.bank import MOST_PIECES, ExpertBank
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -463,3 +463,66 @@ def test_combine_leaves_its_arguments_alone() -> None:
     assert torch.equal(like, torch.full((2, 3), 7.0))
     assert torch.equal(rows, torch.ones(4, 3))
     assert torch.equal(weights, torch.full((2, 2), 0.5))
+
+
+# Experts that fail, and rows of other shapes.
+
+
+class Fragile(Numbered):
+    """An expert of rows of two axes that makes sums, and fails for rows that begin with 13."""
+
+    row_shape: tuple[int, ...] = (-1, 2)
+
+    def takes(self, row_shape: tuple[int, ...]) -> bool:
+        return len(row_shape) == 2 and row_shape[1] == 2
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        if bool((rows[:, 0, 0] == 13).any()):
+            raise ExpertFailedError("does not like 13", "fragile")
+        return rows.sum(dim=(1, 2), dtype=rows.dtype).unsqueeze(1)
+
+
+def frame_of_rows(rows: torch.Tensor, expert_id: int = 1, request_id: int = 1) -> DispatchFrame:
+    return frame_of(torch.zeros(1, 4), {expert_id: [0]})._replace(
+        request_id=request_id,
+        num_rows=len(rows),
+        row_shape=tuple(rows.shape[1:]),
+        num_tokens_per_expert=(len(rows),),
+        rows=to_bytes(rows),
+    )
+
+
+def test_rows_of_several_axes_and_lengths_have_answers_of_another_shape() -> None:
+    bank = ExpertBank()
+    bank.hold(ExpertKey(MODEL, 0, 1), Fragile(0))
+    asked = [torch.ones(2, 3, 2), torch.ones(1, 5, 2), torch.full((3, 3, 2), 2.0)]
+    answers = bank.compute([frame_of_rows(rows) for rows in asked])
+    sums = []
+    for answer in answers:
+        assert isinstance(answer, RowsFrame)
+        assert answer.row_shape == (1,)
+        sums.append(answer_rows(answer).flatten().tolist())
+    assert sums == [[6.0, 6.0], [10.0], [12.0, 12.0, 12.0]]
+    [refused] = bank.compute([frame_of_rows(torch.ones(2, 3))])
+    assert isinstance(refused, ErrorFrame)
+    assert refused.kind == "FrameError"
+    assert "[-1, 2]" in str(refused.error)
+
+
+@pytest.mark.parametrize("num_good", [0, 1, 3])
+def test_an_expert_that_fails_fails_the_frame_of_its_rows_and_no_other(num_good: int) -> None:
+    bank = ExpertBank()
+    bank.hold(ExpertKey(MODEL, 0, 1), Fragile(0))
+    good = [frame_of_rows(torch.ones(2, 3, 2), request_id=i) for i in range(num_good)]
+    bad = frame_of_rows(torch.full((2, 3, 2), 13.0), request_id=77)
+    *answers, failure = bank.compute([*good, bad])
+    assert isinstance(failure, ErrorFrame)
+    assert isinstance(failure.error, ExpertFailedError)
+    assert (failure.request_id, failure.error.field) == (77, "fragile")
+    for answer in answers:
+        assert isinstance(answer, RowsFrame)
+        assert answer_rows(answer).flatten().tolist() == [6.0, 6.0]
+    assert sum(bank.tokens.values()) == 2 * num_good  # the failed rows are not computed
+    again = decode(b"".join(encode(failure)))
+    assert isinstance(again, ErrorFrame)
+    assert isinstance(again.error, ExpertFailedError)
