@@ -37,7 +37,8 @@ class ModelConfig(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Number format of weights and computation. `auto` takes the checkpoint's.",
+        description="Number format of weights and computation. `auto` takes the checkpoint's, or "
+        "a mixture's.",
     )
     max_model_len: int | None = Field(
         default=None,

@@ -202,7 +202,7 @@ def _inspect_mixture(
     spec = mixture.spec
     if model.dtype not in ("auto", spec.dtype):
         raise ConfigError(
-            f"must be auto or the mixture's own {spec.dtype} (given: {model.dtype})",
+            f"must be auto: mixture.yaml has the dtype, {spec.dtype} (given: {model.dtype})",
             f"{where}.dtype",
         )
     if model.max_model_len is not None:
