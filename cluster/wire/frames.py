@@ -208,11 +208,13 @@ def decode(data: Buffer) -> Frame:
     num_bytes = len(view)
     if num_bytes < _START.size:
         raise _cut_off(num_bytes, _START.size)
-    version, kind, dtype_code, num_axes, *sizes = _START.unpack_from(view)
+    version, kind, dtype_code, num_axes, num_experts, name_bytes, trace_bytes = _START.unpack_from(
+        view
+    )
     if version != FRAME_VERSION:
         raise FrameError(f"version {version}; this build reads {FRAME_VERSION}", "frame")
     if kind == DISPATCH_KIND:
-        header = _dispatch(num_axes, *sizes)
+        header = _dispatch(num_axes, num_experts, name_bytes, trace_bytes)
     elif kind == ROWS_KIND:
         header = _rows(num_axes)
     elif kind == ERROR_KIND:
@@ -241,7 +243,6 @@ def decode(data: Buffer) -> Frame:
     rows = view[begin:]
     if kind == ROWS_KIND:
         return tuple.__new__(RowsFrame, (*fields[_START_END:_ROWS_END], shape, dtype, (rows,)))
-    num_experts, _, trace_bytes = sizes
     counts_begin = shape_end + num_experts
     expert_ids, counts = fields[shape_end:counts_begin], fields[counts_begin:-2]
     if len(set(expert_ids)) != num_experts:
