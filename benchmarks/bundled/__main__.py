@@ -34,7 +34,6 @@ def make(name: str, out: Path, begin: Begin) -> Mixture:
     torch.set_num_threads(1)
     with threadpool_limits(1):  # sums in one order, whatever the number of cores
         trained = importlib.import_module(f"benchmarks.bundled.{name}").train(begin)
-        begin("the card")
         mixture = save_mixture(out / name, trained.spec, trained.files)
         check_mixture(mixture)
         card = trained.card(mixture, LocalMixture(mixture))
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{name!r} is not one of {', '.join(NAMES)}")
     for name in options.names or NAMES:
         num_steps = importlib.import_module(f"benchmarks.bundled.{name}").NUM_STEPS
-        with progress(name, num_steps + 1) as begin:
+        with progress(name, num_steps) as begin:
             mixture = make(name, options.out, begin)
         print(f"{mixture.folder}: {mixture.num_bytes} bytes")
     return 0

@@ -51,12 +51,12 @@ def train(begin: Begin) -> Trained:
     x, y = load_digits(return_X_y=True)
     held_out = is_held_out(len(x))
     train_x, train_y = x[~held_out], y[~held_out]
-    crossed = _cross_validated(train_x, train_y, begin)
     begin("the experts")
     regions = Regions(train_x, train_y)
     single, linear = machine(train_x, train_y), logistic(train_x, train_y)
 
     def card(mixture: Mixture, local: LocalMixture) -> str:
+        crossed = _cross_validated(train_x, train_y, begin)
         test_x, test_y = converted(local, "pixels", x[held_out]), y[held_out]
         outputs = local.predict({"pixels": test_x})
         scores = {
