@@ -313,15 +313,12 @@ class Controller:
         return await _outcome(self._elastic.set_copies(key, number, dry_run))
 
 
-async def _outcome(change: Awaitable[ChangeReport | RebalanceReport]) -> dict[str, Any]:
+async def _outcome(change: Awaitable[_Report]) -> dict[str, Any]:
     """Return a change's report, or its error as plain data; Serve would wrap a raised error."""
     try:
-        report = await change
+        return {"report": _with_ids(await change)}
     except ExpertMeshError as error:
         return {"error": error.to_wire()}
-    if isinstance(report, ChangeReport):
-        return {"report": _with_ids(report)}
-    return {"report": _with_ids(report)}
 
 
 def _with_ids(report: _Report) -> _Report:

@@ -135,22 +135,59 @@ def both_loaded_s(served: ServedCluster, weight_bytes: int) -> float:
     return time.monotonic()
 
 
+@dataclass(frozen=True)
+class Ended:
+    """A stream that is over: its prompt's place, its tokens, its error, and its times."""
+
+    place: int
+    token_ids: tuple[int, ...]
+    error: Exception | None
+    started_s: float
+    ended_s: float
+
+
+@dataclass
+class Streams:
+    """Streams of each worker one after another, until told to end."""
+
+    served: ServedCluster
+    ended: threading.Event = field(default_factory=threading.Event)
+    came: list[Ended] = field(default_factory=list)
+
+    def read(self, worker: int) -> None:
+        for number in itertools.count(worker):
+            if self.ended.is_set():
+                return
+            place, started_s = number % len(PROMPTS), time.monotonic()
+            stream = StreamReader(self.served.client, PROMPTS[place], greedy(LONG), RANDOM, BACK_S)
+            stream.wait_end(BACK_S)
+            ended_s = time.monotonic()
+            self.came.append(Ended(place, stream.token_ids, stream.error, started_s, ended_s))
+
+
 @pytest.mark.timeout(400)
 def test_with_memory_for_both_no_request_fails_and_none_is_mixed(
     served: ServedCluster, other: Quantised
 ) -> None:
     before = served.status()
-    prompts = list(itertools.islice(itertools.cycle(PROMPTS), STREAMS))
-    streams = [StreamReader(served.client, p, greedy(LONG), RANDOM, BACK_S) for p in prompts]
-    for stream in streams:
-        stream.wait_tokens(1)
+    old = [transformers_tokens(served.oracle, prompt, LONG) for prompt in PROMPTS]
+    new = [transformers_tokens(other.oracle, prompt, LONG) for prompt in PROMPTS]
     weights = sum(actor.weight_bytes for actor in before.actors)
-    with asking(served, served.oracle, other.oracle) as requests:
-        deployed = deploy(served, other.folder)
-        ready_s = both_loaded_s(served, weights)
-        of_the_new_model(requests, 20)
-        deployed.result(BACK_S)
-        results = [stream.result(BACK_S) for stream in streams]
+    streams = Streams(served)
+    with (
+        asking(served, served.oracle, other.oracle) as requests,
+        ThreadPoolExecutor(STREAMS) as pool,
+    ):
+        readers = [pool.submit(streams.read, worker) for worker in range(STREAMS)]
+        try:
+            deployed = deploy(served, other.folder)
+            ready_s = both_loaded_s(served, weights)
+            of_the_new_model(requests, 20)
+            deployed.result(BACK_S)
+        finally:
+            streams.ended.set()
+        for reader in readers:
+            reader.result()
     assert requests.failures == []
     assert requests.wrong == []
     assert requests.count("old") > 0
@@ -159,8 +196,14 @@ def test_with_memory_for_both_no_request_fails_and_none_is_mixed(
     assert first_s - ready_s < READY_S
     named = [name for _, name in sorted(requests.named)]
     print(f"{named.count('old')} short answers of the old model, {named.count('new')} of the new")
-    expected = [transformers_tokens(served.oracle, prompt, LONG) for prompt in prompts]
-    assert results == expected
+    assert [stream.error for stream in streams.came if stream.error is not None] == []
+    assert all(s.token_ids in (old[s.place], new[s.place]) for s in streams.came)
+    of_old = [s for s in streams.came if s.token_ids == old[s.place]]
+    both = [s for s in of_old if s.started_s < ready_s < s.ended_s]
+    print(f"{len(of_old)} of {len(streams.came)} streams are the old model's")
+    print(f"{len(both)} of them began before the actors held both models, and ended after it")
+    assert both
+    assert len(of_old) < len(streams.came)
     after = served.wait_whole(BACK_S)
     assert {a.pid for a in before.actors} == {a.pid for a in after.actors}  # nothing restarted
     # And back; the old experts leave the memory once the routers of the other model have ended.
@@ -173,24 +216,6 @@ def test_with_memory_for_both_no_request_fails_and_none_is_mixed(
         return sum(actor.weight_bytes for actor in served.status().actors) == weights
 
     wait_until(is_released, "the other model's experts leave the memory", BACK_S)
-
-
-@dataclass
-class Streams:
-    """Streams one after another until told to end; of each its prompt, its tokens and its error."""
-
-    served: ServedCluster
-    ended: threading.Event = field(default_factory=threading.Event)
-    came: list[tuple[int, tuple[int, ...], Exception | None]] = field(default_factory=list)
-
-    def read(self, worker: int) -> None:
-        for number in itertools.count(worker):
-            if self.ended.is_set():
-                return
-            place = number % len(PROMPTS)
-            stream = StreamReader(self.served.client, PROMPTS[place], greedy(LONG), RANDOM, BACK_S)
-            stream.wait_end(BACK_S)
-            self.came.append((place, stream.token_ids, stream.error))
 
 
 @pytest.mark.timeout(400)
@@ -208,7 +233,7 @@ def test_without_memory_for_both_old_requests_end_with_a_hint_and_a_retry_is_the
         readers = [pool.submit(streams.read, worker) for worker in range(STREAMS // 2)]
         deployed = deploy(served, other.folder, memory_budget_bytes=budget)
         try:
-            wait_until(lambda: any(e for _, _, e in streams.came), "memory is short", BACK_S)
+            wait_until(lambda: any(s.error for s in streams.came), "memory is short", BACK_S)
             [reply] = retrying.generate(PROMPTS[0], greedy(LONG), model=RANDOM, timeout_s=BACK_S)
             assert reply.token_ids == new[0]
             deployed.result(BACK_S)
@@ -216,13 +241,13 @@ def test_without_memory_for_both_old_requests_end_with_a_hint_and_a_retry_is_the
             streams.ended.set()
         for reader in readers:
             reader.result()
-    for place, token_ids, error in streams.came:
-        if error is None:
-            assert token_ids in (old[place], new[place])
+    for stream in streams.came:
+        if stream.error is None:
+            assert stream.token_ids in (old[stream.place], new[stream.place])
             continue
-        assert isinstance(error, UnavailableError)
-        assert error.retry_after_s is not None
-        assert token_ids == old[place][: len(token_ids)]
+        assert isinstance(stream.error, UnavailableError)
+        assert stream.error.retry_after_s is not None
+        assert stream.token_ids == old[stream.place][: len(stream.token_ids)]
     served.wait_whole(BACK_S)
     deploy(served, served.random_folder).result(BACK_S)
     served.wait_whole(BACK_S)

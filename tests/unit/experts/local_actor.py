@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -44,15 +45,20 @@ class Actor(ExpertActor):
         )
 
 
-def local_actor(folder: Path, max_queue_rows: int = 1000, num_gpus: float = 0.0) -> Actor:
-    """Return an actor of the model in ``folder`` that has loaded :data:`KEYS`."""
+def local_actor(
+    folder: Path,
+    max_queue_rows: int = 1000,
+    num_gpus: float = 0.0,
+    keys: Sequence[ExpertKey] = KEYS,
+) -> Actor:
+    """Return an actor of the model in ``folder`` that has loaded the experts of ``keys``."""
     identity = identity_of(open_checkpoint(folder))
     source = ModelSource(str(folder), "float32", ModelExperts("m", (0, 1, 2), 8, 1), identity)
     spec = ActorSpec("app", (source,), 0.1, num_gpus, 1, max_queue_rows)
     # Without a controller its lease would end this process.
     with patch.object(actor_module, "end_when_orphaned", lambda lease, app: None):
         actor = Actor(spec, "expert-0", 1, 1)
-    actor.load(1, spec, KEYS)
+    actor.load(1, spec, keys)
     return actor
 
 
