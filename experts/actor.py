@@ -37,9 +37,9 @@ from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.transport.stream.server import StreamServer
 from cluster.wire.frames import (
     Buffer,
+    Buffers,
     DispatchFrame,
     ErrorFrame,
-    Parts,
     RowsFrame,
     Shape,
     decode,
@@ -67,7 +67,7 @@ class _Waiting:
     frame: DispatchFrame
     num_rows: int
     since_s: float
-    answer: Parts = ()
+    answer: Buffers = ()
     """Empty until the frame is computed."""
 
 
@@ -246,7 +246,7 @@ class ExpertActor:
         """Answer one frame of a Ray call; see :meth:`compute_all`."""
         return b"".join(self.compute_all([data])[0])
 
-    def compute_all(self, data: Sequence[Buffer]) -> list[Parts]:
+    def compute_all(self, data: Sequence[Buffer]) -> list[Buffers]:
         """Answer each dispatch frame by a rows frame or by an error frame; never raises.
 
         The answer to a frame that would put more than ``max_queue_rows`` rows into the queue is
@@ -279,7 +279,7 @@ class ExpertActor:
         finally:
             self._blocked -= 1
 
-    def _enqueue(self, frame: DispatchFrame, since_s: float) -> _Waiting | Parts:
+    def _enqueue(self, frame: DispatchFrame, since_s: float) -> _Waiting | Buffers:
         """Put a frame into the queue, or return the answer that refuses it; under the lock."""
         num_rows, waiting_rows = frame.num_rows, self._queued_rows
         if waiting_rows > 0 and waiting_rows + num_rows > self._spec.max_queue_rows:
@@ -292,7 +292,7 @@ class ExpertActor:
 
     def _compute_and_answer(self, batch: list[_Waiting]) -> None:
         """Compute a batch; every frame gets an answer, also after a failure."""
-        answers: list[Parts] = []
+        answers: list[Buffers] = []
         begun_s = time.monotonic()
         self._frames += len(batch)
         for waiting in batch:
@@ -315,7 +315,7 @@ class ExpertActor:
         if self._spans is not None:
             self._spans.computed([(w.frame, w.since_s) for w in batch], begun_s)
 
-    def _compute_batch(self, batch: Sequence[_Waiting]) -> list[Parts]:
+    def _compute_batch(self, batch: Sequence[_Waiting]) -> list[Buffers]:
         """Return an answer to each waiting frame, or an empty list when the batch failed."""
         now_s = time.monotonic()
         is_late = [now_s - w.since_s >= w.frame.time_left_s for w in batch]
@@ -349,7 +349,7 @@ def _free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _read(data: Buffer) -> DispatchFrame | Parts:
+def _read(data: Buffer) -> DispatchFrame | Buffers:
     """Return a dispatch frame, or the error frame for any other bytes."""
     try:
         frame = decode(data)
@@ -360,7 +360,7 @@ def _read(data: Buffer) -> DispatchFrame | Parts:
     return frame
 
 
-def _some_wait(frames: Sequence[_Waiting | Parts]) -> bool:
+def _some_wait(frames: Sequence[_Waiting | Buffers]) -> bool:
     """Return whether any frame has no answer yet."""
     return any(isinstance(frame, _Waiting) and not frame.answer for frame in frames)
 
@@ -370,5 +370,5 @@ def _late(frame: DispatchFrame) -> ErrorFrame:
     return ErrorFrame(frame.request_id, type(error).__name__, error)
 
 
-def _error(request_id: int, error: ExpertMeshError) -> Parts:
+def _error(request_id: int, error: ExpertMeshError) -> Buffers:
     return encode(ErrorFrame(request_id, type(error).__name__, error))

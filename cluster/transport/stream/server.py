@@ -39,7 +39,7 @@ from cluster.transport.stream.handshake import (
     new_nonce,
     proof,
 )
-from cluster.wire.frames import Buffer, ErrorFrame, Parts, encode
+from cluster.wire.frames import Buffer, Buffers, ErrorFrame, encode
 
 MAX_CONNECTIONS = 1024
 MAX_KEYS = 1024
@@ -55,7 +55,7 @@ logger = logging.getLogger("expertmesh.stream")
 
 _Frame = tuple[int, Buffer]
 """The id of a call, and its frame."""
-Answer = Callable[[Sequence[Buffer]], Sequence[Parts]]
+Answer = Callable[[Sequence[Buffer]], Sequence[Buffers]]
 
 
 @dataclass(slots=True, eq=False)
@@ -264,13 +264,13 @@ class StreamServer:
 
     def _reply(self, messages: list[tuple[_Peer, _Frame]]) -> None:
         answers = self._answer([frame for _, (_, frame) in messages])
-        for (peer, (call_id, _)), parts in zip(messages, answers, strict=True):
+        for (peer, (call_id, _)), buffers in zip(messages, answers, strict=True):
             if peer in self._peers:
-                self._send(peer, call_id, parts)
+                self._send(peer, call_id, buffers)
 
-    def _send(self, peer: _Peer, call_id: int, parts: Parts) -> None:
+    def _send(self, peer: _Peer, call_id: int, buffers: Buffers) -> None:
         try:
-            if not peer.channel.send(call_id, parts):
+            if not peer.channel.send(call_id, buffers):
                 peer.channel.send(call_id)  # empty: the answer is too long for a stream
         except OSError as error:
             self._drop(peer, str(error))
