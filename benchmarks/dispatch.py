@@ -139,7 +139,7 @@ def measure(num_actors: int, payload_bytes: int, calls: int) -> dict[str, Any]:
     for kind in TRANSPORTS:
         dispatcher = Dispatcher(MODEL, view, open_transport(APP, kind), lambda a, g: None, 10.0)
         layers = layers_of[kind] = MoELayers(dispatcher, WeightedSums())
-        layers.step = StepContext(time.monotonic() + 600, (), ())
+        layers.context = StepContext(time.monotonic() + 600, (), ())
     tokens = payload_bytes // (HIDDEN * 2)
     rows = torch.randn(tokens, HIDDEN).bfloat16()
     pairs = list(itertools.combinations(range(NUM_EXPERTS), TOP_K))
@@ -161,8 +161,8 @@ def measure(num_actors: int, payload_bytes: int, calls: int) -> dict[str, Any]:
         ray.kill(handle)
     figures = {"bare_call": summary_ms(bare_s[TURN:])}  # the first turn warms up
     for kind, layers in layers_of.items():
-        assert layers.step is not None
-        figures[kind] = summary_ms(layers.step.layer_times_s[TURN:])
+        assert layers.context is not None
+        figures[kind] = summary_ms(layers.context.layer_times_s[TURN:])
     return figures
 
 

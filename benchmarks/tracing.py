@@ -10,7 +10,7 @@ import ray
 import torch
 
 from cluster.transport.base import Call, IsGone, Outcome, PendingCalls, Transport, never_gone
-from cluster.wire.frames import Buffer, Parts
+from cluster.wire.frames import Buffer, Buffers
 from experts.actor import ExpertActor
 from experts.remote import sealed_answer
 from router.moe.combine import WeightedSums
@@ -131,13 +131,13 @@ class TracingActor(ExpertActor):
         """As :class:`RemoteExpertActor` does."""
         return sealed_answer(super().compute, data)
 
-    def compute_all(self, data: Sequence[Buffer]) -> list[Parts]:
+    def compute_all(self, data: Sequence[Buffer]) -> list[Buffers]:
         """As :class:`ExpertActor`."""
-        answers: list[Parts] = self._timed("answer", super().compute_all)(data)
+        answers: list[Buffers] = self._timed("answer", super().compute_all)(data)
         return answers
 
-    def _compute_batch(self, batch: Any) -> list[Parts]:
-        answers: list[Parts] = self._timed("products", super()._compute_batch)(batch)
+    def _compute_batch(self, batch: Any) -> list[Buffers]:
+        answers: list[Buffers] = self._timed("products", super()._compute_batch)(batch)
         return answers
 
     @ray.method(concurrency_group="control")

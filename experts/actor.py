@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import psutil
 import ray
@@ -37,9 +38,9 @@ from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.transport.stream.server import StreamServer
 from cluster.wire.frames import (
     Buffer,
+    Buffers,
     DispatchFrame,
     ErrorFrame,
-    Parts,
     RowsFrame,
     Shape,
     decode,
@@ -62,13 +63,18 @@ logger = logging.getLogger("expertmesh.actor")
 
 @dataclass(slots=True)
 class _Waiting:
-    """A frame of ``num_rows`` rows in the queue."""
+    """A frame in the queue."""
 
     frame: DispatchFrame
-    num_rows: int
     since_s: float
-    answer: Parts = ()
+    answer: Buffers = ()
     """Empty until the frame is computed."""
+
+
+class _Refused(NamedTuple):
+    """A frame that is answered without the queue, by an error."""
+
+    answer: Buffers
 
 
 class ExpertActor:
@@ -246,30 +252,30 @@ class ExpertActor:
         """Answer one frame of a Ray call; see :meth:`compute_all`."""
         return b"".join(self.compute_all([data])[0])
 
-    def compute_all(self, data: Sequence[Buffer]) -> list[Parts]:
+    def compute_all(self, data: Sequence[Buffer]) -> list[Buffers]:
         """Answer each dispatch frame by a rows frame or by an error frame; never raises.
 
         The answer to a frame that would put more than ``max_queue_rows`` rows into the queue is
         RESOURCE_EXHAUSTED; the router tries again.
         """
-        frames = [_read(buffer) for buffer in data]
-        since_s = time.monotonic()
+        read = [_read(buffer) for buffer in data]
+        now_s = time.monotonic()
         batch: list[_Waiting] = []
         with self._lock:
             own = [
-                self._enqueue(frame, since_s) if isinstance(frame, DispatchFrame) else frame
-                for frame in frames
+                self._enqueue(frame, now_s) if isinstance(frame, DispatchFrame) else frame
+                for frame in read
             ]
             # Bounded: the computing thread answers every waiting frame, also after its deadline.
             while self._computing and _some_wait(own):
                 self._wait()
-            # Without open frames of its own this thread returns its answers at once.
+            # Another thread may have computed them; else this thread computes all that wait.
             if _some_wait(own):
                 self._computing = True
                 batch, self._queue = self._queue, []
         if batch:
             self._compute_and_answer(batch)
-        return [frame.answer if isinstance(frame, _Waiting) else frame for frame in own]
+        return [each.answer for each in own]
 
     def _wait(self) -> None:
         """Wait until the computing thread has finished its batch; under the lock."""
@@ -279,43 +285,43 @@ class ExpertActor:
         finally:
             self._blocked -= 1
 
-    def _enqueue(self, frame: DispatchFrame, since_s: float) -> _Waiting | Parts:
-        """Put a frame into the queue, or return the answer that refuses it; under the lock."""
-        num_rows, waiting_rows = frame.num_rows, self._queued_rows
-        if waiting_rows > 0 and waiting_rows + num_rows > self._spec.max_queue_rows:
+    def _enqueue(self, frame: DispatchFrame, now_s: float) -> _Waiting | _Refused:
+        """Put a frame into the queue, or refuse it where the queue is full; under the lock."""
+        waiting_rows = self._queued_rows
+        if waiting_rows > 0 and waiting_rows + frame.num_rows > self._spec.max_queue_rows:
             error = OverloadedError(f"{waiting_rows} rows wait already", "queue", 0.01)
-            return _error(frame.request_id, error)
-        waiting = _Waiting(frame, num_rows, since_s)
-        self._queued_rows += num_rows
+            return _Refused(_error(frame.request_id, error))
+        waiting = _Waiting(frame, now_s)
+        self._queued_rows += frame.num_rows
         self._queue.append(waiting)
         return waiting
 
     def _compute_and_answer(self, batch: list[_Waiting]) -> None:
         """Compute a batch; every frame gets an answer, also after a failure."""
-        answers: list[Parts] = []
-        begun_s = time.monotonic()
+        answers: list[Buffers] = []
+        begun_at_s = time.monotonic()
         self._frames += len(batch)
         for waiting in batch:
-            self._waited_s += begun_s - waiting.since_s
+            self._waited_s += begun_at_s - waiting.since_s
         try:
             answers = self._compute_batch(batch)
         finally:
             if not answers:
                 failure = InternalError("the expert actor failed to compute the batch")
                 answers = [_error(w.frame.request_id, failure) for w in batch]
-            self._busy_s += time.monotonic() - begun_s
+            self._busy_s += time.monotonic() - begun_at_s
             self._steps += 1
             with self._lock:
                 for done, answer in zip(batch, answers, strict=True):
                     done.answer = answer
-                    self._queued_rows -= done.num_rows
+                    self._queued_rows -= done.frame.num_rows
                 self._computing = False
                 if self._blocked:
                     self._changed.notify_all()
         if self._spans is not None:
-            self._spans.computed([(w.frame, w.since_s) for w in batch], begun_s)
+            self._spans.computed([(w.frame, w.since_s) for w in batch], begun_at_s)
 
-    def _compute_batch(self, batch: Sequence[_Waiting]) -> list[Parts]:
+    def _compute_batch(self, batch: Sequence[_Waiting]) -> list[Buffers]:
         """Return an answer to each waiting frame, or an empty list when the batch failed."""
         now_s = time.monotonic()
         is_late = [now_s - w.since_s >= w.frame.time_left_s for w in batch]
@@ -349,20 +355,20 @@ def _free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _read(data: Buffer) -> DispatchFrame | Parts:
-    """Return a dispatch frame, or the error frame for any other bytes."""
+def _read(data: Buffer) -> DispatchFrame | _Refused:
+    """Return a dispatch frame, or the refusal of any other bytes."""
     try:
         frame = decode(data)
         if not isinstance(frame, DispatchFrame):
             raise FrameError("only dispatch frames are computed", "frame.kind")
     except FrameError as error:
-        return _error(0, error)
+        return _Refused(_error(0, error))
     return frame
 
 
-def _some_wait(frames: Sequence[_Waiting | Parts]) -> bool:
-    """Return whether any frame has no answer yet."""
-    return any(isinstance(frame, _Waiting) and not frame.answer for frame in frames)
+def _some_wait(own: Sequence[_Waiting | _Refused]) -> bool:
+    """Return whether any of a thread's frames has no answer yet."""
+    return any(not each.answer for each in own)
 
 
 def _late(frame: DispatchFrame) -> ErrorFrame:
@@ -370,5 +376,5 @@ def _late(frame: DispatchFrame) -> ErrorFrame:
     return ErrorFrame(frame.request_id, type(error).__name__, error)
 
 
-def _error(request_id: int, error: ExpertMeshError) -> Parts:
+def _error(request_id: int, error: ExpertMeshError) -> Buffers:
     return encode(ErrorFrame(request_id, type(error).__name__, error))

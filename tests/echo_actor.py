@@ -11,7 +11,7 @@ import ray
 from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.transport.stream.server import StreamServer
 from cluster.wire.checksum import sealed, unsealed
-from cluster.wire.frames import Buffer, Parts
+from cluster.wire.frames import Buffer, Buffers
 
 
 class Echo:
@@ -20,7 +20,7 @@ class Echo:
     def __init__(self) -> None:
         self._server = StreamServer(self.compute_all, "127.0.0.1", None)
 
-    def compute_all(self, frames: Sequence[Buffer]) -> list[Parts]:
+    def compute_all(self, frames: Sequence[Buffer]) -> list[Buffers]:
         """Answer frames that came over streams."""
         return [(self._answer(bytes(frame)),) for frame in frames]
 

@@ -183,10 +183,14 @@ class LocalCluster:
         if threaded:
             self.engine.start()
 
-    def forward(self, step: StepInput) -> torch.Tensor:
+    def forward(self, packed: StepInput) -> torch.Tensor:
         """Run one packed step through the model and the experts; returns the logits."""
         return self.model.forward(
-            step.token_ids, step.positions, step.batch, step.sample_rows, context_of(step)
+            packed.token_ids,
+            packed.positions,
+            packed.batch,
+            packed.sample_rows,
+            context_of(packed),
         )
 
     def _on_emissions(self, emissions: list[Emission]) -> None:

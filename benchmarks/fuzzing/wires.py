@@ -25,10 +25,10 @@ from cluster.transport.stream.server import StreamServer
 from cluster.wire.frames import (
     ALIGNMENT,
     Buffer,
+    Buffers,
     DispatchFrame,
     ErrorFrame,
     Frame,
-    Parts,
     RowsFrame,
     decode,
     encode,
@@ -135,11 +135,11 @@ def _exactly(sock: socket.socket, count: int) -> bytes:
     return data
 
 
-def _answers(frames: Sequence[Buffer]) -> list[Parts]:
+def _answers(frames: Sequence[Buffer]) -> list[Buffers]:
     return [_answer(one) for one in frames]
 
 
-def _answer(data: Buffer) -> Parts:
+def _answer(data: Buffer) -> Buffers:
     try:
         found = decode(data)
     except FrameError as error:

@@ -11,7 +11,7 @@
 
 #define START_BYTES 16 /* length, id of the call */
 #define ALIGNMENT 16
-#define MAX_PARTS 64
+#define MAX_BUFFERS 64
 #define MAX_WAIT_MS 1000
 
 static void put_little_endian(unsigned char *at, uint64_t number) {
@@ -35,25 +35,25 @@ static int may_wait(void) {
     return 0;
 }
 
-/* send(fd, call_id, parts, most) -> how many bytes of the message are left to be sent; None for many
- * parts, or for more than `most` bytes */
+/* send(fd, call_id, buffers, most) -> how many bytes of the message are left to be sent; None for many
+ * buffers, or for more than `most` bytes */
 FUNCTION(send) {
     static unsigned char padding[ALIGNMENT];
     unsigned char start[START_BYTES];
-    struct iovec pieces[MAX_PARTS + 2] = {{start, START_BYTES}};
-    Py_buffer views[MAX_PARTS];
+    struct iovec pieces[MAX_BUFFERS + 2] = {{start, START_BYTES}};
+    Py_buffer views[MAX_BUFFERS];
     Py_ssize_t count = 0, length = 0, taken = 0;
     if (!are_given(given, 4)) return NULL;
     int fd = (int)PyLong_AsLong(args[0]); /* that of a closed socket is an OSError */
     uint64_t call_id = PyLong_AsUnsignedLongLong(args[1]);
     Py_ssize_t most = PyLong_AsSsize_t(args[3]);
     if (PyErr_Occurred()) return NULL;
-    if (!PyTuple_CheckExact(args[2]) || (count = PyTuple_GET_SIZE(args[2])) > MAX_PARTS)
+    if (!PyTuple_CheckExact(args[2]) || (count = PyTuple_GET_SIZE(args[2])) > MAX_BUFFERS)
         Py_RETURN_NONE;
     PyObject *result = NULL;
     for (; taken < count; taken++) {
-        PyObject *part = PyTuple_GET_ITEM(args[2], taken);
-        if (PyObject_GetBuffer(part, &views[taken], PyBUF_SIMPLE)) goto done;
+        PyObject *buffer = PyTuple_GET_ITEM(args[2], taken);
+        if (PyObject_GetBuffer(buffer, &views[taken], PyBUF_SIMPLE)) goto done;
         pieces[1 + taken] = (struct iovec){views[taken].buf, views[taken].len};
         length += views[taken].len;
     }

@@ -13,27 +13,27 @@
 #define MOST_EXPERTS (1 << 20) /* of a token; and most bytes of a row: no product overflows */
 #define MOST_ROW_BYTES (1 << 30)
 
-/* slots(ids [T, K] int64, k, slots [P] int64 out) */
-FUNCTION(slots) {
+/* sum_order(ids [T, K] int64, k, summand_of [P] int64 out) */
+FUNCTION(sum_order) {
     Buffers buffers = {.count = 0};
-    Py_buffer *ids_view, *slots_view;
+    Py_buffer *ids_view, *summands_view;
     if (!are_given(given, 3)) return NULL;
     Py_ssize_t k = PyLong_AsSsize_t(args[1]);
     if (k == -1 && PyErr_Occurred()) return NULL;
     if (!(ids_view = take(&buffers, args[0], 0))) return NULL;
-    if (!(slots_view = take(&buffers, args[2], 1))) return NULL;
+    if (!(summands_view = take(&buffers, args[2], 1))) return NULL;
     Py_ssize_t num_pairs = ids_view->len / 8;
-    if (k < 1 || num_pairs % k || slots_view->len != ids_view->len)
-        return refuse(&buffers, "ids and slots must have K for each token");
+    if (k < 1 || num_pairs % k || summands_view->len != ids_view->len)
+        return refuse(&buffers, "ids and summands must have K for each token");
     const int64_t *ids = ids_view->buf;
-    int64_t *to = slots_view->buf;
+    int64_t *summand_of = summands_view->buf;
     for (Py_ssize_t begin = 0; begin < num_pairs; begin += k) {
         for (Py_ssize_t i = 0; i < k; i++) {
-            Py_ssize_t place = begin;
+            Py_ssize_t summand = begin;
             for (Py_ssize_t j = 0; j < k; j++)
-                place += ids[begin + j] < ids[begin + i] ||
-                         (ids[begin + j] == ids[begin + i] && j < i);
-            to[begin + i] = place;
+                summand += ids[begin + j] < ids[begin + i] ||
+                           (ids[begin + j] == ids[begin + i] && j < i);
+            summand_of[begin + i] = summand;
         }
     }
     release(&buffers);
@@ -41,15 +41,15 @@ FUNCTION(slots) {
 }
 
 /* A share's experts that are asked for, how many pairs each has, and where they begin and end. */
-static PyObject *share_of(const int64_t *expert_of, const Py_ssize_t *next, Py_ssize_t k,
-                          Py_ssize_t place, Py_ssize_t last) {
-    Py_ssize_t count = 0, begin = next[place * k], end = next[last * k];
-    for (Py_ssize_t i = place; i < last; i++) count += next[i * k] < next[(i + 1) * k];
+static PyObject *share_of(const int64_t *ordered_ids, const Py_ssize_t *next, Py_ssize_t k,
+                          Py_ssize_t index, Py_ssize_t last) {
+    Py_ssize_t count = 0, begin = next[index * k], end = next[last * k];
+    for (Py_ssize_t i = index; i < last; i++) count += next[i * k] < next[(i + 1) * k];
     PyObject *ids = PyTuple_New(count), *counts = PyTuple_New(count), *share = NULL;
-    for (Py_ssize_t i = 0; ids && counts && place < last; place++) {
-        Py_ssize_t asked = next[(place + 1) * k] - next[place * k];
+    for (Py_ssize_t i = 0; ids && counts && index < last; index++) {
+        Py_ssize_t asked = next[(index + 1) * k] - next[index * k];
         if (!asked) continue;
-        PyObject *id = PyLong_FromLongLong(expert_of[place]), *number = PyLong_FromSsize_t(asked);
+        PyObject *id = PyLong_FromLongLong(ordered_ids[index]), *number = PyLong_FromSsize_t(asked);
         if (!id || !number) {
             Py_XDECREF(id);
             Py_XDECREF(number);
@@ -65,7 +65,7 @@ static PyObject *share_of(const int64_t *expert_of, const Py_ssize_t *next, Py_s
     return share;
 }
 
-/* route(ids [P] int64, k, expert_of [E] int64, ends int64, pairs int64 or None, ordered int64 out)
+/* route(ids [P] int64, k, ordered_ids [E] int64, ends int64, pairs int64 or None, ordered int64 out)
  * -> (expert ids, counts, begin, end) for each share of the experts, which go up to `ends` */
 FUNCTION(route) {
     Buffers buffers = {.count = 0};
@@ -83,31 +83,32 @@ FUNCTION(route) {
     if (k < 1 || k > MOST_EXPERTS || num_experts > MOST_EXPERTS ||
         ordered_view->len != pairs_view->len)
         return refuse(&buffers, "there must be as much room as pairs, and experts for each token");
-    const int64_t *ids = ids_view->buf, *expert_of = experts_view->buf, *ends = ends_view->buf;
+    const int64_t *ids = ids_view->buf, *ordered_ids = experts_view->buf, *ends = ends_view->buf;
     const int64_t *pairs = args[4] == Py_None ? NULL : pairs_view->buf; /* all of them */
     int64_t *ordered = ordered_view->buf;
     for (Py_ssize_t i = 0; i < num_shares; i++)
         if (ends[i] < (i ? ends[i - 1] : 0) || ends[i] > num_experts)
             return refuse(&buffers, "a share beyond the experts");
-    /* The first num_experts are places, the rest where the next pair of a place and a rank goes. */
-    Py_ssize_t *places = PyMem_Calloc(num_experts + num_experts * k + 1, sizeof *places);
-    if (!places) {
+    /* The first num_experts are indices into ordered_ids, the rest where the next pair of an index and
+     * a rank goes. */
+    Py_ssize_t *index_of = PyMem_Calloc(num_experts + num_experts * k + 1, sizeof *index_of);
+    if (!index_of) {
         release(&buffers);
         return PyErr_NoMemory();
     }
-    Py_ssize_t *next = places + num_experts;
+    Py_ssize_t *next = index_of + num_experts;
     PyObject *shares = NULL;
     const char *wrong = NULL;
     for (Py_ssize_t i = 0; i < num_experts && !wrong; i++) {
-        if (expert_of[i] < 0 || expert_of[i] >= num_experts) wrong = "an id beyond the experts";
-        else places[expert_of[i]] = i;
+        if (ordered_ids[i] < 0 || ordered_ids[i] >= num_experts) wrong = "an id beyond the experts";
+        else index_of[ordered_ids[i]] = i;
     }
-    /* By expert's place, then by rank; within both in the order of the pairs. */
+    /* By the expert's index, then by rank; within both in the order of the pairs. */
     for (Py_ssize_t i = 0; i < num_pairs && !wrong; i++) {
         int64_t pair = pairs ? pairs[i] : i;
         if (pair < 0 || pair >= num_ids || ids[pair] < 0 || ids[pair] >= num_experts)
             wrong = "a pair beyond the ids, or an id beyond the experts";
-        else next[places[ids[pair]] * k + pair % k + 1]++;
+        else next[index_of[ids[pair]] * k + pair % k + 1]++;
     }
     if (wrong) {
         PyErr_SetString(PyExc_ValueError, wrong);
@@ -116,7 +117,7 @@ FUNCTION(route) {
     for (Py_ssize_t i = 0; i < num_experts * k; i++) next[i + 1] += next[i];
     if (!(shares = PyList_New(num_shares))) goto done;
     for (Py_ssize_t i = 0; i < num_shares; i++) {
-        PyObject *share = share_of(expert_of, next, k, i ? ends[i - 1] : 0, ends[i]);
+        PyObject *share = share_of(ordered_ids, next, k, i ? ends[i - 1] : 0, ends[i]);
         if (!share) {
             Py_CLEAR(shares);
             goto done;
@@ -125,10 +126,10 @@ FUNCTION(route) {
     }
     for (Py_ssize_t i = 0; i < num_pairs; i++) {
         int64_t pair = pairs ? pairs[i] : i;
-        ordered[next[places[ids[pair]] * k + pair % k]++] = pair;
+        ordered[next[index_of[ids[pair]] * k + pair % k]++] = pair;
     }
 done:
-    PyMem_Free(places);
+    PyMem_Free(index_of);
     release(&buffers);
     return shares;
 }
@@ -224,7 +225,7 @@ static int sum_float32(float *sum, const char *const *rows, const float *weights
     return largest != EXPONENT;
 }
 
-/* What is summed: a row for each slot, and the buffers that they lie in. */
+/* What is summed: a row for each summand, and the buffers that they lie in. */
 typedef struct {
     const char **row_of;
     char *zeros;
@@ -239,8 +240,8 @@ static void forget(Received *received) {
     PyMem_Free(received->zeros);
 }
 
-/* Find the row of each slot in `pieces`, (pairs, their rows) each; 0 with an error set. */
-static int find_rows(Received *received, PyObject *pieces, const int64_t *slots,
+/* Find the row of each summand in `pieces`, (pairs, their rows) each; 0 with an error set. */
+static int find_rows(Received *received, PyObject *pieces, const int64_t *summand_of,
                      Py_ssize_t num_pairs, Py_ssize_t row_bytes) {
     Py_ssize_t count = PyList_Check(pieces) ? PyList_GET_SIZE(pieces) : -1, found = 0;
     if (count < 0) {
@@ -275,11 +276,11 @@ static int find_rows(Received *received, PyObject *pieces, const int64_t *slots,
         for (Py_ssize_t n = 0; n < size; n++) {
             int64_t pair = ((const int64_t *)pairs->buf)[n];
             if (pair < 0 || pair >= num_pairs) {
-                PyErr_SetString(PyExc_ValueError, "a pair beyond the slots");
+                PyErr_SetString(PyExc_ValueError, "a pair beyond the summands");
                 return 0;
             }
-            found += !received->row_of[slots[pair]];
-            received->row_of[slots[pair]] = (const char *)rows->buf + n * row_bytes;
+            found += !received->row_of[summand_of[pair]];
+            received->row_of[summand_of[pair]] = (const char *)rows->buf + n * row_bytes;
         }
     }
     if (found == num_pairs) return 1;
@@ -292,41 +293,41 @@ static int find_rows(Received *received, PyObject *pieces, const int64_t *slots,
     return 1;
 }
 
-/* combine(pieces, weights [P], slots [P] int64, k, sums [T, H] out, value_bytes) -> whether all sums
- * are finite: pieces are (pairs int64, their rows) each, and pairs without a row have zeros. Values of
- * two bytes are bfloat16, those of four float32, and so are weights, whatever rows are. */
+/* combine(pieces, weights [P], summand_of [P] int64, k, sums [T, H] out, value_bytes) -> whether all
+ * sums are finite: pieces are (pairs int64, their rows) each, and pairs without a row have zeros. Values
+ * of two bytes are bfloat16, those of four float32, and so are weights, whatever rows are. */
 FUNCTION(combine) {
     Buffers buffers = {.count = 0};
     Received received = {0};
-    Py_buffer *weights, *slots_view, *sums;
+    Py_buffer *weights, *summands_view, *sums;
     if (!are_given(given, 6)) return NULL;
     Py_ssize_t k = PyLong_AsSsize_t(args[3]), value_bytes = PyLong_AsSsize_t(args[5]);
     if (PyErr_Occurred()) return NULL;
     if (!(weights = take(&buffers, args[1], 0))) return NULL;
-    if (!(slots_view = take(&buffers, args[2], 0))) return NULL;
+    if (!(summands_view = take(&buffers, args[2], 0))) return NULL;
     if (!(sums = take(&buffers, args[4], 1))) return NULL;
-    Py_ssize_t num_pairs = slots_view->len / 8;
+    Py_ssize_t num_pairs = summands_view->len / 8;
     if (k < 1 || num_pairs < 1 || num_pairs % k || (value_bytes != 2 && value_bytes != 4))
-        return refuse(&buffers, "there must be K slots for each token, and values of 2 or 4 bytes");
+        return refuse(&buffers, "there must be K summands a token, and values of 2 or 4 bytes");
     Py_ssize_t weight_bytes = weights->len / num_pairs, row_bytes = sums->len / (num_pairs / k);
     if (weights->len % num_pairs || (weight_bytes != 2 && weight_bytes != 4) || row_bytes < 1 ||
         sums->len % (num_pairs / k) || row_bytes % value_bytes)
         return refuse(&buffers, "there must be a weight for each pair, and a sum for each token");
-    const int64_t *slots = slots_view->buf;
+    const int64_t *summand_of = summands_view->buf;
     for (Py_ssize_t begin = 0; begin < num_pairs; begin += k)
         for (Py_ssize_t i = begin; i < begin + k; i++)
-            if (slots[i] < begin || slots[i] >= begin + k)
-                return refuse(&buffers, "a slot that is another token's");
-    float *weight_of = PyMem_Calloc(num_pairs, sizeof *weight_of); /* of each slot */
+            if (summand_of[i] < begin || summand_of[i] >= begin + k)
+                return refuse(&buffers, "a summand that is another token's");
+    float *weight_of = PyMem_Calloc(num_pairs, sizeof *weight_of); /* of each summand */
     if (!weight_of) {
         release(&buffers);
         return PyErr_NoMemory();
     }
     for (Py_ssize_t pair = 0; pair < num_pairs; pair++)
-        weight_of[slots[pair]] = weight_bytes == 4
-                                     ? ((const float *)weights->buf)[pair]
-                                     : of_bfloat16(((const uint16_t *)weights->buf)[pair]);
-    int is_found = find_rows(&received, args[0], slots, num_pairs, row_bytes);
+        weight_of[summand_of[pair]] = weight_bytes == 4
+                                         ? ((const float *)weights->buf)[pair]
+                                         : of_bfloat16(((const uint16_t *)weights->buf)[pair]);
+    int is_found = find_rows(&received, args[0], summand_of, num_pairs, row_bytes);
     PyThreadState *saved = is_found && sums->len > ALONE_BYTES ? PyEval_SaveThread() : NULL;
     Py_ssize_t size = row_bytes / value_bytes;
     int is_finite = 1;

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from cluster.wire.frames import Buffer, Parts
+from cluster.wire.frames import Buffer, Buffers
 
 
 class CallFailure(enum.StrEnum):
@@ -33,7 +33,7 @@ class Call(NamedTuple):
 
     actor_id: str
     generation: int
-    frame: Parts
+    frame: Buffers
     timeout_s: float
     replaceable: bool = False
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import crc32c
 
-from cluster.wire.frames import Buffer, Parts
+from cluster.wire.frames import Buffer, Buffers
 
 CHECKSUM_BYTES = 4
 
 
-def sealed(parts: Parts) -> Parts:
-    """Return a frame with its checksum as the last part; nothing is copied."""
+def sealed(buffers: Buffers) -> Buffers:
+    """Return a frame with its checksum as the last buffer; nothing is copied."""
     checksum = 0
-    for part in parts:
-        checksum = crc32c.crc32c(part, checksum)
-    return *parts, checksum.to_bytes(CHECKSUM_BYTES, "little")
+    for buffer in buffers:
+        checksum = crc32c.crc32c(buffer, checksum)
+    return *buffers, checksum.to_bytes(CHECKSUM_BYTES, "little")
 
 
 def unsealed(data: Buffer) -> memoryview | None:

@@ -5,8 +5,8 @@ each kind follow, listed beside it. The body of a dispatch frame and of a rows f
 rows. They begin at a multiple of ``ALIGNMENT``, so that a tensor can be made over a received frame
 in place. The body of an error frame is msgpack. All numbers are little-endian.
 
-Encoding returns the parts unjoined, so that rows are not copied to be sent. Decoding compares every
-length with the bytes that have come before it takes memory, and unpickles nothing.
+Encoding does not join header and rows, so that rows are not copied to be sent. Decoding compares
+every length with the bytes that have come before it takes memory, and unpickles nothing.
 
 Dimension letters: E experts of a frame, P its (token, expert) pairs, A axes of a row.
 """
@@ -87,8 +87,8 @@ _DTYPES = {code: dtype for dtype, code in _DTYPE_CODES.items()}
 
 Buffer = bytes | memoryview
 Shape = tuple[int, ...]
-Parts = tuple[Buffer, ...]
-"""The bytes of one frame in pieces, to be sent one after the other."""
+Buffers = tuple[Buffer, ...]
+"""The bytes of one frame, to be sent one buffer after the other."""
 
 
 # Tuples, whose first fields are those of the header: they are packed and made in one step.
@@ -128,7 +128,7 @@ class RowsFrame(NamedTuple):
     num_rows: int
     row_shape: Shape
     dtype: str
-    rows: Parts
+    rows: Buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +145,8 @@ _ERROR_KEYS = {"code", "message", "field", "retry_after_s"}
 _KNOWN_ERRORS = {cls.__name__: cls for cls in (WrongPlacementError, FrameError, ExpertFailedError)}
 
 
-def encode(frame: Frame) -> Parts:
-    """Return the frame's bytes in parts; the rows are not copied.
+def encode(frame: Frame) -> Buffers:
+    """Return the frame's bytes; the rows are not copied.
 
     Raises ``struct.error`` for a number or a name that does not fit its field.
     """
@@ -192,9 +192,9 @@ def _rows(num_axes: int) -> struct.Struct:
     return _padded(_ROWS.format(num_axes))
 
 
-def joined(parts: Parts) -> Buffer:
+def joined(buffers: Buffers) -> Buffer:
     """Return the bytes in one piece."""
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    return buffers[0] if len(buffers) == 1 else b"".join(buffers)
 
 
 def decode(data: Buffer) -> Frame:

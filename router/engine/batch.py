@@ -75,12 +75,12 @@ def pack(work: list[Work], sliding_window: int | None, length_step: int = 1) -> 
     )
 
 
-def context_of(step: StepInput, trace: StepTrace | None = None) -> StepContext:
+def context_of(packed: StepInput, trace: StepTrace | None = None) -> StepContext:
     """Return the context of the step's MoE layers; its deadline is its requests' earliest."""
-    requests = [work.sequence.request for work in step.works]
+    requests = [work.sequence.request for work in packed.works]
     return StepContext(
         min(request.deadline_s for request in requests),
-        [work.end - work.start for work in step.works],
+        [work.end - work.start for work in packed.works],
         [request.on_expert_loss for request in requests],
         trace,
     )

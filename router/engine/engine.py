@@ -31,9 +31,10 @@ from router.engine.sampling import Draw, Drawn, sample
 from router.engine.scheduler import Scheduler
 from router.engine.sequence import Sequence, Work
 from router.engine.stats import EngineTally
-from router.messages.request import GenerationRequest, TokenEvent
+from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
 from router.model.model import MoEModel
 from router.moe.layer import MoELayers, StepContext
+from router.moe.missing import StepMissing
 from router.observability.tracing import RequestTrace, StepTrace, begin_step
 
 IDLE_S = 0.1
@@ -200,14 +201,14 @@ class Engine:
     def step(self, work: list[Work], trace: StepTrace | None = None) -> None:
         """Compute the scheduled work, sample, and queue the tokens to be emitted."""
         self._count(work)
-        step = pack(work, self._model.sliding_window, self._model.length_step)
-        context = context_of(step, trace)
+        packed = pack(work, self._model.sliding_window, self._model.length_step)
+        context = context_of(packed, trace)
         logits = self._model.forward(
-            step.token_ids, step.positions, step.batch, step.sample_rows, context
+            packed.token_ids, packed.positions, packed.batch, packed.sample_rows, context
         )
-        drawn = sample(logits, [_draw_of(s) for s in step.sampled])
+        drawn = sample(logits, [_draw_of(s) for s in packed.sampled])
         self.tally.layers(context.layer_times_s)
-        self._advance(step, context, drawn)
+        self._advance(packed, context, drawn)
 
     def _count(self, work: list[Work]) -> None:
         now_s = time.monotonic()
@@ -217,57 +218,61 @@ class Engine:
             if not item.sequence.times.scheduled_s:
                 self.tally.scheduled(item.sequence, now_s)
 
-    def _advance(
-        self,
-        step: StepInput,
-        context: StepContext,
-        drawn: Drawn,
-    ) -> None:
-        missing = context.missing
+    def _advance(self, packed: StepInput, context: StepContext, drawn: Drawn) -> None:
+        """Note what is computed, append the drawn tokens, and queue their events."""
+        self._note_computed(packed.works, context.missing)
+        failed = {packed.works[index].sequence.request.request_id for index in context.not_finite}
+        now_s = time.monotonic()
+        for sequence, token_id, logprobs in zip(
+            packed.sampled, drawn.token_ids, drawn.logprobs, strict=True
+        ):
+            if sequence.awaited:
+                continue
+            request_id = sequence.request.request_id
+            if token_id is None:  # its logits are not finite
+                failed.add(request_id)
+            if token_id is None or request_id in failed:
+                continue
+            forced = sequence.next_forced
+            if forced is None:
+                self._append(sequence, token_id, logprobs, now_s)
+            else:
+                self._replay(sequence, forced, token_id)
+        for request_id in failed:
+            self._fail_not_finite(request_id)
+
+    def _note_computed(self, works: tuple[Work, ...], missing: StepMissing | None) -> None:
+        """Count the works' tokens as computed; park the sequences that wait for experts."""
         awaited = {} if missing is None else missing.awaited
         inexact = set() if missing is None else missing.inexact
         if missing is not None and inexact:
             self.inexact_rows += missing.rows_by_contract()
-        for place, item in enumerate(step.works):
-            if place in awaited:
+        for index, work in enumerate(works):
+            if index in awaited:
                 # The work is computed again, and overwrites its keys and values.
-                item.sequence.awaited = awaited[place]
+                work.sequence.awaited = awaited[index]
                 continue
-            item.sequence.num_computed = item.end
-            is_exact = self._is_exact and place not in inexact
-            item.sequence.exact = item.sequence.exact and is_exact
-        failed = {step.works[place].sequence.request.request_id for place in context.not_finite}
-        now_s = time.monotonic()
-        for sequence, token_id, row in zip(
-            step.sampled, drawn.token_ids, drawn.logprobs, strict=True
-        ):
-            if sequence.awaited:
-                continue
-            if token_id is None:
-                failed.add(sequence.request.request_id)
-            if token_id is None or sequence.request.request_id in failed:
-                continue
-            forced = sequence.next_forced
-            if forced is not None:
-                self._replay(sequence, forced, token_id)
-                continue
-            sequence.token_ids.append(token_id)
-            self.tally.token(sequence, now_s)
-            reason = self._finish_reason(sequence, token_id)
-            if reason is not None:
-                self.tally.finished(sequence)
-                self._finish(sequence)
-            rows = () if row is None else (row,)
-            start = sequence.num_generated - 1
-            identity = "" if start else self._identity
-            event = TokenEvent(
-                sequence.index, (token_id,), rows, reason, sequence.exact, start, identity
-            )
-            self._outbox.append(Emission(sequence.request.request_id, event))
-        for request_id in failed:
-            logger.error("request %s: the model's output is not finite", request_id)
-            message = "the model's output for this request is not finite (NaN or infinity)"
-            self._fail_request(request_id, NotFiniteError(message))
+            work.sequence.num_computed = work.end
+            is_exact = self._is_exact and index not in inexact
+            work.sequence.exact = work.sequence.exact and is_exact
+
+    def _append(
+        self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, now_s: float
+    ) -> None:
+        """Append a token and queue its event; end the sequence where it is the last."""
+        sequence.token_ids.append(token_id)
+        self.tally.token(sequence, now_s)
+        reason = self._finish_reason(sequence, token_id)
+        if reason is not None:
+            self.tally.finished(sequence)
+            self._finish(sequence)
+        rows = () if logprobs is None else (logprobs,)
+        start = sequence.num_generated - 1
+        identity = "" if start else self._identity
+        event = TokenEvent(
+            sequence.index, (token_id,), rows, reason, sequence.exact, start, identity
+        )
+        self._outbox.append(Emission(sequence.request.request_id, event))
 
     def _replay(self, sequence: Sequence, forced: int, sampled: int) -> None:
         """Append a token that the client has already; only the end of its choice is emitted."""
@@ -303,6 +308,11 @@ class Engine:
         if not self._layers.placed.is_placed():
             error = ExpertUnavailableError("no placement of the experts is known yet", "", 1.0)
         self._fail(lambda s: s.request.deadline_s <= now_s, error)
+
+    def _fail_not_finite(self, request_id: str) -> None:
+        logger.error("request %s: the model's output is not finite", request_id)
+        message = "the model's output for this request is not finite (NaN or infinity)"
+        self._fail_request(request_id, NotFiniteError(message))
 
     def _fail_request(self, request_id: str, error: ExpertMeshError) -> None:
         self._fail(lambda s: s.request.request_id == request_id, error)

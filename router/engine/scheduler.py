@@ -101,8 +101,8 @@ class Scheduler:
         return work
 
     def _admit(self) -> None:
-        # Parked sequences keep their pages, but not their places in the batch. When they go on,
-        # more sequences may run than the batch has places; the oldest are computed first.
+        # Parked sequences keep their pages, but do not count for the batch. When they go on, more
+        # sequences may run than fit into a batch; the oldest are computed first.
         num_ready = len(self.running) - len(self.parked())
         while self.waiting and num_ready < self._limits.max_batch_size:
             needed = pages_needed(self.waiting[0].max_length)

@@ -32,7 +32,7 @@ class Times:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One choice of one request: its tokens so far, and their places in the cache.
+    """One choice of one request: its tokens so far, and their slots in the cache.
 
     The first ``num_computed`` tokens have their keys and values in the cache. ``exact`` is false
     when any of these tokens was computed without an expert that the gate chose. A sequence with
@@ -67,8 +67,8 @@ class Sequence:
     @property
     def next_forced(self) -> int | None:
         """The next generated token where the request forces it, else ``None``."""
-        place = self.num_generated
-        return self.forced[place] if place < len(self.forced) else None
+        number = self.num_generated
+        return self.forced[number] if number < len(self.forced) else None
 
     def occupy(self, pages: list[int]) -> None:
         """Take pages for all positions that the sequence can ever have."""

@@ -178,7 +178,7 @@ class MixtureEngine:
         choice = self._gate.choose(inputs, first_row)
         given = torch.from_numpy(inputs[self._spec.rows_input.name])
         rows = given.to(TORCH_DTYPES[self._spec.dtype])
-        context = layers.step = StepContext(
+        context = layers.context = StepContext(
             min(work.job.request.deadline_s for work in works),
             [work.num_rows for work in works],
             [work.job.request.on_expert_loss for work in works],
@@ -190,26 +190,26 @@ class MixtureEngine:
             if context.missing is not None:
                 self.tally.inexact_rows += context.missing.rows_by_contract()
         begin = 0
-        for place, work in enumerate(works):
+        for index, work in enumerate(works):
             end = begin + work.num_rows
-            self._finish(work, context, place, gathered, slice(begin, end))
+            self._finish(work, context, index, gathered, slice(begin, end))
             begin = end
 
     def _finish(
         self,
         work: Work,
         context: StepContext,
-        place: int,
+        index: int,
         gathered: GatheredRows,
         rows: slice,
     ) -> None:
         """Combine a work's rows, or park the work where it waits for experts."""
         missing = context.missing
-        if missing is not None and place in missing.awaited:
+        if missing is not None and index in missing.awaited:
             with self._changed:
-                self._queue.park(work, missing.awaited[place])
+                self._queue.park(work, missing.awaited[index])
             return
-        is_exact = self._is_exact and (missing is None or place not in missing.inexact)
+        is_exact = self._is_exact and (missing is None or index not in missing.inexact)
         try:
             outputs = self._combined(work, gathered, rows)
         except ExpertMeshError as error:

@@ -1,4 +1,4 @@
-"""The paged key/value cache, and a step's places in it.
+"""The paged key/value cache, and a step's slots in it.
 
 The tokens of one engine step are packed into a single row without padding: first the tokens of
 decoding sequences, one each, then the prefill chunks. transformers' model runs over that row and

@@ -146,14 +146,14 @@ class MoEModel:
         positions: torch.Tensor,
         batch: PagedBatch,
         sample_rows: torch.Tensor,
-        step: StepContext,
+        context: StepContext,
     ) -> torch.Tensor:
         """Run one packed step; returns fp32 logits [R, V] of the rows to sample.
 
         ``token_ids`` and ``positions`` are [T]; ``sample_rows`` [R] are indices into them. Every
-        MoE layer gets ``step``.
+        MoE layer gets ``context``.
         """
-        self._layers.step = step
+        self._layers.context = context
         # transformers' layers come back to us by paged_attention, Gate.forward and
         # RemoteExperts.forward.
         output = self._base(

@@ -78,7 +78,7 @@ class CapacityLimit:
 
 
 class _Room:
-    """The places of each token's experts, filled one preference after the other."""
+    """The experts of each token that have room, filled one preference after the other."""
 
     def __init__(self, num_tokens: int, wanted: np.ndarray, capacity: int, missing: np.ndarray):
         self._wanted = wanted  # [T], the number of experts that each token wants
@@ -166,6 +166,6 @@ def _in_line(
     """Yield tokens with one expert each, likeliest experts first; only ``valid`` [T, K] pairs."""
     order = np.argsort(np.where(valid, -weights, np.inf), axis=1, kind="stable")
     for rank in order.T:
-        places = np.arange(len(tokens))
-        counts = valid[places, rank]
-        yield tokens[counts], ids[places, rank][counts]
+        rows = np.arange(len(tokens))
+        counts = valid[rows, rank]
+        yield tokens[counts], ids[rows, rank][counts]

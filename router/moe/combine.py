@@ -15,7 +15,7 @@ from cluster.native.built import native
 from cluster.wire.frames import Buffer
 from cluster.wire.tensors import to_bytes, to_raw
 from router.moe.gate import Choice
-from router.moe.permute import sum_slots
+from router.moe.permute import sum_order
 
 CHUNK_VALUES = 1 << 19
 """The most values that torch weights at once on a CPU. Weights in float32 widen all values to
@@ -31,7 +31,7 @@ class WeightedSums:
 
     def prepare(self, choice: Choice, rows: torch.Tensor) -> Plan:
         """Prepare :meth:`combine` while the experts compute."""
-        return prepare(choice.weights, sum_slots(choice.ids), rows)
+        return prepare(choice.weights, sum_order(choice.ids), rows)
 
     def combine(self, received: list[ExpertRows], plan: Plan) -> tuple[torch.Tensor, bool]:
         """Return the sums [T, H], and whether they are finite; see :func:`combine`."""
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     """The operands of a layer's sums, without the experts' rows; made by :func:`prepare`."""
 
     weights: torch.Tensor
-    places: np.ndarray
+    summand_of: np.ndarray
     like: torch.Tensor
     sums: torch.Tensor | None = None
     """Memory for the sums where native code sums; the two buffers below are set then as well."""
@@ -63,40 +63,43 @@ class Plan(NamedTuple):
     sums_bytes: Buffer = b""
 
 
-def prepare(weights: torch.Tensor, places: np.ndarray, like: torch.Tensor) -> Plan:
+def prepare(weights: torch.Tensor, summand_of: np.ndarray, like: torch.Tensor) -> Plan:
     """Prepare :func:`combine` while the experts compute.
 
-    ``weights`` [T, K] are the gate's. ``places`` order the rows of each token
-    (:func:`router.moe.permute.sum_slots`). Rows have the width and the dtype of ``like`` [T, H].
+    ``weights`` [T, K] are the gate's. ``summand_of`` [P] is the order of the sums
+    (:func:`router.moe.permute.sum_order`). Rows have the width and the dtype of ``like`` [T, H].
     """
     is_known = (like.dtype, weights.dtype) in _NATIVE and weights.is_cpu and like.is_cpu
     if native is None or not is_known or not like.numel():
-        return Plan(weights, places, like)
+        return Plan(weights, summand_of, like)
     sums = torch.empty_like(like, memory_format=torch.contiguous_format)
-    return Plan(weights, places, like, sums, to_bytes(weights), to_bytes(sums))
+    return Plan(weights, summand_of, like, sums, to_bytes(weights), to_bytes(sums))
 
 
 def combine(received: list[ExpertRows], plan: Plan) -> tuple[torch.Tensor, bool]:
-    """Sum each token's weighted rows in the order of their places; a row not received counts as 0.
+    """Sum each token's weighted rows in the plan's order; a row not received counts as 0.
 
     Each weighted row is rounded to the rows' dtype and accumulated in it, one expert after the
     other. The sums equal those of transformers' eager experts bit for bit, whatever the placement,
     the number of actors or a retry. Returns [T, H] on the weights' device, and whether all of it is
     finite. The sums last until the plan is used again.
     """
-    weights, places, like, sums, weights_bytes, sums_bytes = plan
+    weights, summand_of, like, sums, weights_bytes, sums_bytes = plan
     num_tokens, k = weights.shape
     if sums is not None:
         assert native is not None
-        is_finite = native.combine(received, weights_bytes, places, k, sums_bytes, like.itemsize)
+        is_finite = native.combine(
+            received, weights_bytes, summand_of, k, sums_bytes, like.itemsize
+        )
         return sums, is_finite
-    ranks = np.empty(places.size, np.int64)
-    ranks[places] = np.arange(places.size) % k
+    ranks = np.empty(summand_of.size, np.int64)
+    ranks[summand_of] = np.arange(summand_of.size) % k
     order = torch.from_numpy(ranks.reshape(num_tokens, k)).to(weights.device)
-    rows = torch.zeros(places.size, like.shape[1], dtype=like.dtype)
+    rows = torch.zeros(summand_of.size, like.shape[1], dtype=like.dtype)
     for piece in received:
         raw = to_raw(rows)
-        raw[places[piece.pairs]] = np.frombuffer(piece.rows, raw.dtype).reshape(-1, like.shape[1])
+        outputs = np.frombuffer(piece.rows, raw.dtype).reshape(-1, like.shape[1])
+        raw[summand_of[piece.pairs]] = outputs
     values = rows.to(weights.device).view(num_tokens, k, like.shape[1])
     sums = _in_pieces(values, weights.gather(1, order))
     return sums, bool(sums.isfinite().all())

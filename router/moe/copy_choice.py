@@ -1,5 +1,8 @@
 """Chooses the copy of each expert that a router asks: less loaded copies, on actors that answer.
 
+An actor that failed is *avoided*: it is asked only for experts without a copy elsewhere. A part is
+*replaceable* where actors that are not avoided hold copies of all its experts.
+
 An expert's rows of one layer all go to the same copy. A row's bits depend on the rows that share
 its matrix product, so dividing the rows would make tokens depend on the copies. Nothing here waits
 or sends.
@@ -8,7 +11,13 @@ or sends.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+
+import numpy as np
+
+from cluster.placement.placement import Placement
+from router.moe.pending import PendingLayer
+from router.moe.permute import Layout, Layouts, Part, lay_out
 
 AVOID_S = 10.0
 """How long an actor that failed is avoided, unless a new generation of it comes first. A hung actor
@@ -17,35 +26,60 @@ DECAY = 0.9
 """The share of an actor's recent rows that still counts one layer later."""
 
 
-class Copies:
-    """A router's record of its actors: the recent rows of each, and the actors that failed."""
+class CopyChoice:
+    """Chooses copies for one dispatcher; for layers with an expert that has several copies.
 
-    def __init__(self) -> None:
-        """Start without any actor."""
+    It remembers the recent rows of each actor, and the actors that failed lately.
+    """
+
+    def __init__(self, layouts: Layouts, is_ready: Callable[[str, int], bool]) -> None:
+        """``is_ready`` returns whether an actor's generation has a connection."""
+        self._layouts = layouts
+        self._is_ready = is_ready
         self._recent_rows: dict[str, float] = {}
-        self._avoided: dict[str, tuple[int, float]] = {}
+        self._failed: dict[str, tuple[int, float]] = {}
+        """By actor: the generation that failed, and the end of its avoidance."""
 
-    def avoid(self, actor_id: str, generation: int, now_s: float) -> None:
-        """Note that this generation of an actor did not answer."""
-        self._avoided[actor_id] = (generation, now_s + AVOID_S)
+    def note_failure(self, actor_id: str, generation: int, now_s: float) -> None:
+        """Record that this generation of an actor did not answer."""
+        self._failed[actor_id] = (generation, now_s + AVOID_S)
 
-    def avoided(self, generations: Mapping[str, int], now_s: float) -> frozenset[str]:
+    def layout(
+        self, placement: Placement, layer: PendingLayer, pairs: np.ndarray | None, now_s: float
+    ) -> Layout:
+        """Return a layer's layout for sending ``pairs``, with one copy of each expert."""
+        holders = self._layouts.holders(placement, layer.layer_id)
+        expert_ids = layer.expert_ids if pairs is None else layer.expert_ids[pairs]
+        counts = np.bincount(expert_ids, minlength=len(holders)).tolist()
+        avoided = self._avoided(placement, layer, now_s)
+        chosen = self.choose(holders, counts, avoided | self._unready(placement, avoided))
+        return lay_out(dict(enumerate(chosen)), placement.generations)
+
+    def replaceable(
+        self, placement: Placement, layer: PendingLayer, parts: Sequence[Part], now_s: float
+    ) -> Sequence[bool]:
+        """Return for each part whether other actors, none of them avoided, hold its experts."""
+        holders = self._layouts.holders(placement, layer.layer_id)
+        avoided = self._avoided(placement, layer, now_s)
+        return [is_replaceable(holders, part.expert_ids, part.actor_id, avoided) for part in parts]
+
+    def failed_lately(self, generations: Mapping[str, int], now_s: float) -> frozenset[str]:
         """Return the actors that failed lately and still have the generation that failed."""
         return frozenset(
             actor_id
-            for actor_id, (generation, until_s) in self._avoided.items()
+            for actor_id, (generation, until_s) in self._failed.items()
             if generations.get(actor_id) == generation and now_s < until_s
         )
 
     def choose(
-        self, copies: Sequence[tuple[str, ...]], counts: Sequence[int], shunned: Collection[str]
+        self, copies: Sequence[tuple[str, ...]], counts: Sequence[int], avoided: Collection[str]
     ) -> list[str | None]:
         """Return the actor for each expert of a layer, ``None`` where there is no copy.
 
-        ``copies`` are the actors that hold each expert, ``counts`` the rows of each expert now. A
-        ``shunned`` actor is chosen only for an expert that no other actor holds.
+        ``copies`` are the actors that hold each expert, ``counts`` the rows of each expert now. An
+        ``avoided`` actor is chosen only for an expert that no other actor holds.
         """
-        chosen, rows = choose_copies(copies, counts, self._recent_rows, shunned)
+        chosen, rows = choose_copies(copies, counts, self._recent_rows, avoided)
         recent = self._recent_rows
         self._recent_rows = {
             actor_id: DECAY * recent.get(actor_id, 0.0) + rows.get(actor_id, 0)
@@ -53,12 +87,23 @@ class Copies:
         }
         return chosen
 
+    def _avoided(self, placement: Placement, layer: PendingLayer, now_s: float) -> frozenset[str]:
+        return self.failed_lately(placement.generations, now_s) | layer.failed_actors
+
+    def _unready(self, placement: Placement, avoided: Set[str]) -> frozenset[str]:
+        """Return the actors without a connection yet, except ``avoided`` actors."""
+        return frozenset(
+            actor_id
+            for actor_id, generation in placement.generations.items()
+            if actor_id not in avoided and not self._is_ready(actor_id, generation)
+        )
+
 
 def choose_copies(
     copies: Sequence[tuple[str, ...]],
     counts: Sequence[int],
     recent_rows: Mapping[str, float],
-    shunned: Collection[str],
+    avoided: Collection[str],
 ) -> tuple[list[str | None], dict[str, int]]:
     """Choose a copy of each expert so that the busiest actor of the layer gets few rows.
 
@@ -66,7 +111,7 @@ def choose_copies(
     the fewest rows of this layer; among equal actors, to the actor with the fewest ``recent_rows``,
     then with the first name. Returns the actors by expert, and the rows of each actor.
     """
-    usable = [_usable(actors, shunned) for actors in copies]
+    usable = [_usable(actors, avoided) for actors in copies]
     chosen: list[str | None] = [actors[0] if actors else None for actors in usable]
     expert_ids = [expert_id for expert_id, count in enumerate(counts) if count]
     expert_ids.sort(key=lambda e: (len(usable[e]) > 1, -counts[e], e))
@@ -81,20 +126,20 @@ def choose_copies(
     return chosen, rows
 
 
-def has_other_copies(
+def is_replaceable(
     copies: Sequence[tuple[str, ...]],
     expert_ids: Sequence[int],
     actor_id: str,
-    shunned: Collection[str],
+    avoided: Collection[str],
 ) -> bool:
-    """Return whether each expert has a copy on an actor that is neither this nor ``shunned``."""
+    """Return whether each expert has a copy on an actor that is neither this nor ``avoided``."""
     return all(
-        any(holder != actor_id and holder not in shunned for holder in copies[expert_id])
+        any(holder != actor_id and holder not in avoided for holder in copies[expert_id])
         for expert_id in expert_ids
     )
 
 
-def _usable(actors: tuple[str, ...], shunned: Collection[str]) -> tuple[str, ...]:
-    if not shunned or len(actors) < 2:
+def _usable(actors: tuple[str, ...], avoided: Collection[str]) -> tuple[str, ...]:
+    if not avoided or len(actors) < 2:
         return actors
-    return tuple(actor_id for actor_id in actors if actor_id not in shunned) or actors
+    return tuple(actor_id for actor_id in actors if actor_id not in avoided) or actors

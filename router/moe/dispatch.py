@@ -16,7 +16,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -46,10 +46,10 @@ from cluster.wire.frames import (
 from cluster.wire.tensors import dtype_name
 from router.control.placement_view import PlacementView
 from router.moe.combine import ExpertRows
-from router.moe.copy_choice import Copies, has_other_copies
+from router.moe.copy_choice import CopyChoice
 from router.moe.pace import Pace
-from router.moe.pending import Attempt, AwayError, DamageLog, Failed, PendingLayer
-from router.moe.permute import Layout, Part, PlacedModel, gather, lay_out, split
+from router.moe.pending import Attempt, AwayError, DamageLog, FailedPart, PendingLayer
+from router.moe.permute import Part, PlacedModel, gather, split
 from router.retry import RetryPolicy
 
 BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
@@ -95,7 +95,7 @@ class Dispatcher:
         self._request_ids = itertools.count(1)
         self.placed = PlacedModel(model, view)
         self._layouts = self.placed.layouts
-        self._copies = Copies()
+        self._copies = CopyChoice(self._layouts, transport.is_ready)
         self._pace = Pace()
         self._damage_log = DamageLog()
         self.retries: Counter[str] = Counter()
@@ -136,142 +136,43 @@ class Dispatcher:
             dtype=dtype_name(hidden_states.dtype),
             deadline_s=deadline_s,
             traceparent=traceparent,
-            started_s=time.monotonic(),
+            started_at_s=time.monotonic(),
         )
         return layer if self._send(layer, pairs) else None
-
-    def wait(self, layer: PendingLayer) -> list[ExpertRows] | None:
-        """Return the experts' unweighted rows; sends a part again when its actor does not answer.
-
-        The rows last until the next call of :meth:`wait`. Returns ``None`` when an expert has lost
-        its last live copy. Raises :class:`AwayError` when actors without another copy have not
-        answered by the deadline: the step goes on without their pairs, so that a request whose time
-        is over ends.
-        """
-        if layer.attempt is None:  # by :meth:`ask_again`: an expert has lost its last copy
-            return None
-        while failed := self._receive(layer):
-            layer.keep()
-            layer.failed |= {part.actor_id for part, _ in failed}
-            parts = [part for part, _ in failed]
-            have_other = self._others(layer.attempt.placement, layer, parts)
-            if not all(have_other):
-                layer.failed = frozenset()  # there is nobody else to ask
-                alone = itertools.compress(failed, [not other for other in have_other])
-                self._check_away(layer, list(alone))
-                self._back_off(layer)
-            if not self._send(layer, np.sort(np.concatenate([part.pairs for part in parts]))):
-                return None
-        return layer.received
-
-    def ask_again(self, layer: PendingLayer) -> bool:
-        """Send the parts of a layer again whose rows are not finite though its hidden states are.
-
-        Another copy is asked, or the same one where it is the only one. Returns false where there
-        is no such part or it was asked again before: the model itself yields such rows.
-        """
-        if layer.is_asked_again:
-            return False
-        layer.is_asked_again = True
-        layer.keep()
-        damaged = layer.drop_damaged()
-        if not damaged:
-            return False
-        for part in damaged:
-            self._damage_log.note(part, "rows that are not finite")
-            self.retries["not_finite"] += 1
-        layer.failed |= {part.actor_id for part in damaged}
-        if not self._send(layer, np.sort(np.concatenate([part.pairs for part in damaged]))):
-            layer.attempt = None  # an expert has lost its last copy: the next wait returns None
-        return True
-
-    def _check_away(self, layer: PendingLayer, failed: Sequence[Failed]) -> None:
-        """Raise :class:`AwayError` once the wait for a part without another copy is over."""
-        now_s = time.monotonic()
-        away = [f.part for f in failed if now_s >= layer.given_up_s(f, self._patience_s)]
-        if away:
-            self._pace.left_out((part.actor_id, part.generation) for part in away)
-            raise AwayError(np.concatenate([part.pairs for part in away]))
-
-    def _patience_s(self, part: Part, most_rows: int) -> float:
-        """Return how long an actor may take for its answer, whatever the deadlines are."""
-        patience_s = self._pace.patience_s(part.actor_id, part.generation, most_rows)
-        return min(self._call_timeout_s, patience_s)
 
     def _send(self, layer: PendingLayer, pairs: np.ndarray | None) -> bool:
         """Send ``pairs`` of a layer once; returns false where an expert has no live copy."""
         placement = self._view.placement
         if placement is None or not self._layouts.has_model(placement):
             raise self._not_placed()
-        layout = self._layout(placement, layer, pairs)
+        layout = self._layouts.fixed(placement, layer.layer_id)
+        if layout is None:  # an expert has several copies
+            layout = self._copies.layout(placement, layer, pairs, time.monotonic())
         ordered, parts, missing_pairs = split(layout, layer.expert_ids, layer.k, pairs)
         if len(missing_pairs):
             return False
         layer.attempt = self._send_parts(placement, layer, ordered, parts)
         return True
 
-    def _not_placed(self) -> ExpertMeshError:
-        if self.placed.is_withdrawn():
-            return ModelReplacedError()
-        return ExpertUnavailableError("no placement is known yet", model_id_of(self._model), 1.0)
-
-    def _layout(
-        self, placement: Placement, layer: PendingLayer, pairs: np.ndarray | None
-    ) -> Layout:
-        """Return the layer's layout; a copy is chosen where an expert has several."""
-        fixed = self._layouts.fixed(placement, layer.layer_id)
-        if fixed is not None:
-            return fixed
-        holders = self._layouts.holders(placement, layer.layer_id)
-        expert_ids = layer.expert_ids if pairs is None else layer.expert_ids[pairs]
-        counts = np.bincount(expert_ids, minlength=len(holders)).tolist()
-        shunned = self._shunned(placement, layer)
-        chosen = self._copies.choose(holders, counts, shunned | self._unready(placement, shunned))
-        return lay_out(dict(enumerate(chosen)), placement.generations)
-
-    def _shunned(self, placement: Placement, layer: PendingLayer) -> frozenset[str]:
-        """Return the actors to be asked only for experts without another copy."""
-        return self._copies.avoided(placement.generations, time.monotonic()) | layer.failed
-
-    def _unready(self, placement: Placement, shunned: Set[str]) -> frozenset[str]:
-        """Return the actors without a connection yet, except ``shunned`` actors."""
-        return frozenset(
-            actor_id
-            for actor_id, generation in placement.generations.items()
-            if actor_id not in shunned and not self._transport.is_ready(actor_id, generation)
-        )
-
-    def _others(
-        self, placement: Placement, layer: PendingLayer, parts: Sequence[Part]
-    ) -> Sequence[bool]:
-        """Return for each part whether other actors, none of them shunned, hold its experts."""
-        if self._layouts.fixed(placement, layer.layer_id) is not None:
-            return [False] * len(parts)
-        holders = self._layouts.holders(placement, layer.layer_id)
-        shunned = self._shunned(placement, layer)
-        return [
-            has_other_copies(holders, part.expert_ids, part.actor_id, shunned) for part in parts
-        ]
-
     def _send_parts(
         self, placement: Placement, layer: PendingLayer, ordered: np.ndarray, parts: Sequence[Part]
     ) -> Attempt:
-        """Send every part once."""
+        """Send every part to its actor, one frame each."""
         now_s = time.monotonic()
         most_rows = max([len(part.pairs) for part in parts], default=0)
         attempt = Attempt(placement, now_s, most_rows)
         if not parts:
             return attempt
-        others = self._others(placement, layer, parts)
+        replaceable = self._replaceable(placement, layer, parts, now_s)
         # The rows of all parts are gathered at once; each part's rows are a slice of them.
         rows = gather(layer.rows, ordered, layer.k)
         row_bytes = len(rows) // len(ordered)
         calls: list[Call] = []
         begin = 0
-        for part, has_other in zip(parts, others, strict=True):
+        for part, is_replaceable in zip(parts, replaceable, strict=True):
             actor_id, generation, expert_ids, counts, pairs = part
             end = begin + len(pairs) * row_bytes
-            timeout_s = self._timeout_s(layer, part, most_rows, now_s, has_other)
+            timeout_s = self._timeout_s(layer, part, most_rows, now_s, is_replaceable)
             frame = DispatchFrame(
                 next(self._request_ids),
                 len(pairs),
@@ -288,38 +189,87 @@ class Dispatcher:
                 layer.traceparent,
             )
             attempt.sent.append((part, frame))
-            calls.append(Call(actor_id, generation, encode(frame), timeout_s, has_other))
+            calls.append(Call(actor_id, generation, encode(frame), timeout_s, is_replaceable))
             begin = end
         attempt.calls = self._transport.send(calls)
         return attempt
 
-    def _timeout_s(
-        self, layer: PendingLayer, part: Part, most_rows: int, now_s: float, has_other: bool
-    ) -> float:
-        """Return how long to wait for one answer; shortly where another copy can be asked."""
-        if has_other:
-            return min(self._call_timeout_s, self._pace.stall_s(most_rows))
-        left_s = layer.deadline_s - now_s
-        if left_s < self._call_timeout_s:
-            left_s = max(left_s, self._patience_s(part, most_rows))
-        return min(self._call_timeout_s, left_s)
+    def wait(self, layer: PendingLayer) -> list[ExpertRows] | None:
+        """Return the experts' unweighted rows; sends a part again when its actor does not answer.
 
-    def _receive(self, layer: PendingLayer) -> list[Failed]:
+        The rows last until the next call of :meth:`wait`. Returns ``None`` when an expert has lost
+        its last live copy. Raises :class:`AwayError` when actors without another copy have not
+        answered by the deadline: the step goes on without their pairs, so that a request whose time
+        is over ends.
+        """
+        if layer.attempt is None:  # by :meth:`ask_again`: an expert has lost its last copy
+            return None
+        while failed_parts := self._receive(layer):
+            if not self._send_again(layer, failed_parts):
+                return None
+        return layer.received
+
+    def _receive(self, layer: PendingLayer) -> list[FailedPart]:
         """Take the answers of an attempt; returns the parts without rows."""
         attempt = layer.attempt
         assert attempt is not None
         if attempt.calls is None:
             return []
         outcomes = attempt.calls.wait(partial(self._check_call, attempt))
-        failed = [
-            Failed(part, outcome if isinstance(outcome, CallFailure) else None)
+        failed_parts = [
+            FailedPart(part, outcome if isinstance(outcome, CallFailure) else None)
             for (part, frame), outcome in zip(attempt.sent, outcomes, strict=True)
             if not self._take(layer, part, frame, outcome)
         ]
-        if not failed:
+        if not failed_parts:
             actors = ((part.actor_id, part.generation) for part, _ in attempt.sent)
-            self._pace.note(attempt.most_rows, time.monotonic() - attempt.sent_s, actors)
-        return failed
+            self._pace.note(attempt.most_rows, time.monotonic() - attempt.sent_at_s, actors)
+        return failed_parts
+
+    def _take(self, layer: PendingLayer, part: Part, sent: DispatchFrame, outcome: Outcome) -> bool:
+        """Keep the rows of an answer; returns false where the answer has no rows."""
+        if isinstance(outcome, CallFailure):
+            return self._failed(part, outcome)
+        try:
+            answer = decode(outcome)
+        except FrameError as error:
+            return self._damaged(part, error)
+        if isinstance(answer, ErrorFrame):
+            return self._refused(layer, part, answer)
+        shape = self._answer_shape(sent.row_shape)
+        expected = (sent.request_id, sent.num_rows, shape, sent.dtype)
+        # All fields but the rows.
+        if not isinstance(answer, RowsFrame) or answer[:-1] != expected:
+            return self._damaged(part, "the answer does not belong to the call")
+        layer.received.append(ExpertRows(part.pairs, joined(answer.rows)))
+        layer.answered.append(part)
+        return True
+
+    # Copies and times of a part.
+
+    def _replaceable(
+        self, placement: Placement, layer: PendingLayer, parts: Sequence[Part], now_s: float
+    ) -> Sequence[bool]:
+        """Return for each part whether other copies of all its experts can be asked."""
+        if self._layouts.fixed(placement, layer.layer_id) is not None:
+            return [False] * len(parts)
+        return self._copies.replaceable(placement, layer, parts, now_s)
+
+    def _timeout_s(
+        self, layer: PendingLayer, part: Part, most_rows: int, now_s: float, is_replaceable: bool
+    ) -> float:
+        """Return how long to wait for one answer; shortly where another copy can be asked."""
+        if is_replaceable:
+            return min(self._call_timeout_s, self._pace.stall_s(most_rows))
+        left_s = layer.deadline_s - now_s
+        if left_s < self._call_timeout_s:
+            left_s = max(left_s, self._patience_s(part, most_rows))
+        return min(self._call_timeout_s, left_s)
+
+    def _patience_s(self, part: Part, most_rows: int) -> float:
+        """Return how long an actor may take for its answer, whatever the deadlines are."""
+        patience_s = self._pace.patience_s(part.actor_id, part.generation, most_rows)
+        return min(self._call_timeout_s, patience_s)
 
     def _check_call(self, attempt: Attempt, call: Call) -> bool:
         """Return whether a call's actor is gone; see :meth:`_is_gone`.
@@ -327,7 +277,7 @@ class Dispatcher:
         Reports an actor to the controller when it takes longer than answers do. The wait goes on
         meanwhile.
         """
-        if time.monotonic() - attempt.sent_s >= self._pace.stall_s(attempt.most_rows):
+        if time.monotonic() - attempt.sent_at_s >= self._pace.stall_s(attempt.most_rows):
             self._suspect(call.actor_id, call.generation)
         return self._is_gone(attempt.placement.epoch, call)
 
@@ -344,37 +294,30 @@ class Dispatcher:
         generation = placement.generations.get(call.actor_id)
         return placement.epoch == epoch if generation is None else generation != call.generation
 
-    def _take(self, layer: PendingLayer, part: Part, sent: DispatchFrame, outcome: Outcome) -> bool:
-        """Keep the rows of an answer; returns false where the answer has no rows."""
-        if outcome is CallFailure.DAMAGED:
-            return self._damaged(part, "its checksum is wrong", outcome.value)
-        if isinstance(outcome, CallFailure):
-            self.retries[outcome.value] += 1
-            self._copies.avoid(part.actor_id, part.generation, time.monotonic())
-            self._suspect(part.actor_id, part.generation)
-            return False
-        try:
-            answer = decode(outcome)
-        except FrameError as error:
-            return self._damaged(part, error)
-        if isinstance(answer, ErrorFrame):
-            if isinstance(answer.error, ExpertFailedError):
-                raise answer.error
-            return self._refused(layer, part, answer)
-        shape = self._answer_shape(sent.row_shape)
-        expected = (sent.request_id, sent.num_rows, shape, sent.dtype)
-        # All fields but the rows.
-        if not isinstance(answer, RowsFrame) or answer[:-1] != expected:
-            return self._damaged(part, "the answer does not belong to the call")
-        layer.received.append(ExpertRows(part.pairs, joined(answer.rows)))
-        layer.answered.append(part)
-        return True
+    # Failures.
+
+    def _not_placed(self) -> ExpertMeshError:
+        if self.placed.is_withdrawn():
+            return ModelReplacedError()
+        return ExpertUnavailableError("no placement is known yet", model_id_of(self._model), 1.0)
+
+    def _failed(self, part: Part, failure: CallFailure) -> bool:
+        """Count a call without an answer, and avoid its actor; returns false."""
+        if failure is CallFailure.DAMAGED:
+            return self._damaged(part, "its checksum is wrong", failure.value)
+        self.retries[failure.value] += 1
+        self._copies.note_failure(part.actor_id, part.generation, time.monotonic())
+        self._suspect(part.actor_id, part.generation)
+        return False
 
     def _refused(self, layer: PendingLayer, part: Part, answer: ErrorFrame) -> bool:
-        """Count a refusal, so that the frame is sent again.
+        """Count a refusal, so that the frame is sent again; returns false.
 
-        Raises :class:`InternalError` for a frame that stays malformed however often it is sent.
+        Raises the error of an expert that cannot compute the rows, and :class:`InternalError` for a
+        frame that stays malformed however often it is sent.
         """
+        if isinstance(answer.error, ExpertFailedError):
+            raise answer.error
         if answer.error.code is not Code.INVALID_ARGUMENT:
             self.retries[answer.kind] += 1
             return False
@@ -391,9 +334,60 @@ class Dispatcher:
         self._transport.renew(part.actor_id)
         return False
 
+    def _send_again(self, layer: PendingLayer, failed_parts: Sequence[FailedPart]) -> bool:
+        """Send failed parts again; returns false where an expert has no live copy.
+
+        At once where all of them are replaceable. Else after a moment, and until the wait for a
+        part is over: then :meth:`_check_away` raises :class:`AwayError`.
+        """
+        assert layer.attempt is not None
+        parts = [failed.part for failed in failed_parts]
+        layer.copy_received()
+        layer.failed_actors |= {part.actor_id for part in parts}
+        replaceable = self._replaceable(layer.attempt.placement, layer, parts, time.monotonic())
+        if not all(replaceable):
+            layer.failed_actors = frozenset()  # no other actor can be asked
+            alone = itertools.compress(failed_parts, [not other for other in replaceable])
+            self._check_away(layer, list(alone))
+            self._back_off(layer)
+        return self._send(layer, np.sort(np.concatenate([part.pairs for part in parts])))
+
+    def _check_away(self, layer: PendingLayer, failed_parts: Sequence[FailedPart]) -> None:
+        """Raise :class:`AwayError` once the wait for a part without another copy is over."""
+        now_s = time.monotonic()
+        away = [
+            failed.part
+            for failed in failed_parts
+            if now_s >= layer.gives_up_at_s(failed, self._patience_s)
+        ]
+        if away:
+            self._pace.left_out((part.actor_id, part.generation) for part in away)
+            raise AwayError(np.concatenate([part.pairs for part in away]))
+
     def _back_off(self, layer: PendingLayer) -> None:
         """Wait a moment, or less if a new placement comes."""
         assert layer.attempt is not None
         wait_s = BACKOFF.delay_s(layer.failures, random.random()) or 0.0
         layer.failures += 1
         self._view.wait_newer(layer.attempt.placement, wait_s)
+
+    def ask_again(self, layer: PendingLayer) -> bool:
+        """Send the parts of a layer again whose rows are not finite though its hidden states are.
+
+        Another copy is asked, or the same one where it is the only one. Returns false where there
+        is no such part or it was asked again before: the model itself yields such rows.
+        """
+        if layer.is_asked_again:
+            return False
+        layer.is_asked_again = True
+        layer.copy_received()
+        damaged = layer.drop_damaged()
+        if not damaged:
+            return False
+        for part in damaged:
+            self._damage_log.note(part, "rows that are not finite")
+            self.retries["not_finite"] += 1
+        layer.failed_actors |= {part.actor_id for part in damaged}
+        if not self._send(layer, np.sort(np.concatenate([part.pairs for part in damaged]))):
+            layer.attempt = None  # an expert has lost its last copy: the next wait returns None
+        return True

@@ -24,7 +24,7 @@ from router.moe.combine import ExpertRows
 from router.moe.dispatch import Dispatcher
 from router.moe.gate import Choice, ChooseAmong, Gate, choose_among
 from router.moe.missing import StepMissing
-from router.moe.pending import AwayError
+from router.moe.pending import AwayError, PendingLayer
 from router.observability.tracing import StepTrace, traceparent
 
 R = TypeVar("R")
@@ -87,7 +87,7 @@ class StepContext:
     expert has no result.
 
     The layers set three results. ``missing`` is set once an expert was missing or had no room.
-    ``not_finite`` are the places of works with a sum that is NaN or infinite.
+    ``not_finite`` are the indices of works with a sum that is NaN or infinite.
     ``layer_times_s`` has the duration of every layer, from the gate's choice to the sums.
     """
 
@@ -115,8 +115,8 @@ class StepContext:
 class MoELayers(Generic[R]):
     """The MoE layers of one model; their experts are actors.
 
-    ``placed`` is the model in the newest placement. ``step`` is the current step, set before each:
-    transformers' blocks hand their experts nothing but hidden states and choices.
+    ``placed`` is the model in the newest placement. ``context`` is that of the current step, set
+    before each: transformers' blocks hand their experts nothing but hidden states and choices.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class MoELayers(Generic[R]):
         self.placed = dispatcher.placed
         self._combination = combination
         self._limit = limit
-        self.step: StepContext | None = None
+        self.context: StepContext | None = None
 
     def __call__(
         self,
@@ -144,38 +144,38 @@ class MoELayers(Generic[R]):
         ``among`` is the layer's gate, asked again where an expert has no live copy. Raises
         :class:`ExpertUnavailableError` while no placement is known.
         """
-        step = self.step
-        if step is None:
+        context = self.context
+        if context is None:
             raise RuntimeError(f"layer {layer_id} is computed outside of a step")
         started_s = time.perf_counter()
-        span = None if step.trace is None else step.trace.layer(layer_id)
+        span = None if context.trace is None else context.trace.layer(layer_id)
         parent = None if span is None else traceparent(span.get_span_context())
         try:
             combined: R | None = None
             # Repeats, with another choice or fewer pairs, when an expert is lost or away meanwhile.
             while combined is None:
-                choice = self._without_missing(step, layer_id, gate_choice, among)
-                combined = self._send_and_combine(step, layer_id, hidden_states, choice, parent)
+                choice = self._without_missing(context, layer_id, gate_choice, among)
+                combined = self._send_and_combine(context, layer_id, hidden_states, choice, parent)
         finally:
             if span is not None:
                 span.end()
-        step.layer_times_s.append(time.perf_counter() - started_s)
+        context.layer_times_s.append(time.perf_counter() - started_s)
         return combined
 
     def _without_missing(
         self,
-        step: StepContext,
+        context: StepContext,
         layer_id: int,
         gate_choice: Choice,
         among: ChooseAmong | None,
     ) -> Choice:
         """Return the gate's choice, changed where experts are missing or have no room."""
         missing = self._dispatcher.missing(layer_id)
-        if missing is None and step.missing is None and self._limit is None:
+        if missing is None and context.missing is None and self._limit is None:
             return gate_choice
         if among is None:
             raise ExpertUnavailableError("an expert has no live copy", f"layer {layer_id}", 1.0)
-        record = step.missing_record()
+        record = context.missing_record()
         choice = record.choose(layer_id, missing, gate_choice, among)
         if self._limit is None:
             return choice
@@ -183,7 +183,7 @@ class MoELayers(Generic[R]):
 
     def _send_and_combine(
         self,
-        step: StepContext,
+        context: StepContext,
         layer_id: int,
         hidden_states: torch.Tensor,
         choice: Choice,
@@ -196,22 +196,35 @@ class MoELayers(Generic[R]):
         """
         ids = np.ascontiguousarray(choice.ids, np.int64)
         pending = self._dispatcher.send(
-            layer_id, hidden_states, ids, step.deadline_s, choice.pairs, parent
+            layer_id, hidden_states, ids, context.deadline_s, choice.pairs, parent
         )
         if pending is None:
             return None
         plan = self._combination.prepare(Choice(ids, choice.weights, choice.pairs), hidden_states)
         try:
-            while True:  # twice where rows came damaged
-                received = self._dispatcher.wait(pending)
-                if received is None:
-                    return None
-                result, is_finite = self._combination.combine(received, plan)
-                if is_finite:
-                    return result
-                if not self._dispatcher.ask_again(pending):
-                    step.note_not_finite(self._combination.finite_rows(result))
-                    return result
+            received = self._dispatcher.wait(pending)
+            if received is None:
+                return None
+            result, is_finite = self._combination.combine(received, plan)
+            return result if is_finite else self._combine_again(context, pending, plan, result)
         except AwayError as away:
-            step.missing_record().leave_out(layer_id, ids, away.pairs)
+            context.missing_record().leave_out(layer_id, ids, away.pairs)
             return None
+
+    def _combine_again(
+        self, context: StepContext, pending: PendingLayer, plan: Any, result: R
+    ) -> R | None:
+        """Return the result of a layer whose ``result`` is not finite.
+
+        Rows that came damaged are asked for once more. A result that is not finite even then is
+        the model's own doing, and fails its works.
+        """
+        if self._dispatcher.ask_again(pending):
+            received = self._dispatcher.wait(pending)
+            if received is None:
+                return None
+            result, is_finite = self._combination.combine(received, plan)
+            if is_finite:
+                return result
+        context.note_not_finite(self._combination.finite_rows(result))
+        return result

@@ -32,8 +32,8 @@ Awaited = tuple[int, int]
 class StepMissing:
     """The record of one step with missing experts: which works wait, and which are inexact.
 
-    ``awaited`` maps the place of a work to the experts that it waits for; such a work is computed
-    again later. ``inexact`` are the places of works with a row that was computed without an expert
+    ``awaited`` maps the index of a work to the experts that it waits for; such a work is computed
+    again later. ``inexact`` are the indices of works with a row that was computed without an expert
     that the gate chose.
     """
 
@@ -48,7 +48,7 @@ class StepMissing:
         self._needs_an_expert = needs_an_expert
         self._waits = np.zeros(len(sizes), dtype=bool)  # [W]
         self._touched = np.zeros(sum(sizes), dtype=bool)  # [T]
-        self._owners = np.repeat(np.arange(len(sizes)), sizes)  # [T], places of works
+        self._owners = np.repeat(np.arange(len(sizes)), sizes)  # [T], indices of works
         self._contracts = np.array(contracts)[self._owners]  # [T]
         self.awaited: dict[int, frozenset[Awaited]] = {}
         self.inexact: set[int] = set()
@@ -111,10 +111,10 @@ class StepMissing:
         """Record the works of ``waiting`` pairs, bool [T, K], with the experts that they await."""
         tokens, ranks = waiting.nonzero()
         pairs = zip(self._owners[tokens].tolist(), ids[tokens, ranks].tolist(), strict=True)
-        for place, expert_id in set(pairs):
-            awaited = self.awaited.get(place, frozenset())
-            self.awaited[place] = awaited | {(layer_id, expert_id)}
-            self._waits[place] = True
+        for index, expert_id in set(pairs):
+            awaited = self.awaited.get(index, frozenset())
+            self.awaited[index] = awaited | {(layer_id, expert_id)}
+            self._waits[index] = True
 
     def _going(self) -> np.ndarray:
         """Return whether the work of each token goes on, bool [T]."""
@@ -135,8 +135,8 @@ class StepMissing:
     ) -> Choice:
         """Choose anew for ``rows``; the choices of other rows stay, bit for bit."""
         own = np.zeros((len(rows), len(missing)), dtype=bool)
-        places, ranks = chosen[rows].nonzero()
-        own[places, choice.ids[rows][places, ranks]] = True
+        indices, ranks = chosen[rows].nonzero()
+        own[indices, choice.ids[rows][indices, ranks]] = True
         allowed = ~missing & (own | (self._contracts[rows] != "drop")[:, None])  # [rows, E]
         return choose_anew(choice, chosen, rows, allowed, choose_among)
 

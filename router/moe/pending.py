@@ -42,13 +42,13 @@ class Attempt:
     """
 
     placement: Placement
-    sent_s: float
+    sent_at_s: float
     most_rows: int
     sent: list[Sent] = field(default_factory=list)
     calls: PendingCalls | None = None
 
 
-class Failed(NamedTuple):
+class FailedPart(NamedTuple):
     """A part without rows; ``failure`` is ``None`` where its actor has answered, but no rows."""
 
     part: Part
@@ -70,7 +70,7 @@ class PendingLayer:
     dtype: str
     deadline_s: float
     traceparent: str | None
-    started_s: float
+    started_at_s: float
     attempt: Attempt | None = None
     failures: int = 0
     received: list[ExpertRows] = field(default_factory=list)
@@ -78,20 +78,20 @@ class PendingLayer:
     """The parts of ``received``."""
     is_asked_again: bool = False
     """Whether rows that are not finite were asked for again."""
-    failed: frozenset[str] = frozenset()
+    failed_actors: frozenset[str] = frozenset()
     """Actors that failed in this layer; asked again only for experts without another copy."""
     refusals: tuple[int, ...] = ()
     """The experts whose rows were refused as malformed, once for each refusal."""
 
-    def given_up_s(self, failed: Failed, patience_s: Callable[[Part, int], float]) -> float:
+    def gives_up_at_s(self, failed: FailedPart, patience_s: Callable[[Part, int], float]) -> float:
         """Return when the wait for a part without another copy ends.
 
         That is the deadline. An actor that lives may take ``patience_s`` (part, most rows) beyond.
         """
         if failed.failure is CallFailure.DIED or self.attempt is None:
             return self.deadline_s
-        patient_s = self.started_s + patience_s(failed.part, self.attempt.most_rows)
-        return max(self.deadline_s, patient_s)
+        patient_until_s = self.started_at_s + patience_s(failed.part, self.attempt.most_rows)
+        return max(self.deadline_s, patient_until_s)
 
     def drop_damaged(self) -> list[Part]:
         """Drop and return the parts with a row that is not finite where its hidden state is.
@@ -115,7 +115,7 @@ class PendingLayer:
         rows = from_bytes(received.rows, self.dtype, num_rows, (-1,))
         return rows.isfinite().all(dim=1).numpy()
 
-    def keep(self) -> None:
+    def copy_received(self) -> None:
         """Copy the received rows, since the transport's next wait may overwrite their memory."""
         self.received = [ExpertRows(rows.pairs, bytes(rows.rows)) for rows in self.received]
 

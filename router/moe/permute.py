@@ -39,10 +39,10 @@ class Holder:
 class Layout:
     """One layer's experts, ordered so that the experts of one holder are adjacent.
 
-    ``expert_of`` [E] is the expert at each place. ``ends`` are where the holders' places end.
+    ``ordered_ids`` [E] are the experts in that order; ``ends`` are where the holders' experts end.
     """
 
-    expert_of: np.ndarray
+    ordered_ids: np.ndarray
     ends: np.ndarray
     holders: tuple[Holder, ...]
 
@@ -85,7 +85,7 @@ def split(
     by expert, then by rank, then by token; the actors' parts, each a slice of that order; the pairs
     whose expert is missing.
     """
-    ordered, shares = route(expert_ids, k, layout.expert_of, layout.ends, pairs)
+    ordered, shares = route(expert_ids, k, layout.ordered_ids, layout.ends, pairs)
     parts: list[Part] = []
     first = 0
     for holder, (share_ids, counts, begin, end) in zip(layout.holders, shares, strict=True):
@@ -97,55 +97,55 @@ def split(
     return ordered[first:], parts, ordered[:first]
 
 
-def sum_slots(ids: np.ndarray) -> np.ndarray:
-    """Return the slot of each pair's row, int64 [P]: a token's rows by ascending expert.
+def sum_order(ids: np.ndarray) -> np.ndarray:
+    """Return which of the summands each pair's row is, int64 [P].
 
-    ``ids`` [T, K] are the gate's choices, int64 and contiguous. Summed in the order of places, rows
-    give the same result whichever actors compute them.
+    The summands of token t are ``t * K`` to ``t * K + K - 1``, by ascending expert. Summed in this
+    order, rows give the same result whichever actors compute them. ``ids`` [T, K] are the gate's
+    choices, int64 and contiguous.
     """
     k = ids.shape[1]
-    places = np.empty(ids.size, np.int64)
+    summand_of = np.empty(ids.size, np.int64)
     if native is not None:
-        native.slots(ids, k, places)
-        return places
-    order = ids.argsort(axis=1, kind="stable")
-    places[(order + np.arange(0, ids.size, k)[:, None]).ravel()] = np.arange(ids.size)
-    return places
+        native.sum_order(ids, k, summand_of)
+        return summand_of
+    ranks = ids.argsort(axis=1, kind="stable")
+    summand_of[(ranks + np.arange(0, ids.size, k)[:, None]).ravel()] = np.arange(ids.size)
+    return summand_of
 
 
 Share = tuple[tuple[int, ...], tuple[int, ...], int, int]
-"""The experts of one actor: ids, numbers of pairs, and the begin and end of their pairs."""
+"""A holder's experts with pairs: ids, numbers of pairs, and where their pairs begin and end."""
 
 
 def route(
     expert_ids: np.ndarray,
     k: int,
-    expert_of: np.ndarray,
+    ordered_ids: np.ndarray,
     ends: np.ndarray,
     pairs: np.ndarray | None,
 ) -> tuple[np.ndarray, list[Share]]:
-    """Order pairs by their expert's place, then by rank, then by token.
+    """Order pairs by their expert, as the layout orders experts, then by rank, then by token.
 
-    ``expert_ids`` int64 [P] is the expert of every pair of the layer, ``expert_of`` int64 [E] the
-    expert at every place, ``ends`` int64 the end of each share of the places. ``pairs`` ascend;
-    ``None`` is all of them. Returns the pairs in order, and each share with its experts that have
-    pairs.
+    ``expert_ids`` int64 [P] is the expert of every pair of the layer. ``ordered_ids`` int64 [E] and
+    ``ends`` int64 are those of a :class:`Layout`. ``pairs`` ascend; ``None`` is all of them.
+    Returns the pairs in order, and the share of each holder.
     """
     if native is not None:
         ordered = np.empty(len(expert_ids if pairs is None else pairs), np.int64)
-        shares: list[Share] = native.route(expert_ids, k, expert_of, ends, pairs, ordered)
+        shares: list[Share] = native.route(expert_ids, k, ordered_ids, ends, pairs, ordered)
         return ordered, shares
     pairs = np.arange(len(expert_ids)) if pairs is None else pairs
-    place_of = np.empty_like(expert_of)
-    place_of[expert_of] = np.arange(len(expert_of))
-    places = place_of[expert_ids[pairs]]
-    keys = (places * k + pairs % k) * len(expert_ids) + pairs
-    counts = np.bincount(places, minlength=len(place_of))
+    index_of = np.empty_like(ordered_ids)
+    index_of[ordered_ids] = np.arange(len(ordered_ids))
+    indices = index_of[expert_ids[pairs]]
+    keys = (indices * k + pairs % k) * len(expert_ids) + pairs
+    counts = np.bincount(indices, minlength=len(index_of))
     bounds = [0, *np.cumsum(counts).tolist()]
     shares = []
     for start, end in itertools.pairwise([0, *ends.tolist()]):
         used = start + np.flatnonzero(counts[start:end])
-        ids, numbers = tuple(expert_of[used].tolist()), tuple(counts[used].tolist())
+        ids, numbers = tuple(ordered_ids[used].tolist()), tuple(counts[used].tolist())
         shares.append((ids, numbers, bounds[start], bounds[end]))
     return pairs[keys.argsort()], shares
 

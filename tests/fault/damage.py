@@ -16,7 +16,7 @@ from cluster.spec import ActorSpec
 from cluster.transport.stream import channel
 from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.wire.checksum import sealed
-from cluster.wire.frames import Buffer, Parts, RowsFrame, decode, encode, joined
+from cluster.wire.frames import Buffer, Buffers, RowsFrame, decode, encode, joined
 from experts.remote import RemoteExpertActor
 from router.serve.controller import ControllerDeployment
 
@@ -24,7 +24,7 @@ EVERY = 100
 """One in so many answers comes damaged."""
 
 
-def not_finite(frame: bytes, value: float) -> Parts:
+def not_finite(frame: bytes, value: float) -> Buffers:
     """Return an answer whose last value of four bytes is replaced; of two bytes, its last two."""
     answer = decode(frame)
     if not isinstance(answer, RowsFrame):
@@ -36,7 +36,7 @@ def not_finite(frame: bytes, value: float) -> Parts:
     return encode(answer._replace(rows=(bytes(rows),)))
 
 
-DAMAGES: Sequence[Callable[[bytes], Parts]] = (
+DAMAGES: Sequence[Callable[[bytes], Buffers]] = (
     lambda frame: not_finite(frame, float("nan")),
     lambda frame: not_finite(frame, float("inf")),
     lambda frame: (frame[: len(frame) // 2],),
@@ -56,22 +56,22 @@ class DamagingActor(RemoteExpertActor):
         self._sent = itertools.count(1)
         compute = self._actor.compute_all
 
-        def damaged(data: Sequence[Buffer]) -> list[Parts]:
-            return [self._damaged(parts) for parts in compute(data)]
+        def damaged(data: Sequence[Buffer]) -> list[Buffers]:
+            return [self._damaged(buffers) for buffers in compute(data)]
 
         self._actor._streams._answer = damaged
         channel.sealed = self._sealed  # type: ignore[attr-defined]
 
-    def _damaged(self, parts: Parts) -> Parts:
+    def _damaged(self, buffers: Buffers) -> Buffers:
         number = next(self._numbers)
         if number % EVERY:
-            return parts
-        return DAMAGES[number // EVERY % len(DAMAGES)](b"".join(parts))
+            return buffers
+        return DAMAGES[number // EVERY % len(DAMAGES)](b"".join(buffers))
 
-    def _sealed(self, parts: Parts) -> Parts:
-        whole = sealed(parts)
+    def _sealed(self, buffers: Buffers) -> Buffers:
+        whole = sealed(buffers)
         number = next(self._sent)
-        if number % (4 * EVERY) or not parts:
+        if number % (4 * EVERY) or not buffers:
             return whole
         data = bytearray(b"".join(whole))
         data[number % len(data)] ^= 1 << number % 8

@@ -17,7 +17,7 @@ from types import ModuleType
 
 from cluster.native.built import native
 from cluster.wire.checksum import CHECKSUM_BYTES, sealed, unsealed
-from cluster.wire.frames import ALIGNMENT, Buffer, Parts
+from cluster.wire.frames import ALIGNMENT, Buffer, Buffers
 
 MAX_MESSAGE_BYTES = 256 << 20
 BUFFER_BYTES = 256 << 10
@@ -58,27 +58,27 @@ class Channel:
         if size > len(self._buffer):
             self._replace_buffer(size)
 
-    def send(self, call_id: int, parts: Parts = ()) -> bool:
+    def send(self, call_id: int, buffers: Buffers = ()) -> bool:
         """Send as much of a message as the peer takes now; :meth:`flush` sends the rest.
 
-        The parts must not change before the whole message is sent. Returns false, and sends
+        The buffers must not change before the whole message is sent. Returns false, and sends
         nothing, for a message over :data:`MAX_MESSAGE_BYTES`. Raises ``OSError`` when the
         connection is gone.
         """
         left = None
         if self._is_checked:
-            parts = sealed(parts)
+            buffers = sealed(buffers)
         if self._native is not None and not self.outgoing:
             most_bytes = MAX_MESSAGE_BYTES + self._extra_bytes
-            left = self._native.send(self._fd, call_id, parts, most_bytes)
-        return left == 0 or self._send_rest(call_id, parts, left)
+            left = self._native.send(self._fd, call_id, buffers, most_bytes)
+        return left == 0 or self._send_rest(call_id, buffers, left)
 
-    def _send_rest(self, call_id: int, parts: Parts, left: int | None) -> bool:
+    def _send_rest(self, call_id: int, buffers: Buffers, left: int | None) -> bool:
         """Queue the last ``left`` bytes of a message, or send all of it after the waiting bytes."""
-        length = sum(map(len, parts))
+        length = sum(map(len, buffers))
         if length > MAX_MESSAGE_BYTES + self._extra_bytes:
             return False
-        pieces = [_START.pack(length, call_id), *parts, _PADDING[-length % ALIGNMENT]]
+        pieces = [_START.pack(length, call_id), *buffers, _PADDING[-length % ALIGNMENT]]
         is_first = not self.outgoing
         self.outgoing.extend(memoryview(piece) for piece in pieces if len(piece))
         if left is not None:

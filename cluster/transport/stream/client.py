@@ -83,79 +83,41 @@ class StreamTransport:
         links = [self._links.get(call.actor_id) for call in calls]
         order = [1 if link is None else -link.last_answer for link in links]
         for index in sorted(range(len(calls)), key=order.__getitem__):
-            failure = self._send(pending, index, calls[index])
-            if failure is not None:
-                pending.fall_back(index, failure)
+            self._send(pending, index, calls[index])
         return pending
 
-    def is_ready(self, actor_id: str, generation: int) -> bool:
-        """See :class:`Transport`."""
-        return self._link(actor_id, generation, 0.0) is not None
+    def _send(self, pending: _StreamCalls, index: int, call: Call) -> None:
+        """Send a call over its actor's stream.
 
-    def _link(self, actor_id: str, generation: int, timeout_s: float) -> _Link | None:
-        link = self._links.get(actor_id)
-        if link is not None:
-            if link.generation == generation:
-                return link
-            self._drop(link)
-        wait_s = 0.0 if self._fallback is not None else timeout_s
-        channel = self._connector.take(actor_id, generation, wait_s)
-        if channel is None:
-            return None
-        link = self._links[actor_id] = _Link(actor_id, generation, channel)
-        self._selector.register(channel.sock, selectors.EVENT_READ, link)
-        return link
-
-    def renew(self, actor_id: str) -> None:
-        """See :class:`Transport`: calls use the fall-back until a new connection is made."""
-        if actor_id in self._links:
-            self._drop(self._links[actor_id])
-
-    def close(self) -> None:
-        """See :class:`Transport`."""
-        self._connector.close()
-        for link in list(self._links.values()):
-            self._drop(link)
-        self._selector.close()
-        if self._fallback is not None:
-            self._fallback.close()
-
-    def _send(self, pending: _StreamCalls, index: int, call: Call) -> CallFailure | None:
-        """Send a call over its stream; returns the failure where that is impossible."""
+        A call that the stream cannot carry uses the fall-back. Where the stream breaks,
+        :meth:`_StreamCalls.connection_broke` decides.
+        """
         link = self._links.get(call.actor_id)
         if link is None or link.generation != call.generation:
             link = self._link(call.actor_id, call.generation, pending.remaining_s(index))
             if link is None:
-                return CallFailure.DIED
-        if len(link.unanswered) >= WINDOW:
-            self.receive_any(pending, 0.0)  # late answers of earlier calls
-            if len(link.unanswered) >= WINDOW:
-                if not any(link.unanswered.values()) and link.is_silent():
-                    self._break(link, TimeoutError("no call is answered"))
-                return CallFailure.TIMED_OUT
-        channel = link.channel
+                pending.fall_back(index, CallFailure.DIED)
+                return
+        if len(link.unanswered) >= WINDOW and not self._makes_room(link, pending):
+            pending.fall_back(index, CallFailure.TIMED_OUT)
+            return
         self._last_id = call_id = self._last_id + 1
         try:
-            if not channel.send(call_id, call.frame):
-                return CallFailure.TIMED_OUT
+            fits = link.channel.send(call_id, call.frame)
         except OSError as error:
             self._break(link, error)
             pending.connection_broke(index)
-            return None
-        if channel.outgoing:
+            return
+        if not fits:
+            pending.fall_back(index, CallFailure.TIMED_OUT)
+            return
+        if link.channel.outgoing:
             self._watch(link)
         if not link.unanswered:
             link.waits_since_s = time.monotonic()
         link.unanswered[call_id] = pending
         pending.indices[call_id] = index
         self.calls["stream"] += 1
-        return None
-
-    def _watch(self, link: _Link) -> None:
-        events = selectors.EVENT_READ
-        if link.channel.outgoing:
-            events |= selectors.EVENT_WRITE
-        self._selector.modify(link.channel.sock, events, link)
 
     def receive_in_turn(self, waiting: _StreamCalls, calls: Sequence[Call], until_s: float) -> None:
         """Wait for each actor in turn, the last called first, until an answer is late.
@@ -221,6 +183,58 @@ class StreamTransport:
             self._break(link, ConnectionError("a message came damaged"))
         return bool(messages)
 
+    def _link(self, actor_id: str, generation: int, timeout_s: float) -> _Link | None:
+        """Return the connection to an actor's generation; ``None`` where there is none yet.
+
+        Without a fall-back it waits for one, at most ``timeout_s``.
+        """
+        link = self._links.get(actor_id)
+        if link is not None:
+            if link.generation == generation:
+                return link
+            self._drop(link)
+        wait_s = 0.0 if self._fallback is not None else timeout_s
+        channel = self._connector.take(actor_id, generation, wait_s)
+        if channel is None:
+            return None
+        link = self._links[actor_id] = _Link(actor_id, generation, channel)
+        self._selector.register(channel.sock, selectors.EVENT_READ, link)
+        return link
+
+    def _makes_room(self, link: _Link, pending: _StreamCalls) -> bool:
+        """Return whether a full connection has room for a call, now that late answers are read."""
+        self.receive_any(pending, 0.0)
+        if len(link.unanswered) < WINDOW:
+            return True
+        if not any(link.unanswered.values()) and link.is_silent():
+            self._break(link, TimeoutError("no call is answered"))
+        return False
+
+    def _watch(self, link: _Link) -> None:
+        """Have the selector watch for answers, and for room where bytes wait to be sent."""
+        events = selectors.EVENT_READ
+        if link.channel.outgoing:
+            events |= selectors.EVENT_WRITE
+        self._selector.modify(link.channel.sock, events, link)
+
+    def is_ready(self, actor_id: str, generation: int) -> bool:
+        """See :class:`Transport`."""
+        return self._link(actor_id, generation, 0.0) is not None
+
+    def renew(self, actor_id: str) -> None:
+        """See :class:`Transport`: calls use the fall-back until a new connection is made."""
+        if actor_id in self._links:
+            self._drop(self._links[actor_id])
+
+    def close(self) -> None:
+        """See :class:`Transport`."""
+        self._connector.close()
+        for link in list(self._links.values()):
+            self._drop(link)
+        self._selector.close()
+        if self._fallback is not None:
+            self._fallback.close()
+
     def forget(self, call_id: int, call: Call) -> None:
         """Drop the answer of a call when it arrives; replaces a connection that is silent."""
         link = self._links.get(call.actor_id)
@@ -238,11 +252,15 @@ class StreamTransport:
         )
 
     def _break(self, link: _Link, error: OSError) -> None:
-        """Close a broken connection; its unanswered calls fail or use the fall-back."""
+        """Log why a connection broke, and drop it."""
         logger.info("the stream to %s g%d broke (%s)", link.actor_id, link.generation, error)
         self._drop(link)
 
     def _drop(self, link: _Link) -> None:
+        """Close a connection, unless it is closed; its unanswered calls fail or use the fall-back.
+
+        The next call to the actor asks for a new connection.
+        """
         if self._links.get(link.actor_id) is not link:
             return
         del self._links[link.actor_id]
@@ -272,23 +290,29 @@ class _StreamCalls:
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """See :class:`PendingCalls`."""
-        check_s = time.monotonic() + GONE_CHECK_S
-        self._transport.receive_in_turn(self, self._calls, min([check_s, *self._until_s]))
-        while self.indices:
-            now_s = time.monotonic()
-            if now_s >= check_s:
-                self._give_up(is_gone)
-                check_s = now_s + GONE_CHECK_S
-                continue
-            first_s = min(self._until_s[index] for index in self.indices.values())
-            # Also after its time: an answer that arrived while this process did not run counts.
-            self._transport.receive_any(self, max(0.0, min(first_s, check_s) - now_s))
-            for call_id, index in list(self.indices.items()):
-                if self._until_s[index] <= now_s:
-                    self._forget(call_id)
+        check_at_s = time.monotonic() + GONE_CHECK_S
+        until_s = min([check_at_s, *self._until_s])
+        self._transport.receive_in_turn(self, self._calls, until_s)
+        if self.indices:  # an answer is late
+            self._wait_for_any(is_gone, check_at_s)
         for index, pending in self._by_fallback:
             [self.outcomes[index]] = pending.wait(is_gone)
         return self.outcomes
+
+    def _wait_for_any(self, is_gone: IsGone, check_at_s: float) -> None:
+        """Wait for all streams at once, until every call is answered or given up."""
+        while self.indices:
+            now_s = time.monotonic()
+            if now_s >= check_at_s:
+                self._give_up(is_gone)
+                check_at_s = now_s + GONE_CHECK_S
+                continue
+            until_s = min(self._until_s[index] for index in self.indices.values())
+            # Also after its time: an answer that arrived while this process did not run counts.
+            self._transport.receive_any(self, max(0.0, min(until_s, check_at_s) - now_s))
+            for call_id, index in list(self.indices.items()):
+                if self._until_s[index] <= now_s:
+                    self._forget(call_id)
 
     def _give_up(self, is_gone: IsGone) -> None:
         """Wait no longer for the answers of actors that are gone."""

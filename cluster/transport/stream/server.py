@@ -39,7 +39,7 @@ from cluster.transport.stream.handshake import (
     new_nonce,
     proof,
 )
-from cluster.wire.frames import Buffer, ErrorFrame, Parts, encode
+from cluster.wire.frames import Buffer, Buffers, ErrorFrame, encode
 
 MAX_CONNECTIONS = 1024
 MAX_KEYS = 1024
@@ -53,9 +53,7 @@ _BACKLOG = 128
 
 logger = logging.getLogger("expertmesh.stream")
 
-_Frame = tuple[int, Buffer]
-"""The id of a call, and its frame."""
-Answer = Callable[[Sequence[Buffer]], Sequence[Parts]]
+Answer = Callable[[Sequence[Buffer]], Sequence[Buffers]]
 
 
 @dataclass(slots=True, eq=False)
@@ -67,6 +65,10 @@ class _Peer:
     since_s: float
     """The time of the connection, or the time since which answers are unread."""
     admitted: bool = False
+
+
+_Request = tuple[_Peer, int, Buffer]
+"""A router's connection, the id of its call, and the frame."""
 
 
 @dataclass(slots=True)
@@ -172,23 +174,23 @@ class StreamServer:
                 listener.close()
 
     def _serve_until_closed(self) -> None:
-        checked_s = time.monotonic()
+        checked_at_s = time.monotonic()
         while not self._closing:
             has_more = any(peer.channel.has_more for peer in self._peers) if self._tls else False
-            messages: list[tuple[_Peer, _Frame]] = []
+            requests: list[_Request] = []
             for key, events in self._selector.select(0 if has_more else LOOK_S):
                 if key.data is None:
                     self._accept(key.fileobj)  # type: ignore[arg-type]
                 else:
-                    messages += self._serve(key.data, events)
+                    requests += self._serve(key.data, events)
             if has_more:
                 for peer in [peer for peer in self._peers if peer.channel.has_more]:
-                    messages += self._serve(peer, selectors.EVENT_READ)
-            if messages:
-                self._reply(messages)
-            if time.monotonic() - checked_s > LOOK_S:
-                checked_s = time.monotonic()
-                self._drop_stalled(checked_s)
+                    requests += self._serve(peer, selectors.EVENT_READ)
+            if requests:
+                self._reply(requests)
+            if time.monotonic() - checked_at_s > LOOK_S:
+                checked_at_s = time.monotonic()
+                self._drop_stalled(checked_at_s)
 
     def _accept(self, listener: socket.socket) -> None:
         try:
@@ -218,8 +220,8 @@ class StreamServer:
         sock.setblocking(False)
         return self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
 
-    def _serve(self, peer: _Peer, events: int) -> list[tuple[_Peer, _Frame]]:
-        """Read and write without a wait; returns the frames of an admitted router."""
+    def _serve(self, peer: _Peer, events: int) -> list[_Request]:
+        """Read and write without a wait; returns the requests of an admitted router."""
         try:
             if peer.channel.outgoing:
                 peer.channel.flush()
@@ -231,7 +233,7 @@ class StreamServer:
             if len(intact) < len(messages):
                 self._refuse_damaged(peer, messages)
             if peer.admitted:
-                return [(peer, message) for message in intact]
+                return [(peer, call_id, frame) for call_id, frame in intact]
             for _, hello in intact:  # one: a router waits for the answer to its hello
                 self._admit(peer, bytes(hello))
         except (OSError, ValueError) as error:
@@ -262,15 +264,16 @@ class StreamServer:
         peer.channel.allow(MAX_MESSAGE_BYTES)
         self._send(peer, 0, (proof(secret, Side.ACTOR, peer.nonce, router_nonce),))
 
-    def _reply(self, messages: list[tuple[_Peer, _Frame]]) -> None:
-        answers = self._answer([frame for _, (_, frame) in messages])
-        for (peer, (call_id, _)), parts in zip(messages, answers, strict=True):
+    def _reply(self, requests: list[_Request]) -> None:
+        """Have the actor answer all requests, and send each answer to its router."""
+        answers = self._answer([frame for _, _, frame in requests])
+        for (peer, call_id, _), answer in zip(requests, answers, strict=True):
             if peer in self._peers:
-                self._send(peer, call_id, parts)
+                self._send(peer, call_id, answer)
 
-    def _send(self, peer: _Peer, call_id: int, parts: Parts) -> None:
+    def _send(self, peer: _Peer, call_id: int, buffers: Buffers) -> None:
         try:
-            if not peer.channel.send(call_id, parts):
+            if not peer.channel.send(call_id, buffers):
                 peer.channel.send(call_id)  # empty: the answer is too long for a stream
         except OSError as error:
             self._drop(peer, str(error))

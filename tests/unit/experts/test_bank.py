@@ -347,7 +347,7 @@ def layers_over(folder: Path, dtype: str, num_banks: int) -> MoELayers[torch.Ten
     view.publish(placement)
     transport = BankTransport(load_banks(checkpoint, shares, dtype))
     layers = MoELayers(Dispatcher(MODEL, view, transport, lambda a, g: None, 30.0), WeightedSums())
-    layers.step = StepContext(time.monotonic() + 3600, (), ())
+    layers.context = StepContext(time.monotonic() + 3600, (), ())
     return layers
 
 
@@ -401,7 +401,7 @@ def test_shares_that_come_together_under_another_placement_are_not_mixed_up(
 
     transport = BankTransport(load_banks(checkpoint, {"a": keys, "b": even}, "float32"), both_die)
     layers = MoELayers(Dispatcher(MODEL, view, transport, lambda a, g: None, 30.0), WeightedSums())
-    layers.step = StepContext(time.monotonic() + 60, (), ())
+    layers.context = StepContext(time.monotonic() + 60, (), ())
     hidden_states = rows_of(33)
     weights, ids = torch.randn(33, 8).softmax(-1).topk(3)
     got = layers(0, hidden_states, Choice(ids.numpy(), weights))

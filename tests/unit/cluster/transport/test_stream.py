@@ -38,7 +38,7 @@ from cluster.transport.stream.handshake import (
     proof,
 )
 from cluster.transport.stream.server import StreamServer
-from cluster.wire.frames import Buffer, Parts
+from cluster.wire.frames import Buffer, Buffers
 from tests.local_cluster import Answered, within
 
 LIMIT_S = 20.0
@@ -53,9 +53,9 @@ class Echo:
         self.open = threading.Event()
         self.open.set()
         self.entered = threading.Semaphore(0)
-        self.answer: Callable[[bytes], Parts] = lambda frame: (frame[:1], frame[1:])
+        self.answer: Callable[[bytes], Buffers] = lambda frame: (frame[:1], frame[1:])
 
-    def __call__(self, frames: Sequence[Buffer]) -> list[Parts]:
+    def __call__(self, frames: Sequence[Buffer]) -> list[Buffers]:
         batch = [bytes(frame) for frame in frames]
         self.batches.append(batch)
         self.entered.release()
@@ -619,7 +619,7 @@ def test_a_server_whose_answering_fails_ends_its_streams(actors: Actors, connect
     transport = connect(Elsewhere())
     until(lambda: ask(transport, call(b"x")) == [b"x"], "a stream is made")
 
-    def fail(frame: bytes) -> Parts:
+    def fail(frame: bytes) -> Buffers:
         raise SystemExit  # ends a thread without a word
 
     actors.echoes["a"].answer = fail
@@ -884,11 +884,11 @@ def test_what_the_socket_does_not_take_is_sent_later_in_order() -> None:
 
 def test_a_message_in_many_parts_is_one() -> None:
     left, right = channels()
-    parts = tuple(secrets.token_bytes(7) for _ in range(3000))  # more than one call can send
-    left.send(1, parts[:64])
-    left.send(2, parts)
+    buffers = tuple(secrets.token_bytes(7) for _ in range(3000))  # more than one call can send
+    left.send(1, buffers[:64])
+    left.send(2, buffers)
     left.send(3)
-    whole = [(1, b"".join(parts[:64])), (2, b"".join(parts)), (3, b"")]
+    whole = [(1, b"".join(buffers[:64])), (2, b"".join(buffers)), (3, b"")]
     assert received(right, 3) == whole
 
 

@@ -9,7 +9,7 @@ from cluster.transport.stream.client import StreamTransport
 from cluster.transport.stream.connect import Connector
 from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.transport.stream.server import Answer, StreamServer
-from cluster.wire.frames import Buffer, DispatchFrame, Parts, encode
+from cluster.wire.frames import Buffer, Buffers, DispatchFrame, encode
 from experts.actor import _read
 from experts.bank import ExpertBank
 from tests.checkpoints import VOCAB_SIZE
@@ -70,7 +70,7 @@ class Wired:
 
 
 def _answers(bank: ExpertBank) -> Answer:
-    def answer(frame: Buffer) -> Parts:
+    def answer(frame: Buffer) -> Buffers:
         read = _read(frame)
         return encode(bank.compute([read])[0]) if isinstance(read, DispatchFrame) else read
 

@@ -25,13 +25,13 @@ def test_the_checksum_is_the_standards(data: bytes, checksum: str) -> None:
 
 
 @given(st.lists(st.binary(max_size=40), max_size=4))
-def test_a_frame_comes_back_from_its_parts(parts: list[bytes]) -> None:
-    data = b"".join(sealed(tuple(parts)))
-    assert len(data) == sum(map(len, parts)) + CHECKSUM_BYTES
+def test_a_frame_comes_back_from_its_buffers(buffers: list[bytes]) -> None:
+    data = b"".join(sealed(tuple(buffers)))
+    assert len(data) == sum(map(len, buffers)) + CHECKSUM_BYTES
     for given_as in (data, memoryview(data), memoryview(bytearray(data))):
         frame = unsealed(given_as)
         assert frame is not None
-        assert bytes(frame) == b"".join(parts)
+        assert bytes(frame) == b"".join(buffers)
 
 
 @given(st.binary(min_size=1, max_size=200), st.data())

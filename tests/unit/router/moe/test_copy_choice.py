@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from router.moe.copy_choice import (
     AVOID_S,
-    Copies,
+    CopyChoice,
     choose_copies,
-    has_other_copies,
+    is_replaceable,
 )
+from router.moe.permute import Layouts
 
 ACTORS = ("a", "b", "c", "d")
 LAYERS = st.lists(
@@ -19,6 +20,10 @@ LAYERS = st.lists(
     min_size=1,
     max_size=20,
 )
+
+
+def always_ready(actor_id: str, generation: int) -> bool:
+    return True
 
 
 def test_rows_are_evened_out_as_worked_by_hand() -> None:
@@ -34,7 +39,7 @@ def test_of_equally_loaded_actors_the_one_with_fewer_recent_rows_is_asked_then_t
     assert choose_copies([("b", "a")], [1], {"a": 1.0, "b": 1.0}, ())[0] == ["a"]
 
 
-def test_a_shunned_actor_is_asked_only_where_there_is_no_other() -> None:
+def test_an_avoided_actor_is_asked_only_where_there_is_no_other() -> None:
     copies = [("a", "b"), ("a",), ("a", "c")]
     assert choose_copies(copies, [1, 1, 1], {}, {"a"})[0] == ["b", "a", "c"]
     assert choose_copies(copies, [1, 1, 1], {}, {"a", "b", "c"})[0][0] in ("a", "b")
@@ -42,34 +47,34 @@ def test_a_shunned_actor_is_asked_only_where_there_is_no_other() -> None:
 
 @given(LAYERS, st.sets(st.sampled_from(ACTORS)))
 def test_every_expert_that_has_a_copy_gets_one_of_its_own(
-    layer: list[tuple[list[str], int]], shunned: set[str]
+    layer: list[tuple[list[str], int]], avoided: set[str]
 ) -> None:
     copies, counts = [tuple(actors) for actors, _ in layer], [count for _, count in layer]
-    chosen, rows = choose_copies(copies, counts, {}, shunned)
-    assert choose_copies(copies, counts, {}, shunned) == (chosen, rows)
+    chosen, rows = choose_copies(copies, counts, {}, avoided)
+    assert choose_copies(copies, counts, {}, avoided) == (chosen, rows)
     for actors, actor_id in zip(copies, chosen, strict=True):
         assert actor_id in actors if actors else actor_id is None
-        assert actor_id not in shunned or not set(actors) - shunned
+        assert actor_id not in avoided or not set(actors) - avoided
     assert sum(rows.values()) == sum(n for actors, n in zip(copies, counts, strict=True) if actors)
 
 
 def test_single_rows_take_turns() -> None:
-    copies = Copies()
+    copies = CopyChoice(Layouts(""), always_ready)
     asked = [copies.choose([("a", "b")], [1], ())[0] for _ in range(6)]
     assert asked == ["a", "b"] * 3
 
 
 def test_an_actor_that_failed_is_avoided_for_a_while_or_until_its_next_generation() -> None:
-    copies = Copies()
-    copies.avoid("a", 3, now_s=100.0)
-    assert copies.avoided({"a": 3, "b": 3}, 100.0 + AVOID_S - 0.1) == {"a"}
-    assert copies.avoided({"a": 4, "b": 3}, 100.0) == frozenset()
-    assert copies.avoided({"b": 3}, 100.0) == frozenset()
-    assert copies.avoided({"a": 3, "b": 3}, 100.0 + AVOID_S) == frozenset()
+    copies = CopyChoice(Layouts(""), always_ready)
+    copies.note_failure("a", 3, now_s=100.0)
+    assert copies.failed_lately({"a": 3, "b": 3}, 100.0 + AVOID_S - 0.1) == {"a"}
+    assert copies.failed_lately({"a": 4, "b": 3}, 100.0) == frozenset()
+    assert copies.failed_lately({"b": 3}, 100.0) == frozenset()
+    assert copies.failed_lately({"a": 3, "b": 3}, 100.0 + AVOID_S) == frozenset()
 
 
 @pytest.mark.parametrize(
-    ("expert_ids", "shunned", "expected"),
+    ("expert_ids", "avoided", "expected"),
     [
         ([0], (), True),
         ([0, 1], (), False),
@@ -79,7 +84,7 @@ def test_an_actor_that_failed_is_avoided_for_a_while_or_until_its_next_generatio
     ],
 )
 def test_other_copies_must_be_there_for_every_expert(
-    expert_ids: list[int], shunned: set[str], expected: bool
+    expert_ids: list[int], avoided: set[str], expected: bool
 ) -> None:
     copies = [("a", "b"), ("a",), ("a", "b", "c")]
-    assert has_other_copies(copies, expert_ids, "a", shunned) == expected
+    assert is_replaceable(copies, expert_ids, "a", avoided) == expected

@@ -19,7 +19,7 @@ from cluster.native import built
 from cluster.wire.tensors import to_bytes, to_raw
 from router.moe import permute as rows
 from router.moe.combine import ExpertRows, combine, prepare
-from router.moe.permute import Share, gather, route, sum_slots
+from router.moe.permute import Share, gather, route, sum_order
 
 IMPLEMENTATIONS = [None] if built.native is None else [None, built.native]
 FACES = (rows, router.moe.combine)
@@ -63,58 +63,58 @@ def test_pairs_are_routed_gathered_and_scattered_as_loops_do_it(ids: np.ndarray,
     k, flat = ids.shape[1], ids.ravel().tolist()
     some = sorted(source.sample(range(len(flat)), source.randint(1, len(flat))))
     values = torch.arange(ids.shape[0] * 5, dtype=torch.int16).view(torch.bfloat16).view(-1, 5)
-    expert_of = source.sample(range(9), 9)
-    place_of = [expert_of.index(expert) for expert in range(9)]
+    ordered_ids = source.sample(range(9), 9)
+    index_of = [ordered_ids.index(expert) for expert in range(9)]
     ends = [*sorted(source.sample(range(9), source.randint(0, 4))), 9]
-    expected = sorted(some, key=lambda pair: (place_of[flat[pair]], pair % k, pair))
-    places = [
+    expected = sorted(some, key=lambda pair: (index_of[flat[pair]], pair % k, pair))
+    summand_of = [
         token * k + sorted(row).index(expert)
         for token, row in enumerate(ids.tolist())
         for expert in row
     ]
     for _ in each():
         ordered, shares = route(
-            ids.ravel(), k, np.array(expert_of), np.array(ends), np.array(some, np.int64)
+            ids.ravel(), k, np.array(ordered_ids), np.array(ends), np.array(some, np.int64)
         )
         assert ordered.tolist() == expected
-        assert shares == [*shares_of(expert_of, ends, [flat[pair] for pair in expected])]
+        assert shares == [*shares_of(ordered_ids, ends, [flat[pair] for pair in expected])]
         every = np.arange(ids.size)
-        layer = ids.ravel(), k, np.array(expert_of), np.array(ends)
+        layer = ids.ravel(), k, np.array(ordered_ids), np.array(ends)
         (alike, of_all), (other, of_other) = route(*layer, None), route(*layer, every)
         assert (alike.tolist(), of_all) == (other.tolist(), of_other), "None is all pairs"
-        assert sum_slots(ids).tolist() == places
+        assert sum_order(ids).tolist() == summand_of
         moved = gather(values, ordered, k)
         raw = to_raw(values)
         assert bytes(moved) == b"".join(raw[pair // k].tobytes() for pair in expected)
 
 
-def shares_of(expert_of: list[int], ends: list[int], asked: list[int]) -> Iterator[Share]:
+def shares_of(ordered_ids: list[int], ends: list[int], asked: list[int]) -> Iterator[Share]:
     """What each share has, counted one by one; ``asked`` are the pairs' experts in order."""
-    begin = place = 0
+    begin = index = 0
     for end in ends:
-        experts = [e for e in expert_of[place:end] if e in asked]
+        experts = [e for e in ordered_ids[index:end] if e in asked]
         counts = [asked.count(expert) for expert in experts]
         yield tuple(experts), tuple(counts), begin, begin + sum(counts)
-        begin, place = begin + sum(counts), end
+        begin, index = begin + sum(counts), end
 
 
-def received_in(pieces: int, values: torch.Tensor, places: np.ndarray) -> list[ExpertRows]:
-    """The rows as so many actors would send them: what stands in slot s is of the pair with s."""
+def received_in(pieces: int, values: torch.Tensor, summand_of: np.ndarray) -> list[ExpertRows]:
+    """The rows as so many actors would send them: the row of a pair is that of its summand."""
     raw = to_raw(values)
     return [
-        ExpertRows(pairs.copy(), raw[places[pairs]].tobytes())
-        for pairs in (np.arange(places.size)[place::pieces] for place in range(pieces))
+        ExpertRows(pairs.copy(), raw[summand_of[pairs]].tobytes())
+        for pairs in (np.arange(summand_of.size)[number::pieces] for number in range(pieces))
     ]
 
 
-def slow_sum(values: torch.Tensor, weights: torch.Tensor, places: list[int]) -> torch.Tensor:
-    """Sum in the order of the places, each step rounded by torch to the rows' own dtype."""
+def slow_sum(values: torch.Tensor, weights: torch.Tensor, summand_of: list[int]) -> torch.Tensor:
+    """Sum in the order of the summands, each step rounded by torch to the rows' own dtype."""
     k, sums = weights.shape[1], []
     for token in range(weights.shape[0]):
-        of_slot = {places[token * k + rank]: weights[token, rank] for rank in range(k)}
+        weight_of = {summand_of[token * k + rank]: weights[token, rank] for rank in range(k)}
         total = None
-        for slot in sorted(of_slot):
-            weighted = [(value * of_slot[slot]).to(values.dtype) for value in values[slot]]
+        for summand in sorted(weight_of):
+            weighted = [(value * weight_of[summand]).to(values.dtype) for value in values[summand]]
             total = weighted if total is None else [a + b for a, b in zip(total, weighted)]  # noqa: B905
         sums.append(torch.stack(total))
     return torch.stack(sums)
@@ -140,11 +140,11 @@ def test_sums_have_the_bits_of_sums_that_are_rounded_step_by_step(
     values = (torch.randn(ids.size, size, generator=generator) * scale).to(dtypes[0])
     weights = torch.rand(ids.shape, generator=generator).to(dtypes[1])
     for _ in each():
-        places = sum_slots(ids)
-        expected = slow_sum(values, weights, places.tolist())
+        summand_of = sum_order(ids)
+        expected = slow_sum(values, weights, summand_of.tolist())
         like = torch.empty(ids.shape[0], size, dtype=dtypes[0])
-        received = received_in(1 + seed % 4, values, places)
-        got, is_finite = combine(received, prepare(weights, places, like))
+        received = received_in(1 + seed % 4, values, summand_of)
+        got, is_finite = combine(received, prepare(weights, summand_of, like))
         assert is_finite is bool(expected.isfinite().all())
         assert got.dtype == dtypes[0]
         assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
@@ -175,14 +175,16 @@ def test_a_large_sum_is_as_its_single_tokens_are(monkeypatch: pytest.MonkeyPatch
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(400, 700, generator=generator).bfloat16()  # moved without the interpreter
     weights = torch.rand(200, 2, generator=generator)
-    places, like = np.arange(400), values[:200]
-    got, is_finite = combine([ExpertRows(places, to_bytes(values))], prepare(weights, places, like))
+    summand_of, like = np.arange(400), values[:200]
+    got, is_finite = combine(
+        [ExpertRows(summand_of, to_bytes(values))], prepare(weights, summand_of, like)
+    )
     assert is_finite
     for token in range(0, 200, 7):
-        own = [ExpertRows(places[:2], to_bytes(values[2 * token : 2 * token + 2]))]
-        expected, _ = combine(own, prepare(weights[token : token + 1], places[:2], like[:1]))
+        own = [ExpertRows(summand_of[:2], to_bytes(values[2 * token : 2 * token + 2]))]
+        expected, _ = combine(own, prepare(weights[token : token + 1], summand_of[:2], like[:1]))
         assert torch.equal(got[token : token + 1], expected)
-    sums, is_finite = combine([], prepare(weights[:0], places[:0], like[:0]))
+    sums, is_finite = combine([], prepare(weights[:0], summand_of[:0], like[:0]))
     assert sums.shape == (0, 700)
     assert is_finite
 
@@ -191,18 +193,21 @@ def test_a_large_sum_is_as_its_single_tokens_are(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_pairs_whose_rows_were_not_received_are_zeros(dtype: torch.dtype) -> None:
     rows = torch.tensor([[3.0, 4.0], [5.0, 6.0]]).to(dtype)
-    weights, places = torch.tensor([[0.5, 1.0], [1.0, 2.0]]), np.array([1, 0, 2, 3])
+    weights, summand_of = torch.tensor([[0.5, 1.0], [1.0, 2.0]]), np.array([1, 0, 2, 3])
     received = [ExpertRows(np.array([3, 0]), to_bytes(rows))]
-    assert combine(received, prepare(weights, places, rows))[0].tolist() == [[2.5, 3.0], [6.0, 8.0]]
-    assert combine([], prepare(weights, places, rows))[0].tolist() == [[0, 0], [0, 0]]
+    assert combine(received, prepare(weights, summand_of, rows))[0].tolist() == [
+        [2.5, 3.0],
+        [6.0, 8.0],
+    ]
+    assert combine([], prepare(weights, summand_of, rows))[0].tolist() == [[0, 0], [0, 0]]
 
 
 @pytest.mark.usefixtures("native")
 def test_rows_are_summed_from_wherever_they_lie() -> None:
     values = torch.arange(6.0).view(2, 3)
     apart = memoryview(b"x" + bytes(to_bytes(values)))[1:]  # not where a float would begin
-    weights, places = torch.tensor([[1.0], [10.0]]), np.arange(2)
-    sums, _ = combine([ExpertRows(places, apart)], prepare(weights, places, values))
+    weights, summand_of = torch.tensor([[1.0], [10.0]]), np.arange(2)
+    sums, _ = combine([ExpertRows(summand_of, apart)], prepare(weights, summand_of, values))
     assert sums.tolist() == [[0, 1, 2], [30, 40, 50]]
 
 
@@ -230,37 +235,37 @@ def routed(
     native: ModuleType,
     ids: np.ndarray = IDS,
     k: int = 2,
-    expert_of: np.ndarray = PAIRS[:3],
+    ordered_ids: np.ndarray = PAIRS[:3],
     ends: np.ndarray = ENDS,
     pairs: np.ndarray | None = PAIRS,
     room: int = 4,
 ) -> None:
-    native.route(ids, k, expert_of, ends, pairs, np.empty(room, np.int64))
+    native.route(ids, k, ordered_ids, ends, pairs, np.empty(room, np.int64))
 
 
 def summed(
     native: ModuleType,
     pieces: object = ((PAIRS, bytes(16)),),
     weights: bytes = bytes(16),
-    places: np.ndarray = PAIRS,
+    summand_of: np.ndarray = PAIRS,
     k: int = 2,
     room: int = 8,
     value_bytes: int = 4,
 ) -> None:
-    native.combine(list(pieces), weights, places, k, bytearray(room), value_bytes)  # type: ignore[call-overload]
+    native.combine(list(pieces), weights, summand_of, k, bytearray(room), value_bytes)  # type: ignore[call-overload]
 
 
 WRONG = {
-    "slots, no expert each": lambda n: n.slots(IDS, 0, np.empty(4, np.int64)),
-    "slots, not whole tokens": lambda n: n.slots(IDS, 3, np.empty(4, np.int64)),
-    "slots, no room": lambda n: n.slots(IDS, 2, np.empty(3, np.int64)),
-    "slots, too few arguments": lambda n: n.slots(IDS, 2),
+    "sum_order, no expert each": lambda n: n.sum_order(IDS, 0, np.empty(4, np.int64)),
+    "sum_order, not whole tokens": lambda n: n.sum_order(IDS, 3, np.empty(4, np.int64)),
+    "sum_order, no room": lambda n: n.sum_order(IDS, 2, np.empty(3, np.int64)),
+    "sum_order, too few arguments": lambda n: n.sum_order(IDS, 2),
     "route, an id too large": lambda n: routed(n, ids=IDS + 1),
     "route, an id below": lambda n: routed(n, ids=IDS - 1),
     "route, a pair too large": lambda n: routed(n, pairs=PAIRS + 1),
     "route, a pair below": lambda n: routed(n, pairs=PAIRS - 1),
-    "route, an expert too large": lambda n: routed(n, expert_of=PAIRS[1:].copy()),
-    "route, an expert below": lambda n: routed(n, expert_of=PAIRS[:3] - 1),
+    "route, an expert too large": lambda n: routed(n, ordered_ids=PAIRS[1:].copy()),
+    "route, an expert below": lambda n: routed(n, ordered_ids=PAIRS[:3] - 1),
     "route, a share too large": lambda n: routed(n, ends=np.array([4])),
     "route, a share below": lambda n: routed(n, ends=np.array([-1, 3])),
     "route, shares that go back": lambda n: routed(n, ends=np.array([2, 1, 3])),
@@ -274,8 +279,8 @@ WRONG = {
     "gather, a pair below": lambda n: n.gather(bytes(8), PAIRS - 1, 2, 4),
     "gather, not whole rows": lambda n: n.gather(bytes(9), PAIRS, 2, 4),
     "gather, no bytes": lambda n: n.gather(bytes(8), PAIRS, 2, 0),
-    "combine, another's slot": lambda n: summed(n, places=PAIRS[::-1].copy()),
-    "combine, a slot below": lambda n: summed(n, places=PAIRS - 1),
+    "combine, another's summand": lambda n: summed(n, summand_of=PAIRS[::-1].copy()),
+    "combine, a summand below": lambda n: summed(n, summand_of=PAIRS - 1),
     "combine, no room": lambda n: summed(n, room=4),
     "combine, no room at all": lambda n: summed(n, room=0),
     "combine, odd values": lambda n: summed(n, value_bytes=3),
