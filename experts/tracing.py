@@ -53,14 +53,14 @@ class BatchSpans:
         self._tracer = tracer
         self._actor_id = actor_id
 
-    def computed(self, batch: Sequence[tuple[DispatchFrame, float]], begun_s: float) -> None:
-        """Export a span for each traced frame of a batch that ran from ``begun_s`` until now.
+    def computed(self, batch: Sequence[tuple[DispatchFrame, float]], begun_at_s: float) -> None:
+        """Export a span for each traced frame of a batch that ran from ``begun_at_s`` until now.
 
         Each frame has the time at which its wait began. Times are of the monotonic clock.
         """
         for frame, since_s in batch:
             if frame.traceparent is not None:
-                self._export(frame, frame.traceparent, len(batch), since_s, begun_s)
+                self._export(frame, frame.traceparent, len(batch), since_s, begun_at_s)
 
     def _export(
         self,
@@ -68,7 +68,7 @@ class BatchSpans:
         traceparent: str,
         num_frames: int,
         since_s: float,
-        begun_s: float,
+        begun_at_s: float,
     ) -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -82,13 +82,13 @@ class BatchSpans:
                 "expertmesh.experts": len(frame.expert_ids),
                 "expertmesh.rows": frame.num_rows,
                 "expertmesh.batch_frames": num_frames,
-                "expertmesh.waited_s": begun_s - since_s,
+                "expertmesh.waited_s": begun_at_s - since_s,
             },
-            start_time=wall_ns(begun_s),
+            start_time=wall_ns(begun_at_s),
         )
         span.end()
 
 
-def wall_ns(monotonic_s: float) -> int:
+def wall_ns(at_s: float) -> int:
     """Return a time of the monotonic clock as OpenTelemetry's wall-clock nanoseconds."""
-    return time.time_ns() - int((time.monotonic() - monotonic_s) * 1e9)
+    return time.time_ns() - int((time.monotonic() - at_s) * 1e9)

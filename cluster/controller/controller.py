@@ -242,7 +242,7 @@ class Controller:
             pass
         return {
             "placement": placement,
-            "loop_age_s": time.monotonic() - self._keeper.looped_s,
+            "loop_age_s": time.monotonic() - self._keeper.looped_at_s,
             "is_deleted": state.is_deleted,
         }
 

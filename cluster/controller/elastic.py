@@ -64,7 +64,7 @@ class Elastic:
         self._lock = asyncio.Lock()
         self._spread_over: set[tuple[str, int]] = set()
         """Generations of actors that came up empty and get, or have got, experts."""
-        self._spread_from_s = 0.0
+        self._spread_at_s = 0.0
         """Until then no spreading over empty actors is tried again."""
         self._awaited: set[str] = set()
         """New actors that a change waits for."""
@@ -116,7 +116,7 @@ class Elastic:
         ``min_copies`` or more than fit.
         """
         async with self._lock, self._rebalancer.plan_lock:
-            began_s = time.monotonic()
+            began_at_s = time.monotonic()
             if key not in self._state.placement.holders:
                 raise InvalidRequestError(
                     f"no model {model_id_of(key.model)!r:.80} with expert {key.expert_id} in layer "
@@ -148,7 +148,7 @@ class Elastic:
                 self._rebalancer.keep_cold_copies()
             model = model_id_of(key.model)
             what = f"{model} layer {key.layer_id} expert {key.expert_id}: {number} copies"
-            return self.report(what, COMMAND, moved, began_s)
+            return self.report(what, COMMAND, moved, began_at_s)
 
     def _check_number(self, pool: str, number: int, before: int) -> None:
         """Raise :class:`InvalidRequestError` where a pool may not have ``number`` actors."""
@@ -192,13 +192,13 @@ class Elastic:
     # Growing and shrinking.
 
     async def _plan_growth(self, pool: str, number: int, what: str, reason: str) -> ChangeReport:
-        began_s = time.monotonic()
+        began_at_s = time.monotonic()
         room_bytes = self._rebalancer.room_bytes(pool)
         coming = [Device(f"{pool}-new-{i}", f"new-{i}", room_bytes) for i in range(number)]
         async with self._rebalancer.plan_lock:
             moved = await self._rebalancer.spread(coming=coming, dry_run=True)
         added = [device.actor_id for device in coming]
-        return self.report(what, reason, moved, began_s, added)
+        return self.report(what, reason, moved, began_at_s, added)
 
     def _grow(self, pools: Sequence[str], avoided_nodes: Collection[str] = ()) -> list[str]:
         """Add an actor to each of the pools: a standby actor that is up, or else a new one.
@@ -224,7 +224,7 @@ class Elastic:
 
     async def _use(self, added: Sequence[str], what: str, reason: str) -> ChangeReport:
         """Spread experts over the added actors, as far as they come up in time."""
-        began_s = time.monotonic()
+        began_at_s = time.monotonic()
         self._awaited |= set(added)
         try:
             await self._wait_up(added, UP_TIMEOUT_S)
@@ -237,7 +237,7 @@ class Elastic:
         if away and moved.outcome == "committed":
             why = await asyncio.to_thread(self._expert_pool.shortage, self._fleet.specs[away[0]])
             moved = Moved(f"pending: {', '.join(away)}: {why}", moved.moves, moved.moved_bytes)
-        return self.report(what, reason, moved, began_s, added)
+        return self.report(what, reason, moved, began_at_s, added)
 
     async def _wait_up(self, actor_ids: Sequence[str], timeout_s: float) -> list[str]:
         """Wait for actors to come up; returns those that are up in time."""
@@ -263,16 +263,16 @@ class Elastic:
             moved = Moved(f"failed: {error}")
         if moved.outcome != "committed":
             self._spread_over -= tried
-            self._spread_from_s = time.monotonic() + SPREAD_RETRY_S
+            self._spread_at_s = time.monotonic() + SPREAD_RETRY_S
         self._meter.restart()
         return moved
 
     async def _shrink(
         self, leaving: Sequence[str], what: str, dry_run: bool, reason: str
     ) -> ChangeReport:
-        began_s = time.monotonic()
+        began_at_s = time.monotonic()
         if not leaving:
-            return self.report(what, reason, Moved("unchanged"), began_s)
+            return self.report(what, reason, Moved("unchanged"), began_at_s)
         if not dry_run:
             logger.info("%s, %s: draining %s", what, reason, ", ".join(leaving))
         async with self._rebalancer.plan_lock:
@@ -282,14 +282,14 @@ class Elastic:
                     self._meter.leave(actor_id, self._fleet.pool_of[actor_id])
                     await self._keeper.stop(actor_id)
         removed = () if moved.outcome.startswith("failed") else leaving
-        return self.report(what, reason, moved, began_s, removed=removed)
+        return self.report(what, reason, moved, began_at_s, removed=removed)
 
     def report(
         self,
         what: str,
         reason: str,
         moved: Moved,
-        began_s: float,
+        began_at_s: float,
         added: Sequence[str] = (),
         removed: Sequence[str] = (),
     ) -> ChangeReport:
@@ -304,7 +304,7 @@ class Elastic:
             moves=moved.moves,
             moved_bytes=moved.moved_bytes,
             at_s=time.time(),
-            took_s=time.monotonic() - began_s,
+            took_s=time.monotonic() - began_at_s,
             epoch=placement.epoch,
             version=placement.version,
         )
@@ -327,13 +327,13 @@ class Elastic:
             and actor_id not in self._fleet.standby
             and (actor_id, generations[actor_id]) not in self._spread_over
         ]
-        began_s = time.monotonic()
-        if not empty or self._lock.locked() or began_s < self._spread_from_s:
+        began_at_s = time.monotonic()
+        if not empty or self._lock.locked() or began_at_s < self._spread_at_s:
             return
         async with self._lock:
             moved = await self._spread_over_empty(empty)
             if moved.outcome == "committed":
-                self.report(f"{', '.join(empty)} came up", "waited for", moved, began_s, empty)
+                self.report(f"{', '.join(empty)} came up", "waited for", moved, began_at_s, empty)
 
     async def keep_standby(self) -> None:
         """Start and end standby actors to the number that each pool wants.
@@ -365,7 +365,7 @@ class Elastic:
         if not leaving:
             return
         async with self._lock:
-            began_s = time.monotonic()
+            began_at_s = time.monotonic()
             leaving = [actor_id for actor_id in leaving if actor_id in self._fleet.specs]
             # A standby actor needs no successor here: another one starts elsewhere in time.
             has_successor = self._succeeded | self._fleet.standby
@@ -378,6 +378,8 @@ class Elastic:
             what = f"{', '.join(leaving)} to go with their node"
             report = await self._shrink(leaving, what, False, "Ray drains it")
             if added:
-                logger.info("%s took over after %.1f s", ", ".join(up), time.monotonic() - began_s)
+                logger.info(
+                    "%s took over after %.1f s", ", ".join(up), time.monotonic() - began_at_s
+                )
             if report.outcome == "committed":
                 self._succeeded -= set(leaving)

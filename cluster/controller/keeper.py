@@ -68,7 +68,7 @@ class Keeper:
         follow the load, so that each decision has new counters.
         """
         self.loading = Loading()
-        self.looped_s = time.monotonic()
+        self.looped_at_s = time.monotonic()
         """When any task last finished a step; old where this controller hangs."""
         self._state = state
         self._expert_pool = expert_pool
@@ -82,7 +82,7 @@ class Keeper:
             self._load_period_s = LOAD_PERIOD_S
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._heartbeat_due: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
-        self._suspected_s: defaultdict[str, float] = defaultdict(lambda: -math.inf)
+        self._suspected_at_s: defaultdict[str, float] = defaultdict(lambda: -math.inf)
 
     # What other parts call.
 
@@ -104,7 +104,7 @@ class Keeper:
         self._state.remove(actor_id)
         self._retirement.forget(actor_id)
         self._heartbeat_due.pop(actor_id, None)
-        self._suspected_s.pop(actor_id, None)
+        self._suspected_at_s.pop(actor_id, None)
 
     def heartbeat_now(self, actor_id: str) -> None:
         """Send an actor its next heartbeat at once."""
@@ -117,7 +117,7 @@ class Keeper:
         """
         report = self._state.reports.get(actor_id)
         if report is not None and report.generation == generation:
-            self._suspected_s[actor_id] = time.monotonic()
+            self._suspected_at_s[actor_id] = time.monotonic()
             self.heartbeat_now(actor_id)
 
     def close(self) -> None:
@@ -141,7 +141,7 @@ class Keeper:
     async def _keep(self, actor_id: str, handle: ActorHandle | None) -> None:
         delay_s = FIRST_RETRY_S
         while True:
-            self.looped_s = time.monotonic()
+            self.looped_at_s = time.monotonic()
             try:
                 handle = handle or self.create(actor_id)
                 await self._bring_up(actor_id, handle)
@@ -177,11 +177,11 @@ class Keeper:
 
     async def _bring_up(self, actor_id: str, handle: ActorHandle) -> None:
         """Have an actor load its share, and publish it."""
-        started_s = time.monotonic()
+        started_at_s = time.monotonic()
         epoch, keys = self._state.placement.epoch, self._state.shares[actor_id]
         waiting = asyncio.create_task(self._say_why_it_waits(actor_id, handle))
         following = asyncio.create_task(self._follow_loading(handle))
-        self.loading.begin(actor_id, len(keys), started_s)
+        self.loading.begin(actor_id, len(keys), started_at_s)
         try:
             spec = self._state.fleet.specs[actor_id]
             if withdrawn := self._state.withdrawn.pop(actor_id, ()):  # room for the new experts
@@ -200,7 +200,7 @@ class Keeper:
             report.device,
             len(report.experts),
             report.pid,
-            time.monotonic() - started_s,
+            time.monotonic() - started_at_s,
             report.fetched(),
         )
 
@@ -238,12 +238,12 @@ class Keeper:
     async def _watch(self, actor_id: str, handle: ActorHandle) -> None:
         """Send heartbeats for ever; raises ``TimeoutError`` when the actor hangs."""
         due = self._heartbeat_due[actor_id]
-        self._suspected_s[actor_id] = -math.inf  # a suspicion of its predecessor counts no more
+        self._suspected_at_s[actor_id] = -math.inf  # a suspicion of its predecessor counts no more
         progress = Progress(time.monotonic())
         while True:
             due.clear()
             report = await self._heartbeat(actor_id, handle)
-            self.looped_s = now_s = time.monotonic()
+            self.looped_at_s = now_s = time.monotonic()
             self._state.reports[actor_id] = report
             for observer in self._observers:
                 observer.observe(report, now_s)
@@ -271,7 +271,7 @@ class Keeper:
         try:
             while not (await asyncio.wait([answer], timeout=LOOK_S))[0]:
                 now_s = time.monotonic()
-                is_suspected = now_s - self._suspected_s[actor_id] < SUSPICION_S
+                is_suspected = now_s - self._suspected_at_s[actor_id] < SUSPICION_S
                 if silence.is_hung(is_suspected, now_s):
                     raise TimeoutError("no heartbeat is answered")
             return answer.result()

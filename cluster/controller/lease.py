@@ -27,17 +27,17 @@ class Lease:
 
     def __init__(self, now_s: float) -> None:
         """Begin with a full lease of ``LEASE_S`` seconds."""
-        self._renewed_s = now_s
+        self._renewed_at_s = now_s
         self._absent_since_s: float | None = None
 
     def renew(self, now_s: float) -> None:
         """Begin a new lease."""
-        self._renewed_s = now_s
+        self._renewed_at_s = now_s
         self._absent_since_s = None
 
     def lapsed(self, now_s: float) -> bool:
         """Return whether the controller has been silent for ``LEASE_S``."""
-        return now_s - self._renewed_s >= LEASE_S
+        return now_s - self._renewed_at_s >= LEASE_S
 
     def orphaned(self, now_s: float, app_is_there: bool) -> bool:
         """Return whether the lease has lapsed and the app has been gone for ``ABSENT_S``."""

@@ -18,7 +18,7 @@ class Progress:
     def __init__(self, now_s: float) -> None:
         """Begin as if the actor had just computed a batch."""
         self._steps = -1
-        self._moved_s = now_s
+        self._moved_at_s = now_s
 
     def is_hung(self, steps: int, queued_rows: int, now_s: float) -> bool:
         """Take a heartbeat; returns whether rows have waited for ``HUNG_S`` without any batch.
@@ -26,8 +26,8 @@ class Progress:
         ``steps`` counts the batches that the actor has computed, ``queued_rows`` the waiting rows.
         """
         if steps != self._steps or queued_rows == 0:
-            self._steps, self._moved_s = steps, now_s
-        return now_s - self._moved_s >= HUNG_S
+            self._steps, self._moved_at_s = steps, now_s
+        return now_s - self._moved_at_s >= HUNG_S
 
 
 class Silence:
@@ -39,7 +39,7 @@ class Silence:
 
     def __init__(self, now_s: float) -> None:
         """Begin when the heartbeat is sent."""
-        self._looked_s = now_s
+        self._checked_at_s = now_s
         self._silent_s = 0.0
 
     def is_hung(self, is_suspected: bool, now_s: float) -> bool:
@@ -47,6 +47,6 @@ class Silence:
 
         ``is_suspected`` says that a router waits in vain for rows of this actor.
         """
-        self._silent_s += min(now_s - self._looked_s, LOOK_S)
-        self._looked_s = now_s
+        self._silent_s += min(now_s - self._checked_at_s, LOOK_S)
+        self._checked_at_s = now_s
         return self._silent_s >= (SUSPECTED_S if is_suspected else SILENT_S)

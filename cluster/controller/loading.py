@@ -20,12 +20,12 @@ class Loading:
     def __init__(self) -> None:
         """Begin without any."""
         self._actors: dict[str, LoadingStatus] = {}
-        self._noticed_s = 0.0
+        self._noticed_at_s = 0.0
 
     def begin(self, actor_id: str, num_experts: int, now_s: float) -> None:
         """Note that an actor is to load ``num_experts`` from now on; it may not have started."""
         if not self._actors:
-            self._noticed_s = now_s
+            self._noticed_at_s = now_s
         self._actors[actor_id] = LoadingStatus(actor_id, 0, num_experts, 0)
 
     def update(self, report: ActorReport) -> None:
@@ -46,7 +46,7 @@ class Loading:
 
     def notice(self, now_s: float) -> str | None:
         """Return a log line where it is due, every :data:`NOTICE_S`."""
-        if not self._actors or now_s - self._noticed_s < NOTICE_S:
+        if not self._actors or now_s - self._noticed_at_s < NOTICE_S:
             return None
-        self._noticed_s = now_s
+        self._noticed_at_s = now_s
         return loading_line(self.status())

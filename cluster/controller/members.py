@@ -16,7 +16,7 @@ class _Member:
     kind: str
     process: ProcessStatus
     known: tuple[int, int]
-    seen_s: float
+    seen_at_s: float
     samples: Samples | None
     model: str = ""
 
@@ -46,7 +46,7 @@ class Members:
         member = self._members.setdefault(key, _Member(kind, process, (-1, -1), 0.0, None))
         member.known = known or member.known
         member.model = model or member.model
-        member.seen_s = time.monotonic()
+        member.seen_at_s = time.monotonic()
         if samples is not None and (
             member.samples is None or samples.taken_s > member.samples.taken_s
         ):
@@ -78,5 +78,5 @@ class Members:
         )
 
     def _forget(self) -> None:
-        oldest_s = time.monotonic() - MEMBER_TTL_S
-        self._members = {key: m for key, m in self._members.items() if m.seen_s > oldest_s}
+        oldest_at_s = time.monotonic() - MEMBER_TTL_S
+        self._members = {key: m for key, m in self._members.items() if m.seen_at_s > oldest_at_s}

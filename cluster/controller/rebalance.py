@@ -63,7 +63,7 @@ class Rebalancer:
 
     def keep_cold_copies(self) -> None:
         """Drop no cold copy automatically until the load from now on has been seen for long."""
-        self._cold_from_s = time.monotonic() + self.tracker.fall_s
+        self._cold_at_s = time.monotonic() + self.tracker.fall_s
 
     async def run_forever(self, period_s: float) -> None:
         """Rebalance every ``period_s`` where the gain is worth it; logs a new reason why not."""
@@ -89,30 +89,30 @@ class Rebalancer:
         before it stay, and the report says so.
         """
         async with self.plan_lock:
-            began_s = time.monotonic()
+            began_at_s = time.monotonic()
             devices = self.devices()
-            rates = self.tracker.tokens_per_s(began_s)
+            rates = self.tracker.tokens_per_s(began_at_s)
             held = {device.actor_id: self._state.shares[device.actor_id] for device in devices}
             models, min_copies = self._state.models, self._state.min_copies
             plan = await asyncio.to_thread(
                 plan_copies, models, devices, rates, held, min_copies, self._max_copies()
             )
             is_worth = plan.gain >= least_gain and bool(plan.added or plan.dropped)
-            if not is_worth and began_s >= self._cold_from_s:
+            if not is_worth and began_at_s >= self._cold_at_s:
                 warm_rates = {} if self._mean_rate(rates) < IDLE_TOKENS_PER_S else rates
                 plan = await asyncio.to_thread(
                     plan_without_cold, models, devices, warm_rates, held, min_copies
                 )
                 is_worth = bool(plan.dropped)
             if not is_worth:
-                return self._report(Moved("balanced"), plan.before, plan.before, began_s)
+                return self._report(Moved("balanced"), plan.before, plan.before, began_at_s)
             self._explain(plan, rates, dry_run)
             free_bytes = self.free_bytes(devices)
             moved = await self.carry_out(plan.added, plan.dropped, free_bytes, dry_run)
             if dry_run:
-                return self._report(moved, plan.before, plan.after, began_s)
+                return self._report(moved, plan.before, plan.after, began_at_s)
             after = balance_of(models, devices, rates, self._state.shares)
-            report = self._report(moved, plan.before, after, began_s)
+            report = self._report(moved, plan.before, after, began_at_s)
             logger.info("rebalancing is %s after %.1f s", report.outcome, report.took_s)
             self._reports.appendleft(report)
             return report
@@ -270,7 +270,7 @@ class Rebalancer:
             )
 
     def _report(
-        self, moved: Moved, before: Balance, after: Balance, began_s: float
+        self, moved: Moved, before: Balance, after: Balance, began_at_s: float
     ) -> RebalanceReport:
         placement = self._state.placement
         return RebalanceReport(
@@ -282,7 +282,7 @@ class Rebalancer:
             devices_before=before.devices,
             devices_after=after.devices,
             at_s=time.time(),
-            took_s=time.monotonic() - began_s,
+            took_s=time.monotonic() - began_at_s,
             epoch=placement.epoch,
             version=placement.version,
         )

@@ -72,11 +72,20 @@ class _Fading:
 class _Device:
     """One generation of an actor: its last report, and its sums."""
 
-    __slots__ = ("at_s", "begun_s", "busy_s", "frames", "generation", "last", "tokens", "waited_s")
+    __slots__ = (
+        "at_s",
+        "begun_at_s",
+        "busy_s",
+        "frames",
+        "generation",
+        "last",
+        "tokens",
+        "waited_s",
+    )
 
     def __init__(self, report: ActorReport, now_s: float) -> None:
         self.generation = report.generation
-        self.begun_s = self.at_s = now_s
+        self.begun_at_s = self.at_s = now_s
         self.last = report
         self.tokens, self.frames = _Fading(), _Fading()
         self.busy_s, self.waited_s = _Fading(), _Fading()
@@ -91,12 +100,12 @@ class LoadTracker:
         ``fall_s`` after an expert's last load its rate is 0. Where the load is so low that a pause
         may be chance, the rate only fades.
         """
-        self._begun_s = now_s
+        self._begun_at_s = now_s
         self.fall_s = max(fall_s, LEAST_FALL_S)
         self._counted: Counter[ExpertKey] = Counter()
         self._earlier: deque[tuple[float, Counter[ExpertKey]]] = deque([(now_s, Counter())])
         """The counts at times that are a part of ``fall_s`` apart."""
-        self._fell_s: dict[ExpertKey, float] = {}
+        self._fell_at_s: dict[ExpertKey, float] = {}
         """When the load of each expert was last found to have surely fallen."""
         self._experts: defaultdict[ExpertKey, _Fading] = defaultdict(_Fading)
         self._recent: defaultdict[ExpertKey, _Fading] = defaultdict(lambda: _Fading(RISE_S))
@@ -138,14 +147,14 @@ class LoadTracker:
         over_s = now_s - since_s
         if over_s < least_s:
             return
-        seconds = _faded_s(now_s - self._begun_s)
+        seconds = _faded_s(now_s - self._begun_at_s)
         for key, total in self._experts.items():
             count = self._counted[key] - before[key]
             expected = total.at(now_s) / seconds * over_s
             if count < expected - SURE * math.sqrt(expected):
-                self._fell_s[key] = now_s
+                self._fell_at_s[key] = now_s
             # The rest of a fall may be too little to be sure of.
-            if count < expected and now_s - self._fell_s.get(key, -math.inf) < self.fall_s:
+            if count < expected and now_s - self._fell_at_s.get(key, -math.inf) < self.fall_s:
                 total.set(count / over_s * seconds, now_s)
 
     def forget(self, actor_id: str) -> None:
@@ -154,8 +163,8 @@ class LoadTracker:
 
     def tokens_per_s(self, now_s: float) -> dict[ExpertKey, float]:
         """Return the rate of every expert that ever had load."""
-        seconds = _faded_s(now_s - self._begun_s)
-        recent_s = _faded_s(now_s - self._begun_s, RISE_S)
+        seconds = _faded_s(now_s - self._begun_at_s)
+        recent_s = _faded_s(now_s - self._begun_at_s, RISE_S)
 
         def rate(key: ExpertKey, total: _Fading) -> float:
             recent = self._recent[key].at(now_s)
@@ -169,7 +178,7 @@ class LoadTracker:
         return {
             actor_id: _load_of(device, now_s)
             for actor_id, device in self._devices.items()
-            if device.at_s > device.begun_s
+            if device.at_s > device.begun_at_s
         }
 
     def speeds(self, kind_of: Mapping[str, str], now_s: float) -> dict[str, float]:
@@ -192,7 +201,7 @@ class LoadTracker:
 
 
 def _load_of(device: _Device, now_s: float) -> DeviceLoad:
-    seconds = _faded_s(now_s - device.begun_s)
+    seconds = _faded_s(now_s - device.begun_at_s)
     frames = device.frames.at(now_s)
     return DeviceLoad(
         tokens_per_s=device.tokens.at(now_s) / seconds,

@@ -60,13 +60,13 @@ def fits_beside(
 class Retention:
     """When retained models go: their routers have ended, or their time to drain is over."""
 
-    begun_s: float
+    begun_at_s: float
     silent_s: float
     """How long no router of a model must have been heard of before the model is unused."""
     drain_s: float
     """How long a model may stay once all experts of its successor have a copy."""
-    complete_s: float | None = None
-    _used_s: dict[str, float] = field(default_factory=dict)
+    complete_at_s: float | None = None
+    _used_at_s: dict[str, float] = field(default_factory=dict)
 
     def over(
         self, retained: Collection[str], in_use: Collection[str], is_complete: bool, now_s: float
@@ -76,13 +76,13 @@ class Retention:
         ``in_use`` are the models of the routers that are known now. ``is_complete`` says whether
         all experts of the deployment's own models have a copy.
         """
-        if self.complete_s is None and is_complete:
-            self.complete_s = now_s
-        self._used_s |= dict.fromkeys(in_use, now_s)
+        if self.complete_at_s is None and is_complete:
+            self.complete_at_s = now_s
+        self._used_at_s |= dict.fromkeys(in_use, now_s)
         reasons: dict[str, str] = {}
         for model in retained:
-            if self.complete_s is not None and now_s - self.complete_s > self.drain_s:
+            if self.complete_at_s is not None and now_s - self.complete_at_s > self.drain_s:
                 reasons[model] = f"its time to drain, {self.drain_s:g} s, is over"
-            elif now_s - self._used_s.get(model, self.begun_s) > self.silent_s:
+            elif now_s - self._used_at_s.get(model, self.begun_at_s) > self.silent_s:
                 reasons[model] = "no router serves it any more"
         return reasons

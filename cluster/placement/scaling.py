@@ -90,17 +90,17 @@ class WantedMax:
     def __init__(self, window_s: float) -> None:
         """Begin without any number."""
         self._window_s = window_s
-        self._since_s = self._last_s = -math.inf
+        self._since_s = self._last_at_s = -math.inf
         # With the time until which each was wanted. Falling: a number smaller than a later one is
         # never the maximum again.
         self._falling: deque[tuple[float, Wanted]] = deque()
 
     def add(self, wanted: Wanted, now_s: float) -> None:
         """Take the number wanted now; a pause of a whole window forgets the earlier ones."""
-        if now_s - self._last_s > self._window_s:
+        if now_s - self._last_at_s > self._window_s:
             self.clear()
             self._since_s = now_s
-        self._last_s = now_s
+        self._last_at_s = now_s
         if self._falling:  # the last number was wanted until now
             self._falling.append((now_s, self._falling.pop()[1]))
         while self._falling and self._falling[-1][1].actors <= wanted.actors:
@@ -111,13 +111,13 @@ class WantedMax:
         """Return the largest number; ``None`` while less than a window has passed."""
         while len(self._falling) > 1 and self._falling[0][0] <= now_s - self._window_s:
             self._falling.popleft()
-        is_whole = self._falling and self._last_s - self._since_s >= self._window_s
+        is_whole = self._falling and self._last_at_s - self._since_s >= self._window_s
         return self._falling[0][1] if is_whole else None
 
     def clear(self) -> None:
         """Forget everything."""
         self._falling.clear()
-        self._since_s = self._last_s = -math.inf
+        self._since_s = self._last_at_s = -math.inf
 
 
 class ScalingPolicy:
@@ -238,13 +238,13 @@ class BusyMeter:
             kept = self._reports.get(actor_id)
             if not kept:
                 return None
-            last_s, last = kept[-1]
-            early = [(at_s, report) for at_s, report in kept if at_s <= last_s - over_s]
+            last_at_s, last = kept[-1]
+            early = [(at_s, report) for at_s, report in kept if at_s <= last_at_s - over_s]
             if not early:
                 return None
-            first_s, first = early[-1]
-            busy_devices += min((last.busy_s - first.busy_s) / (last_s - first_s), 1.0)
-            now_s = max(now_s, last_s)
+            first_at_s, first = early[-1]
+            busy_devices += min((last.busy_s - first.busy_s) / (last_at_s - first_at_s), 1.0)
+            now_s = max(now_s, last_at_s)
             if last.frames > first.frames:
                 waited_s = (last.waited_s - first.waited_s) / (last.frames - first.frames)
                 queue_s = max(queue_s, waited_s)

@@ -64,15 +64,15 @@ class _RayCalls:
         self._actors = actors
         self._calls = calls
         self._refs = refs
-        self._sent_s = time.monotonic()
+        self._sent_at_s = time.monotonic()
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """See :class:`PendingCalls`."""
         sent = [(c, ref) for c, ref in zip(self._calls, self._refs, strict=True) if ref is not None]
         try:
-            first_s = min((self._remaining_s(call) for call, _ in sent), default=0.0)
+            left_s = min((self._remaining_s(call) for call, _ in sent), default=0.0)
             refs = [ref for _, ref in sent]
-            answers: list[Outcome] = ray.get(refs, timeout=min(first_s, GONE_CHECK_S))
+            answers: list[Outcome] = ray.get(refs, timeout=min(left_s, GONE_CHECK_S))
         except RayError:
             answers = [self._outcome(call, ref, is_gone) for call, ref in sent]
         remaining = map(_unsealed, answers)
@@ -85,7 +85,7 @@ class _RayCalls:
         return outcomes
 
     def _remaining_s(self, call: Call) -> float:
-        return max(0.0, self._sent_s + call.timeout_s - time.monotonic())
+        return max(0.0, self._sent_at_s + call.timeout_s - time.monotonic())
 
     def _outcome(self, call: Call, ref: ray.ObjectRef, is_gone: IsGone) -> Outcome:
         while True:

@@ -56,8 +56,8 @@ def _wait_for_the_clock(checkpoint: Stored) -> None:
 
     The wall clock is read because file systems do. A wrong clock costs this care alone.
     """
-    changed_s = max((stamp.ctime_ns for stamp in checkpoint.stamps.values()), default=0) / 1e9
-    age_s = time.time() - changed_s
+    changed_at_s = max((stamp.ctime_ns for stamp in checkpoint.stamps.values()), default=0) / 1e9
+    age_s = time.time() - changed_at_s
     if 0 <= age_s < CLOCK_STEP_S:
         time.sleep(CLOCK_STEP_S - age_s)
 

@@ -135,9 +135,9 @@ def verify_hashes(checkpoint: Stored, watch: Watch | None = None) -> Verificatio
     stay then.
     """
     kept = read_kept(checkpoint)
-    started_s = time.monotonic()
+    started_at_s = time.monotonic()
     leaves = hash_tensors(checkpoint, watch)
-    duration_s = time.monotonic() - started_s
+    duration_s = time.monotonic() - started_at_s
     state: Literal["equal", "none", "outdated"] = "none"
     if kept is not None:
         changed = sorted(name for name in leaves if leaves[name] != kept.leaves[name])

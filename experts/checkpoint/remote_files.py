@@ -168,7 +168,7 @@ class PeerFiles:
         Raises :class:`CheckpointMissingError` when no node has the checkpoint any more, or when
         peers have failed :data:`MAX_FAILURES` times in a row.
         """
-        started_s = time.monotonic()
+        started_at_s = time.monotonic()
         num_bytes = self.stored.tensors[name].num_bytes
         stop = num_bytes if end is None else end
         first, last = widened(begin, stop, num_bytes)
@@ -185,7 +185,7 @@ class PeerFiles:
         if data:
             self._with_a_peer(fetch)
         self.fetched_bytes += len(data)
-        self.fetched_s += time.monotonic() - started_s
+        self.fetched_s += time.monotonic() - started_at_s
         return data[begin - first : stop - first]
 
     def all_leaves(self) -> Mapping[str, bytes]:

@@ -42,7 +42,7 @@ class PlacementView:
         """Start without a placement."""
         self.placement: Placement | None = None
         self.models: frozenset[str] = frozenset()
-        self._looped_s: float | None = None
+        self._looped_at_s: float | None = None
         self._changed = threading.Condition()
 
     def publish(self, placement: Placement) -> None:
@@ -55,11 +55,11 @@ class PlacementView:
 
     def heard(self, loop_age_s: float) -> None:
         """Record the time since the controller's last loop ended, as the controller says."""
-        self._looped_s = time.monotonic() - loop_age_s
+        self._looped_at_s = time.monotonic() - loop_age_s
 
     def loop_age_s(self) -> float | None:
         """Return the time since the controller's last known loop ended; ``None`` if none is."""
-        return None if self._looped_s is None else time.monotonic() - self._looped_s
+        return None if self._looped_at_s is None else time.monotonic() - self._looped_at_s
 
     def wait_newer(self, than: Placement | None, timeout_s: float) -> bool:
         """Block until the placement is newer than ``than``; returns false after ``timeout_s``."""

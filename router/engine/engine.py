@@ -124,7 +124,7 @@ class Engine:
         def add() -> None:
             try:
                 for sequence in self._scheduler.add(request):
-                    sequence.times.queued_s = time.monotonic()
+                    sequence.times.queued_at_s = time.monotonic()
                     sequence.trace = trace
             except ExpertMeshError as error:
                 self._outbox.append(Emission(request.request_id, error))
@@ -215,7 +215,7 @@ class Engine:
         self.tally.steps += 1
         for item in work:
             self.tally.step_tokens += item.end - item.start
-            if not item.sequence.times.scheduled_s:
+            if not item.sequence.times.scheduled_at_s:
                 self.tally.scheduled(item.sequence, now_s)
 
     def _advance(self, packed: StepInput, context: StepContext, drawn: Drawn) -> None:
@@ -288,7 +288,7 @@ class Engine:
         self._scheduler.finish(sequence)
         if sequence.trace is not None:
             sequence.trace.ended(
-                sequence.index, sequence.num_generated, sequence.times.phases_s(), error
+                sequence.index, sequence.num_generated, sequence.times.phases_at_s(), error
             )
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:

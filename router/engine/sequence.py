@@ -16,17 +16,17 @@ from router.observability.tracing import RequestTrace
 class Times:
     """Times of a sequence on the monotonic clock; 0 where the event has not happened yet."""
 
-    queued_s: float = 0.0
-    scheduled_s: float = 0.0
-    first_token_s: float = 0.0
-    last_token_s: float = 0.0
+    queued_at_s: float = 0.0
+    scheduled_at_s: float = 0.0
+    first_token_at_s: float = 0.0
+    last_token_at_s: float = 0.0
 
-    def phases_s(self) -> dict[str, float]:
+    def phases_at_s(self) -> dict[str, float]:
         """Return the start of each phase of the sequence; 0 where it has not begun."""
         return {
-            "queue": self.queued_s,
-            "prefill": self.scheduled_s,
-            "decode": self.first_token_s,
+            "queue": self.queued_at_s,
+            "prefill": self.scheduled_at_s,
+            "decode": self.first_token_at_s,
         }
 
 

@@ -42,19 +42,19 @@ class EngineTally:
 
     def scheduled(self, sequence: Sequence, now_s: float) -> None:
         """Count the first step of a sequence."""
-        sequence.times.scheduled_s = now_s
-        self.queue_time_s.add(now_s - sequence.times.queued_s)
+        sequence.times.scheduled_at_s = now_s
+        self.queue_time_s.add(now_s - sequence.times.queued_at_s)
 
     def token(self, sequence: Sequence, now_s: float) -> None:
         """Count a token that was sampled for the sequence."""
         times = sequence.times
-        if times.last_token_s:
-            self.inter_token_s.add(now_s - times.last_token_s)
+        if times.last_token_at_s:
+            self.inter_token_s.add(now_s - times.last_token_at_s)
         elif not sequence.forced:
-            self.prefill_time_s.add(now_s - times.scheduled_s)
-        if not times.first_token_s:
-            times.first_token_s = now_s
-        times.last_token_s = now_s
+            self.prefill_time_s.add(now_s - times.scheduled_at_s)
+        if not times.first_token_at_s:
+            times.first_token_at_s = now_s
+        times.last_token_at_s = now_s
 
     def layers(self, times_s: Iterable[float]) -> None:
         """Count the durations of a step's MoE layers."""
@@ -65,8 +65,8 @@ class EngineTally:
     def finished(self, sequence: Sequence) -> None:
         """Count a sequence that has its last token."""
         times = sequence.times
-        if times.first_token_s and not sequence.forced:
-            self.decode_time_s.add(times.last_token_s - times.first_token_s)
+        if times.first_token_at_s and not sequence.forced:
+            self.decode_time_s.add(times.last_token_at_s - times.first_token_at_s)
 
 
 class RouterSamples:

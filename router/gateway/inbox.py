@@ -21,7 +21,7 @@ class Inbox:
         self._reply: Reply | None = None
         self._loop = asyncio.get_running_loop()
         self._events: list[TokenEvent] = []
-        self._due_s = 0.0
+        self._due_at_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
 
@@ -30,10 +30,10 @@ class Inbox:
         if len(self._events) >= MAX_BUFFERED_EVENTS:  # the reply repeats the dropped events
             return
         self._events.append(event)
-        if event.finish_reason is not None or self._loop.time() >= self._due_s:
+        if event.finish_reason is not None or self._loop.time() >= self._due_at_s:
             self._changed.set()
         elif self._timer is None:
-            self._timer = self._loop.call_at(self._due_s, self._changed.set)
+            self._timer = self._loop.call_at(self._due_at_s, self._changed.set)
 
     def end(self, reply: Reply) -> None:
         """Take the call's reply, or the error that ended it, and wake the reader at once."""
@@ -51,7 +51,7 @@ class Inbox:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._due_s = self._loop.time() + pause_s
+        self._due_at_s = self._loop.time() + pause_s
         events, self._events = self._events, []
         return events, self._reply
 

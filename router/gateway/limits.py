@@ -34,7 +34,7 @@ class SlowReaderWatch:
         self._timeout_s = timeout_s
         self._end_work, self._on_cut = end_work, on_cut
         self._loop = asyncio.get_running_loop()
-        self._handed_s: float | None = None
+        self._handed_at_s: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._ending: asyncio.Task[None] | None = None
 
@@ -48,7 +48,7 @@ class SlowReaderWatch:
             await self._ending
 
     def __enter__(self) -> None:
-        self._handed_s = self._loop.time()
+        self._handed_at_s = self._loop.time()
         # One timer serves many pieces; a timer for each piece costs more.
         if self._timer is None:
             self._timer = self._loop.call_later(self._timeout_s, self._look)
@@ -59,7 +59,7 @@ class SlowReaderWatch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._handed_s = None
+        self._handed_at_s = None
         if self._ending is not None and error is None:
             raise SlowReaderError(
                 f"the answer was not read for {self._timeout_s:g} s, so it was ended"
@@ -67,11 +67,11 @@ class SlowReaderWatch:
 
     def _look(self) -> None:
         self._timer = None
-        if self._handed_s is None:
+        if self._handed_at_s is None:
             return
-        due_s = self._handed_s + self._timeout_s
-        if self._loop.time() < due_s:
-            self._timer = self._loop.call_at(due_s, self._look)
+        due_at_s = self._handed_at_s + self._timeout_s
+        if self._loop.time() < due_at_s:
+            self._timer = self._loop.call_at(due_at_s, self._look)
             return
         self._on_cut()
         self._ending = self._loop.create_task(self._end_work())

@@ -153,7 +153,7 @@ class GenerationService:
         self, checked: CheckedRequest, surface: Surface
     ) -> AsyncGenerator[Delta, None]:
         model_id = checked.request.model
-        started_s = time.monotonic()
+        started_at_s = time.monotonic()
         self.metrics.started(model_id, len(checked.request.prompt_token_ids))
         code: Code | None = None
         waiting = True
@@ -162,7 +162,7 @@ class GenerationService:
                 async for delta in deltas:
                     if waiting:
                         waiting = False
-                        self.metrics.first_token(model_id, time.monotonic() - started_s)
+                        self.metrics.first_token(model_id, time.monotonic() - started_at_s)
                     self.metrics.tokens(model_id, len(delta.token_ids))
                     if delta.finish_reason is not None:
                         self.metrics.choice_finished(model_id, delta.finish_reason)
@@ -177,7 +177,7 @@ class GenerationService:
             code = public_error(error).code
             raise
         finally:
-            self.metrics.ended(model_id, time.monotonic() - started_s)
+            self.metrics.ended(model_id, time.monotonic() - started_at_s)
             self.metrics.finished(surface, code)
 
     async def _deltas(self, checked: CheckedRequest) -> AsyncGenerator[Delta, None]:

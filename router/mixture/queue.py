@@ -27,7 +27,7 @@ class Job:
 
     request: PredictionRequest
     done: Callable[[Outcome], None]
-    queued_s: float
+    queued_at_s: float
     left: int = 0
     """The number of works without outputs."""
     outputs: dict[int, Outputs] = field(default_factory=dict)

@@ -36,7 +36,7 @@ class MixtureTally:
         """Count the first step of each request."""
         for work in works:
             if not work.begin and not work.awaited:
-                self.queue_time_s.add(now_s - work.job.queued_s)
+                self.queue_time_s.add(now_s - work.job.queued_at_s)
 
     def stepped(self, layer_times_s: Iterable[float], num_rows: int) -> None:
         """Count a step."""

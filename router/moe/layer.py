@@ -147,7 +147,7 @@ class MoELayers(Generic[R]):
         context = self.context
         if context is None:
             raise RuntimeError(f"layer {layer_id} is computed outside of a step")
-        started_s = time.perf_counter()
+        started_at_s = time.perf_counter()
         span = None if context.trace is None else context.trace.layer(layer_id)
         parent = None if span is None else traceparent(span.get_span_context())
         try:
@@ -159,7 +159,7 @@ class MoELayers(Generic[R]):
         finally:
             if span is not None:
                 span.end()
-        context.layer_times_s.append(time.perf_counter() - started_s)
+        context.layer_times_s.append(time.perf_counter() - started_at_s)
         return combined
 
     def _without_missing(

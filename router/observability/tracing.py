@@ -129,18 +129,18 @@ class RequestTrace:
         self,
         choice: int,
         num_generated: int,
-        started_s: Mapping[str, float],
+        started_at_s: Mapping[str, float],
         error: ExpertMeshError | None = None,
     ) -> None:
         """Make a span for each phase of a choice that ends now; ``error`` is the reason it failed.
 
-        ``started_s`` maps the phases, in their order, to their starts on the monotonic clock. The
-        start is 0 for a phase that the choice did not reach.
+        ``started_at_s`` maps the phases, in their order, to their starts. The start is 0 for a
+        phase that the choice did not reach.
         """
         now_s = time.monotonic()
-        begun = [(phase, start_s) for phase, start_s in started_s.items() if start_s]
-        ends_s = [*(start_s for _, start_s in begun[1:]), now_s]
-        for (phase, start_s), end_s in zip(begun, ends_s, strict=True):
+        begun = [(phase, start_at_s) for phase, start_at_s in started_at_s.items() if start_at_s]
+        ends_at_s = [*(start_at_s for _, start_at_s in begun[1:]), now_s]
+        for (phase, start_at_s), until_s in zip(begun, ends_at_s, strict=True):
             span = _tracer().start_span(
                 f"expertmesh.{phase}",
                 self._context,
@@ -148,11 +148,11 @@ class RequestTrace:
                     "expertmesh.choice": choice,
                     "expertmesh.generated_tokens": num_generated,
                 },
-                start_time=wall_ns(start_s),
+                start_time=wall_ns(start_at_s),
             )
-            if error is not None and end_s == now_s:
+            if error is not None and until_s == now_s:
                 span.set_status(_failed(error))
-            span.end(wall_ns(end_s))
+            span.end(wall_ns(until_s))
 
 
 class StepTrace:

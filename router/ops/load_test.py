@@ -126,14 +126,14 @@ async def run_load_test(
 
     Fills ``results`` on the way, so that a cancelled test keeps its measurements.
     """
-    started_s = time.monotonic()
+    started_at_s = time.monotonic()
     numbers = iter(range(test.requests))
     try:
         async with AsyncClient(address, retry=None) as client, asyncio.TaskGroup() as group:
             for _ in range(min(test.clients, test.requests)):
                 group.create_task(_run_client(client, test, numbers, results, on_end))
     finally:
-        results.elapsed_s = time.monotonic() - started_s
+        results.elapsed_s = time.monotonic() - started_at_s
 
 
 async def _run_client(
@@ -146,14 +146,14 @@ async def _run_client(
     """Send one request after the other, as long as the clients' shared ``numbers`` last."""
     for number in numbers:
         prompt = test.prompts[number % len(test.prompts)]
-        started_s = time.monotonic()
+        started_at_s = time.monotonic()
         try:
             await (_stream if test.streamed else _generate)(client, test, prompt, results)
         except ExpertMeshError as error:
             results.add_failure(error)
         else:
             results.succeeded += 1
-            results.whole.add(time.monotonic() - started_s)
+            results.whole.add(time.monotonic() - started_at_s)
         on_end()
 
 
@@ -169,7 +169,7 @@ async def _generate(
 async def _stream(
     client: AsyncClient, test: LoadTest, prompt: str | Sequence[int], results: Results
 ) -> None:
-    before_s = time.monotonic()
+    last_at_s = time.monotonic()
     is_first = True
     pieces = client.stream(prompt, test.sampling, model=test.model, timeout_s=test.timeout_s)
     async with aclosing(pieces):
@@ -180,9 +180,9 @@ async def _stream(
             now_s = time.monotonic()
             results.output_tokens += count
             if is_first:
-                results.first_token.add(now_s - before_s)
+                results.first_token.add(now_s - last_at_s)
                 is_first = False
             else:
                 for _ in range(count):
-                    results.between_tokens.add((now_s - before_s) / count)
-            before_s = now_s
+                    results.between_tokens.add((now_s - last_at_s) / count)
+            last_at_s = now_s

@@ -93,7 +93,7 @@ class Trainer:
 
         Raises TrainingFailedError, and changes no weight, when the loss is not finite.
         """
-        started_s = time.perf_counter()
+        started_at_s = time.perf_counter()
         settings = self.config.optimization
         self.model.train()
         # The seed is a function of the step, so that a resumed run draws the same numbers.
@@ -118,7 +118,7 @@ class Trainer:
             group["lr"] = learning_rate_at(self.steps_done, settings)
         self.optimizer.step()
         self.steps_done += 1
-        step_s = time.perf_counter() - started_s
+        step_s = time.perf_counter() - started_at_s
         self.elapsed_s += step_s
         overflow_share = sum(gate.overflow_share for gate in self.gates) / len(self.gates)
         return StepReport(self.steps_done, loss.item(), targets.numel() / step_s, overflow_share)

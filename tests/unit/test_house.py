@@ -12,6 +12,8 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 MOST_LINES = 400
+CLOCKS = ("time.monotonic", "time.perf_counter")
+INSTANTS = ("_now_s", "_deadline_s", "_until_s", "_since_s", "_at_s")
 PUBLIC = {"router/client/__init__.py": "users import the client from there"}
 """Packages whose ``__init__`` hands names on, and why."""
 
@@ -35,6 +37,30 @@ def test_no_file_is_long(suffix: str) -> None:
         for file in product_files(suffix)
     }
     assert {file: count for file, count in lines.items() if count > MOST_LINES} == {}
+
+
+def is_clock(value: ast.expr) -> bool:
+    """Return whether an expression is the time of a monotonic clock, or that and a duration."""
+    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
+        return is_clock(value.left) or is_clock(value.right)
+    return isinstance(value, ast.Call) and ast.unparse(value.func) in CLOCKS
+
+
+def test_names_of_instants_differ_from_names_of_durations() -> None:
+    found = 0
+    wrong = set()
+    for file in product_files(".py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Assign) or not is_clock(node.value):
+                continue
+            for target in node.targets:
+                holder = target.value if isinstance(target, ast.Subscript) else target
+                name = ast.unparse(holder).rpartition(".")[2].lstrip("_")
+                found += 1
+                if not f"_{name}".endswith(INSTANTS):
+                    wrong.add(f"{file.relative_to(ROOT)}: {name}")
+    assert wrong == set()
+    assert found > 50, "the clocks have other names"
 
 
 def test_a_packages_init_is_a_docstring_alone() -> None:

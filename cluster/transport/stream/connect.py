@@ -77,8 +77,8 @@ class Connector:
         return actor_id not in self._made and asked is not None and asked[1] == float("inf")
 
     def _want(self, actor_id: str, generation: int) -> None:
-        asked, again_s = self._asked.get(actor_id, (0, 0.0))
-        if self._closed or (asked == generation and time.monotonic() < again_s):
+        asked, again_at_s = self._asked.get(actor_id, (0, 0.0))
+        if self._closed or (asked == generation and time.monotonic() < again_at_s):
             return
         self._asked[actor_id] = (generation, float("inf"))
         stale = self._made.pop(actor_id, None)

@@ -197,8 +197,8 @@ class GrpcMethods:
     async def _watch(self, request: bytes) -> AsyncGenerator[Any, None]:
         name = parse_health_check(request)
         sent: int | None = None
-        end_s = time.monotonic() + _MAX_WATCH_S
-        while time.monotonic() < end_s and not self.grpc_handlers.service.ready().is_deleted:
+        until_s = time.monotonic() + _MAX_WATCH_S
+        while time.monotonic() < until_s and not self.grpc_handlers.service.ready().is_deleted:
             reply = self.grpc_handlers.health()
             if name and name not in SERVICES:
                 reply = health_pb2.HealthCheckResponse(

@@ -85,7 +85,7 @@ class PredictionService:
         with self.room.places.share() as place:
             with self.metrics.refusals(surface):
                 place.take(1)
-            started_s = time.monotonic()
+            started_at_s = time.monotonic()
             self.metrics.prediction_started(model_id, num_rows)
             code: Code | None = None
             try:
@@ -98,7 +98,7 @@ class PredictionService:
                 code = public_error(error).code
                 raise
             finally:
-                self.metrics.ended(model_id, time.monotonic() - started_s)
+                self.metrics.ended(model_id, time.monotonic() - started_at_s)
                 self.metrics.finished(surface, code)
             if not reply.exact:
                 self.metrics.inexact_rows(model_id, checked.request.on_expert_loss, num_rows)

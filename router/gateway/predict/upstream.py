@@ -152,7 +152,7 @@ class RayPredictions:
         A full router refuses a new request. A request of which a router has a piece waits for room.
         """
         retries = Retries(RESEND, self._budget)
-        other_interface_s = time.monotonic() + OTHER_INTERFACE_S
+        other_interface_at_s = time.monotonic() + OTHER_INTERFACE_S
         is_lost = False
         while True:
             asked.under_way += 1
@@ -163,7 +163,7 @@ class RayPredictions:
             ) as error:  # fmt: skip
                 asked.under_way -= 1
                 is_other = isinstance(error, _OtherInterfaceError)
-                if is_other and time.monotonic() > other_interface_s:
+                if is_other and time.monotonic() > other_interface_at_s:
                     raise
                 is_accepted = is_lost or asked.is_answered or asked.under_way > 0
                 delay_s = self._delay_s(error, retries, is_accepted, piece.remaining_s())

@@ -94,17 +94,17 @@ def announce(
 
 
 def _announce_one(endpoint: Endpoint, say: Callable[[str], None], console: Console | None) -> None:
-    started_s, has_warned = time.monotonic(), False
+    started_at_s, has_warned = time.monotonic(), False
     with LoadingBar(console) as bar:
         while (reason := why_not_ready(endpoint)) is not None:
-            waited_s = time.monotonic() - started_s
+            waited_s = time.monotonic() - started_at_s
             if waited_s > LONG_S and not has_warned:
                 say(f"expertmesh: not ready after {waited_s:.0f} s: {reason}")
                 has_warned = True
             if bar.is_shown:
                 bar.show(_loading(endpoint.grpc_address))
             time.sleep(POLL_S)
-    ready_s = time.monotonic() - started_s
+    ready_s = time.monotonic() - started_at_s
     time.sleep(LOG_DELAY_S)
     say(
         f"expertmesh: ready after {ready_s:.0f} s: HTTP {endpoint.http_url}/v1, "

@@ -52,7 +52,7 @@ def drain(gateways: Gateways, cut: Event, on_begin: Callable[[UnderWay], None]) 
     gateways answer nothing for :data:`SILENCE_S`. ``on_begin`` gets the first answer that has
     requests.
     """
-    began_s = answered_s = time.monotonic()
+    began_at_s = answered_at_s = time.monotonic()
     last = UnderWay(0, 0.0)
     while not cut.is_set():
         answer, now_s = gateways.shut_down(ends_requests=False), time.monotonic()
@@ -61,8 +61,8 @@ def drain(gateways: Gateways, cut: Event, on_begin: Callable[[UnderWay], None]) 
                 return 0
             if last.requests == 0:
                 on_begin(answer)
-            last, answered_s = answer, now_s
-        if now_s - answered_s > SILENCE_S or now_s - began_s > max(last.limit_s, SILENCE_S):
+            last, answered_at_s = answer, now_s
+        if now_s - answered_at_s > SILENCE_S or now_s - began_at_s > max(last.limit_s, SILENCE_S):
             break
         cut.wait(POLL_S)
     return last.requests
@@ -70,8 +70,8 @@ def drain(gateways: Gateways, cut: Event, on_begin: Callable[[UnderWay], None]) 
 
 def end_requests(gateways: Gateways) -> None:
     """Have requests under way end with UNAVAILABLE; returns once none is left, or not in time."""
-    end_s = time.monotonic() + END_S
-    while time.monotonic() < end_s:
+    until_s = time.monotonic() + END_S
+    while time.monotonic() < until_s:
         answer = gateways.shut_down(ends_requests=True)
         if answer is None or answer.requests == 0:
             return

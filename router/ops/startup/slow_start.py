@@ -97,7 +97,7 @@ def explain_slow_start(say: Callable[[str], None], waiting: Sequence[threading.T
 def _explain(say: Callable[[str], None], waiting: Sequence[threading.Thread]) -> None:
     command, processors = psutil.Process(), psutil.cpu_count() or 1
     # The wall clock is read once: it may jump.
-    started_s = time.monotonic() - max(time.time() - command.create_time(), 0.0)
+    started_at_s = time.monotonic() - max(time.time() - command.create_time(), 0.0)
     looks: deque[Usage] = deque(maxlen=LOOKS + 1)
     told = {""}
     while any(thread.is_alive() for thread in waiting):
@@ -106,7 +106,7 @@ def _explain(say: Callable[[str], None], waiting: Sequence[threading.Thread]) ->
                 looks.append(usage(command))
             except OSError:  # Linux does not count the waits
                 return
-            elapsed_s = looks[-1].at_s - started_s
+            elapsed_s = looks[-1].at_s - started_at_s
             if elapsed_s >= SLOW_S and len(looks) > LOOKS:
                 resource, reason = cause(looks[0], looks[-1], processors)
                 if resource not in told:

@@ -144,10 +144,10 @@ def test_what_fails_says_so_where_it_was(spans: SpanKeeper, num_begun: int) -> N
     one = sequence("r", spans.tracer.start_span("root"))
     now_s = time.monotonic()
     begun = [now_s - 3 + place if place < num_begun else 0.0 for place in range(3)]
-    one.times.queued_s, one.times.scheduled_s, one.times.first_token_s = begun
+    one.times.queued_at_s, one.times.scheduled_at_s, one.times.first_token_at_s = begun
     assert one.trace is not None
     error = CancelledRequestError("the request was cancelled")
-    one.trace.ended(one.index, one.num_generated, one.times.phases_s(), error)
+    one.trace.ended(one.index, one.num_generated, one.times.phases_at_s(), error)
     names = ["queue", "prefill", "decode"][:num_begun]
     told = spans.told()
     assert [span.name for span in told] == [f"expertmesh.{name}" for name in names]
