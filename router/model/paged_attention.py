@@ -62,38 +62,65 @@ def paged_attention(
     (:mod:`router.model.capped_attention`). Returns [1, T, Q, D] with the D of the values.
     """
     layer_id: int = module.layer_idx  # type: ignore[assignment]
-    batch, has_window = paged.batch, paged.has_window[layer_id]
-    paged.cache.store(layer_id, batch.new_slots, key.squeeze(0), value.squeeze(0))
-    is_plain = s_aux is None and softcap is None
+    cache, batch, has_window = paged.cache, paged.batch, paged.has_window[layer_id]
+    cache.store(layer_id, batch.new_slots, key.squeeze(0), value.squeeze(0))
     outputs = []  # [1, T, Q, D] each
     if batch.num_decode:
-        cached = paged.cache.keys[layer_id], paged.cache.values[layer_id]
         mask = batch.decode_window_mask if has_window else batch.decode_mask
-        decoding = query[0, :, : batch.num_decode]
-        is_bf16 = query.is_cpu and query.dtype == torch.bfloat16
-        if is_plain and is_bf16 and can_attend_cached(decoding, *cached):
-            outputs.append(attend_cached(decoding, *cached, batch.decode_slots, mask, scaling))
-        else:
-            gathered = paged.cache.gather(layer_id, batch.decode_slots)
-            outputs.append(attend_gathered(decoding, *gathered, mask, scaling, softcap, s_aux))
+        tokens = query[0, :, : batch.num_decode]
+        slots = batch.decode_slots
+        outputs.append(
+            _attend_decodes(tokens, cache, layer_id, slots, mask, scaling, softcap, s_aux)
+        )
     for chunk in batch.chunks:
-        keys, values = paged.cache.gather(layer_id, chunk.slots.unsqueeze(0))
         mask = chunk.window_mask if has_window else chunk.mask
         tokens = query[:, :, chunk.start : chunk.end]  # [1, Q, C, D]
-        if not is_plain:
-            outputs.append(chunk_by_scores(tokens[0], keys, values, mask, scaling, softcap, s_aux))
-            continue
-        output = functional.scaled_dot_product_attention(
-            tokens,
-            keys.transpose(0, 1),  # [1, G, L, D]
-            values.transpose(0, 1),
-            attn_mask=mask,
-            scale=scaling,
-            is_causal=mask is None,
-            enable_gqa=query.shape[1] != keys.shape[0],
-        )
-        outputs.append(output.transpose(1, 2))
+        keys, values = cache.gather(layer_id, chunk.slots.unsqueeze(0))
+        outputs.append(_attend_chunk(tokens, keys, values, mask, scaling, softcap, s_aux))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
+
+
+def _attend_decodes(
+    query: torch.Tensor,
+    cache: PagedCache,
+    layer_id: int,
+    slots: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend one token [Q, B, D] of each sequence to its slots [B, L]; returns [1, B, Q, D]."""
+    if softcap is None and sinks is None and query.is_cpu and query.dtype == torch.bfloat16:
+        cached = cache.keys[layer_id], cache.values[layer_id]
+        if can_attend_cached(query, *cached):
+            return attend_cached(query, *cached, slots, mask, scaling)
+    keys, values = cache.gather(layer_id, slots)
+    return attend_gathered(query, keys, values, mask, scaling, softcap, sinks)
+
+
+def _attend_chunk(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend a chunk [1, Q, C, D] to keys and values [G, 1, L, D]; returns [1, C, Q, D]."""
+    if softcap is not None or sinks is not None:
+        return chunk_by_scores(query[0], keys, values, mask, scaling, softcap, sinks)
+    output = functional.scaled_dot_product_attention(
+        query,
+        keys.transpose(0, 1),  # [1, G, L, D]
+        values.transpose(0, 1),
+        attn_mask=mask,
+        scale=scaling,
+        is_causal=mask is None,
+        enable_gqa=query.shape[1] != keys.shape[0],
+    )
+    return output.transpose(1, 2)
 
 
 def attend_gathered(
