@@ -107,7 +107,7 @@ class _Layer:
 
 
 @dataclass(slots=True)
-class _Work:
+class _Task:
     """A frame, its experts, and their results."""
 
     frame: DispatchFrame
@@ -182,21 +182,21 @@ class ExpertBank:
         expert cannot compute ExpertFailedError. Other frames are not affected.
         """
         opened = [self._open(frame) for frame in frames]
-        works = [work for work in opened if isinstance(work, _Work)]
-        if len(works) == 1:
-            _run_lone(works[0])
+        tasks = [task for task in opened if isinstance(task, _Task)]
+        if len(tasks) == 1:
+            _run_lone(tasks[0])
         else:
             with _inference():
-                _run_merged(works)
-        for work in works:
-            if work.failure is not None:
+                _run_merged(tasks)
+        for task in tasks:
+            if task.failure is not None:
                 continue
-            counts, tokens = work.frame.num_tokens_per_expert, work.layer.tokens
-            for expert_id, count in zip(work.frame.expert_ids, counts, strict=True):
+            counts, tokens = task.frame.num_tokens_per_expert, task.layer.tokens
+            for expert_id, count in zip(task.frame.expert_ids, counts, strict=True):
                 tokens[expert_id] += count
-        return [_answer(work) if isinstance(work, _Work) else work for work in opened]
+        return [_answer(task) if isinstance(task, _Task) else task for task in opened]
 
-    def _open(self, frame: DispatchFrame) -> _Work | ErrorFrame:
+    def _open(self, frame: DispatchFrame) -> _Task | ErrorFrame:
         layer = self._layers.get((frame.model, frame.layer_id), _NO_LAYER)
         held, shape, dtype = layer.experts, frame.row_shape, TORCH_DTYPES[frame.dtype]
         experts: list[Expert] = []
@@ -206,7 +206,7 @@ class ExpertBank:
                 error = _misfit(frame, expert_id, expert)
                 return ErrorFrame(frame.request_id, type(error).__name__, error)
             experts.append(expert)
-        return _Work(frame, layer, experts)
+        return _Task(frame, layer, experts)
 
 
 def _fits(expert: Expert, row_shape: Shape) -> bool:
@@ -235,25 +235,25 @@ def _inference() -> AbstractContextManager[object]:
     return nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
 
 
-def _run_lone(work: _Work) -> None:
+def _run_lone(task: _Task) -> None:
     """Compute the rows of a lone frame."""
-    experts, grouped = work.experts, work.experts[0].grouped
+    experts, grouped = task.experts, task.experts[0].grouped
     if grouped is not None and all(expert.grouped is grouped for expert in experts):
-        work.results = grouped(experts, work.frame.num_tokens_per_expert, work.frame.rows)
-    if work.results is None:
+        task.results = grouped(experts, task.frame.num_tokens_per_expert, task.frame.rows)
+    if task.results is None:
         with _inference():
-            pieces = _pieces_of(work)
+            pieces = _pieces_of(task)
             try:
-                work.results = [run(rows) for run, rows in zip(work.experts, pieces, strict=True)]
+                task.results = [run(rows) for run, rows in zip(task.experts, pieces, strict=True)]
             except ExpertFailedError as failure:
-                work.failure = failure
+                task.failure = failure
 
 
 @dataclass(slots=True)
 class _Input:
     """The rows of one frame for one expert; the expert's results replace them in ``pieces``."""
 
-    work: _Work
+    task: _Task
     pieces: list[torch.Tensor]
     index: int
 
@@ -262,16 +262,16 @@ class _Input:
         return self.pieces[self.index]
 
 
-def _run_merged(works: Sequence[_Work]) -> None:
+def _run_merged(tasks: Sequence[_Task]) -> None:
     """Run each expert once over its rows of all frames."""
     waiting: dict[tuple[int, int, Shape], list[_Input]] = {}
-    for work in works:
-        work.results = pieces = _pieces_of(work)
-        for index, expert_id in enumerate(work.frame.expert_ids):
-            key = id(work.layer), expert_id, work.frame.row_shape
-            waiting.setdefault(key, []).append(_Input(work, pieces, index))
+    for task in tasks:
+        task.results = pieces = _pieces_of(task)
+        for index, expert_id in enumerate(task.frame.expert_ids):
+            key = id(task.layer), expert_id, task.frame.row_shape
+            waiting.setdefault(key, []).append(_Input(task, pieces, index))
     for inputs in waiting.values():
-        expert = inputs[0].work.experts[inputs[0].index]
+        expert = inputs[0].task.experts[inputs[0].index]
         try:
             _run_together(expert, inputs)
         except ExpertFailedError:
@@ -279,7 +279,7 @@ def _run_merged(works: Sequence[_Work]) -> None:
                 try:
                     _run_together(expert, [alone])
                 except ExpertFailedError as failure:
-                    alone.work.failure = failure
+                    alone.task.failure = failure
 
 
 def _run_together(expert: Expert, inputs: Sequence[_Input]) -> None:
@@ -290,19 +290,19 @@ def _run_together(expert: Expert, inputs: Sequence[_Input]) -> None:
         given.pieces[given.index] = output
 
 
-def _pieces_of(work: _Work) -> list[torch.Tensor]:
+def _pieces_of(task: _Task) -> list[torch.Tensor]:
     """Return the rows of each expert of a frame."""
-    frame, device = work.frame, work.experts[0].device
+    frame, device = task.frame, task.experts[0].device
     rows = from_bytes(frame.rows, frame.dtype, frame.num_rows, frame.row_shape)
     if device.type != "cpu":
         rows = rows.to(device)  # all of them in one copy
     return list(rows.split_with_sizes(frame.num_tokens_per_expert))
 
 
-def _answer(work: _Work) -> RowsFrame | ErrorFrame:
-    frame, results = work.frame, work.results
-    if work.failure is not None:
-        return ErrorFrame(frame.request_id, type(work.failure).__name__, work.failure)
+def _answer(task: _Task) -> RowsFrame | ErrorFrame:
+    frame, results = task.frame, task.results
+    if task.failure is not None:
+        return ErrorFrame(frame.request_id, type(task.failure).__name__, task.failure)
     assert results is not None
     if isinstance(results, memoryview):
         return RowsFrame(frame.request_id, frame.num_rows, frame.row_shape, frame.dtype, (results,))
