@@ -42,36 +42,17 @@ def pack(work: list[Work], sliding_window: int | None, length_step: int = 1) -> 
     """
     decodes = [w for w in work if w.end - w.start == 1]
     prefills = [w for w in work if w.end - w.start > 1]
-    ordered = [*decodes, *prefills]
-    decode_slots = [w.sequence.slots[: w.end] for w in decodes]
-    chunk_slots = [w.sequence.slots[: w.end] for w in prefills]
-    padded, mask, window_mask = _decode_part(decode_slots, sliding_window, length_step)
-    ends = list(itertools.accumulate(w.end - w.start for w in ordered))
-    chunks = tuple(
-        _chunk(w, slots, end, sliding_window)
-        for w, slots, end in zip(prefills, chunk_slots, ends[len(decodes) :], strict=True)
-    )
-    new_slots = [s[-1] for s in decode_slots]
-    positions = [w.start for w in decodes]
-    for item, slots in zip(prefills, chunk_slots, strict=True):
-        new_slots.extend(slots[item.start :])
-        positions.extend(range(item.start, item.end))
-    token_ids = [t for w in ordered for t in w.sequence.token_ids[w.start : w.end]]
-    sampled = [w.end == len(w.sequence.token_ids) for w in ordered]
+    works = (*decodes, *prefills)
+    ends = list(itertools.accumulate(w.end - w.start for w in works))
+    sampled = [w.end == len(w.sequence.token_ids) for w in works]
+    positions = [w.start for w in decodes] + [p for w in prefills for p in range(w.start, w.end)]
     return StepInput(
-        token_ids=_tensor(token_ids),
+        token_ids=_tensor([t for w in works for t in w.sequence.token_ids[w.start : w.end]]),
         positions=_tensor(positions),
-        batch=PagedBatch(
-            new_slots=_tensor(new_slots),
-            num_decode=len(decodes),
-            decode_slots=padded,
-            decode_mask=mask,
-            decode_window_mask=window_mask,
-            chunks=chunks,
-        ),
-        sample_rows=_tensor(list(itertools.compress((end - 1 for end in ends), sampled))),
-        sampled=tuple(w.sequence for w in itertools.compress(ordered, sampled)),
-        works=tuple(ordered),
+        batch=_batch_of(decodes, prefills, ends, sliding_window, length_step),
+        sample_rows=_tensor([end - 1 for end in itertools.compress(ends, sampled)]),
+        sampled=tuple(w.sequence for w in itertools.compress(works, sampled)),
+        works=works,
     )
 
 
@@ -89,6 +70,32 @@ def context_of(packed: StepInput, trace: StepTrace | None = None) -> StepContext
 def _tensor(numbers: list[int]) -> torch.Tensor:
     # numpy reads a list several times as fast as torch does.
     return torch.from_numpy(np.array(numbers, dtype=np.int64))
+
+
+def _batch_of(
+    decodes: list[Work],
+    prefills: list[Work],
+    ends: list[int],
+    sliding_window: int | None,
+    length_step: int,
+) -> PagedBatch:
+    """Return the slots and masks of a step; ``ends`` are those of the works' tokens."""
+    decode_slots = [w.sequence.slots[: w.end] for w in decodes]
+    padded, mask, window_mask = _decode_part(decode_slots, sliding_window, length_step)
+    new_slots = [slots[-1] for slots in decode_slots]
+    chunks = []
+    for work, end in zip(prefills, ends[len(decodes) :], strict=True):
+        slots = work.sequence.slots[: work.end]
+        new_slots.extend(slots[work.start :])
+        chunks.append(_chunk(work, slots, end, sliding_window))
+    return PagedBatch(
+        new_slots=_tensor(new_slots),
+        num_decode=len(decodes),
+        decode_slots=padded,
+        decode_mask=mask,
+        decode_window_mask=window_mask,
+        chunks=tuple(chunks),
+    )
 
 
 def _decode_part(

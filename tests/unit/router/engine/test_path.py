@@ -34,7 +34,7 @@ ROUTER, ACTOR = (
     DOCUMENT.partition(begin)[2].partition(end)[0]
     for begin, end in (
         ("**A decode step**", "**Over in the expert actor's process**"),
-        ("**Over in the expert actor's process**", "In bf16 on a processor"),
+        ("**Over in the expert actor's process**", "**An example.**"),
     )
 )
 REPLACEMENTS = DOCUMENT.partition("In bf16 on a processor")[2].partition("Each is used only")[0]
