@@ -238,6 +238,7 @@ def _inference() -> AbstractContextManager[object]:
 def _run_lone(task: _Task) -> None:
     """Compute the rows of a lone frame."""
     experts, grouped = task.experts, task.experts[0].grouped
+    # With AMX all experts are computed in one call, from bytes to bytes.
     if grouped is not None and all(expert.grouped is grouped for expert in experts):
         task.results = grouped(experts, task.frame.num_tokens_per_expert, task.frame.rows)
     if task.results is None:

@@ -118,7 +118,7 @@ class Dispatcher:
 
         Pair t * K + r is token t with expert ``topk_ids[t, r]``, int64 [T, K]. An expert gets its
         rows by rank, then by token, as transformers' eager experts do, since a row's bits depend on
-        its place in the matrix product. ``pairs``, where given, are the only pairs that are sent.
+        its index in the matrix product. ``pairs``, where given, are the only pairs that are sent.
         ``traceparent`` is sent with the frames of a traced layer.
 
         ``deadline_s`` (monotonic) is the earliest of the step's requests; see :meth:`wait`.
@@ -337,8 +337,8 @@ class Dispatcher:
     def _send_again(self, layer: PendingLayer, failed_parts: Sequence[FailedPart]) -> bool:
         """Send failed parts again; returns false where an expert has no live copy.
 
-        At once where all of them are replaceable. Else after a moment, and until the wait for a
-        part is over: then :meth:`_check_away` raises :class:`AwayError`.
+        At once where other actors can be asked for all of them, else after a moment. Raises
+        :class:`AwayError` where the wait for a part is over.
         """
         assert layer.attempt is not None
         parts = [failed.part for failed in failed_parts]
