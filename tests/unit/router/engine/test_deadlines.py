@@ -222,7 +222,7 @@ def test_a_wall_clock_that_jumps_expires_nothing(
 
 def test_a_request_without_any_placement_ends_at_its_deadline(folder: Path) -> None:
     cluster = LocalCluster(folder)
-    cluster.view.placement = None
+    cluster.view.placement, cluster.view.models = None, frozenset()
     try:
         with pytest.raises(ExpertUnavailableError, match="no placement"):
             cluster.generate(greedy_request("r", prompt_of(4, 2), LENGTH, timeout_s=0.2))

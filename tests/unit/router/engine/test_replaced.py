@@ -69,7 +69,7 @@ def test_requests_of_a_replaced_model_end_at_once_with_a_hint(
 def test_a_model_that_the_placement_has_not_had_yet_is_waited_for(tmp_path: Path) -> None:
     save_mixtral(tmp_path)
     cluster = LocalCluster(tmp_path)
-    cluster.view.placement = empty_placement(0, [OTHER])
+    cluster.view.placement, cluster.view.models = empty_placement(0, [OTHER]), frozenset()
     try:
         request = greedy_request("r", prompt_of(4, 1), 2)
         cluster.engine.submit(request)
