@@ -67,6 +67,19 @@ def test_each_expert_computes_exactly_the_rows_that_the_gate_gives_it(mixtures: 
         assert computed(model) - before == 50 * k
 
 
+def test_rows_are_counted_by_mixture(mixtures: Mixtures) -> None:
+    served = mixtures.served
+
+    def rows() -> float:
+        samples = served.metric("expertmesh_prediction_rows_total")
+        return sum(n for labels, n in samples.items() if f'model_name="{TREE}"' in labels)
+
+    before = rows()
+    mixtures.check(TREE, rows_of(TREE, 33, 1))
+    wait_until(lambda: rows() >= before + 33, "the gateway tells its rows", 10)
+    assert rows() == before + 33
+
+
 def test_tritons_client_works_unchanged(mixtures: Mixtures) -> None:
     url = mixtures.served.http_url.removeprefix("http://")
     client = triton.InferenceServerClient(url)

@@ -17,8 +17,12 @@ RARE = {
     catalogue.INEXACT_TOKENS,
     catalogue.OVERFLOW,
     catalogue.SLOW_READERS,
+    catalogue.PREDICTION_ROWS,
+    catalogue.INEXACT_ROWS,
 }
-"""Without a sample until something goes wrong, or an expert is at its capacity."""
+"""Without a sample until something goes wrong, an expert is at its capacity, or a mixture predicts.
+
+``tests/fault/test_mixtures.py`` looks at the rows of predictions."""
 
 Labels = frozenset[tuple[str, str]]
 
