@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import psutil
 import ray
@@ -71,7 +70,8 @@ class _Waiting:
     """Empty until the frame is computed."""
 
 
-class _Refused(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Refused:
     """A frame that is answered without the queue, by an error."""
 
     answer: Buffers

@@ -182,7 +182,7 @@ def test_copies_go_by_themselves_once_they_are_cold_for_long(
         # What was asked for is not known for long enough yet.
         assert (await rebalancer.rebalance(least_gain=9.0)).outcome == "balanced"
         assert len(cluster.state.placement.holders[cold]) == 3
-        monkeypatch.setattr(rebalancer, "_cold_from_s", 0.0)
+        monkeypatch.setattr(rebalancer, "_cold_at_s", 0.0)
         dry = await rebalancer.rebalance(dry_run=True, least_gain=9.0)
         assert (dry.outcome, dry.moved_bytes) == ("planned", 0)
         report = await rebalancer.rebalance(least_gain=9.0)

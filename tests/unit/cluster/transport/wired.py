@@ -72,7 +72,7 @@ class Wired:
 def _answers(bank: ExpertBank) -> Answer:
     def answer(frame: Buffer) -> Buffers:
         read = _read(frame)
-        return encode(bank.compute([read])[0]) if isinstance(read, DispatchFrame) else read
+        return encode(bank.compute([read])[0]) if isinstance(read, DispatchFrame) else read.answer
 
     return lambda frames: list(map(answer, frames))
 
