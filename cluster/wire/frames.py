@@ -98,9 +98,9 @@ class DispatchFrame(NamedTuple):
     ``rows`` are P×``row_shape`` values of ``dtype``, little-endian, grouped by expert: the first
     ``num_tokens_per_expert[0]`` rows are for ``expert_ids[0]``, and so on. A token that two experts
     of the actor take is there twice, so that each expert's rows lie together as its product wants
-    them. The answer has one row per pair in the same order. An actor may drop
-    the work once the frame has been there for ``time_left_s``; hosts' clocks are never compared.
-    ``traceparent`` is the W3C trace context of a frame that is traced.
+    them. The answer has one row per pair in the same order. An actor may drop the work once the
+    frame has been there for ``time_left_s``; hosts' clocks are never compared. ``traceparent`` is
+    the W3C trace context of a frame that is traced.
     """
 
     request_id: int

@@ -44,14 +44,14 @@ def pack(work: list[Work], sliding_window: int | None, length_step: int = 1) -> 
     prefills = [w for w in work if w.end - w.start > 1]
     works = (*decodes, *prefills)
     ends = list(itertools.accumulate(w.end - w.start for w in works))
-    sampled = [w.end == len(w.sequence.token_ids) for w in works]
+    is_sampled = [w.end == len(w.sequence.token_ids) for w in works]
     positions = [w.start for w in decodes] + [p for w in prefills for p in range(w.start, w.end)]
     return StepInput(
         token_ids=_tensor([t for w in works for t in w.sequence.token_ids[w.start : w.end]]),
         positions=_tensor(positions),
         batch=_batch_of(decodes, prefills, ends, sliding_window, length_step),
-        sample_rows=_tensor([end - 1 for end in itertools.compress(ends, sampled)]),
-        sampled=tuple(w.sequence for w in itertools.compress(works, sampled)),
+        sample_rows=_tensor([end - 1 for end in itertools.compress(ends, is_sampled)]),
+        sampled=tuple(w.sequence for w in itertools.compress(works, is_sampled)),
         works=works,
     )
 

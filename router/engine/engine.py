@@ -226,7 +226,7 @@ class Engine:
         for sequence, token_id, logprobs in zip(
             packed.sampled, drawn.token_ids, drawn.logprobs, strict=True
         ):
-            if sequence.awaited:
+            if sequence.awaited:  # parked: the token is drawn once its work is computed
                 continue
             request_id = sequence.request.request_id
             if token_id is None:  # its logits are not finite

@@ -92,6 +92,7 @@ def combine(received: list[ExpertRows], plan: Plan) -> tuple[torch.Tensor, bool]
             received, weights_bytes, summand_of, k, sums_bytes, like.itemsize
         )
         return sums, is_finite
+    # Weights and rows, each in the order of the summands.
     ranks = np.empty(summand_of.size, np.int64)
     ranks[summand_of] = np.arange(summand_of.size) % k
     order = torch.from_numpy(ranks.reshape(num_tokens, k)).to(weights.device)

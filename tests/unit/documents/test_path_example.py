@@ -47,7 +47,7 @@ def defined(file: str) -> set[str]:
 def test_the_functions_to_open_and_to_skip_are_in_the_code(file: str, text: str) -> None:
     names = re.findall(r"`(?:\w+\.)?(\w+)`", re.sub(r"`[\w/]+\.py`", "", text))
     assert {*names} - {"allowed"} <= {name for other in FILES for name in defined(other)}
-    opened = re.search(r"(?:Open|docstrings of|helper:) `(?:\w+\.)?(\w+)`", text)
+    opened = re.search(r"(?:Open|docstrings of|helper:) (?:\*\*)?`(?:\w+\.)?(\w+)`", text)
     if opened is None:
         assert text.split()[-1] == "Skip."
     else:
