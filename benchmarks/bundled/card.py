@@ -12,6 +12,7 @@ import numpy as np
 import sklearn
 import torch
 
+from experts.checkpoint.identity import identity_of
 from experts.checkpoint.mixture import Mixture
 from router.messages.tensor_bytes import NUMPY_DTYPES
 from router.mixture.local import LocalMixture
@@ -93,6 +94,7 @@ def machine_name() -> str:
 
 def _versions(mixture: Mixture) -> str:
     rows = [
+        ("Identity", f"`{identity_of(mixture)}`"),
         ("Files of gates and experts, bytes", mixture.num_bytes),
         ("Machine", machine_name()),
         ("Python", platform.python_version()),

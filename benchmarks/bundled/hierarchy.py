@@ -29,7 +29,7 @@ NUM_ROWS, NUM_FEATURES = 8000, 3
 NUM_SLABS = 3
 TOP_K = 2
 NUM_STEPS = NUM_STARTS + NUM_KEPT + 1
-MIXTURE, TRUTH = "this mixture", "the function itself, without its noise"
+MIXTURE, TRUTH = "this mixture", "the function itself"
 BRANCHES = [f"branch{b}" for b in range(NUM_BRANCHES)]
 SINGLES = {
     "one linear regression": LinearRegression(),
@@ -105,9 +105,10 @@ def train(begin: Begin) -> Trained:
                 test_y - data.mean[held_out], data.deviation[held_out]
             ).mean(),
         }
-        predicted = {MIXTURE: outputs["mean"][:, 0], TRUTH: data.mean[held_out]}
+        predicted = {MIXTURE: outputs["mean"][:, 0]}
         for name, single in SINGLES.items():
             predicted[name] = single.fit(train_x, train_y).predict(data.x[held_out])
+        predicted[TRUTH] = data.mean[held_out]
         linear = next(iter(SINGLES))
         deviation = (train_y - SINGLES[linear].predict(train_x)).std()
         densities[linear] = _normal_log_density(test_y - predicted[linear], deviation).mean()

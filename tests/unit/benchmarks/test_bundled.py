@@ -1,0 +1,73 @@
+"""Training of the bundled mixtures: the same bytes from the same seed, and the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_diabetes
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVR
+from skops.io import get_untrusted_types, loads
+
+from benchmarks.bundled import __main__ as command
+from benchmarks.bundled import diabetes
+from benchmarks.bundled.card import table
+from benchmarks.bundled.files import estimator_bytes
+from experts.checkpoint.identity import identity_of
+from experts.checkpoint.mixture import open_mixture
+from router.mixture.local import LocalMixture
+
+BUNDLED = Path(__file__).parents[3] / "deploy" / "models"
+
+
+def test_equal_estimators_have_equal_bytes_and_load_as_they_were() -> None:
+    x, y = load_diabetes(return_X_y=True)
+    first, second = (make_pipeline(StandardScaler(), SVR(C=30)).fit(x, y) for _ in range(2))
+    data = estimator_bytes(first)
+    assert data == estimator_bytes(second)
+    assert data != estimator_bytes(make_pipeline(StandardScaler(), SVR(C=31)).fit(x, y))
+    loaded = loads(data, trusted=get_untrusted_types(data=data))
+    assert loaded.predict(x).tolist() == first.predict(x).tolist()
+
+
+def test_a_table_has_its_numbers_readable() -> None:
+    rows = [("a", 0.12345, 1234567, np.float32(2)), ("b", "", np.int64(3), "-")]
+    assert table(("", "x", "y", "z"), rows).splitlines() == [
+        "|  | x | y | z |",
+        "|---|---|---|---|",
+        "| a | 0.1235 | 1,234,567 | 2.0000 |",
+        "| b |  | 3 | - |",
+    ]
+
+
+def test_training_anew_gives_the_bundled_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    """The weights' last bits may differ where the processor is another."""
+    monkeypatch.setattr(diabetes, "NUM_FOLDS", 2)
+    monkeypatch.setattr(diabetes, "NUM_REPEATS", 1)
+    assert command.main(["diabetes", "--out", str(tmp_path)]) == 0
+    made, bundled = open_mixture(tmp_path / "diabetes"), open_mixture(BUNDLED / "diabetes")
+    assert made.spec == bundled.spec
+    rows = load_diabetes(scaled=False).data
+    new, old = (LocalMixture(mixture).predict({"patient": rows}) for mixture in (made, bundled))
+    for name, array in old.items():
+        np.testing.assert_allclose(new[name], array, 1e-4)
+    card = (tmp_path / "diabetes" / "README.md").read_text(encoding="utf-8")
+    assert f"`{identity_of(made)}`" in card
+    assert "{" not in card.split("## Use")[0]
+
+
+def test_training_twice_gives_the_same_bits(one_thread: None) -> None:
+    first, second = (diabetes.train(lambda name: None) for _ in range(2))
+    assert first.files == second.files
+    assert first.spec == second.spec
+
+
+def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["digit"])
+    assert "digits, diabetes, hierarchy, sequences" in capsys.readouterr().err

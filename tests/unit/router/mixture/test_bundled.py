@@ -1,0 +1,302 @@
+"""The bundled mixtures against their libraries' own predictions, put together by loops, and cards.
+
+Dimension letters: T rows, C classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from sklearn.datasets import load_diabetes, load_digits
+from sklearn.metrics import accuracy_score, r2_score
+from skops.io import get_untrusted_types, load
+from torch import nn
+
+from benchmarks.bundled.hierarchy import make_data
+from benchmarks.bundled.readings import make_batches
+from benchmarks.bundled.trained import is_held_out
+from experts.backends.check import check_mixture
+from experts.checkpoint.identity import identity_of
+from experts.checkpoint.mixture import Mixture, open_mixture
+from router.mixture.local import LocalMixture
+from tests.unit.router.mixture.small_mixtures import leaves, softmax
+
+MODELS = Path(__file__).parents[4] / "deploy" / "models"
+NAMES = ("digits", "diabetes", "hierarchy", "sequences")
+MOST_BYTES = 2_000_000
+MANY = 200
+"""Rows that are computed by loops."""
+_NUMBER = re.compile(r" (-?[\d,]*\d(?:\.\d+)?) ")
+
+
+@cache
+def opened(name: str) -> Mixture:
+    return open_mixture(MODELS / name)
+
+
+@cache
+def local(name: str) -> LocalMixture:
+    return LocalMixture(opened(name))
+
+
+def estimator(name: str, file: str) -> Any:
+    """Return an estimator of a mixture, loaded by skops alone."""
+    path = MODELS / name / file
+    return load(path, trusted=get_untrusted_types(file=path))
+
+
+def tensors(name: str, file: str) -> dict[str, torch.Tensor]:
+    """Return a file's tensors in float64."""
+    return {key: t.double() for key, t in load_file(MODELS / name / file).items()}
+
+
+def figures(name: str) -> dict[str, list[float]]:
+    """Return the figures that a card has about the mixture and the single models, by row."""
+    card = (MODELS / name / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:this mixture|one|its|the function)[^|]*) \|(.*)\|$", card, re.M)
+    return {title: [float(n.replace(",", "")) for n in _NUMBER.findall(row)] for title, row in rows}
+
+
+def test_all_of_them_are_small() -> None:
+    files = [file for name in NAMES for file in (MODELS / name).iterdir()]
+    assert sum(file.stat().st_size for file in files) < MOST_BYTES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_passes_the_check_and_has_the_identity_of_its_card(name: str) -> None:
+    mixture = opened(name)
+    assert all(num_bytes > 0 for num_bytes in check_mixture(mixture))
+    card = (MODELS / name / "README.md").read_text(encoding="utf-8")
+    assert f"`{identity_of(mixture)}`" in card
+    assert f"| {mixture.num_bytes:,} |" in card
+    named = {file.name for file in (MODELS / name).iterdir()}
+    assert named == {"README.md", "mixture.yaml", *mixture.tensors}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_of_its_card_has_the_reply_that_it_gives(name: str) -> None:
+    card = (MODELS / name / "README.md").read_text(encoding="utf-8")
+    asked = yaml.safe_load(re.search(r"-d '(.*)'", card)[1])
+    told = yaml.safe_load(re.search(r"```json\n(.*?)```", card, re.S)[1])
+    spec = opened(name).spec
+    inputs = {
+        part["name"]: np.array(
+            part["data"], {"FP32": "f4", "FP64": "f8", "UINT8": "u1"}[part["datatype"]]
+        ).reshape(part["shape"])
+        for part in asked["inputs"]
+    }
+    outputs = local(name).predict(inputs)
+    assert [part["name"] for part in told["outputs"]] == list(outputs)
+    for part, output in zip(told["outputs"], spec.outputs, strict=True):
+        given = outputs[part["name"]]
+        assert (part["shape"], part["datatype"]) == (list(given.shape), output.datatype)
+        if given.dtype.kind == "f":
+            np.testing.assert_allclose(given.ravel(), part["data"], 1e-5, 1e-9)
+        else:
+            assert given.ravel().tolist() == part["data"]
+
+
+# digits
+
+
+@cache
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    x, y = load_digits(return_X_y=True)
+    is_out = is_held_out(len(x))
+    return x[is_out], y[is_out]
+
+
+def test_digits_are_the_one_machine_that_the_gate_chooses() -> None:
+    x, _ = digits()
+    gate = tensors("digits", "gate.safetensors")
+    machines = [estimator("digits", f"svm{number}.skops") for number in range(8)]
+    outputs = local("digits").predict({"pixels": x.astype(np.uint8).reshape(-1, 8, 8)})
+    scores = x @ gate["weight"].numpy().T + gate["bias"].numpy()
+    assert outputs["experts"][:, 0].tolist() == scores.argmax(axis=1).tolist()
+    expected = np.zeros((len(x), 10))
+    for row, chosen in enumerate(scores.argmax(axis=1)):
+        machine = machines[chosen]
+        expected[row, machine.classes_] = machine.predict_proba(x[row : row + 1])[0]
+    np.testing.assert_allclose(outputs["probabilities"], expected, 1e-6)
+    assert outputs["label"][:, 0].tolist() == expected.argmax(axis=1).tolist()
+    assert set(outputs["experts"][:, 0]) == set(range(8))
+
+
+def test_digits_are_as_good_as_their_card_and_need_fewer_vectors() -> None:
+    x, y = digits()
+    outputs = local("digits").predict({"pixels": x.astype(np.uint8).reshape(-1, 8, 8)})
+    accuracy = accuracy_score(y, outputs["label"][:, 0])
+    told = figures("digits")
+    assert accuracy == pytest.approx(told["this mixture"][0], abs=0.003)
+    assert accuracy >= 0.99
+    assert told["this mixture"][4] < told["one SVM"][4] / 2
+    assert told["this mixture"][2] >= told["one SVM"][2] - 0.005
+
+
+# diabetes
+
+
+@cache
+def diabetes() -> tuple[np.ndarray, np.ndarray]:
+    x, y = load_diabetes(return_X_y=True, scaled=False)
+    is_out = is_held_out(len(x))
+    return x[is_out], y[is_out]
+
+
+def test_diabetes_is_the_weighted_mean_of_three_libraries_own_predictions() -> None:
+    x, _ = diabetes()
+    gate, network = (tensors("diabetes", f"{part}.safetensors") for part in ("gate", "mlp"))
+    ridge, machine = (estimator("diabetes", f"{part}.skops") for part in ("ridge", "svr"))
+    outputs = local("diabetes").predict({"patient": x})
+    for row, patient in enumerate(x):
+        given = torch.from_numpy(patient)
+        hidden = nn.functional.linear(given, network["0.weight"], network["0.bias"]).tanh()
+        alone = [
+            float(ridge.predict(patient[None])[0]),
+            float(machine.predict(patient[None])[0]),
+            float(nn.functional.linear(hidden, network["1.weight"], network["1.bias"])),
+        ]
+        weights = softmax(gate["weight"].numpy() @ patient + gate["bias"].numpy())
+        np.testing.assert_allclose(outputs["weights"][row], weights, 1e-12)
+        np.testing.assert_allclose(outputs["progression"][row, 0], weights @ alone, 1e-12)
+
+
+def test_diabetes_is_as_good_as_its_card() -> None:
+    x, y = diabetes()
+    score = r2_score(y, local("diabetes").predict({"patient": x})["progression"][:, 0])
+    told = figures("diabetes")
+    assert score == pytest.approx(told["this mixture"][0], abs=1e-3)
+    assert score >= 0.40
+    singles = [row for title, row in told.items() if title.startswith("one")]
+    assert len(singles) == 3
+    assert all(told["this mixture"][2] > single[2] for single in singles)  # over folds
+
+
+# hierarchy
+
+
+def test_hierarchy_is_the_product_rule_over_the_tree_written_out() -> None:
+    spec = opened("hierarchy").spec
+    data = make_data()
+    x, y = data.x[:MANY], data.y[:MANY]
+    outputs = local("hierarchy").predict({"x": x, "y": y[:, None]})
+    experts = tensors("hierarchy", "experts.safetensors")
+    gates = {k: t.numpy() for k, t in tensors("hierarchy", "gates.safetensors").items()}
+    names = list(spec.experts)
+    tree = {
+        name: {"kind": "linear", "top_k": gate.top_k, "choices": _numbered(gate.choices, names)}
+        for name, gate in spec.gates.items()
+    }
+    for row in range(MANY):
+        shares = leaves(tree, gates, x[row], [])
+        assert outputs["experts"][row].tolist() == sorted(shares)
+        means, deviations = zip(
+            *(_mean_and_deviation(experts, names[e], x[row]) for e in shares), strict=True
+        )
+        weights, means, deviations = (
+            np.array(v) for v in (list(shares.values()), means, deviations)
+        )
+        mean = weights @ means
+        variance = weights @ (deviations**2 + means**2) - mean**2
+        densities = np.exp(-0.5 * ((y[row] - means) / deviations) ** 2) / deviations
+        log_density = np.log(weights @ densities / np.sqrt(2 * np.pi))
+        expected = {"mean": mean, "variance": variance, "log_density": log_density}
+        for name, value in expected.items():
+            np.testing.assert_allclose(outputs[name][row, 0], value, 1e-10, 1e-12, err_msg=name)
+
+
+def _numbered(choices: tuple[str, ...], names: list[str]) -> list[str]:
+    """Return choices with the names that :func:`leaves` gives experts."""
+    return [f"e{names.index(choice)}" if choice in names else choice for choice in choices]
+
+
+def _mean_and_deviation(
+    experts: Mapping[str, torch.Tensor], name: str, x: np.ndarray
+) -> list[float]:
+    weight, bias = experts[f"{name}.weight"], experts[f"{name}.bias"]
+    values: list[float] = nn.functional.linear(torch.from_numpy(x), weight, bias).tolist()
+    return values
+
+
+def test_hierarchy_is_as_good_as_its_card_and_better_than_single_models() -> None:
+    data = make_data()
+    is_out = is_held_out(len(data.x))
+    x, y = data.x[is_out], data.y[is_out]
+    outputs = local("hierarchy").predict({"x": x, "y": y[:, None]})
+    score, density = r2_score(y, outputs["mean"][:, 0]), outputs["log_density"].mean()
+    told = figures("hierarchy")
+    assert [score, density] == pytest.approx(told["this mixture"], abs=1e-3)
+    assert score >= 0.95
+    singles = [row for title, row in told.items() if title.startswith("one")]
+    assert len(singles) == 4
+    assert all(score > single[0] + 0.05 for single in singles)
+
+
+# sequences
+
+
+class Network(nn.Module):
+    """A recurrent network of torch with the tensors of one expert, in float64."""
+
+    def __init__(self, cell: str, stored: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        size = stored[f"{cell}.rnn.weight_hh_l0"].shape[1]
+        kinds = {"plain": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+        self.rnn = kinds[cell](3, size, batch_first=True)
+        self.head = nn.Linear(size, 3)
+        self.double()
+        own = {k.removeprefix(f"{cell}."): t for k, t in stored.items() if k.startswith(f"{cell}.")}
+        self.load_state_dict(own)
+
+    def forward(self, steps: torch.Tensor) -> torch.Tensor:
+        return self.head(self.rnn(steps)[0][:, -1]).softmax(dim=1)
+
+
+def test_sequences_are_two_networks_of_torch_by_the_gates_weights() -> None:
+    gate = tensors("sequences", "gate.safetensors")
+    stored = tensors("sequences", "experts.safetensors")
+    cells = list(opened("sequences").spec.experts)
+    networks = [Network(cell, stored) for cell in cells]
+    lengths = set()
+    for batch in make_batches()[3::16]:
+        lengths.add(batch.steps.shape[1])
+        outputs = local("sequences").predict({"steps": batch.steps})
+        with torch.no_grad():
+            steps = torch.from_numpy(batch.steps).double()
+            alone = [network(steps).numpy() for network in networks]
+            pooled = steps.mean(dim=1).numpy()
+        for row in range(len(pooled)):
+            scores = gate["gate.weight"].numpy() @ pooled[row] + gate["gate.bias"].numpy()
+            best = np.argsort(-scores)[:2]
+            shares = dict(zip(best.tolist(), softmax(scores[best]), strict=True))
+            assert outputs["experts"][row].tolist() == sorted(shares)
+            expected = sum(share * alone[e][row] for e, share in shares.items())
+            np.testing.assert_allclose(outputs["probabilities"][row], expected, 1e-5, 1e-6)
+            label = ("low", "middle", "high")[expected.argmax()]
+            assert outputs["level"][row].tolist() == [label]
+    assert len(lengths) > 3
+
+
+def test_sequences_are_as_good_as_their_card_and_better_than_single_networks() -> None:
+    batches = make_batches()[3::4]
+    names = np.array(["low", "middle", "high"])
+    is_right = [
+        local("sequences").predict({"steps": batch.steps})["level"][:, 0] == names[batch.levels]
+        for batch in batches
+    ]
+    accuracy = np.concatenate(is_right).mean()
+    told = figures("sequences")
+    assert accuracy == pytest.approx(told["this mixture"][1], abs=1e-3)
+    assert accuracy >= 0.98
+    singles = [row for title, row in told.items() if title.startswith("one")]
+    assert len(singles) == 6
+    assert all(accuracy > single[1] for single in singles)
