@@ -225,7 +225,7 @@ def _spec() -> dict[str, Any]:
         "format": 1,
         "description": "Whether readings of an instrument are low, middle or high: recurrent "
         "networks of three cells, of which a gate over the channels' means chooses two.",
-        "dtype": "float32",
+        "dtype": "float64",  # float32 would let the last digits differ from torch's
         "inputs": [{"name": "steps", "datatype": "FP32", "shape": [-1, len(CHANNELS)]}],
         "gate": "mode",
         "gates": {
