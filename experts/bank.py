@@ -245,7 +245,7 @@ def _run_lone(task: _Task) -> None:
         with _inference():
             pieces = _pieces_of(task)
             try:
-                task.results = [run(rows) for run, rows in zip(task.experts, pieces, strict=True)]
+                task.results = [expert(rows) for expert, rows in zip(experts, pieces, strict=True)]
             except ExpertFailedError as failure:
                 task.failure = failure
 

@@ -77,7 +77,7 @@ def prepare(weights: torch.Tensor, summand_of: np.ndarray, like: torch.Tensor) -
 
 
 def combine(received: list[ExpertRows], plan: Plan) -> tuple[torch.Tensor, bool]:
-    """Sum each token's weighted rows in the plan's order; a row not received counts as 0.
+    """Sum each token's weighted rows by ascending expert; a row not received counts as 0.
 
     Each weighted row is rounded to the rows' dtype and accumulated in it, one expert after the
     other. The sums equal those of transformers' eager experts bit for bit, whatever the placement,
@@ -85,13 +85,18 @@ def combine(received: list[ExpertRows], plan: Plan) -> tuple[torch.Tensor, bool]
     finite. The sums last until the plan is used again.
     """
     weights, summand_of, like, sums, weights_bytes, sums_bytes = plan
+    if sums is None:
+        return _combine_in_torch(received, plan)
+    assert native is not None
+    k = weights.shape[1]
+    is_finite = native.combine(received, weights_bytes, summand_of, k, sums_bytes, like.itemsize)
+    return sums, is_finite
+
+
+def _combine_in_torch(received: list[ExpertRows], plan: Plan) -> tuple[torch.Tensor, bool]:
+    """Do what :func:`combine` does, for dtypes and devices that the native code does not know."""
+    weights, summand_of, like = plan[:3]
     num_tokens, k = weights.shape
-    if sums is not None:
-        assert native is not None
-        is_finite = native.combine(
-            received, weights_bytes, summand_of, k, sums_bytes, like.itemsize
-        )
-        return sums, is_finite
     # Weights and rows, each in the order of the summands.
     ranks = np.empty(summand_of.size, np.int64)
     ranks[summand_of] = np.arange(summand_of.size) % k

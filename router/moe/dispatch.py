@@ -165,8 +165,8 @@ class Dispatcher:
             return attempt
         replaceable = self._replaceable(placement, layer, parts, now_s)
         # The rows of all parts are gathered at once; each part's rows are a slice of them.
-        rows = gather(layer.rows, ordered, layer.k)
-        row_bytes = len(rows) // len(ordered)
+        gathered = gather(layer.rows, ordered, layer.k)  # bytes
+        row_bytes = len(gathered) // len(ordered)
         calls: list[Call] = []
         begin = 0
         for part, is_replaceable in zip(parts, replaceable, strict=True):
@@ -185,7 +185,7 @@ class Dispatcher:
                 expert_ids,
                 counts,
                 layer.dtype,
-                rows[begin:end],
+                gathered[begin:end],
                 layer.traceparent,
             )
             attempt.sent.append((part, frame))

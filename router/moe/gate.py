@@ -48,7 +48,7 @@ class Gate(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         """Map hidden states [..., H] to ``None``, weights and ids [T, K], for transformers' blocks.
 
-        The blocks expect logits first, but do not use them.
+        The blocks expect logits first, which they do not use, and weights before ids.
         """
         ids, weights = self.choose(hidden_states.flatten(0, -2))
         return None, weights, ids
@@ -65,6 +65,7 @@ class Gate(nn.Module):
         scores = self._scores(hidden_states, allowed)
         choice_scores = self._choice_scores(scores, allowed)
         values, ids = choice_scores.topk(self._top_k, -1, True, self._spec.sorts)
+        # What was chosen by are the scores themselves, unless a mask or a correction changed them.
         are_scores = allowed is None and self._correction is None
         weights = self._weights(values if are_scores else scores.gather(1, ids))
         if allowed is not None:

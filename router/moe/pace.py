@@ -51,9 +51,10 @@ class Pace:
         self._left_out.update(actors)
 
     def patience_s(self, actor_id: str, generation: int, rows: int) -> float:
-        """Return how long an actor without another copy may take beyond the requests' deadlines.
+        """Return how long an actor without another copy may take from a layer's start.
 
-        That is a stall, and twice as long each time that its pairs were left out in a row.
+        It may take so long even where a request's deadline comes earlier. That is a stall, and
+        twice as long each time that its pairs were left out in a row.
         Otherwise requests with little time could keep a slow actor from ever answering the others.
         Before the first answer a stall is ``STALL_S``.
         """

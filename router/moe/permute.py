@@ -82,8 +82,9 @@ def split(
 
     ``expert_ids`` [P] is the expert of every pair of the layer. ``pairs`` are the pairs to divide,
     ascending; ``None`` is all of them. Returns three things: the pairs that have an actor, ordered
-    by expert, then by rank, then by token; the actors' parts, each a slice of that order; the pairs
-    whose expert is missing.
+    by actor, then by expert as the layout has them, then by rank, then by token; the actors' parts,
+    each a slice of that order; the pairs whose expert is missing. An expert's rows come by rank as
+    in transformers, since a row's bits depend on its place in the matrix product.
     """
     ordered, shares = route(expert_ids, k, layout.ordered_ids, layout.ends, pairs)
     parts: list[Part] = []
@@ -109,8 +110,8 @@ def sum_order(ids: np.ndarray) -> np.ndarray:
     if native is not None:
         native.sum_order(ids, k, summand_of)
         return summand_of
-    ranks = ids.argsort(axis=1, kind="stable")
-    summand_of[(ranks + np.arange(0, ids.size, k)[:, None]).ravel()] = np.arange(ids.size)
+    by_expert = ids.argsort(axis=1, kind="stable")  # a token's ranks, by ascending expert
+    summand_of[(by_expert + np.arange(0, ids.size, k)[:, None]).ravel()] = np.arange(ids.size)
     return summand_of
 
 
