@@ -28,10 +28,17 @@ With the mixture served by `serve run deploy/mixtures.yaml`:
 curl -s http://127.0.0.1:8000/v2/models/{name}/infer -d '{asked}'
 ```
 
-The reply has, beside the model's version and identity:
+The outputs of the reply:
 
 ```json
 {reply}
+```
+
+The same for each row of a CSV file, whose columns are named as the inputs, or are the values of the
+first input in order:
+
+```sh
+expertmesh predict {name} rows.csv
 ```
 """
 _MAKING = """\
@@ -94,7 +101,7 @@ def machine_name() -> str:
 
 def _versions(mixture: Mixture) -> str:
     rows = [
-        ("Identity", f"`{identity_of(mixture)}`"),
+        ("Identity of the files (`expertmesh check --verify`)", f"`{identity_of(mixture)}`"),
         ("Files of gates and experts, bytes", mixture.num_bytes),
         ("Machine", machine_name()),
         ("Python", platform.python_version()),
