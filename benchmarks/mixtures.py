@@ -4,8 +4,9 @@
 
 Serves `digits` and `diabetes` (gateway, a router each, two expert actors), and has the same
 combined model served by MLServer with two workers: by gRPC with binary tensors, and by HTTP, where
-MLServer has JSON alone. Two more ways are in this process: the mixture's own parts, and plain
-scikit-learn.
+MLServer has JSON alone. Each actor holds all experts, as each of MLServer's workers holds the whole
+model. Two more ways are in this process: the mixture's own parts, and plain scikit-learn.
+
 All ways are asked by turns with 1, 32 and 1,024 rows: by one client, which waits for each answer,
 and by several at once. The clients share the cores with the servers. Before anything is measured,
 all ways must give the same predictions.
@@ -118,7 +119,7 @@ def ways(environment: Path, clients: int, begin: Callable[[str], None]) -> Itera
     local = {name: LocalMixture(open_mixture(MODELS / name)) for name in estimators}
     args = {
         "models": [{"id": name, "path": str(MODELS / name)} for name in estimators],
-        "experts": {"actors": 2},
+        "experts": {"actors": 2, "min_copies": 2},
     }
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -156,9 +157,9 @@ def question(model: Model, way: str) -> Question:
 def check_same(found: Mapping[str, Way], model: Model) -> None:
     """Raise ``RuntimeError`` where a way's predictions are not those of plain scikit-learn."""
     rows = model.rows[: BATCHES[-1]]
-    expected = found[PLAIN].begin(model.ours, rows)().reshape(len(rows), -1)
+    expected = found[PLAIN].ask(model.ours, rows).reshape(len(rows), -1)
     for name, way in found.items():
-        given = way.begin(question(model, name), rows)().reshape(len(rows), -1)
+        given = way.ask(question(model, name), rows).reshape(len(rows), -1)
         if not np.allclose(given, expected, RTOL[model.name], 1e-7):
             worst = np.abs(given - expected).max()
             raise RuntimeError(f"{name} predicts {model.name} otherwise, by up to {worst}")

@@ -5,7 +5,9 @@ Dimension letter: T rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,10 +34,14 @@ class Question:
 
 
 class Way(Protocol):
-    """Asks for predictions, several at once."""
+    """Asks for predictions."""
+
+    def ask(self, question: Question, rows: np.ndarray) -> np.ndarray:
+        """Return the output of rows [T, *shape]: [T, *]. Raises what its client raises."""
+        ...
 
     def begin(self, question: Question, rows: np.ndarray) -> Callable[[], np.ndarray]:
-        """Ask for the output of rows [T, *shape]; the returned function waits for it: [T, *]."""
+        """Ask beside other questions; the returned function waits for the output."""
         ...
 
     def close(self) -> None:
@@ -44,14 +50,18 @@ class Way(Protocol):
 
 
 class Local:
-    """Calls functions of this process, by the models' names."""
+    """Calls functions of this process, by the models' names, one after the other."""
 
-    def __init__(self, functions: dict[str, Callable[[np.ndarray], np.ndarray]]) -> None:
+    def __init__(self, functions: Mapping[str, Callable[[np.ndarray], np.ndarray]]) -> None:
         self._functions = functions
 
+    def ask(self, question: Question, rows: np.ndarray) -> np.ndarray:
+        """See :class:`Way`."""
+        return self._functions[question.model](rows)
+
     def begin(self, question: Question, rows: np.ndarray) -> Callable[[], np.ndarray]:
-        """See :class:`Way`; it is computed at once."""
-        result = self._functions[question.model](rows)
+        """See :class:`Way`; the output is computed at once."""
+        result = self.ask(question, rows)
         return lambda: result
 
     def close(self) -> None:
@@ -65,55 +75,74 @@ class Grpc:
         sizes = ("grpc.max_receive_message_length", "grpc.max_send_message_length")
         options = [(name, MAX_MESSAGE_BYTES) for name in sizes]
         self._channel = grpc.insecure_channel(f"127.0.0.1:{port}", options)
-        self._stub = stubs.GRPCInferenceServiceStub(self._channel)
+        self._infer = stubs.GRPCInferenceServiceStub(self._channel).ModelInfer
+
+    def ask(self, question: Question, rows: np.ndarray) -> np.ndarray:
+        """See :class:`Way`."""
+        return _output(self._infer(_request(question, rows), timeout=TIMEOUT_S))
 
     def begin(self, question: Question, rows: np.ndarray) -> Callable[[], np.ndarray]:
-        """See :class:`Way`; errors of gRPC are raised as they are."""
-        request = messages.ModelInferRequest(model_name=question.model)
-        tensor = request.inputs.add()
-        tensor.name, tensor.datatype = question.input, question.datatype
-        tensor.shape.extend(rows.shape)
-        request.raw_input_contents.append(rows.tobytes())
-        request.outputs.add().name = question.output
-        call = self._stub.ModelInfer.future(request, timeout=TIMEOUT_S)
-
-        def wait() -> np.ndarray:
-            reply = call.result()
-            [output], [data] = reply.outputs, reply.raw_output_contents
-            return np.frombuffer(data, NUMPY_DTYPES[output.datatype]).reshape(output.shape)
-
-        return wait
+        """See :class:`Way`."""
+        call = self._infer.future(_request(question, rows), timeout=TIMEOUT_S)
+        return lambda: _output(call.result())
 
     def close(self) -> None:
         """End the connection."""
         self._channel.close()
 
 
+def _request(question: Question, rows: np.ndarray) -> messages.ModelInferRequest:
+    request = messages.ModelInferRequest(model_name=question.model)
+    tensor = request.inputs.add()
+    tensor.name, tensor.datatype = question.input, question.datatype
+    tensor.shape.extend(rows.shape)
+    request.raw_input_contents.append(rows.tobytes())
+    request.outputs.add().name = question.output
+    return request
+
+
+def _output(reply: messages.ModelInferResponse) -> np.ndarray:
+    [output], [data] = reply.outputs, reply.raw_output_contents
+    return np.frombuffer(data, NUMPY_DTYPES[output.datatype]).reshape(output.shape)
+
+
 class Http:
-    """Asks by Triton's HTTP client, with binary tensors or with JSON."""
+    """Asks by Triton's HTTP client, with binary tensors or with JSON.
+
+    Questions at one time have a thread each, with a client of its own: the client's ``async_infer``
+    sleeps 10 ms.
+    """
 
     def __init__(self, port: int, connections: int, is_binary: bool) -> None:
-        self._client = triton.InferenceServerClient(
-            f"127.0.0.1:{port}", concurrency=connections, network_timeout=TIMEOUT_S
-        )
+        self._address = f"127.0.0.1:{port}"
         self._is_binary = is_binary
+        self._threads = ThreadPoolExecutor(connections)
+        self._own = threading.local()
 
-    def begin(self, question: Question, rows: np.ndarray) -> Callable[[], np.ndarray]:
-        """See :class:`Way`; errors of the client are raised as they are."""
+    def ask(self, question: Question, rows: np.ndarray) -> np.ndarray:
+        """See :class:`Way`."""
         tensor = triton.InferInput(question.input, list(rows.shape), question.datatype)
         tensor.set_data_from_numpy(rows, binary_data=self._is_binary)
         output = triton.InferRequestedOutput(question.output, binary_data=self._is_binary)
-        asked: Any = self._client.async_infer(question.model, [tensor], outputs=[output])
+        reply = self._client().infer(question.model, [tensor], outputs=[output])
+        result: np.ndarray = reply.as_numpy(question.output)
+        return result
 
-        def wait() -> np.ndarray:
-            result: np.ndarray = asked.get_result().as_numpy(question.output)
-            return result
+    def begin(self, question: Question, rows: np.ndarray) -> Callable[[], np.ndarray]:
+        """See :class:`Way`."""
+        return self._threads.submit(self.ask, question, rows).result
 
-        return wait
+    def _client(self) -> Any:
+        """Return the client of this thread, to which its connections belong."""
+        if not hasattr(self._own, "client"):
+            self._own.client = triton.InferenceServerClient(
+                self._address, network_timeout=TIMEOUT_S
+            )
+        return self._own.client
 
     def close(self) -> None:
-        """End the connections."""
-        self._client.close()
+        """End the threads; their connections end with their clients."""
+        self._threads.shutdown()
 
 
 def ask_in_turn(
@@ -123,7 +152,7 @@ def ask_in_turn(
     durations_s = []
     for rows in batches:
         began_s = clock()
-        way.begin(question, rows)()
+        way.ask(question, rows)
         durations_s.append(clock() - began_s)
     return durations_s
 
