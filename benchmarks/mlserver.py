@@ -88,7 +88,7 @@ def running(
         process = subprocess.Popen(
             [str(environment_folder / "bin" / "mlserver"), "start", str(folder)],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},  # where joblib finds the classes
+            env=_variables(),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -100,6 +100,16 @@ def running(
         yield MlServer(http_port, grpc_port, _version(http_port))
     finally:
         _end(process)
+
+
+def _variables() -> dict[str, str]:
+    """Return the environment: each worker has its share of the cores, and finds the classes.
+
+    With as many threads as cores in each, the workers' products would wait for each other.
+    """
+    threads = str(max(1, (os.cpu_count() or 1) // WORKERS))
+    shares = {f"{library}_NUM_THREADS": threads for library in ("OMP", "OPENBLAS", "MKL")}
+    return {**os.environ, **shares, "PYTHONPATH": str(ROOT)}
 
 
 def _settings(folder: Path, http_port: int, grpc_port: int, metrics_port: int) -> dict[str, Any]:
