@@ -165,7 +165,8 @@ class MixtureEngine:
         except Exception as error:
             if len(works) > 1:
                 for work in works:
-                    self._guarded_step(layers, [work])
+                    if not work.job.has_ended:
+                        self._guarded_step(layers, [work])
                 return
             if not isinstance(error, ExpertMeshError):
                 logger.exception("a step failed; its request is answered by an error")
@@ -216,8 +217,7 @@ class MixtureEngine:
             self._end(work.job, error)
             return
         with self._changed:
-            if not work.job.has_ended:
-                self._queue.finish(work, outputs, is_exact, self._identity)
+            self._queue.finish(work, outputs, is_exact, self._identity)
 
     def _combined(self, work: Work, gathered: GatheredRows, rows: slice) -> Outputs:
         request, choice = work.job.request, gathered.choice

@@ -130,8 +130,14 @@ class WorkQueue:
             self.ready.extendleft(reversed(back))
 
     def finish(self, work: Work, outputs: Outputs, is_exact: bool, identity: str) -> None:
-        """Keep a work's outputs; the last work ends its request."""
+        """Keep a work's outputs; the last work ends its request.
+
+        A work that is finished already, or whose request has ended, is ignored: a step that failed
+        late computes its works again.
+        """
         job = work.job
+        if job.has_ended or work.begin in job.outputs:
+            return
         job.outputs[work.begin] = outputs
         job.is_exact = job.is_exact and is_exact
         job.left -= 1
