@@ -80,7 +80,9 @@ def served_mixture(model_id: str, spec: Mapping[str, Any]) -> ServedMixture:
     """A mixture of which only the format is real."""
     parsed = MixtureSpec.model_validate(spec)
     experts = ModelExperts(f"{model_id}@1", (0,), len(parsed.experts), 0)
-    return ServedMixture(ModelSource("unused", parsed.dtype, experts, "unused"), parsed, IDENTITY)
+    return ServedMixture(
+        ModelSource("unused", parsed.dtype, experts, "unused"), parsed, identity=IDENTITY
+    )
 
 
 MIXTURES = {
