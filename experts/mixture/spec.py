@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -268,6 +268,20 @@ def interface_of(spec: MixtureSpec) -> str:
     read = sorted({spec.rows_input.name, *(spec.gate_input(g).name for g in spec.gates.values())})
     content = [tensors, read, most_experts(spec)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+def target_of(spec: MixtureSpec) -> str | None:
+    """Return the input whose log density is asked for, if there is one."""
+    return spec.combine.target if isinstance(spec.combine, DensityCombine) else None
+
+
+def default_outputs(spec: MixtureSpec, given: Collection[str]) -> list[Output]:
+    """Return the outputs of a request that names none: all that its ``given`` inputs allow.
+
+    That is every output, without a log density whose target is not given.
+    """
+    can_all = target_of(spec) in (None, *given)
+    return [output for output in spec.outputs if can_all or output.source != "log_density"]
 
 
 def output_shape(spec: MixtureSpec, output: Output) -> tuple[int, ...]:

@@ -89,10 +89,9 @@ def predict(
             fail(f"{data}: {error}", BAD_USAGE)
 
         def replies() -> Iterator[Prediction]:
-            names = [tensor.name for tensor in outputs]
             with _progress(len(rows), batch_rows) as advance:
                 for inputs in batches(rows, info, batch_rows):
-                    reply = client.predict(model, inputs, names, timeout, on_expert_loss)
+                    reply = client.predict(model, inputs, output, timeout, on_expert_loss)
                     yield reply
                     advance(len(next(iter(inputs.values()))))
 
@@ -158,16 +157,20 @@ def _write(
     file: TextIO | None,
     as_json: bool,
 ) -> int:
-    """Write the rows of all replies as they come; returns the rows of those that are not exact."""
+    """Write the rows of all replies as they come; returns the rows of those that are not exact.
+
+    Of ``outputs`` those are written that the replies have.
+    """
     num_inexact = 0
-    names = output_columns(outputs)
     is_table = file is None and not as_json and sys.stdout.isatty()
     shown = ShownTable()
-    for name in names:
-        shown.add_column(_shown(name), overflow="fold")
     stream = _Stdout() if file is None else file
     writer = csv.writer(stream, lineterminator="\n")
     for number, reply in enumerate(replies):
+        if number == 0:
+            outputs = [tensor for tensor in outputs if tensor.name in reply.outputs]
+            for name in output_columns(outputs):
+                shown.add_column(_shown(name), overflow="fold")
         if not reply.exact:
             num_inexact += len(next(iter(reply.outputs.values())))
         if as_json:
@@ -175,7 +178,7 @@ def _write(
                 stream.write(json.dumps({"exact": reply.exact, "outputs": row}) + "\n")
             continue
         if number == 0 and not is_table:
-            writer.writerow(names)
+            writer.writerow(output_columns(outputs))
         for cells in output_rows(reply.outputs, outputs):
             if is_table:
                 shown.add_row(*map(_shown, cells))

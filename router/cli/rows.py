@@ -61,7 +61,8 @@ def read_table(lines: Iterable[str], has_header: bool | None) -> Table:
         has_header = not all(_is_number(cell) for cell in rows[0][1])
     header = [cell.strip() for cell in rows.pop(0)[1]] if rows and has_header else None
     if not rows:
-        raise InvalidRequestError("has no rows")
+        hint = "; its first line was read as the names of columns (--no-header)" if header else ""
+        raise InvalidRequestError(f"has no rows{hint}")
     return Table(header, rows)
 
 

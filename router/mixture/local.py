@@ -17,8 +17,7 @@ from cluster.errors import InvalidRequestError
 from cluster.wire.tensors import TORCH_DTYPES, to_bytes
 from experts.backends.load import load_mixture_expert
 from experts.checkpoint.mixture import Mixture
-from experts.mixture.parts import DensityCombine
-from experts.mixture.spec import MixtureSpec
+from experts.mixture.spec import MixtureSpec, default_outputs, target_of
 from router.messages.tensor_bytes import NUMPY_DTYPES
 from router.mixture.combine import combined
 from router.mixture.gate import MixtureGate
@@ -51,7 +50,9 @@ class LocalMixture:
         the rows that the gate gives it, in one call. Raises :class:`InvalidRequestError` for wrong
         inputs, and errors of the gate, of an expert and of the combination.
         """
-        names = _wanted(self.spec, inputs) if outputs is None else outputs
+        names = outputs
+        if names is None:
+            names = [output.name for output in default_outputs(self.spec, inputs)]
         _check(self.spec, inputs, names)
         given = torch.from_numpy(np.ascontiguousarray(inputs[self.spec.rows_input.name]))
         rows = given.to(TORCH_DTYPES[self.spec.dtype])
@@ -77,16 +78,6 @@ def predict_locally(
     return LocalMixture(mixture).predict(inputs, outputs)
 
 
-def _target(spec: MixtureSpec) -> str | None:
-    return spec.combine.target if isinstance(spec.combine, DensityCombine) else None
-
-
-def _wanted(spec: MixtureSpec, inputs: Mapping[str, np.ndarray]) -> list[str]:
-    """Return all outputs but a log density without its target."""
-    can_all = _target(spec) in (None, *inputs)
-    return [output.name for output in spec.outputs if can_all or output.source != "log_density"]
-
-
 def _check(spec: MixtureSpec, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> None:
     sources = {output.name: output.source for output in spec.outputs}
     for name in outputs:
@@ -95,7 +86,7 @@ def _check(spec: MixtureSpec, inputs: Mapping[str, np.ndarray], outputs: Sequenc
                 f"{name!r} is not one of the outputs {', '.join(sources)}", "outputs"
             )
     needed = {spec.rows_input.name, *(spec.gate_input(gate).name for gate in spec.gates.values())}
-    target = _target(spec)
+    target = target_of(spec)
     if target is not None and "log_density" in {sources[name] for name in outputs}:
         needed.add(target)
     for name in needed:

@@ -15,8 +15,8 @@ import numpy as np
 
 from cluster.errors import InvalidRequestError, UnknownModelError, shown
 from cluster.spec import ON_EXPERT_LOSS
-from experts.mixture.parts import ClassesCombine, DensityCombine, Output
-from experts.mixture.spec import MixtureSpec, output_shape
+from experts.mixture.parts import ClassesCombine, Output
+from experts.mixture.spec import MixtureSpec, default_outputs, output_shape, target_of
 from router.config import GatewayConfig
 from router.gateway import checks
 from router.gateway.predict.tensors import RawTensor, checked_array
@@ -124,7 +124,7 @@ class PredictionValidator:
         check_parameters(raw.parameters, PARAMETERS, "parameters")
         timeout_s = self._timeout_s(raw.parameters)
         on_expert_loss = self._on_expert_loss(raw.parameters)
-        outputs = _requested(raw.outputs, mixture.spec)
+        outputs = _requested(raw, mixture.spec)
         inputs = _arrays(raw.inputs, mixture.spec, outputs)
         self._check_reply_bytes(mixture.spec, outputs, inputs)
         request = PredictionRequest(
@@ -195,12 +195,12 @@ def _value_bytes(spec: MixtureSpec, output: Output) -> int:
     return 4 + max(len(str(label).encode()) for label in spec.combine.classes)
 
 
-def _requested(names: Sequence[str], spec: MixtureSpec) -> list[Output]:
-    if not names:
-        return list(spec.outputs)
+def _requested(raw: RawPrediction, spec: MixtureSpec) -> list[Output]:
+    if not raw.outputs:
+        return default_outputs(spec, [tensor.name for tensor in raw.inputs])
     by_name = {output.name: output for output in spec.outputs}
-    _check_names(names, by_name, "outputs")
-    return [by_name[name] for name in names]
+    _check_names(raw.outputs, by_name, "outputs")
+    return [by_name[name] for name in raw.outputs]
 
 
 def _check_names(names: Iterable[str], known: Collection[str], where: str) -> None:
@@ -240,7 +240,7 @@ def _arrays(
 def _needed(spec: MixtureSpec, outputs: Sequence[Output]) -> dict[str, str]:
     """Return the inputs that a request must have, and the reasons of those that not all need."""
     needed = {given.name: "" for given in spec.inputs}
-    target = spec.combine.target if isinstance(spec.combine, DensityCombine) else None
+    target = target_of(spec)
     used = {spec.rows_input.name, *(spec.gate_input(gate).name for gate in spec.gates.values())}
     if target is not None and target not in used:
         del needed[target]

@@ -101,6 +101,22 @@ def test_several_inputs(address: str, tmp_path: Path, upstream: FakePredictions)
     assert inputs["counts"].tolist() == [[-9007199254740993], [0]]
 
 
+def test_without_its_target_a_log_density_is_left_out(address: str, tmp_path: Path) -> None:
+    file = tmp_path / "density.csv"
+    for text, columns in (
+        ("1,2,3,4\n", "mean"),
+        ("pixels[0],pixels[1],pixels[2],pixels[3],target\n1,2,3,4,5\n", "mean,log_density"),
+    ):
+        file.write_text(text, encoding="utf-8")
+        lines = predicted(run("predict", "density", str(file), "--address", address))
+        assert lines[0] == columns
+        assert len(lines[1].split(",")) == len(columns.split(","))
+    command = ["predict", "density", str(file), "--ignore", "target", "--output", "log_density"]
+    refused = run(*command, "--address", address)
+    assert refused.exit_code == 1
+    assert "inputs.target: is missing; the output log_density needs it" in refused.stderr
+
+
 def test_sequences_of_other_lengths(
     address: str, tmp_path: Path, upstream: FakePredictions
 ) -> None:
@@ -170,7 +186,10 @@ def test_rows_that_are_not_exact_are_told(
 
 BAD = {
     "no rows": ("", "has no rows"),
-    "a header alone": ("a,b,c,d\n", "has no rows"),
+    "a header alone": (
+        "a,b,c,d\n",
+        "has no rows; its first line was read as the names of columns (--no-header)",
+    ),
     "too few columns": ("1,2,3\n", "input pixels: has 3 columns, must have 4 values of FP32"),
     "no number": ("a,b,c,d\n1,2,x,4\n", "line 2, column c: given 'x', must be a value of FP32"),
     "no number, no header": ("1,2,3,4\n1,x,3,4\n", "line 2, column 1: given 'x'"),

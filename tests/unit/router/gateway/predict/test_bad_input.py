@@ -60,7 +60,8 @@ CASES: dict[str, tuple[Infer, str, str]] = {
     "duplicate input": (Infer("digits", [GOOD, GOOD]), "inputs.pixels", "is given twice"),
     "missing input": (Infer("team/flow", flow(site=None)), "inputs.site", "is missing"),
     "missing target": (
-        Infer("density", [GOOD]), "inputs.target", "is missing; the output log_density needs it",
+        Infer("density", [GOOD], ["mean", "log_density"]),
+        "inputs.target", "is missing; the output log_density needs it",
     ),
     "unknown output": (
         Infer("digits", [GOOD], ["label", "votes"]),

@@ -85,8 +85,10 @@ def test_a_target_is_needed_for_its_density_alone() -> None:
     target = tensor("target", np.ones((2, 1), np.float32))
     mean = http_infer(Infer("density", [pixels], ["mean"]))
     assert [output["name"] for output in mean.json()["outputs"]] == ["mean"]
-    assert http_infer(Infer("density", [pixels, target])).status_code == 200
-    assert http_infer(Infer("density", [pixels])).status_code == 400
+    for given, names in ([pixels, target], ["mean", "log_density"]), ([pixels], ["mean"]):
+        reply = http_infer(Infer("density", given))
+        assert [output["name"] for output in reply.json()["outputs"]] == names
+    assert http_infer(Infer("density", [pixels], ["log_density"])).status_code == 400
 
 
 def test_json_refuses_an_infinite_output_and_binary_has_it() -> None:
