@@ -236,18 +236,23 @@ def _inference() -> AbstractContextManager[object]:
 
 
 def _run_lone(task: _Task) -> None:
-    """Compute the rows of a lone frame."""
-    experts, grouped = task.experts, task.experts[0].grouped
-    # With AMX all experts are computed in one call, from bytes to bytes.
-    if grouped is not None and all(expert.grouped is grouped for expert in experts):
-        task.results = grouped(experts, task.frame.num_tokens_per_expert, task.frame.rows)
+    """Compute the rows of a lone frame: each expert its own, or all in one native call."""
+    task.results = _run_grouped(task)
     if task.results is None:
         with _inference():
-            pieces = _pieces_of(task)
+            pieces = zip(task.experts, _pieces_of(task), strict=True)
             try:
-                task.results = [expert(rows) for expert, rows in zip(experts, pieces, strict=True)]
+                task.results = [expert(rows) for expert, rows in pieces]
             except ExpertFailedError as failure:
                 task.failure = failure
+
+
+def _run_grouped(task: _Task) -> memoryview | None:
+    """Compute all experts in one call, as AMX does; returns ``None`` where their kind has none."""
+    grouped = task.experts[0].grouped
+    if grouped is None or any(expert.grouped is not grouped for expert in task.experts):
+        return None
+    return grouped(task.experts, task.frame.num_tokens_per_expert, task.frame.rows)
 
 
 @dataclass(slots=True)

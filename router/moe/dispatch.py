@@ -174,19 +174,19 @@ class Dispatcher:
             end = begin + len(pairs) * row_bytes
             timeout_s = self._timeout_s(layer, part, most_rows, now_s, is_replaceable)
             frame = DispatchFrame(
-                next(self._request_ids),
-                len(pairs),
-                placement.epoch,
-                placement.version,
-                timeout_s,
-                layer.layer_id,
-                layer.row_shape,
-                self._model,
-                expert_ids,
-                counts,
-                layer.dtype,
-                gathered[begin:end],
-                layer.traceparent,
+                request_id=next(self._request_ids),
+                num_rows=len(pairs),
+                epoch=placement.epoch,
+                placement_version=placement.version,
+                time_left_s=timeout_s,
+                layer_id=layer.layer_id,
+                row_shape=layer.row_shape,
+                model=self._model,
+                expert_ids=expert_ids,
+                num_tokens_per_expert=counts,
+                dtype=layer.dtype,
+                rows=gathered[begin:end],
+                traceparent=layer.traceparent,
             )
             attempt.sent.append((part, frame))
             calls.append(Call(actor_id, generation, encode(frame), timeout_s, is_replaceable))
@@ -236,14 +236,19 @@ class Dispatcher:
             return self._damaged(part, error)
         if isinstance(answer, ErrorFrame):
             return self._refused(layer, part, answer)
-        shape = self._answer_shape(sent.row_shape)
-        expected = (sent.request_id, sent.num_rows, shape, sent.dtype)
-        # All fields but the rows.
-        if not isinstance(answer, RowsFrame) or answer[:-1] != expected:
+        if not isinstance(answer, RowsFrame) or not self._belongs(answer, sent):
             return self._damaged(part, "the answer does not belong to the call")
         layer.received.append(ExpertRows(part.pairs, joined(answer.rows)))
         layer.answered.append(part)
         return True
+
+    def _belongs(self, answer: RowsFrame, sent: DispatchFrame) -> bool:
+        return (
+            answer.request_id == sent.request_id
+            and answer.num_rows == sent.num_rows
+            and answer.row_shape == self._answer_shape(sent.row_shape)
+            and answer.dtype == sent.dtype
+        )
 
     # Copies and times of a part.
 

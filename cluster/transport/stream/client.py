@@ -87,28 +87,27 @@ class StreamTransport:
         return pending
 
     def _send(self, pending: _StreamCalls, index: int, call: Call) -> None:
-        """Send a call over its actor's stream.
-
-        A call that the stream cannot carry uses the fall-back. Where the stream breaks,
-        :meth:`_StreamCalls.connection_broke` decides.
-        """
+        """Send a call over its actor's stream, or over the fall-back where that is not possible."""
         link = self._links.get(call.actor_id)
         if link is None or link.generation != call.generation:
             link = self._link(call.actor_id, call.generation, pending.remaining_s(index))
-            if link is None:
-                pending.fall_back(index, CallFailure.DIED)
-                return
-        if len(link.unanswered) >= WINDOW and not self._makes_room(link, pending):
+        if link is None:
+            pending.fall_back(index, CallFailure.DIED)
+        elif len(link.unanswered) >= WINDOW and not self._makes_room(link, pending):
             pending.fall_back(index, CallFailure.TIMED_OUT)
-            return
+        else:
+            self._send_over(link, pending, index, call)
+
+    def _send_over(self, link: _Link, pending: _StreamCalls, index: int, call: Call) -> None:
+        """Send a call over a connection, and note that the connection owes its answer."""
         self._last_id = call_id = self._last_id + 1
         try:
-            fits = link.channel.send(call_id, call.frame)
+            is_sent = link.channel.send(call_id, call.frame)
         except OSError as error:
             self._break(link, error)
             pending.connection_broke(index)
             return
-        if not fits:
+        if not is_sent:  # too long for a stream
             pending.fall_back(index, CallFailure.TIMED_OUT)
             return
         if link.channel.outgoing:

@@ -103,9 +103,9 @@ class StreamServer:
         tls: ssl.SSLContext | None,
         mode: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """``answer`` maps frames to answers on the server's thread, which stays in ``mode``.
-
-        ``host`` is the address that listens for TCP streams; ``tls`` encrypts these.
+        """``answer`` maps frames to answers on the server's thread, which stays in ``mode``:
+        it is the expert actor's ``compute_all``. ``host`` is the address that listens for TCP
+        streams; ``tls`` encrypts these.
         """
         self._mode = mode
         self._answer = answer
