@@ -54,7 +54,9 @@ class LocalMixture:
         if names is None:
             names = [output.name for output in default_outputs(self.spec, inputs)]
         _check(self.spec, inputs, names)
-        given = torch.from_numpy(np.require(inputs[self.spec.rows_input.name], requirements="CW"))
+        given = torch.from_numpy(
+            np.require(inputs[self.spec.rows_input.name], requirements=["C", "W"])
+        )
         rows = given.to(TORCH_DTYPES[self.spec.dtype])
         choice = self._gate.choose(inputs)
         num_chosen = choice.ids.shape[1]
