@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -131,10 +131,10 @@ class TracingActor(ExpertActor):
         """As :class:`RemoteExpertActor` does."""
         return sealed_answer(super().compute, data)
 
-    def compute_all(self, data: Sequence[Buffer]) -> list[Buffers]:
-        """As :class:`ExpertActor`."""
-        answers: list[Buffers] = self._timed("answer", super().compute_all)(data)
-        return answers
+    def compute_all(self, data: Sequence[Buffer]) -> Iterator[Buffers]:
+        """As :class:`ExpertActor`, but all answers come at once."""
+        compute = super().compute_all
+        return iter(self._timed("answer", lambda: list(compute(data)))())
 
     def _compute_batch(self, batch: Any) -> list[Buffers]:
         answers: list[Buffers] = self._timed("products", super()._compute_batch)(batch)

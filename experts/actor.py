@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -56,6 +56,10 @@ from experts.checkpoint.stored import RemoteFiles
 from experts.compute.emulated import EmulatedExpert
 from experts.compute.ffn import ACTIVATIONS
 from experts.tracing import open_spans
+
+MAX_BATCH_ROWS = 1024
+"""The most rows that several frames share a product of. More would make the first of them wait for
+the last, and a product of so many rows gains nothing by more."""
 
 logger = logging.getLogger("expertmesh.actor")
 
@@ -250,32 +254,50 @@ class ExpertActor:
 
     def compute(self, data: Buffer) -> bytes:
         """Answer one frame of a Ray call; see :meth:`compute_all`."""
-        return b"".join(self.compute_all([data])[0])
+        return b"".join(next(self.compute_all([data])))
 
-    def compute_all(self, data: Sequence[Buffer]) -> list[Buffers]:
-        """Answer each dispatch frame by a rows frame or by an error frame; never raises.
+    def compute_all(self, data: Sequence[Buffer]) -> Iterator[Buffers]:
+        """Answer each dispatch frame, in order, by a rows frame or an error frame; never raises.
 
-        The answer to a frame that would put more than ``max_queue_rows`` rows into the queue is
-        RESOURCE_EXHAUSTED; the router tries again.
+        An answer comes as soon as its batch is computed, while others still wait. The answer to a
+        frame that would put more than ``max_queue_rows`` rows into the queue is RESOURCE_EXHAUSTED;
+        the router tries again.
         """
         read = [_read(buffer) for buffer in data]
         now_s = time.monotonic()
-        batch: list[_Waiting] = []
         with self._lock:
-            own = [
+            items = [
                 self._enqueue(frame, now_s) if isinstance(frame, DispatchFrame) else frame
                 for frame in read
             ]
-            # Bounded: the computing thread answers every waiting frame, also after its deadline.
-            while self._computing and _some_wait(own):
+        for item in items:
+            while not item.answer:
+                self._compute_next(item)
+            yield item.answer
+
+    def _compute_next(self, item: _Waiting | _Refused) -> None:
+        """Compute the queue's next batch, or wait for the thread that computes one."""
+        with self._lock:
+            # This wait is bounded: the computing thread answers every frame of its batch, also
+            # after the frame's deadline.
+            while self._computing and not item.answer:
                 self._wait()
-            # Another thread may have computed them; else this thread computes all that wait.
-            if _some_wait(own):
-                self._computing = True
-                batch, self._queue = self._queue, []
-        if batch:
-            self._compute_and_answer(batch)
-        return [each.answer for each in own]
+            if item.answer:
+                return
+            self._computing = True
+            batch = self._next_batch()
+        self._compute_and_answer(batch)
+
+    def _next_batch(self) -> list[_Waiting]:
+        """Take the frames that are computed together off the queue; under the lock."""
+        count, num_rows = 0, 0
+        for waiting in self._queue:
+            num_rows += waiting.frame.num_rows
+            if count and num_rows > MAX_BATCH_ROWS:
+                break
+            count += 1
+        batch, self._queue = self._queue[:count], self._queue[count:]
+        return batch
 
     def _wait(self) -> None:
         """Wait until the computing thread has finished its batch; under the lock."""
@@ -364,11 +386,6 @@ def _read(data: Buffer) -> DispatchFrame | _Refused:
     except FrameError as error:
         return _Refused(_error(0, error))
     return frame
-
-
-def _some_wait(own: Sequence[_Waiting | _Refused]) -> bool:
-    """Return whether any of a thread's frames has no answer yet."""
-    return any(not each.answer for each in own)
 
 
 def _late(frame: DispatchFrame) -> ErrorFrame:

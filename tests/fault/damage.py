@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import ray
@@ -56,8 +56,8 @@ class DamagingActor(RemoteExpertActor):
         self._sent = itertools.count(1)
         compute = self._actor.compute_all
 
-        def damaged(data: Sequence[Buffer]) -> list[Buffers]:
-            return [self._damaged(buffers) for buffers in compute(data)]
+        def damaged(data: Sequence[Buffer]) -> Iterator[Buffers]:
+            return map(self._damaged, compute(data))
 
         self._actor._streams._answer = damaged
         channel.sealed = self._sealed  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 
@@ -53,7 +53,7 @@ _BACKLOG = 128
 
 logger = logging.getLogger("expertmesh.stream")
 
-Answer = Callable[[Sequence[Buffer]], Sequence[Buffers]]
+Answer = Callable[[Sequence[Buffer]], Iterable[Buffers]]
 
 
 @dataclass(slots=True, eq=False)
@@ -265,7 +265,7 @@ class StreamServer:
         self._send(peer, 0, (proof(secret, Side.ACTOR, peer.nonce, router_nonce),))
 
     def _reply(self, requests: list[_Request]) -> None:
-        """Have the actor answer all requests, and send each answer to its router."""
+        """Have the actor answer all requests, and send each answer to its router as it comes."""
         answers = self._answer([frame for _, _, frame in requests])
         for (peer, call_id, _), answer in zip(requests, answers, strict=True):
             if peer in self._peers:

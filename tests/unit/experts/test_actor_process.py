@@ -175,14 +175,13 @@ def test_each_traced_frame_of_a_batch_has_a_span_in_its_own_trace(
     assert actor._spans is None
     assert spans.told() == []  # the deployment has no tracing
     actor._spans = BatchSpans(spans.tracer, "expert-0")
-    actor.compute_all(
-        [
-            frame_of(rows_of(5), traceparent=f"00-{7:032x}-{8:016x}-01"),
-            frame_of(rows_of(1)),
-            frame_of(rows_of(2), traceparent=f"00-{9:032x}-{3:016x}-01"),
-            frame_of(rows_of(3), traceparent=f"00-{9:032x}-{3:016x}-00"),  # not sampled
-        ]
-    )
+    frames = [
+        frame_of(rows_of(5), traceparent=f"00-{7:032x}-{8:016x}-01"),
+        frame_of(rows_of(1)),
+        frame_of(rows_of(2), traceparent=f"00-{9:032x}-{3:016x}-01"),
+        frame_of(rows_of(3), traceparent=f"00-{9:032x}-{3:016x}-00"),  # not sampled
+    ]
+    assert len(list(actor.compute_all(frames))) == 4
     told = [
         (s.context.trace_id, s.parent.span_id, s.attributes["expertmesh.rows"])
         for s in spans.told("expertmesh.experts")
@@ -320,6 +319,21 @@ def test_calls_that_wait_together_share_one_product_and_get_their_own_rows(
     assert gate.products == [1, sum(batches)]
     queued(actor, 0)
     assert actor.describe().steps == 2
+
+
+def test_large_frames_share_no_product_and_each_answer_comes_before_the_next_is_computed(
+    make: Callable[..., Actor], folder: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actor_module, "MAX_BATCH_ROWS", 8)
+    gate.open.set()
+    sizes = [3, 5, 1, 20, 2]
+    batches = [rows_of(size, seed=size) for size in sizes]
+    answers = make().compute_all([frame_of(rows, i) for i, rows in enumerate(batches)])
+    computed = []
+    for rows, answer in zip(batches, answers, strict=True):
+        torch.testing.assert_close(rows_answer(b"".join(answer)), expected(folder, rows))
+        computed.append(list(gate.products))
+    assert computed == [[8], [8], [8, 1], [8, 1, 20], [8, 1, 20, 2]]
 
 
 def test_a_call_that_has_its_answer_waits_for_no_other_product(

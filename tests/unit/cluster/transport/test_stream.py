@@ -18,11 +18,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import trustme
 
 from cluster.errors import ConfigError
 from cluster.native import built
-from cluster.tls import TlsFiles
 from cluster.transport.base import GONE_CHECK_S, Call, CallFailure, Outcome
 from cluster.transport.stream import channel as channel_module
 from cluster.transport.stream import server as server_module
@@ -40,6 +38,7 @@ from cluster.transport.stream.handshake import (
 from cluster.transport.stream.server import StreamServer
 from cluster.wire.frames import Buffer, Buffers
 from tests.local_cluster import Answered, within
+from tests.unit.certificates import Authority, new_authority
 
 LIMIT_S = 20.0
 NETWORKS = list(Network)
@@ -304,6 +303,46 @@ def test_frames_that_wait_together_are_answered_together(actors: Actors, connect
     assert [answers(pending.wait()) for pending in pending_calls] == [[b"later"]] * 3
     assert [b"first"] in echo.batches
     assert max(map(len, echo.batches)) == 3
+
+
+def test_an_answer_is_sent_as_it_comes_while_others_are_computed(
+    actors: Actors, connect: Open
+) -> None:
+    both, has_first = threading.Event(), threading.Event()
+
+    def one_by_one(frames: Sequence[Buffer]) -> Iterator[Buffers]:
+        for number, frame in enumerate(frames):
+            if number:
+                both.set()
+                assert has_first.wait(LIMIT_S)
+            yield (bytes(frame),)
+
+    server = actors.add("a")
+    routers = [connect() for _ in range(2)]
+    for router in routers:
+        ask(router, call(b"hello"))
+    echo = actors.echoes["a"]
+    echo.open.clear()
+    while echo.entered.acquire(blocking=False):
+        pass
+    busy = routers[0].send(within(LIMIT_S, [call(b"busy")]))
+    assert echo.entered.acquire(timeout=LIMIT_S)
+    pending_calls = [router.send(within(LIMIT_S, [call(b"later")])) for router in routers]
+    server._answer = one_by_one
+    echo.open.set()
+    assert answers(busy.wait()) == [b"busy"]
+    waits = [threading.Thread(target=pending.wait) for pending in pending_calls]
+    for wait in waits:
+        wait.start()
+    assert both.wait(LIMIT_S)  # the second is not computed before the first router has its own
+    deadline_s = time.monotonic() + LIMIT_S
+    while all(wait.is_alive() for wait in waits):
+        assert time.monotonic() < deadline_s
+        waits[0].join(0.01)
+    has_first.set()
+    for wait in waits:
+        wait.join(LIMIT_S)
+    assert [answers(pending.wait()) for pending in pending_calls] == [[b"later"]] * 2
 
 
 def test_another_generation_has_a_connection_of_its_own(actors: Actors, connect: Open) -> None:
@@ -952,31 +991,9 @@ def test_a_buffer_that_grew_for_a_long_message_is_given_back() -> None:
 # TLS.
 
 
-@dataclass
-class Authority:
-    """Certificates of one authority."""
-
-    files: TlsFiles
-    server: ssl.SSLContext
-    client: ssl.SSLContext
-
-
 @pytest.fixture
 def authority(tmp_path: Path) -> Callable[[str], Authority]:
-    def made(name: str) -> Authority:
-        folder = tmp_path / name
-        folder.mkdir()
-        ca = trustme.CA()
-        node = ca.issue_cert("node.example")
-        ca.cert_pem.write_to_path(folder / "ca.pem")
-        node.private_key_pem.write_to_path(folder / "key.pem")
-        for i, pem in enumerate(node.cert_chain_pems):
-            pem.write_to_path(folder / "cert.pem", append=i > 0)
-        names = ("cert.pem", "key.pem", "ca.pem")
-        files = TlsFiles(*(str(folder / one) for one in names))
-        return Authority(files, files.server_context(), files.client_context())
-
-    return made
+    return lambda name: new_authority(tmp_path / name)
 
 
 @pytest.mark.parametrize("size", [1, 16_384, 5_000_000])

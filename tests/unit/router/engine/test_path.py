@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from cluster.native.built import native
 from cluster.transport.base import Call
 from cluster.transport.stream.client import StreamTransport
 from cluster.transport.stream.connect import Connector
+from cluster.transport.stream.server import StreamServer
 from cluster.wire.frames import RowsFrame, decode
 from experts import actor as actor_module
 from router.engine.sampling import sample
@@ -51,14 +52,21 @@ def named(text: str) -> set[str]:
 
 
 class Trace:
-    """The product's files whose functions are called, in order, until a token is sampled."""
+    """The product's files whose functions are called, in order, until a token is sampled.
+
+    They begin with the next call of ``begins_at``, where it is set.
+    """
 
     def __init__(self) -> None:
         self.files: dict[str, None] = {}
+        self.begins_at: CodeType | None = None
         self._is_sampled = False
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         """A profile function in the sense of ``sys.setprofile``."""
+        if self.begins_at not in (None, frame.f_code):
+            return
+        self.begins_at = None
         if frame.f_code is sample.__code__ and event == "return":
             self._is_sampled = True
         path = Path(frame.f_code.co_filename)
@@ -147,6 +155,7 @@ def test_a_frame_passes_the_actors_files_of_the_document_in_their_order(
     transport = StreamTransport(connector, None)
     try:
         for request_id in (1, 2):  # the first call connects
+            trace.begins_at = StreamServer._serve.__code__
             trace.files.clear()
             call = Call("expert-0", 1, (frame_of(rows_of(1), request_id),), LIMIT_S)
             [outcome] = transport.send([call]).wait()
