@@ -3,7 +3,7 @@
     python -m benchmarks.fuzz [TARGET ...] [--minutes 1] [--seed N] [--engine ENGINE]
         [--keep FOLDER] [--json FILE]
 
-Targets: frames, both ends of the streams and of the token link, safetensors headers and indexes,
+Targets: frames, both ends of the streams and of both links, safetensors headers and indexes,
 configurations of each layout, GGUF files, tokenizers, HTTP bodies, gRPC messages and statuses.
 With the engine ``atheris`` (``pip install 'expertmesh[fuzz]'``) libFuzzer looks for inputs that
 reach new code; ``mutation`` needs nothing and mutates good inputs blindly. A finding is anything
@@ -27,8 +27,8 @@ from typing import Any
 from benchmarks.common import machine, progress, show
 
 TARGETS = (
-    "frame", "stranger", "router", "actor", "link", "header", "index", "config", "params", "gguf",
-    "tokenizer", "http", "protobuf", "infer", "infer-protobuf", "status",
+    "frame", "stranger", "router", "actor", "link", "prediction-link", "header", "index", "config",
+    "params", "gguf", "tokenizer", "http", "protobuf", "infer", "infer-protobuf", "status",
 )  # fmt: skip
 """As in :mod:`benchmarks.fuzzing.targets`, which imports all that is fuzzed."""
 START_S = 120.0

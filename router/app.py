@@ -77,6 +77,7 @@ def application(
         controller,
         routers,
         held_requests(config.router),
+        None if config.experts.tls is None else config.experts.tls.files(),
     )
 
 

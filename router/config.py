@@ -127,8 +127,8 @@ class RouterConfig(Section):
     max_batch_tokens: int = Field(
         default=512,
         ge=1,
-        description="Tokens that one step computes, and so the size of a prefill chunk; for a "
-        "mixture, rows. At least `max_batch_size`.",
+        description="Tokens that one step computes, and so the size of a prefill chunk; a "
+        "mixture's step computes twice as many rows. At least `max_batch_size`.",
     )
     max_queue_requests: int = Field(
         default=256, ge=1, description="Requests that may wait. One more is refused."

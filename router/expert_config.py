@@ -44,7 +44,10 @@ class Section(BaseModel):
 
 
 class TlsConfig(Section):
-    """Encrypts the streams between hosts. Each key is a PEM file at the same path on every node."""
+    """Encrypts the streams between hosts and the links of gateways.
+
+    Each key is a PEM file at the same path on every node.
+    """
 
     certificate: str = Field(min_length=1, description="The node's own certificate.")
     key: str = Field(min_length=1, description="The private key of that certificate.")
@@ -289,7 +292,9 @@ class ExpertsConfig(Section):
         description="How messages reach actors. `stream`: over a connection held open. `ray`: by "
         "one Ray call each. `auto`: over streams, and by Ray calls while there is none.",
     )
-    tls: TlsConfig | None = Field(default=None, description="Encrypts the streams between hosts.")
+    tls: TlsConfig | None = Field(
+        default=None, description="Encrypts the streams between hosts and the links of gateways."
+    )
     rebalance_period_s: float | None = Field(
         default=None,
         ge=0.1,

@@ -1,24 +1,47 @@
-"""Target: the token link between routers and gateways, at both of its ends."""
+"""Targets: the token link and the prediction link between routers and gateways, at both ends.
+
+Bytes that begin with :data:`CHECKED` are sent as a frame's body, so that they pass its checksum.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Awaitable
+from contextlib import suppress
 from typing import Any
 
 import msgpack
+import numpy as np
 
 from benchmarks.fuzzing.target import Target
+from router.messages.link import LinkAddress, framed, pack_frame
+from router.messages.prediction import PredictionReply, PredictionRequest
+from router.messages.prediction_link import (
+    LinkBrokenError,
+    PredictionLink,
+    PredictionServer,
+    Wire,
+)
 from router.messages.request import TokenEvent, TokenLogprobs
-from router.messages.token_link import LinkAddress, LinkClient, LinkServer
+from router.messages.token_link import LinkClient, LinkServer
 
 LIMIT_S = 10.0
 EVENT = TokenEvent(1, (5, 6), (TokenLogprobs(-0.5, (5,), (-0.5,)),) * 2, "stop", False, 3)
 
 
-def packed(body: list[Any]) -> bytes:
-    """Return a frame of the link."""
-    data: bytes = msgpack.packb(body)
-    return len(data).to_bytes(4, "big") + data
+CHECKED = b"\xff"
+
+
+def sent(data: bytes) -> bytes:
+    """Return the bytes to send for some input."""
+    return framed(data[1:]) if data.startswith(CHECKED) else data
+
+
+def seeds(*bodies: list[Any]) -> list[bytes]:
+    """Return good inputs: frames, and bodies alone."""
+    frames = [pack_frame(body) for body in bodies]
+    return [*frames, b"".join(frames), *(CHECKED + msgpack.packb(body) for body in bodies)]
 
 
 def link() -> Target:
@@ -27,20 +50,78 @@ def link() -> Target:
     def run(data: bytes) -> None:
         # They outlive the loop, as a router's does: one that is collected takes its tasks with it.
         clients = [LinkClient(lambda request_id, index: None) for _ in range(2)]
-        asyncio.run(_both(data, *clients))
+        asyncio.run(_without_faults(_tokens(sent(data), *clients)))
 
-    events = packed([["a", EVENT.to_wire()], ["b", EVENT.to_wire()]])
-    stops = packed(["stop", "a", 1])
-    return Target([events, stops, stops + events, packed(["0" * 64])], run)
+    events = [["a", EVENT.to_wire()], ["b", EVENT.to_wire()]]
+    return Target(seeds(events, ["stop", "a", 1], ["0" * 64]), run)
 
 
-async def _both(data: bytes, honest: LinkClient, fooled: LinkClient) -> None:
+def prediction_link() -> Target:
+    """Return the target; a gateway with the secret sends the bytes, and so does a router."""
+
+    def run(data: bytes) -> None:
+        asyncio.run(_without_faults(_predictions(sent(data))))
+
+    wire = PredictionRequest("r", "m", {"x": np.ones((2, 3), "<f4")}, ("y",), 1.0).to_wire()
+    reply = PredictionReply({"y": np.ones((2, 1), "<f4")}, True, "i").to_wire()
+    return Target(seeds([0, wire], [0, None], [0, {"reply": reply}]), run)
+
+
+async def _without_faults(work: Awaitable[None]) -> None:
     faults: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
     async with asyncio.timeout(LIMIT_S):
-        await _to_gateway(data, honest)
-        await _to_router(data, fooled)
+        await work
     assert not faults, f"nobody took {faults[0]}"
+
+
+async def _tokens(data: bytes, honest: LinkClient, fooled: LinkClient) -> None:
+    await _to_gateway(data, honest)
+    await _to_router(data, fooled)
+
+
+async def _predictions(data: bytes) -> None:
+    async def predict(wire: Wire) -> Wire:
+        request = PredictionRequest.from_wire(wire)
+        return {"reply": PredictionReply(request.inputs, True, "i").to_wire()}
+
+    logging.getLogger("expertmesh.link").setLevel(logging.CRITICAL)  # a failure is logged whole
+    server = PredictionServer("127.0.0.1", predict, None)
+    address = await server.start()
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    writer.write(pack_frame([address.secret]) + data)
+    writer.write_eof()
+    await reader.read()  # until it is cut off
+    writer.close()
+    honest = await PredictionLink.open(address, None)
+    rows = {"x": np.arange(6, dtype="<f4").reshape(2, 3)}
+    call = honest.call(PredictionRequest("honest", "m", rows, ("y",), 1.0).to_wire())
+    outputs = PredictionReply.from_wire((await call)["reply"]).outputs
+    assert np.array_equal(outputs["x"], rows["x"])
+    honest.close()
+    server.close()
+    fooled, told = await _fooled(data)
+    link = await PredictionLink.open(fooled, None)
+    with suppress(LinkBrokenError):
+        await link.call({"request_id": "r"})
+    link.close()
+    await told.wait()
+
+
+async def _fooled(data: bytes) -> tuple[LinkAddress, asyncio.Event]:
+    """Return the address of a listener that sends the bytes, and the end of its connection."""
+    told = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(data)
+        writer.write_eof()
+        await reader.read()  # until the other side closes too
+        writer.close()
+        server.close()
+        told.set()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    return LinkAddress("127.0.0.1", server.sockets[0].getsockname()[1], "secret"), told
 
 
 async def _to_gateway(data: bytes, client: LinkClient) -> None:
@@ -54,7 +135,7 @@ async def _to_gateway(data: bytes, client: LinkClient) -> None:
     server = LinkServer("127.0.0.1", on_tokens)
     address = await server.start()
     reader, writer = await asyncio.open_connection(address.host, address.port)
-    writer.write(packed([address.secret]) + data)
+    writer.write(pack_frame([address.secret]) + data)
     writer.write_eof()
     assert await reader.read() == b""  # it was cut off
     writer.close()
@@ -66,18 +147,7 @@ async def _to_gateway(data: bytes, client: LinkClient) -> None:
 
 
 async def _to_router(data: bytes, client: LinkClient) -> None:
-    told = asyncio.Event()
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(data)
-        writer.write_eof()
-        await reader.read()  # until the router closes too
-        writer.close()
-        told.set()
-
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    await client.connect(LinkAddress("127.0.0.1", port, "secret"))
+    address, told = await _fooled(data)
+    await client.connect(address)
     await told.wait()
     client.close()
-    server.close()

@@ -35,8 +35,9 @@ from router.control.readiness import is_its_turn
 from router.engine.engine import Emission, Engine
 from router.engine.scheduler import Limits, Scheduler
 from router.engine.stats import RouterSamples
+from router.messages.link import LinkAddress
 from router.messages.request import GenerationRequest, TokenEvent, merge_events
-from router.messages.token_link import LinkAddress, LinkClient
+from router.messages.token_link import LinkClient
 from router.model.model import MoEModel
 from router.model.page_pool import PAGE_SIZE, pages_needed
 from router.moe.capacity import CapacityLimit
@@ -134,7 +135,7 @@ class RouterReplica:
         self._samples = RouterSamples(
             model.id, self._engine.tally, scheduler, self._dispatcher, self._overflow
         )
-        self._links = LinkClient(self._stop_choice)
+        self._links = LinkClient(self._stop_choice, None if tls is None else tls.client_context())
         gc.collect()
         gc.freeze()  # the model lives as long as the process; collections skip it from here on
         self._engine.start()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import ssl
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -35,7 +36,7 @@ from router.gateway.inbox import Inbox, Reply, put_reply
 from router.gateway.limits import RETRY_AFTER_S
 from router.gateway.resend import RESEND, RESEND_TOKENS, failure_of, resend_delay_s
 from router.messages.request import GenerationRequest, Receipts, TokenEvent, merge_events
-from router.messages.token_link import LinkAddress, LinkServer
+from router.messages.token_link import LinkServer
 from router.observability.tracing import as_current, gateway_span
 from router.retry import Retries, RetryBudget
 
@@ -72,12 +73,13 @@ class RayUpstream:
         deployment: Deployment,
         routers: Mapping[str, DeploymentHandle],
         max_calls: int,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """``routers`` are handles by model id. Needs a running event loop.
 
         ``max_calls`` is the number of requests that the routers of one model hold, running and
         waiting. The gateway refuses more requests itself, since a router's refusal costs as much as
-        an accepted call.
+        an accepted call. ``tls`` encrypts the token links.
         """
         self._deployment = deployment
         deployment.on_end(self._end_requests)
@@ -89,8 +91,7 @@ class RayUpstream:
         self._leaving: set[asyncio.Task[None]] = set()
         self._attempts: dict[str, _Attempt] = {}
         self._budget = RetryBudget(RESEND_TOKENS)
-        self._link = LinkServer(ray.util.get_node_ip_address(), self._on_tokens)
-        self._address: asyncio.Task[LinkAddress] | None = None
+        self._link = LinkServer(ray.util.get_node_ip_address(), self._on_tokens, tls)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """See :class:`Upstream`; resends the request when its router dies."""
@@ -131,7 +132,7 @@ class RayUpstream:
     async def _attempt(
         self, request: GenerationRequest, receipts: Receipts, stopped: set[int], span: Span
     ) -> AsyncGenerator[TokenEvent, None]:
-        address = await self._listening()
+        address = await self._link.start()
         if self._deployment.is_deleted:
             raise being_deleted()
         self._check_room(request.model)
@@ -176,11 +177,6 @@ class RayUpstream:
     def _end_requests(self) -> None:
         for inbox in self._inboxes.values():
             inbox.end(being_deleted())
-
-    async def _listening(self) -> LinkAddress:
-        if self._address is None:
-            self._address = asyncio.ensure_future(self._link.start())
-        return await asyncio.shield(self._address)  # other requests wait for it too
 
     def _on_tokens(self, request_id: str, event: TokenEvent) -> bool:
         inbox = self._inboxes.get(request_id)

@@ -1,62 +1,32 @@
 """The token link: one connection from a router to each gateway, one frame per engine step.
 
-A gateway listens; its address and secret travel with each request's call. The link carries tokens
-early, and the call's reply has all of them again, so a broken link delays a stream and loses
-nothing. In the other direction the link carries "this choice needs no more tokens".
-
-A frame is a 4-byte big-endian length and a msgpack array.
+A gateway listens; its address travels with each request's call (:mod:`router.messages.link`). The
+link carries tokens early, and the call's reply has all of them again, so a broken link delays a
+stream and loses nothing. In the other direction the link carries "this choice needs no more
+tokens".
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
-import secrets
-import struct
+import ssl
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
-import msgpack
-
+from router.messages.link import (
+    MALFORMED,
+    LinkAddress,
+    LinkListener,
+    open_link,
+    pack_frame,
+    read_frame,
+)
 from router.messages.request import TokenEvent
 
 MAX_FRAME_BYTES = 16 << 20
-MAX_HELLO_BYTES = 1024
 MAX_BUFFERED_BYTES = 8 << 20
-CONNECT_TIMEOUT_S = 5.0
-HELLO_TIMEOUT_S = 5.0
-_LENGTH = struct.Struct(">I")
-_MALFORMED = (ValueError, TypeError, LookupError, AttributeError)
-"""The errors of unpacking a malformed frame."""
 
 logger = logging.getLogger("expertmesh.link")
-
-
-@dataclass(frozen=True, slots=True)
-class LinkAddress:
-    """Where a gateway listens for routers, and the secret of a router's first frame."""
-
-    host: str
-    port: int
-    secret: str
-
-
-async def _read_frame(reader: asyncio.StreamReader, max_bytes: int = MAX_FRAME_BYTES) -> list[Any]:
-    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    if length > max_bytes:
-        raise ConnectionError(f"a link frame has {length} bytes; at most {max_bytes}")
-    frame = msgpack.unpackb(await reader.readexactly(length))
-    if not isinstance(frame, list):
-        raise ConnectionError("a link frame is not an array")
-    return frame
-
-
-def _pack_frame(body: list[Any]) -> bytes:
-    packed: bytes = msgpack.packb(body)
-    return _LENGTH.pack(len(packed)) + packed
-
 
 OnTokens = Callable[[str, TokenEvent], bool]
 OnStop = Callable[[str, int], None]
@@ -68,24 +38,19 @@ class LinkServer:
     ``on_tokens`` returns whether the request is under way; the server keeps nothing of others.
     """
 
-    def __init__(self, host: str, on_tokens: OnTokens) -> None:
+    def __init__(self, host: str, on_tokens: OnTokens, tls: ssl.SSLContext | None = None) -> None:
         """``host`` is the address that routers can reach; :meth:`start` opens a free port."""
-        self._host = host
-        self._secret = secrets.token_hex(32)
         self._on_tokens = on_tokens
-        self._server: asyncio.Server | None = None
+        self._listener = LinkListener(host, self._serve, tls)
         self._routes: dict[str, asyncio.StreamWriter] = {}
 
     async def start(self) -> LinkAddress:
-        """Listen, and return the address for routers."""
-        self._server = await asyncio.start_server(self._serve, self._host, 0)
-        port = self._server.sockets[0].getsockname()[1]
-        return LinkAddress(self._host, port, self._secret)
+        """Listen, unless it listens, and return the address for routers."""
+        return await self._listener.start()
 
     def close(self) -> None:
         """Stop listening and drop the connections."""
-        if self._server is not None:
-            self._server.close()
+        self._listener.close()
         for writer in set(self._routes.values()):
             writer.close()
 
@@ -93,7 +58,7 @@ class LinkServer:
         """Ask the router of a request to end one choice; does nothing where no link is open."""
         writer = self._routes.get(request_id)
         if writer is not None and not writer.is_closing():
-            writer.write(_pack_frame(["stop", request_id, index]))
+            writer.write(pack_frame(["stop", request_id, index]))
 
     def forget(self, request_id: str) -> None:
         """Drop the route of a request that has ended."""
@@ -101,16 +66,11 @@ class LinkServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            async with asyncio.timeout(HELLO_TIMEOUT_S):
-                hello = await _read_frame(reader, MAX_HELLO_BYTES)
-            secret = hello[0] if len(hello) == 1 and isinstance(hello[0], str) else ""
-            if not hmac.compare_digest(secret.encode(), self._secret.encode()):
-                raise ConnectionError("its secret is wrong")
             while True:
-                for request_id, wire in await _read_frame(reader):
+                for request_id, wire in await read_frame(reader, MAX_FRAME_BYTES):
                     if self._on_tokens(request_id, TokenEvent.from_wire(wire)):
                         self._routes[request_id] = writer
-        except (OSError, asyncio.IncompleteReadError, TimeoutError, *_MALFORMED) as error:
+        except (OSError, asyncio.IncompleteReadError, *MALFORMED) as error:
             if not isinstance(error, asyncio.IncompleteReadError):
                 logger.warning("a router's link is closed: %s", error)
         finally:
@@ -122,9 +82,10 @@ class LinkServer:
 class LinkClient:
     """The router's end of all its links; used on the replica's event loop."""
 
-    def __init__(self, on_stop: OnStop) -> None:
+    def __init__(self, on_stop: OnStop, tls: ssl.SSLContext | None = None) -> None:
         """``on_stop(request_id, index)`` is called when a gateway ends a choice."""
         self._on_stop = on_stop
+        self._tls = tls
         self._links: dict[LinkAddress, asyncio.StreamWriter] = {}
         self._readers: set[asyncio.Task[None]] = set()
         self._connecting = asyncio.Lock()
@@ -137,12 +98,10 @@ class LinkClient:
             if self._is_linked(address):
                 return
             try:
-                async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                    reader, writer = await asyncio.open_connection(address.host, address.port)
-            except (OSError, TimeoutError) as error:
+                reader, writer = await open_link(address, self._tls)
+            except OSError as error:
                 logger.warning("no link to a gateway (%s); its tokens come with the reply", error)
                 return
-            writer.write(_pack_frame([address.secret]))
             self._links[address] = writer
             task = asyncio.create_task(self._read_stops(address, reader, writer))
             self._readers.add(task)
@@ -164,7 +123,7 @@ class LinkClient:
             logger.warning("a gateway does not read its link; the link is cut")
             writer.transport.abort()
             return
-        writer.write(_pack_frame([[request_id, e.to_wire()] for request_id, e in events]))
+        writer.write(pack_frame([[request_id, e.to_wire()] for request_id, e in events]))
 
     def close(self) -> None:
         """Drop all links."""
@@ -176,10 +135,10 @@ class LinkClient:
     ) -> None:
         try:
             while True:
-                kind, request_id, index = await _read_frame(reader)
+                kind, request_id, index = await read_frame(reader, MAX_FRAME_BYTES)
                 if kind == "stop":
                     self._on_stop(request_id, index)
-        except (OSError, asyncio.IncompleteReadError, *_MALFORMED):
+        except (OSError, asyncio.IncompleteReadError, *MALFORMED):
             writer.close()
         finally:
             if self._links.get(address) is writer:

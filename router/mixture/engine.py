@@ -34,6 +34,7 @@ from router.mixture.queue import Job, Outcome, Outputs, Work, WorkQueue
 from router.mixture.stats import MixtureTally
 from router.moe.layer import MoELayers, StepContext
 from router.moe.permute import PlacedModel
+from router.moe.shared_load import SharedLoad
 
 LAYER = 0
 """The only layer of a mixture."""
@@ -54,10 +55,13 @@ class MixtureEngine:
         placed: PlacedModel,
         lanes: Sequence[MoELayers[GatheredRows]],
         queue: WorkQueue,
+        load: SharedLoad,
         identity: str,
         is_exact: bool = True,
     ) -> None:
         """``placed`` is for the engine's own thread; each lane has its own.
+
+        ``load`` is that of the lanes' dispatchers.
 
         Without ``is_exact``, experts are emulated, and every reply is flagged as not exact.
         """
@@ -65,6 +69,7 @@ class MixtureEngine:
         self._gate = gate
         self._placed = placed
         self._queue = queue
+        self._load = load
         self._identity = identity
         self._is_exact = is_exact
         self._changed = threading.Condition()
@@ -154,6 +159,7 @@ class MixtureEngine:
                 works = self._queue.take()
                 self.tally.taken(works, time.monotonic())
             self._guarded_step(layers, works)
+            self._load.received()
 
     def _guarded_step(self, layers: MoELayers[GatheredRows], works: Sequence[Work]) -> None:
         """Compute works; when a step fails, each of its works is computed alone.

@@ -7,11 +7,14 @@ import gc
 import itertools
 import logging
 import os
+import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import psutil
+import ray
 import torch
 
 from cluster.controller.application import app_is_wanted
@@ -25,7 +28,9 @@ from router.config import ExpertsConfig, RouterConfig
 from router.control.client import ControllerClient
 from router.control.placement_view import PlacementView, PlacementWatcher
 from router.control.readiness import is_its_turn
+from router.messages.link import LinkAddress
 from router.messages.prediction import PredictionRequest
+from router.messages.prediction_link import PredictionServer
 from router.mixture.engine import MixtureEngine
 from router.mixture.gate import MixtureGate
 from router.mixture.gather import GatherRows, answer_shape_of
@@ -34,11 +39,17 @@ from router.mixture.stats import MixtureSamples
 from router.moe.dispatch import Dispatcher
 from router.moe.layer import MoELayers
 from router.moe.permute import PlacedModel
+from router.moe.shared_load import SharedLoad
 from router.served import ServedMixture
 
 LANES = 8
 """Steps that may wait for experts at one time; as many devices work for one replica's requests."""
+STEP_ROWS = 2
+"""The rows of a step for each token of ``max_batch_tokens``: a row of a mixture is smaller."""
+ROW_BYTES = 1024
+"""A row costs an expert as much as so many bytes of its file, besides the file's own."""
 TURN_CHECK_S = 0.1
+FINISH_S, FINISH_CHECK_S = 10.0, 0.05
 
 logger = logging.getLogger("expertmesh.router")
 
@@ -79,6 +90,7 @@ class MixtureReplica:
             raise CheckpointError("is a language model, and no mixture", str(mixture.folder))
         tls = None if experts.tls is None else experts.tls.files()
         answer_shape = partial(answer_shape_of, mixture.spec)
+        load = SharedLoad(row_costs(mixture))
         self._dispatchers = [
             Dispatcher(
                 model.key,
@@ -87,6 +99,7 @@ class MixtureReplica:
                 self._watcher.suspect,
                 experts.call_timeout_s,
                 answer_shape,
+                load,
             )
             for _ in range(LANES)
         ]
@@ -95,7 +108,7 @@ class MixtureReplica:
         self._queue = WorkQueue(
             QueueLimits(
                 config.max_batch_size,
-                config.max_batch_tokens,
+                STEP_ROWS * config.max_batch_tokens,
                 config.max_batch_size + config.max_queue_requests,
                 config.max_queue_tokens,
             ),
@@ -107,9 +120,17 @@ class MixtureReplica:
             PlacedModel(model.key, view),
             [MoELayers(dispatcher, GatherRows(answer_shape)) for dispatcher in self._dispatchers],
             self._queue,
+            load,
             model.identity,
             is_exact=not experts.emulated_pools,
         )
+        self._server: PredictionServer | None = None
+        if tls is not None or not _ray_has_tls():
+            self._server = PredictionServer(
+                ray.util.get_node_ip_address(),
+                self.predict,
+                None if tls is None else tls.server_context(),
+            )
         self._samples = MixtureSamples(model.id, self._engine.tally, self._queue, self._dispatchers)
         gc.collect()
         gc.freeze()  # the gates live as long as the process; collections skip them from here on
@@ -123,7 +144,14 @@ class MixtureReplica:
                 ", ".join(experts.emulated_pools),
             )
 
-    async def predict(self, wire: dict[str, Any]) -> dict[str, Any]:
+    async def link(self) -> LinkAddress | None:
+        """Return where gateways can connect, to call :meth:`predict` without Serve.
+
+        ``None`` where Ray's own calls are encrypted and such a connection would not be.
+        """
+        return None if self._server is None else await self._server.start()
+
+    async def predict(self, wire: Mapping[str, Any]) -> dict[str, Any]:
         """Predict for all rows of a request.
 
         Returns ``{"reply": …}`` or ``{"error": …}``; with an error, ``"replaced": True`` says that
@@ -193,10 +221,36 @@ class MixtureReplica:
         """Return whether the engine's threads run."""
         return self._engine.is_alive()
 
+    async def finish(self) -> None:
+        """Return once no request is under way, or after :data:`FINISH_S`.
+
+        Serve knows nothing of the requests over links, and gateways come to know within a second or
+        two that a router is to end. Those that are left then are sent to another router.
+        """
+        until_s = time.monotonic() + FINISH_S
+        while self._requests and time.monotonic() < until_s:
+            await asyncio.sleep(FINISH_CHECK_S)
+
     def close(self) -> None:
-        """Stop the engine after its current steps, then the watcher."""
+        """Stop the engine after its current steps, then the watcher and the links."""
         self._engine.close()
         self._watcher.stop()
+        if self._server is not None:
+            self._server.close()
+
+
+def row_costs(mixture: Mixture) -> list[int]:
+    """Return what a row costs each expert: the bytes of its file, which its row goes through.
+
+    That is right for layers, support vectors and neighbours, and too much for trees.
+    """
+    sizes = [mixture.tensors[part.file].num_bytes for part in mixture.spec.experts.values()]
+    return [ROW_BYTES + size for size in sizes]
+
+
+def _ray_has_tls() -> bool:
+    """Return whether Ray encrypts its own calls, as Ray reads its environment."""
+    return os.environ.get("RAY_USE_TLS", "").lower() in ("1", "true")
 
 
 def _failed(error: ExpertMeshError) -> dict[str, Any]:

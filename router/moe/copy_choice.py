@@ -12,18 +12,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from types import MappingProxyType
 
 import numpy as np
 
 from cluster.placement.placement import Placement
 from router.moe.pending import PendingLayer
 from router.moe.permute import Layout, Layouts, Part, lay_out
+from router.moe.shared_load import SharedLoad
 
 AVOID_S = 10.0
 """How long an actor that failed is avoided, unless a new generation of it comes first. A hung actor
 is replaced sooner; an actor that was merely slow is tried again."""
 DECAY = 0.9
 """The share of an actor's recent rows that still counts one layer later."""
+NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
 class CopyChoice:
@@ -32,10 +35,19 @@ class CopyChoice:
     It remembers the recent rows of each actor, and the actors that failed lately.
     """
 
-    def __init__(self, layouts: Layouts, is_ready: Callable[[str, int], bool]) -> None:
-        """``is_ready`` returns whether an actor's generation has a connection."""
+    def __init__(
+        self,
+        layouts: Layouts,
+        is_ready: Callable[[str, int], bool],
+        shared: SharedLoad | None = None,
+    ) -> None:
+        """``is_ready`` returns whether an actor's generation has a connection.
+
+        ``shared`` is the load by all dispatchers of a router that has several.
+        """
         self._layouts = layouts
         self._is_ready = is_ready
+        self._shared = shared
         self._recent_rows: dict[str, float] = {}
         self._failed: dict[str, tuple[int, float]] = {}
         """By actor: the generation that failed, and the end of its avoidance."""
@@ -79,7 +91,12 @@ class CopyChoice:
         ``copies`` are the actors that hold each expert, ``counts`` the rows of each expert now. An
         ``avoided`` actor is chosen only for an expert that no other actor holds.
         """
-        chosen, rows = choose_copies(copies, counts, self._recent_rows, avoided)
+        if self._shared is None:
+            chosen, rows = choose_copies(copies, counts, self._recent_rows, avoided)
+        else:
+            owed, work = self._shared.owed(), self._shared.work(counts)
+            chosen, rows = choose_copies(copies, work, self._recent_rows, avoided, owed)
+            self._shared.sent(rows)
         recent = self._recent_rows
         self._recent_rows = {
             actor_id: DECAY * recent.get(actor_id, 0.0) + rows.get(actor_id, 0)
@@ -104,12 +121,15 @@ def choose_copies(
     counts: Sequence[int],
     recent_rows: Mapping[str, float],
     avoided: Collection[str],
+    owed: Mapping[str, int] = NOTHING,
 ) -> tuple[list[str | None], dict[str, int]]:
     """Choose a copy of each expert so that the busiest actor of the layer gets few rows.
 
     Experts with a single copy come first, then experts with many rows. Each goes to the actor with
-    the fewest rows of this layer; among equal actors, to the actor with the fewest ``recent_rows``,
-    then with the first name. Returns the actors by expert, and the rows of each actor.
+    the fewest rows, of this layer and ``owed`` already; among equal actors, to the actor with the
+    fewest ``recent_rows``, then with the first name. Returns the actors by expert, and the rows of
+    each actor in this layer. In place of rows all numbers may be work
+    (:class:`router.moe.shared_load.SharedLoad`).
     """
     usable = [_usable(actors, avoided) for actors in copies]
     chosen: list[str | None] = [actors[0] if actors else None for actors in usable]
@@ -119,7 +139,8 @@ def choose_copies(
     for expert_id in expert_ids:
         if usable[expert_id]:
             actor_id = min(
-                usable[expert_id], key=lambda a: (rows.get(a, 0), recent_rows.get(a, 0.0), a)
+                usable[expert_id],
+                key=lambda a: (rows.get(a, 0) + owed.get(a, 0), recent_rows.get(a, 0.0), a),
             )
             chosen[expert_id] = actor_id
             rows[actor_id] += counts[expert_id]

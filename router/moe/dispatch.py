@@ -50,6 +50,7 @@ from router.moe.copy_choice import CopyChoice
 from router.moe.pace import Pace
 from router.moe.pending import Attempt, AwayError, DamageLog, FailedPart, PendingLayer
 from router.moe.permute import Part, PlacedModel, gather, split
+from router.moe.shared_load import SharedLoad
 from router.retry import RetryPolicy
 
 BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
@@ -80,8 +81,9 @@ class Dispatcher:
         suspect: Callable[[str, int], None],
         call_timeout_s: float,
         answer_shape: Callable[[Shape], Shape] = as_sent,
+        shared: SharedLoad | None = None,
     ) -> None:
-        """``model`` is the model's key.
+        """``model`` is the model's key; ``shared`` is the load by all dispatchers of the router.
 
         ``answer_shape`` returns the shape of an answer's row for that of a sent row.
         ``suspect`` is called with (actor_id, generation) of an actor that does not answer.
@@ -95,7 +97,7 @@ class Dispatcher:
         self._request_ids = itertools.count(1)
         self.placed = PlacedModel(model, view)
         self._layouts = self.placed.layouts
-        self._copies = CopyChoice(self._layouts, transport.is_ready)
+        self._copies = CopyChoice(self._layouts, transport.is_ready, shared)
         self._pace = Pace()
         self._damage_log = DamageLog()
         self.retries: Counter[str] = Counter()

@@ -76,6 +76,11 @@ INEXACT_TOKENS = _counter(
     "Tokens sent that are flagged as not exact, by on_expert_loss.",
 )
 PREDICTION_ROWS = _counter("prediction_rows", _MODEL, "Rows of accepted predictions of a mixture.")
+PREDICTION_CALLS = _counter(
+    "prediction_calls",
+    "model_name transport replica",
+    "Calls of a mixture's routers: over a link of the gateway's own, or by serve without one.",
+)
 INEXACT_ROWS = _counter(
     "inexact_rows",
     "model_name reason replica",

@@ -14,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.controller.application import app_is_wanted
 from cluster.reports import ProcessSamples, ProcessStatus
+from cluster.tls import TlsFiles
 from router.config import GatewayConfig
 from router.gateway.admin import Admin
 from router.gateway.app import create_app
@@ -24,6 +25,7 @@ from router.gateway.grpc.service import GrpcMethods
 from router.gateway.limits import Room
 from router.gateway.metrics import Metrics
 from router.gateway.models import load_models
+from router.gateway.predict.links import RouterLinks
 from router.gateway.predict.service import PredictionService
 from router.gateway.predict.upstream import RayPredictions
 from router.gateway.predict.v2_grpc import PredictionHandlers
@@ -52,12 +54,14 @@ class GatewayReplica(GrpcMethods):
         controller: DeploymentHandle,
         routers: Mapping[str, DeploymentHandle],
         max_calls: int,
+        tls: TlsFiles | None,
     ) -> None:
         """Load the tokenizers and follow the controller; needs a running event loop.
 
         Serve puts handles in the place of ``controller`` and ``routers`` (by model id), which are
         bound deployments when the application is built. ``max_calls`` is the number of requests
-        that the routers of one model hold. ``models`` are language models and mixtures.
+        that the routers of one model hold. ``models`` are language models and mixtures. ``tls``
+        encrypts links to routers.
         """
         setup_logging()
         metrics = Metrics()
@@ -81,15 +85,19 @@ class GatewayReplica(GrpcMethods):
         self.service = GenerationService(
             loaded,
             limits,
-            RayUpstream(self._deployment, routers, max_calls),
+            RayUpstream(
+                self._deployment, routers, max_calls, None if tls is None else tls.server_context()
+            ),
             metrics,
             self._room,
             tuple(mixtures),
         )
+        context = None if tls is None else tls.client_context()
+        links = {model: RouterLinks(routers[model], context) for model in mixtures}
         self.predictions = PredictionService(
             mixtures,
             limits,
-            RayPredictions(self._deployment, routers, max_calls),
+            RayPredictions(self._deployment, routers, links, max_calls, metrics.prediction_call),
             metrics,
             self._room,
             tuple(loaded),

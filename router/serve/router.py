@@ -18,7 +18,7 @@ from router.served import ServedMixture, ServedModel
 
 if TYPE_CHECKING:
     from router.engine.replica import RouterReplica
-    from router.messages.token_link import LinkAddress
+    from router.messages.link import LinkAddress
     from router.mixture.replica import MixtureReplica
 
 R = TypeVar("R", "RouterReplica", "MixtureReplica")
@@ -42,11 +42,6 @@ class _Deployment(Generic[R]):
         if not self._started().is_alive():
             raise RuntimeError("a thread of the engine has ended")
 
-    def __del__(self) -> None:
-        """Serve calls this at a graceful end of the replica."""
-        if self._replica is not None:
-            self._replica.close()
-
     def _started(self) -> R:
         if self._replica is None:
             raise RuntimeError("the router has not started")
@@ -69,6 +64,11 @@ class RouterDeployment(_Deployment["RouterReplica"]):
             self._replica = RouterReplica(app, model, config.router, config.experts, client)
         await self._replica.take_turn()
 
+    def __del__(self) -> None:
+        """Serve calls this at a graceful end of the replica."""
+        if self._replica is not None:
+            self._replica.close()
+
     async def generate(self, wire: dict[str, Any], address: LinkAddress) -> dict[str, Any]:
         """See :meth:`RouterReplica.generate`."""
         return await self._started().generate(wire, address)
@@ -90,6 +90,16 @@ class MixtureDeployment(_Deployment["MixtureReplica"]):
             self._replica = MixtureReplica(app, model, config.router, config.experts, client)
         await self._replica.take_turn()
 
+    async def __del__(self) -> None:
+        """Serve awaits this at a graceful end of the replica, once it knows of no request."""
+        if self._replica is not None:
+            await self._replica.finish()
+            self._replica.close()
+
     async def predict(self, wire: dict[str, Any]) -> dict[str, Any]:
         """See :meth:`MixtureReplica.predict`."""
         return await self._started().predict(wire)
+
+    async def link(self) -> LinkAddress | None:
+        """See :meth:`MixtureReplica.link`."""
+        return await self._started().link()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -78,6 +78,29 @@ def test_rows_are_counted_by_mixture(mixtures: Mixtures) -> None:
     mixtures.check(TREE, rows_of(TREE, 33, 1))
     wait_until(lambda: rows() >= before + 33, "the gateway tells its rows", 10)
     assert rows() == before + 33
+
+
+def test_predictions_go_over_links_and_by_serve_until_there_is_one(mixtures: Mixtures) -> None:
+    served = mixtures.served
+
+    def calls(transport: str) -> float:
+        samples = served.metric("expertmesh_prediction_calls_total")
+        wanted = f'model_name="{TREE}"', f'transport="{transport}"'
+        return sum(n for labels, n in samples.items() if all(w in labels for w in wanted))
+
+    mixtures.check(TREE, rows_of(TREE, 2, 1))  # has the links made
+    wait_until(lambda: _are_linked(mixtures, calls), "a prediction goes over a link", 20)
+    by_link, by_serve = calls("link"), calls("serve")
+    for seed in range(20):
+        mixtures.check(TREE, rows_of(TREE, 2, seed))
+    wait_until(lambda: calls("link") >= by_link + 20, "the gateway tells its calls", 10)
+    assert (calls("link"), calls("serve")) == (by_link + 20, by_serve)
+
+
+def _are_linked(mixtures: Mixtures, calls: Callable[[str], float]) -> bool:
+    before = calls("link")
+    mixtures.check(TREE, rows_of(TREE, 2, 1))
+    return calls("link") > before
 
 
 def test_tritons_client_works_unchanged(mixtures: Mixtures) -> None:

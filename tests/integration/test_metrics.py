@@ -18,6 +18,7 @@ RARE = {
     catalogue.OVERFLOW,
     catalogue.SLOW_READERS,
     catalogue.PREDICTION_ROWS,
+    catalogue.PREDICTION_CALLS,
     catalogue.INEXACT_ROWS,
 }
 """Without a sample until something goes wrong, an expert is at its capacity, or a mixture predicts.

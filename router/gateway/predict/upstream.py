@@ -1,4 +1,4 @@
-"""The routers of mixtures behind a gateway: a Ray call for each piece of a request's rows.
+"""The routers of mixtures behind a gateway: a call for each piece of a request's rows.
 
 A prediction has no side effects, and a row's result depends on the row and the weights alone. So a
 piece whose router dies is sent to another one, and the pieces of a large request are computed at
@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
@@ -32,8 +32,10 @@ from cluster.errors import (
 from router.control.readiness import Readiness
 from router.gateway.deployment import Deployment
 from router.gateway.limits import RETRY_AFTER_S
+from router.gateway.predict.links import Links
 from router.gateway.resend import RESEND, RESEND_TOKENS, failure_of, resend_delay_s
 from router.messages.prediction import PredictionReply, PredictionRequest
+from router.messages.prediction_link import LinkBrokenError
 from router.observability.tracing import as_current, prediction_span
 from router.retry import Retries, RetryBudget
 
@@ -86,20 +88,28 @@ class _OtherInterfaceError(ModelReplacedError):
 
 
 class RayPredictions:
-    """Implements :class:`Predictions` over Serve handles."""
+    """Implements :class:`Predictions` over links, and over Serve's handles where there is none."""
 
     def __init__(
-        self, deployment: Deployment, routers: Mapping[str, DeploymentHandle], max_calls: int
+        self,
+        deployment: Deployment,
+        routers: Mapping[str, DeploymentHandle],
+        links: Mapping[str, Links],
+        max_calls: int,
+        on_call: Callable[[str, str], None],
     ) -> None:
-        """``routers`` are handles by model id.
+        """``routers`` are handles by model id, and ``links`` the links to their replicas.
 
         ``max_calls`` is the number of pieces that the routers of one model hold. The gateway
-        refuses more itself, since a router's refusal costs as much as an accepted call.
+        refuses more itself, since a router's refusal costs as much as an accepted call. ``on_call``
+        is told each call's model and transport, ``link`` or ``serve``.
         """
         self._deployment = deployment
         deployment.on_end(self._end_requests)
         self._routers = routers
+        self._links = links
         self._max_calls = max_calls
+        self._on_call = on_call
         self._calls: Counter[str] = Counter()
         self._budget = RetryBudget(RESEND_TOKENS)
         self._answers: set[asyncio.Task[Any]] = set()
@@ -159,7 +169,8 @@ class RayPredictions:
             try:
                 reply = await self._ask(piece, asked.span)
             except (
-                ModelReplacedError, RayActorError, DeploymentUnavailableError, OverloadedError,
+                ModelReplacedError, LinkBrokenError, RayActorError, DeploymentUnavailableError,
+                OverloadedError,
             ) as error:  # fmt: skip
                 asked.under_way -= 1
                 is_other = isinstance(error, _OtherInterfaceError)
@@ -189,27 +200,37 @@ class RayPredictions:
         return resend_delay_s(error, retries, is_accepted, remaining_s)
 
     async def _ask(self, piece: PredictionRequest, span: Span) -> PredictionReply:
-        """Call a router once."""
+        """Call a router once, over its link or by Serve.
+
+        Serve brings the trace of a sampled request to the router, so Serve carries it.
+        """
         if self._deployment.is_deleted:
             raise being_deleted()
         model = piece.model
         if self._calls[model] >= self._max_calls:
             message = f"the routers are full: they hold {self._max_calls} requests"
             raise OverloadedError(message, "queue", RETRY_AFTER_S)
-        with as_current(span):  # Serve sends its context with the call
-            call = self._routers[model].predict.remote(piece.to_wire())
+        wire = piece.to_wire()
+        call: Any = None if span.is_recording() else self._links[model].call(wire)
+        self._on_call(model, "serve" if call is None else "link")
+        if call is None:
+            with as_current(span):  # Serve sends its context with the call
+                call = self._routers[model].predict.remote(wire)
         answer = asyncio.create_task(_awaited(call))
         self._answers.add(answer)
         self._calls[model] += 1
         is_over = False
         try:
-            wire = await answer
+            reply = await answer
             is_over = True
         except asyncio.CancelledError:
             task = asyncio.current_task()
             # The end of the deployment cancels the answer, but not the client's request.
             if self._deployment.is_deleted and task is not None and not task.cancelling():
                 raise being_deleted() from None
+            raise
+        except LinkBrokenError:
+            is_over = True
             raise
         except Exception as error:
             is_over = True
@@ -220,7 +241,7 @@ class RayPredictions:
             if not is_over:
                 call.cancel()
                 answer.cancel()
-        return _reply(wire, piece)
+        return _reply(reply, piece)
 
     def _end_requests(self) -> None:
         for answer in self._answers:

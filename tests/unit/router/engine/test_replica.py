@@ -12,8 +12,8 @@ import pytest
 from cluster.errors import CancelledRequestError, UnavailableError
 from router.engine.engine import Emission
 from router.engine.replica import RouterReplica, _Request
+from router.messages.link import LinkAddress
 from router.messages.request import GenerationRequest, Received, SamplingParams, TokenEvent
-from router.messages.token_link import LinkAddress
 
 HERE, THERE = LinkAddress("h", 1, ""), LinkAddress("h", 2, "")
 

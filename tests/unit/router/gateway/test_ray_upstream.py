@@ -28,6 +28,7 @@ from router.gateway import ray_upstream
 from router.gateway.deployment import Deployment
 from router.gateway.inbox import Inbox
 from router.gateway.ray_upstream import RESUMED_TIMES, RayUpstream
+from router.messages.link import LinkAddress
 from router.messages.request import (
     GenerationRequest,
     Received,
@@ -36,7 +37,6 @@ from router.messages.request import (
     TokenLogprobs,
     merge_events,
 )
-from router.messages.token_link import LinkAddress
 from router.observability.tracing import as_current
 from router.retry import RetryBudget, RetryPolicy
 from tests.span_keeper import SpanKeeper

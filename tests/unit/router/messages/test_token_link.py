@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+import crc32c
 import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.messages import token_link as link_module
+from router.messages import link as link_module
+from router.messages import token_link
+from router.messages.link import LinkAddress
 from router.messages.request import (
     GenerationRequest,
     Receipts,
@@ -24,7 +28,7 @@ from router.messages.request import (
     TokenEvent,
     TokenLogprobs,
 )
-from router.messages.token_link import LinkAddress, LinkClient, LinkServer
+from router.messages.token_link import LinkClient, LinkServer
 
 LIMIT_S = 20.0
 EVENT = TokenEvent(
@@ -168,8 +172,17 @@ def test_a_forgotten_request_is_not_remembered_again_by_late_tokens() -> None:
 
 
 def frame(body: object) -> bytes:
-    packed: bytes = msgpack.packb(body)
-    return len(packed).to_bytes(4, "big") + packed
+    return packed(msgpack.packb(body))
+
+
+def packed(body: bytes, length: int | None = None) -> bytes:
+    """A frame of any body, whose header may claim another length."""
+    checked = struct.pack(">II", len(body) if length is None else length, crc32c.crc32c(body))
+    return checked + struct.pack(">I", crc32c.crc32c(checked)) + body
+
+
+def flipped(data: bytes, index: int) -> bytes:
+    return data[:index] + bytes([data[index] ^ 4]) + data[index + 1 :]
 
 
 @pytest.mark.parametrize(
@@ -185,10 +198,11 @@ def frame(body: object) -> bytes:
         frame(["x", "y"]),
         frame({"a": 1}),
         frame(5),
-        b"\x00\x00\x00\x01\xc1",
-        b"\x00\x00\x00\x00",
-        b"\xff\xff\xff\xff",
-        (link_module.MAX_HELLO_BYTES + 1).to_bytes(4, "big") + bytes(2000),
+        packed(b"\xc1"),
+        packed(b""),
+        b"\xff" * 12,
+        packed(b"", 0xFFFFFFFF),
+        packed(bytes(link_module.MAX_HELLO_BYTES + 1)),
         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
         b"\x00\x00",
         b"",
@@ -241,11 +255,26 @@ def test_an_oversized_frame_closes_its_link_and_no_other() -> None:
             first.client.send(address, [("a", EVENT)])
             await gateway.next()
             writer = first.client._links[address]
-            writer.write((link_module.MAX_FRAME_BYTES + 1).to_bytes(4, "big") + b"x")
+            writer.write(packed(b"x", token_link.MAX_FRAME_BYTES + 1))
             await happens(lambda: not first.client._links)
             assert gateway.server._routes == {}
             second.client.send(address, [("b", EVENT)])
             assert await gateway.next() == ("b", EVENT)
+
+    run(test)
+
+
+@pytest.mark.parametrize("index", [1, 5, 9, 12, 30])
+def test_damage_on_the_way_is_no_token(index: int) -> None:
+    async def test() -> None:
+        async with linked() as (gateway, address, [router]):
+            writer = router.client._links[address]
+            writer.write(flipped(frame([["a", EVENT.to_wire()]]), index))
+            await happens(lambda: not router.client._links)  # the gateway has closed it
+            assert gateway.received.empty()
+            await router.client.connect(address)
+            router.client.send(address, [("a", EVENT)])
+            assert await gateway.next() == ("a", EVENT)
 
     run(test)
 
@@ -288,7 +317,7 @@ def test_a_gateway_that_cannot_be_reached_does_not_keep_linked_ones_waiting(
         async with linked() as (_, address, [router]):
             reaching = asyncio.Event()
 
-            async def unreachable(host: str, port: int) -> None:
+            async def unreachable(host: str, port: int, **_: Any) -> None:
                 reaching.set()
                 await asyncio.Event().wait()
 
@@ -305,7 +334,7 @@ def test_a_gateway_that_cannot_be_reached_does_not_keep_linked_ones_waiting(
 def test_a_gateway_that_does_not_read_is_cut_off_at_a_bounded_backlog(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(link_module, "MAX_BUFFERED_BYTES", 1 << 16)
+    monkeypatch.setattr(token_link, "MAX_BUFFERED_BYTES", 1 << 16)
 
     async def test() -> None:
         async def never_reads(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

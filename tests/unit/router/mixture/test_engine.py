@@ -39,9 +39,11 @@ from router.mixture.gate import MixtureGate
 from router.mixture.gather import GatherRows, answer_shape_of
 from router.mixture.local import LocalMixture
 from router.mixture.queue import Outcome, QueueLimits, WorkQueue
+from router.mixture.replica import row_costs
 from router.moe.dispatch import Dispatcher
 from router.moe.layer import MoELayers
 from router.moe.permute import PlacedModel
+from router.moe.shared_load import SharedLoad
 from tests.local_cluster import Answered, BankTransport
 from tests.mixtures import (
     NUM_FEATURES,
@@ -141,9 +143,12 @@ def router_of(
     if is_placed:
         view.publish(placement)
     shape = partial(answer_shape_of, spec)
+    load = SharedLoad(row_costs(mixture))
     transports = [transport(banks, fail) for _ in range(lanes)]
     layers = [
-        MoELayers(Dispatcher(MODEL, view, t, lambda a, g: None, 5.0, shape), GatherRows(shape))
+        MoELayers(
+            Dispatcher(MODEL, view, t, lambda a, g: None, 5.0, shape, load), GatherRows(shape)
+        )
         for t in transports
     ]
     engine = MixtureEngine(
@@ -152,6 +157,7 @@ def router_of(
         PlacedModel(MODEL, view),
         layers,
         WorkQueue(limits, spec.rows_input.name),
+        load,
         IDENTITY,
     )
     engine.start()

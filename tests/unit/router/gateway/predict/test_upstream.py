@@ -37,6 +37,7 @@ from router.gateway.predict.upstream import (
     pieces_of,
 )
 from router.messages.prediction import PredictionReply, PredictionRequest
+from router.messages.prediction_link import LinkBrokenError
 from router.observability.tracing import as_current
 from router.retry import RetryBudget, RetryPolicy
 from tests.span_keeper import SpanKeeper
@@ -76,17 +77,26 @@ class Call:
 
 
 class Routers:
-    """A handle whose ``predict.remote`` starts a :class:`Call`."""
+    """A handle whose ``predict.remote`` starts a :class:`Call`, and links whose ``call`` does."""
 
-    def __init__(self) -> None:
+    def __init__(self, way: str) -> None:
         self.predict = self
+        self.way = way
         self.calls: list[Call] = []
         self.spans: list[Span] = []
+        self.counted: list[tuple[str, str]] = []
 
     def remote(self, wire: dict[str, Any]) -> Call:
         self.spans.append(trace.get_current_span())
         self.calls.append(Call(wire))
         return self.calls[-1]
+
+    def call(self, wire: dict[str, Any]) -> Call | None:
+        return None if self.way == "serve" else self.remote(wire)
+
+    def lost(self) -> Exception:
+        """The error of a call whose router is lost."""
+        return RayActorError() if self.way == "serve" else LinkBrokenError()
 
     async def until(self, count: int) -> list[Call]:
         """Return all calls once there are so many."""
@@ -98,19 +108,24 @@ class Routers:
 Test = Callable[[RayPredictions, Routers], Coroutine[Any, Any, None]]
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Test], None]:
-    """Runs a test with an upstream of one model, without a controller and without delays."""
+@pytest.fixture(params=["serve", "links"])
+def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[Test], None]:
+    """Runs a test with an upstream of one model, without a controller and without delays.
+
+    Its calls go by Serve, since there is no link, or over links.
+    """
     monkeypatch.setattr(deployment_module, "PlacementWatcher", lambda *_: None)
     monkeypatch.setattr(upstream_module, "RESEND", RetryPolicy(0.0, 2.0, 0.0))
     monkeypatch.setattr(upstream_module, "RETRY_AFTER_S", 0.0)
 
     def runs(test: Test) -> None:
         async def main() -> None:
-            routers = Routers()
+            routers = Routers(request.param)
             handles: Any = {"m": routers}
             deployment = Deployment(None, handles, "strict", lambda: True, lambda: Samples(0.0, {}))
-            predictions = RayPredictions(deployment, handles, MAX_CALLS)
+            predictions = RayPredictions(
+                deployment, handles, handles, MAX_CALLS, lambda *told: routers.counted.append(told)
+            )
             await test(predictions, routers)
             assert not predictions._answers
             assert predictions._calls["m"] == 0
@@ -161,6 +176,7 @@ def test_a_small_request_is_one_call(run: Callable[[Test], None]) -> None:
         reply = await work
         check_rows(reply, given)
         assert (reply.exact, reply.identity) == (False, "now")
+        assert routers.counted == [("m", "serve" if routers.way == "serve" else "link")]
         assert not call.was_cancelled
 
     run(test)
@@ -190,6 +206,7 @@ def test_serve_takes_the_span_of_a_sampled_request_along_with_its_calls(
         contexts = [span.get_span_context() for span in routers.spans]
         assert contexts[:2] == [told.context] * 2
         assert contexts[2] != told.context
+        assert routers.counted[:2] == [("m", "serve")] * 2  # also where there is a link
 
     run(test)
 
@@ -255,7 +272,7 @@ def test_a_piece_whose_router_dies_is_sent_again_and_no_other(run: Callable[[Tes
         first, second = await routers.until(2)
         second.answer()
         for number in range(3):
-            routers.calls[0 if number == 0 else -1].fail(RayActorError())
+            routers.calls[0 if number == 0 else -1].fail(routers.lost())
             await routers.until(3 + number)
         again = routers.calls[-1]
         assert again.request.request_id == first.request.request_id
@@ -272,7 +289,7 @@ def test_without_a_budget_a_lost_router_is_an_error(run: Callable[[Test], None])
         upstream._budget = RetryBudget(max_tokens=1.0)
         work = asked(upstream, request())
         [call] = await routers.until(1)
-        call.fail(RayActorError())
+        call.fail(routers.lost())
         with pytest.raises(UnavailableError, match="the router is not reachable") as caught:
             await work
         assert caught.value.retry_after_s == 1.0
@@ -284,7 +301,7 @@ def test_nothing_is_sent_again_after_the_deadline(run: Callable[[Test], None]) -
     async def test(upstream: RayPredictions, routers: Routers) -> None:
         work = asked(upstream, request(timeout_s=-0.001))
         [call] = await routers.until(1)
-        call.fail(RayActorError())
+        call.fail(routers.lost())
         with pytest.raises(UnavailableError):
             await work
         assert len(routers.calls) == 1
@@ -413,7 +430,7 @@ def test_a_request_all_of_whose_pieces_are_refused_is_refused(run: Callable[[Tes
 def test_a_request_of_a_lost_router_waits_for_room(run: Callable[[Test], None]) -> None:
     async def test(upstream: RayPredictions, routers: Routers) -> None:
         work = asked(upstream, request())
-        (await routers.until(1))[0].fail(RayActorError())
+        (await routers.until(1))[0].fail(routers.lost())
         (await routers.until(2))[1].refuse(FULL)
         (await routers.until(3))[2].answer()
         check_rows(await work, request())

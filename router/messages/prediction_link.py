@@ -1,0 +1,199 @@
+"""The prediction link: one connection from a gateway to each router of a mixture.
+
+A call over it takes a tenth of the time of Serve's. The router listens; its address comes by a call
+of Serve's (:mod:`router.gateway.predict.links`). A call is ``[number, request]``, and ``[number,
+None]`` cancels it. Every call gets one frame ``[number, reply]``, ``None`` for a cancelled one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from functools import partial
+from typing import Any
+
+from cluster.errors import InternalError
+from router.messages.link import (
+    MALFORMED,
+    LinkAddress,
+    LinkListener,
+    open_link,
+    pack_frame,
+    read_frame,
+)
+
+MAX_FRAME_BYTES = 1 << 30
+SILENT_S = 2.0
+"""A router that owes answers and has sent none for so long is called last."""
+
+logger = logging.getLogger("expertmesh.link")
+
+Wire = Mapping[str, Any]
+
+
+class LinkBrokenError(Exception):
+    """The connection to a router ended before its answer came: the call may be made again."""
+
+
+class PredictionServer:
+    """A router's end of its links; used on the replica's event loop."""
+
+    def __init__(
+        self, host: str, predict: Callable[[Wire], Awaitable[Wire]], tls: ssl.SSLContext | None
+    ) -> None:
+        """``host`` is the address that gateways can reach.
+
+        ``predict`` maps a request to its reply or its typed error; a cancellation ends the request.
+        """
+        self._predict = predict
+        self._listener = LinkListener(host, self._serve, tls)
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def start(self) -> LinkAddress:
+        """Listen, unless it listens, and return the address for gateways."""
+        return await self._listener.start()
+
+    def close(self) -> None:
+        """Stop listening and drop the connections; gateways ask other routers then."""
+        self._listener.close()
+        for writer in self._writers:
+            writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        calls: dict[int, asyncio.Task[bytes]] = {}
+
+        def answer(number: int, call: asyncio.Task[bytes]) -> None:
+            del calls[number]
+            if not writer.is_closing():
+                writer.write(pack_frame([number, None]) if call.cancelled() else call.result())
+
+        self._writers.add(writer)
+        try:
+            while True:
+                number, wire = await read_frame(reader, MAX_FRAME_BYTES)
+                if wire is not None:
+                    if number in calls:
+                        raise ConnectionError("the number of a call came twice")
+                    calls[number] = asyncio.create_task(self._answer(number, wire))
+                    calls[number].add_done_callback(partial(answer, number))
+                elif number in calls:
+                    calls[number].cancel()
+        except (OSError, asyncio.IncompleteReadError, *MALFORMED) as error:
+            if not isinstance(error, asyncio.IncompleteReadError):
+                logger.warning("a gateway's link is closed: %s", error)
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+            for call in calls.values():
+                call.cancel()
+
+    async def _answer(self, number: int, wire: Wire) -> bytes:
+        try:
+            return pack_frame([number, await self._predict(wire)])
+        except Exception:
+            logger.exception("a prediction failed")
+            return pack_frame([number, {"error": InternalError("the router failed").to_wire()}])
+
+
+class PredictionLink:
+    """A gateway's connection to one router; used on its event loop alone."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Take over a connection that :func:`router.messages.link.open_link` made."""
+        self._writer = writer
+        self._numbers = itertools.count()
+        self._answers: dict[int, asyncio.Future[Wire]] = {}
+        self._is_leaving = False
+        self._waits_since_s = 0.0
+        self.called_at_s = 0.0
+        """When the latest call was made (monotonic)."""
+        self._reading = asyncio.create_task(self._read(reader))
+
+    @classmethod
+    async def open(cls, address: LinkAddress, tls: ssl.SSLContext | None) -> PredictionLink:
+        """Connect to a router; raises ``OSError``."""
+        return cls(*await open_link(address, tls))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls can be made."""
+        return not (self._is_leaving or self._writer.is_closing())
+
+    @property
+    def num_unanswered(self) -> int:
+        """The calls without an answer, with those that were cancelled."""
+        return len(self._answers)
+
+    def is_silent(self) -> bool:
+        """Return whether calls have waited for any answer for :data:`SILENT_S`."""
+        return bool(self._answers) and time.monotonic() - self._waits_since_s >= SILENT_S
+
+    def call(self, wire: Wire) -> LinkCall:
+        """Send a request to the router; the link must be open."""
+        number = next(self._numbers)
+        self.called_at_s = time.monotonic()
+        if not self._answers:
+            self._waits_since_s = self.called_at_s
+        self._answers[number] = answer = asyncio.get_running_loop().create_future()
+        self._writer.write(pack_frame([number, wire]))
+        return LinkCall(self, number, answer)
+
+    def cancel(self, number: int) -> None:
+        """End a call at the router; does nothing for one that is answered."""
+        answer = self._answers.get(number)
+        if answer is not None and not answer.cancelled():
+            answer.cancel()
+            if not self._writer.is_closing():
+                self._writer.write(pack_frame([number, None]))
+
+    def leave(self) -> None:
+        """Take no more calls, and close the connection after the last answer."""
+        self._is_leaving = True
+        if not self._answers:
+            self._writer.close()
+
+    def close(self) -> None:
+        """Close the connection at once; calls without an answer fail."""
+        self._writer.close()
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        reason: Exception | None = None
+        try:
+            while True:
+                number, reply = await read_frame(reader, MAX_FRAME_BYTES)
+                answer = self._answers.pop(number)
+                self._waits_since_s = time.monotonic()
+                if not answer.done():
+                    answer.set_result(reply)
+                if self._is_leaving and not self._answers:
+                    return
+        except (OSError, asyncio.IncompleteReadError, *MALFORMED) as error:
+            reason = error
+        finally:
+            self._writer.close()
+            for answer in self._answers.values():
+                if not answer.done():
+                    answer.set_exception(LinkBrokenError(f"a router's link broke ({reason!r})"))
+            self._answers.clear()
+
+
+class LinkCall:
+    """A call under way: await it for the reply; raises :class:`LinkBrokenError`."""
+
+    def __init__(self, link: PredictionLink, number: int, answer: asyncio.Future[Wire]) -> None:
+        """See :meth:`PredictionLink.call`, which makes it."""
+        self._link = link
+        self._number = number
+        self._answer = answer
+
+    def __await__(self) -> Generator[Any, None, Wire]:
+        """Return the router's reply."""
+        return self._answer.__await__()
+
+    def cancel(self) -> None:
+        """End the call at the router."""
+        self._link.cancel(self._number)

@@ -1,0 +1,40 @@
+"""The work that the actors owe to a router whose dispatchers run beside each other.
+
+A mixture's router has several dispatchers, each on a thread of its own. Each sees here what the
+others have sent, so that it asks the copies on less loaded actors. Experts of a mixture may be
+unlike: a row of a support vector machine takes a hundred times as long as one of a linear model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+
+class SharedLoad:
+    """The work under way at each actor, by thread; each dispatcher has a thread of its own."""
+
+    def __init__(self, row_costs: Sequence[int]) -> None:
+        """``row_costs`` [E] is the cost of a row of each expert, in any unit."""
+        self._row_costs = row_costs
+        self._sent: dict[int, Mapping[str, int]] = {}
+
+    def work(self, counts: Sequence[int]) -> list[int]:
+        """Return the work of each expert's rows: ``counts`` [E] times their costs."""
+        return [count * cost for count, cost in zip(counts, self._row_costs, strict=True)]
+
+    def sent(self, work: Mapping[str, int]) -> None:
+        """Note the work of this thread's layer by actor, in place of its last layer's."""
+        self._sent[threading.get_ident()] = work
+
+    def received(self) -> None:
+        """Note that no actor owes anything to this thread."""
+        self.sent({})
+
+    def owed(self) -> Mapping[str, int]:
+        """Return the work that each actor owes to all threads."""
+        owed: Counter[str] = Counter()
+        for work in list(self._sent.values()):
+            owed.update(work)
+        return owed

@@ -1,0 +1,215 @@
+"""How a gateway finds the routers of a mixture, and which of them it calls over a link."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from router.gateway.predict import links as links_module
+from router.gateway.predict.links import RouterLinks
+from router.messages.link import LinkAddress
+from router.messages.prediction_link import SILENT_S, LinkBrokenError, PredictionServer, Wire
+from tests.unit.router.messages.test_token_link import happens, run
+
+
+class Router:
+    """A router behind a link: keeps what it is asked, and answers once it may."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.asked = 0
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+        self.server = PredictionServer("127.0.0.1", self._predict, None)
+
+    async def _predict(self, wire: Wire) -> Wire:
+        self.asked += 1
+        await self.may_answer.wait()
+        return {"reply": self.name}
+
+
+class Serve:
+    """A deployment's handle: which routers run, as Serve tells it."""
+
+    def __init__(self, *routers: Router) -> None:
+        self.routers: list[Router] = list(routers)
+        self.answers: list[Any] = []
+        """What else is answered: an error, or a router without links."""
+        self.error: Exception | None = None
+        self.num_asked = 0
+
+    def broadcast(self, method: str) -> Serve:
+        assert method == "link"
+        self.num_asked += 1
+        return self
+
+    async def results_async(self, timeout_s: float, return_exceptions: bool) -> list[Any]:
+        assert timeout_s > 0
+        assert return_exceptions
+        if self.error is not None:
+            raise self.error
+        return [await router.server.start() for router in self.routers] + self.answers
+
+
+@asynccontextmanager
+async def linked(serve: Serve, count: int | None = None) -> AsyncIterator[RouterLinks]:
+    """Links that have found their routers."""
+    links = RouterLinks(serve, None)  # type: ignore[arg-type]
+    assert links.call({}) is None
+    await happens(lambda: links._asking is None)
+    assert len(links._links) == (len(serve.routers) if count is None else count)
+    try:
+        yield links
+    finally:
+        links.close()
+        for router in serve.routers:
+            router.server.close()
+
+
+async def called(links: RouterLinks) -> Any:
+    call = links.call({})
+    assert call is not None
+    return (await call)["reply"]
+
+
+@pytest.fixture(autouse=True)
+def always_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links_module, "REFRESH_S", 0.0)
+
+
+async def refreshed(links: RouterLinks) -> None:
+    links._keep_fresh()
+    await happens(lambda: links._asking is None)
+
+
+def test_the_first_call_is_serves_and_later_ones_take_turns_among_the_routers() -> None:
+    async def test() -> None:
+        async with linked(Serve(*map(Router, "abc"))) as links:
+            assert [await called(links) for _ in range(6)] == list("abcabc")
+
+    run(test)
+
+
+def test_the_router_that_owes_the_fewest_answers_is_called() -> None:
+    async def test() -> None:
+        serve = Serve(*map(Router, "ab"))
+        async with linked(serve) as links:
+            busy = serve.routers[0]
+            busy.may_answer.clear()
+            waiting = links.call({})
+            assert waiting is not None
+            assert [await called(links) for _ in range(4)] == list("bbbb")
+            busy.may_answer.set()
+            assert await waiting == {"reply": "a"}
+            assert await called(links) == "a"
+
+    run(test)
+
+
+def test_a_silent_router_is_called_last() -> None:
+    async def test() -> None:
+        serve = Serve(*map(Router, "ab"))
+        async with linked(serve) as links:
+            hung, busy = serve.routers
+            hung.may_answer.clear()
+            busy.may_answer.clear()
+            calls = [links.call({}) for _ in range(3)]
+            await happens(lambda: (hung.asked, busy.asked) == (2, 1))
+            owing = max(links._links.values(), key=lambda link: link.num_unanswered)
+            owing._waits_since_s -= 2 * SILENT_S
+            calls += [links.call({}) for _ in range(4)]
+            await happens(lambda: (hung.asked, busy.asked) == (2, 5))
+            busy.may_answer.set()
+            hung.may_answer.set()
+            await asyncio.gather(*(call for call in calls if call is not None))
+
+    run(test)
+
+
+def test_the_routers_are_asked_once_a_while_and_only_for_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test() -> None:
+        serve = Serve(Router("a"))
+        async with linked(serve) as links:
+            monkeypatch.setattr(links_module, "REFRESH_S", 3600.0)
+            for _ in range(10):
+                assert await called(links) == "a"
+            assert serve.num_asked == 1
+            monkeypatch.setattr(links_module, "REFRESH_S", 0.0)
+            await called(links)
+            await happens(lambda: serve.num_asked == 2)
+
+    run(test)
+
+
+def test_a_new_router_is_found_and_one_that_serve_ends_is_left() -> None:
+    async def test() -> None:
+        first, second = map(Router, "ab")
+        serve = Serve(first)
+        async with linked(serve) as links:
+            first.may_answer.clear()
+            owed = links.call({})
+            await happens(lambda: first.asked == 1)
+            serve.routers = [second]
+            await refreshed(links)
+            assert [await called(links) for _ in range(3)] == ["b"] * 3
+            first.may_answer.set()
+            assert owed is not None
+            assert await owed == {"reply": "a"}  # what it owed has come
+            await happens(lambda: not first.server._writers)
+            first.server.close()
+
+    run(test)
+
+
+def test_where_a_router_does_not_tell_no_link_is_left() -> None:
+    async def test() -> None:
+        serve = Serve(Router("a"))
+        async with linked(serve) as links:
+            [router] = serve.routers
+            serve.routers, serve.answers = [], [TimeoutError()]
+            await refreshed(links)
+            assert await called(links) == "a"
+            serve.routers = [router]
+
+    run(test)
+
+
+def test_a_broken_link_is_made_again() -> None:
+    async def test() -> None:
+        serve = Serve(Router("a"))
+        async with linked(serve) as links:
+            serve.routers[0].may_answer.clear()
+            lost = links.call({})
+            await happens(lambda: serve.routers[0].asked == 1)
+            for writer in serve.routers[0].server._writers:
+                writer.transport.abort()
+            assert lost is not None
+            with pytest.raises(LinkBrokenError):
+                await lost
+            assert links.call({}) is None  # Serve's call carries it
+            serve.routers[0].may_answer.set()
+            await happens(lambda: links._asking is None)
+            assert await called(links) == "a"
+
+    run(test)
+
+
+def test_without_links_every_call_is_serves() -> None:
+    async def test() -> None:
+        serve = Serve()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        serve.answers = [None, LinkAddress("127.0.0.1", port, "secret")]
+        async with linked(serve, 0) as links:
+            serve.error = RuntimeError("no replica runs")
+            await refreshed(links)
+            assert links.call({}) is None
+
+    run(test)
