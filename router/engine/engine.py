@@ -200,7 +200,7 @@ class Engine:
 
     def step(self, work: list[Work], trace: StepTrace | None = None) -> None:
         """Compute the scheduled work, sample, and queue the tokens to be emitted."""
-        self._count(work)
+        self._tally(work)
         packed = pack(work, self._model.sliding_window, self._model.length_step)
         context = context_of(packed, trace)
         logits = self._model.forward(
@@ -210,7 +210,7 @@ class Engine:
         self.tally.layers(context.layer_times_s)
         self._advance(packed, context, drawn)
 
-    def _count(self, work: list[Work]) -> None:
+    def _tally(self, work: list[Work]) -> None:
         now_s = time.monotonic()
         self.tally.steps += 1
         for item in work:

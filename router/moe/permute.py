@@ -90,7 +90,7 @@ def split(
     parts: list[Part] = []
     first = 0
     for holder, (share_ids, counts, begin, end) in zip(layout.holders, shares, strict=True):
-        if holder.actor_id is None:  # always the first share
+        if holder.actor_id is None:  # missing experts, which :func:`lay_out` puts first
             first = end
         elif share_ids:
             part_pairs = ordered[begin:end]
