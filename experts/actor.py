@@ -17,11 +17,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import psutil
 import ray
 import torch
 
 from cluster.controller.lease import Lease, end_when_orphaned
+from cluster.device import CPU, accelerator, free_bytes
 from cluster.errors import (
     CheckpointError,
     DeadlineExceededError,
@@ -92,7 +92,9 @@ class ExpertActor:
         self._generation = generation
         self._epoch = epoch
         self._sources = {source.experts.model: source for source in spec.models}
-        self._device = torch.device("cuda" if spec.num_gpus > 0 else "cpu")
+        found = accelerator() if spec.num_gpus > 0 else CPU
+        self._device = found or CPU
+        self._has_device = found is not None  # else :meth:`load` says so
         self._bank = ExpertBank()
         self._checkpoints: dict[str, Checkpoint | Mixture] = {}
         self._load_lock = threading.Lock()
@@ -124,15 +126,16 @@ class ExpertActor:
         A checkpoint that is not on this node's disk comes from another node. Raises
         :class:`CheckpointError` when no node can read the checkpoint, and for bytes that differ
         from the served checkpoint; the experts loaded before that stay. Raises
-        :class:`UnavailableError` when torch does not find the GPU that Ray has assigned. Raises
+        :class:`UnavailableError` when torch does not find the device that Ray has assigned. Raises
         :class:`StaleEpochError` at the next expert once a newer controller has given an order, so
         that its orders do not wait for the rest.
         """
         self._accept(epoch)
-        if self._device.type == "cuda" and not torch.cuda.is_available():
+        if not self._has_device:
             raise UnavailableError(
                 f"Ray gave this actor a GPU of {ray.util.get_node_ip_address()}, but torch "
-                f"{torch.__version__} finds none; install torch for CUDA there, or set num_gpus: 0",
+                f"{torch.__version__} finds no accelerator there; install torch for it, or set "
+                "num_gpus: 0",
                 "args.experts.num_gpus",
             )
         with self._load_lock:
@@ -247,7 +250,7 @@ class ExpertActor:
             waited_s=self._waited_s,
             fetched_bytes=sum(remote.fetched_bytes for remote in remotes),
             fetched_s=sum(remote.fetched_s for remote in remotes),
-            free_bytes=_free_bytes(self._device),
+            free_bytes=free_bytes(self._device),
         )
 
     # Data plane.
@@ -369,12 +372,6 @@ def _shapes(checkpoint: Checkpoint | Mixture) -> tuple[Shape, Shape]:
         return checkpoint.spec.rows_input.shape, checkpoint.spec.combine.shape
     hidden = (checkpoint.shape.hidden_size,)
     return hidden, hidden
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda" and torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _read(data: Buffer) -> DispatchFrame | _Refused:

@@ -103,7 +103,7 @@ def check_devices(devices: Devices, gpus_wanted: float) -> Check:
         return Check("devices", "ok", f"{cpus}, {gpus}")
     advice = (
         "Lower experts.num_gpus or experts.actors, add machines to Ray, or see "
-        "`python -c 'import torch; print(torch.cuda.is_available())'`."
+        "`python -c 'import torch; print(torch.accelerator.is_available())'`."
     )
     return Check("devices", "problem", f"{cpus}, {gpus}; wanted: {gpus_wanted:g}", advice)
 

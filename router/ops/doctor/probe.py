@@ -33,7 +33,10 @@ from router.served import check_file
 TORCH_TIMEOUT_S = 60.0
 _ASK_TORCH = """
 import json, torch
-print(json.dumps([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]))
+kind = torch.accelerator.current_accelerator(check_available=True)
+module = None if kind is None else torch.get_device_module(kind)
+name = getattr(module, "get_device_name", lambda i: f"{kind.type} {i}")
+print(json.dumps([] if kind is None else list(map(name, range(torch.accelerator.device_count())))))
 """
 
 

@@ -72,10 +72,20 @@ def spans() -> SpanKeeper:
 def test_a_gpu_of_rays_that_torch_does_not_find_is_said(
     make: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UnavailableError, match="install torch for CUDA there") as caught:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    with pytest.raises(UnavailableError, match="finds no accelerator there; install") as caught:
         make(num_gpus=1)
     assert caught.value.field == "args.experts.num_gpus"
+
+
+def test_experts_are_loaded_to_whatever_accelerator_torch_finds(
+    make: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta = torch.device("meta")  # takes tensors without their values
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: meta)
+    actor = make(num_gpus=0.5)
+    assert {expert.device for expert in actor._bank.experts.values()} == {meta}
+    assert actor.describe().device == "meta"
 
 
 def expected(folder: Path, rows: torch.Tensor) -> torch.Tensor:
