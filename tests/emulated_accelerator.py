@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Self
 from unittest import mock
 
 import torch
+from torch.utils import _device
 
 PINNABLE = ("empty", "empty_like", "zeros")
 """The functions of torch that take ``pin_memory`` while a device is emulated."""
@@ -304,7 +305,7 @@ def patched_accelerator(memory: Memory, streams: Streams) -> Iterator[None]:
         "synchronize": lambda device=None: streams.synchronize(),
     }
     # torch keeps the set of its factories, so that set is made before they are replaced.
-    torch.utils._device._device_constructors()
+    _device._device_constructors()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Streams, "_active", streams))
         for name, replacement in accelerator.items():

@@ -131,7 +131,8 @@ class DeviceTensor(torch.Tensor):
         if func is torch.Tensor.__deepcopy__:
             return _deep_copy(*args)
         if func is torch.nn.functional.scaled_dot_product_attention and not torch.is_grad_enabled():
-            device = next(a.emulated for a in (*args, *kwargs.values()) if _is_on_device(a))
+            given = [*args, *kwargs.values()]
+            device = next(value.emulated for value in given if _is_on_device(value))
             return device.compute(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
