@@ -26,23 +26,32 @@ PINNABLE = ("empty", "empty_like", "zeros")
 
 
 class EmulationError(AssertionError):
-    """Code did what the emulated device forbids; no ``except RuntimeError`` takes it for less."""
+    """Code broke a rule of the emulated device. No ``except RuntimeError`` hides an assertion."""
 
 
 class HostMemoryError(EmulationError):
     """Pinned memory was overwritten before a copy from it was waited for."""
 
 
+_pinned: dict[int, int] = {}
+"""Where pinned memory begins and ends; as CUDA does, this knows memory by its address."""
+
+
 def mark_pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """Mark a host tensor's memory as pinned; returns the tensor."""
-    storage: Any = tensor.untyped_storage()
-    storage.is_emulated_pinned = True
+    """Mark a host tensor's memory as pinned until it is freed; returns the tensor."""
+    storage = tensor.untyped_storage()
+    start = storage.data_ptr()
+    _pinned[start] = start + storage.nbytes()
+    weakref.finalize(storage, _pinned.pop, start, None).atexit = False
     return tensor
 
 
 def is_pinned(tensor: torch.Tensor, device: object = None) -> bool:
-    """Return whether a host tensor's memory is marked as pinned."""
-    return getattr(tensor.untyped_storage(), "is_emulated_pinned", False)
+    """Return whether a tensor lies in pinned memory of the host."""
+    if not tensor.is_cpu:
+        return False
+    address = tensor.data_ptr()
+    return any(start <= address < end for start, end in list(_pinned.items()))
 
 
 class Memory:

@@ -22,7 +22,8 @@ passes here. It is for inference.
         rows = torch.randn(2, 8).to(device.device)
     assert [copy.num_bytes for copy in copies.to_device] == [64]
 
-All threads see the device while the context is open, whoever starts them. One process has one.
+All threads see the device while the context is open, whoever starts them. One process has one;
+:func:`emulate_process` is for the processes of a deployment.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -50,26 +51,15 @@ from tests.emulated_copies import Access, AccessLog, Copies, Kind, calling_line
 DEVICE = torch.device("privateuseone:0")
 """torch has this type for devices outside of it; so no code can take it for CUDA."""
 
-_WHOLE = {
-    f"aten::{name}"
-    for name in ("layer_norm", "linear", "matmul", "rms_norm", "scaled_dot_product_attention")
-}
-"""Operations that are left whole, since the host's own differ from the sum of their parts."""
 _INDEXED = ("aten::index", "aten::_unsafe_index", "aten::index_put", "aten::_index_put_impl")
 _MASKS = (torch.bool, torch.uint8)
 _READING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _HOST_METHODS = {
     getattr(torch.Tensor, name)
-    for name in (
-        "__array__",
-        "__dlpack__",
-        "__reduce_ex__",
-        "data_ptr",
-        "numpy",
-        "tolist",
-    )
+    for name in ("__array__", "__dlpack__", "__reduce_ex__", "data_ptr", "numpy", "tolist")
 }
 _lone = threading.Lock()
+_until_the_end = ExitStack()
 
 
 class HostReadError(EmulationError):
@@ -120,7 +110,7 @@ class DeviceTensor(torch.Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Refuse the host's methods, and keep whole what torch would take apart on the way."""
+        """Refuse the host's methods; keep attention whole, since its parts have other bits."""
         kwargs = kwargs or {}
         if func in _HOST_METHODS:
             if func is torch.Tensor.numpy and kwargs.get("force"):
@@ -190,7 +180,7 @@ class EmulatedDevice:
         host: torch.Tensor | None = None,
         is_blocking: bool = True,
     ) -> str:
-        """Record an access, and return its line; raises for what no section tolerates."""
+        """Record an access, and return its line; raises where it is forbidden and not tolerated."""
         where = calling_line()
         pinned = host is not None and is_pinned(host)
         access = Access(kind, operation, num_bytes, where, pinned, is_blocking)
@@ -204,7 +194,7 @@ class EmulatedDevice:
         if _reads_values(func, args, kwargs):
             self.note(Kind.HOST_READ, name, _device_bytes(args, kwargs))
             return self.compute(func, args, kwargs)
-        if name not in _WHOLE and func._can_decompose():
+        if func._can_decompose():
             return func.decompose(*args, **kwargs)
         if name == "aten::copy_":
             return self.copy(*args, **kwargs)
@@ -217,13 +207,13 @@ class EmulatedDevice:
         if any(_is_on_host(leaf) for leaf in tree_leaves((args, kwargs))):
             name = func.name() if hasattr(func, "name") else func.__name__
             self.note(Kind.MIXED, name, _device_bytes(args, kwargs))
-        given: dict[int, DeviceTensor] = {}
+        given: dict[int, torch.Tensor] = {}
 
         def inner_of(value: Any) -> Any:
-            if not isinstance(value, DeviceTensor):
-                return value
-            given[id(value.inner)] = value
-            return value.inner
+            inner = value.inner if isinstance(value, DeviceTensor) else value
+            if isinstance(inner, torch.Tensor):
+                given[id(inner)] = value
+            return inner
 
         def wrapped(result: Any) -> Any:
             if not isinstance(result, torch.Tensor) or _leaves_device(kwargs):
@@ -237,7 +227,8 @@ class EmulatedDevice:
         with torch.no_grad():
             results = func(*tree_map(inner_of, tuple(args)), **inner_kwargs)
         for tensor in given.values():
-            self._reshape(tensor)
+            if isinstance(tensor, DeviceTensor):
+                self._reshape(tensor)
         return tree_map(wrapped, results)
 
     def wrap(self, inner: torch.Tensor) -> DeviceTensor:
@@ -281,7 +272,7 @@ class EmulatedDevice:
         return host
 
     def kernels(self) -> dict[str, Callable[..., torch.Tensor]]:
-        """Return torch's operations that see no tensor of the device among their arguments."""
+        """Return the operations that torch looks up by the device's type, not by a tensor's."""
 
         def empty(size: Sequence[int], *, memory_format: Any = None, **options: Any) -> Any:
             layout = memory_format or torch.contiguous_format
@@ -367,3 +358,8 @@ def emulated_device(memory_bytes: int = 16 << 30) -> Iterator[EmulatedDevice]:
             yield device
     finally:
         _lone.release()
+
+
+def emulate_process() -> None:
+    """Emulate a device until the process ends; Ray runs it as a ``worker_process_setup_hook``."""
+    _until_the_end.enter_context(emulated_device())

@@ -90,6 +90,7 @@ def test_pinned_memory_is_known_in_copies(device: EmulatedDevice) -> None:
     plain = torch.zeros(2, 8)
     assert (ring.is_pinned(), ring[1].is_pinned(), plain.is_pinned()) == (True, True, False)
     assert plain.pin_memory().is_pinned()
+    assert torch.frombuffer(ring.numpy().data, dtype=torch.uint8).is_pinned()
     rows = torch.zeros(2, 8).to(device.device)
     with device.counted() as copies:
         rows.copy_(plain)

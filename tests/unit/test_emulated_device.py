@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from cluster.wire.tensors import to_ids
 from tests.checkpoints import randomise
-from tests.emulated_copies import Copies, Kind
+from tests.emulated_copies import ROOT, Copies, Kind
 from tests.emulated_device import (
     DeviceTensor,
     EmulatedDevice,
@@ -344,6 +346,9 @@ def test_what_is_tolerated_is_recorded_and_computed(device: EmulatedDevice, rows
         assert rows.sum().item() == 496
         assert (rows + torch.ones(4, 8)).cpu()[0, 0] == 1
         assert rows[rows > 30].cpu().tolist() == [31]
+        host = torch.ones(4, 8)
+        assert host.add_(rows) is host
+        assert host[3, 7] == 32
     assert [access.kind for access in copies.accesses] == [
         Kind.HOST_READ,
         Kind.HOST_READ,
@@ -351,6 +356,7 @@ def test_what_is_tolerated_is_recorded_and_computed(device: EmulatedDevice, rows
         Kind.TO_HOST,
         Kind.HOST_READ,
         Kind.TO_HOST,
+        Kind.MIXED,
     ]
     with pytest.raises(HostReadError):
         rows.tolist()
@@ -445,3 +451,27 @@ def test_one_device_at_a_time_and_none_afterwards() -> None:
         torch.ones(3).to(device.device)
     with emulated_device() as again:
         assert torch.ones(3).to(again.device).cpu().tolist() == [1, 1, 1]
+
+
+def test_a_process_of_a_deployment_has_a_device_from_its_start_to_its_end() -> None:
+    code = """
+import threading, torch
+from tests.emulated_device import HostReadError, emulate_process
+emulate_process()
+def work():
+    rows = torch.ones(3, device=torch.accelerator.current_accelerator())
+    try:
+        rows.tolist()
+    except HostReadError:
+        print(rows.cpu().tolist())
+threading.Thread(target=work).start()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[1.0, 1.0, 1.0]\n", "")
