@@ -6,8 +6,12 @@ first of them is meant.
 
 from __future__ import annotations
 
+import socket
+
 import psutil
 import torch
+
+from cluster.errors import UnavailableError
 
 CPU = torch.device("cpu")
 
@@ -15,6 +19,37 @@ CPU = torch.device("cpu")
 def accelerator() -> torch.device | None:
     """Return the accelerator that torch finds in this process, ``None`` without one."""
     return torch.accelerator.current_accelerator(check_available=True)
+
+
+def device_of(kind: str, num_gpus: float, field: str) -> torch.device:
+    """Return the device of a process to which Ray has given ``num_gpus``.
+
+    ``kind`` is ``cpu``, ``accelerator``, or ``auto``: the accelerator where ``num_gpus`` is above
+    0. Raises :class:`UnavailableError` for ``field`` where torch finds no accelerator.
+    """
+    if kind == "cpu" or (kind == "auto" and num_gpus == 0):
+        return CPU
+    found = accelerator()
+    if found is None:
+        raise UnavailableError(
+            f"torch {torch.__version__} finds no accelerator on {socket.gethostname()}; install "
+            "torch for it there, or have it computed on the CPU",
+            field,
+        )
+    return found
+
+
+def check_room(device: torch.device, needed_bytes: int, field: str) -> None:
+    """Raise :class:`UnavailableError` for ``field`` where an accelerator has too little memory."""
+    if device == CPU:
+        return
+    missing_bytes = needed_bytes - free_bytes(device)
+    if missing_bytes > 0:
+        raise UnavailableError(
+            f"{device} of {socket.gethostname()} lacks {missing_bytes:,} bytes of the "
+            f"{needed_bytes:,} that are needed",
+            field,
+        )
 
 
 def free_bytes(device: torch.device) -> int:

@@ -134,6 +134,7 @@ def _router(name: str, config: AppConfig, deployment: type = RouterDeployment) -
         max_ongoing_requests=4 * (router.max_batch_size + router.max_queue_requests),
         ray_actor_options={
             "num_cpus": router.num_cpus,
+            "num_gpus": router.num_gpus if deployment is RouterDeployment else 0,
             "runtime_env": _runtime_env(router_environment(router.threads)),
         },
         **_draining(config),

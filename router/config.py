@@ -116,6 +116,19 @@ class RouterConfig(Section):
     )
     autoscaling: ReplicaScaling = None
     num_cpus: float = Field(default=0.1, ge=0, description="CPUs that one router reserves in Ray.")
+    num_gpus: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="GPUs that one router of a language model reserves; routers and actors may "
+        "share one by fractions. This was never run on a GPU.",
+    )
+    device: Literal["auto", "cpu", "accelerator"] = Field(
+        default="auto",
+        description="Where the dense part of a language model computes and has its cache. `auto` "
+        "is the accelerator that Ray gives for `num_gpus`, or the CPU where that is 0. "
+        "`accelerator` is any that torch finds there, also one that is not reserved.",
+    )
     threads: int = Field(default=1, ge=1, le=256, description="Compute threads of one router.")
     max_batch_size: int = Field(
         default=32,
@@ -160,7 +173,9 @@ class RouterConfig(Section):
         return max(max_model_len, min(wanted, MAX_DEFAULT_CACHE_TOKENS))
 
     @model_validator(mode="after")
-    def _step_holds_batch(self) -> RouterConfig:
+    def _fits_together(self) -> RouterConfig:
+        if self.device == "cpu" and self.num_gpus > 0:
+            raise ValueError(f"device cpu leaves the GPU unused (given: num_gpus {self.num_gpus})")
         if self.max_batch_tokens < self.max_batch_size:  # decodes would leave no room for prefill
             raise ValueError(
                 f"max_batch_tokens must be at least max_batch_size, {self.max_batch_size} "

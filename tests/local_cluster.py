@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from cluster.device import CPU
 from cluster.errors import ExpertMeshError
 from cluster.placement.placement import Placement, assign_experts, empty_placement
 from cluster.spec import Emulation, ExpertKey, ModelExperts
@@ -134,6 +135,7 @@ class LocalCluster:
         min_copies: int = 1,
         emulation: Emulation | None = None,
         capacity: CapacityConfig | None = None,
+        device: torch.device = CPU,
     ) -> None:
         """``elsewhere`` is a model's id with transport and placement, where its experts live."""
         limits = limits or Limits(32, 64, 256)
@@ -166,7 +168,7 @@ class LocalCluster:
         self.overflow = {} if self.limit is None else self.limit.overflow
         self.layers = MoELayers(self.dispatcher, WeightedSums(), self.limit)
         self.model = MoEModel(
-            self.checkpoint, TORCH_DTYPES[dtype], num_pages * PAGE_SIZE, self.layers
+            self.checkpoint, TORCH_DTYPES[dtype], num_pages * PAGE_SIZE, self.layers, device
         )
         self.scheduler = Scheduler(limits, num_pages)
         self._outcomes: defaultdict[str, list[TokenEvent | ExpertMeshError]] = defaultdict(list)

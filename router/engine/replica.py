@@ -22,6 +22,7 @@ import psutil
 import torch
 
 from cluster.controller.application import app_is_wanted
+from cluster.device import device_of
 from cluster.errors import ExpertMeshError, ModelReplacedError, being_deleted
 from cluster.transport.open import open_transport
 from cluster.wire.tensors import TORCH_DTYPES
@@ -106,8 +107,10 @@ class RouterReplica:
         self._overflow: Mapping[tuple[int, int], int] = {} if limit is None else limit.overflow
         layers = MoELayers(self._dispatcher, WeightedSums(), limit)
         num_pages = pages_needed(config.cache_tokens_for(model.max_model_len))
+        device = device_of(config.device, config.num_gpus, "args.router.device")
         opened = open_model(model.path, model.source.identity, RayNeighbours())
         checkpoint = language_model(opened)
+        dtype, num_slots = TORCH_DTYPES[model.dtype], num_pages * PAGE_SIZE
         scheduler = Scheduler(
             Limits(
                 config.max_batch_size,
@@ -119,12 +122,7 @@ class RouterReplica:
         )
         self._scheduler = scheduler
         self._engine = Engine(
-            MoEModel(
-                checkpoint,
-                TORCH_DTYPES[model.dtype],
-                num_pages * PAGE_SIZE,
-                layers,
-            ),
+            MoEModel(checkpoint, dtype, num_slots, layers, device),
             layers,
             scheduler,
             frozenset(model.eos_token_ids),
@@ -140,10 +138,11 @@ class RouterReplica:
         gc.freeze()  # the model lives as long as the process; collections skip it from here on
         self._engine.start()
         logger.info(
-            "router of %s: %s, cache of %d tokens%s",
+            "router of %s: %s on %s, cache of %d tokens%s",
             model.id,
             model.dtype,
-            num_pages * PAGE_SIZE,
+            device,
+            num_slots,
             "" if checkpoint.remote is None else f", {checkpoint.remote.summary()}",
         )
         if experts.emulated_pools:

@@ -77,6 +77,12 @@ class PagedCache:
         self._gathered_keys = _Scratch(self.keys[0])
         self._gathered_values = _Scratch(self.values[0])
 
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all layers; memory that keys and values share counts once."""
+        storages = [tensor.untyped_storage() for tensor in (*self.keys, *self.values)]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
     def store(
         self, layer_id: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> None:

@@ -21,6 +21,7 @@ import transformers
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from cluster.device import CPU, check_room
 from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import read_tensor
@@ -33,8 +34,10 @@ from router.model.grok import register_grok
 from router.model.kv_cache import LatentCache, PagedBatch, PagedCache
 from router.model.latent_attention import LATENT_ATTENTION_NAME, keep_latents, latent_attention
 from router.model.paged_attention import ATTENTION_NAME, PagedContext, paged_attention
+from router.model.staged_batch import batch_to_device
 from router.moe.gate import Gate
 from router.moe.layer import MoELayers, RemoteExperts, StepContext
+from router.moe.staging import Staging
 
 _REPLACING = threading.Lock()
 
@@ -122,21 +125,32 @@ class MoEModel:
         dtype: torch.dtype,
         cache_slots: int,
         layers: MoELayers[torch.Tensor],
+        device: torch.device = CPU,
     ) -> None:
-        """Load the dense part and make a cache of ``cache_slots`` tokens."""
-        self._model = load_dense(checkpoint, dtype)
-        _connect(self._model, checkpoint, layers)
+        """Load the dense part to ``device``, and make a cache of ``cache_slots`` tokens there.
+
+        Raises :class:`UnavailableError` where an accelerator has too little memory for both.
+        """
+        model = load_dense(checkpoint, dtype)
+        weights_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        one_slot = _cache_of(model.config, checkpoint.family, 1, dtype, CPU)
+        needed_bytes = weights_bytes + cache_slots * one_slot.num_bytes
+        check_room(device, needed_bytes, "args.router.cache_tokens")
+        self._model = model.to(device)
+        self._staging = None if device == CPU else Staging(device)
+        _connect(self._model, checkpoint, layers, self._staging)
         keep_latents(self._model)
-        fuse_attention(self._model)
-        pack_linears(self._model)
-        replace_norms(self._model)
+        if self._staging is None:
+            fuse_attention(self._model)
+            pack_linears(self._model)
+            replace_norms(self._model)
         self._layers = layers
         config = self._model.config
         # Some families write 0 for no window, others leave the key out.
         self.sliding_window: int | None = getattr(config, "sliding_window", None) or None
         self._has_window = _layers_with_window(config)
-        self.length_step = length_step(dtype, self._model.device)
-        self._cache = _cache_of(config, checkpoint.family, cache_slots, dtype, self._model.device)
+        self.length_step = length_step(dtype, device)
+        self._cache = _cache_of(config, checkpoint.family, cache_slots, dtype, device)
         self._base, self._head = self._model.base_model, self._model.get_output_embeddings()
 
     @torch.inference_mode()
@@ -148,12 +162,16 @@ class MoEModel:
         sample_rows: torch.Tensor,
         context: StepContext,
     ) -> torch.Tensor:
-        """Run one packed step; returns fp32 logits [R, V] of the rows to sample.
+        """Run one packed step; returns fp32 logits [R, V] of the rows to sample, on the host.
 
-        ``token_ids`` and ``positions`` are [T]; ``sample_rows`` [R] are indices into them. Every
-        MoE layer gets ``context``.
+        ``token_ids`` and ``positions`` are [T]; ``sample_rows`` [R] are indices into them. All
+        inputs are on the host. Every MoE layer gets ``context``.
         """
         self._layers.context = context
+        if self._staging is not None:
+            batch, [token_ids, positions, sample_rows] = batch_to_device(
+                self._staging, batch, token_ids, positions, sample_rows
+            )
         # transformers' layers come back to us by paged_attention, Gate.forward and
         # RemoteExperts.forward.
         output = self._base(
@@ -164,7 +182,7 @@ class MoEModel:
             paged=PagedContext(self._cache, batch, self._has_window),
         )
         hidden_states = output.last_hidden_state[0].index_select(0, sample_rows)  # [R, H]
-        return self._head(hidden_states).float()
+        return self._head(hidden_states).float().cpu()
 
 
 def _cache_of(
@@ -186,7 +204,12 @@ def _layers_with_window(config: Any) -> tuple[bool, ...]:
     return (bool(getattr(config, "sliding_window", None)),) * config.num_hidden_layers
 
 
-def _connect(model: nn.Module, checkpoint: Checkpoint, layers: MoELayers[torch.Tensor]) -> None:
+def _connect(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    layers: MoELayers[torch.Tensor],
+    staging: Staging | None,
+) -> None:
     """Replace each MoE layer's gate, and set the attributes of its ``RemoteExperts``."""
     family, shape = checkpoint.family, checkpoint.shape
     found = [
@@ -204,7 +227,7 @@ def _connect(model: nn.Module, checkpoint: Checkpoint, layers: MoELayers[torch.T
     for layer_id, (block, experts) in zip(shape.layers, found, strict=True):
         gate = replace_gate(block, family.gate_module, spec, shape.num_experts_per_tok)
         experts.layer_id, experts.layers = layer_id, layers
-        experts.gate = gate
+        experts.gate, experts.staging = gate, staging
 
 
 def replace_gate(block: Any, path: str, spec: GateSpec, top_k: int) -> Gate:

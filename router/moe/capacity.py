@@ -131,7 +131,7 @@ def within_capacity(
     if demand.max() <= capacity:
         return Placed(choice, np.zeros(0, dtype=np.int64), np.zeros(len(missing), dtype=np.int64))
     room = _Room(num_tokens, served.sum(axis=1), capacity, missing)
-    weights = choice.weights.float().cpu().numpy()
+    weights = choice.weights.float().numpy()
     for tokens, experts in _in_line(np.arange(num_tokens), choice.ids, weights, served):
         room.ask(tokens, experts)
     before = -1
@@ -156,7 +156,7 @@ def _next(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the next experts of ``tokens`` among the ``allowed`` experts, rank by rank."""
     chosen = choose_among(tokens, allowed)
-    shares = chosen.weights.float().cpu().numpy()
+    shares = chosen.weights.float().numpy()
     yield from _in_line(tokens, chosen.ids, shares, shares > 0)
 
 

@@ -39,7 +39,7 @@ class WeightedSums:
 
     def finite_rows(self, result: torch.Tensor) -> np.ndarray:
         """Return whether each sum is finite, bool [T]."""
-        is_finite: np.ndarray = result.isfinite().all(dim=1).cpu().numpy()
+        is_finite: np.ndarray = result.isfinite().all(dim=1).numpy()
         return is_finite
 
 
@@ -69,7 +69,7 @@ def prepare(weights: torch.Tensor, summand_of: np.ndarray, like: torch.Tensor) -
     ``weights`` [T, K] are the gate's. ``summand_of`` [P] is the order of the sums
     (:func:`router.moe.permute.sum_order`). Rows have the width and the dtype of ``like`` [T, H].
     """
-    is_known = (like.dtype, weights.dtype) in _NATIVE and weights.is_cpu and like.is_cpu
+    is_known = (like.dtype, weights.dtype) in _NATIVE
     if native is None or not is_known or not like.numel():
         return Plan(weights, summand_of, like)
     sums = torch.empty_like(like, memory_format=torch.contiguous_format)
@@ -81,8 +81,8 @@ def combine(received: list[ExpertRows], plan: Plan) -> tuple[torch.Tensor, bool]
 
     Each weighted row is rounded to the rows' dtype and accumulated in it, one expert after the
     other. The sums equal those of transformers' eager experts bit for bit, whatever the placement,
-    the number of actors or a retry. Returns [T, H] on the weights' device, and whether all of it is
-    finite. The sums last until the plan is used again.
+    the number of actors or a retry. Returns [T, H], and whether all of it is finite. The sums last
+    until the plan is used again.
     """
     weights, summand_of, like, sums, weights_bytes, sums_bytes = plan
     if sums is None:
@@ -94,19 +94,19 @@ def combine(received: list[ExpertRows], plan: Plan) -> tuple[torch.Tensor, bool]
 
 
 def _combine_in_torch(received: list[ExpertRows], plan: Plan) -> tuple[torch.Tensor, bool]:
-    """Do what :func:`combine` does, for dtypes and devices that the native code does not know."""
+    """Do what :func:`combine` does, for dtypes that the native code does not know."""
     weights, summand_of, like = plan[:3]
     num_tokens, k = weights.shape
     # Weights and rows, each in the order of the summands.
     ranks = np.empty(summand_of.size, np.int64)
     ranks[summand_of] = np.arange(summand_of.size) % k
-    order = torch.from_numpy(ranks.reshape(num_tokens, k)).to(weights.device)
+    order = torch.from_numpy(ranks.reshape(num_tokens, k))
     rows = torch.zeros(summand_of.size, like.shape[1], dtype=like.dtype)
     for piece in received:
         raw = to_raw(rows)
         outputs = np.frombuffer(piece.rows, raw.dtype).reshape(-1, like.shape[1])
         raw[summand_of[piece.pairs]] = outputs
-    values = rows.to(weights.device).view(num_tokens, k, like.shape[1])
+    values = rows.view(num_tokens, k, like.shape[1])
     sums = _in_pieces(values, weights.gather(1, order))
     return sums, bool(sums.isfinite().all())
 
@@ -115,7 +115,7 @@ def _in_pieces(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Sum rows [T, K, H], weighted by [T, K], over K; returns [T, H]."""
     num_tokens, k, hidden_size = rows.shape
     step = max(1, CHUNK_VALUES // (k * hidden_size))
-    if num_tokens <= step or not rows.is_cpu:
+    if num_tokens <= step:
         return _weighted_sum(rows, weights)
     pieces = zip(rows.split(step), weights.split(step), strict=True)
     return torch.cat([_weighted_sum(*piece) for piece in pieces])

@@ -116,7 +116,7 @@ class Dispatcher:
         pairs: np.ndarray | None = None,
         traceparent: str | None = None,
     ) -> PendingLayer | None:
-        """Send hidden states [T, H], or other rows [T, ...], to the experts that the gate chose.
+        """Send hidden states [T, H], or other rows [T, ...] of the host, to the gate's experts.
 
         Pair t * K + r is token t with expert ``topk_ids[t, r]``, int64 [T, K]. An expert gets its
         rows by rank, then by token, as transformers' eager experts do, since a row's bits depend on
@@ -131,7 +131,7 @@ class Dispatcher:
         """
         layer = PendingLayer(
             layer_id=layer_id,
-            rows=hidden_states if hidden_states.is_cpu else hidden_states.cpu(),
+            rows=hidden_states,
             row_shape=tuple(hidden_states.shape[1:]),
             expert_ids=topk_ids.ravel(),
             k=topk_ids.shape[1],

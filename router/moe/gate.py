@@ -44,6 +44,7 @@ class Gate(nn.Module):
         self._scores_dtype = torch.float32 if "scores" in spec.float32 else None
         self._rounds_weights = "scores" in spec.float32 and "weights" not in spec.float32
         self._correction = None if correction is None else correction.float()
+        self._lowest = -1.0 if correction is None else float(correction.cpu().min()) - 1.0
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         """Map hidden states [..., H] to ``None``, weights and ids [T, K], for transformers' blocks.
@@ -104,7 +105,7 @@ class Gate(nn.Module):
         """
         if self._spec.score == "softmax_of_chosen":
             return -torch.inf
-        return -1.0 if self._correction is None else self._correction.min().item() - 1.0
+        return self._lowest
 
     def _of_best_groups(self, scores: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
         """Return the scores [T, E] with those of all but the best groups made lowest.
@@ -170,6 +171,6 @@ def choose_among(gate: Gate, hidden_states: torch.Tensor) -> ChooseAmong:
     def choose(rows: np.ndarray, allowed: np.ndarray) -> Choice:
         some = hidden_states.index_select(0, torch.from_numpy(rows).to(device))
         ids, weights = gate.choose(some, torch.from_numpy(allowed).to(device))
-        return Choice(ids.cpu().numpy(), weights)
+        return Choice(ids.cpu().numpy(), weights.cpu())
 
     return choose

@@ -25,6 +25,7 @@ from router.moe.dispatch import Dispatcher
 from router.moe.gate import Choice, ChooseAmong, Gate, choose_among
 from router.moe.missing import StepMissing
 from router.moe.pending import AwayError, PendingLayer
+from router.moe.staging import Staging
 from router.observability.tracing import StepTrace, traceparent
 
 R = TypeVar("R")
@@ -58,6 +59,7 @@ class RemoteExperts(nn.Module):
         self.layer_id = -1
         self.layers: MoELayers[torch.Tensor] | None = None
         self.gate: Gate | None = None
+        self.staging: Staging | None = None
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -69,10 +71,13 @@ class RemoteExperts(nn.Module):
         if self.layers is None:
             raise RuntimeError(f"layer {self.layer_id} has no dispatcher")
         rows = hidden_states.flatten(0, -2)
-        choice = Choice(to_ids(top_k_index), top_k_weights)
         among = None if self.gate is None else choose_among(self.gate, rows)
-        combined = self.layers(self.layer_id, rows, choice, among)
-        return combined.view(hidden_states.shape)
+        if self.staging is None:  # the model is on the host
+            choice = Choice(to_ids(top_k_index), top_k_weights)
+            return self.layers(self.layer_id, rows, choice, among).view(hidden_states.shape)
+        ids, weights, rows = self.staging.to_host(top_k_index, top_k_weights, rows)
+        combined = self.layers(self.layer_id, rows, Choice(to_ids(ids), weights), among)
+        return self.staging.to_device(combined)[0].view(hidden_states.shape)
 
 
 @dataclass(slots=True)

@@ -158,7 +158,7 @@ def choose_anew(
     ids, served = choice.ids.copy(), served.copy()
     ids[rows], served[rows] = new.ids, is_left
     weights = choice.weights
-    index = torch.from_numpy(rows).to(weights.device)
+    index = torch.from_numpy(rows)
     return Choice(
         ids,
         weights.index_copy(0, index, new.weights.to(weights.dtype)),

@@ -59,9 +59,16 @@ class Deployment:
 
     @property
     def num_gpus(self) -> float:
-        """The GPUs that all expert actors reserve."""
-        pools = [pool for config, _ in self.applications for pool in config.experts.all_pools()]
-        return sum(pool.actors * pool.num_gpus for pool in pools)
+        """The GPUs that all expert actors and routers reserve."""
+        return sum(
+            sum(pool.actors * pool.num_gpus for pool in config.experts.all_pools())
+            + config.router.num_gpus * config.router.replicas * _num_language_models(models)
+            for config, models in self.applications
+        )
+
+
+def _num_language_models(models: Mapping[str, Size]) -> int:
+    return sum(not isinstance(size, int) for size in models.values())
 
 
 def read_deployment(file: Path, joins: bool = False) -> Deployment:

@@ -177,6 +177,13 @@ BAD_VALUES: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"models": [MODEL], "experts": None}, "args.experts", "given: None"),
     ({"models": [MODEL], "router": {"replicas": 1.5}}, "args.router.replicas", "given: 1.5"),
+    ({"models": [MODEL], "router": {"num_gpus": 1.5}}, "args.router.num_gpus", "given: 1.5"),
+    ({"models": [MODEL], "router": {"device": "cuda"}}, "args.router.device", "'accelerator'"),
+    (
+        {"models": [MODEL], "router": {"device": "cpu", "num_gpus": 0.5}},
+        "args.router",
+        "device cpu leaves the GPU unused (given: num_gpus 0.5)",
+    ),
     ({"models": [MODEL], "router": {"cache_tokens": 15}}, "args.router.cache_tokens", "given: 15"),
     ({"models": [MODEL], "gateway": {"max_choices": 0}}, "args.gateway.max_choices", "given: 0"),
     (
