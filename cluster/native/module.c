@@ -5,7 +5,7 @@
     {#name, (PyCFunction)(void (*)(void))native_##name, METH_FASTCALL, "See " where "."}
 
 static PyMethodDef functions[] = {
-    ENTRY(sum_order, "router.moe.permute.sum_order"),
+    ENTRY(summands_of, "router.moe.permute.summands_of"),
     ENTRY(route, "router.moe.permute.route"),
     ENTRY(gather, "router.moe.permute.gather"),
     ENTRY(combine, "router.moe.combine"),

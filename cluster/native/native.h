@@ -63,7 +63,7 @@ static inline int are_given(Py_ssize_t given, Py_ssize_t wanted) {
 #define FUNCTION(name) \
     PyObject *native_##name(PyObject *self, PyObject *const *args, Py_ssize_t given)
 
-FUNCTION(sum_order);
+FUNCTION(summands_of);
 FUNCTION(route);
 FUNCTION(gather);
 FUNCTION(combine);

@@ -13,8 +13,8 @@
 #define MOST_EXPERTS (1 << 20) /* of a token; and most bytes of a row: no product overflows */
 #define MOST_ROW_BYTES (1 << 30)
 
-/* sum_order(ids [T, K] int64, k, summand_of [P] int64 out) */
-FUNCTION(sum_order) {
+/* summands_of(ids [T, K] int64, k, summand_of [P] int64 out) */
+FUNCTION(summands_of) {
     Buffers buffers = {.count = 0};
     Py_buffer *ids_view, *summands_view;
     if (!are_given(given, 3)) return NULL;

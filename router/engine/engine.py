@@ -207,7 +207,7 @@ class Engine:
             packed.token_ids, packed.positions, packed.batch, packed.sample_rows, context
         )
         drawn = sample(logits, [_draw_of(s) for s in packed.sampled])
-        self.tally.layers(context.layer_times_s)
+        self.tally.note_layers(context.layer_times_s)
         self._advance(packed, context, drawn)
 
     def _tally(self, work: list[Work]) -> None:

@@ -56,7 +56,7 @@ class EngineTally:
             times.first_token_at_s = now_s
         times.last_token_at_s = now_s
 
-    def layers(self, times_s: Iterable[float]) -> None:
+    def note_layers(self, times_s: Iterable[float]) -> None:
         """Count the durations of a step's MoE layers."""
         for took_s in times_s:
             self.latest_layers_s.append(took_s)

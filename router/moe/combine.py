@@ -15,7 +15,7 @@ from cluster.native.built import native
 from cluster.wire.frames import Buffer
 from cluster.wire.tensors import to_bytes, to_raw
 from router.moe.gate import Choice
-from router.moe.permute import sum_order
+from router.moe.permute import summands_of
 
 CHUNK_VALUES = 1 << 19
 """The most values that torch weights at once on a CPU. Weights in float32 widen all values to
@@ -31,7 +31,7 @@ class WeightedSums:
 
     def prepare(self, choice: Choice, rows: torch.Tensor) -> Plan:
         """Prepare :meth:`combine` while the experts compute."""
-        return prepare(choice.weights, sum_order(choice.ids), rows)
+        return prepare(choice.weights, summands_of(choice.ids), rows)
 
     def combine(self, received: list[ExpertRows], plan: Plan) -> tuple[torch.Tensor, bool]:
         """Return the sums [T, H], and whether they are finite; see :func:`combine`."""
@@ -67,7 +67,7 @@ def prepare(weights: torch.Tensor, summand_of: np.ndarray, like: torch.Tensor) -
     """Prepare :func:`combine` while the experts compute.
 
     ``weights`` [T, K] are the gate's. ``summand_of`` [P] is the order of the sums
-    (:func:`router.moe.permute.sum_order`). Rows have the width and the dtype of ``like`` [T, H].
+    (:func:`router.moe.permute.summands_of`). Rows have the width and the dtype of ``like`` [T, H].
     """
     is_known = (like.dtype, weights.dtype) in _NATIVE
     if native is None or not is_known or not like.numel():

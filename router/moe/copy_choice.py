@@ -18,7 +18,7 @@ import numpy as np
 
 from cluster.placement.placement import Placement
 from router.moe.pending import PendingLayer
-from router.moe.permute import Layout, Layouts, Part, lay_out
+from router.moe.permute import Layout, LayoutCache, Part, lay_out
 from router.moe.shared_load import SharedLoad
 
 AVOID_S = 10.0
@@ -38,7 +38,7 @@ class CopyChoice:
 
     def __init__(
         self,
-        layouts: Layouts,
+        layouts: LayoutCache,
         is_ready: Callable[[str, int], bool],
         shared: SharedLoad | None = None,
     ) -> None:
@@ -64,7 +64,7 @@ class CopyChoice:
     ) -> Layout:
         """Return a layer's layout for sending ``pairs``, with one copy of each expert."""
         holders = self._layouts.holders(placement, layer.layer_id)
-        expert_ids = layer.expert_ids if pairs is None else layer.expert_ids[pairs]
+        expert_ids = layer.expert_of_pair if pairs is None else layer.expert_of_pair[pairs]
         counts = np.bincount(expert_ids, minlength=len(holders)).tolist()
         avoided = self._avoided(placement, layer, now_s)
         chosen = self.choose(holders, counts, avoided | self._unready(placement, avoided))

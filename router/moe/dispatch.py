@@ -133,7 +133,7 @@ class Dispatcher:
             layer_id=layer_id,
             rows=hidden_states,
             row_shape=tuple(hidden_states.shape[1:]),
-            expert_ids=topk_ids.ravel(),
+            expert_of_pair=topk_ids.ravel(),
             k=topk_ids.shape[1],
             dtype=dtype_name(hidden_states.dtype),
             deadline_s=deadline_s,
@@ -150,7 +150,7 @@ class Dispatcher:
         layout = self._layouts.fixed(placement, layer.layer_id)
         if layout is None:  # an expert has several copies
             layout = self._copies.layout(placement, layer, pairs, time.monotonic())
-        ordered, parts, missing_pairs = split(layout, layer.expert_ids, layer.k, pairs)
+        ordered, parts, missing_pairs = split(layout, layer.expert_of_pair, layer.k, pairs)
         if len(missing_pairs):
             return False
         layer.attempt = self._send_parts(placement, layer, ordered, parts)

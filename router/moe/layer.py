@@ -28,21 +28,21 @@ from router.moe.pending import AwayError, PendingLayer
 from router.moe.staging import Staging
 from router.observability.tracing import StepTrace, traceparent
 
-R = TypeVar("R")
+Result = TypeVar("Result")
 
 
-class Combination(Protocol[R]):
+class Combination(Protocol[Result]):
     """Makes a layer's result of the rows of its experts, such as :class:`WeightedSums`."""
 
     def prepare(self, choice: Choice, rows: torch.Tensor) -> Any:
         """Prepare :meth:`combine` while the experts compute; ``rows`` [T, ...] were sent."""
         ...
 
-    def combine(self, received: list[ExpertRows], plan: Any) -> tuple[R, bool]:
+    def combine(self, received: list[ExpertRows], plan: Any) -> tuple[Result, bool]:
         """Return the result, and whether all of it is finite; a row not received counts as 0."""
         ...
 
-    def finite_rows(self, result: R) -> np.ndarray:
+    def finite_rows(self, result: Result) -> np.ndarray:
         """Return whether the result of each token is finite, bool [T]."""
         ...
 
@@ -117,7 +117,7 @@ class StepContext:
         self.not_finite.update(owners[~is_finite].tolist())
 
 
-class MoELayers(Generic[R]):
+class MoELayers(Generic[Result]):
     """The MoE layers of one model; their experts are actors.
 
     ``placed`` is the model in the newest placement. ``context`` is that of the current step, set
@@ -127,7 +127,7 @@ class MoELayers(Generic[R]):
     def __init__(
         self,
         dispatcher: Dispatcher,
-        combination: Combination[R],
+        combination: Combination[Result],
         limit: CapacityLimit | None = None,
     ) -> None:
         """Send rows through ``dispatcher``; ``limit`` bounds the tokens of an expert in a step."""
@@ -143,7 +143,7 @@ class MoELayers(Generic[R]):
         hidden_states: torch.Tensor,
         gate_choice: Choice,
         among: ChooseAmong | None = None,
-    ) -> R:
+    ) -> Result:
         """Combine the experts of the gate's choice [T, K] over hidden states [T, H] or other rows.
 
         ``among`` is the layer's gate, asked again where an expert has no live copy. Raises
@@ -156,7 +156,7 @@ class MoELayers(Generic[R]):
         span = None if context.trace is None else context.trace.layer(layer_id)
         parent = None if span is None else traceparent(span.get_span_context())
         try:
-            combined: R | None = None
+            combined: Result | None = None
             # Repeats, with another choice or fewer pairs, when an expert is lost or away meanwhile.
             while combined is None:
                 choice = self._without_missing(context, layer_id, gate_choice, among)
@@ -193,7 +193,7 @@ class MoELayers(Generic[R]):
         hidden_states: torch.Tensor,
         choice: Choice,
         parent: str | None,
-    ) -> R | None:
+    ) -> Result | None:
         """Return the result of a choice; ``None`` when an expert has lost its last live copy.
 
         Also ``None`` when experts are away at the step's deadline; the works that need them wait.
@@ -217,8 +217,8 @@ class MoELayers(Generic[R]):
             return None
 
     def _combine_again(
-        self, context: StepContext, pending: PendingLayer, plan: Any, result: R
-    ) -> R | None:
+        self, context: StepContext, pending: PendingLayer, plan: Any, result: Result
+    ) -> Result | None:
         """Return the result of a layer whose ``result`` is not finite.
 
         Rows that came damaged are asked for once more. A result that is not finite even then is

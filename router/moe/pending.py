@@ -65,7 +65,7 @@ class PendingLayer:
     layer_id: int
     rows: torch.Tensor
     row_shape: Shape
-    expert_ids: np.ndarray
+    expert_of_pair: np.ndarray
     k: int
     dtype: str
     deadline_s: float

@@ -98,7 +98,7 @@ def split(
     return ordered[first:], parts, ordered[:first]
 
 
-def sum_order(ids: np.ndarray) -> np.ndarray:
+def summands_of(ids: np.ndarray) -> np.ndarray:
     """Return which of the summands each pair's row is, int64 [P].
 
     The summands of token t are ``t * K`` to ``t * K + K - 1``, by ascending expert. Summed in this
@@ -108,7 +108,7 @@ def sum_order(ids: np.ndarray) -> np.ndarray:
     k = ids.shape[1]
     summand_of = np.empty(ids.size, np.int64)
     if native is not None:
-        native.sum_order(ids, k, summand_of)
+        native.summands_of(ids, k, summand_of)
         return summand_of
     by_expert = ids.argsort(axis=1, kind="stable")  # a token's ranks, by ascending expert
     summand_of[(by_expert + np.arange(0, ids.size, k)[:, None]).ravel()] = np.arange(ids.size)
@@ -169,7 +169,7 @@ def missing_by_layer(placement: Placement, model: str) -> dict[int, np.ndarray]:
     return masks
 
 
-class Layouts:
+class LayoutCache:
     """The layouts of one model's layers under the latest placement that was asked about."""
 
     def __init__(self, model: str) -> None:
@@ -234,7 +234,7 @@ class PlacedModel:
         """``model`` is the model's key."""
         self._model = model
         self._view = view
-        self.layouts = Layouts(model)
+        self.layouts = LayoutCache(model)
 
     def is_placed(self) -> bool:
         """Return whether a placement is known that has the model."""

@@ -16,7 +16,7 @@ from router.engine.batch import pack
 from router.engine.sequence import Sequence, Work
 from router.messages.request import GenerationRequest, SamplingParams
 from router.moe.combine import ExpertRows, combine, prepare
-from router.moe.permute import gather, lay_out, split, sum_order
+from router.moe.permute import gather, lay_out, split, summands_of
 
 ROOT = Path(__file__).parents[3]
 DOCUMENT = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
@@ -84,7 +84,7 @@ def test_the_example_is_sent_and_summed_so() -> None:
     layout = lay_out(HOLDERS, dict.fromkeys(HOLDERS.values(), 1))
     ordered, parts, missing = split(layout, ids.ravel(), 2, None)
     assert not len(missing)
-    says(ids.tolist(), [[0.6, 0.4], [0.7, 0.3]], ordered.tolist(), sum_order(ids).tolist())
+    says(ids.tolist(), [[0.6, 0.4], [0.7, 0.3]], ordered.tolist(), summands_of(ids).tolist())
     assert [part.actor_id for part in parts] == ["x", "y", "z"]
     for part, rows in zip(parts, ("f1(hB), f1(hA)", "f2(hB)", "f4(hA)"), strict=True):
         says(part.pairs.tolist())
@@ -98,7 +98,7 @@ def test_the_example_is_sent_and_summed_so() -> None:
         ExpertRows(part.pairs, to_bytes(torch.stack(rows)))
         for part, rows in zip(parts, computed, strict=True)
     ]
-    sums, is_finite = combine(received, prepare(weights, sum_order(ids), HIDDEN_STATES))
+    sums, is_finite = combine(received, prepare(weights, summands_of(ids), HIDDEN_STATES))
     assert is_finite
     assert "A: 0.4 f1(hA) + 0.6 f4(hA); B: 0.7 f1(hB) + 0.3 f2(hB)" in EXAMPLE
     of_pair = weights.ravel()

@@ -12,7 +12,7 @@ from router.moe.copy_choice import (
     choose_copies,
     is_replaceable,
 )
-from router.moe.permute import Layouts
+from router.moe.permute import LayoutCache
 
 ACTORS = ("a", "b", "c", "d")
 LAYERS = st.lists(
@@ -59,13 +59,13 @@ def test_every_expert_that_has_a_copy_gets_one_of_its_own(
 
 
 def test_single_rows_take_turns() -> None:
-    copies = CopyChoice(Layouts(""), always_ready)
+    copies = CopyChoice(LayoutCache(""), always_ready)
     asked = [copies.choose([("a", "b")], [1], ())[0] for _ in range(6)]
     assert asked == ["a", "b"] * 3
 
 
 def test_an_actor_that_failed_is_avoided_for_a_while_or_until_its_next_generation() -> None:
-    copies = CopyChoice(Layouts(""), always_ready)
+    copies = CopyChoice(LayoutCache(""), always_ready)
     copies.note_failure("a", 3, now_s=100.0)
     assert copies.failed_lately({"a": 3, "b": 3}, 100.0 + AVOID_S - 0.1) == {"a"}
     assert copies.failed_lately({"a": 4, "b": 3}, 100.0) == frozenset()

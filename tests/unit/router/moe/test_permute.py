@@ -19,7 +19,7 @@ from cluster.native import built
 from cluster.wire.tensors import to_bytes, to_raw
 from router.moe import permute as rows
 from router.moe.combine import ExpertRows, combine, prepare
-from router.moe.permute import Share, gather, route, sum_order
+from router.moe.permute import Share, gather, route, summands_of
 
 IMPLEMENTATIONS = [None] if built.native is None else [None, built.native]
 FACES = (rows, router.moe.combine)
@@ -82,7 +82,7 @@ def test_pairs_are_routed_gathered_and_scattered_as_loops_do_it(ids: np.ndarray,
         layer = ids.ravel(), k, np.array(ordered_ids), np.array(ends)
         (alike, of_all), (other, of_other) = route(*layer, None), route(*layer, every)
         assert (alike.tolist(), of_all) == (other.tolist(), of_other), "None is all pairs"
-        assert sum_order(ids).tolist() == summand_of
+        assert summands_of(ids).tolist() == summand_of
         moved = gather(values, ordered, k)
         raw = to_raw(values)
         assert bytes(moved) == b"".join(raw[pair // k].tobytes() for pair in expected)
@@ -140,7 +140,7 @@ def test_sums_have_the_bits_of_sums_that_are_rounded_step_by_step(
     values = (torch.randn(ids.size, size, generator=generator) * scale).to(dtypes[0])
     weights = torch.rand(ids.shape, generator=generator).to(dtypes[1])
     for _ in each():
-        summand_of = sum_order(ids)
+        summand_of = summands_of(ids)
         expected = slow_sum(values, weights, summand_of.tolist())
         like = torch.empty(ids.shape[0], size, dtype=dtypes[0])
         received = received_in(1 + seed % 4, values, summand_of)
@@ -256,10 +256,10 @@ def summed(
 
 
 WRONG = {
-    "sum_order, no expert each": lambda n: n.sum_order(IDS, 0, np.empty(4, np.int64)),
-    "sum_order, not whole tokens": lambda n: n.sum_order(IDS, 3, np.empty(4, np.int64)),
-    "sum_order, no room": lambda n: n.sum_order(IDS, 2, np.empty(3, np.int64)),
-    "sum_order, too few arguments": lambda n: n.sum_order(IDS, 2),
+    "summands_of, no expert each": lambda n: n.summands_of(IDS, 0, np.empty(4, np.int64)),
+    "summands_of, not whole tokens": lambda n: n.summands_of(IDS, 3, np.empty(4, np.int64)),
+    "summands_of, no room": lambda n: n.summands_of(IDS, 2, np.empty(3, np.int64)),
+    "summands_of, too few arguments": lambda n: n.summands_of(IDS, 2),
     "route, an id too large": lambda n: routed(n, ids=IDS + 1),
     "route, an id below": lambda n: routed(n, ids=IDS - 1),
     "route, a pair too large": lambda n: routed(n, pairs=PAIRS + 1),

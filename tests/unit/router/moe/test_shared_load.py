@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from router.moe.copy_choice import CopyChoice, choose_copies
-from router.moe.permute import Layouts
+from router.moe.permute import LayoutCache
 from router.moe.shared_load import SharedLoad
 
 LIMIT_S = 10.0
@@ -66,7 +66,7 @@ def test_lanes_ask_another_copy_for_a_costly_expert_than_the_lanes_that_wait() -
     asked: list[str | None] = []
 
     def ask() -> None:
-        lane = CopyChoice(Layouts(""), lambda *_: True, load)
+        lane = CopyChoice(LayoutCache(""), lambda *_: True, load)
         asked.append(lane.choose(copies, [8, 8, 8], ())[1])
 
     with Lanes() as lanes:
