@@ -10,8 +10,8 @@ Dimension letters: P rows of a frame or of one expert, H hidden size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from cluster.errors import (
     WrongPlacementError,
 )
 from cluster.spec import ExpertKey
+from cluster.staging import Staging
 from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame, Shape
 from cluster.wire.tensors import TORCH_DTYPES, from_bytes, to_bytes
 from experts.checkpoint.expert_weights import GatedFfnWeights
@@ -113,6 +114,8 @@ class _Task:
     frame: DispatchFrame
     layer: _Layer
     experts: list[Expert]
+    rows: torch.Tensor | None = None
+    """The frame's rows on the experts' device, where that is not the host."""
     results: list[torch.Tensor] | memoryview | None = None
     """The rows of each expert, or the bytes of all rows."""
     failure: ExpertFailedError | None = None
@@ -128,9 +131,15 @@ class ExpertBank:
     def __init__(self) -> None:
         """Start empty."""
         self._layers: dict[tuple[str, int], _Layer] = {}
+        self._staging: Staging | None = None
 
     def hold(self, key: ExpertKey, expert: Expert) -> None:
-        """Add an expert; frames may be computed meanwhile."""
+        """Add an expert; frames may be computed meanwhile.
+
+        The experts that are not on the host are all on one device.
+        """
+        if expert.device.type != "cpu" and self._staging is None:
+            self._staging = Staging(expert.device)
         layer = self._layers.setdefault((key.model, key.layer_id), _Layer())
         layer.experts[key.expert_id] = expert
 
@@ -183,11 +192,12 @@ class ExpertBank:
         """
         opened = [self._open(frame) for frame in frames]
         tasks = [task for task in opened if isinstance(task, _Task)]
-        if len(tasks) == 1:
-            _run_lone(tasks[0])
-        else:
-            with _inference():
-                _run_merged(tasks)
+        with nullcontext() if self._staging is None else _staged(self._staging, tasks):
+            if len(tasks) == 1:
+                _run_lone(tasks[0])
+            else:
+                with _inference():
+                    _run_merged(tasks)
         for task in tasks:
             if task.failure is not None:
                 continue
@@ -233,6 +243,25 @@ def _inference() -> AbstractContextManager[object]:
     native computation does not enter it, and the threads of streams stay in it.
     """
     return nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
+
+
+@contextmanager
+def _staged(staging: Staging, tasks: Sequence[_Task]) -> Iterator[None]:
+    """Have all rows on their experts' device within, and the results on the host afterwards.
+
+    Each way takes one copy.
+    """
+    away = [task for task in tasks if task.experts[0].device.type != "cpu"]
+    with _inference():
+        if away:
+            for task, rows in zip(away, staging.to_device(*map(_rows_of, away)), strict=True):
+                task.rows = rows
+        yield
+        done = [task for task in away if isinstance(task.results, list) and task.failure is None]
+        if done:
+            whole = [torch.cat(task.results) for task in done]  # type: ignore[arg-type]
+            for task, rows in zip(done, staging.to_host(*whole), strict=True):
+                task.results = [rows.clone()]  # an answer may outlast the next copy
 
 
 def _run_lone(task: _Task) -> None:
@@ -298,11 +327,14 @@ def _run_together(expert: Expert, inputs: Sequence[_Input]) -> None:
 
 def _pieces_of(task: _Task) -> list[torch.Tensor]:
     """Return the rows of each expert of a frame."""
-    frame, device = task.frame, task.experts[0].device
-    rows = from_bytes(frame.rows, frame.dtype, frame.num_rows, frame.row_shape)
-    if device.type != "cpu":
-        rows = rows.to(device)  # all of them in one copy
-    return list(rows.split_with_sizes(frame.num_tokens_per_expert))
+    rows = _rows_of(task) if task.rows is None else task.rows
+    return list(rows.split_with_sizes(task.frame.num_tokens_per_expert))
+
+
+def _rows_of(task: _Task) -> torch.Tensor:
+    """Return the rows of a frame, on the host and without a copy."""
+    frame = task.frame
+    return from_bytes(frame.rows, frame.dtype, frame.num_rows, frame.row_shape)
 
 
 def _answer(task: _Task) -> RowsFrame | ErrorFrame:
@@ -313,7 +345,7 @@ def _answer(task: _Task) -> RowsFrame | ErrorFrame:
     if isinstance(results, memoryview):
         return RowsFrame(frame.request_id, frame.num_rows, frame.row_shape, frame.dtype, (results,))
     shape = tuple(results[0].shape[1:])
-    if len(results) > MOST_PIECES or not results[0].is_cpu:
+    if len(results) > MOST_PIECES:
         results = [torch.cat(results)]
     rows = tuple([to_bytes(piece) for piece in results])
     return RowsFrame(frame.request_id, frame.num_rows, shape, frame.dtype, rows)

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cluster.device import CPU, check_room
 from cluster.errors import CheckpointError
+from cluster.staging import Staging
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import read_tensor
 from experts.families.base import Family, GateSpec
@@ -37,7 +38,6 @@ from router.model.paged_attention import ATTENTION_NAME, PagedContext, paged_att
 from router.model.staged_batch import batch_to_device
 from router.moe.gate import Gate
 from router.moe.layer import MoELayers, RemoteExperts, StepContext
-from router.moe.staging import Staging
 
 _REPLACING = threading.Lock()
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
+from cluster.staging import Staging
 from router.model.kv_cache import Chunk, PagedBatch
-from router.moe.staging import Staging
 
 
 def batch_to_device(

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from cluster.errors import ExpertUnavailableError
+from cluster.staging import Staging
 from cluster.wire.tensors import to_ids
 from router.moe.capacity import CapacityLimit
 from router.moe.combine import ExpertRows
@@ -25,7 +26,6 @@ from router.moe.dispatch import Dispatcher
 from router.moe.gate import Choice, ChooseAmong, Gate, choose_among
 from router.moe.missing import StepMissing
 from router.moe.pending import AwayError, PendingLayer
-from router.moe.staging import Staging
 from router.observability.tracing import StepTrace, traceparent
 
 Result = TypeVar("Result")

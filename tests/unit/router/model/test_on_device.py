@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from cluster.errors import UnavailableError
+from cluster.staging import Staging
 from router.config import CapacityConfig
 from router.engine.scheduler import Limits
 from router.messages.request import GenerationRequest
-from router.moe.staging import Staging
 from tests.checkpoints import save_mixtral
 from tests.emulated_copies import Copies
 from tests.emulated_device import EmulatedDevice, emulated_device

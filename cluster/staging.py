@@ -1,4 +1,4 @@
-"""Copies between a router's device and its host: one each way for a step, and for a layer.
+"""Copies between a process's device and its host: one for many tensors, each way.
 
 The tensors of one copy lie one after the other in a buffer, by the size of their values, the
 largest first, so that each begins where its dtype allows. Buffers are reused: the tensors of a copy
@@ -17,7 +17,7 @@ _BYTES = torch.uint8
 
 
 class Staging:
-    """The copies of one router whose model is on a device; for the engine's thread."""
+    """The copies of one thread that computes on a device."""
 
     def __init__(self, device: torch.device) -> None:
         """Copy from and to ``device``, an accelerator."""
