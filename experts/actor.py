@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import ray
 import torch
@@ -57,9 +58,9 @@ from experts.compute.emulated import EmulatedExpert
 from experts.compute.ffn import ACTIVATIONS
 from experts.tracing import open_spans
 
+end_process = partial(os._exit, 1)
 MAX_BATCH_ROWS = 1024
-"""The most rows that several frames share a product of. More would make the first of them wait for
-the last, and a product of so many rows gains nothing by more."""
+"""The most rows of several frames in one batch; a product of more gains nothing by sharing."""
 
 logger = logging.getLogger("expertmesh.actor")
 
@@ -360,6 +361,11 @@ class ExpertActor:
                     for w, late in zip(batch, is_late, strict=True)
                 ]
             return [encode(answer) for answer in computed]
+        except torch.AcceleratorError as error:
+            # A device in error fails all that follows. Routers go elsewhere when the process ends.
+            logger.critical("%s ends: its device failed (%s)", self._actor_id, error)
+            end_process()
+            return []
         except Exception:
             # A failure of the device or of torch: every router gets an error, the actor lives on.
             logger.exception("expert actor %s: a batch failed", self._actor_id)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -421,6 +423,30 @@ def test_a_batch_that_fails_is_answered_by_internal_errors_and_the_next_one_is_c
     gate.failure = None
     rows = rows_of(3)
     assert torch.equal(rows_answer(actor.compute(frame_of(rows))), expected(folder, rows))
+
+
+def test_a_device_in_error_ends_the_process_and_its_log_says_why(
+    make: Callable[..., Actor],
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(actor_module, "end_process", lambda: ended.append("ended"))
+    actor = make()
+    gate.open.set()
+    gate.failure = torch.AcceleratorError("an illegal memory access was encountered")
+    answer = error_answer(actor.compute(frame_of(rows_of(1))))
+    assert ended == ["ended"]
+    assert answer.kind == "InternalError"  # were the process still there
+    assert "expert-0 ends: its device failed (an illegal memory access" in caplog.text
+
+
+def test_the_end_of_a_process_is_at_once_and_no_success() -> None:
+    code = "from experts.actor import end_process; end_process()"
+    assert (
+        subprocess.run([sys.executable, "-c", code], timeout=LIMIT_S, check=False).returncode == 1
+    )
 
 
 def test_many_callers_at_once_all_get_their_own_rows(
