@@ -19,6 +19,7 @@ import torch
 
 from cluster.controller.application import app_is_wanted
 from cluster.errors import CheckpointError, ExpertMeshError, ModelReplacedError, being_deleted
+from cluster.tls import TlsFiles
 from cluster.transport.open import open_transport
 from experts.checkpoint.mixture import Mixture
 from experts.checkpoint.remote_files import open_model
@@ -105,15 +106,7 @@ class MixtureReplica:
         ]
         self._max_requests = config.max_batch_size
         self._interface = interface_of(mixture.spec)
-        self._queue = WorkQueue(
-            QueueLimits(
-                config.max_batch_size,
-                STEP_ROWS * config.max_batch_tokens,
-                config.max_batch_size + config.max_queue_requests,
-                config.max_queue_tokens,
-            ),
-            mixture.spec.rows_input.name,
-        )
+        self._queue = WorkQueue(_limits_of(config), mixture.spec.rows_input.name)
         self._engine = MixtureEngine(
             mixture.spec,
             MixtureGate(mixture),
@@ -124,13 +117,7 @@ class MixtureReplica:
             model.identity,
             is_exact=not experts.emulated_pools,
         )
-        self._server: PredictionServer | None = None
-        if tls is not None or not _ray_has_tls():
-            self._server = PredictionServer(
-                ray.util.get_node_ip_address(),
-                self.predict,
-                None if tls is None else tls.server_context(),
-            )
+        self._server = self._new_server(tls)
         self._samples = MixtureSamples(model.id, self._engine.tally, self._queue, self._dispatchers)
         gc.collect()
         gc.freeze()  # the gates live as long as the process; collections skip them from here on
@@ -143,6 +130,12 @@ class MixtureReplica:
                 model.id,
                 ", ".join(experts.emulated_pools),
             )
+
+    def _new_server(self, tls: TlsFiles | None) -> PredictionServer | None:
+        if tls is None and _ray_has_tls():
+            return None
+        context = None if tls is None else tls.server_context()
+        return PredictionServer(ray.util.get_node_ip_address(), self.predict, context)
 
     async def link(self) -> LinkAddress | None:
         """Return where gateways can connect, to call :meth:`predict` without Serve.
@@ -237,6 +230,15 @@ class MixtureReplica:
         self._watcher.stop()
         if self._server is not None:
             self._server.close()
+
+
+def _limits_of(config: RouterConfig) -> QueueLimits:
+    return QueueLimits(
+        config.max_batch_size,
+        STEP_ROWS * config.max_batch_tokens,
+        config.max_batch_size + config.max_queue_requests,
+        config.max_queue_tokens,
+    )
 
 
 def row_costs(mixture: Mixture) -> list[int]:

@@ -71,7 +71,7 @@ class CopyChoice:
         return self._laid_out(tuple(chosen), placement)
 
     def _laid_out(self, chosen: tuple[str | None, ...], placement: Placement) -> Layout:
-        """Return the layout of chosen copies; choices recur, and a layout costs 20 µs."""
+        """Return the layout of chosen copies, which is kept, since choices recur."""
         if placement is not self._laid_for or len(self._laid) >= MOST_LAYOUTS:
             self._laid_for, self._laid = placement, {}
         layout = self._laid.get(chosen)

@@ -2,7 +2,7 @@
 
 A mixture's router has several dispatchers, each on a thread of its own. Each sees here what the
 others have sent, so that it asks the copies on less loaded actors. Experts of a mixture may be
-unlike: a row of a support vector machine takes a hundred times as long as one of a linear model.
+unlike: a row of a support vector machine takes many times as long as one of a linear model.
 """
 
 from __future__ import annotations
