@@ -1,8 +1,9 @@
 """The prediction link: one connection from a gateway to each router of a mixture.
 
 A call over it takes a fraction of the time of Serve's. The router listens; its address comes by a
-call of Serve's (:mod:`router.gateway.predict.links`). A call is ``[number, request]``, and ``[number,
-None]`` cancels it. Every call gets one frame ``[number, reply]``, ``None`` for a cancelled one.
+call of Serve's (:mod:`router.gateway.predict.links`). A call is ``[number, request]``, and
+``[number, None]`` cancels it. Every call gets one frame ``[number, reply]``, ``None`` for a
+cancelled one.
 """
 
 from __future__ import annotations
