@@ -20,8 +20,8 @@ COUNT, HIDDEN, INNER = 12, 1024, 1536
 
 
 def expert(hidden: int, inner: int, dtype: torch.dtype) -> GatedFfnExpert:
-    gate_up = torch.full((2 * inner, hidden), 0.01, dtype=dtype)
-    down = torch.full((hidden, inner), 0.01, dtype=dtype)
+    gate_up = paged((2 * inner, hidden), dtype).fill_(0.01)  # as a checkpoint is read
+    down = paged((hidden, inner), dtype).fill_(0.01)
     return GatedFfnExpert(GatedFfnWeights(gate_up, down), ACTIVATIONS["silu"])
 
 
@@ -49,8 +49,8 @@ def test_a_bank_tells_the_bytes_that_its_process_grows_by(dtype: str) -> None:
     told, grown = json.loads(done.stdout)
     weights = COUNT * 3 * HIDDEN * INNER * getattr(torch, dtype).itemsize
     assert weights <= told <= 1.02 * weights
-    # The allocator keeps the room of some plain weights that were let go once they were packed.
-    assert 0.95 * told <= grown <= told + 4 * weights / COUNT
+    # One expert may lie where the first one lay, or one that is packed may leave its room behind.
+    assert abs(grown - told) <= 1.1 * weights / COUNT
 
 
 def test_a_bank_counts_what_it_holds_now() -> None:
