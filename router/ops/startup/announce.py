@@ -73,38 +73,50 @@ def endpoints(document: Mapping[str, Any]) -> list[Endpoint]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A start of an application: when its command began, by the monotonic clock, and its end."""
+
+    began_at_s: float
+    is_ready: threading.Event
+
+
 def announce(
-    document: Mapping[str, Any], say: Callable[[str], None], console: Console | None = None
-) -> list[threading.Thread]:
+    document: Mapping[str, Any],
+    say: Callable[[str], None],
+    began_at_s: float,
+    console: Console | None = None,
+) -> list[Start]:
     """Call ``say`` with a line for each application of a checked, completed file once it is ready.
 
     Returns at once. After :data:`LONG_S`, one more line says why an application is not ready. A
     ``console`` at a terminal shows a bar while actors load; elsewhere the controller logs their
     progress. The threads end with the process.
     """
-    threads = [
-        threading.Thread(
-            target=_announce_one, args=(endpoint, say, console), name="announce", daemon=True
-        )
-        for endpoint in endpoints(document)
-    ]
-    for thread in threads:
-        thread.start()
-    return threads
+    starts = []
+    for endpoint in endpoints(document):
+        start = Start(began_at_s, threading.Event())
+        arguments = (endpoint, say, start, console)
+        threading.Thread(target=_announce_one, args=arguments, name="announce", daemon=True).start()
+        starts.append(start)
+    return starts
 
 
-def _announce_one(endpoint: Endpoint, say: Callable[[str], None], console: Console | None) -> None:
-    started_at_s, has_warned = time.monotonic(), False
+def _announce_one(
+    endpoint: Endpoint, say: Callable[[str], None], start: Start, console: Console | None
+) -> None:
+    has_warned = False
     with LoadingBar(console) as bar:
         while (reason := why_not_ready(endpoint)) is not None:
-            waited_s = time.monotonic() - started_at_s
+            waited_s = time.monotonic() - start.began_at_s
             if waited_s > LONG_S and not has_warned:
                 say(f"expertmesh: not ready after {waited_s:.0f} s: {reason}")
                 has_warned = True
             if bar.is_shown:
                 bar.show(_loading(endpoint.grpc_address))
             time.sleep(POLL_S)
-    ready_s = time.monotonic() - started_at_s
+    start.is_ready.set()
+    ready_s = time.monotonic() - start.began_at_s
     time.sleep(LOG_DELAY_S)
     say(
         f"expertmesh: ready after {ready_s:.0f} s: HTTP {endpoint.http_url}/v1, "

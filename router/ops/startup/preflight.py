@@ -33,7 +33,7 @@ from router.ops.hashing import checkpoints_of, keep_hashes
 from router.ops.startup.announce import announce
 from router.ops.startup.completion import complete_sent_file, start_serve_with
 from router.ops.startup.ray_token import dashboard_variable, require_token, send_token
-from router.ops.startup.slow_start import explain_slow_start
+from router.ops.startup.slow_start import command_began_at_s, explain_slow_start
 from router.ops.startup.termination import Termination
 from router.serve.options import HAPROXY, serve_variables
 
@@ -95,9 +95,9 @@ def attend(argv: Sequence[str], file: Path | None = None) -> None:
 
     termination.install()
     start_serve_with(document, on_ray, termination.serves)
-    waiting = announce(document, say, Console())
+    starts = announce(document, say, command_began_at_s(), Console())
     if starts_ray:
-        explain_slow_start(say, waiting)
+        explain_slow_start(say, starts)
 
 
 def _tell_other_shells(say: Callable[[str], None], variables: Mapping[str, str]) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from router.ops.startup.announce import Start
+
 SLOW_S = 20.0
 """A start that has two cores to itself, and all files in memory, is ready before."""
 LOOK_S, LOOKS = 2.5, 4
@@ -86,27 +88,31 @@ def cause(before: Usage, now: Usage, processors: int) -> tuple[str, str]:
     return "", ""
 
 
-def explain_slow_start(say: Callable[[str], None], waiting: Sequence[threading.Thread]) -> None:
-    """Print each cause once, while one of the ``waiting`` threads runs, from :data:`SLOW_S` on.
+def command_began_at_s() -> float:
+    """Return when this process was created, by the monotonic clock."""
+    # The wall clock is read once: it may jump.
+    return time.monotonic() - max(time.time() - psutil.Process().create_time(), 0.0)
+
+
+def explain_slow_start(say: Callable[[str], None], starts: Sequence[Start]) -> None:
+    """Print each cause once, while one of the ``starts`` is not ready, from :data:`SLOW_S` on.
 
     Returns at once. What it starts ends with the process.
     """
-    threading.Thread(target=_explain, args=(say, waiting), name="slow start", daemon=True).start()
+    threading.Thread(target=_explain, args=(say, starts), name="slow start", daemon=True).start()
 
 
-def _explain(say: Callable[[str], None], waiting: Sequence[threading.Thread]) -> None:
+def _explain(say: Callable[[str], None], starts: Sequence[Start]) -> None:
     command, processors = psutil.Process(), psutil.cpu_count() or 1
-    # The wall clock is read once: it may jump.
-    started_at_s = time.monotonic() - max(time.time() - command.create_time(), 0.0)
     looks: deque[Usage] = deque(maxlen=LOOKS + 1)
     told = {""}
-    while any(thread.is_alive() for thread in waiting):
+    while waiting := [start for start in starts if not start.is_ready.is_set()]:
         if not looks or time.monotonic() - looks[-1].at_s >= LOOK_S:
             try:
                 looks.append(usage(command))
             except OSError:  # Linux does not count the waits
                 return
-            elapsed_s = looks[-1].at_s - started_at_s
+            elapsed_s = looks[-1].at_s - waiting[0].began_at_s
             if elapsed_s >= SLOW_S and len(looks) > LOOKS:
                 resource, reason = cause(looks[0], looks[-1], processors)
                 if resource not in told:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -175,14 +176,13 @@ def test_one_line_is_said_once_all_is_there(
     serving.append(Gateway([(404, b""), *[missing(2)] * 5, (200, b"{}")]))
     port = serving[0].port
     said: Queue[str] = Queue()
-    [thread] = announce.announce(document(port=port), said.put)
-    thread.join(LIMIT_S)
-    assert not thread.is_alive()
-    lines = [said.get_nowait() for _ in range(said.qsize())]
-    assert len(lines) == 2
-    assert lines[0].startswith("expertmesh: not ready after 0 s: ")
+    [start] = announce.announce(document(port=port), said.put, time.monotonic() - 100.0)
+    lines = [said.get(timeout=LIMIT_S) for _ in range(2)]
+    assert start.is_ready.is_set()
+    assert said.empty()
+    assert lines[0].startswith("expertmesh: not ready after 100 s: ")
     assert lines[1].startswith(
-        f"expertmesh: ready after 0 s: HTTP http://127.0.0.1:{port}/v1, gRPC 127.0.0.1:9000; try: "
+        f"expertmesh: ready after 100 s: HTTP http://127.0.0.1:{port}/v1, gRPC 127.0.0.1:9000; "
     )
     assert serving[0].answers == [(200, b"{}")]
 
