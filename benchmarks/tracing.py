@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 import torch
 
 from cluster.transport.base import Call, IsGone, Outcome, PendingCalls, Transport, never_gone
-from cluster.wire.frames import Buffer, Buffers
 from experts.actor import ExpertActor
 from experts.remote import sealed_answer
 from router.moe.combine import WeightedSums
@@ -117,6 +116,10 @@ class TracingActor(ExpertActor):
         server: Any = self._streams
         server._selector.select = self._timed("idle", server._selector.select)
         server._send = self._timed("send", server._send)
+        queue: Any = self._queue
+        queue._compute_batch = self._timed("products", queue._compute_batch)
+        answer = self._timed("answer", lambda data: list(queue.compute_all(data)))
+        server._answer = self.compute_all = lambda data: iter(answer(data))  # all at once
 
     def _timed(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
@@ -130,15 +133,6 @@ class TracingActor(ExpertActor):
     def compute(self, data: bytes) -> bytes:  # type: ignore[override]
         """As :class:`RemoteExpertActor` does."""
         return sealed_answer(super().compute, data)
-
-    def compute_all(self, data: Sequence[Buffer]) -> Iterator[Buffers]:
-        """As :class:`ExpertActor`, but all answers come at once."""
-        compute = super().compute_all
-        return iter(self._timed("answer", lambda: list(compute(data)))())
-
-    def _compute_batch(self, batch: Any) -> list[Buffers]:
-        answers: list[Buffers] = self._timed("products", super()._compute_batch)(batch)
-        return answers
 
     @ray.method(concurrency_group="control")
     def recorded(self) -> list[Recorded]:

@@ -37,11 +37,11 @@ class Actor(ExpertActor):
             tuple(sorted(self._bank.experts)),
             self._bank.num_bytes,
             self._bank.tokens,
-            self._queued_rows,
-            self._steps,
-            self._frames,
-            self._busy_s,
-            self._waited_s,
+            self._queue.queued_rows,
+            self._queue.steps,
+            self._queue.frames,
+            self._queue.busy_s,
+            self._queue.waited_s,
         )
 
 

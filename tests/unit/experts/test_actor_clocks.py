@@ -11,6 +11,7 @@ from transformers import MixtralForCausalLM
 
 from cluster.transport.base import Call
 from experts import actor as actor_module
+from experts import queue as queue_module
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.unit.experts.local_actor import local_actor
@@ -46,7 +47,8 @@ def test_actors_whose_clocks_are_apart_from_the_routers_refuse_nothing(
     clock = SimpleNamespace(
         time=lambda: time.time() + offset_s, monotonic=lambda: time.monotonic() + offset_s
     )
-    monkeypatch.setattr(actor_module, "time", clock)
+    for module in (actor_module, queue_module):
+        monkeypatch.setattr(module, "time", clock)
     cluster = LocalCluster(folder, NUM_ACTORS, min_copies=copies)
     held = cluster.placement.holders.items()
     actors = {

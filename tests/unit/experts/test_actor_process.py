@@ -25,6 +25,7 @@ from cluster.spec import ActorSpec, ExpertKey
 from cluster.wire.frames import ErrorFrame, RowsFrame, decode, encode, joined
 from cluster.wire.tensors import from_bytes
 from experts import actor as actor_module
+from experts import queue as queue_module
 from experts.bank import GatedFfnExpert
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.expert_weights import load_expert
@@ -184,9 +185,9 @@ def test_each_traced_frame_of_a_batch_has_a_span_in_its_own_trace(
 ) -> None:
     actor = make()
     actor.compute(frame_of(rows_of(1), traceparent=f"00-{7:032x}-{8:016x}-01"))
-    assert actor._spans is None
+    assert actor._queue._spans is None
     assert spans.told() == []  # the deployment has no tracing
-    actor._spans = BatchSpans(spans.tracer, "expert-0")
+    actor._queue._spans = BatchSpans(spans.tracer, "expert-0")
     frames = [
         frame_of(rows_of(5), traceparent=f"00-{7:032x}-{8:016x}-01"),
         frame_of(rows_of(1)),
@@ -215,7 +216,7 @@ def test_the_report_tells_how_long_frames_waited_and_products_took(
 ) -> None:
     actor = make()
     clock = SimpleNamespace(monotonic=lambda: clock.now_s, time=time.time, now_s=100.0)
-    monkeypatch.setattr(actor_module, "time", clock)
+    monkeypatch.setattr(queue_module, "time", clock)
     first = calls.submit(actor.compute, frame_of(rows_of(1)))
     assert gate.entered.acquire(timeout=LIMIT_S)
     clock.now_s = 103.0
@@ -303,7 +304,7 @@ def test_a_frame_whose_deadline_passes_while_it_waits_is_dropped_and_its_mates_a
     patient = calls.submit(actor.compute, frame_of(rows_of(4), timeout_s=1000))
     queued(actor, 7)
     later_s = time.monotonic() + LIMIT_S + 1
-    monkeypatch.setattr(actor_module.time, "monotonic", lambda: later_s)
+    monkeypatch.setattr(queue_module.time, "monotonic", lambda: later_s)
     gate.open.set()
     assert rows_answer(blocking.result(LIMIT_S)).shape[0] == 1
     assert error_answer(hasty.result(LIMIT_S)).kind == "DeadlineExceededError"
@@ -336,7 +337,7 @@ def test_calls_that_wait_together_share_one_product_and_get_their_own_rows(
 def test_large_frames_share_no_product_and_each_answer_comes_before_the_next_is_computed(
     make: Callable[..., Actor], folder: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(actor_module, "MAX_BATCH_ROWS", 8)
+    monkeypatch.setattr(queue_module, "MAX_BATCH_ROWS", 8)
     gate.open.set()
     sizes = [3, 5, 1, 20, 2]
     batches = [rows_of(size, seed=size) for size in sizes]

@@ -10,8 +10,8 @@ from cluster.transport.stream.connect import Connector
 from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.transport.stream.server import Answer, StreamServer
 from cluster.wire.frames import Buffer, Buffers, DispatchFrame, encode
-from experts.actor import _read
 from experts.bank import ExpertBank
+from experts.queue import _read
 from tests.checkpoints import VOCAB_SIZE
 from tests.cluster_fixture import prompt_of, wait_until
 from tests.fault.wire import Wire

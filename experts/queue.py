@@ -1,0 +1,231 @@
+"""The queue of an expert actor: the frames that wait, and their computation in batches.
+
+The streams' thread brings the frames of all routers; a Ray call brings one frame on a thread of its
+own (:mod:`experts.remote`). Each puts its frames into a bounded queue, and one thread at a time
+computes: it takes all waiting frames, merges them (:mod:`experts.bank`) and answers them all. So a
+lone call never changes threads, and many calls share an expert's product. The actor has threads
+because a Ray call to an asyncio actor takes 0.3 ms longer. Calls are pure: a frame that is
+computed twice gets the same answer, so a router may always repeat a call.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from cluster.errors import (
+    DeadlineExceededError,
+    ExpertMeshError,
+    FrameError,
+    InternalError,
+    OverloadedError,
+)
+from cluster.wire.frames import (
+    Buffer,
+    Buffers,
+    DispatchFrame,
+    ErrorFrame,
+    RowsFrame,
+    decode,
+    encode,
+)
+from experts.bank import ExpertBank
+from experts.tracing import BatchSpans
+
+MAX_BATCH_ROWS = 1024
+"""The most rows of several frames in one batch; a product of more gains nothing by sharing."""
+
+logger = logging.getLogger("expertmesh.actor")
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A frame in the queue."""
+
+    frame: DispatchFrame
+    since_s: float
+    answer: Buffers = ()
+    """Empty until the frame is computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """A frame that is answered without the queue, by an error."""
+
+    answer: Buffers
+
+
+class FrameQueue:
+    """The frames that wait for an actor's experts, and the counters of its reports.
+
+    ``max_rows`` bounds the waiting rows; it may change at any time.
+    """
+
+    def __init__(
+        self,
+        bank: ExpertBank,
+        actor_id: str,
+        max_rows: int,
+        spans: BatchSpans | None,
+        device_failed: Callable[[torch.AcceleratorError], None],
+    ) -> None:
+        """Start empty. ``device_failed`` ends the process: a device in error fails all batches."""
+        self._bank = bank
+        self._actor_id = actor_id
+        self.max_rows = max_rows
+        self._spans = spans
+        self._device_failed = device_failed
+        self._queue: list[_Waiting] = []
+        self.queued_rows = 0
+        self._computing = False
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._blocked = 0  # threads that wait for ``_changed``
+        # Only the computing thread writes these counters, so they need no lock.
+        self.steps = 0
+        self.frames = 0
+        self.busy_s = 0.0
+        self.waited_s = 0.0
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Let no batch be computed within, after the end of the current one."""
+        with self._lock:
+            while self._computing:
+                self._wait()
+            yield
+
+    def compute_all(self, data: Sequence[Buffer]) -> Iterator[Buffers]:
+        """Answer each dispatch frame, in order, by a rows frame or an error frame; never raises.
+
+        An answer comes as soon as its batch is computed, while others still wait. The answer to a
+        frame that would put more than ``max_rows`` rows into the queue is RESOURCE_EXHAUSTED;
+        the router tries again.
+        """
+        read = [_read(buffer) for buffer in data]
+        now_s = time.monotonic()
+        with self._lock:
+            items = [
+                self._enqueue(frame, now_s) if isinstance(frame, DispatchFrame) else frame
+                for frame in read
+            ]
+        for item in items:
+            while not item.answer:
+                self._compute_next(item)
+            yield item.answer
+
+    def _compute_next(self, item: _Waiting | _Refused) -> None:
+        """Compute the queue's next batch, or wait for the thread that computes one."""
+        with self._lock:
+            # This wait is bounded: the computing thread answers every frame of its batch, also
+            # after the frame's deadline.
+            while self._computing and not item.answer:
+                self._wait()
+            if item.answer:
+                return
+            self._computing = True
+            batch = self._next_batch()
+        self._compute_and_answer(batch)
+
+    def _next_batch(self) -> list[_Waiting]:
+        """Take the frames that are computed together off the queue; under the lock."""
+        count, num_rows = 0, 0
+        for waiting in self._queue:
+            num_rows += waiting.frame.num_rows
+            if count and num_rows > MAX_BATCH_ROWS:
+                break
+            count += 1
+        batch, self._queue = self._queue[:count], self._queue[count:]
+        return batch
+
+    def _wait(self) -> None:
+        """Wait until the computing thread has finished its batch; under the lock."""
+        self._blocked += 1
+        try:
+            self._changed.wait()
+        finally:
+            self._blocked -= 1
+
+    def _enqueue(self, frame: DispatchFrame, now_s: float) -> _Waiting | _Refused:
+        """Put a frame into the queue, or refuse it where the queue is full; under the lock."""
+        waiting_rows = self.queued_rows
+        if waiting_rows > 0 and waiting_rows + frame.num_rows > self.max_rows:
+            error = OverloadedError(f"{waiting_rows} rows wait already", "queue", 0.01)
+            return _Refused(_error(frame.request_id, error))
+        waiting = _Waiting(frame, now_s)
+        self.queued_rows += frame.num_rows
+        self._queue.append(waiting)
+        return waiting
+
+    def _compute_and_answer(self, batch: list[_Waiting]) -> None:
+        """Compute a batch; every frame gets an answer, also after a failure."""
+        answers: list[Buffers] = []
+        begun_at_s = time.monotonic()
+        self.frames += len(batch)
+        for waiting in batch:
+            self.waited_s += begun_at_s - waiting.since_s
+        try:
+            answers = self._compute_batch(batch)
+        finally:
+            if not answers:
+                failure = InternalError("the expert actor failed to compute the batch")
+                answers = [_error(w.frame.request_id, failure) for w in batch]
+            self.busy_s += time.monotonic() - begun_at_s
+            self.steps += 1
+            with self._lock:
+                for done, answer in zip(batch, answers, strict=True):
+                    done.answer = answer
+                    self.queued_rows -= done.frame.num_rows
+                self._computing = False
+                if self._blocked:
+                    self._changed.notify_all()
+        if self._spans is not None:
+            self._spans.computed([(w.frame, w.since_s) for w in batch], begun_at_s)
+
+    def _compute_batch(self, batch: Sequence[_Waiting]) -> list[Buffers]:
+        """Return an answer to each waiting frame, or an empty list when the batch failed."""
+        now_s = time.monotonic()
+        is_late = [now_s - w.since_s >= w.frame.time_left_s for w in batch]
+        live = [w.frame for w, late in zip(batch, is_late, strict=True) if not late]
+        try:
+            computed: list[RowsFrame | ErrorFrame] = self._bank.compute(live)
+            if len(live) < len(batch):
+                results = iter(computed)
+                computed = [
+                    _late(w.frame) if late else next(results)
+                    for w, late in zip(batch, is_late, strict=True)
+                ]
+            return [encode(answer) for answer in computed]
+        except torch.AcceleratorError as error:
+            self._device_failed(error)
+            return []
+        except Exception:
+            # A failure of the device or of torch: every router gets an error, the actor lives on.
+            logger.exception("expert actor %s: a batch failed", self._actor_id)
+            return []
+
+
+def _read(data: Buffer) -> DispatchFrame | _Refused:
+    """Return a dispatch frame, or the refusal of any other bytes."""
+    try:
+        frame = decode(data)
+        if not isinstance(frame, DispatchFrame):
+            raise FrameError("only dispatch frames are computed", "frame.kind")
+    except FrameError as error:
+        return _Refused(_error(0, error))
+    return frame
+
+
+def _late(frame: DispatchFrame) -> ErrorFrame:
+    error = DeadlineExceededError("the frame's time was over before it was computed")
+    return ErrorFrame(frame.request_id, type(error).__name__, error)
+
+
+def _error(request_id: int, error: ExpertMeshError) -> Buffers:
+    return encode(ErrorFrame(request_id, type(error).__name__, error))
