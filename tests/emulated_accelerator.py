@@ -33,6 +33,10 @@ class HostMemoryError(EmulationError):
     """Pinned memory was overwritten before a copy from it was waited for."""
 
 
+class StreamError(EmulationError):
+    """A stream computes with a tensor of another stream, whose memory may go to a new tensor."""
+
+
 _pinned: dict[int, int] = {}
 """Where pinned memory begins and ends; as CUDA does, this knows memory by its address."""
 
@@ -57,9 +61,10 @@ def is_pinned(tensor: torch.Tensor, device: object = None) -> bool:
 class Memory:
     """The device's memory: each storage counts from its first tensor until it is freed."""
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, streams: Streams) -> None:
         """Begin with ``capacity_bytes`` free."""
         self.capacity_bytes = capacity_bytes
+        self._streams = streams
         self.allocated_bytes = 0
         self.peak_bytes = 0
         # A garbage collection in `hold` may free a storage on the same thread.
@@ -82,8 +87,19 @@ class Memory:
             self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
         if held is None:
             held = storage.emulated_bytes = [0]
+            storage.emulated_streams = {self._streams.current}
             weakref.finalize(storage, self._free, held).atexit = False
         held[0] += more
+
+    def record_stream(self, tensor: Any, stream: EmulatedStream) -> None:
+        """Let ``stream`` use a tensor of the device; once freed, its memory waits for it."""
+        tensor.inner.untyped_storage().emulated_streams.add(stream)
+
+    def check_stream(self, tensor: torch.Tensor) -> None:
+        """Raise :class:`StreamError` where the current stream may not use an inner tensor."""
+        streams = getattr(tensor.untyped_storage(), "emulated_streams", None)
+        if streams is not None and self._streams.current not in streams:
+            raise StreamError("a tensor of another stream is used without record_stream")
 
     def _free(self, held: list[int]) -> None:
         with self._lock:
@@ -325,6 +341,8 @@ def patched_accelerator(memory: Memory, streams: Streams) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch, "Event", EmulatedEvent))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", _pinned_copy))
         stack.enter_context(mock.patch.object(torch.Tensor, "is_pinned", is_pinned))
+        record = lambda tensor, stream: memory.record_stream(tensor, stream)  # noqa: E731
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", record))
         yield
 
 

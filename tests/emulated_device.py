@@ -2,12 +2,14 @@
 
 A Python device under torch's ``privateuseone``. A tensor on it is a :class:`DeviceTensor`, a
 wrapper around an inner tensor of the host, which computes everything. So results have the bits of
-the host's. Three things are unlike the host:
+the host's. Four things are unlike the host:
 
 - Each copy between host and device is counted, with its bytes and the line that made it.
 - An implicit host read raises :class:`HostReadError`: ``item``, ``bool``, ``tolist``, ``numpy``,
   ``data_ptr``, ``equal``, and operations with shapes that depend on values, such as ``nonzero`` and
   an index by a mask. ``cpu()``, ``to("cpu")``, ``numpy(force=True)`` and ``copy_`` are explicit.
+- An operation on a tensor that another stream has made raises :class:`StreamError`, unless
+  ``record_stream`` has named the operation's stream.
 - An operation on tensors of both raises :class:`MixedDevicesError`. torch takes a scalar tensor of
   the host with tensors of a device, and so does this. CUDA also takes indices of the host, with a
   hidden copy; this does not.
@@ -160,8 +162,8 @@ class EmulatedDevice:
     def __init__(self, memory_bytes: int) -> None:
         """See :func:`emulated_device`."""
         self.device = DEVICE
-        self.memory = Memory(memory_bytes)
         self.streams = Streams(DEVICE)
+        self.memory = Memory(memory_bytes, self.streams)
         self._log = AccessLog()
 
     def counted(self, *, tolerates: bool = False) -> AbstractContextManager[Copies]:
@@ -211,6 +213,8 @@ class EmulatedDevice:
 
         def inner_of(value: Any) -> Any:
             inner = value.inner if isinstance(value, DeviceTensor) else value
+            if isinstance(value, DeviceTensor):
+                self.memory.check_stream(inner)
             if isinstance(inner, torch.Tensor):
                 given[id(inner)] = value
             return inner

@@ -14,7 +14,7 @@ from torch.utils import _device
 from experts.checkpoint.checkpoint import open_checkpoint
 from router.model.model import load_dense
 from tests.checkpoints import save_mixtral
-from tests.emulated_accelerator import HostMemoryError
+from tests.emulated_accelerator import HostMemoryError, StreamError
 from tests.emulated_device import EmulatedDevice, emulated_device
 
 MIB = 1 << 20
@@ -129,6 +129,7 @@ def test_a_copy_to_the_host_has_its_values_once_it_is_waited_for(
     ring, ids = torch.zeros(3, pin_memory=True), torch.zeros(3, dtype=torch.int64, pin_memory=True)
     with torch.Stream(device.device) as stream:
         assert torch.accelerator.current_stream() is stream
+        rows.record_stream(stream)
         ring.copy_(rows, non_blocking=True)
         ids.copy_(rows.long(), non_blocking=True)
         event = stream.record_event()
@@ -171,6 +172,19 @@ def test_pinned_memory_is_not_overwritten_under_a_copy(
             event.synchronize()
     event.synchronize()
     assert rows.cpu().tolist() == [1, 1, 1]
+
+
+def test_a_stream_computes_with_its_own_tensors_and_those_that_name_it(
+    device: EmulatedDevice,
+) -> None:
+    default = torch.accelerator.current_stream()
+    with torch.Stream(device.device):
+        rows = torch.ones(3).to(device.device, non_blocking=True)
+        assert (rows + 1).cpu().tolist() == [2] * 3
+    with pytest.raises(StreamError, match="record_stream"):
+        rows + 1
+    rows.record_stream(default)
+    assert (rows[1:] + 1).cpu().tolist() == [2] * 2
 
 
 def test_each_thread_has_a_current_stream(device: EmulatedDevice) -> None:
