@@ -43,7 +43,7 @@ def _recording_actor(recorded: list[Product], *arguments: Any) -> ExpertActor:
             self._key = key
             self.num_bytes, self.row_shape = inner.num_bytes, inner.row_shape
             self.takes = inner.takes
-            self.dtype, self.device = inner.dtype, inner.device
+            self.dtype = inner.dtype
             self.grouped = None  # each product is recorded
 
         def __call__(self, rows: torch.Tensor) -> torch.Tensor:

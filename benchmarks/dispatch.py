@@ -59,7 +59,6 @@ class IdentityExpert:
     num_bytes = 0
     row_shape: tuple[int, ...] = (HIDDEN,)
     dtype = torch.bfloat16
-    device = torch.device("cpu")
 
     def __init__(self, like: GatedFfnExpert) -> None:
         """``like`` is a real one of the same rows."""

@@ -41,15 +41,21 @@ def device_of(kind: str, num_gpus: float, field: str) -> torch.device:
 
 def check_room(device: torch.device, needed_bytes: int, field: str) -> None:
     """Raise :class:`UnavailableError` for ``field`` where an accelerator has too little memory."""
-    if device == CPU:
+    if device == CPU or needed_bytes <= free_bytes(device):
         return
+    torch.accelerator.empty_cache()  # what torch keeps for later tensors counts as taken
+    if needed_bytes > free_bytes(device):
+        raise no_room(device, needed_bytes, field)
+
+
+def no_room(device: torch.device, needed_bytes: int, field: str) -> UnavailableError:
+    """Return the error of a device whose memory has no room for ``needed_bytes``."""
     missing_bytes = needed_bytes - free_bytes(device)
     if missing_bytes > 0:
-        raise UnavailableError(
-            f"{device} of {socket.gethostname()} lacks {missing_bytes:,} bytes of the "
-            f"{needed_bytes:,} that are needed",
-            field,
-        )
+        lack = f"lacks {missing_bytes:,} bytes of the {needed_bytes:,} that are needed"
+    else:
+        lack = f"has no {needed_bytes:,} bytes together, though more are free"
+    return UnavailableError(f"{device} of {socket.gethostname()} {lack}", field)
 
 
 def free_bytes(device: torch.device) -> int:

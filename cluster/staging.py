@@ -41,6 +41,8 @@ class Staging:
 
         They last until the :data:`RING`-th next copy to the host.
         """
+        if not tensors:
+            return []
         places = _places(tensors)
         packed = self._packed(tensors, places)
         buffer, stream = self._to_host.next_buffer(), self._to_host.stream
@@ -59,10 +61,12 @@ class Staging:
         A sequence of tensors [P, ...] of one dtype arrives as one tensor: their concatenation.
         What the current stream computes from now on waits for the copy.
         """
+        if not given:
+            return []
         joined = [t if isinstance(t, torch.Tensor) else _joined(t) for t in given]
         places = _places(joined)
         buffer, stream = self._to_device.next_buffer(), self._to_device.stream
-        host = buffer.bytes_of(places[-1].stop if places else 0)
+        host = buffer.bytes_of(places[-1].stop)
         for into, tensors in zip(_views(host, joined, places), given, strict=True):
             if isinstance(tensors, torch.Tensor):
                 into.copy_(tensors)

@@ -10,14 +10,16 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import ray
 import torch
 
 from cluster.controller.lease import Lease, end_when_orphaned
-from cluster.device import CPU, accelerator, free_bytes
+from cluster.device import CPU, accelerator, check_room, free_bytes, no_room
 from cluster.errors import CheckpointError, StaleEpochError, UnavailableError
 from cluster.spec import EMULATED, ActorReport, ActorSpec, ExpertKey
 from cluster.transport.stream.handshake import Network, StreamOffer
@@ -26,11 +28,12 @@ from cluster.wire.frames import Buffer, Shape
 from cluster.wire.tensors import TORCH_DTYPES
 from experts.bank import Expert, ExpertBank, GatedFfnExpert
 from experts.checkpoint.checkpoint import Checkpoint
-from experts.checkpoint.expert_weights import load_expert
+from experts.checkpoint.expert_weights import expert_shape, load_expert, read_expert
 from experts.checkpoint.mixture import Mixture
 from experts.checkpoint.remote_files import open_model
 from experts.checkpoint.remote_reader import RayNeighbours
 from experts.checkpoint.stored import RemoteFiles
+from experts.compute.device_experts import Blocks
 from experts.compute.emulated import EmulatedExpert
 from experts.compute.ffn import ACTIVATIONS
 from experts.queue import FrameQueue
@@ -55,6 +58,7 @@ class ExpertActor:
         self._device = found or CPU
         self._has_device = found is not None  # else :meth:`load` says so
         self._bank = ExpertBank()
+        self._blocks = Blocks(self._device, ())
         self._checkpoints: dict[str, Checkpoint | Mixture] = {}
         self._load_lock = threading.Lock()
         self._queue = FrameQueue(
@@ -81,7 +85,9 @@ class ExpertActor:
         A checkpoint that is not on this node's disk comes from another node. Raises
         :class:`CheckpointError` when no node can read the checkpoint, and for bytes that differ
         from the served checkpoint; the experts loaded before that stay. Raises
-        :class:`UnavailableError` when torch does not find the device that Ray has assigned. Raises
+        :class:`UnavailableError` when torch does not find the device that Ray has assigned, and
+        where its memory lacks bytes for the experts; the actor goes on with what it holds. A device
+        in error ends the process. Raises
         :class:`StaleEpochError` at the next expert once a newer controller has given an order, so
         that its orders do not wait for the rest.
         """
@@ -93,7 +99,7 @@ class ExpertActor:
                 "num_gpus: 0",
                 "args.experts.num_gpus",
             )
-        with self._load_lock:
+        with self._load_lock, self._ending_with_the_device():
             self._check(epoch)
             self._take_over(spec)
             self._load(epoch, [ExpertKey(*key) for key in keys])
@@ -118,9 +124,10 @@ class ExpertActor:
         does not hold are ignored.
         """
         self._accept(epoch)
-        with self._load_lock, self._queue.idle():
+        with self._load_lock, self._queue.idle(), self._ending_with_the_device():
             for key in keys:
                 self._bank.release(ExpertKey(*key))
+            self._bank.settle()
             self._bank.forget_others(self._sources.keys())
         return self._report()
 
@@ -149,25 +156,49 @@ class ExpertActor:
 
     def _load(self, epoch: int, keys: Sequence[ExpertKey]) -> None:
         """Load experts that are not held yet; under the lock of loads."""
-        for key in keys:
-            self._check(epoch)
-            if key in self._bank:
-                continue
-            source = self._sources[key.model]
-            if key.model not in self._checkpoints:
-                self._checkpoints[key.model] = open_model(
-                    source.path, source.identity, RayNeighbours()
-                )
-            checkpoint = self._checkpoints[key.model]
-            dtype = TORCH_DTYPES[source.dtype]
-            try:
-                expert = self._load_expert(checkpoint, key, dtype)
-            except CheckpointError:
-                del self._checkpoints[key.model]  # the next load looks at the files anew
-                raise
-            self._bank.hold(key, expert)
-        for remote in self._remotes():
-            remote.release()
+        missing = [key for key in dict.fromkeys(keys) if key not in self._bank]
+        try:
+            self._blocks = Blocks(self._device, missing)
+            check_room(self._device, self._needed_bytes(missing), "args.experts")
+            for key in missing:
+                self._check(epoch)
+                checkpoint, dtype = self._checkpoint(key.model), self._dtype(key.model)
+                try:
+                    expert = self._load_expert(checkpoint, key, dtype)
+                except CheckpointError:
+                    del self._checkpoints[key.model]  # the next load looks at the files anew
+                    raise
+                self._bank.hold(key, expert)
+            for remote in self._remotes():
+                remote.release()
+        except torch.OutOfMemoryError as error:
+            logger.warning("%s: a load fails: %s", self._actor_id, error)
+            needed_bytes = self._needed_bytes([key for key in missing if key not in self._bank])
+            raise no_room(self._device, needed_bytes, "args.experts") from error
+        finally:
+            self._blocks = Blocks(self._device, ())  # free places of this load go
+            self._bank.settle()
+
+    def _needed_bytes(self, keys: Sequence[ExpertKey]) -> int:
+        """Return the device's memory that loading experts takes."""
+        if self._device == CPU or self._spec.emulation is not None:
+            return 0
+        needed_bytes = 0
+        for (model, layer_id), num_experts in Counter(key[:2] for key in keys).items():
+            checkpoint = self._checkpoint(model)
+            if isinstance(checkpoint, Checkpoint):  # the experts of mixtures are on the host
+                shape = expert_shape(checkpoint, layer_id, 0, self._dtype(model))
+                needed_bytes += num_experts * shape.num_bytes
+        return needed_bytes
+
+    def _checkpoint(self, model: str) -> Checkpoint | Mixture:
+        if model not in self._checkpoints:
+            source = self._sources[model]
+            self._checkpoints[model] = open_model(source.path, source.identity, RayNeighbours())
+        return self._checkpoints[model]
+
+    def _dtype(self, model: str) -> torch.dtype:
+        return TORCH_DTYPES[self._sources[model].dtype]
 
     def _load_expert(
         self, checkpoint: Checkpoint | Mixture, key: ExpertKey, dtype: torch.dtype
@@ -178,8 +209,23 @@ class ExpertActor:
             from experts.backends.load import load_mixture_expert  # imports scikit-learn
 
             return load_mixture_expert(checkpoint, key.expert_id)
-        weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype, self._device)
-        return GatedFfnExpert(weights, ACTIVATIONS[checkpoint.shape.activation])
+        act = ACTIVATIONS[checkpoint.shape.activation]
+        if self._device == CPU:
+            weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype, CPU)
+            return GatedFfnExpert(weights, act)
+        shape = expert_shape(checkpoint, key.layer_id, key.expert_id, dtype)
+        expert = self._blocks.take(key, shape, act)
+        read_expert(checkpoint, key.layer_id, key.expert_id, expert.weights)
+        return expert
+
+    @contextmanager
+    def _ending_with_the_device(self) -> Iterator[None]:
+        """End the process where its device fails within."""
+        try:
+            yield
+        except torch.AcceleratorError as error:
+            self._device_failed(error)
+            raise
 
     def _device_failed(self, error: torch.AcceleratorError) -> None:
         """End the process: a device in error fails all that follows. Routers then go elsewhere."""

@@ -2,16 +2,18 @@
 
 The frames that wait at the same time are merged: all rows for one (model, layer, expert) go through
 the expert together. Rows are independent of each other. So an answer does not depend on the other
-rows, except for the rounding of a matrix product of another size.
+rows, except for the rounding of a matrix product of another size. On a device all experts of a
+layer are computed together (:mod:`experts.compute.device_experts`).
 
 Dimension letters: P rows of a frame or of one expert, H hidden size.
 """
 
 from __future__ import annotations
 
+import socket
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +23,7 @@ from cluster.errors import (
     ExpertFailedError,
     ExpertMeshError,
     FrameError,
+    OverloadedError,
     WrongPlacementError,
 )
 from cluster.spec import ExpertKey
@@ -29,14 +32,22 @@ from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame, Sh
 from cluster.wire.tensors import TORCH_DTYPES, from_bytes, to_bytes
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.amx_ffn import TiledFfn, compute_tiled
+from experts.compute.device_experts import (
+    DeviceExpert,
+    DeviceRows,
+    compute_on_device,
+    settled,
+)
 from experts.compute.ffn import Activation, PackedFfn, ffn_of
 
+OUT_OF_MEMORY_RETRY_S = 0.1
+"""When a frame may come again that its device had no memory for."""
 MOST_PIECES = 32
 """The most results that an answer sends from their own memory; more are concatenated first."""
 
 
 class GatedFfnExpert:
-    """A loaded expert, its resident bytes, and the shape, dtype and device of its rows."""
+    """A loaded expert on the host, its resident bytes, and the shape and dtype of its rows."""
 
     def __init__(self, weights: GatedFfnWeights, act: Activation) -> None:
         """Take over ``weights``, which may be rearranged."""
@@ -46,7 +57,6 @@ class GatedFfnExpert:
         self.grouped = _compute_tiled if isinstance(self.ffn, TiledFfn) else None
         self.row_shape: Shape = (weights.down.shape[0],)
         self.dtype = weights.down.dtype
-        self.device = weights.down.device
 
     def takes(self, row_shape: Shape) -> bool:
         """See :class:`Expert`."""
@@ -80,7 +90,6 @@ class Expert(Protocol):
     num_bytes: int
     row_shape: Shape
     dtype: torch.dtype
-    device: torch.device
 
     @property
     def grouped(self) -> GroupedFfn | None:
@@ -114,12 +123,10 @@ class _Task:
     frame: DispatchFrame
     layer: _Layer
     experts: list[Expert]
-    rows: torch.Tensor | None = None
-    """The frame's rows on the experts' device, where that is not the host."""
     results: list[torch.Tensor] | memoryview | None = None
     """The rows of each expert, or the bytes of all rows."""
-    failure: ExpertFailedError | None = None
-    """The error of an expert that cannot compute its rows of this frame."""
+    failure: ExpertFailedError | OverloadedError | None = None
+    """The error of an expert that cannot compute its rows of this frame, or of a full device."""
 
 
 _NO_LAYER = _Layer()
@@ -136,9 +143,9 @@ class ExpertBank:
     def hold(self, key: ExpertKey, expert: Expert) -> None:
         """Add an expert; frames may be computed meanwhile.
 
-        The experts that are not on the host are all on one device.
+        All :class:`DeviceExpert` are on one device.
         """
-        if expert.device.type != "cpu" and self._staging is None:
+        if isinstance(expert, DeviceExpert) and self._staging is None:
             self._staging = Staging(expert.device)
         layer = self._layers.setdefault((key.model, key.layer_id), _Layer())
         layer.experts[key.expert_id] = expert
@@ -146,6 +153,21 @@ class ExpertBank:
     def release(self, key: ExpertKey) -> None:
         """Free an expert and its memory; an expert that is not held is ignored."""
         self._layer(key).experts.pop(key.expert_id, None)
+
+    def settle(self) -> None:
+        """Join each layer's experts on a device, once some were added or released.
+
+        Their memory then has no room for others, and what it had is the device's again. Frames may
+        be computed meanwhile, with the experts' weights as they lay before.
+        """
+        if self._staging is None:
+            return
+        for layer in self._layers.values():
+            there = {i: e for i, e in layer.experts.items() if isinstance(e, DeviceExpert)}
+            joined = settled(there) if there else None
+            if joined is not None:
+                layer.experts = {**layer.experts, **joined}
+        torch.accelerator.empty_cache()
 
     def forget_others(self, models: Collection[str]) -> None:
         """Drop the counters of all models but ``models``, except those with a held expert."""
@@ -192,14 +214,15 @@ class ExpertBank:
         """
         opened = [self._open(frame) for frame in frames]
         tasks = [task for task in opened if isinstance(task, _Task)]
-        with nullcontext() if self._staging is None else _staged(self._staging, tasks):
-            if len(tasks) == 1:
-                _run_lone(tasks[0])
-            else:
-                with _inference():
-                    _run_merged(tasks)
-        for task in tasks:
-            if task.failure is not None:
+        if self._staging is not None:
+            tasks = _run_on_device(self._staging, tasks)
+        if len(tasks) == 1:
+            _run_lone(tasks[0])
+        else:
+            with _inference():
+                _run_merged(tasks)
+        for task in opened:
+            if not isinstance(task, _Task) or task.failure is not None:
                 continue
             counts, tokens = task.frame.num_tokens_per_expert, task.layer.tokens
             for expert_id, count in zip(task.frame.expert_ids, counts, strict=True):
@@ -245,23 +268,28 @@ def _inference() -> AbstractContextManager[object]:
     return nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
 
 
-@contextmanager
-def _staged(staging: Staging, tasks: Sequence[_Task]) -> Iterator[None]:
-    """Have all rows on their experts' device within, and the results on the host afterwards.
-
-    Each way takes one copy.
-    """
-    away = [task for task in tasks if task.experts[0].device.type != "cpu"]
+def _run_on_device(staging: Staging, tasks: Sequence[_Task]) -> list[_Task]:
+    """Compute the frames whose experts are on the device; returns the other frames."""
+    there, elsewhere, given = [], [], []
+    for task in tasks:
+        experts = [expert for expert in task.experts if isinstance(expert, DeviceExpert)]
+        if len(experts) < len(task.experts):
+            elsewhere.append(task)
+            continue
+        there.append(task)
+        given.append(DeviceRows(experts, task.frame.num_tokens_per_expert, _rows_of(task)))
     with _inference():
-        if away:
-            for task, rows in zip(away, staging.to_device(*map(_rows_of, away)), strict=True):
-                task.rows = rows
-        yield
-        done = [task for task in away if isinstance(task.results, list) and task.failure is None]
-        if done:
-            whole = [torch.cat(task.results) for task in done]  # type: ignore[arg-type]
-            for task, rows in zip(done, staging.to_host(*whole), strict=True):
-                task.results = [rows.clone()]  # an answer may outlast the next copy
+        for task, rows in zip(there, compute_on_device(staging, given), strict=True):
+            if rows is not None:
+                task.results = [rows]
+                continue
+            task.failure = OverloadedError(
+                f"{staging.device} of {socket.gethostname()} has no memory for "
+                f"{task.frame.num_rows} rows",
+                "frame.rows",
+                OUT_OF_MEMORY_RETRY_S,
+            )
+    return elsewhere
 
 
 def _run_lone(task: _Task) -> None:
@@ -327,8 +355,7 @@ def _run_together(expert: Expert, inputs: Sequence[_Input]) -> None:
 
 def _pieces_of(task: _Task) -> list[torch.Tensor]:
     """Return the rows of each expert of a frame."""
-    rows = _rows_of(task) if task.rows is None else task.rows
-    return list(rows.split_with_sizes(task.frame.num_tokens_per_expert))
+    return list(_rows_of(task).split_with_sizes(task.frame.num_tokens_per_expert))
 
 
 def _rows_of(task: _Task) -> torch.Tensor:

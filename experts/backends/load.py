@@ -32,7 +32,6 @@ class MixtureExpert:
         self.num_bytes = model.num_bytes
         self.row_shape = spec.rows_input.shape
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
-        self.device = torch.device("cpu")
         self._model = model
         self._output_shape = spec.combine.shape
         self._numpy_dtype = np.dtype(spec.dtype)

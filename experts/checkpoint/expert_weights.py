@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -43,23 +43,31 @@ class GatedFfnWeights:
     @property
     def num_bytes(self) -> int:
         """Resident bytes of the weights."""
-        tensors = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(tensor.nbytes for tensor in self._parts())
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> GatedFfnWeights:
+        """Return the weights with each tensor changed."""
+        return GatedFfnWeights(*map(change, self._parts()))
+
+    def copy_(self, others: GatedFfnWeights) -> None:
+        """Overwrite the weights by others of the same shapes."""
+        for own, other in zip(self._parts(), others._parts(), strict=True):
+            own.copy_(other)
+
+    def _parts(self) -> list[torch.Tensor]:
+        parts = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        return [part for part in parts if part is not None]
 
 
-def load_expert(
-    checkpoint: Checkpoint, layer_id: int, expert_id: int, dtype: torch.dtype, device: torch.device
+def expert_shape(
+    checkpoint: Checkpoint, layer_id: int, expert_id: int, dtype: torch.dtype
 ) -> GatedFfnWeights:
-    """Read one expert's three matrices, gate and up fused into one contiguous block.
-
-    Only the bytes of this expert are read or fetched, each once. Beside the weights at most one
-    stored matrix is in memory, and its dequantised values. Gate comes before up, as in
-    transformers' fused parameter, so that results have the bits of its eager experts.
-    """
+    """Return one expert's weights without memory (``meta``); reads nothing of the files."""
     tensors = checkpoint.family.expert_tensors(checkpoint.config, layer_id, expert_id)
 
     def joined(*parts: Part) -> torch.Tensor:
-        return _joined(checkpoint, parts, dtype, device)
+        num_rows, *columns = _shape_of(parts[0])
+        return torch.empty((len(parts) * num_rows, *columns), dtype=dtype, device="meta")
 
     weights = GatedFfnWeights(joined(tensors.gate, tensors.up), joined(tensors.down))
     if not tensors.biases:
@@ -68,16 +76,44 @@ def load_expert(
     return replace(weights, gate_up_bias=joined(gate, up), down_bias=joined(down))
 
 
-def _joined(
-    checkpoint: Checkpoint, parts: Sequence[Part], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Return parts of equal shapes, concatenated by rows; a stored matrix may contain all parts.
+def load_expert(
+    checkpoint: Checkpoint, layer_id: int, expert_id: int, dtype: torch.dtype, device: torch.device
+) -> GatedFfnWeights:
+    """Read one expert into new tensors; see :func:`read_expert`."""
+    shape = expert_shape(checkpoint, layer_id, expert_id, dtype)
+    # Allocated first: in the heap, freed buffers then lie above the weights.
+    weights = shape.map(lambda part: _empty(part.shape, dtype, device))
+    read_expert(checkpoint, layer_id, expert_id, weights)
+    return weights
+
+
+def read_expert(
+    checkpoint: Checkpoint, layer_id: int, expert_id: int, into: GatedFfnWeights
+) -> None:
+    """Read one expert's three matrices, gate and up fused into one contiguous block.
+
+    ``into`` has their shapes, and the dtype they get, on any device. Only the bytes of this expert
+    are read or fetched, each once. Beside the weights at most one stored matrix is in memory, and
+    its dequantised values. Gate comes before up, as in transformers' fused parameter, so that
+    results have the bits of its eager experts.
+    """
+    tensors = checkpoint.family.expert_tensors(checkpoint.config, layer_id, expert_id)
+    _read(checkpoint, (tensors.gate, tensors.up), into.gate_up)
+    _read(checkpoint, (tensors.down,), into.down)
+    if tensors.biases:
+        assert into.gate_up_bias is not None
+        assert into.down_bias is not None
+        gate, up, down = tensors.biases
+        _read(checkpoint, (gate, up), into.gate_up_bias)
+        _read(checkpoint, (down,), into.down_bias)
+
+
+def _read(checkpoint: Checkpoint, parts: Sequence[Part], whole: torch.Tensor) -> None:
+    """Read parts of equal shapes, one after the other by rows; a stored matrix may contain all.
 
     A part that is stored in its final form is read into its place, and FP8 is dequantised into it.
     """
-    num_rows, *columns = _shape_of(parts[0])
-    # Allocated first: in the heap, the freed buffer then lies above the weights.
-    whole = _empty((len(parts) * num_rows, *columns), dtype, device)
+    num_rows, dtype = len(whole) // len(parts), whole.dtype
     stored, stored_rows = torch.empty(0), None
     for part, place in zip(parts, whole.split(num_rows), strict=True):
         if _is_stored_like(checkpoint, part, place):
@@ -92,7 +128,6 @@ def _joined(
             stored = read_tensor(checkpoint, part.name, dtype, part.rows)
             stored_rows = (part.name, part.rows)
         place.copy_(_part_of(stored, part))
-    return whole
 
 
 def _shape_of(part: Part) -> torch.Size:

@@ -22,7 +22,6 @@ class EmulatedExpert:
 
     num_bytes = 0
     """No weights are loaded."""
-    device = torch.device("cpu")
     grouped = None
     """The emulated device computes one expert after the other."""
 

@@ -51,11 +51,21 @@ def clamped_ffn(rows: torch.Tensor, weights: GatedFfnWeights) -> torch.Tensor:
 
     With g = min(gate x, 7) and u = up x within 7 of 0: y = down(g sigmoid(1.702 g) (u + 1)).
     """
-    joined = functional.linear(rows, weights.gate_up, weights.gate_up_bias)
+    inner = clamped_gate(functional.linear(rows, weights.gate_up, weights.gate_up_bias))
+    return functional.linear(inner, weights.down, weights.down_bias)
+
+
+def clamped_gate(joined: torch.Tensor) -> torch.Tensor:
+    """Return GPT-OSS's inner values [P, I] of the products of gate and up, [P, 2I]."""
     gate, up = joined.chunk(2, dim=-1)  # [P, I] each
     gate, up = gate.clamp(max=_CLAMP), up.clamp(-_CLAMP, _CLAMP)
-    inner = (up + 1) * (gate * torch.sigmoid(_SWIGLU_ALPHA * gate))
-    return functional.linear(inner, weights.down, weights.down_bias)
+    return (up + 1) * (gate * torch.sigmoid(_SWIGLU_ALPHA * gate))
+
+
+def gate_up_product(joined: torch.Tensor, act: Activation) -> torch.Tensor:
+    """Return the inner values [P, I] of the products of gate and up, [P, 2I]."""
+    gate, up = joined.chunk(2, dim=-1)  # [P, I] each
+    return act(gate) * up
 
 
 def ffn_of(weights: GatedFfnWeights, act: Activation) -> GatedFfn:
@@ -136,8 +146,8 @@ def gated_ffn(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> 
 
 
 def _plain_ffn(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> torch.Tensor:
-    gate, up = functional.linear(rows, weights.gate_up).chunk(2, dim=-1)  # [P, I] each
-    return functional.linear(act(gate) * up, weights.down)
+    inner = gate_up_product(functional.linear(rows, weights.gate_up), act)
+    return functional.linear(inner, weights.down)
 
 
 def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,7 @@ def test_tensors_of_any_dtype_and_shape_move_in_one_copy_each_way(device: Emulat
         torch.arange(5),
         torch.randn(3, 2).bfloat16(),
         torch.empty(0, 4, dtype=torch.int64),
+        torch.from_numpy(np.array([], np.int64)),  # its stride is 0
         torch.randn(2, 3)[:, 1],
         torch.tensor(2.5, dtype=torch.float64),
     ]

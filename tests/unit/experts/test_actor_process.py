@@ -81,16 +81,6 @@ def test_a_gpu_of_rays_that_torch_does_not_find_is_said(
     assert caught.value.field == "args.experts.num_gpus"
 
 
-def test_experts_are_loaded_to_whatever_accelerator_torch_finds(
-    make: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    meta = torch.device("meta")  # takes tensors without their values
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: meta)
-    actor = make(num_gpus=0.5)
-    assert {expert.device for expert in actor._bank.experts.values()} == {meta}
-    assert actor.describe().device == "meta"
-
-
 def expected(folder: Path, rows: torch.Tensor) -> torch.Tensor:
     weights = load_expert(open_checkpoint(folder), 0, 3, torch.float32, torch.device("cpu"))
     return gated_ffn(rows, weights, ACTIVATIONS["silu"])

@@ -218,7 +218,6 @@ class Numbered:
     num_bytes = 0
     row_shape: tuple[int, ...] = (4,)
     dtype = torch.float32
-    device = torch.device("cpu")
     grouped = None
 
     def __init__(self, number: int) -> None:

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from cluster.errors import ExpertFailedError
+from cluster.errors import OverloadedError
 from cluster.spec import ExpertKey
-from cluster.wire.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, joined
+from cluster.wire.frames import DispatchFrame, ErrorFrame, RowsFrame, joined
+from cluster.wire.tensors import dtype_name, from_bytes, to_bytes
 from experts.bank import ExpertBank, GatedFfnExpert
-from experts.checkpoint.checkpoint import open_checkpoint
-from experts.checkpoint.expert_weights import load_expert
+from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from experts.checkpoint.expert_weights import expert_shape, load_expert, read_expert
+from experts.compute import device_experts
+from experts.compute.device_experts import Block, Blocks, DeviceExpert
 from experts.compute.ffn import ACTIVATIONS
 from tests.checkpoints import save_mixtral
 from tests.emulated_device import EmulatedDevice, emulated_device
-from tests.unit.experts.local_actor import frame_of, rows_of
+from tests.family_checkpoints import SAVERS
 
 HOST = torch.device("cpu")
+HIDDEN, LIMIT_S = 64, 30.0
+KEYS = [ExpertKey("m", layer_id, expert_id) for layer_id in (0, 1) for expert_id in range(4)]
+Counts = Mapping[int, int]
+"""The number of rows for each expert."""
+BATCHES: dict[str, list[tuple[int, Counts]]] = {
+    "one": [(0, {2: 1})],
+    "many rows": [(0, {1: 40})],
+    "all experts": [(0, {0: 3, 1: 1, 2: 2, 3: 5})],
+    "in any order": [(0, {3: 3, 0: 1, 2: 2})],
+    "an expert without rows": [(0, {0: 3, 1: 0, 2: 2})],
+    "two frames": [(0, {0: 3, 1: 4}), (0, {1: 2, 3: 1})],
+    "two layers": [(0, {0: 3, 1: 4}), (1, {1: 2, 3: 1}), (0, {2: 2})],
+}
 
 
 @pytest.fixture
@@ -35,71 +55,345 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def bank_on(folder: Path, device: torch.device) -> ExpertBank:
-    checkpoint, bank = open_checkpoint(folder), ExpertBank()
-    for expert_id in range(4):
-        weights = load_expert(checkpoint, 0, expert_id, torch.float32, device)
-        bank.hold(ExpertKey("m", 0, expert_id), GatedFfnExpert(weights, ACTIVATIONS["silu"]))
+@pytest.fixture(params=[True, False], ids=["grouped", "one by one"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.param:
+        monkeypatch.setattr(device_experts, "choose_grouped_mm", lambda *_: None)
+
+
+def load(
+    bank: ExpertBank,
+    checkpoint: Checkpoint,
+    keys: Collection[ExpertKey],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Load experts as an actor does; on a device without joining them."""
+    blocks, act = Blocks(device, keys), ACTIVATIONS[checkpoint.shape.activation]
+    for key in keys:
+        if device == HOST:
+            weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype, HOST)
+            bank.hold(key, GatedFfnExpert(weights, act))
+            continue
+        shape = expert_shape(checkpoint, key.layer_id, key.expert_id, dtype)
+        expert = blocks.take(key, shape, act)
+        read_expert(checkpoint, key.layer_id, key.expert_id, expert.weights)
+        bank.hold(key, expert)
+
+
+def bank_on(
+    folder: Path,
+    device: torch.device,
+    keys: Collection[ExpertKey] = KEYS,
+    dtype: torch.dtype = torch.float32,
+) -> ExpertBank:
+    bank = ExpertBank()
+    load(bank, open_checkpoint(folder), keys, device, dtype)
     return bank
 
 
-def frames_of(*sizes: int) -> list[DispatchFrame]:
-    """Frames of so many rows each, for the experts 0, 1, 2 and 3 by turns."""
+def frames_of(
+    batch: Sequence[tuple[int, Counts]], dtype: torch.dtype = torch.float32
+) -> list[DispatchFrame]:
+    """Frames of layers and numbers of rows."""
     frames = []
-    for number, size in enumerate(sizes):
-        data = frame_of(rows_of(size, seed=number), number + 1, expert_id=number % 4)
-        frame = decode(data)
-        assert isinstance(frame, DispatchFrame)
-        frames.append(frame)
+    for number, (layer_id, counts) in enumerate(batch):
+        generator = torch.Generator().manual_seed(number)
+        rows = torch.randn(sum(counts.values()), HIDDEN, generator=generator).to(dtype)
+        frames.append(
+            DispatchFrame(
+                request_id=number + 1,
+                num_rows=len(rows),
+                epoch=1,
+                placement_version=1,
+                model="m",
+                layer_id=layer_id,
+                row_shape=(HIDDEN,),
+                expert_ids=tuple(counts),
+                num_tokens_per_expert=tuple(counts.values()),
+                dtype=dtype_name(dtype),
+                time_left_s=LIMIT_S,
+                rows=bytes(to_bytes(rows)),
+            )
+        )
     return frames
 
 
-def rows_in(answer: RowsFrame | ErrorFrame) -> bytes:
+def rows_in(answer: RowsFrame | ErrorFrame) -> torch.Tensor:
     assert isinstance(answer, RowsFrame)
-    return bytes(joined(answer.rows))
+    data = bytearray(joined(answer.rows))
+    return from_bytes(data, answer.dtype, answer.num_rows, answer.row_shape)
 
 
-@pytest.mark.parametrize("sizes", [(1,), (40,), (3, 5), (1, 2, 3, 4, 5, 6)])
-def test_a_batch_of_any_frames_takes_one_copy_each_way_and_has_the_hosts_rows(
-    folder: Path, device: EmulatedDevice, sizes: tuple[int, ...]
+def check(
+    answers: Sequence[RowsFrame | ErrorFrame], expected: Sequence[RowsFrame | ErrorFrame]
 ) -> None:
-    frames = frames_of(*sizes)
-    expected = [rows_in(answer) for answer in bank_on(folder, HOST).compute(frames)]
+    for answer, right in zip(answers, expected, strict=True):
+        assert answer.request_id == right.request_id
+        torch.testing.assert_close(rows_in(answer), rows_in(right), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_batch_takes_one_copy_each_way_and_has_the_hosts_rows(
+    folder: Path, device: EmulatedDevice, name: str
+) -> None:
+    frames = frames_of(BATCHES[name])
+    host = bank_on(folder, HOST)
+    expected = host.compute(frames)
     bank = bank_on(folder, device.device)
-    for _ in range(2):  # the second uses the buffers again
+    for _ in range(3):  # the third uses the buffers again
         with device.counted() as copies:
             answers = bank.compute(frames)
         assert (len(copies.to_device), len(copies.to_host)) == (1, 1)
-        assert [rows_in(answer) for answer in answers] == expected
+        check(answers, expected)
+    assert {key: count / 3 for key, count in bank.tokens.items()} == host.tokens
 
 
-def test_answers_outlast_the_next_batch(folder: Path, device: EmulatedDevice) -> None:
-    bank = bank_on(folder, device.device)
-    first = bank.compute(frames_of(4))
-    kept = [rows_in(answer) for answer in first]
-    bank.compute(frames_of(2, 9))
-    assert [rows_in(answer) for answer in first] == kept
-
-
-def test_frames_that_are_refused_or_fail_leave_the_others_their_rows(
+def test_a_layers_experts_are_computed_by_two_grouped_products(
     folder: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = [rows_in(answer) for answer in bank_on(folder, HOST).compute(frames_of(3, 5, 2))]
+    shapes = []
+    product = device_experts.choose_grouped_mm(device.device, torch.float32, (HIDDEN, 96), 4)
+    assert product is not None
+
+    def counted(rows: torch.Tensor, matrices: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+        shapes.append((len(rows), len(matrices), offs.cpu().tolist()))
+        return product(rows, matrices, offs=offs)
+
+    monkeypatch.setattr(device_experts, "choose_grouped_mm", lambda *_: counted)
     bank = bank_on(folder, device.device)
-    product = GatedFfnExpert.__call__
+    bank.compute(frames_of(BATCHES["two layers"]))
+    assert shapes == [(9, 4, [3, 7, 9, 9])] * 2 + [(3, 4, [0, 2, 2, 3])] * 2
 
-    def failing(expert: GatedFfnExpert, rows: torch.Tensor) -> torch.Tensor:
-        if len(rows) == 5:
-            raise ExpertFailedError("cannot", "e")
-        return product(expert, rows)
 
-    monkeypatch.setattr(GatedFfnExpert, "__call__", failing)
-    unknown = frames_of(1)[0]._replace(expert_ids=(7,))
-    first, failed, third, refused = bank.compute([*frames_of(3, 5, 2), unknown])
-    assert [rows_in(first), rows_in(third)] == [expected[0], expected[2]]
-    assert isinstance(failed, ErrorFrame)
-    assert failed.kind == "ExpertFailedError"
+def test_a_product_has_a_bounded_number_of_rows(
+    folder: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More would let torch choose other tiles, with which a row's sums may have another order."""
+    frames = frames_of([(0, {0: 3, 1: 14, 3: 6}), (0, {1: 2})])
+    expected = bank_on(folder, HOST).compute(frames)
+    monkeypatch.setattr(device_experts, "MAX_GROUP_ROWS", 2)
+    sizes = []
+    product = device_experts.grouped_ffn
+
+    def counted(rows: torch.Tensor, *others: Any) -> torch.Tensor:
+        sizes.append(len(rows))
+        return product(rows, *others)
+
+    monkeypatch.setattr(device_experts, "grouped_ffn", counted)
+    bank = bank_on(folder, device.device)
+    with device.counted() as copies:
+        check(bank.compute(frames), expected)
+    assert sizes == [8, 8, 8, 1]
+    assert (len(copies.to_device), len(copies.to_host)) == (1, 1)
+
+
+@pytest.mark.usefixtures("way")
+def test_experts_with_biases_have_the_hosts_rows(tmp_path: Path, device: EmulatedDevice) -> None:
+    SAVERS["gpt_oss"](tmp_path)
+    frames = frames_of(BATCHES["two frames"])
+    expected = bank_on(tmp_path, HOST, KEYS[:4]).compute(frames)
+    check(bank_on(tmp_path, device.device, KEYS[:4]).compute(frames), expected)
+
+
+@pytest.mark.usefixtures("way")
+def test_bfloat16_has_the_hosts_rows_up_to_rounding(folder: Path, device: EmulatedDevice) -> None:
+    frames = frames_of(BATCHES["two frames"], torch.bfloat16)
+    expected = bank_on(folder, HOST, KEYS, torch.bfloat16).compute(frames)
+    answers = bank_on(folder, device.device, KEYS, torch.bfloat16).compute(frames)
+    for answer, right in zip(answers, expected, strict=True):
+        torch.testing.assert_close(rows_in(answer), rows_in(right), rtol=2e-2, atol=2e-2)
+
+
+def test_answers_outlast_the_next_batches(folder: Path, device: EmulatedDevice) -> None:
+    bank = bank_on(folder, device.device)
+    first = bank.compute(frames_of([(0, {0: 4})]))
+    kept = [rows_in(answer) for answer in first]
+    for _ in range(3):
+        bank.compute(frames_of([(0, {1: 2}), (0, {2: 9})]))
+    assert all(map(torch.equal, map(rows_in, first), kept))
+
+
+def test_frames_that_are_refused_leave_the_others_their_rows(
+    folder: Path, device: EmulatedDevice
+) -> None:
+    frames = frames_of([(0, {0: 3}), (0, {2: 2})])
+    unknown = frames[0]._replace(expert_ids=(7,))
+    first, refused, second = bank_on(folder, device.device).compute([frames[0], unknown, frames[1]])
+    check([first, second], bank_on(folder, HOST).compute(frames))
     assert isinstance(refused, ErrorFrame)
     assert refused.kind == "WrongPlacementError"
-    [alone] = bank.compute(frames_of(5))
-    assert isinstance(alone, ErrorFrame)
+
+
+# Memory.
+
+
+def blocks_of(bank: ExpertBank) -> dict[int, list[Block]]:
+    """Return the blocks of each layer."""
+    blocks: dict[int, dict[int, Block]] = {}
+    for key, expert in bank.experts.items():
+        assert isinstance(expert, DeviceExpert)
+        blocks.setdefault(key.layer_id, {})[id(expert.block)] = expert.block
+    return {layer_id: list(own.values()) for layer_id, own in blocks.items()}
+
+
+def allocated() -> int:
+    gc.collect()
+    return torch.accelerator.memory_allocated()
+
+
+def test_a_layers_experts_lie_in_one_tensor_without_a_second_copy(
+    folder: Path, device: EmulatedDevice
+) -> None:
+    checkpoint = open_checkpoint(folder)
+    bank = bank_on(folder, device.device, KEYS[:3])
+    load(bank, checkpoint, KEYS[3:7], device.device)
+    load(bank, checkpoint, KEYS[7:], device.device)
+    assert {i: len(own) for i, own in blocks_of(bank).items()} == {0: 2, 1: 2}
+    frames = frames_of(BATCHES["two layers"])
+    expected = bank_on(folder, HOST).compute(frames)
+    staged_bytes = allocated() - bank.num_bytes
+    check(bank.compute(frames), expected)
+    bank.settle()
+    assert {i: [b.num_experts for b in own] for i, own in blocks_of(bank).items()} == {
+        0: [4],
+        1: [4],
+    }
+    check(bank.compute(frames), expected)
+    assert allocated() == bank.num_bytes + staged_bytes
+    blocks = blocks_of(bank)
+    bank.settle()
+    assert blocks_of(bank) == blocks, "there was nothing to join"
+
+    for key in (KEYS[0], KEYS[2], *KEYS[4:]):
+        bank.release(key)
+    del blocks
+    bank.settle()
+    assert {i: [b.num_experts for b in own] for i, own in blocks_of(bank).items()} == {0: [2]}
+    assert allocated() == bank.num_bytes + staged_bytes
+    load(bank, checkpoint, KEYS[:1], device.device)
+    bank.settle()
+    frames = frames_of([(0, {0: 2, 3: 3}), (0, {1: 1})])
+    check(bank.compute(frames), bank_on(folder, HOST).compute(frames))
+
+
+def test_places_that_were_not_filled_are_given_back(folder: Path, device: EmulatedDevice) -> None:
+    checkpoint, bank = open_checkpoint(folder), ExpertBank()
+    blocks = Blocks(device.device, KEYS[:4])  # a load of four that ends after one
+    shape = expert_shape(checkpoint, 0, 0, torch.float32)
+    expert = blocks.take(KEYS[0], shape, ACTIVATIONS["silu"])
+    read_expert(checkpoint, 0, 0, expert.weights)
+    bank.hold(KEYS[0], expert)
+    staged_bytes = allocated() - 4 * bank.num_bytes
+    del blocks, expert
+    bank.settle()
+    assert allocated() == bank.num_bytes + staged_bytes
+
+
+def test_experts_come_and_go_under_a_batch(
+    folder: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch computes with the weights that were held when it began."""
+    frames = frames_of(BATCHES["all experts"])
+    expected = bank_on(folder, HOST).compute(frames)
+    bank = bank_on(folder, device.device, KEYS[:4])
+    entered, may_go_on = threading.Event(), threading.Event()
+    product = device_experts.grouped_ffn
+
+    def slow(*args: Any) -> torch.Tensor:
+        entered.set()
+        assert may_go_on.wait(LIMIT_S)
+        return product(*args)
+
+    monkeypatch.setattr(device_experts, "grouped_ffn", slow)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            batch = pool.submit(bank.compute, frames)
+            assert entered.wait(LIMIT_S)
+            for key in KEYS[:3]:
+                bank.release(key)
+            bank.settle()
+            load(bank, open_checkpoint(folder), [ExpertKey("m", 0, 6)], device.device)
+            bank.settle()
+        finally:
+            may_go_on.set()
+        check(batch.result(LIMIT_S), expected)
+    assert sorted(bank.experts) == [KEYS[3], ExpertKey("m", 0, 6)]
+    again = frames_of([(0, {3: 2, 6: 1})])
+    check(
+        bank.compute(again),
+        bank_on(folder, HOST, [KEYS[3], ExpertKey("m", 0, 6)]).compute(again),
+    )
+
+
+def test_experts_of_a_full_device_stay_where_they_are(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = open_checkpoint(folder)
+    expert_bytes = expert_shape(checkpoint, 0, 0, torch.float32).num_bytes
+    with emulated_device(memory_bytes=6 * expert_bytes) as small:
+        bank = bank_on(folder, small.device, KEYS[:2])
+        load(bank, checkpoint, KEYS[2:4], small.device)
+        bank.settle()
+        assert {i: len(own) for i, own in blocks_of(bank).items()} == {0: 2}
+        assert "4 experts of a layer stay in 2 blocks with 4 places" in caplog.text
+        frames = frames_of(BATCHES["all experts"])
+        check(bank.compute(frames), bank_on(folder, HOST).compute(frames))
+        bank.release(KEYS[1])
+        bank.settle()  # a third of the device suffices
+        assert {i: len(own) for i, own in blocks_of(bank).items()} == {0: 2}
+        for key in KEYS[2:4]:
+            bank.release(key)
+        bank.settle()
+        assert [b.num_experts for own in blocks_of(bank).values() for b in own] == [1]
+
+
+def out_of_memory(*args: Any) -> Any:
+    raise torch.OutOfMemoryError("secret of the device")
+
+
+def refused(answer: RowsFrame | ErrorFrame) -> OverloadedError:
+    assert isinstance(answer, ErrorFrame)
+    assert isinstance(answer.error, OverloadedError)
+    assert answer.error.retry_after_s
+    assert "secret" not in str(answer.error)
+    return answer.error
+
+
+def test_rows_that_a_device_has_no_memory_for_are_refused_and_no_others(
+    folder: Path,
+    device: EmulatedDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    frames = frames_of([(0, {0: 3}), (1, {1: 5}), (0, {2: 2})])
+    expected = bank_on(folder, HOST).compute(frames)
+    bank = bank_on(folder, device.device)
+    compute = Block.compute
+    full = bank.experts[ExpertKey("m", 1, 0)].block  # type: ignore[attr-defined]
+
+    def failing(block: Block, *args: Any) -> Any:
+        return out_of_memory() if block is full else compute(block, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "compute", failing)
+        first, middle, last = bank.compute(frames)
+    check([first, last], [expected[0], expected[2]])
+    assert "has no memory for 5 rows" in str(refused(middle))
+    assert "secret of the device" in caplog.text
+    assert not any(key.layer_id for key, count in bank.tokens.items() if count)
+    check(bank.compute(frames), expected)
+
+
+@pytest.mark.parametrize("copy", ["to_device", "to_host"])
+def test_a_batch_that_a_device_has_no_memory_to_copy_is_refused(
+    folder: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, copy: str
+) -> None:
+    frames = frames_of(BATCHES["two layers"])
+    bank = bank_on(folder, device.device)
+    with monkeypatch.context() as patch:
+        patch.setattr(bank._staging, copy, out_of_memory)
+        for answer in bank.compute(frames):
+            refused(answer)
+    check(bank.compute(frames), bank_on(folder, HOST).compute(frames))

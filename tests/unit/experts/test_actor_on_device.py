@@ -1,0 +1,173 @@
+"""An actor whose experts are on an emulated device: what it loads, and what a full device does."""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.errors import UnavailableError
+from cluster.spec import ExpertKey
+from cluster.wire.frames import RowsFrame, decode, joined
+from experts import actor as actor_module
+from experts.checkpoint.checkpoint import open_checkpoint
+from experts.checkpoint.expert_weights import GatedFfnWeights, expert_shape
+from experts.compute.device_experts import Block, DeviceExpert
+from tests.checkpoints import save_mixtral
+from tests.emulated_device import EmulatedDevice, emulated_device
+from tests.unit.experts.local_actor import Actor, frame_of, local_actor, rows_of
+
+KEYS = [ExpertKey("m", layer_id, expert_id) for layer_id in (0, 2) for expert_id in range(4)]
+
+
+@pytest.fixture
+def device() -> Iterator[EmulatedDevice]:
+    with emulated_device() as device:
+        yield device
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixtral")
+    save_mixtral(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread_as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def expert_bytes(folder: Path) -> int:
+    return expert_shape(open_checkpoint(folder), 0, 0, torch.float32).num_bytes
+
+
+def on_device(folder: Path, keys: Sequence[ExpertKey]) -> Actor:
+    return local_actor(folder, num_gpus=0.5, keys=keys)
+
+
+def answers(actor: Actor, *expert_ids: int) -> list[bytes]:
+    found = []
+    for expert_id in expert_ids:
+        answer = decode(actor.compute(frame_of(rows_of(3, expert_id), expert_id=expert_id)))
+        assert isinstance(answer, RowsFrame), answer
+        found.append(bytes(joined(answer.rows)))
+    return found
+
+
+def blocks_of(actor: Actor) -> dict[int, set[Block]]:
+    blocks: dict[int, set[Block]] = {}
+    for key, expert in actor._bank.experts.items():
+        assert isinstance(expert, DeviceExpert)
+        blocks.setdefault(key.layer_id, set()).add(expert.block)
+    return blocks
+
+
+def test_experts_are_loaded_to_the_accelerator_and_answer_as_on_the_host(
+    folder: Path, device: EmulatedDevice
+) -> None:
+    actor = on_device(folder, [*KEYS[::-1], KEYS[0]])
+    assert actor.describe().device == device.device.type
+    assert {i: [b.num_experts for b in own] for i, own in blocks_of(actor).items()} == {
+        0: [4],
+        2: [4],
+    }
+    host = local_actor(folder, keys=KEYS)
+    assert answers(actor, 0, 3) == answers(host, 0, 3)
+    assert actor.describe().weight_bytes == len(KEYS) * expert_bytes(folder)
+
+    actor.unload(1, [KEYS[0], *KEYS[4:]])
+    [[block]] = blocks_of(actor).values()
+    assert block.num_experts == 3
+    actor.load(1, actor._spec, KEYS[:1])
+    [[block]] = blocks_of(actor).values()
+    assert block.num_experts == 4
+    del block
+    gc.collect()
+    staged_bytes = 1 << 10
+    own_bytes = actor.describe().weight_bytes
+    assert own_bytes <= torch.accelerator.memory_allocated() <= own_bytes + staged_bytes
+    assert answers(actor, 0, 3) == answers(host, 0, 3)
+
+
+def test_a_device_without_room_is_an_error_that_tells_the_bytes_before_anything_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_bytes = expert_bytes(folder)
+    with emulated_device(memory_bytes=3 * one_bytes) as small:
+        actor = on_device(folder, KEYS[:2])
+        before = answers(actor, 0, 1)
+        staged_bytes = torch.accelerator.memory_allocated() - 2 * one_bytes
+        monkeypatch.setattr(actor_module, "read_expert", None)
+        with pytest.raises(UnavailableError) as caught:
+            actor.load(1, actor._spec, KEYS[:4])
+        assert caught.value.field == "args.experts"
+        lack = f"lacks {one_bytes + staged_bytes:,} bytes of the {2 * one_bytes:,} that are needed"
+        assert re.search(rf"{small.device.type} of \S+ {lack}", caught.value.message)
+        assert actor.describe().experts == tuple(KEYS[:2])
+        assert answers(actor, 0, 1) == before
+
+
+@pytest.mark.parametrize("num_read", [0, 2])
+def test_an_allocation_that_fails_in_a_load_leaves_the_actor_what_it_holds(
+    folder: Path,
+    device: EmulatedDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    num_read: int,
+) -> None:
+    actor = on_device(folder, KEYS[:2])
+    before = answers(actor, 0, 1)
+    read = actor_module.read_expert
+    calls = []
+
+    def failing(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) > num_read:
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        read(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(actor_module, "read_expert", failing)
+        with pytest.raises(UnavailableError, match=r"of \S+ has no [\d,]+ bytes together"):
+            actor.load(1, actor._spec, KEYS)
+    assert "tried to allocate 20 GiB" in caplog.text
+    held = tuple(KEYS[: 2 + num_read])
+    assert actor.describe().experts == held
+    assert [b.num_experts for own in blocks_of(actor).values() for b in own] == [len(held)]
+    assert answers(actor, 0, 1) == before
+    assert actor.load(1, actor._spec, KEYS).experts == tuple(KEYS)
+
+
+@pytest.mark.parametrize("call", ["load", "unload"])
+def test_a_device_in_error_ends_the_process_out_of_a_batch_too(
+    folder: Path,
+    device: EmulatedDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    call: str,
+) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(actor_module, "end_process", lambda: ended.append("ended"))
+    actor = on_device(folder, KEYS[:2])
+
+    def failing(*args: Any) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(actor_module, "read_expert", failing)
+    monkeypatch.setattr(GatedFfnWeights, "copy_", failing)  # joins what is left
+    calls = {
+        "load": lambda: actor.load(1, actor._spec, KEYS),
+        "unload": lambda: actor.unload(1, KEYS[:1]),
+    }
+    with pytest.raises(torch.AcceleratorError):
+        calls[call]()
+    assert ended == ["ended"]
+    assert "expert-0 ends: its device failed (an illegal memory access" in caplog.text
