@@ -141,7 +141,6 @@ class Bench:
         from router.engine.engine import Engine
         from router.engine.scheduler import Limits, Scheduler
         from router.model.model import MoEModel
-        from router.model.page_pool import PAGE_SIZE, pages_needed
         from router.moe.combine import WeightedSums
         from router.moe.dispatch import Dispatcher
         from router.moe.layer import MoELayers
@@ -185,13 +184,13 @@ class Bench:
                 else:
                     steps.prefill_s.append(took_s)
 
-        num_pages = pages_needed(CACHE_TOKENS)
+        model = MoEModel(checkpoint, torch.bfloat16, CACHE_TOKENS, layers)
         limits = Limits(config.max_batch_size, config.max_batch_tokens, config.max_queue_requests)
         self._collector = Collector()
         self._engine = TimedEngine(
-            MoEModel(checkpoint, torch.bfloat16, num_pages * PAGE_SIZE, layers),
+            model,
             layers,
-            HeldScheduler(limits, num_pages),
+            HeldScheduler(limits, model.num_pages, model.attention.page_size),
             frozenset(),
             self._collector,
         )

@@ -49,6 +49,7 @@ from tests.emulated_accelerator import (
     patched_accelerator,
 )
 from tests.emulated_copies import Access, AccessLog, Copies, Kind, calling_line
+from tests.emulated_flash import varlen_attention
 
 DEVICE = torch.device("privateuseone:0")
 """torch has this type for devices outside of it; so no code can take it for CUDA."""
@@ -200,6 +201,8 @@ class EmulatedDevice:
             return func.decompose(*args, **kwargs)
         if name == "aten::copy_":
             return self.copy(*args, **kwargs)
+        if name == "torch_attn::_varlen_attn":
+            return self.compute(varlen_attention, args, kwargs)
         if name == "aten::_to_copy" and _leaves_device(kwargs) and kwargs["device"].type == "cpu":
             return self._to_host(*args, **kwargs)
         return self.compute(func, args, kwargs)

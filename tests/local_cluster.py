@@ -34,7 +34,6 @@ from router.engine.engine import Emission, Engine
 from router.engine.scheduler import Limits, Scheduler
 from router.messages.request import GenerationRequest, SamplingParams, TokenEvent, merge_events
 from router.model.model import MoEModel
-from router.model.page_pool import PAGE_SIZE
 from router.moe.capacity import CapacityLimit
 from router.moe.combine import WeightedSums
 from router.moe.dispatch import Dispatcher
@@ -128,7 +127,7 @@ class LocalCluster:
         folder: Path,
         num_actors: int = 2,
         limits: Limits | None = None,
-        num_pages: int = 512,
+        cache_tokens: int = 8192,
         dtype: str | None = None,
         threaded: bool = True,
         elsewhere: tuple[str, Transport, Placement] | None = None,
@@ -168,9 +167,10 @@ class LocalCluster:
         self.overflow = {} if self.limit is None else self.limit.overflow
         self.layers = MoELayers(self.dispatcher, WeightedSums(), self.limit)
         self.model = MoEModel(
-            self.checkpoint, TORCH_DTYPES[dtype], num_pages * PAGE_SIZE, self.layers, device
+            self.checkpoint, TORCH_DTYPES[dtype], cache_tokens, self.layers, device
         )
-        self.scheduler = Scheduler(limits, num_pages)
+        page_size = self.model.attention.page_size
+        self.scheduler = Scheduler(limits, self.model.num_pages, page_size)
         self._outcomes: defaultdict[str, list[TokenEvent | ExpertMeshError]] = defaultdict(list)
         self._changed = threading.Condition()
         eos = self.checkpoint.config["eos_token_id"]

@@ -1,6 +1,6 @@
 /* Attention of decoding sequences, read from where the cache has their keys and values.
  *
- * router/model/cpu/decode_attention.py is the face of this function.
+ * router/model/cpu/native_attention.py is the face of this function.
  *
  * Letters: B sequences of one new token each, L cached tokens, S cache slots, G key/value heads,
  * R query heads to each of them, Q = G * R query heads, D values of a head.
@@ -78,15 +78,15 @@ static inline __attribute__((always_inline)) Lane exponential(Lane x) {
 
 /* Where a layer's keys or values are, and what of them a sequence looks at. */
 typedef struct {
-    const uint16_t *keys, *values; /* [S, D] of one head */
+    const uint16_t *keys, *values; /* of one head: D values of each slot, `step` apart */
     const int64_t *slots;          /* [length] */
-    Py_ssize_t length, size;
+    Py_ssize_t length, size, step;
 } Cached;
 
 static inline __attribute__((always_inline)) void fetch(const Cached *cached, const uint16_t *rows,
                                                         Py_ssize_t l) {
     if (l + AHEAD >= cached->length) return;
-    const uint16_t *row = rows + cached->slots[l + AHEAD] * cached->size;
+    const uint16_t *row = rows + cached->slots[l + AHEAD] * cached->step;
     for (Py_ssize_t d = 0; d < cached->size; d += 32) __builtin_prefetch(row + d);
 }
 
@@ -96,7 +96,7 @@ static inline __attribute__((always_inline)) void score(const Cached *cached, co
                                                         Py_ssize_t stride) {
     Py_ssize_t size = cached->size, whole = size / BLOCK * BLOCK;
     for (Py_ssize_t l = 0; l < cached->length; l++) {
-        const uint16_t *key = cached->keys + cached->slots[l] * size;
+        const uint16_t *key = cached->keys + cached->slots[l] * cached->step;
         fetch(cached, cached->keys, l);
         Lane sums[TILE] = {};
         for (Py_ssize_t d = 0; d < whole; d += BLOCK) {
@@ -151,7 +151,7 @@ static inline __attribute__((always_inline)) void weigh(const Cached *cached, co
                                                         uint16_t *out) {
     Lane all[TILE][2][2] = {};
     for (Py_ssize_t l = 0; l < cached->length; l++) {
-        const uint16_t *value = cached->values + cached->slots[l] * cached->size + begin;
+        const uint16_t *value = cached->values + cached->slots[l] * cached->step + begin;
         fetch(cached, cached->values + begin, l);
         for (int i = 0; i < blocks; i++) {
             Pairs pairs = wide(value + i * BLOCK);
@@ -185,7 +185,7 @@ static inline __attribute__((always_inline)) void attend_tile(const Cached *cach
             float sum = 0;
             for (Py_ssize_t l = 0; l < cached->length; l++)
                 sum += scores[r * stride + l] *
-                       of_bfloat16(cached->values[cached->slots[l] * size + d]);
+                       of_bfloat16(cached->values[cached->slots[l] * cached->step + d]);
             out[r * size + d] = to_bfloat16(sum / sums[r]);
         }
     }
@@ -227,7 +227,7 @@ static void *attend_share(void *given) {
     const Share *share = given;
     const Shape *s = share->shape;
     Py_ssize_t count = s->num_q / s->num_kv, stride = (s->length + LANES - 1) / LANES * LANES;
-    Cached cached = {.slots = share->seen, .length = 0, .size = s->size};
+    Cached cached = {.slots = share->seen, .size = s->size, .step = s->num_kv * s->size};
     for (Py_ssize_t at = share->begin; at < share->end; at++) {
         Py_ssize_t b = at / s->num_kv, g = at % s->num_kv, first = g * count;
         if (!g || at == share->begin) {
@@ -238,8 +238,8 @@ static void *attend_share(void *given) {
         for (Py_ssize_t r = 0; r < count; r++)
             widen(share->queries + b * s->token_stride + (first + r) * s->head_stride, s->size,
                   share->heads + r * s->size);
-        cached.keys = share->keys + g * s->num_slots * s->size;
-        cached.values = share->values + g * s->num_slots * s->size;
+        cached.keys = share->keys + g * s->size;
+        cached.values = share->values + g * s->size;
         attend_heads(&cached, share->heads, count, share->scaling, share->scores, stride,
                      share->out + (b * s->num_q + first) * s->size);
     }
@@ -283,7 +283,7 @@ FUNCTION(is_wide) {
     return PyBool_FromLong(IS_WIDE);
 }
 
-/* attend(queries bfloat16, keys [G, S, D] bfloat16, values the same, slots [B, L] int64, mask
+/* attend(queries bfloat16, keys [S, G, D] bfloat16, values the same, slots [B, L] int64, mask
  * [B, L] bool or None, out [B, Q, D] bfloat16, (B, G, S, D, Q, values between two tokens' queries
  * and between two heads'), scaling, most threads) */
 FUNCTION(attend) {

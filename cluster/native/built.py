@@ -4,7 +4,7 @@
 do the same, bit for bit and with the same errors; only attention is computed another way then. Each
 of its functions has one face, which is what others call: :mod:`router.moe.permute`,
 :mod:`router.moe.combine`,
-:mod:`router.model.cpu.decode_attention`, :mod:`router.model.fused_attention`,
+:mod:`router.model.cpu.native_attention`, :mod:`router.model.fused_attention`,
 :mod:`router.model.cpu.rms_norm`, :mod:`router.model.kv_cache`,
 :mod:`experts.compute.amx_ffn`, :mod:`cluster.wire.tensors`,
 :mod:`cluster.transport.stream.channel`.

@@ -59,8 +59,8 @@ FUNCTION(rotate) {
     Py_RETURN_NONE;
 }
 
-/* store(rows, cached [G, S, D] out, slots [T] int64, (G, S, bytes of a row, bytes between two
- * tokens' rows and between two heads')) */
+/* store(rows, cached [S, G, D] out, slots [T] int64, (G, S, bytes of a head, bytes between two
+ * tokens' heads and between two heads of a token)) */
 FUNCTION(store) {
     Buffers buffers = {.count = 0};
     Py_buffer *rows, *cached, *slots_view;
@@ -91,8 +91,43 @@ FUNCTION(store) {
     PyThreadState *saved = rows->len > ALONE_BYTES ? PyEval_SaveThread() : NULL;
     for (Py_ssize_t t = 0; t < num_tokens; t++)
         for (Py_ssize_t g = 0; g < num_heads; g++)
-            memcpy((char *)cached->buf + (g * num_slots + slots[t]) * row_bytes,
+            memcpy((char *)cached->buf + (slots[t] * num_heads + g) * row_bytes,
                    (const char *)rows->buf + t * token_bytes + g * head_bytes, row_bytes);
+    if (saved) PyEval_RestoreThread(saved);
+    release(&buffers);
+    Py_RETURN_NONE;
+}
+
+/* gather_heads(cached [S, G, D], slots [N] int64, out [G, N, D], (G, S, bytes of a head)) */
+FUNCTION(gather_heads) {
+    Buffers buffers = {.count = 0};
+    Py_buffer *cached, *slots_view, *out;
+    Py_ssize_t num_heads, num_slots, row_bytes;
+    if (!are_given(given, 4)) return NULL;
+    if (!PyTuple_CheckExact(args[3])) {
+        PyErr_SetString(PyExc_TypeError, "sizes must be a tuple");
+        return NULL;
+    }
+    if (!PyArg_ParseTuple(args[3], "nnn", &num_heads, &num_slots, &row_bytes)) return NULL;
+    if (!(cached = take(&buffers, args[0], 0))) return NULL;
+    if (!(slots_view = take(&buffers, args[1], 0))) return NULL;
+    if (!(out = take(&buffers, args[2], 1))) return NULL;
+    Py_ssize_t count = slots_view->len / 8;
+    const int64_t *slots = slots_view->buf;
+    if (num_heads < 1 || num_heads > MOST_VALUES || num_slots < 1 || row_bytes < 1 ||
+        row_bytes > MOST_VALUES || count > MOST_VALUES || slots_view->len % 8 ||
+        cached->len / row_bytes / num_heads != num_slots ||
+        cached->len % (row_bytes * num_heads) || out->len / row_bytes / num_heads != count ||
+        out->len % (row_bytes * num_heads))
+        return refuse(&buffers, "buffers must be as long as the sizes say");
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (slots[i] < 0 || slots[i] >= num_slots)
+            return refuse(&buffers, "a slot beyond the cache");
+    PyThreadState *saved = out->len > ALONE_BYTES ? PyEval_SaveThread() : NULL;
+    for (Py_ssize_t i = 0; i < count; i++)
+        for (Py_ssize_t g = 0; g < num_heads; g++)
+            memcpy((char *)out->buf + (g * count + i) * row_bytes,
+                   (const char *)cached->buf + (slots[i] * num_heads + g) * row_bytes, row_bytes);
     if (saved) PyEval_RestoreThread(saved);
     release(&buffers);
     Py_RETURN_NONE;

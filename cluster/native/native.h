@@ -74,6 +74,7 @@ FUNCTION(is_wide);
 FUNCTION(attend);
 FUNCTION(rotate);
 FUNCTION(store);
+FUNCTION(gather_heads);
 FUNCTION(normalise);
 FUNCTION(may_tile);
 FUNCTION(tiled_ffns);

@@ -64,5 +64,6 @@ GPT_OSS = Family(
     gate=lambda _: GateSpec(score="softmax_of_chosen", float32=()),
     gate_module="router",
     stacks_experts=True,
+    caps_scores=True,
     options={"hidden_act": ("silu",), "swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
 )

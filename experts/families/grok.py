@@ -103,6 +103,7 @@ GROK_1 = Family(
     dense_tensors=_dense_tensors,
     gate=lambda _: GateSpec(),
     usual=_usual,
+    caps_scores=True,
     options={
         "hidden_act": ("gelu", "gelu_pytorch_tanh"),
         "residual_moe": (False,),

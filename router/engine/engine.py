@@ -201,7 +201,7 @@ class Engine:
     def step(self, work: list[Work], trace: StepTrace | None = None) -> None:
         """Compute the scheduled work, sample, and queue the tokens to be emitted."""
         self._tally(work)
-        packed = pack(work, self._model.sliding_window, self._model.length_step)
+        packed = pack(work, self._model.attention)
         context = context_of(packed, trace)
         logits = self._model.forward(
             packed.token_ids, packed.positions, packed.batch, packed.sample_rows, context

@@ -40,7 +40,6 @@ from router.messages.link import LinkAddress
 from router.messages.request import GenerationRequest, TokenEvent, merge_events
 from router.messages.token_link import LinkClient
 from router.model.model import MoEModel
-from router.model.page_pool import PAGE_SIZE, pages_needed
 from router.moe.capacity import CapacityLimit
 from router.moe.combine import WeightedSums
 from router.moe.dispatch import Dispatcher
@@ -106,11 +105,11 @@ class RouterReplica:
         limit = None if capacity is None else CapacityLimit(capacity, model.num_experts)
         self._overflow: Mapping[tuple[int, int], int] = {} if limit is None else limit.overflow
         layers = MoELayers(self._dispatcher, WeightedSums(), limit)
-        num_pages = pages_needed(config.cache_tokens_for(model.max_model_len))
         device = device_of(config.device, config.num_gpus, "args.router.device")
         opened = open_model(model.path, model.source.identity, RayNeighbours())
         checkpoint = language_model(opened)
-        dtype, num_slots = TORCH_DTYPES[model.dtype], num_pages * PAGE_SIZE
+        cache_tokens = config.cache_tokens_for(model.max_model_len)
+        dense = MoEModel(checkpoint, TORCH_DTYPES[model.dtype], cache_tokens, layers, device)
         scheduler = Scheduler(
             Limits(
                 config.max_batch_size,
@@ -118,11 +117,12 @@ class RouterReplica:
                 config.max_queue_requests,
                 config.max_queue_tokens,
             ),
-            num_pages,
+            dense.num_pages,
+            dense.attention.page_size,
         )
         self._scheduler = scheduler
         self._engine = Engine(
-            MoEModel(checkpoint, dtype, num_slots, layers, device),
+            dense,
             layers,
             scheduler,
             frozenset(model.eos_token_ids),
@@ -142,7 +142,7 @@ class RouterReplica:
             model.id,
             model.dtype,
             device,
-            num_slots,
+            dense.num_pages * dense.attention.page_size,
             "" if checkpoint.remote is None else f", {checkpoint.remote.summary()}",
         )
         if experts.emulated_pools:

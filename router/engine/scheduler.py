@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from cluster.errors import OverloadedError
 from router.engine.sequence import Sequence, Work
 from router.messages.request import GenerationRequest
-from router.model.page_pool import PAGE_SIZE, PagePool, pages_needed
+from router.model.page_pool import PagePool, pages_needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,10 @@ class Limits:
 class Scheduler:
     """Holds all sequences of a router replica; used by the engine's thread alone."""
 
-    def __init__(self, limits: Limits, num_pages: int) -> None:
-        """Start empty with ``num_pages`` pages of cache."""
+    def __init__(self, limits: Limits, num_pages: int, page_size: int) -> None:
+        """Start empty with ``num_pages`` pages of cache, of ``page_size`` tokens each."""
         self._limits = limits
-        self._pool = PagePool(num_pages)
+        self._pool = PagePool(num_pages, page_size)
         self.num_pages = num_pages
         self.waiting: deque[Sequence] = deque()
         self._waiting_tokens = 0
@@ -50,8 +50,8 @@ class Scheduler:
             raise OverloadedError(f"{len(waiting)} requests wait already", "queue", 1.0)
         prompt = request.prompt_token_ids
         length = len(prompt) + request.sampling.max_tokens
-        if pages_needed(length) > self._pool.num_pages:
-            capacity = self._pool.num_pages * PAGE_SIZE
+        if pages_needed(length, self._pool.page_size) > self._pool.num_pages:
+            capacity = self._pool.num_pages * self._pool.page_size
             raise OverloadedError(
                 f"prompt and max_tokens need {length} cache tokens; a router has {capacity}"
             )
@@ -105,12 +105,12 @@ class Scheduler:
         # sequences may run than fit into a batch; the oldest are computed first.
         num_ready = len(self.running) - len(self.parked())
         while self.waiting and num_ready < self._limits.max_batch_size:
-            needed = pages_needed(self.waiting[0].max_length)
+            needed = pages_needed(self.waiting[0].max_length, self._pool.page_size)
             if needed > self._pool.num_free:
                 return
             sequence = self.waiting.popleft()
             self._waiting_tokens -= sequence.max_length
-            sequence.occupy(self._pool.take(needed))
+            sequence.occupy(self._pool.take(needed), self._pool.page_size)
             self.running.append(sequence)
             num_ready += 1
 

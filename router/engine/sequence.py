@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from router.messages.request import GenerationRequest
-from router.model.page_pool import PAGE_SIZE
 from router.moe.missing import Awaited
 from router.observability.tracing import RequestTrace
 
@@ -70,12 +69,12 @@ class Sequence:
         number = self.num_generated
         return self.forced[number] if number < len(self.forced) else None
 
-    def occupy(self, pages: list[int]) -> None:
-        """Take pages for all positions that the sequence can ever have."""
+    def occupy(self, pages: list[int], page_size: int) -> None:
+        """Take pages of ``page_size`` slots for all positions that the sequence can ever have."""
         positions = np.arange(self.max_length)
         self.pages = pages
-        first_slots = np.asarray(pages, dtype=np.int64) * PAGE_SIZE
-        self.slots = first_slots[positions // PAGE_SIZE] + positions % PAGE_SIZE
+        first_slots = np.asarray(pages, dtype=np.int64) * page_size
+        self.slots = first_slots[positions // page_size] + positions % page_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from cluster.native.built import native
 from cluster.wire.tensors import to_bytes
+from router.model.attention import PagedBatch, Span
+from router.model.cpu.native_attention import NativeAttention
 from router.model.cpu.packed_linear import PackedLinear, is_packable
-from router.model.kv_cache import Chunk, PagedBatch, PagedCache
+from router.model.kv_cache import PagedCache
 from router.model.paged_attention import PagedContext, paged_attention
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -113,19 +116,19 @@ def _same_bits(replaced: Any, fused: FusedAttention) -> bool:
     generator = torch.Generator().manual_seed(0)
     num_kv, head_dim = fused._num_kv, fused._head_dim
     dtype, device = torch.bfloat16, torch.device("cpu")
+    attention = NativeAttention(None)
     for num in _TRIED_TOKENS:
         hidden_size = replaced.q_proj.in_features
         rows = torch.randn(1, num, hidden_size, generator=generator).to(dtype)
         angles = torch.randn(2, 1, num, head_dim, generator=generator).to(dtype)
-        slots = torch.arange(num)
-        empty = torch.empty((0, 0), dtype=torch.int64)
-        batch = PagedBatch(slots, 0, empty, None, None, (Chunk(0, num, slots, None, None),))
-        cache = PagedCache(fused.layer_idx + 1, num, num_kv, head_dim, dtype, device)
+        slots = np.arange(num)
+        batch = PagedBatch(torch.from_numpy(slots), attention.view([Span(slots, 0)], 0))
+        cache = PagedCache(fused.layer_idx + 1, (1, num), num_kv, head_dim, dtype, device)
         arguments = {
             "hidden_states": rows,
             "position_embeddings": (angles[0], angles[1]),
             "attention_mask": None,
-            "paged": PagedContext(cache, batch, [False] * (fused.layer_idx + 1)),
+            "paged": PagedContext(cache, attention, batch, [False] * (fused.layer_idx + 1)),
         }
         try:
             expected = replaced(**arguments)[0]

@@ -1,17 +1,10 @@
-"""The paged key/value cache, and a step's slots in it.
+"""The paged key/value cache.
 
-The tokens of one engine step are packed into a single row without padding: first the tokens of
-decoding sequences, one each, then the prefill chunks. transformers' model runs over that row and
-calls :func:`router.model.paged_attention.paged_attention` in every layer. That stores the new keys
-and values in their slots, and attends each sequence to its own slots.
-
-Dimension letters: T packed tokens, B decoding sequences, C tokens of a chunk, L cached tokens
-attended to, S cache slots, G key/value heads, D head size.
+Dimension letters: T packed tokens, B sequences, L cached tokens of each, N pages, P slots of a
+page, S = N * P slots, G key/value heads, D head size.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 
@@ -19,58 +12,25 @@ from cluster.native.built import native
 from cluster.wire.tensors import to_bytes, to_span
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A prefill chunk: tokens ``start:end`` of the packed row, and the slots that they attend to.
-
-    ``slots`` [L] are the sequence's slots up to and including the chunk's last token. ``mask``
-    [C, L] is true where a token attends, or ``None`` for plain causal attention. ``window_mask``
-    is the mask of layers with a sliding window.
-    """
-
-    start: int
-    end: int
-    slots: torch.Tensor
-    mask: torch.Tensor | None
-    window_mask: torch.Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class PagedBatch:
-    """The cache slots of one packed step.
-
-    ``new_slots`` [T] take each token's key and value. The first ``num_decode`` tokens belong to
-    decoding sequences, which attend to ``decode_slots`` [B, L], padded on the right.
-    ``decode_mask`` [B, 1, L] is false at the padding. ``decode_window_mask`` is also false outside
-    the sliding window, for layers that have a window. A mask of ``None`` hides nothing.
-    """
-
-    new_slots: torch.Tensor
-    num_decode: int
-    decode_slots: torch.Tensor
-    decode_mask: torch.Tensor | None
-    decode_window_mask: torch.Tensor | None
-    chunks: tuple[Chunk, ...]
-
-
 class PagedCache:
-    """Keys and values of all layers, [G, S, D] each.
+    """Keys and values of all layers, [N, P, G, D] each.
 
-    Memory is touched only where tokens are stored. Heads come first, the layout that batched
-    matrix products over heads need of gathered rows.
+    A slot is a place for one token; slot ``s`` is place ``s % P`` of page ``s // P``. The layout is
+    that of :func:`torch.nn.attention.varlen.varlen_attn`. Memory is touched only where tokens are
+    stored.
     """
 
     def __init__(
         self,
         num_layers: int,
-        num_slots: int,
+        pages: tuple[int, int],
         num_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Allocate ``2 * num_layers`` tensors of [num_kv_heads, num_slots, head_dim]."""
-        shape = (num_kv_heads, num_slots, head_dim)
+        """Allocate ``2 * num_layers`` tensors of ``pages``: their number and their slots."""
+        shape = (*pages, num_kv_heads, head_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         # Fresh memory for each layer's rows would cost more, by its page faults, than gathering.
@@ -91,7 +51,7 @@ class PagedCache:
         _store(value, self.values[layer_id], slots)
 
     def gather(self, layer_id: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a layer's keys and values at slots [B, L], [G, B, L, D] each and contiguous.
+        """Return a layer's keys and values at slots [B, L], [G, B, L, D] each.
 
         They last until the next call, for any layer.
         """
@@ -102,19 +62,19 @@ class PagedCache:
 
 
 class LatentCache(PagedCache):
-    """Latents and rotary keys of all layers, [1, S, D]; a value is the beginning of its key."""
+    """Latents and rotary keys of all layers, [N, P, 1, D]; a value is the beginning of its key."""
 
     def __init__(
         self,
         num_layers: int,
-        num_slots: int,
+        pages: tuple[int, int],
         latent_size: int,
         rotary_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Allocate ``num_layers`` tensors of [1, num_slots, latent_size + rotary_size]."""
-        shape = (1, num_slots, latent_size + rotary_size)
+        """Allocate ``num_layers`` tensors of ``pages``: their number and their slots."""
+        shape = (*pages, 1, latent_size + rotary_size)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [key[..., :latent_size] for key in self.keys]
         self._latent_size = latent_size
@@ -133,18 +93,18 @@ class LatentCache(PagedCache):
 
 
 def _store(rows: torch.Tensor, cached: torch.Tensor, slots: torch.Tensor) -> None:
-    """Put rows [G, T, D] into [G, S, D] at slots [T]."""
-    num_heads, num_slots, size = cached.shape
+    """Put rows [G, T, D] into [N, P, G, D] at slots [T]."""
+    num_heads, size = cached.shape[2:]
     is_plain = rows.is_cpu and rows.stride(2) == 1 and rows.dtype == cached.dtype
     fits = rows.shape == (num_heads, len(slots), size) and len(slots) > 0
     if native is None or not is_plain or not fits:
-        cached.index_copy_(1, slots, rows)
+        cached.flatten(0, 1).index_copy_(0, slots, rows.transpose(0, 1))
         return
     value_bytes = rows.itemsize
     between_heads, between_tokens, _ = rows.stride()
     sizes = (
         num_heads,
-        num_slots,
+        cached.shape[0] * cached.shape[1],
         size * value_bytes,
         between_tokens * value_bytes,
         between_heads * value_bytes,
@@ -159,11 +119,21 @@ class _Scratch:
         self._memory = like.new_empty(0)
 
     def gather(self, cached: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """Return cached rows [G, S, D] at slots [B, L] as [G, B, L, D]."""
-        num_heads, _, size = cached.shape
-        count = num_heads * slots.numel() * size
+        """Return cached rows [N, P, G, D] at slots [B, L] as [G, B, L, D].
+
+        Native code brings the heads to the front, the layout that batched products over heads
+        need; torch returns a view of rows with all their heads.
+        """
+        num_pages, page_size, num_heads, size = cached.shape
+        count = slots.numel() * num_heads * size
         if len(self._memory) < count:
             self._memory = cached.new_empty(count)
-        rows = self._memory[:count].view(num_heads, -1, size)
-        torch.index_select(cached, 1, slots.view(-1), out=rows)
-        return rows.view(num_heads, *slots.shape, size)
+        memory = self._memory[:count]
+        if native is not None and cached.is_cpu:
+            rows = memory.view(num_heads, *slots.shape, size)
+            sizes = (num_heads, num_pages * page_size, size * cached.itemsize)
+            native.gather_heads(to_bytes(cached), to_bytes(slots), to_bytes(rows), sizes)
+            return rows
+        rows = memory.view(-1, num_heads, size)
+        torch.index_select(cached.flatten(0, 1), 0, slots.view(-1), out=rows)
+        return rows.view(*slots.shape, num_heads, size).permute(2, 0, 1, 3)

@@ -27,14 +27,20 @@ from cluster.staging import Staging
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import read_tensor
 from experts.families.base import Family, GateSpec
-from router.model.cpu.decode_attention import length_step
+from router.model.attention import PagedBatch
+from router.model.attention_choice import choose_attention, head_size
 from router.model.cpu.packed_linear import pack_linears, product_with
 from router.model.cpu.rms_norm import replace_norms
 from router.model.fused_attention import fuse_attention
 from router.model.grok import register_grok
-from router.model.kv_cache import LatentCache, PagedBatch, PagedCache
+from router.model.kv_cache import LatentCache, PagedCache
 from router.model.latent_attention import LATENT_ATTENTION_NAME, keep_latents, latent_attention
-from router.model.paged_attention import ATTENTION_NAME, PagedContext, paged_attention
+from router.model.page_pool import pages_needed
+from router.model.paged_attention import (
+    ATTENTION_NAME,
+    PagedContext,
+    paged_attention,
+)
 from router.model.staged_batch import batch_to_device
 from router.moe.gate import Gate
 from router.moe.layer import MoELayers, RemoteExperts, StepContext
@@ -123,18 +129,24 @@ class MoEModel:
         self,
         checkpoint: Checkpoint,
         dtype: torch.dtype,
-        cache_slots: int,
+        cache_tokens: int,
         layers: MoELayers[torch.Tensor],
         device: torch.device = CPU,
     ) -> None:
-        """Load the dense part to ``device``, and make a cache of ``cache_slots`` tokens there.
+        """Load the dense part to ``device``, and make a cache of ``cache_tokens`` there.
 
-        Raises :class:`UnavailableError` where an accelerator has too little memory for both.
+        The cache has whole pages, of the size that its attention reads. Raises
+        :class:`UnavailableError` where an accelerator has too little memory for both.
         """
         model = load_dense(checkpoint, dtype)
+        config, family = model.config, checkpoint.family
+        # Some families write 0 for no window, others leave the key out.
+        window: int | None = getattr(config, "sliding_window", None) or None
+        self.attention = choose_attention(family, config, window, dtype, device)
+        self.num_pages = pages_needed(cache_tokens, self.attention.page_size)
         weights_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        one_slot = _cache_of(model.config, checkpoint.family, 1, dtype, CPU)
-        needed_bytes = weights_bytes + cache_slots * one_slot.num_bytes
+        slot_bytes = _cache_of(config, family, (1, 1), dtype, CPU).num_bytes
+        needed_bytes = weights_bytes + self.num_pages * self.attention.page_size * slot_bytes
         check_room(device, needed_bytes, "args.router.cache_tokens")
         self._model = model.to(device)
         self._staging = None if device == CPU else Staging(device)
@@ -145,12 +157,9 @@ class MoEModel:
             pack_linears(self._model)
             replace_norms(self._model)
         self._layers = layers
-        config = self._model.config
-        # Some families write 0 for no window, others leave the key out.
-        self.sliding_window: int | None = getattr(config, "sliding_window", None) or None
         self._has_window = _layers_with_window(config)
-        self.length_step = length_step(dtype, device)
-        self._cache = _cache_of(config, checkpoint.family, cache_slots, dtype, device)
+        pages = self.num_pages, self.attention.page_size
+        self._cache = _cache_of(config, family, pages, dtype, device)
         self._base, self._head = self._model.base_model, self._model.get_output_embeddings()
 
     @torch.inference_mode()
@@ -179,21 +188,21 @@ class MoEModel:
             position_ids=positions.unsqueeze(0),
             use_cache=False,
             output_router_logits=False,
-            paged=PagedContext(self._cache, batch, self._has_window),
+            paged=PagedContext(self._cache, self.attention, batch, self._has_window),
         )
         hidden_states = output.last_hidden_state[0].index_select(0, sample_rows)  # [R, H]
         return self._head(hidden_states).float().cpu()
 
 
 def _cache_of(
-    config: Any, family: Family, num_slots: int, dtype: torch.dtype, device: torch.device
+    config: Any, family: Family, pages: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> PagedCache:
     layers = config.num_hidden_layers
     if family.caches_latents:
         latent, rotary = config.kv_lora_rank, config.qk_rope_head_dim
-        return LatentCache(layers, num_slots, latent, rotary, dtype, device)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return PagedCache(layers, num_slots, config.num_key_value_heads, head_dim, dtype, device)
+        return LatentCache(layers, pages, latent, rotary, dtype, device)
+    num_kv_heads = config.num_key_value_heads
+    return PagedCache(layers, pages, num_kv_heads, head_size(config), dtype, device)
 
 
 def _layers_with_window(config: Any) -> tuple[bool, ...]:

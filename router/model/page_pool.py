@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-PAGE_SIZE = 16
-
 
 class PagePool:
-    """Hands out pages of ``PAGE_SIZE`` token slots; a sequence's pages need not be adjacent."""
+    """Hands out pages of ``page_size`` token slots; a sequence's pages need not be adjacent."""
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, page_size: int) -> None:
         """Start with all pages free."""
         self.num_pages = num_pages
+        self.page_size = page_size
         self._free = list(range(num_pages - 1, -1, -1))
 
     @property
@@ -33,6 +32,6 @@ class PagePool:
         self._free.extend(reversed(pages))
 
 
-def pages_needed(num_tokens: int) -> int:
+def pages_needed(num_tokens: int, page_size: int) -> int:
     """Return the number of pages for ``num_tokens`` tokens."""
-    return -(-num_tokens // PAGE_SIZE)
+    return -(-num_tokens // page_size)

@@ -1,8 +1,8 @@
 """Attention over the paged cache, as transformers calls it.
 
-Decodes and prefill chunks gather their keys and values from the cache, and torch attends. In bf16
-on a CPU, :mod:`router.model.cpu.decode_attention` attends decodes faster. Where scores are capped
-or heads have sinks, :mod:`router.model.capped_attention` attends.
+Keys and values of a step's sequences are gathered from the cache, and torch attends: on any device,
+for any scoring. Where scores are capped or heads have sinks, :mod:`router.model.capped_attention`
+attends. :mod:`router.model.attention_choice` chooses a faster implementation where there is one.
 
 Dimension letters: T packed tokens, B decoding sequences, C tokens of a chunk, L cached tokens
 attended to, G key/value heads, Q query heads, R = Q / G, D head size.
@@ -10,21 +10,18 @@ attended to, G key/value heads, Q query heads, R = Q / G, D head size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
+from router.model.attention import Attention, PagedBatch, Scoring, Span
 from router.model.capped_attention import attend_by_scores, chunk_by_scores
-from router.model.cpu.decode_attention import (
-    MANY,
-    attend_cached,
-    attend_products,
-    can_attend_cached,
-)
-from router.model.kv_cache import PagedBatch, PagedCache
+from router.model.kv_cache import PagedCache
 
 ATTENTION_NAME = "expertmesh_paged"
 
@@ -37,6 +34,7 @@ class PagedContext:
     """
 
     cache: PagedCache
+    attention: Attention
     batch: PagedBatch
     has_window: Sequence[bool]
 
@@ -54,49 +52,149 @@ def paged_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend packed tokens to their sequences' cached keys and values.
+    """Store packed tokens' keys and values, and attend each to those of its sequence.
 
     An attention implementation for transformers' registry. ``query`` is [1, Q, T, D], ``key`` and
-    ``value`` are [1, G, T, D]. ``paged`` comes from the model's caller and has the masks, sliding
-    windows included. ``s_aux`` [Q] are the heads' sinks; ``softcap`` caps scores
-    (:mod:`router.model.capped_attention`). Returns [1, T, Q, D] with the D of the values.
+    ``value`` are [1, G, T, D]. ``paged`` comes from the model's caller and knows what each token
+    sees. ``s_aux`` [Q] are the heads' sinks; ``softcap`` caps scores. Returns [1, T, Q, D] with the
+    D of the values.
     """
     layer_id: int = module.layer_idx  # type: ignore[assignment]
-    cache, batch, has_window = paged.cache, paged.batch, paged.has_window[layer_id]
+    cache, batch = paged.cache, paged.batch
     cache.store(layer_id, batch.new_slots, key.squeeze(0), value.squeeze(0))
-    outputs = []  # [1, T, Q, D] each
-    if batch.num_decode:
-        mask = batch.decode_window_mask if has_window else batch.decode_mask
-        tokens = query[0, :, : batch.num_decode]
-        slots = batch.decode_slots
-        outputs.append(
-            _attend_decodes(tokens, cache, layer_id, slots, mask, scaling, softcap, s_aux)
-        )
-    for chunk in batch.chunks:
-        mask = chunk.window_mask if has_window else chunk.mask
-        tokens = query[:, :, chunk.start : chunk.end]  # [1, Q, C, D]
-        keys, values = cache.gather(layer_id, chunk.slots.unsqueeze(0))
-        outputs.append(_attend_chunk(tokens, keys, values, mask, scaling, softcap, s_aux))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
+    scoring = Scoring(scaling, softcap, s_aux, paged.has_window[layer_id])
+    return paged.attention.attend(query, cache, layer_id, batch.view, scoring), None
 
 
-def _attend_decodes(
-    query: torch.Tensor,
-    cache: PagedCache,
-    layer_id: int,
-    slots: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attend one token [Q, B, D] of each sequence to its slots [B, L]; returns [1, B, Q, D]."""
-    if softcap is None and sinks is None and query.is_cpu and query.dtype == torch.bfloat16:
-        cached = cache.keys[layer_id], cache.values[layer_id]
-        if can_attend_cached(query, *cached):
-            return attend_cached(query, *cached, slots, mask, scaling)
-    keys, values = cache.gather(layer_id, slots)
-    return attend_gathered(query, keys, values, mask, scaling, softcap, sinks)
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A prefill chunk: tokens ``start:end`` of the packed row, and the slots that they attend to.
+
+    ``slots`` [L] are the sequence's slots up to and including the chunk's last token. ``mask``
+    [C, L] is true where a token attends, or ``None`` for plain causal attention. ``window_mask``
+    is the mask of layers with a sliding window.
+    """
+
+    start: int
+    end: int
+    slots: torch.Tensor
+    mask: torch.Tensor | None
+    window_mask: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredView:
+    """The slots and masks of one packed step.
+
+    The first ``num_decode`` tokens belong to decoding sequences, which attend to ``decode_slots``
+    [B, L], padded on the right. ``decode_mask`` [B, 1, L] is false at the padding.
+    ``decode_window_mask`` is also false outside the sliding window, for layers that have a window.
+    A mask of ``None`` hides nothing.
+    """
+
+    num_decode: int
+    decode_slots: torch.Tensor
+    decode_mask: torch.Tensor | None
+    decode_window_mask: torch.Tensor | None
+    chunks: tuple[Chunk, ...]
+
+
+class GatheredAttention:
+    """See :class:`router.model.attention.Attention`; the oracle of the other implementations."""
+
+    page_size = 16
+
+    def __init__(self, sliding_window: int | None, length_step: int = 1) -> None:
+        """``sliding_window`` is that of the layers with a window, in tokens.
+
+        Decodes' slots are padded to a multiple of ``length_step``.
+        """
+        self._window = sliding_window
+        self._length_step = length_step
+
+    def view(self, spans: Sequence[Span], num_decode: int) -> GatheredView:
+        """Return the step's slots and masks."""
+        decodes, prefills = spans[:num_decode], spans[num_decode:]
+        slots, mask, window_mask = self._decode_part([span.slots for span in decodes])
+        ends = itertools.accumulate((len(s.slots) - s.start for s in prefills), initial=num_decode)
+        chunks = tuple(map(self._chunk, prefills, ends))
+        return GatheredView(num_decode, slots, mask, window_mask, chunks)
+
+    def _decode_part(
+        self, slots: list[np.ndarray]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return slots [B, L], the mask of all sequences, and the mask within the sliding window.
+
+        Masks are [B, 1, L]; ``None`` hides nothing.
+        """
+        if not slots:
+            return torch.empty((0, 0), dtype=torch.int64), None, None
+        lengths = np.array([len(s) for s in slots]).reshape(-1, 1)
+        longest = int(lengths.max())
+        longest += -longest % self._length_step
+        exceeds_window = self._window is not None and longest > self._window
+        is_even = longest == lengths.min()
+        if not exceeds_window and is_even:
+            return torch.from_numpy(np.stack(slots)), None, None
+        column = np.arange(longest).reshape(1, -1)
+        mask = column < lengths
+        # Padding repeats the sequence's own first slot, since a masked value must still be finite.
+        padded = np.repeat([[s[0]] for s in slots], longest, axis=1)
+        padded[mask] = np.concatenate(slots)
+        seen = None if is_even else torch.from_numpy(mask)[:, None, :]
+        if not exceeds_window:
+            return torch.from_numpy(padded), seen, seen
+        within = mask & (column >= lengths - self._window)
+        return torch.from_numpy(padded), seen, torch.from_numpy(within)[:, None, :]
+
+    def _chunk(self, span: Span, begin: int) -> Chunk:
+        length = len(span.slots)
+        exceeds_window = self._window is not None and length > self._window
+        mask = within = None
+        if span.start > 0 or exceeds_window:
+            query = np.arange(span.start, length).reshape(-1, 1)
+            key = np.arange(length).reshape(1, -1)
+            visible = key <= query
+            mask = within = torch.from_numpy(visible) if span.start > 0 else None
+            if self._window is not None and exceeds_window:
+                within = torch.from_numpy(visible & (key > query - self._window))
+        slots = torch.from_numpy(span.slots)
+        return Chunk(begin, begin + length - span.start, slots, mask, within)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        cache: PagedCache,
+        layer_id: int,
+        view: GatheredView,
+        scoring: Scoring,
+    ) -> torch.Tensor:
+        """See :class:`router.model.attention.Attention`."""
+        outputs = []  # [1, T, Q, D] each
+        if view.num_decode:
+            mask = view.decode_window_mask if scoring.has_window else view.decode_mask
+            tokens = query[0, :, : view.num_decode]
+            outputs.append(
+                self.attend_decodes(tokens, cache, layer_id, view.decode_slots, mask, scoring)
+            )
+        for chunk in view.chunks:
+            mask = chunk.window_mask if scoring.has_window else chunk.mask
+            tokens = query[:, :, chunk.start : chunk.end]  # [1, Q, C, D]
+            keys, values = cache.gather(layer_id, chunk.slots.unsqueeze(0))
+            outputs.append(_attend_chunk(tokens, keys, values, mask, scoring))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def attend_decodes(
+        self,
+        query: torch.Tensor,
+        cache: PagedCache,
+        layer_id: int,
+        slots: torch.Tensor,
+        mask: torch.Tensor | None,
+        scoring: Scoring,
+    ) -> torch.Tensor:
+        """Attend one token [Q, B, D] of each sequence to its slots [B, L]; returns [1, B, Q, D]."""
+        return attend_gathered(query, *cache.gather(layer_id, slots), mask, scoring)
 
 
 def _attend_chunk(
@@ -104,19 +202,17 @@ def _attend_chunk(
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    scoring: Scoring,
 ) -> torch.Tensor:
     """Attend a chunk [1, Q, C, D] to keys and values [G, 1, L, D]; returns [1, C, Q, D]."""
-    if softcap is not None or sinks is not None:
-        return chunk_by_scores(query[0], keys, values, mask, scaling, softcap, sinks)
+    if scoring.softcap is not None or scoring.sinks is not None:
+        return chunk_by_scores(query[0], keys, values, mask, scoring)
     output = functional.scaled_dot_product_attention(
         query,
         keys.transpose(0, 1),  # [1, G, L, D]
         values.transpose(0, 1),
         attn_mask=mask,
-        scale=scaling,
+        scale=scoring.scaling,
         is_causal=mask is None,
         enable_gqa=query.shape[1] != keys.shape[0],
     )
@@ -128,24 +224,19 @@ def attend_gathered(
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    scoring: Scoring,
 ) -> torch.Tensor:
     """Attend one token [Q, B, D] of each sequence to keys and values [G, B, L, D].
 
     The query heads of one key/value head count as tokens, so that they share one matrix product.
-    ``softcap`` caps scores, ``sinks`` are [Q]. Returns [1, B, Q, D].
+    Returns [1, B, Q, D].
     """
     num_kv, num_decode, _, size = keys.shape
     decoding = query.view(num_kv, -1, num_decode, size).transpose(1, 2)  # [G, B, R, D]
-    if softcap is not None or sinks is not None:
-        per_head = None if sinks is None else sinks.view(num_kv, 1, -1, 1)
-        output = attend_by_scores(decoding, keys, values, mask, scaling, softcap, per_head)
-    elif num_decode >= MANY and query.is_cpu and query.dtype == torch.bfloat16:
-        output = attend_products(decoding, keys, values, mask, scaling)
+    if scoring.softcap is not None or scoring.sinks is not None:
+        output = attend_by_scores(decoding, keys, values, mask, scoring)
     else:
         output = functional.scaled_dot_product_attention(
-            decoding, keys, values, attn_mask=mask, scale=scaling
+            decoding, keys, values, attn_mask=mask, scale=scoring.scaling
         )
     return output.transpose(0, 1).reshape(1, num_decode, -1, values.shape[-1])

@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import torch
 
 from cluster.staging import Staging
-from router.model.kv_cache import Chunk, PagedBatch
+from router.model.attention import PagedBatch
 
 
 def batch_to_device(
     staging: Staging, batch: PagedBatch, *others: torch.Tensor
 ) -> tuple[PagedBatch, list[torch.Tensor]]:
     """Return a step's batch and other tensors on the device, by one copy."""
-    own = [batch.new_slots, batch.decode_slots, batch.decode_mask, batch.decode_window_mask]
-    own += [tensor for c in batch.chunks for tensor in (c.slots, c.mask, c.window_mask)]
-    # Layers with and without a window may share a mask.
-    distinct = list({id(t): t for t in (*own, *others) if t is not None}.values())
-    moved = dict(zip(map(id, distinct), staging.to_device(*distinct), strict=True))
+    distinct: dict[int, torch.Tensor] = {}  # layers with and without a window may share a mask
 
-    def masked(mask: torch.Tensor | None) -> torch.Tensor | None:
-        return None if mask is None else moved[id(mask)]
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        return distinct.setdefault(id(tensor), tensor)
 
-    def moved_chunk(chunk: Chunk) -> Chunk:
-        return replace(
-            chunk,
-            slots=moved[id(chunk.slots)],
-            mask=masked(chunk.mask),
-            window_mask=masked(chunk.window_mask),
-        )
+    with_tensors((batch, others), note)
+    moved = dict(zip(distinct, staging.to_device(*distinct.values()), strict=True))
+    staged, placed = with_tensors((batch, others), lambda tensor: moved[id(tensor)])
+    return staged, list(placed)
 
-    staged = replace(
-        batch,
-        new_slots=moved[id(batch.new_slots)],
-        decode_slots=moved[id(batch.decode_slots)],
-        decode_mask=masked(batch.decode_mask),
-        decode_window_mask=masked(batch.decode_window_mask),
-        chunks=tuple(map(moved_chunk, batch.chunks)),
-    )
-    return staged, [moved[id(tensor)] for tensor in others]
+
+def with_tensors(value: Any, move: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return a dataclass or tuple with all tensors in it replaced by what ``move`` returns."""
+    if isinstance(value, torch.Tensor):
+        return move(value)
+    if isinstance(value, tuple):
+        return tuple(with_tensors(item, move) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        found = {f.name: with_tensors(getattr(value, f.name), move) for f in fields(value)}
+        return replace(value, **found)
+    return value

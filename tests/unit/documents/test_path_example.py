@@ -15,6 +15,7 @@ from cluster.wire.tensors import to_bytes
 from router.engine.batch import pack
 from router.engine.sequence import Sequence, Work
 from router.messages.request import GenerationRequest, SamplingParams
+from router.model.paged_attention import GatheredAttention
 from router.moe.combine import ExpertRows, combine, prepare
 from router.moe.permute import gather, lay_out, split, summands_of
 
@@ -58,7 +59,7 @@ def works() -> Iterator[Work]:
     for name, token_ids, page in (("A", (5, 9, 7), 0), ("B", (8, 2, 6, 3, 4), 1)):
         request = GenerationRequest(name, "m", token_ids, SamplingParams(max_tokens=1), 0.0)
         sequence = Sequence(request, 0, list(token_ids), len(token_ids) - 1)
-        sequence.occupy([page])
+        sequence.occupy([page], 16)
         yield Work(sequence, len(token_ids) - 1, len(token_ids))
 
 
@@ -72,11 +73,12 @@ def says(*values: object) -> None:
 
 
 def test_the_example_is_packed_so() -> None:
-    packed = pack([*works()], sliding_window=None)
+    packed = pack([*works()], GatheredAttention(None))
     says(packed.token_ids.tolist(), packed.positions.tolist(), packed.batch.new_slots.tolist())
-    says(packed.batch.decode_slots.tolist())
-    assert packed.batch.decode_mask is not None
-    assert packed.batch.decode_mask[:, 0].sum(dim=1).tolist() == [3, 5], "two of A are masked"
+    view = packed.batch.view
+    says(view.decode_slots.tolist())
+    assert view.decode_mask is not None
+    assert view.decode_mask[:, 0].sum(dim=1).tolist() == [3, 5], "two of A are masked"
 
 
 def test_the_example_is_sent_and_summed_so() -> None:

@@ -73,7 +73,7 @@ def test_logits_equal_transformers_on_the_dequantised_weights(made: Quantised) -
     cluster = LocalCluster(made.folder, num_actors=2, threaded=False)
     prompt = prompt_of(30, 3)
     cluster.scheduler.add(greedy_request("r", prompt, 1))
-    step = pack(cluster.scheduler.schedule(), cluster.model.sliding_window)
+    step = pack(cluster.scheduler.schedule(), cluster.model.attention)
     ours = cluster.forward(step)
     theirs = made.oracle(torch.tensor([prompt])).logits[0, -1:]
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()

@@ -100,7 +100,7 @@ def test_logits_are_transformers_own(saved: tuple[Path, Any]) -> None:
     for _ in range(4):  # a prefill and three decodes
         work = cluster.scheduler.schedule()
         ids = list(work[0].sequence.token_ids)
-        step = pack(work, cluster.model.sliding_window)
+        step = pack(work, cluster.model.attention)
         ours = cluster.forward(step)
         theirs = oracle(torch.tensor([ids])).logits[0, -1:].float()
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
@@ -127,7 +127,7 @@ def test_half_precision_is_served_too(tmp_path: Path, name: str, dtype: torch.dt
     assert cluster.checkpoint.dtype == str(dtype).removeprefix("torch.")
     prompt = prompt_of(20, 1)
     cluster.scheduler.add(greedy_request("r", prompt, 1))
-    step = pack(cluster.scheduler.schedule(), cluster.model.sliding_window)
+    step = pack(cluster.scheduler.schedule(), cluster.model.attention)
     ours = cluster.forward(step)
     with torch.inference_mode():
         theirs = oracle(torch.tensor([prompt])).logits[0, -1:].float()
@@ -231,6 +231,6 @@ def test_corrections_may_be_more_precise_than_the_rest(tmp_path: Path) -> None:
 
 def test_latents_are_cached_not_keys_and_values(tmp_path: Path) -> None:
     SAVERS["deepseek_v3"](tmp_path)
-    cache = LocalCluster(tmp_path, num_pages=4, threaded=False).model._cache
-    assert [tuple(keys.shape) for keys in cache.keys] == 3 * [(1, 64, 20 + 8)]
+    cache = LocalCluster(tmp_path, cache_tokens=64, threaded=False).model._cache
+    assert [tuple(keys.shape) for keys in cache.keys] == 3 * [(4, 16, 1, 20 + 8)]
     assert all(v.data_ptr() == k.data_ptr() for k, v in zip(cache.keys, cache.values, strict=True))

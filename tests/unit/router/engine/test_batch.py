@@ -19,17 +19,32 @@ from torch.nn import functional
 from router.engine.batch import pack
 from router.engine.sequence import Sequence, Work
 from router.messages.request import GenerationRequest, SamplingParams
+from router.model.attention import Attention
+from router.model.cpu.native_attention import NativeAttention, attend_products
 from router.model.kv_cache import PagedCache
-from router.model.page_pool import PAGE_SIZE, PagePool, pages_needed
-from router.model.paged_attention import PagedContext, attend_gathered, paged_attention
+from router.model.page_pool import PagePool, pages_needed
+from router.model.paged_attention import (
+    GatheredAttention,
+    GatheredView,
+    PagedContext,
+    paged_attention,
+)
+
+CPU = torch.device("cpu")
+PAGE_SIZE = 16
 
 
 def sequence_of(name: str, token_ids: list[int], pages: list[int], computed: int = 0) -> Sequence:
     prompt = tuple(token_ids)
     request = GenerationRequest(name, "m", prompt, SamplingParams(max_tokens=4), 0.0)
     sequence = Sequence(request, 0, list(token_ids), computed)
-    sequence.occupy(pages)
+    sequence.occupy(pages, PAGE_SIZE)
     return sequence
+
+
+def view_of(work: list[Work], window: int | None, length_step: int = 1) -> GatheredView:
+    view: GatheredView = pack(work, GatheredAttention(window, length_step)).batch.view
+    return view
 
 
 def test_a_step_is_packed_as_worked_by_hand() -> None:
@@ -39,21 +54,22 @@ def test_a_step_is_packed_as_worked_by_hand() -> None:
     c = sequence_of("c", [30, 31, 32, 33, 34, 35, 36], [0], 2)
     d = sequence_of("d", [40, 41], [2])
     work = [Work(c, 2, 5), Work(a, 4, 5), Work(d, 0, 2), Work(b, 1, 2)]
-    step = pack(work, sliding_window=3)
+    step = pack(work, GatheredAttention(3))
+    view = step.batch.view
     assert step.token_ids.tolist() == [14, 21, 32, 33, 34, 40, 41]
     assert step.positions.tolist() == [4, 1, 2, 3, 4, 0, 1]
     assert step.batch.new_slots.tolist() == [52, 17, 2, 3, 4, 32, 33]
     assert step.sampled == (a, b, d)
     assert step.sample_rows.tolist() == [0, 1, 6]
-    assert step.batch.num_decode == 2
+    assert view.num_decode == 2
     # Padding repeats the first slot and is masked; the window shows the last 3 tokens.
-    assert step.batch.decode_slots.tolist() == [[48, 49, 50, 51, 52], [16, 17, 16, 16, 16]]
-    assert step.batch.decode_window_mask is not None
-    assert step.batch.decode_window_mask[:, 0].int().tolist() == [[0, 0, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert view.decode_slots.tolist() == [[48, 49, 50, 51, 52], [16, 17, 16, 16, 16]]
+    assert view.decode_window_mask is not None
+    assert view.decode_window_mask[:, 0].int().tolist() == [[0, 0, 1, 1, 1], [1, 1, 0, 0, 0]]
     # Layers without a window see all of it.
-    assert step.batch.decode_mask is not None
-    assert step.batch.decode_mask[:, 0].int().tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
-    first, second = step.batch.chunks
+    assert view.decode_mask is not None
+    assert view.decode_mask[:, 0].int().tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    first, second = view.chunks
     assert (first.start, first.end, first.slots.tolist()) == (2, 5, [0, 1, 2, 3, 4])
     assert first.window_mask is not None
     assert first.window_mask.int().tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
@@ -68,11 +84,11 @@ def test_a_step_is_packed_as_worked_by_hand() -> None:
 def test_lengths_are_padded_to_a_multiple_and_the_padding_is_hidden() -> None:
     a = sequence_of("a", [1, 2, 3], [0], 2)
     b = sequence_of("b", [1, 2, 3, 4, 5], [2], 4)
-    one = pack([Work(a, 2, 3)], None, 4).batch
+    one = view_of([Work(a, 2, 3)], None, 4)
     assert one.decode_slots.tolist() == [[0, 1, 2, 0]]
     assert one.decode_mask is not None
     assert one.decode_mask[:, 0].int().tolist() == [[1, 1, 1, 0]]
-    both = pack([Work(a, 2, 3), Work(b, 4, 5)], 2, 4).batch
+    both = view_of([Work(a, 2, 3), Work(b, 4, 5)], 2, 4)
     assert both.decode_slots.tolist() == [[0, 1, 2] + 5 * [0], [32, 33, 34, 35, 36] + 3 * [32]]
     assert both.decode_window_mask is not None
     assert both.decode_window_mask[:, 0].int().tolist() == [
@@ -80,31 +96,31 @@ def test_lengths_are_padded_to_a_multiple_and_the_padding_is_hidden() -> None:
         [0, 0, 0, 1, 1, 0, 0, 0],
     ]
     c = sequence_of("c", [1, 2, 3, 4], [1], 3)
-    assert pack([Work(c, 3, 4)], None, 4).batch.decode_mask is None
+    assert view_of([Work(c, 3, 4)], None, 4).decode_mask is None
 
 
 def test_without_a_window_everything_before_is_seen() -> None:
     a = sequence_of("a", [1, 2, 3], [0], 2)
     c = sequence_of("c", [1, 2, 3], [1], 1)
-    step = pack([Work(a, 2, 3), Work(c, 1, 3)], sliding_window=None)
-    assert step.batch.decode_mask is None
-    [chunk] = step.batch.chunks
+    view = view_of([Work(a, 2, 3), Work(c, 1, 3)], None)
+    assert view.decode_mask is None
+    [chunk] = view.chunks
     assert chunk.mask is not None
     assert chunk.mask.int().tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
 def test_decodes_alone_and_chunks_alone_are_steps_too() -> None:
     a = sequence_of("a", [1, 2, 3], [0], 2)
-    alone = pack([Work(a, 2, 3)], None)
-    assert (alone.batch.num_decode, alone.batch.chunks) == (1, ())
+    alone = view_of([Work(a, 2, 3)], None)
+    assert (alone.num_decode, alone.chunks) == (1, ())
     b = sequence_of("b", [1, 2, 3], [1])
-    chunk = pack([Work(b, 0, 2)], None)
-    assert (chunk.batch.num_decode, len(chunk.batch.chunks)) == (0, 1)
+    chunk = pack([Work(b, 0, 2)], GatheredAttention(None))
+    assert (chunk.batch.view.num_decode, len(chunk.batch.view.chunks)) == (0, 1)
     assert chunk.sampled == ()
     assert chunk.sample_rows.tolist() == []
 
 
-class Attention:
+class Layer:
     """One layer over a paged cache, fed step by step, beside the dense truth."""
 
     def __init__(
@@ -116,8 +132,7 @@ class Attention:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.heads, self.kv_heads, self.head_dim, self.dtype = heads, kv_heads, 8, dtype
-        num_slots = num_pages * PAGE_SIZE
-        self.cache = PagedCache(2, num_slots, kv_heads, 8, dtype, torch.device("cpu"))
+        self.cache = PagedCache(2, (num_pages, PAGE_SIZE), kv_heads, 8, dtype, CPU)
         for cached in (*self.cache.keys, *self.cache.values):
             cached.fill_(1e4)  # a slot that is read before it is written shows
         self.module: Any = SimpleNamespace(layer_idx=layer_idx)
@@ -133,7 +148,10 @@ class Attention:
 
     def packed(self, work: list[Work], window: int | None) -> dict[str, torch.Tensor]:
         """Run a step and return each sequence's new outputs, [T, Q, D]."""
-        step = pack(work, window)
+        attention: Attention = (
+            NativeAttention(window) if self.dtype == torch.bfloat16 else GatheredAttention(window)
+        )
+        step = pack(work, attention)
         ordered = sorted(work, key=lambda w: w.end - w.start > 1)
         parts = [[vector[w.start : w.end] for vector in self.vectors(w.sequence)] for w in ordered]
         query, key, value = (
@@ -146,7 +164,7 @@ class Attention:
             value,
             None,
             scaling=0.3,
-            paged=PagedContext(self.cache, step.batch, [window is not None] * 2),
+            paged=PagedContext(self.cache, attention, step.batch, [window is not None] * 2),
         )
         assert weights is None
         split = output[0].split([w.end - w.start for w in ordered])
@@ -183,13 +201,13 @@ def test_packed_attention_over_any_mixture_of_work_is_dense_attention_of_each_se
     dtype: torch.dtype,
     source: random.Random,
 ) -> None:
-    pool = PagePool(sum(pages_needed(length + 4) for length in lengths))
-    attention = Attention(pool.num_pages, *heads, layer_idx, dtype)
+    pool = PagePool(sum(pages_needed(length + 4, PAGE_SIZE) for length in lengths), PAGE_SIZE)
+    attention = Layer(pool.num_pages, *heads, layer_idx, dtype)
     scattered = pool.take(pool.num_pages)
     source.shuffle(scattered)
     pool.give_back(scattered)
     sequences = [
-        sequence_of(str(i), list(range(length)), pool.take(pages_needed(length + 4)))
+        sequence_of(str(i), list(range(length)), pool.take(pages_needed(length + 4, PAGE_SIZE)))
         for i, length in enumerate(lengths)
     ]
     got: dict[str, list[torch.Tensor]] = {str(i): [] for i in range(len(lengths))}
@@ -216,10 +234,10 @@ def test_packed_attention_over_any_mixture_of_work_is_dense_attention_of_each_se
 
 
 def test_a_step_writes_only_the_slots_of_its_own_tokens() -> None:
-    attention = Attention(2, 2, 2, 1)
+    attention = Layer(2, 2, 2, 1)
     sequence = sequence_of("5", list(range(10)), [1], 4)
     attention.packed([Work(sequence, 4, 7)], None)
-    written = (attention.cache.keys[1] != 1e4).all(dim=-1).all(dim=0)
+    written = (attention.cache.keys[1] != 1e4).all(dim=-1).all(dim=-1).view(-1)
     assert np.flatnonzero(written.numpy()).tolist() == [20, 21, 22]
     assert (attention.cache.keys[0] == 1e4).all()
 
@@ -228,7 +246,7 @@ def test_a_step_writes_only_the_slots_of_its_own_tokens() -> None:
 def test_the_order_of_the_work_changes_no_sequences_output(order: list[int]) -> None:
     outputs = []
     for chosen in ([0, 1, 2], order):
-        attention = Attention(3, 4, 2, 0)
+        attention = Layer(3, 4, 2, 0)
         sequences = [sequence_of(str(i), list(range(6)), [i]) for i in range(3)]
         work = [Work(sequences[i], 0, 6) for i in chosen]
         outputs.append(attention.packed(work, None))
@@ -255,7 +273,7 @@ def test_products_of_many_decodes_are_as_exact_as_torchs_attention(
     values = randn(num_kv, num_decode, length, size)
     ends = torch.randint(1, length + 1, (num_decode, 1), generator=generator)
     mask = (torch.arange(length) < ends)[:, None] if hides else None
-    got = attend_gathered(query, keys, values, mask, scaling)[0]  # [B, Q, D]
+    got = attend_products(query, keys, values, mask, scaling)[0]  # [B, Q, D]
 
     def truth(dtype: torch.dtype) -> torch.Tensor:
         attended = functional.scaled_dot_product_attention(

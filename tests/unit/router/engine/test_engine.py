@@ -245,14 +245,14 @@ def test_the_thread_has_ended_when_the_engine_is_closed(folder: Path) -> None:
 
 
 def test_a_request_larger_than_the_cache_is_refused(folder: Path) -> None:
-    cluster = LocalCluster(folder, num_pages=4)
+    cluster = LocalCluster(folder, cache_tokens=64)
     with pytest.raises(OverloadedError, match="70 cache tokens"):
         cluster.generate(greedy_request("r", prompt_of(60, 1), 10))
     cluster.close()
 
 
 def test_requests_wait_for_cache_pages_and_are_all_served(folder: Path) -> None:
-    cluster = LocalCluster(folder, num_pages=8)
+    cluster = LocalCluster(folder, cache_tokens=128)
     requests = [greedy_request(f"r{i}", prompt_of(20, i), 30) for i in range(6)]
     results = cluster.generate(*requests)
     assert [len(event.token_ids) for [event] in results] == [30] * 6

@@ -10,7 +10,9 @@ from cluster.errors import OverloadedError
 from router.engine.scheduler import Limits, Scheduler
 from router.engine.sequence import Sequence, Work
 from router.messages.request import GenerationRequest, SamplingParams
-from router.model.page_pool import PAGE_SIZE, PagePool, pages_needed
+from router.model.page_pool import PagePool, pages_needed
+
+PAGE_SIZE = 16
 
 
 def request_of(request_id: str, length: int, max_tokens: int = 4, n: int = 1) -> GenerationRequest:
@@ -40,7 +42,7 @@ def advance(scheduler: Scheduler, work: list[Work]) -> list[Sequence]:
 
 
 def test_a_pool_hands_out_each_page_once_and_takes_it_back() -> None:
-    pool = PagePool(5)
+    pool = PagePool(5, PAGE_SIZE)
     first, second = pool.take(2), pool.take(3)
     assert sorted([*first, *second]) == [0, 1, 2, 3, 4]
     assert pool.num_free == 0
@@ -50,7 +52,7 @@ def test_a_pool_hands_out_each_page_once_and_takes_it_back() -> None:
 
 
 def test_a_pool_never_hands_out_what_it_does_not_have() -> None:
-    pool = PagePool(2)
+    pool = PagePool(2, PAGE_SIZE)
     pool.take(1)
     with pytest.raises(IndexError, match="2 pages asked for, 1 free"):
         pool.take(2)
@@ -59,12 +61,12 @@ def test_a_pool_never_hands_out_what_it_does_not_have() -> None:
 
 @pytest.mark.parametrize(("tokens", "pages"), [(1, 1), (15, 1), (16, 1), (17, 2), (32, 2), (33, 3)])
 def test_pages_are_rounded_up(tokens: int, pages: int) -> None:
-    assert pages_needed(tokens) == pages
+    assert pages_needed(tokens, PAGE_SIZE) == pages
 
 
 def test_a_sequences_slots_follow_its_pages() -> None:
     sequence = Sequence(request_of("a", 20, 15), 0, list(range(20)))
-    sequence.occupy([7, 2, 5])
+    sequence.occupy([7, 2, 5], PAGE_SIZE)
     slots = sequence.slots.tolist()
     assert len(slots) == sequence.max_length == 35
     assert slots[:16] == list(range(112, 128))
@@ -76,7 +78,7 @@ def test_a_sequences_slots_follow_its_pages() -> None:
 
 
 def test_requests_are_admitted_in_the_order_of_their_arrival() -> None:
-    scheduler = Scheduler(Limits(2, 100, 10), 100)
+    scheduler = Scheduler(Limits(2, 100, 10), 100, PAGE_SIZE)
     for name in "abc":
         scheduler.add(request_of(name, 5))
     assert computed(scheduler.schedule()) == [("a", 0, 5), ("b", 0, 5)]
@@ -87,7 +89,7 @@ def test_requests_are_admitted_in_the_order_of_their_arrival() -> None:
 
 
 def test_pages_are_reserved_for_all_that_a_sequence_may_ever_need() -> None:
-    scheduler = Scheduler(Limits(8, 100, 10), 10)
+    scheduler = Scheduler(Limits(8, 100, 10), 10, PAGE_SIZE)
     scheduler.add(request_of("a", 10, 6))  # 16 tokens: one page
     scheduler.add(request_of("b", 10, 7))  # 17 tokens: two
     scheduler.schedule()
@@ -96,7 +98,7 @@ def test_pages_are_reserved_for_all_that_a_sequence_may_ever_need() -> None:
 
 
 def test_a_request_that_does_not_fit_yet_waits_and_is_not_overtaken() -> None:
-    scheduler = Scheduler(Limits(8, 1000, 10), 4)
+    scheduler = Scheduler(Limits(8, 1000, 10), 4, PAGE_SIZE)
     scheduler.add(request_of("a", 2 * PAGE_SIZE, 1))  # three pages
     scheduler.add(request_of("b", PAGE_SIZE, 1))  # two: not yet
     scheduler.add(request_of("c", 1, 1))  # one: would fit, but comes later
@@ -107,7 +109,7 @@ def test_a_request_that_does_not_fit_yet_waits_and_is_not_overtaken() -> None:
 
 
 def test_every_choice_is_a_sequence_of_its_own() -> None:
-    scheduler = Scheduler(Limits(8, 100, 10), 10)
+    scheduler = Scheduler(Limits(8, 100, 10), 10, PAGE_SIZE)
     added = scheduler.add(request_of("a", 3, n=3))
     assert [s.index for s in added] == [0, 1, 2]
     added[0].token_ids.append(7)
@@ -118,7 +120,7 @@ def test_every_choice_is_a_sequence_of_its_own() -> None:
 
 
 def test_a_full_queue_refuses_the_next_request_with_a_hint() -> None:
-    scheduler = Scheduler(Limits(1, 100, 2), 100)
+    scheduler = Scheduler(Limits(1, 100, 2), 100, PAGE_SIZE)
     scheduler.add(request_of("a", 3, n=4))  # counts as one
     scheduler.add(request_of("b", 3))
     with pytest.raises(OverloadedError, match="2 requests wait already") as caught:
@@ -128,7 +130,7 @@ def test_a_full_queue_refuses_the_next_request_with_a_hint() -> None:
 
 
 def test_a_queue_is_bounded_by_tokens_too() -> None:
-    scheduler = Scheduler(Limits(1, 100, 9, max_queue_tokens=40), 100)
+    scheduler = Scheduler(Limits(1, 100, 9, max_queue_tokens=40), 100, PAGE_SIZE)
     scheduler.add(request_of("a", 50, 10))  # one alone may be more
     scheduler.schedule()
     scheduler.add(request_of("b", 3, 7, n=2))
@@ -146,7 +148,7 @@ def test_a_queue_is_bounded_by_tokens_too() -> None:
 
 
 def test_a_request_that_could_never_fit_is_refused_without_a_hint() -> None:
-    scheduler = Scheduler(Limits(1, 100, 2), 2)
+    scheduler = Scheduler(Limits(1, 100, 2), 2, PAGE_SIZE)
     scheduler.add(request_of("a", 30, 2))  # 32 tokens: exactly all
     with pytest.raises(OverloadedError, match="need 33 cache tokens; a router has 32") as caught:
         scheduler.add(request_of("b", 30, 3))
@@ -158,7 +160,7 @@ def test_a_request_that_could_never_fit_is_refused_without_a_hint() -> None:
 
 
 def test_decodes_come_first_and_prefill_gets_the_rest_of_the_budget() -> None:
-    scheduler = Scheduler(Limits(8, 10, 10), 100)
+    scheduler = Scheduler(Limits(8, 10, 10), 100, PAGE_SIZE)
     for name in "ab":
         scheduler.add(request_of(name, 3))
     advance(scheduler, scheduler.schedule())
@@ -167,7 +169,7 @@ def test_decodes_come_first_and_prefill_gets_the_rest_of_the_budget() -> None:
 
 
 def test_a_long_prompt_is_chunked_and_samples_after_its_last_chunk_only() -> None:
-    scheduler = Scheduler(Limits(8, 8, 10), 100)
+    scheduler = Scheduler(Limits(8, 8, 10), 100, PAGE_SIZE)
     scheduler.add(request_of("a", 20))
     steps, sampled = [], []
     for _ in range(4):
@@ -180,14 +182,14 @@ def test_a_long_prompt_is_chunked_and_samples_after_its_last_chunk_only() -> Non
 
 
 def test_several_prompts_share_the_budget_in_order() -> None:
-    scheduler = Scheduler(Limits(8, 12, 10), 100)
+    scheduler = Scheduler(Limits(8, 12, 10), 100, PAGE_SIZE)
     for name, length in (("a", 5), ("b", 5), ("c", 5)):
         scheduler.add(request_of(name, length))
     assert computed(scheduler.schedule()) == [("a", 0, 5), ("b", 0, 5), ("c", 0, 2)]
 
 
 def test_a_prompts_last_token_alone_is_computed_with_the_decodes() -> None:
-    scheduler = Scheduler(Limits(8, 4, 10), 100)
+    scheduler = Scheduler(Limits(8, 4, 10), 100, PAGE_SIZE)
     scheduler.add(request_of("a", 5))
     scheduler.add(request_of("b", 9))
     advance(scheduler, scheduler.schedule())
@@ -197,17 +199,17 @@ def test_a_prompts_last_token_alone_is_computed_with_the_decodes() -> None:
 
 
 def test_scheduling_alone_changes_no_sequence() -> None:
-    scheduler = Scheduler(Limits(8, 8, 10), 100)
+    scheduler = Scheduler(Limits(8, 8, 10), 100, PAGE_SIZE)
     scheduler.add(request_of("a", 20))
     assert computed(scheduler.schedule()) == computed(scheduler.schedule()) == [("a", 0, 8)]
 
 
 def test_no_requests_are_no_work() -> None:
-    assert Scheduler(Limits(8, 8, 10), 100).schedule() == []
+    assert Scheduler(Limits(8, 8, 10), 100, PAGE_SIZE).schedule() == []
 
 
 def test_finishing_frees_pages_once_wherever_the_sequence_is() -> None:
-    scheduler = Scheduler(Limits(1, 100, 10), 10)
+    scheduler = Scheduler(Limits(1, 100, 10), 10, PAGE_SIZE)
     [running] = scheduler.add(request_of("a", 20))
     [waiting] = scheduler.add(request_of("b", 20))
     scheduler.schedule()
@@ -235,7 +237,7 @@ def test_whatever_comes_is_served_within_the_limits(
     num_pages: int,
     data: st.DataObject,
 ) -> None:
-    scheduler = Scheduler(Limits(max_batch_size, max_batch_tokens, 100), num_pages)
+    scheduler = Scheduler(Limits(max_batch_size, max_batch_tokens, 100), num_pages, PAGE_SIZE)
     expected, arriving = 0, list(enumerate(sizes))
     generated = 0
     for _ in range(3000):

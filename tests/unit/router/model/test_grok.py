@@ -49,7 +49,7 @@ def test_logits_are_the_oracles(saved: tuple[Path, Weights]) -> None:
     for _ in range(3):
         work = cluster.scheduler.schedule()
         theirs = logits_of(weights, list(work[0].sequence.token_ids))
-        step = pack(work, cluster.model.sliding_window)
+        step = pack(work, cluster.model.attention)
         ours = cluster.forward(step)
         assert (ours[0] - theirs).abs().max() <= 1e-5 * theirs.abs().max()
         cluster.engine.step(work)
@@ -69,7 +69,7 @@ def test_half_precision_is_served_too(tmp_path: Path, dtype: torch.dtype) -> Non
     cluster = LocalCluster(tmp_path, threaded=False)
     prompt = prompt_of(12, 1)
     cluster.scheduler.add(greedy_request("r", prompt, 1))
-    step = pack(cluster.scheduler.schedule(), None)
+    step = pack(cluster.scheduler.schedule(), cluster.model.attention)
     ours = cluster.forward(step)
     assert ours.shape == (1, VOCAB_SIZE)
     assert torch.cosine_similarity(ours[0], logits_of(weights, prompt), dim=0).item() > 0.98

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.device import CPU
 from cluster.errors import UnavailableError
 from router.config import CapacityConfig
 from router.engine.scheduler import Limits
-from router.messages.request import GenerationRequest
+from router.messages.request import GenerationRequest, TokenEvent
 from tests.checkpoints import save_mixtral
 from tests.emulated_copies import Copies
 from tests.emulated_device import EmulatedDevice, emulated_device
@@ -105,15 +106,21 @@ def test_sampled_tokens_and_log_probabilities_are_the_hosts(
     save_mixtral(tmp_path / "m")
     options = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "logprobs": 3}
 
-    def events(cluster: LocalCluster) -> Any:
+    def events(cluster: LocalCluster) -> list[TokenEvent]:
         asked = requests(**options, seed=7, n=2)
         try:
-            return [[(e.token_ids, e.logprobs) for e in got] for got in cluster.generate(*asked)]
+            return [event for got in cluster.generate(*asked) for event in got]
         finally:
             cluster.close()
 
-    expected = events(LocalCluster(tmp_path / "m"))
-    assert events(LocalCluster(tmp_path / "m", device=device.device)) == expected
+    both = [events(LocalCluster(tmp_path / "m", device=where)) for where in (CPU, device.device)]
+    for ours, expected in zip(*both, strict=True):
+        assert ours.token_ids == expected.token_ids
+        for one, other in zip(ours.logprobs, expected.logprobs, strict=True):
+            assert one.top_ids == other.top_ids
+            # Keys are gathered in another layout, so sums may have another order.
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
+            assert one.top_logprobs == pytest.approx(other.top_logprobs, abs=1e-5)
 
 
 def test_an_expert_at_its_capacity_passes_tokens_on_as_on_the_host(

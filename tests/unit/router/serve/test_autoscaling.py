@@ -91,7 +91,7 @@ def test_wrong_bounds_are_refused(section: str) -> None:
 
 
 def test_a_routers_use_is_that_of_its_cache_or_of_its_batch() -> None:
-    scheduler = Scheduler(Limits(4, 64, 16), num_pages=32)
+    scheduler = Scheduler(Limits(4, 64, 16), num_pages=32, page_size=16)
     assert scheduler.use() == 0.0
     for number in range(2):
         scheduler.add(greedy_request(str(number), [3] * 4, 4))

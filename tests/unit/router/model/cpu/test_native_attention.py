@@ -15,11 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.native import built
-from router.model.cpu import decode_attention as decoding
-from router.model.cpu.decode_attention import attend_cached, can_attend_cached
+from router.model.attention import Scoring
+from router.model.cpu import native_attention as decoding
+from router.model.cpu.native_attention import attend_cached, can_attend_cached
 from router.model.kv_cache import LatentCache, PagedCache
 from router.model.paged_attention import attend_gathered
 
+CPU = torch.device("cpu")
+PAGE_SIZE = 16
 BUILT = [] if built.native is None else [built.native]
 IS_WIDE = built.native is not None and built.native.is_wide()
 
@@ -27,8 +30,8 @@ IS_WIDE = built.native is not None and built.native.is_wide()
 @dataclass
 class Case:
     query: torch.Tensor  # [Q, B, D]
-    keys: torch.Tensor  # [G, S, D]
-    values: torch.Tensor  # [G, S, D]
+    keys: torch.Tensor  # [N, P, G, D]
+    values: torch.Tensor  # [N, P, G, D]
     slots: torch.Tensor  # [B, L]
     mask: torch.Tensor | None  # [B, 1, L]
     scaling: float
@@ -43,11 +46,12 @@ class Case:
         """Return [B, Q, D] in float64, one sequence and head after the other."""
         num_q, num_seqs, size = self.query.shape
         output = torch.empty(num_seqs, num_q, size, dtype=torch.float64)
+        all_keys, all_values = self.keys.flatten(0, 1), self.values.flatten(0, 1)  # [S, G, D]
         for b in range(num_seqs):
             seen = self.slots[b] if self.mask is None else self.slots[b][self.mask[b, 0]]
             for q in range(num_q):
-                g = q // (num_q // len(self.keys))
-                keys, values = self.keys[g, seen].double(), self.values[g, seen].double()
+                g = q // (num_q // self.keys.shape[2])
+                keys, values = all_keys[seen, g].double(), all_values[seen, g].double()
                 shares = (keys @ self.query[q, b].double() * self.scaling).softmax(0)
                 output[b, q] = shares @ values
         return output
@@ -73,14 +77,15 @@ def make(
     spread: float = 1.0,
 ) -> Case:
     generator = torch.Generator().manual_seed(seed)
-    num_slots = num_seqs * length + 5
+    num_pages = (num_seqs * length + 5) // PAGE_SIZE + 1
+    num_slots = num_pages * PAGE_SIZE
 
     def randn(*shape: int) -> torch.Tensor:
         return (spread * torch.randn(shape, generator=generator)).to(torch.bfloat16)
 
     # As the model's: tokens first, seen with heads first.
     query = randn(num_seqs, num_kv * heads + 2, size).transpose(0, 1)[1:-1]
-    keys, values = randn(num_kv, num_slots, size), randn(num_kv, num_slots, size)
+    keys, values = (randn(num_pages, PAGE_SIZE, num_kv, size) for _ in range(2))
     slots = torch.randperm(num_slots, generator=generator)[: num_seqs * length]
     mask = None
     if hides:
@@ -173,11 +178,12 @@ def test_what_is_not_seen_counts_for_nothing_and_what_is_no_number_is_told(
     case = make(5, num_seqs=2, num_kv=2, heads=2, size=64, length=20, hides=True)
     before = case.attend()
     hidden = case.slots[~case.mask[:, 0]]
-    case.keys[:, hidden] = case.values[:, hidden] = torch.nan
+    for cached in (case.keys, case.values):
+        cached.flatten(0, 1)[hidden] = torch.nan
     assert torch.equal(case.attend(), before)
     seen = case.slots[0][case.mask[0, 0]]
     for wrong in (torch.nan, torch.inf):
-        case.keys[0, seen[-1]] = wrong
+        case.keys.flatten(0, 1)[seen[-1], 0] = wrong
         output = case.attend()
         assert output[0, :2].isnan().all()  # the heads that share those keys
         assert torch.equal(output[0, 2:], before[0, 2:])
@@ -187,8 +193,8 @@ def test_what_is_not_seen_counts_for_nothing_and_what_is_no_number_is_told(
 @pytest.mark.parametrize("native", BUILT)
 def test_a_key_that_outshines_all_others_is_all_that_counts(native: ModuleType) -> None:
     case = make(6, num_seqs=1, num_kv=1, heads=1, size=64, length=33, hides=False)
-    case.keys[0, case.slots[0, 17]] = 1000 * case.query[0, 0].sign()
-    assert torch.equal(case.attend()[0, 0], case.values[0, case.slots[0, 17]])
+    case.keys.flatten(0, 1)[case.slots[0, 17], 0] = 1000 * case.query[0, 0].sign()
+    assert torch.equal(case.attend()[0, 0], case.values.flatten(0, 1)[case.slots[0, 17], 0])
 
 
 def test_without_native_code_and_for_other_kinds_of_cache_keys_are_gathered(
@@ -199,16 +205,18 @@ def test_without_native_code_and_for_other_kinds_of_cache_keys_are_gathered(
     assert not can_attend_cached(wide, case.keys.float(), case.values.float())
     assert not can_attend_cached(wide, case.keys, case.values)
     assert not can_attend_cached(case.query.transpose(1, 2), case.keys, case.values)
-    cpu = torch.device("cpu")
-    latents = LatentCache(1, 64, 48, 16, torch.bfloat16, cpu)
+    latents = LatentCache(1, (4, 16), 48, 16, torch.bfloat16, CPU)
     assert not can_attend_cached(case.query, latents.keys[0], latents.values[0])
     for attribute, value in (("native", None), ("_IS_WIDE", False)):
         with monkeypatch.context() as patch:
             patch.setattr(decoding, attribute, value)
             assert not can_attend_cached(case.query, case.keys, case.values)
-    cache = PagedCache(1, case.keys.shape[1], 2, 64, torch.bfloat16, cpu)
-    cache.store(0, torch.arange(case.keys.shape[1]), case.keys, case.values)
-    gathered = attend_gathered(case.query, *cache.gather(0, case.slots), None, case.scaling)[0]
+    cache = PagedCache(1, case.keys.shape[:2], 2, 64, torch.bfloat16, CPU)
+    heads_first = (cached.flatten(0, 1).transpose(0, 1) for cached in (case.keys, case.values))
+    cache.store(0, torch.arange(cache.keys[0].shape[0] * PAGE_SIZE), *heads_first)
+    assert torch.equal(cache.keys[0], case.keys)
+    scoring = Scoring(case.scaling)
+    gathered = attend_gathered(case.query, *cache.gather(0, case.slots), None, scoring)[0]
     exact = case.exact()
     assert ((gathered.double() - exact).abs() <= 3 * one_rounding_off(exact).max()).all()
 
@@ -226,14 +234,14 @@ def test_without_native_code_and_for_other_kinds_of_cache_keys_are_gathered(
 def test_what_does_not_fit_the_cache_is_refused(
     key_dtype: torch.dtype, key_shape: tuple[int, ...]
 ) -> None:
-    cache = PagedCache(1, 16, 2, 8, torch.bfloat16, torch.device("cpu"))
+    cache = PagedCache(1, (2, 8), 2, 8, torch.bfloat16, CPU)
     wrong = torch.ones(key_shape, dtype=key_dtype)
     with pytest.raises((RuntimeError, IndexError)):
         cache.store(0, torch.arange(3), wrong, wrong)
 
 
 def test_no_new_token_is_no_error() -> None:
-    cache = PagedCache(1, 16, 2, 8, torch.bfloat16, torch.device("cpu"))
+    cache = PagedCache(1, (2, 8), 2, 8, torch.bfloat16, CPU)
     none = torch.empty(2, 0, 8, dtype=torch.bfloat16)
     cache.store(0, torch.arange(0), none, none)
 
@@ -260,7 +268,7 @@ def test_new_keys_and_values_come_to_their_slots_and_nowhere_else(
     key = both[0, :, :num_heads].transpose(0, 1)
     value = both[0, :, num_heads + 1 :].transpose(0, 1)
     slots = torch.randperm(16, generator=generator)[:num_tokens]
-    cache = PagedCache(2, 16, num_heads, size, dtype, torch.device("cpu"))
+    cache = PagedCache(2, (2, 8), num_heads, size, dtype, CPU)
     for stored in (*cache.keys, *cache.values):
         stored.fill_(7)
     with pytest.MonkeyPatch.context() as patch:
@@ -269,10 +277,15 @@ def test_new_keys_and_values_come_to_their_slots_and_nowhere_else(
     for stored, rows in ((cache.keys[1], key), (cache.values[1], value)):
         expected = torch.full_like(stored, 7)
         for token, slot in enumerate(slots.tolist()):
-            expected[:, slot] = rows[:, token]
+            expected[slot // 8, slot % 8] = rows[:, token]
         assert torch.equal(stored, expected)
     assert (cache.keys[0] == 7).all()
     assert (cache.values[0] == 7).all()
+    table = slots.repeat(2, 1).flip(1)  # [B, L]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("router.model.kv_cache.native", native)
+        for gathered, rows in zip(cache.gather(1, table), (key, value), strict=True):
+            assert torch.equal(gathered, rows.flip(1).unsqueeze(1).expand(-1, 2, -1, -1))
 
 
 SIZES = (2, 1, 3, 2, 1, 2, 2)  # B, G, S, D, Q, and strides
@@ -310,6 +323,12 @@ def stored(
     native.store(bytes(rows), bytearray(room), SLOTS, sizes)
 
 
+def gathered(
+    native: ModuleType, sizes: object = (2, 3, 4), cached: int = 24, room: int = 16
+) -> None:
+    native.gather_heads(bytes(cached), SLOTS, bytearray(room), sizes)
+
+
 WRONG = {
     "attend, a slot too large": lambda n: attended(n, slots=(0, 1, 2, 3)),
     "attend, a slot below": lambda n: attended(n, slots=(0, 1, 2, -1)),
@@ -332,6 +351,17 @@ WRONG = {
         for place in range(7)
         for value in (-1, *((0,) if place < 5 else ()), 2**62)
     },
+    "gather, too few rows": lambda n: gathered(n, cached=20),
+    "gather, no room": lambda n: gathered(n, room=12),
+    "gather, a slot too large": lambda n: gathered(n, sizes=(2, 1, 4), cached=8),
+    "gather, sizes of another type": lambda n: gathered(n, sizes=[2, 3, 4]),
+    **{
+        f"gather, size {place} is {value}": lambda n, place=place, value=value: gathered(
+            n, sizes=tuple(value if i == place else (2, 3, 4)[i] for i in range(3))
+        )
+        for place in range(3)
+        for value in (-1, 0, 2**62)
+    },
     "store, too few rows": lambda n: stored(n, rows=12),
     "store, a cache too small": lambda n: stored(n, room=20),
     "store, a slot too large": lambda n: stored(n, sizes=(2, 1, 4, 8, 4), room=8),
@@ -351,6 +381,7 @@ def test_what_the_wrong_cases_start_from_is_right(native: ModuleType) -> None:
     attended(native)
     attended(native, mask=bytes([1, 0, 0, 1]))
     stored(native)
+    gathered(native)
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -1,0 +1,47 @@
+"""Which implementation of attention a model has on its device."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from cluster.device import CPU
+from experts.families.base import Family
+from router.model.attention import Attention
+from router.model.cpu.native_attention import NativeAttention
+from router.model.paged_attention import GatheredAttention
+from router.model.varlen_attention import VarlenAttention, why_not_varlen
+
+logger = logging.getLogger("expertmesh.router")
+
+
+def choose_attention(
+    family: Family,
+    config: Any,
+    sliding_window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Attention:
+    """Return the implementation for a model of transformers' ``config`` on ``device``."""
+    if device == CPU:
+        is_half = dtype == torch.bfloat16
+        return NativeAttention(sliding_window) if is_half else GatheredAttention(sliding_window)
+    if family.caches_latents:
+        reason = "keys and values of latents have other sizes"
+    elif family.caps_scores:
+        reason = "it has neither capped scores nor sinks"
+    else:
+        heads = config.num_attention_heads, config.num_key_value_heads
+        reason = why_not_varlen(device, dtype, heads, head_size(config))
+    if reason:
+        logger.warning("attention on %s gathers the cache's pages: %s", device, reason)
+        return GatheredAttention(sliding_window)
+    return VarlenAttention(sliding_window)
+
+
+def head_size(config: Any) -> int:
+    """Return the size of a head by transformers' ``config``."""
+    size: int | None = getattr(config, "head_dim", None)
+    return size or config.hidden_size // config.num_attention_heads

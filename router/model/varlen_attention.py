@@ -1,0 +1,192 @@
+"""Attention on an accelerator that reads the cache's pages in place.
+
+torch's variable-length attention (FlashAttention, Dao 2023) takes a table of each sequence's pages.
+It takes half precision alone, and head sizes that are multiples of 8 up to 256. It neither caps
+scores nor knows sinks, and needs values of the keys' size.
+
+Dimension letters: T packed tokens, B sequences of a call, M pages of the longest of them, Q query
+heads, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.device import CPU
+from router.model.attention import Scoring, Span
+from router.model.kv_cache import PagedCache
+from router.model.paged_attention import GatheredAttention
+from router.model.staged_batch import with_tensors
+
+try:
+    from torch.nn.attention import varlen
+except ImportError:  # torch before 2.10
+    varlen = None  # type: ignore[assignment]
+
+HALF = (torch.bfloat16, torch.float16)
+MAX_HEAD_SIZE, HEAD_STEP = 256, 8
+# Values of a trial are of unit variance; half precision has seven bits at least.
+_TOLERANCE = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The sequences of one call: packed tokens ``begin:end``.
+
+    ``query_ends`` [B + 1] are the cumulative numbers of the sequences' tokens, from 0 on,
+    ``lengths`` [B] the cached tokens that each attends to, and ``block_table`` [B, M] its pages,
+    padded by page 0, all int32. ``max_tokens`` and ``max_length`` are the largest numbers.
+    """
+
+    begin: int
+    end: int
+    query_ends: torch.Tensor
+    lengths: torch.Tensor
+    block_table: torch.Tensor
+    max_tokens: int
+    max_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class VarlenView:
+    """The calls of one packed step: decodes, then prefill chunks."""
+
+    parts: tuple[Part, ...]
+
+
+class VarlenAttention:
+    """See :class:`router.model.attention.Attention`.
+
+    Decodes and chunks are attended by calls of their own, and no sequence's keys are split: so the
+    order of a token's sums is the same in any company.
+    """
+
+    page_size = 256
+    """FlashAttention 2, which torch brings, takes multiples of it; its successors take any."""
+
+    def __init__(self, sliding_window: int | None) -> None:
+        """``sliding_window`` is that of the layers with a window, in tokens."""
+        self._window = sliding_window
+
+    def view(self, spans: Sequence[Span], num_decode: int) -> VarlenView:
+        """Return the step's tables."""
+        halves = (spans[:num_decode], 0), (spans[num_decode:], num_decode)
+        return VarlenView(tuple(self._part(some, begin) for some, begin in halves if some))
+
+    def _part(self, spans: Sequence[Span], begin: int) -> Part:
+        counts = [len(span.slots) - span.start for span in spans]
+        lengths = [len(span.slots) for span in spans]
+        longest = max(lengths)
+        table = np.zeros((len(spans), -(-longest // self.page_size)), dtype=np.int32)
+        for row, span in zip(table, spans, strict=True):
+            pages = span.slots[:: self.page_size] // self.page_size
+            row[: len(pages)] = pages
+        ends = list(itertools.accumulate(counts, initial=0))
+        return Part(
+            begin,
+            begin + ends[-1],
+            torch.tensor(ends, dtype=torch.int32),
+            torch.tensor(lengths, dtype=torch.int32),
+            torch.from_numpy(table),
+            max(counts),
+            longest,
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        cache: PagedCache,
+        layer_id: int,
+        view: VarlenView,
+        scoring: Scoring,
+    ) -> torch.Tensor:
+        """See :class:`router.model.attention.Attention`."""
+        tokens = query[0].transpose(0, 1)  # [T, Q, D]
+        # A token sees so many keys before its own.
+        before = self._window - 1 if scoring.has_window and self._window is not None else -1
+        outputs: list[Any] = [
+            varlen.varlen_attn(
+                tokens[part.begin : part.end],
+                cache.keys[layer_id],
+                cache.values[layer_id],
+                part.query_ends,
+                None,
+                part.max_tokens,
+                part.max_length,
+                scale=scoring.scaling,
+                window_size=(before, 0),
+                enable_gqa=True,
+                seqused_k=part.lengths,
+                block_table=part.block_table,
+                num_splits=1,
+            )
+            for part in view.parts
+        ]
+        return outputs[0].unsqueeze(0) if len(outputs) == 1 else torch.cat(outputs).unsqueeze(0)
+
+
+@torch.inference_mode()
+def why_not_varlen(
+    device: torch.device, dtype: torch.dtype, heads: tuple[int, int], head_dim: int
+) -> str:
+    """Return why :class:`VarlenAttention` cannot attend on ``device``; empty where it can.
+
+    ``heads`` are the numbers of query heads and of key/value heads. Where dtype and sizes allow it,
+    it is tried there: against gathered attention, and a sequence alone against the same in company.
+    Raises ``torch.AcceleratorError`` where the trial has broken the device.
+    """
+    if dtype not in HALF:
+        return f"it takes half precision, not {str(dtype).removeprefix('torch.')}"
+    if head_dim > MAX_HEAD_SIZE or head_dim % HEAD_STEP:
+        return f"it takes heads of multiples of {HEAD_STEP} up to {MAX_HEAD_SIZE}, not {head_dim}"
+    if varlen is None:
+        return f"torch {torch.__version__} has none"
+    try:
+        return _tried(device, dtype, heads, head_dim)
+    except torch.AcceleratorError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:  # another signature, another device
+        return f"torch {torch.__version__} refuses it there ({str(error).splitlines()[0][:160]})"
+
+
+def _tried(device: torch.device, dtype: torch.dtype, heads: tuple[int, int], head_dim: int) -> str:
+    """Attend two decodes and a chunk over four pages, in all three ways."""
+    size, (num_q, num_kv) = VarlenAttention.page_size, heads
+    cache = PagedCache(1, (4, size), num_kv, head_dim, dtype, device)
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+    cache.keys[0].copy_(randn(4, size, num_kv, head_dim))
+    cache.values[0].copy_(randn(4, size, num_kv, head_dim))
+    query = randn(1, num_q, 7, head_dim)
+    two_pages = np.concatenate([np.arange(2 * size, 3 * size), np.arange(size)])
+    spans = [
+        Span(np.arange(3 * size, 3 * size + 9), 8),
+        Span(two_pages[: size + 40], size + 39),
+        Span(two_pages[: size + 5], size),
+    ]
+    scoring = Scoring(head_dim**-0.5, has_window=True)
+
+    def attended(attention: VarlenAttention | GatheredAttention, some: list[Span]) -> torch.Tensor:
+        counts = [len(span.slots) - span.start for span in some]
+        view = attention.view(some, counts.count(1))
+        view = with_tensors(view, lambda tensor: tensor.to(device))
+        return attention.attend(query[:, :, : sum(counts)], cache, 0, view, scoring).to(CPU).float()
+
+    window = size + 20
+    varlen = VarlenAttention(window)
+    together = attended(varlen, spans)
+    error = (together - attended(GatheredAttention(window), spans)).abs().max()
+    if not error <= _TOLERANCE:
+        return f"its results on {device} are {float(error):.3g} off"
+    if not torch.equal(attended(varlen, spans[:1]), together[:, :1]):
+        return f"a sequence's result on {device} depends on others of its step"
+    return ""
