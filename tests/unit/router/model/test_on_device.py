@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,6 +88,17 @@ def test_each_family_has_the_hosts_tokens_and_a_copy_each_way_a_layer_and_a_step
     assert len(steps.copies) > 6
     for copies in steps.copies:
         assert len(copies.to_host) == len(copies.to_device) == num_layers + 1
+
+
+def test_a_chunk_alone_that_ends_no_prompt_is_computed(
+    tmp_path: Path, device: EmulatedDevice
+) -> None:
+    save_mixtral(tmp_path / "m")
+    alone, tokens = greedy_request("r", list(range(3, 40)), 3), []
+    for where in (torch.device("cpu"), device.device):
+        cluster = LocalCluster(tmp_path / "m", limits=LIMITS, device=where)
+        tokens.append(tokens_of(cluster, alone))
+    assert tokens[0] == tokens[1]
 
 
 def test_bfloat16_has_the_same_copies(tmp_path: Path, device: EmulatedDevice) -> None:
