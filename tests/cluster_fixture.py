@@ -42,6 +42,8 @@ TRACING = {
     "exporter_import_path": "tests.span_keeper:to_files",
     "sampling_ratio": 0.0,  # only what a client asks for
 }
+DEVICES, DEVICE_SHARE = 8, 0.25
+"""Emulated devices of a cluster, and the share of one that a router or an actor asks for."""
 SETTLED_S = 1.5
 """Longer than from one heartbeat of an actor to the next."""
 
@@ -289,13 +291,28 @@ class ServedCluster:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a cluster is made of: copies of each expert."""
+    """What a cluster is made of: copies of each expert, and where it computes.
+
+    ``on_device`` puts routers and actors on emulated devices (:mod:`tests.emulated_device`).
+    """
 
     min_copies: int = 1
+    on_device: bool = False
+
+    def ray_options(self) -> dict[str, Any]:
+        """Return Ray's options for the processes of this cluster, and of others beside it."""
+        if not self.on_device:
+            return {"num_cpus": 8}
+        hook = {"worker_process_setup_hook": "tests.emulated_device.emulate_process"}
+        return {"num_cpus": 32, "num_gpus": DEVICES, "runtime_env": hook}
+
+    def num_gpus(self) -> dict[str, float]:
+        """Return what each router or actor asks for."""
+        return {"num_gpus": DEVICE_SHARE} if self.on_device else {}
 
 
 @contextmanager
-def _running_ray(variables: Mapping[str, str]) -> Iterator[None]:
+def _running_ray(variables: Mapping[str, str], options: Mapping[str, Any]) -> Iterator[None]:
     """Start Ray on this machine, whose processes have these variables; ends it."""
     import ray
 
@@ -303,11 +320,11 @@ def _running_ray(variables: Mapping[str, str]) -> Iterator[None]:
     try:
         ray.init(
             address="local",
-            num_cpus=8,
             include_dashboard=False,
             log_to_driver=False,
             logging_level="warning",
             namespace="serve",
+            **options,
         )
         yield
     finally:
@@ -333,11 +350,15 @@ def served_cluster(folder: Path, shape: Shape) -> Iterator[ServedCluster]:
             {"id": TINY, "path": "models/mesh-tiny"},
             {"id": RANDOM, "path": str(made.folder)},
         ],
-        "experts": {"actors": NUM_ACTORS, "min_copies": shape.min_copies},
-        "router": {"replicas": 1},
+        "experts": {
+            "actors": NUM_ACTORS,
+            "min_copies": shape.min_copies,
+            **shape.num_gpus(),
+        },
+        "router": {"replicas": 1, **shape.num_gpus()},
         "gateway": {},
     }
-    with _running_ray({FOLDER_VARIABLE: str(spans_folder)}):
+    with _running_ray({FOLDER_VARIABLE: str(spans_folder)}, shape.ray_options()):
         serve.start(**serve_options(http_port, grpc_port), tracing_config=TRACING)
         serve.run(build(args), name=APP, route_prefix="/")
         address = f"127.0.0.1:{grpc_port}"

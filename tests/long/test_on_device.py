@@ -1,0 +1,151 @@
+"""A whole deployment on emulated devices: the host's tokens, in all families and under faults.
+
+The emulated device fails on an implicit read by the host and on an operation of both, so that each
+answer says that there was none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+
+from router.app import build
+from router.client import Client
+from router.config import CapacityConfig
+from tests.checkpoints import save_mixtral
+from tests.cluster_fixture import (
+    DEVICE_SHARE,
+    RANDOM,
+    ServedCluster,
+    Shape,
+    StreamReader,
+    greedy,
+    prompt_of,
+    wait_until,
+)
+from tests.family_checkpoints import SAVERS
+from tests.fault.faults import BEFORE, LENGTH, PROMPTS, expected_tokens, kill, start_streams
+from tests.grok_oracle import save_grok
+from tests.local_cluster import LocalCluster, greedy_request
+
+pytestmark = [
+    pytest.mark.parametrize("served_session", [Shape(on_device=True)], ids=str, indirect=True),
+    pytest.mark.timeout(600),
+]
+
+FAMILIES: dict[str, Any] = {"mixtral": save_mixtral, "grok": save_grok, **SAVERS}
+BACK_S = 120.0
+COUNT = 6
+
+
+def test_a_crowd_with_long_prompts_gets_transformers_tokens(served: ServedCluster) -> None:
+    sizes = [(1 + (29 * i) % 250, 2 + (5 * i) % 6) for i in range(16)]
+    prompts = [prompt_of(length, 100 + i) for i, (length, _) in enumerate(sizes)]
+    got = served.crowd(RANDOM, prompts, [greedy(count) for _, count in sizes])
+    for prompt, (_, count), tokens in zip(prompts, sizes, got, strict=True):
+        assert tokens == served.expected(prompt, count)
+
+
+def test_all_processes_compute_on_the_device(served: ServedCluster) -> None:
+    """What each process says of the device's memory: the emulated one counts its tensors."""
+    devices = {actor.actor_id: actor.device for actor in served.status().actors}
+    assert set(devices.values()) == {"privateuseone"}
+
+
+def test_streams_survive_a_killed_actor(served: ServedCluster) -> None:
+    told, before = served.status(), served.actors()
+    streams = start_streams(served)
+    kill(told, before["expert-1"].pid)
+    assert not any(stream.ended for stream in streams)
+    assert [stream.result(BACK_S) for stream in streams] == expected_tokens(served)
+    served.wait_whole()
+
+
+def test_streams_go_on_when_the_routers_are_killed(served: ServedCluster) -> None:
+    expected, told = expected_tokens(served), served.status()
+    with Client(served.grpc_address) as client:
+        streams = [StreamReader(client, p, greedy(LENGTH), RANDOM, BACK_S) for p in PROMPTS]
+        for stream in streams:
+            stream.wait_tokens(BEFORE)
+        kill(told, *(router.pid for router in told.routers))
+        assert not any(stream.ended for stream in streams)
+        assert [stream.result(BACK_S) for stream in streams] == expected
+    served.wait_whole(BACK_S)
+
+
+@contextmanager
+def deployed(served: ServedCluster, name: str, args: dict[str, Any]) -> Iterator[str]:
+    """Serve another application on the devices; gives its URL."""
+    share = {"num_gpus": DEVICE_SHARE}
+    whole = {**args, "experts": {"actors": 1, **share}, "gateway": {}}
+    whole["router"] = {**args.get("router", {}), **share}
+    serve.run(build(whole), name=name, route_prefix=f"/{name}")
+    try:
+        yield f"{served.http_url}/{name}"
+    finally:
+        serve.delete(name)
+
+
+def completion(url: str, model: str, prompt: list[int]) -> tuple[int, ...]:
+    """Return greedy tokens; raises for a status that is no success."""
+    body = {
+        **{"model": model, "prompt": prompt, "max_tokens": COUNT, "temperature": 0},
+        **{"ignore_eos": True, "return_token_ids": True},
+    }
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=BACK_S)
+    answer.raise_for_status()
+    return tuple(answer.json()["choices"][0]["token_ids"])
+
+
+def hosts_tokens(folder: Path, prompt: list[int], **options: Any) -> tuple[int, ...]:
+    """Return the tokens of an engine on the host."""
+    cluster = LocalCluster(folder, **options)
+    try:
+        [events] = cluster.generate(greedy_request("r", prompt, COUNT))
+        return events[0].token_ids
+    finally:
+        cluster.close()
+
+
+def is_ready(url: str) -> bool:
+    return httpx.get(f"{url}/ready").status_code == 200
+
+
+def test_every_family_has_the_hosts_tokens(served: ServedCluster, tmp_path: Path) -> None:
+    for family, save in FAMILIES.items():
+        save(tmp_path / family)
+    models = [{"id": family, "path": str(tmp_path / family)} for family in FAMILIES]
+    assert len(models) >= 10
+    args = {"models": models, "router": {"max_batch_tokens": 16}}
+    with deployed(served, "families", args) as url:
+        wait_until(lambda: is_ready(url), "all families are served", BACK_S)
+        for family in FAMILIES:
+            prompt = prompt_of(40, 7)  # prefilled in three chunks
+            assert completion(url, family, prompt) == hosts_tokens(tmp_path / family, prompt), (
+                family
+            )
+
+
+def test_experts_at_their_capacity_pass_tokens_on_as_on_the_host(
+    served: ServedCluster, tmp_path: Path
+) -> None:
+    save_mixtral(tmp_path)
+    capacity = {"tokens": 4}
+    args = {
+        "models": [{"id": "m", "path": str(tmp_path)}],
+        "router": {"expert_capacity": capacity},
+    }
+    prompt = prompt_of(40, 7)
+    with deployed(served, "capacity", args) as url:
+        wait_until(lambda: is_ready(url), "the model is served", BACK_S)
+        limited = completion(url, "m", prompt)
+        metrics = httpx.get(f"{url}/metrics").text
+    assert limited == hosts_tokens(tmp_path, prompt, capacity=CapacityConfig(**capacity))
+    overflow = [line for line in metrics.splitlines() if "overflow" in line and line[0] != "#"]
+    assert sum(float(line.rpartition(" ")[2]) for line in overflow) > 0
