@@ -33,7 +33,7 @@ class Tokenizer:
 
         try:
             loaded = AutoTokenizer.from_pretrained(
-                path, trust_remote_code=False, local_files_only=True
+                path, config=_config(path), trust_remote_code=False, local_files_only=True
             )
             return cls(loaded, eos_token_ids)
         except BaseException as error:
@@ -109,6 +109,20 @@ class Tokenizer:
                 f"the model's chat template refuses the messages{reason}", "messages"
             ) from None
         return str(text)
+
+
+def _config(path: str) -> Any:
+    """Return the model's configuration, by which transformers may choose a tokenizer's class.
+
+    A family's own class refuses values that its checkpoints have, and that the router translates
+    (DBRX's whole numbers where it wants others); then it is read without such a class.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception:  # huggingface_hub's errors of validation have no common class
+        return PreTrainedConfig.from_pretrained(path, local_files_only=True)
 
 
 def _is_failure(error: BaseException) -> bool:
