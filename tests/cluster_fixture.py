@@ -303,8 +303,11 @@ class Shape:
         """Return Ray's options for the processes of this cluster, and of others beside it."""
         if not self.on_device:
             return {"num_cpus": 8}
-        hook = {"worker_process_setup_hook": "tests.emulated_device.emulate_process"}
-        return {"num_cpus": 32, "num_gpus": DEVICES, "runtime_env": hook}
+        hook = "tests.emulated_device.emulate_process"
+        # The hook runs before Ray has told a process where its driver finds modules.
+        variables = {"PYTHONPATH": str(Path(__file__).parents[1])}
+        environment = {"worker_process_setup_hook": hook, "env_vars": variables}
+        return {"num_cpus": 32, "num_gpus": DEVICES, "runtime_env": environment}
 
     def num_gpus(self) -> dict[str, float]:
         """Return what each router or actor asks for."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ray import serve
 from router.app import build
 from router.client import Client
 from router.config import CapacityConfig
-from tests.checkpoints import save_mixtral
+from tests.checkpoints import save_mixtral, save_tokenizer
 from tests.cluster_fixture import (
     DEVICE_SHARE,
     RANDOM,
@@ -39,7 +40,12 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-FAMILIES: dict[str, Any] = {"mixtral": save_mixtral, "grok": save_grok, **SAVERS}
+FAMILIES: dict[str, Any] = {
+    "mixtral": save_mixtral,
+    "grok-1": save_grok,
+    "grok": partial(save_grok, style="grok"),
+    **SAVERS,
+}
 BACK_S = 120.0
 COUNT = 6
 
@@ -120,9 +126,10 @@ def is_ready(url: str) -> bool:
 def test_every_family_has_the_hosts_tokens(served: ServedCluster, tmp_path: Path) -> None:
     for family, save in FAMILIES.items():
         save(tmp_path / family)
+        save_tokenizer(tmp_path / family)
     models = [{"id": family, "path": str(tmp_path / family)} for family in FAMILIES]
     assert len(models) >= 10
-    args = {"models": models, "router": {"max_batch_tokens": 16}}
+    args = {"models": models, "router": {"max_batch_size": 8, "max_batch_tokens": 16}}
     with deployed(served, "families", args) as url:
         wait_until(lambda: is_ready(url), "all families are served", BACK_S)
         for family in FAMILIES:
