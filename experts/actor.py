@@ -19,7 +19,7 @@ import ray
 import torch
 
 from cluster.controller.lease import Lease, end_when_orphaned
-from cluster.device import CPU, accelerator, check_room, free_bytes, no_room
+from cluster.device import CPU, check_room, device_of, free_bytes, no_room
 from cluster.errors import CheckpointError, StaleEpochError, UnavailableError
 from cluster.spec import EMULATED, ActorReport, ActorSpec, ExpertKey
 from cluster.transport.stream.handshake import Network, StreamOffer
@@ -54,9 +54,11 @@ class ExpertActor:
         self._generation = generation
         self._epoch = epoch
         self._sources = {source.experts.model: source for source in spec.models}
-        found = accelerator() if spec.num_gpus > 0 else CPU
-        self._device = found or CPU
-        self._has_device = found is not None  # else :meth:`load` says so
+        self._no_device: UnavailableError | None = None  # :meth:`load` raises it
+        try:
+            self._device = device_of("auto", spec.num_gpus, "args.experts.num_gpus")
+        except UnavailableError as error:
+            self._device, self._no_device = CPU, error
         self._bank = ExpertBank()
         self._blocks = Blocks(self._device, ())
         self._checkpoints: dict[str, Checkpoint | Mixture] = {}
@@ -92,13 +94,8 @@ class ExpertActor:
         that its orders do not wait for the rest.
         """
         self._accept(epoch)
-        if not self._has_device:
-            raise UnavailableError(
-                f"Ray gave this actor a GPU of {ray.util.get_node_ip_address()}, but torch "
-                f"{torch.__version__} finds no accelerator there; install torch for it, or set "
-                "num_gpus: 0",
-                "args.experts.num_gpus",
-            )
+        if self._no_device is not None:
+            raise self._no_device
         with self._load_lock, self._ending_with_the_device():
             self._check(epoch)
             self._take_over(spec)
