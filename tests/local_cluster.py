@@ -187,13 +187,14 @@ class LocalCluster:
 
     def forward(self, packed: StepInput) -> torch.Tensor:
         """Run one packed step through the model and the experts; returns the logits."""
-        return self.model.forward(
+        logits, _ = self.model.forward(
             packed.token_ids,
             packed.positions,
             packed.batch,
             packed.sample_rows,
             context_of(packed),
         )
+        return logits
 
     def _on_emissions(self, emissions: list[Emission]) -> None:
         with self._changed:

@@ -1,4 +1,4 @@
-"""Packs a step's work into the tensors that the model takes: pure functions.
+"""Packs a step's work into the tensors that model and sampling take: pure functions.
 
 Dimension letters: T packed tokens, R rows to sample.
 """
@@ -6,23 +6,29 @@ Dimension letters: T packed tokens, R rows to sample.
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from router.engine.sampling import Draw, Sampling, SamplingTensors
 from router.engine.sequence import Sequence, Work
 from router.model.attention import Attention, PagedBatch, Span
 from router.moe.layer import StepContext
 from router.observability.tracing import StepTrace
+
+_NO_ROWS = torch.empty(0, dtype=torch.int64)
+_NO_PARAMS = torch.empty(5, 0, dtype=torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
     """One packed step, as :meth:`router.model.model.MoEModel.forward` takes it.
 
-    ``sampled`` are the sequences of ``sample_rows``. ``works`` is the step's work in the order of
-    its tokens.
+    ``sampled`` are the sequences of ``sample_rows``, and ``sampling`` is how they are sampled.
+    ``works`` is the step's work in the order of its tokens.
     """
 
     token_ids: torch.Tensor
@@ -30,6 +36,7 @@ class StepInput:
     batch: PagedBatch
     sample_rows: torch.Tensor
     sampled: tuple[Sequence, ...]
+    sampling: Sampling
     works: tuple[Work, ...]
 
 
@@ -40,13 +47,15 @@ def pack(work: list[Work], attention: Attention) -> StepInput:
     works = (*decodes, *prefills)
     ends = list(itertools.accumulate(w.end - w.start for w in works))
     is_sampled = [w.end == len(w.sequence.token_ids) for w in works]
+    sampled = tuple(w.sequence for w in itertools.compress(works, is_sampled))
     positions = [w.start for w in decodes] + [p for w in prefills for p in range(w.start, w.end)]
     return StepInput(
         token_ids=_tensor([t for w in works for t in w.sequence.token_ids[w.start : w.end]]),
         positions=_tensor(positions),
         batch=_batch_of(works, len(decodes), attention),
         sample_rows=_tensor([end - 1 for end in itertools.compress(ends, is_sampled)]),
-        sampled=tuple(w.sequence for w in itertools.compress(works, is_sampled)),
+        sampled=sampled,
+        sampling=sampling_of([_draw_of(sequence) for sequence in sampled]),
         works=works,
     )
 
@@ -71,3 +80,54 @@ def _batch_of(works: tuple[Work, ...], num_decode: int, attention: Attention) ->
     spans = [Span(work.sequence.slots[: work.end], work.start) for work in works]
     new_slots = np.concatenate([span.slots[span.start :] for span in spans])
     return PagedBatch(torch.from_numpy(new_slots), attention.view(spans, num_decode))
+
+
+def _draw_of(sequence: Sequence) -> Draw:
+    return Draw(sequence.request.sampling, sequence.index, len(sequence.token_ids))
+
+
+def sampling_of(draws: list[Draw]) -> Sampling:
+    """Return how rows are sampled, as :func:`router.engine.sampling.sample` takes it."""
+    warm = [i for i, draw in enumerate(draws) if draw.params.temperature > 0]
+    asking = [
+        (draw.params.logprobs, i)
+        for i, draw in enumerate(draws)
+        if draw.params.logprobs is not None
+    ]
+    asking.sort()
+    tensors = SamplingTensors(
+        _tensor(warm) if warm else _NO_ROWS,
+        _warm_params([draws[i] for i in warm]) if warm else _NO_PARAMS,
+        _tensor([row for _, row in asking]) if asking else _NO_ROWS,
+    )
+    return Sampling(tensors, list(Counter(num for num, _ in asking).items()) if asking else [])
+
+
+def _warm_params(draws: list[Draw]) -> torch.Tensor:
+    params = [draw.params for draw in draws]
+    numbers = [
+        [p.temperature for p in params],
+        [p.top_k or math.inf for p in params],
+        [p.top_p for p in params],
+        [p.min_p for p in params],
+        _uniform(draws),
+    ]
+    return torch.from_numpy(np.array(numbers, dtype=np.float64))
+
+
+def _uniform(draws: list[Draw]) -> np.ndarray:
+    """Return one number in [0, 1) per row, a function of (seed, choice, position) alone."""
+    seeds = np.array([d.params.seed & 0xFFFFFFFFFFFFFFFF for d in draws], dtype=np.uint64)
+    choices = np.array([d.choice for d in draws], dtype=np.uint64)
+    positions = np.array([d.position for d in draws], dtype=np.uint64)
+    mixed = _mix(_mix(_mix(seeds) ^ choices) ^ positions)
+    numbers: np.ndarray = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): a bijection that avalanches."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

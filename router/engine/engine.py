@@ -27,7 +27,7 @@ from cluster.errors import (
     NotFiniteError,
 )
 from router.engine.batch import StepInput, context_of, pack
-from router.engine.sampling import Draw, Drawn, sample
+from router.engine.sampling import Drawn, SamplingTensors, read, sample
 from router.engine.scheduler import Scheduler
 from router.engine.sequence import Sequence, Work
 from router.engine.stats import EngineTally
@@ -203,10 +203,17 @@ class Engine:
         self._tally(work)
         packed = pack(work, self._model.attention)
         context = context_of(packed, trace)
-        logits = self._model.forward(
-            packed.token_ids, packed.positions, packed.batch, packed.sample_rows, context
+        sampling = packed.sampling
+        logits, tensors = self._model.forward(
+            packed.token_ids,
+            packed.positions,
+            packed.batch,
+            packed.sample_rows,
+            context,
+            *sampling.tensors,
         )
-        drawn = sample(logits, [_draw_of(s) for s in packed.sampled])
+        sampled = sample(logits, SamplingTensors(*tensors), sampling.logprob_sizes)
+        drawn = read(self._model.to_host(*sampled), sampling)
         self.tally.note_layers(context.layer_times_s)
         self._advance(packed, context, drawn)
 
@@ -338,7 +345,3 @@ def _unavailable(sequence: Sequence) -> ExpertUnavailableError:
         sequence.request.model,
         1.0,
     )
-
-
-def _draw_of(sequence: Sequence) -> Draw:
-    return Draw(sequence.request.sampling, sequence.index, len(sequence.token_ids))

@@ -1,21 +1,32 @@
-"""Samples the next tokens of a step, all rows at once.
+"""Samples the next tokens of a step, all rows at once, where the logits are.
+
+:func:`router.engine.batch.sampling_of` makes tensors of the rows' parameters, which go to the
+logits' device with the step's inputs. :func:`sample` makes tensors of tensors there, without a
+read by the host. :func:`read` makes tokens of them on the host.
 
 A row's token depends on its logits, its parameters and (seed, choice, position) alone. It depends
 neither on the row's place in the batch nor on the other rows, so a request that is retried or moved
 gets the same tokens.
 
-Dimension letters: R rows, V vocabulary size, N likeliest tokens reported.
+Dimension letters: R rows, V vocabulary size, W rows with a temperature above 0, N likeliest tokens
+reported, A rows that have them reported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from math import isfinite
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from router.messages.request import SamplingParams, TokenLogprobs
+
+VALUES_AT_ONCE = 1 << 21
+"""The most logits that are sorted, or made log probabilities, at a time. It bounds the memory that
+a device needs for it, some 60 bytes each; no token depends on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +36,28 @@ class Draw:
     params: SamplingParams
     choice: int
     position: int
+
+
+class SamplingTensors(NamedTuple):
+    """The part of :class:`Sampling` that is used where the logits are."""
+
+    warm_rows: torch.Tensor
+    """int64 [W]; the other rows are greedy."""
+    warm_params: torch.Tensor
+    """fp64 [5, W]: temperature, top-k (infinite for all), top-p, min-p, and a number in [0, 1)."""
+    logprob_rows: torch.Tensor
+    """int64 [A], in ascending order of their N."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a step's rows are sampled; made on the host, once a step.
+
+    ``logprob_sizes`` are (N, the number of ``logprob_rows`` with this N), in their order.
+    """
+
+    tensors: SamplingTensors
+    logprob_sizes: list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,83 +71,93 @@ class Drawn:
     logprobs: list[TokenLogprobs | None]
 
 
-def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> Drawn:
-    """Draw one token per row of fp32 logits [R, V].
+def sample(
+    logits: torch.Tensor, tensors: SamplingTensors, logprob_sizes: Sequence[tuple[int, int]]
+) -> list[torch.Tensor]:
+    """Draw one token per row of fp32 logits [R, V]; returns what :func:`read` takes.
+
+    That is ids int64 [R, 1] and the rows' largest logits, fp32 [R, 1]. For some of
+    ``logprob_rows`` at a time follow the log probabilities of their tokens, fp32 [A, 1], and those
+    and the ids of the likeliest, [A, N]. All tensors are on one device.
 
     Logits are divided by the temperature. Top-k, top-p and min-p then filter tokens, in this order.
     One uniform number per row picks from the remaining tokens, renormalised. Temperature 0 takes
-    the largest logit. Log probabilities are those of the unchanged logits.
+    the first of the largest logits. Log probabilities are those of the unchanged logits; a device
+    may add them in another order than a CPU, and choose others among equally likely tokens.
     """
-    # numpy's argmax is four times as fast as torch's. Both take the first of equal logits.
-    # It takes a NaN for the largest.
-    values = logits.numpy(force=True)
-    largest = values.argmax(axis=-1)
-    is_finite = np.isfinite(np.take_along_axis(values, largest[:, None], axis=-1)).ravel().tolist()
-    token_ids = torch.from_numpy(largest)
-    warm = [i for i, draw in enumerate(draws) if draw.params.temperature > 0]
-    if warm:
-        rows = torch.tensor(warm)
-        token_ids[rows] = _draw(logits[rows], [draws[i] for i in warm])
-    ids = [i if finite else None for i, finite in zip(token_ids.tolist(), is_finite, strict=True)]
-    return Drawn(ids, _logprobs(logits, ids, draws))
-
-
-def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    params = [draw.params for draw in draws]
+    warm_rows, warm_params, logprob_rows = tensors
+    token_ids = _largest(logits)
+    sampled = [token_ids, logits.gather(1, token_ids)]
     vocab = logits.shape[1]
-    temperature = torch.tensor([p.temperature for p in params], dtype=torch.float64).unsqueeze(1)
-    top_k = torch.tensor([min(p.top_k, vocab) or vocab for p in params]).unsqueeze(1)
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64).unsqueeze(1)
-    min_p = torch.tensor([p.min_p for p in params], dtype=torch.float64).unsqueeze(1)
+    at_once = max(1, VALUES_AT_ONCE // vocab)
+    if len(warm_rows):
+        parts = zip(warm_rows.split(at_once), warm_params.split(at_once, dim=1), strict=True)
+        for rows, params in parts:
+            token_ids.index_copy_(0, rows, _draw(_select(logits, rows), params))
+    if logprob_sizes:
+        sizes = [size for _, size in logprob_sizes]
+        for (num, _), same in zip(logprob_sizes, logprob_rows.split(sizes), strict=True):
+            for rows in same.split(at_once):
+                logprobs = _select(logits, rows).log_softmax(dim=-1)
+                top = logprobs.topk(min(num, vocab))
+                sampled += [logprobs.gather(1, _select(token_ids, rows)), top.values, top.indices]
+    return sampled
+
+
+def read(sampled: Sequence[torch.Tensor], sampling: Sampling) -> Drawn:
+    """Return the tokens of :func:`sample`, whose tensors are on the host by now."""
+    ids, largest, *reported = [tensor.tolist() for tensor in sampled]
+    token_ids = [i if isfinite(x) else None for [i], [x] in zip(ids, largest, strict=True)]
+    logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+    if reported:
+        rows = sampling.tensors.logprob_rows.tolist()
+        columns = [chain.from_iterable(reported[part::3]) for part in range(3)]
+        for row, [logprob], top_logprobs, top_ids in zip(rows, *columns, strict=True):
+            if token_ids[row] is not None:
+                logprobs[row] = TokenLogprobs(logprob, tuple(top_ids), tuple(top_logprobs))
+    return Drawn(token_ids, logprobs)
+
+
+def _select(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return these rows, distinct and ascending, of a tensor; the tensor itself for all of them."""
+    return tensor if len(rows) == len(tensor) else tensor.index_select(0, rows)
+
+
+def _largest(logits: torch.Tensor) -> torch.Tensor:
+    """Return the index of the largest logit of each row, [R, 1], the first of equal ones.
+
+    numpy and torch, on every device, promise the first. Both take a NaN for the largest.
+    """
+    if logits.is_cpu:  # numpy's is four times as fast as torch's
+        return torch.from_numpy(logits.numpy().argmax(axis=-1, keepdims=True))
+    return logits.argmax(dim=-1, keepdim=True)
+
+
+def _draw(logits: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+    temperature, top_k, top_p, min_p, uniform = params.unsqueeze(2)  # [W, 1] each
     # The largest logit is subtracted first, so that a tiny temperature cannot overflow.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)).double() / temperature
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(dim=-1)  # [R, V], descending
-    probabilities[torch.arange(vocab).unsqueeze(0) >= top_k] = 0
-    before = probabilities.cumsum(dim=-1) - probabilities
-    total = probabilities.sum(dim=-1, keepdim=True)
+    weights = ordered.softmax(dim=-1) if logits.is_cpu else _whole_weights(ordered)  # [W, V]
+    weights.masked_fill_(torch.arange(weights.shape[1], device=weights.device) >= top_k, 0)
+    before = weights.cumsum(dim=-1) - weights
+    total = weights.sum(dim=-1, keepdim=True)
     # top-p keeps the smallest set of tokens whose share reaches top_p.
-    probabilities[before >= top_p * total] = 0
-    probabilities[probabilities < min_p * probabilities[:, :1]] = 0
-    cumulative = probabilities.cumsum(dim=-1)
-    target = _uniform(draws).unsqueeze(1) * cumulative[:, -1:]
-    picked = (cumulative <= target).sum(dim=-1, keepdim=True)
+    weights.masked_fill_(before >= top_p * total, 0)
+    weights.masked_fill_(weights < min_p * weights[:, :1], 0)
+    cumulative = weights.cumsum(dim=-1)
+    picked = (cumulative <= uniform * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
     # A rounding error at the very end must not pick a token that was filtered out. The first
     # token always stays, also where a tiny temperature or top-p underflows to 0.
-    last = ((probabilities > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-    return order.gather(1, torch.minimum(picked, last)).squeeze(1)
+    last = ((weights > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+    return order.gather(1, torch.minimum(picked, last))
 
 
-def _uniform(draws: Sequence[Draw]) -> torch.Tensor:
-    """Return one number in [0, 1) per row, a function of (seed, choice, position) alone."""
-    seeds = np.array([d.params.seed & 0xFFFFFFFFFFFFFFFF for d in draws], dtype=np.uint64)
-    choices = np.array([d.choice for d in draws], dtype=np.uint64)
-    positions = np.array([d.position for d in draws], dtype=np.uint64)
-    mixed = _mix(_mix(_mix(seeds) ^ choices) ^ positions)
-    return torch.from_numpy((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+def _whole_weights(scaled: torch.Tensor) -> torch.Tensor:
+    """Return exp of fp64 [W, V], 0 at most, in whole numbers of which V have a sum in int64.
 
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): a bijection that avalanches."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _logprobs(
-    logits: torch.Tensor, ids: Sequence[int | None], draws: Sequence[Draw]
-) -> list[TokenLogprobs | None]:
-    logprobs: list[TokenLogprobs | None] = [None] * len(draws)
-    for i, draw in enumerate(draws):
-        token_id = ids[i]
-        if draw.params.logprobs is None or token_id is None:
-            continue
-        row = logits[i].log_softmax(dim=-1)
-        top = row.topk(min(draw.params.logprobs, row.shape[0]))
-        logprobs[i] = TokenLogprobs(
-            logprob=float(row[token_id]),
-            top_ids=tuple(top.indices.tolist()),
-            top_logprobs=tuple(top.values.tolist()),
-        )
-    return logprobs
+    CUDA adds fp64 in an order that changes with the number of rows, or from run to run; the order
+    changes no sum of integers. Of 150,000 tokens each has 44 bits.
+    """
+    num_bits = 62 - scaled.shape[-1].bit_length()
+    return (scaled.exp() * 2.0**num_bits).round().long()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any
@@ -170,16 +170,19 @@ class MoEModel:
         batch: PagedBatch,
         sample_rows: torch.Tensor,
         context: StepContext,
-    ) -> torch.Tensor:
-        """Run one packed step; returns fp32 logits [R, V] of the rows to sample, on the host.
+        *sampling: torch.Tensor,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run one packed step; returns fp32 logits [R, V] of the rows to sample, and ``sampling``.
 
         ``token_ids`` and ``positions`` are [T]; ``sample_rows`` [R] are indices into them. All
-        inputs are on the host. Every MoE layer gets ``context``.
+        inputs are on the host. Every MoE layer gets ``context``. The logits stay on the model's
+        device. ``sampling`` are the tensors that sampling needs there; they come in the same copy.
         """
+        others = list(sampling)
         self._layers.context = context
         if self._staging is not None:
-            batch, [token_ids, positions, sample_rows] = batch_to_device(
-                self._staging, batch, token_ids, positions, sample_rows
+            batch, [token_ids, positions, sample_rows, *others] = batch_to_device(
+                self._staging, batch, token_ids, positions, sample_rows, *sampling
             )
         # transformers' layers come back to us by paged_attention, Gate.forward and
         # RemoteExperts.forward.
@@ -191,7 +194,14 @@ class MoEModel:
             paged=PagedContext(self._cache, self.attention, batch, self._has_window),
         )
         hidden_states = output.last_hidden_state[0].index_select(0, sample_rows)  # [R, H]
-        return self._head(hidden_states).float().cpu()
+        return self._head(hidden_states).float(), others
+
+    def to_host(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return tensors of the model's device on the host, by one copy.
+
+        They last until the next step.
+        """
+        return tensors if self._staging is None else self._staging.to_host(*tensors)
 
 
 def _cache_of(

@@ -1,20 +1,61 @@
-"""Sampling against a slow plain oracle: what may be drawn, how often, and on what it depends."""
+"""Sampling against a slow plain oracle: what may be drawn, how often, and on what it depends.
+
+Each test samples on the CPU and on an emulated device.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.engine.sampling import Draw, sample
+from cluster.staging import Staging
+from router.engine import sampling
+from router.engine.batch import sampling_of
+from router.engine.sampling import Draw, Drawn, SamplingTensors, read
 from router.messages.request import SamplingParams
+from tests.emulated_device import EmulatedDevice, emulated_device
 
 INF, NAN = float("inf"), float("nan")
+_places: list[tuple[EmulatedDevice, Staging]] = []
+"""The emulated device, where the test samples on it."""
+
+
+@pytest.fixture(autouse=True, params=["cpu", "device"], scope="module")
+def place(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have :func:`sample` compute on the CPU, or on an emulated device."""
+    if request.param == "cpu":
+        yield
+        return
+    with emulated_device() as device:
+        _places.append((device, Staging(device.device)))
+        yield
+        _places.clear()
+
+
+def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> Drawn:
+    """Sample where the test does; on the device by a copy each way, and no other access."""
+    made = sampling_of(list(draws))
+    if not _places:
+        return read(sampling.sample(logits, made.tensors, made.logprob_sizes), made)
+    [(device, staging)] = _places
+    logits = logits.to(device.device)
+    with device.counted() as copies, torch.inference_mode():
+        # As in a step, they go with its token ids.
+        _, *tensors = staging.to_device(torch.arange(len(draws)), *made.tensors)
+        sampled = staging.to_host(
+            *sampling.sample(logits, SamplingTensors(*tensors), made.logprob_sizes)
+        )
+    assert (len(copies.to_device), len(copies.to_host)) == (1, 1)
+    assert not copies.host_reads
+    assert not copies.mixed
+    return read(sampled, made)
 
 
 def draw_of(position: int = 0, choice: int = 0, **params: float | int | None) -> Draw:
@@ -80,9 +121,11 @@ def test_a_row_that_is_not_finite_has_no_token_and_does_not_disturb_its_mates(
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=12))
-def test_temperature_zero_takes_a_largest_logit(logits: list[float]) -> None:
-    [token_id] = token_ids_of(torch.tensor([logits]), [draw_of(temperature=0.0)])
-    assert logits[token_id] == max(logits)
+def test_temperature_zero_takes_the_first_of_the_largest_logits(logits: list[float]) -> None:
+    rows = torch.tensor([logits, [*logits[::-1]]])
+    first, second = token_ids_of(rows, [draw_of(temperature=0.0)] * 2)
+    assert first == logits.index(max(logits))
+    assert second == logits[::-1].index(max(logits))
 
 
 LOGITS = st.lists(st.integers(-40, 40).map(lambda x: x / 8), min_size=1, max_size=8)
@@ -224,6 +267,18 @@ def test_a_draw_depends_neither_on_its_place_nor_on_its_mates(
     drawn = sample(logits[chosen], [DRAWS[i] for i in chosen])
     assert drawn.token_ids == [alone[i].token_ids[0] for i in chosen]
     assert drawn.logprobs == [alone[i].logprobs[0] for i in chosen]
+
+
+def test_rows_that_are_sampled_some_at_a_time_get_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = torch.randn(12, 50, generator=torch.Generator().manual_seed(3))
+    draws = [*DRAWS, *(draw_of(i, 1, seed=6, logprobs=i % 3) for i in range(6))]
+    at_once = sample(logits, draws)
+    monkeypatch.setattr(sampling, "VALUES_AT_ONCE", 120)  # two rows
+    assert sample(logits, draws) == at_once
+    monkeypatch.setattr(sampling, "VALUES_AT_ONCE", 1)
+    assert sample(logits, draws) == at_once
 
 
 def test_a_draw_can_be_made_again() -> None:

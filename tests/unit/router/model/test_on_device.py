@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import torch
 
 from cluster.device import CPU
 from cluster.errors import UnavailableError
+from cluster.staging import Staging
 from router.config import CapacityConfig
+from router.engine.batch import sampling_of
+from router.engine.sampling import Draw, SamplingTensors, _whole_weights, read, sample
 from router.engine.scheduler import Limits
-from router.messages.request import GenerationRequest, TokenEvent
+from router.messages.request import GenerationRequest, SamplingParams, TokenEvent
 from tests.checkpoints import save_mixtral
 from tests.emulated_copies import Copies
 from tests.emulated_device import EmulatedDevice, emulated_device
@@ -87,6 +91,8 @@ def test_each_family_has_the_hosts_tokens_and_a_copy_each_way_a_layer_and_a_step
     assert len(steps.copies) > 6
     for copies in steps.copies:
         assert len(copies.to_host) == len(copies.to_device) == num_layers + 1
+        # The last copy brings ids and largest logits, each at a multiple of 64 bytes.
+        assert copies.to_host[-1].num_bytes <= 64 + 4 * len(PROMPTS)
 
 
 def test_a_chunk_alone_that_ends_no_prompt_is_computed(
@@ -115,23 +121,116 @@ def test_sampled_tokens_and_log_probabilities_are_the_hosts(
     tmp_path: Path, device: EmulatedDevice
 ) -> None:
     save_mixtral(tmp_path / "m")
-    options = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "logprobs": 3}
+    options = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 7, "n": 2}
+    asked = [
+        *requests(**options, logprobs=3),
+        greedy_request("greedy", [4, 4, 1], 6, logprobs=0),
+        greedy_request("plain", [2, 6], 6, temperature=1.0, seed=1),
+    ]
 
     def events(cluster: LocalCluster) -> list[TokenEvent]:
-        asked = requests(**options, seed=7, n=2)
         try:
             return [event for got in cluster.generate(*asked) for event in got]
         finally:
             cluster.close()
 
-    both = [events(LocalCluster(tmp_path / "m", device=where)) for where in (CPU, device.device)]
-    for ours, expected in zip(*both, strict=True):
-        assert ours.token_ids == expected.token_ids
-        for one, other in zip(ours.logprobs, expected.logprobs, strict=True):
-            assert one.top_ids == other.top_ids
+    expected = events(LocalCluster(tmp_path / "m"))
+    cluster = LocalCluster(tmp_path / "m", device=device.device)
+    steps = Steps(cluster, device)
+    for ours, other in zip(events(cluster), expected, strict=True):
+        assert ours.token_ids == other.token_ids
+        for row, expected_row in zip(ours.logprobs, other.logprobs, strict=True):
+            assert row.top_ids == expected_row.top_ids
             # Keys are gathered in another layout, so sums may have another order.
-            assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
-            assert one.top_logprobs == pytest.approx(other.top_logprobs, abs=1e-5)
+            assert row.logprob == pytest.approx(expected_row.logprob, abs=1e-5)
+            assert row.top_logprobs == pytest.approx(expected_row.top_logprobs, abs=1e-5)
+    for copies in steps.copies:
+        assert len(copies.to_host) == len(copies.to_device) == 4
+        assert not copies.host_reads
+        assert not copies.mixed
+
+
+def test_rows_of_all_kinds_are_sampled_as_on_the_host_by_a_copy_each_way(
+    device: EmulatedDevice,
+) -> None:
+    logits = torch.randn(9, 300, generator=torch.Generator().manual_seed(0))
+    logits[3, 5] = float("nan")
+    logits[4, 6] = float("inf")
+    logits[5] = -float("inf")
+    logits[6] = 2.0
+    params = [
+        SamplingParams(1, 0.0),
+        SamplingParams(1, 0.9, seed=4, logprobs=2),
+        SamplingParams(1, 0.0, logprobs=5),
+        SamplingParams(1, 1.0, logprobs=2),
+        SamplingParams(1, 0.0, logprobs=0),
+        SamplingParams(1, 1.3, top_k=3),
+        SamplingParams(1, 0.0),
+        SamplingParams(1, 0.7, top_k=40, top_p=0.9, min_p=0.02, seed=5, logprobs=0),
+        SamplingParams(1, 1.0, seed=6, logprobs=300),
+    ]
+    made = sampling_of([Draw(p, 0, i) for i, p in enumerate(params)])
+    expected = read(sample(logits, made.tensors, made.logprob_sizes), made)
+    staging, there = Staging(device.device), logits.to(device.device)
+    with device.counted() as copies:
+        tensors = SamplingTensors(*staging.to_device(*made.tensors))
+        found = read(staging.to_host(*sample(there, tensors, made.logprob_sizes)), made)
+    assert found == expected
+    assert [i for i, token_id in enumerate(found.token_ids) if token_id is None] == [3, 4, 5]
+    assert found.token_ids[6] == 0
+    assert (len(copies.to_device), len(copies.to_host)) == (1, 1)
+
+
+@dataclass
+class Operations:
+    """The operations that a device computes, and the dtypes of their first tensors."""
+
+    device: EmulatedDevice
+    found: list[tuple[str, torch.dtype]] = field(default_factory=list)
+
+    def sample(self, params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Sample three rows."""
+        made = sampling_of([Draw(params, 0, i) for i in range(3)])
+        logits = torch.randn(3, 20).to(self.device.device)
+        tensors = SamplingTensors(*(t.to(self.device.device) for t in made.tensors))
+        compute = self.device.compute
+
+        def noted(func: Any, args: Any, kwargs: Any) -> Any:
+            if args and isinstance(args[0], torch.Tensor):
+                self.found.append((func.name(), args[0].dtype))
+            return compute(func, args, kwargs)
+
+        monkeypatch.setattr(self.device, "compute", noted)
+        sample(logits, tensors, made.logprob_sizes)
+
+
+def test_greedy_rows_sort_nothing(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    operations = Operations(device)
+    operations.sample(SamplingParams(1, 0.0), monkeypatch)
+    assert [name for name, _ in operations.found] == ["aten::argmax", "aten::gather"]
+
+
+def test_a_device_adds_integers_to_draw_whatever_the_order(
+    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operations = Operations(device)
+    operations.sample(SamplingParams(1, 1.0, top_p=0.9), monkeypatch)
+    kinds = ("aten::cumsum", "aten::sum", "aten::_softmax", "aten::logsumexp")
+    sums = [(name, dtype) for name, dtype in operations.found if name.startswith(kinds)]
+    assert len(sums) >= 4
+    assert all(dtype in (torch.int64, torch.bool) for _, dtype in sums)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 511, 512, 300_000])
+def test_whole_weights_are_probabilities_whose_sum_is_exact(vocab: int) -> None:
+    scaled = torch.randn(2, vocab, generator=torch.Generator().manual_seed(vocab)).double()
+    scaled[1] = 0
+    scaled -= scaled.amax(dim=1, keepdim=True)
+    weights = _whole_weights(scaled)
+    total = weights.sum(dim=1, keepdim=True)
+    assert int(total[1]) == vocab * int(weights[1, 0]) > 1 << 60
+    assert [int(x) for x in total] == [sum(row) for row in weights.tolist()]
+    assert torch.allclose(weights.double() / total, scaled.softmax(dim=1), rtol=0, atol=1e-12)
 
 
 def test_an_expert_at_its_capacity_passes_tokens_on_as_on_the_host(
