@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.device import CPU
 from cluster.errors import UnavailableError
 from cluster.staging import Staging
 from router.config import CapacityConfig
