@@ -13,18 +13,15 @@ kept hashes take a tenth of that time at most.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
-import struct
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -39,13 +36,12 @@ from benchmarks.common import (
     show,
     show_verdicts,
 )
+from benchmarks.synthetic import bytes_of, write_checkpoint
 from experts.checkpoint import hashes
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.hash_cache import BESIDE
 from experts.checkpoint.hashing import hash_tensors
 from experts.checkpoint.identity import hash_table_of, identity_of
-from experts.families.base import Shapes
-from experts.families.registry import FAMILIES
 
 PROMISED_GB_S = 1.0
 LOADED_EXPERTS = 64
@@ -104,45 +100,9 @@ def config_of(gigabytes: float, **changes: int) -> dict[str, Any]:
     }
 
 
-def bytes_of(config: dict[str, Any]) -> int:
-    """Return the bytes of all tensors in bf16."""
-    return 2 * sum(map(prod, shapes_of(config).values()))
-
-
-def shapes_of(config: dict[str, Any]) -> Shapes:
-    """Return the shapes of all tensors by name."""
-    family = FAMILIES["mixtral"]
-    parts = family.expert_parts(config, family.expert_shape(config))
-    return {**family.dense_tensors(config), **{part.name: part.shape for part in parts}}
-
-
 def make_checkpoint(folder: Path, config: dict[str, Any]) -> None:
-    """Write a bf16 checkpoint of random bytes, a file for each layer and one for the rest."""
-    files: dict[str, Shapes] = {}
-    for name, shape in shapes_of(config).items():
-        layer = name.split(".")[2] if name.startswith("model.layers.") else "rest"
-        files.setdefault(f"model-{layer}.safetensors", {})[name] = shape
-    pool = memoryview(os.urandom(POOL_BYTES))
-    for file, shapes in files.items():
-        _write_shard(folder / file, shapes, pool)
-    index = {"weight_map": {name: file for file, shapes in files.items() for name in shapes}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
-def _write_shard(file: Path, shapes: Shapes, pool: memoryview) -> None:
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 2 * prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    with file.open("wb") as opened:
-        opened.write(struct.pack("<Q", len(encoded)) + encoded)
-        for _ in range(end // POOL_BYTES):
-            opened.write(pool)
-        opened.write(pool[: end % POOL_BYTES])
-        opened.flush()
-        os.fsync(opened.fileno())  # dirty pages cannot be forgotten
+    """Write a bf16 checkpoint of random bytes to the disk."""
+    write_checkpoint(folder, config, memoryview(os.urandom(POOL_BYTES)), is_synced=True)
 
 
 def forget(folder: Path) -> None:
