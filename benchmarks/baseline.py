@@ -13,11 +13,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import SIZES, prompts, resident_mb
+
+if TYPE_CHECKING:
+    import torch
 
 TIMEOUT_S = 600.0
 
@@ -30,8 +33,24 @@ def kinds() -> tuple[str, ...]:
 
 def measure(folder: Path, kind: str, streams: int, tokens: int, rounds: int) -> dict[str, float]:
     """Generate in a fresh process; returns median tokens per second, and resident memory."""
-    numbers = [str(number) for number in (streams, tokens, rounds)]
-    return run_module("benchmarks.baseline", [str(folder), kind, *numbers], {})
+    return measure_all(folder, kind, [str(streams)], tokens, rounds)[str(streams)]
+
+
+def measure_all(
+    folder: Path,
+    kind: str,
+    streams: Sequence[str],
+    tokens: int,
+    rounds: int,
+    device: str = "cpu",
+) -> dict[str, dict[str, float]]:
+    """Return :func:`measure`'s figures by number of streams, of one process on a device.
+
+    ``device`` is ``cpu`` or ``accelerator``. On an accelerator there are ``device_bytes`` too, the
+    most that torch had allocated there.
+    """
+    arguments = [str(folder), kind, str(tokens), str(rounds), *streams, "--device", device]
+    return run_module("benchmarks.baseline", arguments, {})
 
 
 def run_module(module: str, arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
@@ -52,8 +71,12 @@ def run_module(module: str, arguments: list[str], environment: dict[str, str]) -
     return result
 
 
-def transformers_generate(folder: Path, experts: str, streams: int) -> Callable[[int], None]:
-    """Load the model; returns what generates a number of tokens greedily for all streams."""
+Generate = Callable[[int, int], None]
+"""Generates greedily for a number of streams a number of tokens each."""
+
+
+def transformers_generate(folder: Path, experts: str, device: torch.device) -> Generate:
+    """Load the model to a device; returns what generates there, and waits for the device."""
     import psutil
     import torch
     from transformers import MixtralForCausalLM
@@ -61,10 +84,11 @@ def transformers_generate(folder: Path, experts: str, streams: int) -> Callable[
     torch.set_num_threads(psutil.cpu_count() or 1)
     model = MixtralForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, experts_implementation=experts
-    ).eval()
-    ids = torch.tensor(prompts(streams))
+    )
+    model = model.eval().to(device)
 
-    def generate(tokens: int) -> None:
+    def generate(streams: int, tokens: int) -> None:
+        ids = torch.tensor(prompts(streams), device=device)
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -73,44 +97,75 @@ def transformers_generate(folder: Path, experts: str, streams: int) -> Callable[
             min_new_tokens=tokens,
             eos_token_id=None,
         )
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
 
     return generate
 
 
-def vllm_generate(folder: Path, streams: int) -> Callable[[int], None]:
+def vllm_generate(folder: Path) -> Generate:
     """As :func:`transformers_generate`, with vLLM; its import fails where it is not installed."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(model=str(folder), dtype="bfloat16", max_model_len=SIZES["max_position_embeddings"])
-    requests = [{"prompt_token_ids": ids} for ids in prompts(streams)]
 
-    def generate(tokens: int) -> None:
+    def generate(streams: int, tokens: int) -> None:
+        requests = [{"prompt_token_ids": ids} for ids in prompts(streams)]
         sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
         llm.generate(requests, sampling, use_tqdm=False)
 
     return generate
 
 
+def rates_of(generate: Generate, streams: int, tokens: int, rounds: int) -> list[float]:
+    """Return each round's tokens per second; a first one of two tokens does not count."""
+    generate(streams, 2)
+    rates = []
+    for _ in range(rounds):
+        started_s = time.perf_counter()
+        generate(streams, tokens)
+        rates.append(streams * tokens / (time.perf_counter() - started_s))
+    return rates
+
+
+def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Measure one kind in this process; returns the figures by number of streams."""
+    from cluster.device import device_of
+
+    device = device_of(options.device, 0, "--device")
+    if options.kind == "vllm":
+        generate = vllm_generate(options.folder)
+    else:
+        generate = transformers_generate(options.folder, options.kind, device)
+    measured = {}
+    for streams in options.streams:
+        rates = rates_of(generate, int(streams), options.tokens, options.rounds)
+        measured[streams] = {
+            "tokens_per_s": statistics.median(rates),
+            "rss_mb": resident_mb(os.getpid()),
+        }
+        if device.type != "cpu":
+            import torch
+
+            measured[streams]["device_bytes"] = torch.accelerator.max_memory_allocated()
+    return measured
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the process's command line."""
+    made = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    made.add_argument("folder", type=Path)
+    made.add_argument("kind")
+    for number in ("tokens", "rounds"):
+        made.add_argument(number, type=int)
+    made.add_argument("streams", nargs="+")
+    made.add_argument("--device", choices=("cpu", "accelerator"), default="cpu")
+    return made
+
+
 def main() -> None:
     """Measure one kind, in this process; prints a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("kind")
-    for number in ("streams", "tokens", "rounds"):
-        parser.add_argument(number, type=int)
-    options = parser.parse_args()
-    if options.kind == "vllm":
-        generate = vllm_generate(options.folder, options.streams)
-    else:
-        generate = transformers_generate(options.folder, options.kind, options.streams)
-    generate(2)
-    rates = []
-    for _ in range(options.rounds):
-        started_s = time.perf_counter()
-        generate(options.tokens)
-        rates.append(options.streams * options.tokens / (time.perf_counter() - started_s))
-    result = {"tokens_per_s": statistics.median(rates), "rss_mb": resident_mb(os.getpid())}
-    print(json.dumps(result))
+    print(json.dumps(run(parser().parse_args())))
 
 
 if __name__ == "__main__":

@@ -18,27 +18,26 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from benchmarks.actors import TIMEOUT_S, start_actors
 from benchmarks.baseline import run_module
 from benchmarks.common import (
     CACHE_TOKENS,
     MODEL,
     PROMPT_TOKENS,
-    begin_peak,
     cache_mb,
     dense_mb,
     expert_mb,
     memory_of,
-    peak_mb,
     prompts,
-    resident_mb,
     summary_ms,
 )
 
+if TYPE_CHECKING:
+    import torch
+
 APP = "bench-decode"
-EPOCH, GENERATION = 1, 1
-TIMEOUT_S = 120.0
 
 
 def measure(
@@ -82,7 +81,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     for n in options.streams
                 }
             }
-            return {**result, "memory": bench.memory(), "loading": bench.loading}
+            return {**result, "memory": bench.memory(), "loading": bench.actors.loading}
         finally:
             bench.close()
     finally:
@@ -130,13 +129,29 @@ class Collector:
 class Bench:
     """An engine and its actors; with ``traced`` both record what they do."""
 
-    def __init__(self, folder: Path, transport: str, actors: int, traced: bool) -> None:
-        """Start the actors, load their experts, and start the engine with the product's limits."""
+    def __init__(
+        self,
+        folder: Path,
+        transport: str,
+        actors: int,
+        traced: bool,
+        *,
+        app: str = APP,
+        device: torch.device | None = None,
+        actor_class: type | None = None,
+        actor_gpus: float = 0.0,
+    ) -> None:
+        """Start the actors, load their experts, and start the engine with the product's limits.
+
+        The router's part computes on ``device``, by default the CPU. Each actor has ``actor_gpus``
+        of a GPU. ``actor_class`` takes the place of the product's, or of the one that records.
+        """
         import torch
 
-        from benchmarks.tracing import Recorder, TracingLayers, TracingTransport
+        from benchmarks.tracing import Recorder, TracingActor, TracingLayers, TracingTransport
         from cluster.transport.open import open_transport
         from experts.checkpoint.checkpoint import open_checkpoint
+        from experts.remote import RemoteExpertActor
         from router.config import ExpertsConfig, RouterConfig
         from router.engine.engine import Engine
         from router.engine.scheduler import Limits, Scheduler
@@ -150,11 +165,13 @@ class Bench:
         checkpoint = open_checkpoint(folder)
         self._folder = folder
         self._cached_tokens = 0
-        view, self._handles, self.loading = start_actors(folder, checkpoint.shape, actors, traced)
-        self._transport: Any = open_transport(APP, transport)  # type: ignore[arg-type]
-        self._recorder = recorder = Recorder()
+        actor_class = actor_class or (TracingActor if traced else RemoteExpertActor)
+        shape = checkpoint.shape
+        self.actors = start_actors(folder, shape, actors, actor_class, app, actor_gpus)
+        self._transport: Any = open_transport(app, transport)  # type: ignore[arg-type]
+        self.recorder = recorder = Recorder()
         carrier = TracingTransport(self._transport, recorder) if traced else self._transport
-        dispatcher = Dispatcher(MODEL, view, carrier, _ignore, experts.call_timeout_s)
+        dispatcher = Dispatcher(MODEL, self.actors.view, carrier, _ignore, experts.call_timeout_s)
         plain = MoELayers(dispatcher, WeightedSums())
         layers = TracingLayers(dispatcher, recorder) if traced else plain
         steps = self._steps = Steps()
@@ -184,7 +201,8 @@ class Bench:
                 else:
                     steps.prefill_s.append(took_s)
 
-        model = MoEModel(checkpoint, torch.bfloat16, CACHE_TOKENS, layers)
+        where = device or torch.device("cpu")
+        model = MoEModel(checkpoint, torch.bfloat16, CACHE_TOKENS, layers, where)
         limits = Limits(config.max_batch_size, config.max_batch_tokens, config.max_queue_requests)
         self._collector = Collector()
         self._engine = TimedEngine(
@@ -198,12 +216,9 @@ class Bench:
 
     def round(self, streams: int, tokens: int) -> float:
         """Generate for all streams at once; returns the seconds that it took."""
-        import ray
-
         from router.messages.request import GenerationRequest, SamplingParams
 
-        # Without a controller nobody else renews their leases.
-        ray.get([h.heartbeat.remote(EPOCH) for h in self._handles.values()], timeout=TIMEOUT_S)
+        self.actors.renew()
         self._cached_tokens = max(self._cached_tokens, streams * (PROMPT_TOKENS + tokens))
         sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         requests = [
@@ -237,17 +252,13 @@ class Bench:
 
     def trace(self, streams: int, tokens: int, file: Path) -> None:
         """Write the trace of one round to ``file``, and beside it the picture of some layers."""
-        import ray
-
         from benchmarks.timeline import ROUTER, Span, chrome_trace, clip, svg, typical_window
 
         for _ in range(2):
             self.round(streams, tokens)
-        self._recorder.spans.clear()
+        self.recorder.spans.clear()
         self.round(streams, tokens)
-        recorded = {ROUTER: list(self._recorder.spans)}
-        for actor_id, handle in self._handles.items():
-            recorded[actor_id] = ray.get(handle.recorded.remote(), timeout=TIMEOUT_S)
+        recorded = {ROUTER: list(self.recorder.spans), **self.actors.call("recorded")}
         spans = [Span(process, *one) for process, some in recorded.items() for one in some]
         started_s = min(s.start_s for s in spans if s.process == ROUTER)
         ended_s = max(s.end_s for s in spans if s.process == ROUTER)
@@ -258,23 +269,17 @@ class Bench:
 
     def memory(self) -> dict[str, dict[str, float]]:
         """Return the memory of this process (it is Ray's driver too) and of the actors."""
-        import ray
-
         held_mb = dense_mb(self._folder) + cache_mb(self._cached_tokens)
         memory = {"router": memory_of(os.getpid(), held_mb)}
-        for actor_id, handle in self._handles.items():
-            report = ray.get(handle.describe.remote(), timeout=TIMEOUT_S)
+        for actor_id, report in self.actors.call("describe").items():
             memory[actor_id] = memory_of(report.pid, expert_mb(len(report.experts)))
         return memory
 
     def close(self) -> None:
         """End engine, connections and actors."""
-        import ray
-
         self._engine.close()
         self._transport.close()
-        for handle in self._handles.values():
-            ray.kill(handle)
+        self.actors.kill()
 
 
 class Steps:
@@ -294,69 +299,6 @@ class Steps:
 
 def _ignore(actor_id: str, generation: int) -> None:
     """Nobody is told of a suspicion here: a call that fails is tried again."""
-
-
-def start_actors(
-    folder: Path, shape: Any, count: int, traced: bool
-) -> tuple[Any, dict[str, Any], dict[str, dict[str, float]]]:
-    """Start expert actors as the product does, and have all of them load at the same time.
-
-    Returns the placement's view, the handles, and of each actor how long it loaded, the weights
-    that it then held, what was resident at the peak for them, and what the first expert brought
-    along besides itself: code, and oneDNN's trial of ways to compute
-    (:func:`experts.compute.ffn.ffn_of`).
-    """
-    import ray
-
-    from benchmarks.tracing import TracingActor
-    from cluster.controller.pool import CONTROL_CALLS, actor_options
-    from cluster.placement.placement import assign_experts, empty_placement
-    from cluster.spec import ActorSpec, ModelExperts, ModelSource, actor_name
-    from experts.checkpoint.checkpoint import open_checkpoint
-    from experts.checkpoint.identity import identity_of
-    from experts.remote import RemoteExpertActor
-    from router.config import ExpertsConfig
-    from router.control.placement_view import PlacementView
-
-    config = ExpertsConfig()
-    experts = ModelExperts(MODEL, shape.layers, shape.num_experts, 1)
-    identity = identity_of(open_checkpoint(folder))
-    sources = (ModelSource(str(folder), "bfloat16", experts, identity),)
-    spec = ActorSpec(APP, sources, config.num_cpus, 0, config.threads, config.max_queue_rows)
-    actor_class = TracingActor if traced else RemoteExpertActor
-    remote = ray.remote(concurrency_groups={"control": CONTROL_CALLS})(actor_class)
-    placement = empty_placement(EPOCH, [experts])
-    handles: dict[str, Any] = {}
-    shares = assign_experts([experts], [f"actor-{i}" for i in range(count)], None)
-    for actor_id in shares:
-        options = actor_options(spec, actor_name(APP, actor_id, GENERATION))
-        handles[actor_id] = remote.options(**options).remote(spec, actor_id, GENERATION, EPOCH)
-    reports = ray.get([h.describe.remote() for h in handles.values()], timeout=TIMEOUT_S)
-    before_mb = {report.actor_id: resident_mb(report.pid) for report in reports}
-    started_s = time.perf_counter()
-    firsts = [handle.load.remote(EPOCH, spec, shares[a][:1]) for a, handle in handles.items()]
-    code_mb = {}
-    for report in ray.get(firsts, timeout=TIMEOUT_S):
-        first_mb = begin_peak(report.pid) - report.weight_bytes / 1e6
-        code_mb[report.actor_id] = first_mb - before_mb[report.actor_id]
-    loads = {handles[a].load.remote(EPOCH, spec, keys): a for a, keys in shares.items()}
-    loading: dict[str, dict[str, float]] = {}
-    waiting = list(loads)
-    while waiting:
-        done, waiting = ray.wait(waiting, timeout=TIMEOUT_S)
-        if not done:
-            raise TimeoutError(f"actors did not load within {TIMEOUT_S} s")
-        report, actor_id = ray.get(done[0]), loads[done[0]]
-        loading[actor_id] = {
-            "load_s": time.perf_counter() - started_s,
-            "weights_mb": report.weight_bytes / 1e6,
-            "peak_mb": peak_mb(report.pid) - before_mb[actor_id] - code_mb[actor_id],
-            "code_mb": code_mb[actor_id],
-        }
-        placement = placement.with_actor(actor_id, GENERATION, shares[actor_id])
-    view = PlacementView()
-    view.publish(placement)
-    return view, handles, loading
 
 
 def main() -> None:
