@@ -33,6 +33,7 @@ from benchmarks.common import (
     prompts,
     summary_ms,
 )
+from benchmarks.timeline import ROUTER, Recorded, write_trace
 
 if TYPE_CHECKING:
     import torch
@@ -250,22 +251,17 @@ class Bench:
             "tokens": list(self._collector.tokens.values()),
         }
 
-    def trace(self, streams: int, tokens: int, file: Path) -> None:
-        """Write the trace of one round to ``file``, and beside it the picture of some layers."""
-        from benchmarks.timeline import ROUTER, Span, chrome_trace, clip, svg, typical_window
-
-        for _ in range(2):
-            self.round(streams, tokens)
+    def recorded_round(self, streams: int, tokens: int) -> dict[str, list[Recorded]]:
+        """Return the spans of a round by process; the engine and its actors must record."""
         self.recorder.spans.clear()
         self.round(streams, tokens)
-        recorded = {ROUTER: list(self.recorder.spans), **self.actors.call("recorded")}
-        spans = [Span(process, *one) for process, some in recorded.items() for one in some]
-        started_s = min(s.start_s for s in spans if s.process == ROUTER)
-        ended_s = max(s.end_s for s in spans if s.process == ROUTER)
-        spans = clip(spans, started_s, ended_s)
-        file.write_text(json.dumps(chrome_trace(spans)) + "\n", encoding="utf-8")
-        picture = svg(spans, *typical_window(spans))
-        file.with_suffix(".svg").write_text(picture, encoding="utf-8")
+        return {ROUTER: list(self.recorder.spans), **self.actors.call("recorded")}
+
+    def trace(self, streams: int, tokens: int, file: Path) -> None:
+        """Write the trace of one round to ``file``, and beside it the picture of some layers."""
+        for _ in range(2):
+            self.round(streams, tokens)
+        write_trace(self.recorded_round(streams, tokens), file)
 
     def memory(self) -> dict[str, dict[str, float]]:
         """Return the memory of this process (it is Ray's driver too) and of the actors."""

@@ -36,7 +36,7 @@ from benchmarks.common import (
     show,
     show_verdicts,
 )
-from benchmarks.synthetic import bytes_of, write_checkpoint
+from benchmarks.synthetic import MIXTRAL, bytes_of, write_checkpoint
 from experts.checkpoint import hashes
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.hash_cache import BESIDE
@@ -55,18 +55,13 @@ READ, DISK, CACHED, KEPT = (
 PLAIN, VERIFIED = "load experts, plain", "load experts, verified"
 
 CONFIG: dict[str, Any] = {
-    "model_type": "mixtral",
-    "architectures": ["MixtralForCausalLM"],
+    **MIXTRAL,
     "vocab_size": 4096,
     "hidden_size": 2048,
     "intermediate_size": 4096,
     "num_hidden_layers": 1,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 2048,
-    "hidden_act": "silu",
 }
 
 

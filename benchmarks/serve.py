@@ -114,14 +114,23 @@ def deployed(folder: Path, actors: int, routers: int = 1, min_copies: int = 1) -
 
 
 @contextmanager
-def served(application: Callable[[], Any]) -> Iterator[Ports]:
-    """Run a Serve application as :func:`deployed` does."""
+def served(application: Callable[[], Any], num_gpus: int | None = None) -> Iterator[Ports]:
+    """Run a Serve application as :func:`deployed` does.
+
+    Ray has ``num_gpus`` GPUs, by default those that it finds.
+    """
     import ray
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ports = Ports(*free_ports(2))
-    ray.init(address="local", include_dashboard=False, logging_level="warning", log_to_driver=False)
+    ray.init(
+        address="local",
+        num_gpus=num_gpus,
+        include_dashboard=False,
+        logging_level="warning",
+        log_to_driver=False,
+    )
     try:
         serve.start(**serve_options(ports.http, ports.grpc))
         serve.run(application(), name=MODEL, route_prefix="/")

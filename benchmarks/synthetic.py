@@ -19,6 +19,15 @@ from experts.families.registry import FAMILIES
 
 Shapes = dict[str, tuple[int, ...]]
 
+MIXTRAL: dict[str, Any] = {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+"""The part of a configuration that is no size of a matrix."""
 WRITERS = 4
 """Threads that write; each has a file."""
 NORMAL_VALUES = (1 << 23) - 15
@@ -47,7 +56,7 @@ def normal_pool(seed: int = 0) -> memoryview:
 
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(NORMAL_VALUES, generator=generator) * NORMAL_DEVIATION
-    return memoryview(values.bfloat16().view(torch.uint8).numpy())
+    return values.bfloat16().view(torch.uint8).numpy().data
 
 
 def write_checkpoint(
@@ -69,7 +78,10 @@ def write_checkpoint(
         ]
     for one in written:
         one.result()
-    index = {"weight_map": {name: file for file, shapes in files.items() for name in shapes}}
+    index = {
+        "metadata": {"total_size": bytes_of(config)},  # transformers asks for it
+        "weight_map": {name: file for file, shapes in files.items() for name in shapes},
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 

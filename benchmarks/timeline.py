@@ -6,11 +6,19 @@ spans lie on one axis as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
+Recorded = tuple[str, float, float]
+"""Name, start and end (``time.perf_counter``) of a span of the process that recorded it."""
+
 ROUTER = "router"
+DEVICE = ", device"
+"""The end of the name of a process's lane on an accelerator."""
+TO_HOST, TO_DEVICE, KERNELS = "copy to host", "copy to device", "kernels"
 LAYERS_SHOWN = 3
 NESTING = {"step": 0, "layer": 1, "answer": 1}
 """Spans that others lie within; those that they are made of come on top of them."""
@@ -22,6 +30,9 @@ COLORS = {
     "idle": "#eeeeee",
     "answer": "#edc948",
     "products": "#e15759",
+    KERNELS: "#b07aa1",
+    TO_HOST: "#76b7b2",
+    TO_DEVICE: "#ff9da7",
 }
 MEANINGS = {
     "dense": "router: attention, norms, gate",
@@ -31,8 +42,11 @@ MEANINGS = {
     "idle": "actor: no frame",
     "answer": "actor: read frames, queue",
     "products": "actor: experts' products",
+    KERNELS: "device: all computation",
+    TO_HOST: "device",
+    TO_DEVICE: "device",
 }
-_WIDTH, _LEFT, _RIGHT, _TOP = 1200, 90, 20, 50
+_WIDTH, _LEFT, _RIGHT, _TOP = 1200, 120, 20, 50
 _LANE, _BAR, _LEGEND = 56, 36, 22
 _TICKS_MS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 
@@ -46,6 +60,20 @@ class Span(NamedTuple):
     end_s: float
 
 
+def write_trace(recorded: Mapping[str, Sequence[Recorded]], file: Path) -> None:
+    """Write the trace of a round by lane to ``file``, and a picture of some layers beside it.
+
+    Spans outside of the router's own are left out.
+    """
+    spans = [Span(process, *one) for process, some in recorded.items() for one in some]
+    started_s = min(span.start_s for span in spans if span.process == ROUTER)
+    ended_s = max(span.end_s for span in spans if span.process == ROUTER)
+    spans = clip(spans, started_s, ended_s)
+    file.write_text(json.dumps(chrome_trace(spans)) + "\n", encoding="utf-8")
+    picture = svg(spans, *typical_window(spans))
+    file.with_suffix(".svg").write_text(picture, encoding="utf-8")
+
+
 def chrome_trace(spans: Sequence[Span]) -> dict[str, Any]:
     """Return the object that chrome://tracing and ui.perfetto.dev open; times begin at 0."""
     processes = list(dict.fromkeys(span.process for span in spans))
@@ -53,6 +81,7 @@ def chrome_trace(spans: Sequence[Span]) -> dict[str, Any]:
     events: list[dict[str, Any]] = []
     for pid, process in enumerate(processes, start=1):
         thread = "engine" if process == ROUTER else "stream"
+        thread = "device" if process.endswith(DEVICE) else thread
         for kind, name in (("process_name", process), ("thread_name", thread)):
             events.append({"ph": "M", "name": kind, "pid": pid, "tid": 1, "args": {"name": name}})
     for span in sorted(spans, key=lambda span: (span.start_s, -span.end_s)):
@@ -103,7 +132,9 @@ def typical_window(spans: Sequence[Span], layers: int = LAYERS_SHOWN) -> tuple[f
 
 def svg(spans: Sequence[Span], start_s: float, end_s: float) -> str:
     """Draw what lies between two times: a lane per process, bars, an axis in ms, a legend."""
-    processes = sorted({s.process for s in spans}, key=lambda name: (name != ROUTER, name))
+    processes = sorted(
+        {s.process for s in spans}, key=lambda name: (not name.startswith(ROUTER), name)
+    )
     shown = clip(spans, start_s, end_s)
     bottom = _TOP + _LANE * len(processes)
     legend = [name for name in COLORS if any(span.name == name for span in shown)]

@@ -9,14 +9,12 @@ from typing import Any
 import ray
 import torch
 
+from benchmarks.timeline import Recorded
 from cluster.transport.base import Call, IsGone, Outcome, PendingCalls, Transport, never_gone
 from experts.actor import ExpertActor
 from experts.remote import sealed_answer
 from router.moe.combine import WeightedSums
 from router.moe.layer import MoELayers
-
-Recorded = tuple[str, float, float]
-"""Name, start and end (``time.perf_counter``) of a span of the process that recorded it."""
 
 
 class Recorder:

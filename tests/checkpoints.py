@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -58,6 +60,21 @@ def save_mixtral(
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return model
+
+
+def transformers_tokens(oracle: Any, prompt: Sequence[int], count: int) -> tuple[int, ...]:
+    """Return what ``transformers.generate`` makes of a prompt, greedily and past any end."""
+    ids = torch.tensor([list(prompt)], device=oracle.device)
+    with torch.inference_mode():
+        output = oracle.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            eos_token_id=None,
+        )
+    return tuple(output[0, len(prompt) :].tolist())
 
 
 def randomise(model: nn.Module) -> None:

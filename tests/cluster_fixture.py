@@ -20,14 +20,13 @@ from typing import Any, TypeVar
 import httpx
 import psutil
 import pytest
-import torch
 from transformers import MixtralForCausalLM
 
 from benchmarks.shipped import free_ports, serve_options
 from cluster.errors import ExpertMeshError
 from cluster.reports import ActorStatus, ClusterStatus
 from router.client import Client, Reply, Sampling
-from tests.checkpoints import VOCAB_SIZE
+from tests.checkpoints import VOCAB_SIZE, transformers_tokens
 from tests.quantise import MIXTRAL, make
 from tests.span_keeper import FOLDER_VARIABLE
 
@@ -88,23 +87,6 @@ def prompt_of(length: int, seed: int, vocab_size: int = VOCAB_SIZE) -> list[int]
 def greedy(max_tokens: int, **others: Any) -> Sampling:
     """Return greedy sampling of exactly ``max_tokens`` tokens."""
     return Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **others)
-
-
-def transformers_tokens(
-    oracle: MixtralForCausalLM, prompt: Sequence[int], count: int
-) -> tuple[int, ...]:
-    """Return what ``transformers.generate`` makes of a prompt, greedily and past any end."""
-    ids = torch.tensor([list(prompt)])
-    with torch.inference_mode():
-        output = oracle.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=count,
-            min_new_tokens=count,
-            eos_token_id=None,
-        )
-    return tuple(output[0, len(prompt) :].tolist())
 
 
 class StreamReader:

@@ -22,9 +22,10 @@ from cluster.spec import Emulation, ExpertKey, ModelExperts
 from cluster.transport.base import Call, CallFailure, IsGone, Outcome, Transport, never_gone
 from cluster.wire.frames import DispatchFrame, decode, encode
 from cluster.wire.tensors import TORCH_DTYPES
-from experts.bank import ExpertBank, GatedFfnExpert
+from experts.bank import Expert, ExpertBank, GatedFfnExpert
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from experts.checkpoint.expert_weights import load_expert
+from experts.checkpoint.expert_weights import expert_shape, load_expert, read_expert
+from experts.compute.device_experts import Blocks
 from experts.compute.emulated import EmulatedExpert
 from experts.compute.ffn import ACTIVATIONS
 from router.config import CapacityConfig
@@ -97,26 +98,38 @@ def load_banks(
     shares: dict[str, list[ExpertKey]],
     dtype: str,
     emulation: Emulation | None = None,
+    device: torch.device = CPU,
 ) -> dict[str, ExpertBank]:
-    """Load each actor's share of the experts into a bank."""
-    act = ACTIVATIONS[checkpoint.shape.activation]
+    """Load each actor's share of the experts into a bank, on ``device``."""
     banks = {}
     for actor_id, keys in shares.items():
-        bank = ExpertBank()
+        bank, blocks = ExpertBank(), Blocks(device, keys)
         for key in keys:
-            if emulation is not None:
-                hidden_size = checkpoint.shape.hidden_size
-                bank.hold(
-                    key,
-                    EmulatedExpert(emulation, (hidden_size,), (hidden_size,), TORCH_DTYPES[dtype]),
-                )
-                continue
-            weights = load_expert(
-                checkpoint, key.layer_id, key.expert_id, TORCH_DTYPES[dtype], torch.device("cpu")
-            )
-            bank.hold(key, GatedFfnExpert(weights, act))
+            bank.hold(key, _load(checkpoint, key, TORCH_DTYPES[dtype], emulation, blocks, device))
         banks[actor_id] = bank
     return banks
+
+
+def _load(
+    checkpoint: Checkpoint,
+    key: ExpertKey,
+    dtype: torch.dtype,
+    emulation: Emulation | None,
+    blocks: Blocks,
+    device: torch.device,
+) -> Expert:
+    """Load an expert as an actor does."""
+    if emulation is not None:
+        row_shape = (checkpoint.shape.hidden_size,)
+        return EmulatedExpert(emulation, row_shape, row_shape, dtype)
+    act = ACTIVATIONS[checkpoint.shape.activation]
+    if device == CPU:
+        weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype, device)
+        return GatedFfnExpert(weights, act)
+    shape = expert_shape(checkpoint, key.layer_id, key.expert_id, dtype)
+    expert = blocks.take(key, shape, act)
+    read_expert(checkpoint, key.layer_id, key.expert_id, expert.weights)
+    return expert
 
 
 class LocalCluster:
@@ -135,8 +148,12 @@ class LocalCluster:
         emulation: Emulation | None = None,
         capacity: CapacityConfig | None = None,
         device: torch.device = CPU,
+        experts_device: torch.device = CPU,
     ) -> None:
-        """``elsewhere`` is a model's id with transport and placement, where its experts live."""
+        """``elsewhere`` is a model's id with transport and placement, where its experts live.
+
+        ``device`` is the router's.
+        """
         limits = limits or Limits(32, 64, 256)
         self.checkpoint = open_checkpoint(folder)
         dtype = dtype or self.checkpoint.dtype
@@ -155,7 +172,9 @@ class LocalCluster:
         self.suspected: list[tuple[str, int]] = []
         self.transport = BankTransport({})
         if elsewhere is None:
-            self.transport.banks = load_banks(self.checkpoint, shares, dtype, emulation)
+            self.transport.banks = load_banks(
+                self.checkpoint, shares, dtype, emulation, experts_device
+            )
         self.dispatcher = Dispatcher(
             model_id,
             self.view,

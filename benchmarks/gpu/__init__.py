@@ -1,0 +1,1 @@
+"""One command for a machine with an accelerator: parity, speed, memory and faults on it."""

@@ -1,0 +1,125 @@
+"""One layer's dispatch and combine on a device: its time beyond the products, and its picture.
+
+The time is taken in a round in which the device is idle when a layer begins and when it has ended,
+so that no other work of the router hides in it or beside it. It has everything between the gate's
+choice on the device and the experts' weighted sums there: the copies of both processes, frames,
+sockets, and the products. The picture is of another round, as it runs without those waits.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from benchmarks.gpu.device_trace import DeviceRecorder, busy_s
+from benchmarks.timeline import DEVICE, KERNELS, ROUTER, Recorded, write_trace
+from router.moe.layer import RemoteExperts
+
+if TYPE_CHECKING:
+    from benchmarks.engine import Bench
+
+PRODUCTS = "products"
+"""The span of an actor's products on the host."""
+
+
+class LayerTimes:
+    """The time of each MoE layer while the context is open, the device idle at both its ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Time the layers of models on ``device``."""
+        self._device = device
+        self._began_at_s = 0.0
+        self.layers: list[tuple[float, float]] = []
+        """Start and end (``time.perf_counter``)."""
+
+    def __enter__(self) -> LayerTimes:
+        """Begin."""
+        self._hooks = (
+            register_module_forward_pre_hook(self._begin),
+            register_module_forward_hook(self._end),
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        """End."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begin(self, module: nn.Module, arguments: Any) -> None:
+        if isinstance(module, RemoteExperts):
+            self._began_at_s = self._idle_at_s()
+
+    def _end(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        if isinstance(module, RemoteExperts):
+            self.layers.append((self._began_at_s, self._idle_at_s()))
+
+    def _idle_at_s(self) -> float:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        return time.perf_counter()
+
+
+def beyond_products(
+    layers: Sequence[tuple[float, float]], actors: Mapping[str, Sequence[Recorded]], name: str
+) -> dict[str, float]:
+    """Return medians of layers in milliseconds: whole, of the slowest actor's products, the rest.
+
+    ``actors`` have spans, among which those called ``name`` are products.
+    """
+    whole_s, products_s = [], []
+    for start_s, end_s in layers:
+        whole_s.append(end_s - start_s)
+        within = [
+            [span for span in spans if span[1] < end_s and span[2] > start_s]
+            for spans in actors.values()
+        ]
+        products_s.append(max(busy_s(spans, name, start_s, end_s) for spans in within))
+    beyond_s = [whole - products for whole, products in zip(whole_s, products_s, strict=True)]
+    return {
+        "layers": len(layers),
+        "layer_ms": statistics.median(whole_s) * 1e3,
+        "products_ms": statistics.median(products_s) * 1e3,
+        "beyond_ms": statistics.median(beyond_s) * 1e3,
+    }
+
+
+def measure(
+    bench: Bench, device: torch.device, streams: int, tokens: int, file: Path
+) -> dict[str, float]:
+    """Return :func:`beyond_products` of a round; writes the trace and the picture of another.
+
+    The engine and its actors record (:class:`benchmarks.gpu.actors.ProfiledActor`).
+    """
+    for _ in range(2):  # connections come in the background
+        bench.round(streams, tokens)
+    with LayerTimes(device) as times:
+        recorded = _recorded(bench, streams, tokens)
+    is_host = device.type == "cpu"
+    end = "" if is_host else DEVICE
+    actors = {name: recorded[f"{name}{end}"] for name in bench.actors.handles}
+    figures = beyond_products(times.layers, actors, PRODUCTS if is_host else KERNELS)
+    write_trace(_recorded(bench, streams, tokens), file)
+    return figures
+
+
+def _recorded(bench: Bench, streams: int, tokens: int) -> dict[str, list[Recorded]]:
+    """Return the spans of a round by lane: the processes, and what their devices did."""
+    recorder = DeviceRecorder()
+    recorder.begin()
+    bench.actors.call("begin_device")
+    recorded = bench.recorded_round(streams, tokens)
+    devices = {ROUTER: recorder.end(), **bench.actors.call("end_device")}
+    return recorded | {f"{name}{DEVICE}": spans for name, spans in devices.items() if spans}

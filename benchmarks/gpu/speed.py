@@ -1,0 +1,179 @@
+"""Decode speed of one model on a device: this project beside one process of transformers.
+
+The router's engine runs in a process of its own, with the environment that the product gives a
+router; its actors are Ray's. All of them are on the device. Of the largest model there are also the
+memory against the plan, and one layer's time beyond the products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import baseline
+from benchmarks.common import CACHE_TOKENS
+from benchmarks.gpu.models import fitted, names, room
+from benchmarks.gpu.settings import Settings
+from benchmarks.synthetic import normal_pool, write_checkpoint
+
+TRANSFORMERS = "grouped_mm"
+APP = "bench-gpu"
+TRACE = "timeline.json"
+TRACED_TOKENS = 16
+OBJECT_STORE_BYTES = 256 << 20
+"""Of the host's shared memory, which may have the checkpoint."""
+
+
+def run(settings: Settings, number: int, results: Path) -> dict[str, Any]:
+    """Measure the model of this number; the largest one's trace goes to the folder ``results``."""
+    from cluster.environment import router_environment
+    from router.config import RouterConfig
+
+    config = settings.models[number]
+    is_largest = number == len(settings.models) - 1
+    fit = fitted(config, room(settings.device_bytes))
+    with tempfile.TemporaryDirectory(prefix=settings.label, dir=fit.folder) as name:
+        folder = Path(name)
+        say(f"writing {fit.num_bytes / 1e9:.1f} GB to {fit.folder}")
+        write_checkpoint(folder, fit.config, normal_pool())
+        say("transformers")
+        measured = baseline.measure_all(
+            folder,
+            TRANSFORMERS,
+            settings.streams,
+            settings.tokens,
+            settings.rounds,
+            settings.device,
+        )
+        say("router and actors")
+        arguments = [name, str(results), "--largest"] if is_largest else [name, str(results)]
+        environment = {**router_environment(RouterConfig().threads), "RAY_ADDRESS": "local"}
+        ours = baseline.run_module("benchmarks.gpu.speed", arguments, environment)
+    ratios = {
+        count: {
+            n: one["streams"][n]["tokens_per_s"] / measured[n]["tokens_per_s"]
+            for n in settings.streams
+        }
+        for count, one in ours["actors"].items()
+    }
+    return {
+        "model": names([fit.config])[0],
+        "config": fit.config,
+        "parameters": fit.parameters,
+        "size": fit.reason,
+        "is_largest": is_largest,
+        "transformers": measured,
+        "ratio": ratios,
+        **ours,
+    }
+
+
+def say(what: str) -> None:
+    """Print a line of progress."""
+    print(what, flush=True)
+
+
+def measure(settings: Settings, folder: Path, results: Path, is_largest: bool) -> dict[str, Any]:
+    """Measure the project's part in this process, on a Ray of its own."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_gpus=int(settings.has_device),
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        logging_level="warning",
+        namespace="serve",
+    )
+    try:
+        measured: dict[str, Any] = {
+            "actors": {str(n): _with_actors(settings, folder, n) for n in settings.actors}
+        }
+        if is_largest:
+            measured["layer"] = _layer(settings, folder, results)
+        return measured
+    finally:
+        ray.shutdown()
+
+
+def _with_actors(settings: Settings, folder: Path, count: int) -> dict[str, Any]:
+    """Measure the engine with so many actors: its streams, and the memory on the device."""
+    import torch
+
+    from benchmarks.engine import Bench
+    from benchmarks.gpu.actors import MeasuredActor
+    from benchmarks.gpu.memory import compared, planned
+    from cluster.device import device_of
+
+    device = device_of(settings.device, 0, "--device")
+    before_bytes = 0
+    if settings.has_device:
+        torch.accelerator.reset_peak_memory_stats()
+        before_bytes = torch.accelerator.memory_allocated()
+    bench = Bench(
+        folder,
+        "auto",
+        count,
+        False,
+        app=f"{APP}-{count}",
+        device=device,
+        actor_class=MeasuredActor,
+        actor_gpus=settings.actor_gpus(count),
+    )
+    try:
+        streams = {
+            n: bench.measure(int(n), settings.tokens, settings.rounds) for n in settings.streams
+        }
+        if not settings.has_device:
+            return {"streams": streams, "memory": {}}
+        measured = {"router": torch.accelerator.max_memory_allocated() - before_bytes}
+        measured |= bench.actors.call("device_bytes")
+        memory = compared(planned(folder, count, CACHE_TOKENS), measured)
+        return {"streams": streams, "memory": memory}
+    finally:
+        bench.close()
+        del bench
+        gc.collect()  # the router's memory on the device goes with it
+
+
+def _layer(settings: Settings, folder: Path, results: Path) -> dict[str, float]:
+    """Measure one layer with one actor, at the most streams."""
+    from benchmarks.engine import Bench
+    from benchmarks.gpu.actors import ProfiledActor
+    from benchmarks.gpu.layer import measure
+    from cluster.device import device_of
+
+    device = device_of(settings.device, 0, "--device")
+    bench = Bench(
+        folder,
+        "auto",
+        1,
+        True,
+        app=f"{APP}-layer",
+        device=device,
+        actor_class=ProfiledActor,
+        actor_gpus=settings.actor_gpus(1),
+    )
+    try:
+        return measure(bench, device, int(settings.streams[0]), TRACED_TOKENS, results / TRACE)
+    finally:
+        bench.close()
+
+
+def main() -> None:
+    """Measure in this process; prints a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--largest", action="store_true")
+    options = parser.parse_args()
+    settings = Settings.load(options.results)
+    print(json.dumps(measure(settings, options.folder, options.results, options.largest)))
+
+
+if __name__ == "__main__":
+    main()

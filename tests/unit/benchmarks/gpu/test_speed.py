@@ -1,0 +1,120 @@
+"""The parts that measure, as far as they need no Ray: ``tests/long`` runs all of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import baseline
+from benchmarks.common import SIZES, machine
+from benchmarks.failover import KILL, QUIET
+from benchmarks.gpu import card, kill, models, speed
+from benchmarks.gpu.settings import Settings
+from benchmarks.synthetic import MIXTRAL, normal_pool, write_checkpoint
+
+TINY = {
+    **MIXTRAL,
+    **SIZES,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+SETTINGS = Settings(
+    "test-gpu-", device="cpu", device_bytes=1 << 40, models=(TINY, TINY), tokens=4, rounds=1
+)
+
+
+def test_one_process_generates_for_each_number_of_streams(tmp_path: Path, one_thread: None) -> None:
+    write_checkpoint(tmp_path, TINY, normal_pool())
+    words = [str(tmp_path), "grouped_mm", "3", "2", "4", "1", "--device", "cpu"]
+    measured = baseline.run(baseline.parser().parse_args(words))
+    assert measured.keys() == {"4", "1"}
+    for figures in measured.values():
+        assert figures.keys() == {"tokens_per_s", "rss_mb"}
+        assert figures["tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_model_is_written_measured_and_removed(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temp, results = tmp_path / "temp", tmp_path / "results"
+    temp.mkdir()
+    seen: list[Path] = []
+
+    def room(device_bytes: int) -> models.Room:
+        assert device_bytes == SETTINGS.device_bytes
+        return models.Room(device_bytes, 1 << 40, {str(temp): 1 << 40})
+
+    def measure_all(folder: Path, kind: str, *arguments: Any) -> dict[str, Any]:
+        assert (kind, *arguments) == ("grouped_mm", ("32", "1"), 4, 1, "cpu")
+        assert json.loads((folder / "config.json").read_text()) == TINY
+        seen.append(folder)
+        return {n: {"tokens_per_s": 100.0} for n in ("32", "1")}
+
+    def run_module(module: str, words: list[str], environment: dict[str, str]) -> dict[str, Any]:
+        largest = ["--largest"] if number == 1 else []
+        assert (module, words) == ("benchmarks.gpu.speed", [str(seen[0]), str(results), *largest])
+        assert environment["RAY_ADDRESS"] == "local"
+        assert environment["OMP_NUM_THREADS"] == "1"
+        streams = {n: {"tokens_per_s": 90.0} for n in ("32", "1")}
+        return {"actors": {"1": {"streams": streams}}}
+
+    monkeypatch.setattr(speed, "room", room)
+    monkeypatch.setattr(baseline, "measure_all", measure_all)
+    monkeypatch.setattr(baseline, "run_module", run_module)
+    result = speed.run(SETTINGS, number, results)
+    assert result["ratio"] == {"1": {"32": 0.9, "1": 0.9}}
+    assert result["is_largest"] == (number == 1)
+    assert result["parameters"] == models.bytes_of(TINY) // 2
+    assert seen[0].name.startswith(SETTINGS.label)
+    assert list(temp.iterdir()) == []
+
+
+def test_the_card_is_described_with_all_versions() -> None:
+    described = card.run("cpu")
+    assert described["device"] == "cpu"
+    assert described["free_bytes"] > 0
+    assert described["machine"] == machine()
+    assert set(described) >= {"name", "driver", "toolkit", "native"}
+
+
+def test_a_drivers_version_is_what_its_tool_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert card.driver_version() == card.UNKNOWN
+    for name, text in (("nvidia-smi", "exit 9"), ("rocm-smi", "echo name; echo card0,6.3")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    assert card.driver_version() == "rocm card0,6.3"  # NVIDIA's failed
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 580.95.05\n")
+    assert card.driver_version() == "nvidia 580.95.05"
+
+
+def window(name: str, **changes: Any) -> dict[str, Any]:
+    back_s = 2.0 if name == KILL else None
+    return {"name": name, "requests": 9, "failures": {}, "back_s": back_s, **changes}
+
+
+def test_a_kill_is_kept_where_no_request_failed_and_the_actor_is_back() -> None:
+    quiet = window(QUIET)
+    assert kill.kept({"windows": [quiet, window(KILL)]})
+    for changes in (
+        {"failures": {"wrong tokens at index 3": 1}},
+        {"back_s": None},
+        {"requests": 0},
+    ):
+        assert not kill.kept({"windows": [quiet, window(KILL, **changes)]})
+
+
+def test_actors_share_a_part_of_the_card() -> None:
+    on_card = replace(SETTINGS, device="accelerator")
+    assert [on_card.actor_gpus(n) for n in (1, 2, 3)] == [0.8, 0.4, 0.266]
+    assert [SETTINGS.actor_gpus(n) for n in (1, 2)] == [0.0, 0.0]
