@@ -77,7 +77,8 @@ def beyond_products(
 ) -> dict[str, float]:
     """Return medians of layers in milliseconds: whole, of the slowest actor's products, the rest.
 
-    ``actors`` have spans, among which those called ``name`` are products.
+    ``actors`` have spans, among which those called ``name`` are products. Raises ``ValueError``
+    where no layer has one: the clocks of the spans differ, or nothing was recorded.
     """
     whole_s, products_s = [], []
     for start_s, end_s in layers:
@@ -87,6 +88,8 @@ def beyond_products(
             for spans in actors.values()
         ]
         products_s.append(max(busy_s(spans, name, start_s, end_s) for spans in within))
+    if not any(products_s):
+        raise ValueError(f"none of {len(layers)} layers has a span called {name!r} of an actor")
     beyond_s = [whole - products for whole, products in zip(whole_s, products_s, strict=True)]
     return {
         "layers": len(layers),

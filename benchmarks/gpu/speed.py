@@ -112,6 +112,7 @@ def _with_actors(settings: Settings, folder: Path, count: int) -> dict[str, Any]
     device = device_of(settings.device, 0, "--device")
     before_bytes = 0
     if settings.has_device:
+        torch.empty(1, device=device)  # else torch counts nothing yet, and has no peak to forget
         torch.accelerator.reset_peak_memory_stats()
         before_bytes = torch.accelerator.memory_allocated()
     bench = Bench(

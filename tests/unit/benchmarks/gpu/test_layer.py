@@ -79,6 +79,13 @@ def test_a_layer_is_its_time_without_the_slowest_actors_products() -> None:
     }
 
 
+def test_products_that_were_not_recorded_are_not_taken_for_none() -> None:
+    late = {"a": [(KERNELS, 5.0, 6.0)]}
+    for actors in (late, {"a": []}, {"a": [(TO_HOST, 0.0, 1.0)]}):
+        with pytest.raises(ValueError, match="none of 1 layers has a span called 'kernels'"):
+            beyond_products([(0.0, 1.0)], actors, KERNELS)
+
+
 def test_each_layer_is_timed_with_an_idle_device_at_both_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
