@@ -121,7 +121,7 @@ class RouterConfig(Section):
         ge=0,
         le=1,
         description="GPUs that one router of a language model reserves; routers and actors may "
-        "share one by fractions. This was never run on a GPU.",
+        "share one by fractions. This was never run on a GPU; `benchmarks/gpu.sh` would prove it.",
     )
     device: Literal["auto", "cpu", "accelerator"] = Field(
         default="auto",

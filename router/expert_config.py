@@ -185,7 +185,8 @@ NumGpus = Annotated[
         ge=0,
         le=1,
         description="GPUs that one actor reserves. Above 0 it computes on the GPU that Ray gives "
-        "it, by any accelerator of torch. This was never run on a GPU.",
+        "it, by any accelerator of torch. This was never run on a GPU; `benchmarks/gpu.sh` would "
+        "prove it.",
     ),
 ]
 Threads = Annotated[int, Field(ge=1, le=256, description="Compute threads of one actor.")]
