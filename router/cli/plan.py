@@ -106,6 +106,7 @@ def _parts(made: Plan) -> Table:
         format_size(made.all_experts_bytes * made.copies),
     )
     table.add_row("actor's process", format_size(made.actor_process_bytes), "one a device", "")
+    table.add_row("actor's batch", format_size(made.actor_batch_bytes), "one a device", "")
     table.add_row("router's weights", format_size(made.router_weight_bytes), "1", "")
     table.add_row("router's process", format_size(made.router_process_bytes), "1", "")
     table.add_row(
@@ -114,6 +115,8 @@ def _parts(made: Plan) -> Table:
         f"{made.wanted_cache_tokens:,}",
         format_size(made.wanted_cache_bytes),
     )
+    step = f"up to {made.longest_tokens:,} tokens"
+    table.add_row("router's step", format_size(made.router_step_bytes), step, "")
     table.add_section()
     table.add_row("router in all", format_size(made.router_bytes), "", "")
     return table
@@ -121,7 +124,11 @@ def _parts(made: Plan) -> Table:
 
 def _devices(made: Plan) -> Table:
     table = Table(
-        "device", f"for {_copies(made.copies)}", "the fullest holds", "cache beside a router"
+        "device",
+        f"for {_copies(made.copies)}",
+        "the fullest holds",
+        "cache, router alone",
+        "cache, beside the fullest",
     )
     for devices in made.devices:
         table.add_row(
@@ -130,11 +137,14 @@ def _devices(made: Plan) -> Table:
             f"{devices.experts_on_fullest:,} experts, {format_size(devices.bytes_on_fullest)}"
             if devices.num_devices
             else "",
-            f"{devices.cache_tokens:,} tokens"
-            if devices.free_for_cache_bytes > 0
-            else "a router does not fit",
+            _tokens(devices.cache_tokens),
+            _tokens(devices.cache_tokens_beside_actor) if devices.num_devices else "",
         )
     return table
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} tokens" if count else "a router does not fit"
 
 
 def _number(devices: DevicesPlan) -> str:

@@ -35,6 +35,7 @@ from router.model.fused_attention import fuse_attention
 from router.model.grok import register_grok
 from router.model.kv_cache import LatentCache, PagedCache
 from router.model.latent_attention import LATENT_ATTENTION_NAME, keep_latents, latent_attention
+from router.model.memory import router_sizes
 from router.model.page_pool import pages_needed
 from router.model.paged_attention import (
     ATTENTION_NAME,
@@ -144,9 +145,9 @@ class MoEModel:
         window: int | None = getattr(config, "sliding_window", None) or None
         self.attention = choose_attention(family, config, window, dtype, device)
         self.num_pages = pages_needed(cache_tokens, self.attention.page_size)
-        weights_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        slot_bytes = _cache_of(config, family, (1, 1), dtype, CPU).num_bytes
-        needed_bytes = weights_bytes + self.num_pages * self.attention.page_size * slot_bytes
+        sizes = router_sizes(family, checkpoint.config)
+        num_slots = self.num_pages * self.attention.page_size
+        needed_bytes = sizes.held_bytes(num_slots, dtype.itemsize)
         check_room(device, needed_bytes, "args.router.cache_tokens")
         self._model = model.to(device)
         self._staging = None if device == CPU else Staging(device)

@@ -55,8 +55,7 @@ def needs_of(applications: Iterable[tuple[AppConfig, Mapping[str, Size]]]) -> Ne
             tokens = config.router.cache_tokens_for(
                 served.max_model_len or shape.max_position_embeddings
             )
-            values = shape.router_parameters + tokens * shape.cache_values_per_token
-            routers += values * value_bytes * config.router.replicas
+            routers += shape.router.held_bytes(tokens, value_bytes) * config.router.replicas
             one_copy = shape.num_all_experts * shape.expert_parameters * value_bytes
             experts += math.ceil(one_copy * copies)
         processes += config.experts.num_actors * ACTOR_BYTES

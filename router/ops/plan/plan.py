@@ -1,8 +1,9 @@
 """Plans the memory and the devices of a model from sizes alone: pure functions.
 
-A router holds the key/value cache and all weights but the routed experts'. Each device has one
-expert actor. :func:`cluster.placement.placement.assign_experts` spreads the copies over the actors
-of the plan, as it does in a deployment.
+A router holds the key/value cache and all weights but the routed experts', and takes memory for a
+step. Each device has one expert actor, which takes memory for a batch of rows.
+:func:`cluster.placement.placement.assign_experts` spreads the copies over the actors of the plan,
+as it does in a deployment.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from cluster.placement.placement import assign_experts
 from cluster.spec import ModelExperts
 from cluster.wire.frames import DTYPE_BYTES
 from router.config import RouterConfig
+from router.model.memory import StepLimits
 from router.ops.plan.shape import ModelShape
 from router.ops.plan.sizes import format_size
 
 ROUTER_PROCESS_BYTES = 553_000_000
 ACTOR_PROCESS_BYTES = 346_000_000
 """The memory of a process without weights and cache, measured by ``benchmarks.serve`` on a CPU;
-``docs/lab-notes.md`` has the figures."""
+``docs/lab-notes.md`` has the figures. On an accelerator they stand for the driver's context and
+code, which torch's users report as 0.3 to 0.5 GB a process."""
+ACTOR_BATCH_ROWS = 1024
+"""The most rows of several frames in one batch of an actor; a frame of more is a batch alone."""
 USUAL_DEVICES_BYTES = (24 * 10**9, 48 * 10**9, 80 * 10**9, 141 * 10**9)
 """The memory of usual GPUs; a plan without a given device memory covers each of them."""
 MAX_DEVICES = 1000
@@ -64,10 +69,11 @@ class DevicesPlan:
 
     ``num_devices`` is the given number, or the fewest devices that hold all copies (``None``: more
     than :data:`MAX_DEVICES`). ``experts_on_fullest`` and ``bytes_on_fullest`` describe the device
-    with the most experts; the bytes include the actor's process. ``most_copies`` is the number of
-    copies of each expert that fit on a given number of devices. ``free_for_cache_bytes`` is the
-    room for the cache of a router on a device of its own; it is negative where the router's weights
-    do not fit. ``cache_tokens`` is the number of tokens in that room.
+    with the most experts; the bytes include the actor's process and a batch. ``most_copies`` is the
+    number of copies of each expert that fit on a given number of devices. ``free_for_cache_bytes``
+    is the room for the cache of a router on a device of its own; it is negative where the router
+    without a cache does not fit. ``cache_tokens`` is the number of tokens in that room, and
+    ``cache_tokens_beside_actor`` in the room of a router that shares the fullest device.
     """
 
     device_memory_bytes: int
@@ -78,6 +84,7 @@ class DevicesPlan:
     most_copies: int | None
     free_for_cache_bytes: int
     cache_tokens: int
+    cache_tokens_beside_actor: int
     cache_fits: bool
 
 
@@ -93,19 +100,30 @@ class Plan:
     all_experts_bytes: int
     """One copy of each expert."""
     actor_process_bytes: int
+    actor_batch_bytes: int
+    """Rows of a batch and the values between an expert's products."""
     cache_token_bytes: int
     wanted_cache_tokens: int
     wanted_cache_bytes: int
+    router_step_bytes: int
+    """What a router's largest step takes beside weights and cache."""
+    longest_tokens: int
+    """The tokens of the longest sequence in that step."""
     devices: tuple[DevicesPlan, ...]
     num_devices: int | None
     """The given number."""
     needed_device_bytes: int | None
-    """The memory that each of ``num_devices`` needs for its experts and its process."""
+    """The memory that each of ``num_devices`` needs for its experts, a batch and its process."""
+
+    @property
+    def actor_bytes_without_experts(self) -> int:
+        """Memory of one actor's process and batch."""
+        return self.actor_process_bytes + self.actor_batch_bytes
 
     @property
     def router_bytes_without_cache(self) -> int:
-        """Memory of one router's weights and process."""
-        return self.router_weight_bytes + self.router_process_bytes
+        """Memory of one router's weights, process and step."""
+        return self.router_weight_bytes + self.router_process_bytes + self.router_step_bytes
 
     @property
     def router_bytes(self) -> int:
@@ -120,6 +138,10 @@ class Plan:
             "total_parameters": shape.total_parameters,
             "active_parameters": shape.active_parameters,
         }
+        plan["model"]["shape"] |= {
+            "router_parameters": shape.router_parameters,
+            "cache_values_per_token": shape.cache_values_per_token,
+        }
         return plan
 
 
@@ -133,23 +155,27 @@ def make_plan(model: PlannedModel, wish: Wish) -> Plan:
     shape = model.shape
     value_bytes = DTYPE_BYTES[model.dtype]
     expert_bytes = shape.expert_parameters * value_bytes
-    cache_token_bytes = shape.cache_values_per_token * value_bytes
-    tokens = _cache_tokens(shape, wish)
+    router, tokens = shape.router, _cache_tokens(shape, wish)
+    limits = _step_limits(shape, wish, tokens)
+    batch_bytes = actor_batch_bytes(shape, value_bytes, limits.max_batch_tokens)
     needed_device_bytes = None
     if wish.devices is not None:
         share = largest_share(shape, wish.devices, wish.copies)
-        needed_device_bytes = share * expert_bytes + ACTOR_PROCESS_BYTES
+        needed_device_bytes = share * expert_bytes + ACTOR_PROCESS_BYTES + batch_bytes
     plan = Plan(
         model=model,
         copies=wish.copies,
-        router_weight_bytes=shape.router_parameters * value_bytes,
+        router_weight_bytes=router.weight_bytes(value_bytes),
         router_process_bytes=ROUTER_PROCESS_BYTES,
         expert_bytes=expert_bytes,
         all_experts_bytes=shape.num_all_experts * expert_bytes,
         actor_process_bytes=ACTOR_PROCESS_BYTES,
-        cache_token_bytes=cache_token_bytes,
+        actor_batch_bytes=batch_bytes,
+        cache_token_bytes=router.cache_bytes(1, value_bytes),
         wanted_cache_tokens=tokens,
-        wanted_cache_bytes=tokens * cache_token_bytes,
+        wanted_cache_bytes=router.cache_bytes(tokens, value_bytes),
+        router_step_bytes=router.step_bytes(limits, value_bytes),
+        longest_tokens=limits.longest,
         devices=(),
         num_devices=wish.devices,
         needed_device_bytes=needed_device_bytes,
@@ -185,22 +211,44 @@ def _cache_tokens(shape: ModelShape, wish: Wish) -> int:
     return context * (wish.concurrency or router.max_batch_size)
 
 
+def _step_limits(shape: ModelShape, wish: Wish, cache_tokens: int) -> StepLimits:
+    """Return the limits of a router for the wished sequences, by default those of its settings."""
+    router = RouterConfig()
+    batch_size = wish.concurrency or router.max_batch_size
+    longest = min(wish.context or shape.max_position_embeddings, cache_tokens)
+    return StepLimits(batch_size, max(router.max_batch_tokens, batch_size), longest)
+
+
+def actor_batch_bytes(shape: ModelShape, value_bytes: int, max_batch_tokens: int) -> int:
+    """Return the most bytes that an actor's batch takes beside the weights.
+
+    A frame has at most the rows of a router's step, one for each token and chosen expert. Rows come
+    in, are put in order, and leave in two pieces of memory. An expert has two products of its inner
+    size, with biases and clamped where its family does so, their activation and their product.
+    """
+    num_rows = max(ACTOR_BATCH_ROWS, max_batch_tokens * shape.num_experts_per_tok)
+    values_per_row = 4 * shape.router.hidden_size + 6 * shape.intermediate_size
+    return num_rows * values_per_row * value_bytes
+
+
 def _devices(plan: Plan, memory_bytes: int, wish: Wish) -> DevicesPlan:
     shape = plan.model.shape
-    room = max(0, memory_bytes - ACTOR_PROCESS_BYTES) // plan.expert_bytes
+    room = max(0, memory_bytes - plan.actor_bytes_without_experts) // plan.expert_bytes
     num_devices = wish.devices or fewest_devices(shape, wish.copies, room)
     most = largest_share(shape, num_devices, wish.copies) if num_devices else 0
-    free_bytes = memory_bytes - ROUTER_PROCESS_BYTES - plan.router_weight_bytes
+    actor_bytes = most * plan.expert_bytes + (plan.actor_bytes_without_experts if most else 0)
+    free_bytes = memory_bytes - plan.router_bytes_without_cache
     cache_tokens = max(0, free_bytes) // plan.cache_token_bytes
     return DevicesPlan(
         device_memory_bytes=memory_bytes,
         num_devices=num_devices,
         experts_on_fullest=most,
-        bytes_on_fullest=most * plan.expert_bytes + (ACTOR_PROCESS_BYTES if most else 0),
+        bytes_on_fullest=actor_bytes,
         experts_fit=0 < most <= room,
         most_copies=None if wish.devices is None else _most_copies(shape, wish.devices, room),
         free_for_cache_bytes=free_bytes,
         cache_tokens=cache_tokens,
+        cache_tokens_beside_actor=max(0, free_bytes - actor_bytes) // plan.cache_token_bytes,
         cache_fits=cache_tokens >= plan.wanted_cache_tokens,
     )
 
@@ -254,11 +302,11 @@ def problems(plan: Plan) -> list[str]:
 
 def _problems(plan: Plan, devices: DevicesPlan) -> list[str]:
     size, sentences = format_size(devices.device_memory_bytes), []
-    room = devices.device_memory_bytes - plan.actor_process_bytes
+    room = devices.device_memory_bytes - plan.actor_bytes_without_experts
     if plan.expert_bytes > room:
         sentences.append(
-            f"One expert of {format_size(plan.expert_bytes)} and an actor's process of "
-            f"{format_size(plan.actor_process_bytes)} do not fit on a device of {size}."
+            f"One expert of {format_size(plan.expert_bytes)} and an actor's process and batch of "
+            f"{format_size(plan.actor_bytes_without_experts)} do not fit on a device of {size}."
         )
     elif devices.num_devices is None:
         sentences.append(
@@ -273,8 +321,8 @@ def _problems(plan: Plan, devices: DevicesPlan) -> list[str]:
         )
     if devices.free_for_cache_bytes <= 0:
         sentences.append(
-            f"A router's weights and process need {format_size(plan.router_bytes_without_cache)}, "
-            f"more than a device of {size} has."
+            f"A router's weights, process and step need "
+            f"{format_size(plan.router_bytes_without_cache)}, more than a device of {size} has."
         )
     elif not devices.cache_fits:
         sentences.append(

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from experts.checkpoint.config import checked_shape, family_of, usual_config, wrong_kinds
+from router.model.memory import RouterSizes, router_sizes
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """The parameters of a model, by the process that holds them.
 
-    ``router_parameters`` are all parameters outside the routed experts. ``lookup_parameters`` of
-    them belong to the embedding, of which a token reads a single row. ``expert_parameters`` belong
-    to one routed expert. ``cache_values_per_token`` is the number of values that the key/value
-    cache stores for a token in all layers.
+    ``router`` has the sizes of everything outside the routed experts. ``lookup_parameters`` of its
+    parameters belong to the embedding, of which a token reads a single row. ``expert_parameters``
+    belong to one routed expert, of inner size ``intermediate_size``.
     """
 
     model_type: str
@@ -29,11 +28,21 @@ class ModelShape:
     num_moe_layers: int
     num_experts: int
     num_experts_per_tok: int
-    router_parameters: int
+    router: RouterSizes
     lookup_parameters: int
     expert_parameters: int
-    cache_values_per_token: int
+    intermediate_size: int
     max_position_embeddings: int
+
+    @property
+    def router_parameters(self) -> int:
+        """All parameters outside the routed experts."""
+        return self.router.parameters
+
+    @property
+    def cache_values_per_token(self) -> int:
+        """The values that the key/value cache stores for a token in all layers."""
+        return self.router.num_layers * self.router.cached_head_values
 
     @property
     def num_all_experts(self) -> int:
@@ -62,19 +71,18 @@ def shape_of(given: Mapping[str, Any], where: str) -> ModelShape:
     family = family_of(dict(given), file)
     config = usual_config(family, dict(given), file)
     shape = checked_shape(family, config, file)
-    layers = config["num_hidden_layers"]
     with wrong_kinds(file):
-        dense, cache_values = family.dense_tensors(config), family.cache_values(config)
+        router = router_sizes(family, config)
     is_tied = bool(config.get("tie_word_embeddings"))
     return ModelShape(
         model_type=family.model_type,
-        num_layers=layers,
+        num_layers=router.num_layers,
         num_moe_layers=len(shape.layers),
         num_experts=shape.num_experts,
         num_experts_per_tok=shape.num_experts_per_tok,
-        router_parameters=sum(prod(size) for size in dense.values()),
+        router=router,
         lookup_parameters=0 if is_tied else config["vocab_size"] * shape.hidden_size,
         expert_parameters=shape.expert_parameters,
-        cache_values_per_token=layers * cache_values,
+        intermediate_size=shape.intermediate_size,
         max_position_embeddings=config["max_position_embeddings"],
     )

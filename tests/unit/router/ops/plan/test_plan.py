@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cluster.placement.placement import assign_experts
 from cluster.spec import ModelExperts
 from experts.checkpoint.checkpoint import open_checkpoint
 from router.config import RouterConfig
+from router.model.memory import RouterSizes
 from router.ops.plan.plan import (
     ACTOR_PROCESS_BYTES,
     ROUTER_PROCESS_BYTES,
@@ -36,18 +38,34 @@ KNOWN = known_models()
 GB = 10**9
 
 
-def shape(num_layers: int, num_experts: int, **others: int) -> ModelShape:
+def shape(num_layers: int, num_experts: int) -> ModelShape:
     """Return a shape of which only what is placed matters."""
-    sizes = {"router_parameters": 100, "expert_parameters": 10, "cache_values_per_token": 4}
+    router = RouterSizes(
+        parameters=100,
+        float32_parameters=0,
+        num_layers=num_layers,
+        cached_head_values=4,
+        head_values=4,
+        query_heads=1,
+        hidden_size=2,
+        inner_size=0,
+        num_experts=num_experts,
+        num_experts_per_tok=2,
+        vocab_size=10,
+        caches_latents=False,
+        caps_scores=False,
+    )
     return ModelShape(
         model_type="mixtral",
         num_layers=num_layers,
         num_moe_layers=num_layers,
         num_experts=num_experts,
         num_experts_per_tok=2,
+        router=router,
         lookup_parameters=0,
+        expert_parameters=10,
+        intermediate_size=1,
         max_position_embeddings=1024,
-        **(sizes | others),
     )
 
 
@@ -240,13 +258,26 @@ def test_mixtral_fits_where_arithmetic_says_so() -> None:
     assert (plan.expert_bytes, plan.all_experts_bytes) == (expert, 256 * expert)
     assert plan.cache_token_bytes == 32 * 2 * 8 * 128 * 2
     [devices] = plan.devices
-    room = (80 * GB - ACTOR_PROCESS_BYTES) // expert
+    batch = 1024 * (4 * 4096 + 6 * 14336) * 2
+    room = (80 * GB - ACTOR_PROCESS_BYTES - batch) // expert
     assert devices.num_devices == -(-512 // room) == 3
-    assert devices.bytes_on_fullest == devices.experts_on_fullest * expert + ACTOR_PROCESS_BYTES
-    assert devices.bytes_on_fullest <= 80 * GB
-    free = 80 * GB - ROUTER_PROCESS_BYTES - plan.router_weight_bytes
+    actor = devices.experts_on_fullest * expert + ACTOR_PROCESS_BYTES + batch
+    assert devices.bytes_on_fullest == actor <= 80 * GB
+    free = 80 * GB - ROUTER_PROCESS_BYTES - plan.router_weight_bytes - plan.router_step_bytes
     assert devices.cache_tokens == free // plan.cache_token_bytes
+    assert devices.cache_tokens_beside_actor == (free - actor) // plan.cache_token_bytes
     assert problems(plan) == []
+
+
+def test_a_router_shares_the_fullest_device_where_its_step_fits_there_too() -> None:
+    model = find_model("mixtral-8x7b", "float32")  # whose attention gathers the cache
+    wish = Wish(device_memory_bytes=96 * GB, devices=2)
+    [devices] = make_plan(model, wish).devices
+    assert devices.cache_tokens > 0 == devices.cache_tokens_beside_actor
+    [devices] = make_plan(model, replace(wish, devices=3)).devices
+    longer = devices.cache_tokens_beside_actor
+    [devices] = make_plan(model, replace(wish, devices=3, context=4096)).devices
+    assert devices.cache_tokens_beside_actor > longer > 0  # a shorter context, a smaller step
 
 
 def test_given_devices_are_judged() -> None:
@@ -257,7 +288,7 @@ def test_given_devices_are_judged() -> None:
     assert devices.most_copies == 1
     [problem] = problems(plan)
     assert problem == (
-        "2 copies of the experts need 45.4 GB on each of 4 devices of 24.0 GB, which hold one copy."
+        "2 copies of the experts need 45.7 GB on each of 4 devices of 24.0 GB, which hold one copy."
     )
     alone = make_plan(model, Wish(copies=2, devices=4))
     assert alone.devices == ()
@@ -267,13 +298,15 @@ def test_given_devices_are_judged() -> None:
 def test_what_does_not_fit_is_said_once_each() -> None:
     tight = make_plan(find_model("deepseek-v3"), Wish(device_memory_bytes=24 * GB))
     assert len(problems(tight)) == 1
-    assert problems(tight)[0].startswith("A router's weights and process need 34.8 GB")
+    assert problems(tight)[0].startswith("A router's weights, process and step need 44.9 GB")
     small = make_plan(find_model("grok-1"), Wish(device_memory_bytes=GB))
     assert [sentence.split(" ")[0] for sentence in problems(small)] == ["One", "A"]
     wide = Wish(device_memory_bytes=24 * GB, context=32768, concurrency=8)
     [cache] = problems(make_plan(find_model("mixtral-8x7b"), wide))
     assert cache.startswith("A cache of 262,144 tokens needs 34.4 GB;")
-    none = make_plan(planned(shape(4, 8)), Wish(device_memory_bytes=ACTOR_PROCESS_BYTES + 20))
+    small = planned(shape(4, 8))
+    alone = make_plan(small, Wish()).actor_bytes_without_experts
+    none = make_plan(small, Wish(device_memory_bytes=alone + 20))
     assert problems(none)[0].startswith("One copy of the experts needs more than 1000 devices")
 
 
