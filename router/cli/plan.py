@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.errors import ConfigError
 from router.cli.common import REFUSED, AsJson, write_json
 from router.ops.plan.sizes import format_count, format_size, parse_size
 
 if TYPE_CHECKING:
+    from router.ops.plan.devices import Device, DevicesOfFile
     from router.ops.plan.plan import DevicesPlan, Plan
 
 
@@ -19,17 +23,21 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="A checkpoint's folder, mesh-tiny, or a known model: mixtral-8x7b, mixtral-8x22b, "
-            "dbrx, grok-1, qwen3-235b-a22b, deepseek-v3, gpt-oss-120b."
+            help="A deployment file; or a checkpoint's folder, mesh-tiny, or a known model: "
+            "mixtral-8x7b, mixtral-8x22b, dbrx, grok-1, qwen3-235b-a22b, deepseek-v3, "
+            "gpt-oss-120b.",
+            metavar="MODEL_OR_FILE",
         ),
     ],
-    copies: Annotated[int, typer.Option(min=1, help="Copies of each expert.")] = 1,
+    copies: Annotated[
+        int | None, typer.Option(min=1, help="Copies of each expert; by default 1.")
+    ] = None,
     device_memory: Annotated[
         str | None, typer.Option(help="Memory of a device, like 24GB or 80GiB.")
     ] = None,
     devices: Annotated[
         int | None,
-        typer.Option(min=1, help="Devices for the experts; by default the fewest."),
+        typer.Option(min=1, help="Devices for the experts, or for a file; by default the fewest."),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="auto, float32, bfloat16 or float16; auto is the checkpoint's.")
@@ -45,15 +53,26 @@ def plan(
 ) -> None:
     """Plan a model's memory and devices, from its configuration and headers alone.
 
+    Of a deployment file it tells what lies on each GPU.
+
     Example: expertmesh plan mixtral-8x7b --copies 2 --device-memory 80GB
 
     The exit code is 1 when a part does not fit on the given devices.
     """
+    from router.ops.plan.deployment import is_deployment
     from router.ops.plan.plan import Wish, make_plan, problems
     from router.ops.plan.source import find_model
 
     memory = None if device_memory is None else parse_size(device_memory, "--device-memory")
-    wish = Wish(copies, memory, devices, context, concurrency)
+    if is_deployment(model):
+        of_models = {"copies": copies, "context": context, "concurrency": concurrency}
+        given = [name for name, value in of_models.items() if value is not None]
+        given += ["dtype"] if dtype != "auto" else []
+        if given:
+            raise ConfigError("is for a model; a deployment file says it itself", f"--{given[0]}")
+        _plan_file(Path(model), memory, devices, as_json)
+        return
+    wish = Wish(copies or 1, memory, devices, context, concurrency)
     made = make_plan(find_model(model, dtype), wish)
     found = problems(made)
     if as_json:
@@ -62,6 +81,62 @@ def plan(
         _print_plan(made, found if memory is not None else [])
     if found and memory is not None:
         raise typer.Exit(REFUSED)
+
+
+def _plan_file(
+    file: Path, memory_bytes: int | None, num_devices: int | None, as_json: bool
+) -> None:
+    from router.ops.plan.deployment import read_tenants
+    from router.ops.plan.devices import place, shortages
+
+    planned = place(read_tenants(file), num_devices)
+    found = [line for line in [planned.unplaced_line()] if line]
+    if memory_bytes is not None:
+        found += shortages(planned, memory_bytes)
+    if as_json:
+        write_json(planned.to_json() | {"problems": found}, indent=2)
+    else:
+        _print_devices(planned, memory_bytes, found)
+    if found:
+        raise typer.Exit(REFUSED)
+
+
+def _print_devices(planned: DevicesOfFile, memory_bytes: int | None, found: Sequence[str]) -> None:
+    console = Console()
+    if not planned.devices and not found:
+        console.print("Nothing of it is on a GPU: num_gpus is 0 everywhere.")
+        return
+    table = Table("device", "process", "share", "weights", "cache", "at work", "together", "fits")
+    for column in table.columns[2:7]:
+        column.justify = "right"
+    for number, device in enumerate(planned.devices):
+        for tenant in device.tenants:
+            table.add_row(
+                str(number),
+                tenant.name,
+                f"{tenant.num_gpus:g}",
+                format_size(tenant.weight_bytes + tenant.spare_bytes),
+                format_size(tenant.cache_bytes) if tenant.cache_bytes else "",
+                format_size(tenant.working_bytes + tenant.process_bytes),
+                format_size(tenant.most_bytes),
+            )
+        shares = sum(tenant.num_gpus for tenant in device.tenants)
+        sums = ("", "", "", format_size(device.most_bytes), _fits(device, memory_bytes))
+        table.add_row(str(number), "in all", f"{shares:g}", *sums, end_section=True)
+    console.print(table)
+    for sentence in found:
+        console.print(f"Does not fit: {sentence}", style="red", highlight=False)
+    if memory_bytes is not None and not found:
+        console.print("All of it fits.", style="green")
+
+
+def _fits(device: Device, memory_bytes: int | None) -> str:
+    from router.ops.plan.plan import USUAL_DEVICES_BYTES
+
+    if memory_bytes is not None:
+        return "yes" if device.most_bytes <= memory_bytes else "no"
+    enough = [size for size in USUAL_DEVICES_BYTES if device.most_bytes <= size]
+    return f"{format_size(enough[0])} or more" if enough else "no usual GPU"
 
 
 def _print_plan(made: Plan, found: list[str]) -> None:

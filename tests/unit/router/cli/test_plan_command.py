@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
+import deploy
 from router.cli.app import app
 from router.ops.plan.plan import Wish, make_plan
 from router.ops.plan.source import find_model
@@ -57,6 +59,9 @@ def test_a_family_that_is_not_served_is_plain_to_see(tmp_path: Path) -> None:
         (("mesh-tiny", "--dtype", "fp8"), "--dtype: must be one of auto"),
         (("mesh-tiny", "--copies", "3", "--devices", "2"), "--copies: must be at most"),
         (("mesh-tiny", "--devices", "1001"), "--devices: must be at most 1000"),
+        (("nope.yaml",), "nope.yaml: cannot be read"),
+        (("some.yaml", "--copies", "2"), "--copies: is for a model"),
+        (("some.yaml", "--dtype", "float16"), "--dtype: is for a model"),
         (("mesh-tiny", "--context", "1025"), "--context: must be at most the model's own, 1024"),
     ],
 )
@@ -65,3 +70,45 @@ def test_bad_usage_is_one_line(args: tuple[str, ...], words: str) -> None:
     assert (result.exit_code, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1
     assert words in result.stderr
+
+
+GPU = str(Path(deploy.__file__).parent / "gpu.yaml")
+
+
+def test_a_file_is_planned_device_by_device() -> None:
+    result = run(GPU)
+    assert result.exit_code == 0
+    for words in ("router of mesh-tiny", "gpu-0", "in all", "24.0 GB or more"):
+        assert words in result.stdout
+    fits = run(GPU, "--device-memory", "24GB")
+    assert (fits.exit_code, "All of it fits." in fits.stdout) == (0, True)
+    tight = run(GPU, "--device-memory", "1GB")
+    assert tight.exit_code == 1
+    assert "Does not fit: Device 0 of 1.00 GB lacks" in tight.stdout
+
+
+def test_the_json_of_a_file_has_each_device_and_its_processes() -> None:
+    result = run(GPU, "--json", "--device-memory", "1GB")
+    assert result.exit_code == 1
+    told = json.loads(result.stdout)
+    [device] = told["devices"]
+    assert [one["num_gpus"] for one in device["tenants"]] == [0.2, 0.8]
+    assert device["most_bytes"] == sum(one["most_bytes"] for one in device["tenants"])
+    assert (told["unplaced"], len(told["problems"])) == ([], 1)
+
+
+def test_too_few_devices_are_told_by_the_process_that_waits(tmp_path: Path) -> None:
+    document = yaml.safe_load(Path(GPU).read_text(encoding="utf-8"))
+    args = document["applications"][0]["args"]
+    args["router"]["replicas"] = args["experts"]["pools"][0]["actors"] = 2
+    file = tmp_path / "file.yaml"
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    assert run(str(file)).exit_code == 0  # on three
+    result = run(str(file), "--devices", "2")
+    assert result.exit_code == 1
+    assert "gpu-1 would wait for ever: it needs 0.8 of a GPU" in " ".join(result.stdout.split())
+
+
+def test_a_file_without_gpus_says_so() -> None:
+    result = run(str(Path(GPU).parent / "cluster.yaml"))
+    assert (result.exit_code, "num_gpus is 0 everywhere" in result.stdout) == (0, True)
