@@ -14,7 +14,7 @@ from rich.text import Text
 from router.cli.common import REFUSED, AsJson, write_json
 
 if TYPE_CHECKING:
-    from router.ops.doctor.doctor import Check
+    from router.ops.doctor.check import Check
 
 STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from router.ops.doctor.check import Check, Level
 from router.ops.doctor.machine import Disk, Memory
 from router.ops.doctor.needs import Needs
 from router.ops.doctor.ports import TakenPort
 from router.ops.doctor.running_ray import RunningRay
 from router.ops.plan.sizes import format_size
 
-Level = Literal["ok", "warning", "problem"]
 MIN_FREE_DISK_BYTES = 100_000_000
 ENOUGH_FREE_DISK = 0.05
 """Ray stores no objects on a disk with a smaller share of free space."""
@@ -31,16 +30,6 @@ _SOCKET = "session_2000-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
-    """The verdict on a part of the machine: its state, and advice where it is not ok."""
-
-    name: str
-    level: Level
-    found: str
-    advice: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Installed:
     """Versions of Python and of packages (``None``: absent), and the requirements of ExpertMesh."""
 
@@ -48,15 +37,6 @@ class Installed:
     requires_python: str
     packages: dict[str, str | None]
     requirements: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Devices:
-    """Processors and the GPUs that torch sees; ``reason`` says why torch gave no answer."""
-
-    num_cpus: int
-    gpus: tuple[str, ...] = ()
-    reason: str = ""
 
 
 def check_versions(installed: Installed) -> list[Check]:
@@ -90,22 +70,6 @@ def check_native(is_built: bool) -> Check:
         "was not built: Python takes its place, and an MoE layer of few tokens takes twice as long",
         "Install a C compiler and Python's headers, then ExpertMesh again, with --no-cache-dir.",
     )
-
-
-def check_devices(devices: Devices, gpus_wanted: float) -> Check:
-    """Check that the machine has as many GPUs as a deployment's actors reserve."""
-    cpus = f"{devices.num_cpus} CPUs"
-    if devices.reason:
-        found = f"{cpus}; torch cannot be asked: {devices.reason}"
-        return Check("devices", "problem", found, "Run `python -c 'import torch'` for its error.")
-    gpus = f"{len(devices.gpus)} GPUs ({', '.join(devices.gpus)})" if devices.gpus else "no GPU"
-    if gpus_wanted <= len(devices.gpus):
-        return Check("devices", "ok", f"{cpus}, {gpus}")
-    advice = (
-        "Lower experts.num_gpus or experts.actors, add machines to Ray, or see "
-        "`python -c 'import torch; print(torch.accelerator.is_available())'`."
-    )
-    return Check("devices", "problem", f"{cpus}, {gpus}; wanted: {gpus_wanted:g}", advice)
 
 
 def check_memory(memory: Memory, needs: Needs | None) -> Check:

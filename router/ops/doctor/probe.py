@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,30 +22,47 @@ from experts.checkpoint.mixture import is_mixture, open_mixture
 from experts.checkpoint.stored import resolve_folder
 from router.config import AppConfig, ModelConfig, parse_deployment, read_document
 from router.ops.doctor import doctor, machine
-from router.ops.doctor.doctor import Check, Devices, Installed
+from router.ops.doctor.check import Check
+from router.ops.doctor.devices import Devices, Gpu, check_devices
+from router.ops.doctor.doctor import Installed
 from router.ops.doctor.needs import Needs, Size, needs_of
 from router.ops.doctor.ports import ports_of, taken_ports
 from router.ops.doctor.running_ray import look_at, raylets, target_of, temp_folder
+from router.ops.plan.deployment import read_tenants
+from router.ops.plan.devices import Tenant
 from router.ops.plan.source import find_model
 from router.serve.options import HAPROXY, completed, serve_variables
 from router.served import check_file
 
 TORCH_TIMEOUT_S = 60.0
+RAY_TIMEOUT_S = 20.0
 _ASK_TORCH = """
 import json, torch
 kind = torch.accelerator.current_accelerator(check_available=True)
 module = None if kind is None else torch.get_device_module(kind)
 name = getattr(module, "get_device_name", lambda i: f"{kind.type} {i}")
-print(json.dumps([] if kind is None else list(map(name, range(torch.accelerator.device_count())))))
+properties = getattr(module, "get_device_properties", lambda i: None)
+memory = lambda i: getattr(properties(i), "total_memory", 0)
+count = 0 if kind is None else torch.accelerator.device_count()
+print(json.dumps([torch.__version__, [[name(i), memory(i)] for i in range(count)]]))
+"""
+# As a Ray that starts on this machine does. Of a visible GPU it asks the driver, not torch.
+_ASK_RAY = """
+from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+print(int(ResourceAndLabelSpec().resolve(is_head=True, node_ip_address="127.0.0.1").num_gpus))
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A completed deployment file, and the models of its applications by id."""
+    """A completed deployment file, and the models of its applications by id.
+
+    ``tenants`` are its processes on GPUs.
+    """
 
     document: Mapping[str, Any]
     applications: tuple[tuple[AppConfig, dict[str, Size]], ...]
+    tenants: tuple[Tenant, ...] = ()
 
     @property
     def needs(self) -> Needs:
@@ -56,19 +73,6 @@ class Deployment:
     def wants_haproxy(self) -> bool:
         """Whether the file asks Serve for HAProxy."""
         return serve_variables(self.document).get(HAPROXY) == "1"
-
-    @property
-    def num_gpus(self) -> float:
-        """The GPUs that all expert actors and routers reserve."""
-        return sum(
-            sum(pool.actors * pool.num_gpus for pool in config.experts.all_pools())
-            + config.router.num_gpus * config.router.replicas * _num_language_models(models)
-            for config, models in self.applications
-        )
-
-
-def _num_language_models(models: Mapping[str, Size]) -> int:
-    return sum(not isinstance(size, int) for size in models.values())
 
 
 def read_deployment(file: Path, joins: bool = False) -> Deployment:
@@ -82,7 +86,7 @@ def read_deployment(file: Path, joins: bool = False) -> Deployment:
         (config, {model.id: _size_of(model) for model in config.models})
         for _, config in parse_deployment(document, file)
     )
-    return Deployment(completed_here(document, joins), applications)
+    return Deployment(completed_here(document, joins), applications, read_tenants(file))
 
 
 def _size_of(model: ModelConfig) -> Size:
@@ -112,8 +116,10 @@ def find_haproxy(document: Mapping[str, Any]) -> str | None:
 def checks_of_a_start(deployment: Deployment, variables: Mapping[str, str]) -> list[Check]:
     """Check the conditions of a ``serve run`` that starts a Ray of its own."""
     ports = ports_of(deployment.document)
+    tenants = deployment.tenants
     return [
         doctor.check_haproxy(deployment.wants_haproxy, find_haproxy(deployment.document)),
+        *([check_devices(find_devices(asks_ray=True), tenants)] if tenants else []),
         *doctor.check_ports([port.number for port in ports], taken_ports(ports)),
         _temp_folder(variables),
         doctor.check_memory(machine.memory(), deployment.needs),
@@ -125,10 +131,11 @@ def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> lis
     target = target_of(None, variables)
     deployment, file_checks = _check_file(file, joins=target is not None)
     running = None if target is None else look_at(target)
+    tenants = () if deployment is None else deployment.tenants
     found = [
         *doctor.check_versions(find_installed()),
         doctor.check_native(native is not None),
-        doctor.check_devices(find_devices(), 0 if deployment is None else deployment.num_gpus),
+        check_devices(find_devices(asks_ray=bool(tenants)), tenants, joins=target is not None),
         doctor.check_memory(machine.memory(), None if deployment is None else deployment.needs),
         doctor.check_shared_memory(machine.shared_memory_bytes()),
         _temp_folder(variables),
@@ -180,12 +187,27 @@ def _version(package: str) -> str | None:
         return None
 
 
-def find_devices() -> Devices:
-    """Ask torch for its GPUs, in a process of its own: a driver may hang or kill that process."""
-    num_cpus = machine.num_cpus()
+def find_devices(asks_ray: bool = False) -> Devices:
+    """Ask torch for its GPUs, and Ray where a deployment wants some.
+
+    Each is asked in a process of its own: a driver may hang or kill that process.
+    """
+    devices = Devices(machine.num_cpus())
+    if asks_ray:
+        count, reason = _answer(_ASK_RAY, RAY_TIMEOUT_S)
+        devices = replace(devices, ray_gpus=count, ray_reason=reason)
+    answer, reason = _answer(_ASK_TORCH, TORCH_TIMEOUT_S)
+    if reason:
+        return replace(devices, reason=reason)
+    version, gpus = answer
+    return replace(devices, torch_version=version, gpus=tuple(Gpu(*gpu) for gpu in gpus))
+
+
+def _answer(program: str, timeout_s: float) -> tuple[Any, str]:
+    """Return what a Python program says, or why it says nothing."""
     try:
-        return Devices(num_cpus, tuple(machine.run_python(_ASK_TORCH, timeout_s=TORCH_TIMEOUT_S)))
+        return machine.run_python(program, timeout_s=timeout_s), ""
     except subprocess.TimeoutExpired:
-        return Devices(num_cpus, reason=f"no answer within {TORCH_TIMEOUT_S:.0f} s")
+        return None, f"no answer within {timeout_s:.0f} s"
     except ValueError as error:
-        return Devices(num_cpus, reason=str(error))
+        return None, str(error)

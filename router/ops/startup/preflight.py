@@ -26,7 +26,9 @@ from rich.console import Console
 from cluster.errors import CheckpointMissingError, ExpertMeshError
 from experts.checkpoint.stored import Stored
 from router.config import read_document
-from router.ops.doctor.doctor import Check, check_ray
+from router.ops.doctor.check import Check
+from router.ops.doctor.devices import DEVICES
+from router.ops.doctor.doctor import check_ray
 from router.ops.doctor.probe import checks_of_a_start, completed_here, read_deployment
 from router.ops.doctor.running_ray import Target, look_at, target_of
 from router.ops.hashing import checkpoints_of, keep_hashes
@@ -143,7 +145,9 @@ def checked_document(argv: Sequence[str], file: Path | None = None) -> Mapping[s
         _end(str(error))
     document = completed_here(read_document(file), joins=not starts_ray)
     if starts_ray:
-        _end_at_a_problem(checks_of_a_start(read_deployment(file), os.environ))
+        checks = checks_of_a_start(read_deployment(file), os.environ)
+        _end_at_a_problem(checks)
+        _warn_of_devices(checks)
         _keep_hashes(checkpoints)
     elif target is not None:
         _end_at_a_problem([check_ray(look_at(target), ())])
@@ -168,6 +172,13 @@ def _end_at_a_problem(checks: Sequence[Check]) -> None:
     problem = next((check for check in checks if check.level == "problem"), None)
     if problem is not None:
         _end(f"{problem.name}: {problem.found}. {problem.advice}")
+
+
+def _warn_of_devices(checks: Sequence[Check]) -> None:
+    """Warn of a GPU that may get too full: Ray does not say so before a process ends by it."""
+    for check in checks:
+        if check.name == DEVICES and check.level == "warning":
+            _warn(f"{check.name}: {check.found}. {check.advice}")
 
 
 def _end(message: str) -> NoReturn:

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from router.cli.app import app
 from router.config import parse_args
 from router.ops.doctor import doctor, probe
-from router.ops.doctor.doctor import Check, Devices, Installed
+from router.ops.doctor.check import Check
+from router.ops.doctor.doctor import Installed
 from router.ops.doctor.machine import Disk, Memory
 from router.ops.doctor.needs import (
     ACTOR_BYTES,
@@ -58,25 +59,6 @@ def test_an_old_python_and_a_package_that_is_not_installed_are_problems() -> Non
         ("expertmesh", "problem"),
         ("versions", "ok"),
     ]
-
-
-@pytest.mark.parametrize(
-    ("devices", "wanted", "level", "words"),
-    [
-        (Devices(2), 0, "ok", "2 CPUs, no GPU"),
-        (Devices(8, ("H100", "H100")), 2, "ok", "8 CPUs, 2 GPUs (H100, H100)"),
-        (Devices(8, ("H100",)), 2, "problem", "1 GPUs (H100); wanted: 2"),
-        (Devices(8), 0.5, "problem", "no GPU; wanted: 0.5"),
-        (Devices(8, reason="ImportError: torch"), 0, "problem", "ImportError: torch"),
-    ],
-)
-def test_gpus_are_compared_with_what_actors_reserve(
-    devices: Devices, wanted: float, level: str, words: str
-) -> None:
-    check = doctor.check_devices(devices, wanted)
-    assert check.level == level
-    assert words in check.found
-    assert bool(check.advice) == (level != "ok")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ import yaml
 from benchmarks.shipped import DEPLOYED, OWN_PORTS, free_ports, shipped_document
 from cluster.native import built
 from router.ops.doctor import machine, probe, running_ray
-from router.ops.doctor.doctor import Check
+from router.ops.doctor.check import Check
+from router.ops.doctor.devices import Gpu
 from router.ops.doctor.ports import Port, ports_of, taken_ports
 from router.ops.doctor.running_ray import RunningRay, Target, judged, look_at, target_of
 from router.serve.options import HAPROXY, completed, serve_variables
@@ -215,15 +216,15 @@ def test_what_is_installed_here_is_read_from_our_own_requirements() -> None:
 @pytest.mark.parametrize(
     ("program", "gpus", "reason"),
     [
-        ("print('[\"H100\"]')", ("H100",), ""),
-        ("print('hello'); print('[]')", (), ""),
+        ('print(\'["2.13", [["H100", 80]]]\')', (Gpu("H100", 80),), ""),
+        ("print('hello'); print('[\"2.13\", []]')", (), ""),
         ("raise ImportError('libcuda is gone')", (), "ImportError: libcuda is gone"),
         ("import os; os.abort()", (), "it said nothing"),
         ("import time; time.sleep(60)", (), "no answer within 1 s"),
     ],
 )
 def test_torch_is_asked_for_gpus_and_may_fail(
-    program: str, gpus: tuple[str, ...], reason: str, monkeypatch: pytest.MonkeyPatch
+    program: str, gpus: tuple[Gpu, ...], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "_ASK_TORCH", program)
     monkeypatch.setattr(probe, "TORCH_TIMEOUT_S", 1.0)
@@ -239,7 +240,7 @@ def levels(checks: list[Check]) -> dict[str, str]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch is not asked, and no Ray that is here counts."""
-    monkeypatch.setattr(probe, "_ASK_TORCH", "print('[]')")
+    monkeypatch.setattr(probe, "_ASK_TORCH", "print('[\"2.13\", []]')")
     monkeypatch.setattr(probe, "raylets", lambda: [])
     monkeypatch.setattr("router.ops.doctor.doctor.MAX_SOCKET_PATH", 500)
 

@@ -18,6 +18,7 @@ from benchmarks.shipped import free_ports, shipped_document
 from experts.checkpoint.hash_cache import BESIDE
 from router.config import ExpertsConfig
 from router.ops.doctor import probe
+from router.ops.doctor.devices import Devices, Gpu
 from router.ops.doctor.machine import Memory
 from router.ops.doctor.running_ray import RunningRay, Target
 from router.ops.startup import preflight
@@ -183,6 +184,70 @@ def test_too_little_memory_ends_the_command(
     monkeypatch.setattr(probe.machine, "memory", lambda: Memory(2 * 10**9, 10**9))
     line = refusal(["serve", "run", str(file)], capsys)
     assert line.startswith("expertmesh: memory: 1.00 GB of 2.00 GB free; about 2.05 GB needed")
+
+
+def gpu_file(tmp_path: Path, **router: Any) -> Path:
+    """The shipped file for GPUs, on ports that are free."""
+    document = yaml.safe_load((DEPLOY / "gpu.yaml").read_text(encoding="utf-8"))
+    shipped = shipped_document(*free_ports(2))
+    shipped["applications"] = document["applications"]
+    document["applications"][0]["args"]["router"] |= router
+    if router.get("num_gpus") == 0:
+        document["applications"][0]["args"]["experts"] = {}
+    return write(tmp_path / "gpu.yaml", shipped)
+
+
+def on_gpus(monkeypatch: pytest.MonkeyPatch, ray_gpus: int, *gpus: Gpu) -> None:
+    found = Devices(2, gpus, "2.13.0", ray_gpus=ray_gpus)
+    monkeypatch.setattr(probe, "find_devices", lambda asks_ray=False: found)
+
+
+@pytest.mark.parametrize(
+    ("ray_gpus", "router", "words"),
+    [
+        (0, {}, "Ray counts no GPU: router of mesh-tiny and 1 more would wait for ever"),
+        (1, {}, "Ray counts 1 GPU, but torch 2.13.0 finds no GPU"),
+        (1, {"replicas": 2}, "gpu-0 would wait for ever: it needs 0.8 of a GPU, and the 1 that"),
+        (0, {"num_gpus": 0, "device": "accelerator"}, "torch 2.13.0 finds no GPU, and router of"),
+    ],
+)
+def test_gpus_that_are_not_there_end_the_command(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ray_gpus: int,
+    router: dict[str, Any],
+    words: str,
+) -> None:
+    on_gpus(monkeypatch, ray_gpus)
+    line = refusal(["serve", "run", str(gpu_file(tmp_path, **router))], capsys)
+    assert line.startswith("expertmesh: devices: 2 CPUs, no GPU; ")
+    assert words in line
+
+
+def test_a_gpu_without_room_for_weights_and_caches_ends_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_gpus(monkeypatch, 1, Gpu("tiny", 100_000_000))
+    line = refusal(["serve", "run", str(gpu_file(tmp_path))], capsys)
+    assert "GPU 0 (tiny) of 100 MB lacks " in line
+    on_gpus(monkeypatch, 1, Gpu("small", 500_000_000))
+    checked_document(["serve", "run", str(gpu_file(tmp_path))])
+    [warning] = capsys.readouterr().err.splitlines()
+    assert warning.startswith("expertmesh: devices: 2 CPUs, 1 GPU (small); GPU 0 (small) of 500 MB")
+    on_gpus(monkeypatch, 1, Gpu("enough", 2_000_000_000))
+    checked_document(["serve", "run", str(gpu_file(tmp_path))])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_cluster_that_is_joined_may_get_its_gpus_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_gpus(monkeypatch, 0)
+    monkeypatch.setattr(preflight, "look_at", lambda target: RunningRay(target, ""))
+    for command in (["run", "--address", "head:6379"], ["deploy"]):
+        checked_document(["serve", *command, str(gpu_file(tmp_path))])
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_full_disk_ends_the_command(
