@@ -21,6 +21,7 @@ from experts.tracing import EXPORTER_VARIABLE, TO_FILES
 from router.config import AppConfig
 from router.serve.instance import SERVE_TIMEOUT_S, serve_controller
 from router.serve.process import failures_logged, setup_logging
+from router.serve.waiting import say_why_replicas_wait
 
 
 class ControllerDeployment(Controller):
@@ -50,6 +51,7 @@ class ControllerDeployment(Controller):
                 experts.redeploy_drain_s,
             )
             await self.start()
+        self._run(say_why_replicas_wait(app), "places")
         self._deletion = asyncio.create_task(self.look_for_deletion(), name="deletion")
 
     async def __del__(self) -> None:
