@@ -29,7 +29,7 @@ def planned(folder: Path, actors: int, cache_tokens: int) -> Planned:
     assert plan.needed_device_bytes is not None
     return Planned(
         router_bytes=plan.router_weight_bytes + cache_tokens * plan.cache_token_bytes,
-        actor_bytes=plan.needed_device_bytes - plan.actor_process_bytes,
+        actor_bytes=plan.needed_device_bytes - plan.actor_bytes_without_experts,
     )
 
 
