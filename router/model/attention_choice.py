@@ -37,7 +37,7 @@ def choose_attention(
         reason = why_not_varlen(device, dtype, heads, head_size(config))
     if reason:
         logger.warning("attention on %s gathers the cache's pages: %s", device, reason)
-        return GatheredAttention(sliding_window)
+        return GatheredAttention(sliding_window, masks_all=True)
     return VarlenAttention(sliding_window)
 
 

@@ -139,16 +139,18 @@ class MoEModel:
         The cache has whole pages, of the size that its attention reads. Raises
         :class:`UnavailableError` where an accelerator has too little memory for both.
         """
+        family = checkpoint.family
+        if device != CPU:
+            sizes = router_sizes(family, checkpoint.config)
+            num_slots = sizes.cache_slots(cache_tokens, dtype.itemsize)
+            needed_bytes = sizes.held_bytes(num_slots, dtype.itemsize)
+            check_room(device, needed_bytes, "args.router.cache_tokens")
         model = load_dense(checkpoint, dtype)
-        config, family = model.config, checkpoint.family
+        config = model.config
         # Some families write 0 for no window, others leave the key out.
         window: int | None = getattr(config, "sliding_window", None) or None
         self.attention = choose_attention(family, config, window, dtype, device)
         self.num_pages = pages_needed(cache_tokens, self.attention.page_size)
-        sizes = router_sizes(family, checkpoint.config)
-        num_slots = self.num_pages * self.attention.page_size
-        needed_bytes = sizes.held_bytes(num_slots, dtype.itemsize)
-        check_room(device, needed_bytes, "args.router.cache_tokens")
         self._model = model.to(device)
         self._staging = None if device == CPU else Staging(device)
         _connect(self._model, checkpoint, layers, self._staging)

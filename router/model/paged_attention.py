@@ -104,13 +104,18 @@ class GatheredAttention:
 
     page_size = 16
 
-    def __init__(self, sliding_window: int | None, length_step: int = 1) -> None:
+    def __init__(
+        self, sliding_window: int | None, length_step: int = 1, *, masks_all: bool = False
+    ) -> None:
         """``sliding_window`` is that of the layers with a window, in tokens.
 
-        Decodes' slots are padded to a multiple of ``length_step``.
+        Decodes' slots are padded to a multiple of ``length_step``. With ``masks_all``, decodes have
+        a mask also where it hides nothing. A device may have another kernel without a mask, and a
+        row's result must not depend on the lengths of the others.
         """
         self._window = sliding_window
         self._length_step = length_step
+        self._masks_all = masks_all
 
     def view(self, spans: Sequence[Span], num_decode: int) -> GatheredView:
         """Return the step's slots and masks."""
@@ -133,7 +138,7 @@ class GatheredAttention:
         longest = int(lengths.max())
         longest += -longest % self._length_step
         exceeds_window = self._window is not None and longest > self._window
-        is_even = longest == lengths.min()
+        is_even = longest == lengths.min() and not self._masks_all
         if not exceeds_window and is_even:
             return torch.from_numpy(np.stack(slots)), None, None
         column = np.arange(longest).reshape(1, -1)
@@ -207,6 +212,12 @@ def _attend_chunk(
     """Attend a chunk [1, Q, C, D] to keys and values [G, 1, L, D]; returns [1, C, Q, D]."""
     if scoring.softcap is not None or scoring.sinks is not None:
         return chunk_by_scores(query[0], keys, values, mask, scoring)
+    num_kv, num_heads, num_tokens = len(keys), *query.shape[1:3]
+    if mask is not None and num_kv < num_heads and not query.is_cpu:
+        # No kernel of CUDA takes both a mask and grouped heads; without one, all scores are held.
+        # So the query heads of one key/value head count as tokens.
+        query = query.reshape(1, num_kv, -1, query.shape[-1])
+        mask = mask.repeat(num_heads // num_kv, 1)
     output = functional.scaled_dot_product_attention(
         query,
         keys.transpose(0, 1),  # [1, G, L, D]
@@ -214,9 +225,9 @@ def _attend_chunk(
         attn_mask=mask,
         scale=scoring.scaling,
         is_causal=mask is None,
-        enable_gqa=query.shape[1] != keys.shape[0],
+        enable_gqa=query.shape[1] != num_kv,
     )
-    return output.transpose(1, 2)
+    return output.reshape(1, num_heads, num_tokens, -1).transpose(1, 2)
 
 
 def attend_gathered(

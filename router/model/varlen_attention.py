@@ -19,14 +19,14 @@ import numpy as np
 import torch
 
 from cluster.device import CPU
-from router.model.attention import Scoring, Span
+from router.model.attention import Attention, Scoring, Span
 from router.model.kv_cache import PagedCache
 from router.model.paged_attention import GatheredAttention
 from router.model.staged_batch import with_tensors
 
 try:
     from torch.nn.attention import varlen
-except ImportError:  # torch before 2.10
+except ImportError:  # an old torch; pages without FlashAttention 3 come with torch 2.13
     varlen = None  # type: ignore[assignment]
 
 HALF = (torch.bfloat16, torch.float16)
@@ -124,7 +124,7 @@ class VarlenAttention:
                 enable_gqa=True,
                 seqused_k=part.lengths,
                 block_table=part.block_table,
-                num_splits=1,
+                num_splits=1,  # with more, a row's sums would depend on its batch mates
             )
             for part in view.parts
         ]
@@ -139,7 +139,8 @@ def why_not_varlen(
 
     ``heads`` are the numbers of query heads and of key/value heads. Where dtype and sizes allow it,
     it is tried there: against gathered attention, and a sequence alone against the same in company.
-    Raises ``torch.AcceleratorError`` where the trial has broken the device.
+    Raises ``torch.AcceleratorError`` where the trial has broken the device, and
+    ``torch.OutOfMemoryError`` where it has no memory for the trial.
     """
     if dtype not in HALF:
         return f"it takes half precision, not {str(dtype).removeprefix('torch.')}"
@@ -149,44 +150,60 @@ def why_not_varlen(
         return f"torch {torch.__version__} has none"
     try:
         return _tried(device, dtype, heads, head_dim)
-    except torch.AcceleratorError:
+    except (torch.AcceleratorError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, ValueError) as error:  # another signature, another device
         return f"torch {torch.__version__} refuses it there ({str(error).splitlines()[0][:160]})"
 
 
+_TRIAL_WINDOW = 8
+"""So few keys that one more or less shows."""
+
+
 def _tried(device: torch.device, dtype: torch.dtype, heads: tuple[int, int], head_dim: int) -> str:
-    """Attend two decodes and a chunk over four pages, in all three ways."""
+    """Attend decodes and chunks within a page and beyond, with a window and without."""
     size, (num_q, num_kv) = VarlenAttention.page_size, heads
-    cache = PagedCache(1, (4, size), num_kv, head_dim, dtype, device)
+    cache = PagedCache(1, (6, size), num_kv, head_dim, dtype, device)
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype).to(device)
 
-    cache.keys[0].copy_(randn(4, size, num_kv, head_dim))
-    cache.values[0].copy_(randn(4, size, num_kv, head_dim))
-    query = randn(1, num_q, 7, head_dim)
-    two_pages = np.concatenate([np.arange(2 * size, 3 * size), np.arange(size)])
+    cache.keys[0].copy_(randn(6, size, num_kv, head_dim))
+    cache.values[0].copy_(randn(6, size, num_kv, head_dim))
+    long, longer = (
+        np.concatenate([np.arange(page * size, (page + 1) * size) for page in pages])
+        for pages in ((2, 0), (5, 1))
+    )
     spans = [
         Span(np.arange(3 * size, 3 * size + 9), 8),
-        Span(two_pages[: size + 40], size + 39),
-        Span(two_pages[: size + 5], size),
+        Span(long[: size + 40], size + 39),
+        Span(longer, 2 * size - 1),
+        Span(np.arange(4 * size, 4 * size + 6), 0),
+        Span(long[: size + 5], size),
     ]
-    scoring = Scoring(head_dim**-0.5, has_window=True)
+    query = randn(1, num_q, sum(len(span.slots) - span.start for span in spans), head_dim)
+    varlen = VarlenAttention(_TRIAL_WINDOW)
+    gathered = GatheredAttention(_TRIAL_WINDOW, masks_all=True)
 
-    def attended(attention: VarlenAttention | GatheredAttention, some: list[Span]) -> torch.Tensor:
+    def attended(
+        attention: Attention, scoring: Scoring, some: list[Span], begin: int = 0
+    ) -> torch.Tensor:
         counts = [len(span.slots) - span.start for span in some]
         view = attention.view(some, counts.count(1))
         view = with_tensors(view, lambda tensor: tensor.to(device))
-        return attention.attend(query[:, :, : sum(counts)], cache, 0, view, scoring).to(CPU).float()
+        tokens = query[:, :, begin : begin + sum(counts)]
+        return attention.attend(tokens, cache, 0, view, scoring).to(CPU).float()
 
-    window = size + 20
-    varlen = VarlenAttention(window)
-    together = attended(varlen, spans)
-    error = (together - attended(GatheredAttention(window), spans)).abs().max()
-    if not error <= _TOLERANCE:
-        return f"its results on {device} are {float(error):.3g} off"
-    if not torch.equal(attended(varlen, spans[:1]), together[:, :1]):
-        return f"a sequence's result on {device} depends on others of its step"
+    for has_window in (False, True):
+        scoring = Scoring(head_dim**-0.5, has_window=has_window)
+        together, begin = attended(varlen, scoring, spans), 0
+        error = (together - attended(gathered, scoring, spans)).abs().max()
+        if not error <= _TOLERANCE:
+            return f"its results on {device} are {float(error):.3g} off"
+        for span in spans:
+            end = begin + len(span.slots) - span.start
+            if not torch.equal(attended(varlen, scoring, [span], begin), together[:, begin:end]):
+                return f"a sequence's result on {device} depends on others of its step"
+            begin = end
     return ""

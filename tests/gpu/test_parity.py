@@ -27,3 +27,12 @@ def test_long_prompts_are_computed_as_transformers_does_too(
     parity = compare(family, device, prompts=prompts)
     assert parity.tokens > 0
     assert parity.is_kept
+
+
+@pytest.mark.timeout(120)
+def test_prompts_of_several_pages_are_computed_beside_short_ones(device: torch.device) -> None:
+    """Variable-length attention has pages of 256 tokens; two prompts take their pages by turns."""
+    prompts = [tuple(3 + (i * step) % 300 for i in range(600)) for step in (1, 7)]
+    parity = compare("mixtral", device, prompts=[*prompts, (5, 9, 7)])
+    assert parity.tokens > 0
+    assert parity.is_kept

@@ -181,9 +181,39 @@ def wrong(*args: Any) -> Any:
 
 
 def company(*args: Any) -> Any:
-    """Split the keys where a sequence is alone, as split-K kernels do."""
+    """Split the keys of long sequences in company, as split-K kernels do."""
     output, *others = varlen_attention(*args)
-    return output * (1 + 2**-7) if len(args[3]) == 2 else output, *others
+    is_crowd, is_long = len(args[3]) > 2, args[11].max() > PAGE
+    rounded = torch.where(output.abs() < 1, output * (1 + 2**-7), output)
+    return rounded if is_crowd and is_long else output, *others
+
+
+def without_window(*args: Any) -> Any:
+    """Return zeros from the kernel of layers without a window."""
+    output, *others = varlen_attention(*args)
+    return output * (args[9][0] >= 0), *others
+
+
+def window_of(change: int) -> Any:
+    def kernel(*args: Any) -> Any:
+        left, right = args[9]
+        changed = left + change if left >= 0 else left
+        return varlen_attention(*args[:9], [changed, right], *args[10:])
+
+    return kernel
+
+
+def no_window(*args: Any) -> Any:
+    return varlen_attention(*args[:9], [-1, args[9][1]], *args[10:])
+
+
+def aligned_at_the_top(*args: Any) -> Any:
+    """Let a chunk's first token see the first key alone, as FlashAttention 1 did."""
+    return varlen_attention(*args[:9], [args[9][0], args[9][1] - 1], *args[10:])
+
+
+def full(*args: Any) -> Any:
+    raise torch.OutOfMemoryError("the device is out of memory")
 
 
 def refusing(*args: Any) -> Any:
@@ -200,6 +230,11 @@ def broken(*args: Any) -> Any:
         (varlen_attention, ""),
         (wrong, "its results on privateuseone:0 are 0.1"),
         (company, "depends on others of its step"),
+        (without_window, "off"),
+        (window_of(-1), "off"),
+        (window_of(1), "off"),
+        (no_window, "off"),
+        (aligned_at_the_top, "off"),
         (refusing, "refuses it there (FlashAttention only supports Ampere GPUs or newer.)"),
     ],
 )
@@ -207,15 +242,19 @@ def test_it_is_tried_on_the_device_before_it_is_trusted(
     device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, kernel: Any, reason: str
 ) -> None:
     monkeypatch.setattr(emulation, "varlen_attention", kernel)
-    said = why_not_varlen(device.device, torch.bfloat16, (4, 2), 16)
-    assert said == reason if not reason else reason in said
+    for heads, size in (((4, 2), 16), ((8, 2), 128)):
+        said = why_not_varlen(device.device, torch.bfloat16, heads, size)
+        assert said == reason if not reason else reason in said
 
 
-def test_a_trial_that_breaks_the_device_is_no_reason_but_an_error(
-    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kernel", "error"), [(broken, torch.AcceleratorError), (full, torch.OutOfMemoryError)]
+)
+def test_a_trial_that_a_device_cannot_do_is_no_reason_but_an_error(
+    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, kernel: Any, error: type[Exception]
 ) -> None:
-    monkeypatch.setattr(emulation, "varlen_attention", broken)
-    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+    monkeypatch.setattr(emulation, "varlen_attention", kernel)
+    with pytest.raises(error, match="memory"):
         why_not_varlen(device.device, torch.bfloat16, (4, 2), 16)
 
 
