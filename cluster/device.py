@@ -6,7 +6,9 @@ first of them is meant.
 
 from __future__ import annotations
 
+import os
 import socket
+from functools import partial
 
 import psutil
 import torch
@@ -14,6 +16,9 @@ import torch
 from cluster.errors import UnavailableError
 
 CPU = torch.device("cpu")
+end_process = partial(os._exit, 1)
+"""Ends a process whose device is in error: everything that follows would fail there."""
+
 OLDEST_TORCH = "2.10"
 """The first release that tells an accelerator's memory by one interface; CPUs need less."""
 

@@ -13,13 +13,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import ray
 import torch
 
 from cluster.controller.lease import Lease, end_when_orphaned
-from cluster.device import CPU, check_room, device_of, free_bytes, no_room
+from cluster.device import CPU, check_room, device_of, end_process, free_bytes, no_room
 from cluster.errors import CheckpointError, StaleEpochError, UnavailableError
 from cluster.spec import EMULATED, ActorReport, ActorSpec, ExpertKey
 from cluster.transport.stream.handshake import Network, StreamOffer
@@ -39,7 +38,6 @@ from experts.compute.ffn import ACTIVATIONS
 from experts.queue import FrameQueue
 from experts.tracing import open_spans
 
-end_process = partial(os._exit, 1)
 logger = logging.getLogger("expertmesh.actor")
 
 

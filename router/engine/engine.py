@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cluster.device import end_process
 from cluster.errors import (
     CancelledRequestError,
     DeadlineExceededError,
@@ -25,6 +26,7 @@ from cluster.errors import (
     InternalError,
     ModelReplacedError,
     NotFiniteError,
+    OverloadedError,
 )
 from router.engine.batch import StepInput, context_of, pack
 from router.engine.sampling import Drawn, SamplingTensors, read, sample
@@ -43,6 +45,7 @@ PARKED_S = 0.02
 """How long to wait for commands while all sequences are parked, and so how late the engine may
 notice a new placement."""
 CLOSE_S = 1.0
+_NO_MEMORY = "the router's device has no memory for a step of so many tokens"
 
 logger = logging.getLogger("expertmesh.engine")
 
@@ -188,8 +191,14 @@ class Engine:
         trace = begin_step(traces, len(work), num_tokens)
         try:
             self.step(work, trace)
+        except torch.AcceleratorError as error:
+            # Gateways replay its streams at another router.
+            logger.critical("the router ends: its device failed (%s)", error)
+            end_process()
         except Exception as error:
             logger.exception("a step failed; its requests are answered by an error")
+            if isinstance(error, torch.OutOfMemoryError):
+                error = OverloadedError(_NO_MEMORY, "args.router.max_batch_tokens", 1.0)
             if not isinstance(error, ExpertMeshError):
                 error = InternalError("the router failed to compute a step")
             failed = {w.sequence.request.request_id for w in work}

@@ -105,7 +105,7 @@ class RouterReplica:
         limit = None if capacity is None else CapacityLimit(capacity, model.num_experts)
         self._overflow: Mapping[tuple[int, int], int] = {} if limit is None else limit.overflow
         layers = MoELayers(self._dispatcher, WeightedSums(), limit)
-        device = device_of(config.device, config.num_gpus, "args.router.device")
+        device = self._device = device_of(config.device, config.num_gpus, "args.router.device")
         opened = open_model(model.path, model.source.identity, RayNeighbours())
         checkpoint = language_model(opened)
         cache_tokens = config.cache_tokens_for(model.max_model_len)
@@ -249,7 +249,7 @@ class RouterReplica:
         ``calls`` by transport. ``inexact_rows`` counts, by contract, token rows computed without
         an expert that the gate chose. ``overflow`` counts tokens by the (layer, expert) that had
         no room for them. ``replayed`` counts forced tokens by whether the step sampled an equal
-        token.
+        token. ``device`` is that of the model.
         """
         latest_s = self._engine.tally.latest_layers_s
         layer_s = list(latest_s)
@@ -261,6 +261,7 @@ class RouterReplica:
             "inexact_rows": dict(self._engine.inexact_rows),
             "overflow": dict(self._overflow),
             "pid": os.getpid(),
+            "device": str(self._device),
             "requests": len(self._requests),
             "replayed": dict(self._engine.replayed),
             "rss_bytes": psutil.Process().memory_info().rss,

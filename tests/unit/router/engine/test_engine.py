@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from cluster.errors import (
     OverloadedError,
 )
 from cluster.transport.base import CallFailure
+from router.engine import engine as engine_module
 from router.engine.scheduler import Limits
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request
@@ -305,6 +308,35 @@ def test_an_expert_that_stays_away_ends_only_the_requests_whose_deadline_passes(
     cluster.view.publish(gone.with_actor("a1", 2, keys))
     [event] = cluster.result(patient)
     assert list(event.token_ids) == expected_tokens(oracle, prompt_of(12, 14), 10)
+
+
+def test_a_step_without_memory_is_refused_and_the_next_request_is_served(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("the device is out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster.model, "forward", full)
+        with pytest.raises(OverloadedError, match="no memory for a step") as caught:
+            cluster.generate(greedy_request("r", prompt_of(5, 1), 3))
+    assert caught.value.field == "args.router.max_batch_tokens"
+    assert len(cluster.generate(greedy_request("s", prompt_of(5, 1), 3))[0][0].token_ids) == 3
+
+
+def test_a_device_in_error_ends_the_process_and_its_log_says_why(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended = threading.Event()
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine_module, "end_process", ended.set)
+    monkeypatch.setattr(cluster.model, "forward", broken)
+    cluster.engine.submit(greedy_request("r", prompt_of(5, 1), 3))
+    assert ended.wait(10)
+    assert "the router ends: its device failed (an illegal memory access" in caplog.text
 
 
 def test_an_unexpected_failure_of_a_step_is_answered_and_the_next_request_is_served(
