@@ -28,9 +28,12 @@ def driver_version() -> str:
     for command in queries:
         if shutil.which(command[0]) is None:
             continue
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+            )
+        except subprocess.TimeoutExpired:  # the driver's tool hangs; torch may still compute
+            continue
         lines = [line for line in done.stdout.splitlines() if line.strip()]
         if done.returncode == 0 and lines:
             return f"{command[0].removesuffix('-smi')} {lines[-1].strip()}"

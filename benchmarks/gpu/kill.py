@@ -25,6 +25,7 @@ from benchmarks.gpu.settings import ACTORS_SHARE, Settings
 from benchmarks.serve import served
 
 ROUTER_SHARE = round(1 - ACTORS_SHARE, 3)
+STATS_TIMEOUT_S = 10.0
 
 
 def args(settings: Settings) -> dict[str, Any]:
@@ -46,6 +47,8 @@ def args(settings: Settings) -> dict[str, Any]:
 
 def run(settings: Settings) -> dict[str, Any]:
     """Load the deployment without a fault and with one; returns both stretches."""
+    from ray import serve
+
     from router.app import build
     from router.client import Client
 
@@ -63,9 +66,11 @@ def run(settings: Settings) -> dict[str, Any]:
         for scenario in scenarios:
             print(scenario.name, flush=True)
             windows.append(observe(client, cases, scenario))
-        devices = sorted({actor.device for actor in client.status().actors})
+        router = serve.get_deployment_handle(f"Router-{MODEL}", MODEL).stats.remote()
+        on_router = router.result(timeout_s=STATS_TIMEOUT_S)["device"]
+        devices = sorted({on_router, *(actor.device for actor in client.status().actors)})
     if settings.has_device and "cpu" in devices:
-        raise RuntimeError(f"an actor was to have a part of the card (devices: {devices})")
+        raise RuntimeError(f"a process was to have a part of the card (devices: {devices})")
     return {"actors": settings.kill_actors, "devices": devices, "windows": windows}
 
 

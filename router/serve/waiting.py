@@ -14,11 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import ray
-from ray._private.state import state  # nothing public tells what an actor needs
-from ray.core.generated.gcs_pb2 import ActorTableData
 from ray.exceptions import RayError
-from ray.serve._private.common import ReplicaID
-from ray.serve._private.constants import SERVE_NAMESPACE
 
 from cluster.controller.keeper import PLACE_NOTICE_S
 from cluster.controller.pool import shortage
@@ -65,15 +61,21 @@ class Notices:
 
 
 async def say_why_replicas_wait(app: str) -> None:
-    """Log for ever which replicas of an application wait for a place, and for what."""
+    """Log which replicas of an application wait for a place, and for what.
+
+    Ends, with a line, where Ray's answers are others than expected: nothing else depends on it.
+    """
     notices = Notices()
     while True:
         try:
             waiting = await asyncio.to_thread(waiting_replicas, app)
             for wait in notices.due(waiting, time.monotonic()):
                 logger.warning("%s", line_of(wait, await asyncio.to_thread(ray.nodes)))
-        except (RayError, RuntimeError) as error:
+        except (RayError, RuntimeError) as error:  # Ray's control service may be away for a while
             logger.warning("Ray cannot be asked which replicas wait for a place: %s", error)
+        except Exception:  # most of this is Ray's own, and changes with its releases
+            logger.warning("this Ray does not tell which replicas wait for a place", exc_info=True)
+            return
         await asyncio.sleep(PLACE_NOTICE_S)
 
 
@@ -99,6 +101,12 @@ def waiting_replicas(app: str) -> list[Waiting]:
 
 
 def _pending_replicas(app: str) -> Counter[tuple[str, Resources]]:
+    # Nothing public tells what an actor needs.
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import ActorTableData
+    from ray.serve._private.common import ReplicaID
+    from ray.serve._private.constants import SERVE_NAMESPACE
+
     accessor = state._connect_and_get_accessor()
     pending: Counter[tuple[str, Resources]] = Counter()
     for data in accessor.get_actor_table(None, "PENDING_CREATION"):

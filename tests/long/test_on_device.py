@@ -21,8 +21,10 @@ from router.client import Client
 from router.config import CapacityConfig
 from tests.checkpoints import save_mixtral, save_tokenizer
 from tests.cluster_fixture import (
+    APP,
     DEVICE_SHARE,
     RANDOM,
+    TINY,
     ServedCluster,
     Shape,
     StreamReader,
@@ -59,9 +61,12 @@ def test_a_crowd_with_long_prompts_gets_transformers_tokens(served: ServedCluste
 
 
 def test_all_processes_compute_on_the_device(served: ServedCluster) -> None:
-    """What each process says of the device's memory: the emulated one counts its tensors."""
-    devices = {actor.actor_id: actor.device for actor in served.status().actors}
-    assert set(devices.values()) == {"privateuseone"}
+    devices = [actor.device for actor in served.status().actors]
+    for model in (RANDOM, TINY):
+        stats = serve.get_deployment_handle(f"Router-{model}", APP).stats.remote()
+        devices.append(stats.result(timeout_s=BACK_S)["device"])
+    assert len(devices) == 5
+    assert set(devices) == {"privateuseone"}
 
 
 def test_streams_survive_a_killed_actor(served: ServedCluster) -> None:
