@@ -140,18 +140,13 @@ class RouterSizes:
     def _attention_bytes(self, limits: StepLimits, value_bytes: int) -> int:
         """Return the bytes of an attention's projections, outputs and masks, and of its scores.
 
-        Only :mod:`router.model.capped_attention` has all scores [Q, T, L] at once. Over gathered
-        pages a chunk has a mask for each query head of a key/value head, which torch adds to the
-        scores.
+        Only :mod:`router.model.capped_attention` has all scores [Q, T, L] at once.
         """
         num_tokens, longest = limits.max_batch_tokens, limits.longest
         projected = num_tokens * self.query_heads * self.head_values
         num_bytes = projected * _PROJECTION_COPIES * value_bytes
         if not self.reads_pages(value_bytes):
-            heads_of_each = self.query_heads
-            if not self.caches_latents:
-                heads_of_each = heads_of_each * self.head_values // self.cached_head_values
-            num_bytes += num_tokens * longest * (2 + heads_of_each * (1 + value_bytes))
+            num_bytes += num_tokens * longest * (2 + value_bytes)  # masks, and one to add to scores
         if self.caps_scores:
             scores = self.query_heads * num_tokens * longest
             num_bytes += scores * _SCORE_COPIES * FLOAT32_BYTES

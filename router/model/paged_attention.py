@@ -212,22 +212,29 @@ def _attend_chunk(
     """Attend a chunk [1, Q, C, D] to keys and values [G, 1, L, D]; returns [1, C, Q, D]."""
     if scoring.softcap is not None or scoring.sinks is not None:
         return chunk_by_scores(query[0], keys, values, mask, scoring)
-    num_kv, num_heads, num_tokens = len(keys), *query.shape[1:3]
-    if mask is not None and num_kv < num_heads and not query.is_cpu:
+    keys, values = keys.transpose(0, 1), values.transpose(0, 1)  # [1, G, L, D]
+    heads_of_each = query.shape[1] // keys.shape[1]
+    if mask is None or heads_of_each == 1 or query.is_cpu:
+        parts = [(query, keys, values)]
+    else:
         # No kernel of CUDA takes both a mask and grouped heads; without one, all scores are held.
-        # So the query heads of one key/value head count as tokens.
-        query = query.reshape(1, num_kv, -1, query.shape[-1])
-        mask = mask.repeat(num_heads // num_kv, 1)
-    output = functional.scaled_dot_product_attention(
-        query,
-        keys.transpose(0, 1),  # [1, G, L, D]
-        values.transpose(0, 1),
-        attn_mask=mask,
-        scale=scoring.scaling,
-        is_causal=mask is None,
-        enable_gqa=query.shape[1] != num_kv,
-    )
-    return output.reshape(1, num_heads, num_tokens, -1).transpose(1, 2)
+        # So each key/value head is attended to by itself, as if each of its query heads had one.
+        groups = (query.split(heads_of_each, dim=1), keys.split(1, dim=1), values.split(1, dim=1))
+        parts = [
+            (heads, key.expand(-1, heads_of_each, -1, -1), value.expand(-1, heads_of_each, -1, -1))
+            for heads, key, value in zip(*groups, strict=True)
+        ]
+    outputs = [
+        functional.scaled_dot_product_attention(
+            *part,
+            attn_mask=mask,
+            scale=scoring.scaling,
+            is_causal=mask is None,
+            enable_gqa=part[0].shape[1] != part[1].shape[1],
+        )
+        for part in parts
+    ]
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).transpose(1, 2)
 
 
 def attend_gathered(
