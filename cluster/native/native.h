@@ -78,5 +78,7 @@ FUNCTION(gather_heads);
 FUNCTION(normalise);
 FUNCTION(may_tile);
 FUNCTION(tiled_ffns);
+FUNCTION(ffn_kernels);
+FUNCTION(ffn);
 
 extern PyTypeObject native_View;

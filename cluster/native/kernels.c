@@ -1,0 +1,168 @@
+/* The kernels of experts.c: products.h for each kind of processor. */
+#include "kernels.h"
+
+#include <math.h>
+
+#include "bfloat16.h"
+#include "float16.h"
+
+/* One rounding for a product and its sum. */
+#ifdef __clang__
+#pragma clang fp contract(fast)
+#else
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
+#define BLOCK_BYTES (16 << 10) /* of a panel; also how far ahead weights are asked for */
+#define LIMIT 7.0f            /* GPT-OSS's clamp and factor */
+#define ALPHA 1.702f
+
+typedef union {
+    float floats[SIDE];
+    uint16_t pairs[SIDE + 1];
+} Spread;
+
+static inline float value_at(const char *values, Py_ssize_t i, Format format) {
+    float value;
+    uint16_t bits;
+    if (format == FLOAT32) {
+        memcpy(&value, values + i * 4, 4);
+        return value;
+    }
+    memcpy(&bits, values + i * 2, 2);
+    return format == BFLOAT16 ? of_bfloat16(bits) : of_float16(bits);
+}
+
+typedef float Four __attribute__((vector_size(16)));
+
+static inline Four widen_halves(const char *at) {
+    Four values;
+    for (int i = 0; i < 4; i++) values[i] = value_at(at, i, FLOAT16);
+    return values;
+}
+
+static inline void narrow_halves(Four values, uint16_t *at) {
+    for (int i = 0; i < 4; i++) at[i] = to_float16(values[i]);
+}
+
+#define KERNEL portable
+#define TARGET
+#define LANES 4
+#ifdef __aarch64__
+#define MOST_ROWS 6
+#define MOST_SUMS 16
+#else
+#define MOST_ROWS 3
+#define MOST_SUMS 4
+#endif
+#define WIDEN_HALVES(at) widen_halves(at)
+#define NARROW_HALVES(vector, at) narrow_halves(vector, at)
+#include "products.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAS_KINDS 1
+#include <immintrin.h>
+
+#define KERNEL avx2
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define LANES 8
+#define MOST_ROWS 6
+#define MOST_SUMS 8
+#define WIDEN_HALVES(at) ((Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(at))))
+#define NARROW_HALVES(vector, at) \
+    _mm_storeu_si128((__m128i *)(at), _mm256_cvtps_ph((__m256)(vector), _MM_FROUND_TO_NEAREST_INT))
+#include "products.h"
+
+#define KERNEL avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")))
+#define LANES 16
+#define MOST_ROWS 12
+#define MOST_SUMS 24
+#define WIDEN_HALVES(at) ((Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(at))))
+#define NARROW_HALVES(vector, at)            \
+    _mm256_storeu_si256((__m256i *)(at),     \
+                        _mm512_cvtps_ph((__m512)(vector), _MM_FROUND_TO_NEAREST_INT))
+#include "products.h"
+
+#define KERNEL avx512_bf16
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")))
+#define LANES 16
+#define MOST_ROWS 12
+#define MOST_SUMS 24
+#define WIDEN_HALVES(at) ((Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(at))))
+#define NARROW_HALVES(vector, at)            \
+    _mm256_storeu_si256((__m256i *)(at),     \
+                        _mm512_cvtps_ph((__m512)(vector), _MM_FROUND_TO_NEAREST_INT))
+#define ADD_PAIRS(sums, weights, pair)                                       \
+    ((Vector)_mm512_dpbf16_ps((__m512)(sums), (__m512bh)(__m512i)(weights),  \
+                              (__m512bh)_mm512_set1_epi32(pair)))
+#include "products.h"
+
+static int has_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+static int has_avx512(void) {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+static int has_avx512_bf16(void) {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16");
+}
+#endif
+
+static int is_anywhere(void) { return 1; }
+
+/* The fastest first. Kernels of one class have equal bits. */
+static const struct {
+    const char *name, *class, *class_of_bfloat16;
+    int (*is_possible)(void);
+    const Kernel *kernel;
+} KINDS[] = {
+#ifdef HAS_KINDS
+    {"avx512_bf16", "fused", "paired", has_avx512_bf16, &kernel_avx512_bf16},
+    {"avx512", "fused", "fused", has_avx512, &kernel_avx512},
+    {"avx2", "fused", "fused", has_avx2, &kernel_avx2},
+#endif
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    {"portable", "fused", "fused", is_anywhere, &kernel_portable},
+#else
+    {"portable", "unfused", "unfused", is_anywhere, &kernel_portable},
+#endif
+};
+#define NUM_KINDS (Py_ssize_t)(sizeof KINDS / sizeof *KINDS)
+
+/* ffn_kernels() -> ((name, class, class in bfloat16), ...) of the kernels that this processor can
+ * run, the fastest first; kernels of one class give a row the same bits */
+FUNCTION(ffn_kernels) {
+    if (!are_given(given, 0)) return NULL;
+    PyObject *found = PyList_New(0), *result = NULL;
+    if (!found) return NULL;
+    for (Py_ssize_t i = 0; i < NUM_KINDS; i++) {
+        if (!KINDS[i].is_possible()) continue;
+        PyObject *pair = Py_BuildValue("(sss)", KINDS[i].name, KINDS[i].class,
+                                       KINDS[i].class_of_bfloat16);
+        int has_failed = !pair || PyList_Append(found, pair);
+        Py_XDECREF(pair);
+        if (has_failed) goto done;
+    }
+    result = PyList_AsTuple(found);
+done:
+    Py_DECREF(found);
+    return result;
+}
+
+/* The kernel of a name, or the fastest for None; NULL with an error set. */
+const Kernel *kernel_named(PyObject *name) {
+    if (name != Py_None && !PyUnicode_Check(name)) {
+        PyErr_SetString(PyExc_TypeError, "a kernel must be a name or None");
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < NUM_KINDS; i++)
+        if (KINDS[i].is_possible() &&
+            (name == Py_None || !PyUnicode_CompareWithASCIIString(name, KINDS[i].name)))
+            return KINDS[i].kernel;
+    PyErr_SetString(PyExc_ValueError, "this processor has no such kernel");
+    return NULL;
+}

@@ -1,0 +1,34 @@
+/* The kernels of experts.c, one for each kind of processor.
+ *
+ * Packed weights are panels, each the K rows of PANEL outputs: [K, PANEL] float32 or float16, or
+ * [K / 2, PANEL, 2] bfloat16 with K rounded up to an even number.
+ *
+ * Letters: P rows, K length of a sum, R rows of a tile.
+ */
+#pragma once
+#include "native.h"
+
+#define SIDE 16
+#define PANEL (2 * SIDE)
+#define SLICE_ROWS 96        /* rows that use a panel while it is in the cache */
+
+/* PAIRS are bfloat16 whose rows are bfloat16 too, for an instruction that takes pairs of them. */
+typedef enum { FLOAT32, BFLOAT16, FLOAT16, PAIRS } Format;
+typedef enum { SILU, GELU, GELU_TANH, RELU, CLAMPED } Activation;
+
+typedef struct {
+    Py_ssize_t hidden, inner, hidden_length, inner_length; /* lengths of sums */
+    Format weights, rows;
+    Activation activation;
+} Shape;
+
+typedef struct {
+    void (*tile_rows)(const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Format, int, float *);
+    void (*multiply)(const char *, const float *, Py_ssize_t, Py_ssize_t, Format, float *);
+    void (*gate_sums)(const float *, const Shape *, const float *, Py_ssize_t, Py_ssize_t, float *);
+    void (*round_sums)(float *, const Shape *, const float *, Py_ssize_t, Py_ssize_t, char *);
+    int has_pairs;
+} Kernel;
+
+/* The kernel of a name, or the fastest for None; NULL with an error set. */
+const Kernel *kernel_named(PyObject *name);

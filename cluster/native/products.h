@@ -1,0 +1,365 @@
+/* Products of rows with packed weights for one kind of processor; included once for each kind.
+ *
+ * Before it is included there must be:
+ *   KERNEL     the suffix of this kind's names
+ *   TARGET     an attribute with the instructions that functions may use
+ *   LANES      float32 of a vector: 4, 8 or 16
+ *   MOST_ROWS  rows of the largest tile
+ *   MOST_SUMS  vectors of sums up to which a panel's whole width is computed at once
+ *   WIDEN_HALVES(at), NARROW_HALVES(vector, at)  LANES of float16 from memory, and to it
+ *   ADD_PAIRS(sums, weights, pair)  sums of products of two bfloat16 each; absent on most
+ *
+ * Every sum begins with zero and adds its products in the order of K, one by one. So a sum's bits
+ * depend neither on the rows of a tile nor on LANES. Each product is added with one rounding where
+ * the processor has such an instruction, and with two elsewhere. Where rows and weights are bfloat16
+ * an instruction for pairs of them, if there is one, adds the products of two k at a time.
+ *
+ * Letters: K length of a sum, R rows of a tile.
+ */
+#define NAME_OF(stem, kernel) stem##_##kernel
+#define NAME_IN(stem, kernel) NAME_OF(stem, kernel)
+#define NAME(stem) NAME_IN(stem, KERNEL)
+#define INLINE static inline __attribute__((always_inline)) TARGET
+#define HALF (SIDE / LANES) /* vectors of half a panel's row */
+#define UNROLLED _Pragma("GCC unroll 24")
+
+typedef float NAME(Vector) __attribute__((vector_size(LANES * 4)));
+typedef float NAME(LooseVector) __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
+typedef int32_t NAME(Whole) __attribute__((vector_size(LANES * 4)));
+typedef uint32_t NAME(Bits) __attribute__((vector_size(LANES * 4)));
+typedef int32_t NAME(LooseWhole) __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
+#define Vector NAME(Vector)
+#define LooseVector NAME(LooseVector)
+#define Whole NAME(Whole)
+#define LooseWhole NAME(LooseWhole)
+#define Bits NAME(Bits)
+
+/* Add to the sums of R rows, in rows of PANEL, those of `count` vectors of a panel's columns from
+ * `panel` on. `rows` are [K, R]. Constant arguments keep the sums in registers. Weights that lie
+ * `ahead` bytes further are asked for: else reading them from memory would follow the products
+ * instead of going on beside them. */
+INLINE void NAME(add_vectors)(const char *panel, const float *rows, Py_ssize_t size, int num_rows,
+                              int count, Format format, Py_ssize_t ahead, float *sums) {
+    Vector all[MOST_ROWS][2 * HALF];
+    UNROLLED for (int r = 0; r < num_rows; r++)
+        UNROLLED for (int v = 0; v < count; v++)
+            all[r][v] = *(const LooseVector *)(sums + r * PANEL + v * LANES);
+    if (format == PAIRS) {
+#ifdef ADD_PAIRS
+        const int32_t *pairs = (const int32_t *)rows;
+        for (Py_ssize_t k = 0; k < size; k += 2) {
+            Whole weights[2 * HALF];
+            for (int v = 0; v < count; v += 16 / LANES)
+                __builtin_prefetch(panel + ahead + v * LANES * 4, 0, 2);
+            UNROLLED for (int v = 0; v < count; v++)
+                weights[v] = *(const LooseWhole *)(panel + v * LANES * 4);
+            UNROLLED for (int r = 0; r < num_rows; r++)
+                UNROLLED for (int v = 0; v < count; v++)
+                    all[r][v] = ADD_PAIRS(all[r][v], weights[v], pairs[r]);
+            panel += PANEL * 4;
+            pairs += num_rows;
+        }
+#endif
+    } else if (format == BFLOAT16) {
+        for (Py_ssize_t k = 0; k < size; k += 2) {
+            for (int v = 0; v < count; v += 16 / LANES)
+                __builtin_prefetch(panel + ahead + v * LANES * 4, 0, 2);
+            /* Weights of even k are widened and used first: with those of odd k beside them, sums
+             * would leave their registers. */
+            Vector weights[2 * HALF];
+            UNROLLED for (int v = 0; v < count; v++)
+                weights[v] = (Vector)((Bits)*(const LooseWhole *)(panel + v * LANES * 4) << 16);
+            UNROLLED for (int r = 0; r < num_rows; r++)
+                UNROLLED for (int v = 0; v < count; v++) all[r][v] += weights[v] * rows[r];
+            __asm__ volatile("" ::: "memory");
+            UNROLLED for (int v = 0; v < count; v++)
+                weights[v] = (Vector)(*(const LooseWhole *)(panel + v * LANES * 4) &
+                                      (int32_t)0xffff0000);
+            UNROLLED for (int r = 0; r < num_rows; r++)
+                UNROLLED for (int v = 0; v < count; v++)
+                    all[r][v] += weights[v] * rows[num_rows + r];
+            panel += PANEL * 4;
+            rows += 2 * num_rows;
+        }
+    } else {
+        for (Py_ssize_t k = 0; k < size; k++) {
+            Vector weights[2 * HALF];
+            for (int v = 0; v < count; v += (format == FLOAT16 ? 32 : 16) / LANES)
+                __builtin_prefetch(panel + ahead + v * LANES * (format == FLOAT16 ? 2 : 4), 0, 2);
+            UNROLLED for (int v = 0; v < count; v++) {
+                if (format == FLOAT16) weights[v] = WIDEN_HALVES(panel + v * LANES * 2);
+                else weights[v] = *(const LooseVector *)(panel + v * LANES * 4);
+            }
+            UNROLLED for (int r = 0; r < num_rows; r++)
+                UNROLLED for (int v = 0; v < count; v++) all[r][v] += weights[v] * rows[r];
+            panel += PANEL * (format == FLOAT16 ? 2 : 4);
+            rows += num_rows;
+        }
+    }
+    UNROLLED for (int r = 0; r < num_rows; r++)
+        UNROLLED for (int v = 0; v < count; v++)
+            *(LooseVector *)(sums + r * PANEL + v * LANES) = all[r][v];
+}
+
+INLINE void NAME(add_rows)(const char *panel, const float *rows, Py_ssize_t size, int num_rows,
+                           Format format, Py_ssize_t ahead, float *sums) {
+    if (num_rows * 2 * HALF <= MOST_SUMS) {
+        NAME(add_vectors)(panel, rows, size, num_rows, 2 * HALF, format, ahead, sums);
+        return;
+    }
+    NAME(add_vectors)(panel, rows, size, num_rows, HALF, format, ahead, sums);
+    NAME(add_vectors)(panel + SIDE * (format == FLOAT16 ? 2 : 4), rows, size, num_rows, HALF,
+                      format, ahead, sums + SIDE);
+}
+
+#define ROWS_CASE(n)                                              \
+    case n:                                                       \
+        NAME(add_rows)(panel, rows, size, n, format, ahead, sums); \
+        return;
+#define WITH_FORMAT(stem, FORMAT)                                                              \
+    static TARGET void NAME(stem)(const char *panel, const float *rows, Py_ssize_t size,       \
+                                  int num_rows, Py_ssize_t ahead, float *sums) {               \
+        const Format format = FORMAT;                                                          \
+        switch (num_rows) { ROWS_CASES }                                                       \
+    }
+#if MOST_ROWS == 12
+#define ROWS_CASES                                                                             \
+    ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5) ROWS_CASE(6) ROWS_CASE(7) \
+    ROWS_CASE(8) ROWS_CASE(9) ROWS_CASE(10) ROWS_CASE(11) ROWS_CASE(12)
+#elif MOST_ROWS == 6
+#define ROWS_CASES                                                                             \
+    ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5) ROWS_CASE(6)
+#elif MOST_ROWS == 3
+#define ROWS_CASES ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3)
+#endif
+WITH_FORMAT(add_float32, FLOAT32)
+WITH_FORMAT(add_bfloat16, BFLOAT16)
+WITH_FORMAT(add_float16, FLOAT16)
+#ifdef ADD_PAIRS
+WITH_FORMAT(add_pairs, PAIRS)
+#endif
+
+/* The sums [P, PANEL] of a panel's columns. The tiles of rows lie one after the other, each
+ * [K, R], or [K / 2, R, 2] in PAIRS; K is cut so that weights stay in the cache for all tiles. */
+static TARGET void NAME(multiply)(const char *panel, const float *rows, Py_ssize_t num_rows,
+                                  Py_ssize_t size, Format format, float *sums) {
+    Py_ssize_t num_tiles = (num_rows + MOST_ROWS - 1) / MOST_ROWS;
+    Py_ssize_t step = PANEL * (format == FLOAT32 ? 4 : 2), block = BLOCK_BYTES / step;
+    memset(sums, 0, num_rows * PANEL * sizeof *sums);
+    for (Py_ssize_t k = 0; k < size; k += block) {
+        Py_ssize_t length = size - k < block ? size - k : block;
+        const char *weights = panel + k * step;
+        for (Py_ssize_t t = 0; t < num_tiles; t++) {
+            Py_ssize_t begin = num_rows * t / num_tiles, end = num_rows * (t + 1) / num_tiles;
+            int count = (int)(end - begin);
+            Py_ssize_t at = begin * size + k * count;
+            const float *tile = rows + (format == PAIRS ? at / 2 : at);
+            float *own = sums + begin * PANEL;
+            Py_ssize_t ahead = t ? 0 : BLOCK_BYTES;
+            if (format == FLOAT32) NAME(add_float32)(weights, tile, length, count, ahead, own);
+            if (format == BFLOAT16) NAME(add_bfloat16)(weights, tile, length, count, ahead, own);
+            if (format == FLOAT16) NAME(add_float16)(weights, tile, length, count, ahead, own);
+#ifdef ADD_PAIRS
+            if (format == PAIRS) NAME(add_pairs)(weights, tile, length, count, ahead, own);
+#endif
+        }
+    }
+}
+
+/* Rows [P, width] of bfloat16 in tiles of [size / 2, R] pairs; a value beyond width is zero. */
+static TARGET void NAME(tile_pairs)(const char *given, Py_ssize_t num_rows, Py_ssize_t width,
+                                    Py_ssize_t size, uint32_t *tiled) {
+    Py_ssize_t num_tiles = (num_rows + MOST_ROWS - 1) / MOST_ROWS;
+    for (Py_ssize_t t = 0; t < num_tiles; t++) {
+        Py_ssize_t begin = num_rows * t / num_tiles, count = num_rows * (t + 1) / num_tiles - begin;
+        uint32_t *tile = tiled + begin * size / 2;
+        for (Py_ssize_t r = 0; r < count; r++) {
+            const char *row = given + (begin + r) * width * 2;
+            for (Py_ssize_t i = 0; i < width / 2; i++) memcpy(&tile[i * count + r], row + i * 4, 4);
+            if (width % 2) {
+                uint16_t last[2] = {};
+                memcpy(last, row + width * 2 - 2, 2);
+                memcpy(&tile[width / 2 * count + r], last, 4);
+            }
+        }
+    }
+}
+
+/* Rows [P, width] of a format as float32 in tiles of [size, R]; a value beyond width is zero. */
+static TARGET void NAME(tile_rows)(const char *given, Py_ssize_t num_rows, Py_ssize_t width,
+                                   Py_ssize_t size, Format format, int in_pairs, float *tiled) {
+    if (in_pairs) {
+        NAME(tile_pairs)(given, num_rows, width, size, (uint32_t *)tiled);
+        return;
+    }
+    Py_ssize_t num_tiles = (num_rows + MOST_ROWS - 1) / MOST_ROWS;
+    for (Py_ssize_t t = 0; t < num_tiles; t++) {
+        Py_ssize_t begin = num_rows * t / num_tiles, count = num_rows * (t + 1) / num_tiles - begin;
+        float *tile = tiled + begin * size;
+        for (Py_ssize_t r = 0; r < count; r++) {
+            const char *row = given + (begin + r) * width * (format == FLOAT32 ? 4 : 2);
+            Py_ssize_t k = 0;
+            for (; k + LANES <= width; k += LANES) {
+                Vector values;
+                if (format == FLOAT32) values = *(const LooseVector *)(row + k * 4);
+                else if (format == FLOAT16) values = WIDEN_HALVES(row + k * 2);
+                else for (int i = 0; i < LANES; i++) values[i] = value_at(row, k + i, BFLOAT16);
+                for (int i = 0; i < LANES; i++) tile[(k + i) * count + r] = values[i];
+            }
+            for (; k < width; k++) tile[k * count + r] = value_at(row, k, format);
+            for (; k < size; k++) tile[k * count + r] = 0;
+        }
+    }
+}
+
+INLINE Vector NAME(chosen)(Whole mask, Vector yes, Vector no) {
+    return (Vector)(((Whole)yes & mask) | ((Whole)no & ~mask));
+}
+
+/* Round to bfloat16 as to_bfloat16 does. */
+INLINE void NAME(narrow)(Vector values, uint16_t *at) {
+    Bits bits = (Bits)values, nearest = (bits >> 16 & 1) + bits + 0x7fff;
+    Bits is_none = (Bits)(values != values);
+    nearest = ((nearest >> 16) & ~is_none) | (is_none & 0x7fc0);
+    for (int i = 0; i < LANES; i++) at[i] = (uint16_t)nearest[i];
+}
+
+/* e to the power of each value, to the last bit or two (Cephes' polynomial). */
+INLINE Vector NAME(exponential)(Vector x) {
+    const float magic = 12582912.0f; /* adding it rounds to whole numbers */
+    Whole is_low = x < -87.3f, is_high = x > 88.7228f, is_none = x != x;
+    Vector n = x * 1.44269504f + magic;
+    Bits exponent = (Bits)n - (Bits)((Vector){} + magic);
+    n -= magic;
+    Vector rest = x - n * 0.693359375f;
+    rest = rest + n * 2.12194440e-4f;
+    Vector p = 1.9875691500e-4f * rest + 1.3981999507e-3f;
+    p = p * rest + 8.3334519073e-3f;
+    p = p * rest + 4.1665795894e-2f;
+    p = p * rest + 1.6666665459e-1f;
+    p = p * rest + 5.0000001201e-1f;
+    p = p * rest * rest + rest + 1.0f;
+    p = (Vector)((Bits)p + (exponent << 23));
+    p = NAME(chosen)(is_low, (Vector){}, p);
+    p = NAME(chosen)(is_high, (Vector){} + INFINITY, p);
+    return NAME(chosen)(is_none, x, p);
+}
+
+/* The normal distribution's function times x, by erf(x) of Abramowitz and Stegun 7.1.26. */
+INLINE Vector NAME(gelu)(Vector x) {
+    Vector size = (Vector)((Whole)x & 0x7fffffff) * 0.707106781f;
+    Vector t = 1.0f / (size * 0.3275911f + 1.0f);
+    Vector p = t * 1.061405429f - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    Vector tail = 0.5f * (p * t * NAME(exponential)(-(size * size)));
+    return x * NAME(chosen)(x < 0.0f, tail, 1.0f - tail);
+}
+
+INLINE Vector NAME(gated)(Vector gate, Vector up, Activation activation) {
+    if (activation == RELU) return NAME(chosen)(gate < 0.0f, (Vector){}, gate) * up;
+    if (activation == GELU) return NAME(gelu)(gate) * up;
+    if (activation == GELU_TANH) {
+        Vector inner = gate * (gate * gate * 0.0356774081f + 0.797884561f);
+        return gate / (1.0f + NAME(exponential)(inner * -2.0f)) * up;
+    }
+    if (activation == SILU) return gate / (1.0f + NAME(exponential)(-gate)) * up;
+    gate = NAME(chosen)(gate > LIMIT, (Vector){} + LIMIT, gate);
+    up = NAME(chosen)(up > LIMIT, (Vector){} + LIMIT, up);
+    up = NAME(chosen)(up < -LIMIT, (Vector){} - LIMIT, up);
+    return gate / (1.0f + NAME(exponential)(gate * -ALPHA)) * (up + 1.0f);
+}
+
+/* What is between the products, of panel number `number` of gate and up, from sums [P, PANEL];
+ * into tiles as `multiply` takes them. */
+static TARGET void NAME(gate_sums)(const float *sums, const Shape *shape, const float *biases,
+                                   Py_ssize_t number, Py_ssize_t num_rows, float *tiled) {
+    Py_ssize_t num_tiles = (num_rows + MOST_ROWS - 1) / MOST_ROWS, first = number * SIDE;
+    Py_ssize_t width = shape->inner - first < SIDE ? shape->inner - first : SIDE;
+    for (Py_ssize_t t = 0; t < num_tiles; t++) {
+        Py_ssize_t begin = num_rows * t / num_tiles, count = num_rows * (t + 1) / num_tiles - begin;
+        Py_ssize_t at = begin * shape->inner_length;
+        float *tile = tiled + (shape->weights == PAIRS ? at / 2 : at);
+        for (Py_ssize_t r = 0; r < count; r++, sums += PANEL) {
+            Spread values;
+            for (int i = 0; i < SIDE; i += LANES) {
+                Vector gate = *(const LooseVector *)(sums + i);
+                Vector up = *(const LooseVector *)(sums + SIDE + i);
+                if (biases) {
+                    gate += *(const LooseVector *)(biases + number * PANEL + i);
+                    up += *(const LooseVector *)(biases + number * PANEL + SIDE + i);
+                }
+                gate = NAME(gated)(gate, up, shape->activation);
+                if (shape->weights == PAIRS) NAME(narrow)(gate, values.pairs + i);
+                else *(LooseVector *)(values.floats + i) = gate;
+            }
+            if (shape->weights == PAIRS) {
+                if (width % 2) values.pairs[width] = 0;
+                for (Py_ssize_t i = 0; i < width; i += 2)
+                    memcpy(&tile[(first + i) / 2 * count + r], values.pairs + i, 4);
+                continue;
+            }
+            for (Py_ssize_t i = 0; i < width; i++) tile[(first + i) * count + r] = values.floats[i];
+            if (first + width == shape->inner && shape->inner_length > shape->inner)
+                tile[shape->inner * count + r] = 0;
+        }
+    }
+}
+
+/* Round sums [P, PANEL] of panel number `number` of down into rows of a format. */
+static TARGET void NAME(round_sums)(float *sums, const Shape *shape, const float *biases,
+                                    Py_ssize_t number, Py_ssize_t num_rows, char *out) {
+    Py_ssize_t first = number * PANEL, left = shape->hidden - first;
+    Py_ssize_t width = left < PANEL ? left : PANEL, bytes = shape->rows == FLOAT32 ? 4 : 2;
+    for (Py_ssize_t r = 0; r < num_rows; r++, sums += PANEL) {
+        char *to = out + (r * shape->hidden + first) * bytes;
+        uint16_t narrow[PANEL];
+        if (biases)
+            for (int i = 0; i < PANEL; i += LANES)
+                *(LooseVector *)(sums + i) += *(const LooseVector *)(biases + first + i);
+        if (shape->rows == FLOAT32) {
+            memcpy(to, sums, width * 4);
+            continue;
+        }
+        if (shape->rows == BFLOAT16)
+            for (int i = 0; i < PANEL; i += LANES)
+                NAME(narrow)(*(const LooseVector *)(sums + i), narrow + i);
+        else
+            for (int i = 0; i < PANEL; i += LANES)
+                NARROW_HALVES(*(const LooseVector *)(sums + i), narrow + i);
+        memcpy(to, narrow, width * 2);
+    }
+}
+
+#ifdef ADD_PAIRS
+#define HAS_PAIRS 1
+#else
+#define HAS_PAIRS 0
+#endif
+static const Kernel NAME(kernel) = {NAME(tile_rows), NAME(multiply), NAME(gate_sums),
+                                    NAME(round_sums), HAS_PAIRS};
+#undef HAS_PAIRS
+
+#undef Vector
+#undef LooseVector
+#undef Whole
+#undef LooseWhole
+#undef Bits
+#undef ROWS_CASE
+#undef ROWS_CASES
+#undef WITH_FORMAT
+#undef UNROLLED
+#undef HALF
+#undef INLINE
+#undef NAME
+#undef NAME_IN
+#undef NAME_OF
+#undef KERNEL
+#undef TARGET
+#undef LANES
+#undef MOST_ROWS
+#undef MOST_SUMS
+#undef WIDEN_HALVES
+#undef NARROW_HALVES
+#undef ADD_PAIRS

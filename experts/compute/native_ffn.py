@@ -1,0 +1,180 @@
+"""A gated feed-forward expert on a CPU in native code: both products in one call, weights packed.
+
+A row's result depends on the row, the weights and the class of the kernel (:func:`kernel_class`),
+neither on other rows nor on the number of threads. Sums are float32 whatever the dtype, and a
+result is rounded once, to the dtype of the rows. ``cluster/native/experts.c`` has the layout of
+packed weights, ``cluster/native/products.h`` the order of sums.
+
+Dimension letters: P rows of one expert, H hidden size, I intermediate size, O outputs of a matrix,
+K length of a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from cluster.native.built import native
+from cluster.wire.frames import Buffer
+from cluster.wire.tensors import to_bytes
+from experts.checkpoint.expert_weights import GatedFfnWeights, paged
+from experts.compute.amx_ffn import GatedFfn
+
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The number of each dtype in native code."""
+NATIVE_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+"""Each ``hidden_act`` by its number in native code."""
+_CLAMPED = len(NATIVE_ACTIVATIONS)
+_SIDE = 16
+_PANEL = 2 * _SIDE
+
+KERNELS: tuple[tuple[str, str, str], ...] = () if native is None else native.ffn_kernels()
+"""Name, class, and class in bfloat16 of each kernel that this processor can run, the fastest
+first."""
+
+
+def kernel_class(dtype: torch.dtype) -> str | None:
+    """Return the class of the kernel that computes experts of a dtype.
+
+    Kernels of one class give a row the same bits. "fused" rounds a product and its sum together,
+    "unfused" one after the other; "paired" adds products of bfloat16 two by two, and takes what is
+    between the two matrices in bfloat16. ``None`` means that there is no native code.
+    """
+    if not KERNELS:
+        return None
+    return KERNELS[0][2 if dtype == torch.bfloat16 else 1]
+
+
+def can_compute(weights: GatedFfnWeights) -> bool:
+    """Return whether :class:`NativeFfn` can compute an expert."""
+    dtype = weights.down.dtype
+    return (
+        native is not None
+        and weights.gate_up.is_cpu
+        and weights.down.is_cpu
+        and dtype == weights.gate_up.dtype
+        and dtype in FORMATS
+    )
+
+
+class NativeFfn:
+    """One expert with native products of any number of rows, from a packed copy of its weights."""
+
+    def __init__(self, weights: GatedFfnWeights, activation: str) -> None:
+        """Pack ``weights`` without keeping them.
+
+        ``activation`` is a ``hidden_act``; an expert with biases is GPT-OSS's, with its own.
+        """
+        hidden_size, intermediate_size = weights.down.shape
+        self.dtype = weights.down.dtype
+        self.row_bytes = hidden_size * self.dtype.itemsize
+        has_biases = weights.gate_up_bias is not None
+        number = _CLAMPED if has_biases else NATIVE_ACTIVATIONS.index(activation)
+        own = FORMATS[self.dtype]
+        self.shape = hidden_size, intermediate_size, own, own, number
+        self.packed = to_bytes(pack(weights))
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes of the packed weights."""
+        return self.packed.nbytes
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Map rows [P, H] to rows [P, H]; raises ``ValueError`` for rows of another kind."""
+        if rows.dtype != self.dtype or not rows.is_cpu or rows.shape[1:] != (self.shape[0],):
+            raise ValueError(
+                f"rows must be {self.dtype} of {self.shape[0]} on the CPU "
+                f"(given: {rows.dtype} {list(rows.shape)} on {rows.device})"
+            )
+        rows = rows.contiguous()
+        output = torch.empty_like(rows)
+        _compute((self,), (len(rows),), to_bytes(rows), to_bytes(output))
+        return output
+
+
+def compute_native(
+    experts: Sequence[GatedFfn], counts: tuple[int, ...], rows: Buffer
+) -> memoryview | None:
+    """Compute the rows of several experts in one native call.
+
+    The first ``counts[0]`` of ``rows`` are the first expert's, and so on. Returns the results in
+    the same order. ``None`` means that the experts must be computed one by one, because they are
+    not alike.
+    """
+    own = [expert for expert in experts if isinstance(expert, NativeFfn)]
+    if len(own) < len(counts) or any(expert.shape != own[0].shape for expert in own):
+        return None
+    output = np.empty(sum(counts) * own[0].row_bytes, np.uint8).data
+    _compute(own, counts, rows, output)
+    return output
+
+
+def _compute(
+    experts: Sequence[NativeFfn], counts: tuple[int, ...], rows: Buffer, output: Buffer
+) -> None:
+    assert native is not None
+    packed = tuple([expert.packed for expert in experts])
+    native.ffn(rows, counts, packed, output, experts[0].shape, torch.get_num_threads(), None)
+
+
+def pack(weights: GatedFfnWeights) -> torch.Tensor:
+    """Return one expert's weights as native code reads them, in bytes."""
+    hidden_size, intermediate_size = weights.down.shape
+    gate, up = _units(weights.gate_up).chunk(2)  # [I, K] each
+    down = _units(weights.down)  # [H, K]
+    num_inner, num_outer = -(-intermediate_size // _SIDE), -(-hidden_size // _PANEL)
+    parts = [
+        (num_inner, gate.shape[1], _PANEL, gate.dtype),
+        (num_outer, down.shape[1], _PANEL, down.dtype),
+    ]
+    if weights.gate_up_bias is not None:
+        parts += [(num_inner, 1, _PANEL, torch.float32), (num_outer, 1, _PANEL, torch.float32)]
+    sizes = [panels * length * side * dtype.itemsize for panels, length, side, dtype in parts]
+    packed = paged((sum(sizes),), torch.uint8)
+    places = [
+        piece.view(dtype).view(panels, length, side)
+        for piece, (panels, length, side, dtype) in zip(packed.split(sizes), parts, strict=True)
+    ]
+    _pack_pair(gate, up, places[0])
+    _pack_one(down, places[1])
+    if weights.gate_up_bias is not None:
+        assert weights.down_bias is not None
+        biases = weights.gate_up_bias.float()[:, None].chunk(2)
+        _pack_pair(biases[0], biases[1], places[2])
+        _pack_one(weights.down_bias.float()[:, None], places[3])
+    return packed
+
+
+def _units(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a matrix [O, K] as the units of its panels: two bfloat16 are one [O, K / 2]."""
+    matrix = matrix.contiguous()
+    if matrix.dtype != torch.bfloat16:
+        return matrix
+    odd = matrix.shape[1] % 2
+    return (functional.pad(matrix, (0, odd)) if odd else matrix).view(torch.int32)
+
+
+def _pack_pair(gate: torch.Tensor, up: torch.Tensor, panels: torch.Tensor) -> None:
+    """Write both matrices [I, K] into the halves of panels [I / SIDE, K, PANEL]."""
+    halves = panels.view(*panels.shape[:2], 2, _SIDE)
+    for half, matrix in enumerate((gate, up)):
+        _fill(matrix, halves[:, :, half])
+
+
+def _pack_one(matrix: torch.Tensor, panels: torch.Tensor) -> None:
+    """Write a matrix [H, K] into panels [H / PANEL, K, PANEL]."""
+    _fill(matrix, panels)
+
+
+def _fill(matrix: torch.Tensor, panels: torch.Tensor) -> None:
+    """Write a matrix [O, K] into panels [O / side, K, side]; outputs beyond the last are zero."""
+    side = panels.shape[2]
+    whole, left = divmod(len(matrix), side)
+    blocks = matrix[: whole * side].view(whole, side, matrix.shape[1])
+    panels[:whole].copy_(blocks.transpose(1, 2))
+    if left:
+        panels[whole].zero_()
+        panels[whole, :, :left].copy_(matrix[whole * side :].t())
