@@ -2,8 +2,8 @@
 
 The frames that wait at the same time are merged: all rows for one (model, layer, expert) go through
 the expert together. Rows are independent of each other. So an answer does not depend on the other
-rows, except for the rounding of a matrix product of another size. On a device all experts of a
-layer are computed together (:mod:`experts.compute.device_experts`).
+rows, except for the rounding of a product of another size where torch computes it. On a device
+all experts of a layer are computed together (:mod:`experts.compute.device_experts`).
 
 Dimension letters: P rows of a frame or of one expert, H hidden size.
 """
@@ -31,14 +31,15 @@ from cluster.staging import Staging
 from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame, Shape
 from cluster.wire.tensors import TORCH_DTYPES, from_bytes, to_bytes
 from experts.checkpoint.expert_weights import GatedFfnWeights
-from experts.compute.amx_ffn import TiledFfn, compute_tiled
+from experts.compute.amx_ffn import GatedFfn, TiledFfn, compute_tiled
 from experts.compute.device_experts import (
     DeviceExpert,
     DeviceRows,
     compute_on_device,
     settled,
 )
-from experts.compute.ffn import Activation, PackedFfn, ffn_of
+from experts.compute.ffn import Activation, ffn_of
+from experts.compute.native_ffn import NativeFfn, compute_native
 
 OUT_OF_MEMORY_RETRY_S = 0.1
 """When a frame may come again that its device had no memory for."""
@@ -52,9 +53,9 @@ class GatedFfnExpert:
     def __init__(self, weights: GatedFfnWeights, act: Activation) -> None:
         """Take over ``weights``, which may be rearranged."""
         self.ffn = ffn_of(weights, act)
-        packed = self.ffn if isinstance(self.ffn, PackedFfn) else None
+        packed = self.ffn if isinstance(self.ffn, NativeFfn) else None
         self.num_bytes = weights.num_bytes if packed is None else packed.num_bytes
-        self.grouped = _compute_tiled if isinstance(self.ffn, TiledFfn) else None
+        self.grouped = _grouped_of(self.ffn)
         self.row_shape: Shape = (weights.down.shape[0],)
         self.dtype = weights.down.dtype
 
@@ -79,6 +80,18 @@ def _compute_tiled(
     experts: Sequence[GatedFfnExpert], counts: tuple[int, ...], rows: Buffer
 ) -> memoryview | None:
     return compute_tiled([expert.ffn for expert in experts], counts, rows)
+
+
+def _compute_native(
+    experts: Sequence[GatedFfnExpert], counts: tuple[int, ...], rows: Buffer
+) -> memoryview | None:
+    return compute_native([expert.ffn for expert in experts], counts, rows)
+
+
+def _grouped_of(ffn: GatedFfn) -> GroupedFfn | None:
+    if isinstance(ffn, NativeFfn):
+        return _compute_native
+    return _compute_tiled if isinstance(ffn, TiledFfn) else None
 
 
 class Expert(Protocol):
@@ -305,7 +318,7 @@ def _run_lone(task: _Task) -> None:
 
 
 def _run_grouped(task: _Task) -> memoryview | None:
-    """Compute all experts in one call, as AMX does; returns ``None`` where their kind has none."""
+    """Compute all experts in one call; returns ``None`` where their kind has none."""
     grouped = task.experts[0].grouped
     if grouped is None or any(expert.grouped is not grouped for expert in task.experts):
         return None

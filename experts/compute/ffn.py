@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.amx_ffn import MAX_ROWS, Activation, GatedFfn, TiledFfn, can_tile
-from experts.compute.ffn_trials import PACKED_ROWS, TILED_ROWS, TRIED_SIDE, keeps_bits
-from experts.compute.packed_linear import can_pack, pack, packed_bytes, packed_linear
+from experts.compute.ffn_trials import TILED_ROWS, TRIED_SIDE, keeps_bits
+from experts.compute.native_ffn import NATIVE_ACTIVATIONS, NativeFfn, can_compute
 
 # By ``hidden_act``; families.base.ACTIVATION_NAMES has the same names.
 ACTIVATIONS: dict[str, Activation] = {
@@ -23,6 +23,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
 }
+_NAMES = {act: name for name, act in ACTIVATIONS.items()}
 
 _CLAMP, _SWIGLU_ALPHA = 7.0, 1.702
 
@@ -39,8 +40,6 @@ _BLOCK = 32
 # torch itself computes products with at most so many weights, in an order of its own.
 _MAX_TINY_SIZE = 4096
 
-# Packed products pad to a multiple of _FEW_STEP rows up to _FEW_ROWS rows, then of _MANY_STEP.
-_FEW_ROWS, _FEW_STEP, _MANY_STEP = 32, 4, 32
 # One row has the bits of two where H and I are multiples of _ONE_ROW_STEP up to _ONE_ROW_MAX.
 _ONE_ROW_STEP = 64
 _ONE_ROW_MAX = 2048
@@ -69,15 +68,22 @@ def gate_up_product(joined: torch.Tensor, act: Activation) -> torch.Tensor:
 
 
 def ffn_of(weights: GatedFfnWeights, act: Activation) -> GatedFfn:
-    """Return the fastest function for an expert with the bits of :func:`gated_ffn`.
+    """Return the fastest function for an expert.
 
-    An expert with biases is GPT-OSS's (:func:`clamped_ffn`), with its own activation. The function
-    may hold a rearranged copy of the weights, so the caller should drop ``weights``.
+    With AMX an expert in bf16 has the bits of :func:`gated_ffn`. Any other expert is computed
+    natively (:class:`NativeFfn`), and by torch where there is no native code. An expert with biases
+    is GPT-OSS's (:func:`clamped_ffn`), with its own activation. The function may hold a rearranged
+    copy of the weights, so the caller should drop ``weights``.
     """
-    if weights.gate_up_bias is not None:
+    is_clamped = weights.gate_up_bias is not None
+    is_of_amx = _HAS_AMX and weights.down.dtype == torch.bfloat16
+    name = NATIVE_ACTIVATIONS[0] if is_clamped else _NAMES.get(act)
+    if name is not None and not is_of_amx and can_compute(weights):
+        return NativeFfn(weights, name)
+    if is_clamped:
         return partial(clamped_ffn, weights=weights)
     is_big = weights.down.numel() > _MAX_TINY_SIZE
-    tiles = _HAS_AMX and is_big and act in _POSITION_FREE and can_tile(weights)
+    tiles = is_of_amx and is_big and act in _POSITION_FREE and can_tile(weights)
     hidden_size, intermediate_size = weights.down.shape
     # The order of a sum depends on its length, so a few sums of each length suffice.
     if tiles and all(
@@ -85,40 +91,7 @@ def ffn_of(weights: GatedFfnWeights, act: Activation) -> GatedFfn:
         for sizes in ((hidden_size, TRIED_SIDE), (TRIED_SIDE, intermediate_size))
     ):
         return _tiled(weights, act)
-    # With AMX the products of gated_ffn are as fast, without another layout.
-    packs = not _HAS_AMX and is_big and can_pack(weights.down)
-    sizes = (hidden_size, intermediate_size)
-    if packs and keeps_bits(PackedFfn, _plain_ffn, PACKED_ROWS, sizes, act):
-        return PackedFfn(weights, act)
     return partial(gated_ffn, weights=weights, act=act)
-
-
-class PackedFfn:
-    """One expert on a CPU in bf16, from a rearranged copy of its weights."""
-
-    def __init__(self, weights: GatedFfnWeights, act: Activation) -> None:
-        """Rearrange ``weights``, without keeping the originals."""
-        self._gate_up = pack(weights.gate_up)
-        self._down = pack(weights.down)
-        self._act = act
-
-    @property
-    def num_bytes(self) -> int:
-        """Resident bytes of the rearranged weights."""
-        return packed_bytes(self._gate_up) + packed_bytes(self._down)
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """Map rows [P, H] to rows [P, H].
-
-        oneDNN compiles code for every number of rows, so rows are padded to a few numbers. One row
-        is not padded: its sums may have another order.
-        """
-        num_rows = rows.shape[0]
-        if num_rows > 1 and self._act in _POSITION_FREE:
-            step = _FEW_STEP if num_rows <= _FEW_ROWS else _MANY_STEP
-            rows = _padded(rows, -num_rows % step)
-        gate, up = packed_linear(rows, self._gate_up).chunk(2, dim=-1)  # [P, I] each
-        return packed_linear(self._act(gate) * up, self._down)[:num_rows]
 
 
 def _tiled(weights: GatedFfnWeights, act: Activation) -> TiledFfn:

@@ -1,4 +1,4 @@
-"""Trials at loading: whether a faster expert has the bits of a plain one on this processor.
+"""Trials at loading: whether an expert by AMX tiles has the bits of a plain one on this processor.
 
 Bits depend on the shape and the processor, not on the values, so a random expert of the shape is
 tried.
@@ -18,7 +18,6 @@ from experts.compute.amx_ffn import Activation, GatedFfn
 
 # One tile, and two tiles. Only two numbers, because oneDNN keeps compiled code for each.
 TILED_ROWS = (3, 17)
-PACKED_ROWS = (1, 2, 3, 5, 8, 17, 48, 100)
 """The numbers of rows of the trials."""
 TRIED_SIDE = 128
 

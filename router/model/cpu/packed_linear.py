@@ -1,6 +1,7 @@
 """Replaces a model's linear layers by packed layers with the same bits.
 
-:mod:`experts.compute.packed_linear` packs the weights.
+In bf16, oneDNN rearranges the whole weight in every call of ``torch.nn.functional.linear``, which
+takes as long as the product of a few rows. Here the weight is rearranged once, when it is loaded.
 
 Dimension letters: T tokens, I input size, O output size.
 """
@@ -15,11 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from experts.compute.packed_linear import can_pack, pack, packed_linear
-
 Product = Callable[[torch.Tensor], torch.Tensor]
 """Maps rows [..., T, I] to [..., T, O]."""
 _CHECKED_ROWS = (1, 48)
+
+_product = torch.ops.mkldnn._linear_pointwise.default
 
 
 class PackedLinear(nn.Module):
@@ -29,11 +30,12 @@ class PackedLinear(nn.Module):
         """Rearrange a copy of ``weight`` [O, I]; ``weight`` itself is not kept."""
         super().__init__()
         # Not a buffer: oneDNN's layout is opaque, so it can neither be moved nor saved.
-        self._packed = pack(weight)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight.default(weight)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map [..., T, I] to [..., T, O]."""
-        return packed_linear(hidden_states, self._packed)
+        output: torch.Tensor = _product(hidden_states, self._packed, None, "none", [], "")
+        return output
 
 
 def pack_linears(model: nn.Module) -> None:
@@ -53,7 +55,7 @@ def pack_linears(model: nn.Module) -> None:
 def product_with(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Product:
     """Return the product with ``weight`` [O, I] plus ``bias`` [O]; packed where bits are equal."""
     plain = partial(functional.linear, weight=weight, bias=bias)
-    if bias is None and can_pack(weight):
+    if bias is None and _can_pack(weight):
         packed = PackedLinear(weight)
         if _same_bits(plain, packed, weight.shape[1]):
             return packed.forward
@@ -62,7 +64,16 @@ def product_with(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Prod
 
 def is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether a module is a linear layer that :class:`PackedLinear` can replace."""
-    return type(module) is nn.Linear and module.bias is None and can_pack(module.weight)
+    return type(module) is nn.Linear and module.bias is None and _can_pack(module.weight)
+
+
+def _can_pack(weight: torch.Tensor) -> bool:
+    """Return whether oneDNN has a layout for a weight: bf16, on a CPU that supports it."""
+    return (
+        weight.is_cpu
+        and weight.dtype == torch.bfloat16
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
 
 
 def _same_bits(plain: Product, packed: Product, input_size: int) -> bool:

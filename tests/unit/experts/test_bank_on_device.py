@@ -130,7 +130,7 @@ def check(
 ) -> None:
     for answer, right in zip(answers, expected, strict=True):
         assert answer.request_id == right.request_id
-        torch.testing.assert_close(rows_in(answer), rows_in(right), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(rows_in(answer), rows_in(right), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("way")

@@ -68,7 +68,7 @@ def test_odd_sizes_count_with_what_a_layout_pads_them_by() -> None:
     whole = expert(hidden, inner, torch.bfloat16).num_bytes
     weights = 3 * hidden * inner * 2
     assert weights <= whole <= 3 * weights
-    assert expert(hidden, inner, torch.float32).num_bytes == 2 * weights
+    assert 2 * weights <= expert(hidden, inner, torch.float32).num_bytes <= 3 * weights
 
 
 def test_every_second_weight_that_is_let_go_goes_back_to_the_system() -> None:

@@ -29,6 +29,11 @@ BUILT = [] if built.native is None else [built.native]
 
 
 @pytest.fixture(autouse=True)
+def no_other_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ffn, "can_compute", lambda weights: False)
+
+
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The expert's product: the bits of functional.linear, whichever way it is computed.
+"""The expert's product by torch and by AMX: the bits of functional.linear, whichever way.
 
 Dimension letters: P rows, H hidden size, I intermediate size.
 """
@@ -13,8 +13,7 @@ from torch.nn import functional
 
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute import ffn
-from experts.compute.ffn import ACTIVATIONS, Activation, PackedFfn, ffn_of, gated_ffn
-from experts.compute.ffn_trials import PACKED_ROWS, keeps_bits
+from experts.compute.ffn import ACTIVATIONS, Activation, ffn_of, gated_ffn
 
 Make = Callable[[int, int, int, torch.dtype], tuple[torch.Tensor, GatedFfnWeights]]
 
@@ -28,6 +27,11 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_other_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ffn, "can_compute", lambda weights: False)
 
 
 def plain_ffn(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> torch.Tensor:
@@ -98,7 +102,7 @@ def test_one_row_has_the_bits_of_linear(make: Make, hidden: int, inner: int) -> 
 def test_many_rows_have_the_bits_of_linear(make: Make, hidden: int, inner: int) -> None:
     torch.manual_seed(hidden)
     rows, weights = make(420, hidden, inner, torch.bfloat16)
-    packed = ffn_of(weights, functional.silu)
+    expert = ffn_of(weights, functional.silu)
     for num_rows in (
         41,
         63,
@@ -121,7 +125,7 @@ def test_many_rows_have_the_bits_of_linear(make: Make, hidden: int, inner: int) 
         expected = plain_ffn(rows[:num_rows], weights, functional.silu)
         got = gated_ffn(rows[:num_rows], weights, functional.silu)
         assert torch.equal(got, expected), num_rows
-        assert torch.equal(packed(rows[:num_rows]), expected), num_rows
+        assert torch.equal(expert(rows[:num_rows]), expected), num_rows
 
 
 @pytest.mark.parametrize("name", ["silu", "relu"])
@@ -132,25 +136,3 @@ def test_a_placeless_activation_has_one_result_for_a_value(name: str) -> None:
     values = values[values.isfinite()]
     single = torch.cat([act(value) for value in values.split(1)])
     assert torch.equal(act(values), single)
-
-
-def test_weights_are_packed_only_where_bits_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ffn, "_HAS_AMX", False)
-    keeps_bits.cache_clear()
-    weights = GatedFfnWeights(torch.ones(192, 64).bfloat16(), torch.ones(64, 96).bfloat16())
-    is_supported = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    with monkeypatch.context() as patched:
-        patched.setattr(PackedFfn, "__call__", lambda self, rows: rows * 2)
-        assert not isinstance(ffn_of(weights, functional.silu), PackedFfn)
-    keeps_bits.cache_clear()
-    same = is_supported and keeps_bits(
-        PackedFfn, ffn._plain_ffn, PACKED_ROWS, (64, 96), functional.silu
-    )
-    assert isinstance(ffn_of(weights, functional.silu), PackedFfn) == same
-    assert not isinstance(
-        ffn_of(
-            GatedFfnWeights(*(w.float() for w in (weights.gate_up, weights.down))), functional.silu
-        ),
-        PackedFfn,
-    )
-    keeps_bits.cache_clear()
