@@ -14,6 +14,7 @@
 #endif
 
 #define BLOCK_BYTES (16 << 10) /* of a panel; also how far ahead weights are asked for */
+#define WIDEN_TILES 8 /* for so many tiles of rows bfloat16 is widened once, unless a vector has SIDE */
 #define LIMIT 7.0f            /* GPT-OSS's clamp and factor */
 #define ALPHA 1.702f
 

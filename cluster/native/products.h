@@ -139,23 +139,44 @@ WITH_FORMAT(add_float16, FLOAT16)
 WITH_FORMAT(add_pairs, PAIRS)
 #endif
 
+/* Widen `size` rows of a panel of bfloat16. */
+static TARGET void NAME(widen_panel)(const char *panel, Py_ssize_t size, float *wide) {
+    for (Py_ssize_t k = 0; k < size; k += 2, panel += PANEL * 4, wide += 2 * PANEL) {
+        __builtin_prefetch(panel + BLOCK_BYTES, 0, 2);
+        __builtin_prefetch(panel + BLOCK_BYTES + PANEL * 2, 0, 2);
+        for (int i = 0; i < PANEL; i += LANES) {
+            Bits pairs = (Bits)*(const LooseWhole *)(panel + i * 4);
+            *(LooseVector *)(wide + i) = (Vector)(pairs << 16);
+            *(LooseVector *)(wide + PANEL + i) = (Vector)(pairs & 0xffff0000);
+        }
+    }
+}
+
 /* The sums [P, PANEL] of a panel's columns. The tiles of rows lie one after the other, each
  * [K, R], or [K / 2, R, 2] in PAIRS; K is cut so that weights stay in the cache for all tiles. */
 static TARGET void NAME(multiply)(const char *panel, const float *rows, Py_ssize_t num_rows,
                                   Py_ssize_t size, Format format, float *sums) {
     Py_ssize_t num_tiles = (num_rows + MOST_ROWS - 1) / MOST_ROWS;
-    Py_ssize_t step = PANEL * (format == FLOAT32 ? 4 : 2), block = BLOCK_BYTES / step;
+    int widens = LANES < SIDE && format == BFLOAT16 && num_tiles >= WIDEN_TILES;
+    Py_ssize_t step = PANEL * (format == FLOAT32 ? 4 : 2);
+    Py_ssize_t block = BLOCK_BYTES / (widens ? PANEL * 4 : step);
+    float wide[BLOCK_BYTES / sizeof(float)] __attribute__((aligned(64)));
     memset(sums, 0, num_rows * PANEL * sizeof *sums);
     for (Py_ssize_t k = 0; k < size; k += block) {
         Py_ssize_t length = size - k < block ? size - k : block;
         const char *weights = panel + k * step;
+        if (widens) {
+            NAME(widen_panel)(weights, length, wide);
+            weights = (const char *)wide;
+            format = FLOAT32;
+        }
         for (Py_ssize_t t = 0; t < num_tiles; t++) {
             Py_ssize_t begin = num_rows * t / num_tiles, end = num_rows * (t + 1) / num_tiles;
             int count = (int)(end - begin);
             Py_ssize_t at = begin * size + k * count;
             const float *tile = rows + (format == PAIRS ? at / 2 : at);
             float *own = sums + begin * PANEL;
-            Py_ssize_t ahead = t ? 0 : BLOCK_BYTES;
+            Py_ssize_t ahead = t || widens ? 0 : BLOCK_BYTES;
             if (format == FLOAT32) NAME(add_float32)(weights, tile, length, count, ahead, own);
             if (format == BFLOAT16) NAME(add_bfloat16)(weights, tile, length, count, ahead, own);
             if (format == FLOAT16) NAME(add_float16)(weights, tile, length, count, ahead, own);
