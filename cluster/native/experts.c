@@ -1,11 +1,12 @@
 /* Gated feed-forward experts on any processor: gate, up, activation and down of several experts.
  *
- * experts/compute/native_ffn.py is the face of these functions and packs the weights. A row's result
- * depends on the row, the weights and the kernel's class alone; products.h has the order of sums.
+ * experts/compute/native_ffn.py is the face of these functions and packs the weights. A row's
+ * result depends on the row, the weights and the kernel's class alone; products.h has the order of
+ * sums.
  *
- * An expert is one buffer of panels as kernels.h has them: panels
- * of SIDE outputs of gate and the same of up, panels of down, and of an expert with biases those of
- * the panels' outputs in float32. Outputs beyond the last are zero.
+ * An expert is one buffer of panels as kernels.h has them: each of SIDE outputs of gate and the
+ * same of up, then those of down, and of an expert with biases the biases of all these outputs in
+ * float32. Outputs beyond the last are zero.
  *
  * Letters: P rows, H hidden size, I intermediate size, K length of a sum.
  */
@@ -13,12 +14,12 @@
 
 #include <pthread.h>
 
-#define MOST_SIZE (1 << 24)   /* no product of sizes overflows */
+#define MOST_SIZE (1 << 24) /* no product of sizes overflows */
 #define LEAST_SLICE_ROWS 24
-#define SLICE_VALUES (1 << 18) /* of a slice's rows and inner rows, in float32 */
-#define BATCH_VALUES (1 << 20) /* the same of the slices that several threads share */
+#define SLICE_VALUES (1 << 18)   /* of a slice's rows and inner rows, in float32 */
+#define BATCH_VALUES (1 << 20)   /* the same of the slices that several threads share */
 #define SHARE_PRODUCTS (1 << 23) /* so many are worth a thread, which takes some 30 us to start */
-#define READ_ROWS 4           /* reading a weight takes as long as so many products with it */
+#define READ_ROWS 4 /* reading a weight takes as long as so many products with it */
 #define MOST_THREADS 64
 
 /* Some rows of one expert, and room for them. */
@@ -112,7 +113,8 @@ static int compute_experts(const Shape *s, const Kernel *kernel, const Slice *ex
         room_rows += experts[i].num_rows;
     }
     /* Several threads share the slices of a batch; one thread computes slice by slice. */
-    Py_ssize_t batch_rows = threads > 1 && BATCH_VALUES / values > most ? BATCH_VALUES / values : most;
+    Py_ssize_t batch_rows = threads > 1 ? BATCH_VALUES / values : 0;
+    if (batch_rows < most) batch_rows = most;
     if (room_rows > batch_rows) room_rows = batch_rows;
     Slice *slices = PyMem_RawCalloc(num_slices + 1, sizeof *slices);
     char *room = PyMem_RawMalloc(room_rows * values * sizeof(float) + 64);
@@ -158,7 +160,7 @@ static int take_experts(PyObject *given, const Shape *s, Slice *experts, Py_buff
     Py_ssize_t gate_up = panels_of(s, 0) * panel_bytes(s, 0);
     Py_ssize_t down = panels_of(s, 1) * panel_bytes(s, 1), length = gate_up + down;
     int has_biases = s->activation == CLAMPED;
-    if (has_biases) length += (panels_of(s, 0) + panels_of(s, 1)) * PANEL * (Py_ssize_t)sizeof(float);
+    if (has_biases) length += (panels_of(s, 0) + panels_of(s, 1)) * PANEL * 4;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(given); i++) {
         Py_buffer *view = &views[i];
         if (PyObject_GetBuffer(PyTuple_GET_ITEM(given, i), view, PyBUF_SIMPLE)) return 0;
@@ -207,11 +209,13 @@ FUNCTION(ffn) {
     Shape s;
     int weights, row_format, activation;
     if (!are_given(given, 7)) return NULL;
-    if (!PyTuple_CheckExact(args[1]) || !PyTuple_CheckExact(args[2]) || !PyTuple_CheckExact(args[4])) {
+    if (!PyTuple_CheckExact(args[1]) || !PyTuple_CheckExact(args[2]) ||
+        !PyTuple_CheckExact(args[4])) {
         PyErr_SetString(PyExc_TypeError, "counts, experts and sizes must be tuples");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args[4], "nniii", &s.hidden, &s.inner, &weights, &row_format, &activation))
+    if (!PyArg_ParseTuple(args[4], "nniii", &s.hidden, &s.inner, &weights, &row_format,
+                          &activation))
         return NULL;
     Py_ssize_t threads = PyLong_AsSsize_t(args[5]);
     if (PyErr_Occurred()) return NULL;

@@ -14,8 +14,8 @@
 #endif
 
 #define BLOCK_BYTES (16 << 10) /* of a panel; also how far ahead weights are asked for */
-#define WIDEN_TILES 8 /* for so many tiles of rows bfloat16 is widened once, unless a vector has SIDE */
-#define LIMIT 7.0f            /* GPT-OSS's clamp and factor */
+#define WIDEN_TILES 8          /* so many tiles of rows are worth widening bfloat16 beforehand */
+#define LIMIT 7.0f             /* GPT-OSS's clamp and factor */
 #define ALPHA 1.702f
 
 typedef union {
@@ -85,6 +85,8 @@ static inline void narrow_halves(Four values, uint16_t *at) {
                         _mm512_cvtps_ph((__m512)(vector), _MM_FROUND_TO_NEAREST_INT))
 #include "products.h"
 
+#if __GNUC__ >= 10 || defined(__clang__) /* older ones do not know the instruction */
+#define HAS_PAIRS_KIND 1
 #define KERNEL avx512_bf16
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")))
 #define LANES 16
@@ -98,6 +100,7 @@ static inline void narrow_halves(Four values, uint16_t *at) {
     ((Vector)_mm512_dpbf16_ps((__m512)(sums), (__m512bh)(__m512i)(weights),  \
                               (__m512bh)_mm512_set1_epi32(pair)))
 #include "products.h"
+#endif
 
 static int has_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -108,9 +111,11 @@ static int has_avx512(void) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+#ifdef HAS_PAIRS_KIND
 static int has_avx512_bf16(void) {
     return has_avx512() && __builtin_cpu_supports("avx512bf16");
 }
+#endif
 #endif
 
 static int is_anywhere(void) { return 1; }
@@ -121,8 +126,10 @@ static const struct {
     int (*is_possible)(void);
     const Kernel *kernel;
 } KINDS[] = {
-#ifdef HAS_KINDS
+#ifdef HAS_PAIRS_KIND
     {"avx512_bf16", "fused", "paired", has_avx512_bf16, &kernel_avx512_bf16},
+#endif
+#ifdef HAS_KINDS
     {"avx512", "fused", "fused", has_avx512, &kernel_avx512},
     {"avx2", "fused", "fused", has_avx2, &kernel_avx2},
 #endif

@@ -10,7 +10,7 @@
 
 #define SIDE 16
 #define PANEL (2 * SIDE)
-#define SLICE_ROWS 96        /* rows that use a panel while it is in the cache */
+#define SLICE_ROWS 96 /* rows that use a panel while it is in the cache */
 
 /* PAIRS are bfloat16 whose rows are bfloat16 too, for an instruction that takes pairs of them. */
 typedef enum { FLOAT32, BFLOAT16, FLOAT16, PAIRS } Format;
@@ -22,6 +22,7 @@ typedef struct {
     Activation activation;
 } Shape;
 
+/* The steps of an expert; products.h has what each does. */
 typedef struct {
     void (*tile_rows)(const char *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Format, int, float *);
     void (*multiply)(const char *, const float *, Py_ssize_t, Py_ssize_t, Format, float *);

@@ -5,13 +5,13 @@
  *   TARGET     an attribute with the instructions that functions may use
  *   LANES      float32 of a vector: 4, 8 or 16
  *   MOST_ROWS  rows of the largest tile
- *   MOST_SUMS  vectors of sums up to which a panel's whole width is computed at once
+ *   MOST_SUMS  most vectors of sums of a panel's whole width at once
  *   WIDEN_HALVES(at), NARROW_HALVES(vector, at)  LANES of float16 from memory, and to it
  *   ADD_PAIRS(sums, weights, pair)  sums of products of two bfloat16 each; absent on most
  *
  * Every sum begins with zero and adds its products in the order of K, one by one. So a sum's bits
  * depend neither on the rows of a tile nor on LANES. Each product is added with one rounding where
- * the processor has such an instruction, and with two elsewhere. Where rows and weights are bfloat16
+ * the processor has such an instruction, and with two elsewhere. If rows and weights are bfloat16,
  * an instruction for pairs of them, if there is one, adds the products of two k at a time.
  *
  * Letters: K length of a sum, R rows of a tile.
@@ -112,8 +112,8 @@ INLINE void NAME(add_rows)(const char *panel, const float *rows, Py_ssize_t size
                       format, ahead, sums + SIDE);
 }
 
-#define ROWS_CASE(n)                                              \
-    case n:                                                       \
+#define ROWS_CASE(n)                                               \
+    case n:                                                        \
         NAME(add_rows)(panel, rows, size, n, format, ahead, sums); \
         return;
 #define WITH_FORMAT(stem, FORMAT)                                                              \
