@@ -336,6 +336,8 @@ def test_a_device_in_error_ends_the_process_and_its_log_says_why(
     monkeypatch.setattr(cluster.model, "forward", broken)
     cluster.engine.submit(greedy_request("r", prompt_of(5, 1), 3))
     assert ended.wait(10)
+    cluster.close()  # before the process's own end is back: every further step fails, too
+    assert not cluster.engine.is_alive()
     assert "the router ends: its device failed (an illegal memory access" in caplog.text
 
 
