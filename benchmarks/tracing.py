@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -14,7 +14,10 @@ from cluster.transport.base import Call, IsGone, Outcome, PendingCalls, Transpor
 from experts.actor import ExpertActor
 from experts.remote import sealed_answer
 from router.moe.combine import WeightedSums
-from router.moe.layer import MoELayers
+from router.moe.layer import BegunLayer, MoELayers
+
+Begun = TypeVar("Begun")
+Result = TypeVar("Result")
 
 
 class Recorder:
@@ -34,15 +37,27 @@ class Recorder:
         self.spans.append(("dense", self._dense_since_s, ended_s))
         self.spans.append(("step", started_s, ended_s))
 
-    def layer(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Run a layer's dispatch and combine; the rest after its last wait is ``combine``."""
-        started_s = self.last_s = time.perf_counter()
-        self.spans.append(("dense", self._dense_since_s, started_s))
+    def begin(self, work: Callable[[], Begun]) -> tuple[float, Begun]:
+        """Run a layer's dispatch; returns when it began, and its result."""
+        started_s = self._end_dense()
+        begun = work()
+        self.mark("send")
+        self._dense_since_s = self.last_s
+        return started_s, begun
+
+    def finish(self, started_s: float, work: Callable[[], Result]) -> Result:
+        """Run the rest of a layer that began then; after its last wait it is ``combine``."""
+        self._end_dense()
         combined = work()
         self.mark("combine")
         self.spans.append(("layer", started_s, self.last_s))
         self._dense_since_s = self.last_s
         return combined
+
+    def _end_dense(self) -> float:
+        now_s = self.last_s = time.perf_counter()
+        self.spans.append(("dense", self._dense_since_s, now_s))
+        return now_s
 
     def mark(self, name: str) -> None:
         """Give what lies between the last mark and now a name."""
@@ -58,10 +73,20 @@ class TracingLayers(MoELayers[torch.Tensor]):
         """As :class:`MoELayers`."""
         super().__init__(dispatcher, WeightedSums())
         self._recorder = recorder
+        self._started_s: dict[int, float] = {}
+        """By the identity of a layer under way."""
 
-    def __call__(self, *arguments: Any) -> torch.Tensor:
+    def begin(self, *arguments: Any) -> BegunLayer:
         """As :class:`MoELayers`."""
-        return self._recorder.layer(lambda: super(TracingLayers, self).__call__(*arguments))
+        begin = super().begin
+        started_s, begun = self._recorder.begin(lambda: begin(*arguments))
+        self._started_s[id(begun)] = started_s
+        return begun
+
+    def finish(self, begun: BegunLayer) -> torch.Tensor:
+        """As :class:`MoELayers`."""
+        finish = super().finish
+        return self._recorder.finish(self._started_s.pop(id(begun)), lambda: finish(begun))
 
 
 class TracingTransport:
@@ -102,6 +127,10 @@ class _TracingCalls:
         outcomes = self._inner.wait(is_gone)
         self._recorder.mark("wait")
         return outcomes
+
+    def drop(self) -> None:
+        """See :class:`PendingCalls`."""
+        self._inner.drop()
 
 
 class TracingActor(ExpertActor):

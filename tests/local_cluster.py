@@ -58,6 +58,9 @@ class Answered:
         """Return them."""
         return self.outcomes
 
+    def drop(self) -> None:
+        """There is nothing to wait for."""
+
 
 @dataclass
 class BankTransport:
@@ -206,7 +209,7 @@ class LocalCluster:
 
     def forward(self, packed: StepInput) -> torch.Tensor:
         """Run one packed step through the model and the experts; returns the logits."""
-        logits, _ = self.model.forward(
+        logits, _ = self.model.decoder.forward(
             packed.token_ids,
             packed.positions,
             packed.batch,

@@ -11,17 +11,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
-from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from benchmarks.gpu.device_trace import DeviceRecorder, busy_s
 from benchmarks.timeline import DEVICE, KERNELS, ROUTER, Recorded, write_trace
-from router.moe.layer import RemoteExperts
+from router.model.decoder import MixtureFeedForward
+from router.moe.gate import Gate
 
 if TYPE_CHECKING:
     from benchmarks.engine import Bench
@@ -42,10 +43,21 @@ class LayerTimes:
 
     def __enter__(self) -> LayerTimes:
         """Begin."""
-        self._hooks = (
-            register_module_forward_pre_hook(self._begin),
-            register_module_forward_hook(self._end),
-        )
+        choose, finish = Gate.choose, MixtureFeedForward.finish
+
+        def timed_choose(gate: Gate, *arguments: Any) -> Any:
+            chosen = choose(gate, *arguments)
+            self._began_at_s = self._idle_at_s()
+            return chosen
+
+        def timed_finish(half: MixtureFeedForward, begun: Any) -> torch.Tensor:
+            output = finish(half, begun)
+            self.layers.append((self._began_at_s, self._idle_at_s()))
+            return output
+
+        self._patches = ExitStack()
+        self._patches.enter_context(mock.patch.object(Gate, "choose", timed_choose))
+        self._patches.enter_context(mock.patch.object(MixtureFeedForward, "finish", timed_finish))
         return self
 
     def __exit__(
@@ -55,16 +67,7 @@ class LayerTimes:
         where: TracebackType | None,
     ) -> None:
         """End."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _begin(self, module: nn.Module, arguments: Any) -> None:
-        if isinstance(module, RemoteExperts):
-            self._began_at_s = self._idle_at_s()
-
-    def _end(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        if isinstance(module, RemoteExperts):
-            self.layers.append((self._began_at_s, self._idle_at_s()))
+        self._patches.close()
 
     def _idle_at_s(self) -> float:
         if self._device.type != "cpu":

@@ -62,6 +62,10 @@ class PendingCalls(Protocol):
         """
         ...
 
+    def drop(self) -> None:
+        """Wait for no call any longer; their answers are dropped when they come."""
+        ...
+
 
 class Transport(Protocol):
     """Carries frames to actors and returns their answers; for one thread."""

@@ -84,6 +84,10 @@ class _RayCalls:
                 self._actors.forget(call.actor_id)
         return outcomes
 
+    def drop(self) -> None:
+        """See :class:`PendingCalls`; Ray keeps no answer without a reference."""
+        self._refs = []
+
     def _remaining_s(self, call: Call) -> float:
         return max(0.0, self._sent_at_s + call.timeout_s - time.monotonic())
 

@@ -25,7 +25,7 @@ _NO_PARAMS = torch.empty(5, 0, dtype=torch.float64)
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """One packed step, as :meth:`router.model.model.MoEModel.forward` takes it.
+    """One packed step, as :meth:`router.model.decoder.Decoder.forward` takes it.
 
     ``sampled`` are the sequences of ``sample_rows``, and ``sampling`` is how they are sampled.
     ``works`` is the step's work in the order of its tokens.

@@ -213,7 +213,7 @@ class Engine:
         packed = pack(work, self._model.attention)
         context = context_of(packed, trace)
         sampling = packed.sampling
-        logits, tensors = self._model.forward(
+        logits, tensors = self._model.decoder.forward(
             packed.token_ids,
             packed.positions,
             packed.batch,
@@ -222,7 +222,7 @@ class Engine:
             *sampling.tensors,
         )
         sampled = sample(logits, SamplingTensors(*tensors), sampling.logprob_sizes)
-        drawn = read(self._model.to_host(*sampled), sampling)
+        drawn = read(self._model.decoder.to_host(*sampled), sampling)
         self.tally.note_layers(context.layer_times_s)
         self._advance(packed, context, drawn)
 

@@ -185,13 +185,14 @@ class MixtureEngine:
         choice = self._gate.choose(inputs, first_row)
         given = torch.from_numpy(inputs[self._spec.rows_input.name])
         rows = given.to(TORCH_DTYPES[self._spec.dtype])
-        context = layers.context = StepContext(
+        context = StepContext(
             min(work.job.request.deadline_s for work in works),
             [work.num_rows for work in works],
             [work.job.request.on_expert_loss for work in works],
             needs_an_expert=True,
         )
-        gathered = layers(LAYER, rows, choice, self._gate.among(inputs, first_row))
+        among = self._gate.among(inputs, first_row)
+        gathered = layers.finish(layers.begin(context, LAYER, rows, choice, among))
         with self._changed:
             self.tally.stepped(context.layer_times_s, len(rows))
             if context.missing is not None:

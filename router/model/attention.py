@@ -1,8 +1,8 @@
 """How packed tokens attend to the paged cache: the interface of its implementations.
 
 The tokens of one engine step are packed into a single row without padding: first the tokens of
-decoding sequences, one each, then the prefill chunks. transformers' model runs over that row and
-calls :func:`router.model.paged_attention.paged_attention` in every layer.
+decoding sequences, one each, then the prefill chunks. The decoder runs over that row and calls
+:func:`router.model.paged_attention.paged_attention` in every layer.
 
 Dimension letters: T packed tokens, Q query heads, D head size.
 """

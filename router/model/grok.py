@@ -13,10 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
 from router.model.paged_attention import PagedContext, paged_attention
-from router.moe.layer import RemoteExperts
+from router.model.parts import RemoteExperts
 
 
 class GrokConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -66,45 +65,42 @@ class GrokAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        *,
         paged: PagedContext,
-    ) -> torch.Tensor:
-        """Map [1, T, H] to [1, T, H]; ``rotation`` are cosines and sines [1, 1, T, D]."""
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Map [1, T, H] to [1, T, H]; ``position_embeddings`` are cosines and sines [1, T, D]."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self._head_dim)).transpose(1, 2)
             for projection in projections
         )
-        output, _ = paged_attention(
+        output = paged_attention(
             self,
-            _rotated(query, rotation),
-            _rotated(key, rotation),
+            _rotated(query, *position_embeddings),
+            _rotated(key, *position_embeddings),
             value,
             None,
             scaling=self._scaling,
             paged=paged,
             softcap=self._cap,
-        )
-        return self.o_proj(output.flatten(2))
+        )[0]
+        return self.o_proj(output.flatten(2)), None
 
 
 class GrokMixture(nn.Module):
     """Gate and experts of a layer."""
 
     def __init__(self, config: Any) -> None:
-        """Build a layer for the gate's weight; a :class:`router.moe.gate.Gate` replaces it."""
+        """Build a layer for the gate's weight, of which a :class:`router.moe.gate.Gate` is made."""
         super().__init__()
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = RemoteExperts(config)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Map [1, T, H] to [1, T, H]."""
-        _, weights, ids = self.gate(hidden_states)
-        return self.experts(hidden_states, ids, weights)
-
 
 class GrokLayer(nn.Module):
-    """Attention and mixture, each between two norms."""
+    """Attention and mixture, each between two norms; :mod:`router.model.decoder` runs them."""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         """Build one layer."""
@@ -117,17 +113,38 @@ class GrokLayer(nn.Module):
         self.pre_moe_norm = GrokNorm(size, eps)
         self.post_moe_norm = GrokNorm(size, eps)
 
+
+class GrokEmbedding(nn.Embedding):
+    """The token embedding, which scales the hidden states."""
+
+    def __init__(self, config: Any) -> None:
+        """Build the table over the vocabulary."""
+        super().__init__(config.vocab_size, config.hidden_size)
+        self._multiplier = config.embedding_multiplier_scale
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map ids [T] to hidden states [T, H]."""
+        return super().forward(input) * self._multiplier
+
+
+class GrokRotaryEmbedding(nn.Module):
+    """The angles of the tokens' positions; has no parameters."""
+
+    def __init__(self, config: Any) -> None:
+        """Take the size of a head and the base from ``config``."""
+        super().__init__()
+        self._head_dim = _head_dim(config)
+        self._theta = config.rope_theta
+
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor],
-        paged: PagedContext,
-    ) -> torch.Tensor:
-        """Map [1, T, H] to [1, T, H]."""
-        attended = self.attn(self.pre_attn_norm(hidden_states), rotation, paged)
-        hidden_states = hidden_states + self.post_attn_norm(attended)
-        mixed = self.moe_block(self.pre_moe_norm(hidden_states))
-        return hidden_states + self.post_moe_norm(mixed)
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and sines [1, T, D] of positions [1, T], in the hidden states' dtype."""
+        size, dtype = self._head_dim, hidden_states.dtype
+        exponents = torch.arange(0, size, 2, device=position_ids.device).float() / size
+        angles = position_ids[..., None].float() / self._theta**exponents  # [1, T, D/2]
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class GrokPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
@@ -147,21 +164,12 @@ class GrokModel(GrokPreTrainedModel):
     def __init__(self, config: Any) -> None:
         """Build the layers."""
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = GrokEmbedding(config)
+        self.rotary_emb = GrokRotaryEmbedding(config)
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(GrokLayer(config, index) for index in layers)
         self.norm = GrokNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
-
-    def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, paged: PagedContext, **_: Any
-    ) -> BaseModelOutput:
-        """Run packed tokens, ids and positions [1, T]."""
-        hidden_states = self.embed_tokens(input_ids) * self.config.embedding_multiplier_scale
-        rotation = _rotation(self.config, position_ids, hidden_states.dtype)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, rotation, paged)
-        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
 
 class GrokHead(nn.Linear):
@@ -211,19 +219,8 @@ def _head_dim(config: Any) -> int:
     return head_dim or config.hidden_size // config.num_attention_heads
 
 
-def _rotation(
-    config: Any, position_ids: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosines and sines [1, 1, T, D] of positions [1, T]."""
-    size = _head_dim(config)
-    exponents = torch.arange(0, size, 2, device=position_ids.device).float() / size
-    angles = position_ids[..., None].float() / config.rope_theta**exponents  # [1, T, D/2]
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def _rotated(vectors: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _rotated(vectors: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     """Rotate the first half of each head against its second half (Su et al. 2021)."""
-    cos, sin = rotation
     first, second = vectors.chunk(2, dim=-1)
-    return vectors * cos + torch.cat((-second, first), dim=-1) * sin
+    turned = torch.cat((-second, first), dim=-1)
+    return vectors * cosines.unsqueeze(1) + turned * sines.unsqueeze(1)

@@ -1,24 +1,20 @@
-"""The model that a router runs: transformers' class without its experts.
+"""Loads the model that a router runs: transformers' class without its experts.
 
-Embedding, attention, norms, the gate and the output head are loaded. The experts module is replaced
-by a module without parameters, which hands hidden states to :class:`router.moe.layer.MoELayers`. So
-a router never reads or holds an expert's weight. :class:`router.moe.gate.Gate` replaces the gate.
-
-Dimension letters: T packed tokens, R rows to sample, K experts per token, H hidden size, V vocab.
+Embedding, attention, norms, the gate and the output head are loaded. A module without parameters
+stands where the experts were, so a router never reads or holds an expert's weight. Of the modules
+:class:`router.model.decoder.Decoder` is made, which runs them.
 """
 
 from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from operator import itemgetter
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cluster.device import CPU, check_room
@@ -26,25 +22,20 @@ from cluster.errors import CheckpointError
 from cluster.staging import Staging
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import read_tensor
-from experts.families.base import Family, GateSpec
-from router.model.attention import PagedBatch
+from experts.families.base import Family
 from router.model.attention_choice import choose_attention, head_size
-from router.model.cpu.packed_linear import pack_linears, product_with
+from router.model.cpu.packed_linear import pack_linears
 from router.model.cpu.rms_norm import replace_norms
+from router.model.decoder import Decoder
 from router.model.fused_attention import fuse_attention
 from router.model.grok import register_grok
 from router.model.kv_cache import LatentCache, PagedCache
 from router.model.latent_attention import LATENT_ATTENTION_NAME, keep_latents, latent_attention
 from router.model.memory import router_sizes
 from router.model.page_pool import pages_needed
-from router.model.paged_attention import (
-    ATTENTION_NAME,
-    PagedContext,
-    paged_attention,
-)
-from router.model.staged_batch import batch_to_device
-from router.moe.gate import Gate
-from router.moe.layer import MoELayers, RemoteExperts, StepContext
+from router.model.paged_attention import ATTENTION_NAME, paged_attention
+from router.model.parts import RemoteExperts, embedding_of, layers_of, norm_of, take_gates
+from router.moe.layer import MoELayers
 
 _REPLACING = threading.Lock()
 
@@ -124,7 +115,10 @@ def _weights(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tens
 
 
 class MoEModel:
-    """A model without its experts, run over packed steps."""
+    """A model without its experts: its ``decoder``, with a cache of ``num_pages`` pages.
+
+    ``attention`` makes the views of the steps that ``decoder`` runs.
+    """
 
     def __init__(
         self,
@@ -151,60 +145,27 @@ class MoEModel:
         window: int | None = getattr(config, "sliding_window", None) or None
         self.attention = choose_attention(family, config, window, dtype, device)
         self.num_pages = pages_needed(cache_tokens, self.attention.page_size)
-        self._model = model.to(device)
-        self._staging = None if device == CPU else Staging(device)
-        _connect(self._model, checkpoint, layers, self._staging)
-        keep_latents(self._model)
-        if self._staging is None:
-            fuse_attention(self._model)
-            pack_linears(self._model)
-            replace_norms(self._model)
-        self._layers = layers
-        self._has_window = _layers_with_window(config)
+        model.to(device)
+        staging = None if device == CPU else Staging(device)
+        take_gates(model, checkpoint)
+        keep_latents(model)
+        if staging is None:
+            fuse_attention(model)
+            pack_linears(model)
+            replace_norms(model)
         pages = self.num_pages, self.attention.page_size
-        self._cache = _cache_of(config, family, pages, dtype, device)
-        self._base, self._head = self._model.base_model, self._model.get_output_embeddings()
-
-    @torch.inference_mode()
-    def forward(
-        self,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
-        batch: PagedBatch,
-        sample_rows: torch.Tensor,
-        context: StepContext,
-        *sampling: torch.Tensor,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run one packed step; returns fp32 logits [R, V] of the rows to sample, and ``sampling``.
-
-        ``token_ids`` and ``positions`` are [T]; ``sample_rows`` [R] are indices into them. All
-        inputs are on the host. Every MoE layer gets ``context``. The logits stay on the model's
-        device. ``sampling`` are the tensors that sampling needs there; they come in the same copy.
-        """
-        others = list(sampling)
-        self._layers.context = context
-        if self._staging is not None:
-            batch, [token_ids, positions, sample_rows, *others] = batch_to_device(
-                self._staging, batch, token_ids, positions, sample_rows, *sampling
-            )
-        # transformers' layers come back to us by paged_attention, Gate.forward and
-        # RemoteExperts.forward.
-        output = self._base(
-            input_ids=token_ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            use_cache=False,
-            output_router_logits=False,
-            paged=PagedContext(self._cache, self.attention, batch, self._has_window),
+        base = model.base_model
+        self.decoder = Decoder(
+            embedding_of(base),
+            base.rotary_emb,
+            layers_of(base, layers, staging),
+            norm_of(base),
+            model.get_output_embeddings(),
+            _cache_of(config, family, pages, dtype, device),
+            self.attention,
+            _layers_with_window(config),
+            staging,
         )
-        hidden_states = output.last_hidden_state[0].index_select(0, sample_rows)  # [R, H]
-        return self._head(hidden_states).float(), others
-
-    def to_host(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return tensors of the model's device on the host, by one copy.
-
-        They last until the next step.
-        """
-        return tensors if self._staging is None else self._staging.to_host(*tensors)
 
 
 def _cache_of(
@@ -224,43 +185,3 @@ def _layers_with_window(config: Any) -> tuple[bool, ...]:
     if kinds is not None:
         return tuple(kind == "sliding_attention" for kind in kinds)
     return (bool(getattr(config, "sliding_window", None)),) * config.num_hidden_layers
-
-
-def _connect(
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    layers: MoELayers[torch.Tensor],
-    staging: Staging | None,
-) -> None:
-    """Replace each MoE layer's gate, and set the attributes of its ``RemoteExperts``."""
-    family, shape = checkpoint.family, checkpoint.shape
-    found = [
-        (block, experts)
-        for block in model.modules()
-        for experts in block.children()
-        if isinstance(experts, RemoteExperts)
-    ]
-    if len(found) != len(shape.layers):
-        raise CheckpointError(
-            f"{len(found)} expert modules were replaced, {len(shape.layers)} expected",
-            str(checkpoint.folder),
-        )
-    spec = family.gate(checkpoint.config)
-    for layer_id, (block, experts) in zip(shape.layers, found, strict=True):
-        gate = replace_gate(block, family.gate_module, spec, shape.num_experts_per_tok)
-        experts.layer_id, experts.layers = layer_id, layers
-        experts.gate, experts.staging = gate, staging
-
-
-def replace_gate(block: Any, path: str, spec: GateSpec, top_k: int) -> Gate:
-    """Replace transformers' gate at ``path`` of ``block``; the :class:`Gate` has its weights."""
-    replaced = block.get_submodule(path)
-    # Widened once, not in each step as transformers does.
-    weight = replaced.weight.float() if "logits" in spec.float32 else replaced.weight
-    logits_of = product_with(weight, getattr(replaced, "bias", None))
-    gate = Gate(spec, top_k, logits_of, getattr(replaced, "e_score_correction_bias", None))
-    block.set_submodule(path, gate)
-    if hasattr(block, "route_tokens_to_experts"):
-        # DBRX's gate returns logits, from which its block computes weights and ids.
-        block.route_tokens_to_experts = itemgetter(1, 2)
-    return gate

@@ -1,6 +1,6 @@
 """The gate: which experts a token goes to, and with which weights.
 
-One module serves every family, by its :class:`experts.families.base.GateSpec`. It replaces
+One class serves every family, by its :class:`experts.families.base.GateSpec`. It takes the place of
 transformers' gate and gives the same ids and weights bit for bit. It can also choose without some
 experts: missing experts, and experts without room.
 
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from experts.families.base import GateSpec
 
@@ -22,8 +21,8 @@ _LEAST_SUM = 1e-20
 """Added to the sum of sigmoids, which may be 0; the value is DeepSeek-V3's."""
 
 
-class Gate(nn.Module):
-    """Scores the experts of one layer and chooses the K best of each token; has no parameters."""
+class Gate:
+    """Scores the experts of one layer and chooses the K best of each token."""
 
     def __init__(
         self,
@@ -37,7 +36,6 @@ class Gate(nn.Module):
         ``correction`` [E] is added to the scores for the choice, not for the weights (DeepSeek-V3,
         arXiv 2412.19437, section 2.1.2).
         """
-        super().__init__()
         self._spec = spec
         self._top_k = top_k
         self._logits_of = logits_of
@@ -45,14 +43,6 @@ class Gate(nn.Module):
         self._rounds_weights = "scores" in spec.float32 and "weights" not in spec.float32
         self._correction = None if correction is None else correction.float()
         self._lowest = -1.0 if correction is None else float(correction.cpu().min()) - 1.0
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Map hidden states [..., H] to ``None``, weights and ids [T, K], for transformers' blocks.
-
-        The blocks expect logits first, which they do not use, and weights before ids.
-        """
-        ids, weights = self.choose(hidden_states.flatten(0, -2))
-        return None, weights, ids
 
     def choose(
         self, hidden_states: torch.Tensor, allowed: torch.Tensor | None = None

@@ -1,9 +1,10 @@
-"""One MoE layer of the router, after its gate: send, prepare, wait, combine.
+"""One MoE layer of the router, after its gate: send and prepare, then wait and combine.
 
-:class:`RemoteExperts` stands in transformers' model where the experts were. It hands the layer to
-:class:`MoELayers`, one for all layers of the model.
+These are two calls, so that the caller computes something else while the experts compute: another
+piece of the step, or a shared expert.
 
-Dimension letters: T tokens, K experts per token, H hidden size, W works of the step.
+Dimension letters: S tokens of the step, T tokens of the layer's piece, K experts per token, H
+hidden size, W works of the step.
 """
 
 from __future__ import annotations
@@ -15,16 +16,14 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from opentelemetry.trace import Span
 
 from cluster.errors import ExpertUnavailableError
-from cluster.staging import Staging
-from cluster.wire.tensors import to_ids
 from router.moe.capacity import CapacityLimit
 from router.moe.combine import ExpertRows
 from router.moe.dispatch import Dispatcher
-from router.moe.gate import Choice, ChooseAmong, Gate, choose_among
-from router.moe.missing import StepMissing
+from router.moe.gate import Choice, ChooseAmong
+from router.moe.missing import ALL_TOKENS, StepMissing
 from router.moe.pending import AwayError, PendingLayer
 from router.observability.tracing import StepTrace, traceparent
 
@@ -47,39 +46,6 @@ class Combination(Protocol[Result]):
         ...
 
 
-class RemoteExperts(nn.Module):
-    """The module that takes the place of a family's experts; has no parameters."""
-
-    # Without this mark transformers would initialise the module.
-    _is_hf_initialized = True
-
-    def __init__(self, config: Any) -> None:
-        """``config`` is transformers' and unused; attributes are set after the model is built."""
-        super().__init__()
-        self.layer_id = -1
-        self.layers: MoELayers[torch.Tensor] | None = None
-        self.gate: Gate | None = None
-        self.staging: Staging | None = None
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the combined output of the chosen experts, shaped as ``hidden_states``.
-
-        The shape is [T, H], or [1, T, H] in families whose block leaves it so.
-        """
-        if self.layers is None:
-            raise RuntimeError(f"layer {self.layer_id} has no dispatcher")
-        rows = hidden_states.flatten(0, -2)
-        among = None if self.gate is None else choose_among(self.gate, rows)
-        if self.staging is None:  # the model is on the host
-            choice = Choice(to_ids(top_k_index), top_k_weights)
-            return self.layers(self.layer_id, rows, choice, among).view(hidden_states.shape)
-        ids, weights, rows = self.staging.to_host(top_k_index, top_k_weights, rows)
-        combined = self.layers(self.layer_id, rows, Choice(to_ids(ids), weights), among)
-        return self.staging.to_device(combined)[0].view(hidden_states.shape)
-
-
 @dataclass(slots=True)
 class StepContext:
     """One engine step, as its MoE layers see it.
@@ -93,7 +59,7 @@ class StepContext:
 
     The layers set three results. ``missing`` is set once an expert was missing or had no room.
     ``not_finite`` are the indices of works with a sum that is NaN or infinite.
-    ``layer_times_s`` has the duration of every layer, from the gate's choice to the sums.
+    ``layer_times_s`` has the duration of every layer and piece, from the gate's choice to the sums.
     """
 
     deadline_s: float
@@ -105,23 +71,52 @@ class StepContext:
     not_finite: set[int] = field(default_factory=set)
     layer_times_s: list[float] = field(default_factory=list)
 
-    def missing_record(self) -> StepMissing:
-        """Return the record of the step's missing experts; the first call begins it."""
+    def missing_record(self, tokens: slice = ALL_TOKENS) -> StepMissing:
+        """Return the record of missing experts of some of the step's tokens.
+
+        The first call begins it. The records of all tokens share their results.
+        """
         if self.missing is None:
             self.missing = StepMissing(self.sizes, self.contracts, self.needs_an_expert)
-        return self.missing
+        return self.missing if tokens == ALL_TOKENS else self.missing.of(tokens)
 
-    def note_not_finite(self, is_finite: np.ndarray) -> None:
+    def note_not_finite(self, is_finite: np.ndarray, tokens: slice = ALL_TOKENS) -> None:
         """Record the works with a token that is not finite, bool [T]; the model's own doing."""
-        owners = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        owners = np.repeat(np.arange(len(self.sizes)), self.sizes)[tokens]
         self.not_finite.update(owners[~is_finite].tolist())
+
+
+@dataclass(slots=True)
+class BegunLayer:
+    """A layer between :meth:`MoELayers.begin` and :meth:`MoELayers.finish`.
+
+    ``rows`` [T, ...] are those of ``tokens`` of the step. ``choice`` is the gate's ``gate_choice``
+    [T, K] without missing experts. ``pending`` is ``None`` where an expert of it has no live copy.
+    """
+
+    context: StepContext
+    layer_id: int
+    rows: torch.Tensor
+    gate_choice: Choice
+    among: ChooseAmong | None
+    tokens: slice
+    started_at_s: float
+    span: Span | None
+    choice: Choice
+    pending: PendingLayer | None = None
+    plan: Any = None
+
+    def end_span(self) -> None:
+        """End the span of a layer that is traced."""
+        if self.span is not None:
+            self.span.end()
 
 
 class MoELayers(Generic[Result]):
     """The MoE layers of one model; their experts are actors.
 
-    ``placed`` is the model in the newest placement. ``context`` is that of the current step, set
-    before each: transformers' blocks hand their experts nothing but hidden states and choices.
+    Several layers, or pieces of one layer, may be under way at once; one thread begins and finishes
+    them. ``placed`` is the model in the newest placement.
     """
 
     def __init__(
@@ -135,89 +130,105 @@ class MoELayers(Generic[Result]):
         self.placed = dispatcher.placed
         self._combination = combination
         self._limit = limit
-        self.context: StepContext | None = None
 
-    def __call__(
-        self,
-        layer_id: int,
-        hidden_states: torch.Tensor,
-        gate_choice: Choice,
-        among: ChooseAmong | None = None,
-    ) -> Result:
-        """Combine the experts of the gate's choice [T, K] over hidden states [T, H] or other rows.
-
-        ``among`` is the layer's gate, asked again where an expert has no live copy. Raises
-        :class:`ExpertUnavailableError` while no placement is known.
-        """
-        context = self.context
-        if context is None:
-            raise RuntimeError(f"layer {layer_id} is computed outside of a step")
-        started_at_s = time.perf_counter()
-        span = None if context.trace is None else context.trace.layer(layer_id)
-        parent = None if span is None else traceparent(span.get_span_context())
-        try:
-            combined: Result | None = None
-            # Repeats, with another choice or fewer pairs, when an expert is lost or away meanwhile.
-            while combined is None:
-                choice = self._without_missing(context, layer_id, gate_choice, among)
-                combined = self._send_and_combine(context, layer_id, hidden_states, choice, parent)
-        finally:
-            if span is not None:
-                span.end()
-        context.layer_times_s.append(time.perf_counter() - started_at_s)
-        return combined
-
-    def _without_missing(
+    def begin(
         self,
         context: StepContext,
         layer_id: int,
+        rows: torch.Tensor,
         gate_choice: Choice,
-        among: ChooseAmong | None,
-    ) -> Choice:
+        among: ChooseAmong | None = None,
+        tokens: slice = ALL_TOKENS,
+    ) -> BegunLayer:
+        """Send hidden states [T, H], or other rows, to the experts of the gate's choice [T, K].
+
+        ``tokens`` are their indices in the step of ``context``. ``among`` is the layer's gate,
+        asked again where an expert has no live copy. The caller finishes the layer, or abandons it.
+        ``rows`` and ``gate_choice`` stay unchanged until then.
+
+        Raises :class:`ExpertUnavailableError` while no placement is known.
+        """
+        started_at_s = time.perf_counter()
+        span = None if context.trace is None else context.trace.layer(layer_id)
+        begun = BegunLayer(
+            context, layer_id, rows, gate_choice, among, tokens, started_at_s, span, gate_choice
+        )
+        try:
+            self._send(begun)
+        except BaseException:
+            begun.end_span()
+            raise
+        return begun
+
+    def finish(self, begun: BegunLayer) -> Result:
+        """Return the combined rows of a layer's experts; waits for them.
+
+        The layer is sent again, with another choice or fewer pairs, when an expert is lost or away
+        meanwhile. Raises as :meth:`begin`, and :class:`ExpertFailedError` for rows that an expert
+        cannot compute.
+        """
+        try:
+            while (combined := self._receive_and_combine(begun)) is None:
+                self._send(begun)
+        finally:
+            begun.end_span()
+        begun.context.layer_times_s.append(time.perf_counter() - begun.started_at_s)
+        return combined
+
+    def abandon(self, begun: BegunLayer) -> None:
+        """Drop the answers of a layer that is not finished, since its step fails."""
+        if begun.pending is not None:
+            begun.pending.abandon()
+        begun.end_span()
+
+    def _send(self, begun: BegunLayer) -> None:
+        """Send a layer's rows without missing experts, and prepare their combination."""
+        choice = self._without_missing(begun)
+        ids = np.ascontiguousarray(choice.ids, np.int64)
+        begun.choice = choice = Choice(ids, choice.weights, choice.pairs)
+        span = begun.span
+        parent = None if span is None else traceparent(span.get_span_context())
+        begun.pending = self._dispatcher.send(
+            begun.layer_id, begun.rows, ids, begun.context.deadline_s, choice.pairs, parent
+        )
+        if begun.pending is not None:
+            begun.plan = self._combination.prepare(choice, begun.rows)
+
+    def _without_missing(self, begun: BegunLayer) -> Choice:
         """Return the gate's choice, changed where experts are missing or have no room."""
+        context, layer_id, among = begun.context, begun.layer_id, begun.among
         missing = self._dispatcher.missing(layer_id)
         if missing is None and context.missing is None and self._limit is None:
-            return gate_choice
+            return begun.gate_choice
         if among is None:
             raise ExpertUnavailableError("an expert has no live copy", f"layer {layer_id}", 1.0)
-        record = context.missing_record()
-        choice = record.choose(layer_id, missing, gate_choice, among)
+        record = context.missing_record(begun.tokens)
+        choice = record.choose(layer_id, missing, begun.gate_choice, among)
         if self._limit is None:
             return choice
         return self._limit.apply(layer_id, choice, missing, record, among)
 
-    def _send_and_combine(
-        self,
-        context: StepContext,
-        layer_id: int,
-        hidden_states: torch.Tensor,
-        choice: Choice,
-        parent: str | None,
-    ) -> Result | None:
-        """Return the result of a choice; ``None`` when an expert has lost its last live copy.
+    def _receive_and_combine(self, begun: BegunLayer) -> Result | None:
+        """Return the result of a layer's choice; ``None`` when an expert lost its last live copy.
 
         Also ``None`` when experts are away at the step's deadline; the works that need them wait.
-        ``parent`` is the layer's trace context, where it is traced.
         """
-        ids = np.ascontiguousarray(choice.ids, np.int64)
-        pending = self._dispatcher.send(
-            layer_id, hidden_states, ids, context.deadline_s, choice.pairs, parent
-        )
+        pending = begun.pending
         if pending is None:
             return None
-        plan = self._combination.prepare(Choice(ids, choice.weights, choice.pairs), hidden_states)
         try:
             received = self._dispatcher.wait(pending)
             if received is None:
                 return None
-            result, is_finite = self._combination.combine(received, plan)
-            return result if is_finite else self._combine_again(context, pending, plan, result)
+            result, is_finite = self._combination.combine(received, begun.plan)
+            return result if is_finite else self._combine_again(begun, pending, result)
         except AwayError as away:
-            context.missing_record().leave_out(layer_id, ids, away.pairs)
+            record = begun.context.missing_record(begun.tokens)
+            record.leave_out(begun.layer_id, begun.choice.ids, away.pairs)
             return None
 
     def _combine_again(
-        self, context: StepContext, pending: PendingLayer, plan: Any, result: Result
+        self, begun: BegunLayer, pending: PendingLayer, result: Result
     ) -> Result | None:
         """Return the result of a layer whose ``result`` is not finite.
 
@@ -228,8 +239,8 @@ class MoELayers(Generic[Result]):
             received = self._dispatcher.wait(pending)
             if received is None:
                 return None
-            result, is_finite = self._combination.combine(received, plan)
+            result, is_finite = self._combination.combine(received, begun.plan)
             if is_finite:
                 return result
-        context.note_not_finite(self._combination.finite_rows(result))
+        begun.context.note_not_finite(self._combination.finite_rows(result), begun.tokens)
         return result

@@ -17,6 +17,7 @@ Dimension letters: T tokens, K experts per token, E experts of the layer, H hidd
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 
@@ -27,6 +28,8 @@ from router.moe.gate import Choice, ChooseAmong
 
 Awaited = tuple[int, int]
 """A missing expert that a sequence waits for: (layer, expert)."""
+ALL_TOKENS = slice(None)
+"""All tokens of a step."""
 
 
 class StepMissing:
@@ -52,6 +55,16 @@ class StepMissing:
         self._contracts = np.array(contracts)[self._owners]  # [T]
         self.awaited: dict[int, frozenset[Awaited]] = {}
         self.inexact: set[int] = set()
+
+    def of(self, tokens: slice) -> StepMissing:
+        """Return the record of some of the step's tokens; both records share all results.
+
+        A work that waits for an expert of these tokens waits with all of its tokens.
+        """
+        some = copy.copy(self)
+        some._touched, some._owners = self._touched[tokens], self._owners[tokens]
+        some._contracts = self._contracts[tokens]
+        return some
 
     def choose(
         self,

@@ -93,6 +93,11 @@ class PendingLayer:
         patient_until_s = self.started_at_s + patience_s(failed.part, self.attempt.most_rows)
         return max(self.deadline_s, patient_until_s)
 
+    def abandon(self) -> None:
+        """Wait for no answer any longer, since the layer's step fails."""
+        if self.attempt is not None and self.attempt.calls is not None:
+            self.attempt.calls.drop()
+
     def drop_damaged(self) -> list[Part]:
         """Drop and return the parts with a row that is not finite where its hidden state is.
 

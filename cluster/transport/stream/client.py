@@ -298,6 +298,11 @@ class _StreamCalls:
             [self.outcomes[index]] = pending.wait(is_gone)
         return self.outcomes
 
+    def drop(self) -> None:
+        """See :class:`PendingCalls`."""
+        for call_id in list(self.indices):
+            self._forget(call_id)
+
     def _wait_for_any(self, is_gone: IsGone, check_at_s: float) -> None:
         """Wait for all streams at once, until every call is answered or given up."""
         while self.indices:

@@ -351,9 +351,14 @@ def layers_over(folder: Path, dtype: str, num_banks: int) -> MoELayers[torch.Ten
     view = PlacementView()
     view.publish(placement)
     transport = BankTransport(load_banks(checkpoint, shares, dtype))
-    layers = MoELayers(Dispatcher(MODEL, view, transport, lambda a, g: None, 30.0), WeightedSums())
-    layers.context = StepContext(time.monotonic() + 3600, (), ())
-    return layers
+    return MoELayers(Dispatcher(MODEL, view, transport, lambda a, g: None, 30.0), WeightedSums())
+
+
+def combined(
+    layers: MoELayers[torch.Tensor], layer_id: int, rows: torch.Tensor, choice: Choice
+) -> torch.Tensor:
+    context = StepContext(time.monotonic() + 60, (), ())
+    return layers.finish(layers.begin(context, layer_id, rows, choice))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -380,10 +385,10 @@ def test_remote_experts_are_transformers_but_for_roundings_on_any_number_of_acto
             with torch.no_grad():
                 expected = experts(hidden_states, ids, gate_weights)
             choice = Choice(ids.numpy(), gate_weights)
-            got = layers(layer_id, hidden_states, choice)
+            got = combined(layers, layer_id, hidden_states, choice)
             assert got.dtype == hidden_states.dtype
             assert_near(got, expected)
-            assert torch.equal(got, lone(layer_id, hidden_states, choice))
+            assert torch.equal(got, combined(lone, layer_id, hidden_states, choice))
 
 
 def test_shares_that_come_together_under_another_placement_are_not_mixed_up(
@@ -408,10 +413,9 @@ def test_shares_that_come_together_under_another_placement_are_not_mixed_up(
 
     transport = BankTransport(load_banks(checkpoint, {"a": keys, "b": even}, "float32"), both_die)
     layers = MoELayers(Dispatcher(MODEL, view, transport, lambda a, g: None, 30.0), WeightedSums())
-    layers.context = StepContext(time.monotonic() + 60, (), ())
     hidden_states = rows_of(33)
     weights, ids = torch.randn(33, 8).softmax(-1).topk(3)
-    got = layers(0, hidden_states, Choice(ids.numpy(), weights))
+    got = combined(layers, 0, hidden_states, Choice(ids.numpy(), weights))
     with torch.no_grad():
         assert_near(got, oracles["float32"][0](hidden_states, ids, weights))
     assert len(transport.frames) == 3
@@ -428,7 +432,7 @@ def test_an_expert_gets_its_rows_in_the_order_in_which_transformers_computes_the
     generator = torch.Generator().manual_seed(4)
     weights, ids = torch.randn(33, 8, generator=generator).softmax(-1).topk(3)
     transport.frames.clear()
-    layers(0, hidden_states, Choice(ids.numpy(), weights))
+    combined(layers, 0, hidden_states, Choice(ids.numpy(), weights))
     seen: dict[int, torch.Tensor] = {}
     for frame in transport.frames:
         rows = from_bytes(frame.rows, frame.dtype, frame.num_rows, frame.row_shape)
@@ -447,7 +451,7 @@ def test_every_token_may_choose_the_same_expert(
     hidden_states, ids = rows_of(17), torch.full((17, 1), 5)
     weights = torch.linspace(0.1, 1, 17).unsqueeze(1)
     choice = Choice(ids.numpy(), weights)
-    got = layers_over(folders["float32"], "float32", 3)(0, hidden_states, choice)
+    got = combined(layers_over(folders["float32"], "float32", 3), 0, hidden_states, choice)
     with torch.no_grad():
         assert_near(got, oracles["float32"][0](hidden_states, ids, weights))
 

@@ -231,6 +231,6 @@ def test_corrections_may_be_more_precise_than_the_rest(tmp_path: Path) -> None:
 
 def test_latents_are_cached_not_keys_and_values(tmp_path: Path) -> None:
     SAVERS["deepseek_v3"](tmp_path)
-    cache = LocalCluster(tmp_path, cache_tokens=64, threaded=False).model._cache
+    cache = LocalCluster(tmp_path, cache_tokens=64, threaded=False).model.decoder._cache
     assert [tuple(keys.shape) for keys in cache.keys] == 3 * [(4, 16, 1, 20 + 8)]
     assert all(v.data_ptr() == k.data_ptr() for k, v in zip(cache.keys, cache.values, strict=True))

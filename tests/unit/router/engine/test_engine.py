@@ -317,7 +317,7 @@ def test_a_step_without_memory_is_refused_and_the_next_request_is_served(
         raise torch.OutOfMemoryError("the device is out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cluster.model, "forward", full)
+        patch.setattr(cluster.model.decoder, "forward", full)
         with pytest.raises(OverloadedError, match="no memory for a step") as caught:
             cluster.generate(greedy_request("r", prompt_of(5, 1), 3))
     assert caught.value.field == "args.router.max_batch_tokens"
@@ -333,7 +333,7 @@ def test_a_device_in_error_ends_the_process_and_its_log_says_why(
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
     monkeypatch.setattr(engine_module, "end_process", ended.set)
-    monkeypatch.setattr(cluster.model, "forward", broken)
+    monkeypatch.setattr(cluster.model.decoder, "forward", broken)
     cluster.engine.submit(greedy_request("r", prompt_of(5, 1), 3))
     assert ended.wait(10)
     cluster.close()  # before the process's own end is back: every further step fails, too

@@ -28,8 +28,9 @@ from tests.unit.experts.local_actor import LIMIT_S, frame_of, local_actor, rows_
 
 ROOT = Path(__file__).parents[4]
 MOST_FILES = 16
-HELPER, HELPERS_CALLER = "cluster/wire/tensors.py", "router/moe/layer.py"
-"""Without native code the cache needs no helper, and the layer is the first to call it."""
+HELPER, CALLED_BEFORE = "cluster/wire/tensors.py", "router/moe/gate.py"
+"""Without native code the cache needs no helper, and the first to call it is the layer's half that
+has called the gate."""
 DOCUMENT = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 ROUTER, ACTOR = (
     DOCUMENT.partition(begin)[2].partition(end)[0]
@@ -128,7 +129,7 @@ def test_a_decode_step_passes_the_files_of_the_document_in_their_order(
     if not has_native:  # as the document says of the helper
         leave_out_native(monkeypatch)
         expected.remove(HELPER)
-        expected.insert(expected.index(HELPERS_CALLER) + 1, HELPER)
+        expected.insert(expected.index(CALLED_BEFORE) + 1, HELPER)
     with connected(folder, "float32") as wired:
         files = files_of_a_decode(wired, monkeypatch)
     assert files == expected

@@ -19,7 +19,8 @@ from transformers.models.mixtral import modeling_mixtral
 
 from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import open_checkpoint
-from router.model.model import MoEModel, RemoteExperts, load_dense
+from router.model.model import load_dense
+from router.model.parts import RemoteExperts, attention_half, take_gates
 from tests.checkpoints import save_mixtral
 
 
@@ -92,19 +93,27 @@ def test_transformers_own_class_is_put_back_even_after_a_failure(
     assert modeling_mixtral.MixtralExperts is original
 
 
-def test_each_layers_experts_know_their_layer_and_the_dispatcher(folder: Path) -> None:
-    def layers(*_: object) -> torch.Tensor:
-        raise AssertionError("not called")
-
-    model = MoEModel(open_checkpoint(folder), torch.float32, 32, layers)  # type: ignore[arg-type]
-    replaced = [m for m in model._model.modules() if isinstance(m, RemoteExperts)]
+def test_each_layers_experts_know_their_layer_and_hold_its_gate(folder: Path) -> None:
+    model = load_dense(open_checkpoint(folder), torch.float32)
+    take_gates(model, open_checkpoint(folder))
+    replaced = [m for m in model.modules() if isinstance(m, RemoteExperts)]
     assert [m.layer_id for m in replaced] == [0, 1, 2]
-    assert all(m.layers is layers for m in replaced)
+    assert len({m.gate for m in replaced} - {None}) == 3
+    assert not any("gate" in name for name, _ in model.named_parameters())
 
 
-def test_experts_without_an_exchange_say_so() -> None:
-    with pytest.raises(RuntimeError, match="no dispatcher"):
-        RemoteExperts(None)(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1))
+def test_a_model_with_another_number_of_mixtures_is_refused(folder: Path) -> None:
+    model = load_dense(open_checkpoint(folder), torch.float32)
+    del model.model.layers[1]
+    with pytest.raises(CheckpointError, match="2 expert modules were replaced, 3 expected"):
+        take_gates(model, open_checkpoint(folder))
+
+
+def test_a_layer_with_unknown_parts_is_refused(folder: Path) -> None:
+    model = load_dense(open_checkpoint(folder), torch.float32)
+    del model.model.layers[1].self_attn
+    with pytest.raises(CheckpointError, match="MixtralDecoderLayer has unknown parts"):
+        attention_half(model.model.layers[1])
 
 
 def test_a_checkpoint_that_changed_meanwhile_is_refused(tmp_path: Path) -> None:

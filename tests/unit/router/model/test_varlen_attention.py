@@ -163,7 +163,8 @@ def test_a_sequence_longer_than_a_page_generates_the_same_tokens_in_half_precisi
     for gathers in (False, True):
         cluster = LocalCluster(tmp_path, dtype="bfloat16", device=device.device)
         if gathers:
-            cluster.model.attention = GatheredAttention(None)
+            gathered = GatheredAttention(None)
+            cluster.model.attention = cluster.model.decoder._attention = gathered
         try:
             [events] = cluster.generate(request)
         finally:

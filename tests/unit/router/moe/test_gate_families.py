@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from router.model.model import replace_gate
+from router.model.parts import take_gate
 from router.moe.capacity import within_capacity
 from router.moe.gate import Choice, Gate, choose_among
 from tests.checkpoints import save_mixtral
@@ -114,32 +114,33 @@ class Recorder(nn.Module):
         return given[0]
 
 
-def block_of(folder: Path, model: Any) -> tuple[Any, Any, Checkpoint, Gate]:
-    """Return transformers' block, a copy of it with our gate, the checkpoint and the gate."""
+def block_of(folder: Path, model: Any) -> tuple[Any, Checkpoint, Gate]:
+    """Return transformers' block, the checkpoint, and our gate of the block's weights."""
     checkpoint = open_checkpoint(folder)
     block = next(b for b in model.modules() if hasattr(b, "experts"))
-    family, replaced = checkpoint.family, copy.deepcopy(block)
+    family = checkpoint.family
     spec = family.gate(checkpoint.config)
-    gate = replace_gate(replaced, family.gate_module, spec, checkpoint.shape.num_experts_per_tok)
-    return block, replaced, checkpoint, gate
+    top_k = checkpoint.shape.num_experts_per_tok
+    return block, checkpoint, take_gate(copy.deepcopy(block), family.gate_module, spec, top_k)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", sorted([*SAVERS, "mixtral"]))
 @torch.inference_mode()
-def test_a_block_gives_its_experts_what_transformers_does(
+def test_a_gate_gives_a_blocks_experts_what_transformers_does(
     tmp_path: Path, name: str, dtype: torch.dtype
 ) -> None:
     model = (SAVERS | {"mixtral": save_mixtral})[name](tmp_path, dtype=dtype)
-    block, replaced, checkpoint, _ = block_of(tmp_path, model)
-    block.experts, replaced.experts = Recorder(), Recorder()
+    block, checkpoint, gate = block_of(tmp_path, model)
+    block.experts = Recorder()
     for num_tokens in (1, 2, 37):
         hidden = torch.randn(1, num_tokens, checkpoint.shape.hidden_size, dtype=dtype)
         block(hidden)
-        replaced(hidden)
-        for ours, theirs in zip(replaced.experts.given, block.experts.given, strict=True):
-            assert ours.dtype == theirs.dtype
-            assert torch.equal(ours, theirs)
+        rows, *theirs = block.experts.given
+        assert torch.equal(rows.view(hidden.shape), hidden)
+        for our, their in zip(gate.choose(hidden[0]), theirs, strict=True):
+            assert our.dtype == their.dtype
+            assert torch.equal(our, their)
 
 
 @pytest.mark.parametrize(("name", "changes", "formula"), CASES)
@@ -148,7 +149,7 @@ def test_a_gate_without_some_experts(
     tmp_path: Path, name: str, changes: dict[str, Any], formula: Formula
 ) -> None:
     model = SAVERS[name](tmp_path, **changes)
-    block, _, checkpoint, gate = block_of(tmp_path, model)
+    block, checkpoint, gate = block_of(tmp_path, model)
     num_experts = checkpoint.shape.num_experts
     hidden = torch.randn(40, checkpoint.shape.hidden_size)
     everyone = torch.ones(40, num_experts, dtype=torch.bool)
@@ -176,7 +177,7 @@ def test_a_capacity_holds_and_no_room_is_left_that_someone_lacks(
     tmp_path: Path, name: str, capacity: int
 ) -> None:
     model = SAVERS[name](tmp_path)
-    _, _, checkpoint, gate = block_of(tmp_path, model)
+    _, checkpoint, gate = block_of(tmp_path, model)
     num_experts, size = checkpoint.shape.num_experts, checkpoint.shape.hidden_size
     hidden = torch.randn(50, size) + 2 * torch.randn(size)  # many of one mind
     ids, weights = gate.choose(hidden)

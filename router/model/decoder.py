@@ -1,0 +1,247 @@
+"""The dense part of a model, run over packed steps: embedding, layers, last norm, output head.
+
+It takes the place of the forward method of transformers' model, whose modules it calls. A layer has
+two halves: attention, then the feed-forward part. :mod:`router.model.parts` finds them. A half that
+is written otherwise, such as in native code, has the same signature.
+
+Dimension letters: T packed tokens, R rows to sample, K experts per token, H hidden size, D head
+size, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from cluster.staging import Staging
+from cluster.wire.tensors import to_ids
+from router.model.attention import Attention, PagedBatch
+from router.model.kv_cache import PagedCache
+from router.model.paged_attention import PagedContext
+from router.model.staged_batch import batch_to_device
+from router.moe.gate import Choice, Gate, choose_among
+from router.moe.layer import BegunLayer, MoELayers, StepContext
+
+Rotation = Any
+"""What the rotary embedding returns for a step's positions: tensors [1, T, ...], or one of them."""
+Map = Callable[[torch.Tensor], torch.Tensor]
+"""Maps hidden states [T, H] to [T, H]."""
+
+
+class AttentionHalf(Protocol):
+    """The first half of a layer."""
+
+    def __call__(
+        self, hidden_states: torch.Tensor, rotation: Rotation, paged: PagedContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend hidden states [T, H], and store their keys and values.
+
+        Returns the residual stream after attention, and the input of the feed-forward half, [T, H]
+        each.
+        """
+        ...
+
+
+class FeedForwardHalf(Protocol):
+    """The second half of a layer, in two calls; between them the caller may compute others."""
+
+    def begin(self, normed: torch.Tensor, context: StepContext) -> Any:
+        """Begin the output for ``normed`` [T, H], which stays unchanged until it is finished."""
+        ...
+
+    def finish(self, begun: Any) -> torch.Tensor:
+        """Return the output [T, H]."""
+        ...
+
+    def abandon(self, begun: Any) -> None:
+        """Drop an output that is not finished, since the step fails."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """One layer; ``output_norm`` maps the output before it is added to the residual stream."""
+
+    attend: AttentionHalf
+    feed_forward: FeedForwardHalf
+    output_norm: Map | None = None
+
+    def add(self, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states after the layer, [T, H]."""
+        return residual + (output if self.output_norm is None else self.output_norm(output))
+
+
+class TorchAttention:
+    """The attention half by transformers' modules, or modules that take their place."""
+
+    def __init__(
+        self, input_norm: Map, attention: nn.Module, output_norm: Map | None, normed: Map
+    ) -> None:
+        """``output_norm`` maps attention's output before it is added to the residual stream.
+
+        ``normed`` maps the residual stream to the input of the feed-forward half.
+        """
+        self._input_norm = input_norm
+        self._attention = attention
+        self._output_norm = output_norm
+        self._normed = normed
+
+    def __call__(
+        self, hidden_states: torch.Tensor, rotation: Rotation, paged: PagedContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`AttentionHalf`."""
+        attended = self._attention(
+            hidden_states=self._input_norm(hidden_states).unsqueeze(0),
+            position_embeddings=rotation,
+            attention_mask=None,
+            paged=paged,
+        )[0].squeeze(0)
+        if self._output_norm is not None:
+            attended = self._output_norm(attended)
+        residual = hidden_states + attended
+        return residual, self._normed(residual)
+
+
+class DenseFeedForward:
+    """The feed-forward half of a layer without experts."""
+
+    def __init__(self, mlp: Map) -> None:
+        """``mlp`` computes the output."""
+        self._mlp = mlp
+
+    def begin(self, normed: torch.Tensor, context: StepContext) -> torch.Tensor:
+        """See :class:`FeedForwardHalf`; computes the output."""
+        return self._mlp(normed)
+
+    def finish(self, begun: torch.Tensor) -> torch.Tensor:
+        """See :class:`FeedForwardHalf`."""
+        return begun
+
+    def abandon(self, begun: torch.Tensor) -> None:
+        """See :class:`FeedForwardHalf`; nothing is under way."""
+
+
+class MixtureFeedForward:
+    """The feed-forward half of a layer with experts, and with a shared expert in some families."""
+
+    def __init__(
+        self,
+        layer_id: int,
+        gate: Gate,
+        layers: MoELayers[torch.Tensor],
+        shared_expert: Map | None,
+        staging: Staging | None,
+    ) -> None:
+        """``shared_expert`` is computed for every token, beside the experts.
+
+        ``staging`` copies between the host and the device of a model that is on one.
+        """
+        self._layer_id = layer_id
+        self._gate = gate
+        self._layers = layers
+        self._shared_expert = shared_expert
+        self._staging = staging
+
+    def begin(
+        self, normed: torch.Tensor, context: StepContext
+    ) -> tuple[BegunLayer, torch.Tensor | None]:
+        """See :class:`FeedForwardHalf`; sends the rows, and computes the shared expert."""
+        ids, weights = self._gate.choose(normed)  # [T, K]
+        among = choose_among(self._gate, normed)
+        rows = normed
+        if self._staging is not None:
+            ids, weights, rows = self._staging.to_host(ids, weights, normed)
+        choice = Choice(to_ids(ids), weights)
+        begun = self._layers.begin(context, self._layer_id, rows, choice, among)
+        try:
+            shared = None if self._shared_expert is None else self._shared_expert(normed)
+        except BaseException:
+            self._layers.abandon(begun)
+            raise
+        return begun, shared
+
+    def finish(self, begun: tuple[BegunLayer, torch.Tensor | None]) -> torch.Tensor:
+        """See :class:`FeedForwardHalf`; waits for the experts."""
+        layer, shared = begun
+        combined = self._layers.finish(layer)
+        if self._staging is not None:
+            [combined] = self._staging.to_device(combined)
+        return combined if shared is None else combined + shared
+
+    def abandon(self, begun: tuple[BegunLayer, torch.Tensor | None]) -> None:
+        """See :class:`FeedForwardHalf`."""
+        self._layers.abandon(begun[0])
+
+
+class Decoder:
+    """A model without its experts."""
+
+    def __init__(
+        self,
+        embedding: Map,
+        rotary_embedding: Callable[[torch.Tensor, torch.Tensor], Rotation],
+        layers: Sequence[DecoderLayer],
+        norm: Map,
+        head: Map,
+        cache: PagedCache,
+        attention: Attention,
+        has_window: Sequence[bool],
+        staging: Staging | None,
+    ) -> None:
+        """``embedding`` maps ids [T] to hidden states, ``head`` hidden states to logits.
+
+        ``rotary_embedding`` maps hidden states, of which it takes the dtype, and positions [1, T].
+        ``has_window`` is true for each layer with a sliding window. ``staging`` is set where the
+        model is on a device.
+        """
+        self._embedding = embedding
+        self._rotary_embedding = rotary_embedding
+        self._layers = layers
+        self._norm = norm
+        self._head = head
+        self._cache = cache
+        self._attention = attention
+        self._has_window = has_window
+        self._staging = staging
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        batch: PagedBatch,
+        sample_rows: torch.Tensor,
+        context: StepContext,
+        *sampling: torch.Tensor,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run one packed step; returns fp32 logits [R, V] of the rows to sample, and ``sampling``.
+
+        ``token_ids`` and ``positions`` are [T]; ``sample_rows`` [R] are indices into them. All
+        inputs are on the host. Every MoE layer gets ``context``. The logits stay on the model's
+        device. ``sampling`` are the tensors that sampling needs there; they come in the same copy.
+        """
+        others = list(sampling)
+        if self._staging is not None:
+            batch, [token_ids, positions, sample_rows, *others] = batch_to_device(
+                self._staging, batch, token_ids, positions, sample_rows, *sampling
+            )
+        hidden_states = self._embedding(token_ids)  # [T, H]
+        rotation = self._rotary_embedding(hidden_states, positions.unsqueeze(0))
+        paged = PagedContext(self._cache, self._attention, batch, self._has_window)
+        for layer in self._layers:
+            residual, normed = layer.attend(hidden_states, rotation, paged)
+            begun = layer.feed_forward.begin(normed, context)
+            hidden_states = layer.add(residual, layer.feed_forward.finish(begun))
+        sampled = self._norm(hidden_states.index_select(0, sample_rows))  # [R, H]
+        return self._head(sampled).float(), others
+
+    def to_host(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return tensors of the model's device on the host, by one copy.
+
+        They last until the next step.
+        """
+        return tensors if self._staging is None else self._staging.to_host(*tensors)

@@ -1,0 +1,166 @@
+"""The parts of transformers' models that a decoder calls, by the names that they have there.
+
+Every family's layer has the same parts: norms, attention, and a mixture or a dense MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from cluster.errors import CheckpointError
+from cluster.staging import Staging
+from experts.checkpoint.checkpoint import Checkpoint
+from experts.families.base import GateSpec
+from router.model.cpu.packed_linear import product_with
+from router.model.decoder import (
+    AttentionHalf,
+    DecoderLayer,
+    DenseFeedForward,
+    FeedForwardHalf,
+    Map,
+    MixtureFeedForward,
+    TorchAttention,
+)
+from router.moe.gate import Gate
+from router.moe.layer import MoELayers
+
+_ATTENTION_PARTS = (
+    ("input_layernorm", "self_attn", None, "post_attention_layernorm"),
+    ("norm_attn_norm.norm_1", "norm_attn_norm.attn", None, "norm_attn_norm.norm_2"),
+    ("pre_attn_norm", "attn", "post_attn_norm", "pre_moe_norm"),
+)
+"""The norm before attention, attention, the norm of its output, the norm before the feed-forward
+half: of most families, of DBRX, of Grok-1."""
+_FEED_FORWARD_PARTS = ("mlp", "ffn", "moe_block")
+_OUTPUT_NORM = "post_moe_norm"
+
+
+class RemoteExperts(nn.Module):
+    """Marks the place of a family's experts in transformers' model; has no parameters.
+
+    ``layer_id`` and ``gate`` are set by :func:`take_gates`.
+    """
+
+    # Without this mark transformers would initialise the module.
+    _is_hf_initialized = True
+
+    def __init__(self, config: Any) -> None:
+        """``config`` is transformers' and unused."""
+        super().__init__()
+        self.layer_id = -1
+        self.gate: Gate | None = None
+
+
+def take_gates(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Number the layers with experts, and take their gates out of ``model``.
+
+    Raises :class:`CheckpointError` where the model has another number of them than the checkpoint.
+    """
+    family, shape = checkpoint.family, checkpoint.shape
+    found = [
+        (block, experts)
+        for block in model.modules()
+        for experts in block.children()
+        if isinstance(experts, RemoteExperts)
+    ]
+    if len(found) != len(shape.layers):
+        raise CheckpointError(
+            f"{len(found)} expert modules were replaced, {len(shape.layers)} expected",
+            str(checkpoint.folder),
+        )
+    spec = family.gate(checkpoint.config)
+    for layer_id, (block, experts) in zip(shape.layers, found, strict=True):
+        experts.layer_id = layer_id
+        experts.gate = take_gate(block, family.gate_module, spec, shape.num_experts_per_tok)
+
+
+def take_gate(block: nn.Module, path: str, spec: GateSpec, top_k: int) -> Gate:
+    """Remove transformers' gate at ``path`` of ``block``; returns a gate with its weights."""
+    parent, _, name = path.rpartition(".")
+    taken: Any = block.get_submodule(path)
+    # Widened once, not in each step as transformers does.
+    weight = taken.weight.float() if "logits" in spec.float32 else taken.weight
+    logits_of = product_with(weight, getattr(taken, "bias", None))
+    delattr(block.get_submodule(parent), name)
+    return Gate(spec, top_k, logits_of, getattr(taken, "e_score_correction_bias", None))
+
+
+def embedding_of(base: Any) -> Map:
+    """Return the token embedding of transformers' base model."""
+    embedding: Map = base.get_input_embeddings()
+    return embedding
+
+
+def norm_of(base: Any) -> Map:
+    """Return the norm after the last layer."""
+    norm: Map = base.norm_f if hasattr(base, "norm_f") else base.norm
+    return norm
+
+
+def layers_of(
+    base: Any, layers: MoELayers[torch.Tensor], staging: Staging | None
+) -> list[DecoderLayer]:
+    """Return the decoder's layers, made of the modules of transformers' base model."""
+    found = base.blocks if hasattr(base, "blocks") else base.layers
+    return [
+        DecoderLayer(
+            attention_half(layer),
+            feed_forward_half(layer, layers, staging),
+            getattr(layer, _OUTPUT_NORM, None),
+        )
+        for layer in found
+    ]
+
+
+def attention_half(layer: nn.Module) -> AttentionHalf:
+    """Return the attention half of a layer."""
+    paths = {path for path, _ in layer.named_modules()}
+    for names in _ATTENTION_PARTS:
+        if paths.issuperset(name for name in names if name is not None):
+            norm, attention, output_norm, normed = names
+            return TorchAttention(
+                layer.get_submodule(norm),
+                layer.get_submodule(attention),
+                None if output_norm is None else layer.get_submodule(output_norm),
+                layer.get_submodule(normed),
+            )
+    raise CheckpointError(f"a layer of class {type(layer).__name__} has unknown parts")
+
+
+def feed_forward_half(
+    layer: nn.Module, layers: MoELayers[torch.Tensor], staging: Staging | None
+) -> FeedForwardHalf:
+    """Return the feed-forward half of a layer, with experts or without."""
+    parts: Iterator[Any] = (getattr(layer, name, None) for name in _FEED_FORWARD_PARTS)
+    block: Any = next(part for part in parts if part is not None)
+    experts = getattr(block, "experts", None)
+    if experts is None:
+        return DenseFeedForward(block)
+    return MixtureFeedForward(experts.layer_id, experts.gate, layers, _shared(block), staging)
+
+
+def _shared(block: Any) -> Map | None:
+    """Return the shared expert of a mixture's module; ``None`` where it has none."""
+    if hasattr(block, "shared_experts"):  # DeepSeek's
+        shared: Map = block.shared_experts
+        return shared
+    if hasattr(block, "shared_expert"):  # Qwen2-MoE's
+        return _GatedExpert(block.shared_expert, block.shared_expert_gate)
+    return None
+
+
+class _GatedExpert:
+    """A shared expert whose output each token weights."""
+
+    def __init__(self, expert: Map, gate: Map) -> None:
+        self._expert = expert
+        self._gate = gate
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        output = self._expert(hidden_states)
+        return functional.sigmoid(self._gate(hidden_states)) * output
