@@ -42,6 +42,7 @@ def _recording_actor(recorded: list[Product], *arguments: Any) -> ExpertActor:
             self._inner = inner
             self._key = key
             self.num_bytes, self.row_shape = inner.num_bytes, inner.row_shape
+            self.kernel_class = inner.kernel_class
             self.takes = inner.takes
             self.dtype = inner.dtype
             self.grouped = None  # each product is recorded

@@ -53,6 +53,12 @@ def device_of(kind: str, num_gpus: float, field: str) -> torch.device:
     return found
 
 
+def name_of(device: torch.device) -> str:
+    """Return a device's name as its driver gives it, and its kind where torch asks no driver."""
+    asked = getattr(getattr(torch, device.type, None), "get_device_name", None)
+    return device.type if asked is None else str(asked(device))
+
+
 def check_room(device: torch.device, needed_bytes: int, field: str) -> None:
     """Raise :class:`UnavailableError` for ``field`` where an accelerator has too little memory."""
     if device == CPU or needed_bytes <= free_bytes(device):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, NamedTuple, get_args
 
 from cluster.tls import TlsFiles
@@ -95,10 +95,12 @@ class ActorSpec:
     def digest(self) -> str:
         """A short hash of what is a process's for life; the controller adopts only its own.
 
-        Of the frames' version too: an older build's actor outlives it, and reads no newer frame.
+        Of the frames' version and the report's fields too: an older build's actor outlives it,
+        reads no newer frame and sends no newer report.
         """
         fixed = {name: value for name, value in asdict(self).items() if name not in _CHANGEABLE}
-        text = json.dumps([FRAME_VERSION, fixed], sort_keys=True)
+        reported = [field.name for field in fields(ActorReport)]
+        text = json.dumps([FRAME_VERSION, reported, fixed], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -154,6 +156,18 @@ def budgets_of(pools: Sequence[PoolSpec]) -> dict[str, int] | None:
     } or None
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class ModelKernel:
+    """The class of the kernels that a process computes a model with.
+
+    ``experts/compute/kernel_classes.py`` has the classes. ``model`` is a model's key, and its id in
+    reports for people.
+    """
+
+    model: str
+    kernel_class: str
+
+
 @dataclass(frozen=True, slots=True)
 class ActorReport:
     """An expert actor's answer to a heartbeat.
@@ -164,7 +178,8 @@ class ActorReport:
     ``frames`` counts the frames in these batches, ``waited_s`` sums up the frames' waits before
     their batch, and ``busy_s`` the batches' durations. ``fetched_bytes`` of the weights came from
     another node, in ``fetched_s`` seconds. ``free_bytes`` are free now in the device's memory,
-    which other actors of the node may share.
+    which other actors of the node may share. ``kernels`` has the kernel class of each model with
+    an expert here; mixtures have none.
     """
 
     actor_id: str
@@ -185,6 +200,7 @@ class ActorReport:
     fetched_bytes: int = 0
     fetched_s: float = 0.0
     free_bytes: int = 0
+    kernels: tuple[ModelKernel, ...] = ()
 
     def fetched(self) -> str:
         """Return the end of a log line about bytes from another node, or an empty text."""

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import ray
@@ -20,7 +20,7 @@ import torch
 from cluster.controller.lease import Lease, end_when_orphaned
 from cluster.device import CPU, check_room, device_of, end_process, free_bytes, no_room
 from cluster.errors import CheckpointError, StaleEpochError, UnavailableError
-from cluster.spec import EMULATED, ActorReport, ActorSpec, ExpertKey
+from cluster.spec import EMULATED, ActorReport, ActorSpec, ExpertKey, ModelKernel
 from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.transport.stream.server import StreamServer
 from cluster.wire.frames import Buffer, Shape
@@ -231,7 +231,7 @@ class ExpertActor:
         return [c.remote for c in self._checkpoints.values() if c.remote is not None]
 
     def _report(self) -> ActorReport:
-        remotes = self._remotes()
+        remotes, experts = self._remotes(), self._bank.experts
         return ActorReport(
             actor_id=self._actor_id,
             generation=self._generation,
@@ -240,7 +240,7 @@ class ExpertActor:
             pid=os.getpid(),
             node=ray.get_runtime_context().get_node_id(),
             device=str(self._device) if self._spec.emulation is None else EMULATED,
-            experts=tuple(sorted(self._bank.experts)),
+            experts=tuple(sorted(experts)),
             weight_bytes=self._bank.num_bytes,
             tokens=self._bank.tokens,
             queued_rows=self._queue.queued_rows,
@@ -251,6 +251,7 @@ class ExpertActor:
             fetched_bytes=sum(remote.fetched_bytes for remote in remotes),
             fetched_s=sum(remote.fetched_s for remote in remotes),
             free_bytes=free_bytes(self._device),
+            kernels=kernels_of(experts),
         )
 
     # Data plane.
@@ -258,6 +259,12 @@ class ExpertActor:
     def compute(self, data: Buffer) -> bytes:
         """Answer one frame of a Ray call; see :meth:`FrameQueue.compute_all`."""
         return b"".join(next(self.compute_all([data])))
+
+
+def kernels_of(experts: Mapping[ExpertKey, Expert]) -> tuple[ModelKernel, ...]:
+    """Return the kernel classes of experts by model, without those of no class."""
+    found = {ModelKernel(key.model, expert.kernel_class) for key, expert in experts.items()}
+    return tuple(sorted(kernel for kernel in found if kernel.kernel_class))
 
 
 def _shapes(checkpoint: Checkpoint | Mixture) -> tuple[Shape, Shape]:

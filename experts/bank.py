@@ -39,6 +39,7 @@ from experts.compute.device_experts import (
     settled,
 )
 from experts.compute.ffn import Activation, ffn_of
+from experts.compute.kernel_classes import ffn_class
 from experts.compute.native_ffn import NativeFfn, compute_native
 
 OUT_OF_MEMORY_RETRY_S = 0.1
@@ -48,11 +49,12 @@ MOST_PIECES = 32
 
 
 class GatedFfnExpert:
-    """A loaded expert on the host, its resident bytes, and the shape and dtype of its rows."""
+    """A loaded expert on the host: its resident bytes, its rows' shape and dtype, its class."""
 
     def __init__(self, weights: GatedFfnWeights, act: Activation) -> None:
         """Take over ``weights``, which may be rearranged."""
         self.ffn = ffn_of(weights, act)
+        self.kernel_class = ffn_class(self.ffn, weights)
         packed = self.ffn if isinstance(self.ffn, NativeFfn) else None
         self.num_bytes = weights.num_bytes if packed is None else packed.num_bytes
         self.grouped = _grouped_of(self.ffn)
@@ -97,9 +99,11 @@ def _grouped_of(ffn: GatedFfn) -> GroupedFfn | None:
 class Expert(Protocol):
     """A loaded expert as the bank needs it, such as :class:`GatedFfnExpert`.
 
-    ``row_shape`` is that of an input row; an axis of any length is -1.
+    ``row_shape`` is that of an input row; an axis of any length is -1. ``kernel_class`` is empty
+    where the expert has none (:mod:`experts.compute.kernel_classes`).
     """
 
+    kernel_class: str
     num_bytes: int
     row_shape: Shape
     dtype: torch.dtype

@@ -24,6 +24,8 @@ class MixtureExpert:
     """
 
     grouped = None
+    kernel_class = ""
+    """Its library's kernels have no class that is known here."""
 
     def __init__(self, mixture: Mixture, name: str, model: Model) -> None:
         """Take over a loaded model."""

@@ -27,6 +27,7 @@ from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.amx_ffn import Activation
 from experts.compute.ffn import clamped_ffn, gated_ffn
 from experts.compute.grouped_ffn import MAX_GROUP_ROWS, choose_grouped_mm, grouped_ffn
+from experts.compute.kernel_classes import torch_class
 
 logger = logging.getLogger("expertmesh.actor")
 
@@ -54,6 +55,8 @@ class Block:
         self._num_taken = 0
         sizes = (hidden_size, inner_size)
         self._grouped_mm = choose_grouped_mm(device, self.dtype, sizes, num_experts)
+        way = "looped" if self._grouped_mm is None else "grouped"
+        self.kernel_class = f"{torch_class(device, self.dtype)} {way}"
 
     def take(self) -> DeviceExpert:
         """Return the expert of the next free place; its weights must be written before its use."""
@@ -101,6 +104,7 @@ class DeviceExpert:
         self.row_shape = block.row_shape
         self.dtype = block.dtype
         self.device = block.device
+        self.kernel_class = block.kernel_class
 
     @property
     def weights(self) -> GatedFfnWeights:

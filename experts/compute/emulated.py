@@ -20,6 +20,7 @@ from cluster.wire.frames import Shape
 class EmulatedExpert:
     """A stand-in for a loaded expert; its results are zeros, unlike those of any model."""
 
+    kernel_class = ""
     num_bytes = 0
     """No weights are loaded."""
     grouped = None

@@ -13,7 +13,7 @@ from cluster.spec import ActorReport, ActorSpec, ExpertKey, ModelExperts, ModelS
 from cluster.wire.frames import DispatchFrame, encode
 from cluster.wire.tensors import to_bytes
 from experts import actor as actor_module
-from experts.actor import ExpertActor
+from experts.actor import ExpertActor, kernels_of
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.identity import identity_of
 
@@ -42,6 +42,7 @@ class Actor(ExpertActor):
             self._queue.frames,
             self._queue.busy_s,
             self._queue.waited_s,
+            kernels=kernels_of(self._bank.experts),
         )
 
 

@@ -21,7 +21,7 @@ import torch
 
 from cluster.controller.lease import ABSENT_S, LEASE_S, Lease
 from cluster.errors import Code, StaleEpochError, UnavailableError
-from cluster.spec import ActorSpec, ExpertKey
+from cluster.spec import ActorSpec, ExpertKey, ModelKernel
 from cluster.wire.frames import ErrorFrame, RowsFrame, decode, encode, joined
 from cluster.wire.tensors import from_bytes
 from experts import actor as actor_module
@@ -31,6 +31,7 @@ from experts.bank import GatedFfnExpert
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.expert_weights import load_expert
 from experts.compute.ffn import ACTIVATIONS, ffn_of
+from experts.compute.native_ffn import kernel_class
 from experts.remote import RemoteExpertActor
 from experts.tracing import BatchSpans
 from tests.checkpoints import save_mixtral
@@ -175,6 +176,17 @@ def test_the_report_tells_experts_tokens_and_steps(make: Callable[..., Actor]) -
     assert report.tokens == {ExpertKey("m", 0, 3): 7}
     assert (report.queued_rows, report.steps, report.pid) == (0, 2, os.getpid())
     assert report.digest == actor._spec.digest
+
+
+def test_the_report_has_the_kernel_class_of_each_model_with_an_expert(
+    make: Callable[..., Actor],
+) -> None:
+    actor = make()
+    own = kernel_class(torch.float32)
+    assert own is not None
+    assert actor.describe().kernels == (ModelKernel("m", own),)
+    actor.unload(1, KEYS)
+    assert actor.describe().kernels == ()
 
 
 def test_each_traced_frame_of_a_batch_has_a_span_in_its_own_trace(

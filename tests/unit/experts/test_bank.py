@@ -215,6 +215,7 @@ def test_frames_are_merged_into_one_product_per_expert(
 class Numbered:
     """An expert that adds its number."""
 
+    kernel_class = ""
     num_bytes = 0
     row_shape: tuple[int, ...] = (4,)
     dtype = torch.float32

@@ -1,0 +1,83 @@
+"""Kernel classes: the names of the orders of sums and roundings in which rows are computed.
+
+Processes of one class give a row the same bits. The classes of native code promise that, and that a
+row's bits do not depend on other rows: ``fused``, ``paired`` and ``unfused``
+(:func:`experts.compute.native_ffn.kernel_class`), and ``tiled``, AMX in bf16. Any other class is
+torch's own: ``torch-`` with the processor's instructions, or a device's name. torch promises
+neither; two of its classes certainly differ.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+
+import torch
+
+from cluster.device import CPU, name_of
+from cluster.native.built import native
+from experts.checkpoint.expert_weights import GatedFfnWeights
+from experts.compute.amx_ffn import GatedFfn, TiledFfn
+from experts.compute.native_ffn import FORMATS, NativeFfn, kernel_class
+
+TILED = "tiled"
+_HALVES = (torch.bfloat16, torch.float16)
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+"""Variables that forbid oneDNN, which computes torch's products in 16 bits, some instructions."""
+
+logger = logging.getLogger("expertmesh.actor")
+
+
+def ffn_class(ffn: GatedFfn, weights: GatedFfnWeights) -> str:
+    """Return the kernel class of an expert on the CPU, whose function and weights are given.
+
+    An expert that torch computes is logged with the reason, once a process for equal shapes.
+    """
+    dtype = weights.down.dtype
+    if isinstance(ffn, NativeFfn):
+        own = kernel_class(dtype)
+        assert own is not None
+        return own
+    if isinstance(ffn, TiledFfn):
+        return TILED
+    own = torch_class(CPU, dtype)
+    hidden_size, intermediate_size = weights.down.shape
+    _log_torch(own, hidden_size, intermediate_size, dtype)
+    return own
+
+
+def torch_class(device: torch.device, dtype: torch.dtype) -> str:
+    """Return the class of torch's own kernels for a dtype on a device."""
+    return name_of(device) if device.type != CPU.type else f"torch-{_instructions(dtype)}"
+
+
+def _instructions(dtype: torch.dtype) -> str:
+    """Return the name of the processor's instructions that torch may use for a dtype."""
+    if dtype in _HALVES:
+        limit = next((os.environ[name] for name in _LIMITS if name in os.environ), None)
+        if limit is not None:
+            return limit.lower()
+        if torch.cpu._is_amx_tile_supported():
+            return "amx"
+        if torch.cpu._is_avx512_bf16_supported():
+            return "avx512_bf16"
+    return torch.backends.cpu.get_cpu_capability().lower()
+
+
+@functools.cache
+def _log_torch(own: str, hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> None:
+    if native is None:
+        reason = "the package was installed without its native code, which takes a C compiler"
+    elif dtype not in FORMATS:
+        reason = "native code has no kernel for this dtype"
+    else:
+        reason = "no kernel of native code takes this shape on this processor"
+    logger.warning(
+        "experts of %d x %d in %s are computed by torch (%s): %s",
+        hidden_size,
+        intermediate_size,
+        dtype,
+        own,
+        reason,
+    )
