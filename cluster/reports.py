@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cluster.spec import ActorReport
+from cluster.spec import ActorReport, ModelKernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,8 @@ class ActorStatus:
     """One live expert actor.
 
     ``experts`` are (model, layer, expert), ``tokens`` the rows that the actor has computed,
-    ``weight_bytes`` the size of the experts' weights in the device's memory.
+    ``weight_bytes`` the size of the experts' weights in the device's memory. ``kernels`` has the
+    kernel class of each language model's experts.
     """
 
     actor_id: str
@@ -28,6 +29,7 @@ class ActorStatus:
     experts: tuple[tuple[str, int, int], ...]
     tokens: int
     weight_bytes: int = 0
+    kernels: tuple[ModelKernel, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +57,37 @@ def loading_line(loading: Sequence[LoadingStatus]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
-    """A router or gateway replica that has called the controller lately."""
+    """A router or gateway replica that has called the controller lately.
+
+    ``kernels`` has the kernel class of a router's dense part; it is empty for a mixture's router.
+    """
 
     pid: int
     node: str
+    kernels: tuple[ModelKernel, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCount:
+    """The number of actors, or of routers, that compute a model with kernels of one class."""
+
+    kernel_class: str
+    processes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KernelStatus:
+    """The kernel classes that compute one language model, the most frequent first.
+
+    ``actors`` compute its experts, ``routers`` everything else. ``mixed`` names the classes where
+    actors or routers have several, and is empty elsewhere. The last bits of an answer then depend
+    on the processes that compute it.
+    """
+
+    model: str
+    actors: tuple[KernelCount, ...]
+    routers: tuple[KernelCount, ...]
+    mixed: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +97,7 @@ class ClusterStatus:
     ``missing_experts`` is the number of (model, layer, expert) without a live copy; 0 means ready.
     ``min_copies`` is the configured number of copies of each expert. ``live_copies`` is the number
     of live copies of the expert that has the fewest. ``loading`` are the actors that do not serve
-    yet.
+    yet. ``kernels`` has the kernel classes of each language model.
     """
 
     models: tuple[str, ...]
@@ -82,6 +111,7 @@ class ClusterStatus:
     min_copies: int = 1
     live_copies: int = 0
     loading: tuple[LoadingStatus, ...] = ()
+    kernels: tuple[KernelStatus, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

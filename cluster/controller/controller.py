@@ -25,6 +25,7 @@ from cluster.controller.changes import Changes, Retirement
 from cluster.controller.elastic import Elastic
 from cluster.controller.fleet import Fleet
 from cluster.controller.keeper import Keeper
+from cluster.controller.kernels import MixNotice, kernel_status, with_ids
 from cluster.controller.ledger import LedgerStore
 from cluster.controller.members import MEMBER_TTL_S, Members
 from cluster.controller.pool import ExpertPool, kind_of
@@ -38,6 +39,7 @@ from cluster.reports import (
     ActorStatus,
     ChangeReport,
     ClusterStatus,
+    KernelStatus,
     LoadStatus,
     Measurements,
     ProcessSamples,
@@ -85,6 +87,7 @@ class Controller:
         models = [source.experts for source in pools[0].actor.models]
         self._state = ClusterState(models, Fleet(pools), min_copies, ledger)
         self._members = Members()
+        self._mix_notice = MixNotice()
         targets = [spec.autoscaling for spec in pools if spec.autoscaling]
         fall_s = min((target.downscale_delay_s for target in targets), default=FALL_S)
         tracker, meter = LoadTracker(time.monotonic(), fall_s), BusyMeter()
@@ -220,6 +223,7 @@ class Controller:
         timeout_s: float,
         samples: Samples | None = None,
         model: str = "",
+        kernel_class: str = "",
     ) -> dict[str, Any]:
         """Return the placement once it differs from ``known`` (epoch, version).
 
@@ -227,10 +231,12 @@ class Controller:
         :class:`Placement`, ``None`` when nothing changed within ``timeout_s`` (at most
         ``MAX_WATCH_S``), how long ago this controller last finished a heartbeat of any actor, and
         whether Serve deletes the application. The call also says that this router or gateway is
-        alive, and brings its ``samples`` and the key of the ``model`` that a router serves.
+        alive, and brings its ``samples``, the key of the ``model`` that a router serves and the
+        ``kernel_class`` of its dense part.
         """
         state, order = self._state, (known[0], known[1])
-        self._members.heard(kind, ProcessStatus(pid, node), order, samples, model)
+        self._members.heard(kind, ProcessStatus(pid, node), order, samples, model, kernel_class)
+        self._mix_notice.look(self._kernels(), state.is_complete)
         for actor_id in self._retirement.waiting():
             self._keeper.heartbeat_now(actor_id)
         placement = None
@@ -265,6 +271,19 @@ class Controller:
             _named(report, self._state.keys) for _, report in sorted(self._state.reports.items())
         )
 
+    def _routers(self) -> list[ProcessStatus]:
+        """Return the routers, with the kernel classes of the deployment's own models."""
+        keys, routers = self._state.keys, self._members.of("router")
+        return [replace(router, kernels=with_ids(router.kernels, keys)) for router in routers]
+
+    def _kernels(self) -> tuple[KernelStatus, ...]:
+        keys, reports = self._state.keys, self._state.reports.values()
+        return kernel_status(
+            [model_id_of(experts.model) for experts in self._state.models],
+            [with_ids(report.kernels, keys) for report in reports],
+            [router.kernels for router in self._routers()],
+        )
+
     def _status(self) -> ClusterStatus:
         placement = self._state.placement
         return ClusterStatus(
@@ -273,12 +292,13 @@ class Controller:
             placement_version=placement.version,
             controller_pid=os.getpid(),
             missing_experts=sum(key.model in self._state.keys for key in placement.missing()),
-            routers=self._members.of("router"),
+            routers=tuple(self._routers()),
             gateways=self._members.of("gateway"),
             actors=tuple(_actor_status(report) for report in self._reports()),
             min_copies=self._state.min_copies,
             live_copies=placement.fewest_copies(self._state.keys),
             loading=self._keeper.loading.status(),
+            kernels=self._kernels(),
         )
 
     async def load(self) -> LoadStatus:
@@ -331,7 +351,8 @@ def _named(report: ActorReport, keys: Collection[str]) -> ActorReport:
     """Return a report without the experts of earlier models; models have their ids."""
     own = [key for key in report.experts if key.model in keys]
     tokens = {_with_id(key): n for key, n in report.tokens.items() if key.model in keys}
-    return replace(report, experts=tuple(map(_with_id, own)), tokens=tokens)
+    kernels = with_ids(report.kernels, keys)
+    return replace(report, experts=tuple(map(_with_id, own)), tokens=tokens, kernels=kernels)
 
 
 def _with_id(key: ExpertKey) -> ExpertKey:
@@ -348,4 +369,5 @@ def _actor_status(report: ActorReport) -> ActorStatus:
         experts=tuple((k.model, k.layer_id, k.expert_id) for k in report.experts),
         tokens=sum(report.tokens.values()),
         weight_bytes=report.weight_bytes,
+        kernels=report.kernels,
     )

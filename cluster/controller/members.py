@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.reports import ProcessSamples, ProcessStatus, Samples
+from cluster.spec import ModelKernel
 
 MEMBER_TTL_S = 15.0
 """How long a silent replica still counts."""
@@ -19,6 +20,12 @@ class _Member:
     seen_at_s: float
     samples: Samples | None
     model: str = ""
+    kernel_class: str = ""
+
+    @property
+    def kernels(self) -> tuple[ModelKernel, ...]:
+        """The kernel class of a router's model."""
+        return (ModelKernel(self.model, self.kernel_class),) if self.kernel_class else ()
 
 
 class Members:
@@ -35,10 +42,11 @@ class Members:
         known: tuple[int, int] | None = None,
         samples: Samples | None = None,
         model: str = "",
+        kernel_class: str = "",
     ) -> None:
         """Note a replica's call, with the placement (epoch, version) that it knows and its samples.
 
-        ``model`` is the key of a router's model.
+        ``model`` is the key of a router's model, ``kernel_class`` the class of its dense part.
         Samples older than the last ones are dropped: calls may overtake each other, and a counter
         must not go back.
         """
@@ -46,6 +54,7 @@ class Members:
         member = self._members.setdefault(key, _Member(kind, process, (-1, -1), 0.0, None))
         member.known = known or member.known
         member.model = model or member.model
+        member.kernel_class = kernel_class or member.kernel_class
         member.seen_at_s = time.monotonic()
         if samples is not None and (
             member.samples is None or samples.taken_s > member.samples.taken_s
@@ -54,9 +63,10 @@ class Members:
         self._forget()
 
     def of(self, kind: str) -> tuple[ProcessStatus, ...]:
-        """Return the replicas of a kind."""
+        """Return the replicas of a kind; a router's kernel class is by its model's key."""
         self._forget()
-        return tuple(m.process for m in self._members.values() if m.kind == kind)
+        members = [m for m in self._members.values() if m.kind == kind]
+        return tuple(replace(m.process, kernels=m.kernels) for m in members)
 
     def all_know(self, kind: str, order: tuple[int, int]) -> bool:
         """Return whether all replicas of a kind know this placement or a newer one."""

@@ -118,6 +118,12 @@ class _Watched:
 
 
 def _summary(status: ClusterStatus) -> str:
+    """Return the lines above the table: two of the cluster, and one for each mixed model."""
+    mixed = [f"{k.model} is mixed: {k.mixed}" for k in status.kernels if k.mixed]
+    return "\n".join([_first_lines(status), *mixed])
+
+
+def _first_lines(status: ClusterStatus) -> str:
     ready = "ready" if status.missing_experts == 0 else f"{status.missing_experts} experts missing"
     copies = f"copies: {status.live_copies} live, {status.min_copies} wanted"
     if any(actor.device == EMULATED for actor in status.actors):
@@ -155,7 +161,7 @@ def _table(status: ClusterStatus, rates: dict[tuple[str, int], float] | None = N
             actor.actor_id,
             str(actor.pid),
             _short(actor.node),
-            actor.device,
+            _device(actor),
             str(actor.generation),
             _experts(actor),
             str(actor.tokens),
@@ -174,6 +180,14 @@ def _pids(processes: tuple[ProcessStatus, ...]) -> str:
 def _short(node: str) -> str:
     """Return the beginning of a node's id; --json has all of it."""
     return node[:10]
+
+
+def _device(actor: ActorStatus) -> str:
+    """Return an actor's device and kernel class; the class by model where models differ."""
+    classes = {kernel.kernel_class for kernel in actor.kernels}
+    if len(classes) > 1:
+        classes = {f"{kernel.model}: {kernel.kernel_class}" for kernel in actor.kernels}
+    return ", ".join([actor.device, *sorted(classes)])
 
 
 def _experts(actor: ActorStatus) -> str:

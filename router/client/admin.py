@@ -12,6 +12,7 @@ from typing import Any, Concatenate, ParamSpec, cast
 
 from cluster import reports
 from cluster.reports import ChangeReport, ClusterStatus, LoadStatus, RebalanceReport
+from cluster.spec import ModelKernel
 from router.client.session import CHANGE_TIMEOUT_S, INFO_TIMEOUT_S, Answer, Call, Session
 from router.protos import admin_pb2
 
@@ -124,6 +125,9 @@ _CLASSES: dict[str, Callable[..., Any]] = {
     "ExpertKey": lambda **key: tuple(key.values()),
     "LoadingStatus": reports.LoadingStatus,
     "ProcessStatus": reports.ProcessStatus,
+    "ModelKernel": ModelKernel,
+    "KernelCount": reports.KernelCount,
+    "KernelStatus": reports.KernelStatus,
     "GetLoadReply": reports.LoadStatus,
     "DeviceStatus": reports.DeviceStatus,
     "ExpertLoad": reports.ExpertLoad,

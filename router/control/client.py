@@ -22,6 +22,7 @@ class ControllerClient(Protocol):
         timeout_s: float,
         samples: Samples,
         model: str,
+        kernel_class: str,
     ) -> Awaitable[dict[str, Any]]:
         """See :meth:`cluster.controller.controller.Controller.watch`."""
         ...
@@ -47,9 +48,12 @@ class HandleController:
         timeout_s: float,
         samples: Samples,
         model: str,
+        kernel_class: str,
     ) -> dict[str, Any]:
         """See :meth:`cluster.controller.controller.Controller.watch`."""
-        return await self._handle.watch.remote(kind, pid, node, known, timeout_s, samples, model)
+        return await self._handle.watch.remote(
+            kind, pid, node, known, timeout_s, samples, model, kernel_class
+        )
 
     async def suspect(self, actor_id: str, generation: int) -> None:
         """See :meth:`cluster.controller.controller.Controller.suspect`."""

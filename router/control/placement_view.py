@@ -82,10 +82,12 @@ class PlacementWatcher:
         on_deleted: Callable[[], None],
         samples: Callable[[], Samples],
         model: str = "",
+        kernel_class: Callable[[], str] = lambda: "",
     ) -> None:
         """``kind``, ``router`` or ``gateway``, is shown in the cluster's status.
 
         ``model`` is the key of a router's model; the controller keeps its experts for it.
+        ``kernel_class`` returns the class of a router's dense part.
 
         ``samples`` returns the replica's samples; each long poll sends them.
 
@@ -97,6 +99,7 @@ class PlacementWatcher:
         self._on_deleted = on_deleted
         self._samples = samples
         self._model = model
+        self._kernel_class = kernel_class
         self._asking: asyncio.Task[None] | None = None
         self._view = view
         self._controller = controller
@@ -147,7 +150,14 @@ class PlacementWatcher:
         call = asyncio.create_task(
             self._bounded(
                 lambda: self._controller.watch(
-                    self._kind, os.getpid(), node, known, WATCH_S, self._samples(), self._model
+                    self._kind,
+                    os.getpid(),
+                    node,
+                    known,
+                    WATCH_S,
+                    self._samples(),
+                    self._model,
+                    self._kernel_class(),
                 )
             )
         )

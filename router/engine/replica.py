@@ -34,6 +34,7 @@ from router.control.client import ControllerClient
 from router.control.placement_view import PlacementView, PlacementWatcher
 from router.control.readiness import is_its_turn
 from router.engine.engine import Emission, Engine
+from router.engine.kernel_class import dense_class
 from router.engine.scheduler import Limits, Scheduler
 from router.engine.stats import RouterSamples
 from router.messages.link import LinkAddress
@@ -95,6 +96,7 @@ class RouterReplica:
             self._end_requests,
             lambda: self._samples(),  # set below, before the event loop runs the watcher
             model.key,
+            lambda: self._kernel_class,  # as above
         )
         tls = None if experts.tls is None else experts.tls.files()
         self._transport = open_transport(app, experts.transport, tls)
@@ -109,6 +111,7 @@ class RouterReplica:
         opened = open_model(model.path, model.source.identity, RayNeighbours())
         checkpoint = language_model(opened)
         cache_tokens = config.cache_tokens_for(model.max_model_len)
+        self._kernel_class = dense_class(device, TORCH_DTYPES[model.dtype])
         dense = MoEModel(checkpoint, TORCH_DTYPES[model.dtype], cache_tokens, layers, device)
         scheduler = Scheduler(
             Limits(
@@ -138,10 +141,11 @@ class RouterReplica:
         gc.freeze()  # the model lives as long as the process; collections skip it from here on
         self._engine.start()
         logger.info(
-            "router of %s: %s on %s, cache of %d tokens%s",
+            "router of %s: %s on %s (%s), cache of %d tokens%s",
             model.id,
             model.dtype,
             device,
+            self._kernel_class,
             dense.num_pages * dense.attention.page_size,
             "" if checkpoint.remote is None else f", {checkpoint.remote.summary()}",
         )
@@ -249,7 +253,7 @@ class RouterReplica:
         ``calls`` by transport. ``inexact_rows`` counts, by contract, token rows computed without
         an expert that the gate chose. ``overflow`` counts tokens by the (layer, expert) that had
         no room for them. ``replayed`` counts forced tokens by whether the step sampled an equal
-        token. ``device`` is that of the model.
+        token. ``device`` is that of the model, ``kernel_class`` the class of its dense part.
         """
         latest_s = self._engine.tally.latest_layers_s
         layer_s = list(latest_s)
@@ -262,6 +266,7 @@ class RouterReplica:
             "overflow": dict(self._overflow),
             "pid": os.getpid(),
             "device": str(self._device),
+            "kernel_class": self._kernel_class,
             "requests": len(self._requests),
             "replayed": dict(self._engine.replayed),
             "rss_bytes": psutil.Process().memory_info().rss,

@@ -4,6 +4,7 @@ Where vLLM has the same metric, name, unit and meaning are vLLM's, under ``exper
 
 All label sets are bounded: ``model_name`` by the deployment; ``surface``, ``code``, ``reason``,
 ``finished_reason`` and ``transport`` by the code; ``actor_id`` by the deployment's pools;
+``kernel_class`` by the code and the kinds of processors and devices;
 ``replica`` by the live processes. The largest is ``expert_tokens``: models x layers x experts x the
 actors that hold a copy. ``expert_overflow_tokens`` has routers in place of the actors.
 """
@@ -154,6 +155,11 @@ LOOP_AGE = _gauge(
     "Since the controller last finished a look at an expert actor, as the asked gateway knows.",
 )
 PROCESSES = _gauge("processes", "kind", "Routers, gateways and expert actors that are heard of.")
+KERNELS = _gauge(
+    "kernel_processes",
+    "model_name kind kernel_class",
+    "Routers and expert actors by the class of the kernels that they compute a model with.",
+)
 
 # Metrics of expert actors, from their latest heartbeats.
 EXPERT_TOKENS = _counter(

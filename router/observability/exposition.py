@@ -75,6 +75,12 @@ def _add_cluster(samples: _Samples, status: ClusterStatus) -> None:
     _gauge(samples, catalogue.PROCESSES, len(status.routers), kind="router")
     _gauge(samples, catalogue.PROCESSES, len(status.gateways), kind="gateway")
     _gauge(samples, catalogue.PROCESSES, len(status.actors), kind="actor")
+    for kernels in status.kernels:
+        for kind, counts in (("router", kernels.routers), ("actor", kernels.actors)):
+            for count in counts:
+                labels = {"model_name": kernels.model, "kind": kind}
+                labels["kernel_class"] = count.kernel_class
+                _gauge(samples, catalogue.KERNELS, count.processes, **labels)
 
 
 def _add_actor(samples: _Samples, report: ActorReport) -> None:

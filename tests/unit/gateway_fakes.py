@@ -25,6 +25,8 @@ from cluster.reports import (
     ClusterStatus,
     DeviceStatus,
     ExpertLoad,
+    KernelCount,
+    KernelStatus,
     LoadingStatus,
     LoadStatus,
     Measurements,
@@ -33,7 +35,7 @@ from cluster.reports import (
     ProcessStatus,
     RebalanceReport,
 )
-from cluster.spec import ActorReport, ExpertKey, ModelExperts, ModelSource
+from cluster.spec import ActorReport, ExpertKey, ModelExperts, ModelKernel, ModelSource
 from router.config import GatewayConfig
 from router.control.readiness import Readiness
 from router.gateway.admin import Admin
@@ -99,12 +101,32 @@ STATUS = ClusterStatus(
     placement_version=7,
     controller_pid=41,
     missing_experts=0,
-    routers=(ProcessStatus(42, "n1"),),
+    routers=(ProcessStatus(42, "n1", (ModelKernel("tiny", "torch-avx2"),)),),
     gateways=(ProcessStatus(43, "n1"),),
-    actors=(ActorStatus("a0", 44, "n1", "cpu", 2, (("tiny", 0, 1), ("tiny", 1, 5)), 99, 640),),
+    actors=(
+        ActorStatus(
+            actor_id="a0",
+            pid=44,
+            node="n1",
+            device="cpu",
+            generation=2,
+            experts=(("tiny", 0, 1), ("tiny", 1, 5)),
+            tokens=99,
+            weight_bytes=640,
+            kernels=(ModelKernel("tiny", "paired"),),
+        ),
+    ),
     min_copies=2,
     live_copies=1,
     loading=(LoadingStatus("a1", 3, 12, 1_500_000_000),),
+    kernels=(
+        KernelStatus(
+            "tiny",
+            (KernelCount("fused", 2), KernelCount("paired", 1)),
+            (KernelCount("torch-avx2", 1),),
+            "fused on 2 actors, paired on 1",
+        ),
+    ),
 )
 REBALANCED = RebalanceReport(
     outcome="committed",

@@ -25,6 +25,7 @@ from cluster.spec import (
     ActorSpec,
     ExpertKey,
     ModelExperts,
+    ModelKernel,
     ModelSource,
     PoolSpec,
     ScalingTargets,
@@ -66,6 +67,7 @@ class FakeActor:
     loads: int = 0
     busy_s: float = 0.0
     free_bytes: int = 10**9
+    kernel_class: str = "fused"
     asked_s: float = field(default_factory=time.monotonic)
 
     def report(self) -> ActorReport:
@@ -84,6 +86,7 @@ class FakeActor:
             steps=0,
             busy_s=self.busy_s,
             free_bytes=self.free_bytes,
+            kernels=tuple(ModelKernel(m, self.kernel_class) for m in {k.model for k in self.keys}),
         )
 
     async def answer(self, epoch: int | None, timeout_s: float | None) -> ActorReport:
@@ -131,6 +134,8 @@ class FakePool:
         self.work_s = 0.0
         """What all actors together compute in each second."""
         self.draining_ids: set[str] = set()
+        self.kernel_classes: dict[str, str] = {}
+        """The kernel classes of actors, by id, that are not of class "fused"."""
         self.load_gate: Callable[[FakeActor], Awaitable[object]] | None = None
         self._pids = itertools.count(1000)
 
@@ -145,7 +150,8 @@ class FakePool:
         self, spec: ActorSpec, actor_id: str, generation: int, epoch: int, node: str | None = None
     ) -> FakeActor:
         node = node or self.node_ids[len(self.actors) % len(self.node_ids)]
-        return self.add(actor_id, generation, epoch, node=node)
+        kernel_class = self.kernel_classes.get(actor_id, "fused")
+        return self.add(actor_id, generation, epoch, node=node, kernel_class=kernel_class)
 
     def nodes(self) -> list[str]:
         self.looks += 1

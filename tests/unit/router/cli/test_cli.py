@@ -19,8 +19,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from cluster.errors import CheckpointError, ConfigError, OverloadedError
+from cluster.spec import ModelKernel
 from router.cli.app import app
-from router.cli.status import BAR_WIDTH, _tables
+from router.cli.status import BAR_WIDTH, _summary, _table, _tables
 from tests.unit.gateway_fakes import STATUS, FakeUpstream, grpc_server, says, tokenizer
 from tests.unit.terminal import Terminal
 
@@ -93,8 +94,14 @@ def test_status_as_json(address: str) -> None:
         "placement_version": 7,
         "controller_pid": 41,
         "missing_experts": 0,
-        "routers": [{"pid": 42, "node": "n1"}],
-        "gateways": [{"pid": 43, "node": "n1"}],
+        "routers": [
+            {
+                "pid": 42,
+                "node": "n1",
+                "kernels": [{"model": "tiny", "kernel_class": "torch-avx2"}],
+            }
+        ],
+        "gateways": [{"pid": 43, "node": "n1", "kernels": []}],
         "actors": [
             {
                 "actor_id": "a0",
@@ -105,6 +112,7 @@ def test_status_as_json(address: str) -> None:
                 "experts": [["tiny", 0, 1], ["tiny", 1, 5]],
                 "tokens": 99,
                 "weight_bytes": 640,
+                "kernels": [{"model": "tiny", "kernel_class": "paired"}],
             }
         ],
         "min_copies": 2,
@@ -117,6 +125,17 @@ def test_status_as_json(address: str) -> None:
                 "weight_bytes": 1_500_000_000,
             }
         ],
+        "kernels": [
+            {
+                "model": "tiny",
+                "actors": [
+                    {"kernel_class": "fused", "processes": 2},
+                    {"kernel_class": "paired", "processes": 1},
+                ],
+                "routers": [{"kernel_class": "torch-avx2", "processes": 1}],
+                "mixed": "fused on 2 actors, paired on 1",
+            }
+        ],
     }
 
 
@@ -126,6 +145,28 @@ def test_status_as_a_table(address: str) -> None:
     assert "copies: 1 live, 2 wanted" in result.stdout
     for shown in ("tiny", "version 7", "ready", "pid 41", "42@n1", "43@n1", "a0", "44", "99"):
         assert shown in result.stdout
+
+
+def test_status_says_which_kernels_are_mixed(address: str) -> None:
+    lines = run("status", "--address", address).stdout.splitlines()
+    assert "tiny is mixed: fused on 2 actors, paired on 1" in lines
+    whole = replace(STATUS, kernels=(replace(STATUS.kernels[0], mixed=""),))
+    assert len(_summary(whole).splitlines()) == 2
+    assert "mixed" not in _summary(whole)
+
+
+def test_status_shows_an_actors_kernels_by_model_where_they_differ() -> None:
+    [actor] = STATUS.actors
+    one, other = ModelKernel("tiny", "fused"), ModelKernel("big", "paired")
+
+    def device_of(*kernels: ModelKernel) -> list[str]:
+        table = _table(replace(STATUS, actors=(replace(actor, kernels=kernels),)))
+        [column] = [column for column in table.columns if column.header == "device"]
+        return [str(cell) for cell in column.cells]
+
+    assert device_of(one, replace(one, model="big")) == ["cpu, fused"]
+    assert device_of(one, other) == ["cpu, big: paired, tiny: fused"]
+    assert device_of() == ["cpu"]
 
 
 def test_status_has_a_bar_for_each_actor_that_loads(address: str) -> None:

@@ -120,8 +120,10 @@ class FakeController:
         timeout_s: float,
         samples: Samples,
         model: str,
+        kernel_class: str,
     ) -> dict[str, Any]:
-        assert (kind, node, samples, model) == ("router", "node", SAMPLES, "m@1")
+        told = (kind, node, samples, model, kernel_class)
+        assert told == ("router", "node", SAMPLES, "m@1", "fused")
         self.known.append(known)
         if not self.answers:
             self.exhausted.set()
@@ -161,7 +163,7 @@ def watcher_of(
     on_deleted: Callable[[], None] = lambda: None,
 ) -> PlacementWatcher:
     return PlacementWatcher(
-        "router", view, controller, is_wanted, on_deleted, lambda: SAMPLES, "m@1"
+        "router", view, controller, is_wanted, on_deleted, lambda: SAMPLES, "m@1", lambda: "fused"
     )
 
 

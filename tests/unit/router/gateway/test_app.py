@@ -329,6 +329,11 @@ def test_metrics_count_requests_tokens_and_actors() -> None:
     assert lines['expertmesh_actor_replacements_total{actor_id="a0"}'] == "1.0"
     assert lines['expertmesh_actor_busy_seconds_total{actor_id="a0"}'] == "1.5"
     assert lines['expertmesh_processes{kind="router"}'] == "1.0"
+    kernels = "expertmesh_kernel_processes"
+    labels = 'kernel_class="fused",kind="actor",model_name="tiny"'
+    assert lines[f"{kernels}{{{labels}}}"] == "2.0"
+    labels = 'kernel_class="torch-avx2",kind="router",model_name="tiny"'
+    assert lines[f"{kernels}{{{labels}}}"] == "1.0"
     assert lines["expertmesh_controller_loop_age_seconds"] == "0.25"
     assert "expertmesh_controller_loop_age_seconds 60.0" in away
     assert lines["expertmesh_placement_version"] == "7.0"
