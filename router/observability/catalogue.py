@@ -4,9 +4,9 @@ Where vLLM has the same metric, name, unit and meaning are vLLM's, under ``exper
 
 All label sets are bounded: ``model_name`` by the deployment; ``surface``, ``code``, ``reason``,
 ``finished_reason`` and ``transport`` by the code; ``actor_id`` by the deployment's pools;
-``kernel_class`` by the code and the kinds of processors and devices;
-``replica`` by the live processes. The largest is ``expert_tokens``: models x layers x experts x the
-actors that hold a copy. ``expert_overflow_tokens`` has routers in place of the actors.
+``kernel_class`` by the code and the kinds of processors and devices; ``replica`` by the live
+processes. The largest is ``expert_tokens``: models x layers x experts x the actors that hold a
+copy. ``expert_overflow_tokens`` has routers in place of the actors.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from tests.cluster_fixture import (
     ServedCluster,
     greedy,
     is_alive,
+    wait_until,
 )
 
 MB = 1_000_000
@@ -68,6 +69,24 @@ def test_status_tells_every_part_and_every_expert_once(served: ServedCluster) ->
         for layer in range(layers)
         for expert in range(NUM_EXPERTS)
     )
+
+
+def test_status_tells_the_kernel_classes_of_actors_and_routers(served: ServedCluster) -> None:
+    told = wait_until(
+        lambda: [s for s in [status_json(served)] if all(k["routers"] for k in s["kernels"])],
+        "routers have told their class",
+        10,
+    )[0]
+    assert [kernels["model"] for kernels in told["kernels"]] == [TINY, RANDOM]
+    for kernels in told["kernels"]:  # all processes are on one machine
+        assert [count["processes"] for count in kernels["actors"]] == [NUM_ACTORS]
+        assert [count["processes"] for count in kernels["routers"]] == [1]
+        assert kernels["mixed"] == ""
+        own = {"model": kernels["model"], "kernel_class": kernels["actors"][0]["kernel_class"]}
+        assert all(own in actor["kernels"] for actor in told["actors"])
+    classes = [kernel["kernel_class"] for one in told["routers"] for kernel in one["kernels"]]
+    assert len(classes) == 2
+    assert all(name.startswith("torch-") for name in classes)
 
 
 def test_routers_have_torch_and_gateways_do_without(served: ServedCluster) -> None:
