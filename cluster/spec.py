@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, get_args
 
 from cluster.tls import TlsFiles
 
-FRAME_VERSION = 5
+FRAME_VERSION = 6
 """The version of the frames between routers and expert actors (:mod:`cluster.wire.frames`)."""
 ACTOR_NAMESPACE = "serve"
 """Serve's own namespace, in which every replica looks for actors by default."""

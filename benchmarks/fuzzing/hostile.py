@@ -189,8 +189,6 @@ class Wires:
             DispatchFrame(
                 request_id=1,
                 num_rows=3,
-                epoch=1,
-                placement_version=1,
                 time_left_s=60,
                 layer_id=layer_id,
                 row_shape=(size,),

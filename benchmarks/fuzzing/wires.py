@@ -41,9 +41,30 @@ _START = struct.Struct("<QQ")
 ROWS = np.arange(12, dtype=np.float32).tobytes()
 CONTEXT = f"00-{'a' * 32}-{'b' * 16}-01"
 FRAMES: tuple[Frame, ...] = (
-    DispatchFrame(7, 3, 1, 2, 2e9, 3, (4,), "tiny", (0, 5), (2, 1), "float32", ROWS),
     DispatchFrame(
-        8, 6, 1, 2, 2e9, 0, (1, 1), "é", (1, 2, 9), (1, 2, 3), "float16", ROWS[:12], CONTEXT
+        request_id=7,
+        model="tiny",
+        layer_id=3,
+        expert_ids=(0, 5),
+        num_tokens_per_expert=(2, 1),
+        num_rows=3,
+        row_shape=(4,),
+        dtype="float32",
+        rows=ROWS,
+        time_left_s=2e9,
+    ),
+    DispatchFrame(
+        request_id=8,
+        model="é",
+        layer_id=0,
+        expert_ids=(1, 2, 9),
+        num_tokens_per_expert=(1, 2, 3),
+        num_rows=6,
+        row_shape=(1, 1),
+        dtype="float16",
+        rows=ROWS[:12],
+        time_left_s=2e9,
+        traceparent=CONTEXT,
     ),
     RowsFrame(7, 2, (3,), "bfloat16", (ROWS[:12],)),
     ErrorFrame(7, "OverloadedError", OverloadedError("full", "queue", 0.01)),

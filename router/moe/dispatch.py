@@ -177,17 +177,15 @@ class Dispatcher:
             timeout_s = self._timeout_s(layer, part, most_rows, now_s, is_replaceable)
             frame = DispatchFrame(
                 request_id=next(self._request_ids),
-                num_rows=len(pairs),
-                epoch=placement.epoch,
-                placement_version=placement.version,
-                time_left_s=timeout_s,
-                layer_id=layer.layer_id,
-                row_shape=layer.row_shape,
                 model=self._model,
+                layer_id=layer.layer_id,
                 expert_ids=expert_ids,
                 num_tokens_per_expert=counts,
+                num_rows=len(pairs),
+                row_shape=layer.row_shape,
                 dtype=layer.dtype,
                 rows=gathered[begin:end],
+                time_left_s=timeout_s,
                 traceparent=layer.traceparent,
             )
             attempt.sent.append((part, frame))

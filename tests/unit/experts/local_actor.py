@@ -80,8 +80,6 @@ def frame_of(
             DispatchFrame(
                 request_id=request_id,
                 num_rows=len(rows),
-                epoch=1,
-                placement_version=1,
                 model="m",
                 layer_id=0,
                 row_shape=(HIDDEN,),

@@ -98,8 +98,6 @@ def frame_of(
     return DispatchFrame(
         request_id=request_id,
         num_rows=len(index),
-        epoch=1,
-        placement_version=1,
         model=MODEL,
         layer_id=layer_id,
         row_shape=(rows.shape[1],),

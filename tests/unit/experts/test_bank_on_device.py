@@ -104,8 +104,6 @@ def frames_of(
             DispatchFrame(
                 request_id=number + 1,
                 num_rows=len(rows),
-                epoch=1,
-                placement_version=1,
                 model="m",
                 layer_id=layer_id,
                 row_shape=(HIDDEN,),

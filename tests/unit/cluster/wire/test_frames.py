@@ -61,8 +61,6 @@ def dispatch_frames(draw: st.DrawFn) -> DispatchFrame:
     return DispatchFrame(
         request_id=draw(NUMBERS),
         num_rows=sum(counts),
-        epoch=draw(NUMBERS),
-        placement_version=draw(NUMBERS),
         time_left_s=draw(st.floats(allow_nan=False)),
         layer_id=draw(st.integers(0, (1 << 32) - 1)),
         row_shape=shape,
@@ -104,8 +102,6 @@ FRAMES: st.SearchStrategy[Frame] = dispatch_frames() | rows_frames() | error_fra
 DISPATCH = DispatchFrame(
     request_id=7,
     num_rows=3,
-    epoch=1,
-    placement_version=2,
     time_left_s=1.5,
     layer_id=3,
     row_shape=(3,),
@@ -138,7 +134,7 @@ def described(frame: Frame) -> Any:
 
 
 # The layout a second time, and what stands in the frames above, so that one field can be wrong.
-START = {"version": ("H", 5), "kind": ("B", 1), "dtype": ("B", 1), "num_axes": ("B", 1)}
+START = {"version": ("H", 6), "kind": ("B", 1), "dtype": ("B", 1), "num_axes": ("B", 1)}
 SIZES = {"num_experts": ("H", 2), "name_bytes": ("B", 1), "trace_bytes": ("B", 0)}
 NO_SIZES = {name: (code, 0) for name, (code, _) in SIZES.items()}
 DISPATCH_FIELDS: dict[str, tuple[str, Any]] = {
@@ -146,13 +142,11 @@ DISPATCH_FIELDS: dict[str, tuple[str, Any]] = {
     **SIZES,
     "request_id": ("Q", 7),
     "num_rows": ("I", 3),
-    "epoch": ("Q", 1),
-    "placement_version": ("Q", 2),
-    "deadline_s": ("d", 1.5),
-    "layer_id": ("I", 3),
     "row_shape": ("I", (3,)),
     "expert_ids": ("H", (4, 6)),
     "num_tokens_per_expert": ("I", (2, 1)),
+    "time_left_s": ("d", 1.5),
+    "layer_id": ("I", 3),
     "model": ("s", b"m"),
     "traceparent": ("s", b""),
 }
@@ -172,6 +166,7 @@ ERROR_FIELDS: dict[str, tuple[str, Any]] = {
     "num_axes": ("B", 0),
     **NO_SIZES,
     "request_id": ("Q", 7),
+    "num_rows": ("I", 0),
 }
 
 
@@ -213,7 +208,7 @@ def test_frames_have_the_layout_that_is_documented() -> None:
     assert wire_of(ERROR) == error_wire(["OverloadedError", ERROR.error.to_wire()])
     # As others may read it: little-endian, version and kind first, rows at the end.
     assert wire_of(ROWS).hex() == (
-        "05000202010000000007000000000000000200000003000000" + "00" * 7 + "00" * 12
+        "06000202010000000007000000000000000200000003000000" + "00" * 7 + "00" * 12
     )
 
 
@@ -427,11 +422,11 @@ def test_a_frame_of_the_version_before_is_refused_by_its_version() -> None:
     header = msgpack.packb((7, 1, 2, "m", 3, (4, 6), (2, 1), "float32", 3, 1.5))
     start = struct.pack("<HHI", 2, 1, len(header)) + header
     old = start + bytes(-len(start) % 16) + bytes(36)
-    with pytest.raises(FrameError, match="version 2; this build reads 5") as caught:
+    with pytest.raises(FrameError, match="version 2; this build reads 6") as caught:
         decode(old)
     assert caught.value.field == "frame"
     # The other way round the version is where the version before looks for its own.
-    assert struct.unpack_from("<H", wire_of(DISPATCH)) == (5,)
+    assert struct.unpack_from("<H", wire_of(DISPATCH)) == (6,)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +435,6 @@ def test_a_frame_of_the_version_before_is_refused_by_its_version() -> None:
         DISPATCH._replace(model="m" * 256),
         DISPATCH._replace(model="é" * 128),
         DISPATCH._replace(request_id=-1),
-        DISPATCH._replace(epoch=1 << 64),
         DISPATCH._replace(expert_ids=(4, 65_536)),
         DISPATCH._replace(num_tokens_per_expert=(2, -1)),
         DISPATCH._replace(expert_ids=(4, 6, 8)),

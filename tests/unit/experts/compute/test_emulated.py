@@ -54,8 +54,6 @@ def frame_of(layer_id: int, expert_id: int, num_rows: int, request_id: int = 1) 
     return DispatchFrame(
         request_id=request_id,
         num_rows=num_rows,
-        epoch=1,
-        placement_version=1,
         model="m",
         layer_id=layer_id,
         row_shape=(HIDDEN,),

@@ -139,8 +139,6 @@ def frame_of(shape: Any, layer_id: int, num_rows: int, seed: int) -> DispatchFra
     return DispatchFrame(
         request_id=seed,
         num_rows=num_rows,
-        epoch=1,
-        placement_version=1,
         time_left_s=10.0,
         layer_id=layer_id,
         row_shape=(shape.hidden_size,),

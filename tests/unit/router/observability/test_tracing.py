@@ -234,6 +234,24 @@ def exporters() -> list[SpanProcessor]:
 EXPORTED = InMemorySpanExporter()
 
 
+def frame_of(
+    expert_ids: tuple[int, ...], counts: tuple[int, ...], traceparent: str | None
+) -> DispatchFrame:
+    return DispatchFrame(
+        request_id=1,
+        model="m",
+        layer_id=2,
+        expert_ids=expert_ids,
+        num_tokens_per_expert=counts,
+        num_rows=sum(counts),
+        row_shape=(4,),
+        dtype="float32",
+        rows=b"",
+        time_left_s=0.0,
+        traceparent=traceparent,
+    )
+
+
 def test_an_actor_exports_what_was_sampled_where_its_frame_began(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -243,10 +261,7 @@ def test_an_actor_exports_what_was_sampled_where_its_frame_began(
     spans = open_spans("pool-0", 1)
     assert spans is not None
     contexts = [None, f"00-{7:032x}-{8:016x}-01", f"00-{9:032x}-{8:016x}-00"]
-    frames = [
-        DispatchFrame(1, 3, 1, 1, 0.0, 2, (4,), "m", (4, 5), (1, 2), "float32", b"", context)
-        for context in contexts
-    ]
+    frames = [frame_of((4, 5), (1, 2), context) for context in contexts]
     now_s = time.monotonic()
     spans.computed([(frame, now_s - 2.0) for frame in frames], now_s - 1.0)
     [told] = EXPORTED.get_finished_spans()
@@ -272,7 +287,7 @@ def test_serves_own_exporter_writes_an_actors_file(
     spans = open_spans("pool-0", 3)
     assert spans is not None
     context = f"00-{7:032x}-{8:016x}-01"
-    frame = DispatchFrame(1, 1, 1, 1, 0.0, 2, (4,), "m", (4,), (1,), "float32", b"", context)
+    frame = frame_of((4,), (1,), context)
     spans.computed([(frame, time.monotonic())], time.monotonic())
     text = (tmp_path / "spans" / "expert_actor_pool-0_g3_tracing.json").read_text("utf-8")
     assert json.loads(text)["parent_id"] == f"0x{8:016x}"
