@@ -88,34 +88,36 @@ class StreamTransport:
 
     def _send(self, pending: _StreamCalls, index: int, call: Call) -> None:
         """Send a call over its actor's stream, or over the fall-back where that is not possible."""
-        link = self._links.get(call.actor_id)
-        if link is None or link.generation != call.generation:
-            link = self._link(call.actor_id, call.generation, pending.remaining_s(index))
+        link = self._link(call.actor_id, call.generation, pending.until_s[index])
         if link is None:
             pending.fall_back(index, CallFailure.DIED)
-        elif len(link.unanswered) >= WINDOW and not self._makes_room(link, pending):
+        elif not self._has_room(link, pending):
             pending.fall_back(index, CallFailure.TIMED_OUT)
         else:
             self._send_over(link, pending, index, call)
 
     def _send_over(self, link: _Link, pending: _StreamCalls, index: int, call: Call) -> None:
-        """Send a call over a connection, and note that the connection owes its answer."""
+        """Send a call over a connection; a call that is too long for a stream falls back."""
         self._last_id = call_id = self._last_id + 1
         try:
             is_sent = link.channel.send(call_id, call.frame)
         except OSError as error:
             self._break(link, error)
             pending.connection_broke(index)
-            return
-        if not is_sent:  # too long for a stream
-            pending.fall_back(index, CallFailure.TIMED_OUT)
-            return
+        else:
+            if is_sent:
+                self._expect_answer(link, pending, index, call_id)
+            else:
+                pending.fall_back(index, CallFailure.TIMED_OUT)
+
+    def _expect_answer(self, link: _Link, pending: _StreamCalls, index: int, call_id: int) -> None:
+        """Note that a connection owes the answer of a call that was sent."""
         if link.channel.outgoing:
             self._watch(link)
         if not link.unanswered:
             link.waits_since_s = time.monotonic()
         link.unanswered[call_id] = pending
-        pending.indices[call_id] = index
+        pending.unanswered[call_id] = index
         self.calls["stream"] += 1
 
     def receive_in_turn(self, waiting: _StreamCalls, calls: Sequence[Call], until_s: float) -> None:
@@ -125,8 +127,8 @@ class StreamTransport:
         wakes once for all of them. Meanwhile it notices no other connection that breaks or is ready
         for more bytes.
         """
-        for call_id, index in reversed(list(waiting.indices.items())):
-            if call_id not in waiting.indices:  # already answered
+        for call_id, index in reversed(list(waiting.unanswered.items())):
+            if call_id not in waiting.unanswered:  # already answered
                 continue
             link = self._links.get(calls[index].actor_id)
             left_ms = int((until_s - time.monotonic()) * 1000)
@@ -165,7 +167,7 @@ class StreamTransport:
             pending = link.unanswered.pop(call_id, None)
             if pending is None:  # a late answer
                 continue
-            index = pending.indices.pop(call_id)
+            index = pending.unanswered.pop(call_id)
             if frame is None:
                 pending.outcomes[index] = CallFailure.DAMAGED
             elif not len(frame):
@@ -182,17 +184,17 @@ class StreamTransport:
             self._break(link, ConnectionError("a message came damaged"))
         return bool(messages)
 
-    def _link(self, actor_id: str, generation: int, timeout_s: float) -> _Link | None:
+    def _link(self, actor_id: str, generation: int, until_s: float) -> _Link | None:
         """Return the connection to an actor's generation; ``None`` where there is none yet.
 
-        Without a fall-back it waits for one, at most ``timeout_s``.
+        Without a fall-back it waits for one, until ``until_s`` at most.
         """
         link = self._links.get(actor_id)
         if link is not None:
             if link.generation == generation:
                 return link
             self._drop(link)
-        wait_s = 0.0 if self._fallback is not None else timeout_s
+        wait_s = 0.0 if self._fallback is not None else until_s - time.monotonic()
         channel = self._connector.take(actor_id, generation, wait_s)
         if channel is None:
             return None
@@ -200,8 +202,10 @@ class StreamTransport:
         self._selector.register(channel.sock, selectors.EVENT_READ, link)
         return link
 
-    def _makes_room(self, link: _Link, pending: _StreamCalls) -> bool:
-        """Return whether a full connection has room for a call, now that late answers are read."""
+    def _has_room(self, link: _Link, pending: _StreamCalls) -> bool:
+        """Return whether a connection takes another call; late answers are read to make room."""
+        if len(link.unanswered) < WINDOW:
+            return True
         self.receive_any(pending, 0.0)
         if len(link.unanswered) < WINDOW:
             return True
@@ -218,7 +222,7 @@ class StreamTransport:
 
     def is_ready(self, actor_id: str, generation: int) -> bool:
         """See :class:`Transport`."""
-        return self._link(actor_id, generation, 0.0) is not None
+        return self._link(actor_id, generation, 0.0) is not None  # no wait: 0 is long ago
 
     def renew(self, actor_id: str) -> None:
         """See :class:`Transport`: calls use the fall-back until a new connection is made."""
@@ -267,32 +271,29 @@ class StreamTransport:
         link.channel.close()
         for call_id, pending in link.unanswered.items():
             if pending is not None:
-                pending.connection_broke(pending.indices.pop(call_id))
+                pending.connection_broke(pending.unanswered.pop(call_id))
 
 
 class _StreamCalls:
     """Pending calls over streams, and over the fall-back."""
 
     def __init__(self, transport: StreamTransport, calls: Sequence[Call]) -> None:
-        self.indices: dict[int, int] = {}
+        self.unanswered: dict[int, int] = {}
         """The index in ``calls`` of each call that the streams have not answered, by its id."""
         self.outcomes: list[Outcome] = [CallFailure.TIMED_OUT] * len(calls)
         self._transport = transport
         self._calls = calls
         now_s = time.monotonic()
-        self._until_s = [now_s + call.timeout_s for call in calls]
+        self.until_s = [now_s + call.timeout_s for call in calls]
+        """When the time of each call is over."""
         self._by_fallback: list[tuple[int, PendingCalls]] = []
-
-    def remaining_s(self, index: int) -> float:
-        """Return the seconds that a call has left; negative after its time."""
-        return self._until_s[index] - time.monotonic()
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """See :class:`PendingCalls`."""
         check_at_s = time.monotonic() + GONE_CHECK_S
-        until_s = min([check_at_s, *self._until_s])
+        until_s = min([check_at_s, *self.until_s])
         self._transport.receive_in_turn(self, self._calls, until_s)
-        if self.indices:  # an answer is late
+        if self.unanswered:  # an answer is late
             self._wait_for_any(is_gone, check_at_s)
         for index, pending in self._by_fallback:
             [self.outcomes[index]] = pending.wait(is_gone)
@@ -300,33 +301,35 @@ class _StreamCalls:
 
     def drop(self) -> None:
         """See :class:`PendingCalls`."""
-        for call_id in list(self.indices):
+        for call_id in list(self.unanswered):
             self._forget(call_id)
 
     def _wait_for_any(self, is_gone: IsGone, check_at_s: float) -> None:
         """Wait for all streams at once, until every call is answered or given up."""
-        while self.indices:
+        while self.unanswered:
             now_s = time.monotonic()
             if now_s >= check_at_s:
                 self._give_up(is_gone)
                 check_at_s = now_s + GONE_CHECK_S
                 continue
-            until_s = min(self._until_s[index] for index in self.indices.values())
+            until_s = min(self.until_s[index] for index in self.unanswered.values())
             # Also after its time: an answer that arrived while this process did not run counts.
             self._transport.receive_any(self, max(0.0, min(until_s, check_at_s) - now_s))
-            for call_id, index in list(self.indices.items()):
-                if self._until_s[index] <= now_s:
+            for call_id, index in list(self.unanswered.items()):
+                if self.until_s[index] <= now_s:
                     self._forget(call_id)
 
     def _give_up(self, is_gone: IsGone) -> None:
         """Wait no longer for the answers of actors that are gone."""
-        gone = [call_id for call_id, index in self.indices.items() if is_gone(self._calls[index])]
+        gone = [
+            call_id for call_id, index in self.unanswered.items() if is_gone(self._calls[index])
+        ]
         for call_id in gone:
             self.outcomes[self._forget(call_id)] = CallFailure.DIED
 
     def _forget(self, call_id: int) -> int:
         """Wait no longer for a call; returns its index."""
-        index = self.indices.pop(call_id)
+        index = self.unanswered.pop(call_id)
         self._transport.forget(call_id, self._calls[index])
         return index
 
@@ -339,7 +342,7 @@ class _StreamCalls:
 
     def fall_back(self, index: int, failure: CallFailure) -> None:
         """Send a call over the fall-back; without a fall-back its outcome is ``failure``."""
-        timeout_s = max(0.0, self.remaining_s(index))
+        timeout_s = max(0.0, self.until_s[index] - time.monotonic())
         pending = self._transport.send_by_fallback(self._calls[index], timeout_s)
         if pending is None:
             self.outcomes[index] = failure

@@ -426,7 +426,7 @@ def test_a_stream_that_breaks_is_seen_while_the_actor_that_was_asked_last_hangs(
     for echo in actors.echoes.values():
         echo.open.clear()
     pending = transport.send(within(LIMIT_S, calls))
-    first, last = (calls[index].actor_id for index in pending.indices.values())  # type: ignore[attr-defined]
+    first, last = (calls[index].actor_id for index in pending.unanswered.values())  # type: ignore[attr-defined]
     outcomes: list[Outcome] = []
     waiting = threading.Thread(target=lambda: outcomes.extend(pending.wait()))
     waiting.start()
