@@ -62,6 +62,15 @@ class Placement:
                 held[actor_id].append(key)
         return held
 
+    def has_lost(self, actor_id: str, generation: int, epoch: int) -> bool:
+        """Return whether a generation of an actor, of a placement of ``epoch``, is gone by now.
+
+        Under a new epoch, an actor that is not listed may still live: the new controller does not
+        know it yet.
+        """
+        listed = self.generations.get(actor_id)
+        return self.epoch == epoch if listed is None else listed != generation
+
     def without(self, actor_id: str) -> Placement:
         """Return the next version, in which ``actor_id`` is dead and holds nothing."""
         holders = {

@@ -35,8 +35,10 @@ from cluster.placement.placement import Placement
 from cluster.spec import model_id_of
 from cluster.transport.base import Call, CallFailure, Outcome, Transport
 from cluster.wire.frames import (
+    Buffer,
     DispatchFrame,
     ErrorFrame,
+    Frame,
     RowsFrame,
     Shape,
     decode,
@@ -227,20 +229,14 @@ class Dispatcher:
         return failed_parts
 
     def _take(self, layer: PendingLayer, part: Part, sent: DispatchFrame, outcome: Outcome) -> bool:
-        """Keep the rows of an answer; returns false where the answer has no rows."""
-        if isinstance(outcome, CallFailure):
-            return self._failed(part, outcome)
-        try:
-            answer = decode(outcome)
-        except FrameError as error:
-            return self._damaged(part, error)
-        if isinstance(answer, ErrorFrame):
-            return self._refused(layer, part, answer)
-        if not isinstance(answer, RowsFrame) or not self._belongs(answer, sent):
-            return self._damaged(part, "the answer does not belong to the call")
-        layer.received.append(ExpertRows(part.pairs, joined(answer.rows)))
-        layer.answered.append(part)
-        return True
+        """Keep the rows of an answer; returns false, and notes why, where there are none."""
+        answer = outcome if isinstance(outcome, CallFailure) else _decoded(outcome)
+        if isinstance(answer, RowsFrame) and self._belongs(answer, sent):
+            layer.received.append(ExpertRows(part.pairs, joined(answer.rows)))
+            layer.answered.append(part)
+            return True
+        self._note_no_rows(layer, part, answer)
+        return False
 
     def _belongs(self, answer: RowsFrame, sent: DispatchFrame) -> bool:
         return (
@@ -277,27 +273,16 @@ class Dispatcher:
         return min(self._call_timeout_s, patience_s)
 
     def _check_call(self, attempt: Attempt, call: Call) -> bool:
-        """Return whether a call's actor is gone; see :meth:`_is_gone`.
+        """Return whether the newest placement has a call's actor no longer.
 
         Reports an actor to the controller when it takes longer than answers do. The wait goes on
         meanwhile.
         """
         if time.monotonic() - attempt.sent_at_s >= self._pace.stall_s(attempt.most_rows):
             self._suspect(call.actor_id, call.generation)
-        return self._is_gone(attempt.placement.epoch, call)
-
-    def _is_gone(self, epoch: int, call: Call) -> bool:
-        """Return whether the newest placement has replaced or removed the actor of a call.
-
-        ``epoch`` is that of the placement under which the call was made. Under a new epoch, an
-        actor that the placement does not list may still live: the new controller does not know it
-        yet.
-        """
-        placement = self._view.placement
-        if placement is None:
-            return False
-        generation = placement.generations.get(call.actor_id)
-        return placement.epoch == epoch if generation is None else generation != call.generation
+        newest = self._view.placement
+        asked_under = attempt.placement.epoch
+        return newest is not None and newest.has_lost(call.actor_id, call.generation, asked_under)
 
     # Failures.
 
@@ -306,17 +291,25 @@ class Dispatcher:
             return ModelReplacedError()
         return ExpertUnavailableError("no placement is known yet", model_id_of(self._model), 1.0)
 
-    def _failed(self, part: Part, failure: CallFailure) -> bool:
-        """Count a call without an answer, and avoid its actor; returns false."""
-        if failure is CallFailure.DAMAGED:
-            return self._damaged(part, "its checksum is wrong", failure.value)
-        self.retries[failure.value] += 1
-        self._copies.note_failure(part.actor_id, part.generation, time.monotonic())
-        self._suspect(part.actor_id, part.generation)
-        return False
+    def _note_no_rows(
+        self, layer: PendingLayer, part: Part, answer: CallFailure | FrameError | Frame
+    ) -> None:
+        """Count why a part has no rows, to be sent again. Raises as :meth:`_note_refusal`."""
+        if isinstance(answer, ErrorFrame):
+            self._note_refusal(layer, part, answer)
+        elif isinstance(answer, FrameError):
+            self._note_damage(part, answer)
+        elif answer is CallFailure.DAMAGED:
+            self._note_damage(part, "its checksum is wrong", answer.value)
+        elif isinstance(answer, CallFailure):
+            self.retries[answer.value] += 1
+            self._copies.note_failure(part.actor_id, part.generation, time.monotonic())
+            self._suspect(part.actor_id, part.generation)
+        else:
+            self._note_damage(part, "the answer does not belong to the call")
 
-    def _refused(self, layer: PendingLayer, part: Part, answer: ErrorFrame) -> bool:
-        """Count a refusal, so that the frame is sent again; returns false.
+    def _note_refusal(self, layer: PendingLayer, part: Part, answer: ErrorFrame) -> None:
+        """Count a refusal, so that the frame is sent again.
 
         Raises the error of an expert that cannot compute the rows, and :class:`InternalError` for a
         frame that stays malformed however often it is sent.
@@ -325,19 +318,18 @@ class Dispatcher:
             raise answer.error
         if answer.error.code is not Code.INVALID_ARGUMENT:
             self.retries[answer.kind] += 1
-            return False
+            return
         layer.refusals += part.expert_ids
         if max(map(layer.refusals.count, part.expert_ids)) >= MAX_REFUSALS:
             logger.error("%s refused a frame: %s", part.actor_id, answer.error)
             raise InternalError("expert actors refuse a frame as malformed")
-        return self._damaged(part, answer.error)
+        self._note_damage(part, answer.error)
 
-    def _damaged(self, part: Part, damage: object, reason: str = "malformed") -> bool:
-        """Count a frame that was damaged on its way to or from an actor; returns false."""
+    def _note_damage(self, part: Part, damage: object, reason: str = "malformed") -> None:
+        """Count a frame that was damaged on its way to or from an actor."""
         self._damage_log.note(part, f"a damaged frame: {damage}")
         self.retries[reason] += 1
         self._transport.renew(part.actor_id)
-        return False
 
     def _send_again(self, layer: PendingLayer, failed_parts: Sequence[FailedPart]) -> bool:
         """Send failed parts again; returns false where an expert has no live copy.
@@ -396,3 +388,11 @@ class Dispatcher:
         if not self._send(layer, np.sort(np.concatenate([part.pairs for part in damaged]))):
             layer.attempt = None  # an expert has lost its last copy: the next wait returns None
         return True
+
+
+def _decoded(data: Buffer) -> Frame | FrameError:
+    """Return a frame, or the error of bytes that are no frame."""
+    try:
+        return decode(data)
+    except FrameError as error:
+        return error

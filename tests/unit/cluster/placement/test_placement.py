@@ -367,3 +367,12 @@ def test_a_models_key_is_its_id_and_its_content() -> None:
     assert len(model_key(longest, "1", "float32").encode()) < 256  # what a frame has room for
     assert model_id_of("a@b") == "a"
     assert model_id_of("plain") == "plain"
+
+
+def test_an_actor_that_is_no_longer_placed_is_lost() -> None:
+    placement = Placement(3, 1, {}, {"a": 1})
+    assert not placement.has_lost("a", 1, 3)
+    assert placement.without("a").has_lost("a", 1, 3)
+    # The next controller begins without any: it has not looked yet.
+    assert not Placement(4, 0, {}, {}).has_lost("a", 1, 3)
+    assert Placement(4, 1, {}, {"a": 2}).has_lost("a", 1, 3)

@@ -20,7 +20,6 @@ from cluster.errors import (
     InternalError,
     OverloadedError,
 )
-from cluster.placement.placement import Placement
 from cluster.spec import FRAME_VERSION
 from cluster.transport.base import Call, CallFailure, IsGone, Outcome, never_gone
 from cluster.wire.frames import ErrorFrame, encode
@@ -227,18 +226,6 @@ def test_calls_say_whether_another_actor_can_answer(cluster: LocalCluster) -> No
     with pytest.raises(ExpertUnavailableError):
         cluster.generate(greedy_request("one", [3], 4, timeout_s=0.5))
     assert set().union(*said.values()) <= {False}
-
-
-def test_an_actor_that_is_no_longer_placed_is_gone(cluster: LocalCluster) -> None:
-    call, epoch = Call("a0", 1, (), 5.0), cluster.placement.epoch
-    assert not cluster.dispatcher._is_gone(epoch, call)
-    cluster.view.publish(cluster.placement.without("a0"))
-    assert cluster.dispatcher._is_gone(epoch, call)
-    # The next controller begins without any: it has not looked yet.
-    cluster.view.publish(Placement(epoch + 1, 0, {}, {}))
-    assert not cluster.dispatcher._is_gone(epoch, call)
-    cluster.view.publish(Placement(epoch + 1, 1, {}, {"a0": 2}))
-    assert cluster.dispatcher._is_gone(epoch, call)
 
 
 def test_an_only_copy_that_takes_too_long_is_suspected_and_still_waited_for(
