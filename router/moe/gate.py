@@ -129,7 +129,7 @@ class Gate:
 
 @dataclass(slots=True)
 class Choice:
-    """The experts of a layer's tokens: ids and weights [T, K].
+    """The experts of a layer's tokens: ids [T, K], int64 and contiguous, and weights [T, K].
 
     ``pairs`` are the computed pairs of the T * K pairs; ``None`` is all of them.
     """
@@ -155,7 +155,7 @@ Weights are normalised over the allowed experts; the choice may name others with
 
 
 def choose_among(gate: Gate, hidden_states: torch.Tensor) -> ChooseAmong:
-    """Return the choice of a gate anew for some of the hidden states [T, H]."""
+    """Return how a gate chooses anew for some of the hidden states [T, H]."""
     device = hidden_states.device
 
     def choose(rows: np.ndarray, allowed: np.ndarray) -> Choice:

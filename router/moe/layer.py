@@ -183,13 +183,11 @@ class MoELayers(Generic[Result]):
 
     def _send(self, begun: BegunLayer) -> None:
         """Send a layer's rows without missing experts, and prepare their combination."""
-        choice = self._without_missing(begun)
-        ids = np.ascontiguousarray(choice.ids, np.int64)
-        begun.choice = choice = Choice(ids, choice.weights, choice.pairs)
+        begun.choice = choice = self._without_missing(begun)
         span = begun.span
         parent = None if span is None else traceparent(span.get_span_context())
         begun.pending = self._dispatcher.send(
-            begun.layer_id, begun.rows, ids, begun.context.deadline_s, choice.pairs, parent
+            begun.layer_id, begun.rows, choice.ids, begun.context.deadline_s, choice.pairs, parent
         )
         if begun.pending is not None:
             begun.plan = self._combination.prepare(choice, begun.rows)
