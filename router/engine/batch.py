@@ -1,4 +1,4 @@
-"""Packs a step's work into the tensors that model and sampling take: pure functions.
+"""Packs a step's works into the tensors that model and sampling take: pure functions.
 
 Dimension letters: T packed tokens, R rows to sample.
 """
@@ -28,7 +28,7 @@ class StepInput:
     """One packed step, as :meth:`router.model.decoder.Decoder.forward` takes it.
 
     ``sampled`` are the sequences of ``sample_rows``, and ``sampling`` is how they are sampled.
-    ``works`` is the step's work in the order of its tokens.
+    ``works`` are the step's works in the order of its tokens.
     """
 
     token_ids: torch.Tensor
@@ -40,10 +40,10 @@ class StepInput:
     works: tuple[Work, ...]
 
 
-def pack(work: list[Work], attention: Attention) -> StepInput:
+def pack(due: list[Work], attention: Attention) -> StepInput:
     """Pack a step, without padding: decodes (works of a single token), then prefill chunks."""
-    decodes = [w for w in work if w.end - w.start == 1]
-    prefills = [w for w in work if w.end - w.start > 1]
+    decodes = [w for w in due if w.end - w.start == 1]
+    prefills = [w for w in due if w.end - w.start > 1]
     works = (*decodes, *prefills)
     ends = list(itertools.accumulate(w.end - w.start for w in works))
     is_sampled = [w.end == len(w.sequence.token_ids) for w in works]

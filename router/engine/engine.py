@@ -157,18 +157,18 @@ class Engine:
     def run(self) -> None:
         """Serve until :meth:`close`."""
         torch.set_grad_enabled(False)
-        work: list[Work] = []
+        works: list[Work] = []
         while not self._closing:
             wait_s = PARKED_S if self._scheduler.sequences() else IDLE_S
-            self._run_commands(0.0 if work else wait_s)
+            self._run_commands(0.0 if works else wait_s)
             self._expire()
             if self._layers.placed.is_withdrawn():
                 self._fail(lambda _: True, ModelReplacedError())
             self._unpark()
-            work = self._scheduler.schedule() if self._layers.placed.is_placed() else []
+            works = self._scheduler.schedule() if self._layers.placed.is_placed() else []
             self._flush()  # a step may wait long for an expert that is away
-            if work:
-                self._guarded_step(work)
+            if works:
+                self._guarded_step(works)
                 self._flush()
 
     def _run_commands(self, wait_s: float) -> None:
@@ -185,12 +185,12 @@ class Engine:
             if self._layers.placed.have_all(sequence.awaited):
                 sequence.awaited = frozenset()
 
-    def _guarded_step(self, work: list[Work]) -> None:
-        traces = [w.sequence.trace for w in work if w.sequence.trace is not None]
-        num_tokens = sum(w.end - w.start for w in work)
-        trace = begin_step(traces, len(work), num_tokens)
+    def _guarded_step(self, works: list[Work]) -> None:
+        traces = [w.sequence.trace for w in works if w.sequence.trace is not None]
+        num_tokens = sum(w.end - w.start for w in works)
+        trace = begin_step(traces, len(works), num_tokens)
         try:
-            self.step(work, trace)
+            self.step(works, trace)
         except torch.AcceleratorError as error:
             # Gateways replay its streams at another router.
             logger.critical("the router ends: its device failed (%s)", error)
@@ -201,19 +201,19 @@ class Engine:
                 error = OverloadedError(_NO_MEMORY, "args.router.max_batch_tokens", 1.0)
             if not isinstance(error, ExpertMeshError):
                 error = InternalError("the router failed to compute a step")
-            failed = {w.sequence.request.request_id for w in work}
+            failed = {w.sequence.request.request_id for w in works}
             self._fail(lambda s: s.request.request_id in failed, error)
         finally:
             if trace is not None:
                 trace.end()
 
-    def step(self, work: list[Work], trace: StepTrace | None = None) -> None:
-        """Compute the scheduled work, sample, and queue the tokens to be emitted."""
-        self._tally(work)
-        packed = pack(work, self._model.attention)
+    def step(self, works: list[Work], trace: StepTrace | None = None) -> None:
+        """Compute the scheduled works, sample, and queue the tokens to be emitted."""
+        self._tally(works)
+        packed = pack(works, self._model.attention)
         context = context_of(packed, trace)
         sampling = packed.sampling
-        logits, tensors = self._model.decoder.forward(
+        logits, sampling_tensors = self._model.decoder.forward(
             packed.token_ids,
             packed.positions,
             packed.batch,
@@ -221,18 +221,18 @@ class Engine:
             context,
             *sampling.tensors,
         )
-        sampled = sample(logits, SamplingTensors(*tensors), sampling.logprob_sizes)
-        drawn = read(self._model.decoder.to_host(*sampled), sampling)
+        drawn_tensors = sample(logits, SamplingTensors(*sampling_tensors), sampling.logprob_sizes)
+        drawn = read(self._model.decoder.to_host(*drawn_tensors), sampling)
         self.tally.note_layers(context.layer_times_s)
         self._advance(packed, context, drawn)
 
-    def _tally(self, work: list[Work]) -> None:
+    def _tally(self, works: list[Work]) -> None:
         now_s = time.monotonic()
         self.tally.steps += 1
-        for item in work:
-            self.tally.step_tokens += item.end - item.start
-            if not item.sequence.times.scheduled_at_s:
-                self.tally.scheduled(item.sequence, now_s)
+        for work in works:
+            self.tally.step_tokens += work.end - work.start
+            if not work.sequence.times.scheduled_at_s:
+                self.tally.scheduled(work.sequence, now_s)
 
     def _advance(self, packed: StepInput, context: StepContext, drawn: Drawn) -> None:
         """Note what is computed, append the drawn tokens, and queue their events."""

@@ -80,25 +80,25 @@ class Scheduler:
         return [sequence for sequence in self.running if sequence.awaited]
 
     def schedule(self) -> list[Work]:
-        """Admit sequences that fit, and return the next step's work: decodes, then prefill chunks.
+        """Admit sequences that fit; return the next step's works: decodes, then prefill chunks.
 
-        There is no work while all running sequences are parked.
+        There are none while all running sequences are parked.
         """
         self._admit()
         ready = [s for s in self.running if not s.awaited][: self._limits.max_batch_size]
         decodes = [s for s in ready if s.num_computed == len(s.token_ids) - 1]
         budget = self._limits.max_batch_tokens
-        work = [Work(s, s.num_computed, len(s.token_ids)) for s in decodes]
+        works = [Work(s, s.num_computed, len(s.token_ids)) for s in decodes]
         # Decodes are never held back. Without any, a prompt gets at least one token a step.
-        budget = max(budget - len(work), 0 if work else 1)
+        budget = max(budget - len(works), 0 if works else 1)
         for sequence in ready:
             left = len(sequence.token_ids) - sequence.num_computed
             if left > 1 and budget > 0:
                 count = min(left, budget)
                 start = sequence.num_computed
-                work.append(Work(sequence, start, start + count))
+                works.append(Work(sequence, start, start + count))
                 budget -= count
-        return work
+        return works
 
     def _admit(self) -> None:
         # Parked sequences keep their pages, but do not count for the batch. When they go on, more
