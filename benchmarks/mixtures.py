@@ -46,10 +46,10 @@ from benchmarks.common import (
     show_verdicts,
     summary_ms,
 )
+from benchmarks.local_mixture import LocalMixture
 from benchmarks.prediction_ways import Grpc, Http, Local, Question, Way, ask_at_once, ask_in_turn
 from benchmarks.serve import Ports, served
 from experts.checkpoint.mixture import open_mixture
-from router.mixture.local import LocalMixture
 
 MODELS = Path(__file__).resolve().parents[1] / "deploy" / "models"
 BATCHES = (1, 32, 1024)

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from ray import serve
 
+from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import open_mixture
 from router.app import build
 from router.client import Client
-from router.mixture.local import LocalMixture
 from tests.cluster_fixture import APP, ServedCluster, wait_until
 from tests.mixtures import (
     NUM_FEATURES,

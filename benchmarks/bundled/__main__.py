@@ -21,9 +21,9 @@ from threadpoolctl import threadpool_limits
 from benchmarks.bundled.files import CARD_FILE, save_mixture
 from benchmarks.bundled.trained import Begin
 from benchmarks.common import progress
+from benchmarks.local_mixture import LocalMixture
 from experts.backends.check import check_mixture
 from experts.checkpoint.mixture import Mixture
-from router.mixture.local import LocalMixture
 
 NAMES = ("digits", "diabetes", "hierarchy", "sequences")
 BUNDLED = Path(__file__).parents[2] / "deploy" / "models"

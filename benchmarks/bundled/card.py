@@ -12,10 +12,10 @@ import numpy as np
 import sklearn
 import torch
 
+from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.mixture import Mixture
 from router.messages.tensor_bytes import NUMPY_DTYPES
-from router.mixture.local import LocalMixture
 
 _TEMPLATES = Path(__file__).parent / "cards"
 _CPUINFO = Path("/proc/cpuinfo")

@@ -25,8 +25,8 @@ from torch import nn
 from benchmarks.bundled.card import converted, filled, table
 from benchmarks.bundled.files import estimator_bytes, tensor_bytes
 from benchmarks.bundled.trained import Begin, Trained, is_held_out, minimize
+from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import Mixture
-from router.mixture.local import LocalMixture
 
 GATE_FOLDS = 5
 NUM_FOLDS, NUM_REPEATS = 5, 3

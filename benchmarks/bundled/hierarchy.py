@@ -22,8 +22,8 @@ from benchmarks.bundled.card import converted, filled, table
 from benchmarks.bundled.em import NUM_BRANCHES, NUM_KEPT, NUM_LEAVES, NUM_STARTS, Tree, fit
 from benchmarks.bundled.files import tensor_bytes
 from benchmarks.bundled.trained import Begin, Trained, is_held_out
+from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import Mixture
-from router.mixture.local import LocalMixture
 
 NUM_ROWS, NUM_FEATURES = 8000, 3
 NUM_SLABS = 3

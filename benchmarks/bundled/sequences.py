@@ -31,8 +31,8 @@ from benchmarks.bundled.readings import (
     make_batches,
 )
 from benchmarks.bundled.trained import Begin, Trained, is_held_out
+from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import Mixture
-from router.mixture.local import LocalMixture
 
 NUM_STARTS, NUM_EPOCHS = 6, 40
 HIDDEN, TOP_K = 4, 2

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import Mixture
-from router.mixture.local import LocalMixture
 
 HELD_OUT_EVERY = 4
 MAX_ITERATIONS = 1000

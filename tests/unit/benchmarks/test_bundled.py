@@ -16,9 +16,9 @@ from benchmarks.bundled import __main__ as command
 from benchmarks.bundled import diabetes
 from benchmarks.bundled.card import table
 from benchmarks.bundled.files import estimator_bytes
+from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.mixture import open_mixture
-from router.mixture.local import LocalMixture
 
 BUNDLED = Path(__file__).parents[3] / "deploy" / "models"
 

@@ -24,10 +24,10 @@ from torch import nn
 from benchmarks.bundled.hierarchy import make_data
 from benchmarks.bundled.readings import make_batches
 from benchmarks.bundled.trained import is_held_out
+from benchmarks.local_mixture import LocalMixture
 from experts.backends.check import check_mixture
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.mixture import Mixture, open_mixture
-from router.mixture.local import LocalMixture
 from tests.unit.router.mixture.small_mixtures import leaves, softmax
 
 MODELS = Path(__file__).parents[4] / "deploy" / "models"

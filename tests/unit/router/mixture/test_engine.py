@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.local_mixture import LocalMixture
 from cluster.errors import (
     CancelledRequestError,
     DeadlineExceededError,
@@ -37,7 +38,6 @@ from router.messages.prediction import PredictionReply, PredictionRequest
 from router.mixture.engine import MixtureEngine
 from router.mixture.gate import MixtureGate
 from router.mixture.gather import GatherRows, answer_shape_of
-from router.mixture.local import LocalMixture
 from router.mixture.queue import Outcome, QueueLimits, WorkQueue
 from router.mixture.replica import row_costs
 from router.moe.dispatch import Dispatcher

@@ -19,9 +19,9 @@ from skops.io import dumps
 from torch import nn
 from torch.nn import functional
 
-from cluster.errors import ExpertFailedError, InvalidRequestError
+from benchmarks.local_mixture import LocalMixture
+from cluster.errors import ExpertFailedError
 from experts.checkpoint.mixture import Mixture
-from router.mixture.local import LocalMixture, predict_locally
 from tests.unit.experts.backends.folders import RTOL, save_mixture
 from tests.unit.router.mixture.small_mixtures import leaves, linear_gate
 
@@ -97,7 +97,7 @@ def test_a_tree_of_mixed_experts_is_the_product_rule_over_the_libraries_own_pred
     tmp_path: Path, dtype: str
 ) -> None:
     mixture, own, gates, x = regression(tmp_path, dtype)
-    outputs = predict_locally(mixture, {"x": x})
+    outputs = LocalMixture(mixture).predict({"x": x})
     assert list(outputs) == ["y", "experts"]
     assert outputs["y"].dtype == np.dtype(dtype)
     expected = np.zeros((len(x), 1))
@@ -148,7 +148,7 @@ def test_classifiers_are_combined_by_the_gates_weights(tmp_path: Path, kind: str
     }
     files = {"gates.safetensors": save({"root.weight": gate})}
     files |= {"0.skops": dumps(logistic), "1.skops": dumps(machine)}
-    outputs = predict_locally(save_mixture(tmp_path, spec, files), {"x": x})
+    outputs = LocalMixture(save_mixture(tmp_path, spec, files)).predict({"x": x})
     for row, values in enumerate(x):
         total = np.zeros(3)
         for e, weight in leaves(gates, {"root.weight": gate}, values, []).items():
@@ -244,26 +244,5 @@ def test_a_density_needs_its_target_for_its_logarithm_alone(tmp_path: Path) -> N
     tall, wide = (np.exp(-0.5 * ((1 - m) / s) ** 2) / (s * np.sqrt(2 * np.pi))
                   for m, s in ((1, 2), (3, 6)))  # fmt: skip
     np.testing.assert_allclose(both["log"], [[np.log(0.5 * tall + 0.5 * wide)]], 1e-14)
-    with pytest.raises(InvalidRequestError, match=r"inputs\.t: is missing"):
-        local.predict({"x": x}, ["log"])
     with pytest.raises(ExpertFailedError, match=r"e0: a deviation must be above 0 \(row 1"):
         local.predict({"x": np.array([[1.0, 2.0], [1.0, -2.0]])})
-
-
-@pytest.mark.parametrize(
-    ("inputs", "outputs", "message"),
-    [
-        ({}, None, r"inputs\.x: is missing"),
-        ({"x": np.zeros((2, 2)), "z": np.zeros(2)}, None, "'z' is not one of the inputs x, t"),
-        ({"x": np.zeros((2, 3))}, None, r"inputs\.x: .*\[2, 2\].*given: float64 of \[2, 3\]"),
-        ({"x": np.zeros((2, 2), np.float32)}, None, r"inputs\.x: must be float64.*given: float32"),
-        ({"x": np.zeros((2, 2)), "t": np.zeros((3, 1))}, None, r"inputs\.t: .*\[2, 1\]"),
-        ({"x": np.array([[1.0, np.nan]])}, None, r"inputs\.x: .*NaN"),
-        ({"x": np.zeros((2, 2))}, ["mode"], "'mode' is not one of the outputs mean, log"),
-    ],
-)
-def test_wrong_inputs_are_refused(
-    tmp_path: Path, inputs: dict[str, np.ndarray], outputs: list[str] | None, message: str
-) -> None:
-    with pytest.raises(InvalidRequestError, match=message):
-        LocalMixture(density(tmp_path)).predict(inputs, outputs)

@@ -1,6 +1,4 @@
-"""A mixture in one process: gate, experts and combination, without actors and without Ray.
-
-It gives the predictions that a cluster serves, from the same parts.
+"""A mixture in one process, to compare a cluster's predictions with: the same parts without actors.
 
 Dimension letter: T rows.
 """
@@ -13,12 +11,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from cluster.errors import InvalidRequestError
 from cluster.wire.tensors import TORCH_DTYPES, to_bytes
 from experts.backends.load import load_mixture_expert
 from experts.checkpoint.mixture import Mixture
-from experts.mixture.spec import MixtureSpec, default_outputs, target_of
-from router.messages.tensor_bytes import NUMPY_DTYPES
+from experts.mixture.spec import default_outputs
 from router.mixture.combine import combined
 from router.mixture.gate import MixtureGate
 from router.mixture.gather import GatherRows, answer_shape_of
@@ -47,13 +43,12 @@ class LocalMixture:
         """Return ``outputs`` [T, *shape] by name, by default all that the inputs allow.
 
         ``inputs`` are arrays [T, *shape] by name, of the inputs' datatypes. Each expert computes
-        the rows that the gate gives it, in one call. Raises :class:`InvalidRequestError` for wrong
-        inputs, and errors of the gate, of an expert and of the combination.
+        the rows that the gate gives it, in one call. Raises the errors of the gate, of an expert
+        and of the combination.
         """
         names = outputs
         if names is None:
             names = [output.name for output in default_outputs(self.spec, inputs)]
-        _check(self.spec, inputs, names)
         given = torch.from_numpy(
             np.require(inputs[self.spec.rows_input.name], requirements=["C", "W"])
         )
@@ -71,44 +66,3 @@ class LocalMixture:
         return combined(
             self.spec, gathered.rows, choice.weights, choice.ids, gathered.is_present, inputs, names
         )
-
-
-def predict_locally(
-    mixture: Mixture, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None
-) -> dict[str, np.ndarray]:
-    """Load a mixture and predict once, as :meth:`LocalMixture.predict` does."""
-    return LocalMixture(mixture).predict(inputs, outputs)
-
-
-def _check(spec: MixtureSpec, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> None:
-    sources = {output.name: output.source for output in spec.outputs}
-    for name in outputs:
-        if name not in sources:
-            raise InvalidRequestError(
-                f"{name!r} is not one of the outputs {', '.join(sources)}", "outputs"
-            )
-    needed = {spec.rows_input.name, *(spec.gate_input(gate).name for gate in spec.gates.values())}
-    target = target_of(spec)
-    if target is not None and "log_density" in {sources[name] for name in outputs}:
-        needed.add(target)
-    for name in needed:
-        if name not in inputs:
-            raise InvalidRequestError("is missing", f"inputs.{name}")
-    num_rows = len(inputs[spec.rows_input.name])
-    for name, array in inputs.items():
-        try:
-            part = spec.input(name)
-        except ValueError as error:
-            raise InvalidRequestError(str(error), "inputs") from None
-        allowed = (num_rows, *part.shape)
-        fits = array.ndim == len(allowed) and all(
-            wanted in (-1, given) for given, wanted in zip(array.shape, allowed, strict=True)
-        )
-        if not fits or array.dtype != NUMPY_DTYPES[part.datatype]:
-            raise InvalidRequestError(
-                f"must be {NUMPY_DTYPES[part.datatype]} of the shape {list(allowed)}, where -1 is "
-                f"any length (given: {array.dtype} of {list(array.shape)})",
-                f"inputs.{name}",
-            )
-        if not np.isfinite(array).all():
-            raise InvalidRequestError("has a value that is NaN or infinite", f"inputs.{name}")
