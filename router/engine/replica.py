@@ -8,7 +8,6 @@ to the gateways, one frame for each gateway (:mod:`router.messages.token_link`).
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import logging
 import os
@@ -48,8 +47,6 @@ from router.moe.layer import MoELayers
 from router.observability.tracing import RequestTrace
 from router.served import ServedModel
 
-TURN_CHECK_S = 0.1
-
 logger = logging.getLogger("expertmesh.router")
 
 
@@ -86,11 +83,11 @@ class RouterReplica:
         self._requests: dict[str, _Request] = {}
         self._call_numbers = itertools.count()
         self._model = model
-        view = self._view = PlacementView()
         self._is_deleted = False
+        self._view = PlacementView()
         self._watcher = PlacementWatcher(
             "router",
-            view,
+            self._view,
             controller,
             partial(app_is_wanted, app),
             self._end_requests,
@@ -101,61 +98,30 @@ class RouterReplica:
         tls = None if experts.tls is None else experts.tls.files()
         self._transport = open_transport(app, experts.transport, tls)
         self._dispatcher = Dispatcher(
-            model.key, view, self._transport, self._watcher.suspect, experts.call_timeout_s
+            model.key, self._view, self._transport, self._watcher.suspect, experts.call_timeout_s
         )
         capacity = config.expert_capacity
         limit = None if capacity is None else CapacityLimit(capacity, model.num_experts)
         self._overflow: Mapping[tuple[int, int], int] = {} if limit is None else limit.overflow
         layers = MoELayers(self._dispatcher, WeightedSums(), limit)
-        device = self._device = device_of(config.device, config.num_gpus, "args.router.device")
-        opened = open_model(model.path, model.source.identity, RayNeighbours())
-        checkpoint = language_model(opened)
-        cache_tokens = config.cache_tokens_for(model.max_model_len)
-        self._kernel_class = dense_class(device, TORCH_DTYPES[model.dtype])
-        dense = MoEModel(checkpoint, TORCH_DTYPES[model.dtype], cache_tokens, layers, device)
-        scheduler = Scheduler(
-            Limits(
-                config.max_batch_size,
-                config.max_batch_tokens,
-                config.max_queue_requests,
-                config.max_queue_tokens,
-            ),
-            dense.num_pages,
-            dense.attention.page_size,
-        )
-        self._scheduler = scheduler
+        self._device = device_of(config.device, config.num_gpus, "args.router.device")
+        self._kernel_class = dense_class(self._device, TORCH_DTYPES[model.dtype])
+        dense = _load_dense(model, config, layers, self._device, self._kernel_class)
+        self._scheduler = Scheduler(_limits_of(config), dense.num_pages, dense.attention.page_size)
         self._engine = Engine(
             dense,
             layers,
-            scheduler,
+            self._scheduler,
             frozenset(model.eos_token_ids),
             self._emit,
             is_exact=not experts.emulated_pools,
             identity=model.identity,
         )
         self._samples = RouterSamples(
-            model.id, self._engine.tally, scheduler, self._dispatcher, self._overflow
+            model.id, self._engine.tally, self._scheduler, self._dispatcher, self._overflow
         )
         self._links = LinkClient(self._stop_choice, None if tls is None else tls.client_context())
-        gc.collect()
-        gc.freeze()  # the model lives as long as the process; collections skip it from here on
         self._engine.start()
-        logger.info(
-            "router of %s: %s on %s (%s), cache of %d tokens%s",
-            model.id,
-            model.dtype,
-            device,
-            self._kernel_class,
-            dense.num_pages * dense.attention.page_size,
-            "" if checkpoint.remote is None else f", {checkpoint.remote.summary()}",
-        )
-        if experts.emulated_pools:
-            logger.warning(
-                "%s: the devices of some pools are emulated (%s): their experts answer zeros, and "
-                "no reply is exact",
-                model.id,
-                ", ".join(experts.emulated_pools),
-            )
 
     async def generate(self, wire: dict[str, Any], address: LinkAddress) -> dict[str, Any]:
         """Generate all choices of a request.
@@ -202,10 +168,9 @@ class RouterReplica:
         identities = {choice.identity for choice in request.received if choice.token_ids}
         return identities <= {self._model.identity}
 
-    async def take_turn(self) -> None:
-        """Return once this router is to serve; see :func:`router.control.readiness.is_its_turn`."""
-        while not is_its_turn(self._view.placement, self._model.key):
-            await asyncio.sleep(TURN_CHECK_S)
+    def is_its_turn(self) -> bool:
+        """Return whether this router is to serve yet (:mod:`router.control.readiness`)."""
+        return is_its_turn(self._view.placement, self._model.key)
 
     def _end_requests(self) -> None:
         """End all requests; Serve waits for them before it ends a replica."""
@@ -281,6 +246,38 @@ class RouterReplica:
         self._engine.close()
         self._watcher.stop()
         self._links.close()
+
+
+def _load_dense(
+    model: ServedModel,
+    config: RouterConfig,
+    layers: MoELayers[torch.Tensor],
+    device: torch.device,
+    kernel_class: str,
+) -> MoEModel:
+    """Load the dense part from this node's disk or another node, and log where it is."""
+    checkpoint = language_model(open_model(model.path, model.source.identity, RayNeighbours()))
+    cache_tokens = config.cache_tokens_for(model.max_model_len)
+    dense = MoEModel(checkpoint, TORCH_DTYPES[model.dtype], cache_tokens, layers, device)
+    logger.info(
+        "router of %s: %s on %s (%s), cache of %d tokens%s",
+        model.id,
+        model.dtype,
+        device,
+        kernel_class,
+        dense.num_pages * dense.attention.page_size,
+        "" if checkpoint.remote is None else f", {checkpoint.remote.summary()}",
+    )
+    return dense
+
+
+def _limits_of(config: RouterConfig) -> Limits:
+    return Limits(
+        config.max_batch_size,
+        config.max_batch_tokens,
+        config.max_queue_requests,
+        config.max_queue_tokens,
+    )
 
 
 def _replaced(error: ModelReplacedError, has_other_text: bool = False) -> dict[str, Any]:

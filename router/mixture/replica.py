@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import logging
 import os
@@ -49,7 +48,6 @@ STEP_ROWS = 2
 """The rows of a step for each token of ``max_batch_tokens``: a row of a mixture is smaller."""
 ROW_BYTES = 1024
 """A row costs an expert as much as so many bytes of its file, besides the file's own."""
-TURN_CHECK_S = 0.1
 FINISH_S, FINISH_CHECK_S = 10.0, 0.05
 
 logger = logging.getLogger("expertmesh.router")
@@ -119,17 +117,8 @@ class MixtureReplica:
         )
         self._server = self._new_server(tls)
         self._samples = MixtureSamples(model.id, self._engine.tally, self._queue, self._dispatchers)
-        gc.collect()
-        gc.freeze()  # the gates live as long as the process; collections skip them from here on
         self._engine.start()
         logger.info("router of %s: a mixture of %d experts", model.id, len(mixture.spec.experts))
-        if experts.emulated_pools:
-            logger.warning(
-                "%s: the devices of some pools are emulated (%s): their experts answer zeros, and "
-                "no reply is exact",
-                model.id,
-                ", ".join(experts.emulated_pools),
-            )
 
     def _new_server(self, tls: TlsFiles | None) -> PredictionServer | None:
         if tls is None and _ray_has_tls():
@@ -179,10 +168,9 @@ class MixtureReplica:
         """Pass an outcome from a thread of the engine to the event loop."""
         self._loop.call_soon_threadsafe(_set_result, future, outcome)
 
-    async def take_turn(self) -> None:
-        """Return once this router is to serve; see :func:`router.control.readiness.is_its_turn`."""
-        while not is_its_turn(self._view.placement, self._model.key):
-            await asyncio.sleep(TURN_CHECK_S)
+    def is_its_turn(self) -> bool:
+        """Return whether this router is to serve yet (:mod:`router.control.readiness`)."""
+        return is_its_turn(self._view.placement, self._model.key)
 
     def _end_requests(self) -> None:
         """End all requests; Serve waits for them before it ends a replica."""

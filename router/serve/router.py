@@ -6,6 +6,10 @@ and a start would wait for them twice.
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ray import serve
@@ -14,7 +18,7 @@ from router.config import AppConfig
 from router.control.client import HandleController
 from router.serve.autoscaling import USE
 from router.serve.process import collector_paused, failures_logged, setup_logging
-from router.served import ServedMixture, ServedModel
+from router.served import Served, ServedMixture, ServedModel
 
 if TYPE_CHECKING:
     from router.engine.replica import RouterReplica
@@ -22,12 +26,42 @@ if TYPE_CHECKING:
     from router.mixture.replica import MixtureReplica
 
 R = TypeVar("R", "RouterReplica", "MixtureReplica")
+TURN_CHECK_S = 0.1
+
+logger = logging.getLogger("expertmesh.router")
 
 
 class _Deployment(Generic[R]):
     """The part of a replica that Serve asks for, whatever it serves."""
 
     _replica: R | None = None
+
+    async def _start(
+        self,
+        model: Served,
+        config: AppConfig,
+        controller: Any,
+        replica_class: Callable[[], Callable[..., R]],
+    ) -> None:
+        """Make a replica, and return once it is to serve; ``replica_class`` imports its class."""
+        setup_logging()
+        app, experts = serve.get_replica_context().app_name, config.experts
+        with failures_logged(f"the router of {model.id}"):
+            with collector_paused():
+                make = replica_class()
+            client = HandleController(controller)
+            replica = self._replica = make(app, model, config.router, experts, client)
+        gc.collect()
+        gc.freeze()  # the model lives as long as the process; collections skip it from here on
+        if experts.emulated_pools:
+            logger.warning(
+                "%s: the devices of some pools are emulated (%s): their experts answer zeros, and "
+                "no reply is exact",
+                model.id,
+                ", ".join(experts.emulated_pools),
+            )
+        while not replica.is_its_turn():
+            await asyncio.sleep(TURN_CHECK_S)
 
     async def stats(self) -> dict[str, Any]:
         """See :meth:`router.engine.replica.RouterReplica.stats`."""
@@ -55,14 +89,7 @@ class RouterDeployment(_Deployment["RouterReplica"]):
         self, model: ServedModel, config: AppConfig, controller: Any
     ) -> None:
         """Load the model's dense part and start the engine."""
-        setup_logging()
-        app = serve.get_replica_context().app_name
-        with failures_logged(f"the router of {model.id}"):
-            with collector_paused():
-                from router.engine.replica import RouterReplica
-            client = HandleController(controller)
-            self._replica = RouterReplica(app, model, config.router, config.experts, client)
-        await self._replica.take_turn()
+        await self._start(model, config, controller, _router_replica)
 
     def __del__(self) -> None:
         """Serve calls this at a graceful end of the replica."""
@@ -81,14 +108,7 @@ class MixtureDeployment(_Deployment["MixtureReplica"]):
         self, model: ServedMixture, config: AppConfig, controller: Any
     ) -> None:
         """Load the mixture's gates and start the engine."""
-        setup_logging()
-        app = serve.get_replica_context().app_name
-        with failures_logged(f"the router of {model.id}"):
-            with collector_paused():
-                from router.mixture.replica import MixtureReplica
-            client = HandleController(controller)
-            self._replica = MixtureReplica(app, model, config.router, config.experts, client)
-        await self._replica.take_turn()
+        await self._start(model, config, controller, _mixture_replica)
 
     async def __del__(self) -> None:
         """Serve awaits this at a graceful end of the replica, once it knows of no request."""
@@ -103,3 +123,15 @@ class MixtureDeployment(_Deployment["MixtureReplica"]):
     async def link(self) -> LinkAddress | None:
         """See :meth:`MixtureReplica.link`."""
         return await self._started().link()
+
+
+def _router_replica() -> type[RouterReplica]:
+    from router.engine.replica import RouterReplica
+
+    return RouterReplica
+
+
+def _mixture_replica() -> type[MixtureReplica]:
+    from router.mixture.replica import MixtureReplica
+
+    return MixtureReplica
