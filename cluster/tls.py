@@ -24,9 +24,9 @@ class TlsFiles:
         """
         return self._context(ssl.PROTOCOL_TLS_SERVER, where)
 
-    def client_context(self, where: str = "experts.tls") -> ssl.SSLContext:
+    def client_context(self) -> ssl.SSLContext:
         """Return the TLS context of a router; see :meth:`server_context`."""
-        return self._context(ssl.PROTOCOL_TLS_CLIENT, where)
+        return self._context(ssl.PROTOCOL_TLS_CLIENT, "experts.tls")
 
     def _context(self, protocol: int, where: str) -> ssl.SSLContext:
         context = ssl.SSLContext(protocol)

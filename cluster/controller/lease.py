@@ -11,7 +11,6 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
 
 from ray.util import list_named_actors
 
@@ -49,10 +48,8 @@ class Lease:
         return now_s - self._absent_since_s >= ABSENT_S
 
 
-def end_when_orphaned(
-    lease: Lease, app: str, end: Callable[[], None] = lambda: os._exit(0)
-) -> None:
-    """Watch a lease on a daemon thread and call ``end`` when it makes the actor an orphan."""
+def end_when_orphaned(lease: Lease, app: str) -> None:
+    """Watch a lease on a daemon thread, and end the process when it makes the actor an orphan."""
 
     def watch() -> None:
         while True:
@@ -60,8 +57,7 @@ def end_when_orphaned(
             now_s = time.monotonic()
             if lease.lapsed(now_s) and lease.orphaned(now_s, app_has_replicas(app)):
                 logger.warning("the controller and the app %s are gone: ending", app)
-                end()
-                return
+                os._exit(0)
 
     threading.Thread(target=watch, name="lease", daemon=True).start()
 
