@@ -64,10 +64,10 @@ def context_of(packed: StepInput, trace: StepTrace | None = None) -> StepContext
     """Return the context of the step's MoE layers; its deadline is its requests' earliest."""
     requests = [work.sequence.request for work in packed.works]
     return StepContext(
-        min(request.deadline_s for request in requests),
-        [work.end - work.start for work in packed.works],
-        [request.on_expert_loss for request in requests],
-        trace,
+        deadline_s=min(request.deadline_s for request in requests),
+        sizes=[work.end - work.start for work in packed.works],
+        contracts=[request.on_expert_loss for request in requests],
+        trace=trace,
     )
 
 

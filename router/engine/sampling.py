@@ -1,8 +1,8 @@
 """Samples the next tokens of a step, all rows at once, where the logits are.
 
 :func:`router.engine.batch.sampling_of` makes tensors of the rows' parameters, which go to the
-logits' device with the step's inputs. :func:`sample` makes tensors of tensors there, without a
-read by the host. :func:`read` makes tokens of them on the host.
+logits' device with the step's inputs. :func:`sample` draws there, and the host reads nothing
+meanwhile. :func:`read` makes tokens on the host of the tensors that were drawn.
 
 A row's token depends on its logits, its parameters and (seed, choice, position) alone. It depends
 neither on the row's place in the batch nor on the other rows, so a request that is retried or moved

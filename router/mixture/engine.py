@@ -186,9 +186,9 @@ class MixtureEngine:
         given = torch.from_numpy(inputs[self._spec.rows_input.name])
         rows = given.to(TORCH_DTYPES[self._spec.dtype])
         context = StepContext(
-            min(work.job.request.deadline_s for work in works),
-            [work.num_rows for work in works],
-            [work.job.request.on_expert_loss for work in works],
+            deadline_s=min(work.job.request.deadline_s for work in works),
+            sizes=[work.num_rows for work in works],
+            contracts=[work.job.request.on_expert_loss for work in works],
             needs_an_expert=True,
         )
         among = self._gate.among(inputs, first_row)
