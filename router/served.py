@@ -36,24 +36,10 @@ MIXTURE_LAYERS = (0,)
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
-    """The description of a model that routers and gateways get: plain data, without weights.
-
-    ``max_model_len`` bounds prompt plus output, in tokens. ``eos_token_ids`` end a choice and never
-    show in its text. ``stored`` is the quantisation of the files, ``None`` where they have none.
-    """
+class _Served:
+    """A language model or a mixture, by its source."""
 
     source: ModelSource
-    family: str
-    vocab_size: int
-    max_model_len: int
-    num_experts_per_tok: int
-    eos_token_ids: tuple[int, ...]
-    stored: str | None = None
-    identity: str = ""
-    """A hash of the content and of all settings that can change a token."""
-    text_identity: str = ""
-    """A hash of the files by which text becomes ids (:mod:`experts.checkpoint.identity`)."""
 
     @property
     def id(self) -> str:
@@ -67,8 +53,28 @@ class ServedModel:
 
     @property
     def path(self) -> str:
-        """The configured path of the checkpoint."""
+        """The configured path of the checkpoint's folder."""
         return self.source.path
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel(_Served):
+    """The description of a model that routers and gateways get: plain data, without weights.
+
+    ``max_model_len`` bounds prompt plus output, in tokens. ``eos_token_ids`` end a choice and never
+    show in its text. ``stored`` is the quantisation of the files, ``None`` where they have none.
+    """
+
+    family: str
+    vocab_size: int
+    max_model_len: int
+    num_experts_per_tok: int
+    eos_token_ids: tuple[int, ...]
+    stored: str | None = None
+    identity: str = ""
+    """A hash of the content and of all settings that can change a token."""
+    text_identity: str = ""
+    """A hash of the files by which text becomes ids (:mod:`experts.checkpoint.identity`)."""
 
     @property
     def dtype(self) -> str:
@@ -87,33 +93,17 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True)
-class ServedMixture:
+class ServedMixture(_Served):
     """The description of a mixture that routers and gateways get: plain data, without weights.
 
     The mixture has one layer, 0, and its experts are numbered as in ``spec.expert_names``.
     """
 
-    source: ModelSource
     spec: MixtureSpec
     interface: str = ""
     """The hash of inputs and outputs (:func:`experts.mixture.spec.interface_of`)."""
     identity: str = ""
     """A hash of the content and of all settings that can change a prediction."""
-
-    @property
-    def id(self) -> str:
-        """The id that requests name."""
-        return model_id_of(self.key)
-
-    @property
-    def key(self) -> str:
-        """The name in the placement, which says the content too."""
-        return self.source.experts.model
-
-    @property
-    def path(self) -> str:
-        """The configured path of the mixture's folder."""
-        return self.source.path
 
 
 Served = ServedModel | ServedMixture
