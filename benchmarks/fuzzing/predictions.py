@@ -71,7 +71,8 @@ def service() -> PredictionService:
     source = ModelSource("unused", spec.dtype, ModelExperts(f"{MODEL}@1", (0,), 1, 0), "unused")
     limits = GatewayConfig()
     mixtures = {MODEL: ServedMixture(source, spec, "now")}
-    return PredictionService(mixtures, limits, _Rows(), Metrics(), Room(limits))
+    upstream: Any = _Rows()  # what a service calls of the routers
+    return PredictionService(mixtures, limits, upstream, Metrics(), Room(limits))
 
 
 def http() -> Target:

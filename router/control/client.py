@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-from typing import Any, Protocol
+from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
 from cluster.reports import Samples
 
 
-class ControllerClient(Protocol):
-    """The controller's methods that a :class:`PlacementWatcher` calls."""
-
-    def watch(
-        self,
-        kind: str,
-        pid: int,
-        node: str,
-        known: tuple[int, int],
-        timeout_s: float,
-        samples: Samples,
-        model: str,
-        kernel_class: str,
-    ) -> Awaitable[dict[str, Any]]:
-        """See :meth:`cluster.controller.controller.Controller.watch`."""
-        ...
-
-    def suspect(self, actor_id: str, generation: int) -> Awaitable[None]:
-        """See :meth:`cluster.controller.controller.Controller.suspect`."""
-        ...
-
-
-class HandleController:
-    """Implements :class:`ControllerClient` over the Serve handle of the controller."""
+class ControllerClient:
+    """Calls the controller by its Serve handle, for :class:`PlacementWatcher`."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         """``handle`` is the controller deployment's."""

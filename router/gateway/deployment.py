@@ -11,7 +11,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.errors import being_deleted
 from cluster.reports import Samples
 from cluster.spec import OnExpertLoss
-from router.control.client import HandleController
+from router.control.client import ControllerClient
 from router.control.placement_view import PlacementView, PlacementWatcher
 from router.control.readiness import Readiness, is_its_turn, model_readiness, readiness
 
@@ -43,7 +43,7 @@ class Deployment:
         self._watcher = PlacementWatcher(
             "gateway",
             self._view,
-            HandleController(controller),
+            ControllerClient(controller),
             is_wanted,
             self.end_requests,
             samples,

@@ -27,7 +27,7 @@ from router.gateway.metrics import Metrics
 from router.gateway.models import load_models
 from router.gateway.predict.links import RouterLinks
 from router.gateway.predict.service import PredictionService
-from router.gateway.predict.upstream import RayPredictions
+from router.gateway.predict.upstream import Predictions
 from router.gateway.predict.v2_grpc import PredictionHandlers
 from router.gateway.ray_upstream import RayUpstream
 from router.gateway.service import GRACE_S, GenerationService
@@ -97,7 +97,7 @@ class GatewayReplica(GrpcMethods):
         self.predictions = PredictionService(
             mixtures,
             limits,
-            RayPredictions(self._deployment, routers, links, max_calls, metrics.prediction_call),
+            Predictions(self._deployment, routers, links, max_calls, metrics.prediction_call),
             metrics,
             self._room,
             tuple(loaded),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from ray import serve
 
 from router.config import AppConfig
-from router.control.client import HandleController
+from router.control.client import ControllerClient
 from router.serve.autoscaling import USE
 from router.serve.process import collector_paused, failures_logged, setup_logging
 from router.served import Served, ServedMixture, ServedModel
@@ -49,7 +49,7 @@ class _Deployment(Generic[R]):
         with failures_logged(f"the router of {model.id}"):
             with collector_paused():
                 make = replica_class()
-            client = HandleController(controller)
+            client = ControllerClient(controller)
             replica = self._replica = make(app, model, config.router, experts, client)
         gc.collect()
         gc.freeze()  # the model lives as long as the process; collections skip it from here on

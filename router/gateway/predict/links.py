@@ -6,7 +6,6 @@ import asyncio
 import logging
 import ssl
 import time
-from typing import Protocol
 
 from ray.serve.handle import DeploymentHandle
 
@@ -20,20 +19,14 @@ ASK_TIMEOUT_S = 5.0
 logger = logging.getLogger("expertmesh.link")
 
 
-class Links(Protocol):
-    """The links to the routers of one mixture, as :class:`RayPredictions` needs them."""
-
-    def call(self, wire: Wire) -> LinkCall | None:
-        """Send a request to a router; ``None`` where there is no link."""
-        ...
-
-
 def _load_of(link: PredictionLink) -> tuple[bool, int, float]:
     return link.is_silent(), link.num_unanswered, link.called_at_s
 
 
 class RouterLinks:
-    """Implements :class:`Links` for the replicas that Serve knows; used on one event loop.
+    """The links to the routers of one mixture, for the replicas that Serve knows.
+
+    They are used on one event loop.
 
     Serve says which replicas run, and each of them where it listens. They are asked in the
     background, and only while requests come. Where a replica cannot be reached, its requests go by
@@ -58,13 +51,6 @@ class RouterLinks:
         if not links:
             return None
         return min(links, key=_load_of).call(wire)
-
-    def close(self) -> None:
-        """Drop all links."""
-        if self._asking is not None:
-            self._asking.cancel()
-        for link in self._links.values():
-            link.close()
 
     def _keep_fresh(self) -> None:
         now_s = time.monotonic()

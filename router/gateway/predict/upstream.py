@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from opentelemetry.trace import Span
@@ -32,7 +32,7 @@ from cluster.errors import (
 from router.control.readiness import Readiness
 from router.gateway.deployment import Deployment
 from router.gateway.limits import RETRY_AFTER_S
-from router.gateway.predict.links import Links
+from router.gateway.predict.links import RouterLinks
 from router.gateway.resend import RESEND, RESEND_TOKENS, failure_of, resend_delay_s
 from router.messages.prediction import PredictionReply, PredictionRequest
 from router.messages.prediction_link import LinkBrokenError
@@ -54,26 +54,6 @@ REPEATED_TIMES = 3
 logger = logging.getLogger("expertmesh.gateway")
 
 
-class Predictions(Protocol):
-    """The routers of all mixtures, as a service needs them."""
-
-    async def predict(self, request: PredictionRequest) -> PredictionReply:
-        """Return the outputs of all rows, of one identity.
-
-        The caller bounds the wait. Raises :class:`cluster.errors.ExpertMeshError`. A cancellation
-        ends the request at its routers.
-        """
-        ...
-
-    def ready(self) -> Readiness:
-        """Return whether every expert has a live copy, and if not, why; waits for nothing."""
-        ...
-
-    def model_ready(self, model: str) -> Readiness:
-        """Return the same of one model alone, by its id."""
-        ...
-
-
 @dataclass(slots=True)
 class _Asked:
     """The pieces of one request: how many are at a router now, and whether any was answered."""
@@ -87,14 +67,14 @@ class _OtherInterfaceError(ModelReplacedError):
     """The router's mixture has other inputs or outputs than the one that this gateway knows."""
 
 
-class RayPredictions:
-    """Implements :class:`Predictions` over links, and over Serve's handles where there is none."""
+class Predictions:
+    """The routers of all mixtures, over links, and over Serve's handles where there is none."""
 
     def __init__(
         self,
         deployment: Deployment,
         routers: Mapping[str, DeploymentHandle],
-        links: Mapping[str, Links],
+        links: Mapping[str, RouterLinks],
         max_calls: int,
         on_call: Callable[[str, str], None],
     ) -> None:
@@ -115,15 +95,19 @@ class RayPredictions:
         self._answers: set[asyncio.Task[Any]] = set()
 
     def ready(self) -> Readiness:
-        """See :class:`Predictions`."""
+        """Return whether every expert has a live copy, and if not, why; waits for nothing."""
         return self._deployment.ready()
 
     def model_ready(self, model: str) -> Readiness:
-        """See :class:`Predictions`."""
+        """Return the same of one model alone, by its id."""
         return self._deployment.model_ready(model)
 
     async def predict(self, request: PredictionRequest) -> PredictionReply:
-        """See :class:`Predictions`; sends a piece again when its router dies."""
+        """Return the outputs of all rows, of one identity; sends a piece again if its router dies.
+
+        The caller bounds the wait. Raises :class:`cluster.errors.ExpertMeshError`. A cancellation
+        ends the request at its routers.
+        """
         self._deployment.check_open()
         pieces = pieces_of(request)
         with prediction_span(request) as span:

@@ -66,7 +66,10 @@ async def linked(serve: Serve, count: int | None = None) -> AsyncIterator[Router
     try:
         yield links
     finally:
-        links.close()
+        if links._asking is not None:
+            links._asking.cancel()
+        for link in links._links.values():
+            link.close()
         for router in serve.routers:
             router.server.close()
 

@@ -32,7 +32,7 @@ from router.gateway.predict.upstream import (
     MAX_PIECE_ROWS,
     MAX_PIECES_AT_ONCE,
     REPEATED_TIMES,
-    RayPredictions,
+    Predictions,
     joined,
     pieces_of,
 )
@@ -105,7 +105,7 @@ class Routers:
         return self.calls
 
 
-Test = Callable[[RayPredictions, Routers], Coroutine[Any, Any, None]]
+Test = Callable[[Predictions, Routers], Coroutine[Any, Any, None]]
 
 
 @pytest.fixture(params=["serve", "links"])
@@ -123,7 +123,7 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Call
             routers = Routers(request.param)
             handles: Any = {"m": routers}
             deployment = Deployment(None, handles, "strict", lambda: True, lambda: Samples(0.0, {}))
-            predictions = RayPredictions(
+            predictions = Predictions(
                 deployment, handles, handles, MAX_CALLS, lambda *told: routers.counted.append(told)
             )
             await test(predictions, routers)
@@ -145,7 +145,7 @@ LARGE_ROWS = PIECES * MAX_PIECE_ROWS - 7
 """Enough for more pieces than may be under way at one time."""
 
 
-def asked(upstream: RayPredictions, given: PredictionRequest) -> asyncio.Task[PredictionReply]:
+def asked(upstream: Predictions, given: PredictionRequest) -> asyncio.Task[PredictionReply]:
     return asyncio.create_task(upstream.predict(given))
 
 
@@ -163,7 +163,7 @@ def check_rows(reply: PredictionReply, given: PredictionRequest) -> None:
 
 
 def test_a_small_request_is_one_call(run: Callable[[Test], None]) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         given = request()
         work = asked(upstream, given)
         [call] = await routers.until(1)
@@ -188,7 +188,7 @@ def test_serve_takes_the_span_of_a_sampled_request_along_with_its_calls(
     spans = SpanKeeper()
     monkeypatch.setattr(trace, "get_tracer", spans.provider.get_tracer)
 
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         serves = spans.tracer.start_span("serve")
         with as_current(serves):
             work = asked(upstream, request(2 * MAX_PIECE_ROWS))
@@ -214,7 +214,7 @@ def test_serve_takes_the_span_of_a_sampled_request_along_with_its_calls(
 def test_a_large_request_goes_in_pieces_and_comes_back_in_order(
     run: Callable[[Test], None],
 ) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         given = request(LARGE_ROWS)
         work = asked(upstream, given)
         calls = await routers.until(MAX_PIECES_AT_ONCE)
@@ -266,7 +266,7 @@ def test_replies_of_texts_of_other_lengths_are_joined() -> None:
 
 
 def test_a_piece_whose_router_dies_is_sent_again_and_no_other(run: Callable[[Test], None]) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         given = request(2 * MAX_PIECE_ROWS)
         work = asked(upstream, given)
         first, second = await routers.until(2)
@@ -285,7 +285,7 @@ def test_a_piece_whose_router_dies_is_sent_again_and_no_other(run: Callable[[Tes
 
 
 def test_without_a_budget_a_lost_router_is_an_error(run: Callable[[Test], None]) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         upstream._budget = RetryBudget(max_tokens=1.0)
         work = asked(upstream, request())
         [call] = await routers.until(1)
@@ -298,7 +298,7 @@ def test_without_a_budget_a_lost_router_is_an_error(run: Callable[[Test], None])
 
 
 def test_nothing_is_sent_again_after_the_deadline(run: Callable[[Test], None]) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         work = asked(upstream, request(timeout_s=-0.001))
         [call] = await routers.until(1)
         call.fail(routers.lost())
@@ -310,7 +310,7 @@ def test_nothing_is_sent_again_after_the_deadline(run: Callable[[Test], None]) -
 
 
 def test_a_replaced_model_is_asked_for_again(run: Callable[[Test], None]) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         work = asked(upstream, request())
         for number in range(5):
             calls = await routers.until(number + 1)
@@ -325,7 +325,7 @@ def test_a_replaced_model_is_asked_for_again(run: Callable[[Test], None]) -> Non
 def test_a_router_with_other_inputs_is_passed_over_for_a_while(
     run: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         work = asked(upstream, request())
         [call] = await routers.until(1)
         call.refuse(ModelReplacedError(), replaced=True, has_other_interface=True)
@@ -344,7 +344,7 @@ def test_a_router_with_other_inputs_is_passed_over_for_a_while(
 
 
 def test_no_reply_is_of_two_models(run: Callable[[Test], None]) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         given = request(2 * MAX_PIECE_ROWS)
         work = asked(upstream, given)
         first, second = await routers.until(2)
@@ -363,7 +363,7 @@ def test_no_reply_is_of_two_models(run: Callable[[Test], None]) -> None:
 
 
 def test_a_request_that_redeploys_divide_for_ever_is_given_up(run: Callable[[Test], None]) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         work = asked(upstream, request(2 * MAX_PIECE_ROWS))
         for number in range(1 + REPEATED_TIMES):
             calls = await routers.until(2 * number + 2)
@@ -380,7 +380,7 @@ FULL = OverloadedError("the queue is full", "queue", 0.0)
 
 
 def test_a_full_router_refuses_a_new_request(run: Callable[[Test], None]) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         for refuse in (lambda c: c.refuse(FULL), lambda c: c.fail(BackPressureError(1, 1, 0))):
             work = asked(upstream, request())
             calls = await routers.until(len(routers.calls) + 1)
@@ -395,7 +395,7 @@ def test_a_full_router_refuses_a_new_request(run: Callable[[Test], None]) -> Non
 def test_a_piece_waits_for_room_while_the_routers_have_another(
     run: Callable[[Test], None],
 ) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         given = request(2 * MAX_PIECE_ROWS)
         work = asked(upstream, given)
         first, second = await routers.until(2)
@@ -414,7 +414,7 @@ def test_a_piece_waits_for_room_while_the_routers_have_another(
 
 
 def test_a_request_all_of_whose_pieces_are_refused_is_refused(run: Callable[[Test], None]) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         work = asked(upstream, request(LARGE_ROWS))
         while not work.done():
             for call in routers.calls:
@@ -428,7 +428,7 @@ def test_a_request_all_of_whose_pieces_are_refused_is_refused(run: Callable[[Tes
 
 
 def test_a_request_of_a_lost_router_waits_for_room(run: Callable[[Test], None]) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         work = asked(upstream, request())
         (await routers.until(1))[0].fail(routers.lost())
         (await routers.until(2))[1].refuse(FULL)
@@ -441,7 +441,7 @@ def test_a_request_of_a_lost_router_waits_for_room(run: Callable[[Test], None]) 
 def test_what_the_routers_cannot_hold_is_refused_without_a_call(
     run: Callable[[Test], None],
 ) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         held = [asked(upstream, request()) for _ in range(MAX_CALLS)]
         await routers.until(MAX_CALLS)
         with pytest.raises(OverloadedError, match="hold 8 requests"):
@@ -470,7 +470,7 @@ def test_what_the_routers_cannot_hold_is_refused_without_a_call(
 def test_an_error_of_a_router_is_the_clients_and_ends_the_other_pieces(
     run: Callable[[Test], None], error: ExpertMeshError
 ) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         work = asked(upstream, request(LARGE_ROWS))
         calls = await routers.until(MAX_PIECES_AT_ONCE)
         calls[1].refuse(error)
@@ -486,7 +486,7 @@ def test_an_error_of_a_router_is_the_clients_and_ends_the_other_pieces(
 def test_a_failure_of_a_router_is_internal_without_its_details(
     run: Callable[[Test], None], failure: str
 ) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         work = asked(upstream, request())
         [call] = await routers.until(1)
         if failure == "raises":
@@ -502,7 +502,7 @@ def test_a_failure_of_a_router_is_internal_without_its_details(
 
 @pytest.mark.parametrize("num_rows", [3, LARGE_ROWS])
 def test_a_client_that_leaves_ends_all_calls(run: Callable[[Test], None], num_rows: int) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         work = asked(upstream, request(num_rows))
         count = 1 if num_rows == 3 else MAX_PIECES_AT_ONCE
         calls = await routers.until(count)
@@ -517,7 +517,7 @@ def test_a_client_that_leaves_ends_all_calls(run: Callable[[Test], None], num_ro
 
 @pytest.mark.parametrize("num_rows", [3, LARGE_ROWS])
 def test_a_deletion_ends_requests_with_a_hint(run: Callable[[Test], None], num_rows: int) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         work = asked(upstream, request(num_rows))
         calls = await routers.until(1 if num_rows == 3 else MAX_PIECES_AT_ONCE)
         upstream._deployment.end_requests()
@@ -536,7 +536,7 @@ def test_a_deletion_ends_requests_with_a_hint(run: Callable[[Test], None], num_r
 def test_before_a_shutdown_requests_under_way_go_on_and_new_ones_are_refused(
     run: Callable[[Test], None],
 ) -> None:
-    async def test(upstream: RayPredictions, routers: Routers) -> None:
+    async def test(upstream: Predictions, routers: Routers) -> None:
         work: Awaitable[PredictionReply] = asked(upstream, request())
         [call] = await routers.until(1)
         upstream._deployment.refuse_new_requests()
