@@ -314,13 +314,3 @@ def test_what_is_no_number_stays_so() -> None:
     allowed = torch.tensor([[True, True, True, False]])
     _, weights = gate.choose(torch.full((1, 4), torch.nan), allowed)
     assert weights.isnan().any()
-
-
-def test_a_block_of_transformers_gets_weights_before_ids() -> None:
-    gate = Gate(GateSpec(), 2, lambda rows: rows)
-    hidden_states = torch.randn(1, 5, 8)
-    ids, weights = gate.choose(hidden_states[0])
-    nothing, own_weights, own_ids = gate(hidden_states)
-    assert nothing is None
-    assert torch.equal(own_weights, weights)
-    assert torch.equal(own_ids, ids)
