@@ -11,16 +11,15 @@
  * Letters: P rows, H hidden size, I intermediate size, K length of a sum.
  */
 #include "kernels.h"
-
-#include <pthread.h>
+#include "pool.h"
 
 #define MOST_SIZE (1 << 24) /* no product of sizes overflows */
 #define LEAST_SLICE_ROWS 24
 #define SLICE_VALUES (1 << 18)   /* of a slice's rows and inner rows, in float32 */
 #define BATCH_VALUES (1 << 20)   /* the same of the slices that several threads share */
-#define SHARE_PRODUCTS (1 << 23) /* so many are worth a thread, which takes some 30 us to start */
+#define SHARE_PRODUCTS (1 << 21) /* so many are worth another thread, which has to wake up */
+#define THREAD_SHARES 4          /* so that a thread that is late leaves its shares to others */
 #define READ_ROWS 4 /* reading a weight takes as long as so many products with it */
-#define MOST_THREADS 64
 
 /* Some rows of one expert, and room for them. */
 typedef struct {
@@ -31,15 +30,14 @@ typedef struct {
     float *tiled, *inner;
 } Slice;
 
+/* One of the two products of some slices, in shares of their panels. */
 typedef struct {
     const Shape *shape;
     const Kernel *kernel;
-    Slice *slices;
-    Py_ssize_t num_slices, begin, end; /* numbers of panels, those of all slices */
-    int is_last;                       /* of the two products */
-    pthread_t thread;
-    int is_apart;
-} Share;
+    const Slice *slices;
+    Py_ssize_t num_panels, num_shares; /* panels of all slices */
+    int is_last;
+} Product;
 
 static Py_ssize_t panels_of(const Shape *s, int is_last) {
     return is_last ? (s->hidden + PANEL - 1) / PANEL : (s->inner + SIDE - 1) / SIDE;
@@ -49,52 +47,41 @@ static Py_ssize_t panel_bytes(const Shape *s, int is_last) {
     return (is_last ? s->inner_length : s->hidden_length) * PANEL * (s->weights == FLOAT32 ? 4 : 2);
 }
 
-static void *compute_share(void *given) {
-    const Share *share = given;
-    const Shape *s = share->shape;
-    Py_ssize_t num_panels = panels_of(s, share->is_last), bytes = panel_bytes(s, share->is_last);
+static void compute_share(void *context, Py_ssize_t number) {
+    const Product *p = context;
+    const Shape *s = p->shape;
+    const Kernel *kernel = p->kernel;
+    Py_ssize_t num_panels = panels_of(s, p->is_last), bytes = panel_bytes(s, p->is_last);
+    Py_ssize_t at = p->num_panels * number / p->num_shares;
+    Py_ssize_t end = p->num_panels * (number + 1) / p->num_shares;
     float sums[SLICE_ROWS * PANEL] __attribute__((aligned(64)));
-    for (Py_ssize_t at = share->begin; at < share->end; at++) {
-        const Slice *slice = &share->slices[at / num_panels];
-        Py_ssize_t number = at % num_panels, count = slice->num_rows;
-        const Kernel *kernel = share->kernel;
-        if (share->is_last) {
-            kernel->multiply(slice->down + number * bytes, slice->inner, count, s->inner_length,
+    for (; at < end; at++) {
+        const Slice *slice = &p->slices[at / num_panels];
+        Py_ssize_t panel = at % num_panels, count = slice->num_rows;
+        if (p->is_last) {
+            kernel->multiply(slice->down + panel * bytes, slice->inner, count, s->inner_length,
                              s->weights, sums);
-            kernel->round_sums(sums, s, slice->down_bias, number, count, slice->out);
+            kernel->round_sums(sums, s, slice->down_bias, panel, count, slice->out);
         } else {
-            kernel->multiply(slice->gate_up + number * bytes, slice->tiled, count,
+            kernel->multiply(slice->gate_up + panel * bytes, slice->tiled, count,
                              s->hidden_length, s->weights, sums);
-            kernel->gate_sums(sums, s, slice->gate_up_bias, number, count, slice->inner);
+            kernel->gate_sums(sums, s, slice->gate_up_bias, panel, count, slice->inner);
         }
     }
-    return NULL;
 }
 
-/* One of the two products of all slices, on several threads where that pays. */
-static void compute_product(const Share *whole, Py_ssize_t threads) {
-    Py_ssize_t num_panels = panels_of(whole->shape, whole->is_last), num_rows = 0;
-    Py_ssize_t all = num_panels * whole->num_slices, weights = num_panels * PANEL;
-    weights *= whole->is_last ? whole->shape->inner_length : whole->shape->hidden_length;
-    for (Py_ssize_t i = 0; i < whole->num_slices; i++)
-        num_rows += whole->slices[i].num_rows + READ_ROWS;
-    Py_ssize_t num_shares = weights / (SHARE_PRODUCTS / num_rows + 1), done = 0;
-    if (num_shares > threads) num_shares = threads;
-    if (num_shares > all) num_shares = all;
-    if (num_shares < 1) num_shares = 1;
-    Share shares[MOST_THREADS];
-    for (; done < num_shares; done++) {
-        Share *share = &shares[done];
-        *share = *whole;
-        share->begin = all * done / num_shares;
-        share->end = all * (done + 1) / num_shares;
-        /* The last is this thread's, and whatever no thread can be had for. */
-        share->is_apart = done + 1 < num_shares &&
-                          !pthread_create(&share->thread, NULL, compute_share, share);
-        if (!share->is_apart) compute_share(share);
-    }
-    while (done--)
-        if (shares[done].is_apart) pthread_join(shares[done].thread, NULL);
+/* Compute one of the two products, on several threads where that pays. */
+static void compute_product(Product *p, Py_ssize_t num_slices, Py_ssize_t threads) {
+    Py_ssize_t num_panels = panels_of(p->shape, p->is_last), num_rows = 0;
+    Py_ssize_t weights = num_panels * PANEL;
+    weights *= p->is_last ? p->shape->inner_length : p->shape->hidden_length;
+    for (Py_ssize_t i = 0; i < num_slices; i++) num_rows += p->slices[i].num_rows + READ_ROWS;
+    Py_ssize_t worthwhile = weights / (SHARE_PRODUCTS / num_rows + 1);
+    if (threads > worthwhile) threads = worthwhile;
+    p->num_panels = num_panels * num_slices;
+    p->num_shares = threads > 1 ? threads * THREAD_SHARES : 1;
+    if (p->num_shares > p->num_panels) p->num_shares = p->num_panels;
+    pool_run(compute_share, p, p->num_shares, threads);
 }
 
 static Py_ssize_t slice_rows(const Shape *s) {
@@ -142,11 +129,10 @@ static int compute_experts(const Shape *s, const Kernel *kernel, const Slice *ex
             kernel->tile_rows(slice->rows, slice->num_rows, s->hidden, s->hidden_length, s->rows,
                               s->weights == PAIRS, slice->tiled);
         }
-        Share share = {.shape = s, .kernel = kernel, .slices = slices + done,
-                       .num_slices = end - done};
-        compute_product(&share, threads);
-        share.is_last = 1;
-        compute_product(&share, threads);
+        Product product = {.shape = s, .kernel = kernel, .slices = slices + done};
+        compute_product(&product, end - done, threads);
+        product.is_last = 1;
+        compute_product(&product, end - done, threads);
         done = end;
     }
     PyMem_RawFree(room);
@@ -233,7 +219,6 @@ FUNCTION(ffn) {
     if (kernel->has_pairs && s.weights == BFLOAT16 && s.rows == BFLOAT16) s.weights = PAIRS;
     s.hidden_length = s.hidden + (weights == BFLOAT16 ? s.hidden % 2 : 0);
     s.inner_length = s.inner + (weights == BFLOAT16 ? s.inner % 2 : 0);
-    if (threads > MOST_THREADS) threads = MOST_THREADS;
     Py_ssize_t count = PyTuple_GET_SIZE(args[1]), num_views = 0;
     if (PyTuple_GET_SIZE(args[2]) != count)
         return refuse(&buffers, "there must be a count for each expert");

@@ -1,0 +1,185 @@
+"""The threads of native code: whatever their number, whoever calls, whatever becomes of them.
+
+An expert's products stand for all work. Each test but the first has a process of its own: workers
+live as long as their process, and one that waits forever must not take the other tests along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from cluster.native import built
+from cluster.wire.tensors import to_bytes
+from experts.checkpoint.expert_weights import GatedFfnWeights
+from experts.compute.native_ffn import NativeFfn
+
+BUILT = [] if built.native is None else [built.native]
+HIDDEN, INNER, NUM_ROWS = 256, 512, 60  # enough for five threads to be worthwhile
+TIMEOUT_S = 60.0
+
+
+def expert_of(hidden: int = HIDDEN, inner: int = INNER) -> NativeFfn:
+    generator = torch.Generator().manual_seed(hidden)
+    gate_up = torch.randn(2 * inner, hidden, generator=generator) * hidden**-0.5
+    down = torch.randn(hidden, inner, generator=generator) * inner**-0.5
+    return NativeFfn(GatedFfnWeights(gate_up, down), "silu")
+
+
+def rows_of(count: int = NUM_ROWS, hidden: int = HIDDEN) -> torch.Tensor:
+    return torch.randn(count, hidden, generator=torch.Generator().manual_seed(count))
+
+
+def computed(expert: NativeFfn, rows: torch.Tensor, threads: int) -> torch.Tensor:
+    assert built.native is not None
+    output = torch.full_like(rows, torch.nan)
+    built.native.ffn(
+        to_bytes(rows), (len(rows),), (expert.packed,), to_bytes(output), expert.shape, threads,
+        None,
+    )  # fmt: skip
+    return output
+
+
+@pytest.mark.parametrize("native", BUILT)
+@pytest.mark.parametrize("sizes", [(HIDDEN, INNER), (33, 3000), (700, 17)])
+def test_any_number_of_threads_gives_equal_bits(native: ModuleType, sizes: tuple[int, int]) -> None:
+    expert, rows = expert_of(*sizes), rows_of(300, sizes[0])
+    alone = computed(expert, rows, 1)
+    for threads in (2, 5, 64, 65, 10**9):
+        assert torch.equal(computed(expert, rows, threads), alone)
+
+
+def in_a_process(check: Callable[[], object]) -> object:
+    """Return what a function of this file returns in a process of its own."""
+    program = (
+        "import faulthandler, json, torch; torch.set_num_threads(1); "
+        f"faulthandler.dump_traceback_later({TIMEOUT_S - 10}); "
+        f"from {__name__} import {check.__name__} as check; print(json.dumps(check()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def callers_at_once() -> bool:
+    expert = expert_of()
+    samples = [rows_of(count) for count in (1, 12, 30, 60)] * 2
+    expected = [computed(expert, rows, 1) for rows in samples]
+
+    def keep_computing(number: int) -> bool:
+        rows, right = samples[number], expected[number]
+        return all(
+            torch.equal(computed(expert, rows, 2 + turn % 4), right) for turn in range(1500)
+        )
+
+    with ThreadPoolExecutor(len(samples)) as callers:
+        return all(callers.map(keep_computing, range(len(samples))))
+
+
+def forks() -> list[object]:
+    """Fork with workers that sleep, then with workers that compute; children compute too."""
+    expert, rows = expert_of(), rows_of()
+    right = computed(expert, rows, 1)
+    assert torch.equal(computed(expert, rows, 5), right)
+    is_over = threading.Event()
+
+    def keep_computing() -> None:
+        while not is_over.is_set():
+            computed(expert, rows, 3)
+
+    def forked() -> int:
+        child = os.fork()
+        if child:
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        try:
+            signal.alarm(20)
+            before = num_threads()
+            is_right = all(torch.equal(computed(expert, rows, 5), right) for _ in range(20))
+            os._exit(0 if is_right and (before, num_threads()) == (1, 5) else 1)
+        finally:
+            os._exit(2)
+
+    codes = {forked()}
+    busy = [threading.Thread(target=keep_computing) for _ in range(2)]
+    for thread in busy:
+        thread.start()
+    codes |= {forked() for _ in range(30)}
+    is_over.set()
+    for thread in busy:
+        thread.join()
+    return [sorted(codes), torch.equal(computed(expert, rows, 5), right)]
+
+
+def no_thread_to_be_had() -> list[object]:
+    expert, rows = expert_of(), rows_of()
+    right, before = computed(expert, rows, 1), num_threads()
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), resource.RLIM_INFINITY))
+    with pytest.raises(RuntimeError, match="start new thread"):
+        threading.Thread(target=print).start()
+    is_right = torch.equal(computed(expert, rows, 5), right)
+    without = num_threads() - before
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    is_right &= torch.equal(computed(expert, rows, 5), right)
+    return [is_right, without, num_threads() - before]
+
+
+def idle_workers() -> list[object]:
+    """Return how many there are after calls, processor seconds of a pause, and their signals."""
+    expert, rows, before = expert_of(), rows_of(), set(os.listdir("/proc/self/task"))
+    for threads in (2, 4, 3, 4):
+        computed(expert, rows, threads)
+    began_s = time.process_time()
+    time.sleep(0.5)
+    used_s = time.process_time() - began_s
+    workers = set(os.listdir("/proc/self/task")) - before
+    blocked = [
+        int(line.split()[1], 16)
+        for worker in workers
+        for line in Path(f"/proc/self/task/{worker}/status").read_text().splitlines()
+        if line.startswith("SigBlk")
+    ]
+    terminate, fault = 1 << signal.SIGTERM - 1, 1 << signal.SIGSEGV - 1
+    are_right = all(mask & terminate and not mask & fault for mask in blocked)
+    return [len(workers), used_s, are_right]
+
+
+@pytest.mark.parametrize("native", BUILT)
+def test_callers_at_once_get_what_each_gets_alone(native: ModuleType) -> None:
+    assert in_a_process(callers_at_once) is True
+
+
+@pytest.mark.parametrize("native", BUILT)
+def test_a_fork_has_workers_of_its_own(native: ModuleType) -> None:
+    assert in_a_process(forks) == [[0], True]
+
+
+@pytest.mark.parametrize("native", BUILT)
+def test_the_caller_computes_where_no_thread_can_be_had(native: ModuleType) -> None:
+    assert in_a_process(no_thread_to_be_had) == [True, 0, 4]
+
+
+@pytest.mark.parametrize("native", BUILT)
+def test_idle_workers_sleep_and_leave_signals_to_others(native: ModuleType) -> None:
+    count, used_s, are_right = in_a_process(idle_workers)
+    assert (count, are_right) == (3, True)
+    assert used_s < 0.1
