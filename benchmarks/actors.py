@@ -20,8 +20,7 @@ class Actors:
 
     ``loading`` has figures by actor: ``load_s``, how long the actor loaded; ``weights_mb``, the
     weights that it then held; of actors on the host also ``peak_mb``, the most that was resident
-    for these, and ``code_mb``, the memory that the first expert brought along besides itself: code,
-    and with AMX a trial of ways to compute (:func:`experts.compute.ffn.ffn_of`).
+    for these, and ``code_mb``, the memory that the first expert brought along besides itself.
     """
 
     view: Any

@@ -1,9 +1,9 @@
 """The experts of one actor, and their computation of waiting frames.
 
 The frames that wait at the same time are merged: all rows for one (model, layer, expert) go through
-the expert together. Rows are independent of each other. So an answer does not depend on the other
-rows, except for the rounding of a product of another size where torch computes it. On a device
-all experts of a layer are computed together (:mod:`experts.compute.device_experts`).
+the expert together, native experts of a layer in one call, and on a device all of a layer
+(:mod:`experts.compute.device_experts`). An answer does not depend on the other rows, except for the
+rounding of a product of another size where torch computes it.
 
 Dimension letters: P rows of a frame or of one expert, H hidden size.
 """
@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -31,7 +31,6 @@ from cluster.staging import Staging
 from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame, Shape
 from cluster.wire.tensors import TORCH_DTYPES, from_bytes, to_bytes
 from experts.checkpoint.expert_weights import GatedFfnWeights
-from experts.compute.amx_ffn import GatedFfn, TiledFfn, compute_tiled
 from experts.compute.device_experts import (
     DeviceExpert,
     DeviceRows,
@@ -40,7 +39,7 @@ from experts.compute.device_experts import (
 )
 from experts.compute.ffn import Activation, ffn_of
 from experts.compute.kernel_classes import ffn_class
-from experts.compute.native_ffn import NativeFfn, compute_native
+from experts.compute.native_ffn import GroupedFfn, NativeFfn, compute_native
 
 OUT_OF_MEMORY_RETRY_S = 0.1
 """When a frame may come again that its device had no memory for."""
@@ -57,7 +56,7 @@ class GatedFfnExpert:
         self.kernel_class = ffn_class(self.ffn, weights)
         packed = self.ffn if isinstance(self.ffn, NativeFfn) else None
         self.num_bytes = weights.num_bytes if packed is None else packed.num_bytes
-        self.grouped = _grouped_of(self.ffn)
+        self.grouped = None if packed is None else _compute_native
         self.row_shape: Shape = (weights.down.shape[0],)
         self.dtype = weights.down.dtype
 
@@ -70,30 +69,10 @@ class GatedFfnExpert:
         return self.ffn(rows)
 
 
-GroupedFfn = Callable[[Sequence[Any], tuple[int, ...], Buffer], memoryview | None]
-"""Computes the rows of several experts of one kind in one call, from bytes to bytes.
-
-The first ``counts[0]`` rows are the first expert's, and so on. ``None`` means that the experts must
-be computed one by one.
-"""
-
-
-def _compute_tiled(
-    experts: Sequence[GatedFfnExpert], counts: tuple[int, ...], rows: Buffer
-) -> memoryview | None:
-    return compute_tiled([expert.ffn for expert in experts], counts, rows)
-
-
 def _compute_native(
     experts: Sequence[GatedFfnExpert], counts: tuple[int, ...], rows: Buffer
 ) -> memoryview | None:
     return compute_native([expert.ffn for expert in experts], counts, rows)
-
-
-def _grouped_of(ffn: GatedFfn) -> GroupedFfn | None:
-    if isinstance(ffn, NativeFfn):
-        return _compute_native
-    return _compute_tiled if isinstance(ffn, TiledFfn) else None
 
 
 class Expert(Protocol):
@@ -311,7 +290,8 @@ def _run_on_device(staging: Staging, tasks: Sequence[_Task]) -> list[_Task]:
 
 def _run_lone(task: _Task) -> None:
     """Compute the rows of a lone frame: each expert its own, or all in one native call."""
-    task.results = _run_grouped(task)
+    if (grouped := _grouped_of(task.experts)) is not None:
+        task.results = grouped(task.experts, task.frame.num_tokens_per_expert, task.frame.rows)
     if task.results is None:
         with _inference():
             pieces = zip(task.experts, _pieces_of(task), strict=True)
@@ -321,12 +301,10 @@ def _run_lone(task: _Task) -> None:
                 task.failure = failure
 
 
-def _run_grouped(task: _Task) -> memoryview | None:
-    """Compute all experts in one call; returns ``None`` where their kind has none."""
-    grouped = task.experts[0].grouped
-    if grouped is None or any(expert.grouped is not grouped for expert in task.experts):
-        return None
-    return grouped(task.experts, task.frame.num_tokens_per_expert, task.frame.rows)
+def _grouped_of(experts: Sequence[Expert]) -> GroupedFfn | None:
+    """Return the function that computes all of them, ``None`` where their kind has none."""
+    grouped = experts[0].grouped
+    return grouped if all(expert.grouped is grouped for expert in experts) else None
 
 
 @dataclass(slots=True)
@@ -341,33 +319,60 @@ class _Input:
     def rows(self) -> torch.Tensor:
         return self.pieces[self.index]
 
+    @property
+    def expert(self) -> Expert:
+        return self.task.experts[self.index]
+
 
 def _run_merged(tasks: Sequence[_Task]) -> None:
     """Run each expert once over its rows of all frames."""
-    waiting: dict[tuple[int, int, Shape], list[_Input]] = {}
+    waiting: dict[tuple[int, Shape], dict[int, list[_Input]]] = {}
     for task in tasks:
         task.results = pieces = _pieces_of(task)
+        layer = waiting.setdefault((id(task.layer), task.frame.row_shape), {})
         for index, expert_id in enumerate(task.frame.expert_ids):
-            key = id(task.layer), expert_id, task.frame.row_shape
-            waiting.setdefault(key, []).append(_Input(task, pieces, index))
-    for inputs in waiting.values():
-        expert = inputs[0].task.experts[inputs[0].index]
-        try:
-            _run_together(expert, inputs)
-        except ExpertFailedError:
-            for alone in inputs:  # the rows of other frames may be fine
-                try:
-                    _run_together(expert, [alone])
-                except ExpertFailedError as failure:
-                    alone.task.failure = failure
+            layer.setdefault(expert_id, []).append(_Input(task, pieces, index))
+    for layer in waiting.values():
+        if not _run_layer(list(layer.values())):
+            for inputs in layer.values():
+                _run_expert(inputs)
 
 
-def _run_together(expert: Expert, inputs: Sequence[_Input]) -> None:
+def _run_layer(inputs_by_expert: Sequence[Sequence[_Input]]) -> bool:
+    """Run all experts of a layer in one call; returns ``False`` where there is none for them."""
+    experts = [inputs[0].expert for inputs in inputs_by_expert]
+    if (grouped := _grouped_of(experts)) is None:
+        return False
+    counts = tuple([sum(len(given.rows) for given in inputs) for inputs in inputs_by_expert])
+    inputs = [given for inputs in inputs_by_expert for given in inputs]
+    rows = torch.cat([given.rows for given in inputs])
+    output = grouped(experts, counts, to_bytes(rows))
+    if output is None:
+        return False
+    frame = inputs[0].task.frame
+    _hand_out(from_bytes(output, frame.dtype, len(rows), frame.row_shape), inputs)
+    return True
+
+
+def _run_expert(inputs: Sequence[_Input]) -> None:
     rows = [given.rows for given in inputs]
-    joined = torch.cat(rows) if len(rows) > 1 else rows[0]
-    outputs = expert(joined).split([piece.shape[0] for piece in rows])
-    for given, output in zip(inputs, outputs, strict=True):
-        given.pieces[given.index] = output
+    try:
+        outputs = inputs[0].expert(torch.cat(rows) if len(rows) > 1 else rows[0])
+    except ExpertFailedError as failure:
+        if len(inputs) == 1:
+            inputs[0].task.failure = failure
+        else:
+            for alone in inputs:  # the rows of other frames may be fine
+                _run_expert([alone])
+    else:
+        _hand_out(outputs, inputs)
+
+
+def _hand_out(outputs: torch.Tensor, inputs: Sequence[_Input]) -> None:
+    """Replace the rows of each input by their results."""
+    pieces = outputs.split([len(given.rows) for given in inputs])
+    for given, piece in zip(inputs, pieces, strict=True):
+        given.pieces[given.index] = piece
 
 
 def _pieces_of(task: _Task) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ of its functions has one face, which is what others call: :mod:`router.moe.permu
 :mod:`router.moe.combine`,
 :mod:`router.model.cpu.native_attention`, :mod:`router.model.fused_attention`,
 :mod:`router.model.cpu.rms_norm`, :mod:`router.model.kv_cache`,
-:mod:`experts.compute.amx_ffn`, :mod:`experts.compute.native_ffn`, :mod:`cluster.wire.tensors`,
+:mod:`experts.compute.native_ffn`, :mod:`cluster.wire.tensors`,
 :mod:`cluster.transport.stream.channel`.
 """
 

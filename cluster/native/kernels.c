@@ -102,6 +102,40 @@ static inline void narrow_halves(Four values, uint16_t *at) {
 #include "products.h"
 #endif
 
+#if defined(HAS_PAIRS_KIND) && defined(HAS_TILES)
+#define HAS_TILES_KIND 1
+/* AMX tiles multiply pairs, of rows that lie as they are: in tiles of one row. Whatever else there
+ * is to do is the next best kernel's. */
+#ifndef NEXT_BEST
+#define NEXT_BEST avx512_bf16
+#endif
+#define JOINED(stem, kernel) stem##_##kernel
+#define JOINED_IN(stem, kernel) JOINED(stem, kernel)
+#define NEXT(stem) JOINED_IN(stem, NEXT_BEST)
+
+static void tile_rows_amx(const char *given, Py_ssize_t num_rows, Py_ssize_t width,
+                          Py_ssize_t size, Format format, int in_pairs, float *tiled) {
+    if (in_pairs) NEXT(tile_pairs)(given, num_rows, width, size, 1, (uint32_t *)tiled);
+    else NEXT(tile_rows)(given, num_rows, width, size, format, 0, tiled);
+}
+
+static void multiply_amx(const char *panel, const float *rows, Py_ssize_t num_rows,
+                         Py_ssize_t size, Format format, float *sums) {
+    if (format == PAIRS) multiply_tiles(panel, (const char *)rows, num_rows, size, sums);
+    else NEXT(multiply)(panel, rows, num_rows, size, format, sums);
+}
+
+static void gate_sums_amx(const float *sums, const Shape *shape, const float *biases,
+                          Py_ssize_t number, Py_ssize_t num_rows, float *tiled) {
+    if (shape->weights == PAIRS)
+        NEXT(gate_tiles)(sums, shape, biases, number, num_rows, 1, tiled);
+    else
+        NEXT(gate_sums)(sums, shape, biases, number, num_rows, tiled);
+}
+
+static const Kernel kernel_amx = {tile_rows_amx, multiply_amx, gate_sums_amx, NEXT(round_sums), 1};
+#endif
+
 static int has_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
@@ -116,6 +150,10 @@ static int has_avx512_bf16(void) {
     return has_avx512() && __builtin_cpu_supports("avx512bf16");
 }
 #endif
+
+#ifdef HAS_TILES_KIND
+static int has_amx(void) { return has_avx512_bf16() && may_use_tiles(); }
+#endif
 #endif
 
 static int is_anywhere(void) { return 1; }
@@ -126,6 +164,9 @@ static const struct {
     int (*is_possible)(void);
     const Kernel *kernel;
 } KINDS[] = {
+#ifdef HAS_TILES_KIND
+    {"amx", "fused", "tiled", has_amx, &kernel_amx},
+#endif
 #ifdef HAS_PAIRS_KIND
     {"avx512_bf16", "fused", "paired", has_avx512_bf16, &kernel_avx512_bf16},
 #endif

@@ -12,7 +12,7 @@
 #define PANEL (2 * SIDE)
 #define SLICE_ROWS 96 /* rows that use a panel while it is in the cache */
 
-/* PAIRS are bfloat16 whose rows are bfloat16 too, for an instruction that takes pairs of them. */
+/* PAIRS are bfloat16 whose rows are bfloat16 too, for instructions that take pairs of them. */
 typedef enum { FLOAT32, BFLOAT16, FLOAT16, PAIRS } Format;
 typedef enum { SILU, GELU, GELU_TANH, RELU, CLAMPED } Activation;
 
@@ -33,3 +33,10 @@ typedef struct {
 
 /* The kernel of a name, or the fastest for None; NULL with an error set. */
 const Kernel *kernel_named(PyObject *name);
+
+#if defined(__x86_64__) && defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#define HAS_TILES 1 /* older compilers do not know them */
+int may_use_tiles(void);
+void multiply_tiles(const char *panel, const char *rows, Py_ssize_t num_rows, Py_ssize_t size,
+                    float *sums);
+#endif

@@ -18,8 +18,6 @@ static PyMethodDef functions[] = {
     ENTRY(store, "router.model.kv_cache"),
     ENTRY(gather_heads, "router.model.kv_cache"),
     ENTRY(normalise, "router.model.cpu.rms_norm"),
-    ENTRY(may_tile, "experts.compute.amx_ffn"),
-    ENTRY(tiled_ffns, "experts.compute.amx_ffn"),
     ENTRY(ffn_kernels, "experts.compute.native_ffn"),
     ENTRY(ffn, "experts.compute.native_ffn"),
     {NULL, NULL, 0, NULL},

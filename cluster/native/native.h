@@ -76,8 +76,6 @@ FUNCTION(rotate);
 FUNCTION(store);
 FUNCTION(gather_heads);
 FUNCTION(normalise);
-FUNCTION(may_tile);
-FUNCTION(tiled_ffns);
 FUNCTION(ffn_kernels);
 FUNCTION(ffn);
 

@@ -189,8 +189,8 @@ static TARGET void NAME(multiply)(const char *panel, const float *rows, Py_ssize
 
 /* Rows [P, width] of bfloat16 in tiles of [size / 2, R] pairs; a value beyond width is zero. */
 static TARGET void NAME(tile_pairs)(const char *given, Py_ssize_t num_rows, Py_ssize_t width,
-                                    Py_ssize_t size, uint32_t *tiled) {
-    Py_ssize_t num_tiles = (num_rows + MOST_ROWS - 1) / MOST_ROWS;
+                                    Py_ssize_t size, Py_ssize_t most_rows, uint32_t *tiled) {
+    Py_ssize_t num_tiles = (num_rows + most_rows - 1) / most_rows;
     for (Py_ssize_t t = 0; t < num_tiles; t++) {
         Py_ssize_t begin = num_rows * t / num_tiles, count = num_rows * (t + 1) / num_tiles - begin;
         uint32_t *tile = tiled + begin * size / 2;
@@ -210,7 +210,7 @@ static TARGET void NAME(tile_pairs)(const char *given, Py_ssize_t num_rows, Py_s
 static TARGET void NAME(tile_rows)(const char *given, Py_ssize_t num_rows, Py_ssize_t width,
                                    Py_ssize_t size, Format format, int in_pairs, float *tiled) {
     if (in_pairs) {
-        NAME(tile_pairs)(given, num_rows, width, size, (uint32_t *)tiled);
+        NAME(tile_pairs)(given, num_rows, width, size, MOST_ROWS, (uint32_t *)tiled);
         return;
     }
     Py_ssize_t num_tiles = (num_rows + MOST_ROWS - 1) / MOST_ROWS;
@@ -293,10 +293,11 @@ INLINE Vector NAME(gated)(Vector gate, Vector up, Activation activation) {
 }
 
 /* What is between the products, of panel number `number` of gate and up, from sums [P, PANEL];
- * into tiles as `multiply` takes them. */
-static TARGET void NAME(gate_sums)(const float *sums, const Shape *shape, const float *biases,
-                                   Py_ssize_t number, Py_ssize_t num_rows, float *tiled) {
-    Py_ssize_t num_tiles = (num_rows + MOST_ROWS - 1) / MOST_ROWS, first = number * SIDE;
+ * into tiles of `most_rows` at most. */
+static TARGET void NAME(gate_tiles)(const float *sums, const Shape *shape, const float *biases,
+                                    Py_ssize_t number, Py_ssize_t num_rows, Py_ssize_t most_rows,
+                                    float *tiled) {
+    Py_ssize_t num_tiles = (num_rows + most_rows - 1) / most_rows, first = number * SIDE;
     Py_ssize_t width = shape->inner - first < SIDE ? shape->inner - first : SIDE;
     for (Py_ssize_t t = 0; t < num_tiles; t++) {
         Py_ssize_t begin = num_rows * t / num_tiles, count = num_rows * (t + 1) / num_tiles - begin;
@@ -326,6 +327,12 @@ static TARGET void NAME(gate_sums)(const float *sums, const Shape *shape, const 
                 tile[shape->inner * count + r] = 0;
         }
     }
+}
+
+/* The same into tiles as `multiply` takes them. */
+static TARGET void NAME(gate_sums)(const float *sums, const Shape *shape, const float *biases,
+                                   Py_ssize_t number, Py_ssize_t num_rows, float *tiled) {
+    NAME(gate_tiles)(sums, shape, biases, number, num_rows, MOST_ROWS, tiled);
 }
 
 /* Round sums [P, PANEL] of panel number `number` of down into rows of a format. */

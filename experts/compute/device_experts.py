@@ -24,8 +24,7 @@ from cluster.spec import ExpertKey
 from cluster.staging import Staging
 from cluster.wire.frames import Shape
 from experts.checkpoint.expert_weights import GatedFfnWeights
-from experts.compute.amx_ffn import Activation
-from experts.compute.ffn import clamped_ffn, gated_ffn
+from experts.compute.ffn import Activation, clamped_ffn, gated_ffn
 from experts.compute.grouped_ffn import MAX_GROUP_ROWS, choose_grouped_mm, grouped_ffn
 from experts.compute.kernel_classes import torch_class
 

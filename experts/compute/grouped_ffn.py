@@ -25,8 +25,7 @@ import torch
 from torch.nn import functional
 
 from experts.checkpoint.expert_weights import GatedFfnWeights
-from experts.compute.amx_ffn import Activation
-from experts.compute.ffn import clamped_gate, gate_up_product
+from experts.compute.ffn import Activation, clamped_gate, gate_up_product
 
 GroupedMm = Callable[..., torch.Tensor]
 """(rows [P, K], matrices [E, K, N], ``offs`` int32 [E]) → [P, N].

@@ -1,10 +1,10 @@
 """Kernel classes: the names of the orders of sums and roundings in which rows are computed.
 
 Processes of one class give a row the same bits. The classes of native code promise that, and that a
-row's bits do not depend on other rows: ``fused``, ``paired`` and ``unfused``
-(:func:`experts.compute.native_ffn.kernel_class`), and ``tiled``, AMX in bf16. Any other class is
-torch's own: ``torch-`` with the processor's instructions, or a device's name. torch promises
-neither; two of its classes certainly differ.
+row's bits do not depend on other rows: ``fused``, ``paired``, ``tiled`` and ``unfused``
+(:func:`experts.compute.native_ffn.kernel_class`). Any other class is torch's own: ``torch-`` with
+the processor's instructions, or a device's name. torch promises neither; two of its classes
+certainly differ.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ import torch
 from cluster.device import CPU, name_of
 from cluster.native.built import native
 from experts.checkpoint.expert_weights import GatedFfnWeights
-from experts.compute.amx_ffn import GatedFfn, TiledFfn
-from experts.compute.native_ffn import FORMATS, NativeFfn, kernel_class
+from experts.compute.native_ffn import GatedFfn, NativeFfn, kernel_class
 
-TILED = "tiled"
 _HALVES = (torch.bfloat16, torch.float16)
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 """Variables that forbid oneDNN, which computes torch's products in 16 bits, some instructions."""
@@ -39,8 +37,6 @@ def ffn_class(ffn: GatedFfn, weights: GatedFfnWeights) -> str:
         own = kernel_class(dtype)
         assert own is not None
         return own
-    if isinstance(ffn, TiledFfn):
-        return TILED
     own = torch_class(CPU, dtype)
     hidden_size, intermediate_size = weights.down.shape
     _log_torch(own, hidden_size, intermediate_size, dtype)
@@ -69,10 +65,8 @@ def _instructions(dtype: torch.dtype) -> str:
 def _log_torch(own: str, hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> None:
     if native is None:
         reason = "the package was installed without its native code, which takes a C compiler"
-    elif dtype not in FORMATS:
-        reason = "native code has no kernel for this dtype"
     else:
-        reason = "no kernel of native code takes this shape on this processor"
+        reason = "native code has no kernel for this dtype"
     logger.warning(
         "experts of %d x %d in %s are computed by torch (%s): %s",
         hidden_size,

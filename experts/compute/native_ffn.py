@@ -11,7 +11,8 @@ K length of a sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,15 @@ from cluster.native.built import native
 from cluster.wire.frames import Buffer
 from cluster.wire.tensors import to_bytes
 from experts.checkpoint.expert_weights import GatedFfnWeights, paged
-from experts.compute.amx_ffn import GatedFfn
+
+GatedFfn = Callable[[torch.Tensor], torch.Tensor]
+"""One expert: maps rows [P, H] to rows [P, H]."""
+GroupedFfn = Callable[[Sequence[Any], tuple[int, ...], Buffer], memoryview | None]
+"""Computes the rows of several experts of one kind in one call, from bytes to bytes.
+
+The first ``counts[0]`` rows are the first expert's, and so on. ``None`` means that the experts must
+be computed one by one.
+"""
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The number of each dtype in native code."""
@@ -41,7 +50,8 @@ def kernel_class(dtype: torch.dtype) -> str | None:
 
     Kernels of one class give a row the same bits. "fused" rounds a product and its sum together,
     "unfused" one after the other; "paired" adds products of bfloat16 two by two, and takes what is
-    between the two matrices in bfloat16. ``None`` means that there is no native code.
+    between the two matrices in bfloat16. "tiled" does the same with AMX, and adds those products
+    32 at a time. ``None`` means that there is no native code.
     """
     if not KERNELS:
         return None

@@ -102,7 +102,7 @@ def error_answer(data: bytes) -> ErrorFrame:
 
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep a frame's experts from being computed in one call, past each expert's own."""
-    monkeypatch.setattr(bank_module, "_run_grouped", lambda task: None)
+    monkeypatch.setattr(bank_module, "_grouped_of", lambda experts: None)
 
 
 class Gate:

@@ -18,14 +18,15 @@ from transformers import MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from cluster.errors import ExpertFailedError, FrameError, WrongPlacementError
+from cluster.native.built import native
 from cluster.placement.placement import assign_experts, empty_placement
 from cluster.spec import ExpertKey, ModelExperts
 from cluster.transport.base import Call, CallFailure
-from cluster.wire.frames import DispatchFrame, ErrorFrame, RowsFrame, decode, encode, joined
+from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame, decode, encode, joined
 from cluster.wire.tensors import TORCH_DTYPES, dtype_name, from_bytes, to_bytes
-from experts.bank import MOST_PIECES, ExpertBank
+from experts.bank import MOST_PIECES, ExpertBank, GatedFfnExpert
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from experts.checkpoint.expert_weights import load_expert
+from experts.checkpoint.expert_weights import GatedFfnWeights, load_expert
 from experts.compute.ffn import ACTIVATIONS
 from experts.families.base import ACTIVATION_NAMES
 from router.control.placement_view import PlacementView
@@ -188,26 +189,61 @@ def test_merged_frames_get_what_each_gets_alone(bank: ExpertBank) -> None:
     merged = bank.compute(frames)
     assert [answer.request_id for answer in merged] == [1, 2, 3, 4]
     for answer, expected in zip(merged, alone, strict=True):
+        if native is not None:
+            assert torch.equal(answer_rows(answer), expected)
         torch.testing.assert_close(answer_rows(answer), expected)
     # Where nobody shared an expert, the product was the same one.
     assert torch.equal(answer_rows(merged[2]), alone[2])
     assert torch.equal(answer_rows(merged[3]), alone[3])
 
 
-def test_frames_are_merged_into_one_product_per_expert(
+@pytest.mark.parametrize("num_frames", [1, 3])
+@pytest.mark.parametrize("inner", [96, 40])
+def test_experts_of_unequal_sizes_give_what_each_gives_by_itself(
+    num_frames: int, inner: int
+) -> None:
+    experts = [
+        GatedFfnExpert(
+            GatedFfnWeights(torch.randn(2 * size, HIDDEN), torch.randn(HIDDEN, size)),
+            ACTIVATIONS["silu"],
+        )
+        for size in (96, inner)
+    ]
+    unequal, rows = ExpertBank(), rows_of(5)
+    for expert_id, expert in enumerate(experts):
+        unequal.hold(ExpertKey(MODEL, 0, expert_id), expert)
+    expected = torch.cat([experts[0](rows[:3]), experts[1](rows[3:])])
+    frames = [frame_of(rows, {0: [0, 1, 2], 1: [3, 4]}, 0, number) for number in range(num_frames)]
+    for answer in unequal.compute(frames):
+        assert_near(answer_rows(answer), expected)
+
+
+def test_frames_are_merged_into_one_call_per_layer(
     bank: ExpertBank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    products: list[int] = []
+    """A bank of experts without native code computes one product per expert."""
+    calls: list[tuple[int, ...]] = []
+    [grouped] = {expert.grouped for expert in bank.experts.values()}
     expert = type(next(iter(bank.experts.values())))
     product = expert.__call__
 
-    def counted(self: object, rows: torch.Tensor) -> torch.Tensor:
-        products.append(rows.shape[0])
+    def computed_alone(self: object, rows: torch.Tensor) -> torch.Tensor:
+        calls.append((rows.shape[0],))
         return product(self, rows)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(expert, "__call__", counted)
-    bank.compute([frame_of(rows_of(4, i), {1: [0, 1], 2: [3]}) for i in range(3)])
-    assert products == [6, 3]
+    def computed_together(
+        experts: Sequence[object], counts: tuple[int, ...], rows: Buffer
+    ) -> memoryview | None:
+        calls.append(counts)
+        return grouped(experts, counts, rows)
+
+    monkeypatch.setattr(expert, "__call__", computed_alone)
+    if grouped is not None:
+        for held in bank.experts.values():
+            held.grouped = computed_together
+    frames = [frame_of(rows_of(4, i), {1: [0, 1], 2: [3]}) for i in range(3)]
+    bank.compute([*frames, frame_of(rows_of(4), {2: [0]}), frame_of(rows_of(4), {1: [0]}, 2)])
+    assert calls == ([(6, 4), (1,)] if grouped is not None else [(6,), (4,), (1,)])
 
 
 class Numbered:

@@ -87,9 +87,7 @@ def callers_at_once() -> bool:
 
     def keep_computing(number: int) -> bool:
         rows, right = samples[number], expected[number]
-        return all(
-            torch.equal(computed(expert, rows, 2 + turn % 4), right) for turn in range(1500)
-        )
+        return all(torch.equal(computed(expert, rows, 2 + turn % 4), right) for turn in range(1500))
 
     with ThreadPoolExecutor(len(samples)) as callers:
         return all(callers.map(keep_computing, range(len(samples))))

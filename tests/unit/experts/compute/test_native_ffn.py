@@ -20,7 +20,6 @@ from cluster.native import built
 from cluster.wire.tensors import to_bytes
 from experts.bank import GatedFfnExpert
 from experts.checkpoint.expert_weights import GatedFfnWeights
-from experts.compute import ffn
 from experts.compute.ffn import ACTIVATIONS, clamped_ffn, ffn_of, gated_ffn
 from experts.compute.native_ffn import (
     FORMATS,
@@ -240,14 +239,12 @@ def test_results_are_rounded_to_nearest_even(kernel: str, dtype: torch.dtype) ->
     assert torch.equal(got, exact.unsqueeze(1).expand(-1, 3))
 
 
-def test_an_expert_is_native_except_where_amx_has_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expert_is_native_where_there_is_native_code_for_it() -> None:
     for dtype in DTYPES:
         weights = make(0, dtype=dtype, num_rows=1, hidden=64, inner=96, activation="silu").weights
-        for has_amx in (False, True):
-            monkeypatch.setattr(ffn, "_HAS_AMX", has_amx)
-            is_native = can_compute(weights) and not (has_amx and dtype == torch.bfloat16)
-            assert isinstance(ffn_of(weights, ACTIVATIONS["silu"]), NativeFfn) == is_native
         assert can_compute(weights) == bool(BUILT)
+        for act in ACTIVATIONS.values():
+            assert isinstance(ffn_of(weights, act), NativeFfn) == bool(BUILT)
         assert not isinstance(ffn_of(weights, torch.sigmoid), NativeFfn)
     doubles = weights.map(torch.Tensor.double)
     assert not isinstance(ffn_of(doubles, ACTIVATIONS["silu"]), NativeFfn)
@@ -255,7 +252,7 @@ def test_an_expert_is_native_except_where_amx_has_its_bits(monkeypatch: pytest.M
 
 def test_classes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     classes = {kernel_class(dtype) for dtype in DTYPES}
-    assert classes <= ({"fused", "unfused", "paired"} if BUILT else {None})
+    assert classes <= ({"fused", "unfused", "paired", "tiled"} if BUILT else {None})
     monkeypatch.setattr("experts.compute.native_ffn.KERNELS", ())
     assert kernel_class(torch.float32) is None
 

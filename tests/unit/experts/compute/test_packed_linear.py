@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from experts.compute import ffn
 from router.model.cpu.packed_linear import PackedLinear, pack_linears, product_with
 
 # Where packing is sure to be possible; elsewhere a trial decides, and the bits are the same anyway.
-AMX = ffn._HAS_AMX
+AMX = torch.cpu._is_amx_tile_supported()
 
 
 def model_of(*layers: nn.Module) -> nn.Sequential:

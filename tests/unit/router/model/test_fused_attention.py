@@ -13,14 +13,13 @@ from torch import nn
 
 from cluster.native import built
 from experts.checkpoint.checkpoint import open_checkpoint
-from experts.compute import ffn
 from router.model import fused_attention as attention
 from router.model.fused_attention import FusedAttention, fuse_attention
 from router.model.model import load_dense
 from tests.checkpoints import save_mixtral
 
 # Where fusing is sure to be possible; elsewhere a trial decides.
-AMX = ffn._HAS_AMX
+AMX = torch.cpu._is_amx_tile_supported()
 
 
 def attentions(model: nn.Module) -> list[str]:
