@@ -113,7 +113,7 @@ WITH_TILES void multiply_tiles(const char *panel, const char *rows, Py_ssize_t n
     Py_ssize_t num_steps = size / MOST_K, row_bytes = size * 2;
     int left = (int)(size % MOST_K);
     /* What is left of K has smaller tiles, so its sums come back from memory. */
-    for (int is_left = !num_steps; is_left < (left ? 2 : 1); is_left++) {
+    for (int is_left = 0; is_left < (left ? 2 : 1); is_left++) {
         int shaped = 0;
         const char *weights = panel + (is_left ? num_steps * (MOST_K / 2) * PAIR_BYTES : 0);
         for (Py_ssize_t i = 0; i < num_parts; i++) {
@@ -123,7 +123,7 @@ WITH_TILES void multiply_tiles(const char *panel, const char *rows, Py_ssize_t n
             if (count != shaped) shape_tiles(first, others, is_left ? left : MOST_K);
             shaped = count;
             add_products(weights, rows + begin * row_bytes + (is_left ? num_steps * MOST_K * 2 : 0),
-                         row_bytes, others > 0, is_left ? 1 : num_steps, !is_left || !num_steps,
+                         row_bytes, others > 0, is_left ? 1 : num_steps, !is_left,
                          i ? 0 : AHEAD_BYTES, sums + begin * PANEL);
         }
     }

@@ -1,11 +1,12 @@
 """The threads of native code: whatever their number, whoever calls, whatever becomes of them.
 
-An expert's products stand for all work. Each test but the first has a process of its own: workers
-live as long as their process, and one that waits forever must not take the other tests along.
+An expert's products stand for all work. Most tests have a process of their own: workers live as
+long as their process, and one that waits forever must not take the other tests along.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -60,6 +61,34 @@ def test_any_number_of_threads_gives_equal_bits(native: ModuleType, sizes: tuple
     alone = computed(expert, rows, 1)
     for threads in (2, 5, 64, 65, 10**9):
         assert torch.equal(computed(expert, rows, threads), alone)
+
+
+@pytest.mark.parametrize("native", BUILT)
+def test_each_index_is_computed_once_on_so_many_threads_at_most(native: ModuleType) -> None:
+    run = ctypes.CDLL(native.__file__).pool_run
+    work_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t)
+    run.argtypes = [work_type, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_ssize_t]
+    run.restype = None
+    lock = threading.Lock()
+    indices: list[int] = []
+    now, most = 0, 0
+
+    @work_type
+    def work(context: int | None, index: int) -> None:
+        nonlocal now, most
+        with lock:
+            now, most = now + 1, max(most, now + 1)
+            indices.append(index)
+        time.sleep(0.02)
+        with lock:
+            now -= 1
+
+    for threads, count in ((6, 12), (2, 12), (1, 3), (4, 2), (3, 0), (0, 2)):
+        run(work, None, count, threads)
+        assert (sorted(indices), now) == (list(range(count)), 0)
+        assert most <= max(1, min(threads, count))
+        most = 0
+        indices.clear()
 
 
 def in_a_process(check: Callable[[], object]) -> object:

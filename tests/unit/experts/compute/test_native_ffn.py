@@ -33,7 +33,7 @@ from experts.compute.native_ffn import (
 BUILT = [] if built.native is None else [built.native]
 DTYPES = tuple(FORMATS)
 # What a value of each dtype is off by at most, relative to it, when it is rounded to the dtype.
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SINGLE = ROUNDING[torch.float32]
 CLAMPED = "clamped"
 
