@@ -212,7 +212,7 @@ class LocalCluster:
         logits, _ = self.model.decoder.forward(
             packed.token_ids,
             packed.positions,
-            packed.batch,
+            packed.pieces,
             packed.sample_rows,
             context_of(packed),
         )

@@ -1,6 +1,6 @@
 """Packs a step's works into the tensors that model and sampling take: pure functions.
 
-Dimension letters: T packed tokens, R rows to sample.
+Dimension letters: S packed tokens, R rows to sample.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,12 @@ import torch
 from router.engine.sampling import Draw, Sampling, SamplingTensors
 from router.engine.sequence import Sequence, Work
 from router.model.attention import Attention, PagedBatch, Span
+from router.model.decoder import MOST_PIECES, Piece
 from router.moe.layer import StepContext
 from router.observability.tracing import StepTrace
 
+LEAST_PIECE_TOKENS = 128
+"""The fewest tokens of a piece of a step. Products of fewer rows cost more a row."""
 _NO_ROWS = torch.empty(0, dtype=torch.int64)
 _NO_PARAMS = torch.empty(5, 0, dtype=torch.float64)
 
@@ -33,15 +37,18 @@ class StepInput:
 
     token_ids: torch.Tensor
     positions: torch.Tensor
-    batch: PagedBatch
+    pieces: tuple[Piece, ...]
     sample_rows: torch.Tensor
     sampled: tuple[Sequence, ...]
     sampling: Sampling
     works: tuple[Work, ...]
 
 
-def pack(due: list[Work], attention: Attention) -> StepInput:
-    """Pack a step, without padding: decodes (works of a single token), then prefill chunks."""
+def pack(due: list[Work], attention: Attention, most_pieces: int = MOST_PIECES) -> StepInput:
+    """Pack a step, without padding: decodes (works of a single token), then prefill chunks.
+
+    A step with a long prefill part is cut into pieces, at most ``most_pieces``.
+    """
     decodes = [w for w in due if w.end - w.start == 1]
     prefills = [w for w in due if w.end - w.start > 1]
     works = (*decodes, *prefills)
@@ -52,7 +59,7 @@ def pack(due: list[Work], attention: Attention) -> StepInput:
     return StepInput(
         token_ids=_tensor([t for w in works for t in w.sequence.token_ids[w.start : w.end]]),
         positions=_tensor(positions),
-        batch=_batch_of(works, len(decodes), attention),
+        pieces=tuple(_pieces_of(works, len(decodes), attention, most_pieces)),
         sample_rows=_tensor([end - 1 for end in itertools.compress(ends, is_sampled)]),
         sampled=sampled,
         sampling=sampling_of([_draw_of(sequence) for sequence in sampled]),
@@ -76,10 +83,48 @@ def _tensor(numbers: list[int]) -> torch.Tensor:
     return torch.from_numpy(np.array(numbers, dtype=np.int64))
 
 
-def _batch_of(works: tuple[Work, ...], num_decode: int, attention: Attention) -> PagedBatch:
-    spans = [Span(work.sequence.slots[: work.end], work.start) for work in works]
-    new_slots = np.concatenate([span.slots[span.start :] for span in spans])
-    return PagedBatch(torch.from_numpy(new_slots), attention.view(spans, num_decode))
+def piece_ends(num_tokens: int, num_decode: int, most_pieces: int) -> list[int]:
+    """Return where the pieces of a step end.
+
+    The first piece has all of the ``num_decode`` decodes, which come first. The tokens are divided
+    evenly among as many pieces as there may be, but no piece is shorter than
+    :data:`LEAST_PIECE_TOKENS` where there are several.
+    """
+    num_pieces = min(most_pieces, num_tokens // LEAST_PIECE_TOKENS)
+    if num_pieces < 2:
+        return [num_tokens]
+    first = max(num_decode, -(-num_tokens // num_pieces))
+    left = num_tokens - first
+    num_left = min(num_pieces - 1, left // LEAST_PIECE_TOKENS)
+    if not num_left:
+        return [num_tokens]
+    return [first + left * i // num_left for i in range(num_left + 1)]
+
+
+def _pieces_of(
+    works: tuple[Work, ...], num_decode: int, attention: Attention, most_pieces: int
+) -> Iterator[Piece]:
+    """Yield the pieces of a step; a prefill chunk may go on in the next piece."""
+    ends = list(itertools.accumulate(work.end - work.start for work in works))
+    begin = 0
+    for end in piece_ends(ends[-1], num_decode, most_pieces):
+        spans = list(_spans_of(works, ends, begin, end))
+        new_slots = np.concatenate([span.slots[span.start :] for span in spans])
+        view = attention.view(spans, 0 if begin else num_decode)
+        yield Piece(slice(begin, end), PagedBatch(torch.from_numpy(new_slots), view))
+        begin = end
+
+
+def _spans_of(works: tuple[Work, ...], ends: list[int], begin: int, end: int) -> Iterator[Span]:
+    """Yield the spans of the tokens from ``begin`` to ``end`` of a step.
+
+    ``ends`` are where the works' tokens end in it.
+    """
+    for work, work_end in zip(works, ends, strict=True):
+        first = work_end - (work.end - work.start)
+        if first < end and work_end > begin:
+            start = work.start + max(0, begin - first)
+            yield Span(work.sequence.slots[: work.start + min(end, work_end) - first], start)
 
 
 def _draw_of(sequence: Sequence) -> Draw:

@@ -34,6 +34,7 @@ from router.engine.scheduler import Scheduler
 from router.engine.sequence import Sequence, Work
 from router.engine.stats import EngineTally
 from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
+from router.model.decoder import MOST_PIECES
 from router.model.model import MoEModel
 from router.moe.layer import MoELayers, StepContext
 from router.moe.missing import StepMissing
@@ -90,6 +91,7 @@ class Engine:
         """
         self._model = model
         self._layers = layers
+        self._most_pieces = 1 if layers.has_limit else MOST_PIECES
         self._scheduler = scheduler
         self._eos_token_ids = eos_token_ids
         self._emit = emit
@@ -210,13 +212,13 @@ class Engine:
     def step(self, works: list[Work], trace: StepTrace | None = None) -> None:
         """Compute the scheduled works, sample, and queue the tokens to be emitted."""
         self._tally(works)
-        packed = pack(works, self._model.attention)
+        packed = pack(works, self._model.attention, self._most_pieces)
         context = context_of(packed, trace)
         sampling = packed.sampling
         logits, sampling_tensors = self._model.decoder.forward(
             packed.token_ids,
             packed.positions,
-            packed.batch,
+            packed.pieces,
             packed.sample_rows,
             context,
             *sampling.tensors,

@@ -4,8 +4,12 @@ It takes the place of the forward method of transformers' model, whose modules i
 two halves: attention, then the feed-forward part. :mod:`router.model.parts` finds them. A half that
 is written otherwise, such as in native code, has the same signature.
 
-Dimension letters: T packed tokens, R rows to sample, K experts per token, H hidden size, D head
-size, V vocab.
+A step with a long prefill part comes in pieces. While the experts compute a piece of a layer, the
+router attends the next piece. All keys and values that a piece attends to are stored by then: they
+are its own, or those of pieces before it.
+
+Dimension letters: S packed tokens of a step, T tokens of a piece, R rows to sample, K experts per
+token, H hidden size, V vocab.
 """
 
 from __future__ import annotations
@@ -26,10 +30,22 @@ from router.model.staged_batch import batch_to_device
 from router.moe.gate import Choice, Gate, choose_among
 from router.moe.layer import BegunLayer, MoELayers, StepContext
 
-Rotation = Any
-"""What the rotary embedding returns for a step's positions: tensors [1, T, ...], or one of them."""
+MOST_PIECES = 2
+"""The most pieces of a step. While the experts compute one piece, the router attends the other.
+Further pieces add nothing but products of fewer rows. Staged rows last for so many copies
+(:data:`cluster.staging.RING`)."""
+Rotation = torch.Tensor | tuple[torch.Tensor, ...]
+"""The angles of tokens' positions, [1, T, ...]: cosines and sines, or one tensor of both."""
 Map = Callable[[torch.Tensor], torch.Tensor]
 """Maps hidden states [T, H] to [T, H]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some tokens of a packed step, which pass the layers together; ``batch`` is theirs alone."""
+
+    tokens: slice
+    batch: PagedBatch
 
 
 class AttentionHalf(Protocol):
@@ -49,8 +65,11 @@ class AttentionHalf(Protocol):
 class FeedForwardHalf(Protocol):
     """The second half of a layer, in two calls; between them the caller may compute others."""
 
-    def begin(self, normed: torch.Tensor, context: StepContext) -> Any:
-        """Begin the output for ``normed`` [T, H], which stays unchanged until it is finished."""
+    def begin(self, normed: torch.Tensor, context: StepContext, tokens: slice) -> Any:
+        """Begin the output for ``normed`` [T, H], which stays unchanged until it is finished.
+
+        ``tokens`` are the piece's of the step.
+        """
         ...
 
     def finish(self, begun: Any) -> torch.Tensor:
@@ -113,7 +132,7 @@ class DenseFeedForward:
         """``mlp`` computes the output."""
         self._mlp = mlp
 
-    def begin(self, normed: torch.Tensor, context: StepContext) -> torch.Tensor:
+    def begin(self, normed: torch.Tensor, context: StepContext, tokens: slice) -> torch.Tensor:
         """See :class:`FeedForwardHalf`; computes the output."""
         return self._mlp(normed)
 
@@ -147,7 +166,7 @@ class MixtureFeedForward:
         self._staging = staging
 
     def begin(
-        self, normed: torch.Tensor, context: StepContext
+        self, normed: torch.Tensor, context: StepContext, tokens: slice
     ) -> tuple[BegunLayer, torch.Tensor | None]:
         """See :class:`FeedForwardHalf`; sends the rows, and computes the shared expert."""
         ids, weights = self._gate.choose(normed)  # [T, K]
@@ -156,7 +175,7 @@ class MixtureFeedForward:
         if self._staging is not None:
             ids, weights, rows = self._staging.to_host(ids, weights, normed)
         choice = Choice(to_ids(ids), weights)
-        begun = self._layers.begin(context, self._layer_id, rows, choice, among)
+        begun = self._layers.begin(context, self._layer_id, rows, choice, among, tokens)
         try:
             shared = None if self._shared_expert is None else self._shared_expert(normed)
         except BaseException:
@@ -177,6 +196,37 @@ class MixtureFeedForward:
         self._layers.abandon(begun[0])
 
 
+class _PieceRun:
+    """A piece on its way through the layers."""
+
+    def __init__(
+        self, hidden_states: torch.Tensor, rotation: Rotation, paged: PagedContext, tokens: slice
+    ) -> None:
+        self.hidden_states = hidden_states
+        self._rotation = rotation
+        self._paged = paged
+        self._tokens = tokens
+        self._residual = hidden_states
+        self._begun: tuple[DecoderLayer, Any] | None = None
+
+    def begin(self, layer: DecoderLayer, context: StepContext) -> None:
+        """Attend in a layer, and begin its feed-forward half."""
+        self._residual, normed = layer.attend(self.hidden_states, self._rotation, self._paged)
+        self._begun = layer, layer.feed_forward.begin(normed, context, self._tokens)
+
+    def finish(self) -> None:
+        """Finish the layer that was begun, if any."""
+        if self._begun is not None:
+            (layer, begun), self._begun = self._begun, None
+            self.hidden_states = layer.add(self._residual, layer.feed_forward.finish(begun))
+
+    def abandon(self) -> None:
+        """Abandon the layer that was begun, if any."""
+        if self._begun is not None:
+            (layer, begun), self._begun = self._begun, None
+            layer.feed_forward.abandon(begun)
+
+
 class Decoder:
     """A model without its experts."""
 
@@ -192,9 +242,9 @@ class Decoder:
         has_window: Sequence[bool],
         staging: Staging | None,
     ) -> None:
-        """``embedding`` maps ids [T] to hidden states, ``head`` hidden states to logits.
+        """``embedding`` maps ids [S] to hidden states, ``head`` hidden states to logits.
 
-        ``rotary_embedding`` maps hidden states, of which it takes the dtype, and positions [1, T].
+        ``rotary_embedding`` maps hidden states, of which it takes the dtype, and positions [1, S].
         ``has_window`` is true for each layer with a sliding window. ``staging`` is set where the
         model is on a device.
         """
@@ -213,31 +263,59 @@ class Decoder:
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        batch: PagedBatch,
+        pieces: tuple[Piece, ...],
         sample_rows: torch.Tensor,
         context: StepContext,
         *sampling: torch.Tensor,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Run one packed step; returns fp32 logits [R, V] of the rows to sample, and ``sampling``.
 
-        ``token_ids`` and ``positions`` are [T]; ``sample_rows`` [R] are indices into them. All
-        inputs are on the host. Every MoE layer gets ``context``. The logits stay on the model's
-        device. ``sampling`` are the tensors that sampling needs there; they come in the same copy.
+        ``token_ids`` and ``positions`` are [S]; ``sample_rows`` [R] are indices into them.
+        ``pieces`` are all tokens in their order. All inputs are on the host. Every MoE layer gets
+        ``context``. The logits stay on the model's device. ``sampling`` are the tensors that
+        sampling needs there; they come in the same copy.
         """
         others = list(sampling)
         if self._staging is not None:
-            batch, [token_ids, positions, sample_rows, *others] = batch_to_device(
-                self._staging, batch, token_ids, positions, sample_rows, *sampling
+            pieces, [token_ids, positions, sample_rows, *others] = batch_to_device(
+                self._staging, pieces, token_ids, positions, sample_rows, *sampling
             )
-        hidden_states = self._embedding(token_ids)  # [T, H]
+        hidden_states = self._embedding(token_ids)  # [S, H]
         rotation = self._rotary_embedding(hidden_states, positions.unsqueeze(0))
-        paged = PagedContext(self._cache, self._attention, batch, self._has_window)
-        for layer in self._layers:
-            residual, normed = layer.attend(hidden_states, rotation, paged)
-            begun = layer.feed_forward.begin(normed, context)
-            hidden_states = layer.add(residual, layer.feed_forward.finish(begun))
+        hidden_states = self._through_layers(hidden_states, rotation, pieces, context)
         sampled = self._norm(hidden_states.index_select(0, sample_rows))  # [R, H]
         return self._head(sampled).float(), others
+
+    def _through_layers(
+        self,
+        hidden_states: torch.Tensor,
+        rotation: Rotation,
+        pieces: Sequence[Piece],
+        context: StepContext,
+    ) -> torch.Tensor:
+        """Return the hidden states [S, H] after the last layer."""
+        runs = [
+            _PieceRun(
+                hidden_states[piece.tokens],
+                _of_tokens(rotation, piece.tokens),
+                PagedContext(self._cache, self._attention, piece.batch, self._has_window),
+                piece.tokens,
+            )
+            for piece in pieces
+        ]
+        try:
+            for layer in self._layers:
+                for run in runs:
+                    run.finish()
+                    run.begin(layer, context)
+            for run in runs:
+                run.finish()
+        except BaseException:
+            for run in runs:
+                run.abandon()
+            raise
+        states = [run.hidden_states for run in runs]
+        return states[0] if len(states) == 1 else torch.cat(states)
 
     def to_host(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return tensors of the model's device on the host, by one copy.
@@ -245,3 +323,10 @@ class Decoder:
         They last until the next step.
         """
         return tensors if self._staging is None else self._staging.to_host(*tensors)
+
+
+def _of_tokens(rotation: Rotation, tokens: slice) -> Rotation:
+    """Return the angles of some tokens of a step."""
+    if isinstance(rotation, torch.Tensor):
+        return rotation[:, tokens]
+    return tuple(part[:, tokens] for part in rotation)

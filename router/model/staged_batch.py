@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from cluster.staging import Staging
-from router.model.attention import PagedBatch
+
+Batch = TypeVar("Batch")
 
 
 def batch_to_device(
-    staging: Staging, batch: PagedBatch, *others: torch.Tensor
-) -> tuple[PagedBatch, list[torch.Tensor]]:
-    """Return a step's batch and other tensors on the device, by one copy."""
+    staging: Staging, batch: Batch, *others: torch.Tensor
+) -> tuple[Batch, list[torch.Tensor]]:
+    """Return a step's batch and other tensors on the device, by one copy.
+
+    ``batch`` is a dataclass with tensors, or a tuple of these.
+    """
     distinct: dict[int, torch.Tensor] = {}  # layers with and without a window may share a mask
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

@@ -116,7 +116,8 @@ class MoELayers(Generic[Result]):
     """The MoE layers of one model; their experts are actors.
 
     Several layers, or pieces of one layer, may be under way at once; one thread begins and finishes
-    them. ``placed`` is the model in the newest placement.
+    them. ``placed`` is the model in the newest placement. With ``has_limit``, each step comes in
+    one piece, since the capacity of an expert is counted by step.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class MoELayers(Generic[Result]):
         self.placed = dispatcher.placed
         self._combination = combination
         self._limit = limit
+        self.has_limit = limit is not None
 
     def begin(
         self,

@@ -127,7 +127,8 @@ STEP_TOKENS = _counter(
 LAYER_TIME = _histogram(
     "moe_layer_seconds",
     _MODEL,
-    "One MoE layer of a step as the router sees it: dispatch, the experts, combine.",
+    "One MoE layer of a step, or of a piece of a prefill, as the router sees it: dispatch, the "
+    "experts, combine.",
 )
 CALLS = _counter(
     "dispatch_calls",

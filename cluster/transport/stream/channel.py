@@ -22,6 +22,9 @@ from cluster.wire.frames import ALIGNMENT, Buffer, Buffers
 MAX_MESSAGE_BYTES = 256 << 20
 BUFFER_BYTES = 256 << 10
 KEPT_BUFFER_BYTES = 4 << 20
+SEND_BUFFER_BYTES = 4 << 20
+"""What a Unix socket holds, if the system allows so much: the frames of a prefill's pieces, which a
+peer that computes does not read yet. A system's default holds less than one."""
 _START = struct.Struct("<QQ")
 _PADDING = [bytes(count) for count in range(ALIGNMENT)]
 _HAS_UNIX = hasattr(socket, "AF_UNIX")
@@ -243,6 +246,11 @@ def channel_over(sock: socket.socket, max_message_bytes: int) -> Channel:
     """Return a channel over a plain or a TLS socket."""
     kind = TlsChannel if isinstance(sock, ssl.SSLSocket) else Channel
     return kind(sock, max_message_bytes)
+
+
+def prepare_unix(sock: socket.socket) -> None:
+    """Let the socket hold :data:`SEND_BUFFER_BYTES`, or as much as the system allows."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
 
 def prepare_tcp(sock: socket.socket) -> None:

@@ -12,7 +12,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 
-from cluster.transport.stream.channel import MAX_MESSAGE_BYTES, Channel, channel_over, prepare_tcp
+from cluster.transport.stream.channel import (
+    MAX_MESSAGE_BYTES,
+    Channel,
+    channel_over,
+    prepare_tcp,
+    prepare_unix,
+)
 from cluster.transport.stream.handshake import (
     NONCE_BYTES,
     PROOF_BYTES,
@@ -125,6 +131,7 @@ def open_socket(offer: StreamOffer, tls: ssl.SSLContext | None) -> socket.socket
     if offer.network is Network.UNIX:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            prepare_unix(sock)
             sock.settimeout(CONNECT_TIMEOUT_S)
             sock.connect(offer.address)
         except OSError:

@@ -28,6 +28,7 @@ from cluster.transport.stream.channel import (
     Message,
     channel_over,
     prepare_tcp,
+    prepare_unix,
 )
 from cluster.transport.stream.handshake import (
     HELLO_BYTES,
@@ -213,6 +214,7 @@ class StreamServer:
 
     def _prepared(self, sock: socket.socket) -> socket.socket:
         if sock.family == socket.AF_UNIX:
+            prepare_unix(sock)
             return sock
         prepare_tcp(sock)
         if self._tls is None:

@@ -74,8 +74,12 @@ def says(*values: object) -> None:
 
 def test_the_example_is_packed_so() -> None:
     packed = pack([*works()], GatheredAttention(None))
-    says(packed.token_ids.tolist(), packed.positions.tolist(), packed.batch.new_slots.tolist())
-    view = packed.batch.view
+    says(
+        packed.token_ids.tolist(),
+        packed.positions.tolist(),
+        packed.pieces[0].batch.new_slots.tolist(),
+    )
+    view = packed.pieces[0].batch.view
     says(view.decode_slots.tolist())
     assert view.decode_mask is not None
     assert view.decode_mask[:, 0].sum(dim=1).tolist() == [3, 5], "two of A are masked"

@@ -43,7 +43,7 @@ def sequence_of(name: str, token_ids: list[int], pages: list[int], computed: int
 
 
 def view_of(work: list[Work], window: int | None, length_step: int = 1) -> GatheredView:
-    view: GatheredView = pack(work, GatheredAttention(window, length_step)).batch.view
+    view: GatheredView = pack(work, GatheredAttention(window, length_step)).pieces[0].batch.view
     return view
 
 
@@ -55,10 +55,10 @@ def test_a_step_is_packed_as_worked_by_hand() -> None:
     d = sequence_of("d", [40, 41], [2])
     work = [Work(c, 2, 5), Work(a, 4, 5), Work(d, 0, 2), Work(b, 1, 2)]
     step = pack(work, GatheredAttention(3))
-    view = step.batch.view
+    view = step.pieces[0].batch.view
     assert step.token_ids.tolist() == [14, 21, 32, 33, 34, 40, 41]
     assert step.positions.tolist() == [4, 1, 2, 3, 4, 0, 1]
-    assert step.batch.new_slots.tolist() == [52, 17, 2, 3, 4, 32, 33]
+    assert step.pieces[0].batch.new_slots.tolist() == [52, 17, 2, 3, 4, 32, 33]
     assert step.sampled == (a, b, d)
     assert step.sample_rows.tolist() == [0, 1, 6]
     assert view.num_decode == 2
@@ -115,7 +115,7 @@ def test_decodes_alone_and_chunks_alone_are_steps_too() -> None:
     assert (alone.num_decode, alone.chunks) == (1, ())
     b = sequence_of("b", [1, 2, 3], [1])
     chunk = pack([Work(b, 0, 2)], GatheredAttention(None))
-    assert (chunk.batch.view.num_decode, len(chunk.batch.view.chunks)) == (0, 1)
+    assert (chunk.pieces[0].batch.view.num_decode, len(chunk.pieces[0].batch.view.chunks)) == (0, 1)
     assert chunk.sampled == ()
     assert chunk.sample_rows.tolist() == []
 
@@ -164,7 +164,9 @@ class Layer:
             value,
             None,
             scaling=0.3,
-            paged=PagedContext(self.cache, attention, step.batch, [window is not None] * 2),
+            paged=PagedContext(
+                self.cache, attention, step.pieces[0].batch, [window is not None] * 2
+            ),
         )
         assert weights is None
         split = output[0].split([w.end - w.start for w in ordered])

@@ -147,7 +147,7 @@ def test_each_family_attends_by_what_it_can(
         cluster.scheduler.add(greedy_request("r", PROMPT, 1))
         step = pack(cluster.scheduler.schedule(), cluster.model.attention)
         logits.append(cluster.forward(step)[0].cpu().float())
-        views.append(step.batch.view)
+        views.append(step.pieces[0].batch.view)
     assert torch.cosine_similarity(*logits, dim=0).item() > 0.98
     if family in GATHERING:
         assert GATHERING[family] in caplog.text

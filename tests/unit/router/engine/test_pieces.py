@@ -1,0 +1,462 @@
+"""Steps in pieces: the router attends one piece while the experts compute another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from cluster.errors import (
+    CancelledRequestError,
+    ExpertUnavailableError,
+    ModelReplacedError,
+    NotFiniteError,
+)
+from cluster.staging import RING
+from cluster.transport.base import Call, CallFailure, IsGone, Outcome, never_gone
+from cluster.wire.frames import DispatchFrame, ErrorFrame, encode
+from router.config import CapacityConfig
+from router.engine import batch
+from router.engine.batch import LEAST_PIECE_TOKENS, pack, piece_ends
+from router.engine.scheduler import Limits
+from router.engine.sequence import Work
+from router.messages.request import GenerationRequest
+from router.model.attention import Span
+from router.model.decoder import MOST_PIECES
+from router.moe.layer import BegunLayer
+from tests.checkpoints import save_mixtral
+from tests.emulated_device import emulated_device
+from tests.family_checkpoints import SAVERS
+from tests.grok_oracle import save_grok
+from tests.local_cluster import MODEL, Answered, LocalCluster, greedy_request
+from tests.unit.router.engine.test_batch import sequence_of
+from tests.unit.router.engine.test_engine import prompt_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LIMITS = Limits(32, 64, 256)
+PROMPTS = [prompt_of(length, length) for length in (5, 90, 17, 2, 41)]
+LENGTH = 6
+ALL: dict[str, Callable[..., Any]] = {"mixtral": save_mixtral, "grok": save_grok, **SAVERS}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixtral")
+    save_mixtral(path)
+    return path
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut steps of few tokens too."""
+    monkeypatch.setattr(batch, "LEAST_PIECE_TOKENS", 4)
+
+
+def requests(**options: Any) -> list[GenerationRequest]:
+    return [greedy_request(f"r{i}", prompt, LENGTH, **options) for i, prompt in enumerate(PROMPTS)]
+
+
+def tokens_of(cluster: LocalCluster, most_pieces: int) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Return the requests' tokens, and the number of pieces of each step."""
+    cluster.engine._most_pieces = most_pieces
+    counts = []
+    forward = cluster.model.decoder.forward
+
+    def counted(token_ids: Any, positions: Any, pieces: Sequence[Any], *others: Any) -> Any:
+        counts.append(len(pieces))
+        return forward(token_ids, positions, pieces, *others)
+
+    cluster.model.decoder.forward = counted
+    try:
+        return [event.token_ids for [event] in cluster.generate(*requests())], counts
+    finally:
+        cluster.close()
+
+
+# The decision.
+
+
+@given(st.integers(1, 3000), st.integers(0, 600), st.integers(1, 5))
+def test_pieces_are_long_enough_and_the_first_has_all_decodes(
+    num_prefill: int, num_decode: int, most_pieces: int
+) -> None:
+    num_tokens = num_prefill + num_decode
+    ends = piece_ends(num_tokens, num_decode, most_pieces)
+    sizes = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    assert sum(sizes) == num_tokens
+    assert len(sizes) <= most_pieces
+    assert len(sizes) == 1 or min(sizes) >= LEAST_PIECE_TOKENS
+    assert sizes[0] >= num_decode
+    if num_decode * most_pieces <= num_tokens:
+        assert len(sizes) == max(1, min(most_pieces, num_tokens // LEAST_PIECE_TOKENS))
+        assert max(sizes) - min(sizes) <= 1 or len(sizes) > 2
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_decode", "ends"),
+    [
+        (1, 1, [1]),
+        (600, 600, [600]),
+        (255, 0, [255]),
+        (256, 0, [128, 256]),
+        (512, 32, [256, 512]),
+        (512, 400, [512]),
+        (512, 300, [300, 512]),
+    ],
+)
+def test_decodes_and_short_steps_are_one_piece(
+    num_tokens: int, num_decode: int, ends: list[int]
+) -> None:
+    assert piece_ends(num_tokens, num_decode, MOST_PIECES) == ends
+
+
+def test_rows_on_the_host_last_until_their_piece_is_finished() -> None:
+    """Between them come as many copies to the host as there are other pieces."""
+    assert MOST_PIECES <= RING
+
+
+class Spans:
+    """An attention whose view is the spans, and the number of decodes."""
+
+    page_size = 16
+
+    def view(self, spans: Sequence[Span], num_decode: int) -> Any:
+        return list(spans), num_decode
+
+
+def test_a_chunk_goes_on_in_the_next_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "piece_ends", lambda *_: [4, 5, 9])
+    # a decodes; b prefills tokens 2..6 of 8, c all of 4.
+    a = sequence_of("a", [1, 2, 3], [0], 2)
+    b, c = sequence_of("b", list(range(8)), [1], 2), sequence_of("c", list(range(4)), [2])
+    step = pack([Work(b, 2, 6), Work(a, 2, 3), Work(c, 0, 4)], Spans(), 3)
+    assert [piece.tokens for piece in step.pieces] == [slice(0, 4), slice(4, 5), slice(5, 9)]
+    found = [
+        ([(span.slots.tolist(), span.start) for span in spans], num_decode)
+        for spans, num_decode in (piece.batch.view for piece in step.pieces)
+    ]
+    page = [list(range(16 * i, 16 * i + 16)) for i in range(3)]
+    assert found == [
+        ([(page[0][:3], 2), (page[1][:5], 2)], 1),
+        ([(page[1][:6], 5)], 0),
+        ([(page[2][:4], 0)], 0),
+    ]
+    new_slots = [slot for piece in step.pieces for slot in piece.batch.new_slots.tolist()]
+    assert new_slots == [2, 18, 19, 20, 21, 32, 33, 34, 35]
+
+
+# Same results.
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("family", ALL)
+def test_pieces_change_no_familys_tokens(tmp_path: Path, family: str) -> None:
+    ALL[family](tmp_path / family)
+
+    def cluster() -> LocalCluster:
+        return LocalCluster(tmp_path / family, limits=LIMITS, dtype="float32")
+
+    expected, counts = tokens_of(cluster(), 1)
+    assert set(counts) == {1}
+    for most_pieces in (2, 3):
+        tokens, counts = tokens_of(cluster(), most_pieces)
+        assert counts.count(most_pieces) >= 2  # prefills beside decodes, too
+        assert counts[-1] == 1
+        assert tokens == expected
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("windowed")
+    save_mixtral(path, sliding_window=7)
+    return path
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-5), ("bfloat16", 0.02)])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_borders_anywhere_change_logits_by_roundings_alone(
+    windowed: Path, data: st.DataObject, dtype: str, error: float
+) -> None:
+    """In bf16 torch's attention rounds otherwise where a chunk has another size."""
+    logits = []
+    cuts = sorted(data.draw(st.sets(st.integers(1, 39), max_size=4)))
+    for ends in ([40], [*cuts, 40]):
+        cluster = LocalCluster(windowed, threaded=False, dtype=dtype)
+        for i, length in enumerate((23, 17)):
+            cluster.scheduler.add(greedy_request(f"r{i}", prompt_of(length, i), 4))
+        work = cluster.scheduler.schedule()
+        with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+            patch.setattr(batch, "piece_ends", lambda *_, ends=ends: ends)
+            logits.append(cluster.forward(pack(work, cluster.model.attention)))
+    assert (logits[1] - logits[0]).abs().max() <= error * logits[0].abs().max()
+
+
+@pytest.mark.usefixtures("short")
+def test_a_device_copies_once_each_way_for_each_piece_and_layer(folder: Path) -> None:
+    with emulated_device() as device:
+        expected, _ = tokens_of(LocalCluster(folder, limits=LIMITS, dtype="float32"), 1)
+        cluster = LocalCluster(folder, limits=LIMITS, dtype="float32", device=device.device)
+        copies = []
+        step = cluster.engine.step
+
+        def counted(*arguments: Any) -> None:
+            with device.counted() as found:
+                step(*arguments)
+            copies.append(found)
+
+        cluster.engine.step = counted
+        tokens, counts = tokens_of(cluster, MOST_PIECES)
+    assert tokens == expected
+    assert MOST_PIECES in counts
+    num_layers = len(cluster.checkpoint.shape.layers)
+    for found, count in zip(copies, counts, strict=True):
+        assert len(found.to_host) == len(found.to_device) == count * num_layers + 1
+        assert not found.host_reads
+        assert not found.mixed
+
+
+# Overlap.
+
+
+class Log(Answered):
+    """Calls that note when they are waited for, or dropped."""
+
+    def __init__(self, outcomes: list[Outcome], name: int, events: list[tuple[str, int]]) -> None:
+        super().__init__(outcomes)
+        self._name, self._events = name, events
+
+    def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
+        self._events.append(("wait", self._name))
+        return self.outcomes
+
+    def drop(self) -> None:
+        self._events.append(("drop", self._name))
+
+
+def logged(cluster: LocalCluster) -> list[tuple[str, int]]:
+    """Return a list to which the transport appends what it is asked for."""
+    events: list[tuple[str, int]] = []
+    send = cluster.transport.send
+
+    def noted(calls: Sequence[Call]) -> Log:
+        name = sum(kind == "send" for kind, _ in events)
+        events.append(("send", name))
+        return Log(send(calls).outcomes, name, events)
+
+    cluster.transport.send = noted
+    return events
+
+
+def stepped(folder: Path, prompt: list[int], most_pieces: int = MOST_PIECES) -> LocalCluster:
+    """Return a cluster whose engine has one request, and does a step when told to."""
+    cluster = LocalCluster(folder, threaded=False)
+    cluster.engine._most_pieces = most_pieces
+    cluster.scheduler.add(greedy_request("r", prompt, LENGTH))
+    return cluster
+
+
+@pytest.mark.usefixtures("short")
+def test_a_piece_is_sent_before_the_piece_before_is_waited_for(folder: Path) -> None:
+    cluster = stepped(folder, prompt_of(40, 1))
+    events = logged(cluster)
+    cluster.engine.step(cluster.scheduler.schedule())
+    # Layers 0, 1, 2: pieces 0 and 1, 2 and 3, 4 and 5.
+    expected = [("send", 0), ("send", 1)]
+    for number in range(4):
+        expected += [("wait", number), ("send", number + 2)]
+    assert events == [*expected, ("wait", 4), ("wait", 5)]
+
+
+@pytest.mark.usefixtures("short")
+def test_a_step_that_fails_drops_the_calls_under_way(folder: Path) -> None:
+    cluster = stepped(folder, prompt_of(40, 1))
+    events = logged(cluster)
+    finish, failures = cluster.layers.finish, iter([False, False, True])
+
+    def fails(begun: BegunLayer) -> torch.Tensor:
+        if next(failures):
+            raise ExpertUnavailableError("a fault of the test's", "", 1.0)
+        return finish(begun)
+
+    cluster.layers.finish = fails
+    cluster.engine._guarded_step(cluster.scheduler.schedule())
+    assert events[-1] == ("drop", 3)
+    assert [number for kind, number in events if kind == "wait"] == [0, 1]
+    cluster.engine._flush()
+    with pytest.raises(ExpertUnavailableError, match="a fault of the test's"):
+        cluster.result(greedy_request("r", [1], 1))
+
+
+# Failures amid a layer in pieces.
+
+
+def experts_of(folder: Path, prompt: list[int], layer_id: int) -> set[int]:
+    """Return the experts of a layer that a prompt needs."""
+    cluster = stepped(folder, prompt)
+    cluster.engine.step(cluster.scheduler.schedule())
+    return {e for frame in frames_of(cluster, layer_id) for e in frame.expert_ids}
+
+
+def frames_of(cluster: LocalCluster, layer_id: int) -> list[DispatchFrame]:
+    return [frame for frame in cluster.transport.frames if frame.layer_id == layer_id]
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("contract", ["strict", "drop", "next_expert"])
+def test_an_expert_that_is_lost_between_two_pieces(folder: Path, contract: str) -> None:
+    """The second piece of layer 1 finds the placement without the expert."""
+    prompt = prompt_of(40, 1)
+    plain = LocalCluster(folder)
+    [[expected]] = plain.generate(greedy_request("r", prompt, LENGTH))
+    plain.close()
+    cluster = LocalCluster(folder)
+    cluster.engine._most_pieces = 2
+
+    def lose(call: Call, number: int) -> None:
+        if len(frames_of(cluster, 1)) == 2:  # both actors have the first piece's
+            cluster.transport.fail = lambda call, number: None
+            cluster.lose([(1, 3)])
+
+    cluster.transport.fail = lose
+    request = greedy_request("r", prompt, LENGTH, on_expert_loss=contract)
+    cluster.engine.submit(request)
+    if contract == "strict":
+        while not cluster.scheduler.parked():
+            pass
+        cluster.lose([])
+    [event] = cluster.result(request)
+    cluster.close()
+    assert event.exact == (contract == "strict")
+    assert len(event.token_ids) == LENGTH
+    if contract == "strict":
+        assert event.token_ids == expected.token_ids
+        assert not cluster.engine.inexact_rows
+    else:
+        assert cluster.engine.inexact_rows[contract] > 0
+
+
+@pytest.mark.usefixtures("short")
+def test_a_work_that_one_piece_leaves_out_is_left_out_of_all(folder: Path) -> None:
+    """The expert is away until the deadline; the other request's tokens come all the same."""
+    other, prompt = prompt_of(2, 8), prompt_of(40, 1)
+    lost = min(experts_of(folder, prompt[:20], 1) - experts_of(folder, other, 1))
+    cluster = LocalCluster(folder, 8, threaded=False)
+    cluster.engine._most_pieces = 2
+    long = greedy_request("long", prompt, LENGTH, timeout_s=0.3)
+    for request in (long, greedy_request("other", other, LENGTH)):
+        cluster.scheduler.add(request)
+    is_away = [True]
+
+    def away(call: Call, number: int) -> CallFailure | None:
+        frame = cluster.transport.frames[-1]
+        is_hit = is_away[0] and frame.layer_id == 1 and lost in frame.expert_ids
+        return CallFailure.TIMED_OUT if is_hit else None
+
+    cluster.transport.fail = away
+    cluster.engine.step(cluster.scheduler.schedule())
+    waiting, going = cluster.scheduler.running
+    assert waiting.awaited == {(1, lost)}
+    assert (waiting.num_computed, waiting.num_generated) == (0, 0)
+    assert going.num_generated == 1
+    # Layer 2 got rows of the other request alone.
+    assert sum(frame.num_rows for frame in frames_of(cluster, 2)) == 2 * len(other)
+    is_away[0] = False
+    waiting.awaited = frozenset()
+    cluster.engine.step(cluster.scheduler.schedule())
+    assert waiting.num_generated == 1
+    again = LocalCluster(folder)
+    [[alone]] = again.generate(greedy_request("r", prompt, 1))
+    again.close()
+    assert tuple(waiting.token_ids[-1:]) == alone.token_ids
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("poisoned", range(3))
+def test_rows_that_are_not_finite_end_their_own_request(
+    folder: Path, tmp_path: Path, poisoned: int
+) -> None:
+    prompts = [[t for t in prompt_of(30, i) if t != 7] for i in range(3)]
+    prompts[poisoned].append(7)
+    for file in folder.iterdir():
+        if file.suffix == ".safetensors":
+            tensors = load_file(file)
+            tensors["model.embed_tokens.weight"][7] = float("nan")
+            save_file(tensors, tmp_path / file.name, {"format": "pt"})
+        else:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    cluster = LocalCluster(tmp_path, limits=Limits(8, 256, 16), threaded=False)
+    cluster.engine._most_pieces = 4
+    asked = [greedy_request(f"r{i}", prompt, 1) for i, prompt in enumerate(prompts)]
+    for request in asked:
+        cluster.scheduler.add(request)
+    cluster.engine.step(cluster.scheduler.schedule())
+    cluster.engine._flush()
+    for i, request in enumerate(asked):
+        if i == poisoned:
+            with pytest.raises(NotFiniteError):
+                cluster.result(request)
+        else:
+            [event] = cluster.result(request)
+            assert len(event.token_ids) == 1
+
+
+@pytest.mark.usefixtures("short")
+def test_with_a_capacity_a_step_is_one_piece(folder: Path) -> None:
+    cluster = LocalCluster(folder, capacity=CapacityConfig(tokens=4), limits=LIMITS)
+    counts = tokens_of(cluster, cluster.engine._most_pieces)[1]
+    assert set(counts) == {1}
+    assert sum(cluster.overflow.values()) > 0
+
+
+@pytest.mark.usefixtures("short")
+def test_a_request_that_is_cancelled_between_two_pieces_ends_after_the_step(folder: Path) -> None:
+    cluster = LocalCluster(folder)
+    cluster.engine._most_pieces = 2
+    requests = [greedy_request(name, prompt_of(40, i), LENGTH) for i, name in enumerate("ab")]
+
+    def cancel(call: Call, number: int) -> None:
+        if len(frames_of(cluster, 1)) == 2:
+            cluster.engine.cancel("a")
+
+    cluster.transport.fail = cancel
+    for request in requests:
+        cluster.engine.submit(request)
+    with pytest.raises(CancelledRequestError):
+        cluster.result(requests[0])
+    [event] = cluster.result(requests[1])
+    cluster.close()
+    assert len(event.token_ids) == LENGTH
+    assert cluster.scheduler.num_free_pages == cluster.scheduler.num_pages
+
+
+@pytest.mark.usefixtures("short")
+def test_a_model_that_is_replaced_between_two_pieces_ends_its_requests(folder: Path) -> None:
+    cluster = LocalCluster(folder)
+    cluster.engine._most_pieces = 2
+    withdrawn = replace(cluster.placement, version=99).without_models({MODEL})
+
+    def withdraw(call: Call, number: int) -> bytes | None:
+        if len(frames_of(cluster, 1)) != 2:
+            return None
+        cluster.view.publish(withdrawn)
+        frame = cluster.transport.frames[-1]
+        error = ErrorFrame(frame.request_id, "WrongPlacementError", ModelReplacedError())
+        return b"".join(encode(error))
+
+    cluster.transport.fail = withdraw
+    request = greedy_request("r", prompt_of(40, 1), LENGTH)
+    with pytest.raises(ModelReplacedError):
+        cluster.generate(request)
+    cluster.transport.fail = lambda call, number: None
+    cluster.view.publish(replace(cluster.placement, version=101))
+    [[event]] = cluster.generate(greedy_request("again", prompt_of(40, 1), LENGTH))
+    cluster.close()
+    assert len(event.token_ids) == LENGTH
