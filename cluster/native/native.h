@@ -29,7 +29,7 @@
 #define ALONE_BYTES (1 << 18) /* more than this is moved without holding the interpreter */
 
 typedef struct {
-    Py_buffer views[6]; /* as many as a function takes */
+    Py_buffer views[8]; /* as many as a function takes */
     int count;
 } Buffers;
 
@@ -72,10 +72,13 @@ FUNCTION(send);
 FUNCTION(receive);
 FUNCTION(is_wide);
 FUNCTION(attend);
-FUNCTION(rotate);
 FUNCTION(store);
 FUNCTION(gather_heads);
 FUNCTION(normalise);
+FUNCTION(linear);
+FUNCTION(attention_inputs);
+FUNCTION(attention_outputs);
+FUNCTION(choose);
 FUNCTION(ffn_kernels);
 FUNCTION(ffn);
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from cluster.native.built import native
 from cluster.wire.frames import Buffer
 from cluster.wire.tensors import to_bytes
 from experts.checkpoint.expert_weights import GatedFfnWeights, paged
+from experts.compute.panels import FORMATS, PANEL, SIDE, fill_panels, matrix_units
 
 GatedFfn = Callable[[torch.Tensor], torch.Tensor]
 """One expert: maps rows [P, H] to rows [P, H]."""
@@ -32,13 +32,9 @@ The first ``counts[0]`` rows are the first expert's, and so on. ``None`` means t
 be computed one by one.
 """
 
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The number of each dtype in native code."""
 NATIVE_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 """Each ``hidden_act`` by its number in native code."""
 _CLAMPED = len(NATIVE_ACTIVATIONS)
-_SIDE = 16
-_PANEL = 2 * _SIDE
 
 KERNELS: tuple[tuple[str, str, str], ...] = () if native is None else native.ffn_kernels()
 """Name, class, and class in bfloat16 of each kernel that this processor can run, the fastest
@@ -133,15 +129,15 @@ def _compute(
 def pack(weights: GatedFfnWeights) -> torch.Tensor:
     """Return one expert's weights as native code reads them, in bytes."""
     hidden_size, intermediate_size = weights.down.shape
-    gate, up = _units(weights.gate_up).chunk(2)  # [I, K] each
-    down = _units(weights.down)  # [H, K]
-    num_inner, num_outer = -(-intermediate_size // _SIDE), -(-hidden_size // _PANEL)
+    gate, up = matrix_units(weights.gate_up).chunk(2)  # [I, K] each
+    down = matrix_units(weights.down)  # [H, K]
+    num_inner, num_outer = -(-intermediate_size // SIDE), -(-hidden_size // PANEL)
     parts = [
-        (num_inner, gate.shape[1], _PANEL, gate.dtype),
-        (num_outer, down.shape[1], _PANEL, down.dtype),
+        (num_inner, gate.shape[1], PANEL, gate.dtype),
+        (num_outer, down.shape[1], PANEL, down.dtype),
     ]
     if weights.gate_up_bias is not None:
-        parts += [(num_inner, 1, _PANEL, torch.float32), (num_outer, 1, _PANEL, torch.float32)]
+        parts += [(num_inner, 1, PANEL, torch.float32), (num_outer, 1, PANEL, torch.float32)]
     sizes = [panels * length * side * dtype.itemsize for panels, length, side, dtype in parts]
     packed = paged((sum(sizes),), torch.uint8)
     places = [
@@ -149,42 +145,17 @@ def pack(weights: GatedFfnWeights) -> torch.Tensor:
         for piece, (panels, length, side, dtype) in zip(packed.split(sizes), parts, strict=True)
     ]
     _pack_pair(gate, up, places[0])
-    _pack_one(down, places[1])
+    fill_panels(down, places[1])
     if weights.gate_up_bias is not None:
         assert weights.down_bias is not None
         biases = weights.gate_up_bias.float()[:, None].chunk(2)
         _pack_pair(biases[0], biases[1], places[2])
-        _pack_one(weights.down_bias.float()[:, None], places[3])
+        fill_panels(weights.down_bias.float()[:, None], places[3])
     return packed
-
-
-def _units(matrix: torch.Tensor) -> torch.Tensor:
-    """Return a matrix [O, K] as the units of its panels: two bfloat16 are one [O, K / 2]."""
-    matrix = matrix.contiguous()
-    if matrix.dtype != torch.bfloat16:
-        return matrix
-    odd = matrix.shape[1] % 2
-    return (functional.pad(matrix, (0, odd)) if odd else matrix).view(torch.int32)
 
 
 def _pack_pair(gate: torch.Tensor, up: torch.Tensor, panels: torch.Tensor) -> None:
     """Write both matrices [I, K] into the halves of panels [I / SIDE, K, PANEL]."""
-    halves = panels.view(*panels.shape[:2], 2, _SIDE)
+    halves = panels.view(*panels.shape[:2], 2, SIDE)
     for half, matrix in enumerate((gate, up)):
-        _fill(matrix, halves[:, :, half])
-
-
-def _pack_one(matrix: torch.Tensor, panels: torch.Tensor) -> None:
-    """Write a matrix [H, K] into panels [H / PANEL, K, PANEL]."""
-    _fill(matrix, panels)
-
-
-def _fill(matrix: torch.Tensor, panels: torch.Tensor) -> None:
-    """Write a matrix [O, K] into panels [O / side, K, side]; outputs beyond the last are zero."""
-    side = panels.shape[2]
-    whole, left = divmod(len(matrix), side)
-    blocks = matrix[: whole * side].view(whole, side, matrix.shape[1])
-    panels[:whole].copy_(blocks.transpose(1, 2))
-    if left:
-        panels[whole].zero_()
-        panels[whole, :, :left].copy_(matrix[whole * side :].t())
+        fill_panels(matrix, halves[:, :, half])

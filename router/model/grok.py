@@ -37,12 +37,12 @@ class GrokNorm(nn.Module):
         """Build the norm of rows of ``size`` values."""
         super().__init__()
         self.scale = nn.Parameter(torch.ones(size))
-        self._eps = eps
+        self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map [..., H] to [..., H]."""
         wide = hidden_states.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._eps)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return (wide * self.scale.float()).to(hidden_states.dtype)
 
 
@@ -172,21 +172,8 @@ class GrokModel(GrokPreTrainedModel):
         self.post_init()
 
 
-class GrokHead(nn.Linear):
-    """The output head, which scales the logits."""
-
-    def __init__(self, config: Any) -> None:
-        """Build the head over the vocabulary."""
-        super().__init__(config.hidden_size, config.vocab_size, bias=False)
-        self._multiplier = config.output_multiplier_scale
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map [..., H] to logits."""
-        return super().forward(input) * self._multiplier
-
-
 class GrokForCausalLM(GrokPreTrainedModel):
-    """The model and its output head, as a router holds them."""
+    """The model and its output head; :func:`router.model.parts.head_of` scales the logits."""
 
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -194,7 +181,7 @@ class GrokForCausalLM(GrokPreTrainedModel):
         """Build model and head."""
         super().__init__(config)
         self.model = GrokModel(config)
-        self.lm_head = GrokHead(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
 

@@ -24,17 +24,22 @@ from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import read_tensor
 from experts.families.base import Family
 from router.model.attention_choice import choose_attention, head_size
-from router.model.cpu.packed_linear import pack_linears
-from router.model.cpu.rms_norm import replace_norms
-from router.model.decoder import Decoder
-from router.model.fused_attention import fuse_attention
+from router.model.decoder import AttentionHalf, Decoder
 from router.model.grok import register_grok
 from router.model.kv_cache import LatentCache, PagedCache
 from router.model.latent_attention import LATENT_ATTENTION_NAME, keep_latents, latent_attention
 from router.model.memory import router_sizes
 from router.model.page_pool import pages_needed
 from router.model.paged_attention import ATTENTION_NAME, paged_attention
-from router.model.parts import RemoteExperts, embedding_of, layers_of, norm_of, take_gates
+from router.model.parts import (
+    RemoteExperts,
+    embedding_of,
+    head_of,
+    layers_of,
+    norm_of,
+    take_gates,
+    take_native,
+)
 from router.moe.layer import MoELayers
 
 _REPLACING = threading.Lock()
@@ -149,18 +154,18 @@ class MoEModel:
         staging = None if device == CPU else Staging(device)
         take_gates(model, checkpoint)
         keep_latents(model)
-        if staging is None:
-            fuse_attention(model)
-            pack_linears(model)
-            replace_norms(model)
-        pages = self.num_pages, self.attention.page_size
         base = model.base_model
+        halves: list[AttentionHalf] = []
+        rotate = base.rotary_emb
+        if staging is None:
+            halves, rotate = take_native(model, getattr(config, "hidden_act", ""))
+        pages = self.num_pages, self.attention.page_size
         self.decoder = Decoder(
             embedding_of(base),
-            base.rotary_emb,
-            layers_of(base, layers, staging),
+            rotate,
+            layers_of(base, halves, layers, staging),
             norm_of(base),
-            model.get_output_embeddings(),
+            head_of(model),
             _cache_of(config, family, pages, dtype, device),
             self.attention,
             _layers_with_window(config),

@@ -5,7 +5,8 @@ Every family's layer has the same parts: norms, attention, and a mixture or a de
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from cluster.errors import CheckpointError
 from cluster.staging import Staging
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.families.base import GateSpec
-from router.model.cpu.packed_linear import product_with
+from router.model.cpu.native_gate import NativeGate, can_choose
+from router.model.cpu.native_layer import NativeAttentionHalf, NativeRotation, has_llamas_shape
+from router.model.cpu.native_linear import NativeLinear, replace_linears
+from router.model.cpu.native_norm import replace_norms
 from router.model.decoder import (
     AttentionHalf,
     DecoderLayer,
@@ -29,7 +33,9 @@ from router.model.decoder import (
 from router.moe.gate import Gate
 from router.moe.layer import MoELayers
 
-_ATTENTION_PARTS = (
+Rotate = Callable[[torch.Tensor, torch.Tensor], Any]
+"""A rotary embedding; see :class:`router.model.decoder.Decoder`."""
+_ATTENTION_PARTS: tuple[tuple[str, str, str | None, str], ...] = (
     ("input_layernorm", "self_attn", None, "post_attention_layernorm"),
     ("norm_attn_norm.norm_1", "norm_attn_norm.attn", None, "norm_attn_norm.norm_2"),
     ("pre_attn_norm", "attn", "post_attn_norm", "pre_moe_norm"),
@@ -83,11 +89,14 @@ def take_gate(block: nn.Module, path: str, spec: GateSpec, top_k: int) -> Gate:
     """Remove transformers' gate at ``path`` of ``block``; returns a gate with its weights."""
     parent, _, name = path.rpartition(".")
     taken: Any = block.get_submodule(path)
-    # Widened once, not in each step as transformers does.
-    weight = taken.weight.float() if "logits" in spec.float32 else taken.weight
-    logits_of = product_with(weight, getattr(taken, "bias", None))
+    weight, bias = taken.weight, getattr(taken, "bias", None)
+    correction = getattr(taken, "e_score_correction_bias", None)
     delattr(block.get_submodule(parent), name)
-    return Gate(spec, top_k, logits_of, getattr(taken, "e_score_correction_bias", None))
+    if can_choose(spec, weight):
+        return NativeGate(spec, top_k, weight, bias, correction)
+    # Widened once, not in each step as transformers does.
+    weight = weight.float() if "logits" in spec.float32 else weight
+    return Gate(spec, top_k, partial(functional.linear, weight=weight, bias=bias), correction)
 
 
 def embedding_of(base: Any) -> Map:
@@ -102,34 +111,96 @@ def norm_of(base: Any) -> Map:
     return norm
 
 
+def head_of(model: Any) -> Map:
+    """Return the output head, which maps hidden states [R, H] to logits [R, V].
+
+    Grok-1 scales them.
+    """
+    head: Any = model.get_output_embeddings()
+    product: Map = head
+    if isinstance(head, NativeLinear):
+        product = partial(head.product, dtype=torch.float32)
+    scale: float = getattr(model.config, "output_multiplier_scale", 1.0)
+    return product if scale == 1.0 else lambda hidden_states: product(hidden_states) * scale
+
+
+def take_native(model: Any, activation: str) -> tuple[list[AttentionHalf], Rotate]:
+    """Make native code compute whatever it can of a model on a CPU.
+
+    Linear layers, norms and dense MLPs with ``activation`` are replaced in ``model``. Returns the
+    attention halves and the rotary embedding where every layer is native; the modules are taken out
+    of ``model``. Returns no halves and the model's own rotary embedding elsewhere.
+    """
+    base: Any = model.base_model
+    halves: list[AttentionHalf] = []
+    rotate: Rotate = base.rotary_emb
+    found = [(layer, _attention_parts(layer)) for layer in _layers(base)]
+    if all(
+        parts[2] is None and has_llamas_shape(*_modules(layer, parts)) for layer, parts in found
+    ):
+        for layer, parts in found:
+            half = NativeAttentionHalf(*_modules(layer, parts))
+            halves.append(half)
+            for path in filter(None, parts):
+                parent, _, name = path.rpartition(".")
+                delattr(layer.get_submodule(parent), name)
+        rotate = NativeRotation(rotate, half.head_size)
+    replace_linears(model, activation)
+    replace_norms(model)
+    return halves, rotate
+
+
 def layers_of(
-    base: Any, layers: MoELayers[torch.Tensor], staging: Staging | None
+    base: Any,
+    halves: Sequence[AttentionHalf],
+    layers: MoELayers[torch.Tensor],
+    staging: Staging | None,
 ) -> list[DecoderLayer]:
-    """Return the decoder's layers, made of the modules of transformers' base model."""
-    found = base.blocks if hasattr(base, "blocks") else base.layers
+    """Return the decoder's layers, made of the modules of transformers' base model.
+
+    ``halves`` are the attention halves; where there are none, torch's are made.
+    """
     return [
         DecoderLayer(
-            attention_half(layer),
+            halves[index] if halves else torch_attention(layer),
             feed_forward_half(layer, layers, staging),
             getattr(layer, _OUTPUT_NORM, None),
         )
-        for layer in found
+        for index, layer in enumerate(_layers(base))
     ]
 
 
-def attention_half(layer: nn.Module) -> AttentionHalf:
-    """Return the attention half of a layer."""
+def torch_attention(layer: nn.Module) -> TorchAttention:
+    """Return the attention half of a layer, by its modules."""
+    norm, attention, output_norm, normed = _attention_parts(layer)
+    return TorchAttention(
+        layer.get_submodule(norm),
+        layer.get_submodule(attention),
+        None if output_norm is None else layer.get_submodule(output_norm),
+        layer.get_submodule(normed),
+    )
+
+
+def _layers(base: Any) -> Iterable[nn.Module]:
+    found: Iterable[nn.Module] = base.blocks if hasattr(base, "blocks") else base.layers
+    return found
+
+
+def _attention_parts(layer: nn.Module) -> tuple[str, str, str | None, str]:
+    """Return the names of the parts of a layer's attention half."""
     paths = {path for path, _ in layer.named_modules()}
     for names in _ATTENTION_PARTS:
         if paths.issuperset(name for name in names if name is not None):
-            norm, attention, output_norm, normed = names
-            return TorchAttention(
-                layer.get_submodule(norm),
-                layer.get_submodule(attention),
-                None if output_norm is None else layer.get_submodule(output_norm),
-                layer.get_submodule(normed),
-            )
+            return names
     raise CheckpointError(f"a layer of class {type(layer).__name__} has unknown parts")
+
+
+def _modules(
+    layer: nn.Module, parts: tuple[str, str, str | None, str]
+) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Return the norm, the attention and the norm of the feed-forward half of a layer."""
+    norm, attention, _, normed = parts
+    return layer.get_submodule(norm), layer.get_submodule(attention), layer.get_submodule(normed)
 
 
 def feed_forward_half(

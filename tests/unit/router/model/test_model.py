@@ -20,7 +20,7 @@ from transformers.models.mixtral import modeling_mixtral
 from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import open_checkpoint
 from router.model.model import load_dense
-from router.model.parts import RemoteExperts, attention_half, take_gates
+from router.model.parts import RemoteExperts, take_gates, torch_attention
 from tests.checkpoints import save_mixtral
 
 
@@ -113,7 +113,7 @@ def test_a_layer_with_unknown_parts_is_refused(folder: Path) -> None:
     model = load_dense(open_checkpoint(folder), torch.float32)
     del model.model.layers[1].self_attn
     with pytest.raises(CheckpointError, match="MixtralDecoderLayer has unknown parts"):
-        attention_half(model.model.layers[1])
+        torch_attention(model.model.layers[1])
 
 
 def test_a_checkpoint_that_changed_meanwhile_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,191 @@
+"""Linear layers in native code: every kernel against float64, a row alone against a crowd.
+
+Dimension letters: P rows, K input size, O output size.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from cluster.native import built
+from cluster.wire.tensors import to_bytes
+from experts.compute.native_ffn import KERNELS
+from experts.compute.panels import FORMATS, pack_matrix
+from router.model.cpu.native_linear import NativeLinear, NativeMlp, replace_linears
+
+BUILT = [] if built.native is None else [built.native]
+NAMES = [name for name, *_ in KERNELS]
+DTYPES = tuple(FORMATS)
+
+
+def product(
+    kernel: str | None,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    threads: int = 1,
+) -> torch.Tensor:
+    """Return rows times a weight by a kernel, from memory at odd addresses."""
+    assert built.native is not None
+    out = torch.empty(len(rows), len(weight), dtype=dtype)
+    packed, given_ = to_bytes(pack_matrix(weight, bias)), to_bytes(rows.contiguous())
+    odd_packed, odd_rows = bytearray(1 + packed.nbytes), bytearray(1 + given_.nbytes)
+    odd_packed[1:], odd_rows[1:] = packed, given_
+    formats = FORMATS[weight.dtype], FORMATS[rows.dtype], FORMATS[dtype], int(bias is not None)
+    sizes = (weight.shape[1], weight.shape[0], *formats)
+    built.native.linear(
+        memoryview(odd_rows)[1:], memoryview(odd_packed)[1:], to_bytes(out), sizes, threads, kernel
+    )
+    return out
+
+
+SIZES = st.one_of(st.integers(1, 80), st.sampled_from([96, 127, 129, 512, 1025]))
+
+
+@pytest.mark.parametrize("kernel", NAMES)
+@settings(deadline=None, max_examples=80)
+@given(
+    seed=st.integers(0, 10_000),
+    num_rows=st.integers(1, 230),
+    size=SIZES,
+    outputs=SIZES,
+    dtype=st.sampled_from(DTYPES),
+    row_dtype=st.sampled_from(DTYPES),
+    has_bias=st.booleans(),
+    data=st.data(),
+)
+def test_sums_are_float32s_and_a_row_has_its_bits_in_any_crowd(
+    kernel: str,
+    seed: int,
+    num_rows: int,
+    size: int,
+    outputs: int,
+    dtype: torch.dtype,
+    row_dtype: torch.dtype,
+    has_bias: bool,
+    data: st.DataObject,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(num_rows, size, generator=generator).to(row_dtype)
+    weight = torch.randn(outputs, size, generator=generator).to(dtype)
+    bias = torch.randn(outputs, generator=generator).to(dtype) if has_bias else None
+    together = product(kernel, rows, weight, bias)
+    exact = functional.linear(
+        rows.double(), weight.double(), None if bias is None else bias.double()
+    )
+    bound = (size + 2) * 2.0**-24 * (rows.double().abs() @ weight.double().abs().t() + 4)
+    assert ((together.double() - exact).abs() <= bound).all()
+    begin = data.draw(st.integers(0, num_rows - 1))
+    end = data.draw(st.integers(begin + 1, num_rows))
+    assert torch.equal(product(kernel, rows[begin:end], weight, bias), together[begin:end])
+    threads = data.draw(st.sampled_from([2, 5, 1000]))
+    assert torch.equal(product(kernel, rows, weight, bias, threads=threads), together)
+    for narrow in (torch.bfloat16, torch.float16):
+        assert torch.equal(product(kernel, rows, weight, bias, narrow), together.to(narrow))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_of_a_class_have_equal_bits(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(37, 301, generator=generator).to(dtype)
+    weight = torch.randn(101, 301, generator=generator).to(dtype)
+    first: dict[str, torch.Tensor] = {}
+    for name, wide, narrow in KERNELS:
+        got = product(name, rows, weight)
+        kernel_class = narrow if dtype == torch.bfloat16 else wide
+        assert torch.equal(got, first.setdefault(kernel_class, got))
+
+
+@pytest.mark.parametrize("kernel", NAMES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_no_number_stays_in_its_row(kernel: str, value: float) -> None:
+    rows, weight = torch.ones(20, 33), torch.ones(40, 33)
+    rows[7, 5] = value
+    got = product(kernel, rows, weight)
+    others = torch.arange(20) != 7
+    assert (got[others] == 33).all()
+    assert not got[7].isfinite().any()
+
+
+@pytest.mark.parametrize("native", BUILT)
+def test_a_models_linear_layers_are_replaced(native: ModuleType) -> None:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.plain, model.biased = nn.Linear(48, 20, bias=False), nn.Linear(48, 20)
+    mlp = model.mlp = nn.Module()
+    for name, shape in (("gate_proj", (48, 64)), ("up_proj", (48, 64)), ("down_proj", (64, 48))):
+        setattr(mlp, name, nn.Linear(*shape, bias=False))
+    mlp.act_fn = nn.SiLU()
+    model.requires_grad_(False)
+    rows = torch.randn(1, 5, 48)
+    expected = [model.plain(rows), model.biased(rows)]
+    inner = functional.silu(mlp.gate_proj(rows)) * mlp.up_proj(rows)
+    expected.append(mlp.down_proj(inner))
+    replace_linears(model, "silu")
+    kinds = [type(layer) for layer in (model.plain, model.biased, model.mlp)]
+    assert kinds == [NativeLinear, NativeLinear, NativeMlp]
+    got = [layer(rows) for layer in (model.plain, model.biased, model.mlp)]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert model.plain(rows[:, :0]).shape == (1, 0, 20)
+    assert torch.equal(model.plain(rows[:, ::2]), model.plain(rows)[:, ::2])
+
+
+@pytest.mark.parametrize("native", BUILT)
+def test_an_mlp_with_biases_or_an_unknown_activation_stays_linear_layers(
+    native: ModuleType,
+) -> None:
+    for bias, activation in ((True, "silu"), (False, "tanh")):
+        mlp = nn.Module()
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(mlp, name, nn.Linear(8, 8, bias=bias))
+        mlp.act_fn = nn.SiLU()
+        model = nn.Sequential(mlp)
+        replace_linears(model, activation)
+        assert {type(part) for part in model[0].children()} == {NativeLinear, nn.SiLU}
+
+
+RIGHT = SimpleNamespace(rows=bytes(4 * 8 * 3), packed=bytes(8 * 32 * 4), out=4 * 5 * 3)
+WRONG = {
+    "half a row": {"rows": bytes(4 * 8 * 3 + 4)},
+    "fewer rows than room": {"rows": bytes(4 * 8 * 2)},
+    "too little room": {"out": 4 * 5 * 3 - 4},
+    "weights of another size": {"packed": bytes(8 * 32 * 4 + 4)},
+    "no size": {"sizes": (0, 5, 0, 0, 0, 0)},
+    "a size beyond all": {"sizes": (1 << 60, 5, 0, 0, 0, 0)},
+    "an unknown format": {"sizes": (8, 5, 3, 0, 0, 0)},
+    "rows of an unknown format": {"sizes": (8, 5, 0, 9, 0, 0)},
+    "room of an unknown format": {"sizes": (8, 5, 0, 0, -1, 0)},
+    "a bias that is not there": {"sizes": (8, 5, 0, 0, 0, 1)},
+    "no thread": {"threads": 0},
+    "an unknown kernel": {"kernel": "sse"},
+}
+
+
+@pytest.mark.parametrize("native", BUILT)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_does_not_fit_is_refused(native: ModuleType, wrong: str) -> None:
+    given_ = {
+        "rows": RIGHT.rows,
+        "packed": RIGHT.packed,
+        "out": RIGHT.out,
+        "sizes": (8, 5, 0, 0, 0, 0),
+        "threads": 1,
+        "kernel": None,
+    }
+    calls = [given_, {**given_, **WRONG[wrong]}]
+    for call in calls:
+        out = bytearray(call.pop("out"))
+        arguments = (call["rows"], call["packed"], out, call["sizes"])
+        if call is calls[0]:
+            native.linear(*arguments, call["threads"], call["kernel"])
+            continue
+        with pytest.raises(ValueError, match=r"."):
+            native.linear(*arguments, call["threads"], call["kernel"])
