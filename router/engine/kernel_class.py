@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 
 from cluster.device import CPU
-from cluster.native.built import native
 from experts.compute.kernel_classes import torch_class
+from experts.compute.native_ffn import kernel_class
 
 
-def dense_class(device: torch.device, dtype: torch.dtype) -> str:
+def dense_class(device: torch.device, dtype: torch.dtype, is_native: bool) -> str:
     """Return the kernel class of a dense part in ``dtype`` on ``device``.
 
-    Its products are torch's. Native code on a CPU attends by other formulas than torch, so a router
-    with native code and one without are of two classes.
+    ``is_native`` is true where native code computes all of it, and false where torch computes its
+    attention. Then the class names both.
     """
-    own = torch_class(device, dtype)
-    return own if native is None or device.type != CPU.type else f"{own}+native"
+    own, native = torch_class(device, dtype), kernel_class(dtype)
+    if device.type != CPU.type or native is None:
+        return own
+    return native if is_native else f"{own}+{native}"

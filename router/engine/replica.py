@@ -105,8 +105,7 @@ class RouterReplica:
         self._overflow: Mapping[tuple[int, int], int] = {} if limit is None else limit.overflow
         layers = MoELayers(self._dispatcher, WeightedSums(), limit)
         self._device = device_of(config.device, config.num_gpus, "args.router.device")
-        self._kernel_class = dense_class(self._device, TORCH_DTYPES[model.dtype])
-        dense = _load_dense(model, config, layers, self._device, self._kernel_class)
+        dense, self._kernel_class = _load_dense(model, config, layers, self._device)
         self._scheduler = Scheduler(_limits_of(config), dense.num_pages, dense.attention.page_size)
         self._engine = Engine(
             dense,
@@ -253,12 +252,16 @@ def _load_dense(
     config: RouterConfig,
     layers: MoELayers[torch.Tensor],
     device: torch.device,
-    kernel_class: str,
-) -> MoEModel:
-    """Load the dense part from this node's disk or another node, and log where it is."""
+) -> tuple[MoEModel, str]:
+    """Load the dense part from this node's disk or another node, and log where it is.
+
+    Returns it and its kernel class.
+    """
     checkpoint = language_model(open_model(model.path, model.source.identity, RayNeighbours()))
     cache_tokens = config.cache_tokens_for(model.max_model_len)
-    dense = MoEModel(checkpoint, TORCH_DTYPES[model.dtype], cache_tokens, layers, device)
+    dtype = TORCH_DTYPES[model.dtype]
+    dense = MoEModel(checkpoint, dtype, cache_tokens, layers, device)
+    kernel_class = dense_class(device, dtype, dense.is_native)
     logger.info(
         "router of %s: %s on %s (%s), cache of %d tokens%s",
         model.id,
@@ -268,7 +271,7 @@ def _load_dense(
         dense.num_pages * dense.attention.page_size,
         "" if checkpoint.remote is None else f", {checkpoint.remote.summary()}",
     )
-    return dense
+    return dense, kernel_class
 
 
 def _limits_of(config: RouterConfig) -> Limits:

@@ -122,7 +122,8 @@ def _weights(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tens
 class MoEModel:
     """A model without its experts: its ``decoder``, with a cache of ``num_pages`` pages.
 
-    ``attention`` makes the views of the steps that ``decoder`` runs.
+    ``attention`` makes the views of the steps that ``decoder`` runs. ``is_native`` is true where
+    native code computes every layer.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class MoEModel:
         rotate = base.rotary_emb
         if staging is None:
             halves, rotate = take_native(model, getattr(config, "hidden_act", ""))
+        self.is_native = bool(halves)
         pages = self.num_pages, self.attention.page_size
         self.decoder = Decoder(
             embedding_of(base),

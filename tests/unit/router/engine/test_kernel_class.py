@@ -12,16 +12,17 @@ from router.engine.kernel_class import dense_class
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_routers_with_and_without_native_code_are_of_two_classes(
+def test_routers_with_and_without_native_code_are_of_several_classes(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(kernel_class, "native", object())
-    assert dense_class(CPU, dtype) == f"{torch_class(CPU, dtype)}+native"
-    monkeypatch.setattr(kernel_class, "native", None)
-    assert dense_class(CPU, dtype) == torch_class(CPU, dtype)
+    monkeypatch.setattr(kernel_class, "kernel_class", lambda dtype: "fused")
+    assert dense_class(CPU, dtype, True) == "fused"
+    assert dense_class(CPU, dtype, False) == f"{torch_class(CPU, dtype)}+fused"
+    monkeypatch.setattr(kernel_class, "kernel_class", lambda dtype: None)
+    assert dense_class(CPU, dtype, False) == torch_class(CPU, dtype)
 
 
 def test_a_router_on_a_device_has_the_devices_class(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
-    monkeypatch.setattr(kernel_class, "native", object())
-    assert dense_class(torch.device("cuda:0"), torch.bfloat16) == "Card"
+    monkeypatch.setattr(kernel_class, "kernel_class", lambda dtype: "fused")
+    assert dense_class(torch.device("cuda:0"), torch.bfloat16, False) == "Card"
