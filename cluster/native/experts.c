@@ -1,8 +1,8 @@
 /* Gated feed-forward experts on any processor: gate, up, activation and down of several experts.
  *
  * experts/compute/native_ffn.py is the face of these functions and packs the weights. A row's
- * result depends on the row, the weights and the kernel's class alone; products.h has the order of
- * sums.
+ * result depends on the row, the weights and the kernel's class alone; products.h and tiles.c have
+ * the order of sums.
  *
  * An expert is one buffer of panels as kernels.h has them: each of SIDE outputs of gate and the
  * same of up, then those of down, and of an expert with biases the biases of all these outputs in
@@ -17,7 +17,7 @@
 #define LEAST_SLICE_ROWS 24
 #define SLICE_VALUES (1 << 18)   /* of a slice's rows and inner rows, in float32 */
 #define BATCH_VALUES (1 << 20)   /* the same of the slices that several threads share */
-#define SHARE_PRODUCTS (1 << 21) /* so many are worth another thread, which has to wake up */
+#define SHARE_PRODUCTS (1 << 23) /* so many are worth another thread, which has to wake up */
 #define THREAD_SHARES 4          /* so that a thread that is late leaves its shares to others */
 #define READ_ROWS 4 /* reading a weight takes as long as so many products with it */
 

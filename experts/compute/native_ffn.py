@@ -3,7 +3,7 @@
 A row's result depends on the row, the weights and the class of the kernel (:func:`kernel_class`),
 neither on other rows nor on the number of threads. Sums are float32 whatever the dtype, and a
 result is rounded once, to the dtype of the rows. ``cluster/native/experts.c`` has the layout of
-packed weights, ``cluster/native/products.h`` the order of sums.
+packed weights, ``products.h`` and ``tiles.c`` beside it the order of sums.
 
 Dimension letters: P rows of one expert, H hidden size, I intermediate size, O outputs of a matrix,
 K length of a sum.

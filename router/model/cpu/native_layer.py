@@ -47,13 +47,17 @@ class NativeAttentionHalf:
         self._factors = self._norm.epsilon, head_epsilon, math.inf if clip is None else clip
 
     def __call__(
-        self, hidden_states: torch.Tensor, rotation: torch.Tensor, paged: PagedContext
+        self,
+        hidden_states: torch.Tensor,
+        rotation: torch.Tensor | tuple[torch.Tensor, ...],
+        paged: PagedContext,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`router.model.decoder.AttentionHalf`.
 
         ``rotation`` are the angles of :class:`NativeRotation`.
         """
         num_q, num_kv = self._num_q, self._num_kv
+        assert isinstance(rotation, torch.Tensor)
         heads = self._project(hidden_states, rotation).transpose(0, 1)  # [Q + 2 G, T, D]
         paged.cache.store(
             self._layer_id,
@@ -125,9 +129,9 @@ class NativeRotation:
         self._dtype = torch.empty(0)
 
     def __call__(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return cosines and sines of positions [1, T] as native code reads them, [T, 2, D / 2]."""
+        """Return cosines and sines [1, T, 2, D / 2] of positions [1, T], for native code."""
         cosines, sines = self._rotary_embedding(self._dtype, positions)
-        return torch.stack((cosines[0, :, : self._half], sines[0, :, : self._half]), dim=1)
+        return torch.stack((cosines[..., : self._half], sines[..., : self._half]), dim=2)
 
 
 def has_llamas_shape(norm: nn.Module, attention: Any, next_norm: nn.Module) -> bool:

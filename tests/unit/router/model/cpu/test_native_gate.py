@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_a_norm_of_another_exponent_and_other_devices_stay_with_torch() -> None:
 
 
 NUMBERS = (8, 4, 2, 0, 0, 0, 0, 0, 1, 0, 0, 2, 1, 1)
-WRONG = {
+WRONG: dict[str, dict[str, Any]] = {
     "half a row": {"rows": bytes(70)},
     "a token too many": {"rows": bytes(96)},
     "too little room for ids": {"ids": 24},
@@ -156,7 +157,7 @@ WRONG = {
 @pytest.mark.parametrize("native", BUILT)
 @pytest.mark.parametrize("wrong", [None, *WRONG])
 def test_what_does_not_fit_is_refused(native: ModuleType, wrong: str | None) -> None:
-    call = {
+    call: dict[str, Any] = {
         "rows": bytes(64),
         "packed": bytes(8 * 32 * 4),
         "correction": bytes(16),

@@ -181,7 +181,7 @@ def inputs_by(
     """Return queries, keys and values of seven tokens, with every part that a layer can have."""
     generator = torch.Generator().manual_seed(1)
     tokens = 7
-    call = {
+    call: dict[str, Any] = {
         "rows": torch.randn(tokens, H, generator=generator),
         "norm": torch.randn(H, generator=generator),
         "packed": bytes(to_bytes(torch.randn(H * 64 + 64, generator=generator))),
@@ -210,7 +210,7 @@ def test_kernels_of_a_class_and_any_threads_have_equal_bits(native: ModuleType) 
     assert values[0].abs().max() <= 2.5 * 2**0.5 * 4  # clipped, then turned
 
 
-WRONG = {
+WRONG: dict[str, dict[str, Any]] = {
     "half a row": {"rows": torch.zeros(H + 1)},
     "a token without room": {"out": torch.zeros(6, OUTPUTS)},
     "a token without angles": {"angles": torch.zeros(6, 2, D // 2)},
@@ -234,7 +234,7 @@ def test_inputs_that_do_not_fit_are_refused(native: ModuleType, wrong: str) -> N
 
 
 OUTPUT_SIZES = (24, H, 0, 0, 0, 1)
-WRONG_OUTPUTS = {
+WRONG_OUTPUTS: dict[str, dict[str, Any]] = {
     "half a row": {"attended": bytes(4 * 25)},
     "a residual too many": {"residual": bytes(4 * H * 3)},
     "too little room": {"sums": 4 * H},
@@ -248,7 +248,7 @@ WRONG_OUTPUTS = {
 @pytest.mark.parametrize("native", BUILT)
 @pytest.mark.parametrize("wrong", [None, *WRONG_OUTPUTS])
 def test_outputs_that_do_not_fit_are_refused(native: ModuleType, wrong: str | None) -> None:
-    call = {
+    call: dict[str, Any] = {
         "attended": bytes(4 * 24 * 2),
         "packed": bytes(24 * 64 * 4),
         "residual": bytes(4 * H * 2),

@@ -6,6 +6,7 @@ Dimension letters: P rows, K input size, O output size.
 from __future__ import annotations
 
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -153,7 +154,7 @@ def test_an_mlp_with_biases_or_an_unknown_activation_stays_linear_layers(
 
 
 RIGHT = SimpleNamespace(rows=bytes(4 * 8 * 3), packed=bytes(8 * 32 * 4), out=4 * 5 * 3)
-WRONG = {
+WRONG: dict[str, dict[str, Any]] = {
     "half a row": {"rows": bytes(4 * 8 * 3 + 4)},
     "fewer rows than room": {"rows": bytes(4 * 8 * 2)},
     "too little room": {"out": 4 * 5 * 3 - 4},
@@ -172,7 +173,7 @@ WRONG = {
 @pytest.mark.parametrize("native", BUILT)
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_does_not_fit_is_refused(native: ModuleType, wrong: str) -> None:
-    given_ = {
+    given_: dict[str, Any] = {
         "rows": RIGHT.rows,
         "packed": RIGHT.packed,
         "out": RIGHT.out,

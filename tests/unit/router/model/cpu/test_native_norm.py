@@ -96,7 +96,7 @@ def test_norms_with_a_bias_and_unknown_ones_stay(native: ModuleType) -> None:
         assert replaced(norm) is norm
 
 
-WRONG = {
+WRONG: dict[str, dict[str, Any]] = {
     "half a row": {"rows": bytes(36)},
     "too little room": {"out": 32},
     "weights of another length": {"weights": bytes(28)},
@@ -109,7 +109,7 @@ WRONG = {
 @pytest.mark.parametrize("native", BUILT)
 @pytest.mark.parametrize("wrong", [None, *WRONG])
 def test_what_does_not_fit_is_refused(native: ModuleType, wrong: str | None) -> None:
-    call = {
+    call: dict[str, Any] = {
         "rows": bytes(64),
         "weights": bytes(32),
         "out": 64,
