@@ -47,7 +47,13 @@ class Actors:
 
 
 def start_actors(
-    folder: Path, shape: Any, count: int, actor_class: type, app: str, num_gpus: float = 0.0
+    folder: Path,
+    shape: Any,
+    count: int,
+    actor_class: type,
+    app: str,
+    num_gpus: float = 0.0,
+    dtype: str = "bfloat16",
 ) -> Actors:
     """Start actors as the product does, each with ``num_gpus``, and have all load at once."""
     import ray
@@ -63,7 +69,7 @@ def start_actors(
     config = ExpertsConfig()
     experts = ModelExperts(MODEL, shape.layers, shape.num_experts, 1)
     identity = identity_of(open_checkpoint(folder))
-    sources = (ModelSource(str(folder), "bfloat16", experts, identity),)
+    sources = (ModelSource(str(folder), dtype, experts, identity),)
     spec = ActorSpec(app, sources, config.num_cpus, num_gpus, config.threads, config.max_queue_rows)
     remote = ray.remote(concurrency_groups={"control": CONTROL_CALLS})(actor_class)
     placement = empty_placement(EPOCH, [experts])

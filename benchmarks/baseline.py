@@ -1,4 +1,4 @@
-"""What the cluster is compared with: the same checkpoint generated from in one process.
+"""The same checkpoint in one process of transformers, for comparison.
 
 Each measurement runs in a process of its own, started by :func:`measure`, on all cores.
 """
@@ -6,7 +6,6 @@ Each measurement runs in a process of its own, started by :func:`measure`, on al
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -17,18 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import SIZES, prompts, resident_mb
+from benchmarks.common import prompts, resident_mb
 
 if TYPE_CHECKING:
     import torch
 
 TIMEOUT_S = 600.0
-
-
-def kinds() -> tuple[str, ...]:
-    """Return what can be compared with here: transformers' experts, and vLLM where installed."""
-    transformers = ("grouped_mm", "eager")
-    return (*transformers, "vllm") if importlib.util.find_spec("vllm") else transformers
 
 
 def measure(folder: Path, kind: str, streams: int, tokens: int, rounds: int) -> dict[str, float]:
@@ -71,25 +64,30 @@ def run_module(module: str, arguments: list[str], environment: dict[str, str]) -
     return result
 
 
-Generate = Callable[[int, int], None]
-"""Generates greedily for a number of streams a number of tokens each."""
+Generate = Callable[[Sequence[Sequence[int]], int], list[list[int]]]
+"""Generates greedily a number of tokens for each prompt, and returns them."""
 
 
-def transformers_generate(folder: Path, experts: str, device: torch.device) -> Generate:
-    """Load the model to a device; returns what generates there, and waits for the device."""
+def transformers_generate(
+    folder: Path, experts: str, device: torch.device, dtype: torch.dtype | None = None
+) -> Generate:
+    """Load the model, by default in bf16; returns a function that generates on the device.
+
+    The function returns when the device is done.
+    """
     import psutil
     import torch
     from transformers import MixtralForCausalLM
 
     torch.set_num_threads(psutil.cpu_count() or 1)
     model = MixtralForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, experts_implementation=experts
+        folder, dtype=dtype or torch.bfloat16, experts_implementation=experts
     )
     model = model.eval().to(device)
 
-    def generate(streams: int, tokens: int) -> None:
-        ids = torch.tensor(prompts(streams), device=device)
-        model.generate(
+    def generate(given: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+        ids = torch.tensor(given, device=device)
+        output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
@@ -99,31 +97,20 @@ def transformers_generate(folder: Path, experts: str, device: torch.device) -> G
         )
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
-
-    return generate
-
-
-def vllm_generate(folder: Path) -> Generate:
-    """As :func:`transformers_generate`, with vLLM; its import fails where it is not installed."""
-    from vllm import LLM, SamplingParams
-
-    llm = LLM(model=str(folder), dtype="bfloat16", max_model_len=SIZES["max_position_embeddings"])
-
-    def generate(streams: int, tokens: int) -> None:
-        requests = [{"prompt_token_ids": ids} for ids in prompts(streams)]
-        sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-        llm.generate(requests, sampling, use_tqdm=False)
+        generated: list[list[int]] = output[:, ids.shape[1] :].tolist()
+        return generated
 
     return generate
 
 
 def rates_of(generate: Generate, streams: int, tokens: int, rounds: int) -> list[float]:
     """Return each round's tokens per second; a first one of two tokens does not count."""
-    generate(streams, 2)
+    given = prompts(streams)
+    generate(given, 2)
     rates = []
     for _ in range(rounds):
         started_s = time.perf_counter()
-        generate(streams, tokens)
+        generate(given, tokens)
         rates.append(streams * tokens / (time.perf_counter() - started_s))
     return rates
 
@@ -133,10 +120,7 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     from cluster.device import device_of
 
     device = device_of(options.device, 0, "--device")
-    if options.kind == "vllm":
-        generate = vllm_generate(options.folder)
-    else:
-        generate = transformers_generate(options.folder, options.kind, device)
+    generate = transformers_generate(options.folder, options.kind, device)
     measured = {}
     for streams in options.streams:
         rates = rates_of(generate, int(streams), options.tokens, options.rounds)

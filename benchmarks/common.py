@@ -19,6 +19,8 @@ from rich.table import Table
 MODEL = "bench"
 PROMPT_TOKENS = 16
 CACHE_TOKENS = 8192
+PROMISED_MB = {"router": 550.0, "actor": 350.0}
+"""The project's own bounds on memory beyond weights and cache."""
 FILE_WIDTH = 160
 SETTINGS = ("benchmark", "machine", "sizes", "clients", "tokens", "actors")
 """The parts of a result that must be the same for two runs to be comparable."""
@@ -36,17 +38,20 @@ SIZES: dict[str, int] = {
     "num_experts_per_tok": 2,
     "max_position_embeddings": 2048,
 }
+Sizes = Mapping[str, int]
 
 
-def make_checkpoint(folder: Path, dtype: str = "bfloat16", seed: int = 0) -> None:
-    """Save a random Mixtral checkpoint of ``SIZES`` with a byte-level tokenizer."""
+def make_checkpoint(
+    folder: Path, dtype: str = "bfloat16", seed: int = 0, sizes: Sizes = SIZES
+) -> None:
+    """Save a random Mixtral checkpoint of these sizes with a byte-level tokenizer."""
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     torch.manual_seed(seed)
-    config = MixtralConfig(**SIZES, bos_token_id=None, eos_token_id=0, pad_token_id=None)
+    config = MixtralConfig(**sizes, bos_token_id=None, eos_token_id=0, pad_token_id=None)
     MixtralForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     save_tokenizer(folder)
 
@@ -63,30 +68,36 @@ def save_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
 
 
-def prompts(streams: int) -> list[list[int]]:
+def prompts(streams: int, vocab_size: int = SIZES["vocab_size"]) -> list[list[int]]:
     """Return the streams' prompts, all different."""
     return [
-        [1 + (31 * stream + 7 * i) % (SIZES["vocab_size"] - 1) for i in range(PROMPT_TOKENS)]
+        [1 + (31 * stream + 7 * i) % (vocab_size - 1) for i in range(PROMPT_TOKENS)]
         for stream in range(streams)
     ]
 
 
-def expert_mb(count: int) -> float:
-    """Return what the weights of ``count`` experts take in bf16."""
-    return count * 3 * SIZES["hidden_size"] * SIZES["intermediate_size"] * 2 / 1e6
+def long_prompt(num_tokens: int, vocab_size: int) -> list[int]:
+    """Return a prompt of ``num_tokens`` tokens."""
+    return [1 + (7 * i + i * i) % (vocab_size - 1) for i in range(num_tokens)]
 
 
-def dense_mb(folder: Path) -> float:
-    """Return what the checkpoint's weights take without its experts."""
+def expert_mb(count: int, sizes: Sizes = SIZES, value_bytes: int = 2) -> float:
+    """Return the MB of the weights of ``count`` experts, ``value_bytes`` a weight."""
+    return count * 3 * sizes["hidden_size"] * sizes["intermediate_size"] * value_bytes / 1e6
+
+
+def dense_mb(folder: Path, sizes: Sizes = SIZES, value_bytes: int = 2) -> float:
+    """Return the MB of a bf16 checkpoint's weights without its experts, ``value_bytes`` each."""
     whole = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
-    return whole - expert_mb(SIZES["num_hidden_layers"] * SIZES["num_local_experts"])
+    experts = expert_mb(sizes["num_hidden_layers"] * sizes["num_local_experts"], sizes)
+    return (whole - experts) * value_bytes / 2
 
 
-def cache_mb(num_tokens: int) -> float:
-    """Return what the keys and values of ``num_tokens`` tokens take in bf16."""
-    head_dim = SIZES["hidden_size"] // SIZES["num_attention_heads"]
-    values = 2 * SIZES["num_hidden_layers"] * SIZES["num_key_value_heads"] * head_dim
-    return num_tokens * values * 2 / 1e6
+def cache_mb(num_tokens: int, sizes: Sizes = SIZES, value_bytes: int = 2) -> float:
+    """Return the MB of the keys and values of ``num_tokens`` tokens, ``value_bytes`` each."""
+    head_dim = sizes["hidden_size"] // sizes["num_attention_heads"]
+    values = 2 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * head_dim
+    return num_tokens * values * value_bytes / 1e6
 
 
 def resident_mb(pid: int) -> float:

@@ -25,10 +25,12 @@ from benchmarks.baseline import run_module
 from benchmarks.common import (
     CACHE_TOKENS,
     MODEL,
-    PROMPT_TOKENS,
+    SIZES,
+    Sizes,
     cache_mb,
     dense_mb,
     expert_mb,
+    long_prompt,
     memory_of,
     prompts,
     summary_ms,
@@ -49,12 +51,22 @@ def measure(
     tokens: int,
     rounds: int,
     trace: Path | None = None,
+    *,
+    sizes: Sizes = SIZES,
+    dtype: str = "bfloat16",
+    prefill: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Generate in a fresh process; see :func:`run` for what comes back."""
+    """Generate in a fresh process; see :func:`run` for what comes back.
+
+    ``sizes`` are those of the checkpoint. ``prefill`` has lengths of prompts.
+    """
     from cluster.environment import router_environment
     from router.config import RouterConfig
 
     arguments = [str(folder), transport, str(actors), str(tokens), str(rounds), *streams]
+    arguments += ["--sizes", json.dumps(dict(sizes)), "--dtype", dtype]
+    if prefill:
+        arguments += ["--prefill", *map(str, prefill)]
     if trace is not None:
         arguments += ["--trace", str(trace)]
     environment = {**router_environment(RouterConfig().threads), "RAY_ADDRESS": "local"}
@@ -64,14 +76,22 @@ def measure(
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, or with ``--trace`` trace one round, in this process.
 
-    Returns the figures of each number of streams, the memory of router and actors at the end, and
-    what loading took of each actor.
+    Returns the figures of each number of streams, the memory of router and actors after them, the
+    prefills' durations by length, and what loading took of each actor.
     """
     import ray
+    import torch
 
     ray.init(address="local", include_dashboard=False, logging_level="warning", namespace="serve")
     try:
-        bench = Bench(options.folder, options.transport, options.actors, options.trace is not None)
+        bench = Bench(
+            options.folder,
+            options.transport,
+            options.actors,
+            options.trace is not None,
+            sizes=options.sizes,
+            dtype=getattr(torch, options.dtype),
+        )
         try:
             if options.trace is not None:
                 bench.trace(int(options.streams[0]), options.tokens, options.trace)
@@ -82,7 +102,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     for n in options.streams
                 }
             }
-            return {**result, "memory": bench.memory(), "loading": bench.actors.loading}
+            result |= {"memory": bench.memory(), "loading": bench.actors.loading}
+            result["prefill_s"] = {
+                str(length): bench.prefill(length, options.rounds) for length in options.prefill
+            }
+            return result
         finally:
             bench.close()
     finally:
@@ -141,11 +165,14 @@ class Bench:
         device: torch.device | None = None,
         actor_class: type | None = None,
         actor_gpus: float = 0.0,
+        sizes: Sizes = SIZES,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Start the actors, load their experts, and start the engine with the product's limits.
 
         The router's part computes on ``device``, by default the CPU. Each actor has ``actor_gpus``
         of a GPU. ``actor_class`` takes the place of the product's, or of the one that records.
+        ``sizes`` are the checkpoint's; ``dtype`` is by default bf16.
         """
         import torch
 
@@ -165,10 +192,13 @@ class Bench:
         torch.set_num_threads(config.threads)
         checkpoint = open_checkpoint(folder)
         self._folder = folder
+        self._sizes = sizes
+        self._dtype = dtype = dtype or torch.bfloat16
         self._cached_tokens = 0
         actor_class = actor_class or (TracingActor if traced else RemoteExpertActor)
         shape = checkpoint.shape
-        self.actors = start_actors(folder, shape, actors, actor_class, app, actor_gpus)
+        stored = str(dtype).removeprefix("torch.")
+        self.actors = start_actors(folder, shape, actors, actor_class, app, actor_gpus, stored)
         self._transport: Any = open_transport(app, transport)  # type: ignore[arg-type]
         self.recorder = recorder = Recorder()
         carrier = TracingTransport(self._transport, recorder) if traced else self._transport
@@ -203,7 +233,7 @@ class Bench:
                     steps.prefill_s.append(took_s)
 
         where = device or torch.device("cpu")
-        model = MoEModel(checkpoint, torch.bfloat16, CACHE_TOKENS, layers, where)
+        model = MoEModel(checkpoint, dtype, CACHE_TOKENS, layers, where)
         limits = Limits(config.max_batch_size, config.max_batch_tokens, config.max_queue_requests)
         self._collector = Collector()
         self._engine = TimedEngine(
@@ -217,14 +247,24 @@ class Bench:
 
     def round(self, streams: int, tokens: int) -> float:
         """Generate for all streams at once; returns the seconds that it took."""
+        return self._generate(prompts(streams, self._sizes["vocab_size"]), tokens)
+
+    def prefill(self, length: int, rounds: int) -> list[float]:
+        """Return each round's seconds from a prompt of ``length`` tokens to its first new token."""
+        prompt = long_prompt(length, self._sizes["vocab_size"])
+        self._generate([prompt], 1)
+        return [self._generate([prompt], 1) for _ in range(rounds)]
+
+    def _generate(self, given: Sequence[Sequence[int]], tokens: int) -> float:
         from router.messages.request import GenerationRequest, SamplingParams
 
         self.actors.renew()
-        self._cached_tokens = max(self._cached_tokens, streams * (PROMPT_TOKENS + tokens))
+        num_tokens = sum(len(ids) + tokens for ids in given)
+        self._cached_tokens = max(self._cached_tokens, num_tokens)
         sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         requests = [
             GenerationRequest(str(i), MODEL, tuple(ids), sampling, time.monotonic() + TIMEOUT_S)
-            for i, ids in enumerate(prompts(streams))
+            for i, ids in enumerate(given)
         ]
         self._collector.expect([request.request_id for request in requests])
         self._all_there.clear()
@@ -244,6 +284,7 @@ class Bench:
         rates = [streams * tokens / self.round(streams, tokens) for _ in range(rounds)]
         return {
             "tokens_per_s": statistics.median(rates),
+            "rates": rates,
             "step": summary_ms(self._steps.decode_s),
             "prefill": summary_ms(self._steps.prefill_s),
             "layer": summary_ms(self._steps.layer_s),
@@ -265,10 +306,13 @@ class Bench:
 
     def memory(self) -> dict[str, dict[str, float]]:
         """Return the memory of this process (it is Ray's driver too) and of the actors."""
-        held_mb = dense_mb(self._folder) + cache_mb(self._cached_tokens)
+        value_bytes = self._dtype.itemsize
+        held_mb = dense_mb(self._folder, self._sizes, value_bytes)
+        held_mb += cache_mb(self._cached_tokens, self._sizes, value_bytes)
         memory = {"router": memory_of(os.getpid(), held_mb)}
         for actor_id, report in self.actors.call("describe").items():
-            memory[actor_id] = memory_of(report.pid, expert_mb(len(report.experts)))
+            experts_mb = expert_mb(len(report.experts), self._sizes, value_bytes)
+            memory[actor_id] = memory_of(report.pid, experts_mb)
         return memory
 
     def close(self) -> None:
@@ -306,6 +350,9 @@ def main() -> None:
         parser.add_argument(number, type=int)
     parser.add_argument("streams", nargs="+")
     parser.add_argument("--trace", type=Path)
+    parser.add_argument("--sizes", type=json.loads, default=SIZES)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--prefill", nargs="+", type=int, default=[])
     print(json.dumps(run(parser.parse_args())))
 
 

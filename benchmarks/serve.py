@@ -25,10 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import baseline
+from benchmarks import baseline, engine
 from benchmarks.common import (
     CACHE_TOKENS,
     MODEL,
+    PROMISED_MB,
     PROMPT_TOKENS,
     SIZES,
     Figure,
@@ -51,8 +52,6 @@ from benchmarks.shipped import free_ports, serve_options
 
 TIMEOUT_S = 300.0
 TRANSFORMERS = "grouped_mm"
-PROMISED_MB = {"router": 550.0, "actor": 350.0}
-"""The project's own bounds on memory beyond weights and cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,12 +307,15 @@ def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
         "actors": actors,
         "ways": {},
     }
-    with tempfile.TemporaryDirectory() as name, progress("serve", 3 + len(WAYS)) as begin:
+    with tempfile.TemporaryDirectory() as name, progress("serve", 4 + len(WAYS)) as begin:
         folder = Path(name)
         begin("checkpoint")
         make_checkpoint(folder)
         begin(f"transformers, {TRANSFORMERS}")
         result["transformers"] = baseline.measure(folder, TRANSFORMERS, clients, tokens, rounds)
+        begin("router's engine")
+        measured = engine.measure(folder, "auto", actors, [str(clients)], tokens, rounds)
+        result["engine"] = {"tokens_per_s": measured["streams"][str(clients)]["tokens_per_s"]}
         begin("deployment")
         with deployed(folder, actors) as ports:
             for way in WAYS:
@@ -321,8 +323,9 @@ def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
                 result["ways"][way] = measure(ports, way, clients, tokens, rounds)
             result["router"] = router_layers()
             result["memory"] = memory(ports, folder, clients * (PROMPT_TOKENS + tokens))
-    alone = result["transformers"]["tokens_per_s"]
-    result["ratio"] = {way: one["tokens_per_s"] / alone for way, one in result["ways"].items()}
+    for name, side in (("ratio", "transformers"), ("of_engine", "engine")):
+        alone = result[side]["tokens_per_s"]
+        result[name] = {way: one["tokens_per_s"] / alone for way, one in result["ways"].items()}
     return result
 
 
@@ -333,9 +336,11 @@ def comparable(result: Mapping[str, Any]) -> dict[str, Figure]:
     """Return the figures that runs are compared by; transformers' speed is context."""
     alone = result["transformers"]["tokens_per_s"]
     figures = {f"transformers {TRANSFORMERS}, tokens/s": Figure(alone, "context")}
+    figures["engine, tokens/s"] = Figure(result["engine"]["tokens_per_s"], "higher")
     for way, one in result["ways"].items():
         figures[f"{way}, tokens/s"] = Figure(one["tokens_per_s"], "higher")
         figures[f"{way}, ratio to transformers"] = Figure(result["ratio"][way], "higher")
+        figures[f"{way}, ratio to the engine"] = Figure(result["of_engine"][way], "higher")
         for latency in LATENCIES:
             if latency in one:
                 figures |= latency_figures(f"{way}, {latency.replace('_', ' ')}", one[latency])
@@ -348,14 +353,28 @@ def report(result: Mapping[str, Any]) -> None:
     """Print the tables."""
     rows = []
     for way, one in result["ways"].items():
-        cells = [f"{one['tokens_per_s']:.0f}", f"{result['ratio'][way]:.2f}"]
+        ratios = (result["ratio"][way], result["of_engine"][way])
+        cells = [f"{one['tokens_per_s']:.0f}", *(f"{ratio:.2f}" for ratio in ratios)]
         for latency in LATENCIES:
             summary = one.get(latency)
             cells += [f"{summary[p]:.1f}" if summary else "" for p in ("p50_ms", "p99_ms")]
         rows.append((way, *cells))
     alone = result["transformers"]["tokens_per_s"]
-    rows.append((f"transformers {TRANSFORMERS}", f"{alone:.0f}", "1.00", *[""] * 6))
-    columns = ["", "tok/s", "ratio", "first token p50 ms", "p99", "between p50 ms", "p99"]
+    of_engine = alone / result["engine"]["tokens_per_s"]
+    one_process = (f"{alone:.0f}", "1.00", f"{of_engine:.2f}")
+    rows.append((f"transformers {TRANSFORMERS}", *one_process, *[""] * 6))
+    engine_alone = (f"{result['engine']['tokens_per_s']:.0f}", f"{1 / of_engine:.2f}", "1.00")
+    rows.append(("router's engine and actors alone", *engine_alone, *[""] * 6))
+    columns = [
+        "",
+        "tok/s",
+        "/ transformers",
+        "/ engine",
+        "first token p50 ms",
+        "p99",
+        "between p50 ms",
+        "p99",
+    ]
     show(f"serve, {result['clients']} clients", rows, [*columns, "request p50 ms", "p99"])
     show_memory(result["memory"])
     bounds = ", ".join(f"{part} <= {most:.0f} MB" for part, most in PROMISED_MB.items())
