@@ -1,0 +1,104 @@
+"""A peer's own process: reads a task as JSON, measures the peer, and writes a reply as JSON.
+
+    PYTHON -m benchmarks.peers.ADAPTER TASK.json REPLY.json
+
+Runs with a peer's Python, which has that peer and the standard library, so an adapter imports
+nothing else. Files carry task and reply, because a peer may print anything.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+Tokens = list[list[int]]
+"""A list of token ids for each sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One measurement of one peer in one number format.
+
+    ``model`` is a checkpoint's folder or a GGUF file. ``prompts`` has a prompt for each of the most
+    streams; ``long_prompts`` are prefilled one at a time. ``context`` is the most tokens that all
+    sequences of a batch have together.
+    """
+
+    model: str
+    format: str
+    threads: int
+    prompts: Tokens
+    streams: tuple[int, ...]
+    tokens: int
+    rounds: int
+    long_prompts: Tokens
+    context: int
+
+    def to_json(self) -> str:
+        """Return the task as :func:`read_task` reads it."""
+        return json.dumps(asdict(self))
+
+
+def read_task(text: str) -> Task:
+    """Return a task; raises ``TypeError`` where it has other fields."""
+    fields = json.loads(text)
+    return Task(**{**fields, "streams": tuple(fields["streams"])})
+
+
+class Loaded(Protocol):
+    """A peer with its model in memory."""
+
+    version: str
+
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> Tokens:
+        """Return ``tokens`` greedy tokens for each prompt, all prompts decoded as one batch."""
+
+
+Load = Callable[[Task], Loaded]
+
+
+def measure(task: Task, peer: Loaded) -> dict[str, Any]:
+    """Return the reply to a task.
+
+    ``streams`` has, by number of streams, each round's tokens per second, prefill included, and the
+    last round's tokens. ``prefill_s`` has, by length, each round's seconds to the first new token.
+    A first, short round of each does not count.
+    """
+    streams = {}
+    for count in task.streams:
+        prompts = task.prompts[:count]
+        peer.generate(prompts, 2)
+        rates = []
+        for _ in range(task.rounds):
+            began_s = time.perf_counter()
+            tokens = peer.generate(prompts, task.tokens)
+            rates.append(count * task.tokens / (time.perf_counter() - began_s))
+        streams[str(count)] = {"rates": rates, "tokens": tokens}
+    prefill_s = {}
+    for prompt in task.long_prompts:
+        peer.generate([prompt], 1)
+        times_s = []
+        for _ in range(task.rounds):
+            began_s = time.perf_counter()
+            peer.generate([prompt], 1)
+            times_s.append(time.perf_counter() - began_s)
+        prefill_s[str(len(prompt))] = times_s
+    return {
+        "version": peer.version,
+        "threads": task.threads,
+        "streams": streams,
+        "prefill_s": prefill_s,
+    }
+
+
+def main(load: Load) -> None:
+    """Answer the task that the command line names."""
+    task_file, reply_file = map(Path, sys.argv[1:])
+    task = read_task(task_file.read_text(encoding="utf-8"))
+    reply = measure(task, load(task))
+    reply_file.write_text(json.dumps(reply), encoding="utf-8")
