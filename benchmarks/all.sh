@@ -1,20 +1,27 @@
 #!/usr/bin/env bash
 # Runs every benchmark, one after the other, and writes benchmarks/RESULTS.md.
 #
-#   benchmarks/all.sh [--quick] [FOLDER]
+#   benchmarks/all.sh [--quick] [--peers PEERS] [FOLDER]
 #
 # --quick takes three quarters of an hour instead of three and a half hours, with shorter and fewer
 # measurements.
+# PEERS has an environment for each peer of benchmarks.decode.
 # FOLDER keeps the JSON and the output of each; by default they are thrown away. The exit status is
 # 1 when a benchmark failed or missed what it promises; the others are run and written all the same.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 quick=
-if [ "${1:-}" = --quick ]; then
-  quick=1
+peers=()
+while [ "${1:-}" = --quick ] || [ "${1:-}" = --peers ]; do
+  if [ "$1" = --quick ]; then
+    quick=1
+  else
+    peers=(--peers "$(realpath "${2:?--peers needs a folder}")")
+    shift
+  fi
   shift
-fi
+done
 if [ $# -gt 0 ]; then
   folder=$1
   mkdir -p "$folder"
@@ -39,7 +46,8 @@ run() { # run BENCHMARK ARGUMENT...
 
 if [ -n "$quick" ]; then
   run dispatch --calls 200
-  run decode --transport auto ray --rounds 2
+  run decode --prefill --transport auto ray --rounds 2 --passes 2 "${peers[@]}"
+  run decode --size 445M --rounds 2 "${peers[@]}"
   run load --rounds 1
   run identity --gigabytes 2
   run start --rounds 1
@@ -57,7 +65,8 @@ if [ -n "$quick" ]; then
   run soak --minutes 5 --no-faults
 else
   run dispatch
-  run decode --transport auto ray
+  run decode --prefill --transport auto ray --rounds 2 --passes 4 "${peers[@]}"
+  run decode --size 445M --rounds 2 --passes 4 "${peers[@]}"
   run load
   run identity
   run start

@@ -1,13 +1,16 @@
-"""Decode speed of one router's engine and its actors against one process, in one run.
+"""Decode speed of one router's engine and its actors, beside peers and the machine's limits.
 
-    python -m benchmarks.decode [--json FILE] [--compare OLD.json] [--actors N]
-        [--transport auto|ray|stream ...] [--trace FILE.json]
+    python -m benchmarks.decode [--size 14M|111M|445M] [--peers FOLDER] [--prefill] [--passes N]
+        [--json FILE] [--compare OLD.json] [--actors N] [--transport auto|ray|stream ...]
+        [--trace FILE.json]
 
-Makes a random bf16 Mixtral checkpoint and generates greedily, 32 streams and one: with one-process
-transformers on all cores (``grouped_mm`` experts, and ``eager`` ones, which are faster on
-processors without bf16 instructions; with vLLM too where it is installed), then with a router's
-engine on one thread and its expert actors, without Serve and gateway (``benchmarks.serve`` has
-those). Ratios are what to keep: absolute figures move with the machine.
+Makes a random bf16 Mixtral checkpoint and generates greedily, 32 streams and one, in fp32 and bf16:
+with a router's engine on one thread and its expert actors, without Serve and gateway
+(``benchmarks.serve`` has those), and with each peer in a process of its own on all cores.
+transformers is in this environment; FOLDER has an environment for each other peer
+(``benchmarks/README.md`` says how to make them). The same run measures the machine's limits, and
+prints the bound that they set for this design. Ratios are what to keep: absolute figures move with
+the machine. The exit status is 1 when a peer fails.
 """
 
 from __future__ import annotations
@@ -15,153 +18,239 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import baseline, engine
+import psutil
+
+from benchmarks import bound, engine, limits
 from benchmarks.common import (
+    CACHE_TOKENS,
     SIZES,
-    Figure,
+    Sizes,
     finish,
-    latency_figures,
+    long_prompt,
     machine,
     make_checkpoint,
     output_options,
     progress,
-    show,
-    show_memory,
+    prompts,
 )
+from benchmarks.decode_report import PREFILL_PEER, comparable, merged, report, with_ratios
+from benchmarks.peers.ask import PeerFailedError, ask
+from benchmarks.peers.gguf_file import write_gguf
+from benchmarks.peers.registry import Peer, bits_of, installed, missing
+from benchmarks.peers.side import Task
+from benchmarks.results import CPU_INFO, processor
 
 STREAMS = ("32", "1")
 TRANSPORTS = ("auto", "ray", "stream")
+PREFILL_TOKENS = (512, 2048, 4000)
+
+_LONG = {**SIZES, "max_position_embeddings": CACHE_TOKENS}
+MODELS: dict[str, Sizes] = {
+    "14M": {
+        **_LONG,
+        "vocab_size": 1024,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+    },
+    "111M": _LONG,
+    "445M": {**_LONG, "vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 2048},
+}
+"""Sizes by the number of parameters."""
 
 
-def run(
-    tokens: int, rounds: int, actors: int, transports: Sequence[str], trace: Path | None
-) -> dict[str, Any]:
-    """Run the whole benchmark; returns what ``--json`` writes."""
-    kinds = baseline.kinds()
-    result: dict[str, Any] = {
-        "benchmark": "decode",
-        "machine": machine(),
-        "sizes": SIZES,
-        "tokens": tokens,
-        "actors": actors,
-        "one_process": {kind: {} for kind in kinds},
-        "cluster": {},
-    }
-    total = 1 + len(kinds) * len(STREAMS) + len(transports) + (trace is not None)
-    with tempfile.TemporaryDirectory() as name, progress("decode", total) as begin:
-        folder = Path(name)
-        begin("checkpoint")
-        make_checkpoint(folder)
-        for kind in kinds:
-            for n in STREAMS:
-                begin(f"one process, {kind}, {n} streams")
-                measured = baseline.measure(folder, kind, int(n), tokens, rounds)
-                result["one_process"][kind][n] = measured
-        for transport in transports:
-            begin(f"cluster, {transport}")
-            result["cluster"][transport] = engine.measure(
-                folder, transport, actors, STREAMS, tokens, rounds
-            )
-        if trace is not None:
-            begin("trace")
-            engine.measure(folder, transports[0], actors, STREAMS[:1], tokens, 1, trace)
-    result["ratio"] = ratios(result)
-    result["same_tokens"] = same_tokens(result["cluster"])
-    return result
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run measures, and how often."""
+
+    size: str
+    tokens: int
+    rounds: int
+    passes: int
+    actors: int
+    transports: Sequence[str]
+    prefill: Sequence[int]
+
+    @property
+    def sizes(self) -> Sizes:
+        """The checkpoint's sizes."""
+        return MODELS[self.size]
 
 
-def ratios(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the cluster's speed over each one-process speed: by transport, kind, streams."""
-    return {
-        transport: {
-            kind: {
-                n: measured["streams"][n]["tokens_per_s"] / by_n[n]["tokens_per_s"] for n in by_n
-            }
-            for kind, by_n in result["one_process"].items()
-        }
-        for transport, measured in result["cluster"].items()
-    }
+Measure = Callable[[], dict[str, Any]]
+"""Measures one side once."""
+Key = tuple[str, str, str]
+"""A side: ("peers", peer, format), or ("cluster", dtype, transport)."""
 
 
-def same_tokens(cluster: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """Return how many streams have the tokens of the first transport: by transport, streams."""
-    first = next(iter(cluster.values()))["streams"]
-    return {
-        transport: {
-            n: sum(a == b for a, b in zip(one["tokens"], first[n]["tokens"], strict=True))
-            for n, one in measured["streams"].items()
-        }
-        for transport, measured in cluster.items()
-    }
+def run(settings: Settings, peers: Mapping[Peer, str], trace: Path | None) -> dict[str, Any]:
+    """Run the whole benchmark; returns the content of ``--json``.
 
-
-def comparable(result: Mapping[str, Any]) -> dict[str, Figure]:
-    """Return the figures that runs are compared by; the one-process speeds are context."""
-    figures: dict[str, Figure] = {}
-    for kind, by_n in result["one_process"].items():
-        for n, measured in by_n.items():
-            name = f"one process {kind}, {n} streams, tokens/s"
-            figures[name] = Figure(measured["tokens_per_s"], "context")
-    for transport, measured in result["cluster"].items():
-        for n, one in measured["streams"].items():
-            case = f"{transport}, {n} streams"
-            figures[f"{case}, tokens/s"] = Figure(one["tokens_per_s"], "higher")
-            for kind, by_n in result["ratio"][transport].items():
-                figures[f"{case}, ratio to {kind}"] = Figure(by_n[n], "higher")
-            figures[f"{case}, decode step p50 ms"] = Figure(one["step"]["p50_ms"], "lower")
-            figures |= latency_figures(f"{case}, layer", one["layer"])
-        for process, memory in measured["memory"].items():
-            figures[f"{transport}, {process} MB"] = Figure(memory["rss_mb"], "lower")
-    return figures
-
-
-def report(result: Mapping[str, Any]) -> None:
-    """Print the tables."""
-    rows: list[tuple[str, ...]] = [
-        (f"{n} streams, {kind}", f"{measured['tokens_per_s']:.0f}", f"{measured['rss_mb']:.0f}")
-        for kind, by_n in result["one_process"].items()
-        for n, measured in by_n.items()
-    ]
-    show("one process, all cores", rows, ["", "tok/s", "resident MB"])
-    kinds = list(result["one_process"])
-    rows = []
-    for transport, measured in result["cluster"].items():
-        for n, one in measured["streams"].items():
-            calls = ", ".join(f"{kind} {count}" for kind, count in sorted(one["calls"].items()))
-            rows.append(
-                (
-                    f"{n} streams, {transport}",
-                    f"{one['tokens_per_s']:.0f}",
-                    *(f"{result['ratio'][transport][kind][n]:.2f}" for kind in kinds),
-                    f"{one['step']['p50_ms']:.2f}",
-                    f"{one['layer']['p50_ms']:.2f}",
-                    f"{one['layer']['p99_ms']:.2f}",
-                    calls,
-                    f"{result['same_tokens'][transport][n]}/{n}",
+    Each pass measures all sides, so that a machine that gets slower meanwhile slows all of them. A
+    peer that fails is left out from then on.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "model"
+        folder.mkdir()
+        sides = {**_peer_sides(settings, folder, peers), **_our_sides(settings, folder)}
+        total = 1 + settings.passes * (1 + len(sides)) + (trace is not None)
+        found: list[limits.Limits] = []
+        taken: dict[Key, list[dict[str, Any]]] = {key: [] for key in sides}
+        failed: dict[str, str] = {}
+        with progress("decode", total) as begin:
+            begin("checkpoint")
+            make_checkpoint(folder, sizes=settings.sizes)
+            for number in range(settings.passes):
+                where = f"pass {number + 1} of {settings.passes}"
+                begin(f"{where}, limits")
+                found.append(
+                    limits.measure(settings.sizes["hidden_size"] * bound.VALUE_BYTES["float32"])
                 )
-            )
-    columns = ["", "tok/s", *(f"/ {kind}" for kind in kinds)]
-    columns += ["step p50 ms", "layer p50", "p99", "calls", "same tokens"]
-    show(f"router's engine and {result['actors']} actors", rows, columns)
-    show_memory(
-        {
-            f"{process}, {transport}": memory
-            for transport, measured in result["cluster"].items()
-            for process, memory in measured["memory"].items()
-        }
+                for key, measure in sides.items():
+                    title = f"{key[1]} {key[2]}"
+                    begin(f"{where}, {title}")
+                    if title not in failed:
+                        try:
+                            taken[key].append(measure())
+                        except PeerFailedError as error:
+                            failed[title] = str(error)
+                            del taken[key]
+            if trace is not None:
+                begin("trace")
+                _engine(settings, folder, "bfloat16", settings.transports[0], trace)
+    result = _result(settings, taken, limits.best(found))
+    return with_ratios({**result, "missing": missing(peers), "failed": failed})
+
+
+def _peer_sides(settings: Settings, folder: Path, peers: Mapping[Peer, str]) -> dict[Key, Measure]:
+    return {
+        ("peers", peer.name, number_format): partial(
+            _measure_peer, settings, folder, peer, python, number_format
+        )
+        for peer, python in peers.items()
+        for number_format in peer.formats
+    }
+
+
+def _our_sides(settings: Settings, folder: Path) -> dict[Key, Measure]:
+    return {
+        ("cluster", dtype, transport): partial(_measure_ours, settings, folder, dtype, transport)
+        for dtype in bound.VALUE_BYTES
+        for transport in settings.transports
+    }
+
+
+def _measure_peer(
+    settings: Settings, folder: Path, peer: Peer, python: str, number_format: str
+) -> dict[str, Any]:
+    """Measure a peer on all cores; a GGUF file exists only meanwhile."""
+    vocab_size = settings.sizes["vocab_size"]
+    streams = tuple(map(int, STREAMS))
+    lengths = settings.prefill if peer.name == PREFILL_PEER else ()
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        model = folder
+        if peer.gguf_architecture is not None:
+            model = Path(name) / "model.gguf"
+            write_gguf(folder, model, number_format, peer.gguf_architecture)
+        task = Task(
+            str(model),
+            number_format,
+            psutil.cpu_count() or 1,
+            prompts(max(streams), vocab_size),
+            streams,
+            settings.tokens,
+            settings.rounds,
+            [long_prompt(length, vocab_size) for length in lengths],
+            CACHE_TOKENS,
+        )
+        return {**ask(python, peer.module, task), "bits": bits_of(number_format)}
+
+
+def _measure_ours(settings: Settings, folder: Path, dtype: str, transport: str) -> dict[str, Any]:
+    measured = _engine(settings, folder, dtype, transport)
+    return {**measured, "bits": 8 * bound.VALUE_BYTES[dtype], "version": ""}
+
+
+def _engine(
+    settings: Settings, folder: Path, dtype: str, transport: str, trace: Path | None = None
+) -> dict[str, Any]:
+    return engine.measure(
+        folder,
+        transport,
+        settings.actors,
+        STREAMS if trace is None else STREAMS[:1],
+        settings.tokens,
+        settings.rounds,
+        trace,
+        sizes=settings.sizes,
+        dtype=dtype,
+        prefill=settings.prefill,
     )
 
 
-def main() -> int:
-    """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--actors", type=int, default=2)
+def _result(
+    settings: Settings, taken: Mapping[Key, Sequence[Mapping[str, Any]]], found: limits.Limits
+) -> dict[str, Any]:
+    weights = bound.weights_of(settings.sizes)
+    result: dict[str, Any] = {
+        "benchmark": "decode",
+        "machine": machine(),
+        "processor": processor(CPU_INFO.read_text()) if CPU_INFO.exists() else "",
+        "size": settings.size,
+        "sizes": settings.sizes,
+        "tokens": settings.tokens,
+        "actors": settings.actors,
+        "streams": list(STREAMS),
+        "prefill": [str(length) for length in settings.prefill],
+        "limits": asdict(found),
+        "bounds": {
+            dtype: {
+                n: bound.tokens_per_s(weights, found, settings.actors, int(n), dtype)
+                for n in STREAMS
+            }
+            for dtype in bound.VALUE_BYTES
+        },
+        "peers": {},
+        "cluster": {},
+    }
+    for (kind, name, detail), passes in taken.items():
+        result[kind].setdefault(name, {})[detail] = merged(passes)
+    return result
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark from the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.decode", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--size", choices=tuple(MODELS), default="111M", help="parameters")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        metavar="FOLDER",
+        help="has a virtual environment for each peer, named after the peer",
+    )
+    parser.add_argument(
+        "--prefill",
+        action="store_true",
+        help=f"prompts of {', '.join(f'{n:,}' for n in PREFILL_TOKENS)} tokens too",
+    )
+    parser.add_argument("--tokens", type=_positive, default=32, help="of each stream")
+    parser.add_argument("--rounds", type=_positive, default=5, help="of each side in a pass")
+    parser.add_argument("--passes", type=_positive, default=1, help="over all sides")
+    parser.add_argument("--actors", type=_positive, default=2)
     parser.add_argument("--transport", nargs="+", choices=TRANSPORTS, default=["auto"])
     parser.add_argument(
         "--trace",
@@ -170,11 +259,23 @@ def main() -> int:
         help="write a Chrome trace of one more round, of 32 streams, and a picture FILE.svg",
     )
     output_options(parser)
-    options = parser.parse_args()
-    transports = list(dict.fromkeys(options.transport))
-    result = run(options.tokens, options.rounds, options.actors, transports, options.trace)
+    options = parser.parse_args(argv)
+    try:
+        peers = installed(options.peers)
+    except ValueError as error:
+        parser.error(str(error))
+    settings = Settings(
+        options.size,
+        options.tokens,
+        options.rounds,
+        options.passes,
+        options.actors,
+        tuple(dict.fromkeys(options.transport)),
+        PREFILL_TOKENS if options.prefill else (),
+    )
+    result = run(settings, peers, options.trace)
     report(result)
-    return finish(result, comparable(result), options)
+    return max(int(bool(result["failed"])), finish(result, comparable(result), options))
 
 
 if __name__ == "__main__":
