@@ -198,10 +198,12 @@ def _result(
     settings: Settings, taken: Mapping[Key, Sequence[Mapping[str, Any]]], found: limits.Limits
 ) -> dict[str, Any]:
     weights = bound.weights_of(settings.sizes)
+    cpu_info = CPU_INFO.read_text() if CPU_INFO.exists() else ""
     result: dict[str, Any] = {
         "benchmark": "decode",
         "machine": machine(),
-        "processor": processor(CPU_INFO.read_text()) if CPU_INFO.exists() else "",
+        "processor": processor(cpu_info),
+        "instructions": limits.instructions(cpu_info),
         "size": settings.size,
         "sizes": settings.sizes,
         "tokens": settings.tokens,

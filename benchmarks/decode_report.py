@@ -158,7 +158,8 @@ def _report_limits(result: Mapping[str, Any]) -> None:
         f"{limits['hop_s'] * 1e6:.0f}",
     )
     columns = ["cores", "GB/s, one thread", "GB/s, all", "GFLOP/s a thread", "message and back µs"]
-    show(f"limits of {result['processor']}", [row], columns)
+    processor = " ".join([result["processor"], *result["instructions"]])
+    show(f"limits: {processor}", [row], columns)
 
 
 def _sides(result: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:

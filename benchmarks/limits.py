@@ -34,6 +34,8 @@ TRIAL_S = 0.1
 HOPS = 500
 """Messages there and back in a trial."""
 DEADLINE_S = 60.0
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+"""Instruction sets that decide the speed of products, on x86 and on ARM."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,16 @@ class Limits:
 def measure(row_bytes: int) -> Limits:
     """Return the limits, measured in a fresh process; ``row_bytes`` is the size of a message."""
     return Limits(**run_module("benchmarks.limits", ["--row-bytes", str(row_bytes)], {}))
+
+
+def instructions(cpu_info: str) -> list[str]:
+    """Return which of ``INSTRUCTIONS`` Linux says that the processor has."""
+    flags: set[str] = set()
+    for line in cpu_info.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            flags.update(value.split())
+    return [name for name in INSTRUCTIONS if name in flags]
 
 
 def best(found: Sequence[Limits]) -> Limits:

@@ -20,10 +20,7 @@ class LlamaCpp:
         import llama_cpp_py_sync
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
-        self.version = (
-            f"llama-cpp-py-sync {llama_cpp_py_sync.__version__}, "
-            f"llama.cpp {llama_cpp_py_sync.__llama_cpp_tag__}"
-        )
+        self.version = f"llama-cpp-py-sync {llama_cpp_py_sync.__version__}"
         self._lib, self._ffi = lib, _ = get_lib(), get_ffi()
         lib.llama_backend_init()
         self._model = lib.llama_model_load_from_file(

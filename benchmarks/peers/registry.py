@@ -1,4 +1,4 @@
-"""The peers: number formats, adapters, and what ``pip install`` gives them."""
+"""The peers: their adapters, number formats and requirements for ``pip install``."""
 
 from __future__ import annotations
 

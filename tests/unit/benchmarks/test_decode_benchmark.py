@@ -80,6 +80,20 @@ def test_the_best_of_each_limit_counts() -> None:
     assert best == Limits(2, 10.0, 15.0, {"float32": 6.0, "bfloat16": 9.0}, 0.2)
 
 
+@pytest.mark.parametrize(
+    ("cpu_info", "found"),
+    [
+        ("processor : 0\nflags\t\t: fpu avx2 fma avx512f\n", ["avx2", "avx512f"]),
+        ("Features : fp asimd bf16\n", ["asimd", "bf16"]),
+        ("", []),
+    ],
+)
+def test_a_processors_instructions_are_those_that_linux_lists(
+    cpu_info: str, found: list[str]
+) -> None:
+    assert limits.instructions(cpu_info) == found
+
+
 def test_limits_are_measured(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.setattr(limits, "TRIALS", 1)
     monkeypatch.setattr(limits, "TRIAL_S", 0.001)
