@@ -1,6 +1,6 @@
 /* The gate of a layer: logits, scores, and the choice of K of E experts for each token.
  *
- * router/model/cpu/native_gate.py is the face of this function; router/moe/gate.py has what is
+ * router/model/cpu/native_layer.py is the face of this function; router/moe/gate.py has what is
  * computed, in torch. Logits and scores are float32. Of equal scores that of the lower id is first.
  *
  * Letters: T tokens, H hidden size, E experts, K experts of a token, G groups.

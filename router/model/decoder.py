@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +28,7 @@ from router.model.attention import Attention, PagedBatch
 from router.model.kv_cache import PagedCache
 from router.model.paged_attention import PagedContext
 from router.model.staged_batch import batch_to_device
-from router.moe.gate import Choice, Gate, choose_among
+from router.moe.gate import Choice, Gate
 from router.moe.layer import BegunLayer, MoELayers, StepContext
 
 MOST_PIECES = 2
@@ -170,7 +171,7 @@ class MixtureFeedForward:
     ) -> tuple[BegunLayer, torch.Tensor | None]:
         """See :class:`FeedForwardHalf`; sends the rows, and computes the shared expert."""
         ids, weights = self._gate.choose(normed)  # [T, K]
-        among = choose_among(self._gate, normed)
+        among = partial(self._gate.choose_anew, normed)
         rows = normed
         if self._staging is not None:
             ids, weights, rows = self._staging.to_host(ids, weights, normed)

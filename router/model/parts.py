@@ -17,10 +17,14 @@ from cluster.errors import CheckpointError
 from cluster.staging import Staging
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.families.base import GateSpec
-from router.model.cpu.native_gate import NativeGate, can_choose
-from router.model.cpu.native_layer import NativeAttentionHalf, NativeRotation, has_llamas_shape
-from router.model.cpu.native_linear import NativeLinear, replace_linears
-from router.model.cpu.native_norm import replace_norms
+from router.model.cpu.native_layer import (
+    NativeAttentionHalf,
+    NativeGate,
+    NativeRotation,
+    can_choose,
+    has_llamas_shape,
+)
+from router.model.cpu.native_modules import NativeLinear, replace_modules
 from router.model.decoder import (
     AttentionHalf,
     DecoderLayer,
@@ -145,8 +149,7 @@ def take_native(model: Any, activation: str) -> tuple[list[AttentionHalf], Rotat
                 parent, _, name = path.rpartition(".")
                 delattr(layer.get_submodule(parent), name)
         rotate = NativeRotation(rotate, half.head_size)
-    replace_linears(model, activation)
-    replace_norms(model)
+    replace_modules(model, activation)
     return halves, rotate
 
 

@@ -64,6 +64,15 @@ class Gate:
             weights = weights.masked_fill(~allowed.gather(1, ids), 0.0)
         return ids, weights.to(hidden_states.dtype) if self._rounds_weights else weights
 
+    def choose_anew(
+        self, hidden_states: torch.Tensor, rows: np.ndarray, allowed: np.ndarray
+    ) -> Choice:
+        """Choose for some of the hidden states [T, H]; other arguments as in `ChooseAmong`."""
+        device = hidden_states.device
+        some = hidden_states.index_select(0, torch.from_numpy(rows).to(device))
+        ids, weights = self.choose(some, torch.from_numpy(allowed).to(device))
+        return Choice(ids.cpu().numpy(), weights.cpu())
+
     def _scores(self, hidden_states: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
         """Return scores [T, E]; a softmax is over all experts, or over the allowed experts."""
         spec = self._spec
@@ -152,15 +161,3 @@ ChooseAmong = Callable[[np.ndarray, np.ndarray], Choice]
 
 Weights are normalised over the allowed experts; the choice may name others with a weight of 0.
 """
-
-
-def choose_among(gate: Gate, hidden_states: torch.Tensor) -> ChooseAmong:
-    """Return how a gate chooses anew for some of the hidden states [T, H]."""
-    device = hidden_states.device
-
-    def choose(rows: np.ndarray, allowed: np.ndarray) -> Choice:
-        some = hidden_states.index_select(0, torch.from_numpy(rows).to(device))
-        ids, weights = gate.choose(some, torch.from_numpy(allowed).to(device))
-        return Choice(ids.cpu().numpy(), weights.cpu())
-
-    return choose

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from experts.families.base import GateSpec
 from router.config import CapacityConfig
 from router.engine.stats import RouterSamples
 from router.moe.capacity import Placed, tokens_per_expert, within_capacity
-from router.moe.gate import Choice, Gate, choose_among
+from router.moe.gate import Choice, Gate
 from router.observability import catalogue
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import MODEL, LocalCluster, greedy_request
@@ -46,7 +47,7 @@ def place(
         pairs = None if going is None else np.flatnonzero(np.repeat(going, k))
         own = Choice(ids.numpy(), weights, pairs)
         mask = np.isin(np.arange(num_experts), list(lost))
-        return within_capacity(own, capacity, mask, choose_among(gate, logits)), own
+        return within_capacity(own, capacity, mask, partial(gate.choose_anew, logits)), own
 
 
 def got(choice: Choice) -> Chain:

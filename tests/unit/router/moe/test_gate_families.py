@@ -9,6 +9,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from router.model.parts import take_gate
 from router.moe.capacity import within_capacity
-from router.moe.gate import Choice, Gate, choose_among
+from router.moe.gate import Choice, Gate
 from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import SAVERS
 
@@ -188,7 +189,9 @@ def test_a_capacity_holds_and_no_room_is_left_that_someone_lacks(
     hidden = torch.randn(50, size) + 2 * torch.randn(size)  # many of one mind
     ids, weights = gate.choose(hidden)
     own = Choice(ids.numpy(), weights)
-    placed = within_capacity(own, capacity, np.zeros(num_experts, bool), choose_among(gate, hidden))
+    placed = within_capacity(
+        own, capacity, np.zeros(num_experts, bool), partial(gate.choose_anew, hidden)
+    )
     pairs = np.arange(ids.numel()) if placed.choice.pairs is None else placed.choice.pairs
     has = [set[int]() for _ in hidden]
     for pair in pairs:

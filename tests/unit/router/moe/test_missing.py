@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from cluster.transport.base import Call, CallFailure
 from experts.families.base import GateSpec
 from router.engine.scheduler import Limits
 from router.messages.request import GenerationRequest, TokenEvent
-from router.moe.gate import Choice, Gate, choose_among
+from router.moe.gate import Choice, Gate
 from router.moe.missing import StepMissing
 from router.moe.permute import missing_by_layer
 from tests.checkpoints import save_mixtral
@@ -196,7 +197,7 @@ def test_a_steps_choices_are_the_oracles(data: st.DataObject) -> None:
         own = Choice(ids.numpy(), weights)
         loss = StepMissing(sizes, contracts)
         mask = lost if lost.any() else None
-        got = loss.choose(7, mask, own, choose_among(GATE, hidden))
+        got = loss.choose(7, mask, own, partial(GATE.choose_anew, hidden))
     gone = set(np.flatnonzero(lost).tolist())
     computed = set(range(ids.numel())) if got.pairs is None else set(got.pairs.tolist())
     row = 0
@@ -224,7 +225,7 @@ def test_a_steps_choices_are_the_oracles(data: st.DataObject) -> None:
 def test_a_step_without_a_loss_is_not_looked_at() -> None:
     own = Choice(np.zeros((1, K), dtype=np.int64), torch.zeros(1, K))
     loss = StepMissing([1], ["strict"])
-    assert loss.choose(0, None, own, choose_among(GATE, TOKEN)) is own
+    assert loss.choose(0, None, own, partial(GATE.choose_anew, TOKEN)) is own
 
 
 # Whole generations, against the oracle.

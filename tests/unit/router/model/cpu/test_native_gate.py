@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from cluster.native import built
 from experts.families.base import GateSpec
-from router.model.cpu.native_gate import NativeGate, can_choose
+from router.model.cpu.native_layer import NativeGate, can_choose
 from router.moe.gate import Gate
 
 BUILT = [] if built.native is None else [built.native]

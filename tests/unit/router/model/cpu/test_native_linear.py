@@ -19,7 +19,7 @@ from cluster.native import built
 from cluster.wire.tensors import to_bytes
 from experts.compute.native_ffn import KERNELS
 from experts.compute.panels import FORMATS, pack_matrix
-from router.model.cpu.native_linear import NativeLinear, NativeMlp, replace_linears
+from router.model.cpu.native_modules import NativeLinear, NativeMlp, replace_modules
 
 BUILT = [] if built.native is None else [built.native]
 NAMES = [name for name, *_ in KERNELS]
@@ -130,7 +130,7 @@ def test_a_models_linear_layers_are_replaced(native: ModuleType) -> None:
     expected = [model.plain(rows), model.biased(rows)]
     inner = functional.silu(mlp.gate_proj(rows)) * mlp.up_proj(rows)
     expected.append(mlp.down_proj(inner))
-    replace_linears(model, "silu")
+    replace_modules(model, "silu")
     kinds = [type(layer) for layer in (model.plain, model.biased, model.mlp)]
     assert kinds == [NativeLinear, NativeLinear, NativeMlp]
     got = [layer(rows) for layer in (model.plain, model.biased, model.mlp)]
@@ -149,7 +149,7 @@ def test_an_mlp_with_biases_or_an_unknown_activation_stays_linear_layers(
             setattr(mlp, name, nn.Linear(8, 8, bias=bias))
         mlp.act_fn = nn.SiLU()
         model = nn.Sequential(mlp)
-        replace_linears(model, activation)
+        replace_modules(model, activation)
         assert {type(part) for part in model[0].children()} == {NativeLinear, nn.SiLU}
 
 

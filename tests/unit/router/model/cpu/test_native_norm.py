@@ -15,7 +15,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from cluster.native import built
-from router.model.cpu.native_norm import NativeNorm, replace_norms
+from router.model.cpu.native_modules import NativeNorm, replace_modules
 from router.model.grok import GrokNorm
 
 BUILT = [] if built.native is None else [built.native]
@@ -38,7 +38,7 @@ def norm_of(kind: str, size: int, dtype: torch.dtype) -> Any:
 
 def replaced(norm: nn.Module) -> nn.Module:
     parent = nn.Sequential(norm)
-    replace_norms(parent)
+    replace_modules(parent, "")
     return parent[0]
 
 

@@ -1,6 +1,6 @@
-"""Linear layers and gated feed-forward layers of the dense part, in native code.
+"""Modules of the dense part in native code: linear layers, gated feed-forward layers, norms.
 
-Dimension letters: T tokens, K input size, O output size.
+Dimension letters: T tokens, H hidden size, K input size, O output size.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from cluster.wire.tensors import to_bytes
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.ffn import ACTIVATIONS, ffn_of
 from experts.compute.panels import FORMATS, pack_matrix
+
+ROOT_MEAN_SQUARE, LAYER_NORM = 1, 2
+"""The number of each kind of norm in native code."""
 
 
 class NativeLinear(nn.Module):
@@ -66,14 +69,42 @@ class NativeMlp(nn.Module):
         return self._compute(rows.flatten(0, -2)).view(rows.shape)
 
 
-def replace_linears(model: nn.Module, activation: str) -> None:
-    """Replace every linear layer of ``model``, and every gated feed-forward layer without biases.
+class NativeNorm(nn.Module):
+    """``weight * x / sqrt(mean(x ** 2) + eps)`` (Zhang and Sennrich 2019, eq. 4), or a layer norm.
 
-    A head tied to the embedding gets a copy of the weight.
+    Everything is float32 and rounded once; sums have one order.
+    """
+
+    def __init__(self, replaced: Any) -> None:
+        """Copy the weight [H] of ``replaced``."""
+        super().__init__()
+        self.kind = LAYER_NORM if type(replaced) is nn.LayerNorm else ROOT_MEAN_SQUARE
+        self.epsilon = float(_epsilon_of(replaced) or 0.0)
+        self._weight = next(iter(replaced.parameters())).detach().float().contiguous()
+        self.size = self._weight.numel()
+        self.weight = to_bytes(self._weight)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Map [..., H] to [..., H], contiguous."""
+        assert native is not None
+        output = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        number = FORMATS[rows.dtype]
+        sizes = self.size, number, number, self.kind
+        native.normalise(to_bytes(rows), self.weight, to_bytes(output), sizes, self.epsilon)
+        return output
+
+
+def replace_modules(model: nn.Module, activation: str) -> None:
+    """Replace every module of ``model`` that a native module can take the place of.
+
+    These are linear layers, norms with a weight and nothing else, and gated feed-forward layers
+    with ``activation`` and without biases. A head tied to the embedding gets a copy of the weight.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if is_mlp(child) and activation in ACTIVATIONS:
+            if is_norm(child):
+                setattr(parent, name, NativeNorm(child))
+            elif is_mlp(child) and activation in ACTIVATIONS:
                 setattr(parent, name, NativeMlp(child, activation))
             elif is_linear(child):
                 setattr(parent, name, NativeLinear(child.weight, child.bias))
@@ -97,3 +128,24 @@ def is_mlp(module: nn.Module) -> bool:
         and all(is_linear(part) and part.bias is None for part in parts.values())
         and hasattr(module, "act_fn")
     )
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether :class:`NativeNorm` can replace a module."""
+    parameters = list(module.parameters())
+    is_known = type(module) is nn.LayerNorm or type(module).__name__.endswith(
+        ("RMSNorm", "GrokNorm")
+    )
+    return (
+        native is not None
+        and is_known
+        and len(parameters) == 1
+        and parameters[0].dim() == 1
+        and parameters[0].is_cpu
+        and _epsilon_of(module) is not None
+    )
+
+
+def _epsilon_of(module: Any) -> float | None:
+    names = "variance_epsilon", "eps"
+    return next((getattr(module, name) for name in names if hasattr(module, name)), None)
