@@ -153,7 +153,15 @@ class MoELayers(Generic[Result]):
         started_at_s = time.perf_counter()
         span = None if context.trace is None else context.trace.layer(layer_id)
         begun = BegunLayer(
-            context, layer_id, rows, gate_choice, among, tokens, started_at_s, span, gate_choice
+            context=context,
+            layer_id=layer_id,
+            rows=rows,
+            gate_choice=gate_choice,
+            among=among,
+            tokens=tokens,
+            started_at_s=started_at_s,
+            span=span,
+            choice=gate_choice,
         )
         try:
             self._send(begun)
