@@ -18,24 +18,10 @@ from experts import actor as actor_module
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.expert_weights import GatedFfnWeights, expert_shape
 from experts.compute.device_experts import Block, DeviceExpert
-from tests.checkpoints import save_mixtral
 from tests.emulated_device import EmulatedDevice, emulated_device
 from tests.unit.experts.local_actor import Actor, frame_of, local_actor, rows_of
 
 KEYS = [ExpertKey("m", layer_id, expert_id) for layer_id in (0, 2) for expert_id in range(4)]
-
-
-@pytest.fixture
-def device() -> Iterator[EmulatedDevice]:
-    with emulated_device() as device:
-        yield device
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mixtral")
-    save_mixtral(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)

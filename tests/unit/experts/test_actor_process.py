@@ -34,7 +34,6 @@ from experts.compute.ffn import ACTIVATIONS, ffn_of
 from experts.compute.native_ffn import kernel_class
 from experts.remote import RemoteExpertActor
 from experts.tracing import BatchSpans
-from tests.checkpoints import save_mixtral
 from tests.cluster_fixture import wait_until
 from tests.span_keeper import SpanKeeper
 from tests.unit.experts.local_actor import (
@@ -46,13 +45,6 @@ from tests.unit.experts.local_actor import (
     local_actor,
     rows_of,
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mixtral")
-    save_mixtral(path)
-    return path
 
 
 @pytest.fixture

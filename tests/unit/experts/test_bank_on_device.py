@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from experts.checkpoint.expert_weights import expert_shape, load_expert, read_ex
 from experts.compute import device_experts
 from experts.compute.device_experts import Block, Blocks, DeviceExpert
 from experts.compute.ffn import ACTIVATIONS
-from tests.checkpoints import save_mixtral
 from tests.emulated_device import EmulatedDevice, emulated_device
 from tests.family_checkpoints import SAVERS
 
@@ -40,19 +39,6 @@ BATCHES: dict[str, list[tuple[int, Counts]]] = {
     "two frames": [(0, {0: 3, 1: 4}), (0, {1: 2, 3: 1})],
     "two layers": [(0, {0: 3, 1: 4}), (1, {1: 2, 3: 1}), (0, {2: 2})],
 }
-
-
-@pytest.fixture
-def device() -> Iterator[EmulatedDevice]:
-    with emulated_device() as device:
-        yield device
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mixtral")
-    save_mixtral(folder)
-    return folder
 
 
 @pytest.fixture(params=[True, False], ids=["grouped", "one by one"])

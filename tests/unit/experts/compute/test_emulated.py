@@ -43,13 +43,6 @@ BATCH_S = 0.05
 MODEL = {"id": "a", "path": "models/mesh-tiny"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mixtral")
-    save_mixtral(path)
-    return path
-
-
 def frame_of(layer_id: int, expert_id: int, num_rows: int, request_id: int = 1) -> DispatchFrame:
     return DispatchFrame(
         request_id=request_id,
