@@ -16,14 +16,8 @@
 #define WIDEST "avx512f"
 #endif
 #define FOR_EACH_CPU __attribute__((target_clones(WIDEST, "avx2", "default")))
-#define IS_WIDE (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
 #else
 #define FOR_EACH_CPU
-#ifdef __AVX512F__
-#define IS_WIDE 1
-#else
-#define IS_WIDE 0
-#endif
 #endif
 
 #define ALONE_BYTES (1 << 18) /* more than this is moved without holding the interpreter */
@@ -70,10 +64,9 @@ FUNCTION(combine);
 FUNCTION(view);
 FUNCTION(send);
 FUNCTION(receive);
-FUNCTION(is_wide);
+FUNCTION(attention_kernels);
 FUNCTION(attend);
 FUNCTION(store);
-FUNCTION(gather_heads);
 FUNCTION(normalise);
 FUNCTION(linear);
 FUNCTION(attention_inputs);

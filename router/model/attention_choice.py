@@ -1,4 +1,4 @@
-"""Which implementation of attention a model has on its device."""
+"""Which implementation of attention and which cache a model has on its device."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from cluster.device import CPU
+from cluster.native.built import native
 from experts.families.base import Family
 from router.model.attention import Attention
 from router.model.cpu.native_attention import NativeAttention
+from router.model.kv_cache import FORMATS, LatentCache, NativeCache, PagedCache
 from router.model.paged_attention import GatheredAttention
 from router.model.varlen_attention import VarlenAttention, why_not_varlen
 
@@ -26,8 +28,9 @@ def choose_attention(
 ) -> Attention:
     """Return the implementation for a model of transformers' ``config`` on ``device``."""
     if device == CPU:
-        is_half = dtype == torch.bfloat16
-        return NativeAttention(sliding_window) if is_half else GatheredAttention(sliding_window)
+        if native is not None and dtype in FORMATS:
+            return NativeAttention(sliding_window)
+        return GatheredAttention(sliding_window)
     if family.caches_latents:
         reason = "keys and values of latents have other sizes"
     elif family.caps_scores:
@@ -39,6 +42,25 @@ def choose_attention(
         logger.warning("attention on %s gathers the cache's pages: %s", device, reason)
         return GatheredAttention(sliding_window, masks_all=True)
     return VarlenAttention(sliding_window)
+
+
+def make_cache(
+    attention: Attention,
+    family: Family,
+    config: Any,
+    num_pages: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PagedCache:
+    """Return a cache of ``num_pages`` pages in the layout that ``attention`` reads."""
+    layers, pages = config.num_hidden_layers, (num_pages, attention.page_size)
+    if family.caches_latents:
+        latent, rotary = config.kv_lora_rank, config.qk_rope_head_dim
+        return LatentCache(layers, pages, latent, rotary, dtype, device)
+    heads = config.num_key_value_heads, head_size(config)
+    if isinstance(attention, NativeAttention):
+        return NativeCache(layers, num_pages, *heads, dtype)
+    return PagedCache(layers, pages, *heads, dtype, device)
 
 
 def head_size(config: Any) -> int:

@@ -1,7 +1,7 @@
 """The paged key/value cache.
 
 Dimension letters: T packed tokens, B sequences, L cached tokens of each, N pages, P slots of a
-page, S = N * P slots, G key/value heads, D head size.
+page, S = N * P slots, G key/value heads, D size of a key, V size of a value.
 """
 
 from __future__ import annotations
@@ -10,6 +10,11 @@ import torch
 
 from cluster.native.built import native
 from cluster.wire.tensors import to_bytes, to_span
+from experts.compute.native_ffn import FORMATS
+
+NATIVE_PAGE_SIZE = 16
+"""P of native code."""
+_ROWS, _COLUMNS = 0, 1
 
 
 class PagedCache:
@@ -77,7 +82,6 @@ class LatentCache(PagedCache):
         shape = (*pages, 1, latent_size + rotary_size)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [key[..., :latent_size] for key in self.keys]
-        self._latent_size = latent_size
         self._gathered_keys = _Scratch(self.keys[0])
 
     def store(
@@ -89,26 +93,69 @@ class LatentCache(PagedCache):
     def gather(self, layer_id: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a layer's keys and values at slots; see :meth:`PagedCache.gather`."""
         keys = self._gathered_keys.gather(self.keys[layer_id], slots)
-        return keys, keys[..., : self._latent_size]
+        return keys, keys[..., : self.values[layer_id].shape[-1]]
+
+
+class NativeCache(PagedCache):
+    """Keys and values as native attention reads them (``cluster/native/attention.h``).
+
+    A page's values are [G, P, V] and its keys are in columns, so that a vector holds the same value
+    of several tokens: [G, D, P], or in bfloat16 [G, D / 2, P, 2] with D rounded up to an even
+    number.
+    """
+
+    def __init__(
+        self, num_layers: int, num_pages: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        """Allocate ``2 * num_layers`` tensors of ``num_pages`` pages on the CPU."""
+        self._format, self._head_dim = FORMATS[dtype], head_dim
+        columns: tuple[int, ...] = (head_dim, NATIVE_PAGE_SIZE)
+        if dtype == torch.bfloat16:
+            columns = ((head_dim + 1) // 2, NATIVE_PAGE_SIZE, 2)
+        keys, values = columns, (NATIVE_PAGE_SIZE, head_dim)
+        self.keys, self.values = (
+            [torch.empty(num_pages, num_kv_heads, *s, dtype=dtype) for _ in range(num_layers)]
+            for s in (keys, values)
+        )
+
+    def store(
+        self, layer_id: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Put a layer's new keys and values [G, T, D] at slots [T]; see :class:`PagedCache`.
+
+        Raises ``ValueError`` for another dtype or shape, and for a slot beyond the cache.
+        """
+        _store_natively(key, self.keys[layer_id], slots, self._head_dim, _COLUMNS)
+        _store_natively(value, self.values[layer_id], slots, self._head_dim, _ROWS)
+
+    def gather(self, layer_id: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a layer's keys and values at slots [B, L]; see :meth:`PagedCache.gather`."""
+        pages, places = slots // NATIVE_PAGE_SIZE, slots % NATIVE_PAGE_SIZE
+        keys = self.keys[layer_id].transpose(2, 3)[pages, :, places]  # [B, L, G, D] or pairs
+        values = self.values[layer_id][pages, :, places]
+        keys = keys.flatten(3)[..., : self._head_dim]
+        return keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)
 
 
 def _store(rows: torch.Tensor, cached: torch.Tensor, slots: torch.Tensor) -> None:
     """Put rows [G, T, D] into [N, P, G, D] at slots [T]."""
-    num_heads, size = cached.shape[2:]
-    is_plain = rows.is_cpu and rows.stride(2) == 1 and rows.dtype == cached.dtype
-    fits = rows.shape == (num_heads, len(slots), size) and len(slots) > 0
-    if native is None or not is_plain or not fits:
-        cached.flatten(0, 1).index_copy_(0, slots, rows.transpose(0, 1))
+    cached.flatten(0, 1).index_copy_(0, slots, rows.transpose(0, 1))
+
+
+def _store_natively(
+    rows: torch.Tensor, cached: torch.Tensor, slots: torch.Tensor, size: int, layout: int
+) -> None:
+    """Put rows [G, T, D] into pages of a native layout at slots [T]."""
+    assert native is not None
+    num_pages, num_kv_heads = cached.shape[:2]
+    if rows.shape != (num_kv_heads, len(slots), size) or rows.dtype != cached.dtype:
+        raise ValueError(f"{rows.dtype} {tuple(rows.shape)} does not fit the cache")
+    if not len(slots):
         return
-    value_bytes = rows.itemsize
-    between_heads, between_tokens, _ = rows.stride()
-    sizes = (
-        num_heads,
-        cached.shape[0] * cached.shape[1],
-        size * value_bytes,
-        between_tokens * value_bytes,
-        between_heads * value_bytes,
-    )
+    if rows.stride(2) != 1:
+        rows = rows.contiguous()
+    head_stride, token_stride, _ = rows.stride()
+    sizes = FORMATS[rows.dtype], layout, num_pages, num_kv_heads, size, token_stride, head_stride
     native.store(to_span(rows), to_bytes(cached), to_bytes(slots), sizes)
 
 
@@ -119,21 +166,11 @@ class _Scratch:
         self._memory = like.new_empty(0)
 
     def gather(self, cached: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """Return cached rows [N, P, G, D] at slots [B, L] as [G, B, L, D].
-
-        Native code brings the heads to the front, the layout that batched products over heads
-        need; torch returns a view of rows with all their heads.
-        """
-        num_pages, page_size, num_heads, size = cached.shape
+        """Return cached rows [N, P, G, D] at slots [B, L] as a view [G, B, L, D]."""
+        num_heads, size = cached.shape[2:]
         count = slots.numel() * num_heads * size
         if len(self._memory) < count:
             self._memory = cached.new_empty(count)
-        memory = self._memory[:count]
-        if native is not None and cached.is_cpu:
-            rows = memory.view(num_heads, *slots.shape, size)
-            sizes = (num_heads, num_pages * page_size, size * cached.itemsize)
-            native.gather_heads(to_bytes(cached), to_bytes(slots), to_bytes(rows), sizes)
-            return rows
-        rows = memory.view(-1, num_heads, size)
+        rows = self._memory[:count].view(-1, num_heads, size)
         torch.index_select(cached.flatten(0, 1), 0, slots.view(-1), out=rows)
         return rows.view(*slots.shape, num_heads, size).permute(2, 0, 1, 3)

@@ -23,10 +23,9 @@ from cluster.staging import Staging
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import read_tensor
 from experts.families.base import Family
-from router.model.attention_choice import choose_attention, head_size
+from router.model.attention_choice import choose_attention, make_cache
 from router.model.decoder import AttentionHalf, Decoder
 from router.model.grok import register_grok
-from router.model.kv_cache import LatentCache, PagedCache
 from router.model.latent_attention import LATENT_ATTENTION_NAME, keep_latents, latent_attention
 from router.model.memory import router_sizes
 from router.model.page_pool import pages_needed
@@ -161,29 +160,17 @@ class MoEModel:
         if staging is None:
             halves, rotate = take_native(model, getattr(config, "hidden_act", ""))
         self.is_native = bool(halves)
-        pages = self.num_pages, self.attention.page_size
         self.decoder = Decoder(
             embedding_of(base),
             rotate,
             layers_of(base, halves, layers, staging),
             norm_of(base),
             head_of(model),
-            _cache_of(config, family, pages, dtype, device),
+            make_cache(self.attention, family, config, self.num_pages, dtype, device),
             self.attention,
             _layers_with_window(config),
             staging,
         )
-
-
-def _cache_of(
-    config: Any, family: Family, pages: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> PagedCache:
-    layers = config.num_hidden_layers
-    if family.caches_latents:
-        latent, rotary = config.kv_lora_rank, config.qk_rope_head_dim
-        return LatentCache(layers, pages, latent, rotary, dtype, device)
-    num_kv_heads = config.num_key_value_heads
-    return PagedCache(layers, pages, num_kv_heads, head_size(config), dtype, device)
 
 
 def _layers_with_window(config: Any) -> tuple[bool, ...]:

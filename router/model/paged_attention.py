@@ -104,17 +104,14 @@ class GatheredAttention:
 
     page_size = 16
 
-    def __init__(
-        self, sliding_window: int | None, length_step: int = 1, *, masks_all: bool = False
-    ) -> None:
+    def __init__(self, sliding_window: int | None, *, masks_all: bool = False) -> None:
         """``sliding_window`` is that of the layers with a window, in tokens.
 
-        Decodes' slots are padded to a multiple of ``length_step``. With ``masks_all``, decodes have
-        a mask also where it hides nothing. A device may have another kernel without a mask, and a
-        row's result must not depend on the lengths of the others.
+        With ``masks_all``, decodes have a mask also where it hides nothing. A device may have
+        another kernel without a mask, and a row's result must not depend on the lengths of the
+        others.
         """
         self._window = sliding_window
-        self._length_step = length_step
         self._masks_all = masks_all
 
     def view(self, spans: Sequence[Span], num_decode: int) -> GatheredView:
@@ -136,7 +133,6 @@ class GatheredAttention:
             return torch.empty((0, 0), dtype=torch.int64), None, None
         lengths = np.array([len(s) for s in slots]).reshape(-1, 1)
         longest = int(lengths.max())
-        longest += -longest % self._length_step
         exceeds_window = self._window is not None and longest > self._window
         is_even = longest == lengths.min() and not self._masks_all
         if not exceeds_window and is_even:
@@ -179,27 +175,14 @@ class GatheredAttention:
         if view.num_decode:
             mask = view.decode_window_mask if scoring.has_window else view.decode_mask
             tokens = query[0, :, : view.num_decode]
-            outputs.append(
-                self.attend_decodes(tokens, cache, layer_id, view.decode_slots, mask, scoring)
-            )
+            keys, values = cache.gather(layer_id, view.decode_slots)
+            outputs.append(_attend_decodes(tokens, keys, values, mask, scoring))
         for chunk in view.chunks:
             mask = chunk.window_mask if scoring.has_window else chunk.mask
             tokens = query[:, :, chunk.start : chunk.end]  # [1, Q, C, D]
             keys, values = cache.gather(layer_id, chunk.slots.unsqueeze(0))
             outputs.append(_attend_chunk(tokens, keys, values, mask, scoring))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-
-    def attend_decodes(
-        self,
-        query: torch.Tensor,
-        cache: PagedCache,
-        layer_id: int,
-        slots: torch.Tensor,
-        mask: torch.Tensor | None,
-        scoring: Scoring,
-    ) -> torch.Tensor:
-        """Attend one token [Q, B, D] of each sequence to its slots [B, L]; returns [1, B, Q, D]."""
-        return attend_gathered(query, *cache.gather(layer_id, slots), mask, scoring)
 
 
 def _attend_chunk(
@@ -237,7 +220,7 @@ def _attend_chunk(
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).transpose(1, 2)
 
 
-def attend_gathered(
+def _attend_decodes(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,

@@ -15,7 +15,7 @@ from cluster.wire.tensors import to_bytes
 from router.engine.batch import pack
 from router.engine.sequence import Sequence, Work
 from router.messages.request import GenerationRequest, SamplingParams
-from router.model.paged_attention import GatheredAttention
+from router.model.cpu.native_attention import NativeAttention
 from router.moe.combine import ExpertRows, combine, prepare
 from router.moe.permute import gather, lay_out, split, summands_of
 
@@ -31,7 +31,7 @@ HOLDERS = {0: "x", 1: "x", 2: "y", 3: "y", 4: "z", 5: "z"}
 
 def entries() -> list[tuple[str, str]]:
     found = ENTRY.findall(PATH)
-    assert len(found) == 20
+    assert len(found) == 21
     return found
 
 
@@ -73,16 +73,11 @@ def says(*values: object) -> None:
 
 
 def test_the_example_is_packed_so() -> None:
-    packed = pack([*works()], GatheredAttention(None))
-    says(
-        packed.token_ids.tolist(),
-        packed.positions.tolist(),
-        packed.pieces[0].batch.new_slots.tolist(),
-    )
-    view = packed.pieces[0].batch.view
-    says(view.decode_slots.tolist())
-    assert view.decode_mask is not None
-    assert view.decode_mask[:, 0].sum(dim=1).tolist() == [3, 5], "two of A are masked"
+    packed = pack([*works()], NativeAttention(None))
+    [piece] = packed.pieces
+    says(packed.token_ids.tolist(), packed.positions.tolist(), piece.batch.new_slots.tolist())
+    view = piece.batch.view
+    says(view.spans.tolist(), view.pages.tolist())
 
 
 def test_the_example_is_sent_and_summed_so() -> None:

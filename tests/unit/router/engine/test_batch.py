@@ -14,14 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional
 
 from router.engine.batch import pack
 from router.engine.sequence import Sequence, Work
 from router.messages.request import GenerationRequest, SamplingParams
 from router.model.attention import Attention
-from router.model.cpu.native_attention import NativeAttention, attend_products
-from router.model.kv_cache import PagedCache
+from router.model.cpu.native_attention import KERNELS, NativeAttention
+from router.model.kv_cache import NativeCache, PagedCache
 from router.model.page_pool import PagePool, pages_needed
 from router.model.paged_attention import (
     GatheredAttention,
@@ -32,6 +31,8 @@ from router.model.paged_attention import (
 
 CPU = torch.device("cpu")
 PAGE_SIZE = 16
+IMPLEMENTATIONS = [False, True] if KERNELS else [False]
+"""Whether attention is native."""
 
 
 def sequence_of(name: str, token_ids: list[int], pages: list[int], computed: int = 0) -> Sequence:
@@ -42,8 +43,8 @@ def sequence_of(name: str, token_ids: list[int], pages: list[int], computed: int
     return sequence
 
 
-def view_of(work: list[Work], window: int | None, length_step: int = 1) -> GatheredView:
-    view: GatheredView = pack(work, GatheredAttention(window, length_step)).pieces[0].batch.view
+def view_of(work: list[Work], window: int | None) -> GatheredView:
+    view: GatheredView = pack(work, GatheredAttention(window)).pieces[0].batch.view
     return view
 
 
@@ -81,22 +82,25 @@ def test_a_step_is_packed_as_worked_by_hand() -> None:
     assert second.window_mask is None
 
 
-def test_lengths_are_padded_to_a_multiple_and_the_padding_is_hidden() -> None:
+def test_lengths_are_padded_to_the_longest_and_the_padding_is_hidden() -> None:
     a = sequence_of("a", [1, 2, 3], [0], 2)
     b = sequence_of("b", [1, 2, 3, 4, 5], [2], 4)
-    one = view_of([Work(a, 2, 3)], None, 4)
-    assert one.decode_slots.tolist() == [[0, 1, 2, 0]]
-    assert one.decode_mask is not None
-    assert one.decode_mask[:, 0].int().tolist() == [[1, 1, 1, 0]]
-    both = view_of([Work(a, 2, 3), Work(b, 4, 5)], 2, 4)
-    assert both.decode_slots.tolist() == [[0, 1, 2] + 5 * [0], [32, 33, 34, 35, 36] + 3 * [32]]
+    both = view_of([Work(a, 2, 3), Work(b, 4, 5)], 2)
+    assert both.decode_slots.tolist() == [[0, 1, 2, 0, 0], [32, 33, 34, 35, 36]]
+    assert both.decode_mask is not None
+    assert both.decode_mask[:, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert both.decode_window_mask is not None
-    assert both.decode_window_mask[:, 0].int().tolist() == [
-        [0, 1, 1, 0, 0, 0, 0, 0],
-        [0, 0, 0, 1, 1, 0, 0, 0],
-    ]
-    c = sequence_of("c", [1, 2, 3, 4], [1], 3)
-    assert view_of([Work(c, 3, 4)], None, 4).decode_mask is None
+    assert both.decode_window_mask[:, 0].int().tolist() == [[0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]
+    assert view_of([Work(a, 2, 3)], None).decode_mask is None
+
+
+def test_the_native_view_has_each_sequences_tokens_and_pages() -> None:
+    a = sequence_of("a", list(range(18)), [3, 1], 17)
+    b = sequence_of("b", list(range(40)), [0, 5, 4], 15)
+    view = pack([Work(b, 15, 33), Work(a, 17, 18)], NativeAttention(None)).batch.view
+    # First token, tokens, position of the first, where the pages begin; the decode comes first.
+    assert view.spans.tolist() == [[0, 1, 17, 0], [1, 18, 15, 2]]
+    assert view.pages.tolist() == [3, 1, 0, 5, 4]
 
 
 def test_without_a_window_everything_before_is_seen() -> None:
@@ -130,9 +134,16 @@ class Layer:
         kv_heads: int,
         layer_idx: int,
         dtype: torch.dtype = torch.float32,
+        *,
+        is_native: bool = False,
     ) -> None:
         self.heads, self.kv_heads, self.head_dim, self.dtype = heads, kv_heads, 8, dtype
-        self.cache = PagedCache(2, (num_pages, PAGE_SIZE), kv_heads, 8, dtype, CPU)
+        self.num_slots, self.is_native = num_pages * PAGE_SIZE, is_native
+        self.cache = (
+            NativeCache(2, num_pages, kv_heads, 8, dtype)
+            if is_native
+            else PagedCache(2, (num_pages, PAGE_SIZE), kv_heads, 8, dtype, CPU)
+        )
         for cached in (*self.cache.keys, *self.cache.values):
             cached.fill_(1e4)  # a slot that is read before it is written shows
         self.module: Any = SimpleNamespace(layer_idx=layer_idx)
@@ -149,7 +160,7 @@ class Layer:
     def packed(self, work: list[Work], window: int | None) -> dict[str, torch.Tensor]:
         """Run a step and return each sequence's new outputs, [T, Q, D]."""
         attention: Attention = (
-            NativeAttention(window) if self.dtype == torch.bfloat16 else GatheredAttention(window)
+            NativeAttention(window) if self.is_native else GatheredAttention(window)
         )
         step = pack(work, attention)
         ordered = sorted(work, key=lambda w: w.end - w.start > 1)
@@ -193,6 +204,7 @@ class Layer:
     st.sampled_from([(4, 2), (2, 2), (4, 1)]),
     st.integers(0, 1),
     st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from(IMPLEMENTATIONS),
     st.randoms(use_true_random=False),
 )
 def test_packed_attention_over_any_mixture_of_work_is_dense_attention_of_each_sequence(
@@ -201,10 +213,11 @@ def test_packed_attention_over_any_mixture_of_work_is_dense_attention_of_each_se
     heads: tuple[int, int],
     layer_idx: int,
     dtype: torch.dtype,
+    is_native: bool,
     source: random.Random,
 ) -> None:
     pool = PagePool(sum(pages_needed(length + 4, PAGE_SIZE) for length in lengths), PAGE_SIZE)
-    attention = Layer(pool.num_pages, *heads, layer_idx, dtype)
+    attention = Layer(pool.num_pages, *heads, layer_idx, dtype, is_native=is_native)
     scattered = pool.take(pool.num_pages)
     source.shuffle(scattered)
     pool.give_back(scattered)
@@ -235,64 +248,28 @@ def test_packed_attention_over_any_mixture_of_work_is_dense_attention_of_each_se
         )
 
 
-def test_a_step_writes_only_the_slots_of_its_own_tokens() -> None:
-    attention = Layer(2, 2, 2, 1)
+@pytest.mark.parametrize("is_native", IMPLEMENTATIONS)
+def test_a_step_writes_only_the_slots_of_its_own_tokens(is_native: bool) -> None:
+    attention = Layer(2, 2, 2, 1, is_native=is_native)
     sequence = sequence_of("5", list(range(10)), [1], 4)
     attention.packed([Work(sequence, 4, 7)], None)
-    written = (attention.cache.keys[1] != 1e4).all(dim=-1).all(dim=-1).view(-1)
+    [keys] = attention.cache.gather(1, torch.arange(attention.num_slots)[None])[0].transpose(0, 1)
+    written = (keys != 1e4).all(dim=-1).all(dim=0)
     assert np.flatnonzero(written.numpy()).tolist() == [20, 21, 22]
     assert (attention.cache.keys[0] == 1e4).all()
 
 
+@pytest.mark.parametrize("is_native", IMPLEMENTATIONS)
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
-def test_the_order_of_the_work_changes_no_sequences_output(order: list[int]) -> None:
+def test_the_order_of_the_work_changes_no_sequences_output(
+    order: list[int], is_native: bool
+) -> None:
     outputs = []
     for chosen in ([0, 1, 2], order):
-        attention = Layer(3, 4, 2, 0)
+        attention = Layer(3, 4, 2, 0, is_native=is_native)
         sequences = [sequence_of(str(i), list(range(6)), [i]) for i in range(3)]
         work = [Work(sequences[i], 0, 6) for i in chosen]
         outputs.append(attention.packed(work, None))
     assert outputs[0].keys() == outputs[1].keys()
     for name, output in outputs[0].items():
         assert torch.equal(output, outputs[1][name])
-
-
-@pytest.mark.parametrize("heads", [(8, 2), (4, 4), (4, 1)])
-@pytest.mark.parametrize("hides", [True, False])
-def test_products_of_many_decodes_are_as_exact_as_torchs_attention(
-    heads: tuple[int, int], hides: bool
-) -> None:
-    num_q, num_kv = heads
-    num_decode, length, size, scaling = 12, 40, 64, 0.125
-    generator = torch.Generator().manual_seed(7)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(torch.bfloat16)
-
-    # Scores of some tens, of which bf16 alone loses more than a softmax forgives.
-    query = 4 * randn(num_q, num_decode, size)
-    keys = 2 * randn(num_kv, num_decode, length, size)
-    values = randn(num_kv, num_decode, length, size)
-    ends = torch.randint(1, length + 1, (num_decode, 1), generator=generator)
-    mask = (torch.arange(length) < ends)[:, None] if hides else None
-    got = attend_products(query, keys, values, mask, scaling)[0]  # [B, Q, D]
-
-    def truth(dtype: torch.dtype) -> torch.Tensor:
-        attended = functional.scaled_dot_product_attention(
-            query.to(dtype).view(num_kv, -1, num_decode, size).transpose(1, 2),
-            keys.to(dtype),
-            values.to(dtype),
-            attn_mask=mask,
-            scale=scaling,
-        )
-        return attended.transpose(0, 1).reshape(num_decode, num_q, size)
-
-    exact = truth(torch.float64)
-    errors = [(one.double() - exact).abs().mean() for one in (got, truth(torch.bfloat16))]
-    assert errors[0] < 2 * errors[1]
-    grouped = query.view(num_kv, -1, num_decode, size).transpose(1, 2).float()
-    scores = (grouped @ keys.float().mT).to(torch.bfloat16).float() * scaling
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    coarse = (scores.softmax(-1) @ values.float()).transpose(0, 1).reshape(exact.shape)
-    assert errors[0] < 0.5 * (coarse.double() - exact).abs().mean()

@@ -18,6 +18,7 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from experts.compute import device_experts
 from experts.queue import MAX_BATCH_ROWS
 from router.engine.scheduler import Limits
+from router.model.kv_cache import NATIVE_PAGE_SIZE
 from router.model.memory import (
     PAGE_SIZE,
     VARLEN_HEAD_STEP,
@@ -75,7 +76,7 @@ def test_a_router_holds_the_planned_bytes_and_its_steps_take_no_more_than_planne
 
 
 def test_pages_and_heads_are_those_of_the_attentions() -> None:
-    assert GatheredAttention.page_size == PAGE_SIZE
+    assert GatheredAttention.page_size == NATIVE_PAGE_SIZE == PAGE_SIZE
     assert VarlenAttention.page_size == VARLEN_PAGE_SIZE
     assert (HEAD_STEP, MAX_HEAD_SIZE) == (VARLEN_HEAD_STEP, VARLEN_MAX_HEAD)
 
