@@ -1,0 +1,50 @@
+"""The tests of native attention against native code that watches its own accesses and sums."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODULE = "expertmesh_native"
+TESTS = "tests/unit/router/model/cpu", "tests/unit/router/model/test_kv_cache.py"
+# Threads and long sequences take long there, and no other path through the code.
+LEFT_OUT = "not threads"
+LIBRARIES = "libasan.so", "libubsan.so"
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("compiler", [path for path in [shutil.which("gcc")] if path])
+def test_native_attention_touches_nothing_beyond_its_buffers(tmp_path: Path, compiler: str) -> None:
+    built = tmp_path / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    command = [compiler, "-std=gnu11", "-shared", "-fPIC", "-O1", "-g", "-ffp-contract=off"]
+    command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    command += ["-I", sysconfig.get_paths()["include"], "-o", str(built)]
+    sources = map(str, sorted((ROOT / "cluster/native").glob("*.c")))
+    subprocess.run([*command, *sources, "-lpthread"], check=True, timeout=600)
+    # The first module of the name is the one that counts, and the checkout may hold another.
+    site = f"import {MODULE} as m\nif m.__file__ != {str(built)!r}: raise SystemExit(m.__file__)\n"
+    (tmp_path / "sitecustomize.py").write_text(site)
+    found = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for name in LIBRARIES
+    ]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(found),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python frees little at its end
+        "PYTHONPATH": str(tmp_path),
+    }
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-k", LEFT_OUT, *TESTS]
+    result = subprocess.run(
+        tests, cwd=ROOT, env=environment, timeout=900, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
