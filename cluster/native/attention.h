@@ -55,8 +55,6 @@ static inline Py_ssize_t padded(Py_ssize_t count, Py_ssize_t step) {
     return (count + step - 1) / step * step;
 }
 
-static inline Py_ssize_t bytes_of(Format format) { return format == FLOAT32 ? 4 : 2; }
-
 /* The bytes of a page's keys of one head, in columns. */
 static inline Py_ssize_t key_bytes(Format format, Py_ssize_t size) {
     return (format == BFLOAT16 ? padded(size, 2) : size) * PAGE * bytes_of(format);

@@ -14,6 +14,8 @@
 
 /* PAIRS are bfloat16 whose rows are bfloat16 too, for instructions that take pairs of them. */
 typedef enum { FLOAT32, BFLOAT16, FLOAT16, PAIRS } Format;
+static inline Py_ssize_t bytes_of(Format format) { return format == FLOAT32 ? 4 : 2; }
+
 typedef enum { SILU, GELU, GELU_TANH, RELU, CLAMPED } Activation;
 
 typedef struct {

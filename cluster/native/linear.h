@@ -19,8 +19,6 @@ typedef struct {
     Format format;
 } Rows;
 
-static inline Py_ssize_t bytes_of(Format format) { return format == FLOAT32 ? 4 : 2; }
-
 /* Take a matrix from its buffer: panels, then the bias, if it has one; 0 with an error set. */
 int take_matrix(const Py_buffer *from, Py_ssize_t size, Py_ssize_t outputs, int format,
                 int has_bias, Matrix *matrix);

@@ -14,7 +14,7 @@ static PyMethodDef functions[] = {
     ENTRY(receive, "cluster.transport.stream.channel.Channel.receive"),
     ENTRY(attention_kernels, "router.model.cpu.native_attention"),
     ENTRY(attend, "router.model.cpu.native_attention"),
-    ENTRY(store, "router.model.kv_cache"),
+    ENTRY(store, "router.model.cpu.native_attention"),
     ENTRY(normalise, "router.model.cpu.native_layer"),
     ENTRY(linear, "router.model.cpu.native_modules"),
     ENTRY(attention_inputs, "router.model.cpu.native_layer"),

@@ -1,20 +1,12 @@
 """The paged key/value cache.
 
 Dimension letters: T packed tokens, B sequences, L cached tokens of each, N pages, P slots of a
-page, S = N * P slots, G key/value heads, D size of a key, V size of a value.
+page, G key/value heads, D head size.
 """
 
 from __future__ import annotations
 
 import torch
-
-from cluster.native.built import native
-from cluster.wire.tensors import to_bytes, to_span
-from experts.compute.native_ffn import FORMATS
-
-NATIVE_PAGE_SIZE = 16
-"""P of native code."""
-_ROWS, _COLUMNS = 0, 1
 
 
 class PagedCache:
@@ -96,67 +88,9 @@ class LatentCache(PagedCache):
         return keys, keys[..., : self.values[layer_id].shape[-1]]
 
 
-class NativeCache(PagedCache):
-    """Keys and values as native attention reads them (``cluster/native/attention.h``).
-
-    A page's values are [G, P, V] and its keys are in columns, so that a vector holds the same value
-    of several tokens: [G, D, P], or in bfloat16 [G, D / 2, P, 2] with D rounded up to an even
-    number.
-    """
-
-    def __init__(
-        self, num_layers: int, num_pages: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> None:
-        """Allocate ``2 * num_layers`` tensors of ``num_pages`` pages on the CPU."""
-        self._format, self._head_dim = FORMATS[dtype], head_dim
-        columns: tuple[int, ...] = (head_dim, NATIVE_PAGE_SIZE)
-        if dtype == torch.bfloat16:
-            columns = ((head_dim + 1) // 2, NATIVE_PAGE_SIZE, 2)
-        keys, values = columns, (NATIVE_PAGE_SIZE, head_dim)
-        self.keys, self.values = (
-            [torch.empty(num_pages, num_kv_heads, *s, dtype=dtype) for _ in range(num_layers)]
-            for s in (keys, values)
-        )
-
-    def store(
-        self, layer_id: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> None:
-        """Put a layer's new keys and values [G, T, D] at slots [T]; see :class:`PagedCache`.
-
-        Raises ``ValueError`` for another dtype or shape, and for a slot beyond the cache.
-        """
-        _store_natively(key, self.keys[layer_id], slots, self._head_dim, _COLUMNS)
-        _store_natively(value, self.values[layer_id], slots, self._head_dim, _ROWS)
-
-    def gather(self, layer_id: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a layer's keys and values at slots [B, L]; see :meth:`PagedCache.gather`."""
-        pages, places = slots // NATIVE_PAGE_SIZE, slots % NATIVE_PAGE_SIZE
-        keys = self.keys[layer_id].transpose(2, 3)[pages, :, places]  # [B, L, G, D] or pairs
-        values = self.values[layer_id][pages, :, places]
-        keys = keys.flatten(3)[..., : self._head_dim]
-        return keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)
-
-
 def _store(rows: torch.Tensor, cached: torch.Tensor, slots: torch.Tensor) -> None:
     """Put rows [G, T, D] into [N, P, G, D] at slots [T]."""
     cached.flatten(0, 1).index_copy_(0, slots, rows.transpose(0, 1))
-
-
-def _store_natively(
-    rows: torch.Tensor, cached: torch.Tensor, slots: torch.Tensor, size: int, layout: int
-) -> None:
-    """Put rows [G, T, D] into pages of a native layout at slots [T]."""
-    assert native is not None
-    num_pages, num_kv_heads = cached.shape[:2]
-    if rows.shape != (num_kv_heads, len(slots), size) or rows.dtype != cached.dtype:
-        raise ValueError(f"{rows.dtype} {tuple(rows.shape)} does not fit the cache")
-    if not len(slots):
-        return
-    if rows.stride(2) != 1:
-        rows = rows.contiguous()
-    head_stride, token_stride, _ = rows.stride()
-    sizes = FORMATS[rows.dtype], layout, num_pages, num_kv_heads, size, token_stride, head_stride
-    native.store(to_span(rows), to_bytes(cached), to_bytes(slots), sizes)
 
 
 class _Scratch:

@@ -5,8 +5,8 @@ tokens of the step, not on the borders of prefill chunks, not on threads. Kernel
 (:data:`KERNELS`) give the same bits. Scores and sums are float32, rounded once to the dtype.
 ``cluster/native/attention_products.h`` has the order of sums.
 
-Dimension letters: T packed tokens, B sequences, G key/value heads, Q query heads, D size of a key,
-V size of a value.
+Dimension letters: T packed tokens, B sequences, L cached tokens of each, N pages, P slots of a
+page, G key/value heads, Q query heads, D size of a key, V size of a value.
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ import torch
 
 from cluster.native.built import native
 from cluster.wire.tensors import to_bytes, to_span
+from experts.compute.panels import FORMATS
 from router.model.attention import Scoring, Span
-from router.model.kv_cache import FORMATS, NATIVE_PAGE_SIZE, LatentCache, PagedCache
+from router.model.kv_cache import LatentCache, PagedCache
 
 KERNELS: tuple[tuple[str, str], ...] = () if native is None else native.attention_kernels()
 """Name and class of each kernel that this processor can run, the fastest first."""
+
+NATIVE_PAGE_SIZE = 16
+"""P of native code."""
+_ROWS, _COLUMNS = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,7 @@ class NativeAttention:
     ) -> torch.Tensor:
         """See :class:`router.model.attention.Attention`.
 
-        ``cache`` is a :class:`router.model.kv_cache.NativeCache` or a
+        ``cache`` is a :class:`NativeCache` or a
         :class:`router.model.kv_cache.LatentCache`, of the queries' dtype.
         """
         assert native is not None
@@ -119,3 +124,61 @@ class NativeAttention:
             self._kernel,
         )
         return output
+
+
+class NativeCache(PagedCache):
+    """Keys and values as native attention reads them (``cluster/native/attention.h``).
+
+    A page's values are [G, P, V] and its keys are in columns, so that a vector holds the same value
+    of several tokens: [G, D, P], or in bfloat16 [G, D / 2, P, 2] with D rounded up to an even
+    number.
+    """
+
+    def __init__(
+        self, num_layers: int, num_pages: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        """Allocate ``2 * num_layers`` tensors of ``num_pages`` pages on the CPU."""
+        self._format, self._head_dim = FORMATS[dtype], head_dim
+        columns: tuple[int, ...] = (head_dim, NATIVE_PAGE_SIZE)
+        if dtype == torch.bfloat16:
+            columns = ((head_dim + 1) // 2, NATIVE_PAGE_SIZE, 2)
+        keys, values = columns, (NATIVE_PAGE_SIZE, head_dim)
+        self.keys, self.values = (
+            [torch.empty(num_pages, num_kv_heads, *s, dtype=dtype) for _ in range(num_layers)]
+            for s in (keys, values)
+        )
+
+    def store(
+        self, layer_id: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Put a layer's new keys and values [G, T, D] at slots [T]; see :class:`PagedCache`.
+
+        Raises ``ValueError`` for another dtype or shape, and for a slot beyond the cache.
+        """
+        _store_natively(key, self.keys[layer_id], slots, self._head_dim, _COLUMNS)
+        _store_natively(value, self.values[layer_id], slots, self._head_dim, _ROWS)
+
+    def gather(self, layer_id: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a layer's keys and values at slots [B, L]; see :meth:`PagedCache.gather`."""
+        pages, places = slots // NATIVE_PAGE_SIZE, slots % NATIVE_PAGE_SIZE
+        keys = self.keys[layer_id].transpose(2, 3)[pages, :, places]  # [B, L, G, D] or pairs
+        values = self.values[layer_id][pages, :, places]
+        keys = keys.flatten(3)[..., : self._head_dim]
+        return keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)
+
+
+def _store_natively(
+    rows: torch.Tensor, cached: torch.Tensor, slots: torch.Tensor, size: int, layout: int
+) -> None:
+    """Put rows [G, T, D] into pages of a native layout at slots [T]."""
+    assert native is not None
+    num_pages, num_kv_heads = cached.shape[:2]
+    if rows.shape != (num_kv_heads, len(slots), size) or rows.dtype != cached.dtype:
+        raise ValueError(f"{rows.dtype} {tuple(rows.shape)} does not fit the cache")
+    if not len(slots):
+        return
+    if rows.stride(2) != 1:
+        rows = rows.contiguous()
+    head_stride, token_stride, _ = rows.stride()
+    sizes = FORMATS[rows.dtype], layout, num_pages, num_kv_heads, size, token_stride, head_stride
+    native.store(to_span(rows), to_bytes(cached), to_bytes(slots), sizes)

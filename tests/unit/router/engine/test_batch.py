@@ -19,8 +19,8 @@ from router.engine.batch import pack
 from router.engine.sequence import Sequence, Work
 from router.messages.request import GenerationRequest, SamplingParams
 from router.model.attention import Attention
-from router.model.cpu.native_attention import KERNELS, NativeAttention
-from router.model.kv_cache import NativeCache, PagedCache
+from router.model.cpu.native_attention import KERNELS, NativeAttention, NativeCache
+from router.model.kv_cache import PagedCache
 from router.model.page_pool import PagePool, pages_needed
 from router.model.paged_attention import (
     GatheredAttention,
@@ -97,7 +97,7 @@ def test_lengths_are_padded_to_the_longest_and_the_padding_is_hidden() -> None:
 def test_the_native_view_has_each_sequences_tokens_and_pages() -> None:
     a = sequence_of("a", list(range(18)), [3, 1], 17)
     b = sequence_of("b", list(range(40)), [0, 5, 4], 15)
-    view = pack([Work(b, 15, 33), Work(a, 17, 18)], NativeAttention(None)).batch.view
+    view = pack([Work(b, 15, 33), Work(a, 17, 18)], NativeAttention(None)).pieces[0].batch.view
     # First token, tokens, position of the first, where the pages begin; the decode comes first.
     assert view.spans.tolist() == [[0, 1, 17, 0], [1, 18, 15, 2]]
     assert view.pages.tolist() == [3, 1, 0, 5, 4]

@@ -27,15 +27,12 @@ from tests.unit.cluster.transport.wired import LENGTH, Wired
 from tests.unit.experts.local_actor import LIMIT_S, frame_of, local_actor, rows_of
 
 ROOT = Path(__file__).parents[4]
-MOST_FILES = 17
+MOST_FILES = 16
 NATIVE_ATTENTION, GATHERED = (
     "router/model/cpu/native_attention.py",
     "router/model/paged_attention.py",
 )
 """Without native code the latter makes the step's view too."""
-HELPER, CALLED_BEFORE = "cluster/wire/tensors.py", "router/moe/gate.py"
-"""Without native code the cache needs no helper, and the first to call it is the layer's half that
-has called the gate."""
 DOCUMENT = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 ROUTER, ACTOR = (
     DOCUMENT.partition(begin)[2].partition(end)[0]
@@ -44,7 +41,9 @@ ROUTER, ACTOR = (
         ("**Over in the expert actor's process**", "**An example.**"),
     )
 )
-REPLACEMENTS = DOCUMENT.partition("In bf16 on a processor")[2].partition("Each is used only")[0]
+TORCH = DOCUMENT.partition("On devices, and where the package was installed")[2].partition("\n\n")[
+    0
+]
 
 
 def numbered(text: str) -> list[str]:
@@ -126,30 +125,25 @@ def leave_out_native(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, "native", None)
 
 
-@pytest.mark.parametrize("has_native", sorted({native is not None, False}))
+@pytest.mark.parametrize("dtype", [] if native is None else ["float32", "bfloat16"])
 def test_a_decode_step_passes_the_files_of_the_document_in_their_order(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, has_native: bool
+    folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    expected = numbered(ROUTER)
-    if not has_native:  # as the document says of the helper
-        leave_out_native(monkeypatch)
-        expected.remove(GATHERED)
-        expected[expected.index(NATIVE_ATTENTION)] = GATHERED
-        expected.remove(HELPER)
-        expected.insert(expected.index(CALLED_BEFORE) + 1, HELPER)
-    with connected(folder, "float32") as wired:
+    with connected(folder, dtype) as wired:
         files = files_of_a_decode(wired, monkeypatch)
-    assert files == expected
+    assert files == numbered(ROUTER)
     assert len(files) <= MOST_FILES
 
 
-def test_in_bf16_only_the_documents_replacements_join_in(
+def test_without_native_code_torch_takes_the_place_of_some(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with connected(folder, "bfloat16") as wired:
+    leave_out_native(monkeypatch)
+    with connected(folder, "float32") as wired:
         files = set(files_of_a_decode(wired, monkeypatch))
-    assert set(numbered(ROUTER)) <= files
-    assert files - set(numbered(ROUTER)) <= named(REPLACEMENTS)
+    native_files = {name for name in numbered(ROUTER) if "/cpu/" in name}
+    assert set(numbered(ROUTER)) - files == native_files
+    assert files - set(numbered(ROUTER)) == named(TORCH)
 
 
 def test_a_frame_passes_the_actors_files_of_the_document_in_their_order(

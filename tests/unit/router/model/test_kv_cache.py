@@ -13,8 +13,8 @@ from cluster.native import built
 from experts.families.base import Family
 from router.model import attention_choice
 from router.model.attention_choice import choose_attention, make_cache
-from router.model.cpu.native_attention import NativeAttention
-from router.model.kv_cache import LatentCache, NativeCache, PagedCache
+from router.model.cpu.native_attention import NativeAttention, NativeCache
+from router.model.kv_cache import LatentCache, PagedCache
 from router.model.paged_attention import GatheredAttention
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from experts.compute import device_experts
 from experts.queue import MAX_BATCH_ROWS
 from router.engine.scheduler import Limits
-from router.model.kv_cache import NATIVE_PAGE_SIZE
+from router.model.cpu.native_attention import NATIVE_PAGE_SIZE
 from router.model.memory import (
     PAGE_SIZE,
     VARLEN_HEAD_STEP,

@@ -16,8 +16,8 @@ import torch
 from hypothesis import strategies as st
 
 from router.model.attention import Scoring, Span
-from router.model.cpu.native_attention import NativeAttention
-from router.model.kv_cache import NATIVE_PAGE_SIZE, LatentCache, NativeCache, PagedCache
+from router.model.cpu.native_attention import NATIVE_PAGE_SIZE, NativeAttention, NativeCache
+from router.model.kv_cache import LatentCache, PagedCache
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # How far a value is off at most, relative to it, when it is rounded to the dtype.

@@ -22,9 +22,9 @@ from cluster.wire.tensors import to_bytes
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.compute.native_ffn import KERNELS
 from router.model.attention import Attention, PagedBatch, Span
-from router.model.attention_choice import choose_attention
+from router.model.attention_choice import choose_attention, make_cache
 from router.model.cpu.native_layer import NativeAttentionHalf, NativeRotation, has_llamas_shape
-from router.model.model import _cache_of, load_dense
+from router.model.model import load_dense
 from router.model.page_pool import pages_needed
 from router.model.paged_attention import PagedContext
 from tests.checkpoints import save_mixtral
@@ -80,8 +80,9 @@ class Layer:
         slots, dtype = np.arange(end), dtype or self.dtype
         if like is None:
             attention = choose_attention(self.checkpoint.family, self.config, None, dtype, CPU)
-            pages = pages_needed(64, attention.page_size), attention.page_size
-            cache = _cache_of(self.config, self.checkpoint.family, pages, dtype, CPU)
+            num_pages = pages_needed(64, attention.page_size)
+            family = self.checkpoint.family
+            cache = make_cache(attention, family, self.config, num_pages, dtype, CPU)
         else:
             attention, cache = like.attention, like.cache
         batch = batch_of(attention, slots, begin)
