@@ -119,20 +119,21 @@ int multiply_rows(const Kernel *kernel, const Matrix *m, Rows rows, Py_ssize_t n
     return 1;
 }
 
-/* linear(rows [P, K], packed, out [P, O], (K, O, formats of the weights, of the rows and of out,
- * whether there is a bias), most threads, kernel or None) */
+/* linear(rows [M, P, K], packed, out [M, P, O], (M, K, O, formats of the weights, of the rows and of
+ * out, whether there is a bias), most threads, kernel or None): M matrices, each with rows of its
+ * own; `packed` has one after the other */
 FUNCTION(linear) {
     Buffers buffers = {.count = 0};
     Py_buffer *rows, *packed, *out;
-    Py_ssize_t size, outputs;
+    Py_ssize_t count, size, outputs;
     int format, row_format, out_format, has_bias;
     if (!are_given(given, 6)) return NULL;
     if (!PyTuple_CheckExact(args[3])) {
         PyErr_SetString(PyExc_TypeError, "sizes must be a tuple");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args[3], "nniiii", &size, &outputs, &format, &row_format, &out_format,
-                          &has_bias))
+    if (!PyArg_ParseTuple(args[3], "nnniiii", &count, &size, &outputs, &format, &row_format,
+                          &out_format, &has_bias))
         return NULL;
     Py_ssize_t threads = PyLong_AsSsize_t(args[4]);
     if (PyErr_Occurred()) return NULL;
@@ -141,22 +142,35 @@ FUNCTION(linear) {
     if (!(rows = take(&buffers, args[0], 0))) return NULL;
     if (!(packed = take(&buffers, args[1], 0))) return NULL;
     if (!(out = take(&buffers, args[2], 1))) return NULL;
+    if (!is_format(row_format) || !is_format(out_format) || threads < 1 || count < 1 ||
+        count > MOST_SIZE || packed->len % count)
+        return refuse(&buffers, "formats must be known, and matrices and threads positive");
+    Py_ssize_t packed_bytes = packed->len / count;
+    Py_buffer first = *packed;
+    first.len = packed_bytes;
     Matrix matrix;
-    if (!take_matrix(packed, size, outputs, format, has_bias, &matrix)) {
+    if (!take_matrix(&first, size, outputs, format, has_bias, &matrix)) {
         release(&buffers);
         return NULL;
     }
-    if (!is_format(row_format) || !is_format(out_format) || threads < 1)
-        return refuse(&buffers, "formats must be known, and threads positive");
     Py_ssize_t row_bytes = size * bytes_of((Format)row_format);
-    Py_ssize_t out_bytes = outputs * bytes_of((Format)out_format), num_rows = rows->len / row_bytes;
-    if (rows->len != num_rows * row_bytes || out->len / out_bytes != num_rows ||
-        out->len % out_bytes)
+    Py_ssize_t out_bytes = outputs * bytes_of((Format)out_format), total = rows->len / row_bytes;
+    if (rows->len != total * row_bytes || out->len / out_bytes != total || out->len % out_bytes ||
+        total % count)
         return refuse(&buffers, "there must be whole rows, and as many of them in out");
+    Py_ssize_t num_rows = total / count;
     Rows from = {rows->buf, (Format)row_format}, none = {NULL, FLOAT32};
+    char *to = out->buf;
+    int has_memory = 1;
     PyThreadState *saved = PyEval_SaveThread();
-    int has_memory = multiply_rows(kernel, &matrix, from, num_rows, none, out->buf,
-                                   (Format)out_format, threads);
+    for (Py_ssize_t i = 0; has_memory && i < count; i++) {
+        has_memory = multiply_rows(kernel, &matrix, from, num_rows, none, to, (Format)out_format,
+                                   threads);
+        matrix.panels += packed_bytes;
+        if (matrix.bias) matrix.bias = (const float *)((const char *)matrix.bias + packed_bytes);
+        from.values += num_rows * row_bytes;
+        to += num_rows * out_bytes;
+    }
     PyEval_RestoreThread(saved);
     release(&buffers);
     return has_memory ? Py_NewRef(Py_None) : PyErr_NoMemory();

@@ -22,6 +22,19 @@ from router.model.paged_attention import PagedContext, paged_attention
 LATENT_ATTENTION_NAME = "expertmesh_latent"
 
 
+class HeadsLinear(nn.Module):
+    """A linear layer of each head."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """Keep a view of ``weight`` [Q, O, K]."""
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Map [1, Q, T, K] to [1, Q, T, O]."""
+        return rows @ self.weight.transpose(1, 2)
+
+
 def keep_latents(model: nn.Module) -> None:
     """Make every attention module of ``model`` cache latents in place of keys and values.
 
@@ -34,8 +47,8 @@ def keep_latents(model: nn.Module) -> None:
         size = attention.qk_nope_head_dim
         weight = attention.kv_b_proj.weight
         up = weight.view(attention.num_heads, -1, weight.shape[-1])  # [Q, N + V, L]
-        attention.key_up = up[:, :size]
-        attention.value_up = up[:, size:].transpose(1, 2)
+        attention.key_up = HeadsLinear(up[:, :size].transpose(1, 2))  # [Q, L, N]
+        attention.value_up = HeadsLinear(up[:, size:])  # [Q, V, L]
         attention.expand_kv = _as_latents
         del attention.kv_b_proj
 
@@ -61,8 +74,8 @@ def latent_attention(
     """Attend queries [1, Q, T, N + R] to cached latents; returns [1, T, Q, V]."""
     attention: Any = module
     plain, rotary = query.split([attention.qk_nope_head_dim, attention.qk_rope_head_dim], dim=-1)
-    projected = torch.cat((plain @ attention.key_up, rotary), dim=-1)  # [1, Q, T, L + R]
+    projected = torch.cat((attention.key_up(plain), rotary), dim=-1)  # [1, Q, T, L + R]
     latents = paged_attention(
         module, projected, key, value, attention_mask, scaling=scaling, paged=paged
     )[0]
-    return (latents.transpose(1, 2) @ attention.value_up).transpose(1, 2), None
+    return attention.value_up(latents.transpose(1, 2)).transpose(1, 2), None

@@ -21,10 +21,11 @@ from router.model.cpu.native_layer import (
     NativeAttentionHalf,
     NativeGate,
     NativeRotation,
+    NativeShare,
     can_choose,
     has_llamas_shape,
 )
-from router.model.cpu.native_modules import NativeLinear, replace_modules
+from router.model.cpu.native_modules import NativeLinear, can_multiply, is_linear, replace_modules
 from router.model.decoder import (
     AttentionHalf,
     DecoderLayer,
@@ -34,6 +35,7 @@ from router.model.decoder import (
     MixtureFeedForward,
     TorchAttention,
 )
+from router.model.latent_attention import HeadsLinear
 from router.moe.gate import Gate
 from router.moe.layer import MoELayers
 
@@ -48,6 +50,8 @@ _ATTENTION_PARTS: tuple[tuple[str, str, str | None, str], ...] = (
 half: of most families, of DBRX, of Grok-1."""
 _FEED_FORWARD_PARTS = ("mlp", "ffn", "moe_block")
 _OUTPUT_NORM = "post_moe_norm"
+_SHARE = "shared_expert_gate"
+"""What maps hidden states to the weight of Qwen2-MoE's shared expert, before a sigmoid."""
 
 
 class RemoteExperts(nn.Module):
@@ -149,6 +153,12 @@ def take_native(model: Any, activation: str) -> tuple[list[AttentionHalf], Rotat
                 parent, _, name = path.rpartition(".")
                 delattr(layer.get_submodule(parent), name)
         rotate = NativeRotation(rotate, half.head_size)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, HeadsLinear) and can_multiply(child.weight):
+                setattr(module, name, NativeLinear(child.weight))
+            elif name == _SHARE and is_linear(child):
+                setattr(module, name, NativeShare(child.weight))
     replace_modules(model, activation)
     return halves, rotate
 
@@ -224,17 +234,21 @@ def _shared(block: Any) -> Map | None:
         shared: Map = block.shared_experts
         return shared
     if hasattr(block, "shared_expert"):  # Qwen2-MoE's
-        return _GatedExpert(block.shared_expert, block.shared_expert_gate)
+        gate: Any = getattr(block, _SHARE)
+        share = (
+            gate if isinstance(gate, NativeShare) else lambda rows: functional.sigmoid(gate(rows))
+        )
+        return _GatedExpert(block.shared_expert, share)
     return None
 
 
 class _GatedExpert:
     """A shared expert whose output each token weights."""
 
-    def __init__(self, expert: Map, gate: Map) -> None:
+    def __init__(self, expert: Map, share: Map) -> None:
         self._expert = expert
-        self._gate = gate
+        self._share = share
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         output = self._expert(hidden_states)
-        return functional.sigmoid(self._gate(hidden_states)) * output
+        return self._share(hidden_states) * output

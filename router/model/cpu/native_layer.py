@@ -204,6 +204,19 @@ class NativeGate(Gate):
         return torch.float32 if are_wide and not self._rounds_weights else hidden_dtype
 
 
+class NativeShare(nn.Module):
+    """The weight of a shared expert (Qwen2-MoE): a sigmoid, the same in any company."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """Pack a copy of ``weight`` [1, H]."""
+        super().__init__()
+        self._gate = NativeGate(GateSpec(score="sigmoid"), 1, weight, None)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map hidden states [T, H] to weights [T, 1]."""
+        return self._gate.choose(hidden_states)[1]
+
+
 def can_choose(spec: GateSpec, weight: torch.Tensor) -> bool:
     """Return whether :class:`NativeGate` computes a gate; a norm must be that of exponent 1."""
     return (

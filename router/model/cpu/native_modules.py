@@ -27,12 +27,18 @@ class NativeLinear(nn.Module):
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """Pack copies of ``weight`` [O, K] and ``bias`` [O], neither of which is kept."""
+        """Pack copies of ``weight`` [O, K] and ``bias`` [O], neither of which is kept.
+
+        A ``weight`` [M, O, K] has a matrix for each of the first axis of rows [M, ..., K].
+        """
         super().__init__()
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = weight.shape[-2:]
         self.format, self.has_bias = FORMATS[weight.dtype], int(bias is not None)
+        matrices = weight.unsqueeze(0) if weight.dim() == 2 else weight
+        self._count = len(matrices)
         # Not a buffer: the layout is native code's, so it can neither be moved nor saved.
-        self.packed = to_bytes(pack_matrix(weight, bias))
+        packed = [pack_matrix(matrix, bias) for matrix in matrices]
+        self.packed = to_bytes(packed[0] if len(packed) == 1 else torch.cat(packed))
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Map [..., K] to [..., O] in the rows' dtype."""
@@ -47,7 +53,7 @@ class NativeLinear(nn.Module):
             to_bytes(rows),
             self.packed,
             to_bytes(output),
-            (self.in_features, self.out_features, *formats),
+            (self._count, self.in_features, self.out_features, *formats),
             torch.get_num_threads(),
             None,
         )
@@ -112,12 +118,12 @@ def replace_modules(model: nn.Module, activation: str) -> None:
 
 def is_linear(module: Any) -> TypeGuard[nn.Linear]:
     """Return whether :class:`NativeLinear` can replace a module."""
-    return (
-        native is not None
-        and type(module) is nn.Linear
-        and module.weight.is_cpu
-        and module.weight.dtype in FORMATS
-    )
+    return type(module) is nn.Linear and can_multiply(module.weight)
+
+
+def can_multiply(weight: torch.Tensor) -> bool:
+    """Return whether native code takes a weight."""
+    return native is not None and weight.is_cpu and weight.dtype in FORMATS
 
 
 def is_mlp(module: nn.Module) -> bool:

@@ -41,7 +41,7 @@ def product(
     odd_packed, odd_rows = bytearray(1 + packed.nbytes), bytearray(1 + given_.nbytes)
     odd_packed[1:], odd_rows[1:] = packed, given_
     formats = FORMATS[weight.dtype], FORMATS[rows.dtype], FORMATS[dtype], int(bias is not None)
-    sizes = (weight.shape[1], weight.shape[0], *formats)
+    sizes = (1, weight.shape[1], weight.shape[0], *formats)
     built.native.linear(
         memoryview(odd_rows)[1:], memoryview(odd_packed)[1:], to_bytes(out), sizes, threads, kernel
     )
@@ -117,6 +117,18 @@ def test_what_is_no_number_stays_in_its_row(kernel: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("native", BUILT)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matrices_of_heads_have_rows_of_their_own(native: ModuleType, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(3, 20, 33, generator=generator).to(dtype)
+    rows = torch.randn(1, 3, 7, 33, generator=generator).to(dtype)
+    together = NativeLinear(weight)
+    expected = [NativeLinear(matrix)(rows[0, i]) for i, matrix in enumerate(weight)]
+    assert torch.equal(together(rows), torch.stack(expected)[None])
+    assert together(rows[:, :, :0]).shape == (1, 3, 0, 20)
+
+
+@pytest.mark.parametrize("native", BUILT)
 def test_a_models_linear_layers_are_replaced(native: ModuleType) -> None:
     torch.manual_seed(0)
     model = nn.Module()
@@ -159,12 +171,14 @@ WRONG: dict[str, dict[str, Any]] = {
     "fewer rows than room": {"rows": bytes(4 * 8 * 2)},
     "too little room": {"out": 4 * 5 * 3 - 4},
     "weights of another size": {"packed": bytes(8 * 32 * 4 + 4)},
-    "no size": {"sizes": (0, 5, 0, 0, 0, 0)},
-    "a size beyond all": {"sizes": (1 << 60, 5, 0, 0, 0, 0)},
-    "an unknown format": {"sizes": (8, 5, 3, 0, 0, 0)},
-    "rows of an unknown format": {"sizes": (8, 5, 0, 9, 0, 0)},
-    "room of an unknown format": {"sizes": (8, 5, 0, 0, -1, 0)},
-    "a bias that is not there": {"sizes": (8, 5, 0, 0, 0, 1)},
+    "no size": {"sizes": (1, 0, 5, 0, 0, 0, 0)},
+    "a size beyond all": {"sizes": (1, 1 << 60, 5, 0, 0, 0, 0)},
+    "an unknown format": {"sizes": (1, 8, 5, 3, 0, 0, 0)},
+    "rows of an unknown format": {"sizes": (1, 8, 5, 0, 9, 0, 0)},
+    "room of an unknown format": {"sizes": (1, 8, 5, 0, 0, -1, 0)},
+    "a bias that is not there": {"sizes": (1, 8, 5, 0, 0, 0, 1)},
+    "matrices that divide nothing": {"sizes": (5, 8, 5, 0, 0, 0, 0)},
+    "no matrix": {"sizes": (0, 8, 5, 0, 0, 0, 0)},
     "no thread": {"threads": 0},
     "an unknown kernel": {"kernel": "sse"},
 }
@@ -177,7 +191,7 @@ def test_what_does_not_fit_is_refused(native: ModuleType, wrong: str) -> None:
         "rows": RIGHT.rows,
         "packed": RIGHT.packed,
         "out": RIGHT.out,
-        "sizes": (8, 5, 0, 0, 0, 0),
+        "sizes": (1, 8, 5, 0, 0, 0, 0),
         "threads": 1,
         "kernel": None,
     }
