@@ -51,7 +51,7 @@ class Run:
         return any(sequence is self.sequence for sequence in packed.sampled)
 
     def in_chunks(self, ends: list[int], crowd: tuple[tuple[int, int], ...] = ()) -> torch.Tensor:
-        """Return the last token's logits; each of ``crowd`` (seed, length) is computed beside it."""
+        """Return the last token's logits, beside a ``crowd`` of (seed, length) each."""
         others = [self.admitted(*other) for other in crowd]
         logits = torch.empty(0)
         for begin, end in zip([0, *ends], ends, strict=False):

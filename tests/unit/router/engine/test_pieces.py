@@ -19,6 +19,7 @@ from cluster.errors import (
     ModelReplacedError,
     NotFiniteError,
 )
+from cluster.native.built import native
 from cluster.staging import RING
 from cluster.transport.base import Call, CallFailure, IsGone, Outcome, never_gone
 from cluster.wire.frames import DispatchFrame, ErrorFrame, encode
@@ -43,6 +44,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LIMITS = Limits(32, 64, 256)
 PROMPTS = [prompt_of(length, length) for length in (5, 90, 17, 2, 41)]
 LENGTH = 6
+ERRORS = [("float32", 1e-5), ("bfloat16", 0.02)]
+if native is not None:
+    ERRORS = [(dtype, 0.0) for dtype, _ in ERRORS]
 ALL: dict[str, Callable[..., Any]] = {"mixtral": save_mixtral, "grok": save_grok, **SAVERS}
 
 
@@ -156,12 +160,13 @@ def test_a_chunk_goes_on_in_the_next_piece(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("dtype", ["float32"] if native is None else ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ALL)
-def test_pieces_change_no_familys_tokens(tmp_path: Path, family: str) -> None:
+def test_pieces_change_no_familys_tokens(tmp_path: Path, family: str, dtype: str) -> None:
     ALL[family](tmp_path / family)
 
     def cluster() -> LocalCluster:
-        return LocalCluster(tmp_path / family, limits=LIMITS, dtype="float32")
+        return LocalCluster(tmp_path / family, limits=LIMITS, dtype=dtype)
 
     expected, counts = tokens_of(cluster(), 1)
     assert set(counts) == {1}
@@ -179,13 +184,13 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-5), ("bfloat16", 0.02)])
+@pytest.mark.parametrize(("dtype", "error"), ERRORS)
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_borders_anywhere_change_logits_by_roundings_alone(
+def test_borders_anywhere_change_no_bit(
     windowed: Path, data: st.DataObject, dtype: str, error: float
 ) -> None:
-    """In bf16 torch's attention rounds otherwise where a chunk has another size."""
+    """Without native code torch rounds otherwise where a chunk has another size."""
     logits = []
     cuts = sorted(data.draw(st.sets(st.integers(1, 39), max_size=4)))
     for ends in ([40], [*cuts, 40]):
