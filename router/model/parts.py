@@ -153,7 +153,8 @@ def take_native(model: Any, activation: str) -> tuple[list[AttentionHalf], Rotat
                 parent, _, name = path.rpartition(".")
                 delattr(layer.get_submodule(parent), name)
         rotate = NativeRotation(rotate, half.head_size)
-    for module in list(model.modules()):
+    # Only the parents: a list of all modules would keep each replaced weight until the last one.
+    for module in [parent for parent in model.modules() if any(True for _ in parent.children())]:
         for name, child in list(module.named_children()):
             if isinstance(child, HeadsLinear) and can_multiply(child.weight):
                 setattr(module, name, NativeLinear(child.weight))

@@ -105,15 +105,17 @@ def replace_modules(model: nn.Module, activation: str) -> None:
 
     These are linear layers, norms with a weight and nothing else, and gated feed-forward layers
     with ``activation`` and without biases. A head tied to the embedding gets a copy of the weight.
+    A replaced module is free before the children of the next parent are packed.
     """
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if is_norm(child):
-                setattr(parent, name, NativeNorm(child))
-            elif is_mlp(child) and activation in ACTIVATIONS:
-                setattr(parent, name, NativeMlp(child, activation))
-            elif is_linear(child):
-                setattr(parent, name, NativeLinear(child.weight, child.bias))
+    for name, child in list(model.named_children()):
+        if is_norm(child):
+            setattr(model, name, NativeNorm(child))
+        elif is_mlp(child) and activation in ACTIVATIONS:
+            setattr(model, name, NativeMlp(child, activation))
+        elif is_linear(child):
+            setattr(model, name, NativeLinear(child.weight, child.bias))
+        else:
+            replace_modules(child, activation)
 
 
 def is_linear(module: Any) -> TypeGuard[nn.Linear]:

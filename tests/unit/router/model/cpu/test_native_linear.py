@@ -5,6 +5,7 @@ Dimension letters: P rows, K input size, O output size.
 
 from __future__ import annotations
 
+import weakref
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from cluster.native import built
 from cluster.wire.tensors import to_bytes
 from experts.compute.native_ffn import KERNELS
 from experts.compute.panels import FORMATS, pack_matrix
+from router.model.cpu import native_modules
 from router.model.cpu.native_modules import NativeLinear, NativeMlp, replace_modules
 
 BUILT = [] if built.native is None else [built.native]
@@ -149,6 +151,30 @@ def test_a_models_linear_layers_are_replaced(native: ModuleType) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     assert model.plain(rows[:, :0]).shape == (1, 0, 20)
     assert torch.equal(model.plain(rows[:, ::2]), model.plain(rows)[:, ::2])
+
+
+@pytest.mark.parametrize("native", BUILT)
+def test_each_weight_is_packed_once_and_freed_before_the_next_layers(
+    native: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mlp() -> nn.Module:
+        parts = nn.Module()
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(parts, name, nn.Linear(8, 8, bias=False))
+        parts.act_fn = nn.SiLU()
+        return parts
+
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), mlp()) for _ in range(3)))
+    weights = [weakref.ref(layer.get_parameter("1.up_proj.weight")) for layer in model]
+    alive = []
+
+    def packed(weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        alive.append(sum(ref() is not None for ref in weights))
+        return pack_matrix(weight, bias)
+
+    monkeypatch.setattr(native_modules, "pack_matrix", packed)
+    replace_modules(model, "silu")
+    assert alive == [3, 2, 1]  # each layer's only linear layer outside the MLP
 
 
 @pytest.mark.parametrize("native", BUILT)
