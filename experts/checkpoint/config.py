@@ -106,6 +106,11 @@ def usual_config(family: Family, config: Config, file: Path) -> Config:
             f"longest request of a step; served: {', '.join(ROPE_TYPES)}",
             str(file),
         )
+    shares = [part.get("partial_rotary_factor") for part in (config, *_ropes(config))]
+    if types != {"default"} and any(share not in (None, 1) for share in shares):
+        raise CheckpointError(
+            "partial_rotary_factor is not served: heads are rotated as a whole", str(file)
+        )
     for key, served in family.options.items():
         value = config.get(key)
         if value is not None and value not in served:

@@ -28,6 +28,7 @@ from router.model.decoder import AttentionHalf, Decoder
 from router.model.grok import register_grok
 from router.model.latent_attention import LATENT_ATTENTION_NAME, keep_latents, latent_attention
 from router.model.memory import router_sizes
+from router.model.own_values import own_value
 from router.model.page_pool import pages_needed
 from router.model.paged_attention import ATTENTION_NAME, paged_attention
 from router.model.parts import (
@@ -147,7 +148,7 @@ class MoEModel:
         model = load_dense(checkpoint, dtype)
         config = model.config
         # Some families write 0 for no window, others leave the key out.
-        window: int | None = getattr(config, "sliding_window", None) or None
+        window: int | None = own_value(config, "sliding_window") or None
         self.attention = choose_attention(family, config, window, dtype, device)
         self.num_pages = pages_needed(cache_tokens, self.attention.page_size)
         model.to(device)
@@ -175,7 +176,7 @@ class MoEModel:
 
 def _layers_with_window(config: Any) -> tuple[bool, ...]:
     """Return for each layer whether it has a sliding window; layers may differ."""
-    kinds = getattr(config, "layer_types", None)
+    kinds = own_value(config, "layer_types")
     if kinds is not None:
         return tuple(kind == "sliding_attention" for kind in kinds)
-    return (bool(getattr(config, "sliding_window", None)),) * config.num_hidden_layers
+    return (bool(own_value(config, "sliding_window")),) * config.num_hidden_layers

@@ -25,6 +25,7 @@ from experts.compute.panels import FORMATS
 from experts.families.base import GateSpec
 from router.model.attention import Scoring
 from router.model.cpu.native_modules import NativeLinear, NativeNorm, is_linear, is_norm
+from router.model.own_values import own_value
 from router.model.paged_attention import PagedContext
 from router.moe.gate import Gate
 
@@ -270,4 +271,4 @@ def _head_norms_of(attention: Any) -> tuple[memoryview | None, tuple[int, int], 
 def _clip_of(attention: Any) -> float | None:
     """Return the bound of queries, keys and values, which DBRX and OLMoE may have."""
     own: float | None = getattr(attention, "clip_qkv", None)
-    return own if own is not None else getattr(attention.config, "clip_qkv", None)
+    return own if own is not None else own_value(attention.config, "clip_qkv")

@@ -135,6 +135,22 @@ def test_half_precision_is_served_too(tmp_path: Path, name: str, dtype: torch.dt
     assert torch.cosine_similarity(ours, theirs).item() > 0.98
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("olmoe", "sliding_window", 8), ("qwen3_moe", "clip_qkv", 0.3)],
+)
+def test_a_key_that_only_other_families_have_changes_nothing(
+    tmp_path: Path, name: str, key: str, value: Any
+) -> None:
+    oracle = SAVERS[name](tmp_path)
+    change_config(tmp_path, key, value)
+    cluster = LocalCluster(tmp_path)
+    prompt = prompt_of(40, 1)
+    [[event]] = cluster.generate(greedy_request("r", prompt, 8))
+    cluster.close()
+    assert list(event.token_ids) == expected_tokens(oracle, prompt, 8)
+
+
 # What is refused, before anything is started.
 
 
@@ -161,6 +177,12 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("dbrx", "ffn_config.moe_num_experts", 10**9, "config.json says"),
     ("dbrx", "ffn_config.ffn_act_fn", {"name": "sine"}, "unknown hidden_act 'sine'"),
     ("olmoe", "rope_parameters", {"rope_type": "dynamic"}, "rope type 'dynamic' is not served"),
+    (
+        "qwen3_moe",
+        "rope_parameters",
+        {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
+        "partial_rotary_factor is not served",
+    ),
     ("olmoe", "num_experts", 9, "lacks 9 tensors"),
     ("olmoe", "num_experts_per_tok", 9, "num_experts_per_tok is larger"),
     ("qwen2_moe", "rope_scaling", {"type": "longrope"}, "rope type 'longrope' is not served"),
