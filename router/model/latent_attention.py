@@ -12,6 +12,7 @@ size of its rotated part, V size of a head's values.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -51,6 +52,35 @@ def keep_latents(model: nn.Module) -> None:
         attention.value_up = HeadsLinear(up[:, size:])  # [Q, V, L]
         attention.expand_kv = _as_latents
         del attention.kv_b_proj
+
+
+def rotate_by_real_products(model: nn.Module) -> None:
+    """Make transformers' DeepSeek-V2 rotate by :func:`rotated_pairs`, in the whole process.
+
+    torch's product of complex numbers has other bits where a thread's share ends amid a vector, so
+    they would depend on the number of tokens and threads. Its product of real numbers has not.
+    """
+    for module in model.modules():
+        code: Any = sys.modules[type(module).__module__]
+        if hasattr(module, "expand_kv") and hasattr(code, "apply_rotary_emb"):
+            code.apply_rotary_emb = rotated_pairs
+
+
+def rotated_pairs(
+    query: torch.Tensor, key: torch.Tensor, angles: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return queries and keys [1, Q, T, R] times complex ``angles`` [1, T, R / 2].
+
+    Two neighbours (x, y) become (x cos - y sin, x sin + y cos), in float32, rounded once.
+    """
+    cosines, sines = angles.unsqueeze(1).real, angles.unsqueeze(1).imag
+
+    def rotated(vectors: torch.Tensor) -> torch.Tensor:
+        x, y = vectors.float().unflatten(-1, (-1, 2)).unbind(-1)
+        pairs = torch.stack((x * cosines - y * sines, x * sines + y * cosines), dim=-1)
+        return pairs.flatten(-2).type_as(vectors)
+
+    return rotated(query), rotated(key)
 
 
 def _as_latents(

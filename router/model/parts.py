@@ -35,7 +35,7 @@ from router.model.decoder import (
     MixtureFeedForward,
     TorchAttention,
 )
-from router.model.latent_attention import HeadsLinear
+from router.model.latent_attention import HeadsLinear, rotate_by_real_products
 from router.moe.gate import Gate
 from router.moe.layer import MoELayers
 
@@ -160,6 +160,7 @@ def take_native(model: Any, activation: str) -> tuple[list[AttentionHalf], Rotat
                 setattr(module, name, NativeLinear(child.weight))
             elif name == _SHARE and is_linear(child):
                 setattr(module, name, NativeShare(child.weight))
+    rotate_by_real_products(model)
     replace_modules(model, activation)
     return halves, rotate
 

@@ -29,9 +29,9 @@ LENGTH = 37
 class Run:
     """One sequence's logits, whatever else its steps compute."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: str, length: int = LENGTH) -> None:
         self.cluster = LocalCluster(folder, threaded=False, dtype=dtype)
-        self.sequence = self.admitted(0, LENGTH)
+        self.sequence = self.admitted(0, length)
 
     def admitted(self, seed: int, length: int) -> Sequence:
         scheduler = self.cluster.scheduler
@@ -77,3 +77,14 @@ def test_neither_company_nor_chunks_change_a_bit(tmp_path: Path, family: str, dt
         ([*range(1, LENGTH + 1)], ()),
     ):
         assert torch.equal(Run(tmp_path, dtype).in_chunks(ends, company), alone)
+
+
+@pytest.mark.parametrize("num_threads", [] if native is None else [3, 4])
+def test_threads_change_no_bit_of_deepseek_v2(tmp_path: Path, num_threads: int) -> None:
+    # So many queries are rotated that torch cuts them for three threads, amid a vector.
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16, "qk_rope_head_dim": 64}
+    SAVERS["deepseek_v2"](tmp_path, **heads)
+    alone = Run(tmp_path, "float32", 160).in_chunks([160])
+    torch.set_num_threads(num_threads)  # the fixture sets it back
+    for ends in ([160], [80, 160], [5, 150, 160]):
+        assert torch.equal(Run(tmp_path, "float32", 160).in_chunks(ends), alone)
