@@ -34,6 +34,8 @@ WINDOW = 8
 SILENT_S = 2.0
 """A connection is replaced where a call is given up and no answer has come for so long. No checksum
 covers a message's length: a damaged one takes all that follows for a part of its message."""
+LATE_READ_S = 1.0
+"""The longest time for which answers that have arrived are read after their calls' time is over."""
 
 logger = logging.getLogger("expertmesh.stream")
 
@@ -137,8 +139,11 @@ class StreamTransport:
             if not self._receive_from(link, waiting, min(LAST_WAIT_MS, left_ms)):
                 return
 
-    def receive_any(self, waiting: _StreamCalls, timeout_s: float) -> None:
-        """Wait for an answer of any actor, and store each answer with its calls."""
+    def receive_any(self, waiting: _StreamCalls, timeout_s: float) -> bool:
+        """Wait for an answer of any actor, and store each answer with its calls.
+
+        Returns whether any connection had bytes to read. A long answer takes several calls.
+        """
         readable = [link for link in self._links.values() if link.channel.has_more]
         selected = self._selector.select(0 if readable else timeout_s)
         links = {key.data: events for key, events in selected}
@@ -155,6 +160,7 @@ class StreamTransport:
                 continue
             if events & selectors.EVENT_READ:
                 self._receive_from(link, waiting)
+        return any(events & selectors.EVENT_READ for events in links.values())
 
     def _receive_from(self, link: _Link, waiting: _StreamCalls, wait_ms: int = 0) -> bool:
         """Store the answers that a link has received with their calls; returns whether any has."""
@@ -306,6 +312,7 @@ class _StreamCalls:
 
     def _wait_for_any(self, is_gone: IsGone, check_at_s: float) -> None:
         """Wait for all streams at once, until every call is answered or given up."""
+        read_until_s: float | None = None
         while self.unanswered:
             now_s = time.monotonic()
             if now_s >= check_at_s:
@@ -313,11 +320,18 @@ class _StreamCalls:
                 check_at_s = now_s + GONE_CHECK_S
                 continue
             until_s = min(self.until_s[index] for index in self.unanswered.values())
-            # Also after its time: an answer that arrived while this process did not run counts.
-            self._transport.receive_any(self, max(0.0, min(until_s, check_at_s) - now_s))
-            for call_id, index in list(self.unanswered.items()):
-                if self.until_s[index] <= now_s:
-                    self._forget(call_id)
+            # Also after its time: an answer that arrived while this thread did not wait counts.
+            timeout_s = max(0.0, min(until_s, check_at_s) - now_s)
+            has_bytes = self._transport.receive_any(self, timeout_s)
+            late = [call_id for call_id, i in self.unanswered.items() if self.until_s[i] <= now_s]
+            if not late:
+                read_until_s = None
+                continue
+            read_until_s = now_s + LATE_READ_S if read_until_s is None else read_until_s
+            if has_bytes and now_s < read_until_s:  # more of an answer may lie in the socket
+                continue
+            for call_id in late:
+                self._forget(call_id)
 
     def _give_up(self, is_gone: IsGone) -> None:
         """Wait no longer for the answers of actors that are gone."""

@@ -23,6 +23,7 @@ from cluster.errors import ConfigError
 from cluster.native import built
 from cluster.transport.base import GONE_CHECK_S, Call, CallFailure, Outcome
 from cluster.transport.stream import channel as channel_module
+from cluster.transport.stream import client as client_module
 from cluster.transport.stream import server as server_module
 from cluster.transport.stream.channel import BUFFER_BYTES, KEPT_BUFFER_BYTES, Channel
 from cluster.transport.stream.client import WINDOW, StreamTransport
@@ -454,6 +455,39 @@ def test_answers_that_came_in_time_count_when_the_router_itself_is_late(
     until(lambda: all(select.select([one.channel.sock], [], [], 0)[0] for one in links), "answers")
     until(lambda: time.monotonic() > over_s, "the time is over")
     assert answers(pending.wait()) == [b"a", b"b", b"c"]
+
+
+def test_a_long_answer_that_came_in_time_counts_when_the_router_itself_is_late(
+    actors: Actors, connect: Open
+) -> None:
+    """Such an answer takes several reads."""
+    actors.add("a")
+    transport = connect()
+    ask(transport, call(b"hello"))
+    frame = secrets.token_bytes(4 * BUFFER_BYTES)
+    pending = transport.send(within(0.05, [call(frame)]))
+    over_s = time.monotonic() + 0.05
+    [link] = transport._links.values()
+    while link.channel.outgoing:
+        link.channel.flush()
+    until(lambda: select.select([link.channel.sock], [], [], 0)[0] != [], "the answer")
+    until(lambda: time.monotonic() > over_s, "the time is over")
+    assert answers(pending.wait()) == [frame]
+
+
+def test_an_answer_that_never_ends_is_given_up(
+    actors: Actors, connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "LATE_READ_S", 0.2)
+    actors.add("a")
+    transport = connect()
+    ask(transport, call(b"hello"))
+    [link] = transport._links.values()
+    monkeypatch.setattr(link.channel, "receive", lambda wait_ms=0: [])
+    pending = transport.send(within(0.0, [call(b"x")]))  # its answer stays unread
+    started_s = time.monotonic()
+    assert answers(pending.wait()) == [CallFailure.TIMED_OUT]
+    assert time.monotonic() - started_s < LIMIT_S
 
 
 def test_the_actor_that_was_asked_last_is_waited_for_alone_only_once(
