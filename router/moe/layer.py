@@ -166,7 +166,7 @@ class MoELayers(Generic[Result]):
         try:
             self._send(begun)
         except BaseException:
-            begun.end_span()
+            self.abandon(begun)
             raise
         return begun
 
@@ -180,8 +180,10 @@ class MoELayers(Generic[Result]):
         try:
             while (combined := self._receive_and_combine(begun)) is None:
                 self._send(begun)
-        finally:
-            begun.end_span()
+        except BaseException:
+            self.abandon(begun)
+            raise
+        begun.end_span()
         begun.context.layer_times_s.append(time.perf_counter() - begun.started_at_s)
         return combined
 

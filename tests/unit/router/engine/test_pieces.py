@@ -300,6 +300,24 @@ def test_a_step_that_fails_drops_the_calls_under_way(folder: Path) -> None:
         cluster.result(greedy_request("r", [1], 1))
 
 
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("method", ["prepare", "combine"])
+def test_a_layer_that_fails_after_it_is_sent_drops_its_calls(
+    folder: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = stepped(folder, prompt_of(40, 1))
+    events = logged(cluster)
+
+    def fails(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(cluster.layers._combination, method, fails)
+    with pytest.raises(MemoryError):
+        cluster.engine.step(cluster.scheduler.schedule())
+    sent = [number for kind, number in events if kind == "send"]
+    assert [number for kind, number in events if kind == "drop"] == sent
+
+
 # Failures amid a layer in pieces.
 
 
