@@ -309,6 +309,9 @@ class _StreamCalls:
         """See :class:`PendingCalls`."""
         for call_id in list(self.unanswered):
             self._forget(call_id)
+        for _, pending in self._by_fallback:
+            pending.drop()
+        self._by_fallback = []
 
     def _wait_for_any(self, is_gone: IsGone, check_at_s: float) -> None:
         """Wait for all streams at once, until every call is answered or given up."""

@@ -606,6 +606,17 @@ def test_the_answers_of_dropped_calls_are_ignored(actors: Actors, connect: Open)
     assert link.unanswered == {}
 
 
+def test_dropped_calls_are_dropped_by_the_fall_back_too(
+    actors: Actors, connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[Answered] = []
+    monkeypatch.setattr(Answered, "drop", lambda self: dropped.append(self))
+    pending = connect(Elsewhere()).send([call(b"x"), call(b"y", "b")])
+    pending.drop()
+    assert len(dropped) == 2
+    assert pending.wait() == [CallFailure.TIMED_OUT] * 2
+
+
 def test_several_sends_under_way_each_get_their_own_answers(actors: Actors, connect: Open) -> None:
     for name in "ab":
         actors.add(name)
