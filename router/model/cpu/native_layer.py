@@ -24,7 +24,13 @@ from cluster.wire.tensors import to_bytes
 from experts.compute.panels import FORMATS
 from experts.families.base import GateSpec
 from router.model.attention import Scoring
-from router.model.cpu.native_modules import NativeLinear, NativeNorm, is_linear, is_norm
+from router.model.cpu.native_modules import (
+    ROOT_MEAN_SQUARE,
+    NativeLinear,
+    NativeNorm,
+    is_linear,
+    is_norm,
+)
 from router.model.own_values import own_value
 from router.model.paged_attention import PagedContext
 from router.moe.gate import Gate
@@ -232,17 +238,31 @@ def can_choose(spec: GateSpec, weight: torch.Tensor) -> bool:
 def has_llamas_shape(norm: nn.Module, attention: Any, next_norm: nn.Module) -> bool:
     """Return whether :class:`NativeAttentionHalf` can take the place of these modules."""
     names = {name for name, _ in attention.named_children()}
-    products = names - {"q_norm", "k_norm"}
+    head_norms = names & {"q_norm", "k_norm"}
+    products = names - head_norms
+    inputs = products - {"o_proj", "out_proj"}
     return (
         native is not None
         and is_norm(norm)
         and is_norm(next_norm)
         and products in ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"Wqkv", "out_proj"})
         and all(is_linear(getattr(attention, name)) for name in products)
-        and all(is_norm(getattr(attention, name)) for name in names - products)
+        and len({getattr(attention, name).bias is None for name in inputs}) == 1
+        and _can_norm_heads([getattr(attention, name) for name in sorted(head_norms)])
         and {name for name, _ in attention.named_parameters(recurse=False)} <= {"sinks"}
+        and not list(attention.buffers(recurse=False))
         and all(hasattr(attention, name) for name in ("layer_idx", "scaling", "head_dim"))
     )
+
+
+def _can_norm_heads(norms: list[Any]) -> bool:
+    """Return whether the heads have no norms, or equal root mean square norms of both kinds."""
+    if not norms:
+        return True
+    if len(norms) == 1 or not all(map(is_norm, norms)):
+        return False
+    kinds = {(NativeNorm(norm).kind, NativeNorm(norm).epsilon) for norm in norms}
+    return len(kinds) == 1 and kinds.pop()[0] == ROOT_MEAN_SQUARE
 
 
 def _inputs_of(attention: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

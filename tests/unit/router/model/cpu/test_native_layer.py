@@ -172,6 +172,28 @@ def test_latent_attention_has_another_shape(tmp_path: Path, save: Callable[..., 
     assert not has_llamas_shape(*parts_of(layer))
 
 
+@pytest.mark.parametrize("native", BUILT)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda attention: delattr(attention, "k_norm"),
+        lambda attention: setattr(attention, "k_norm", nn.LayerNorm(16, bias=False)),
+        lambda attention: setattr(attention.k_norm, "variance_epsilon", 0.5),
+        lambda attention: setattr(attention, "v_proj", nn.Linear(64, 32)),
+        lambda attention: attention.register_buffer("angles", torch.ones(1)),
+        lambda attention: setattr(attention, "gate_proj", nn.Linear(8, 8)),
+    ],
+)
+def test_an_attention_with_other_parts_stays_transformers(
+    native: ModuleType, tmp_path: Path, change: Callable[[Any], None]
+) -> None:
+    save_qwen3_moe(tmp_path)
+    layer = load_dense(open_checkpoint(tmp_path), torch.float32).base_model.layers[1]
+    assert has_llamas_shape(*parts_of(layer))
+    change(layer.self_attn)
+    assert not has_llamas_shape(*parts_of(layer))
+
+
 H, Q, G, D = 40, 4, 2, 6
 OUTPUTS = (Q + 2 * G) * D
 
