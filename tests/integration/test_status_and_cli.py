@@ -85,8 +85,8 @@ def test_status_tells_the_kernel_classes_of_actors_and_routers(served: ServedClu
         own = {"model": kernels["model"], "kernel_class": kernels["actors"][0]["kernel_class"]}
         assert all(own in actor["kernels"] for actor in told["actors"])
     classes = [kernel["kernel_class"] for one in told["routers"] for kernel in one["kernels"]]
-    assert len(classes) == 2
-    assert all(name.startswith("torch-") for name in classes)
+    # The dense part and the experts of a model of Llama's shape are of one class, whatever it is.
+    assert sorted(classes) == sorted(k["actors"][0]["kernel_class"] for k in told["kernels"])
 
 
 def test_routers_have_torch_and_gateways_do_without(served: ServedCluster) -> None:
