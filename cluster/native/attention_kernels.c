@@ -149,17 +149,7 @@ static inline const char *values_of(const Attention *a, const Tile *tile, Py_ssi
 #include "attention_products.h"
 #include "attention_tile.h"
 
-static int has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-
-static int has_avx512(void) {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
 #endif
-
-static int is_anywhere(void) { return 1; }
 
 /* The fastest first. Kernels of one class have equal bits. */
 static const struct {

@@ -136,15 +136,6 @@ static void gate_sums_amx(const float *sums, const Shape *shape, const float *bi
 static const Kernel kernel_amx = {tile_rows_amx, multiply_amx, gate_sums_amx, NEXT(round_sums), 1};
 #endif
 
-static int has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-
-static int has_avx512(void) {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-
 #ifdef HAS_PAIRS_KIND
 static int has_avx512_bf16(void) {
     return has_avx512() && __builtin_cpu_supports("avx512bf16");
@@ -155,8 +146,6 @@ static int has_avx512_bf16(void) {
 static int has_amx(void) { return has_avx512_bf16() && may_use_tiles(); }
 #endif
 #endif
-
-static int is_anywhere(void) { return 1; }
 
 /* The fastest first. Kernels of one class have equal bits. */
 static const struct {

@@ -14,6 +14,7 @@
 
 /* PAIRS are bfloat16 whose rows are bfloat16 too, for instructions that take pairs of them. */
 typedef enum { FLOAT32, BFLOAT16, FLOAT16, PAIRS } Format;
+
 static inline Py_ssize_t bytes_of(Format format) { return format == FLOAT32 ? 4 : 2; }
 
 typedef enum { SILU, GELU, GELU_TANH, RELU, CLAMPED } Activation;
@@ -32,6 +33,20 @@ typedef struct {
     void (*round_sums)(float *, const Shape *, const float *, Py_ssize_t, Py_ssize_t, char *);
     int has_pairs;
 } Kernel;
+
+/* Whether a kind of kernel is for this processor. */
+static inline int is_anywhere(void) { return 1; }
+
+#if defined(__x86_64__) && defined(__GNUC__)
+static inline int has_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+static inline int has_avx512(void) {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
 
 /* The kernel of a name, or the fastest for None; NULL with an error set. */
 const Kernel *kernel_named(PyObject *name);

@@ -12,8 +12,8 @@ from experts.compute.native_ffn import kernel_class
 def dense_class(device: torch.device, dtype: torch.dtype, is_native: bool) -> str:
     """Return the kernel class of a dense part in ``dtype`` on ``device``.
 
-    ``is_native`` is true where native code computes all of it, and false where torch computes its
-    attention. Then the class names both.
+    ``is_native`` is true where native code computes all of it, and false where torch computes what
+    is between native products, norms and attention. Then the class names both.
     """
     own, native = torch_class(device, dtype), kernel_class(dtype)
     if device.type != CPU.type or native is None:

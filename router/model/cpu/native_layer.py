@@ -138,11 +138,11 @@ class NativeRotation:
         """``rotary_embedding`` returns cosines and sines [1, T, D] or [1, T, D / 2]."""
         self._rotary_embedding = rotary_embedding
         self._half = head_size // 2
-        self._dtype = torch.empty(0)
+        self._float32 = torch.empty(0)  # its dtype is that of the angles
 
     def __call__(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return cosines and sines [1, T, 2, D / 2] of positions [1, T], for native code."""
-        cosines, sines = self._rotary_embedding(self._dtype, positions)
+        cosines, sines = self._rotary_embedding(self._float32, positions)
         return torch.stack((cosines[..., : self._half], sines[..., : self._half]), dim=2)
 
 
