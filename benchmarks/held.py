@@ -80,7 +80,7 @@ def memory_mb() -> dict[str, float]:
 def _by_name(measure: Callable[[Any], float]) -> dict[str, float]:
     import psutil
 
-    from benchmarks.soak import name_of
+    from benchmarks.growth import name_of
 
     sums: dict[str, float] = {}
     for process in psutil.Process().children(recursive=True):

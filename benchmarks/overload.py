@@ -52,7 +52,7 @@ def run(
 async def _run(
     ports: Ports, factor: float, seconds: float, seed: int, begin: Callable[[str], None]
 ) -> dict[str, Any]:
-    from benchmarks.soak import Sampler
+    from benchmarks.growth import Sampler
 
     async with asker(ports, TOKENS) as asks:
         begin("capacity, by a closed loop")

@@ -18,20 +18,19 @@ import argparse
 import itertools
 import json
 import shutil
-import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import CACHE_TOKENS, MODEL, machine, progress, prompts, show
+from benchmarks.growth import Sampler
 from benchmarks.serve import Ports, served
 from cluster.errors import ExpertMeshError
 
@@ -47,134 +46,10 @@ PROMPTS, TOKENS, VOCAB = 8, 48, 2000
 REQUEST_TIMEOUT_S = 60.0
 REDEPLOY_S = 180.0
 DAMAGE_REASONS = ("not_finite", "damaged", "malformed")
-SAMPLE_S = 5.0
-SETTLE_SHARE = 0.25
-"""The part of a process's life that is not judged: caches fill, and code is compiled, at first."""
-MIN_SAMPLES = 8
-GROWTH_SHARE, GROWTH_MB, GROWTH_FDS = 0.05, 16.0, 16.0
-"""A process is flat when its trend rises over the judged time by less than the larger of 5 % and
-16 MB, and by less than 16 descriptors."""
 LONG_S, WAITS_SHOWN = 1.0, 8
 """A stream's wait for its next token is noted from the first on; so many are shown."""
 LEAD_S = 10.0
 """The longest waits are told with the faults from so long before they began."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A process's resident memory and open descriptors at one moment."""
-
-    at_s: float
-    rss_mb: float
-    descriptors: int
-
-
-@dataclass(frozen=True, slots=True)
-class Growth:
-    """A long-lived process at the start and end of the run, and its trend over the judged time."""
-
-    name: str
-    pid: int
-    first: Sample
-    last: Sample
-    mb_per_min: float
-    descriptors_per_min: float
-    is_memory_flat: bool
-    is_flat: bool
-    """Both memory and descriptors."""
-
-
-def trend(points: Sequence[tuple[float, float]]) -> float:
-    """Return the slope that fits points (time, value) best: the median of all pairs' slopes.
-
-    Theil and Sen's estimator: a burst that passes does not move it.
-    """
-    slopes = [
-        (later - sooner) / (end_s - begin_s)
-        for place, (begin_s, sooner) in enumerate(points)
-        for end_s, later in points[place + 1 :]
-    ]
-    return statistics.median(slopes)
-
-
-def growth(name: str, pid: int, samples: Sequence[Sample]) -> Growth:
-    """Judge one process by its samples, at least two after the first :data:`SETTLE_SHARE`."""
-    judged = samples[int(len(samples) * SETTLE_SHARE) :]
-    minutes = (judged[-1].at_s - judged[0].at_s) / 60
-    mb_per_min = 60 * trend([(one.at_s, one.rss_mb) for one in judged])
-    descriptors_per_min = 60 * trend([(one.at_s, float(one.descriptors)) for one in judged])
-    is_memory_flat = mb_per_min * minutes < max(GROWTH_SHARE * judged[0].rss_mb, GROWTH_MB)
-    return Growth(
-        name,
-        pid,
-        samples[0],
-        samples[-1],
-        mb_per_min,
-        descriptors_per_min,
-        is_memory_flat,
-        is_flat=is_memory_flat and descriptors_per_min * minutes < GROWTH_FDS,
-    )
-
-
-NOT_JUDGED = frozenset({"log_monitor.py", "DashboardAgent"})
-"""Two of Ray's own, which grow with every process that there ever was, whatever Ray program it is.
-
-The first keeps each one's log open; the second takes 0.05 MB for each: 15 MB more after 240 plain
-actors that did nothing.
-"""
-
-
-class Sampler:
-    """Looks at every process below this one, again and again, on a thread of its own."""
-
-    def __init__(self) -> None:
-        self._samples: dict[tuple[int, str], list[Sample]] = {}
-        self._started_s = time.monotonic()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def end(self) -> list[Growth]:
-        """Stop, and judge the processes that lived to the end and for long enough to be judged."""
-        self._ended.set()
-        self._thread.join()
-        self._look()
-        last_s = max(samples[-1].at_s for samples in self._samples.values())
-        return [
-            growth(name, pid, samples)
-            for (pid, name), samples in self._samples.items()
-            if samples[-1].at_s == last_s and len(samples) >= MIN_SAMPLES
-        ]
-
-    def _run(self) -> None:
-        while not self._ended.wait(SAMPLE_S):
-            self._look()
-
-    def _look(self) -> None:
-        import psutil
-
-        at_s = time.monotonic() - self._started_s
-        own = psutil.Process()
-        for process in (own, *own.children(recursive=True)):
-            try:
-                name = "clients" if process == own else name_of(process.cmdline())
-                if name in NOT_JUDGED:
-                    continue
-                sample = Sample(at_s, process.memory_info().rss / 1e6, process.num_fds())
-            except psutil.Error:  # it ended a moment ago
-                continue
-            self._samples.setdefault((process.pid, name), []).append(sample)
-
-
-def name_of(words: Sequence[str]) -> str:
-    """Return what a process is called in the tables, from its command line."""
-    if not words:
-        return "?"
-    if words[0].startswith("ray::"):
-        name = words[0].removeprefix("ray::").partition("(")[0].split(".")[0].strip()
-        return name.removeprefix("SERVE_REPLICA::").split("#")[-2] if "#" in name else name
-    scripts = [word for word in words if word.endswith(".py")]
-    return Path(scripts[0] if scripts else words[0]).name
 
 
 def longest_apart(waits: Sequence[Wait], count: int) -> list[Wait]:

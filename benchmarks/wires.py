@@ -167,8 +167,8 @@ def bombard(
 
 def run(count: int, seed: int) -> dict[str, Any]:
     """Run the whole bombardment; returns what ``--json`` writes."""
+    from benchmarks.growth import Sampler
     from benchmarks.serve import deployed
-    from benchmarks.soak import Sampler
     from router.client import Client
 
     with progress("wires", 2 + count // PART) as begin:

@@ -7,17 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.soak import (
-    LEAD_S,
-    Growth,
-    Sample,
-    growth,
-    is_good,
-    longest_apart,
-    met,
-    name_of,
-    trend,
-)
+from benchmarks.growth import Growth, Sample, growth, name_of, trend
+from benchmarks.soak import LEAD_S, is_good, longest_apart, met
 from tests.fault.injector import Hit
 from tests.fault.load import Wait
 from tests.fault.schedule import Fault, Kind
