@@ -19,6 +19,7 @@ static PyMethodDef functions[] = {
     ENTRY(linear, "router.model.cpu.native_modules"),
     ENTRY(attention_inputs, "router.model.cpu.native_layer"),
     ENTRY(attention_outputs, "router.model.cpu.native_layer"),
+    ENTRY(attention_half, "router.model.cpu.native_layer"),
     ENTRY(choose, "router.model.cpu.native_layer"),
     ENTRY(ffn_kernels, "experts.compute.native_ffn"),
     ENTRY(ffn, "experts.compute.native_ffn"),

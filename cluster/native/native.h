@@ -71,8 +71,12 @@ FUNCTION(normalise);
 FUNCTION(linear);
 FUNCTION(attention_inputs);
 FUNCTION(attention_outputs);
+FUNCTION(attention_half);
 FUNCTION(choose);
 FUNCTION(ffn_kernels);
 FUNCTION(ffn);
 
 extern PyTypeObject native_View;
+
+/* A buffer over memory that is there while `owner` is; NULL with an error set. */
+PyObject *view_of(PyObject *owner, void *at, Py_ssize_t size);

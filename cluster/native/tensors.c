@@ -32,6 +32,15 @@ PyTypeObject native_View = {
     .tp_doc = "Memory of another object.",
 };
 
+PyObject *view_of(PyObject *owner, void *at, Py_ssize_t size) {
+    View *view = PyObject_New(View, &native_View);
+    if (!view) return NULL;
+    view->owner = Py_NewRef(owner);
+    view->at = at;
+    view->size = size;
+    return (PyObject *)view;
+}
+
 /* view(owner, address, size) -> a memoryview of memory that is there while owner is */
 FUNCTION(view) {
     if (!are_given(given, 3)) return NULL;
@@ -42,12 +51,9 @@ FUNCTION(view) {
         PyErr_SetString(PyExc_ValueError, "there must be memory of so many bytes");
         return NULL;
     }
-    View *view = PyObject_New(View, &native_View);
+    PyObject *view = view_of(args[0], at, size);
     if (!view) return NULL;
-    view->owner = Py_NewRef(args[0]);
-    view->at = at;
-    view->size = size;
-    PyObject *result = PyMemoryView_FromObject((PyObject *)view);
+    PyObject *result = PyMemoryView_FromObject(view);
     Py_DECREF(view);
     return result;
 }

@@ -28,7 +28,8 @@ KERNELS: tuple[tuple[str, str], ...] = () if native is None else native.attentio
 
 NATIVE_PAGE_SIZE = 16
 """P of native code."""
-_ROWS, _COLUMNS = 0, 1
+ROWS, COLUMNS = 0, 1
+"""The layouts of values and of keys in a page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class NativeAttention:
         ``kernel`` is a name of :data:`KERNELS`, or ``None`` for the fastest.
         """
         self._window = sliding_window or 0
-        self._kernel = kernel
+        self.kernel = kernel
 
     def view(self, spans: Sequence[Span], num_decode: int) -> NativeView:
         """Return the step's sequences; decodes are spans like all others."""
@@ -69,6 +70,11 @@ class NativeAttention:
         return NativeView(
             np.array(numbers, dtype=np.int64), np.concatenate(pages) // self.page_size
         )
+
+    def numbers_of(self, scoring: Scoring) -> tuple[float, float, int]:
+        """Return a layer's scaling, softcap (0 for none) and window (0 for none)."""
+        window = self._window if scoring.has_window else 0
+        return scoring.scaling, scoring.softcap or 0.0, window
 
     def attend(
         self,
@@ -114,14 +120,10 @@ class NativeAttention:
                 token_stride,
                 head_stride,
             ),
-            (
-                scoring.scaling,
-                scoring.softcap or 0.0,
-                self._window if scoring.has_window else 0,
-            ),
+            self.numbers_of(scoring),
             None if sinks is None else to_bytes(sinks.float()),
             torch.get_num_threads(),
-            self._kernel,
+            self.kernel,
         )
         return output
 
@@ -155,8 +157,8 @@ class NativeCache(PagedCache):
 
         Raises ``ValueError`` for another dtype or shape, and for a slot beyond the cache.
         """
-        _store_natively(key, self.keys[layer_id], slots, self._head_dim, _COLUMNS)
-        _store_natively(value, self.values[layer_id], slots, self._head_dim, _ROWS)
+        _store_natively(key, self.keys[layer_id], slots, self._head_dim, COLUMNS)
+        _store_natively(value, self.values[layer_id], slots, self._head_dim, ROWS)
 
     def gather(self, layer_id: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a layer's keys and values at slots [B, L]; see :meth:`PagedCache.gather`."""

@@ -1,6 +1,6 @@
 """One layer in native calls: attention between two norms, and the gate.
 
-Three calls are the attention of a layer of Llama's shape. A layer has this shape if its attention
+One call is the attention of a layer of Llama's shape. A layer has this shape if its attention
 has one product each for queries, keys and values, or one for all of them, rotates whole heads (Su
 et al. 2021), and adds its output to the residual stream. Heads may have biases, norms, a clip and
 sinks. Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DBRX and GPT-OSS have it. The latent attention of
@@ -23,7 +23,8 @@ from cluster.native.built import native
 from cluster.wire.tensors import to_bytes
 from experts.compute.panels import FORMATS
 from experts.families.base import GateSpec
-from router.model.attention import Scoring
+from router.model.attention import Attention, Scoring
+from router.model.cpu.native_attention import COLUMNS, ROWS, NativeAttention, NativeCache
 from router.model.cpu.native_modules import (
     ROOT_MEAN_SQUARE,
     NativeLinear,
@@ -31,6 +32,7 @@ from router.model.cpu.native_modules import (
     is_linear,
     is_norm,
 )
+from router.model.kv_cache import PagedCache
 from router.model.own_values import own_value
 from router.model.paged_attention import PagedContext
 from router.moe.gate import Gate
@@ -57,6 +59,8 @@ class NativeAttentionHalf:
         self._head_weights, self._head_norms, head_epsilon = _head_norms_of(attention)
         clip = _clip_of(attention)
         self._factors = self._norm.epsilon, head_epsilon, math.inf if clip is None else clip
+        self._cache: PagedCache | None = None
+        self._attention: Attention | None = None
 
     def __call__(
         self,
@@ -66,67 +70,63 @@ class NativeAttentionHalf:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`router.model.decoder.AttentionHalf`.
 
-        ``rotation`` are the angles of :class:`NativeRotation`.
+        ``rotation`` are the angles of :class:`NativeRotation`. ``paged`` has native attention and
+        its cache. Raises ``ValueError`` for hidden states of another dtype than the cache's, and
+        for a slot or a page beyond it.
         """
-        num_q, num_kv = self._num_q, self._num_kv
+        assert native is not None
         assert isinstance(rotation, torch.Tensor)
-        heads = self._project(hidden_states, rotation).transpose(0, 1)  # [Q + 2 G, T, D]
-        paged.cache.store(
-            self._layer_id,
-            paged.batch.new_slots,
-            heads.narrow(0, num_q, num_kv),
-            heads.narrow(0, num_q + num_kv, num_kv),
-        )
-        has_window = paged.has_window[self._layer_id]
-        scoring = Scoring(self._scaling, None, self._sinks, has_window)
-        query = heads.narrow(0, 0, num_q).unsqueeze(0)
-        attended = paged.attention.attend(
-            query, paged.cache, self._layer_id, paged.batch.view, scoring
-        )
-        return self._finish(attended, hidden_states)
-
-    def _project(self, hidden_states: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-        """Return the rotated queries and keys, and the values, [T, Q + 2 G, D]."""
-        assert native is not None
-        num_q, num_kv, size = self._num_q, self._num_kv, self.head_size
-        heads = hidden_states.new_empty(len(hidden_states), num_q + 2 * num_kv, size)
-        inputs, row_format = self._inputs, FORMATS[hidden_states.dtype]
-        formats = inputs.format, row_format, inputs.has_bias, self._norm.kind
-        native.attention_inputs(
+        if paged.cache is not self._cache or paged.attention is not self._attention:
+            self._bind(paged)
+        if hidden_states.dtype != self._dtype:
+            raise ValueError(f"rows are {hidden_states.dtype}, the cache is {self._dtype}")
+        outputs = hidden_states.new_empty(2, *hidden_states.shape)
+        native.attention_half(
             to_bytes(hidden_states),
-            self._norm.weight,
-            inputs.packed,
-            to_bytes(angles),
-            self._head_weights,
-            to_bytes(heads),
-            (inputs.in_features, num_q, num_kv, size, *formats, *self._head_norms),
-            self._factors,
+            to_bytes(rotation),
+            to_bytes(paged.batch.new_slots),
+            paged.batch.view.spans,
+            paged.batch.view.pages,
+            to_bytes(outputs),
+            self._parts,
             torch.get_num_threads(),
-            None,
         )
-        return heads
+        residual, normed = outputs.unbind()
+        return residual, normed
 
-    def _finish(
-        self, attended: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the output's product of [1, T, Q, D] plus ``residual`` [T, H], and its norm."""
-        assert native is not None
-        output, norm = self._output, self._next_norm
-        sums, normed = torch.empty_like(residual), torch.empty_like(residual)
-        formats = output.format, FORMATS[residual.dtype], output.has_bias, norm.kind
-        native.attention_outputs(
-            to_bytes(attended),
-            output.packed,
-            to_bytes(residual),
+    def _bind(self, paged: PagedContext) -> None:
+        """Make the arguments that are the same in every step, for a cache and its attention."""
+        cache, attention = paged.cache, paged.attention
+        assert isinstance(cache, NativeCache)
+        assert isinstance(attention, NativeAttention)
+        num_q, num_kv, size = self._num_q, self._num_kv, self.head_size
+        keys, values = cache.keys[self._layer_id], cache.values[self._layer_id]
+        scoring = Scoring(self._scaling, None, self._sinks, paged.has_window[self._layer_id])
+        inputs, output, norm, next_norm = self._inputs, self._output, self._norm, self._next_norm
+        row_format, num_pages = FORMATS[keys.dtype], len(keys)
+        input_formats = inputs.format, row_format, inputs.has_bias, norm.kind
+        output_formats = output.format, row_format, output.has_bias, next_norm.kind
+        strides = (num_q + 2 * num_kv) * size, size
+        self._cache, self._attention, self._dtype = cache, attention, keys.dtype
+        self._parts = (
             norm.weight,
-            to_bytes(sums),
-            to_bytes(normed),
-            (output.in_features, output.out_features, *formats),
-            norm.epsilon,
-            torch.get_num_threads(),
-            None,
+            inputs.packed,
+            self._head_weights,
+            (inputs.in_features, num_q, num_kv, size, *input_formats, *self._head_norms),
+            self._factors,
+            to_bytes(keys),
+            to_bytes(values),
+            (row_format, COLUMNS, num_pages, num_kv, size, *strides),
+            (row_format, ROWS, num_pages, num_kv, size, *strides),
+            (row_format, keys.itemsize, num_pages, num_kv, num_q, size),
+            attention.numbers_of(scoring),
+            None if self._sinks is None else to_bytes(self._sinks.float()),
+            attention.kernel,
+            output.packed,
+            next_norm.weight,
+            (output.in_features, output.out_features, *output_formats),
+            next_norm.epsilon,
         )
-        return sums, normed
 
 
 class NativeRotation:

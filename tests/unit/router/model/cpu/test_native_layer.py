@@ -295,3 +295,79 @@ def test_outputs_that_do_not_fit_are_refused(native: ModuleType, wrong: str | No
         return
     with pytest.raises(ValueError, match=r"."):
         native.attention_outputs(*arguments)
+
+
+TOKENS, PAGES = 3, 2
+HALF: dict[str, Any] = {
+    "rows": bytes(4 * H * TOKENS),
+    "angles": bytes(4 * D * TOKENS),
+    "slots": np.array([1, 2, 3]),
+    "spans": np.array([[0, TOKENS, 1, 0]]),
+    "pages": np.array([0]),
+    "out": bytearray(2 * 4 * H * TOKENS),
+}
+PARTS: dict[str, Any] = {
+    "norm": bytes(4 * H),
+    "inputs": bytes(4 * H * 64),
+    "head norms": None,
+    "input sizes": (H, Q, G, D, 0, 0, 0, 1, 0, 0),
+    "input factors": (1e-5, 0.0, 2.5),
+    "keys": bytearray(4 * PAGES * 16 * G * D),
+    "values": bytearray(4 * PAGES * 16 * G * D),
+    "key sizes": (0, 1, PAGES, G, D, OUTPUTS, D),
+    "value sizes": (0, 0, PAGES, G, D, OUTPUTS, D),
+    "heads": (0, 4, PAGES, G, Q, D),
+    "scoring": (0.5, 0.0, 0),
+    "sinks": None,
+    "kernel": None,
+    "output": bytes(4 * Q * D * 64),
+    "next norm": bytes(4 * H),
+    "output sizes": (Q * D, H, 0, 0, 0, 1),
+    "epsilon": 1e-5,
+}
+WRONG_HALVES: dict[str, dict[str, Any]] = {
+    "no token": {"slots": np.array([], np.int64)},
+    "a row too few": {"rows": bytes(4 * H * 2)},
+    "a slot too few": {"slots": np.array([1, 2])},
+    "a slot beyond the cache": {"slots": np.array([1, 2, 16 * PAGES])},
+    "a page beyond the cache": {"pages": np.array([PAGES])},
+    "a span of other tokens": {"spans": np.array([[0, 2, 1, 0]])},
+    "angles too few": {"angles": bytes(4 * D * 2)},
+    "room for one row": {"out": bytearray(4 * H * TOKENS)},
+    "room that cannot be halved": {"out": bytearray(2 * 4 * H * TOKENS + 1)},
+    "no head": {"heads": (0, 4, PAGES, 0, Q, D)},
+    "heads without end": {"heads": (0, 4, PAGES, 1 << 16, 1 << 16, 1 << 16)},
+    "more heads than are projected": {"heads": (0, 4, PAGES, 2 * G, 2 * Q, D)},
+    "values of another size": {"heads": (0, 2, PAGES, G, Q, D)},
+    "another cache": {"keys": bytearray(8)},
+    "values that nobody can write": {"values": bytes(4 * PAGES * 16 * G * D)},
+    "weights of another size": {"output": bytes(4)},
+    "no parts": {"parts": ()},
+    "parts that are none": {"parts": [None] * len(PARTS)},
+}
+
+
+@pytest.mark.parametrize("native", BUILT)
+@pytest.mark.parametrize("wrong", [None, *WRONG_HALVES])
+def test_a_half_that_does_not_fit_is_refused(native: ModuleType, wrong: str | None) -> None:
+    call = {**HALF, **PARTS, **(WRONG_HALVES[wrong] if wrong else {})}
+    parts = call.get("parts", tuple(call[name] for name in PARTS))
+    arguments = *(call[name] for name in HALF), parts, 1
+    if wrong is None:
+        native.attention_half(*arguments)
+        return
+    with pytest.raises((ValueError, TypeError, BufferError), match=r"."):
+        native.attention_half(*arguments)
+
+
+@pytest.mark.parametrize("native", BUILT)
+@torch.inference_mode()
+def test_rows_of_another_dtype_than_the_cache_are_refused(
+    native: ModuleType, tmp_path: Path
+) -> None:
+    layer = Layer(tmp_path, save_mixtral, torch.bfloat16)
+    half = layer.half()
+    *_, paged = layer.attend(half, 0, 5)
+    layer.rows = layer.rows.to(torch.float16)
+    with pytest.raises(ValueError, match=r"rows are torch\.float16, the cache is torch\.bfloat16"):
+        layer.attend(half, 5, 6, paged)
