@@ -156,9 +156,9 @@ class Engine:
 
         self._commands.put(stop)
 
+    @torch.inference_mode()  # once, since to enter it costs more than an operation
     def run(self) -> None:
         """Serve until :meth:`close`."""
-        torch.set_grad_enabled(False)
         works: list[Work] = []
         while not self._closing:
             wait_s = PARKED_S if self._scheduler.sequences() else IDLE_S
@@ -174,13 +174,13 @@ class Engine:
                 self._flush()
 
     def _run_commands(self, wait_s: float) -> None:
-        try:
-            if wait_s:
+        if wait_s:
+            try:
                 self._commands.get(timeout=wait_s)()
-            while True:
-                self._commands.get_nowait()()
-        except queue.Empty:
-            pass
+            except queue.Empty:
+                return
+        while not self._commands.empty():  # no other thread takes commands
+            self._commands.get_nowait()()
 
     def _unpark(self) -> None:
         for sequence in self._scheduler.parked():
@@ -318,6 +318,8 @@ class Engine:
     def _expire(self) -> None:
         """End the requests whose time is over; only between steps, so that no step is lost."""
         now_s = time.monotonic()
+        if all(s.request.deadline_s > now_s for s in self._scheduler.sequences()):
+            return
         parked = self._scheduler.parked()
         starved = {s.request.request_id: s for s in parked if s.request.deadline_s <= now_s}
         for request_id, sequence in starved.items():

@@ -170,12 +170,12 @@ class MixtureFeedForward:
         self, normed: torch.Tensor, context: StepContext, tokens: slice
     ) -> tuple[BegunLayer, torch.Tensor | None]:
         """See :class:`FeedForwardHalf`; sends the rows, and computes the shared expert."""
-        ids, weights = self._gate.choose(normed)  # [T, K]
         among = partial(self._gate.choose_anew, normed)
-        rows = normed
-        if self._staging is not None:
-            ids, weights, rows = self._staging.to_host(ids, weights, normed)
-        choice = Choice(to_ids(ids), weights)
+        if self._staging is None:
+            rows, choice = normed, self._gate.choice(normed)
+        else:
+            ids, weights, rows = self._staging.to_host(*self._gate.choose(normed), normed)
+            choice = Choice(to_ids(ids), weights)
         begun = self._layers.begin(context, self._layer_id, rows, choice, among, tokens)
         try:
             shared = None if self._shared_expert is None else self._shared_expert(normed)
@@ -259,7 +259,6 @@ class Decoder:
         self._has_window = has_window
         self._staging = staging
 
-    @torch.inference_mode()
     def forward(
         self,
         token_ids: torch.Tensor,
@@ -284,7 +283,9 @@ class Decoder:
         hidden_states = self._embedding(token_ids)  # [S, H]
         rotation = self._rotary_embedding(hidden_states, positions.unsqueeze(0))
         hidden_states = self._through_layers(hidden_states, rotation, pieces, context)
-        sampled = self._norm(hidden_states.index_select(0, sample_rows))  # [R, H]
+        if len(sample_rows) < len(hidden_states):  # they ascend, so all are the rows themselves
+            hidden_states = hidden_states.index_select(0, sample_rows)
+        sampled = self._norm(hidden_states)  # [R, H]
         return self._head(sampled).float(), others
 
     def _through_layers(
@@ -295,10 +296,11 @@ class Decoder:
         context: StepContext,
     ) -> torch.Tensor:
         """Return the hidden states [S, H] after the last layer."""
+        is_cut = len(pieces) > 1
         runs = [
             _PieceRun(
-                hidden_states[piece.tokens],
-                _of_tokens(rotation, piece.tokens),
+                hidden_states[piece.tokens] if is_cut else hidden_states,
+                _of_tokens(rotation, piece.tokens) if is_cut else rotation,
                 PagedContext(self._cache, self._attention, piece.batch, self._has_window),
                 piece.tokens,
             )

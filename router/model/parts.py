@@ -109,8 +109,11 @@ def take_gate(block: nn.Module, path: str, spec: GateSpec, top_k: int) -> Gate:
 
 def embedding_of(base: Any) -> Map:
     """Return the token embedding of transformers' base model."""
-    embedding: Map = base.get_input_embeddings()
-    return embedding
+    embedding: Any = base.get_input_embeddings()
+    if type(embedding) is nn.Embedding:
+        return partial(torch.embedding, embedding.weight.detach())
+    module: Map = embedding
+    return module
 
 
 def norm_of(base: Any) -> Map:

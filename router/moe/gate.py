@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from cluster.wire.tensors import to_ids
 from experts.families.base import GateSpec
 
 _LEAST_SUM = 1e-20
@@ -63,6 +64,11 @@ class Gate:
             # Last, because a row without an allowed expert divides by 0 before.
             weights = weights.masked_fill(~allowed.gather(1, ids), 0.0)
         return ids, weights.to(hidden_states.dtype) if self._rounds_weights else weights
+
+    def choice(self, hidden_states: torch.Tensor) -> Choice:
+        """Return the choice of :meth:`choose` for hidden states [T, H] of the host."""
+        ids, weights = self.choose(hidden_states)
+        return Choice(to_ids(ids), weights)
 
     def choose_anew(
         self, hidden_states: torch.Tensor, rows: np.ndarray, allowed: np.ndarray

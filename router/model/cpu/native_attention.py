@@ -68,7 +68,8 @@ class NativeAttention:
             first += length - span.start
             num_pages += len(own)
         return NativeView(
-            np.array(numbers, dtype=np.int64), np.concatenate(pages) // self.page_size
+            np.array(numbers, dtype=np.int64),
+            (pages[0] if len(pages) == 1 else np.concatenate(pages)) // self.page_size,
         )
 
     def numbers_of(self, scoring: Scoring) -> tuple[float, float, int]:

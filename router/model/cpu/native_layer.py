@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -35,8 +36,10 @@ from router.model.cpu.native_modules import (
 from router.model.kv_cache import PagedCache
 from router.model.own_values import own_value
 from router.model.paged_attention import PagedContext
-from router.moe.gate import Gate
+from router.moe.gate import Choice, Gate
 
+LEAST_POSITIONS = 1024
+"""The least size of the table of a rotary embedding."""
 _SCORES = {"softmax": 0, "sigmoid": 1, "softmax_of_chosen": 2}
 
 
@@ -130,7 +133,11 @@ class NativeAttentionHalf:
 
 
 class NativeRotation:
-    """The rotary embedding of a model whose attention is native; its angles are float32."""
+    """The rotary embedding of a model whose attention is native, a table by position.
+
+    The angles of a position are the same in every step. They are float32. The table grows to the
+    positions that occur.
+    """
 
     def __init__(
         self, rotary_embedding: Callable[[torch.Tensor, torch.Tensor], Any], head_size: int
@@ -138,12 +145,22 @@ class NativeRotation:
         """``rotary_embedding`` returns cosines and sines [1, T, D] or [1, T, D / 2]."""
         self._rotary_embedding = rotary_embedding
         self._half = head_size // 2
-        self._float32 = torch.empty(0)  # its dtype is that of the angles
+        self._extend(LEAST_POSITIONS)
 
     def __call__(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return cosines and sines [1, T, 2, D / 2] of positions [1, T], for native code."""
-        cosines, sines = self._rotary_embedding(self._float32, positions)
-        return torch.stack((cosines[..., : self._half], sines[..., : self._half]), dim=2)
+        """Return the cosines and then the sines, [1, T, D], of positions [1, T]."""
+        try:
+            return torch.embedding(self._table, positions)
+        except IndexError:  # a position beyond the table
+            self._extend(int(positions.max()) + 1)
+        return torch.embedding(self._table, positions)
+
+    def _extend(self, num_positions: int) -> None:
+        """Make a table of at least so many positions, a power of two."""
+        size = 1 << (num_positions - 1).bit_length()
+        float32 = torch.empty(0)  # its dtype is that of the angles
+        cosines, sines = self._rotary_embedding(float32, torch.arange(size).unsqueeze(0))
+        self._table = torch.cat((cosines[0, :, : self._half], sines[0, :, : self._half]), dim=1)
 
 
 class NativeGate(Gate):
@@ -176,31 +193,45 @@ class NativeGate(Gate):
             spec.best_of_group,
         )
         self._factors = spec.scaling_factor, self._below_all()
+        self._numbers: dict[torch.dtype, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._correction_bytes = None if self._correction is None else to_bytes(self._correction)
 
     def choose(
         self, hidden_states: torch.Tensor, allowed: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`router.moe.gate.Gate.choose`."""
+        choice = self.choice(hidden_states, allowed)
+        return torch.from_numpy(choice.ids), choice.weights
+
+    def choice(self, hidden_states: torch.Tensor, allowed: torch.Tensor | None = None) -> Choice:
+        """See :meth:`router.moe.gate.Gate.choice`; ``allowed`` as in :meth:`choose`."""
         assert native is not None
-        product, num_tokens = self._product, len(hidden_states)
-        dtype = self._weights_dtype(hidden_states.dtype)
-        ids = torch.empty((num_tokens, self._top_k), dtype=torch.int64)
-        weights = torch.empty((num_tokens, self._top_k), dtype=dtype)
-        formats = product.format, FORMATS[hidden_states.dtype], FORMATS[dtype], product.has_bias
+        dtype = hidden_states.dtype
+        if dtype not in self._numbers:
+            self._numbers[dtype] = self._numbers_for(dtype)
+        weights_dtype, sizes = self._numbers[dtype]
+        shape = len(hidden_states), self._top_k
+        ids, weights = np.empty(shape, np.int64), torch.empty(shape, dtype=weights_dtype)
         native.choose(
             to_bytes(hidden_states),
-            product.packed,
+            self._product.packed,
             self._correction_bytes,
             None if allowed is None else to_bytes(allowed),
-            to_bytes(ids),
+            ids,
             to_bytes(weights),
-            (product.in_features, product.out_features, self._top_k, *formats, *self._spec_numbers),
+            sizes,
             self._factors,
             torch.get_num_threads(),
             None,
         )
-        return ids, weights
+        return Choice(ids, weights)
+
+    def _numbers_for(self, hidden_dtype: torch.dtype) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Return the dtype of the weights and native code's sizes for a dtype of hidden states."""
+        product, dtype = self._product, self._weights_dtype(hidden_dtype)
+        formats = product.format, FORMATS[hidden_dtype], FORMATS[dtype], product.has_bias
+        sizes = product.in_features, product.out_features, self._top_k
+        return dtype, (*sizes, *formats, *self._spec_numbers)
 
     def _weights_dtype(self, hidden_dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of the weights for hidden states of ``hidden_dtype``."""

@@ -165,6 +165,20 @@ def test_a_token_has_its_bits_however_the_sequence_is_cut(
             assert torch.equal(torch.cat([part[index] for part in parts]), whole[index])
 
 
+@pytest.mark.parametrize("save", [save_mixtral, save_gpt_oss])
+def test_angles_are_the_models_at_any_position(tmp_path: Path, save: Callable[..., Any]) -> None:
+    save(tmp_path)
+    model = load_dense(open_checkpoint(tmp_path), torch.float32)
+    rotary_embedding = model.base_model.rotary_emb
+    size = parts_of(model.base_model.layers[1])[1].head_dim
+    rotate = NativeRotation(rotary_embedding, size)
+    for positions in ([0, 3], [1023], [1024, 5, 5], [9000], [3, 0, 1024]):  # the table grows twice
+        ids = torch.tensor([positions])
+        cosines, sines = rotary_embedding(torch.empty(0), ids)
+        expected = torch.cat((cosines[..., : size // 2], sines[..., : size // 2]), dim=-1)
+        assert torch.equal(rotate(torch.empty(0), ids), expected)
+
+
 @pytest.mark.parametrize("save", [save_deepseek_v2, save_deepseek_v3])
 def test_latent_attention_has_another_shape(tmp_path: Path, save: Callable[..., Any]) -> None:
     save(tmp_path)
