@@ -109,7 +109,8 @@ def _pieces_of(
     begin = 0
     for end in piece_ends(ends[-1], num_decode, most_pieces):
         spans = list(_spans_of(works, ends, begin, end))
-        new_slots = np.concatenate([span.slots[span.start :] for span in spans])
+        slots = [span.slots[span.start :] for span in spans]
+        new_slots = slots[0] if len(slots) == 1 else np.concatenate(slots)
         view = attention.view(spans, 0 if begin else num_decode)
         yield Piece(slice(begin, end), PagedBatch(torch.from_numpy(new_slots), view))
         begin = end

@@ -283,7 +283,9 @@ class Decoder:
         hidden_states = self._embedding(token_ids)  # [S, H]
         rotation = self._rotary_embedding(hidden_states, positions.unsqueeze(0))
         hidden_states = self._through_layers(hidden_states, rotation, pieces, context)
-        if len(sample_rows) < len(hidden_states):  # they ascend, so all are the rows themselves
+        if (
+            sample_rows.shape < hidden_states.shape[:1]
+        ):  # they ascend, so all are the rows themselves
             hidden_states = hidden_states.index_select(0, sample_rows)
         sampled = self._norm(hidden_states)  # [R, H]
         return self._head(sampled).float(), others

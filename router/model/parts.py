@@ -25,7 +25,13 @@ from router.model.cpu.native_layer import (
     can_choose,
     has_llamas_shape,
 )
-from router.model.cpu.native_modules import NativeLinear, can_multiply, is_linear, replace_modules
+from router.model.cpu.native_modules import (
+    NativeLinear,
+    NativeNorm,
+    can_multiply,
+    is_linear,
+    replace_modules,
+)
 from router.model.decoder import (
     AttentionHalf,
     DecoderLayer,
@@ -118,8 +124,9 @@ def embedding_of(base: Any) -> Map:
 
 def norm_of(base: Any) -> Map:
     """Return the norm after the last layer."""
-    norm: Map = base.norm_f if hasattr(base, "norm_f") else base.norm
-    return norm
+    norm: Any = base.norm_f if hasattr(base, "norm_f") else base.norm
+    module: Map = norm.forward if isinstance(norm, NativeNorm) else norm  # it has no hooks
+    return module
 
 
 def head_of(model: Any) -> Map:

@@ -154,7 +154,7 @@ def route(
 def gather(rows: torch.Tensor, ordered: np.ndarray, k: int) -> memoryview:
     """Return the bytes of rows [T, ...], permuted: the row of each pair's token."""
     if native is not None:
-        row_bytes = rows[0].nbytes
+        row_bytes = rows.nbytes // rows.shape[0]
         return memoryview(native.gather(to_bytes(rows), ordered, k, row_bytes))
     return to_raw(rows).take(ordered // k, axis=0).data.cast("B")
 
@@ -199,9 +199,9 @@ class LayoutCache:
 
         Missing experts are laid out without an actor.
         """
-        holders = self.holders(placement, layer_id)
+        self._keep(placement)
         if layer_id not in self._fixed:
-            layout = None
+            holders, layout = self.holders(placement, layer_id), None
             if all(len(actors) < 2 for actors in holders):
                 only = {e: actors[0] if actors else None for e, actors in enumerate(holders)}
                 layout = lay_out(only, placement.generations)

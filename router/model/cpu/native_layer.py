@@ -210,7 +210,7 @@ class NativeGate(Gate):
         if dtype not in self._numbers:
             self._numbers[dtype] = self._numbers_for(dtype)
         weights_dtype, sizes = self._numbers[dtype]
-        shape = len(hidden_states), self._top_k
+        shape = hidden_states.shape[0], self._top_k  # `len` of a tensor is Python
         ids, weights = np.empty(shape, np.int64), torch.empty(shape, dtype=weights_dtype)
         native.choose(
             to_bytes(hidden_states),
