@@ -6,11 +6,8 @@
 #include "bfloat16.h"
 #include "float16.h"
 
-/* One rounding for a product and its sum. */
-#ifdef __clang__
-#pragma clang fp contract(fast)
-#else
-#pragma GCC optimize("fp-contract=fast")
+#ifdef __aarch64__
+#include <arm_neon.h>
 #endif
 
 #define BLOCK_BYTES (16 << 10) /* of a panel; also how far ahead weights are asked for */
@@ -52,10 +49,13 @@ static inline void narrow_halves(Four values, uint16_t *at) {
 #ifdef __aarch64__
 #define MOST_ROWS 6
 #define MOST_SUMS 16
+#define FUSED(a, b, c) ((Vector)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
 #else
 #define MOST_ROWS 3
 #define MOST_SUMS 4
+#define FUSED(a, b, c) ((a) * (b) + (c))
 #endif
+#define SPREAD(x) ((Vector){(x), (x), (x), (x)})
 #define WIDEN_HALVES(at) widen_halves(at)
 #define NARROW_HALVES(vector, at) narrow_halves(vector, at)
 #include "products.h"
@@ -69,6 +69,8 @@ static inline void narrow_halves(Four values, uint16_t *at) {
 #define LANES 8
 #define MOST_ROWS 6
 #define MOST_SUMS 8
+#define SPREAD(x) ((Vector)_mm256_set1_ps(x))
+#define FUSED(a, b, c) ((Vector)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define WIDEN_HALVES(at) ((Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(at))))
 #define NARROW_HALVES(vector, at) \
     _mm_storeu_si128((__m128i *)(at), _mm256_cvtps_ph((__m256)(vector), _MM_FROUND_TO_NEAREST_INT))
@@ -79,6 +81,8 @@ static inline void narrow_halves(Four values, uint16_t *at) {
 #define LANES 16
 #define MOST_ROWS 12
 #define MOST_SUMS 24
+#define SPREAD(x) ((Vector)_mm512_set1_ps(x))
+#define FUSED(a, b, c) ((Vector)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define WIDEN_HALVES(at) ((Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(at))))
 #define NARROW_HALVES(vector, at)            \
     _mm256_storeu_si256((__m256i *)(at),     \
@@ -92,6 +96,8 @@ static inline void narrow_halves(Four values, uint16_t *at) {
 #define LANES 16
 #define MOST_ROWS 12
 #define MOST_SUMS 24
+#define SPREAD(x) ((Vector)_mm512_set1_ps(x))
+#define FUSED(a, b, c) ((Vector)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define WIDEN_HALVES(at) ((Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(at))))
 #define NARROW_HALVES(vector, at)            \
     _mm256_storeu_si256((__m256i *)(at),     \
@@ -163,7 +169,7 @@ static const struct {
     {"avx512", "fused", "fused", has_avx512, &kernel_avx512},
     {"avx2", "fused", "fused", has_avx2, &kernel_avx2},
 #endif
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#ifdef __aarch64__
     {"portable", "fused", "fused", is_anywhere, &kernel_portable},
 #else
     {"portable", "unfused", "unfused", is_anywhere, &kernel_portable},

@@ -6,6 +6,8 @@
  *   LANES      float32 of a vector: 4, 8 or 16
  *   MOST_ROWS  rows of the largest tile
  *   MOST_SUMS  most vectors of sums of a panel's whole width at once
+ *   SPREAD(x), FUSED(a, b, c)  LANES times x, and a * b + c; explicitly, so that no compiler
+ *              chooses which products and sums have one rounding
  *   WIDEN_HALVES(at), NARROW_HALVES(vector, at)  LANES of float16 from memory, and to it
  *   ADD_PAIRS(sums, weights, pair)  sums of products of two bfloat16 each; absent on most
  *
@@ -70,14 +72,15 @@ INLINE void NAME(add_vectors)(const char *panel, const float *rows, Py_ssize_t s
             UNROLLED for (int v = 0; v < count; v++)
                 weights[v] = (Vector)((Bits)*(const LooseWhole *)(panel + v * LANES * 4) << 16);
             UNROLLED for (int r = 0; r < num_rows; r++)
-                UNROLLED for (int v = 0; v < count; v++) all[r][v] += weights[v] * rows[r];
+                UNROLLED for (int v = 0; v < count; v++)
+                    all[r][v] = FUSED(weights[v], SPREAD(rows[r]), all[r][v]);
             __asm__ volatile("" ::: "memory");
             UNROLLED for (int v = 0; v < count; v++)
                 weights[v] = (Vector)(*(const LooseWhole *)(panel + v * LANES * 4) &
                                       (int32_t)0xffff0000);
             UNROLLED for (int r = 0; r < num_rows; r++)
                 UNROLLED for (int v = 0; v < count; v++)
-                    all[r][v] += weights[v] * rows[num_rows + r];
+                    all[r][v] = FUSED(weights[v], SPREAD(rows[num_rows + r]), all[r][v]);
             panel += PANEL * 4;
             rows += 2 * num_rows;
         }
@@ -91,7 +94,8 @@ INLINE void NAME(add_vectors)(const char *panel, const float *rows, Py_ssize_t s
                 else weights[v] = *(const LooseVector *)(panel + v * LANES * 4);
             }
             UNROLLED for (int r = 0; r < num_rows; r++)
-                UNROLLED for (int v = 0; v < count; v++) all[r][v] += weights[v] * rows[r];
+                UNROLLED for (int v = 0; v < count; v++)
+                    all[r][v] = FUSED(weights[v], SPREAD(rows[r]), all[r][v]);
             panel += PANEL * (format == FLOAT16 ? 2 : 4);
             rows += num_rows;
         }
@@ -249,31 +253,31 @@ INLINE void NAME(narrow)(Vector values, uint16_t *at) {
 INLINE Vector NAME(exponential)(Vector x) {
     const float magic = 12582912.0f; /* adding it rounds to whole numbers */
     Whole is_low = x < -87.3f, is_high = x > 88.7228f, is_none = x != x;
-    Vector n = x * 1.44269504f + magic;
-    Bits exponent = (Bits)n - (Bits)((Vector){} + magic);
+    Vector n = FUSED(x, SPREAD(1.44269504f), SPREAD(magic));
+    Bits exponent = (Bits)n - (Bits)SPREAD(magic);
     n -= magic;
-    Vector rest = x - n * 0.693359375f;
-    rest = rest + n * 2.12194440e-4f;
-    Vector p = 1.9875691500e-4f * rest + 1.3981999507e-3f;
-    p = p * rest + 8.3334519073e-3f;
-    p = p * rest + 4.1665795894e-2f;
-    p = p * rest + 1.6666665459e-1f;
-    p = p * rest + 5.0000001201e-1f;
-    p = p * rest * rest + rest + 1.0f;
+    Vector rest = FUSED(n, SPREAD(-0.693359375f), x);
+    rest = FUSED(n, SPREAD(2.12194440e-4f), rest);
+    Vector p = FUSED(rest, SPREAD(1.9875691500e-4f), SPREAD(1.3981999507e-3f));
+    p = FUSED(p, rest, SPREAD(8.3334519073e-3f));
+    p = FUSED(p, rest, SPREAD(4.1665795894e-2f));
+    p = FUSED(p, rest, SPREAD(1.6666665459e-1f));
+    p = FUSED(p, rest, SPREAD(5.0000001201e-1f));
+    p = FUSED(p * rest, rest, rest) + 1.0f;
     p = (Vector)((Bits)p + (exponent << 23));
     p = NAME(chosen)(is_low, (Vector){}, p);
-    p = NAME(chosen)(is_high, (Vector){} + INFINITY, p);
+    p = NAME(chosen)(is_high, SPREAD(INFINITY), p);
     return NAME(chosen)(is_none, x, p);
 }
 
 /* The normal distribution's function times x, by erf(x) of Abramowitz and Stegun 7.1.26. */
 INLINE Vector NAME(gelu)(Vector x) {
     Vector size = (Vector)((Whole)x & 0x7fffffff) * 0.707106781f;
-    Vector t = 1.0f / (size * 0.3275911f + 1.0f);
-    Vector p = t * 1.061405429f - 1.453152027f;
-    p = p * t + 1.421413741f;
-    p = p * t - 0.284496736f;
-    p = p * t + 0.254829592f;
+    Vector t = 1.0f / FUSED(size, SPREAD(0.3275911f), SPREAD(1.0f));
+    Vector p = FUSED(t, SPREAD(1.061405429f), SPREAD(-1.453152027f));
+    p = FUSED(p, t, SPREAD(1.421413741f));
+    p = FUSED(p, t, SPREAD(-0.284496736f));
+    p = FUSED(p, t, SPREAD(0.254829592f));
     Vector tail = 0.5f * (p * t * NAME(exponential)(-(size * size)));
     return x * NAME(chosen)(x < 0.0f, tail, 1.0f - tail);
 }
@@ -282,13 +286,13 @@ INLINE Vector NAME(gated)(Vector gate, Vector up, Activation activation) {
     if (activation == RELU) return NAME(chosen)(gate < 0.0f, (Vector){}, gate) * up;
     if (activation == GELU) return NAME(gelu)(gate) * up;
     if (activation == GELU_TANH) {
-        Vector inner = gate * (gate * gate * 0.0356774081f + 0.797884561f);
+        Vector inner = gate * FUSED(gate * gate, SPREAD(0.0356774081f), SPREAD(0.797884561f));
         return gate / (1.0f + NAME(exponential)(inner * -2.0f)) * up;
     }
     if (activation == SILU) return gate / (1.0f + NAME(exponential)(-gate)) * up;
-    gate = NAME(chosen)(gate > LIMIT, (Vector){} + LIMIT, gate);
-    up = NAME(chosen)(up > LIMIT, (Vector){} + LIMIT, up);
-    up = NAME(chosen)(up < -LIMIT, (Vector){} - LIMIT, up);
+    gate = NAME(chosen)(gate > LIMIT, SPREAD(LIMIT), gate);
+    up = NAME(chosen)(up > LIMIT, SPREAD(LIMIT), up);
+    up = NAME(chosen)(up < -LIMIT, SPREAD(-LIMIT), up);
     return gate / (1.0f + NAME(exponential)(gate * -ALPHA)) * (up + 1.0f);
 }
 
@@ -388,6 +392,8 @@ static const Kernel NAME(kernel) = {NAME(tile_rows), NAME(multiply), NAME(gate_s
 #undef LANES
 #undef MOST_ROWS
 #undef MOST_SUMS
+#undef SPREAD
+#undef FUSED
 #undef WIDEN_HALVES
 #undef NARROW_HALVES
 #undef ADD_PAIRS

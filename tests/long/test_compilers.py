@@ -1,0 +1,44 @@
+"""Native code has the same bits by every compiler, with any options but those on contraction."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from cluster.native.built import native
+from tests.native.digests import digests
+
+ROOT = Path(__file__).parents[2]
+MODULE = "expertmesh_native"
+COMPILERS = [path for name in ("gcc", "clang", "clang-14") if (path := shutil.which(name))]
+OPTIONS = [("-O1",), ("-O2",), ("-O3", "-march=native")]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("compiler", [] if native is None else COMPILERS)
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
+def test_every_result_has_the_bits_of_the_installed_module(
+    tmp_path: Path, compiler: str, options: tuple[str, ...]
+) -> None:
+    built = tmp_path / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    command = [compiler, "-shared", "-fPIC", "-pthread", "-w", *options, "-ffp-contract=off"]
+    command += ["-I", sysconfig.get_paths()["include"], "-o", str(built)]
+    sources = map(str, sorted((ROOT / "cluster/native").glob("*.c")))
+    subprocess.run([*command, *sources, "-lm"], check=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-P", "-m", "tests.native.digests"],  # without the checkout's own module
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        check=True,
+        stdout=subprocess.PIPE,
+        timeout=300,
+    )
+    result = json.loads(run.stdout)
+    assert result["module"] == str(built)
+    assert result["digests"] == digests()
