@@ -7,14 +7,14 @@
  */
 #include "attention.h"
 
-#include <pthread.h>
+#include "pool.h"
 
 #define ALONE_PRODUCTS (1 << 18) /* more than these are computed without holding the interpreter */
-#define SHARE_PRODUCTS (1 << 21) /* so many are worth a thread, which takes some 30 us to start */
-#define MOST_THREADS 64
+#define SHARE_PRODUCTS (1 << 21) /* so many are worth a thread of the pool */
 #define MOST_HEADS (1 << 16) /* and values of a head */
 #define MOST_COUNT (1LL << 36) /* of tokens, pages and strides: no product of sizes overflows */
 #define SPAN_NUMBERS 4
+#define ALIGNMENT 64 /* of scratch, in bytes */
 
 /* A layout of rows in a cache: `ROWS` as values have it, `COLUMNS` as keys have it. */
 typedef enum { ROWS, COLUMNS } Layout;
@@ -85,20 +85,15 @@ FUNCTION(store) {
     Py_RETURN_NONE;
 }
 
-/* A step's tiles, which several threads take one after the other. */
+/* A step's tiles, which several threads take one after the other. Each has `scratch_bytes` of
+ * scratch, aligned as attend() of a kernel wants it. */
 typedef struct {
     const Attention *attention;
     const AttentionKernel *kernel;
     const int64_t *spans, *pages; /* [B, 4], see attend() */
     Py_ssize_t num_spans, tile_rows, scratch_bytes, next;
+    char *scratch;
 } Step;
-
-typedef struct {
-    Step *step;
-    void *scratch;
-    pthread_t thread;
-    int is_apart;
-} Share;
 
 static Span span_of(const Step *step, Py_ssize_t b) {
     const int64_t *numbers = step->spans + b * SPAN_NUMBERS;
@@ -110,19 +105,18 @@ static Py_ssize_t tiles_of(const Step *step, const Span *span) {
     return (rows + step->tile_rows - 1) / step->tile_rows;
 }
 
-static void *attend_share(void *given) {
-    const Share *share = given;
-    Step *step = share->step;
+static void attend_share(void *given, Py_ssize_t index) {
+    Step *step = given;
     Py_ssize_t b = 0, begin = 0; /* the span that the thread is at, and the number of its tiles */
-    float *scratch = (float *)(((uintptr_t)share->scratch + 63) & ~(uintptr_t)63);
-    if (!step->num_spans) return NULL;
+    float *scratch = (float *)(step->scratch + index * step->scratch_bytes);
+    if (!step->num_spans) return;
     Span span = span_of(step, 0);
     Py_ssize_t tiles = tiles_of(step, &span);
     for (;;) {
         Py_ssize_t at = __atomic_fetch_add(&step->next, 1, __ATOMIC_RELAXED);
         while (at >= begin + tiles * step->attention->num_kv) {
             begin += tiles * step->attention->num_kv;
-            if (++b == step->num_spans) return NULL;
+            if (++b == step->num_spans) return;
             span = span_of(step, b);
             tiles = tiles_of(step, &span);
         }
@@ -131,30 +125,6 @@ static void *attend_share(void *given) {
                      .end = least(first + step->tile_rows, span.count * step->attention->heads)};
         step->kernel->attend(step->attention, &tile, scratch);
     }
-}
-
-/* Attend all tiles, on several threads where that pays; 0 when there is no memory. */
-static int attend_all(Step *step, Py_ssize_t num_shares) {
-    Share shares[MOST_THREADS];
-    Py_ssize_t done = 0;
-    int has_memory = 1;
-    for (; done < num_shares; done++) {
-        Share *share = &shares[done];
-        *share = (Share){.step = step, .scratch = PyMem_RawMalloc(step->scratch_bytes)};
-        if (!share->scratch) {
-            has_memory = done > 0; /* those that are at work finish all */
-            break;
-        }
-        /* The last is this thread's, and whatever no thread can be had for. */
-        share->is_apart = done + 1 < num_shares &&
-                          !pthread_create(&share->thread, NULL, attend_share, share);
-        if (!share->is_apart) attend_share(share);
-    }
-    while (done--) {
-        if (shares[done].is_apart) pthread_join(shares[done].thread, NULL);
-        PyMem_RawFree(shares[done].scratch);
-    }
-    return has_memory;
 }
 
 /* Check the spans of T tokens and the pages; returns what is wrong, or NULL. `most_pages` is the
@@ -247,7 +217,7 @@ FUNCTION(attend) {
     const char *wrong = check_spans(&step, pages->len / 8, num_tokens, num_pages, &most_pages,
                                     &products);
     if (wrong) return refuse(&buffers, wrong);
-    step.scratch_bytes = scratch_size(&a, tile_rows, most_pages) * 4 + 64;
+    step.scratch_bytes = padded(scratch_size(&a, tile_rows, most_pages) * 4, ALIGNMENT);
     Py_ssize_t num_tiles = 0;
     for (Py_ssize_t b = 0; b < step.num_spans; b++) {
         Span span = span_of(&step, b);
@@ -256,10 +226,16 @@ FUNCTION(attend) {
     double worth = products / SHARE_PRODUCTS;
     Py_ssize_t num_shares = least(least(threads, num_tiles), MOST_THREADS);
     if (worth < (double)num_shares) num_shares = most((Py_ssize_t)worth, 1);
+    char *scratch = PyMem_RawMalloc(num_shares * step.scratch_bytes + ALIGNMENT);
+    if (!scratch) {
+        release(&buffers);
+        return PyErr_NoMemory();
+    }
+    step.scratch = scratch + ALIGNMENT - (uintptr_t)scratch % ALIGNMENT;
     PyThreadState *saved = products > ALONE_PRODUCTS ? PyEval_SaveThread() : NULL;
-    int has_memory = attend_all(&step, num_shares);
+    pool_run(attend_share, &step, num_shares, num_shares);
     if (saved) PyEval_RestoreThread(saved);
+    PyMem_RawFree(scratch);
     release(&buffers);
-    if (!has_memory) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }

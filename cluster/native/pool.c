@@ -4,7 +4,7 @@
 #include <pthread.h>
 #include <signal.h>
 
-#define MOST_WORKERS 63
+#define MOST_WORKERS (MOST_THREADS - 1)
 
 /* One call of pool_run, on its caller's stack: no worker may touch it once the caller has taken it
  * off the list and num_active is zero. */

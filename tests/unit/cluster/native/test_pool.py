@@ -1,7 +1,7 @@
 """The threads of native code: whatever their number, whoever calls, whatever becomes of them.
 
-An expert's products stand for all work. Most tests have a process of their own: workers live as
-long as their process, and one that waits forever must not take the other tests along.
+An expert's products stand for all shared work. Most tests have a process of their own: workers live
+as long as their process, and one that waits forever must not take the other tests along.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from cluster.native import built
 from cluster.wire.tensors import to_bytes
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.native_ffn import NativeFfn
+from tests.unit.router.model.cpu.attention_cases import make, one_prefill
 
 BUILT = [] if built.native is None else [built.native]
 HIDDEN, INNER, NUM_ROWS = 256, 1024, 90  # enough for five threads to be worthwhile
@@ -188,6 +189,21 @@ def idle_workers() -> list[object]:
     terminate, fault = 1 << signal.SIGTERM - 1, 1 << signal.SIGSEGV - 1
     are_right = all(mask & terminate and not mask & fault for mask in blocked)
     return [len(workers), used_s, are_right]
+
+
+def attending_threads() -> list[int]:
+    """Return how many workers there are after attention with one thread, with 3, with 3 again."""
+    case = make(4, lengths=[700], dtype=torch.bfloat16, num_kv=4, heads=8, size=128)
+    before, found = num_threads(), []
+    for threads in (1, 3, 3):
+        case.run(one_prefill(case), threads=threads)
+        found.append(num_threads() - before)
+    return found
+
+
+@pytest.mark.parametrize("native", BUILT)
+def test_attention_computes_on_the_pool(native: ModuleType) -> None:
+    assert in_a_process(attending_threads) == [0, 2, 2]
 
 
 @pytest.mark.parametrize("native", BUILT)

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import random
-import threading
-import time
-from types import ModuleType
 
-import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.native import built
 from router.model.cpu.native_attention import KERNELS
 from tests.unit.router.model.cpu.attention_cases import (
     DTYPES,
@@ -26,7 +21,6 @@ from tests.unit.router.model.cpu.attention_cases import (
     same_bits,
 )
 
-BUILT = [] if built.native is None else [built.native]
 NAMES = [name for name, _ in KERNELS]
 CLASSES = sorted({of for _, of in KERNELS})
 
@@ -85,30 +79,6 @@ def test_neither_threads_nor_borders_of_chunks_change_a_bit_of_long_sequences(
     for b, output in enumerate(expected):
         exact, bound = case.exact(b)
         assert ((output.double() - exact).abs() <= bound).all()
-
-
-@pytest.mark.parametrize("native", BUILT)
-@pytest.mark.parametrize(("threads", "are_more"), [(1, False), (3, True)])
-def test_as_many_threads_compute_as_torch_has(
-    native: ModuleType, threads: int, are_more: bool
-) -> None:
-    case = make(4, lengths=[700], dtype=torch.bfloat16, num_kv=4, heads=8, size=128)
-    ends, most = threading.Event(), 0
-
-    def repeat() -> None:
-        deadline_s = time.monotonic() + 20
-        while not ends.is_set() and time.monotonic() < deadline_s:
-            case.run(one_prefill(case), threads=threads)
-
-    attending, process = threading.Thread(target=repeat), psutil.Process()
-    before = process.num_threads() + 1
-    attending.start()
-    deadline_s = time.monotonic() + (20 if are_more else 0.5)
-    while time.monotonic() < deadline_s and most < threads - 1:
-        most = max(most, process.num_threads() - before)
-    ends.set()
-    attending.join()
-    assert (most >= threads - 1) if are_more else most == 0
 
 
 @pytest.mark.parametrize("kernel", NAMES)
