@@ -79,12 +79,32 @@ def test_neither_company_nor_chunks_change_a_bit(tmp_path: Path, family: str, dt
         assert torch.equal(Run(tmp_path, dtype).in_chunks(ends, company), alone)
 
 
-@pytest.mark.parametrize("num_threads", [] if native is None else [3, 4])
-def test_threads_change_no_bit_of_deepseek_v2(tmp_path: Path, num_threads: int) -> None:
-    # So many queries are rotated that torch cuts them for three threads, amid a vector.
-    heads = {"num_attention_heads": 16, "num_key_value_heads": 16, "qk_rope_head_dim": 64}
-    SAVERS["deepseek_v2"](tmp_path, **heads)
-    alone = Run(tmp_path, "float32", 160).in_chunks([160])
-    torch.set_num_threads(num_threads)  # the fixture sets it back
-    for ends in ([160], [80, 160], [5, 150, 160]):
-        assert torch.equal(Run(tmp_path, "float32", 160).in_chunks(ends), alone)
+# Products, experts and attention are worth several threads. Of DeepSeek-V2, so many queries are
+# rotated that torch cuts them for three threads, amid a vector.
+WIDE: dict[str, dict[str, int]] = {
+    "mixtral": {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 16},
+    "qwen3_moe": {"hidden_size": 256, "moe_intermediate_size": 512, "num_attention_heads": 16},
+    "deepseek_v2": {
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "qk_rope_head_dim": 64,
+    },
+}
+THREADED = [
+    ("mixtral", "bfloat16", 3),
+    ("qwen3_moe", "float32", 3),
+    ("deepseek_v2", "float32", 3),
+    ("deepseek_v2", "float32", 4),
+]
+
+
+@pytest.mark.parametrize(("family", "dtype", "num_threads"), [] if native is None else THREADED)
+def test_threads_change_no_bit(tmp_path: Path, family: str, dtype: str, num_threads: int) -> None:
+    ALL[family](tmp_path, **WIDE[family])
+    alone = Run(tmp_path, dtype, 160).in_chunks([160])
+    torch.set_num_threads(num_threads)
+    try:
+        for ends in ([160], [80, 160], [5, 150, 160]):
+            assert torch.equal(Run(tmp_path, dtype, 160).in_chunks(ends), alone)
+    finally:
+        torch.set_num_threads(1)
