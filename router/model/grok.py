@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from router.model.lean_transformers import PreTrainedModel, transformers
 from router.model.paged_attention import PagedContext, paged_attention
 from router.model.parts import RemoteExperts
 
 
-class GrokConfig(PreTrainedConfig):  # type: ignore[misc]
+class GrokConfig(transformers.PreTrainedConfig):  # type: ignore[misc]
     """The configuration, as completed by :mod:`experts.families.grok`."""
 
     model_type = "grok-1"
@@ -197,8 +197,8 @@ def register_grok() -> None:
         (GrokConfig, GrokForCausalLM),
         (GrokNamesConfig, GrokNamesForCausalLM),
     ):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModelForCausalLM.register(config, model, exist_ok=True)
+        transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
+        transformers.AutoModelForCausalLM.register(config, model, exist_ok=True)
 
 
 def _head_dim(config: Any) -> int:

@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cluster.device import CPU, check_room
 from cluster.errors import CheckpointError
+from cluster.heap import give_back_freed
 from cluster.staging import Staging
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import read_tensor
@@ -27,6 +26,7 @@ from router.model.attention_choice import choose_attention, make_cache
 from router.model.decoder import AttentionHalf, Decoder
 from router.model.grok import register_grok
 from router.model.latent_attention import LATENT_ATTENTION_NAME, keep_latents, latent_attention
+from router.model.lean_transformers import ALL_ATTENTION_FUNCTIONS, transformers
 from router.model.memory import router_sizes
 from router.model.own_values import own_value
 from router.model.page_pool import pages_needed
@@ -172,6 +172,7 @@ class MoEModel:
             _layers_with_window(config),
             staging,
         )
+        give_back_freed()
 
 
 def _layers_with_window(config: Any) -> tuple[bool, ...]:
