@@ -164,7 +164,7 @@ class MoELayers(Generic[Result]):
             choice=gate_choice,
         )
         try:
-            self._send(begun)
+            self._send_and_prepare(begun)
         except BaseException:
             self.abandon(begun)
             raise
@@ -179,7 +179,7 @@ class MoELayers(Generic[Result]):
         """
         try:
             while (combined := self._receive_and_combine(begun)) is None:
-                self._send(begun)
+                self._send_and_prepare(begun)
         except BaseException:
             self.abandon(begun)
             raise
@@ -193,7 +193,7 @@ class MoELayers(Generic[Result]):
             begun.pending.abandon()
         begun.end_span()
 
-    def _send(self, begun: BegunLayer) -> None:
+    def _send_and_prepare(self, begun: BegunLayer) -> None:
         """Send a layer's rows without missing experts, and prepare their combination."""
         begun.choice = choice = self._without_missing(begun)
         span = begun.span
