@@ -122,6 +122,11 @@ class _TracingCalls:
         self._inner = inner
         self._recorder = recorder
 
+    @property
+    def took_s(self) -> float | None:
+        """See :class:`PendingCalls`."""
+        return self._inner.took_s
+
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """See :class:`PendingCalls`."""
         outcomes = self._inner.wait(is_gone)

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -53,6 +54,7 @@ class Answered:
     """A pending that has its answers from the start."""
 
     outcomes: list[Outcome]
+    took_s: ClassVar[float] = 0.0
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """Return them."""

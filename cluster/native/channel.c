@@ -6,6 +6,7 @@
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
+#include <time.h>
 
 #include "native.h"
 
@@ -77,6 +78,69 @@ FUNCTION(send) {
 done:
     while (taken) PyBuffer_Release(&views[--taken]);
     return result;
+}
+
+static int64_t now_ms(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * INT64_C(1000) + now.tv_nsec / 1000000;
+}
+
+/* Send pieces until all are gone or `wait_ms` have passed; without the interpreter. Returns how many
+ * bytes were sent; -1, and errno, where the connection is gone. */
+static Py_ssize_t write_pieces(int fd, struct iovec *pieces, size_t count, int64_t wait_ms) {
+    int64_t until_ms = now_ms() + wait_ms, left_ms = wait_ms;
+    Py_ssize_t written = 0;
+    while (count) {
+        struct msghdr message = {.msg_iov = pieces, .msg_iovlen = count};
+        ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL);
+        if (sent < 0 && errno == EINTR) continue; /* signals are the main thread's */
+        if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK) return -1;
+        if (sent < 0) {
+            struct pollfd waited = {fd, POLLOUT, 0};
+            if (left_ms <= 0) break;
+            poll(&waited, 1, (int)left_ms);
+        } else {
+            written += sent;
+            for (; count && (size_t)sent >= pieces->iov_len; pieces++, count--)
+                sent -= (ssize_t)pieces->iov_len;
+            if (count) {
+                pieces->iov_base = (char *)pieces->iov_base + sent;
+                pieces->iov_len -= (size_t)sent;
+            }
+        }
+        left_ms = until_ms - now_ms();
+    }
+    return written;
+}
+
+/* write(fd, buffers, wait_ms) -> how many bytes of a tuple of buffers were sent: all of them, or what
+ * the peer took within a while */
+FUNCTION(write) {
+    struct iovec pieces[MAX_BUFFERS];
+    Py_buffer views[MAX_BUFFERS];
+    Py_ssize_t count = 0, taken = 0, written = -1;
+    if (!are_given(given, 3)) return NULL;
+    int fd = (int)PyLong_AsLong(args[0]); /* that of a closed socket is an OSError */
+    long wait_ms = PyLong_AsLong(args[2]);
+    if (PyErr_Occurred()) return NULL;
+    if (!PyTuple_CheckExact(args[1]) || (count = PyTuple_GET_SIZE(args[1])) > MAX_BUFFERS ||
+        wait_ms < 0 || wait_ms > MAX_WAIT_MS) {
+        PyErr_SetString(PyExc_ValueError, "a tuple of few buffers, and a short wait");
+        return NULL;
+    }
+    for (; taken < count; taken++) {
+        PyObject *buffer = PyTuple_GET_ITEM(args[1], taken);
+        if (PyObject_GetBuffer(buffer, &views[taken], PyBUF_SIMPLE)) goto done;
+        pieces[taken] = (struct iovec){views[taken].buf, (size_t)views[taken].len};
+    }
+    Py_BEGIN_ALLOW_THREADS
+    written = write_pieces(fd, pieces, (size_t)count, wait_ms);
+    Py_END_ALLOW_THREADS
+    if (written < 0) PyErr_SetFromErrno(PyExc_OSError);
+done:
+    while (taken) PyBuffer_Release(&views[--taken]);
+    return written < 0 ? NULL : PyLong_FromSsize_t(written);
 }
 
 /* Return (id of the call, the message's bytes as a piece of the memoryview `data`). */

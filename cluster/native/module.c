@@ -11,6 +11,7 @@ static PyMethodDef functions[] = {
     ENTRY(combine, "router.moe.combine"),
     ENTRY(view, "cluster.wire.tensors.to_bytes"),
     ENTRY(send, "cluster.transport.stream.channel.Channel.send"),
+    ENTRY(write, "cluster.transport.stream.channel.Channel.write"),
     ENTRY(receive, "cluster.transport.stream.channel.Channel.receive"),
     ENTRY(attention_kernels, "router.model.cpu.native_attention"),
     ENTRY(attend, "router.model.cpu.native_attention"),

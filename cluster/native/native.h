@@ -63,6 +63,7 @@ FUNCTION(gather);
 FUNCTION(combine);
 FUNCTION(view);
 FUNCTION(send);
+FUNCTION(write);
 FUNCTION(receive);
 FUNCTION(attention_kernels);
 FUNCTION(attend);

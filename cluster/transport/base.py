@@ -7,6 +7,7 @@ decides what follows.
 from __future__ import annotations
 
 import enum
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -26,7 +27,9 @@ class CallFailure(enum.StrEnum):
 class Call(NamedTuple):
     """One frame for one generation of one actor.
 
-    ``timeout_s`` bounds the wait for the answer. ``replaceable`` is true where another actor can
+    ``timeout_s`` bounds the wait for the answer. It counts from the frame's last byte, and while
+    bytes of it are still to be sent, from the latest byte that the actor took. ``end_s``
+    (monotonic) ends the call in any case. ``replaceable`` is true where another actor can
     answer. When the connection of such a call breaks, its outcome is DIED at once. Any other call
     is repeated through Ray, which needs longer to notice a dead actor.
     """
@@ -36,22 +39,34 @@ class Call(NamedTuple):
     frame: Buffers
     timeout_s: float
     replaceable: bool = False
+    end_s: float = math.inf
 
 
 Outcome = Buffer | CallFailure
-IsGone = Callable[[Call], bool]
+IsGone = Callable[[Call, float], bool]
+"""Whether a call's actor is gone. It is also told for how many seconds the actor has had the call's
+frame, or has taken no byte of it."""
 
 GONE_CHECK_S = 0.2
 """The period in which a wait for answers checks whether an actor has been replaced."""
 
 
-def never_gone(call: Call) -> bool:
+def never_gone(call: Call, silent_s: float) -> bool:
     """Return false: every call is waited for until its time is over."""
     return False
 
 
 class PendingCalls(Protocol):
     """Calls that were sent and not answered yet."""
+
+    @property
+    def took_s(self) -> float | None:
+        """The time from the calls to the last answer, after a wait.
+
+        ``None`` where all answers had begun to arrive before the wait: while the caller computes
+        something else, nobody knows when.
+        """
+        ...
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """Return one outcome per call, in order, each within its call's time.
@@ -68,13 +83,16 @@ class PendingCalls(Protocol):
 
 
 class Transport(Protocol):
-    """Carries frames to actors and returns their answers; for one thread."""
+    """Carries frames to actors and returns their answers; for one thread.
+
+    The buffers of a frame do not change until its call is answered, given up or dropped.
+    """
 
     calls: Counter[str]
     """Number of calls by transport, ``ray`` or ``stream``."""
 
     def send(self, calls: Sequence[Call]) -> PendingCalls:
-        """Send all calls at once; the time of each call begins now."""
+        """Send all calls at once; bytes that an actor does not take yet leave in the background."""
         ...
 
     def renew(self, actor_id: str) -> None:

@@ -65,6 +65,7 @@ class _RayCalls:
         self._calls = calls
         self._refs = refs
         self._sent_at_s = time.monotonic()
+        self.took_s: float | None = None
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """See :class:`PendingCalls`."""
@@ -75,6 +76,7 @@ class _RayCalls:
             answers: list[Outcome] = ray.get(refs, timeout=min(left_s, GONE_CHECK_S))
         except RayError:
             answers = [self._outcome(call, ref, is_gone) for call, ref in sent]
+        self.took_s = time.monotonic() - self._sent_at_s
         remaining = map(_unsealed, answers)
         outcomes = [CallFailure.DIED if ref is None else next(remaining) for ref in self._refs]
         for call, outcome in zip(self._calls, outcomes, strict=True):
@@ -89,7 +91,8 @@ class _RayCalls:
         self._refs = []
 
     def _remaining_s(self, call: Call) -> float:
-        return max(0.0, self._sent_at_s + call.timeout_s - time.monotonic())
+        until_s = min(self._sent_at_s + call.timeout_s, call.end_s)
+        return max(0.0, until_s - time.monotonic())
 
     def _outcome(self, call: Call, ref: ray.ObjectRef, is_gone: IsGone) -> Outcome:
         while True:
@@ -98,7 +101,7 @@ class _RayCalls:
                 answer: bytes = ray.get(ref, timeout=min(remaining_s, GONE_CHECK_S))
                 return answer
             except GetTimeoutError:
-                if is_gone(call):
+                if is_gone(call, time.monotonic() - self._sent_at_s):
                     return CallFailure.DIED
                 if remaining_s == 0:
                     return CallFailure.TIMED_OUT

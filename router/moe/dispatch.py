@@ -142,9 +142,9 @@ class Dispatcher:
             traceparent=traceparent,
             started_at_s=time.monotonic(),
         )
-        return layer if self._send(layer, pairs) else None
+        return layer if self._send_pairs(layer, pairs) else None
 
-    def _send(self, layer: PendingLayer, pairs: np.ndarray | None) -> bool:
+    def _send_pairs(self, layer: PendingLayer, pairs: np.ndarray | None) -> bool:
         """Send ``pairs`` of a layer once; returns false where an expert has no live copy."""
         placement = self._view.placement
         if placement is None or not self._layouts.has_model(placement):
@@ -164,7 +164,7 @@ class Dispatcher:
         """Send every part to its actor, one frame each."""
         now_s = time.monotonic()
         most_rows = max([len(part.pairs) for part in parts], default=0)
-        attempt = Attempt(placement, now_s, most_rows)
+        attempt = Attempt(placement, most_rows)
         if not parts:
             return attempt
         replaceable = self._replaceable(placement, layer, parts, now_s)
@@ -176,7 +176,7 @@ class Dispatcher:
         for part, is_replaceable in zip(parts, replaceable, strict=True):
             actor_id, generation, expert_ids, counts, pairs = part
             end = begin + len(pairs) * row_bytes
-            timeout_s = self._timeout_s(layer, part, most_rows, now_s, is_replaceable)
+            timeout_s, end_s = self._times_s(layer, part, most_rows, now_s, is_replaceable)
             frame = DispatchFrame(
                 request_id=next(self._request_ids),
                 model=self._model,
@@ -191,7 +191,8 @@ class Dispatcher:
                 traceparent=layer.traceparent,
             )
             attempt.sent.append((part, frame))
-            calls.append(Call(actor_id, generation, encode(frame), timeout_s, is_replaceable))
+            data = encode(frame)
+            calls.append(Call(actor_id, generation, data, timeout_s, is_replaceable, end_s))
             begin = end
         attempt.calls = self._transport.send(calls)
         return attempt
@@ -225,7 +226,7 @@ class Dispatcher:
         ]
         if not failed_parts:
             actors = ((part.actor_id, part.generation) for part, _ in attempt.sent)
-            self._pace.note(attempt.most_rows, time.monotonic() - attempt.sent_at_s, actors)
+            self._pace.note(attempt.most_rows, attempt.calls.took_s, actors)
         return failed_parts
 
     def _take(self, layer: PendingLayer, part: Part, sent: DispatchFrame, outcome: Outcome) -> bool:
@@ -256,29 +257,28 @@ class Dispatcher:
             return [False] * len(parts)
         return self._copies.replaceable(placement, layer, parts, now_s)
 
-    def _timeout_s(
+    def _times_s(
         self, layer: PendingLayer, part: Part, most_rows: int, now_s: float, is_replaceable: bool
-    ) -> float:
-        """Return how long to wait for one answer; shortly where another copy can be asked."""
-        if is_replaceable:
-            return min(self._call_timeout_s, self._pace.stall_s(most_rows))
+    ) -> tuple[float, float]:
+        """Return how long to wait for an answer, short where a copy can give it, and the end."""
         left_s = layer.deadline_s - now_s
         if left_s < self._call_timeout_s:
             left_s = max(left_s, self._patience_s(part, most_rows))
-        return min(self._call_timeout_s, left_s)
+        wait_s = self._pace.stall_s(most_rows) if is_replaceable else left_s
+        return min(self._call_timeout_s, wait_s), now_s + left_s
 
     def _patience_s(self, part: Part, most_rows: int) -> float:
         """Return how long an actor may take for its answer, whatever the deadlines are."""
         patience_s = self._pace.patience_s(part.actor_id, part.generation, most_rows)
         return min(self._call_timeout_s, patience_s)
 
-    def _check_call(self, attempt: Attempt, call: Call) -> bool:
+    def _check_call(self, attempt: Attempt, call: Call, silent_s: float) -> bool:
         """Return whether the newest placement has a call's actor no longer.
 
-        Reports an actor to the controller when it takes longer than answers do. The wait goes on
-        meanwhile.
+        Reports an actor to the controller when it is silent for longer than answers take. The wait
+        goes on meanwhile.
         """
-        if time.monotonic() - attempt.sent_at_s >= self._pace.stall_s(attempt.most_rows):
+        if silent_s >= self._pace.stall_s(attempt.most_rows):
             self._suspect(call.actor_id, call.generation)
         newest = self._view.placement
         asked_under = attempt.placement.epoch
@@ -347,7 +347,7 @@ class Dispatcher:
             alone = itertools.compress(failed_parts, [not other for other in replaceable])
             self._check_away(layer, list(alone))
             self._back_off(layer)
-        return self._send(layer, np.sort(np.concatenate([part.pairs for part in parts])))
+        return self._send_pairs(layer, np.sort(np.concatenate([part.pairs for part in parts])))
 
     def _check_away(self, layer: PendingLayer, failed_parts: Sequence[FailedPart]) -> None:
         """Raise :class:`AwayError` once the wait for a part without another copy is over."""
@@ -385,7 +385,8 @@ class Dispatcher:
             self._damage_log.note(part, "rows that are not finite")
             self.retries["not_finite"] += 1
         layer.failed_actors |= {part.actor_id for part in damaged}
-        if not self._send(layer, np.sort(np.concatenate([part.pairs for part in damaged]))):
+        pairs = np.sort(np.concatenate([part.pairs for part in damaged]))
+        if not self._send_pairs(layer, pairs):
             layer.attempt = None  # an expert has lost its last copy: the next wait returns None
         return True
 

@@ -26,11 +26,17 @@ class Pace:
         self._left_out: Counter[Actor] = Counter()
         """How often in a row the pairs of an actor were left out of a step."""
 
-    def note(self, rows: int, took_s: float, actors: Iterable[Actor]) -> None:
-        """Record the time in which all ``actors`` answered, each of at most ``rows`` rows."""
+    def note(self, rows: int, took_s: float | None, actors: Iterable[Actor]) -> None:
+        """Record the time in which all ``actors`` answered, each of at most ``rows`` rows.
+
+        It is ``None`` where nobody waited for the answers: the time is that of the router's own
+        computation then, and says nothing of the actors.
+        """
         if self._left_out:
             for actor in actors:
                 self._left_out.pop(actor, None)
+        if took_s is None:
+            return
         size = rows.bit_length()
         self._longest_s[size] = max(took_s, DECAY * self._longest_s.get(size, 0.0))
 

@@ -42,7 +42,6 @@ class Attempt:
     """
 
     placement: Placement
-    sent_at_s: float
     most_rows: int
     sent: list[Sent] = field(default_factory=list)
     calls: PendingCalls | None = None

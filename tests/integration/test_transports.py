@@ -144,7 +144,7 @@ def test_an_actor_that_is_gone_is_waited_for_no_longer(
     hung, well = mortal
     pending = transport.send(within(LIMIT_S, [call(hung, b"wait 5"), call(well, b"hello")]))
     started_s = time.monotonic()
-    outcomes = pending.wait(lambda one: one.actor_id == hung)
+    outcomes = pending.wait(lambda one, silent_s: one.actor_id == hung)
     assert answers(outcomes) == [CallFailure.DIED, b"olleh"]
     assert time.monotonic() - started_s < 4.0
 

@@ -8,11 +8,17 @@ as views of it, so that rows go from the socket to the expert's product without 
 
 from __future__ import annotations
 
+import logging
+import selectors
 import socket
 import ssl
 import struct
+import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from itertools import islice
 from types import ModuleType
 
 from cluster.native.built import native
@@ -25,17 +31,25 @@ KEPT_BUFFER_BYTES = 4 << 20
 SEND_BUFFER_BYTES = 4 << 20
 """What a Unix socket holds, if the system allows so much: the frames of a prefill's pieces, which a
 peer that computes does not read yet. A system's default holds less than one."""
+_MOST_PIECES = 64
+"""The most buffers of one system call."""
 _START = struct.Struct("<QQ")
 _PADDING = [bytes(count) for count in range(ALIGNMENT)]
 _HAS_UNIX = hasattr(socket, "AF_UNIX")
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+logger = logging.getLogger("expertmesh.stream")
 
 Message = tuple[int, memoryview | None]
 """The id of a call, and its frame; ``None`` where its checksum is wrong."""
 
 
 class Channel:
-    """One end of a connection; for one thread at a time."""
+    """One end of a connection; for one thread at a time.
+
+    Only :meth:`write` may be called by another thread meanwhile. Bytes leave in their order: while
+    any are :attr:`outgoing`, :meth:`send` adds to them.
+    """
 
     has_more = False
     """Whether received bytes wait that do not wake a selector."""
@@ -49,7 +63,12 @@ class Channel:
         self._is_checked = leaves_host(sock) and not isinstance(sock, ssl.SSLSocket)
         self._extra_bytes = CHECKSUM_BYTES if self._is_checked else 0
         self.outgoing: deque[memoryview] = deque()
-        """Bytes that wait until the peer reads."""
+        """Bytes that wait until the peer reads; one is dropped when it has left, not before."""
+        self.queued_bytes = self.written_bytes = 0
+        """How many bytes ever were outgoing, and how many of these have left."""
+        self.failure: OSError | None = None
+        """Why outgoing bytes cannot leave any more."""
+        self._queue = threading.Lock()
         self._buffer = memoryview(b"")
         self._start = self._end = 0
         self.allow(max_message_bytes)
@@ -62,7 +81,7 @@ class Channel:
             self._replace_buffer(size)
 
     def send(self, call_id: int, buffers: Buffers = ()) -> bool:
-        """Send as much of a message as the peer takes now; :meth:`flush` sends the rest.
+        """Send as much of a message as the peer takes now; :meth:`write` sends the rest.
 
         The buffers must not change before the whole message is sent. Returns false, and sends
         nothing, for a message over :data:`MAX_MESSAGE_BYTES`. Raises ``OSError`` when the
@@ -81,35 +100,56 @@ class Channel:
         length = sum(map(len, buffers))
         if length > MAX_MESSAGE_BYTES + self._extra_bytes:
             return False
+        if self.failure is not None:
+            raise self.failure
         pieces = [_START.pack(length, call_id), *buffers, _PADDING[-length % ALIGNMENT]]
-        is_first = not self.outgoing
-        self.outgoing.extend(memoryview(piece) for piece in pieces if len(piece))
+        rest = deque(memoryview(piece) for piece in pieces if len(piece))
         if left is not None:
-            self._skip(_START.size + length + -length % ALIGNMENT - left)
-        elif is_first:
-            self.flush()
+            _skip(rest, _START.size + length + -length % ALIGNMENT - left)
+        elif not self.outgoing:
+            while rest and (sent := self._send(tuple(islice(rest, _MOST_PIECES)))):
+                _skip(rest, sent)
+        with self._queue:
+            self.queued_bytes += sum(map(len, rest))
+            self.outgoing.extend(rest)
         return True
 
     @property
     def can_wait(self) -> bool:
-        """Whether :meth:`receive` can wait: nothing waits to be sent meanwhile."""
-        return self._native is not None and not self.outgoing
+        """Whether :meth:`receive` can wait."""
+        return self._native is not None
 
     def flush(self) -> None:
         """Send as many of the waiting bytes as the peer takes now; raises ``OSError``."""
-        while self.outgoing:
-            sent = self._send(list(self.outgoing)[:64])
-            if not sent:
-                return
-            self._skip(sent)
+        while self.outgoing and self.write(0):
+            pass
 
-    def _skip(self, sent: int) -> None:
-        while sent:
-            first = self.outgoing.popleft()
-            if len(first) > sent:
-                self.outgoing.appendleft(first[sent:])
-                return
-            sent -= len(first)
+    def write(self, wait_ms: int) -> int:
+        """Send waiting bytes for ``wait_ms`` at most, as the peer takes them; returns their number.
+
+        May be called by another thread than the other methods. With native code it needs the
+        interpreter only at its begin and end, so it goes on while another thread computes. Raises
+        ``OSError`` when the connection is gone.
+        """
+        with self._queue:
+            pieces = tuple(islice(self.outgoing, _MOST_PIECES))
+        sent = self._write(pieces, wait_ms)
+        with self._queue:
+            self.written_bytes += sent
+            _skip(self.outgoing, sent)
+        return sent
+
+    def _write(self, pieces: tuple[memoryview, ...], wait_ms: int) -> int:
+        if self._native is not None:
+            written: int = self._native.write(self._fd, pieces, wait_ms)
+            return written
+        sent = self._send(pieces)
+        if sent or not wait_ms:
+            return sent
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.sock, selectors.EVENT_WRITE)
+            selector.select(wait_ms / 1000)
+        return self._send(pieces)
 
     def _send(self, pieces: Sequence[Buffer]) -> int:
         try:
@@ -194,6 +234,18 @@ class Channel:
         except _WOULD_BLOCK:
             return None
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether some bytes of a message were received that is not complete."""
+        return self._end > self._start
+
+    def shut_down(self, failure: OSError | None = None) -> None:
+        """End the waits of all threads for this connection; ``failure`` is why it has failed."""
+        self.failure = failure
+        with suppress(OSError):  # the peer has closed it
+            # Not the method of a TLS socket, which would send without TLS from then on.
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Close the socket, and drop the bytes that wait to be sent."""
         self.outgoing.clear()
@@ -207,12 +259,19 @@ class TlsChannel(Channel):
     sock: ssl.SSLSocket
     _native = None
 
+    def __init__(self, sock: socket.socket, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        """See :class:`Channel`."""
+        super().__init__(sock, max_message_bytes)
+        self._tls = threading.Lock()
+        """OpenSSL takes one thread at a time for a connection."""
+
     def _send(self, pieces: Sequence[Buffer]) -> int:
         sent = 0
         try:
             for piece in pieces:
                 while len(piece):
-                    count = self.sock.send(piece)
+                    with self._tls:
+                        count = self.sock.send(piece)
                     sent += count
                     piece = memoryview(piece)[count:]
         except _WOULD_BLOCK:
@@ -223,7 +282,8 @@ class TlsChannel(Channel):
         received = 0
         try:
             while received < len(room):
-                count = self.sock.recv_into(room[received:])
+                with self._tls:
+                    count = self.sock.recv_into(room[received:])
                 if not count:
                     return received
                 received += count
@@ -234,7 +294,19 @@ class TlsChannel(Channel):
     @property
     def has_more(self) -> bool:  # type: ignore[override]
         """Whether decrypted bytes wait that do not wake a selector."""
-        return self.sock.pending() > 0
+        with self._tls:
+            return self.sock.pending() > 0
+
+
+def _skip(pieces: deque[memoryview], count: int) -> None:
+    """Drop the first bytes of pieces; pieces are never empty meanwhile where bytes remain."""
+    while count:
+        first = pieces[0]
+        if len(first) > count:
+            pieces[0] = first[count:]
+            return
+        count -= len(first)
+        pieces.popleft()
 
 
 def leaves_host(sock: socket.socket) -> bool:
@@ -251,6 +323,20 @@ def channel_over(sock: socket.socket, max_message_bytes: int) -> Channel:
 def prepare_unix(sock: socket.socket) -> None:
     """Let the socket hold :data:`SEND_BUFFER_BYTES`, or as much as the system allows."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    granted_bytes = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    if granted_bytes < SEND_BUFFER_BYTES:
+        _log_small_buffer(granted_bytes)
+
+
+@cache
+def _log_small_buffer(granted_bytes: int) -> None:
+    """Log once that the system allows smaller buffers than asked for."""
+    logger.info(
+        "the system grants sockets a send buffer of %d bytes, of %d asked for; longer frames leave "
+        "in several parts (net.core.wmem_max on Linux)",
+        granted_bytes,
+        SEND_BUFFER_BYTES,
+    )
 
 
 def prepare_tcp(sock: socket.socket) -> None:

@@ -12,7 +12,6 @@ import selectors
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from cluster.transport.base import (
     GONE_CHECK_S,
@@ -24,39 +23,19 @@ from cluster.transport.base import (
     Transport,
     never_gone,
 )
-from cluster.transport.stream.channel import Channel
 from cluster.transport.stream.connect import Connector
+from cluster.transport.stream.link import Link
 
 LAST_WAIT_MS = 5
 """The time for which a wait watches one actor before it watches all actors."""
 WINDOW = 8
 """The most unanswered calls of one connection; further calls use the fall-back."""
-SILENT_S = 2.0
-"""A connection is replaced where a call is given up and no answer has come for so long. No checksum
-covers a message's length: a damaged one takes all that follows for a part of its message."""
+PROMPT_S = 0.001
+"""A wait that begins later than this after its calls first looks for the answers that are there."""
 LATE_READ_S = 1.0
 """The longest time for which answers that have arrived are read after their calls' time is over."""
 
 logger = logging.getLogger("expertmesh.stream")
-
-
-@dataclass(slots=True, eq=False)
-class _Link:
-    """A connection to one generation of an actor, and its unanswered calls."""
-
-    actor_id: str
-    generation: int
-    channel: Channel
-    unanswered: dict[int, _StreamCalls | None] = field(default_factory=dict)
-    """By the id of the call; ``None`` for a call that is waited for no longer."""
-    last_answer: int = 0
-    """The number of the latest answer, counted over all connections."""
-    waits_since_s: float = 0.0
-    """When the latest answer came, or the first unanswered call was sent after it."""
-
-    def is_silent(self) -> bool:
-        """Return whether calls have waited for any answer for :data:`SILENT_S`."""
-        return bool(self.unanswered) and time.monotonic() - self.waits_since_s >= SILENT_S
 
 
 class StreamTransport:
@@ -68,7 +47,7 @@ class StreamTransport:
         self._connector = connector
         self._fallback = fallback
         self._selector = selectors.DefaultSelector()
-        self._links: dict[str, _Link] = {}
+        self._links: dict[str, Link] = {}
         self._last_id = 0
         self._answers = 0
 
@@ -98,7 +77,7 @@ class StreamTransport:
         else:
             self._send_over(link, pending, index, call)
 
-    def _send_over(self, link: _Link, pending: _StreamCalls, index: int, call: Call) -> None:
+    def _send_over(self, link: Link, pending: _StreamCalls, index: int, call: Call) -> None:
         """Send a call over a connection; a call that is too long for a stream falls back."""
         self._last_id = call_id = self._last_id + 1
         try:
@@ -112,10 +91,10 @@ class StreamTransport:
             else:
                 pending.fall_back(index, CallFailure.TIMED_OUT)
 
-    def _expect_answer(self, link: _Link, pending: _StreamCalls, index: int, call_id: int) -> None:
+    def _expect_answer(self, link: Link, pending: _StreamCalls, index: int, call_id: int) -> None:
         """Note that a connection owes the answer of a call that was sent."""
         if link.channel.outgoing:
-            self._watch(link)
+            link.take_over(call_id)
         if not link.unanswered:
             link.waits_since_s = time.monotonic()
         link.unanswered[call_id] = pending
@@ -126,8 +105,7 @@ class StreamTransport:
         """Wait for each actor in turn, the last called first, until an answer is late.
 
         When the last called actor answers, the others have mostly answered too, so that this thread
-        wakes once for all of them. Meanwhile it notices no other connection that breaks or is ready
-        for more bytes.
+        wakes once for all of them. Meanwhile it notices no other connection that breaks.
         """
         for call_id, index in reversed(list(waiting.unanswered.items())):
             if call_id not in waiting.unanswered:  # already answered
@@ -146,31 +124,22 @@ class StreamTransport:
         """
         readable = [link for link in self._links.values() if link.channel.has_more]
         selected = self._selector.select(0 if readable else timeout_s)
-        links = {key.data: events for key, events in selected}
-        for link in readable:
-            links.setdefault(link, selectors.EVENT_READ)
-        for link, events in links.items():
-            try:
-                if link.channel.outgoing:
-                    link.channel.flush()
-                    if not link.channel.outgoing:
-                        self._watch(link)
-            except OSError as error:
-                self._break(link, error)
-                continue
-            if events & selectors.EVENT_READ:
-                self._receive_from(link, waiting)
-        return any(events & selectors.EVENT_READ for events in links.values())
+        links = dict.fromkeys([*(key.data for key, _ in selected), *readable])
+        for link in links:
+            self._receive_from(link, waiting)
+        return bool(links)
 
-    def _receive_from(self, link: _Link, waiting: _StreamCalls, wait_ms: int = 0) -> bool:
+    def _receive_from(self, link: Link, waiting: _StreamCalls, wait_ms: int = 0) -> bool:
         """Store the answers that a link has received with their calls; returns whether any has."""
         try:
             messages = link.channel.receive(wait_ms)
         except OSError as error:
-            self._break(link, error)
+            self._break(link, link.channel.failure or error)
             return True
         for call_id, frame in messages:
             pending = link.unanswered.pop(call_id, None)
+            if link.writer is not None:
+                link.writer.forget(call_id)
             if pending is None:  # a late answer
                 continue
             index = pending.unanswered.pop(call_id)
@@ -190,7 +159,7 @@ class StreamTransport:
             self._break(link, ConnectionError("a message came damaged"))
         return bool(messages)
 
-    def _link(self, actor_id: str, generation: int, until_s: float) -> _Link | None:
+    def _link(self, actor_id: str, generation: int, until_s: float) -> Link | None:
         """Return the connection to an actor's generation; ``None`` where there is none yet.
 
         Without a fall-back it waits for one, until ``until_s`` at most.
@@ -204,11 +173,11 @@ class StreamTransport:
         channel = self._connector.take(actor_id, generation, wait_s)
         if channel is None:
             return None
-        link = self._links[actor_id] = _Link(actor_id, generation, channel)
+        link = self._links[actor_id] = Link(actor_id, generation, channel)
         self._selector.register(channel.sock, selectors.EVENT_READ, link)
         return link
 
-    def _has_room(self, link: _Link, pending: _StreamCalls) -> bool:
+    def _has_room(self, link: Link, pending: _StreamCalls) -> bool:
         """Return whether a connection takes another call; late answers are read to make room."""
         if len(link.unanswered) < WINDOW:
             return True
@@ -218,13 +187,6 @@ class StreamTransport:
         if not any(link.unanswered.values()) and link.is_silent():
             self._break(link, TimeoutError("no call is answered"))
         return False
-
-    def _watch(self, link: _Link) -> None:
-        """Have the selector watch for answers, and for room where bytes wait to be sent."""
-        events = selectors.EVENT_READ
-        if link.channel.outgoing:
-            events |= selectors.EVENT_WRITE
-        self._selector.modify(link.channel.sock, events, link)
 
     def is_ready(self, actor_id: str, generation: int) -> bool:
         """See :class:`Transport`."""
@@ -244,6 +206,16 @@ class StreamTransport:
         if self._fallback is not None:
             self._fallback.close()
 
+    def moved_at_s(self, call_id: int, call: Call) -> float:
+        """See :meth:`Link.moved_at_s`."""
+        link = self._links.get(call.actor_id)
+        return float("-inf") if link is None else link.moved_at_s(call_id)
+
+    def has_begun(self, call: Call) -> bool:
+        """Return whether an answer of the call's actor has begun to arrive."""
+        link = self._links.get(call.actor_id)
+        return link is not None and link.channel.has_begun
+
     def forget(self, call_id: int, call: Call) -> None:
         """Drop the answer of a call when it arrives; replaces a connection that is silent."""
         link = self._links.get(call.actor_id)
@@ -260,12 +232,12 @@ class StreamTransport:
             else self._fallback.send([call._replace(timeout_s=timeout_s)])
         )
 
-    def _break(self, link: _Link, error: OSError) -> None:
+    def _break(self, link: Link, error: OSError) -> None:
         """Log why a connection broke, and drop it."""
         logger.info("the stream to %s g%d broke (%s)", link.actor_id, link.generation, error)
         self._drop(link)
 
-    def _drop(self, link: _Link) -> None:
+    def _drop(self, link: Link) -> None:
         """Close a connection, unless it is closed; its unanswered calls fail or use the fall-back.
 
         The next call to the actor asks for a new connection.
@@ -274,7 +246,7 @@ class StreamTransport:
             return
         del self._links[link.actor_id]
         self._selector.unregister(link.channel.sock)
-        link.channel.close()
+        link.close()
         for call_id, pending in link.unanswered.items():
             if pending is not None:
                 pending.connection_broke(pending.unanswered.pop(call_id))
@@ -289,21 +261,32 @@ class _StreamCalls:
         self.outcomes: list[Outcome] = [CallFailure.TIMED_OUT] * len(calls)
         self._transport = transport
         self._calls = calls
-        now_s = time.monotonic()
-        self.until_s = [now_s + call.timeout_s for call in calls]
-        """When the time of each call is over."""
+        self._sent_at_s = now_s = time.monotonic()
+        self.until_s = [min(now_s + call.timeout_s, call.end_s) for call in calls]
+        """When the time of each call is over, unless bytes of it leave later."""
+        self.took_s: float | None = None
         self._by_fallback: list[tuple[int, PendingCalls]] = []
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """See :class:`PendingCalls`."""
-        check_at_s = time.monotonic() + GONE_CHECK_S
+        begun_at_s = time.monotonic()
+        were_there = begun_at_s - self._sent_at_s > PROMPT_S and self._read_arrived()
+        check_at_s = begun_at_s + GONE_CHECK_S
         until_s = min([check_at_s, *self.until_s])
         self._transport.receive_in_turn(self, self._calls, until_s)
         if self.unanswered:  # an answer is late
             self._wait_for_any(is_gone, check_at_s)
         for index, pending in self._by_fallback:
             [self.outcomes[index]] = pending.wait(is_gone)
+        self.took_s = None if were_there else time.monotonic() - self._sent_at_s
         return self.outcomes
+
+    def _read_arrived(self) -> bool:
+        """Read what is there; returns whether all answers have arrived or begun to."""
+        while self.unanswered and self._transport.receive_any(self, 0.0):
+            pass
+        indices = self.unanswered.values()
+        return all(self._transport.has_begun(self._calls[index]) for index in indices)
 
     def drop(self) -> None:
         """See :class:`PendingCalls`."""
@@ -319,9 +302,10 @@ class _StreamCalls:
         while self.unanswered:
             now_s = time.monotonic()
             if now_s >= check_at_s:
-                self._give_up(is_gone)
+                self._give_up(is_gone, now_s)
                 check_at_s = now_s + GONE_CHECK_S
                 continue
+            self._extend(now_s)
             until_s = min(self.until_s[index] for index in self.unanswered.values())
             # Also after its time: an answer that arrived while this thread did not wait counts.
             timeout_s = max(0.0, min(until_s, check_at_s) - now_s)
@@ -336,10 +320,24 @@ class _StreamCalls:
             for call_id in late:
                 self._forget(call_id)
 
-    def _give_up(self, is_gone: IsGone) -> None:
+    def _since_s(self, call_id: int, index: int) -> float:
+        """Return from when the time of a call counts: its last byte, or the last that moved."""
+        return max(self._sent_at_s, self._transport.moved_at_s(call_id, self._calls[index]))
+
+    def _extend(self, now_s: float) -> None:
+        """Give more time to late calls of which bytes have left meanwhile."""
+        for call_id, index in self.unanswered.items():
+            if self.until_s[index] <= now_s:
+                call = self._calls[index]
+                until_s = self._since_s(call_id, index) + call.timeout_s
+                self.until_s[index] = min(until_s, call.end_s)
+
+    def _give_up(self, is_gone: IsGone, now_s: float) -> None:
         """Wait no longer for the answers of actors that are gone."""
         gone = [
-            call_id for call_id, index in self.unanswered.items() if is_gone(self._calls[index])
+            call_id
+            for call_id, index in self.unanswered.items()
+            if is_gone(self._calls[index], now_s - self._since_s(call_id, index))
         ]
         for call_id in gone:
             self.outcomes[self._forget(call_id)] = CallFailure.DIED
@@ -359,8 +357,9 @@ class _StreamCalls:
 
     def fall_back(self, index: int, failure: CallFailure) -> None:
         """Send a call over the fall-back; without a fall-back its outcome is ``failure``."""
-        timeout_s = max(0.0, self.until_s[index] - time.monotonic())
-        pending = self._transport.send_by_fallback(self._calls[index], timeout_s)
+        call = self._calls[index]
+        timeout_s = max(0.0, min(call.timeout_s, call.end_s - time.monotonic()))
+        pending = self._transport.send_by_fallback(call, timeout_s)
         if pending is None:
             self.outcomes[index] = failure
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.transport.stream import client
+from cluster.transport.stream import link
 from cluster.transport.stream.handshake import Network
 from tests.checkpoints import save_mixtral
 from tests.cluster_fixture import wait_until
@@ -111,7 +111,7 @@ def test_a_connection_whose_message_claims_too_many_bytes_is_replaced(
 ) -> None:
     """All that follows would count as a part of the message, and every call would time out."""
     wired = between_hosts
-    monkeypatch.setattr(client, "SILENT_S", 0.3)
+    monkeypatch.setattr(link, "SILENT_S", 0.3)
     wired.cluster.dispatcher._call_timeout_s = 0.5
     expected = tokens_of(wired.plain)
     wired.wire.fault(fault, 1)

@@ -243,10 +243,10 @@ def test_an_only_copy_that_takes_too_long_is_suspected_and_still_waited_for(
                 dispatcher, call = cluster.dispatcher, Call("a1", 1, (), 5.0)
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(dispatcher._pace, "stall_s", lambda rows: 3600.0)
-                    asked.append(is_gone(call))
+                    asked.append(is_gone(call, 1.0))
                     assert cluster.suspected == []
                     patch.setattr(dispatcher._pace, "stall_s", lambda rows: 0.0)
-                    asked.append(is_gone(call))
+                    asked.append(is_gone(call, 1.0))
                 return self.outcomes
 
         send = cluster.transport.send
