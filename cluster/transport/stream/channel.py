@@ -139,6 +139,13 @@ class Channel:
             _skip(self.outgoing, sent)
         return sent
 
+    def own_outgoing(self) -> None:
+        """Copy the outgoing bytes, so that the memory they came from may change.
+
+        No other thread may be in :meth:`write`.
+        """
+        self.outgoing = deque(memoryview(bytes(piece)) for piece in self.outgoing)
+
     def _write(self, pieces: tuple[memoryview, ...], wait_ms: int) -> int:
         if self._native is not None:
             written: int = self._native.write(self._fd, pieces, wait_ms)

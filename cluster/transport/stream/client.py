@@ -139,7 +139,7 @@ class StreamTransport:
         for call_id, frame in messages:
             pending = link.unanswered.pop(call_id, None)
             if link.writer is not None:
-                link.writer.forget(call_id)
+                link.forget(call_id)
             if pending is None:  # a late answer
                 continue
             index = pending.unanswered.pop(call_id)
@@ -221,6 +221,7 @@ class StreamTransport:
         link = self._links.get(call.actor_id)
         if link is not None and call_id in link.unanswered:
             link.unanswered[call_id] = None
+            link.forget(call_id)
             if not any(link.unanswered.values()) and link.is_silent():
                 self._break(link, TimeoutError("no call is answered"))
 
@@ -270,7 +271,8 @@ class _StreamCalls:
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """See :class:`PendingCalls`."""
         begun_at_s = time.monotonic()
-        were_there = begun_at_s - self._sent_at_s > PROMPT_S and self._read_arrived()
+        is_late = begun_at_s - self._sent_at_s > PROMPT_S
+        were_there = is_late and self._read_arrived() and not self._by_fallback
         check_at_s = begun_at_s + GONE_CHECK_S
         until_s = min([check_at_s, *self.until_s])
         self._transport.receive_in_turn(self, self._calls, until_s)

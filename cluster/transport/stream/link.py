@@ -33,8 +33,9 @@ class Link(Generic[Pending]):
     """Set once a frame was longer than the socket's buffer."""
 
     def is_silent(self) -> bool:
-        """Return whether calls have waited for any answer for :data:`SILENT_S`."""
-        since_s = max([self.waits_since_s, *map(self.moved_at_s, self.unanswered)])
+        """Return whether calls have waited for :data:`SILENT_S`, and no byte has moved."""
+        moved_at_s = 0.0 if self.writer is None else self.writer.latest_at_s
+        since_s = max(self.waits_since_s, moved_at_s)
         return bool(self.unanswered) and time.monotonic() - since_s >= SILENT_S
 
     def take_over(self, call_id: int) -> None:
@@ -49,6 +50,11 @@ class Link(Generic[Pending]):
         While some of its bytes wait: when the actor took any byte last.
         """
         return float("-inf") if self.writer is None else self.writer.moved_at_s(call_id)
+
+    def forget(self, call_id: int) -> None:
+        """See :meth:`Writer.forget`."""
+        if self.writer is not None:
+            self.writer.forget(call_id)
 
     def close(self) -> None:
         """Close the connection, and end its thread."""

@@ -13,7 +13,7 @@ from collections import deque
 
 from cluster.transport.stream.channel import Channel
 
-WRITE_MS = 100
+WRITE_MS = 50
 """The longest time between two notes of progress, and of a look at whether to end."""
 HANDOVER_S = 0.005
 """The longest wait for the thread to begin. It needs the interpreter for it, which the caller may
@@ -32,8 +32,10 @@ class Writer:
         self._channel = channel
         self._changed = threading.Condition()
         self._is_writing = False
+        self._writing = threading.Lock()
+        """Held during a write; taken last."""
         self._is_closed = False
-        self._moved_at_s = time.monotonic()
+        self.latest_at_s = time.monotonic()
         """When a byte left last."""
         self._ends: deque[tuple[int, int | None]] = deque()
         """By call whose bytes wait: the number of bytes up to its last one, and its id.
@@ -49,7 +51,7 @@ class Writer:
         """Write the rest of the call that was queued last; returns when the thread has begun."""
         with self._changed:
             if not self._ends:
-                self._moved_at_s = time.monotonic()
+                self.latest_at_s = time.monotonic()
             self._ends.append((self._channel.queued_bytes, call_id))
             self._note_progress()
             self._changed.notify_all()
@@ -62,15 +64,22 @@ class Writer:
         """
         with self._changed:
             if any(call_id == waiting for _, waiting in self._ends):
-                return self._moved_at_s
+                return self.latest_at_s
             return self._left_at_s.get(call_id, float("-inf"))
 
     def forget(self, call_id: int) -> None:
-        """Forget the times of a call; bytes of it that wait are written all the same."""
+        """Forget a call; bytes of it that wait are written all the same, from memory of their own.
+
+        Where bytes of it wait, this takes up to :data:`WRITE_MS`: the write under way has to end.
+        """
         with self._changed:
             self._left_at_s.pop(call_id, None)
-            kept = ((end, None if call == call_id else call) for end, call in self._ends)
-            self._ends = deque(kept)
+            calls = [call for _, call in self._ends]
+            if call_id in calls:
+                end, _ = self._ends[calls.index(call_id)]
+                self._ends[calls.index(call_id)] = end, None
+                with self._writing:
+                    self._channel.own_outgoing()
 
     def close(self) -> None:
         """End the thread, and with it the connection."""
@@ -83,13 +92,14 @@ class Writer:
     def _run(self) -> None:
         while self._is_to_write():
             try:
-                sent = self._channel.write(WRITE_MS)
+                with self._writing:
+                    sent = self._channel.write(WRITE_MS)
             except OSError as error:
                 self._channel.shut_down(error)  # wakes the thread that waits for answers
                 return
             if sent:
                 with self._changed:
-                    self._moved_at_s = time.monotonic()
+                    self.latest_at_s = time.monotonic()
                     self._note_progress()
 
     def _is_to_write(self) -> bool:
@@ -106,4 +116,4 @@ class Writer:
         while self._ends and self._ends[0][0] <= self._channel.written_bytes:
             _, call_id = self._ends.popleft()
             if call_id is not None:
-                self._left_at_s[call_id] = self._moved_at_s
+                self._left_at_s[call_id] = self.latest_at_s

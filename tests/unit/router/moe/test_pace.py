@@ -21,6 +21,17 @@ def test_a_stall_is_longer_than_the_longest_answer_lately() -> None:
     assert pace.stall_s(5) == STALL_S  # one slow answer is forgotten
 
 
+def test_an_answer_that_nobody_waited_for_tells_nothing_but_that_its_actor_lives() -> None:
+    pace = Pace()
+    pace.left_out([("a", 1)])
+    pace.note(5, None, [("a", 1)])
+    assert pace.stall_s(5) == float("inf")
+    assert pace.patience_s("a", 1, 5) == STALL_S
+    pace.note(5, 1.0, ())
+    pace.note(5, None, ())
+    assert pace.stall_s(5) == SLACK
+
+
 def test_more_rows_than_ever_are_given_more_time() -> None:
     pace = Pace()
     pace.note(4, 0.25, ())
