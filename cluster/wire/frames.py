@@ -128,13 +128,14 @@ _ERROR_KEYS = {"code", "message", "field", "retry_after_s"}
 _KNOWN_ERRORS = {cls.__name__: cls for cls in (WrongPlacementError, FrameError, ExpertFailedError)}
 
 
-def encode(frame: Frame) -> Buffers:
+def encode(frame: Frame, more_rows: Buffers = ()) -> Buffers:
     """Return the frame's bytes; the rows are not copied.
 
+    ``more_rows`` are the rows of a dispatch frame that lie elsewhere than its first rows.
     Raises ``struct.error`` for a number or a name that does not fit its field.
     """
     if isinstance(frame, DispatchFrame):
-        return _dispatch_header(frame), frame.rows
+        return _dispatch_header(frame), frame.rows, *more_rows
     if isinstance(frame, RowsFrame):
         num_axes, dtype_code = len(frame.row_shape), _DTYPE_CODES[frame.dtype]
         header = _rows_layout(num_axes).header.pack(

@@ -28,6 +28,7 @@ from router.model.attention import Attention, PagedBatch
 from router.model.kv_cache import PagedCache
 from router.model.paged_attention import PagedContext
 from router.model.staged_batch import batch_to_device
+from router.moe import device_rows
 from router.moe.gate import Choice, Gate
 from router.moe.layer import BegunLayer, MoELayers, StepContext
 
@@ -171,10 +172,12 @@ class MixtureFeedForward:
     ) -> tuple[BegunLayer, torch.Tensor | None]:
         """See :class:`FeedForwardHalf`; sends the rows, and computes the shared expert."""
         among = partial(self._gate.choose_anew, normed)
+        rows: device_rows.LayerRows = normed
         if self._staging is None:
-            rows, choice = normed, self._gate.choice(normed)
+            choice = self._gate.choice(normed)
         else:
-            ids, weights, rows = self._staging.to_host(*self._gate.choose(normed), normed)
+            chosen = self._gate.choose(normed)
+            ids, weights, rows = device_rows.to_host(self._staging, *chosen, normed)
             choice = Choice(to_ids(ids), weights)
         begun = self._layers.begin(context, self._layer_id, rows, choice, among, tokens)
         try:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
-import torch
 
 from cluster.errors import (
     Code,
@@ -49,9 +48,10 @@ from cluster.wire.tensors import dtype_name
 from router.control.placement_view import PlacementView
 from router.moe.combine import ExpertRows
 from router.moe.copy_choice import CopyChoice
+from router.moe.device_rows import LayerRows
 from router.moe.pace import Pace
 from router.moe.pending import Attempt, AwayError, DamageLog, FailedPart, PendingLayer
-from router.moe.permute import Part, PlacedModel, gather, split
+from router.moe.permute import Part, PlacedModel, rows_of_parts, split
 from router.moe.shared_load import SharedLoad
 from router.retry import RetryPolicy
 
@@ -112,7 +112,7 @@ class Dispatcher:
     def send(
         self,
         layer_id: int,
-        hidden_states: torch.Tensor,
+        hidden_states: LayerRows,
         topk_ids: np.ndarray,
         deadline_s: float,
         pairs: np.ndarray | None = None,
@@ -168,14 +168,10 @@ class Dispatcher:
         if not parts:
             return attempt
         replaceable = self._replaceable(placement, layer, parts, now_s)
-        # The rows of all parts are gathered at once; each part's rows are a slice of them.
-        gathered = gather(layer.rows, ordered, layer.k)  # bytes
-        row_bytes = len(gathered) // len(ordered)
+        rows_of = rows_of_parts(layer.rows, ordered, parts, layer.k)
         calls: list[Call] = []
-        begin = 0
-        for part, is_replaceable in zip(parts, replaceable, strict=True):
+        for part, is_replaceable, (rows, *more) in zip(parts, replaceable, rows_of, strict=True):
             actor_id, generation, expert_ids, counts, pairs = part
-            end = begin + len(pairs) * row_bytes
             timeout_s, end_s = self._times_s(layer, part, most_rows, now_s, is_replaceable)
             frame = DispatchFrame(
                 request_id=next(self._request_ids),
@@ -186,14 +182,13 @@ class Dispatcher:
                 num_rows=len(pairs),
                 row_shape=layer.row_shape,
                 dtype=layer.dtype,
-                rows=gathered[begin:end],
+                rows=rows,
                 time_left_s=timeout_s,
                 traceparent=layer.traceparent,
             )
             attempt.sent.append((part, frame))
-            data = encode(frame)
+            data = encode(frame, tuple(more))
             calls.append(Call(actor_id, generation, data, timeout_s, is_replaceable, end_s))
-            begin = end
         attempt.calls = self._transport.send(calls)
         return attempt
 

@@ -21,6 +21,7 @@ from opentelemetry.trace import Span
 from cluster.errors import ExpertUnavailableError
 from router.moe.capacity import CapacityLimit
 from router.moe.combine import ExpertRows
+from router.moe.device_rows import LayerRows
 from router.moe.dispatch import Dispatcher
 from router.moe.gate import Choice, ChooseAmong
 from router.moe.missing import ALL_TOKENS, StepMissing
@@ -34,7 +35,10 @@ class Combination(Protocol[Result]):
     """Makes a layer's result of the rows of its experts, such as :class:`WeightedSums`."""
 
     def prepare(self, choice: Choice, rows: torch.Tensor) -> Any:
-        """Prepare :meth:`combine` while the experts compute; ``rows`` [T, ...] were sent."""
+        """Prepare :meth:`combine` while the experts compute; ``rows`` [T, ...] are as were sent.
+
+        They have the shape and the dtype of the rows; their order may be another.
+        """
         ...
 
     def combine(self, received: list[ExpertRows], plan: Any) -> tuple[Result, bool]:
@@ -96,7 +100,7 @@ class BegunLayer:
 
     context: StepContext
     layer_id: int
-    rows: torch.Tensor
+    rows: LayerRows
     gate_choice: Choice
     among: ChooseAmong | None
     tokens: slice
@@ -137,7 +141,7 @@ class MoELayers(Generic[Result]):
         self,
         context: StepContext,
         layer_id: int,
-        rows: torch.Tensor,
+        rows: LayerRows,
         gate_choice: Choice,
         among: ChooseAmong | None = None,
         tokens: slice = ALL_TOKENS,
@@ -202,7 +206,9 @@ class MoELayers(Generic[Result]):
             begun.layer_id, begun.rows, choice.ids, begun.context.deadline_s, choice.pairs, parent
         )
         if begun.pending is not None:
-            begun.plan = self._combination.prepare(choice, begun.rows)
+            rows = begun.rows
+            like = rows if isinstance(rows, torch.Tensor) else rows.like
+            begun.plan = self._combination.prepare(choice, like)
 
     def _without_missing(self, begun: BegunLayer) -> Choice:
         """Return the gate's choice, changed where experts are missing or have no room."""

@@ -19,6 +19,7 @@ from cluster.transport.base import CallFailure, PendingCalls
 from cluster.wire.frames import DispatchFrame, Shape
 from cluster.wire.tensors import from_bytes
 from router.moe.combine import ExpertRows
+from router.moe.device_rows import LayerRows
 from router.moe.permute import Part
 
 logger = logging.getLogger("expertmesh.dispatch")
@@ -62,7 +63,7 @@ class PendingLayer:
     """
 
     layer_id: int
-    rows: torch.Tensor
+    rows: LayerRows
     row_shape: Shape
     expert_of_pair: np.ndarray
     k: int
@@ -102,7 +103,11 @@ class PendingLayer:
 
         Such rows are damaged, or the expert itself yields them.
         """
-        is_finite = self.rows.isfinite().flatten(1).all(dim=1).numpy()
+        rows = self.rows
+        if isinstance(rows, torch.Tensor):
+            is_finite = rows.isfinite().flatten(1).all(dim=1).numpy()
+        else:
+            is_finite = rows.are_finite()
         damaged = [
             bool((is_finite[part.pairs // self.k] & ~self._finite_rows(rows)).any())
             for part, rows in zip(self.answered, self.received, strict=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,8 +22,10 @@ import torch
 
 from cluster.native.built import native
 from cluster.placement.placement import Placement
+from cluster.wire.frames import Buffers
 from cluster.wire.tensors import to_bytes, to_raw
 from router.control.placement_view import PlacementView
+from router.moe.device_rows import LayerRows
 from router.moe.missing import Awaited
 
 
@@ -157,6 +159,19 @@ def gather(rows: torch.Tensor, ordered: np.ndarray, k: int) -> memoryview:
         row_bytes = rows.nbytes // rows.shape[0]
         return memoryview(native.gather(to_bytes(rows), ordered, k, row_bytes))
     return to_raw(rows).take(ordered // k, axis=0).data.cast("B")
+
+
+def rows_of_parts(
+    rows: LayerRows, ordered: np.ndarray, parts: Sequence[Part], k: int
+) -> list[Buffers]:
+    """Return the bytes of each part's rows; ``ordered`` are the pairs of all parts."""
+    if not isinstance(rows, torch.Tensor):
+        return [rows.of(part.pairs) for part in parts]
+    # All are gathered at once; each part's rows are a slice of them.
+    gathered = gather(rows, ordered, k)
+    row_bytes = len(gathered) // len(ordered)
+    ends = itertools.accumulate([len(part.pairs) * row_bytes for part in parts], initial=0)
+    return [(gathered[begin:end],) for begin, end in itertools.pairwise(ends)]
 
 
 def missing_by_layer(placement: Placement, model: str) -> dict[int, np.ndarray]:

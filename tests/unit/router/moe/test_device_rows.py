@@ -1,0 +1,232 @@
+"""Rows that a device permutes: those that the host gathers, in one copy and in few pieces."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.staging import Staging
+from cluster.transport.base import Call, CallFailure
+from cluster.wire.frames import encode
+from router.config import CapacityConfig
+from router.engine.scheduler import Limits
+from router.moe import device_rows
+from router.moe.device_rows import PermutedRows, permute
+from router.moe.permute import gather, lay_out, rows_of_parts, split
+from tests.checkpoints import save_mixtral
+from tests.emulated_copies import Copies
+from tests.emulated_device import EmulatedDevice, emulated_device
+from tests.local_cluster import BankTransport, LocalCluster, greedy_request
+
+PROMPTS = [[5, 9, 7], [8, 2, 6, 3, 4], list(range(3, 40))]
+LIMITS = Limits(32, 16, 256)
+
+
+@pytest.fixture
+def device() -> Iterator[EmulatedDevice]:
+    with emulated_device() as device:
+        yield device
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have rows permuted however few they are."""
+    monkeypatch.setattr(device_rows, "PERMUTED_BYTES", 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_mixtral(folder)
+    return folder
+
+
+def chosen(num_tokens: int, k: int, num_experts: int, seed: int) -> torch.Tensor:
+    """Return ids [T, K] that differ within a token."""
+    scores = torch.rand(num_tokens, num_experts, generator=torch.Generator().manual_seed(seed))
+    return scores.topk(k).indices
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    num_tokens=st.integers(1, 30),
+    k=st.integers(1, 4),
+    num_actors=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_parts_have_the_bytes_that_the_host_gathers(
+    num_tokens: int, k: int, num_actors: int, dtype: torch.dtype, seed: int, data: st.DataObject
+) -> None:
+    num_experts = 6
+    ids = chosen(num_tokens, k, num_experts, seed)
+    rows = torch.randn(num_tokens, 5, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    permuted, pairs = permute(rows, ids)
+    moved = PermutedRows(permuted, pairs.numpy(), k)
+    assert moved.shape == rows.shape
+    assert (moved.like.shape, moved.like.dtype, moved.dtype) == (rows.shape, dtype, dtype)
+
+    actors = [f"a{data.draw(st.integers(0, num_actors - 1))}" for _ in range(num_experts)]
+    layout = lay_out(dict(enumerate(actors)), dict.fromkeys(actors, 1))
+    some = data.draw(st.sets(st.integers(0, num_tokens * k - 1), min_size=1))
+    other_ids = chosen(num_tokens, k, num_experts, seed + 1)
+    for expert_ids, asked in (
+        (ids, None),
+        (ids, np.array(sorted(some), np.int64)),
+        (other_ids, None),  # of a choice that was changed on the host
+    ):
+        ordered, parts, _ = split(layout, expert_ids.numpy().ravel(), k, asked)
+        found = rows_of_parts(moved, ordered, parts, k)
+        assert [b"".join(pieces) for pieces in found] == [
+            b"".join(pieces) for pieces in rows_of_parts(rows, ordered, parts, k)
+        ]
+        assert b"".join(itertools.chain(*found)) == bytes(gather(rows, ordered, k))
+        if expert_ids is ids and asked is None:
+            for part, pieces in zip(parts, found, strict=True):
+                runs = 1 + sum(b > a + 1 for a, b in itertools.pairwise(part.expert_ids))
+                hit = set(ids.ravel().tolist())
+                gaps = set(range(num_experts)) - hit
+                assert len(pieces) <= runs
+                assert gaps or len(pieces) == runs
+
+
+def test_a_frame_is_sent_in_the_pieces_of_its_rows(device: EmulatedDevice) -> None:
+    """From the memory into which the device has copied, without a copy of the host's own."""
+    hidden_states, ids = torch.randn(4, 8), torch.tensor([[0, 2], [2, 1], [0, 1], [1, 2]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_rows, "PERMUTED_BYTES", 0)
+        with device.counted() as copies:
+            there = hidden_states.to(device.device), ids.to(device.device)
+            weights = torch.ones(4, 2, device=device.device)
+            found = device_rows.to_host(Staging(device.device), there[1], weights, there[0])
+    assert len(copies.to_host) == 1
+    assert torch.equal(found[0], ids)
+    moved = found[2]
+    assert isinstance(moved, PermutedRows)
+    layout = lay_out({0: "a", 1: "b", 2: "a"}, {"a": 1, "b": 1})
+    ordered, parts, _ = split(layout, ids.numpy().ravel(), 2, None)
+    [of_a, of_b] = rows_of_parts(moved, ordered, parts, 2)
+    assert [len(of_a), len(of_b)] == [2, 1]
+    begin, end = moved.like.data_ptr(), moved.like.data_ptr() + 8 * 8 * 4
+    for piece in (*of_a, *of_b):
+        at = np.frombuffer(piece, np.uint8).__array_interface__["data"][0]
+        assert begin <= at < end
+
+
+def test_few_rows_come_in_the_tokens_order(device: EmulatedDevice) -> None:
+    rows = torch.randn(4, 8)
+    ids = chosen(4, 2, 4, 0)
+    given_there = [t.to(device.device) for t in (ids, torch.ones(4, 2), rows)]
+    with device.counted() as copies:
+        found = device_rows.to_host(Staging(device.device), *given_there)
+    assert torch.equal(found[2], rows)  # type: ignore[arg-type]
+    assert len(copies.to_host) == 1
+    assert copies.to_host[0].num_bytes == 64 + 64 + rows.nbytes
+
+
+# An engine on a device.
+
+
+def generated(
+    folder: Path, device: torch.device | None, *, lost: bool = False, **options: Any
+) -> tuple[list[tuple[int, ...]], LocalCluster]:
+    """Return the tokens of all prompts; with ``lost`` of three actors only two have experts."""
+    options |= {} if device is None else {"device": device}
+    cluster = LocalCluster(folder, 3, limits=LIMITS, dtype="float32", **options)
+    if lost:
+        cluster.view.publish(cluster.placement.without("a0"))
+    policy = {"on_expert_loss": "next_expert"} if lost else {}
+    asked = [greedy_request(f"r{i}", prompt, 6, **policy) for i, prompt in enumerate(PROMPTS)]
+    try:
+        return [events[0].token_ids for events in cluster.generate(*asked)], cluster
+    finally:
+        cluster.close()
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("transport_fails", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"min_copies": 2}, {"lost": True}, {"capacity": CapacityConfig(tokens=4)}],
+    ids=["", "copies", "missing", "capacity"],
+)
+def test_an_engine_has_the_hosts_tokens(
+    folder: Path, device: EmulatedDevice, options: dict[str, Any], transport_fails: bool
+) -> None:
+    """Also where a layer's choice changes on the host, and where frames are sent again."""
+    expected, _ = generated(folder, None, **options)
+    sent, answered = PermutedRows.of, BankTransport._answer
+    pieces: list[int] = []
+
+    def noted(self: PermutedRows, pairs: np.ndarray) -> Any:
+        found = sent(self, pairs)
+        pieces.append(len(found))
+        return found
+
+    def fail(self: Any, call: Call) -> Any:
+        answer = answered(self, call)
+        return CallFailure.DIED if transport_fails and len(self.frames) % 5 == 0 else answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BankTransport, "_answer", fail)
+        patch.setattr(PermutedRows, "of", noted)
+        found, cluster = generated(folder, device.device, **options)
+    assert found == expected
+    assert pieces
+    assert bool(cluster.dispatcher.retries) == transport_fails
+    assert (sum(cluster.overflow.values()) > 0) == ("capacity" in options)
+
+
+@pytest.mark.usefixtures("always")
+def test_an_engine_copies_once_each_way_a_layer(folder: Path, device: EmulatedDevice) -> None:
+    cluster = LocalCluster(folder, limits=LIMITS, dtype="float32", device=device.device)
+    found: list[Copies] = []
+    step = cluster.engine.step
+
+    def counted(*arguments: Any) -> None:
+        with device.counted() as copies:
+            step(*arguments)
+        found.append(copies)
+
+    cluster.engine.step = counted  # type: ignore[method-assign]
+    try:
+        cluster.generate(*(greedy_request(f"r{i}", p, 6) for i, p in enumerate(PROMPTS)))
+    finally:
+        cluster.close()
+    num_layers = len(cluster.checkpoint.shape.layers)
+    for copies in found:
+        assert len(copies.to_host) == len(copies.to_device) == num_layers + 1
+        assert not copies.host_reads
+        assert not copies.mixed
+
+
+@pytest.mark.usefixtures("always")
+def test_rows_that_are_not_finite_are_asked_for_again(folder: Path, device: EmulatedDevice) -> None:
+    expected, _ = generated(folder, None)
+    cluster = LocalCluster(folder, 3, limits=LIMITS, dtype="float32", device=device.device)
+
+    def damaged(call: Call, number: int) -> bytes | None:
+        if number != 4:
+            return None
+        [answer] = cluster.transport.banks[call.actor_id].compute([cluster.transport.frames[-1]])
+        wire = bytearray(b"".join(encode(answer)))
+        wire[-4:] = np.float32("nan").tobytes()
+        return bytes(wire)
+
+    cluster.transport.fail = damaged
+    asked = [greedy_request(f"r{i}", prompt, 6) for i, prompt in enumerate(PROMPTS)]
+    try:
+        found = [events[0].token_ids for events in cluster.generate(*asked)]
+    finally:
+        cluster.close()
+    assert found == expected
+    assert cluster.dispatcher.retries == {"not_finite": 1}
