@@ -47,8 +47,8 @@ Message = tuple[int, memoryview | None]
 class Channel:
     """One end of a connection; for one thread at a time.
 
-    Only :meth:`write` may be called by another thread meanwhile. Bytes leave in their order: while
-    any are :attr:`outgoing`, :meth:`send` adds to them.
+    Another thread may call :meth:`write` and :meth:`shut_down` meanwhile. Bytes leave in their
+    order: while any are :attr:`outgoing`, :meth:`send` adds to them.
     """
 
     has_more = False

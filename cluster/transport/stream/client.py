@@ -285,8 +285,10 @@ class _StreamCalls:
 
     def _read_arrived(self) -> bool:
         """Read what is there; returns whether all answers have arrived or begun to."""
-        while self.unanswered and self._transport.receive_any(self, 0.0):
-            pass
+        until_s = time.monotonic() + LATE_READ_S
+        while self.unanswered and time.monotonic() < until_s:
+            if not self._transport.receive_any(self, 0.0):
+                break
         indices = self.unanswered.values()
         return all(self._transport.has_begun(self._calls[index]) for index in indices)
 
