@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import ray
 
 from cluster.spec import ACTOR_NAMESPACE, ExpertKey, parse_actor_name
@@ -30,8 +31,6 @@ class Product(NamedTuple):
 
 
 def _recording_actor(recorded: list[Product], *arguments: Any) -> ExpertActor:
-    import torch
-
     from experts.actor import ExpertActor
     from experts.bank import Expert
 
@@ -47,18 +46,18 @@ def _recording_actor(recorded: list[Product], *arguments: Any) -> ExpertActor:
             self.dtype = inner.dtype
             self.grouped = None  # each product is recorded
 
-        def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        def __call__(self, rows: np.ndarray) -> np.ndarray:
             start_s = time.perf_counter()
             answer = self._inner(rows)
             end_s = time.perf_counter()
-            tokens = tuple(rows.argmax(dim=1).tolist())
+            tokens = tuple(rows.argmax(axis=1).tolist())
             key = self._key
             recorded.append(Product(key.layer_id, key.expert_id, tokens, start_s, end_s))
             return answer
 
     class RecordingActor(ExpertActor):
-        def _load_expert(self, checkpoint: Any, key: ExpertKey, dtype: torch.dtype) -> Expert:
-            return RecordingExpert(super()._load_expert(checkpoint, key, dtype), key)
+        def _load_expert(self, checkpoint: Any, key: ExpertKey) -> Expert:
+            return RecordingExpert(super()._load_expert(checkpoint, key), key)
 
     return RecordingActor(*arguments)
 

@@ -35,11 +35,11 @@ from benchmarks.common import (
 from cluster.placement.placement import assign_experts, empty_placement
 from cluster.spec import ActorSpec, ExpertKey, ModelExperts, ModelSource, TransportKind
 from cluster.transport.open import open_transport
+from cluster.wire.arrays import DTYPES
 from cluster.wire.frames import Buffer
 from experts.actor import ExpertActor
 from experts.bank import GatedFfnExpert
 from experts.checkpoint.expert_weights import GatedFfnWeights
-from experts.compute.ffn import ACTIVATIONS
 from experts.remote import sealed_answer
 from router.control.placement_view import PlacementView
 
@@ -59,14 +59,14 @@ class IdentityExpert:
     kernel_class = ""
     num_bytes = 0
     row_shape: tuple[int, ...] = (HIDDEN,)
-    dtype = torch.bfloat16
+    dtype = "bfloat16"
 
     def __init__(self, like: GatedFfnExpert) -> None:
         """``like`` is a real one of the same rows."""
         self.grouped = None if like.grouped is None else _same_bytes
         self.takes = like.takes
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
         """Return the rows."""
         return rows
 
@@ -81,9 +81,11 @@ class IdentityActor(ExpertActor):
     """The expert actor with identity experts; everything else is the product's."""
 
     def _load(self, epoch: int, keys: Sequence[ExpertKey]) -> None:
-        parts = torch.zeros(2 * HIDDEN, HIDDEN), torch.zeros(HIDDEN, HIDDEN)
-        weights = GatedFfnWeights(*(part.bfloat16() for part in parts))
-        real = GatedFfnExpert(weights, ACTIVATIONS["silu"])
+        dtype = DTYPES[IdentityExpert.dtype]
+        weights = GatedFfnWeights(
+            np.zeros((2 * HIDDEN, HIDDEN), dtype), np.zeros((HIDDEN, HIDDEN), dtype)
+        )
+        real = GatedFfnExpert(weights, "silu", 1)
         for key in keys:
             self._bank.hold(ExpertKey(*key), IdentityExpert(real))
 

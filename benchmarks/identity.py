@@ -148,14 +148,12 @@ def warm_start(folder: Path) -> int:
 
 def load_experts(checkpoint: Checkpoint) -> int:
     """Load the first experts, one after another."""
-    import torch
-
     from experts.checkpoint.expert_weights import load_expert
 
-    shape, device = checkpoint.shape, torch.device("cpu")
+    shape = checkpoint.shape
     keys = [(layer, expert) for layer in shape.layers for expert in range(shape.num_experts)]
     return sum(
-        load_expert(checkpoint, layer_id, expert_id, torch.bfloat16, device).num_bytes
+        load_expert(checkpoint, layer_id, expert_id, "bfloat16").num_bytes
         for layer_id, expert_id in keys[:LOADED_EXPERTS]
     )
 

@@ -11,7 +11,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from cluster.wire.tensors import TORCH_DTYPES, to_bytes
+from cluster.wire.arrays import DTYPES, bytes_of
+from cluster.wire.tensors import from_array
 from experts.backends.load import load_mixture_expert
 from experts.checkpoint.mixture import Mixture
 from experts.mixture.spec import default_outputs
@@ -33,7 +34,8 @@ class LocalMixture:
         self.spec = mixture.spec
         self._gate = MixtureGate(mixture)
         self._experts = [
-            load_mixture_expert(mixture, expert_id) for expert_id in range(len(self.spec.experts))
+            load_mixture_expert(mixture, expert_id, torch.get_num_threads())
+            for expert_id in range(len(self.spec.experts))
         ]
         self._gather = GatherRows(partial(answer_shape_of, self.spec))
 
@@ -49,10 +51,8 @@ class LocalMixture:
         names = outputs
         if names is None:
             names = [output.name for output in default_outputs(self.spec, inputs)]
-        given = torch.from_numpy(
-            np.require(inputs[self.spec.rows_input.name], requirements=["C", "W"])
-        )
-        rows = given.to(TORCH_DTYPES[self.spec.dtype])
+        given = np.require(inputs[self.spec.rows_input.name], requirements=["C", "W"])
+        rows = given.astype(DTYPES[self.spec.dtype], copy=False)
         choice = self._gate.choose(inputs)
         num_chosen = choice.ids.shape[1]
         pairs = np.flatnonzero(choice.served())
@@ -60,9 +60,9 @@ class LocalMixture:
         received = []
         for expert_id in np.unique(ids).tolist():
             of_expert = pairs[ids == expert_id]
-            results = self._experts[expert_id](rows[torch.from_numpy(of_expert // num_chosen)])
-            received.append(ExpertRows(of_expert, to_bytes(results)))
-        gathered, _ = self._gather.combine(received, self._gather.prepare(choice, rows))
+            results = self._experts[expert_id](rows[of_expert // num_chosen])
+            received.append(ExpertRows(of_expert, bytes_of(results)))
+        gathered, _ = self._gather.combine(received, self._gather.prepare(choice, from_array(rows)))
         return combined(
             self.spec, gathered.rows, choice.weights, choice.ids, gathered.is_present, inputs, names
         )

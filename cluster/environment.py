@@ -51,7 +51,7 @@ def actor_environment(threads: int) -> dict[str, str]:
     """Return the environment of an expert actor with this number of compute threads."""
     return {
         **SERVING_ENVIRONMENT,
-        # Threads that start after torch.set_num_threads read the environment alone.
+        # For the products of numpy, of scikit-learn, and of torch where torch computes experts.
         "OMP_NUM_THREADS": str(threads),
         # Rearranged weights stay out of the heap. Plain weights have pages of their own.
         "MALLOC_MMAP_THRESHOLD_": "1048576",

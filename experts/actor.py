@@ -10,33 +10,31 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+import psutil
 import ray
-import torch
 
 from cluster.controller.lease import Lease, end_when_orphaned
-from cluster.device import CPU, check_room, device_of, end_process, free_bytes, no_room
 from cluster.errors import CheckpointError, StaleEpochError, UnavailableError
 from cluster.spec import EMULATED, ActorReport, ActorSpec, ExpertKey, ModelKernel
 from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.transport.stream.server import StreamServer
 from cluster.wire.frames import Buffer, Shape
-from cluster.wire.tensors import TORCH_DTYPES
 from experts.bank import Expert, ExpertBank, GatedFfnExpert
 from experts.checkpoint.checkpoint import Checkpoint
-from experts.checkpoint.expert_weights import expert_shape, load_expert, read_expert
+from experts.checkpoint.expert_weights import load_expert
 from experts.checkpoint.mixture import Mixture
 from experts.checkpoint.remote_files import open_model
 from experts.checkpoint.remote_reader import RayNeighbours
 from experts.checkpoint.stored import RemoteFiles
-from experts.compute.device_experts import Blocks
 from experts.compute.emulated import EmulatedExpert
-from experts.compute.ffn import ACTIVATIONS
 from experts.queue import FrameQueue
 from experts.tracing import open_spans
+
+if TYPE_CHECKING:
+    from experts.compute.expert_device import ExpertDevice
 
 logger = logging.getLogger("expertmesh.actor")
 
@@ -46,33 +44,27 @@ class ExpertActor:
 
     def __init__(self, spec: ActorSpec, actor_id: str, generation: int, epoch: int) -> None:
         """Start without experts; :meth:`load` loads them."""
-        torch.set_num_threads(spec.threads)
         self._spec = spec
         self._actor_id = actor_id
         self._generation = generation
         self._epoch = epoch
         self._sources = {source.experts.model: source for source in spec.models}
         self._no_device: UnavailableError | None = None  # :meth:`load` raises it
-        try:
-            self._device = device_of("auto", spec.num_gpus, "args.experts.num_gpus")
-        except UnavailableError as error:
-            self._device, self._no_device = CPU, error
-        self._bank = ExpertBank()
-        self._blocks = Blocks(self._device, ())
+        self._device: ExpertDevice | None = None
+        if spec.num_gpus:
+            try:
+                self._device = _device_of(spec, actor_id)
+            except UnavailableError as error:
+                self._no_device = error
+        self._bank = ExpertBank(self._device)
         self._checkpoints: dict[str, Checkpoint | Mixture] = {}
         self._load_lock = threading.Lock()
         self._queue = FrameQueue(
-            self._bank,
-            actor_id,
-            spec.max_queue_rows,
-            open_spans(actor_id, generation),
-            self._device_failed,
+            self._bank, actor_id, spec.max_queue_rows, open_spans(actor_id, generation)
         )
         self.compute_all = self._queue.compute_all
         tls = None if spec.tls is None else spec.tls.server_context()
-        self._streams = StreamServer(
-            self.compute_all, ray.util.get_node_ip_address(), tls, torch.inference_mode
-        )
+        self._streams = StreamServer(self.compute_all, ray.util.get_node_ip_address(), tls)
         self._lease = Lease(time.monotonic())
         end_when_orphaned(self._lease, spec.app)
 
@@ -94,7 +86,7 @@ class ExpertActor:
         self._accept(epoch)
         if self._no_device is not None:
             raise self._no_device
-        with self._load_lock, self._ending_with_the_device():
+        with self._load_lock:
             self._check(epoch)
             self._take_over(spec)
             self._load(epoch, [ExpertKey(*key) for key in keys])
@@ -119,7 +111,7 @@ class ExpertActor:
         does not hold are ignored.
         """
         self._accept(epoch)
-        with self._load_lock, self._queue.idle(), self._ending_with_the_device():
+        with self._load_lock, self._queue.idle():
             for key in keys:
                 self._bank.release(ExpertKey(*key))
             self._bank.settle()
@@ -153,38 +145,32 @@ class ExpertActor:
         """Load experts that are not held yet; under the lock of loads."""
         missing = [key for key in dict.fromkeys(keys) if key not in self._bank]
         try:
-            self._blocks = Blocks(self._device, missing)
-            check_room(self._device, self._needed_bytes(missing), "args.experts")
+            if self._device is not None:
+                self._device.begin_load(self._needed_bytes(missing))
             for key in missing:
                 self._check(epoch)
-                checkpoint, dtype = self._checkpoint(key.model), self._dtype(key.model)
+                checkpoint = self._checkpoint(key.model)
                 try:
-                    expert = self._load_expert(checkpoint, key, dtype)
+                    expert = self._load_expert(checkpoint, key)
                 except CheckpointError:
                     del self._checkpoints[key.model]  # the next load looks at the files anew
                     raise
                 self._bank.hold(key, expert)
             for remote in self._remotes():
                 remote.release()
-        except torch.OutOfMemoryError as error:
-            logger.warning("%s: a load fails: %s", self._actor_id, error)
-            needed_bytes = self._needed_bytes([key for key in missing if key not in self._bank])
-            raise no_room(self._device, needed_bytes, "args.experts") from error
         finally:
-            self._blocks = Blocks(self._device, ())  # free places of this load go
+            if self._device is not None:
+                self._device.end_load()
             self._bank.settle()
 
-    def _needed_bytes(self, keys: Sequence[ExpertKey]) -> int:
-        """Return the device's memory that loading experts takes."""
-        if self._device == CPU or self._spec.emulation is not None:
-            return 0
-        needed_bytes = 0
-        for (model, layer_id), num_experts in Counter(key[:2] for key in keys).items():
-            checkpoint = self._checkpoint(model)
+    def _needed_bytes(self, keys: Sequence[ExpertKey]) -> dict[ExpertKey, int]:
+        """Return the device's memory that each expert takes; those on the host are left out."""
+        needed = {}
+        for key in keys:
+            checkpoint = self._checkpoint(key.model)
             if isinstance(checkpoint, Checkpoint):  # the experts of mixtures are on the host
-                shape = expert_shape(checkpoint, layer_id, 0, self._dtype(model))
-                needed_bytes += num_experts * shape.num_bytes
-        return needed_bytes
+                needed[key] = checkpoint.expert_bytes(self._sources[key.model].dtype)
+        return needed
 
     def _checkpoint(self, model: str) -> Checkpoint | Mixture:
         if model not in self._checkpoints:
@@ -192,40 +178,19 @@ class ExpertActor:
             self._checkpoints[model] = open_model(source.path, source.identity, RayNeighbours())
         return self._checkpoints[model]
 
-    def _dtype(self, model: str) -> torch.dtype:
-        return TORCH_DTYPES[self._sources[model].dtype]
-
-    def _load_expert(
-        self, checkpoint: Checkpoint | Mixture, key: ExpertKey, dtype: torch.dtype
-    ) -> Expert:
+    def _load_expert(self, checkpoint: Checkpoint | Mixture, key: ExpertKey) -> Expert:
+        dtype, threads = self._sources[key.model].dtype, self._spec.threads
         if self._spec.emulation is not None:
             return EmulatedExpert(self._spec.emulation, *_shapes(checkpoint), dtype)
         if isinstance(checkpoint, Mixture):
             from experts.backends.load import load_mixture_expert  # imports scikit-learn
 
-            return load_mixture_expert(checkpoint, key.expert_id)
-        act = ACTIVATIONS[checkpoint.shape.activation]
-        if self._device == CPU:
-            weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype, CPU)
-            return GatedFfnExpert(weights, act)
-        shape = expert_shape(checkpoint, key.layer_id, key.expert_id, dtype)
-        expert = self._blocks.take(key, shape, act)
-        read_expert(checkpoint, key.layer_id, key.expert_id, expert.weights)
-        return expert
-
-    @contextmanager
-    def _ending_with_the_device(self) -> Iterator[None]:
-        """End the process where its device fails within."""
-        try:
-            yield
-        except torch.AcceleratorError as error:
-            self._device_failed(error)
-            raise
-
-    def _device_failed(self, error: torch.AcceleratorError) -> None:
-        """End the process: a device in error fails all that follows. Routers then go elsewhere."""
-        logger.critical("%s ends: its device failed (%s)", self._actor_id, error)
-        end_process()
+            return load_mixture_expert(checkpoint, key.expert_id, threads)
+        weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype)
+        activation = checkpoint.shape.activation
+        if self._device is not None:
+            return self._device.load(key, weights, activation)
+        return GatedFfnExpert(weights, activation, threads)
 
     def _remotes(self) -> list[RemoteFiles]:
         return [c.remote for c in self._checkpoints.values() if c.remote is not None]
@@ -239,7 +204,7 @@ class ExpertActor:
             epoch=self._epoch,
             pid=os.getpid(),
             node=ray.get_runtime_context().get_node_id(),
-            device=str(self._device) if self._spec.emulation is None else EMULATED,
+            device=self._device_name(),
             experts=tuple(sorted(experts)),
             weight_bytes=self._bank.num_bytes,
             tokens=self._bank.tokens,
@@ -250,15 +215,32 @@ class ExpertActor:
             waited_s=self._queue.waited_s,
             fetched_bytes=sum(remote.fetched_bytes for remote in remotes),
             fetched_s=sum(remote.fetched_s for remote in remotes),
-            free_bytes=free_bytes(self._device),
+            free_bytes=(
+                psutil.virtual_memory().available
+                if self._device is None
+                else self._device.free_bytes
+            ),
             kernels=kernels_of(experts),
         )
+
+    def _device_name(self) -> str:
+        if self._spec.emulation is not None:
+            return EMULATED
+        return "cpu" if self._device is None else self._device.name
 
     # Data plane.
 
     def compute(self, data: Buffer) -> bytes:
         """Answer one frame of a Ray call; see :meth:`FrameQueue.compute_all`."""
         return b"".join(next(self.compute_all([data])))
+
+
+def _device_of(spec: ActorSpec, actor_id: str) -> ExpertDevice:
+    """Return the device that Ray has assigned; raises :class:`UnavailableError` without one."""
+    from cluster.device import device_of  # imports torch, as the next
+    from experts.compute.expert_device import ExpertDevice
+
+    return ExpertDevice(device_of("auto", spec.num_gpus, "args.experts.num_gpus"), actor_id)
 
 
 def kernels_of(experts: Mapping[ExpertKey, Expert]) -> tuple[ModelKernel, ...]:

@@ -3,7 +3,9 @@
 The frames that wait at the same time are merged: all rows for one (model, layer, expert) go through
 the expert together, native experts of a layer in one call, and on a device all of a layer
 (:mod:`experts.compute.device_experts`). An answer does not depend on the other rows, except for the
-rounding of a product of another size where torch computes it.
+rounding of a product of another size where torch computes it. Rows are
+bytes, and numpy's arrays for an expert that is not native. This module does not import torch:
+without a device and with native code an actor does not need it.
 
 Dimension letters: P rows of a frame or of one expert, H hidden size.
 """
@@ -12,12 +14,11 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+import numpy as np
 
 from cluster.errors import (
     ExpertFailedError,
@@ -27,19 +28,14 @@ from cluster.errors import (
     WrongPlacementError,
 )
 from cluster.spec import ExpertKey
-from cluster.staging import Staging
+from cluster.wire.arrays import array_of, bytes_of
 from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame, Shape
-from cluster.wire.tensors import TORCH_DTYPES, from_bytes, to_bytes
-from experts.checkpoint.expert_weights import GatedFfnWeights
-from experts.compute.device_experts import (
-    DeviceExpert,
-    DeviceRows,
-    compute_on_device,
-    settled,
-)
-from experts.compute.ffn import Activation, ffn_of
-from experts.compute.kernel_classes import ffn_class
-from experts.compute.native_ffn import GroupedFfn, NativeFfn, compute_native
+from experts.checkpoint.expert_weights import HostWeights
+from experts.compute.native_ffn import GroupedFfn, NativeFfn, compute_native, kernel_class
+
+if TYPE_CHECKING:
+    from experts.compute.expert_device import ExpertDevice
+    from experts.compute.ffn import TorchFfn
 
 OUT_OF_MEMORY_RETRY_S = 0.1
 """When a frame may come again that its device had no memory for."""
@@ -48,23 +44,36 @@ MOST_PIECES = 32
 
 
 class GatedFfnExpert:
-    """A loaded expert on the host: its resident bytes, its rows' shape and dtype, its class."""
+    """A loaded expert on the host: its resident bytes, its rows' shape and dtype, its class.
 
-    def __init__(self, weights: GatedFfnWeights, act: Activation) -> None:
-        """Take over ``weights``, which may be rearranged."""
-        self.ffn = ffn_of(weights, act)
-        self.kernel_class = ffn_class(self.ffn, weights)
-        packed = self.ffn if isinstance(self.ffn, NativeFfn) else None
-        self.num_bytes = weights.num_bytes if packed is None else packed.num_bytes
-        self.grouped = None if packed is None else _compute_native
+    It is native, or torch's where there is no native code for it.
+    """
+
+    def __init__(self, weights: HostWeights, activation: str, threads: int) -> None:
+        """Take over ``weights``; native code keeps a packed copy instead of them.
+
+        ``activation`` is a ``hidden_act``. At most ``threads`` threads share a native product.
+        """
         self.row_shape: Shape = (weights.down.shape[0],)
-        self.dtype = weights.down.dtype
+        self.dtype = weights.down.dtype.name
+        self.ffn: NativeFfn | TorchFfn
+        self.grouped: GroupedFfn | None = None
+        own_class = kernel_class(self.dtype)
+        if own_class is not None:
+            self.ffn = NativeFfn(weights, activation, threads)
+            self.kernel_class, self.grouped = own_class, _compute_native
+        else:
+            from experts.compute.ffn import TorchFfn
+
+            self.ffn = TorchFfn(weights, activation)
+            self.kernel_class = self.ffn.kernel_class
+        self.num_bytes = self.ffn.num_bytes
 
     def takes(self, row_shape: Shape) -> bool:
         """See :class:`Expert`."""
         return row_shape == self.row_shape
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
         """Map rows [P, H] to rows [P, H]."""
         return self.ffn(rows)
 
@@ -72,7 +81,7 @@ class GatedFfnExpert:
 def _compute_native(
     experts: Sequence[GatedFfnExpert], counts: tuple[int, ...], rows: Buffer
 ) -> memoryview | None:
-    return compute_native([expert.ffn for expert in experts], counts, rows)
+    return compute_native([expert.ffn for expert in experts], counts, rows)  # type: ignore[misc]
 
 
 class Expert(Protocol):
@@ -85,7 +94,7 @@ class Expert(Protocol):
     kernel_class: str
     num_bytes: int
     row_shape: Shape
-    dtype: torch.dtype
+    dtype: str
 
     @property
     def grouped(self) -> GroupedFfn | None:
@@ -96,7 +105,7 @@ class Expert(Protocol):
         """Return whether rows may have this shape."""
         ...
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
         """Map rows [P, ...] to rows [P, ...], of the same dtype and maybe of another shape.
 
         Raises :class:`ExpertFailedError` where the expert itself cannot compute the rows.
@@ -114,13 +123,13 @@ class _Layer:
 
 @dataclass(slots=True)
 class _Task:
-    """A frame, its experts, and their results."""
+    """A frame, its experts, and their results: the bytes of ``answer_shape`` rows in pieces."""
 
     frame: DispatchFrame
     layer: _Layer
     experts: list[Expert]
-    results: list[torch.Tensor] | memoryview | None = None
-    """The rows of each expert, or the bytes of all rows."""
+    results: list[Buffer] = field(default_factory=list)
+    answer_shape: Shape = ()
     failure: ExpertFailedError | OverloadedError | None = None
     """The error of an expert that cannot compute its rows of this frame, or of a full device."""
 
@@ -131,18 +140,13 @@ _NO_LAYER = _Layer()
 class ExpertBank:
     """Loaded experts by key, and the number of rows that each has computed."""
 
-    def __init__(self) -> None:
-        """Start empty."""
+    def __init__(self, device: ExpertDevice | None = None) -> None:
+        """Start empty; experts that are not on the host are on ``device``."""
         self._layers: dict[tuple[str, int], _Layer] = {}
-        self._staging: Staging | None = None
+        self._device = device
 
     def hold(self, key: ExpertKey, expert: Expert) -> None:
-        """Add an expert; frames may be computed meanwhile.
-
-        All :class:`DeviceExpert` are on one device.
-        """
-        if isinstance(expert, DeviceExpert) and self._staging is None:
-            self._staging = Staging(expert.device)
+        """Add an expert; frames may be computed meanwhile."""
         layer = self._layers.setdefault((key.model, key.layer_id), _Layer())
         layer.experts[key.expert_id] = expert
 
@@ -156,14 +160,10 @@ class ExpertBank:
         Their memory then has no room for others, and what it had is the device's again. Frames may
         be computed meanwhile, with the experts' weights as they lay before.
         """
-        if self._staging is None:
-            return
-        for layer in self._layers.values():
-            there = {i: e for i, e in layer.experts.items() if isinstance(e, DeviceExpert)}
-            joined = settled(there) if there else None
-            if joined is not None:
-                layer.experts = {**layer.experts, **joined}
-        torch.accelerator.empty_cache()
+        if self._device is not None:
+            for layer in self._layers.values():
+                layer.experts = self._device.join(layer.experts)
+            self._device.release()
 
     def forget_others(self, models: Collection[str]) -> None:
         """Drop the counters of all models but ``models``, except those with a held expert."""
@@ -210,13 +210,10 @@ class ExpertBank:
         """
         opened = [self._open(frame) for frame in frames]
         tasks = [task for task in opened if isinstance(task, _Task)]
-        if self._staging is not None:
-            tasks = _run_on_device(self._staging, tasks)
-        if len(tasks) == 1:
-            _run_lone(tasks[0])
-        else:
-            with _inference():
-                _run_merged(tasks)
+        if self._device is not None:
+            tasks = _run_on_device(self._device, tasks)
+        if len(tasks) != 1 or not _run_lone(tasks[0]):
+            _run_merged(tasks)
         for task in opened:
             if not isinstance(task, _Task) or task.failure is not None:
                 continue
@@ -227,7 +224,7 @@ class ExpertBank:
 
     def _open(self, frame: DispatchFrame) -> _Task | ErrorFrame:
         layer = self._layers.get((frame.model, frame.layer_id), _NO_LAYER)
-        held, shape, dtype = layer.experts, frame.row_shape, TORCH_DTYPES[frame.dtype]
+        held, shape, dtype = layer.experts, frame.row_shape, frame.dtype
         experts: list[Expert] = []
         for expert_id in frame.expert_ids:
             expert = held.get(expert_id)
@@ -255,69 +252,56 @@ def _misfit(frame: DispatchFrame, expert_id: int, expert: Expert | None) -> Expe
     return FrameError(f"must be {expert.dtype} (given: {frame.dtype})", "frame.dtype")
 
 
-def _inference() -> AbstractContextManager[object]:
-    """Return torch's inference mode, for a thread that is not in inference mode.
-
-    Inference mode saves up to 8 µs of an expert's product, and costs up to 30 µs to enter. So
-    native computation does not enter it, and the threads of streams stay in it.
-    """
-    return nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
-
-
-def _run_on_device(staging: Staging, tasks: Sequence[_Task]) -> list[_Task]:
+def _run_on_device(device: ExpertDevice, tasks: Sequence[_Task]) -> list[_Task]:
     """Compute the frames whose experts are on the device; returns the other frames."""
-    there, elsewhere, given = [], [], []
-    for task in tasks:
-        experts = [expert for expert in task.experts if isinstance(expert, DeviceExpert)]
-        if len(experts) < len(task.experts):
-            elsewhere.append(task)
+    there = [task for task in tasks if device.has(task.experts)]
+    computed = device.compute([(task.frame, task.experts) for task in there])
+    for task, rows in zip(there, computed, strict=True):
+        if rows is not None:
+            task.results, task.answer_shape = [rows], task.frame.row_shape
             continue
-        there.append(task)
-        given.append(DeviceRows(experts, task.frame.num_tokens_per_expert, _rows_of(task)))
-    with _inference():
-        for task, rows in zip(there, compute_on_device(staging, given), strict=True):
-            if rows is not None:
-                task.results = [rows]
-                continue
-            task.failure = OverloadedError(
-                f"{staging.device} of {socket.gethostname()} has no memory for "
-                f"{task.frame.num_rows} rows",
-                "frame.rows",
-                OUT_OF_MEMORY_RETRY_S,
-            )
-    return elsewhere
+        task.failure = OverloadedError(
+            f"{device.name} of {socket.gethostname()} has no memory for {task.frame.num_rows} rows",
+            "frame.rows",
+            OUT_OF_MEMORY_RETRY_S,
+        )
+    return [task for task in tasks if not device.has(task.experts)]
 
 
-def _run_lone(task: _Task) -> None:
-    """Compute the rows of a lone frame: each expert its own, or all in one native call."""
-    if (grouped := _grouped_of(task.experts)) is not None:
-        task.results = grouped(task.experts, task.frame.num_tokens_per_expert, task.frame.rows)
-    if task.results is None:
-        with _inference():
-            pieces = zip(task.experts, _pieces_of(task), strict=True)
-            try:
-                task.results = [expert(rows) for expert, rows in pieces]
-            except ExpertFailedError as failure:
-                task.failure = failure
+def _run_lone(task: _Task) -> bool:
+    """Run all experts of a lone frame in one call; returns ``False`` where there is none."""
+    if (grouped := _grouped_of(task.experts)) is None:
+        return False
+    output = grouped(task.experts, task.frame.num_tokens_per_expert, task.frame.rows)
+    if output is None:
+        return False
+    task.results, task.answer_shape = [output], task.frame.row_shape
+    return True
 
 
 def _grouped_of(experts: Sequence[Expert]) -> GroupedFfn | None:
     """Return the function that computes all of them, ``None`` where their kind has none."""
     grouped = experts[0].grouped
-    return grouped if all(expert.grouped is grouped for expert in experts) else None
+    for expert in experts:  # a generator would take longer than the comparisons
+        if expert.grouped is not grouped:
+            return None
+    return grouped
 
 
 @dataclass(slots=True)
 class _Input:
-    """The rows of one frame for one expert; the expert's results replace them in ``pieces``."""
+    """The rows of one frame for one expert; the expert's results replace them in the frame's."""
 
     task: _Task
-    pieces: list[torch.Tensor]
     index: int
 
     @property
-    def rows(self) -> torch.Tensor:
-        return self.pieces[self.index]
+    def rows(self) -> Buffer:
+        return self.task.results[self.index]
+
+    @property
+    def num_rows(self) -> int:
+        return self.task.frame.num_tokens_per_expert[self.index]
 
     @property
     def expert(self) -> Expert:
@@ -328,10 +312,11 @@ def _run_merged(tasks: Sequence[_Task]) -> None:
     """Run each expert once over its rows of all frames."""
     waiting: dict[tuple[int, Shape], dict[int, list[_Input]]] = {}
     for task in tasks:
-        task.results = pieces = _pieces_of(task)
-        layer = waiting.setdefault((id(task.layer), task.frame.row_shape), {})
-        for index, expert_id in enumerate(task.frame.expert_ids):
-            layer.setdefault(expert_id, []).append(_Input(task, pieces, index))
+        frame = task.frame
+        task.results = list(_split(frame.rows, frame.num_tokens_per_expert))
+        layer = waiting.setdefault((id(task.layer), frame.row_shape), {})
+        for index, expert_id in enumerate(frame.expert_ids):
+            layer.setdefault(expert_id, []).append(_Input(task, index))
     for layer in waiting.values():
         if not _run_layer(list(layer.values())):
             for inputs in layer.values():
@@ -343,58 +328,56 @@ def _run_layer(inputs_by_expert: Sequence[Sequence[_Input]]) -> bool:
     experts = [inputs[0].expert for inputs in inputs_by_expert]
     if (grouped := _grouped_of(experts)) is None:
         return False
-    counts = tuple([sum(len(given.rows) for given in inputs) for inputs in inputs_by_expert])
+    counts = tuple([sum(given.num_rows for given in inputs) for inputs in inputs_by_expert])
     inputs = [given for inputs in inputs_by_expert for given in inputs]
-    rows = torch.cat([given.rows for given in inputs])
-    output = grouped(experts, counts, to_bytes(rows))
+    output = grouped(experts, counts, b"".join([given.rows for given in inputs]))
     if output is None:
         return False
-    frame = inputs[0].task.frame
-    _hand_out(from_bytes(output, frame.dtype, len(rows), frame.row_shape), inputs)
+    _hand_out(output, inputs[0].task.frame.row_shape, inputs)
     return True
 
 
 def _run_expert(inputs: Sequence[_Input]) -> None:
-    rows = [given.rows for given in inputs]
+    first, pieces = inputs[0], [given.rows for given in inputs]
+    rows = array_of(
+        b"".join(pieces) if len(pieces) > 1 else pieces[0],
+        first.task.frame.dtype,
+        sum(given.num_rows for given in inputs),
+        first.task.frame.row_shape,
+    )
     try:
-        outputs = inputs[0].expert(torch.cat(rows) if len(rows) > 1 else rows[0])
+        outputs = first.expert(rows)
     except ExpertFailedError as failure:
         if len(inputs) == 1:
-            inputs[0].task.failure = failure
+            first.task.failure = failure
         else:
             for alone in inputs:  # the rows of other frames may be fine
                 _run_expert([alone])
     else:
-        _hand_out(outputs, inputs)
+        _hand_out(bytes_of(outputs), outputs.shape[1:], inputs)
 
 
-def _hand_out(outputs: torch.Tensor, inputs: Sequence[_Input]) -> None:
-    """Replace the rows of each input by their results."""
-    pieces = outputs.split([len(given.rows) for given in inputs])
+def _hand_out(outputs: memoryview, answer_shape: Shape, inputs: Sequence[_Input]) -> None:
+    """Replace the rows of each input by their results, rows of ``answer_shape``."""
+    pieces = _split(outputs, [given.num_rows for given in inputs])
     for given, piece in zip(inputs, pieces, strict=True):
-        given.pieces[given.index] = piece
+        given.task.results[given.index], given.task.answer_shape = piece, answer_shape
 
 
-def _pieces_of(task: _Task) -> list[torch.Tensor]:
-    """Return the rows of each expert of a frame."""
-    return list(_rows_of(task).split_with_sizes(task.frame.num_tokens_per_expert))
-
-
-def _rows_of(task: _Task) -> torch.Tensor:
-    """Return the rows of a frame, on the host and without a copy."""
-    frame = task.frame
-    return from_bytes(frame.rows, frame.dtype, frame.num_rows, frame.row_shape)
+def _split(rows: Buffer, counts: Collection[int]) -> Iterator[memoryview]:
+    """Yield the bytes of so many rows each; they are all rows."""
+    view, begin, num_rows = memoryview(rows), 0, sum(counts)
+    row_bytes = len(view) // num_rows if num_rows else 0
+    for count in counts:
+        end = begin + count * row_bytes
+        yield view[begin:end]
+        begin = end
 
 
 def _answer(task: _Task) -> RowsFrame | ErrorFrame:
-    frame, results = task.frame, task.results
+    frame, rows = task.frame, tuple(task.results)
     if task.failure is not None:
         return ErrorFrame(frame.request_id, type(task.failure).__name__, task.failure)
-    assert results is not None
-    if isinstance(results, memoryview):
-        return RowsFrame(frame.request_id, frame.num_rows, frame.row_shape, frame.dtype, (results,))
-    shape = tuple(results[0].shape[1:])
-    if len(results) > MOST_PIECES:
-        results = [torch.cat(results)]
-    rows = tuple([to_bytes(piece) for piece in results])
-    return RowsFrame(frame.request_id, frame.num_rows, shape, frame.dtype, rows)
+    if len(rows) > MOST_PIECES:
+        rows = (b"".join(rows),)
+    return RowsFrame(frame.request_id, frame.num_rows, task.answer_shape, frame.dtype, rows)

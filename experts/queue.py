@@ -13,11 +13,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-import torch
 
 from cluster.errors import (
     DeadlineExceededError,
@@ -73,14 +71,12 @@ class FrameQueue:
         actor_id: str,
         max_rows: int,
         spans: BatchSpans | None,
-        device_failed: Callable[[torch.AcceleratorError], None],
     ) -> None:
-        """Start empty. ``device_failed`` ends the process: a device in error fails all batches."""
+        """Start empty; ``spans`` exports a span for each traced frame."""
         self._bank = bank
         self._actor_id = actor_id
         self.max_rows = max_rows
         self._spans = spans
-        self._device_failed = device_failed
         self._queue: list[_Waiting] = []
         self.queued_rows = 0
         self._computing = False
@@ -171,7 +167,7 @@ class FrameQueue:
         for waiting in batch:
             self.waited_s += begun_at_s - waiting.since_s
         try:
-            answers = self._compute_batch(batch)
+            answers = self._compute_batch(batch, begun_at_s)
         finally:
             if not answers:
                 failure = InternalError("the expert actor failed to compute the batch")
@@ -188,9 +184,8 @@ class FrameQueue:
         if self._spans is not None:
             self._spans.computed([(w.frame, w.since_s) for w in batch], begun_at_s)
 
-    def _compute_batch(self, batch: Sequence[_Waiting]) -> list[Buffers]:
+    def _compute_batch(self, batch: Sequence[_Waiting], now_s: float) -> list[Buffers]:
         """Return an answer to each waiting frame, or an empty list when the batch failed."""
-        now_s = time.monotonic()
         is_late = [now_s - w.since_s >= w.frame.time_left_s for w in batch]
         live = [w.frame for w, late in zip(batch, is_late, strict=True) if not late]
         try:
@@ -202,9 +197,6 @@ class FrameQueue:
                     for w, late in zip(batch, is_late, strict=True)
                 ]
             return [encode(answer) for answer in computed]
-        except torch.AcceleratorError as error:
-            self._device_failed(error)
-            return []
         except Exception:
             # A failure of the device or of torch: every router gets an error, the actor lives on.
             logger.exception("expert actor %s: a batch failed", self._actor_id)

@@ -1,7 +1,6 @@
-"""The expert actor as Ray sees it; only the actor's own process imports torch.
+"""The expert actor as Ray sees it; only the actor's own process imports what computes experts.
 
-The controller needs this class to create actors. Without torch the controller starts in half the
-time, with a fraction of the memory.
+The controller needs this class to create actors, and nothing of the rest.
 """
 
 from __future__ import annotations

@@ -25,10 +25,9 @@ from cluster.wire.frames import DispatchFrame, decode, encode
 from cluster.wire.tensors import TORCH_DTYPES
 from experts.bank import Expert, ExpertBank, GatedFfnExpert
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from experts.checkpoint.expert_weights import expert_shape, load_expert, read_expert
-from experts.compute.device_experts import Blocks
+from experts.checkpoint.expert_weights import load_expert
 from experts.compute.emulated import EmulatedExpert
-from experts.compute.ffn import ACTIVATIONS
+from experts.compute.expert_device import ExpertDevice
 from router.config import CapacityConfig
 from router.control.placement_view import PlacementView
 from router.engine.batch import StepInput, context_of
@@ -108,9 +107,12 @@ def load_banks(
     """Load each actor's share of the experts into a bank, on ``device``."""
     banks = {}
     for actor_id, keys in shares.items():
-        bank, blocks = ExpertBank(), Blocks(device, keys)
+        own = None if device == CPU else ExpertDevice(device, actor_id)
+        bank = ExpertBank(own)
+        if own is not None:
+            own.begin_load(dict.fromkeys(keys, checkpoint.expert_bytes(dtype)))
         for key in keys:
-            bank.hold(key, _load(checkpoint, key, TORCH_DTYPES[dtype], emulation, blocks, device))
+            bank.hold(key, _load(checkpoint, key, dtype, emulation, own))
         banks[actor_id] = bank
     return banks
 
@@ -118,23 +120,18 @@ def load_banks(
 def _load(
     checkpoint: Checkpoint,
     key: ExpertKey,
-    dtype: torch.dtype,
+    dtype: str,
     emulation: Emulation | None,
-    blocks: Blocks,
-    device: torch.device,
+    device: ExpertDevice | None,
 ) -> Expert:
     """Load an expert as an actor does."""
     if emulation is not None:
         row_shape = (checkpoint.shape.hidden_size,)
         return EmulatedExpert(emulation, row_shape, row_shape, dtype)
-    act = ACTIVATIONS[checkpoint.shape.activation]
-    if device == CPU:
-        weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype, device)
-        return GatedFfnExpert(weights, act)
-    shape = expert_shape(checkpoint, key.layer_id, key.expert_id, dtype)
-    expert = blocks.take(key, shape, act)
-    read_expert(checkpoint, key.layer_id, key.expert_id, expert.weights)
-    return expert
+    weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype)
+    if device is not None:
+        return device.load(key, weights, checkpoint.shape.activation)
+    return GatedFfnExpert(weights, checkpoint.shape.activation, torch.get_num_threads())
 
 
 class LocalCluster:

@@ -67,10 +67,11 @@ def _tensors(checkpoint: Checkpoint, config: Any) -> Iterator[tuple[str, torch.T
     """Yield all tensors in fp32 by their names in GGUF."""
     import torch
 
+    from cluster.wire.tensors import from_array
     from experts.checkpoint.expert_weights import read_tensor
 
     def read(name: str) -> torch.Tensor:
-        return read_tensor(checkpoint, f"{name}.weight", torch.float32).float()
+        return from_array(read_tensor(checkpoint, f"{name}.weight", "float32")).float()
 
     num_heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
     yield "token_embd.weight", read("model.embed_tokens")

@@ -338,8 +338,8 @@ class Elastic:
     async def keep_standby(self) -> None:
         """Start and end standby actors to the number that each pool wants.
 
-        A process that imports torch takes seconds to start, and a machine minutes; a standby actor
-        needs only its experts. Waits until all experts have a copy.
+        A process takes seconds to start, and a machine minutes; a standby actor needs only its
+        experts. Waits until all experts have a copy.
         """
         if self._lock.locked() or self._state.placement.missing():
             return

@@ -1,4 +1,4 @@
-"""Tensors as raw bytes and back, without pickle.
+"""torch's tensors as raw bytes and back, without pickle; :mod:`cluster.wire.arrays` has numpy's.
 
 Dimension letter: N rows.
 """
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cluster.native.built import native
+from cluster.wire.arrays import DTYPES
 
 TORCH_DTYPES = {
     "float32": torch.float32,
@@ -25,7 +26,7 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _RAW_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Received bytes are read-only and nobody writes to them; torch warns about it on first use.
-warnings.filterwarnings("ignore", message="The given buffer is not writable")
+warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -77,3 +78,14 @@ def to_raw(rows: torch.Tensor) -> np.ndarray:
         rows = rows.detach().cpu()
     raw: np.ndarray = rows.view(integers).numpy()
     return raw
+
+
+def to_array(tensor: torch.Tensor) -> np.ndarray:
+    """Return a tensor of a frame's dtype as an array; no copy when it is on the CPU."""
+    return to_raw(tensor).view(DTYPES[dtype_name(tensor.dtype)])
+
+
+def from_array(array: np.ndarray) -> torch.Tensor:
+    """Return an array of a frame's dtype as a tensor on the CPU, without a copy."""
+    raw = torch.from_numpy(array.view(f"i{array.itemsize}"))
+    return raw.view(TORCH_DTYPES[array.dtype.name])

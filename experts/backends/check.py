@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import torch
+import numpy as np
 
 from cluster.errors import CheckpointError, ExpertFailedError
 from experts.backends.load import MixtureExpert, load_mixture_expert
@@ -91,9 +91,9 @@ def _error_of(
     values excuse.
     """
     for row_shape in _tried_shapes(expert.row_shape):
-        rows = torch.empty(len(values), *row_shape, dtype=expert.dtype)
+        rows = np.empty((len(values), *row_shape), expert.dtype)
         for row, value in zip(rows, values, strict=True):
-            row.fill_(value)
+            row.fill(value)
         alone = None
         for count in TRIED_ROWS:
             given = f"given {count} rows of shape {list(row_shape)}"
@@ -119,15 +119,15 @@ def _tried_shapes(row_shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         yield from ((steps, *row_shape[1:]) for steps in TRIED_STEPS)
 
 
-def _wrong_values(outputs: torch.Tensor, mixture: Mixture) -> str | None:
+def _wrong_values(outputs: np.ndarray, mixture: Mixture) -> str | None:
     """Return what is wrong with outputs of the right shape and dtype."""
-    if not outputs.isfinite().all():
+    if not np.isfinite(outputs).all():
         return "values that are not finite"
     combine = mixture.spec.combine
     if isinstance(combine, ProbabilitiesCombine):
         if outputs.min() < 0:
             return "negative probabilities"
-        if ((outputs.sum(-1) - 1).abs() > _SUM_TOLERANCE).any():
+        if (np.abs(outputs.sum(-1) - 1) > _SUM_TOLERANCE).any():
             return "probabilities that do not add up to 1"
     has_deviations = isinstance(combine, DensityCombine) and combine.deviation is None
     if has_deviations and outputs[:, outputs.shape[1] // 2 :].min() <= 0:
@@ -135,6 +135,6 @@ def _wrong_values(outputs: torch.Tensor, mixture: Mixture) -> str | None:
     return None
 
 
-def _is_close(outputs: torch.Tensor, others: torch.Tensor) -> bool:
-    scale = others.abs().max().clamp(min=1e-6)
-    return bool((outputs - others).abs().max() <= _ROW_TOLERANCE * scale)
+def _is_close(outputs: np.ndarray, others: np.ndarray) -> bool:
+    scale = max(np.abs(others).max(), 1e-6)
+    return bool(np.abs(outputs - others).max() <= _ROW_TOLERANCE * scale)

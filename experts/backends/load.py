@@ -6,7 +6,6 @@ Dimension letters: P rows.
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from cluster.errors import CheckpointError, ExpertFailedError
 from experts.backends.errors import described
@@ -33,7 +32,7 @@ class MixtureExpert:
         self.name = name
         self.num_bytes = model.num_bytes
         self.row_shape = spec.rows_input.shape
-        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        self.dtype: str = spec.dtype
         self._model = model
         self._output_shape = spec.combine.shape
         self._numpy_dtype = np.dtype(spec.dtype)
@@ -48,7 +47,7 @@ class MixtureExpert:
             and row_shape[1:] == self.row_shape[1:]
         )
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
         """Map rows [P, *row shape] to contiguous outputs [P, *output shape] of ``dtype``.
 
         The first axis of a sequence's output is that of its row. Raises
@@ -58,10 +57,10 @@ class MixtureExpert:
         """
         shape = (len(rows), *self._shape_of(rows.shape[1]))
         if not len(rows):
-            return torch.empty(shape, dtype=self.dtype)
+            return np.empty(shape, self._numpy_dtype)
         try:
             with np.errstate(over="ignore"):  # a value that is not finite is noticed later
-                outputs = np.asarray(self._model(rows.numpy()))
+                outputs = np.asarray(self._model(rows))
             if outputs.dtype.kind not in "fiub":
                 raise TypeError(f"returns values of dtype {outputs.dtype}")
             converted = np.require(outputs, self._numpy_dtype, ["C", "W"])
@@ -72,25 +71,25 @@ class MixtureExpert:
                 f"returns the shape {list(converted.shape)} for {shape[0]} rows, not {list(shape)}",
                 self.name,
             )
-        return torch.from_numpy(converted)
+        return converted
 
     def _shape_of(self, length: int) -> tuple[int, ...]:
         shape = self._output_shape
         return (length, *shape[1:]) if len(shape) > 1 else shape
 
 
-def load_mixture_expert(mixture: Mixture, expert_id: int) -> MixtureExpert:
-    """Load one expert; no other part's file is read.
+def load_mixture_expert(mixture: Mixture, expert_id: int, threads: int = 1) -> MixtureExpert:
+    """Load one expert; no other part's file is read. An ONNX model runs on ``threads`` threads.
 
     Raises :class:`CheckpointError`, whose field has file and key, for a file that is damaged or not
     allowed, and for a model that does not fit the mixture.
     """
     name = mixture.spec.expert_names[expert_id]
     part = mixture.spec.experts[name]
-    return MixtureExpert(mixture, name, _model_of(mixture, f"experts.{name}", part))
+    return MixtureExpert(mixture, name, _model_of(mixture, f"experts.{name}", part, threads))
 
 
-def _model_of(mixture: Mixture, key: str, part: Expert) -> Model:
+def _model_of(mixture: Mixture, key: str, part: Expert, threads: int) -> Model:
     if isinstance(part, SklearnExpert):
         from experts.backends.sklearn_expert import sklearn_model  # seconds of imports
 
@@ -103,5 +102,5 @@ def _model_of(mixture: Mixture, key: str, part: Expert) -> Model:
                 f"needs onnxruntime and onnx ({error}); install expertmesh[onnx]",
                 f"{mixture.folder / part.file}: {key}",
             ) from None
-        return onnx_model(mixture, key, part)
+        return onnx_model(mixture, key, part, threads)
     return torch_model(mixture, key, part)

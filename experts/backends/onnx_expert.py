@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-import torch
 
 from cluster.errors import CheckpointError
 from experts.backends.classes import ClassMap
@@ -29,8 +28,8 @@ _FATAL = 4
 """onnxruntime's level of logging; its errors come as exceptions too."""
 
 
-def onnx_model(mixture: Mixture, key: str, part: OnnxExpert) -> OnnxModel:
-    """Load an ONNX expert.
+def onnx_model(mixture: Mixture, key: str, part: OnnxExpert, threads: int) -> OnnxModel:
+    """Load an ONNX expert that computes on ``threads`` threads.
 
     Raises :class:`CheckpointError`, whose field has file and key, as :func:`self_contained` does,
     for a model that onnxruntime refuses, and for an input or output that does not fit the mixture.
@@ -38,7 +37,7 @@ def onnx_model(mixture: Mixture, key: str, part: OnnxExpert) -> OnnxModel:
     where = f"{mixture.folder / part.file}: {key}"
     data = self_contained(mixture, part, where)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _FATAL
     # Other formats that onnxruntime recognises by their bytes were not checked.

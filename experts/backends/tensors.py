@@ -12,20 +12,20 @@ import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors import SafetensorError, deserialize
 
 from cluster.errors import CheckpointError, shown_name
+from cluster.wire.arrays import DTYPES
 from experts.checkpoint.mixture import Mixture
 from experts.checkpoint.shards import listed_names
 from experts.mixture.parts import RowsDtype, ScoringGate, TorchExpert
 
 Layer = tuple[np.ndarray, np.ndarray | None]
 """The weight [W, F] and the bias [W], or ``None`` without a bias."""
-_EXACT: Mapping[RowsDtype, tuple[torch.dtype, ...]] = {
-    "float32": (torch.float32, torch.bfloat16, torch.float16),
-    "float64": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_EXACT: Mapping[RowsDtype, tuple[str, ...]] = {
+    "float32": ("float32", "bfloat16", "float16"),
+    "float64": ("float64", "float32", "bfloat16", "float16"),
 }
 """The stored dtypes each of whose values the mixture's dtype represents exactly."""
 _LAYER_NAME = re.compile(r"(0|[1-9]\d{0,3})\.(?:weight|bias)")
@@ -46,20 +46,22 @@ class PartTensors:
         dtype = mixture.spec.dtype
         others = _other_prefixes(mixture, part)
         try:
-            stored = load(mixture.file(part.file))
-        except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
+            stored = deserialize(mixture.file(part.file))
+        except SafetensorError as error:
             raise CheckpointError(f"is not a safetensors file: {error}", self.where) from None
         self._tensors: dict[str, np.ndarray] = {}
-        for name, tensor in stored.items():
+        for name, tensor in stored:
             if not name.startswith(part.prefix) or name.startswith(others):
                 continue
-            if tensor.dtype not in _EXACT[dtype]:
+            stored_dtype = _NAMES.get(tensor["dtype"], tensor["dtype"])
+            if stored_dtype not in _EXACT[dtype]:
                 raise CheckpointError(
-                    f"tensor {shown_name(name)} is {_shown(tensor.dtype)}, which {dtype} does not "
-                    f"represent exactly; allowed: {', '.join(map(_shown, _EXACT[dtype]))}",
+                    f"tensor {shown_name(name)} is {stored_dtype}, which {dtype} does not "
+                    f"represent exactly; allowed: {', '.join(_EXACT[dtype])}",
                     self.where,
                 )
-            converted = tensor.to(getattr(torch, dtype)).numpy()
+            values = np.frombuffer(tensor["data"], DTYPES[stored_dtype])
+            converted = values.reshape(tensor["shape"]).astype(DTYPES[dtype])
             if not np.isfinite(converted).all():
                 raise CheckpointError(
                     f"tensor {shown_name(name)} has values that are not finite", self.where
@@ -145,7 +147,3 @@ def _other_prefixes(mixture: Mixture, part: ScoringGate | TorchExpert) -> tuple[
             and other.prefix.startswith(part.prefix)
         }
     )
-
-
-def _shown(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -11,8 +11,7 @@ Dimension letters: E experts of a block, C products, P rows, H hidden size, I in
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
@@ -20,11 +19,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cluster.spec import ExpertKey
 from cluster.staging import Staging
 from cluster.wire.frames import Shape
+from cluster.wire.tensors import dtype_name, from_array, to_array
 from experts.checkpoint.expert_weights import GatedFfnWeights
-from experts.compute.ffn import Activation, clamped_ffn, gated_ffn
+from experts.compute.ffn import Activation, ffn
 from experts.compute.grouped_ffn import MAX_GROUP_ROWS, choose_grouped_mm, grouped_ffn
 from experts.compute.kernel_classes import torch_class
 
@@ -35,7 +34,11 @@ class Block:
     """The weights of experts of one layer on a device, with a place for each."""
 
     def __init__(
-        self, like: GatedFfnWeights, num_experts: int, act: Activation, device: torch.device
+        self,
+        like: GatedFfnWeights[torch.Tensor],
+        num_experts: int,
+        act: Activation,
+        device: torch.device,
     ) -> None:
         """Take memory for ``num_experts`` experts of the shapes and the dtype of ``like``.
 
@@ -81,8 +84,8 @@ class Block:
         """
         if self._grouped_mm is None:
             places = np.flatnonzero(counts).tolist()
-            pieces = rows.split_with_sizes(counts[places].tolist())
-            return [DeviceExpert(self, p)(own) for p, own in zip(places, pieces, strict=True)]
+            pieces = zip(places, rows.split_with_sizes(counts[places].tolist()), strict=True)
+            return [DeviceExpert(self, place).compute(own) for place, own in pieces]
         pieces = rows.split(MAX_GROUP_ROWS * self.num_experts)
         return [
             grouped_ffn(piece, self.weights, self.act, own_ends, self._grouped_mm)
@@ -101,44 +104,30 @@ class DeviceExpert:
         self.place = place
         self.num_bytes = block.expert_bytes
         self.row_shape = block.row_shape
-        self.dtype = block.dtype
-        self.device = block.device
+        self.dtype = dtype_name(block.dtype)
         self.kernel_class = block.kernel_class
 
     @property
-    def weights(self) -> GatedFfnWeights:
+    def weights(self) -> GatedFfnWeights[torch.Tensor]:
         """The expert's weights, without a copy."""
         return self.block.weights.map(lambda part: part[self.place])
+
+    def write(self, weights: GatedFfnWeights[torch.Tensor]) -> None:
+        """Set the expert's weights, before its first use."""
+        for own, given in zip(self.weights.parts(), weights.parts(), strict=True):
+            own.copy_(given)
 
     def takes(self, row_shape: Shape) -> bool:
         """See :class:`experts.bank.Expert`."""
         return row_shape == self.row_shape
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Map rows [P, H] of the host to rows [P, H] there, by copies of their own."""
+        return to_array(self.compute(from_array(rows).to(self.block.device)))
+
+    def compute(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [P, H] of the device to rows [P, H]."""
-        if self.block.weights.gate_up_bias is not None:
-            return clamped_ffn(rows, self.weights)
-        return gated_ffn(rows, self.weights, self.block.act)
-
-
-class Blocks:
-    """The blocks of one load: one for each layer, made for the first of the layer's experts."""
-
-    def __init__(self, device: torch.device, keys: Collection[ExpertKey]) -> None:
-        """Plan for the experts of ``keys``."""
-        self._device = device
-        self._num_experts = Counter((key.model, key.layer_id) for key in keys)
-        self._blocks: dict[tuple[str, int], Block] = {}
-
-    def take(self, key: ExpertKey, like: GatedFfnWeights, act: Activation) -> DeviceExpert:
-        """Return an expert whose weights, of the shapes and the dtype of ``like``, are to be read.
-
-        Raises :class:`torch.OutOfMemoryError` where the device has no memory for its block.
-        """
-        layer = key.model, key.layer_id
-        if layer not in self._blocks:
-            self._blocks[layer] = Block(like, self._num_experts[layer], act, self._device)
-        return self._blocks[layer].take()
+        return ffn(rows, self.weights, self.block.act)
 
 
 def settled(experts: Mapping[int, DeviceExpert]) -> dict[int, DeviceExpert] | None:
@@ -166,7 +155,7 @@ def settled(experts: Mapping[int, DeviceExpert]) -> dict[int, DeviceExpert] | No
     joined = {}
     for expert_id in sorted(experts):
         joined[expert_id] = whole.take()
-        joined[expert_id].weights.copy_(experts[expert_id].weights)
+        joined[expert_id].write(experts[expert_id].weights)
     return joined
 
 

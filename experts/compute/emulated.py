@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import torch
+import numpy as np
 
 from cluster.spec import Emulation
 from cluster.wire.frames import Shape
@@ -31,7 +31,7 @@ class EmulatedExpert:
         emulation: Emulation,
         row_shape: Shape,
         answer_shape: Shape,
-        dtype: torch.dtype,
+        dtype: str,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Map rows of ``row_shape`` and ``dtype`` to ``answer_shape``; ``sleep`` waits for seconds.
@@ -51,9 +51,9 @@ class EmulatedExpert:
             return row_shape == own
         return len(row_shape) == len(own) and row_shape[1:] == own[1:]
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
         """Return zeros for rows [P, ...] after the emulated time."""
         self._sleep(self._emulation.product_s(rows.shape[0]))
         steps = rows.shape[1]  # taken only where the rows are sequences
         shape = [steps if axis == -1 else axis for axis in self._answer_shape]
-        return rows.new_zeros(rows.shape[0], *shape)
+        return np.zeros((rows.shape[0], *shape), rows.dtype)

@@ -45,7 +45,7 @@ logger = logging.getLogger("expertmesh.actor")
 
 def grouped_ffn(
     rows: torch.Tensor,
-    weights: GatedFfnWeights,
+    weights: GatedFfnWeights[torch.Tensor],
     act: Activation,
     ends: torch.Tensor,
     grouped_mm: GroupedMm,

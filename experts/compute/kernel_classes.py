@@ -17,30 +17,12 @@ import torch
 
 from cluster.device import CPU, name_of
 from cluster.native.built import native
-from experts.checkpoint.expert_weights import GatedFfnWeights
-from experts.compute.native_ffn import GatedFfn, NativeFfn, kernel_class
 
 _HALVES = (torch.bfloat16, torch.float16)
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 """Variables that forbid oneDNN, which computes torch's products in 16 bits, some instructions."""
 
 logger = logging.getLogger("expertmesh.actor")
-
-
-def ffn_class(ffn: GatedFfn, weights: GatedFfnWeights) -> str:
-    """Return the kernel class of an expert on the CPU, whose function and weights are given.
-
-    An expert that torch computes is logged with the reason, once a process for equal shapes.
-    """
-    dtype = weights.down.dtype
-    if isinstance(ffn, NativeFfn):
-        own = kernel_class(dtype)
-        assert own is not None
-        return own
-    own = torch_class(CPU, dtype)
-    hidden_size, intermediate_size = weights.down.shape
-    _log_torch(own, hidden_size, intermediate_size, dtype)
-    return own
 
 
 def torch_class(device: torch.device, dtype: torch.dtype) -> str:
@@ -62,7 +44,8 @@ def _instructions(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _log_torch(own: str, hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> None:
+def log_torch(own: str, hidden_size: int, intermediate_size: int, dtype: str) -> None:
+    """Log that torch computes an expert on the CPU, and why; once a process for equal arguments."""
     if native is None:
         reason = "the package was installed without its native code, which takes a C compiler"
     else:

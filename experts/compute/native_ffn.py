@@ -15,16 +15,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from cluster.native.built import native
+from cluster.wire.arrays import bytes_of
 from cluster.wire.frames import Buffer
-from cluster.wire.tensors import to_bytes
-from experts.checkpoint.expert_weights import GatedFfnWeights, paged
-from experts.compute.panels import FORMATS, PANEL, SIDE, fill_panels, matrix_units
+from experts.checkpoint.expert_weights import HostWeights, paged
+from experts.compute.panels import (
+    BYTES,
+    FLOAT32,
+    FORMATS,
+    PANEL,
+    SIDE,
+    fill_panels,
+    matrix_units,
+)
 
-GatedFfn = Callable[[torch.Tensor], torch.Tensor]
-"""One expert: maps rows [P, H] to rows [P, H]."""
 GroupedFfn = Callable[[Sequence[Any], tuple[int, ...], Buffer], memoryview | None]
 """Computes the rows of several experts of one kind in one call, from bytes to bytes.
 
@@ -41,80 +46,67 @@ KERNELS: tuple[tuple[str, str, str], ...] = () if native is None else native.ffn
 first."""
 
 
-def kernel_class(dtype: torch.dtype) -> str | None:
+def kernel_class(dtype: str) -> str | None:
     """Return the class of the kernel that computes experts of a dtype.
 
     Kernels of one class give a row the same bits. "fused" rounds a product and its sum together,
     "unfused" one after the other; "paired" adds products of bfloat16 two by two, and takes what is
     between the two matrices in bfloat16. "tiled" does the same with AMX, and adds those products
-    32 at a time. ``None`` means that there is no native code.
+    32 at a time. ``None`` means that there is no native code, or none for the dtype.
     """
-    if not KERNELS:
+    if native is None or dtype not in FORMATS:
         return None
-    return KERNELS[0][2 if dtype == torch.bfloat16 else 1]
-
-
-def can_compute(weights: GatedFfnWeights) -> bool:
-    """Return whether :class:`NativeFfn` can compute an expert."""
-    dtype = weights.down.dtype
-    return (
-        native is not None
-        and weights.gate_up.is_cpu
-        and weights.down.is_cpu
-        and dtype == weights.gate_up.dtype
-        and dtype in FORMATS
-    )
+    return KERNELS[0][2 if dtype == "bfloat16" else 1]
 
 
 class NativeFfn:
     """One expert with native products of any number of rows, from a packed copy of its weights."""
 
-    def __init__(self, weights: GatedFfnWeights, activation: str) -> None:
+    def __init__(self, weights: HostWeights, activation: str, threads: int) -> None:
         """Pack ``weights`` without keeping them.
 
         ``activation`` is a ``hidden_act``; an expert with biases is GPT-OSS's, with its own.
+        At most ``threads`` threads share a product.
         """
         hidden_size, intermediate_size = weights.down.shape
-        self.dtype = weights.down.dtype
-        self.row_bytes = hidden_size * self.dtype.itemsize
+        self.dtype = weights.down.dtype.name
+        self.row_bytes = hidden_size * weights.down.itemsize
+        self.threads = threads
         has_biases = weights.gate_up_bias is not None
         number = _CLAMPED if has_biases else NATIVE_ACTIVATIONS.index(activation)
         own = FORMATS[self.dtype]
         self.shape = hidden_size, intermediate_size, own, own, number
-        self.packed = to_bytes(pack(weights))
+        self.packed = pack(weights).data
 
     @property
     def num_bytes(self) -> int:
         """Resident bytes of the packed weights."""
         return self.packed.nbytes
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
         """Map rows [P, H] to rows [P, H]; raises ``ValueError`` for rows of another kind."""
-        if rows.dtype != self.dtype or not rows.is_cpu or rows.shape[1:] != (self.shape[0],):
+        if rows.dtype.name != self.dtype or rows.shape[1:] != (self.shape[0],):
             raise ValueError(
-                f"rows must be {self.dtype} of {self.shape[0]} on the CPU "
-                f"(given: {rows.dtype} {list(rows.shape)} on {rows.device})"
+                f"rows must be {self.dtype} of {self.shape[0]} "
+                f"(given: {rows.dtype.name} {list(rows.shape)})"
             )
-        rows = rows.contiguous()
-        output = torch.empty_like(rows)
-        _compute((self,), (len(rows),), to_bytes(rows), to_bytes(output))
+        output = np.empty(rows.shape, rows.dtype)
+        _compute((self,), (len(rows),), bytes_of(rows), bytes_of(output))
         return output
 
 
 def compute_native(
-    experts: Sequence[GatedFfn], counts: tuple[int, ...], rows: Buffer
+    experts: Sequence[NativeFfn], counts: tuple[int, ...], rows: Buffer
 ) -> memoryview | None:
-    """Compute the rows of several experts in one native call.
+    """Compute the rows of several experts in one native call; see :data:`GroupedFfn`.
 
-    The first ``counts[0]`` of ``rows`` are the first expert's, and so on. Returns the results in
-    the same order. ``None`` means that the experts must be computed one by one, because they are
-    not alike.
+    Returns ``None`` where the experts are not of one shape.
     """
-    own = [expert for expert in experts if isinstance(expert, NativeFfn)]
-    if len(own) < len(counts) or any(expert.shape != own[0].shape for expert in own):
-        return None
-    output = np.empty(sum(counts) * own[0].row_bytes, np.uint8).data
-    _compute(own, counts, rows, output)
+    for expert in experts:  # as in the bank
+        if expert.shape != experts[0].shape:
+            return None
+    output = np.empty(sum(counts) * experts[0].row_bytes, np.uint8).data
+    _compute(experts, counts, rows, output)
     return output
 
 
@@ -123,13 +115,13 @@ def _compute(
 ) -> None:
     assert native is not None
     packed = tuple([expert.packed for expert in experts])
-    native.ffn(rows, counts, packed, output, experts[0].shape, torch.get_num_threads(), None)
+    native.ffn(rows, counts, packed, output, experts[0].shape, experts[0].threads, None)
 
 
-def pack(weights: GatedFfnWeights) -> torch.Tensor:
+def pack(weights: HostWeights) -> np.ndarray:
     """Return one expert's weights as native code reads them, in bytes."""
     hidden_size, intermediate_size = weights.down.shape
-    gate, up = matrix_units(weights.gate_up).chunk(2)  # [I, K] each
+    gate, up = np.split(matrix_units(weights.gate_up), 2)  # [I, K] each
     down = matrix_units(weights.down)  # [H, K]
     num_inner, num_outer = -(-intermediate_size // SIDE), -(-hidden_size // PANEL)
     parts = [
@@ -137,25 +129,26 @@ def pack(weights: GatedFfnWeights) -> torch.Tensor:
         (num_outer, down.shape[1], PANEL, down.dtype),
     ]
     if weights.gate_up_bias is not None:
-        parts += [(num_inner, 1, PANEL, torch.float32), (num_outer, 1, PANEL, torch.float32)]
+        parts += [(num_inner, 1, PANEL, FLOAT32), (num_outer, 1, PANEL, FLOAT32)]
     sizes = [panels * length * side * dtype.itemsize for panels, length, side, dtype in parts]
-    packed = paged((sum(sizes),), torch.uint8)
+    packed = paged((sum(sizes),), BYTES)
+    pieces = np.split(packed, np.cumsum(sizes)[:-1])
     places = [
-        piece.view(dtype).view(panels, length, side)
-        for piece, (panels, length, side, dtype) in zip(packed.split(sizes), parts, strict=True)
+        piece.view(dtype).reshape(panels, length, side)
+        for piece, (panels, length, side, dtype) in zip(pieces, parts, strict=True)
     ]
     _pack_pair(gate, up, places[0])
     fill_panels(down, places[1])
     if weights.gate_up_bias is not None:
         assert weights.down_bias is not None
-        biases = weights.gate_up_bias.float()[:, None].chunk(2)
-        _pack_pair(biases[0], biases[1], places[2])
-        fill_panels(weights.down_bias.float()[:, None], places[3])
+        gate_bias, up_bias = np.split(weights.gate_up_bias.astype(FLOAT32)[:, None], 2)
+        _pack_pair(gate_bias, up_bias, places[2])
+        fill_panels(weights.down_bias.astype(FLOAT32)[:, None], places[3])
     return packed
 
 
-def _pack_pair(gate: torch.Tensor, up: torch.Tensor, panels: torch.Tensor) -> None:
+def _pack_pair(gate: np.ndarray, up: np.ndarray, panels: np.ndarray) -> None:
     """Write both matrices [I, K] into the halves of panels [I / SIDE, K, PANEL]."""
-    halves = panels.view(*panels.shape[:2], 2, SIDE)
+    halves = panels.reshape(*panels.shape[:2], 2, SIDE)
     for half, matrix in enumerate((gate, up)):
         fill_panels(matrix, halves[:, :, half])

@@ -69,11 +69,10 @@ class _DequantisedFiles:
 
     def read(self, name: str, begin: int, end: int) -> torch.Tensor:
         """Return rows of a tensor; only these rows are read and dequantised."""
-        import torch
-
+        from cluster.wire.tensors import from_array
         from experts.checkpoint.expert_weights import read_tensor
 
-        return read_tensor(self._checkpoint, name, torch.float32, (begin, end))
+        return from_array(read_tensor(self._checkpoint, name, "float32", (begin, end)))
 
 
 def _shards(path: Path) -> tuple[Path, ...]:

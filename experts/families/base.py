@@ -15,8 +15,7 @@ Shapes = dict[str, tuple[int, ...]]
 """Shapes of tensors by their names in the checkpoint."""
 
 ACTIVATION_NAMES = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
-"""The values of ``hidden_act`` that :mod:`experts.compute.ffn` computes. They are here so that a
-check of a checkpoint does not import torch."""
+"""The values of ``hidden_act`` that experts compute, natively and by torch."""
 
 
 @dataclass(frozen=True, slots=True)

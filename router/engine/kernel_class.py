@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from cluster.device import CPU
+from cluster.wire.tensors import dtype_name
 from experts.compute.kernel_classes import torch_class
 from experts.compute.native_ffn import kernel_class
 
@@ -15,7 +16,7 @@ def dense_class(device: torch.device, dtype: torch.dtype, is_native: bool) -> st
     ``is_native`` is true where native code computes all of it, and false where torch computes what
     is between native products, norms and attention. Then the class names both.
     """
-    own, native = torch_class(device, dtype), kernel_class(dtype)
+    own, native = torch_class(device, dtype), kernel_class(dtype_name(dtype))
     if device.type != CPU.type or native is None:
         return own
     return native if is_native else f"{own}+{native}"

@@ -9,9 +9,9 @@ import torch
 
 from cluster.device import CPU
 from cluster.native.built import native
-from experts.compute.panels import FORMATS
 from experts.families.base import Family
 from router.model.attention import Attention
+from router.model.cpu.formats import FORMATS
 from router.model.cpu.native_attention import NativeAttention, NativeCache
 from router.model.kv_cache import LatentCache, PagedCache
 from router.model.paged_attention import GatheredAttention

@@ -19,6 +19,7 @@ from cluster.device import CPU, check_room
 from cluster.errors import CheckpointError
 from cluster.heap import give_back_freed
 from cluster.staging import Staging
+from cluster.wire.tensors import dtype_name, from_array
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import read_tensor
 from experts.families.base import Family
@@ -113,7 +114,10 @@ def _weights(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tens
     """
     names = checkpoint.family.dense_tensors(checkpoint.config)
     module_names = checkpoint.family.module_names(checkpoint.config)
-    state = {module_names.get(name, name): read_tensor(checkpoint, name, dtype) for name in names}
+    state = {
+        module_names.get(name, name): from_array(read_tensor(checkpoint, name, dtype_name(dtype)))
+        for name in names
+    }
     if checkpoint.remote is not None:
         checkpoint.remote.release()
     return state

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from experts.compute.native_ffn import kernel_class
 from tests.fault.programs import run
@@ -16,7 +15,7 @@ LIMIT_S = 280.0
 @pytest.mark.timeout(300)
 def test_status_and_log_say_which_kernels_are_mixed(tmp_path: Path) -> None:
     told = run("mixed_kernels", str(tmp_path), limit_s=LIMIT_S)
-    native = kernel_class(torch.float32)
+    native = kernel_class("float32")
     assert told["classes"]["native-0"] == told["classes"]["native-1"] == [native]
     [plain] = told["classes"]["plain-0"]
     assert plain.startswith("torch-")

@@ -18,7 +18,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from cluster.errors import FrameError
@@ -102,13 +102,11 @@ class StreamServer:
         answer: Answer,
         host: str,
         tls: ssl.SSLContext | None,
-        mode: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """``answer`` maps frames to answers on the server's thread, which stays in ``mode``:
-        it is the expert actor's ``compute_all``. ``host`` is the address that listens for TCP
-        streams; ``tls`` encrypts these.
+        """``answer`` maps frames to answers on the server's thread: it is the expert actor's
+        ``compute_all``. ``host`` is the address that listens for TCP streams; ``tls`` encrypts
+        these.
         """
-        self._mode = mode
         self._answer = answer
         self._host = host
         self._tls = tls
@@ -165,8 +163,7 @@ class StreamServer:
 
     def _run(self) -> None:
         try:
-            with self._mode():
-                self._serve_until_closed()
+            self._serve_until_closed()
         finally:  # also after a failure: no router may wait for an answer from here
             self._closing = True
             for peer in list(self._peers):

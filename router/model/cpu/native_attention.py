@@ -19,8 +19,8 @@ import torch
 
 from cluster.native.built import native
 from cluster.wire.tensors import to_bytes, to_span
-from experts.compute.panels import FORMATS
 from router.model.attention import Scoring, Span
+from router.model.cpu.formats import FORMATS
 from router.model.kv_cache import LatentCache, PagedCache
 
 KERNELS: tuple[tuple[str, str], ...] = () if native is None else native.attention_kernels()

@@ -22,9 +22,9 @@ from torch import nn
 
 from cluster.native.built import native
 from cluster.wire.tensors import to_bytes
-from experts.compute.panels import FORMATS
 from experts.families.base import GateSpec
 from router.model.attention import Attention, Scoring
+from router.model.cpu.formats import FORMATS
 from router.model.cpu.native_attention import COLUMNS, ROWS, NativeAttention, NativeCache
 from router.model.cpu.native_modules import (
     ROOT_MEAN_SQUARE,

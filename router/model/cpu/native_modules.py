@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import nn
 
 from cluster.native.built import native
-from cluster.wire.tensors import to_bytes
+from cluster.wire.tensors import dtype_name, from_bytes, to_array, to_bytes
 from experts.checkpoint.expert_weights import GatedFfnWeights
-from experts.compute.ffn import ACTIVATIONS, ffn_of
-from experts.compute.panels import FORMATS, pack_matrix
+from experts.compute.native_ffn import NATIVE_ACTIVATIONS, NativeFfn, compute_native
+from experts.compute.panels import pack_matrix
+from router.model.cpu.formats import FORMATS
 
 ROOT_MEAN_SQUARE, LAYER_NORM = 1, 2
 """The number of each kind of norm in native code."""
@@ -37,8 +39,9 @@ class NativeLinear(nn.Module):
         matrices = weight.unsqueeze(0) if weight.dim() == 2 else weight
         self._count = len(matrices)
         # Not a buffer: the layout is native code's, so it can neither be moved nor saved.
-        packed = [pack_matrix(matrix, bias) for matrix in matrices]
-        self.packed = to_bytes(packed[0] if len(packed) == 1 else torch.cat(packed))
+        own_bias = None if bias is None else to_array(bias)
+        packed = [pack_matrix(to_array(matrix), own_bias) for matrix in matrices]
+        self.packed = (packed[0] if len(packed) == 1 else np.concatenate(packed)).data
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Map [..., K] to [..., O] in the rows' dtype."""
@@ -67,12 +70,15 @@ class NativeMlp(nn.Module):
         """Pack copies of the weights of ``replaced``; ``activation`` is its ``hidden_act``."""
         super().__init__()
         gate_up = torch.cat((replaced.gate_proj.weight, replaced.up_proj.weight))
-        weights = GatedFfnWeights(gate_up, replaced.down_proj.weight)
-        self._compute = ffn_of(weights, ACTIVATIONS[activation])
+        weights = GatedFfnWeights(to_array(gate_up), to_array(replaced.down_proj.weight))
+        self._ffn = NativeFfn(weights, activation, torch.get_num_threads())
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Map [..., H] to [..., H]."""
-        return self._compute(rows.flatten(0, -2)).view(rows.shape)
+        num_rows, row_shape = rows.shape[:-1].numel(), rows.shape[-1:]
+        output = compute_native([self._ffn], (num_rows,), to_bytes(rows))
+        assert output is not None
+        return from_bytes(output, dtype_name(rows.dtype), num_rows, row_shape).view(rows.shape)
 
 
 class NativeNorm(nn.Module):
@@ -110,7 +116,7 @@ def replace_modules(model: nn.Module, activation: str) -> None:
     for name, child in list(model.named_children()):
         if is_norm(child):
             setattr(model, name, NativeNorm(child))
-        elif is_mlp(child) and activation in ACTIVATIONS:
+        elif is_mlp(child) and activation in NATIVE_ACTIVATIONS:
             setattr(model, name, NativeMlp(child, activation))
         elif is_linear(child):
             setattr(model, name, NativeLinear(child.weight, child.bias))

@@ -33,7 +33,7 @@ class Actor(ExpertActor):
             self._epoch,
             os.getpid(),
             "node",
-            str(self._device),
+            self._device_name(),
             tuple(sorted(self._bank.experts)),
             self._bank.num_bytes,
             self._bank.tokens,

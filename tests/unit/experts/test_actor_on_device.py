@@ -13,10 +13,10 @@ import torch
 
 from cluster.errors import UnavailableError
 from cluster.spec import ExpertKey
-from cluster.wire.frames import RowsFrame, decode, joined
+from cluster.wire.frames import ErrorFrame, RowsFrame, decode, joined
 from experts import actor as actor_module
 from experts.checkpoint.checkpoint import open_checkpoint
-from experts.checkpoint.expert_weights import GatedFfnWeights, expert_shape
+from experts.compute import expert_device
 from experts.compute.device_experts import Block, DeviceExpert
 from tests.emulated_device import EmulatedDevice, emulated_device
 from tests.unit.experts.local_actor import Actor, frame_of, local_actor, rows_of
@@ -32,7 +32,7 @@ def one_thread_as_before() -> Iterator[None]:
 
 
 def expert_bytes(folder: Path) -> int:
-    return expert_shape(open_checkpoint(folder), 0, 0, torch.float32).num_bytes
+    return open_checkpoint(folder).expert_bytes("float32")
 
 
 def on_device(folder: Path, keys: Sequence[ExpertKey]) -> Actor:
@@ -99,7 +99,7 @@ def test_a_device_without_room_is_an_error_that_tells_the_bytes_before_anything_
         actor = on_device(folder, KEYS[:2])
         before = answers(actor, 0, 1)
         staged_bytes = torch.accelerator.memory_allocated() - 2 * one_bytes
-        monkeypatch.setattr(actor_module, "read_expert", None)
+        monkeypatch.setattr(actor_module, "load_expert", None)
         with pytest.raises(UnavailableError) as caught:
             actor.load(1, actor._spec, KEYS[:4])
         assert caught.value.field == "args.experts"
@@ -119,29 +119,34 @@ def test_an_allocation_that_fails_in_a_load_leaves_the_actor_what_it_holds(
 ) -> None:
     actor = on_device(folder, KEYS[:2])
     before = answers(actor, 0, 1)
-    read = actor_module.read_expert
+    write = DeviceExpert.write
     calls = []
 
     def failing(*args: Any) -> None:
         calls.append(args)
         if len(calls) > num_read:
             raise torch.OutOfMemoryError("tried to allocate 20 GiB")
-        read(*args)
+        write(*args)
+
+    def unjoined(experts: Any) -> None:
+        """Leave the experts of a layer in their blocks, since joining them writes, too."""
 
     with monkeypatch.context() as patch:
-        patch.setattr(actor_module, "read_expert", failing)
+        patch.setattr(DeviceExpert, "write", failing)
+        patch.setattr(expert_device, "settled", unjoined)
         with pytest.raises(UnavailableError, match=r"of \S+ has no [\d,]+ bytes together"):
             actor.load(1, actor._spec, KEYS)
     assert "tried to allocate 20 GiB" in caplog.text
     held = tuple(KEYS[: 2 + num_read])
     assert actor.describe().experts == held
+    actor._bank.settle()
     assert [b.num_experts for own in blocks_of(actor).values() for b in own] == [len(held)]
     assert answers(actor, 0, 1) == before
     assert actor.load(1, actor._spec, KEYS).experts == tuple(KEYS)
 
 
-@pytest.mark.parametrize("call", ["load", "unload"])
-def test_a_device_in_error_ends_the_process_out_of_a_batch_too(
+@pytest.mark.parametrize("call", ["load", "unload", "compute"])
+def test_a_device_in_error_ends_the_process_and_the_log_says_why(
     folder: Path,
     device: EmulatedDevice,
     monkeypatch: pytest.MonkeyPatch,
@@ -149,19 +154,24 @@ def test_a_device_in_error_ends_the_process_out_of_a_batch_too(
     call: str,
 ) -> None:
     ended: list[str] = []
-    monkeypatch.setattr(actor_module, "end_process", lambda: ended.append("ended"))
+    monkeypatch.setattr(expert_device, "end_process", lambda: ended.append("ended"))
     actor = on_device(folder, KEYS[:2])
 
     def failing(*args: Any) -> None:
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(actor_module, "read_expert", failing)
-    monkeypatch.setattr(GatedFfnWeights, "copy_", failing)  # joins what is left
-    calls = {
-        "load": lambda: actor.load(1, actor._spec, KEYS),
-        "unload": lambda: actor.unload(1, KEYS[:1]),
-    }
-    with pytest.raises(torch.AcceleratorError):
-        calls[call]()
-    assert ended == ["ended"]
+    monkeypatch.setattr(DeviceExpert, "write", failing)  # also joins what is left
+    monkeypatch.setattr(Block, "compute", failing)
+    if call == "compute":
+        answer = decode(actor.compute(frame_of(rows_of(1), expert_id=0)))
+        assert isinstance(answer, ErrorFrame)
+        assert answer.kind == "InternalError"  # were the process still there
+    else:
+        calls = {
+            "load": lambda: actor.load(1, actor._spec, KEYS),
+            "unload": lambda: actor.unload(1, KEYS[:1]),
+        }
+        with pytest.raises(torch.AcceleratorError):
+            calls[call]()
+    assert ended[0] == "ended"
     assert "expert-0 ends: its device failed (an illegal memory access" in caplog.text

@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,10 +31,10 @@ from experts import queue as queue_module
 from experts.bank import GatedFfnExpert
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.expert_weights import load_expert
-from experts.compute.ffn import ACTIVATIONS, ffn_of
 from experts.compute.native_ffn import kernel_class
 from experts.remote import RemoteExpertActor
 from experts.tracing import BatchSpans
+from tests.arrays import results
 from tests.cluster_fixture import wait_until
 from tests.span_keeper import SpanKeeper
 from tests.unit.experts.local_actor import (
@@ -76,8 +77,8 @@ def test_a_gpu_of_rays_that_torch_does_not_find_is_said(
 
 
 def expected(folder: Path, rows: torch.Tensor) -> torch.Tensor:
-    weights = load_expert(open_checkpoint(folder), 0, 3, torch.float32, torch.device("cpu"))
-    return ffn_of(weights, ACTIVATIONS["silu"])(rows)
+    expert = GatedFfnExpert(load_expert(open_checkpoint(folder), 0, 3, "float32"), "silu", 1)
+    return results(expert.ffn, rows)
 
 
 def rows_answer(data: bytes) -> torch.Tensor:
@@ -107,7 +108,7 @@ class Gate:
         self.failure: Exception | None = None
         product = GatedFfnExpert.__call__
 
-        def gated(expert: GatedFfnExpert, rows: torch.Tensor) -> torch.Tensor:
+        def gated(expert: GatedFfnExpert, rows: np.ndarray) -> np.ndarray:
             self.products.append(rows.shape[0])
             self.entered.release()
             assert self.open.wait(LIMIT_S)
@@ -174,7 +175,7 @@ def test_the_report_has_the_kernel_class_of_each_model_with_an_expert(
     make: Callable[..., Actor],
 ) -> None:
     actor = make()
-    own = kernel_class(torch.float32)
+    own = kernel_class("float32")
     assert own is not None
     assert actor.describe().kernels == (ModelKernel("m", own),)
     actor.unload(1, KEYS)
@@ -357,7 +358,7 @@ def test_a_call_that_has_its_answer_waits_for_no_other_product(
     gates = {num_rows: threading.Event() for num_rows in (1, 2 + 3, 9)}
     entered: SimpleQueue[int] = SimpleQueue()
 
-    def gated(expert: GatedFfnExpert, rows: torch.Tensor) -> torch.Tensor:
+    def gated(expert: GatedFfnExpert, rows: np.ndarray) -> np.ndarray:
         entered.put(len(rows))
         assert gates[len(rows)].wait(LIMIT_S)
         return product(expert, rows)
@@ -428,25 +429,8 @@ def test_a_batch_that_fails_is_answered_by_internal_errors_and_the_next_one_is_c
     assert torch.equal(rows_answer(actor.compute(frame_of(rows))), expected(folder, rows))
 
 
-def test_a_device_in_error_ends_the_process_and_its_log_says_why(
-    make: Callable[..., Actor],
-    gate: Gate,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    ended: list[str] = []
-    monkeypatch.setattr(actor_module, "end_process", lambda: ended.append("ended"))
-    actor = make()
-    gate.open.set()
-    gate.failure = torch.AcceleratorError("an illegal memory access was encountered")
-    answer = error_answer(actor.compute(frame_of(rows_of(1))))
-    assert ended == ["ended"]
-    assert answer.kind == "InternalError"  # were the process still there
-    assert "expert-0 ends: its device failed (an illegal memory access" in caplog.text
-
-
 def test_the_end_of_a_process_is_at_once_and_no_success() -> None:
-    code = "from experts.actor import end_process; end_process()"
+    code = "from cluster.device import end_process; end_process()"
     assert (
         subprocess.run([sys.executable, "-c", code], timeout=LIMIT_S, check=False).returncode == 1
     )

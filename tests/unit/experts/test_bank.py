@@ -26,7 +26,7 @@ from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame, de
 from cluster.wire.tensors import TORCH_DTYPES, dtype_name, from_bytes, to_bytes
 from experts.bank import MOST_PIECES, ExpertBank, GatedFfnExpert
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from experts.checkpoint.expert_weights import GatedFfnWeights, load_expert
+from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.ffn import ACTIVATIONS
 from experts.families.base import ACTIVATION_NAMES
 from router.control.placement_view import PlacementView
@@ -34,11 +34,11 @@ from router.moe.combine import ExpertRows, WeightedSums, combine, prepare
 from router.moe.dispatch import Dispatcher
 from router.moe.gate import Choice
 from router.moe.layer import MoELayers, StepContext
+from tests.arrays import loaded, on_host, results
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import MODEL, BankTransport, load_banks
 
 HIDDEN = 64
-CPU = torch.device("cpu")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -125,7 +125,7 @@ def test_an_expert_loaded_by_slices_is_transformers_expert_bit_for_bit(
     checkpoint = open_checkpoint(folders[dtype])
     for layer_id, experts in enumerate(oracles[dtype]):
         for expert_id in range(8):
-            weights = load_expert(checkpoint, layer_id, expert_id, TORCH_DTYPES[dtype], CPU)
+            weights = loaded(checkpoint, layer_id, expert_id, dtype)
             assert torch.equal(weights.gate_up, experts.gate_up_proj[expert_id])
             assert torch.equal(weights.down, experts.down_proj[expert_id])
             assert weights.gate_up.is_contiguous()
@@ -134,8 +134,8 @@ def test_an_expert_loaded_by_slices_is_transformers_expert_bit_for_bit(
 
 def test_an_expert_is_converted_to_the_dtype_that_is_asked_for(folders: dict[str, Path]) -> None:
     checkpoint = open_checkpoint(folders["float32"])
-    wide = load_expert(checkpoint, 1, 3, torch.float32, CPU)
-    narrow = load_expert(checkpoint, 1, 3, torch.bfloat16, CPU)
+    wide = loaded(checkpoint, 1, 3, "float32")
+    narrow = loaded(checkpoint, 1, 3, "bfloat16")
     assert torch.equal(narrow.gate_up, wide.gate_up.bfloat16())
     assert torch.equal(narrow.down, wide.down.bfloat16())
 
@@ -203,16 +203,13 @@ def test_experts_of_unequal_sizes_give_what_each_gives_by_itself(
     num_frames: int, inner: int
 ) -> None:
     experts = [
-        GatedFfnExpert(
-            GatedFfnWeights(torch.randn(2 * size, HIDDEN), torch.randn(HIDDEN, size)),
-            ACTIVATIONS["silu"],
-        )
-        for size in (96, inner)
+        GatedFfnExpert(on_host(GatedFfnWeights(*map(torch.randn, shapes))), "silu", 1)
+        for shapes in (((2 * size, HIDDEN), (HIDDEN, size)) for size in (96, inner))
     ]
     unequal, rows = ExpertBank(), rows_of(5)
     for expert_id, expert in enumerate(experts):
         unequal.hold(ExpertKey(MODEL, 0, expert_id), expert)
-    expected = torch.cat([experts[0](rows[:3]), experts[1](rows[3:])])
+    expected = torch.cat([results(experts[0], rows[:3]), results(experts[1], rows[3:])])
     frames = [frame_of(rows, {0: [0, 1, 2], 1: [3, 4]}, 0, number) for number in range(num_frames)]
     for answer in unequal.compute(frames):
         assert_near(answer_rows(answer), expected)
@@ -227,7 +224,7 @@ def test_frames_are_merged_into_one_call_per_layer(
     expert = type(next(iter(bank.experts.values())))
     product = expert.__call__
 
-    def computed_alone(self: object, rows: torch.Tensor) -> torch.Tensor:
+    def computed_alone(self: object, rows: np.ndarray) -> np.ndarray:
         calls.append((rows.shape[0],))
         return product(self, rows)  # type: ignore[arg-type]
 
@@ -252,7 +249,7 @@ class Numbered:
     kernel_class = ""
     num_bytes = 0
     row_shape: tuple[int, ...] = (4,)
-    dtype = torch.float32
+    dtype = "float32"
     grouped = None
 
     def __init__(self, number: int) -> None:
@@ -261,36 +258,8 @@ class Numbered:
     def takes(self, row_shape: tuple[int, ...]) -> bool:
         return row_shape == self.row_shape
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
         return rows + self._number
-
-
-class Watching(Numbered):
-    """One that keeps whether its products were computed in torch's inference mode."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.modes: list[bool] = []
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        self.modes.append(torch.is_inference_mode_enabled())
-        return super().__call__(rows)
-
-
-@pytest.mark.parametrize("is_inside", [False, True])
-@pytest.mark.parametrize("num_frames", [1, 3])
-def test_products_are_computed_in_inference_mode_whoever_asks(
-    num_frames: int, is_inside: bool
-) -> None:
-    watching, bank = Watching(1), ExpertBank()
-    bank.hold(ExpertKey(MODEL, 0, 1), watching)
-    with torch.inference_mode(is_inside):
-        answers = bank.compute([frame_of(torch.zeros(1, 4), {1: [0]})] * num_frames)
-        assert torch.is_inference_mode_enabled() == is_inside
-    assert watching.modes == [True]
-    for answer in answers:
-        assert isinstance(answer, RowsFrame)
-        assert answer_rows(answer).tolist() == [[1.0] * 4]
 
 
 def test_many_experts_results_are_in_order_as_few_are() -> None:
@@ -522,10 +491,10 @@ class Fragile(Numbered):
     def takes(self, row_shape: tuple[int, ...]) -> bool:
         return len(row_shape) == 2 and row_shape[1] == 2
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
         if bool((rows[:, 0, 0] == 13).any()):
             raise ExpertFailedError("does not like 13", "fragile")
-        return rows.sum(dim=(1, 2), dtype=rows.dtype).unsqueeze(1)
+        return rows.sum(axis=(1, 2), dtype=rows.dtype)[:, None]
 
 
 def frame_of_rows(rows: torch.Tensor, expert_id: int = 1, request_id: int = 1) -> DispatchFrame:

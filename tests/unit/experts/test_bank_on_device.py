@@ -18,10 +18,10 @@ from cluster.wire.frames import DispatchFrame, ErrorFrame, RowsFrame, joined
 from cluster.wire.tensors import dtype_name, from_bytes, to_bytes
 from experts.bank import ExpertBank, GatedFfnExpert
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from experts.checkpoint.expert_weights import expert_shape, load_expert, read_expert
+from experts.checkpoint.expert_weights import load_expert
 from experts.compute import device_experts
-from experts.compute.device_experts import Block, Blocks, DeviceExpert
-from experts.compute.ffn import ACTIVATIONS
+from experts.compute.device_experts import Block, DeviceExpert
+from experts.compute.expert_device import ExpertDevice
 from tests.emulated_device import EmulatedDevice, emulated_device
 from tests.family_checkpoints import SAVERS
 
@@ -51,30 +51,30 @@ def load(
     bank: ExpertBank,
     checkpoint: Checkpoint,
     keys: Collection[ExpertKey],
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
+    dtype: str = "float32",
 ) -> None:
-    """Load experts as an actor does; on a device without joining them."""
-    blocks, act = Blocks(device, keys), ACTIVATIONS[checkpoint.shape.activation]
+    """Load experts as an actor does; on the bank's device, if it has one, without joining them."""
+    device, activation = bank._device, checkpoint.shape.activation
+    if device is not None:
+        device.begin_load(dict.fromkeys(keys, checkpoint.expert_bytes(dtype)))
     for key in keys:
-        if device == HOST:
-            weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype, HOST)
-            bank.hold(key, GatedFfnExpert(weights, act))
-            continue
-        shape = expert_shape(checkpoint, key.layer_id, key.expert_id, dtype)
-        expert = blocks.take(key, shape, act)
-        read_expert(checkpoint, key.layer_id, key.expert_id, expert.weights)
-        bank.hold(key, expert)
+        weights = load_expert(checkpoint, key.layer_id, key.expert_id, dtype)
+        if device is None:
+            bank.hold(key, GatedFfnExpert(weights, activation, 1))
+        else:
+            bank.hold(key, device.load(key, weights, activation))
+    if device is not None:
+        device.end_load()
 
 
 def bank_on(
     folder: Path,
     device: torch.device,
     keys: Collection[ExpertKey] = KEYS,
-    dtype: torch.dtype = torch.float32,
+    dtype: str = "float32",
 ) -> ExpertBank:
-    bank = ExpertBank()
-    load(bank, open_checkpoint(folder), keys, device, dtype)
+    bank = ExpertBank(None if device == HOST else ExpertDevice(device, "expert-0"))
+    load(bank, open_checkpoint(folder), keys, dtype)
     return bank
 
 
@@ -184,8 +184,8 @@ def test_experts_with_biases_have_the_hosts_rows(tmp_path: Path, device: Emulate
 @pytest.mark.usefixtures("way")
 def test_bfloat16_has_the_hosts_rows_up_to_rounding(folder: Path, device: EmulatedDevice) -> None:
     frames = frames_of(BATCHES["two frames"], torch.bfloat16)
-    expected = bank_on(folder, HOST, KEYS, torch.bfloat16).compute(frames)
-    answers = bank_on(folder, device.device, KEYS, torch.bfloat16).compute(frames)
+    expected = bank_on(folder, HOST, KEYS, "bfloat16").compute(frames)
+    answers = bank_on(folder, device.device, KEYS, "bfloat16").compute(frames)
     for answer, right in zip(answers, expected, strict=True):
         torch.testing.assert_close(rows_in(answer), rows_in(right), rtol=2e-2, atol=2e-2)
 
@@ -232,8 +232,8 @@ def test_a_layers_experts_lie_in_one_tensor_without_a_second_copy(
 ) -> None:
     checkpoint = open_checkpoint(folder)
     bank = bank_on(folder, device.device, KEYS[:3])
-    load(bank, checkpoint, KEYS[3:7], device.device)
-    load(bank, checkpoint, KEYS[7:], device.device)
+    load(bank, checkpoint, KEYS[3:7])
+    load(bank, checkpoint, KEYS[7:])
     assert {i: len(own) for i, own in blocks_of(bank).items()} == {0: 2, 1: 2}
     frames = frames_of(BATCHES["two layers"])
     expected = bank_on(folder, HOST).compute(frames)
@@ -256,21 +256,20 @@ def test_a_layers_experts_lie_in_one_tensor_without_a_second_copy(
     bank.settle()
     assert {i: [b.num_experts for b in own] for i, own in blocks_of(bank).items()} == {0: [2]}
     assert allocated() == bank.num_bytes + staged_bytes
-    load(bank, checkpoint, KEYS[:1], device.device)
+    load(bank, checkpoint, KEYS[:1])
     bank.settle()
     frames = frames_of([(0, {0: 2, 3: 3}), (0, {1: 1})])
     check(bank.compute(frames), bank_on(folder, HOST).compute(frames))
 
 
 def test_places_that_were_not_filled_are_given_back(folder: Path, device: EmulatedDevice) -> None:
-    checkpoint, bank = open_checkpoint(folder), ExpertBank()
-    blocks = Blocks(device.device, KEYS[:4])  # a load of four that ends after one
-    shape = expert_shape(checkpoint, 0, 0, torch.float32)
-    expert = blocks.take(KEYS[0], shape, ACTIVATIONS["silu"])
-    read_expert(checkpoint, 0, 0, expert.weights)
-    bank.hold(KEYS[0], expert)
+    checkpoint, own = open_checkpoint(folder), ExpertDevice(device.device, "expert-0")
+    bank = ExpertBank(own)
+    # A load of four that ends after one.
+    own.begin_load(dict.fromkeys(KEYS[:4], checkpoint.expert_bytes("float32")))
+    bank.hold(KEYS[0], own.load(KEYS[0], load_expert(checkpoint, 0, 0, "float32"), "silu"))
     staged_bytes = allocated() - 4 * bank.num_bytes
-    del blocks, expert
+    own.end_load()
     bank.settle()
     assert allocated() == bank.num_bytes + staged_bytes
 
@@ -298,7 +297,7 @@ def test_experts_come_and_go_under_a_batch(
             for key in KEYS[:3]:
                 bank.release(key)
             bank.settle()
-            load(bank, open_checkpoint(folder), [ExpertKey("m", 0, 6)], device.device)
+            load(bank, open_checkpoint(folder), [ExpertKey("m", 0, 6)])
             bank.settle()
         finally:
             may_go_on.set()
@@ -315,10 +314,10 @@ def test_experts_of_a_full_device_stay_where_they_are(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoint = open_checkpoint(folder)
-    expert_bytes = expert_shape(checkpoint, 0, 0, torch.float32).num_bytes
+    expert_bytes = checkpoint.expert_bytes("float32")
     with emulated_device(memory_bytes=6 * expert_bytes) as small:
         bank = bank_on(folder, small.device, KEYS[:2])
-        load(bank, checkpoint, KEYS[2:4], small.device)
+        load(bank, checkpoint, KEYS[2:4])
         bank.settle()
         assert {i: len(own) for i, own in blocks_of(bank).items()} == {0: 2}
         assert "4 experts of a layer stay in 2 blocks with 4 places" in caplog.text
@@ -377,7 +376,7 @@ def test_a_batch_that_a_device_has_no_memory_to_copy_is_refused(
     frames = frames_of(BATCHES["two layers"])
     bank = bank_on(folder, device.device)
     with monkeypatch.context() as patch:
-        patch.setattr(bank._staging, copy, out_of_memory)
+        patch.setattr(bank._device._staging, copy, out_of_memory)
         for answer in bank.compute(frames):
             refused(answer)
     check(bank.compute(frames), bank_on(folder, HOST).compute(frames))

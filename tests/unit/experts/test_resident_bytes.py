@@ -7,25 +7,27 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import psutil
 import pytest
-import torch
 
 from cluster.spec import ExpertKey
+from cluster.wire.arrays import DTYPES
 from experts.bank import ExpertBank, GatedFfnExpert
 from experts.checkpoint.expert_weights import GatedFfnWeights, paged
-from experts.compute.ffn import ACTIVATIONS
 
 COUNT, HIDDEN, INNER = 12, 1024, 1536
 
 
-def expert(hidden: int, inner: int, dtype: torch.dtype) -> GatedFfnExpert:
-    gate_up = paged((2 * inner, hidden), dtype).fill_(0.01)  # as a checkpoint is read
-    down = paged((hidden, inner), dtype).fill_(0.01)
-    return GatedFfnExpert(GatedFfnWeights(gate_up, down), ACTIVATIONS["silu"])
+def expert(hidden: int, inner: int, dtype: str) -> GatedFfnExpert:
+    shapes = (2 * inner, hidden), (hidden, inner)
+    parts = [paged(shape, DTYPES[dtype]) for shape in shapes]  # as a checkpoint is read
+    for part in parts:
+        part.fill(0.01)
+    return GatedFfnExpert(GatedFfnWeights(*parts), "silu", 1)
 
 
-def fill_a_bank(dtype: torch.dtype) -> tuple[int, int]:
+def fill_a_bank(dtype: str) -> tuple[int, int]:
     """Load experts; returns the bytes that the bank tells, and those that this process grew by."""
     expert(HIDDEN, INNER, dtype)  # whatever is set up once
     gc.collect()
@@ -41,13 +43,13 @@ def fill_a_bank(dtype: torch.dtype) -> tuple[int, int]:
 def test_a_bank_tells_the_bytes_that_its_process_grows_by(dtype: str) -> None:
     # In a process of its own, whose heap has no room left over from other tests.
     program = (
-        "import json, torch; from tests.unit.experts.test_resident_bytes import fill_a_bank; "
-        f"print(json.dumps(fill_a_bank(torch.{dtype})))"
+        "import json; from tests.unit.experts.test_resident_bytes import fill_a_bank; "
+        f"print(json.dumps(fill_a_bank({dtype!r})))"
     )
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     told, grown = json.loads(done.stdout)
-    weights = COUNT * 3 * HIDDEN * INNER * getattr(torch, dtype).itemsize
+    weights = COUNT * 3 * HIDDEN * INNER * DTYPES[dtype].itemsize
     assert weights <= told <= 1.02 * weights
     # One expert may lie where the first one lay, or one that is packed may leave its room behind.
     assert abs(grown - told) <= 1.1 * weights / COUNT
@@ -57,7 +59,7 @@ def test_a_bank_counts_what_it_holds_now() -> None:
     bank = ExpertBank()
     assert bank.num_bytes == 0
     for expert_id in range(3):
-        bank.hold(ExpertKey("m", 0, expert_id), expert(64, 32, torch.float32))
+        bank.hold(ExpertKey("m", 0, expert_id), expert(64, 32, "float32"))
     assert bank.num_bytes == 3 * 3 * 64 * 32 * 4
     bank.release(ExpertKey("m", 0, 1))
     assert bank.num_bytes == 2 * 3 * 64 * 32 * 4
@@ -65,16 +67,18 @@ def test_a_bank_counts_what_it_holds_now() -> None:
 
 def test_odd_sizes_count_with_what_a_layout_pads_them_by() -> None:
     hidden, inner = 65, 130  # no multiple of anything that a processor's unit takes
-    whole = expert(hidden, inner, torch.bfloat16).num_bytes
+    whole = expert(hidden, inner, "bfloat16").num_bytes
     weights = 3 * hidden * inner * 2
     assert weights <= whole <= 3 * weights
-    assert 2 * weights <= expert(hidden, inner, torch.float32).num_bytes <= 3 * weights
+    assert 2 * weights <= expert(hidden, inner, "float32").num_bytes <= 3 * weights
 
 
 def test_every_second_weight_that_is_let_go_goes_back_to_the_system() -> None:
     process, count, num_bytes = psutil.Process(), 64, 256 << 10
     before = process.memory_info().rss
-    weights = [paged((256, 1024), torch.uint8).fill_(1) for _ in range(count)]
+    weights = [paged((256, 1024), np.dtype(np.uint8)) for _ in range(count)]
+    for weight in weights:
+        weight.fill(1)
     held = process.memory_info().rss
     assert held - before >= 0.9 * count * num_bytes
     del weights[::2]
@@ -83,9 +87,9 @@ def test_every_second_weight_that_is_let_go_goes_back_to_the_system() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (300, 500), (70_000,)])
-def test_weights_with_pages_of_their_own_are_tensors_as_others(shape: tuple[int, ...]) -> None:
-    values = torch.randn(shape)
-    own = paged(shape, torch.bfloat16)
-    own.copy_(values)
-    assert (own.shape, own.dtype, own.is_contiguous()) == (shape, torch.bfloat16, True)
-    assert torch.equal(own, values.bfloat16())
+def test_weights_with_pages_of_their_own_are_arrays_as_others(shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(0).normal(size=shape)
+    own = paged(shape, DTYPES["bfloat16"])
+    own[...] = values
+    assert (own.shape, own.dtype, own.flags.c_contiguous) == (shape, DTYPES["bfloat16"], True)
+    assert np.array_equal(own, values.astype(DTYPES["bfloat16"]))

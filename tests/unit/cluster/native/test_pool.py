@@ -27,6 +27,7 @@ from cluster.native import built
 from cluster.wire.tensors import to_bytes
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.native_ffn import NativeFfn
+from tests.arrays import on_host
 from tests.unit.router.model.cpu.attention_cases import make, one_prefill
 
 BUILT = [] if built.native is None else [built.native]
@@ -38,7 +39,7 @@ def expert_of(hidden: int = HIDDEN, inner: int = INNER) -> NativeFfn:
     generator = torch.Generator().manual_seed(hidden)
     gate_up = torch.randn(2 * inner, hidden, generator=generator) * hidden**-0.5
     down = torch.randn(hidden, inner, generator=generator) * inner**-0.5
-    return NativeFfn(GatedFfnWeights(gate_up, down), "silu")
+    return NativeFfn(on_host(GatedFfnWeights(gate_up, down)), "silu", 1)
 
 
 def rows_of(count: int = NUM_ROWS, hidden: int = HIDDEN) -> torch.Tensor:

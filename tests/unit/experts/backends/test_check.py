@@ -92,7 +92,7 @@ def test_loading_an_expert_reads_no_other_file(tmp_path: Path) -> None:
         ({}, {"weight": np.ones((2, F + 1))}, r"weight must have the shape \[2, 3\]"),
         ({}, {"weight": np.ones((2, F)), "bias": np.ones(3)}, r"bias must have the shape \[2\]"),
         ({}, {"bias": np.ones(2)}, "has no tensor weight"),
-        ({}, {"weight": np.ones((2, F), np.int64)}, "weight is int64"),
+        ({}, {"weight": np.ones((2, F), np.int64)}, "weight is I64"),
         ({}, {"weight": np.full((2, F), np.inf)}, "weight has values that are not finite"),
         ({}, {"weight": np.ones((2, F)), "bais": np.ones(2)}, "not used: bais"),
         ({"prefix": "g."}, {"weight": np.ones((2, F))}, r"has no tensor g\.weight"),

@@ -109,7 +109,7 @@ def test_mlp(tmp_path: Path, dtype: str, activation: str) -> None:
         tmp_path, tensors, [20], mean(3), dtype, kind="mlp", activation=activation
     )
     rows = rows_of(1010, 20) * 3
-    values = torch.from_numpy(rows).to(expert.dtype)
+    values = torch.from_numpy(rows).to(getattr(torch, expert.dtype))
     for layer in layers[:-1]:
         values = ACTIVATIONS[activation](layer(values))
     check_close(expert, predicted(expert, rows), layers[-1](values), dtype)
@@ -122,7 +122,7 @@ def test_links(tmp_path: Path, dtype: str, link: str) -> None:
     layers, tensors = network([9, 31], dtype)
     expert = torch_expert(tmp_path, tensors, [9], mean(31), dtype, kind="mlp", link=link)
     rows = rows_of(1010, 9) * 3
-    outputs = layers[0](torch.from_numpy(rows).to(expert.dtype))
+    outputs = layers[0](torch.from_numpy(rows).to(getattr(torch, expert.dtype)))
     own = outputs.softmax(-1) if link == "softmax" else outputs.sigmoid()
     check_close(expert, predicted(expert, rows), own, dtype)
     check_bits(expert, rows)
@@ -168,7 +168,7 @@ def test_rnn(tmp_path: Path, cell: str, sizes: tuple[int, int, int], dtype: str)
     )
     for steps in (1, 4):
         rows = rows_of(1010, steps, sizes[0])
-        own = module(torch.from_numpy(rows).to(expert.dtype), "last")
+        own = module(torch.from_numpy(rows).to(getattr(torch, expert.dtype)), "last")
         check_close(expert, predicted(expert, rows), own, dtype)
         check_bits(expert, rows)
     assert expert.num_bytes == sum(t.nbytes for t in module.state_dict().values())
@@ -241,7 +241,7 @@ RNN = {
         ("linear", {"weight": W, "biases": B}, "has tensors that are not used: biases"),
         ("linear", {"weight": W.T}, r"weight must have the shape \[2, 3\] \(given: \[3, 2\]\)"),
         ("linear", {"weight": W, "bias": W}, r"bias must have the shape \[2\]"),
-        ("linear", {"weight": W.to(torch.int64)}, "weight is int64, which float64 does not"),
+        ("linear", {"weight": W.to(torch.int64)}, "weight is I64, which float64 does not"),
         ("linear", {"weight": W * float("nan")}, "weight has values that are not finite"),
         ("mlp", {"0.weight": W.T}, r"0.weight must have the shape \[2, 3\]"),
         ("mlp", {"0.weight": W, "2.weight": W}, "has no tensor 1.weight"),

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import families
 from cluster.controller.pool import actor_options
@@ -81,7 +80,7 @@ def test_actors_together_read_each_byte_of_the_experts_once_and_no_other(
     actor_ids = [f"a{i}" for i in range(num_actors)]
     for keys in assign_experts([experts], actor_ids, None, 1).values():
         for key in keys:
-            load_expert(checkpoint, key.layer_id, key.expert_id, torch.float32, torch.device("cpu"))
+            load_expert(checkpoint, key.layer_id, key.expert_id, "float32")
     names = stored_names(checkpoint)
     assert {name for name, _, _ in ranges} == names
     for name in names:

@@ -15,6 +15,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from cluster.errors import CheckpointError, ExpertMeshError
+from cluster.wire.tensors import from_array
 from experts.checkpoint import hashes
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.expert_weights import load_expert, read_tensor
@@ -27,6 +28,7 @@ from router.model.model import load_dense
 from router.ops.plan.plan import Wish, make_plan
 from router.ops.plan.source import find_model
 from router.served import check_file
+from tests.arrays import loaded
 from tests.family_checkpoints import SAVERS
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.quantise import (
@@ -83,10 +85,10 @@ def test_every_tensor_stands_for_what_its_codes_say(made: Quantised) -> None:
     checkpoint = open_checkpoint(made.folder)
     assert 0 < len(checkpoint.packed) < len(made.values)
     for name, values in made.values.items():
-        read = read_tensor(checkpoint, name, torch.float32)
+        read = from_array(read_tensor(checkpoint, name, "float32"))
         assert torch.equal(read, values), name
         if name in checkpoint.packed:
-            assert read_tensor(checkpoint, name, torch.bfloat16).dtype == torch.bfloat16
+            assert from_array(read_tensor(checkpoint, name, "bfloat16")).dtype == torch.bfloat16
 
 
 def test_what_is_not_quantised_stays_bit_for_bit(made: Quantised) -> None:
@@ -103,7 +105,7 @@ def test_rows_are_dequantised_wherever_blocks_begin(made: Quantised) -> None:
     name = next(iter(checkpoint.packed))
     values, count = made.values[name], made.values[name].shape[0]
     for rows in [(0, 1), (count - 1, count), (1, count), (count // 3, 2 * count // 3)]:
-        read = read_tensor(checkpoint, name, torch.float32, rows)
+        read = from_array(read_tensor(checkpoint, name, "float32", rows))
         assert torch.equal(read, values[rows[0] : rows[1]])
 
 
@@ -111,7 +113,7 @@ def test_held_bytes_are_those_of_the_dequantised_weights(made: Quantised) -> Non
     quantised, plain = open_checkpoint(made.folder), open_checkpoint(made.plain)
     for dtype in ("float32", "bfloat16"):
         layer_id = quantised.shape.layers[0]
-        held = load_expert(quantised, layer_id, 1, getattr(torch, dtype), CPU).num_bytes
+        held = load_expert(quantised, layer_id, 1, dtype).num_bytes
         assert quantised.expert_bytes(dtype) == plain.expert_bytes(dtype) == held
         plans = [make_plan(find_model(str(f), dtype), Wish()) for f in (made.folder, made.plain)]
         assert plans[0].expert_bytes == held
@@ -145,7 +147,7 @@ def test_another_node_sends_the_codes_not_the_values(
     neighbours = FakeNeighbours({"a": made.folder})
     there = open_model(HERE, identity_of(here), neighbours)
     layer_id = here.shape.layers[-1]
-    ours, right = (load_expert(c, layer_id, 2, torch.float32, CPU) for c in (there, here))
+    ours, right = (loaded(c, layer_id, 2, "float32") for c in (there, here))
     assert torch.equal(ours.gate_up, right.gate_up)
     assert torch.equal(ours.down, right.down)
     assert there.remote is not None
@@ -174,7 +176,7 @@ def test_convert_makes_a_plain_checkpoint_of_it(made: Quantised, tmp_path: Path)
     assert (checkpoint.stored, checkpoint.dtype) == (None, "float32")
     assert checkpoint.tensors.keys() == made.values.keys()
     for name, values in made.values.items():
-        assert torch.equal(read_tensor(checkpoint, name, torch.float32), values), name
+        assert torch.equal(from_array(read_tensor(checkpoint, name, "float32")), values), name
 
 
 def test_layers_that_predict_a_token_more_may_be_quantised_and_are_not_read(

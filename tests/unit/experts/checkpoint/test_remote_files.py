@@ -18,6 +18,7 @@ import torch
 
 from cluster.errors import CheckpointError, CheckpointMissingError
 from cluster.spec import ModelExperts, ModelSource
+from cluster.wire.tensors import dtype_name
 from experts.checkpoint import hashes, peers, remote_files
 from experts.checkpoint import identity as identity_module
 from experts.checkpoint import remote_reader as reader_module
@@ -32,6 +33,7 @@ from router.gateway.models import load_models
 from router.gateway.tokenizer import Tokenizer
 from router.model.model import load_dense
 from router.served import ServedModel, inspect_models
+from tests.arrays import loaded
 from tests.checkpoints import save_mixtral
 from tests.unit.experts.checkpoint.changed_files import flip_in_tensor
 from tests.unit.router.test_config import config_of
@@ -124,8 +126,8 @@ def fetched(folder: Path, neighbours: Neighbours) -> Checkpoint:
 
 def check_expert(folder: Path, checkpoint: Checkpoint) -> None:
     """Check that an expert comes bit for bit as from the folder."""
-    ours = load_expert(checkpoint, 1, 2, torch.float32, CPU)
-    right = load_expert(open_checkpoint(folder), 1, 2, torch.float32, CPU)
+    ours = loaded(checkpoint, 1, 2, "float32")
+    right = loaded(open_checkpoint(folder), 1, 2, "float32")
     assert torch.equal(ours.gate_up, right.gate_up)
     assert torch.equal(ours.down, right.down)
 
@@ -137,8 +139,8 @@ def test_an_expert_is_fetched_whole_and_nothing_else_is(tmp_path: Path, dtype: t
     checkpoint = fetched(tmp_path, neighbours)
     assert checkpoint.remote is not None
     assert checkpoint.remote.fetched_bytes == 0
-    ours = load_expert(checkpoint, 1, 2, dtype, CPU)
-    right = load_expert(open_checkpoint(tmp_path), 1, 2, dtype, CPU)
+    ours = loaded(checkpoint, 1, 2, dtype_name(dtype))
+    right = loaded(open_checkpoint(tmp_path), 1, 2, dtype_name(dtype))
     assert torch.equal(ours.gate_up, right.gate_up)
     assert torch.equal(ours.down, right.down)
     assert ours.down.dtype == dtype
@@ -287,7 +289,7 @@ def test_a_peer_that_fails_for_ever_ends_the_fetch_with_a_typed_error(folder: Pa
     neighbours = FakeNeighbours({"a": folder, "b": folder}, {"a": always, "b": always})
     checkpoint = fetched(folder, neighbours)
     with pytest.raises(CheckpointMissingError, match=r"peers failed 5 times.*ConnectionReset"):
-        load_expert(checkpoint, 0, 0, torch.float32, CPU)
+        load_expert(checkpoint, 0, 0, "float32")
 
 
 def test_another_checkpoint_under_the_same_path_is_refused(folder: Path, other: Path) -> None:

@@ -20,8 +20,8 @@ from experts.checkpoint.expert_weights import load_expert
 from experts.checkpoint.identity import hash_table_of, identity_of
 from experts.checkpoint.remote_files import open_model
 from experts.checkpoint.stored import read_range
-from experts.compute.ffn import ACTIVATIONS
 from router.model.model import load_dense
+from tests.arrays import loaded, results
 from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import save_dbrx, save_gpt_oss
 from tests.quantise import CASES, MIXTRAL, make
@@ -69,7 +69,7 @@ def load_all(checkpoint: Checkpoint) -> list[torch.Tensor]:
     shape = checkpoint.shape
     dense = load_dense(checkpoint, torch.float32).state_dict()
     experts = [
-        load_expert(checkpoint, layer_id, expert_id, torch.float32, CPU)
+        loaded(checkpoint, layer_id, expert_id, "float32")
         for layer_id in shape.layers
         for expert_id in range(shape.num_experts)
     ]
@@ -137,7 +137,7 @@ def test_on_a_warm_start_only_what_is_loaded_is_hashed_and_once(
     assert identity_of(open_checkpoint(folder)) == wanted  # the builder
     checkpoint = open_model(str(folder), wanted, None)
     assert hashed == []
-    expert = load_expert(checkpoint, 1, 2, torch.float32, CPU)
+    expert = load_expert(checkpoint, 1, 2, "float32")
     assert sum(hashed) == expert.num_bytes
 
 
@@ -253,9 +253,9 @@ def test_an_actor_serves_nothing_of_a_file_that_changes_while_it_loads(
     (folder / WEIGHTS).unlink()
     save_mixtral(folder.with_name("again")).save_pretrained(folder, max_shard_size="50KB")
     assert set(actor.load(1, actor._spec, keys).experts) == {*KEYS, *keys}
-    weights = load_expert(open_checkpoint(folder), 1, 5, torch.float32, CPU)
-    ours, right = actor._bank.experts[keys[0]], GatedFfnExpert(weights, ACTIVATIONS["silu"])
-    assert torch.equal(ours(rows_of(4)), right(rows_of(4)))
+    weights = load_expert(open_checkpoint(folder), 1, 5, "float32")
+    ours, right = actor._bank.experts[keys[0]], GatedFfnExpert(weights, "silu", 1)
+    assert torch.equal(results(ours, rows_of(4)), results(right, rows_of(4)))
 
 
 def test_a_router_does_not_start_of_a_file_that_changes_while_it_loads(folder: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional
 
 from experts.checkpoint.expert_weights import GatedFfnWeights
-from experts.compute import ffn
-from experts.compute.ffn import ACTIVATIONS, Activation, clamped_ffn, ffn_of
+from experts.compute.ffn import ACTIVATIONS, Activation, TorchFfn, clamped_ffn
+from tests.arrays import on_host, results
 
 
 def plain_ffn(rows: torch.Tensor, weights: GatedFfnWeights, act: Activation) -> torch.Tensor:
@@ -31,23 +31,19 @@ def weights_of(hidden: int, inner: int, dtype: torch.dtype) -> GatedFfnWeights:
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize(("hidden", "inner"), [(16, 24), (64, 96)])
 def test_without_native_code_an_expert_is_transformers_bit_for_bit(
-    monkeypatch: pytest.MonkeyPatch, hidden: int, inner: int, name: str, dtype: torch.dtype
+    hidden: int, inner: int, name: str, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(ffn, "can_compute", lambda weights: False)
     weights = weights_of(hidden, inner, dtype)
-    expert = ffn_of(weights, ACTIVATIONS[name])
+    expert = TorchFfn(on_host(weights), name)
     for num_rows in (1, 2, 33):
         rows = torch.randn(num_rows, hidden).to(dtype)
-        assert torch.equal(expert(rows), plain_ffn(rows, weights, ACTIVATIONS[name]))
+        assert torch.equal(results(expert, rows), plain_ffn(rows, weights, ACTIVATIONS[name]))
 
 
-def test_without_native_code_an_expert_with_biases_is_gpt_oss(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(ffn, "can_compute", lambda weights: False)
+def test_without_native_code_an_expert_with_biases_is_gpt_oss() -> None:
     plain = weights_of(16, 24, torch.float32)
     weights = GatedFfnWeights(plain.gate_up, plain.down, torch.randn(48), torch.randn(16))
     rows = torch.randn(5, 16)
-    got = ffn_of(weights, ACTIVATIONS["relu"])(rows)  # it has an activation of its own
+    got = results(TorchFfn(on_host(weights), "relu"), rows)  # it has an activation of its own
     assert torch.equal(got, clamped_ffn(rows, weights))
     assert not torch.equal(got, plain_ffn(rows, plain, ACTIVATIONS["relu"]))

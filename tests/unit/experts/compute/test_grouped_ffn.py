@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +15,12 @@ from torch.nn import functional
 
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.config import checked_shape, family_of, usual_config
-from experts.checkpoint.expert_weights import GatedFfnWeights, expert_shape
+from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute import grouped_ffn as module
 from experts.compute.ffn import ACTIVATIONS, clamped_ffn, gated_ffn
 from experts.compute.grouped_ffn import MAX_GROUPS, choose_grouped_mm, grouped_ffn
 from router.ops.plan.source import known_models
+from tests.arrays import loaded
 from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import SAVERS
 from tests.grok_oracle import save_grok
@@ -57,7 +57,7 @@ def test_torchs_kernel_takes_the_experts_of_every_family(tmp_path: Path, family:
     ALL[family](tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     layer_id = checkpoint.shape.layers[0]
-    like = expert_shape(checkpoint, layer_id, 0, torch.bfloat16)
+    like = loaded(checkpoint, layer_id, 0, "bfloat16")
     check_shapes(like, checkpoint.shape.activation)
 
 
@@ -68,12 +68,13 @@ def test_torchs_kernel_takes_the_experts_of_every_known_model(name: str) -> None
     family = family_of(config, file)
     config = usual_config(family, config, file)
     shape = checked_shape(family, config, file)
-    checkpoint: Any = SimpleNamespace(family=family, config=config)
-    like = expert_shape(checkpoint, shape.layers[0], 0, torch.bfloat16)
-    sizes = (like.down.shape[0], like.down.shape[1])
+    sizes = (shape.hidden_size, shape.intermediate_size)
     assert module._obstacle(functional.grouped_mm, CPU, torch.bfloat16, sizes) is None
     assert shape.num_experts <= MAX_GROUPS
-    check_shapes(like, shape.activation)
+    shapes = [(2 * sizes[1], sizes[0]), sizes]
+    shapes += [(2 * sizes[1],), (sizes[0],)] if shape.has_biases else []
+    like = (torch.empty(own, dtype=torch.bfloat16, device="meta") for own in shapes)
+    check_shapes(GatedFfnWeights(*like), shape.activation)
 
 
 def test_the_check_of_shapes_refuses_what_the_kernel_does_not_take() -> None:

@@ -17,8 +17,9 @@ from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute import device_experts, kernel_classes, native_ffn
 from experts.compute.device_experts import Block
 from experts.compute.emulated import EmulatedExpert
-from experts.compute.ffn import ffn_of, gated_ffn
-from experts.compute.kernel_classes import ffn_class, torch_class
+from experts.compute.ffn import TorchFfn, gated_ffn
+from experts.compute.kernel_classes import torch_class
+from tests.arrays import on_host, results
 from tests.emulated_device import emulated_device
 
 H, INNER = 64, 96
@@ -31,15 +32,19 @@ LOGGER = "expertmesh.actor"
 
 @pytest.fixture(autouse=True)
 def nothing_logged_yet() -> Iterator[None]:
-    kernel_classes._log_torch.cache_clear()
+    kernel_classes.log_torch.cache_clear()
     yield
-    kernel_classes._log_torch.cache_clear()
+    kernel_classes.log_torch.cache_clear()
 
 
 def weights_of(dtype: torch.dtype, inner: int = INNER) -> GatedFfnWeights:
     generator = torch.Generator().manual_seed(0)
     parts = (torch.randn(shape, generator=generator) for shape in ((2 * inner, H), (H, inner)))
     return GatedFfnWeights(*(part.to(dtype) for part in parts))
+
+
+def expert_of(dtype: torch.dtype, inner: int = INNER) -> GatedFfnExpert:
+    return GatedFfnExpert(on_host(weights_of(dtype, inner)), "silu", 1)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +64,7 @@ def test_a_native_expert_has_the_class_of_the_processors_fastest_kernel(
     monkeypatch: pytest.MonkeyPatch, kernel: tuple[str, str, str], dtype: torch.dtype, expected: str
 ) -> None:
     monkeypatch.setattr(native_ffn, "KERNELS", (kernel, PORTABLE))
-    assert GatedFfnExpert(weights_of(dtype), functional.silu).kernel_class == expected
+    assert expert_of(dtype).kernel_class == expected
 
 
 def test_without_native_code_an_expert_is_torchs_and_the_log_says_so_once(
@@ -69,14 +74,14 @@ def test_without_native_code_an_expert_is_torchs_and_the_log_says_so_once(
         monkeypatch.setattr(module, "native", None)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     with caplog.at_level(logging.WARNING, LOGGER):
-        experts = [GatedFfnExpert(weights_of(torch.float32), functional.silu) for _ in range(3)]
-        GatedFfnExpert(weights_of(torch.float32, 32), functional.silu)
+        experts = [expert_of(torch.float32) for _ in range(3)]
+        expert_of(torch.float32, 32)
     assert [expert.kernel_class for expert in experts] == ["torch-avx2"] * 3
     rows = torch.randn(3, H, generator=torch.Generator().manual_seed(1))
     weights = weights_of(torch.float32)
-    assert torch.equal(experts[0](rows), gated_ffn(rows, weights, functional.silu))
+    assert torch.equal(results(experts[0], rows), gated_ffn(rows, weights, functional.silu))
     first, other = [record.message for record in caplog.records]
-    assert first.startswith(f"experts of {H} x {INNER} in torch.float32 are computed by torch")
+    assert first.startswith(f"experts of {H} x {INNER} in float32 are computed by torch")
     assert "(torch-avx2): the package was installed without its native code" in first
     assert f"{H} x 32" in other
 
@@ -85,10 +90,10 @@ def test_an_expert_that_no_kernel_takes_is_torchs_and_the_log_says_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(kernel_classes, "native", object())
-    weights = weights_of(torch.float64)
-    plain = ffn_of(weights, functional.silu)
     with caplog.at_level(logging.WARNING, LOGGER):
-        assert ffn_class(plain, weights).startswith("torch-")
+        expert = expert_of(torch.float64)
+    assert isinstance(expert.ffn, TorchFfn)
+    assert expert.kernel_class.startswith("torch-")
     [reason] = [record.message.rpartition(": ")[2] for record in caplog.records]
     assert reason == "native code has no kernel for this dtype"
 
@@ -137,8 +142,8 @@ def test_experts_of_a_device_have_its_name_and_the_way_of_their_products(
 
 
 def test_experts_without_a_class_are_not_reported() -> None:
-    emulated = EmulatedExpert(Emulation(1.0, 0.0), (H,), (H,), torch.float32)
-    real = GatedFfnExpert(weights_of(torch.float32), functional.silu)
+    emulated = EmulatedExpert(Emulation(1.0, 0.0), (H,), (H,), "float32")
+    real = expert_of(torch.float32)
     experts: dict[ExpertKey, Expert] = {
         ExpertKey("b", 0, 0): real,
         ExpertKey("b", 1, 0): real,

@@ -5,30 +5,30 @@ Dimension letters: P rows, H hidden size, I intermediate size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.native import built
-from cluster.wire.tensors import to_bytes
+from cluster.wire.tensors import dtype_name, to_array, to_bytes
 from experts.bank import GatedFfnExpert
 from experts.checkpoint.expert_weights import GatedFfnWeights
-from experts.compute.ffn import ACTIVATIONS, clamped_ffn, ffn_of, gated_ffn
+from experts.compute.ffn import ACTIVATIONS, clamped_ffn, gated_ffn
 from experts.compute.native_ffn import (
-    FORMATS,
     KERNELS,
     NativeFfn,
-    can_compute,
     compute_native,
     kernel_class,
 )
+from router.model.cpu.formats import FORMATS
+from tests.arrays import on_host, results
 
 BUILT = [] if built.native is None else [built.native]
 DTYPES = tuple(FORMATS)
@@ -48,7 +48,7 @@ class Case:
         self, kernel: str | None, threads: int = 1, begin: int = 0, end: int | None = None
     ) -> torch.Tensor:
         """Return rows [begin, end) by a kernel, from memory at odd addresses."""
-        expert = NativeFfn(self.weights, self.activation)
+        expert = NativeFfn(on_host(self.weights), self.activation, 1)
         rows = self.rows[begin:end].contiguous()
         given_, out = bytearray(1 + rows.nbytes), bytearray(1 + rows.nbytes)
         packed = bytearray(1 + expert.num_bytes)
@@ -111,14 +111,6 @@ CASES = st.builds(
     activation=st.sampled_from([*ACTIVATIONS, CLAMPED]),
 )
 NAMES = [name for name, *_ in KERNELS]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kernel", NAMES)
@@ -242,19 +234,19 @@ def test_results_are_rounded_to_nearest_even(kernel: str, dtype: torch.dtype) ->
 def test_an_expert_is_native_where_there_is_native_code_for_it() -> None:
     for dtype in DTYPES:
         weights = make(0, dtype=dtype, num_rows=1, hidden=64, inner=96, activation="silu").weights
-        assert can_compute(weights) == bool(BUILT)
-        for act in ACTIVATIONS.values():
-            assert isinstance(ffn_of(weights, act), NativeFfn) == bool(BUILT)
-        assert not isinstance(ffn_of(weights, torch.sigmoid), NativeFfn)
-    doubles = weights.map(torch.Tensor.double)
-    assert not isinstance(ffn_of(doubles, ACTIVATIONS["silu"]), NativeFfn)
+        for name in ACTIVATIONS:
+            expert = GatedFfnExpert(on_host(weights), name, 1)
+            assert isinstance(expert.ffn, NativeFfn) == bool(BUILT)
+    doubles = on_host(weights.map(torch.Tensor.double))
+    assert kernel_class("float64") is None
+    assert not isinstance(GatedFfnExpert(doubles, "silu", 1).ffn, NativeFfn)
 
 
 def test_classes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    classes = {kernel_class(dtype) for dtype in DTYPES}
+    classes = {kernel_class(dtype_name(dtype)) for dtype in DTYPES}
     assert classes <= ({"fused", "unfused", "paired", "tiled"} if BUILT else {None})
-    monkeypatch.setattr("experts.compute.native_ffn.KERNELS", ())
-    assert kernel_class(torch.float32) is None
+    monkeypatch.setattr("experts.compute.native_ffn.native", None)
+    assert kernel_class("float32") is None
 
 
 @pytest.mark.parametrize("native", BUILT)
@@ -267,37 +259,36 @@ def test_several_experts_give_what_each_gives_by_itself(
         make(i, dtype=dtype, num_rows=n, hidden=40, inner=56, activation="silu")
         for i, n in enumerate(counts)
     ]
-    experts = [NativeFfn(case.weights, "silu") for case in cases]
-    expected = torch.cat([e(case.rows) for e, case in zip(experts, cases, strict=True)])
     rows = to_bytes(torch.cat([case.rows for case in cases]))
     for threads in (1, 3):
-        torch.set_num_threads(threads)
-        assert compute_native(experts, counts, rows) == bytes(to_bytes(expected))
-    other = NativeFfn(cases[0].weights, "relu")
+        experts = [NativeFfn(on_host(case.weights), "silu", threads) for case in cases]
+        alone = [results(e, case.rows) for e, case in zip(experts, cases, strict=True)]
+        assert compute_native(experts, counts, rows) == bytes(to_bytes(torch.cat(alone)))
+    other = NativeFfn(on_host(cases[0].weights), "relu", 1)
     assert compute_native([*experts[:3], other], counts, rows) is None
-    assert compute_native([*experts[:3], GatedFfnExpert], counts, rows) is None
 
 
 @pytest.mark.parametrize("native", BUILT)
 def test_rows_lie_anywhere_and_those_of_another_kind_are_refused(native: ModuleType) -> None:
     case = make(5, dtype=torch.float32, num_rows=12, hidden=40, inner=56, activation="silu")
-    expert = NativeFfn(case.weights, "silu")
-    assert torch.equal(expert(case.rows[::2]), expert(case.rows)[::2])
-    assert expert(case.rows[:0]).shape == (0, 40)
-    for rows in (case.rows.half(), case.rows[:, :39], case.rows.to("meta")):
+    expert = NativeFfn(on_host(case.weights), "silu", 1)
+    rows = to_array(case.rows)
+    assert np.array_equal(expert(rows[::2]), expert(rows)[::2])
+    assert expert(rows[:0]).shape == (0, 40)
+    for wrong in (rows.astype(np.float16), rows[:, :39]):
         with pytest.raises(ValueError, match="rows must be"):
-            expert(rows)
+            expert(wrong)
 
 
 @pytest.mark.parametrize("native", BUILT)
 def test_threads_compute_side_by_side_without_a_trace_of_each_other(native: ModuleType) -> None:
     case = make(6, dtype=torch.bfloat16, num_rows=40, hidden=300, inner=200, activation="gelu")
-    expert = NativeFfn(case.weights, "gelu")
-    samples = [case.rows[:count] for count in (1, 3, 16, 40)] * 5
+    expert = NativeFfn(on_host(case.weights), "gelu", 1)
+    samples = [to_array(case.rows[:count]) for count in (1, 3, 16, 40)] * 5
     expected = [expert(rows) for rows in samples]
     with ThreadPoolExecutor(4) as threads:
         for got, wanted in zip(threads.map(expert, samples), expected, strict=True):
-            assert torch.equal(got, wanted)
+            assert np.array_equal(got, wanted)
 
 
 RIGHT = (16, 16, 0, 0, 0)

@@ -388,7 +388,7 @@ def test_scores_that_are_not_finite_name_gate_and_row(tmp_path: Path) -> None:
         ({"weight": np.zeros(3)}, r"root\.weight .*given: \[3\]"),
         ({"weight": np.zeros((2, 3)), "bias": np.zeros(3)}, r"root\.bias .*given: \[3\]"),
         ({"weight": np.zeros((2, 3)), "biass": np.zeros(2)}, r"not used: root\.biass"),
-        ({"weight": np.zeros((2, 3), int)}, r"root\.weight is int64"),
+        ({"weight": np.zeros((2, 3), int)}, r"root\.weight is I64"),
         ({"weight": np.full((2, 3), np.nan)}, r"root\.weight .*not finite"),
     ],
 )

@@ -16,6 +16,7 @@ from cluster.wire.tensors import to_bytes
 from experts.bank import ExpertBank
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.compute import device_experts
+from experts.compute.expert_device import ExpertDevice
 from experts.queue import MAX_BATCH_ROWS
 from router.engine.scheduler import Limits
 from router.model.cpu.native_attention import NATIVE_PAGE_SIZE
@@ -121,8 +122,8 @@ def test_an_actors_batch_takes_no_more_than_planned(
     keys = [ExpertKey("m", layer_id, expert_id) for expert_id in range(shape.num_experts)]
     frames = [frame_of(shape, layer_id, ACTOR_BATCH_ROWS // 8, seed) for seed in range(8)]
     with emulated_device() as device:
-        bank = ExpertBank()
-        load(bank, checkpoint, keys, device.device, torch.bfloat16)
+        bank = ExpertBank(ExpertDevice(device.device, "expert-0"))
+        load(bank, checkpoint, keys, "bfloat16")
         held = torch.accelerator.memory_allocated()
         assert held == shape.num_experts * checkpoint.expert_bytes("bfloat16") + ALIGNMENT
         bank.compute(frames[:1])  # buffers that stay

@@ -9,6 +9,7 @@ import weakref
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,10 +18,11 @@ from torch import nn
 from torch.nn import functional
 
 from cluster.native import built
-from cluster.wire.tensors import to_bytes
+from cluster.wire.tensors import to_array, to_bytes
 from experts.compute.native_ffn import KERNELS
-from experts.compute.panels import FORMATS, pack_matrix
+from experts.compute.panels import pack_matrix
 from router.model.cpu import native_modules
+from router.model.cpu.formats import FORMATS
 from router.model.cpu.native_modules import NativeLinear, NativeMlp, replace_modules
 
 BUILT = [] if built.native is None else [built.native]
@@ -39,7 +41,8 @@ def product(
     """Return rows times a weight by a kernel, from memory at odd addresses."""
     assert built.native is not None
     out = torch.empty(len(rows), len(weight), dtype=dtype)
-    packed, given_ = to_bytes(pack_matrix(weight, bias)), to_bytes(rows.contiguous())
+    packed = pack_matrix(to_array(weight), None if bias is None else to_array(bias)).data
+    given_ = to_bytes(rows.contiguous())
     odd_packed, odd_rows = bytearray(1 + packed.nbytes), bytearray(1 + given_.nbytes)
     odd_packed[1:], odd_rows[1:] = packed, given_
     formats = FORMATS[weight.dtype], FORMATS[rows.dtype], FORMATS[dtype], int(bias is not None)
@@ -168,7 +171,7 @@ def test_each_weight_is_packed_once_and_freed_before_the_next_layers(
     weights = [weakref.ref(layer.get_parameter("1.up_proj.weight")) for layer in model]
     alive = []
 
-    def packed(weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def packed(weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
         alive.append(sum(ref() is not None for ref in weights))
         return pack_matrix(weight, bias)
 

@@ -14,9 +14,9 @@ import deploy
 from cluster.spec import ExpertKey
 from cluster.staging import ALIGNMENT
 from cluster.wire.frames import DTYPE_BYTES
-from cluster.wire.tensors import TORCH_DTYPES
 from experts.bank import ExpertBank
 from experts.checkpoint.checkpoint import open_checkpoint
+from experts.compute.expert_device import ExpertDevice
 from router.model.memory import StepLimits, router_sizes
 from router.ops.plan.deployment import read_tenants
 from router.ops.plan.devices import Device, DevicesOfFile, Tenant, place, shortages
@@ -131,8 +131,8 @@ def test_the_planned_bytes_are_those_that_are_allocated(
     with emulated_device() as device:
         cluster = LocalCluster(folder, cache_tokens=cache_tokens, dtype=dtype, device=device.device)
         held = torch.accelerator.memory_allocated()
-        bank = ExpertBank()
-        load(bank, checkpoint, keys, device.device, TORCH_DTYPES[dtype])
+        bank = ExpertBank(ExpertDevice(device.device, "expert-0"))
+        load(bank, checkpoint, keys, dtype)
         loaded = torch.accelerator.memory_allocated() - held - ALIGNMENT  # of copies
         assert loaded == on_actor.held_bytes == bank.num_bytes
         assert 0 <= held - on_router.held_bytes < 1024  # tables of a rotation are left out
