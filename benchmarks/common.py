@@ -19,7 +19,7 @@ from rich.table import Table
 MODEL = "bench"
 PROMPT_TOKENS = 16
 CACHE_TOKENS = 8192
-PROMISED_MB = {"router": 550.0, "actor": 350.0}
+PROMISED_MB = {"router": 550.0, "actor": 200.0}
 """The project's own bounds on memory beyond weights and cache."""
 FILE_WIDTH = 160
 SETTINGS = ("benchmark", "machine", "sizes", "clients", "tokens", "actors")
