@@ -18,9 +18,10 @@ from cluster.native.built import native
 from cluster.wire.tensors import to_bytes
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.native_ffn import KERNELS, NATIVE_ACTIVATIONS, NativeFfn
-from experts.compute.panels import FORMATS
 from router.model.cpu import native_attention
+from router.model.cpu.formats import FORMATS
 from router.model.cpu.native_modules import LAYER_NORM, ROOT_MEAN_SQUARE, NativeLinear
+from tests.arrays import on_host
 from tests.unit.router.model.cpu.attention_cases import make, one_by_one, one_prefill
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,8 +54,10 @@ def ffns() -> Named:
         gate_up, down = numbers(2 * inner, hidden, dtype=dtype), numbers(hidden, inner, dtype=dtype)
         biases = numbers(2 * inner, dtype=dtype), numbers(hidden, dtype=dtype)
         gate_up = gate_up * 0.3
-        experts = {n: NativeFfn(GatedFfnWeights(gate_up, down), n) for n in NATIVE_ACTIVATIONS}
-        experts["clamped"] = NativeFfn(GatedFfnWeights(gate_up, down, *biases), "silu")
+        plain = on_host(GatedFfnWeights(gate_up, down))
+        biased = on_host(GatedFfnWeights(gate_up, down, *biases))
+        experts = {name: NativeFfn(plain, name, 1) for name in NATIVE_ACTIVATIONS}
+        experts["biased"] = NativeFfn(biased, "silu", 1)
         for activation, expert in experts.items():
             for count in ROW_COUNTS:
                 rows = numbers(count, hidden, dtype=dtype)
