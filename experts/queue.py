@@ -117,7 +117,10 @@ class FrameQueue:
             yield item.answer
 
     def _compute_next(self, item: _Waiting | _Refused) -> None:
-        """Compute the queue's next batch, or wait for the thread that computes one."""
+        """Compute the queue's next batch, or wait for the thread that computes one.
+
+        The batch may be without ``item``, which an earlier caller's frames precede.
+        """
         with self._lock:
             # This wait is bounded: the computing thread answers every frame of its batch, also
             # after the frame's deadline.

@@ -153,7 +153,7 @@ class MixtureFeedForward:
         self,
         layer_id: int,
         gate: Gate,
-        layers: MoELayers[torch.Tensor],
+        experts: MoELayers[torch.Tensor],
         shared_expert: Map | None,
         staging: Staging | None,
     ) -> None:
@@ -163,7 +163,7 @@ class MixtureFeedForward:
         """
         self._layer_id = layer_id
         self._gate = gate
-        self._layers = layers
+        self._experts = experts
         self._shared_expert = shared_expert
         self._staging = staging
 
@@ -171,33 +171,33 @@ class MixtureFeedForward:
         self, normed: torch.Tensor, context: StepContext, tokens: slice
     ) -> tuple[BegunLayer, torch.Tensor | None]:
         """See :class:`FeedForwardHalf`; sends the rows, and computes the shared expert."""
-        among = partial(self._gate.choose_anew, normed)
+        among = partial(self._gate.choose_anew, normed)  # where experts are missing
         rows: device_rows.LayerRows = normed
-        if self._staging is None:
+        if self._staging is None:  # the model is on the CPU
             choice = self._gate.choice(normed)
         else:
             chosen = self._gate.choose(normed)
             ids, weights, rows = device_rows.to_host(self._staging, *chosen, normed)
             choice = Choice(to_ids(ids), weights)
-        begun = self._layers.begin(context, self._layer_id, rows, choice, among, tokens)
+        begun = self._experts.begin(context, self._layer_id, rows, choice, among, tokens)
         try:
             shared = None if self._shared_expert is None else self._shared_expert(normed)
         except BaseException:
-            self._layers.abandon(begun)
+            self._experts.abandon(begun)
             raise
         return begun, shared
 
     def finish(self, begun: tuple[BegunLayer, torch.Tensor | None]) -> torch.Tensor:
         """See :class:`FeedForwardHalf`; waits for the experts."""
         layer, shared = begun
-        combined = self._layers.finish(layer)
+        combined = self._experts.finish(layer)
         if self._staging is not None:
             [combined] = self._staging.to_device(combined)
         return combined if shared is None else combined + shared
 
     def abandon(self, begun: tuple[BegunLayer, torch.Tensor | None]) -> None:
         """See :class:`FeedForwardHalf`."""
-        self._layers.abandon(begun[0])
+        self._experts.abandon(begun[0])
 
 
 class _PieceRun:
@@ -301,16 +301,7 @@ class Decoder:
         context: StepContext,
     ) -> torch.Tensor:
         """Return the hidden states [S, H] after the last layer."""
-        is_cut = len(pieces) > 1
-        runs = [
-            _PieceRun(
-                hidden_states[piece.tokens] if is_cut else hidden_states,
-                _of_tokens(rotation, piece.tokens) if is_cut else rotation,
-                PagedContext(self._cache, self._attention, piece.batch, self._has_window),
-                piece.tokens,
-            )
-            for piece in pieces
-        ]
+        runs = self._runs(hidden_states, rotation, pieces)
         try:
             for layer in self._layers:
                 for run in runs:
@@ -324,6 +315,21 @@ class Decoder:
             raise
         states = [run.hidden_states for run in runs]
         return states[0] if len(states) == 1 else torch.cat(states)
+
+    def _runs(
+        self, hidden_states: torch.Tensor, rotation: Rotation, pieces: Sequence[Piece]
+    ) -> list[_PieceRun]:
+        """Return the pieces of a step before the first layer."""
+        is_cut = len(pieces) > 1
+        return [
+            _PieceRun(
+                hidden_states[piece.tokens] if is_cut else hidden_states,
+                _of_tokens(rotation, piece.tokens) if is_cut else rotation,
+                PagedContext(self._cache, self._attention, piece.batch, self._has_window),
+                piece.tokens,
+            )
+            for piece in pieces
+        ]
 
     def to_host(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return tensors of the model's device on the host, by one copy.

@@ -56,6 +56,7 @@ class Plan(NamedTuple):
 
     weights: torch.Tensor
     summand_of: np.ndarray
+    """By pair, the place of its row in the sums."""
     like: torch.Tensor
     sums: torch.Tensor | None = None
     """Memory for the sums where native code sums; the two buffers below are set then as well."""

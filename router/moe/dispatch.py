@@ -167,9 +167,10 @@ class Dispatcher:
         attempt = Attempt(placement, most_rows)
         if not parts:
             return attempt
-        replaceable = self._replaceable(placement, layer, parts, now_s)
+        replaceable = self._replaceable(placement, layer, parts, now_s)  # for the time to wait
         rows_of = rows_of_parts(layer.rows, ordered, parts, layer.k)
         calls: list[Call] = []
+        # ``more`` are rows from a device that lie elsewhere; there are none on a CPU.
         for part, is_replaceable, (rows, *more) in zip(parts, replaceable, rows_of, strict=True):
             actor_id, generation, expert_ids, counts, pairs = part
             timeout_s, end_s = self._times_s(layer, part, most_rows, now_s, is_replaceable)
@@ -213,7 +214,7 @@ class Dispatcher:
         assert attempt is not None
         if attempt.calls is None:
             return []
-        outcomes = attempt.calls.wait(partial(self._check_call, attempt))
+        outcomes = attempt.calls.wait(partial(self._is_gone, attempt))
         failed_parts = [
             FailedPart(part, outcome if isinstance(outcome, CallFailure) else None)
             for (part, frame), outcome in zip(attempt.sent, outcomes, strict=True)
@@ -267,7 +268,7 @@ class Dispatcher:
         patience_s = self._pace.patience_s(part.actor_id, part.generation, most_rows)
         return min(self._call_timeout_s, patience_s)
 
-    def _check_call(self, attempt: Attempt, call: Call, silent_s: float) -> bool:
+    def _is_gone(self, attempt: Attempt, call: Call, silent_s: float) -> bool:
         """Return whether the newest placement has a call's actor no longer.
 
         Reports an actor to the controller when it is silent for longer than answers take. The wait
