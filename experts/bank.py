@@ -269,7 +269,10 @@ def _run_on_device(device: ExpertDevice, tasks: Sequence[_Task]) -> list[_Task]:
 
 
 def _run_lone(task: _Task) -> bool:
-    """Run all experts of a lone frame in one call; returns ``False`` where there is none."""
+    """Run a frame that is alone in its batch by one call of its experts' kind.
+
+    Returns ``False`` where the kind has no such call, or refuses the frame.
+    """
     if (grouped := _grouped_of(task.experts)) is None:
         return False
     output = grouped(task.experts, task.frame.num_tokens_per_expert, task.frame.rows)

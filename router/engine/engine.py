@@ -215,6 +215,7 @@ class Engine:
         packed = pack(works, self._model.attention, self._most_pieces)
         context = context_of(packed, trace)
         sampling = packed.sampling
+        # Sampling's tensors come to the model's device with the ids, in one copy.
         logits, sampling_tensors = self._model.decoder.forward(
             packed.token_ids,
             packed.positions,

@@ -50,7 +50,10 @@ class Layout:
 
 
 class Part(NamedTuple):
-    """The pairs of a layer that one actor computes, grouped by expert; ``counts`` are by expert."""
+    """The pairs of a layer that one actor computes, grouped by expert.
+
+    ``expert_ids`` are those with pairs, ``counts`` their numbers of pairs.
+    """
 
     actor_id: str
     generation: int
