@@ -145,7 +145,10 @@ class Dispatcher:
         return layer if self._send_pairs(layer, pairs) else None
 
     def _send_pairs(self, layer: PendingLayer, pairs: np.ndarray | None) -> bool:
-        """Send ``pairs`` of a layer once; returns false where an expert has no live copy."""
+        """Send ``pairs`` of a layer, by default all, once.
+
+        Returns false where an expert has no live copy.
+        """
         placement = self._view.placement
         if placement is None or not self._layouts.has_model(placement):
             raise self._not_placed()

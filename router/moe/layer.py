@@ -237,7 +237,10 @@ class MoELayers(Generic[Result]):
             if received is None:
                 return None
             result, is_finite = self._combination.combine(received, begun.plan)
-            return result if is_finite else self._combine_again(begun, pending, result)
+            if is_finite:
+                return result
+            # Perhaps rows came damaged: they are asked for once more.
+            return self._combine_again(begun, pending, result)
         except AwayError as away:
             record = begun.context.missing_record(begun.tokens)
             record.leave_out(begun.layer_id, begun.choice.ids, away.pairs)
