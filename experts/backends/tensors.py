@@ -31,42 +31,14 @@ _EXACT: Mapping[RowsDtype, tuple[str, ...]] = {
 _LAYER_NAME = re.compile(r"(0|[1-9]\d{0,3})\.(?:weight|bias)")
 
 
-class PartTensors:
-    """The tensors of one part, in the mixture's dtype; a tensor that is not taken is an error."""
+class NamedTensors:
+    """Tensors by name, each of which is taken once; a tensor that is not taken is an error."""
 
-    def __init__(self, mixture: Mixture, key: str, part: ScoringGate | TorchExpert) -> None:
-        """Read the part's file.
-
-        ``key`` is the part's place in ``mixture.yaml``. Raises :class:`CheckpointError`, whose
-        field has file and key, for a file that is no safetensors file, and for a stored dtype that
-        the mixture's dtype does not represent exactly.
-        """
-        self.where = f"{mixture.folder / part.file}: {key}"
-        self._prefix = part.prefix
-        dtype = mixture.spec.dtype
-        others = _other_prefixes(mixture, part)
-        try:
-            stored = deserialize(mixture.file(part.file))
-        except SafetensorError as error:
-            raise CheckpointError(f"is not a safetensors file: {error}", self.where) from None
-        self._tensors: dict[str, np.ndarray] = {}
-        for name, tensor in stored:
-            if not name.startswith(part.prefix) or name.startswith(others):
-                continue
-            stored_dtype = _NAMES.get(tensor["dtype"], tensor["dtype"])
-            if stored_dtype not in _EXACT[dtype]:
-                raise CheckpointError(
-                    f"tensor {shown_name(name)} is {stored_dtype}, which {dtype} does not "
-                    f"represent exactly; allowed: {', '.join(_EXACT[dtype])}",
-                    self.where,
-                )
-            values = np.frombuffer(tensor["data"], DTYPES[stored_dtype])
-            converted = values.reshape(tensor["shape"]).astype(DTYPES[dtype])
-            if not np.isfinite(converted).all():
-                raise CheckpointError(
-                    f"tensor {shown_name(name)} has values that are not finite", self.where
-                )
-            self._tensors[name.removeprefix(part.prefix)] = converted
+    def __init__(self, tensors: Mapping[str, np.ndarray], where: str, prefix: str = "") -> None:
+        """``where`` is the field of errors, ``prefix`` that of the names in errors."""
+        self.where = where
+        self._prefix = prefix
+        self._tensors = dict(tensors)
 
     def __contains__(self, name: str) -> bool:
         """Return whether there is a tensor of this name that was not taken."""
@@ -126,6 +98,42 @@ class PartTensors:
             raise CheckpointError(
                 f"has tensors that are not used: {listed_names(names)}", self.where
             )
+
+
+class PartTensors(NamedTensors):
+    """The tensors of one part, in the mixture's dtype."""
+
+    def __init__(self, mixture: Mixture, key: str, part: ScoringGate | TorchExpert) -> None:
+        """Read the part's file.
+
+        ``key`` is the part's place in ``mixture.yaml``. Raises :class:`CheckpointError`, whose
+        field has file and key, for a file that is no safetensors file, and for a stored dtype that
+        the mixture's dtype does not represent exactly.
+        """
+        super().__init__({}, f"{mixture.folder / part.file}: {key}", part.prefix)
+        dtype = mixture.spec.dtype
+        others = _other_prefixes(mixture, part)
+        try:
+            stored = deserialize(mixture.file(part.file))
+        except SafetensorError as error:
+            raise CheckpointError(f"is not a safetensors file: {error}", self.where) from None
+        for name, tensor in stored:
+            if not name.startswith(part.prefix) or name.startswith(others):
+                continue
+            stored_dtype = _NAMES.get(tensor["dtype"], tensor["dtype"])
+            if stored_dtype not in _EXACT[dtype]:
+                raise CheckpointError(
+                    f"tensor {shown_name(name)} is {stored_dtype}, which {dtype} does not "
+                    f"represent exactly; allowed: {', '.join(_EXACT[dtype])}",
+                    self.where,
+                )
+            values = np.frombuffer(tensor["data"], DTYPES[stored_dtype])
+            converted = values.reshape(tensor["shape"]).astype(DTYPES[dtype])
+            if not np.isfinite(converted).all():
+                raise CheckpointError(
+                    f"tensor {shown_name(name)} has values that are not finite", self.where
+                )
+            self._tensors[name.removeprefix(part.prefix)] = converted
 
 
 def bytes_of(layers: Sequence[Layer]) -> int:

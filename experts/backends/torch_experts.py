@@ -17,7 +17,7 @@ import numpy as np
 
 from cluster.errors import CheckpointError
 from experts.backends.products import ACTIVATIONS, linear, mlp, softmax
-from experts.backends.tensors import Layer, PartTensors, bytes_of
+from experts.backends.tensors import Layer, NamedTensors, PartTensors, bytes_of
 from experts.checkpoint.mixture import Mixture
 from experts.mixture.parts import LinearExpert, MlpExpert, RnnExpert, TorchExpert
 
@@ -54,7 +54,7 @@ def torch_model(mixture: Mixture, key: str, part: TorchExpert) -> Model:
         model = _MlpModel(tensors.layers(math.prod(row_shape), width), part)
     else:
         assert isinstance(part, RnnExpert)
-        model = _RnnModel(tensors, row_shape[-1], width, part)
+        model = RnnModel(tensors, row_shape[-1], width, part)
     tensors.finish()
     return model
 
@@ -131,10 +131,11 @@ _NUM_GATES: Mapping[str, int] = {"plain": 1, "gru": 3, "lstm": 4}
 _NUM_STATES: Mapping[str, int] = {"plain": 1, "gru": 1, "lstm": 2}
 
 
-class _RnnModel:
+class RnnModel:
     """Recurrent layers over rows [T, F] from a state of zeros, a linear head, and the link."""
 
-    def __init__(self, tensors: PartTensors, num_inputs: int, width: int, part: RnnExpert) -> None:
+    def __init__(self, tensors: NamedTensors, num_inputs: int, width: int, part: RnnExpert) -> None:
+        """Take the tensors; raises :class:`CheckpointError` as :func:`torch_model` does."""
         self._part = part
         self._layers = _recurrent_layers(tensors, num_inputs, _NUM_GATES[part.cell])
         self._head = tensors.linear(self._layers[-1][1][0].shape[1], width, "head.")
@@ -170,7 +171,7 @@ class _RnnModel:
 
 
 def _recurrent_layers(
-    tensors: PartTensors, num_inputs: int, num_gates: int
+    tensors: NamedTensors, num_inputs: int, num_gates: int
 ) -> list[tuple[Layer, Layer]]:
     """Return the input layer [G H, F] and the recurrent layer [G H, H] of each layer."""
     found: list[tuple[Layer, Layer]] = []

@@ -25,7 +25,7 @@ from cluster.errors import InvalidRequestError, NotFiniteError
 from experts.checkpoint.mixture import Mixture
 from experts.mixture.parts import GivenGate
 from experts.mixture.spec import most_experts
-from router.mixture.scores import Scores, read_scores
+from router.mixture.scores import Scores, best_choices, read_scores
 from router.mixture.sums import sum_first
 from router.moe.gate import Choice, ChooseAmong
 
@@ -132,7 +132,7 @@ class _ScoringNode(_Node):
             raise NotFiniteError(f"scores of row {row} are NaN or infinite", f"gates.{self.name}")
         if is_open is not None:
             scores = np.where(is_open, scores, -np.inf)
-        is_chosen = self._best(scores)
+        is_chosen = best_choices(scores, self.num_chosen)
         if is_open is not None:
             is_chosen &= is_open
         # A row without an open choice has nothing but -inf.
@@ -141,18 +141,6 @@ class _ScoringNode(_Node):
         counted = np.where(is_chosen, shares, 0) if self.renormalize else shares
         total = sum_first(np.array(counted.T, order="C"))[:, None]
         return is_chosen, shares / np.where(total > 0, total, 1).astype(shares.dtype)
-
-    def _best(self, scores: np.ndarray) -> np.ndarray:
-        """Return the best choices, bool [R, C]; the first of equal ones."""
-        if self.num_chosen == scores.shape[1]:
-            return np.ones(scores.shape, dtype=bool)
-        is_chosen = np.zeros(scores.shape, dtype=bool)
-        if self.num_chosen == 1:
-            best = scores.argmax(axis=1, keepdims=True)
-        else:
-            best = np.argsort(-scores, axis=1, kind="stable")[:, : self.num_chosen]
-        np.put_along_axis(is_chosen, best, True, axis=1)
-        return is_chosen
 
 
 @dataclass(frozen=True, slots=True)

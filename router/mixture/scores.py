@@ -45,3 +45,16 @@ def read_scores(mixture: Mixture, name: str, gate: LinearGate | MlpGate) -> Scor
         layers, activation = [tensors.linear(size, num_choices)], "relu"
     tensors.finish()
     return Scores(given.name, gate.pool, layers, activation)
+
+
+def best_choices(scores: np.ndarray, num_chosen: int) -> np.ndarray:
+    """Return the largest of the scores [R, C], bool [R, C]; of equal ones the first."""
+    if num_chosen == scores.shape[1]:
+        return np.ones(scores.shape, dtype=bool)
+    is_chosen = np.zeros(scores.shape, dtype=bool)
+    if num_chosen == 1:
+        best = scores.argmax(axis=1, keepdims=True)
+    else:
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :num_chosen]
+    np.put_along_axis(is_chosen, best, True, axis=1)
+    return is_chosen
