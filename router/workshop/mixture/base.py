@@ -1,0 +1,242 @@
+"""The estimators' common part: checks of data, predictions, records.
+
+Dimension letters: N rows, E experts, D outputs of a regression, K classes, T steps, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import (
+    _check_feature_names,
+    _check_sample_weight,
+    check_array,
+    check_consistent_length,
+    check_is_fitted,
+    column_or_1d,
+    validate_data,
+)
+
+from router.workshop.mixture.parts import Array, FittedMixture, posterior
+
+Targets = npt.NDArray[Any]
+"""Values [N, D] of a regression, or the numbers [N] of classes."""
+
+
+class MixtureEstimator(BaseEstimator):
+    """A mixture of experts; ``fit`` of a subclass sets the attributes.
+
+    Attributes of a fitted estimator:
+
+    - ``mixture_``: the gates and experts, a :class:`FittedMixture`;
+    - ``n_iter_``: the iterations of the latest fit;
+    - ``log_likelihood_``: the mean log likelihood of a training row, by weight, at the end;
+      ``log_likelihoods_`` [n_iter_]: after each iteration;
+    - ``expert_usage_`` [E]: the mean gate weight of each expert over the training rows;
+    - ``n_features_in_``: F, and ``feature_names_in_`` where the columns have names.
+    """
+
+    mixture_: FittedMixture
+    n_iter_: int
+    n_features_in_: int
+
+    @property
+    def _row_axes(self) -> int:
+        """The axes of a row: 1 for [F], 2 for sequences [T, F]."""
+        return 1
+
+    def __sklearn_tags__(self) -> Any:
+        """Return scikit-learn's tags; sequences need arrays of three axes."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = self._row_axes == 1
+        tags.input_tags.three_d_array = self._row_axes == 2
+        return tags
+
+    def responsibilities(self, X: Any, y: Any = None) -> Array:
+        """Return the weight [N, E] of each expert for each row.
+
+        Without ``y`` it is the gate's. With ``y`` it is the posterior, the probability that the
+        expert made the target. Raises ``ValueError`` for ``y`` of a mixture without a likelihood.
+        """
+        X = self._check_rows(X)
+        log_gates = self.mixture_.log_gates(X)
+        if y is None:
+            return np.exp(log_gates)
+        targets = self._check_targets(y)
+        check_consistent_length(X, targets)
+        return posterior(log_gates, self.mixture_.log_likelihoods(X, targets))
+
+    def _check_rows(self, X: Any) -> Array:
+        """Return rows to predict for, as float64; raises ``ValueError`` as scikit-learn does."""
+        check_is_fitted(self)
+        X = self._checked_rows(X, reset=False)
+        steps = self.mixture_.row_shape[0]
+        if X.ndim == 3 and steps not in (-1, X.shape[1]):
+            raise ValueError(f"sequences must have {steps} steps (given: {X.shape[1]})")
+        return X
+
+    def _checked_rows(self, X: Any, reset: bool, y: Any = None) -> Array:
+        if self._row_axes == 1:
+            rows: Array = validate_data(self, X, dtype=np.float64, reset=reset, order="C")
+            return rows
+        _check_feature_names(self, X, reset=reset)
+        rows = check_array(X, dtype=np.float64, ensure_2d=False, allow_nd=True, order="C")
+        if rows.ndim != 3 or 0 in rows.shape:
+            raise ValueError(
+                f"{type(self).__name__} with recurrent experts takes rows [T, F], an array of 3 "
+                f"axes (given: {rows.ndim}, shape {rows.shape})"
+            )
+        if reset:
+            self.n_features_in_ = rows.shape[2]
+        elif rows.shape[2] != self.n_features_in_:
+            raise ValueError(
+                f"X has {rows.shape[2]} features, but {type(self).__name__} is expecting "
+                f"{self.n_features_in_} features as input"
+            )
+        return rows
+
+    def _check_fit(
+        self, X: Any, y: Any, sample_weight: Any, reset: bool = True
+    ) -> tuple[Array, Targets, Array]:
+        """Return the rows, targets and weights [N] to fit, without the rows of weight 0.
+
+        ``reset`` is false for a warm start, whose features, outputs and classes stay. Raises
+        ``ValueError`` as scikit-learn does, and for weights that are negative or all 0.
+        """
+        if y is None:
+            raise ValueError(
+                f"This {type(self).__name__} estimator requires y to be passed, but the target y "
+                "is None"
+            )
+        X = self._checked_rows(X, reset)
+        if reset:
+            self._set_targets(y)
+        targets = self._check_targets(y)
+        check_consistent_length(X, targets)
+        weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        is_used = weights > 0
+        if not is_used.any():
+            raise ValueError("sample_weight: at least one row must have a weight above 0")
+        if is_used.all():
+            return X, targets, weights
+        return X[is_used], targets[is_used], weights[is_used]
+
+    def _set_fitted(
+        self, mixture: FittedMixture, X: Array, targets: Targets, weights: Array
+    ) -> None:
+        """Take over a fitted mixture, and the records that follow from it."""
+        self.mixture_ = mixture
+        log_gates = mixture.log_gates(X)
+        self.expert_usage_ = np.average(np.exp(log_gates), axis=0, weights=weights)
+        densities = mixture.log_density(X, targets)
+        self.log_likelihood_ = float(np.average(densities, weights=weights))
+
+    def _set_targets(self, y: Any) -> None:
+        """Take over the kind of targets of a new fit."""
+        raise NotImplementedError
+
+    def _check_targets(self, y: Any) -> Targets:
+        """Return targets as numbers; raises ``ValueError`` for those that do not fit."""
+        raise NotImplementedError
+
+
+class MixtureRegressor(RegressorMixin, MixtureEstimator):
+    """A mixture that predicts D values of a row."""
+
+    n_outputs_: int
+
+    def __sklearn_tags__(self) -> Any:
+        """Return scikit-learn's tags; several outputs are allowed."""
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+    def predict(self, X: Any) -> Array:
+        """Return the mixture's mean: [N] for one output, [N, D] for several."""
+        X = self._check_rows(X)
+        values = self.mixture_.combine(X)
+        return values[:, 0] if self.n_outputs_ == 1 else values
+
+    def _set_targets(self, y: Any) -> None:
+        self.n_outputs_ = self._values(y).shape[1]
+
+    def _check_targets(self, y: Any) -> Targets:
+        values = self._values(y)
+        if values.shape[1] != self.n_outputs_:
+            raise ValueError(
+                f"y has {values.shape[1]} outputs, and {type(self).__name__} was fitted to "
+                f"{self.n_outputs_}"
+            )
+        return values
+
+    def _values(self, y: Any) -> Targets:
+        values: Targets = check_array(y, dtype=np.float64, ensure_2d=False, input_name="y")
+        return values.reshape(len(values), -1)
+
+
+class MixtureClassifier(ClassifierMixin, MixtureEstimator):
+    """A mixture that predicts one of K classes; ``classes_`` has their labels."""
+
+    classes_: npt.NDArray[Any]
+
+    def predict_proba(self, X: Any) -> Array:
+        """Return the probabilities [N, K], in the order of ``classes_``."""
+        X = self._check_rows(X)
+        return self.mixture_.combine(X)
+
+    def predict(self, X: Any) -> npt.NDArray[Any]:
+        """Return the likeliest labels [N]; of equally likely classes the first."""
+        places = self.predict_proba(X).argmax(axis=1)
+        return self.classes_[places]
+
+    def _set_targets(self, y: Any) -> None:
+        labels = self._labels(y)
+        self.classes_ = np.unique(labels)
+        if len(self.classes_) < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs at least 2 classes; y has 1 class, "
+                f"{self.classes_.tolist()[0]!r:.80}"
+            )
+
+    def _check_targets(self, y: Any) -> Targets:
+        labels = self._labels(y)
+        is_unknown = ~np.isin(labels, self.classes_)
+        if is_unknown.any():
+            label = labels[is_unknown].tolist()[0]
+            raise ValueError(f"y has the class {label!r:.80}, which is not one of classes_")
+        return np.searchsorted(self.classes_, labels)
+
+    def _labels(self, y: Any) -> npt.NDArray[Any]:
+        check_classification_targets(y)
+        labels: npt.NDArray[Any] = column_or_1d(y, warn=True)
+        return labels
+
+
+@contextmanager
+def progress(verbose: int, total: int, text: str) -> Iterator[Callable[[str], None]]:
+    """Show a progress bar on stderr; nothing at ``verbose`` 0.
+
+    Yields a function that advances it by one of ``total`` and shows a remark, as an objective.
+    """
+    if not verbose:
+        yield lambda remark: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[remark]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(text, total=total, remark="")
+        yield lambda remark: bar.update(task, advance=1, remark=remark)
