@@ -23,10 +23,10 @@ from sklearn.svm import SVR
 from torch import nn
 
 from benchmarks.bundled.card import converted, filled, table
-from benchmarks.bundled.files import estimator_bytes, tensor_bytes
 from benchmarks.bundled.trained import Begin, Trained, is_held_out, minimize
 from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import Mixture
+from router.workshop.mixture.weights import estimator_bytes, tensor_bytes
 
 GATE_FOLDS = 5
 NUM_FOLDS, NUM_REPEATS = 5, 3

@@ -22,10 +22,10 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import SVC
 
 from benchmarks.bundled.card import converted, filled, table
-from benchmarks.bundled.files import estimator_bytes, tensor_bytes
 from benchmarks.bundled.trained import Begin, Trained, is_held_out
 from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import Mixture
+from router.workshop.mixture.weights import estimator_bytes, tensor_bytes
 
 NUM_FOLDS = 5
 NUM_STEPS = NUM_FOLDS + 1

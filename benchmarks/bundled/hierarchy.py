@@ -20,10 +20,10 @@ from sklearn.tree import DecisionTreeRegressor
 
 from benchmarks.bundled.card import converted, filled, table
 from benchmarks.bundled.em import NUM_BRANCHES, NUM_KEPT, NUM_LEAVES, NUM_STARTS, Tree, fit
-from benchmarks.bundled.files import tensor_bytes
 from benchmarks.bundled.trained import Begin, Trained, is_held_out
 from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import Mixture
+from router.workshop.mixture.weights import tensor_bytes
 
 NUM_ROWS, NUM_FEATURES = 8000, 3
 NUM_SLABS = 3

@@ -20,7 +20,6 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.bundled.card import filled, table
-from benchmarks.bundled.files import tensor_bytes
 from benchmarks.bundled.readings import (
     CHANNELS,
     LEVELS,
@@ -33,6 +32,7 @@ from benchmarks.bundled.readings import (
 from benchmarks.bundled.trained import Begin, Trained, is_held_out
 from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import Mixture
+from router.workshop.mixture.weights import tensor_bytes
 
 NUM_STARTS, NUM_EPOCHS = 6, 40
 HIDDEN, TOP_K = 4, 2

@@ -15,10 +15,10 @@ from skops.io import get_untrusted_types, loads
 from benchmarks.bundled import __main__ as command
 from benchmarks.bundled import diabetes
 from benchmarks.bundled.card import table
-from benchmarks.bundled.files import estimator_bytes
 from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.mixture import open_mixture
+from router.workshop.mixture.weights import estimator_bytes
 
 BUNDLED = Path(__file__).parents[3] / "deploy" / "models"
 
