@@ -1,4 +1,4 @@
-"""The estimators' common part: checks of data, predictions, records.
+"""The estimators' common part: checks of data, predictions, records, the folder, the picture.
 
 Dimension letters: N rows, E experts, D outputs of a regression, K classes, T steps, F features.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,7 @@ class MixtureEstimator(BaseEstimator):
     - ``log_likelihood_``: the mean log likelihood of a training row, by weight, at the end;
       ``log_likelihoods_`` [n_iter_]: after each iteration;
     - ``expert_usage_`` [E]: the mean gate weight of each expert over the training rows;
+    - ``n_samples_fit_``: the training rows, without those of weight 0;
     - ``n_features_in_``: F, and ``feature_names_in_`` where the columns have names.
     """
 
@@ -71,6 +73,44 @@ class MixtureEstimator(BaseEstimator):
         targets = self._check_targets(y)
         check_consistent_length(X, targets)
         return posterior(log_gates, self.mixture_.log_likelihoods(X, targets))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the served format, with a card, into a new or empty folder, whole or not at all.
+
+        :func:`router.workshop.mixture.folder.save` has the errors.
+        """
+        check_is_fitted(self)
+        from router.workshop.mixture.folder import save
+
+        save(self, Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Return the fitted estimator that :meth:`save` wrote.
+
+        Raises :class:`CheckpointError` as :func:`router.workshop.mixture.folder.load` does, and
+        ``TypeError`` for a folder of an estimator of another class.
+        """
+        from router.workshop.mixture.folder import load
+
+        loaded = load(Path(folder))
+        if not isinstance(loaded, cls):
+            raise TypeError(f"{folder} has a {type(loaded).__name__}, not a {cls.__name__}")
+        return loaded
+
+    def plot_experts(
+        self, X: Any, ax: Any = None, features: tuple[int | str, int | str] | None = None
+    ) -> Any:
+        """Draw which expert takes which of the rows; returns matplotlib's axes.
+
+        Needs ``expertmesh[plots]``; :func:`router.workshop.mixture.plots.plot_experts` has the
+        kinds of pictures.
+        """
+        X = self._check_rows(X)
+        from router.workshop.mixture.plots import plot_experts
+
+        names = getattr(self, "feature_names_in_", None)
+        return plot_experts(self.mixture_, X, None if names is None else list(names), ax, features)
 
     def _check_rows(self, X: Any) -> Array:
         """Return rows to predict for, as float64; raises ``ValueError`` as scikit-learn does."""
@@ -132,6 +172,7 @@ class MixtureEstimator(BaseEstimator):
     ) -> None:
         """Take over a fitted mixture, and the records that follow from it."""
         self.mixture_ = mixture
+        self.n_samples_fit_ = len(X)
         log_gates = mixture.log_gates(X)
         self.expert_usage_ = np.average(np.exp(log_gates), axis=0, weights=weights)
         densities = mixture.log_density(X, targets)

@@ -66,19 +66,27 @@ def recurrent_part(cell: str, module: torch.nn.ModuleDict, link: str = "none") -
 
 
 class _Planted(MixtureEstimator):
-    """Takes over a mixture instead of fitting one."""
+    """Takes over a mixture instead of fitting one; its parameters are for records alone."""
 
-    def __init__(self, mixture: FittedMixture | None = None) -> None:
-        self.mixture = mixture
+    def __init__(self, value: Any = None, estimator: Any = None) -> None:
+        self.value = value
+        self.estimator = estimator
+
+    @classmethod
+    def of(cls, mixture: FittedMixture, **parameters: Any) -> Self:
+        planted = cls(**parameters)
+        planted.mixture_ = mixture
+        planted.n_iter_ = 3
+        return planted
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         X, targets, weights = self._check_fit(X, y, sample_weight)
-        self._set_fitted(self.mixture, X, targets, weights)
+        self._set_fitted(self.mixture_, X, targets, weights)
         return self
 
     @property
     def _row_axes(self) -> int:
-        return len(self.mixture.row_shape)
+        return len(self.mixture_.row_shape) if hasattr(self, "mixture_") else 1
 
 
 class PlantedRegressor(MixtureRegressor, _Planted):

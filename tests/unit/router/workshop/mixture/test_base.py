@@ -35,10 +35,10 @@ def sequences() -> FittedMixture:
 
 def test_a_regressor_predicts_the_combination() -> None:
     mixture = tree(0)
-    fitted = PlantedRegressor(mixture).fit(ROWS, VALUES)
+    fitted = PlantedRegressor.of(mixture).fit(ROWS, VALUES)
     np.testing.assert_array_equal(fitted.predict(ROWS), mixture.combine(ROWS))
     single = tree(0, width=1)
-    one = PlantedRegressor(single).fit(ROWS, VALUES[:, 0])
+    one = PlantedRegressor.of(single).fit(ROWS, VALUES[:, 0])
     np.testing.assert_array_equal(one.predict(ROWS), single.combine(ROWS)[:, 0])
     assert one.predict(ROWS).shape == (30,)
 
@@ -47,16 +47,16 @@ def test_the_records_are_weighted_means_without_rows_of_weight_zero() -> None:
     mixture = tree(0)
     weights = np.where(np.arange(30) < 10, 0.0, 2.0)
     weights[20:] = 1.0
-    fitted = PlantedRegressor(mixture).fit(ROWS, VALUES, weights)
+    fitted = PlantedRegressor.of(mixture).fit(ROWS, VALUES, weights)
     again = np.concatenate([np.arange(10, 20), np.arange(10, 20), np.arange(20, 30)])
-    expected = PlantedRegressor(mixture).fit(ROWS[again], VALUES[again])
+    expected = PlantedRegressor.of(mixture).fit(ROWS[again], VALUES[again])
     np.testing.assert_allclose(fitted.expert_usage_, expected.expert_usage_)
     assert fitted.log_likelihood_ == pytest.approx(expected.log_likelihood_)
     assert fitted.expert_usage_.sum() == pytest.approx(1)
 
 
 def test_a_classifier_predicts_labels_in_the_order_of_classes() -> None:
-    fitted = PlantedClassifier(PROBABILITIES).fit(ROWS, LABELS)
+    fitted = PlantedClassifier.of(PROBABILITIES).fit(ROWS, LABELS)
     assert fitted.classes_.tolist() == ["blue", "green", "red"]
     shares = fitted.predict_proba(ROWS)
     np.testing.assert_allclose(shares.sum(axis=1), 1)
@@ -64,7 +64,7 @@ def test_a_classifier_predicts_labels_in_the_order_of_classes() -> None:
 
 
 def test_the_posterior_needs_targets_of_the_fitted_kind() -> None:
-    fitted = PlantedClassifier(PROBABILITIES).fit(ROWS, LABELS)
+    fitted = PlantedClassifier.of(PROBABILITIES).fit(ROWS, LABELS)
     weights = fitted.responsibilities(ROWS)
     given = fitted.responsibilities(ROWS, LABELS)
     likelihoods = fitted.mixture_.outputs(ROWS)[
@@ -76,7 +76,7 @@ def test_the_posterior_needs_targets_of_the_fitted_kind() -> None:
         fitted.responsibilities(ROWS[:1], ["black"])
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         fitted.responsibilities(ROWS, LABELS[:3])
-    regressor = PlantedRegressor(tree(0)).fit(ROWS, VALUES)
+    regressor = PlantedRegressor.of(tree(0)).fit(ROWS, VALUES)
     with pytest.raises(ValueError, match="y has 1 outputs, and PlantedRegressor was fitted to 2"):
         regressor.responsibilities(ROWS, VALUES[:, 0])
 
@@ -96,31 +96,31 @@ def test_the_posterior_needs_targets_of_the_fitted_kind() -> None:
 )
 def test_wrong_data_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PlantedRegressor(tree(0)).fit(**{"X": ROWS, "y": VALUES, **change})
+        PlantedRegressor.of(tree(0)).fit(**{"X": ROWS, "y": VALUES, **change})
 
 
 def test_one_class_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 classes; y has 1 class, 'red'"):
-        PlantedClassifier(PROBABILITIES).fit(ROWS, ["red"] * 30)
+        PlantedClassifier.of(PROBABILITIES).fit(ROWS, ["red"] * 30)
     with pytest.raises(ValueError, match="Unknown label type"):
-        PlantedClassifier(PROBABILITIES).fit(ROWS, VALUES[:, 0])
+        PlantedClassifier.of(PROBABILITIES).fit(ROWS, VALUES[:, 0])
 
 
 def test_rows_of_another_width_are_refused() -> None:
-    fitted = PlantedRegressor(tree(0)).fit(ROWS, VALUES)
+    fitted = PlantedRegressor.of(tree(0)).fit(ROWS, VALUES)
     with pytest.raises(ValueError, match="X has 2 features"):
         fitted.predict(ROWS[:, :2])
 
 
 def test_nothing_is_predicted_before_a_fit() -> None:
-    for method in ("predict", "responsibilities"):
+    for method in ("predict", "responsibilities", "plot_experts", "save"):
         with pytest.raises(NotFittedError):
-            getattr(PlantedRegressor(tree(0)), method)(ROWS)
+            getattr(PlantedRegressor(), method)(ROWS)
 
 
 def test_sequences_have_three_axes() -> None:
     rows = SOURCE.normal(size=(30, 4, FEATURES))
-    estimator = PlantedRegressor(sequences())
+    estimator = PlantedRegressor.of(sequences())
     tags = estimator.__sklearn_tags__().input_tags
     assert (tags.two_d_array, tags.three_d_array) == (False, True)
     fitted = estimator.fit(rows, VALUES)
@@ -142,7 +142,7 @@ def test_sequences_of_one_length_keep_it() -> None:
     fixed = FittedMixture(
         "top", {"top": gate}, free.experts, "density", (4, FEATURES), 2, free.deviations
     )
-    fitted = PlantedRegressor(fixed).fit(rows, VALUES)
+    fitted = PlantedRegressor.of(fixed).fit(rows, VALUES)
     with pytest.raises(ValueError, match=r"must have 4 steps \(given: 3\)"):
         fitted.predict(rows[:, :3])
 
