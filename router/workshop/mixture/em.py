@@ -1,0 +1,315 @@
+"""The M steps of mixtures: weighted least squares, and softmax regression by Newton's method.
+
+Jordan and Jacobs 1994, "Hierarchical mixtures of experts and the EM algorithm", equations 25 to 27:
+each expert and each gate is a generalised linear model, fitted to the rows with the posteriors of
+the E step as weights or as targets. Iteratively reweighted least squares is Newton's method here.
+Everything is float64, and many models that share the rows are fitted at once.
+
+Dimension letters: N rows, F features, D = F + 1 columns of the design, G models, C classes or
+choices, O outputs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_array, check_consistent_length
+
+Array = np.ndarray
+
+NEWTON_DECREMENT = 1e-10
+"""Newton's method ends after a step that promises less than this, in nats a row."""
+_CG_TOLERANCE = 1e-3
+_MOST_CG_STEPS = 200
+_MOST_HALVINGS = 40
+_ARMIJO = 1e-4
+_DAMPING = 1e-12
+
+
+def design_of(X: Array) -> Array:  # noqa: N803
+    """Return the design [N, D] of rows [N, F]: their features, and a column of ones."""
+    return np.column_stack([X, np.ones(len(X))])
+
+
+def penalty_of(num_features: int, ridge: float, bias_ridge: float) -> Array:
+    """Return the ridge [D] of each row of coefficients: the features', then the bias's."""
+    return np.append(np.full(num_features, float(ridge)), float(bias_ridge))
+
+
+def log_sum_exp(scores: Array) -> Array:
+    """Return log Σ exp over the last axis, kept with length 1; -inf where all scores are -inf."""
+    top = scores.max(axis=-1, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0.0)
+    with np.errstate(divide="ignore"):
+        return np.log(np.exp(scores - top).sum(axis=-1, keepdims=True)) + top
+
+
+def log_softmax(scores: Array) -> Array:
+    """Return the log of the softmax over the last axis."""
+    return scores - log_sum_exp(scores)
+
+
+def least_squares(design: Array, targets: Array, row_weight: Array, penalty: Array) -> Array:
+    """Return coefficients [G, D, O] of G ridge regressions of ``targets`` [N, O].
+
+    ``row_weight`` [N, G] weighs the rows of each, and ``penalty`` [D] is added to the diagonal of
+    the normal equations. It must be above 0 where the weighted design may be of a lower rank.
+    Equation 25 with a Gaussian prior.
+    """
+    coefficients = np.empty((row_weight.shape[1], design.shape[1], targets.shape[1]))
+    for model, of_model in enumerate(row_weight.T):
+        weighted = design.T * of_model
+        normal = weighted @ design
+        normal[np.diag_indices_from(normal)] += penalty
+        factor = cho_factor(normal, lower=True, overwrite_a=True, check_finite=False)
+        coefficients[model] = cho_solve(factor, weighted @ targets, check_finite=False)
+    return coefficients
+
+
+@dataclass(frozen=True)
+class SoftmaxProblem:
+    """G softmax regressions on the same rows.
+
+    The objective of model g, which is concave in its coefficients θ_g [D, C], is
+    Σ_nc targets[n, g, c] log softmax(design[n] θ_g)_c − ½ Σ_dc penalty[d] θ_g[d, c]².
+
+    ``targets`` [N, G, C] are not negative and need not add up to 1: their sum over the choices is
+    the weight of the row.
+    """
+
+    design: Array
+    targets: Array
+    penalty: Array
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape [D, G, C] of the coefficients of all models."""
+        return (self.design.shape[1], *self.targets.shape[1:])
+
+    def scores(self, coefficients: Array) -> Array:
+        """Return design · coefficients, [N, G, C]."""
+        flat = self.design @ coefficients.reshape(len(coefficients), -1)
+        return flat.reshape(-1, *coefficients.shape[1:])
+
+    def transposed(self, rows: Array) -> Array:
+        """Return designᵀ · ``rows`` [N, G, C]: [D, G, C]."""
+        flat = self.design.T @ rows.reshape(len(rows), -1)
+        return flat.reshape(-1, *rows.shape[1:])
+
+    def penalised(self, coefficients: Array) -> Array:
+        """Return penalty · coefficients, [D, G, C]."""
+        return self.penalty[:, None, None] * coefficients
+
+    def objectives(self, coefficients: Array, scores: Array) -> Array:
+        """Return the objective [G] of each model, given its ``scores``."""
+        likelihood = np.einsum("ngc,ngc->g", self.targets, log_softmax(scores))
+        return likelihood - 0.5 * _dot(coefficients, self.penalised(coefficients))
+
+    def of(self, models: Array) -> SoftmaxProblem:
+        """Return the problem of some of the models."""
+        if len(models) == self.targets.shape[1]:
+            return self
+        return SoftmaxProblem(self.design, self.targets[:, models], self.penalty)
+
+
+def ascend(
+    problem: SoftmaxProblem,
+    coefficients: Array,
+    max_iter: int,
+    decrement: float = NEWTON_DECREMENT,
+) -> tuple[Array, bool]:
+    """Raise the objectives of all models from ``coefficients`` [D, G, C] by Newton's method.
+
+    Returns the new coefficients and whether all models converged, in ``max_iter`` steps or fewer.
+    No step lowers an objective. The sum of coefficients over the choices, which changes nothing
+    but the penalty, becomes 0.
+    """
+    coefficients = coefficients - coefficients.mean(axis=2, keepdims=True)
+    mass = problem.targets.sum(axis=(0, 2))
+    if problem.shape[2] == 1:
+        return coefficients, True
+    active = np.flatnonzero(mass > 0)
+    starved = np.flatnonzero(mass <= 0)
+    # Without rows the prior alone decides, and its maximum is at 0.
+    coefficients[:, starved] = 0.0
+    for _ in range(max_iter):
+        if not len(active):
+            break
+        part = problem.of(active)
+        step, gain = _newton_step(part, coefficients[:, active], mass[active])
+        coefficients[:, active] += step
+        active = active[gain > decrement * mass[active]]
+    return coefficients, not len(active)
+
+
+def fit_softmax(
+    X: Array,  # noqa: N803
+    targets: Array,
+    sample_weight: Array | None = None,
+    *,
+    ridge: float = 1e-3,
+    bias_ridge: float = 1e-6,
+    start: tuple[Array, Array] | None = None,
+    max_iter: int = 100,
+) -> tuple[Array, Array]:
+    """Fit a softmax regression to soft targets: return weight [C, F] and bias [C].
+
+    ``X`` is [N, F] and ``targets`` [N, C], the probabilities of the classes or the posteriors of
+    the experts. The result maximises
+    Σ_n sample_weight[n] Σ_c targets[n, c] log softmax(weight x_n + bias)_c
+    − ½ ridge ‖weight‖² − ½ bias_ridge ‖bias‖², equation 27 with a Gaussian prior. Rows of weight
+    and values of bias add up to 0 over the classes. With 0/1 targets and ``bias_ridge`` 0 this is
+    scikit-learn's multinomial ``LogisticRegression`` of ``C = 1 / ridge``. ``start`` is a weight
+    and a bias to begin with, by default zeros.
+
+    Raises ``ValueError`` for values that are not finite, for negative targets, weights or ridges,
+    for shapes that do not fit, and for a class whose targets are all 0 under ``bias_ridge`` 0: its
+    bias would be -inf. Warns :class:`ConvergenceWarning` after ``max_iter`` Newton steps. Where
+    classes are separable and ``ridge`` is 0 there is no maximum: the weight grows until a step
+    gains less than 1e-10 nats a row.
+    """
+    rows = check_array(X, dtype=np.float64)
+    soft = check_array(targets, dtype=np.float64, input_name="targets")
+    check_consistent_length(rows, soft)
+    if (soft < 0).any():
+        raise ValueError("targets must not be negative")
+    if ridge < 0 or bias_ridge < 0:
+        raise ValueError(f"ridges must not be negative (given: {ridge} and {bias_ridge})")
+    if max_iter < 1:
+        raise ValueError(f"max_iter must be at least 1 (given: {max_iter})")
+    if sample_weight is not None:
+        weights = check_array(
+            sample_weight, dtype=np.float64, ensure_2d=False, input_name="sample_weight"
+        )
+        if weights.shape != (len(rows),) or (weights < 0).any():
+            raise ValueError(f"sample_weight must be {len(rows)} values, none of them negative")
+        soft = soft * weights[:, None]
+    if bias_ridge == 0 and (empty := np.flatnonzero(soft.sum(axis=0) == 0)).size:
+        raise ValueError(
+            f"the targets of class {empty[0]} are all 0: bias_ridge must be above 0, or the bias "
+            "of the class would be -inf"
+        )
+    num_features, num_classes = rows.shape[1], soft.shape[1]
+    coefficients = np.zeros((num_features + 1, 1, num_classes))
+    if start is not None:
+        weight, bias = (np.asarray(part, dtype=np.float64) for part in start)
+        if weight.shape != (num_classes, num_features) or bias.shape != (num_classes,):
+            raise ValueError(
+                f"start must be a weight [{num_classes}, {num_features}] and a bias "
+                f"[{num_classes}] (given: {list(weight.shape)} and {list(bias.shape)})"
+            )
+        coefficients[:, 0] = np.vstack([weight.T, bias])
+    penalty = penalty_of(num_features, ridge, bias_ridge)
+    problem = SoftmaxProblem(design_of(rows), soft[:, None, :], penalty)
+    coefficients, is_converged = ascend(problem, coefficients, max_iter)
+    if not is_converged:
+        warnings.warn(
+            f"fit_softmax did not converge in {max_iter} Newton steps; a larger ridge or max_iter "
+            "helps",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    return coefficients[:-1, 0].T.copy(), coefficients[-1, 0].copy()
+
+
+def _dot(left: Array, right: Array) -> Array:
+    """Return the inner products [G] of coefficients [D, G, C]."""
+    return np.einsum("dgc,dgc->g", left, right)
+
+
+def _newton_step(problem: SoftmaxProblem, coefficients: Array, mass: Array) -> tuple[Array, Array]:
+    """Return a step [D, G, C] that lowers no objective, and the gain [G] that it promised.
+
+    A step is 0 where rounding hides any gain; the promise is 0 then.
+    """
+    scores = problem.scores(coefficients)
+    before = problem.objectives(coefficients, scores)
+    probabilities = np.exp(log_softmax(scores))
+    row_mass = problem.targets.sum(axis=2, keepdims=True)
+    residuals = problem.targets - row_mass * probabilities
+    gradient = problem.transposed(residuals) - problem.penalised(coefficients)
+    gradient -= gradient.mean(axis=2, keepdims=True)  # rounding: the sum is 0
+    direction = _newton_direction(problem, row_mass, probabilities, gradient)
+    promised = _dot(gradient, direction)
+    score_direction = problem.scores(direction)
+    size = np.ones(len(mass))
+    pending = promised > 0
+    size[~pending] = 0.0
+    for _ in range(_MOST_HALVINGS):
+        models = np.flatnonzero(pending)
+        if not len(models):
+            break
+        moved = size[models, None] * direction[:, models]
+        after = problem.of(models).objectives(
+            coefficients[:, models] + moved,
+            scores[:, models] + size[models, None] * score_direction[:, models],
+        )
+        enough = after >= before[models] + _ARMIJO * size[models] * promised[models]
+        pending[models[enough]] = False
+        size[models[~enough]] /= 2
+    size[pending] = 0.0
+    promised = np.where(pending, 0.0, promised)
+    return size[None, :, None] * direction, promised / 2
+
+
+def _newton_direction(
+    problem: SoftmaxProblem, row_mass: Array, probabilities: Array, gradient: Array
+) -> Array:
+    """Return the solution [D, G, C] of (damping − Hessian) direction = gradient.
+
+    It is found by conjugate gradients, whose preconditioner is the inverse of the blocks of one
+    class each. Memory stays at G·C matrices [D, D], where the whole Hessian has C times as many.
+    The damping bounds the step where no row has any curvature left.
+    """
+    ridge = problem.penalty[:, None] + _DAMPING * (problem.design**2).T @ row_mass[..., 0]
+    inverses = _block_inverses(problem, row_mass * probabilities * (1 - probabilities), ridge)
+
+    def curved(vector: Array) -> Array:
+        scores = problem.scores(vector)
+        mean = (probabilities * scores).sum(axis=2, keepdims=True)
+        curvature = problem.transposed(row_mass * probabilities * (scores - mean))
+        return curvature + ridge[..., None] * vector
+
+    def preconditioned(vector: Array) -> Array:
+        solved = inverses @ vector.transpose(1, 2, 0)[..., None]
+        result = solved[..., 0].transpose(2, 0, 1)
+        return result - result.mean(axis=2, keepdims=True)  # the Hessian's own subspace
+
+    solution = np.zeros_like(gradient)
+    residual = gradient.copy()
+    search = preconditioned(residual)
+    gain = first_gain = _dot(residual, search)
+    for _ in range(_MOST_CG_STEPS):
+        open_models = gain > _CG_TOLERANCE**2 * first_gain
+        if not open_models.any():
+            break
+        product = curved(search)
+        curvature = _dot(search, product)
+        open_models &= curvature > 0
+        length = np.where(open_models, gain / np.where(open_models, curvature, 1.0), 0.0)
+        solution += length[None, :, None] * search
+        residual -= length[None, :, None] * product
+        ahead = preconditioned(residual)
+        new_gain = np.where(open_models, _dot(residual, ahead), 0.0)
+        ratio = np.where(open_models, new_gain / np.where(open_models, gain, 1.0), 0.0)
+        search = ahead + ratio[None, :, None] * search
+        gain = new_gain
+    return solution
+
+
+def _block_inverses(problem: SoftmaxProblem, curvature: Array, ridge: Array) -> Array:
+    """Return the inverses [G, C, D, D] of designᵀ diag(curvature[:, g, c]) design + ridge[:, g]."""
+    num_columns, num_models, num_classes = problem.shape
+    blocks = np.empty((num_models, num_classes, num_columns, num_columns))
+    for model in range(num_models):
+        for choice in range(num_classes):
+            weighted = problem.design.T * curvature[:, model, choice]
+            blocks[model, choice] = weighted @ problem.design
+    diagonal = np.einsum("gcdd->gcd", blocks)
+    # A column of zeros under no ridge has a gradient of 0: any block will do for it.
+    diagonal += np.where(ridge > 0, ridge, 1.0).T[:, None, :]
+    return np.linalg.inv(blocks)
