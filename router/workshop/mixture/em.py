@@ -30,7 +30,7 @@ _ARMIJO = 1e-4
 _DAMPING = 1e-12
 
 
-def design_of(X: Array) -> Array:  # noqa: N803
+def design_of(X: Array) -> Array:
     """Return the design [N, D] of rows [N, F]: their features, and a column of ones."""
     return np.column_stack([X, np.ones(len(X))])
 
@@ -147,7 +147,7 @@ def ascend(
 
 
 def fit_softmax(
-    X: Array,  # noqa: N803
+    X: Array,
     targets: Array,
     sample_weight: Array | None = None,
     *,

@@ -1,0 +1,206 @@
+"""Gates that learn the posteriors of EM, and become the layers of a served gate.
+
+A gate is trained on rows whose features have mean 0 and deviation 1; the layers take raw rows.
+
+Dimension letters: N rows, F features, E experts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator, clone, is_classifier
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.neural_network import MLPClassifier
+from sklearn.utils.validation import has_fit_parameter
+
+from experts.mixture.parts import Activation
+from router.workshop.mixture.em import fit_softmax
+from router.workshop.mixture.parts import Array, GatePart, Layers
+
+HIDDEN_SIZES = (16,)
+MLP_STEPS = 50
+"""The hidden layers of the gate ``mlp``, and the steps of L-BFGS of one M step."""
+MLP_ALPHA = 1e-3
+_LEAST_SHARE = 1e-6
+"""The least share of a row that a gate's target gives an expert, so that none is forgotten."""
+_FORGOTTEN = -30.0
+"""The score of an expert that a classifier never saw among its labels."""
+_ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "tanh": "tanh", "logistic": "sigmoid"}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The mean [F] and the deviation [F] of the features; that of a constant one is 1."""
+
+    mean: Array
+    deviation: Array
+
+    @classmethod
+    def of(cls, X: Array, weights: Array) -> Scale:
+        """Return those of rows X [N, F] with ``weights`` [N]."""
+        mean = np.average(X, axis=0, weights=weights)
+        deviation = np.sqrt(np.average((X - mean) ** 2, axis=0, weights=weights))
+        is_constant = deviation <= 1e-12 * np.maximum(np.abs(mean), 1e-300)
+        return cls(mean, np.where(is_constant, 1.0, deviation))
+
+    def __call__(self, X: Array) -> Array:
+        """Return the scaled rows."""
+        return (X - self.mean) / self.deviation
+
+    def folded(self, layers: Layers) -> Layers:
+        """Return layers of scaled rows as layers of raw rows."""
+        weight, bias = layers[0]
+        weight = weight / self.deviation
+        return ((weight, bias - weight @ self.mean), *layers[1:])
+
+
+class GateLearner(ABC):
+    """The M step of a gate; keeps what it learnt for the next one."""
+
+    @abstractmethod
+    def fit(self, X: Array, shares: Array, weights: Array) -> tuple[Layers, Activation]:
+        """Return layers of scaled rows X [N, F] that score the experts.
+
+        ``shares`` [N, E] are the posteriors, ``weights`` [N] those of the rows.
+        """
+
+
+class LinearLearner(GateLearner):
+    """Softmax regression on the posteriors: an exact M step, up to its small ridge."""
+
+    def __init__(self) -> None:
+        """Begin at zeros."""
+        self._start: tuple[Array, Array] | None = None
+
+    def fit(self, X: Array, shares: Array, weights: Array) -> tuple[Layers, Activation]:
+        """Return one layer."""
+        self._start = fit_softmax(X, shares, weights, start=self._start)
+        return (self._start,), "tanh"
+
+
+class ClassifierLearner(GateLearner):
+    """A scikit-learn classifier of experts, whose decision scores become the gate's.
+
+    A classifier that takes ``sample_weight`` is fitted to a copy of each row for each expert, with
+    the posterior as its weight. Another is fitted to the likeliest expert of each row.
+    """
+
+    def __init__(self, classifier: Any, is_partial: bool = False) -> None:
+        """With ``is_partial`` each M step is a few steps on, and need not converge."""
+        self._classifier = classifier
+        self._is_partial = is_partial
+
+    def fit(self, X: Array, shares: Array, weights: Array) -> tuple[Layers, Activation]:
+        """Return the classifier's layers; raises ``ValueError`` as :func:`layers_of` does."""
+        count = shares.shape[1]
+        with warnings.catch_warnings():
+            if self._is_partial:
+                warnings.simplefilter("ignore", ConvergenceWarning)
+            if has_fit_parameter(self._classifier, "sample_weight"):
+                mixed = (1 - _LEAST_SHARE) * shares + _LEAST_SHARE / count
+                self._classifier.fit(
+                    np.tile(X, (count, 1)),
+                    np.repeat(np.arange(count), len(X)),
+                    sample_weight=(mixed * weights[:, None]).T.ravel(),
+                )
+            else:
+                labels = shares.argmax(axis=1)
+                if np.ptp(labels) == 0:  # no classifier is needed, and most would refuse
+                    return _constant(X.shape[1], count, labels[0]), "tanh"
+                self._classifier.fit(X, labels)
+        return layers_of(self._classifier, count)
+
+
+def learner_of(gate: Any, num_experts: int, draw: Callable[[Any], Any]) -> GateLearner:
+    """Return the learner of a parameter ``gate``.
+
+    ``draw`` sets an estimator's random states. Raises ``ValueError`` for another value.
+    """
+    if num_experts == 1:
+        return _OneExpert()
+    if isinstance(gate, str) and gate == "linear":
+        return LinearLearner()
+    if isinstance(gate, str) and gate == "mlp":
+        network = MLPClassifier(
+            HIDDEN_SIZES, activation="tanh", solver="lbfgs", alpha=MLP_ALPHA, max_iter=MLP_STEPS,
+            warm_start=has_fit_parameter(MLPClassifier(), "sample_weight"),
+        )  # fmt: skip
+        return ClassifierLearner(draw(network), is_partial=True)
+    if isinstance(gate, BaseEstimator) and is_classifier(gate):
+        return ClassifierLearner(draw(clone(gate)))
+    raise ValueError(
+        f'gate must be "linear", "mlp" or a scikit-learn classifier (given: {gate!r:.80})'
+    )
+
+
+class _OneExpert(GateLearner):
+    def fit(self, X: Array, shares: Array, weights: Array) -> tuple[Layers, Activation]:
+        return _constant(X.shape[1], 1, 0), "tanh"
+
+
+def _constant(num_features: int, count: int, expert: int) -> Layers:
+    """Return a layer that gives every row to one expert."""
+    bias = np.full(count, _FORGOTTEN)
+    bias[expert] = 0.0
+    return ((np.zeros((count, num_features)), bias),)
+
+
+def layers_of(classifier: Any, num_experts: int) -> tuple[Layers, Activation]:
+    """Return a fitted classifier of the numbers of experts as layers that score each expert.
+
+    Raises ``ValueError`` for a classifier whose decision is no linear function and no MLP.
+    """
+    activation: Activation = "tanh"
+    if hasattr(classifier, "coefs_") and hasattr(classifier, "intercepts_"):
+        layers = [
+            (weight.T, bias)
+            for weight, bias in zip(classifier.coefs_, classifier.intercepts_, strict=True)
+        ]
+        if classifier.activation == "identity":
+            layers = [_product(layers)]
+        else:
+            activation = _ACTIVATIONS[classifier.activation]
+    elif hasattr(classifier, "coef_") and hasattr(classifier, "intercept_"):
+        layers = [(np.asarray(classifier.coef_), np.atleast_1d(classifier.intercept_))]
+    else:
+        raise ValueError(
+            f"gate: the decision of {type(classifier).__name__} is neither linear nor an MLP, so "
+            "it cannot be served as a gate"
+        )
+    weight, bias = layers[-1]
+    bias = np.broadcast_to(bias, len(weight))
+    labels = classifier.classes_
+    if len(labels) == 2 and len(weight) == 1:
+        # The one score is that of the second class against the first.
+        weight, bias = np.vstack([0 * weight, weight]), np.append(0.0, bias)
+    if len(weight) != len(labels):
+        raise ValueError(
+            f"gate: {type(classifier).__name__} has {len(weight)} scores for {len(labels)} classes"
+        )
+    full_weight = np.zeros((num_experts, weight.shape[1]))
+    full_bias = np.full(num_experts, _FORGOTTEN)
+    full_weight[labels], full_bias[labels] = weight, bias
+    return (*((np.array(w), np.array(b)) for w, b in layers[:-1]), (full_weight, full_bias)), (
+        activation
+    )
+
+
+def _product(layers: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Return linear layers without a function between them as one."""
+    weight, bias = layers[0]
+    for next_weight, next_bias in layers[1:]:
+        weight, bias = next_weight @ weight, next_weight @ bias + next_bias
+    return weight, bias
+
+
+def gate_part(
+    layers: Layers, activation: Activation, names: tuple[str, ...], top_k: int | None = None
+) -> GatePart:
+    """Return layers as the gate over the experts of these names."""
+    return GatePart(layers, names, top_k, activation)
