@@ -23,6 +23,7 @@ from router.client import Client
 from tests.cluster_fixture import APP, ServedCluster, wait_until
 from tests.mixtures import (
     NUM_FEATURES,
+    fitted_estimator,
     save_given,
     save_sequences,
     save_tree,
@@ -32,8 +33,8 @@ from tests.mixtures import (
 CLIENTS, MOST_ROWS = 8, 40
 RTOL = 1e-12
 REPLACED_S = 60.0
-UNLIKE, GIVEN, TREE, SEQUENCES = "unlike", "given", "tree", "sequences"
-NUM_EXPERTS = {UNLIKE: 8, GIVEN: 4, TREE: 5, SEQUENCES: 3}
+UNLIKE, GIVEN, TREE, SEQUENCES, FITTED = "unlike", "given", "tree", "sequences", "fitted"
+NUM_EXPERTS = {UNLIKE: 8, GIVEN: 4, TREE: 5, SEQUENCES: 3, FITTED: 3}
 Inputs = dict[str, np.ndarray]
 
 
@@ -53,7 +54,7 @@ class Mixtures:
         assert got.outputs.keys() == expected.keys()
         for name, array in expected.items():
             assert got.outputs[name].dtype.kind == array.dtype.kind
-            if (model, name) == (UNLIKE, "value"):
+            if model in (UNLIKE, FITTED) and name == "value":
                 np.testing.assert_allclose(got.outputs[name], array, rtol=RTOL, atol=RTOL)
             else:
                 np.testing.assert_array_equal(got.outputs[name], array)
@@ -67,7 +68,9 @@ def served_mixtures(cluster: ServedCluster, folder: Path) -> Iterator[Mixtures]:
         GIVEN: save_given(folder / GIVEN, 3, fragile=True),
         TREE: save_tree(folder / TREE),
         SEQUENCES: save_sequences(folder / SEQUENCES),
+        FITTED: folder / FITTED,
     }
+    fitted_estimator().save(folders[FITTED])
     models = [{"id": name, "path": str(path)} for name, path in folders.items()]
     args = {**cluster.args, "models": [*cluster.args["models"], *models]}
     served = replace(cluster, args=args)

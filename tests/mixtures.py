@@ -6,6 +6,7 @@ All weights come from a seed. A mixture's predictions are compared with the libr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import SVR
 from skops.io import dumps
+
+from router.workshop.mixture.general import MixtureOfExpertsRegressor
 
 NUM_FEATURES = 6
 FRAGILE_LEVELS = (0.0, 1.0)
@@ -79,6 +82,21 @@ def save_unlike(folder: Path, seed: int = 0, top_k: int = 2) -> Path:
     }
     gate = {"kind": "linear", "file": "gate.safetensors", "choices": list(experts), "top_k": top_k}
     return save_mixture(folder, _document({"root": gate}, experts), files)
+
+
+@functools.cache
+def fitted_estimator() -> MixtureOfExpertsRegressor:
+    """Return a fitted mixture of three unlike regressors, of two outputs; two predict a row."""
+    source = np.random.default_rng(9)
+    rows = source.normal(size=(90, NUM_FEATURES))
+    targets = np.stack([np.abs(rows[:, 0]), rows @ source.normal(size=NUM_FEATURES)], axis=1)
+    experts = [
+        ("line", Ridge()),
+        ("scaled", make_pipeline(StandardScaler(), Ridge(10.0))),
+        ("forest", RandomForestRegressor(5, max_depth=3)),
+    ]
+    estimator = MixtureOfExpertsRegressor(experts, top_k=2, n_init=1, tol=1e-2, random_state=0)
+    return estimator.fit(rows, targets)
 
 
 def _pairwise(estimator: Any, rows: np.ndarray, targets: np.ndarray) -> Any:

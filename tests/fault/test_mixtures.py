@@ -20,6 +20,7 @@ from router.client import Client
 from tests.cluster_fixture import APP, RANDOM, ServedCluster, greedy, prompt_of, wait_until
 from tests.fault.faults import kill
 from tests.mixture_cluster import (
+    FITTED,
     GIVEN,
     NUM_EXPERTS,
     RTOL,
@@ -32,9 +33,7 @@ from tests.mixture_cluster import (
     rows_of,
     served_mixtures,
 )
-from tests.mixtures import (
-    NUM_FEATURES,
-)
+from tests.mixtures import NUM_FEATURES, fitted_estimator
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +48,16 @@ def mixtures(
 def test_served_predictions_are_those_of_one_process(mixtures: Mixtures, model: str) -> None:
     for num_rows in (1, 2, 33, 700):
         mixtures.check(model, rows_of(model, num_rows, num_rows))
+
+
+def test_a_fitted_estimator_is_served_with_its_own_predictions(mixtures: Mixtures) -> None:
+    rows = rows_of(FITTED, 300, 4)["x"]
+    reply = mixtures.served.client.predict(FITTED, {"x": rows}, timeout_s=60)
+    own = fitted_estimator()
+    np.testing.assert_allclose(reply.outputs["value"], own.predict(rows), rtol=RTOL, atol=RTOL)
+    weights = np.zeros((300, 3))
+    np.put_along_axis(weights, reply.outputs["experts"], reply.outputs["weights"], axis=1)
+    np.testing.assert_allclose(weights, own.responsibilities(rows), rtol=RTOL, atol=RTOL)
 
 
 def test_each_expert_computes_exactly_the_rows_that_the_gate_gives_it(mixtures: Mixtures) -> None:
