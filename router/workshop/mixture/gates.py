@@ -27,6 +27,8 @@ HIDDEN_SIZES = (16,)
 MLP_STEPS = 50
 """The hidden layers of the gate ``mlp``, and the steps of L-BFGS of one M step."""
 MLP_ALPHA = 1e-3
+GATE_RIDGE = 0.1
+"""The ridge of the gate ``linear`` on scaled features; without one it overfits noisy targets."""
 _LEAST_SHARE = 1e-6
 """The least share of a row that a gate's target gives an expert, so that none is forgotten."""
 _FORGOTTEN = -30.0
@@ -72,7 +74,7 @@ class GateLearner(ABC):
 
 
 class LinearLearner(GateLearner):
-    """Softmax regression on the posteriors: an exact M step, up to its small ridge."""
+    """Softmax regression on the posteriors: an exact M step, up to its ridge."""
 
     def __init__(self) -> None:
         """Begin at zeros."""
@@ -80,7 +82,7 @@ class LinearLearner(GateLearner):
 
     def fit(self, X: Array, shares: Array, weights: Array) -> tuple[Layers, Activation]:
         """Return one layer."""
-        self._start = fit_softmax(X, shares, weights, start=self._start)
+        self._start = fit_softmax(X, shares, weights, ridge=GATE_RIDGE, start=self._start)
         return (self._start,), "tanh"
 
 

@@ -134,7 +134,7 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
             em = begun()
             em.resume(self.mixture_)
         else:
-            em = self._best_start(begun, train, len(experts), source)
+            em = self._best_start(begun, train, held_out, len(experts), source)
         mixture = self._iterate(em, held_out)
         self._set_fitted(mixture, train.X, train.targets, train.weights)
         return self
@@ -143,10 +143,11 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
         self,
         begun: Callable[[], EnsembleEM],
         train: Data,
+        held_out: Data | None,
         num_experts: int,
         source: np.random.RandomState,
     ) -> EnsembleEM:
-        """Try ``n_init`` divisions of the rows; returns the one of the best objective, as begun.
+        """Try ``n_init`` divisions of the rows; returns the one of the best score, as begun.
 
         A division to whose parts an expert cannot be fitted is left out. Raises the first
         :class:`FitFailedError` where that is so for all of them.
@@ -164,9 +165,11 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
             if self.n_init == 1 or num_experts == 1:
                 return em
             for _ in range(min(TRIAL_ITERATIONS, self.max_iter)):
-                objective = em.step()
-            if best is None or objective > best[0]:
-                best = objective, shares
+                score = em.step()
+            if held_out is not None:
+                score = _score(em.mixture(self.top_k), held_out)
+            if best is None or score > best[0]:
+                best = score, shares
         if best is None:
             assert error is not None  # at least one start was tried
             raise error
@@ -188,8 +191,7 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
                 score = objectives[-1]
                 if held_out is not None:
                     mixture = em.mixture(self.top_k)
-                    densities = mixture.log_density(held_out.X, held_out.targets)
-                    score = float(np.average(densities, weights=held_out.weights))
+                    score = _score(mixture, held_out)
                     scores.append(score)
                     best = mixture if score > best_score else best
                 since_rise = 0 if score > best_score + self.tol else since_rise + 1
@@ -293,7 +295,7 @@ class MixtureOfExpertsRegressor(MixtureRegressor, _MixtureOfExperts):
       to have made a row, from features of mean 0 and deviation 1; its scores become the gate's.
     - ``top_k``: the experts that predict a row, by default all. EM uses all of them.
     - ``n_init``: the divisions of the rows that EM starts from, by k-means; of several, the one of
-      the best objective after five iterations is taken.
+      the best score after five iterations is taken.
     - ``max_iter``, ``tol``, ``n_iter_no_change``: the most iterations of EM; it ends earlier where
       the score rose by less than ``tol`` in so many iterations.
     - ``early_stopping``, ``validation_fraction``: whether the score is that of rows held out, whose
@@ -325,6 +327,12 @@ class MixtureOfExpertsClassifier(MixtureClassifier, _MixtureOfExperts):
 
     def _default_experts(self) -> list[Any]:
         return [LogisticRegression(), LogisticRegression()]
+
+
+def _score(mixture: FittedMixture, held_out: Data) -> float:
+    """Return the mean log likelihood of rows held out, by weight."""
+    densities = mixture.log_density(held_out.X, held_out.targets)
+    return float(np.average(densities, weights=held_out.weights))
 
 
 def _check_methods(name: str, estimator: Any, methods: Sequence[str]) -> None:

@@ -380,7 +380,7 @@ def test_the_tools_of_scikit_learn_take_mixtures() -> None:
     assert isinstance(dict(named.experts)["high"], Ridge), "a clone has parameters of its own"
     pipeline = make_pipeline(StandardScaler(), MixtureOfExpertsRegressor(random_state=0))
     pipeline.set_output(transform="default")
-    assert cross_val_score(pipeline, X, y, cv=3).min() > 0.9
+    assert cross_val_score(pipeline, X, y, cv=3).min() > 0.85
     unnamed = MixtureOfExpertsRegressor([make_pipeline(StandardScaler(), Ridge())] * 2)
     assert set(unnamed.set_params(max_iter=3).fit(X, y).mixture_.experts) == {
         "pipeline-1", "pipeline-2",
