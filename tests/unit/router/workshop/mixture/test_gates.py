@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression, SGDClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.neural_network import MLPClassifier
 from sklearn.svm import SVC
+from sklearn.utils.validation import has_fit_parameter
 
 from router.workshop.mixture.gates import (
     ClassifierLearner,
@@ -117,7 +118,10 @@ def test_a_network_goes_on_where_it_was_and_says_nothing_of_it() -> None:
         for _ in range(3):
             weights = weights_of(learner.fit(ROWS, shares, ONES))
             losses.append(-np.log(weights[np.arange(len(ROWS)), PLACES]).mean())
-    assert losses[0] > losses[1] > losses[2]
+    if has_fit_parameter(MLPClassifier(), "sample_weight"):
+        assert losses[0] > losses[1] > losses[2]
+    else:  # scikit-learn before 1.7: each M step begins anew, since a label may be missing
+        assert losses[0] == losses[1] == losses[2]
 
 
 def test_layers_take_raw_rows() -> None:

@@ -234,7 +234,7 @@ def test_an_mlp_gate_takes_what_a_linear_gate_cannot() -> None:
         gate: MixtureOfExpertsRegressor(gate=gate, random_state=0).fit(X, y).score(X, y)
         for gate in ("linear", "mlp")
     }
-    assert scores["mlp"] > 0.9
+    assert scores["mlp"] > 0.85
     assert scores["mlp"] > scores["linear"] + 0.1
 
 
