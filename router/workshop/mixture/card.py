@@ -32,7 +32,7 @@ def card_of(estimator: Any, document: Mapping[str, Any], name: str) -> str:
     fit = [
         ("Training rows", f"{estimator.n_samples_fit_:,}"),
         ("Iterations", f"{estimator.n_iter_}"),
-        ("Mean log likelihood", f"{estimator.log_likelihood_:.6g}"),
+        *_scores(estimator),
         *((key, f"`{value}`") for key, value in _changed(estimator).items()),
     ]
     usage = list(zip(document["experts"], estimator.expert_usage_, strict=True))
@@ -114,8 +114,21 @@ def _combination(combine: Mapping[str, Any]) -> str:
     if "classes" in combine:
         return f"{combine['kind']} of {len(combine['classes'])} classes"
     if "dimensions" in combine:
-        return f"{combine['kind']} of {combine['dimensions']} dimensions"
-    return f"{combine['kind']} of {combine['shape']} values"
+        width = combine["dimensions"]
+        return f"{combine['kind']} of {width} {'dimension' if width == 1 else 'dimensions'}"
+    (width,) = combine["shape"]
+    return f"{combine['kind']} of {width} {'value' if width == 1 else 'values'}"
+
+
+def _scores(estimator: Any) -> list[tuple[str, str]]:
+    """Return the scores that the fit recorded; a mixture without a likelihood has none."""
+    scores = []
+    if hasattr(estimator, "log_likelihood_"):
+        scores.append(("Mean log likelihood", f"{estimator.log_likelihood_:.6g}"))
+    if hasattr(estimator, "validation_scores_"):
+        best = max(estimator.validation_scores_)
+        scores.append(("Mean log likelihood, rows held out", f"{best:.6g}"))
+    return scores
 
 
 def _changed(estimator: Any) -> dict[str, Any]:

@@ -264,6 +264,21 @@ def test_the_card_says_how_to_serve_and_ask(tmp_path: Path) -> None:
     assert LocalMixture(open_mixture(tmp_path / "planted")).predict({given["name"]: rows})
 
 
+def test_the_card_has_the_scores_that_there_are(tmp_path: Path) -> None:
+    planted = PlantedRegressor.of(tree(4, kind="mean", width=1, deviations=None))
+    planted.n_samples_fit_, planted.n_features_in_, planted.n_outputs_ = 9, FEATURES, 1
+    planted.expert_usage_ = np.full(3, 1 / 3)
+    check_served(planted, tmp_path / "without", ROWS)
+    card = (tmp_path / "without" / "README.md").read_text(encoding="utf-8")
+    assert "| Combination | mean of 1 value |" in card
+    assert "likelihood" not in card
+    assert load(tmp_path / "without").mixture_.deviations is None
+    planted.validation_scores_ = np.array([-3.0, -1.25, -2.0])
+    planted.save(tmp_path / "held-out")
+    card = (tmp_path / "held-out" / "README.md").read_text(encoding="utf-8")
+    assert "| Mean log likelihood, rows held out | -1.25 |" in card
+
+
 def test_a_folder_with_files_is_refused_and_an_empty_one_taken(tmp_path: Path) -> None:
     fitted = PlantedRegressor.of(tree(5)).fit(ROWS, VALUES)
     (tmp_path / "empty").mkdir()
