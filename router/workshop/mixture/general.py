@@ -43,9 +43,11 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
     """The fit by EM, of regression and classification."""
 
     log_likelihoods_: Array
+    _method: ClassVar[str]
+    """The method of an expert that the mixture calls."""
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
-        "experts": [list, tuple, None],
+        "experts": [list, None],
         "gate": "no_validation",
         "top_k": [Interval(Integral, 1, None, closed="left"), None],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
@@ -101,10 +103,12 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
 
     def set_params(self, **params: Any) -> Self:
         """Set parameters, those of named experts as ``NAME__PARAMETER`` or whole as ``NAME``."""
-        if self._has_names() or "experts" in params:
+        if "experts" in params:
+            self.experts = params.pop("experts")
+        if self._has_names():
             self._set_params("experts", **params)
-            return self
-        super().set_params(**params)
+        else:
+            super().set_params(**params)
         return self
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
@@ -201,6 +205,8 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
         self.log_likelihoods_ = np.array(objectives)
         if held_out is not None:
             self.validation_scores_ = np.array(scores)
+        elif hasattr(self, "validation_scores_"):
+            del self.validation_scores_  # of an earlier fit
         if since_rise < self.n_iter_no_change:
             warnings.warn(
                 f"EM did not converge in {self.max_iter} iterations; raise max_iter or tol",
@@ -212,7 +218,7 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
     def _has_names(self) -> bool:
         experts = self.experts
         return (
-            isinstance(experts, list | tuple)
+            isinstance(experts, list)
             and len(experts) > 0
             and all(
                 isinstance(expert, tuple) and len(expert) == 2 and isinstance(expert[0], str)
@@ -235,8 +241,6 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
                 raise ValueError(f"experts: the name {name!r} is taken; names must differ")
             _check_methods(name, estimator, ("fit", self._method))
         return [Expert(name, _seeded(clone(estimator), source)) for name, estimator in named]
-
-    _method: ClassVar[str]
 
     def _check_numbers(self, experts: list[Expert], X: Array, weights: Array) -> None:
         if len(X) < len(experts):
@@ -288,7 +292,7 @@ class MixtureOfExpertsRegressor(MixtureRegressor, _MixtureOfExperts):
 
     Parameters:
 
-    - ``experts``: regressors, or pairs of a name and a regressor; by default two linear ones. They
+    - ``experts``: a list of regressors, or of pairs of a name and a regressor; by default two linear ones. They
       are cloned; random states that are ``None`` are drawn from ``random_state``.
     - ``gate``: ``linear`` (softmax regression), ``mlp`` (a network with 16 hidden units), or a
       scikit-learn classifier whose decision is linear or an MLP. It learns which expert is likely

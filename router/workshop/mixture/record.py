@@ -133,7 +133,7 @@ def restored(
     """
     try:
         record = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter by thousands of brackets
         raise CheckpointError(f"is not JSON: {error}", where) from None
     given = record.get("format") if isinstance(record, dict) else None
     if given != RECORD_FORMAT:
@@ -159,7 +159,7 @@ def restored(
                 raise CheckpointError(f"{shown_name(key)} is no attribute", f"{where}: attributes")
             setattr(estimator, key, value)
         estimator.mixture_ = replace(mixture, **stored)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"is no record of an estimator: {described(error)}", where) from None
     return estimator
 

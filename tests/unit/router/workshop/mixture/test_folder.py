@@ -399,6 +399,7 @@ def test_a_wrong_record_is_refused(
     ("name", "content", "message"),
     [
         ("estimator.json", b"{", "is not JSON"),
+        ("estimator.json", b"[" * 100_000, "is not JSON"),
         ("estimator.json", None, "No such file"),
         ("mixture.yaml", b"format: 3", "format"),
         ("gates.safetensors", b"xx", "not a safetensors file"),

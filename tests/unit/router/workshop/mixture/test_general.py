@@ -322,6 +322,7 @@ class Broken(DummyRegressor):
 @pytest.mark.parametrize(
     ("estimator", "message"),
     [
+        (MixtureOfExpertsRegressor((Ridge(), Ridge())), "'experts' parameter"),
         (MixtureOfExpertsRegressor([]), "at least one is needed"),
         (MixtureOfExpertsRegressor([("a", Ridge()), ("a", Ridge())]), "'a' is taken"),
         (MixtureOfExpertsRegressor([("gate", Ridge())]), "'gate' is taken"),
@@ -381,7 +382,8 @@ def test_the_tools_of_scikit_learn_take_mixtures() -> None:
     pipeline = make_pipeline(StandardScaler(), MixtureOfExpertsRegressor(random_state=0))
     pipeline.set_output(transform="default")
     assert cross_val_score(pipeline, X, y, cv=3).min() > 0.85
-    unnamed = MixtureOfExpertsRegressor([make_pipeline(StandardScaler(), Ridge())] * 2)
+    unnamed = MixtureOfExpertsRegressor()
+    unnamed.set_params(experts=[make_pipeline(StandardScaler(), Ridge())] * 2)
     assert set(unnamed.set_params(max_iter=3).fit(X, y).mixture_.experts) == {
         "pipeline-1", "pipeline-2",
     }  # fmt: skip
@@ -428,6 +430,8 @@ def test_early_stopping_keeps_the_best_mixture_for_rows_held_out() -> None:
     assert (len(scores), stopped.n_iter_) == (best + 5, best + 5)
     assert stopped.n_samples_fit_ == 56
     ended = clone(stopped).set_params(max_iter=best + 1).fit(X, y)
+    assert not hasattr(clone(stopped).fit(X, y).set_params(early_stopping=False).fit(X, y),
+                       "validation_scores_")  # fmt: skip
     np.testing.assert_array_equal(stopped.predict(X), ended.predict(X))
     labels = two_rules(14, 60)
     classifier = MixtureOfExpertsClassifier(early_stopping=True, random_state=0).fit(*labels)
