@@ -292,8 +292,9 @@ class MixtureOfExpertsRegressor(MixtureRegressor, _MixtureOfExperts):
 
     Parameters:
 
-    - ``experts``: a list of regressors, or of pairs of a name and a regressor; by default two linear ones. They
-      are cloned; random states that are ``None`` are drawn from ``random_state``.
+    - ``experts``: a list of regressors, or of pairs of a name and a regressor; by default two
+      linear ones. They are cloned. Random states that are ``None`` are drawn from
+      ``random_state``.
     - ``gate``: ``linear`` (softmax regression), ``mlp`` (a network with 16 hidden units), or a
       scikit-learn classifier whose decision is linear or an MLP. It learns which expert is likely
       to have made a row, from features of mean 0 and deviation 1; its scores become the gate's.
