@@ -171,12 +171,16 @@ class MixtureEstimator(BaseEstimator):
         self, mixture: FittedMixture, X: Array, targets: Targets, weights: Array
     ) -> None:
         """Take over a fitted mixture, and the records that follow from it."""
-        self.mixture_ = mixture
-        self.n_samples_fit_ = len(X)
-        log_gates = mixture.log_gates(X)
-        self.expert_usage_ = np.average(np.exp(log_gates), axis=0, weights=weights)
+        self._set_mixture(mixture, X, weights)
         densities = mixture.log_density(X, targets)
         self.log_likelihood_ = float(np.average(densities, weights=weights))
+
+    def _set_mixture(self, mixture: FittedMixture, X: Array, weights: Array) -> None:
+        """Take over a fitted mixture, and how much each expert is used."""
+        self.mixture_ = mixture
+        self.n_samples_fit_ = len(X)
+        weights_of_experts = np.exp(mixture.log_gates(X))
+        self.expert_usage_ = np.average(weights_of_experts, axis=0, weights=weights)
 
     def _set_targets(self, y: Any) -> None:
         """Take over the kind of targets of a new fit."""
@@ -229,7 +233,8 @@ class MixtureClassifier(ClassifierMixin, MixtureEstimator):
     def predict_proba(self, X: Any) -> Array:
         """Return the probabilities [N, K], in the order of ``classes_``."""
         X = self._check_rows(X)
-        return self.mixture_.combine(X)
+        # Rounding may leave 1 + 1e-15, which scikit-learn's losses refuse.
+        return np.minimum(self.mixture_.combine(X), 1)
 
     def predict(self, X: Any) -> npt.NDArray[Any]:
         """Return the likeliest labels [N]; of equally likely classes the first."""
