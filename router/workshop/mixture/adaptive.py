@@ -1,0 +1,180 @@
+"""Adaptive mixtures of local experts as scikit-learn estimators (Jacobs et al. 1991).
+
+Dimension letters: N rows, E experts, F inputs, T steps of a sequence, W outputs, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from sklearn.utils._param_validation import StrOptions
+
+from router.workshop.mixture.adaptive_estimator import ABOVE_0, AdaptiveMixture
+from router.workshop.mixture.adaptive_parts import Scales, Standardisation
+from router.workshop.mixture.base import MixtureClassifier, MixtureRegressor, Targets
+from router.workshop.mixture.parts import Array
+
+
+class AdaptiveMixtureRegressor(MixtureRegressor, AdaptiveMixture):
+    """A mixture of local experts for regression, fitted by gradient descent.
+
+    A gate gives each row's experts weights p, the softmax of its scores, and an expert is a normal
+    distribution around its output o. The competitive loss of a row with the target d is
+    ``E = -log sum_i p_i exp(-1/2 ||d - o_i||^2)`` (Jacobs, Jordan, Nowlan and Hinton 1991,
+    "Adaptive mixtures of local experts", equation 1.3), here with a standard deviation and the
+    normalising constant, so that it is the negative log likelihood. An expert's gradient is
+    ``-h_i (d - o_i)`` with the posterior h, so that experts specialise. The cooperative loss
+    ``||d - sum_i p_i o_i||^2`` (equation 1.1) lets them share every row instead. The prediction is
+    ``sum_i p_i o_i`` for both.
+
+    Inputs and targets are standardised inside the fit; the fitted parts take raw rows.
+
+    Parameters:
+
+    - ``n_experts``: E.
+    - ``experts``: ``"linear"``, ``"mlp"`` or ``"rnn"``; the latter takes rows [T, F].
+    - ``hidden_layer_sizes``: of MLPs; of recurrent networks one size for each layer, all equal.
+    - ``gate_hidden_layer_sizes``: empty for a linear gate.
+    - ``activation``: ``"tanh"`` or ``"relu"``, of MLPs.
+    - ``cell``: ``"plain"``, ``"gru"`` or ``"lstm"``, of recurrent networks.
+    - ``pool``: the vector that the gate sees of a sequence: the ``"mean"`` or the ``"last"`` of its
+      steps, or all steps (``"flatten"``), whose number is then fixed.
+    - ``loss``: ``"competitive"`` or ``"cooperative"``. A cooperative mixture has no likelihood of
+      single experts; its log likelihood is that of a normal distribution around the sum.
+    - ``deviation``: the experts' standard deviation: ``"shared"`` fits one for all experts and
+      outputs, ``"expert"`` one for each expert, both in units of each output's own deviation; a
+      number gives it in the targets' units.
+    - ``top_k``: the number of experts that a row is given to at prediction; ``None`` is all.
+      Without a noisy gate all experts are trained with their full weights.
+    - ``noisy_gate``: noisy top-k gating (Shazeer et al. 2017) while training: random noise of a
+      fitted size is added to the scores, and only ``top_k`` experts of a row have weight.
+    - ``importance_weight``, ``load_weight``: the factors w of the losses ``w CV^2`` of the experts'
+      importance and load, which keep experts from starving.
+    - ``init``: ``"kmeans"`` begins with a cluster of rows for each expert, ``"random"`` with small
+      random weights, as in 1991.
+    - ``n_init``: the number of starts, of which the likeliest result is kept.
+    - ``solver``: ``"lbfgs"``, or ``"adam"`` with ``learning_rate`` and ``batch_size`` (``"auto"``
+      is 200); ``"auto"`` is Adam for a noisy gate, otherwise L-BFGS.
+    - ``alpha``: the factor of the penalty ``alpha / (2 N) ||weights||^2``, without biases. A large
+      one makes the gate soft, as few rows with much noise want it; a small one lets it be sharp.
+    - ``max_iter``: iterations of L-BFGS, or passes of Adam over the rows. The fit ends earlier when
+      ``n_iter_no_change`` iterations in a row lower the loss by less than ``tol``.
+    - ``early_stopping``: judge by the loss of a ``validation_fraction`` of the rows, and keep the
+      weights that are best for them.
+    - ``warm_start``: go on from the fitted mixture, with one start. The noise begins anew.
+    - ``n_jobs``: processes for the starts; the result does not depend on it.
+    - ``random_state``: a fit with the same number and the same data has the same result.
+    - ``verbose``: 1 shows a progress bar.
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **AdaptiveMixture._parameter_constraints,
+        "deviation": [StrOptions({"shared", "expert"}), *ABOVE_0],
+    }
+
+    def __init__(
+        self,
+        n_experts: int = 4,
+        *,
+        experts: Literal["linear", "mlp", "rnn"] = "linear",
+        hidden_layer_sizes: tuple[int, ...] = (16,),
+        gate_hidden_layer_sizes: tuple[int, ...] = (),
+        activation: Literal["tanh", "relu"] = "tanh",
+        cell: Literal["plain", "gru", "lstm"] = "gru",
+        pool: Literal["flatten", "mean", "last"] = "mean",
+        loss: Literal["competitive", "cooperative"] = "competitive",
+        deviation: Literal["shared", "expert"] | float = "shared",
+        top_k: int | None = None,
+        noisy_gate: bool = False,
+        importance_weight: float = 0.0,
+        load_weight: float = 0.0,
+        init: Literal["kmeans", "random"] = "kmeans",
+        n_init: int = 3,
+        solver: Literal["auto", "lbfgs", "adam"] = "auto",
+        alpha: float = 0.1,
+        learning_rate: float = 0.01,
+        batch_size: Literal["auto"] | int = "auto",
+        max_iter: int = 500,
+        tol: float = 1e-5,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 10,
+        warm_start: bool = False,
+        n_jobs: int | None = None,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(
+            n_experts,
+            experts=experts,
+            hidden_layer_sizes=hidden_layer_sizes,
+            gate_hidden_layer_sizes=gate_hidden_layer_sizes,
+            activation=activation,
+            cell=cell,
+            pool=pool,
+            loss=loss,
+            top_k=top_k,
+            noisy_gate=noisy_gate,
+            importance_weight=importance_weight,
+            load_weight=load_weight,
+            init=init,
+            n_init=n_init,
+            solver=solver,
+            alpha=alpha,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            max_iter=max_iter,
+            tol=tol,
+            early_stopping=early_stopping,
+            validation_fraction=validation_fraction,
+            n_iter_no_change=n_iter_no_change,
+            warm_start=warm_start,
+            n_jobs=n_jobs,
+            random_state=random_state,
+            verbose=verbose,
+        )
+        self.deviation = deviation
+
+    def _kind(self) -> Literal["mean", "density", "probabilities"]:
+        return "density" if self.loss == "competitive" else "mean"
+
+    def _width(self, targets: Targets) -> int:
+        return targets.shape[1]
+
+    def _target_scale(self, targets: Targets, weights: Array, used: np.ndarray) -> Standardisation:
+        return Standardisation.of(targets[used], weights[used])
+
+    def _fitted_deviation(self) -> Literal["shared", "expert", "none"]:
+        if self.loss == "cooperative" or not isinstance(self.deviation, str):
+            return "none"
+        return "expert" if self.deviation == "expert" else "shared"
+
+    def _given_deviations(self, scales: Scales) -> torch.Tensor | None:
+        if isinstance(self.deviation, str):
+            return None
+        deviations = float(self.deviation) / scales.targets.scale
+        return torch.from_numpy(np.tile(deviations, (self.n_experts, 1)))
+
+
+class AdaptiveMixtureClassifier(MixtureClassifier, AdaptiveMixture):
+    """A mixture of local experts for classification, fitted by gradient descent.
+
+    An expert's probabilities P are the softmax of its outputs. The competitive loss of a row of the
+    class c is the negative log likelihood ``-log sum_i p_i P_i(c)``, the likelihood form of
+    equation 1.3 of Jacobs et al. 1991. The cooperative loss is ``||d - sum_i p_i P_i||^2``
+    (equation 1.1), where d is 1 for the row's class and 0 for the others. The prediction is
+    ``sum_i p_i P_i`` for both.
+
+    The parameters are those of :class:`AdaptiveMixtureRegressor`, without ``deviation``.
+    """
+
+    def _kind(self) -> Literal["mean", "density", "probabilities"]:
+        return "probabilities"
+
+    def _width(self, targets: Targets) -> int:
+        return len(self.classes_)
+
+    def _target_scale(self, targets: Targets, weights: Array, used: np.ndarray) -> Standardisation:
+        return Standardisation.none(len(self.classes_))

@@ -1,0 +1,245 @@
+"""The weights of an adaptive mixture: standardised while fitted, for raw rows in the fitted parts.
+
+A fit sees inputs and targets of mean 0 and deviation 1. The fitted parts take raw rows, with the
+standardisation folded into the first and last layers. A warm start unfolds them again.
+
+Dimension letters: N rows, E experts, F inputs, T steps, W outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from torch import Tensor, nn
+
+from router.workshop.mixture.adaptive_network import (
+    AdaptiveNetwork,
+    RecurrentLayers,
+    StackedLayers,
+)
+from router.workshop.mixture.parts import (
+    Array,
+    FittedMixture,
+    GatePart,
+    Layers,
+    Link,
+    NetworkPart,
+    RecurrentPart,
+)
+
+Layer = tuple[Array, Array]
+NetworkExpert = NetworkPart | RecurrentPart
+Pair = tuple[Array, Array]
+"""A given array, and the array of the network that it replaces."""
+ROOT = "gate"
+
+
+@dataclass(frozen=True)
+class Standardisation:
+    """``(values - mean) / scale`` along the last axis; ``mean`` and ``scale`` are [F]."""
+
+    mean: Array
+    scale: Array
+
+    @classmethod
+    def of(cls, values: Array, sample_weight: Array) -> Standardisation:
+        """Return that of values [N, F] or [N, T, F]; columns of one value keep the scale 1."""
+        axes = tuple(range(values.ndim - 1))
+        shares = sample_weight / sample_weight.sum()
+        shares = shares.reshape(-1, *[1] * (values.ndim - 1)) / np.prod(values.shape[1:-1])
+        mean = (shares * values).sum(axis=axes)
+        deviation = np.sqrt((shares * (values - mean) ** 2).sum(axis=axes))
+        is_constant = deviation <= 1e-12 * np.abs(mean)
+        return cls(mean, np.where(is_constant, 1.0, deviation))
+
+    @classmethod
+    def none(cls, width: int) -> Standardisation:
+        """Return that which changes nothing, for [W] values."""
+        return cls(np.zeros(width), np.ones(width))
+
+    def __call__(self, values: Array) -> Array:
+        """Return the standardised values."""
+        result: Array = (values - self.mean) / self.scale
+        return result
+
+    def inverse(self) -> Standardisation:
+        """Return that which undoes this one."""
+        return Standardisation(-self.mean / self.scale, 1 / self.scale)
+
+    def tiled(self, copies: int) -> Standardisation:
+        """Return that of ``copies`` values behind each other, as of a flattened sequence."""
+        return Standardisation(np.tile(self.mean, copies), np.tile(self.scale, copies))
+
+    def before(self, layer: Layer) -> Layer:
+        """Return the layer that takes raw inputs in place of standardised ones."""
+        weight = layer[0] / self.scale
+        return weight, layer[1] - weight @ self.mean
+
+    def undone_after(self, layer: Layer) -> Layer:
+        """Return the layer whose outputs are raw in place of standardised."""
+        return layer[0] * self.scale[:, None], layer[1] * self.scale + self.mean
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The standardisations of inputs and of targets; those of classes change nothing."""
+
+    inputs: Standardisation
+    targets: Standardisation
+
+    def inverse(self) -> Scales:
+        """Return those which undo these."""
+        return Scales(self.inputs.inverse(), self.targets.inverse())
+
+
+def gate_part(network: AdaptiveNetwork, top_k: int | None, names: tuple[str, ...]) -> GatePart:
+    """Return the gate, for standardised rows and without its noise."""
+    a = network.architecture
+    layers = _layers(network.gate, 0)
+    weight, bias = layers[-1]
+    layers[-1] = weight[: a.num_experts], bias[: a.num_experts]
+    return GatePart(tuple(layers), names, top_k, a.activation, a.pool)
+
+
+def expert_part(network: AdaptiveNetwork, number: int, is_softmax: bool) -> NetworkExpert:
+    """Return one expert, for standardised rows and targets."""
+    a = network.architecture
+    link: Link = "softmax" if is_softmax else "none"
+    if not isinstance(network.experts, RecurrentLayers):
+        return NetworkPart(tuple(_layers(network.experts, number)), a.activation, link)
+    cell = network.experts.cells[number]
+    tensors = {f"rnn.{name}": _array(tensor) for name, tensor in cell.named_parameters()}
+    ((weight, bias),) = _layers(network.experts.output, number)
+    return RecurrentPart(a.cell, tensors | {"head.weight": weight, "head.bias": bias}, link)
+
+
+def folded_gate(part: GatePart, scales: Scales) -> GatePart:
+    """Return the gate for raw rows."""
+    return replace(part, layers=_folded(part.layers, scales.inputs))
+
+
+def folded_expert(part: NetworkExpert, scales: Scales) -> NetworkExpert:
+    """Return the expert for raw rows and raw outputs."""
+    if isinstance(part, NetworkPart):
+        *layers, last = _folded(part.layers, scales.inputs)
+        return replace(part, layers=(*layers, scales.targets.undone_after(last)))
+    tensors = {name: tensor.copy() for name, tensor in part.tensors.items()}
+    for scale, weight, bias in (
+        (scales.inputs.before, "rnn.weight_ih_l0", "rnn.bias_ih_l0"),
+        (scales.targets.undone_after, "head.weight", "head.bias"),
+    ):
+        tensors[weight], tensors[bias] = scale((tensors[weight], tensors[bias]))
+    return replace(part, tensors=tensors)
+
+
+def fitted_mixture(
+    network: AdaptiveNetwork,
+    scales: Scales,
+    kind: Literal["mean", "density", "probabilities"],
+    row_shape: tuple[int, ...],
+    top_k: int | None,
+    deviations: Array | None,
+) -> FittedMixture:
+    """Return the mixture for raw rows. ``deviations`` [E, W] are in raw units."""
+    a = network.architecture
+    names = tuple(f"expert{number}" for number in range(a.num_experts))
+    gate = folded_gate(gate_part(network, top_k, names), scales)
+    is_softmax = kind == "probabilities"
+    experts = {
+        name: folded_expert(expert_part(network, number, is_softmax), scales)
+        for number, name in enumerate(names)
+    }
+    return FittedMixture(ROOT, {ROOT: gate}, experts, kind, row_shape, a.width, deviations)
+
+
+def take_over(network: AdaptiveNetwork, mixture: FittedMixture, scales: Scales) -> None:
+    """Set the network's weights to those of a fitted mixture, for a warm start.
+
+    The noise of a noisy gate stays as it is. Raises ``ValueError`` where sizes or kinds of the
+    networks differ.
+    """
+    parts = list(mixture.experts.values())
+    if len(parts) != network.architecture.num_experts:
+        raise _differs("n_experts", len(parts), network.architecture.num_experts)
+    back = scales.inverse()
+    gate = folded_gate(mixture.gates[mixture.root], back)
+    own_gate = gate_part(network, None, gate.choices)
+    if _gate_kind(gate) != _gate_kind(own_gate):
+        raise _differs("the gate", _gate_kind(gate), _gate_kind(own_gate))
+    pairs: list[Pair] = list(_pairs(gate.layers, own_gate.layers, "the gate"))
+    for number, part in enumerate(parts):
+        assert isinstance(part, NetworkPart | RecurrentPart)
+        own = expert_part(network, number, part.link == "softmax")
+        folded = folded_expert(part, back)
+        if _kind(own) != _kind(part):
+            raise _differs("experts", _kind(part), _kind(own))
+        if isinstance(own, NetworkPart) and isinstance(folded, NetworkPart):
+            pairs += _pairs(folded.layers, own.layers, "experts")
+        elif isinstance(own, RecurrentPart) and isinstance(folded, RecurrentPart):
+            pairs += _tensor_pairs(folded.tensors, own.tensors)
+    # The arrays of ``gate_part`` and ``expert_part`` are views of the network's parameters.
+    for given, parameter in pairs:
+        parameter[...] = given
+    if network.architecture.deviation != "none" and mixture.deviations is not None:
+        variances = ((mixture.deviations / scales.targets.scale) ** 2).mean(axis=1, keepdims=True)
+        if network.architecture.deviation == "shared":
+            variances = variances.mean(axis=0, keepdims=True)
+        _array(network.log_deviations)[...] = 0.5 * np.log(variances)
+
+
+def _folded(layers: Layers, inputs: Standardisation) -> Layers:
+    """Return copies of layers, of which the first takes raw inputs."""
+    first, *rest = ((weight.copy(), bias.copy()) for weight, bias in layers)
+    copies = first[0].shape[1] // len(inputs.mean)
+    return (inputs.tiled(copies).before(first), *rest)
+
+
+def _pairs(given: tuple[Layer, ...], own: tuple[Layer, ...], name: str) -> Iterator[Pair]:
+    shapes = [[array.shape for layer in layers for array in layer] for layers in (given, own)]
+    if shapes[0] != shapes[1]:
+        raise _differs(name, shapes[0], shapes[1])
+    for layer, own_layer in zip(given, own, strict=True):
+        yield from zip(layer, own_layer, strict=True)
+
+
+def _tensor_pairs(given: Mapping[str, Array], own: Mapping[str, Array]) -> Iterator[Pair]:
+    shapes = [{name: a.shape for name, a in sorted(part.items())} for part in (given, own)]
+    if shapes[0] != shapes[1]:
+        raise _differs("experts", shapes[0], shapes[1])
+    for name, array in given.items():
+        yield array, own[name]
+
+
+def _kind(part: NetworkExpert) -> str:
+    return f"rnn, cell {part.cell}" if isinstance(part, RecurrentPart) else _layers_kind(part)
+
+
+def _gate_kind(part: GatePart) -> str:
+    return f"{_layers_kind(part)}, pool {part.pool}"
+
+
+def _layers_kind(part: GatePart | NetworkPart) -> str:
+    return (
+        f"{len(part.layers)} layers, activation {part.activation}" if part.layers[1:] else "linear"
+    )
+
+
+def _differs(name: str, given: object, own: object) -> ValueError:
+    return ValueError(
+        f"warm_start: {name} of the fitted mixture ({given}) must be as before (now: {own})"
+    )
+
+
+def _layers(stack: StackedLayers, number: int) -> list[Layer]:
+    return [
+        (_array(weight[number]), _array(bias[number]))
+        for weight, bias in zip(stack.weights, stack.biases, strict=True)
+    ]
+
+
+def _array(tensor: Tensor | nn.Parameter) -> Array:
+    array: Array = tensor.detach().numpy()
+    return array
