@@ -50,6 +50,7 @@ class AdaptiveMixtureRegressor(MixtureRegressor, AdaptiveMixture):
       Without a noisy gate all experts are trained with their full weights.
     - ``noisy_gate``: noisy top-k gating (Shazeer et al. 2017) while training: random noise of a
       fitted size is added to the scores, and only ``top_k`` experts of a row have weight.
+      ``log_likelihoods_`` are then those under the noise.
     - ``importance_weight``, ``load_weight``: the factors w of the losses ``w CV^2`` of the experts'
       importance and load, which keep experts from starving.
     - ``init``: ``"kmeans"`` begins with a cluster of rows for each expert, ``"random"`` with small
