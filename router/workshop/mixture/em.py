@@ -1,8 +1,9 @@
 """The M steps of mixtures: weighted least squares, and softmax regression by Newton's method.
 
-Jordan and Jacobs 1994, "Hierarchical mixtures of experts and the EM algorithm", equations 25 to 27:
-each expert and each gate is a generalised linear model, fitted to the rows with the posteriors of
-the E step as weights or as targets. Iteratively reweighted least squares is Newton's method here.
+Jordan and Jacobs 1994, "Hierarchical mixtures of experts and the EM algorithm": each expert and
+each gate is a generalised linear model. The M step maximises Σ h_ij log P_ij(y | x) for an expert
+and Σ h_i log g_i(x) for a gate: the posteriors h of the E step are weights of rows, or targets.
+Iteratively reweighted least squares is Newton's method here.
 Everything is float64, and many models that share the rows are fitted at once.
 
 Dimension letters: N rows, F features, D = F + 1 columns of the design, G models, C classes or
@@ -15,7 +16,8 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import cho_solve
+from scipy.linalg.lapack import dpotrf
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_array, check_consistent_length
 
@@ -28,6 +30,8 @@ _MOST_CG_STEPS = 200
 _MOST_HALVINGS = 40
 _ARMIJO = 1e-4
 _DAMPING = 1e-12
+_LEAST_PIVOT = 1e-6
+_FEW_CHOICES = 16
 
 
 def design_of(X: Array) -> Array:
@@ -42,10 +46,26 @@ def penalty_of(num_features: int, ridge: float, bias_ridge: float) -> Array:
 
 def log_sum_exp(scores: Array) -> Array:
     """Return log Σ exp over the last axis, kept with length 1; -inf where all scores are -inf."""
-    top = scores.max(axis=-1, keepdims=True)
+    top = _over_choices(np.maximum, scores)
     top = np.where(np.isfinite(top), top, 0.0)
     with np.errstate(divide="ignore"):
-        return np.log(np.exp(scores - top).sum(axis=-1, keepdims=True)) + top
+        return np.log(sum_of_choices(np.exp(scores - top))) + top
+
+
+def sum_of_choices(values: Array) -> Array:
+    """Return the sum over the last axis, kept with length 1."""
+    return _over_choices(np.add, values)
+
+
+def _over_choices(function: np.ufunc, values: Array) -> Array:
+    """Reduce the last axis. numpy's own reduction is many times slower where it is short."""
+    if values.shape[-1] > _FEW_CHOICES:
+        reduced: Array = function.reduce(values, axis=-1, keepdims=True)
+        return reduced
+    result = values[..., :1].copy()
+    for choice in range(1, values.shape[-1]):
+        function(result, values[..., choice : choice + 1], out=result)
+    return result
 
 
 def log_softmax(scores: Array) -> Array:
@@ -53,21 +73,49 @@ def log_softmax(scores: Array) -> Array:
     return scores - log_sum_exp(scores)
 
 
-def least_squares(design: Array, targets: Array, row_weight: Array, penalty: Array) -> Array:
+def least_squares(
+    design: Array,
+    targets: Array,
+    row_weight: Array,
+    penalty: Array,
+    penalty_scale: Array | None = None,
+) -> Array:
     """Return coefficients [G, D, O] of G ridge regressions of ``targets`` [N, O].
 
-    ``row_weight`` [N, G] weighs the rows of each, and ``penalty`` [D] is added to the diagonal of
-    the normal equations. It must be above 0 where the weighted design may be of a lower rank.
-    Equation 25 with a Gaussian prior.
+    ``row_weight`` [N, G] weighs the rows of each. ``penalty`` [D], times ``penalty_scale`` [G, O]
+    if it is given, is added to the diagonal of the normal equations, as a Gaussian prior is. Where
+    neither decides a coefficient, the solution of the smallest norm is taken.
     """
     coefficients = np.empty((row_weight.shape[1], design.shape[1], targets.shape[1]))
     for model, of_model in enumerate(row_weight.T):
         weighted = design.T * of_model
-        normal = weighted @ design
-        normal[np.diag_indices_from(normal)] += penalty
-        factor = cho_factor(normal, lower=True, overwrite_a=True, check_finite=False)
-        coefficients[model] = cho_solve(factor, weighted @ targets, check_finite=False)
+        normal, cross = weighted @ design, weighted @ targets
+        if penalty_scale is None:
+            coefficients[model] = _solved(design, targets, of_model, normal, cross, penalty)
+            continue
+        for output, scale in enumerate(penalty_scale[model]):
+            place = slice(output, output + 1)
+            coefficients[model, :, place] = _solved(
+                design, targets[:, place], of_model, normal, cross[:, place], scale * penalty
+            )
     return coefficients
+
+
+def _solved(
+    design: Array, targets: Array, weight: Array, normal: Array, cross: Array, penalty: Array
+) -> Array:
+    """Return the solution [D, O] of the normal equations with a penalty on their diagonal."""
+    solution: Array
+    factor, failed = dpotrf(normal + np.diag(penalty), lower=True)
+    pivots = np.diag(factor)
+    if not failed and pivots.min() > _LEAST_PIVOT * pivots.max():
+        solution = cho_solve((factor, True), cross, check_finite=False)
+        return solution
+    root = np.sqrt(weight)[:, None]
+    rows = np.vstack([root * design, np.diag(np.sqrt(penalty))])
+    values = np.vstack([root * targets, np.zeros((len(penalty), targets.shape[1]))])
+    solution, *_ = np.linalg.lstsq(rows, values, rcond=None)
+    return solution
 
 
 @dataclass(frozen=True)
@@ -125,8 +173,8 @@ def ascend(
     """Raise the objectives of all models from ``coefficients`` [D, G, C] by Newton's method.
 
     Returns the new coefficients and whether all models converged, in ``max_iter`` steps or fewer.
-    No step lowers an objective. The sum of coefficients over the choices, which changes nothing
-    but the penalty, becomes 0.
+    No step lowers an objective by more than rounding. The sum of coefficients over the choices,
+    which changes nothing but the penalty, becomes 0.
     """
     coefficients = coefficients - coefficients.mean(axis=2, keepdims=True)
     mass = problem.targets.sum(axis=(0, 2))
@@ -161,7 +209,7 @@ def fit_softmax(
     ``X`` is [N, F] and ``targets`` [N, C], the probabilities of the classes or the posteriors of
     the experts. The result maximises
     Σ_n sample_weight[n] Σ_c targets[n, c] log softmax(weight x_n + bias)_c
-    − ½ ridge ‖weight‖² − ½ bias_ridge ‖bias‖², equation 27 with a Gaussian prior. Rows of weight
+    − ½ ridge ‖weight‖² − ½ bias_ridge ‖bias‖². Rows of weight
     and values of bias add up to 0 over the classes. With 0/1 targets and ``bias_ridge`` 0 this is
     scikit-learn's multinomial ``LogisticRegression`` of ``C = 1 / ridge``. ``start`` is a weight
     and a bias to begin with, by default zeros.
@@ -222,14 +270,14 @@ def _dot(left: Array, right: Array) -> Array:
 
 
 def _newton_step(problem: SoftmaxProblem, coefficients: Array, mass: Array) -> tuple[Array, Array]:
-    """Return a step [D, G, C] that lowers no objective, and the gain [G] that it promised.
+    """Return a step [D, G, C] and the gain [G] that it promised.
 
-    A step is 0 where rounding hides any gain; the promise is 0 then.
+    The step lowers no objective by more than rounding. Where none is found, both are 0.
     """
     scores = problem.scores(coefficients)
     before = problem.objectives(coefficients, scores)
     probabilities = np.exp(log_softmax(scores))
-    row_mass = problem.targets.sum(axis=2, keepdims=True)
+    row_mass = sum_of_choices(problem.targets)
     residuals = problem.targets - row_mass * probabilities
     gradient = problem.transposed(residuals) - problem.penalised(coefficients)
     gradient -= gradient.mean(axis=2, keepdims=True)  # rounding: the sum is 0
@@ -239,6 +287,8 @@ def _newton_step(problem: SoftmaxProblem, coefficients: Array, mass: Array) -> t
     size = np.ones(len(mass))
     pending = promised > 0
     size[~pending] = 0.0
+    # A step whose gain is below rounding is taken whole: near the maximum Newton's method is right.
+    rounding = 16 * np.finfo(np.float64).eps * (np.abs(before) + mass)
     for _ in range(_MOST_HALVINGS):
         models = np.flatnonzero(pending)
         if not len(models):
@@ -248,7 +298,8 @@ def _newton_step(problem: SoftmaxProblem, coefficients: Array, mass: Array) -> t
             coefficients[:, models] + moved,
             scores[:, models] + size[models, None] * score_direction[:, models],
         )
-        enough = after >= before[models] + _ARMIJO * size[models] * promised[models]
+        needed = before[models] + _ARMIJO * size[models] * promised[models]
+        enough = after >= needed - rounding[models]
         pending[models[enough]] = False
         size[models[~enough]] /= 2
     size[pending] = 0.0
@@ -270,7 +321,7 @@ def _newton_direction(
 
     def curved(vector: Array) -> Array:
         scores = problem.scores(vector)
-        mean = (probabilities * scores).sum(axis=2, keepdims=True)
+        mean = sum_of_choices(probabilities * scores)
         curvature = problem.transposed(row_mass * probabilities * (scores - mean))
         return curvature + ridge[..., None] * vector
 

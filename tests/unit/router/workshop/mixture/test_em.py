@@ -57,13 +57,14 @@ def test_least_squares_by_hand() -> None:
     np.testing.assert_allclose(found[0, :, 0], [-1 / 11, 4 / 11], atol=1e-14)
 
 
-def test_least_squares_is_defined_where_columns_repeat_and_where_no_row_counts() -> None:
+@pytest.mark.parametrize("ridge", [0.0, 1e-14, 1e-6])
+def test_least_squares_where_columns_repeat_and_where_no_row_counts(ridge: float) -> None:
     rng = np.random.default_rng(2)
     column = rng.normal(size=(30, 1))
     rows = np.hstack([column, column])
     weights = np.column_stack([np.ones(30), np.zeros(30)])
-    found = least_squares(design_of(rows), 3 * column, weights, penalty_of(2, 1e-6, 1e-6))
-    np.testing.assert_allclose(found[0, :2, 0], [1.5, 1.5], atol=1e-6)
+    found = least_squares(design_of(rows), 3 * column, weights, penalty_of(2, ridge, ridge))
+    np.testing.assert_allclose(found[0, :2, 0], [1.5, 1.5], atol=1e-5)
     np.testing.assert_array_equal(found[1], 0.0)
 
 
@@ -212,3 +213,16 @@ def test_log_sum_exp_of_far_scores() -> None:
     scores = np.array([[1e4, 1e4 - 1.0], [-1e4, -1e4], [-np.inf, 3.0], [-np.inf, -np.inf]])
     expected = [1e4 + np.log1p(np.exp(-1.0)), -1e4 + np.log(2), 3.0, -np.inf]
     np.testing.assert_allclose(log_sum_exp(scores)[:, 0], expected, rtol=1e-15)
+
+
+def test_least_squares_with_a_ridge_for_each_model_and_output() -> None:
+    rng = np.random.default_rng(9)
+    rows, targets, weights = rng.normal(size=(40, 3)), rng.normal(size=(40, 2)), rng.random((40, 2))
+    scale = np.array([[0.5, 2.0], [3.0, 0.1]])
+    found = least_squares(design_of(rows), targets, weights, penalty_of(3, 2.0, 0.0), scale)
+    for model in range(2):
+        for output in range(2):
+            peer = Ridge(alpha=2.0 * scale[model, output])
+            peer.fit(rows, targets[:, output], sample_weight=weights[:, model])
+            np.testing.assert_allclose(found[model, :-1, output], peer.coef_, atol=1e-12)
+            np.testing.assert_allclose(found[model, -1, output], peer.intercept_, atol=1e-12)
