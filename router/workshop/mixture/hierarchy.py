@@ -1,0 +1,174 @@
+"""Hierarchical mixtures of experts as scikit-learn estimators (Jordan and Jacobs 1994).
+
+Dimension letters: N rows, F features, D outputs of a regression, K classes, E experts, L levels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from router.workshop.mixture.base import MixtureClassifier, MixtureRegressor, Targets
+from router.workshop.mixture.hierarchical_estimator import (
+    ABOVE_0,
+    NEWTON_STEPS,
+    HierarchicalMixture,
+)
+from router.workshop.mixture.hierarchical_parts import Scale
+from router.workshop.mixture.leaves import GaussianLeaves, SoftmaxLeaves
+from router.workshop.mixture.parts import Array
+
+
+class HierarchicalMixtureRegressor(MixtureRegressor, HierarchicalMixture):
+    """A tree of softmax gates over linear experts, fitted by expectation-maximisation.
+
+    A row's density is ``P(y | x) = sum_i g_i(x) sum_j g_{j|i}(x) P_ij(y | x)`` (Jordan and Jacobs
+    1994, "Hierarchical mixtures of experts and the EM algorithm"), here for any depth.
+    The gates g are softmax regressions, and an expert is a normal distribution around a linear
+    function, with a variance for each output. The E step computes the posteriors
+    ``h_i h_{j|i}`` along the tree. The M step fits each expert by weighted
+    least squares and each gate by iteratively reweighted least squares. The prediction is the
+    mean ``sum_i g_i sum_j g_{j|i} mu_ij``.
+
+    The objective is the mean log likelihood of a row, by weight, plus the log density of a prior
+    over the coefficients and variances, divided by the sum of weights. The prior of an expert's
+    coefficient is ``N(0, 1 / ridge)``, that of a gate's is ``N(0, 1 / gate_ridge)``, both of
+    standardised inputs and targets, so that collinear columns and starved experts are defined: an
+    expert without rows predicts the mean of the targets. A variance's prior weighs as much as a
+    tenth of a row. The objective never falls; ``fit`` raises ``ArithmeticError`` if it does by more
+    than rounding.
+
+    Inputs and targets are standardised inside the fit; the fitted parts take raw rows.
+
+    Parameters:
+
+    - ``branching``: the choices of the gates, one number for each level from the root down; E is
+      their product.
+    - ``top_k``: the choices that a gate keeps at prediction, whose weights add up to 1 again: one
+      number for all levels, or one for each; ``None`` is all. The fit uses all of them.
+    - ``ridge``, ``gate_ridge``: the precisions of the priors, above 0. A smaller ``gate_ridge``
+      allows sharper borders between pieces.
+    - ``min_variance``: the least variance of an expert, as a share of the target's.
+    - ``n_init``: the number of starts, of which the best result is kept.
+    - ``max_iter``: the most iterations of EM. The fit ends earlier when ``n_iter_no_change``
+      iterations in a row raise the objective by less than ``tol``.
+    - ``early_stopping``: judge by the log likelihood of a ``validation_fraction`` of the rows, and
+      keep the tree that is best for them.
+    - ``warm_start``: go on from the fitted mixture, with one start.
+    - ``n_jobs``: processes for the starts; the result does not depend on it.
+    - ``random_state``: a fit with the same number and the same data has the same result.
+    - ``verbose``: 1 shows a progress bar.
+
+    ``log_likelihoods_`` [n_iter_] is the objective after each iteration; ``log_likelihood_`` is
+    that of the mixture as it predicts, with ``top_k`` and without the priors.
+    ``validation_scores_`` [n_iter_] is the log likelihood of the rows of early stopping.
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **HierarchicalMixture._parameter_constraints,
+        "min_variance": ABOVE_0,
+    }
+
+    def __init__(
+        self,
+        branching: tuple[int, ...] = (2, 2),
+        *,
+        top_k: int | tuple[int | None, ...] | None = None,
+        ridge: float = 1.0,
+        gate_ridge: float = 0.1,
+        min_variance: float = 1e-6,
+        n_init: int = 5,
+        max_iter: int = 200,
+        tol: float = 1e-5,
+        n_iter_no_change: int = 5,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        warm_start: bool = False,
+        n_jobs: int | None = None,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(
+            branching,
+            top_k=top_k,
+            ridge=ridge,
+            gate_ridge=gate_ridge,
+            n_init=n_init,
+            max_iter=max_iter,
+            tol=tol,
+            n_iter_no_change=n_iter_no_change,
+            early_stopping=early_stopping,
+            validation_fraction=validation_fraction,
+            warm_start=warm_start,
+            n_jobs=n_jobs,
+            random_state=random_state,
+            verbose=verbose,
+        )
+        self.min_variance = min_variance
+
+    def _target_scale(self, targets: Targets, weights: Array) -> Scale | None:
+        return Scale.of(targets, weights)
+
+    def _fit_targets(self, targets: Targets, scale: Scale | None) -> Array:
+        assert scale is not None
+        return scale.standardised(targets)
+
+    def _empty_leaves(self, num_experts: int, num_outputs: int, penalty: Array) -> GaussianLeaves:
+        least = float(self.min_variance)
+        return GaussianLeaves.empty(num_experts, num_outputs, penalty, least)
+
+
+class HierarchicalMixtureClassifier(MixtureClassifier, HierarchicalMixture):
+    """A tree of softmax gates over softmax experts, fitted by expectation-maximisation.
+
+    The tree, the objective and the parameters are those of :class:`HierarchicalMixtureRegressor`.
+    An expert is a softmax regression, a generalised linear model of the multinomial density. It is
+    fitted by Newton's method, and the prior of its coefficients is ``N(0, 1 / ridge)``. So a class
+    that an expert never saw has a small probability, never 0, and an expert without rows gives all
+    classes the same. The prediction is ``sum_i g_i sum_j g_{j|i} P_ij``.
+    """
+
+    def __init__(
+        self,
+        branching: tuple[int, ...] = (2, 2),
+        *,
+        top_k: int | tuple[int | None, ...] | None = None,
+        ridge: float = 1.0,
+        gate_ridge: float = 0.1,
+        n_init: int = 8,
+        max_iter: int = 200,
+        tol: float = 1e-5,
+        n_iter_no_change: int = 5,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        warm_start: bool = False,
+        n_jobs: int | None = None,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(
+            branching,
+            top_k=top_k,
+            ridge=ridge,
+            gate_ridge=gate_ridge,
+            n_init=n_init,
+            max_iter=max_iter,
+            tol=tol,
+            n_iter_no_change=n_iter_no_change,
+            early_stopping=early_stopping,
+            validation_fraction=validation_fraction,
+            warm_start=warm_start,
+            n_jobs=n_jobs,
+            random_state=random_state,
+            verbose=verbose,
+        )
+
+    def _target_scale(self, targets: Targets, weights: Array) -> Scale | None:
+        return None
+
+    def _fit_targets(self, targets: Targets, scale: Scale | None) -> Array:
+        return np.eye(len(self.classes_))[targets]
+
+    def _empty_leaves(self, num_experts: int, num_outputs: int, penalty: Array) -> SoftmaxLeaves:
+        return SoftmaxLeaves.empty(num_experts, num_outputs, penalty, NEWTON_STEPS)

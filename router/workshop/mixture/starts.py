@@ -1,0 +1,193 @@
+"""Starts of hierarchical mixtures: pieces of the data first, the tree over them second.
+
+A tree grown from its root takes a wrong first cut where two pieces look alike together. So the rows
+are cut into more regions than there are experts, regions of the same linear piece are merged, a few
+iterations without levels make the pieces clean, and the pieces are joined, level by level, into
+groups that a gate can tell apart.
+
+Dimension letters: N rows, F features, D columns of the design, O outputs, E experts, P pieces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from router.workshop.mixture.em import Array, least_squares
+from router.workshop.mixture.grouping import grouped
+from router.workshop.mixture.tree import Rows, Stopping, Tree, empty_gates, fit_tree
+
+REGIONS_PER_EXPERT = 4
+NUM_CUTS = 16
+"""The random cuts among which the best is taken."""
+RIDGE = 0.01
+"""The ridge of the regressions that find the pieces."""
+_FLAT = Stopping(max_iter=30, tol=1e-4, patience=2)
+_SOFTNESS = 0.05
+_TIE = 1e-9
+
+
+def random_start(
+    tree: Tree, rows: Rows, branching: Sequence[int], rng: np.random.Generator
+) -> Array:
+    """Return posteriors [N, E] to start a tree without coefficients from.
+
+    They depend on the weighted distribution of the rows alone, so that a weight of 2 equals a row
+    that stands twice.
+    """
+    num_experts = math.prod(branching)
+    if num_experts == 1:
+        return np.ones((len(rows.weight), 1))
+    num_columns = rows.design.shape[1]
+    penalty = np.full(num_columns, RIDGE)
+    centred = Rows(rows.design, rows.targets - rows.weight @ rows.targets / rows.mass, rows.weight)
+    regions = _regions(centred, num_experts, penalty, rng)
+    pieces = _softened(_merged(centred, regions, num_experts, penalty))
+    flat = Tree(empty_gates((num_experts,), num_columns), tree.leaves, tree.penalty, 1)
+    flat = fit_tree(flat, rows, _FLAT, pieces).tree
+    posteriors = flat.expectation(rows)[0]
+    return _softened(posteriors[:, grouped(rows, posteriors, branching, penalty, rng)])
+
+
+def _softened(posteriors: Array) -> Array:
+    """Return posteriors none of which is 0, so that a wrong piece can be left again."""
+    return (1 - _SOFTNESS) * posteriors + _SOFTNESS / posteriors.shape[1]
+
+
+def _regions(rows: Rows, num_experts: int, penalty: Array, rng: np.random.Generator) -> list[Array]:
+    """Return regions, row numbers each: the costliest is cut in two until there are enough.
+
+    A region has on average at least twice the weight that the design has columns, unless that
+    leaves fewer regions than experts. There are fewer where too few rows differ.
+    """
+    enough = min(REGIONS_PER_EXPERT * num_experts, int(rows.mass / (2 * len(penalty))))
+    regions, costs = [np.arange(len(rows.weight))], [1.0]
+    while len(regions) < max(enough, num_experts) and max(costs) > -np.inf:
+        place = int(np.argmax(costs))
+        sides = _cut(_subset(rows, regions[place]), penalty, rng)
+        if sides is None:
+            costs[place] = -np.inf
+            continue
+        parts = [regions[place][side] for side in sides]
+        regions[place : place + 1] = parts
+        costs[place : place + 1] = [_cost(_subset(rows, part), penalty) for part in parts]
+    return regions
+
+
+def _subset(rows: Rows, part: Array) -> Rows:
+    return Rows(rows.design[part], rows.targets[part], rows.weight[part])
+
+
+def _squares(rows: Rows, row_weight: Array, penalty: Array) -> tuple[Array, Array]:
+    """Return the residuals [G, N, O] of G regressions and their sums of squares [G]."""
+    coefficients = least_squares(rows.design, rows.targets, row_weight, penalty)
+    residuals = rows.targets - rows.design @ coefficients
+    return residuals, np.einsum("ng,gno->g", row_weight, residuals**2)
+
+
+def _cost(rows: Rows, penalty: Array) -> float:
+    """Return the sum of squared residuals of a region: what a cut can lower."""
+    return float(_squares(rows, rows.weight[:, None], penalty)[1][0])
+
+
+def _cut(rows: Rows, penalty: Array, rng: np.random.Generator) -> tuple[Array, Array] | None:
+    """Return the rows of the two sides of the best of some random cuts.
+
+    ``None`` where no cut has rows on both sides, as where all rows are the same.
+    """
+    places = rows.design[:, :-1] @ _directions(rows, penalty, rng)
+    levels = rng.uniform(0.2, 0.8, NUM_CUTS)
+    sides = places <= _quantiles(places, rows.weight, levels)
+    both = np.hstack([sides, ~sides])
+    _, squares = _squares(rows, rows.weight[:, None] * both, penalty)
+    costs = squares.reshape(2, NUM_CUTS).sum(axis=0)
+    costs[sides.all(axis=0)] = np.inf
+    best = int(costs.argmin())
+    if costs[best] == np.inf:
+        return None
+    return np.flatnonzero(sides[:, best]), np.flatnonzero(~sides[:, best])
+
+
+def _quantiles(places: Array, weight: Array, levels: Array) -> Array:
+    """Return the weighted quantile of each column of ``places`` [N, K] at its own level."""
+    found = np.empty(len(levels))
+    for cut, level in enumerate(levels):
+        order = np.argsort(places[:, cut], kind="stable")
+        total = np.cumsum(weight[order])
+        row = order[np.searchsorted(total, level * total[-1])]
+        found[cut] = places[row, cut] + _TIE
+    return found
+
+
+def _directions(rows: Rows, penalty: Array, rng: np.random.Generator) -> Array:
+    """Return unit directions [F, K] to cut along: axes, random ones, principal Hessian directions.
+
+    Along principal Hessian directions (Li 1992) the regression surface bends: they are eigenvectors
+    of Σ residual · x xᵀ, drawn by the size of their eigenvalues.
+    """
+    features = rows.design[:, :-1]
+    num_features = features.shape[1]
+    directions = rng.standard_normal((num_features, NUM_CUTS))
+    num_axes = NUM_CUTS // 4
+    directions[:, :num_axes] = np.eye(num_features)[:, rng.integers(num_features, size=num_axes)]
+    residuals = _squares(rows, rows.weight[:, None], penalty)[0][0]
+    centred = features - rows.weight @ features / rows.mass
+    for cut in range(num_axes, num_axes + NUM_CUTS // 2):
+        mixed = rows.weight * (residuals @ rng.standard_normal(residuals.shape[1]))
+        values, vectors = np.linalg.eigh((centred.T * mixed) @ centred)
+        size = np.abs(values)
+        uniform = rng.random()
+        if size.sum() > 0:
+            chosen = int(np.searchsorted(np.cumsum(size), uniform * size.sum()))
+            vector = vectors[:, chosen]
+            # The sign of an eigenvector is arbitrary.
+            directions[:, cut] = vector * np.sign(vector[np.abs(vector).argmax()])
+    return directions / np.linalg.norm(directions, axis=0)
+
+
+def _merged(rows: Rows, regions: list[Array], num_pieces: int, penalty: Array) -> Array:
+    """Return membership [N, P] of pieces: pairs of regions are merged where it costs least.
+
+    The cost of a pair is the growth of the sum of squared residuals of a regression for both
+    instead of one for each.
+    """
+    moments = np.stack([_moments(_subset(rows, region)) for region in regions])
+    squares = _squares_of(moments, penalty)
+    growth = np.full((len(regions), len(regions)), np.inf)
+    for region in range(len(regions) - 1):
+        others = slice(region + 1, None)
+        joint = _squares_of(moments[region] + moments[others], penalty)
+        growth[region, others] = joint - squares[region] - squares[others]
+    owner = np.arange(len(regions))
+    for _ in range(len(regions) - num_pieces):
+        kept, gone = divmod(int(growth.argmin()), len(regions))
+        owner[owner == gone] = kept
+        moments[kept] += moments[gone]
+        growth[gone], growth[:, gone] = np.inf, np.inf
+        left = np.setdiff1d(np.unique(owner), [kept])
+        squares[kept] = _squares_of(moments[kept][None], penalty)[0]
+        joint = _squares_of(moments[kept] + moments[left], penalty)
+        joint += -squares[kept] - squares[left]
+        growth[np.minimum(kept, left), np.maximum(kept, left)] = joint
+    numbers = np.searchsorted(np.unique(owner), owner)
+    pieces = np.zeros((len(rows.weight), num_pieces), dtype=bool)
+    for members, number in zip(regions, numbers, strict=True):
+        pieces[members, number] = True
+    return pieces
+
+
+def _moments(rows: Rows) -> Array:
+    """Return the second moments [D + O, D + O] of design and targets together."""
+    both = np.hstack([rows.design, rows.targets])
+    return (both.T * rows.weight) @ both
+
+
+def _squares_of(moments: Array, penalty: Array) -> Array:
+    """Return the sums of squared residuals and penalties [G] of ridge regressions."""
+    num_columns = len(penalty)
+    normal = moments[:, :num_columns, :num_columns] + np.diag(penalty)
+    cross = moments[:, :num_columns, num_columns:]
+    explained = np.einsum("gdo,gdo->g", cross, np.linalg.solve(normal, cross))
+    return np.einsum("goo->g", moments[:, num_columns:, num_columns:]) - explained
