@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
+import yaml
 
 from router.cli.common import BAD_USAGE, fail
 
 PROGRAM = "serve"
+MODEL_FILES = ("mixture.yaml", "config.json")
+"""The files that a mixture's or a checkpoint's folder has."""
 
 
 def serve(
     file: Annotated[
         Path | None,
-        typer.Argument(help="A deployment file; by default the bundled model's.", show_default=""),
+        typer.Argument(
+            help="A deployment file, or a model's folder; by default the bundled model's file.",
+            show_default="",
+        ),
     ] = None,
     ray_address: Annotated[
         str | None,
@@ -29,11 +37,48 @@ def serve(
     """Serve a deployment file until Ctrl-C, with all that the file leaves out of Serve's part.
 
     Example: expertmesh serve deploy/cluster.yaml
+
+    A folder of a mixture or of a checkpoint is served under its name, as cluster.yaml serves the
+    bundled model.
     """
-    path = file or Path(str(files("deploy"))) / "cluster.yaml"
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        fail(f"{path}: {what}; a deployment file is needed, as deploy/cluster.yaml", BAD_USAGE)
+    with ExitStack() as stack:
+        if file is not None and file.is_dir():
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="expertmesh-")))
+            path = _file_of(file, folder)
+        else:
+            path = file or _bundled()
+            if not path.is_file():
+                fail(
+                    f"{path}: does not exist; a deployment file is needed, as deploy/cluster.yaml, "
+                    "or a model's folder",
+                    BAD_USAGE,
+                )
+        _serve(path, ray_address)
+
+
+def _bundled() -> Path:
+    return Path(str(files("deploy"))) / "cluster.yaml"
+
+
+def _file_of(model: Path, folder: Path) -> Path:
+    """Write the deployment file of one model's folder into ``folder``."""
+    from router.config import read_document
+
+    if not any((model / name).is_file() for name in MODEL_FILES):
+        fail(
+            f"{model}: is a folder without {' or '.join(MODEL_FILES)}; a deployment file or a "
+            "model's folder is needed",
+            BAD_USAGE,
+        )
+    path = model.resolve()
+    document = read_document(_bundled())
+    document["applications"][0]["args"]["models"] = [{"id": path.name, "path": str(path)}]
+    written = folder / f"{path.name}.yaml"
+    written.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    return written
+
+
+def _serve(path: Path, ray_address: str | None) -> None:
     from router.config import load_deployment
     from router.ops.startup.preflight import attend
 

@@ -353,6 +353,7 @@ COMMANDS = [
     "check",
     "plan",
     "doctor",
+    "fit",
     "config new",
     "config schema",
     "config show",

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import deploy
 from router.cli import serve as module
 from router.cli.app import app
+from router.config import read_document
 
 SHIPPED = Path(deploy.__file__).parent / "cluster.yaml"
 
@@ -78,7 +79,7 @@ def test_what_is_run_is_the_serve_command_of_ray() -> None:
     ("name", "content", "reason"),
     [
         ("missing.yaml", None, "does not exist"),
-        (".", None, "is a folder"),
+        (".", None, "is a folder without mixture.yaml or config.json"),
         ("a.yaml", "a: b: c", "is not YAML"),
         ("a.yaml", "", "needs a list 'applications'"),
         ("a.yaml", "applications: [{name: a, import_path: b:c}]", "must be router.app:build"),
@@ -95,6 +96,28 @@ def test_a_wrong_path_or_file_is_a_line_and_starts_nothing(
     assert line.startswith(f"expertmesh: {path}")
     assert reason in line
     assert (result.exit_code, serve.told) == (2, [])
+
+
+@pytest.mark.parametrize("marker", ["mixture.yaml", "config.json"])
+def test_a_models_folder_is_served_under_its_name_as_the_bundled_model_is(
+    marker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "houses"
+    model.mkdir()
+    (model / marker).touch()
+    monkeypatch.chdir(tmp_path)
+    serve = FakeServe()
+    documents = []
+    monkeypatch.setattr(serve, "attend", lambda _line, file: documents.append(read_document(file)))
+    result = run(monkeypatch, serve, "houses")
+    assert (result.exit_code, result.output) == (0, "")
+    [document] = documents
+    expected = read_document(SHIPPED)
+    expected["applications"][0]["args"]["models"] = [{"id": "houses", "path": str(model)}]
+    assert document == expected
+    [[_, file]] = serve.told
+    assert Path(file).name == "houses.yaml"
+    assert not Path(file).exists()
 
 
 def test_what_serve_finds_wrong_with_its_part_of_the_file_is_a_line(

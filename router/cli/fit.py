@@ -1,0 +1,314 @@
+"""``expertmesh fit``: fits a mixture to the rows of a CSV file, and saves it to be served."""
+
+from __future__ import annotations
+
+import shlex
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table as ShownTable
+
+from cluster.errors import ConfigError, InvalidRequestError
+from router.cli.common import BAD_USAGE, AsJson, fail, printable, write, write_json
+from router.cli.fit_table import Columns, DataError, read_columns
+from router.cli.rows import read_table
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from router.workshop.mixture.alone import Score
+    from router.workshop.mixture.fit_config import FitConfig
+
+MIXTURE = "this mixture"
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A mixture or one of its experts alone: its fit's time, and its score on held-out rows."""
+
+    name: str
+    fit_s: float
+    score: Score | None
+
+
+def fit(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml", help="The estimator and the columns.")
+    ],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA.csv", help="Rows; the first line names the columns.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the mixture; new or empty.")],
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PICTURE.svg",
+            help="Draw which expert takes which rows; the suffix is the picture's format.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a mixture of experts to the rows of a CSV file, and save it to be served.
+
+    Example: expertmesh fit houses.yaml houses.csv --out houses
+
+    A share of the rows is held out. The mixture's score on them is shown beside those of its
+    experts alone, each fitted to the same rows. The folder has a card, and is served by `expertmesh
+    serve FOLDER`.
+    """
+    from router.workshop.mixture.fit_config import build, load_fit_config
+
+    settings = load_fit_config(config)
+    estimator = build(settings, config)
+    _check_out(out)
+    _check_plot(plot)
+    columns = _read(data, settings)
+    train, held_out = _split(columns, settings, data)
+    with _warnings_as_lines():
+        fits = _fit_all(estimator, columns, train, held_out, config, data)
+    if settings.values_per_step is None:
+        estimator.feature_names_in_ = _names(columns.features)
+    estimator.save(out)
+    if plot is not None:
+        _draw(estimator, columns, train, plot)
+    shares = dict(zip(estimator.mixture_.experts, estimator.expert_usage_.tolist(), strict=True))
+    commands = _next_commands(out, data, columns, settings)
+    if as_json:
+        write_json(_document(estimator, out, fits, len(held_out), shares, commands))
+        return
+    _print(estimator, fits, len(held_out), shares)
+    write(f"saved in {out}; next: {commands[0]}, and in another shell: {commands[1]}\n")
+
+
+def _check_out(out: Path) -> None:
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        fail(f"--out: {out}: holds other files; name a new or empty folder", BAD_USAGE)
+
+
+def _check_plot(plot: Path | None) -> None:
+    """Refuse a picture that could not be written, before the fit."""
+    if plot is None:
+        return
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        fail("--plot: needs pip install 'expertmesh[plots]'", BAD_USAGE)
+    formats = sorted(FigureCanvasBase.get_supported_filetypes())
+    if plot.suffix.removeprefix(".").lower() not in formats:
+        fail(f"--plot: {plot}: the suffix must be one of {', '.join(formats)}", BAD_USAGE)
+    if not plot.absolute().parent.is_dir():
+        fail(f"--plot: {plot}: the folder does not exist", BAD_USAGE)
+
+
+def _read(data: Path, settings: FitConfig) -> Columns:
+    try:
+        with data.open(encoding="utf-8-sig", newline="") as file:
+            table = read_table(file, has_header=True)
+        has_classes = settings.task == "classification"
+        columns = read_columns(table, settings.targets, settings.features, has_classes)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", str(data)) from None
+    except InvalidRequestError as error:
+        place = f"{data}: {error.field}" if error.field else str(data)
+        raise DataError(error.message, place) from None
+    return columns if settings.values_per_step is None else _in_steps(columns, settings, data)
+
+
+def _in_steps(columns: Columns, settings: FitConfig, data: Path) -> Columns:
+    """Return rows [N, F] as sequences [N, T, values of a step]."""
+    size, num_features = settings.values_per_step or 1, len(columns.features)
+    if num_features % size:
+        raise DataError(
+            f"has {num_features} features, which are no multiple of values_per_step {size}",
+            str(data),
+        )
+    rows = columns.rows.reshape(len(columns.rows), -1, size)
+    return replace(columns, rows=rows)
+
+
+def _split(columns: Columns, settings: FitConfig, data: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places of the rows to fit, and of those to hold out, by the seed."""
+    import numpy as np
+    from sklearn.model_selection import train_test_split
+
+    places = np.arange(len(columns.rows))
+    if settings.held_out == 0:
+        return places, places[:0]
+    is_classification = settings.task == "classification"
+    try:
+        train, held_out = train_test_split(
+            places,
+            test_size=settings.held_out,
+            random_state=settings.seed,
+            stratify=columns.targets if is_classification else None,
+        )
+    except ValueError as error:  # too few rows, or too few of a class
+        raise DataError(
+            f"held_out {settings.held_out} of {len(places)} rows cannot be drawn: {error}",
+            str(data),
+        ) from None
+    if len(held_out) < 2:
+        raise DataError(
+            f"held_out {settings.held_out} of {len(places)} rows leaves {len(held_out)} to test "
+            "with, must leave 2 (held_out: 0 fits all rows)",
+            str(data),
+        )
+    return np.sort(train), np.sort(held_out)
+
+
+def _fit_all(
+    estimator: Any,
+    columns: Columns,
+    train: np.ndarray,
+    held_out: np.ndarray,
+    config: Path,
+    data: Path,
+) -> list[Fitted]:
+    """Fit the mixture, and each of its experts alone where rows are held out to compare them."""
+    from router.workshop.mixture.alone import experts_alone, score
+    from router.workshop.mixture.base import progress
+
+    X, targets = columns.rows, columns.targets  # noqa: N806
+    alone = experts_alone(estimator) if len(held_out) else {}
+    estimator.set_params(verbose=1)
+    fits = []
+
+    def fitted(name: str, model: Any) -> None:
+        began_at_s = time.monotonic()
+        model.fit(X[train], targets[train])
+        fit_s = time.monotonic() - began_at_s
+        found = score(model, X[held_out], targets[held_out]) if len(held_out) else None
+        fits.append(Fitted(name, fit_s, found))
+
+    with _errors_of_a_fit(config, data):
+        fitted(MIXTURE, estimator)
+    estimator.set_params(verbose=0)
+    with progress(1, len(alone), "experts alone") as advance:
+        for name, model in alone.items():
+            with _errors_of_a_fit(config, data):
+                fitted(name, model)
+            advance(name)
+    return fits
+
+
+@contextmanager
+def _errors_of_a_fit(config: Path, data: Path) -> Iterator[None]:
+    """Turn errors of parameters and rows, which scikit-learn finds, into those of the files."""
+    from sklearn.utils._param_validation import InvalidParameterError
+
+    try:
+        yield
+    except InvalidParameterError as error:
+        raise ConfigError(str(error), f"{config}: parameters") from None
+    except (ValueError, TypeError) as error:
+        raise DataError(f"cannot be fitted as {config} says: {error}", str(data)) from None
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Write each different warning of a fit as one line to stderr, without its place in code."""
+    console = Console(stderr=True, soft_wrap=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for text in dict.fromkeys(" ".join(str(warning.message).split()) for warning in caught):
+        console.print(f"warning: {printable(text)}", markup=False, highlight=False)
+
+
+def _names(features: list[str]) -> np.ndarray:
+    import numpy as np
+
+    return np.array(features, object)
+
+
+def _draw(estimator: Any, columns: Columns, train: np.ndarray, plot: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from router.workshop.mixture.plots import plot_experts
+
+    figure = Figure(layout="constrained")
+    rows = columns.rows[train]
+    names = columns.features if rows.ndim == 2 else None
+    plot_experts(estimator.mixture_, rows, names, figure.add_subplot())
+    try:
+        figure.savefig(plot)
+    except OSError as error:
+        fail(f"--plot: {plot}: {error.strerror}", BAD_USAGE)
+
+
+def _next_commands(out: Path, data: Path, columns: Columns, settings: FitConfig) -> tuple[str, str]:
+    """Return the commands that serve the folder, and predict the same rows."""
+    ignored = [word for name in (*settings.targets, *columns.others) for word in ("--ignore", name)]
+    model = out.resolve().name
+    return (
+        shlex.join(["expertmesh", "serve", str(out)]),
+        shlex.join(["expertmesh", "predict", model, str(data), *ignored]),
+    )
+
+
+def _document(
+    estimator: Any,
+    out: Path,
+    fits: list[Fitted],
+    num_held_out: int,
+    shares: dict[str, float],
+    commands: tuple[str, str],
+) -> dict[str, Any]:
+    """Return what ``--json`` prints."""
+    return {
+        "folder": str(out),
+        "class": type(estimator).__name__,
+        "rows": estimator.n_samples_fit_,
+        "held_out_rows": num_held_out,
+        "iterations": estimator.n_iter_,
+        "log_likelihood": estimator.log_likelihood_,
+        "fits": [
+            {
+                "name": fitted.name,
+                "fit_s": fitted.fit_s,
+                **({} if fitted.score is None else _by_metric(estimator, fitted.score)),
+            }
+            for fitted in fits
+        ],
+        "usage": shares,
+        "next": list(commands),
+    }
+
+
+def _by_metric(estimator: Any, score: Score) -> dict[str, float | None]:
+    return dict(zip(_metrics(estimator), asdict(score).values(), strict=True))
+
+
+def _metrics(estimator: Any) -> tuple[str, str]:
+    from sklearn.base import is_classifier
+
+    return ("accuracy", "log_loss") if is_classifier(estimator) else ("r2", "rmse")
+
+
+def _print(estimator: Any, fits: list[Fitted], num_held_out: int, shares: dict[str, float]) -> None:
+    console = Console()
+    write(
+        f"{type(estimator).__name__}: {len(shares)} experts, {estimator.n_samples_fit_:,} rows, "
+        f"{estimator.n_iter_} iterations in {fits[0].fit_s:.1f} s\n"
+    )
+    if num_held_out:
+        names = {"r2": "R²", "rmse": "RMSE", "log_loss": "log loss"}
+        table = ShownTable(f"{num_held_out:,} held-out rows")
+        for name in (*_metrics(estimator), "fit, s"):
+            table.add_column(names.get(name, name), justify="right")
+        for fitted in fits:
+            values = [] if fitted.score is None else asdict(fitted.score).values()
+            cells = ["" if value is None else f"{value:.4g}" for value in values]
+            table.add_row(printable(fitted.name), *cells, f"{fitted.fit_s:.2f}")
+        console.print(table)
+    usage = ShownTable("expert", "usage")
+    for name, share in shares.items():
+        usage.add_row(printable(name), f"{share:.1%}")
+    console.print(usage)

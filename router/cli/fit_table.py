@@ -1,0 +1,146 @@
+"""Columns of a CSV file as the rows and targets of a fit.
+
+Dimension letters: N rows, F features, D targets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.errors import ConfigError, InvalidRequestError, shown, shown_name
+from router.cli.rows import Table
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ROWS, TARGET = "x", "y"
+"""The names of a fitted mixture's inputs, which `expertmesh predict` finds in a header."""
+MAX_LABEL = 2**63
+
+
+class DataError(ConfigError):
+    """A file's rows cannot be fitted; ``field`` is the file, and the line and column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The rows X [N, F] and targets [N], or [N, D] for D columns, of a file.
+
+    ``others`` are its columns that are neither.
+    """
+
+    features: list[str]
+    others: list[str]
+    rows: np.ndarray
+    targets: np.ndarray
+
+
+def read_columns(
+    table: Table, targets: Sequence[str], features: Sequence[str] | None, has_classes: bool
+) -> Columns:
+    """Return the features in the order of the file's columns, and the targets.
+
+    Classes are integers where all are, and texts otherwise. Raises :class:`InvalidRequestError`
+    with the line and the column of a cell that is empty or no finite number, of a row that is too
+    long, and of a column that is missing, unnamed, named twice, or named like another input.
+    """
+    import numpy as np
+
+    header = table.header or []
+    chosen = _chosen(header, targets, features)
+    for line, cells in table.rows:
+        if len(cells) > len(header):
+            raise InvalidRequestError(
+                f"has {len(cells)} cells, but the header has {len(header)}", f"line {line}"
+            )
+    rows = np.array([_numbers(table, header.index(name)) for name in chosen]).T
+    if has_classes:
+        values = _labels(table, header.index(targets[0]))
+    else:
+        values = np.array([_numbers(table, header.index(name)) for name in targets]).T
+        values = values[:, 0] if len(targets) == 1 else values
+    others = [name for name in header if name not in (*chosen, *targets)]
+    return Columns(chosen, others, np.ascontiguousarray(rows), values)
+
+
+def _chosen(
+    header: Sequence[str], targets: Sequence[str], features: Sequence[str] | None
+) -> list[str]:
+    for name in (*targets, *(features or ())):
+        if name not in header:
+            known = ", ".join(map(shown_name, header))
+            raise InvalidRequestError(f"is missing; columns: {known}", f"column {shown_name(name)}")
+    chosen = [name for name in header if (name in features if features else name not in targets)]
+    for place, name in enumerate(header):
+        if not name and features is None:
+            raise InvalidRequestError(
+                "has no name; name the features in the configuration", f"column {place + 1}"
+            )
+        if name and name in header[:place]:
+            raise InvalidRequestError("is there twice", f"column {shown_name(name)}")
+    if not chosen:
+        raise InvalidRequestError("has no column besides the target's")
+    _check_inputs(chosen)
+    return chosen
+
+
+def _check_inputs(features: Sequence[str]) -> None:
+    """Check that `expertmesh predict` will take every feature's column for a value of a row."""
+    if list(features) in ([ROWS], [f"{ROWS}[{place}]" for place in range(len(features))]):
+        return
+    for name in features:
+        if name.partition("[")[0] in (ROWS, TARGET):
+            raise InvalidRequestError(
+                f"is the name of an input of every fitted mixture, {ROWS} of rows and {TARGET} of "
+                "targets; rename the column",
+                f"column {shown_name(name)}",
+            )
+
+
+def _numbers(table: Table, column: int) -> list[float]:
+    found = []
+    for line, cells in table.rows:
+        cell = _cell(table, line, cells, column)
+        try:
+            number = float(cell)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise InvalidRequestError(
+                f"given {shown(cell)}, must be a finite number", _place(table, line, column)
+            )
+        found.append(number)
+    return found
+
+
+def _labels(table: Table, column: int) -> np.ndarray:
+    import numpy as np
+
+    labels = [_cell(table, line, cells, column) for line, cells in table.rows]
+    integers = [_integer(label) for label in labels]
+    if all(integer is not None for integer in integers):
+        return np.array(integers, np.int64)
+    return np.array(labels)
+
+
+def _integer(cell: str) -> int | None:
+    """Return a label that is an integer as it would be written again; ``None`` otherwise."""
+    try:
+        integer = int(cell)
+    except ValueError:
+        return None
+    return integer if str(integer) == cell and -MAX_LABEL <= integer < MAX_LABEL else None
+
+
+def _cell(table: Table, line: int, cells: Sequence[str], column: int) -> str:
+    cell = cells[column].strip() if column < len(cells) else ""
+    if not cell:
+        raise InvalidRequestError("is empty", _place(table, line, column))
+    return cell
+
+
+def _place(table: Table, line: int, column: int) -> str:
+    return f"line {line}, column {shown_name((table.header or [])[column])}"
