@@ -57,6 +57,7 @@ if [ -n "$quick" ]; then
   run failover --rounds 1 --seconds 20
   run simulate
   run diurnal --devices 2000 --routers 200 --hours 24
+  run mixture_fit --quick
   run edges --seconds 45
   run knee --quick
   run wires --count 2000
@@ -76,6 +77,7 @@ else
   run failover
   run simulate
   run diurnal
+  run mixture_fit
   run edges
   run knee
   run wires
