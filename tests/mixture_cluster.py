@@ -21,6 +21,8 @@ from experts.checkpoint.mixture import open_mixture
 from router.app import build
 from router.client import Client
 from tests.cluster_fixture import APP, ServedCluster, wait_until
+from tests.mixture_guide import MODEL as PIECES
+from tests.mixture_guide import fit_by_guide
 from tests.mixtures import (
     NUM_FEATURES,
     fitted_estimator,
@@ -34,7 +36,7 @@ CLIENTS, MOST_ROWS = 8, 40
 RTOL = 1e-12
 REPLACED_S = 60.0
 UNLIKE, GIVEN, TREE, SEQUENCES, FITTED = "unlike", "given", "tree", "sequences", "fitted"
-NUM_EXPERTS = {UNLIKE: 8, GIVEN: 4, TREE: 5, SEQUENCES: 3, FITTED: 3}
+NUM_EXPERTS = {UNLIKE: 8, GIVEN: 4, TREE: 5, SEQUENCES: 3, FITTED: 3, PIECES: 4}
 Inputs = dict[str, np.ndarray]
 
 
@@ -69,6 +71,7 @@ def served_mixtures(cluster: ServedCluster, folder: Path) -> Iterator[Mixtures]:
         TREE: save_tree(folder / TREE),
         SEQUENCES: save_sequences(folder / SEQUENCES),
         FITTED: folder / FITTED,
+        PIECES: fit_by_guide(folder / "guide"),
     }
     fitted_estimator().save(folders[FITTED])
     models = [{"id": name, "path": str(path)} for name, path in folders.items()]
@@ -87,6 +90,8 @@ def rows_of(model: str, num_rows: int, seed: int) -> Inputs:
     if model == SEQUENCES:
         steps = 1 + seed % 7
         return {"x": source.normal(size=(num_rows, steps, 3)).astype(np.float32)}
+    if model == PIECES:
+        return {"x": source.uniform(-2, 2, size=(num_rows, 2)), "y": np.zeros((num_rows, 1))}
     inputs = {"x": source.normal(size=(num_rows, NUM_FEATURES))}
     if model == GIVEN:
         inputs["expert"] = source.integers(0, 3, size=(num_rows, 1))

@@ -38,6 +38,7 @@ ELSEWHERE = {
 """Beginnings of blocks that are not run here, and why."""
 DOCUMENTS_ELSEWHERE = {
     "multi-node.md": "needs several machines; tests/fault/node_loss.py has four nodes",
+    "mixtures.md": "needs a mixture of its own; tests/fault/test_mixtures.py runs it",
 }
 """Documents whose blocks are not run here, and why."""
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

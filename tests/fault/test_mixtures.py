@@ -17,12 +17,16 @@ from ray import serve
 from cluster.errors import ExpertFailedError, ExpertMeshError, InternalError, InvalidRequestError
 from cluster.reports import ActorStatus
 from router.client import Client
+from router.workshop.mixture.hierarchy import HierarchicalMixtureRegressor
 from tests.cluster_fixture import APP, RANDOM, ServedCluster, greedy, prompt_of, wait_until
 from tests.fault.faults import kill
+from tests.fault.signals import is_running
 from tests.mixture_cluster import (
     FITTED,
     GIVEN,
     NUM_EXPERTS,
+    PIECES,
+    REPLACED_S,
     RTOL,
     SEQUENCES,
     TREE,
@@ -33,7 +37,9 @@ from tests.mixture_cluster import (
     rows_of,
     served_mixtures,
 )
+from tests.mixture_guide import commands, run
 from tests.mixtures import NUM_FEATURES, fitted_estimator
+from tests.readme import Place
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +64,40 @@ def test_a_fitted_estimator_is_served_with_its_own_predictions(mixtures: Mixture
     weights = np.zeros((300, 3))
     np.put_along_axis(weights, reply.outputs["experts"], reply.outputs["weights"], axis=1)
     np.testing.assert_allclose(weights, own.responsibilities(rows), rtol=RTOL, atol=RTOL)
+
+
+@pytest.mark.timeout(240)
+def test_the_guides_commands_scale_and_kill_and_predict_the_same(mixtures: Mixtures) -> None:
+    """All of docs/mixtures.md but `fit`, which the fixture runs, and `serve`, which it stands for.
+
+    ``tests/unit/router/cli/test_serve_command.py`` has the deployment of `serve FOLDER`.
+    """
+    served, folder = mixtures.served, mixtures.folders[PIECES].parent
+    http_port, grpc_port = (
+        int(url.rpartition(":")[2]) for url in (served.http_url, served.grpc_address)
+    )
+    place = Place(http_port, grpc_port, folder)
+    _, steps = commands()
+    [killing] = [number for number, step in enumerate(steps) if step.command.startswith("kill ")]
+    assert served.client.scale(2).outcome == "committed"  # so many has `expertmesh serve FOLDER`
+    wait_until(lambda: len(served.actors()) == 2, "an actor has gone", REPLACED_S)
+    scaled = run(steps[:killing], place)
+    assert "2 -> 3 actors: committed" in scaled[-1].output
+    victim = served.status().actors[0]
+    assert any(expert[0] == PIECES for expert in victim.experts)
+    done = run(steps[killing:], place)
+    assert not is_running(victim.pid)
+    assert served.actors()[victim.actor_id].generation == victim.generation + 1
+    [compared] = [step.output for step in done if step.command.startswith("cmp ")]
+    assert compared == "the same\n"
+    assert PIECES in done[-1].output
+    served.wait_whole()
+
+    rows = np.loadtxt(folder / "pieces.csv", delimiter=",", skiprows=1)
+    predicted = np.loadtxt(folder / "after.csv", delimiter=",", skiprows=1, usecols=0)
+    fitted = HierarchicalMixtureRegressor.load(folder / PIECES)
+    np.testing.assert_allclose(predicted, fitted.mixture_.combine(rows[:, :2])[:, 0], rtol=RTOL)
+    assert np.corrcoef(predicted, rows[:, 2])[0, 1] > 0.98
 
 
 def test_each_expert_computes_exactly_the_rows_that_the_gate_gives_it(mixtures: Mixtures) -> None:
