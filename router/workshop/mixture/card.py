@@ -53,7 +53,7 @@ def card_of(estimator: Any, document: Mapping[str, Any], name: str) -> str:
             _table(("Expert", "Usage"), [*shown, ("others", str(more))] if more else shown),
             "## Use",
             "",
-            "Serve it: name the folder in a deployment file.",
+            f"Serve it by `expertmesh serve PATH/{name}`, or name the folder in a deployment file.",
             "",
             f"```yaml\nmodels:\n  - {{id: {name}, path: PATH/{name}}}\n```",
             "",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import chdir
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from pydantic import BaseModel
 
+from benchmarks.local_mixture import LocalMixture
+from experts.checkpoint.mixture import open_mixture
 from router.workshop.mixture.fit_config import FitConfig, LearnerSettings, build, load_fit_config
 from tests.readme import blocks
 
@@ -33,3 +37,18 @@ def test_the_examples_are_configurations(tmp_path: Path) -> None:
         file = tmp_path / "fit.yaml"
         file.write_text(text)
         build(load_fit_config(file), file)
+
+
+def test_the_same_mixture_is_fitted_in_python(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes = [b.text for b in blocks(GUIDE.read_text(encoding="utf-8")) if b.language == "py"]
+    making, fitting = codes
+    assert len([line for line in fitting.splitlines() if line]) <= 5
+    with chdir(tmp_path):
+        exec(making, {})
+        rows = np.loadtxt("pieces.csv", delimiter=",", skiprows=1)
+        exec(fitting, {"X": rows[:, :2], "y": rows[:, 2]})
+    assert float(capsys.readouterr().out.split()[0]) > 0.95
+    served = LocalMixture(open_mixture(tmp_path / "pieces")).predict({"x": rows[:, :2]})
+    assert np.corrcoef(served["mean"][:, 0], rows[:, 2])[0, 1] > 0.97
