@@ -11,10 +11,10 @@ from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from router.workshop.mixture.adaptive import AdaptiveMixtureClassifier, AdaptiveMixtureRegressor
 from tests.unit.router.workshop.mixture.adaptive_data import absolute, sequences
+from tests.unit.router.workshop.mixture.contract import contract_of
 
 FAST: dict[str, Any] = {"n_experts": 2, "n_init": 1, "max_iter": 10, "random_state": 0}
 RECURRENT: dict[str, Any] = {"experts": "rnn", "hidden_layer_sizes": (3,)}
@@ -22,13 +22,11 @@ RECURRENT: dict[str, Any] = {"experts": "rnn", "hidden_layer_sizes": (3,)}
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
 
-@parametrize_with_checks(
-    [
-        AdaptiveMixtureRegressor(**FAST),
-        AdaptiveMixtureClassifier(**FAST),
-        AdaptiveMixtureRegressor(**FAST, **RECURRENT),
-        AdaptiveMixtureClassifier(**FAST, **RECURRENT),
-    ]
+@contract_of(
+    AdaptiveMixtureRegressor(**FAST),
+    AdaptiveMixtureClassifier(**FAST),
+    AdaptiveMixtureRegressor(**FAST, **RECURRENT),
+    AdaptiveMixtureClassifier(**FAST, **RECURRENT),
 )
 def test_estimator_checks(estimator: Any, check: Callable[[Any], None]) -> None:
     check(estimator)

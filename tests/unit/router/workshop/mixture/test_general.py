@@ -26,13 +26,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, SVR, LinearSVC
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
-from sklearn.utils.estimator_checks import estimator_checks_generator
 from threadpoolctl import threadpool_limits
 
 from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import open_mixture
 from router.workshop.mixture.ensemble import FLOOR_MASS, FitFailedError
 from router.workshop.mixture.general import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
+from tests.unit.router.workshop.mixture.contract import contract_of
 
 LOGISTIC = LogisticRegression(solver="newton-cholesky")
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -60,31 +60,14 @@ def two_rules(seed: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
     return X, np.where((X[:, 0] > 0) == (X[:, 1] > 0), "same", "other")
 
 
-NOT_HERE = {
-    "check_sample_weights_pandas_series": "pandas is not installed",
-    "check_regressor_data_not_an_array": "pandas is not installed",
-    "check_classifier_data_not_an_array": "pandas is not installed",
-    "check_array_api_input": "the array API is asked for by an environment variable",
-}
-"""The checks of scikit-learn that skip themselves, and why."""
 FAST = {"max_iter": 2, "n_init": 1}
-CHECKS = [
-    (check, estimator)
-    for mixture in (
-        MixtureOfExpertsRegressor(**FAST),
-        MixtureOfExpertsClassifier([LOGISTIC, GaussianNB()], **FAST),
-    )
-    for estimator, check in estimator_checks_generator(mixture)
-    if check.func.__name__ not in NOT_HERE
-]
 
 
-@pytest.mark.parametrize(
-    ("check", "estimator"),
-    CHECKS,
-    ids=[f"{type(estimator).__name__}-{check.func.__name__}" for check, estimator in CHECKS],
+@contract_of(
+    MixtureOfExpertsRegressor(**FAST),
+    MixtureOfExpertsClassifier([LOGISTIC, GaussianNB()], **FAST),
 )
-def test_the_contract_of_scikit_learn_is_kept(check: Any, estimator: Any) -> None:
+def test_the_contract_of_scikit_learn_is_kept(estimator: Any, check: Any) -> None:
     check(estimator)
 
 

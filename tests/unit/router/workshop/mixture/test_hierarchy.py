@@ -18,7 +18,6 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils.estimator_checks import parametrize_with_checks
 from threadpoolctl import threadpool_limits
 
 from benchmarks.local_mixture import LocalMixture
@@ -27,6 +26,7 @@ from router.workshop.mixture.hierarchy import (
     HierarchicalMixtureClassifier,
     HierarchicalMixtureRegressor,
 )
+from tests.unit.router.workshop.mixture.contract import contract_of
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -68,11 +68,9 @@ def two_pieces(seed: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
     return X, y + 0.05 * rng.normal(size=count)
 
 
-@parametrize_with_checks(
-    [
-        HierarchicalMixtureRegressor(n_init=1, max_iter=10),
-        HierarchicalMixtureClassifier(n_init=1, max_iter=10),
-    ]
+@contract_of(
+    HierarchicalMixtureRegressor(n_init=1, max_iter=10),
+    HierarchicalMixtureClassifier(n_init=1, max_iter=10),
 )
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_the_contract_of_scikit_learn_is_kept(estimator: Any, check: Any) -> None:
