@@ -13,6 +13,7 @@ choices, O outputs.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,13 +26,16 @@ Array = np.ndarray
 
 NEWTON_DECREMENT = 1e-10
 """Newton's method ends after a step that promises less than this, in nats a row."""
-_CG_TOLERANCE = 1e-3
+EXACT, ROUGH = 1e-3, 0.1
+"""The relative error of a Newton step's direction. A rough one costs a fraction of an exact one."""
 _MOST_CG_STEPS = 200
 _MOST_HALVINGS = 40
 _ARMIJO = 1e-4
 _DAMPING = 1e-12
 _LEAST_PIVOT = 1e-6
 _FEW_CHOICES = 16
+_MOST_BLOCK_COLUMNS = 16
+"""The columns up to which blocks of the Hessian pay as a preconditioner of conjugate gradients."""
 
 
 def design_of(X: Array) -> Array:
@@ -169,9 +173,11 @@ def ascend(
     coefficients: Array,
     max_iter: int,
     decrement: float = NEWTON_DECREMENT,
+    tolerance: float = EXACT,
 ) -> tuple[Array, bool]:
     """Raise the objectives of all models from ``coefficients`` [D, G, C] by Newton's method.
 
+    ``tolerance`` is the relative error of the steps' directions.
     Returns the new coefficients and whether all models converged, in ``max_iter`` steps or fewer.
     No step lowers an objective by more than rounding. The sum of coefficients over the choices,
     which changes nothing but the penalty, becomes 0.
@@ -188,7 +194,7 @@ def ascend(
         if not len(active):
             break
         part = problem.of(active)
-        step, gain = _newton_step(part, coefficients[:, active], mass[active])
+        step, gain = _newton_step(part, coefficients[:, active], mass[active], tolerance)
         coefficients[:, active] += step
         active = active[gain > decrement * mass[active]]
     return coefficients, not len(active)
@@ -269,7 +275,9 @@ def _dot(left: Array, right: Array) -> Array:
     return np.einsum("dgc,dgc->g", left, right)
 
 
-def _newton_step(problem: SoftmaxProblem, coefficients: Array, mass: Array) -> tuple[Array, Array]:
+def _newton_step(
+    problem: SoftmaxProblem, coefficients: Array, mass: Array, tolerance: float
+) -> tuple[Array, Array]:
     """Return a step [D, G, C] and the gain [G] that it promised.
 
     The step lowers no objective by more than rounding. Where none is found, both are 0.
@@ -281,7 +289,7 @@ def _newton_step(problem: SoftmaxProblem, coefficients: Array, mass: Array) -> t
     residuals = problem.targets - row_mass * probabilities
     gradient = problem.transposed(residuals) - problem.penalised(coefficients)
     gradient -= gradient.mean(axis=2, keepdims=True)  # rounding: the sum is 0
-    direction = _newton_direction(problem, row_mass, probabilities, gradient)
+    direction = _newton_direction(problem, row_mass, probabilities, gradient, tolerance)
     promised = _dot(gradient, direction)
     score_direction = problem.scores(direction)
     size = np.ones(len(mass))
@@ -308,16 +316,21 @@ def _newton_step(problem: SoftmaxProblem, coefficients: Array, mass: Array) -> t
 
 
 def _newton_direction(
-    problem: SoftmaxProblem, row_mass: Array, probabilities: Array, gradient: Array
+    problem: SoftmaxProblem,
+    row_mass: Array,
+    probabilities: Array,
+    gradient: Array,
+    tolerance: float,
 ) -> Array:
     """Return the solution [D, G, C] of (damping − Hessian) direction = gradient.
 
-    It is found by conjugate gradients, whose preconditioner is the inverse of the blocks of one
-    class each. Memory stays at G·C matrices [D, D], where the whole Hessian has C times as many.
-    The damping bounds the step where no row has any curvature left.
+    It is found by conjugate gradients, up to the relative error ``tolerance``. The preconditioner
+    is the inverse of the Hessian's blocks of one class each, or of its diagonal where the design is
+    wide. Memory stays at G·C small matrices, where the whole Hessian has C times as many. The
+    damping bounds the step where no row has any curvature left.
     """
     ridge = problem.penalty[:, None] + _DAMPING * (problem.design**2).T @ row_mass[..., 0]
-    inverses = _block_inverses(problem, row_mass * probabilities * (1 - probabilities), ridge)
+    preconditioned = _preconditioner(problem, row_mass * probabilities * (1 - probabilities), ridge)
 
     def curved(vector: Array) -> Array:
         scores = problem.scores(vector)
@@ -325,17 +338,12 @@ def _newton_direction(
         curvature = problem.transposed(row_mass * probabilities * (scores - mean))
         return curvature + ridge[..., None] * vector
 
-    def preconditioned(vector: Array) -> Array:
-        solved = inverses @ vector.transpose(1, 2, 0)[..., None]
-        result = solved[..., 0].transpose(2, 0, 1)
-        return result - result.mean(axis=2, keepdims=True)  # the Hessian's own subspace
-
     solution = np.zeros_like(gradient)
     residual = gradient.copy()
     search = preconditioned(residual)
     gain = first_gain = _dot(residual, search)
     for _ in range(_MOST_CG_STEPS):
-        open_models = gain > _CG_TOLERANCE**2 * first_gain
+        open_models = gain > tolerance**2 * first_gain
         if not open_models.any():
             break
         product = curved(search)
@@ -352,15 +360,36 @@ def _newton_direction(
     return solution
 
 
-def _block_inverses(problem: SoftmaxProblem, curvature: Array, ridge: Array) -> Array:
-    """Return the inverses [G, C, D, D] of designᵀ diag(curvature[:, g, c]) design + ridge[:, g]."""
+def _preconditioner(
+    problem: SoftmaxProblem, curvature: Array, ridge: Array
+) -> Callable[[Array], Array]:
+    """Return the map of vectors [D, G, C] by the inverse of a part of the Hessian.
+
+    The part is the blocks designᵀ diag(curvature[:, g, c]) design + ridge[:, g], or their diagonals
+    where the design has more columns than :data:`_MOST_BLOCK_COLUMNS`.
+    """
     num_columns, num_models, num_classes = problem.shape
+    # A column of zeros under no ridge has a gradient of 0: any value will do for it.
+    added = np.where(ridge > 0, ridge, 1.0)[..., None]
+    of_classes = curvature.reshape(len(curvature), -1)
+
+    def centred(vector: Array) -> Array:
+        return vector - vector.mean(axis=2, keepdims=True)  # the Hessian's own subspace
+
+    if num_columns > _MOST_BLOCK_COLUMNS:
+        diagonals = ((problem.design**2).T @ of_classes).reshape(problem.shape) + added
+        return lambda vector: centred(vector / diagonals)
+    left, right = np.triu_indices(num_columns)
+    products = problem.design[:, left] * problem.design[:, right]
+    halves = (of_classes.T @ products).reshape(num_models, num_classes, -1)
     blocks = np.empty((num_models, num_classes, num_columns, num_columns))
-    for model in range(num_models):
-        for choice in range(num_classes):
-            weighted = problem.design.T * curvature[:, model, choice]
-            blocks[model, choice] = weighted @ problem.design
-    diagonal = np.einsum("gcdd->gcd", blocks)
-    # A column of zeros under no ridge has a gradient of 0: any block will do for it.
-    diagonal += np.where(ridge > 0, ridge, 1.0).T[:, None, :]
-    return np.linalg.inv(blocks)
+    blocks[..., left, right] = halves
+    blocks[..., right, left] = halves
+    np.einsum("gcdd->dgc", blocks)[...] += added
+    inverses = np.linalg.inv(blocks)
+
+    def by_blocks(vector: Array) -> Array:
+        solved = inverses @ vector.transpose(1, 2, 0)[..., None]
+        return centred(solved[..., 0].transpose(2, 0, 1))
+
+    return by_blocks

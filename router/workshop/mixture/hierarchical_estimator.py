@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
@@ -26,10 +27,20 @@ from router.workshop.mixture.hierarchical_parts import Scale, mixture_of, tree_o
 from router.workshop.mixture.leaves import Leaves
 from router.workshop.mixture.parts import Array
 from router.workshop.mixture.starts import random_start
-from router.workshop.mixture.tree import Fitted, Rows, Stopping, Tree, empty_gates, fit_tree
+from router.workshop.mixture.tree import (
+    Fitted,
+    Rows,
+    Stopping,
+    Tree,
+    empty_gates,
+    fit_tree,
+    go_on,
+)
 
-NEWTON_STEPS = 3
-"""The Newton steps of an M step, from the coefficients of the one before."""
+NEWTON_STEPS = 1
+"""The Newton steps of an M step, from the coefficients of the M step before."""
+FIRST_ROUND = 25
+"""The iterations of all starts; the better half has twice as many in all, and so on."""
 MAX_SEED = 2**31 - 1
 ABOVE_0 = [Interval(Real, 0, None, closed="neither")]
 _AT_LEAST_1 = [Interval(Integral, 1, None, closed="left")]
@@ -134,21 +145,22 @@ class HierarchicalMixture(MixtureEstimator):
         stopping = Stopping(self.max_iter, self.tol, self.n_iter_no_change, validation)
         if is_warm:
             tree = tree_of(self.mixture_, tree, rows_scale, targets_scale)
-            best = self._fit_all([partial(fit_tree, tree, rows, stopping)])[0]
+            best = self._fit_all([partial(fit_tree, tree, rows, stopping)], self.max_iter)[0]
         else:
             seeds = random.randint(MAX_SEED, size=1 if num_experts == 1 else self.n_init).tolist()
-            fits = self._fit_all(
-                [partial(fit_from, tree, rows, stopping, branching, seed) for seed in seeds]
-            )
-            best = max(fits, key=lambda fitted: fitted.score)  # of equal ones the first
-        mixture = mixture_of(best.tree, rows_scale, targets_scale, top_k)
+            starts = [
+                partial(fit_from, tree, branching, seed, place % 2 == 1)
+                for place, seed in enumerate(seeds)
+            ]
+            best = self._best(starts, rows, stopping)
+        mixture = mixture_of(best.best, rows_scale, targets_scale, top_k)
         self._set_fitted(mixture, X[used], targets[used], weights[used])
         shift = 0.0 if targets_scale is None else float(np.log(targets_scale.deviation).sum())
         self.log_likelihoods_ = np.array(best.objectives) - shift
         self.n_iter_ = len(best.objectives)
         if held_out is not None:
             self.validation_scores_ = np.array(best.held_out) - shift
-        if not best.is_converged:
+        if not best.is_converged(stopping):
             warnings.warn(
                 f"EM did not converge in {self.max_iter} iterations; raise max_iter or tol",
                 ConvergenceWarning,
@@ -156,11 +168,27 @@ class HierarchicalMixture(MixtureEstimator):
             )
         return self
 
-    def _fit_all(self, fits: Sequence[Callable[..., Fitted]]) -> list[Fitted]:
+    def _best(self, starts: list[Callable[..., Fitted]], rows: Rows, stopping: Stopping) -> Fitted:
+        """Return the best of all starts: after each round the better half goes on.
+
+        This is successive halving (Jamieson and Talwalkar 2016) of the starts.
+        """
+        done, limit = 0, min(FIRST_ROUND, stopping.max_iter)
+        while True:
+            limit = stopping.max_iter if len(starts) == 1 else limit
+            part = replace(stopping, max_iter=limit)
+            fits = self._fit_all([partial(fit, rows=rows, stopping=part) for fit in starts], limit - done)
+            fits.sort(key=lambda fitted: -fitted.score)  # of equal ones the first
+            if limit == stopping.max_iter:
+                return fits[0]
+            starts = [partial(go_on, fitted) for fitted in fits[: math.ceil(len(fits) / 2)]]
+            done, limit = limit, min(2 * limit, stopping.max_iter)
+
+    def _fit_all(self, fits: Sequence[Callable[..., Fitted]], max_iter: int) -> list[Fitted]:
         """Return the results of all fits, made here or in ``n_jobs`` processes."""
         name = type(self).__name__
         if len(fits) == 1 or self.n_jobs in (None, 1):
-            with progress(self.verbose, len(fits) * self.max_iter, name) as advance:
+            with progress(self.verbose, len(fits) * max_iter, name) as advance:
                 return [
                     fit(advance=lambda objective: advance(f"objective {objective:.6g}"))
                     for fit in fits
@@ -235,12 +263,13 @@ class HierarchicalMixture(MixtureEstimator):
 
 def fit_from(
     tree: Tree,
-    rows: Rows,
-    stopping: Stopping,
     branching: Sequence[int],
     seed: int,
+    by_cells: bool,
+    rows: Rows,
+    stopping: Stopping,
     advance: Callable[[float], object] = lambda objective: None,
 ) -> Fitted:
     """Fit a tree from the random start of a seed."""
-    posteriors = random_start(tree, rows, branching, np.random.default_rng(seed))
+    posteriors = random_start(tree, rows, branching, np.random.default_rng(seed), by_cells)
     return fit_tree(tree, rows, stopping, posteriors, advance)

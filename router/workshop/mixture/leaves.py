@@ -11,7 +11,14 @@ from typing import Protocol
 
 import numpy as np
 
-from router.workshop.mixture.em import Array, SoftmaxProblem, ascend, least_squares, log_softmax
+from router.workshop.mixture.em import (
+    ROUGH,
+    Array,
+    SoftmaxProblem,
+    ascend,
+    least_squares,
+    log_softmax,
+)
 
 VARIANCE_ROWS = 0.1
 """The weight of a variance's prior, in rows whose squared residual is the target's variance."""
@@ -121,8 +128,10 @@ class SoftmaxLeaves:
         return float(-0.5 * np.einsum("d,dec->", self.penalty, self.coefficients**2))
 
     def maximised(self, design: Array, targets: Array, row_weight: Array) -> SoftmaxLeaves:
-        """Return the experts after a few Newton steps."""
+        """Return the experts after ``newton_steps`` rough Newton steps."""
         soft = row_weight[:, :, None] * targets[:, None, :]
         problem = SoftmaxProblem(design, soft, self.penalty)
-        coefficients, _ = ascend(problem, self.coefficients, self.newton_steps)
+        coefficients, _ = ascend(
+            problem, self.coefficients, self.newton_steps, tolerance=ROUGH
+        )
         return SoftmaxLeaves(coefficients, self.penalty, self.newton_steps)

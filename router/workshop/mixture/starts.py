@@ -1,9 +1,12 @@
-"""Starts of hierarchical mixtures: pieces of the data first, the tree over them second.
+"""Starts of hierarchical mixtures, of two kinds.
 
-A tree grown from its root takes a wrong first cut where two pieces look alike together. So the rows
-are cut into more regions than there are experts, regions of the same linear piece are merged, a few
-iterations without levels make the pieces clean, and the pieces are joined, level by level, into
-groups that a gate can tell apart.
+A start by pieces finds few pieces that interlock: a tree grown from its root takes a wrong first
+cut where two pieces look alike together. So the rows are cut into more regions than there are
+experts, regions of the same linear piece are merged, a few iterations without levels make the
+pieces clean, and the pieces are joined, level by level, into groups that a gate can tell apart.
+
+A start by cells costs next to nothing and leaves the pieces to EM, which finds better trees from it
+where there are more experts than pieces: rows belong to the nearest of some rows, level by level.
 
 Dimension letters: N rows, F features, D columns of the design, O outputs, E experts, P pieces.
 """
@@ -30,25 +33,65 @@ _TIE = 1e-9
 
 
 def random_start(
-    tree: Tree, rows: Rows, branching: Sequence[int], rng: np.random.Generator
+    tree: Tree, rows: Rows, branching: Sequence[int], rng: np.random.Generator, by_cells: bool
 ) -> Array:
-    """Return posteriors [N, E] to start a tree without coefficients from.
+    """Return posteriors [N, E] to start a tree without coefficients from, by cells or by pieces.
 
     They depend on the weighted distribution of the rows alone, so that a weight of 2 equals a row
     that stands twice.
     """
-    num_experts = math.prod(branching)
-    if num_experts == 1:
+    if math.prod(branching) == 1:
         return np.ones((len(rows.weight), 1))
-    num_columns = rows.design.shape[1]
+    if by_cells:
+        return _softened(_cells(rows, branching, rng))
+    return _softened(_pieces(tree, rows, branching, rng))
+
+
+def _cells(rows: Rows, branching: Sequence[int], rng: np.random.Generator) -> Array:
+    """Return membership [N, E] of the cells around some rows, cut again level by level."""
+    features = rows.design[:, :-1]
+    cell = np.zeros(len(features), dtype=np.intp)
+    for level, choices in enumerate(branching):
+        inner = np.zeros_like(cell)
+        for number in range(math.prod(branching[:level])):
+            members = np.flatnonzero(cell == number)
+            if len(members):
+                inner[members] = _nearest(features[members], rows.weight[members], choices, rng)
+        cell = choices * cell + inner
+    membership: Array = np.eye(math.prod(branching))[cell]
+    return membership
+
+
+def _nearest(features: Array, weight: Array, count: int, rng: np.random.Generator) -> Array:
+    """Return the number of the nearest of ``count`` rows, for each row.
+
+    The first is drawn by weight, a later one by weight times squared distance from those before
+    (Arthur and Vassilvitskii 2007). There are fewer where fewer rows differ.
+    """
+    least, nearest = np.ones(len(features)), np.zeros(len(features), dtype=np.intp)
+    for number, place in enumerate(rng.random(count)):
+        total = np.cumsum(weight * least)
+        if total[-1] <= 0:
+            break
+        chosen = min(int(np.searchsorted(total, place * total[-1], "right")), len(total) - 1)
+        squares = ((features - features[chosen]) ** 2).sum(axis=1)
+        is_nearer = (squares < least) | (number == 0)
+        nearest[is_nearer], least[is_nearer] = number, squares[is_nearer]
+    return nearest
+
+
+def _pieces(
+    tree: Tree, rows: Rows, branching: Sequence[int], rng: np.random.Generator
+) -> Array:
+    """Return posteriors [N, E] of linear pieces, in an order that the gates can tell apart."""
+    num_experts, num_columns = math.prod(branching), rows.design.shape[1]
     penalty = np.full(num_columns, RIDGE)
     centred = Rows(rows.design, rows.targets - rows.weight @ rows.targets / rows.mass, rows.weight)
     regions = _regions(centred, num_experts, penalty, rng)
     pieces = _softened(_merged(centred, regions, num_experts, penalty))
     flat = Tree(empty_gates((num_experts,), num_columns), tree.leaves, tree.penalty, 1)
-    flat = fit_tree(flat, rows, _FLAT, pieces).tree
-    posteriors = flat.expectation(rows)[0]
-    return _softened(posteriors[:, grouped(rows, posteriors, branching, penalty, rng)])
+    posteriors = fit_tree(flat, rows, _FLAT, pieces).last.expectation(rows)[0]
+    return posteriors[:, grouped(rows, posteriors, branching, penalty, rng)]
 
 
 def _softened(posteriors: Array) -> Array:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from router.workshop.mixture.em import (
+    ROUGH,
     Array,
     SoftmaxProblem,
     ascend,
@@ -87,7 +88,7 @@ class Tree:
             below = weighted.reshape(len(weighted), *level.shape[1:], -1)
             targets = sum_of_choices(below)[..., 0]
             problem = SoftmaxProblem(rows.design, targets, self.penalty)
-            gates.append(ascend(problem, level, self.newton_steps)[0])
+            gates.append(ascend(problem, level, self.newton_steps, tolerance=ROUGH)[0])
         leaves = self.leaves.maximised(rows.design, rows.targets, weighted)
         return replace(self, gates=tuple(gates), leaves=leaves)
 
@@ -117,17 +118,22 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A fitted tree: ``objectives`` has the objective after each iteration, in nats a row."""
+    """A fit so far: ``objectives`` has the objective after each iteration, in nats a row.
 
-    tree: Tree
-    objectives: tuple[float, ...]
-    held_out: tuple[float, ...]
-    is_converged: bool
+    ``best`` is the tree of the best ``score``: of the log-likelihood of rows held out, or of the
+    objective. ``last`` is the tree of the last iteration, after ``waited`` without a gain.
+    """
 
-    @property
-    def score(self) -> float:
-        """The best log-likelihood of held-out rows, or else the last objective."""
-        return max(self.held_out) if self.held_out else self.objectives[-1]
+    best: Tree
+    score: float
+    last: Tree
+    objectives: tuple[float, ...] = ()
+    held_out: tuple[float, ...] = ()
+    waited: int = 0
+
+    def is_converged(self, stopping: Stopping) -> bool:
+        """Return whether the fit ended by itself."""
+        return self.waited >= stopping.patience
 
 
 def fit_tree(
@@ -144,14 +150,40 @@ def fit_tree(
     tree of their best log-likelihood. ``advance`` is called with each objective. Raises
     ``ArithmeticError`` where the objective falls by more than rounding.
     """
-    objectives: list[float] = []
-    held_out: list[float] = []
-    best, best_tree, waited = -math.inf, tree, 0
     if posteriors is None:
-        posteriors, likelihood = tree.expectation(rows)
-        previous = best = (likelihood + tree.log_prior()) / rows.mass
-    else:
-        previous = -math.inf
+        score = _score(tree, stopping.held_out or rows, stopping.held_out is None)
+        return go_on(Fitted(tree, score, tree), rows, stopping, advance)
+    return _iterated(Fitted(tree, -math.inf, tree), rows, stopping, posteriors, -math.inf, advance)
+
+
+def go_on(
+    fitted: Fitted,
+    rows: Rows,
+    stopping: Stopping,
+    advance: Callable[[float], object] = lambda objective: None,
+) -> Fitted:
+    """Return the fit after more iterations: ``stopping`` counts those before."""
+    posteriors, likelihood = fitted.last.expectation(rows)
+    objective = (likelihood + fitted.last.log_prior()) / rows.mass
+    return _iterated(fitted, rows, stopping, posteriors, objective, advance)
+
+
+def _score(tree: Tree, rows: Rows, has_prior: bool) -> float:
+    likelihood = tree.expectation(rows)[1]
+    return (likelihood + (tree.log_prior() if has_prior else 0.0)) / rows.mass
+
+
+def _iterated(
+    fitted: Fitted,
+    rows: Rows,
+    stopping: Stopping,
+    posteriors: Array,
+    previous: float,
+    advance: Callable[[float], object],
+) -> Fitted:
+    """Run EM from the posteriors of the last tree, whose objective is ``previous``."""
+    objectives, held_out = list(fitted.objectives), list(fitted.held_out)
+    tree, best, best_score, waited = fitted.last, fitted.best, fitted.score, fitted.waited
     while len(objectives) < stopping.max_iter and waited < stopping.patience:
         tree = tree.maximised(rows, posteriors)
         posteriors, likelihood = tree.expectation(rows)
@@ -166,12 +198,11 @@ def fit_tree(
             )
         objectives.append(objective)
         if stopping.held_out is not None:
-            score = tree.expectation(stopping.held_out)[1] / stopping.held_out.mass
+            score = _score(tree, stopping.held_out, has_prior=False)
             held_out.append(score)
-        waited = 0 if score > best + stopping.tol else waited + 1
-        if score > best:
-            best, best_tree = score, tree
+        waited = 0 if score > best_score + stopping.tol else waited + 1
+        if score > best_score:
+            best, best_score = tree, score
         previous = objective
         advance(objective)
-    is_converged = waited >= stopping.patience
-    return Fitted(best_tree, tuple(objectives), tuple(held_out), is_converged)
+    return Fitted(best, best_score, tree, tuple(objectives), tuple(held_out), waited)

@@ -150,7 +150,7 @@ class Forgetful:
 
 def test_a_fall_of_the_objective_is_an_error() -> None:
     tree, rows = drawn(1, (2,), "gaussian")
-    fitted = fit_tree(tree, rows, Stopping(20, 0.0, 20)).tree
+    fitted = fit_tree(tree, rows, Stopping(20, 0.0, 20)).best
     wrong = replace(fitted, leaves=Forgetful(fitted.leaves))
     with pytest.raises(
         ArithmeticError, match=r"the objective fell from .* in iteration 1; a larger"
@@ -182,10 +182,10 @@ def test_held_out_rows_choose_the_tree() -> None:
     held_out = Rows(rows.design[25:], rows.targets[25:], rows.weight[25:])
     start = np.random.default_rng(0).dirichlet(np.ones(4), size=25)
     fitted = fit_tree(tree, train, Stopping(50, 0.0, 5, held_out), start)
-    score = fitted.tree.expectation(held_out)[1] / held_out.mass
+    score = fitted.best.expectation(held_out)[1] / held_out.mass
     np.testing.assert_allclose(score, max(fitted.held_out), rtol=1e-12)
     assert len(fitted.held_out) == len(fitted.objectives) < 50
-    assert fitted.is_converged
+    assert fitted.waited == 5
     assert int(np.argmax(fitted.held_out)) == len(fitted.held_out) - 6
 
 
@@ -211,18 +211,20 @@ def test_many_pieces_are_grouped_too() -> None:
 
 
 @pytest.mark.parametrize("num_distinct", [1, 2, 3])
-def test_a_start_of_fewer_different_rows_than_experts(num_distinct: int) -> None:
+@pytest.mark.parametrize("by_cells", [False, True])
+def test_a_start_of_fewer_different_rows_than_experts(num_distinct: int, by_cells: bool) -> None:
     rng = np.random.default_rng(num_distinct)
     features = np.repeat(rng.normal(size=(num_distinct, 2)), 10, axis=0)
     targets = rng.normal(size=(len(features), 1))
     rows = Rows(design_of(features), targets, np.ones(len(features)))
-    start = random_start(empty_tree(), rows, (2, 2), rng)
+    start = random_start(empty_tree(), rows, (2, 2), rng, by_cells)
     assert start.shape == (len(features), 4)
     np.testing.assert_allclose(start.sum(axis=1), 1.0, rtol=1e-12)
     assert start.min() > 0
 
 
-def test_a_weight_of_2_starts_as_a_row_that_stands_twice() -> None:
+@pytest.mark.parametrize("by_cells", [False, True])
+def test_a_weight_of_2_starts_as_a_row_that_stands_twice(by_cells: bool) -> None:
     rng = np.random.default_rng(4)
     features, targets = rng.normal(size=(40, 2)), rng.normal(size=(40, 1))
     counts = rng.integers(1, 4, size=40)
@@ -230,7 +232,7 @@ def test_a_weight_of_2_starts_as_a_row_that_stands_twice() -> None:
     twice = np.repeat(np.arange(40), counts)
     repeated = Rows(design_of(features[twice]), targets[twice], np.ones(len(twice)))
     starts = [
-        random_start(empty_tree(), rows, (2, 2), np.random.default_rng(5))
+        random_start(empty_tree(), rows, (2, 2), np.random.default_rng(5), by_cells)
         for rows in (weighted, repeated)
     ]
     np.testing.assert_allclose(starts[0][twice], starts[1], atol=1e-8)
