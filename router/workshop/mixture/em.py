@@ -34,7 +34,7 @@ _ARMIJO = 1e-4
 _DAMPING = 1e-12
 _LEAST_PIVOT = 1e-6
 _FEW_CHOICES = 16
-_MOST_BLOCK_COLUMNS = 16
+_MOST_BLOCK_COLUMNS = 8
 """The columns up to which blocks of the Hessian pay as a preconditioner of conjugate gradients."""
 
 

@@ -40,7 +40,7 @@ from router.workshop.mixture.tree import (
 NEWTON_STEPS = 1
 """The Newton steps of an M step, from the coefficients of the M step before."""
 FIRST_ROUND = 25
-"""The iterations of all starts; the better half has twice as many in all, and so on."""
+"""The iterations of all starts; the better half of each kind has twice as many, and so on."""
 MAX_SEED = 2**31 - 1
 ABOVE_0 = [Interval(Real, 0, None, closed="neither")]
 _AT_LEAST_1 = [Interval(Integral, 1, None, closed="left")]
@@ -169,20 +169,26 @@ class HierarchicalMixture(MixtureEstimator):
         return self
 
     def _best(self, starts: list[Callable[..., Fitted]], rows: Rows, stopping: Stopping) -> Fitted:
-        """Return the best of all starts: after each round the better half goes on.
+        """Return the best of all starts, which are by pieces and by cells in turn.
 
-        This is successive halving (Jamieson and Talwalkar 2016) of the starts.
+        After each round the better half of each kind goes on, to twice as many iterations
+        (successive halving, Jamieson and Talwalkar 2016). A start by cells needs more iterations to
+        show its worth, so the kinds do not compete before the end.
         """
+        kinds = [kind for kind in (starts[::2], starts[1::2]) if kind]
         done, limit = 0, min(FIRST_ROUND, stopping.max_iter)
         while True:
-            limit = stopping.max_iter if len(starts) == 1 else limit
-            part = replace(stopping, max_iter=limit)
-            fits = self._fit_all([partial(fit, rows=rows, stopping=part) for fit in starts], limit - done)
-            fits.sort(key=lambda fitted: -fitted.score)  # of equal ones the first
-            if limit == stopping.max_iter:
-                return fits[0]
-            starts = [partial(go_on, fitted) for fitted in fits[: math.ceil(len(fits) / 2)]]
+            is_last = limit == stopping.max_iter or all(len(kind) == 1 for kind in kinds)
+            part = replace(stopping, max_iter=stopping.max_iter if is_last else limit)
+            fits = self._fit_all(
+                [partial(fit, rows=rows, stopping=part) for kind in kinds for fit in kind],
+                part.max_iter - done,
+            )
+            if is_last:
+                return max(fits, key=lambda fitted: fitted.score)  # of equal ones the first
+            middle = len(kinds[0])
             done, limit = limit, min(2 * limit, stopping.max_iter)
+            kinds = [_better_half(fits[:middle]), _better_half(fits[middle:])]
 
     def _fit_all(self, fits: Sequence[Callable[..., Fitted]], max_iter: int) -> list[Fitted]:
         """Return the results of all fits, made here or in ``n_jobs`` processes."""
@@ -259,6 +265,12 @@ class HierarchicalMixture(MixtureEstimator):
     def _empty_leaves(self, num_experts: int, num_outputs: int, penalty: Array) -> Leaves:
         """Return experts without rows."""
         raise NotImplementedError
+
+
+def _better_half(fits: list[Fitted]) -> list[Callable[..., Fitted]]:
+    """Return how the better half of some fits goes on, the best first."""
+    ordered = sorted(fits, key=lambda fitted: -fitted.score)
+    return [partial(go_on, fitted) for fitted in ordered[: math.ceil(len(fits) / 2)]]
 
 
 def fit_from(

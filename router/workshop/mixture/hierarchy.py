@@ -50,7 +50,9 @@ class HierarchicalMixtureRegressor(MixtureRegressor, HierarchicalMixture):
     - ``ridge``, ``gate_ridge``: the precisions of the priors, above 0. A smaller ``gate_ridge``
       allows sharper borders between pieces.
     - ``min_variance``: the least variance of an expert, as a share of the target's.
-    - ``n_init``: the number of starts, of which the best result is kept.
+    - ``n_init``: the number of starts, half of them by linear pieces and half by cells of the
+      inputs. After 25 iterations, 50 and so on the better half of each kind goes on, and the best
+      result is kept.
     - ``max_iter``: the most iterations of EM. The fit ends earlier when ``n_iter_no_change``
       iterations in a row raise the objective by less than ``tol``.
     - ``early_stopping``: judge by the log likelihood of a ``validation_fraction`` of the rows, and
@@ -76,9 +78,9 @@ class HierarchicalMixtureRegressor(MixtureRegressor, HierarchicalMixture):
         *,
         top_k: int | tuple[int | None, ...] | None = None,
         ridge: float = 1.0,
-        gate_ridge: float = 0.1,
+        gate_ridge: float = 0.01,
         min_variance: float = 1e-6,
-        n_init: int = 5,
+        n_init: int = 8,
         max_iter: int = 200,
         tol: float = 1e-5,
         n_iter_no_change: int = 5,
@@ -136,7 +138,7 @@ class HierarchicalMixtureClassifier(MixtureClassifier, HierarchicalMixture):
         top_k: int | tuple[int | None, ...] | None = None,
         ridge: float = 1.0,
         gate_ridge: float = 0.1,
-        n_init: int = 8,
+        n_init: int = 6,
         max_iter: int = 200,
         tol: float = 1e-5,
         n_iter_no_change: int = 5,

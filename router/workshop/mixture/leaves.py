@@ -131,7 +131,5 @@ class SoftmaxLeaves:
         """Return the experts after ``newton_steps`` rough Newton steps."""
         soft = row_weight[:, :, None] * targets[:, None, :]
         problem = SoftmaxProblem(design, soft, self.penalty)
-        coefficients, _ = ascend(
-            problem, self.coefficients, self.newton_steps, tolerance=ROUGH
-        )
+        coefficients, _ = ascend(problem, self.coefficients, self.newton_steps, tolerance=ROUGH)
         return SoftmaxLeaves(coefficients, self.penalty, self.newton_steps)

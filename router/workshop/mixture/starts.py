@@ -63,26 +63,23 @@ def _cells(rows: Rows, branching: Sequence[int], rng: np.random.Generator) -> Ar
 
 
 def _nearest(features: Array, weight: Array, count: int, rng: np.random.Generator) -> Array:
-    """Return the number of the nearest of ``count`` rows, for each row.
+    """Return the number of the nearest of ``count`` rows, which are drawn by weight, for each row.
 
-    The first is drawn by weight, a later one by weight times squared distance from those before
-    (Arthur and Vassilvitskii 2007). There are fewer where fewer rows differ.
+    The rows drawn differ; there are fewer where fewer rows do.
     """
-    least, nearest = np.ones(len(features)), np.zeros(len(features), dtype=np.intp)
+    least, nearest = np.full(len(features), np.inf), np.zeros(len(features), dtype=np.intp)
     for number, place in enumerate(rng.random(count)):
-        total = np.cumsum(weight * least)
+        total = np.cumsum(weight * (least > 0))
         if total[-1] <= 0:
             break
         chosen = min(int(np.searchsorted(total, place * total[-1], "right")), len(total) - 1)
         squares = ((features - features[chosen]) ** 2).sum(axis=1)
-        is_nearer = (squares < least) | (number == 0)
+        is_nearer = squares < least
         nearest[is_nearer], least[is_nearer] = number, squares[is_nearer]
     return nearest
 
 
-def _pieces(
-    tree: Tree, rows: Rows, branching: Sequence[int], rng: np.random.Generator
-) -> Array:
+def _pieces(tree: Tree, rows: Rows, branching: Sequence[int], rng: np.random.Generator) -> Array:
     """Return posteriors [N, E] of linear pieces, in an order that the gates can tell apart."""
     num_experts, num_columns = math.prod(branching), rows.design.shape[1]
     penalty = np.full(num_columns, RIDGE)

@@ -17,7 +17,7 @@ from router.workshop.mixture.em import design_of, penalty_of
 from router.workshop.mixture.grouping import grouped
 from router.workshop.mixture.leaves import VARIANCE_ROWS, GaussianLeaves, SoftmaxLeaves
 from router.workshop.mixture.starts import random_start
-from router.workshop.mixture.tree import Rows, Stopping, Tree, empty_gates, fit_tree
+from router.workshop.mixture.tree import Rows, Stopping, Tree, empty_gates, fit_tree, go_on
 
 TREES = [(1,), (2,), (3,), (2, 2), (3, 1, 2), (2, 2, 2)]
 
@@ -187,6 +187,35 @@ def test_held_out_rows_choose_the_tree() -> None:
     assert len(fitted.held_out) == len(fitted.objectives) < 50
     assert fitted.waited == 5
     assert int(np.argmax(fitted.held_out)) == len(fitted.held_out) - 6
+
+
+def test_a_fit_that_goes_on_is_the_fit_at_once() -> None:
+    tree, rows = drawn(5, (2, 2), "gaussian")
+    at_once = fit_tree(tree, rows, Stopping(30, 1e-6, 3))
+    parts = go_on(fit_tree(tree, rows, Stopping(4, 1e-6, 3)), rows, Stopping(30, 1e-6, 3))
+    np.testing.assert_allclose(parts.objectives, at_once.objectives, rtol=1e-12)
+    assert parts.waited == at_once.waited
+
+
+def test_a_tree_is_judged_by_the_rows_held_out_from_the_beginning() -> None:
+    """Rows held out are less likely than those of the fit, and yet a later tree can be best."""
+    tree, rows = drawn(6, (2,), "gaussian")
+    far = Rows(rows.design, 3 * rows.targets, rows.weight)
+    fitted = fit_tree(tree, rows, Stopping(5, 0.0, 5, far))
+    scores = [t.expectation(far)[1] / far.mass for t in (tree, fitted.best)]
+    assert fitted.score == max(scores[0], *fitted.held_out) == pytest.approx(scores[1])
+
+
+def test_cells_are_cut_level_by_level() -> None:
+    rng = np.random.default_rng(7)
+    features = rng.normal(size=(60, 2))
+    rows = Rows(design_of(features), features[:, :1], np.ones(60))
+    start = random_start(empty_tree(), rows, (2, 2), rng, by_cells=True)
+    cell = start.argmax(axis=1)
+    assert set(cell.tolist()) == {0, 1, 2, 3}
+    assert np.all(start.max(axis=1) > 0.9)
+    within = [features[cell == number].var(axis=0).sum() for number in range(4)]
+    assert np.average(within, weights=np.bincount(cell)) < 0.7 * features.var(axis=0).sum()
 
 
 def test_pieces_are_grouped_as_gates_can_tell_them_apart() -> None:
