@@ -168,7 +168,9 @@ class HierarchicalMixture(MixtureEstimator):
             )
         return self
 
-    def _best(self, starts: list[Callable[..., Fitted]], rows: Rows, stopping: Stopping) -> Fitted:
+    def _best(
+        self, starts: Sequence[Callable[..., Fitted]], rows: Rows, stopping: Stopping
+    ) -> Fitted:
         """Return the best of all starts, which are by pieces and by cells in turn.
 
         After each round the better half of each kind goes on, to twice as many iterations
