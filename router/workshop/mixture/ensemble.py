@@ -10,32 +10,40 @@ An estimator's fit need not raise the objective. So each expert's new fit, and t
 only where its own part of the expected log likelihood does not fall, which makes generalised EM of
 it (Dempster, Laird and Rubin 1977): the objective never falls.
 
+With folds, the outputs for a row are out of fold: predictions of clones that are fitted to the
+other folds (Wolpert 1992, "Stacked generalization"). Posteriors, deviations, the gate's targets and
+the objective follow from them, so an expert that memorises its rows gains nothing. The argument
+above holds for any outputs, so this out-of-fold objective never falls either. The shares of a row
+still follow from its target, so it is no score of unseen rows. The mixture itself has experts that
+are fitted to their shares of all rows.
+
 Dimension letters: N rows, F features, E experts, W values of an output, D outputs of a regression,
 K classes.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from sklearn.base import clone
-from sklearn.dummy import DummyClassifier
 from sklearn.exceptions import FitFailedWarning
-from sklearn.pipeline import Pipeline
-from sklearn.utils.parallel import Parallel, delayed
-from sklearn.utils.validation import has_fit_parameter
 
-from experts.backends.errors import described
-from router.workshop.mixture.gates import GateLearner, Scale, gate_part
+from router.workshop.mixture.fits import Data, Expert, Fit, FitFailedError, fits
+from router.workshop.mixture.folds import Fold, Rows
+from router.workshop.mixture.gates import (
+    ConstantLearner,
+    GateLearner,
+    Scale,
+    gate_part,
+    least_squares_weights,
+)
 from router.workshop.mixture.parts import (
     Array,
     EstimatorPart,
     FittedMixture,
+    GatePart,
     log_sum,
     normal_log_densities,
     posterior,
@@ -45,118 +53,37 @@ FLOOR_MASS = 1e-3
 """The probability that a likelihood spreads evenly over all classes, so that none is impossible."""
 MIN_DEVIATION = 1e-3
 """The least deviation of an expert, relative to that of the targets."""
-_LEAST_SHARE = 1e-10
-"""Rows of a smaller share, relative to the largest weight, are left out of an expert's fit."""
 GATE = "gate"
-Targets = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Expert:
-    """An expert to fit: its estimator, and the keyword of ``fit`` that takes weights, if any."""
-
-    name: str
-    estimator: Any
-
-    @property
-    def weight_keyword(self) -> str | None:
-        """The keyword of ``fit`` that takes weights, that of a pipeline's last step included."""
-        if isinstance(self.estimator, Pipeline):
-            step, last = self.estimator.steps[-1]
-            return f"{step}__sample_weight" if has_fit_parameter(last, "sample_weight") else None
-        return "sample_weight" if has_fit_parameter(self.estimator, "sample_weight") else None
-
-    def __str__(self) -> str:
-        """Return the name and the class, for errors."""
-        return f"expert {self.name!r} ({type(self.estimator).__name__})"
-
-
-@dataclass(frozen=True)
-class Data:
-    """The rows to fit: X [N, F], targets, weights [N]; ``classes`` [K] of a classification.
-
-    ``targets`` are values [N, D], or the numbers [N] of classes.
-    """
-
-    X: Array
-    targets: Targets
-    weights: Array
-    classes: npt.NDArray[Any] | None
-
-    @property
-    def width(self) -> int:
-        """The values W of an expert's output."""
-        return self.targets.shape[1] if self.classes is None else len(self.classes)
-
-    @property
-    def least_share(self) -> float:
-        """The weight at and below which a row is left out of an expert's fit."""
-        return _LEAST_SHARE * float(self.weights.max())
-
-    def y(self, rows: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
-        """Return the targets of some rows as an estimator takes them."""
-        if self.classes is not None:
-            return self.classes[self.targets[rows]]
-        targets = self.targets[rows]
-        return targets[:, 0] if targets.shape[1] == 1 else targets
-
-
-class FitFailedError(ValueError):
-    """An expert's fit, or its prediction, fails on the rows that the gate gives it."""
-
-
-def fitted_part(expert: Expert, data: Data, shares: Array) -> tuple[EstimatorPart, Array]:
-    """Fit an expert to its ``shares`` [N] of the rows; returns it and its outputs [N, W].
-
-    Where all of its rows have one class, a constant classifier stands in for the expert. Raises
-    :class:`FitFailedError`, which names the expert, for any error of the estimator.
-    """
-    rows = shares > data.least_share
-    y = data.y(rows)
-    estimator = clone(expert.estimator)
-    keywords: dict[str, Any] = {}
-    if data.classes is not None and len(np.unique(y)) == 1:
-        estimator = DummyClassifier(strategy="most_frequent")
-    elif (keyword := expert.weight_keyword) is not None:
-        keywords[keyword] = shares[rows]
-    try:
-        estimator.fit(data.X[rows], y, **keywords)
-        if data.classes is None:
-            part = EstimatorPart(estimator)
-        else:
-            places = np.searchsorted(data.classes, estimator.classes_)
-            part = EstimatorPart(estimator, "predict_proba", places, data.width)
-        outputs = part(data.X)
-    except Exception as error:  # an estimator may raise anything
-        raise FitFailedError(
-            f"{expert} cannot be fitted to {rows.sum()} of {len(rows)} rows: {described(error)}"
-        ) from error
-    if outputs.shape != (len(rows), data.width) or not np.isfinite(outputs).all():
-        raise FitFailedError(
-            f"{expert} predicts the shape {list(outputs.shape)}, or values that are not finite, "
-            f"where {data.width} values of each row are needed"
-        )
-    return part, outputs
 
 
 class EnsembleEM:
     """The state of EM: experts, their deviations, the gate, and the shares of the next M step."""
 
     def __init__(
-        self, experts: Sequence[Expert], learner: GateLearner, data: Data, n_jobs: int | None
+        self,
+        experts: Sequence[Expert],
+        learner: GateLearner,
+        data: Data,
+        n_jobs: int | None,
+        folds: Sequence[Fold] = (),
     ) -> None:
-        """Take the data; :meth:`start` or :meth:`resume` comes next."""
+        """Take the data; :meth:`start` or :meth:`resume` comes next.
+
+        Without ``folds`` the fits are judged by the rows that they were fitted to.
+        """
         self._experts = experts
-        self._learner = learner
         self._data = data
         self._n_jobs = n_jobs
+        self._folds = folds
         self._scale = Scale.of(data.X, data.weights)
         self._scaled = self._scale(data.X)
         self._is_hard = all(expert.weight_keyword is None for expert in experts)
-        self._parts: list[EstimatorPart] = []
         count = len(experts)
+        self._given: list[Array] = [data.weights] * count
+        """What the experts are fitted to."""
+        self._parts: list[EstimatorPart | None] = [None] * count
+        """The experts; with folds, those that :meth:`mixture` needed already."""
         self._outputs = np.empty((len(data.X), count, data.width))
-        self._log_gates = np.full((len(data.X), count), -np.log(count))
         if data.classes is None:
             deviation = np.sqrt(np.average(
                 (data.targets - np.average(data.targets, axis=0, weights=data.weights)) ** 2,
@@ -164,6 +91,28 @@ class EnsembleEM:
             ))  # fmt: skip
             self._least = MIN_DEVIATION * np.where(deviation > 0, deviation, 1.0)
             self._deviations = np.tile(np.maximum(deviation, self._least), (count, 1))
+        self._learner = learner
+        self._log_gates = np.full((len(data.X), count), -np.log(count))
+
+    @property
+    def num_experts(self) -> int:
+        """The number of experts E."""
+        return len(self._experts)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the experts."""
+        return [expert.name for expert in self._experts]
+
+    def copied(self) -> EnsembleEM:
+        """Return a state that goes on by itself."""
+        other = copy.copy(self)
+        other._given, other._parts = list(self._given), list(self._parts)
+        other._outputs, other._log_gates = self._outputs.copy(), self._log_gates.copy()
+        other._learner = copy.deepcopy(self._learner)
+        if self._data.classes is None:
+            other._deviations = self._deviations.copy()
+        return other
 
     def start(self, shares: Array) -> None:
         """Begin with the ``shares`` [N, E] of a first division of the rows.
@@ -173,20 +122,70 @@ class EnsembleEM:
         weights = self._data.weights
         begun = shares * weights[:, None]
         begun[:, begun.max(axis=0) <= self._data.least_share] = weights[:, None]
-        for number, result in enumerate(self._fits(begun, range(len(self._experts)))):
-            if isinstance(result, FitFailedError):
-                raise result
-            part, self._outputs[:, number] = result
-            self._parts.append(part)
+        self._fit_first(begun)
+        for number in range(len(self._experts)):
             self._set_deviations(number, begun[:, number])
         self._set_gate(shares, is_first=True)
+
+    def on(self, data: Data, folds: Sequence[Fold]) -> EnsembleEM:
+        """Return a state of other data, not started."""
+        learner = copy.deepcopy(self._learner)
+        return EnsembleEM(self._experts, learner, data, self._n_jobs, folds)
+
+    def started(self, shares: Array) -> EnsembleEM:
+        """Return a state that begins with ``shares``; raises as :meth:`start` does."""
+        other = self.copied()
+        other.start(shares)
+        return other
+
+    def start_whole(self) -> None:
+        """Begin with experts that are fitted to all rows; raises :class:`FitFailedError`."""
+        weights = self._data.weights
+        self._fit_first(np.tile(weights[:, None], len(self._experts)))
+        for number in range(len(self._experts)):
+            self._set_deviations(number, weights)
+        self._set_gate(posterior(self._log_gates, self._log_likelihoods(slice(None))), True)
+
+    def with_mean(self) -> EnsembleEM:
+        """Return a state whose gate gives all rows the weights of least squares."""
+        weights, targets = self._data.weights, self._data.targets
+        if self._data.classes is not None:
+            targets = np.eye(self._data.width)[targets]
+        errors = self._outputs - targets[:, None]
+        return self._with_weights(least_squares_weights(errors, weights))
+
+    def with_gate(self) -> EnsembleEM:
+        """Return a state whose gate begins with equal weights."""
+        other = self.copied()
+        other._log_gates = np.full_like(self._log_gates, -np.log(len(self._experts)))
+        other._set_gate(posterior(other._log_gates, other._log_likelihoods(slice(None))), True)
+        return other
+
+    def with_expert(self, number: int) -> EnsembleEM:
+        """Return a state whose gate gives all rows to one expert."""
+        return self._with_weights(np.eye(len(self._experts))[number])
+
+    def _with_weights(self, weights: Array) -> EnsembleEM:
+        other = self.copied()
+        other._learner = ConstantLearner(self._scaled.shape[1], weights)
+        other._set_gate(np.exp(self._log_gates), is_first=True)
+        return other
+
+    def _fit_first(self, given: Array) -> None:
+        numbers = range(len(self._experts))
+        for number, result in zip(numbers, self._fits(given, numbers), strict=True):
+            if isinstance(result, FitFailedError):
+                raise result
+            self._parts[number], self._outputs[:, number] = result
+            self._given[number] = given[:, number]
 
     def resume(self, mixture: FittedMixture) -> None:
         """Begin with the experts and the gate of an earlier fit."""
         gate = mixture.gates[GATE]
         self._layers, self._activation = gate.layers, gate.activation
-        self._log_gates = self._gate().log_weights(self._data.X)
+        self._log_gates = self.gate().log_weights(self._data.X)
         self._parts = [part for part in mixture.experts.values() if isinstance(part, EstimatorPart)]
+        assert len(self._parts) == len(self._experts)
         self._outputs = mixture.outputs(self._data.X)
         if mixture.deviations is not None:
             self._deviations = np.maximum(mixture.deviations, self._least)
@@ -205,10 +204,19 @@ class EnsembleEM:
             if isinstance(result, FitFailedError):
                 warnings.warn(f"{result}; it keeps its earlier fit", FitFailedWarning, stacklevel=3)
             else:
-                self._take_if_better(number, given[:, number], *result)
+                self._take_if_better(number, given[:, number], fitted[:, number], result)
             self._set_deviations(number, given[:, number])
         self._set_gate(shares)
         return self.objective()
+
+    def step_of_gate(self) -> float:
+        """Do a step of EM that leaves the experts as they are; returns the mean log likelihood."""
+        shares = posterior(self._log_gates, self._log_likelihoods(slice(None)))
+        for number in range(len(self._experts)):
+            self._set_deviations(number, shares[:, number] * self._data.weights)
+        self._set_gate(shares)
+        joint = self._log_gates + self._log_likelihoods(slice(None))
+        return float(np.average(log_sum(joint), weights=self._data.weights))
 
     def objective(self) -> float:
         """Return the mean log likelihood; of hard EM that of each row's likeliest expert alone."""
@@ -216,15 +224,44 @@ class EnsembleEM:
         rows = joint.max(axis=1) if self._is_hard else log_sum(joint)
         return float(np.average(rows, weights=self._data.weights))
 
+    def of(self, rows: Rows) -> EnsembleEM:
+        """Return a state of some rows, whose experts stay: for steps of the gate alone."""
+        other = self.copied()
+        other._data, other._scaled = self._data.of(rows), self._scaled[rows]
+        other._outputs, other._log_gates = self._outputs[rows], self._log_gates[rows]
+        return other
+
+    def combined(self, rows: Rows, gate: GatePart) -> Array:
+        """Return the experts' outputs for some rows, weighted by a gate: [N, W]."""
+        weights = np.exp(gate.log_weights(self._data.X[rows]))
+        total: Array = np.einsum("ne,new->nw", weights, self._outputs[rows])
+        return total
+
     def mixture(self, top_k: int | None = None) -> FittedMixture:
-        """Return the mixture as it is, with the gate's ``top_k``."""
-        names = [expert.name for expert in self._experts]
-        parts = dict(zip(names, self._parts, strict=True))
+        """Return the mixture as it is, with the gate's ``top_k``.
+
+        With folds, experts are fitted to all rows first; raises :class:`FitFailedError`.
+        """
+        missing = [number for number, part in enumerate(self._parts) if part is None]
+        given = np.column_stack(self._given)
+        whole = fits(
+            [self._experts[number] for number in missing],
+            self._data, [given[:, number] for number in missing], (), self._n_jobs,
+        )  # fmt: skip
+        for number, result in zip(missing, whole, strict=True):
+            if isinstance(result, FitFailedError):
+                raise result
+            self._parts[number] = result[0]
+        parts = {
+            expert.name: part
+            for expert, part in zip(self._experts, self._parts, strict=True)
+            if part is not None
+        }
         data = self._data
         is_regression = data.classes is None
         return FittedMixture(
             GATE,
-            {GATE: self._gate(top_k)},
+            {GATE: self.gate(top_k)},
             parts,
             "density" if is_regression else "probabilities",
             (data.X.shape[1],),
@@ -246,28 +283,23 @@ class EnsembleEM:
                 fitted[:, number] = largest[:, number]
         return fitted
 
-    def _fits(
-        self, given: Array, numbers: Sequence[int]
-    ) -> list[tuple[EstimatorPart, Array] | FitFailedError]:
-        return list(
-            Parallel(n_jobs=self._n_jobs)(
-                delayed(_fitted_or_error)(self._experts[number], self._data, given[:, number])
-                for number in numbers
-            )
-        )
+    def _fits(self, given: Array, numbers: Sequence[int]) -> list[Fit | FitFailedError]:
+        experts = [self._experts[number] for number in numbers]
+        shares = [given[:, number] for number in numbers]
+        return fits(experts, self._data, shares, self._folds, self._n_jobs)
 
-    def _take_if_better(
-        self, number: int, given: Array, part: EstimatorPart, outputs: Array
-    ) -> None:
-        old = self._parts[number], self._outputs[:, number].copy()
-        before = self._expected(number, given)
-        self._parts[number], self._outputs[:, number] = part, outputs
+    def _take_if_better(self, number: int, given: Array, fitted: Array, fit: Fit) -> None:
+        old = self._outputs[:, number].copy()
         of_old = self._deviations[number].copy() if self._data.classes is None else None
+        before = self._expected(number, given)
+        part, self._outputs[:, number] = fit
         self._set_deviations(number, given)
-        if self._expected(number, given) < before:
-            self._parts[number], self._outputs[:, number] = old
-            if of_old is not None:
-                self._deviations[number] = of_old
+        if self._expected(number, given) >= before:
+            self._parts[number], self._given[number] = part, fitted
+            return
+        self._outputs[:, number] = old
+        if of_old is not None:
+            self._deviations[number] = of_old
 
     def _expected(self, number: int, given: Array) -> float:
         """Return an expert's part of the expected log likelihood."""
@@ -288,7 +320,8 @@ class EnsembleEM:
         squares = (self._data.targets - self._outputs[:, number]) ** 2
         self._deviations[number] = np.maximum(np.sqrt(given @ squares / total), self._least)
 
-    def _gate(self, top_k: int | None = None) -> Any:
+    def gate(self, top_k: int | None = None) -> GatePart:
+        """Return the gate as it is."""
         names = tuple(expert.name for expert in self._experts)
         return gate_part(self._layers, self._activation, names, top_k)
 
@@ -311,13 +344,3 @@ def _one_hot(values: Array) -> Array:
     chosen = np.zeros_like(values)
     chosen[np.arange(len(values)), values.argmax(axis=1)] = 1.0
     return chosen
-
-
-def _fitted_or_error(
-    expert: Expert, data: Data, shares: Array
-) -> tuple[EstimatorPart, Array] | FitFailedError:
-    """Return an error as a value, so that one expert's does not end the others' fits."""
-    try:
-        return fitted_part(expert, data, shares)
-    except FitFailedError as error:
-        return error

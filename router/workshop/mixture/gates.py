@@ -2,7 +2,7 @@
 
 A gate is trained on rows whose features have mean 0 and deviation 1; the layers take raw rows.
 
-Dimension letters: N rows, F features, E experts.
+Dimension letters: N rows, F features, E experts, W values of an output.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
 from sklearn.base import BaseEstimator, clone, is_classifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
@@ -144,6 +145,38 @@ def learner_of(gate: Any, num_experts: int, draw: Callable[[Any], Any]) -> GateL
 class _OneExpert(GateLearner):
     def fit(self, X: Array, shares: Array, weights: Array) -> tuple[Layers, Activation]:
         return _constant(X.shape[1], 1, 0), "tanh"
+
+
+class ConstantLearner(GateLearner):
+    """A gate that learns nothing: all rows have the same weights of experts."""
+
+    def __init__(self, num_features: int, weights_of_experts: Array) -> None:
+        """Take the weights [E], of sum 1."""
+        bias = np.log(np.maximum(weights_of_experts, np.exp(_FORGOTTEN)))
+        self._layers = ((np.zeros((len(bias), num_features)), bias),)
+
+    def fit(self, X: Array, shares: Array, weights: Array) -> tuple[Layers, Activation]:
+        """Return one layer, whose weight is 0."""
+        return self._layers, "tanh"
+
+
+def least_squares_weights(errors: Array, weights: Array) -> Array:
+    """Return weights [E] of experts, not negative and of sum 1, whose mean has the least squares.
+
+    ``errors`` [N, E, W] are those of the experts' outputs, ``weights`` [N] those of the rows.
+    Breiman 1996, "Stacked regressions".
+    """
+    squares = np.einsum("n,new,nfw->ef", weights, errors, errors)
+    scale = np.trace(squares)
+    count = len(squares)
+    if scale <= 0:
+        return np.full(count, 1 / count)
+    values, vectors = np.linalg.eigh(squares / scale)
+    root = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
+    # The best sum of these least squares is below 1, and their direction is that of sum 1.
+    solution, _ = nnls(np.vstack([root, np.ones(count)]), np.append(np.zeros(count), 1.0))
+    found: Array = solution / solution.sum()
+    return found
 
 
 def _constant(num_features: int, count: int, expert: int) -> Layers:

@@ -6,14 +6,14 @@ Dimension letters: N rows, F features, E experts, D outputs of a regression, K c
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.base import clone
-from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.model_selection import train_test_split
@@ -30,13 +30,13 @@ from router.workshop.mixture.base import (
     Targets,
     progress,
 )
-from router.workshop.mixture.ensemble import GATE, Data, EnsembleEM, Expert, FitFailedError
-from router.workshop.mixture.gates import Scale, learner_of
-from router.workshop.mixture.parts import Array, FittedMixture
-
-TRIAL_ITERATIONS = 5
-"""The iterations of EM after which the best of several starts goes on alone."""
-_NUM_KMEANS = 3
+from router.workshop.mixture.ensemble import GATE, EnsembleEM
+from router.workshop.mixture.fits import Data, Expert
+from router.workshop.mixture.folds import Fold, Rows, folds_of, given_folds
+from router.workshop.mixture.gates import learner_of
+from router.workshop.mixture.parts import Array
+from router.workshop.mixture.search import Limits, Run, best_start, first_shares, run
+from router.workshop.mixture.unseen import UnseenSearch
 
 
 class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
@@ -52,6 +52,7 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
         "top_k": [Interval(Integral, 1, None, closed="left"), None],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0, None, closed="left")],
+        "cv": ["cv_object"],
         "n_init": [Interval(Integral, 1, None, closed="left")],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
         "early_stopping": ["boolean"],
@@ -68,6 +69,7 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
         *,
         gate: Any = "linear",
         top_k: int | None = None,
+        cv: Any = 5,
         n_init: int = 4,
         max_iter: int = 100,
         tol: float = 1e-4,
@@ -83,6 +85,7 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
         self.experts = experts
         self.gate = gate
         self.top_k = top_k
+        self.cv = cv
         self.n_init = n_init
         self.max_iter = max_iter
         self.tol = tol
@@ -123,97 +126,65 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
         source = check_random_state(self.random_state)
         experts = self._named_experts(source)
         is_warm = bool(self.warm_start) and hasattr(self, "mixture_")
+        given = X, y
         X, targets, weights = self._check_fit(X, y, sample_weight, reset=not is_warm)
         self._check_numbers(experts, X, weights)
-        train, held_out = self._divided(X, targets, weights, source)
+        train, held_out, places = self._divided(X, targets, weights, source)
         seed = source.randint(2**31 - 1)
-
-        def begun() -> EnsembleEM:
-            gate_source = np.random.RandomState(seed)
-            learner = learner_of(self.gate, len(experts), lambda gate: _seeded(gate, gate_source))
-            return EnsembleEM(experts, learner, train, self.n_jobs)
-
+        folds: list[Fold] = []
+        if isinstance(self.cv, Integral):
+            is_classification = train.classes is not None
+            folds = folds_of(train.X, train.targets, int(self.cv), is_classification, seed)
+        elif self.cv is not None:
+            numbers = np.arange(len(X)) if sample_weight is None else np.flatnonzero(sample_weight)
+            folds = given_folds(self.cv, *given, numbers[places])
+        gate_source = np.random.RandomState(seed)
+        learner = learner_of(self.gate, len(experts), lambda gate: _seeded(gate, gate_source))
+        begun = EnsembleEM(experts, learner, train, self.n_jobs, folds)
         if is_warm:
             self._check_same(experts)
-            em = begun()
-            em.resume(self.mixture_)
+        limits = Limits(self.max_iter, self.tol, self.n_iter_no_change, self.top_k)
+        divisions = [] if is_warm else self._divisions(train, len(experts), source)
+        if folds:
+            if is_warm:
+                divisions = [np.exp(self.mixture_.log_gates(train.X))]
+            search = UnseenSearch(begun, train, folds, divisions, limits, held_out)
+            result = search.best(partial(self._run, limits=limits, held_out=held_out))
+            self.cv_losses_, self.chosen_ = search.losses, search.chosen
         else:
-            em = self._best_start(begun, train, held_out, len(experts), source)
-        mixture = self._iterate(em, held_out)
-        self._set_fitted(mixture, train.X, train.targets, train.weights)
+            if is_warm:
+                begun.resume(self.mixture_)
+            else:
+                starts = [partial(begun.started, shares) for shares in divisions]
+                _, begun = best_start(starts, limits, held_out)
+            result = self._run(begun, limits, held_out)
+        self._set_run(result)
+        self._set_fitted(result.em.mixture(self.top_k), train.X, train.targets, train.weights)
         return self
 
-    def _best_start(
-        self,
-        begun: Callable[[], EnsembleEM],
-        train: Data,
-        held_out: Data | None,
-        num_experts: int,
-        source: np.random.RandomState,
-    ) -> EnsembleEM:
-        """Try ``n_init`` divisions of the rows; returns the one of the best score, as begun.
+    def _divisions(self, train: Data, count: int, source: np.random.RandomState) -> list[Array]:
+        return [
+            first_shares(train, count, source, is_plain=start == 0)
+            for start in range(self.n_init if count > 1 else 1)
+        ]
 
-        A division to whose parts an expert cannot be fitted is left out. Raises the first
-        :class:`FitFailedError` where that is so for all of them.
-        """
-        best: tuple[float, Array] | None = None
-        error: FitFailedError | None = None
-        for start in range(self.n_init if num_experts > 1 else 1):
-            shares = _first_shares(train, num_experts, source, is_plain=start == 0)
-            try:
-                em = begun()
-                em.start(shares)
-            except FitFailedError as failure:
-                error = error or failure
-                continue
-            if self.n_init == 1 or num_experts == 1:
-                return em
-            for _ in range(min(TRIAL_ITERATIONS, self.max_iter)):
-                score = em.step()
-            if held_out is not None:
-                score = _score(em.mixture(self.top_k), held_out)
-            if best is None or score > best[0]:
-                best = score, shares
-        if best is None:
-            assert error is not None  # at least one start was tried
-            raise error
-        em = begun()
-        em.start(best[1])
-        return em
-
-    def _iterate(self, em: EnsembleEM, held_out: Data | None) -> FittedMixture:
-        """Run EM until the score stops rising; returns the last mixture, or that of best score.
-
-        The score is the objective of EM, or the mean log likelihood of the rows held out.
-        """
-        objectives: list[float] = []
-        scores: list[float] = []
-        best, best_score, since_rise = em.mixture(self.top_k), -np.inf, 0
+    def _run(self, em: EnsembleEM, limits: Limits, held_out: Data | None) -> Run:
         with progress(self.verbose, self.max_iter, type(self).__name__) as advance:
-            while len(objectives) < self.max_iter and since_rise < self.n_iter_no_change:
-                objectives.append(em.step())
-                score = objectives[-1]
-                if held_out is not None:
-                    mixture = em.mixture(self.top_k)
-                    score = _score(mixture, held_out)
-                    scores.append(score)
-                    best = mixture if score > best_score else best
-                since_rise = 0 if score > best_score + self.tol else since_rise + 1
-                best_score = max(score, best_score)
-                advance(f"log likelihood {score:.6g}")
-        self.n_iter_ = len(objectives)
-        self.log_likelihoods_ = np.array(objectives)
-        if held_out is not None:
-            self.validation_scores_ = np.array(scores)
+            return run(em, EnsembleEM.step, limits, held_out, advance)
+
+    def _set_run(self, result: Run) -> None:
+        self.n_iter_ = len(result.objectives)
+        self.log_likelihoods_ = result.objectives
+        if result.scores is not None:
+            self.validation_scores_ = result.scores
         elif hasattr(self, "validation_scores_"):
             del self.validation_scores_  # of an earlier fit
-        if since_rise < self.n_iter_no_change:
+        if not result.is_converged:
             warnings.warn(
                 f"EM did not converge in {self.max_iter} iterations; raise max_iter or tol",
                 ConvergenceWarning,
                 stacklevel=3,
             )
-        return em.mixture(self.top_k) if held_out is None else best
 
     def _has_names(self) -> bool:
         experts = self.experts
@@ -263,11 +234,14 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
 
     def _divided(
         self, X: Array, targets: Targets, weights: Array, source: np.random.RandomState
-    ) -> tuple[Data, Data | None]:
-        """Return the rows to fit, and with early stopping those to validate with."""
+    ) -> tuple[Data, Data | None, Rows]:
+        """Return the rows to fit, those to validate with, and the numbers of those to fit.
+
+        Only early stopping validates.
+        """
         classes: npt.NDArray[Any] | None = getattr(self, "classes_", None)
         if not self.early_stopping:
-            return Data(X, targets, weights, classes), None
+            return Data(X, targets, weights, classes), None, np.arange(len(X))
         train, held_out = train_test_split(
             np.arange(len(X)),
             test_size=self.validation_fraction,
@@ -279,7 +253,7 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
         fit, validation = (
             Data(X[rows], targets[rows], weights[rows], classes) for rows in (train, held_out)
         )
-        return fit, validation
+        return fit, validation, train
 
 
 class MixtureOfExpertsRegressor(MixtureRegressor, _MixtureOfExperts):
@@ -287,8 +261,8 @@ class MixtureOfExpertsRegressor(MixtureRegressor, _MixtureOfExperts):
 
     Experts whose ``fit`` takes ``sample_weight`` (a pipeline's last step counts) are fitted to
     shares of rows, the others to whole rows; :mod:`router.workshop.mixture.ensemble` has the
-    algorithm and its guarantee. An expert that reproduces its training rows, as the nearest
-    neighbour does, has hardly any noise left, and takes all of them.
+    algorithm and its guarantee. Without ``cv`` an expert that reproduces its training rows, as the
+    nearest neighbour does, has hardly any noise left, and takes all of them.
 
     Parameters:
 
@@ -299,13 +273,25 @@ class MixtureOfExpertsRegressor(MixtureRegressor, _MixtureOfExperts):
       scikit-learn classifier whose decision is linear or an MLP. It learns which expert is likely
       to have made a row, from features of mean 0 and deviation 1; its scores become the gate's.
     - ``top_k``: the experts that predict a row, by default all. EM uses all of them.
+    - ``cv``: a number of folds, a splitter or splits as scikit-learn has them, or ``None``. With it
+      EM is generalised EM of the out-of-fold likelihood: each row's outputs come from clones fitted
+      to the other folds, and so do the deviations, the objective and the gate's targets (Wolpert
+      1992, "Stacked generalization"). That objective never falls. The
+      experts of the mixture are then fitted to all rows. EM is one of several mixtures, of which
+      rows that they were not fitted to choose by the squared error, or by wrong classes: the mean
+      with constant weights, each expert alone, and the gate over experts fitted to all rows. The
+      mean is taken unless another is better by more than a standard error. ``cv_losses_`` has the
+      mean losses (squares relative to the variance), that of EM by the first fold alone;
+      ``chosen_`` is the name of the mixture taken. ``None``: EM judges experts by the rows that
+      they were fitted to, and its mixture is taken.
     - ``n_init``: the divisions of the rows that EM starts from, by k-means; of several, the one of
       the best score after five iterations is taken.
     - ``max_iter``, ``tol``, ``n_iter_no_change``: the most iterations of EM; it ends earlier where
       the score rose by less than ``tol`` in so many iterations.
     - ``early_stopping``, ``validation_fraction``: whether the score is that of rows held out, whose
       best mixture stays, instead of the objective.
-    - ``warm_start``: whether a second fit goes on from the first.
+    - ``warm_start``: whether a second fit goes on from the first; with ``cv``, whether its gate
+      makes the first division.
     - ``n_jobs``: the experts that are fitted at once; ``verbose``: whether a bar shows progress.
 
     ``validation_scores_`` [n_iter_] are those of early stopping. ``log_likelihoods_`` are EM's,
@@ -334,12 +320,6 @@ class MixtureOfExpertsClassifier(MixtureClassifier, _MixtureOfExperts):
         return [LogisticRegression(), LogisticRegression()]
 
 
-def _score(mixture: FittedMixture, held_out: Data) -> float:
-    """Return the mean log likelihood of rows held out, by weight."""
-    densities = mixture.log_density(held_out.X, held_out.targets)
-    return float(np.average(densities, weights=held_out.weights))
-
-
 def _check_methods(name: str, estimator: Any, methods: Sequence[str]) -> None:
     """Raise ``ValueError`` for an expert that is no estimator, or lacks one of the methods."""
     if isinstance(estimator, type):
@@ -359,27 +339,3 @@ def _seeded(estimator: Any, source: np.random.RandomState) -> Any:
         if (key == "random_state" or key.endswith("__random_state")) and value is None
     }
     return estimator.set_params(**drawn) if drawn else estimator
-
-
-def _first_shares(
-    data: Data, num_experts: int, source: np.random.RandomState, is_plain: bool
-) -> Array:
-    """Return the shares [N, E] of a first division: k-means of the scaled rows.
-
-    Unless it ``is_plain``, features count by random weights, and so do the targets of a regression.
-    Equal rows count as one of their weights' sum, so that a weight is worth as many repetitions.
-    """
-    columns = data.X
-    if not is_plain and data.classes is None:
-        columns = np.column_stack([data.X, data.targets])
-    distinct, places = np.unique(columns, axis=0, return_inverse=True)
-    places = places.reshape(-1)
-    if len(distinct) <= num_experts:
-        return np.eye(num_experts)[places]
-    scaled = Scale.of(columns, data.weights)(distinct)
-    if not is_plain:
-        scaled = scaled * source.exponential(size=scaled.shape[1])
-    kmeans = KMeans(num_experts, n_init=_NUM_KMEANS, random_state=source.randint(2**31 - 1))
-    labels = kmeans.fit_predict(scaled, sample_weight=np.bincount(places, data.weights))
-    shares: Array = np.eye(num_experts)[labels[places]]
-    return shares

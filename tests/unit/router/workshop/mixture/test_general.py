@@ -46,6 +46,11 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
+def in_sample(kind: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return an estimator whose EM is judged by the rows that it is fitted to."""
+    return kind(*args, cv=None, **kwargs)
+
+
 def two_pieces(seed: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
     """Return rows [N, 2] and a target with one slope below 0 and another above, and noise."""
     source = np.random.default_rng(seed)
@@ -73,7 +78,7 @@ def test_the_contract_of_scikit_learn_is_kept(estimator: Any, check: Any) -> Non
 
 def test_linear_experts_find_the_pieces() -> None:
     X, y = two_pieces(0)
-    fitted = MixtureOfExpertsRegressor(random_state=0).fit(X, y)
+    fitted = in_sample(MixtureOfExpertsRegressor, random_state=0).fit(X, y)
     slopes = sorted(part.estimator.coef_.tolist() for part in fitted.mixture_.experts.values())
     np.testing.assert_allclose(slopes, [[-2, 1], [3, 0]], atol=0.05)
     np.testing.assert_allclose(fitted.mixture_.deviations, 0.05, atol=0.015)
@@ -89,14 +94,14 @@ def test_linear_experts_find_the_pieces() -> None:
 
 def test_logistic_experts_find_the_rules() -> None:
     X, y = two_rules(0)
-    fitted = MixtureOfExpertsClassifier(random_state=0).fit(X, y)
+    fitted = in_sample(MixtureOfExpertsClassifier, random_state=0).fit(X, y)
     assert fitted.score(X, y) > 0.9
     assert LogisticRegression().fit(X, y).score(X, y) < 0.7
 
 
 def test_one_expert_is_that_expert_with_the_likeliest_noise() -> None:
     X, y = two_pieces(1)
-    fitted = MixtureOfExpertsRegressor([Ridge(0.5)]).fit(X, y)
+    fitted = in_sample(MixtureOfExpertsRegressor, [Ridge(0.5)]).fit(X, y)
     alone = Ridge(0.5).fit(X, y)
     np.testing.assert_allclose(fitted.predict(X), alone.predict(X))
     deviation = np.sqrt(np.mean((y - alone.predict(X)) ** 2))
@@ -137,7 +142,7 @@ def test_the_objective_of_a_regression_never_falls(
     X, y = two_pieces(seed, 60)
     if is_multiple and not any(isinstance(expert, SVR) for expert in experts):
         y = np.column_stack([y, X[:, 0] ** 2])
-    check_rises(MixtureOfExpertsRegressor(experts, gate=gate), X, y, seed)
+    check_rises(in_sample(MixtureOfExpertsRegressor, experts, gate=gate), X, y, seed)
 
 
 @keeps_going
@@ -147,7 +152,7 @@ def test_the_objective_of_a_classification_never_falls(
     experts: list[Any], gate: Any, seed: int
 ) -> None:
     X, y = two_rules(seed, 60)
-    check_rises(MixtureOfExpertsClassifier(experts, gate=gate), X, y, seed)
+    check_rises(in_sample(MixtureOfExpertsClassifier, experts, gate=gate), X, y, seed)
 
 
 def check_rises(estimator: Any, X: np.ndarray, y: np.ndarray, seed: int) -> None:
@@ -162,7 +167,7 @@ def check_rises(estimator: Any, X: np.ndarray, y: np.ndarray, seed: int) -> None
 )
 def test_hard_em_counts_the_likeliest_expert_alone(experts: list[Any]) -> None:
     X, y = two_pieces(2)
-    fitted = MixtureOfExpertsRegressor(experts, random_state=0).fit(X, y)
+    fitted = in_sample(MixtureOfExpertsRegressor, experts, random_state=0).fit(X, y)
     joint = fitted.mixture_.log_gates(X) + fitted.mixture_.log_likelihoods(X, y[:, None])
     is_hard = isinstance(experts[0], KNeighborsRegressor)
     rows = joint.max(axis=1) if is_hard else np.log(np.exp(joint).sum(axis=1))
@@ -187,7 +192,7 @@ def test_a_part_that_would_lower_the_objective_is_not_taken() -> None:
 
     X, y = two_pieces(3)
     experts = [Worse(), LinearRegression()]
-    fitted = MixtureOfExpertsRegressor(experts, n_init=1, random_state=0).fit(X, y)
+    fitted = in_sample(MixtureOfExpertsRegressor, experts, n_init=1, random_state=0).fit(X, y)
     assert Worse.count > 2
     assert fitted.mixture_.experts["worse"].estimator.offset_ == 0
     assert (np.diff(fitted.log_likelihoods_) >= -1e-9).all()
@@ -205,7 +210,7 @@ def test_a_part_that_would_lower_the_objective_is_not_taken() -> None:
 )
 def test_a_gate_of_ones_choice_tells_the_pieces_apart(gate: Any) -> None:
     X, y = two_pieces(4)
-    fitted = MixtureOfExpertsRegressor(gate=gate, random_state=0).fit(X, y)
+    fitted = in_sample(MixtureOfExpertsRegressor, gate=gate, random_state=0).fit(X, y)
     assert fitted.score(X, y) > 0.97
 
 
@@ -214,7 +219,7 @@ def test_an_mlp_gate_takes_what_a_linear_gate_cannot() -> None:
     X = source.normal(size=(300, 2))
     y = np.where((X**2).sum(axis=1) < 1, 5.0 + X[:, 0], -X[:, 0])
     scores = {
-        gate: MixtureOfExpertsRegressor(gate=gate, random_state=0).fit(X, y).score(X, y)
+        gate: in_sample(MixtureOfExpertsRegressor, gate=gate, random_state=0).fit(X, y).score(X, y)
         for gate in ("linear", "mlp")
     }
     assert scores["mlp"] > 0.85
@@ -224,8 +229,8 @@ def test_an_mlp_gate_takes_what_a_linear_gate_cannot() -> None:
 def test_top_k_is_for_prediction_alone() -> None:
     X, y = two_pieces(6)
     experts = [LinearRegression(), Ridge(), Ridge(10.0)]
-    whole = MixtureOfExpertsRegressor(experts, random_state=0).fit(X, y)
-    pruned = MixtureOfExpertsRegressor(experts, top_k=1, random_state=0).fit(X, y)
+    whole = in_sample(MixtureOfExpertsRegressor, experts, random_state=0).fit(X, y)
+    pruned = in_sample(MixtureOfExpertsRegressor, experts, top_k=1, random_state=0).fit(X, y)
     np.testing.assert_array_equal(whole.log_likelihoods_, pruned.log_likelihoods_)
     weights = pruned.responsibilities(X)
     np.testing.assert_array_equal(weights, np.eye(3)[whole.responsibilities(X).argmax(axis=1)])
@@ -237,7 +242,7 @@ def test_top_k_is_for_prediction_alone() -> None:
 def test_a_class_that_an_expert_never_saw_has_probability_zero_and_a_floor_in_likelihoods() -> None:
     X, y = make_blobs([20, 20, 20], centers=[[-9, 0], [9, 0], [9, 3]], random_state=0)
     experts = [KNeighborsClassifier(3), KNeighborsClassifier(5)]
-    fitted = MixtureOfExpertsClassifier(experts, random_state=0).fit(X, y)
+    fitted = in_sample(MixtureOfExpertsClassifier, experts, random_state=0).fit(X, y)
     parts = {
         part.class_places.tolist().__repr__(): part for part in fitted.mixture_.experts.values()
     }
@@ -275,7 +280,7 @@ class Picky(ClassifierMixin, BaseEstimator):
 def test_an_expert_that_cannot_take_its_first_rows_is_named() -> None:
     X, y = two_rules(7, 40)
     with pytest.raises(FitFailedError, match=r"expert 'picky' \(Picky\).*39 rows are wanted"):
-        MixtureOfExpertsClassifier([Picky(39), LOGISTIC], random_state=0).fit(X, y)
+        in_sample(MixtureOfExpertsClassifier, [Picky(39), LOGISTIC], random_state=0).fit(X, y)
 
 
 def test_an_expert_that_cannot_take_its_later_rows_keeps_its_fit() -> None:
@@ -290,7 +295,7 @@ def test_an_expert_that_cannot_take_its_later_rows_keeps_its_fit() -> None:
             return super().fit(X, y)
 
     with pytest.warns(FitFailedWarning, match=r"'later' \(Later\).*it keeps its earlier fit"):
-        fitted = MixtureOfExpertsClassifier([Later(), LOGISTIC], n_init=1).fit(X, y)
+        fitted = in_sample(MixtureOfExpertsClassifier, [Later(), LOGISTIC], n_init=1).fit(X, y)
     assert Later.fits > 1
     assert (np.diff(fitted.log_likelihoods_) >= -1e-9).all()
 
@@ -338,23 +343,25 @@ def test_weights_are_for_experts_that_take_them() -> None:
     X, y = two_pieces(10)
     weights = np.arange(len(X)) % 3
     with pytest.raises(ValueError, match=r"'kneighborsregressor'.*takes no sample_weight"):
-        MixtureOfExpertsRegressor([KNeighborsRegressor(), Ridge()]).fit(X, y, weights)
+        in_sample(MixtureOfExpertsRegressor, [KNeighborsRegressor(), Ridge()]).fit(X, y, weights)
     piped = [make_pipeline(StandardScaler(), LinearRegression()) for _ in range(2)]
-    once = MixtureOfExpertsRegressor(piped, random_state=0).fit(X, y, weights)
+    once = in_sample(MixtureOfExpertsRegressor, piped, random_state=0).fit(X, y, weights)
     again = np.repeat(np.arange(len(X)), weights)
-    repeated = MixtureOfExpertsRegressor(piped, random_state=0).fit(X[again], y[again])
+    repeated = in_sample(MixtureOfExpertsRegressor, piped, random_state=0).fit(X[again], y[again])
     np.testing.assert_allclose(once.predict(X), repeated.predict(X), rtol=1e-6, atol=1e-8)
 
 
 def test_equal_rows_are_shared_by_all_experts() -> None:
     X, y = np.ones((6, 2)), np.arange(6.0)
-    fitted = MixtureOfExpertsRegressor(random_state=0).fit(X, y)
+    fitted = in_sample(MixtureOfExpertsRegressor, random_state=0).fit(X, y)
     np.testing.assert_allclose(fitted.predict(X[:1]), 2.5)
 
 
 def test_the_tools_of_scikit_learn_take_mixtures() -> None:
     X, y = two_pieces(11, 120)
-    named = MixtureOfExpertsRegressor([("low", Ridge()), ("high", Ridge())], random_state=0)
+    named = in_sample(
+        MixtureOfExpertsRegressor, [("low", Ridge()), ("high", Ridge())], random_state=0
+    )
     copy = clone(named)
     assert copy.get_params()["low__alpha"] == 1.0
     search = GridSearchCV(named, {"low__alpha": [1e-3, 1e3], "top_k": [None, 1]}, cv=2).fit(X, y)
@@ -362,10 +369,10 @@ def test_the_tools_of_scikit_learn_take_mixtures() -> None:
     replaced = clone(named).set_params(high=LinearRegression(), gate="mlp")
     assert isinstance(dict(replaced.experts)["high"], LinearRegression)
     assert isinstance(dict(named.experts)["high"], Ridge), "a clone has parameters of its own"
-    pipeline = make_pipeline(StandardScaler(), MixtureOfExpertsRegressor(random_state=0))
+    pipeline = make_pipeline(StandardScaler(), in_sample(MixtureOfExpertsRegressor, random_state=0))
     pipeline.set_output(transform="default")
     assert cross_val_score(pipeline, X, y, cv=3).min() > 0.85
-    unnamed = MixtureOfExpertsRegressor()
+    unnamed = in_sample(MixtureOfExpertsRegressor)
     unnamed.set_params(experts=[make_pipeline(StandardScaler(), Ridge())] * 2)
     assert set(unnamed.set_params(max_iter=3).fit(X, y).mixture_.experts) == {
         "pipeline-1", "pipeline-2",
@@ -375,20 +382,24 @@ def test_the_tools_of_scikit_learn_take_mixtures() -> None:
 def test_jobs_and_repetitions_give_the_same() -> None:
     X, y = two_pieces(12)
     experts = [DecisionTreeRegressor(max_depth=2, max_features=1) for _ in range(3)]
-    alone = MixtureOfExpertsRegressor(experts, random_state=3).fit(X, y)
+    alone = in_sample(MixtureOfExpertsRegressor, experts, random_state=3).fit(X, y)
     with parallel_config("threading"):  # processes take seconds to start
-        together = MixtureOfExpertsRegressor(experts, random_state=3, n_jobs=2).fit(X, y)
-    again = MixtureOfExpertsRegressor(experts, random_state=np.random.RandomState(3)).fit(X, y)
+        together = in_sample(MixtureOfExpertsRegressor, experts, random_state=3, n_jobs=2).fit(X, y)
+    again = in_sample(
+        MixtureOfExpertsRegressor, experts, random_state=np.random.RandomState(3)
+    ).fit(X, y)
     for other in (together, again):
         np.testing.assert_array_equal(other.predict(X), alone.predict(X))
-    other = MixtureOfExpertsRegressor(experts, random_state=4).fit(X, y)
+    other = in_sample(MixtureOfExpertsRegressor, experts, random_state=4).fit(X, y)
     assert (other.predict(X) != alone.predict(X)).any()
 
 
 def test_a_warm_start_goes_on() -> None:
     X, y = two_pieces(13)
-    whole = MixtureOfExpertsRegressor(random_state=0, tol=0.0, max_iter=6).fit(X, y)
-    warm = MixtureOfExpertsRegressor(random_state=0, tol=0.0, max_iter=3, warm_start=True)
+    whole = in_sample(MixtureOfExpertsRegressor, random_state=0, tol=0.0, max_iter=6).fit(X, y)
+    warm = in_sample(
+        MixtureOfExpertsRegressor, random_state=0, tol=0.0, max_iter=3, warm_start=True
+    )
     first = warm.fit(X, y).log_likelihoods_
     second = warm.fit(X, y).log_likelihoods_
     np.testing.assert_allclose([*first, *second], whole.log_likelihoods_, rtol=1e-6)
@@ -397,14 +408,14 @@ def test_a_warm_start_goes_on() -> None:
         warm.fit(X[:, :1], y)
     with pytest.raises(ValueError, match="the experts are ridge, and those fitted before are"):
         warm.set_params(experts=[Ridge()]).fit(X, y)
-    cold = MixtureOfExpertsRegressor(random_state=0).fit(X, y).fit(X[:, :1], y)
+    cold = in_sample(MixtureOfExpertsRegressor, random_state=0).fit(X, y).fit(X[:, :1], y)
     assert cold.n_features_in_ == 1
 
 
 def test_early_stopping_keeps_the_best_mixture_for_rows_held_out() -> None:
     X, y = two_pieces(2, 80)
     y += np.random.default_rng(2).normal(size=80)
-    stopped = MixtureOfExpertsRegressor(
+    stopped = in_sample(MixtureOfExpertsRegressor,
         [DecisionTreeRegressor(max_depth=4) for _ in range(3)],
         early_stopping=True, validation_fraction=0.3, n_iter_no_change=4, n_init=1, random_state=0,
     ).fit(X, y)  # fmt: skip
@@ -417,7 +428,9 @@ def test_early_stopping_keeps_the_best_mixture_for_rows_held_out() -> None:
                        "validation_scores_")  # fmt: skip
     np.testing.assert_array_equal(stopped.predict(X), ended.predict(X))
     labels = two_rules(14, 60)
-    classifier = MixtureOfExpertsClassifier(early_stopping=True, random_state=0).fit(*labels)
+    classifier = in_sample(MixtureOfExpertsClassifier, early_stopping=True, random_state=0).fit(
+        *labels
+    )
     assert classifier.n_samples_fit_ == 54
 
 
@@ -425,20 +438,22 @@ def test_the_end_without_convergence_is_a_warning() -> None:
     X, y = two_pieces(15)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
-        MixtureOfExpertsRegressor(random_state=0).fit(X, y)
+        in_sample(MixtureOfExpertsRegressor, random_state=0).fit(X, y)
         with pytest.raises(ConvergenceWarning, match="did not converge in 1 iterations"):
-            MixtureOfExpertsRegressor(random_state=0, max_iter=1).fit(X, y)
+            in_sample(MixtureOfExpertsRegressor, random_state=0, max_iter=1).fit(X, y)
 
 
 def test_a_bar_shows_the_iterations(capsys: pytest.CaptureFixture[str]) -> None:
-    MixtureOfExpertsRegressor(random_state=0, max_iter=2, verbose=1).fit(*two_pieces(16))
+    in_sample(MixtureOfExpertsRegressor, random_state=0, max_iter=2, verbose=1).fit(*two_pieces(16))
     assert "log likelihood" in capsys.readouterr().err
 
 
 def test_a_saved_regressor_predicts_the_same_served_and_goes_on_when_loaded(tmp_path: Path) -> None:
     X, y = two_pieces(17)
     experts = [("line", LinearRegression()), ("tree", DecisionTreeRegressor(max_depth=3))]
-    fitted = MixtureOfExpertsRegressor(experts, gate="mlp", random_state=0, max_iter=3).fit(X, y)
+    fitted = in_sample(
+        MixtureOfExpertsRegressor, experts, gate="mlp", random_state=0, max_iter=3
+    ).fit(X, y)
     fitted.save(tmp_path / "m")
     served = LocalMixture(open_mixture(tmp_path / "m")).predict({"x": X})
     np.testing.assert_allclose(served["value"][:, 0], fitted.predict(X), rtol=1e-12, atol=1e-12)

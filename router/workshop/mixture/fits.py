@@ -1,0 +1,198 @@
+"""Fits of experts that are scikit-learn estimators, to shares of rows, whole or out of fold.
+
+Dimension letters: N rows, F features, W values of an output, D outputs of a regression, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import clone
+from sklearn.dummy import DummyClassifier
+from sklearn.pipeline import Pipeline
+from sklearn.utils.parallel import Parallel, delayed
+from sklearn.utils.validation import has_fit_parameter
+
+from experts.backends.errors import described
+from router.workshop.mixture.folds import Fold, Rows
+from router.workshop.mixture.parts import Array, EstimatorPart
+
+_LEAST_SHARE = 1e-10
+"""Rows of a smaller share, relative to the largest weight, are left out of an expert's fit."""
+Targets = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An expert to fit: its estimator, and the keyword of ``fit`` that takes weights, if any."""
+
+    name: str
+    estimator: Any
+
+    @property
+    def weight_keyword(self) -> str | None:
+        """The keyword of ``fit`` that takes weights, that of a pipeline's last step included."""
+        if isinstance(self.estimator, Pipeline):
+            step, last = self.estimator.steps[-1]
+            return f"{step}__sample_weight" if has_fit_parameter(last, "sample_weight") else None
+        return "sample_weight" if has_fit_parameter(self.estimator, "sample_weight") else None
+
+    def __str__(self) -> str:
+        """Return the name and the class, for errors."""
+        return f"expert {self.name!r} ({type(self.estimator).__name__})"
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows to fit: X [N, F], targets, weights [N]; ``classes`` [K] of a classification.
+
+    ``targets`` are values [N, D], or the numbers [N] of classes.
+    """
+
+    X: Array
+    targets: Targets
+    weights: Array
+    classes: npt.NDArray[Any] | None
+
+    @property
+    def width(self) -> int:
+        """The values W of an expert's output."""
+        return self.targets.shape[1] if self.classes is None else len(self.classes)
+
+    @property
+    def least_share(self) -> float:
+        """The weight at and below which a row is left out of an expert's fit."""
+        return _LEAST_SHARE * float(self.weights.max())
+
+    def y(self, rows: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+        """Return the targets of some rows as an estimator takes them."""
+        if self.classes is not None:
+            return self.classes[self.targets[rows]]
+        targets = self.targets[rows]
+        return targets[:, 0] if targets.shape[1] == 1 else targets
+
+    def of(self, rows: Rows) -> Data:
+        """Return some of the rows."""
+        return Data(self.X[rows], self.targets[rows], self.weights[rows], self.classes)
+
+
+class FitFailedError(ValueError):
+    """An expert's fit, or its prediction, fails on the rows that the gate gives it."""
+
+
+def fitted_part(expert: Expert, data: Data, shares: Array) -> EstimatorPart:
+    """Fit an expert to its ``shares`` [N] of the rows.
+
+    Where all of its rows have one class, a constant classifier stands in for the expert. Raises
+    :class:`FitFailedError`, which names the expert, for any error of the estimator, and where it
+    has no rows.
+    """
+    rows = shares > data.least_share
+    if not rows.any():
+        raise FitFailedError(f"{expert} has none of {len(rows)} rows to be fitted to")
+    y = data.y(rows)
+    estimator = clone(expert.estimator)
+    keywords: dict[str, Any] = {}
+    if data.classes is not None and len(np.unique(y)) == 1:
+        estimator = DummyClassifier(strategy="most_frequent")
+    elif (keyword := expert.weight_keyword) is not None:
+        keywords[keyword] = shares[rows]
+    try:
+        estimator.fit(data.X[rows], y, **keywords)
+        if data.classes is None:
+            return EstimatorPart(estimator)
+        places = np.searchsorted(data.classes, estimator.classes_)
+        return EstimatorPart(estimator, "predict_proba", places, data.width)
+    except Exception as error:  # an estimator may raise anything
+        raise FitFailedError(
+            f"{expert} cannot be fitted to {rows.sum()} of {len(rows)} rows: {described(error)}"
+        ) from error
+
+
+def outputs_of(expert: Expert, part: EstimatorPart, data: Data, rows: Any = slice(None)) -> Array:
+    """Return the outputs [N, W] of a fitted expert for some rows.
+
+    Raises :class:`FitFailedError` for any error of the estimator, and for wrong outputs.
+    """
+    X = data.X[rows]
+    try:
+        outputs = part(X)
+    except Exception as error:  # an estimator may raise anything
+        raise FitFailedError(f"{expert} cannot predict: {described(error)}") from error
+    if outputs.shape != (len(X), data.width) or not np.isfinite(outputs).all():
+        raise FitFailedError(
+            f"{expert} predicts the shape {list(outputs.shape)}, or values that are not finite, "
+            f"where {data.width} values of each row are needed"
+        )
+    return outputs
+
+
+def unseen_outputs(expert: Expert, data: Data, shares: Array, fold: Fold) -> Array:
+    """Return the outputs for a fold of the expert fitted to its shares of the other folds.
+
+    Raises :class:`FitFailedError`.
+    """
+    train, test = fold
+    part = fitted_part(expert, data.of(train), shares[train])
+    return outputs_of(expert, part, data, test)
+
+
+Fit = tuple[EstimatorPart | None, Array]
+"""An expert, ``None`` where only folds of it were fitted, and its outputs [N, W]."""
+
+
+def fits(
+    experts: Sequence[Expert],
+    data: Data,
+    shares: Sequence[Array],
+    folds: Sequence[Fold],
+    n_jobs: int | None,
+) -> list[Fit | FitFailedError]:
+    """Fit experts to their ``shares`` [N] of the rows, at once in ``n_jobs`` jobs.
+
+    With ``folds`` the outputs of a row are those of a fit to the other folds. An error is a value
+    of the list, so that it does not end the fits of the other experts.
+    """
+    found: list[Fit | FitFailedError] = []
+    run = Parallel(n_jobs=n_jobs)
+    if not folds:
+        found += run(
+            delayed(_whole)(expert, data, share)
+            for expert, share in zip(experts, shares, strict=True)
+        )
+        return found
+    results = run(
+        delayed(_unseen)(expert, data, share, fold)
+        for expert, share in zip(experts, shares, strict=True)
+        for fold in folds
+    )
+    for first in range(0, len(results), len(folds)):
+        of_expert = results[first : first + len(folds)]
+        error = next((one for one in of_expert if isinstance(one, FitFailedError)), None)
+        if error is not None:
+            found.append(error)
+            continue
+        outputs = np.empty((len(data.X), data.width))
+        for (_, test), of_fold in zip(folds, of_expert, strict=True):
+            outputs[test] = of_fold
+        found.append((None, outputs))
+    return found
+
+
+def _whole(expert: Expert, data: Data, shares: Array) -> Fit | FitFailedError:
+    try:
+        part = fitted_part(expert, data, shares)
+        return part, outputs_of(expert, part, data)
+    except FitFailedError as error:
+        return error
+
+
+def _unseen(expert: Expert, data: Data, shares: Array, fold: Fold) -> Array | FitFailedError:
+    try:
+        return unseen_outputs(expert, data, shares, fold)
+    except FitFailedError as error:
+        return error

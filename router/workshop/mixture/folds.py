@@ -1,0 +1,84 @@
+"""The folds of out-of-fold predictions.
+
+Dimension letters: N rows, F features, D outputs of a regression.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.model_selection import KFold, StratifiedKFold, check_cv
+
+from router.workshop.mixture.parts import Array
+
+Rows = npt.NDArray[np.intp]
+Fold = tuple[Rows, Rows]
+"""The numbers of the rows to fit to, and of those to predict."""
+
+
+def folds_of(
+    X: Array, targets: npt.NDArray[Any], num_folds: int, is_classification: bool, seed: int
+) -> list[Fold]:
+    """Divide rows X [N, F] into folds, those of a classification with equal shares of classes.
+
+    ``targets`` are values [N, D], or the numbers [N] of classes. Equal rows of equal targets share
+    a fold, so that none is predicted by a fit to its copy, and a weight is worth as many copies.
+    There are fewer folds, under a ``UserWarning``, where that leaves too few different rows: in a
+    classification, of the most frequent class. Raises ``ValueError`` where two folds are too many.
+    """
+    columns = np.column_stack([X, targets])
+    _, first, places = np.unique(columns, axis=0, return_index=True, return_inverse=True)
+    places, distinct = places.reshape(-1), targets[first]
+    largest = int(np.bincount(distinct).max()) if is_classification else len(first)
+    if largest < 2:
+        where = "of one class " if is_classification else ""
+        raise ValueError(
+            f"cv={num_folds}: two folds need at least two different rows {where}"
+            f"(n_samples={len(X)}); cv=None needs none"
+        )
+    if largest < num_folds:
+        warnings.warn(
+            f"cv={num_folds}: {largest} folds instead, as there are only {largest} different rows"
+            + (" of the most frequent class" if is_classification else ""),
+            UserWarning,
+            stacklevel=4,
+        )
+        num_folds = largest
+    kind = StratifiedKFold if is_classification else KFold
+    with warnings.catch_warnings():
+        # A class of fewer rows than folds is in some folds only, which the experts' fits allow.
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        splits = list(kind(num_folds, shuffle=True, random_state=seed).split(X[first], distinct))
+    return [
+        (np.flatnonzero(np.isin(places, train)), np.flatnonzero(np.isin(places, test)))
+        for train, test in splits
+    ]
+
+
+def given_folds(cv: Any, X: Any, y: Any, numbers: Rows) -> list[Fold]:
+    """Return the folds of a splitter, or of an iterable of pairs of rows, as scikit-learn has them.
+
+    ``numbers`` [N] are those of the rows to fit among the rows X, as ``cv`` counts them. Raises
+    ``ValueError`` unless each row of these is in one fold, and in none that is fitted to predict
+    it.
+    """
+    places = np.full(int(numbers.max()) + 1, -1)
+    places[numbers] = np.arange(len(numbers))
+    folds = []
+    count = np.zeros(len(numbers), np.intp)
+    for split in check_cv(cv).split(X, y):
+        train, test = (
+            places[rows[rows < len(places)]] for rows in (np.asarray(part) for part in split)
+        )
+        train, test = train[train >= 0], test[test >= 0]
+        if np.intersect1d(train, test).size:
+            raise ValueError("cv: a row is in both parts of a split")
+        np.add.at(count, test, 1)
+        folds.append((train, test))
+    folds = [(train, test) for train, test in folds if len(test)]
+    if len(folds) < 2 or (count != 1).any():
+        raise ValueError("cv must put each row into one of at least two folds")
+    return folds

@@ -1,0 +1,115 @@
+"""Mixtures that are chosen and fitted by out-of-fold predictions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from sklearn.linear_model import LinearRegression, Ridge
+from sklearn.model_selection import KFold
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+from sklearn.tree import DecisionTreeRegressor
+
+from router.workshop.mixture.ensemble import EnsembleEM
+from router.workshop.mixture.fits import Data, Expert
+from router.workshop.mixture.folds import folds_of, given_folds
+from router.workshop.mixture.gates import learner_of, least_squares_weights
+from router.workshop.mixture.general import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
+from tests.unit.router.workshop.mixture.test_general import two_pieces, two_rules
+
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+
+
+def test_an_expert_that_memorises_does_not_take_all_rows() -> None:
+    source = np.random.default_rng(0)
+    X = source.normal(size=(150, 3))
+    y = X @ [1.0, -2.0, 0.5] + source.normal(size=150)
+    unseen = source.normal(size=(500, 3))
+    truth = unseen @ [1.0, -2.0, 0.5]
+    experts = [LinearRegression(), KNeighborsRegressor(1)]
+    errors = {
+        cv: np.mean(
+            (MixtureOfExpertsRegressor(experts, cv=cv, random_state=0).fit(X, y).predict(unseen)
+             - truth) ** 2
+        )
+        for cv in (None, 5)
+    }  # fmt: skip
+    alone = np.mean((LinearRegression().fit(X, y).predict(unseen) - truth) ** 2)
+    assert errors[5] < alone + 0.05
+    assert errors[None] > 5 * errors[5]
+
+
+def test_em_is_taken_where_it_wins() -> None:
+    X, y = two_pieces(0)
+    fitted = MixtureOfExpertsRegressor(random_state=0).fit(X, y)
+    assert fitted.chosen_ == "EM"
+    assert fitted.cv_losses_["EM"] < 0.1 < fitted.cv_losses_["mean"]
+    assert fitted.score(*two_pieces(1)) > 0.95
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 1000), is_tree=st.booleans())
+def test_the_out_of_fold_objective_never_falls(seed: int, is_tree: bool) -> None:
+    X, y = two_pieces(seed, 60)
+    first = DecisionTreeRegressor(random_state=0) if is_tree else Ridge()
+    experts = [Expert("a", first), Expert("b", LinearRegression())]
+    data = Data(X, y[:, None], np.ones(60), None)
+    folds = folds_of(X, y[:, None], 4, False, seed)
+    em = EnsembleEM(experts, learner_of("linear", 2, lambda gate: gate), data, None, folds)
+    em.start_whole()
+    objectives = [em.step() for _ in range(6)]
+    assert (np.diff(objectives) >= -1e-9).all()
+
+
+def test_the_weights_of_least_squares_are_those_of_a_general_solver() -> None:
+    source = np.random.default_rng(1)
+    of_experts = source.normal(size=(50, 3, 2)) * [[[1.0], [2.0], [0.8]]]
+    errors = of_experts + source.normal(size=(50, 1, 2))
+    weights = source.uniform(size=50)
+    result = minimize(
+        lambda w: weights @ (np.einsum("e,new->nw", w, errors) ** 2).sum(axis=1),
+        np.full(3, 1 / 3), bounds=[(0, 1)] * 3,
+        constraints={"type": "eq", "fun": lambda w: w.sum() - 1}, tol=1e-12,
+    )  # fmt: skip
+    np.testing.assert_allclose(least_squares_weights(errors, weights), result.x, atol=1e-4)
+    np.testing.assert_allclose(least_squares_weights(0 * errors, weights), 1 / 3)
+
+
+def test_copies_of_a_row_share_a_fold() -> None:
+    X, y = two_pieces(2, 20)
+    again = np.repeat(np.arange(20), 3)
+    for train, test in folds_of(X[again], y[again, None], 5, False, 0):
+        assert not set(again[train]) & set(again[test])
+
+
+def test_a_class_of_fewer_rows_than_folds_is_allowed_and_fewer_folds_are_a_warning() -> None:
+    X, y = two_rules(3, 60)
+    y = y.astype("U8")
+    y[0] = "rare"
+    fitted = MixtureOfExpertsClassifier([KNeighborsClassifier(3)] * 2, random_state=0).fit(X, y)
+    assert fitted.predict_proba(X).shape == (60, 3)
+    with pytest.warns(UserWarning, match="cv=5: 3 folds instead"):
+        MixtureOfExpertsRegressor([Ridge()]).fit(X[:3], [1.0, 2.0, 4.0])
+
+
+def test_given_folds_count_rows_of_weight_zero_and_must_be_whole() -> None:
+    X, y = two_pieces(4, 40)
+    weights = np.ones(40)
+    weights[::4] = 0
+    fitted = MixtureOfExpertsRegressor(cv=KFold(4), random_state=0).fit(X, y, weights)
+    assert fitted.n_samples_fit_ == 30
+    with pytest.raises(ValueError, match="each row into one"):
+        given_folds([(np.arange(20), np.arange(20, 40))], X, y, np.arange(40))
+    with pytest.raises(ValueError, match="both parts"):
+        given_folds([(np.arange(30), np.arange(20, 40))], X, y, np.arange(40))
+    with pytest.raises(ValueError, match="'cv' parameter"):
+        MixtureOfExpertsRegressor(cv=1).fit(X, y)
+
+
+def test_a_warm_start_with_folds_begins_with_the_gate() -> None:
+    X, y = two_pieces(5)
+    fitted = MixtureOfExpertsRegressor(random_state=0, warm_start=True).fit(X, y)
+    before = fitted.score(X, y)
+    assert fitted.fit(X, y).score(X, y) > before - 0.01
