@@ -11,7 +11,7 @@ import pytest
 
 from tests.cluster_fixture import LAYERS, TINY, TOP_K, ServedCluster, greedy, wait_until
 
-CHOICES, LENGTH = 8, 900
+CHOICES, LENGTH = 16, 900
 GONE_S = 5.0
 
 

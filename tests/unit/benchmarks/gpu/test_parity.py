@@ -50,7 +50,8 @@ def test_router_and_experts_are_on_the_device(monkeypatch: pytest.MonkeyPatch) -
         assert len(clusters) == 2  # fp32 and bf16
         for cluster in clusters:
             banks = cluster.transport.banks.values()
-            assert {e.device for bank in banks for e in bank.experts.values()} == {device.device}
+            experts = [expert for bank in banks for expert in bank.experts.values()]
+            assert {expert.block.device for expert in experts} == {device.device}
         assert copies.to_host
         assert copies.to_device
         assert not copies.host_reads
