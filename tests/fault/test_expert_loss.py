@@ -31,7 +31,7 @@ from tests.fault.faults import (
     wait_stalled,
 )
 
-IMPATIENT_S = 1.0
+IMPATIENT_S = 0.3
 """Shorter than a recovery: a new process has to import torch and load its experts."""
 ANSWER_S = 4.0
 BEGUN_S = 2.0
