@@ -201,7 +201,7 @@ class FrameQueue:
                 ]
             return [encode(answer) for answer in computed]
         except Exception:
-            # A failure of the device or of torch: every router gets an error, the actor lives on.
+            # Every router of the batch gets an error, and the actor lives on.
             logger.exception("expert actor %s: a batch failed", self._actor_id)
             return []
 

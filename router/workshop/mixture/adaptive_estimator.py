@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.model_selection import train_test_split
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.parallel import Parallel, delayed
@@ -298,21 +297,6 @@ class AdaptiveMixture(MixtureEstimator):
             deviations=self._given_deviations(scales),
             first=(lambda network: take_over(network, self.mixture_, scales)) if is_warm else None,
         )
-
-    def _split(
-        self, targets: Targets, random: np.random.RandomState
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the places of rows to train on, and of those for early stopping."""
-        places = np.arange(len(targets))
-        if not self.early_stopping:
-            return places, None
-        used, held_out = train_test_split(
-            places,
-            test_size=self.validation_fraction,
-            random_state=random,
-            stratify=targets if targets.ndim == 1 else None,
-        )
-        return used, held_out
 
     def _kind(self) -> Literal["mean", "density", "probabilities"]:
         raise NotImplementedError

@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.model_selection import train_test_split
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import (
     _check_feature_names,
@@ -44,6 +45,8 @@ class MixtureEstimator(BaseEstimator):
     - ``n_features_in_``: F, and ``feature_names_in_`` where the columns have names.
     """
 
+    early_stopping: bool
+    validation_fraction: float
     mixture_: FittedMixture
     n_iter_: int
     n_features_in_: int
@@ -166,6 +169,21 @@ class MixtureEstimator(BaseEstimator):
         if is_used.all():
             return X, targets, weights
         return X[is_used], targets[is_used], weights[is_used]
+
+    def _split(
+        self, targets: Targets, random: np.random.RandomState
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the places of rows to train on, and of those for early stopping."""
+        places = np.arange(len(targets))
+        if not self.early_stopping:
+            return places, None
+        used, held_out = train_test_split(
+            places,
+            test_size=self.validation_fraction,
+            random_state=random,
+            stratify=targets if targets.ndim == 1 else None,
+        )
+        return used, held_out
 
     def _set_fitted(
         self, mixture: FittedMixture, X: Array, targets: Targets, weights: Array

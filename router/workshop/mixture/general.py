@@ -16,7 +16,6 @@ import numpy.typing as npt
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LinearRegression, LogisticRegression
-from sklearn.model_selection import train_test_split
 from sklearn.pipeline import _name_estimators
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval
@@ -240,16 +239,9 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
         Only early stopping validates.
         """
         classes: npt.NDArray[Any] | None = getattr(self, "classes_", None)
-        if not self.early_stopping:
-            return Data(X, targets, weights, classes), None, np.arange(len(X))
-        train, held_out = train_test_split(
-            np.arange(len(X)),
-            test_size=self.validation_fraction,
-            random_state=source.randint(2**31 - 1),
-            stratify=None if classes is None else targets,
-        )
-        if len(train) < 1 or len(held_out) < 1:
-            raise ValueError("early_stopping: too few rows to hold some out")
+        train, held_out = self._split(targets, source)
+        if held_out is None:
+            return Data(X, targets, weights, classes), None, train
         fit, validation = (
             Data(X[rows], targets[rows], weights[rows], classes) for rows in (train, held_out)
         )

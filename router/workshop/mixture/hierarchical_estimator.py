@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.model_selection import train_test_split
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.parallel import Parallel, delayed
@@ -240,21 +239,6 @@ class HierarchicalMixture(MixtureEstimator):
                     f"top_k={top_k} must be integers from 1 to the choices {branching}, or None"
                 )
         return tuple(None if kept is None else int(kept) for kept in top_k)
-
-    def _split(
-        self, targets: Targets, random: np.random.RandomState
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the places of rows to train on, and of those for early stopping."""
-        places = np.arange(len(targets))
-        if not self.early_stopping:
-            return places, None
-        used, held_out = train_test_split(
-            places,
-            test_size=self.validation_fraction,
-            random_state=random,
-            stratify=targets if targets.ndim == 1 else None,
-        )
-        return used, held_out
 
     def _target_scale(self, targets: Targets, weights: Array) -> Scale | None:
         """Return the scale of a regression's targets."""
