@@ -269,9 +269,10 @@ def _run_on_device(device: ExpertDevice, tasks: Sequence[_Task]) -> list[_Task]:
 
 
 def _run_lone(task: _Task) -> bool:
-    """Run a frame that is alone in its batch by one call of its experts' kind.
+    """Run a frame that is alone in its batch by one call for all of its experts.
 
-    Returns ``False`` where the kind has no such call, or refuses the frame.
+    Returns ``False`` where the experts have no such call, or it refuses the frame;
+    :func:`_run_merged` runs the frame then.
     """
     if (grouped := _grouped_of(task.experts)) is None:
         return False
