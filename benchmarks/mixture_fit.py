@@ -58,11 +58,13 @@ from benchmarks.common import (
     show,
     show_verdicts,
 )
-from router.workshop.mixture.adaptive import AdaptiveMixtureClassifier, AdaptiveMixtureRegressor
-from router.workshop.mixture.general import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
-from router.workshop.mixture.hierarchy import (
+from router.workshop.mixture import (
+    AdaptiveMixtureClassifier,
+    AdaptiveMixtureRegressor,
     HierarchicalMixtureClassifier,
     HierarchicalMixtureRegressor,
+    MixtureOfExpertsClassifier,
+    MixtureOfExpertsRegressor,
 )
 
 FOLDS, QUICK_FOLDS, INNER_FOLDS = 5, 3, 5

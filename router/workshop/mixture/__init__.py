@@ -1,1 +1,23 @@
 """Mixtures of experts as scikit-learn estimators, saved in the format that is served."""
+
+from router.workshop.mixture.adaptive.estimators import (
+    AdaptiveMixtureClassifier,
+    AdaptiveMixtureRegressor,
+)
+from router.workshop.mixture.general.estimators import (
+    MixtureOfExpertsClassifier,
+    MixtureOfExpertsRegressor,
+)
+from router.workshop.mixture.hierarchical.estimators import (
+    HierarchicalMixtureClassifier,
+    HierarchicalMixtureRegressor,
+)
+
+__all__ = [
+    "AdaptiveMixtureClassifier",
+    "AdaptiveMixtureRegressor",
+    "HierarchicalMixtureClassifier",
+    "HierarchicalMixtureRegressor",
+    "MixtureOfExpertsClassifier",
+    "MixtureOfExpertsRegressor",
+]

@@ -31,10 +31,10 @@ MIXTURE_FIELDS = ("kind", "floor", "deviations")
 """The fields of a mixture that the record has; deviations only where the served format has none."""
 _PACKAGE = "router.workshop.mixture"
 ESTIMATORS: dict[str, str] = {
-    f"{family}{kind}": f"{_PACKAGE}.{module}"
-    for family, module in (
+    f"{family}{kind}": f"{_PACKAGE}.{folder}.estimators"
+    for family, folder in (
         ("AdaptiveMixture", "adaptive"),
-        ("HierarchicalMixture", "hierarchy"),
+        ("HierarchicalMixture", "hierarchical"),
         ("MixtureOfExperts", "general"),
     )
     for kind in ("Regressor", "Classifier")

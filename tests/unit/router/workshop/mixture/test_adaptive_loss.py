@@ -11,7 +11,7 @@ import torch
 from scipy.special import softmax
 from scipy.stats import norm
 
-from router.workshop.mixture.adaptive_loss import (
+from router.workshop.mixture.adaptive.loss import (
     class_log_likelihoods,
     competitive_losses,
     cooperative_losses,

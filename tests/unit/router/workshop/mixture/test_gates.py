@@ -19,7 +19,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.svm import SVC
 from sklearn.utils.validation import has_fit_parameter
 
-from router.workshop.mixture.gates import (
+from router.workshop.mixture.general.gates import (
     ClassifierLearner,
     LinearLearner,
     Scale,

@@ -30,8 +30,8 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import open_mixture
-from router.workshop.mixture.ensemble import FLOOR_MASS, FitFailedError
-from router.workshop.mixture.general import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
+from router.workshop.mixture import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
+from router.workshop.mixture.general.ensemble import FLOOR_MASS, FitFailedError
 from tests.unit.router.workshop.mixture.contract import contract_of
 
 LOGISTIC = LogisticRegression(solver="newton-cholesky")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import softplus
 
-from router.workshop.mixture.noisy_gate import (
+from router.workshop.mixture.adaptive.noisy_gate import (
     chosen_probabilities,
     importance_loss,
     keep_top_k,

@@ -14,10 +14,17 @@ from scipy.special import softmax
 from scipy.stats import norm
 
 from router.workshop.mixture.em import design_of, penalty_of
-from router.workshop.mixture.grouping import grouped
-from router.workshop.mixture.leaves import VARIANCE_ROWS, GaussianLeaves, SoftmaxLeaves
-from router.workshop.mixture.starts import random_start
-from router.workshop.mixture.tree import Rows, Stopping, Tree, empty_gates, fit_tree, go_on
+from router.workshop.mixture.hierarchical.grouping import grouped
+from router.workshop.mixture.hierarchical.leaves import VARIANCE_ROWS, GaussianLeaves, SoftmaxLeaves
+from router.workshop.mixture.hierarchical.starts import random_start
+from router.workshop.mixture.hierarchical.tree import (
+    Rows,
+    Stopping,
+    Tree,
+    empty_gates,
+    fit_tree,
+    go_on,
+)
 
 TREES = [(1,), (2,), (3,), (2, 2), (3, 1, 2), (2, 2, 2)]
 

@@ -12,11 +12,11 @@ from sklearn.model_selection import KFold
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.tree import DecisionTreeRegressor
 
-from router.workshop.mixture.ensemble import EnsembleEM
-from router.workshop.mixture.fits import Data, Expert
-from router.workshop.mixture.folds import folds_of, given_folds
-from router.workshop.mixture.gates import learner_of, least_squares_weights
-from router.workshop.mixture.general import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
+from router.workshop.mixture import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
+from router.workshop.mixture.general.ensemble import EnsembleEM
+from router.workshop.mixture.general.fits import Data, Expert
+from router.workshop.mixture.general.folds import folds_of, given_folds
+from router.workshop.mixture.general.gates import learner_of, least_squares_weights
 from tests.unit.router.workshop.mixture.test_general import two_pieces, two_rules
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")

@@ -12,11 +12,10 @@ from functools import partial
 import numpy as np
 from sklearn.exceptions import FitFailedWarning
 
-from router.workshop.mixture.ensemble import EnsembleEM
-from router.workshop.mixture.fits import Data, FitFailedError
-from router.workshop.mixture.folds import Fold
-from router.workshop.mixture.parts import Array
-from router.workshop.mixture.search import (
+from router.workshop.mixture.general.ensemble import EnsembleEM
+from router.workshop.mixture.general.fits import Data, FitFailedError
+from router.workshop.mixture.general.folds import Fold
+from router.workshop.mixture.general.search import (
     UNSEEN_TRIAL_ITERATIONS,
     Limits,
     Run,
@@ -26,6 +25,7 @@ from router.workshop.mixture.search import (
     run,
     unseen_losses,
 )
+from router.workshop.mixture.parts import Array
 
 MEAN, STACKED, EM = "mean", "stacked", "EM"
 """The mixtures of experts that are fitted to all rows, with constant weights (Breiman 1996,

@@ -1,4 +1,4 @@
-"""The fit that the estimators of :mod:`router.workshop.mixture.hierarchy` have in common.
+"""The fit that the estimators of a hierarchical mixture have in common.
 
 Dimension letters: N rows, D columns of the design, O outputs, E experts, L levels.
 """
@@ -22,11 +22,10 @@ from sklearn.utils.parallel import Parallel, delayed
 from experts.mixture.spec import MAX_LEVELS
 from router.workshop.mixture.base import MixtureEstimator, Targets, progress
 from router.workshop.mixture.em import design_of, penalty_of
-from router.workshop.mixture.hierarchical_parts import Scale, mixture_of, tree_of
-from router.workshop.mixture.leaves import Leaves
-from router.workshop.mixture.parts import Array
-from router.workshop.mixture.starts import random_start
-from router.workshop.mixture.tree import (
+from router.workshop.mixture.hierarchical.leaves import Leaves
+from router.workshop.mixture.hierarchical.parts import Scale, mixture_of, tree_of
+from router.workshop.mixture.hierarchical.starts import random_start
+from router.workshop.mixture.hierarchical.tree import (
     Fitted,
     Rows,
     Stopping,
@@ -35,6 +34,7 @@ from router.workshop.mixture.tree import (
     fit_tree,
     go_on,
 )
+from router.workshop.mixture.parts import Array
 
 NEWTON_STEPS = 1
 """The Newton steps of an M step, from the coefficients of the M step before."""

@@ -20,16 +20,16 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from cluster.errors import NotFiniteError
-from router.workshop.mixture.adaptive_init import place_experts
-from router.workshop.mixture.adaptive_loss import (
+from router.workshop.mixture.adaptive.loss import (
     class_log_likelihoods,
     competitive_losses,
     cooperative_losses,
     cooperative_values,
     normal_log_likelihoods,
 )
-from router.workshop.mixture.adaptive_network import MIN_VARIANCE, AdaptiveNetwork, Architecture
-from router.workshop.mixture.noisy_gate import importance_loss, load_loss
+from router.workshop.mixture.adaptive.network import MIN_VARIANCE, AdaptiveNetwork, Architecture
+from router.workshop.mixture.adaptive.noisy_gate import importance_loss, load_loss
+from router.workshop.mixture.adaptive.starts import place_experts
 
 Advance = Callable[[str], None]
 """Takes a remark after each iteration."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.cluster import KMeans
 
-from router.workshop.mixture.ensemble import EnsembleEM
-from router.workshop.mixture.fits import Data, FitFailedError
-from router.workshop.mixture.folds import Fold
-from router.workshop.mixture.gates import Scale
+from router.workshop.mixture.general.ensemble import EnsembleEM
+from router.workshop.mixture.general.fits import Data, FitFailedError
+from router.workshop.mixture.general.folds import Fold
+from router.workshop.mixture.general.gates import Scale
 from router.workshop.mixture.parts import Array, FittedMixture
 
 TRIAL_ITERATIONS = 5

@@ -22,7 +22,7 @@ from router.workshop.mixture.em import (
     log_sum_exp,
     sum_of_choices,
 )
-from router.workshop.mixture.leaves import Leaves
+from router.workshop.mixture.hierarchical.leaves import Leaves
 
 _ROUNDING = 1e-9
 """The most that rounding may lower the objective, relative to the sum of its terms."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from router.workshop.mixture.adaptive_network import AdaptiveNetwork
+from router.workshop.mixture.adaptive.network import AdaptiveNetwork
 from router.workshop.mixture.parts import Array
 
 RIDGE = 1e-3

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from router.workshop.mixture.base import MixtureClassifier, MixtureRegressor, Targets
-from router.workshop.mixture.hierarchical_estimator import (
+from router.workshop.mixture.hierarchical.base import (
     ABOVE_0,
     NEWTON_STEPS,
     HierarchicalMixture,
 )
-from router.workshop.mixture.hierarchical_parts import Scale
-from router.workshop.mixture.leaves import GaussianLeaves, SoftmaxLeaves
+from router.workshop.mixture.hierarchical.leaves import GaussianLeaves, SoftmaxLeaves
+from router.workshop.mixture.hierarchical.parts import Scale
 from router.workshop.mixture.parts import Array
 
 

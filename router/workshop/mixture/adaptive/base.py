@@ -1,4 +1,4 @@
-"""The fit that the estimators of :mod:`router.workshop.mixture.adaptive` have in common.
+"""The fit that the estimators of :mod:`router.workshop.mixture.adaptive.estimators` have in common.
 
 Dimension letters: N rows, E experts, F inputs, T steps of a sequence, W outputs, K classes.
 """
@@ -16,9 +16,9 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.parallel import Parallel, delayed
 
-from router.workshop.mixture.adaptive_fit import Fit, FitSettings, Rows, fit_network
-from router.workshop.mixture.adaptive_network import Architecture
-from router.workshop.mixture.adaptive_parts import (
+from router.workshop.mixture.adaptive.fit import Fit, FitSettings, Rows, fit_network
+from router.workshop.mixture.adaptive.network import Architecture
+from router.workshop.mixture.adaptive.parts import (
     Scales,
     Standardisation,
     fitted_mixture,

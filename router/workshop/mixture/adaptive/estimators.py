@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from sklearn.utils._param_validation import StrOptions
 
-from router.workshop.mixture.adaptive_estimator import ABOVE_0, AdaptiveMixture
-from router.workshop.mixture.adaptive_parts import Scales, Standardisation
+from router.workshop.mixture.adaptive.base import ABOVE_0, AdaptiveMixture
+from router.workshop.mixture.adaptive.parts import Scales, Standardisation
 from router.workshop.mixture.base import MixtureClassifier, MixtureRegressor, Targets
 from router.workshop.mixture.parts import Array
 

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from router.workshop.mixture.em import Array, least_squares
-from router.workshop.mixture.grouping import grouped
-from router.workshop.mixture.tree import Rows, Stopping, Tree, empty_gates, fit_tree
+from router.workshop.mixture.hierarchical.grouping import grouped
+from router.workshop.mixture.hierarchical.tree import Rows, Stopping, Tree, empty_gates, fit_tree
 
 REGIONS_PER_EXPERT = 4
 NUM_CUTS = 16

@@ -13,9 +13,9 @@ from itertools import product
 
 import numpy as np
 
-from router.workshop.mixture.leaves import GaussianLeaves, Leaves, SoftmaxLeaves
+from router.workshop.mixture.hierarchical.leaves import GaussianLeaves, Leaves, SoftmaxLeaves
+from router.workshop.mixture.hierarchical.tree import Tree
 from router.workshop.mixture.parts import Array, FittedMixture, GatePart, NetworkPart
-from router.workshop.mixture.tree import Tree
 
 
 @dataclass(frozen=True)

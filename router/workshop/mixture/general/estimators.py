@@ -29,13 +29,13 @@ from router.workshop.mixture.base import (
     Targets,
     progress,
 )
-from router.workshop.mixture.ensemble import GATE, EnsembleEM
-from router.workshop.mixture.fits import Data, Expert
-from router.workshop.mixture.folds import Fold, Rows, folds_of, given_folds
-from router.workshop.mixture.gates import learner_of
+from router.workshop.mixture.general.ensemble import GATE, EnsembleEM
+from router.workshop.mixture.general.fits import Data, Expert
+from router.workshop.mixture.general.folds import Fold, Rows, folds_of, given_folds
+from router.workshop.mixture.general.gates import learner_of
+from router.workshop.mixture.general.search import Limits, Run, best_start, first_shares, run
+from router.workshop.mixture.general.unseen import UnseenSearch
 from router.workshop.mixture.parts import Array
-from router.workshop.mixture.search import Limits, Run, best_start, first_shares, run
-from router.workshop.mixture.unseen import UnseenSearch
 
 
 class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
@@ -117,9 +117,9 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
         """Fit experts and gate to rows X [N, F], their targets, and optional weights [N].
 
         Raises ``ValueError`` for wrong parameters and data, for fewer rows than experts, and, as
-        :class:`router.workshop.mixture.ensemble.FitFailedError`, which names the expert, for one
-        that cannot be fitted to its first rows. Warns :class:`FitFailedWarning` where that happens
-        later, and :class:`ConvergenceWarning` after ``max_iter`` iterations.
+        :class:`router.workshop.mixture.general.fits.FitFailedError`, which names the expert, for
+        one that cannot be fitted to its first rows. Warns :class:`FitFailedWarning` where that
+        happens later, and :class:`ConvergenceWarning` after ``max_iter`` iterations.
         """
         self._validate_params()
         source = check_random_state(self.random_state)
@@ -252,9 +252,9 @@ class MixtureOfExpertsRegressor(MixtureRegressor, _MixtureOfExperts):
     """A mixture of any regressors, each with normal noise of its own.
 
     Experts whose ``fit`` takes ``sample_weight`` (a pipeline's last step counts) are fitted to
-    shares of rows, the others to whole rows; :mod:`router.workshop.mixture.ensemble` has the
-    algorithm and its guarantee. Without ``cv`` an expert that reproduces its training rows, as the
-    nearest neighbour does, has hardly any noise left, and takes all of them.
+    shares of rows, the others to whole rows; :mod:`router.workshop.mixture.general.ensemble` has
+    the algorithm and its guarantee. Without ``cv`` an expert that reproduces its training rows, as
+    the nearest neighbour does, has hardly any noise left, and takes all of them.
 
     Parameters:
 

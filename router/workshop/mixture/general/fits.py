@@ -18,7 +18,7 @@ from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import has_fit_parameter
 
 from experts.backends.errors import described
-from router.workshop.mixture.folds import Fold, Rows
+from router.workshop.mixture.general.folds import Fold, Rows
 from router.workshop.mixture.parts import Array, EstimatorPart
 
 _LEAST_SHARE = 1e-10

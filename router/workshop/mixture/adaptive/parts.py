@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor, nn
 
-from router.workshop.mixture.adaptive_network import (
+from router.workshop.mixture.adaptive.network import (
     AdaptiveNetwork,
     RecurrentLayers,
     StackedLayers,

@@ -1,8 +1,8 @@
 """The networks of an adaptive mixture while they are fitted: a gate, experts, their deviations.
 
 Every row goes through every expert. With a noisy gate the weights of experts that are not chosen
-are 0 (:mod:`router.workshop.mixture.noisy_gate`); without noise all weights are positive, and
-``top_k`` prunes at prediction only.
+are 0 (:mod:`router.workshop.mixture.adaptive.noisy_gate`); without noise all weights are positive,
+and ``top_k`` prunes at prediction only.
 
 All tensors are float64. Dimension letters: N rows, E experts, F inputs of a layer, T steps of a
 sequence, H hidden values, W outputs.
@@ -20,7 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from router.workshop.mixture.noisy_gate import chosen_probabilities, keep_top_k, noisy_scores
+from router.workshop.mixture.adaptive.noisy_gate import (
+    chosen_probabilities,
+    keep_top_k,
+    noisy_scores,
+)
 
 MIN_VARIANCE = 1e-6
 """The least fitted variance, in units of the targets' own: without it the likelihood of targets

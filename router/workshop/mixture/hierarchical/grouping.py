@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 
 from router.workshop.mixture.em import Array, least_squares
-from router.workshop.mixture.tree import Rows
+from router.workshop.mixture.hierarchical.tree import Rows
 
 _MOST_GROUPINGS = 500
 

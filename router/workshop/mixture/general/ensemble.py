@@ -30,9 +30,9 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn.exceptions import FitFailedWarning
 
-from router.workshop.mixture.fits import Data, Expert, Fit, FitFailedError, fits
-from router.workshop.mixture.folds import Fold, Rows
-from router.workshop.mixture.gates import (
+from router.workshop.mixture.general.fits import Data, Expert, Fit, FitFailedError, fits
+from router.workshop.mixture.general.folds import Fold, Rows
+from router.workshop.mixture.general.gates import (
     ConstantLearner,
     GateLearner,
     Scale,

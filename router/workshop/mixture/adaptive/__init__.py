@@ -1,0 +1,1 @@
+"""The adaptive mixtures of local experts of Jacobs, Jordan, Nowlan and Hinton (1991)."""
