@@ -58,7 +58,7 @@ from benchmarks.common import (
     show,
     show_verdicts,
 )
-from router.workshop.mixture import (
+from router.workshop.mixture.estimators import (
     AdaptiveMixtureClassifier,
     AdaptiveMixtureRegressor,
     HierarchicalMixtureClassifier,

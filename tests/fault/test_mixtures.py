@@ -17,7 +17,7 @@ from ray import serve
 from cluster.errors import ExpertFailedError, ExpertMeshError, InternalError, InvalidRequestError
 from cluster.reports import ActorStatus
 from router.client import Client
-from router.workshop.mixture import HierarchicalMixtureRegressor
+from router.workshop.mixture.estimators import HierarchicalMixtureRegressor
 from tests.cluster_fixture import APP, RANDOM, ServedCluster, greedy, prompt_of, wait_until
 from tests.fault.faults import kill
 from tests.fault.signals import is_running

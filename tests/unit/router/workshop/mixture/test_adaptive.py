@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss
 
-from router.workshop.mixture import AdaptiveMixtureClassifier, AdaptiveMixtureRegressor
+from router.workshop.mixture.estimators import AdaptiveMixtureClassifier, AdaptiveMixtureRegressor
 from tests.unit.router.workshop.mixture.adaptive_data import (
     NOISE,
     Data,

@@ -12,7 +12,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from router.workshop.mixture import AdaptiveMixtureClassifier, AdaptiveMixtureRegressor
+from router.workshop.mixture.estimators import AdaptiveMixtureClassifier, AdaptiveMixtureRegressor
 from tests.unit.router.workshop.mixture.adaptive_data import absolute, sequences
 from tests.unit.router.workshop.mixture.contract import contract_of
 

@@ -12,7 +12,7 @@ from scipy.stats import norm
 from sklearn.exceptions import ConvergenceWarning
 
 from cluster.errors import NotFiniteError
-from router.workshop.mixture import AdaptiveMixtureClassifier, AdaptiveMixtureRegressor
+from router.workshop.mixture.estimators import AdaptiveMixtureClassifier, AdaptiveMixtureRegressor
 from tests.unit.router.workshop.mixture.adaptive_data import absolute, quadrants, sequences
 
 

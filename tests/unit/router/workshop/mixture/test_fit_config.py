@@ -12,7 +12,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.svm import SVR
 
 from cluster.errors import ConfigError
-from router.workshop.mixture import AdaptiveMixtureClassifier
+from router.workshop.mixture.estimators import AdaptiveMixtureClassifier
 from router.workshop.mixture.fit_config import build, load_fit_config
 
 ADAPTIVE: dict[str, Any] = {"estimator": "adaptive", "task": "classification", "target": "kind"}

@@ -30,7 +30,7 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import open_mixture
-from router.workshop.mixture import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
+from router.workshop.mixture.estimators import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
 from router.workshop.mixture.general.ensemble import FLOOR_MASS, FitFailedError
 from tests.unit.router.workshop.mixture.contract import contract_of
 

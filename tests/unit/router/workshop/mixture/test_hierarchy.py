@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import open_mixture
-from router.workshop.mixture import (
+from router.workshop.mixture.estimators import (
     HierarchicalMixtureClassifier,
     HierarchicalMixtureRegressor,
 )

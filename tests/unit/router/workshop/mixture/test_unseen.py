@@ -12,7 +12,7 @@ from sklearn.model_selection import KFold
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.tree import DecisionTreeRegressor
 
-from router.workshop.mixture import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
+from router.workshop.mixture.estimators import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
 from router.workshop.mixture.general.ensemble import EnsembleEM
 from router.workshop.mixture.general.fits import Data, Expert
 from router.workshop.mixture.general.folds import folds_of, given_folds
