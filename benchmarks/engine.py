@@ -35,6 +35,7 @@ from benchmarks.common import (
     prompts,
     summary_ms,
 )
+from benchmarks.processor_time import per_token
 from benchmarks.timeline import ROUTER, Recorded, write_trace
 
 if TYPE_CHECKING:
@@ -281,10 +282,12 @@ class Bench:
             self.round(streams, tokens)
         self._steps.clear()
         before = Counter(self._transport.calls)
-        rates = [streams * tokens / self.round(streams, tokens) for _ in range(rounds)]
+        with per_token(streams * tokens * rounds, "router") as processor_us:
+            rates = [streams * tokens / self.round(streams, tokens) for _ in range(rounds)]
         return {
             "tokens_per_s": statistics.median(rates),
             "rates": rates,
+            "processor_us": processor_us,
             "step": summary_ms(self._steps.decode_s),
             "prefill": summary_ms(self._steps.prefill_s),
             "layer": summary_ms(self._steps.layer_s),

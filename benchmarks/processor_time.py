@@ -7,9 +7,11 @@ idle workers serve no request and do not count.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,20 @@ def spent_between(before: Times, after: Times) -> dict[str, float]:
             )
         spent[process.name] -= process.cpu_s  # its parent has all of it now
     return dict(spent)
+
+
+@contextmanager
+def per_token(tokens: int, root_name: str) -> Iterator[dict[str, float]]:
+    """Measure the block; the dictionary then has microseconds a token, by process, most first.
+
+    The process itself counts as ``root_name``, and the processes of Ray below it count by name.
+    """
+    spent_us: dict[str, float] = {}
+    before = serving_times(os.getpid(), root_name)
+    yield spent_us
+    spent_s = spent_between(before, serving_times(os.getpid(), root_name))
+    for name, cpu_s in sorted(spent_s.items(), key=lambda item: -item[1]):
+        spent_us[name] = 1e6 * cpu_s / tokens
 
 
 def libraries_loaded(times: Times, file_names: set[str]) -> set[Path]:

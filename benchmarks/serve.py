@@ -5,7 +5,8 @@
 Serves a random bf16 Mixtral (gateway, one router, two expert actors), and has 32 clients at once
 generate greedily: by gRPC and HTTP, unary and streamed. Prints tokens per second and their ratio to
 transformers' in the same run, the time to the first token, between tokens and of whole requests,
-and the memory of each process afterwards. The clients share the cores with the deployment.
+the processor time of a token by process, and the memory of each process afterwards. The clients
+share the cores with the deployment.
 """
 
 from __future__ import annotations
@@ -48,10 +49,12 @@ from benchmarks.common import (
     show_memory,
     summary_ms,
 )
+from benchmarks.processor_time import per_token
 from benchmarks.shipped import free_ports, serve_options
 
 TIMEOUT_S = 300.0
 TRANSFORMERS = "grouped_mm"
+CLIENTS, ENGINE = "clients", "router's engine and actors alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,10 +247,11 @@ def measure(ports: Ports, way: str, clients: int, tokens: int, rounds: int) -> d
     opened, stream = WAYS[way]
     with opened(ports, clients, tokens, stream) as once:
         once()
-        timed_rounds = [once() for _ in range(rounds)]
+        with per_token(clients * tokens * rounds, CLIENTS) as processor_us:
+            timed_rounds = [once() for _ in range(rounds)]
     if any(timed.tokens != tokens for some in timed_rounds for timed in some):
         raise RuntimeError(f"{way}: an answer has not {tokens} tokens")
-    return summarize(timed_rounds, stream)
+    return {**summarize(timed_rounds, stream), "processor_us": processor_us}
 
 
 def summarize(rounds: Sequence[Sequence[Timed]], stream: bool) -> dict[str, Any]:
@@ -322,7 +326,8 @@ def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
         result["transformers"] = baseline.measure(folder, TRANSFORMERS, clients, tokens, rounds)
         begin("router's engine")
         measured = engine.measure(folder, "auto", actors, [str(clients)], tokens, rounds)
-        result["engine"] = {"tokens_per_s": measured["streams"][str(clients)]["tokens_per_s"]}
+        alone = measured["streams"][str(clients)]
+        result["engine"] = {name: alone[name] for name in ("tokens_per_s", "processor_us")}
         begin("deployment")
         with deployed(folder, actors) as ports:
             for way in WAYS:
@@ -331,8 +336,8 @@ def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
             result["router"] = router_layers()
             result["memory"] = memory(ports, folder, clients * (PROMPT_TOKENS + tokens))
     for name, side in (("ratio", "transformers"), ("of_engine", "engine")):
-        alone = result[side]["tokens_per_s"]
-        result[name] = {way: one["tokens_per_s"] / alone for way, one in result["ways"].items()}
+        rate = result[side]["tokens_per_s"]
+        result[name] = {way: one["tokens_per_s"] / rate for way, one in result["ways"].items()}
     return result
 
 
@@ -371,7 +376,7 @@ def report(result: Mapping[str, Any]) -> None:
     one_process = (f"{alone:.0f}", "1.00", f"{of_engine:.2f}")
     rows.append((f"transformers {TRANSFORMERS}", *one_process, *[""] * 6))
     engine_alone = (f"{result['engine']['tokens_per_s']:.0f}", f"{1 / of_engine:.2f}", "1.00")
-    rows.append(("router's engine and actors alone", *engine_alone, *[""] * 6))
+    rows.append((ENGINE, *engine_alone, *[""] * 6))
     columns = [
         "",
         "tok/s",
@@ -383,9 +388,22 @@ def report(result: Mapping[str, Any]) -> None:
         "p99",
     ]
     show(f"serve, {result['clients']} clients", rows, [*columns, "request p50 ms", "p99"])
+    show_processor_time(result)
     show_memory(result["memory"])
     bounds = ", ".join(f"{part} <= {most:.0f} MB" for part, most in PROMISED_MB.items())
     print(f"Promised beyond weights and cache: {bounds}.")
+
+
+def show_processor_time(result: Mapping[str, Any]) -> None:
+    """Print the processor time of a token, by process."""
+    sides = {way: one["processor_us"] for way, one in result["ways"].items()}
+    sides[ENGINE] = result["engine"]["processor_us"]
+    names = list(dict.fromkeys(name for spent_us in sides.values() for name in spent_us))
+    rows = [
+        (side, f"{sum(spent_us.values()):.0f}", *(f"{spent_us.get(n, 0.0):.0f}" for n in names))
+        for side, spent_us in sides.items()
+    ]
+    show("processor time, µs a token", rows, ["", "all", *names])
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The tests of native attention against native code that watches its own accesses and sums."""
+"""The tests of native attention and writes against code that watches its own accesses and sums."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MODULE = "expertmesh_native"
-TESTS = "tests/unit/router/model/cpu", "tests/unit/router/model/test_kv_cache.py"
+TESTS = (
+    "tests/unit/router/model/cpu",
+    "tests/unit/router/model/test_kv_cache.py",
+    "tests/unit/cluster/transport/test_long_frames.py",
+)
 # Threads and long sequences take long there, and no other path through the code.
 LEFT_OUT = "not threads"
 LIBRARIES = "libasan.so", "libubsan.so"
@@ -21,7 +25,7 @@ LIBRARIES = "libasan.so", "libubsan.so"
 
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("compiler", [path for path in [shutil.which("gcc")] if path])
-def test_native_attention_touches_nothing_beyond_its_buffers(tmp_path: Path, compiler: str) -> None:
+def test_native_code_touches_nothing_beyond_its_buffers(tmp_path: Path, compiler: str) -> None:
     built = tmp_path / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
     command = [compiler, "-std=gnu11", "-shared", "-fPIC", "-O1", "-g", "-ffp-contract=off"]
     command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
