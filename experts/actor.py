@@ -59,6 +59,7 @@ class ExpertActor:
         self._bank = ExpertBank(self._device)
         self._checkpoints: dict[str, Checkpoint | Mixture] = {}
         self._load_lock = threading.Lock()
+        self._epoch_lock = threading.Lock()
         self._queue = FrameQueue(
             self._bank, actor_id, spec.max_queue_rows, open_spans(actor_id, generation)
         )
@@ -108,10 +109,11 @@ class ExpertActor:
         """Free the given experts and their memory after the current batch.
 
         The answer to a later frame for one of them is WrongPlacementError. Experts that the actor
-        does not hold are ignored.
+        does not hold are ignored. Raises :class:`StaleEpochError` for an older epoch.
         """
         self._accept(epoch)
         with self._load_lock, self._queue.idle():
+            self._check(epoch)  # a newer controller's load may have come first
             for key in keys:
                 self._bank.release(ExpertKey(*key))
             self._bank.settle()
@@ -132,8 +134,9 @@ class ExpertActor:
         return self._streams.offer(network)
 
     def _accept(self, epoch: int) -> None:
-        self._check(epoch)
-        self._epoch = epoch
+        with self._epoch_lock:
+            self._check(epoch)
+            self._epoch = epoch
         self._lease.renew(time.monotonic())
 
     def _check(self, epoch: int) -> None:

@@ -559,6 +559,41 @@ def test_a_load_ends_once_a_newer_controller_gives_orders(
     assert len(actor.describe().experts) == 1  # the one that was being read
 
 
+def test_an_older_order_that_waited_for_a_newer_one_is_refused(
+    make: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both passed the first check in time; the newer one is not to find its experts gone."""
+    actor = make()
+    begun, going_on = threading.Event(), threading.Event()
+    take_over = actor._take_over
+
+    def slowly(spec: ActorSpec) -> None:
+        begun.set()
+        assert going_on.wait(LIMIT_S)
+        take_over(spec)
+
+    monkeypatch.setattr(actor, "_take_over", slowly)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(actor.load, 1, actor._spec, [])
+        assert begun.wait(LIMIT_S)
+        accepted = threading.Event()
+        accept = actor._accept
+
+        def noted(epoch: int) -> None:
+            accept(epoch)
+            accepted.set()
+
+        monkeypatch.setattr(actor, "_accept", noted)
+        older = pool.submit(actor.unload, 1, KEYS)
+        assert accepted.wait(LIMIT_S)
+        actor.heartbeat(2)
+        going_on.set()
+        assert first.result(LIMIT_S).experts == tuple(KEYS)
+        with pytest.raises(StaleEpochError):
+            older.result(LIMIT_S)
+    assert actor.describe().experts == tuple(KEYS)
+
+
 def of_other_weights(actor: Actor, folder: Path, model: str) -> ActorSpec:
     """Return the actor's specification after a redeploy: the checkpoint has another key or path."""
     [source] = actor._spec.models
