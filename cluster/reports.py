@@ -18,7 +18,8 @@ class ActorStatus:
 
     ``experts`` are (model, layer, expert), ``tokens`` the rows that the actor has computed,
     ``weight_bytes`` the size of the experts' weights in the device's memory. ``kernels`` has the
-    kernel class of each language model's experts.
+    kernel class of each language model's experts. ``silence`` says since when the controller does
+    not hear the actor and why it is kept; it is empty for an actor that answers.
     """
 
     actor_id: str
@@ -30,6 +31,7 @@ class ActorStatus:
     tokens: int
     weight_bytes: int = 0
     kernels: tuple[ModelKernel, ...] = ()
+    silence: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +215,9 @@ class LoadStatus:
     rebalances: tuple[RebalanceReport, ...]
     changes: tuple[ChangeReport, ...] = ()
 
+
+Heard = tuple[int, float]
+"""The generation of an actor that a router heard last, and how many seconds ago."""
 
 Sample = tuple[str, Mapping[str, str], float]
 """A Prometheus sample: its name with any suffix, its labels, its value."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from cluster.controller.pool import ExpertPool, kind_of
 from cluster.spec import ActorReport, ActorSpec
@@ -21,49 +21,77 @@ class Adopted:
     """The adopted actors by id, and the numbers that the new controller must go beyond.
 
     ``epoch`` is the highest that any living actor has seen. ``generations`` has the last generation
-    of every actor that was found, also of the ended ones.
+    of every actor that was found, also of the ended ones. ``silent`` are the adopted actors that
+    have not answered yet; the others have a report.
     """
 
     handles: dict[str, ActorHandle] = field(default_factory=dict)
     reports: dict[str, ActorReport] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)
     epoch: int = 0
     generations: dict[str, int] = field(default_factory=dict)
 
 
-async def adopt(pool: ExpertPool, specs: Mapping[str, ActorSpec], timeout_s: float) -> Adopted:
+async def adopt(
+    pool: ExpertPool,
+    specs: Mapping[str, ActorSpec],
+    timeout_s: float,
+    check_epoch: Callable[[], Awaitable[None]],
+) -> Adopted:
     """Adopt the newest generation of each actor that answers and fits its specification.
 
-    All other actors of the application are ended.
+    An actor that is silent for ``timeout_s`` is adopted too, where no other generation of it
+    answers: the network between it and the controller may be at fault. All other actors of the
+    application are ended. ``check_epoch`` is called before that, and raises where the caller may
+    not end actors.
     """
     adopted = Adopted()
     found = await asyncio.to_thread(pool.find)
     found.sort(key=lambda entry: entry[:2])
     # Concurrently, so that hanging actors cost one timeout together.
     described = await asyncio.gather(*(_describe(pool, *entry, timeout_s) for entry in found))
-    for (actor_id, generation, handle), report in zip(found, described, strict=True):
+    unfit: list[ActorHandle] = []
+    silent: dict[str, ActorHandle] = {}
+    for (actor_id, generation, handle), answer in zip(found, described, strict=True):
         adopted.generations[actor_id] = max(generation, adopted.generations.get(actor_id, 0))
-        if report is None:
-            pool.kill(handle)
+        if isinstance(answer, TimeoutError) and actor_id in specs:
+            if actor_id in silent:  # an older generation that should be gone
+                unfit.append(silent[actor_id])
+            silent[actor_id] = handle
             continue
-        adopted.epoch = max(adopted.epoch, report.epoch)
+        if isinstance(answer, BaseException):
+            unfit.append(handle)
+            continue
+        adopted.epoch = max(adopted.epoch, answer.epoch)
         if actor_id in adopted.handles:  # an older generation that should be gone
-            pool.kill(adopted.handles.pop(actor_id))
+            unfit.append(adopted.handles.pop(actor_id))
             del adopted.reports[actor_id]
         spec = specs.get(actor_id)
-        if spec is not None and report.digest == spec.digest:
-            adopted.handles[actor_id], adopted.reports[actor_id] = handle, report
+        if spec is not None and answer.digest == spec.digest:
+            adopted.handles[actor_id], adopted.reports[actor_id] = handle, answer
         else:
             logger.info("%s g%d has another configuration; ending it", actor_id, generation)
-            pool.kill(handle)
+            unfit.append(handle)
+    for actor_id, handle in silent.items():
+        if actor_id in adopted.handles:
+            unfit.append(handle)
+        else:
+            adopted.handles[actor_id] = handle
+            adopted.silent.add(actor_id)
+    if unfit:
+        await check_epoch()
+    for handle in unfit:
+        pool.kill(handle)
     return adopted
 
 
 async def _describe(
     pool: ExpertPool, actor_id: str, generation: int, handle: ActorHandle, timeout_s: float
-) -> ActorReport | None:
-    """Return an actor's report, or ``None`` where it does not answer."""
+) -> ActorReport | Exception:
+    """Return an actor's report, or the reason why there is none."""
     try:
         return await pool.describe(handle, timeout_s)
     except (RayActorError, RayTaskError, TimeoutError) as error:
-        logger.warning("%s g%d is not adopted (%s)", actor_id, generation, kind_of(error))
-        return None
+        logger.warning("%s g%d does not report (%s)", actor_id, generation, kind_of(error))
+        # Unreachable for the moment, as an actor that is silent.
+        return TimeoutError() if isinstance(error, ActorUnavailableError) else error

@@ -60,6 +60,7 @@ class AntiAffinity:
         if node is None:
             return
         logger.info("%s moves to node %s, apart from other copies", actor_id, node[:10])
+        await state.check_epoch()
         state.nodes[actor_id] = node
         await state.publish(lambda placement: placement.without(actor_id))
         for found_id, _, handle in await asyncio.to_thread(self._expert_pool.find):

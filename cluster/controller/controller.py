@@ -10,14 +10,14 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Collection, Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.controller.adopt import adopt
+from cluster.controller.adopt import Adopted, adopt
 from cluster.controller.anti_affinity import AntiAffinity
 from cluster.controller.application import app_is_wanted
 from cluster.controller.autoscale import Autoscaler
@@ -28,23 +28,23 @@ from cluster.controller.keeper import Keeper
 from cluster.controller.kernels import MixNotice, kernel_status, with_ids
 from cluster.controller.ledger import LedgerStore
 from cluster.controller.members import MEMBER_TTL_S, Members
+from cluster.controller.naming import Report, actor_status, named, with_model_ids
 from cluster.controller.pool import ExpertPool, kind_of
 from cluster.controller.rebalance import Rebalancer
 from cluster.controller.state import ClusterState
-from cluster.errors import ExpertMeshError
+from cluster.errors import ExpertMeshError, StaleEpochError
 from cluster.placement.load import FALL_S, LoadTracker
+from cluster.placement.placement import Placement
 from cluster.placement.retained import Retention
 from cluster.placement.scaling import BusyMeter
 from cluster.reports import (
-    ActorStatus,
-    ChangeReport,
     ClusterStatus,
+    Heard,
     KernelStatus,
     LoadStatus,
     Measurements,
     ProcessSamples,
     ProcessStatus,
-    RebalanceReport,
     Samples,
 )
 from cluster.spec import ActorReport, ExpertKey, PoolSpec, model_id_of
@@ -54,8 +54,6 @@ APP_CHECK_S = 1.0
 RETAIN_CHECK_S = 1.0
 START_TIMEOUT_S = 30.0
 MAX_WATCH_S = 10.0
-
-_Report = TypeVar("_Report", ChangeReport, RebalanceReport)
 
 logger = logging.getLogger("expertmesh.controller")
 
@@ -98,8 +96,9 @@ class Controller:
             self._retirement,
             (tracker, meter),
             rebalance_period_s,
-            self._stop_loops,
+            self._members,
         )
+        self._state.on_superseded = self._stop
         changes = Changes(self._state, expert_pool, self._retirement, self._keeper.heartbeat_now)
         self._rebalancer = Rebalancer(self._state, changes, tracker)
         self._elastic = Elastic(self._state, expert_pool, self._keeper, self._rebalancer, meter)
@@ -110,15 +109,16 @@ class Controller:
 
     async def start(self) -> None:
         """Begin the next epoch, adopt the living actors that fit, and keep all actors alive."""
-        handles, reports = await self._adopt()
+        adopted = await self._adopt()
+        handles = adopted.handles
         nodes = await asyncio.to_thread(self._expert_pool.nodes)
         if self._state.min_copies > 1 and len(nodes) > 1:
             # There is time to wait for all actors only before anything is served.
             handles = handles or await self._create_all()
         self._state.assign()
-        self._state.make_room(reports)
+        await self._state.make_room(adopted.reports)
         for actor_id in self._state.fleet.specs:
-            self._keeper.start(actor_id, handles.get(actor_id))
+            self._keeper.start(actor_id, handles.get(actor_id), actor_id in adopted.silent)
         if self._state.min_copies > 1:
             anti_affinity = AntiAffinity(self._state, self._expert_pool)
             self._run(anti_affinity.run_forever(set(nodes)), "nodes")
@@ -130,9 +130,16 @@ class Controller:
     def _run(self, loop: Coroutine[Any, Any, None], name: str) -> None:
         self._loops.append(asyncio.create_task(loop, name=name))
 
-    def _stop_loops(self) -> None:
+    def _stop(self) -> None:
+        """Give no more orders; the actors live on."""
         for loop in self._loops:
-            loop.cancel()
+            if loop is not asyncio.current_task():
+                loop.cancel()
+        self._keeper.close()
+
+    async def check_health(self) -> None:
+        """Raise :class:`StaleEpochError` where a newer controller runs, so that Serve ends this."""
+        self._state.refuse_if_superseded()
 
     async def _retain(self) -> None:
         """Keep the models of an earlier deployment until their routers have ended."""
@@ -152,17 +159,22 @@ class Controller:
                 await self._state.release(over)
                 self._retirement.begin(holders, self._state.placement.order)
                 try:
-                    self._state.record()
+                    await self._state.record()
+                except StaleEpochError:
+                    return
                 except Exception as error:  # Ray's control store may be away for a moment
                     logger.warning("the ledger still has the earlier models (%s)", kind_of(error))
 
-    async def _adopt(self) -> tuple[dict[str, ActorHandle], dict[str, ActorReport]]:
-        """Take over the actors of the last controller; returns their handles and reports."""
-        ledger = await asyncio.to_thread(self._ledger.read)
+    async def _adopt(self) -> Adopted:
+        """Claim the next epoch, and take over the actors of the last controller under it."""
+        ledger = await asyncio.to_thread(self._ledger.claim)
         self._state.fleet.resume(ledger.pools)
-        adopted = await adopt(self._expert_pool, self._state.fleet.specs, ADOPT_TIMEOUT_S)
-        self._state.take_over(adopted, ledger)
-        return adopted.handles, adopted.reports
+        specs, check = self._state.fleet.specs, self._state.check_epoch
+        adopted = await adopt(self._expert_pool, specs, ADOPT_TIMEOUT_S, check)
+        if adopted.epoch >= ledger.epoch:  # the ledger was lost
+            ledger = await asyncio.to_thread(self._ledger.claim, adopted.epoch)
+        await self._state.take_over(adopted, ledger)
+        return adopted
 
     async def _create_all(self) -> dict[str, ActorHandle]:
         """Create all actors, and wait until Ray has placed them; returns their handles.
@@ -170,7 +182,7 @@ class Controller:
         Copies can be put on different nodes only when the actors' nodes are known. An actor that
         does not come up in time counts as if it had a node of its own.
         """
-        created = {actor_id: self._keeper.create(actor_id) for actor_id in self._state.fleet.specs}
+        created = {a: await self._keeper.create(a) for a in self._state.fleet.specs}
 
         async def learn_node(actor_id: str, handle: ActorHandle) -> None:
             try:
@@ -204,13 +216,16 @@ class Controller:
 
         On a mere restart or a new configuration they live on for the next controller to adopt.
         """
-        self._stop_loops()
-        self._keeper.close()
+        self._stop()
         if await asyncio.to_thread(app_is_wanted, self._app):
             return
-        for _, _, handle in await asyncio.to_thread(self._expert_pool.find):
-            self._expert_pool.kill(handle)
-        await asyncio.to_thread(self._ledger.clear)
+        try:
+            await self._state.check_epoch()
+            for _, _, handle in await asyncio.to_thread(self._expert_pool.find):
+                self._expert_pool.kill(handle)
+            await asyncio.to_thread(self._ledger.clear)
+        except StaleEpochError:
+            logger.info("a newer controller ends the actors")
 
     # What routers and gateways call.
 
@@ -224,51 +239,76 @@ class Controller:
         samples: Samples | None = None,
         model: str = "",
         kernel_class: str = "",
+        heard: Mapping[str, Heard] | None = None,
+        own: Placement | None = None,
     ) -> dict[str, Any]:
         """Return the placement once it differs from ``known`` (epoch, version).
 
-        The answer is ``{"placement": …, "loop_age_s": …, "is_deleted": …}``: the
+        The answer is ``{"placement": …, "loop_age_s": …, "is_deleted": …, "asks_own": …}``: the
         :class:`Placement`, ``None`` when nothing changed within ``timeout_s`` (at most
-        ``MAX_WATCH_S``), how long ago this controller last finished a heartbeat of any actor, and
-        whether Serve deletes the application. The call also says that this router or gateway is
-        alive, and brings its ``samples``, the key of the ``model`` that a router serves and the
-        ``kernel_class`` of its dense part.
+        ``MAX_WATCH_S``), how long ago this controller last finished a heartbeat of any actor,
+        whether Serve deletes the application, and whether the next call is to bring the caller's
+        ``own`` placement. The call also says that this router or gateway is alive, and brings its
+        ``samples``, the key of the ``model`` that a router serves, the ``kernel_class`` of its
+        dense part, and the actors that it has ``heard`` lately.
+
+        Where the controller doubts whether an actor lives, it answers all callers at once, and
+        their next calls tell whom they hear. Raises :class:`StaleEpochError` where a newer
+        controller runs.
         """
-        state, order = self._state, (known[0], known[1])
-        self._members.heard(kind, ProcessStatus(pid, node), order, samples, model, kernel_class)
+        state, order, asked_at_s = self._state, (known[0], known[1]), self._state.asked_at_s
+        state.refuse_if_superseded()
+        self._members.heard(
+            kind, ProcessStatus(pid, node), order, samples, model, kernel_class, heard
+        )
         self._mix_notice.look(self._kernels(), state.is_complete)
         for actor_id in self._retirement.waiting():
             self._keeper.heartbeat_now(actor_id)
-        placement = None
-        try:
-            async with asyncio.timeout(min(timeout_s, MAX_WATCH_S)):
-                await state.wait_for(lambda: state.is_deleted or state.placement.order != order)
-            placement = state.placement
-        except TimeoutError:
-            pass
+        if own is not None:
+            await state.learn(own)
+        asks_own = bool(state.unheard) and -1 < order[0] < state.placement.epoch
+        if not asks_own:
+            try:
+                async with asyncio.timeout(min(timeout_s, MAX_WATCH_S)):
+                    await state.wait_for(
+                        lambda: (
+                            state.is_deleted
+                            or state.placement.order != order
+                            or state.asked_at_s > asked_at_s
+                        )
+                    )
+            except TimeoutError:
+                pass
+        is_known = asks_own or state.placement.order == order
         return {
-            "placement": placement,
+            "placement": None if is_known else state.placement,
             "loop_age_s": time.monotonic() - self._keeper.looped_at_s,
             "is_deleted": state.is_deleted,
+            "asks_own": asks_own,
         }
 
-    async def suspect(self, actor_id: str, generation: int) -> None:
-        """Check an actor at once, since a router has no answer from this generation."""
-        self._keeper.suspect(actor_id, generation)
+    async def suspect(self, actor_id: str, generation: int, hears_others: bool = False) -> None:
+        """Check an actor at once, since a router has no answer from this generation.
+
+        ``hears_others`` says that the router hears other actors.
+        """
+        self._keeper.suspect(actor_id, generation, hears_others)
 
     async def status(self) -> ClusterStatus:
         """Return the processes that serve, and the experts of each actor."""
+        self._state.refuse_if_superseded()
         return self._status()
 
     async def measurements(self, own: ProcessSamples) -> Measurements:
         """Return all measurements; ``own`` are the samples of the gateway that asks."""
+        self._state.refuse_if_superseded()
         self._members.heard(own.kind, own.process, samples=own.samples)
         return Measurements(self._status(), self._reports(), self._members.samples())
 
     def _reports(self) -> tuple[ActorReport, ...]:
         """Return the actors' reports of the deployment's own models, named by their ids."""
         return tuple(
-            _named(report, self._state.keys) for _, report in sorted(self._state.reports.items())
+            named(report, self._state.keys) for _, report in sorted(self._state.reports.items())
         )
 
     def _routers(self) -> list[ProcessStatus]:
@@ -285,7 +325,7 @@ class Controller:
         )
 
     def _status(self) -> ClusterStatus:
-        placement = self._state.placement
+        placement, silences = self._state.placement, self._keeper.suspicion.notes()
         return ClusterStatus(
             models=tuple(model_id_of(experts.model) for experts in self._state.models),
             epoch=placement.epoch,
@@ -294,7 +334,10 @@ class Controller:
             missing_experts=sum(key.model in self._state.keys for key in placement.missing()),
             routers=tuple(self._routers()),
             gateways=self._members.of("gateway"),
-            actors=tuple(_actor_status(report) for report in self._reports()),
+            actors=tuple(
+                actor_status(report, silences.get(report.actor_id, ""))
+                for report in self._reports()
+            ),
             min_copies=self._state.min_copies,
             live_copies=placement.fewest_copies(self._state.keys),
             loading=self._keeper.loading.status(),
@@ -303,26 +346,27 @@ class Controller:
 
     async def load(self) -> LoadStatus:
         """Return the recent load of experts and devices, and the last changes."""
+        self._state.refuse_if_superseded()
         load = self._rebalancer.load()
         return replace(
             load,
-            rebalances=tuple(map(_with_ids, load.rebalances)),
-            changes=tuple(map(_with_ids, self._elastic.history)),
+            rebalances=tuple(map(with_model_ids, load.rebalances)),
+            changes=tuple(map(with_model_ids, self._elastic.history)),
         )
 
     # Each of the following returns ``{"report": …}``, or ``{"error": …}`` as plain data.
 
     async def rebalance(self, dry_run: bool) -> dict[str, Any]:
         """Spread the current load, or only plan it; see :meth:`Rebalancer.rebalance`."""
-        return await _outcome(self._rebalancer.rebalance(dry_run))
+        return await self._outcome(self._rebalancer.rebalance(dry_run))
 
     async def scale(self, number: int, pool: str, dry_run: bool) -> dict[str, Any]:
         """Bring a pool to ``number`` actors; see :meth:`Elastic.scale`."""
-        return await _outcome(self._elastic.scale(number, pool, dry_run))
+        return await self._outcome(self._elastic.scale(number, pool, dry_run))
 
     async def drain(self, target: str, dry_run: bool) -> dict[str, Any]:
         """Drain and end an actor, or those of a node; see :meth:`Elastic.drain`."""
-        return await _outcome(self._elastic.drain(target, dry_run))
+        return await self._outcome(self._elastic.drain(target, dry_run))
 
     async def set_copies(
         self, model: str, layer: int, expert: int, number: int, dry_run: bool
@@ -330,44 +374,13 @@ class Controller:
         """Bring an expert to ``number`` copies; see :meth:`Elastic.set_copies`."""
         keys = [key for key in self._state.keys if model_id_of(key) == model]
         key = ExpertKey(keys[0] if keys else model, layer, expert)
-        return await _outcome(self._elastic.set_copies(key, number, dry_run))
+        return await self._outcome(self._elastic.set_copies(key, number, dry_run))
 
-
-async def _outcome(change: Awaitable[_Report]) -> dict[str, Any]:
-    """Return a change's report, or its error as plain data; Serve would wrap a raised error."""
-    try:
-        return {"report": _with_ids(await change)}
-    except ExpertMeshError as error:
-        return {"error": error.to_wire()}
-
-
-def _with_ids(report: _Report) -> _Report:
-    """Return a report whose moves name models by their ids."""
-    moves = tuple(replace(move, model=model_id_of(move.model)) for move in report.moves)
-    return replace(report, moves=moves)
-
-
-def _named(report: ActorReport, keys: Collection[str]) -> ActorReport:
-    """Return a report without the experts of earlier models; models have their ids."""
-    own = [key for key in report.experts if key.model in keys]
-    tokens = {_with_id(key): n for key, n in report.tokens.items() if key.model in keys}
-    kernels = with_ids(report.kernels, keys)
-    return replace(report, experts=tuple(map(_with_id, own)), tokens=tokens, kernels=kernels)
-
-
-def _with_id(key: ExpertKey) -> ExpertKey:
-    return key._replace(model=model_id_of(key.model))
-
-
-def _actor_status(report: ActorReport) -> ActorStatus:
-    return ActorStatus(
-        actor_id=report.actor_id,
-        pid=report.pid,
-        node=report.node,
-        device=report.device,
-        generation=report.generation,
-        experts=tuple((k.model, k.layer_id, k.expert_id) for k in report.experts),
-        tokens=sum(report.tokens.values()),
-        weight_bytes=report.weight_bytes,
-        kernels=report.kernels,
-    )
+    async def _outcome(self, change: Coroutine[Any, Any, Report]) -> dict[str, Any]:
+        """Return a change's report, or its error as plain data; Serve would wrap a raised error."""
+        try:
+            self._state.refuse_if_superseded()
+            return {"report": with_model_ids(await change)}
+        except ExpertMeshError as error:
+            change.close()
+            return {"error": error.to_wire()}

@@ -92,7 +92,7 @@ class Elastic:
             if dry_run:
                 return await self._plan_growth(name, number - len(before), what, reason)
             logger.info("%s, %s", what, reason)
-            added = self._grow([name] * (number - len(before)))
+            added = await self._grow([name] * (number - len(before)))
         # Without the lock: Ray's autoscaler may take minutes to find devices.
         return await self._use(added, what, reason)
 
@@ -200,19 +200,21 @@ class Elastic:
         added = [device.actor_id for device in coming]
         return self.report(what, reason, moved, began_at_s, added)
 
-    def _grow(self, pools: Sequence[str], avoided_nodes: Collection[str] = ()) -> list[str]:
+    async def _grow(self, pools: Sequence[str], avoided_nodes: Collection[str] = ()) -> list[str]:
         """Add an actor to each of the pools: a standby actor that is up, or else a new one.
 
         A standby actor on one of ``avoided_nodes`` is not taken.
         """
-        return [self._take_standby(pool, avoided_nodes) or self._start(pool) for pool in pools]
+        return [
+            await self._take_standby(pool, avoided_nodes) or self._start(pool) for pool in pools
+        ]
 
-    def _take_standby(self, pool: str, avoided_nodes: Collection[str]) -> str | None:
+    async def _take_standby(self, pool: str, avoided_nodes: Collection[str]) -> str | None:
         for actor_id in self._fleet.standby_of(pool):
             is_up = actor_id in self._state.placement.generations
             if is_up and self._state.nodes.get(actor_id) not in avoided_nodes:
                 self._fleet.take_into_use(actor_id)
-                self._state.record()
+                await self._state.record()
                 return actor_id
         return None
 
@@ -370,7 +372,9 @@ class Elastic:
             # A standby actor needs no successor here: another one starts elsewhere in time.
             has_successor = self._succeeded | self._fleet.standby
             without = [actor_id for actor_id in leaving if actor_id not in has_successor]
-            added = self._grow([self._fleet.pool_of[actor_id] for actor_id in without], draining)
+            added = await self._grow(
+                [self._fleet.pool_of[actor_id] for actor_id in without], draining
+            )
             self._succeeded |= set(without)
             up = await self._wait_up(added, SUCCESSOR_TIMEOUT_S)
             generations = self._state.placement.generations

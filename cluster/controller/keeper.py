@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from ray.actor import ActorHandle
@@ -21,9 +20,11 @@ from ray.exceptions import RayActorError, RayTaskError
 from cluster.controller.changes import LOAD_TIMEOUT_S, UNLOAD_TIMEOUT_S, Retirement
 from cluster.controller.liveness import LOOK_S, Progress, Silence
 from cluster.controller.loading import Loading
+from cluster.controller.members import Members
 from cluster.controller.pool import ExpertPool, kind_of
 from cluster.controller.state import ClusterState
-from cluster.errors import ExpertMeshError, StaleEpochError
+from cluster.controller.suspicion import Suspicion
+from cluster.errors import ExpertMeshError, StaleEpochError, UnavailableError
 from cluster.spec import ActorReport
 
 HEARTBEAT_PERIOD_S = 1.0
@@ -31,8 +32,6 @@ LOAD_PERIOD_S = 0.25
 """Time between an actor's heartbeats where the number of copies or actors follows the load."""
 MAX_HEARTBEATS_PER_S = 400
 """The most heartbeats of all actors together; many actors get a longer period."""
-SUSPICION_S = 1.0
-"""How long a router's suspicion counts; the router repeats it while it waits."""
 PLACE_NOTICE_S = 10.0
 FIRST_RETRY_S = 0.2
 MAX_RETRY_S = 15.0
@@ -60,9 +59,9 @@ class Keeper:
         retirement: Retirement,
         observers: Sequence[Observer],
         rebalance_period_s: float | None,
-        superseded: Callable[[], None],
+        members: Members,
     ) -> None:
-        """``observers`` get every report; ``superseded`` is called once a newer controller runs.
+        """``observers`` get every report; ``members`` knows the routers.
 
         Heartbeats come every :data:`HEARTBEAT_PERIOD_S`, or more often where copies or actors
         follow the load, so that each decision has new counters.
@@ -74,7 +73,7 @@ class Keeper:
         self._expert_pool = expert_pool
         self._retirement = retirement
         self._observers = observers
-        self._superseded = superseded
+        self.suspicion = Suspicion(state, members, self.heartbeat_now)
         self._load_period_s: float | None = None
         if rebalance_period_s is not None:
             self._load_period_s = min(LOAD_PERIOD_S, rebalance_period_s)
@@ -82,74 +81,83 @@ class Keeper:
             self._load_period_s = LOAD_PERIOD_S
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._heartbeat_due: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
-        self._suspected_at_s: defaultdict[str, float] = defaultdict(lambda: -math.inf)
 
     # What other parts call.
 
-    def start(self, actor_id: str, handle: ActorHandle | None = None) -> None:
-        """Begin to keep an actor of the fleet, with its handle where it lives already."""
-        keeping = self._keep(actor_id, handle)
+    def start(
+        self, actor_id: str, handle: ActorHandle | None = None, is_silent: bool = False
+    ) -> None:
+        """Begin to keep an actor of the fleet, with its handle where it lives already.
+
+        One that ``is_silent`` has not answered yet.
+        """
+        keeping = self._keep(actor_id, handle, is_silent)
         self._tasks[actor_id] = asyncio.create_task(keeping, name=f"keep {actor_id}")
 
     async def stop(self, actor_id: str) -> None:
         """End an actor that is to hold nothing any more, and take it out of the fleet."""
         self._state.fleet.remove(actor_id)
-        self._state.record()
+        await self._state.record()
         await self._state.leave_placement(actor_id)
         task = self._tasks.pop(actor_id)
         task.cancel()
         await asyncio.wait([task])
         await self._state.leave_placement(actor_id)  # it may have come up until a moment ago
         self._forget(actor_id)
+        self.suspicion.forget(actor_id)
         self._state.remove(actor_id)
         self._retirement.forget(actor_id)
         self._heartbeat_due.pop(actor_id, None)
-        self._suspected_at_s.pop(actor_id, None)
 
     def heartbeat_now(self, actor_id: str) -> None:
         """Send an actor its next heartbeat at once."""
         self._heartbeat_due[actor_id].set()
 
-    def suspect(self, actor_id: str, generation: int) -> None:
+    def suspect(self, actor_id: str, generation: int, hears_others: bool) -> None:
         """Check an actor at once, since a router has no answer from this generation.
 
         While the router repeats its suspicion, an unanswered heartbeat counts as death sooner.
+        ``hears_others`` says that the router hears other actors.
         """
-        report = self._state.reports.get(actor_id)
-        if report is not None and report.generation == generation:
-            self._suspected_at_s[actor_id] = time.monotonic()
+        if self._state.placement.generations.get(actor_id) == generation:
+            self.suspicion.suspect(actor_id, hears_others)
             self.heartbeat_now(actor_id)
 
     def close(self) -> None:
         """Stop keeping; the actors live on."""
         for task in self._tasks.values():
-            task.cancel()
+            if task is not asyncio.current_task():  # which ends by itself
+                task.cancel()
 
-    def create(self, actor_id: str) -> ActorHandle:
-        """Ask Ray for the next generation of an actor; returns at once.
+    async def create(self, actor_id: str) -> ActorHandle:
+        """Ask Ray for the next generation of an actor, without a wait for its start.
 
         With several copies of each expert, a successor returns to its predecessor's node, so that
-        copies stay on different nodes.
+        copies stay on different nodes. Raises :class:`StaleEpochError` where a newer controller
+        runs.
         """
-        generation = self._state.next_generation(actor_id)
+        generation = await self._state.next_generation(actor_id)
         node = self._state.nodes.get(actor_id) if self._state.min_copies > 1 else None
         spec, epoch = self._state.fleet.specs[actor_id], self._state.placement.epoch
         return self._expert_pool.create(spec, actor_id, generation, epoch, node)
 
     # The life of one actor.
 
-    async def _keep(self, actor_id: str, handle: ActorHandle | None) -> None:
+    async def _keep(self, actor_id: str, handle: ActorHandle | None, is_silent: bool) -> None:
         delay_s = FIRST_RETRY_S
         while True:
             self.looped_at_s = time.monotonic()
             try:
-                handle = handle or self.create(actor_id)
+                handle = handle or await self.create(actor_id)
+                if is_silent:
+                    await self._hear(actor_id, handle)
+                    is_silent = False
                 await self._bring_up(actor_id, handle)
                 delay_s = FIRST_RETRY_S
                 await self._watch(actor_id, handle)
+                continue  # it has lost experts, and loads them again
             except StaleEpochError:
-                logger.warning("a newer controller took over; this one stops")
-                self._superseded()
+                self._state.supersede()
                 return
             except (RayActorError, RayTaskError, TimeoutError) as error:
                 logger.warning("%s: %s; replacing it", actor_id, _reason_of(error))
@@ -161,14 +169,45 @@ class Keeper:
                 raise
             except Exception:
                 logger.exception("%s: unexpected failure; trying again", actor_id)
-            if handle is not None:
-                self._expert_pool.kill(handle)
-                handle = None
+            is_silent = False
             self._forget(actor_id)
             self._retirement.wake()
-            if not await self._state.leave_placement(actor_id):  # it never came up: do not spin
+            was_up = await self._state.leave_placement(actor_id)
+            self.suspicion.forget(actor_id)
+            if handle is not None:
+                if not await self._end(handle):
+                    return
+                handle = None
+            if not was_up:  # do not spin
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, MAX_RETRY_S)
+
+    async def _end(self, handle: ActorHandle) -> bool:
+        """End an actor once the ledger says that no newer controller runs.
+
+        Returns false where one does.
+        """
+        for attempt in itertools.count():
+            try:
+                await self._state.check_epoch()
+                break
+            except StaleEpochError:
+                return False
+            except Exception as error:  # Ray's control store is away
+                logger.warning("the ledger cannot be read (%s); nothing is ended", kind_of(error))
+                await asyncio.sleep(min(FIRST_RETRY_S * 2 ** min(attempt, 10), MAX_RETRY_S))
+        self._expert_pool.kill(handle)
+        return True
+
+    async def _hear(self, actor_id: str, handle: ActorHandle) -> None:
+        """Wait for the first answer of an adopted actor.
+
+        Raises :class:`UnavailableError` where its process has another configuration, and
+        ``TimeoutError`` where it hangs.
+        """
+        report = await self._heartbeat(actor_id, handle)
+        if report.digest != self._state.fleet.specs[actor_id].digest:
+            raise UnavailableError("has another configuration; ending it", actor_id)
 
     def _forget(self, actor_id: str) -> None:
         self._state.forget(actor_id)
@@ -221,7 +260,7 @@ class Keeper:
                 why = await asyncio.to_thread(self._expert_pool.shortage, spec)
                 logger.warning("%s waits for a place: %s", actor_id, why)
                 if self._state.min_copies > 1 and self._state.nodes.pop(actor_id, ""):
-                    self._expert_pool.kill(handle)
+                    await self._end(handle)
                     return
 
     async def _follow_loading(self, handle: ActorHandle) -> None:
@@ -236,12 +275,15 @@ class Keeper:
                 logger.info("loading: %s", line)
 
     async def _watch(self, actor_id: str, handle: ActorHandle) -> None:
-        """Send heartbeats for ever; raises ``TimeoutError`` when the actor hangs."""
+        """Send heartbeats until the actor lacks experts that the placement says it holds.
+
+        Routers stop asking it for these at once. Raises ``TimeoutError`` when the actor hangs.
+        """
         due = self._heartbeat_due[actor_id]
-        self._suspected_at_s[actor_id] = -math.inf  # a suspicion of its predecessor counts no more
         progress = Progress(time.monotonic())
         while True:
             due.clear()
+            before = self._state.placement
             report = await self._heartbeat(actor_id, handle)
             self.looped_at_s = now_s = time.monotonic()
             self._state.reports[actor_id] = report
@@ -249,6 +291,12 @@ class Keeper:
                 observer.observe(report, now_s)
             if progress.is_hung(report.steps, report.queued_rows, now_s):
                 raise TimeoutError("rows wait and none is computed")
+            # A report may be older than a change that was made meanwhile.
+            lacking = self._state.lacking(actor_id, report)
+            if lacking and before is self._state.placement:
+                logger.error("%s lacks %d experts that it is to hold", actor_id, len(lacking))
+                await self._state.correct(actor_id, lacking)
+                return
             await self._retirement.retire(actor_id, handle, report)
             try:
                 async with asyncio.timeout(self._heartbeat_period_s()):
@@ -271,12 +319,15 @@ class Keeper:
         try:
             while not (await asyncio.wait([answer], timeout=LOOK_S))[0]:
                 now_s = time.monotonic()
-                is_suspected = now_s - self._suspected_at_s[actor_id] < SUSPICION_S
-                if silence.is_hung(is_suspected, now_s):
+                silence.look(now_s)
+                is_lost = await self.suspicion.is_lost(actor_id, silence, now_s)
+                if is_lost and not answer.done():
                     raise TimeoutError("no heartbeat is answered")
-            return answer.result()
+            report = answer.result()
         finally:
             answer.cancel()
+        self.suspicion.answered(actor_id)
+        return report
 
 
 def _reason_of(error: BaseException) -> str:

@@ -3,20 +3,30 @@
 Routers take only a newer placement, and an actor's name contains its generation. A new controller
 learns both from the living actors, and where none survived from this ledger. It lies in Ray's
 key-value store, which lives as long as the cluster's head.
+
+The store can create a key that is absent, in one step, and can replace none under a condition. So
+the ledger is a row of numbered records, of which the last one counts. A write creates the record
+after the last one that its writer knows, so of two writers one fails. The first write of an epoch
+claims it. The controllers of earlier epochs do not know that record, and cannot write any more.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Protocol
 
 from ray.experimental.internal_kv import (
     _internal_kv_del,
     _internal_kv_get,
+    _internal_kv_list,
     _internal_kv_put,
 )
 
 from cluster.controller.fleet import PoolMembers
+from cluster.errors import StaleEpochError
 from cluster.spec import ModelExperts
 
 KV_NAMESPACE = b"expertmesh"
@@ -56,23 +66,143 @@ class Ledger:
         return cls(**fields, pools=pools, models=models)
 
 
-class LedgerStore:
-    """The ledger of one application; every call is one short round trip to Ray's head."""
+class KeyValueStore(Protocol):
+    """A store whose every call is one step; Ray's is :class:`RayStore`."""
 
-    def __init__(self, app: str) -> None:
-        """Works in a process that is connected to Ray."""
-        self._key = app.encode()
+    def create(self, key: str, value: bytes) -> bool:
+        """Store a value under a new key; returns false where there is one, which stays."""
+        ...
+
+    def get(self, key: str) -> bytes | None:
+        """Return the value of a key."""
+        ...
+
+    def keys(self, prefix: str) -> Sequence[str]:
+        """Return all keys with this prefix."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Delete a key, if it is there."""
+        ...
+
+
+class RayStore:
+    """Ray's key-value store; every call is one short round trip to Ray's head.
+
+    Works in a process that is connected to Ray.
+    """
+
+    def create(self, key: str, value: bytes) -> bool:
+        """See :class:`KeyValueStore`."""
+        existed = _internal_kv_put(key, value, overwrite=False, namespace=KV_NAMESPACE)
+        return not existed
+
+    def get(self, key: str) -> bytes | None:
+        """See :class:`KeyValueStore`."""
+        return _internal_kv_get(key, namespace=KV_NAMESPACE)
+
+    def keys(self, prefix: str) -> Sequence[str]:
+        """See :class:`KeyValueStore`."""
+        return [key.decode() for key in _internal_kv_list(prefix, namespace=KV_NAMESPACE)]
+
+    def delete(self, key: str) -> None:
+        """See :class:`KeyValueStore`."""
+        _internal_kv_del(key, namespace=KV_NAMESPACE)
+
+
+class LedgerStore:
+    """The ledger of one application, as one controller reads and writes it.
+
+    A controller calls :meth:`claim` first, and writes under the epoch of that claim.
+    """
+
+    def __init__(self, app: str, store: KeyValueStore) -> None:
+        """``store`` is shared by all controllers of the application."""
+        self._prefix = f"{app}/ledger/"
+        self._store = store
+        self._writer = uuid.uuid4().hex
+        self._number = 0
+        """The number of the last record that this controller wrote."""
 
     def read(self) -> Ledger:
         """Return the ledger written last, or an empty one."""
-        data = _internal_kv_get(self._key, namespace=KV_NAMESPACE)
-        return Ledger.from_json(data) if data else Ledger()
+        return self._last()[1]
+
+    def claim(self, above: int = 0) -> Ledger:
+        """Begin the next epoch, which is higher than ``above``; returns the ledger with it.
+
+        Each of several controllers that claim at the same time gets an epoch of its own. The last
+        claim counts.
+        """
+        while True:
+            number, last = self._last()
+            mine = replace(last, epoch=max(last.epoch, above) + 1)
+            if self._append(number, mine):
+                return mine
 
     def write(self, ledger: Ledger) -> None:
-        """Replace the ledger."""
-        data = ledger.to_json().encode()
-        _internal_kv_put(self._key, data, overwrite=True, namespace=KV_NAMESPACE)
+        """Replace the ledger; raises :class:`StaleEpochError` where another controller has."""
+        if not self._number or not self._append(self._number, ledger):
+            raise _stale()
+
+    def check(self) -> None:
+        """Raise :class:`StaleEpochError` where another controller has claimed an epoch."""
+        newest = self._newest()
+        if newest != self._number and not self._is_mine(newest):
+            raise _stale()
 
     def clear(self) -> None:
-        """Delete the ledger, with its application."""
-        _internal_kv_del(self._key, namespace=KV_NAMESPACE)
+        """Empty the ledger, with its application; raises :class:`StaleEpochError` as a write does.
+
+        The epoch stays, so that a controller that is late cannot write any more.
+        """
+        self.write(Ledger(self._last()[1].epoch))
+
+    def _append(self, after: int, ledger: Ledger) -> bool:
+        """Write the record that follows ``after``; returns whether it is the last one then.
+
+        Earlier records are deleted. So a writer that was late may create a record again that was
+        there before; it finds a later one afterwards.
+        """
+        data = json.dumps({"writer": self._writer, "ledger": ledger.to_json()}).encode()
+        number = after + 1
+        while not self._store.create(self._key(number), data):
+            if not self._is_mine(number):
+                return False
+            number += 1  # the answer to an earlier call was lost
+        numbers = self._numbers()
+        if max(numbers, default=0) != number:
+            self._store.delete(self._key(number))
+            return False
+        self._number = number
+        for earlier in numbers:
+            if earlier < number:
+                self._store.delete(self._key(earlier))
+        return True
+
+    def _is_mine(self, number: int) -> bool:
+        data = self._store.get(self._key(number))
+        return data is not None and bool(json.loads(data)["writer"] == self._writer)
+
+    def _last(self) -> tuple[int, Ledger]:
+        """Return the number of the last record, and the ledger; 0 where there is none."""
+        while newest := self._newest():
+            data = self._store.get(self._key(newest))
+            if data is not None:  # otherwise a later record has taken its place
+                return newest, Ledger.from_json(json.loads(data)["ledger"])
+        return 0, Ledger()
+
+    def _newest(self) -> int:
+        return max(self._numbers(), default=0)
+
+    def _numbers(self) -> list[int]:
+        """Return the numbers of all records; another application's name may begin like this."""
+        rests = [key.removeprefix(self._prefix) for key in self._store.keys(self._prefix)]
+        return [int(rest) for rest in rests if rest.isdecimal()]
+
+    def _key(self, number: int) -> str:
+        return f"{self._prefix}{number}"
+
+
+def _stale() -> StaleEpochError:
+    return StaleEpochError("a newer controller has claimed the ledger", "epoch")

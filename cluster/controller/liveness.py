@@ -1,6 +1,21 @@
-"""Tells a hung actor from a busy one: pure, with the caller's clock."""
+"""Tells a hung actor from a busy one, and from one that the controller alone does not hear.
+
+Pure, with the caller's clock.
+
+An actor whose heartbeat stays unanswered is *silent*. The fault may be its own, or that of the
+network between it and the controller. Routers have connections of their own to the actors, so an
+actor that a router hears is kept. Where many actors fall silent together, the controller suspects
+its own network first.
+"""
 
 from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.spec import ExpertKey
 
 HUNG_S = 60.0
 SILENT_S = 3.0
@@ -10,6 +25,22 @@ SUSPECTED_S = 0.8
 are silent."""
 LOOK_S = 0.1
 """Time between two looks whether a heartbeat is answered."""
+DOUBT_S = 0.4
+"""The silence of an actor after which the controller asks routers and all other actors."""
+PROBE_S = 0.3
+"""The silence of an actor that counts when the silent actors are counted; less than is left of
+``SUSPECTED_S`` when the others are asked."""
+TOGETHER_S = 5.0
+"""Silences that begin within this time of each other are silences together."""
+HEARD_MARGIN_S = 0.3
+"""A router's word counts where it heard the actor this long after the silence began: the word and
+the answer take a moment on their way."""
+CONFIRM_S = 15.0
+"""A silence of many that lasts so long counts, where a router waits in vain too, though that router
+hears nobody else either. Ray declares a node dead that is cut off for as long."""
+LAST_COPY_S = 10.0
+"""How much longer an actor may be silent that has the last copy of an expert, while another actor
+loads that expert."""
 
 
 class Progress:
@@ -39,14 +70,129 @@ class Silence:
 
     def __init__(self, now_s: float) -> None:
         """Begin when the heartbeat is sent."""
+        self.since_s = now_s
+        self.silent_s = 0.0
         self._checked_at_s = now_s
-        self._silent_s = 0.0
 
-    def is_hung(self, is_suspected: bool, now_s: float) -> bool:
-        """Take a look without an answer; returns whether the actor counts as hung.
+    def look(self, now_s: float) -> None:
+        """Take a look without an answer."""
+        self.silent_s += min(now_s - self._checked_at_s, LOOK_S)
+        self._checked_at_s = now_s
 
-        ``is_suspected`` says that a router waits in vain for rows of this actor.
+
+class Verdict(enum.StrEnum):
+    """What becomes of a silent actor, and why; the text is for people."""
+
+    WAITS = "its time is not over"
+    HEARD = "routers hear it"
+    CUT_OFF = "the controller itself may be cut off"
+    NO_LEDGER = "the ledger cannot be read"
+    LAST_COPY = "it has the last copy of an expert that another actor loads"
+    REPLACED = "it is replaced"
+
+
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """The signs of a silent actor from others than itself; times are the controller's.
+
+    ``is_suspected`` says that a router waits for the actor in vain, and ``hears_others`` that this
+    router hears other actors. ``heard_at_s`` is when any router last heard the actor; an actor that
+    no router asks is not heard. ``is_asked`` says that all routers have said so, or had their time.
+    ``members_at_s`` is when any router or gateway last called, ``None`` where none is known.
+    """
+
+    is_suspected: bool = False
+    hears_others: bool = False
+    heard_at_s: float = -math.inf
+    is_asked: bool = True
+    members_at_s: float | None = None
+
+
+class Silences:
+    """The silences of all actors that are sent heartbeats, and the verdict on each."""
+
+    def __init__(self) -> None:
+        """Begin without actors."""
+        self._silent: dict[str, Silence] = {}
+        self._watched: set[str] = set()
+        self._cut_off_at_s = -math.inf
+
+    def note(self, actor_id: str, silence: Silence | None) -> None:
+        """Note the silence of an actor, or that it answered."""
+        self._watched.add(actor_id)
+        if silence is None:
+            self._silent.pop(actor_id, None)
+        else:
+            self._silent[actor_id] = silence
+
+    def forget(self, actor_id: str) -> None:
+        """Drop an actor that is sent heartbeats no more."""
+        self._watched.discard(actor_id)
+        self._silent.pop(actor_id, None)
+
+    def silent(self) -> dict[str, float]:
+        """Return for how long each silent actor has been so."""
+        return {actor_id: silence.silent_s for actor_id, silence in self._silent.items()}
+
+    def verdict(
+        self, actor_id: str, signs: Signs, goes_later: Callable[[], bool], now_s: float
+    ) -> Verdict:
+        """Decide about a silent actor.
+
+        ``goes_later`` returns whether another actor is to be replaced before it, as the order of
+        :func:`has_last_copy` says.
         """
-        self._silent_s += min(now_s - self._checked_at_s, LOOK_S)
-        self._checked_at_s = now_s
-        return self._silent_s >= (SUSPECTED_S if is_suspected else SILENT_S)
+        silence = self._silent[actor_id]
+        limit_s = SUSPECTED_S if signs.is_suspected else SILENT_S
+        if silence.silent_s < limit_s:
+            return Verdict.WAITS
+        if signs.heard_at_s > max(silence.since_s + HEARD_MARGIN_S, now_s - limit_s):
+            return Verdict.HEARD
+        if not signs.is_asked:
+            return Verdict.WAITS
+        is_confirmed = signs.is_suspected and (signs.hears_others or silence.silent_s >= CONFIRM_S)
+        if not is_confirmed:
+            if self._is_cut_off(silence, signs):
+                self._cut_off_at_s = now_s
+                return Verdict.CUT_OFF
+            if now_s - self._cut_off_at_s < limit_s:  # the others have just come back
+                return Verdict.WAITS
+        if silence.silent_s < limit_s + LAST_COPY_S and goes_later():
+            return Verdict.LAST_COPY
+        return Verdict.REPLACED
+
+    def _is_cut_off(self, silence: Silence, signs: Signs) -> bool:
+        """Return whether so many are silent that the controller's own network may be at fault.
+
+        Those are half of the actors or more, and at least two. A controller of one actor goes by
+        routers and gateways: it is cut off where it hears none of them either.
+        """
+        together = sum(
+            other.silent_s >= PROBE_S and abs(other.since_s - silence.since_s) <= TOGETHER_S
+            for other in self._silent.values()
+        )
+        if together >= 2 and 2 * together >= len(self._watched):
+            return True
+        if signs.is_suspected or signs.members_at_s is None:
+            return False
+        return together == len(self._watched) and signs.members_at_s <= silence.since_s
+
+
+def has_last_copy(
+    actor_id: str,
+    holders: Mapping[ExpertKey, Sequence[str]],
+    lost: Collection[str],
+    coming: Collection[ExpertKey],
+) -> bool:
+    """Return whether an actor has a last copy of an expert that another actor brings back first.
+
+    ``holders`` are the actors that hold each expert, ``lost`` those of them that are silent and
+    heard by no router, ``coming`` the experts that actors load. Of the actors that have the last
+    copies of the same expert, the first by its id is replaced first. The others follow when its
+    successor has loaded: until then they may still come back with their copies.
+    """
+    return any(
+        key in coming or min(actors) < actor_id
+        for key, actors in holders.items()
+        if actor_id in actors and all(other in lost for other in actors)
+    )

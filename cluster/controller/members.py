@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from cluster.reports import ProcessSamples, ProcessStatus, Samples
+from cluster.reports import Heard, ProcessSamples, ProcessStatus, Samples
 from cluster.spec import ModelKernel
 
 MEMBER_TTL_S = 15.0
@@ -21,6 +23,7 @@ class _Member:
     samples: Samples | None
     model: str = ""
     kernel_class: str = ""
+    heard: Mapping[str, Heard] = field(default_factory=dict)
 
     @property
     def kernels(self) -> tuple[ModelKernel, ...]:
@@ -43,10 +46,12 @@ class Members:
         samples: Samples | None = None,
         model: str = "",
         kernel_class: str = "",
+        heard: Mapping[str, Heard] | None = None,
     ) -> None:
         """Note a replica's call, with the placement (epoch, version) that it knows and its samples.
 
-        ``model`` is the key of a router's model, ``kernel_class`` the class of its dense part.
+        ``model`` is the key of a router's model, ``kernel_class`` the class of its dense part,
+        ``heard`` the actors that a router has heard lately.
         Samples older than the last ones are dropped: calls may overtake each other, and a counter
         must not go back.
         """
@@ -55,6 +60,7 @@ class Members:
         member.known = known or member.known
         member.model = model or member.model
         member.kernel_class = kernel_class or member.kernel_class
+        member.heard = heard or {}
         member.seen_at_s = time.monotonic()
         if samples is not None and (
             member.samples is None or samples.taken_s > member.samples.taken_s
@@ -77,6 +83,29 @@ class Members:
         """Return the keys of the models that routers serve."""
         self._forget()
         return {m.model for m in self._members.values() if m.model}
+
+    def have_called_since(self, kind: str, at_s: float) -> bool:
+        """Return whether all replicas of a kind have called since a time."""
+        self._forget()
+        return all(m.seen_at_s > at_s for m in self._members.values() if m.kind == kind)
+
+    def last_at_s(self) -> float | None:
+        """Return when any replica last called; ``None`` without replicas."""
+        self._forget()
+        return max((m.seen_at_s for m in self._members.values()), default=None)
+
+    def heard_at_s(self, actor_id: str, generation: int) -> float:
+        """Return when any router last heard a generation of an actor; long ago if none did."""
+        self._forget()
+        return max(
+            (
+                member.seen_at_s - age_s
+                for member in self._members.values()
+                for heard, age_s in [member.heard.get(actor_id, (-1, 0.0))]
+                if heard == generation
+            ),
+            default=-math.inf,
+        )
 
     def samples(self) -> tuple[ProcessSamples, ...]:
         """Return the newest samples of all replicas that brought some."""

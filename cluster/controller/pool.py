@@ -6,7 +6,7 @@ Every call has a deadline, except the heartbeat: its caller decides when to give
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -32,7 +32,7 @@ DATA_CALLS = 32
 under way, so messages of so many routers can merge into one batch."""
 CONTROL_CALLS = 4
 RESEND_S = 0.1
-"""How long to wait before sending a heartbeat again that Ray lost."""
+"""How long to wait before sending a call again that Ray lost."""
 
 
 def actor_options(
@@ -136,15 +136,8 @@ class ExpertPool:
             return report
 
     async def heartbeat(self, handle: ActorHandle, epoch: int) -> ActorReport:
-        """Renew an actor's lease and return its report; has no deadline of its own.
-
-        A call that Ray lost on its way says nothing of the actor, and is sent again.
-        """
-        while True:
-            try:
-                return await _own_errors(handle.heartbeat.remote(epoch))
-            except ActorUnavailableError:
-                await asyncio.sleep(RESEND_S)
+        """Renew an actor's lease and return its report; has no deadline of its own."""
+        return await _answered(lambda: handle.heartbeat.remote(epoch))
 
     async def load(
         self,
@@ -156,14 +149,14 @@ class ExpertPool:
     ) -> ActorReport:
         """Have an actor load experts of the models of ``spec``; returns when it holds them."""
         async with asyncio.timeout(timeout_s):
-            return await _own_errors(handle.load.remote(epoch, spec, list(keys)))
+            return await _answered(lambda: handle.load.remote(epoch, spec, list(keys)))
 
     async def unload(
         self, handle: ActorHandle, epoch: int, keys: Sequence[ExpertKey], timeout_s: float
     ) -> ActorReport:
         """Have an actor free experts' memory."""
         async with asyncio.timeout(timeout_s):
-            return await _own_errors(handle.unload.remote(epoch, list(keys)))
+            return await _answered(lambda: handle.unload.remote(epoch, list(keys)))
 
     def kill(self, handle: ActorHandle) -> None:
         """End an actor at once; routers see it as dead and ask other copies."""
@@ -196,12 +189,19 @@ def shortage(needed: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) ->
     return f"it needs {asked}; none of the {len(alive)} nodes has {what}"
 
 
-async def _own_errors(call: Awaitable[ActorReport]) -> ActorReport:
-    """Await a call; raises the actor's own exception instead of Ray's wrapper with its stack."""
-    try:
-        return await call
-    except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, Exception) else error) from None
+async def _answered(call: Callable[[], Awaitable[ActorReport]]) -> ActorReport:
+    """Call an actor; raises its own exception instead of Ray's wrapper with its stack.
+
+    A call that Ray lost on its way says nothing of the actor, and is sent again: all orders may be
+    given twice.
+    """
+    while True:
+        try:
+            return await call()
+        except ActorUnavailableError:
+            await asyncio.sleep(RESEND_S)
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
 
 def kind_of(error: BaseException) -> str:

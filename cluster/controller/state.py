@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from ray.actor import ActorHandle
 
 from cluster.controller.adopt import Adopted
 from cluster.controller.fleet import Fleet
 from cluster.controller.ledger import Ledger, LedgerStore
-from cluster.placement.change import Shares
+from cluster.errors import StaleEpochError
+from cluster.placement.change import Change, Shares, with_change
 from cluster.placement.placement import Placement, assign_experts, empty_placement
 from cluster.placement.retained import experts_bytes, fits_beside
 from cluster.spec import ActorReport, ExpertKey, ModelExperts
+
+LEDGER_TIMEOUT_S = 2.0
+"""How long a look at the ledger may take before a kill."""
 
 logger = logging.getLogger("expertmesh.controller")
 
@@ -31,6 +36,10 @@ class ClusterState:
     ``retained`` are models of an earlier deployment, by key: they stay in the placement for routers
     that still serve them. ``withdrawn`` are the experts, by actor, that have left it for lack of
     memory and are in their actors' memory still.
+
+    ``unheard`` has the generations of actors that did not answer when this controller started, and
+    whose experts it does not know. ``asked_at_s`` is when it last asked routers which actors they
+    hear. ``is_superseded`` says that a newer controller runs: this one gives no orders.
     """
 
     def __init__(
@@ -51,9 +60,18 @@ class ClusterState:
         self.handles: dict[str, ActorHandle] = {}
         self.reports: dict[str, ActorReport] = {}
         self.is_deleted = False
+        self.is_superseded = False
+        self.unheard: dict[str, int] = {}
+        self.asked_at_s = -math.inf
+        self.on_superseded: Callable[[], None] = lambda: None
+        """Called once, when a newer controller has claimed the ledger."""
         self._generations: defaultdict[str, int] = defaultdict(int)
         """The last generation of every actor, also of those that left the fleet."""
         self._ledger = ledger
+        self._recording = asyncio.Lock()
+        self._checking: asyncio.Task[None] | None = None
+        self._held_in: Placement | None = None
+        self._held: dict[str, list[ExpertKey]] = {}
         self._changed = asyncio.Condition()
         self.assign()
 
@@ -126,13 +144,20 @@ class ClusterState:
         )
         self.shares |= {actor_id: [] for actor_id in self.fleet.standby}
 
+    async def ask_members(self, now_s: float) -> None:
+        """Have all routers and gateways call at once; routers say which actors they hear."""
+        async with self._changed:
+            self.asked_at_s = now_s
+            self._changed.notify_all()
+
     # The actors.
 
-    def next_generation(self, actor_id: str) -> int:
+    async def next_generation(self, actor_id: str) -> int:
         """Return the generation of an actor that is about to be created, and record it."""
         self._generations[actor_id] += 1
-        self.record()
-        return self._generations[actor_id]
+        generation = self._generations[actor_id]
+        await self.record()
+        return generation
 
     async def add(self, actor_id: str, handle: ActorHandle, report: ActorReport) -> None:
         """Take an actor that serves now into the placement, with the experts that it reports."""
@@ -149,6 +174,34 @@ class ClusterState:
             await self.publish(lambda placement: placement.without(actor_id))
         return is_placed
 
+    def lacking(self, actor_id: str, report: ActorReport) -> set[ExpertKey]:
+        """Return the experts that the placement says an actor holds, and its report does not."""
+        if self._held_in is not self.placement:
+            self._held_in, self._held = self.placement, self.placement.held()
+        return set(self._held.get(actor_id, ())).difference(report.experts)
+
+    async def correct(self, actor_id: str, lacking: Collection[ExpertKey]) -> None:
+        """Publish that an actor does not hold these experts."""
+        change = Change({}, {actor_id: list(lacking)})
+        await self.publish(lambda placement: with_change(placement, change))
+
+    async def learn(self, placement: Placement) -> None:
+        """Take what unheard actors hold from a router's placement of an earlier epoch.
+
+        Otherwise routers would be told that experts are lost on which they may rely.
+        """
+        unheard, self.unheard = self.unheard, {}
+        held = placement.held()
+
+        def with_unheard(now: Placement) -> Placement:
+            for actor_id, generation in unheard.items():
+                is_same = placement.generations.get(actor_id) == generation
+                if is_same and actor_id not in now.generations:
+                    now = now.with_actor(actor_id, generation, held[actor_id])
+            return now
+
+        await self.publish(with_unheard)
+
     def forget(self, actor_id: str) -> None:
         """Drop the handle and the report of an actor that is dead."""
         self.handles.pop(actor_id, None)
@@ -162,25 +215,26 @@ class ClusterState:
 
     # What must outlive the controller.
 
-    def take_over(self, adopted: Adopted, ledger: Ledger) -> None:
-        """Begin the next epoch with the adopted actors in the placement.
+    async def take_over(self, adopted: Adopted, ledger: Ledger) -> None:
+        """Begin the epoch that this controller has claimed, with the adopted actors in it.
 
-        An empty placement would tell routers that living experts are lost.
+        An empty placement would tell routers that living experts are lost. Raises
+        :class:`StaleEpochError` where a newer controller runs.
         """
         for generations in (adopted.generations, ledger.generations):
             for actor_id, generation in generations.items():
                 self._generations[actor_id] = max(generation, self._generations[actor_id])
         earlier = {m.model: m for m in ledger.models if m.model not in self.keys}
-        epoch = max(adopted.epoch, ledger.epoch) + 1
-        placement = empty_placement(epoch, [*self.models, *earlier.values()])
+        placement = empty_placement(ledger.epoch, [*self.models, *earlier.values()])
         for actor_id, report in adopted.reports.items():
             placement = placement.with_actor(actor_id, report.generation, report.experts)
             self.nodes[actor_id] = report.node
+        self.unheard = {a: adopted.generations[a] for a in adopted.silent}
         self.retained = earlier
         self.placement = self._without_broken(placement)
-        self.record()
+        await self.record()
 
-    def make_room(self, reports: Mapping[str, ActorReport]) -> None:
+    async def make_room(self, reports: Mapping[str, ActorReport]) -> None:
         """Withdraw the earlier models where adopted actors cannot hold their shares beside them."""
         own = {model.model: model for model in self.models}
         budgets_bytes = self.fleet.budgets_bytes
@@ -193,7 +247,7 @@ class ClusterState:
             )
             self.placement = self.placement.without_models(self.retained)
             self.retained = {}
-            self.record()
+            await self.record()
         placed = self.placement.models()
         self.withdrawn = {
             actor_id: strangers
@@ -201,8 +255,46 @@ class ClusterState:
             if (strangers := [key for key in report.experts if key.model not in placed])
         }
 
-    def record(self) -> None:
-        """Write the ledger, by which the next controller goes even if no actor survives."""
-        epoch, generations = self.placement.epoch, dict(self._generations)
-        models = (*self.models, *self.retained.values())
-        self._ledger.write(Ledger(epoch, generations, self.fleet.members(), models))
+    async def record(self) -> None:
+        """Write the ledger, by which the next controller goes even if no actor survives.
+
+        Raises :class:`StaleEpochError` where a newer controller runs.
+        """
+        async with self._recording:
+            epoch, generations = self.placement.epoch, dict(self._generations)
+            models = (*self.models, *self.retained.values())
+            ledger = Ledger(epoch, generations, self.fleet.members(), models)
+            try:
+                await asyncio.to_thread(self._ledger.write, ledger)
+            except StaleEpochError:
+                self.supersede()
+                raise
+
+    async def check_epoch(self) -> None:
+        """Raise :class:`StaleEpochError` where a newer controller runs; called before each kill.
+
+        Raises ``TimeoutError``, or an error of Ray's, where the ledger cannot be read. Callers at
+        the same time share one look at it.
+        """
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.create_task(asyncio.to_thread(self._ledger.check))
+            # A look that comes back after its callers' time has nobody to raise to.
+            self._checking.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            async with asyncio.timeout(LEDGER_TIMEOUT_S):
+                await asyncio.shield(self._checking)
+        except StaleEpochError:
+            self.supersede()
+            raise
+
+    def supersede(self) -> None:
+        """Stop for good, since a newer controller runs."""
+        if not self.is_superseded:
+            self.is_superseded = True
+            logger.warning("a newer controller took over; this one stops")
+            self.on_superseded()
+
+    def refuse_if_superseded(self) -> None:
+        """Raise :class:`StaleEpochError` where a newer controller runs."""
+        if self.is_superseded:
+            raise StaleEpochError("a newer controller has taken over", "epoch")

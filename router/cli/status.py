@@ -118,9 +118,10 @@ class _Watched:
 
 
 def _summary(status: ClusterStatus) -> str:
-    """Return the lines above the table: two of the cluster, and one for each mixed model."""
+    """Return the lines above the table: two of the cluster, then mixed models and silent actors."""
     mixed = [f"{k.model} is mixed: {k.mixed}" for k in status.kernels if k.mixed]
-    return "\n".join([_first_lines(status), *mixed])
+    silent = [f"{actor.actor_id} {actor.silence}" for actor in status.actors if actor.silence]
+    return "\n".join([_first_lines(status), *mixed, *silent])
 
 
 def _first_lines(status: ClusterStatus) -> str:

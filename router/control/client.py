@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from cluster.reports import Samples
+from cluster.placement.placement import Placement
+from cluster.reports import Heard, Samples
 
 
 class ControllerClient:
@@ -26,12 +28,14 @@ class ControllerClient:
         samples: Samples,
         model: str,
         kernel_class: str,
+        heard: Mapping[str, Heard],
+        own: Placement | None,
     ) -> dict[str, Any]:
         """See :meth:`cluster.controller.controller.Controller.watch`."""
         return await self._handle.watch.remote(
-            kind, pid, node, known, timeout_s, samples, model, kernel_class
+            kind, pid, node, known, timeout_s, samples, model, kernel_class, heard, own
         )
 
-    async def suspect(self, actor_id: str, generation: int) -> None:
+    async def suspect(self, actor_id: str, generation: int, hears_others: bool) -> None:
         """See :meth:`cluster.controller.controller.Controller.suspect`."""
-        await self._handle.suspect.remote(actor_id, generation)
+        await self._handle.suspect.remote(actor_id, generation, hears_others)

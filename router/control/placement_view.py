@@ -20,6 +20,7 @@ import ray
 from cluster.placement.placement import Placement
 from cluster.reports import Samples
 from router.control.client import ControllerClient
+from router.control.heard import HeardActors
 
 WATCH_S = 1.0
 CALL_TIMEOUT_S = 15.0
@@ -89,11 +90,14 @@ class PlacementWatcher:
         ``model`` is the key of a router's model; the controller keeps its experts for it.
         ``kernel_class`` returns the class of a router's dense part.
 
-        ``samples`` returns the replica's samples; each long poll sends them.
+        ``samples`` returns the replica's samples; each long poll sends them, with the actors that
+        its dispatchers note in ``heard``.
 
         ``on_deleted`` is called once, when Serve deletes the application. The controller says so;
         while it does not answer, ``is_wanted`` asks Serve, and may block.
         """
+        self.heard = HeardActors()
+        self._asks_own = False
         self._kind = kind
         self._is_wanted = is_wanted
         self._on_deleted = on_deleted
@@ -125,7 +129,10 @@ class PlacementWatcher:
             return
         self._reporting.add((actor_id, generation))
         try:
-            await self._bounded(lambda: self._controller.suspect(actor_id, generation))
+            hears_others = self.heard.hears_others(actor_id)
+            await self._bounded(
+                lambda: self._controller.suspect(actor_id, generation, hears_others)
+            )
         finally:
             self._reporting.discard((actor_id, generation))
 
@@ -140,6 +147,7 @@ class PlacementWatcher:
             if answer["is_deleted"]:
                 self._on_deleted()
                 return
+            self._asks_own = answer["asks_own"]
             self._view.heard(answer["loop_age_s"])
             if answer["placement"] is not None:
                 self._view.publish(answer["placement"])
@@ -158,6 +166,8 @@ class PlacementWatcher:
                     self._samples(),
                     self._model,
                     self._kernel_class(),
+                    self.heard.ages(),
+                    current if self._asks_own else None,
                 )
             )
         )

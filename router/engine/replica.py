@@ -98,7 +98,12 @@ class RouterReplica:
         tls = None if experts.tls is None else experts.tls.files()
         self._transport = open_transport(app, experts.transport, tls)
         self._dispatcher = Dispatcher(
-            model.key, self._view, self._transport, self._watcher.suspect, experts.call_timeout_s
+            model.key,
+            self._view,
+            self._transport,
+            self._watcher.suspect,
+            experts.call_timeout_s,
+            heard=self._watcher.heard,
         )
         capacity = config.expert_capacity
         limit = None if capacity is None else CapacityLimit(capacity, model.num_experts)

@@ -99,6 +99,7 @@ class MixtureReplica:
                 experts.call_timeout_s,
                 answer_shape,
                 load,
+                self._watcher.heard,
             )
             for _ in range(LANES)
         ]

@@ -17,7 +17,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 
@@ -45,6 +44,7 @@ from cluster.wire.frames import (
     joined,
 )
 from cluster.wire.tensors import dtype_name
+from router.control.heard import HeardActors
 from router.control.placement_view import PlacementView
 from router.moe.combine import ExpertRows
 from router.moe.copy_choice import CopyChoice
@@ -84,8 +84,9 @@ class Dispatcher:
         call_timeout_s: float,
         answer_shape: Callable[[Shape], Shape] = as_sent,
         shared: SharedLoad | None = None,
+        heard: HeardActors | None = None,
     ) -> None:
-        """``model`` is the model's key; ``shared`` is the load by all dispatchers of the router.
+        """``model`` is the model's key; ``shared`` and ``heard`` belong to all of its dispatchers.
 
         ``answer_shape`` returns the shape of an answer's row for that of a sent row.
         ``suspect`` is called with (actor_id, generation) of an actor that does not answer.
@@ -102,6 +103,7 @@ class Dispatcher:
         self._copies = CopyChoice(self._layouts, transport.is_ready, shared)
         self._pace = Pace()
         self._damage_log = DamageLog()
+        self._heard_at_s = (heard or HeardActors()).at_s
         self.retries: Counter[str] = Counter()
         self.calls = transport.calls
 
@@ -217,7 +219,7 @@ class Dispatcher:
         assert attempt is not None
         if attempt.calls is None:
             return []
-        outcomes = attempt.calls.wait(partial(self._is_gone, attempt))
+        outcomes = attempt.calls.wait(lambda call, s: self._is_gone(attempt, call, s))
         failed_parts = [
             FailedPart(part, outcome if isinstance(outcome, CallFailure) else None)
             for (part, frame), outcome in zip(attempt.sent, outcomes, strict=True)
@@ -230,13 +232,21 @@ class Dispatcher:
 
     def _take(self, layer: PendingLayer, part: Part, sent: DispatchFrame, outcome: Outcome) -> bool:
         """Keep the rows of an answer; returns false, and notes why, where there are none."""
-        answer = outcome if isinstance(outcome, CallFailure) else _decoded(outcome)
+        answer = outcome if isinstance(outcome, CallFailure) else self._decoded(part, outcome)
         if isinstance(answer, RowsFrame) and self._belongs(answer, sent):
             layer.received.append(ExpertRows(part.pairs, joined(answer.rows)))
             layer.answered.append(part)
             return True
         self._note_no_rows(layer, part, answer)
         return False
+
+    def _decoded(self, part: Part, data: Buffer) -> Frame | FrameError:
+        """Return an actor's frame, or the error of bytes that are no frame; it lives either way."""
+        self._heard_at_s[part.actor_id, part.generation] = time.monotonic()
+        try:
+            return decode(data)
+        except FrameError as error:
+            return error
 
     def _belongs(self, answer: RowsFrame, sent: DispatchFrame) -> bool:
         return (
@@ -388,11 +398,3 @@ class Dispatcher:
         if not self._send_pairs(layer, pairs):
             layer.attempt = None  # an expert has lost its last copy: the next wait returns None
         return True
-
-
-def _decoded(data: Buffer) -> Frame | FrameError:
-    """Return a frame, or the error of bytes that are no frame."""
-    try:
-        return decode(data)
-    except FrameError as error:
-        return error

@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve.schema import TracingConfig
 
 from cluster.controller.controller import Controller
-from cluster.controller.ledger import LedgerStore
+from cluster.controller.ledger import LedgerStore, RayStore
 from cluster.controller.pool import ExpertPool
 from cluster.spec import PoolSpec
 from experts.remote import RemoteExpertActor
@@ -45,7 +45,7 @@ class ControllerDeployment(Controller):
                 app,
                 named,
                 ExpertPool(app, self.actor_class, await tracing_environment()),
-                LedgerStore(app),
+                LedgerStore(app, RayStore()),
                 experts.min_copies,
                 experts.rebalance_period_s,
                 experts.redeploy_drain_s,

@@ -114,6 +114,7 @@ STATUS = ClusterStatus(
             tokens=99,
             weight_bytes=640,
             kernels=(ModelKernel("tiny", "paired"),),
+            silence="has answered no heartbeat for 4 s: routers hear it",
         ),
     ),
     min_copies=2,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.controller import autoscale, controller, elastic, keeper, liveness
+from cluster.controller import autoscale, controller, elastic, keeper, liveness, suspicion
 
 
 @pytest.fixture
@@ -14,6 +14,12 @@ def short_periods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper, "LOOK_S", 0.01)
     monkeypatch.setattr(liveness, "LOOK_S", 0.01)
     monkeypatch.setattr(liveness, "SILENT_S", 0.1)
+    monkeypatch.setattr(liveness, "PROBE_S", 0.02)
+    monkeypatch.setattr(liveness, "HEARD_MARGIN_S", 0.0)
+    monkeypatch.setattr(liveness, "LAST_COPY_S", 5.0)
+    monkeypatch.setattr(liveness, "SUSPECTED_S", 0.05)
+    monkeypatch.setattr(suspicion, "DOUBT_S", 0.03)
+    monkeypatch.setattr(suspicion, "ASK_PERIOD_S", 0.01)
     monkeypatch.setattr(keeper, "FIRST_RETRY_S", 0.001)
     monkeypatch.setattr(keeper, "MAX_RETRY_S", 0.01)
 

@@ -13,7 +13,7 @@ from typing import Any
 from ray.exceptions import RayActorError
 
 from cluster.controller.controller import Controller
-from cluster.controller.ledger import Ledger
+from cluster.controller.ledger import Ledger, LedgerStore
 from cluster.errors import StaleEpochError, error_from_wire
 from cluster.placement.load import LoadTracker
 from cluster.placement.placement import Placement
@@ -89,11 +89,15 @@ class FakeActor:
             kernels=tuple(ModelKernel(m, self.kernel_class) for m in {k.model for k in self.keys}),
         )
 
+    async def _goes_on(self) -> None:
+        while self.hung:
+            await asyncio.sleep(0.001)
+
     async def answer(self, epoch: int | None, timeout_s: float | None) -> ActorReport:
         if not self.alive:
             raise RayActorError
         if self.hung:
-            await asyncio.wait_for(asyncio.Event().wait(), timeout_s)
+            await asyncio.wait_for(self._goes_on(), timeout_s)
         if epoch is not None:
             if epoch < self.epoch:
                 raise StaleEpochError(f"is older than {self.epoch}", "epoch")
@@ -101,33 +105,36 @@ class FakeActor:
         return self.report()
 
 
-class FakeLedger:
-    """Stands in for :class:`cluster.controller.ledger.LedgerStore`."""
+class MemoryStore:
+    """Stands in for :class:`cluster.controller.ledger.RayStore`."""
 
     def __init__(self) -> None:
-        self.kept = Ledger()
+        self.values: dict[str, bytes] = {}
 
-    def read(self) -> Ledger:
-        return self.kept
+    def create(self, key: str, value: bytes) -> bool:
+        return self.values.setdefault(key, value) is value
 
-    def write(self, ledger: Ledger) -> None:
-        self.kept = ledger
+    def get(self, key: str) -> bytes | None:
+        return self.values.get(key)
 
-    def clear(self) -> None:
-        self.kept = Ledger()
+    def keys(self, prefix: str) -> Sequence[str]:
+        return [key for key in list(self.values) if key.startswith(prefix)]
+
+    def delete(self, key: str) -> None:
+        self.values.pop(key, None)
 
 
 class FakePool:
     """Stands in for :class:`cluster.controller.pool.ExpertPool`; notes the calls.
 
-    ``ledger`` stands in for Ray's own store, so that a next controller over this pool finds it.
+    ``store`` stands in for Ray's own, so that a next controller over this pool finds the ledger.
     """
 
     def __init__(self, digest: str) -> None:
         self.digest = digest
         self.actors: list[FakeActor] = []
         self.unloads: list[tuple[str, list[ExpertKey]]] = []
-        self.ledger = FakeLedger()
+        self.store = MemoryStore()
         self.looks = 0
         self.node_ids = ["node"]
         """Ray's nodes; actors are put on them in turn."""
@@ -213,6 +220,10 @@ class FakePool:
         actor.alive = False
         actor.killed = True
 
+    def ledger(self) -> Ledger:
+        """Return what a next controller would find."""
+        return LedgerStore("app", self.store).read()
+
     def of(self, actor_id: str) -> list[FakeActor]:
         return [actor for actor in self.actors if actor.actor_id == actor_id]
 
@@ -248,7 +259,7 @@ class Cluster:
             "app",
             specs,
             self.pool,
-            self.pool.ledger,
+            LedgerStore("app", self.pool.store),
             min_copies,
             rebalance_period_s,
             redeploy_drain_s,

@@ -104,7 +104,7 @@ def test_old_experts_stay_for_the_old_routers_and_go_with_them() -> None:
             assert cluster.state.placement.models() == {NEW}
             assert {actor.pid for actor in pool.actors if actor.alive} == pids
             assert cluster.state.retained == {}
-            assert [m.model for m in pool.ledger.kept.models] == [NEW]
+            await happens(lambda: [m.model for m in pool.ledger().models] == [NEW])
 
     run(test)
 
@@ -188,7 +188,7 @@ def test_an_old_model_that_is_not_whole_at_the_start_is_not_kept(lost: str) -> N
         if lost == "an actor":
             pool.of("expert-0")[0].alive = False
         else:
-            pool.ledger.kept = Ledger()
+            pool.store.values.clear()
         async with deployed(NEW, pool) as cluster:
             assert cluster.state.placement.models() == {NEW}
             await cluster.until(lambda p: complete(p, NEW))
@@ -337,7 +337,7 @@ def test_old_models_go_though_the_ledger_cannot_be_written() -> None:
             await cluster.until(lambda p: complete(p, NEW))
         third, failed = "m@third", asyncio.Event()
 
-        def fail(ledger: Ledger) -> None:
+        def fail(key: str, value: bytes) -> bool:
             failed.set()
             raise ConnectionError("the store is away")
 
@@ -345,11 +345,11 @@ def test_old_models_go_though_the_ledger_cannot_be_written() -> None:
             async with router_of(cluster, NEW):
                 async with router_of(cluster, OLD):
                     await cluster.until(lambda p: complete(p, third))
-                pool.ledger.write = fail  # type: ignore[method-assign]
+                pool.store.create = fail  # type: ignore[method-assign]
                 await happens(lambda: models_in(pool) == {NEW, third})
-                assert failed.is_set()
-                del pool.ledger.write
+                await happens(failed.is_set)
+                del pool.store.create
             await happens(lambda: models_in(pool) == {third})
-            assert [m.model for m in pool.ledger.kept.models] == [third]
+            await happens(lambda: [m.model for m in pool.ledger().models] == [third])
 
     run(test)

@@ -113,6 +113,7 @@ def test_status_as_json(address: str) -> None:
                 "tokens": 99,
                 "weight_bytes": 640,
                 "kernels": [{"model": "tiny", "kernel_class": "paired"}],
+                "silence": "has answered no heartbeat for 4 s: routers hear it",
             }
         ],
         "min_copies": 2,
@@ -151,8 +152,14 @@ def test_status_says_which_kernels_are_mixed(address: str) -> None:
     lines = run("status", "--address", address).stdout.splitlines()
     assert "tiny is mixed: fused on 2 actors, paired on 1" in lines
     whole = replace(STATUS, kernels=(replace(STATUS.kernels[0], mixed=""),))
-    assert len(_summary(whole).splitlines()) == 2
     assert "mixed" not in _summary(whole)
+
+
+def test_status_says_which_actors_are_silent_and_why_they_are_kept(address: str) -> None:
+    lines = run("status", "--address", address).stdout.splitlines()
+    assert "a0 has answered no heartbeat for 4 s: routers hear it" in lines
+    heard = replace(STATUS, kernels=(), actors=(replace(STATUS.actors[0], silence=""),))
+    assert len(_summary(heard).splitlines()) == 2
 
 
 def test_status_shows_an_actors_kernels_by_model_where_they_differ() -> None:

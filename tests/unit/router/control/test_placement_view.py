@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from cluster.placement.placement import Placement
-from cluster.reports import Samples
+from cluster.reports import Heard, Samples
 from router.control import placement_view
 from router.control.placement_view import PlacementView, PlacementWatcher
 
@@ -100,6 +101,7 @@ def test_the_age_of_the_controllers_loop_grows_until_it_is_heard_of_again(
 
 
 SAMPLES = Samples(1.0, {})
+ANSWER = {"placement": None, "loop_age_s": 0.5, "is_deleted": False, "asks_own": False}
 
 
 class FakeController:
@@ -108,7 +110,10 @@ class FakeController:
     def __init__(self, *answers: dict[str, Any] | Exception | None) -> None:
         self.answers = list(answers)
         self.known: list[tuple[int, int]] = []
+        self.heard: list[Mapping[str, Heard]] = []
+        self.owns: list[Placement | None] = []
         self.suspects: list[tuple[str, int]] = []
+        self.hears_others: list[bool] = []
         self.exhausted = asyncio.Event()
 
     async def watch(
@@ -121,10 +126,14 @@ class FakeController:
         samples: Samples,
         model: str,
         kernel_class: str,
+        heard: Mapping[str, Heard],
+        own: Placement | None,
     ) -> dict[str, Any]:
         told = (kind, node, samples, model, kernel_class)
         assert told == ("router", "node", SAMPLES, "m@1", "fused")
         self.known.append(known)
+        self.heard.append(heard)
+        self.owns.append(own)
         if not self.answers:
             self.exhausted.set()
             await asyncio.Event().wait()
@@ -132,11 +141,14 @@ class FakeController:
         if isinstance(answer, Exception):
             raise answer
         if answer == "deleted":
-            return {"placement": None, "loop_age_s": 0.5, "is_deleted": True}
-        return {"placement": answer, "loop_age_s": 0.5, "is_deleted": False}
+            return ANSWER | {"is_deleted": True}
+        if answer == "asks":
+            return ANSWER | {"asks_own": True}
+        return ANSWER | {"placement": answer}
 
-    async def suspect(self, actor_id: str, generation: int) -> None:
+    async def suspect(self, actor_id: str, generation: int, hears_others: bool) -> None:
         self.suspects.append((actor_id, generation))
+        self.hears_others.append(hears_others)
         if actor_id == "broken":
             raise ConnectionError("a fault of the test's")
 
@@ -234,8 +246,8 @@ def test_a_suspicion_that_the_controller_has_not_taken_is_not_told_once_more() -
         taken = asyncio.Event()
         suspect = controller.suspect
 
-        async def slow(actor_id: str, generation: int) -> None:
-            await suspect(actor_id, generation)
+        async def slow(actor_id: str, generation: int, hears_others: bool) -> None:
+            await suspect(actor_id, generation, hears_others)
             await taken.wait()
 
         controller.suspect = slow  # type: ignore[method-assign]
@@ -250,6 +262,42 @@ def test_a_suspicion_that_the_controller_has_not_taken_is_not_told_once_more() -
             watcher.suspect("expert-1", 4)
             await asyncio.sleep(0)
         assert controller.suspects[2] == ("expert-1", 4)
+        watcher.stop()
+
+    run(test)
+
+
+def test_each_poll_says_which_actors_the_router_hears() -> None:
+    async def test() -> None:
+        controller = FakeController(placement_of(1, 1))
+        watcher = watcher_of(PlacementView(), controller)
+        now_s = time.monotonic()
+        watcher.heard.at_s |= {("a", 1): now_s - 9.0, ("a", 2): now_s - 2.0, ("b", 1): now_s}
+        watcher.heard.at_s["gone", 1] = now_s - 1000.0
+        await controller.exhausted.wait()
+        heard = controller.heard[-1]
+        assert {actor_id: generation for actor_id, (generation, _) in heard.items()} == {
+            "a": 2,
+            "b": 1,
+        }
+        assert heard["a"][1] == pytest.approx(2.0, abs=1.0)
+        assert ("gone", 1) not in watcher.heard.at_s
+        watcher.suspect("a", 2)
+        watcher.suspect("b", 1)
+        while len(controller.suspects) < 2:
+            await asyncio.sleep(0.001)
+        assert controller.hears_others == [True, False]
+        watcher.stop()
+
+    run(test)
+
+
+def test_a_controller_that_asks_for_the_placement_gets_it_once() -> None:
+    async def test() -> None:
+        controller = FakeController(placement_of(1, 1), "asks", placement_of(2, 0))
+        watcher = watcher_of(PlacementView(), controller)
+        await controller.exhausted.wait()
+        assert controller.owns == [None, None, placement_of(1, 1), None]
         watcher.stop()
 
     run(test)
