@@ -179,7 +179,9 @@ class ActorReport:
     their batch, and ``busy_s`` the batches' durations. ``fetched_bytes`` of the weights came from
     another node, in ``fetched_s`` seconds. ``free_bytes`` are free now in the device's memory,
     which other actors of the node may share. ``kernels`` has the kernel class of each model with
-    an expert here; mixtures have none.
+    an expert here; mixtures have none. ``failed_batches`` counts the batches that raised.
+    ``failed_tests`` counts the self-tests that failed in a row, 0 for a healthy actor, and
+    ``failure`` says how the last one failed (:mod:`experts.self_test`).
     """
 
     actor_id: str
@@ -201,6 +203,9 @@ class ActorReport:
     fetched_s: float = 0.0
     free_bytes: int = 0
     kernels: tuple[ModelKernel, ...] = ()
+    failed_batches: int = 0
+    failed_tests: int = 0
+    failure: str = ""
 
     def fetched(self) -> str:
         """Return the end of a log line about bytes from another node, or an empty text."""

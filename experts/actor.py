@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import psutil
 import ray
 
@@ -21,7 +22,7 @@ from cluster.errors import CheckpointError, StaleEpochError, UnavailableError
 from cluster.spec import EMULATED, ActorReport, ActorSpec, ExpertKey, ModelKernel
 from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.transport.stream.server import StreamServer
-from cluster.wire.frames import Buffer, Shape
+from cluster.wire.frames import Buffer, DispatchFrame, Shape
 from experts.bank import Expert, ExpertBank, GatedFfnExpert
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import load_expert
@@ -60,10 +61,17 @@ class ExpertActor:
         self._checkpoints: dict[str, Checkpoint | Mixture] = {}
         self._load_lock = threading.Lock()
         self._epoch_lock = threading.Lock()
+        self._finite: dict[ExpertKey, bool] = {}
+        """Whether an expert's weights are finite in its checkpoint, as far as that is known."""
         self._queue = FrameQueue(
-            self._bank, actor_id, spec.max_queue_rows, open_spans(actor_id, generation)
+            self._bank,
+            actor_id,
+            spec.max_queue_rows,
+            open_spans(actor_id, generation),
+            self._is_sound,
         )
         self.compute_all = self._queue.compute_all
+        self._queue.self_test.start()
         tls = None if spec.tls is None else spec.tls.server_context()
         self._streams = StreamServer(self.compute_all, ray.util.get_node_ip_address(), tls)
         self._lease = Lease(time.monotonic())
@@ -195,6 +203,25 @@ class ExpertActor:
             return self._device.load(key, weights, activation)
         return GatedFfnExpert(weights, activation, threads)
 
+    def _is_sound(self, frame: DispatchFrame) -> bool:
+        """Return whether a frame's experts are gated ones with finite weights in their checkpoint.
+
+        Experts of mixtures are not: they may map any row to NaN or infinity by right.
+        """
+        keys = [ExpertKey(frame.model, frame.layer_id, e) for e in frame.expert_ids]
+        return all(self._has_finite_weights(key) for key in keys)
+
+    def _has_finite_weights(self, key: ExpertKey) -> bool:
+        if key not in self._finite:
+            with self._load_lock:
+                source = self._sources.get(key.model)
+                checkpoint = None if source is None else self._checkpoint(key.model)
+                if source is None or not isinstance(checkpoint, Checkpoint):
+                    return False
+                weights = load_expert(checkpoint, key.layer_id, key.expert_id, source.dtype)
+            self._finite[key] = all(bool(np.isfinite(part).all()) for part in weights.parts())
+        return self._finite[key]
+
     def _remotes(self) -> list[RemoteFiles]:
         return [c.remote for c in self._checkpoints.values() if c.remote is not None]
 
@@ -224,6 +251,9 @@ class ExpertActor:
                 else self._device.free_bytes
             ),
             kernels=kernels_of(experts),
+            failed_batches=self._queue.self_test.failed_batches,
+            failed_tests=self._queue.self_test.failed_tests,
+            failure=self._queue.self_test.failure,
         )
 
     def _device_name(self) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,6 +34,7 @@ from cluster.wire.frames import (
     encode,
 )
 from experts.bank import ExpertBank
+from experts.self_test import SelfTest
 from experts.tracing import BatchSpans
 
 MAX_BATCH_ROWS = 1024
@@ -71,8 +72,12 @@ class FrameQueue:
         actor_id: str,
         max_rows: int,
         spans: BatchSpans | None,
+        is_sound: Callable[[DispatchFrame], bool],
     ) -> None:
-        """Start empty; ``spans`` exports a span for each traced frame."""
+        """Start empty; ``spans`` exports a span for each traced frame.
+
+        ``is_sound`` is that of :class:`experts.self_test.SelfTest`.
+        """
         self._bank = bank
         self._actor_id = actor_id
         self.max_rows = max_rows
@@ -83,6 +88,7 @@ class FrameQueue:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._blocked = 0  # threads that wait for ``_changed``
+        self.self_test = SelfTest(actor_id, self._compute_alone, is_sound)
         # Only the computing thread writes these counters, so they need no lock.
         self.steps = 0
         self.frames = 0
@@ -96,6 +102,12 @@ class FrameQueue:
             while self._computing:
                 self._wait()
             yield
+
+    def _compute_alone(self, frame: DispatchFrame) -> RowsFrame | ErrorFrame:
+        """Compute a frame of the actor's own beside no other; raises what its experts raise."""
+        with self.idle():
+            [answer] = self._bank.compute([frame])
+        return answer
 
     def compute_all(self, data: Sequence[Buffer]) -> Iterator[Buffers]:
         """Answer each dispatch frame, in order, by a rows frame or an error frame; never raises.
@@ -193,6 +205,8 @@ class FrameQueue:
         live = [w.frame for w, late in zip(batch, is_late, strict=True) if not late]
         try:
             computed: list[RowsFrame | ErrorFrame] = self._bank.compute(live)
+            if self.self_test.is_sample_due(now_s):
+                self.self_test.note_computed(live, computed, now_s)
             if len(live) < len(batch):
                 results = iter(computed)
                 computed = [
@@ -203,6 +217,7 @@ class FrameQueue:
         except Exception:
             # Every router of the batch gets an error, and the actor lives on.
             logger.exception("expert actor %s: a batch failed", self._actor_id)
+            self.self_test.note_failed(live)
             return []
 
 

@@ -43,6 +43,9 @@ class Actor(ExpertActor):
             self._queue.busy_s,
             self._queue.waited_s,
             kernels=kernels_of(self._bank.experts),
+            failed_batches=self._queue.self_test.failed_batches,
+            failed_tests=self._queue.self_test.failed_tests,
+            failure=self._queue.self_test.failure,
         )
 
 

@@ -1,0 +1,171 @@
+"""An actor's self-test: a failing device is told from a frame that no device can compute."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cluster.spec import ActorReport, ExpertKey
+from cluster.wire.frames import Buffer, ErrorFrame, RowsFrame, decode
+from experts import bank as bank_module
+from experts import self_test as self_test_module
+from tests.unit.experts.local_actor import LIMIT_S, Actor, frame_of, local_actor, rows_of
+
+COUNTED = 3
+STAYS_S = 0.1
+"""How long a count that must not grow is watched; many test periods."""
+
+Compute = Callable[..., memoryview | None]
+
+
+@pytest.fixture(autouse=True)
+def short_periods(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_test_module, "TEST_PERIOD_S", 0.005)
+    monkeypatch.setattr(self_test_module, "SAMPLE_PERIOD_S", 0.0)
+
+
+@pytest.fixture
+def actor(folder: Path) -> Actor:
+    return local_actor(folder)
+
+
+def device_of(
+    monkeypatch: pytest.MonkeyPatch, compute: Callable[[Compute, Buffer], object]
+) -> None:
+    """Have products computed by ``compute``, which gets the true product and its rows."""
+    product = bank_module.compute_native
+
+    def computed(experts: object, counts: object, rows: Buffer) -> object:
+        return compute(lambda: product(experts, counts, rows), rows)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bank_module, "compute_native", computed)
+
+
+def until(actor: Actor, condition: Callable[[ActorReport], bool]) -> ActorReport:
+    deadline_s = time.monotonic() + LIMIT_S
+    while not condition(report := actor.heartbeat(1)):
+        assert time.monotonic() < deadline_s, report
+        threading.Event().wait(0.002)
+    return report
+
+
+def after_tests(actor: Actor) -> ActorReport:
+    """Return a report after the tests that have been asked for, which must pass."""
+    until(actor, lambda _: actor._queue.self_test._sample is None)
+    until(actor, lambda _: actor._queue.self_test._suspected is None)
+    threading.Event().wait(STAYS_S)
+    return actor.heartbeat(1)
+
+
+def nan(product: Callable[[], memoryview], rows: Buffer) -> memoryview:
+    return np.full(len(product()) // 4, np.nan, np.float32).view(np.uint8).data
+
+
+def test_a_device_that_raises_on_every_product_fails_tests_in_a_row(
+    actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(product: object, rows: Buffer) -> object:
+        raise RuntimeError("the device is gone " + "x" * 1000)
+
+    device_of(monkeypatch, broken)
+    assert isinstance(decode(actor.compute(frame_of(rows_of(2)))), ErrorFrame)
+    report = until(actor, lambda report: report.failed_tests >= COUNTED)
+    assert report.failure.startswith("RuntimeError: the device is gone")
+    assert len(report.failure) == self_test_module.MOST_CHARS
+    assert report.failed_batches == 1
+
+
+def test_a_device_whose_rows_are_not_finite_fails_tests_in_a_row(
+    actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device_of(monkeypatch, nan)
+    assert isinstance(decode(actor.compute(frame_of(rows_of(2)))), RowsFrame)
+    report = until(actor, lambda report: report.failed_tests >= COUNTED)
+    assert "NaN or infinity" in report.failure
+
+
+def test_a_device_that_works_again_fails_no_test(
+    actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        device_of(patch, nan)
+        actor.compute(frame_of(rows_of(2)))
+        until(actor, lambda report: report.failed_tests >= COUNTED)
+    report = until(actor, lambda report: report.failed_tests == 0)
+    assert report.failure == ""
+
+
+def test_a_frame_on_which_products_raise_is_no_fault_of_the_device(
+    actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison = rows_of(1, seed=7)
+    marker = poison.numpy().tobytes()
+
+    def choosy(product: Callable[[], object], rows: Buffer) -> object:
+        if marker in bytes(rows):
+            raise RuntimeError("these rows")
+        return product()
+
+    device_of(monkeypatch, choosy)
+    for _ in range(2 * COUNTED):
+        assert isinstance(decode(actor.compute(frame_of(poison))), ErrorFrame)
+    report = after_tests(actor)
+    assert (report.failed_batches, report.failed_tests, report.failure) == (2 * COUNTED, 0, "")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_rows_that_overflow_or_are_not_finite_themselves_are_no_fault_of_the_device(
+    actor: Actor, value: float
+) -> None:
+    answer = decode(actor.compute(frame_of(torch.full((2, 64), value))))
+    assert isinstance(answer, RowsFrame)
+    assert not np.isfinite(np.frombuffer(answer.rows[0], np.float32)).all()
+    report = after_tests(actor)
+    assert (report.failed_batches, report.failed_tests) == (0, 0)
+
+
+def test_weights_that_are_not_finite_in_the_checkpoint_are_no_fault_of_the_device(
+    folder: Path, tmp_path: Path
+) -> None:
+    for file in folder.iterdir():
+        if file.suffix == ".safetensors":
+            tensors = load_file(file)
+            for name, tensor in tensors.items():
+                if ".0.block_sparse_moe.experts.3." in name:
+                    tensor[0] = float("nan")
+            save_file(tensors, tmp_path / file.name, {"format": "pt"})
+        else:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    actor = local_actor(tmp_path, keys=[ExpertKey("m", 0, 3)])
+    answer = decode(actor.compute(frame_of(rows_of(2))))
+    assert isinstance(answer, RowsFrame)
+    assert np.isnan(np.frombuffer(answer.rows[0], np.float32)).any()
+    assert after_tests(actor).failed_tests == 0
+
+
+def test_experts_that_are_unloaded_meanwhile_need_no_test(
+    actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        device_of(patch, nan)
+        actor.compute(frame_of(rows_of(2)))
+        until(actor, lambda report: report.failed_tests >= 1)
+        actor.unload(1, [ExpertKey("m", 0, 3)])
+        until(actor, lambda _: actor._queue.self_test._suspected is None)
+
+
+def test_answers_are_looked_at_once_in_a_while(
+    actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(self_test_module, "SAMPLE_PERIOD_S", 3600.0)
+    actor.compute(frame_of(rows_of(2)))
+    device_of(monkeypatch, nan)
+    actor.compute(frame_of(rows_of(2)))
+    assert after_tests(actor).failed_tests == 0
