@@ -12,21 +12,16 @@ Dimension letters: T tokens, K experts per token, H hidden size, P = T*K pairs.
 from __future__ import annotations
 
 import itertools
-import logging
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from cluster.errors import (
-    Code,
-    ExpertFailedError,
     ExpertMeshError,
     ExpertUnavailableError,
     FrameError,
-    InternalError,
     ModelReplacedError,
 )
 from cluster.placement.placement import Placement
@@ -35,7 +30,6 @@ from cluster.transport.base import Call, CallFailure, Outcome, Transport
 from cluster.wire.frames import (
     Buffer,
     DispatchFrame,
-    ErrorFrame,
     Frame,
     RowsFrame,
     Shape,
@@ -49,18 +43,15 @@ from router.control.placement_view import PlacementView
 from router.moe.combine import ExpertRows
 from router.moe.copy_choice import CopyChoice
 from router.moe.device_rows import LayerRows
+from router.moe.failures import Failures
 from router.moe.pace import Pace
-from router.moe.pending import Attempt, AwayError, DamageLog, FailedPart, PendingLayer
+from router.moe.pending import Attempt, AwayError, FailedPart, PendingLayer
 from router.moe.permute import Part, PlacedModel, rows_of_parts, split
 from router.moe.shared_load import SharedLoad
 from router.retry import RetryPolicy
 
 BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
 """The delays between attempts while every expert has a live copy."""
-MAX_REFUSALS = 3
-"""So many refusals of an expert's rows as malformed are the router's own fault."""
-
-logger = logging.getLogger("expertmesh.dispatch")
 
 
 def as_sent(row_shape: Shape) -> Shape:
@@ -102,9 +93,9 @@ class Dispatcher:
         self._layouts = self.placed.layouts
         self._copies = CopyChoice(self._layouts, transport.is_ready, shared)
         self._pace = Pace()
-        self._damage_log = DamageLog()
         self._heard_at_s = (heard or HeardActors()).at_s
-        self.retries: Counter[str] = Counter()
+        self._failures = Failures(self._copies, suspect, transport.renew)
+        self.retries = self._failures.retries
         self.calls = transport.calls
 
     def missing(self, layer_id: int) -> np.ndarray | None:
@@ -237,7 +228,7 @@ class Dispatcher:
             layer.received.append(ExpertRows(part.pairs, joined(answer.rows)))
             layer.answered.append(part)
             return True
-        self._note_no_rows(layer, part, answer)
+        self._failures.note_no_rows(layer, part, answer)
         return False
 
     def _decoded(self, part: Part, data: Buffer) -> Frame | FrameError:
@@ -300,46 +291,6 @@ class Dispatcher:
             return ModelReplacedError()
         return ExpertUnavailableError("no placement is known yet", model_id_of(self._model), 1.0)
 
-    def _note_no_rows(
-        self, layer: PendingLayer, part: Part, answer: CallFailure | FrameError | Frame
-    ) -> None:
-        """Count why a part has no rows, to be sent again. Raises as :meth:`_note_refusal`."""
-        if isinstance(answer, ErrorFrame):
-            self._note_refusal(layer, part, answer)
-        elif isinstance(answer, FrameError):
-            self._note_damage(part, answer)
-        elif answer is CallFailure.DAMAGED:
-            self._note_damage(part, "its checksum is wrong", answer.value)
-        elif isinstance(answer, CallFailure):
-            self.retries[answer.value] += 1
-            self._copies.note_failure(part.actor_id, part.generation, time.monotonic())
-            self._suspect(part.actor_id, part.generation)
-        else:
-            self._note_damage(part, "the answer does not belong to the call")
-
-    def _note_refusal(self, layer: PendingLayer, part: Part, answer: ErrorFrame) -> None:
-        """Count a refusal, so that the frame is sent again.
-
-        Raises the error of an expert that cannot compute the rows, and :class:`InternalError` for a
-        frame that stays malformed however often it is sent.
-        """
-        if isinstance(answer.error, ExpertFailedError):
-            raise answer.error
-        if answer.error.code is not Code.INVALID_ARGUMENT:
-            self.retries[answer.kind] += 1
-            return
-        layer.refusals += part.expert_ids
-        if max(map(layer.refusals.count, part.expert_ids)) >= MAX_REFUSALS:
-            logger.error("%s refused a frame: %s", part.actor_id, answer.error)
-            raise InternalError("expert actors refuse a frame as malformed")
-        self._note_damage(part, answer.error)
-
-    def _note_damage(self, part: Part, damage: object, reason: str = "malformed") -> None:
-        """Count a frame that was damaged on its way to or from an actor."""
-        self._damage_log.note(part, f"a damaged frame: {damage}")
-        self.retries[reason] += 1
-        self._transport.renew(part.actor_id)
-
     def _send_again(self, layer: PendingLayer, failed_parts: Sequence[FailedPart]) -> bool:
         """Send failed parts again; returns false where an expert has no live copy.
 
@@ -390,11 +341,14 @@ class Dispatcher:
         damaged = layer.drop_damaged()
         if not damaged:
             return False
-        for part in damaged:
-            self._damage_log.note(part, "rows that are not finite")
-            self.retries["not_finite"] += 1
+        self._failures.note_not_finite(damaged)
+        layer.damaged = damaged
         layer.failed_actors |= {part.actor_id for part in damaged}
         pairs = np.sort(np.concatenate([part.pairs for part in damaged]))
         if not self._send_pairs(layer, pairs):
             layer.attempt = None  # an expert has lost its last copy: the next wait returns None
         return True
+
+    def note_mended(self, layer: PendingLayer) -> None:
+        """Note that the rows of :meth:`ask_again` are finite; see :class:`Failures`."""
+        self._failures.note_mended(layer)

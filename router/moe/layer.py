@@ -260,6 +260,7 @@ class MoELayers(Generic[Result]):
                 return None
             result, is_finite = self._combination.combine(received, begun.plan)
             if is_finite:
+                self._dispatcher.note_mended(pending)
                 return result
         begun.context.note_not_finite(self._combination.finite_rows(result), begun.tokens)
         return result

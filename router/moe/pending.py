@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -78,6 +78,8 @@ class PendingLayer:
     """The parts of ``received``."""
     is_asked_again: bool = False
     """Whether rows that are not finite were asked for again."""
+    damaged: Sequence[Part] = ()
+    """The parts whose rows were not finite, and were asked for again."""
     failed_actors: frozenset[str] = frozenset()
     """Actors that failed in this layer; asked again only for experts without another copy."""
     refusals: tuple[int, ...] = ()

@@ -24,7 +24,7 @@ from cluster.spec import FRAME_VERSION
 from cluster.transport.base import Call, CallFailure, IsGone, Outcome, never_gone
 from cluster.wire.frames import ErrorFrame, encode
 from router.moe import dispatch as dispatch_module
-from router.moe.dispatch import MAX_REFUSALS
+from router.moe.failures import MAX_REFUSALS
 from router.moe.pace import SLACK
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import Answered, LocalCluster, greedy_request
@@ -34,6 +34,8 @@ LENGTH = 12
 NUMBERS = itertools.count()
 REFUSED = b"".join(encode(ErrorFrame(0, "FrameError", FrameError("is damaged", "frame"))))
 """What an actor answers to a frame that it cannot read."""
+FAILED = b"".join(encode(ErrorFrame(0, "InternalError", InternalError("the batch failed"))))
+"""What an actor answers to a frame on which its device fails."""
 Fail = Callable[[Call, int], CallFailure | bytes | None]
 
 
@@ -90,8 +92,9 @@ def test_tokens_do_not_depend_on_the_copies_and_the_actors_share_the_work(
         b"garbage",
         REFUSED,
         b"".join(encode(ErrorFrame(0, "OverloadedError", OverloadedError("full", "queue", 0.01)))),
+        FAILED,
     ],
-    ids=["died", "timed_out", "garbage", "refused", "overloaded"],
+    ids=["died", "timed_out", "garbage", "refused", "overloaded", "failed"],
 )
 def test_where_one_copy_fails_another_is_asked_at_once(
     cluster: LocalCluster,
@@ -106,9 +109,9 @@ def test_where_one_copy_fails_another_is_asked_at_once(
     cluster.transport.fail = lambda call, number: failure if call.actor_id == "a1" else None
     assert tokens_of(cluster) == expected
     asked = Counter(cluster.dispatcher.retries)
-    if isinstance(failure, CallFailure):
+    if isinstance(failure, CallFailure) or failure is FAILED:
         # It is left alone after its first failure, and the controller is told.
-        assert asked == {failure.value: 1}
+        assert asked == {"InternalError" if failure is FAILED else failure.value: 1}
         assert cluster.suspected == [("a1", 1)]
     else:
         assert asked.total() > 1

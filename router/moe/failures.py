@@ -1,0 +1,107 @@
+"""What follows from a part without rows: it is counted, and its actor avoided or suspected.
+
+An actor that died, is silent or fails is avoided at once, and the controller is told of it. A
+damaged frame says nothing of its actor: the connection is made anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from cluster.errors import Code, ExpertFailedError, FrameError, InternalError
+from cluster.transport.base import CallFailure
+from cluster.wire.frames import ErrorFrame, Frame
+from router.moe.copy_choice import CopyChoice
+from router.moe.pending import DamageLog, PendingLayer
+from router.moe.permute import Part
+
+MAX_REFUSALS = 3
+"""So many refusals of an expert's rows as malformed are the router's own fault."""
+
+logger = logging.getLogger("expertmesh.dispatch")
+
+
+class Failures:
+    """The failures that one dispatcher sees; ``retries`` counts them by reason."""
+
+    def __init__(
+        self,
+        copies: CopyChoice,
+        suspect: Callable[[str, int], None],
+        renew: Callable[[str], None],
+    ) -> None:
+        """``copies`` avoids actors. ``suspect`` tells the controller of (actor_id, generation).
+
+        ``renew`` makes the connection to an actor anew.
+        """
+        self.retries: Counter[str] = Counter()
+        self._copies = copies
+        self._suspect = suspect
+        self._renew = renew
+        self._damage_log = DamageLog()
+
+    def note_no_rows(
+        self, layer: PendingLayer, part: Part, answer: CallFailure | FrameError | Frame
+    ) -> None:
+        """Count why a part has no rows, to be sent again.
+
+        Raises the error of an expert that cannot compute the rows, and :class:`InternalError` for a
+        frame that stays malformed however often it is sent.
+        """
+        if isinstance(answer, ErrorFrame):
+            self._note_refusal(layer, part, answer)
+        elif isinstance(answer, FrameError):
+            self._note_damage(part, answer)
+        elif answer is CallFailure.DAMAGED:
+            self._note_damage(part, "its checksum is wrong", answer.value)
+        elif isinstance(answer, CallFailure):
+            self.retries[answer.value] += 1
+            self._avoid(part)
+        else:
+            self._note_damage(part, "the answer does not belong to the call")
+
+    def note_not_finite(self, parts: Iterable[Part]) -> None:
+        """Count parts with rows that are not finite, and have the controller look at their actors.
+
+        The rows themselves may be to blame, so no actor is avoided before :meth:`note_mended`.
+        """
+        for part in parts:
+            self._damage_log.note(part, "rows that are not finite")
+            self.retries["not_finite"] += 1
+            self._suspect(part.actor_id, part.generation)
+
+    def note_mended(self, layer: PendingLayer) -> None:
+        """Avoid the actors whose rows were not finite, since those asked for again are.
+
+        Where they are not either, the model itself yields them, and no actor is to blame.
+        """
+        for part in layer.damaged:
+            self._avoid(part)
+
+    def _note_refusal(self, layer: PendingLayer, part: Part, answer: ErrorFrame) -> None:
+        """Count a refusal, so that the frame is sent again. Raises as :meth:`note_no_rows`."""
+        if isinstance(answer.error, ExpertFailedError):
+            raise answer.error
+        if answer.error.code is not Code.INVALID_ARGUMENT:
+            self.retries[answer.kind] += 1
+            if answer.error.code is Code.INTERNAL:
+                self._avoid(part)
+            return
+        layer.refusals += part.expert_ids
+        if max(map(layer.refusals.count, part.expert_ids)) >= MAX_REFUSALS:
+            logger.error("%s refused a frame: %s", part.actor_id, answer.error)
+            raise InternalError("expert actors refuse a frame as malformed")
+        self._note_damage(part, answer.error)
+
+    def _note_damage(self, part: Part, damage: object, reason: str = "malformed") -> None:
+        """Count a frame that was damaged on its way to or from an actor."""
+        self._damage_log.note(part, f"a damaged frame: {damage}")
+        self.retries[reason] += 1
+        self._renew(part.actor_id)
+
+    def _avoid(self, part: Part) -> None:
+        self._copies.note_failure(part.actor_id, part.generation, time.monotonic())
+        self._suspect(part.actor_id, part.generation)
