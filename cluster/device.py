@@ -13,7 +13,7 @@ from functools import partial
 import psutil
 import torch
 
-from cluster.errors import UnavailableError
+from cluster.errors import NoRoomError, UnavailableError
 
 CPU = torch.device("cpu")
 end_process = partial(os._exit, 1)
@@ -60,7 +60,7 @@ def name_of(device: torch.device) -> str:
 
 
 def check_room(device: torch.device, needed_bytes: int, field: str) -> None:
-    """Raise :class:`UnavailableError` for ``field`` where an accelerator has too little memory."""
+    """Raise :class:`NoRoomError` for ``field`` where an accelerator has too little memory."""
     if device == CPU or needed_bytes <= free_bytes(device):
         return
     torch.accelerator.empty_cache()  # what torch keeps for later tensors counts as taken
@@ -68,14 +68,10 @@ def check_room(device: torch.device, needed_bytes: int, field: str) -> None:
         raise no_room(device, needed_bytes, field)
 
 
-def no_room(device: torch.device, needed_bytes: int, field: str) -> UnavailableError:
+def no_room(device: torch.device, needed_bytes: int, field: str) -> NoRoomError:
     """Return the error of a device whose memory has no room for ``needed_bytes``."""
-    missing_bytes = needed_bytes - free_bytes(device)
-    if missing_bytes > 0:
-        lack = f"lacks {missing_bytes:,} bytes of the {needed_bytes:,} that are needed"
-    else:
-        lack = f"has no {needed_bytes:,} bytes together, though more are free"
-    return UnavailableError(f"{device} of {socket.gethostname()} {lack}", field)
+    where = f"{device} of {socket.gethostname()}"
+    return NoRoomError(where, needed_bytes, free_bytes(device), field)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -118,6 +118,29 @@ class UnavailableError(ExpertMeshError):
     code = Code.UNAVAILABLE
 
 
+class NoRoomError(UnavailableError):
+    """A memory has no room: ``needed_bytes`` are wanted of ``where``, and ``free_bytes`` are free.
+
+    More may be free than are needed, but in pieces.
+    """
+
+    def __init__(self, where: str, needed_bytes: int, free_bytes: int, field: str) -> None:
+        missing_bytes = needed_bytes - free_bytes
+        if missing_bytes > 0:
+            lack = f"lacks {missing_bytes:,} bytes of the {needed_bytes:,} that are needed"
+        else:
+            lack = f"has no {needed_bytes:,} bytes together, though more are free"
+        super().__init__(f"{where} {lack}", field)
+        self.args = (where, needed_bytes, free_bytes, field)  # what pickling calls this with
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """The bytes that are needed beyond the free ones, at least 0."""
+        return max(0, self.needed_bytes - self.free_bytes)
+
+
 class ModelReplacedError(UnavailableError):
     """The model was replaced by a redeploy while a request was under way; nothing is mixed."""
 

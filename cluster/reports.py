@@ -48,6 +48,39 @@ class LoadingStatus:
     weight_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class FailingActor:
+    """An actor that fails self-tests, or dies again and again, or that waits for its next start.
+
+    ``deaths`` are those in a row, ``reason`` is that of the last. ``node`` and ``device`` are where
+    it runs or ran last, empty where that is not known. Its next start comes in ``retry_in_s``.
+    ``failed_tests`` failed in a row while it lives. Where a memory had no room for its experts,
+    ``missing_bytes`` of ``needed_bytes`` are missing.
+    """
+
+    actor_id: str
+    deaths: int
+    reason: str
+    node: str
+    device: str
+    retry_in_s: float
+    failed_tests: int = 0
+    needed_bytes: int = 0
+    missing_bytes: int = 0
+
+
+def failing_line(actor: FailingActor) -> str:
+    """Return a failing actor as a line of text."""
+    parts = [f"{actor.deaths} death{'s' if actor.deaths > 1 else ''} in a row"] * bool(actor.deaths)
+    if actor.failed_tests:
+        parts.append(f"{actor.failed_tests} failed self-tests in a row")
+    if actor.retry_in_s:
+        parts.append(f"next start in {actor.retry_in_s:.1f} s")
+    where = ", ".join(part for part in (actor.device, actor.node[:10]) if part)
+    place = f" on {where}" if where else ""
+    return f"{actor.actor_id}{place} fails: {', '.join(parts)}; {actor.reason}"
+
+
 def loading_line(loading: Sequence[LoadingStatus]) -> str:
     """Return the progress of all loading actors together as a line of text."""
     held = sum(actor.held_experts for actor in loading)
@@ -99,7 +132,8 @@ class ClusterStatus:
     ``missing_experts`` is the number of (model, layer, expert) without a live copy; 0 means ready.
     ``min_copies`` is the configured number of copies of each expert. ``live_copies`` is the number
     of live copies of the expert that has the fewest. ``loading`` are the actors that do not serve
-    yet. ``kernels`` has the kernel classes of each language model.
+    yet, ``failing`` those that fail or wait for a next start. ``kernels`` has the kernel classes of
+    each language model.
     """
 
     models: tuple[str, ...]
@@ -114,6 +148,7 @@ class ClusterStatus:
     live_copies: int = 0
     loading: tuple[LoadingStatus, ...] = ()
     kernels: tuple[KernelStatus, ...] = ()
+    failing: tuple[FailingActor, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

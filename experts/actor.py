@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import psutil
 import ray
 
 from cluster.controller.lease import Lease, end_when_orphaned
 from cluster.errors import CheckpointError, StaleEpochError, UnavailableError
+from cluster.memory import memory
 from cluster.spec import EMULATED, ActorReport, ActorSpec, ExpertKey, ModelKernel
 from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.transport.stream.server import StreamServer
@@ -31,6 +31,7 @@ from experts.checkpoint.remote_files import open_model
 from experts.checkpoint.remote_reader import RayNeighbours
 from experts.checkpoint.stored import RemoteFiles
 from experts.compute.emulated import EmulatedExpert
+from experts.host_room import HostRoom
 from experts.queue import FrameQueue
 from experts.tracing import open_spans
 
@@ -87,8 +88,8 @@ class ExpertActor:
         :class:`CheckpointError` when no node can read the checkpoint, and for bytes that differ
         from the served checkpoint; the experts loaded before that stay. Raises
         :class:`UnavailableError` when torch does not find the device that Ray has assigned, and
-        where its memory lacks bytes for the experts; the actor goes on with what it holds. A device
-        in error ends the process. Raises
+        :class:`NoRoomError` where the memory of the device, or of the host, lacks bytes for the
+        experts; the actor goes on with what it holds. A device in error ends the process. Raises
         :class:`StaleEpochError` at the next expert once a newer controller has given an order, so
         that its orders do not wait for the rest.
         """
@@ -155,11 +156,13 @@ class ExpertActor:
     def _load(self, epoch: int, keys: Sequence[ExpertKey]) -> None:
         """Load experts that are not held yet; under the lock of loads."""
         missing = [key for key in dict.fromkeys(keys) if key not in self._bank]
+        room = HostRoom(self._host_bytes(missing))
         try:
             if self._device is not None:
                 self._device.begin_load(self._needed_bytes(missing))
             for key in missing:
                 self._check(epoch)
+                room.take(key)
                 checkpoint = self._checkpoint(key.model)
                 try:
                     expert = self._load_expert(checkpoint, key)
@@ -182,6 +185,14 @@ class ExpertActor:
             if isinstance(checkpoint, Checkpoint):  # the experts of mixtures are on the host
                 needed[key] = checkpoint.expert_bytes(self._sources[key.model].dtype)
         return needed
+
+    def _host_bytes(self, keys: Sequence[ExpertKey]) -> dict[ExpertKey, int]:
+        """Return the host's memory that each expert takes; those on the device are left out."""
+        if self._spec.emulation is not None:
+            return {}
+        sizes = {model: source.experts.expert_bytes for model, source in self._sources.items()}
+        there = {} if self._device is None else self._needed_bytes(keys)
+        return {key: sizes[key.model] for key in keys if key not in there}
 
     def _checkpoint(self, model: str) -> Checkpoint | Mixture:
         if model not in self._checkpoints:
@@ -246,9 +257,7 @@ class ExpertActor:
             fetched_bytes=sum(remote.fetched_bytes for remote in remotes),
             fetched_s=sum(remote.fetched_s for remote in remotes),
             free_bytes=(
-                psutil.virtual_memory().available
-                if self._device is None
-                else self._device.free_bytes
+                memory().available_bytes if self._device is None else self._device.free_bytes
             ),
             kernels=kernels_of(experts),
             failed_batches=self._queue.self_test.failed_batches,

@@ -15,7 +15,8 @@ from typing import Any
 
 from benchmarks.common import SIZES
 from benchmarks.synthetic import MIXTRAL, bytes_of
-from router.ops.doctor.machine import SHARED_MEMORY, memory, writable_folder
+from cluster.memory import memory
+from router.ops.doctor.machine import SHARED_MEMORY, writable_folder
 
 SMALL = {**MIXTRAL, **SIZES}
 """111 M parameters: the model of ``benchmarks.decode``."""

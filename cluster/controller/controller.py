@@ -31,6 +31,7 @@ from cluster.controller.members import MEMBER_TTL_S, Members
 from cluster.controller.naming import Report, actor_status, named, with_model_ids
 from cluster.controller.pool import ExpertPool, kind_of
 from cluster.controller.rebalance import Rebalancer
+from cluster.controller.relief import Reliever
 from cluster.controller.state import ClusterState
 from cluster.errors import ExpertMeshError, StaleEpochError
 from cluster.placement.load import FALL_S, LoadTracker
@@ -102,6 +103,9 @@ class Controller:
         changes = Changes(self._state, expert_pool, self._retirement, self._keeper.heartbeat_now)
         self._rebalancer = Rebalancer(self._state, changes, tracker)
         self._elastic = Elastic(self._state, expert_pool, self._keeper, self._rebalancer, meter)
+        deaths = self._keeper.deaths
+        reliever = Reliever(self._state, deaths, self._rebalancer, self._elastic.report)
+        self._keeper.relieve = reliever.relieve
         self._autoscaler = Autoscaler(self._state, expert_pool, self._elastic, meter)
         self._loops: list[asyncio.Task[None]] = []
 
@@ -342,6 +346,7 @@ class Controller:
             live_copies=placement.fewest_copies(self._state.keys),
             loading=self._keeper.loading.status(),
             kernels=self._kernels(),
+            failing=self._keeper.deaths.status(time.monotonic()),
         )
 
     async def load(self) -> LoadStatus:

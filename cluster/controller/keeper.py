@@ -11,20 +11,22 @@ import itertools
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.controller.changes import LOAD_TIMEOUT_S, UNLOAD_TIMEOUT_S, Retirement
+from cluster.controller.deaths import BrokenActorError, Death, Deaths
 from cluster.controller.liveness import LOOK_S, Progress, Silence
 from cluster.controller.loading import Loading
 from cluster.controller.members import Members
 from cluster.controller.pool import ExpertPool, kind_of
+from cluster.controller.processes import ActorProcesses
 from cluster.controller.state import ClusterState
 from cluster.controller.suspicion import Suspicion
-from cluster.errors import ExpertMeshError, StaleEpochError, UnavailableError
+from cluster.errors import ExpertMeshError, NoRoomError, StaleEpochError, UnavailableError
 from cluster.spec import ActorReport
 
 HEARTBEAT_PERIOD_S = 1.0
@@ -33,8 +35,6 @@ LOAD_PERIOD_S = 0.25
 MAX_HEARTBEATS_PER_S = 400
 """The most heartbeats of all actors together; many actors get a longer period."""
 PLACE_NOTICE_S = 10.0
-FIRST_RETRY_S = 0.2
-MAX_RETRY_S = 15.0
 
 logger = logging.getLogger("expertmesh.controller")
 
@@ -67,6 +67,10 @@ class Keeper:
         follow the load, so that each decision has new counters.
         """
         self.loading = Loading()
+        self.deaths = Deaths()
+        self._processes = ActorProcesses(state, expert_pool, self.deaths)
+        self.relieve: Callable[[str, NoRoomError], Awaitable[bool]] = no_relief
+        """Moves experts of an actor whose memory has no room for them; returns whether it did."""
         self.looped_at_s = time.monotonic()
         """When any task last finished a step; old where this controller hangs."""
         self._state = state
@@ -107,6 +111,7 @@ class Keeper:
         self.suspicion.forget(actor_id)
         self._state.remove(actor_id)
         self._retirement.forget(actor_id)
+        self.deaths.forget(actor_id)
         self._heartbeat_due.pop(actor_id, None)
 
     def heartbeat_now(self, actor_id: str) -> None:
@@ -130,74 +135,66 @@ class Keeper:
                 task.cancel()
 
     async def create(self, actor_id: str) -> ActorHandle:
-        """Ask Ray for the next generation of an actor, without a wait for its start.
-
-        With several copies of each expert, a successor returns to its predecessor's node, so that
-        copies stay on different nodes. Raises :class:`StaleEpochError` where a newer controller
-        runs.
-        """
-        generation = await self._state.next_generation(actor_id)
-        node = self._state.nodes.get(actor_id) if self._state.min_copies > 1 else None
-        spec, epoch = self._state.fleet.specs[actor_id], self._state.placement.epoch
-        return self._expert_pool.create(spec, actor_id, generation, epoch, node)
+        """Ask Ray for an actor; see :meth:`ActorProcesses.create`."""
+        return await self._processes.create(actor_id)
 
     # The life of one actor.
 
     async def _keep(self, actor_id: str, handle: ActorHandle | None, is_silent: bool) -> None:
-        delay_s = FIRST_RETRY_S
         while True:
             self.looped_at_s = time.monotonic()
+            is_broken = False
             try:
-                handle = handle or await self.create(actor_id)
+                handle = handle or await self._processes.create_away(actor_id)
+                self.deaths.begin(actor_id, time.monotonic())
                 if is_silent:
                     await self._hear(actor_id, handle)
                     is_silent = False
                 await self._bring_up(actor_id, handle)
-                delay_s = FIRST_RETRY_S
                 await self._watch(actor_id, handle)
                 continue  # it has lost experts, and loads them again
             except StaleEpochError:
                 self._state.supersede()
                 return
+            except BrokenActorError as error:
+                is_broken, death = True, Death(str(error), is_of_place=True)
+                logger.error("%s is broken: %s; replacing it", actor_id, error)
             except (RayActorError, RayTaskError, TimeoutError) as error:
-                logger.warning("%s: %s; replacing it", actor_id, _reason_of(error))
+                death = Death(_reason_of(error), is_of_place=True)
+                logger.warning("%s: %s; replacing it", actor_id, death.reason)
+            except NoRoomError as error:
+                death = Death(str(error), True, error.needed_bytes, error.missing_bytes)
+                logger.error("%s: %s", actor_id, error)
             except ExpertMeshError as error:
+                death = Death(str(error))
                 logger.error("%s: %s", actor_id, error)
             except asyncio.CancelledError:
-                if actor_id not in self._state.fleet.specs and handle is not None:
-                    self._expert_pool.kill(handle)
+                self._kill_removed(actor_id, handle)
                 raise
-            except Exception:
+            except Exception as error:
+                death = Death(kind_of(error))
                 logger.exception("%s: unexpected failure; trying again", actor_id)
             is_silent = False
             self._forget(actor_id)
             self._retirement.wake()
-            was_up = await self._state.leave_placement(actor_id)
+            await self._state.leave_placement(actor_id)
             self.suspicion.forget(actor_id)
-            if handle is not None:
-                if not await self._end(handle):
-                    return
-                handle = None
-            if not was_up:  # do not spin
-                await asyncio.sleep(delay_s)
-                delay_s = min(2 * delay_s, MAX_RETRY_S)
-
-    async def _end(self, handle: ActorHandle) -> bool:
-        """End an actor once the ledger says that no newer controller runs.
-
-        Returns false where one does.
-        """
-        for attempt in itertools.count():
+            delay_s = self.deaths.ended(actor_id, death, time.monotonic())
             try:
-                await self._state.check_epoch()
-                break
-            except StaleEpochError:
-                return False
-            except Exception as error:  # Ray's control store is away
-                logger.warning("the ledger cannot be read (%s); nothing is ended", kind_of(error))
-                await asyncio.sleep(min(FIRST_RETRY_S * 2 ** min(attempt, 10), MAX_RETRY_S))
-        self._expert_pool.kill(handle)
-        return True
+                # A broken actor holds its device until then, so that the successor gets another.
+                successor = await self._processes.create_beside(actor_id) if is_broken else None
+                if handle is not None and not await self._processes.end(handle):
+                    return
+                handle = successor
+                await asyncio.sleep(delay_s)
+            except asyncio.CancelledError:
+                self._kill_removed(actor_id, handle)
+                raise
+
+    def _kill_removed(self, actor_id: str, handle: ActorHandle | None) -> None:
+        """End an actor that was taken out of the fleet."""
+        if actor_id not in self._state.fleet.specs and handle is not None:
+            self._expert_pool.kill(handle)
 
     async def _hear(self, actor_id: str, handle: ActorHandle) -> None:
         """Wait for the first answer of an adopted actor.
@@ -217,20 +214,19 @@ class Keeper:
     async def _bring_up(self, actor_id: str, handle: ActorHandle) -> None:
         """Have an actor load its share, and publish it."""
         started_at_s = time.monotonic()
-        epoch, keys = self._state.placement.epoch, self._state.shares[actor_id]
+        epoch = self._state.placement.epoch
         waiting = asyncio.create_task(self._say_why_it_waits(actor_id, handle))
         following = asyncio.create_task(self._follow_loading(handle))
-        self.loading.begin(actor_id, len(keys), started_at_s)
         try:
-            spec = self._state.fleet.specs[actor_id]
             if withdrawn := self._state.withdrawn.pop(actor_id, ()):  # room for the new experts
                 await self._expert_pool.unload(handle, epoch, withdrawn, UNLOAD_TIMEOUT_S)
                 logger.info("%s unloaded %d experts of an earlier model", actor_id, len(withdrawn))
-            report = await self._expert_pool.load(handle, epoch, spec, keys, LOAD_TIMEOUT_S)
+            report = await self._load(actor_id, handle)
         finally:
             waiting.cancel()
             following.cancel()
             self.loading.end(actor_id)
+        self.deaths.came_up(report, time.monotonic())
         await self._state.add(actor_id, handle, report)
         logger.info(
             "%s g%d on %s holds %d experts, pid %d, %.1f s%s",
@@ -242,6 +238,20 @@ class Keeper:
             time.monotonic() - started_at_s,
             report.fetched(),
         )
+
+    async def _load(self, actor_id: str, handle: ActorHandle) -> ActorReport:
+        """Have an actor load its share, or less where others take what it has no room for."""
+        for is_last in (False, True):
+            spec, keys = self._state.fleet.specs[actor_id], self._state.shares[actor_id]
+            self.loading.begin(actor_id, len(keys), time.monotonic())
+            epoch = self._state.placement.epoch
+            try:
+                return await self._expert_pool.load(handle, epoch, spec, keys, LOAD_TIMEOUT_S)
+            except NoRoomError as error:
+                self.deaths.located(await self._expert_pool.describe(handle, PLACE_NOTICE_S))
+                if is_last or not await self.relieve(actor_id, error):
+                    raise
+        raise AssertionError("the last load returns or raises")
 
     async def _say_why_it_waits(self, actor_id: str, handle: ActorHandle) -> None:
         """Log which resources an actor waits for that Ray has not started; Ray says nothing here.
@@ -259,20 +269,23 @@ class Keeper:
                 spec = self._state.fleet.specs[actor_id]
                 why = await asyncio.to_thread(self._expert_pool.shortage, spec)
                 logger.warning("%s waits for a place: %s", actor_id, why)
-                if self._state.min_copies > 1 and self._state.nodes.pop(actor_id, ""):
-                    await self._end(handle)
+                if self._processes.is_pinned(actor_id):
+                    self._state.nodes.pop(actor_id, None)
+                    await self._processes.end(handle)
                     return
 
     async def _follow_loading(self, handle: ActorHandle) -> None:
         """Ask an actor again and again how much of its share is loaded, and log the progress."""
         while True:
-            await asyncio.sleep(HEARTBEAT_PERIOD_S)
             try:
-                self.loading.update(await self._expert_pool.describe(handle, PLACE_NOTICE_S))
+                report = await self._expert_pool.describe(handle, PLACE_NOTICE_S)
+                self.deaths.located(report)
+                self.loading.update(report)
             except (RayActorError, RayTaskError, TimeoutError):
-                continue  # it has not started, or died; the load call notices that
+                pass  # it has not started, or died; the load call notices that
             if (line := self.loading.notice(time.monotonic())) is not None:
                 logger.info("loading: %s", line)
+            await asyncio.sleep(HEARTBEAT_PERIOD_S)
 
     async def _watch(self, actor_id: str, handle: ActorHandle) -> None:
         """Send heartbeats until the actor lacks experts that the placement says it holds.
@@ -289,6 +302,9 @@ class Keeper:
             self._state.reports[actor_id] = report
             for observer in self._observers:
                 observer.observe(report, now_s)
+            self.deaths.observe(report, now_s)
+            if self.deaths.is_broken(actor_id):
+                raise BrokenActorError(report.failure)
             if progress.is_hung(report.steps, report.queued_rows, now_s):
                 raise TimeoutError("rows wait and none is computed")
             # A report may be older than a change that was made meanwhile.
@@ -328,6 +344,11 @@ class Keeper:
             answer.cancel()
         self.suspicion.answered(actor_id)
         return report
+
+
+async def no_relief(actor_id: str, error: NoRoomError) -> bool:
+    """Move nothing."""
+    return False
 
 
 def _reason_of(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.errors import ExpertMeshError
-from cluster.reports import ActorStatus, ClusterStatus, ProcessStatus
+from cluster.reports import ActorStatus, ClusterStatus, ProcessStatus, failing_line
 from cluster.spec import EMULATED
 from router.cli.common import Address, AsJson, write, write_json
 from router.client import DEFAULT_ADDRESS, Client
@@ -118,10 +118,15 @@ class _Watched:
 
 
 def _summary(status: ClusterStatus) -> str:
-    """Return the lines above the table: two of the cluster, then mixed models and silent actors."""
+    """Return the lines above the table: two of the cluster, then those of what is not as it should.
+
+    Mixed models, silent actors and failing actors have a line each.
+    """
     mixed = [f"{k.model} is mixed: {k.mixed}" for k in status.kernels if k.mixed]
     silent = [f"{actor.actor_id} {actor.silence}" for actor in status.actors if actor.silence]
-    return "\n".join([_first_lines(status), *mixed, *silent])
+    failing = map(failing_line, status.failing)
+    return "
+".join([_first_lines(status), *mixed, *silent, *failing])
 
 
 def _first_lines(status: ClusterStatus) -> str:

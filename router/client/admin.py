@@ -124,6 +124,7 @@ _CLASSES: dict[str, Callable[..., Any]] = {
     "ActorStatus": reports.ActorStatus,
     "ExpertKey": lambda **key: tuple(key.values()),
     "LoadingStatus": reports.LoadingStatus,
+    "FailingActor": reports.FailingActor,
     "ProcessStatus": reports.ProcessStatus,
     "ModelKernel": ModelKernel,
     "KernelCount": reports.KernelCount,

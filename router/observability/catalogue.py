@@ -184,5 +184,20 @@ ACTOR_REPLACEMENTS = _counter(
     _ACTOR,
     "How often an actor was created anew: after its death, a hang, a move, other options.",
 )
+ACTOR_FAILED_BATCHES = _counter(
+    "actor_failed_batches", _ACTOR, "Batches of an actor that raised an error."
+)
+ACTOR_FAILED_TESTS = _gauge(
+    "actor_failed_tests", _ACTOR, "Self-tests of an actor that failed in a row; 0 is healthy."
+)
+
+# Metrics of expert actors that fail or are away, from the controller.
+ACTOR_DEATHS = _gauge(
+    "actor_deaths_in_a_row", _ACTOR, "Deaths of a failing actor that it has not outlived."
+)
+ACTOR_RETRY = _gauge("actor_retry_seconds", _ACTOR, "Until the next start of a failing actor.")
+ACTOR_MISSING_BYTES = _gauge(
+    "actor_missing_bytes", _ACTOR, "Memory that a failing actor lacks for its experts."
+)
 
 FAMILIES = tuple(value for value in list(globals().values()) if isinstance(value, Family))

@@ -81,6 +81,10 @@ def _add_cluster(samples: _Samples, status: ClusterStatus) -> None:
                 labels = {"model_name": kernels.model, "kind": kind}
                 labels["kernel_class"] = count.kernel_class
                 _gauge(samples, catalogue.KERNELS, count.processes, **labels)
+    for actor in status.failing:
+        _gauge(samples, catalogue.ACTOR_DEATHS, actor.deaths, actor_id=actor.actor_id)
+        _gauge(samples, catalogue.ACTOR_RETRY, actor.retry_in_s, actor_id=actor.actor_id)
+        _gauge(samples, catalogue.ACTOR_MISSING_BYTES, actor.missing_bytes, actor_id=actor.actor_id)
 
 
 def _add_actor(samples: _Samples, report: ActorReport) -> None:
@@ -93,6 +97,8 @@ def _add_actor(samples: _Samples, report: ActorReport) -> None:
         (catalogue.ACTOR_BUSY, report.busy_s),
         (catalogue.ACTOR_QUEUE, report.waited_s),
         (catalogue.ACTOR_REPLACEMENTS, report.generation - 1),
+        (catalogue.ACTOR_FAILED_BATCHES, report.failed_batches),
+        (catalogue.ACTOR_FAILED_TESTS, report.failed_tests),
     ):
         _gauge(samples, family, value, actor_id=report.actor_id)
     for key, rows in report.tokens.items():

@@ -20,6 +20,9 @@ RARE = {
     catalogue.PREDICTION_ROWS,
     catalogue.PREDICTION_CALLS,
     catalogue.INEXACT_ROWS,
+    catalogue.ACTOR_DEATHS,
+    catalogue.ACTOR_RETRY,
+    catalogue.ACTOR_MISSING_BYTES,
 }
 """Without a sample until something goes wrong, an expert is at its capacity, or a mixture predicts.
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from cluster.memory import Memory
 from router.ops.doctor.check import Check, Level
-from router.ops.doctor.machine import Disk, Memory
+from router.ops.doctor.machine import Disk
 from router.ops.doctor.needs import Needs
 from router.ops.doctor.ports import TakenPort
 from router.ops.doctor.running_ray import RunningRay

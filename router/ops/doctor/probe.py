@@ -17,6 +17,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from cluster.errors import CheckpointMissingError, ExpertMeshError
+from cluster.memory import memory
 from cluster.native.built import native
 from experts.checkpoint.mixture import is_mixture, open_mixture
 from experts.checkpoint.stored import resolve_folder
@@ -122,7 +123,7 @@ def checks_of_a_start(deployment: Deployment, variables: Mapping[str, str]) -> l
         *([check_devices(find_devices(asks_ray=True), tenants)] if tenants else []),
         *doctor.check_ports([port.number for port in ports], taken_ports(ports)),
         _temp_folder(variables),
-        doctor.check_memory(machine.memory(), deployment.needs),
+        doctor.check_memory(memory(), deployment.needs),
     ]
 
 
@@ -136,7 +137,7 @@ def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> lis
         *doctor.check_versions(find_installed()),
         doctor.check_native(native is not None),
         check_devices(find_devices(asks_ray=bool(tenants)), tenants, joins=target is not None),
-        doctor.check_memory(machine.memory(), None if deployment is None else deployment.needs),
+        doctor.check_memory(memory(), None if deployment is None else deployment.needs),
         doctor.check_shared_memory(machine.shared_memory_bytes()),
         _temp_folder(variables),
         doctor.check_ray(running, raylets()),

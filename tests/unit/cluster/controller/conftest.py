@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.controller import autoscale, controller, elastic, keeper, liveness, suspicion
+from cluster.controller import autoscale, controller, deaths, elastic, keeper, liveness, suspicion
 
 
 @pytest.fixture
@@ -20,8 +20,8 @@ def short_periods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "SUSPECTED_S", 0.05)
     monkeypatch.setattr(suspicion, "DOUBT_S", 0.03)
     monkeypatch.setattr(suspicion, "ASK_PERIOD_S", 0.01)
-    monkeypatch.setattr(keeper, "FIRST_RETRY_S", 0.001)
-    monkeypatch.setattr(keeper, "MAX_RETRY_S", 0.01)
+    monkeypatch.setattr(deaths, "FIRST_RETRY_S", 0.001)
+    monkeypatch.setattr(deaths, "MAX_RETRY_S", 0.01)
 
 
 @pytest.fixture

@@ -68,6 +68,9 @@ class FakeActor:
     busy_s: float = 0.0
     free_bytes: int = 10**9
     kernel_class: str = "fused"
+    device: str = "cpu"
+    steps: int = 0
+    failed_tests: int = 0
     asked_s: float = field(default_factory=time.monotonic)
 
     def report(self) -> ActorReport:
@@ -78,12 +81,14 @@ class FakeActor:
             epoch=self.epoch,
             pid=self.pid,
             node=self.node,
-            device="cpu",
+            device=self.device,
             experts=tuple(sorted(self.keys)),
             weight_bytes=10 * len(self.keys),
             tokens=dict(self.tokens),
             queued_rows=0,
-            steps=0,
+            steps=self.steps,
+            failed_tests=self.failed_tests,
+            failure="the device is gone" if self.failed_tests else "",
             busy_s=self.busy_s,
             free_bytes=self.free_bytes,
             kernels=tuple(ModelKernel(m, self.kernel_class) for m in {k.model for k in self.keys}),

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from cluster.memory import Memory
 from router.cli.app import app
 from router.config import parse_args
 from router.ops.doctor import doctor, probe
 from router.ops.doctor.check import Check
 from router.ops.doctor.doctor import Installed
-from router.ops.doctor.machine import Disk, Memory
+from router.ops.doctor.machine import Disk
 from router.ops.doctor.needs import (
     ACTOR_BYTES,
     GATEWAY_BYTES,

@@ -79,35 +79,6 @@ def test_what_cannot_be_opened_for_other_reasons_says_which(
     assert taken.reason == "not allowed to this user"
 
 
-def test_memory_is_the_machines_or_less() -> None:
-    found, whole = machine.memory(), psutil.virtual_memory()
-    assert 0 < found.available_bytes <= found.total_bytes <= whole.total
-
-
-def test_a_containers_limit_counts_and_file_cache_does_not(tmp_path: Path) -> None:
-    without = machine.memory(tmp_path)
-    assert without.total_bytes == psutil.virtual_memory().total
-    files = {
-        "memory.max": "50000000\n",
-        "memory.current": "30000000\n",
-        "memory.stat": "anon 20000000\ninactive_file 10000000\n",
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    assert machine.memory(tmp_path) == machine.Memory(50_000_000, 30_000_000)
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine.memory(tmp_path).total_bytes == without.total_bytes
-
-
-def test_the_older_kind_of_container_is_read_too(tmp_path: Path) -> None:
-    (tmp_path / "memory").mkdir()
-    files = {"limit_in_bytes": "1000", "usage_in_bytes": "1500"}
-    for name, text in files.items():
-        (tmp_path / "memory" / f"memory.{name}").write_text(text)
-    (tmp_path / "memory" / "memory.stat").write_text("total_inactive_file 100")
-    assert machine.memory(tmp_path) == machine.Memory(1000, 0)
-
-
 def test_a_folder_that_does_not_exist_yet_is_tried_where_it_would_be(tmp_path: Path) -> None:
     disk = machine.writable_folder(tmp_path / "a" / "b")
     assert (disk.folder, disk.reason) == (tmp_path / "a" / "b", "")

@@ -15,11 +15,11 @@ import yaml
 
 import deploy
 from benchmarks.shipped import free_ports, shipped_document
+from cluster.memory import Memory
 from experts.checkpoint.hash_cache import BESIDE
 from router.config import ExpertsConfig
 from router.ops.doctor import probe
 from router.ops.doctor.devices import Devices, Gpu
-from router.ops.doctor.machine import Memory
 from router.ops.doctor.running_ray import RunningRay, Target
 from router.ops.startup import preflight
 from router.ops.startup.preflight import checked_document, deployment_file, given_address
@@ -181,7 +181,7 @@ def test_a_ray_of_another_version_ends_the_command(
 def test_too_little_memory_ends_the_command(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(probe.machine, "memory", lambda: Memory(2 * 10**9, 10**9))
+    monkeypatch.setattr(probe, "memory", lambda: Memory(2 * 10**9, 10**9))
     line = refusal(["serve", "run", str(file)], capsys)
     assert line.startswith("expertmesh: memory: 1.00 GB of 2.00 GB free; about 2.05 GB needed")
 
@@ -347,7 +347,7 @@ def test_of_a_cluster_that_is_there_only_whether_it_answers_is_asked(
         return RunningRay(target, "")
 
     monkeypatch.setattr(preflight, "look_at", fine)
-    monkeypatch.setattr(probe.machine, "memory", lambda: Memory(1, 1))
+    monkeypatch.setattr(probe, "memory", lambda: Memory(1, 1))
     checked_document(["serve", "run", str(file), *words])
     assert capsys.readouterr() == ("", "")
     assert asked == [Target("ray://head:10001", "--address")]

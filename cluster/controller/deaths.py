@@ -1,0 +1,187 @@
+"""Deaths of actors: when an actor is broken, when its successor comes, and which nodes it avoids.
+
+Pure, with the caller's clock. An actor's deaths count in a row until it has worked for a while: one
+death is forgiven for each :data:`FORGIVEN_S` of work. That an actor came up forgives nothing: a bad
+device lets a process come up, and fails its first batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from cluster.reports import FailingActor
+from cluster.spec import ActorReport
+
+BROKEN_TESTS = 3
+"""So many failed self-tests in a row mean that an actor is broken, and is replaced."""
+FORGIVEN_S = 10.0
+"""How long an actor works for the forgiveness of one death."""
+FORGIVEN_IDLE_S = 600.0
+"""The same for an actor that is up, and that nobody asks for anything."""
+FIRST_RETRY_S = 0.2
+MAX_RETRY_S = 60.0
+"""The delays before the second successor, and before any; each is twice the last."""
+AVOID_NODE_S = 60.0
+MAX_AVOID_NODE_S = 3600.0
+"""How long a node is avoided after one bad end of an actor, and after many, each time doubled."""
+MOST_DOUBLINGS = 30
+
+
+class BrokenActorError(Exception):
+    """An actor's self-tests fail, so that it is to be replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """The end of one life of an actor.
+
+    ``is_of_place`` says that the device or the node may be to blame, so that the successor goes
+    elsewhere. ``needed_bytes`` and ``missing_bytes`` are set where memory did not suffice.
+    """
+
+    reason: str
+    is_of_place: bool = False
+    needed_bytes: int = 0
+    missing_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Actor:
+    """What is known of an actor's lives; ``deaths`` are in a row."""
+
+    deaths: int = 0
+    began_at_s: float = 0.0
+    node: str = ""
+    device: str = ""
+    up_since_s: float | None = None
+    works_since_s: float | None = None
+    retry_at_s: float | None = None
+    failed_tests: int = 0
+    last: Death = field(default_factory=lambda: Death(""))
+
+    def deaths_at(self, now_s: float) -> int:
+        """Return the deaths that are not forgiven yet."""
+        forgiven = 0
+        if self.works_since_s is not None:
+            forgiven = int((now_s - self.works_since_s) / FORGIVEN_S)
+        if self.up_since_s is not None and not self.failed_tests:
+            forgiven = max(forgiven, int((now_s - self.up_since_s) / FORGIVEN_IDLE_S))
+        return max(0, self.deaths - forgiven)
+
+
+@dataclass(slots=True)
+class _Node:
+    """The bad ends of actors on a node."""
+
+    ends: int = 0
+    until_s: float = -math.inf
+
+
+class Deaths:
+    """The lives and deaths of all actors of one application."""
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._actors: dict[str, _Actor] = {}
+        self._nodes: dict[str, _Node] = {}
+
+    def begin(self, actor_id: str, now_s: float) -> None:
+        """Note that an actor's next life begins: it is created, or adopted."""
+        actor = self._actors.setdefault(actor_id, _Actor())
+        actor.began_at_s, actor.retry_at_s = now_s, None
+        actor.node = actor.device = ""
+
+    def located(self, report: ActorReport) -> None:
+        """Note where an actor runs."""
+        actor = self._actors.setdefault(report.actor_id, _Actor())
+        actor.node, actor.device = report.node, report.device
+
+    def came_up(self, report: ActorReport, now_s: float) -> None:
+        """Note that an actor holds its share, and serves."""
+        self.located(report)
+        self._actors[report.actor_id].up_since_s = now_s
+
+    def observe(self, report: ActorReport, now_s: float) -> None:
+        """Take an actor's heartbeat."""
+        actor = self._actors.setdefault(report.actor_id, _Actor())
+        if report.failed_tests and not actor.failed_tests:
+            actor.deaths, actor.works_since_s = actor.deaths_at(now_s), None
+        actor.failed_tests = report.failed_tests
+        if report.failed_tests:
+            actor.last = Death(report.failure, is_of_place=True)
+        elif report.steps > report.failed_batches and actor.works_since_s is None:
+            actor.works_since_s = now_s
+
+    def is_broken(self, actor_id: str) -> bool:
+        """Return whether an actor is to be replaced, by its last heartbeat."""
+        return self._actors[actor_id].failed_tests >= BROKEN_TESTS
+
+    def ended(self, actor_id: str, death: Death, now_s: float) -> float:
+        """Note an actor's death; returns how long to wait before its successor is created."""
+        actor = self._actors.setdefault(actor_id, _Actor())
+        was_up, was_broken = actor.up_since_s is not None, actor.failed_tests >= BROKEN_TESTS
+        is_short = actor.works_since_s is None or now_s - actor.works_since_s < FORGIVEN_S
+        actor.deaths = actor.deaths_at(now_s) + 1
+        actor.up_since_s, actor.works_since_s, actor.failed_tests = None, None, 0
+        actor.last = death
+        is_again = actor.deaths > 1 and is_short
+        if death.is_of_place and (was_broken or not was_up or is_again):
+            self._blame(actor.node, now_s)
+        wait_s = delay_s(actor.deaths, was_up)
+        actor.retry_at_s = now_s + wait_s
+        return wait_s
+
+    def forget(self, actor_id: str) -> None:
+        """Drop an actor that left the fleet."""
+        self._actors.pop(actor_id, None)
+
+    def avoided_nodes(self, now_s: float) -> frozenset[str]:
+        """Return the nodes on which actors have ended badly lately."""
+        return frozenset(name for name, node in self._nodes.items() if now_s < node.until_s)
+
+    def place_of(self, actor_id: str) -> tuple[str, str]:
+        """Return node and device of an actor's last life, empty where they are not known."""
+        actor = self._actors.get(actor_id, _Actor())
+        return actor.node, actor.device
+
+    def status(self, now_s: float) -> tuple[FailingActor, ...]:
+        """Return the actors that fail self-tests, wait for a retry, or died more than once."""
+        return tuple(
+            FailingActor(
+                actor_id=actor_id,
+                deaths=actor.deaths_at(now_s),
+                reason=actor.last.reason,
+                node=actor.node,
+                device=actor.device,
+                retry_in_s=max(0.0, (actor.retry_at_s or now_s) - now_s),
+                failed_tests=actor.failed_tests,
+                needed_bytes=actor.last.needed_bytes,
+                missing_bytes=actor.last.missing_bytes,
+            )
+            for actor_id, actor in sorted(self._actors.items())
+            if actor.failed_tests
+            or actor.deaths_at(now_s) > 1
+            or (actor.deaths and actor.up_since_s is None)
+        )
+
+    def _blame(self, name: str, now_s: float) -> None:
+        if not name:
+            return
+        node = self._nodes.setdefault(name, _Node())
+        if now_s - node.until_s > MAX_AVOID_NODE_S:
+            node.ends = 0
+        node.ends += 1
+        avoid_s = AVOID_NODE_S * 2 ** min(node.ends - 1, MOST_DOUBLINGS)
+        node.until_s = now_s + min(avoid_s, MAX_AVOID_NODE_S)
+
+
+def delay_s(deaths: int, came_up: bool) -> float:
+    """Return the wait before a successor after so many deaths in a row.
+
+    The successor of an actor that came up and died once is created at once.
+    """
+    doublings = deaths - 2 if came_up else deaths - 1
+    if doublings < 0:
+        return 0.0
+    return min(FIRST_RETRY_S * 2 ** min(doublings, MOST_DOUBLINGS), MAX_RETRY_S)

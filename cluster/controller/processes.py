@@ -1,0 +1,110 @@
+"""Creates and ends the processes of expert actors: where, and only under the own epoch."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+
+from cluster.controller.deaths import Deaths, delay_s
+from cluster.controller.pool import ExpertPool, kind_of
+from cluster.controller.state import ClusterState
+from cluster.errors import StaleEpochError
+from cluster.placement.successor import node_for_successor
+
+START_NOTICE_S = 10.0
+"""How long a successor may take to start beside its predecessor."""
+
+logger = logging.getLogger("expertmesh.controller")
+
+
+class ActorProcesses:
+    """The processes of one application's actors."""
+
+    def __init__(self, state: ClusterState, expert_pool: ExpertPool, deaths: Deaths) -> None:
+        """``deaths`` knows the nodes on which actors have ended badly."""
+        self._state = state
+        self._expert_pool = expert_pool
+        self._deaths = deaths
+        self._pinned: set[str] = set()
+
+    def is_pinned(self, actor_id: str) -> bool:
+        """Return whether an actor's last generation was to start on a certain node."""
+        return actor_id in self._pinned
+
+    async def create(self, actor_id: str, node: str | None = None) -> ActorHandle:
+        """Ask Ray for the next generation of an actor, without a wait for its start.
+
+        It is to start on ``node`` if given; else a successor of one of several copies returns to
+        its predecessor's node. Raises :class:`StaleEpochError` where a newer controller runs.
+        """
+        generation = await self._state.next_generation(actor_id)
+        if node is None and self._state.min_copies > 1:
+            node = self._state.nodes.get(actor_id)
+        self._pinned.discard(actor_id)
+        if node is not None:
+            self._pinned.add(actor_id)
+        spec, epoch = self._state.fleet.specs[actor_id], self._state.placement.epoch
+        return self._expert_pool.create(spec, actor_id, generation, epoch, node)
+
+    async def create_beside(self, actor_id: str) -> ActorHandle | None:
+        """Create an actor's successor on a free device of its node, and wait until it is there.
+
+        Returns ``None`` where another node is better, or there is no free device.
+        """
+        own, _ = self._deaths.place_of(actor_id)
+        candidates = await asyncio.to_thread(
+            self._expert_pool.nodes_for, self._state.fleet.specs[actor_id]
+        )
+        others = set(candidates) - self._deaths.avoided_nodes(time.monotonic())
+        if others or own not in candidates:
+            return None
+        try:
+            successor = await self.create(actor_id, own)
+        except StaleEpochError:
+            return None  # the next look at the ledger says it too
+        try:
+            await self._expert_pool.describe(successor, START_NOTICE_S)
+        except (RayActorError, RayTaskError, TimeoutError) as error:
+            logger.warning("%s: no start beside its predecessor (%s)", actor_id, kind_of(error))
+            self._expert_pool.kill(successor)
+            return None
+        except BaseException:
+            self._expert_pool.kill(successor)
+            raise
+        return successor
+
+    async def create_away(self, actor_id: str) -> ActorHandle:
+        """Create an actor, away from nodes on which actors have ended badly lately."""
+        avoided = self._deaths.avoided_nodes(time.monotonic())
+        if not avoided:
+            return await self.create(actor_id)
+        state, spec = self._state, self._state.fleet.specs[actor_id]
+        candidates = await asyncio.to_thread(self._expert_pool.nodes_for, spec)
+        node = node_for_successor(
+            actor_id, candidates, avoided, state.shares, state.nodes, state.min_copies
+        )
+        if node is not None:
+            logger.info("%s goes to node %s, away from bad ones", actor_id, node[:10])
+        return await self.create(actor_id, node)
+
+    async def end(self, handle: ActorHandle) -> bool:
+        """End an actor once the ledger says that no newer controller runs.
+
+        Returns false where one does.
+        """
+        for attempt in itertools.count():
+            try:
+                await self._state.check_epoch()
+                break
+            except StaleEpochError:
+                return False
+            except Exception as error:  # Ray's control store is away
+                logger.warning("the ledger cannot be read (%s); nothing is ended", kind_of(error))
+                await asyncio.sleep(delay_s(attempt + 1, came_up=False))
+        self._expert_pool.kill(handle)
+        return True

@@ -1,0 +1,101 @@
+"""Relief of actors whose memory has no room for their experts: other actors take some of them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+
+from cluster.controller.deaths import Deaths
+from cluster.controller.rebalance import Moved, Rebalancer
+from cluster.controller.state import ClusterState
+from cluster.errors import NoRoomError
+from cluster.placement.relief import Room, plan_relief
+from cluster.reports import ChangeReport
+
+HOST_DEVICES = ("cpu", "emulated")
+"""The devices whose experts lie in the host's memory, which all of its actors share."""
+
+logger = logging.getLogger("expertmesh.controller")
+
+
+class Reliever:
+    """Moves experts off actors that cannot load them."""
+
+    def __init__(
+        self,
+        state: ClusterState,
+        deaths: Deaths,
+        rebalancer: Rebalancer,
+        report: Callable[..., ChangeReport],
+    ) -> None:
+        """``report`` logs a change and keeps it in the history."""
+        self._state = state
+        self._deaths = deaths
+        self._rebalancer = rebalancer
+        self._report = report
+
+    async def relieve(self, actor_id: str, error: NoRoomError) -> bool:
+        """Move as many experts off an actor as its memory lacks bytes for.
+
+        Returns false, and moves nothing, where other actors have no room for that many, or one of
+        them fails to load.
+        """
+        began_at_s = time.monotonic()
+        async with self._rebalancer.plan_lock:
+            state = self._state
+            expert_bytes = {model.model: model.expert_bytes for model in state.models}
+            missing_bytes = error.missing_bytes or max(expert_bytes.values())
+            rooms, free_bytes = self._rooms(actor_id)
+            relief = plan_relief(
+                actor_id,
+                missing_bytes,
+                state.shares,
+                expert_bytes,
+                rooms,
+                free_bytes,
+                state.min_copies,
+            )
+            if relief.freed_bytes < missing_bytes:
+                logger.error(
+                    "%s: other actors have room for %s of the %s bytes that are missing",
+                    actor_id,
+                    f"{relief.freed_bytes:,}",
+                    f"{missing_bytes:,}",
+                )
+                return False
+            change = relief.change
+            free = dict.fromkeys((actor_id, *change.added), math.inf)  # the plan has looked
+            moved = await self._rebalancer.carry_out(change.added, change.dropped, free)
+        self._record(actor_id, str(error), moved, began_at_s)
+        return moved.outcome == "committed"
+
+    def _record(self, actor_id: str, reason: str, moved: Moved, began_at_s: float) -> None:
+        what = f"{actor_id} gives up experts that it has no room for"
+        self._report(what, reason, moved, began_at_s)
+
+    def _rooms(self, actor_id: str) -> tuple[list[Room], dict[str, float]]:
+        """Return the rooms of other actors that serve, and the free bytes of their memories."""
+        state, rooms = self._state, []
+        free_bytes: dict[str, float] = {}
+        node, device = self._deaths.place_of(actor_id)
+        own = f"memory of {node}" if device in HOST_DEVICES else ""
+        for other, report in state.reports.items():
+            is_host = report.device in HOST_DEVICES
+            memory = f"memory of {report.node}" if is_host else other
+            is_used = other in state.placement.generations and other not in state.fleet.standby
+            if other == actor_id or memory == own or not is_used:
+                continue
+            rooms.append(Room(other, report.node, memory, self._budget_bytes(other)))
+            free_bytes[memory] = min(report.free_bytes, free_bytes.get(memory, math.inf))
+        return rooms, free_bytes
+
+    def _budget_bytes(self, actor_id: str) -> float:
+        """Return what is left of an actor's budget."""
+        state, budgets_bytes = self._state, self._state.fleet.budgets_bytes
+        if budgets_bytes is None:
+            return math.inf
+        sizes = {model.model: model.expert_bytes for model in state.models}
+        used_bytes = sum(sizes[key.model] for key in state.shares[actor_id])
+        return budgets_bytes[actor_id] - used_bytes - state.retained_bytes(actor_id)

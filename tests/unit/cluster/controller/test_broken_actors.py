@@ -1,0 +1,291 @@
+"""The controller over a fake pool, whose actors break, die again and again, or have no room."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from cluster.controller import deaths as deaths_module
+from cluster.controller import keeper as keeper_module
+from cluster.controller.deaths import BROKEN_TESTS, Death
+from cluster.errors import NoRoomError
+from cluster.spec import ExpertKey
+from tests.unit.cluster.controller.fakes import (
+    NUM_EXPERTS,
+    Cluster,
+    FakeActor,
+    FakePool,
+    happens,
+    run,
+    running,
+    settled,
+    spec_of,
+)
+
+pytestmark = pytest.mark.usefixtures("short_periods")
+
+
+def pool_of(*node_ids: str) -> FakePool:
+    pool = FakePool(spec_of().digest)
+    pool.node_ids = list(node_ids)
+    return pool
+
+
+def test_an_actor_whose_self_tests_fail_in_a_row_is_replaced_and_its_loss_published_first() -> None:
+    async def test() -> None:
+        async with running() as cluster:
+            before = await cluster.complete()
+            [broken] = cluster.pool.of("expert-1")
+            broken.failed_tests = BROKEN_TESTS - 1
+            beats = broken.heartbeats
+            await happens(lambda: broken.heartbeats > beats + 3)
+            assert not broken.killed
+            [failing] = (await cluster.controller.status()).failing
+            assert (failing.actor_id, failing.reason) == ("expert-1", "the device is gone")
+            broken.failed_tests = BROKEN_TESTS
+            after = await cluster.until(lambda p: p.generations.get("expert-1") == 2)
+            assert broken.killed
+            assert after.generations["expert-0"] == 1
+            losses = [p for p in cluster.published if before.order < p.order < after.order]
+            assert [loss.generations for loss in losses] == [{"expert-0": 1}]
+
+    run(test)
+
+
+@pytest.mark.parametrize("min_copies", [1, 2])
+def test_the_successor_of_a_broken_actor_goes_to_another_node(min_copies: int) -> None:
+    async def test() -> None:
+        pool = pool_of("n1", "n2")
+        async with running(2, pool, min_copies) as cluster:
+            await cluster.until(lambda p: p.fewest_copies() == min_copies)
+            [broken] = pool.of("expert-0")
+            assert broken.node == "n1"
+            pool.node_ids = ["n1", "n3"]
+            broken.failed_tests = BROKEN_TESTS
+            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+            assert [a.node for a in pool.of("expert-0")] == ["n1", "n3"]
+
+    run(test)
+
+
+def test_where_there_is_no_other_node_the_successor_gets_a_free_device_of_the_same() -> None:
+    async def test() -> None:
+        pool = pool_of("n1")
+        async with running(1, pool) as cluster:
+            await cluster.complete()
+            [broken] = pool.actors
+            create, alive = pool.create, []
+
+            def created(*args: object) -> FakeActor:
+                alive.append(not broken.killed)
+                return create(*args)  # type: ignore[arg-type]
+
+            pool.create = created  # type: ignore[method-assign]
+            broken.failed_tests = BROKEN_TESTS
+            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+            # The broken one held its device while Ray chose another.
+            assert (alive, broken.killed) == ([True], True)
+            assert pool.of("expert-0")[1].node == "n1"
+
+    run(test)
+
+
+def test_without_a_free_device_a_broken_actor_is_ended_first() -> None:
+    async def test() -> None:
+        pool = pool_of("n1")
+        async with running(1, pool) as cluster:
+            await cluster.complete()
+            [broken] = pool.actors
+            pool.nodes_for = lambda spec: [] if broken.alive else ["n1"]  # type: ignore[method-assign]
+            broken.failed_tests = BROKEN_TESTS
+            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+            assert [a.alive for a in pool.of("expert-0")] == [False, True]
+
+    run(test)
+
+
+def test_a_spare_device_that_does_not_come_is_not_waited_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(keeper_module, "PLACE_NOTICE_S", 0.02)
+
+    async def test() -> None:
+        pool = pool_of("n1")
+        async with running(1, pool) as cluster:
+            await cluster.complete()
+            [broken] = pool.actors
+            create = pool.create
+
+            def created(*args: object) -> FakeActor:
+                actor = create(*args)  # type: ignore[arg-type]
+                actor.hung = not broken.killed
+                return actor
+
+            pool.create = created  # type: ignore[method-assign]
+            broken.failed_tests = BROKEN_TESTS
+            await cluster.until(lambda p: p.generations.get("expert-0") == 3)
+            assert [a.alive for a in pool.of("expert-0")] == [False, False, True]
+
+    run(test)
+
+
+def test_a_loop_of_deaths_backs_off_though_each_successor_comes_up_and_status_counts_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(deaths_module, "FIRST_RETRY_S", 0.02)
+    monkeypatch.setattr(deaths_module, "MAX_RETRY_S", 0.16)
+    delays_s: list[float] = []
+
+    async def test() -> None:
+        async with running(2) as cluster:
+            ended = cluster.keeper.deaths.ended
+
+            def noted(actor_id: str, death: Death, now_s: float) -> float:
+                delays_s.append(ended(actor_id, death, now_s))
+                return delays_s[-1]
+
+            cluster.keeper.deaths.ended = noted  # type: ignore[method-assign]
+            began_at_s = time.monotonic()
+            for generation in range(1, 7):
+                await cluster.until(
+                    lambda p, g=generation: p.generations.get("expert-0") == g  # type: ignore[misc]
+                )
+                cluster.pool.of("expert-0")[-1].alive = False
+            await happens(lambda: "expert-0" not in cluster.state.placement.generations)
+            [failing] = (await cluster.controller.status()).failing
+            assert (failing.actor_id, failing.deaths, failing.reason) == ("expert-0", 6, "died")
+            assert 0 < failing.retry_in_s <= 0.16
+            await cluster.until(lambda p: p.generations.get("expert-0") == 7)
+            assert time.monotonic() - began_at_s >= sum(delays_s)
+
+    run(test)
+    assert delays_s == [0.0, 0.02, 0.04, 0.08, 0.16, 0.16]
+
+
+def test_a_node_on_which_an_actor_dies_again_is_avoided_by_its_next_successor() -> None:
+    async def test() -> None:
+        pool = pool_of("n1", "n2")
+        async with running(2, pool, min_copies=2) as cluster:
+            await cluster.until(lambda p: p.fewest_copies() == 2)
+            for generation in (2, 3):
+                pool.of("expert-0")[-1].alive = False
+                await cluster.until(
+                    lambda p, g=generation: p.generations.get("expert-0") == g  # type: ignore[misc]
+                )
+            assert [a.node for a in pool.of("expert-0")] == ["n1", "n1", "n2"]
+
+    run(test)
+
+
+def lacking(room: dict[str, int]):  # type: ignore[no-untyped-def]
+    """Return a gate at which actors have room for so many experts, and others for all."""
+
+    def gate(cluster: Cluster):  # type: ignore[no-untyped-def]
+        async def load(actor: FakeActor) -> None:
+            share = cluster.state.shares[actor.actor_id]
+            free = room.get(actor.actor_id, len(share))
+            if len(share) > free:
+                raise NoRoomError(f"cpu of {actor.node}", 10 * len(share), 10 * free, "f")
+
+        return load
+
+    return gate
+
+
+def test_experts_for_which_an_actor_has_no_room_move_to_one_that_has() -> None:
+    async def test() -> None:
+        pool = pool_of("n1", "n2")
+        cluster = Cluster(2, pool)
+        pool.load_gate = lacking({"expert-1": 1})(cluster)
+        await cluster.start()
+        await cluster.complete()
+        await settled(cluster, 1)
+        shares = cluster.state.shares
+        assert {a: len(keys) for a, keys in shares.items()} == {"expert-0": 7, "expert-1": 1}
+        assert (await cluster.controller.status()).failing == ()
+        [change] = (await cluster.controller.load()).changes
+        assert change.what == "expert-1 gives up experts that it has no room for"
+        assert "lacks 30 bytes of the 40" in change.reason
+        assert {(m.actor_id, m.is_added) for m in change.moves} == {
+            ("expert-0", True),
+            ("expert-1", False),
+        }
+        await cluster.stop()
+
+    run(test)
+
+
+def test_where_nobody_has_room_status_says_which_bytes_are_missing_where() -> None:
+    async def test() -> None:
+        pool = pool_of("n1", "n2")
+        cluster = Cluster(2, pool)
+        room = {"expert-1": 1}
+        pool.load_gate = lacking(room)(cluster)
+        create = pool.create
+
+        def created(*args: object) -> FakeActor:
+            actor = create(*args)  # type: ignore[arg-type]
+            actor.free_bytes = 25  # one expert, and the reserve
+            return actor
+
+        pool.create = created  # type: ignore[method-assign]
+        await cluster.start()
+        await happens(lambda: len(pool.of("expert-1")) > 4)
+        status = await cluster.controller.status()
+        [failing] = status.failing
+        assert (failing.needed_bytes, failing.missing_bytes) == (10 * NUM_EXPERTS, 30)
+        assert failing.reason == "f: cpu of n2 lacks 30 bytes of the 40 that are needed"
+        assert (failing.node, failing.deaths > 3) == ("n2", True)
+        assert status.missing_experts == NUM_EXPERTS
+        assert len(cluster.state.shares["expert-1"]) == NUM_EXPERTS
+        room.clear()
+        await cluster.complete()
+        await cluster.stop()
+
+    run(test)
+
+
+def test_an_actor_of_the_same_memory_takes_nothing() -> None:
+    async def test() -> None:
+        pool = pool_of("n1")
+        cluster = Cluster(2, pool)
+        room = {"expert-1": 1}
+        pool.load_gate = lacking(room)(cluster)
+        await cluster.start()
+        await happens(lambda: len(pool.of("expert-1")) > 3)
+        assert [key for key in cluster.pool.of("expert-0")[0].keys if key.layer_id > 1] == []
+        assert len(cluster.state.shares["expert-0"]) == NUM_EXPERTS
+        # On devices of their own both are on one node.
+        pool.of("expert-0")[0].device = "cuda:0"
+        await happens(lambda: cluster.state.reports["expert-0"].device == "cuda:0")
+        await cluster.complete()
+        assert len(cluster.state.shares["expert-0"]) == 2 * NUM_EXPERTS - 1
+        await cluster.stop()
+
+    run(test)
+
+
+def test_a_relief_that_fails_moves_nothing_and_is_tried_again() -> None:
+    async def test() -> None:
+        pool = pool_of("n1", "n2")
+        cluster = Cluster(2, pool)
+        gate = lacking({"expert-1": 1})(cluster)
+        refusals = 2
+
+        async def load(actor: FakeActor) -> None:
+            nonlocal refusals
+            if actor.actor_id == "expert-0" and actor.loads > 1 and refusals:
+                refusals -= 1
+                raise NoRoomError("cpu of n1", 2, 1, "f")
+            await gate(actor)
+
+        pool.load_gate = load
+        await cluster.start()
+        await cluster.complete()
+        assert refusals == 0
+        assert cluster.state.shares["expert-1"] != []
+        assert ExpertKey("m", 0, 0) in cluster.state.placement.holders
+        await cluster.stop()
+
+    run(test)

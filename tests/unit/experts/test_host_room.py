@@ -1,0 +1,74 @@
+"""Experts for which the host has no memory are refused, with the bytes that are missing."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import Code, NoRoomError
+from cluster.memory import Memory
+from cluster.spec import ExpertKey
+from experts import host_room
+from experts.host_room import HostRoom
+from tests.unit.experts.local_actor import KEYS, local_actor
+
+MIB = 1 << 20
+
+
+def keys(count: int) -> list[ExpertKey]:
+    return [ExpertKey("m", 0, i) for i in range(count)]
+
+
+def test_a_load_that_does_not_fit_is_refused_before_its_first_expert() -> None:
+    room = HostRoom(dict.fromkeys(keys(10), MIB), lambda: 9 * MIB)
+    with pytest.raises(NoRoomError, match="lacks 1,048,576 bytes of the 10,485,760") as caught:
+        room.take(keys(1)[0])
+    assert (caught.value.needed_bytes, caught.value.missing_bytes) == (10 * MIB, MIB)
+    assert (caught.value.code, caught.value.field) == (Code.UNAVAILABLE, "args.experts")
+
+
+def test_memory_that_others_take_meanwhile_is_noticed_at_the_next_look() -> None:
+    free, size = [10 * MIB], host_room.LOOK_BYTES // 2
+    looks = 0
+
+    def free_bytes() -> int:
+        nonlocal looks
+        looks += 1
+        return free[0]
+
+    room = HostRoom(dict.fromkeys(keys(8), size), free_bytes)
+    free[0] = 8 * size
+    for key in keys(4):
+        room.take(key)
+    assert looks == 2
+    free[0] = 4 * size - 1
+    with pytest.raises(NoRoomError) as caught:
+        room.take(keys(5)[4])
+    assert caught.value.missing_bytes == 1
+
+
+def test_experts_that_are_not_in_the_hosts_memory_need_none_of_it() -> None:
+    room = HostRoom({}, lambda: 0)
+    room.take(keys(1)[0])
+
+
+def test_the_error_survives_pickling_by_ray() -> None:
+    error = NoRoomError("cuda:0 of h", 9, 4, "args.experts")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), copy.args) == (NoRoomError, str(error), error.args)
+    assert (copy.needed_bytes, copy.free_bytes, copy.missing_bytes) == (9, 4, 5)
+    assert NoRoomError("c", 4, 9, "f").missing_bytes == 0
+
+
+def test_an_actor_refuses_a_load_and_goes_on_with_what_it_holds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor = local_actor(folder, keys=KEYS[:1])
+    monkeypatch.setattr(host_room, "memory", lambda: Memory(1, 1))
+    with pytest.raises(NoRoomError, match=r"the memory of .* lacks 1 bytes of the 2"):
+        actor.load(1, actor._spec, KEYS)  # two experts of one byte, by its specification
+    assert actor.describe().experts == tuple(KEYS[:1])
+    monkeypatch.setattr(host_room, "memory", lambda: Memory(2, 2))
+    assert actor.load(1, actor._spec, KEYS).experts == tuple(KEYS)
