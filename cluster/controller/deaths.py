@@ -136,9 +136,9 @@ class Deaths:
         """Drop an actor that left the fleet."""
         self._actors.pop(actor_id, None)
 
-    def avoided_nodes(self, now_s: float) -> frozenset[str]:
-        """Return the nodes on which actors have ended badly lately."""
-        return frozenset(name for name, node in self._nodes.items() if now_s < node.until_s)
+    def avoided_nodes(self, now_s: float) -> dict[str, float]:
+        """Return nodes on which actors have ended badly lately, and until when to avoid each."""
+        return {name: node.until_s for name, node in self._nodes.items() if now_s < node.until_s}
 
     def place_of(self, actor_id: str) -> tuple[str, str]:
         """Return node and device of an actor's last life, empty where they are not known."""

@@ -60,8 +60,7 @@ class ActorProcesses:
         candidates = await asyncio.to_thread(
             self._expert_pool.nodes_for, self._state.fleet.specs[actor_id]
         )
-        others = set(candidates) - self._deaths.avoided_nodes(time.monotonic())
-        if others or own not in candidates:
+        if set(candidates) != {own}:
             return None
         try:
             successor = await self.create(actor_id, own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 from cluster.placement.placement import crowding
@@ -11,7 +12,7 @@ from cluster.spec import ExpertKey
 def node_for_successor(
     actor_id: str,
     candidates: Collection[str],
-    avoided: Collection[str],
+    avoided: Mapping[str, float],
     shares: Mapping[str, Sequence[ExpertKey]],
     nodes: Mapping[str, str],
     min_copies: int,
@@ -19,18 +20,24 @@ def node_for_successor(
     """Return the node of an actor's successor; ``None`` leaves the choice to Ray.
 
     With several copies of each expert, a successor returns to its predecessor's node, so that
-    copies stay on different nodes. Where nodes are ``avoided``, it goes to another of the
-    ``candidates``, which have free resources: to the one with the fewest other copies of its
-    experts, then with the fewest actors. ``shares`` has the experts of each actor, ``nodes`` its
-    node.
+    copies stay on different nodes. Where that node is avoided, or nodes are and there is one copy,
+    it goes to another of the ``candidates``, which have free resources: to the node whose avoidance
+    ends first, then with the fewest other copies of its experts, then with the fewest actors.
+    ``avoided`` has the time at which the avoidance of a node ends. ``shares`` has the experts of
+    each actor, ``nodes`` its node.
     """
-    own = nodes.get(actor_id) if min_copies > 1 else None
-    if own is not None and own not in avoided:
-        return own
-    others = [node for node in candidates if node not in avoided] if avoided else []
+    own, actors = nodes.get(actor_id), list(nodes.values())
+    if not avoided or (min_copies > 1 and own is not None and own not in avoided):
+        return own if min_copies > 1 else None
+    others = [node for node in candidates if node != own or own not in avoided]
     if not others:
-        return own
-    actors = list(nodes.values())
+        return own if min_copies > 1 else None
     return min(
-        others, key=lambda node: (crowding(actor_id, node, shares, nodes), actors.count(node), node)
+        others,
+        key=lambda node: (
+            avoided.get(node, -math.inf),
+            crowding(actor_id, node, shares, nodes),
+            actors.count(node),
+            node,
+        ),
     )

@@ -125,8 +125,7 @@ def _summary(status: ClusterStatus) -> str:
     mixed = [f"{k.model} is mixed: {k.mixed}" for k in status.kernels if k.mixed]
     silent = [f"{actor.actor_id} {actor.silence}" for actor in status.actors if actor.silence]
     failing = map(failing_line, status.failing)
-    return "
-".join([_first_lines(status), *mixed, *silent, *failing])
+    return "\n".join([_first_lines(status), *mixed, *silent, *failing])
 
 
 def _first_lines(status: ClusterStatus) -> str:

@@ -126,18 +126,18 @@ def test_a_node_is_avoided_after_a_broken_actor_at_once() -> None:
     deaths.came_up(report(), 0.0)
     deaths.observe(report(steps=1), 0.0)
     deaths.observe(report(steps=9, failed_tests=3), 1000.0)
-    assert deaths.avoided_nodes(1000.0) == frozenset()
+    assert deaths.avoided_nodes(1000.0) == {}
     deaths.ended("a", Death("boom", is_of_place=True), 1000.0)
-    assert deaths.avoided_nodes(1000.0) == {"n1"}
-    assert deaths.avoided_nodes(1000.0 + AVOID_NODE_S) == frozenset()
+    assert deaths.avoided_nodes(1000.0) == {"n1": 1000.0 + AVOID_NODE_S}
+    assert deaths.avoided_nodes(1000.0 + AVOID_NODE_S) == {}
 
 
 def test_one_death_is_no_nodes_fault_and_the_next_at_once_after_it_is() -> None:
     deaths = Deaths()
     lives(deaths, 0.0, 1000.0)
-    assert deaths.avoided_nodes(1000.0) == frozenset()
+    assert deaths.avoided_nodes(1000.0) == {}
     lives(deaths, 1001.0, 1.0, "n2")
-    assert deaths.avoided_nodes(1002.0) == {"n2"}
+    assert deaths.avoided_nodes(1002.0).keys() == {"n2"}
     lives(deaths, 1100.0, 3 * FORGIVEN_S, "n3")  # it has worked there
     assert "n3" not in deaths.avoided_nodes(1130.0)
 
@@ -153,7 +153,7 @@ def test_a_node_that_stays_bad_is_avoided_longer_each_time() -> None:
     assert avoided[-1] == MAX_AVOID_NODE_S
     now_s += MAX_AVOID_NODE_S + 1
     fails_to_load(deaths, now_s)
-    assert deaths.avoided_nodes(now_s + AVOID_NODE_S) == frozenset()
+    assert deaths.avoided_nodes(now_s + AVOID_NODE_S) == {}
 
 
 @pytest.mark.parametrize("node", ["", "n1"])
@@ -161,7 +161,7 @@ def test_a_checkpoint_that_cannot_be_read_is_no_nodes_fault(node: str) -> None:
     deaths = Deaths()
     for i in range(3):
         fails_to_load(deaths, i, Death("no such file"), node)
-    assert deaths.avoided_nodes(3.0) == frozenset()
+    assert deaths.avoided_nodes(3.0) == {}
 
 
 def test_an_actor_that_left_the_fleet_is_forgotten() -> None:

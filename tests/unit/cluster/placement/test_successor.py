@@ -15,20 +15,21 @@ NODES = {"x": "n1", "y": "n2", "z": "n3", "w": "n3"}
 @pytest.mark.parametrize(
     ("candidates", "avoided", "min_copies", "expected"),
     [
-        (["n2", "n3"], [], 1, None),  # Ray spreads actors by itself
-        (["n2", "n3"], [], 2, "n1"),  # copies stay apart
-        (["n2", "n3"], ["n2"], 2, "n1"),
-        (["n1", "n2"], ["n1"], 1, "n2"),
-        (["n1", "n2", "n4"], ["n1"], 2, "n4"),  # no other copy of its experts
-        (["n2", "n3"], ["n1"], 2, "n2"),  # one copy each; fewer actors
-        (["n1", "n2", "n3"], ["n3"], 1, "n1"),  # the fewest copies elsewhere than its own
-        (["n1"], ["n1"], 1, None),
-        (["n1", "n2"], ["n1", "n2"], 2, "n1"),  # there is no other
-        ([], ["n1"], 1, None),
+        (["n2", "n3"], {}, 1, None),  # Ray spreads actors by itself
+        (["n2", "n3"], {}, 2, "n1"),  # copies stay apart
+        (["n2", "n3"], {"n2": 9.0}, 2, "n1"),
+        (["n1", "n2"], {"n1": 9.0}, 1, "n2"),
+        (["n1", "n2", "n4"], {"n1": 9.0}, 2, "n4"),  # no other copy of its experts
+        (["n2", "n3"], {"n1": 9.0}, 2, "n2"),  # one copy each; fewer actors
+        (["n1", "n2", "n3"], {"n3": 9.0}, 1, "n1"),  # no copy but its own
+        (["n1"], {"n1": 9.0}, 1, None),
+        (["n1"], {"n1": 9.0}, 2, "n1"),  # there is no other
+        (["n1", "n2", "n3"], {"n1": 7.0, "n2": 9.0, "n3": 8.0}, 2, "n3"),  # it is over first
+        ([], {"n1": 9.0}, 1, None),
     ],
 )
 def test_a_successor_goes_where_no_actor_ended_badly_and_few_copies_are(
-    candidates: list[str], avoided: list[str], min_copies: int, expected: str | None
+    candidates: list[str], avoided: dict[str, float], min_copies: int, expected: str | None
 ) -> None:
     found = node_for_successor("x", candidates, avoided, SHARES, NODES, min_copies)
     assert found == expected
