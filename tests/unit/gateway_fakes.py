@@ -25,6 +25,7 @@ from cluster.reports import (
     ClusterStatus,
     DeviceStatus,
     ExpertLoad,
+    FailingActor,
     KernelCount,
     KernelStatus,
     LoadingStatus,
@@ -128,6 +129,7 @@ STATUS = ClusterStatus(
             "fused on 2 actors, paired on 1",
         ),
     ),
+    failing=(FailingActor("a2", 3, "n1 lacks 5 bytes", "n1", "cuda:0", 12.5, 0, 9, 5),),
 )
 REBALANCED = RebalanceReport(
     outcome="committed",

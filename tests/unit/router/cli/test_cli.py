@@ -137,6 +137,19 @@ def test_status_as_json(address: str) -> None:
                 "mixed": "fused on 2 actors, paired on 1",
             }
         ],
+        "failing": [
+            {
+                "actor_id": "a2",
+                "deaths": 3,
+                "reason": "n1 lacks 5 bytes",
+                "node": "n1",
+                "device": "cuda:0",
+                "retry_in_s": 12.5,
+                "failed_tests": 0,
+                "needed_bytes": 9,
+                "missing_bytes": 5,
+            }
+        ],
     }
 
 
@@ -158,8 +171,15 @@ def test_status_says_which_kernels_are_mixed(address: str) -> None:
 def test_status_says_which_actors_are_silent_and_why_they_are_kept(address: str) -> None:
     lines = run("status", "--address", address).stdout.splitlines()
     assert "a0 has answered no heartbeat for 4 s: routers hear it" in lines
-    heard = replace(STATUS, kernels=(), actors=(replace(STATUS.actors[0], silence=""),))
+    heard = replace(STATUS, kernels=(), failing=(), actors=(replace(STATUS.actors[0], silence=""),))
     assert len(_summary(heard).splitlines()) == 2
+
+
+def test_status_has_a_line_for_each_actor_that_fails(address: str) -> None:
+    lines = run("status", "--address", address).stdout.splitlines()
+    line = "a2 on cuda:0, n1 fails: 3 deaths in a row, next start in 12.5 s; n1 lacks 5 bytes"
+    assert line in lines
+    assert len(_summary(replace(STATUS, failing=())).splitlines()) == 4
 
 
 def test_status_shows_an_actors_kernels_by_model_where_they_differ() -> None:

@@ -20,6 +20,7 @@ from cluster.transport.stream.connect import Connector
 from cluster.transport.stream.server import StreamServer
 from cluster.wire.frames import RowsFrame, decode
 from experts import actor as actor_module
+from experts import self_test as self_test_module
 from router.engine.sampling import sample
 from router.engine.sequence import Work
 from tests.checkpoints import save_mixtral
@@ -150,6 +151,8 @@ def test_a_frame_passes_the_actors_files_of_the_document_in_their_order(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actor_module, "end_when_orphaned", lambda lease, app: None)
+    # The first answer alone is looked at, on a thread whose files are not the frame's.
+    monkeypatch.setattr(self_test_module, "SAMPLE_PERIOD_S", 3600.0)
     trace = Trace()
     threading.setprofile(trace)  # of threads that start from here on: the actor's
     actor = local_actor(folder)

@@ -9,20 +9,24 @@ import random
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
 
+from cluster.reports import Measurements
 from router.config import CapacityConfig
 from router.engine.stats import RouterSamples
 from router.messages.request import GenerationRequest, Received
 from router.observability import catalogue
 from router.observability.catalogue import FAMILIES, LAYER_BUCKETS_S, Family
+from router.observability.exposition import expose
 from router.observability.histogram import Distribution, histogram_of
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import MODEL, LocalCluster, greedy_request
 from tests.observed import dashboard_names, panels
+from tests.unit.gateway_fakes import REPORT, STATUS
 
 DOCUMENT = Path(__file__).parents[4] / "docs" / "observability.md"
 
@@ -140,6 +144,18 @@ def test_tokens_without_room_are_counted_by_expert(cluster: LocalCluster) -> Non
     overflow = tight.overflow
     assert told == {f"expert_overflow_tokens_total:{n}:{e}": c for (n, e), c in overflow.items()}
     assert sum(told.values()) > 0
+
+
+def test_failing_actors_are_told() -> None:
+    lines = expose(Measurements(STATUS, (replace(REPORT, failed_tests=2),), ()), 0.0).decode()
+    for line in (
+        'expertmesh_actor_deaths_in_a_row{actor_id="a2"} 3.0',
+        'expertmesh_actor_retry_seconds{actor_id="a2"} 12.5',
+        'expertmesh_actor_missing_bytes{actor_id="a2"} 5.0',
+        f'expertmesh_actor_failed_tests{{actor_id="{REPORT.actor_id}"}} 2.0',
+        f'expertmesh_actor_failed_batches_total{{actor_id="{REPORT.actor_id}"}} 0.0',
+    ):
+        assert line in lines.splitlines()
 
 
 def test_every_metric_is_documented_and_nothing_else() -> None:
