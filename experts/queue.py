@@ -205,7 +205,7 @@ class FrameQueue:
         live = [w.frame for w, late in zip(batch, is_late, strict=True) if not late]
         try:
             computed: list[RowsFrame | ErrorFrame] = self._bank.compute(live)
-            if self.self_test.is_sample_due(now_s):
+            if now_s >= self.self_test.sample_due_at_s:
                 self.self_test.note_computed(live, computed, now_s)
             if len(live) < len(batch):
                 results = iter(computed)

@@ -61,7 +61,8 @@ class SelfTest:
         self._changed = threading.Condition()
         self._suspected: DispatchFrame | None = None
         self._sample: tuple[DispatchFrame, RowsFrame] | None = None
-        self._sample_due_at_s = 0.0
+        self.sample_due_at_s = 0.0
+        """When :meth:`note_computed` is to be called next (monotonic)."""
 
     def start(self) -> None:
         """Test on a daemon thread, which sleeps while nothing is to be tested."""
@@ -77,10 +78,6 @@ class SelfTest:
                 self._suspected = _zeros_like(frames[0])
                 self._changed.notify()
 
-    def is_sample_due(self, now_s: float) -> bool:
-        """Return whether the rows of a batch are to be looked at now."""
-        return now_s >= self._sample_due_at_s
-
     def note_computed(
         self,
         frames: Sequence[DispatchFrame],
@@ -88,7 +85,7 @@ class SelfTest:
         now_s: float,
     ) -> None:
         """Take a batch to look at; the answers' memory is kept until then."""
-        self._sample_due_at_s = now_s + SAMPLE_PERIOD_S
+        self.sample_due_at_s = now_s + SAMPLE_PERIOD_S
         for frame, answer in zip(frames, answers, strict=True):
             if isinstance(answer, RowsFrame):
                 with self._changed:

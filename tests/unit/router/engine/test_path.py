@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import threading
@@ -20,7 +21,6 @@ from cluster.transport.stream.connect import Connector
 from cluster.transport.stream.server import StreamServer
 from cluster.wire.frames import RowsFrame, decode
 from experts import actor as actor_module
-from experts import self_test as self_test_module
 from router.engine.sampling import sample
 from router.engine.sequence import Work
 from tests.checkpoints import save_mixtral
@@ -151,11 +151,10 @@ def test_a_frame_passes_the_actors_files_of_the_document_in_their_order(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actor_module, "end_when_orphaned", lambda lease, app: None)
-    # The first answer alone is looked at, on a thread whose files are not the frame's.
-    monkeypatch.setattr(self_test_module, "SAMPLE_PERIOD_S", 3600.0)
     trace = Trace()
     threading.setprofile(trace)  # of threads that start from here on: the actor's
     actor = local_actor(folder)
+    actor._queue.self_test.sample_due_at_s = math.inf  # looks at answers on a thread of its own
     connector = Connector(lambda *where: actor.offer_stream(where[2]), None)
     transport = StreamTransport(connector, None)
     try:
