@@ -174,21 +174,26 @@ class StreamServer:
     def _serve_until_closed(self) -> None:
         checked_at_s = time.monotonic()
         while not self._closing:
-            has_more = any(peer.channel.has_more for peer in self._peers) if self._tls else False
-            requests: list[_Request] = []
-            for key, events in self._selector.select(0 if has_more else LOOK_S):
+            unread = self._unread()
+            events_of = dict.fromkeys(unread, selectors.EVENT_READ)
+            for key, events in self._selector.select(0 if unread else LOOK_S):
                 if key.data is None:
                     self._accept(key.fileobj)  # type: ignore[arg-type]
                 else:
-                    requests += self._serve(key.data, events)
-            if has_more:
-                for peer in [peer for peer in self._peers if peer.channel.has_more]:
-                    requests += self._serve(peer, selectors.EVENT_READ)
+                    events_of[key.data] = events_of.get(key.data, 0) | events
+            # Each peer is read once: a second read would overwrite the frames of the first.
+            requests: list[_Request] = []
+            for peer, events in events_of.items():
+                requests += self._serve(peer, events)
             if requests:
                 self._reply(requests)
             if time.monotonic() - checked_at_s > LOOK_S:
                 checked_at_s = time.monotonic()
                 self._drop_stalled(checked_at_s)
+
+    def _unread(self) -> list[_Peer]:
+        """Return the peers with received bytes that do not wake the selector; only TLS has any."""
+        return [peer for peer in self._peers if peer.channel.has_more] if self._tls else []
 
     def _accept(self, listener: socket.socket) -> None:
         try:

@@ -1084,6 +1084,28 @@ def test_a_stream_between_hosts_can_be_encrypted(
     assert [answers(pending.wait()) for pending in pending_calls] == [[frame] for frame in frames]
 
 
+def test_frames_that_overfill_the_buffer_of_an_encrypted_stream_come_back_as_they_were(
+    actors: Actors, connect: Open, authority: Callable[[str], Authority]
+) -> None:
+    ours = authority("ours")
+    actors.add("a", tls=ours.server)
+    actors.networks = [Network.TCP]
+    transport = connect(tls=ours.client)
+    assert ask(transport, call(b"first")) == [b"first"]
+    echo = actors.echoes["a"]
+    echo.open.clear()
+    blocked = transport.send([call(b"blocked")])
+    assert echo.entered.acquire(timeout=LIMIT_S)
+    assert echo.entered.acquire(timeout=LIMIT_S)
+    # While the actor computes, more arrives than its buffer holds: after its next read, decrypted
+    # bytes wait, and others in the socket.
+    frames = [bytes([number]) * (BUFFER_BYTES // 3) for number in range(1, WINDOW)]
+    pending_calls = [transport.send([call(frame)]) for frame in frames]
+    echo.open.set()
+    assert answers(blocked.wait()) == [b"blocked"]
+    assert [answers(pending.wait()) for pending in pending_calls] == [[frame] for frame in frames]
+
+
 @pytest.mark.parametrize("who", ["the router", "the actor", "a router without TLS"])
 def test_who_has_no_certificate_of_the_authority_gets_no_stream(
     actors: Actors, connect: Open, authority: Callable[[str], Authority], who: str
