@@ -142,7 +142,7 @@ class RouterReplica:
         request = GenerationRequest.from_wire(wire)
         if self._has_other_text(request) or not self._has_own_tokens(request):
             return _replaced(ModelReplacedError(), self._has_other_text(request))
-        await self._links.connect(address)
+        self._links.connect(address)
         unfinished = sum(not request.received_of(i).finished for i in range(request.sampling.n))
         pending = _Request(
             request.request_id, address, request.streamed, self._loop.create_future(), unfinished

@@ -2,8 +2,9 @@
 
 A gateway listens; its address travels with each request's call (:mod:`router.messages.link`). The
 link carries tokens early, and the call's reply has all of them again, so a broken link delays a
-stream and loses nothing. In the other direction the link carries "this choice needs no more
-tokens".
+stream and loses nothing. No request waits for a connection: it is made in the background, and the
+tokens of its first moments are sent once it is there. In the other direction the link carries "this
+choice needs no more tokens".
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import time
 from collections.abc import Callable
 
 from router.messages.link import (
@@ -25,6 +27,8 @@ from router.messages.request import TokenEvent
 
 MAX_FRAME_BYTES = 16 << 20
 MAX_BUFFERED_BYTES = 8 << 20
+UNREACHABLE_S = 10.0
+"""How long a gateway that could not be reached is not tried again."""
 
 logger = logging.getLogger("expertmesh.link")
 
@@ -87,25 +91,38 @@ class LinkClient:
         self._on_stop = on_stop
         self._tls = tls
         self._links: dict[LinkAddress, asyncio.StreamWriter] = {}
-        self._readers: set[asyncio.Task[None]] = set()
-        self._connecting = asyncio.Lock()
+        self._unsent: dict[LinkAddress, bytearray] = {}
+        """The frames for each gateway to which a connection is being made."""
+        self._unreachable_until_s: dict[LinkAddress, float] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def connect(self, address: LinkAddress) -> None:
-        """Link to a gateway; returns without a link when the gateway cannot be reached."""
-        if self._is_linked(address):  # before the lock, which another gateway may hold up
+    def connect(self, address: LinkAddress) -> None:
+        """Begin to link to a gateway, unless there is a link, or it was just found unreachable."""
+        now_s = time.monotonic()
+        is_unreachable = self._unreachable_until_s.get(address, now_s) > now_s
+        if is_unreachable or self._is_linked(address) or address in self._unsent:
             return
-        async with self._connecting:
-            if self._is_linked(address):
-                return
-            try:
-                reader, writer = await open_link(address, self._tls)
-            except OSError as error:
-                logger.warning("no link to a gateway (%s); its tokens come with the reply", error)
-                return
-            self._links[address] = writer
-            task = asyncio.create_task(self._read_stops(address, reader, writer))
-            self._readers.add(task)
-            task.add_done_callback(self._readers.discard)
+        self._unsent[address] = bytearray()
+        task = asyncio.create_task(self._open(address))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _open(self, address: LinkAddress) -> None:
+        """Connect, send what has been waiting for the connection, and read until its end."""
+        try:
+            reader, writer = await open_link(address, self._tls)
+        except OSError as error:
+            logger.warning("no link to a gateway (%r); its tokens come with the reply", error)
+            now_s = time.monotonic()
+            latest = self._unreachable_until_s.items()
+            self._unreachable_until_s = {a: until_s for a, until_s in latest if until_s > now_s}
+            self._unreachable_until_s[address] = now_s + UNREACHABLE_S
+            return
+        finally:
+            unsent = self._unsent.pop(address)
+        self._links[address] = writer
+        writer.write(unsent)
+        await self._read_stops(address, reader, writer)
 
     def _is_linked(self, address: LinkAddress) -> bool:
         writer = self._links.get(address)
@@ -114,8 +131,13 @@ class LinkClient:
     def send(self, address: LinkAddress, events: list[tuple[str, TokenEvent]]) -> None:
         """Send the events of a step to the gateway of their requests; drops them without a link.
 
-        A gateway that does not read is cut off, which bounds the memory that it costs.
+        While the connection is being made they wait for it. A gateway that does not read is cut
+        off, which bounds the memory that it costs.
         """
+        unsent = self._unsent.get(address)
+        if unsent is not None:
+            self._keep(unsent, _frame_of(events))
+            return
         writer = self._links.get(address)
         if writer is None or writer.is_closing():
             return
@@ -123,10 +145,22 @@ class LinkClient:
             logger.warning("a gateway does not read its link; the link is cut")
             writer.transport.abort()
             return
-        writer.write(pack_frame([[request_id, e.to_wire()] for request_id, e in events]))
+        writer.write(_frame_of(events))
+
+    def _keep(self, unsent: bytearray, frame: bytes) -> None:
+        """Keep a frame until the connection is there; beyond the bound, frames are dropped.
+
+        The reply has the tokens of all of them.
+        """
+        unsent += frame
+        if len(unsent) > MAX_BUFFERED_BYTES:
+            logger.warning("a gateway is slow to connect; its tokens come with the reply")
+            unsent.clear()
 
     def close(self) -> None:
-        """Drop all links."""
+        """Drop all links, and end the attempts to connect."""
+        for task in self._tasks:
+            task.cancel()
         for writer in self._links.values():
             writer.close()
 
@@ -143,3 +177,7 @@ class LinkClient:
         finally:
             if self._links.get(address) is writer:
                 del self._links[address]
+
+
+def _frame_of(events: list[tuple[str, TokenEvent]]) -> bytes:
+    return pack_frame([[request_id, event.to_wire()] for request_id, event in events])

@@ -9,6 +9,7 @@ import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import crc32c
@@ -61,6 +62,11 @@ class Router:
             lambda request_id, index: self.stops.put_nowait((request_id, index))
         )
 
+    async def link(self, address: LinkAddress) -> None:
+        """Connect, and wait for the link."""
+        self.client.connect(address)
+        await happens(lambda: address in self.client._links)
+
     async def next_stop(self) -> tuple[str, int]:
         return await asyncio.wait_for(self.stops.get(), LIMIT_S)
 
@@ -70,7 +76,7 @@ async def linked(num_routers: int = 1) -> AsyncIterator[tuple[Gateway, LinkAddre
     gateway, routers = Gateway(), [Router() for _ in range(num_routers)]
     address = await gateway.server.start()
     for router in routers:
-        await router.client.connect(address)
+        await router.link(address)
     try:
         yield gateway, address, routers
     finally:
@@ -228,9 +234,9 @@ def test_tokens_after_a_wrong_secret_are_not_taken() -> None:
         async with linked() as (gateway, address, [router]):
             other = Router()
             wrong = replace(address, secret="x" * len(address.secret))
-            await other.client.connect(wrong)
+            other.client.connect(wrong)
             other.client.send(wrong, [("forged", EVENT)])
-            await happens(lambda: not other.client._links)
+            await happens(lambda: not other.client._tasks)  # the gateway has closed the connection
             router.client.send(address, [("a", EVENT)])
             assert await gateway.next() == ("a", EVENT)
 
@@ -272,7 +278,7 @@ def test_damage_on_the_way_is_no_token(index: int) -> None:
             writer.write(flipped(frame([["a", EVENT.to_wire()]]), index))
             await happens(lambda: not router.client._links)  # the gateway has closed it
             assert gateway.received.empty()
-            await router.client.connect(address)
+            await router.link(address)
             router.client.send(address, [("a", EVENT)])
             assert await gateway.next() == ("a", EVENT)
 
@@ -282,14 +288,14 @@ def test_damage_on_the_way_is_no_token(index: int) -> None:
 def test_a_router_whose_link_broke_links_again() -> None:
     async def test() -> None:
         async with linked() as (gateway, address, [router]):
-            await router.client.connect(address)  # has a link: keeps it
+            router.client.connect(address)  # has a link: keeps it
             router.client.send(address, [("a", EVENT)])
             await gateway.next()
             assert len(set(gateway.server._routes.values())) == 1
             router.client._links[address].transport.abort()
             router.client.send(address, [("lost", EVENT)])  # dropped; the reply has it
             await happens(lambda: not gateway.server._routes)
-            await router.client.connect(address)
+            await router.link(address)
             router.client.send(address, [("b", EVENT)])
             assert await gateway.next() == ("b", EVENT)
             gateway.server.stop_choice("b", 0)
@@ -303,32 +309,98 @@ def test_a_gateway_that_is_gone_is_no_error() -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
         router, gone = Router(), LinkAddress("127.0.0.1", port, "secret")
-        await router.client.connect(gone)
+        router.client.connect(gone)
+        router.client.send(gone, [("a", EVENT)])
+        await happens(lambda: not router.client._unsent)
+        assert router.client._links == {}
         router.client.send(gone, [("a", EVENT)])
         router.client.close()
 
     run(test)
 
 
-def test_a_gateway_that_cannot_be_reached_does_not_keep_linked_ones_waiting(
+LOST = LinkAddress("192.0.2.1", 9, "secret")
+
+
+class Network:
+    """Connections to :data:`LOST` that are never made, and the attempts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.attempts = 0
+        self._connect = asyncio.open_connection
+        monkeypatch.setattr(link_module.asyncio, "open_connection", self)
+
+    async def __call__(self, host: str, port: int, **options: Any) -> Any:
+        if host == LOST.host:
+            self.attempts += 1
+            await asyncio.Event().wait()
+        return await self._connect(host, port, **options)
+
+
+def test_requests_of_an_unreachable_gateway_wait_neither_for_it_nor_for_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    network = Network(monkeypatch)
+    clock_s = 100.0
+
     async def test() -> None:
-        async with linked() as (_, address, [router]):
-            reaching = asyncio.Event()
-
-            async def unreachable(host: str, port: int, **_: Any) -> None:
-                reaching.set()
-                await asyncio.Event().wait()
-
-            monkeypatch.setattr(link_module.asyncio, "open_connection", unreachable)
-            lost = asyncio.create_task(router.client.connect(LinkAddress("192.0.2.1", 9, "secret")))
-            await asyncio.wait_for(reaching.wait(), LIMIT_S)
-            await asyncio.wait_for(router.client.connect(address), 1)
-            assert not lost.done()
-            lost.cancel()
+        nonlocal clock_s
+        monkeypatch.setattr(token_link, "time", SimpleNamespace(monotonic=lambda: clock_s))
+        monkeypatch.setattr(link_module, "CONNECT_TIMEOUT_S", 0.05)
+        gateway, router = Gateway(), Router()
+        address = await gateway.server.start()
+        for number in range(20):
+            router.client.connect(LOST)
+            router.client.send(LOST, [(f"lost {number}", EVENT)])
+        router.client.connect(address)  # another gateway is linked meanwhile
+        router.client.send(address, [("a", EVENT)])
+        assert await gateway.next() == ("a", EVENT)
+        await happens(lambda: LOST not in router.client._unsent)
+        router.client.connect(LOST)  # known to be unreachable
+        assert network.attempts == 1
+        assert LOST not in router.client._unsent
+        clock_s += token_link.UNREACHABLE_S
+        router.client.connect(LOST)
+        await happens(lambda: network.attempts == 2)
+        router.client.close()
+        gateway.server.close()
 
     run(test)
+
+
+def test_tokens_sampled_before_the_link_is_there_are_sent_in_order_once_it_is() -> None:
+    async def test() -> None:
+        gateway, router = Gateway(), Router()
+        address = await gateway.server.start()
+        router.client.connect(address)
+        sent = [("a", event_of(i, i)) for i in range(50)]
+        for number, event in enumerate(sent):
+            router.client.send(address, [event])
+            if number % 7 == 0:  # the connection comes at one of these
+                await asyncio.sleep(0)
+        assert [await gateway.next() for _ in sent] == sent
+        router.client.close()
+        gateway.server.close()
+
+    run(test)
+
+
+def test_tokens_that_wait_for_a_link_take_bounded_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Network(monkeypatch)
+    monkeypatch.setattr(token_link, "MAX_BUFFERED_BYTES", 1 << 16)
+
+    async def test() -> None:
+        router = Router()
+        router.client.connect(LOST)
+        for number in range(100):
+            router.client.send(LOST, [("a", event_of(number, *range(1000)))])
+            assert len(router.client._unsent[LOST]) <= 1 << 16
+        router.client.close()
+
+    run(test)
+    assert "slow to connect" in caplog.text
 
 
 def test_a_gateway_that_does_not_read_is_cut_off_at_a_bounded_backlog(
@@ -343,7 +415,7 @@ def test_a_gateway_that_does_not_read_is_cut_off_at_a_bounded_backlog(
         server = await asyncio.start_server(never_reads, "127.0.0.1", 0, limit=1024)
         address = LinkAddress("127.0.0.1", server.sockets[0].getsockname()[1], "secret")
         router = Router()
-        await router.client.connect(address)
+        await router.link(address)
         writer = router.client._links[address]
         big = [("a", event_of(0, *range(20_000)))]
         largest = 0
