@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -126,6 +126,11 @@ class _TracingCalls:
     def took_s(self) -> float | None:
         """See :class:`PendingCalls`."""
         return self._inner.took_s
+
+    @property
+    def times_s(self) -> Mapping[int, float]:
+        """See :class:`PendingCalls`."""
+        return self._inner.times_s
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """See :class:`PendingCalls`."""

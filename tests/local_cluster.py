@@ -9,9 +9,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -54,6 +55,7 @@ class Answered:
 
     outcomes: list[Outcome]
     took_s: ClassVar[float] = 0.0
+    times_s: ClassVar[Mapping[int, float]] = MappingProxyType({})
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """Return them."""

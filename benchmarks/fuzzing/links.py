@@ -139,7 +139,7 @@ async def _to_gateway(data: bytes, client: LinkClient) -> None:
     writer.write_eof()
     assert await reader.read() == b""  # it was cut off
     writer.close()
-    await client.connect(address)
+    client.connect(address)
     client.send(address, [("honest", EVENT)])
     assert await taken.get() == ("honest", EVENT)
     client.close()
@@ -148,6 +148,6 @@ async def _to_gateway(data: bytes, client: LinkClient) -> None:
 
 async def _to_router(data: bytes, client: LinkClient) -> None:
     address, told = await _fooled(data)
-    await client.connect(address)
+    client.connect(address)
     await told.wait()
     client.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from cluster.wire.frames import Buffer, Buffers
@@ -65,6 +65,14 @@ class PendingCalls(Protocol):
 
         ``None`` where all answers had begun to arrive before the wait: while the caller computes
         something else, nobody knows when.
+        """
+        ...
+
+    @property
+    def times_s(self) -> Mapping[int, float]:
+        """The times from the calls to their answers, after a wait, by the calls' indices.
+
+        An answer that was there before anybody waited for it is left out, as in :attr:`took_s`.
         """
         ...
 

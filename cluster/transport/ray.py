@@ -66,6 +66,7 @@ class _RayCalls:
         self._refs = refs
         self._sent_at_s = time.monotonic()
         self.took_s: float | None = None
+        self.times_s: dict[int, float] = {}  # Ray says when all answers are there, not when each
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """See :class:`PendingCalls`."""

@@ -28,12 +28,10 @@ from cluster.placement.placement import Placement
 from cluster.spec import model_id_of
 from cluster.transport.base import Call, CallFailure, Outcome, Transport
 from cluster.wire.frames import (
-    Buffer,
     DispatchFrame,
     Frame,
     RowsFrame,
     Shape,
-    decode,
     encode,
     joined,
 )
@@ -45,7 +43,7 @@ from router.moe.copy_choice import CopyChoice
 from router.moe.device_rows import LayerRows
 from router.moe.failures import Failures
 from router.moe.pace import Pace
-from router.moe.pending import Attempt, AwayError, FailedPart, PendingLayer
+from router.moe.pending import Attempt, AwayError, FailedPart, PendingLayer, decoded
 from router.moe.permute import Part, PlacedModel, rows_of_parts, split
 from router.moe.shared_load import SharedLoad
 from router.retry import RetryPolicy
@@ -63,7 +61,8 @@ class Dispatcher:
     """Dispatches the layers of one model; each router replica has one, used by one thread.
 
     ``retries`` counts the frames that were sent again, by reason. ``calls`` counts frames by
-    transport. ``placed`` is the model in the newest placement.
+    transport. ``placed`` is the model in the newest placement. ``times`` are those of the actors'
+    answers where experts have copies.
     """
 
     def __init__(
@@ -92,6 +91,7 @@ class Dispatcher:
         self.placed = PlacedModel(model, view)
         self._layouts = self.placed.layouts
         self._copies = CopyChoice(self._layouts, transport.is_ready, shared)
+        self.times = self._copies.times
         self._pace = Pace()
         self._heard_at_s = (heard or HeardActors()).at_s
         self._failures = Failures(self._copies, suspect, transport.renew)
@@ -219,25 +219,24 @@ class Dispatcher:
         if not failed_parts:
             actors = ((part.actor_id, part.generation) for part, _ in attempt.sent)
             self._pace.note(attempt.most_rows, attempt.calls.took_s, actors)
+            if layer.owed_before is not None:
+                self._copies.note_answers(layer, attempt.sent, time.monotonic())
         return failed_parts
 
     def _take(self, layer: PendingLayer, part: Part, sent: DispatchFrame, outcome: Outcome) -> bool:
         """Keep the rows of an answer; returns false, and notes why, where there are none."""
-        answer = outcome if isinstance(outcome, CallFailure) else self._decoded(part, outcome)
+        answer: CallFailure | FrameError | Frame
+        if isinstance(outcome, CallFailure):
+            answer = outcome
+        else:
+            self._heard_at_s[part.actor_id, part.generation] = time.monotonic()
+            answer = decoded(outcome)
         if isinstance(answer, RowsFrame) and self._belongs(answer, sent):
             layer.received.append(ExpertRows(part.pairs, joined(answer.rows)))
             layer.answered.append(part)
             return True
         self._failures.note_no_rows(layer, part, answer)
         return False
-
-    def _decoded(self, part: Part, data: Buffer) -> Frame | FrameError:
-        """Return an actor's frame, or the error of bytes that are no frame; it lives either way."""
-        self._heard_at_s[part.actor_id, part.generation] = time.monotonic()
-        try:
-            return decode(data)
-        except FrameError as error:
-            return error
 
     def _belongs(self, answer: RowsFrame, sent: DispatchFrame) -> bool:
         return (

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from cluster.errors import FrameError
 from cluster.placement.placement import Placement
 from cluster.transport.base import CallFailure, PendingCalls
-from cluster.wire.frames import DispatchFrame, Shape
+from cluster.wire.frames import Buffer, DispatchFrame, Frame, Shape, decode
 from cluster.wire.tensors import from_bytes
 from router.moe.combine import ExpertRows
 from router.moe.device_rows import LayerRows
@@ -84,6 +85,8 @@ class PendingLayer:
     """Actors that failed in this layer; asked again only for experts without another copy."""
     refusals: tuple[int, ...] = ()
     """The experts whose rows were refused as malformed, once for each refusal."""
+    owed_before: Mapping[str, int] | None = None
+    """The work that each actor owed when copies were chosen; ``None`` where there is no choice."""
 
     def gives_up_at_s(self, failed: FailedPart, patience_s: Callable[[Part, int], float]) -> float:
         """Return when the wait for a part without another copy ends.
@@ -144,3 +147,11 @@ class DamageLog:
         if actor not in self._actors:
             self._actors.add(actor)
             logger.warning("%s g%d: %s; further damage is only counted", *actor, damage)
+
+
+def decoded(data: Buffer) -> Frame | FrameError:
+    """Return a frame, or the error of bytes that are no frame."""
+    try:
+        return decode(data)
+    except FrameError as error:
+        return error

@@ -8,6 +8,7 @@ too long for a stream.
 from __future__ import annotations
 
 import logging
+import math
 import selectors
 import time
 from collections import Counter
@@ -32,6 +33,8 @@ WINDOW = 8
 """The most unanswered calls of one connection; further calls use the fall-back."""
 PROMPT_S = 0.001
 """A wait that begins later than this after its calls first looks for the answers that are there."""
+WAITED_S = 20e-6
+"""An answer that is read so soon after its wait began may have been there before."""
 LATE_READ_S = 1.0
 """The longest time for which answers that have arrived are read after their calls' time is over."""
 
@@ -50,6 +53,8 @@ class StreamTransport:
         self._links: dict[str, Link] = {}
         self._last_id = 0
         self._answers = 0
+        self.waits_since_s = math.inf
+        """When the latest wait for an answer began; infinite while reading without a wait."""
 
     def send(self, calls: Sequence[Call]) -> PendingCalls:
         """See :class:`Transport`.
@@ -111,7 +116,8 @@ class StreamTransport:
             if call_id not in waiting.unanswered:  # already answered
                 continue
             link = self._links.get(calls[index].actor_id)
-            left_ms = int((until_s - time.monotonic()) * 1000)
+            self.waits_since_s = now_s = time.monotonic()
+            left_ms = int((until_s - now_s) * 1000)
             if link is None or left_ms <= 0 or not link.channel.can_wait:
                 return
             if not self._receive_from(link, waiting, min(LAST_WAIT_MS, left_ms)):
@@ -136,6 +142,10 @@ class StreamTransport:
         except OSError as error:
             self._break(link, link.channel.failure or error)
             return True
+        if not messages:
+            return False
+        link.waits_since_s = now_s = time.monotonic()
+        is_awaited = now_s - self.waits_since_s > WAITED_S
         for call_id, frame in messages:
             pending = link.unanswered.pop(call_id, None)
             if link.writer is not None:
@@ -151,13 +161,13 @@ class StreamTransport:
                 pending.outcomes[index] = frame
             else:  # a copy: the link's next answer overwrites the buffer
                 pending.outcomes[index] = bytes(frame)
-        if messages:
-            link.last_answer = self._answers = self._answers + 1
-            link.waits_since_s = time.monotonic()
+            if is_awaited:
+                pending.note_time(index, now_s)
+        link.last_answer = self._answers = self._answers + 1
         # Where the next message begins is unknown too: the length may be the damaged part.
         if any(frame is None for _, frame in messages):
             self._break(link, ConnectionError("a message came damaged"))
-        return bool(messages)
+        return True
 
     def _link(self, actor_id: str, generation: int, until_s: float) -> Link | None:
         """Return the connection to an actor's generation; ``None`` where there is none yet.
@@ -181,6 +191,7 @@ class StreamTransport:
         """Return whether a connection takes another call; late answers are read to make room."""
         if len(link.unanswered) < WINDOW:
             return True
+        self.waits_since_s = math.inf
         self.receive_any(pending, 0.0)
         if len(link.unanswered) < WINDOW:
             return True
@@ -266,6 +277,7 @@ class _StreamCalls:
         self.until_s = [min(now_s + call.timeout_s, call.end_s) for call in calls]
         """When the time of each call is over, unless bytes of it leave later."""
         self.took_s: float | None = None
+        self.times_s: dict[int, float] = {}
         self._by_fallback: list[tuple[int, PendingCalls]] = []
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
@@ -283,9 +295,14 @@ class _StreamCalls:
         self.took_s = None if were_there else time.monotonic() - self._sent_at_s
         return self.outcomes
 
+    def note_time(self, index: int, now_s: float) -> None:
+        """Record when an answer has come that was waited for."""
+        self.times_s[index] = now_s - self._sent_at_s
+
     def _read_arrived(self) -> bool:
         """Read what is there; returns whether all answers have arrived or begun to."""
         until_s = time.monotonic() + LATE_READ_S
+        self._transport.waits_since_s = math.inf
         while self.unanswered and time.monotonic() < until_s:
             if not self._transport.receive_any(self, 0.0):
                 break
@@ -303,6 +320,7 @@ class _StreamCalls:
     def _wait_for_any(self, is_gone: IsGone, check_at_s: float) -> None:
         """Wait for all streams at once, until every call is answered or given up."""
         read_until_s: float | None = None
+        self._transport.waits_since_s = time.monotonic()
         while self.unanswered:
             now_s = time.monotonic()
             if now_s >= check_at_s:

@@ -60,7 +60,7 @@ def test_every_expert_that_has_a_copy_gets_one_of_its_own(
 
 def test_single_rows_take_turns() -> None:
     copies = CopyChoice(LayoutCache(""), always_ready)
-    asked = [copies.choose([("a", "b")], [1], ())[0] for _ in range(6)]
+    asked = [copies.choose([("a", "b")], [1], (), 0.0)[0] for _ in range(6)]
     assert asked == ["a", "b"] * 3
 
 

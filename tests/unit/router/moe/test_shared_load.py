@@ -67,7 +67,7 @@ def test_lanes_ask_another_copy_for_a_costly_expert_than_the_lanes_that_wait() -
 
     def ask() -> None:
         lane = CopyChoice(LayoutCache(""), lambda *_: True, load)
-        asked.append(lane.choose(copies, [8, 8, 8], ())[1])
+        asked.append(lane.choose(copies, [8, 8, 8], (), 0.0)[1])
 
     with Lanes() as lanes:
         for _ in range(4):
