@@ -20,6 +20,9 @@ class ActorStatus:
     ``weight_bytes`` the size of the experts' weights in the device's memory. ``kernels`` has the
     kernel class of each language model's experts. ``silence`` says since when the controller does
     not hear the actor and why it is kept; it is empty for an actor that answers.
+    kernel class of each language model's experts. ``slowness`` is how many times as long as its
+    twins, the other actors of its pool, it takes for like work; 0 where routers measure none.
+    ``is_slow`` says that this has been too long for a while.
     """
 
     actor_id: str
@@ -32,6 +35,8 @@ class ActorStatus:
     weight_bytes: int = 0
     kernels: tuple[ModelKernel, ...] = ()
     silence: str = ""
+    slowness: float = 0.0
+    is_slow: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,11 +268,14 @@ class Samples:
     """All samples of one process at one moment.
 
     ``taken_s`` is a time of the process's monotonic clock, which orders the samples of this process
-    alone. ``families`` has each metric's samples by its name without a suffix.
+    alone. ``families`` has each metric's samples by its name without a suffix. ``slowness`` is how
+    many times as long as the fastest each actor (id, generation) takes for like work, as a router
+    measures it where experts have copies.
     """
 
     taken_s: float
     families: Mapping[str, Sequence[Sample]]
+    slowness: Mapping[tuple[str, int], float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

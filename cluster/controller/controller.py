@@ -32,6 +32,7 @@ from cluster.controller.naming import Report, actor_status, named, with_model_id
 from cluster.controller.pool import ExpertPool, kind_of
 from cluster.controller.rebalance import Rebalancer
 from cluster.controller.relief import Reliever
+from cluster.controller.slow_actors import SlowNotice
 from cluster.controller.state import ClusterState
 from cluster.errors import ExpertMeshError, StaleEpochError
 from cluster.placement.load import FALL_S, LoadTracker
@@ -87,6 +88,7 @@ class Controller:
         self._state = ClusterState(models, Fleet(pools), min_copies, ledger)
         self._members = Members()
         self._mix_notice = MixNotice()
+        self._slow_notice = SlowNotice(self._state)
         targets = [spec.autoscaling for spec in pools if spec.autoscaling]
         fall_s = min((target.downscale_delay_s for target in targets), default=FALL_S)
         tracker, meter = LoadTracker(time.monotonic(), fall_s), BusyMeter()
@@ -101,7 +103,7 @@ class Controller:
         )
         self._state.on_superseded = self._stop
         changes = Changes(self._state, expert_pool, self._retirement, self._keeper.heartbeat_now)
-        self._rebalancer = Rebalancer(self._state, changes, tracker)
+        self._rebalancer = Rebalancer(self._state, changes, tracker, self._slow_notice)
         self._elastic = Elastic(self._state, expert_pool, self._keeper, self._rebalancer, meter)
         deaths = self._keeper.deaths
         reliever = Reliever(self._state, deaths, self._rebalancer, self._elastic.report)
@@ -266,6 +268,7 @@ class Controller:
             kind, ProcessStatus(pid, node), order, samples, model, kernel_class, heard
         )
         self._mix_notice.look(self._kernels(), state.is_complete)
+        self._slow_notice.look(self._members.slowness(), time.monotonic())
         for actor_id in self._retirement.waiting():
             self._keeper.heartbeat_now(actor_id)
         if own is not None:
@@ -339,7 +342,7 @@ class Controller:
             routers=tuple(self._routers()),
             gateways=self._members.of("gateway"),
             actors=tuple(
-                actor_status(report, silences.get(report.actor_id, ""))
+                self._slow_notice.marked(actor_status(report, silences.get(report.actor_id, "")))
                 for report in self._reports()
             ),
             min_copies=self._state.min_copies,

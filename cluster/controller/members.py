@@ -107,6 +107,11 @@ class Members:
             default=-math.inf,
         )
 
+    def slowness(self) -> list[Mapping[tuple[str, int], float]]:
+        """Return the times of actors' answers that each router measures."""
+        self._forget()
+        return [m.samples.slowness for m in self._members.values() if m.samples is not None]
+
     def samples(self) -> tuple[ProcessSamples, ...]:
         """Return the newest samples of all replicas that brought some."""
         self._forget()

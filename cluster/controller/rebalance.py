@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.controller.changes import Changes
+from cluster.controller.slow_actors import SlowNotice
 from cluster.controller.state import ClusterState
 from cluster.errors import ConfigError, ExpertMeshError, InvalidRequestError, UnavailableError
 from cluster.placement.balance import (
@@ -49,13 +51,16 @@ class Moved:
 class Rebalancer:
     """Spreads the load of one application's experts over its devices."""
 
-    def __init__(self, state: ClusterState, changes: Changes, tracker: LoadTracker) -> None:
-        """``tracker`` knows the load, from the actors' reports."""
+    def __init__(
+        self, state: ClusterState, changes: Changes, tracker: LoadTracker, notice: SlowNotice
+    ) -> None:
+        """``tracker`` knows the load, from the actors' reports; ``notice`` knows slow actors."""
         self.tracker = tracker
         self.plan_lock = asyncio.Lock()
         """Held from the making of a plan until it is carried out."""
         self._state = state
         self._changes = changes
+        self._notice = notice
         self._expert_bytes = {model.model: model.expert_bytes for model in state.models}
         self._num_experts = sum(len(model.expert_keys()) for model in state.models)
         self._reports: deque[RebalanceReport] = deque(maxlen=KEPT_REPORTS)
@@ -204,10 +209,11 @@ class Rebalancer:
     def devices(self, leaving: Collection[str] = (), is_any_room: bool = False) -> list[Device]:
         """Return the devices of the living actors in use, except those that are ``leaving``.
 
-        Where actors leave, or with ``is_any_room``, devices without a budget have room for
-        anything. Retained experts of an earlier deployment take a part of a budget. Actors that are
-        to hold nothing and have not come up yet are left out. Raises :class:`UnavailableError`
-        while any other actor is away, or copies are missing.
+        The devices of a pool are equally fast, but for slow actors. Where actors leave, or with
+        ``is_any_room``, devices without a budget have room for anything. Retained experts of an
+        earlier deployment take a part of a budget. Actors that are to hold nothing and have not
+        come up yet are left out. Raises :class:`UnavailableError` while any other actor is away, or
+        copies are missing.
         """
         placement, shares, fleet = self._state.placement, self._state.shares, self._state.fleet
         away = [a for a in shares if a not in placement.generations]
@@ -224,7 +230,7 @@ class Rebalancer:
                 self._state.nodes.get(actor_id, actor_id),
                 self.room_bytes(fleet.pool_of[actor_id], is_any_room or bool(leaving))
                 - self._state.retained_bytes(actor_id),
-                speeds.get(actor_id, mean_speed),
+                speeds.get(actor_id, mean_speed) / self._notice.slow.get(actor_id, 1.0),
             )
             for actor_id in shares
             if actor_id not in (*away, *leaving) and actor_id not in fleet.standby
@@ -233,15 +239,20 @@ class Rebalancer:
     def room_bytes(self, pool: str, is_any: bool = False) -> float:
         """Return how many bytes of experts a device of a pool has room for.
 
-        Without budgets that is what the fullest device holds and one expert more, or with
-        ``is_any`` more than there is.
+        Without budgets that is what the fullest device holds and one expert more, and an equal part
+        of what slow actors hold; with ``is_any`` it is more than there is.
         """
         budget_bytes = self._state.fleet.pools[pool].memory_budget_bytes
         if budget_bytes is not None:
             return budget_bytes
         used = [self._share_bytes(keys) for keys in self._state.shares.values()]
         largest = max(self._expert_bytes.values())
-        return sum(used) + 2 * largest if is_any else max(used) + largest
+        if is_any:
+            return sum(used) + 2 * largest
+        slow = [actor_id for actor_id in self._notice.slow if actor_id in self._state.shares]
+        slow_bytes = sum(self._share_bytes(self._state.shares[actor_id]) for actor_id in slow)
+        part = math.ceil(slow_bytes / max(1, len(used) - len(slow)) / largest)
+        return max(used) + (1 + part) * largest
 
     def _explain(self, plan: Plan, rates: Mapping[ExpertKey, float], dry_run: bool) -> None:
         moves = _moves(plan.added, plan.dropped)

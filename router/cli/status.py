@@ -120,12 +120,21 @@ class _Watched:
 def _summary(status: ClusterStatus) -> str:
     """Return the lines above the table: two of the cluster, then those of what is not as it should.
 
-    Mixed models, silent actors and failing actors have a line each.
+    Mixed models, silent actors and failing actors have a line each; a last line names the slow
+    actors where there are any.
     """
-    mixed = [f"{k.model} is mixed: {k.mixed}" for k in status.kernels if k.mixed]
-    silent = [f"{actor.actor_id} {actor.silence}" for actor in status.actors if actor.silence]
-    failing = map(failing_line, status.failing)
-    return "\n".join([_first_lines(status), *mixed, *silent, *failing])
+    lines = [_first_lines(status)]
+    lines += [f"{k.model} is mixed: {k.mixed}" for k in status.kernels if k.mixed]
+    lines += [f"{actor.actor_id} {actor.silence}" for actor in status.actors if actor.silence]
+    lines += map(failing_line, status.failing)
+    slow = [
+        f"{actor.actor_id}, {actor.slowness:.1f} times as long as its twins"
+        for actor in status.actors
+        if actor.is_slow
+    ]
+    if slow:
+        lines.append(f"slow: {'; '.join(slow)}")
+    return "\n".join(lines)
 
 
 def _first_lines(status: ClusterStatus) -> str:

@@ -120,7 +120,8 @@ class RouterSamples:
             (name, {**labels, "layer": str(layer_id), "expert": str(expert_id)}, float(count))
             for (layer_id, expert_id), count in dict(self._overflow).items()
         ]
-        return Samples(time.monotonic(), samples)
+        now_s = time.monotonic()
+        return Samples(now_s, samples, dispatcher.times.slowness(now_s))
 
     def _gauges(self) -> dict[Family, float]:
         scheduler = self._scheduler

@@ -84,7 +84,9 @@ class MixtureSamples:
             (catalogue.RETRIES, self.retries(), "reason"),
         ):
             samples[family.name] = counts_of(family, counts, labels, by)
-        return Samples(time.monotonic(), samples)
+        now_s = time.monotonic()
+        # The lanes' dispatchers share what they measure.
+        return Samples(now_s, samples, self._dispatchers[0].times.slowness(now_s))
 
     def calls(self) -> Counter[str]:
         """Return the frames of all lanes by transport."""

@@ -199,5 +199,11 @@ ACTOR_RETRY = _gauge("actor_retry_seconds", _ACTOR, "Until the next start of a f
 ACTOR_MISSING_BYTES = _gauge(
     "actor_missing_bytes", _ACTOR, "Memory that a failing actor lacks for its experts."
 )
+ACTOR_SLOWNESS = _gauge(
+    "actor_slowness",
+    _ACTOR,
+    "How many times as long as the other actors of its pool an actor takes for like work, as "
+    "routers measure it where experts have copies.",
+)
 
 FAMILIES = tuple(value for value in list(globals().values()) if isinstance(value, Family))

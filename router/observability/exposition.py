@@ -75,6 +75,9 @@ def _add_cluster(samples: _Samples, status: ClusterStatus) -> None:
     _gauge(samples, catalogue.PROCESSES, len(status.routers), kind="router")
     _gauge(samples, catalogue.PROCESSES, len(status.gateways), kind="gateway")
     _gauge(samples, catalogue.PROCESSES, len(status.actors), kind="actor")
+    for actor in status.actors:
+        if actor.slowness:
+            _gauge(samples, catalogue.ACTOR_SLOWNESS, actor.slowness, actor_id=actor.actor_id)
     for kernels in status.kernels:
         for kind, counts in (("router", kernels.routers), ("actor", kernels.actors)):
             for count in counts:
