@@ -184,6 +184,12 @@ class NotFiniteError(ExpertMeshError):
     code = Code.INTERNAL
 
 
+class PoisonedRequestError(ExpertMeshError):
+    """A request at whose computation, even alone, a step raises or a process ends."""
+
+    code = Code.INTERNAL
+
+
 class ExpertFailedError(ExpertMeshError):
     """An expert of a mixture raised an error for some rows; ``field`` is its name."""
 

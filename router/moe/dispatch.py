@@ -40,21 +40,18 @@ from router.control.heard import HeardActors
 from router.control.placement_view import PlacementView
 from router.moe.combine import ExpertRows
 from router.moe.copy_choice import CopyChoice
+from router.moe.deaths import LayerDeaths
 from router.moe.device_rows import LayerRows
 from router.moe.failures import Failures
 from router.moe.pace import Pace
 from router.moe.pending import Attempt, AwayError, FailedPart, PendingLayer, decoded
-from router.moe.permute import Part, PlacedModel, rows_of_parts, split
+from router.moe.permute import Part, PlacedModel, as_sent, rows_of_parts, split
 from router.moe.shared_load import SharedLoad
+from router.moe.zero_rows import ZeroRows
 from router.retry import RetryPolicy
 
 BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
 """The delays between attempts while every expert has a live copy."""
-
-
-def as_sent(row_shape: Shape) -> Shape:
-    """Return the same shape: the experts of a language model map hidden states to their like."""
-    return row_shape
 
 
 class Dispatcher:
@@ -88,6 +85,7 @@ class Dispatcher:
         self._call_timeout_s = call_timeout_s
         self._answer_shape = answer_shape
         self._request_ids = itertools.count(1)
+        self._zero_rows = ZeroRows(model, transport, self._request_ids)
         self.placed = PlacedModel(model, view)
         self._layouts = self.placed.layouts
         self._copies = CopyChoice(self._layouts, transport.is_ready, shared)
@@ -110,13 +108,16 @@ class Dispatcher:
         deadline_s: float,
         pairs: np.ndarray | None = None,
         traceparent: str | None = None,
+        deaths: Callable[[], LayerDeaths | None] = lambda: None,
+        is_last_try: bool = False,
     ) -> PendingLayer | None:
         """Send hidden states [T, H], or other rows [T, ...] of the host, to the gate's experts.
 
         Pair t * K + r is token t with expert ``topk_ids[t, r]``, int64 [T, K]. An expert gets its
         rows by rank, then by token, as transformers' eager experts do, since a row's bits depend on
         its index in the matrix product. ``pairs``, where given, are the only pairs that are sent.
-        ``traceparent`` is sent with the frames of a traced layer.
+        ``traceparent`` is sent with the frames of a traced layer. ``deaths`` returns the record of
+        actors that die. With ``is_last_try`` no copy is asked while an actor may live.
 
         ``deadline_s`` (monotonic) is the earliest of the step's requests; see :meth:`wait`.
 
@@ -134,6 +135,8 @@ class Dispatcher:
             deadline_s=deadline_s,
             traceparent=traceparent,
             started_at_s=time.monotonic(),
+            deaths=deaths,
+            is_last_try=is_last_try,
         )
         return layer if self._send_pairs(layer, pairs) else None
 
@@ -195,11 +198,13 @@ class Dispatcher:
         The rows last until the next call of :meth:`wait`. Returns ``None`` when an expert has lost
         its last live copy. Raises :class:`AwayError` when actors without another copy have not
         answered by the deadline: the step goes on without their pairs, so that a request whose time
-        is over ends.
+        is over ends. Raises as :meth:`LayerDeaths.note` and :meth:`ZeroRows.check`.
         """
         if layer.attempt is None:  # by :meth:`ask_again`: an expert has lost its last copy
             return None
         while failed_parts := self._receive(layer):
+            layer.note_deaths(failed_parts)
+            self._zero_rows.check(layer, failed_parts)
             if not self._send_again(layer, failed_parts):
                 return None
         return layer.received
@@ -252,7 +257,7 @@ class Dispatcher:
         self, placement: Placement, layer: PendingLayer, parts: Sequence[Part], now_s: float
     ) -> Sequence[bool]:
         """Return for each part whether other copies of all its experts can be asked."""
-        if self._layouts.fixed(placement, layer.layer_id) is not None:
+        if self._layouts.fixed(placement, layer.layer_id) is not None or layer.is_last_try:
             return [False] * len(parts)
         return self._copies.replaceable(placement, layer, parts, now_s)
 
@@ -333,11 +338,7 @@ class Dispatcher:
         Another copy is asked, or the same one where it is the only one. Returns false where there
         is no such part or it was asked again before: the model itself yields such rows.
         """
-        if layer.is_asked_again:
-            return False
-        layer.is_asked_again = True
-        layer.copy_received()
-        damaged = layer.drop_damaged()
+        damaged = layer.drop_damaged_once()
         if not damaged:
             return False
         self._failures.note_not_finite(damaged)

@@ -88,6 +88,7 @@ class Failures:
         if answer.error.code is not Code.INVALID_ARGUMENT:
             self.retries[answer.kind] += 1
             if answer.error.code is Code.INTERNAL:
+                layer.errors += part.expert_ids
                 self._avoid(part)
             return
         layer.refusals += part.expert_ids

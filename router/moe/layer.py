@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from opentelemetry.trace import Span
 from cluster.errors import ExpertUnavailableError
 from router.moe.capacity import CapacityLimit
 from router.moe.combine import ExpertRows
+from router.moe.deaths import Deaths, LayerDeaths, StepDeaths
 from router.moe.device_rows import LayerRows
 from router.moe.dispatch import Dispatcher
 from router.moe.gate import Choice, ChooseAmong
@@ -59,9 +61,12 @@ class StepContext:
     the works' numbers of tokens, in the order of the step's tokens. ``contracts`` [W] are their
     requests' ``on_expert_loss``.
     ``trace`` is set where the step is traced. ``needs_an_expert`` is set where a token without any
-    expert has no result.
+    expert has no result. ``known_deaths`` [W] are the deaths of expert actors with rows of the
+    works in earlier steps; without it none are counted. ``is_of_suspect`` is set where a work is
+    computed alone for them.
 
-    The layers set three results. ``missing`` is set once an expert was missing or had no room.
+    The layers set four results. ``missing`` is set once an expert was missing or had no room.
+    ``deaths`` is set once an actor died.
     ``not_finite`` are the indices of works with a sum that is NaN or infinite.
     ``layer_times_s`` has the duration of every layer and piece, from the gate's choice to the sums.
     """
@@ -71,6 +76,9 @@ class StepContext:
     contracts: Sequence[str]
     trace: StepTrace | None = None
     needs_an_expert: bool = False
+    known_deaths: Sequence[Deaths | None] | None = None
+    is_of_suspect: bool = False
+    deaths: StepDeaths | None = None
     missing: StepMissing | None = None
     not_finite: set[int] = field(default_factory=set)
     layer_times_s: list[float] = field(default_factory=list)
@@ -83,6 +91,17 @@ class StepContext:
         if self.missing is None:
             self.missing = StepMissing(self.sizes, self.contracts, self.needs_an_expert)
         return self.missing if tokens == ALL_TOKENS else self.missing.of(tokens)
+
+    def layer_deaths(self, layer_id: int, tokens: slice, k: int) -> LayerDeaths | None:
+        """Return the record of deaths of some of the step's tokens in a layer.
+
+        The first call begins that of the step.
+        """
+        if self.known_deaths is None:
+            return None
+        if self.deaths is None:
+            self.deaths = StepDeaths(self.sizes, self.known_deaths)
+        return LayerDeaths(self.deaths, layer_id, tokens.start or 0, k)
 
     def note_not_finite(self, is_finite: np.ndarray, tokens: slice = ALL_TOKENS) -> None:
         """Record the works with a token that is not finite, bool [T]; the model's own doing."""
@@ -178,8 +197,8 @@ class MoELayers(Generic[Result]):
         """Return the combined rows of a layer's experts; waits for them.
 
         The layer is sent again, with another choice or fewer pairs, when an expert is lost or away
-        meanwhile. Raises as :meth:`begin`, and :class:`ExpertFailedError` for rows that an expert
-        cannot compute.
+        meanwhile. Raises as :meth:`begin`, :class:`ExpertFailedError` for rows that an expert
+        cannot compute, and :class:`router.moe.deaths.ActorsDiedError`.
         """
         try:
             while (combined := self._receive_and_combine(begun)) is None:
@@ -202,8 +221,16 @@ class MoELayers(Generic[Result]):
         begun.choice = choice = self._without_missing(begun)
         span = begun.span
         parent = None if span is None else traceparent(span.get_span_context())
+        context, layer_id = begun.context, begun.layer_id
         begun.pending = self._dispatcher.send(
-            begun.layer_id, begun.rows, choice.ids, begun.context.deadline_s, choice.pairs, parent
+            layer_id,
+            begun.rows,
+            choice.ids,
+            context.deadline_s,
+            choice.pairs,
+            parent,
+            partial(context.layer_deaths, layer_id, begun.tokens, choice.ids.shape[1]),
+            context.is_of_suspect,
         )
         if begun.pending is not None:
             rows = begun.rows

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from cluster.transport.base import CallFailure, PendingCalls
 from cluster.wire.frames import Buffer, DispatchFrame, Frame, Shape, decode
 from cluster.wire.tensors import from_bytes
 from router.moe.combine import ExpertRows
+from router.moe.deaths import LayerDeaths
 from router.moe.device_rows import LayerRows
 from router.moe.permute import Part
 
@@ -83,6 +84,12 @@ class PendingLayer:
     """The parts whose rows were not finite, and were asked for again."""
     failed_actors: frozenset[str] = frozenset()
     """Actors that failed in this layer; asked again only for experts without another copy."""
+    deaths: Callable[[], LayerDeaths | None] = lambda: None
+    """Returns the record of the actors that die, where they are counted."""
+    is_last_try: bool = False
+    """Whether the rows are a suspect's, so that a death has to be certain."""
+    errors: tuple[int, ...] = ()
+    """The experts whose rows were answered by an internal error, once for each answer."""
     refusals: tuple[int, ...] = ()
     """The experts whose rows were refused as malformed, once for each refusal."""
     owed_before: Mapping[str, int] | None = None
@@ -98,10 +105,25 @@ class PendingLayer:
         patient_until_s = self.started_at_s + patience_s(failed.part, self.attempt.most_rows)
         return max(self.deadline_s, patient_until_s)
 
+    def note_deaths(self, failed_parts: Iterable[FailedPart]) -> None:
+        """Count the actors that died in a round; raises as :meth:`LayerDeaths.note`."""
+        died = [failed.part for failed in failed_parts if failed.failure is CallFailure.DIED]
+        deaths = self.deaths() if died else None
+        if deaths is not None:
+            deaths.note(died)
+
     def abandon(self) -> None:
         """Wait for no answer any longer, since the layer's step fails."""
         if self.attempt is not None and self.attempt.calls is not None:
             self.attempt.calls.drop()
+
+    def drop_damaged_once(self) -> list[Part]:
+        """Return as :meth:`drop_damaged` at the first call, and nothing at later ones."""
+        if self.is_asked_again:
+            return []
+        self.is_asked_again = True
+        self.copy_received()
+        return self.drop_damaged()
 
     def drop_damaged(self) -> list[Part]:
         """Drop and return the parts with a row that is not finite where its hidden state is.

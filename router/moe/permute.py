@@ -22,7 +22,7 @@ import torch
 
 from cluster.native.built import native
 from cluster.placement.placement import Placement
-from cluster.wire.frames import Buffers
+from cluster.wire.frames import Buffers, Shape
 from cluster.wire.tensors import to_bytes, to_raw
 from router.control.placement_view import PlacementView
 from router.moe.device_rows import LayerRows
@@ -60,6 +60,11 @@ class Part(NamedTuple):
     expert_ids: tuple[int, ...]
     counts: tuple[int, ...]
     pairs: np.ndarray
+
+
+def as_sent(row_shape: Shape) -> Shape:
+    """Return the same shape: the experts of a language model map hidden states to their like."""
+    return row_shape
 
 
 def lay_out(holders: Mapping[int, str | None], generations: Mapping[str, int]) -> Layout:

@@ -1,0 +1,107 @@
+"""Expert actors that die with a work's rows: how often in one layer, without progress since.
+
+A frame that makes its actor's process end would be sent to the next copy, and to each successor. So
+a layer whose rows have seen two rounds of deaths gives the step up. Its works are then computed
+alone, and the work that sees a third one is at fault (:mod:`router.engine.isolation`).
+
+Actors that die in one round count once: a machine that is lost takes several with it. A generation
+counts once, however often a frame is sent to it. The next layer counts anew.
+
+Dimension letters: S tokens of the step, K experts per token, W works.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from cluster.errors import PoisonedRequestError
+from router.moe.permute import Part
+
+MOST_DEATHS = 2
+"""Rounds of deaths in one layer until the works that saw them are computed alone."""
+
+Actor = tuple[str, int]
+"""An actor and its generation."""
+
+
+class ActorsDiedError(Exception):
+    """Works of the step have seen :data:`MOST_DEATHS` rounds of deaths, or another one alone."""
+
+
+class Deaths(NamedTuple):
+    """The rounds in which actors died with rows of one work in one layer, and these actors."""
+
+    layer_id: int
+    times: int
+    actors: frozenset[Actor]
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether the work is to be computed alone."""
+        return self.times >= MOST_DEATHS
+
+    @property
+    def is_guilty(self) -> bool:
+        """Whether an actor died with the rows of this work alone."""
+        return self.times > MOST_DEATHS
+
+
+def died_at(deaths: Deaths) -> PoisonedRequestError:
+    """Return the error of a request at which actors died, at last while it was alone."""
+    return PoisonedRequestError(
+        f"expert actors ended {deaths.times} times at this request, at last while it was computed "
+        "alone"
+    )
+
+
+class StepDeaths:
+    """The deaths of one step, by work; ``of_works`` [W] begins with those of earlier steps."""
+
+    def __init__(self, sizes: Sequence[int], of_works: Iterable[Deaths | None]) -> None:
+        """``sizes`` [W] are the works' numbers of tokens, in the order of the step's tokens."""
+        self._sizes = sizes
+        self.of_works = list(of_works)
+
+    def note(self, layer_id: int, actors_of: dict[int, set[Actor]]) -> None:
+        """Count one round, by the token of the step; raises :class:`ActorsDiedError`."""
+        owners = np.repeat(np.arange(len(self._sizes)), self._sizes)  # [S]
+        of_works: defaultdict[int, set[Actor]] = defaultdict(set)
+        for token, actors in actors_of.items():
+            of_works[int(owners[token])] |= actors
+        has_suspect = False
+        for index, actors in of_works.items():
+            before = self.of_works[index]
+            if before is None or before.layer_id != layer_id:
+                before = Deaths(layer_id, 0, frozenset())
+            if actors - before.actors:
+                after = Deaths(layer_id, before.times + 1, before.actors | actors)
+                self.of_works[index] = after
+                has_suspect |= after.is_suspect
+        if has_suspect:
+            raise ActorsDiedError
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDeaths:
+    """The record of the rows of one layer; pair t * K + r is token ``first_token`` + t."""
+
+    step: StepDeaths
+    layer_id: int
+    first_token: int
+    k: int
+
+    def note(self, parts: Iterable[Part]) -> None:
+        """Count a round in which the actors of ``parts`` died.
+
+        Raises :class:`ActorsDiedError` where that makes a suspect of a work, or convicts one.
+        """
+        actors_of: defaultdict[int, set[Actor]] = defaultdict(set)
+        for part in parts:
+            for token in np.unique(part.pairs // self.k).tolist():
+                actors_of[self.first_token + token].add((part.actor_id, part.generation))
+        self.step.note(self.layer_id, actors_of)
