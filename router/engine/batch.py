@@ -70,12 +70,22 @@ def pack(due: list[Work], attention: Attention, most_pieces: int = MOST_PIECES) 
 def context_of(packed: StepInput, trace: StepTrace | None = None) -> StepContext:
     """Return the context of the step's MoE layers; its deadline is its requests' earliest."""
     requests = [work.sequence.request for work in packed.works]
+    known_deaths = [work.sequence.deaths for work in packed.works]
     return StepContext(
         deadline_s=min(request.deadline_s for request in requests),
         sizes=[work.end - work.start for work in packed.works],
         contracts=[request.on_expert_loss for request in requests],
         trace=trace,
+        known_deaths=known_deaths,
+        is_of_suspect=any(deaths is not None and deaths.is_suspect for deaths in known_deaths),
     )
+
+
+def keep_deaths(packed: StepInput, context: StepContext) -> None:
+    """Keep the deaths of a step's works with their sequences, until the works are computed."""
+    if context.deaths is not None:
+        for work, deaths in zip(packed.works, context.deaths.of_works, strict=True):
+            work.sequence.deaths = deaths
 
 
 def _tensor(numbers: list[int]) -> torch.Tensor:

@@ -17,18 +17,16 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.device import end_process
 from cluster.errors import (
     CancelledRequestError,
     DeadlineExceededError,
     ExpertMeshError,
     ExpertUnavailableError,
-    InternalError,
     ModelReplacedError,
     NotFiniteError,
-    OverloadedError,
 )
-from router.engine.batch import StepInput, context_of, pack
+from router.engine.batch import StepInput, context_of, keep_deaths, pack
+from router.engine.isolation import Announce, Isolation
 from router.engine.sampling import Drawn, SamplingTensors, read, sample
 from router.engine.scheduler import Scheduler
 from router.engine.sequence import Sequence, Work
@@ -46,7 +44,6 @@ PARKED_S = 0.02
 """How long to wait for commands while all sequences are parked, and so how late the engine may
 notice a new placement."""
 CLOSE_S = 1.0
-_NO_MEMORY = "the router's device has no memory for a step of so many tokens"
 
 logger = logging.getLogger("expertmesh.engine")
 
@@ -79,8 +76,11 @@ class Engine:
         emit: Emit,
         is_exact: bool = True,
         identity: str = "",
+        announce: Announce = lambda request_id, is_alone: True,
     ) -> None:
-        """``emit`` is called on the engine's thread, at most twice a step.
+        """``emit`` is called on the engine's thread.
+
+        ``announce`` tells the gateway of a request when it is computed alone.
 
         The first token of each choice brings the model's ``identity``.
         Without ``is_exact``, experts are emulated and every token is flagged as not exact.
@@ -102,6 +102,9 @@ class Engine:
         self.replayed: Counter[str] = Counter()
         self.inexact_rows: Counter[str] = Counter()
         self.tally = EngineTally()
+        self._isolation = Isolation(
+            self._traced_step, self._compute_in_vain, self._fail_request, announce
+        )
         self._closing = False
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
 
@@ -170,7 +173,7 @@ class Engine:
             works = self._scheduler.schedule() if self._layers.placed.is_placed() else []
             self._flush()  # a step may wait long for an expert that is away
             if works:
-                self._guarded_step(works)
+                self._isolation.compute(works)
                 self._flush()
 
     def _run_commands(self, wait_s: float) -> None:
@@ -187,33 +190,32 @@ class Engine:
             if self._layers.placed.have_all(sequence.awaited):
                 sequence.awaited = frozenset()
 
-    def _guarded_step(self, works: list[Work]) -> None:
+    def _traced_step(self, works: list[Work]) -> None:
+        """Compute a step that is traced where any of its requests is, and emit its tokens."""
         traces = [w.sequence.trace for w in works if w.sequence.trace is not None]
         num_tokens = sum(w.end - w.start for w in works)
         trace = begin_step(traces, len(works), num_tokens)
         try:
             self.step(works, trace)
-        except torch.AcceleratorError as error:
-            # Gateways replay its streams at another router.
-            logger.critical("the router ends: its device failed (%s)", error)
-            end_process()
-        except Exception as error:
-            logger.exception("a step failed; its requests are answered by an error")
-            if isinstance(error, torch.OutOfMemoryError):
-                error = OverloadedError(_NO_MEMORY, "args.router.max_batch_tokens", 1.0)
-            if not isinstance(error, ExpertMeshError):
-                error = InternalError("the router failed to compute a step")
-            failed = {w.sequence.request.request_id for w in works}
-            self._fail(lambda s: s.request.request_id in failed, error)
         finally:
             if trace is not None:
                 trace.end()
+        self._flush()
 
     def step(self, works: list[Work], trace: StepTrace | None = None) -> None:
         """Compute the scheduled works, sample, and queue the tokens to be emitted."""
         self._tally(works)
         packed = pack(works, self._model.attention, self._most_pieces)
         context = context_of(packed, trace)
+        try:
+            drawn = self._compute(packed, context)
+        finally:
+            keep_deaths(packed, context)
+        self.tally.note_layers(context.layer_times_s)
+        self._advance(packed, context, drawn)
+
+    def _compute(self, packed: StepInput, context: StepContext) -> Drawn:
+        """Return the sampled tokens of a step; changes nothing but the cache of its tokens."""
         sampling = packed.sampling
         # Sampling's tensors come to the model's device with the ids, in one copy.
         logits, sampling_tensors = self._model.decoder.forward(
@@ -225,9 +227,12 @@ class Engine:
             *sampling.tensors,
         )
         drawn_tensors = sample(logits, SamplingTensors(*sampling_tensors), sampling.logprob_sizes)
-        drawn = read(self._model.decoder.to_host(*drawn_tensors), sampling)
-        self.tally.note_layers(context.layer_times_s)
-        self._advance(packed, context, drawn)
+        return read(self._model.decoder.to_host(*drawn_tensors), sampling)
+
+    def _compute_in_vain(self, works: list[Work]) -> None:
+        """Compute works whose tokens nobody needs."""
+        packed = pack(works, self._model.attention, self._most_pieces)
+        self._compute(packed, context_of(packed))
 
     def _tally(self, works: list[Work]) -> None:
         now_s = time.monotonic()
@@ -272,6 +277,7 @@ class Engine:
                 work.sequence.awaited = awaited[index]
                 continue
             work.sequence.num_computed = work.end
+            work.sequence.deaths = None
             is_exact = self._is_exact and index not in inexact
             work.sequence.exact = work.sequence.exact and is_exact
 

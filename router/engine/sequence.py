@@ -7,8 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from router.messages.request import GenerationRequest
+from router.moe.deaths import Deaths
 from router.moe.missing import Awaited
 from router.observability.tracing import RequestTrace
+
+ALONE_TOKENS = 8
+"""New tokens of a suspect that are computed alone. A dead router may have lost so many of them on
+their way to the gateway, so that the token at which it died is not the first new one."""
 
 
 @dataclass(slots=True)
@@ -38,7 +43,8 @@ class Sequence:
     ``awaited`` experts is parked: it keeps its pages, and no step computes it. ``forced`` are
     generated tokens that the request gives, since it goes on after a failure. ``pages`` and
     ``slots`` (the cache slot of every position up to ``max_length``) are empty while the sequence
-    waits for admission. ``trace`` is set where the request's trace is sampled.
+    waits for admission. ``trace`` is set where the request's trace is sampled. ``deaths`` are those
+    of expert actors at the tokens that are due.
     """
 
     request: GenerationRequest
@@ -52,6 +58,15 @@ class Sequence:
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     times: Times = field(default_factory=Times)
     trace: RequestTrace | None = None
+    deaths: Deaths | None = None
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether the tokens that are due may end a process, so that they are computed alone."""
+        is_tried = self.num_generated < len(self.forced) + ALONE_TOKENS
+        if self.request.alone and is_tried:
+            return True
+        return self.deaths is not None and self.deaths.is_suspect
 
     @property
     def num_generated(self) -> int:

@@ -71,6 +71,8 @@ class GenerationRequest:
     received: tuple[Received, ...] = ()
     text_identity: str = ""
     """That of the files by which the gateway makes ids of text; empty where it does not matter."""
+    alone: bool = False
+    """Whether routers have died under the request, so that it is computed in steps of its own."""
 
     def received_of(self, index: int) -> Received:
         """Return the tokens that have come of choice ``index``."""
@@ -195,6 +197,10 @@ class Receipts:
     def has_tokens(self) -> bool:
         """Return whether any token has been passed on."""
         return any(self._token_ids)
+
+    def num_tokens(self) -> int:
+        """Return how many tokens have been passed on."""
+        return sum(map(len, self._token_ids))
 
     def all_finished(self) -> bool:
         """Return whether no choice needs more tokens."""

@@ -292,7 +292,7 @@ def test_a_step_that_fails_drops_the_calls_under_way(folder: Path) -> None:
         return finish(begun)
 
     cluster.layers.finish = fails
-    cluster.engine._guarded_step(cluster.scheduler.schedule())
+    cluster.engine._isolation.compute(cluster.scheduler.schedule())
     assert events[-1] == ("drop", 3)
     assert [number for kind, number in events if kind == "wait"] == [0, 1]
     cluster.engine._flush()

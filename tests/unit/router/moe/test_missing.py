@@ -130,7 +130,7 @@ def step(cluster: LocalCluster) -> int:
     cluster.engine._unpark()
     work = cluster.scheduler.schedule()
     if work:
-        cluster.engine._guarded_step(work)
+        cluster.engine._isolation.compute(work)
     cluster.engine._flush()
     return len(work)
 

@@ -1,0 +1,346 @@
+"""One request's fault ends that request alone: it is found by halves, or computed alone."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import MixtralForCausalLM
+
+from cluster.errors import ExpertMeshError, InternalError, PoisonedRequestError
+from cluster.transport.base import Call, CallFailure
+from cluster.wire.frames import DispatchFrame, ErrorFrame, decode, encode
+from router.engine import isolation
+from router.engine.sequence import ALONE_TOKENS
+from router.messages.request import GenerationRequest, Received, TokenEvent
+from tests.checkpoints import VOCAB_SIZE, save_mixtral
+from tests.local_cluster import LocalCluster, greedy_request
+from tests.poison import LAYER, last_rows, rows_of
+from tests.unit.router.engine.test_engine import expected_tokens, prompt_of
+
+POISON = [VOCAB_SIZE - 1, 7, VOCAB_SIZE - 1]
+"""Tokens of a prompt; no other prompt or answer has them."""
+COUNT = 6
+TOP_K = 2
+CROWD = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixtral")
+    save_mixtral(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def oracle(folder: Path) -> MixtralForCausalLM:
+    return MixtralForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", experts_implementation="eager"
+    )
+
+
+@pytest.fixture
+def cluster(folder: Path) -> Iterator[LocalCluster]:
+    cluster = LocalCluster(folder, threaded=False)
+    yield cluster
+    cluster.close()
+
+
+_tokens: dict[tuple[int, ...], list[int]] = {}
+
+
+def innocent_prompt(seed: int) -> list[int]:
+    return prompt_of(5, seed)
+
+
+def has_poison(token_ids: torch.Tensor) -> bool:
+    """Return whether a step has the poison."""
+    return any(token_ids[at : at + 3].tolist() == POISON for at in range(len(token_ids) - 2))
+
+
+def crowd() -> tuple[list[GenerationRequest], GenerationRequest]:
+    """Return innocent requests, and one whose prompt has the poison."""
+    innocent = [greedy_request(f"r{i}", innocent_prompt(i), COUNT) for i in range(CROWD - 1)]
+    return innocent, greedy_request("poison", POISON, COUNT)
+
+
+def check_innocent(
+    cluster: LocalCluster, oracle: MixtralForCausalLM, requests: list[GenerationRequest]
+) -> None:
+    """Check that every request has the tokens that it has without the others."""
+    for request in requests:
+        [event] = cluster.result(request)
+        prompt = request.prompt_token_ids
+        if prompt not in _tokens:
+            _tokens[prompt] = expected_tokens(oracle, list(prompt), COUNT)
+        assert list(event.token_ids) == _tokens[prompt]
+
+
+@dataclass
+class Steps:
+    """The steps of an engine, by the numbers of tokens; ``fails`` says which raise."""
+
+    cluster: LocalCluster
+    monkeypatch: pytest.MonkeyPatch
+    fails: Callable[[torch.Tensor], bool]
+    sizes: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        decoder = self.cluster.model.decoder
+        forward = decoder.forward
+
+        def checked(token_ids: torch.Tensor, *others: Any) -> Any:
+            self.sizes.append(len(token_ids))
+            if self.fails(token_ids):
+                raise RuntimeError("a fault of the test's")
+            return forward(token_ids, *others)
+
+        self.monkeypatch.setattr(decoder, "forward", checked)
+
+
+def start(cluster: LocalCluster, *requests: GenerationRequest) -> None:
+    """Start the engine with all requests in its first step."""
+    for request in requests:
+        cluster.engine.submit(request)
+    cluster.engine.start()
+
+
+def test_a_step_that_raises_fails_the_request_at_fault_alone(
+    cluster: LocalCluster, oracle: MixtralForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(cluster, monkeypatch, has_poison)
+    innocent, poison = crowd()
+    start(cluster, *innocent[:4], poison, *innocent[4:])
+    with pytest.raises(PoisonedRequestError, match=r"cannot compute this request \(RuntimeError\)"):
+        cluster.result(poison)
+    check_innocent(cluster, oracle, innocent)
+    # The first step, two of each halving, one of nobody's; then a decode for each later token.
+    assert len(steps.sizes) <= 1 + 2 * 3 + 1 + COUNT
+    assert cluster.scheduler.num_free_pages == cluster.scheduler.num_pages
+
+
+def test_two_requests_at_fault_are_both_found(
+    cluster: LocalCluster, oracle: MixtralForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Steps(cluster, monkeypatch, has_poison)
+    innocent, poison = crowd()
+    other = greedy_request("other", [5, *POISON], COUNT)
+    start(cluster, other, *innocent, poison)
+    for request in poison, other:
+        with pytest.raises(PoisonedRequestError):
+            cluster.result(request)
+    check_innocent(cluster, oracle, innocent)
+
+
+def test_a_step_that_raises_once_fails_nobody(
+    cluster: LocalCluster, oracle: MixtralForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(cluster, monkeypatch, lambda token_ids: len(steps.sizes) == 1)
+    lone = greedy_request("r", innocent_prompt(1), COUNT)
+    start(cluster, lone)
+    check_innocent(cluster, oracle, [lone])
+    assert len(steps.sizes) == COUNT + 1
+
+
+def test_a_router_that_cannot_compute_any_step_ends_and_its_log_says_why(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(isolation, "end_process", ended.set)
+    Steps(cluster, monkeypatch, lambda token_ids: True)
+    start(cluster, greedy_request("r", innocent_prompt(1), COUNT))
+    assert ended.wait(30)
+    assert "the router ends: it cannot compute any step" in caplog.text
+
+
+def test_experts_without_an_answer_are_no_fault_of_a_request_or_router(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Actors that refuse all frames as malformed fail the requests, and end no router."""
+    ended = threading.Event()
+    monkeypatch.setattr(isolation, "end_process", ended.set)
+    cluster.transport.fail = lambda call, number: b"no frame at all"
+    request = greedy_request("r", innocent_prompt(1), COUNT, timeout_s=0.5)
+    start(cluster, request)
+    with pytest.raises(ExpertMeshError):
+        cluster.result(request)
+    assert not ended.is_set()
+
+
+# Expert actors that die.
+
+
+@dataclass
+class Deaths:
+    """Actors that die, and come back as their next generation, at some frames."""
+
+    cluster: LocalCluster
+    kills: Callable[[DispatchFrame], bool]
+    died: list[tuple[str, int]] = field(default_factory=list)
+
+    def __call__(self, call: Call, number: int) -> CallFailure | None:
+        """Say whether the actor of a call dies."""
+        generation = self.cluster.view.placement.generations[call.actor_id]
+        if call.generation != generation:
+            return CallFailure.DIED
+        frame = decode(b"".join(call.frame))
+        assert isinstance(frame, DispatchFrame)
+        if not self.kills(frame):
+            return None
+        self.died.append((call.actor_id, call.generation))
+        placement = self.cluster.view.placement
+        keys = [k for k, actors in placement.holders.items() if call.actor_id in actors]
+        self.cluster.view.publish(placement.with_actor(call.actor_id, generation + 1, keys))
+        return CallFailure.DIED
+
+
+@pytest.mark.parametrize("min_copies", [1, 2])
+def test_a_frame_that_kills_its_actors_ends_its_request_after_three_of_them(
+    folder: Path, oracle: MixtralForCausalLM, min_copies: int
+) -> None:
+    rows = last_rows(folder, POISON)
+    cluster = LocalCluster(folder, num_actors=3, min_copies=min_copies, threaded=False)
+    cluster.transport.fail = deaths = Deaths(cluster, lambda frame: bool(rows & rows_of(frame)))
+    innocent, poison = crowd()
+    start(cluster, *innocent[:4], poison, *innocent[4:])
+    with pytest.raises(PoisonedRequestError, match="ended 3 times at this request"):
+        cluster.result(poison)
+    check_innocent(cluster, oracle, innocent)
+    cluster.close()
+    assert len(deaths.died) <= 3 * TOP_K  # a token has its experts on two actors
+
+
+def test_actors_that_die_of_something_else_fail_no_request(
+    folder: Path, oracle: MixtralForCausalLM
+) -> None:
+    """Twice in one layer, an actor dies with rows of all requests; no third one does."""
+    cluster = LocalCluster(folder, num_actors=3, min_copies=2, threaded=False)
+
+    def kills(frame: DispatchFrame) -> bool:
+        return frame.layer_id == LAYER and len({actor for actor, _ in deaths.died}) < 2
+
+    cluster.transport.fail = deaths = Deaths(cluster, kills)
+    innocent, _ = crowd()
+    start(cluster, *innocent)
+    check_innocent(cluster, oracle, innocent)
+    cluster.close()
+    assert len(deaths.died) >= 2
+
+
+# Expert actors that answer errors.
+
+
+def internal_error(call: Call) -> bytes:
+    frame = decode(b"".join(call.frame))
+    assert isinstance(frame, DispatchFrame)
+    error = InternalError("the expert actor failed to compute the batch")
+    return b"".join(encode(ErrorFrame(frame.request_id, "InternalError", error)))
+
+
+@pytest.mark.parametrize("min_copies", [1, 2])
+def test_rows_at_which_every_copy_fails_end_their_request_alone(
+    folder: Path, oracle: MixtralForCausalLM, min_copies: int
+) -> None:
+    rows = last_rows(folder, POISON)
+    cluster = LocalCluster(folder, num_actors=3, min_copies=min_copies, threaded=False)
+
+    def fail(call: Call, number: int) -> bytes | None:
+        frame = decode(b"".join(call.frame))
+        assert isinstance(frame, DispatchFrame)
+        return internal_error(call) if rows & rows_of(frame) else None
+
+    cluster.transport.fail = fail
+    innocent, poison = crowd()
+    start(cluster, *innocent[:4], poison, *innocent[4:])
+    with pytest.raises(PoisonedRequestError, match="cannot compute this request in layer 1"):
+        cluster.result(poison)
+    check_innocent(cluster, oracle, innocent)
+    cluster.close()
+
+
+def test_an_actor_that_fails_at_all_rows_is_waited_for_and_no_request_is_to_blame(
+    folder: Path, oracle: MixtralForCausalLM
+) -> None:
+    cluster = LocalCluster(folder, num_actors=3, threaded=False)
+    num_errors = 0
+
+    def fail(call: Call, number: int) -> bytes | None:
+        nonlocal num_errors
+        if call.actor_id != "a2" or num_errors >= 12:  # then its successor is there
+            return None
+        num_errors += 1
+        return internal_error(call)
+
+    cluster.transport.fail = fail
+    innocent, _ = crowd()
+    start(cluster, *innocent)
+    check_innocent(cluster, oracle, innocent)
+    cluster.close()
+    assert num_errors == 12
+
+
+# Requests that come alone.
+
+
+def of_request(cluster: LocalCluster) -> list[set[str]]:
+    """Return a list that gets the ids of the requests of each step."""
+    steps: list[set[str]] = []
+    step = cluster.engine.step
+
+    def counted(works: list[Any], *others: Any) -> None:
+        steps.append({work.sequence.request.request_id for work in works})
+        step(works, *others)
+
+    cluster.engine.step = counted  # type: ignore[method-assign]
+    return steps
+
+
+def alone_request(tokens: tuple[int, ...], prompt: list[int], count: int) -> GenerationRequest:
+    request = greedy_request("suspect", prompt, count)
+    return replace(request, alone=True, received=(Received(tokens),))
+
+
+def test_a_request_that_comes_alone_has_steps_of_its_own_until_it_has_new_tokens(
+    cluster: LocalCluster, oracle: MixtralForCausalLM
+) -> None:
+    steps = of_request(cluster)
+    told: list[tuple[str, bool, int]] = []
+
+    def announce(request_id: str, is_alone: bool) -> bool:
+        told.append((request_id, is_alone, len(steps)))
+        return True
+
+    cluster.engine._isolation._announce = announce
+    prompt, count = innocent_prompt(50), 20
+    expected = expected_tokens(oracle, prompt, count)
+    others = [greedy_request(f"r{i}", innocent_prompt(i), 30) for i in range(3)]
+    suspect = alone_request(tuple(expected[:3]), prompt, count)
+    start(cluster, *others, suspect)
+    [event] = cluster.result(suspect)
+    assert list(event.token_ids) == expected[3:]
+    for request in others:
+        cluster.result(request)
+    own = [step for step in steps if "suspect" in step][: 3 + ALONE_TOKENS]
+    assert own == [{"suspect"}] * (3 + ALONE_TOKENS)
+    assert {"suspect", "r0", "r1", "r2"} in steps  # afterwards it is as the others
+    # Each such step is told before it begins and after it has ended, and the others take turns.
+    begun = [at for _, is_alone, at in told if is_alone]
+    assert [steps[at] for at in begun] == [{"suspect"}] * len(begun)
+    assert [at for _, is_alone, at in told if not is_alone] == [at + 1 for at in begun]
+    assert all(later - earlier == 2 for earlier, later in itertools.pairwise(begun))
+
+
+def test_a_request_is_not_computed_alone_unless_its_gateway_knows(cluster: LocalCluster) -> None:
+    cluster.engine._isolation._announce = lambda request_id, is_alone: False
+    suspect = alone_request((), innocent_prompt(1), 3)
+    start(cluster, suspect)
+    with pytest.raises(ExpertMeshError, match="cannot be told") as caught:
+        cluster.result(suspect)
+    assert caught.value.retry_after_s
+    assert not [o for o in cluster.wait("suspect", bool) if isinstance(o, TokenEvent)]
