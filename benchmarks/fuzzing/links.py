@@ -132,7 +132,7 @@ async def _to_gateway(data: bytes, client: LinkClient) -> None:
             taken.put_nowait((request_id, event))
         return True
 
-    server = LinkServer("127.0.0.1", on_tokens)
+    server = LinkServer("127.0.0.1", on_tokens, lambda request_id, is_alone: None)
     address = await server.start()
     reader, writer = await asyncio.open_connection(address.host, address.port)
     writer.write(pack_frame([address.secret]) + data)

@@ -47,6 +47,9 @@ from router.moe.layer import MoELayers
 from router.observability.tracing import RequestTrace
 from router.served import ServedModel
 
+ANNOUNCE_TIMEOUT_S = 1.0
+"""How long the engine waits until a gateway is told that a request is computed alone."""
+
 logger = logging.getLogger("expertmesh.router")
 
 
@@ -120,6 +123,7 @@ class RouterReplica:
             self._emit,
             is_exact=not experts.emulated_pools,
             identity=model.identity,
+            announce=self._announce,
         )
         self._samples = RouterSamples(
             model.id, self._engine.tally, self._scheduler, self._dispatcher, self._overflow
@@ -188,6 +192,17 @@ class RouterReplica:
         for request_id, request in self._requests.items():
             if request.wire_id == wire_id:
                 self._engine.stop_choice(request_id, index)
+
+    def _announce(self, request_id: str, is_alone: bool) -> bool:
+        """Tell a request's gateway of a step of it alone; called and waited for by the engine."""
+        request = self._requests.get(request_id)
+        if request is None:  # it has ended
+            return not is_alone
+        sending = self._links.send_alone(request.address, request.wire_id, is_alone)
+        try:
+            return asyncio.run_coroutine_threadsafe(sending, self._loop).result(ANNOUNCE_TIMEOUT_S)
+        except TimeoutError:
+            return False
 
     def _emit(self, emissions: list[Emission]) -> None:
         """Pass a step's emissions from the engine's thread to the event loop."""

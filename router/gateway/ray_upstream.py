@@ -34,7 +34,14 @@ from router.control.readiness import Readiness
 from router.gateway.deployment import Deployment
 from router.gateway.inbox import Inbox, Reply, put_reply
 from router.gateway.limits import RETRY_AFTER_S
-from router.gateway.resend import RESEND, RESEND_TOKENS, failure_of, resend_delay_s
+from router.gateway.resend import (
+    RESEND,
+    RESEND_TOKENS,
+    TOLD_S,
+    RouterDeaths,
+    failure_of,
+    resend_delay_s,
+)
 from router.messages.request import GenerationRequest, Receipts, TokenEvent, merge_events
 from router.messages.token_link import LinkServer
 from router.observability.tracing import as_current, gateway_span
@@ -59,10 +66,14 @@ logger = logging.getLogger("expertmesh.gateway")
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """One sending of a request: its id on the wire, and the choices that need no more tokens."""
+    """One sending of a request: its id on the wire, and the choices that need no more tokens.
+
+    ``deaths`` are those of the routers of earlier sendings.
+    """
 
     wire_id: str
     stopped: set[int]
+    deaths: RouterDeaths
 
 
 class RayUpstream:
@@ -91,7 +102,8 @@ class RayUpstream:
         self._leaving: set[asyncio.Task[None]] = set()
         self._attempts: dict[str, _Attempt] = {}
         self._budget = RetryBudget(RESEND_TOKENS)
-        self._link = LinkServer(ray.util.get_node_ip_address(), self._on_tokens, tls)
+        host = ray.util.get_node_ip_address()
+        self._link = LinkServer(host, self._on_tokens, self._on_alone, tls)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """See :class:`Upstream`; resends the request when its router dies."""
@@ -99,13 +111,20 @@ class RayUpstream:
         receipts = Receipts(request)
         retries = Retries(RESEND, self._budget)
         stopped: set[int] = set()
+        deaths = RouterDeaths()
         other_text_s = self._loop_s() + OTHER_TEXT_S
         with gateway_span(request, receipts) as span:
             for number in itertools.count():
-                attempt = _Attempt(f"{request.request_id}#{number}", stopped)
+                attempt = _Attempt(f"{request.request_id}#{number}", stopped, deaths)
                 self._attempts[request.request_id] = attempt
+                deaths.is_alone = False
+                # After a death all tokens travel early, so that progress is seen.
                 resent = replace(
-                    request, request_id=attempt.wire_id, received=receipts.received(stopped)
+                    request,
+                    request_id=attempt.wire_id,
+                    received=receipts.received(stopped),
+                    streamed=request.streamed or deaths.has_any,
+                    alone=deaths.ask_alone,
                 )
                 try:
                     async with aclosing(self._attempt(resent, receipts, stopped, span)) as events:
@@ -125,7 +144,8 @@ class RayUpstream:
                 except (RayActorError, DeploymentUnavailableError, OverloadedError) as error:
                     delay_s = resend_delay_s(error, retries, number > 0, request.remaining_s())
                     logger.warning("a router was lost (%s); sending again", type(error).__name__)
-                    await asyncio.sleep(delay_s)
+                    await asyncio.sleep(max(delay_s, TOLD_S) if deaths.ask_alone else delay_s)
+                    deaths.note(error, receipts.num_tokens())
                 finally:
                     self._attempts.pop(request.request_id, None)
 
@@ -183,6 +203,11 @@ class RayUpstream:
         if inbox is not None:
             inbox.put(event)
         return inbox is not None
+
+    def _on_alone(self, wire_id: str, is_alone: bool) -> None:
+        attempt = self._attempts.get(wire_id.rpartition("#")[0])
+        if attempt is not None and attempt.wire_id == wire_id:
+            attempt.deaths.is_alone = is_alone
 
     def _loop_s(self) -> float:
         return asyncio.get_running_loop().time()

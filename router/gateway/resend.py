@@ -1,19 +1,40 @@
-"""When a router is lost: which failures mean that its request is sent again, and after how long."""
+"""When a router is lost: which failures mean that its request is sent again, and after how long.
+
+A request that makes its router's process end would end one router after the other. So the deaths of
+routers under a request without progress are counted. After two the request asks to be computed
+alone, and a router that dies while it computes the request alone ends it.
+"""
 
 from __future__ import annotations
 
 import logging
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from cluster.errors import ExpertMeshError, InternalError, OverloadedError, UnavailableError
+from cluster.errors import (
+    ExpertMeshError,
+    InternalError,
+    OverloadedError,
+    PoisonedRequestError,
+    UnavailableError,
+)
 from router.retry import Retries, RetryPolicy
 
 RESEND = RetryPolicy(first_delay_s=0.1, max_delay_s=1.0)
 RESEND_TOKENS = 8192
 """The budget for sending requests again. When a router dies, a gateway may lose all of its requests
 at once; sending them again must take less than half of the budget."""
+
+MOST_TOGETHER = 2
+"""Deaths of routers without progress until their request is computed alone."""
+MOST_DEATHS = 6
+"""Deaths of routers without progress that end their request, even where none was seen alone: a
+process may end before it computes."""
+TOLD_S = 0.1
+"""The least time between a router's death and its judgement, in which its last messages arrive."""
+CRASHED = "worker process has died"
+"""Ray's words for a process that ended by itself: not one that Serve stops, nor a lost node."""
 
 logger = logging.getLogger("expertmesh.gateway")
 
@@ -47,3 +68,43 @@ def failure_of(error: BaseException) -> BaseException:
     else:
         logger.error("a call to a router failed: %r", error)
     return InternalError("the router failed")
+
+
+class RouterDeaths:
+    """Counts the routers that died under one request while it got no new token.
+
+    ``is_alone`` is set while a router says that it computes the request alone.
+    """
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self.is_alone = False
+        self._times = 0
+        self._num_tokens = 0
+
+    @property
+    def has_any(self) -> bool:
+        """Whether a router died without progress since."""
+        return self._times > 0
+
+    @property
+    def ask_alone(self) -> bool:
+        """Whether the next router is to compute the request alone."""
+        return self._times >= MOST_TOGETHER
+
+    def note(self, error: BaseException, num_tokens: int) -> None:
+        """Count a failure if it is a router's death; ``num_tokens`` have come of the request.
+
+        Raises :class:`PoisonedRequestError` where the request is at fault.
+        """
+        was_alone, self.is_alone = self.is_alone, False
+        if not isinstance(error, ActorDiedError) or CRASHED not in str(error):
+            return
+        self._times = 1 if num_tokens > self._num_tokens else self._times + 1
+        self._num_tokens = num_tokens
+        if was_alone:
+            message = "a router ended while it computed this request alone, and others before it"
+            raise PoisonedRequestError(message)
+        if self._times >= MOST_DEATHS:
+            message = f"{self._times} routers ended one after the other while they had this request"
+            raise PoisonedRequestError(message)

@@ -2,9 +2,10 @@
 
 A gateway listens; its address travels with each request's call (:mod:`router.messages.link`). The
 link carries tokens early, and the call's reply has all of them again, so a broken link delays a
-stream and loses nothing. No request waits for a connection: it is made in the background, and the
-tokens of its first moments are sent once it is there. In the other direction the link carries "this
-choice needs no more tokens".
+stream and loses nothing. It also carries "a step of this request alone begins" and "has ended",
+which the call's reply has not. No request waits for a connection: it is made in the background, and
+the tokens of its first moments are sent once it is there. In the other direction the link carries
+"this choice needs no more tokens".
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ MAX_FRAME_BYTES = 16 << 20
 MAX_BUFFERED_BYTES = 8 << 20
 UNREACHABLE_S = 10.0
 """How long a gateway that could not be reached is not tried again."""
+SENT_TIMEOUT_S, SENT_CHECK_S = 0.5, 0.001
+"""How long a message may take to leave this process, and how often it is looked at."""
 
 logger = logging.getLogger("expertmesh.link")
 
 OnTokens = Callable[[str, TokenEvent], bool]
+OnAlone = Callable[[str, bool], None]
 OnStop = Callable[[str, int], None]
 
 
@@ -42,9 +46,20 @@ class LinkServer:
     ``on_tokens`` returns whether the request is under way; the server keeps nothing of others.
     """
 
-    def __init__(self, host: str, on_tokens: OnTokens, tls: ssl.SSLContext | None = None) -> None:
-        """``host`` is the address that routers can reach; :meth:`start` opens a free port."""
+    def __init__(
+        self,
+        host: str,
+        on_tokens: OnTokens,
+        on_alone: OnAlone,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """``host`` is the address that routers can reach; :meth:`start` opens a free port.
+
+        ``on_alone(request_id, is_alone)`` is called when a router begins or has ended a step of a
+        request alone.
+        """
         self._on_tokens = on_tokens
+        self._on_alone = on_alone
         self._listener = LinkListener(host, self._serve, tls)
         self._routes: dict[str, asyncio.StreamWriter] = {}
 
@@ -72,7 +87,9 @@ class LinkServer:
         try:
             while True:
                 for request_id, wire in await read_frame(reader, MAX_FRAME_BYTES):
-                    if self._on_tokens(request_id, TokenEvent.from_wire(wire)):
+                    if isinstance(wire, bool):
+                        self._on_alone(request_id, wire)
+                    elif self._on_tokens(request_id, TokenEvent.from_wire(wire)):
                         self._routes[request_id] = writer
         except (OSError, asyncio.IncompleteReadError, *MALFORMED) as error:
             if not isinstance(error, asyncio.IncompleteReadError):
@@ -123,6 +140,24 @@ class LinkClient:
         self._links[address] = writer
         writer.write(unsent)
         await self._read_stops(address, reader, writer)
+
+    async def send_alone(self, address: LinkAddress, request_id: str, is_alone: bool) -> bool:
+        """Tell a gateway that a step of its request alone begins, or has ended.
+
+        Returns whether the message has left this process, and so outlives it.
+        """
+        until_s = time.monotonic() + SENT_TIMEOUT_S
+        while address in self._unsent and time.monotonic() < until_s:  # the connection is coming
+            await asyncio.sleep(SENT_CHECK_S)
+        writer = self._links.get(address)
+        if writer is None or writer.is_closing():
+            return False
+        writer.write(pack_frame([[request_id, is_alone]]))
+        while not writer.is_closing() and time.monotonic() < until_s:
+            if not writer.transport.get_write_buffer_size():
+                return True
+            await asyncio.sleep(SENT_CHECK_S)
+        return False
 
     def _is_linked(self, address: LinkAddress) -> bool:
         writer = self._links.get(address)

@@ -104,6 +104,29 @@ def test_a_call_that_comes_twice_doubles_no_token() -> None:
     asyncio.run(run())
 
 
+def test_a_gateway_has_the_tokens_of_a_step_alone_before_the_word_that_it_has_ended() -> None:
+    async def run() -> None:
+        made, links = replica(a=(HERE, True))
+        made._loop = asyncio.get_running_loop()
+        told: list[Any] = []
+
+        async def send_alone(address: LinkAddress, request_id: str, is_alone: bool) -> bool:
+            told.append((address, request_id, is_alone, len(links.frames)))
+            return True
+
+        links.send_alone = send_alone  # type: ignore[attr-defined]
+
+        def on_the_engines_thread() -> list[bool]:
+            begun = made._announce("a", True)
+            made._emit(step(0, "a"))
+            return [begun, made._announce("a", False), made._announce("gone", True)]
+
+        assert await asyncio.to_thread(on_the_engines_thread) == [True, True, False]
+        assert told == [(HERE, "a", True, 0), (HERE, "a", False, 1)]
+
+    asyncio.run(run())
+
+
 def test_an_error_ends_its_request_and_no_frame_is_sent() -> None:
     async def run() -> None:
         made, links = replica(a=(HERE, True))

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 from opentelemetry import trace
 from opentelemetry.trace import Span
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, RayActorError
 
 from cluster.errors import (
     InvalidRequestError,
     ModelReplacedError,
     OverloadedError,
+    PoisonedRequestError,
     UnavailableError,
 )
 from cluster.placement.placement import empty_placement
@@ -326,6 +327,114 @@ def test_a_request_whose_router_dies_goes_on_at_another_from_what_was_passed_on(
             TokenEvent(0, (*range(deaths + 1), 77), finish_reason="length"),
             TokenEvent(1, (5,), finish_reason="stop"),
         ]
+        gateway._link.close()
+
+    asyncio.run(run())
+
+
+class CrashedError(ActorDiedError):
+    """Ray's error of a process that ended by itself."""
+
+    def __str__(self) -> str:
+        return "The actor is dead because its worker process has died. Connection closed."
+
+
+class StoppedError(ActorDiedError):
+    """Ray's error of a replica that Serve has ended."""
+
+    def __str__(self) -> str:
+        return "The actor is dead because it was killed by `ray.kill`."
+
+
+@dataclass
+class Resends:
+    """One request, of which each router dies."""
+
+    gateway: RayUpstream
+    router: Router
+    number: int = 0
+
+    async def dies(self, error: BaseException, alone: tuple[bool, ...] = ()) -> GenerationRequest:
+        """Let the request's router die; returns what it was asked."""
+        await called(self.router, self.number + 1)
+        for is_alone in alone:
+            self.gateway._on_alone(f"r#{self.number}", is_alone)
+        sent = GenerationRequest.from_wire(self.router.wires[self.number])
+        self.router.calls[self.number].reply.set_exception(error)
+        self.number += 1
+        return sent
+
+
+def test_a_request_that_ends_its_routers_is_tried_alone_and_then_fails(
+    upstream: Callable[[], tuple[RayUpstream, Router]],
+) -> None:
+    async def run() -> None:
+        gateway, router = upstream()
+        asked = replace(request(30), streamed=False)
+        reading = asyncio.ensure_future(_read_all(gateway.generate(asked), []))
+        resends = Resends(gateway, router)
+        sent = [await resends.dies(CrashedError()) for _ in range(2)]
+        sent.append(await resends.dies(CrashedError(), (True, False, True)))
+        with pytest.raises(PoisonedRequestError, match="computed this request alone"):
+            await asyncio.wait_for(reading, 10)
+        assert [s.alone for s in sent] == [False, False, True]
+        assert [s.streamed for s in sent] == [False, True, True]
+        assert len(router.calls) == 3
+        gateway._link.close()
+
+    asyncio.run(run())
+
+
+def test_a_request_that_saw_others_end_its_routers_is_not_failed(
+    upstream: Callable[[], tuple[RayUpstream, Router]],
+) -> None:
+    """Routers die while it waits for its turn, or after it; Serve stops one; it makes progress."""
+    whole = TokenEvent(0, (0, 1), finish_reason="length")
+
+    async def run() -> None:
+        gateway, router = upstream()
+        got: list[TokenEvent] = []
+        reading = asyncio.ensure_future(_read_all(gateway.generate(request(30)), got))
+        resends = Resends(gateway, router)
+        sent = [
+            await resends.dies(error) for error in (CrashedError(), StoppedError(), RayActorError())
+        ]
+        sent.append(await resends.dies(CrashedError()))
+        sent.append(await resends.dies(CrashedError()))
+        sent.append(await resends.dies(CrashedError(), (True, False)))
+        sent.append(await resends.dies(StoppedError(), (True,)))
+        await called(router, resends.number + 1)
+        gateway._on_tokens(f"r#{resends.number}", event(0))
+        while not got:
+            await asyncio.sleep(0.001)
+        sent.append(await resends.dies(CrashedError(), (True, False)))
+        await called(router, resends.number + 1)
+        last = GenerationRequest.from_wire(router.wires[resends.number])
+        router.calls[resends.number].reply.set_result({"events": [whole.to_wire()]})
+        await asyncio.wait_for(reading, 10)
+        assert merge_events(got) == [whole]
+        assert [s.alone for s in sent] == [False] * 4 + [True] * 4
+        assert not last.alone  # a token came since
+        gateway._link.close()
+
+    asyncio.run(run())
+
+
+def test_a_request_that_ends_its_routers_before_they_compute_it_fails_in_the_end(
+    upstream: Callable[[], tuple[RayUpstream, Router]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray_upstream, "RESEND", RetryPolicy(0.0, 2.0, 0.0))
+
+    async def run() -> None:
+        gateway, router = upstream()
+        reading = asyncio.ensure_future(_read_all(gateway.generate(request(30)), []))
+        resends = Resends(gateway, router)
+        for _ in range(6):
+            await resends.dies(CrashedError())
+        with pytest.raises(PoisonedRequestError, match="6 routers ended one after the other"):
+            await asyncio.wait_for(reading, 10)
+        assert len(router.calls) == 6
         gateway._link.close()
 
     asyncio.run(run())

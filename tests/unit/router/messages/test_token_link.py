@@ -43,11 +43,15 @@ class Gateway:
     def __init__(self) -> None:
         self.received: asyncio.Queue[tuple[str, TokenEvent]] = asyncio.Queue()
         self.unwanted: set[str] = set()
-        self.server = LinkServer("127.0.0.1", self._on_tokens)
+        self.alone: list[tuple[str, bool]] = []
+        self.server = LinkServer("127.0.0.1", self._on_tokens, self._on_alone)
 
     def _on_tokens(self, request_id: str, event: TokenEvent) -> bool:
         self.received.put_nowait((request_id, event))
         return request_id not in self.unwanted
+
+    def _on_alone(self, request_id: str, is_alone: bool) -> None:
+        self.alone.append((request_id, is_alone))
 
     async def next(self) -> tuple[str, TokenEvent]:
         return await asyncio.wait_for(self.received.get(), LIMIT_S)
@@ -121,6 +125,21 @@ def test_events_arrive_whole_and_in_order() -> None:
             router.client.send(address, [("last", EVENT)])
             assert [await gateway.next() for _ in range(300)] == sent
             assert await gateway.next() == ("last", EVENT)
+
+    run(test)
+
+
+def test_a_step_alone_is_told_before_it_begins_in_order_with_tokens() -> None:
+    async def test() -> None:
+        async with linked() as (gateway, address, [router]):
+            assert await router.client.send_alone(address, "r", True)
+            router.client.send(address, [("r", EVENT)])
+            assert await router.client.send_alone(address, "r", False)
+            assert await gateway.next() == ("r", EVENT)
+            await happens(lambda: len(gateway.alone) == 2)
+            assert gateway.alone == [("r", True), ("r", False)]
+            nobody = LinkAddress("127.0.0.1", 1, "")
+            assert not await router.client.send_alone(nobody, "r", True)
 
     run(test)
 
