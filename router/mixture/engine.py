@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from cluster.device import end_process
 from cluster.errors import (
     CancelledRequestError,
     DeadlineExceededError,
     ExpertMeshError,
     ExpertUnavailableError,
-    InternalError,
     ModelReplacedError,
+    PoisonedRequestError,
 )
 from cluster.wire.tensors import TORCH_DTYPES
 from experts.mixture.spec import MixtureSpec
@@ -32,6 +33,7 @@ from router.mixture.gate import MixtureGate
 from router.mixture.gather import GatheredRows
 from router.mixture.queue import Job, Outcome, Outputs, Work, WorkQueue
 from router.mixture.stats import MixtureTally
+from router.moe.deaths import ActorsDiedError, died_at
 from router.moe.layer import MoELayers, StepContext
 from router.moe.permute import PlacedModel
 from router.moe.shared_load import SharedLoad
@@ -75,6 +77,8 @@ class MixtureEngine:
         self._changed = threading.Condition()
         self._may_run = False
         self._closing = False
+        self._known_row: dict[str, np.ndarray] | None = None
+        """The inputs of a row that the gate has taken."""
         self.tally = MixtureTally()
         self._threads = [threading.Thread(target=self._keep, name="mixture", daemon=True)] + [
             threading.Thread(target=self._run_lane, args=(layers,), name=f"lane {i}", daemon=True)
@@ -162,27 +166,59 @@ class MixtureEngine:
             self._load.received()
 
     def _guarded_step(self, layers: MoELayers[GatheredRows], works: Sequence[Work]) -> None:
-        """Compute works; when a step fails, each of its works is computed alone.
+        """Compute works; when a step fails, halves of its works are computed.
 
-        So the rows that make an expert or the gate fail end their own request alone.
+        So the rows that make an expert or the gate fail end their own request alone. When actors
+        have died twice, each work is computed alone.
         """
         try:
             self._step(layers, works)
-        except Exception as error:
-            if len(works) > 1:
-                for work in works:
-                    if not work.job.has_ended:
-                        self._guarded_step(layers, [work])
+            return
+        except Exception as caught:
+            error = caught
+        deaths = works[0].deaths
+        if isinstance(error, ActorsDiedError):
+            if len(works) > 1 or deaths is None or not deaths.is_guilty:
+                self._compute_parts(layers, [[work] for work in works])
                 return
-            if not isinstance(error, ExpertMeshError):
-                logger.exception("a step failed; its request is answered by an error")
-                error = InternalError("the router failed to compute a step")
-            self._end(works[0].job, error)
+            error = died_at(deaths)
+        elif len(works) > 1:
+            half = len(works) // 2
+            self._compute_parts(layers, [works[:half], works[half:]])
+            return
+        if not isinstance(error, ExpertMeshError):
+            logger.error("a step failed; its request is answered by an error", exc_info=error)
+            self._check_gate()
+            message = f"the router cannot compute this request ({type(error).__name__})"
+            error = PoisonedRequestError(message)
+        self._end(works[0].job, error)
+
+    def _check_gate(self) -> None:
+        """End the router where its gate no longer takes a row that it has taken before."""
+        if self._known_row is None:
+            return
+        try:
+            self._gate.choose(self._known_row, 0)
+        except Exception as error:
+            # Gateways send its requests to other routers.
+            logger.critical("the router ends: it cannot compute any step (%r)", error)
+            end_process()
+
+    def _compute_parts(
+        self, layers: MoELayers[GatheredRows], parts: Sequence[Sequence[Work]]
+    ) -> None:
+        """Compute the works of each part whose requests have not ended, one part after another."""
+        for part in parts:
+            works = [work for work in part if not work.job.has_ended]
+            if works:
+                self._guarded_step(layers, works)
 
     def _step(self, layers: MoELayers[GatheredRows], works: Sequence[Work]) -> None:
         inputs = _inputs_of(works)
         first_row = works[0].begin  # an error names the row; of several works none is shown
         choice = self._gate.choose(inputs, first_row)
+        if self._known_row is None and works[0].num_rows:
+            self._known_row = {name: array[:1].copy() for name, array in inputs.items()}
         given = torch.from_numpy(inputs[self._spec.rows_input.name])
         rows = given.to(TORCH_DTYPES[self._spec.dtype])
         context = StepContext(
@@ -190,9 +226,16 @@ class MixtureEngine:
             sizes=[work.num_rows for work in works],
             contracts=[work.job.request.on_expert_loss for work in works],
             needs_an_expert=True,
+            known_deaths=[work.deaths for work in works],
+            is_of_suspect=any(work.is_suspect for work in works),
         )
         among = self._gate.among(inputs, first_row)
-        gathered = layers.finish(layers.begin(context, LAYER, rows, choice, among))
+        try:
+            gathered = layers.finish(layers.begin(context, LAYER, rows, choice, among))
+        finally:
+            if context.deaths is not None:
+                for work, deaths in zip(works, context.deaths.of_works, strict=True):
+                    work.deaths = deaths
         with self._changed:
             self.tally.stepped(context.layer_times_s, len(rows))
             if context.missing is not None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from cluster.errors import ExpertMeshError, OverloadedError
 from router.messages.prediction import PredictionReply, PredictionRequest
+from router.moe.deaths import Deaths
 from router.moe.missing import Awaited
 
 Outcome = PredictionReply | ExpertMeshError
@@ -45,11 +46,18 @@ class Work:
     end: int
     awaited: frozenset[Awaited] = frozenset()
     """The missing experts that a parked work waits for."""
+    deaths: Deaths | None = None
+    """Those of expert actors at the work's rows."""
 
     @property
     def num_rows(self) -> int:
         """The number of rows."""
         return self.end - self.begin
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether the rows may end their actors, so that they are computed alone."""
+        return self.deaths is not None and self.deaths.is_suspect
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +110,17 @@ class WorkQueue:
         job.done(outcome)
 
     def take(self) -> list[Work]:
-        """Return the works of the next step, whose rows have one shape; they wait no longer."""
+        """Return the works of the next step, whose rows have one shape; they wait no longer.
+
+        A suspect is alone in its step.
+        """
         works: list[Work] = []
         left = self._limits.step_rows
         while self.ready and len(works) < self._limits.step_requests:
             work = self.ready[0]
             if works and (work.num_rows > left or self._shape(work) != self._shape(works[0])):
+                break
+            if works and (work.is_suspect or works[0].is_suspect):
                 break
             works.append(self.ready.popleft())
             left -= work.num_rows

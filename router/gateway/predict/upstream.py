@@ -33,7 +33,13 @@ from router.control.readiness import Readiness
 from router.gateway.deployment import Deployment
 from router.gateway.limits import RETRY_AFTER_S
 from router.gateway.predict.links import RouterLinks
-from router.gateway.resend import RESEND, RESEND_TOKENS, failure_of, resend_delay_s
+from router.gateway.resend import (
+    RESEND,
+    RESEND_TOKENS,
+    RouterDeaths,
+    failure_of,
+    resend_delay_s,
+)
 from router.messages.prediction import PredictionReply, PredictionRequest
 from router.messages.prediction_link import LinkBrokenError
 from router.observability.tracing import as_current, prediction_span
@@ -144,14 +150,17 @@ class Predictions:
         """Return the reply to one piece.
 
         A full router refuses a new request. A request of which a router has a piece waits for room.
+        After a broken link Serve carries the piece, which tells a dead router from a lost
+        connection. Raises :class:`PoisonedRequestError` after too many dead ones.
         """
         retries = Retries(RESEND, self._budget)
+        deaths = RouterDeaths()
         other_interface_at_s = time.monotonic() + OTHER_INTERFACE_S
         is_lost = False
         while True:
             asked.under_way += 1
             try:
-                reply = await self._ask(piece, asked.span)
+                reply = await self._ask(piece, asked.span, is_lost)
             except (
                 ModelReplacedError, LinkBrokenError, RayActorError, DeploymentUnavailableError,
                 OverloadedError,
@@ -163,6 +172,7 @@ class Predictions:
                 is_accepted = is_lost or asked.is_answered or asked.under_way > 0
                 delay_s = self._delay_s(error, retries, is_accepted, piece.remaining_s())
                 is_lost |= not isinstance(error, OverloadedError)
+                deaths.note(error, 0)
             else:
                 asked.under_way -= 1
                 asked.is_answered = True
@@ -183,7 +193,7 @@ class Predictions:
             logger.warning("a router was lost (%s); sending again", type(error).__name__)
         return resend_delay_s(error, retries, is_accepted, remaining_s)
 
-    async def _ask(self, piece: PredictionRequest, span: Span) -> PredictionReply:
+    async def _ask(self, piece: PredictionRequest, span: Span, by_serve: bool) -> PredictionReply:
         """Call a router once, over its link or by Serve.
 
         Serve brings the trace of a sampled request to the router, so Serve carries it.
@@ -195,7 +205,8 @@ class Predictions:
             message = f"the routers are full: they hold {self._max_calls} requests"
             raise OverloadedError(message, "queue", RETRY_AFTER_S)
         wire = piece.to_wire()
-        call: Any = None if span.is_recording() else self._links[model].call(wire)
+        by_serve = by_serve or span.is_recording()
+        call: Any = None if by_serve else self._links[model].call(wire)
         self._on_call(model, "serve" if call is None else "link")
         if call is None:
             with as_current(span):  # Serve sends its context with the call

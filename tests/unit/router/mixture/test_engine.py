@@ -25,16 +25,19 @@ from cluster.errors import (
     InvalidRequestError,
     ModelReplacedError,
     OverloadedError,
+    PoisonedRequestError,
 )
 from cluster.placement.placement import Placement, assign_experts, empty_placement
 from cluster.spec import ExpertKey, ModelExperts
 from cluster.transport.base import Call, CallFailure, IsGone, never_gone
 from cluster.transport.base import Outcome as CallOutcome
+from cluster.wire.frames import DispatchFrame, decode
 from experts.backends.load import load_mixture_expert
 from experts.bank import ExpertBank
 from experts.checkpoint.mixture import Mixture, open_mixture
 from router.control.placement_view import PlacementView
 from router.messages.prediction import PredictionReply, PredictionRequest
+from router.mixture import engine as engine_module
 from router.mixture.engine import MixtureEngine
 from router.mixture.gate import MixtureGate
 from router.mixture.gather import GatherRows, answer_shape_of
@@ -276,6 +279,94 @@ def test_an_expert_that_raises_fails_its_rows_and_no_others(tmp_path: Path) -> N
         assert isinstance(failure, ExpertFailedError)
         assert failure.field == "fragile"
         assert "0.5" in failure.message
+
+
+def test_rows_at_which_actors_die_end_their_request_after_three_of_them(tmp_path: Path) -> None:
+    """An actor comes back at once, as its next generation."""
+    died: list[tuple[str, int]] = []
+    with router_of(save_given(tmp_path, 3), lanes=1) as router:
+        gate = threading.Event()
+
+        def fail(call: Call, number: int) -> CallFailure | None:
+            gate.wait(WAIT_S)
+            placement = router.view.placement
+            assert placement is not None
+            generation = placement.generations[call.actor_id]
+            if call.generation != generation:
+                return CallFailure.DIED
+            frame = decode(b"".join(call.frame))
+            assert isinstance(frame, DispatchFrame)
+            rows = np.frombuffer(bytes(frame.rows)).reshape(-1, NUM_FEATURES)
+            if not (rows[:, 0] == 0.5).any():
+                return None
+            died.append((call.actor_id, generation))
+            keys = [k for k, actors in placement.holders.items() if call.actor_id in actors]
+            router.view.publish(placement.with_actor(call.actor_id, generation + 1, keys))
+            return CallFailure.DIED
+
+        router.transports[0].fail = fail
+        first = router.submit(given(1, 0))  # holds the lane until all others wait
+        good = [router.submit(given(3, 1, 1.0)) for _ in range(4)]
+        bad = router.submit(given(3, 1, 0.5))
+        gate.set()
+        assert isinstance(bad.result(WAIT_S), PoisonedRequestError)
+        for future in [first, *good]:
+            assert isinstance(future.result(WAIT_S), PredictionReply)
+    assert [generation for _, generation in died] == [1, 2, 3]
+
+
+def test_a_step_that_raises_is_halved_until_the_request_at_fault_is_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with router_of(save_given(tmp_path, 3), lanes=1) as router:
+        gate, steps = threading.Event(), []
+        choose = MixtureGate.choose
+
+        def checked(own: MixtureGate, inputs: Inputs, first_row: int) -> Any:
+            gate.wait(WAIT_S)
+            steps.append(len(inputs["x"]))
+            if (inputs["x"][:, 0] == 0.5).any():
+                raise RuntimeError("a fault of the test's")
+            return choose(own, inputs, first_row)
+
+        monkeypatch.setattr(MixtureGate, "choose", checked)
+        first = router.submit(given(1, 0))  # holds the lane until all others wait
+        good = [router.submit(given(1, 1, 1.0)) for _ in range(7)]
+        bad = router.submit(given(1, 1, 0.5))
+        gate.set()
+        error = bad.result(WAIT_S)
+        assert isinstance(error, PoisonedRequestError)
+        assert "cannot compute this request (RuntimeError)" in error.message
+        for future in [first, *good]:
+            assert isinstance(future.result(WAIT_S), PredictionReply)
+        assert len(steps) <= 1 + 1 + 2 * 4  # two steps of each halving of 9 requests
+
+
+def test_a_router_that_cannot_compute_any_step_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended, choose = threading.Event(), MixtureGate.choose
+    is_broken = False
+
+    def checked(own: MixtureGate, inputs: Inputs, first_row: int) -> Any:
+        if is_broken or (inputs["x"][:, 0] == 0.5).any():
+            raise RuntimeError("a fault of the test's")
+        return choose(own, inputs, first_row)
+
+    monkeypatch.setattr(engine_module, "end_process", ended.set)
+    monkeypatch.setattr(MixtureGate, "choose", checked)
+    with router_of(save_given(tmp_path, 3), lanes=1) as router:
+        router.predict(given(1, 1))
+        for _ in range(5):  # however many such requests there are
+            with pytest.raises(PoisonedRequestError):
+                router.predict(given(1, 1, 0.5))
+        router.predict(given(1, 1))
+        assert not ended.is_set()
+        is_broken = True
+        with pytest.raises(PoisonedRequestError):
+            router.predict(given(1, 1))
+        assert ended.is_set()
+    assert "the router ends: it cannot compute any step" in caplog.text
 
 
 def test_a_choice_that_is_not_there_ends_its_own_request(tmp_path: Path) -> None:

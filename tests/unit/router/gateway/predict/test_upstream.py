@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from opentelemetry import trace
 from opentelemetry.trace import Span
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, RayActorError
 from ray.serve.exceptions import BackPressureError
 
 from cluster.errors import (
@@ -21,6 +21,7 @@ from cluster.errors import (
     InvalidRequestError,
     ModelReplacedError,
     OverloadedError,
+    PoisonedRequestError,
     UnavailableError,
 )
 from cluster.reports import Samples
@@ -544,5 +545,31 @@ def test_before_a_shutdown_requests_under_way_go_on_and_new_ones_are_refused(
             await upstream.predict(request())
         call.answer()
         check_rows(await work, request())
+
+    run(test)
+
+
+class CrashedError(ActorDiedError):
+    """Ray's error of a process that ended by itself."""
+
+    def __str__(self) -> str:
+        return "The actor is dead because its worker process has died."
+
+
+def test_a_piece_that_ends_its_routers_is_given_up(run: Callable[[Test], None]) -> None:
+    """A broken link says nothing of the router behind it; Serve's call does."""
+
+    async def test(predictions: Predictions, routers: Routers) -> None:
+        asked = asyncio.ensure_future(predictions.predict(request()))
+        lost = 0
+        if routers.way == "links":
+            (await routers.until(1))[0].fail(LinkBrokenError())
+            lost = 1
+        for number in range(6):
+            (await routers.until(lost + number + 1))[lost + number].fail(CrashedError())
+        with pytest.raises(PoisonedRequestError, match="6 routers ended"):
+            await asked
+        assert len(routers.calls) == lost + 6
+        assert [way for _, way in routers.counted] == ["link"] * lost + ["serve"] * 6
 
     run(test)
