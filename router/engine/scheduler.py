@@ -1,18 +1,22 @@
 """Continuous batching: which sequences wait, which run, and which tokens the next step computes.
 
-A sequence is admitted only when the cache has pages for its prompt and all tokens that it may
-generate, so no admitted sequence is ever evicted. Decoding sequences come first, with one token
-each. Prefill chunks get the rest of the step's token budget, so a long prompt does not stall the
-decoding sequences.
+A sequence is admitted (:mod:`router.engine.waiting`) only when the cache has pages for its prompt
+and all tokens that it may generate, so no admitted sequence is ever evicted, whatever its priority.
+Decoding sequences come first, with one token each. Prefill chunks share the rest of the step's
+token budget (:mod:`router.engine.prefill`), so a long prompt stalls neither the decoding sequences
+nor short prompts.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
+from collections import Counter
 from dataclasses import dataclass
 
 from cluster.errors import OverloadedError
+from router.engine.prefill import Prompt, divide
 from router.engine.sequence import Sequence, Work
+from router.engine.waiting import WaitingSequences
 from router.messages.request import GenerationRequest
 from router.model.page_pool import PagePool, pages_needed
 
@@ -35,19 +39,17 @@ class Scheduler:
         self._limits = limits
         self._pool = PagePool(num_pages, page_size)
         self.num_pages = num_pages
-        self.waiting: deque[Sequence] = deque()
-        self._waiting_tokens = 0
+        self.waiting = WaitingSequences(num_pages, page_size)
+        self._arrivals = itertools.count()
         self.running: list[Sequence] = []
 
     def add(self, request: GenerationRequest) -> list[Sequence]:
         """Queue the unfinished choices of a request.
 
-        Raises :class:`OverloadedError` when the queue is full, by requests or by tokens, or when
-        even an empty cache could not hold one of the request's sequences.
+        Raises :class:`OverloadedError` when the queue is full, by choices or by tokens, or when
+        even an empty cache could not hold one of the request's sequences. A request that waits
+        alone may have more than the limits.
         """
-        waiting = {sequence.request.request_id for sequence in self.waiting}
-        if len(waiting) >= self._limits.max_queue_requests:
-            raise OverloadedError(f"{len(waiting)} requests wait already", "queue", 1.0)
         prompt = request.prompt_token_ids
         length = len(prompt) + request.sampling.max_tokens
         if pages_needed(length, self._pool.page_size) > self._pool.num_pages:
@@ -60,16 +62,24 @@ class Scheduler:
             for i in range(request.sampling.n)
             if not (received := request.received_of(i)).finished
         ]
-        tokens = self._waiting_tokens + length * len(added)
-        if self.waiting and tokens > self._limits.max_queue_tokens:
-            raise OverloadedError(
-                f"{self._waiting_tokens} tokens of {len(waiting)} requests wait already",
-                "queue",
-                1.0,
-            )
-        self._waiting_tokens = tokens
-        self.waiting.extend(added)
+        self._check_room(len(added), length * len(added))
+        for sequence in added:
+            sequence.arrival = next(self._arrivals)
+            self.waiting.add(sequence)
         return added
+
+    def _check_room(self, num_choices: int, num_tokens: int) -> None:
+        waiting, limits = self.waiting, self._limits
+        if not waiting:
+            return
+        if len(waiting) + num_choices > limits.max_queue_requests:
+            amount = f"{len(waiting)} choices"
+        elif waiting.num_tokens + num_tokens > limits.max_queue_tokens:
+            amount = f"{waiting.num_tokens} tokens"
+        else:
+            return
+        num_requests = len({sequence.request.request_id for sequence in waiting})
+        raise OverloadedError(f"{amount} of {num_requests} requests wait already", "queue", 1.0)
 
     def sequences(self) -> list[Sequence]:
         """Return every sequence that is not finished."""
@@ -87,29 +97,32 @@ class Scheduler:
         self._admit()
         ready = [s for s in self.running if not s.awaited][: self._limits.max_batch_size]
         decodes = [s for s in ready if s.num_computed == len(s.token_ids) - 1]
-        budget = self._limits.max_batch_tokens
         works = [Work(s, s.num_computed, len(s.token_ids)) for s in decodes]
-        # Decodes are never held back. Without any, a prompt gets at least one token a step.
-        budget = max(budget - len(works), 0 if works else 1)
-        for sequence in ready:
-            left = len(sequence.token_ids) - sequence.num_computed
-            if left > 1 and budget > 0:
-                count = min(left, budget)
-                start = sequence.num_computed
-                works.append(Work(sequence, start, start + count))
-                budget -= count
+        if len(decodes) < len(ready):
+            # Decodes are never held back. Without any, a prompt gets at least one token a step.
+            budget = max(self._limits.max_batch_tokens - len(works), 0 if works else 1)
+            prompts = [s for s in ready if s.num_computed < len(s.token_ids) - 1]
+            ends_others = any(not s.num_generated for s in decodes)
+            shares = divide(_prompts_of(prompts), budget, ends_others)
+            for sequence, share in zip(prompts, shares, strict=True):
+                if share:
+                    start = sequence.num_computed
+                    works.append(Work(sequence, start, start + share))
         return works
 
     def _admit(self) -> None:
+        if not self.waiting:
+            return
         # Parked sequences keep their pages, but do not count for the batch. When they go on, more
         # sequences may run than fit into a batch; the oldest are computed first.
-        num_ready = len(self.running) - len(self.parked())
-        while self.waiting and num_ready < self._limits.max_batch_size:
-            needed = pages_needed(self.waiting[0].max_length, self._pool.page_size)
-            if needed > self._pool.num_free:
+        computed = [s for s in self.running if not s.awaited]
+        num_ready = len(computed)
+        num_attainable = self._pool.num_free + sum(len(s.pages) for s in computed)
+        while num_ready < self._limits.max_batch_size:
+            sequence = self.waiting.next(self._pool.num_free, num_attainable)
+            if sequence is None:
                 return
-            sequence = self.waiting.popleft()
-            self._waiting_tokens -= sequence.max_length
+            needed = pages_needed(sequence.max_length, self._pool.page_size)
             sequence.occupy(self._pool.take(needed), self._pool.page_size)
             self.running.append(sequence)
             num_ready += 1
@@ -118,9 +131,8 @@ class Scheduler:
         """Remove a sequence, running or waiting, and free its pages."""
         if sequence in self.running:
             self.running.remove(sequence)
-        elif sequence in self.waiting:
+        else:
             self.waiting.remove(sequence)
-            self._waiting_tokens -= sequence.max_length
         self._pool.give_back(sequence.pages)
         sequence.pages = []
 
@@ -137,3 +149,20 @@ class Scheduler:
     def num_free_pages(self) -> int:
         """The number of free cache pages."""
         return self._pool.num_free
+
+
+def _prompts_of(sequences: list[Sequence]) -> list[Prompt]:
+    left = [len(s.token_ids) - s.num_computed for s in sequences]
+    request_left: Counter[str] = Counter()
+    for sequence, num_tokens in zip(sequences, left, strict=True):
+        request_left[sequence.request.request_id] += num_tokens
+    return [
+        Prompt(
+            num_tokens,
+            request_left[sequence.request.request_id],
+            len(sequence.token_ids),
+            sequence.request.priority,
+            sequence.arrival,
+        )
+        for sequence, num_tokens in zip(sequences, left, strict=True)
+    ]

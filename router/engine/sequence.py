@@ -43,8 +43,9 @@ class Sequence:
     ``awaited`` experts is parked: it keeps its pages, and no step computes it. ``forced`` are
     generated tokens that the request gives, since it goes on after a failure. ``pages`` and
     ``slots`` (the cache slot of every position up to ``max_length``) are empty while the sequence
-    waits for admission. ``trace`` is set where the request's trace is sampled. ``deaths`` are those
-    of expert actors at the tokens that are due.
+    waits for admission. ``arrival`` is its place in the order in which the router's sequences came.
+    ``trace`` is set where the request's trace is sampled. ``deaths`` are those of expert actors at
+    the tokens that are due.
     """
 
     request: GenerationRequest
@@ -57,6 +58,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     times: Times = field(default_factory=Times)
+    arrival: int = 0
     trace: RequestTrace | None = None
     deaths: Deaths | None = None
 

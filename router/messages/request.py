@@ -58,7 +58,7 @@ class GenerationRequest:
     each choice are sent early; the others come with the reply. ``on_expert_loss`` is one of
     :data:`cluster.spec.ON_EXPERT_LOSS`. ``received`` has an entry for every choice of a request
     that goes on after a failure, and is empty for a new request; its tokens count towards
-    ``max_tokens``.
+    ``max_tokens``. A request of a lower ``priority`` is handled earlier.
     """
 
     request_id: str
@@ -73,6 +73,7 @@ class GenerationRequest:
     """That of the files by which the gateway makes ids of text; empty where it does not matter."""
     alone: bool = False
     """Whether routers have died under the request, so that it is computed in steps of its own."""
+    priority: int = 0
 
     def received_of(self, index: int) -> Received:
         """Return the tokens that have come of choice ``index``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,15 +99,57 @@ def test_pages_are_reserved_for_all_that_a_sequence_may_ever_need() -> None:
     assert [len(s.pages) for s in scheduler.running] == [1, 2]
 
 
-def test_a_request_that_does_not_fit_yet_waits_and_is_not_overtaken() -> None:
+def test_smaller_requests_pass_one_that_does_not_fit_yet_but_not_for_ever() -> None:
     scheduler = Scheduler(Limits(8, 1000, 10), 4, PAGE_SIZE)
     scheduler.add(request_of("a", 2 * PAGE_SIZE, 1))  # three pages
     scheduler.add(request_of("b", PAGE_SIZE, 1))  # two: not yet
-    scheduler.add(request_of("c", 1, 1))  # one: would fit, but comes later
-    assert [w.sequence.request.request_id for w in scheduler.schedule()] == ["a"]
+    for name in "cde":
+        scheduler.add(request_of(name, 1, 1))  # one
+    scheduler.schedule()
+    assert [s.request.request_id for s in scheduler.running] == ["a", "c"]
+    scheduler.finish(scheduler.running[1])
+    scheduler.schedule()
+    assert [s.request.request_id for s in scheduler.running] == ["a", "d"]
+    scheduler.finish(scheduler.running[1])
+    scheduler.schedule()  # the free page is kept for b, which two pages have passed
+    assert [s.request.request_id for s in scheduler.running] == ["a"]
     scheduler.finish(scheduler.running[0])
     scheduler.schedule()
-    assert [s.request.request_id for s in scheduler.running] == ["b", "c"]
+    assert [s.request.request_id for s in scheduler.running] == ["b", "e"]
+
+
+def test_no_pages_are_kept_while_parked_sequences_hold_them() -> None:
+    scheduler = Scheduler(Limits(8, 1000, 10), 4, PAGE_SIZE)
+    scheduler.add(request_of("a", 2 * PAGE_SIZE, 1))  # three pages
+    scheduler.schedule()
+    scheduler.running[0].awaited = frozenset({(0, 1)})
+    scheduler.add(request_of("b", PAGE_SIZE, 1))  # two
+    for name in "cdef":
+        scheduler.add(request_of(name, 1, 1))
+        scheduler.schedule()
+        assert scheduler.running[-1].request.request_id == name
+        scheduler.finish(scheduler.running[-1])
+
+
+def test_requests_are_admitted_by_priority_then_by_arrival() -> None:
+    scheduler = Scheduler(Limits(1, 100, 10), 100, PAGE_SIZE)
+    for name, priority in (("a", 0), ("b", 3), ("c", -1), ("d", 3), ("e", 0)):
+        scheduler.add(replace(request_of(name, 5), priority=priority))
+    order = []
+    while scheduler.sequences():
+        scheduler.schedule()
+        [sequence] = scheduler.running
+        order.append(sequence.request.request_id)
+        scheduler.finish(sequence)
+    assert order == ["c", "a", "e", "b", "d"]
+
+
+def test_no_sequence_is_evicted_whatever_its_priority() -> None:
+    scheduler = Scheduler(Limits(8, 100, 10), 2, PAGE_SIZE)
+    scheduler.add(replace(request_of("a", PAGE_SIZE, 5), priority=9))
+    advance(scheduler, scheduler.schedule())
+    scheduler.add(replace(request_of("b", 3, 1), priority=-9))
+    assert computed(scheduler.schedule()) == [("a", PAGE_SIZE, PAGE_SIZE + 1)]
 
 
 def test_every_choice_is_a_sequence_of_its_own() -> None:
@@ -120,13 +164,22 @@ def test_every_choice_is_a_sequence_of_its_own() -> None:
 
 
 def test_a_full_queue_refuses_the_next_request_with_a_hint() -> None:
-    scheduler = Scheduler(Limits(1, 100, 2), 100, PAGE_SIZE)
-    scheduler.add(request_of("a", 3, n=4))  # counts as one
+    scheduler = Scheduler(Limits(1, 100, 5), 100, PAGE_SIZE)
+    scheduler.add(request_of("a", 3, n=4))  # counts as four
+    with pytest.raises(OverloadedError, match="4 choices of 1 requests wait already"):
+        scheduler.add(request_of("b", 3, n=2))
     scheduler.add(request_of("b", 3))
-    with pytest.raises(OverloadedError, match="2 requests wait already") as caught:
+    with pytest.raises(OverloadedError, match="5 choices of 2 requests wait already") as caught:
         scheduler.add(request_of("c", 3))
     assert (caught.value.field, caught.value.retry_after_s) == ("queue", 1.0)
     assert len(scheduler.sequences()) == 5
+
+
+def test_a_request_of_more_choices_than_the_queue_holds_waits_alone() -> None:
+    scheduler = Scheduler(Limits(1, 100, 2), 100, PAGE_SIZE)
+    assert len(scheduler.add(request_of("a", 3, n=4))) == 4
+    with pytest.raises(OverloadedError):
+        scheduler.add(request_of("b", 3))
 
 
 def test_a_queue_is_bounded_by_tokens_too() -> None:
@@ -138,7 +191,7 @@ def test_a_queue_is_bounded_by_tokens_too() -> None:
     with pytest.raises(OverloadedError, match="40 tokens of 2 requests wait already") as caught:
         scheduler.add(request_of("d", 1, 1))
     assert caught.value.retry_after_s == 1.0
-    scheduler.finish(scheduler.waiting[0])
+    scheduler.finish(next(iter(scheduler.waiting)))
     scheduler.add(request_of("d", 5, 5))
     for sequence in scheduler.sequences():
         scheduler.finish(sequence)
@@ -186,6 +239,47 @@ def test_several_prompts_share_the_budget_in_order() -> None:
     for name, length in (("a", 5), ("b", 5), ("c", 5)):
         scheduler.add(request_of(name, length))
     assert computed(scheduler.schedule()) == [("a", 0, 5), ("b", 0, 5), ("c", 0, 2)]
+
+
+def test_a_short_prompt_passes_a_long_one_which_keeps_a_part() -> None:
+    scheduler = Scheduler(Limits(8, 16, 10), 100, PAGE_SIZE)
+    scheduler.add(request_of("long", 200))
+    advance(scheduler, scheduler.schedule())
+    scheduler.add(request_of("a", 15))
+    for expected in (
+        [("long", 16, 20), ("a", 0, 12)],
+        [("long", 20, 24), ("a", 12, 15)],  # no full step, whose end a's token would wait for
+        [("a", 15, 16), ("long", 24, 39)],
+    ):
+        work = scheduler.schedule()
+        assert computed(work) == expected
+        advance(scheduler, work)
+
+
+def test_a_prompt_of_one_token_does_not_wait_for_a_full_step() -> None:
+    scheduler = Scheduler(Limits(8, 16, 10), 100, PAGE_SIZE)
+    scheduler.add(request_of("long", 200))
+    advance(scheduler, scheduler.schedule())
+    scheduler.add(request_of("a", 1))
+    for expected in ([("a", 0, 1), ("long", 16, 19)], [("a", 1, 2), ("long", 19, 34)]):
+        work = scheduler.schedule()
+        assert computed(work) == expected
+        advance(scheduler, work)
+
+
+def test_the_choices_of_a_request_count_together() -> None:
+    scheduler = Scheduler(Limits(8, 16, 10), 100, PAGE_SIZE)
+    scheduler.add(request_of("many", 6, n=4))
+    scheduler.add(request_of("a", 10))
+    assert computed(scheduler.schedule()) == [("many", 0, 6), ("a", 0, 10)]
+
+
+def test_a_lower_number_is_prefilled_first_and_the_oldest_keeps_a_part() -> None:
+    scheduler = Scheduler(Limits(8, 16, 10), 100, PAGE_SIZE)
+    scheduler.add(request_of("a", 12))
+    scheduler.add(request_of("b", 12))
+    scheduler.add(replace(request_of("urgent", 40), priority=-1))
+    assert computed(scheduler.schedule()) == [("urgent", 0, 12), ("a", 0, 4)]
 
 
 def test_a_prompts_last_token_alone_is_computed_with_the_decodes() -> None:
