@@ -142,7 +142,7 @@ def _router(name: str, config: AppConfig, deployment: type = RouterDeployment) -
 
 
 def held_requests(router: RouterConfig) -> int:
-    """Return how many requests all routers of a model hold at most, running and waiting.
+    """Return how many requests all routers of a model hold at most, each choice as one.
 
     Where their number follows their use that is what the most of them would hold: with fewer, a
     router refuses what it has no room for.

@@ -144,7 +144,10 @@ class RouterConfig(Section):
         "mixture's step computes twice as many rows. At least `max_batch_size`.",
     )
     max_queue_requests: int = Field(
-        default=256, ge=1, description="Requests that may wait. One more is refused."
+        default=256,
+        ge=1,
+        description="Requests that may wait; each choice of a request counts as one. One more is "
+        "refused. A request that waits alone may have more choices.",
     )
     max_queue_tokens: int = Field(
         default=1_048_576,

@@ -83,20 +83,20 @@ class RayUpstream:
         self,
         deployment: Deployment,
         routers: Mapping[str, DeploymentHandle],
-        max_calls: int,
+        max_held: int,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         """``routers`` are handles by model id. Needs a running event loop.
 
-        ``max_calls`` is the number of requests that the routers of one model hold, running and
-        waiting. The gateway refuses more requests itself, since a router's refusal costs as much as
-        an accepted call. ``tls`` encrypts the token links.
+        ``max_held`` is the number of choices that the routers of one model hold, running and
+        waiting. The gateway refuses more itself, since a router's refusal costs as much as an
+        accepted call. ``tls`` encrypts the token links.
         """
         self._deployment = deployment
         deployment.on_end(self._end_requests)
         self._routers = routers
-        self._max_calls = max_calls
-        self._calls: Counter[str] = Counter()
+        self._max_held = max_held
+        self._held: Counter[str] = Counter()
         self._inboxes: dict[str, Inbox] = {}
         self._num_streams = 0
         self._leaving: set[asyncio.Task[None]] = set()
@@ -155,15 +155,16 @@ class RayUpstream:
         address = await self._link.start()
         if self._deployment.is_deleted:
             raise being_deleted()
-        self._check_room(request.model)
+        num_choices = sum(not request.received_of(i).finished for i in range(request.sampling.n))
+        self._check_room(request.model, num_choices)
         with as_current(span):  # Serve sends its context with the call
             call = self._routers[request.model].generate.remote(request.to_wire(), address)
         inbox = Inbox()
         self._inboxes[request.request_id] = inbox
         self._num_streams += request.streamed
         reply = asyncio.create_task(put_reply(call, inbox))
-        self._calls[request.model] += 1
-        reply.add_done_callback(lambda _: self._calls.subtract([request.model]))
+        self._held[request.model] += num_choices
+        reply.add_done_callback(lambda _: self._held.subtract({request.model: num_choices}))
         try:
             while True:
                 pause_s = min(self._num_streams / MESSAGES_PER_S, MAX_PAUSE_S)
@@ -188,10 +189,14 @@ class RayUpstream:
                 call.cancel()
                 reply.cancel()
 
-    def _check_room(self, model: str) -> None:
-        """Raise :class:`OverloadedError` when the routers of a model are full."""
-        if self._calls[model] >= self._max_calls:
-            message = f"the routers are full: they hold {self._max_calls} requests"
+    def _check_room(self, model: str, num_choices: int) -> None:
+        """Raise :class:`OverloadedError` when the routers of a model are full.
+
+        A request alone may have more choices than they hold.
+        """
+        held = self._held[model]
+        if held and held + num_choices > self._max_held:
+            message = f"the routers are full: they hold {held} choices of at most {self._max_held}"
             raise OverloadedError(message, "queue", RETRY_AFTER_S)
 
     def _end_requests(self) -> None:

@@ -53,15 +53,15 @@ class GatewayReplica(GrpcMethods):
         limits: GatewayConfig,
         controller: DeploymentHandle,
         routers: Mapping[str, DeploymentHandle],
-        max_calls: int,
+        max_held: int,
         tls: TlsFiles | None,
     ) -> None:
         """Load the tokenizers and follow the controller; needs a running event loop.
 
         Serve puts handles in the place of ``controller`` and ``routers`` (by model id), which are
-        bound deployments when the application is built. ``max_calls`` is the number of requests
-        that the routers of one model hold. ``models`` are language models and mixtures. ``tls``
-        encrypts links to routers.
+        bound deployments when the application is built. ``max_held`` is the number of choices
+        that the routers of one language model hold, and of pieces of requests that those of a
+        mixture hold. ``models`` are both. ``tls`` encrypts links to routers.
         """
         setup_logging()
         metrics = Metrics()
@@ -86,7 +86,7 @@ class GatewayReplica(GrpcMethods):
             loaded,
             limits,
             RayUpstream(
-                self._deployment, routers, max_calls, None if tls is None else tls.server_context()
+                self._deployment, routers, max_held, None if tls is None else tls.server_context()
             ),
             metrics,
             self._room,
@@ -97,7 +97,7 @@ class GatewayReplica(GrpcMethods):
         self.predictions = PredictionService(
             mixtures,
             limits,
-            Predictions(self._deployment, routers, links, max_calls, metrics.prediction_call),
+            Predictions(self._deployment, routers, links, max_held, metrics.prediction_call),
             metrics,
             self._room,
             tuple(loaded),

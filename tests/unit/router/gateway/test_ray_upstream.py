@@ -42,7 +42,7 @@ from router.observability.tracing import as_current
 from router.retry import RetryBudget, RetryPolicy
 from tests.span_keeper import SpanKeeper
 
-MAX_CALLS = 3
+MAX_HELD = 3
 
 
 def request(timeout_s: float) -> GenerationRequest:
@@ -181,7 +181,7 @@ def upstream(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[RayUpstream,
         samples = Samples(0.0, {})
         routers: Any = {"m": router}
         deployment = Deployment(None, routers, "strict", lambda: True, lambda: samples)
-        return RayUpstream(deployment, routers, MAX_CALLS), router
+        return RayUpstream(deployment, routers, MAX_HELD), router
 
     return make
 
@@ -583,24 +583,62 @@ def test_what_the_routers_cannot_hold_is_refused_without_a_call(
             asked = replace(request(30), request_id=f"r{number}")
             return asyncio.ensure_future(anext(gateway.generate(asked)))
 
-        held = [ask(number) for number in range(MAX_CALLS)]
-        await called(router, MAX_CALLS)
-        with pytest.raises(OverloadedError, match="hold 3 requests") as caught:
-            await ask(MAX_CALLS)
+        held = [ask(number) for number in range(MAX_HELD)]
+        await called(router, MAX_HELD)
+        with pytest.raises(OverloadedError, match="hold 3 choices of at most 3") as caught:
+            await ask(MAX_HELD)
         assert caught.value.retry_after_s == 1.0
-        assert len(router.calls) == MAX_CALLS
+        assert len(router.calls) == MAX_HELD
         held[0].cancel()  # its client leaves
         router.calls[1].reply.set_result({"events": [event(0, "length").to_wire()]})
         await asyncio.wait(held[:2])
         held += [ask(number) for number in (7, 8)]
-        await called(router, MAX_CALLS + 2)
+        await called(router, MAX_HELD + 2)
         with pytest.raises(OverloadedError):
             await ask(9)
         for one in held:
             one.cancel()
         await asyncio.wait(held)
         await asyncio.sleep(0)
-        assert gateway._calls["m"] == 0
+        assert gateway._held["m"] == 0
+        gateway._link.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_choices_are_counted_and_those_that_have_come_are_not(
+    upstream: Callable[[], tuple[RayUpstream, Router]],
+) -> None:
+    async def run() -> None:
+        gateway, router = upstream()
+
+        def ask(number: int, n: int, num_finished: int = 0) -> asyncio.Future[TokenEvent]:
+            asked = replace(
+                request(30),
+                request_id=f"r{number}",
+                sampling=SamplingParams(1, n=n),
+                received=tuple(Received((), i < num_finished) for i in range(n)),
+            )
+            return asyncio.ensure_future(anext(gateway.generate(asked)))
+
+        held = [ask(0, 4, num_finished=2)]
+        await called(router, 1)
+        with pytest.raises(OverloadedError, match="hold 2 choices of at most 3"):
+            await ask(1, 2)
+        held.append(ask(2, 1))
+        await called(router, 2)
+        for one in held:
+            one.cancel()
+        await asyncio.wait(held)
+        await asyncio.sleep(0)
+        held = [ask(3, 9)]  # alone it may have more
+        await called(router, 3)
+        with pytest.raises(OverloadedError, match="hold 9 choices of at most 3"):
+            await ask(4, 1)
+        held[0].cancel()
+        await asyncio.wait(held)
+        await asyncio.sleep(0)
+        assert gateway._held["m"] == 0
         gateway._link.close()
 
     asyncio.run(asyncio.wait_for(run(), 20))
