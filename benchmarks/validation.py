@@ -27,6 +27,7 @@ EVERY_FIELD: dict[str, Any] = {
     "n": 2,
     "timeout_s": 30.0,
     "on_expert_loss": "strict",
+    "priority": 1,
 }
 
 

@@ -41,6 +41,7 @@ COMPLETIONS: tuple[dict[str, Any], ...] = (
         "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 3, "stop": ["x", "\n"], "logprobs": 2,
         "stream": True, "stream_options": {"include_usage": True}, "timeout_s": 5,
         "on_expert_loss": "drop", "ignore_eos": True, "return_token_ids": True, "user": "me",
+        "priority": -1,
     },
 )  # fmt: skip
 CHATS: tuple[dict[str, Any], ...] = (
@@ -134,6 +135,7 @@ def messages(model: str) -> list[bytes]:
         prompt_token_ids=ids,
         timeout_s=5.0,
         on_expert_loss="drop",
+        priority=-1,
         sampling={
             **sampling, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "seed": 3, "ignore_eos": True,
             "logprobs": 2, "n": 2, "stop": ["x"],

@@ -71,6 +71,7 @@ class AsyncClient(AsyncAdminClient):
         model: str = "",
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_expert_loss: str | None = None,
+        priority: int = 0,
     ) -> list[Reply]:
         """Return all choices of a prompt or of messages; see :meth:`router.client.Client.generate`.
 
@@ -78,7 +79,7 @@ class AsyncClient(AsyncAdminClient):
         """
         model = model or await self._first_model()
         attempts = self._session.attempts(
-            prompt, messages, sampling, model, timeout_s, on_expert_loss
+            prompt, messages, sampling, model, timeout_s, on_expert_loss, priority
         )
         with self._session.unknown_model_forgotten():
             while True:
@@ -98,6 +99,7 @@ class AsyncClient(AsyncAdminClient):
         model: str = "",
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_expert_loss: str | None = None,
+        priority: int = 0,
     ) -> AsyncGenerator[Reply, None]:
         """Yield pieces of all choices as they come; see :meth:`router.client.Client.stream`.
 
@@ -106,7 +108,7 @@ class AsyncClient(AsyncAdminClient):
         """
         model = model or await self._first_model()
         attempts = self._session.attempts(
-            prompt, messages, sampling, model, timeout_s, on_expert_loss
+            prompt, messages, sampling, model, timeout_s, on_expert_loss, priority
         )
         with self._session.unknown_model_forgotten():
             while not attempts.all_finished():

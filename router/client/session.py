@@ -111,6 +111,7 @@ class Session:
         model: str,
         timeout_s: float,
         on_expert_loss: str | None,
+        priority: int,
     ) -> Attempts:
         """Return the attempts of a new request, within the client's retry budget.
 
@@ -130,6 +131,8 @@ class Session:
                 request.prompt_token_ids.ids.extend(prompt)
             if on_expert_loss is not None:
                 request.on_expert_loss = on_expert_loss
+            if priority:
+                request.priority = priority
             request.sampling.CopyFrom(sampling_message(sampling or Sampling()))
             if self._retry is not None and not request.sampling.HasField("seed"):
                 request.sampling.seed = secrets.randbits(63)

@@ -70,18 +70,19 @@ class Client(AdminClient):
         model: str = "",
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_expert_loss: str | None = None,
+        priority: int = 0,
     ) -> list[Reply]:
         """Return all choices of a prompt (text or token ids) or of ``messages``, by index.
 
         Exactly one of the two is given. The model's chat template renders ``messages``, and the
         reply is the assistant's next message. An empty ``model`` is the first served model.
         ``on_expert_loss`` is ``strict``, ``next_expert`` or ``drop``; the default is the
-        deployment's. Raises :class:`ExpertMeshError`, and :class:`UnreachableError` when no server
-        answers.
+        deployment's. A request of a lower ``priority`` is handled earlier. Raises
+        :class:`ExpertMeshError`, and :class:`UnreachableError` when no server answers.
         """
         model = model or self._first_model()
         attempts = self._session.attempts(
-            prompt, messages, sampling, model, timeout_s, on_expert_loss
+            prompt, messages, sampling, model, timeout_s, on_expert_loss, priority
         )
         with self._session.unknown_model_forgotten():
             while True:
@@ -101,6 +102,7 @@ class Client(AdminClient):
         model: str = "",
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_expert_loss: str | None = None,
+        priority: int = 0,
     ) -> Generator[Reply, None, None]:
         """Yield pieces of all choices as they come; leaving the loop cancels the request.
 
@@ -109,7 +111,7 @@ class Client(AdminClient):
         """
         model = model or self._first_model()
         attempts = self._session.attempts(
-            prompt, messages, sampling, model, timeout_s, on_expert_loss
+            prompt, messages, sampling, model, timeout_s, on_expert_loss, priority
         )
         with self._session.unknown_model_forgotten():
             while not attempts.all_finished():

@@ -30,6 +30,8 @@ MAX_STOP_CHARS = 256
 DEFAULT_MAX_TOKENS = 16
 ROLES = ("system", "developer", "user", "assistant")
 MAX_MESSAGES = 4096
+PRIORITIES = -(2**63), 2**63 - 1
+"""The lowest and the highest priority, as in vLLM; the lower a request's, the earlier it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +41,10 @@ class RawRequest:
     ``prompt`` is a text or a sequence of token ids. With ``is_chat`` it is a list of messages,
     which the model's chat template renders, and the answer may fill the context. ``sampling`` and
     ``options`` hold only the fields that the client set: those of ``SamplingParams`` and ``stop``;
-    ``timeout_s`` and ``on_expert_loss``. ``prompt_field`` and ``field_names`` are the client's
-    names of fields, and ``sampling_prefix`` stands before the names of ``sampling``. ``streamed``
-    asks for the answer in pieces. ``resume`` has the tokens so far of each choice of a request that
-    goes on.
+    ``timeout_s``, ``on_expert_loss`` and ``priority``. ``prompt_field`` and ``field_names`` are the
+    client's names of fields, and ``sampling_prefix`` stands before the names of ``sampling``.
+    ``streamed`` asks for the answer in pieces. ``resume`` has the tokens so far of each choice of a
+    request that goes on.
     """
 
     model: object
@@ -135,6 +137,7 @@ class Validator:
             streamed=raw.streamed or bool(stops),
             received=_check_resume(raw, model, sampling),
             text_identity=model.info.text_identity,
+            priority=checks.integer(raw.options.get("priority", 0), "priority", *PRIORITIES),
         )
         checked = CheckedRequest(request, model, stops)
         self.check_together([checked], raw.path("max_tokens"))

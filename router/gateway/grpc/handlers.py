@@ -175,7 +175,7 @@ def _raw_request(request: Any, streamed: bool) -> RawRequest:
         sampling=sampling,
         options={
             name: getattr(request, name)
-            for name in ("timeout_s", "on_expert_loss")
+            for name in ("timeout_s", "on_expert_loss", "priority")
             if request.HasField(name)
         },
         prompt_field=prompt_field,

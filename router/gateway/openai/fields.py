@@ -18,7 +18,7 @@ ANY = None
 SAMPLING_FIELDS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "seed", "ignore_eos",
 )  # fmt: skip
-OPTION_FIELDS = ("timeout_s", "on_expert_loss")
+OPTION_FIELDS = ("timeout_s", "on_expert_loss", "priority")
 _COMMON_FIELDS = frozenset(
     {"model", "stream", "stream_options", "return_token_ids", *SAMPLING_FIELDS, *OPTION_FIELDS}
 )

@@ -127,3 +127,16 @@ def test_what_no_message_can_carry_is_refused_before_it_is_sent() -> None:
                     await client.generate("in", sampling, model="tiny")
 
     run(ask("127.0.0.1:1"))
+
+
+def test_the_client_names_a_priority() -> None:
+    upstream = FakeUpstream(goes_on(TEXT))
+
+    async def ask(address: str) -> None:
+        async with AsyncClient(address) as client:
+            await client.generate("in", priority=-1)
+            assert [reply async for reply in client.stream("in", priority=3)]
+
+    with grpc_server(upstream) as address:
+        run(ask(address))
+    assert [request.priority for request in upstream.requests] == [-1, 3]

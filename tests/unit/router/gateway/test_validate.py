@@ -61,9 +61,10 @@ def test_what_is_given_is_taken() -> None:
         ignore_eos=True,
         logprobs=5,
         n=4,
-        options={"timeout_s": 60, "on_expert_loss": "drop"},
+        options={"timeout_s": 60, "on_expert_loss": "drop", "priority": -(2**63)},
     )
     assert checked.request.on_expert_loss == "drop"
+    assert checked.request.priority == -(2**63)
     sampling = checked.request.sampling
     assert checked.request.prompt_token_ids == (5, vocab_size() - 1)
     assert sampling.max_tokens == CONTEXT - 2
@@ -184,6 +185,18 @@ def test_bad_timeouts(bad: Any) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         check(options={"timeout_s": bad})
     assert caught.value.field == "timeout_s"
+
+
+@pytest.mark.parametrize("bad", [2**63, -(2**63) - 1, 1.0, True, "1", [], HUGE])
+def test_bad_priorities(bad: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=f"from {-(2**63)} to {2**63 - 1}") as caught:
+        check(options={"priority": bad})
+    assert caught.value.field == "priority"
+
+
+def test_a_request_has_priority_0_where_it_names_none() -> None:
+    assert check().request.priority == 0
+    assert check(options={"priority": 2**63 - 1}).request.priority == 2**63 - 1
 
 
 @pytest.mark.parametrize("given", [None, "strict", "next_expert", "drop"])

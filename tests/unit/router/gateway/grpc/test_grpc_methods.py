@@ -349,6 +349,16 @@ def test_the_client_generates(client: Client, upstream: FakeUpstream) -> None:
     assert upstream.requests[1].prompt_token_ids == (5, 6)
 
 
+def test_the_client_names_a_priority(client: Client, upstream: FakeUpstream) -> None:
+    for priority in (-(2**63), 7):
+        client.generate("in", priority=priority)
+        list(client.stream("in", priority=priority))
+    client.generate("in")
+    assert [r.priority for r in upstream.requests] == [-(2**63)] * 2 + [7] * 2 + [0]
+    with pytest.raises(InvalidRequestError, match="cannot be sent"):
+        client.generate("in", priority=2**63)
+
+
 def test_the_client_streams(client: Client) -> None:
     pieces = list(client.stream("in", Sampling(stop=["word"])))
     assert "".join(piece.text for piece in pieces) == " was the "

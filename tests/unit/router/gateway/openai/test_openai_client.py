@@ -13,7 +13,8 @@ from tests.unit.gateway_fakes import FakeUpstream, http_app, says
 
 def test_the_openai_client() -> None:
     async def run() -> None:
-        app = http_app(FakeUpstream(says("the word")))
+        upstream = FakeUpstream(says("the word"))
+        app = http_app(upstream)
         transport = httpx.ASGITransport(app)
         client = openai.AsyncOpenAI(
             api_key="none",
@@ -29,8 +30,12 @@ def test_the_openai_client() -> None:
             model="tiny",
             messages=[{"role": "user", "content": "in"}],
             logprobs=True,
-            extra_body={"top_k": 5, "min_p": 0.1, "ignore_eos": True, "return_token_ids": True},
+            extra_body={
+                **{"top_k": 5, "min_p": 0.1, "ignore_eos": True, "return_token_ids": True},
+                "priority": -3,
+            },
         )
+        assert [request.priority for request in upstream.requests] == [0, -3]
         assert answer.choices[0].message.content == "the word"
         stream = await client.chat.completions.create(
             model="tiny",

@@ -95,6 +95,8 @@ def test_what_a_call_takes_of_memory_has_a_limit() -> None:
         (COMPLETIONS, {"return_token_ids": "yes"}, "return_token_ids"),
         (COMPLETIONS, {"timeout_s": 0}, "timeout_s"),
         (COMPLETIONS, {"on_expert_loss": "guess"}, "on_expert_loss"),
+        (COMPLETIONS, {"priority": 0.5}, "priority"),
+        (CHAT, {"priority": "high"}, "priority"),
         (CHAT, {"prompt": "x"}, "prompt"),
         (CHAT, {"tools": [{"type": "function"}]}, "tools"),
         (CHAT, {"tool_choice": "required"}, "tool_choice"),
