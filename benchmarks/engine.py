@@ -240,7 +240,7 @@ class Bench:
         self._engine = TimedEngine(
             model,
             layers,
-            HeldScheduler(limits, model.num_pages, model.attention.page_size),
+            HeldScheduler(limits, model.num_pages, model.attention.page_size, model.even_context),
             frozenset(),
             self._collector,
         )

@@ -193,7 +193,7 @@ class LocalCluster:
             self.checkpoint, TORCH_DTYPES[dtype], cache_tokens, self.layers, device
         )
         page_size = self.model.attention.page_size
-        self.scheduler = Scheduler(limits, self.model.num_pages, page_size)
+        self.scheduler = Scheduler(limits, self.model.num_pages, page_size, self.model.even_context)
         self._outcomes: defaultdict[str, list[TokenEvent | ExpertMeshError]] = defaultdict(list)
         self._changed = threading.Condition()
         eos = self.checkpoint.config["eos_token_id"]

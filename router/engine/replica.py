@@ -114,7 +114,9 @@ class RouterReplica:
         layers = MoELayers(self._dispatcher, WeightedSums(), limit)
         self._device = device_of(config.device, config.num_gpus, "args.router.device")
         dense, self._kernel_class = _load_dense(model, config, layers, self._device)
-        self._scheduler = Scheduler(_limits_of(config), dense.num_pages, dense.attention.page_size)
+        self._scheduler = Scheduler(
+            _limits_of(config), dense.num_pages, dense.attention.page_size, dense.even_context
+        )
         self._engine = Engine(
             dense,
             layers,

@@ -10,6 +10,7 @@ nor short prompts.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -34,13 +35,20 @@ class Limits:
 class Scheduler:
     """Holds all sequences of a router replica; used by the engine's thread alone."""
 
-    def __init__(self, limits: Limits, num_pages: int, page_size: int) -> None:
-        """Start empty with ``num_pages`` pages of cache, of ``page_size`` tokens each."""
+    def __init__(
+        self, limits: Limits, num_pages: int, page_size: int, even_context: float = math.inf
+    ) -> None:
+        """Start empty with ``num_pages`` pages of cache, of ``page_size`` tokens each.
+
+        ``even_context`` is that of :class:`router.model.model.MoEModel`.
+        """
         self._limits = limits
+        self._even_context = even_context
         self._pool = PagePool(num_pages, page_size)
         self.num_pages = num_pages
         self.waiting = WaitingSequences(num_pages, page_size)
         self._arrivals = itertools.count()
+        self._left_out = False
         self.running: list[Sequence] = []
 
     def add(self, request: GenerationRequest) -> list[Sequence]:
@@ -103,12 +111,32 @@ class Scheduler:
             budget = max(self._limits.max_batch_tokens - len(works), 0 if works else 1)
             prompts = [s for s in ready if s.num_computed < len(s.token_ids) - 1]
             ends_others = any(not s.num_generated for s in decodes)
-            shares = divide(_prompts_of(prompts), budget, ends_others)
+            # Every second step at least computes some of the oldest prompt.
+            leaves_out = not self._left_out
+            shares = divide(self._prompts_of(prompts), budget, ends_others, leaves_out)
+            self._left_out = leaves_out and not all(shares)
             for sequence, share in zip(prompts, shares, strict=True):
                 if share:
                     start = sequence.num_computed
                     works.append(Work(sequence, start, start + share))
         return works
+
+    def _prompts_of(self, sequences: list[Sequence]) -> list[Prompt]:
+        left = [len(s.token_ids) - s.num_computed for s in sequences]
+        request_left: Counter[str] = Counter()
+        for sequence, num_tokens in zip(sequences, left, strict=True):
+            request_left[sequence.request.request_id] += num_tokens
+        return [
+            Prompt(
+                num_tokens,
+                request_left[sequence.request.request_id],
+                len(sequence.token_ids),
+                sequence.request.priority,
+                sequence.arrival,
+                1 + sequence.num_computed / self._even_context,
+            )
+            for sequence, num_tokens in zip(sequences, left, strict=True)
+        ]
 
     def _admit(self) -> None:
         if not self.waiting:
@@ -149,20 +177,3 @@ class Scheduler:
     def num_free_pages(self) -> int:
         """The number of free cache pages."""
         return self._pool.num_free
-
-
-def _prompts_of(sequences: list[Sequence]) -> list[Prompt]:
-    left = [len(s.token_ids) - s.num_computed for s in sequences]
-    request_left: Counter[str] = Counter()
-    for sequence, num_tokens in zip(sequences, left, strict=True):
-        request_left[sequence.request.request_id] += num_tokens
-    return [
-        Prompt(
-            num_tokens,
-            request_left[sequence.request.request_id],
-            len(sequence.token_ids),
-            sequence.request.priority,
-            sequence.arrival,
-        )
-        for sequence, num_tokens in zip(sequences, left, strict=True)
-    ]

@@ -8,6 +8,7 @@ stands where the experts were, so a router never reads or holds an expert's weig
 from __future__ import annotations
 
 import importlib
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from cluster.wire.tensors import dtype_name, from_array
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import read_tensor
 from experts.families.base import Family
-from router.model.attention_choice import choose_attention, make_cache
+from router.model.attention_choice import choose_attention, head_size, make_cache
 from router.model.decoder import AttentionHalf, Decoder
 from router.model.grok import register_grok
 from router.model.latent_attention import LATENT_ATTENTION_NAME, keep_latents, latent_attention
@@ -127,7 +128,8 @@ class MoEModel:
     """A model without its experts: its ``decoder``, with a cache of ``num_pages`` pages.
 
     ``attention`` makes the views of the steps that ``decoder`` runs. ``is_native`` is true where
-    native code computes every layer.
+    native code computes every layer. ``even_context`` is the number of earlier tokens that cost a
+    token as much to attend to as all of its products with weights do.
     """
 
     def __init__(
@@ -155,6 +157,7 @@ class MoEModel:
         window: int | None = own_value(config, "sliding_window") or None
         self.attention = choose_attention(family, config, window, dtype, device)
         self.num_pages = pages_needed(cache_tokens, self.attention.page_size)
+        self.even_context = _even_context(model, checkpoint)
         model.to(device)
         staging = None if device == CPU else Staging(device)
         take_gates(model, checkpoint)
@@ -177,6 +180,24 @@ class MoEModel:
             staging,
         )
         give_back_freed()
+
+
+def _even_context(model: Any, checkpoint: Checkpoint) -> float:
+    """Return :attr:`MoEModel.even_context`, counted in multiplications."""
+    config, shape = model.config, checkpoint.shape
+    base = model.base_model
+    num_weights = sum(weight.numel() for weight in base.parameters())
+    num_weights -= base.get_input_embeddings().weight.numel()
+    num_weights += len(shape.layers) * shape.num_experts_per_tok * shape.expert_parameters
+    if checkpoint.family.caches_latents:
+        pair_size = 2 * config.kv_lora_rank + config.qk_rope_head_dim
+    else:
+        pair_size = 2 * head_size(config)
+    num_layers = config.num_hidden_layers
+    if any(windows := _layers_with_window(config)):
+        num_layers = len(windows) - sum(windows)
+    per_token = num_layers * config.num_attention_heads * pair_size
+    return num_weights / per_token if per_token else math.inf
 
 
 def _layers_with_window(config: Any) -> tuple[bool, ...]:

@@ -18,9 +18,10 @@ def prompt(
     length: int | None = None,
     request_left: int | None = None,
     priority: int = 0,
+    cost: float = 1.0,
 ) -> Prompt:
     """A prompt, by default of its own request and not begun."""
-    return Prompt(left, request_left or left, length or left, priority, arrival)
+    return Prompt(left, request_left or left, length or left, priority, arrival, cost)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,42 @@ def test_shares_of_a_step_of_a_hundred_tokens(prompts: list[Prompt], shares: lis
 def test_a_step_that_ends_a_prompt_by_itself_holds_long_ones_back_too() -> None:
     assert divide([prompt(9000, 0)], 100, ends_others=True) == [25]
     assert divide([prompt(700, 0)], 100, ends_others=True) == [100]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shares"),
+    [
+        ([prompt(9000, 0, cost=5.0), prompt(10, 1)], [5, 10]),  # as if they were 25
+        ([prompt(9000, 0, cost=99.0), prompt(10, 1)], [1, 10]),  # it always goes on
+        ([prompt(9000, 0, cost=20.0), prompt(9000, 1, cost=3.0), prompt(10, 2)], [1, 1, 10]),
+        ([prompt(9000, 0, cost=5.0)], [100]),  # nobody waits
+        ([prompt(300, 0, cost=5.0), prompt(60, 1)], [40, 60]),  # nor is it long
+    ],
+)
+def test_a_part_is_less_where_a_token_attends_to_many(
+    prompts: list[Prompt], shares: list[int]
+) -> None:
+    assert divide(prompts, 100) == shares
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shares"),
+    [
+        ([prompt(9000, 0), prompt(10, 1)], [0, 10]),
+        ([prompt(9000, 0), prompt(70, 1), prompt(70, 2)], [0, 70, 30]),
+        ([prompt(9000, 0)], [100]),  # nobody waits
+        ([prompt(9000, 0), prompt(300, 1)], [25, 75]),  # nor does the step end it
+        ([prompt(30, 0, length=9000), prompt(10, 1)], [0, 10]),
+    ],
+)
+def test_a_long_prompt_may_be_left_out_of_a_step_that_ends_others(
+    prompts: list[Prompt], shares: list[int]
+) -> None:
+    assert divide(prompts, 100, leaves_out=True) == shares
+
+
+def test_a_step_that_ends_a_prompt_by_itself_may_leave_long_ones_out() -> None:
+    assert divide([prompt(9000, 0)], 100, ends_others=True, leaves_out=True) == [0]
 
 
 def test_a_request_of_several_choices_counts_as_all_of_them() -> None:

@@ -241,19 +241,33 @@ def test_several_prompts_share_the_budget_in_order() -> None:
     assert computed(scheduler.schedule()) == [("a", 0, 5), ("b", 0, 5), ("c", 0, 2)]
 
 
-def test_a_short_prompt_passes_a_long_one_which_keeps_a_part() -> None:
+def test_short_prompts_pass_a_long_one_which_is_left_out_of_every_second_step_at_most() -> None:
     scheduler = Scheduler(Limits(8, 16, 10), 100, PAGE_SIZE)
     scheduler.add(request_of("long", 200))
     advance(scheduler, scheduler.schedule())
-    scheduler.add(request_of("a", 15))
+    for name in "ab":
+        scheduler.add(request_of(name, 15))
     for expected in (
-        [("long", 16, 20), ("a", 0, 12)],
-        [("long", 20, 24), ("a", 12, 15)],  # no full step, whose end a's token would wait for
-        [("a", 15, 16), ("long", 24, 39)],
+        [("a", 0, 15), ("b", 0, 1)],
+        [("a", 15, 16), ("long", 16, 19), ("b", 1, 13)],
+        [("a", 16, 17), ("b", 13, 15)],  # no full step, whose end b's token would wait for
+        [("a", 17, 18), ("b", 15, 16), ("long", 19, 33)],
     ):
         work = scheduler.schedule()
         assert computed(work) == expected
         advance(scheduler, work)
+
+
+def test_a_long_prompts_part_is_less_the_further_it_has_come() -> None:
+    scheduler = Scheduler(Limits(8, 64, 10), 100, PAGE_SIZE, even_context=128)
+    scheduler.add(request_of("long", 1000))
+    for _ in range(6):
+        advance(scheduler, scheduler.schedule())
+    for name in "ab":
+        scheduler.add(request_of(name, 60))
+    advance(scheduler, scheduler.schedule())
+    # A token after 384 others costs as much as 4 without.
+    assert computed(scheduler.schedule()) == [("a", 60, 61), ("long", 384, 387), ("b", 4, 60)]
 
 
 def test_a_prompt_of_one_token_does_not_wait_for_a_full_step() -> None:
@@ -261,7 +275,7 @@ def test_a_prompt_of_one_token_does_not_wait_for_a_full_step() -> None:
     scheduler.add(request_of("long", 200))
     advance(scheduler, scheduler.schedule())
     scheduler.add(request_of("a", 1))
-    for expected in ([("a", 0, 1), ("long", 16, 19)], [("a", 1, 2), ("long", 19, 34)]):
+    for expected in ([("a", 0, 1)], [("a", 1, 2), ("long", 16, 31)]):
         work = scheduler.schedule()
         assert computed(work) == expected
         advance(scheduler, work)

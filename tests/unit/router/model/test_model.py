@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import subprocess
@@ -22,6 +23,7 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from router.model.model import load_dense
 from router.model.parts import RemoteExperts, take_gates, torch_attention
 from tests.checkpoints import save_mixtral
+from tests.local_cluster import LocalCluster
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +223,16 @@ def test_loading_a_router_takes_no_memory_for_the_experts(
         assert grown_mb < experts_mb / 10
     else:
         assert grown_mb > experts_mb  # the measurement sees experts where there are some
+
+
+def test_a_token_attends_to_so_many_others_at_the_cost_of_its_products(tmp_path: Path) -> None:
+    save_mixtral(tmp_path, num_hidden_layers=2)
+    attention, gate, experts = 2 * 64 * 64 + 2 * 64 * 32, 64 * 8, 2 * 3 * 64 * 96
+    norms = 2 * 2 * 64 + 64
+    weights = 2 * (attention + gate + experts) + norms
+    assert LocalCluster(tmp_path, threaded=False).model.even_context == weights / (2 * 4 * 2 * 16)
+
+
+def test_windows_that_bound_all_layers_make_no_token_dearer(tmp_path: Path) -> None:
+    save_mixtral(tmp_path, num_hidden_layers=1, sliding_window=32)
+    assert LocalCluster(tmp_path, threaded=False).model.even_context == math.inf
