@@ -201,7 +201,8 @@ class GatewayConfig(Section):
     max_ongoing_requests: int = Field(
         default=1024,
         ge=1,
-        description="Requests in progress in one gateway. One more is refused.",
+        description="Requests in progress in one gateway. One more is refused. Where it serves "
+        "several models, half of an even share is kept for each.",
     )
     max_body_bytes: int = Field(
         default=4 * 1024 * 1024,

@@ -72,7 +72,7 @@ def service() -> PredictionService:
     limits = GatewayConfig()
     mixtures = {MODEL: ServedMixture(source, spec, "now")}
     upstream: Any = _Rows()  # what a service calls of the routers
-    return PredictionService(mixtures, limits, upstream, Metrics(), Room(limits))
+    return PredictionService(mixtures, limits, upstream, Metrics(), Room(limits, list(mixtures)))
 
 
 def http() -> Target:

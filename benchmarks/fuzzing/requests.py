@@ -66,7 +66,7 @@ def service() -> GenerationService:
     model = GatewayModel(info, Tokenizer.load(str(folder), info.eos_token_ids))
     upstream: Any = None
     limits = GatewayConfig()
-    return GenerationService({MODEL: model}, limits, upstream, Metrics(), Room(limits))
+    return GenerationService({MODEL: model}, limits, upstream, Metrics(), Room(limits, [MODEL]))
 
 
 def http() -> Target:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from types import TracebackType
 from typing import Any
 
@@ -91,11 +91,58 @@ class Budget:
 
     def _take(self, amount: int) -> None:
         if self.taken + amount > self._limit:
-            raise OverloadedError(
-                f"the gateway is full: at most {self._limit} {self._unit} at one time",
-                retry_after_s=RETRY_AFTER_S,
-            )
+            raise _full(f"at most {self._limit} {self._unit} at one time")
         self.taken += amount
+
+    def _give_back(self, amount: int) -> None:
+        self.taken -= amount
+
+
+class Places(Budget):
+    """The places of requests, which models share: half of an even share is kept for each model.
+
+    So a model whose requests end late, or come in crowds, leaves places for the others.
+    """
+
+    def __init__(self, limit: int, models: Collection[str]) -> None:
+        """``models`` are the ids of the served models; one alone may take all places."""
+        super().__init__(limit, "requests")
+        self._kept = limit // (2 * max(1, len(models)))
+        self._models = {model: _ModelPlaces(self, limit, model) for model in models}
+
+    def share_of(self, model: str) -> Share:
+        """Return an empty share of a model's request; see :meth:`Budget.share`."""
+        return self._models[model].share()
+
+    def kept_for_others(self, model: str) -> int:
+        """Return the free places that are kept for other models."""
+        others = (own for own in self._models.values() if own.model != model)
+        return sum(max(0, self._kept - own.taken) for own in others)
+
+
+class _ModelPlaces(Budget):
+    """One model's part of the places."""
+
+    def __init__(self, places: Places, limit: int, model: str) -> None:
+        super().__init__(limit, "requests")
+        self.model = model
+        self._places = places
+
+    def _take(self, amount: int) -> None:
+        kept = self._places.kept_for_others(self.model)
+        if self._places.taken + amount > self._limit - kept:
+            others = f", {kept} of them kept for other models" if kept else ""
+            raise _full(f"at most {self._limit} requests at one time{others}")
+        self._places.taken += amount
+        self.taken += amount
+
+    def _give_back(self, amount: int) -> None:
+        self._places.taken -= amount
+        self.taken -= amount
+
+
+def _full(reason: str) -> OverloadedError:
+    return OverloadedError(f"the gateway is full: {reason}", retry_after_s=RETRY_AFTER_S)
 
 
 class Share:
@@ -118,16 +165,16 @@ class Share:
 
     def give_back(self) -> None:
         """Give back everything that was taken; a second call does nothing."""
-        self._budget.taken -= self._amount
+        self._budget._give_back(self._amount)
         self._amount = 0
 
 
 class Room:
     """The room of a gateway, which its services share: ``places`` of requests, ``bodies``."""
 
-    def __init__(self, limits: GatewayConfig) -> None:
+    def __init__(self, limits: GatewayConfig, models: Collection[str]) -> None:
         self._max_requests = limits.max_ongoing_requests
-        self.places = Budget(limits.max_ongoing_requests, "requests")
+        self.places = Places(limits.max_ongoing_requests, models)
         self.bodies = Budget(BODIES_AT_ONCE * limits.max_body_bytes, "bytes of bodies")
 
     def use(self) -> float:

@@ -129,7 +129,7 @@ class GenerationService:
         Raises :class:`ExpertMeshError`. Closing or cancelling the generator ends the request
         upstream, and so does a client that does not read. Counts the outcome.
         """
-        with self.room.places.share() as place:
+        with self.room.places.share_of(checked.request.model) as place:
             with self.metrics.refusals(surface):
                 place.take(1)
 

@@ -75,7 +75,7 @@ class GatewayReplica(GrpcMethods):
             partial(app_is_wanted, serve.get_replica_context().app_name),
             metrics.samples,
         )
-        self._room = Room(limits)
+        self._room = Room(limits, [model.id for model in models])
         process = ProcessStatus(os.getpid(), ray.get_runtime_context().get_node_id())
         self.admin = Admin(
             controller, lambda: ProcessSamples("gateway", process, metrics.samples())

@@ -318,7 +318,7 @@ def services(
     """The services over ``tiny``, ``bare`` without a chat template, and mixtures."""
     limits = limits or GatewayConfig()
     both = {"tiny": served(), "bare": served("bare", None)}
-    metrics, room = Metrics(), Room(limits)
+    metrics, room = Metrics(), Room(limits, [*both, *MIXTURES])
     generation = GenerationService(both, limits, upstream, metrics, room, tuple(MIXTURES))
     fake = predictions or FakePredictions()
     return generation, prediction_service(fake, limits, metrics, room, tuple(both))

@@ -82,7 +82,7 @@ class PredictionService:
         :class:`ExpertMeshError`; a cancellation ends the request upstream.
         """
         model_id, num_rows = checked.request.model, checked.request.num_rows
-        with self.room.places.share() as place:
+        with self.room.places.share_of(model_id) as place:
             with self.metrics.refusals(surface):
                 place.take(1)
             started_at_s = time.monotonic()

@@ -14,6 +14,7 @@ import pytest
 from cluster.errors import DeadlineExceededError, OverloadedError, SlowReaderError
 from router.client import Client, Sampling
 from router.config import GatewayConfig
+from router.gateway.limits import Places
 from router.gateway.service import Delta, GenerationService
 from router.gateway.validate import RawRequest
 from router.messages.request import GenerationRequest, TokenEvent
@@ -185,3 +186,36 @@ def test_an_http_stream_that_is_not_read_ends_with_its_reason() -> None:
             assert piece, "the server left without a word"
             rest += piece
         assert b"not read for 0.05 s" in rest[-1000:]
+
+
+def test_a_model_leaves_half_of_an_even_share_to_each_other_one() -> None:
+    places = Places(12, ["a", "b", "c"])  # two are kept for each
+    with places.share_of("a") as crowd:
+        crowd.take(8)
+        with pytest.raises(
+            OverloadedError, match=r"at most 12 .*, 4 of them kept for other"
+        ) as full:
+            crowd.take(1)
+        assert full.value.retry_after_s == 1.0
+        with places.share_of("b") as other, places.share_of("c") as third:
+            other.take(2)
+            with pytest.raises(OverloadedError, match="2 of them kept for other models"):
+                other.take(1)
+            third.take(1)
+            with pytest.raises(OverloadedError):
+                crowd.take(1)
+            third.take(1)
+            assert places.taken == 12
+            with pytest.raises(OverloadedError, match=r"at most 12 requests at one time$"):
+                third.take(1)
+        assert places.taken == 8
+    assert places.taken == 0
+
+
+def test_one_model_alone_may_take_all_places() -> None:
+    places = Places(3, ["a"])
+    with places.share_of("a") as crowd:
+        crowd.take(3)
+        with pytest.raises(OverloadedError, match=r"at most 3 requests at one time$"):
+            crowd.take(1)
+    assert places.taken == 0

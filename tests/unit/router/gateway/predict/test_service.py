@@ -16,7 +16,7 @@ from router.gateway.predict.tensors import RawTensor
 from router.gateway.predict.v2_grpc import PredictionHandlers
 from router.gateway.predict.validate import RawPrediction
 from router.messages.prediction import PredictionReply
-from tests.unit.prediction_fakes import FakePredictions, prediction_service
+from tests.unit.prediction_fakes import MIXTURES, FakePredictions, prediction_service
 from tests.unit.router.gateway.predict.v2_calls import Infer, Tensor, grpc_message, tensor
 
 PIXELS = tensor("pixels", np.ones((5, 4), np.float32))
@@ -31,7 +31,9 @@ def upstream() -> FakePredictions:
 
 @pytest.fixture
 def service(upstream: FakePredictions) -> PredictionService:
-    return prediction_service(upstream, LIMITS, Metrics(), Room(LIMITS), ("tiny",))
+    return prediction_service(
+        upstream, LIMITS, Metrics(), Room(LIMITS, [*MIXTURES, "tiny"]), ("tiny",)
+    )
 
 
 def counted(service: PredictionService, name: str, **labels: str) -> float:
