@@ -19,9 +19,9 @@ class ActorStatus:
     ``experts`` are (model, layer, expert), ``tokens`` the rows that the actor has computed,
     ``weight_bytes`` the size of the experts' weights in the device's memory. ``kernels`` has the
     kernel class of each language model's experts. ``silence`` says since when the controller does
-    not hear the actor and why it is kept; it is empty for an actor that answers. ``slowness`` is how many times as long as its
-    twins, the other actors of its pool, it takes for like work; 0 where routers measure none.
-    ``is_slow`` says that this has been too long for a while.
+    not hear the actor and why it is kept; it is empty for an actor that answers. ``slowness`` is
+    how many times as long as its twins, the other actors of its pool, it takes for like work; 0
+    where routers measure none. ``is_slow`` says that this has been too long for a while.
     """
 
     actor_id: str

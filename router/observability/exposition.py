@@ -84,10 +84,12 @@ def _add_cluster(samples: _Samples, status: ClusterStatus) -> None:
                 labels = {"model_name": kernels.model, "kind": kind}
                 labels["kernel_class"] = count.kernel_class
                 _gauge(samples, catalogue.KERNELS, count.processes, **labels)
-    for actor in status.failing:
-        _gauge(samples, catalogue.ACTOR_DEATHS, actor.deaths, actor_id=actor.actor_id)
-        _gauge(samples, catalogue.ACTOR_RETRY, actor.retry_in_s, actor_id=actor.actor_id)
-        _gauge(samples, catalogue.ACTOR_MISSING_BYTES, actor.missing_bytes, actor_id=actor.actor_id)
+    for failing in status.failing:
+        _gauge(samples, catalogue.ACTOR_DEATHS, failing.deaths, actor_id=failing.actor_id)
+        _gauge(samples, catalogue.ACTOR_RETRY, failing.retry_in_s, actor_id=failing.actor_id)
+        _gauge(
+            samples, catalogue.ACTOR_MISSING_BYTES, failing.missing_bytes, actor_id=failing.actor_id
+        )
 
 
 def _add_actor(samples: _Samples, report: ActorReport) -> None:
