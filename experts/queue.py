@@ -104,9 +104,21 @@ class FrameQueue:
             yield
 
     def _compute_alone(self, frame: DispatchFrame) -> RowsFrame | ErrorFrame:
-        """Compute a frame of the actor's own beside no other; raises what its experts raise."""
-        with self.idle():
+        """Compute a frame of the actor's own beside no other; raises what its experts raise.
+
+        Where it hangs, other frames wait in the queue, by which the controller notices the hang.
+        """
+        with self._lock:
+            while self._computing:
+                self._wait()
+            self._computing = True
+        try:
             [answer] = self._bank.compute([frame])
+        finally:
+            with self._lock:
+                self._computing = False
+                if self._blocked:
+                    self._changed.notify_all()
         return answer
 
     def compute_all(self, data: Sequence[Buffer]) -> Iterator[Buffers]:

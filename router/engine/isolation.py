@@ -68,7 +68,7 @@ class Isolation:
         Both take turns. Each request at which the step raises is ended with an error.
         """
         suspects = [work for work in due if work.sequence.is_suspect]
-        others = [work for work in due if not work.sequence.is_suspect]
+        others = [work for work in due if work not in suspects] if suspects else due
         if not suspects or (self._was_alone and others):
             self._was_alone = False
             self._compute(others)

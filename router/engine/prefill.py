@@ -7,6 +7,7 @@ the borders of chunks, so the order changes no answer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -41,45 +42,54 @@ def divide(
     The prompts take the rest in the order of priority, then of the tokens that their requests have
     left, then of arrival; each takes as much as it can. In a step that ends prompts, the long ones
     (:data:`LONG_CHUNKS`) that it does not end have one part together, or nothing with
-    ``leaves_out``, so that the first tokens do not wait for a full step. ``ends_others`` says that
-    the step ends prompts that are not here.
+    ``leaves_out``, so that the first tokens do not wait for a full step. A long prompt that is more
+    urgent than all short ones is not held back. ``ends_others`` says that the step ends prompts
+    that are not here.
     """
+    gives_way = _which_give_way(prompts, budget)
     if leaves_out:
-        is_long = [_is_long(prompt, budget) for prompt in prompts]
-        short = [prompt for prompt, long in zip(prompts, is_long, strict=True) if not long]
-        shares = _divide(short, budget, ends_others)
-        if ends_others or any(s == p.left for p, s in zip(short, shares, strict=True)):
-            rest_of_shares = iter(shares)
-            return [0 if long else next(rest_of_shares) for long in is_long]
-    return _divide(prompts, budget, ends_others)
+        others = [p for p, waits in zip(prompts, gives_way, strict=True) if not waits]
+        shares = _divide(others, [False] * len(others), budget, ends_others)
+        if ends_others or any(s == p.left for p, s in zip(others, shares, strict=True)):
+            shares_left = iter(shares)
+            return [0 if waits else next(shares_left) for waits in gives_way]
+    return _divide(prompts, gives_way, budget, ends_others)
 
 
-def _divide(prompts: Sequence[Prompt], budget: int, ends_others: bool) -> list[int]:
+def _which_give_way(prompts: Sequence[Prompt], budget: int) -> list[bool]:
+    """Return which prompts are long, and not more urgent than all short ones."""
+    is_long = [prompt.length > LONG_CHUNKS * budget for prompt in prompts]
+    urgent = min(
+        (p.priority for p, long in zip(prompts, is_long, strict=True) if not long),
+        default=-math.inf,
+    )
+    return [long and p.priority >= urgent for p, long in zip(prompts, is_long, strict=True)]
+
+
+def _divide(
+    prompts: Sequence[Prompt], gives_way: Sequence[bool], budget: int, ends_prompts: bool
+) -> list[int]:
     shares = [0] * len(prompts)
     if budget <= 0 or not prompts:
         return shares
     part = max(1, budget // PARTS)
     oldest = min(range(len(prompts)), key=lambda i: prompts[i].arrival)
     shares[oldest] = min(max(1, int(part / prompts[oldest].cost)), prompts[oldest].left)
-    ends_prompts = ends_others or shares[oldest] == prompts[oldest].left
+    ends_prompts = ends_prompts or shares[oldest] == prompts[oldest].left
     rest, long_rest = budget - shares[oldest], float(part)
-    if _is_long(prompts[oldest], budget):
+    if gives_way[oldest]:
         long_rest -= shares[oldest] * prompts[oldest].cost
     for index in sorted(range(len(prompts)), key=lambda i: _turn(prompts[i])):
         prompt = prompts[index]
         more = min(prompt.left - shares[index], rest)
         ends = shares[index] + more == prompt.left
-        if ends_prompts and not ends and _is_long(prompt, budget):
+        if ends_prompts and not ends and gives_way[index]:
             more = min(more, max(0, int(long_rest / prompt.cost)))
             long_rest -= more * prompt.cost
         shares[index] += more
         rest -= more
         ends_prompts = ends_prompts or ends
     return shares
-
-
-def _is_long(prompt: Prompt, budget: int) -> bool:
-    return prompt.length > LONG_CHUNKS * budget
 
 
 def _turn(prompt: Prompt) -> tuple[int, int, int]:

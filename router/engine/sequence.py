@@ -65,8 +65,7 @@ class Sequence:
     @property
     def is_suspect(self) -> bool:
         """Whether the tokens that are due may end a process, so that they are computed alone."""
-        is_tried = self.num_generated < len(self.forced) + ALONE_TOKENS
-        if self.request.alone and is_tried:
+        if self.request.alone and self.num_generated < len(self.forced) + ALONE_TOKENS:
             return True
         return self.deaths is not None and self.deaths.is_suspect
 

@@ -18,8 +18,6 @@ from dataclasses import dataclass, replace
 
 import ray
 from opentelemetry.trace import Span
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from cluster.errors import (
@@ -37,6 +35,7 @@ from router.gateway.limits import RETRY_AFTER_S
 from router.gateway.resend import (
     RESEND,
     RESEND_TOKENS,
+    ROUTER_LOST,
     TOLD_S,
     RouterDeaths,
     failure_of,
@@ -141,7 +140,7 @@ class RayUpstream:
                     if delay_s is None:
                         raise
                     await asyncio.sleep(delay_s)
-                except (RayActorError, DeploymentUnavailableError, OverloadedError) as error:
+                except (*ROUTER_LOST, OverloadedError) as error:
                     delay_s = resend_delay_s(error, retries, number > 0, request.remaining_s())
                     logger.warning("a router was lost (%s); sending again", type(error).__name__)
                     await asyncio.sleep(max(delay_s, TOLD_S) if deaths.ask_alone else delay_s)

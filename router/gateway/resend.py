@@ -9,7 +9,13 @@ from __future__ import annotations
 
 import logging
 
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from cluster.errors import (
@@ -26,6 +32,9 @@ RESEND_TOKENS = 8192
 """The budget for sending requests again. When a router dies, a gateway may lose all of its requests
 at once; sending them again must take less than half of the budget."""
 
+ROUTER_LOST = (RayActorError, NodeDiedError, OutOfMemoryError, DeploymentUnavailableError)
+"""The errors of a call whose router is lost. Ray has one of its own for a process that it ends
+because a node's memory is full."""
 MOST_TOGETHER = 2
 """Deaths of routers without progress until their request is computed alone."""
 MOST_DEATHS = 6
@@ -59,7 +68,7 @@ def resend_delay_s(
 
 def failure_of(error: BaseException) -> BaseException:
     """Return an error for the client, or an error that means that the request is sent again."""
-    if isinstance(error, (RayActorError, DeploymentUnavailableError, ExpertMeshError)):
+    if isinstance(error, (*ROUTER_LOST, ExpertMeshError)):
         return error
     if isinstance(error, BackPressureError):
         return OverloadedError("the router's queue is full", "queue", 1.0)
@@ -98,7 +107,7 @@ class RouterDeaths:
         Raises :class:`PoisonedRequestError` where the request is at fault.
         """
         was_alone, self.is_alone = self.is_alone, False
-        if not isinstance(error, ActorDiedError) or CRASHED not in str(error):
+        if not _is_crash(error):
             return
         self._times = 1 if num_tokens > self._num_tokens else self._times + 1
         self._num_tokens = num_tokens
@@ -108,3 +117,10 @@ class RouterDeaths:
         if self._times >= MOST_DEATHS:
             message = f"{self._times} routers ended one after the other while they had this request"
             raise PoisonedRequestError(message)
+
+
+def _is_crash(error: BaseException) -> bool:
+    """Return whether a router's process ended by itself, or since memory was full."""
+    if isinstance(error, ActorDiedError):
+        return CRASHED in str(error)
+    return isinstance(error, OutOfMemoryError)

@@ -37,6 +37,11 @@ MOST_TIMES = 16.0
 SLOW = 1.5
 """An actor that takes so many times as long as the fastest is asked by its time. Below it, actors
 count as equal, so that noise decides nothing."""
+USUAL_WEIGHT = 0.1
+"""The weight of a batch in the time of a usual part."""
+LEAST_S = 0.00025
+"""Times of usual parts that differ by less count as equal: as long as the router itself takes to
+send and to read."""
 FRESH_S = 60.0
 """How long after its latest answer an actor's slowness is reported."""
 _SWEEPS = 10
@@ -94,6 +99,8 @@ class AnswerTimes:
         self._products = np.zeros((3, 4))
         """Sums over earlier answers, relative to their expected times, of products of columns."""
         self._costs: np.ndarray | None = None
+        self._usual_s = 0.0
+        """How long the fastest actor takes for the mean part of the latest answers."""
         self._known: dict[Actor, _Known] = {}
         self._judgement: Judgement | None = None
 
@@ -135,7 +142,9 @@ class AnswerTimes:
     def _judged(self) -> dict[Actor, float]:
         logs = {a: k.log for a, k in self._known.items() if k.answers >= LEAST_ANSWERS}
         least = min(logs.values(), default=0.0)
-        return {actor: math.exp(log - least) for actor, log in logs.items()}
+        judged = {actor: math.exp(log - least) for actor, log in logs.items()}
+        least_times = 1.0 + LEAST_S / self._usual_s if self._usual_s else math.inf
+        return {actor: times if times >= least_times else 1.0 for actor, times in judged.items()}
 
     def _learn(self, now_s: float) -> None:
         """Take a batch into account, first for the actors' slowness, then for the costs."""
@@ -146,6 +155,7 @@ class AnswerTimes:
             expected_s = took_s
         else:
             expected_s = np.maximum(work[:, :3] @ self._costs, 1e-6)
+            self._usual_s += USUAL_WEIGHT * (float(expected_s.mean()) - self._usual_s)
             logs = np.log(np.clip(took_s / expected_s, 1 / MOST_TIMES, MOST_TIMES))
             for actor, log in zip(batch.actors, logs.tolist(), strict=True):
                 self._average(actor, log, now_s)

@@ -28,10 +28,12 @@ from cluster.placement.placement import Placement
 from cluster.spec import model_id_of
 from cluster.transport.base import Call, CallFailure, Outcome, Transport
 from cluster.wire.frames import (
+    Buffer,
     DispatchFrame,
     Frame,
     RowsFrame,
     Shape,
+    decode,
     encode,
     joined,
 )
@@ -44,7 +46,7 @@ from router.moe.deaths import LayerDeaths
 from router.moe.device_rows import LayerRows
 from router.moe.failures import Failures
 from router.moe.pace import Pace
-from router.moe.pending import Attempt, AwayError, FailedPart, PendingLayer, decoded
+from router.moe.pending import Attempt, AwayError, FailedPart, PendingLayer
 from router.moe.permute import Part, PlacedModel, as_sent, rows_of_parts, split
 from router.moe.shared_load import SharedLoad
 from router.moe.zero_rows import ZeroRows
@@ -57,9 +59,8 @@ BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
 class Dispatcher:
     """Dispatches the layers of one model; each router replica has one, used by one thread.
 
-    ``retries`` counts the frames that were sent again, by reason. ``calls`` counts frames by
-    transport. ``placed`` is the model in the newest placement. ``times`` are those of the actors'
-    answers where experts have copies.
+    ``retries`` counts the frames that were sent again, by reason, ``calls`` frames by transport.
+    ``placed`` is the model in the newest placement, ``times`` has the times of actors' answers.
     """
 
     def __init__(
@@ -235,7 +236,7 @@ class Dispatcher:
             answer = outcome
         else:
             self._heard_at_s[part.actor_id, part.generation] = time.monotonic()
-            answer = decoded(outcome)
+            answer = _decoded(outcome)
         if isinstance(answer, RowsFrame) and self._belongs(answer, sent):
             layer.received.append(ExpertRows(part.pairs, joined(answer.rows)))
             layer.answered.append(part)
@@ -279,8 +280,7 @@ class Dispatcher:
     def _is_gone(self, attempt: Attempt, call: Call, silent_s: float) -> bool:
         """Return whether the newest placement has a call's actor no longer.
 
-        Reports an actor to the controller when it is silent for longer than answers take. The wait
-        goes on meanwhile.
+        Reports an actor to the controller when it is silent for longer than answers take.
         """
         if silent_s >= self._pace.stall_s(attempt.most_rows):
             self._suspect(call.actor_id, call.generation)
@@ -352,3 +352,11 @@ class Dispatcher:
     def note_mended(self, layer: PendingLayer) -> None:
         """Note that the rows of :meth:`ask_again` are finite; see :class:`Failures`."""
         self._failures.note_mended(layer)
+
+
+def _decoded(data: Buffer) -> Frame | FrameError:
+    """Return a frame, or the error of bytes that are no frame."""
+    try:
+        return decode(data)
+    except FrameError as error:
+        return error

@@ -14,10 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cluster.errors import FrameError
 from cluster.placement.placement import Placement
 from cluster.transport.base import CallFailure, PendingCalls
-from cluster.wire.frames import Buffer, DispatchFrame, Frame, Shape, decode
+from cluster.wire.frames import DispatchFrame, Shape
 from cluster.wire.tensors import from_bytes
 from router.moe.combine import ExpertRows
 from router.moe.deaths import LayerDeaths
@@ -169,11 +168,3 @@ class DamageLog:
         if actor not in self._actors:
             self._actors.add(actor)
             logger.warning("%s g%d: %s; further damage is only counted", *actor, damage)
-
-
-def decoded(data: Buffer) -> Frame | FrameError:
-    """Return a frame, or the error of bytes that are no frame."""
-    try:
-        return decode(data)
-    except FrameError as error:
-        return error

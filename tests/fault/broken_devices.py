@@ -70,9 +70,9 @@ class FragileController(ControllerDeployment):
     actor_class: ClassVar[type] = FragileActor
 
 
-def is_served(told: ClusterStatus) -> bool:
+def is_served(status: ClusterStatus) -> bool:
     """Tell whether every expert has its copies, and no actor fails."""
-    return is_whole(told) and not told.failing
+    return is_whole(status) and not status.failing
 
 
 def break_devices(client: Client, folder: Path, mode: str, cases: list[Case]) -> dict[str, Any]:
@@ -82,9 +82,9 @@ def break_devices(client: Client, folder: Path, mode: str, cases: list[Case]) ->
     broken = before.actors[0]
     (folder / broken.node).write_text(mode)
     began_s = time.monotonic()
-    failing = wait_status(client, lambda told: bool(told.failing)).failing
+    failing = wait_status(client, lambda status: bool(status.failing)).failing
     after = wait_status(
-        client, lambda told: is_whole(told) and told.actors[0].generation > broken.generation
+        client, lambda status: is_whole(status) and status.actors[0].generation > broken.generation
     )
     replaced_s = time.monotonic() - began_s
     outcome = load.end()
@@ -92,7 +92,7 @@ def break_devices(client: Client, folder: Path, mode: str, cases: list[Case]) ->
     for node in ray.nodes():
         (folder / node["NodeID"]).write_text(mode)
     load = Load(client, MODEL, cases, STREAMS, UNARY, DEADLINE_S)
-    looping = wait_status(client, lambda told: any(f.deaths >= 4 for f in told.failing))
+    looping = wait_status(client, lambda status: any(f.deaths >= 4 for f in status.failing))
     for file in folder.iterdir():
         file.unlink()
     mended = wait_status(client, is_whole)

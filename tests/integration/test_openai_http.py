@@ -47,6 +47,22 @@ def test_a_text_completion_counts_its_tokens(api: openai.OpenAI) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 7
 
 
+def test_a_priority_changes_no_token(api: openai.OpenAI) -> None:
+    texts = {
+        api.completions.create(
+            model=TINY,
+            prompt="In the beginning",
+            max_tokens=7,
+            temperature=0,
+            extra_body={**GREEDY, "priority": priority},
+        )
+        .choices[0]
+        .text
+        for priority in (0, -(2**63), 2**63 - 1)
+    }
+    assert len(texts) == 1
+
+
 def test_token_ids_in_and_token_ids_out(api: openai.OpenAI, served: ServedCluster) -> None:
     prompt = prompt_of(11, 4)
     answer = api.completions.create(

@@ -162,7 +162,7 @@ class StreamTransport:
             else:  # a copy: the link's next answer overwrites the buffer
                 pending.outcomes[index] = bytes(frame)
             if is_awaited:
-                pending.note_time(index, now_s)
+                pending.answered_at_s[index] = now_s
         link.last_answer = self._answers = self._answers + 1
         # Where the next message begins is unknown too: the length may be the damaged part.
         if any(frame is None for _, frame in messages):
@@ -277,7 +277,8 @@ class _StreamCalls:
         self.until_s = [min(now_s + call.timeout_s, call.end_s) for call in calls]
         """When the time of each call is over, unless bytes of it leave later."""
         self.took_s: float | None = None
-        self.times_s: dict[int, float] = {}
+        self.answered_at_s: dict[int, float] = {}
+        """When each answer came that was waited for."""
         self._by_fallback: list[tuple[int, PendingCalls]] = []
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
@@ -295,9 +296,10 @@ class _StreamCalls:
         self.took_s = None if were_there else time.monotonic() - self._sent_at_s
         return self.outcomes
 
-    def note_time(self, index: int, now_s: float) -> None:
-        """Record when an answer has come that was waited for."""
-        self.times_s[index] = now_s - self._sent_at_s
+    @property
+    def times_s(self) -> dict[int, float]:
+        """See :class:`PendingCalls`."""
+        return {index: at_s - self._sent_at_s for index, at_s in self.answered_at_s.items()}
 
     def _read_arrived(self) -> bool:
         """Read what is there; returns whether all answers have arrived or begun to."""

@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 from opentelemetry.trace import Span
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from cluster.errors import (
@@ -36,6 +34,7 @@ from router.gateway.predict.links import RouterLinks
 from router.gateway.resend import (
     RESEND,
     RESEND_TOKENS,
+    ROUTER_LOST,
     RouterDeaths,
     failure_of,
     resend_delay_s,
@@ -162,9 +161,11 @@ class Predictions:
             try:
                 reply = await self._ask(piece, asked.span, is_lost)
             except (
-                ModelReplacedError, LinkBrokenError, RayActorError, DeploymentUnavailableError,
+                *ROUTER_LOST,
+                ModelReplacedError,
+                LinkBrokenError,
                 OverloadedError,
-            ) as error:  # fmt: skip
+            ) as error:
                 asked.under_way -= 1
                 is_other = isinstance(error, _OtherInterfaceError)
                 if is_other and time.monotonic() > other_interface_at_s:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,34 @@ def test_experts_that_are_unloaded_meanwhile_need_no_test(
         until(actor, lambda report: report.failed_tests >= 1)
         actor.unload(1, [ExpertKey("m", 0, 3)])
         until(actor, lambda _: actor._queue.self_test._suspected is None)
+
+
+def test_where_a_test_hangs_the_report_tells_of_the_frames_that_wait(
+    actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the controller sees a hung actor, whose heartbeats are answered."""
+    hangs, go_on = threading.Event(), threading.Event()
+
+    def broken(product: Callable[[], object], rows: Buffer) -> object:
+        if not any(bytes(rows)):
+            hangs.set()
+            assert go_on.wait(LIMIT_S)
+            return product()
+        if not hangs.is_set():
+            raise RuntimeError("the device is gone")
+        return product()
+
+    device_of(monkeypatch, broken)
+    actor.compute(frame_of(rows_of(2)))
+    assert hangs.wait(LIMIT_S)
+    with ThreadPoolExecutor(1) as calls:
+        try:
+            call = calls.submit(actor.compute, frame_of(rows_of(3)))
+            until(actor, lambda report: report.queued_rows == 3)
+        finally:
+            go_on.set()
+        assert isinstance(decode(call.result(LIMIT_S)), RowsFrame)
+    assert until(actor, lambda report: report.queued_rows == 0).failed_tests == 0
 
 
 def test_answers_are_looked_at_once_in_a_while(

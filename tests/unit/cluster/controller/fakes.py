@@ -375,6 +375,8 @@ async def busy(cluster: Cluster, rates: Mapping[ExpertKey, int]) -> None:
         [first, *_] = placement.holders[expert]
         tokens = cluster.pool.of(first)[-1].tokens
         tokens[expert] = tokens.get(expert, 0) + count
+    for actor_id in cluster.state.handles:  # at once, so that nobody sees a part of the load
+        cluster.keeper.heartbeat_now(actor_id)
     await happens(lambda: tracker.tokens_per_s(time.monotonic()).keys() == rates.keys())
 
 

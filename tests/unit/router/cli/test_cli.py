@@ -114,6 +114,8 @@ def test_status_as_json(address: str) -> None:
                 "weight_bytes": 640,
                 "kernels": [{"model": "tiny", "kernel_class": "paired"}],
                 "silence": "has answered no heartbeat for 4 s: routers hear it",
+                "slowness": 0.0,
+                "is_slow": False,
             }
         ],
         "min_copies": 2,

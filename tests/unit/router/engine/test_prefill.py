@@ -74,6 +74,8 @@ def test_a_part_is_less_where_a_token_attends_to_many(
         ([prompt(9000, 0)], [100]),  # nobody waits
         ([prompt(9000, 0), prompt(300, 1)], [25, 75]),  # nor does the step end it
         ([prompt(30, 0, length=9000), prompt(10, 1)], [0, 10]),
+        ([prompt(9000, 1, priority=-1), prompt(10, 0)], [90, 10]),  # it is more urgent
+        ([prompt(9000, 0), prompt(9000, 1, priority=-1), prompt(10, 2)], [25, 75, 0]),
     ],
 )
 def test_a_long_prompt_may_be_left_out_of_a_step_that_ends_others(

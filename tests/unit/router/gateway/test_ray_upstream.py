@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from opentelemetry import trace
 from opentelemetry.trace import Span
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayActorError
 
 from cluster.errors import (
     InvalidRequestError,
@@ -373,7 +373,7 @@ def test_a_request_that_ends_its_routers_is_tried_alone_and_then_fails(
         asked = replace(request(30), streamed=False)
         reading = asyncio.ensure_future(_read_all(gateway.generate(asked), []))
         resends = Resends(gateway, router)
-        sent = [await resends.dies(CrashedError()) for _ in range(2)]
+        sent = [await resends.dies(e) for e in (CrashedError(), OutOfMemoryError("no memory"))]
         sent.append(await resends.dies(CrashedError(), (True, False, True)))
         with pytest.raises(PoisonedRequestError, match="computed this request alone"):
             await asyncio.wait_for(reading, 10)
@@ -387,8 +387,10 @@ def test_a_request_that_ends_its_routers_is_tried_alone_and_then_fails(
 
 def test_a_request_that_saw_others_end_its_routers_is_not_failed(
     upstream: Callable[[], tuple[RayUpstream, Router]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Routers die while it waits for its turn, or after it; Serve stops one; it makes progress."""
+    monkeypatch.setattr(ray_upstream, "RESEND", RetryPolicy(0.0, 2.0, 0.0))
     whole = TokenEvent(0, (0, 1), finish_reason="length")
 
     async def run() -> None:
@@ -396,9 +398,8 @@ def test_a_request_that_saw_others_end_its_routers_is_not_failed(
         got: list[TokenEvent] = []
         reading = asyncio.ensure_future(_read_all(gateway.generate(request(30)), got))
         resends = Resends(gateway, router)
-        sent = [
-            await resends.dies(error) for error in (CrashedError(), StoppedError(), RayActorError())
-        ]
+        errors = (CrashedError(), StoppedError(), RayActorError(), NodeDiedError("the node died"))
+        sent = [await resends.dies(error) for error in errors]
         sent.append(await resends.dies(CrashedError()))
         sent.append(await resends.dies(CrashedError()))
         sent.append(await resends.dies(CrashedError(), (True, False)))
@@ -413,7 +414,7 @@ def test_a_request_that_saw_others_end_its_routers_is_not_failed(
         router.calls[resends.number].reply.set_result({"events": [whole.to_wire()]})
         await asyncio.wait_for(reading, 10)
         assert merge_events(got) == [whole]
-        assert [s.alone for s in sent] == [False] * 4 + [True] * 4
+        assert [s.alone for s in sent] == [False] * 5 + [True] * 4
         assert not last.alone  # a token came since
         gateway._link.close()
 

@@ -88,6 +88,16 @@ def test_a_slow_actor_that_gets_small_parts_alone_is_judged_by_their_size() -> N
     assert times.judgement.slowness["slow"] == pytest.approx(5.0, rel=0.35)
 
 
+def test_differences_as_long_as_sending_and_reading_make_no_actor_slow() -> None:
+    """The frame that is sent last is answered last."""
+    times = AnswerTimes()
+    for number in range(400):
+        for place, actor_id in enumerate(ACTORS):
+            times.note((actor_id, 1), 1, 2, 0.00004 + 0.00002 * place, 0.01 * number)
+            assert times.judgement is None
+    assert set(times.slowness(4.0).values()) == {1.0}
+
+
 def test_one_long_pause_makes_no_actor_slow() -> None:
     times = noted({"a": 1, "b": 1, "c": 1}, 100, random.Random(4))
     times.note(("a", 1), 1, 1, 3.0, 1.01)

@@ -146,7 +146,7 @@ def test_tokens_without_room_are_counted_by_expert(cluster: LocalCluster) -> Non
     assert sum(told.values()) > 0
 
 
-def test_failing_actors_are_told() -> None:
+def test_a_scrape_has_the_failing_actors() -> None:
     lines = expose(Measurements(STATUS, (replace(REPORT, failed_tests=2),), ()), 0.0).decode()
     for line in (
         'expertmesh_actor_deaths_in_a_row{actor_id="a2"} 3.0',
