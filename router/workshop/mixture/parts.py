@@ -24,6 +24,7 @@ from experts.backends.torch_experts import RnnModel
 from experts.mixture.parts import Activation, RnnExpert
 from router.mixture.scores import best_choices
 from router.mixture.sums import sum_first
+from router.workshop.mixture.em import log_softmax, log_sum_exp
 
 Array = npt.NDArray[np.float64]
 Layers = tuple[tuple[Array, Array], ...]
@@ -54,7 +55,7 @@ class GatePart:
         scores = mlp(_pooled(X, self.pool), self.layers, self.activation)
         if self.top_k is not None:
             scores = np.where(best_choices(scores, self.top_k), scores, -np.inf)
-        return normalised(scores)
+        return log_softmax(scores)
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ class FittedMixture:
     def log_density(self, X: Array, targets: npt.NDArray[Any]) -> Array:
         """Return the log likelihood [N] of each row's target; raises as :meth:`log_likelihoods`."""
         joint = self.log_gates(X) + self.log_likelihoods(X, targets)
-        return log_sum(joint)
+        return log_sum_exp(joint)[:, 0]
 
 
 def normal_log_densities(targets: Array, means: Array, deviations: Array) -> Array:
@@ -226,19 +227,6 @@ def normal_log_densities(targets: Array, means: Array, deviations: Array) -> Arr
     return densities
 
 
-def log_sum(logs: Array) -> Array:
-    """Return the logarithm of the sum of powers over the last axis; -inf where all are."""
-    largest = np.maximum(logs.max(axis=-1, keepdims=True), np.finfo(np.float64).min)
-    with np.errstate(divide="ignore"):
-        sums: Array = largest[..., 0] + np.log(np.exp(logs - largest).sum(axis=-1))
-    return sums
-
-
-def normalised(scores: Array) -> Array:
-    """Return the log softmax over the last axis; -inf stays, and each row needs a finite score."""
-    return scores - log_sum(scores)[..., None]
-
-
 def posterior(log_gates: Array, log_likelihoods: Array) -> Array:
     """Return the probability [N, E] of each expert, given a row and its target.
 
@@ -247,7 +235,7 @@ def posterior(log_gates: Array, log_likelihoods: Array) -> Array:
     joint = log_gates + log_likelihoods
     is_lost = joint.max(axis=1) == -np.inf
     joint[is_lost] = log_gates[is_lost]
-    return np.exp(normalised(joint))
+    return np.exp(log_softmax(joint))
 
 
 def _linked(outputs: Array, link: Link) -> Array:

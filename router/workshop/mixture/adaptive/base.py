@@ -20,7 +20,6 @@ from router.workshop.mixture.adaptive.fit import Fit, FitSettings, Rows, fit_net
 from router.workshop.mixture.adaptive.network import Architecture
 from router.workshop.mixture.adaptive.parts import (
     Scales,
-    Standardisation,
     fitted_mixture,
     take_over,
 )
@@ -30,6 +29,7 @@ from router.workshop.mixture.base import (
     progress,
 )
 from router.workshop.mixture.parts import Array
+from router.workshop.mixture.scale import Scale
 
 MAX_SEED = 2**31 - 1
 BATCH_ROWS = 200
@@ -153,7 +153,7 @@ class AdaptiveMixture(MixtureEstimator):
         random = check_random_state(self.random_state)
         used, held_out = self._split(targets, random)
         scales = Scales(
-            Standardisation.of(X[used], weights[used]), self._target_scale(targets, weights, used)
+            Scale.of(X[used], weights[used]), self._target_scale(targets, weights, used)
         )
         rows, validation = (
             None if places is None else _standardised(X, targets, weights, places, scales)
@@ -201,7 +201,7 @@ class AdaptiveMixture(MixtureEstimator):
         steps = (rows.shape[1] if self.pool == "flatten" else -1,) if rows.ndim == 3 else ()
         deviations = None
         if fit.deviations is not None:
-            deviations = fit.deviations.numpy() * scales.targets.scale
+            deviations = fit.deviations.numpy() * scales.targets.deviation
         mixture = fitted_mixture(
             fit.network,
             scales,
@@ -210,7 +210,7 @@ class AdaptiveMixture(MixtureEstimator):
             self.top_k,
             deviations,
         )
-        log_scale = np.log(scales.targets.scale).sum()
+        log_scale = np.log(scales.targets.deviation).sum()
         if mixture.kind == "mean":
             self._set_mixture(mixture, rows, weights)
             self.log_likelihood_ = fit.log_likelihood - float(log_scale)
@@ -304,7 +304,7 @@ class AdaptiveMixture(MixtureEstimator):
     def _width(self, targets: Targets) -> int:
         raise NotImplementedError
 
-    def _target_scale(self, targets: Targets, weights: Array, used: np.ndarray) -> Standardisation:
+    def _target_scale(self, targets: Targets, weights: Array, used: np.ndarray) -> Scale:
         raise NotImplementedError
 
     def _fitted_deviation(self) -> Literal["shared", "expert", "none"]:

@@ -12,9 +12,10 @@ import torch
 from sklearn.utils._param_validation import StrOptions
 
 from router.workshop.mixture.adaptive.base import ABOVE_0, AdaptiveMixture
-from router.workshop.mixture.adaptive.parts import Scales, Standardisation
+from router.workshop.mixture.adaptive.parts import Scales
 from router.workshop.mixture.base import MixtureClassifier, MixtureRegressor, Targets
 from router.workshop.mixture.parts import Array
+from router.workshop.mixture.scale import Scale
 
 
 class AdaptiveMixtureRegressor(MixtureRegressor, AdaptiveMixture):
@@ -144,8 +145,8 @@ class AdaptiveMixtureRegressor(MixtureRegressor, AdaptiveMixture):
     def _width(self, targets: Targets) -> int:
         return targets.shape[1]
 
-    def _target_scale(self, targets: Targets, weights: Array, used: np.ndarray) -> Standardisation:
-        return Standardisation.of(targets[used], weights[used])
+    def _target_scale(self, targets: Targets, weights: Array, used: np.ndarray) -> Scale:
+        return Scale.of(targets[used], weights[used])
 
     def _fitted_deviation(self) -> Literal["shared", "expert", "none"]:
         if self.loss == "cooperative" or not isinstance(self.deviation, str):
@@ -155,7 +156,7 @@ class AdaptiveMixtureRegressor(MixtureRegressor, AdaptiveMixture):
     def _given_deviations(self, scales: Scales) -> torch.Tensor | None:
         if isinstance(self.deviation, str):
             return None
-        deviations = float(self.deviation) / scales.targets.scale
+        deviations = float(self.deviation) / scales.targets.deviation
         return torch.from_numpy(np.tile(deviations, (self.n_experts, 1)))
 
 
@@ -177,5 +178,5 @@ class AdaptiveMixtureClassifier(MixtureClassifier, AdaptiveMixture):
     def _width(self, targets: Targets) -> int:
         return len(self.classes_)
 
-    def _target_scale(self, targets: Targets, weights: Array, used: np.ndarray) -> Standardisation:
-        return Standardisation.none(len(self.classes_))
+    def _target_scale(self, targets: Targets, weights: Array, used: np.ndarray) -> Scale:
+        return Scale.none(len(self.classes_))

@@ -29,8 +29,8 @@ from router.workshop.mixture.parts import (
     NetworkPart,
     RecurrentPart,
 )
+from router.workshop.mixture.scale import Layer, Scale
 
-Layer = tuple[Array, Array]
 NetworkExpert = NetworkPart | RecurrentPart
 Pair = tuple[Array, Array]
 """A given array, and the array of the network that it replaces."""
@@ -38,57 +38,11 @@ ROOT = "gate"
 
 
 @dataclass(frozen=True)
-class Standardisation:
-    """``(values - mean) / scale`` along the last axis; ``mean`` and ``scale`` are [F]."""
-
-    mean: Array
-    scale: Array
-
-    @classmethod
-    def of(cls, values: Array, sample_weight: Array) -> Standardisation:
-        """Return that of values [N, F] or [N, T, F]; columns of one value keep the scale 1."""
-        axes = tuple(range(values.ndim - 1))
-        shares = sample_weight / sample_weight.sum()
-        shares = shares.reshape(-1, *[1] * (values.ndim - 1)) / np.prod(values.shape[1:-1])
-        mean = (shares * values).sum(axis=axes)
-        deviation = np.sqrt((shares * (values - mean) ** 2).sum(axis=axes))
-        is_constant = deviation <= 1e-12 * np.abs(mean)
-        return cls(mean, np.where(is_constant, 1.0, deviation))
-
-    @classmethod
-    def none(cls, width: int) -> Standardisation:
-        """Return that which changes nothing, for [W] values."""
-        return cls(np.zeros(width), np.ones(width))
-
-    def __call__(self, values: Array) -> Array:
-        """Return the standardised values."""
-        result: Array = (values - self.mean) / self.scale
-        return result
-
-    def inverse(self) -> Standardisation:
-        """Return that which undoes this one."""
-        return Standardisation(-self.mean / self.scale, 1 / self.scale)
-
-    def tiled(self, copies: int) -> Standardisation:
-        """Return that of ``copies`` values behind each other, as of a flattened sequence."""
-        return Standardisation(np.tile(self.mean, copies), np.tile(self.scale, copies))
-
-    def before(self, layer: Layer) -> Layer:
-        """Return the layer that takes raw inputs in place of standardised ones."""
-        weight = layer[0] / self.scale
-        return weight, layer[1] - weight @ self.mean
-
-    def undone_after(self, layer: Layer) -> Layer:
-        """Return the layer whose outputs are raw in place of standardised."""
-        return layer[0] * self.scale[:, None], layer[1] * self.scale + self.mean
-
-
-@dataclass(frozen=True)
 class Scales:
-    """The standardisations of inputs and of targets; those of classes change nothing."""
+    """The scales of inputs and of targets; those of classes change nothing."""
 
-    inputs: Standardisation
-    targets: Standardisation
+    inputs: Scale
+    targets: Scale
 
     def inverse(self) -> Scales:
         """Return those which undo these."""
@@ -184,13 +138,14 @@ def take_over(network: AdaptiveNetwork, mixture: FittedMixture, scales: Scales) 
     for given, parameter in pairs:
         parameter[...] = given
     if network.architecture.deviation != "none" and mixture.deviations is not None:
-        variances = ((mixture.deviations / scales.targets.scale) ** 2).mean(axis=1, keepdims=True)
+        relative = mixture.deviations / scales.targets.deviation
+        variances = (relative**2).mean(axis=1, keepdims=True)
         if network.architecture.deviation == "shared":
             variances = variances.mean(axis=0, keepdims=True)
         _array(network.log_deviations)[...] = 0.5 * np.log(variances)
 
 
-def _folded(layers: Layers, inputs: Standardisation) -> Layers:
+def _folded(layers: Layers, inputs: Scale) -> Layers:
     """Return copies of layers, of which the first takes raw inputs."""
     first, *rest = ((weight.copy(), bias.copy()) for weight, bias in layers)
     copies = first[0].shape[1] // len(inputs.mean)

@@ -30,12 +30,12 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn.exceptions import FitFailedWarning
 
+from router.workshop.mixture.em import log_sum_exp
 from router.workshop.mixture.general.fits import Data, Expert, Fit, FitFailedError, fits
 from router.workshop.mixture.general.folds import Fold, Rows
 from router.workshop.mixture.general.gates import (
     ConstantLearner,
     GateLearner,
-    Scale,
     gate_part,
     least_squares_weights,
 )
@@ -44,10 +44,10 @@ from router.workshop.mixture.parts import (
     EstimatorPart,
     FittedMixture,
     GatePart,
-    log_sum,
     normal_log_densities,
     posterior,
 )
+from router.workshop.mixture.scale import Scale
 
 FLOOR_MASS = 1e-3
 """The probability that a likelihood spreads evenly over all classes, so that none is impossible."""
@@ -216,12 +216,12 @@ class EnsembleEM:
             self._set_deviations(number, shares[:, number] * self._data.weights)
         self._set_gate(shares)
         joint = self._log_gates + self._log_likelihoods(slice(None))
-        return float(np.average(log_sum(joint), weights=self._data.weights))
+        return float(np.average(log_sum_exp(joint)[:, 0], weights=self._data.weights))
 
     def objective(self) -> float:
         """Return the mean log likelihood; of hard EM that of each row's likeliest expert alone."""
         joint = self._log_gates + self._log_likelihoods(slice(None))
-        rows = joint.max(axis=1) if self._is_hard else log_sum(joint)
+        rows = joint.max(axis=1) if self._is_hard else log_sum_exp(joint)[:, 0]
         return float(np.average(rows, weights=self._data.weights))
 
     def of(self, rows: Rows) -> EnsembleEM:
@@ -328,7 +328,7 @@ class EnsembleEM:
     def _set_gate(self, shares: Array, is_first: bool = False) -> None:
         weights = self._data.weights
         layers, activation = self._learner.fit(self._scaled, shares, weights)
-        layers = self._scale.folded(layers)
+        layers = (self._scale.before(layers[0]), *layers[1:])
         names = tuple(expert.name for expert in self._experts)
         log_gates = gate_part(layers, activation, names).log_weights(self._data.X)
         if is_first or _gain(shares, log_gates, self._log_gates, weights) >= 0:

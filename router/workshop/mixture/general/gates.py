@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,32 +34,6 @@ _LEAST_SHARE = 1e-6
 _FORGOTTEN = -30.0
 """The score of an expert that a classifier never saw among its labels."""
 _ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "tanh": "tanh", "logistic": "sigmoid"}
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The mean [F] and the deviation [F] of the features; that of a constant one is 1."""
-
-    mean: Array
-    deviation: Array
-
-    @classmethod
-    def of(cls, X: Array, weights: Array) -> Scale:
-        """Return those of rows X [N, F] with ``weights`` [N]."""
-        mean = np.average(X, axis=0, weights=weights)
-        deviation = np.sqrt(np.average((X - mean) ** 2, axis=0, weights=weights))
-        is_constant = deviation <= 1e-12 * np.maximum(np.abs(mean), 1e-300)
-        return cls(mean, np.where(is_constant, 1.0, deviation))
-
-    def __call__(self, X: Array) -> Array:
-        """Return the scaled rows."""
-        return (X - self.mean) / self.deviation
-
-    def folded(self, layers: Layers) -> Layers:
-        """Return layers of scaled rows as layers of raw rows."""
-        weight, bias = layers[0]
-        weight = weight / self.deviation
-        return ((weight, bias - weight @ self.mean), *layers[1:])
 
 
 class GateLearner(ABC):

@@ -14,8 +14,8 @@ from sklearn.cluster import KMeans
 from router.workshop.mixture.general.ensemble import EnsembleEM
 from router.workshop.mixture.general.fits import Data, FitFailedError
 from router.workshop.mixture.general.folds import Fold
-from router.workshop.mixture.general.gates import Scale
 from router.workshop.mixture.parts import Array, FittedMixture
+from router.workshop.mixture.scale import Scale
 
 TRIAL_ITERATIONS = 5
 """The iterations of EM after which the best of several starts goes on alone."""

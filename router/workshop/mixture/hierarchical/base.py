@@ -23,7 +23,7 @@ from experts.mixture.spec import MAX_LEVELS
 from router.workshop.mixture.base import MixtureEstimator, Targets, progress
 from router.workshop.mixture.em import design_of, penalty_of
 from router.workshop.mixture.hierarchical.leaves import Leaves
-from router.workshop.mixture.hierarchical.parts import Scale, mixture_of, tree_of
+from router.workshop.mixture.hierarchical.parts import mixture_of, tree_of
 from router.workshop.mixture.hierarchical.starts import random_start
 from router.workshop.mixture.hierarchical.tree import (
     Fitted,
@@ -35,6 +35,7 @@ from router.workshop.mixture.hierarchical.tree import (
     go_on,
 )
 from router.workshop.mixture.parts import Array
+from router.workshop.mixture.scale import Scale
 
 NEWTON_STEPS = 1
 """The Newton steps of an M step, from the coefficients of the M step before."""
@@ -124,7 +125,7 @@ class HierarchicalMixture(MixtureEstimator):
         targets_scale = self._target_scale(targets[used], weights[used])
 
         def rows_of(places: Array) -> Rows:
-            design = design_of(rows_scale.standardised(X[places]))
+            design = design_of(rows_scale(X[places]))
             values = self._fit_targets(targets[places], targets_scale)
             return Rows(design, values, weights[places])
 

@@ -16,8 +16,8 @@ from router.workshop.mixture.hierarchical.base import (
     HierarchicalMixture,
 )
 from router.workshop.mixture.hierarchical.leaves import GaussianLeaves, SoftmaxLeaves
-from router.workshop.mixture.hierarchical.parts import Scale
 from router.workshop.mixture.parts import Array
+from router.workshop.mixture.scale import Scale
 
 
 class HierarchicalMixtureRegressor(MixtureRegressor, HierarchicalMixture):
@@ -114,7 +114,7 @@ class HierarchicalMixtureRegressor(MixtureRegressor, HierarchicalMixture):
 
     def _fit_targets(self, targets: Targets, scale: Scale | None) -> Array:
         assert scale is not None
-        return scale.standardised(targets)
+        return scale(targets)
 
     def _empty_leaves(self, num_experts: int, num_outputs: int, penalty: Array) -> GaussianLeaves:
         least = float(self.min_variance)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -16,37 +15,7 @@ import numpy as np
 from router.workshop.mixture.hierarchical.leaves import GaussianLeaves, Leaves, SoftmaxLeaves
 from router.workshop.mixture.hierarchical.tree import Tree
 from router.workshop.mixture.parts import Array, FittedMixture, GatePart, NetworkPart
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The mean and the deviation of each column; a constant column has the deviation 1."""
-
-    mean: Array
-    deviation: Array
-
-    @classmethod
-    def of(cls, values: Array, weight: Array) -> Scale:
-        """Return the weighted mean and deviation of the columns of ``values`` [N, F]."""
-        mean = np.average(values, axis=0, weights=weight)
-        deviation = np.sqrt(np.average((values - mean) ** 2, axis=0, weights=weight))
-        # A constant column has rounding for a deviation.
-        is_constant = deviation <= 1e-10 * np.maximum(np.abs(mean), 1e-290)
-        return cls(mean, np.where(is_constant, 1.0, deviation))
-
-    def standardised(self, values: Array) -> Array:
-        """Return ``values`` [N, F] with mean 0 and deviation 1."""
-        return (values - self.mean) / self.deviation
-
-    def raw_layer(self, coefficients: Array) -> tuple[Array, Array]:
-        """Return weight [W, F] and bias [W] for raw rows, of coefficients [D, W]."""
-        weight = np.ascontiguousarray((coefficients[:-1] / self.deviation[:, None]).T)
-        return weight, coefficients[-1] - weight @ self.mean
-
-    def coefficients(self, layer: tuple[Array, Array]) -> Array:
-        """Return coefficients [D, W] for standardised rows: the inverse of :meth:`raw_layer`."""
-        weight, bias = layer
-        return np.vstack([(weight * self.deviation).T, bias + weight @ self.mean])
+from router.workshop.mixture.scale import Layer, Scale
 
 
 def mixture_of(
@@ -63,7 +32,7 @@ def mixture_of(
         kind = "gate" if depth + 1 < len(branching) else "expert"
         for number, path in enumerate(_paths(branching[:depth])):
             choices = tuple(_name(kind, (*path, place)) for place in range(branching[depth]))
-            layer = rows_scale.raw_layer(level[:, number])
+            layer = _raw_layer(level[:, number], rows_scale)
             gates[_name("gate", path)] = GatePart((layer,), choices, top_k[depth])
     leaves = tree.leaves
     names = [_name("expert", path) for path in _paths(branching)]
@@ -71,7 +40,7 @@ def mixture_of(
     if isinstance(leaves, SoftmaxLeaves):
         of_classes = {
             name: NetworkPart(
-                (rows_scale.raw_layer(leaves.coefficients[:, number]),), link="softmax"
+                (_raw_layer(leaves.coefficients[:, number], rows_scale),), link="softmax"
             )
             for number, name in enumerate(names)
         }
@@ -81,8 +50,8 @@ def mixture_of(
     assert targets_scale is not None
     experts = {}
     for number, name in enumerate(names):
-        weight, bias = rows_scale.raw_layer(leaves.coefficients[number] * targets_scale.deviation)
-        experts[name] = NetworkPart(((weight, bias + targets_scale.mean),))
+        layer = _raw_layer(leaves.coefficients[number], rows_scale)
+        experts[name] = NetworkPart((targets_scale.undone_after(layer),))
     deviations = np.sqrt(leaves.variances) * targets_scale.deviation
     width = len(targets_scale.mean)
     return FittedMixture("gate", gates, experts, "density", row_shape, width, deviations)
@@ -105,7 +74,7 @@ def tree_of(
     gates = tuple(
         np.stack(
             [
-                rows_scale.coefficients(mixture.gates[_name("gate", path)].layers[0])
+                _coefficients(mixture.gates[_name("gate", path)].layers[0], rows_scale)
                 for path in _paths(branching[:depth])
             ],
             axis=1,
@@ -118,22 +87,30 @@ def tree_of(
         layers.append(part.layers[0])
     leaves: Leaves = empty.leaves
     if isinstance(leaves, SoftmaxLeaves):
-        coefficients = np.stack([rows_scale.coefficients(layer) for layer in layers], axis=1)
+        coefficients = np.stack([_coefficients(layer, rows_scale) for layer in layers], axis=1)
         leaves = SoftmaxLeaves(coefficients, leaves.penalty, leaves.newton_steps)
     else:
         assert isinstance(leaves, GaussianLeaves)
         assert targets_scale is not None
         assert mixture.deviations is not None
-        deviation = targets_scale.deviation
-        coefficients = np.stack(
-            [
-                rows_scale.coefficients((weight, bias - targets_scale.mean)) / deviation
-                for weight, bias in layers
-            ]
-        )
-        variances = np.maximum((mixture.deviations / deviation) ** 2, leaves.min_variance)
+        scaled = [targets_scale.inverse().undone_after(layer) for layer in layers]
+        coefficients = np.stack([_coefficients(layer, rows_scale) for layer in scaled])
+        variances = (mixture.deviations / targets_scale.deviation) ** 2
+        variances = np.maximum(variances, leaves.min_variance)
         leaves = GaussianLeaves(coefficients, variances, leaves.penalty, leaves.min_variance)
     return Tree(gates, leaves, empty.penalty, empty.newton_steps)
+
+
+def _raw_layer(coefficients: Array, rows_scale: Scale) -> Layer:
+    """Return the layer for raw rows, of coefficients [D, W] for scaled ones."""
+    weight, bias = rows_scale.before((coefficients[:-1].T, coefficients[-1]))
+    return np.ascontiguousarray(weight), bias
+
+
+def _coefficients(layer: Layer, rows_scale: Scale) -> Array:
+    """Return the coefficients [D, W] for scaled rows: the inverse of :func:`_raw_layer`."""
+    weight, bias = rows_scale.inverse().before(layer)
+    return np.vstack([weight.T, bias])
 
 
 def _paths(branching: Sequence[int]) -> list[tuple[int, ...]]:

@@ -22,11 +22,11 @@ from sklearn.utils.validation import has_fit_parameter
 from router.workshop.mixture.general.gates import (
     ClassifierLearner,
     LinearLearner,
-    Scale,
     layers_of,
     learner_of,
 )
 from router.workshop.mixture.parts import GatePart
+from router.workshop.mixture.scale import Scale
 
 SOURCE = np.random.default_rng(0)
 ROWS = SOURCE.normal(size=(120, 3))
@@ -134,7 +134,7 @@ def test_layers_take_raw_rows() -> None:
     for learner in (LinearLearner(), learner_of("mlp", 3, same)):
         layers, activation = learner.fit(scaled, np.eye(3)[PLACES], ONES)
         np.testing.assert_allclose(
-            weights_of((scale.folded(layers), activation), rows),
+            weights_of(((scale.before(layers[0]), *layers[1:]), activation), rows),
             weights_of((layers, activation), scaled),
             rtol=1e-8,
         )
@@ -142,7 +142,8 @@ def test_layers_take_raw_rows() -> None:
 
 def test_weights_of_rows_count_as_repetitions_in_the_scale() -> None:
     weights = np.arange(len(ROWS)) % 4 + 1
-    got, expected = Scale.of(ROWS, weights), Scale.of(np.repeat(ROWS, weights, axis=0), None)
+    repeated = np.repeat(ROWS, weights, axis=0)
+    got, expected = Scale.of(ROWS, weights), Scale.of(repeated, np.ones(len(repeated)))
     np.testing.assert_allclose(got.mean, expected.mean, atol=1e-14)
     np.testing.assert_allclose(got.deviation, expected.deviation, rtol=1e-12)
 
