@@ -53,6 +53,8 @@ FLOOR_MASS = 1e-3
 """The probability that a likelihood spreads evenly over all classes, so that none is impossible."""
 MIN_DEVIATION = 1e-3
 """The least deviation of an expert, relative to that of the targets."""
+_LEAST_MOVE = 0.01
+"""The part of its shares that must move before an expert is fitted again out of fold."""
 GATE = "gate"
 
 
@@ -81,6 +83,8 @@ class EnsembleEM:
         count = len(experts)
         self._given: list[Array] = [data.weights] * count
         """What the experts are fitted to."""
+        self._tried: list[Array | None] = [None] * count
+        """What the latest fits were to, those included that were not taken."""
         self._parts: list[EstimatorPart | None] = [None] * count
         """The experts; with folds, those that :meth:`mixture` needed already."""
         self._outputs = np.empty((len(data.X), count, data.width))
@@ -108,6 +112,7 @@ class EnsembleEM:
         """Return a state that goes on by itself."""
         other = copy.copy(self)
         other._given, other._parts = list(self._given), list(self._parts)
+        other._tried = list(self._tried)
         other._outputs, other._log_gates = self._outputs.copy(), self._log_gates.copy()
         other._learner = copy.deepcopy(self._learner)
         if self._data.classes is None:
@@ -177,7 +182,7 @@ class EnsembleEM:
             if isinstance(result, FitFailedError):
                 raise result
             self._parts[number], self._outputs[:, number] = result
-            self._given[number] = given[:, number]
+            self._given[number] = self._tried[number] = given[:, number]
 
     def resume(self, mixture: FittedMixture) -> None:
         """Begin with the experts and the gate of an earlier fit."""
@@ -193,21 +198,39 @@ class EnsembleEM:
     def step(self) -> float:
         """Do an E step and an M step; returns the objective, a mean over the rows by weight.
 
-        Warns :class:`FitFailedWarning` for an expert that cannot be fitted to its rows. It keeps
-        its earlier fit.
+        An expert whose shares are those of its latest fit is not fitted again. Warns
+        :class:`FitFailedWarning` for an expert that cannot be fitted to its rows. It keeps its
+        earlier fit.
         """
         shares = self._shares()
         given = shares * self._data.weights[:, None]
         fitted = self._given_rows(given)
-        numbers = [number for number in range(len(self._experts)) if fitted[:, number].any()]
+        numbers = [
+            number
+            for number in range(len(self._experts))
+            if fitted[:, number].any() and self._has_moved(number, fitted[:, number])
+        ]
         for number, result in zip(numbers, self._fits(fitted, numbers), strict=True):
+            self._tried[number] = fitted[:, number]
             if isinstance(result, FitFailedError):
                 warnings.warn(f"{result}; it keeps its earlier fit", FitFailedWarning, stacklevel=3)
             else:
                 self._take_if_better(number, given[:, number], fitted[:, number], result)
+        for number in range(len(self._experts)):
             self._set_deviations(number, given[:, number])
         self._set_gate(shares)
         return self.objective()
+
+    def _has_moved(self, number: int, fitted: Array) -> bool:
+        """Return whether an expert's shares differ from those of its latest fit.
+
+        Out of fold a small difference is none: each fit costs as many as there are folds.
+        """
+        tried = self._tried[number]
+        if tried is None:
+            return True
+        least = _LEAST_MOVE * tried.sum() if self._folds else 0.0
+        return float(np.abs(fitted - tried).sum()) > least
 
     def step_of_gate(self) -> float:
         """Do a step of EM that leaves the experts as they are; returns the mean log likelihood."""

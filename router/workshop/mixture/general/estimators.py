@@ -29,11 +29,12 @@ from router.workshop.mixture.base import (
     Targets,
     progress,
 )
+from router.workshop.mixture.general.divisions import divisions_of
 from router.workshop.mixture.general.ensemble import GATE, EnsembleEM
 from router.workshop.mixture.general.fits import Data, Expert
 from router.workshop.mixture.general.folds import Fold, Rows, folds_of, given_folds
 from router.workshop.mixture.general.gates import learner_of
-from router.workshop.mixture.general.search import Limits, Run, best_start, first_shares, run
+from router.workshop.mixture.general.search import Limits, Run, best_start, run
 from router.workshop.mixture.general.unseen import UnseenSearch
 from router.workshop.mixture.parts import Array
 
@@ -143,12 +144,13 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
         if is_warm:
             self._check_same(experts)
         limits = Limits(self.max_iter, self.tol, self.n_iter_no_change, self.top_k)
-        divisions = [] if is_warm else self._divisions(train, len(experts), source)
+        divisions = [] if is_warm else divisions_of(train, len(experts), self.n_init, source)
         if folds:
             if is_warm:
                 divisions = [np.exp(self.mixture_.log_gates(train.X))]
-            search = UnseenSearch(begun, train, folds, divisions, limits, held_out)
-            result = search.best(partial(self._run, limits=limits, held_out=held_out))
+            run_em = partial(self._run, held_out=held_out)
+            search = UnseenSearch(begun, train, folds, divisions, limits, run_em)
+            result = search.best()
             self.cv_losses_, self.chosen_ = search.losses, search.chosen
         else:
             if is_warm:
@@ -161,12 +163,6 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
         self._set_fitted(result.em.mixture(self.top_k), train.X, train.targets, train.weights)
         return self
 
-    def _divisions(self, train: Data, count: int, source: np.random.RandomState) -> list[Array]:
-        return [
-            first_shares(train, count, source, is_plain=start == 0)
-            for start in range(self.n_init if count > 1 else 1)
-        ]
-
     def _run(self, em: EnsembleEM, limits: Limits, held_out: Data | None) -> Run:
         with progress(self.verbose, self.max_iter, type(self).__name__) as advance:
             return run(em, EnsembleEM.step, limits, held_out, advance)
@@ -178,7 +174,7 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
             self.validation_scores_ = result.scores
         elif hasattr(self, "validation_scores_"):
             del self.validation_scores_  # of an earlier fit
-        if not result.is_converged:
+        if not result.is_converged and self.n_iter_ >= self.max_iter:
             warnings.warn(
                 f"EM did not converge in {self.max_iter} iterations; raise max_iter or tol",
                 ConvergenceWarning,

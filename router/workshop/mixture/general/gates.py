@@ -20,13 +20,22 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.utils.validation import has_fit_parameter
 
 from experts.mixture.parts import Activation
-from router.workshop.mixture.em import fit_softmax
+from router.workshop.mixture.em import (
+    ROUGH,
+    SoftmaxProblem,
+    ascend,
+    design_of,
+    penalty_of,
+)
 from router.workshop.mixture.parts import Array, GatePart, Layers
 
 HIDDEN_SIZES = (16,)
 MLP_STEPS = 50
 """The hidden layers of the gate ``mlp``, and the steps of L-BFGS of one M step."""
 MLP_ALPHA = 1e-3
+MOST_STEPS = 100
+"""The steps of Newton's method of the first M step of the gate ``linear``."""
+BIAS_RIDGE = 1e-6
 GATE_RIDGE = 0.1
 """The ridge of the gate ``linear`` on scaled features; without one it overfits noisy targets."""
 _LEAST_SHARE = 1e-6
@@ -48,16 +57,27 @@ class GateLearner(ABC):
 
 
 class LinearLearner(GateLearner):
-    """Softmax regression on the posteriors: an exact M step, up to its ridge."""
+    """Softmax regression on the posteriors, with a ridge.
+
+    The first M step is exact. Each later one is a single Newton step, which raises the expected
+    likelihood too and costs a fraction.
+    """
 
     def __init__(self) -> None:
         """Begin at zeros."""
-        self._start: tuple[Array, Array] | None = None
+        self._coefficients: Array | None = None
 
     def fit(self, X: Array, shares: Array, weights: Array) -> tuple[Layers, Activation]:
         """Return one layer."""
-        self._start = fit_softmax(X, shares, weights, ridge=GATE_RIDGE, start=self._start)
-        return (self._start,), "tanh"
+        targets = (shares * weights[:, None])[:, None, :]
+        penalty = penalty_of(X.shape[1], GATE_RIDGE, BIAS_RIDGE)
+        problem = SoftmaxProblem(design_of(X), targets, penalty)
+        if self._coefficients is None:
+            begun = np.zeros(problem.shape)
+            self._coefficients, _ = ascend(problem, begun, MOST_STEPS)
+        else:
+            self._coefficients, _ = ascend(problem, self._coefficients, 1, tolerance=ROUGH)
+        return ((self._coefficients[:-1, 0].T.copy(), self._coefficients[-1, 0].copy()),), "tanh"
 
 
 class ClassifierLearner(GateLearner):

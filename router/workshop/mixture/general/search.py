@@ -9,19 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.cluster import KMeans
 
 from router.workshop.mixture.general.ensemble import EnsembleEM
 from router.workshop.mixture.general.fits import Data, FitFailedError
 from router.workshop.mixture.general.folds import Fold
 from router.workshop.mixture.parts import Array, FittedMixture
-from router.workshop.mixture.scale import Scale
 
 TRIAL_ITERATIONS = 5
 """The iterations of EM after which the best of several starts goes on alone."""
-UNSEEN_TRIAL_ITERATIONS = 2
-"""The same where each iteration fits every expert to several folds."""
-_NUM_KMEANS = 3
+GATE_ITERATIONS = 3
+"""The iterations of the gate alone that follow a start out of fold, before the first choice."""
 _ROUNDING = 1e-9
 
 
@@ -78,10 +75,7 @@ def run(
 
 
 def best_start(
-    starts: Sequence[Callable[[], EnsembleEM]],
-    limits: Limits,
-    held_out: Data | None,
-    num_trial_iterations: int = TRIAL_ITERATIONS,
+    starts: Sequence[Callable[[], EnsembleEM]], limits: Limits, held_out: Data | None
 ) -> tuple[int, EnsembleEM]:
     """Try starts by a few iterations of EM; returns the best one's number, and its state as begun.
 
@@ -99,7 +93,7 @@ def best_start(
         if len(starts) == 1:
             return 0, begun
         em = begun.copied()
-        for _ in range(min(num_trial_iterations, limits.max_iter)):
+        for _ in range(min(TRIAL_ITERATIONS, limits.max_iter)):
             score = em.step()
         if held_out is not None:
             score = score_of(em.mixture(limits.top_k), held_out)
@@ -109,6 +103,32 @@ def best_start(
         assert error is not None  # at least one start was tried
         raise error
     return best[1:]
+
+
+def raced_start(starts: Sequence[Callable[[], EnsembleEM]]) -> tuple[int, EnsembleEM]:
+    """Try starts with few fits; returns the best one's number, and its state after the trial.
+
+    The two best by a few iterations of the gate alone do one of EM. A start that an expert cannot
+    be fitted to is left out. Raises the first :class:`FitFailedError` where that is so for all.
+    """
+    begun: list[tuple[float, int, EnsembleEM]] = []
+    error: FitFailedError | None = None
+    for number, start in enumerate(starts):
+        try:
+            em = start()
+        except FitFailedError as failure:
+            error = error or failure
+            continue
+        for _ in range(GATE_ITERATIONS):
+            em.step_of_gate()
+        begun.append((em.objective(), number, em))
+    if not begun:
+        assert error is not None  # at least one start was tried
+        raise error
+    best = sorted(begun, key=lambda trial: -trial[0])[:2]
+    if len(best) > 1:
+        best = [(em.step(), number, em) for _, number, em in best]
+    return max(best, key=lambda trial: trial[0])[1:]
 
 
 def score_of(mixture: FittedMixture, held_out: Data) -> float:
@@ -150,38 +170,26 @@ def unseen_losses(
     return losses_of(outputs, data)
 
 
-def is_better(losses: Array, than: Array, data: Data) -> bool:
-    """Return whether the mean of ``losses`` [N] is less by more than a standard error.
+@dataclass(frozen=True)
+class Gain:
+    """The mean by which some losses are less than others, by weight, and its standard error."""
 
-    The error is that of the mean difference, by weight. Equal rows of equal targets count once in
-    it, so that a weight is worth as many copies.
-    """
-    differences = than - losses
-    gain = float(np.average(differences, weights=data.weights))
-    variance = float(np.average((differences - gain) ** 2, weights=data.weights))
-    num_distinct = len(np.unique(np.column_stack([data.X, data.targets]), axis=0))
-    return gain > (variance / num_distinct) ** 0.5 + _ROUNDING
+    mean: float
+    error: float
 
+    @classmethod
+    def of(cls, losses: Array, than: Array, data: Data) -> Gain:
+        """Compare losses [N] of the rows of ``data``.
 
-def first_shares(
-    data: Data, num_experts: int, source: np.random.RandomState, is_plain: bool
-) -> Array:
-    """Return the shares [N, E] of a first division: k-means of the scaled rows.
+        Equal rows of equal targets count once in the error, so that a weight is worth as many
+        copies.
+        """
+        differences = than - losses
+        mean = float(np.average(differences, weights=data.weights))
+        variance = float(np.average((differences - mean) ** 2, weights=data.weights))
+        num_distinct = len(np.unique(np.column_stack([data.X, data.targets]), axis=0))
+        return cls(mean, (variance / num_distinct) ** 0.5)
 
-    Unless it ``is_plain``, features count by random weights, and so do the targets of a regression.
-    Equal rows count as one of their weights' sum, so that a weight is worth as many repetitions.
-    """
-    columns = data.X
-    if not is_plain and data.classes is None:
-        columns = np.column_stack([data.X, data.targets])
-    distinct, places = np.unique(columns, axis=0, return_inverse=True)
-    places = places.reshape(-1)
-    if len(distinct) <= num_experts:
-        return np.eye(num_experts)[places]
-    scaled = Scale.of(columns, data.weights)(distinct)
-    if not is_plain:
-        scaled = scaled * source.exponential(size=scaled.shape[1])
-    kmeans = KMeans(num_experts, n_init=_NUM_KMEANS, random_state=source.randint(2**31 - 1))
-    labels = kmeans.fit_predict(scaled, sample_weight=np.bincount(places, data.weights))
-    shares: Array = np.eye(num_experts)[labels[places]]
-    return shares
+    def exceeds(self, num_errors: float) -> bool:
+        """Return whether the gain is more than some standard errors, beyond rounding."""
+        return self.mean > num_errors * self.error + _ROUNDING

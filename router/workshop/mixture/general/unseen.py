@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,20 +17,22 @@ from router.workshop.mixture.general.ensemble import EnsembleEM
 from router.workshop.mixture.general.fits import Data, FitFailedError
 from router.workshop.mixture.general.folds import Fold
 from router.workshop.mixture.general.search import (
-    UNSEEN_TRIAL_ITERATIONS,
+    Gain,
     Limits,
     Run,
-    best_start,
-    is_better,
     losses_of,
+    raced_start,
     run,
     unseen_losses,
 )
-from router.workshop.mixture.parts import Array
+from router.workshop.mixture.parts import Array, FittedMixture, posterior
 
 MEAN, STACKED, EM = "mean", "stacked", "EM"
 """The mixtures of experts that are fitted to all rows, with constant weights (Breiman 1996,
 "Stacked regressions") and with a gate; and that of EM, with experts fitted to their shares."""
+_FIRST_ITERATIONS = 2
+_CLEAR, _SOME = 2.0, 1.0
+"""The standard errors of a gain that ends the judgement of EM early, and that is enough at all."""
 
 
 class UnseenSearch:
@@ -39,8 +42,10 @@ class UnseenSearch:
     error: each expert alone, the gate over experts fitted to all rows, and EM. ``losses`` are the
     mean losses, by weight; ``chosen`` is the name of the mixture taken.
 
-    The rows of a fold judge a mixture fitted to the other folds. EM is judged by the rows of the
-    first fold alone, and is fitted to all rows only where it wins there.
+    The rows of a fold judge a mixture fitted to the other folds. EM is fitted to the other rows of
+    one fold after another, and judged by all rows judged so far: it is in as soon as it gains two
+    standard errors, and out as soon as its gain, if it stays, will not be one over all folds. EM's
+    loss is that of the rows judged.
     """
 
     def __init__(
@@ -50,16 +55,19 @@ class UnseenSearch:
         folds: Sequence[Fold],
         divisions: Sequence[Array],
         limits: Limits,
-        held_out: Data | None,
+        run_em: Callable[[EnsembleEM, Limits], Run],
     ) -> None:
-        """Take a state that is not started, and the first shares [N, E] of EM's starts."""
+        """Take a state that is not started, and the first shares [N, E] of EM's starts.
+
+        ``run_em`` runs EM on all rows, where it wins.
+        """
         self._begun, self._data, self._folds = begun, data, folds
-        self._divisions, self._limits, self._held_out = divisions, limits, held_out
+        self._divisions, self._limits, self._run_em = divisions, limits, run_em
         self.losses: dict[str, float] = {}
         self.chosen = MEAN
 
-    def best(self, run_em: Callable[[EnsembleEM], Run]) -> Run:
-        """Return the run of the chosen mixture; ``run_em`` runs EM from a start.
+    def best(self) -> Run:
+        """Return the run of the chosen mixture.
 
         Raises :class:`FitFailedError` where an expert cannot be fitted to all rows of some folds.
         """
@@ -77,53 +85,103 @@ class UnseenSearch:
         for name, of_mixture in losses.items():
             self.losses[name] = float(np.average(of_mixture, weights=self._data.weights))
         least = min(losses, key=lambda name: self.losses[name])
-        if is_better(losses[least], losses[MEAN], self._data):
+        if Gain.of(losses[least], losses[MEAN], self._data).exceeds(_SOME):
             self.chosen = least
-        winner = self._winning_start(whole, losses[self.chosen]) if len(losses) > 1 else None
-        if winner is not None:
+        if whole.num_experts > 1:
             try:
-                em = self._start_of_em(whole, winner)
+                winner = self._winner(losses[self.chosen])
+                if winner is not None:
+                    mixture, num_iter = winner
+                    em = self._begun.started(_posterior(mixture, self._data))
+                    self.chosen = EM
+                    return self._run_em(em, self._limited(max(num_iter, 1)))
             except FitFailedError as error:
                 warnings.warn(f"{error}; EM is left out", FitFailedWarning, stacklevel=4)
-            else:
-                self.chosen = EM
-                return run_em(em)
         return run(candidates[self.chosen](whole), EnsembleEM.step_of_gate, self._limits)
 
-    def _start_of_em(self, whole: EnsembleEM, number: int) -> EnsembleEM:
-        return whole if number == 0 else self._begun.started(self._divisions[number - 1])
+    def _winner(self, losses: Array) -> tuple[FittedMixture, int] | None:
+        """Return EM's mixture of the first fold's other rows and its iterations, where EM wins.
 
-    def _winning_start(self, whole: EnsembleEM, losses: Array) -> int | None:
-        """Return the number of EM's best start, 0 for experts fitted to all rows.
-
-        ``None`` where EM, fitted to the other folds, does not win on the rows of the first fold.
+        ``losses`` [N] are those to beat.
         """
-        train, test = self._folds[0]
-        data, judge = self._data.of(train), self._data.of(test)
+        data = self._data
+        of_em, judged = np.empty(len(data.X)), np.empty(0, np.intp)
+        first: tuple[FittedMixture, int] | None = None
+        for fold in self._folds:
+            if first is None:
+                number, num_iter, mixture = self._best_of_other_rows(fold)
+                first = mixture, num_iter
+            else:
+                em = self._started(fold, number)
+                mixture = run(em, EnsembleEM.step, self._limited(num_iter + 1)).em.mixture()
+            of_em[fold[1]] = self._judged(mixture, fold)
+            judged = np.concatenate([judged, fold[1]])
+            gain = Gain.of(of_em[judged], losses[judged], data.of(judged))
+            is_promising = gain.exceeds(_SOME * (len(judged) / len(data.X)) ** 0.5)
+            if gain.exceeds(_CLEAR) or not is_promising:
+                break
+        self.losses[EM] = float(np.average(of_em[judged], weights=data.weights[judged]))
+        return first if gain.exceeds(_SOME) else None
+
+    def _best_of_other_rows(self, fold: Fold) -> tuple[int, int, FittedMixture]:
+        """Run EM on the other rows of a fold; returns its start, its iterations, its mixture.
+
+        The best start of all runs for twice as many iterations again and again, until the loss of
+        the fold's rows falls no more: the shares follow from the targets, so that EM of experts
+        that can bend to any rows overfits with time.
+        """
+        starts = [partial(self._started, fold, place) for place in range(len(self._divisions) + 1)]
+        number, em = raced_start(starts)
+        best = em.mixture()
+        least = self._mean_loss(best, fold)
+        num_iter, after = 0, _FIRST_ITERATIONS
+        while after <= self._limits.max_iter:
+            ran = run(em, EnsembleEM.step, self._limited(after - num_iter))
+            mixture = em.mixture()
+            loss = self._mean_loss(mixture, fold)
+            if loss >= least:
+                break
+            best, least, num_iter = mixture, loss, after
+            if ran.is_converged:
+                break
+            after *= 2
+        return number, num_iter, best
+
+    def _started(self, fold: Fold, number: int) -> EnsembleEM:
+        """Return EM of a fold's other rows, from a division or, at 0, from experts of all rows."""
+        train = fold[0]
+        em = self._begun.on(self._data.of(train), self._halves(fold))
+        if number:
+            return em.started(self._divisions[number - 1][train])
+        em.start_whole()
+        return em
+
+    def _judged(self, mixture: FittedMixture, fold: Fold) -> Array:
+        test = self._data.of(fold[1])
+        return losses_of(mixture.combine(test.X), test)
+
+    def _mean_loss(self, mixture: FittedMixture, fold: Fold) -> float:
+        return float(np.average(self._judged(mixture, fold), weights=self._data.weights[fold[1]]))
+
+    def _limited(self, max_iter: int) -> Limits:
+        return replace(self._limits, max_iter=min(max_iter, self._limits.max_iter))
+
+    def _halves(self, fold: Fold) -> list[Fold]:
+        """Return two folds of the other rows, for a judgement of EM that costs the fewest fits.
+
+        There are none where there is only one other fold.
+        """
         places = np.full(len(self._data.X), -1)
-        places[train] = np.arange(len(train))
-        # Two folds of the others: a judgement of EM that costs the fewest fits.
-        others = [rows for _, rows in self._folds[1:]]
-        half = len(others) // 2
-        inner = []
-        if half:
-            halves = [places[np.concatenate(rows)] for rows in (others[:half], others[half:])]
-            inner = [
-                (np.sort(halves[1]), np.sort(halves[0])),
-                (np.sort(halves[0]), np.sort(halves[1])),
-            ]
-        begun = self._begun.on(data, inner)
+        places[fold[0]] = np.arange(len(fold[0]))
+        others = [places[rows] for _, rows in self._folds if rows is not fold[1]]
+        middle = len(others) // 2
+        if not middle:
+            return []
+        one, other = (np.sort(np.concatenate(part)) for part in (others[:middle], others[middle:]))
+        return [(other, one), (one, other)]
 
-        def started_whole() -> EnsembleEM:
-            em = begun.copied()
-            em.start_whole()
-            return em
 
-        starts = [started_whole] + [
-            partial(begun.started, shares[train]) for shares in self._divisions
-        ]
-        number, em = best_start(starts, self._limits, None, UNSEEN_TRIAL_ITERATIONS)
-        mixture = run(em, EnsembleEM.step, self._limits).em.mixture()
-        of_em = losses_of(mixture.combine(judge.X), judge)
-        self.losses[EM] = float(np.average(of_em, weights=judge.weights))
-        return number if is_better(of_em, losses[test], judge) else None
+def _posterior(mixture: FittedMixture, data: Data) -> Array:
+    """Return the probability [N, E] of each expert, given a row and its target."""
+    likelihoods = mixture.log_likelihoods(data.X, data.targets)
+    return posterior(mixture.log_gates(data.X), likelihoods)
