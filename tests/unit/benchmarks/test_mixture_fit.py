@@ -13,6 +13,7 @@ from benchmarks.mixture_fit import (
     SETS,
     Model,
     Result,
+    chosen,
     classifiers,
     measured,
     pieces,
@@ -23,13 +24,13 @@ from benchmarks.mixture_fit import (
 
 
 def test_no_single_line_explains_the_sets_of_pieces_and_several_do() -> None:
-    rows, values = pieces()
+    rows, values = pieces(0)
     assert LinearRegression().fit(rows, values).score(rows, values) < 0.3
     is_one = (rows[:, 0] + 0.5 * rows[:, 1] > 0) & (rows[:, 2] > 0.5 * rows[:, 0])
     fitted = LinearRegression().fit(rows[is_one], values[is_one])
     assert fitted.coef_ == pytest.approx([2, 2, -4], abs=0.1)
     assert np.std(values[is_one] - fitted.predict(rows[is_one])) == pytest.approx(0.2, abs=0.02)
-    rows, labels = two_pieces()
+    rows, labels = two_pieces(0)
     left = (rows[:, 0] < 0) & (np.abs(rows[:, 1] + 0.5 * rows[:, 2]) > 0)
     agree = (rows[left, 1] + 0.5 * rows[left, 2] > 0) == labels[left]
     assert agree.mean() == pytest.approx(0.97, abs=0.02)
@@ -38,9 +39,9 @@ def test_no_single_line_explains_the_sets_of_pieces_and_several_do() -> None:
 def test_every_set_has_enough_rows_and_every_mixture_its_own_expert() -> None:
     assert len(SETS) >= 5
     for name, load in SETS.items():
-        rows, targets = load()
+        rows, targets = load(0)
         assert len(rows) == len(targets) >= 150, name
-    for models in (regressors(), classifiers()):
+    for models in (regressors(0), classifiers(0)):
         mixtures = [model.name for model in models if model.kind == MIXTURE]
         assert {model.of for model in models if model.kind == EXPERT} == set(mixtures)
         assert sum(model.kind == PEER for model in models) == 5
@@ -51,11 +52,26 @@ def test_settings_are_chosen_without_the_rows_of_the_score() -> None:
     rows = rng.normal(size=(60, 2))
     values = rows @ [1.0, -1.0] + 0.1 * rng.normal(size=60)
     model = Model("ridge", PEER, Ridge(), {"alpha": (1e-3, 1e6)})
-    result = measured("made", model, (rows, values), 3)
+    result = measured("made", model, (rows, values), 3, 0)
     assert (len(result.scores), len(result.fit_s)) == (3, 3)
     assert min(result.scores) > 0.9
     model = Model("ridge", PEER, Ridge(), {"alpha": (1e6,)})
-    assert max(measured("made", model, (rows, values), 3).scores) < 0.1
+    assert max(measured("made", model, (rows, values), 3, 0).scores) < 0.1
+
+
+def test_several_experts_must_beat_one_by_an_error() -> None:
+    params = [{"n": 1, "a": 1}, {"n": 1, "a": 2}, {"n": 2, "a": 1}]
+
+    def place(scores: list[list[float]], single: tuple[str, int] | None) -> int:
+        splits = {f"split{i}_test_score": row for i, row in enumerate(np.transpose(scores))}
+        means = np.mean(scores, axis=1)
+        return chosen({"params": params, "mean_test_score": means, **splits}, single)
+
+    unclear = [[0.1, 0.2, 0.3], [0.5, 0.6, 0.7], [0.4, 0.6, 0.9]]
+    assert (place(unclear, None), place(unclear, ("n", 1))) == (2, 1)
+    clear = [[0.1, 0.2, 0.3], [0.5, 0.6, 0.7], [0.7, 0.8, 0.85]]
+    assert place(clear, ("n", 1)) == 2
+    assert place([[0.9] * 3, [0.5] * 3, [0.6] * 3], ("n", 1)) == 0
 
 
 def result(name: str, kind: str, scores: list[float], of: str = "") -> Result:
