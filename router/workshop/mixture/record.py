@@ -1,13 +1,15 @@
 """``estimator.json``: the class, parameters and records of a fitted estimator, beside its mixture.
 
-Values are plain JSON. Tuples, arrays, mappings and estimators are objects with one key that names
-their kind; an estimator is the path of a skops file. Nothing in the file runs code: the class is
-one of :data:`ESTIMATORS`, and attributes are set, never called.
+Values are plain JSON. Tuples, arrays, mappings, estimators and splitters are objects with a key
+that names their kind; an estimator is the path of a skops file. Nothing in the file runs code: the
+class is one of :data:`ESTIMATORS`, that of a splitter one of :data:`SPLITTERS`, and attributes are
+set, never called.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, clone
+from sklearn.model_selection import KFold, LeaveOneOut, PredefinedSplit, StratifiedKFold
 
 from cluster.errors import CheckpointError, shown, shown_name
 from experts.backends.errors import described
@@ -40,6 +43,10 @@ ESTIMATORS: dict[str, str] = {
     for kind in ("Regressor", "Classifier")
 }
 """The modules of the estimators that are saved and loaded, by the names of their classes."""
+SPLITTERS: dict[str, type] = {
+    cls.__name__: cls for cls in (KFold, LeaveOneOut, PredefinedSplit, StratifiedKFold)
+}
+"""The splitters that put each row into one fold, so that an estimator's ``cv`` may be one."""
 _ATTRIBUTE = re.compile(r"[a-z][a-z0-9_]*_")
 _PLAIN = (type(None), bool, int, float, str)
 _KINDS = "biufU"
@@ -110,9 +117,13 @@ class _Writer:
                     f"skops cannot write the estimator: {described(error)}", where
                 ) from error
             return {"estimator": file}
+        if SPLITTERS.get(type(value).__name__) is type(value):
+            names = inspect.signature(type(value)).parameters
+            parameters = {name: getattr(value, name) for name in names}
+            return {"splitter": type(value).__name__, "with": self.mapping(where, parameters)}
         raise CheckpointError(
             f"{type(value).__name__} cannot be saved; allowed: numbers, texts, lists, mappings, "
-            "arrays of these, estimators, None",
+            f"arrays of these, estimators, {', '.join(SPLITTERS)}, None",
             where,
         )
 
@@ -195,6 +206,8 @@ class _Reader:
                 return np.array(value["array"], dtype)
         if value.keys() == {"estimator"}:
             return self._read(value["estimator"])
+        if value.keys() == {"splitter", "with"} and value["splitter"] in SPLITTERS:
+            return SPLITTERS[value["splitter"]](**self.mapping(where, value["with"]))
         raise CheckpointError("is a value of no known kind", f"{self._where}: {where}")
 
 

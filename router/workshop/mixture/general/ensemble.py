@@ -189,6 +189,7 @@ class EnsembleEM:
         gate = mixture.gates[GATE]
         self._layers, self._activation = gate.layers, gate.activation
         self._log_gates = self.gate().log_weights(self._data.X)
+        self._given = [np.zeros_like(self._data.weights)] * len(self._experts)
         self._parts = [part for part in mixture.experts.values() if isinstance(part, EstimatorPart)]
         assert len(self._parts) == len(self._experts)
         self._outputs = mixture.outputs(self._data.X)
@@ -292,6 +293,25 @@ class EnsembleEM:
             self._deviations.copy() if is_regression else None,
             0.0 if is_regression else FLOOR_MASS / data.width,
         )
+
+    def warn_of_refusals(self) -> None:
+        """Warn :class:`FitFailedWarning` of experts that were fitted without their rarest classes.
+
+        It is about those that :meth:`mixture` returned last.
+        """
+        classes = self._data.classes
+        for expert, part, given in zip(self._experts, self._parts, self._given, strict=True):
+            if classes is None or part is None or part.class_places is None:
+                continue
+            own = np.unique(self._data.targets[given > self._data.least_share])
+            refused = classes[np.setdiff1d(own, part.class_places)]
+            if len(refused):
+                warnings.warn(
+                    f"{expert} cannot be fitted to so few rows of {refused.tolist()!r:.80}, and is "
+                    "fitted without them: their probability is 0 in its predictions",
+                    FitFailedWarning,
+                    stacklevel=3,
+                )
 
     def _shares(self) -> Array:
         shares = posterior(self._log_gates, self._log_likelihoods(slice(None)))

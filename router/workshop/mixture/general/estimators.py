@@ -31,7 +31,7 @@ from router.workshop.mixture.base import (
 )
 from router.workshop.mixture.general.divisions import divisions_of
 from router.workshop.mixture.general.ensemble import GATE, EnsembleEM
-from router.workshop.mixture.general.fits import Data, Expert
+from router.workshop.mixture.general.fits import MOST_VALUE, Data, Expert
 from router.workshop.mixture.general.folds import Fold, Rows, folds_of, given_folds
 from router.workshop.mixture.general.gates import learner_of
 from router.workshop.mixture.general.search import Limits, Run, best_start, run
@@ -128,7 +128,7 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
         is_warm = bool(self.warm_start) and hasattr(self, "mixture_")
         given = X, y
         X, targets, weights = self._check_fit(X, y, sample_weight, reset=not is_warm)
-        self._check_numbers(experts, X, weights)
+        self._check_numbers(experts, X, targets, weights)
         train, held_out, places = self._divided(X, targets, weights, source)
         seed = source.randint(2**31 - 1)
         folds: list[Fold] = []
@@ -136,7 +136,8 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
             is_classification = train.classes is not None
             folds = folds_of(train.X, train.targets, int(self.cv), is_classification, seed)
         elif self.cv is not None:
-            numbers = np.arange(len(X)) if sample_weight is None else np.flatnonzero(sample_weight)
+            all_used = np.ndim(sample_weight) == 0  # None, or one weight for all rows
+            numbers = np.arange(len(X)) if all_used else np.flatnonzero(sample_weight)
             folds = given_folds(self.cv, *given, numbers[places])
         gate_source = np.random.RandomState(seed)
         learner = learner_of(self.gate, len(experts), lambda gate: _seeded(gate, gate_source))
@@ -161,6 +162,7 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
             result = self._run(begun, limits, held_out)
         self._set_run(result)
         self._set_fitted(result.em.mixture(self.top_k), train.X, train.targets, train.weights)
+        result.em.warn_of_refusals()
         return self
 
     def _run(self, em: EnsembleEM, limits: Limits, held_out: Data | None) -> Run:
@@ -208,11 +210,18 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
             _check_methods(name, estimator, ("fit", self._method))
         return [Expert(name, _seeded(clone(estimator), source)) for name, estimator in named]
 
-    def _check_numbers(self, experts: list[Expert], X: Array, weights: Array) -> None:
+    def _check_numbers(
+        self, experts: list[Expert], X: Array, targets: Targets, weights: Array
+    ) -> None:
         if len(X) < len(experts):
             raise ValueError(
                 f"n_samples={len(X)} should be at least the number of experts, {len(experts)}"
             )
+        for name, values in (("X", X), ("y", targets)):
+            if np.abs(values).max() > MOST_VALUE:
+                raise ValueError(
+                    f"{name} has values above {MOST_VALUE:g}, whose squares are too large"
+                )
         if self.top_k is not None and self.top_k > len(experts):
             raise ValueError(f"top_k={self.top_k} is more than the {len(experts)} experts")
         without = [expert for expert in experts if expert.weight_keyword is None]
@@ -299,7 +308,8 @@ class MixtureOfExpertsClassifier(MixtureClassifier, _MixtureOfExperts):
     logistic regressions. A class that an expert never saw has probability 0 in its prediction. In
     the likelihood, and so in :meth:`responsibilities` with ``y``, each expert spreads a probability
     of 0.001 evenly over all classes, so that no class is impossible. An expert whose rows are all
-    of one class is replaced by a constant one until it gets others.
+    of one class is replaced by a constant one until it gets others. One that refuses rare classes
+    is fitted without them; where that stays so at the end, it is a :class:`FitFailedWarning`.
     """
 
     _method = "predict_proba"
@@ -313,7 +323,8 @@ def _check_methods(name: str, estimator: Any, methods: Sequence[str]) -> None:
     if isinstance(estimator, type):
         raise ValueError(f"expert {name!r} is the class {estimator.__name__}, not an estimator")
     for method in methods:
-        if not hasattr(estimator, method):
+        # Some classes, as StackingRegressor, have the method of an instance only when fitted.
+        if not hasattr(estimator if method == "predict_proba" else type(estimator), method):
             is_classifier = method == "predict_proba" and hasattr(estimator, "predict")
             hint = "; wrap it in CalibratedClassifierCV" if is_classifier else ""
             raise ValueError(f"expert {name!r} ({type(estimator).__name__}) has no {method}{hint}")

@@ -5,7 +5,8 @@ Dimension letters: N rows, F features, W values of an output, D outputs of a reg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,12 @@ from experts.backends.errors import described
 from router.workshop.mixture.general.folds import Fold, Rows
 from router.workshop.mixture.parts import Array, EstimatorPart
 
+MOST_VALUE = 1e100
+"""The largest feature, target or prediction, because deviations are sums of squares."""
+MOST_RARE = 10
+"""The most rows of a class that an expert may refuse."""
+_MOST_ROUNDING = 1e-3
+"""The most by which a row's probabilities may miss a sum of 1; those in float32 miss it a little."""
 _LEAST_SHARE = 1e-10
 """Rows of a smaller share, relative to the largest weight, are left out of an expert's fit."""
 Targets = npt.NDArray[Any]
@@ -87,13 +94,39 @@ class FitFailedError(ValueError):
 def fitted_part(expert: Expert, data: Data, shares: Array) -> EstimatorPart:
     """Fit an expert to its ``shares`` [N] of the rows.
 
-    Where all of its rows have one class, a constant classifier stands in for the expert. Raises
-    :class:`FitFailedError`, which names the expert, for any error of the estimator, and where it
-    has no rows.
+    Where all of its rows have one class, a constant classifier stands in for the expert. A
+    classifier that refuses its rows is fitted without its rarest classes, as few of them as it
+    takes, if each has at most :data:`MOST_RARE` rows: one that calibrates by folds wants as many
+    rows of each class. Raises :class:`FitFailedError`, which names the expert, for any other error
+    of the estimator, and where it has no rows.
     """
     rows = shares > data.least_share
     if not rows.any():
         raise FitFailedError(f"{expert} has none of {len(rows)} rows to be fitted to")
+    try:
+        return _fitted_to(expert, data, shares, rows)
+    except FitFailedError:
+        for fewer in _without_rare(data, rows):
+            with contextlib.suppress(FitFailedError):
+                return _fitted_to(expert, data, shares, fewer)
+        raise
+
+
+def _without_rare(data: Data, rows: npt.NDArray[np.bool_]) -> Iterator[npt.NDArray[np.bool_]]:
+    """Yield the rows without the rarest class, then without the two rarest, and so on."""
+    if data.classes is None:
+        return
+    counts = np.bincount(data.targets[rows], minlength=len(data.classes))
+    for rarest in np.unique(counts[(counts > 0) & (counts <= MOST_RARE)]):
+        is_kept = counts > rarest
+        if is_kept.sum() < 2:
+            return
+        yield rows & is_kept[data.targets]
+
+
+def _fitted_to(
+    expert: Expert, data: Data, shares: Array, rows: npt.NDArray[np.bool_]
+) -> EstimatorPart:
     y = data.y(rows)
     estimator = clone(expert.estimator)
     keywords: dict[str, Any] = {}
@@ -106,6 +139,8 @@ def fitted_part(expert: Expert, data: Data, shares: Array) -> EstimatorPart:
         if data.classes is None:
             return EstimatorPart(estimator)
         places = np.searchsorted(data.classes, estimator.classes_)
+        if not np.array_equal(data.classes[places % data.width], estimator.classes_):
+            raise ValueError(f"its classes_ are {estimator.classes_!r:.80}, not those of its rows")
         return EstimatorPart(estimator, "predict_proba", places, data.width)
     except Exception as error:  # an estimator may raise anything
         raise FitFailedError(
@@ -123,11 +158,19 @@ def outputs_of(expert: Expert, part: EstimatorPart, data: Data, rows: Any = slic
         outputs = part(X)
     except Exception as error:  # an estimator may raise anything
         raise FitFailedError(f"{expert} cannot predict: {described(error)}") from error
-    if outputs.shape != (len(X), data.width) or not np.isfinite(outputs).all():
+    if outputs.shape != (len(X), data.width):
         raise FitFailedError(
-            f"{expert} predicts the shape {list(outputs.shape)}, or values that are not finite, "
-            f"where {data.width} values of each row are needed"
+            f"{expert} predicts the shape {list(outputs.shape)}, where {data.width} values of each "
+            f"of {len(X)} rows are needed"
         )
+    if not (np.abs(outputs) <= MOST_VALUE).all():
+        raise FitFailedError(f"{expert} predicts values that are not finite, or too large")
+    if data.classes is not None:
+        missed = np.abs(outputs.sum(axis=1) - 1).max(initial=0.0)
+        if outputs.min(initial=0.0) < 0 or missed > _MOST_ROUNDING:
+            raise FitFailedError(
+                f"{expert} predicts probabilities that are negative or do not add up to 1"
+            )
     return outputs
 
 

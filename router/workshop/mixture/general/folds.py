@@ -58,22 +58,33 @@ def folds_of(
     ]
 
 
+def _numbers(part: Any, num_rows: int) -> Rows:
+    """Return the numbers of the rows of a split's part, which may be a mask of the rows."""
+    rows = np.asarray(part)
+    if rows.dtype == bool:
+        if rows.shape != (num_rows,):
+            raise ValueError(f"cv has a mask of {rows.size} rows; there are {num_rows}")
+        return np.flatnonzero(rows)
+    if rows.size and (rows.min() < 0 or rows.max() >= num_rows):
+        raise ValueError(f"cv has rows that are not among 0 to {num_rows - 1}")
+    return rows.astype(np.intp)
+
+
 def given_folds(cv: Any, X: Any, y: Any, numbers: Rows) -> list[Fold]:
     """Return the folds of a splitter, or of an iterable of pairs of rows, as scikit-learn has them.
 
     ``numbers`` [N] are those of the rows to fit among the rows X, as ``cv`` counts them. Raises
-    ``ValueError`` unless each row of these is in one fold, and in none that is fitted to predict
-    it.
+    ``ValueError`` for numbers of no rows, and unless each row to fit is in one fold, and in none
+    that is fitted to predict it.
     """
     places = np.full(int(numbers.max()) + 1, -1)
     places[numbers] = np.arange(len(numbers))
     folds = []
     count = np.zeros(len(numbers), np.intp)
     for split in check_cv(cv).split(X, y):
-        train, test = (
-            places[rows[rows < len(places)]] for rows in (np.asarray(part) for part in split)
-        )
-        train, test = train[train >= 0], test[test >= 0]
+        train, test = (_numbers(part, len(y)) for part in split)
+        train, test = (rows[rows < len(places)] for rows in (train, test))
+        train, test = (places[rows][places[rows] >= 0] for rows in (train, test))
         if np.intersect1d(train, test).size:
             raise ValueError("cv: a row is in both parts of a split")
         np.add.at(count, test, 1)

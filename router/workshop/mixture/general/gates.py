@@ -38,6 +38,8 @@ MOST_STEPS = 100
 BIAS_RIDGE = 1e-6
 GATE_RIDGE = 0.1
 """The ridge of the gate ``linear`` on scaled features; without one it overfits noisy targets."""
+_NUM_CHECKED = 64
+"""The rows on which a classifier's decision is compared with that of its layer."""
 _LEAST_SHARE = 1e-6
 """The least share of a row that a gate's target gives an expert, so that none is forgotten."""
 _FORGOTTEN = -30.0
@@ -110,7 +112,29 @@ class ClassifierLearner(GateLearner):
                 if np.ptp(labels) == 0:  # no classifier is needed, and most would refuse
                     return _constant(X.shape[1], count, labels[0]), "tanh"
                 self._classifier.fit(X, labels)
-        return layers_of(self._classifier, count)
+        layers, activation = layers_of(self._classifier, count)
+        _check_decision(self._classifier, layers, X[:_NUM_CHECKED])
+        return layers, activation
+
+
+def _check_decision(classifier: Any, layers: Layers, X: Array) -> None:
+    """Raise ``ValueError`` for a linear classifier whose layer does not make its decision.
+
+    An ``SVC`` has a coefficient for each pair of classes, and a decision by votes.
+    """
+    if len(layers) > 1 or not hasattr(classifier, "decision_function"):
+        return
+    weight, bias = layers[0]
+    labels = classifier.classes_
+    scores = X @ weight[labels].T + bias[labels]
+    if len(labels) == 2:
+        scores = scores[:, 1] - scores[:, 0]
+    decision = classifier.decision_function(X)
+    if decision.shape != scores.shape or not np.allclose(decision, scores, rtol=1e-6, atol=1e-6):
+        raise ValueError(
+            f"gate: {type(classifier).__name__} does not decide by its coefficients, so it cannot "
+            "be served as a gate"
+        )
 
 
 def learner_of(gate: Any, num_experts: int, draw: Callable[[Any], Any]) -> GateLearner:
@@ -195,7 +219,7 @@ def layers_of(classifier: Any, num_experts: int) -> tuple[Layers, Activation]:
         else:
             activation = _ACTIVATIONS[classifier.activation]
     elif hasattr(classifier, "coef_") and hasattr(classifier, "intercept_"):
-        layers = [(np.asarray(classifier.coef_), np.atleast_1d(classifier.intercept_))]
+        layers = [(np.atleast_2d(classifier.coef_), np.atleast_1d(classifier.intercept_))]
     else:
         raise ValueError(
             f"gate: the decision of {type(classifier).__name__} is neither linear nor an MLP, so "
