@@ -278,13 +278,14 @@ class MixtureOfExpertsRegressor(MixtureRegressor, _MixtureOfExperts):
       rows that they were not fitted to choose by the squared error, or by wrong classes: the mean
       with constant weights, each expert alone, and the gate over experts fitted to all rows. The
       mean is taken unless another is better by more than a standard error. ``cv_losses_`` has the
-      mean losses (squares relative to the variance), that of EM by the first fold alone;
-      ``chosen_`` is the name of the mixture taken. ``None``: EM judges experts by the rows that
-      they were fitted to, and its mixture is taken.
-    - ``n_init``: the divisions of the rows that EM starts from, by k-means; of several, the one of
-      the best score after five iterations is taken.
+      mean losses (squares relative to the variance), that of EM by the folds that judged it: one
+      after another does, until the choice is clear. ``chosen_`` is the name of the mixture taken.
+      ``None``: EM judges experts by the rows that they were fitted to, and its mixture is taken.
+    - ``n_init``: the divisions of the rows that EM starts from, by k-means and by planes in turns.
+      Of several, the one of the best score after five iterations is taken, with ``cv`` after one.
     - ``max_iter``, ``tol``, ``n_iter_no_change``: the most iterations of EM; it ends earlier where
-      the score rose by less than ``tol`` in so many iterations.
+      the score rose by less than ``tol`` in so many iterations, and with ``cv`` where the loss of
+      the rows that judge it falls no more.
     - ``early_stopping``, ``validation_fraction``: whether the score is that of rows held out, whose
       best mixture stays, instead of the objective.
     - ``warm_start``: whether a second fit goes on from the first; with ``cv``, whether its gate

@@ -27,7 +27,7 @@ MOST_VALUE = 1e100
 MOST_RARE = 10
 """The most rows of a class that an expert may refuse."""
 _MOST_ROUNDING = 1e-3
-"""The most by which a row's probabilities may miss a sum of 1; those in float32 miss it a little."""
+"""The most by which a row's probabilities may miss a sum of 1, as those in float32 do."""
 _LEAST_SHARE = 1e-10
 """Rows of a smaller share, relative to the largest weight, are left out of an expert's fit."""
 Targets = npt.NDArray[Any]

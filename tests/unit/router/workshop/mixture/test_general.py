@@ -94,7 +94,7 @@ def test_linear_experts_find_the_pieces() -> None:
 
 def test_logistic_experts_find_the_rules() -> None:
     X, y = two_rules(0)
-    fitted = in_sample(MixtureOfExpertsClassifier, random_state=0).fit(X, y)
+    fitted = MixtureOfExpertsClassifier(random_state=0).fit(X, y)
     assert fitted.score(X, y) > 0.9
     assert LogisticRegression().fit(X, y).score(X, y) < 0.7
 
@@ -210,7 +210,7 @@ def test_a_part_that_would_lower_the_objective_is_not_taken() -> None:
 )
 def test_a_gate_of_ones_choice_tells_the_pieces_apart(gate: Any) -> None:
     X, y = two_pieces(4)
-    fitted = in_sample(MixtureOfExpertsRegressor, gate=gate, random_state=0).fit(X, y)
+    fitted = MixtureOfExpertsRegressor(gate=gate, random_state=0).fit(X, y)
     assert fitted.score(X, y) > 0.97
 
 
@@ -219,7 +219,7 @@ def test_an_mlp_gate_takes_what_a_linear_gate_cannot() -> None:
     X = source.normal(size=(300, 2))
     y = np.where((X**2).sum(axis=1) < 1, 5.0 + X[:, 0], -X[:, 0])
     scores = {
-        gate: in_sample(MixtureOfExpertsRegressor, gate=gate, random_state=0).fit(X, y).score(X, y)
+        gate: MixtureOfExpertsRegressor(gate=gate, random_state=0).fit(X, y).score(X, y)
         for gate in ("linear", "mlp")
     }
     assert scores["mlp"] > 0.85
@@ -343,17 +343,17 @@ def test_weights_are_for_experts_that_take_them() -> None:
     X, y = two_pieces(10)
     weights = np.arange(len(X)) % 3
     with pytest.raises(ValueError, match=r"'kneighborsregressor'.*takes no sample_weight"):
-        in_sample(MixtureOfExpertsRegressor, [KNeighborsRegressor(), Ridge()]).fit(X, y, weights)
+        MixtureOfExpertsRegressor([KNeighborsRegressor(), Ridge()]).fit(X, y, weights)
     piped = [make_pipeline(StandardScaler(), LinearRegression()) for _ in range(2)]
-    once = in_sample(MixtureOfExpertsRegressor, piped, random_state=0).fit(X, y, weights)
+    once = MixtureOfExpertsRegressor(piped, random_state=0).fit(X, y, weights)
     again = np.repeat(np.arange(len(X)), weights)
-    repeated = in_sample(MixtureOfExpertsRegressor, piped, random_state=0).fit(X[again], y[again])
+    repeated = MixtureOfExpertsRegressor(piped, random_state=0).fit(X[again], y[again])
     np.testing.assert_allclose(once.predict(X), repeated.predict(X), rtol=1e-6, atol=1e-8)
 
 
 def test_equal_rows_are_shared_by_all_experts() -> None:
     X, y = np.ones((6, 2)), np.arange(6.0)
-    fitted = in_sample(MixtureOfExpertsRegressor, random_state=0).fit(X, y)
+    fitted = MixtureOfExpertsRegressor(random_state=0).fit(X, y)
     np.testing.assert_allclose(fitted.predict(X[:1]), 2.5)
 
 
@@ -382,15 +382,13 @@ def test_the_tools_of_scikit_learn_take_mixtures() -> None:
 def test_jobs_and_repetitions_give_the_same() -> None:
     X, y = two_pieces(12)
     experts = [DecisionTreeRegressor(max_depth=2, max_features=1) for _ in range(3)]
-    alone = in_sample(MixtureOfExpertsRegressor, experts, random_state=3).fit(X, y)
+    alone = MixtureOfExpertsRegressor(experts, random_state=3).fit(X, y)
     with parallel_config("threading"):  # processes take seconds to start
-        together = in_sample(MixtureOfExpertsRegressor, experts, random_state=3, n_jobs=2).fit(X, y)
-    again = in_sample(
-        MixtureOfExpertsRegressor, experts, random_state=np.random.RandomState(3)
-    ).fit(X, y)
+        together = MixtureOfExpertsRegressor(experts, random_state=3, n_jobs=2).fit(X, y)
+    again = MixtureOfExpertsRegressor(experts, random_state=np.random.RandomState(3)).fit(X, y)
     for other in (together, again):
         np.testing.assert_array_equal(other.predict(X), alone.predict(X))
-    other = in_sample(MixtureOfExpertsRegressor, experts, random_state=4).fit(X, y)
+    other = MixtureOfExpertsRegressor(experts, random_state=4).fit(X, y)
     assert (other.predict(X) != alone.predict(X)).any()
 
 
@@ -438,13 +436,13 @@ def test_the_end_without_convergence_is_a_warning() -> None:
     X, y = two_pieces(15)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
-        in_sample(MixtureOfExpertsRegressor, random_state=0).fit(X, y)
+        MixtureOfExpertsRegressor(random_state=0).fit(X, y)
         with pytest.raises(ConvergenceWarning, match="did not converge in 1 iterations"):
-            in_sample(MixtureOfExpertsRegressor, random_state=0, max_iter=1).fit(X, y)
+            MixtureOfExpertsRegressor(random_state=0, max_iter=1).fit(X, y)
 
 
 def test_a_bar_shows_the_iterations(capsys: pytest.CaptureFixture[str]) -> None:
-    in_sample(MixtureOfExpertsRegressor, random_state=0, max_iter=2, verbose=1).fit(*two_pieces(16))
+    MixtureOfExpertsRegressor(random_state=0, max_iter=2, verbose=1).fit(*two_pieces(16))
     assert "log likelihood" in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+from sklearn.exceptions import FitFailedWarning
 from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.model_selection import KFold
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
@@ -17,6 +18,7 @@ from router.workshop.mixture.general.ensemble import EnsembleEM
 from router.workshop.mixture.general.fits import Data, Expert
 from router.workshop.mixture.general.folds import folds_of, given_folds
 from router.workshop.mixture.general.gates import learner_of, least_squares_weights
+from router.workshop.mixture.general.unseen import UnseenSearch
 from tests.unit.router.workshop.mixture.test_general import two_pieces, two_rules
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -29,13 +31,14 @@ def test_an_expert_that_memorises_does_not_take_all_rows() -> None:
     unseen = source.normal(size=(500, 3))
     truth = unseen @ [1.0, -2.0, 0.5]
     experts = [LinearRegression(), KNeighborsRegressor(1)]
-    errors = {
-        cv: np.mean(
-            (MixtureOfExpertsRegressor(experts, cv=cv, random_state=0).fit(X, y).predict(unseen)
-             - truth) ** 2
-        )
-        for cv in (None, 5)
-    }  # fmt: skip
+
+    def error(cv: int | None) -> float:
+        fitted = MixtureOfExpertsRegressor(experts, cv=cv, random_state=0).fit(X, y)
+        return float(np.mean((fitted.predict(unseen) - truth) ** 2))
+
+    with pytest.warns(FitFailedWarning, match="'kneighborsregressor'.*has none of 60 rows"):
+        errors = {5: error(5)}
+    errors[None] = error(None)
     alone = np.mean((LinearRegression().fit(X, y).predict(unseen) - truth) ** 2)
     assert errors[5] < alone + 0.05
     assert errors[None] > 5 * errors[5]
@@ -61,6 +64,65 @@ def test_the_out_of_fold_objective_never_falls(seed: int, is_tree: bool) -> None
     em.start_whole()
     objectives = [em.step() for _ in range(6)]
     assert (np.diff(objectives) >= -1e-9).all()
+
+
+def test_an_expert_is_not_fitted_again_to_the_shares_of_its_latest_fit() -> None:
+    class Counted(LinearRegression):
+        fits = 0
+
+        def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None):
+            Counted.fits += 1
+            return super().fit(X, y, sample_weight)
+
+    X, y = two_pieces(6, 60)
+    data = Data(X, y[:, None], np.ones(60), None)
+    experts = [Expert("a", Counted()), Expert("b", Counted())]
+    folds = folds_of(X, y[:, None], 3, False, 0)
+    em = EnsembleEM(experts, learner_of("linear", 2, lambda gate: gate), data, None, folds)
+    em.start(np.eye(2)[(X[:, 0] > 0.7).astype(int)])
+    assert Counted.fits == 6
+    for _ in range(30):
+        em.step()
+    fits_so_far = Counted.fits
+    assert 6 < fits_so_far < 6 * 31, "fitted in each iteration"
+    em.step()
+    assert Counted.fits == fits_so_far, "the shares have settled"
+
+
+@pytest.mark.parametrize(
+    ("of_folds", "expected"),
+    [
+        ([0.0, 0.0, 0.0, 0.0], "mean"),  # no gain: out at once
+        ([0.5, 0.5, 0.5, 0.5], "EM"),  # clear in the first fold
+        ([0.04, -0.3, 0.5, 0.5], "mean"),  # out after the second
+    ],
+)
+def test_folds_judge_em_until_the_choice_is_clear(
+    of_folds: list[float], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    X, y = two_pieces(7, 80)
+    y = np.random.default_rng(7).normal(size=80)
+    judged = []
+
+    def losses(search: UnseenSearch, mixture: object, fold: tuple) -> np.ndarray:
+        number = next(n for n, other in enumerate(search._folds) if other[1] is fold[1])
+        judged.append(number)
+        noise = np.where(np.arange(len(fold[1])) % 2, 0.1, -0.1)
+        return beaten[fold[1]] - of_folds[number] + noise
+
+    def kept(self: UnseenSearch, found: np.ndarray) -> object:
+        nonlocal beaten
+        beaten = found
+        return winner(self, found)
+
+    beaten = np.empty(0)
+    winner = UnseenSearch._winner
+    monkeypatch.setattr(UnseenSearch, "_winner", kept)
+    monkeypatch.setattr(UnseenSearch, "_judged", losses)
+    experts = [LinearRegression(), Ridge(10.0)]
+    fitted = MixtureOfExpertsRegressor(experts, cv=4, n_init=1, random_state=0).fit(X, y)
+    assert fitted.chosen_ == expected
+    assert max(judged) == (1 if of_folds[1] < 0 else 0)
 
 
 def test_the_weights_of_least_squares_are_those_of_a_general_solver() -> None:
