@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
@@ -32,15 +31,12 @@ from router.workshop.mixture.hierarchical.tree import (
     Tree,
     empty_gates,
     fit_tree,
-    go_on,
 )
 from router.workshop.mixture.parts import Array
 from router.workshop.mixture.scale import Scale
 
 NEWTON_STEPS = 1
 """The Newton steps of an M step, from the coefficients of the M step before."""
-FIRST_ROUND = 25
-"""The iterations of all starts; the better half of each kind has twice as many, and so on."""
 MAX_SEED = 2**31 - 1
 ABOVE_0 = [Interval(Real, 0, None, closed="neither")]
 _AT_LEAST_1 = [Interval(Integral, 1, None, closed="left")]
@@ -145,14 +141,15 @@ class HierarchicalMixture(MixtureEstimator):
         stopping = Stopping(self.max_iter, self.tol, self.n_iter_no_change, validation)
         if is_warm:
             tree = tree_of(self.mixture_, tree, rows_scale, targets_scale)
-            best = self._fit_all([partial(fit_tree, tree, rows, stopping)], self.max_iter)[0]
+            starts = [partial(fit_tree, tree, rows, stopping)]
         else:
             seeds = random.randint(MAX_SEED, size=1 if num_experts == 1 else self.n_init).tolist()
             starts = [
-                partial(fit_from, tree, branching, seed, place % 2 == 1)
+                partial(fit_from, tree, branching, seed, place % 2 == 1, rows, stopping)
                 for place, seed in enumerate(seeds)
             ]
-            best = self._best(starts, rows, stopping)
+        # Every start is fitted to its end: the order of half-finished fits often turns.
+        best = max(self._fit_all(starts), key=lambda fitted: fitted.score)  # of equal ones first
         mixture = mixture_of(best.best, rows_scale, targets_scale, top_k)
         self._set_fitted(mixture, X[used], targets[used], weights[used])
         shift = 0.0 if targets_scale is None else float(np.log(targets_scale.deviation).sum())
@@ -168,35 +165,11 @@ class HierarchicalMixture(MixtureEstimator):
             )
         return self
 
-    def _best(
-        self, starts: Sequence[Callable[..., Fitted]], rows: Rows, stopping: Stopping
-    ) -> Fitted:
-        """Return the best of all starts, which are by pieces and by cells in turn.
-
-        After each round the better half of each kind goes on, to twice as many iterations
-        (successive halving, Jamieson and Talwalkar 2016). A start by cells needs more iterations to
-        show its worth, so the kinds do not compete before the end.
-        """
-        kinds = [kind for kind in (starts[::2], starts[1::2]) if kind]
-        done, limit = 0, min(FIRST_ROUND, stopping.max_iter)
-        while True:
-            is_last = limit == stopping.max_iter or all(len(kind) == 1 for kind in kinds)
-            part = replace(stopping, max_iter=stopping.max_iter if is_last else limit)
-            fits = self._fit_all(
-                [partial(fit, rows=rows, stopping=part) for kind in kinds for fit in kind],
-                part.max_iter - done,
-            )
-            if is_last:
-                return max(fits, key=lambda fitted: fitted.score)  # of equal ones the first
-            middle = len(kinds[0])
-            done, limit = limit, min(2 * limit, stopping.max_iter)
-            kinds = [_better_half(fits[:middle]), _better_half(fits[middle:])]
-
-    def _fit_all(self, fits: Sequence[Callable[..., Fitted]], max_iter: int) -> list[Fitted]:
+    def _fit_all(self, fits: Sequence[Callable[..., Fitted]]) -> list[Fitted]:
         """Return the results of all fits, made here or in ``n_jobs`` processes."""
         name = type(self).__name__
         if len(fits) == 1 or self.n_jobs in (None, 1):
-            with progress(self.verbose, len(fits) * max_iter, name) as advance:
+            with progress(self.verbose, len(fits) * self.max_iter, name) as advance:
                 return [
                     fit(advance=lambda objective: advance(f"objective {objective:.6g}"))
                     for fit in fits
@@ -252,12 +225,6 @@ class HierarchicalMixture(MixtureEstimator):
     def _empty_leaves(self, num_experts: int, num_outputs: int, penalty: Array) -> Leaves:
         """Return experts without rows."""
         raise NotImplementedError
-
-
-def _better_half(fits: list[Fitted]) -> list[Callable[..., Fitted]]:
-    """Return how the better half of some fits goes on, the best first."""
-    ordered = sorted(fits, key=lambda fitted: -fitted.score)
-    return [partial(go_on, fitted) for fitted in ordered[: math.ceil(len(fits) / 2)]]
 
 
 def fit_from(

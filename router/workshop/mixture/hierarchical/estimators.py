@@ -51,8 +51,7 @@ class HierarchicalMixtureRegressor(MixtureRegressor, HierarchicalMixture):
       allows sharper borders between pieces.
     - ``min_variance``: the least variance of an expert, as a share of the target's.
     - ``n_init``: the number of starts, half of them by linear pieces and half by cells of the
-      inputs. After 25 iterations, 50 and so on the better half of each kind goes on, and the best
-      result is kept.
+      inputs. Each is fitted to its end, and the best result is kept.
     - ``max_iter``: the most iterations of EM. The fit ends earlier when ``n_iter_no_change``
       iterations in a row raise the objective by less than ``tol``.
     - ``early_stopping``: judge by the log likelihood of a ``validation_fraction`` of the rows, and

@@ -118,7 +118,7 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A fit so far: ``objectives`` has the objective after each iteration, in nats a row.
+    """A fit: ``objectives`` has the objective after each iteration, in nats a row.
 
     ``best`` is the tree of the best ``score``: of the log-likelihood of rows held out, or of the
     objective. ``last`` is the tree of the last iteration, after ``waited`` without a gain.
@@ -127,9 +127,9 @@ class Fitted:
     best: Tree
     score: float
     last: Tree
-    objectives: tuple[float, ...] = ()
-    held_out: tuple[float, ...] = ()
-    waited: int = 0
+    objectives: tuple[float, ...]
+    held_out: tuple[float, ...]
+    waited: int
 
     def is_converged(self, stopping: Stopping) -> bool:
         """Return whether the fit ended by itself."""
@@ -150,47 +150,22 @@ def fit_tree(
     tree of their best log-likelihood. ``advance`` is called with each objective. Raises
     ``ArithmeticError`` where the objective falls by more than rounding.
     """
+    # The first M step from given posteriors has no tree before it to fall from.
+    previous = best_score = -math.inf
     if posteriors is None:
-        score = _score(tree, stopping.held_out or rows, stopping.held_out is None)
-        return go_on(Fitted(tree, score, tree), rows, stopping, advance)
-    return _iterated(Fitted(tree, -math.inf, tree), rows, stopping, posteriors, -math.inf, advance)
-
-
-def go_on(
-    fitted: Fitted,
-    rows: Rows,
-    stopping: Stopping,
-    advance: Callable[[float], object] = lambda objective: None,
-) -> Fitted:
-    """Return the fit after more iterations: ``stopping`` counts those before."""
-    posteriors, likelihood = fitted.last.expectation(rows)
-    objective = (likelihood + fitted.last.log_prior()) / rows.mass
-    return _iterated(fitted, rows, stopping, posteriors, objective, advance)
-
-
-def _score(tree: Tree, rows: Rows, has_prior: bool) -> float:
-    likelihood = tree.expectation(rows)[1]
-    return (likelihood + (tree.log_prior() if has_prior else 0.0)) / rows.mass
-
-
-def _iterated(
-    fitted: Fitted,
-    rows: Rows,
-    stopping: Stopping,
-    posteriors: Array,
-    previous: float,
-    advance: Callable[[float], object],
-) -> Fitted:
-    """Run EM from the posteriors of the last tree, whose objective is ``previous``."""
-    objectives, held_out = list(fitted.objectives), list(fitted.held_out)
-    tree, best, best_score, waited = fitted.last, fitted.best, fitted.score, fitted.waited
+        posteriors, likelihood = tree.expectation(rows)
+        previous = best_score = (likelihood + tree.log_prior()) / rows.mass
+        if stopping.held_out is not None:
+            best_score = _mean_likelihood(tree, stopping.held_out)
+    objectives: list[float] = []
+    held_out: list[float] = []
+    best, waited = tree, 0
     while len(objectives) < stopping.max_iter and waited < stopping.patience:
         tree = tree.maximised(rows, posteriors)
         posteriors, likelihood = tree.expectation(rows)
         prior = tree.log_prior()
         objective = score = (likelihood + prior) / rows.mass
         scale = (abs(likelihood) + abs(prior)) / rows.mass + 1.0
-        # The first M step from given posteriors has no tree before it to fall from.
         if not objective >= previous - _ROUNDING * scale:
             raise ArithmeticError(
                 f"the objective fell from {previous!r} to {objective!r} nats a row in iteration "
@@ -198,7 +173,7 @@ def _iterated(
             )
         objectives.append(objective)
         if stopping.held_out is not None:
-            score = _score(tree, stopping.held_out, has_prior=False)
+            score = _mean_likelihood(tree, stopping.held_out)
             held_out.append(score)
         waited = 0 if score > best_score + stopping.tol else waited + 1
         if score > best_score:
@@ -206,3 +181,7 @@ def _iterated(
         previous = objective
         advance(objective)
     return Fitted(best, best_score, tree, tuple(objectives), tuple(held_out), waited)
+
+
+def _mean_likelihood(tree: Tree, rows: Rows) -> float:
+    return tree.expectation(rows)[1] / rows.mass

@@ -23,7 +23,6 @@ from router.workshop.mixture.hierarchical.tree import (
     Tree,
     empty_gates,
     fit_tree,
-    go_on,
 )
 
 TREES = [(1,), (2,), (3,), (2, 2), (3, 1, 2), (2, 2, 2)]
@@ -194,14 +193,6 @@ def test_held_out_rows_choose_the_tree() -> None:
     assert len(fitted.held_out) == len(fitted.objectives) < 50
     assert fitted.waited == 5
     assert int(np.argmax(fitted.held_out)) == len(fitted.held_out) - 6
-
-
-def test_a_fit_that_goes_on_is_the_fit_at_once() -> None:
-    tree, rows = drawn(5, (2, 2), "gaussian")
-    at_once = fit_tree(tree, rows, Stopping(30, 1e-6, 3))
-    parts = go_on(fit_tree(tree, rows, Stopping(4, 1e-6, 3)), rows, Stopping(30, 1e-6, 3))
-    np.testing.assert_allclose(parts.objectives, at_once.objectives, rtol=1e-12)
-    assert parts.waited == at_once.waited
 
 
 def test_a_tree_is_judged_by_the_rows_held_out_from_the_beginning() -> None:
