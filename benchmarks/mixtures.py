@@ -33,7 +33,7 @@ import sklearn
 from sklearn.datasets import load_diabetes, load_digits
 
 from benchmarks import mlserver
-from benchmarks.combined import combined_diabetes, combined_digits
+from benchmarks.combined import combined
 from benchmarks.common import (
     Figure,
     Verdict,
@@ -113,8 +113,7 @@ def ways(environment: Path, clients: int, begin: Callable[[str], None]) -> Itera
     """Start the servers, and yield all ways by name; ends everything afterwards."""
     from router.app import build
 
-    digits = combined_digits(MODELS / "digits")
-    diabetes = combined_diabetes(MODELS / "diabetes")
+    digits, diabetes = (combined(MODELS / name) for name in ("digits", "diabetes"))
     estimators = {"digits": digits, "diabetes": diabetes}
     local = {name: LocalMixture(open_mixture(MODELS / name)) for name in estimators}
     args = {

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sklearn
@@ -74,6 +75,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         f"| {' | '.join(line)} |" for line in (header, *([_cell(v) for v in row] for row in rows))
     )
     return "\n".join([first, "|" + "---|" * len(header), *others])
+
+
+def losses(fitted: Any, title: str) -> str:
+    """Return the table of the losses by which an estimator with ``cv`` chose its mixture."""
+    rows = [(f"`{name}`", loss) for name, loss in fitted.cv_losses_.items()]
+    return table(("Mixture", title), rows)
 
 
 def _cell(value: object) -> str:

@@ -38,21 +38,15 @@ def save(estimator: Any, folder: Path) -> None:
     folder = folder.resolve()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise CheckpointError("holds other files; name a new or empty folder", str(folder))
-    name = type(estimator).__name__
-    mixture = estimator.mixture_
-    classes = getattr(estimator, "classes_", None)
-    description = f"{name} of {len(mixture.experts)} experts"
-    document, files = content_of(mixture, classes, description)
-    record, parameters = record_of(estimator)
-    text = yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100)
+    document, files = files_of(estimator)
     card = card_of(estimator, document, folder.name)
-    content = {MIXTURE_FILE: text.encode(), RECORD_FILE: record, CARD_FILE: card.encode()}
+    content = {MIXTURE_FILE: document_bytes(document), CARD_FILE: card.encode(), **files}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             staging.chmod(0o755)
-            _write(staging, {**content, **files, **parameters})
+            write(staging, content)
             _check(staging, folder)
             staging.rename(folder)
         finally:
@@ -61,7 +55,27 @@ def save(estimator: Any, folder: Path) -> None:
         raise CheckpointError(f"cannot be written: {error}", str(folder)) from error
 
 
-def _write(folder: Path, content: Mapping[str, bytes]) -> None:
+def files_of(estimator: Any) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return the document of ``mixture.yaml`` of a fitted estimator, and all files but the card.
+
+    The names and datatypes of inputs and outputs in the document may be changed: :func:`load` reads
+    them by their places. Raises :class:`CheckpointError` for a part that cannot be written.
+    """
+    mixture = estimator.mixture_
+    description = f"{type(estimator).__name__} of {len(mixture.experts)} experts"
+    document, files = content_of(mixture, getattr(estimator, "classes_", None), description)
+    record, parameters = record_of(estimator)
+    return document, {**files, RECORD_FILE: record, **parameters}
+
+
+def document_bytes(document: Mapping[str, Any]) -> bytes:
+    """Return the text of ``mixture.yaml``."""
+    text: str = yaml.safe_dump(dict(document), sort_keys=False, default_flow_style=None, width=100)
+    return text.encode()
+
+
+def write(folder: Path, content: Mapping[str, bytes]) -> None:
+    """Write files into a folder, by their paths in it."""
     for name, data in content.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)

@@ -43,12 +43,8 @@ def test_a_table_has_its_numbers_readable() -> None:
     ]
 
 
-def test_training_anew_gives_the_bundled_mixture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
-) -> None:
+def test_training_anew_gives_the_bundled_mixture(tmp_path: Path, one_thread: None) -> None:
     """The weights' last bits may differ where the processor is another."""
-    monkeypatch.setattr(diabetes, "NUM_FOLDS", 2)
-    monkeypatch.setattr(diabetes, "NUM_REPEATS", 1)
     assert command.main(["diabetes", "--out", str(tmp_path)]) == 0
     made, bundled = open_mixture(tmp_path / "diabetes"), open_mixture(BUNDLED / "diabetes")
     assert made.spec == bundled.spec
