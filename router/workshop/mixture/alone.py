@@ -36,16 +36,19 @@ def experts_alone(estimator: Any) -> dict[str, Any]:
     """Return the estimators, not fitted, that a mixture's experts are without a gate, by name.
 
     A mixture of given experts, pairs of a name and an estimator, has each of them. Other mixtures
-    have experts of one kind, so one.
+    have experts of one kind, so one; recurrent experts of several cells have one for each cell.
     """
     parameters = estimator.get_params(deep=False)
     if not isinstance(parameters.get("experts", ""), str):
         return {f"{name} alone": clone(expert) for name, expert in estimator.experts}
     if "n_experts" in parameters:
         single = {name: value for name, value in SINGLE.items() if name in parameters}
-        return {
-            f"one {estimator.experts} expert": clone(estimator).set_params(n_experts=1, **single)
-        }
+        one = clone(estimator).set_params(n_experts=1, **single)
+        name = f"one {estimator.experts} expert"
+        cell = parameters.get("cell", "")
+        if estimator.experts != "rnn" or isinstance(cell, str):
+            return {name: one}
+        return {f"{name}, {kind}": clone(one).set_params(cell=kind) for kind in dict.fromkeys(cell)}
     if is_classifier(estimator):
         return {
             "one linear expert": make_pipeline(

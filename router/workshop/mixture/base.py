@@ -25,7 +25,8 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from router.workshop.mixture.parts import Array, FittedMixture, posterior
+from router.workshop.mixture.parts import Array, FittedMixture, Rows, posterior
+from router.workshop.mixture.sequences import Sequences, check_columns, sequences_of
 
 Targets = npt.NDArray[Any]
 """Values [N, D] of a regression, or the numbers [N] of classes."""
@@ -115,25 +116,29 @@ class MixtureEstimator(BaseEstimator):
         names = getattr(self, "feature_names_in_", None)
         return plot_experts(self.mixture_, X, None if names is None else list(names), ax, features)
 
-    def _check_rows(self, X: Any) -> Array:
+    def _check_rows(self, X: Any) -> Rows:
         """Return rows to predict for, as float64; raises ``ValueError`` as scikit-learn does."""
         check_is_fitted(self)
         X = self._checked_rows(X, reset=False)
         steps = self.mixture_.row_shape[0]
         if X.ndim == 3 and steps not in (-1, X.shape[1]):
-            raise ValueError(f"sequences must have {steps} steps (given: {X.shape[1]})")
+            given = X.lengths[X.lengths != steps][0] if isinstance(X, Sequences) else X.shape[1]
+            raise ValueError(f"sequences must have {steps} steps (given: {given})")
         return X
 
-    def _checked_rows(self, X: Any, reset: bool, y: Any = None) -> Array:
+    def _checked_rows(self, X: Any, reset: bool) -> Rows:
         if self._row_axes == 1:
-            rows: Array = validate_data(self, X, dtype=np.float64, reset=reset, order="C")
-            return rows
-        _check_feature_names(self, X, reset=reset)
-        rows = check_array(X, dtype=np.float64, ensure_2d=False, allow_nd=True, order="C")
+            flat: Array = validate_data(self, X, dtype=np.float64, reset=reset, order="C")
+            return flat
+        named = check_columns(X) if isinstance(X, list | tuple) else X
+        _check_feature_names(self, named, reset=reset)
+        rows: Rows = sequences_of(X)
+        if not isinstance(rows, Sequences):
+            rows = check_array(rows, dtype=np.float64, ensure_2d=False, allow_nd=True, order="C")
         if rows.ndim != 3 or 0 in rows.shape:
             raise ValueError(
-                f"{type(self).__name__} with recurrent experts takes rows [T, F], an array of 3 "
-                f"axes (given: {rows.ndim}, shape {rows.shape})"
+                f"{type(self).__name__} with recurrent experts takes rows [T, F]: an array of 3 "
+                f"axes, or a list of arrays of 2 (given: {rows.ndim} axes, shape {rows.shape})"
             )
         if reset:
             self.n_features_in_ = rows.shape[2]
@@ -146,7 +151,7 @@ class MixtureEstimator(BaseEstimator):
 
     def _check_fit(
         self, X: Any, y: Any, sample_weight: Any, reset: bool = True
-    ) -> tuple[Array, Targets, Array]:
+    ) -> tuple[Any, Targets, Array]:
         """Return the rows, targets and weights [N] to fit, without the rows of weight 0.
 
         ``reset`` is false for a warm start, whose features, outputs and classes stay. Raises
@@ -186,14 +191,14 @@ class MixtureEstimator(BaseEstimator):
         return used, held_out
 
     def _set_fitted(
-        self, mixture: FittedMixture, X: Array, targets: Targets, weights: Array
+        self, mixture: FittedMixture, X: Rows, targets: Targets, weights: Array
     ) -> None:
         """Take over a fitted mixture, and the records that follow from it."""
         self._set_mixture(mixture, X, weights)
         densities = mixture.log_density(X, targets)
         self.log_likelihood_ = float(np.average(densities, weights=weights))
 
-    def _set_mixture(self, mixture: FittedMixture, X: Array, weights: Array) -> None:
+    def _set_mixture(self, mixture: FittedMixture, X: Rows, weights: Array) -> None:
         """Take over a fitted mixture, and how much each expert is used."""
         self.mixture_ = mixture
         self.n_samples_fit_ = len(X)

@@ -25,8 +25,11 @@ from experts.mixture.parts import Activation, RnnExpert
 from router.mixture.scores import best_choices
 from router.mixture.sums import sum_first
 from router.workshop.mixture.em import log_softmax, log_sum_exp
+from router.workshop.mixture.sequences import Sequences
 
 Array = npt.NDArray[np.float64]
+Rows = Array | Sequences
+"""Rows [N, *row shape], or sequences of several lengths."""
 Layers = tuple[tuple[Array, Array], ...]
 """The weight [out, F] and the bias [out] of each layer."""
 Link = Literal["none", "softmax"]
@@ -47,7 +50,7 @@ class GatePart:
     activation: Activation = "tanh"
     pool: Literal["flatten", "mean", "last"] = "flatten"
 
-    def log_weights(self, X: Array) -> Array:
+    def log_weights(self, X: Rows) -> Array:
         """Return the logarithms [N, C] of the weights of rows [N, *row shape].
 
         They are the log softmax over the chosen scores, and -inf where a choice is not chosen.
@@ -66,7 +69,7 @@ class NetworkPart:
     activation: Activation = "tanh"
     link: Link = "none"
 
-    def __call__(self, X: Array) -> Array:
+    def __call__(self, X: Rows) -> Array:
         """Return the outputs [N, W] of rows [N, *row shape]."""
         return _linked(mlp(_pooled(X, "flatten"), self.layers, self.activation), self.link)
 
@@ -83,8 +86,8 @@ class RecurrentPart:
     tensors: Mapping[str, Array]
     link: Link = "none"
 
-    def __call__(self, X: Array) -> Array:
-        """Return the outputs [N, W] of rows [N, T, F].
+    def __call__(self, X: Rows) -> Array:
+        """Return the outputs [N, W] of rows [N, T, F], or of sequences of several lengths.
 
         Raises :class:`CheckpointError` for tensors of wrong names or shapes.
         """
@@ -94,6 +97,8 @@ class RecurrentPart:
         tensors = NamedTensors(self.tensors, "tensors")
         model = RnnModel(tensors, num_inputs, width, part)
         tensors.finish()
+        if isinstance(X, Sequences):
+            return X.by_length(model)
         return model(np.ascontiguousarray(X, np.float64))
 
 
@@ -110,7 +115,7 @@ class EstimatorPart:
     class_places: npt.NDArray[np.intp] | None = None
     num_classes: int = 0
 
-    def __call__(self, X: Array) -> Array:
+    def __call__(self, X: Rows) -> Array:
         """Return the outputs [N, W] of rows [N, *row shape]; raises the estimator's own errors."""
         outputs = getattr(self.estimator, self.method)(_pooled(X, "flatten").copy())
         outputs = np.asarray(outputs, np.float64).reshape(len(X), -1)
@@ -153,12 +158,12 @@ class FittedMixture:
         """The experts' numbers by their names."""
         return {name: number for number, name in enumerate(self.experts)}
 
-    def log_gates(self, X: Array) -> Array:
+    def log_gates(self, X: Rows) -> Array:
         """Return the logarithms [N, E] of the experts' weights; -inf where an expert is not chosen.
 
         A weight is the product of the gates' weights on the path. The weights of a row add up to 1.
         """
-        X = np.ascontiguousarray(X, np.float64)
+        X = _contiguous(X)
         found = np.full((len(X), len(self.experts)), -np.inf)
 
         def descend(name: str, rows: npt.NDArray[np.intp], log_path: Array) -> None:
@@ -175,12 +180,12 @@ class FittedMixture:
         descend(self.root, np.arange(len(X)), np.zeros(len(X)))
         return found
 
-    def outputs(self, X: Array, is_given: npt.NDArray[np.bool_] | None = None) -> Array:
+    def outputs(self, X: Rows, is_given: npt.NDArray[np.bool_] | None = None) -> Array:
         """Return the experts' outputs [N, E, W].
 
         An expert computes the rows that ``is_given`` [N, E], by default all; the rest is 0.
         """
-        X = np.ascontiguousarray(X, np.float64)
+        X = _contiguous(X)
         found = np.zeros((len(X), len(self.experts), self.width))
         for number, part in enumerate(self.experts.values()):
             rows = np.arange(len(X)) if is_given is None else np.flatnonzero(is_given[:, number])
@@ -188,13 +193,13 @@ class FittedMixture:
                 found[rows, number] = part(X[rows])
         return found
 
-    def combine(self, X: Array) -> Array:
+    def combine(self, X: Rows) -> Array:
         """Return the weighted sum [N, W] of the outputs of each row's experts."""
         weights = np.exp(self.log_gates(X))
         total: Array = np.einsum("ne,new->nw", weights, self.outputs(X, weights > 0))
         return total
 
-    def log_likelihoods(self, X: Array, targets: npt.NDArray[Any]) -> Array:
+    def log_likelihoods(self, X: Rows, targets: npt.NDArray[Any]) -> Array:
         """Return the log likelihood [N, E] of each row's target under each expert.
 
         ``targets`` are values [N, D] of a density, or numbers [N] of classes. Raises ``ValueError``
@@ -209,7 +214,7 @@ class FittedMixture:
             raise ValueError("a mixture of means has no likelihood: its experts have no deviations")
         return normal_log_densities(targets, outputs, self.deviations)
 
-    def log_density(self, X: Array, targets: npt.NDArray[Any]) -> Array:
+    def log_density(self, X: Rows, targets: npt.NDArray[Any]) -> Array:
         """Return the log likelihood [N] of each row's target; raises as :meth:`log_likelihoods`."""
         joint = self.log_gates(X) + self.log_likelihoods(X, targets)
         return log_sum_exp(joint)[:, 0]
@@ -242,8 +247,14 @@ def _linked(outputs: Array, link: Link) -> Array:
     return softmax(outputs) if link == "softmax" else outputs
 
 
-def _pooled(X: Array, pool: str) -> Array:
+def _contiguous(X: Rows) -> Rows:
+    return X if isinstance(X, Sequences) else np.ascontiguousarray(X, np.float64)
+
+
+def _pooled(X: Rows, pool: str) -> Array:
     """Return the vectors of rows [N, *row shape], contiguous."""
+    if isinstance(X, Sequences):
+        return X.by_length(lambda rows: _pooled(rows, pool))
     if pool == "flatten":
         return np.ascontiguousarray(X.reshape(len(X), -1), np.float64)
     if pool == "last":

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from router.workshop.mixture.parts import Array, FittedMixture
+from router.workshop.mixture.parts import Array, FittedMixture, Rows
+from router.workshop.mixture.sequences import Sequences
 
 CURVE_POINTS = 401
 GRID_POINTS = 201
@@ -23,7 +24,7 @@ _FAINTEST = 0.12
 
 def plot_experts(
     mixture: FittedMixture,
-    X: Array,
+    X: Rows,
     names: Sequence[str] | None = None,
     ax: Any = None,
     features: tuple[int | str, int | str] | None = None,
@@ -34,7 +35,8 @@ def plot_experts(
       the gate trusts it. Of several outputs it is the first, of classes the last one's probability.
     - Two features: the plane in the experts' colours, mixed by the gate's weights, and the rows.
     - More: the rows in these colours, by two ``features`` (numbers or ``names``) or, by default, by
-      their two principal components.
+      their two principal components. Of sequences of several lengths the steps' means stand for a
+      row.
 
     ``ax`` are the axes to draw on, by default new ones. Raises ``ImportError`` without matplotlib,
     and ``ValueError`` for a feature that does not exist.
@@ -49,16 +51,15 @@ def plot_experts(
     if ax is None:
         _, ax = plt.subplots(layout="constrained")
     colours = _colours(len(mixture.experts))
-    is_row = X.ndim == 2
-    if is_row and X.shape[1] == 1:
-        _draw_curves(ax, mixture, X[:, 0], colours)
+    flat = _flat(X)
+    if X.ndim == 2 and X.shape[1] == 1:
+        _draw_curves(ax, mixture, flat[:, 0], colours)
         ax.set_xlabel(_name(0, names))
-    elif is_row and X.shape[1] == 2:
-        _draw_plane(ax, mixture, X, colours)
+    elif X.ndim == 2 and X.shape[1] == 2:
+        _draw_plane(ax, mixture, flat, colours)
         ax.set_xlabel(_name(0, names))
         ax.set_ylabel(_name(1, names))
     else:
-        flat = X.reshape(len(X), -1)
         places = _components(flat) if chosen is None else flat[:, chosen]
         ax.scatter(*places.T, s=14, c=_mixed(mixture, X, colours), linewidths=0)
         labels = ("first principal component", "second principal component")
@@ -70,8 +71,15 @@ def plot_experts(
     return ax
 
 
+def _flat(X: Rows) -> Array:
+    """Return a vector for each row: its values, or the mean of an unequal sequence's steps."""
+    if isinstance(X, Sequences):
+        return X.by_length(lambda rows: rows.mean(axis=1))
+    return X.reshape(len(X), -1)
+
+
 def _chosen(
-    features: tuple[int | str, int | str] | None, X: Array, names: Sequence[str] | None
+    features: tuple[int | str, int | str] | None, X: Rows, names: Sequence[str] | None
 ) -> list[int] | None:
     if features is None:
         return None
@@ -103,7 +111,7 @@ def _colours(count: int) -> Array:
     return np.array(colormaps["hsv"](np.linspace(0, 1, count, endpoint=False)))[:, :3]
 
 
-def _mixed(mixture: FittedMixture, X: Array, colours: Array) -> Array:
+def _mixed(mixture: FittedMixture, X: Rows, colours: Array) -> Array:
     """Return the experts' colours [N, 3], mixed by the gate's weights of each row."""
     return np.clip(np.exp(mixture.log_gates(X)) @ colours, 0, 1)
 

@@ -6,6 +6,7 @@ Dimension letters: N rows, E experts, F inputs, T steps of a sequence, W outputs
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, Self
 
@@ -17,7 +18,8 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.parallel import Parallel, delayed
 
 from router.workshop.mixture.adaptive.fit import Fit, FitSettings, Rows, fit_network
-from router.workshop.mixture.adaptive.network import Architecture
+from router.workshop.mixture.adaptive.network import Architecture, Cell
+from router.workshop.mixture.adaptive.packed import PackedRows
 from router.workshop.mixture.adaptive.parts import (
     Scales,
     fitted_mixture,
@@ -29,10 +31,13 @@ from router.workshop.mixture.base import (
     progress,
 )
 from router.workshop.mixture.parts import Array
+from router.workshop.mixture.parts import Rows as RawRows
 from router.workshop.mixture.scale import Scale
+from router.workshop.mixture.sequences import Sequences
 
 MAX_SEED = 2**31 - 1
 BATCH_ROWS = 200
+CELLS = {"plain", "gru", "lstm"}
 _AT_LEAST_1 = [Interval(Integral, 1, None, closed="left")]
 _AT_LEAST_0 = [Interval(Real, 0, None, closed="left")]
 ABOVE_0 = [Interval(Real, 0, None, closed="neither")]
@@ -47,7 +52,7 @@ class AdaptiveMixture(MixtureEstimator):
         "hidden_layer_sizes": ["array-like"],
         "gate_hidden_layer_sizes": ["array-like"],
         "activation": [StrOptions({"tanh", "relu"})],
-        "cell": [StrOptions({"plain", "gru", "lstm"})],
+        "cell": [StrOptions(CELLS), "array-like"],
         "pool": [StrOptions({"flatten", "mean", "last"})],
         "loss": [StrOptions({"competitive", "cooperative"})],
         "top_k": [*_AT_LEAST_1, None],
@@ -79,7 +84,7 @@ class AdaptiveMixture(MixtureEstimator):
         hidden_layer_sizes: tuple[int, ...] = (16,),
         gate_hidden_layer_sizes: tuple[int, ...] = (),
         activation: Literal["tanh", "relu"] = "tanh",
-        cell: Literal["plain", "gru", "lstm"] = "gru",
+        cell: Cell | Sequence[Cell] = "gru",
         pool: Literal["flatten", "mean", "last"] = "mean",
         loss: Literal["competitive", "cooperative"] = "competitive",
         top_k: int | None = None,
@@ -137,6 +142,8 @@ class AdaptiveMixture(MixtureEstimator):
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Fit the gate and the experts to rows ``X`` [N, F], or [N, T, F] for recurrent experts.
 
+        Sequences of several lengths are a list of N arrays [T, F].
+
         Raises ``ValueError`` as scikit-learn does for data and parameters, and for fewer rows than
         experts; :class:`NotFiniteError` for a loss that becomes NaN or infinite. Warns with
         ``ConvergenceWarning`` where ``max_iter`` ends the fit.
@@ -153,7 +160,8 @@ class AdaptiveMixture(MixtureEstimator):
         random = check_random_state(self.random_state)
         used, held_out = self._split(targets, random)
         scales = Scales(
-            Scale.of(X[used], weights[used]), self._target_scale(targets, weights, used)
+            Scale.of(*_steps(X[used], weights[used])),
+            self._target_scale(targets, weights, used),
         )
         rows, validation = (
             None if places is None else _standardised(X, targets, weights, places, scales)
@@ -195,7 +203,7 @@ class AdaptiveMixture(MixtureEstimator):
             return fits
 
     def _take_over(
-        self, fit: Fit, scales: Scales, rows: Array, targets: Targets, weights: Array
+        self, fit: Fit, scales: Scales, rows: RawRows, targets: Targets, weights: Array
     ) -> None:
         """Set the fitted attributes."""
         steps = (rows.shape[1] if self.pool == "flatten" else -1,) if rows.ndim == 3 else ()
@@ -242,6 +250,7 @@ class AdaptiveMixture(MixtureEstimator):
             raise ValueError(
                 f"hidden_layer_sizes of recurrent experts must be equal (given: {hidden})"
             )
+        self._cells()
         if self.top_k is not None and self.top_k > self.n_experts:
             raise ValueError(f"top_k={self.top_k} must be at most n_experts={self.n_experts}")
         if self.noisy_gate and self.solver == "lbfgs":
@@ -257,8 +266,30 @@ class AdaptiveMixture(MixtureEstimator):
                 "every expert has the same load"
             )
 
-    def _architecture(self, rows: Array, width: int) -> Architecture:
+    def _cells(self) -> tuple[Cell, ...]:
+        """Return the cell of each recurrent expert; raises ``ValueError`` for wrong ones."""
+        if self.experts != "rnn":
+            return ()
+        if isinstance(self.cell, str):
+            return (self.cell,) * self.n_experts
+        cells = tuple(self.cell)
+        wrong = [cell for cell in cells if cell not in CELLS]
+        if wrong:
+            raise ValueError(f"cell must be of {', '.join(sorted(CELLS))} (given: {wrong[0]!r})")
+        if len(cells) != self.n_experts:
+            raise ValueError(
+                f"cell must be one of {', '.join(sorted(CELLS))}, or a list with one for each of "
+                f"n_experts={self.n_experts} (given: {len(cells)})"
+            )
+        return cells
+
+    def _architecture(self, rows: RawRows, width: int) -> Architecture:
         is_sequence = rows.ndim == 3
+        if isinstance(rows, Sequences) and self.pool == "flatten":
+            raise ValueError(
+                "pool='flatten' needs sequences of one length (given: lengths of "
+                f"{rows.lengths.min()} to {rows.lengths.max()} steps); 'mean' and 'last' take any"
+            )
         flattened = int(np.prod(rows.shape[1:]))
         return Architecture(
             num_experts=int(self.n_experts),
@@ -269,7 +300,7 @@ class AdaptiveMixture(MixtureEstimator):
             hidden_sizes=tuple(map(int, self.hidden_layer_sizes)),
             gate_hidden_sizes=tuple(map(int, self.gate_hidden_layer_sizes)),
             activation=self.activation,
-            cell=self.cell,
+            cells=self._cells(),
             pool=self.pool if is_sequence else "flatten",
             deviation=self._fitted_deviation(),
             top_k=int(self.top_k or self.n_experts),
@@ -315,16 +346,28 @@ class AdaptiveMixture(MixtureEstimator):
 
 
 def _standardised(
-    X: Array,
+    X: RawRows,
     targets: Targets,
     weights: Array,
     places: np.ndarray,
     scales: Scales,
 ) -> Rows:
-    wanted = targets[places]
+    wanted, raw = targets[places], X[places]
     if wanted.ndim == 2:
         wanted = scales.targets(wanted)
-    return Rows(*map(torch.from_numpy, (scales.inputs(X[places]), wanted, weights[places])))
+    x = (
+        PackedRows(Sequences(scales.inputs(raw.values), raw.lengths))
+        if isinstance(raw, Sequences)
+        else torch.from_numpy(scales.inputs(raw))
+    )
+    return Rows(x, torch.from_numpy(wanted), torch.from_numpy(weights[places]))
+
+
+def _steps(rows: RawRows, weights: Array) -> tuple[Array, Array]:
+    """Return rows and their weights; of unequal sequences the steps, which share the row's."""
+    if not isinstance(rows, Sequences):
+        return rows, weights
+    return rows.values, np.repeat(weights / rows.lengths, rows.lengths)
 
 
 def _ignore(remark: str) -> None:

@@ -5,6 +5,7 @@ Dimension letters: N rows, E experts, F inputs, T steps of a sequence, W outputs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from sklearn.utils._param_validation import StrOptions
 
 from router.workshop.mixture.adaptive.base import ABOVE_0, AdaptiveMixture
+from router.workshop.mixture.adaptive.network import Cell
 from router.workshop.mixture.adaptive.parts import Scales
 from router.workshop.mixture.base import MixtureClassifier, MixtureRegressor, Targets
 from router.workshop.mixture.parts import Array
@@ -35,11 +37,13 @@ class AdaptiveMixtureRegressor(MixtureRegressor, AdaptiveMixture):
     Parameters:
 
     - ``n_experts``: E.
-    - ``experts``: ``"linear"``, ``"mlp"`` or ``"rnn"``; the latter takes rows [T, F].
+    - ``experts``: ``"linear"``, ``"mlp"`` or ``"rnn"``; the latter takes rows [T, F]: an array
+      [N, T, F], or a list of arrays whose T may differ.
     - ``hidden_layer_sizes``: of MLPs; of recurrent networks one size for each layer, all equal.
     - ``gate_hidden_layer_sizes``: empty for a linear gate.
     - ``activation``: ``"tanh"`` or ``"relu"``, of MLPs.
-    - ``cell``: ``"plain"``, ``"gru"`` or ``"lstm"``, of recurrent networks.
+    - ``cell``: ``"plain"``, ``"gru"`` or ``"lstm"``, of recurrent networks, or a list of these
+      with one for each expert.
     - ``pool``: the vector that the gate sees of a sequence: the ``"mean"`` or the ``"last"`` of its
       steps, or all steps (``"flatten"``), whose number is then fixed.
     - ``loss``: ``"competitive"`` or ``"cooperative"``. A cooperative mixture has no likelihood of
@@ -84,7 +88,7 @@ class AdaptiveMixtureRegressor(MixtureRegressor, AdaptiveMixture):
         hidden_layer_sizes: tuple[int, ...] = (16,),
         gate_hidden_layer_sizes: tuple[int, ...] = (),
         activation: Literal["tanh", "relu"] = "tanh",
-        cell: Literal["plain", "gru", "lstm"] = "gru",
+        cell: Cell | Sequence[Cell] = "gru",
         pool: Literal["flatten", "mean", "last"] = "mean",
         loss: Literal["competitive", "cooperative"] = "competitive",
         deviation: Literal["shared", "expert"] | float = "shared",

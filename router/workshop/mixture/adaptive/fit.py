@@ -27,7 +27,12 @@ from router.workshop.mixture.adaptive.loss import (
     cooperative_values,
     normal_log_likelihoods,
 )
-from router.workshop.mixture.adaptive.network import MIN_VARIANCE, AdaptiveNetwork, Architecture
+from router.workshop.mixture.adaptive.network import (
+    MIN_VARIANCE,
+    AdaptiveNetwork,
+    Architecture,
+    RowsTensor,
+)
 from router.workshop.mixture.adaptive.noisy_gate import importance_loss, load_loss
 from router.workshop.mixture.adaptive.starts import place_experts
 
@@ -41,7 +46,7 @@ _MEMORY = 50
 class Rows:
     """Rows to fit: standardised ``x`` [N, ...], ``targets`` [N, W] or classes [N], weights [N]."""
 
-    x: Tensor
+    x: RowsTensor
     targets: Tensor
     sample_weight: Tensor
 

@@ -25,11 +25,15 @@ from router.workshop.mixture.adaptive.noisy_gate import (
     keep_top_k,
     noisy_scores,
 )
+from router.workshop.mixture.adaptive.packed import PackedRows
 
+Cell = Literal["plain", "gru", "lstm"]
+RowsTensor = Tensor | PackedRows
+"""Rows [N, F], sequences [N, T, F], or sequences of several lengths."""
 MIN_VARIANCE = 1e-6
 """The least fitted variance, in units of the targets' own: without it the likelihood of targets
 that an expert meets exactly has no bound."""
-_CELLS: Mapping[str, Callable[..., nn.RNNBase]] = {
+_MODULES: Mapping[Cell, Callable[..., nn.RNNBase]] = {
     "plain": nn.RNN,
     "gru": nn.GRU,
     "lstm": nn.LSTM,
@@ -42,7 +46,8 @@ class Architecture:
     """The sizes and kinds of the networks.
 
     ``gate_inputs`` is the number of values that the gate sees of a row, ``num_inputs`` that of an
-    expert's inputs (at each step, if it is recurrent), ``width`` is W. ``deviation`` says whether
+    expert's inputs (at each step, if it is recurrent), ``width`` is W. ``cells`` are those of
+    recurrent experts, one for each. ``deviation`` says whether
     one deviation is fitted for all experts, or one for each. ``top_k`` is the number of experts
     that a noisy gate chooses.
     """
@@ -55,7 +60,7 @@ class Architecture:
     hidden_sizes: tuple[int, ...] = ()
     gate_hidden_sizes: tuple[int, ...] = ()
     activation: Literal["tanh", "relu"] = "tanh"
-    cell: Literal["plain", "gru", "lstm"] = "gru"
+    cells: tuple[Cell, ...] = ()
     pool: Literal["flatten", "mean", "last"] = "flatten"
     deviation: Literal["shared", "expert", "none"] = "none"
     top_k: int = 0
@@ -92,22 +97,27 @@ class RecurrentLayers(nn.Module):
         sizes = architecture.hidden_sizes
         with torch.random.fork_rng(devices=[]):  # torch draws weights, which are drawn anew later
             self.cells = nn.ModuleList(
-                _CELLS[architecture.cell](
+                _MODULES[cell](
                     architecture.num_inputs,
                     sizes[0],
                     num_layers=len(sizes),
                     batch_first=True,
                     dtype=torch.float64,
                 )
-                for _ in range(architecture.num_experts)
+                for cell in architecture.cells
             )
         self.output = StackedLayers(
             architecture.num_experts, (sizes[-1], architecture.width), architecture.activation
         )
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: RowsTensor) -> Tensor:
         """Return the hidden values [E, N, H] of the last step."""
-        return torch.stack([cell(x)[0][:, -1] for cell in self.cells])
+        if isinstance(x, Tensor):
+            return torch.stack([cell(x)[0][:, -1] for cell in self.cells])
+        states = (cell(x.packed)[1] for cell in self.cells)
+        return torch.stack(
+            [(state[0] if isinstance(state, tuple) else state)[-1] for state in states]
+        )
 
     def head(self, features: Tensor) -> Tensor:
         """Return the last layer's values [E, N, W]."""
@@ -151,18 +161,27 @@ class AdaptiveNetwork(nn.Module):
         experts = self.experts
         return experts.output if isinstance(experts, RecurrentLayers) else experts
 
-    def outputs(self, x: Tensor) -> Tensor:
-        """Return the experts' outputs [N, E, W]."""
-        return self.experts.head(self.experts.features(x)).transpose(0, 1)
+    def features(self, x: RowsTensor) -> Tensor:
+        """Return the experts' values [E, N, H] before the last layer."""
+        if isinstance(self.experts, RecurrentLayers):
+            return self.experts.features(x)
+        assert isinstance(x, Tensor)
+        return self.experts.features(x)
 
-    def pooled(self, x: Tensor) -> Tensor:
+    def outputs(self, x: RowsTensor) -> Tensor:
+        """Return the experts' outputs [N, E, W]."""
+        return self.experts.head(self.features(x)).transpose(0, 1)
+
+    def pooled(self, x: RowsTensor) -> Tensor:
         """Return the vectors [N, F] that the gate sees."""
         pool = self.architecture.pool
+        if isinstance(x, PackedRows):
+            return x.lasts if pool == "last" else x.means
         if x.ndim == 2 or pool == "flatten":
             return x.flatten(1)
         return x[:, -1] if pool == "last" else x.mean(dim=1)
 
-    def scores(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def scores(self, x: RowsTensor) -> tuple[Tensor, Tensor | None]:
         """Return the gate's scores [N, E], and the raw deviations [N, E] of a noisy gate."""
         values = self.gate.head(self.gate.features(self.pooled(x)))[0]
         if not self.architecture.is_noisy:
@@ -170,13 +189,13 @@ class AdaptiveNetwork(nn.Module):
         scores, raw_deviations = values.chunk(2, dim=1)
         return scores, raw_deviations
 
-    def log_gates(self, x: Tensor, top_k: int | None) -> Tensor:
+    def log_gates(self, x: RowsTensor, top_k: int | None) -> Tensor:
         """Return the logarithms [N, E] of the weights without noise, as they are served."""
         scores, _ = self.scores(x)
         return (scores if top_k is None else keep_top_k(scores, top_k)).log_softmax(dim=1)
 
     def noisy_log_gates(
-        self, x: Tensor, generator: torch.Generator
+        self, x: RowsTensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor | None]:
         """Return the logarithms [N, E] of the noisy gate's weights.
 

@@ -67,7 +67,9 @@ def expert_part(network: AdaptiveNetwork, number: int, is_softmax: bool) -> Netw
     cell = network.experts.cells[number]
     tensors = {f"rnn.{name}": _array(tensor) for name, tensor in cell.named_parameters()}
     ((weight, bias),) = _layers(network.experts.output, number)
-    return RecurrentPart(a.cell, tensors | {"head.weight": weight, "head.bias": bias}, link)
+    return RecurrentPart(
+        a.cells[number], tensors | {"head.weight": weight, "head.bias": bias}, link
+    )
 
 
 def folded_gate(part: GatePart, scales: Scales) -> GatePart:

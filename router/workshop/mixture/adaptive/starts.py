@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from router.workshop.mixture.adaptive.network import AdaptiveNetwork
+from router.workshop.mixture.adaptive.network import AdaptiveNetwork, RowsTensor
 from router.workshop.mixture.parts import Array
 
 RIDGE = 1e-3
@@ -24,7 +24,7 @@ _LLOYD_STEPS = 10
 
 def place_experts(
     network: AdaptiveNetwork,
-    x: Tensor,
+    x: RowsTensor,
     targets: Tensor,
     sample_weight: Tensor,
     random: np.random.RandomState,
@@ -104,10 +104,10 @@ def _set_gate(
 
 
 def _set_experts(
-    network: AdaptiveNetwork, x: Tensor, wanted: Tensor, nearest: Tensor, sample_weight: Tensor
+    network: AdaptiveNetwork, x: RowsTensor, wanted: Tensor, nearest: Tensor, sample_weight: Tensor
 ) -> None:
     """Fit each expert's last layer on its cluster; deviations are those of what is left."""
-    features = network.experts.features(x)  # [E, N, H]
+    features = network.features(x)  # [E, N, H]
     head = network.last_layers
     squared = wanted.new_zeros(network.architecture.num_experts)
     mass = torch.zeros_like(squared)
