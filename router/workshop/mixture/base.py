@@ -64,6 +64,10 @@ class MixtureEstimator(BaseEstimator):
         tags.input_tags.three_d_array = self._row_axes == 2
         return tags
 
+    def __sklearn_is_fitted__(self) -> bool:
+        """Return whether there is a mixture; checks of data set other attributes before."""
+        return hasattr(self, "mixture_")
+
     def responsibilities(self, X: Any, y: Any = None) -> Array:
         """Return the weight [N, E] of each expert for each row.
 
@@ -175,6 +179,17 @@ class MixtureEstimator(BaseEstimator):
             return X, targets, weights
         return X[is_used], targets[is_used], weights[is_used]
 
+    @contextmanager
+    def _as_before_on_failure(self) -> Iterator[None]:
+        """Give the estimator the attributes that it had, where the body raises."""
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+
     def _split(
         self, targets: Targets, random: np.random.RandomState
     ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -182,12 +197,18 @@ class MixtureEstimator(BaseEstimator):
         places = np.arange(len(targets))
         if not self.early_stopping:
             return places, None
-        used, held_out = train_test_split(
-            places,
-            test_size=self.validation_fraction,
-            random_state=random,
-            stratify=targets if targets.ndim == 1 else None,
-        )
+        try:
+            used, held_out = train_test_split(
+                places,
+                test_size=self.validation_fraction,
+                random_state=random,
+                stratify=targets if targets.ndim == 1 else None,
+            )
+        except ValueError as error:  # too few rows, or too few of a class
+            raise ValueError(
+                f"early_stopping cannot hold out validation_fraction={self.validation_fraction} of "
+                f"{len(places)} rows: {error}"
+            ) from None
         return used, held_out
 
     def _set_fitted(

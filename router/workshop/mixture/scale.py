@@ -31,7 +31,11 @@ class Scale:
         columns = values.reshape(-1, values.shape[-1])
         repeated = np.repeat(weights, len(columns) // len(values))
         mean = np.average(columns, axis=0, weights=repeated)
-        deviation = np.sqrt(np.average((columns - mean) ** 2, axis=0, weights=repeated))
+        centred = columns - mean
+        # Squares of large values overflow and of small ones vanish; a power of 2 rounds nothing.
+        _, exponent = np.frexp(np.abs(centred).max(axis=0))
+        variance = np.average(np.ldexp(centred, -exponent) ** 2, axis=0, weights=repeated)
+        deviation = np.ldexp(np.sqrt(variance), exponent)
         # A constant column has rounding for a deviation.
         is_constant = deviation <= 1e-12 * np.maximum(np.abs(mean), 1e-290)
         return cls(mean, np.where(is_constant, 1.0, deviation))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -49,10 +49,10 @@ class AdaptiveMixture(MixtureEstimator):
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "n_experts": _AT_LEAST_1,
         "experts": [StrOptions({"linear", "mlp", "rnn"})],
-        "hidden_layer_sizes": ["array-like"],
-        "gate_hidden_layer_sizes": ["array-like"],
+        "hidden_layer_sizes": ["array-like", *_AT_LEAST_1],
+        "gate_hidden_layer_sizes": ["array-like", *_AT_LEAST_1],
         "activation": [StrOptions({"tanh", "relu"})],
-        "cell": [StrOptions(CELLS), "array-like"],
+        "cell": [StrOptions(CELLS), list, tuple, np.ndarray],
         "pool": [StrOptions({"flatten", "mean", "last"})],
         "loss": [StrOptions({"competitive", "cooperative"})],
         "top_k": [*_AT_LEAST_1, None],
@@ -81,8 +81,8 @@ class AdaptiveMixture(MixtureEstimator):
         n_experts: int = 4,
         *,
         experts: Literal["linear", "mlp", "rnn"] = "linear",
-        hidden_layer_sizes: tuple[int, ...] = (16,),
-        gate_hidden_layer_sizes: tuple[int, ...] = (),
+        hidden_layer_sizes: int | Sequence[int] = (16,),
+        gate_hidden_layer_sizes: int | Sequence[int] = (),
         activation: Literal["tanh", "relu"] = "tanh",
         cell: Cell | Sequence[Cell] = "gru",
         pool: Literal["flatten", "mean", "last"] = "mean",
@@ -145,20 +145,25 @@ class AdaptiveMixture(MixtureEstimator):
         Sequences of several lengths are a list of N arrays [T, F].
 
         Raises ``ValueError`` as scikit-learn does for data and parameters, and for fewer rows than
-        experts; :class:`NotFiniteError` for a loss that becomes NaN or infinite. Warns with
-        ``ConvergenceWarning`` where ``max_iter`` ends the fit.
+        experts; :class:`NotFiniteError` for a loss that becomes NaN or infinite. The estimator is
+        then as before. Warns with ``ConvergenceWarning`` where ``max_iter`` ends the fit.
         """
+        with self._as_before_on_failure():
+            self._fit(X, y, sample_weight)
+        return self
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:
         self._validate_params()
         self._check_parameters()
         is_warm = self.warm_start and hasattr(self, "mixture_")
         X, targets, weights = self._check_fit(X, y, sample_weight, reset=not is_warm)
-        if len(X) < self.n_experts:
-            raise ValueError(
-                f"n_samples={len(X)} with a weight above 0 must be at least "
-                f"n_experts={self.n_experts}"
-            )
         random = check_random_state(self.random_state)
         used, held_out = self._split(targets, random)
+        if len(used) < self.n_experts:
+            raise ValueError(
+                f"n_samples={len(used)} with a weight above 0 to train on must be at least "
+                f"n_experts={self.n_experts}"
+            )
         scales = Scales(
             Scale.of(*_steps(X[used], weights[used])),
             self._target_scale(targets, weights, used),
@@ -174,7 +179,6 @@ class AdaptiveMixture(MixtureEstimator):
         fits = self._fit_all(architecture, settings, rows, validation, seeds)
         best = max(fits, key=lambda fit: fit.score)  # of equal ones the first
         self._take_over(best, scales, X[used], targets[used], weights[used])
-        return self
 
     def _fit_all(
         self,
@@ -231,14 +235,14 @@ class AdaptiveMixture(MixtureEstimator):
                 f"{type(self).__name__} stopped at max_iter={self.max_iter} before the loss "
                 "stopped falling",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _check_parameters(self) -> None:
         """Raise ``ValueError`` for parameters that contradict each other."""
         sizes = {
-            "hidden_layer_sizes": tuple(self.hidden_layer_sizes),
-            "gate_hidden_layer_sizes": tuple(self.gate_hidden_layer_sizes),
+            "hidden_layer_sizes": _sizes(self.hidden_layer_sizes),
+            "gate_hidden_layer_sizes": _sizes(self.gate_hidden_layer_sizes),
         }
         for name, values in sizes.items():
             if any(not isinstance(size, Integral) or size < 1 for size in values):
@@ -273,7 +277,7 @@ class AdaptiveMixture(MixtureEstimator):
         if isinstance(self.cell, str):
             return (self.cell,) * self.n_experts
         cells = tuple(self.cell)
-        wrong = [cell for cell in cells if cell not in CELLS]
+        wrong = [cell for cell in cells if not isinstance(cell, str) or cell not in CELLS]
         if wrong:
             raise ValueError(f"cell must be of {', '.join(sorted(CELLS))} (given: {wrong[0]!r})")
         if len(cells) != self.n_experts:
@@ -281,7 +285,7 @@ class AdaptiveMixture(MixtureEstimator):
                 f"cell must be one of {', '.join(sorted(CELLS))}, or a list with one for each of "
                 f"n_experts={self.n_experts} (given: {len(cells)})"
             )
-        return cells
+        return tuple(cast(Cell, str(cell)) for cell in cells)  # an array has texts of its own
 
     def _architecture(self, rows: RawRows, width: int) -> Architecture:
         is_sequence = rows.ndim == 3
@@ -297,8 +301,8 @@ class AdaptiveMixture(MixtureEstimator):
             num_inputs=rows.shape[-1],
             width=width,
             experts=self.experts,
-            hidden_sizes=tuple(map(int, self.hidden_layer_sizes)),
-            gate_hidden_sizes=tuple(map(int, self.gate_hidden_layer_sizes)),
+            hidden_sizes=tuple(map(int, _sizes(self.hidden_layer_sizes))),
+            gate_hidden_sizes=tuple(map(int, _sizes(self.gate_hidden_layer_sizes))),
             activation=self.activation,
             cells=self._cells(),
             pool=self.pool if is_sequence else "flatten",
@@ -343,6 +347,11 @@ class AdaptiveMixture(MixtureEstimator):
 
     def _given_deviations(self, scales: Scales) -> torch.Tensor | None:
         return None
+
+
+def _sizes(value: int | Sequence[int]) -> tuple[int, ...]:
+    """Return sizes of layers; a number is one layer's."""
+    return (value,) if isinstance(value, Integral) else tuple(value)
 
 
 def _standardised(

@@ -39,7 +39,8 @@ class AdaptiveMixtureRegressor(MixtureRegressor, AdaptiveMixture):
     - ``n_experts``: E.
     - ``experts``: ``"linear"``, ``"mlp"`` or ``"rnn"``; the latter takes rows [T, F]: an array
       [N, T, F], or a list of arrays whose T may differ.
-    - ``hidden_layer_sizes``: of MLPs; of recurrent networks one size for each layer, all equal.
+    - ``hidden_layer_sizes``: of MLPs; of recurrent networks one size for each layer, all equal. A
+      number is one layer's.
     - ``gate_hidden_layer_sizes``: empty for a linear gate.
     - ``activation``: ``"tanh"`` or ``"relu"``, of MLPs.
     - ``cell``: ``"plain"``, ``"gru"`` or ``"lstm"``, of recurrent networks, or a list of these
@@ -85,8 +86,8 @@ class AdaptiveMixtureRegressor(MixtureRegressor, AdaptiveMixture):
         n_experts: int = 4,
         *,
         experts: Literal["linear", "mlp", "rnn"] = "linear",
-        hidden_layer_sizes: tuple[int, ...] = (16,),
-        gate_hidden_layer_sizes: tuple[int, ...] = (),
+        hidden_layer_sizes: int | Sequence[int] = (16,),
+        gate_hidden_layer_sizes: int | Sequence[int] = (),
         activation: Literal["tanh", "relu"] = "tanh",
         cell: Cell | Sequence[Cell] = "gru",
         pool: Literal["flatten", "mean", "last"] = "mean",

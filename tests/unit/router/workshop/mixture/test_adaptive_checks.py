@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from cluster.errors import NotFiniteError
 from router.workshop.mixture.estimators import AdaptiveMixtureClassifier, AdaptiveMixtureRegressor
 from tests.unit.router.workshop.mixture.adaptive_data import absolute, sequences
 from tests.unit.router.workshop.mixture.contract import contract_of
@@ -96,3 +98,50 @@ def test_nan_and_rows_of_other_axes_are_refused() -> None:
         AdaptiveMixtureRegressor(**FAST).fit(x, y)
     with pytest.raises(ValueError, match="3 features, but"):
         recurrent.fit(x, y).predict(np.zeros((2, 6, 3)))
+
+
+@pytest.mark.parametrize("experts", ["linear", "mlp"])
+@pytest.mark.parametrize("factor", [1e-300, 1e-200, 1e160, 1e300])
+def test_the_size_of_values_changes_nothing(experts: str, factor: float) -> None:
+    """Their squares are infinite or 0."""
+    x, y = absolute(60)
+    plain = AdaptiveMixtureRegressor(**FAST, experts=experts).fit(x, y)
+    scaled = AdaptiveMixtureRegressor(**FAST, experts=experts).fit(factor * x, factor * y)
+    np.testing.assert_allclose(scaled.predict(factor * x) / factor, plain.predict(x), rtol=1e-6)
+
+
+def test_a_failed_fit_leaves_the_estimator_as_it_was() -> None:
+    x, y = absolute(40)
+    labels = np.where(y > 0.5, "high", "low")
+    fitted = AdaptiveMixtureClassifier(**FAST).fit(x, labels)
+    before = fitted.predict(x)
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        fitted.fit(np.tile(x, 2), np.full(40, "none"))
+    assert np.array_equal(fitted.predict(x), before)
+    assert fitted.classes_.tolist() == ["high", "low"]
+    wild = AdaptiveMixtureRegressor(**FAST, solver="adam", learning_rate=1e200)
+    with pytest.raises(NotFiniteError):
+        wild.fit(x, y)
+    with pytest.raises(NotFittedError):
+        wild.predict(x)
+
+
+def test_a_number_is_the_size_of_one_layer() -> None:
+    x, y = absolute(40)
+    settings: dict[str, Any] = {**FAST, "experts": "mlp"}
+    pairs = [
+        AdaptiveMixtureRegressor(
+            **settings, hidden_layer_sizes=experts, gate_hidden_layer_sizes=gate
+        ).fit(x, y)
+        for experts, gate in (((4,), (3,)), (4, 3))
+    ]
+    assert np.array_equal(pairs[0].predict(x), pairs[1].predict(x))
+
+
+def test_rows_that_early_stopping_cannot_hold_out_are_refused_with_the_reason() -> None:
+    x = np.arange(8.0)[:, None]
+    early: dict[str, Any] = {**FAST, "early_stopping": True}
+    with pytest.raises(ValueError, match=r"early_stopping cannot hold out .* only 1 member"):
+        AdaptiveMixtureClassifier(**early).fit(x, [0] * 7 + [1])
+    with pytest.raises(ValueError, match=r"n_samples=1 .* to train on .* n_experts=2"):
+        AdaptiveMixtureRegressor(**early).fit(x[:2], [0.0, 1.0])

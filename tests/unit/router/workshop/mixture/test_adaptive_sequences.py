@@ -155,16 +155,18 @@ def test_weights_and_a_held_out_share_are_those_of_rows(solver: str) -> None:
     assert early.n_samples_fit_ == 54
 
 
-def test_it_is_saved_served_and_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cells", [CELLS, tuple(CELLS), np.array(CELLS)])
+def test_it_is_saved_served_and_loaded(tmp_path: Path, cells: Any) -> None:
     rows, y = ragged()
     labels = np.where(y > 10, "high", "low")
-    fitted = classifier(top_k=2).fit(rows, labels)
+    fitted = classifier(top_k=2, cell=cells).fit(rows, labels)
     assert [part.cell for part in fitted.mixture_.experts.values()] == CELLS
     assert fitted.mixture_.row_shape == (-1, 2)
     fitted.save(tmp_path / "ragged")
     served = LocalMixture(open_mixture(tmp_path / "ragged"))
     loaded = AdaptiveMixtureClassifier.load(tmp_path / "ragged")
-    assert loaded.get_params() == fitted.get_params()
+    assert type(loaded.cell) is type(cells)
+    assert list(loaded.cell) == CELLS
     assert np.array_equal(loaded.predict_proba(rows), fitted.predict_proba(rows))
     for row, expected in zip(rows, fitted.predict_proba(rows), strict=True):
         outputs = served.predict({"x": row[None]})
@@ -215,7 +217,9 @@ def test_each_cell_is_compared_alone() -> None:
         ({"cell": ["gru", "lstm"]}, r"one for each of n_experts=3 \(given: 2\)"),
         ({"cell": ["gru", "gru", "rnn"]}, "cell must be of gru, lstm, plain .*'rnn'"),
         ({"cell": ["gru", "gru", 3]}, r"cell must be .*\(given: 3\)"),
+        ({"cell": [["gru"], ["gru"], ["gru"]]}, r"cell must be .*\(given: \['gru'\]\)"),
         ({"cell": "rnn"}, "The 'cell' parameter"),
+        ({"cell": set(CELLS)}, "The 'cell' parameter"),
         ({"pool": "flatten"}, "pool='flatten' needs sequences of one length .* 1 to 9 steps"),
     ],
 )
