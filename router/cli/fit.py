@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,25 +112,14 @@ def _read(data: Path, settings: FitConfig) -> Columns:
         with data.open(encoding="utf-8-sig", newline="") as file:
             table = read_table(file, has_header=True)
         has_classes = settings.task == "classification"
-        columns = read_columns(table, settings.targets, settings.features, has_classes)
+        return read_columns(
+            table, settings.targets, settings.features, has_classes, settings.values_per_step
+        )
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", str(data)) from None
     except InvalidRequestError as error:
         place = f"{data}: {error.field}" if error.field else str(data)
         raise DataError(error.message, place) from None
-    return columns if settings.values_per_step is None else _in_steps(columns, settings, data)
-
-
-def _in_steps(columns: Columns, settings: FitConfig, data: Path) -> Columns:
-    """Return rows [N, F] as sequences [N, T, values of a step]."""
-    size, num_features = settings.values_per_step or 1, len(columns.features)
-    if num_features % size:
-        raise DataError(
-            f"has {num_features} features, which are no multiple of values_per_step {size}",
-            str(data),
-        )
-    rows = columns.rows.reshape(len(columns.rows), -1, size)
-    return replace(columns, rows=rows)
 
 
 def _split(columns: Columns, settings: FitConfig, data: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -175,16 +164,17 @@ def _fit_all(
     from router.workshop.mixture.alone import experts_alone, score
     from router.workshop.mixture.base import progress
 
-    X, targets = columns.rows, columns.targets  # noqa: N806
+    targets = columns.targets
     alone = experts_alone(estimator) if len(held_out) else {}
     estimator.set_params(verbose=1)
     fits = []
 
     def fitted(name: str, model: Any) -> None:
         began_at_s = time.monotonic()
-        model.fit(X[train], targets[train])
+        model.fit(columns.rows_at(train), targets[train])
         fit_s = time.monotonic() - began_at_s
-        found = score(model, X[held_out], targets[held_out]) if len(held_out) else None
+        rows = columns.rows_at(held_out)
+        found = score(model, rows, targets[held_out]) if len(held_out) else None
         fits.append(Fitted(name, fit_s, found))
 
     with _errors_of_a_fit(config, data):
@@ -232,9 +222,10 @@ def _draw(estimator: Any, columns: Columns, train: np.ndarray, plot: Path) -> No
     from matplotlib.figure import Figure
 
     from router.workshop.mixture.plots import plot_experts
+    from router.workshop.mixture.sequences import sequences_of
 
     figure = Figure(layout="constrained")
-    rows = columns.rows[train]
+    rows = sequences_of(columns.rows_at(train))
     names = columns.features if rows.ndim == 2 else None
     plot_experts(estimator.mixture_, rows, names, figure.add_subplot())
     try:

@@ -1,6 +1,6 @@
 """Columns of a CSV file as the rows and targets of a fit.
 
-Dimension letters: N rows, F features, D targets.
+Dimension letters: N rows, F features, D targets, T steps of a sequence, V values of a step.
 """
 
 from __future__ import annotations
@@ -29,20 +29,32 @@ class DataError(ConfigError):
 class Columns:
     """The rows X [N, F] and targets [N], or [N, D] for D columns, of a file.
 
-    ``others`` are its columns that are neither.
+    Sequences are rows [N, T, V], or a list of N arrays [T, V]. ``others`` are the columns that are
+    neither.
     """
 
     features: list[str]
     others: list[str]
-    rows: np.ndarray
+    rows: np.ndarray | list[np.ndarray]
     targets: np.ndarray
+
+    def rows_at(self, places: np.ndarray) -> np.ndarray | list[np.ndarray]:
+        """Return the rows at some places."""
+        if isinstance(self.rows, list):
+            return [self.rows[place] for place in places]
+        return self.rows[places]
 
 
 def read_columns(
-    table: Table, targets: Sequence[str], features: Sequence[str] | None, has_classes: bool
+    table: Table,
+    targets: Sequence[str],
+    features: Sequence[str] | None,
+    has_classes: bool,
+    values_per_step: int | None = None,
 ) -> Columns:
     """Return the features in the order of the file's columns, and the targets.
 
+    With ``values_per_step`` a row is a sequence, and cells at its end may be empty.
     Classes are integers where all are, and texts otherwise. Raises :class:`InvalidRequestError`
     with the line and the column of a cell that is empty or no finite number, of a row that is too
     long, and of a column that is missing, unnamed, named twice, or named like another input.
@@ -56,14 +68,20 @@ def read_columns(
             raise InvalidRequestError(
                 f"has {len(cells)} cells, but the header has {len(header)}", f"line {line}"
             )
-    rows = np.array([_numbers(table, header.index(name)) for name in chosen]).T
+    places = [header.index(name) for name in chosen]
+    rows: np.ndarray | list[np.ndarray]
+    if values_per_step is None:
+        columns = [_numbers(table, place) for place in places]
+        rows = np.ascontiguousarray(np.array(columns).T)
+    else:
+        rows = _sequences(table, places, values_per_step)
     if has_classes:
         values = _labels(table, header.index(targets[0]))
     else:
         values = np.array([_numbers(table, header.index(name)) for name in targets]).T
         values = values[:, 0] if len(targets) == 1 else values
     others = [name for name in header if name not in (*chosen, *targets)]
-    return Columns(chosen, others, np.ascontiguousarray(rows), values)
+    return Columns(chosen, others, rows, values)
 
 
 def _chosen(
@@ -100,20 +118,47 @@ def _check_inputs(features: Sequence[str]) -> None:
             )
 
 
-def _numbers(table: Table, column: int) -> list[float]:
+def _sequences(
+    table: Table, places: Sequence[int], values_per_step: int
+) -> np.ndarray | list[np.ndarray]:
+    """Return the values of some columns as rows [T, V], an array where all have one length."""
+    import numpy as np
+
+    if len(places) % values_per_step:
+        raise InvalidRequestError(
+            f"has {len(places)} features, which are no multiple of values_per_step "
+            f"{values_per_step}"
+        )
     found = []
     for line, cells in table.rows:
-        cell = _cell(table, line, cells, column)
-        try:
-            number = float(cell)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
+        is_given = [place < len(cells) and bool(cells[place].strip()) for place in places]
+        count = len(places) - is_given[::-1].index(True) if any(is_given) else 0
+        if not count or count % values_per_step:
             raise InvalidRequestError(
-                f"given {shown(cell)}, must be a finite number", _place(table, line, column)
+                f"has {count} values of features, must be one or several steps of "
+                f"{values_per_step}",
+                f"line {line}",
             )
-        found.append(number)
-    return found
+        values = [_number(table, line, cells, place) for place in places[:count]]
+        found.append(np.array(values).reshape(-1, values_per_step))
+    return np.array(found) if len({len(row) for row in found}) == 1 else found
+
+
+def _numbers(table: Table, column: int) -> list[float]:
+    return [_number(table, line, cells, column) for line, cells in table.rows]
+
+
+def _number(table: Table, line: int, cells: Sequence[str], column: int) -> float:
+    cell = _cell(table, line, cells, column)
+    try:
+        number = float(cell)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise InvalidRequestError(
+            f"given {shown(cell)}, must be a finite number", _place(table, line, column)
+        )
+    return number
 
 
 def _labels(table: Table, column: int) -> np.ndarray:

@@ -58,7 +58,7 @@ def experts_alone(estimator: Any) -> dict[str, Any]:
     return {"one linear expert": LinearRegression()}
 
 
-def score(fitted: Any, X: np.ndarray, targets: np.ndarray) -> Score:
+def score(fitted: Any, X: Any, targets: np.ndarray) -> Score:
     """Return the score of a fitted regressor or classifier; a class that it never saw is a miss."""
     predicted = fitted.predict(X)
     if not is_classifier(fitted):

@@ -66,7 +66,7 @@ class FitConfig(_Section):
         default=None,
         ge=1,
         description="For recurrent experts: a row is a sequence of steps with so many values each, "
-        "step after step.",
+        "step after step. Cells at the end of a shorter sequence stay empty.",
     )
     held_out: float = Field(
         default=0.2,

@@ -63,15 +63,13 @@ class Sequences:
         The function is called once for each length, so that a row's result does not depend on the
         lengths of the others.
         """
-        results: dict[int, Array] = {}
-        places = {length: np.flatnonzero(self.lengths == length) for length in set(self.lengths)}
-        for length, rows in places.items():
-            steps = self.starts[rows][:, None] + np.arange(length)
-            results[length] = function(self.values[steps])
-        width = next(iter(results.values())).shape[1]
-        found = np.empty((len(self), width))
-        for length, rows in places.items():
-            found[rows] = results[length]
+        results = []
+        order = np.argsort(self.lengths, kind="stable")
+        borders = np.flatnonzero(np.diff(self.lengths[order])) + 1
+        for rows in np.split(order, borders):
+            steps = self.starts[rows][:, None] + np.arange(self.lengths[rows[0]])
+            results.append(function(self.values[steps]))
+        found: Array = np.concatenate(results)[np.argsort(order, kind="stable")]
         return found
 
 

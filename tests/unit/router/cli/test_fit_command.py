@@ -170,6 +170,37 @@ def test_recurrent_experts_take_rows_of_steps(files: Files) -> None:
     assert line.endswith("has 6 features, which are no multiple of values_per_step 4")
 
 
+def test_sequences_of_other_lengths_end_in_empty_cells(files: Files, tmp_path: Path) -> None:
+    rows = [SOURCE.normal(size=(length, 2)) for length in [1, 2, 3] * 20]
+    lines = [
+        ",".join([*map(str, row.ravel()), *[""] * (6 - row.size), str(row[-1].sum())])
+        for row in rows
+    ]
+    header = ",".join([*(f"t{step}_{value}" for step in range(3) for value in "ab"), "last"])
+    config = {
+        "estimator": "adaptive", "task": "regression", "target": "last", "values_per_step": 2,
+        "parameters": {"n_experts": 2, "experts": "rnn", "cell": ["gru", "plain"], "n_init": 1,
+                       "hidden_layer_sizes": 3, "max_iter": 5},
+    }  # fmt: skip
+    files.write(config, [header, *lines])
+    result = files.fit("--plot", str(tmp_path / "experts.svg"))
+    assert result.exit_code == 0, result.stderr
+    assert "one rnn expert, plain" in result.stdout
+    served = LocalMixture(open_mixture(files.out))
+    own = load(files.out).predict(rows)
+    for row, expected in zip(rows, own, strict=True):
+        assert served.predict({"x": row[None]})["mean"][0, 0] == pytest.approx(expected, abs=1e-12)
+    for broken, message in [
+        ("1,2,3,,,,0", "line 3: has 3 values of features, must be one or several steps of 2"),
+        (",,,,,,0", "line 3: has 0 values of features, must be one or several steps of 2"),
+        ("1,,3,4,,,0", "line 3, column t0_b: is empty"),
+        ("1,2,,,,,", "line 3, column last: is empty"),
+    ]:
+        files.write(config, [header, lines[0], broken, *lines[2:]])
+        [line] = [text for text in files.fit("--out", f"{files.out}2").stderr.splitlines() if text]
+        assert line.endswith(message)
+
+
 def test_a_picture_shows_who_takes_which_rows(files: Files, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "experts.svg"
