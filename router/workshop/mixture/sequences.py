@@ -76,13 +76,19 @@ class Sequences:
 def sequences_of(X: Any) -> Any:
     """Return the rows [T, F] of a list as an array or :class:`Sequences`; others as they are.
 
-    A list, a tuple or an array of objects with one axis is a list of rows. Rows of one length are
-    an array [N, T, F], not yet checked. Raises ``ValueError``, which names the row by its place,
-    for rows that are no numbers, have other axes or no steps, or differ in their features, and as
-    scikit-learn does for values that are not finite.
+    A list, a tuple, or an array or series of objects with one axis is a list of rows. Rows of one
+    length are an array [N, T, F], not yet checked. Raises ``ValueError``, which names the row by
+    its place, for rows that are no numbers, have other axes or no steps, or differ in their
+    features, and as scikit-learn does for values that are not finite.
     """
-    is_list = isinstance(X, list | tuple)
-    if not is_list and not (isinstance(X, np.ndarray) and X.ndim == 1 and X.dtype == object):
+    kind = getattr(getattr(X, "dtype", None), "kind", "")
+    is_of_objects = kind == "O" and X.ndim == 1
+    if not isinstance(X, list | tuple) and not is_of_objects:
+        if isinstance(X, np.ndarray) and X.ndim == 3 and kind == "f" and np.isnan(X).any():
+            raise ValueError(
+                "Input X contains NaN. Sequences of several lengths are a list of arrays [T, F] "
+                "that end with their last step, without padding"
+            )
         return X
     rows = [_row(row, place) for place, row in enumerate(X)]
     if len({row.shape for row in rows}) == 1:

@@ -351,7 +351,7 @@ class AdaptiveMixture(MixtureEstimator):
 
 def _sizes(value: int | Sequence[int]) -> tuple[int, ...]:
     """Return sizes of layers; a number is one layer's."""
-    return (value,) if isinstance(value, Integral) else tuple(value)
+    return (int(value),) if isinstance(value, int | np.integer) else tuple(value)
 
 
 def _standardised(

@@ -114,7 +114,8 @@ def test_a_row_has_the_same_bits_alone_and_among_rows_of_other_lengths(
             assert np.array_equal(method([row]), crowd[place : place + 1])
             assert np.array_equal(method(row[None]), crowd[place : place + 1])
         assert np.array_equal(method(rows[::-1])[::-1], crowd)
-    assert np.array_equal(fitted.predict(np.array(rows, object)), fitted.predict(rows))
+    for other in (np.array(rows, object), pandas.Series(rows), tuple(rows)):
+        assert np.array_equal(fitted.predict(other), fitted.predict(rows))
 
 
 def test_a_list_of_one_length_is_the_array() -> None:
@@ -272,6 +273,9 @@ def test_lists_that_are_no_sequences_are_refused() -> None:
             fitted.predict(wrong)
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         regressor().fit(rows[:-1], y)
+    padded = np.full((2, 9, 2), np.nan)
+    with pytest.raises(ValueError, match=r"list of arrays .* without padding"):
+        fitted.predict(padded)
     flat = AdaptiveMixtureRegressor(2, experts="rnn", pool="flatten", n_init=1, max_iter=1)
     flat.fit(np.zeros((9, 4, 2)), np.arange(9))
     with pytest.raises(ValueError, match=r"must have 4 steps \(given: 3\)"):
