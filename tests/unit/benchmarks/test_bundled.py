@@ -6,15 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from sklearn.datasets import load_diabetes
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 from skops.io import get_untrusted_types, loads
 
 from benchmarks.bundled import __main__ as command
-from benchmarks.bundled import diabetes
+from benchmarks.bundled import diabetes, sequences
 from benchmarks.bundled.card import table
+from benchmarks.bundled.readings import make_batches
 from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.mixture import open_mixture
@@ -61,6 +64,21 @@ def test_training_twice_gives_the_same_bits(one_thread: None) -> None:
     first, second = (diabetes.train(lambda name: None) for _ in range(2))
     assert first.files == second.files
     assert first.spec == second.spec
+
+
+def test_a_short_training_of_sequences_has_the_bundled_format_and_the_same_bits_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = make_batches()[:8]
+    monkeypatch.setattr(sequences, "make_batches", lambda: few)
+    monkeypatch.setattr(sequences, "MAX_ITER", 2)
+    with pytest.warns(ConvergenceWarning):
+        first, second = (sequences.train(lambda name: None) for _ in range(2))
+    assert first.files == second.files
+    document = yaml.safe_load((BUNDLED / "sequences" / "mixture.yaml").read_text("utf-8"))
+    assert yaml.safe_load(yaml.safe_dump(dict(first.spec))) == document
+    bundled = {file.name for file in (BUNDLED / "sequences").glob("*.safetensors")}
+    assert first.files.keys() == bundled
 
 
 def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -270,25 +270,23 @@ def test_hierarchy_is_as_good_as_its_card_and_better_than_single_models() -> Non
 class Network(nn.Module):
     """A recurrent network of torch with the tensors of one expert, in float64."""
 
-    def __init__(self, cell: str, stored: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, cell: str) -> None:
         super().__init__()
-        size = stored[f"{cell}.rnn.weight_hh_l0"].shape[1]
+        stored = tensors("sequences", f"{cell}.safetensors")
+        size = stored["rnn.weight_hh_l0"].shape[1]
         kinds = {"plain": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
         self.rnn = kinds[cell](3, size, batch_first=True)
         self.head = nn.Linear(size, 3)
         self.double()
-        own = {k.removeprefix(f"{cell}."): t for k, t in stored.items() if k.startswith(f"{cell}.")}
-        self.load_state_dict(own)
+        self.load_state_dict(stored)
 
     def forward(self, steps: torch.Tensor) -> torch.Tensor:
         return self.head(self.rnn(steps)[0][:, -1]).softmax(dim=1)
 
 
 def test_sequences_are_two_networks_of_torch_by_the_gates_weights() -> None:
-    gate = tensors("sequences", "gate.safetensors")
-    stored = tensors("sequences", "experts.safetensors")
-    cells = list(opened("sequences").spec.experts)
-    networks = [Network(cell, stored) for cell in cells]
+    gate = tensors("sequences", "gates.safetensors")
+    networks = [Network(cell) for cell in opened("sequences").spec.experts]
     lengths = set()
     for batch in make_batches()[3::16]:
         lengths.add(batch.steps.shape[1])
@@ -298,7 +296,7 @@ def test_sequences_are_two_networks_of_torch_by_the_gates_weights() -> None:
             alone = [network(steps).numpy() for network in networks]
             pooled = steps.mean(dim=1).numpy()
         for row in range(len(pooled)):
-            scores = gate["gate.weight"].numpy() @ pooled[row] + gate["gate.bias"].numpy()
+            scores = gate["gate/weight"].numpy() @ pooled[row] + gate["gate/bias"].numpy()
             best = np.argsort(-scores)[:2]
             shares = dict(zip(best.tolist(), softmax(scores[best]), strict=True))
             assert outputs["experts"][row].tolist() == sorted(shares)
