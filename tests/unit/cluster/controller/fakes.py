@@ -369,8 +369,9 @@ async def busy(cluster: Cluster, rates: Mapping[ExpertKey, int]) -> None:
     tracker = cluster.rebalancer.tracker
     restart(tracker)
     placement = cluster.state.placement
-    before = {actor.actor_id: actor.heartbeats for actor in cluster.pool.actors}
-    await happens(lambda: all(a.heartbeats > before[a.actor_id] + 1 for a in cluster.pool.actors))
+    actors = cluster.pool.actors
+    before = {actor.actor_id: actor.heartbeats for actor in actors}  # others may yet come up
+    await happens(lambda: all(a.heartbeats > before.get(a.actor_id, 0) + 1 for a in actors))
     for expert, count in rates.items():
         [first, *_] = placement.holders[expert]
         tokens = cluster.pool.of(first)[-1].tokens

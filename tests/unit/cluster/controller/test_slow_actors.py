@@ -62,7 +62,7 @@ def test_a_slow_actor_is_said_once_and_gets_fewer_experts_until_it_is_fast_again
     async def test() -> None:
         cluster = Cluster(4, min_copies=2)
         await cluster.start()
-        placement = await cluster.complete()
+        placement = await settled(cluster, 2)
         router = Router(cluster)
         before = sizes(placement)
         assert before[SLOW] == 4
@@ -81,7 +81,7 @@ def test_a_slow_actor_is_said_once_and_gets_fewer_experts_until_it_is_fast_again
         text = expose(Measurements(status, (), ()), None).decode()
         assert 'expertmesh_actor_slowness{actor_id="expert-2"} 5.3' in text
         assert 'expertmesh_actor_slowness{actor_id="expert-0"} 1.0' in text
-        assert await rebalanced() == "committed"
+        await rebalanced()  # unless the controller's own rebalancing came first
         relieved = sizes(await settled(cluster, 2))
         assert relieved[SLOW] <= 2
         assert sum(relieved.values()) == sum(before.values())
@@ -91,7 +91,7 @@ def test_a_slow_actor_is_said_once_and_gets_fewer_experts_until_it_is_fast_again
         await router.measure(usual)
         assert "slow" not in _summary(await cluster.controller.status())
         assert caplog.text.count("expert-2 counts as slow no longer") == 1
-        assert await rebalanced() == "committed"
+        await rebalanced()  # unless the controller's own rebalancing came first
         assert sizes(await settled(cluster, 2))[SLOW] > relieved[SLOW]
         router.close()
         await cluster.stop()
