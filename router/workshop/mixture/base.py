@@ -225,6 +225,14 @@ class MixtureEstimator(BaseEstimator):
         weights_of_experts = np.exp(mixture.log_gates(X))
         self.expert_usage_ = np.average(weights_of_experts, axis=0, weights=weights)
 
+    def _set_records(self, **records: Any) -> None:
+        """Set attributes that only some fits have; those of an earlier fit that are ``None`` go."""
+        for name, record in records.items():
+            if record is not None:
+                setattr(self, name, record)
+            elif hasattr(self, name):
+                delattr(self, name)
+
     def _set_targets(self, y: Any) -> None:
         """Take over the kind of targets of a new fit."""
         raise NotImplementedError

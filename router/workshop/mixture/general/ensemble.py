@@ -310,7 +310,7 @@ class EnsembleEM:
                     f"{expert} cannot be fitted to so few rows of {refused.tolist()!r:.80}, and is "
                     "fitted without them: their probability is 0 in its predictions",
                     FitFailedWarning,
-                    stacklevel=3,
+                    stacklevel=4,
                 )
 
     def _shares(self) -> Array:

@@ -119,9 +119,15 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
 
         Raises ``ValueError`` for wrong parameters and data, for fewer rows than experts, and, as
         :class:`router.workshop.mixture.general.fits.FitFailedError`, which names the expert, for
-        one that cannot be fitted to its first rows. Warns :class:`FitFailedWarning` where that
-        happens later, and :class:`ConvergenceWarning` after ``max_iter`` iterations.
+        one that cannot be fitted to its first rows. The estimator is then as before. Warns
+        :class:`FitFailedWarning` where that happens later, and :class:`ConvergenceWarning` after
+        ``max_iter`` iterations.
         """
+        with self._as_before_on_failure():
+            self._fit(X, y, sample_weight)
+        return self
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:
         self._validate_params()
         source = check_random_state(self.random_state)
         experts = self._named_experts(source)
@@ -152,7 +158,7 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
             run_em = partial(self._run, held_out=held_out)
             search = UnseenSearch(begun, train, folds, divisions, limits, run_em)
             result = search.best()
-            self.cv_losses_, self.chosen_ = search.losses, search.chosen
+            self._set_records(cv_losses_=search.losses, chosen_=search.chosen)
         else:
             if is_warm:
                 begun.resume(self.mixture_)
@@ -160,10 +166,10 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
                 starts = [partial(begun.started, shares) for shares in divisions]
                 _, begun = best_start(starts, limits, held_out)
             result = self._run(begun, limits, held_out)
+            self._set_records(cv_losses_=None, chosen_=None)
         self._set_run(result)
         self._set_fitted(result.em.mixture(self.top_k), train.X, train.targets, train.weights)
         result.em.warn_of_refusals()
-        return self
 
     def _run(self, em: EnsembleEM, limits: Limits, held_out: Data | None) -> Run:
         with progress(self.verbose, self.max_iter, type(self).__name__) as advance:
@@ -172,15 +178,12 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
     def _set_run(self, result: Run) -> None:
         self.n_iter_ = len(result.objectives)
         self.log_likelihoods_ = result.objectives
-        if result.scores is not None:
-            self.validation_scores_ = result.scores
-        elif hasattr(self, "validation_scores_"):
-            del self.validation_scores_  # of an earlier fit
+        self._set_records(validation_scores_=result.scores)
         if not result.is_converged and self.n_iter_ >= self.max_iter:
             warnings.warn(
                 f"EM did not converge in {self.max_iter} iterations; raise max_iter or tol",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _has_names(self) -> bool:

@@ -101,9 +101,14 @@ class HierarchicalMixture(MixtureEstimator):
         """Fit gates and experts to rows ``X`` [N, F], their targets, and optional weights [N].
 
         Raises ``ValueError`` as scikit-learn does for data and parameters, and for fewer rows than
-        experts; ``ArithmeticError`` where the objective falls by more than rounding. Warns with
-        ``ConvergenceWarning`` where ``max_iter`` ends the fit.
+        experts; ``ArithmeticError`` where the objective falls by more than rounding. The estimator
+        is then as before. Warns with ``ConvergenceWarning`` where ``max_iter`` ends the fit.
         """
+        with self._as_before_on_failure():
+            self._fit(X, y, sample_weight)
+        return self
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:
         self._validate_params()
         branching = self._branching()
         top_k = self._top_k(branching)
@@ -155,15 +160,14 @@ class HierarchicalMixture(MixtureEstimator):
         shift = 0.0 if targets_scale is None else float(np.log(targets_scale.deviation).sum())
         self.log_likelihoods_ = np.array(best.objectives) - shift
         self.n_iter_ = len(best.objectives)
-        if held_out is not None:
-            self.validation_scores_ = np.array(best.held_out) - shift
+        scores = None if held_out is None else np.array(best.held_out) - shift
+        self._set_records(validation_scores_=scores)
         if not best.is_converged(stopping):
             warnings.warn(
                 f"EM did not converge in {self.max_iter} iterations; raise max_iter or tol",
                 ConvergenceWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        return self
 
     def _fit_all(self, fits: Sequence[Callable[..., Fitted]]) -> list[Fitted]:
         """Return the results of all fits, made here or in ``n_jobs`` processes."""

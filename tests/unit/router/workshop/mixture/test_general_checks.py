@@ -14,7 +14,7 @@ from scipy import sparse
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.ensemble import HistGradientBoostingRegressor, StackingRegressor
-from sklearn.exceptions import FitFailedWarning
+from sklearn.exceptions import ConvergenceWarning, FitFailedWarning
 from sklearn.linear_model import LinearRegression, Ridge, RidgeClassifier
 from sklearn.model_selection import (
     GroupKFold,
@@ -89,6 +89,30 @@ def test_a_regressor_of_wrong_predictions_is_named(expert: Any, message: str) ->
     values = np.column_stack([VALUES, VALUES]) if isinstance(expert, SVR) else VALUES
     with pytest.raises(FitFailedError, match=message):
         MixtureOfExpertsRegressor([expert, Ridge()]).fit(ROWS, values)
+
+
+def test_a_later_fit_without_folds_keeps_no_choice_of_an_earlier_one() -> None:
+    fitted = MixtureOfExpertsRegressor(PAIR, cv=3, random_state=0).fit(ROWS, VALUES)
+    assert fitted.chosen_ in fitted.cv_losses_
+    fitted.set_params(cv=None).fit(ROWS, VALUES)
+    assert not {"cv_losses_", "chosen_"} & set(vars(fitted))
+
+
+@pytest.mark.parametrize("cv", [None, 3])
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_a_failed_fit_leaves_the_estimator_as_it_was(cv: int | None) -> None:
+    fitted = MixtureOfExpertsClassifier(cv=cv, max_iter=2, random_state=0).fit(ROWS, LABELS)
+    before, attributes = fitted.predict_proba(ROWS), dict(vars(fitted))
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        fitted.fit(np.tile(ROWS, 2), np.full(40, "none"))
+    assert vars(fitted) == attributes
+    fitted.set_params(warm_start=True, early_stopping=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        with pytest.raises(ConvergenceWarning):  # after attributes of the fit are set
+            fitted.set_params(max_iter=1).fit(ROWS, LABELS[::-1])
+    assert set(vars(fitted)) == set(attributes)
+    np.testing.assert_array_equal(fitted.predict_proba(ROWS), before)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from scipy.special import softmax
 from sklearn.base import clone
 from sklearn.datasets import load_iris
-from sklearn.exceptions import ConvergenceWarning
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
@@ -280,6 +280,34 @@ def test_early_stopping_keeps_the_tree_that_is_best_for_the_rows_held_out() -> N
     assert fitted.n_iter_ < 200
     assert fitted.validation_scores_.argmax() <= fitted.n_iter_ - 5
     assert fitted.n_samples_fit_ == 84
+
+
+def test_a_later_fit_keeps_no_validation_scores() -> None:
+    X, y = two_pieces(9, 60)
+    fitted = HierarchicalMixtureRegressor((2,), n_init=1, early_stopping=True, random_state=0)
+    assert hasattr(fitted.fit(X, y), "validation_scores_")
+    assert not hasattr(fitted.set_params(early_stopping=False).fit(X, y), "validation_scores_")
+
+
+@pytest.mark.filterwarnings("error::sklearn.exceptions.ConvergenceWarning")
+def test_a_failed_fit_leaves_the_estimator_as_it_was() -> None:
+    X, y = two_pieces(9, 60)
+    labels = np.where(y > 0, "high", "low")
+    fitted = HierarchicalMixtureClassifier((2,), n_init=1, random_state=0).fit(X, labels)
+    before, attributes = fitted.predict(X), set(vars(fitted))
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        fitted.fit(np.tile(X, 2), np.full(60, "none"))
+    assert np.array_equal(fitted.predict(X), before)
+    assert fitted.classes_.tolist() == ["high", "low"]
+    fitted.set_params(max_iter=1, early_stopping=True)
+    with pytest.raises(ConvergenceWarning):  # after all attributes of the fit are set
+        fitted.fit(X[:40], labels[:40])
+    assert set(vars(fitted)) == attributes
+    assert fitted.n_samples_fit_ == 60
+    with pytest.raises(ConvergenceWarning):
+        (fresh := clone(fitted)).fit(X, labels)
+    with pytest.raises(NotFittedError):
+        fresh.predict(X)
 
 
 @pytest.mark.parametrize("verbose", [0, 1])
