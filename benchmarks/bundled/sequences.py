@@ -28,14 +28,13 @@ from benchmarks.bundled.readings import (
     Batch,
     make_batches,
 )
-from benchmarks.bundled.trained import Begin, Trained, is_held_out
+from benchmarks.bundled.trained import Begin, Trained, is_held_out, trained
 from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import Mixture
 from router.workshop.mixture.adaptive.estimators import AdaptiveMixtureClassifier
 from router.workshop.mixture.adaptive.network import Cell
 from router.workshop.mixture.parts import FittedMixture, RecurrentPart
 from router.workshop.mixture.sequences import sequences_of
-from router.workshop.mixture.served import content_of
 
 NUM_STARTS, MAX_ITER, SEED = 2, 200, 0
 HIDDEN, TOP_K = 4, 2
@@ -43,12 +42,9 @@ PENALTY, BALANCE = 0.3, 0.2
 CELLS: tuple[Cell, ...] = ("plain", "gru", "lstm")
 SINGLES = [(cell, size) for size in (HIDDEN, 2 * HIDDEN) for cell in CELLS]
 NUM_STEPS = 1 + len(SINGLES)
-DESCRIPTION = (
-    "Whether readings of an instrument are low, middle or high: recurrent networks of three cells, "
-    "of which a gate over the channels' means chooses two."
-)
 CHANGES: dict[str, Any] = {
-    "description": DESCRIPTION,
+    "description": "Whether readings of an instrument are low, middle or high: recurrent networks "
+    "of three cells, of which a gate over the channels' means chooses two.",
     "combine": {"kind": "probabilities", "classes": LEVELS},
     "inputs": [{"name": "steps", "datatype": "FP32", "shape": [-1, len(CHANNELS)]}],
     "outputs": [
@@ -71,7 +67,6 @@ def train(begin: Begin) -> Trained:
     begin(MIXTURE)
     fitted = fit(seen, len(CELLS), CELLS, HIDDEN, top_k=TOP_K, importance_weight=BALANCE)
     fitted.mixture_ = _named(fitted.mixture_, CELLS)
-    document, files = content_of(fitted.mixture_, fitted.classes_, DESCRIPTION)
 
     def card(mixture: Mixture, local: LocalMixture) -> str:
         rows, levels = readings_of(other)
@@ -104,7 +99,7 @@ def train(begin: Begin) -> Trained:
         shortest = min(other, key=lambda batch: batch.steps.shape[1])
         return filled("sequences", mixture, local, {"steps": shortest.steps[:1]}, parts)
 
-    return Trained(document | CHANGES, files, card)
+    return trained(fitted, CHANGES, card)
 
 
 def fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 from skops.io import get_untrusted_types, loads
+from threadpoolctl import threadpool_limits
 
 from benchmarks.bundled import __main__ as command
 from benchmarks.bundled import diabetes, sequences
@@ -24,6 +26,13 @@ from experts.checkpoint.mixture import open_mixture
 from router.workshop.mixture.weights import estimator_bytes
 
 BUNDLED = Path(__file__).parents[3] / "deploy" / "models"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread_of_blas() -> Iterator[None]:
+    """Threads of BLAS wait for each other longer than such small products take."""
+    with threadpool_limits(1):
+        yield
 
 
 def test_equal_estimators_have_equal_bytes_and_load_as_they_were() -> None:
@@ -77,8 +86,8 @@ def test_a_short_training_of_sequences_has_the_bundled_format_and_the_same_bits_
     assert first.files == second.files
     document = yaml.safe_load((BUNDLED / "sequences" / "mixture.yaml").read_text("utf-8"))
     assert yaml.safe_load(yaml.safe_dump(dict(first.spec))) == document
-    bundled = {file.name for file in (BUNDLED / "sequences").glob("*.safetensors")}
-    assert first.files.keys() == bundled
+    bundled = {file.name for file in (BUNDLED / "sequences").iterdir()}
+    assert first.files.keys() == bundled - {"mixture.yaml", "README.md"}
 
 
 def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ Dimension letters: T rows, C classes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_diabetes, load_digits
 from sklearn.metrics import accuracy_score, r2_score
 from skops.io import get_untrusted_types, load
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from benchmarks.bundled.hierarchy import make_data
@@ -28,6 +29,7 @@ from benchmarks.local_mixture import LocalMixture
 from experts.backends.check import check_mixture
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.mixture import Mixture, open_mixture
+from router.workshop.mixture.estimators import AdaptiveMixtureClassifier
 from router.workshop.mixture.folder import load as load_estimator
 from tests.unit.router.mixture.small_mixtures import leaves, softmax
 
@@ -37,6 +39,13 @@ MOST_BYTES = 2_000_000
 MANY = 200
 """Rows that are computed by loops."""
 _NUMBER = re.compile(r" (-?[\d,]*\d(?:\.\d+)?) ")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread_of_blas() -> Iterator[None]:
+    """Threads of BLAS wait for each other longer than such small products take."""
+    with threadpool_limits(1):
+        yield
 
 
 @cache
@@ -68,7 +77,7 @@ def figures(name: str) -> dict[str, list[float]]:
 
 
 def test_all_of_them_are_small() -> None:
-    files = [file for name in NAMES for file in (MODELS / name).iterdir()]
+    files = [file for name in NAMES for file in (MODELS / name).rglob("*")]
     assert sum(file.stat().st_size for file in files) < MOST_BYTES
 
 
@@ -305,6 +314,17 @@ def test_sequences_are_two_networks_of_torch_by_the_gates_weights() -> None:
             label = ("low", "middle", "high")[expected.argmax()]
             assert outputs["level"][row].tolist() == [label]
     assert len(lengths) > 3
+
+
+def test_sequences_are_loaded_as_the_estimator_that_made_them() -> None:
+    loaded = AdaptiveMixtureClassifier.load(MODELS / "sequences")
+    assert list(loaded.mixture_.experts) == list(opened("sequences").spec.experts)
+    batches = make_batches()[3::16]
+    served = [
+        local("sequences").predict({"steps": batch.steps})["probabilities"] for batch in batches
+    ]
+    expected = loaded.predict_proba([reading for batch in batches for reading in batch.steps])
+    np.testing.assert_allclose(np.concatenate(served), expected, 1e-6, 1e-9)
 
 
 def test_sequences_are_as_good_as_their_card_and_better_than_single_networks() -> None:
