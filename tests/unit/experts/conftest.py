@@ -9,6 +9,7 @@ import pytest
 
 from tests.checkpoints import save_mixtral
 from tests.emulated_device import EmulatedDevice, emulated_device
+from tests.unit.experts.local_actor import end_self_tests
 
 
 @pytest.fixture(scope="module")
@@ -24,3 +25,4 @@ def device() -> Iterator[EmulatedDevice]:
     """An emulated accelerator, where torch looks for one."""
     with emulated_device() as device:
         yield device
+        end_self_tests()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
+from cluster.errors import WrongPlacementError
 from cluster.spec import ActorReport, ActorSpec, ExpertKey, ModelExperts, ModelSource
-from cluster.wire.frames import DispatchFrame, encode
+from cluster.wire.frames import DispatchFrame, ErrorFrame, encode
 from cluster.wire.tensors import to_bytes
 from experts import actor as actor_module
 from experts.actor import ExpertActor, kernels_of
@@ -49,6 +52,25 @@ class Actor(ExpertActor):
         )
 
 
+_actors: list[Actor] = []
+
+
+def end_self_tests() -> None:
+    """End the self-tests of all actors of :func:`local_actor`, which a test leaves behind.
+
+    Without the test's device they would fail, and be repeated for ever.
+    """
+    error = WrongPlacementError("the test is over")
+    for actor in _actors:
+        self_test = actor._queue.self_test
+        self_test._compute_alone = lambda frame: ErrorFrame(0, type(error).__name__, error)
+        deadline_s = time.monotonic() + LIMIT_S
+        while self_test._suspected is not None or self_test._sample is not None:
+            assert time.monotonic() < deadline_s, self_test.failure
+            threading.Event().wait(0.002)
+    _actors.clear()
+
+
 def local_actor(
     folder: Path,
     max_queue_rows: int = 1000,
@@ -62,6 +84,7 @@ def local_actor(
     # Without a controller its lease would end this process.
     with patch.object(actor_module, "end_when_orphaned", lambda lease, app: None):
         actor = Actor(spec, "expert-0", 1, 1)
+    _actors.append(actor)
     actor.load(1, spec, keys)
     return actor
 
