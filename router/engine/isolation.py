@@ -9,12 +9,14 @@ the router's, and its process ends: gateways send its requests to other routers.
 A request is a suspect where it may have ended processes: routers, as its gateway says
 (:attr:`GenerationRequest.alone`), or expert actors (:mod:`router.moe.deaths`). A suspect is
 computed in steps of its own, so that no other request dies with it or is taken for it. Such steps
-take turns with those of all others.
+take turns with those of all others. Where actors have died, a step alone begins after a random
+time, so that it hardly meets that of another router, at whose request the same actors may die.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,6 +37,10 @@ from router.moe.deaths import ActorsDiedError, died_at
 CONTROL_S = 2.0
 """How long a step of nobody's waits for experts that are away."""
 CONTROL_TOKEN = 0
+TRY_S = 1.0
+"""The longest time until a request at which actors have died is computed alone."""
+PAUSE_S = 0.005
+"""How long an engine pauses that has only requests whose time has not come."""
 _NO_MEMORY = "the router's device has no memory for a step of so many tokens"
 
 Step = Callable[[list[Work]], None]
@@ -69,13 +75,19 @@ class Isolation:
         """
         suspects = [work for work in due if work.sequence.is_suspect]
         others = [work for work in due if work not in suspects] if suspects else due
-        if not suspects or (self._was_alone and others):
+        ready = [work for work in suspects if _may_be_tried(work.sequence)]
+        if others and (self._was_alone or not ready):
             self._was_alone = False
             self._compute(others)
             return
+        if not ready:
+            time.sleep(PAUSE_S)
+            return
         self._was_alone = True
-        request = suspects[0].sequence.request
+        request = ready[0].sequence.request
         works = [work for work in due if work.sequence.request is request]
+        for work in works:
+            work.sequence.try_at_s = None  # the next trial, if any, has a time of its own
         if not request.alone:
             self._compute(works)
         elif not self._announce(request.request_id, True):
@@ -114,7 +126,7 @@ class Isolation:
         return None
 
     def _convict(self, works: list[Work]) -> None:
-        """End the request at which an actor died though it was computed alone."""
+        """End a request at which actors died though it was computed alone."""
         for sequence in [work.sequence for work in works]:
             deaths = sequence.deaths
             if deaths is not None and deaths.is_guilty:
@@ -164,6 +176,16 @@ class Isolation:
             # Gateways replay its streams at another router.
             logger.critical("the router ends: it cannot compute any step (%r)", error)
             end_process()
+
+
+def _may_be_tried(sequence: Sequence) -> bool:
+    """Return whether the time of a suspect has come; begins to count it at the first call."""
+    if sequence.deaths is None or not sequence.deaths.is_suspect:
+        return True
+    now_s = time.monotonic()
+    if sequence.try_at_s is None:
+        sequence.try_at_s = now_s + TRY_S * random.random()
+    return now_s >= sequence.try_at_s
 
 
 def _request_ids(works: list[Work]) -> dict[str, None]:

@@ -45,7 +45,7 @@ class Sequence:
     ``slots`` (the cache slot of every position up to ``max_length``) are empty while the sequence
     waits for admission. ``arrival`` is its place in the order in which the router's sequences came.
     ``trace`` is set where the request's trace is sampled. ``deaths`` are those of expert actors at
-    the tokens that are due.
+    the tokens that are due, ``try_at_s`` (monotonic) is when they are computed alone for these.
     """
 
     request: GenerationRequest
@@ -61,6 +61,7 @@ class Sequence:
     arrival: int = 0
     trace: RequestTrace | None = None
     deaths: Deaths | None = None
+    try_at_s: float | None = None
 
     @property
     def is_suspect(self) -> bool:

@@ -2,7 +2,9 @@
 
 A frame that makes its actor's process end would be sent to the next copy, and to each successor. So
 a layer whose rows have seen two rounds of deaths gives the step up. Its works are then computed
-alone, and the work that sees a third one is at fault (:mod:`router.engine.isolation`).
+alone, and the work that sees two further ones is at fault (:mod:`router.engine.isolation`). Two,
+because another router's work may end the same actor while this one is computed: the trials of
+several routers begin at random times, so that hardly any two of them meet twice.
 
 Actors that die in one round count once: a machine that is lost takes several with it. A generation
 counts once, however often a frame is sent to it. The next layer counts anew.
@@ -24,6 +26,9 @@ from router.moe.permute import Part
 
 MOST_DEATHS = 2
 """Rounds of deaths in one layer until the works that saw them are computed alone."""
+
+ALONE_DEATHS = 2
+"""Further rounds, of a work that is computed alone, until it is at fault."""
 
 Actor = tuple[str, int]
 """An actor and its generation."""
@@ -47,15 +52,15 @@ class Deaths(NamedTuple):
 
     @property
     def is_guilty(self) -> bool:
-        """Whether an actor died with the rows of this work alone."""
-        return self.times > MOST_DEATHS
+        """Whether actors died with the rows of this work alone, again and again."""
+        return self.times >= MOST_DEATHS + ALONE_DEATHS
 
 
 def died_at(deaths: Deaths) -> PoisonedRequestError:
     """Return the error of a request at which actors died, at last while it was alone."""
     return PoisonedRequestError(
-        f"expert actors ended {deaths.times} times at this request, at last while it was computed "
-        "alone"
+        f"expert actors ended {deaths.times} times at this request, {ALONE_DEATHS} of them while "
+        "it was computed alone"
     )
 
 

@@ -118,7 +118,8 @@ class Dispatcher:
         rows by rank, then by token, as transformers' eager experts do, since a row's bits depend on
         its index in the matrix product. ``pairs``, where given, are the only pairs that are sent.
         ``traceparent`` is sent with the frames of a traced layer. ``deaths`` returns the record of
-        actors that die. With ``is_last_try`` no copy is asked while an actor may live.
+        actors that die. With ``is_last_try`` rows go to actors alone that answer zeros just before,
+        and no copy is asked while such an actor may live.
 
         ``deadline_s`` (monotonic) is the earliest of the step's requests; see :meth:`wait`.
 
@@ -169,10 +170,14 @@ class Dispatcher:
             return attempt
         replaceable = self._replaceable(placement, layer, parts, now_s)  # for the time to wait
         rows_of = rows_of_parts(layer.rows, ordered, parts, layer.k)
+        answering = self._zero_rows.answering(layer, parts) if layer.is_last_try else None
         calls: list[Call] = []
         # ``more`` are rows from a device that lie elsewhere; there are none on a CPU.
         for part, is_replaceable, (rows, *more) in zip(parts, replaceable, rows_of, strict=True):
             actor_id, generation, expert_ids, counts, pairs = part
+            if answering is not None and actor_id not in answering:
+                attempt.silent.append(part)
+                continue
             timeout_s, end_s = self._times_s(layer, part, most_rows, now_s, is_replaceable)
             frame = DispatchFrame(
                 request_id=next(self._request_ids),
@@ -190,7 +195,8 @@ class Dispatcher:
             attempt.sent.append((part, frame))
             data = encode(frame, tuple(more))
             calls.append(Call(actor_id, generation, data, timeout_s, is_replaceable, end_s))
-        attempt.calls = self._transport.send(calls)
+        if calls:
+            attempt.calls = self._transport.send(calls)
         return attempt
 
     def wait(self, layer: PendingLayer) -> list[ExpertRows] | None:
@@ -214,10 +220,13 @@ class Dispatcher:
         """Take the answers of an attempt; returns the parts without rows."""
         attempt = layer.attempt
         assert attempt is not None
+        silent_parts = [FailedPart(part, CallFailure.TIMED_OUT) for part in attempt.silent]
+        for part in attempt.silent:
+            self._failures.note_no_rows(layer, part, CallFailure.TIMED_OUT)
         if attempt.calls is None:
-            return []
+            return silent_parts
         outcomes = attempt.calls.wait(lambda call, s: self._is_gone(attempt, call, s))
-        failed_parts = [
+        failed_parts = silent_parts + [
             FailedPart(part, outcome if isinstance(outcome, CallFailure) else None)
             for (part, frame), outcome in zip(attempt.sent, outcomes, strict=True)
             if not self._take(layer, part, frame, outcome)

@@ -40,13 +40,15 @@ class AwayError(Exception):
 class Attempt:
     """The frames of one layer, their pending calls, and the placement under which they were sent.
 
-    ``calls`` is ``None`` where no expert was asked.
+    ``calls`` is ``None`` where no expert was asked. ``silent`` parts were not sent, since their
+    actors do not answer.
     """
 
     placement: Placement
     most_rows: int
     sent: list[Sent] = field(default_factory=list)
     calls: PendingCalls | None = None
+    silent: list[Part] = field(default_factory=list)
 
 
 class FailedPart(NamedTuple):

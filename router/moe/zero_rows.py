@@ -5,17 +5,20 @@ where an expert's rows were answered by errors twice, by two copies or by the on
 is asked to compute rows of zeros. Where it does, the rows are at fault, and the step is given up:
 the engine finds the request that has them (:mod:`router.engine.isolation`). Where it does not, the
 rows are sent again until the actor is replaced.
+
+Before rows that may end their actor are sent alone, the actor is asked for zeros too. So an actor
+that has died before, or that is cut off, does not count as one that these rows have ended.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from cluster.errors import FrameError, PoisonedRequestError
-from cluster.transport.base import Call, CallFailure, Transport
-from cluster.wire.frames import DispatchFrame, RowsFrame, decode, encode
+from cluster.transport.base import Call, CallFailure, Outcome, Transport
+from cluster.wire.frames import DispatchFrame, Frame, RowsFrame, decode, encode
 from cluster.wire.tensors import TORCH_DTYPES
 from router.moe.pending import FailedPart, PendingLayer
 from router.moe.permute import Part
@@ -52,12 +55,35 @@ class ZeroRows:
                     f"expert actors cannot compute this request in layer {layer.layer_id}"
                 )
 
+    def answering(self, layer: PendingLayer, parts: Sequence[Part]) -> set[str]:
+        """Return the ids of the parts' actors that answer a frame of zeros."""
+        answers = self._ask(layer, parts)
+        asked = zip(parts, answers, strict=True)
+        return {part.actor_id for part, answer in asked if answer is not None}
+
     def _are_computed(self, layer: PendingLayer, part: Part) -> bool:
         """Return whether a part's actor computes a row of zeros by each of the part's experts."""
+        [answer] = self._ask(layer, [part])
+        return isinstance(answer, RowsFrame)
+
+    def _ask(self, layer: PendingLayer, parts: Sequence[Part]) -> list[Frame | None]:
+        """Send each part's actor a row of zeros for each of the part's experts.
+
+        Returns the actors' answers, ``None`` where there is none.
+        """
         layer.copy_received()  # the transport's next wait overwrites the rows
+        frames = [self._frame(layer, part) for part in parts]
+        calls = [
+            Call(part.actor_id, part.generation, encode(frame), ZEROS_S)
+            for part, frame in zip(parts, frames, strict=True)
+        ]
+        outcomes = self._transport.send(calls).wait()
+        return [_answer(frame, outcome) for frame, outcome in zip(frames, outcomes, strict=True)]
+
+    def _frame(self, layer: PendingLayer, part: Part) -> DispatchFrame:
         count = len(part.expert_ids)
         row_bytes = math.prod(layer.row_shape) * TORCH_DTYPES[layer.dtype].itemsize
-        frame = DispatchFrame(
+        return DispatchFrame(
             request_id=next(self._request_ids),
             model=self._model,
             layer_id=layer.layer_id,
@@ -69,12 +95,14 @@ class ZeroRows:
             rows=memoryview(bytearray(count * row_bytes)),
             time_left_s=ZEROS_S,
         )
-        call = Call(part.actor_id, part.generation, encode(frame), ZEROS_S)
-        [outcome] = self._transport.send([call]).wait()
-        if isinstance(outcome, CallFailure):
-            return False
-        try:
-            answer = decode(outcome)
-        except FrameError:
-            return False
-        return isinstance(answer, RowsFrame) and answer.request_id == frame.request_id
+
+
+def _answer(sent: DispatchFrame, outcome: Outcome) -> Frame | None:
+    """Return the frame of a call's outcome, ``None`` where it is no answer to ``sent``."""
+    if isinstance(outcome, CallFailure):
+        return None
+    try:
+        answer = decode(outcome)
+    except FrameError:
+        return None
+    return answer if answer.request_id == sent.request_id else None

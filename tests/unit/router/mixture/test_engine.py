@@ -281,7 +281,7 @@ def test_an_expert_that_raises_fails_its_rows_and_no_others(tmp_path: Path) -> N
         assert "0.5" in failure.message
 
 
-def test_rows_at_which_actors_die_end_their_request_after_three_of_them(tmp_path: Path) -> None:
+def test_rows_at_which_actors_die_end_their_request_after_four_of_them(tmp_path: Path) -> None:
     """An actor comes back at once, as its next generation."""
     died: list[tuple[str, int]] = []
     with router_of(save_given(tmp_path, 3), lanes=1) as router:
@@ -312,7 +312,7 @@ def test_rows_at_which_actors_die_end_their_request_after_three_of_them(tmp_path
         assert isinstance(bad.result(WAIT_S), PoisonedRequestError)
         for future in [first, *good]:
             assert isinstance(future.result(WAIT_S), PredictionReply)
-    assert [generation for _, generation in died] == [1, 2, 3]
+    assert [generation for _, generation in died] == [1, 2, 3, 4]
 
 
 def test_a_step_that_raises_is_halved_until_the_request_at_fault_is_alone(
