@@ -181,8 +181,11 @@ def show_memory(memory: Mapping[str, Mapping[str, float]]) -> None:
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Show a bar on stderr; the yielded function is told what begins, ``total`` times."""
+def progress(title: str, total: int | None) -> Iterator[Callable[[str], None]]:
+    """Show a bar on stderr; the yielded function is told what begins, ``total`` times.
+
+    ``None`` stands for a number that nobody knows.
+    """
     columns = (
         TextColumn(f"{title}: {{task.description}}"),
         BarColumn(),
