@@ -10,7 +10,6 @@ import enum
 import os
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,6 +34,8 @@ SLOWER = 5.0
 SLOW_S, CUT_CONTROLLER_S, CUT_ROUTER_S = 10.0, 10.0, 6.0
 LIMIT_S, POLL_S = 150.0, 0.2
 ROUTERS = 2
+QUIET_S = 12.0
+"""Longer than the controller takes to notice a node."""
 POISON_TIMEOUT_S = 120.0
 
 
@@ -82,19 +83,20 @@ class GrayController(ControllerDeployment):
 
 
 def settled(client: Client) -> None:
-    """Wait until the controller has moved the copies of each expert to several nodes.
+    """Wait until no actor has been moved for a while: nodes join one after the other at the start.
 
     Raises ``TimeoutError``.
     """
+    since_s, pids = time.monotonic(), set[int]()
 
-    def are_apart(told: ClusterStatus) -> bool:
-        nodes: defaultdict[tuple[str, int, int], set[str]] = defaultdict(set)
-        for actor in told.actors:
-            for key in actor.experts:
-                nodes[key].add(actor.node)
-        return _is_whole(told) and all(len(found) > 1 for found in nodes.values())
+    def is_quiet(told: ClusterStatus) -> bool:
+        nonlocal since_s, pids
+        now = {actor.pid for actor in told.actors}
+        if now != pids or not _is_whole(told):
+            since_s, pids = time.monotonic(), now
+        return time.monotonic() - since_s > QUIET_S
 
-    _wait(client, are_apart, "the copies of each expert are apart")
+    _wait(client, is_quiet, "all actors are where they stay")
 
 
 class Watch:

@@ -83,7 +83,11 @@ def main() -> int:
 def start_node(
     network: Network, address: str, node: int, num_cpus: int, resources: dict[str, int]
 ) -> subprocess.Popen[bytes]:
-    """Start Ray on another node."""
+    """Start Ray on another node, and wait until it has joined.
+
+    Ray gives a node 30 s to start, which is little where many start on few cores: a start that
+    failed is repeated.
+    """
     options = [
         f"--address={address}",
         f"--node-ip-address={network.address(node)}",
@@ -91,7 +95,21 @@ def start_node(
         f"--resources={json.dumps(resources)}",
     ]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
-    return subprocess.Popen(network.inside(node, *command), stdout=subprocess.DEVNULL)
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(network.inside(node, *command), stdout=subprocess.DEVNULL)
+
+    process = start()
+
+    def has_joined() -> bool:
+        nonlocal process
+        if process.poll() is not None:
+            process = start()
+        addresses = {n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
+        return network.address(node) in addresses
+
+    wait_for(has_joined, f"node {node} has joined")
+    return process
 
 
 def running(deployment: str) -> bool:
