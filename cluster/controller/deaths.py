@@ -3,6 +3,9 @@
 Pure, with the caller's clock. An actor's deaths count in a row until it has worked for a while: one
 death is forgiven for each :data:`FORGIVEN_S` of work. That an actor came up forgives nothing: a bad
 device lets a process come up, and fails its first batch.
+
+A node is to blame for deaths that nobody explains where they come again, and on this node alone.
+Deaths on several nodes at a time have another reason, such as a request.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ AVOID_NODE_S = 60.0
 MAX_AVOID_NODE_S = 3600.0
 """How long a node is avoided after one bad end of an actor, and after many, each time doubled."""
 MOST_DOUBLINGS = 30
+TOGETHER_S = 20.0
+"""Deaths on several nodes within this time have one reason: a start takes a part of it."""
 
 
 class BrokenActorError(Exception):
@@ -85,6 +90,8 @@ class Deaths:
         """Begin without any."""
         self._actors: dict[str, _Actor] = {}
         self._nodes: dict[str, _Node] = {}
+        self._died: dict[str, tuple[str, float]] = {}
+        """Where and when each actor last died that was up and not broken."""
 
     def begin(self, actor_id: str, now_s: float) -> None:
         """Note that an actor's next life begins: it is created, or adopted."""
@@ -125,7 +132,11 @@ class Deaths:
         actor.deaths = actor.deaths_at(now_s) + 1
         actor.up_since_s, actor.works_since_s, actor.failed_tests = None, None, 0
         actor.last = death
-        is_again = actor.deaths > 1 and is_short
+        if was_up and not was_broken:
+            self._died[actor_id] = (actor.node, now_s)
+        is_again = (
+            actor.deaths > 1 and is_short and not self._others_died(actor_id, actor.node, now_s)
+        )
         if death.is_of_place and (was_broken or not was_up or is_again):
             self._blame(actor.node, now_s)
         wait_s = delay_s(actor.deaths, was_up)
@@ -135,6 +146,7 @@ class Deaths:
     def forget(self, actor_id: str) -> None:
         """Drop an actor that left the fleet."""
         self._actors.pop(actor_id, None)
+        self._died.pop(actor_id, None)
 
     def avoided_nodes(self, now_s: float) -> dict[str, float]:
         """Return nodes on which actors have ended badly lately, and until when to avoid each."""
@@ -163,6 +175,13 @@ class Deaths:
             if actor.failed_tests
             or actor.deaths_at(now_s) > 1
             or (actor.deaths and actor.up_since_s is None)
+        )
+
+    def _others_died(self, actor_id: str, name: str, now_s: float) -> bool:
+        """Return whether other actors have died on other nodes lately."""
+        return any(
+            other != actor_id and node != name and now_s - died_at_s < TOGETHER_S
+            for other, (node, died_at_s) in self._died.items()
         )
 
     def _blame(self, name: str, now_s: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -140,6 +141,22 @@ def test_one_death_is_no_nodes_fault_and_the_next_at_once_after_it_is() -> None:
     assert deaths.avoided_nodes(1002.0).keys() == {"n2"}
     lives(deaths, 1100.0, 3 * FORGIVEN_S, "n3")  # it has worked there
     assert "n3" not in deaths.avoided_nodes(1130.0)
+
+
+@pytest.mark.parametrize(("other_node", "avoided"), [("n1", {"n1"}), ("n2", set())])
+def test_deaths_of_actors_on_several_nodes_at_a_time_are_no_nodes_fault(
+    other_node: str, avoided: set[str]
+) -> None:
+    deaths = Deaths()
+    for now_s in 0.0, 5.0:
+        for actor_id, node in ("a", "n1"), ("b", other_node):
+            came_up = replace(report(node, steps=1), actor_id=actor_id)
+            deaths.begin(actor_id, now_s)
+            deaths.came_up(came_up, now_s)
+            deaths.observe(came_up, now_s)
+        for actor_id in "a", "b":
+            deaths.ended(actor_id, DIED, now_s + 1.0)
+    assert deaths.avoided_nodes(7.0).keys() == avoided
 
 
 def test_a_node_that_stays_bad_is_avoided_longer_each_time() -> None:
