@@ -120,6 +120,8 @@ def deployed(folder: Path, network: Network, variables: Mapping[str, str]) -> It
 
 def run(minutes: float, seed: int) -> dict[str, Any]:
     """Run the whole soak; returns what ``--json`` writes."""
+    import torch
+
     from router.client import Client
     from tests.checkpoints import save_mixtral
     from tests.cluster_fixture import prompt_of, transformers_tokens
@@ -133,6 +135,7 @@ def run(minutes: float, seed: int) -> dict[str, Any]:
     network = Network(1 + len(ROUTER_NODES) + len(EXPERT_NODES))
     with tempfile.TemporaryDirectory() as name, progress("gray soak", None) as begin:
         work = Path(name)
+        torch.set_num_threads(1)  # threads that wait for each other are slow on a busy machine
         oracle = save_mixtral(work / MODEL)
         cases = []
         for place in range(CASES):

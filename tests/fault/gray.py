@@ -25,7 +25,7 @@ from cluster.wire.frames import Buffer
 from experts.remote import RemoteExpertActor
 from router.client import Client, Sampling
 from router.serve.controller import ControllerDeployment
-from tests.fault.network import Network
+from tests.fault.network import Network, namespace_of
 
 FOLDER = "EXPERTMESH_TEST_GRAY"
 """The variable of a process's environment that names the folder of the files about actors."""
@@ -176,7 +176,7 @@ class GrayFaults:
             Gray.POISON_REQUEST: lambda: self._poisoned(self._poison.router_prompt, "router"),
             Gray.POISON_FRAME: lambda: self._poisoned(self._poison.actor_prompt, "actor"),
             Gray.CUT_CONTROLLER: self._cut_controller,
-            Gray.CUT_ROUTER: lambda: self._cut_router(choice),
+            Gray.CUT_ROUTER: lambda: self._cut_router(told, choice),
         }[fault]()
         self._whole()
         return words
@@ -233,9 +233,12 @@ class GrayFaults:
         )
         return f"{silent} actors silent"
 
-    def _cut_router(self, choice: int) -> str:
+    def _cut_router(self, told: ClusterStatus, choice: int) -> str:
         router = self._router_nodes[choice % len(self._router_nodes)]
-        experts = self._expert_nodes[choice // 2 % len(self._expert_nodes)]
+        # After other faults a node may have no actors, or all.
+        place = {namespace_of(actor.pid) for actor in told.actors}
+        nodes = [node for node in self._expert_nodes if self._network.namespace(node) in place]
+        experts = nodes[choice // 2 % len(nodes)]
         before = self._asked_again()
         self._network.cut(router, experts)
         threading.Event().wait(CUT_ROUTER_S)

@@ -58,6 +58,10 @@ class Network:
             return list(command)
         return ["nsenter", f"--net=/proc/{self._holders[node].pid}/ns/net", *command]
 
+    def namespace(self, node: int) -> str:
+        """Return the name of a node's namespace, as :func:`namespace_of` does."""
+        return namespace_of(self._holders[node].pid if node else os.getpid())
+
     def cut(self, a: int, b: int) -> None:
         """Lose all packets between two nodes."""
         for here, there in ((a, b), (b, a)):
@@ -78,6 +82,11 @@ class Network:
 
     def _ip(self, node: int, words: str) -> None:
         subprocess.run(self.inside(node, "ip", *words.split()), check=True)
+
+
+def namespace_of(pid: int) -> str:
+    """Return the name of a process's network namespace."""
+    return os.readlink(f"/proc/{pid}/ns/net")
 
 
 def _name(here: int, there: int) -> str:
