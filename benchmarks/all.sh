@@ -63,6 +63,7 @@ if [ -n "$quick" ]; then
   run wires --count 2000
   run fuzz --minutes 0.1
   run soak --minutes 5
+  run gray_soak --minutes 5
   run soak --minutes 5 --no-faults
 else
   run dispatch
@@ -83,6 +84,7 @@ else
   run wires
   run fuzz
   run soak
+  run gray_soak
   run soak --minutes 60 --no-faults
 fi
 python -m benchmarks.results "$folder" --write benchmarks/RESULTS.md || failed=1

@@ -63,6 +63,7 @@ class _Actor:
     works_since_s: float | None = None
     retry_at_s: float | None = None
     failed_tests: int = 0
+    is_place_bad: bool = False
     last: Death = field(default_factory=lambda: Death(""))
 
     def deaths_at(self, now_s: float) -> int:
@@ -137,7 +138,8 @@ class Deaths:
         is_again = (
             actor.deaths > 1 and is_short and not self._others_died(actor_id, actor.node, now_s)
         )
-        if death.is_of_place and (was_broken or not was_up or is_again):
+        actor.is_place_bad = death.is_of_place and (was_broken or not was_up or is_again)
+        if actor.is_place_bad:
             self._blame(actor.node, now_s)
         wait_s = delay_s(actor.deaths, was_up)
         actor.retry_at_s = now_s + wait_s
@@ -151,6 +153,10 @@ class Deaths:
     def avoided_nodes(self, now_s: float) -> dict[str, float]:
         """Return nodes on which actors have ended badly lately, and until when to avoid each."""
         return {name: node.until_s for name, node in self._nodes.items() if now_s < node.until_s}
+
+    def is_place_bad(self, actor_id: str) -> bool:
+        """Return whether an actor's last end is a reason to avoid its node."""
+        return self._actors.get(actor_id, _Actor()).is_place_bad
 
     def place_of(self, actor_id: str) -> tuple[str, str]:
         """Return node and device of an actor's last life, empty where they are not known."""

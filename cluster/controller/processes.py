@@ -85,9 +85,15 @@ class ActorProcesses:
         state, spec = self._state, self._state.fleet.specs[actor_id]
         candidates = await asyncio.to_thread(self._expert_pool.nodes_for, spec)
         node = node_for_successor(
-            actor_id, candidates, avoided, state.shares, state.nodes, state.min_copies
+            actor_id,
+            candidates,
+            avoided,
+            state.shares,
+            state.nodes,
+            state.min_copies,
+            self._deaths.is_place_bad(actor_id),
         )
-        if node is not None:
+        if node is not None and node != state.nodes.get(actor_id):
             logger.info("%s goes to node %s, away from bad ones", actor_id, node[:10])
         return await self.create(actor_id, node)
 

@@ -31,5 +31,21 @@ NODES = {"x": "n1", "y": "n2", "z": "n3", "w": "n3"}
 def test_a_successor_goes_where_no_actor_ended_badly_and_few_copies_are(
     candidates: list[str], avoided: dict[str, float], min_copies: int, expected: str | None
 ) -> None:
-    found = node_for_successor("x", candidates, avoided, SHARES, NODES, min_copies)
+    found = node_for_successor("x", candidates, avoided, SHARES, NODES, min_copies, True)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("avoided", "min_copies", "expected"),
+    [
+        ({"n1": 9.0, "n2": 8.0}, 2, "n1"),  # else all would gather on n2
+        ({"n1": 9.0, "n2": 8.0}, 1, None),
+        ({"n1": 9.0}, 2, "n2"),
+    ],
+)
+def test_an_actor_that_blames_no_place_leaves_its_node_for_a_good_one_alone(
+    avoided: dict[str, float], min_copies: int, expected: str | None
+) -> None:
+    candidates = ["n1", "n2"]
+    found = node_for_successor("x", candidates, avoided, SHARES, NODES, min_copies, False)
     assert found == expected
