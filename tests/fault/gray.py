@@ -34,6 +34,8 @@ SLOWER = 5.0
 SLOW_S, CUT_CONTROLLER_S, CUT_ROUTER_S = 10.0, 10.0, 6.0
 LIMIT_S, POLL_S = 150.0, 0.2
 ROUTERS = 2
+SAMPLED_S = 3.0
+"""Routers send their counters more often."""
 QUIET_S = 12.0
 """Longer than the controller takes to notice a node."""
 POISON_TIMEOUT_S = 120.0
@@ -167,7 +169,7 @@ class GrayFaults:
         """Carry out a fault on the ``choice``-th victim; returns a word on what it hit.
 
         Raises ``AssertionError`` where it was not seen to hit, ``TimeoutError`` where the cluster
-        is not whole again after it.
+        is not whole before or after it.
         """
         told = self._whole()
         words = {
@@ -239,25 +241,29 @@ class GrayFaults:
         place = {namespace_of(actor.pid) for actor in told.actors}
         nodes = [node for node in self._expert_nodes if self._network.namespace(node) in place]
         experts = nodes[choice // 2 % len(nodes)]
-        before = self._asked_again()
+        before = self._asked_again()  # by router: one that has died takes its counters along
         self._network.cut(router, experts)
         threading.Event().wait(CUT_ROUTER_S)
         self._network.heal(router, experts)
-        again = self._asked_again() - before
+        threading.Event().wait(SAMPLED_S)
+        after = self._asked_again()
+        again = sum(max(0.0, after[name] - before.get(name, 0.0)) for name in after)
         assert again > 0, "no router asked another copy"
         return f"node {router} from node {experts}, {again:.0f} calls asked again"
 
-    def _asked_again(self) -> float:
+    def _asked_again(self) -> dict[str, float]:
         lines = httpx.get(self._metrics_url, timeout=LIMIT_S).text.splitlines()
         name = "expertmesh_dispatch_retries_total{"
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+        counters = (line.rpartition(" ") for line in lines if line.startswith(name))
+        return {series: float(value) for series, _, value in counters}
 
     def _whole(self) -> ClusterStatus:
         return _wait(self._client, _is_whole, "every expert has its copies")
 
 
 def _is_whole(told: ClusterStatus) -> bool:
-    return told.live_copies >= told.min_copies and len(told.routers) == ROUTERS
+    alive = [router for router in told.routers if Path(f"/proc/{router.pid}").exists()]
+    return told.live_copies >= told.min_copies and len(alive) == len(told.routers) == ROUTERS
 
 
 def _wait(client: Client, condition: Callable[[ClusterStatus], bool], what: str) -> ClusterStatus:
