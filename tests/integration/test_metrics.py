@@ -23,8 +23,10 @@ RARE = {
     catalogue.ACTOR_DEATHS,
     catalogue.ACTOR_RETRY,
     catalogue.ACTOR_MISSING_BYTES,
+    catalogue.ACTOR_SLOWNESS,
 }
-"""Without a sample until something goes wrong, an expert is at its capacity, or a mixture predicts.
+"""Without a sample until something goes wrong, an expert is at its capacity, a mixture predicts, or
+routers have measured actors side by side.
 
 ``tests/fault/test_mixtures.py`` looks at the rows of predictions."""
 
