@@ -17,7 +17,7 @@ from benchmarks.open_loop import TIMEOUT_S, body_of, prompt_of
 if TYPE_CHECKING:
     import httpx
 
-    from benchmarks.serve import Ports
+    from benchmarks.serve_clients import Ports
     from router.client import AsyncClient
 
 AT_ONCE = 50

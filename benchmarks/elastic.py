@@ -38,7 +38,8 @@ from benchmarks.common import (
 )
 from benchmarks.elastic_picture import picture
 from benchmarks.load_step import Plan, run_step
-from benchmarks.serve import Ports, served
+from benchmarks.serve import served
+from benchmarks.serve_clients import Ports
 
 DEVICES, STREAMS, ROUTERS = 8, 64, 8
 """Of Zipf's load. A router has all rows of one expert in one step computed by one copy, so there

@@ -74,7 +74,7 @@ def deployed(folder: Path, network: Network, variables: Mapping[str, str]) -> It
     from ray import serve
     from ray.cluster_utils import Cluster
 
-    from benchmarks.serve import Ports
+    from benchmarks.serve_clients import Ports
     from benchmarks.shipped import free_ports, serve_options
     from router.app import application
     from tests.fault.gray import GrayController

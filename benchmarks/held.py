@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from benchmarks.serve import Ports
+    from benchmarks.serve_clients import Ports
 
 METRICS = {
     "requests in pending": "expertmesh_requests_in_flight",

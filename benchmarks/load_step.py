@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import steered
 from benchmarks.common import MODEL, percentile
-from benchmarks.serve import Ports, Timed
+from benchmarks.serve_clients import Ports, Timed
 
 if TYPE_CHECKING:
     from benchmarks.devices import Product

@@ -48,7 +48,8 @@ from benchmarks.common import (
 )
 from benchmarks.local_mixture import LocalMixture
 from benchmarks.prediction_ways import Grpc, Http, Local, Question, Way, ask_at_once, ask_in_turn
-from benchmarks.serve import Ports, served
+from benchmarks.serve import served
+from benchmarks.serve_clients import Ports
 from experts.checkpoint.mixture import open_mixture
 
 MODELS = Path(__file__).resolve().parents[1] / "deploy" / "models"

@@ -22,7 +22,7 @@ from benchmarks.common import MODEL, PROMPT_TOKENS, summary_ms
 if TYPE_CHECKING:
     import httpx
 
-    from benchmarks.serve import Ports
+    from benchmarks.serve_clients import Ports
     from router.client import AsyncClient
 
 Surface = Literal["gRPC", "HTTP"]

@@ -12,7 +12,7 @@ from benchmarks.held import descriptors
 from benchmarks.open_loop import Answer, arrivals_s, asker, capacity_per_s, kinds, late_ms, offer
 
 if TYPE_CHECKING:
-    from benchmarks.serve import Ports
+    from benchmarks.serve_clients import Ports
 
 CLIENTS = 32
 TOKENS = 32

@@ -189,7 +189,7 @@ def measure_serve(
 
     The clients run in this process and are the same for both sides.
     """
-    from benchmarks.serve import WAYS, Ports
+    from benchmarks.serve_clients import WAYS, Ports
 
     taken: tuple[list[Turn], list[Turn]] = ([], [])
     with ExitStack() as clients:

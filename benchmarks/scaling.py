@@ -36,7 +36,8 @@ from benchmarks.common import (
     show,
 )
 from benchmarks.device_lines import TITLES, picture
-from benchmarks.serve import Ports, served
+from benchmarks.serve import served
+from benchmarks.serve_clients import Ports
 from benchmarks.steered import Traffic
 
 if TYPE_CHECKING:

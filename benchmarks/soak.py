@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import CACHE_TOKENS, MODEL, machine, progress, prompts, show
 from benchmarks.growth import Sampler
-from benchmarks.serve import Ports, served
+from benchmarks.serve import served
+from benchmarks.serve_clients import Ports
 from cluster.errors import ExpertMeshError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from benchmarks.held import memory_mb, metrics
 from benchmarks.open_loop import TIMEOUT_S, Answer, asker, body_of, prompt_of
 
 if TYPE_CHECKING:
-    from benchmarks.serve import Ports
+    from benchmarks.serve_clients import Ports
 
 OTHERS, OTHERS_TOKENS = 8, 32
 ROUNDS, STRETCH_S, SETTLE_S = 3, 15.0, 2.0

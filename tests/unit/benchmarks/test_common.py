@@ -19,7 +19,8 @@ from benchmarks.common import (
     percentile,
     summary_ms,
 )
-from benchmarks.serve import Timed, summarize
+from benchmarks.serve import summarize
+from benchmarks.serve_clients import Timed
 from benchmarks.timeline import Span, chrome_trace, clip, svg, typical_window
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -12,7 +12,7 @@ from benchmarks import elastic, load_step, steered
 from benchmarks.devices import Product
 from benchmarks.elastic_picture import picture
 from benchmarks.load_step import Look
-from benchmarks.serve import Timed
+from benchmarks.serve_clients import Timed
 from cluster.reports import DeviceStatus, ExpertLoad, LoadStatus
 
 SVG = "{http://www.w3.org/2000/svg}"
