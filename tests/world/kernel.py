@@ -1,0 +1,393 @@
+"""The machine under a world: virtual time, processes, and threads.
+
+All of a world runs on one thread of the real machine, one callback at a time, so a run is a function
+of its seed. An event loop of virtual time runs the coroutines of all processes; it jumps to the next
+timer where nothing is ready. A thread of the product is a greenlet: it runs until it blocks, and a
+callback of the loop goes on with it. Each callback belongs to the process in whose context it was
+scheduled; those of a process that has ended never run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import heapq
+import itertools
+import random
+import traceback
+from asyncio import events
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import greenlet
+
+FIRST_PID = 1000
+
+
+class BlockedLoopError(RuntimeError):
+    """Code on an event loop called what blocks a thread."""
+
+
+class ProcessExit(BaseException):
+    """Ends the rest of a callback whose process has ended."""
+
+
+@dataclass(eq=False, slots=True)
+class Process:
+    """A process of the world; ``node`` is the name of its host.
+
+    ``monotonic_s`` is what its host's monotonic clock is ahead of the world's, ``wall_s`` what its
+    wall clock is ahead of that. A process that ``is_paused`` lives and runs nothing.
+    """
+
+    name: str
+    node: str
+    pid: int
+    monotonic_s: float = 0.0
+    wall_s: float = 0.0
+    is_alive: bool = True
+    is_paused: bool = False
+    held: list[asyncio.Handle] = field(default_factory=list)
+    """The callbacks that are due once the process goes on."""
+    on_end: list[Callable[[], None]] = field(default_factory=list)
+    """Called when the process ends."""
+
+
+PROCESS: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
+
+
+class Thread:
+    """Takes the place of ``threading.Thread``; a greenlet of the process that starts it."""
+
+    def __init__(
+        self,
+        group: None = None,
+        target: Callable[..., object] | None = None,
+        name: str | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        daemon: bool | None = None,
+    ) -> None:
+        self.name = name or "thread"
+        self.daemon = bool(daemon)
+        self._target, self._args, self._kwargs = target, args, kwargs or {}
+        self._kernel = kernel()
+        self._ended: list[Waiter] = []
+        self._is_alive = False
+        self.ident = id(self)
+
+    def start(self) -> None:
+        """Run the target once the starting thread blocks."""
+        self._is_alive = True
+        self._kernel.spawn(self._run)
+
+    def _run(self) -> None:
+        try:
+            if self._target is not None:
+                self._target(*self._args, **self._kwargs)
+        finally:
+            self._is_alive = False
+            for waiter in self._ended:
+                waiter.wake()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the end."""
+        if self._is_alive:
+            waiter = Waiter(self._kernel)
+            self._ended.append(waiter)
+            waiter.wait(timeout)
+
+    def is_alive(self) -> bool:
+        """Return whether the target runs or is about to."""
+        return self._is_alive
+
+
+class Waiter:
+    """One wait of one thread, which :meth:`wake` ends."""
+
+    __slots__ = ("_greenlet", "_kernel", "_process", "is_woken")
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._greenlet: greenlet.greenlet | None = None
+        self._process: contextvars.Context | None = None
+        self.is_woken = False
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Block the thread; returns whether it was woken in time."""
+        if self.is_woken:
+            return True
+        current = greenlet.getcurrent()
+        if current is self._kernel.hub:
+            if self._kernel.is_closed():  # the world ends: nothing waits any more
+                return False
+            raise BlockedLoopError("the event loop's thread waits for another thread")
+        self._greenlet, self._process = current, contextvars.copy_context()
+        timer = None
+        if timeout_s is not None:
+            timer = self._kernel.call_later(max(0.0, timeout_s), self._resume)
+        self._kernel.park(current)
+        if timer is not None:
+            timer.cancel()
+        return self.is_woken
+
+    def wake(self) -> None:
+        """End the wait."""
+        if not self.is_woken:
+            self.is_woken = True
+            if self._greenlet is not None:
+                self._kernel.call_soon(self._resume, context=self._process)
+
+    def _resume(self) -> None:
+        waiting, self._greenlet = self._greenlet, None
+        if waiting is not None:
+            self._kernel.resume(waiting)
+
+
+class Kernel(asyncio.AbstractEventLoop):
+    """The event loop of all processes of one world."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.now_s = 0.0
+        self.hub: greenlet.greenlet | None = None
+        self.network: Any = None
+        """The world's :class:`tests.world.network.Network`, by which its sockets go."""
+        self.errors: list[str] = []
+        """What coroutines and callbacks raised and nobody caught."""
+        self.num_callbacks = 0
+        self._ready: deque[asyncio.Handle] = deque()
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._numbers = itertools.count()
+        self._pids = itertools.count(FIRST_PID)
+        self._parked: dict[greenlet.greenlet, None] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._is_closed = False
+
+    # Processes.
+
+    def process(self, name: str, node: str) -> Process:
+        """Return a new process."""
+        return Process(name, node, next(self._pids))
+
+    @contextmanager
+    def within(self, process: Process | None) -> Iterator[None]:
+        """Schedule callbacks as ``process`` inside."""
+        token = PROCESS.set(process)
+        try:
+            yield
+        finally:
+            PROCESS.reset(token)
+
+    def end(self, process: Process) -> None:
+        """End a process at once: nothing of it runs any more, not even the rest of a callback."""
+        if process.is_alive:
+            process.is_alive = False
+            process.held.clear()
+            for call in process.on_end:
+                call()
+            process.on_end.clear()
+
+    def pause(self, process: Process) -> None:
+        """Stop a process, as SIGSTOP does."""
+        process.is_paused = True
+
+    def go_on(self, process: Process) -> None:
+        """Let a paused process go on."""
+        process.is_paused = False
+        if process.is_alive:
+            self._ready.extend(process.held)
+        process.held.clear()
+
+    # Threads.
+
+    def spawn(self, target: Callable[[], object]) -> None:
+        """Run ``target`` on a thread of the current process, soon."""
+        thread = greenlet.greenlet(lambda: self._guarded(target), self.hub)
+        thread.gr_context = contextvars.copy_context()
+        self._parked[thread] = None
+        self.call_soon(self.resume, thread)
+
+    def _guarded(self, target: Callable[[], object]) -> None:
+        try:
+            target()
+        except (greenlet.GreenletExit, ProcessExit):
+            pass
+        except BaseException as error:
+            process = PROCESS.get()
+            trace = "".join(traceback.format_exception(error)[-6:])
+            self.note(f"a thread of {process.name if process else 'world'} raised:\n{trace}")
+
+    def park(self, current: greenlet.greenlet) -> None:
+        """Block the current thread until :meth:`resume`."""
+        if self._is_closed:
+            raise greenlet.GreenletExit
+        self._parked[current] = None
+        assert self.hub is not None
+        self.hub.switch()
+
+    def resume(self, thread: greenlet.greenlet) -> None:
+        """Go on with a thread; called by the loop."""
+        self._parked.pop(thread, None)
+        if not thread.dead:
+            thread.switch()
+
+    # The event loop.
+
+    def run(self, until_s: float, is_done: Callable[[], bool] = lambda: False) -> None:
+        """Run until a time of the world, or until ``is_done`` after a callback."""
+        if self.hub is None:
+            self.hub = greenlet.getcurrent()
+        before = events._get_running_loop()
+        events._set_running_loop(self)
+        try:
+            while not is_done() and self._next_callback(until_s):
+                pass
+        finally:
+            events._set_running_loop(before)
+
+    def _next_callback(self, until_s: float) -> bool:
+        """Run a callback; returns false where none is due by ``until_s``."""
+        timers, ready = self._timers, self._ready
+        if ready:
+            handle = ready.popleft()
+        else:
+            if not timers or timers[0][0] > until_s:
+                self.now_s = until_s
+                return False
+            when_s, _, handle = heapq.heappop(timers)
+            self.now_s = max(self.now_s, when_s)
+        if handle._cancelled:
+            return True
+        process = handle._context.get(PROCESS)
+        if process is not None:
+            if not process.is_alive:
+                return True
+            if process.is_paused:
+                process.held.append(handle)
+                return True
+        self.num_callbacks += 1
+        handle._run()
+        return True
+
+    def note(self, error: str) -> None:
+        """Note an error that nobody caught."""
+        if not self._is_closed:
+            self.errors.append(error)
+
+    def close(self) -> None:
+        """End all threads and tasks; whatever they do then has no effect."""
+        self._is_closed = True
+        for thread in list(self._parked):
+            thread.throw(greenlet.GreenletExit)
+        self._parked.clear()
+        for task in self._tasks:
+            task._log_destroy_pending = False
+        self._tasks.clear()
+        self._ready.clear()
+        self._timers.clear()
+
+    def num_tasks(self, process: Process) -> int:
+        """Return the number of tasks of a process that have not ended."""
+        return sum(task.get_context().get(PROCESS) is process for task in self._tasks)
+
+    def time(self) -> float:
+        return self.now_s
+
+    def get_debug(self) -> bool:
+        return False
+
+    def is_running(self) -> bool:
+        return True
+
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    def call_soon(
+        self, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
+
+    call_soon_threadsafe = call_soon
+
+    def call_later(
+        self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> asyncio.TimerHandle:
+        return self.call_at(self.now_s + delay, callback, *args, context=context)
+
+    def call_at(
+        self, when: float, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> asyncio.TimerHandle:
+        handle = asyncio.TimerHandle(when, callback, args, self, context)
+        heapq.heappush(self._timers, (when, next(self._numbers), handle))
+        return handle
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """Take a cancelled timer's note; it is skipped when it is due."""
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self)
+
+    def create_task(self, coro: Any, *, name: str | None = None, context: Any = None) -> Any:
+        task: asyncio.Task[Any] = asyncio.Task(coro, loop=self, name=name, context=context)
+        self._tasks.add(task)  # also keeps those of ended processes from being closed early
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
+        future = self.create_future()
+
+        def run() -> None:
+            try:
+                result = func(*args)
+            except greenlet.GreenletExit:
+                raise
+            except BaseException as error:
+                if not future.done():
+                    future.set_exception(error)
+            else:
+                if not future.done():
+                    future.set_result(result)
+
+        self.spawn(run)
+        return future
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not isinstance(error, (asyncio.CancelledError, ProcessExit)):
+            self.note(f"{context.get('message')}: {error!r}")
+
+    async def shutdown_asyncgens(self) -> None:
+        return
+
+    def _asyncgen_finalizer_hook(self, agen: Any) -> None:
+        return
+
+
+_kernels: list[Kernel] = []
+
+
+def kernel() -> Kernel:
+    """Return the kernel of the world that runs."""
+    return _kernels[-1]
+
+
+@contextmanager
+def running(own: Kernel) -> Iterator[None]:
+    """Make a kernel the one that threads, locks and sockets belong to."""
+    _kernels.append(own)
+    try:
+        yield
+    finally:
+        _kernels.pop()
+
+
+def current_process() -> Process | None:
+    """Return the process of the callback or thread that runs."""
+    return PROCESS.get()

@@ -1,0 +1,273 @@
+"""A tiny exact model: a chain of hashes, so that a token tells which weights have made it.
+
+A hidden state is a number of 32 bits in two float32 values, which all sums keep exact. An expert maps
+it by a hash of (identity, layer, expert, state); attention chains the states of a sequence through
+the pages of the cache, so a slot that is lost or overwritten changes all later tokens.
+:func:`tokens_of` computes the same in plain Python, one token after the other.
+
+Dimension letters: T tokens, K experts per token, E experts, R rows to sample, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from experts.checkpoint.checkpoint import Checkpoint
+from router.model.attention import Span
+from router.model.decoder import Decoder, DecoderLayer, MixtureFeedForward
+from router.model.paged_attention import PagedContext
+from router.moe.gate import Choice
+from router.moe.layer import MoELayers
+
+NUM_LAYERS = 2
+NUM_EXPERTS = 6
+TOP_K = 2
+VOCAB = 512
+LAYERS = tuple(range(NUM_LAYERS))
+DTYPE = "float32"
+KERNEL_CLASS = "exact"
+_MASK = (1 << 64) - 1
+_LOW = (1 << 32) - 1
+_SPREAD = 1 << 20
+"""Above any sum of K low halves, so that two sums make one number."""
+
+
+def _mix(x: int) -> int:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def _mix_all(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@lru_cache(maxsize=None)
+def key_of(*parts: object) -> int:
+    """Return a number of 64 bits for a name."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
+
+
+def _rows(states: np.ndarray) -> np.ndarray:
+    """Return states [T] as rows [T, 2]."""
+    rows = np.empty((len(states), 2), np.float32)
+    rows[:, 0] = states & np.uint64(0xFFFF)
+    rows[:, 1] = states >> np.uint64(16)
+    return rows
+
+
+def _numbers(rows: np.ndarray) -> np.ndarray:
+    """Return rows [T, 2], or sums of them, as numbers [T]."""
+    parts = rows.astype(np.uint64)
+    return parts[:, 0] + parts[:, 1] * np.uint64(_SPREAD)
+
+
+# The slow oracle.
+
+
+def _sum_of(states: Sequence[int]) -> int:
+    low, high = sum(s & 0xFFFF for s in states), sum(s >> 16 for s in states)
+    return low + high * _SPREAD
+
+
+@lru_cache(maxsize=4096)
+def tokens_of(identity: str, prompt: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
+    """Return the greedy tokens of a model of this identity."""
+    before = [0] * NUM_LAYERS
+    ids = list(prompt)
+    last = 0
+    for position in range(len(prompt) + num_tokens - 1):
+        x = _sum_of([_mix(ids[position] ^ key_of(identity, "embedding")) & _LOW])
+        for layer in LAYERS:
+            x ^= _mix(before[layer] ^ key_of(identity, layer, "chain"))
+            state = before[layer] = _mix(x) & _LOW
+            x = _sum_of([_mix(_sum_of([state]) ^ key_of(identity, layer, e)) & _LOW for e in
+                         _chosen(identity, layer, _sum_of([state]))])  # fmt: skip
+        last = _mix(x ^ key_of(identity, "head")) % VOCAB
+        if position >= len(prompt) - 1:
+            ids.append(last)
+    return tuple(ids[len(prompt) :])
+
+
+def _chosen(identity: str, layer: int, x: int) -> list[int]:
+    scores = [_mix(x ^ key_of(identity, layer, "gate", e)) for e in range(NUM_EXPERTS)]
+    return sorted(range(NUM_EXPERTS), key=lambda e: -scores[e])[:TOP_K]
+
+
+# The router's part.
+
+
+class ExactAttention:
+    """Takes the place of :class:`router.model.attention.Attention`; a view is the spans."""
+
+    page_size = 4
+
+    def view(self, spans: Sequence[Span], num_decode: int) -> list[Span]:
+        return list(spans)
+
+
+class _Attend:
+    """The attention half: each state is a hash of the one before it in its sequence."""
+
+    def __init__(self, identity: str, layer: int, num_slots: int, took_s: Callable[[], float]):
+        self._key = key_of(identity, layer, "chain")
+        self._cache = np.zeros(num_slots, np.uint64)
+        self._took_s = took_s
+
+    def __call__(
+        self, hidden_states: torch.Tensor, rotation: Any, paged: PagedContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        time.sleep(self._took_s())
+        numbers = _numbers(hidden_states.numpy()).tolist()
+        states, at = [], 0
+        for span in paged.batch.view:
+            before = int(self._cache[span.slots[span.start - 1]]) if span.start else 0
+            for slot in span.slots[span.start :]:
+                before = _mix(numbers[at] ^ _mix(before ^ self._key)) & _LOW
+                self._cache[slot] = before
+                states.append(before)
+                at += 1
+        normed = torch.from_numpy(_rows(np.array(states, np.uint64)))
+        return torch.zeros_like(normed), normed
+
+
+class _ExactGate:
+    """Chooses experts by hashes of the state; all weights are 1."""
+
+    def __init__(self, identity: str, layer: int):
+        keys = [key_of(identity, layer, "gate", e) for e in range(NUM_EXPERTS)]
+        self._keys = np.array(keys, np.uint64)
+
+    def _scores(self, rows: np.ndarray) -> np.ndarray:
+        return _mix_all(_numbers(rows)[:, None] ^ self._keys)
+
+    def choice(self, normed: torch.Tensor) -> Choice:
+        scores = self._scores(normed.numpy())
+        ids = np.argsort(~scores, axis=1, kind="stable")[:, :TOP_K]
+        return Choice(np.ascontiguousarray(ids), torch.ones(ids.shape))
+
+    def choose_anew(self, normed: torch.Tensor, rows: np.ndarray, allowed: np.ndarray) -> Choice:
+        scores = self._scores(normed.numpy()[rows]) >> np.uint64(1)
+        scores[~allowed] = 0
+        ids = np.argsort(~scores, axis=1, kind="stable")[:, :TOP_K]
+        weights = np.take_along_axis(allowed, ids, 1).astype(np.float32)
+        return Choice(np.ascontiguousarray(ids), torch.from_numpy(weights))
+
+
+class ExactModel:
+    """Takes the place of :class:`router.model.model.MoEModel`."""
+
+    even_context = float("inf")
+    is_native = False
+
+    def __init__(
+        self, identity: str, cache_tokens: int, layers: MoELayers, took_s: Callable[[], float]
+    ):
+        """``took_s`` returns the time that a layer's attention takes."""
+        self.attention = ExactAttention()
+        self.num_pages = cache_tokens // self.attention.page_size
+        embedding_key, head_key = (
+            np.uint64(key_of(identity, part)) for part in ("embedding", "head")
+        )
+
+        def embedding(ids: torch.Tensor) -> torch.Tensor:
+            states = _mix_all(ids.numpy().astype(np.uint64) ^ embedding_key) & np.uint64(_LOW)
+            return torch.from_numpy(_rows(states))
+
+        def head(hidden_states: torch.Tensor) -> torch.Tensor:
+            tokens = _mix_all(_numbers(hidden_states.numpy()) ^ head_key) % np.uint64(VOCAB)
+            logits = np.zeros((len(tokens), VOCAB), np.float32)
+            logits[np.arange(len(tokens)), tokens.astype(np.int64)] = 1.0
+            return torch.from_numpy(logits)
+
+        self.decoder = Decoder(
+            embedding,
+            lambda hidden_states, positions: positions,
+            [
+                DecoderLayer(
+                    _Attend(identity, layer, cache_tokens, took_s),
+                    MixtureFeedForward(layer, _ExactGate(identity, layer), layers, None, None),
+                )
+                for layer in LAYERS
+            ],
+            lambda hidden_states: hidden_states,
+            head,
+            None,
+            self.attention,
+            (False,) * NUM_LAYERS,
+            None,
+        )
+
+
+# The actors' part.
+
+
+class ExactCheckpoint(Checkpoint):
+    """A checkpoint of the exact model; it is its identity."""
+
+    identity: str
+
+    def __init__(self, identity: str):
+        for name, value in (("identity", identity), ("remote", None), ("shape", _Shape())):
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    hidden_size: int = 2
+    activation: str = "hash"
+
+
+@dataclass(frozen=True)
+class ExactWeights:
+    """The weights of an expert: its name."""
+
+    identity: str
+    layer: int
+    expert: int
+
+    def parts(self) -> list[np.ndarray]:
+        return [np.zeros(1, np.float32)]
+
+
+class ExactExpert:
+    """Takes the place of :class:`experts.bank.GatedFfnExpert`."""
+
+    row_shape = (2,)
+    dtype = DTYPE
+    grouped = None
+    num_bytes = 1000
+    kernel_class = KERNEL_CLASS
+
+    def __init__(self, weights: ExactWeights, compute: Callable[[int], Exception | float]):
+        """``compute`` returns the seconds that so many rows take, or what they raise.
+
+        A negative number stands for a device that yields NaN.
+        """
+        self._key = np.uint64(key_of(weights.identity, weights.layer, weights.expert))
+        self._compute = compute
+
+    def takes(self, row_shape: tuple[int, ...]) -> bool:
+        return row_shape == self.row_shape
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        took_s = self._compute(len(rows))
+        if isinstance(took_s, Exception):
+            raise took_s
+        if took_s < 0:
+            return np.full(rows.shape, np.nan, np.float32)
+        time.sleep(took_s)
+        return _rows(_mix_all(_numbers(rows) ^ self._key) & np.uint64(_LOW))

@@ -1,0 +1,143 @@
+"""What of the real machine a world replaces: the operating system, Ray, and the model's files.
+
+The product's own code runs as it is; each entry is a name that it looks up when it is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import random
+import secrets
+import selectors
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+
+import cluster.controller.controller
+import cluster.controller.ledger
+import cluster.controller.lease
+import cluster.controller.pool
+import cluster.transport.stream.connect
+import experts.actor
+import experts.host_room
+import router.engine.replica
+from cluster.memory import Memory
+from cluster.transport.stream.channel import Channel
+from tests.world import locks, sockets
+from tests.world.kernel import Kernel, ProcessExit, Thread, current_process
+from tests.world.model import ExactCheckpoint, ExactWeights
+from tests.world.ray_api import HEAD, RayCluster
+from tests.world.serve_api import Serve
+
+MEMORY = Memory(1 << 34, 1 << 33)
+
+
+@contextlib.contextmanager
+def replaced(
+    kernel: Kernel,
+    ray_cluster: RayCluster,
+    serve: Serve,
+    load_dense: Callable[..., Any],
+    make_expert: Callable[..., Any],
+) -> Iterator[None]:
+    """Replace all inside."""
+
+    def monotonic() -> float:
+        process = current_process()
+        return kernel.now_s + (0.0 if process is None else process.monotonic_s)
+
+    def wall() -> float:
+        process = current_process()
+        return 1.7e9 + kernel.now_s + (0.0 if process is None else process.wall_s)
+
+    def node() -> str:
+        process = current_process()
+        return HEAD if process is None else process.node
+
+    def pid() -> int:
+        process = current_process()
+        return 1 if process is None else process.pid
+
+    def exit_now(code: int) -> None:
+        process = current_process()
+        assert process is not None
+        kernel.end(process)
+        raise ProcessExit
+
+    def token_bytes(count: int = 32) -> bytes:
+        return kernel.random.randbytes(count)
+
+    context = SimpleNamespace(get_node_id=node)
+    table: list[tuple[Any, str, Any]] = [
+        (time, "monotonic", monotonic),
+        (time, "perf_counter", monotonic),
+        (time, "time", wall),
+        (time, "sleep", locks.sleep),
+        (threading, "Thread", Thread),
+        (threading, "Lock", locks.Lock),
+        (threading, "RLock", locks.RLock),
+        (threading, "Condition", locks.Condition),
+        (threading, "Event", locks.Event),
+        (threading, "current_thread", locks.current_thread),
+        (queue, "SimpleQueue", locks.SimpleQueue),
+        (socket, "socket", sockets.Socket),
+        (socket, "create_connection", sockets.create_connection),
+        (socket, "gethostname", node),
+        (selectors, "DefaultSelector", sockets.Selector),
+        (cluster.transport.stream.connect, "wait", sockets.wait),
+        (Channel, "_native", None),
+        (os, "getpid", pid),
+        (os, "_exit", exit_now),
+        (secrets, "token_bytes", token_bytes),
+        (secrets, "token_hex", lambda count=32: token_bytes(count).hex()),
+        (secrets, "randbits", kernel.random.getrandbits),
+        (uuid, "uuid4", lambda: uuid.UUID(int=kernel.random.getrandbits(128))),
+        (random, "random", kernel.random.random),
+        (ray, "get", ray_cluster.get),
+        (ray, "get_actor", ray_cluster.get_actor),
+        (ray, "kill", ray_cluster.kill),
+        (ray, "nodes", ray_cluster.list_nodes),
+        (ray, "remote", ray_cluster.remote),
+        (ray, "get_runtime_context", lambda: context),
+        (ray.util, "get_node_ip_address", lambda: ray_cluster.network.addresses[node()]),
+        (cluster.controller.pool, "list_named_actors", ray_cluster.list_named_actors),
+        (cluster.controller.pool, "available_resources_per_node", ray_cluster.available),
+        (
+            cluster.controller.pool,
+            "state",
+            SimpleNamespace(get_draining_nodes=ray_cluster.draining),
+        ),
+        (cluster.controller.lease, "list_named_actors", ray_cluster.list_named_actors),
+        (cluster.controller.ledger, "_internal_kv_put", ray_cluster.put),
+        (cluster.controller.ledger, "_internal_kv_get", ray_cluster.get_value),
+        (cluster.controller.ledger, "_internal_kv_list", ray_cluster.list_keys),
+        (cluster.controller.ledger, "_internal_kv_del", ray_cluster.delete),
+        (cluster.controller.controller, "app_is_wanted", serve.app_is_wanted),
+        (router.engine.replica, "app_is_wanted", serve.app_is_wanted),
+        (router.engine.replica, "_load_dense", load_dense),
+        (experts.actor, "open_model", lambda path, identity, _: ExactCheckpoint(identity)),
+        (experts.actor, "load_expert", _load_expert),
+        (experts.actor, "GatedFfnExpert", make_expert),
+        (experts.actor, "memory", lambda: MEMORY),
+        (experts.host_room, "memory", lambda: MEMORY),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in table]
+    for owner, name, value in table:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)
+
+
+def _load_expert(checkpoint: ExactCheckpoint, layer: int, expert: int, dtype: str) -> ExactWeights:
+    return ExactWeights(checkpoint.identity, layer, expert)

@@ -1,0 +1,245 @@
+"""Sockets and selectors over a world's network; each takes the place of the class of its name."""
+
+from __future__ import annotations
+
+import itertools
+import selectors
+import socket as real
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from tests.world.kernel import Waiter, kernel
+from tests.world.network import Address, End, Listener, Network
+
+_numbers = itertools.count(100)
+
+
+def network() -> Network:
+    """Return the network of the world that runs."""
+    return kernel().network
+
+
+class Socket:
+    """Takes the place of ``socket.socket``."""
+
+    def __init__(
+        self, family: int = real.AF_INET, type: int = real.SOCK_STREAM, proto: int = 0
+    ) -> None:
+        self.family = family
+        self._number = next(_numbers)
+        self._timeout_s: float | None = None
+        self._bound: Address | None = None
+        self._end: End | None = None
+        self._listener: Listener | None = None
+        self._watchers: dict[int, Callable[[], None]] = {}
+        self._is_closed = False
+
+    # Options.
+
+    def setblocking(self, flag: bool) -> None:
+        self._timeout_s = None if flag else 0.0
+
+    def settimeout(self, value: float | None) -> None:
+        self._timeout_s = value
+
+    def setsockopt(self, *args: Any) -> None:
+        pass
+
+    def getsockopt(self, *args: Any) -> int:
+        return 8 << 20
+
+    def fileno(self) -> int:
+        return -1 if self._is_closed else self._number
+
+    def getsockname(self) -> Address:
+        assert self._listener is not None
+        return self._listener.address
+
+    # Listening.
+
+    def bind(self, address: Any) -> None:
+        self._bound = address
+
+    def listen(self, backlog: int = 0) -> None:
+        if isinstance(self._bound, bytes):
+            self._listener = network().listen(None, self._bound)
+        else:
+            assert self._bound is not None
+            self._listener = network().listen(self._bound[0], None)
+        self._listener.changed = self._changed
+
+    def accept(self) -> tuple[Socket, Address]:
+        assert self._listener is not None
+        if self._is_closed or self._listener.is_closed:
+            raise OSError("the socket is closed")
+        if not self._listener.backlog:
+            raise BlockingIOError
+        return Socket._over(self._listener.backlog.popleft(), self.family), b""
+
+    @classmethod
+    def _over(cls, end: End, family: int) -> Socket:
+        made = cls(family)
+        made._take(end)
+        return made
+
+    def _take(self, end: End) -> None:
+        self._end = end
+        end.changed = self._changed
+
+    # Connections.
+
+    def connect(self, address: Any) -> None:
+        end, took_s = network().connect(address)
+        timeout_s = self._timeout_s
+        if took_s is None or (timeout_s is not None and took_s > timeout_s):
+            Waiter(kernel()).wait(timeout_s)
+            raise TimeoutError("the connection timed out")
+        Waiter(kernel()).wait(took_s)
+        self._take(end)
+
+    def send(self, data: Any) -> int:
+        return self._checked(self._open_end().send(bytes(data)), len(data))
+
+    def sendmsg(self, pieces: Iterable[Any]) -> int:
+        data = b"".join(bytes(piece) for piece in pieces)
+        return self._checked(self._open_end().send(data), len(data))
+
+    def _checked(self, sent: int, asked: int) -> int:
+        if asked and not sent:
+            raise BlockingIOError
+        return sent
+
+    def recv_into(self, room: Any) -> int:
+        piece = self._open_end().read(len(room))
+        if piece is None:
+            raise BlockingIOError
+        room[: len(piece)] = piece
+        return len(piece)
+
+    def _open_end(self) -> End:
+        if self._end is None or self._is_closed:
+            raise OSError("the socket is closed")
+        return self._end
+
+    def shutdown(self, how: int) -> None:
+        if self._listener is not None:
+            network().stop(self._listener)
+        elif self._end is not None and not self._is_closed:
+            self._end.finish()
+            self._end.is_ended = True
+            self._changed()
+        else:
+            raise OSError("the socket is closed")
+
+    def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._listener is not None and not self._listener.is_closed:
+            network().stop(self._listener)
+        if self._end is not None:
+            self._end.close()
+        self._changed()
+
+    # What selectors ask.
+
+    def ready(self, events: int) -> int:
+        """Return those of the events for which the socket is ready."""
+        if self._is_closed:
+            return 0
+        if self._listener is not None:
+            is_readable = bool(self._listener.backlog) or self._listener.is_closed
+            return selectors.EVENT_READ & events if is_readable else 0
+        if self._end is None:
+            return 0
+        found = 0
+        if events & selectors.EVENT_READ and self._end.is_readable():
+            found |= selectors.EVENT_READ
+        if events & selectors.EVENT_WRITE and self._end.is_writable():
+            found |= selectors.EVENT_WRITE
+        return found
+
+    def watch(self, key: int, call: Callable[[], None]) -> None:
+        """Have ``call`` called at each change."""
+        self._watchers[key] = call
+
+    def unwatch(self, key: int) -> None:
+        """Call ``call`` no more."""
+        self._watchers.pop(key, None)
+
+    def _changed(self) -> None:
+        for call in list(self._watchers.values()):
+            call()
+
+
+def create_connection(address: Any, timeout: float | None = None) -> Socket:
+    """Take the place of ``socket.create_connection``."""
+    made = Socket(real.AF_INET)
+    made.settimeout(timeout)
+    made.connect(tuple(address))
+    return made
+
+
+class Selector:
+    """Takes the place of ``selectors.DefaultSelector``."""
+
+    def __init__(self) -> None:
+        self._keys: dict[Socket, selectors.SelectorKey] = {}
+        self._waiter: Waiter | None = None
+
+    def register(self, fileobj: Socket, events: int, data: Any = None) -> selectors.SelectorKey:
+        key = selectors.SelectorKey(fileobj, fileobj.fileno(), events, data)  # type: ignore[arg-type]
+        self._keys[fileobj] = key
+        fileobj.watch(id(self), self._look)
+        self._look()
+        return key
+
+    def modify(self, fileobj: Socket, events: int, data: Any = None) -> selectors.SelectorKey:
+        if fileobj not in self._keys:
+            raise KeyError(fileobj)
+        return self.register(fileobj, events, data)
+
+    def unregister(self, fileobj: Socket) -> selectors.SelectorKey:
+        fileobj.unwatch(id(self))
+        return self._keys.pop(fileobj)
+
+    def get_map(self) -> Mapping[Socket, selectors.SelectorKey]:
+        return self._keys
+
+    def _look(self) -> None:
+        if self._waiter is not None and self._ready():
+            self._waiter.wake()
+
+    def _ready(self) -> list[tuple[selectors.SelectorKey, int]]:
+        found = []
+        for sock, key in self._keys.items():
+            if events := sock.ready(key.events):
+                found.append((key, events))
+        return found
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = self._ready()
+        if not ready and (timeout is None or timeout > 0):
+            self._waiter = Waiter(kernel())
+            self._waiter.wait(timeout)
+            self._waiter = None
+            ready = self._ready()
+        return ready
+
+    def close(self) -> None:
+        for sock in list(self._keys):
+            self.unregister(sock)
+
+    def __enter__(self) -> Selector:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def wait(socks: Iterable[Socket], timeout: float | None = None) -> list[Socket]:
+    """Take the place of ``multiprocessing.connection.wait``."""
+    with Selector() as selector:
+        for sock in socks:
+            selector.register(sock, selectors.EVENT_READ)
+        return [key.fileobj for key, _ in selector.select(timeout)]  # type: ignore[misc]
