@@ -226,25 +226,33 @@ class Dispatcher:
         if attempt.calls is None:
             return silent_parts
         outcomes = attempt.calls.wait(lambda call, s: self._is_gone(attempt, call, s))
+        now_s = time.monotonic()
         failed_parts = silent_parts + [
             FailedPart(part, outcome if isinstance(outcome, CallFailure) else None)
             for (part, frame), outcome in zip(attempt.sent, outcomes, strict=True)
-            if not self._take(layer, part, frame, outcome)
+            if not self._take(layer, part, frame, outcome, now_s)
         ]
         if not failed_parts:
             actors = ((part.actor_id, part.generation) for part, _ in attempt.sent)
             self._pace.note(attempt.most_rows, attempt.calls.took_s, actors)
             if layer.owed_before is not None:
-                self._copies.note_answers(layer, attempt.sent, time.monotonic())
+                self._copies.note_answers(layer, attempt.sent, now_s)
         return failed_parts
 
-    def _take(self, layer: PendingLayer, part: Part, sent: DispatchFrame, outcome: Outcome) -> bool:
+    def _take(
+        self,
+        layer: PendingLayer,
+        part: Part,
+        sent: DispatchFrame,
+        outcome: Outcome,
+        now_s: float,
+    ) -> bool:
         """Keep the rows of an answer; returns false, and notes why, where there are none."""
         answer: CallFailure | FrameError | Frame
         if isinstance(outcome, CallFailure):
             answer = outcome
         else:
-            self._heard_at_s[part.actor_id, part.generation] = time.monotonic()
+            self._heard_at_s[part.actor_id, part.generation] = now_s
             answer = _decoded(outcome)
         if isinstance(answer, RowsFrame) and self._belongs(answer, sent):
             layer.received.append(ExpertRows(part.pairs, joined(answer.rows)))
