@@ -217,8 +217,7 @@ class FrameQueue:
         live = [w.frame for w, late in zip(batch, is_late, strict=True) if not late]
         try:
             computed: list[RowsFrame | ErrorFrame] = self._bank.compute(live)
-            if now_s >= self.self_test.sample_due_at_s:
-                self.self_test.note_computed(live, computed, now_s)
+            self.self_test.note_computed(live, computed)
             if len(live) < len(batch):
                 results = iter(computed)
                 computed = [

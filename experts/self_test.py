@@ -25,7 +25,8 @@ from cluster.wire.frames import DispatchFrame, ErrorFrame, RowsFrame
 TEST_PERIOD_S = 0.25
 """Time between two tests while they fail."""
 SAMPLE_PERIOD_S = 0.25
-"""The least time between two answers whose rows are looked at."""
+"""The time between two looks at answers, each at the latest one: routers that get rows which are not
+finite ask other copies from then on, so no later answer might tell."""
 SAMPLE_ROWS = 16
 """The most rows of an answer that are looked at; a device that fails spoils all of them."""
 MOST_CHARS = 200
@@ -61,8 +62,7 @@ class SelfTest:
         self._changed = threading.Condition()
         self._suspected: DispatchFrame | None = None
         self._sample: tuple[DispatchFrame, RowsFrame] | None = None
-        self.sample_due_at_s = 0.0
-        """When :meth:`note_computed` is to be called next (monotonic)."""
+        self._is_idle = False
 
     def start(self) -> None:
         """Test on a daemon thread, which sleeps while nothing is to be tested."""
@@ -79,18 +79,15 @@ class SelfTest:
                 self._changed.notify()
 
     def note_computed(
-        self,
-        frames: Sequence[DispatchFrame],
-        answers: Sequence[RowsFrame | ErrorFrame],
-        now_s: float,
+        self, frames: Sequence[DispatchFrame], answers: Sequence[RowsFrame | ErrorFrame]
     ) -> None:
-        """Take a batch to look at; the answers' memory is kept until then."""
-        self.sample_due_at_s = now_s + SAMPLE_PERIOD_S
+        """Take a batch to look at, instead of any before it; its memory is kept until then."""
         for frame, answer in zip(frames, answers, strict=True):
             if isinstance(answer, RowsFrame):
-                with self._changed:
-                    self._sample = frame._replace(rows=b""), answer
-                    self._changed.notify()
+                self._sample = frame, answer
+                if self._is_idle:
+                    with self._changed:
+                        self._changed.notify()
                 return
 
     # The thread.
@@ -98,15 +95,16 @@ class SelfTest:
     def _run(self) -> None:
         while True:
             with self._changed:
+                self._is_idle = True  # first: a sample that the next line does not see notifies
                 while self._suspected is None and self._sample is None:
                     self._changed.wait()
+                self._is_idle = False
             try:
                 is_done = self.look()
             except Exception:  # the thread goes on: a later test may tell
                 logger.exception("%s: a self-test has no result", self._actor_id)
                 is_done = False
-            if not is_done:
-                time.sleep(TEST_PERIOD_S)
+            time.sleep(SAMPLE_PERIOD_S if is_done else TEST_PERIOD_S)
 
     def look(self) -> bool:
         """Look at the sample, and test what is suspected; returns whether nothing is left to test.

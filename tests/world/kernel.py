@@ -15,6 +15,7 @@ import heapq
 import itertools
 import random
 import traceback
+import zlib
 from asyncio import events
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -160,6 +161,9 @@ class Kernel(asyncio.AbstractEventLoop):
         self.errors: list[str] = []
         """What coroutines and callbacks raised and nobody caught."""
         self.num_callbacks = 0
+        self.digest = 0
+        """A checksum of the time and process of all callbacks so far."""
+        self._crashes: dict[Process, tuple[int, Callable[[Process], None]]] = {}
         self._ready: deque[asyncio.Handle] = deque()
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._numbers = itertools.count()
@@ -270,8 +274,27 @@ class Kernel(asyncio.AbstractEventLoop):
             if process.is_paused:
                 process.held.append(handle)
                 return True
+            if self._crashes and self._is_crash(process):
+                return True
         self.num_callbacks += 1
+        pid = 0 if process is None else process.pid
+        self.digest = zlib.crc32(b"%d %.9f" % (pid, self.now_s), self.digest)
         handle._run()
+        return True
+
+    def crash_after(self, process: Process, number: int, end: Callable[[Process], None]) -> None:
+        """End a process before the callback of this number from now on."""
+        self._crashes[process] = number, end
+
+    def _is_crash(self, process: Process) -> bool:
+        if process not in self._crashes:
+            return False
+        number, end = self._crashes[process]
+        if number:
+            self._crashes[process] = number - 1, end
+            return False
+        del self._crashes[process]
+        end(process)
         return True
 
     def note(self, error: str) -> None:
@@ -361,7 +384,8 @@ class Kernel(asyncio.AbstractEventLoop):
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         error = context.get("exception")
         if not isinstance(error, (asyncio.CancelledError, ProcessExit)):
-            self.note(f"{context.get('message')}: {error!r}")
+            trace = "".join(traceback.format_exception(error)[-8:]) if error else ""
+            self.note(f"{context.get('message')}:\n{trace}")
 
     async def shutdown_asyncgens(self) -> None:
         return

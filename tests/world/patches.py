@@ -15,9 +15,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -29,26 +29,19 @@ import cluster.transport.stream.connect
 import experts.actor
 import experts.host_room
 import router.engine.replica
-from cluster.memory import Memory
 from cluster.transport.stream.channel import Channel
 from tests.world import locks, sockets
 from tests.world.kernel import Kernel, ProcessExit, Thread, current_process
-from tests.world.model import ExactCheckpoint, ExactWeights
-from tests.world.ray_api import HEAD, RayCluster
-from tests.world.serve_api import Serve
+from tests.world.model import ExactCheckpoint
+from tests.world.ray_api import HEAD, NodeAffinity
 
-MEMORY = Memory(1 << 34, 1 << 33)
-
+if TYPE_CHECKING:
+    from tests.world.world import World
 
 @contextlib.contextmanager
-def replaced(
-    kernel: Kernel,
-    ray_cluster: RayCluster,
-    serve: Serve,
-    load_dense: Callable[..., Any],
-    make_expert: Callable[..., Any],
-) -> Iterator[None]:
+def replaced(world: World) -> Iterator[None]:
     """Replace all inside."""
+    kernel, ray_cluster, serve = world.kernel, world.cluster, world.serve
 
     def monotonic() -> float:
         process = current_process()
@@ -110,6 +103,7 @@ def replaced(
         (ray.util, "get_node_ip_address", lambda: ray_cluster.network.addresses[node()]),
         (cluster.controller.pool, "list_named_actors", ray_cluster.list_named_actors),
         (cluster.controller.pool, "available_resources_per_node", ray_cluster.available),
+        (cluster.controller.pool, "NodeAffinitySchedulingStrategy", NodeAffinity),
         (
             cluster.controller.pool,
             "state",
@@ -122,12 +116,12 @@ def replaced(
         (cluster.controller.ledger, "_internal_kv_del", ray_cluster.delete),
         (cluster.controller.controller, "app_is_wanted", serve.app_is_wanted),
         (router.engine.replica, "app_is_wanted", serve.app_is_wanted),
-        (router.engine.replica, "_load_dense", load_dense),
+        (router.engine.replica, "_load_dense", world.load_dense),
         (experts.actor, "open_model", lambda path, identity, _: ExactCheckpoint(identity)),
-        (experts.actor, "load_expert", _load_expert),
-        (experts.actor, "GatedFfnExpert", make_expert),
-        (experts.actor, "memory", lambda: MEMORY),
-        (experts.host_room, "memory", lambda: MEMORY),
+        (experts.actor, "load_expert", world.load_expert),
+        (experts.actor, "GatedFfnExpert", world.make_expert),
+        (experts.actor, "memory", world.memory),
+        (experts.host_room, "memory", world.memory),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in table]
     for owner, name, value in table:
@@ -137,7 +131,3 @@ def replaced(
     finally:
         for owner, name, value in reversed(before):
             setattr(owner, name, value)
-
-
-def _load_expert(checkpoint: ExactCheckpoint, layer: int, expert: int, dtype: str) -> ExactWeights:
-    return ExactWeights(checkpoint.identity, layer, expert)

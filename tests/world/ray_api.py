@@ -20,8 +20,6 @@ from ray.exceptions import (
     RaySystemError,
     RayTaskError,
 )
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
 from tests.world.kernel import Kernel, Process, Waiter, current_process
 from tests.world.network import TCP_TIMEOUT_S, Network
 
@@ -43,6 +41,14 @@ class DiedError(ActorDiedError):
 
     def __str__(self) -> str:
         return f"The actor died unexpectedly before finishing this task: {self.cause_text}"
+
+
+@dataclass(frozen=True)
+class NodeAffinity:
+    """Takes the place of Ray's strategy of this name, which wants other ids of nodes."""
+
+    node_id: str
+    soft: bool
 
 
 @dataclass(eq=False)
@@ -203,7 +209,10 @@ class RayCluster:
         self.nodes = {name: Node(name, slots) for name, slots in nodes.items()}
         self.actors: dict[str, Handle] = {}
         self.store: dict[str, bytes] = {}
-        self.kills: list[tuple[float, Handle, Process | None]] = []
+        self.on_kill: Callable[[Handle, Process | None], None] = lambda handle, killer: None
+        """Called when an actor is ordered to be killed."""
+        self.on_record: Callable[[bytes], None] = lambda value: None
+        """Called when a value is put into the store."""
         self.duplicates = 0.0
         """The share of calls that an actor is given twice."""
         self.lost = 0.0
@@ -309,7 +318,7 @@ class RayCluster:
         process.on_end.append(handle.died)
         self.actors[name] = handle
         strategy = options.get("scheduling_strategy")
-        wanted = strategy.node_id if isinstance(strategy, NodeAffinitySchedulingStrategy) else None
+        wanted = strategy.node_id if isinstance(strategy, NodeAffinity) else None
         self._pending.append((handle, lambda: actor_class(*args), wanted))
         self.kernel.call_later(0.001, self.place_pending, context=self.network.nobody)
         return handle
@@ -343,7 +352,7 @@ class RayCluster:
     def kill(self, handle: Handle, no_restart: bool = True) -> None:
         """Take the place of ``ray.kill``."""
         killer = current_process()
-        self.kills.append((self.kernel.now_s, handle, killer))
+        self.on_kill(handle, killer)
         source = killer.node if killer else HEAD
         target = handle.process.node or HEAD
 
@@ -440,6 +449,7 @@ class RayCluster:
         existed = key in self.store
         if overwrite or not existed:
             self.store[key] = value
+            self.on_record(value)
         return existed
 
     def get_value(self, key: str, namespace: str = "") -> bytes | None:

@@ -35,6 +35,8 @@ class Version:
     num_replicas: int
     is_ready: Callable[[Any], bool] = lambda instance: True
     close: Callable[[Any], Any] = lambda instance: None
+    check: Callable[[Any], Any] | None = None
+    """Awaited every :data:`HEALTH_S`; a replica at which it raises is replaced."""
 
 
 @dataclass(eq=False)
@@ -130,6 +132,19 @@ class Deployment:
         queue, self._queue = self._queue, []
         for call in queue:
             call()
+        if replica.version.check is not None:
+            await self._check(replica, replica.version.check)
+
+    async def _check(self, replica: Replica, check: Callable[[Any], Any]) -> None:
+        """End a replica that says that it is not healthy."""
+        while True:
+            await asyncio.sleep(HEALTH_S)
+            try:
+                await check(replica.handle.instance)
+            except Exception:
+                replica.handle.death = "Serve has stopped it"
+                self._serve.kernel.end(replica.process)
+                return
 
     def _ended(self, replica: Replica) -> None:
         """Fail the calls of a replica that has died, and replace it."""
@@ -151,7 +166,9 @@ class Deployment:
         while replica.owed and self._serve.kernel.now_s < until_s:
             await asyncio.sleep(LOOK_S)
         if replica.handle.is_started and not inspect.isawaitable(replica.handle.instance):
-            closing = replica.version.close(replica.handle.instance)
+            closing = await self._serve.kernel.run_in_executor(
+                None, replica.version.close, replica.handle.instance
+            )
             if inspect.isawaitable(closing):
                 await closing
         replica.handle.death = "Serve has stopped it"

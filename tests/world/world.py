@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.controller.controller import Controller
 from cluster.controller.ledger import LedgerStore, RayStore
 from cluster.controller.pool import ExpertPool
-from cluster.spec import ActorSpec, ModelExperts, ModelSource, PoolSpec, model_key
+from cluster.errors import CheckpointError
+from cluster.memory import Memory
+from cluster.spec import (
+    ActorSpec,
+    ModelExperts,
+    ModelSource,
+    PoolSpec,
+    ScalingTargets,
+    model_key,
+)
 from experts.remote import RemoteExpertActor
 from router.config import RouterConfig
 from router.control.client import ControllerClient
@@ -21,7 +32,10 @@ from router.expert_config import ExpertsConfig
 from router.gateway.deployment import Deployment
 from router.gateway.ray_upstream import RayUpstream
 from router.served import ServedModel
-from tests.world.kernel import current_process, running
+from tests.world.clients import Answer, Client, Plan
+from tests.world.happenings import Happenings
+from tests.world.kernel import Process, current_process, running
+from tests.world.law import Breach, Law
 from tests.world.model import (
     DTYPE,
     KERNEL_CLASS,
@@ -29,6 +43,7 @@ from tests.world.model import (
     NUM_EXPERTS,
     TOP_K,
     VOCAB,
+    ExactCheckpoint,
     ExactExpert,
     ExactModel,
     ExactWeights,
@@ -38,53 +53,75 @@ from tests.world.patches import replaced
 from tests.world.ray_api import HEAD, RayCluster
 from tests.world.serve_api import Serve, Version
 from tests.world.streams import StreamLoop
+from tests.world.weather import CALM_S, Event, Scenario, Setting
 
 APP = "world"
 MODEL = "exact"
 SLOTS = 6
 """The actors that fit on a node."""
+EXPERT_BYTES = 1000
 ATTENTION_S = 0.004
 PRODUCT_S = 0.006
 ROW_S = 0.0005
+READ_S = 0.02
+"""What the weights of an expert take to be read."""
+HEAL_S = 40.0
+"""How long after the weather has calmed the deployment may need to be whole."""
+PROBES = 4
+RECOVERY_S = 10.0
+"""How long after an event a request may suffer from it."""
+GENTLE = {
+    "dies",
+    "calls doubled",
+    "clock jumps",
+    "redeploy the same",
+    "scale up",
+    "scale down",
+    "drain an actor",
+    "change copies",
+    "rebalance",
+    "node added",
+    "burst",
+}
+"""Events under which a request with :data:`ENOUGH_S` is served, where experts have two copies."""
+ENOUGH_S = 5.0
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A deployment of a world."""
+@dataclass
+class Device:
+    """How the experts of an actor compute: ``slow`` times as long, or with a fault."""
 
-    num_nodes: int = 3
-    num_actors: int = 6
-    num_routers: int = 2
-    num_gateways: int = 2
-    num_clients: int = 8
-    min_copies: int = 2
-    rebalance_period_s: float | None = None
-    transport: str = "auto"
-    redeploy_drain_s: float = 6.0
-    on_expert_loss: str = "strict"
+    slow: float = 1.0
+    fault: str = ""
+
+
+@dataclass
+class Outcome:
+    """What came of a scenario."""
+
+    scenario: Scenario
+    breaches: list[Breach]
+    trace: list[str]
+    hit: list[Event]
+    digest: int
+    num_callbacks: int
+    num_tokens: int
+    errors: dict[str, int] = field(default_factory=dict)
 
 
 class Gateway:
     """A gateway's part of its process: upstream of its HTTP and gRPC."""
 
-    def __init__(self, world: World, setting: Setting) -> None:
+    def __init__(self, world: World) -> None:
         serve = world.serve
         self.deployment = Deployment(
             serve.handle("controller"),
             [MODEL],
-            setting.on_expert_loss,
+            "strict",
             lambda: serve.app_is_wanted(APP),
             lambda: None,
         )
         self.upstream = RayUpstream(self.deployment, {MODEL: serve.handle("router")}, 64)
-
-
-@dataclass
-class Device:
-    """How the experts of an actor compute: ``slow`` times as long, raising, or NaN."""
-
-    slow: float = 1.0
-    fault: str = ""
 
 
 class World:
@@ -98,50 +135,142 @@ class World:
         self.network = self.kernel.network = Network(self.kernel, [*hosts, "clients"])
         self.cluster = RayCluster(self.kernel, self.network, {h: SLOTS for h in hosts[1:]})
         self.serve = Serve(self.cluster)
-        self.random = random.Random(f"world-{seed}")
-        self.devices: dict[str, Device] = {}
-        """By the name of a node or of an actor's process."""
+        self.operator = self.kernel.process("operator", HEAD)
+        self.law = Law(self)
+        self.cluster.on_record = self.law.ledger_written
+        self.cluster.on_kill = self.law.killed
+        self.happenings = Happenings(self)
+        self.trace: list[str] = []
         self.identity = ""
+        self.identities: set[str] = set()
+        self.full: set[str] = set()
+        """Nodes without memory."""
+        self.failing_disks: set[str] = set()
+        self.used_at_s: dict[str, float] = {}
+        """When each actor's process has computed rows last."""
+        self.touched_at_s: dict[str, float] = {}
+        """When a fault touched a process last."""
+        self._devices: dict[str, Device] = {}
         self._stack = ExitStack()
         self._stack.enter_context(running(self.kernel))
-        self._stack.enter_context(
-            replaced(self.kernel, self.cluster, self.serve, self._load_dense, self._expert)
-        )
+        self._stack.enter_context(replaced(self))
+
+    def note(self, text: str) -> None:
+        """Note a line of the time line."""
+        self.trace.append(f"{self.kernel.now_s:9.4f} {text}")
 
     # What processes load.
 
-    def _load_dense(
+    def load_dense(
         self, model: ServedModel, config: RouterConfig, layers: Any, device: Any
     ) -> tuple[Any, str]:
+        """Take the place of the loading of a router's dense part."""
         cache_tokens = config.cache_tokens_for(model.max_model_len)
         dense = ExactModel(model.identity, cache_tokens, layers, lambda: ATTENTION_S)
         return dense, KERNEL_CLASS
 
-    def _expert(self, weights: ExactWeights, activation: str, threads: int) -> ExactExpert:
+    def load_expert(
+        self, checkpoint: ExactCheckpoint, layer: int, expert: int, dtype: str
+    ) -> ExactWeights:
+        """Take the place of the reading of an expert's weights."""
+        process = current_process()
+        assert process is not None
+        if process.node in self.failing_disks:
+            raise CheckpointError("the disk fails", f"{checkpoint.identity}/model.safetensors")
+        return ExactWeights(checkpoint.identity, layer, expert)
+
+    def make_expert(self, weights: ExactWeights, activation: str, threads: int) -> ExactExpert:
+        """Take the place of an expert that is loaded."""
         process = current_process()
         assert process is not None
 
-        def compute(num_rows: int) -> Exception | float:
+        def compute(num_rows: int) -> Exception | float | str:
+            self.used_at_s[process.name] = self.kernel.now_s
             slow = 1.0
             for name in (process.node, process.name):
-                device = self.devices.get(name)
+                device = self._devices.get(name)
                 if device is not None:
                     if device.fault == "raises":
                         return RuntimeError("the device fails")
-                    if device.fault == "nan":
-                        return -1.0
+                    if device.fault:
+                        return device.fault
                     slow *= device.slow
             return slow * (PRODUCT_S + ROW_S * num_rows)
 
         return ExactExpert(weights, compute)
+
+    def memory(self) -> Memory:
+        """Take the place of a look at the host's memory."""
+        process = current_process()
+        is_full = process is not None and process.node in self.full
+        return Memory(1 << 34, 100 if is_full else 1 << 33)
+
+    # Faults.
+
+    def end(self, process: Process) -> None:
+        """End a process as a crash does."""
+        self.note(f"{process.name} ends")
+        self.kernel.end(process)
+        self.cluster.actors.pop(process.name, None)
+        self.kernel.call_later(0.1, self.cluster.place_pending, context=self.network.nobody)
+
+    def touch(self, name: str) -> None:
+        """Note that a fault touched a process, or all of a node."""
+        self.touched_at_s[name] = self.kernel.now_s
+        for process in self.processes():
+            if process.node == name:
+                self.touched_at_s[process.name] = self.kernel.now_s
+
+    def break_device(self, name: str, **changes: Any) -> None:
+        """Break the device of a process, or all of a node."""
+        self._devices[name] = Device(**changes)
+        self.touched_at_s[name] = 1e9  # it is broken until it is mended
+        for process in self.processes():
+            if process.node == name:
+                self.touched_at_s[process.name] = 1e9
+
+    def mend_device(self, name: str) -> None:
+        """Mend the device of a process or a node."""
+        self._devices.pop(name, None)
+        self.touch(name)
+
+    def lose_node(self, name: str) -> None:
+        """Take a node down with all that runs on it."""
+        if not self.cluster.nodes[name].is_alive:
+            return
+        self.note(f"{name} is down")
+        self.cluster.lose_node(name)
+        for deployment in self.serve.deployments.values():
+            for replica in deployment.replicas:
+                if replica.process.node == name:
+                    replica.handle.death = "its node died"
+                    self.kernel.end(replica.process)
+
+    def processes(self) -> list[Process]:
+        """Return the living processes."""
+        found = [handle.process for handle in self.cluster.actors.values()]
+        for deployment in self.serve.deployments.values():
+            found += [replica.process for replica in deployment.replicas]
+        return [process for process in found if process.is_alive]
+
+    def calm(self) -> None:
+        """End all faults that last."""
+        self.network.heal()
+        for name in list(self._devices):
+            self.mend_device(name)
+        for process in self.processes():
+            self.kernel.go_on(process)
+        self.full.clear()
+        self.failing_disks.clear()
 
     # Deployments.
 
     def deploy(self, identity: str, setting: Setting | None = None) -> None:
         """Deploy weights of this identity, with the world's setting or another."""
         self.identity = identity
+        self.identities.add(identity)
         self.setting = setting = setting or self.setting
-        model = self._served(identity)
+        model = _served(identity)
         experts = ExpertsConfig(
             actors=setting.num_actors,
             min_copies=setting.min_copies,
@@ -151,28 +280,18 @@ class World:
             redeploy_drain_s=setting.redeploy_drain_s,
         )
         routers = RouterConfig(cache_tokens=256, max_batch_size=8, max_batch_tokens=16)
-        actor = ActorSpec(APP, (model.source,), 1.0, 0.0, 1, experts.max_queue_rows)
-        pools = (PoolSpec("expert", setting.num_actors, None, actor),)
-
-        async def controller() -> Controller:
-            made = Controller(
-                APP,
-                pools,
-                ExpertPool(APP, RemoteExpertActor),
-                LedgerStore(APP, RayStore()),
-                setting.min_copies,
-                setting.rebalance_period_s,
-                setting.redeploy_drain_s,
-            )
-            await made.start()
-            made.deletion = self.kernel.create_task(made.look_for_deletion())  # type: ignore[attr-defined]
-            return made
 
         def router() -> RouterReplica:
             client = ControllerClient(self.serve.handle("controller"))
             return RouterReplica(APP, model, routers, experts, client)
 
-        self.serve.deploy("controller", Version(controller, 1, close=lambda made: made.close()))
+        self._controller_version = Version(
+            lambda: self._start_controller(model, experts, setting),
+            1,
+            close=lambda made: made.close(),
+            check=lambda made: made.check_health(),
+        )
+        self.serve.deploy("controller", self._controller_version)
         self.serve.deploy(
             "router",
             Version(
@@ -182,19 +301,49 @@ class World:
                 lambda made: made.close(),
             ),
         )
-        self.serve.deploy("gateway", Version(lambda: Gateway(self, setting), setting.num_gateways))
+        self.serve.deploy("gateway", Version(lambda: Gateway(self), setting.num_gateways))
 
-    def _served(self, identity: str) -> ServedModel:
-        experts = ModelExperts(model_key(MODEL, identity, DTYPE), LAYERS, NUM_EXPERTS, 1000)
-        return ServedModel(
-            source=ModelSource(f"/models/{identity}", DTYPE, experts, identity),
-            family="exact",
-            vocab_size=VOCAB,
-            max_model_len=64,
-            num_experts_per_tok=TOP_K,
-            eos_token_ids=(),
-            identity=identity,
+    async def _start_controller(
+        self, model: ServedModel, experts: ExpertsConfig, setting: Setting
+    ) -> Controller:
+        actor = ActorSpec(APP, (model.source,), 1.0, 0.0, 1, experts.max_queue_rows)
+        targets = None
+        if setting.autoscales:
+            targets = ScalingTargets(setting.num_actors - 1, setting.num_actors + 1, 0.6, 1.0, 2, 4)
+        pools = (PoolSpec("expert", setting.num_actors, None, actor, targets),)
+        made = Controller(
+            APP,
+            pools,
+            ExpertPool(APP, RemoteExpertActor),
+            LedgerStore(APP, RayStore()),
+            setting.min_copies,
+            setting.rebalance_period_s,
+            setting.redeploy_drain_s,
         )
+        await made.start()
+        made.deletion = self.kernel.create_task(made.look_for_deletion())  # type: ignore[attr-defined]
+        return made
+
+    def start_second_controller(self) -> None:
+        """Start a controller beside the one that Serve knows; it ends soon."""
+        process = self.kernel.process("second controller", self._some_node())
+        make = self._controller_version.make
+
+        async def start() -> None:
+            await make()
+
+        with self.kernel.within(process):
+            self.kernel.create_task(start())
+        self.kernel.call_later(2.5, self.kernel.end, process, context=self.network.nobody)
+
+    def _some_node(self) -> str:
+        nodes = [n.name for n in self.cluster.nodes.values() if n.is_alive]
+        return self.kernel.random.choice(nodes)
+
+    def controller(self) -> Controller | None:
+        """Return the controller that Serve knows."""
+        found = self.serve.deployments["controller"].running()
+        return found[-1].handle.instance if found else None
 
     # Time.
 
@@ -205,8 +354,138 @@ class World:
     def close(self) -> None:
         """End all that runs; what it says of its end is nobody's."""
         logging.disable(logging.CRITICAL)
+        before, sys.unraisablehook = sys.unraisablehook, lambda raised: None
         try:
             self.kernel.close()
+            gc.collect()
         finally:
+            sys.unraisablehook = before
             logging.disable(logging.NOTSET)
             self._stack.close()
+
+    # What the law asks.
+
+    def is_excused(self, answer: Answer) -> bool:
+        """Return whether a request may have failed of what happened."""
+        plan, setting = answer.plan, self.setting
+        if plan.timeout_s < 1.0 and answer.error == "DeadlineExceededError":
+            return True
+        ended_at_s = answer.ended_at_s or self.kernel.now_s
+        since_s = answer.begun_at_s - RECOVERY_S
+        near = [e for e in self.happenings.hit if since_s <= e.at_s + e.for_s and e.at_s < ended_at_s]
+        is_gentle = setting.min_copies > 1 and plan.timeout_s >= ENOUGH_S
+        return any(event.kind not in GENTLE or not is_gentle for event in near)
+
+    def hung_s(self, answer: Answer) -> float:
+        """Return for how long a gateway may have hung under a request."""
+        return sum(
+            event.for_s
+            for event in self.happenings.hit
+            if event.kind == "hangs" and event.role == "gateway"
+        )
+
+    def unhealed(self) -> str:
+        """Say what of the deployment is not whole; nothing where it is."""
+        controller = self.controller()
+        if controller is None:
+            return "no controller runs"
+        placement = controller._state.placement
+        if missing := placement.missing():
+            return f"{len(missing)} experts have no copy"
+        copies = placement.fewest_copies(controller._state.keys)
+        if copies < self.setting.min_copies:
+            return f"an expert has {copies} copies of {self.setting.min_copies}"
+        for key, holders in placement.holders.items():
+            for actor_id in holders:
+                if (key, actor_id) and not self._holds(actor_id, placement.generations[actor_id], key):
+                    return f"{actor_id} does not hold {key}"
+        for name in ("router", "gateway"):
+            if len(self.serve.deployments[name].running()) < self.setting.num_routers:
+                return f"too few of {name} run"
+        for replica in self.serve.deployments["gateway"].running():
+            ready = replica.handle.instance.deployment.ready()
+            if not ready.is_ready:
+                return f"{replica.process.name} is not ready: {ready.reason}"
+        for replica in self.serve.deployments["router"].running():
+            placed = replica.handle.instance._view.placement
+            if placed is None or placed.order != placement.order:
+                return f"{replica.process.name} has an older placement"
+        return ""
+
+    def _holds(self, actor_id: str, generation: int, key: Any) -> bool:
+        handle = self.cluster.actors.get(f"expertmesh:{APP}:{actor_id}:g{generation}")
+        if handle is None or not handle.process.is_alive or not handle.is_started:
+            return False
+        return key in handle.instance._actor._bank
+
+
+def _served(identity: str) -> ServedModel:
+    experts = ModelExperts(model_key(MODEL, identity, DTYPE), LAYERS, NUM_EXPERTS, EXPERT_BYTES)
+    return ServedModel(
+        source=ModelSource(f"/models/{identity}", DTYPE, experts, identity),
+        family="exact",
+        vocab_size=VOCAB,
+        max_model_len=64,
+        num_experts_per_tok=TOP_K,
+        eos_token_ids=(),
+        identity=identity,
+    )
+
+
+def run(scenario: Scenario) -> Outcome:
+    """Run a scenario from its beginning to its end, and judge it."""
+    world = World(scenario.seed, scenario.setting)
+    try:
+        world.deploy("a")
+        client = Client(world)
+        for plan in scenario.plans:
+            client.send(plan)
+        world.happenings.plan(scenario.events)
+        world.run(CALM_S)
+        world.calm()
+        world.note("the weather calms")
+        world.run(CALM_S + HEAL_S, lambda: not client.is_waiting() and not world.unhealed())
+        world.law.healed(CALM_S)
+        _probe(world)
+        world.law.answers(client.answers, world.identities)
+        world.law.nothing_left()
+        return _outcome(scenario, world, client)
+    finally:
+        world.close()
+
+
+def _probe(world: World) -> None:
+    """Ask a healed deployment, and judge the answers strictly."""
+    probes = Client(world)
+    source = random.Random(world.seed)
+    for _ in range(PROBES):
+        prompt = tuple(source.randrange(VOCAB) for _ in range(4))
+        probes.send(Plan(world.kernel.now_s + 0.1 * source.random(), 0, prompt, 4, ENOUGH_S))
+    world.run(world.kernel.now_s + 2 * ENOUGH_S, lambda: _is_done(probes))
+    for answer in probes.answers:
+        choice = answer.choices[0]
+        if answer.error or choice.identity != world.identity or not choice.is_exact:
+            model = f"{choice.identity!r} of {world.identity!r}"
+            world.law.broken("healed in time", f"a probe: {answer.error} {answer.message} {model}")
+    world.law.answers(probes.answers, world.identities)
+    world.run(world.kernel.now_s + 1.0)
+
+
+def _is_done(probes: Client) -> bool:
+    return len(probes.answers) == PROBES and not probes.is_waiting()
+
+
+def _outcome(scenario: Scenario, world: World, client: Client) -> Outcome:
+    errors: dict[str, int] = {}
+    for answer in client.answers:
+        errors[answer.error] = errors.get(answer.error, 0) + 1
+    return Outcome(
+        scenario,
+        world.law.breaches,
+        world.trace,
+        world.happenings.hit,
+        world.kernel.digest,
+        world.kernel.num_callbacks,
+        sum(len(c.token_ids) for a in client.answers for c in a.choices),
+        errors,
+    )

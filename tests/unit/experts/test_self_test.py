@@ -190,11 +190,26 @@ def test_where_a_test_hangs_the_report_tells_of_the_frames_that_wait(
     assert until(actor, lambda report: report.queued_rows == 0).failed_tests == 0
 
 
+def test_the_last_answer_before_a_pause_is_looked_at(
+    actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Routers ask other copies once rows are not finite, so no answer may follow the first."""
+    monkeypatch.setattr(self_test_module, "SAMPLE_PERIOD_S", 0.2)
+    actor.compute(frame_of(rows_of(2)))  # is looked at; the next look comes a period later
+    until(actor, lambda _: actor._queue.self_test._sample is None)
+    device_of(monkeypatch, nan)
+    actor.compute(frame_of(rows_of(2)))
+    assert "NaN" in until(actor, lambda report: report.failed_tests >= COUNTED).failure
+
+
 def test_answers_are_looked_at_once_in_a_while(
     actor: Actor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(self_test_module, "SAMPLE_PERIOD_S", 3600.0)
     actor.compute(frame_of(rows_of(2)))
+    until(actor, lambda _: actor._queue.self_test._sample is None)
     device_of(monkeypatch, nan)
     actor.compute(frame_of(rows_of(2)))
-    assert after_tests(actor).failed_tests == 0
+    threading.Event().wait(STAYS_S)
+    assert actor._queue.self_test._sample is not None
+    assert actor.heartbeat(1).failed_tests == 0

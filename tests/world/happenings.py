@@ -1,0 +1,271 @@
+"""Lets the events of a scenario happen in a world."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from tests.world.kernel import Process
+from tests.world.ray_api import HEAD, Handle
+from tests.world.weather import CALM_S, IDENTITIES, Event
+
+if TYPE_CHECKING:
+    from tests.world.world import World
+
+POOL = "expert"
+ASK_S = 20.0
+"""How long an operator waits for the controller."""
+
+
+class Happenings:
+    """Applies events, each at its time; notes which of them hit something."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.hit: list[Event] = []
+        self._num_nodes = world.setting.num_nodes
+        self._identities = 0
+
+    def plan(self, events: tuple[Event, ...]) -> None:
+        """Have events happen at their times."""
+        kernel = self._world.kernel
+        for event in events:
+            kernel.call_at(
+                event.at_s, self._happen, event, context=self._world.network.nobody.copy()
+            )
+
+    def _happen(self, event: Event) -> None:
+        method = getattr(self, "_" + event.kind.replace(" ", "_").replace("'", ""))
+        if method(event):
+            self.hit.append(event)
+            self._world.note(event.line())
+
+    def _later(self, event: Event, call: Callable[[], object]) -> None:
+        """Have a fault end."""
+        self._world.kernel.call_at(
+            min(event.at_s + event.for_s, CALM_S), call, context=self._world.network.nobody.copy()
+        )
+
+    # Targets.
+
+    def actors(self) -> list[Handle]:
+        """Return the living expert actors."""
+        found = self._world.cluster.actors
+        return [found[name] for name in sorted(found) if found[name].process.is_alive]
+
+    def _process(self, event: Event) -> Process | None:
+        if event.role == "actor":
+            found = [actor.process for actor in self.actors()]
+        else:
+            replicas = self._world.serve.deployments[event.role].replicas
+            found = [r.process for r in replicas if r.process.is_alive]
+        return found[event.what % len(found)] if found else None
+
+    def _node(self, event: Event) -> str | None:
+        nodes = [n.name for n in self._world.cluster.nodes.values() if n.is_alive]
+        return nodes[event.what % len(nodes)] if nodes else None
+
+    # Faults.
+
+    def _dies(self, event: Event) -> bool:
+        process = self._process(event)
+        if process is None:
+            return False
+        self._world.end(process)
+        return True
+
+    def _crashes_soon(self, event: Event) -> bool:
+        process = self._process(event)
+        if process is None:
+            return False
+        self._world.kernel.crash_after(process, int(event.amount), self._world.end)
+        return True
+
+    def _hangs(self, event: Event) -> bool:
+        process = self._process(event)
+        if process is None:
+            return False
+        kernel = self._world.kernel
+        kernel.pause(process)
+        self._world.touch(process.name)
+        self._later(event, lambda: (kernel.go_on(process), self._world.touch(process.name)))
+        return True
+
+    def _links_cut(self, event: Event) -> bool:
+        """Cut some hosts from the others: their words, the others' words, or both."""
+        nodes = [HEAD, *self._world.cluster.nodes]
+        some = {nodes[i] for i in event.where if i < len(nodes)}
+        others = [host for host in self._world.network.addresses if host not in some]
+        out = [(a, b) for a in sorted(some) for b in others]
+        back = [(b, a) for a, b in out]
+        pairs = (out + back, out, back)[event.what % 3]
+        self._world.network.cut(pairs)
+        self._later(event, self._world.network.heal)
+        return True
+
+    def _links(self, event: Event, change: Callable[[Any, float], None], reset: float) -> bool:
+        links = list(self._world.network.links.values())
+        for link in links:
+            change(link, event.amount)
+        self._later(event, lambda: [change(link, reset) for link in links])
+        return True
+
+    def _links_slow(self, event: Event) -> bool:
+        def slow(link: Any, amount: float) -> None:
+            link.delay_s, link.jitter_s = 0.0004 * amount, 0.0006 * amount
+
+        return self._links(event, slow, 1.0)
+
+    def _bytes_damaged(self, event: Event) -> bool:
+        return self._links(event, lambda link, amount: setattr(link, "damage", amount), 0.0)
+
+    def _calls_doubled(self, event: Event) -> bool:
+        self._world.cluster.duplicates = event.amount
+        self._later(event, lambda: setattr(self._world.cluster, "duplicates", 0.0))
+        return True
+
+    def _answers_lost(self, event: Event) -> bool:
+        self._world.cluster.lost = event.amount
+        self._later(event, lambda: setattr(self._world.cluster, "lost", 0.0))
+        return True
+
+    def _device(self, event: Event, **changes: Any) -> bool:
+        actors = self.actors()
+        if not actors:
+            return False
+        name = actors[event.what % len(actors)].process.name
+        self._world.break_device(name, **changes)
+        if "slow" in changes:
+            self._later(event, lambda: self._world.mend_device(name))
+        return True
+
+    def _device_slow(self, event: Event) -> bool:
+        return self._device(event, slow=event.amount)
+
+    def _device_raises(self, event: Event) -> bool:
+        return self._device(event, fault="raises")
+
+    def _device_yields_NaN(self, event: Event) -> bool:  # noqa: N802
+        return self._device(event, fault="nan")
+
+    def _rows_lost(self, event: Event) -> bool:
+        return self._device(event, fault="rows")
+
+    def _nodes_device_raises(self, event: Event) -> bool:
+        node = self._node(event)
+        if node is None:
+            return False
+        self._world.break_device(node, fault="raises")
+        self._later(event, lambda: self._world.mend_device(node))
+        return True
+
+    def _memory_full(self, event: Event) -> bool:
+        node = self._node(event)
+        if node is None:
+            return False
+        self._world.full.add(node)
+        self._later(event, lambda: self._world.full.discard(node))
+        return True
+
+    def _disk_fails(self, event: Event) -> bool:
+        node = self._node(event)
+        if node is None:
+            return False
+        self._world.failing_disks.add(node)
+        self._later(event, lambda: self._world.failing_disks.discard(node))
+        return True
+
+    def _clock_jumps(self, event: Event) -> bool:
+        node = self._node(event)
+        for process in self._world.processes():
+            if process.node == node:
+                process.wall_s += event.amount
+        return True
+
+    def _node_lost(self, event: Event) -> bool:
+        node = self._node(event)
+        if node is None or sum(n.is_alive for n in self._world.cluster.nodes.values()) < 2:
+            return False
+        self._world.lose_node(node)
+        return True
+
+    # Operations.
+
+    def _deploy(self, identity: str, **changes: Any) -> bool:
+        self._world.deploy(identity, replace(self._world.setting, **changes))
+        return True
+
+    def _redeploy_the_same(self, event: Event) -> bool:
+        return self._deploy(self._world.identity)
+
+    def _redeploy_other_weights(self, event: Event) -> bool:
+        self._identities += 1
+        return self._deploy(IDENTITIES[self._identities % len(IDENTITIES)])
+
+    def _redeploy_more_actors(self, event: Event) -> bool:
+        return self._deploy(self._world.identity, num_actors=self._world.setting.num_actors + 1)
+
+    def _redeploy_fewer_actors(self, event: Event) -> bool:
+        num_actors = max(3, self._world.setting.num_actors - 1)
+        return self._deploy(self._world.identity, num_actors=num_actors)
+
+    def _ask(self, method: str, *args: Any) -> bool:
+        """Have an operator call the controller, and note what comes of it."""
+        world = self._world
+        handle = world.serve.handle("controller")
+
+        async def ask() -> None:
+            try:
+                async with asyncio.timeout(ASK_S):
+                    outcome = await getattr(handle, method).remote(*args)
+                world.note(f"{method}{args}: {_shortened(outcome)}")
+            except Exception as error:
+                world.note(f"{method}{args}: {type(error).__name__}")
+
+        with world.kernel.within(world.operator):
+            world.kernel.create_task(ask())
+        return True
+
+    def _scale_up(self, event: Event) -> bool:
+        return self._ask("scale", self._world.setting.num_actors + 1, POOL, False)
+
+    def _scale_down(self, event: Event) -> bool:
+        return self._ask("scale", max(3, self._world.setting.num_actors - 1), POOL, False)
+
+    def _drain_an_actor(self, event: Event) -> bool:
+        return self._ask("drain", f"{POOL}-{event.what % self._world.setting.num_actors}", False)
+
+    def _change_copies(self, event: Event) -> bool:
+        number = 1 + event.what % 3
+        return self._ask("set_copies", "exact", event.what % 2, event.what % 6, number, False)
+
+    def _rebalance(self, event: Event) -> bool:
+        return self._ask("rebalance", False)
+
+    def _node_drains(self, event: Event) -> bool:
+        node = self._node(event)
+        if node is None or sum(n.is_alive for n in self._world.cluster.nodes.values()) < 2:
+            return False
+        self._world.cluster.nodes[node].is_draining = True
+        self._world.kernel.call_later(
+            8.0, self._world.lose_node, node, context=self._world.network.nobody.copy()
+        )
+        return True
+
+    def _node_added(self, event: Event) -> bool:
+        self._num_nodes += 1
+        self._world.cluster.add_node(f"node-{self._num_nodes - 1}", 6)
+        return True
+
+    def _second_controller(self, event: Event) -> bool:
+        self._world.start_second_controller()
+        return True
+
+    def _burst(self, event: Event) -> bool:
+        return True
+
+
+def _shortened(outcome: Any) -> str:
+    return str(outcome)[:160]

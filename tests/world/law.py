@@ -1,0 +1,206 @@
+"""The law of a world: what must hold at every event, and at the end."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.controller.controller import Controller
+from cluster.controller.ledger import Ledger
+from router.engine.replica import RouterReplica
+from router.gateway.service import GRACE_S
+from tests.world.clients import Answer
+from tests.world.kernel import Process
+from tests.world.model import tokens_of
+
+if TYPE_CHECKING:
+    from tests.world.ray_api import Handle
+    from tests.world.world import World
+
+ALLOWED = {
+    "UnavailableError",
+    "ExpertUnavailableError",
+    "DeadlineExceededError",
+    "OverloadedError",
+    "InvalidRequestError",
+    "ModelReplacedError",
+    "NoGateway",
+}
+"""The errors that a client may get of faults; each says what it is to do."""
+LATE_S = 0.25
+"""How late an answer may come beside its deadline and the gateway's grace."""
+USED_S = 1.0
+"""An actor that computed rows for a router within this time is in use."""
+WELL_S = 5.0
+"""An actor at which nothing failed for so long is healthy."""
+
+
+@dataclass(frozen=True)
+class Breach:
+    """A law that was broken: which, when, and how."""
+
+    law: str
+    at_s: float
+    text: str
+
+
+class Law:
+    """Watches a world."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.breaches: list[Breach] = []
+        self._writers: dict[int, str] = {}
+        self._epoch = 0
+
+    def broken(self, law: str, text: str) -> None:
+        """Note a breach."""
+        self.breaches.append(Breach(law, self._world.kernel.now_s, text))
+        self._world.note(f"BROKEN {law}: {text}")
+
+    # At every event.
+
+    def ledger_written(self, value: bytes) -> None:
+        """Look at a record of the ledger: epochs only rise, and each has one writer."""
+        record = json.loads(value)
+        epoch, writer = Ledger.from_json(record["ledger"]).epoch, record["writer"]
+        if epoch < self._epoch:
+            self.broken("epochs rise", f"{epoch} after {self._epoch}")
+        if self._writers.setdefault(epoch, writer) != writer:
+            self.broken("one writer of the ledger", f"two writers of epoch {epoch}")
+        self._epoch = max(self._epoch, epoch)
+
+    def killed(self, handle: Handle, killer: Process | None) -> None:
+        """Look at a kill: nobody healthy is killed whom a router uses."""
+        world, process = self._world, handle.process
+        now_s = world.kernel.now_s
+        if not process.is_alive or process.is_paused or not world.serve.is_wanted:
+            return
+        if now_s - world.used_at_s.get(process.name, -9.0) > USED_S:
+            return
+        if now_s - world.touched_at_s.get(process.name, -99.0) < WELL_S:
+            return
+        if _is_removed(killer, handle, world):
+            return
+        self.broken("nobody healthy is killed", f"{process.name} by {killer.name if killer else '?'}")
+
+    # At the end.
+
+    def answers(self, answers: list[Answer], identities: set[str]) -> None:
+        """Look at all answers: right, whole, in time, and with a typed error if any."""
+        for answer in answers:
+            self._tokens(answer, identities)
+            self._end(answer)
+
+    def _tokens(self, answer: Answer, identities: set[str]) -> None:
+        plan = answer.plan
+        for choice in answer.choices:
+            got = tuple(choice.token_ids)
+            if not got:
+                continue
+            if choice.identity not in identities:
+                self.broken("an answer names its model", f"{choice.identity!r} at {plan.at_s:.3f}")
+                continue
+            if not choice.is_exact:
+                if plan.on_expert_loss == "strict":
+                    self.broken("strict is exact", f"the request at {plan.at_s:.3f}")
+                continue
+            right = tokens_of(choice.identity, plan.prompt, plan.max_tokens)
+            if got != right[: len(got)]:
+                place = next(i for i, (a, b) in enumerate(zip(got, right, strict=False)) if a != b)
+                self.broken(
+                    "tokens are one model's",
+                    f"the request at {plan.at_s:.3f}, token {place} of {len(got)}",
+                )
+            if choice.finish_reason and len(got) != plan.max_tokens:
+                self.broken("answers are whole", f"{len(got)} of {plan.max_tokens} tokens")
+
+    def _end(self, answer: Answer) -> None:
+        plan = answer.plan
+        if answer.ended_at_s is None:
+            self.broken("every request is answered", f"the request at {plan.at_s:.3f}")
+            return
+        took_s = answer.ended_at_s - answer.begun_at_s
+        if took_s > plan.timeout_s + GRACE_S + LATE_S + self._world.hung_s(answer):
+            self.broken(
+                "answers come in time", f"{took_s:.2f} s of {plan.timeout_s:g} at {plan.at_s:.3f}"
+            )
+        if answer.error and answer.error not in ALLOWED:
+            self.broken(
+                "errors are typed and true",
+                f"{answer.error} at {plan.at_s:.3f}: {answer.message[:200]}",
+            )
+        elif answer.error and not self._world.is_excused(answer):
+            self.broken(
+                "what can be served is served",
+                f"{answer.error} at {plan.at_s:.3f}: {answer.message[:200]}",
+            )
+
+    def healed(self, since_s: float) -> None:
+        """Look at the deployment once the weather has calmed."""
+        world = self._world
+        reason = world.unhealed()
+        if reason:
+            self.broken("healed in time", f"{world.kernel.now_s - since_s:.1f} s later: {reason}")
+
+    def nothing_left(self) -> None:
+        """Look at what is kept for requests that have ended."""
+        world = self._world
+        for replica in world.serve.deployments["router"].running():
+            self._router(replica.handle.instance, replica.process.name)
+        for replica in world.serve.deployments["gateway"].running():
+            upstream = replica.handle.instance.upstream
+            kept = {
+                "inboxes": len(upstream._inboxes),
+                "attempts": len(upstream._attempts),
+                "held": sum(upstream._held.values()),
+                "streams": upstream._num_streams,
+            }
+            self._nothing(kept, replica.process.name)
+        for handle in world.cluster.actors.values():
+            if handle.is_started and handle.process.is_alive:
+                queue = handle.instance._actor._queue
+                self._nothing({"rows": queue.queued_rows}, handle.process.name)
+        self._orphans()
+        for error in world.kernel.errors:
+            self.broken("nothing raises unseen", error)
+
+    def _router(self, router: RouterReplica, name: str) -> None:
+        scheduler = router._scheduler
+        kept = {
+            "requests": len(router._requests),
+            "sequences": len(scheduler.sequences()),
+            "pages": scheduler.num_pages - scheduler.num_free_pages,
+            "waiting tokens": scheduler.waiting.num_tokens,
+        }
+        self._nothing(kept, name)
+
+    def _nothing(self, kept: dict[str, int], name: str) -> None:
+        left = {what: number for what, number in kept.items() if number}
+        if left:
+            self.broken("nothing is left", f"{name}: {left}")
+
+    def _orphans(self) -> None:
+        """Each actor that lives is one that the controller keeps, once."""
+        controller = self._world.controller()
+        if controller is None:
+            return
+        living = Counter(
+            name.rpartition(":g")[0].rpartition(":")[2]
+            for name, handle in self._world.cluster.actors.items()
+            if handle.process.is_alive
+        )
+        for actor_id, number in living.items():
+            if actor_id not in controller._state.fleet.specs or number > 1:
+                self.broken("nothing is left", f"{number} processes of {actor_id}")
+
+
+def _is_removed(killer: Process | None, handle: Handle, world: World) -> bool:
+    """Return whether a kill is the end of an actor that an order took out of the fleet."""
+    actor_id = handle.name.rpartition(":g")[0].rpartition(":")[2]
+    for replica in world.serve.deployments["controller"].replicas:
+        if replica.process is killer and isinstance(replica.handle.instance, Controller):
+            return actor_id not in replica.handle.instance._state.fleet.specs
+    return False
