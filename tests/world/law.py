@@ -7,7 +7,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cluster.controller.controller import Controller
 from cluster.controller.ledger import Ledger
 from router.engine.replica import RouterReplica
 from router.gateway.service import GRACE_S
@@ -80,9 +79,9 @@ class Law:
             return
         if now_s - world.used_at_s.get(process.name, -9.0) > USED_S:
             return
-        if now_s - world.touched_at_s.get(process.name, -99.0) < WELL_S:
+        if world.is_broken(process) or now_s - world.touched_at_s.get(process.name, -99.0) < WELL_S:
             return
-        if _is_removed(killer, handle, world):
+        if world.is_removed(handle, killer):
             return
         self.broken("nobody healthy is killed", f"{process.name} by {killer.name if killer else '?'}")
 
@@ -127,6 +126,8 @@ class Law:
             self.broken(
                 "answers come in time", f"{took_s:.2f} s of {plan.timeout_s:g} at {plan.at_s:.3f}"
             )
+        if answer.error == "InternalError" and self._world.may_be_internal(answer):
+            return
         if answer.error and answer.error not in ALLOWED:
             self.broken(
                 "errors are typed and true",
@@ -195,12 +196,3 @@ class Law:
         for actor_id, number in living.items():
             if actor_id not in controller._state.fleet.specs or number > 1:
                 self.broken("nothing is left", f"{number} processes of {actor_id}")
-
-
-def _is_removed(killer: Process | None, handle: Handle, world: World) -> bool:
-    """Return whether a kill is the end of an actor that an order took out of the fleet."""
-    actor_id = handle.name.rpartition(":g")[0].rpartition(":")[2]
-    for replica in world.serve.deployments["controller"].replicas:
-        if replica.process is killer and isinstance(replica.handle.instance, Controller):
-            return actor_id not in replica.handle.instance._state.fleet.specs
-    return False

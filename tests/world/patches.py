@@ -93,7 +93,6 @@ def replaced(world: World) -> Iterator[None]:
         (secrets, "token_hex", lambda count=32: token_bytes(count).hex()),
         (secrets, "randbits", kernel.random.getrandbits),
         (uuid, "uuid4", lambda: uuid.UUID(int=kernel.random.getrandbits(128))),
-        (random, "random", kernel.random.random),
         (ray, "get", ray_cluster.get),
         (ray, "get_actor", ray_cluster.get_actor),
         (ray, "kill", ray_cluster.kill),
@@ -123,6 +122,8 @@ def replaced(world: World) -> Iterator[None]:
         (experts.actor, "memory", world.memory),
         (experts.host_room, "memory", world.memory),
     ]
+    state = random.getstate()
+    random.seed(world.seed)  # what the product draws without a generator of its own
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in table]
     for owner, name, value in table:
         setattr(owner, name, value)
@@ -131,3 +132,4 @@ def replaced(world: World) -> Iterator[None]:
     finally:
         for owner, name, value in reversed(before):
             setattr(owner, name, value)
+        random.setstate(state)

@@ -123,8 +123,12 @@ class Deployment:
 
     async def _wait_until_ready(self, replica: Replica) -> None:
         if inspect.isawaitable(replica.handle.instance):
-            instance = await replica.handle.instance
-            replica.handle.instance = instance
+            try:
+                replica.handle.instance = await replica.handle.instance
+            except Exception:  # Serve tries again
+                replica.handle.death = "its constructor raised"
+                self._serve.kernel.end(replica.process)
+                return
         while not replica.version.is_ready(replica.handle.instance):
             await asyncio.sleep(LOOK_S)
         replica.is_running = True

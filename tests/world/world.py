@@ -50,7 +50,7 @@ from tests.world.model import (
 )
 from tests.world.network import Network
 from tests.world.patches import replaced
-from tests.world.ray_api import HEAD, RayCluster
+from tests.world.ray_api import HEAD, Handle, RayCluster
 from tests.world.serve_api import Serve, Version
 from tests.world.streams import StreamLoop
 from tests.world.weather import CALM_S, Event, Scenario, Setting
@@ -85,6 +85,8 @@ GENTLE = {
 }
 """Events under which a request with :data:`ENOUGH_S` is served, where experts have two copies."""
 ENOUGH_S = 5.0
+BROKEN_TEXTS = ("output for this request is not finite", "cannot compute this request")
+"""What a client is told where all copies of an expert are on broken devices."""
 
 
 @dataclass
@@ -224,10 +226,10 @@ class World:
     def break_device(self, name: str, **changes: Any) -> None:
         """Break the device of a process, or all of a node."""
         self._devices[name] = Device(**changes)
-        self.touched_at_s[name] = 1e9  # it is broken until it is mended
-        for process in self.processes():
-            if process.node == name:
-                self.touched_at_s[process.name] = 1e9
+
+    def is_broken(self, process: Process) -> bool:
+        """Return whether the device of a process, or of its node, is broken now."""
+        return process.name in self._devices or process.node in self._devices
 
     def mend_device(self, name: str) -> None:
         """Mend the device of a process or a node."""
@@ -376,6 +378,23 @@ class World:
         is_gentle = setting.min_copies > 1 and plan.timeout_s >= ENOUGH_S
         return any(event.kind not in GENTLE or not is_gentle for event in near)
 
+    def may_be_internal(self, answer: Answer) -> bool:
+        """Return whether all copies of an expert may have been on broken devices."""
+        if not any(text in answer.message for text in BROKEN_TEXTS):
+            return False
+        hit = self.happenings.hit
+        is_broken = any("device" in event.kind or event.kind == "rows lost" for event in hit)
+        return is_broken and (len(hit) > 1 or self.setting.min_copies < 2)
+
+    def is_removed(self, handle: Handle, killer: Process | None) -> bool:
+        """Return whether a kill is the end of an actor that an order took out of the fleet."""
+        actor_id = handle.name.rpartition(":g")[0].rpartition(":")[2]
+        for replica in self.serve.deployments["controller"].replicas:
+            made = replica.handle.instance
+            if replica.process is killer and isinstance(made, Controller):
+                return actor_id not in made._state.fleet.specs
+        return actor_id not in [f"expert-{i}" for i in range(self.setting.num_actors)]
+
     def hung_s(self, answer: Answer) -> float:
         """Return for how long a gateway may have hung under a request."""
         return sum(
@@ -447,6 +466,8 @@ def run(scenario: Scenario) -> Outcome:
         world.run(CALM_S + HEAL_S, lambda: not client.is_waiting() and not world.unhealed())
         world.law.healed(CALM_S)
         _probe(world)
+        # A router that has lost a request's gateway computes it until its deadline.
+        world.run(max(plan.at_s + plan.timeout_s for plan in scenario.plans) + 1.0)
         world.law.answers(client.answers, world.identities)
         world.law.nothing_left()
         return _outcome(scenario, world, client)
