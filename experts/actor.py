@@ -47,6 +47,7 @@ class ExpertActor:
     def __init__(self, spec: ActorSpec, actor_id: str, generation: int, epoch: int) -> None:
         """Start without experts; :meth:`load` loads them."""
         self._spec = spec
+        self._digest = spec.digest  # what may change of a specification is not in it
         self._actor_id = actor_id
         self._generation = generation
         self._epoch = epoch
@@ -241,7 +242,7 @@ class ExpertActor:
         return ActorReport(
             actor_id=self._actor_id,
             generation=self._generation,
-            digest=self._spec.digest,
+            digest=self._digest,
             epoch=self._epoch,
             pid=os.getpid(),
             node=ray.get_runtime_context().get_node_id(),

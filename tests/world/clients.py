@@ -102,6 +102,8 @@ class Client:
                     return
                 if await self._attempt(replica, answer, until_s - kernel.now_s):
                     return
+                if all(choice.finish_reason for choice in answer.choices):
+                    return  # nothing is missing
                 answer.lost_gateways += 1
         finally:
             answer.ended_at_s = kernel.now_s
@@ -207,7 +209,7 @@ def plans(source: random.Random, begin_s: float, end_s: float, num_clients: int)
         at_s = begin_s + source.random()
         while at_s < end_s:
             found.append(_plan(source, at_s, client))
-            at_s += source.expovariate(1.0) + 0.2
+            at_s += source.expovariate(0.7) + 0.3
     return sorted(found, key=lambda plan: plan.at_s)
 
 

@@ -83,7 +83,9 @@ class Law:
             return
         if world.is_removed(handle, killer):
             return
-        self.broken("nobody healthy is killed", f"{process.name} by {killer.name if killer else '?'}")
+        self.broken(
+            "nobody healthy is killed", f"{process.name} by {killer.name if killer else '?'}"
+        )
 
     # At the end.
 

@@ -195,4 +195,13 @@ def current_thread() -> Any:
     return MainThread
 
 
-__all__ = ["Condition", "Event", "Lock", "RLock", "SimpleQueue", "Thread", "current_thread", "sleep"]
+__all__ = [
+    "Condition",
+    "Event",
+    "Lock",
+    "RLock",
+    "SimpleQueue",
+    "Thread",
+    "current_thread",
+    "sleep",
+]

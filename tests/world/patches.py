@@ -38,6 +38,7 @@ from tests.world.ray_api import HEAD, NodeAffinity
 if TYPE_CHECKING:
     from tests.world.world import World
 
+
 @contextlib.contextmanager
 def replaced(world: World) -> Iterator[None]:
     """Replace all inside."""

@@ -470,7 +470,7 @@ class RayCluster:
 
 def _as_raised(error: Exception) -> Exception:
     """Return a method's error as its caller gets it, which is one of both classes."""
-    raised: Exception = (
-        RayTaskError("method", repr(error), error, "process", 1, "host").as_instanceof_cause()
-    )
+    raised: Exception = RayTaskError(
+        "method", repr(error), error, "process", 1, "host"
+    ).as_instanceof_cause()
     return raised

@@ -61,7 +61,7 @@ SLOTS = 6
 """The actors that fit on a node."""
 EXPERT_BYTES = 1000
 ATTENTION_S = 0.004
-PRODUCT_S = 0.006
+PRODUCT_S = 0.012
 ROW_S = 0.0005
 READ_S = 0.02
 """What the weights of an expert take to be read."""
@@ -355,14 +355,15 @@ class World:
 
     def close(self) -> None:
         """End all that runs; what it says of its end is nobody's."""
-        logging.disable(logging.CRITICAL)
+        # A thread that ends within a worker of the standard library is logged there.
+        workers = logging.getLogger("concurrent.futures")
         before, sys.unraisablehook = sys.unraisablehook, lambda raised: None
+        workers.disabled = True
         try:
             self.kernel.close()
             gc.collect()
         finally:
-            sys.unraisablehook = before
-            logging.disable(logging.NOTSET)
+            sys.unraisablehook, workers.disabled = before, False
             self._stack.close()
 
     # What the law asks.
@@ -374,7 +375,9 @@ class World:
             return True
         ended_at_s = answer.ended_at_s or self.kernel.now_s
         since_s = answer.begun_at_s - RECOVERY_S
-        near = [e for e in self.happenings.hit if since_s <= e.at_s + e.for_s and e.at_s < ended_at_s]
+        near = [
+            e for e in self.happenings.hit if since_s <= e.at_s + e.for_s and e.at_s < ended_at_s
+        ]
         is_gentle = setting.min_copies > 1 and plan.timeout_s >= ENOUGH_S
         return any(event.kind not in GENTLE or not is_gentle for event in near)
 
@@ -416,7 +419,9 @@ class World:
             return f"an expert has {copies} copies of {self.setting.min_copies}"
         for key, holders in placement.holders.items():
             for actor_id in holders:
-                if (key, actor_id) and not self._holds(actor_id, placement.generations[actor_id], key):
+                if (key, actor_id) and not self._holds(
+                    actor_id, placement.generations[actor_id], key
+                ):
                     return f"{actor_id} does not hold {key}"
         for name in ("router", "gateway"):
             if len(self.serve.deployments[name].running()) < self.setting.num_routers:
