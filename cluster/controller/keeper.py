@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
@@ -35,6 +36,8 @@ LOAD_PERIOD_S = 0.25
 MAX_HEARTBEATS_PER_S = 400
 """The most heartbeats of all actors together; many actors get a longer period."""
 PLACE_NOTICE_S = 10.0
+ROOM_RETRY_S = 5.0
+"""How long after a load for which there was no room an actor that serves tries it again."""
 
 logger = logging.getLogger("expertmesh.controller")
 
@@ -83,6 +86,8 @@ class Keeper:
             self._load_period_s = min(LOAD_PERIOD_S, rebalance_period_s)
         elif any(pool.autoscaling for pool in state.fleet.pools.values()):
             self._load_period_s = LOAD_PERIOD_S
+        self._load_again_at_s: dict[str, float] = {}
+        """When each actor that has no room for all of its share loads it again."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._heartbeat_due: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
 
@@ -112,6 +117,7 @@ class Keeper:
         self._state.remove(actor_id)
         self._retirement.forget(actor_id)
         self.deaths.forget(actor_id)
+        self._load_again_at_s.pop(actor_id, None)
         self._heartbeat_due.pop(actor_id, None)
 
     def heartbeat_now(self, actor_id: str) -> None:
@@ -152,7 +158,7 @@ class Keeper:
                     is_silent = False
                 await self._bring_up(actor_id, handle)
                 await self._watch(actor_id, handle)
-                continue  # it has lost experts, and loads them again
+                continue  # it loads experts again
             except StaleEpochError:
                 self._state.supersede()
                 return
@@ -163,7 +169,7 @@ class Keeper:
                 death = Death(_reason_of(error), is_of_place=True)
                 logger.warning("%s: %s; replacing it", actor_id, death.reason)
             except NoRoomError as error:
-                death = Death(str(error), True, error.needed_bytes, error.missing_bytes)
+                death = _death_of(error)
                 logger.error("%s: %s", actor_id, error)
             except ExpertMeshError as error:
                 death = Death(str(error))
@@ -240,7 +246,11 @@ class Keeper:
         )
 
     async def _load(self, actor_id: str, handle: ActorHandle) -> ActorReport:
-        """Have an actor load its share, or less where others take what it has no room for."""
+        """Have an actor load its share, or less where others take what it has no room for.
+
+        Where they cannot, an actor that holds experts serves these, and tries again later.
+        """
+        self._load_again_at_s.pop(actor_id, None)
         for is_last in (False, True):
             spec, keys = self._state.fleet.specs[actor_id], self._state.shares[actor_id]
             self.loading.begin(actor_id, len(keys), time.monotonic())
@@ -248,9 +258,16 @@ class Keeper:
             try:
                 return await self._expert_pool.load(handle, epoch, spec, keys, LOAD_TIMEOUT_S)
             except NoRoomError as error:
-                self.deaths.located(await self._expert_pool.describe(handle, PLACE_NOTICE_S))
-                if is_last or not await self.relieve(actor_id, error):
+                report = await self._expert_pool.describe(handle, PLACE_NOTICE_S)
+                self.deaths.located(report)
+                if not is_last and await self.relieve(actor_id, error):
+                    continue
+                if not report.experts:
                     raise
+                logger.error("%s serves %d experts: %s", actor_id, len(report.experts), error)
+                self.deaths.lacks_room(actor_id, _death_of(error))
+                self._load_again_at_s[actor_id] = time.monotonic() + ROOM_RETRY_S
+                return report
         raise AssertionError("the last load returns or raises")
 
     async def _say_why_it_waits(self, actor_id: str, handle: ActorHandle) -> None:
@@ -288,9 +305,10 @@ class Keeper:
             await asyncio.sleep(HEARTBEAT_PERIOD_S)
 
     async def _watch(self, actor_id: str, handle: ActorHandle) -> None:
-        """Send heartbeats until the actor lacks experts that the placement says it holds.
+        """Send heartbeats until the actor is to load experts.
 
-        Routers stop asking it for these at once. Raises ``TimeoutError`` when the actor hangs.
+        It lacks some that the placement says it holds, and that routers stop asking it for; or it
+        had no room for some. Raises ``TimeoutError`` when the actor hangs.
         """
         due = self._heartbeat_due[actor_id]
         progress = Progress(time.monotonic())
@@ -314,6 +332,8 @@ class Keeper:
                 await self._state.correct(actor_id, lacking)
                 return
             await self._retirement.retire(actor_id, handle, report)
+            if now_s >= self._load_again_at_s.get(actor_id, math.inf):
+                return
             try:
                 async with asyncio.timeout(self._heartbeat_period_s()):
                     await due.wait()
@@ -349,6 +369,10 @@ class Keeper:
 async def no_relief(actor_id: str, error: NoRoomError) -> bool:
     """Move nothing."""
     return False
+
+
+def _death_of(error: NoRoomError) -> Death:
+    return Death(str(error), True, error.needed_bytes, error.missing_bytes)
 
 
 def _reason_of(error: BaseException) -> str:

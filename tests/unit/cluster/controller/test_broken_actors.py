@@ -289,3 +289,31 @@ def test_a_relief_that_fails_moves_nothing_and_is_tried_again() -> None:
         await cluster.stop()
 
     run(test)
+
+
+def test_an_actor_that_serves_and_has_no_room_for_more_lives_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(keeper_module, "ROOM_RETRY_S", 0.05)
+
+    async def test() -> None:
+        pool = pool_of("n1")
+        cluster = Cluster(1, pool)
+        held = [ExpertKey("m", 0, e) for e in range(3)]
+        actor = pool.add("expert-0", 1, 1, node="n1", keys=held)
+        room = {"expert-0": 3}
+        pool.load_gate = lacking(room)(cluster)
+        await cluster.start()
+        await happens(lambda: actor.loads > 4)
+        assert actor.alive
+        assert len(pool.actors) == 1
+        assert cluster.state.placement.held()["expert-0"] == held
+        [failing] = (await cluster.controller.status()).failing
+        assert (failing.missing_bytes, failing.deaths) == (10 * (2 * NUM_EXPERTS - 3), 0)
+        room.clear()
+        await cluster.complete()
+        assert (await cluster.controller.status()).failing == ()
+        assert len(pool.actors) == 1
+        await cluster.stop()
+
+    run(test)
