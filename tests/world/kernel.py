@@ -1,10 +1,10 @@
 """The machine under a world: virtual time, processes, and threads.
 
-All of a world runs on one thread of the real machine, one callback at a time, so a run is a function
-of its seed. An event loop of virtual time runs the coroutines of all processes; it jumps to the next
-timer where nothing is ready. A thread of the product is a greenlet: it runs until it blocks, and a
-callback of the loop goes on with it. Each callback belongs to the process in whose context it was
-scheduled; those of a process that has ended never run.
+All of a world runs on one thread of the real machine, one callback at a time, so a run is a
+function of its seed. An event loop of virtual time runs the coroutines of all processes; it jumps
+to the next timer where nothing is ready. A thread of the product is a greenlet: it runs until it
+blocks, and a callback of the loop goes on with it. Each callback belongs to the process in whose
+context it was scheduled; the callbacks of a process that has ended never run.
 """
 
 from __future__ import annotations

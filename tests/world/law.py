@@ -81,7 +81,7 @@ class Law:
             return
         if world.is_broken(process) or now_s - world.touched_at_s.get(process.name, -99.0) < WELL_S:
             return
-        if world.is_removed(handle, killer):
+        if world.is_removed(handle, killer) or world.may_be_unheard(process, killer):
             return
         self.broken(
             "nobody healthy is killed", f"{process.name} by {killer.name if killer else '?'}"

@@ -110,7 +110,7 @@ class Condition:
         until_s = None if timeout is None else own.now_s + timeout
         while not (result := predicate()):
             left_s = None if until_s is None else until_s - own.now_s
-            if left_s is not None and left_s <= 0 or own.is_closed():
+            if (left_s is not None and left_s <= 0) or own.is_closed():
                 return result
             self.wait(left_s)
         return result

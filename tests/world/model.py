@@ -1,8 +1,8 @@
 """A tiny exact model: a chain of hashes, so that a token tells which weights have made it.
 
-A hidden state is a number of 32 bits in two float32 values, which all sums keep exact. An expert maps
-it by a hash of (identity, layer, expert, state); attention chains the states of a sequence through
-the pages of the cache, so a slot that is lost or overwritten changes all later tokens.
+A hidden state is a number of 32 bits in two float32 values, which all sums keep exact. An expert
+maps it by a hash of (identity, layer, expert, state); attention chains the states of a sequence
+through the pages of the cache, so a slot that is lost or overwritten changes all later tokens.
 :func:`tokens_of` computes the same in plain Python, one token after the other.
 
 Dimension letters: T tokens, K experts per token, E experts, R rows to sample, V vocabulary.
@@ -14,7 +14,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ def _mix_all(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-@lru_cache(maxsize=None)
+@cache
 def key_of(*parts: object) -> int:
     """Return a number of 64 bits for a name."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")

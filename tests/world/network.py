@@ -31,6 +31,8 @@ class Link:
     delay_s: float
     jitter_s: float
     is_cut: bool = False
+    cut_until_s: float = -99.0
+    """When it was mended last."""
     damage: float = 0.0
     """The share of messages of which a byte is changed."""
 
@@ -151,7 +153,8 @@ class Network:
     def heal(self) -> None:
         """Mend all links; what waited for them leaves."""
         for link in self.links.values():
-            link.is_cut = False
+            if link.is_cut:
+                link.is_cut, link.cut_until_s = False, self._kernel.now_s
         waiting, self._waiting = self._waiting, []
         for call in waiting:
             call()
@@ -163,6 +166,14 @@ class Network:
         if source in self._down or target in self._down:
             return True
         return source != target and self.links[source, target].is_cut
+
+    def was_cut(self, one: str, other: str, for_s: float) -> bool:
+        """Return whether a link between two hosts was cut within this time."""
+        if one == other:
+            return False
+        since_s = self._kernel.now_s - for_s
+        both = (self.links[one, other], self.links[other, one])
+        return any(link.is_cut or link.cut_until_s > since_s for link in both)
 
     def when_mended(self, call: Callable[[], None]) -> None:
         """Have ``call`` called when links are mended."""

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 import cluster.controller.controller
-import cluster.controller.ledger
 import cluster.controller.lease
+import cluster.controller.ledger
 import cluster.controller.pool
 import cluster.transport.stream.connect
 import experts.actor
@@ -31,7 +31,7 @@ import experts.host_room
 import router.engine.replica
 from cluster.transport.stream.channel import Channel
 from tests.world import locks, sockets
-from tests.world.kernel import Kernel, ProcessExit, Thread, current_process
+from tests.world.kernel import ProcessExit, Thread, current_process
 from tests.world.model import ExactCheckpoint
 from tests.world.ray_api import HEAD, NodeAffinity
 

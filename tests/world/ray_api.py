@@ -20,6 +20,7 @@ from ray.exceptions import (
     RaySystemError,
     RayTaskError,
 )
+
 from tests.world.kernel import Kernel, Process, Waiter, current_process
 from tests.world.network import TCP_TIMEOUT_S, Network
 

@@ -71,20 +71,36 @@ PROBES = 4
 RECOVERY_S = 10.0
 """How long after an event a request may suffer from it."""
 GENTLE = {
-    "dies",
     "calls doubled",
     "clock jumps",
+    "links slow",
+    "disk fails",
     "redeploy the same",
+    "redeploy other weights",
+    "redeploy more actors",
     "scale up",
-    "scale down",
-    "drain an actor",
     "change copies",
     "rebalance",
     "node added",
+    "second controller",
     "burst",
 }
 """Events under which a request with :data:`ENOUGH_S` is served, where experts have two copies."""
+OF_COPIES = {
+    "dies",
+    "crashes soon",
+    "device slow",
+    "device raises",
+    "device yields NaN",
+    "rows lost",
+    "drain an actor",
+    "scale down",
+    "redeploy fewer actors",
+}
+"""Events that may take one copy of an expert; a request is served under one of them at a time."""
 ENOUGH_S = 5.0
+UNHEARD_S = 5.0
+"""How long a cut link may still matter."""
 BROKEN_TEXTS = ("output for this request is not finite", "cannot compute this request")
 """What a client is told where all copies of an expert are on broken devices."""
 
@@ -135,7 +151,7 @@ class World:
         self.kernel = StreamLoop(seed)
         hosts = [HEAD, *(f"node-{i}" for i in range(self.setting.num_nodes))]
         self.network = self.kernel.network = Network(self.kernel, [*hosts, "clients"])
-        self.cluster = RayCluster(self.kernel, self.network, {h: SLOTS for h in hosts[1:]})
+        self.cluster = RayCluster(self.kernel, self.network, dict.fromkeys(hosts[1:], SLOTS))
         self.serve = Serve(self.cluster)
         self.operator = self.kernel.process("operator", HEAD)
         self.law = Law(self)
@@ -378,8 +394,10 @@ class World:
         near = [
             e for e in self.happenings.hit if since_s <= e.at_s + e.for_s and e.at_s < ended_at_s
         ]
-        is_gentle = setting.min_copies > 1 and plan.timeout_s >= ENOUGH_S
-        return any(event.kind not in GENTLE or not is_gentle for event in near)
+        if setting.min_copies < 2 or plan.timeout_s < ENOUGH_S:
+            return bool(near)
+        of_copies = [event for event in near if event.kind in OF_COPIES]
+        return len(of_copies) > 1 or any(e.kind not in GENTLE and e not in of_copies for e in near)
 
     def may_be_internal(self, answer: Answer) -> bool:
         """Return whether all copies of an expert may have been on broken devices."""
@@ -397,6 +415,23 @@ class World:
             if replica.process is killer and isinstance(made, Controller):
                 return actor_id not in made._state.fleet.specs
         return actor_id not in [f"expert-{i}" for i in range(self.setting.num_actors)]
+
+    def may_be_unheard(self, process: Process, killer: Process | None) -> bool:
+        """Return whether those who hear an actor may not reach its controller.
+
+        That is where a router was cut off from the controller, or answers were lost, since the
+        actor was.
+        """
+        if killer is None:
+            return True
+        was_cut = self.network.was_cut
+        if not was_cut(process.node, killer.node, UNHEARD_S):
+            return False
+        routers = [r.process.node for r in self.serve.deployments["router"].running()]
+        return any(
+            was_cut(node, killer.node, UNHEARD_S) or was_cut(node, process.node, UNHEARD_S)
+            for node in routers
+        )
 
     def hung_s(self, answer: Answer) -> float:
         """Return for how long a gateway may have hung under a request."""
