@@ -14,6 +14,7 @@ import contextvars
 import heapq
 import itertools
 import random
+import struct
 import traceback
 import zlib
 from asyncio import events
@@ -26,6 +27,7 @@ from typing import Any
 import greenlet
 
 FIRST_PID = 1000
+_STAMP = struct.Struct("<qd")
 
 
 class BlockedLoopError(RuntimeError):
@@ -278,7 +280,7 @@ class Kernel(asyncio.AbstractEventLoop):
                 return True
         self.num_callbacks += 1
         pid = 0 if process is None else process.pid
-        self.digest = zlib.crc32(b"%d %.9f" % (pid, self.now_s), self.digest)
+        self.digest = zlib.crc32(_STAMP.pack(pid, self.now_s), self.digest)
         handle._run()
         return True
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.controller.ledger import Ledger
+from cluster.controller.state import ClusterState
+from cluster.placement.placement import Placement
 from router.engine.replica import RouterReplica
 from router.gateway.service import GRACE_S
 from tests.world.clients import Answer
@@ -32,6 +34,10 @@ LATE_S = 0.25
 """How late an answer may come beside its deadline and the gateway's grace."""
 USED_S = 1.0
 """An actor that computed rows for a router within this time is in use."""
+MOST_REQUESTS = 256
+"""The requests that a router lets wait, by its default."""
+UNTRUE_S = 4.0
+"""How long a gateway may be ready after an expert has lost its last copy."""
 WELL_S = 5.0
 """An actor at which nothing failed for so long is healthy."""
 
@@ -53,6 +59,7 @@ class Law:
         self.breaches: list[Breach] = []
         self._writers: dict[int, str] = {}
         self._epoch = 0
+        self._untrue_since_s: dict[str, float] = {}
 
     def broken(self, law: str, text: str) -> None:
         """Note a breach."""
@@ -86,6 +93,49 @@ class Law:
         self.broken(
             "nobody healthy is killed", f"{process.name} by {killer.name if killer else '?'}"
         )
+
+    def published(self, before: Placement, after: Placement, controller: ClusterState) -> None:
+        """Look at a change of the placement: copies below the least number go by deaths alone."""
+        if after.order < before.order:
+            self.broken("epochs rise", f"placement {after.order} after {before.order}")
+        for key, holders in after.holders.items():
+            earlier = before.holders.get(key, ())
+            least = min(len(earlier), controller.min_copies)
+            if key.model not in controller.keys or len(holders) >= least:
+                continue
+            lost = [a for a in earlier if a not in holders and a in after.generations]
+            if lost and not any(a not in after.generations for a in earlier):
+                self.broken(
+                    "copies are kept", f"{key[1:]} has {len(holders)} copies: not on {lost[0]}"
+                )
+
+    def look(self) -> None:
+        """Look at all queues, and at readiness."""
+        world = self._world
+        for replica in world.serve.deployments["router"].running():
+            router: RouterReplica = replica.handle.instance
+            waiting = router._scheduler.waiting
+            self._bounded(replica.process.name, "requests", len(waiting), MOST_REQUESTS)
+        for handle in world.cluster.actors.values():
+            if handle.is_started:
+                queue = handle.instance._actor._queue
+                self._bounded(handle.name, "rows", queue.queued_rows, queue.max_rows)
+        for replica in world.serve.deployments["gateway"].running():
+            self._ready(replica.process, replica.handle.instance.deployment.ready().is_ready)
+
+    def _bounded(self, name: str, what: str, number: int, most: int) -> None:
+        if number > most:
+            self.broken("queues are bounded", f"{name}: {number} {what} of {most}")
+
+    def _ready(self, process: Process, is_ready: bool) -> None:
+        """A gateway is not ready for long while an expert of its placement has no copy."""
+        controller = self._world.controller()
+        now_s = self._world.kernel.now_s
+        is_whole = controller is None or controller._state.is_complete()
+        if is_whole or not is_ready or self._world.is_away(process):
+            self._untrue_since_s[process.name] = now_s
+        elif now_s - self._untrue_since_s.setdefault(process.name, now_s) > UNTRUE_S:
+            self.broken("readiness is true", f"{process.name} is ready for {UNTRUE_S:g} s")
 
     # At the end.
 

@@ -29,6 +29,7 @@ import cluster.transport.stream.connect
 import experts.actor
 import experts.host_room
 import router.engine.replica
+from cluster.controller.state import ClusterState
 from cluster.transport.stream.channel import Channel
 from tests.world import locks, sockets
 from tests.world.kernel import ProcessExit, Thread, current_process
@@ -68,6 +69,13 @@ def replaced(world: World) -> Iterator[None]:
 
     def token_bytes(count: int = 32) -> bytes:
         return kernel.random.randbytes(count)
+
+    publish = ClusterState.publish
+
+    async def published(state: ClusterState, change: Any) -> None:
+        before = state.placement
+        await publish(state, change)
+        world.law.published(before, state.placement, state)
 
     context = SimpleNamespace(get_node_id=node)
     table: list[tuple[Any, str, Any]] = [
@@ -116,6 +124,7 @@ def replaced(world: World) -> Iterator[None]:
         (cluster.controller.ledger, "_internal_kv_del", ray_cluster.delete),
         (cluster.controller.controller, "app_is_wanted", serve.app_is_wanted),
         (router.engine.replica, "app_is_wanted", serve.app_is_wanted),
+        (ClusterState, "publish", published),
         (router.engine.replica, "_load_dense", world.load_dense),
         (experts.actor, "open_model", lambda path, identity, _: ExactCheckpoint(identity)),
         (experts.actor, "load_expert", world.load_expert),

@@ -60,13 +60,15 @@ MODEL = "exact"
 SLOTS = 6
 """The actors that fit on a node."""
 EXPERT_BYTES = 1000
-ATTENTION_S = 0.004
-PRODUCT_S = 0.012
+ATTENTION_S = 0.008
+PRODUCT_S = 0.02
 ROW_S = 0.0005
 READ_S = 0.02
 """What the weights of an expert take to be read."""
 HEAL_S = 40.0
 """How long after the weather has calmed the deployment may need to be whole."""
+LOOK_S = 0.5
+"""How often queues and readiness are looked at."""
 PROBES = 4
 RECOVERY_S = 10.0
 """How long after an event a request may suffer from it."""
@@ -416,6 +418,16 @@ class World:
                 return actor_id not in made._state.fleet.specs
         return actor_id not in [f"expert-{i}" for i in range(self.setting.num_actors)]
 
+    def is_away(self, process: Process) -> bool:
+        """Return whether a process may not hear the controller now."""
+        if process.is_paused or self.cluster.lost:
+            return True
+        found = self.serve.deployments["controller"].replicas
+        return any(
+            r.process.is_paused or self.network.was_cut(r.process.node, process.node, UNHEARD_S)
+            for r in found
+        )
+
     def may_be_unheard(self, process: Process, killer: Process | None) -> bool:
         """Return whether those who hear an actor may not reach its controller.
 
@@ -500,6 +512,9 @@ def run(scenario: Scenario) -> Outcome:
         for plan in scenario.plans:
             client.send(plan)
         world.happenings.plan(scenario.events)
+        for number in range(int(CALM_S / LOOK_S)):
+            world.run(number * LOOK_S)
+            world.law.look()
         world.run(CALM_S)
         world.calm()
         world.note("the weather calms")
