@@ -68,8 +68,15 @@ class Law:
 
     # At every event.
 
-    def ledger_written(self, value: bytes) -> None:
-        """Look at a record of the ledger: epochs only rise, and each has one writer."""
+    def ledger_written(self, key: str, value: bytes) -> None:
+        """Look at a record of the ledger: epochs only rise, and each has one writer.
+
+        The record of the highest number counts. A writer that is late may make one of a lower
+        number, which it takes back.
+        """
+        keys = [name for name in self._world.cluster.store if "/ledger/" in name]
+        if _number(key) < max(map(_number, keys)):
+            return
         record = json.loads(value)
         epoch, writer = Ledger.from_json(record["ledger"]).epoch, record["writer"]
         if epoch < self._epoch:
@@ -84,6 +91,8 @@ class Law:
         now_s = world.kernel.now_s
         if not process.is_alive or process.is_paused or not world.serve.is_wanted:
             return
+        if not handle.is_started or not handle.instance._actor._bank.experts:
+            return  # it holds nothing
         if now_s - world.used_at_s.get(process.name, -9.0) > USED_S:
             return
         if world.is_broken(process) or now_s - world.touched_at_s.get(process.name, -99.0) < WELL_S:
@@ -248,3 +257,8 @@ class Law:
         for actor_id, number in living.items():
             if actor_id not in controller._state.fleet.specs or number > 1:
                 self.broken("nothing is left", f"{number} processes of {actor_id}")
+
+
+def _number(key: str) -> int:
+    """Return the number in a record's key."""
+    return int(key.rpartition("/")[2])

@@ -152,7 +152,10 @@ class Handle:
         cluster, call = self.cluster, Call(self.cluster.kernel)
         self._calls[call] = None
         call.on_done.append(lambda: self._calls.pop(call, None))
-        cluster.send(call, self.process, lambda: self._arrived(call, method, args))
+        if self.process.is_alive:
+            cluster.send(call, self.process, lambda: self._arrived(call, method, args))
+        else:  # Ray's head knows, or will soon
+            cluster.fail_later(call, self)
         return call
 
     def _arrived(self, call: Call, method: str, args: Sequence[Any]) -> None:
@@ -212,8 +215,8 @@ class RayCluster:
         self.store: dict[str, bytes] = {}
         self.on_kill: Callable[[Handle, Process | None], None] = lambda handle, killer: None
         """Called when an actor is ordered to be killed."""
-        self.on_record: Callable[[bytes], None] = lambda value: None
-        """Called when a value is put into the store."""
+        self.on_record: Callable[[str, bytes], None] = lambda key, value: None
+        """Called when a value is put into the store, by its key."""
         self.duplicates = 0.0
         """The share of calls that an actor is given twice."""
         self.lost = 0.0
@@ -450,7 +453,7 @@ class RayCluster:
         existed = key in self.store
         if overwrite or not existed:
             self.store[key] = value
-            self.on_record(value)
+            self.on_record(key, value)
         return existed
 
     def get_value(self, key: str, namespace: str = "") -> bytes | None:

@@ -34,6 +34,8 @@ class Setting:
     transport: str = "auto"
     redeploy_drain_s: float = 6.0
     autoscales: bool = False
+    is_deleted: bool = False
+    """Whether the application is deleted at the end."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def draw(seed: int) -> Scenario:
         rebalance_period_s=source.choice((None, None, 1.0)),
         transport=source.choice(("auto", "auto", "auto", "stream", "ray")),
         autoscales=source.random() < 0.15,
+        is_deleted=seed % 4 == 0,
     )
     num_faults = source.choice((0, 1, 2, 3, 4, 6))
     num_operations = source.choice((0, 0, 1, 1, 2))

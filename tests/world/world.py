@@ -67,6 +67,8 @@ READ_S = 0.02
 """What the weights of an expert take to be read."""
 HEAL_S = 40.0
 """How long after the weather has calmed the deployment may need to be whole."""
+DELETE_S = 30.0
+"""How long the processes of a deleted application may live."""
 LOOK_S = 0.5
 """How often queues and readiness are looked at."""
 PROBES = 4
@@ -389,7 +391,7 @@ class World:
     def is_excused(self, answer: Answer) -> bool:
         """Return whether a request may have failed of what happened."""
         plan, setting = answer.plan, self.setting
-        if plan.timeout_s < 1.0 and answer.error == "DeadlineExceededError":
+        if plan.timeout_s < 1.0 and answer.error in ("DeadlineExceededError", "NoGateway"):
             return True
         ended_at_s = answer.ended_at_s or self.kernel.now_s
         since_s = answer.begun_at_s - RECOVERY_S
@@ -525,6 +527,8 @@ def run(scenario: Scenario) -> Outcome:
         world.run(max(plan.at_s + plan.timeout_s for plan in scenario.plans) + 1.0)
         world.law.answers(client.answers, world.identities)
         world.law.nothing_left()
+        if scenario.setting.is_deleted:
+            _delete(world)
         return _outcome(scenario, world, client)
     finally:
         world.close()
@@ -545,6 +549,16 @@ def _probe(world: World) -> None:
             world.law.broken("healed in time", f"a probe: {answer.error} {answer.message} {model}")
     world.law.answers(probes.answers, world.identities)
     world.run(world.kernel.now_s + 1.0)
+
+
+def _delete(world: World) -> None:
+    """Delete the application; nothing of it may live on."""
+    world.serve.delete()
+    world.note("the application is deleted")
+    world.run(world.kernel.now_s + DELETE_S, lambda: not world.processes())
+    left = [process.name for process in world.processes()]
+    if left:
+        world.law.broken("nothing is left", f"{DELETE_S:g} s after its end: {', '.join(left)}")
 
 
 def _is_done(probes: Client) -> bool:
