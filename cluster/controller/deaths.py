@@ -64,7 +64,7 @@ class _Actor:
     retry_at_s: float | None = None
     failed_tests: int = 0
     is_place_bad: bool = False
-    lacks_room: bool = False
+    lacks_experts: bool = False
     last: Death = field(default_factory=lambda: Death(""))
 
     def deaths_at(self, now_s: float) -> int:
@@ -98,7 +98,7 @@ class Deaths:
     def begin(self, actor_id: str, now_s: float) -> None:
         """Note that an actor is about to load: it is created, adopted, or loads again."""
         actor = self._actors.setdefault(actor_id, _Actor())
-        actor.began_at_s, actor.retry_at_s, actor.lacks_room = now_s, None, False
+        actor.began_at_s, actor.retry_at_s, actor.lacks_experts = now_s, None, False
         actor.node = actor.device = ""
 
     def located(self, report: ActorReport) -> None:
@@ -111,10 +111,10 @@ class Deaths:
         self.located(report)
         self._actors[report.actor_id].up_since_s = now_s
 
-    def lacks_room(self, actor_id: str, death: Death) -> None:
-        """Note that an actor serves, and has no room for the rest of its share."""
+    def lacks_experts(self, actor_id: str, reason: Death) -> None:
+        """Note that an actor serves, and could not load the rest of its share."""
         actor = self._actors.setdefault(actor_id, _Actor())
-        actor.lacks_room, actor.last = True, death
+        actor.lacks_experts, actor.last = True, reason
 
     def observe(self, report: ActorReport, now_s: float) -> None:
         """Take an actor's heartbeat."""
@@ -170,7 +170,7 @@ class Deaths:
         return actor.node, actor.device
 
     def status(self, now_s: float) -> tuple[FailingActor, ...]:
-        """Return the actors that fail self-tests, lack room, wait, or died more than once."""
+        """Return the actors that fail self-tests, lack experts, wait, or died more than once."""
         return tuple(
             FailingActor(
                 actor_id=actor_id,
@@ -185,7 +185,7 @@ class Deaths:
             )
             for actor_id, actor in sorted(self._actors.items())
             if actor.failed_tests
-            or actor.lacks_room
+            or actor.lacks_experts
             or actor.deaths_at(now_s) > 1
             or (actor.deaths and actor.up_since_s is None)
         )

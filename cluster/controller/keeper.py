@@ -27,7 +27,13 @@ from cluster.controller.pool import ExpertPool, kind_of
 from cluster.controller.processes import ActorProcesses
 from cluster.controller.state import ClusterState
 from cluster.controller.suspicion import Suspicion
-from cluster.errors import ExpertMeshError, NoRoomError, StaleEpochError, UnavailableError
+from cluster.errors import (
+    CheckpointError,
+    ExpertMeshError,
+    NoRoomError,
+    StaleEpochError,
+    UnavailableError,
+)
 from cluster.spec import ActorReport
 
 HEARTBEAT_PERIOD_S = 1.0
@@ -36,8 +42,8 @@ LOAD_PERIOD_S = 0.25
 MAX_HEARTBEATS_PER_S = 400
 """The most heartbeats of all actors together; many actors get a longer period."""
 PLACE_NOTICE_S = 10.0
-ROOM_RETRY_S = 5.0
-"""How long after a load for which there was no room an actor that serves tries it again."""
+LOAD_RETRY_S = 5.0
+"""How long after a load that failed an actor that serves tries it again."""
 
 logger = logging.getLogger("expertmesh.controller")
 
@@ -87,7 +93,7 @@ class Keeper:
         elif any(pool.autoscaling for pool in state.fleet.pools.values()):
             self._load_period_s = LOAD_PERIOD_S
         self._load_again_at_s: dict[str, float] = {}
-        """When each actor that has no room for all of its share loads it again."""
+        """When each actor that could not load all of its share tries it again."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._heartbeat_due: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
 
@@ -168,11 +174,8 @@ class Keeper:
             except (RayActorError, RayTaskError, TimeoutError) as error:
                 death = Death(_reason_of(error), is_of_place=True)
                 logger.warning("%s: %s; replacing it", actor_id, death.reason)
-            except NoRoomError as error:
-                death = _death_of(error)
-                logger.error("%s: %s", actor_id, error)
             except ExpertMeshError as error:
-                death = Death(str(error))
+                death = _death_of(error)
                 logger.error("%s: %s", actor_id, error)
             except asyncio.CancelledError:
                 self._kill_removed(actor_id, handle)
@@ -246,11 +249,25 @@ class Keeper:
         )
 
     async def _load(self, actor_id: str, handle: ActorHandle) -> ActorReport:
-        """Have an actor load its share, or less where others take what it has no room for.
+        """Have an actor load its share.
 
-        Where they cannot, an actor that holds experts serves these, and tries again later.
+        Where it cannot load all of it, an actor that holds experts serves these, and tries again
+        later.
         """
         self._load_again_at_s.pop(actor_id, None)
+        try:
+            return await self._load_share(actor_id, handle)
+        except (NoRoomError, CheckpointError) as error:
+            report = await self._expert_pool.describe(handle, PLACE_NOTICE_S)
+            if not report.experts:
+                raise
+            logger.error("%s serves %d experts: %s", actor_id, len(report.experts), error)
+            self.deaths.lacks_experts(actor_id, _death_of(error))
+            self._load_again_at_s[actor_id] = time.monotonic() + LOAD_RETRY_S
+            return report
+
+    async def _load_share(self, actor_id: str, handle: ActorHandle) -> ActorReport:
+        """Have an actor load its share, or less where others take what it has no room for."""
         for is_last in (False, True):
             spec, keys = self._state.fleet.specs[actor_id], self._state.shares[actor_id]
             self.loading.begin(actor_id, len(keys), time.monotonic())
@@ -258,16 +275,9 @@ class Keeper:
             try:
                 return await self._expert_pool.load(handle, epoch, spec, keys, LOAD_TIMEOUT_S)
             except NoRoomError as error:
-                report = await self._expert_pool.describe(handle, PLACE_NOTICE_S)
-                self.deaths.located(report)
-                if not is_last and await self.relieve(actor_id, error):
-                    continue
-                if not report.experts:
+                self.deaths.located(await self._expert_pool.describe(handle, PLACE_NOTICE_S))
+                if is_last or not await self.relieve(actor_id, error):
                     raise
-                logger.error("%s serves %d experts: %s", actor_id, len(report.experts), error)
-                self.deaths.lacks_room(actor_id, _death_of(error))
-                self._load_again_at_s[actor_id] = time.monotonic() + ROOM_RETRY_S
-                return report
         raise AssertionError("the last load returns or raises")
 
     async def _say_why_it_waits(self, actor_id: str, handle: ActorHandle) -> None:
@@ -307,8 +317,8 @@ class Keeper:
     async def _watch(self, actor_id: str, handle: ActorHandle) -> None:
         """Send heartbeats until the actor is to load experts.
 
-        It lacks some that the placement says it holds, and that routers stop asking it for; or it
-        had no room for some. Raises ``TimeoutError`` when the actor hangs.
+        It lacks some that the placement says it holds, and that routers stop asking it for; or its
+        last load failed a while ago. Raises ``TimeoutError`` when the actor hangs.
         """
         due = self._heartbeat_due[actor_id]
         progress = Progress(time.monotonic())
@@ -371,8 +381,10 @@ async def no_relief(actor_id: str, error: NoRoomError) -> bool:
     return False
 
 
-def _death_of(error: NoRoomError) -> Death:
-    return Death(str(error), True, error.needed_bytes, error.missing_bytes)
+def _death_of(error: ExpertMeshError) -> Death:
+    if isinstance(error, NoRoomError):
+        return Death(str(error), True, error.needed_bytes, error.missing_bytes)
+    return Death(str(error))
 
 
 def _reason_of(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import pytest
 from cluster.controller import deaths as deaths_module
 from cluster.controller import keeper as keeper_module
 from cluster.controller.deaths import BROKEN_TESTS, Death
-from cluster.errors import NoRoomError
+from cluster.errors import CheckpointError, NoRoomError
 from cluster.spec import ExpertKey
 from tests.unit.cluster.controller.fakes import (
     NUM_EXPERTS,
@@ -294,7 +294,7 @@ def test_a_relief_that_fails_moves_nothing_and_is_tried_again() -> None:
 def test_an_actor_that_serves_and_has_no_room_for_more_lives_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(keeper_module, "ROOM_RETRY_S", 0.05)
+    monkeypatch.setattr(keeper_module, "LOAD_RETRY_S", 0.05)
 
     async def test() -> None:
         pool = pool_of("n1")
@@ -314,6 +314,37 @@ def test_an_actor_that_serves_and_has_no_room_for_more_lives_on(
         await cluster.complete()
         assert (await cluster.controller.status()).failing == ()
         assert len(pool.actors) == 1
+        await cluster.stop()
+
+    run(test)
+
+
+def test_an_actor_that_serves_and_cannot_read_more_lives_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(keeper_module, "LOAD_RETRY_S", 0.05)
+
+    async def test() -> None:
+        pool = pool_of("n1")
+        cluster = Cluster(1, pool)
+        held = [ExpertKey("m", 0, e) for e in range(3)]
+        actor = pool.add("expert-0", 1, 1, node="n1", keys=held)
+        is_broken = True
+
+        async def load(actor: FakeActor) -> None:
+            if is_broken:
+                raise CheckpointError("the disk fails", "model.safetensors")
+
+        pool.load_gate = load
+        await cluster.start()
+        await happens(lambda: actor.loads > 2)
+        assert (actor.alive, len(pool.actors)) == (True, 1)
+        assert cluster.state.placement.held()["expert-0"] == held
+        [failing] = (await cluster.controller.status()).failing
+        assert "the disk fails" in failing.reason
+        is_broken = False
+        await cluster.complete()
+        assert (await cluster.controller.status()).failing == ()
         await cluster.stop()
 
     run(test)
