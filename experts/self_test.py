@@ -25,8 +25,8 @@ from cluster.wire.frames import DispatchFrame, ErrorFrame, RowsFrame
 TEST_PERIOD_S = 0.25
 """Time between two tests while they fail."""
 SAMPLE_PERIOD_S = 0.25
-"""The time between two looks at answers, each at the latest one: routers that get rows which are not
-finite ask other copies from then on, so no later answer might tell."""
+"""The time between two looks at answers, each at the latest one. Routers that get rows which are
+not finite ask other copies from then on, so no later answer might tell."""
 SAMPLE_ROWS = 16
 """The most rows of an answer that are looked at; a device that fails spoils all of them."""
 MOST_CHARS = 200

@@ -122,8 +122,8 @@ class Waiter:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Block the thread; returns whether it was woken in time."""
-        if self.is_woken:
-            return True
+        if self.is_woken or (timeout_s is not None and timeout_s <= 0):
+            return self.is_woken  # at once: the caller may hold a lock of the real machine
         current = greenlet.getcurrent()
         if current is self._kernel.hub:
             if self._kernel.is_closed():  # the world ends: nothing waits any more
@@ -132,7 +132,7 @@ class Waiter:
         self._greenlet, self._process = current, contextvars.copy_context()
         timer = None
         if timeout_s is not None:
-            timer = self._kernel.call_later(max(0.0, timeout_s), self._resume)
+            timer = self._kernel.call_later(timeout_s, self._resume)
         self._kernel.park(current)
         if timer is not None:
             timer.cancel()
