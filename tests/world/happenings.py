@@ -25,6 +25,9 @@ class Happenings:
     def __init__(self, world: World) -> None:
         self._world = world
         self.hit: list[Event] = []
+        self.targets: list[str] = []
+        """The process or node that each of ``hit`` hit; empty where it is no single one."""
+        self._target = ""
         self._num_nodes = world.setting.num_nodes
         self._identities = 0
 
@@ -38,9 +41,11 @@ class Happenings:
 
     def _happen(self, event: Event) -> None:
         method = getattr(self, "_" + event.kind.replace(" ", "_").replace("'", ""))
+        self._target = ""
         if method(event):
             self.hit.append(event)
-            self._world.note(event.line())
+            self.targets.append(self._target)
+            self._world.note(event.line() + (f": {self._target}" if self._target else ""))
 
     def _later(self, event: Event, call: Callable[[], object]) -> None:
         """Have a fault end."""
@@ -61,11 +66,18 @@ class Happenings:
         else:
             replicas = self._world.serve.deployments[event.role].replicas
             found = [r.process for r in replicas if r.process.is_alive]
-        return found[event.what % len(found)] if found else None
+        if not found:
+            return None
+        process = found[event.what % len(found)]
+        self._target = process.name
+        return process
 
     def _node(self, event: Event) -> str | None:
         nodes = [n.name for n in self._world.cluster.nodes.values() if n.is_alive]
-        return nodes[event.what % len(nodes)] if nodes else None
+        if not nodes:
+            return None
+        self._target = nodes[event.what % len(nodes)]
+        return self._target
 
     # Faults.
 
@@ -136,6 +148,7 @@ class Happenings:
         if not actors:
             return False
         name = actors[event.what % len(actors)].process.name
+        self._target = name
         self._world.break_device(name, **changes)
         if "slow" in changes:
             self._later(event, lambda: self._world.mend_device(name))

@@ -53,6 +53,8 @@ class Process:
     wall_s: float = 0.0
     is_alive: bool = True
     is_paused: bool = False
+    begun_at_s: float = 0.0
+    ended_at_s: float | None = None
     held: list[asyncio.Handle] = field(default_factory=list)
     """The callbacks that are due once the process goes on."""
     on_end: list[Callable[[], None]] = field(default_factory=list)
@@ -162,6 +164,10 @@ class Kernel(asyncio.AbstractEventLoop):
         """The world's :class:`tests.world.network.Network`, by which its sockets go."""
         self.errors: list[str] = []
         """What coroutines and callbacks raised and nobody caught."""
+        self.processes: list[Process] = []
+        """All processes that there ever were."""
+        self.on_life: Callable[[Process, str], None] = lambda process, what: None
+        """Told of each process that begins or ends."""
         self.num_callbacks = 0
         self.digest = 0
         """A checksum of the time and process of all callbacks so far."""
@@ -178,7 +184,10 @@ class Kernel(asyncio.AbstractEventLoop):
 
     def process(self, name: str, node: str) -> Process:
         """Return a new process."""
-        return Process(name, node, next(self._pids))
+        made = Process(name, node, next(self._pids), begun_at_s=self.now_s)
+        self.processes.append(made)
+        self.on_life(made, "begins")
+        return made
 
     @contextmanager
     def within(self, process: Process | None) -> Iterator[None]:
@@ -193,6 +202,8 @@ class Kernel(asyncio.AbstractEventLoop):
         """End a process at once: nothing of it runs any more, not even the rest of a callback."""
         if process.is_alive:
             process.is_alive = False
+            process.ended_at_s = self.now_s
+            self.on_life(process, "ends")
             process.held.clear()
             for call in process.on_end:
                 call()

@@ -129,6 +129,11 @@ class Outcome:
     num_callbacks: int
     num_tokens: int
     errors: dict[str, int] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
+    targets: list[str] = field(default_factory=list)
+    """The process or node that each event of ``hit`` hit; empty where it is no single one."""
+    processes: list[Process] = field(default_factory=list)
+    """All processes that there ever were."""
 
 
 class Gateway:
@@ -163,6 +168,9 @@ class World:
         self.cluster.on_kill = self.law.killed
         self.happenings = Happenings(self)
         self.trace: list[str] = []
+        self.kernel.on_life = lambda process, what: self.note(
+            f"{process.name} {what}" + (f" on {process.node}" if process.node else "")
+        )
         self.identity = ""
         self.identities: set[str] = set()
         self.full: set[str] = set()
@@ -231,7 +239,7 @@ class World:
 
     def end(self, process: Process) -> None:
         """End a process as a crash does."""
-        self.note(f"{process.name} ends")
+        self.note(f"{process.name} crashes")
         self.kernel.end(process)
         self.cluster.actors.pop(process.name, None)
         self.kernel.call_later(0.1, self.cluster.place_pending, context=self.network.nobody)
@@ -578,4 +586,7 @@ def _outcome(scenario: Scenario, world: World, client: Client) -> Outcome:
         world.kernel.num_callbacks,
         sum(len(c.token_ids) for a in client.answers for c in a.choices),
         errors,
+        client.answers,
+        world.happenings.targets,
+        world.kernel.processes,
     )
