@@ -21,10 +21,11 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.common import Figure, finish, machine, output_options, show
@@ -90,7 +91,8 @@ def run(seeds: range, minutes: float, processes: int) -> dict[str, Any]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with workers(processes) as pool, Progress(*columns, transient=True) as bar:
+    console = Console(stderr=True)
+    with workers(processes) as pool, Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("imports", total=len(seeds))
         started_s = time.perf_counter()
         until_s = started_s + 60 * minutes
@@ -100,7 +102,7 @@ def run(seeds: range, minutes: float, processes: int) -> dict[str, Any]:
             said = f"{rate:.2f} seeds/s, {len(tally.failed)} failed"
             bar.update(task, advance=1, description=said)
             if found.breaches:
-                bar.console.print(failure_line(found), soft_wrap=True, markup=False)
+                console.print(failure_line(found.seed, found.laws()), soft_wrap=True, markup=False)
         took_s = time.perf_counter() - started_s
         bar.update(task, description="shrinks what failed", total=None)
         smaller = [
@@ -123,9 +125,9 @@ def run(seeds: range, minutes: float, processes: int) -> dict[str, Any]:
     }
 
 
-def failure_line(found: Found) -> str:
+def failure_line(seed: int | str, laws: Iterable[str]) -> str:
     """Return the line that a failing seed prints: how it is replayed, and what it broke."""
-    return f"python -m benchmarks.world --replay {found.seed}  # {'; '.join(sorted(found.laws()))}"
+    return f"python -m benchmarks.world --replay {seed}  # {'; '.join(sorted(laws))}"
 
 
 def report(result: Mapping[str, Any]) -> None:
@@ -145,6 +147,8 @@ def report(result: Mapping[str, Any]) -> None:
     laws = [(law, str(len(seeds)), str(seeds[0])) for law, seeds in result["laws"].items()]
     if laws:
         show("laws broken", laws, ["law", "seeds", "first seed"])
+    for seed, breaches in result["failed"].items():
+        print(failure_line(seed, {law for law, _, _ in breaches}))
 
 
 def keep(shrunk: Mapping[str, Any], folder: Path) -> None:

@@ -35,6 +35,7 @@ class Lock:
             waiter = Waiter(kernel())
             self._waiters.append(waiter)
             if not waiter.wait(None if timeout < 0 else timeout):
+                self._waiters.remove(waiter)  # so that a release wakes one that still waits
                 return False
         self._is_held = True
         return True
@@ -98,11 +99,11 @@ class Condition:
         self._lock.release()
         try:
             is_woken = waiter.wait(timeout)
+            if not is_woken:  # before the lock is free: its holder may notify meanwhile
+                self._waiters.remove(waiter)
         finally:
             if not kernel().is_closed():
                 self._lock.acquire()
-        if not is_woken:
-            self._waiters.remove(waiter)
         return is_woken
 
     def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:

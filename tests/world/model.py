@@ -36,6 +36,8 @@ DTYPE = "float32"
 KERNEL_CLASS = "exact"
 _MASK = (1 << 64) - 1
 _LOW = (1 << 32) - 1
+_NAN = 99.0
+"""Stands for what is no number in a hash."""
 _SPREAD = 1 << 20
 """Above any sum of K low halves, so that two sums make one number."""
 
@@ -71,6 +73,8 @@ def _rows(states: np.ndarray) -> np.ndarray:
 
 def _numbers(rows: np.ndarray) -> np.ndarray:
     """Return rows [T, 2], or sums of them, as numbers [T]."""
+    if not np.isfinite(rows).all():  # a cast of what is no number differs between processors
+        rows = np.nan_to_num(rows, nan=_NAN, posinf=_NAN, neginf=_NAN)
     parts = rows.astype(np.uint64)
     return parts[:, 0] + parts[:, 1] * np.uint64(_SPREAD)
 

@@ -22,6 +22,8 @@ LETTER = 5.6
 """The width of a letter of a label."""
 REQUEST = 5
 NODE_COLORS = ("#d4cfc9", "#a9c7e8", "#b7dbb0", "#f3d3a2", "#d3bfe3", "#f0c4cf", "#c2e3e0")
+ENDLESS = {"node lost", "device raises", "device yields NaN", "rows lost"}
+"""Events that last until somebody ends their target."""
 BROKEN, EVENT, HUNG = "#d62728", "#4a3aa7", "#555555"
 COLORS = {"whole": "#59a14f", "cancelled": "#9aa5b1", "an error that faults excuse": "#f28e2b"}
 LEGEND = {**COLORS, "in a breach, or a breach": BROKEN, "an event, and how long": EVENT,
@@ -62,7 +64,7 @@ class _Picture:
     def __init__(self, outcome: Outcome) -> None:
         self._outcome = outcome
         self.end_s = max(float(entry[:9]) for entry in outcome.trace) if outcome.trace else CALM_S
-        self.end_s = max([self.end_s, *(answer.ended_at_s or 0.0 for answer in outcome.answers)])
+        self.end_s = 0.2 + max([self.end_s, *(answer.ended_at_s or 0.0 for answer in outcome.answers)])
         self.shapes: list[str] = []
         self.at = 30.0
         self._lanes: dict[str, list[tuple[Piece, float]]] = {}
@@ -116,6 +118,8 @@ class _Picture:
         for (node, _), pieces in sorted(by_lane.items()):
             if node != last:
                 self.heading(node or "no node")
+                whole = Piece(0.0, self.end_s, node, EVENT)
+                placed[node] = [(whole, self.at)]
                 last = node
             for row in packed(pieces, self.bars):
                 for piece in row:
@@ -154,6 +158,7 @@ class _Picture:
         self._targets: list[tuple[Piece, str]] = []
         for event, target in zip(self._outcome.hit, self._outcome.targets, strict=True):
             until_s = min(event.at_s + event.for_s, max(CALM_S, event.at_s))
+            until_s = event.at_s if event.kind in ENDLESS else until_s
             name = short(target)
             label = event.kind + (f" {name}" if name else "")
             piece = Piece(event.at_s, until_s, label, EVENT, f"{event.at_s:.3f} {event.line()}")
@@ -207,7 +212,7 @@ class _Picture:
             self.shapes.append(text(x, self.at + 16, f"{count * step_s}", "middle", 11))
         self.shapes.append(text(LEFT - 8, self.at + 16, "s", "end", 11))
         calm = line(self.x(CALM_S), 30, self.x(CALM_S), self.at, "#59a14f", "6 4")
-        self.shapes += [calm, text(self.x(CALM_S) + 3, 28, "the weather calms", size=10)]
+        self.shapes += [calm, text(self.x(CALM_S) + 3, 28, "the weather calms", "end", 10)]
         self.at += 24
 
     def legend(self) -> None:

@@ -1,0 +1,250 @@
+"""The law can fail: each law is broken once, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cluster.controller.ledger import Ledger
+from router.gateway.service import GRACE_S
+from tests.world.clients import Answer, Choice, Client, Plan
+from tests.world.law import ALLOWED, LATE_S, USED_S, WELL_S
+from tests.world.model import tokens_of
+from tests.world.ray_api import Handle
+from tests.world.weather import Event, Setting
+from tests.world.world import Device, World
+
+PROMPT, NUM = (3, 1, 4), 5
+PLAN = Plan(4.0, 0, PROMPT, NUM, 10.0)
+LIVING_S = 3.0
+"""A calm world runs after this."""
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """Yield a world in which nothing has happened yet."""
+    made = World(1)
+    made.identities = {"a", "b"}
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def living() -> Iterator[World]:
+    """Yield a world that runs."""
+    made = World(1)
+    made.deploy("a")
+    made.run(LIVING_S + 10.0, lambda: made.kernel.now_s > LIVING_S and not made.unhealed())
+    assert made.unhealed() == ""
+    yield made
+    made.close()
+
+
+def answer(**changes: Any) -> Answer:
+    """Return a right answer, with changes."""
+    tokens = list(tokens_of("a", PROMPT, NUM))
+    right = Answer(PLAN, [Choice(tokens, "a", True, "length")], 4.0, 5.0)
+    return replace(right, **changes)
+
+
+def choice(**changes: Any) -> Answer:
+    """Return an answer whose choice has changes."""
+    right = answer()
+    return replace(right, choices=[replace(right.choices[0], **changes)])
+
+
+def broken(world: World) -> list[str]:
+    """Return the laws that were broken."""
+    return [breach.law for breach in world.law.breaches]
+
+
+def test_right_answers_break_nothing(world: World) -> None:
+    of_b = list(tokens_of("b", PROMPT, NUM))
+    cancelled = answer(choices=[Choice(list(tokens_of("a", PROMPT, 2)), "a")], is_cancelled=True)
+    loose = answer(
+        plan=replace(PLAN, on_expert_loss="drop"), choices=[Choice([1, 2], "a", False, "length")]
+    )
+    late = answer(ended_at_s=4.0 + PLAN.timeout_s + GRACE_S + LATE_S / 2)
+    never = answer(choices=[Choice()], is_cancelled=True)
+    right = [answer(), choice(token_ids=of_b, identity="b"), cancelled, loose, late, never]
+    world.law.answers(right, world.identities)
+    assert broken(world) == []
+
+
+WRONG = [7, *tokens_of("a", PROMPT, NUM)[1:]]
+LATE = answer(ended_at_s=4.0 + PLAN.timeout_s + GRACE_S + 2 * LATE_S)
+
+
+@pytest.mark.parametrize(
+    ("law", "wrong"),
+    [
+        ("tokens are one model's", choice(token_ids=WRONG)),
+        ("tokens are one model's", choice(identity="b")),
+        ("an answer names its model", choice(identity="z")),
+        ("an answer names its model", choice(identity="")),
+        ("strict is exact", choice(is_exact=False)),
+        ("answers are whole", choice(token_ids=list(tokens_of("a", PROMPT, NUM - 1)))),
+        ("every request is answered", answer(ended_at_s=None)),
+        ("answers come in time", LATE),
+        ("errors are typed and true", answer(error="InternalError", message="a bug")),
+        ("errors are typed and true", answer(error="untyped KeyError")),
+        ("errors are typed and true", answer(error="the stream ended early")),
+        *(
+            ("what can be served is served", answer(error=error, choices=[Choice()]))
+            for error in sorted(ALLOWED)
+        ),
+    ],
+)
+def test_a_wrong_answer_breaks_its_law(world: World, law: str, wrong: Answer) -> None:
+    world.law.answers([answer(), wrong, answer()], world.identities)
+    assert broken(world) == [law]
+
+
+def test_an_error_is_excused_by_what_happened_before_it_alone(world: World) -> None:
+    failed = answer(error="UnavailableError", choices=[Choice()])
+    world.happenings.hit = [Event(4.5, "links cut", for_s=1.0)]
+    world.law.answers([failed], world.identities)
+    assert broken(world) == []
+    world.happenings.hit = [Event(5.5, "links cut", for_s=1.0)]
+    world.law.answers([failed], world.identities)
+    assert broken(world) == ["what can be served is served"]
+
+
+def test_a_gentle_event_excuses_nothing_where_there_are_copies(world: World) -> None:
+    failed = answer(error="UnavailableError", choices=[Choice()])
+    world.happenings.hit = [Event(4.5, "dies", role="actor")]
+    world.setting = Setting(min_copies=1)
+    world.law.answers([failed], world.identities)
+    assert broken(world) == []
+    world.setting = Setting(min_copies=2)
+    world.law.answers([failed], world.identities)
+    assert broken(world) == ["what can be served is served"]
+
+
+# Records and kills.
+
+
+def record(epoch: int, writer: str) -> bytes:
+    """Return a record of the ledger as controllers write it."""
+    return json.dumps({"ledger": Ledger(epoch).to_json(), "writer": writer}).encode()
+
+
+@pytest.mark.parametrize(
+    ("records", "laws"),
+    [
+        ([], []),
+        ([(1, "x")], []),
+        ([(1, "x"), (1, "x"), (2, "y"), (5, "x")], []),
+        ([(2, "x"), (1, "y")], ["epochs rise"]),
+        ([(1, "x"), (1, "y")], ["one writer of the ledger"]),
+        ([(1, "x"), (2, "y"), (1, "x")], ["epochs rise"]),
+        ([(1, "x"), (2, "y"), (1, "z")], ["epochs rise", "one writer of the ledger"]),
+    ],
+)
+def test_records_of_the_ledger(
+    world: World, records: list[tuple[int, str]], laws: list[str]
+) -> None:
+    for epoch, writer in records:
+        world.cluster.on_record(record(epoch, writer))
+    assert broken(world) == laws
+
+
+def used_actor(world: World) -> Handle:
+    """Return an actor that has just computed for a router."""
+    actor = world.happenings.actors()[0]
+    world.used_at_s[actor.process.name] = world.kernel.now_s - USED_S / 2
+    return actor
+
+
+def test_a_kill_of_a_healthy_actor_that_is_used_breaks_the_law(living: World) -> None:
+    living.law.killed(used_actor(living), None)
+    assert broken(living) == ["nobody healthy is killed"]
+
+
+def spare(world: World, actor: Handle) -> None:
+    world.used_at_s[actor.process.name] = world.kernel.now_s - 2 * USED_S
+
+
+def break_device(world: World, actor: Handle) -> None:
+    world._devices[actor.process.name] = Device(fault="raises")
+
+
+def touch(world: World, actor: Handle) -> None:
+    world.touched_at_s[actor.process.name] = world.kernel.now_s - WELL_S / 2
+
+
+def pause(world: World, actor: Handle) -> None:
+    world.kernel.pause(actor.process)
+
+
+def end(world: World, actor: Handle) -> None:
+    world.kernel.end(actor.process)
+
+
+def delete(world: World, actor: Handle) -> None:
+    world.serve.is_wanted = False
+
+
+@pytest.mark.parametrize("why", [spare, break_device, touch, pause, end, delete])
+def test_a_kill_with_a_reason_breaks_nothing(
+    living: World, why: Callable[[World, Handle], None]
+) -> None:
+    actor = used_actor(living)
+    why(living, actor)
+    living.law.killed(actor, None)
+    assert broken(living) == []
+
+
+# The end.
+
+
+def test_a_deployment_that_is_not_whole_is_not_healed(living: World) -> None:
+    living.law.healed(0.0)
+    assert broken(living) == []
+    living.kernel.end(living.happenings.actors()[0].process)
+    living.law.healed(0.0)
+    assert broken(living) == ["healed in time"]
+
+
+def test_nothing_is_left_of_a_calm_world(living: World) -> None:
+    client = Client(living)
+    client.send(replace(PLAN, at_s=living.kernel.now_s + 0.1))
+    living.run(living.kernel.now_s + 3.0)
+    living.law.answers(client.answers, living.identities)
+    living.law.nothing_left()
+    assert (broken(living), len(client.answers)) == ([], 1)
+
+
+def keep_a_request(world: World) -> None:
+    router = world.serve.deployments["router"].running()[0].handle.instance
+    router._requests["r"] = object()
+
+
+def keep_an_inbox(world: World) -> None:
+    gateway = world.serve.deployments["gateway"].running()[0].handle.instance
+    gateway.upstream._inboxes["r"] = object()
+
+
+def keep_an_actor(world: World) -> None:
+    actor = world.happenings.actors()[0]
+    other = Handle(world.cluster, actor.name + "9", world.kernel.process("x", "node-0"), actor.node)
+    world.cluster.actors[other.name] = other
+
+
+@pytest.mark.parametrize("keep", [keep_a_request, keep_an_inbox, keep_an_actor])
+def test_something_that_is_left_breaks_the_law(living: World, keep: Callable[[World], None]) -> None:
+    keep(living)
+    living.law.nothing_left()
+    assert broken(living) == ["nothing is left"]
+
+
+def test_an_error_that_nobody_caught_breaks_the_law(living: World) -> None:
+    with living.kernel.within(living.operator):
+        living.kernel.spawn(lambda: 1 / 0)
+    living.run(living.kernel.now_s + 0.1)
+    living.law.nothing_left()
+    assert broken(living) == ["nothing raises unseen"]
