@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -105,9 +106,7 @@ def run(seeds: range, minutes: float, processes: int) -> dict[str, Any]:
                 console.print(failure_line(found.seed, found.laws()), soft_wrap=True, markup=False)
         took_s = time.perf_counter() - started_s
         bar.update(task, description="shrinks what failed", total=None)
-        smaller = [
-            pool.submit(shrunk_seed, seed, law, SHRINK_S) for seed, law in tally.to_shrink()
-        ]
+        smaller = [pool.submit(shrunk_seed, seed, law, SHRINK_S) for seed, law in tally.to_shrink()]
         shrunk = [one.result() for one in smaller]
     return {
         "benchmark": "world",
@@ -168,13 +167,14 @@ def replay(scenario: Scenario, is_verbose: bool, folder: Path | None, name: str)
     from tests.world.world import run as run_world
 
     sys.unraisablehook = lambda raised: None
+    warnings.simplefilter("ignore")  # the end of a world awaits no coroutine of it
     with timeline.recorded(logging.INFO if is_verbose else logging.WARNING) as records:
         outcome = run_world(scenario)
     logging.disable(logging.CRITICAL)
     again = run_world(scenario)
     print(timeline.text(outcome, records.lines))
     if folder is not None:
-        file = folder / f"world-{name}.svg"
+        file = folder / f"{name}.svg"
         file.write_text(picture.svg(outcome), encoding="utf-8")
         print(f"\n{file}")
     is_same = (again.digest, again.trace) == (outcome.digest, outcome.trace)
@@ -202,9 +202,9 @@ def scenario_of(words: str) -> tuple[Scenario, str]:
     from tests.world.weather import Scenario, draw
 
     if words.isdecimal():
-        return draw(int(words)), words
+        return draw(int(words)), f"world-{words}"
     file = Path(words)
-    return Scenario.from_json(json.loads(file.read_text(encoding="utf-8"))), f"{file.stem}-replay"
+    return Scenario.from_json(json.loads(file.read_text(encoding="utf-8"))), file.stem
 
 
 def main() -> int:

@@ -12,13 +12,14 @@ from tests.cluster_fixture import ServedCluster, Shape, served_cluster
 # A shell starts its background jobs deaf to Ctrl-C, and what tests start would be deaf too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-ORDER = ("unit", "integration", "fault", "long")
+ORDER = ("world", "unit", "integration", "fault", "long")
+"""The worlds come before anything has started a thread, since they replace the clock."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the tests that break the cluster after those that look at a fresh one."""
     places = {folder: place for place, folder in enumerate(ORDER)}
-    items.sort(key=lambda item: places.get(item.path.parent.name, 0))
+    items.sort(key=lambda item: places.get(item.path.parent.name, places["unit"]))
 
 
 @pytest.fixture(scope="session")

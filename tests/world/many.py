@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ def prepare() -> None:
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     sys.unraisablehook = lambda raised: None
+    warnings.simplefilter("ignore")  # the end of a world awaits no coroutine of it
     gc.collect()
     gc.freeze()
     gc.disable()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.drawing import document, line, rect, text
-from tests.world.timeline import name_of, outcome_of, short
+from tests.world.timeline import PREFIX, name_of, outcome_of, short
 from tests.world.weather import CALM_S
 
 if TYPE_CHECKING:
@@ -64,7 +64,9 @@ class _Picture:
     def __init__(self, outcome: Outcome) -> None:
         self._outcome = outcome
         self.end_s = max(float(entry[:9]) for entry in outcome.trace) if outcome.trace else CALM_S
-        self.end_s = 0.2 + max([self.end_s, *(answer.ended_at_s or 0.0 for answer in outcome.answers)])
+        self.end_s = 0.2 + max(
+            [self.end_s, *(answer.ended_at_s or 0.0 for answer in outcome.answers)]
+        )
         self.shapes: list[str] = []
         self.at = 30.0
         self._lanes: dict[str, list[tuple[Piece, float]]] = {}
@@ -188,15 +190,21 @@ class _Picture:
                 )
             self.at += REQUEST + 1
 
-    def breaches(self) -> None:
-        """Write the breaches, each by a red line."""
+    def breaches(self, placed: dict[str, list[tuple[Piece, float]]]) -> None:
+        """Write the breaches, each by a red line, and mark the processes that they name."""
         if not self._outcome.breaches:
             return
         self.heading("breaches")
         pieces = [
-            Piece(b.at_s, b.at_s, f"{b.law}: {b.text.splitlines()[0][:90]}", BROKEN, b.text)
+            Piece(b.at_s, b.at_s, f"{b.law}: {first_line(b.text)}", BROKEN, b.text)
             for b in self._outcome.breaches
         ]
+        for piece in pieces:
+            for life, at in (
+                found for name in piece.label.split() for found in placed.get(name, [])
+            ):
+                if life.begun_s <= piece.begun_s <= life.ended_s:
+                    self.shapes.append(_mark(self.x(piece.begun_s), at + BAR / 2, piece))
         for time_s in {piece.begun_s for piece in pieces}:
             self.shapes.append(line(self.x(time_s), 30, self.x(time_s), self.at, BROKEN))
         self.labels(pieces)
@@ -225,6 +233,11 @@ class _Picture:
         self.at += 20
 
 
+def first_line(told: str) -> str:
+    """Return what a label has room for of a breach's text."""
+    return told.partition("\n")[0].replace(PREFIX, "")[:90]
+
+
 def _mark(x: float, y: float, piece: Piece) -> str:
     points = f"{x - 4:.1f},{y:.1f} {x:.1f},{y - 4:.1f} {x + 4:.1f},{y:.1f} {x:.1f},{y + 4:.1f}"
     return f'<polygon points="{points}" fill="{piece.color}"/>'
@@ -239,7 +252,7 @@ def svg(outcome: Outcome) -> str:
     placed = drawn.lanes()
     drawn.hits(placed, events)
     drawn.requests()
-    drawn.breaches()
+    drawn.breaches(placed)
     drawn.axis()
     drawn.legend()
     return document(WIDTH, drawn.at + 4, drawn.shapes)

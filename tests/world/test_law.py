@@ -236,7 +236,9 @@ def keep_an_actor(world: World) -> None:
 
 
 @pytest.mark.parametrize("keep", [keep_a_request, keep_an_inbox, keep_an_actor])
-def test_something_that_is_left_breaks_the_law(living: World, keep: Callable[[World], None]) -> None:
+def test_something_that_is_left_breaks_the_law(
+    living: World, keep: Callable[[World], None]
+) -> None:
     keep(living)
     living.law.nothing_left()
     assert broken(living) == ["nothing is left"]

@@ -1,0 +1,172 @@
+"""Worlds break no law, and a seed is a world."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+
+from tests.world.clients import Answer, Plan
+from tests.world.kernel import Kernel, Thread
+from tests.world.locks import Condition, Event, Lock, SimpleQueue
+from tests.world.many import HASH_SEED, Found, all_of, found_of, judged, workers
+from tests.world.model import VOCAB, tokens_of
+from tests.world.past_seeds import FOLDER, STORIES, scenario
+from tests.world.sockets import Selector, Socket
+from tests.world.weather import Scenario, Setting, draw
+from tests.world.world import run
+
+ROOT = Path(__file__).parents[2]
+SEEDS = range(200)
+PROCESSES = 2
+MOST_S = 120.0
+"""What all seeds may take on two cores."""
+TELL = """
+import json, sys
+import ray
+from tests.world.many import prepare
+from tests.world.weather import draw
+from tests.world.world import run
+prepare()
+for seed in map(int, sys.argv[1:]):
+    outcome = run(draw(seed))
+assert not ray.is_initialized()
+answers = [[c.token_ids for c in a.choices] + [a.error, a.ended_at_s] for a in outcome.answers]
+told = [outcome.trace, outcome.digest, outcome.num_callbacks, answers]
+print(json.dumps(told, indent=1))
+"""
+
+
+@pytest.mark.timeout(900)  # for a machine that does other work; the seeds' own limit is MOST_S
+def test_seeds_break_no_law() -> None:
+    with workers(PROCESSES) as pool:
+        found = list(all_of(pool, PROCESSES, iter(SEEDS), perf_counter() + 800.0))
+    assert {one.seed: one.breaches for one in found if one.breaches} == {}
+    assert sorted(one.seed for one in found) == list(SEEDS)
+    assert sum(len(one.hit) for one in found) > 2 * len(SEEDS), "the weather is too fine"
+    assert sum(one.cpu_s for one in found) < PROCESSES * MOST_S
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_what_once_broke_a_law_breaks_none(name: str) -> None:
+    assert judged(scenario(name)).breaches == ()
+
+
+def test_each_past_scenario_has_its_story() -> None:
+    assert {file.stem for file in FOLDER.glob("*.json")} == set(STORIES)
+
+
+def told(*seeds: int) -> bytes:
+    """Return all that a fresh process tells of the last of these seeds, which it runs in turn."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", TELL, *map(str, seeds)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": HASH_SEED},
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout
+
+
+@pytest.mark.timeout(600)
+def test_a_seed_is_the_same_world_in_every_process_whatever_ran_before() -> None:
+    first, second = told(7), told(5, 7)
+    assert first == second
+    assert first.count(b"\n") > 100
+    assert first != told(5)
+
+
+def test_a_seed_draws_the_same_scenario_and_others_draw_others() -> None:
+    assert draw(11) == draw(11)
+    assert draw(11) != draw(12)
+
+
+@pytest.mark.parametrize("seed", [0, 3, 8])
+def test_a_scenario_is_the_same_after_it_was_a_file(seed: int) -> None:
+    drawn = draw(seed)
+    assert Scenario.from_json(json.loads(json.dumps(drawn.to_json()))) == drawn
+
+
+CALM = [
+    Plan(3.0, 0, (5,), 1, 10.0),
+    Plan(3.1, 1, (1, 2, 3, 4, 5, 6, 7), 11, 10.0, n=2),
+    Plan(3.1, 2, tuple(range(40)), 8, 10.0, is_streamed=False),
+    Plan(3.1, 3, (VOCAB - 1, 0), 6, 10.0, on_expert_loss="next_expert"),
+    Plan(3.2, 4, (9, 9, 9), 5, 10.0, on_expert_loss="drop", priority=1),
+    Plan(3.2, 5, (8, 8), 9, 10.0, cancel_after=3),
+]
+
+
+@pytest.mark.parametrize("transport", ["stream", "ray"])
+def test_a_calm_world_generates_what_the_plain_oracle_does(transport: str) -> None:
+    outcome = run(Scenario(1, Setting(transport=transport), tuple(CALM)))
+    assert outcome.breaches == []
+    assert outcome.hit == []
+    *whole, cancelled = sorted(outcome.answers, key=lambda answer: answer.plan.client)
+    for answer in whole:
+        assert tokens(answer) == [right(answer)] * answer.plan.n
+        assert {c.finish_reason for c in answer.choices} == {"length"}
+    [got] = tokens(cancelled)
+    assert cancelled.is_cancelled
+    assert 3 <= len(got) < 9
+    assert got == right(cancelled)[: len(got)]
+
+
+def tokens(answer: Answer) -> list[tuple[int, ...]]:
+    """Return the tokens of each choice."""
+    return [tuple(choice.token_ids) for choice in answer.choices]
+
+
+def right(answer: Answer) -> tuple[int, ...]:
+    """Return the right tokens of an answer of the first weights."""
+    return tokens_of("a", answer.plan.prompt, answer.plan.max_tokens)
+
+
+def test_weights_prompts_and_places_all_change_the_tokens() -> None:
+    found = [
+        tokens_of("a", (1, 2), 8),
+        tokens_of("b", (1, 2), 8),
+        tokens_of("a", (2, 1), 8),
+        tokens_of("a", (1, 2, 1), 8),
+        tokens_of("a", (1,), 8),
+    ]
+    assert len(set(found)) == len(found)
+    assert tokens_of("a", (1, 2), 3) == found[0][:3]
+    assert tokens_of("a", (1, 2, *found[0][:3]), 5) == found[0][3:]
+
+
+def test_a_run_that_raises_or_does_not_end_is_a_breach() -> None:
+    no_requests = Scenario(1, Setting(), ())
+    [(law, _, text)] = judged(no_requests).breaches
+    assert (law, "ValueError" in text) == ("the world runs", True)
+    [(law, _, text)] = judged(draw(1), limit_s=0.05).breaches
+    assert (law, "took more than 0.05 s" in text) == ("the world runs", True)
+
+
+def test_no_seed_begins_after_the_time() -> None:
+    class Pool:
+        def submit(self, call: object, seed: int) -> None:
+            raise AssertionError("a seed begins")
+
+    late = all_of(Pool(), 2, iter(range(5)), perf_counter() - 1.0, found_of)
+    assert list[Found](late) == []
+
+
+def test_a_world_leaves_nothing_behind() -> None:
+    """Or what the process imports inside would go on with a world's locks."""
+    kinds = (Lock, Condition, Event, SimpleQueue, Thread, Kernel, Socket, Selector)
+    before = {name: getattr(time, name) for name in ("monotonic", "time", "sleep")}
+    assert run(draw(3)).num_callbacks > 1000
+    gc.collect()
+    assert [one for one in gc.get_objects() if isinstance(one, kinds)] == []
+    assert {name: getattr(time, name) for name in before} == before
+    assert threading.Lock is not Lock
