@@ -4,8 +4,8 @@
         [--svg FOLDER] [--json FILE]
     python -m benchmarks.world --replay SEED|FILE.json [--verbose] [--svg FOLDER]
 
-Each seed is a world of ``tests/world/``: the product's own code on some nodes, in virtual time, with
-requests, faults and operations that the seed decides. The law is looked at all the time: right
+Each seed is a world of ``tests/world/``: the product's own code on some nodes, in virtual time,
+with requests, faults and operations that the seed decides. The law is looked at all the time: right
 tokens, typed errors in time, nothing healthy killed, everything whole again, nothing left.
 
 A failing seed prints the line that replays it, and a smaller scenario that breaks the same law, as
@@ -179,8 +179,8 @@ def replay(scenario: Scenario, is_verbose: bool, folder: Path | None, name: str)
         print(f"\n{file}")
     is_same = (again.digest, again.trace) == (outcome.digest, outcome.trace)
     print(
-        f"\n{len(scenario.plans)} requests, {len(outcome.hit)} of {len(scenario.events)} events hit, "
-        f"{len(outcome.breaches)} breaches; {outcome.num_callbacks:,} callbacks, digest "
+        f"\n{len(scenario.plans)} requests, {len(outcome.hit)} of {len(scenario.events)} events "
+        f"hit, {len(outcome.breaches)} breaches; {outcome.num_callbacks:,} callbacks, digest "
         f"{outcome.digest:08x}: a second run {'is the same' if is_same else 'DIFFERS'}"
     )
     for breach in outcome.breaches:

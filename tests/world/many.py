@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import logging
 import multiprocessing
 import os
@@ -62,8 +63,7 @@ def prepare() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends
     import torch
 
-    import tests.world.world
-
+    importlib.import_module("tests.world.world")
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     sys.unraisablehook = lambda raised: None
