@@ -60,6 +60,7 @@ if [ -n "$quick" ]; then
   run mixture_fit --quick
   run edges --seconds 45
   run knee --quick
+  run world --minutes 2
   run wires --count 2000
   run fuzz --minutes 0.1
   run soak --minutes 5
@@ -81,6 +82,7 @@ else
   run mixture_fit
   run edges
   run knee
+  run world
   run wires
   run fuzz
   run soak
