@@ -11,8 +11,10 @@ import pytest
 
 from cluster.controller.ledger import Ledger
 from router.gateway.service import GRACE_S
+from tests.world import law as law_module
 from tests.world.clients import Answer, Choice, Client, Plan
-from tests.world.law import ALLOWED, LATE_S, USED_S, WELL_S
+from tests.world.kernel import Process
+from tests.world.law import ALLOWED, LATE_S, UNTRUE_S, USED_S, WELL_S
 from tests.world.model import tokens_of
 from tests.world.ray_api import Handle
 from tests.world.weather import Event, Setting
@@ -160,8 +162,13 @@ def used_actor(world: World) -> Handle:
     return actor
 
 
+def killer_of(world: World) -> Process:
+    """Return the controller's process."""
+    return world.serve.deployments["controller"].running()[0].process
+
+
 def test_a_kill_of_a_healthy_actor_that_is_used_breaks_the_law(living: World) -> None:
-    living.law.killed(used_actor(living), None)
+    living.law.killed(used_actor(living), killer_of(living))
     assert broken(living) == ["nobody healthy is killed"]
 
 
@@ -189,14 +196,74 @@ def delete(world: World, actor: Handle) -> None:
     world.serve.is_wanted = False
 
 
-@pytest.mark.parametrize("why", [spare, break_device, touch, pause, end, delete])
+def remove(world: World, actor: Handle) -> None:
+    world.controller()._state.fleet.specs.pop(actor.name.split(":")[2])
+
+
+def cut(world: World, actor: Handle) -> None:
+    """Cut the actor off from all others, the controller and the routers among them."""
+    hosts = [host for host in world.network.addresses if host != actor.node.name]
+    world.network.cut([(actor.node.name, host) for host in hosts])
+
+
+@pytest.mark.parametrize("why", [spare, break_device, touch, pause, end, delete, remove, cut])
 def test_a_kill_with_a_reason_breaks_nothing(
     living: World, why: Callable[[World, Handle], None]
 ) -> None:
-    actor = used_actor(living)
+    actor, killer = used_actor(living), killer_of(living)
     why(living, actor)
-    living.law.killed(actor, None)
+    living.law.killed(actor, killer)
     assert broken(living) == []
+
+
+# Copies, queues, readiness.
+
+
+def test_a_copy_that_goes_without_a_death_breaks_the_law(living: World) -> None:
+    state = living.controller()._state
+    before = state.placement
+    key, (first, *others) = next(iter(before.holders.items()))
+    after = replace(before, version=before.version + 1)
+    living.law.published(before, after, state)
+    dead = {actor: g for actor, g in before.generations.items() if actor != first}
+    fewer = {**before.holders, key: tuple(others)}
+    living.law.published(before, replace(after, holders=fewer, generations=dead), state)
+    assert broken(living) == []
+    living.law.published(before, replace(after, holders=fewer), state)
+    assert broken(living) == ["copies are kept"]
+
+
+def test_an_older_placement_breaks_the_law(living: World) -> None:
+    state = living.controller()._state
+    newer = replace(state.placement, version=state.placement.version + 1)
+    living.law.published(newer, state.placement, state)
+    assert broken(living) == ["epochs rise"]
+
+
+def test_a_queue_above_its_bound_breaks_the_law(
+    living: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    living.law.look()
+    assert broken(living) == []
+    living.happenings.actors()[0].instance._actor._queue.max_rows = -1
+    living.law.look()
+    assert broken(living) == ["queues are bounded"]
+    monkeypatch.setattr(law_module, "MOST_REQUESTS", -1)
+    living.law.look()
+    assert broken(living) == ["queues are bounded"] * (2 + living.setting.num_routers)
+
+
+def test_a_gateway_that_stays_ready_without_an_expert_breaks_the_law(living: World) -> None:
+    state = living.controller()._state
+    key = next(iter(state.placement.holders))
+    state.placement = replace(state.placement, holders={**state.placement.holders, key: ()})
+    living.law.look()
+    living.kernel.now_s += UNTRUE_S
+    living.law.look()
+    assert broken(living) == []
+    living.kernel.now_s += 0.1
+    living.law.look()
+    assert broken(living) == ["readiness is true"] * living.setting.num_gateways
 
 
 # The end.
