@@ -153,7 +153,11 @@ class Waiter:
             self._kernel.resume(waiting)
 
 
-class Kernel(asyncio.AbstractEventLoop):
+_EventLoop: Any = asyncio.AbstractEventLoop
+"""``Any``, since a world has the methods that the product calls and no others."""
+
+
+class Kernel(_EventLoop):
     """The event loop of all processes of one world."""
 
     def __init__(self, seed: int) -> None:
@@ -177,7 +181,7 @@ class Kernel(asyncio.AbstractEventLoop):
         self._numbers = itertools.count()
         self._pids = itertools.count(FIRST_PID)
         self._parked: dict[greenlet.greenlet, None] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: set[Any] = set()
         self._is_closed = False
 
     # Processes.
@@ -271,7 +275,7 @@ class Kernel(asyncio.AbstractEventLoop):
         """Run a callback; returns false where none is due by ``until_s``."""
         timers, ready = self._timers, self._ready
         if ready:
-            handle = ready.popleft()
+            handle: Any = ready.popleft()
         else:
             if not timers or timers[0][0] > until_s:
                 self.now_s = until_s

@@ -410,7 +410,7 @@ def test_a_connection_holds_so_many_bytes_until_they_are_read(machine: Machine) 
     machine.thread(sends)
     said = [what for _, what in machine.run()]
     assert said[0] == WINDOW_BYTES
-    assert sorted(said[1:]) == [4, WINDOW_BYTES]
+    assert set(said[1:]) == {4, WINDOW_BYTES}
     assert machine.said[1][0] >= 5.0
 
 
