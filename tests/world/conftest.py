@@ -1,7 +1,8 @@
-"""The end of a world leaves generators and coroutines that nobody goes on with."""
+"""A world's product logs much, and its end leaves generators that nobody goes on with."""
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import pytest
@@ -9,5 +10,6 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Say nothing of them."""
+    """Say nothing of either."""
     monkeypatch.setattr(sys, "unraisablehook", lambda raised: None)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)

@@ -238,6 +238,8 @@ class Kernel(_EventLoop):
             target()
         except (greenlet.GreenletExit, ProcessExit):
             pass
+        except KeyboardInterrupt:  # of the real machine
+            raise
         except BaseException as error:
             process = PROCESS.get()
             trace = "".join(traceback.format_exception(error)[-6:])

@@ -75,8 +75,12 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def _limited(limit_s: float) -> Iterator[None]:
+    """Raise :class:`TooLongError` inside after a time, and at the end where that was caught."""
+    late: list[TooLongError] = []
+
     def too_long(*_: object) -> None:
-        raise TooLongError(f"the run took more than {limit_s:g} s")
+        late.append(TooLongError(f"the run took more than {limit_s:g} s"))
+        raise late[-1]
 
     before = signal.signal(signal.SIGALRM, too_long)
     signal.setitimer(signal.ITIMER_REAL, limit_s, 1.0)
@@ -85,6 +89,8 @@ def _limited(limit_s: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
+    if late:
+        raise late[-1]
 
 
 def judged(scenario: Any, limit_s: float = LIMIT_S) -> Found:
