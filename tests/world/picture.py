@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.drawing import document, line, rect, text
+from tests.world.rows import Piece, packed
 from tests.world.timeline import PREFIX, name_of, outcome_of, short
 from tests.world.weather import CALM_S
 
@@ -28,34 +28,6 @@ BROKEN, EVENT, HUNG = "#d62728", "#4a3aa7", "#555555"
 COLORS = {"whole": "#59a14f", "cancelled": "#9aa5b1", "an error that faults excuse": "#f28e2b"}
 LEGEND = {**COLORS, "in a breach, or a breach": BROKEN, "an event, and how long": EVENT,
           "hangs": HUNG}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A bar of some lane: from when to when, what it is called, and its color."""
-
-    begun_s: float
-    ended_s: float
-    label: str
-    color: str
-    title: str = ""
-
-
-def packed(
-    pieces: Sequence[Piece], extent: Callable[[Piece], tuple[float, float]]
-) -> list[list[Piece]]:
-    """Put pieces into as few rows as their order allows, so that none lie on each other."""
-    rows: list[tuple[float, list[Piece]]] = []
-    for piece in sorted(pieces, key=lambda one: one.begun_s):
-        left, right = extent(piece)
-        for place, (end, row) in enumerate(rows):
-            if end <= left:
-                row.append(piece)
-                rows[place] = right, row
-                break
-        else:
-            rows.append((right, [piece]))
-    return [row for _, row in rows]
 
 
 class _Picture:
