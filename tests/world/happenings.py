@@ -279,6 +279,66 @@ class Happenings:
     def _burst(self, event: Event) -> bool:
         return True
 
+    # Rarities; their requests are among the scenario's.
+
+    def _poison_raises(self, event: Event) -> bool:
+        return True
+
+    def _poison_ends_routers(self, event: Event) -> bool:
+        return True
+
+    def _poison_ends_actors(self, event: Event) -> bool:
+        return True
+
+    def _long_prompts(self, event: Event) -> bool:
+        return True
+
+    def _controller_cut_off(self, event: Event) -> bool:
+        """Let no call of the controller reach an actor; all others reach each other."""
+        process = self._process(replace(event, role="controller"))
+        if process is None:
+            return False
+        cluster = self._world.cluster
+        cluster.cut_off.add(process.pid)
+
+        def mend() -> None:
+            cluster.cut_off.discard(process.pid)
+            self._world.network.heal()
+
+        self._later(event, mend)
+        return True
+
+    def _routers_die_in_a_redeploy(self, event: Event) -> bool:
+        """Deploy other weights, and end the earlier routers while they have requests."""
+        replicas = list(self._world.serve.deployments["router"].replicas)
+
+        def end() -> None:
+            for replica in replicas:
+                if replica.process.is_alive:
+                    self._world.end(replica.process)
+
+        self._later(event, end)
+        return self._redeploy_other_weights(event)
+
+    def _copy_stays_slow(self, event: Event) -> bool:
+        return self._device(event, slow=event.amount)
+
+    def _streams_over_TLS(self, event: Event) -> bool:  # noqa: N802
+        return False  # from the beginning
+
+    def _orphaned(self, event: Event) -> bool:
+        return False  # at the end
+
+    def _gateway_unreachable(self, event: Event) -> bool:
+        """Break the links of a gateway, and let none be made anew; calls still pass."""
+        process = self._process(replace(event, role="gateway"))
+        if process is None:
+            return False
+        network = self._world.network
+        network.hide(process)
+        self._later(event, lambda: network.hidden.discard(process.pid))
+        return True
+
 
 def _shortened(outcome: Any) -> str:
     return str(outcome)[:160]

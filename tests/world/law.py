@@ -14,6 +14,7 @@ from router.engine.replica import RouterReplica
 from router.gateway.service import GRACE_S
 from tests.world.clients import Answer
 from tests.world.kernel import Process
+from tests.world.law_of_time import is_poison
 from tests.world.model import tokens_of
 
 if TYPE_CHECKING:
@@ -187,6 +188,8 @@ class Law:
             self.broken(
                 "answers come in time", f"{took_s:.2f} s of {plan.timeout_s:g} at {plan.at_s:.3f}"
             )
+        if answer.error in ("InternalError", "PoisonedRequestError") and is_poison(answer):
+            return
         if answer.error == "InternalError" and self._world.may_be_internal(answer):
             return
         if answer.error and answer.error not in ALLOWED:

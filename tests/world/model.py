@@ -11,6 +11,7 @@ Dimension letters: T tokens, K experts per token, E experts, R rows to sample, V
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,13 @@ VOCAB = 512
 LAYERS = tuple(range(NUM_LAYERS))
 DTYPE = "float32"
 KERNEL_CLASS = "exact"
+POISONS = {
+    "poison raises": VOCAB,
+    "poison ends routers": VOCAB + 1,
+    "poison ends actors": VOCAB + 2,
+}
+"""Tokens at which a step raises, a router's process ends, and the process of an expert's actor."""
+_POISON_STATE = 0xBAD00BAD
 _MASK = (1 << 64) - 1
 _LOW = (1 << 32) - 1
 _NAN = 99.0
@@ -79,12 +87,26 @@ def _numbers(rows: np.ndarray) -> np.ndarray:
     return parts[:, 0] + parts[:, 1] * np.uint64(_SPREAD)
 
 
+def _take_poison(ids: np.ndarray, states: np.ndarray) -> None:
+    """Do as the poisons among tokens [T] want; ``states`` [T] are changed."""
+    if not (ids >= VOCAB).any():
+        return
+    if POISONS["poison raises"] in ids:
+        raise RuntimeError("no step can be computed with this token")
+    if POISONS["poison ends routers"] in ids:
+        os._exit(1)
+    states[ids == POISONS["poison ends actors"]] = _POISON_STATE
+
+
 # The slow oracle.
 
 
 def _sum_of(states: Sequence[int]) -> int:
     low, high = sum(s & 0xFFFF for s in states), sum(s >> 16 for s in states)
     return low + high * _SPREAD
+
+
+_POISON_NUMBER = _sum_of([_POISON_STATE])
 
 
 @lru_cache(maxsize=4096)
@@ -141,6 +163,8 @@ class _Attend:
             before = int(self._cache[span.slots[span.start - 1]]) if span.start else 0
             for slot in span.slots[span.start :]:
                 before = _mix(numbers[at] ^ _mix(before ^ self._key)) & _LOW
+                if numbers[at] == _POISON_NUMBER:
+                    before = _POISON_STATE  # a row of it ends its actor
                 self._cache[slot] = before
                 states.append(before)
                 at += 1
@@ -189,6 +213,7 @@ class ExactModel:
 
         def embedding(ids: torch.Tensor) -> torch.Tensor:
             states = _mix_all(ids.numpy().astype(np.uint64) ^ embedding_key) & np.uint64(_LOW)
+            _take_poison(ids.numpy(), states)
             return torch.from_numpy(_rows(states))
 
         def head(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -276,4 +301,7 @@ class ExactExpert:
         if took_s == "rows":
             return np.zeros((len(rows) - 1, 2), np.float32)
         time.sleep(took_s)
-        return _rows(_mix_all(_numbers(rows) ^ self._key) & np.uint64(_LOW))
+        numbers = _numbers(rows)
+        if _POISON_NUMBER in numbers:
+            os._exit(1)
+        return _rows(_mix_all(numbers ^ self._key) & np.uint64(_LOW))

@@ -140,6 +140,8 @@ class Network:
         self._ends: dict[End, None] = {}
         self._waiting: list[Callable[[], None]] = []
         self._down: set[str] = set()
+        self.hidden: set[int] = set()
+        """The processes, by their ids, to which no connection can be made."""
         self.nobody = contextvars.Context()
         """The context of what no process does."""
 
@@ -233,6 +235,8 @@ class Network:
         listener = self._listeners.get((target, address))
         if listener is None:
             raise ConnectionRefusedError("nobody listens there")
+        if listener.process is not None and listener.process.pid in self.hidden:
+            return self._end(process, address, is_unix), None
         own = self._end(process, address, is_unix)
         other = self._end(listener.process, address, is_unix)
         own.peer, other.peer = other, own
@@ -298,6 +302,14 @@ class Network:
             for end in (target, target.peer):
                 if end is not None:
                     end.break_off(TimeoutError("the connection timed out"))
+
+    def hide(self, process: Process) -> None:
+        """Break the connections of a process, and let nobody connect to it."""
+        self.hidden.add(process.pid)
+        for end in list(self._ends):
+            if end.process is process and end.peer is not None:
+                for one in (end, end.peer):
+                    one.break_off(ConnectionResetError("the connection is reset"))
 
     def lose_host(self, host: str) -> None:
         """Take a host down: its peers hear nothing more, and give up after a while."""

@@ -12,6 +12,7 @@ import random
 import secrets
 import selectors
 import socket
+import ssl
 import threading
 import time
 import uuid
@@ -25,11 +26,14 @@ import cluster.controller.controller
 import cluster.controller.lease
 import cluster.controller.ledger
 import cluster.controller.pool
+import cluster.transport.stream.channel
 import cluster.transport.stream.connect
 import experts.actor
 import experts.host_room
+import router.engine.batch
 import router.engine.replica
 from cluster.controller.state import ClusterState
+from cluster.tls import TlsFiles
 from cluster.transport.stream.channel import Channel
 from tests.world import locks, sockets
 from tests.world.kernel import ProcessExit, Thread, current_process
@@ -64,7 +68,8 @@ def replaced(world: World) -> Iterator[None]:
     def exit_now(code: int) -> None:
         process = current_process()
         assert process is not None
-        kernel.end(process)
+        world.ends.exits(process, code)
+        world.end(process)
         raise ProcessExit
 
     def token_bytes(count: int = 32) -> bytes:
@@ -93,6 +98,9 @@ def replaced(world: World) -> Iterator[None]:
         (socket, "socket", sockets.Socket),
         (socket, "create_connection", sockets.create_connection),
         (socket, "gethostname", node),
+        (ssl, "SSLSocket", sockets.TlsSocket),
+        (TlsFiles, "server_context", lambda files, where="": sockets.Tls()),
+        (TlsFiles, "client_context", lambda files: sockets.Tls()),
         (selectors, "DefaultSelector", sockets.Selector),
         (cluster.transport.stream.connect, "wait", sockets.wait),
         (Channel, "_native", None),
@@ -132,6 +140,12 @@ def replaced(world: World) -> Iterator[None]:
         (experts.actor, "memory", world.memory),
         (experts.host_room, "memory", world.memory),
     ]
+    if world.setting.tls:
+        # So that a short step comes in pieces, and messages are longer than what is read at once.
+        table += [
+            (router.engine.batch, "LEAST_PIECE_TOKENS", 3),
+            (cluster.transport.stream.channel, "BUFFER_BYTES", 128),
+        ]
     state = random.getstate()
     random.seed(world.seed)  # what the product draws without a generator of its own
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in table]

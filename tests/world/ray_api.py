@@ -217,10 +217,14 @@ class RayCluster:
         """Called when an actor is ordered to be killed."""
         self.on_record: Callable[[str, bytes], None] = lambda key, value: None
         """Called when a value is put into the store, by its key."""
+        self.on_place: Callable[[Handle], None] = lambda handle: None
+        """Called when an actor gets its node."""
         self.duplicates = 0.0
         """The share of calls that an actor is given twice."""
         self.lost = 0.0
         """The share of calls whose answer is lost, so that they fail as unavailable."""
+        self.cut_off: set[int] = set()
+        """The processes, by their ids, whose calls to actors wait for the network."""
         self._pending: list[tuple[Handle, Callable[[], Any], str | None]] = []
 
     # Messages.
@@ -228,6 +232,13 @@ class RayCluster:
     def send(self, call: Call, target: Process, arrive: Callable[[], None]) -> None:
         """Bring a message from the current process to another, or fail the call."""
         source = call.process.node if call.process else HEAD
+        if (
+            call.process is not None
+            and call.process.pid in self.cut_off
+            and target.name in self.actors
+        ):
+            self._wait_for_network(call, lambda: self.send(call, target, arrive))
+            return
         self._pass(call, source, target.node or HEAD, arrive)
         if self.duplicates and self.kernel.random.random() < self.duplicates:
             self._pass(call, source, target.node or HEAD, arrive)
@@ -235,17 +246,21 @@ class RayCluster:
     def _pass(self, call: Call, source: str, target: str, arrive: Callable[[], None]) -> None:
         """Have a message arrive, later where the link is cut."""
         if self.network.is_cut(source, target):
-            self.network.when_mended(lambda: self._pass(call, source, target, arrive))
-            self.kernel.call_later(
-                2 * TCP_TIMEOUT_S,
-                call.finish,
-                None,
-                ActorUnavailableError("the connection broke", None),
-                context=self.network.nobody,
-            )
+            self._wait_for_network(call, lambda: self._pass(call, source, target, arrive))
             return
         delay_s = self.network.delay_s(source, target)
         self.kernel.call_later(delay_s, arrive, context=self.network.nobody)
+
+    def _wait_for_network(self, call: Call, again: Callable[[], None]) -> None:
+        """Send again once the network is mended; the call fails where that takes long."""
+        self.network.when_mended(again)
+        self.kernel.call_later(
+            2 * TCP_TIMEOUT_S,
+            call.finish,
+            None,
+            ActorUnavailableError("the connection broke", None),
+            context=self.network.nobody,
+        )
 
     def fail_later(self, call: Call, handle: Handle) -> None:
         """Fail a call of a dead actor, once Ray notices its death."""
@@ -340,6 +355,7 @@ class RayCluster:
             handle.node = node
             handle.process.node = node.name
             node.actors.append(handle)
+            self.on_place(handle)
             with self.kernel.within(handle.process):
                 delay_s = self.kernel.random.uniform(*START_S)
                 self.kernel.call_later(

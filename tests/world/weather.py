@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tests.world.clients import Plan, plans
+from tests.world.rarities import draw_rarity, with_rarity
 
 BEGIN_S = 3.0
 """The deployment has had this long to start."""
@@ -34,6 +35,8 @@ class Setting:
     transport: str = "auto"
     redeploy_drain_s: float = 6.0
     autoscales: bool = False
+    tls: bool = False
+    """Whether streams between hosts are encrypted."""
     is_deleted: bool = False
     """Whether the application is deleted at the end."""
 
@@ -140,7 +143,9 @@ def draw(seed: int) -> Scenario:
             requests += _burst(source, requests, event.at_s)
     events.sort(key=lambda event: event.at_s)
     requests.sort(key=lambda plan: plan.at_s)
-    return Scenario(seed, setting, tuple(requests), tuple(events))
+    scenario = Scenario(seed, setting, tuple(requests), tuple(events))
+    rarity = draw_rarity(seed, Event, BEGIN_S, CALM_S)
+    return scenario if rarity is None else with_rarity(scenario, rarity)
 
 
 def _pick(source: random.Random, weights: dict[str, int]) -> str:

@@ -28,7 +28,7 @@ from experts.remote import RemoteExpertActor
 from router.config import RouterConfig
 from router.control.client import ControllerClient
 from router.engine.replica import RouterReplica
-from router.expert_config import ExpertsConfig
+from router.expert_config import ExpertsConfig, TlsConfig
 from router.gateway.deployment import Deployment
 from router.gateway.ray_upstream import RayUpstream
 from router.served import ServedModel
@@ -36,6 +36,10 @@ from tests.world.clients import Answer, Client, Plan
 from tests.world.happenings import Happenings
 from tests.world.kernel import Process, current_process, running
 from tests.world.law import Breach, Law
+from tests.world.law_of_devices import LawOfDevices
+from tests.world.law_of_ends import LawOfEnds
+from tests.world.law_of_frames import look_at_frames
+from tests.world.law_of_time import is_poison, look_at_times
 from tests.world.model import (
     DTYPE,
     KERNEL_CLASS,
@@ -57,6 +61,7 @@ from tests.world.weather import CALM_S, Event, Scenario, Setting
 
 APP = "world"
 MODEL = "exact"
+TLS = TlsConfig(certificate="certificate", key="key", authority="authority")
 SLOTS = 6
 """The actors that fit on a node."""
 EXPERT_BYTES = 1000
@@ -88,6 +93,8 @@ GENTLE = {
     "node added",
     "second controller",
     "burst",
+    "poison raises",
+    "gateway unreachable",
 }
 """Events under which a request with :data:`ENOUGH_S` is served, where experts have two copies."""
 OF_COPIES = {
@@ -166,6 +173,9 @@ class World:
         self.law = Law(self)
         self.cluster.on_record = self.law.ledger_written
         self.cluster.on_kill = self.law.killed
+        self.ends = LawOfEnds(self)
+        self.devices = LawOfDevices(self)
+        self.cluster.on_place = self.devices.placed
         self.happenings = Happenings(self)
         self.trace: list[str] = []
         self.kernel.on_life = lambda process, what: self.note(
@@ -217,8 +227,10 @@ class World:
         def compute(num_rows: int) -> Exception | float | str:
             self.used_at_s[process.name] = self.kernel.now_s
             slow = 1.0
-            for name in (process.node, process.name):
-                device = self._devices.get(name)
+            found = [self._devices.get(name) for name in (process.node, process.name)]
+            fault = next((device.fault for device in found if device and device.fault), "")
+            self.devices.computed(process, fault)
+            for device in found:
                 if device is not None:
                     if device.fault == "raises":
                         return RuntimeError("the device fails")
@@ -254,14 +266,21 @@ class World:
     def break_device(self, name: str, **changes: Any) -> None:
         """Break the device of a process, or all of a node."""
         self._devices[name] = Device(**changes)
+        if "slow" in changes:
+            self.devices.slowed(name, changes["slow"])
 
     def is_broken(self, process: Process) -> bool:
         """Return whether the device of a process, or of its node, is broken now."""
         return process.name in self._devices or process.node in self._devices
 
+    def has_bad_devices(self, name: str) -> bool:
+        """Return whether the device of a process, or those of a node, fail now."""
+        return name in self._devices and self._devices[name].fault in ("raises", "nan")
+
     def mend_device(self, name: str) -> None:
         """Mend the device of a process or a node."""
         self._devices.pop(name, None)
+        self.devices.mended(name)
         self.touch(name)
 
     def lose_node(self, name: str) -> None:
@@ -308,6 +327,7 @@ class World:
             call_timeout_s=2.0,
             rebalance_period_s=setting.rebalance_period_s,
             redeploy_drain_s=setting.redeploy_drain_s,
+            tls=TLS if setting.tls else None,
         )
         routers = RouterConfig(cache_tokens=256, max_batch_size=8, max_batch_tokens=16)
 
@@ -336,7 +356,8 @@ class World:
     async def _start_controller(
         self, model: ServedModel, experts: ExpertsConfig, setting: Setting
     ) -> Controller:
-        actor = ActorSpec(APP, (model.source,), 1.0, 0.0, 1, experts.max_queue_rows)
+        tls = None if experts.tls is None else experts.tls.files()
+        actor = ActorSpec(APP, (model.source,), 1.0, 0.0, 1, experts.max_queue_rows, tls)
         targets = None
         if setting.autoscales:
             targets = ScalingTargets(setting.num_actors - 1, setting.num_actors + 1, 0.6, 1.0, 2, 4)
@@ -399,6 +420,8 @@ class World:
     def is_excused(self, answer: Answer) -> bool:
         """Return whether a request may have failed of what happened."""
         plan, setting = answer.plan, self.setting
+        if is_poison(answer):
+            return True
         if plan.timeout_s < 1.0 and answer.error in ("DeadlineExceededError", "NoGateway"):
             return True
         ended_at_s = answer.ended_at_s or self.kernel.now_s
@@ -526,6 +549,7 @@ def run(scenario: Scenario) -> Outcome:
             world.run(number * LOOK_S)
             world.law.look()
         world.run(CALM_S)
+        world.devices.calmed()
         world.calm()
         world.note("the weather calms")
         world.run(CALM_S + HEAL_S, lambda: not client.is_waiting() and not world.unhealed())
@@ -534,8 +558,12 @@ def run(scenario: Scenario) -> Outcome:
         # A router that has lost a request's gateway computes it until its deadline.
         world.run(max(plan.at_s + plan.timeout_s for plan in scenario.plans) + 1.0)
         world.law.answers(client.answers, world.identities)
+        look_at_times(world, client.answers)
+        look_at_frames(world)
         world.law.nothing_left()
-        if scenario.setting.is_deleted:
+        if any(event.kind == "orphaned" for event in scenario.events):
+            world.ends.orphaned()
+        elif scenario.setting.is_deleted:
             _delete(world)
         return _outcome(scenario, world, client)
     finally:
