@@ -6,20 +6,17 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LinearRegression, Ridge
 
-from benchmarks.mixture_fit import (
+from benchmarks.mixture_fit import Result, chosen, difference, measured, pooled, verdicts
+from benchmarks.mixture_models import (
     EXPERT,
     MIXTURE,
     PEER,
     SETS,
     Model,
-    Result,
-    chosen,
     classifiers,
-    measured,
     pieces,
     regressors,
     two_pieces,
-    verdicts,
 )
 
 
@@ -59,7 +56,7 @@ def test_settings_are_chosen_without_the_rows_of_the_score() -> None:
     assert max(measured("made", model, (rows, values), 3, 0).scores) < 0.1
 
 
-def test_several_experts_must_beat_one_by_an_error() -> None:
+def test_several_experts_must_beat_one_by_the_corrected_test() -> None:
     params = [{"n": 1, "a": 1}, {"n": 1, "a": 2}, {"n": 2, "a": 1}]
 
     def place(scores: list[list[float]], single: tuple[str, int] | None) -> int:
@@ -69,9 +66,28 @@ def test_several_experts_must_beat_one_by_an_error() -> None:
 
     unclear = [[0.1, 0.2, 0.3], [0.5, 0.6, 0.7], [0.4, 0.6, 0.9]]
     assert (place(unclear, None), place(unclear, ("n", 1))) == (2, 1)
-    clear = [[0.1, 0.2, 0.3], [0.5, 0.6, 0.7], [0.7, 0.8, 0.85]]
+    by_an_error_in_each_fold = [[0.1, 0.2, 0.3], [0.5, 0.6, 0.7], [0.52, 0.65, 0.77]]
+    assert place(by_an_error_in_each_fold, ("n", 1)) == 1
+    clear = [[0.1, 0.2, 0.3], [0.5, 0.6, 0.7], [0.7, 0.8, 0.89]]
     assert place(clear, ("n", 1)) == 2
     assert place([[0.9] * 3, [0.5] * 3, [0.6] * 3], ("n", 1)) == 0
+    one_row_more_in_one_fold = [[0.9] * 3, [0.9] * 3, [0.91, 0.9, 0.9]]
+    assert place(one_row_more_in_one_fold, ("n", 1)) == 0
+
+
+def test_the_error_of_a_difference_allows_for_the_overlap_of_training_rows() -> None:
+    mean, error = difference([0.5, 0.6, 0.8, 0.9], [0.5, 0.5, 0.7, 0.7], 2)
+    differences = np.array([0.0, 0.1, 0.1, 0.2])
+    assert mean == pytest.approx(differences.mean())
+    assert error == pytest.approx(differences.std(ddof=1) * (1 / 4 + 1) ** 0.5)
+
+
+def test_folds_of_all_seeds_are_one_result() -> None:
+    parts = [result(name, PEER, [score, 0.5]) for score in (0.1, 0.2) for name in ("a", "b")]
+    assert [(one.model, one.scores, len(one.fit_s)) for one in pooled(parts)] == [
+        ("a", [0.1, 0.5, 0.2, 0.5], 4),
+        ("b", [0.1, 0.5, 0.2, 0.5], 4),
+    ]
 
 
 def result(name: str, kind: str, scores: list[float], of: str = "") -> Result:
@@ -83,7 +99,8 @@ def result(name: str, kind: str, scores: list[float], of: str = "") -> Result:
     [
         ([0.5, 0.6, 0.7], [0.5, 0.6, 0.7], [True, True]),
         ([0.95, 0.93, 0.97], [0.5, 0.6, 0.7], [False, True]),
-        ([0.92, 0.88, 0.92], [0.5, 0.6, 0.7], [True, True]),  # worse by less than an error
+        ([0.92, 0.88, 0.92], [0.5, 0.6, 0.7], [False, True]),  # worse by less than an error
+        ([0.91, 0.9, 0.9], [0.5, 0.6, 0.7], [True, True]),  # equal in the mean
         ([0.5, 0.6, 0.7], [0.92, 0.88, 0.89], [True, False]),
     ],
 )
@@ -97,7 +114,7 @@ def test_a_mixture_is_as_good_as_its_expert_and_wins_the_pieces(
         result("peer", PEER, peer),
         result("weak", PEER, [0.1, 0.2, 0.3]),
     ]
-    found = verdicts(results)
+    found = verdicts(results, 3)
     assert [verdict.is_kept for verdict in found] == kept
     assert found[0].figure == "pieces: mixture - one"
     assert found[1].figure == "pieces: mixture - peer"

@@ -138,12 +138,16 @@ def score_of(mixture: FittedMixture, held_out: Data) -> float:
 
 
 def losses_of(outputs: Array, data: Data) -> Array:
-    """Return the loss [N] of a mixture's outputs [N, W]: a squared error, or 1 for a wrong class.
+    """Return the loss [N] of a mixture's outputs [N, W]: a squared error.
 
-    Squares are relative to the variance of each output, and averaged over several.
+    Squares of a regression are relative to the variance of each output, and averaged over several.
+    Those of a classification are of probabilities, and summed over the classes (Brier 1950,
+    "Verification of forecasts expressed in terms of probability"). Wrong classes would be too few
+    to tell mixtures apart: one row less is a difference of one standard error.
     """
     if data.classes is not None:
-        return (outputs.argmax(axis=1) != data.targets).astype(np.float64)
+        of_classes: Array = ((outputs - np.eye(data.width)[data.targets]) ** 2).sum(axis=1)
+        return of_classes
     mean = np.average(data.targets, axis=0, weights=data.weights)
     variance = np.average((data.targets - mean) ** 2, axis=0, weights=data.weights)
     squares = (outputs - data.targets) ** 2 / np.where(variance > 0, variance, 1.0)

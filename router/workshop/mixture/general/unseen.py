@@ -31,21 +31,20 @@ MEAN, STACKED, EM = "mean", "stacked", "EM"
 """The mixtures of experts that are fitted to all rows, with constant weights (Breiman 1996,
 "Stacked regressions") and with a gate; and that of EM, with experts fitted to their shares."""
 _FIRST_ITERATIONS = 2
-_CLEAR, _SOME = 2.0, 1.0
-"""The standard errors of a gain that ends the judgement of EM early, and that is enough at all."""
 
 
 class UnseenSearch:
     """Fits mixtures of the same experts, and takes the simplest that no other clearly beats.
 
-    The first is the mean. Another takes its place where its loss is less by more than a standard
-    error: each expert alone, the gate over experts fitted to all rows, and EM. ``losses`` are the
-    mean losses, by weight; ``chosen`` is the name of the mixture taken.
+    The first is the expert of the least loss, alone. The mean, the gate over experts fitted to all
+    rows, and EM follow: each takes the place of the one taken so far where its loss is less by more
+    than ``gain_errors`` standard errors. ``losses`` are the mean losses, by weight; ``chosen`` is
+    the name of the mixture taken.
 
     The rows of a fold judge a mixture fitted to the other folds. EM is fitted to the other rows of
-    one fold after another, and judged by all rows judged so far: it is in as soon as it gains two
-    standard errors, and out as soon as its gain, if it stays, will not be one over all folds. EM's
-    loss is that of the rows judged.
+    one fold after another, and judged by all rows judged so far: it is out as soon as its gain, if
+    it stays, will not be enough over all folds. It is in after the last fold only, as the rows of
+    the first one choose its iterations. EM's loss is that of the rows judged.
     """
 
     def __init__(
@@ -55,16 +54,18 @@ class UnseenSearch:
         folds: Sequence[Fold],
         divisions: Sequence[Array],
         limits: Limits,
+        gain_errors: float,
         run_em: Callable[[EnsembleEM, Limits], Run],
     ) -> None:
         """Take a state that is not started, and the first shares [N, E] of EM's starts.
 
         ``run_em`` runs EM on all rows, where it wins.
         """
+        self._gain_errors = gain_errors
         self._begun, self._data, self._folds = begun, data, folds
         self._divisions, self._limits, self._run_em = divisions, limits, run_em
         self.losses: dict[str, float] = {}
-        self.chosen = MEAN
+        self.chosen = ""
 
     def best(self) -> Run:
         """Return the run of the chosen mixture.
@@ -73,20 +74,24 @@ class UnseenSearch:
         """
         whole = self._begun.copied()
         whole.start_whole()
-        candidates: dict[str, Callable[[EnsembleEM], EnsembleEM]] = {MEAN: EnsembleEM.with_mean}
+        candidates: dict[str, Callable[[EnsembleEM], EnsembleEM]] = {
+            f"{name} alone": partial(EnsembleEM.with_expert, number=number)
+            for number, name in enumerate(whole.names)
+        }
+        alone = list(candidates)
         if whole.num_experts > 1:
-            for number, name in enumerate(whole.names):
-                candidates[f"{name} alone"] = partial(EnsembleEM.with_expert, number=number)
-            candidates[STACKED] = EnsembleEM.with_gate
+            candidates |= {MEAN: EnsembleEM.with_mean, STACKED: EnsembleEM.with_gate}
         losses = {
             name: unseen_losses(start, whole, self._data, self._folds, self._limits)
             for name, start in candidates.items()
         }
         for name, of_mixture in losses.items():
             self.losses[name] = float(np.average(of_mixture, weights=self._data.weights))
-        least = min(losses, key=lambda name: self.losses[name])
-        if Gain.of(losses[least], losses[MEAN], self._data).exceeds(_SOME):
-            self.chosen = least
+        self.chosen = min(alone, key=lambda name: self.losses[name])
+        for name in candidates:
+            gain = Gain.of(losses[name], losses[self.chosen], self._data)
+            if name not in alone and gain.exceeds(self._gain_errors):
+                self.chosen = name
         if whole.num_experts > 1:
             try:
                 winner = self._winner(losses[self.chosen])
@@ -117,11 +122,11 @@ class UnseenSearch:
             of_em[fold[1]] = self._judged(mixture, fold)
             judged = np.concatenate([judged, fold[1]])
             gain = Gain.of(of_em[judged], losses[judged], data.of(judged))
-            is_promising = gain.exceeds(_SOME * (len(judged) / len(data.X)) ** 0.5)
-            if gain.exceeds(_CLEAR) or not is_promising:
+            is_promising = gain.exceeds(self._gain_errors * (len(judged) / len(data.X)) ** 0.5)
+            if not is_promising:
                 break
         self.losses[EM] = float(np.average(of_em[judged], weights=data.weights[judged]))
-        return first if gain.exceeds(_SOME) else None
+        return first if is_promising else None
 
     def _best_of_other_rows(self, fold: Fold) -> tuple[int, int, FittedMixture]:
         """Run EM on the other rows of a fold; returns its start, its iterations, its mixture.

@@ -20,6 +20,7 @@ from router.workshop.mixture.general.ensemble import EnsembleEM
 from router.workshop.mixture.general.fits import Data, Expert
 from router.workshop.mixture.general.folds import folds_of, given_folds
 from router.workshop.mixture.general.gates import learner_of, least_squares_weights
+from router.workshop.mixture.general.search import losses_of
 from router.workshop.mixture.general.unseen import UnseenSearch
 from tests.unit.router.workshop.mixture.test_general import two_pieces, two_rules
 
@@ -92,15 +93,16 @@ def test_an_expert_is_not_fitted_again_to_the_shares_of_its_latest_fit() -> None
 
 
 @pytest.mark.parametrize(
-    ("of_folds", "expected"),
+    ("of_folds", "is_taken"),
     [
-        ([0.0, 0.0, 0.0, 0.0], "mean"),  # no gain: out at once
-        ([0.5, 0.5, 0.5, 0.5], "EM"),  # clear in the first fold
-        ([0.04, -0.3, 0.5, 0.5], "mean"),  # out after the second
+        ([0.0, 0.0, 0.0, 0.0], False),  # no gain: out at once
+        ([0.5, 0.5, 0.5, 0.5], True),
+        ([0.5, 0.5, 0.5, -1.5], False),  # the last fold judges too
+        ([0.04, -0.3, 0.5, 0.5], False),  # out after the second
     ],
 )
-def test_folds_judge_em_until_the_choice_is_clear(
-    of_folds: list[float], expected: str, monkeypatch: pytest.MonkeyPatch
+def test_folds_judge_em_until_it_cannot_win(
+    of_folds: list[float], is_taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     X, y = two_pieces(7, 80)
     y = np.random.default_rng(7).normal(size=80)
@@ -123,8 +125,47 @@ def test_folds_judge_em_until_the_choice_is_clear(
     monkeypatch.setattr(UnseenSearch, "_judged", losses)
     experts = [LinearRegression(), Ridge(10.0)]
     fitted = MixtureOfExpertsRegressor(experts, cv=4, n_init=1, random_state=0).fit(X, y)
-    assert fitted.chosen_ == expected
-    assert max(judged) == (1 if of_folds[1] < 0 else 0)
+    assert (fitted.chosen_ == "EM") == is_taken
+    first_loss = next((n for n, gain in enumerate(of_folds) if gain <= 0), 3)
+    assert max(judged) == first_loss
+
+
+def noisy_lines(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows [N, 2] and a target that is a line, with much noise."""
+    source = np.random.default_rng(seed)
+    X = source.normal(size=(120, 2))
+    return X, X @ [1.0, -1.0] + source.normal(size=120)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_expert_alone_is_taken_unless_another_mixture_is_clearly_better(seed: int) -> None:
+    X, y = noisy_lines(seed)
+    experts = [("tree", DecisionTreeRegressor(max_depth=3, random_state=0)), ("line", Ridge())]
+    fitted = MixtureOfExpertsRegressor(experts, random_state=0).fit(X, y)
+    assert fitted.chosen_ == "line alone"
+    np.testing.assert_allclose(fitted.predict(X), Ridge().fit(X, y).predict(X), atol=1e-9)
+
+
+def test_of_no_errors_the_least_loss_wins() -> None:
+    X, y = noisy_lines(0)
+    y = y + X[:, 0] * X[:, 1]
+    experts = [("near", KNeighborsRegressor(9)), ("line", Ridge())]
+    by_errors = {
+        number: MixtureOfExpertsRegressor(experts, gain_errors=number, random_state=0).fit(X, y)
+        for number in (0, 1000)
+    }
+    losses = by_errors[0].cv_losses_
+    alone = min(losses["line alone"], losses["near alone"])
+    assert losses[by_errors[0].chosen_] == min(losses.values()) < alone
+    assert losses[by_errors[1000].chosen_] == alone
+    with pytest.raises(ValueError, match="'gain_errors' parameter"):
+        MixtureOfExpertsRegressor(gain_errors=-1).fit(X, y)
+
+
+def test_the_loss_of_a_classification_is_that_of_its_probabilities() -> None:
+    data = Data(np.zeros((2, 1)), np.array([0, 2]), np.ones(2), np.array(["a", "b", "c"]))
+    outputs = np.array([[0.7, 0.2, 0.1], [0.5, 0.5, 0.0]])
+    np.testing.assert_allclose(losses_of(outputs, data), [0.09 + 0.04 + 0.01, 0.25 + 0.25 + 1])
 
 
 def test_the_weights_of_least_squares_are_those_of_a_general_solver() -> None:
