@@ -65,7 +65,7 @@ def train(begin: Begin) -> Trained:
             "num_folds": NUM_FOLDS,
             "num_held_out": len(test_y),
             "scores": table(("", "Accuracy", "Log loss"), rows),
-            "losses": losses(fitted, "Wrong, out of fold"),
+            "losses": losses(fitted, "Squared error of the probabilities, out of fold"),
             "chosen": fitted.chosen_,
         }
         return filled("digits", mixture, local, {"pixels": pixels[:1]}, parts)
