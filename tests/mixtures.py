@@ -95,8 +95,12 @@ def fitted_estimator() -> MixtureOfExpertsRegressor:
         ("scaled", make_pipeline(StandardScaler(), Ridge(10.0))),
         ("forest", RandomForestRegressor(5, max_depth=3)),
     ]
-    estimator = MixtureOfExpertsRegressor(experts, top_k=2, n_init=1, tol=1e-2, random_state=0)
-    return estimator.fit(rows, targets)
+    estimator = MixtureOfExpertsRegressor(
+        experts, top_k=2, gain_errors=0, n_init=1, tol=1e-2, random_state=0
+    )
+    estimator.fit(rows, targets)
+    assert estimator.chosen_ == "stacked", "a gate, so that several experts predict a row"
+    return estimator
 
 
 def _pairwise(estimator: Any, rows: np.ndarray, targets: np.ndarray) -> Any:
