@@ -56,14 +56,14 @@ def test_a_table_has_its_numbers_readable() -> None:
 
 
 def test_training_anew_gives_the_bundled_mixture(tmp_path: Path, one_thread: None) -> None:
-    """The weights' last bits may differ where the processor is another."""
+    """The weights differ a little where the processor or a library is another."""
     assert command.main(["diabetes", "--out", str(tmp_path)]) == 0
     made, bundled = open_mixture(tmp_path / "diabetes"), open_mixture(BUNDLED / "diabetes")
     assert made.spec == bundled.spec
     rows = load_diabetes(scaled=False).data
     new, old = (LocalMixture(mixture).predict({"patient": rows}) for mixture in (made, bundled))
     for name, array in old.items():
-        np.testing.assert_allclose(new[name], array, 1e-4)
+        np.testing.assert_allclose(new[name], array, 1e-3)
     card = (tmp_path / "diabetes" / "README.md").read_text(encoding="utf-8")
     assert f"`{identity_of(made)}`" in card
     assert "{" not in card.split("## Use")[0]
