@@ -45,9 +45,9 @@ class Tally:
 
     def __init__(self) -> None:
         from tests.world.coverage import Coverage
-        from tests.world.weather import FAULTS, OPERATIONS
+        from tests.world.weather import FAULTS, OF_COPIES, OPERATIONS
 
-        self.coverage = Coverage(list(FAULTS), list(OPERATIONS))
+        self.coverage = Coverage(list(FAULTS), [*OPERATIONS, *OF_COPIES])
         self.counts: Counter[str] = Counter()
         self.failed: dict[int, Found] = {}
         self.cpu_s = 0.0

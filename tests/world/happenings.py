@@ -224,6 +224,15 @@ class Happenings:
         num_actors = max(3, self._world.setting.num_actors - 1)
         return self._deploy(self._world.identity, num_actors=num_actors)
 
+    def _redeploy_more_copies(self, event: Event) -> bool:
+        num_actors = self._world.setting.num_actors
+        min_copies = min(num_actors, self._world.setting.min_copies + 1)
+        return self._deploy(self._world.identity, min_copies=min_copies)
+
+    def _redeploy_fewer_copies(self, event: Event) -> bool:
+        min_copies = max(1, self._world.setting.min_copies - 1)
+        return self._deploy(self._world.identity, min_copies=min_copies)
+
     def _ask(self, method: str, *args: Any) -> bool:
         """Have an operator call the controller, and note what comes of it."""
         world = self._world

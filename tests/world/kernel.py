@@ -181,7 +181,7 @@ class Kernel(_EventLoop):
         self._numbers = itertools.count()
         self._pids = itertools.count(FIRST_PID)
         self._parked: dict[greenlet.greenlet, None] = {}
-        self._tasks: set[Any] = set()
+        self._tasks: dict[Any, Process | None] = {}
         self._is_closed = False
 
     # Processes.
@@ -333,9 +333,13 @@ class Kernel(_EventLoop):
         self._ready.clear()
         self._timers.clear()
 
-    def num_tasks(self, process: Process) -> int:
-        """Return the number of tasks of a process that have not ended."""
-        return sum(task.get_context().get(PROCESS) is process for task in self._tasks)
+    def tasks_of(self, process: Process) -> list[str]:
+        """Return the names of the coroutines of a process that have not ended."""
+        return sorted(
+            task.get_coro().__qualname__  # type: ignore[union-attr]
+            for task, owner in self._tasks.items()
+            if owner is process
+        )
 
     def time(self) -> float:
         return self.now_s
@@ -378,8 +382,8 @@ class Kernel(_EventLoop):
 
     def create_task(self, coro: Any, *, name: str | None = None, context: Any = None) -> Any:
         task: asyncio.Task[Any] = asyncio.Task(coro, loop=self, name=name, context=context)
-        self._tasks.add(task)  # also keeps those of ended processes from being closed early
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = PROCESS.get()  # so that those of ended processes are kept too
+        task.add_done_callback(self._tasks.pop)
         return task
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:

@@ -31,6 +31,13 @@ ALLOWED = {
     "NoGateway",
 }
 """The errors that a client may get of faults; each says what it is to do."""
+STANDING = {
+    "LinkClient._open",
+    "LinkListener._admit",
+    "PlacementWatcher._bounded",
+    "PlacementWatcher._watch_forever",
+}
+"""The coroutines of a router or a gateway that last as long as it."""
 LATE_S = 0.25
 """How late an answer may come beside its deadline and the gateway's grace."""
 USED_S = 1.0
@@ -214,7 +221,7 @@ class Law:
         """Look at what is kept for requests that have ended."""
         world = self._world
         for replica in world.serve.deployments["router"].running():
-            self._router(replica.handle.instance, replica.process.name)
+            self._router(replica.handle.instance, replica.process)
         for replica in world.serve.deployments["gateway"].running():
             upstream = replica.handle.instance.upstream
             kept = {
@@ -222,6 +229,8 @@ class Law:
                 "attempts": len(upstream._attempts),
                 "held": sum(upstream._held.values()),
                 "streams": upstream._num_streams,
+                "routes": len(upstream._link._routes),
+                **self._tasks(replica.process),
             }
             self._nothing(kept, replica.process.name)
         for handle in world.cluster.actors.values():
@@ -232,15 +241,21 @@ class Law:
         for error in world.kernel.errors:
             self.broken("nothing raises unseen", error)
 
-    def _router(self, router: RouterReplica, name: str) -> None:
+    def _tasks(self, process: Process) -> dict[str, int]:
+        """Return the coroutines of a router or gateway beside those that never end."""
+        names = self._world.kernel.tasks_of(process)
+        return dict(Counter(name for name in names if name not in STANDING))
+
+    def _router(self, router: RouterReplica, process: Process) -> None:
         scheduler = router._scheduler
         kept = {
             "requests": len(router._requests),
             "sequences": len(scheduler.sequences()),
             "pages": scheduler.num_pages - scheduler.num_free_pages,
             "waiting tokens": scheduler.waiting.num_tokens,
+            **self._tasks(process),
         }
-        self._nothing(kept, name)
+        self._nothing(kept, process.name)
 
     def _nothing(self, kept: dict[str, int], name: str) -> None:
         left = {what: number for what, number in kept.items() if number}

@@ -105,6 +105,9 @@ FAULTS = {
     "clock jumps": 1,
     "node lost": 1,
 }
+COPIES_SHARE = 0.04
+"""The share of seeds with one of :data:`OF_COPIES`."""
+OF_COPIES = ("redeploy more copies", "redeploy fewer copies")
 OPERATIONS = {
     "redeploy the same": 2,
     "redeploy other weights": 3,
@@ -143,6 +146,9 @@ def draw(seed: int) -> Scenario:
             requests += _burst(source, requests, event.at_s)
     events.sort(key=lambda event: event.at_s)
     requests.sort(key=lambda plan: plan.at_s)
+    copies = _redeploy_of_copies(seed)
+    if copies is not None:
+        events = sorted([*events, copies], key=lambda event: event.at_s)
     scenario = Scenario(seed, setting, tuple(requests), tuple(events))
     rarity = draw_rarity(seed, Event, BEGIN_S, CALM_S)
     return scenario if rarity is None else with_rarity(scenario, rarity)
@@ -186,6 +192,18 @@ def _operation(source: random.Random) -> Event:
     kind = _pick(source, OPERATIONS)
     at_s = source.uniform(BEGIN_S, CALM_S - 5.0)
     return Event(at_s, kind, source.randrange(100))
+
+
+def _redeploy_of_copies(seed: int) -> Event | None:
+    """Draw a redeploy with another number of copies, which few seeds have.
+
+    It is drawn apart, so that the rest of a seed stays as it is.
+    """
+    source = random.Random(f"copies-{seed}")
+    if source.random() >= COPIES_SHARE:
+        return None
+    kind = source.choice(OF_COPIES)
+    return Event(source.uniform(BEGIN_S, CALM_S - 5.0), kind)
 
 
 def _burst(source: random.Random, requests: list[Plan], at_s: float) -> list[Plan]:

@@ -183,6 +183,8 @@ class World:
         )
         self.identity = ""
         self.identities: set[str] = set()
+        self.least_copies = self.setting.min_copies
+        """The fewest copies that any deployment wanted."""
         self.full: set[str] = set()
         """Nodes without memory."""
         self.failing_disks: set[str] = set()
@@ -319,6 +321,7 @@ class World:
         self.identity = identity
         self.identities.add(identity)
         self.setting = setting = setting or self.setting
+        self.least_copies = min(self.least_copies, setting.min_copies)
         model = _served(identity)
         experts = ExpertsConfig(
             actors=setting.num_actors,
@@ -419,7 +422,7 @@ class World:
 
     def is_excused(self, answer: Answer) -> bool:
         """Return whether a request may have failed of what happened."""
-        plan, setting = answer.plan, self.setting
+        plan = answer.plan
         if is_poison(answer):
             return True
         if plan.timeout_s < 1.0 and answer.error in ("DeadlineExceededError", "NoGateway"):
@@ -429,7 +432,7 @@ class World:
         near = [
             e for e in self.happenings.hit if since_s <= e.at_s + e.for_s and e.at_s < ended_at_s
         ]
-        if setting.min_copies < 2 or plan.timeout_s < ENOUGH_S:
+        if self.least_copies < 2 or plan.timeout_s < ENOUGH_S:
             return bool(near)
         of_copies = [event for event in near if event.kind in OF_COPIES]
         return len(of_copies) > 1 or any(e.kind not in GENTLE and e not in of_copies for e in near)
@@ -440,7 +443,7 @@ class World:
             return False
         hit = self.happenings.hit
         is_broken = any("device" in event.kind or event.kind == "rows lost" for event in hit)
-        return is_broken and (len(hit) > 1 or self.setting.min_copies < 2)
+        return is_broken and (len(hit) > 1 or self.least_copies < 2)
 
     def is_removed(self, handle: Handle, killer: Process | None) -> bool:
         """Return whether a kill is the end of an actor that an order took out of the fleet."""
