@@ -106,8 +106,8 @@ class Controller:
         self._rebalancer = Rebalancer(self._state, changes, tracker, self._slow_notice)
         self._elastic = Elastic(self._state, expert_pool, self._keeper, self._rebalancer, meter)
         deaths = self._keeper.deaths
-        reliever = Reliever(self._state, deaths, self._rebalancer, self._elastic.report)
-        self._keeper.relieve = reliever.relieve
+        self._reliever = Reliever(self._state, deaths, self._rebalancer, self._elastic.report)
+        self._keeper.relieve = self._reliever.relieve
         self._autoscaler = Autoscaler(self._state, expert_pool, self._elastic, meter)
         self._loops: list[asyncio.Task[None]] = []
 
@@ -141,6 +141,7 @@ class Controller:
         for loop in self._loops:
             if loop is not asyncio.current_task():
                 loop.cancel()
+        self._reliever.close()
         self._keeper.close()
 
     async def check_health(self) -> None:

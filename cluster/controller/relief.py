@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -35,13 +36,35 @@ class Reliever:
         self._deaths = deaths
         self._rebalancer = rebalancer
         self._report = report
+        self._relieving: dict[str, asyncio.Task[bool]] = {}
 
     async def relieve(self, actor_id: str, error: NoRoomError) -> bool:
         """Move as many experts off an actor as its memory lacks bytes for.
 
         Returns false, and moves nothing, where other actors have no room for that many, or one of
-        them fails to load.
+        them fails to load. An actor that serves is relieved in the background, and false is
+        returned: its keeper, which calls this, has to see to it that it unloads experts meanwhile.
         """
+        if actor_id not in self._state.placement.generations:
+            return await self._relieve(actor_id, error)
+        if actor_id not in self._relieving:
+            task = asyncio.create_task(self._relieve(actor_id, error), name=f"relieve {actor_id}")
+            self._relieving[actor_id] = task
+            task.add_done_callback(lambda task: self._ended(actor_id, task))
+        return False
+
+    def close(self) -> None:
+        """End what goes on in the background."""
+        for task in list(self._relieving.values()):
+            task.cancel()
+
+    def _ended(self, actor_id: str, task: asyncio.Task[bool]) -> None:
+        del self._relieving[actor_id]
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("%s is not relieved (%r)", actor_id, task.exception())
+
+    async def _relieve(self, actor_id: str, error: NoRoomError) -> bool:
+        """See :meth:`relieve`; waits until the experts have moved."""
         began_at_s = time.monotonic()
         async with self._rebalancer.plan_lock:
             state = self._state

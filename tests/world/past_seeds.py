@@ -13,7 +13,10 @@ from tests.world.weather import Scenario
 
 FOLDER = Path(__file__).parent / "past"
 STORIES = {
-    "seed-3": "A device yields NaN just after the actor's look at its answers; routers ask its "
+    "seed-86": "At a redeploy with fewer actors a node's memory is full, and its actors are ended "
+    "with all experts that they serve, since they cannot load the rest of their new share. Then "
+    "an actor waited for its own relief for ever.",
+    "seed-99": "A device yields NaN just after the actor's look at its answers; routers ask its "
     "twins from then on, so nobody tests it, and it stays.",
 }
 """The story of each file of ``past/``, by its name without ``.json``."""

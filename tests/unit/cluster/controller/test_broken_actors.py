@@ -348,3 +348,28 @@ def test_an_actor_that_serves_and_cannot_read_more_lives_on(
         await cluster.stop()
 
     run(test)
+
+
+def test_an_actor_that_serves_is_relieved_of_experts_that_it_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its keeper has it unload them meanwhile: it must not wait for the relief itself."""
+    monkeypatch.setattr(keeper_module, "LOAD_RETRY_S", 0.05)
+
+    async def test() -> None:
+        pool = pool_of("n1", "n2")
+        cluster = Cluster(2, pool)
+        keys = cluster.spec.models[0].experts.expert_keys()
+        first = pool.add("expert-0", 1, 1, node="n1", keys=keys[:4])
+        second = pool.add("expert-1", 1, 1, node="n2", keys=keys[4:7])
+        first.free_bytes = second.free_bytes = 10_000
+        pool.load_gate = lacking({"expert-1": 2})(cluster)
+        await cluster.start()
+        await cluster.complete()
+        await happens(lambda: len(second.keys) == 2)
+        assert len(first.keys) == 6
+        assert (first.alive, second.alive, len(pool.actors)) == (True, True, 2)
+        await happens(lambda: (cluster.controller._keeper.deaths.status(time.monotonic())) == ())
+        await cluster.stop()
+
+    run(test)
