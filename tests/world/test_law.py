@@ -17,7 +17,7 @@ from tests.world.kernel import Process
 from tests.world.law import ALLOWED, LATE_S, UNTRUE_S, USED_S, WELL_S
 from tests.world.model import tokens_of
 from tests.world.ray_api import Handle
-from tests.world.weather import Event, Setting
+from tests.world.weather import Event
 from tests.world.world import Device, World
 
 PROMPT, NUM = (3, 1, 4), 5
@@ -119,10 +119,10 @@ def test_an_error_is_excused_by_what_happened_before_it_alone(world: World) -> N
 def test_a_gentle_event_excuses_nothing_where_there_are_copies(world: World) -> None:
     failed = answer(error="UnavailableError", choices=[Choice()])
     world.happenings.hit = [Event(4.5, "dies", role="actor")]
-    world.setting = Setting(min_copies=1)
+    world.least_copies = 1
     world.law.answers([failed], world.identities)
     assert broken(world) == []
-    world.setting = Setting(min_copies=2)
+    world.least_copies = 2
     world.law.answers([failed], world.identities)
     assert broken(world) == ["what can be served is served"]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from time import perf_counter
 
 import pytest
+import torch
 
 from tests.world.clients import Answer, Plan
 from tests.world.kernel import Kernel, Thread
@@ -177,3 +178,5 @@ def test_a_world_leaves_nothing_behind() -> None:
     assert left == []
     assert {name: getattr(time, name) for name in before} == before
     assert threading.Lock is not Lock
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()

@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from cluster.controller.controller import Controller
 from cluster.controller.ledger import LedgerStore, RayStore
 from cluster.controller.pool import ExpertPool
@@ -194,6 +196,9 @@ class World:
         """When a fault touched a process last."""
         self._devices: dict[str, Device] = {}
         self._stack = ExitStack()
+        # Engines of one real thread enter and leave this mode in any order; the last exit puts it
+        # back as it was.
+        self._stack.enter_context(torch.inference_mode())
         self._stack.enter_context(running(self.kernel))
         self._stack.enter_context(replaced(self))
 
