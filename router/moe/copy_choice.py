@@ -1,6 +1,8 @@
 """Chooses the copy of each expert that a router asks: less loaded copies, on actors that answer.
 
-An actor that failed is *avoided*: it is asked only for experts without a copy elsewhere. A part is
+An actor that failed is *avoided*: it is asked only for experts without a copy elsewhere. One whose
+rows of this very layer were not finite is asked again only where no other actor has the expert, an
+avoided one or not, since an actor that was late is right and this one may never be. A part is
 *replaceable* where actors that are not avoided hold copies of all its experts. An actor that is
 *slow* (:mod:`router.moe.answer_times`) is asked for as much as it computes while the others compute
 the rest, and now and then for a little more, so that the router sees when it is slow no longer.
@@ -78,7 +80,10 @@ class CopyChoice:
         """Return a layer's layout for sending ``pairs``, with one copy of each expert."""
         if placement is not self._laid_for:
             self.times.forget_others(placement.generations)
-        holders = self._layouts.holders(placement, layer.layer_id)
+        damaging = layer.damaging_actors(placement.generations)
+        holders: Sequence[tuple[str, ...]] = self._layouts.holders(placement, layer.layer_id)
+        if damaging:
+            holders = [_usable(actors, damaging) for actors in holders]
         expert_ids = layer.expert_of_pair if pairs is None else layer.expert_of_pair[pairs]
         counts = np.bincount(expert_ids, minlength=len(holders)).tolist()
         avoided = self._avoided(placement, layer, now_s)

@@ -106,6 +106,14 @@ class PendingLayer:
         patient_until_s = self.started_at_s + patience_s(failed.part, self.attempt.most_rows)
         return max(self.deadline_s, patient_until_s)
 
+    def damaging_actors(self, generations: Mapping[str, int]) -> frozenset[str]:
+        """Return the actors of ``damaged`` parts that still have the generation that sent them."""
+        return frozenset(
+            part.actor_id
+            for part in self.damaged
+            if generations.get(part.actor_id) == part.generation
+        )
+
     def note_deaths(self, failed_parts: Iterable[FailedPart]) -> None:
         """Count the actors that died in a round; raises as :meth:`LayerDeaths.note`."""
         died = [failed.part for failed in failed_parts if failed.failure is CallFailure.DIED]

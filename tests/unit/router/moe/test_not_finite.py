@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import struct
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,28 @@ def test_another_copy_is_asked_and_the_first_is_avoided_from_then_on(
     assert cluster.dispatcher.retries == {"not_finite": 1}
     assert asked.count("a1") == 1
     assert set(cluster.suspected) == {("a1", 1)}
+
+
+def test_a_copy_that_was_late_is_asked_before_the_one_whose_rows_were_not_finite(
+    folder: Path, expected: list[tuple[int, ...]]
+) -> None:
+    cluster = LocalCluster(folder, 3, min_copies=2)
+    late = cluster.placement.generations.keys() - {"a1"}
+    answered: Counter[str] = Counter()
+
+    def damage(call: Call, number: int) -> bytes | None:
+        for actor_id in late:
+            cluster.dispatcher._copies.note_failure(actor_id, 1, time.monotonic())
+        answered[call.actor_id] += 1
+        return answer_with(cluster, call, VALUES["nan"]) if call.actor_id == "a1" else None
+
+    cluster.transport.fail = damage
+    try:
+        assert tokens_of(cluster) == expected
+    finally:
+        cluster.close()
+    assert cluster.dispatcher.retries == {"not_finite": answered["a1"]}
+    assert answered["a1"] > 0
 
 
 def broken(folder: Path, name: str, row: int, to: Path) -> Path:
