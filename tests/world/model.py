@@ -11,6 +11,7 @@ Dimension letters: T tokens, K experts per token, E experts, R rows to sample, V
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -48,6 +49,8 @@ _NAN = 99.0
 """Stands for what is no number in a hash."""
 _SPREAD = 1 << 20
 """Above any sum of K low halves, so that two sums make one number."""
+_PLACES = np.array([1.0, _SPREAD])
+"""What each half counts in a number; float64 holds all of them exactly."""
 
 
 def _mix(x: int) -> int:
@@ -72,19 +75,16 @@ def key_of(*parts: object) -> int:
 
 
 def _rows(states: np.ndarray) -> np.ndarray:
-    """Return states [T] as rows [T, 2]."""
-    rows = np.empty((len(states), 2), np.float32)
-    rows[:, 0] = states & np.uint64(0xFFFF)
-    rows[:, 1] = states >> np.uint64(16)
-    return rows
+    """Return states [T] as rows [T, 2], the low half first."""
+    return states.astype("<u4").view("<u2").reshape(-1, 2).astype(np.float32)
 
 
 def _numbers(rows: np.ndarray) -> np.ndarray:
     """Return rows [T, 2], or sums of them, as numbers [T]."""
-    if not np.isfinite(rows).all():  # a cast of what is no number differs between processors
-        rows = np.nan_to_num(rows, nan=_NAN, posinf=_NAN, neginf=_NAN)
-    parts = rows.astype(np.uint64)
-    return parts[:, 0] + parts[:, 1] * np.uint64(_SPREAD)
+    numbers = rows.astype(np.float64) @ _PLACES
+    if not math.isfinite(numbers.sum()):  # a cast of what is no number differs between processors
+        return _numbers(np.nan_to_num(rows, nan=_NAN, posinf=_NAN, neginf=_NAN))
+    return numbers.astype(np.uint64)
 
 
 def _take_poison(ids: np.ndarray, states: np.ndarray) -> None:

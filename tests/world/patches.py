@@ -5,6 +5,7 @@ The product's own code runs as it is; each entry is a name that it looks up when
 
 from __future__ import annotations
 
+import concurrent.futures.thread
 import contextlib
 import os
 import queue
@@ -95,6 +96,8 @@ def replaced(world: World) -> Iterator[None]:
         (threading, "Event", locks.Event),
         (threading, "current_thread", locks.current_thread),
         (queue, "SimpleQueue", locks.SimpleQueue),
+        # A thread and its queue refer to each other, so the process's own would keep both.
+        (concurrent.futures.thread, "_threads_queues", {}),
         (socket, "socket", sockets.Socket),
         (socket, "create_connection", sockets.create_connection),
         (socket, "gethostname", node),

@@ -225,8 +225,8 @@ class Selector:
     def register(self, fileobj: Socket, events: int, data: Any = None) -> selectors.SelectorKey:
         key = selectors.SelectorKey(fileobj, fileobj.fileno(), events, data)  # type: ignore[arg-type]
         self._keys[fileobj] = key
-        fileobj.watch(id(self), self._look)
-        self._look()
+        fileobj.watch(id(self), lambda: self._look(fileobj, events))
+        self._look(fileobj, events)
         return key
 
     def modify(self, fileobj: Socket, events: int, data: Any = None) -> selectors.SelectorKey:
@@ -241,8 +241,8 @@ class Selector:
     def get_map(self) -> Mapping[Socket, selectors.SelectorKey]:
         return self._keys
 
-    def _look(self) -> None:
-        if self._waiter is not None and self._ready():
+    def _look(self, sock: Socket, events: int) -> None:
+        if self._waiter is not None and not self._waiter.is_woken and sock.ready(events):
             self._waiter.wake()
 
     def _ready(self) -> list[tuple[selectors.SelectorKey, int]]:

@@ -162,14 +162,15 @@ def test_no_seed_begins_after_the_time() -> None:
     assert list[Found](late) == []
 
 
-def test_a_world_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("seed", [3, 5], ids=["plain", "with a pool of threads that wait"])
+def test_a_world_leaves_nothing_behind(seed: int) -> None:
     """Or what the process imports inside would go on with a world's locks."""
     kinds = (Lock, Condition, Event, SimpleQueue, Thread, Kernel, Socket, Selector)
     before = {name: getattr(time, name) for name in ("monotonic", "time", "sleep")}
     gc.collect()
     earlier = [one for one in gc.get_objects() if isinstance(one, kinds)]
     known = set(map(id, earlier))
-    assert run(draw(3)).num_callbacks > 1000
+    assert run(draw(seed)).num_callbacks > 1000
     for _ in range(3):  # generators that are closed by the first go with the next
         gc.collect()
     left = [
