@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 POOL = "expert"
 ASK_S = 20.0
 """How long an operator waits for the controller."""
+LOOK_AGAIN_S, LOOKS = 0.05, 20
+"""How often a rarity looks at the world, and how many times."""
 
 
 class Happenings:
@@ -300,6 +302,49 @@ class Happenings:
         return True
 
     def _long_prompts(self, event: Event) -> bool:
+        return True
+
+    def _many_choices(self, event: Event) -> bool:
+        """Look at the queues while they are long."""
+        for number in range(LOOKS):
+            at_s = event.at_s + number * LOOK_AGAIN_S
+            context = self._world.network.nobody.copy()
+            self._world.kernel.call_at(at_s, self._world.law.look, context=context)
+        return True
+
+    def _actor_dies_again_and_again(self, event: Event) -> bool:
+        """End each life of an actor once it serves, for a while."""
+        actors = self.actors()
+        if not actors:
+            return False
+        world, until_s = self._world, min(event.at_s + event.for_s, CALM_S)
+        actor_id = actors[event.what % len(actors)].name.rpartition(":g")[0]
+        self._target = actor_id
+        ends: list[str] = []
+
+        def look() -> None:
+            for handle in self.actors():
+                is_own = handle.name.rpartition(":g")[0] == actor_id
+                if is_own and handle.is_started and handle.instance._actor._bank.experts:
+                    ends.append(handle.name)
+                    world.end(handle.process)
+            if world.kernel.now_s < until_s:
+                world.kernel.call_later(LOOK_AGAIN_S, look, context=world.network.nobody.copy())
+            else:
+                world.ends.looped(actor_id, len(ends))
+
+        look()
+        return True
+
+    def _memory_stays_full(self, event: Event) -> bool:
+        """Leave a node no memory to the end, and end an actor there."""
+        actors = self.actors()
+        if not actors:
+            return False
+        process = actors[event.what % len(actors)].process
+        self._target = process.node
+        self._world.small.add(process.node)
+        self._world.end(process)
         return True
 
     def _controller_cut_off(self, event: Event) -> bool:

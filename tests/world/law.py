@@ -14,6 +14,7 @@ from router.engine.replica import RouterReplica
 from router.gateway.service import GRACE_S
 from tests.world.clients import Answer
 from tests.world.kernel import Process
+from tests.world.law_of_queues import look_at_queues, unsent_bytes
 from tests.world.law_of_time import is_poison
 from tests.world.model import tokens_of
 
@@ -42,8 +43,6 @@ LATE_S = 0.25
 """How late an answer may come beside its deadline and the gateway's grace."""
 USED_S = 1.0
 """An actor that computed rows for a router within this time is in use."""
-MOST_REQUESTS = 256
-"""The requests that a router lets wait, by its default."""
 UNTRUE_S = 4.0
 """How long a gateway may be ready after an expert has lost its last copy."""
 WELL_S = 5.0
@@ -128,21 +127,9 @@ class Law:
 
     def look(self) -> None:
         """Look at all queues, and at readiness."""
-        world = self._world
-        for replica in world.serve.deployments["router"].running():
-            router: RouterReplica = replica.handle.instance
-            waiting = router._scheduler.waiting
-            self._bounded(replica.process.name, "requests", len(waiting), MOST_REQUESTS)
-        for handle in world.cluster.actors.values():
-            if handle.is_started:
-                queue = handle.instance._actor._queue
-                self._bounded(handle.name, "rows", queue.queued_rows, queue.max_rows)
-        for replica in world.serve.deployments["gateway"].running():
+        look_at_queues(self._world)
+        for replica in self._world.serve.deployments["gateway"].running():
             self._ready(replica.process, replica.handle.instance.deployment.ready().is_ready)
-
-    def _bounded(self, name: str, what: str, number: int, most: int) -> None:
-        if number > most:
-            self.broken("queues are bounded", f"{name}: {number} {what} of {most}")
 
     def _ready(self, process: Process, is_ready: bool) -> None:
         """A gateway is not ready for long while an expert of its placement has no copy."""
@@ -235,8 +222,12 @@ class Law:
             self._nothing(kept, replica.process.name)
         for handle in world.cluster.actors.values():
             if handle.is_started and handle.process.is_alive:
-                queue = handle.instance._actor._queue
-                self._nothing({"rows": queue.queued_rows}, handle.process.name)
+                actor = handle.instance._actor
+                kept = {
+                    "rows": actor._queue.queued_rows,
+                    "answers": sum(len(peer.channel.outgoing) for peer in actor._streams._peers),
+                }
+                self._nothing(kept, handle.process.name)
         self._orphans()
         for error in world.kernel.errors:
             self.broken("nothing raises unseen", error)
@@ -253,6 +244,7 @@ class Law:
             "sequences": len(scheduler.sequences()),
             "pages": scheduler.num_pages - scheduler.num_free_pages,
             "waiting tokens": scheduler.waiting.num_tokens,
+            "unsent bytes": unsent_bytes(router),
             **self._tasks(process),
         }
         self._nothing(kept, process.name)

@@ -1,4 +1,4 @@
-"""The law of processes that end themselves: few of a bad request, and only orphans of a lease."""
+"""The law of ends: few of a bad request, orphans of a lease alone, and ever later successors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 MOST_ENDS = {"router": 6, "actor": 20}
 """The processes that a bad request may end: some with others, some alone, and their copies."""
+MOST_LIVES = 6
+"""The lives in six seconds of an actor that dies as soon as it serves."""
 ORPHANS_S = 95.0
 """How long an actor may outlive its application."""
 
@@ -35,6 +37,16 @@ class LawOfEnds:
                 world.law.broken(
                     "a bad request ends few processes", f"{self._ends[role]} of {role}"
                 )
+
+    def looped(self, actor_id: str, lives: int) -> None:
+        """Look at an actor that died as soon as it served, so many times.
+
+        Where more happens, other orders may create it.
+        """
+        world = self._world
+        world.note(f"{actor_id} died {lives} times")
+        if len(world.happenings.hit) == 1 and lives > MOST_LIVES:
+            world.law.broken("a loop of deaths backs off", f"{lives} lives of {actor_id}")
 
     def orphaned(self) -> None:
         """End an application without a word to its actors, and look whether they follow."""

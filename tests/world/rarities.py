@@ -33,6 +33,9 @@ KINDS = (
     "routers die in a redeploy",
     "clocks apart",
     "streams over TLS",
+    "actor dies again and again",
+    "memory stays full",
+    "many choices",
 )
 LONG_PROMPT, LONG_TOKENS = 180, 40
 NUM_LONG, NUM_SHORT = 4, 16
@@ -40,6 +43,8 @@ LONG_S = 6.0
 NUM_BESIDE = 8
 """The requests that are computed beside a poisoned one."""
 POISON_TIMEOUT_S = 20.0
+NUM_MANY, CHOICES = 64, 12
+"""Requests at once of many choices each, which are more than two routers let wait."""
 SLOW_S, TIMES_SLOW, NUM_LOAD = 8.0, 3.5, 60
 """How long a copy stays slow, how slow, and how many requests come meanwhile."""
 
@@ -77,11 +82,13 @@ def draw_rarity(seed: int, make: type[Event], begin_s: float, calm_s: float) -> 
     kind = source.choice(KINDS)
     at_s = source.uniform(begin_s + 1.0, calm_s - 7.0)
     is_alone = source.random() < ALONE
-    if kind in ("gateway unreachable", "node's device raises"):
+    if kind in ("gateway unreachable", "node's device raises", "actor dies again and again"):
         event = make(at_s, kind, source.randrange(100), for_s=LONG_S)
         return Rarity((event,), (), is_alone)
     if kind.startswith("poison"):
         return Rarity((make(at_s, kind),), tuple(_poison(source, kind, at_s)), is_alone)
+    if kind == "memory stays full":  # no other node may be lost
+        return Rarity((make(at_s, kind, source.randrange(100)),), (), is_alone=True)
     if kind == "streams over TLS":
         return Rarity((make(at_s, kind),), tuple(_load(source, at_s, 12, 20)), is_alone=True)
     if kind == "copy stays slow":
@@ -91,8 +98,11 @@ def draw_rarity(seed: int, make: type[Event], begin_s: float, calm_s: float) -> 
     if kind in _SERIES:
         events = tuple(make(at_s + later_s, *what) for later_s, *what in _SERIES[kind])
         return Rarity(events, tuple(_load(source, at_s)), is_alone)
+    event = make(at_s, kind, source.randrange(100))
+    if kind == "many choices":
+        return Rarity((event,), tuple(_many(source, at_s)), is_alone)
     found = tuple(_long(source, at_s)) if kind == "long prompts" else ()
-    return Rarity((make(at_s, kind),), found, is_alone)
+    return Rarity((event,), found, is_alone)
 
 
 def with_rarity(scenario: Scenario, rarity: Rarity) -> Scenario:
@@ -125,6 +135,12 @@ def _long(source: random.Random, at_s: float) -> list[Plan]:
     plans = [_request(source, at_s, LONG_PROMPT, LONG_TOKENS, 40.0) for _ in range(NUM_LONG)]
     later_s = [at_s + 0.1 + 2.0 * source.random() for _ in range(NUM_SHORT)]
     return plans + [_request(source, when_s, 3, 2, 10.0) for when_s in later_s]
+
+
+def _many(source: random.Random, at_s: float) -> list[Plan]:
+    """Return requests of many choices at once."""
+    plans = [_request(source, at_s + 0.001 * i, 2, 2, 20.0) for i in range(NUM_MANY)]
+    return [replace(plan, n=CHOICES) for plan in plans]
 
 
 def _load(

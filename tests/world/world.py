@@ -41,6 +41,7 @@ from tests.world.law import Breach, Law
 from tests.world.law_of_devices import LawOfDevices
 from tests.world.law_of_ends import LawOfEnds
 from tests.world.law_of_frames import look_at_frames
+from tests.world.law_of_queues import MOST_HELD, MOST_WAITING
 from tests.world.law_of_time import is_poison, look_at_times
 from tests.world.model import (
     DTYPE,
@@ -157,7 +158,7 @@ class Gateway:
             lambda: serve.app_is_wanted(APP),
             lambda: None,
         )
-        self.upstream = RayUpstream(self.deployment, {MODEL: serve.handle("router")}, 64)
+        self.upstream = RayUpstream(self.deployment, {MODEL: serve.handle("router")}, MOST_HELD)
 
 
 class World:
@@ -188,7 +189,9 @@ class World:
         self.least_copies = self.setting.min_copies
         """The fewest copies that any deployment wanted."""
         self.full: set[str] = set()
-        """Nodes without memory."""
+        """Nodes without memory, until the weather calms."""
+        self.small: set[str] = set()
+        """Nodes that have no memory to the end."""
         self.failing_disks: set[str] = set()
         self.used_at_s: dict[str, float] = {}
         """When each actor's process has computed rows last."""
@@ -251,7 +254,7 @@ class World:
     def memory(self) -> Memory:
         """Take the place of a look at the host's memory."""
         process = current_process()
-        is_full = process is not None and process.node in self.full
+        is_full = process is not None and process.node in self.full | self.small
         return Memory(1 << 34, 100 if is_full else 1 << 33)
 
     # Faults.
@@ -337,7 +340,12 @@ class World:
             redeploy_drain_s=setting.redeploy_drain_s,
             tls=TLS if setting.tls else None,
         )
-        routers = RouterConfig(cache_tokens=256, max_batch_size=8, max_batch_tokens=16)
+        routers = RouterConfig(
+            cache_tokens=256,
+            max_batch_size=8,
+            max_batch_tokens=16,
+            max_queue_requests=MOST_WAITING,
+        )
 
         def router() -> RouterReplica:
             client = ControllerClient(self.serve.handle("controller"))
@@ -503,7 +511,7 @@ class World:
         if missing := placement.missing():
             return f"{len(missing)} experts have no copy"
         copies = placement.fewest_copies(controller._state.keys)
-        if copies < self.setting.min_copies:
+        if copies < self.setting.min_copies and not self._lacks_slots(controller):
             return f"an expert has {copies} copies of {self.setting.min_copies}"
         for key, holders in placement.holders.items():
             for actor_id in holders:
@@ -523,6 +531,11 @@ class World:
             if placed is None or placed.order != placement.order:
                 return f"{replica.process.name} has an older placement"
         return ""
+
+    def _lacks_slots(self, controller: Controller) -> bool:
+        """Return whether more actors are wanted than fit on the nodes that are left."""
+        slots = SLOTS * sum(node.is_alive for node in self.cluster.nodes.values())
+        return len(controller._state.fleet.specs) > slots
 
     def _holds(self, actor_id: str, generation: int, key: Any) -> bool:
         handle = self.cluster.actors.get(f"expertmesh:{APP}:{actor_id}:g{generation}")
