@@ -2,10 +2,11 @@
 
 The streams' thread brings the frames of all routers; a Ray call brings one frame on a thread of its
 own (:mod:`experts.remote`). Each puts its frames into a bounded queue, and one thread at a time
-computes: it takes all waiting frames, merges them (:mod:`experts.bank`) and answers them all. So a
-lone call never changes threads, and many calls share an expert's product. The actor has threads
-because a Ray call to an asyncio actor takes 0.3 ms longer. Calls are pure: a frame that is
-computed twice gets the same answer, so a router may always repeat a call.
+computes: it takes all waiting frames, or where they are more than a batch the models' in turn
+(:mod:`experts.fair_order`), merges them (:mod:`experts.bank`) and answers them. So a lone call
+never changes threads, and many calls share an expert's product. The actor has threads because a Ray
+call to an asyncio actor takes 0.3 ms longer. Calls are pure: a frame that is computed twice gets
+the same answer, so a router may always repeat a call.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from cluster.wire.frames import (
     encode,
 )
 from experts.bank import ExpertBank
+from experts.fair_order import FairOrder
 from experts.self_test import SelfTest
 from experts.tracing import BatchSpans
 
@@ -82,7 +84,7 @@ class FrameQueue:
         self._actor_id = actor_id
         self.max_rows = max_rows
         self._spans = spans
-        self._queue: list[_Waiting] = []
+        self._order: FairOrder[_Waiting] = FairOrder()
         self.queued_rows = 0
         self._computing = False
         self._lock = threading.Lock()
@@ -153,19 +155,8 @@ class FrameQueue:
             if item.answer:
                 return
             self._computing = True
-            batch = self._next_batch()
+            batch = self._order.next_batch(MAX_BATCH_ROWS)
         self._compute_and_answer(batch)
-
-    def _next_batch(self) -> list[_Waiting]:
-        """Take the frames that are computed together off the queue; under the lock."""
-        count, num_rows = 0, 0
-        for waiting in self._queue:
-            num_rows += waiting.frame.num_rows
-            if count and num_rows > MAX_BATCH_ROWS:
-                break
-            count += 1
-        batch, self._queue = self._queue[:count], self._queue[count:]
-        return batch
 
     def _wait(self) -> None:
         """Wait until the computing thread has finished its batch; under the lock."""
@@ -183,7 +174,7 @@ class FrameQueue:
             return _Refused(_error(frame.request_id, error))
         waiting = _Waiting(frame, now_s)
         self.queued_rows += frame.num_rows
-        self._queue.append(waiting)
+        self._order.append(waiting)
         return waiting
 
     def _compute_and_answer(self, batch: list[_Waiting]) -> None:

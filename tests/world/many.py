@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -61,6 +62,7 @@ def prepare() -> None:
     collection of its own, which finds the world alone.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends
+    threading.Thread(target=_end_with_parent, args=(os._exit,), daemon=True).start()
     import torch
 
     importlib.import_module("tests.world.world")
@@ -71,6 +73,14 @@ def prepare() -> None:
     gc.collect()
     gc.freeze()
     gc.disable()
+
+
+def _end_with_parent(end: Callable[[int], object]) -> None:
+    """Wait for the end of the parent, if any; ``end`` is no world's."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        end(1)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import psutil
 import pytest
 
 from benchmarks.world import Tally, failure_line, scenario_of, seeds_of
@@ -272,3 +273,23 @@ def test_bars_lie_on_nobody() -> None:
     rows = picture.packed(pieces, lambda piece: (piece.begun_s, piece.ended_s))
     assert [[p.begun_s for p in row] for row in rows] == [[0, 2, 4], [1], [2.5]]
     assert picture.packed([], lambda piece: (0.0, 0.0)) == []
+
+
+PARENT = """
+import os, time
+from tests.world.many import workers
+with workers(1) as pool:
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600)
+    time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        worker = psutil.Process(int(parent.stdout.readline()))
+        assert worker.is_running()
+        parent.kill()
+    _, alive = psutil.wait_procs([worker], timeout=30.0)
+    assert alive == []
