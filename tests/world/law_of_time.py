@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 QUIET = {"long prompts", "gateway unreachable", "poison raises", "clock jumps", "node added"}
 """Events that make no other request wait."""
 SHORT_PROMPT = 8
-FIRST_S = 5.0
-"""How long the first token of a short prompt may take."""
+FIRST_S, LATE_SHARE = 3.0, 0.25
+"""How long the first token of a short prompt may take, and how many of them may take longer.
+
+Cache that is kept for a long prompt, once many have passed it, makes a few wait for the end of
+another long one.
+"""
 PATIENT_S = 10.0
 """Who has so much time outlasts the loss of an actor with the only copies of experts."""
 
@@ -31,22 +35,26 @@ def look_at_times(world: World, answers: list[Answer]) -> None:
     """
     hit = world.happenings.hit
     if all(event.kind in QUIET for event in hit) and not world.setting.tls:
-        for answer in answers:
-            _first(world, answer)
+        _first(world, answers)
     if len(hit) == 1 and hit[0].kind in ("dies", "crashes soon") and hit[0].role == "actor":
         for answer in answers:
             _patient(world, answer)
 
 
-def _first(world: World, answer: Answer) -> None:
-    if len(answer.plan.prompt) > SHORT_PROMPT or is_poison(answer) or answer.error:
-        return
-    if answer.first_at_s is None:
-        return
-    waited_s = answer.first_at_s - answer.begun_at_s
-    if waited_s > FIRST_S:
+def _first(world: World, answers: list[Answer]) -> None:
+    waited_s = [
+        answer.first_at_s - answer.begun_at_s
+        for answer in answers
+        if answer.first_at_s is not None
+        and len(answer.plan.prompt) <= SHORT_PROMPT
+        and not is_poison(answer)
+        and not answer.error
+    ]
+    late_s = [waited for waited in waited_s if waited > FIRST_S]
+    if len(late_s) > LATE_SHARE * len(waited_s):
+        number = f"{len(late_s)} of {len(waited_s)}"
         world.law.broken(
-            "nobody waits for another", f"{waited_s:.2f} s for a token at {answer.begun_at_s:.3f}"
+            "nobody waits for another", f"{number} first tokens took {min(late_s):.2f} s or more"
         )
 
 

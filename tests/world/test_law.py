@@ -16,6 +16,7 @@ from tests.world.clients import Answer, Choice, Client, Plan
 from tests.world.kernel import Process
 from tests.world.law import ALLOWED, LATE_S, UNTRUE_S, USED_S, WELL_S
 from tests.world.law_of_ends import MOST_LIVES
+from tests.world.law_of_time import FIRST_S, look_at_times
 from tests.world.model import tokens_of
 from tests.world.ray_api import Handle
 from tests.world.weather import Event
@@ -353,3 +354,17 @@ def test_an_error_that_nobody_caught_breaks_the_law(living: World) -> None:
     living.run(living.kernel.now_s + 0.1)
     living.law.nothing_left()
     assert broken(living) == ["nothing raises unseen"]
+
+
+def test_many_late_first_tokens_break_the_law_and_a_few_do_not(world: World) -> None:
+    def answers(late: int) -> list[Answer]:
+        waits_s = [FIRST_S + 1.0] * late + [FIRST_S - 1.0] * (20 - late)
+        return [answer(first_at_s=4.0 + waited_s) for waited_s in waits_s]
+
+    look_at_times(world, answers(5))
+    assert broken(world) == []
+    look_at_times(world, answers(6))
+    assert broken(world) == ["nobody waits for another"]
+    world.happenings.hit.append(Event(4.0, "dies", role="actor"))
+    look_at_times(world, answers(20))
+    assert broken(world) == ["nobody waits for another"]
