@@ -19,6 +19,8 @@ CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+LOST_S = 1.0
+"""How long a client waits at least after a lost connection before it calls again."""
 _LOST = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -44,7 +46,7 @@ def typed_error(error: Any, address: str) -> ExpertMeshError:
     code, details = error.code(), error.details() or "no details"
     # A gateway answers within the request's timeout, so a bare DEADLINE_EXCEEDED is not its own.
     if code in _LOST and not is_from_server(status_details):
-        return UnreachableError(f"no ExpertMesh server answers at {address}", retry_after_s=1.0)
+        return UnreachableError(f"no ExpertMesh server answers at {address}", retry_after_s=LOST_S)
     return error_from_grpc(code, details, status_details)
 
 

@@ -20,7 +20,7 @@ from cluster.errors import (
     OverloadedError,
     UnavailableError,
 )
-from router.client import Client, Reply, Sampling, UnreachableError
+from router.client import Client, Reply, Sampling, UnreachableError, wire
 from router.client.attempts import Attempts
 from router.messages.request import GenerationRequest
 from router.protos import inference_pb2
@@ -34,6 +34,11 @@ IDS = tokenizer().encode(TEXT)
 TOKENS_TO_STOP = len(tokenizer().encode(" was " + STOP))
 QUICK = RetryPolicy(first_delay_s=0.01, max_delay_s=0.05)
 Connect = type[Client] | type[BlockingAsyncClient]
+
+
+@pytest.fixture(autouse=True)
+def _calls_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "LOST_S", 0.05)
 
 
 @pytest.fixture(params=[Client, BlockingAsyncClient])
@@ -238,9 +243,10 @@ def test_a_deterministic_failure_ends_with_the_budget(connect: Connect) -> None:
 
 def test_an_address_where_nobody_ever_answered_is_told_at_once(connect: Connect) -> None:
     started_s = time.monotonic()
-    with connect("127.0.0.1:1") as client, pytest.raises(UnreachableError):
+    with connect("127.0.0.1:1") as client, pytest.raises(UnreachableError) as caught:
         client.generate("in", model="tiny", timeout_s=60)
     assert time.monotonic() - started_s < 10
+    assert caught.value.retry_after_s == wire.LOST_S
 
 
 def test_closing_the_client_ends_a_wait_for_its_server(connect: Connect) -> None:
