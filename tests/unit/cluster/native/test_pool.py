@@ -1,12 +1,14 @@
 """The threads of native code: whatever their number, whoever calls, whatever becomes of them.
 
-An expert's products stand for all shared work. Most tests have a process of their own: workers live
-as long as their process, and one that waits forever must not take the other tests along.
+An expert's products stand for all shared work. Most tests have a process of their own, forked from
+one that has no worker: workers live as long as their process, and one that waits forever must not
+take the other tests along.
 """
 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import resource
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +35,7 @@ from tests.unit.router.model.cpu.attention_cases import make, one_prefill
 
 BUILT = [] if built.native is None else [built.native]
 HIDDEN, INNER, NUM_ROWS = 256, 1024, 90  # enough for five threads to be worthwhile
-TIMEOUT_S = 60.0
+CHECK_S, ALL_S = 40.0, 100.0
 
 
 def expert_of(hidden: int = HIDDEN, inner: int = INNER) -> NativeFfn:
@@ -93,18 +96,41 @@ def test_each_index_is_computed_once_on_so_many_threads_at_most(native: ModuleTy
         indices.clear()
 
 
-def in_a_process(check: Callable[[], object]) -> object:
-    """Return what a function of this file returns in a process of its own."""
-    program = (
-        "import faulthandler, json, torch; torch.set_num_threads(1); "
-        f"faulthandler.dump_traceback_later({TIMEOUT_S - 10}); "
-        f"from {__name__} import {check.__name__} as check; print(json.dumps(check()))"
-    )
+def in_a_fork(check: Callable[[], object]) -> object:
+    """Return what a function returns in a copy of this process, which must have no worker yet."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        faulthandler.dump_traceback_later(CHECK_S, exit=True)
+        try:
+            os.write(writer, json.dumps(check()).encode())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        told = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(told) if told else "it failed"
+
+
+def print_all() -> None:
+    """Print what each check returns in a process of its own, as JSON."""
+    torch.set_num_threads(1)
+    print(json.dumps({check.__name__: in_a_fork(check) for check in CHECKS}))
+
+
+@pytest.fixture(scope="module", params=BUILT)
+def found() -> dict[str, object]:
+    """What the checks return; one process imports all that they need, and forks for each."""
+    program = f"from {__name__} import print_all; print_all()"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT_S
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=ALL_S
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    print(done.stderr)
+    return dict(json.loads(done.stdout))
 
 
 def num_threads() -> int:
@@ -202,28 +228,26 @@ def attending_threads() -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("native", BUILT)
-def test_attention_computes_on_the_pool(native: ModuleType) -> None:
-    assert in_a_process(attending_threads) == [0, 2, 2]
+CHECKS = (attending_threads, callers_at_once, forks, no_thread_to_be_had, idle_workers)
 
 
-@pytest.mark.parametrize("native", BUILT)
-def test_callers_at_once_get_what_each_gets_alone(native: ModuleType) -> None:
-    assert in_a_process(callers_at_once) is True
+def test_attention_computes_on_the_pool(found: dict[str, object]) -> None:
+    assert found["attending_threads"] == [0, 2, 2]
 
 
-@pytest.mark.parametrize("native", BUILT)
-def test_a_fork_has_workers_of_its_own(native: ModuleType) -> None:
-    assert in_a_process(forks) == [[0], True]
+def test_callers_at_once_get_what_each_gets_alone(found: dict[str, object]) -> None:
+    assert found["callers_at_once"] is True
 
 
-@pytest.mark.parametrize("native", BUILT)
-def test_the_caller_computes_where_no_thread_can_be_had(native: ModuleType) -> None:
-    assert in_a_process(no_thread_to_be_had) == [True, 0, 4]
+def test_a_fork_has_workers_of_its_own(found: dict[str, object]) -> None:
+    assert found["forks"] == [[0], True]
 
 
-@pytest.mark.parametrize("native", BUILT)
-def test_idle_workers_sleep_and_leave_signals_to_others(native: ModuleType) -> None:
-    count, used_s, are_right = in_a_process(idle_workers)
+def test_the_caller_computes_where_no_thread_can_be_had(found: dict[str, object]) -> None:
+    assert found["no_thread_to_be_had"] == [True, 0, 4]
+
+
+def test_idle_workers_sleep_and_leave_signals_to_others(found: dict[str, object]) -> None:
+    count, used_s, are_right = found["idle_workers"]
     assert (count, are_right) == (3, True)
     assert used_s < 0.1
