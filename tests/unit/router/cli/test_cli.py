@@ -400,21 +400,54 @@ def test_help_tells_the_exit_codes() -> None:
     assert "Exit codes" in run("--help").stdout
 
 
-@pytest.mark.parametrize(
-    ("module", "heavy"),
-    [
-        ("router.cli.app", ("torch", "ray", "transformers", "tokenizers", "numpy", "fastapi")),
-        ("router.client", ("torch", "ray", "transformers", "numpy", "router.gateway")),
-        ("router.config", ("torch", "ray", "transformers", "numpy")),
-        ("router.app", ("torch", "transformers")),
-        ("router.serve.controller", ("torch", "transformers")),
-        ("router.ops.startup.preflight", ("torch", "transformers", "cluster.controller")),
-        ("router.serve.gateway", ("torch", "transformers", "cluster.controller.controller")),
-        ("router.serve.router", ("torch", "transformers", "cluster.controller.controller")),
-        ("router.engine.replica", ("cluster.controller.controller", "cluster.controller.pool")),
-    ],
-)
-def test_what_must_start_soon_starts_without_heavy_imports(module: str, heavy: list[str]) -> None:
-    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+HEAVY = {
+    "router.cli.app": ("torch", "ray", "transformers", "tokenizers", "numpy", "fastapi"),
+    "router.client": ("torch", "ray", "transformers", "numpy", "router.gateway"),
+    "router.config": ("torch", "ray", "transformers", "numpy"),
+    "router.app": ("torch", "transformers"),
+    "router.serve.controller": ("torch", "transformers"),
+    "router.ops.startup.preflight": ("torch", "transformers", "cluster.controller"),
+    "router.serve.gateway": ("torch", "transformers", "cluster.controller.controller"),
+    "router.serve.router": ("torch", "transformers", "cluster.controller.controller"),
+    "router.engine.replica": ("cluster.controller.controller", "cluster.controller.pool"),
+}
+"""What each module may not import."""
+IMPORTS = """
+import importlib, json, os, sys
+
+heavy, found = json.loads(sys.argv[1]), {}
+for module in sorted(heavy, key=lambda module: "ray" not in heavy[module]):
+    if "ray" not in heavy[module]:
+        import ray.serve
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        try:
+            importlib.import_module(module)
+            names = [name for name in heavy[module] if name in sys.modules]
+            os.write(writer, json.dumps(names).encode())
+        except Exception as error:
+            os.write(writer, repr(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.wait()
+    found[module] = os.read(reader, 10_000).decode()
+print(json.dumps(found))
+"""
+"""Imports each module in a copy of a process that has Ray at most, and tells what came with it."""
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, str]:
+    """The JSON of what each module of :data:`HEAVY` imported, of what it may not."""
+    command = [sys.executable, "-c", IMPORTS, json.dumps(HEAVY)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.stderr == ""
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("module", HEAVY)
+def test_what_must_start_soon_starts_without_heavy_imports(
+    imported: dict[str, str], module: str
+) -> None:
+    assert imported[module] == "[]"
