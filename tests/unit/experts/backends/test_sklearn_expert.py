@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from joblib import parallel_config
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.cluster import KMeans
@@ -122,6 +125,13 @@ CLASSIFIERS: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _no_processes_of_joblib() -> Iterator[None]:
+    """Let the library's own `n_jobs` be threads: its processes take seconds to start."""
+    with parallel_config("threading"):
+        yield
+
+
 def fitted(estimator: Any, targets: np.ndarray) -> Any:
     rows = ROWS.copy()
     rows[:, 4] = np.arange(len(rows)) % 4
@@ -132,10 +142,20 @@ def rows_as(dtype: str) -> np.ndarray:
     return ROWS.astype(dtype)
 
 
+@functools.cache
+def regressor(name: str) -> Any:
+    return fitted(REGRESSORS[name], TARGETS)
+
+
+@functools.cache
+def classifier(name: str) -> Any:
+    return fitted(CLASSIFIERS[name], CLASSES)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", REGRESSORS)
 def test_regressors_predict_as_the_library_does(tmp_path: Path, name: str, dtype: str) -> None:
-    estimator = fitted(REGRESSORS[name], TARGETS)
+    estimator = regressor(name)
     expert = sklearn_expert(tmp_path, estimator, "predict", VALUE, dtype)
     rows = rows_as(dtype)
     for count in COUNTS:
@@ -149,7 +169,7 @@ def test_regressors_predict_as_the_library_does(tmp_path: Path, name: str, dtype
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifiers_predict_as_the_library_does(tmp_path: Path, name: str, dtype: str) -> None:
-    estimator = fitted(CLASSIFIERS[name], CLASSES)
+    estimator = classifier(name)
     rows = rows_as(dtype)
     combines = {"predict": VOTE}
     if hasattr(estimator, "predict_proba"):
