@@ -8,6 +8,7 @@ import pytest
 
 from cluster.controller import deaths as deaths_module
 from cluster.controller import keeper as keeper_module
+from cluster.controller import processes
 from cluster.controller.deaths import BROKEN_TESTS, Death
 from cluster.errors import CheckpointError, NoRoomError
 from cluster.spec import ExpertKey
@@ -109,6 +110,7 @@ def test_a_spare_device_that_does_not_come_is_not_waited_for_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(keeper_module, "PLACE_NOTICE_S", 0.02)
+    monkeypatch.setattr(processes, "START_NOTICE_S", 0.2)
 
     async def test() -> None:
         pool = pool_of("n1")
