@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ def entries() -> list[tuple[str, str]]:
 FILES = [TYPES, *(file for file, _ in entries())]
 
 
+@functools.cache
 def defined(file: str) -> set[str]:
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     kinds = ast.FunctionDef, ast.ClassDef

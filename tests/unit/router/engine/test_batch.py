@@ -147,15 +147,19 @@ class Layer:
         for cached in (*self.cache.keys, *self.cache.values):
             cached.fill_(1e4)  # a slot that is read before it is written shows
         self.module: Any = SimpleNamespace(layer_idx=layer_idx)
+        self.made: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def vectors(self, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query [T, Q, D], key and value [T, G, D] of a sequence, a function of its name."""
+        if sequence.request.request_id in self.made:
+            return self.made[sequence.request.request_id]
         generator = torch.Generator().manual_seed(int(sequence.request.request_id))
         length = len(sequence.token_ids)
         query = torch.randn(length, self.heads, self.head_dim, generator=generator)
         key = torch.randn(length, self.kv_heads, self.head_dim, generator=generator)
         value = torch.randn(length, self.kv_heads, self.head_dim, generator=generator)
-        return query.to(self.dtype), key.to(self.dtype), value.to(self.dtype)
+        made = query.to(self.dtype), key.to(self.dtype), value.to(self.dtype)
+        return self.made.setdefault(sequence.request.request_id, made)
 
     def packed(self, work: list[Work], window: int | None) -> dict[str, torch.Tensor]:
         """Run a step and return each sequence's new outputs, [T, Q, D]."""
