@@ -42,7 +42,8 @@ from tests.unit.experts.test_bank_on_device import load
 FAMILIES = {"mixtral": save_mixtral, **SAVERS}
 ROTATION_BYTES = 1024
 """More than the tables of a rotation, which are buffers of the model and left out of the plan."""
-LIMITS = StepLimits(max_batch_size=4, max_batch_tokens=32, longest=216)
+DECODED = 8
+LIMITS = StepLimits(max_batch_size=4, max_batch_tokens=32, longest=120)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -68,8 +69,9 @@ def test_a_router_holds_the_planned_bytes_and_its_steps_take_no_more_than_planne
         assert 0 <= held - sizes.held_bytes(num_slots, value_bytes) < ROTATION_BYTES
         torch.accelerator.reset_peak_memory_stats()
         # All are prefilled in chunks, decode together at last, and reach the longest context.
-        prompts = [[3 + (7 * i + j) % 50 for j in range(LIMITS.longest - 40)] for i in range(4)]
-        cluster.generate(*(greedy_request(f"r{i}", p, 40) for i, p in enumerate(prompts)))
+        length = LIMITS.longest - DECODED
+        prompts = [[3 + (7 * i + j) % 50 for j in range(length)] for i in range(4)]
+        cluster.generate(*(greedy_request(f"r{i}", p, DECODED) for i, p in enumerate(prompts)))
         cluster.close()
         taken = torch.accelerator.max_memory_allocated() - held
     planned = sizes.step_bytes(LIMITS, value_bytes)
