@@ -102,18 +102,23 @@ def test_the_guides_commands_scale_and_kill_and_predict_the_same(mixtures: Mixtu
 
 def test_each_expert_computes_exactly_the_rows_that_the_gate_gives_it(mixtures: Mixtures) -> None:
     served = mixtures.served
+    chosen = {UNLIKE: 2, GIVEN: 1, TREE: 3, SEQUENCES: 2}
+    """How many experts a row of each mixture goes to."""
 
     def computed(model: str) -> float:
         samples = served.metric("expertmesh_expert_tokens_total")
         return sum(n for labels, n in samples.items() if f'model_name="{model}"' in labels)
 
-    for model, k in ((UNLIKE, 2), (GIVEN, 1), (TREE, 3), (SEQUENCES, 2)):
-        served.settled_tokens()
-        before = computed(model)
+    served.settled_tokens()
+    before = {model: computed(model) for model in chosen}
+    for model in chosen:
         mixtures.check(model, rows_of(model, 50, 1))
-        wait_until(lambda m=model, b=before: computed(m) > b, "heartbeats bring the rows")  # type: ignore[misc]
-        served.settled_tokens()
-        assert computed(model) - before == 50 * k
+    for model in chosen:
+        wait_until(lambda m=model: computed(m) > before[m], "heartbeats bring the rows")  # type: ignore[misc]
+    served.settled_tokens()
+    assert {model: computed(model) - before[model] for model in chosen} == {
+        model: 50 * k for model, k in chosen.items()
+    }
 
 
 def test_rows_are_counted_by_mixture(mixtures: Mixtures) -> None:
