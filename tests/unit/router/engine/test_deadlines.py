@@ -22,7 +22,7 @@ from tests.unit.router.engine.test_engine import expected_tokens, prompt_of
 
 NUM_EXPERTS = 32
 """So many that no short request needs them all."""
-LENGTH = 8
+LENGTH, NEIGHBOUR = 8, 12
 DAY_S = 86_400.0
 
 
@@ -74,11 +74,11 @@ def neighbour_s(folder: Path, timeout_s: float) -> float:
     try:
         threading.Thread(target=send, daemon=True).start()
         started_s = time.monotonic()
-        [[event]] = cluster.generate(greedy_request("neighbour", prompt_of(4, 99), 20))
+        [[event]] = cluster.generate(greedy_request("neighbour", prompt_of(4, 99), NEIGHBOUR))
         took_s = time.monotonic() - started_s
         ended.set()
         assert stopped.wait(10)
-        assert len(event.token_ids) == 20
+        assert len(event.token_ids) == NEIGHBOUR
         assert len(beside) > 10
         if timeout_s < 1:  # the fault has hit
             with pytest.raises(DeadlineExceededError):
