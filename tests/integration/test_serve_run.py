@@ -6,10 +6,8 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import httpx
 import psutil
@@ -33,22 +31,17 @@ from tests.serve_run import (
     ten_lines_with_ports,
     wait_ready,
 )
+from tests.signal_at_start import RAYLET, STACKS, STARTED, check_signal_at_start
 
 SAYS_S, GONE_S, MAX_LINES = 10.0, 10.0, 12
 SHORT = 300
 """Tokens of a stream that is under way when SIGTERM comes, and ends before the others."""
-STARTING_GONE_S = 30.0
-"""Ray's own end takes six seconds when it has not begun quite yet, with the cores to itself."""
 MAX_LINES_ALONE = 22
 """Serve writes eight of its own before it imports anything of ours."""
 STREAMS, CHOICES, LENGTH = 4, 8, 900
 READY = "expertmesh: ready after"
 SLOW = "expertmesh: not ready after"
 """A start beside busy programs says so."""
-STACKS = {"Traceback", "***"}
-"""Words of a stack of Python's, and of one of C++."""
-STARTED = "Started a local Ray instance"
-"""Ray says so before the command has connected to it."""
 
 
 @pytest.mark.timeout(180)
@@ -192,58 +185,11 @@ def test_ten_lines_are_served_by_serve_run_alone(tmp_path: Path) -> None:
     assert "Traceback" not in log.read_text()
 
 
-@pytest.fixture
-def short_folder() -> Iterator[Path]:
-    """A folder for Ray whose name is short enough for the sockets in it."""
-    with TemporaryDirectory(prefix="em") as folder:
-        yield Path(folder)
-
-
-def of_ray_in(folder: Path) -> dict[int, str]:
-    """Return the processes that run with this folder as Ray's; zombies do not run.
-
-    Those that give themselves a title write it over their environment; they have files open there.
-    """
-    found = {}
-    for process in psutil.process_iter(["name", "environ", "open_files"]):
-        environment, files = process.info["environ"] or {}, process.info["open_files"] or []
-        is_in_it = any(Path(file.path).is_relative_to(folder) for file in files)
-        is_of_it = is_in_it or environment.get("RAY_TMPDIR") == str(folder)
-        if is_of_it and is_alive(process.pid):
-            found[process.pid] = process.info["name"]
-    return found
-
-
-@pytest.mark.parametrize(
-    ("number", "moment"),
-    [(signal.SIGINT, "raylet"), (signal.SIGINT, STARTED), (signal.SIGTERM, STARTED)],
-)
+@pytest.mark.parametrize(("number", "moment"), [(signal.SIGINT, RAYLET), (signal.SIGTERM, STARTED)])
 def test_a_signal_while_ray_starts_leaves_nothing(
-    tmp_path: Path, short_folder: Path, number: signal.Signals, moment: str
+    tmp_path: Path, number: signal.Signals, moment: str
 ) -> None:
-    file, log = copy_with_ports(tmp_path, *free_ports(2)), tmp_path / "log"
-    seen: set[int] = set()
-
-    def running() -> dict[int, str]:
-        found = of_ray_in(short_folder)
-        seen.update(found)
-        return found
-
-    with serve_run(file, log, RAY_TMPDIR=str(short_folder)) as process:
-        wait_until(
-            lambda: STARTED in log.read_text() or moment in running().values(),
-            "Ray starts",
-            READY_S,
-        )
-        assert (moment == STARTED) == (STARTED in log.read_text())
-        process.send_signal(number)
-        process.wait(STARTING_GONE_S)
-        wait_until(
-            lambda: not running() and not any(map(is_alive, seen)), "no process is left", GONE_S
-        )
-    assert process.returncode > 0  # no signal ended it
-    assert number != signal.SIGTERM or process.returncode == 128 + number
-    assert not STACKS & set(log.read_text().split())
+    check_signal_at_start(tmp_path, number, moment)
 
 
 def test_serve_run_on_a_bad_file_ends_with_one_clear_line(tmp_path: Path) -> None:
