@@ -1,20 +1,25 @@
 """Anti-affinity: moves actors to a node that joins, away from other copies of their experts.
 
 The actors of a lost machine start beside the others, so copies of an expert may share a node. They
-move back one at a time, while all others serve.
+move back one at a time, while all others serve, and to no node on which actors have ended badly.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
+from cluster.controller.deaths import Deaths
+from cluster.controller.members import Members
 from cluster.controller.pool import ExpertPool, kind_of
 from cluster.controller.state import ClusterState
 from cluster.placement.placement import less_crowded_node
 
 NODES_CHECK_S = 5.0
 ALL_COPIES_TIMEOUT_S = 60.0
+KNOWN_TIMEOUT_S, LOOK_S = 10.0, 0.02
+"""How long an actor waits for routers to know that it leaves, and how often that is looked at."""
 
 logger = logging.getLogger("expertmesh.controller")
 
@@ -22,10 +27,17 @@ logger = logging.getLogger("expertmesh.controller")
 class AntiAffinity:
     """Watches Ray's nodes for one controller."""
 
-    def __init__(self, state: ClusterState, expert_pool: ExpertPool) -> None:
-        """Nothing moves before :meth:`run_forever`."""
+    def __init__(
+        self, state: ClusterState, expert_pool: ExpertPool, deaths: Deaths, members: Members
+    ) -> None:
+        """Nothing moves before :meth:`run_forever`.
+
+        ``deaths`` knows the nodes to avoid, ``members`` which placement each router has.
+        """
         self._state = state
         self._expert_pool = expert_pool
+        self._deaths = deaths
+        self._members = members
 
     async def run_forever(self, known: set[str]) -> None:
         """Look for nodes beyond the ``known`` ones again and again, and move actors to them."""
@@ -46,8 +58,8 @@ class AntiAffinity:
     async def _move(self, actor_id: str) -> None:
         """Move an actor to a node with fewer copies of its experts, where there is any.
 
-        The actor leaves the placement and is killed; its keeper creates the successor there. Raises
-        ``TimeoutError`` while copies are missing.
+        The actor leaves the placement, and is killed once all routers know; its keeper creates the
+        successor there. Raises ``TimeoutError`` while copies are missing.
         """
         state = self._state
         async with asyncio.timeout(ALL_COPIES_TIMEOUT_S):
@@ -55,7 +67,8 @@ class AntiAffinity:
         if actor_id not in state.shares:
             return  # it left the fleet meanwhile
         spec = state.fleet.specs[actor_id]
-        candidates = await asyncio.to_thread(self._expert_pool.nodes_for, spec)
+        found = await asyncio.to_thread(self._expert_pool.nodes_for, spec)
+        candidates = set(found) - self._deaths.avoided_nodes(time.monotonic()).keys()
         node = less_crowded_node(actor_id, candidates, state.shares, state.nodes)
         if node is None:
             return
@@ -63,6 +76,13 @@ class AntiAffinity:
         await state.check_epoch()
         state.nodes[actor_id] = node
         await state.publish(lambda placement: placement.without(actor_id))
+        await self._until_known(state.placement.order)
         for found_id, _, handle in await asyncio.to_thread(self._expert_pool.find):
             if found_id == actor_id:
                 self._expert_pool.kill(handle)
+
+    async def _until_known(self, order: tuple[int, int]) -> None:
+        """Wait until all routers know a placement, or for so long that one of them is cut off."""
+        until_s = time.monotonic() + KNOWN_TIMEOUT_S
+        while not self._members.all_know("router", order) and time.monotonic() < until_s:
+            await asyncio.sleep(LOOK_S)

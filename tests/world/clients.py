@@ -131,6 +131,7 @@ class Client:
                 done.set_result(False)
 
         process.on_end.append(lost)
+        replica.num_requests += 1
         with self._world.kernel.within(process):
             task = self._world.kernel.create_task(self._within(replica, answer, left_s))
 
@@ -139,9 +140,10 @@ class Client:
                 done.set_result(True)
 
         task.add_done_callback(ended)
-        if not process.is_alive:
-            return False
-        return bool(await done)
+        try:
+            return process.is_alive and bool(await done)
+        finally:
+            replica.num_requests -= 1
 
     async def _within(self, replica: Replica, answer: Answer, left_s: float) -> None:
         """Serve a request as the gateway's service does; runs in the gateway's process."""

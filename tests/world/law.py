@@ -106,6 +106,8 @@ class Law:
             return
         if world.is_removed(handle, killer) or world.may_be_unheard(process, killer):
             return
+        if world.is_left(handle):
+            return
         self.broken(
             "nobody healthy is killed", f"{process.name} by {killer.name if killer else '?'}"
         )
@@ -132,10 +134,13 @@ class Law:
             self._ready(replica.process, replica.handle.instance.deployment.ready().is_ready)
 
     def _ready(self, process: Process, is_ready: bool) -> None:
-        """A gateway is not ready for long while an expert of its placement has no copy."""
+        """A gateway is not ready for long while no model has all of its experts.
+
+        Where other weights are deployed, the earlier model serves until they have copies.
+        """
         controller = self._world.controller()
         now_s = self._world.kernel.now_s
-        is_whole = controller is None or controller._state.is_complete()
+        is_whole = controller is None or _has_whole_model(controller._state.placement)
         if is_whole or not is_ready or self._world.is_away(process):
             self._untrue_since_s[process.name] = now_s
         elif now_s - self._untrue_since_s.setdefault(process.name, now_s) > UNTRUE_S:
@@ -267,6 +272,11 @@ class Law:
         for actor_id, number in living.items():
             if actor_id not in controller._state.fleet.specs or number > 1:
                 self.broken("nothing is left", f"{number} processes of {actor_id}")
+
+
+def _has_whole_model(placement: Placement) -> bool:
+    """Return whether all experts of a model have copies."""
+    return bool(placement.models() - {key.model for key in placement.missing()})
 
 
 def _number(key: str) -> int:

@@ -33,6 +33,7 @@ import experts.actor
 import experts.host_room
 import router.engine.batch
 import router.engine.replica
+from cluster.controller.anti_affinity import AntiAffinity
 from cluster.controller.state import ClusterState
 from cluster.tls import TlsFiles
 from cluster.transport.stream.channel import Channel
@@ -75,6 +76,15 @@ def replaced(world: World) -> Iterator[None]:
 
     def token_bytes(count: int = 32) -> bytes:
         return kernel.random.randbytes(count)
+
+    move = AntiAffinity._move
+
+    async def moved(anti_affinity: AntiAffinity, actor_id: str) -> None:
+        world.moving.add(actor_id)
+        try:
+            await move(anti_affinity, actor_id)
+        finally:
+            world.moving.discard(actor_id)
 
     publish = ClusterState.publish
 
@@ -136,6 +146,7 @@ def replaced(world: World) -> Iterator[None]:
         (cluster.controller.controller, "app_is_wanted", serve.app_is_wanted),
         (router.engine.replica, "app_is_wanted", serve.app_is_wanted),
         (ClusterState, "publish", published),
+        (AntiAffinity, "_move", moved),
         (router.engine.replica, "_load_dense", world.load_dense),
         (experts.actor, "open_model", lambda path, identity, _: ExactCheckpoint(identity)),
         (experts.actor, "load_expert", world.load_expert),

@@ -41,13 +41,15 @@ class Version:
 
 @dataclass(eq=False)
 class Replica:
-    """A replica and the calls that it owes an answer."""
+    """A replica, and what it owes an answer."""
 
     handle: Handle
     version: Version
     is_running: bool = False
     is_draining: bool = False
     owed: dict[Call, None] = field(default_factory=dict)
+    num_requests: int = 0
+    """The requests of clients that a gateway serves."""
 
     @property
     def process(self) -> Process:
@@ -167,7 +169,7 @@ class Deployment:
 
     async def _end_when_idle(self, replica: Replica) -> None:
         until_s = self._serve.kernel.now_s + DRAIN_S
-        while replica.owed and self._serve.kernel.now_s < until_s:
+        while (replica.owed or replica.num_requests) and self._serve.kernel.now_s < until_s:
             await asyncio.sleep(LOOK_S)
         if replica.handle.is_started and not inspect.isawaitable(replica.handle.instance):
             closing = await self._serve.kernel.run_in_executor(

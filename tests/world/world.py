@@ -192,6 +192,8 @@ class World:
         """Nodes without memory, until the weather calms."""
         self.small: set[str] = set()
         """Nodes that have no memory to the end."""
+        self.moving: set[str] = set()
+        """Actors that a controller is about to move to another node."""
         self.failing_disks: set[str] = set()
         self.used_at_s: dict[str, float] = {}
         """When each actor's process has computed rows last."""
@@ -466,6 +468,21 @@ class World:
             if replica.process is killer and isinstance(made, Controller):
                 return actor_id not in made._state.fleet.specs
         return actor_id not in [f"expert-{i}" for i in range(self.setting.num_actors)]
+
+    def is_left(self, handle: Handle) -> bool:
+        """Return whether an actor is to move, and no router that runs knows it any longer."""
+        name, _, generation = handle.name.rpartition(":g")
+        actor_id = name.rpartition(":")[2]
+        if actor_id not in self.moving:
+            return False
+        placements = [
+            replica.handle.instance._view.placement
+            for replica in self.serve.deployments["router"].running()
+        ]
+        return all(
+            known is not None and known.generations.get(actor_id) != int(generation)
+            for known in placements
+        )
 
     def is_away(self, process: Process) -> bool:
         """Return whether a process may not hear the controller now."""

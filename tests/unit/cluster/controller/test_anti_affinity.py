@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from cluster.controller import anti_affinity
+from cluster.controller import anti_affinity, members
+from cluster.controller.deaths import Deaths
 from cluster.spec import (
     ActorReport,
 )
@@ -102,5 +103,61 @@ def test_copies_move_apart_when_a_node_joins(monkeypatch: pytest.MonkeyPatch) ->
         await happens(lambda: cluster.pool.looks >= looks + 3)
         assert len(cluster.published) == published
         await cluster.stop()
+
+    run(test)
+
+
+def test_an_actor_that_moves_lives_until_every_router_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(anti_affinity, "NODES_CHECK_S", 0.01)
+    monkeypatch.setattr(members, "MEMBER_TTL_S", 1000)
+
+    async def test() -> None:
+        async with running(2, min_copies=2) as cluster:
+            before = await cluster.until(lambda placement: placement.fewest_copies() == 2)
+            await cluster.controller.watch("router", 1, "n", before.order, 0)
+            cluster.pool.node_ids.append("joined")
+            left = await cluster.until(lambda placement: "expert-0" not in placement.generations)
+            [actor] = cluster.pool.of("expert-0")
+            asked_s = actor.asked_s
+            await happens(lambda: actor.asked_s > asked_s)  # a heartbeat later
+            assert actor.alive
+            await cluster.controller.watch("router", 1, "n", left.order, 0)
+            await cluster.until(lambda placement: placement.generations.get("expert-0") == 2)
+            assert [a.node for a in cluster.pool.of("expert-0") if a.alive] == ["joined"]
+
+    run(test)
+
+
+def test_a_router_that_says_nothing_holds_a_move_up_for_a_while_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(anti_affinity, "NODES_CHECK_S", 0.01)
+    monkeypatch.setattr(anti_affinity, "KNOWN_TIMEOUT_S", 0.1)
+
+    async def test() -> None:
+        async with running(2, min_copies=2) as cluster:
+            before = await cluster.until(lambda placement: placement.fewest_copies() == 2)
+            await cluster.controller.watch("router", 1, "n", before.order, 0)
+            cluster.pool.node_ids.append("joined")
+            await cluster.until(lambda placement: placement.generations.get("expert-0") == 2)
+
+    run(test)
+
+
+def test_nothing_moves_to_a_node_on_which_actors_end_badly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(anti_affinity, "NODES_CHECK_S", 0.01)
+
+    async def test() -> None:
+        async with running(2, min_copies=2) as cluster:
+            await cluster.until(lambda placement: placement.fewest_copies() == 2)
+            monkeypatch.setattr(Deaths, "avoided_nodes", lambda deaths, now_s: {"joined": 1e9})
+            cluster.pool.node_ids.append("joined")
+            published, looks = len(cluster.published), cluster.pool.looks
+            await happens(lambda: cluster.pool.looks >= looks + 3)
+            assert len(cluster.published) == published
 
     run(test)
