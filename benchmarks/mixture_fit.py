@@ -67,7 +67,7 @@ from benchmarks.mixture_models import (
 )
 
 FOLDS, QUICK_FOLDS, INNER_FOLDS = 5, 3, 5
-DEFAULT_SEEDS = (11, 12, 13)
+DEFAULT_SEEDS = (14, 15, 16)
 MOST_CHANCE = 0.01
 """The chance at which some candidate of several experts passes the test though none is better."""
 ROUNDING = 1e-9

@@ -103,7 +103,7 @@ def regressors(seed: int) -> list[Model]:
         Model("SVR", PEER, svr, {"svr__C": (1.0, 10.0, 100.0)}),
         _forest(RandomForestRegressor, seed),
         _boosting(HistGradientBoostingRegressor, seed),
-        Model("MLP", PEER, mlp, {"mlpregressor__alpha": (1e-4, 0.1, 10.0)}),
+        Model("MLP", PEER, mlp, {}),
     ]
 
 
@@ -126,7 +126,7 @@ def classifiers(seed: int) -> list[Model]:
         Model("SVC", PEER, svc, {"svc__C": (1.0, 10.0, 100.0)}),
         _forest(RandomForestClassifier, seed),
         _boosting(HistGradientBoostingClassifier, seed),
-        Model("MLP", PEER, mlp, {"mlpclassifier__alpha": (1e-4, 0.1, 10.0)}),
+        Model("MLP", PEER, mlp, {}),
     ]
 
 

@@ -21,7 +21,6 @@ from experts.checkpoint.mixture import Mixture
 from router.workshop.mixture.estimators import MixtureOfExpertsRegressor
 
 NUM_STEPS = 1
-NUM_FOLDS = 10
 _NETWORK = MLPRegressor(
     hidden_layer_sizes=(8,), activation="tanh", solver="lbfgs", alpha=7.0, max_iter=1000
 )
@@ -51,7 +50,7 @@ def train(begin: Begin) -> Trained:
     begin("the experts and the gate")
     x, y = load_diabetes(return_X_y=True, scaled=False)
     held_out = is_held_out(len(x))
-    fitted = MixtureOfExpertsRegressor(EXPERTS, cv=NUM_FOLDS, gain_errors=0, random_state=0)
+    fitted = MixtureOfExpertsRegressor(EXPERTS, random_state=0)
     fitted.fit(x[~held_out], y[~held_out])
 
     def card(mixture: Mixture, local: LocalMixture) -> str:
@@ -63,7 +62,7 @@ def train(begin: Begin) -> Trained:
         weights = outputs["weights"]
         names = list(mixture.spec.experts)
         parts = {
-            "num_folds": NUM_FOLDS,
+            "num_folds": fitted.cv,
             "num_held_out": len(test_y),
             "scores": table(("", "R²", "RMSE"), rows),
             "losses": losses(fitted, "Squared error / variance, out of fold"),

@@ -21,7 +21,6 @@ from experts.checkpoint.mixture import Mixture
 from router.workshop.mixture.estimators import MixtureOfExpertsClassifier
 
 NUM_STEPS = 1
-NUM_FOLDS = 10
 EXPERTS: list[tuple[str, Any]] = [
     ("neighbours", KNeighborsClassifier(4, weights="distance")),
     ("gaussians", make_pipeline(PCA(20), QuadraticDiscriminantAnalysis(reg_param=0.1))),
@@ -51,7 +50,7 @@ def train(begin: Begin) -> Trained:
     begin("the experts and the gate")
     x, y = load_digits(return_X_y=True)
     held_out = is_held_out(len(x))
-    fitted = MixtureOfExpertsClassifier(EXPERTS, cv=NUM_FOLDS, random_state=0)
+    fitted = MixtureOfExpertsClassifier(EXPERTS, random_state=0)
     fitted.fit(x[~held_out], y[~held_out])
 
     def card(mixture: Mixture, local: LocalMixture) -> str:
@@ -62,7 +61,7 @@ def train(begin: Begin) -> Trained:
         for name, expert in fitted.mixture_.experts.items():
             rows.append((f"one expert, `{name}`", *_scores(test_y, expert(test_x))))
         parts = {
-            "num_folds": NUM_FOLDS,
+            "num_folds": fitted.cv,
             "num_held_out": len(test_y),
             "scores": table(("", "Accuracy", "Log loss"), rows),
             "losses": losses(fitted, "Squared error of the probabilities, out of fold"),

@@ -71,7 +71,7 @@ def test_training_anew_gives_the_bundled_mixture(diabetes_anew: Path) -> None:
     rows = load_diabetes(scaled=False).data
     new, old = (LocalMixture(mixture).predict({"patient": rows}) for mixture in (made, bundled))
     for name, array in old.items():
-        np.testing.assert_allclose(new[name], array, 5e-3)
+        np.testing.assert_allclose(new[name], array, 1e-6)
     card = (diabetes_anew / "README.md").read_text(encoding="utf-8")
     assert f"`{identity_of(made)}`" in card
     assert "{" not in card.split("## Use")[0]

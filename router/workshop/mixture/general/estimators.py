@@ -53,7 +53,6 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0, None, closed="left")],
         "cv": ["cv_object"],
-        "gain_errors": [Interval(Real, 0, None, closed="left")],
         "n_init": [Interval(Integral, 1, None, closed="left")],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
         "early_stopping": ["boolean"],
@@ -70,8 +69,7 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
         *,
         gate: Any = "linear",
         top_k: int | None = None,
-        cv: Any = 5,
-        gain_errors: float = 2.0,
+        cv: Any = 10,
         n_init: int = 4,
         max_iter: int = 100,
         tol: float = 1e-4,
@@ -88,7 +86,6 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
         self.gate = gate
         self.top_k = top_k
         self.cv = cv
-        self.gain_errors = gain_errors
         self.n_init = n_init
         self.max_iter = max_iter
         self.tol = tol
@@ -159,8 +156,7 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
             if is_warm:
                 divisions = [np.exp(self.mixture_.log_gates(train.X))]
             run_em = partial(self._run, held_out=held_out)
-            gain_errors = float(self.gain_errors)
-            search = UnseenSearch(begun, train, folds, divisions, limits, gain_errors, run_em)
+            search = UnseenSearch(begun, train, folds, divisions, limits, run_em)
             result = search.best()
             self._set_records(cv_losses_=search.losses, chosen_=search.chosen)
         else:
@@ -283,14 +279,14 @@ class MixtureOfExpertsRegressor(MixtureRegressor, _MixtureOfExperts):
       1992, "Stacked generalization"). That objective never falls. The
       experts of the mixture are then fitted to all rows. EM is the last of several mixtures, of
       which rows that they were not fitted to choose by the squared error, of a classification that
-      of the probabilities: the best expert alone, the mean with constant weights, and the gate over
-      experts fitted to all rows. ``cv_losses_`` has the mean losses (those of a regression relative
-      to the variance), that of EM by the folds that judged it: one after another does, until it
-      cannot win any more. ``chosen_`` is the name of the mixture taken. ``None``: EM judges experts
-      by the rows that they were fitted to, and its mixture is taken.
-    - ``gain_errors``: the standard errors by which a mixture must be better than the simpler one
-      that it takes the place of. By default a mixture is hardly ever worse than its best expert
-      alone. With 0 the least loss wins: often a mean, whose gains are real but small.
+      of the probabilities: one expert alone or the mean with the constant weights of least squares
+      (Breiman 1996, "Stacked regressions"), whichever has the least loss (van der Laan, Polley and
+      Hubbard 2007, "Super learner"); the gate over experts fitted to all rows; EM. The last two
+      must be better than the simpler one by more than two standard errors. ``cv_losses_`` has the
+      mean losses (those of a regression relative to the variance), that of EM by the folds that
+      judged it: one of at most five after another does, until it cannot win any more. ``chosen_``
+      is the name of the mixture taken. ``None``: EM judges experts by the rows that they were
+      fitted to, and its mixture is taken.
     - ``n_init``: the divisions of the rows that EM starts from, by k-means and by planes in turns.
       Of several, the one of the best score after five iterations is taken, with ``cv`` after one.
     - ``max_iter``, ``tol``, ``n_iter_no_change``: the most iterations of EM; it ends earlier where

@@ -6,6 +6,8 @@ Dimension letters: N rows, F features, D outputs of a regression.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -93,3 +95,15 @@ def given_folds(cv: Any, X: Any, y: Any, numbers: Rows) -> list[Fold]:
     if len(folds) < 2 or (count != 1).any():
         raise ValueError("cv must put each row into one of at least two folds")
     return folds
+
+
+def merged(folds: Sequence[Fold], most: int) -> list[Fold]:
+    """Return at most so many folds, each of some neighbours among ``folds``."""
+    groups = np.array_split(np.arange(len(folds)), min(most, len(folds)))
+    return [
+        (
+            reduce(np.intersect1d, [folds[number][0] for number in group]),
+            np.sort(np.concatenate([folds[number][1] for number in group])),
+        )
+        for group in groups
+    ]

@@ -15,7 +15,7 @@ from sklearn.exceptions import FitFailedWarning
 
 from router.workshop.mixture.general.ensemble import EnsembleEM
 from router.workshop.mixture.general.fits import Data, FitFailedError
-from router.workshop.mixture.general.folds import Fold
+from router.workshop.mixture.general.folds import Fold, merged
 from router.workshop.mixture.general.search import (
     Gain,
     Limits,
@@ -30,21 +30,29 @@ from router.workshop.mixture.parts import Array, FittedMixture, posterior
 MEAN, STACKED, EM = "mean", "stacked", "EM"
 """The mixtures of experts that are fitted to all rows, with constant weights (Breiman 1996,
 "Stacked regressions") and with a gate; and that of EM, with experts fitted to their shares."""
+GAIN_ERRORS = 2.0
+"""The standard errors by which a gate, or EM, must be better than the simpler mixture."""
 _FIRST_ITERATIONS = 2
+_FOLDS_OF_EM = 5
+"""The most folds that judge EM, each of which costs a run of it."""
+Start = Callable[[EnsembleEM], EnsembleEM]
 
 
 class UnseenSearch:
     """Fits mixtures of the same experts, and takes the simplest that no other clearly beats.
 
-    The first is the expert of the least loss, alone. The mean, the gate over experts fitted to all
-    rows, and EM follow: each takes the place of the one taken so far where its loss is less by more
-    than ``gain_errors`` standard errors. ``losses`` are the mean losses, by weight; ``chosen`` is
+    The first is one expert alone or the mean with constant weights, whichever has the least loss:
+    the mean's weights are judged by rows that they were not fitted to, and this choice has the risk
+    of the best candidate, up to a term that falls with the rows (van der Laan, Polley and Hubbard
+    2007, "Super learner"). The gate over experts fitted to all rows, and EM, follow. They can bend
+    more, so each takes the place of the one taken so far only where its loss is less by more than
+    :data:`GAIN_ERRORS` standard errors. ``losses`` are the mean losses, by weight; ``chosen`` is
     the name of the mixture taken.
 
     The rows of a fold judge a mixture fitted to the other folds. EM is fitted to the other rows of
-    one fold after another, and judged by all rows judged so far: it is out as soon as its gain, if
-    it stays, will not be enough over all folds. It is in after the last fold only, as the rows of
-    the first one choose its iterations. EM's loss is that of the rows judged.
+    one of at most five folds after another, and judged by all rows judged so far: it is out as soon
+    as its gain, if it stays, will not be enough over all folds. It is in after the last fold only,
+    as the rows of the first one choose its iterations. EM's loss is that of the rows judged.
     """
 
     def __init__(
@@ -54,15 +62,14 @@ class UnseenSearch:
         folds: Sequence[Fold],
         divisions: Sequence[Array],
         limits: Limits,
-        gain_errors: float,
         run_em: Callable[[EnsembleEM, Limits], Run],
     ) -> None:
         """Take a state that is not started, and the first shares [N, E] of EM's starts.
 
         ``run_em`` runs EM on all rows, where it wins.
         """
-        self._gain_errors = gain_errors
         self._begun, self._data, self._folds = begun, data, folds
+        self._folds_of_em = merged(folds, _FOLDS_OF_EM)
         self._divisions, self._limits, self._run_em = divisions, limits, run_em
         self.losses: dict[str, float] = {}
         self.chosen = ""
@@ -74,7 +81,7 @@ class UnseenSearch:
         """
         whole = self._begun.copied()
         whole.start_whole()
-        candidates: dict[str, Callable[[EnsembleEM], EnsembleEM]] = {
+        candidates: dict[str, Start] = {
             f"{name} alone": partial(EnsembleEM.with_expert, number=number)
             for number, name in enumerate(whole.names)
         }
@@ -88,10 +95,10 @@ class UnseenSearch:
         for name, of_mixture in losses.items():
             self.losses[name] = float(np.average(of_mixture, weights=self._data.weights))
         self.chosen = min(alone, key=lambda name: self.losses[name])
-        for name in candidates:
-            gain = Gain.of(losses[name], losses[self.chosen], self._data)
-            if name not in alone and gain.exceeds(self._gain_errors):
-                self.chosen = name
+        for name, num_errors in ((MEAN, 0.0), (STACKED, GAIN_ERRORS)):
+            if name in losses:
+                gain = Gain.of(losses[name], losses[self.chosen], self._data)
+                self.chosen = name if gain.exceeds(num_errors) else self.chosen
         if whole.num_experts > 1:
             try:
                 winner = self._winner(losses[self.chosen])
@@ -112,7 +119,7 @@ class UnseenSearch:
         data = self._data
         of_em, judged = np.empty(len(data.X)), np.empty(0, np.intp)
         first: tuple[FittedMixture, int] | None = None
-        for fold in self._folds:
+        for fold in self._folds_of_em:
             if first is None:
                 number, num_iter, mixture = self._best_of_other_rows(fold)
                 first = mixture, num_iter
@@ -122,7 +129,7 @@ class UnseenSearch:
             of_em[fold[1]] = self._judged(mixture, fold)
             judged = np.concatenate([judged, fold[1]])
             gain = Gain.of(of_em[judged], losses[judged], data.of(judged))
-            is_promising = gain.exceeds(self._gain_errors * (len(judged) / len(data.X)) ** 0.5)
+            is_promising = gain.exceeds(GAIN_ERRORS * (len(judged) / len(data.X)) ** 0.5)
             if not is_promising:
                 break
         self.losses[EM] = float(np.average(of_em[judged], weights=data.weights[judged]))
@@ -178,7 +185,8 @@ class UnseenSearch:
         """
         places = np.full(len(self._data.X), -1)
         places[fold[0]] = np.arange(len(fold[0]))
-        others = [places[rows] for _, rows in self._folds if rows is not fold[1]]
+        others = [places[rows] for _, rows in self._folds_of_em if rows is not fold[1]]
+        others = [rows[rows >= 0] for rows in others]
         middle = len(others) // 2
         if not middle:
             return []

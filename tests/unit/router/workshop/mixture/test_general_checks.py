@@ -78,7 +78,7 @@ class Shares(ClassifierMixin, BaseEstimator):
 @pytest.mark.parametrize(
     ("expert", "message"),
     [
-        (Constant((0.0, 1.0)), r"'constant' \(Constant\) predicts the shape \[8, 2\]"),
+        (Constant((0.0, 1.0)), r"'constant' \(Constant\) predicts the shape \[4, 2\]"),
         (Constant(np.inf), "not finite, or too large"),
         (Constant(1e300), "not finite, or too large"),
         (Constant("a"), "'constant'.*cannot predict: ValueError"),

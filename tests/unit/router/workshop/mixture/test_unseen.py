@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
+from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.exceptions import FitFailedWarning
 from sklearn.linear_model import LinearRegression, Ridge
-from sklearn.model_selection import KFold
+from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 from sklearn.tree import DecisionTreeRegressor
 
 from router.workshop.mixture.estimators import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
 from router.workshop.mixture.general.ensemble import EnsembleEM
 from router.workshop.mixture.general.fits import Data, Expert
-from router.workshop.mixture.general.folds import folds_of, given_folds
+from router.workshop.mixture.general.folds import folds_of, given_folds, merged
 from router.workshop.mixture.general.gates import learner_of, least_squares_weights
 from router.workshop.mixture.general.search import losses_of
 from router.workshop.mixture.general.unseen import UnseenSearch
@@ -109,7 +112,7 @@ def test_folds_judge_em_until_it_cannot_win(
     judged = []
 
     def losses(search: UnseenSearch, mixture: object, fold: tuple) -> np.ndarray:
-        number = next(n for n, other in enumerate(search._folds) if other[1] is fold[1])
+        number = next(n for n, other in enumerate(search._folds_of_em) if other[1] is fold[1])
         judged.append(number)
         noise = np.where(np.arange(len(fold[1])) % 2, 0.1, -0.1)
         return beaten[fold[1]] - of_folds[number] + noise
@@ -130,36 +133,97 @@ def test_folds_judge_em_until_it_cannot_win(
     assert max(judged) == first_loss
 
 
-def noisy_lines(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows [N, 2] and a target that is a line, with much noise."""
+def noisy_lines(seed: int, bend: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows [N, 2] and a target that is a line, bent or not, with much noise."""
     source = np.random.default_rng(seed)
     X = source.normal(size=(120, 2))
-    return X, X @ [1.0, -1.0] + source.normal(size=120)
+    return X, X @ [1.0, -1.0] + bend * X[:, 0] * X[:, 1] + source.normal(size=120)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_one_expert_alone_is_taken_unless_another_mixture_is_clearly_better(seed: int) -> None:
-    X, y = noisy_lines(seed)
-    experts = [("tree", DecisionTreeRegressor(max_depth=3, random_state=0)), ("line", Ridge())]
+@pytest.mark.parametrize("is_close", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_one_expert_or_constant_weights_by_the_loss_of_other_rows(
+    seed: int, is_close: bool
+) -> None:
+    X, y = noisy_lines(seed, 2.0 * is_close)
+    tree = DecisionTreeRegressor(max_depth=3, random_state=0)
+    experts = [("other", KNeighborsRegressor(9) if is_close else tree), ("line", Ridge())]
+    folds = list(KFold(4, shuffle=True, random_state=seed).split(X))
+    fitted = MixtureOfExpertsRegressor(experts, cv=folds, random_state=0).fit(X, y)
+    unseen = np.stack([cross_val_predict(expert, X, y, cv=folds) for _, expert in experts])
+    whole = [expert.fit(X, y).predict(X) for _, expert in experts]
+
+    def best_weight(rows: np.ndarray) -> float:
+        def squares(weight: float) -> float:
+            mixed = weight * unseen[0] + (1 - weight) * unseen[1]
+            return float(np.mean((mixed - y)[rows] ** 2))
+
+        return float(minimize_scalar(squares, bounds=(0, 1), options={"xatol": 1e-10}).x)
+
+    mean = np.empty(len(y))
+    for train, test in folds:
+        weight = best_weight(train)
+        mean[test] = weight * unseen[0, test] + (1 - weight) * unseen[1, test]
+    of_candidates = {"other alone": unseen[0], "line alone": unseen[1], "mean": mean}
+    losses = {name: np.mean((of - y) ** 2) / y.var() for name, of in of_candidates.items()}
+    for name, loss in losses.items():
+        assert fitted.cv_losses_[name] == pytest.approx(loss, rel=1e-5)
+    assert fitted.chosen_ == min(losses, key=lambda name: losses[name])
+    weights = {"other alone": 1.0, "line alone": 0.0, "mean": best_weight(np.arange(len(y)))}
+    weight = weights[fitted.chosen_]
+    expected = weight * whole[0] + (1 - weight) * whole[1]
+    np.testing.assert_allclose(fitted.predict(X), expected, atol=1e-5)
+
+
+def test_experts_of_equal_losses_are_better_together_than_each_alone() -> None:
+    """The least loss names one or the other by chance; the weights of least squares do not jump."""
+
+    def rows(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        source = np.random.default_rng(seed)
+        X = source.normal(size=(count, 2))
+        return X, X.sum(axis=1) + 0.5 * source.normal(size=count)
+
+    experts = [
+        (name, make_pipeline(FunctionTransformer(_column, kw_args={"number": number}), Ridge()))
+        for number, name in enumerate(("first", "second"))
+    ]
+    unseen = rows(100, 2000)
+    for seed in range(5):
+        X, y = rows(seed, 100)
+        fitted = MixtureOfExpertsRegressor(experts, random_state=0).fit(X, y)
+        alone = [expert.fit(X, y).score(*unseen) for _, expert in experts]
+        assert fitted.score(*unseen) > max(alone) + 0.1
+        assert abs(fitted.cv_losses_["first alone"] - fitted.cv_losses_["second alone"]) < 0.3
+        assert fitted.responsibilities(X).min() > 0.3
+
+
+def _column(X: np.ndarray, number: int) -> np.ndarray:
+    return X[:, [number]]
+
+
+def test_a_gate_over_experts_of_all_rows_is_taken_where_it_clearly_wins() -> None:
+    source = np.random.default_rng(8)
+    X = source.uniform(-1, 1, (300, 2))
+    y = np.where(X[:, 0] > 0, 4 * X[:, 1], 0.0) + 0.1 * source.normal(size=300)
+    experts = [("slope", Sloped(4.0)), ("zero", Sloped(0.0))]
     fitted = MixtureOfExpertsRegressor(experts, random_state=0).fit(X, y)
-    assert fitted.chosen_ == "line alone"
-    np.testing.assert_allclose(fitted.predict(X), Ridge().fit(X, y).predict(X), atol=1e-9)
+    assert fitted.chosen_ == "stacked"
+    is_slope = fitted.responsibilities(X)[:, 0] > 0.5
+    assert np.mean(is_slope == (X[:, 0] > 0)) > 0.97
 
 
-def test_of_no_errors_the_least_loss_wins() -> None:
-    X, y = noisy_lines(0)
-    y = y + X[:, 0] * X[:, 1]
-    experts = [("near", KNeighborsRegressor(9)), ("line", Ridge())]
-    by_errors = {
-        number: MixtureOfExpertsRegressor(experts, gain_errors=number, random_state=0).fit(X, y)
-        for number in (0, 1000)
-    }
-    losses = by_errors[0].cv_losses_
-    alone = min(losses["line alone"], losses["near alone"])
-    assert losses[by_errors[0].chosen_] == min(losses.values()) < alone
-    assert losses[by_errors[1000].chosen_] == alone
-    with pytest.raises(ValueError, match="'gain_errors' parameter"):
-        MixtureOfExpertsRegressor(gain_errors=-1).fit(X, y)
+class Sloped(RegressorMixin, BaseEstimator):
+    """Predicts a multiple of the second feature, whatever its rows are."""
+
+    def __init__(self, slope: float) -> None:
+        self.slope = slope
+
+    def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: Any = None) -> Any:
+        self.is_fitted_ = True
+        return self
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        return self.slope * X[:, 1]
 
 
 def test_the_loss_of_a_classification_is_that_of_its_probabilities() -> None:
@@ -189,13 +253,26 @@ def test_copies_of_a_row_share_a_fold() -> None:
         assert not set(again[train]) & set(again[test])
 
 
+def test_neighbouring_folds_are_merged_into_fewer() -> None:
+    X, y = two_pieces(3, 50)
+    folds = folds_of(X, y[:, None], 10, False, 0)
+    few = merged(folds, 4)
+    assert [len(test) for _, test in few] == [15, 15, 10, 10]
+    for train, test in few:
+        assert sorted([*train, *test]) == list(range(50))
+    assert np.array_equal(few[0][1], np.sort(np.concatenate([test for _, test in folds[:3]])))
+    for (train, test), fold in zip(merged(folds[:3], 4), folds[:3], strict=True):
+        assert np.array_equal(train, fold[0])
+        assert np.array_equal(test, fold[1])
+
+
 def test_a_class_of_fewer_rows_than_folds_is_allowed_and_fewer_folds_are_a_warning() -> None:
     X, y = two_rules(3, 60)
     y = y.astype("U8")
     y[0] = "rare"
     fitted = MixtureOfExpertsClassifier([KNeighborsClassifier(3)] * 2, random_state=0).fit(X, y)
     assert fitted.predict_proba(X).shape == (60, 3)
-    with pytest.warns(UserWarning, match="cv=5: 3 folds instead"):
+    with pytest.warns(UserWarning, match="cv=10: 3 folds instead"):
         MixtureOfExpertsRegressor([Ridge()]).fit(X[:3], [1.0, 2.0, 4.0])
 
 
