@@ -30,12 +30,12 @@ from router.workshop.mixture.parts import Array, FittedMixture, posterior
 MEAN, STACKED, EM = "mean", "stacked", "EM"
 """The mixtures of experts that are fitted to all rows, with constant weights (Breiman 1996,
 "Stacked regressions") and with a gate; and that of EM, with experts fitted to their shares."""
-GAIN_ERRORS = 2.0
+_GAIN_ERRORS = 2.0
 """The standard errors by which a gate, or EM, must be better than the simpler mixture."""
 _FIRST_ITERATIONS = 2
 _FOLDS_OF_EM = 5
 """The most folds that judge EM, each of which costs a run of it."""
-Start = Callable[[EnsembleEM], EnsembleEM]
+_Start = Callable[[EnsembleEM], EnsembleEM]
 
 
 class UnseenSearch:
@@ -46,8 +46,8 @@ class UnseenSearch:
     of the best candidate, up to a term that falls with the rows (van der Laan, Polley and Hubbard
     2007, "Super learner"). The gate over experts fitted to all rows, and EM, follow. They can bend
     more, so each takes the place of the one taken so far only where its loss is less by more than
-    :data:`GAIN_ERRORS` standard errors. ``losses`` are the mean losses, by weight; ``chosen`` is
-    the name of the mixture taken.
+    two standard errors. ``losses`` are the mean losses, by weight; ``chosen`` is the name of the
+    mixture taken.
 
     The rows of a fold judge a mixture fitted to the other folds. EM is fitted to the other rows of
     one of at most five folds after another, and judged by all rows judged so far: it is out as soon
@@ -81,7 +81,7 @@ class UnseenSearch:
         """
         whole = self._begun.copied()
         whole.start_whole()
-        candidates: dict[str, Start] = {
+        candidates: dict[str, _Start] = {
             f"{name} alone": partial(EnsembleEM.with_expert, number=number)
             for number, name in enumerate(whole.names)
         }
@@ -95,7 +95,7 @@ class UnseenSearch:
         for name, of_mixture in losses.items():
             self.losses[name] = float(np.average(of_mixture, weights=self._data.weights))
         self.chosen = min(alone, key=lambda name: self.losses[name])
-        for name, num_errors in ((MEAN, 0.0), (STACKED, GAIN_ERRORS)):
+        for name, num_errors in ((MEAN, 0.0), (STACKED, _GAIN_ERRORS)):
             if name in losses:
                 gain = Gain.of(losses[name], losses[self.chosen], self._data)
                 self.chosen = name if gain.exceeds(num_errors) else self.chosen
@@ -129,7 +129,7 @@ class UnseenSearch:
             of_em[fold[1]] = self._judged(mixture, fold)
             judged = np.concatenate([judged, fold[1]])
             gain = Gain.of(of_em[judged], losses[judged], data.of(judged))
-            is_promising = gain.exceeds(GAIN_ERRORS * (len(judged) / len(data.X)) ** 0.5)
+            is_promising = gain.exceeds(_GAIN_ERRORS * (len(judged) / len(data.X)) ** 0.5)
             if not is_promising:
                 break
         self.losses[EM] = float(np.average(of_em[judged], weights=data.weights[judged]))
