@@ -537,7 +537,11 @@ class World:
                 ):
                     return f"{actor_id} does not hold {key}"
         for name in ("router", "gateway"):
-            if len(self.serve.deployments[name].running()) < self.setting.num_routers:
+            deployment = self.serve.deployments[name]
+            running = deployment.running()
+            if any(replica.version is not deployment.version for replica in running):
+                return f"an earlier {name} runs"
+            if len(running) < self.setting.num_routers:
                 return f"too few of {name} run"
         for replica in self.serve.deployments["gateway"].running():
             ready = replica.handle.instance.deployment.ready()
