@@ -12,6 +12,7 @@ Rows are looked at by samples on this module's thread, after their answer, so th
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -115,7 +116,8 @@ class SelfTest:
         with self._changed:
             sample, self._sample = self._sample, None
             suspected = self._suspected
-        if suspected is None and sample is not None and not _are_finite(sample[1]):
+        is_good = sample is None or (_is_whole(sample[1]) and _are_finite(sample[1]))
+        if suspected is None and sample is not None and not is_good:
             suspected = _zeros_like(sample[0])
         with self._changed:
             self._suspected = suspected
@@ -139,6 +141,9 @@ class SelfTest:
                 return False
             if isinstance(answer.error, WrongPlacementError):  # unloaded meanwhile
                 return True
+        elif not _is_whole(answer):
+            self._note("rows of the answer are missing")
+            return False
         elif not _are_finite(answer) and self._is_sound(frame):
             self._note("finite weights and rows of zeros yield NaN or infinity")
             return False
@@ -165,6 +170,12 @@ def _zeros_like(frame: DispatchFrame) -> DispatchFrame:
         rows=bytes(size),
         traceparent=None,
     )
+
+
+def _is_whole(answer: RowsFrame) -> bool:
+    """Return whether an answer has the bytes of its rows."""
+    row_bytes = DTYPES[answer.dtype].itemsize * math.prod(answer.row_shape)
+    return sum(map(len, answer.rows)) == answer.num_rows * row_bytes
 
 
 def _are_finite(answer: RowsFrame) -> bool:

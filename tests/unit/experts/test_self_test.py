@@ -92,6 +92,16 @@ def test_a_device_whose_rows_are_not_finite_fails_tests_in_a_row(
     assert "NaN or infinity" in report.failure
 
 
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_device_that_loses_rows_fails_tests_in_a_row(
+    actor: Actor, monkeypatch: pytest.MonkeyPatch, num_rows: int
+) -> None:
+    device_of(monkeypatch, lambda product, rows: product()[: -len(rows) // num_rows])
+    actor.compute(frame_of(rows_of(num_rows)))
+    report = until(actor, lambda report: report.failed_tests >= COUNTED)
+    assert "missing" in report.failure
+
+
 def test_a_device_that_works_again_fails_no_test(
     actor: Actor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
