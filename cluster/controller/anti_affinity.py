@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 
-from cluster.controller.deaths import Deaths
+from cluster.controller.keeper import Keeper
 from cluster.controller.members import Members
 from cluster.controller.pool import ExpertPool, kind_of
 from cluster.controller.state import ClusterState
@@ -28,15 +28,15 @@ class AntiAffinity:
     """Watches Ray's nodes for one controller."""
 
     def __init__(
-        self, state: ClusterState, expert_pool: ExpertPool, deaths: Deaths, members: Members
+        self, state: ClusterState, expert_pool: ExpertPool, keeper: Keeper, members: Members
     ) -> None:
         """Nothing moves before :meth:`run_forever`.
 
-        ``deaths`` knows the nodes to avoid, ``members`` which placement each router has.
+        ``keeper`` knows the nodes to avoid, ``members`` which placement each router has.
         """
         self._state = state
         self._expert_pool = expert_pool
-        self._deaths = deaths
+        self._keeper = keeper
         self._members = members
 
     async def run_forever(self, known: set[str]) -> None:
@@ -68,7 +68,7 @@ class AntiAffinity:
             return  # it left the fleet meanwhile
         spec = state.fleet.specs[actor_id]
         found = await asyncio.to_thread(self._expert_pool.nodes_for, spec)
-        candidates = set(found) - self._deaths.avoided_nodes(time.monotonic()).keys()
+        candidates = set(found) - self._keeper.deaths.avoided_nodes(time.monotonic()).keys()
         node = less_crowded_node(actor_id, candidates, state.shares, state.nodes)
         if node is None:
             return
@@ -77,9 +77,9 @@ class AntiAffinity:
         state.nodes[actor_id] = node
         await state.publish(lambda placement: placement.without(actor_id))
         await self._until_known(state.placement.order)
-        for found_id, _, handle in await asyncio.to_thread(self._expert_pool.find):
-            if found_id == actor_id:
-                self._expert_pool.kill(handle)
+        handle = state.handles.get(actor_id)
+        if handle is not None and actor_id not in state.placement.generations:
+            await self._keeper.processes.end(handle)  # else it has died, or its successor serves
 
     async def _until_known(self, order: tuple[int, int]) -> None:
         """Wait until all routers know a placement, or for so long that one of them is cut off."""

@@ -162,7 +162,7 @@ class Changes:
                     f"copies, fewer than min_copies ({self._state.min_copies})",
                     model_id_of(key.model),
                 )
-        refuse_losses(with_change(placement, change), change)
+        refuse_losses(placement, with_change(placement, change), change, self._state.min_copies)
         return generations
 
     async def _prepare(self, change: Change) -> None:
@@ -184,12 +184,12 @@ class Changes:
     def _commit(
         self, placement: Placement, change: Change, generations: Mapping[str, int]
     ) -> Placement:
-        """Return the placement after a change; raises where an actor that loaded has died."""
+        """Return the placement after a change; raises where actors have died that it relies on."""
         for actor_id, generation in generations.items():
             if placement.generations.get(actor_id) != generation:
                 raise UnavailableError(f"{actor_id} died before the change was made", "", 1.0)
         after = with_change(placement, change)
-        refuse_losses(after, change)
+        refuse_losses(placement, after, change, self._state.min_copies)
         # In the same step as the placement, so that an actor that starts now gets its new share.
         self._state.shares.update(change.on(self._state.shares))
         self._retirement.begin(change.dropped, after.order)

@@ -127,7 +127,7 @@ class Controller:
             self._keeper.start(actor_id, handles.get(actor_id), actor_id in adopted.silent)
         if self._state.min_copies > 1:
             anti_affinity = AntiAffinity(
-                self._state, self._expert_pool, self._keeper.deaths, self._members
+                self._state, self._expert_pool, self._keeper, self._members
             )
             self._run(anti_affinity.run_forever(set(nodes)), "nodes")
         if self._rebalance_period_s is not None:

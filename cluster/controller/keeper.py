@@ -77,7 +77,7 @@ class Keeper:
         """
         self.loading = Loading()
         self.deaths = Deaths()
-        self._processes = ActorProcesses(state, expert_pool, self.deaths)
+        self.processes = ActorProcesses(state, expert_pool, self.deaths)
         self.relieve: Callable[[str, NoRoomError], Awaitable[bool]] = no_relief
         """Moves experts of an actor whose memory has no room for them; returns whether it did."""
         self.looped_at_s = time.monotonic()
@@ -148,7 +148,7 @@ class Keeper:
 
     async def create(self, actor_id: str) -> ActorHandle:
         """Ask Ray for an actor; see :meth:`ActorProcesses.create`."""
-        return await self._processes.create(actor_id)
+        return await self.processes.create(actor_id)
 
     # The life of one actor.
 
@@ -157,7 +157,7 @@ class Keeper:
             self.looped_at_s = time.monotonic()
             is_broken = False
             try:
-                handle = handle or await self._processes.create_away(actor_id)
+                handle = handle or await self.processes.create_away(actor_id)
                 self.deaths.begin(actor_id, time.monotonic())
                 if is_silent:
                     await self._hear(actor_id, handle)
@@ -191,8 +191,8 @@ class Keeper:
             delay_s = self.deaths.ended(actor_id, death, time.monotonic())
             try:
                 # A broken actor holds its device until then, so that the successor gets another.
-                successor = await self._processes.create_beside(actor_id) if is_broken else None
-                if handle is not None and not await self._processes.end(handle):
+                successor = await self.processes.create_beside(actor_id) if is_broken else None
+                if handle is not None and not await self.processes.end(handle):
                     return
                 handle = successor
                 await asyncio.sleep(delay_s)
@@ -296,9 +296,9 @@ class Keeper:
                 spec = self._state.fleet.specs[actor_id]
                 why = await asyncio.to_thread(self._expert_pool.shortage, spec)
                 logger.warning("%s waits for a place: %s", actor_id, why)
-                if self._processes.is_pinned(actor_id):
+                if self.processes.is_pinned(actor_id):
                     self._state.nodes.pop(actor_id, None)
-                    await self._processes.end(handle)
+                    await self.processes.end(handle)
                     return
 
     async def _follow_loading(self, handle: ActorHandle) -> None:

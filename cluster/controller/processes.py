@@ -54,18 +54,21 @@ class ActorProcesses:
     async def create_beside(self, actor_id: str) -> ActorHandle | None:
         """Create an actor's successor on a free device of its node, and wait until it is there.
 
-        Returns ``None`` where another node is better, or there is no free device.
+        Returns ``None`` where another node is better, or there is no free device, or Ray does not
+        answer.
         """
         own, _ = self._deaths.place_of(actor_id)
-        candidates = await asyncio.to_thread(
-            self._expert_pool.nodes_for, self._state.fleet.specs[actor_id]
-        )
-        if set(candidates) != {own}:
-            return None
+        spec = self._state.fleet.specs[actor_id]
         try:
+            candidates = await asyncio.to_thread(self._expert_pool.nodes_for, spec)
+            if set(candidates) != {own}:
+                return None
             successor = await self.create(actor_id, own)
         except StaleEpochError:
             return None  # the next look at the ledger says it too
+        except Exception as error:  # Ray's control store is away
+            logger.warning("%s: no successor beside it (%s)", actor_id, kind_of(error))
+            return None
         try:
             await self._expert_pool.describe(successor, START_NOTICE_S)
         except (RayActorError, RayTaskError, TimeoutError) as error:

@@ -50,16 +50,20 @@ def with_change(placement: Placement, change: Change) -> Placement:
     return Placement(placement.epoch, placement.version + 1, holders, placement.generations)
 
 
-def refuse_losses(after: Placement, change: Change) -> None:
-    """Raise :class:`UnavailableError` where a change leaves an expert without a live copy."""
-    lost = sorted(key for key in change.touched() if not after.holders[key])
-    if lost:
-        raise UnavailableError(
-            f"refused: expert {lost[0].expert_id} of layer {lost[0].layer_id} would have no live "
-            "copy",
-            model_id_of(lost[0].model),
-            1.0,
-        )
+def refuse_losses(before: Placement, after: Placement, change: Change, min_copies: int) -> None:
+    """Raise :class:`UnavailableError` where a change leaves an expert too few live copies.
+
+    That is none, or fewer than ``min_copies`` and than ``before``: a twin has died meanwhile.
+    """
+    for key in sorted(change.touched()):
+        copies, least = len(after.holders[key]), max(1, min(min_copies, len(before.holders[key])))
+        if copies < least:
+            raise UnavailableError(
+                f"refused: expert {key.expert_id} of layer {key.layer_id} would have "
+                f"{copies or 'no'} live {'copy' if copies < 2 else 'copies'} of {min_copies}",
+                model_id_of(key.model),
+                1.0,
+            )
 
 
 def batches(

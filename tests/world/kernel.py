@@ -324,7 +324,7 @@ class Kernel(_EventLoop):
             due = ready.popleft()
         else:
             if not timers or timers[0][0] > until_s:
-                self.now_s = until_s
+                self.now_s = max(self.now_s, until_s)
                 return False
             when_s, _, due = heapq.heappop(timers)
             self.now_s = max(self.now_s, when_s)

@@ -21,6 +21,21 @@ another long one.
 """
 PATIENT_S = 10.0
 """Who has so much time outlasts the loss of an actor with the only copies of experts."""
+STEP_TOKENS, STEP_S = 16, 0.16
+"""The tokens of a router's step, and what it takes where an actor computes three experts of each
+layer."""
+
+
+def is_too_short(answer: Answer, answers: list[Answer]) -> bool:
+    """Return whether a request had less time than its router may need for all at that time."""
+    until_s = answer.begun_at_s + answer.plan.timeout_s
+    prompts = [
+        len(other.plan.prompt) * other.plan.n
+        for other in answers
+        if other.begun_at_s < until_s and (other.ended_at_s or until_s) > answer.begun_at_s
+    ]
+    steps = sum(prompts) / STEP_TOKENS + answer.plan.max_tokens
+    return steps * STEP_S > answer.plan.timeout_s
 
 
 def is_poison(answer: Answer) -> bool:

@@ -108,6 +108,18 @@ def test_a_wrong_answer_breaks_its_law(world: World, law: str, wrong: Answer) ->
     assert broken(world) == [law]
 
 
+def test_a_deadline_is_excused_where_prompts_at_that_time_take_longer(world: World) -> None:
+    failed = answer(error="DeadlineExceededError", choices=[Choice()])
+    other = answer(choices=[Choice()], is_cancelled=True)
+    many, most = (replace(other, plan=replace(PLAN, prompt=(1,) * n)) for n in (100, 1200))
+    world.law.answers([failed, many], world.identities)
+    assert broken(world) == ["what can be served is served"]
+    world.law.answers([failed, most], world.identities)
+    assert len(broken(world)) == 1
+    world.law.answers([failed, replace(most, begun_at_s=1.0, ended_at_s=2.0)], world.identities)
+    assert len(broken(world)) == 2
+
+
 def test_an_error_is_excused_by_what_happened_before_it_alone(world: World) -> None:
     failed = answer(error="UnavailableError", choices=[Choice()])
     world.happenings.hit = [Event(4.5, "links cut", for_s=1.0)]
@@ -346,6 +358,14 @@ def test_something_that_is_left_breaks_the_law(
     keep(living)
     living.law.nothing_left()
     assert broken(living) == ["nothing is left"]
+
+
+def test_an_actor_that_nobody_keeps_breaks_the_law(living: World) -> None:
+    task = living.kernel.create_future()
+    task.set_result(None)
+    living.controller()._keeper._tasks["expert-1"] = task
+    living.law.nothing_left()
+    assert broken(living) == ["every actor is kept"]
 
 
 def test_an_error_that_nobody_caught_breaks_the_law(living: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from ray.exceptions import RaySystemError
 
 from cluster.controller import anti_affinity, members
 from cluster.controller.deaths import Deaths
@@ -126,6 +127,34 @@ def test_an_actor_that_moves_lives_until_every_router_knows(
             await cluster.controller.watch("router", 1, "n", left.order, 0)
             await cluster.until(lambda placement: placement.generations.get("expert-0") == 2)
             assert [a.node for a in cluster.pool.of("expert-0") if a.alive] == ["joined"]
+
+    run(test)
+
+
+def test_a_move_goes_on_where_the_ledger_cannot_be_read_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(anti_affinity, "NODES_CHECK_S", 0.01)
+    monkeypatch.setattr(anti_affinity, "KNOWN_TIMEOUT_S", 0.1)
+
+    async def test() -> None:
+        async with running(2, min_copies=2) as cluster:
+            before = await cluster.until(lambda placement: placement.fewest_copies() == 2)
+            await cluster.controller.watch("router", 1, "n", before.order, 0)
+            find, keys = cluster.pool.find, cluster.pool.store.keys
+            failed = []
+
+            def fail(*args: object) -> list[str]:
+                failed.append(args)
+                raise RaySystemError("the store is away")
+
+            cluster.pool.node_ids.append("joined")
+            await cluster.until(lambda placement: "expert-0" not in placement.generations)
+            cluster.pool.find = fail  # type: ignore[assignment, method-assign]
+            cluster.pool.store.keys = fail  # type: ignore[method-assign]
+            await happens(lambda: len(failed) > 0)
+            cluster.pool.find, cluster.pool.store.keys = find, keys  # type: ignore[method-assign]
+            await cluster.until(lambda placement: placement.generations.get("expert-0") == 2)
 
     run(test)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from ray.exceptions import RaySystemError
 
 from cluster.controller import deaths as deaths_module
 from cluster.controller import keeper as keeper_module
@@ -102,6 +103,32 @@ def test_without_a_free_device_a_broken_actor_is_ended_first() -> None:
             broken.failed_tests = BROKEN_TESTS
             await cluster.until(lambda p: p.generations.get("expert-0") == 2)
             assert [a.alive for a in pool.of("expert-0")] == [False, True]
+
+    run(test)
+
+
+@pytest.mark.parametrize("part", ["nodes", "ledger"])
+def test_a_broken_actor_is_replaced_though_ray_does_not_answer_for_a_while(part: str) -> None:
+    async def test() -> None:
+        pool = pool_of("n1")
+        async with running(1, pool) as cluster:
+            await cluster.complete()
+            [broken] = pool.actors
+            nodes_for, create, failed = pool.nodes_for, pool.store.create, []
+
+            def fail(*args: object) -> bool:
+                failed.append(args)
+                raise RaySystemError("the store is away")
+
+            if part == "nodes":
+                pool.nodes_for = fail  # type: ignore[assignment, method-assign]
+            else:
+                pool.store.create = fail  # type: ignore[method-assign]
+            broken.failed_tests = BROKEN_TESTS
+            await happens(lambda: len(failed) > 0)
+            pool.nodes_for, pool.store.create = nodes_for, create  # type: ignore[method-assign]
+            await cluster.until(lambda p: p.generations.get("expert-0", 1) > 1)
+            assert not broken.alive
 
     run(test)
 

@@ -153,6 +153,31 @@ def test_a_drop_is_refused_while_the_other_copy_is_dead() -> None:
     run(test)
 
 
+def test_a_drop_is_refused_where_the_other_copy_dies_while_the_change_is_prepared() -> None:
+    async def test() -> None:
+        async with running(4, min_copies=2) as cluster:
+            before = await cluster.until(lambda p: p.fewest_copies() == 2)
+            first, second = before.holders[KEY]
+            third, fourth = (a for a in before.generations if a not in (first, second))
+            await cluster.changes.apply(Change({third: [KEY]}, {}))
+            other = next(k for k, held in before.holders.items() if k != KEY and fourth not in held)
+            gates = {fourth: asyncio.Event(), second: asyncio.Event()}
+            cluster.pool.load_gate = lambda actor: gates[actor.actor_id].wait()
+            applied = asyncio.create_task(
+                cluster.changes.apply(Change({fourth: [other]}, {first: [KEY]}))
+            )
+            cluster.pool.of(second)[0].alive = False
+            await cluster.until(lambda p: second not in p.generations)
+            gates[fourth].set()
+            with pytest.raises(UnavailableError, match="would have 1 live copy of 2"):
+                await applied
+            assert first in cluster.state.placement.holders[KEY]
+            gates[second].set()
+            await cluster.until(lambda p: p.fewest_copies() == 2)
+
+    run(test)
+
+
 def test_changes_at_the_same_time_are_made_one_after_the_other() -> None:
     async def test() -> None:
         async with running(3) as cluster:
