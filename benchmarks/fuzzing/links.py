@@ -1,4 +1,4 @@
-"""Targets: the token link and the prediction link between routers and gateways, at both ends.
+"""Targets: the token link and the call link between routers and gateways, at both ends.
 
 Bytes that begin with :data:`CHECKED` are sent as a frame's body, so that they pass its checksum.
 """
@@ -15,14 +15,14 @@ import msgpack
 import numpy as np
 
 from benchmarks.fuzzing.target import Target
-from router.messages.link import LinkAddress, framed, pack_frame
-from router.messages.prediction import PredictionReply, PredictionRequest
-from router.messages.prediction_link import (
+from router.messages.call_link import (
+    CallLink,
+    CallServer,
     LinkBrokenError,
-    PredictionLink,
-    PredictionServer,
     Wire,
 )
+from router.messages.link import LinkAddress, framed, pack_frame
+from router.messages.prediction import PredictionReply, PredictionRequest
 from router.messages.request import TokenEvent, TokenLogprobs
 from router.messages.token_link import LinkClient, LinkServer
 
@@ -56,7 +56,7 @@ def link() -> Target:
     return Target(seeds(events, ["stop", "a", 1], ["0" * 64]), run)
 
 
-def prediction_link() -> Target:
+def call_link() -> Target:
     """Return the target; a gateway with the secret sends the bytes, and so does a router."""
 
     def run(data: bytes) -> None:
@@ -86,14 +86,14 @@ async def _predictions(data: bytes) -> None:
         return {"reply": PredictionReply(request.inputs, True, "i").to_wire()}
 
     logging.getLogger("expertmesh.link").setLevel(logging.CRITICAL)  # a failure is logged whole
-    server = PredictionServer("127.0.0.1", predict, None)
+    server = CallServer("127.0.0.1", predict, None)
     address = await server.start()
     reader, writer = await asyncio.open_connection(address.host, address.port)
     writer.write(pack_frame([address.secret]) + data)
     writer.write_eof()
     await reader.read()  # until it is cut off
     writer.close()
-    honest = await PredictionLink.open(address, None)
+    honest = await CallLink.open(address, None)
     rows = {"x": np.arange(6, dtype="<f4").reshape(2, 3)}
     call = honest.call(PredictionRequest("honest", "m", rows, ("y",), 1.0).to_wire())
     outputs = PredictionReply.from_wire((await call)["reply"]).outputs
@@ -101,7 +101,7 @@ async def _predictions(data: bytes) -> None:
     honest.close()
     server.close()
     fooled, told = await _fooled(data)
-    link = await PredictionLink.open(fooled, None)
+    link = await CallLink.open(fooled, None)
     with suppress(LinkBrokenError):
         await link.call({"request_id": "r"})
     link.close()

@@ -13,7 +13,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "router": wires.router,
     "actor": wires.actor,
     "link": links.link,
-    "prediction-link": links.prediction_link,
+    "call-link": links.call_link,
     "header": files.header,
     "index": files.index,
     "config": files.config,

@@ -1,4 +1,4 @@
-"""The router replica: an engine, and one call for each request.
+"""The router replica: an engine, and one call for each request, over a link or by Serve.
 
 A call of ``generate`` lasts as long as its request. It returns the tokens of all choices when they
 are finished, and its cancellation ends the request. Meanwhile each engine step sends its new tokens
@@ -36,6 +36,7 @@ from router.engine.engine import Emission, Engine
 from router.engine.kernel_class import dense_class
 from router.engine.scheduler import Limits, Scheduler
 from router.engine.stats import RouterSamples
+from router.messages.call_link import call_server
 from router.messages.link import LinkAddress
 from router.messages.request import GenerationRequest, TokenEvent, merge_events
 from router.messages.token_link import LinkClient
@@ -47,6 +48,7 @@ from router.moe.layer import MoELayers
 from router.observability.tracing import RequestTrace
 from router.served import ServedModel
 
+FINISH_CHECK_S = 0.05
 ANNOUNCE_TIMEOUT_S = 1.0
 """How long the engine waits until a gateway is told that a request is computed alone."""
 
@@ -131,21 +133,30 @@ class RouterReplica:
             model.id, self._engine.tally, self._scheduler, self._dispatcher, self._overflow
         )
         self._links = LinkClient(self._stop_choice, None if tls is None else tls.client_context())
+        self._server = call_server(self.generate, tls)
         self._engine.start()
 
-    async def generate(self, wire: dict[str, Any], address: LinkAddress) -> dict[str, Any]:
-        """Generate all choices of a request.
+    async def link(self) -> LinkAddress | None:
+        """Return where gateways can connect, to call :meth:`generate` without Serve.
+
+        ``None`` where Ray's own calls are encrypted and such a connection would not be.
+        """
+        return None if self._server is None else await self._server.start()
+
+    async def generate(self, wire: Mapping[str, Any]) -> dict[str, Any]:
+        """Generate all choices of the ``request`` in ``wire``.
 
         Returns ``{"error": …}``, or ``{"events": […]}`` with one event for each choice: all its
         tokens except those that the request lists as received. With an error, ``"replaced": True``
         says that a router of another model may serve the request, and ``"has_other_text"`` whether
-        that is for its tokenizer. Meanwhile the tokens of a
-        streamed request go to ``address`` as they are sampled. Of any other request, only the first
-        tokens of each choice do.
+        that is for its tokenizer. Meanwhile the tokens of a streamed request go to the gateway's
+        ``address`` in ``wire`` as they are sampled. Of any other request, only the first tokens of
+        each choice do.
         """
         if self._is_deleted:
             return {"error": being_deleted().to_wire()}
-        request = GenerationRequest.from_wire(wire)
+        request = GenerationRequest.from_wire(wire["request"])
+        address = LinkAddress.from_wire(wire["address"])
         if self._has_other_text(request) or not self._has_own_tokens(request):
             return _replaced(ModelReplacedError(), self._has_other_text(request))
         self._links.connect(address)
@@ -262,11 +273,21 @@ class RouterReplica:
         """Return whether the engine's thread runs."""
         return self._engine.is_alive()
 
+    async def finish(self) -> None:
+        """Return once no request is under way; Serve knows nothing of those that came over links.
+
+        Gateways come to know within a second or two that a router is to end. Serve bounds the wait.
+        """
+        while self._requests:
+            await asyncio.sleep(FINISH_CHECK_S)
+
     def close(self) -> None:
         """Stop the engine after its current step, then the watcher and the links."""
         self._engine.close()
         self._watcher.stop()
         self._links.close()
+        if self._server is not None:
+            self._server.close()
 
 
 def _load_dense(

@@ -34,7 +34,7 @@ class Metrics:
         self._generation_tokens = self._metric(Counter, catalogue.GENERATION_TOKENS)
         self._inexact_tokens = self._metric(Counter, catalogue.INEXACT_TOKENS)
         self._prediction_rows = self._metric(Counter, catalogue.PREDICTION_ROWS)
-        self._prediction_calls = self._metric(Counter, catalogue.PREDICTION_CALLS)
+        self._router_calls = self._metric(Counter, catalogue.ROUTER_CALLS)
         self._inexact_rows = self._metric(Counter, catalogue.INEXACT_ROWS)
         self._slow_readers = self._metric(Counter, catalogue.SLOW_READERS)
         buckets = LATENCY_BUCKETS_S
@@ -90,9 +90,9 @@ class Metrics:
         self._in_flight.labels(model_id).inc()
         self._prediction_rows.labels(model_id).inc(num_rows)
 
-    def prediction_call(self, model_id: str, transport: str) -> None:
-        """Count a call of a mixture's router; ``transport`` is ``link`` or ``serve``."""
-        self._prediction_calls.labels(model_id, transport).inc()
+    def router_call(self, model_id: str, transport: str) -> None:
+        """Count a call of a router; ``transport`` is ``link`` or ``serve``."""
+        self._router_calls.labels(model_id, transport).inc()
 
     def inexact_rows(self, model_id: str, reason: str, count: int) -> None:
         """Count the rows of a reply that is not exact; ``reason`` is the request's contract."""

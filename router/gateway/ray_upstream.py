@@ -1,4 +1,4 @@
-"""The routers behind a gateway: a Ray call for each request, early tokens over the token link.
+"""The routers behind a gateway: a call for each request, early tokens over the token link.
 
 When the router of a request dies, the request goes to another router with the tokens that its
 client has. The new router forces these tokens, and draws are a function of (seed, choice,
@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 import ray
 from opentelemetry.trace import Span
-from ray.serve.handle import DeploymentHandle
 
 from cluster.errors import (
     ExpertMeshError,
@@ -41,9 +40,10 @@ from router.gateway.resend import (
     failure_of,
     resend_delay_s,
 )
+from router.gateway.router_links import RouterCalls
 from router.messages.request import GenerationRequest, Receipts, TokenEvent, merge_events
 from router.messages.token_link import LinkServer
-from router.observability.tracing import as_current, gateway_span
+from router.observability.tracing import gateway_span
 from router.retry import Retries, RetryBudget
 
 RESUMED_TIMES = 3
@@ -76,16 +76,16 @@ class _Attempt:
 
 
 class RayUpstream:
-    """Implements :class:`router.gateway.service.Upstream` over Serve handles."""
+    """Implements :class:`router.gateway.service.Upstream`."""
 
     def __init__(
         self,
         deployment: Deployment,
-        routers: Mapping[str, DeploymentHandle],
+        routers: Mapping[str, RouterCalls],
         max_held: int,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """``routers`` are handles by model id. Needs a running event loop.
+        """``routers`` are by model id. Needs a running event loop.
 
         ``max_held`` is the number of choices that the routers of one model hold, running and
         waiting. The gateway refuses more itself, since a router's refusal costs as much as an
@@ -110,7 +110,7 @@ class RayUpstream:
         receipts = Receipts(request)
         retries = Retries(RESEND, self._budget)
         stopped: set[int] = set()
-        deaths = RouterDeaths()
+        deaths, is_lost = RouterDeaths(), False
         other_text_s = self._loop_s() + OTHER_TEXT_S
         with gateway_span(request, receipts) as span:
             for number in itertools.count():
@@ -126,7 +126,8 @@ class RayUpstream:
                     alone=deaths.ask_alone,
                 )
                 try:
-                    async with aclosing(self._attempt(resent, receipts, stopped, span)) as events:
+                    called = self._attempt(resent, receipts, stopped, span, is_lost)
+                    async with aclosing(called) as events:
                         async for event in events:
                             yield event
                     retries.succeeded()
@@ -143,21 +144,27 @@ class RayUpstream:
                 except (*ROUTER_LOST, OverloadedError) as error:
                     delay_s = resend_delay_s(error, retries, number > 0, request.remaining_s())
                     logger.warning("a router was lost (%s); sending again", type(error).__name__)
+                    is_lost |= not isinstance(error, OverloadedError)
                     await asyncio.sleep(max(delay_s, TOLD_S) if deaths.ask_alone else delay_s)
                     deaths.note(error, receipts.num_tokens())
                 finally:
                     self._attempts.pop(request.request_id, None)
 
     async def _attempt(
-        self, request: GenerationRequest, receipts: Receipts, stopped: set[int], span: Span
+        self,
+        request: GenerationRequest,
+        receipts: Receipts,
+        stopped: set[int],
+        span: Span,
+        by_serve: bool,
     ) -> AsyncGenerator[TokenEvent, None]:
         address = await self._link.start()
         if self._deployment.is_deleted:
             raise being_deleted()
         num_choices = sum(not request.received_of(i).finished for i in range(request.sampling.n))
         self._check_room(request.model, num_choices)
-        with as_current(span):  # Serve sends its context with the call
-            call = self._routers[request.model].generate.remote(request.to_wire(), address)
+        wire = {"request": request.to_wire(), "address": address.to_wire()}
+        call = self._routers[request.model].call(wire, span, by_serve)
         inbox = Inbox()
         self._inboxes[request.request_id] = inbox
         self._num_streams += request.streamed

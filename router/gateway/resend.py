@@ -25,6 +25,7 @@ from cluster.errors import (
     PoisonedRequestError,
     UnavailableError,
 )
+from router.messages.call_link import LinkBrokenError
 from router.retry import Retries, RetryPolicy
 
 RESEND = RetryPolicy(first_delay_s=0.1, max_delay_s=1.0)
@@ -32,7 +33,13 @@ RESEND_TOKENS = 8192
 """The budget for sending requests again. When a router dies, a gateway may lose all of its requests
 at once; sending them again must take less than half of the budget."""
 
-ROUTER_LOST = (RayActorError, NodeDiedError, OutOfMemoryError, DeploymentUnavailableError)
+ROUTER_LOST = (
+    LinkBrokenError,
+    RayActorError,
+    NodeDiedError,
+    OutOfMemoryError,
+    DeploymentUnavailableError,
+)
 """The errors of a call whose router is lost. Ray has one of its own for a process that it ends
 because a node's memory is full."""
 MOST_TOGETHER = 2
@@ -82,24 +89,27 @@ def failure_of(error: BaseException) -> BaseException:
 class RouterDeaths:
     """Counts the routers that died under one request while it got no new token.
 
-    ``is_alone`` is set while a router says that it computes the request alone.
+    ``is_alone`` is set while a router says that it computes the request alone. A link that breaks
+    may mean a death: it brings a request to suspicion, and convicts none. It comes first if at all,
+    since Serve carries the request from then on.
     """
 
     def __init__(self) -> None:
         """Start with none."""
         self.is_alone = False
         self._times = 0
+        self._broken_links = 0
         self._num_tokens = 0
 
     @property
     def has_any(self) -> bool:
         """Whether a router died without progress since."""
-        return self._times > 0
+        return self._times + self._broken_links > 0
 
     @property
     def ask_alone(self) -> bool:
         """Whether the next router is to compute the request alone."""
-        return self._times >= MOST_TOGETHER
+        return self._times + self._broken_links >= MOST_TOGETHER
 
     def note(self, error: BaseException, num_tokens: int) -> None:
         """Count a failure if it is a router's death; ``num_tokens`` have come of the request.
@@ -107,9 +117,13 @@ class RouterDeaths:
         Raises :class:`PoisonedRequestError` where the request is at fault.
         """
         was_alone, self.is_alone = self.is_alone, False
-        if not _is_crash(error):
+        is_crash, is_break = _is_crash(error), isinstance(error, LinkBrokenError)
+        if not is_crash and not is_break:
             return
-        self._times = 1 if num_tokens > self._num_tokens else self._times + 1
+        if num_tokens > self._num_tokens:
+            self._times = self._broken_links = 0
+        self._times += is_crash
+        self._broken_links += is_break
         self._num_tokens = num_tokens
         if was_alone:
             message = "a router ended while it computed this request alone, and others before it"

@@ -21,6 +21,8 @@ from typing import Any
 import crc32c
 import msgpack
 
+from cluster.transport.stream.channel import prepare_tcp
+
 CONNECT_TIMEOUT_S = 5.0
 HELLO_TIMEOUT_S = 5.0
 MAX_HELLO_BYTES = 1024
@@ -38,6 +40,15 @@ class LinkAddress:
     host: str
     port: int
     secret: str
+
+    def to_wire(self) -> list[Any]:
+        """Return it as plain data."""
+        return [self.host, self.port, self.secret]
+
+    @classmethod
+    def from_wire(cls, wire: list[Any]) -> LinkAddress:
+        """Rebuild it from :meth:`to_wire`."""
+        return cls(*wire)
 
 
 async def read_frame(reader: asyncio.StreamReader, max_bytes: int) -> list[Any]:
@@ -117,6 +128,7 @@ class LinkListener:
         except (OSError, asyncio.IncompleteReadError, *MALFORMED):
             writer.close()
             return
+        prepare_tcp(writer.get_extra_info("socket"))
         await self._serve(reader, writer)
 
 
@@ -128,5 +140,6 @@ async def open_link(
         reader, writer = await asyncio.open_connection(
             address.host, address.port, limit=READ_BUFFER_BYTES, ssl=tls
         )
+    prepare_tcp(writer.get_extra_info("socket"))
     writer.write(pack_frame([address.secret]))
     return reader, writer

@@ -13,12 +13,10 @@ from functools import partial
 from typing import Any
 
 import psutil
-import ray
 import torch
 
 from cluster.controller.application import app_is_wanted
 from cluster.errors import CheckpointError, ExpertMeshError, ModelReplacedError, being_deleted
-from cluster.tls import TlsFiles
 from cluster.transport.open import open_transport
 from experts.checkpoint.mixture import Mixture
 from experts.checkpoint.remote_files import open_model
@@ -28,9 +26,9 @@ from router.config import ExpertsConfig, RouterConfig
 from router.control.client import ControllerClient
 from router.control.placement_view import PlacementView, PlacementWatcher
 from router.control.readiness import is_its_turn
+from router.messages.call_link import call_server
 from router.messages.link import LinkAddress
 from router.messages.prediction import PredictionRequest
-from router.messages.prediction_link import PredictionServer
 from router.mixture.engine import MixtureEngine
 from router.mixture.gate import MixtureGate
 from router.mixture.gather import GatherRows, answer_shape_of
@@ -116,16 +114,10 @@ class MixtureReplica:
             model.identity,
             is_exact=not experts.emulated_pools,
         )
-        self._server = self._new_server(tls)
+        self._server = call_server(self.predict, tls)
         self._samples = MixtureSamples(model.id, self._engine.tally, self._queue, self._dispatchers)
         self._engine.start()
         logger.info("router of %s: a mixture of %d experts", model.id, len(mixture.spec.experts))
-
-    def _new_server(self, tls: TlsFiles | None) -> PredictionServer | None:
-        if tls is None and _ray_has_tls():
-            return None
-        context = None if tls is None else tls.server_context()
-        return PredictionServer(ray.util.get_node_ip_address(), self.predict, context)
 
     async def link(self) -> LinkAddress | None:
         """Return where gateways can connect, to call :meth:`predict` without Serve.
@@ -237,11 +229,6 @@ def row_costs(mixture: Mixture) -> list[int]:
     """
     sizes = [mixture.tensors[part.file].num_bytes for part in mixture.spec.experts.values()]
     return [ROW_BYTES + size for size in sizes]
-
-
-def _ray_has_tls() -> bool:
-    """Return whether Ray encrypts its own calls, as Ray reads its environment."""
-    return os.environ.get("RAY_USE_TLS", "").lower() in ("1", "true")
 
 
 def _failed(error: ExpertMeshError) -> dict[str, Any]:

@@ -77,10 +77,10 @@ INEXACT_TOKENS = _counter(
     "Tokens sent that are flagged as not exact, by on_expert_loss.",
 )
 PREDICTION_ROWS = _counter("prediction_rows", _MODEL, "Rows of accepted predictions of a mixture.")
-PREDICTION_CALLS = _counter(
-    "prediction_calls",
+ROUTER_CALLS = _counter(
+    "router_calls",
     "model_name transport replica",
-    "Calls of a mixture's routers: over a link of the gateway's own, or by serve without one.",
+    "Calls of routers by a gateway: over a link of its own, or by serve.",
 )
 INEXACT_ROWS = _counter(
     "inexact_rows",

@@ -25,11 +25,11 @@ from router.gateway.grpc.service import GrpcMethods
 from router.gateway.limits import Room
 from router.gateway.metrics import Metrics
 from router.gateway.models import load_models
-from router.gateway.predict.links import RouterLinks
 from router.gateway.predict.service import PredictionService
 from router.gateway.predict.upstream import Predictions
 from router.gateway.predict.v2_grpc import PredictionHandlers
 from router.gateway.ray_upstream import RayUpstream
+from router.gateway.router_links import RouterCalls
 from router.gateway.service import GRACE_S, GenerationService
 from router.serve.autoscaling import USE
 from router.serve.instance import own_grpc_address
@@ -82,22 +82,30 @@ class GatewayReplica(GrpcMethods):
         )
         with collector_paused(), torch_hidden():  # transformers is imported for its tokenizers
             loaded = load_models(language_models)
+        context = None if tls is None else tls.client_context()
+        calls = {
+            id_: RouterCalls(
+                handle,
+                "predict" if id_ in mixtures else "generate",
+                context,
+                partial(metrics.router_call, id_),
+            )
+            for id_, handle in routers.items()
+        }
         self.service = GenerationService(
             loaded,
             limits,
             RayUpstream(
-                self._deployment, routers, max_held, None if tls is None else tls.server_context()
+                self._deployment, calls, max_held, None if tls is None else tls.server_context()
             ),
             metrics,
             self._room,
             tuple(mixtures),
         )
-        context = None if tls is None else tls.client_context()
-        links = {model: RouterLinks(routers[model], context) for model in mixtures}
         self.predictions = PredictionService(
             mixtures,
             limits,
-            Predictions(self._deployment, routers, links, max_held, metrics.prediction_call),
+            Predictions(self._deployment, calls, max_held),
             metrics,
             self._room,
             tuple(loaded),

@@ -67,6 +67,16 @@ class _Deployment(Generic[R]):
         """See :meth:`router.engine.replica.RouterReplica.stats`."""
         return await self._started().stats()
 
+    async def link(self) -> LinkAddress | None:
+        """Return where gateways can connect, to call this replica without Serve."""
+        return await self._started().link()
+
+    async def __del__(self) -> None:
+        """Serve awaits this at a graceful end of the replica, once it knows of no request."""
+        if self._replica is not None:
+            await self._replica.finish()
+            self._replica.close()
+
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the share of this replica that is in use; Serve calls this by its name."""
         return {USE: self._started().use()}
@@ -91,14 +101,9 @@ class RouterDeployment(_Deployment["RouterReplica"]):
         """Load the model's dense part and start the engine."""
         await self._start(model, config, controller, _router_replica)
 
-    def __del__(self) -> None:
-        """Serve calls this at a graceful end of the replica."""
-        if self._replica is not None:
-            self._replica.close()
-
-    async def generate(self, wire: dict[str, Any], address: LinkAddress) -> dict[str, Any]:
+    async def generate(self, wire: dict[str, Any]) -> dict[str, Any]:
         """See :meth:`RouterReplica.generate`."""
-        return await self._started().generate(wire, address)
+        return await self._started().generate(wire)
 
 
 class MixtureDeployment(_Deployment["MixtureReplica"]):
@@ -110,19 +115,9 @@ class MixtureDeployment(_Deployment["MixtureReplica"]):
         """Load the mixture's gates and start the engine."""
         await self._start(model, config, controller, _mixture_replica)
 
-    async def __del__(self) -> None:
-        """Serve awaits this at a graceful end of the replica, once it knows of no request."""
-        if self._replica is not None:
-            await self._replica.finish()
-            self._replica.close()
-
     async def predict(self, wire: dict[str, Any]) -> dict[str, Any]:
         """See :meth:`MixtureReplica.predict`."""
         return await self._started().predict(wire)
-
-    async def link(self) -> LinkAddress | None:
-        """See :meth:`MixtureReplica.link`."""
-        return await self._started().link()
 
 
 def _router_replica() -> type[RouterReplica]:

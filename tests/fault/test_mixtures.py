@@ -138,7 +138,7 @@ def test_predictions_go_over_links_and_by_serve_until_there_is_one(mixtures: Mix
     served = mixtures.served
 
     def calls(transport: str) -> float:
-        samples = served.metric("expertmesh_prediction_calls_total")
+        samples = served.metric("expertmesh_router_calls_total")
         wanted = f'model_name="{TREE}"', f'transport="{transport}"'
         return sum(n for labels, n in samples.items() if all(w in labels for w in wanted))
 

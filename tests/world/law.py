@@ -11,6 +11,7 @@ from cluster.controller.ledger import Ledger
 from cluster.controller.state import ClusterState
 from cluster.placement.placement import Placement
 from router.engine.replica import RouterReplica
+from router.gateway.ray_upstream import RayUpstream
 from router.gateway.service import GRACE_S
 from tests.world.clients import Answer
 from tests.world.kernel import Process
@@ -33,6 +34,7 @@ ALLOWED = {
 }
 """The errors that a client may get of faults; each says what it is to do."""
 STANDING = {
+    "CallLink._read",
     "LinkClient._open",
     "LinkListener._admit",
     "PlacementWatcher._bounded",
@@ -224,6 +226,7 @@ class Law:
                 "held": sum(upstream._held.values()),
                 "streams": upstream._num_streams,
                 "routes": len(upstream._link._routes),
+                "calls": _unanswered(upstream),
                 **self._tasks(replica.process),
             }
             self._nothing(kept, replica.process.name)
@@ -277,6 +280,15 @@ class Law:
         for actor_id, number in living.items():
             if actor_id not in controller._state.fleet.specs or number > 1:
                 self.broken("nothing is left", f"{number} processes of {actor_id}")
+
+
+def _unanswered(upstream: RayUpstream) -> int:
+    """Return the calls over links that a gateway waits for."""
+    return sum(
+        link.num_unanswered
+        for calls in upstream._routers.values()
+        for link in calls._links._links.values()
+    )
 
 
 def _has_whole_model(placement: Placement) -> bool:

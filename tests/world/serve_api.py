@@ -192,7 +192,17 @@ class Deployment:
             self._queue.append(lambda: call.is_done or self.call(call, method, args))
             return
         two = self._serve.kernel.random.sample(reachable, min(2, len(reachable)))
-        replica = min(two, key=lambda r: len(r.owed))
+        self._send(min(two, key=lambda r: len(r.owed)), call, method, args)
+
+    def call_all(self, method: str) -> list[Call]:
+        """Send a call to each replica that runs."""
+        calls = []
+        for replica in self.running():
+            calls.append(Call(self._serve.kernel))
+            self._send(replica, calls[-1], method, ())
+        return calls
+
+    def _send(self, replica: Replica, call: Call, method: str, args: tuple[Any, ...]) -> None:
         replica.owed[call] = None
         call.on_done.append(lambda: replica.owed.pop(call, None))
         self._serve.cluster.send(
@@ -235,6 +245,22 @@ class ServeHandle:
         call = Call(self._serve.kernel)
         self._serve.deployments[self._name].call(call, self._method, args)
         return call
+
+    def broadcast(self, method: str) -> Broadcast:
+        """Call a method of every replica that runs."""
+        return Broadcast(self._serve.deployments[self._name].call_all(method))
+
+
+class Broadcast:
+    """The calls of a method of all replicas."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        self._calls = calls
+
+    async def results_async(self, timeout_s: float, return_exceptions: bool) -> list[Any]:
+        """Return all answers, and errors in their places."""
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.gather(*self._calls, return_exceptions=return_exceptions)
 
 
 class Serve:

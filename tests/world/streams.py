@@ -98,7 +98,7 @@ class StreamTransport(asyncio.Transport):
         return len(self._unsent)
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return default
+        return _Options() if name == "socket" else default
 
     def pause_reading(self) -> None:
         self._is_paused = True
@@ -112,6 +112,11 @@ class StreamTransport(asyncio.Transport):
 
     def can_write_eof(self) -> bool:
         return False
+
+
+class _Options:
+    def setsockopt(self, *args: Any) -> None:
+        """A world's connections end as those with these options do."""
 
 
 class _Name:

@@ -33,6 +33,7 @@ from router.engine.replica import RouterReplica
 from router.expert_config import ExpertsConfig, TlsConfig
 from router.gateway.deployment import Deployment
 from router.gateway.ray_upstream import RayUpstream
+from router.gateway.router_links import RouterCalls
 from router.served import ServedModel
 from tests.world.clients import Answer, Client, Plan
 from tests.world.happenings import Happenings
@@ -158,7 +159,8 @@ class Gateway:
             lambda: serve.app_is_wanted(APP),
             lambda: None,
         )
-        self.upstream = RayUpstream(self.deployment, {MODEL: serve.handle("router")}, MOST_HELD)
+        calls = RouterCalls(serve.handle("router"), "generate", None, lambda transport: None)
+        self.upstream = RayUpstream(self.deployment, {MODEL: calls}, MOST_HELD)
 
 
 class World:
@@ -366,10 +368,14 @@ class World:
                 router,
                 setting.num_routers,
                 lambda made: made.is_its_turn(),
-                lambda made: made.close(),
+                self._end_router,
             ),
         )
         self.serve.deploy("gateway", Version(lambda: Gateway(self), setting.num_gateways))
+
+    async def _end_router(self, made: RouterReplica) -> None:
+        await made.finish()
+        await self.kernel.run_in_executor(None, made.close)
 
     async def _start_controller(
         self, model: ServedModel, experts: ExpertsConfig, setting: Setting

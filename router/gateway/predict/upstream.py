@@ -11,14 +11,13 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from opentelemetry.trace import Span
-from ray.serve.handle import DeploymentHandle
 
 from cluster.errors import (
     InternalError,
@@ -30,7 +29,6 @@ from cluster.errors import (
 from router.control.readiness import Readiness
 from router.gateway.deployment import Deployment
 from router.gateway.limits import RETRY_AFTER_S
-from router.gateway.predict.links import RouterLinks
 from router.gateway.resend import (
     RESEND,
     RESEND_TOKENS,
@@ -39,9 +37,9 @@ from router.gateway.resend import (
     failure_of,
     resend_delay_s,
 )
+from router.gateway.router_links import RouterCalls
 from router.messages.prediction import PredictionReply, PredictionRequest
-from router.messages.prediction_link import LinkBrokenError
-from router.observability.tracing import as_current, prediction_span
+from router.observability.tracing import prediction_span
 from router.retry import Retries, RetryBudget
 
 MAX_PIECE_BYTES = 960 * 1024
@@ -73,28 +71,20 @@ class _OtherInterfaceError(ModelReplacedError):
 
 
 class Predictions:
-    """The routers of all mixtures, over links, and over Serve's handles where there is none."""
+    """The routers of all mixtures."""
 
     def __init__(
-        self,
-        deployment: Deployment,
-        routers: Mapping[str, DeploymentHandle],
-        links: Mapping[str, RouterLinks],
-        max_calls: int,
-        on_call: Callable[[str, str], None],
+        self, deployment: Deployment, routers: Mapping[str, RouterCalls], max_calls: int
     ) -> None:
-        """``routers`` are handles by model id, and ``links`` the links to their replicas.
+        """``routers`` are by model id.
 
         ``max_calls`` is the number of pieces that the routers of one model hold. The gateway
-        refuses more itself, since a router's refusal costs as much as an accepted call. ``on_call``
-        is told each call's model and transport, ``link`` or ``serve``.
+        refuses more itself, since a router's refusal costs as much as an accepted call.
         """
         self._deployment = deployment
         deployment.on_end(self._end_requests)
         self._routers = routers
-        self._links = links
         self._max_calls = max_calls
-        self._on_call = on_call
         self._calls: Counter[str] = Counter()
         self._budget = RetryBudget(RESEND_TOKENS)
         self._answers: set[asyncio.Task[Any]] = set()
@@ -160,12 +150,7 @@ class Predictions:
             asked.under_way += 1
             try:
                 reply = await self._ask(piece, asked.span, is_lost)
-            except (
-                *ROUTER_LOST,
-                ModelReplacedError,
-                LinkBrokenError,
-                OverloadedError,
-            ) as error:
+            except (*ROUTER_LOST, ModelReplacedError, OverloadedError) as error:
                 asked.under_way -= 1
                 is_other = isinstance(error, _OtherInterfaceError)
                 if is_other and time.monotonic() > other_interface_at_s:
@@ -195,23 +180,14 @@ class Predictions:
         return resend_delay_s(error, retries, is_accepted, remaining_s)
 
     async def _ask(self, piece: PredictionRequest, span: Span, by_serve: bool) -> PredictionReply:
-        """Call a router once, over its link or by Serve.
-
-        Serve brings the trace of a sampled request to the router, so Serve carries it.
-        """
+        """Call a router once."""
         if self._deployment.is_deleted:
             raise being_deleted()
         model = piece.model
         if self._calls[model] >= self._max_calls:
             message = f"the routers are full: they hold {self._max_calls} requests"
             raise OverloadedError(message, "queue", RETRY_AFTER_S)
-        wire = piece.to_wire()
-        by_serve = by_serve or span.is_recording()
-        call: Any = None if by_serve else self._links[model].call(wire)
-        self._on_call(model, "serve" if call is None else "link")
-        if call is None:
-            with as_current(span):  # Serve sends its context with the call
-                call = self._routers[model].predict.remote(wire)
+        call = self._routers[model].call(piece.to_wire(), span, by_serve)
         answer = asyncio.create_task(_awaited(call))
         self._answers.add(answer)
         self._calls[model] += 1
@@ -224,9 +200,6 @@ class Predictions:
             # The end of the deployment cancels the answer, but not the client's request.
             if self._deployment.is_deleted and task is not None and not task.cancelling():
                 raise being_deleted() from None
-            raise
-        except LinkBrokenError:
-            is_over = True
             raise
         except Exception as error:
             is_over = True

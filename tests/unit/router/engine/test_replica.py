@@ -7,6 +7,7 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
+import msgpack
 import pytest
 
 from cluster.errors import CancelledRequestError, UnavailableError
@@ -41,6 +42,11 @@ def replica(**streamed: tuple[LinkAddress, bool]) -> tuple[Any, Links]:
         for request_id, (address, flag) in streamed.items()
     }
     return made, links
+
+
+def wire_of(request: GenerationRequest) -> Any:
+    """The call of a request, as it comes over a link."""
+    return msgpack.unpackb(msgpack.packb({"request": request.to_wire(), "address": HERE.to_wire()}))
 
 
 def step(start: int, *request_ids: str, finish_reason: str | None = None) -> list[Emission]:
@@ -84,7 +90,7 @@ def test_a_call_that_comes_twice_doubles_no_token() -> None:
         made._loop, made._call_numbers = asyncio.get_running_loop(), itertools.count()
         links.connect = lambda address: asyncio.sleep(0)  # type: ignore[attr-defined]
         asked = GenerationRequest("r#0", "m", (1,), SamplingParams(max_tokens=2), 0.0)
-        calls = [asyncio.ensure_future(made.generate(asked.to_wire(), HERE)) for _ in range(2)]
+        calls = [asyncio.ensure_future(made.generate(wire_of(asked))) for _ in range(2)]
         async with asyncio.timeout(10):
             while len(engine.submitted) < 2:
                 await asyncio.sleep(0)
@@ -147,8 +153,20 @@ def test_a_deletion_ends_all_requests_and_takes_no_more() -> None:
         assert cancelled == ["a", "b"]
         assert isinstance(made._requests["a"].done.exception(), UnavailableError)
         assert made._requests["b"].done.exception() is None
-        reply = await made.generate({}, HERE)
+        reply = await made.generate({})
         assert reply["error"]["code"] == "unavailable"
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_ends_waits_for_its_requests() -> None:
+    async def run() -> None:
+        made, _ = replica(a=(HERE, True), b=(THERE, False))
+        finishing = asyncio.ensure_future(made.finish())
+        for request_id in ("a", "b"):
+            assert not (await asyncio.wait([finishing], timeout=0.2))[0]
+            del made._requests[request_id]
+        await asyncio.wait_for(finishing, 5)
 
     asyncio.run(run())
 
@@ -178,7 +196,7 @@ def test_a_request_of_another_model_is_refused_and_nothing_is_started(
         asked = GenerationRequest(
             "r#0", "m", (1,), sampling, 0.0, received=received, text_identity=text_identity
         )
-        call = asyncio.ensure_future(made.generate(asked.to_wire(), HERE))
+        call = asyncio.ensure_future(made.generate(wire_of(asked)))
         for _ in range(5):
             await asyncio.sleep(0)
         assert call.done() == (not serves)

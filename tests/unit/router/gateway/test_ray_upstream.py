@@ -29,6 +29,7 @@ from router.gateway import ray_upstream
 from router.gateway.deployment import Deployment
 from router.gateway.inbox import Inbox
 from router.gateway.ray_upstream import RESUMED_TIMES, RayUpstream
+from router.messages.call_link import LinkBrokenError
 from router.messages.link import LinkAddress
 from router.messages.request import (
     GenerationRequest,
@@ -155,17 +156,19 @@ class Call:
 
 
 class Router:
-    """A handle whose ``generate.remote`` starts a :class:`Call`."""
+    """Stands in for :class:`router.gateway.router_links.RouterCalls`."""
 
     def __init__(self) -> None:
-        self.generate = self
         self.calls: list[Call] = []
         self.wires: list[dict[str, Any]] = []
         self.spans: list[Span] = []
+        self.by_serve: list[bool] = []
 
-    def remote(self, wire: dict[str, Any], address: LinkAddress) -> Call:
-        self.wires.append(wire)
-        self.spans.append(trace.get_current_span())
+    def call(self, wire: dict[str, Any], span: Span, by_serve: bool) -> Call:
+        assert LinkAddress.from_wire(wire["address"]).host == "127.0.0.1"
+        self.wires.append(wire["request"])
+        self.spans.append(span)
+        self.by_serve.append(by_serve)
         self.calls.append(Call())
         return self.calls[-1]
 
@@ -201,7 +204,7 @@ async def first_of(
         return await first
 
 
-def test_serve_takes_the_span_of_a_sampled_request_along_with_the_call(
+def test_a_call_knows_the_span_of_its_request(
     upstream: Callable[[], tuple[RayUpstream, Router]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spans = SpanKeeper()
@@ -380,6 +383,24 @@ def test_a_request_that_ends_its_routers_is_tried_alone_and_then_fails(
         assert [s.alone for s in sent] == [False, False, True]
         assert [s.streamed for s in sent] == [False, True, True]
         assert len(router.calls) == 3
+        gateway._link.close()
+
+    asyncio.run(run())
+
+
+def test_serve_carries_a_request_whose_link_broke_and_that_counts_as_a_death(
+    upstream: Callable[[], tuple[RayUpstream, Router]],
+) -> None:
+    async def run() -> None:
+        gateway, router = upstream()
+        reading = asyncio.ensure_future(_read_all(gateway.generate(request(30)), []))
+        resends = Resends(gateway, router)
+        sent = [await resends.dies(e) for e in (LinkBrokenError("it is cut"), CrashedError())]
+        sent.append(await resends.dies(CrashedError(), (True,)))
+        with pytest.raises(PoisonedRequestError, match="computed this request alone"):
+            await asyncio.wait_for(reading, 10)
+        assert [s.alone for s in sent] == [False, False, True]
+        assert router.by_serve == [False, True, True]
         gateway._link.close()
 
     asyncio.run(run())

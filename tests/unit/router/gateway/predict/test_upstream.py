@@ -37,8 +37,8 @@ from router.gateway.predict.upstream import (
     joined,
     pieces_of,
 )
+from router.messages.call_link import LinkBrokenError
 from router.messages.prediction import PredictionReply, PredictionRequest
-from router.messages.prediction_link import LinkBrokenError
 from router.observability.tracing import as_current
 from router.retry import RetryBudget, RetryPolicy
 from tests.span_keeper import SpanKeeper
@@ -78,22 +78,19 @@ class Call:
 
 
 class Routers:
-    """A handle whose ``predict.remote`` starts a :class:`Call`, and links whose ``call`` does."""
+    """Stands in for :class:`router.gateway.router_links.RouterCalls`; ``way`` is that of calls."""
 
     def __init__(self, way: str) -> None:
-        self.predict = self
         self.way = way
         self.calls: list[Call] = []
         self.spans: list[Span] = []
-        self.counted: list[tuple[str, str]] = []
+        self.counted: list[str] = []
 
-    def remote(self, wire: dict[str, Any]) -> Call:
-        self.spans.append(trace.get_current_span())
+    def call(self, wire: dict[str, Any], span: Span, by_serve: bool) -> Call:
+        self.counted.append("serve" if by_serve else self.way)
+        self.spans.append(span)
         self.calls.append(Call(wire))
         return self.calls[-1]
-
-    def call(self, wire: dict[str, Any]) -> Call | None:
-        return None if self.way == "serve" else self.remote(wire)
 
     def lost(self) -> Exception:
         """The error of a call whose router is lost."""
@@ -124,9 +121,7 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Call
             routers = Routers(request.param)
             handles: Any = {"m": routers}
             deployment = Deployment(None, handles, "strict", lambda: True, lambda: Samples(0.0, {}))
-            predictions = Predictions(
-                deployment, handles, handles, MAX_CALLS, lambda *told: routers.counted.append(told)
-            )
+            predictions = Predictions(deployment, handles, MAX_CALLS)
             await test(predictions, routers)
             assert not predictions._answers
             assert predictions._calls["m"] == 0
@@ -177,13 +172,13 @@ def test_a_small_request_is_one_call(run: Callable[[Test], None]) -> None:
         reply = await work
         check_rows(reply, given)
         assert (reply.exact, reply.identity) == (False, "now")
-        assert routers.counted == [("m", "serve" if routers.way == "serve" else "link")]
+        assert routers.counted == [routers.way]
         assert not call.was_cancelled
 
     run(test)
 
 
-def test_serve_takes_the_span_of_a_sampled_request_along_with_its_calls(
+def test_calls_know_the_span_of_their_request(
     run: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spans = SpanKeeper()
@@ -207,7 +202,6 @@ def test_serve_takes_the_span_of_a_sampled_request_along_with_its_calls(
         contexts = [span.get_span_context() for span in routers.spans]
         assert contexts[:2] == [told.context] * 2
         assert contexts[2] != told.context
-        assert routers.counted[:2] == [("m", "serve")] * 2  # also where there is a link
 
     run(test)
 
@@ -570,6 +564,6 @@ def test_a_piece_that_ends_its_routers_is_given_up(run: Callable[[Test], None]) 
         with pytest.raises(PoisonedRequestError, match="6 routers ended"):
             await asked
         assert len(routers.calls) == lost + 6
-        assert [way for _, way in routers.counted] == ["link"] * lost + ["serve"] * 6
+        assert routers.counted == ["links"] * lost + ["serve"] * 6
 
     run(test)

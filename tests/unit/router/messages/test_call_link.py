@@ -1,4 +1,4 @@
-"""Calls over prediction links on loopback: replies, cancellations, damage, ends."""
+"""Calls over call links on loopback: replies, cancellations, damage, ends."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from router.messages import prediction_link
+from router.messages import call_link
+from router.messages.call_link import CallLink, CallServer, LinkBrokenError
 from router.messages.link import LinkAddress, pack_frame
 from router.messages.prediction import PredictionReply, PredictionRequest
-from router.messages.prediction_link import LinkBrokenError, PredictionLink, PredictionServer
 from tests.unit.certificates import new_authority
 from tests.unit.router.messages.test_token_link import LIMIT_S, flipped, happens, run
 
@@ -28,7 +28,7 @@ class Router:
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.replies: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self.cancelled: list[str] = []
-        self.server = PredictionServer("127.0.0.1", self._predict, tls)
+        self.server = CallServer("127.0.0.1", self._predict, tls)
 
     async def _predict(self, wire: Any) -> dict[str, Any]:
         name = wire["request_id"]
@@ -44,9 +44,9 @@ class Router:
 
 
 @asynccontextmanager
-async def linked() -> AsyncIterator[tuple[Router, PredictionLink]]:
+async def linked() -> AsyncIterator[tuple[Router, CallLink]]:
     router = Router()
-    link = await PredictionLink.open(await router.server.start(), None)
+    link = await CallLink.open(await router.server.start(), None)
     try:
         yield router, link
     finally:
@@ -68,8 +68,8 @@ def test_a_request_and_its_reply_arrive_whole(num_rows: int) -> None:
             reply = PredictionReply({"y": -given.inputs["x"], "label": labels}, False, "i")
             return {"reply": reply.to_wire()}
 
-        server = PredictionServer("127.0.0.1", echo, None)
-        link = await PredictionLink.open(await server.start(), None)
+        server = CallServer("127.0.0.1", echo, None)
+        link = await CallLink.open(await server.start(), None)
         told = await link.call(wire("a", num_rows))
         reply = PredictionReply.from_wire(told["reply"])
         expected = -np.arange(num_rows * 2, dtype="<f8").reshape(num_rows, 2)
@@ -194,7 +194,7 @@ def broken_by(sent: bytes, ends: bool) -> None:
 
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
         address = LinkAddress("127.0.0.1", server.sockets[0].getsockname()[1], "secret")
-        link = await PredictionLink.open(address, None)
+        link = await CallLink.open(address, None)
         with pytest.raises(LinkBrokenError):
             await asyncio.wait_for(_answer_of(link), LIMIT_S)
         server.close()
@@ -202,7 +202,7 @@ def broken_by(sent: bytes, ends: bool) -> None:
     run(test)
 
 
-async def _answer_of(link: PredictionLink) -> Any:
+async def _answer_of(link: CallLink) -> Any:
     return await link.call(wire("a"))
 
 
@@ -231,7 +231,7 @@ def test_a_stranger_without_the_secret_is_not_served() -> None:
     async def test() -> None:
         async with linked() as (router, link):
             address = await router.server.start()
-            stranger = await PredictionLink.open(replace(address, secret="x" * 64), None)
+            stranger = await CallLink.open(replace(address, secret="x" * 64), None)
             call = stranger.call(wire("forged"))
             with pytest.raises(LinkBrokenError):
                 await call
@@ -247,7 +247,7 @@ def test_a_stranger_without_the_secret_is_not_served() -> None:
 def test_a_number_that_comes_twice_ends_its_link_and_no_other() -> None:
     async def test() -> None:
         async with linked() as (router, link):
-            other = await PredictionLink.open(await router.server.start(), None)
+            other = await CallLink.open(await router.server.start(), None)
             calls = [link.call(wire("a")), other.call(wire("b"))]
             await router.asked("a", "b")
             link._writer.write(pack_frame([0, wire("again")]))
@@ -265,7 +265,7 @@ def test_a_link_is_silent_once_no_answer_comes_for_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now_s = 100.0
-    monkeypatch.setattr(prediction_link, "time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr(call_link, "time", SimpleNamespace(monotonic=lambda: now_s))
 
     async def test() -> None:
         nonlocal now_s
@@ -293,17 +293,17 @@ def test_a_link_with_tls_serves_and_others_are_refused(tmp_path: Path) -> None:
         ours, theirs = (new_authority(tmp_path / name) for name in ("ours", "theirs"))
         router = Router(ours.server)
         address = await router.server.start()
-        link = await PredictionLink.open(address, ours.client)
+        link = await CallLink.open(address, ours.client)
         call = link.call(wire("a"))
         await router.asked("a")
         router.replies["a"].set_result({"reply": 1})
         assert await call == {"reply": 1}
         link.close()
-        plain = await PredictionLink.open(address, None)
+        plain = await CallLink.open(address, None)
         with pytest.raises(LinkBrokenError):
             await _answer_of(plain)
         with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
-            await PredictionLink.open(address, theirs.client)
+            await CallLink.open(address, theirs.client)
         router.server.close()
 
     run(test)

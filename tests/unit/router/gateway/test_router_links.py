@@ -1,4 +1,4 @@
-"""How a gateway finds the routers of a mixture, and which of them it calls over a link."""
+"""How a gateway finds the routers of a model, and which of them it calls over a link."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from opentelemetry import trace
+from opentelemetry.trace import Span
 
-from router.gateway.predict import links as links_module
-from router.gateway.predict.links import RouterLinks
+from router.gateway import router_links as links_module
+from router.gateway.router_links import RouterCalls, RouterLinks
+from router.messages.call_link import SILENT_S, CallServer, LinkBrokenError, Wire
 from router.messages.link import LinkAddress
-from router.messages.prediction_link import SILENT_S, LinkBrokenError, PredictionServer, Wire
+from tests.span_keeper import SpanKeeper
 from tests.unit.router.messages.test_token_link import happens, run
 
 
@@ -25,7 +28,7 @@ class Router:
         self.asked = 0
         self.may_answer = asyncio.Event()
         self.may_answer.set()
-        self.server = PredictionServer("127.0.0.1", self._predict, None)
+        self.server = CallServer("127.0.0.1", self._predict, None)
 
     async def _predict(self, wire: Wire) -> Wire:
         self.asked += 1
@@ -214,5 +217,38 @@ def test_without_links_every_call_is_serves() -> None:
             serve.error = RuntimeError("no replica runs")
             await refreshed(links)
             assert links.call({}) is None
+
+    run(test)
+
+
+class Handle(Serve):
+    """A deployment's handle whose ``generate.remote`` keeps the span that Serve would send."""
+
+    def __init__(self, *routers: Router) -> None:
+        super().__init__(*routers)
+        self.generate = self
+        self.spans: list[Span] = []
+
+    def remote(self, wire: Wire) -> str:
+        self.spans.append(trace.get_current_span())
+        return "by Serve"
+
+
+def test_calls_go_over_links_but_for_sampled_requests_and_those_whose_link_broke() -> None:
+    async def test() -> None:
+        counted: list[str] = []
+        handle = Handle(Router("a"))
+        calls = RouterCalls(handle, "generate", None, counted.append)  # type: ignore[arg-type]
+        sampled = SpanKeeper().tracer.start_span("sampled")
+        assert calls.call({}, trace.INVALID_SPAN) == "by Serve"  # nobody has told of links yet
+        await happens(lambda: calls._links._asking is None)
+        assert await calls.call({}, trace.INVALID_SPAN) == {"reply": "a"}
+        assert calls.call({}, trace.INVALID_SPAN, by_serve=True) == "by Serve"
+        assert calls.call({}, sampled) == "by Serve"
+        assert counted == ["serve", "link", "serve", "serve"]
+        assert handle.spans[2] is sampled  # Serve takes it along
+        for link in calls._links._links.values():
+            link.close()
+        handle.routers[0].server.close()
 
     run(test)

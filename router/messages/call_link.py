@@ -1,7 +1,7 @@
-"""The prediction link: one connection from a gateway to each router of a mixture.
+"""The call link: one connection from a gateway to each router, for calls beside Serve's.
 
 A call over it takes a fraction of the time of Serve's. The router listens; its address comes by a
-call of Serve's (:mod:`router.gateway.predict.links`). A call is ``[number, request]``, and
+call of Serve's (:mod:`router.gateway.router_links`). A call is ``[number, request]``, and
 ``[number, None]`` cancels it. Every call gets one frame ``[number, reply]``, ``None`` for a
 cancelled one.
 """
@@ -11,13 +11,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from functools import partial
 from typing import Any
 
+import ray
+
 from cluster.errors import InternalError
+from cluster.tls import TlsFiles
 from router.messages.link import (
     MALFORMED,
     LinkAddress,
@@ -40,17 +44,17 @@ class LinkBrokenError(Exception):
     """The connection to a router ended before its answer came: the call may be made again."""
 
 
-class PredictionServer:
+class CallServer:
     """A router's end of its links; used on the replica's event loop."""
 
     def __init__(
-        self, host: str, predict: Callable[[Wire], Awaitable[Wire]], tls: ssl.SSLContext | None
+        self, host: str, serve: Callable[[Wire], Awaitable[Wire]], tls: ssl.SSLContext | None
     ) -> None:
         """``host`` is the address that gateways can reach.
 
-        ``predict`` maps a request to its reply or its typed error; a cancellation ends the request.
+        ``serve`` maps a request to its reply or its typed error; a cancellation ends the request.
         """
-        self._predict = predict
+        self._answer_of = serve
         self._listener = LinkListener(host, self._serve, tls)
         self._writers: set[asyncio.StreamWriter] = set()
 
@@ -94,13 +98,26 @@ class PredictionServer:
 
     async def _answer(self, number: int, wire: Wire) -> bytes:
         try:
-            return pack_frame([number, await self._predict(wire)])
+            return pack_frame([number, await self._answer_of(wire)])
         except Exception:
-            logger.exception("a prediction failed")
+            logger.exception("a call failed")
             return pack_frame([number, {"error": InternalError("the router failed").to_wire()}])
 
 
-class PredictionLink:
+def call_server(
+    serve: Callable[[Wire], Awaitable[Wire]], tls: TlsFiles | None
+) -> CallServer | None:
+    """Return the server of a router on this node; see :class:`CallServer`.
+
+    ``None`` where Ray's own calls are encrypted and such a connection would not be.
+    """
+    if tls is None and os.environ.get("RAY_USE_TLS", "").lower() in ("1", "true"):
+        return None
+    context = None if tls is None else tls.server_context()
+    return CallServer(ray.util.get_node_ip_address(), serve, context)
+
+
+class CallLink:
     """A gateway's connection to one router; used on its event loop alone."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -115,7 +132,7 @@ class PredictionLink:
         self._reading = asyncio.create_task(self._read(reader))
 
     @classmethod
-    async def open(cls, address: LinkAddress, tls: ssl.SSLContext | None) -> PredictionLink:
+    async def open(cls, address: LinkAddress, tls: ssl.SSLContext | None) -> CallLink:
         """Connect to a router; raises ``OSError``."""
         return cls(*await open_link(address, tls))
 
@@ -185,8 +202,8 @@ class PredictionLink:
 class LinkCall:
     """A call under way: await it for the reply; raises :class:`LinkBrokenError`."""
 
-    def __init__(self, link: PredictionLink, number: int, answer: asyncio.Future[Wire]) -> None:
-        """See :meth:`PredictionLink.call`, which makes it."""
+    def __init__(self, link: CallLink, number: int, answer: asyncio.Future[Wire]) -> None:
+        """See :meth:`CallLink.call`, which makes it."""
         self._link = link
         self._number = number
         self._answer = answer
