@@ -90,7 +90,7 @@ class FrameQueue:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._blocked = 0  # threads that wait for ``_changed``
-        self.self_test = SelfTest(actor_id, self._compute_alone, is_sound)
+        self.self_test = SelfTest(actor_id, self._compute_alone, is_sound, lambda: bank.experts)
         # Only the computing thread writes these counters, so they need no lock.
         self.steps = 0
         self.frames = 0

@@ -15,11 +15,12 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 from cluster.errors import OverloadedError, WrongPlacementError
+from cluster.spec import ExpertKey
 from cluster.wire.arrays import DTYPES, array_of
 from cluster.wire.frames import DispatchFrame, ErrorFrame, RowsFrame
 
@@ -46,13 +47,17 @@ class SelfTest:
     """
 
     def __init__(
-        self, actor_id: str, compute_alone: ComputeAlone, is_sound: Callable[[DispatchFrame], bool]
+        self,
+        actor_id: str,
+        compute_alone: ComputeAlone,
+        is_sound: Callable[[DispatchFrame], bool],
+        held: Callable[[], Collection[ExpertKey]],
     ) -> None:
         """Begin healthy; nothing is tested before :meth:`start`.
 
         ``compute_alone`` answers a frame while no other is computed. ``is_sound`` returns whether
         the experts of a frame map zeros to finite numbers by their checkpoint; it may take long,
-        and raise where the checkpoint cannot be read.
+        and raise where the checkpoint cannot be read. ``held`` returns the actor's experts.
         """
         self.failed_batches = 0
         self.failed_tests = 0
@@ -60,6 +65,7 @@ class SelfTest:
         self._actor_id = actor_id
         self._compute_alone = compute_alone
         self._is_sound = is_sound
+        self._held = held
         self._changed = threading.Condition()
         self._suspected: DispatchFrame | None = None
         self._sample: tuple[DispatchFrame, RowsFrame] | None = None
@@ -140,7 +146,7 @@ class SelfTest:
             if isinstance(answer.error, OverloadedError):  # no memory for it now: says nothing
                 return False
             if isinstance(answer.error, WrongPlacementError):  # unloaded meanwhile
-                return True
+                return self._test_others(frame)
         elif not _is_whole(answer):
             self._note("rows of the answer are missing")
             return False
@@ -151,6 +157,21 @@ class SelfTest:
             logger.warning("%s: a self-test succeeds again", self._actor_id)
         self.failed_tests, self.failure = 0, ""
         return True
+
+    def _test_others(self, frame: DispatchFrame) -> bool:
+        """Have an expert tested that the actor still holds; returns whether there is no need to.
+
+        Without one of the model, an actor whose tests have failed waits for it.
+        """
+        held = sorted(key for key in self._held() if key.model == frame.model)
+        if not held:
+            return not self.failed_tests
+        layer_id, expert_id = held[0].layer_id, held[0].expert_id
+        with self._changed:
+            self._suspected = _zeros_like(
+                frame._replace(layer_id=layer_id, expert_ids=(expert_id,))
+            )
+        return False
 
     def _note(self, failure: str) -> None:
         if not self.failed_tests:

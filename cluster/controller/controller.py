@@ -108,6 +108,7 @@ class Controller:
         deaths = self._keeper.deaths
         self._reliever = Reliever(self._state, deaths, self._rebalancer, self._elastic.report)
         self._keeper.relieve = self._reliever.relieve
+        self._keeper.relieve_waiting = self._reliever.relieve_waiting
         self._autoscaler = Autoscaler(self._state, expert_pool, self._elastic, meter)
         self._loops: list[asyncio.Task[None]] = []
 

@@ -80,6 +80,8 @@ class Keeper:
         self.processes = ActorProcesses(state, expert_pool, self.deaths)
         self.relieve: Callable[[str, NoRoomError], Awaitable[bool]] = no_relief
         """Moves experts of an actor whose memory has no room for them; returns whether it did."""
+        self.relieve_waiting: Callable[[str, str], Awaitable[object]] = no_relief
+        """Moves experts that nobody holds off an actor that waits for a place."""
         self.looped_at_s = time.monotonic()
         """When any task last finished a step; old where this controller hangs."""
         self._state = state
@@ -300,6 +302,8 @@ class Keeper:
                     self._state.nodes.pop(actor_id, None)
                     await self.processes.end(handle)
                     return
+                if self._state.has_lived(actor_id):  # else its place may just be coming
+                    await self.relieve_waiting(actor_id, why)
 
     async def _follow_loading(self, handle: ActorHandle) -> None:
         """Ask an actor again and again how much of its share is loaded, and log the progress."""
@@ -376,7 +380,7 @@ class Keeper:
         return report
 
 
-async def no_relief(actor_id: str, error: NoRoomError) -> bool:
+async def no_relief(actor_id: str, reason: object) -> bool:
     """Move nothing."""
     return False
 

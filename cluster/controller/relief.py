@@ -1,4 +1,7 @@
-"""Relief of actors whose memory has no room for their experts: other actors take some of them."""
+"""Relief of actors that cannot hold their experts: other actors take some of them.
+
+An actor's memory has no room for them, or it waits for a place while nobody holds them.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ import time
 from collections.abc import Callable
 
 from cluster.controller.deaths import Deaths
-from cluster.controller.rebalance import Moved, Rebalancer
+from cluster.controller.rebalance import Rebalancer
 from cluster.controller.state import ClusterState
 from cluster.errors import NoRoomError
 from cluster.placement.relief import Room, plan_relief
 from cluster.reports import ChangeReport
+from cluster.spec import ExpertKey
 
 HOST_DEVICES = ("cpu", "emulated")
 """The devices whose experts lie in the host's memory, which all of its actors share."""
@@ -53,6 +57,22 @@ class Reliever:
             task.add_done_callback(lambda task: self._ended(actor_id, task))
         return False
 
+    async def relieve_waiting(self, actor_id: str, reason: str) -> None:
+        """Move the experts that nobody holds off an actor that waits for a place.
+
+        Moves nothing where other actors have no room for all of them. Once the actor has a place,
+        it gets experts as any actor that comes up empty.
+        """
+        async with self._rebalancer.plan_lock:
+            state = self._state
+            missing = set(state.placement.missing())
+            lost = [key for key in state.shares.get(actor_id, ()) if key in missing]
+            sizes = self._expert_bytes()
+            size = sum(sizes[key.model] for key in lost)
+            if lost:
+                what = f"{actor_id} gives up experts that nobody holds"
+                await self._move(actor_id, lost, size, what, reason)
+
     def close(self) -> None:
         """End what goes on in the background."""
         for task in list(self._relieving.values()):
@@ -65,38 +85,43 @@ class Reliever:
 
     async def _relieve(self, actor_id: str, error: NoRoomError) -> bool:
         """See :meth:`relieve`; waits until the experts have moved."""
-        began_at_s = time.monotonic()
         async with self._rebalancer.plan_lock:
-            state = self._state
-            expert_bytes = {model.model: model.expert_bytes for model in state.models}
-            missing_bytes = error.missing_bytes or max(expert_bytes.values())
-            rooms, free_bytes = self._rooms(actor_id)
-            relief = plan_relief(
+            missing_bytes = error.missing_bytes or max(self._expert_bytes().values())
+            what = f"{actor_id} gives up experts that it has no room for"
+            share = self._state.shares[actor_id]
+            return await self._move(actor_id, share, missing_bytes, what, str(error))
+
+    async def _move(
+        self, actor_id: str, movable: list[ExpertKey], size_bytes: int, what: str, reason: str
+    ) -> bool:
+        """Move so many bytes of the ``movable`` experts to other actors, or none at all."""
+        state, began_at_s = self._state, time.monotonic()
+        rooms, free_bytes = self._rooms(actor_id)
+        relief = plan_relief(
+            actor_id,
+            size_bytes,
+            {**state.shares, actor_id: movable},
+            self._expert_bytes(),
+            rooms,
+            free_bytes,
+            state.min_copies,
+        )
+        if relief.freed_bytes < size_bytes:
+            logger.error(
+                "%s: other actors have room for %s of the %s bytes that are missing",
                 actor_id,
-                missing_bytes,
-                state.shares,
-                expert_bytes,
-                rooms,
-                free_bytes,
-                state.min_copies,
+                f"{relief.freed_bytes:,}",
+                f"{size_bytes:,}",
             )
-            if relief.freed_bytes < missing_bytes:
-                logger.error(
-                    "%s: other actors have room for %s of the %s bytes that are missing",
-                    actor_id,
-                    f"{relief.freed_bytes:,}",
-                    f"{missing_bytes:,}",
-                )
-                return False
-            change = relief.change
-            free = dict.fromkeys((actor_id, *change.added), math.inf)  # the plan has looked
-            moved = await self._rebalancer.carry_out(change.added, change.dropped, free)
-        self._record(actor_id, str(error), moved, began_at_s)
+            return False
+        change = relief.change
+        free = dict.fromkeys((actor_id, *change.added), math.inf)  # the plan has looked
+        moved = await self._rebalancer.carry_out(change.added, change.dropped, free)
+        self._report(what, reason, moved, began_at_s)
         return moved.outcome == "committed"
 
-    def _record(self, actor_id: str, reason: str, moved: Moved, began_at_s: float) -> None:
-        what = f"{actor_id} gives up experts that it has no room for"
-        self._report(what, reason, moved, began_at_s)
+    def _expert_bytes(self) -> dict[str, int]:
+        return {model.model: model.expert_bytes for model in self._state.models}
 
     def _rooms(self, actor_id: str) -> tuple[list[Room], dict[str, float]]:
         """Return the rooms of other actors that serve, and the free bytes of their memories."""
@@ -119,6 +144,6 @@ class Reliever:
         state, budgets_bytes = self._state, self._state.fleet.budgets_bytes
         if budgets_bytes is None:
             return math.inf
-        sizes = {model.model: model.expert_bytes for model in state.models}
+        sizes = self._expert_bytes()
         used_bytes = sum(sizes[key.model] for key in state.shares[actor_id])
         return budgets_bytes[actor_id] - used_bytes - state.retained_bytes(actor_id)

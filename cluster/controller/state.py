@@ -159,6 +159,10 @@ class ClusterState:
         await self.record()
         return generation
 
+    def has_lived(self, actor_id: str) -> bool:
+        """Return whether an actor has had another process than its present one."""
+        return self._generations[actor_id] > 1
+
     async def add(self, actor_id: str, handle: ActorHandle, report: ActorReport) -> None:
         """Take an actor that serves now into the placement, with the experts that it reports."""
         self.handles[actor_id], self.reports[actor_id] = handle, report

@@ -20,6 +20,8 @@ class CallFailure(enum.StrEnum):
 
     DIED = "died"
     TIMED_OUT = "timed_out"
+    UNREACHABLE = "unreachable"
+    """The call or its answer was lost on its way; the actor may live."""
     DAMAGED = "damaged"
     """The checksum of the answer is wrong (:mod:`cluster.wire.checksum`)."""
 

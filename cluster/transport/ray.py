@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 
 from cluster.spec import ACTOR_NAMESPACE, actor_name
 from cluster.transport.base import (
@@ -106,6 +106,8 @@ class _RayCalls:
                     return CallFailure.DIED
                 if remaining_s == 0:
                     return CallFailure.TIMED_OUT
+            except ActorUnavailableError:
+                return CallFailure.UNREACHABLE
             except RayError:
                 return CallFailure.DIED
 

@@ -56,7 +56,7 @@ class CallServer:
         """
         self._answer_of = serve
         self._listener = LinkListener(host, self._serve, tls)
-        self._writers: set[asyncio.StreamWriter] = set()
+        self._writers: dict[asyncio.StreamWriter, None] = {}
 
     async def start(self) -> LinkAddress:
         """Listen, unless it listens, and return the address for gateways."""
@@ -76,7 +76,7 @@ class CallServer:
             if not writer.is_closing():
                 writer.write(pack_frame([number, None]) if call.cancelled() else call.result())
 
-        self._writers.add(writer)
+        self._writers[writer] = None
         try:
             while True:
                 number, wire = await read_frame(reader, MAX_FRAME_BYTES)
@@ -91,7 +91,7 @@ class CallServer:
             if not isinstance(error, asyncio.IncompleteReadError):
                 logger.warning("a gateway's link is closed: %s", error)
         finally:
-            self._writers.discard(writer)
+            self._writers.pop(writer, None)
             writer.close()
             for call in calls.values():
                 call.cancel()

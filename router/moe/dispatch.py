@@ -118,7 +118,7 @@ class Dispatcher:
         rows by rank, then by token, as transformers' eager experts do, since a row's bits depend on
         its index in the matrix product. ``pairs``, where given, are the only pairs that are sent.
         ``traceparent`` is sent with the frames of a traced layer. ``deaths`` returns the record of
-        actors that die. With ``is_last_try`` rows go to actors alone that answer zeros just before,
+        actors that die. With ``is_last_try`` rows go to actors alone that compute zeros just before,
         and no copy is asked while such an actor may live.
 
         ``deadline_s`` (monotonic) is the earliest of the step's requests; see :meth:`wait`.
@@ -170,12 +170,12 @@ class Dispatcher:
             return attempt
         replaceable = self._replaceable(placement, layer, parts, now_s)  # for the time to wait
         rows_of = rows_of_parts(layer.rows, ordered, parts, layer.k)
-        answering = self._zero_rows.answering(layer, parts) if layer.is_last_try else None
+        computing = self._zero_rows.computing(layer, parts) if layer.is_last_try else None
         calls: list[Call] = []
         # ``more`` are rows from a device that lie elsewhere; there are none on a CPU.
         for part, is_replaceable, (rows, *more) in zip(parts, replaceable, rows_of, strict=True):
             actor_id, generation, expert_ids, counts, pairs = part
-            if answering is not None and actor_id not in answering:
+            if computing is not None and actor_id not in computing:
                 attempt.silent.append(part)
                 continue
             timeout_s, end_s = self._times_s(layer, part, most_rows, now_s, is_replaceable)

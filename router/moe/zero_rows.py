@@ -7,7 +7,8 @@ the engine finds the request that has them (:mod:`router.engine.isolation`). Whe
 rows are sent again until the actor is replaced.
 
 Before rows that may end their actor are sent alone, the actor is asked for zeros too. So an actor
-that has died before, or that is cut off, does not count as one that these rows have ended.
+that has died before, that is cut off, or whose device fails, so that the controller is about to
+end it, does not count as one that these rows have ended.
 """
 
 from __future__ import annotations
@@ -55,11 +56,11 @@ class ZeroRows:
                     f"expert actors cannot compute this request in layer {layer.layer_id}"
                 )
 
-    def answering(self, layer: PendingLayer, parts: Sequence[Part]) -> set[str]:
-        """Return the ids of the parts' actors that answer a frame of zeros."""
+    def computing(self, layer: PendingLayer, parts: Sequence[Part]) -> set[str]:
+        """Return the ids of the parts' actors that compute a frame of zeros."""
         answers = self._ask(layer, parts)
         asked = zip(parts, answers, strict=True)
-        return {part.actor_id for part, answer in asked if answer is not None}
+        return {part.actor_id for part, answer in asked if isinstance(answer, RowsFrame)}
 
     def _are_computed(self, layer: PendingLayer, part: Part) -> bool:
         """Return whether a part's actor computes a row of zeros by each of the part's experts."""

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cluster.controller.controller import Controller
 from cluster.controller.ledger import Ledger
 from cluster.controller.state import ClusterState
 from cluster.placement.placement import Placement
@@ -47,6 +48,8 @@ USED_S = 1.0
 """An actor that computed rows for a router within this time is in use."""
 UNTRUE_S = 4.0
 """How long a gateway may be ready after an expert has lost its last copy."""
+END_S = 1.0
+"""How long a process may take to end that is ended."""
 WELL_S = 5.0
 """An actor at which nothing failed for so long is healthy."""
 
@@ -269,17 +272,23 @@ class Law:
         controller = self._world.controller()
         if controller is None:
             return
+        for actor_id, task in controller._keeper._tasks.items():
+            if task.done() and not controller._state.is_superseded:
+                self.broken("every actor is kept", f"nobody keeps {actor_id}")
+        if self._extra(controller):  # one may be about to end
+            self._world.run(self._world.kernel.now_s + END_S)
+        for actor_id, number in self._extra(controller).items():
+            self.broken("nothing is left", f"{number} processes of {actor_id}")
+
+    def _extra(self, controller: Controller) -> dict[str, int]:
+        """Return the numbers of processes of actors that are to have none, or one."""
         living = Counter(
             name.rpartition(":g")[0].rpartition(":")[2]
             for name, handle in self._world.cluster.actors.items()
             if handle.process.is_alive
         )
-        for actor_id, task in controller._keeper._tasks.items():
-            if task.done() and not controller._state.is_superseded:
-                self.broken("every actor is kept", f"nobody keeps {actor_id}")
-        for actor_id, number in living.items():
-            if actor_id not in controller._state.fleet.specs or number > 1:
-                self.broken("nothing is left", f"{number} processes of {actor_id}")
+        specs = controller._state.fleet.specs
+        return {name: number for name, number in living.items() if name not in specs or number > 1}
 
 
 def _unanswered(upstream: RayUpstream) -> int:

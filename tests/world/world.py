@@ -7,7 +7,7 @@ import logging
 import random
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from cluster.controller.controller import Controller
 from cluster.controller.ledger import LedgerStore, RayStore
 from cluster.controller.pool import ExpertPool
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, StaleEpochError
 from cluster.memory import Memory
 from cluster.spec import (
     ActorSpec,
@@ -118,6 +118,8 @@ UNHEARD_S = 5.0
 """How long a cut link may still matter."""
 BROKEN_TEXTS = ("output for this request is not finite", "cannot compute this request")
 """What a client is told where all copies of an expert are on broken devices."""
+OTHER_MODEL_TEXT = "is not the model that is served now"
+"""What a client is told that lost its gateway, and resumes after a redeploy."""
 
 
 @dataclass
@@ -405,7 +407,8 @@ class World:
         make = self._controller_version.make
 
         async def start() -> None:
-            await make()
+            with suppress(StaleEpochError):  # a third one was faster; Serve would try again
+                await make()
 
         with self.kernel.within(process):
             self.kernel.create_task(start())
@@ -457,6 +460,8 @@ class World:
         ]
         if self.least_copies < 2 or plan.timeout_s < ENOUGH_S:
             return bool(near)
+        if answer.lost_gateways and OTHER_MODEL_TEXT in answer.message:
+            return any(event.kind == "redeploy other weights" for event in near)
         of_copies = [event for event in near if event.kind in OF_COPIES]
         return len(of_copies) > 1 or any(e.kind not in GENTLE and e not in of_copies for e in near)
 

@@ -161,7 +161,7 @@ def test_weights_that_are_not_finite_in_the_checkpoint_are_no_fault_of_the_devic
     assert after_tests(actor).failed_tests == 0
 
 
-def test_experts_that_are_unloaded_meanwhile_need_no_test(
+def test_where_experts_are_unloaded_meanwhile_others_are_tested(
     actor: Actor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -169,7 +169,26 @@ def test_experts_that_are_unloaded_meanwhile_need_no_test(
         actor.compute(frame_of(rows_of(2)))
         until(actor, lambda report: report.failed_tests >= 1)
         actor.unload(1, [ExpertKey("m", 0, 3)])
-        until(actor, lambda _: actor._queue.self_test._suspected is None)
+        failed = actor.heartbeat(1).failed_tests
+        until(actor, lambda report: report.failed_tests >= failed + COUNTED)
+    assert after_tests(actor).failed_tests == 0
+
+
+def test_an_actor_without_experts_whose_tests_have_failed_waits_for_some(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = ExpertKey("m", 0, 3)
+    actor = local_actor(folder, keys=[key])
+    device_of(monkeypatch, nan)
+    actor.compute(frame_of(rows_of(2)))
+    until(actor, lambda report: report.failed_tests >= 1)
+    actor.unload(1, [key])
+    threading.Event().wait(STAYS_S)
+    failed = actor.heartbeat(1).failed_tests
+    threading.Event().wait(STAYS_S)
+    assert actor.heartbeat(1).failed_tests == failed  # no test has a result
+    actor.load(1, actor._spec, [key])
+    until(actor, lambda report: report.failed_tests >= failed + COUNTED)
 
 
 def test_where_a_test_hangs_the_report_tells_of_the_frames_that_wait(

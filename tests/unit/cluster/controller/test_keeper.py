@@ -24,6 +24,7 @@ from tests.unit.cluster.controller.fakes import (
     happens,
     run,
     running,
+    settled,
     spec_of,
     tasks_of,
 )
@@ -352,6 +353,66 @@ def test_what_an_actor_without_a_place_waits_for_is_logged(
             gate.set()
             await cluster.complete()
             assert "expert-0 waits" not in caplog.text
+
+    run(test)
+
+
+def test_others_take_what_nobody_holds_of_an_actor_whose_successor_finds_no_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(keeper_module, "PLACE_NOTICE_S", 0.01)
+
+    async def test() -> None:
+        async with running(3) as cluster:
+            before = await cluster.complete()
+            gate = asyncio.Event()
+
+            async def waits(actor: FakeActor) -> None:
+                if actor.actor_id == "expert-1":
+                    actor.hung = True  # Ray has no place for it, so it answers nothing
+                    await gate.wait()
+                    actor.hung = False
+
+            cluster.pool.load_gate = waits
+            cluster.pool.of("expert-1")[0].alive = False
+            lost = await cluster.until(lambda p: "expert-1" not in p.generations)
+            assert lost.missing()
+            after = await cluster.complete()
+            assert set(after.generations) == {"expert-0", "expert-2"}
+            held = {key for key, actors in before.holders.items() if "expert-1" not in actors}
+            assert {key: after.holders[key] for key in held} == {
+                key: before.holders[key] for key in held
+            }
+            assert cluster.state.shares["expert-1"] == []
+            gate.set()
+            await cluster.until(lambda p: p.generations.get("expert-1") == 2)
+            placement = await settled(cluster, 1)
+            assert all(len(actors) == 1 for actors in placement.holders.values())
+
+    run(test)
+
+
+def test_an_actor_that_waits_for_its_first_place_keeps_its_share(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(keeper_module, "PLACE_NOTICE_S", 0.01)
+
+    async def test() -> None:
+        pool, gate = FakePool(spec_of().digest), asyncio.Event()
+
+        async def waits(actor: FakeActor) -> None:
+            if actor.actor_id == "expert-1":
+                actor.hung = True
+                await gate.wait()
+                actor.hung = False
+
+        pool.load_gate = waits
+        async with running(2, pool) as cluster:
+            await happens(lambda: caplog.text.count("expert-1 waits for a place") > 1)
+            assert cluster.state.shares["expert-1"]
+            assert list(cluster.state.placement.missing())
+            gate.set()
+            await cluster.complete()
 
     run(test)
 

@@ -89,12 +89,13 @@ def test_tokens_do_not_depend_on_the_copies_and_the_actors_share_the_work(
     [
         CallFailure.DIED,
         CallFailure.TIMED_OUT,
+        CallFailure.UNREACHABLE,
         b"garbage",
         REFUSED,
         b"".join(encode(ErrorFrame(0, "OverloadedError", OverloadedError("full", "queue", 0.01)))),
         FAILED,
     ],
-    ids=["died", "timed_out", "garbage", "refused", "overloaded", "failed"],
+    ids=["died", "timed_out", "unreachable", "garbage", "refused", "overloaded", "failed"],
 )
 def test_where_one_copy_fails_another_is_asked_at_once(
     cluster: LocalCluster,
