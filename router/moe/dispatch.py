@@ -118,7 +118,7 @@ class Dispatcher:
         rows by rank, then by token, as transformers' eager experts do, since a row's bits depend on
         its index in the matrix product. ``pairs``, where given, are the only pairs that are sent.
         ``traceparent`` is sent with the frames of a traced layer. ``deaths`` returns the record of
-        actors that die. With ``is_last_try`` rows go to actors alone that compute zeros just before,
+        actors that die. With ``is_last_try`` rows go only to actors that compute zeros just before,
         and no copy is asked while such an actor may live.
 
         ``deadline_s`` (monotonic) is the earliest of the step's requests; see :meth:`wait`.
