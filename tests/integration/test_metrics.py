@@ -18,7 +18,6 @@ RARE = {
     catalogue.OVERFLOW,
     catalogue.SLOW_READERS,
     catalogue.PREDICTION_ROWS,
-    catalogue.PREDICTION_CALLS,
     catalogue.INEXACT_ROWS,
     catalogue.ACTOR_DEATHS,
     catalogue.ACTOR_RETRY,
@@ -76,6 +75,18 @@ def test_a_scrape_has_every_metric_of_the_catalogue_and_of_the_dashboard(
     rare = {family.exported for family in RARE}
     asked = {n for p in panels() for t in p["targets"] for n in dashboard_names(t["expr"])}
     assert asked - rare <= set(told.samples)
+
+
+def test_requests_go_to_routers_over_links_once_these_are_known(served: ServedCluster) -> None:
+    def calls(transport: str) -> float:
+        return Scrape(served).total(catalogue.ROUTER_CALLS, model_name=RANDOM, transport=transport)
+
+    def goes_over_a_link() -> bool:
+        before = calls("link")
+        served.client.generate(prompt_of(5, 1), Sampling(max_tokens=1), model=RANDOM)
+        return calls("link") == before + 1
+
+    wait_until(goes_over_a_link, "the gateway has asked for the routers", 10)
 
 
 @pytest.mark.parametrize("on", ["http", "grpc"])
