@@ -153,10 +153,11 @@ class LocalCluster:
         capacity: CapacityConfig | None = None,
         device: torch.device = CPU,
         experts_device: torch.device = CPU,
+        identity: str = "",
     ) -> None:
         """``elsewhere`` is a model's id with transport and placement, where its experts live.
 
-        ``device`` is the router's.
+        ``device`` is the router's. ``identity`` is the model's.
         """
         limits = limits or Limits(32, 64, 256)
         self.checkpoint = open_checkpoint(folder)
@@ -204,20 +205,21 @@ class LocalCluster:
             frozenset([eos]),
             self._on_emissions,
             is_exact=emulation is None,
+            identity=identity,
         )
         if threaded:
             self.engine.start()
 
     def forward(self, packed: StepInput) -> torch.Tensor:
         """Run one packed step through the model and the experts; returns the logits."""
-        logits, _ = self.model.decoder.forward(
+        hidden_states, [sample_rows] = self.model.decoder.forward(
             packed.token_ids,
             packed.positions,
             packed.pieces,
-            packed.sample_rows,
             context_of(packed),
+            packed.sample_rows,
         )
-        return logits
+        return self.model.decoder.logits(hidden_states, sample_rows)
 
     def _on_emissions(self, emissions: list[Emission]) -> None:
         with self._changed:

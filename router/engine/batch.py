@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from router.engine.prompt_scores import ScoredRows, scored_rows
 from router.engine.sampling import Draw, Sampling, SamplingTensors
 from router.engine.sequence import Sequence, Work
 from router.model.attention import Attention, PagedBatch, Span
@@ -32,7 +33,8 @@ class StepInput:
     """One packed step, as :meth:`router.model.decoder.Decoder.forward` takes it.
 
     ``sampled`` are the sequences of ``sample_rows``, and ``sampling`` is how they are sampled.
-    ``works`` are the step's works in the order of its tokens.
+    ``works`` are the step's works in the order of its tokens. ``scored`` are the rows of which
+    prompts get log probabilities.
     """
 
     token_ids: torch.Tensor
@@ -42,6 +44,7 @@ class StepInput:
     sampled: tuple[Sequence, ...]
     sampling: Sampling
     works: tuple[Work, ...]
+    scored: tuple[ScoredRows, ...]
 
 
 def pack(due: list[Work], attention: Attention, most_pieces: int = MOST_PIECES) -> StepInput:
@@ -64,6 +67,8 @@ def pack(due: list[Work], attention: Attention, most_pieces: int = MOST_PIECES) 
         sampled=sampled,
         sampling=sampling_of([_draw_of(sequence) for sequence in sampled]),
         works=works,
+        # A decode is sampled, and scores nothing; so a step of decodes alone looks at no request.
+        scored=() if len(sampled) == len(works) and not prefills else scored_rows(works, ends),
     )
 
 

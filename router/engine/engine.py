@@ -7,6 +7,7 @@ again. A sequence that waits for an expert is parked, and the others go on.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -27,6 +28,7 @@ from cluster.errors import (
 )
 from router.engine.batch import StepInput, context_of, keep_deaths, pack
 from router.engine.isolation import Announce, Isolation
+from router.engine.prompt_scores import Scores, read_scores, score, score_events
 from router.engine.sampling import Drawn, SamplingTensors, read, sample
 from router.engine.scheduler import Scheduler
 from router.engine.sequence import Sequence, Work
@@ -208,26 +210,34 @@ class Engine:
         packed = pack(works, self._model.attention, self._most_pieces)
         context = context_of(packed, trace)
         try:
-            drawn = self._compute(packed, context)
+            drawn, scores = self._compute(packed, context)
         finally:
             keep_deaths(packed, context)
         self.tally.note_layers(context.layer_times_s)
-        self._advance(packed, context, drawn)
+        self._advance(packed, context, drawn, scores)
 
-    def _compute(self, packed: StepInput, context: StepContext) -> Drawn:
-        """Return the sampled tokens of a step; changes nothing but the cache of its tokens."""
-        sampling = packed.sampling
-        # Sampling's tensors come to the model's device with the ids, in one copy.
-        logits, sampling_tensors = self._model.decoder.forward(
-            packed.token_ids,
-            packed.positions,
-            packed.pieces,
-            packed.sample_rows,
-            context,
-            *sampling.tensors,
+    def _compute(
+        self, packed: StepInput, context: StepContext
+    ) -> tuple[Drawn, list[Scores | None]]:
+        """Return the sampled tokens of a step, and the log probabilities of prompts.
+
+        It changes nothing but the cache of the step's tokens.
+        """
+        sampling, scored, decoder = packed.sampling, packed.scored, self._model.decoder
+        # What sampling needs comes to the model's device with the ids, in one copy.
+        others = packed.sample_rows, *sampling.tensors, *[part.targets for part in scored]
+        hidden_states, [sample_rows, *placed] = decoder.forward(
+            packed.token_ids, packed.positions, packed.pieces, context, *others
         )
-        drawn_tensors = sample(logits, SamplingTensors(*sampling_tensors), sampling.logprob_sizes)
-        return read(self._model.decoder.to_host(*drawn_tensors), sampling)
+        logits = decoder.logits(hidden_states, sample_rows)
+        num = len(sampling.tensors)
+        tensors = sample(logits, SamplingTensors(*placed[:num]), sampling.logprob_sizes)
+        if not scored:
+            return read(decoder.to_host(*tensors), sampling), []
+        found = score(hidden_states, scored, placed[num:], decoder.logits, logits.shape[1])
+        on_host = decoder.to_host(*tensors, *found)
+        num = len(tensors)
+        return read(on_host[:num], sampling), read_scores(on_host[num:], scored)
 
     def _compute_in_vain(self, works: list[Work]) -> None:
         """Compute works whose tokens nobody needs."""
@@ -242,10 +252,20 @@ class Engine:
             if not work.sequence.times.scheduled_at_s:
                 self.tally.scheduled(work.sequence, now_s)
 
-    def _advance(self, packed: StepInput, context: StepContext, drawn: Drawn) -> None:
+    def _advance(
+        self,
+        packed: StepInput,
+        context: StepContext,
+        drawn: Drawn,
+        scores: list[Scores | None],
+    ) -> None:
         """Note what is computed, append the drawn tokens, and queue their events."""
         self._note_computed(packed.works, context.missing)
         failed = {packed.works[index].sequence.request.request_id for index in context.not_finite}
+        if scores:
+            events, not_finite = score_events(packed.scored, scores, failed, self._identity)
+            self._outbox.extend(itertools.starmap(Emission, events))
+            failed |= not_finite
         now_s = time.monotonic()
         for sequence, token_id, logprobs in zip(
             packed.sampled, drawn.token_ids, drawn.logprobs, strict=True
@@ -284,13 +304,22 @@ class Engine:
     def _append(
         self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, now_s: float
     ) -> None:
-        """Append a token and queue its event; end the sequence where it is the last."""
+        """Append a token and queue its event; end the sequence where it is the last.
+
+        A sequence that asks for its prompt alone ends too, without the token.
+        """
         sequence.token_ids.append(token_id)
         self.tally.token(sequence, now_s)
         reason = self._finish_reason(sequence, token_id)
         if reason is not None:
             self.tally.finished(sequence)
             self._finish(sequence)
+            if sequence.wants_no_tokens:
+                end = TokenEvent(
+                    sequence.index, (), (), "length", sequence.exact, 0, self._identity
+                )
+                self._outbox.append(Emission(sequence.request.request_id, end))
+                return
         rows = () if logprobs is None else (logprobs,)
         start = sequence.num_generated - 1
         identity = "" if start else self._identity

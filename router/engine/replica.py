@@ -151,7 +151,7 @@ class RouterReplica:
         says that a router of another model may serve the request, and ``"has_other_text"`` whether
         that is for its tokenizer. Meanwhile the tokens of a streamed request go to the gateway's
         ``address`` in ``wire`` as they are sampled. Of any other request, only the first tokens of
-        each choice do.
+        each choice do, and no log probabilities of its prompt.
         """
         if self._is_deleted:
             return {"error": being_deleted().to_wire()}
@@ -186,7 +186,7 @@ class RouterReplica:
 
     def _has_own_tokens(self, request: GenerationRequest) -> bool:
         """Return whether the tokens that have come are this model's."""
-        identities = {choice.identity for choice in request.received if choice.token_ids}
+        identities = {choice.identity for choice in request.received if choice.is_begun}
         return identities <= {self._model.identity}
 
     def is_its_turn(self) -> bool:
@@ -231,7 +231,7 @@ class RouterReplica:
                 request.done.set_exception(emission.outcome)
                 continue
             request.events.append(emission.outcome)
-            if request.streamed or emission.outcome.start == 0:
+            if request.streamed or emission.outcome.is_first_token:
                 frames[request.address].append((request.wire_id, emission.outcome))
             request.unfinished -= emission.outcome.finish_reason is not None
             if request.unfinished == 0:

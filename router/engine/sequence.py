@@ -81,6 +81,11 @@ class Sequence:
         return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens
 
     @property
+    def wants_no_tokens(self) -> bool:
+        """Whether the prompt alone is to be computed, for its log probabilities."""
+        return self.request.sampling.max_tokens == 0
+
+    @property
     def next_forced(self) -> int | None:
         """The next generated token where the request forces it, else ``None``."""
         number = self.num_generated

@@ -133,7 +133,7 @@ class RayUpstream:
                     retries.succeeded()
                     return
                 except ModelReplacedError as error:
-                    if receipts.has_tokens() and number >= RESUMED_TIMES:
+                    if receipts.has_any() and number >= RESUMED_TIMES:
                         raise _not_resumed(request, error) from None
                     if isinstance(error, _OtherTextError) and self._loop_s() > other_text_s:
                         raise error from None
@@ -146,7 +146,7 @@ class RayUpstream:
                     logger.warning("a router was lost (%s); sending again", type(error).__name__)
                     is_lost |= not isinstance(error, OverloadedError)
                     await asyncio.sleep(max(delay_s, TOLD_S) if deaths.ask_alone else delay_s)
-                    deaths.note(error, receipts.num_tokens())
+                    deaths.note(error, receipts.progress())
                 finally:
                     self._attempts.pop(request.request_id, None)
 
@@ -242,7 +242,7 @@ class _OtherTextError(ModelReplacedError):
 def _not_resumed(request: GenerationRequest, error: ModelReplacedError) -> ExpertMeshError:
     """Return the error of tokens that no router here goes on from; a client's own are refused."""
     for index, choice in enumerate(request.received):
-        if choice.token_ids:
+        if choice.is_begun:
             return InvalidRequestError(
                 f"{choice.identity!r:.80} is not the model that is served now; its tokens cannot "
                 "be gone on from",

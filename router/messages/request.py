@@ -19,7 +19,8 @@ class SamplingParams:
     ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``seed`` is
     always set (the gateway draws a missing seed); the draws of choice ``i`` of ``n`` are a function
     of (seed, i, position). ``logprobs`` is the number of likeliest tokens reported beside the
-    sampled token, or ``None`` for no log probabilities at all.
+    sampled token, or ``None`` for no log probabilities at all. ``prompt_logprobs`` is the same for
+    each token of the prompt but the first. A ``max_tokens`` of 0 computes the prompt alone.
     """
 
     max_tokens: int
@@ -31,6 +32,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     n: int = 1
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,13 @@ class Received:
     exact: bool = True
     identity: str = ""
     """That of the model that gave the tokens; no other model goes on from them."""
+    num_prompt_logprobs: int = 0
+    """The prompt tokens whose log probabilities have come; all of them before the first token."""
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether anything of the choice has come."""
+        return bool(self.token_ids or self.num_prompt_logprobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +87,18 @@ class GenerationRequest:
     def received_of(self, index: int) -> Received:
         """Return the tokens that have come of choice ``index``."""
         return self.received[index] if self.received else Received()
+
+    @property
+    def num_prompt_logprobs(self) -> int:
+        """The prompt tokens whose log probabilities are asked for; the first token has none."""
+        return 0 if self.sampling.prompt_logprobs is None else len(self.prompt_token_ids) - 1
+
+    def prompt_logprobs_of(self, index: int) -> int:
+        """Return how many of :attr:`num_prompt_logprobs` have come of choice ``index``."""
+        received = self.received_of(index)
+        if received.token_ids or received.finished:
+            return self.num_prompt_logprobs
+        return received.num_prompt_logprobs
 
     def remaining_s(self) -> float:
         """Return the seconds left until the deadline; negative when it has passed."""
@@ -118,6 +139,16 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs(TokenLogprobs):
+    """Log probabilities of one token of a prompt after those before it, and of the likeliest.
+
+    ``rank`` is 1 for the likeliest token.
+    """
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Token counts of a whole request: its prompt once, and the output of all choices."""
 
@@ -133,6 +164,9 @@ class TokenEvent:
     end-of-sequence token) or ``length``. ``exact`` is false if an expert's share was replaced or
     dropped for these tokens or any before them. ``start`` is the number of the choice's tokens
     before these. ``identity`` is the model's, and is set on the first tokens of a choice.
+
+    ``prompt_logprobs`` are those of prompt tokens, ``prompt_start`` of which came before these. All
+    of them come before the choice's first token, or with it.
     """
 
     index: int
@@ -142,11 +176,18 @@ class TokenEvent:
     exact: bool = True
     start: int = 0
     identity: str = ""
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    prompt_start: int = 0
+
+    @property
+    def is_first_token(self) -> bool:
+        """Whether no token of the choice came before, and this is not of the prompt."""
+        return self.start == 0 and not self.prompt_logprobs
 
     def to_wire(self) -> list[Any]:
         """Return the event as a msgpack-able list."""
         logprobs = [[p.logprob, p.top_ids, p.top_logprobs] for p in self.logprobs]
-        return [
+        wire = [
             self.index,
             self.token_ids,
             logprobs,
@@ -155,13 +196,21 @@ class TokenEvent:
             self.start,
             self.identity,
         ]
+        if self.prompt_logprobs:
+            rows = [[p.logprob, p.top_ids, p.top_logprobs, p.rank] for p in self.prompt_logprobs]
+            wire += [rows, self.prompt_start]
+        return wire
 
     @classmethod
     def from_wire(cls, wire: list[Any]) -> TokenEvent:
         """Rebuild an event from :meth:`to_wire`."""
-        index, token_ids, logprobs, finish_reason, exact, start, identity = wire
+        index, token_ids, logprobs, finish_reason, exact, start, identity, *prompt = wire
         rows = tuple(TokenLogprobs(p[0], tuple(p[1]), tuple(p[2])) for p in logprobs)
-        return cls(index, tuple(token_ids), rows, finish_reason, exact, start, identity)
+        event = cls(index, tuple(token_ids), rows, finish_reason, exact, start, identity)
+        if not prompt:
+            return event
+        of_prompt = tuple(PromptLogprobs(p[0], tuple(p[1]), tuple(p[2]), p[3]) for p in prompt[0])
+        return replace(event, prompt_logprobs=of_prompt, prompt_start=prompt[1])
 
 
 class Receipts:
@@ -171,6 +220,8 @@ class Receipts:
         """Start with the tokens that the request's client has."""
         choices = [request.received_of(index) for index in range(request.sampling.n)]
         self._token_ids = [list(choice.token_ids) for choice in choices]
+        self._num_prompt = request.num_prompt_logprobs
+        self._of_prompt = [request.prompt_logprobs_of(index) for index in range(len(choices))]
         self._finished = [choice.finished for choice in choices]
         self._exact = [choice.exact for choice in choices]
         self._identity = [choice.identity for choice in choices]
@@ -178,7 +229,7 @@ class Receipts:
     def take(self, event: TokenEvent) -> TokenEvent | None:
         """Return the part of an event that was not passed on yet; it then counts as passed on.
 
-        Returns ``None`` for an event without new tokens, and for an event after a gap; a later
+        Returns ``None`` for an event without anything new, and for an event after a gap; a later
         event, or the call's reply, fills the gap.
         """
         passed_on = self._token_ids[event.index]
@@ -186,8 +237,30 @@ class Receipts:
         if self._finished[event.index] or skip < 0:
             return None
         token_ids = event.token_ids[skip:]
+        if event.prompt_logprobs or self._of_prompt[event.index] < self._num_prompt:
+            return self._take_prompt(event, token_ids)
         if not token_ids and event.finish_reason is None:
             return None
+        return self._pass_on(event, token_ids)
+
+    def _take_prompt(self, event: TokenEvent, token_ids: tuple[int, ...]) -> TokenEvent | None:
+        """Take an event while log probabilities of the prompt come, which precede any token."""
+        passed_on = self._of_prompt[event.index]
+        skip = passed_on - event.prompt_start
+        rows = event.prompt_logprobs[max(skip, 0) :]
+        has_more = bool(token_ids) or event.finish_reason is not None
+        lacks_some = has_more and passed_on + len(rows) < self._num_prompt
+        if (rows and skip < 0) or lacks_some or not (rows or has_more):
+            return None
+        self._of_prompt[event.index] += len(rows)
+        return self._pass_on(
+            replace(event, prompt_logprobs=rows, prompt_start=passed_on), token_ids
+        )
+
+    def _pass_on(self, event: TokenEvent, token_ids: tuple[int, ...]) -> TokenEvent:
+        """Return an event with its last ``token_ids`` alone, which then count as passed on."""
+        passed_on = self._token_ids[event.index]
+        skip = len(passed_on) - event.start
         passed_on.extend(token_ids)
         self._finished[event.index] = event.finish_reason is not None
         self._exact[event.index] &= event.exact
@@ -195,13 +268,13 @@ class Receipts:
         logprobs = event.logprobs[skip:]
         return replace(event, token_ids=token_ids, logprobs=logprobs, start=event.start + skip)
 
-    def has_tokens(self) -> bool:
-        """Return whether any token has been passed on."""
-        return any(self._token_ids)
+    def has_any(self) -> bool:
+        """Return whether a token, or a log probability of the prompt, has been passed on."""
+        return any(self._token_ids) or any(self._of_prompt)
 
-    def num_tokens(self) -> int:
-        """Return how many tokens have been passed on."""
-        return sum(map(len, self._token_ids))
+    def progress(self) -> int:
+        """Return how many tokens and log probabilities of the prompt have been passed on."""
+        return sum(map(len, self._token_ids)) + sum(self._of_prompt)
 
     def all_finished(self) -> bool:
         """Return whether no choice needs more tokens."""
@@ -212,10 +285,11 @@ class Receipts:
 
         ``stopped`` are choices that need no more tokens.
         """
+        parts = self._token_ids, self._finished, self._exact, self._identity, self._of_prompt
         return tuple(
-            Received(tuple(token_ids), finished or index in stopped, exact, identity)
-            for index, (token_ids, finished, exact, identity) in enumerate(
-                zip(self._token_ids, self._finished, self._exact, self._identity, strict=True)
+            Received(tuple(token_ids), finished or index in stopped, exact, identity, num_prompt)
+            for index, (token_ids, finished, exact, identity, num_prompt) in enumerate(
+                zip(*parts, strict=True)
             )
         )
 
@@ -239,4 +313,6 @@ def _join(events: list[TokenEvent]) -> TokenEvent:
         all(event.exact for event in events),
         events[0].start,
         events[0].identity,
+        tuple(row for event in events for row in event.prompt_logprobs),
+        events[0].prompt_start,
     )

@@ -171,7 +171,7 @@ class LinkClient:
         """
         unsent = self._unsent.get(address)
         if unsent is not None:
-            self._keep(unsent, _frame_of(events))
+            self._keep(unsent, b"".join(_frames_of(events)))
             return
         writer = self._links.get(address)
         if writer is None or writer.is_closing():
@@ -180,7 +180,8 @@ class LinkClient:
             logger.warning("a gateway does not read its link; the link is cut")
             writer.transport.abort()
             return
-        writer.write(_frame_of(events))
+        for frame in _frames_of(events):
+            writer.write(frame)
 
     def _keep(self, unsent: bytearray, frame: bytes) -> None:
         """Keep a frame until the connection is there; beyond the bound, frames are dropped.
@@ -214,5 +215,16 @@ class LinkClient:
                 del self._links[address]
 
 
-def _frame_of(events: list[tuple[str, TokenEvent]]) -> bytes:
-    return pack_frame([[request_id, event.to_wire()] for request_id, event in events])
+def _frames_of(events: list[tuple[str, TokenEvent]]) -> list[bytes]:
+    """Return the frames of a step: one, but for events too large for one frame of a gateway's.
+
+    A single event that is too large is left out; the reply has it.
+    """
+    frame = pack_frame([[request_id, event.to_wire()] for request_id, event in events])
+    if len(frame) <= MAX_FRAME_BYTES:
+        return [frame]
+    if len(events) == 1:
+        logger.warning("an event of %d bytes comes with the reply alone", len(frame))
+        return []
+    half = len(events) // 2
+    return [*_frames_of(events[:half]), *_frames_of(events[half:])]

@@ -8,7 +8,7 @@ A step with a long prefill part comes in pieces. While the experts compute a pie
 router attends the next piece. All keys and values that a piece attends to are stored by then: they
 are its own, or those of pieces before it.
 
-Dimension letters: S packed tokens of a step, T tokens of a piece, R rows to sample, K experts per
+Dimension letters: S packed tokens of a step, T tokens of a piece, R rows with logits, K experts per
 token, H hidden size, V vocab.
 """
 
@@ -267,31 +267,36 @@ class Decoder:
         token_ids: torch.Tensor,
         positions: torch.Tensor,
         pieces: tuple[Piece, ...],
-        sample_rows: torch.Tensor,
         context: StepContext,
-        *sampling: torch.Tensor,
+        *others: torch.Tensor,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run one packed step; returns fp32 logits [R, V] of the rows to sample, and ``sampling``.
+        """Run one packed step; returns the last layer's hidden states [S, H], and ``others``.
 
-        ``token_ids`` and ``positions`` are [S]; ``sample_rows`` [R] are indices into them.
-        ``pieces`` are all tokens in their order. All inputs are on the host. Every MoE layer gets
-        ``context``. The logits stay on the model's device. ``sampling`` are the tensors that
-        sampling needs there; they come in the same copy.
+        ``token_ids`` and ``positions`` are [S]. ``pieces`` are all tokens in their order. All
+        inputs are on the host. Every MoE layer gets ``context``. The hidden states stay on the
+        model's device. ``others`` are tensors that are needed there afterwards; they come in the
+        same copy.
         """
-        others = list(sampling)
+        placed = list(others)
         if self._staging is not None:
-            pieces, [token_ids, positions, sample_rows, *others] = batch_to_device(
-                self._staging, pieces, token_ids, positions, sample_rows, *sampling
+            pieces, [token_ids, positions, *placed] = batch_to_device(
+                self._staging, pieces, token_ids, positions, *others
             )
         hidden_states = self._embedding(token_ids)  # [S, H]
         rotation = self._rotary_embedding(hidden_states, positions.unsqueeze(0))
-        hidden_states = self._through_layers(hidden_states, rotation, pieces, context)
-        if (
-            sample_rows.shape < hidden_states.shape[:1]
-        ):  # they ascend, so all are the rows themselves
-            hidden_states = hidden_states.index_select(0, sample_rows)
-        sampled = self._norm(hidden_states)  # [R, H]
-        return self._head(sampled).float(), others
+        return self._through_layers(hidden_states, rotation, pieces, context), placed
+
+    def logits(self, hidden_states: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Return fp32 logits [R, V] of hidden states [S, H] that :meth:`forward` has returned.
+
+        ``rows`` [R] are indices into them, ascending, on the model's device; without them all are
+        meant. The logits stay there.
+        """
+        # Ascending rows that are as many as the hidden states are the hidden states themselves.
+        if rows is not None and rows.shape < hidden_states.shape[:1]:
+            hidden_states = hidden_states.index_select(0, rows)
+        normed = self._norm(hidden_states)  # [R, H]
+        return self._head(normed).float()
 
     def _through_layers(
         self,

@@ -33,6 +33,7 @@ from router.messages.call_link import LinkBrokenError
 from router.messages.link import LinkAddress
 from router.messages.request import (
     GenerationRequest,
+    PromptLogprobs,
     Received,
     SamplingParams,
     TokenEvent,
@@ -725,6 +726,59 @@ def test_tokens_of_the_old_model_are_never_followed_by_the_new_ones(
                 await ended
         assert caught.value.field == ("resume[0].identity" if resumed else "")
         assert caught.value.retry_after_s == (None if resumed else 1.0)
+        gateway._link.close()
+
+    asyncio.run(run())
+
+
+def prompt_event(start: int, count: int) -> TokenEvent:
+    rows = tuple(PromptLogprobs(-float(i), (), (), 1) for i in range(start, start + count))
+    return TokenEvent(0, (), identity="one", prompt_logprobs=rows, prompt_start=start)
+
+
+def asked_of_a_prompt() -> GenerationRequest:
+    sampling = SamplingParams(max_tokens=9, prompt_logprobs=0)
+    return replace(request(30), prompt_token_ids=tuple(range(6)), sampling=sampling)
+
+
+def test_log_probabilities_of_a_prompt_that_have_come_are_not_asked_for_again(
+    upstream: Callable[[], tuple[RayUpstream, Router]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_upstream, "RESEND", RetryPolicy(0.0, 2.0, 0.0))
+
+    async def run() -> None:
+        gateway, router = upstream()
+        events = gateway.generate(asked_of_a_prompt())
+        await first_of(gateway, router, events, prompt_event(0, 2))
+        router.calls[0].reply.set_exception(RayActorError())
+        following = asyncio.ensure_future(anext(events))
+        await called(router, 2)
+        [received] = router.wires[1]["received"]
+        assert (received["num_prompt_logprobs"], received["token_ids"]) == (2, ())
+        rest = replace(prompt_event(2, 3), token_ids=(7,), finish_reason="length")
+        gateway._on_tokens("r#1", prompt_event(3, 2))  # after a gap: the reply has it
+        router.calls[1].reply.set_result({"events": [rest.to_wire()]})
+        assert await following == rest
+        gateway._link.close()
+
+    asyncio.run(run())
+
+
+def test_log_probabilities_of_the_old_model_are_never_followed_by_tokens_of_the_new(
+    upstream: Callable[[], tuple[RayUpstream, Router]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_upstream, "RESEND", RetryPolicy(0.0, 2.0, 0.0))
+
+    async def run() -> None:
+        gateway, router = upstream()
+        events = gateway.generate(asked_of_a_prompt())
+        await first_of(gateway, router, events, prompt_event(0, 2))
+        ended = asyncio.ensure_future(anext(events))
+        for number in range(RESUMED_TIMES + 1):
+            await called(router, number + 1)
+            router.calls[number].reply.set_result(REPLACED)
+        with pytest.raises(ModelReplacedError):
+            await ended
         gateway._link.close()
 
     asyncio.run(run())

@@ -23,6 +23,7 @@ from router.messages import token_link
 from router.messages.link import LinkAddress
 from router.messages.request import (
     GenerationRequest,
+    PromptLogprobs,
     Receipts,
     Received,
     SamplingParams,
@@ -573,3 +574,23 @@ def test_a_stopped_choice_is_told_as_finished() -> None:
     receipts.take(event_of(0, 7))
     assert receipts.received({1}) == (Received((7,)), Received((), True))
     assert not receipts.all_finished()
+
+
+def test_events_of_a_step_that_are_too_large_for_a_frame_come_in_several(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(token_link, "MAX_FRAME_BYTES", 2000)
+    rows = tuple(PromptLogprobs(-float(i), (i,), (-0.5,), i) for i in range(40))
+    events = [
+        (f"r{i}", TokenEvent(0, (), prompt_logprobs=rows[: 10 * i], prompt_start=i))
+        for i in range(1, 5)
+    ]
+    too_large = ("large", TokenEvent(0, (), prompt_logprobs=rows * 3))
+
+    async def test() -> None:
+        async with linked() as (gateway, address, [router]):
+            router.client.send(address, [*events[:2], too_large, *events[2:]])
+            router.client.send(address, [("last", EVENT)])
+            assert [await gateway.next() for _ in range(5)] == [*events, ("last", EVENT)]
+
+    run(test)

@@ -268,3 +268,27 @@ def test_a_device_without_memory_for_weights_and_cache_is_told_before_they_are_m
             pass
         assert torch.accelerator.memory_allocated() == 0
         assert not copies.to_device
+
+
+def test_log_probabilities_of_prompts_are_those_of_the_host_and_need_no_other_copy(
+    tmp_path: Path, device: EmulatedDevice
+) -> None:
+    save_mixtral(tmp_path)
+    asked = requests(prompt_logprobs=3, logprobs=1)
+    host = LocalCluster(tmp_path, limits=LIMITS)
+    expected = [events[0] for events in host.generate(*asked)]
+    host.close()
+    cluster = LocalCluster(tmp_path, limits=LIMITS, device=device.device)
+    steps = Steps(cluster, device)
+    found = [events[0] for events in cluster.generate(*asked)]
+    cluster.close()
+    for copies in steps.copies:
+        assert len(copies.to_host) == len(copies.to_device) == 4
+        assert not copies.host_reads
+        assert not copies.mixed
+    for own, other in zip(expected, found, strict=True):
+        assert other.token_ids == own.token_ids
+        assert len(other.prompt_logprobs) == len(own.prompt_logprobs)
+        for row, same in zip(own.prompt_logprobs, other.prompt_logprobs, strict=True):
+            assert same.logprob == pytest.approx(row.logprob, abs=1e-4)
+            assert same.top_logprobs == pytest.approx(row.top_logprobs, abs=1e-4)

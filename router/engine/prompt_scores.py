@@ -1,0 +1,137 @@
+"""Log probabilities of prompts, computed beside a step's sampling, a few rows at a time.
+
+The row of a prompt's token has the logits of the next one. Logits of some rows are made, the wanted
+numbers taken, and the logits dropped, so the memory does not grow with the prompt. A row's numbers
+depend on its hidden state alone.
+
+Dimension letters: S packed tokens of a step, R rows to score, V vocabulary size, N likeliest tokens
+reported, C rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass
+from math import isnan
+
+import torch
+
+from router.engine.sampling import VALUES_AT_ONCE
+from router.engine.sequence import Work
+from router.messages.request import PromptLogprobs, TokenEvent
+
+Logits = Callable[[torch.Tensor], torch.Tensor]
+"""Maps hidden states [C, H] to logits [C, V]."""
+Scores = tuple[PromptLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRows:
+    """The rows of one work whose next tokens are of its prompt and are scored.
+
+    ``rows`` are those of the step. ``targets`` int64 [R] are the next tokens, ``start`` is the
+    number of the prompt's scored tokens before them, ``num_top`` the N of the request.
+    """
+
+    work: Work
+    rows: slice
+    targets: torch.Tensor
+    start: int
+    num_top: int
+
+
+def scored_rows(works: Sequence[Work], ends: Sequence[int]) -> tuple[ScoredRows, ...]:
+    """Return the rows to score of a step; ``ends`` are where the works' tokens end in it.
+
+    What a resumed request has received of its prompt's log probabilities is not scored again.
+    """
+    return tuple(_rows_of_works(works, ends))
+
+
+def _rows_of_works(works: Sequence[Work], ends: Sequence[int]) -> Iterator[ScoredRows]:
+    for work, work_end in zip(works, ends, strict=True):
+        sequence = work.sequence
+        request = sequence.request
+        num_top = request.sampling.prompt_logprobs
+        if num_top is None:
+            continue
+        start = max(work.start, request.prompt_logprobs_of(sequence.index))
+        end = min(work.end, request.num_prompt_logprobs)
+        if start < end:
+            first = work_end - work.end  # the row of the sequence's token 0, had the step all
+            targets = torch.tensor(sequence.token_ids[start + 1 : end + 1], dtype=torch.int64)
+            yield ScoredRows(work, slice(first + start, first + end), targets, start, num_top)
+
+
+def score(
+    hidden_states: torch.Tensor,
+    scored: Sequence[ScoredRows],
+    targets: Sequence[torch.Tensor],
+    logits_of: Logits,
+    vocab_size: int,
+) -> list[torch.Tensor]:
+    """Score rows of hidden states [S, H]; returns what :func:`read_scores` takes, on their device.
+
+    ``targets`` are those of ``scored``, on that device. That is, for each C rows: the targets' log
+    probabilities fp32 [C, 1] and their ranks int64 [C, 1], and of the likeliest tokens those and
+    the ids, [C, N]. Log probabilities are those of the unchanged logits.
+    """
+    found: list[torch.Tensor] = []
+    at_once = max(1, VALUES_AT_ONCE // vocab_size)
+    for part, its_targets in zip(scored, targets, strict=True):
+        rows = hidden_states[part.rows].split(at_once)
+        for some, ids in zip(rows, its_targets.split(at_once), strict=True):
+            logprobs = logits_of(some).log_softmax(dim=-1)
+            own = logprobs.gather(1, ids.unsqueeze(1))
+            rank = (logprobs > own).sum(dim=-1, keepdim=True) + 1
+            top = logprobs.topk(min(part.num_top, vocab_size))
+            found += [own, rank, top.values, top.indices]
+    return found
+
+
+def read_scores(found: Sequence[torch.Tensor], scored: Sequence[ScoredRows]) -> list[Scores | None]:
+    """Return the log probabilities of each of ``scored``, of tensors on the host by now.
+
+    ``None`` stands for those of which a row of logits is not finite.
+    """
+    parts = iter(zip(*[iter([tensor.tolist() for tensor in found])] * 4, strict=True))
+    results: list[Scores | None] = []
+    for part in scored:
+        rows: list[PromptLogprobs] = []
+        while len(rows) < len(part.targets):
+            for [own], [rank], values, ids in zip(*next(parts), strict=True):
+                rows.append(PromptLogprobs(own, tuple(ids), tuple(values), rank))
+        results.append(None if any(isnan(row.logprob) for row in rows) else tuple(rows))
+    return results
+
+
+def score_events(
+    scored: Sequence[ScoredRows],
+    scores: Sequence[Scores | None],
+    failed: Set[str],
+    identity: str,
+) -> tuple[list[tuple[str, TokenEvent]], set[str]]:
+    """Return the events of a step's scores with their requests' ids, and the ids without them.
+
+    The latter are requests whose scores are not finite. ``failed`` requests and parked sequences
+    get none: a parked sequence's work is computed again. ``identity`` is the model's.
+    """
+    events: list[tuple[str, TokenEvent]] = []
+    not_finite: set[str] = set()
+    for part, rows in zip(scored, scores, strict=True):
+        sequence = part.work.sequence
+        request_id = sequence.request.request_id
+        if rows is None and not sequence.awaited:
+            not_finite.add(request_id)
+        if rows is None or sequence.awaited or request_id in failed:
+            continue
+        event = TokenEvent(
+            sequence.index,
+            (),
+            exact=sequence.exact,
+            identity=identity,
+            prompt_logprobs=rows,
+            prompt_start=part.start,
+        )
+        events.append((request_id, event))
+    return events, not_finite

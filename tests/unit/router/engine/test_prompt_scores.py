@@ -1,0 +1,220 @@
+"""Log probabilities of a prompt against transformers, in chunks, in a crowd, after failures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.errors import NotFiniteError
+from cluster.native.built import native
+from router.engine import batch, prompt_scores
+from router.engine.scheduler import Limits
+from router.messages.request import GenerationRequest, PromptLogprobs, Received
+from tests.checkpoints import VOCAB_SIZE, save_mixtral
+from tests.family_checkpoints import SAVERS
+from tests.grok_oracle import logits_of, save_grok
+from tests.local_cluster import LocalCluster, greedy_request
+from tests.unit.router.engine.test_engine import prompt_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FAMILIES: dict[str, Callable[..., Any]] = {"mixtral": save_mixtral, **SAVERS}
+LENGTH = 37
+TOP = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixtral")
+    save_mixtral(path)
+    return path
+
+
+@pytest.fixture
+def cluster(folder: Path) -> Iterator[LocalCluster]:
+    cluster = LocalCluster(folder)
+    yield cluster
+    cluster.close()
+
+
+def asked(name: str, length: int = LENGTH, count: int = 0, **sampling: Any) -> GenerationRequest:
+    options = {"prompt_logprobs": TOP, **sampling}
+    return greedy_request(name, prompt_of(length, 7), count, **options)
+
+
+def rows_of(cluster: LocalCluster, request: GenerationRequest) -> tuple[PromptLogprobs, ...]:
+    [[event]] = cluster.generate(request)
+    assert event.prompt_start == 0
+    return event.prompt_logprobs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_they_equal_those_of_transformers(tmp_path: Path, family: str) -> None:
+    model = FAMILIES[family](tmp_path)
+    cluster = LocalCluster(tmp_path, limits=Limits(4, 16, 16))  # the prompt takes three steps
+    rows = rows_of(cluster, asked("r"))
+    cluster.close()
+    ids = torch.tensor([prompt_of(LENGTH, 7)])
+    with torch.inference_mode():
+        expected = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+    assert len(rows) == LENGTH - 1
+    for place, row in enumerate(rows):
+        own = expected[place, ids[0, place + 1]]
+        assert row.logprob == pytest.approx(own.item(), abs=1e-4)
+        top = expected[place].topk(TOP)
+        assert row.top_logprobs == pytest.approx(top.values.tolist(), abs=1e-4)
+        assert expected[place, list(row.top_ids)].tolist() == pytest.approx(
+            top.values.tolist(), abs=1e-4
+        )
+        assert abs(row.rank - 1 - int((expected[place] > own).sum())) <= 1
+
+
+def test_those_of_grok_equal_an_independent_implementation(tmp_path: Path) -> None:
+    weights = save_grok(tmp_path)
+    cluster = LocalCluster(tmp_path, limits=Limits(4, 16, 16))
+    rows = rows_of(cluster, asked("r"))
+    cluster.close()
+    ids = prompt_of(LENGTH, 7)
+    for place in (0, 15, 16, LENGTH - 2):  # it is slow
+        expected = logits_of(weights, ids[: place + 1]).log_softmax(-1)
+        assert rows[place].logprob == pytest.approx(expected[ids[place + 1]].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [] if native is None else ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", [*FAMILIES, "grok"])
+def test_neither_company_nor_chunks_change_a_bit(tmp_path: Path, family: str, dtype: str) -> None:
+    {**FAMILIES, "grok": save_grok}[family](tmp_path)
+    alone = LocalCluster(tmp_path, dtype=dtype)
+    expected = rows_of(alone, asked("r"))
+    alone.close()
+    crowded = LocalCluster(tmp_path, dtype=dtype, limits=Limits(32, 32, 64))
+    others = [
+        greedy_request(
+            f"o{seed}",
+            prompt_of(3 + 11 * seed, seed),
+            seed,
+            prompt_logprobs=None if seed % 2 else seed,
+        )
+        for seed in range(1, 7)
+    ]
+    results = crowded.generate(*others[:3], asked("r", count=4), *others[3:])
+    crowded.close()
+    [event] = results[3]
+    assert event.prompt_logprobs == expected
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_logits_are_made_a_few_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    FAMILIES[family](tmp_path)
+    cluster = LocalCluster(tmp_path)
+    whole = rows_of(cluster, asked("whole"))
+    sizes = []
+    logits = cluster.model.decoder.logits
+
+    def counted(hidden_states: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
+        made = logits(hidden_states, *rows)
+        sizes.append(len(made))
+        return made
+
+    monkeypatch.setattr(cluster.model.decoder, "logits", counted)
+    monkeypatch.setattr(prompt_scores, "VALUES_AT_ONCE", 5 * VOCAB_SIZE)
+    assert rows_of(cluster, asked("parts")) == whole
+    cluster.close()
+    assert max(sizes) == 5
+    assert sum(sizes) == LENGTH  # the last row is sampled
+
+
+@pytest.mark.parametrize("length", [1, 2, 256])
+def test_the_prompt_alone_may_fill_the_context(cluster: LocalCluster, length: int) -> None:
+    [[event]] = cluster.generate(asked("r", length))
+    assert (event.token_ids, event.finish_reason) == ((), "length")
+    assert len(event.prompt_logprobs) == length - 1
+    assert cluster.scheduler.num_free_pages == 512
+
+
+def test_each_choice_has_them_and_its_tokens_stay_the_same(cluster: LocalCluster) -> None:
+    [plain] = cluster.generate(asked("plain", count=6, n=2, prompt_logprobs=None))
+    [scored] = cluster.generate(asked("scored", count=6, n=2))
+    assert [event.token_ids for event in scored] == [event.token_ids for event in plain]
+    assert scored[0].prompt_logprobs == scored[1].prompt_logprobs
+    assert len(scored[0].prompt_logprobs) == LENGTH - 1
+
+
+def test_steps_of_decodes_alone_look_for_no_prompt(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    rows = batch.scored_rows
+
+    def counted(works: Any, ends: Any) -> Any:
+        looked.append(len(works))
+        return rows(works, ends)
+
+    monkeypatch.setattr(batch, "scored_rows", counted)
+    cluster.generate(asked("r", count=9, prompt_logprobs=None))
+    assert looked == [1]  # the step of the prompt
+
+
+@pytest.mark.parametrize("count", [1, 20, LENGTH - 2, LENGTH - 1])
+def test_a_resumed_request_gets_the_rest(cluster: LocalCluster, count: int) -> None:
+    [[whole]] = cluster.generate(asked(f"r{count}", count=5))
+    given = Received((), num_prompt_logprobs=count)
+    again = replace(asked(f"again{count}", count=5), received=(given,))
+    [[rest]] = cluster.generate(again)
+    assert rest.prompt_logprobs == whole.prompt_logprobs[count:]
+    assert rest.prompt_start == (count if count < LENGTH - 1 else 0)
+    assert rest.token_ids == whole.token_ids
+    after = replace(asked(f"after{count}", count=5), received=(Received(whole.token_ids[:2]),))
+    [[tail]] = cluster.generate(after)
+    assert (tail.prompt_logprobs, tail.token_ids) == ((), whole.token_ids[2:])
+
+
+def test_a_prompt_that_waits_for_an_expert_gets_each_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = LocalCluster(folder, limits=Limits(4, 8, 16), threaded=False)
+    expected = rows_of(whole := LocalCluster(folder), asked("r"))
+    whole.close()
+    cluster.lose([(1, expert) for expert in range(8)])
+    cluster.engine.submit(asked("r"))
+    cluster.engine._run_commands(0.1)
+    cluster.engine.step(cluster.scheduler.schedule())
+    assert cluster.scheduler.parked()
+    cluster.lose([])
+    cluster.engine.start()
+    assert rows_of_submitted(cluster, asked("r")) == expected
+    cluster.close()
+
+
+def rows_of_submitted(
+    cluster: LocalCluster, request: GenerationRequest
+) -> tuple[PromptLogprobs, ...]:
+    [event] = cluster.result(request)
+    return event.prompt_logprobs
+
+
+def test_logits_that_are_not_finite_end_their_request_alone(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = prompt_scores.score
+
+    def damaged(hidden_states: torch.Tensor, scored: Any, *others: Any) -> Any:
+        hidden_states = hidden_states.clone()
+        for part in scored:
+            if part.work.sequence.request.request_id == "bad":
+                hidden_states[part.rows.start] = torch.nan
+        return score(hidden_states, scored, *others)
+
+    monkeypatch.setattr("router.engine.engine.score", damaged)
+    bad, good = asked("bad"), asked("good")
+    cluster.engine.submit(bad)
+    cluster.engine.submit(good)
+    assert len(cluster.result(good)[0].prompt_logprobs) == LENGTH - 1
+    with pytest.raises(NotFiniteError):
+        cluster.result(bad)
