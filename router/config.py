@@ -214,7 +214,8 @@ class GatewayConfig(Section):
         default=524_288,
         ge=1,
         description="The most that prompt tokens and `max_tokens` of all choices of all prompts of "
-        "one request add up to. With `logprobs: k` an output token counts 1 + k times. One choice "
+        "one request add up to. With `logprobs: k` an output token counts 1 + k times, and with "
+        "`prompt_logprobs: k` a prompt token 2 + k times. One choice "
         "without log probabilities that fits the model's context is always taken.",
     )
     reader_timeout_s: float = Field(
@@ -229,7 +230,9 @@ class GatewayConfig(Section):
         default=3600.0, gt=0, description="Longest deadline that a request may name."
     )
     max_choices: int = Field(default=16, ge=1, le=128, description="Largest `n`.")
-    max_logprobs: int = Field(default=20, ge=0, le=100, description="Largest `logprobs`.")
+    max_logprobs: int = Field(
+        default=20, ge=0, le=100, description="Largest `logprobs` and `prompt_logprobs`."
+    )
     on_expert_loss: OnExpertLoss = Field(
         default="strict",
         description="For requests that name nothing else, while an expert has no live copy. "

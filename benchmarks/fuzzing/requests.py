@@ -41,7 +41,11 @@ COMPLETIONS: tuple[dict[str, Any], ...] = (
         "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 3, "stop": ["x", "\n"], "logprobs": 2,
         "stream": True, "stream_options": {"include_usage": True}, "timeout_s": 5,
         "on_expert_loss": "drop", "ignore_eos": True, "return_token_ids": True, "user": "me",
-        "priority": -1,
+        "priority": -1, "echo": True,
+    },
+    {
+        "model": MODEL, "prompt": "In the beginning", "max_tokens": 0, "prompt_logprobs": 3,
+        "echo": True, "logprobs": 1,
     },
 )  # fmt: skip
 CHATS: tuple[dict[str, Any], ...] = (
@@ -138,10 +142,10 @@ def messages(model: str) -> list[bytes]:
         priority=-1,
         sampling={
             **sampling, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "seed": 3, "ignore_eos": True,
-            "logprobs": 2, "n": 2, "stop": ["x"],
+            "logprobs": 2, "n": 2, "stop": ["x"], "prompt_logprobs": 1, "echo": True,
         },
     )  # fmt: skip
-    full.resume.add(token_ids=[5], finished=False)
+    full.resume.add(token_ids=[5], finished=False, prompt_logprobs=2)
     full.resume.add(token_ids=[5, 6], finished=True)
     chat = inference_pb2.GenerateRequest(model=model, sampling=sampling)
     chat.messages.add(role="user", content="hi")

@@ -17,7 +17,7 @@ from router.client.types import (
     TensorInfo,
     UnreachableError,
 )
-from router.messages.request import Usage
+from router.messages.request import PromptLogprobs, Usage
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -29,6 +29,7 @@ __all__ = [
     "MixtureInfo",
     "ModelInfo",
     "Prediction",
+    "PromptLogprobs",
     "Reply",
     "Sampling",
     "TensorInfo",

@@ -102,6 +102,7 @@ class Attempts(RequestAttempts):
         choice.finished = bool(message.finish_reason)
         choice.inexact |= not message.exact
         choice.identity = message.identity or choice.identity
+        choice.prompt_logprobs += sum(row.HasField("logprob") for row in message.prompt_logprobs)
         if self._retries is not None:
             self._retries.progressed()
         return reply_of(message)

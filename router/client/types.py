@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.errors import UnavailableError
-from router.messages.request import TokenLogprobs, Usage
+from router.messages.request import PromptLogprobs, TokenLogprobs, Usage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +32,8 @@ class Reply:
     ``finish_reason`` is ``stop``, ``length`` or, while the choice goes on, ``None``. ``exact`` is
     false when an expert's share was replaced or dropped for one of its tokens, or for an earlier
     token. ``usage`` is set on the first choice of :meth:`Client.generate` and on the last piece of
-    a stream.
+    a stream. ``prompt_logprobs``, where they were asked for, are those of the prompt's tokens,
+    ``None`` for the first; in a stream they come in pieces, before the choice's first token.
     """
 
     index: int
@@ -42,6 +43,7 @@ class Reply:
     finish_reason: str | None
     exact: bool
     usage: Usage | None
+    prompt_logprobs: tuple[PromptLogprobs | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,12 @@ class MixtureInfo:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Sampling parameters; ``None`` leaves a field to the server's default."""
+    """Sampling parameters; ``None`` leaves a field to the server's default.
+
+    ``prompt_logprobs`` asks for log probabilities of the prompt's tokens, with so many of the
+    likeliest beside each. ``echo`` puts the prompt before the text, and with ``logprobs`` asks for
+    as many ``prompt_logprobs``. With either, ``max_tokens`` may be 0.
+    """
 
     max_tokens: int | None = None
     temperature: float | None = None
@@ -106,3 +113,5 @@ class Sampling:
     ignore_eos: bool | None = None
     logprobs: int | None = None
     n: int | None = None
+    prompt_logprobs: int | None = None
+    echo: bool | None = None

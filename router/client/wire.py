@@ -8,7 +8,7 @@ import grpc
 
 from cluster.errors import ExpertMeshError, UnknownModelError
 from router.client.types import ModelInfo, Reply, Sampling, UnreachableError
-from router.messages.request import TokenLogprobs, Usage
+from router.messages.request import PromptLogprobs, TokenLogprobs, Usage
 from router.protos import inference_pb2
 from router.protos.errors import DETAILS_KEY, error_from_grpc, is_from_server
 
@@ -69,7 +69,15 @@ def reply_of(message: Any) -> Reply:
         finish_reason=message.finish_reason or None,
         exact=message.exact,
         usage=usage if message.HasField("usage") else None,
+        prompt_logprobs=tuple(map(_prompt_logprobs, message.prompt_logprobs)),
     )
+
+
+def _prompt_logprobs(row: Any) -> PromptLogprobs | None:
+    if not row.HasField("logprob"):  # the first token's
+        return None
+    ids = tuple(top.token_id for top in row.top)
+    return PromptLogprobs(row.logprob, ids, tuple(top.logprob for top in row.top), row.rank)
 
 
 def choices_of(answer: Any) -> list[Reply]:

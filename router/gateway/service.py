@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 from cluster.errors import Code, DeadlineExceededError, InternalError, InvalidRequestError
 from router.config import GatewayConfig
@@ -18,12 +18,19 @@ from router.gateway.limits import Room, SlowReaderWatch
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel
 from router.gateway.validate import CheckedRequest, Validator
-from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs, Usage
+from router.messages.request import (
+    GenerationRequest,
+    PromptLogprobs,
+    TokenEvent,
+    TokenLogprobs,
+    Usage,
+)
 from router.served import ServedModel
 
 _LEAST_LOGPROB = -9999.0
 GRACE_S = 0.5
 Surface = Literal["http", "grpc"]
+Logprobs = TypeVar("Logprobs", bound=TokenLogprobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +39,9 @@ class Delta:
 
     ``text`` may lag behind ``token_ids``. A ``finish_reason`` (``stop`` or ``length``) ends the
     choice. ``usage`` is set on the last delta of the request, ``identity``, the model's, on the
-    first of a choice.
+    first of a choice. ``prompt_logprobs`` are those of prompt tokens but the first, in order;
+    ``prompt_start`` of them came before. ``opens`` is true on the first delta that a client has of
+    a choice.
     """
 
     index: int
@@ -43,11 +52,14 @@ class Delta:
     exact: bool = True
     usage: Usage | None = None
     identity: str = ""
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    prompt_start: int = 0
+    opens: bool = False
 
 
 @dataclass(slots=True)
 class Collected:
-    """All deltas of one choice put together."""
+    """All deltas of one choice put together; see :class:`Delta`."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -55,6 +67,9 @@ class Collected:
     finish_reason: str | None = None
     exact: bool = True
     identity: str = ""
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    prompt_start: int = 0
+    opens: bool = False
 
     def add(self, delta: Delta) -> None:
         """Append one delta."""
@@ -64,6 +79,25 @@ class Collected:
         self.finish_reason = delta.finish_reason
         self.exact = self.exact and delta.exact
         self.identity = delta.identity or self.identity
+        if delta.prompt_logprobs and not self.prompt_logprobs:
+            self.prompt_start = delta.prompt_start
+        self.prompt_logprobs += delta.prompt_logprobs
+        self.opens = self.opens or delta.opens
+
+
+def prompt_rows(
+    request: GenerationRequest, part: Delta | Collected
+) -> list[tuple[int, PromptLogprobs | None]]:
+    """Return the prompt tokens of a part whose log probabilities it has, with these.
+
+    The prompt's first token comes with the first part of a choice, and has none.
+    """
+    if request.sampling.prompt_logprobs is None:
+        return []
+    ids, first = request.prompt_token_ids, 1 + part.prompt_start
+    ids_of_rows = ids[first : first + len(part.prompt_logprobs)]
+    rows: list[tuple[int, PromptLogprobs | None]] = [(ids[0], None)] if part.opens else []
+    return [*rows, *zip(ids_of_rows, part.prompt_logprobs, strict=True)]
 
 
 class Upstream(Protocol):
@@ -160,7 +194,7 @@ class GenerationService:
         try:
             async with aclosing(self._deltas(checked)) as deltas:
                 async for delta in deltas:
-                    if waiting:
+                    if waiting and delta.token_ids:
                         waiting = False
                         self.metrics.first_token(model_id, time.monotonic() - started_at_s)
                     self.metrics.tokens(model_id, len(delta.token_ids))
@@ -206,6 +240,8 @@ class _Choices:
         self._prompt_tokens = len(request.prompt_token_ids)
         self._completion_tokens = 0
         self._going: dict[int, ChoiceText] = {}
+        self._echoes: dict[int, str] = {}
+        """The text before that of each choice of which nothing has come."""
         self._n = request.sampling.n
         for index in range(self._n):
             self._begin(checked, index)
@@ -223,6 +259,8 @@ class _Choices:
                 "the text has a stop string, so the choice is finished", f"resume[{index}].finished"
             )
         self._going[index] = choice
+        if not received.is_begun:
+            self._echoes[index] = checked.echo
 
     def push(self, event: TokenEvent) -> Delta | None:
         """Return the delta of an event, or ``None`` when its choice is finished already."""
@@ -239,14 +277,18 @@ class _Choices:
         if stopped:
             finish_reason = "stop"
         self._completion_tokens += used
+        echo = self._echoes.pop(event.index, None)
         delta = Delta(
             index=event.index,
-            text=text,
+            text=text if echo is None else echo + text,
             token_ids=event.token_ids[:used],
             logprobs=_finite(event.logprobs[:used]),
             finish_reason=finish_reason,
             exact=event.exact,
             identity=event.identity,
+            prompt_logprobs=_finite(event.prompt_logprobs),
+            prompt_start=event.prompt_start,
+            opens=echo is not None,
         )
         if finish_reason is not None:
             del self._going[event.index]
@@ -255,13 +297,15 @@ class _Choices:
         return replace(delta, usage=Usage(self._prompt_tokens, self._completion_tokens))
 
 
-def _finite(rows: tuple[TokenLogprobs, ...]) -> tuple[TokenLogprobs, ...]:
+def _finite(rows: tuple[Logprobs, ...]) -> tuple[Logprobs, ...]:
     """Replace minus infinity, which JSON cannot write, by a very small number."""
     return tuple(
-        TokenLogprobs(
-            max(row.logprob, _LEAST_LOGPROB),
-            row.top_ids,
-            tuple(max(logprob, _LEAST_LOGPROB) for logprob in row.top_logprobs),
+        row
+        if min((row.logprob, *row.top_logprobs[-1:])) >= _LEAST_LOGPROB
+        else replace(
+            row,
+            logprob=max(row.logprob, _LEAST_LOGPROB),
+            top_logprobs=tuple(max(logprob, _LEAST_LOGPROB) for logprob in row.top_logprobs),
         )
         for row in rows
     )

@@ -9,27 +9,21 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import countOf
-from typing import cast
-
-import numpy as np
 
 from cluster.errors import InvalidRequestError, UnknownModelError, shown
 from cluster.spec import ON_EXPERT_LOSS
 from router.config import GatewayConfig
 from router.gateway import checks
 from router.gateway.models import GatewayModel
+from router.gateway.prompts import check_ids, check_prompt
 from router.messages.request import GenerationRequest, Received, SamplingParams
 
 MAX_TEMPERATURE = 100.0
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 DEFAULT_MAX_TOKENS = 16
-ROLES = ("system", "developer", "user", "assistant")
-MAX_MESSAGES = 4096
 PRIORITIES = -(2**63), 2**63 - 1
 """The lowest and the highest priority, as in vLLM; the lower a request's, the earlier it is."""
 
@@ -40,11 +34,11 @@ class RawRequest:
 
     ``prompt`` is a text or a sequence of token ids. With ``is_chat`` it is a list of messages,
     which the model's chat template renders, and the answer may fill the context. ``sampling`` and
-    ``options`` hold only the fields that the client set: those of ``SamplingParams`` and ``stop``;
-    ``timeout_s``, ``on_expert_loss`` and ``priority``. ``prompt_field`` and ``field_names`` are the
-    client's names of fields, and ``sampling_prefix`` stands before the names of ``sampling``.
-    ``streamed`` asks for the answer in pieces. ``resume`` has the tokens so far of each choice of a
-    request that goes on.
+    ``options`` hold only the fields that the client set: those of ``SamplingParams``, ``stop`` and
+    ``echo``; ``timeout_s``, ``on_expert_loss`` and ``priority``. ``prompt_field`` and
+    ``field_names`` are the client's names of fields, and ``sampling_prefix`` stands before the
+    names of ``sampling``. ``streamed`` asks for the answer in pieces. ``resume`` has the tokens so
+    far of each choice of a request that goes on.
     """
 
     model: object
@@ -62,21 +56,36 @@ class RawRequest:
         """Return the client's name of the sampling field ``name``."""
         return self.sampling_prefix + self.field_names.get(name, name)
 
+    @property
+    def least_new(self) -> int:
+        """The fewest tokens that it may ask for: none where the answer has the prompt."""
+        return 0 if self.sampling.get("echo") or "prompt_logprobs" in self.sampling else 1
+
+    @property
+    def wants_no_tokens(self) -> bool:
+        """Whether it asks for no more than its prompt."""
+        return self.least_new == 0 and self.sampling.get("max_tokens") == 0
+
 
 @dataclass(frozen=True, slots=True)
 class CheckedRequest:
-    """A request for a router, with the model and stop strings that its gateway needs."""
+    """A request for a router, with the model and stop strings that its gateway needs.
+
+    ``echo`` is the text to put before that of each choice.
+    """
 
     request: GenerationRequest
     model: GatewayModel
     stops: tuple[str, ...]
+    echo: str = ""
 
     @property
     def size_tokens(self) -> int:
         """The memory that it may take, in tokens as ``GatewayConfig.max_request_tokens`` counts."""
         sampling = self.request.sampling
         output = sampling.max_tokens * (1 + (sampling.logprobs or 0))
-        return sampling.n * (len(self.request.prompt_token_ids) + output)
+        of_prompt = 0 if sampling.prompt_logprobs is None else 1 + sampling.prompt_logprobs
+        return sampling.n * (len(self.request.prompt_token_ids) * (1 + of_prompt) + output)
 
 
 class Validator:
@@ -124,22 +133,25 @@ class Validator:
         model = self.model(raw.model)
         stops = _check_stops(raw)
         timeout_s = self._check_timeout(raw)
-        ids = _prompt_ids(raw, model)
-        sampling = self._check_sampling(raw, model, len(ids))
+        least_new = 0 if raw.wants_no_tokens else 1
+        prompt = check_prompt(raw.prompt, raw.prompt_field, raw.is_chat, model, least_new)
+        sampling = self._check_sampling(raw, model, len(prompt.token_ids))
+        has_echo = checks.boolean(raw.sampling.get("echo", False), raw.path("echo"))
         request = GenerationRequest(
             request_id=uuid.uuid4().hex,
             model=model.info.id,
-            prompt_token_ids=ids,
+            prompt_token_ids=prompt.token_ids,
             sampling=sampling,
             deadline_s=time.monotonic() + timeout_s,
             on_expert_loss=self._check_on_expert_loss(raw),
             # The gateway must see tokens early, so that a stop string ends its choice in time.
             streamed=raw.streamed or bool(stops),
-            received=_check_resume(raw, model, sampling),
+            received=_check_resume(raw, model, sampling, len(prompt.token_ids)),
             text_identity=model.info.text_identity,
             priority=checks.integer(raw.options.get("priority", 0), "priority", *PRIORITIES),
         )
-        checked = CheckedRequest(request, model, stops)
+        echo = prompt.echo(model.tokenizer) if has_echo else ""
+        checked = CheckedRequest(request, model, stops, echo)
         self.check_together([checked], raw.path("max_tokens"))
         return checked
 
@@ -190,71 +202,26 @@ class Validator:
                 given.get("seed", secrets.randbits(63)), path("seed"), -(2**63), 2**63 - 1
             ),
             ignore_eos=checks.boolean(given.get("ignore_eos", False), path("ignore_eos")),
-            logprobs=self._check_logprobs(raw, vocab_size),
+            logprobs=self._check_logprobs(raw, "logprobs", vocab_size),
             n=checks.integer(given.get("n", 1), path("n"), 1, max_choices),
+            prompt_logprobs=self._check_prompt_logprobs(raw, vocab_size),
         )
 
-    def _check_logprobs(self, raw: RawRequest, vocab_size: int) -> int | None:
-        if "logprobs" not in raw.sampling:
+    def _check_logprobs(self, raw: RawRequest, name: str, vocab_size: int) -> int | None:
+        if name not in raw.sampling:
             return None
         limit = min(self._limits.max_logprobs, vocab_size)
-        return checks.integer(raw.sampling["logprobs"], raw.path("logprobs"), 0, limit)
+        return checks.integer(raw.sampling[name], raw.path(name), 0, limit)
 
+    def _check_prompt_logprobs(self, raw: RawRequest, vocab_size: int) -> int | None:
+        """Return how many likeliest tokens are wanted beside each of the prompt's, if any are.
 
-def _prompt_ids(raw: RawRequest, model: GatewayModel) -> tuple[int, ...]:
-    context = model.info.max_model_len
-    where = raw.prompt_field
-    prompt = raw.prompt
-    if raw.is_chat:
-        prompt = model.tokenizer.chat_prompt(check_messages(prompt, where))
-    if isinstance(prompt, str):
-        text = checks.text(prompt, where)
-        if not text:
-            raise InvalidRequestError("is empty; at least one token is needed", where)
-        # A long text takes long to tokenise, so a text that cannot fit is refused before.
-        if len(text.encode()) > context * model.tokenizer.max_token_bytes:
-            raise InvalidRequestError(
-                f"has {len(text)} characters, more than {context} tokens can hold", where
-            )
-        ids = tuple(model.tokenizer.encode(text, add_special_tokens=not raw.is_chat))
-        if max(ids, default=0) >= model.info.vocab_size:  # the tokenizer is of another model
-            raise InvalidRequestError(
-                f"its text has token {max(ids)}, but the model has {model.info.vocab_size} tokens",
-                where,
-            )
-    else:
-        ids = _check_ids(prompt, model.info.vocab_size, where)
-    if not ids:
-        raise InvalidRequestError("is empty; at least one token is needed", where)
-    if len(ids) >= context:
-        raise InvalidRequestError(
-            f"has {len(ids)} tokens; the context of {context} must leave room for a new one",
-            where,
-        )
-    return ids
-
-
-def _check_ids(prompt: object, vocab_size: int, where: str) -> tuple[int, ...]:
-    if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes):
-        raise InvalidRequestError(checks.wrong(prompt, "a text or a list of token ids"), where)
-    if not _are_ids(prompt, vocab_size):
-        for place, token_id in enumerate(prompt):
-            path = f"{where}[{place}]"
-            if isinstance(token_id, str):
-                raise InvalidRequestError(checks.wrong_kind(token_id, "a token id"), path)
-            checks.integer(token_id, path, 0, vocab_size - 1)
-    return tuple(prompt)
-
-
-def _are_ids(prompt: Sequence[object], vocab_size: int) -> bool:
-    """Return whether all are ids, without a Python step for each: a prompt may have many."""
-    if countOf(map(type, prompt), int) != len(prompt):
-        return False
-    try:
-        ids = array("I", cast("Sequence[int]", prompt))
-    except OverflowError:  # a number is negative, or over 32 bits
-        return False
-    return bool(np.frombuffer(ids, np.uintc).max(initial=0) < vocab_size)
+        An echo with ``logprobs`` wants those of the prompt too.
+        """
+        wanted = [self._check_logprobs(raw, "prompt_logprobs", vocab_size)]
+        if raw.sampling.get("echo"):
+            wanted.append(self._check_logprobs(raw, "logprobs", vocab_size))
+        return max((number for number in wanted if number is not None), default=None)
 
 
 def _check_max_tokens(raw: RawRequest, model: GatewayModel, prompt_len: int) -> int:
@@ -263,7 +230,7 @@ def _check_max_tokens(raw: RawRequest, model: GatewayModel, prompt_len: int) -> 
     if "max_tokens" not in raw.sampling:
         return left if raw.is_chat else min(DEFAULT_MAX_TOKENS, left)
     where = raw.path("max_tokens")
-    max_tokens = checks.integer(raw.sampling["max_tokens"], where, 1, context)
+    max_tokens = checks.integer(raw.sampling["max_tokens"], where, raw.least_new, context)
     if max_tokens > left:
         raise InvalidRequestError(
             f"{max_tokens} and the prompt's {prompt_len} tokens are more than the context of "
@@ -274,7 +241,7 @@ def _check_max_tokens(raw: RawRequest, model: GatewayModel, prompt_len: int) -> 
 
 
 def _check_resume(
-    raw: RawRequest, model: GatewayModel, sampling: SamplingParams
+    raw: RawRequest, model: GatewayModel, sampling: SamplingParams, prompt_len: int
 ) -> tuple[Received, ...]:
     if not raw.resume:
         return ()
@@ -297,11 +264,14 @@ def _check_resume(
             raise InvalidRequestError(
                 f"has {len(ids)} tokens; at most max_tokens, {sampling.max_tokens}", where
             )
-        _check_ids(ids, model.info.vocab_size, where)
+        check_ids(ids, model.info.vocab_size, where)
         ends = () if sampling.ignore_eos or received.finished else model.info.eos_token_ids
         if any(token_id in ends for token_id in ids[:-1]):
             raise InvalidRequestError("goes on after an end-of-sequence token", where)
-        if ids and not received.identity:
+        most = 0 if sampling.prompt_logprobs is None else prompt_len - 1
+        where = f"resume[{index}].prompt_logprobs"
+        checks.integer(received.num_prompt_logprobs, where, 0, most)
+        if received.is_begun and not received.identity:
             raise InvalidRequestError(
                 "is missing; tokens are gone on from only by the model that gave them, whose "
                 "identity came with the first of them",
@@ -324,47 +294,3 @@ def _check_stops(raw: RawRequest) -> tuple[str, ...]:
             allowed = f"a text of 1 to {MAX_STOP_CHARS} characters"
             raise InvalidRequestError(checks.wrong(stop, allowed), path)
     return tuple(stops)
-
-
-def check_messages(given: object, where: str) -> list[dict[str, str]]:
-    """Return the messages for a chat template, ``{"role": …, "content": …}`` each.
-
-    A content may be OpenAI's list of text parts, which are joined. Raises
-    :class:`InvalidRequestError` with the place of the message and its part.
-    """
-    if not isinstance(given, list) or not given:
-        raise InvalidRequestError(checks.wrong_kind(given, "a list of at least one message"), where)
-    if len(given) > MAX_MESSAGES:
-        raise InvalidRequestError(f"has {len(given)} messages; at most {MAX_MESSAGES}", where)
-    return [_message(message, f"{where}[{place}]") for place, message in enumerate(given)]
-
-
-def _message(message: object, where: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        allowed = "a mapping with role and content"
-        raise InvalidRequestError(checks.wrong_kind(message, allowed), where)
-    given = {name: value for name, value in message.items() if value is not None}
-    unknown = [name for name in given if name not in ("role", "content", "name")]
-    if unknown:
-        raise InvalidRequestError(
-            "is not supported; allowed: role, content, name", f"{where}.{unknown[0]}"
-        )
-    role = given.get("role")
-    if role not in ROLES:
-        raise InvalidRequestError(checks.wrong(role, f"one of {', '.join(ROLES)}"), f"{where}.role")
-    # Templates do not know OpenAI's newer name of a system message.
-    known_role = "system" if role == "developer" else str(role)
-    return {"role": known_role, "content": _content(given.get("content"), f"{where}.content")}
-
-
-def _content(content: object, where: str) -> str:
-    if not isinstance(content, list):
-        return checks.text(content, where)
-    texts: list[str] = []
-    for place, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text" or set(part) - {"type", "text"}:
-            raise InvalidRequestError(
-                checks.wrong_kind(part, 'a part {"type": "text", "text": …}'), f"{where}[{place}]"
-            )
-        texts.append(checks.text(part.get("text"), f"{where}[{place}].text"))
-    return "".join(texts)

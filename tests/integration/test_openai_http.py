@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from tests.cluster_fixture import RANDOM, RANDOM_CONTEXT, TINY, ServedCluster, prompt_of
 
@@ -155,6 +156,25 @@ def test_logprobs_of_a_chat_and_a_completion(api: openai.OpenAI) -> None:
     assert content is not None
     assert content.content is not None
     assert [len(token.top_logprobs) for token in content.content] == [2] * 4
+
+
+def test_an_echo_has_transformers_log_probabilities(
+    served: ServedCluster, api: openai.OpenAI
+) -> None:
+    prompts = [prompt_of(length, length) for length in (3, 40, 90)]
+    answer = api.completions.create(
+        model=RANDOM, prompt=prompts, max_tokens=1, logprobs=1, echo=True, temperature=0
+    )
+    for prompt, choice in zip(prompts, answer.choices, strict=True):
+        assert choice.logprobs is not None
+        assert choice.logprobs.token_logprobs is not None
+        first, *found = choice.logprobs.token_logprobs[:-1]
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            rows = served.oracle(input_ids=ids).logits[0].float().log_softmax(-1)
+        expected = rows[:-1].gather(1, ids[0, 1:, None]).squeeze(1).tolist()
+        assert first is None
+        assert found == pytest.approx(expected, abs=1e-3)
 
 
 def test_two_choices_differ_and_a_seed_repeats_them(api: openai.OpenAI) -> None:

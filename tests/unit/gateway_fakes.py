@@ -366,6 +366,13 @@ def grpc_server(
     limits: GatewayConfig | None = None,
     predictions: FakePredictions | None = None,
 ) -> Iterator[str]:
+    """Run a real gRPC server over a scripted upstream; see :func:`serve_grpc`."""
+    with serve_grpc(Servicer(upstream, limits, predictions), port) as address:
+        yield address
+
+
+@contextmanager
+def serve_grpc(servicer: GrpcMethods, port: int = 0) -> Iterator[str]:
     """Run a real gRPC server on a loopback port, in a thread; gives its address.
 
     Its end breaks the calls under way.
@@ -376,7 +383,7 @@ def grpc_server(
 
     async def start() -> tuple[grpc.aio.Server, int]:
         server = grpc.aio.server()
-        add_services_to_server(Servicer(upstream, limits, predictions), server)
+        add_services_to_server(servicer, server)
         bound = server.add_insecure_port(f"127.0.0.1:{port}")
         await server.start()
         return server, bound

@@ -17,10 +17,10 @@ from grpc_health.v1 import health_pb2
 from cluster.errors import InvalidRequestError, TooLargeError, UnknownModelError, shown
 from cluster.reports import ClusterStatus
 from router.gateway.predict.v2_grpc import PREDICTION_SERVICE
-from router.gateway.service import Collected, Delta, GenerationService
+from router.gateway.service import Collected, Delta, GenerationService, prompt_rows
 from router.gateway.tokenizer import Tokenizer
 from router.gateway.validate import CheckedRequest, RawRequest
-from router.messages.request import Received, Usage
+from router.messages.request import Received, TokenLogprobs, Usage
 from router.protos import admin_pb2, inference_pb2
 from router.protos.parse import parsed
 
@@ -54,6 +54,7 @@ LOOP_AGE_KEY = "expertmesh-controller-loop-age-s"
 
 _SAMPLING_FIELDS = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "logprobs", "n",
+    "prompt_logprobs", "echo",
 )  # fmt: skip
 
 
@@ -73,9 +74,8 @@ class GrpcHandlers:
             async for delta in deltas:
                 wholes[delta.index].add(delta)
                 usage = delta.usage
-        tokenizer = checked.model.tokenizer
         reply, *others = [
-            _reply(index, whole, tokenizer, None if index else usage)
+            _reply(index, whole, checked, None if index else usage)
             for index, whole in enumerate(wholes)
         ]
         reply.other_choices.extend(others)
@@ -86,7 +86,7 @@ class GrpcHandlers:
         checked = self._check(data, streamed=True)
         async with aclosing(self.service.generate(checked, "grpc")) as deltas:
             async for delta in deltas:
-                yield _reply(delta.index, delta, checked.model.tokenizer, delta.usage)
+                yield _reply(delta.index, delta, checked, delta.usage)
 
     async def get_model_info(self, data: bytes) -> Any:
         """Return the description of one model, or of all models where the request names none."""
@@ -182,7 +182,13 @@ def _raw_request(request: Any, streamed: bool) -> RawRequest:
         sampling_prefix="sampling.",
         streamed=streamed,
         resume=[
-            Received(tuple(choice.token_ids), choice.finished, not choice.inexact, choice.identity)
+            Received(
+                tuple(choice.token_ids),
+                choice.finished,
+                not choice.inexact,
+                choice.identity,
+                choice.prompt_logprobs,
+            )
             for choice in request.resume
         ],
     )
@@ -203,8 +209,11 @@ def _prompt(request: Any) -> tuple[object, str]:
     return list(request.prompt_token_ids.ids), "prompt_token_ids.ids"
 
 
-def _reply(index: int, part: Delta | Collected, tokenizer: Tokenizer, usage: Usage | None) -> Any:
-    return inference_pb2.GenerateReply(
+def _reply(
+    index: int, part: Delta | Collected, checked: CheckedRequest, usage: Usage | None
+) -> Any:
+    tokenizer = checked.model.tokenizer
+    reply = inference_pb2.GenerateReply(
         index=index,
         text=part.text,
         token_ids=part.token_ids,
@@ -214,6 +223,12 @@ def _reply(index: int, part: Delta | Collected, tokenizer: Tokenizer, usage: Usa
         exact=part.exact,
         identity=part.identity,
     )
+    for token_id, row in prompt_rows(checked.request, part):
+        one = reply.prompt_logprobs.add(token_id=token_id, token=tokenizer.token_text(token_id))
+        if row is not None:
+            one.logprob, one.rank = row.logprob, row.rank
+            one.top.extend(_top(row, tokenizer))
+    return reply
 
 
 def _usage(usage: Usage) -> Any:
@@ -227,16 +242,21 @@ def _usage(usage: Usage) -> Any:
 def _logprobs(part: Delta | Collected, tokenizer: Tokenizer) -> list[Any]:
     if not part.logprobs:
         return []
-    replies = []
-    for token_id, row in zip(part.token_ids, part.logprobs, strict=True):
-        top = [
-            inference_pb2.TopLogprob(
-                token_id=top_id, token=tokenizer.token_text(top_id), logprob=logprob
-            )
-            for top_id, logprob in zip(row.top_ids, row.top_logprobs, strict=True)
-        ]
-        token = tokenizer.token_text(token_id)
-        replies.append(
-            inference_pb2.TokenLogprob(token_id=token_id, token=token, logprob=row.logprob, top=top)
+    return [
+        inference_pb2.TokenLogprob(
+            token_id=token_id,
+            token=tokenizer.token_text(token_id),
+            logprob=row.logprob,
+            top=_top(row, tokenizer),
         )
-    return replies
+        for token_id, row in zip(part.token_ids, part.logprobs, strict=True)
+    ]
+
+
+def _top(row: TokenLogprobs, tokenizer: Tokenizer) -> list[Any]:
+    return [
+        inference_pb2.TopLogprob(
+            token_id=top_id, token=tokenizer.token_text(top_id), logprob=logprob
+        )
+        for top_id, logprob in zip(row.top_ids, row.top_logprobs, strict=True)
+    ]

@@ -13,7 +13,7 @@ from typing import Any
 from router.gateway.service import Collected, Delta, GenerationService
 from router.gateway.tokenizer import Tokenizer
 from router.gateway.validate import CheckedRequest
-from router.messages.request import Usage
+from router.messages.request import GenerationRequest, Usage
 
 
 @dataclass(eq=False)
@@ -86,10 +86,13 @@ class OpenAiCall(ABC):
             choice["token_ids"] = list(part.token_ids)
         return choice
 
+    def request_of(self, index: int) -> GenerationRequest:
+        """Return the request of choice ``index``."""
+        return self.checked[index // self.checked[0].request.sampling.n].request
+
     def prompt_token_ids(self, index: int) -> list[int]:
         """Return the prompt of choice ``index``."""
-        request = self.checked[index // self.checked[0].request.sampling.n].request
-        return list(request.prompt_token_ids)
+        return list(self.request_of(index).prompt_token_ids)
 
     def deltas(self, service: GenerationService) -> AsyncGenerator[tuple[int, Delta], None]:
         """Run all requests; yields each delta with the index of its choice in the call."""

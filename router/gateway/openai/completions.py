@@ -16,8 +16,9 @@ from router.gateway.openai.fields import (
     known_fields,
     stream_options,
 )
-from router.gateway.service import Collected, Delta
+from router.gateway.service import Collected, Delta, prompt_rows
 from router.gateway.validate import CheckedRequest, RawRequest, Validator
+from router.messages.request import PromptLogprobs, TokenLogprobs
 
 MAX_PROMPTS = 128
 
@@ -27,7 +28,9 @@ def parse_completion(body: dict[str, Any], validator: Validator, request_id: str
     given = known_fields(body, COMPLETION)
     stream, include_usage = stream_options(given)
     return_token_ids = checks.boolean(given.get("return_token_ids", False), "return_token_ids")
-    sampling_fields = (*SAMPLING_FIELDS, "logprobs")
+    sampling_fields = (*SAMPLING_FIELDS, "logprobs", "echo", "prompt_logprobs")
+    if stream and "prompt_logprobs" in given:
+        raise InvalidRequestError("is not allowed with stream true, as in vLLM", "prompt_logprobs")
     checked: list[CheckedRequest] = []
     for prompt, where in _prompts(given.get("prompt")):
         raw = RawRequest(
@@ -40,7 +43,15 @@ def parse_completion(body: dict[str, Any], validator: Validator, request_id: str
         )
         checked.append(validator.check(raw))
     validator.check_together(checked)
-    return CompletionCall(request_id, checked, stream, include_usage, return_token_ids)
+    return CompletionCall(
+        request_id,
+        checked,
+        stream,
+        include_usage,
+        return_token_ids,
+        has_echo=given.get("echo", False),
+        prompt_logprobs=given.get("prompt_logprobs"),
+    )
 
 
 def _prompts(prompt: Any) -> list[tuple[Any, str]]:
@@ -56,8 +67,13 @@ def _prompts(prompt: Any) -> list[tuple[Any, str]]:
 
 @dataclass(eq=False)
 class CompletionCall(OpenAiCall):
-    """One call of ``/v1/completions``."""
+    """One call of ``/v1/completions``.
 
+    ``prompt_logprobs`` is the field of the body, which vLLM has beside ``logprobs`` with ``echo``.
+    """
+
+    has_echo: bool = False
+    prompt_logprobs: int | None = None
     _offsets: dict[int, int] = field(default_factory=dict)
     """The length of each choice's text so far, for the text_offset of logprobs."""
 
@@ -81,23 +97,62 @@ class CompletionCall(OpenAiCall):
         choice = self.choice_object(index, {"text": part.text}, part)
         if self.return_token_ids and is_first:
             choice["prompt_token_ids"] = self.prompt_token_ids(index)
+        if self.prompt_logprobs is not None:
+            rows = prompt_rows(self.request_of(index), part)
+            choice["prompt_logprobs"] = [self._of_prompt(*row) for row in rows]
         self._offsets.setdefault(index, 0)
         return choice
 
     def logprobs(self, index: int, part: Delta | Collected) -> dict[str, Any]:
-        """Return the tokens and their alternatives, side by side, with their places in the text."""
+        """Return the tokens and their alternatives, side by side, with their places in the text.
+
+        With ``echo`` the prompt's tokens come first.
+        """
+        rows: list[tuple[int, TokenLogprobs | None]] = []
+        if self.has_echo:
+            rows += prompt_rows(self.request_of(index), part)
+        rows += zip(part.token_ids, part.logprobs, strict=True)
+        lengths = (len(self._text_of(token_id)) for token_id, _ in rows)
         offset = self._offsets.get(index, 0)
-        tokens = [self.tokenizer.token_text(token_id) for token_id in part.token_ids]
-        *offsets, self._offsets[index] = accumulate(map(len, tokens), initial=offset)
+        *offsets, self._offsets[index] = accumulate(lengths, initial=offset)
         return {
-            "tokens": tokens,
-            "token_logprobs": [row.logprob for row in part.logprobs],
-            "top_logprobs": [
-                {
-                    self.tokenizer.token_text(top_id): logprob
-                    for top_id, logprob in zip(row.top_ids, row.top_logprobs, strict=True)
-                }
-                for row in part.logprobs
-            ],
+            "tokens": [self.tokenizer.token_text(token_id) for token_id, _ in rows],
+            "token_logprobs": [None if row is None else row.logprob for _, row in rows],
+            "top_logprobs": [self._top(*row) for row in rows],
             "text_offset": offsets,
+        }
+
+    def _text_of(self, token_id: int) -> str:
+        """Return what a token adds to the text; special tokens add nothing."""
+        return "" if token_id in self.tokenizer.skipped_ids else self.tokenizer.token_text(token_id)
+
+    def _top(self, token_id: int, row: TokenLogprobs | None) -> dict[str, float] | None:
+        """Return the likeliest tokens, and the token itself, by their text.
+
+        Of several tokens with one text, such as parts of characters, the likeliest stands.
+        """
+        if row is None:
+            return None
+        num = self.checked[0].request.sampling.logprobs
+        top: dict[str, float] = {}
+        for top_id, logprob in zip(row.top_ids[:num], row.top_logprobs[:num], strict=True):
+            top.setdefault(self.tokenizer.token_text(top_id), logprob)
+        top.setdefault(self.tokenizer.token_text(token_id), row.logprob)
+        return top
+
+    def _of_prompt(self, token_id: int, row: PromptLogprobs | None) -> dict[str, Any] | None:
+        """Return the log probabilities at a prompt token by token ids, in vLLM's shape."""
+        if row is None:
+            return None
+        num = self.prompt_logprobs
+        likeliest = enumerate(zip(row.top_ids[:num], row.top_logprobs[:num], strict=True), start=1)
+        found = {token_id: (row.logprob, row.rank)}
+        found |= {top_id: (logprob, rank) for rank, (top_id, logprob) in likeliest}
+        return {
+            str(each): {
+                "logprob": logprob,
+                "rank": rank,
+                "decoded_token": self.tokenizer.token_text(each),
+            }
+            for each, (logprob, rank) in found.items()
         }

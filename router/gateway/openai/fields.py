@@ -44,8 +44,8 @@ class Fields:
 
 
 COMPLETION = Fields(
-    _COMMON_FIELDS | {"prompt", "logprobs"},
-    {**_COMMON_HARMLESS, "best_of": (1,), "echo": (False,), "suffix": ("",)},
+    _COMMON_FIELDS | {"prompt", "logprobs", "echo", "prompt_logprobs"},
+    {**_COMMON_HARMLESS, "best_of": (1,), "suffix": ("",)},
 )
 CHAT = Fields(
     _COMMON_FIELDS | {"messages", "logprobs", "top_logprobs", "max_completion_tokens"},

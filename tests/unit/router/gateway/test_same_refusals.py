@@ -38,6 +38,7 @@ BAD: list[tuple[str, Any]] = [
     *(("top_k", bad) for bad in (-2, 2**31)),
     *(("n", bad) for bad in (0, -1, 17, 2**31)),
     *(("logprobs", bad) for bad in (-1, 21, 2**31)),
+    *(("prompt_logprobs", bad) for bad in (-1, 21, 2**31)),
     ("stop", ["a"] * 17),
     ("stop", ["a", ""]),
     ("stop", ["a" * 257]),
@@ -128,7 +129,7 @@ def test_a_known_field_passes_at_its_defaults_alone(path: str, fields: Fields, n
             refusal(call(UPSTREAM, path, {**GOOD[path], name: bad}), 400, name)
 
 
-@pytest.mark.parametrize("name", ["min_tokens", "prompt_logprobs", "Temperature", "\ud800", ""])
+@pytest.mark.parametrize("name", ["min_tokens", "use_beam_search", "Temperature", "\ud800", ""])
 @pytest.mark.parametrize("path", PATHS)
 def test_an_unknown_field_is_refused_by_name(path: str, name: str) -> None:
     said = refusal(call(UPSTREAM, path, {**GOOD[path], name: 1}), 400, _shown(name))

@@ -303,3 +303,60 @@ def test_tokens_without_the_identity_of_their_model_are_not_gone_on_from() -> No
     with pytest.raises(InvalidRequestError) as caught:
         Validator({"tiny": served()}, LIMITS).check(raw)
     assert caught.value.field == "resume[1].identity"
+
+
+@pytest.mark.parametrize(
+    ("count", "sampling", "is_taken"),
+    [
+        (0, {}, True),
+        (1, {}, False),
+        (2, {"prompt_logprobs": 0}, True),
+        (-1, {"prompt_logprobs": 0}, False),
+        (99, {"prompt_logprobs": 0}, False),
+    ],
+)
+def test_log_probabilities_of_a_prompt_that_a_client_can_have_are_taken(
+    count: int, sampling: dict[str, Any], is_taken: bool
+) -> None:
+    received = Received((), identity="one", num_prompt_logprobs=count)
+    raw = RawRequest("tiny", "in the begin", {"seed": 1, **sampling}, resume=[received])
+    validator = Validator({"tiny": served()}, LIMITS)
+    if is_taken:
+        assert validator.check(raw).request.received == (received,)
+        return
+    with pytest.raises(InvalidRequestError) as caught:
+        validator.check(raw)
+    assert caught.value.field == "resume[0].prompt_logprobs"
+
+
+def test_a_prompt_alone_needs_no_room_for_a_token() -> None:
+    whole = [5] * CONTEXT
+    for asked in ({"echo": True}, {"prompt_logprobs": 0}):
+        request = check(whole, max_tokens=0, **asked).request
+        assert len(request.prompt_token_ids) == CONTEXT
+        assert request.sampling.max_tokens == 0
+        with pytest.raises(InvalidRequestError, match="is all that there is room for"):
+            check([*whole, 5], max_tokens=0, **asked)
+        with pytest.raises(InvalidRequestError, match="must leave room for a new one"):
+            check(whole, max_tokens=1, **asked)
+    with pytest.raises(InvalidRequestError):
+        check([5], max_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "number"),
+    [
+        ({}, None),
+        ({"logprobs": 3}, None),
+        ({"echo": True}, None),
+        ({"echo": False, "logprobs": 3}, None),
+        ({"echo": True, "logprobs": 3}, 3),
+        ({"prompt_logprobs": 0}, 0),
+        ({"prompt_logprobs": 2, "logprobs": 3}, 2),
+        ({"prompt_logprobs": 2, "logprobs": 3, "echo": True}, 3),
+    ],
+)
+def test_an_echo_with_log_probabilities_has_those_of_the_prompt(
+    asked: dict[str, Any], number: int | None
+) -> None:
+    assert check(**asked).request.sampling.prompt_logprobs == number

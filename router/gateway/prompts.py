@@ -1,0 +1,136 @@
+"""The check of a request's input: a text, token ids or messages in, token ids out."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import countOf
+from typing import cast
+
+import numpy as np
+
+from cluster.errors import InvalidRequestError
+from router.gateway import checks
+from router.gateway.models import GatewayModel
+from router.gateway.tokenizer import Tokenizer
+
+ROLES = ("system", "developer", "user", "assistant")
+MAX_MESSAGES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A checked input: its token ids, and its text where it was given as text or messages."""
+
+    token_ids: tuple[int, ...]
+    text: str | None
+
+    def echo(self, tokenizer: Tokenizer) -> str:
+        """Return the text to put before an answer; of token ids it is their decoding."""
+        return tokenizer.decode(self.token_ids) if self.text is None else self.text
+
+
+def check_prompt(
+    prompt: object, where: str, is_chat: bool, model: GatewayModel, least_new: int = 1
+) -> Prompt:
+    """Check an input, and tokenise it where it is no ids; the chat template renders messages.
+
+    Raises :class:`InvalidRequestError` for the field ``where``, also for an input that leaves no
+    room for ``least_new`` new tokens.
+    """
+    context = model.info.max_model_len
+    given_text: str | None = None
+    if is_chat:
+        prompt = model.tokenizer.chat_prompt(check_messages(prompt, where))
+    if isinstance(prompt, str):
+        given_text = text = checks.text(prompt, where)
+        if not text:
+            raise InvalidRequestError("is empty; at least one token is needed", where)
+        # A long text takes long to tokenise, so a text that cannot fit is refused before.
+        if len(text.encode()) > context * model.tokenizer.max_token_bytes:
+            raise InvalidRequestError(
+                f"has {len(text)} characters, more than {context} tokens can hold", where
+            )
+        ids = tuple(model.tokenizer.encode(text, add_special_tokens=not is_chat))
+        if max(ids, default=0) >= model.info.vocab_size:  # the tokenizer is of another model
+            raise InvalidRequestError(
+                f"its text has token {max(ids)}, but the model has {model.info.vocab_size} tokens",
+                where,
+            )
+    else:
+        ids = check_ids(prompt, model.info.vocab_size, where)
+    if not ids:
+        raise InvalidRequestError("is empty; at least one token is needed", where)
+    if len(ids) + least_new > context:
+        room = " must leave room for a new one" if least_new else " is all that there is room for"
+        raise InvalidRequestError(f"has {len(ids)} tokens; the context of {context}{room}", where)
+    return Prompt(ids, given_text)
+
+
+def check_ids(prompt: object, vocab_size: int, where: str) -> tuple[int, ...]:
+    """Return token ids of a vocabulary; raises :class:`InvalidRequestError` for the first wrong."""
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes):
+        raise InvalidRequestError(checks.wrong(prompt, "a text or a list of token ids"), where)
+    if not _are_ids(prompt, vocab_size):
+        for place, token_id in enumerate(prompt):
+            path = f"{where}[{place}]"
+            if isinstance(token_id, str):
+                raise InvalidRequestError(checks.wrong_kind(token_id, "a token id"), path)
+            checks.integer(token_id, path, 0, vocab_size - 1)
+    return tuple(prompt)
+
+
+def _are_ids(prompt: Sequence[object], vocab_size: int) -> bool:
+    """Return whether all are ids, without a Python step for each: a prompt may have many."""
+    if countOf(map(type, prompt), int) != len(prompt):
+        return False
+    try:
+        ids = array("I", cast("Sequence[int]", prompt))
+    except OverflowError:  # a number is negative, or over 32 bits
+        return False
+    return bool(np.frombuffer(ids, np.uintc).max(initial=0) < vocab_size)
+
+
+def check_messages(given: object, where: str) -> list[dict[str, str]]:
+    """Return the messages for a chat template, ``{"role": …, "content": …}`` each.
+
+    A content may be OpenAI's list of text parts, which are joined. Raises
+    :class:`InvalidRequestError` with the place of the message and its part.
+    """
+    if not isinstance(given, list) or not given:
+        raise InvalidRequestError(checks.wrong_kind(given, "a list of at least one message"), where)
+    if len(given) > MAX_MESSAGES:
+        raise InvalidRequestError(f"has {len(given)} messages; at most {MAX_MESSAGES}", where)
+    return [_message(message, f"{where}[{place}]") for place, message in enumerate(given)]
+
+
+def _message(message: object, where: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        allowed = "a mapping with role and content"
+        raise InvalidRequestError(checks.wrong_kind(message, allowed), where)
+    given = {name: value for name, value in message.items() if value is not None}
+    unknown = [name for name in given if name not in ("role", "content", "name")]
+    if unknown:
+        raise InvalidRequestError(
+            "is not supported; allowed: role, content, name", f"{where}.{unknown[0]}"
+        )
+    role = given.get("role")
+    if role not in ROLES:
+        raise InvalidRequestError(checks.wrong(role, f"one of {', '.join(ROLES)}"), f"{where}.role")
+    # Templates do not know OpenAI's newer name of a system message.
+    known_role = "system" if role == "developer" else str(role)
+    return {"role": known_role, "content": _content(given.get("content"), f"{where}.content")}
+
+
+def _content(content: object, where: str) -> str:
+    if not isinstance(content, list):
+        return checks.text(content, where)
+    texts: list[str] = []
+    for place, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text" or set(part) - {"type", "text"}:
+            raise InvalidRequestError(
+                checks.wrong_kind(part, 'a part {"type": "text", "text": …}'), f"{where}[{place}]"
+            )
+        texts.append(checks.text(part.get("text"), f"{where}[{place}].text"))
+    return "".join(texts)
